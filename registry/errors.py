@@ -1,0 +1,258 @@
+"""The one error tree: what went wrong, the HTTP status it becomes, and whether trying again can help.
+
+Fields are positional and go to ``super().__init__`` unchanged, so that every error survives pickling
+across a Ray actor; the text for people is made in ``__str__``: what, which id, what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class RegistryError(Exception):
+    """Base of every error that this project raises on purpose.
+
+    ``code`` is stable and unique, for programs; ``http_status`` is what the ingress answers;
+    ``retryable`` says whether the same call can succeed later without any change.
+    """
+
+    code: ClassVar[str] = "registry_error"
+    http_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+
+class InvalidField(RegistryError):
+    """A field of a request body or a setting is missing or has a value that can't be used."""
+
+    code = "invalid_field"
+    http_status = 422
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)
+        self.field, self.problem = field, problem
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
+
+
+class LLMNeverFits(RegistryError):
+    """No machine of the configured cluster can ever run this LLM."""
+
+    code = "llm_never_fits"
+    http_status = 422
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(model, reason)
+        self.model, self.reason = model, reason
+
+    def __str__(self) -> str:
+        return f"LLM {self.model!r} fits on no machine: {self.reason}"
+
+
+class UnknownRequest(RegistryError):
+    """There is no request with this id."""
+
+    code = "unknown_request"
+    http_status = 404
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(request_id)
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return f"no request has the id {self.request_id!r}; POST /promptingservice/request makes one"
+
+
+class UnknownMeasurement(RegistryError):
+    """There is no measurement with this id."""
+
+    code = "unknown_measurement"
+    http_status = 404
+
+    def __init__(self, measurement_id: int) -> None:
+        super().__init__(measurement_id)
+        self.measurement_id = measurement_id
+
+    def __str__(self) -> str:
+        return f"no request was made with the measurementId {self.measurement_id}"
+
+
+class IdempotencyConflict(RegistryError):
+    """The same Idempotency-Key came with another body."""
+
+    code = "idempotency_conflict"
+    http_status = 409
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"Idempotency-Key {self.key!r} was used before with another body; use a new key"
+
+
+class QueueFull(RegistryError):
+    """A cap on queued requests is reached."""
+
+    code = "queue_full"
+    http_status = 429
+    retryable = True
+
+    def __init__(self, scope: str, limit: int) -> None:
+        super().__init__(scope, limit)
+        self.scope, self.limit = scope, limit
+
+    def __str__(self) -> str:
+        return f"the queue of {self.scope} is full ({self.limit} requests); try again when some were served"
+
+
+class ShuttingDown(RegistryError):
+    """The registry takes no new requests because it is being shut down."""
+
+    code = "shutting_down"
+    http_status = 503
+    retryable = True
+
+    def __str__(self) -> str:
+        return "the registry is shutting down and takes no new requests"
+
+
+class RegistryUnavailable(RegistryError):
+    """The registry actor does not answer (yet); Ray restarts it."""
+
+    code = "registry_unavailable"
+    http_status = 503
+    retryable = True
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the registry does not answer at the moment ({self.reason}); try again in a few seconds"
+
+
+class StoreUnavailable(RegistryError):
+    """The database can't be read or written."""
+
+    code = "store_unavailable"
+    http_status = 503
+    retryable = True
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the registry's database does not answer: {self.reason}"
+
+
+class NoSuchLease(RegistryError):
+    """The address carries a token that this wrapper never handed out."""
+
+    code = "no_such_lease"
+    http_status = 403
+
+    def __str__(self) -> str:
+        return "this address belongs to no lease; use the address in the request's status"
+
+
+class LeaseEnded(RegistryError):
+    """The lease of this address was released or has expired."""
+
+    code = "lease_ended"
+    http_status = 410
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)
+        self.how = how
+
+    def __str__(self) -> str:
+        return f"this lease has ended ({self.how}); request the LLM again"
+
+
+class EngineStartFailed(RegistryError):
+    """vLLM could not start the LLM. ``permanent``: the same LLM fails everywhere in the same way."""
+
+    code = "engine_start_failed"
+    http_status = 502
+
+    def __init__(self, model: str, reason: str, permanent: bool = False) -> None:
+        super().__init__(model, reason, permanent)
+        self.model, self.reason, self.permanent = model, reason, permanent
+
+    def __str__(self) -> str:
+        return f"the engine could not start {self.model!r}: {self.reason}"
+
+
+class EngineNotReady(RegistryError):
+    """The lease is good, but its LLM is not running at the moment (being restarted)."""
+
+    code = "engine_not_ready"
+    http_status = 503
+    retryable = True
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the LLM is not ready: {self.reason}"
+
+
+class TooManyPrompts(RegistryError):
+    """As many prompts as allowed are in flight on this wrapper."""
+
+    code = "too_many_prompts"
+    http_status = 429
+    retryable = True
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"{self.limit} prompts are in flight on this LLM; wait for some of them to end"
+
+
+class StaleEpoch(RegistryError):
+    """A command to a wrapper is older than one that it has already taken."""
+
+    code = "stale_epoch"
+    http_status = 409
+
+    def __init__(self, wrapper_id: str, given: int, known: int) -> None:
+        super().__init__(wrapper_id, given, known)
+        self.wrapper_id, self.given, self.known = wrapper_id, given, known
+
+    def __str__(self) -> str:
+        return f"wrapper {self.wrapper_id}: command of epoch {self.given} came after one of epoch {self.known}"
+
+
+class WrapperUnreachable(RegistryError):
+    """A wrapper did not answer in time, or its replica is gone."""
+
+    code = "wrapper_unreachable"
+    http_status = 503
+    retryable = True
+
+    def __init__(self, wrapper_id: str, reason: str) -> None:
+        super().__init__(wrapper_id, reason)
+        self.wrapper_id, self.reason = wrapper_id, reason
+
+    def __str__(self) -> str:
+        return f"wrapper {self.wrapper_id} does not answer: {self.reason}"
+
+
+class BadSettings(RegistryError):
+    """The configuration can't be used; the program ends with exit status 2."""
+
+    code = "bad_settings"
+    http_status = 500
+
+    def __init__(self, source: str, problem: str) -> None:
+        super().__init__(source, problem)
+        self.source, self.problem = source, problem
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.problem}"
