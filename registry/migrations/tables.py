@@ -1,0 +1,200 @@
+"""The tables as the newest revision leaves them, and how a record's fields become cells.
+
+Every record of ``registry.state`` has a table whose columns are the record's fields, by name and in their order. Only
+``registry.store`` and the revisions beside this file know of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import BigInteger, Boolean, Column, Dialect, Float, ForeignKey, Index, Integer, MetaData, Table, Text
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from registry.state import LLMSpec, Priority, RequestStatus, WrapperStatus, canonical_json
+
+# --- column types: how a field becomes a cell, and back -------------------------------------------------------
+
+
+class _Spec(TypeDecorator[LLMSpec]):
+    """An LLMSpec as a JSON object. Equal specs come back as one object: thousands of requests share a few."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: LLMSpec | None, dialect: Dialect) -> str | None:
+        return None if value is None else canonical_json(asdict(value))
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> LLMSpec | None:
+        return None if value is None else _spec(value)
+
+
+@lru_cache(maxsize=1024)
+def _spec(cell: str) -> LLMSpec:
+    return LLMSpec(**json.loads(cell))
+
+
+class _Strings(TypeDecorator[tuple[str, ...]]):
+    """A tuple of strings as a JSON array."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: tuple[str, ...] | None, dialect: Dialect) -> str:
+        return json.dumps(value or ())
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[str, ...]:
+        return tuple(json.loads(value)) if value and value != "[]" else ()
+
+
+class _Word(TypeDecorator[StrEnum]):
+    """A StrEnum as its word."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, words: type[StrEnum]) -> None:
+        super().__init__()
+        self.words = words
+
+    def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.value
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
+        return None if value is None else self.words(value)
+
+
+class _Prose(TypeDecorator[str]):
+    """Words for people, from anywhere (an engine's last output). What no database can hold is replaced.
+
+    A commit must not fail for the sake of a NUL byte in somebody's error message.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        if value is None:
+            return None
+        return value.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
+def _must(name: str, type_: TypeEngine[Any] | type[TypeEngine[Any]], *args: ForeignKey, **options: Any) -> Column[Any]:
+    return Column(name, type_, *args, nullable=False, **options)
+
+
+def _may(name: str, type_: TypeEngine[Any] | type[TypeEngine[Any]]) -> Column[Any]:
+    return Column(name, type_, nullable=True)
+
+
+# --- the tables -----------------------------------------------------------------------------------------------
+
+METADATA = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+MACHINES = Table(
+    "machines",
+    METADATA,
+    _must("machine_id", Text, primary_key=True),
+    _must("node_id", Text),
+    _must("address", Text),
+    _must("alive", Boolean),
+    _must("gpus", Integer),
+    _may("gpu_type", Text),
+    _may("memory_bytes", BigInteger),
+    _may("gpu_memory_bytes", BigInteger),
+)
+WRAPPERS = Table(
+    "wrappers",
+    METADATA,
+    _must("wrapper_id", Text, primary_key=True),
+    _must("machine_id", Text, ForeignKey("machines.machine_id")),
+    _must("url", Text),
+    _must("gpus", Integer),
+    _must("status", _Word(WrapperStatus)),
+    _must("epoch", BigInteger),
+    _may("spec", _Spec),
+    _may("request_id", Text),
+    _may("home", _Spec),
+    _must("last_used_s", Float),
+    _must("failures", Integer),
+    _may("reason", _Prose),
+)
+MEASUREMENTS = Table(
+    "measurements",
+    METADATA,
+    _must("measurement_id", BigInteger, primary_key=True, autoincrement=False),
+    _must("seq", BigInteger),
+    _must("tenant", Text),
+    _must("priority", _Word(Priority)),
+    _may("machine_id", Text),
+    _must("flags", _Strings),
+    _must("created_s", Float),
+)
+# A request outlives its wrapper and its machine: those two are names here, not foreign keys.
+REQUESTS = Table(
+    "requests",
+    METADATA,
+    _must("request_id", Text, primary_key=True),
+    _must("measurement_id", BigInteger, ForeignKey("measurements.measurement_id"), index=True),
+    _must("seq", BigInteger),
+    _must("spec", _Spec),
+    _must("llmconfig", Text),
+    _must("status", _Word(RequestStatus)),
+    _may("reason", _Prose),
+    _must("notes", _Strings),
+    _may("wrapper_id", Text),
+    _may("machine_id", Text),
+    _must("failed_on", _Strings),
+    _must("overtaken", Integer),
+    _must("created_s", Float),
+    _may("deploying_s", Float),
+    _may("deployed_s", Float),
+    _may("ended_s", Float),
+)
+# unique: whatever the code above believes, no wrapper is leased twice.
+LEASES = Table(
+    "leases",
+    METADATA,
+    _must("request_id", Text, ForeignKey("requests.request_id"), primary_key=True),
+    _must("wrapper_id", Text, ForeignKey("wrappers.wrapper_id"), unique=True),
+    _must("token", Text),
+    _must("granted_s", Float),
+    _must("deadline_s", Float),
+    _must("idle_limit_s", Float),
+    _must("last_active_s", Float),
+)
+EVENTS = Table(
+    "events",
+    METADATA,
+    # SQLite counts only columns that are called INTEGER; AUTOINCREMENT never hands a number out twice.
+    _must("event_id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    _must("kind", Text),
+    _must("at_s", Float),
+    _may("wrapper_id", Text),
+    _may("request_id", Text),
+    _may("measurement_id", BigInteger),
+    _may("cause_id", Text),
+    _must("detail", Text),
+    Index(None, "request_id", "event_id"),
+    sqlite_autoincrement=True,
+)
+IDEMPOTENCY_KEYS = Table(
+    "idempotency_keys",
+    METADATA,
+    _must("tenant", Text, primary_key=True),
+    _must("key", Text, primary_key=True),
+    _must("body_sha256", Text),
+    _must("request_ids", _Strings),
+    _must("created_s", Float),
+)

@@ -1,0 +1,365 @@
+"""The registry's memory: one database, one owner, one transaction per decision.
+
+The only file that knows the database; its tables and their revisions are in ``registry/migrations``. SQLite (embedded)
+and PostgreSQL keep the same promises.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from importlib import resources
+from itertools import starmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import URL, Column, Connection, Table, create_engine, delete, event, insert, make_url, select, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from registry.errors import BadSettings, StoreUnavailable
+from registry.migrations.tables import (
+    EVENTS,
+    IDEMPOTENCY_KEYS,
+    LEASES,
+    MACHINES,
+    MEASUREMENTS,
+    REQUESTS,
+    WRAPPERS,
+)
+from registry.state import Changes, Lease, Machine, Measurement, Request, Snapshot, Wrapper
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    R = TypeVar("R", bound=DataclassInstance)
+
+SQLITE_BUSY_S = 5
+"""How long a commit waits for another program that holds SQLite's write lock (a backup, a shell)."""
+
+# A server that vanished is noticed after seconds (libpq would wait for hours), and so is a vanished registry by the
+# server, which then frees the lock. The URL's own query wins over the first.
+_PG_CONNECT: Mapping[str, Any] = {
+    "application_name": "greenprompt-registry",
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+_PG_SESSION = (
+    "synchronous_commit = on",
+    "statement_timeout = '60s'",
+    "tcp_keepalives_idle = 10",
+    "tcp_keepalives_interval = 5",
+    "tcp_keepalives_count = 3",
+)
+_PG_OWNER = text(
+    "SELECT pid, coalesce(host(client_addr), 'a local client') AS client "
+    "FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory' AND objsubid = 1 AND granted "
+    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+    "AND (classid::bigint << 32) | objid::bigint = :key"
+)
+
+# --- what goes with the records -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """One line of the log of what happened, written with the changes that it caused.
+
+    ``kind`` is the event's class name, ``at_s`` UTC seconds, ``cause_id`` what ties the events of one cause
+    together. ``detail`` is a JSON object without secrets.
+    """
+
+    kind: str
+    at_s: float
+    wrapper_id: str | None = None
+    request_id: str | None = None
+    measurement_id: int | None = None
+    cause_id: str | None = None
+    detail: str = "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEvent:
+    """An EventRow and its place in the log: ``event_id`` > 0 grows with every commit and is never used twice."""
+
+    event_id: int
+    event: EventRow
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotencyRow:
+    """The answer that an Idempotency-Key of a tenant got: ``request_ids``, in the order of the body's llms.
+
+    ``key`` has at most 1024 characters (PostgreSQL refuses index entries over 2.7 kB), ``body_sha256`` is hexadecimal.
+    """
+
+    tenant: str
+    key: str
+    body_sha256: str
+    request_ids: tuple[str, ...]
+    created_s: float
+
+
+# --- the store ------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """The database of one registry, which is its only user while the store is open.
+
+    Not thread-safe: one thread uses it, the registry actor's. Every method blocks until the database answers.
+    """
+
+    def __init__(self, connection: Connection, owned: ExitStack) -> None:
+        self._connection = connection
+        self._owned = owned
+        self._insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+
+    @classmethod
+    def open(cls, url: str, *, lock_wait_s: float = 5.0) -> Store:
+        """Take the database for this process alone, make it if need be, and bring its tables up to date.
+
+        ``url``: ``sqlite:////absolute/path.db`` (its directory is made) or ``postgresql+psycopg://…`` (straight to the
+        server or through a pooler of whole sessions: the lock belongs to the session). ``lock_wait_s``: how long to
+        wait for a predecessor that is still dying, seconds ≥ 0.
+
+        Raises:
+            BadSettings: the URL can't be used, or a newer version of the registry has changed the tables.
+            StoreUnavailable: another registry has the database, or the database does not answer.
+        """
+        parsed = _parse(url)
+        with ExitStack() as owned, _told_once():
+            opened = _open_sqlite if parsed.get_backend_name() == "sqlite" else _open_postgresql
+            connection = opened(parsed, lock_wait_s, owned)
+            _upgrade(connection)
+            return cls(connection, owned.pop_all())
+
+    def load(self) -> Snapshot:
+        """Everything that was committed.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        with self._transaction() as connection:
+            return Snapshot(
+                machines=_read(connection, Machine, MACHINES),
+                wrappers=_read(connection, Wrapper, WRAPPERS),
+                measurements=_read(connection, Measurement, MEASUREMENTS),
+                requests=_read(connection, Request, REQUESTS),
+                leases=_read(connection, Lease, LEASES),
+            )
+
+    def commit(self, changes: Changes, *, event: EventRow | None, idempotency: IdempotencyRow | None = None) -> None:
+        """Write all of it in one transaction. When this returns, it survives a power cut.
+
+        Raises:
+            StoreUnavailable: nothing of it was written, or (connection lost while committing) all of it: only a new
+                ``open`` and ``load`` can tell.
+        """
+        with self._transaction() as connection:
+            self._put(connection, MACHINES, changes.machines)
+            self._put(connection, WRAPPERS, changes.wrappers)
+            self._put(connection, MEASUREMENTS, changes.measurements)
+            self._put(connection, REQUESTS, changes.requests)
+            # Leases end before others begin on the same wrapper, and before their wrapper goes.
+            _remove(connection, LEASES.c.request_id, changes.ended_leases)
+            _remove(connection, WRAPPERS.c.wrapper_id, changes.removed_wrappers)
+            self._put(connection, LEASES, changes.leases)
+            if event is not None:
+                connection.execute(insert(EVENTS), _cells(event))
+            if idempotency is not None:
+                connection.execute(insert(IDEMPOTENCY_KEYS), _cells(idempotency))
+
+    def events(self, *, after: int = 0, limit: int = 1000, request_id: str | None = None) -> tuple[StoredEvent, ...]:
+        """The oldest ``limit`` (> 0) events with an ``event_id`` above ``after``, of one request or of all, in order.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        wanted = select(EVENTS).where(EVENTS.c.event_id > after).order_by(EVENTS.c.event_id).limit(limit)
+        if request_id is not None:
+            wanted = wanted.where(EVENTS.c.request_id == request_id)
+        with self._transaction() as connection:
+            return tuple(StoredEvent(event_id, EventRow(*row)) for event_id, *row in connection.execute(wanted))
+
+    def idempotent_request_ids(self, tenant: str, key: str) -> tuple[str, tuple[str, ...]] | None:
+        """(body_sha256, request_ids) of the first use of this key by this tenant; None: never used.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        rows = IDEMPOTENCY_KEYS.c
+        wanted = select(rows.body_sha256, rows.request_ids).where(rows.tenant == tenant, rows.key == key)
+        with self._transaction() as connection:
+            row = connection.execute(wanted).one_or_none()
+        return None if row is None else (row.body_sha256, row.request_ids)
+
+    def close(self) -> None:
+        """Let go of the database; SQLite's log is folded into its one file. Closing twice is no error.
+
+        Raises:
+            StoreUnavailable: the database does not answer; it is let go of all the same.
+        """
+        with _told_once():
+            self._owned.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        # SQLAlchemy would connect again by itself, but the lock went with the old connection.
+        if self._connection.invalidated:
+            raise StoreUnavailable("the connection was lost, and another registry may have the database by now")
+        with _told_once(), self._connection.begin():
+            yield self._connection
+
+    def _put(self, connection: Connection, table: Table, records: Sequence[DataclassInstance]) -> None:
+        if not records:
+            return
+        new = self._insert(table)
+        columns = {column.name: new.excluded[column.name] for column in table.columns if not column.primary_key}
+        put = new.on_conflict_do_update(index_elements=list(table.primary_key), set_=columns)
+        connection.execute(put, [_cells(record) for record in records])
+
+
+def _cells(record: DataclassInstance) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def _read(connection: Connection, record: type[R], table: Table) -> tuple[R, ...]:
+    return tuple(starmap(record, connection.execute(select(table))))
+
+
+def _remove(connection: Connection, column: Column[str], ids: Sequence[str]) -> None:
+    if ids:
+        connection.execute(delete(column.table).where(column.in_(ids)))
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """The driver's errors become StoreUnavailable, in the driver's first line: later ones quote rows, with tokens."""
+    try:
+        yield
+    except (SQLAlchemyError, UnicodeError, OverflowError) as error:  # SQLAlchemy leaves the last two as they are
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        raise StoreUnavailable(str(cause).partition("\n")[0]) from error
+
+
+# --- opening --------------------------------------------------------------------------------------------------
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except (SQLAlchemyError, ValueError):
+        # The parser's own text quotes what it took for a port, which may be half a password.
+        raise BadSettings(
+            "database URL", "can't be read; write special characters as %40 (@), %2F (/), %3A (:)"
+        ) from None
+    if parsed.drivername in {"sqlite", "sqlite+pysqlite"}:
+        if not parsed.database or not Path(parsed.database).is_absolute():
+            raise BadSettings(
+                "database URL", "SQLite needs an absolute path: sqlite:////var/lib/greenprompt/registry.db"
+            )
+        return parsed
+    if parsed.drivername in {"postgresql", "postgresql+psycopg"}:
+        return parsed.set(drivername="postgresql+psycopg")
+    raise BadSettings("database URL", f"{parsed.drivername!r} is neither sqlite nor postgresql+psycopg")
+
+
+def _open_sqlite(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
+    path = Path(str(url.database))
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # leases' tokens are for nobody else to read
+    except OSError as error:
+        raise StoreUnavailable(f"{error.strerror}: {error.filename}") from error
+    owned.callback(os.close, lock)  # the kernel does it too, whatever the process dies of
+    if not _retried(lambda: _flock(lock), lock_wait_s):
+        raise StoreUnavailable(f"{path} is in use by process {os.pread(lock, 20, 0).decode() or 'unknown'}")
+    os.truncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+
+    connection = owned.enter_context(create_engine(url, poolclass=NullPool, hide_parameters=True).connect())
+    # The driver would begin a transaction by itself for INSERT and the like but not for CREATE TABLE: begin all here.
+    driver: Any = connection.connection.driver_connection
+    driver.isolation_level = None
+    for pragma in (f"busy_timeout = {SQLITE_BUSY_S * 1000}", "synchronous = FULL", "foreign_keys = ON"):
+        connection.exec_driver_sql(f"PRAGMA {pragma}")
+    if connection.exec_driver_sql("PRAGMA journal_mode = WAL").scalar() != "wal":
+        raise BadSettings("database URL", f"{path} is on a file system that can't share memory; use a local disk")
+    connection.commit()
+    event.listen(connection, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    return connection
+
+
+def _flock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _open_postgresql(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
+    defaults = {name: value for name, value in _PG_CONNECT.items() if name not in url.query}
+    try:
+        engine = create_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=defaults)
+    except ModuleNotFoundError as error:
+        raise BadSettings("database URL", "PostgreSQL needs psycopg: install the extra [postgres]") from error
+    connection = owned.enter_context(engine.connect())
+    with connection.begin():
+        for setting in _PG_SESSION:
+            connection.execute(text(f"SET {setting}"))
+        encoding = connection.scalar(text("SHOW server_encoding"))
+        schema = connection.scalar(text("SELECT current_schema()"))
+    if encoding != "UTF8":
+        raise BadSettings("database URL", f"the database keeps {encoding}; make one with ENCODING 'UTF8'")
+    key = int.from_bytes(hashlib.sha256(f"greenprompt registry {schema}".encode()).digest()[:8], signed=True)
+
+    def lock() -> bool:
+        with connection.begin():
+            return bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}))
+
+    if not _retried(lock, lock_wait_s):
+        with connection.begin():
+            owner = connection.execute(_PG_OWNER, {"key": key}).first()
+        holder = f"process {owner.pid} of the server, for {owner.client}" if owner else "a registry that just ended"
+        raise StoreUnavailable(f"schema {schema} of the database is in use by {holder}")
+    return connection
+
+
+def _retried(attempt: Callable[[], bool], wait_s: float) -> bool:
+    """True as soon as an attempt succeeds, False when the last one, after ``wait_s``, did not."""
+    give_up = time.monotonic() + wait_s
+    while not attempt():
+        if time.monotonic() >= give_up:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def migration_config(connection: Connection) -> Config:
+    """Alembic's configuration for our revisions and an open connection, whose transaction stays the caller's."""
+    config = Config()
+    config.set_main_option("script_location", str(resources.files("registry") / "migrations").replace("%", "%%"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def _upgrade(connection: Connection) -> None:
+    try:
+        with connection.begin():
+            command.upgrade(migration_config(connection), "head")
+    except CommandError as error:
+        raise BadSettings("database", f"was last used by another version of the registry ({error})") from error
