@@ -21,9 +21,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import URL, Column, Connection, Table, create_engine, delete, event, insert, make_url, select, text
+from sqlalchemy import (
+    URL,
+    Column,
+    Connection,
+    Table,
+    create_engine,
+    delete,
+    event,
+    exists,
+    insert,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from registry.errors import BadSettings, StoreUnavailable
@@ -205,6 +218,26 @@ class Store:
             row = connection.execute(wanted).one_or_none()
         return None if row is None else (row.body_sha256, row.request_ids)
 
+    def forget(self, *, ended_before_s: float) -> int:
+        """Remove what ended before this UTC second: requests, then measurements that have none left.
+
+        Events and idempotency keys of before go too. For the start, before ``load``: whoever has loaded remembers more
+        than the database from then on.
+
+        Returns:
+            How many requests were removed.
+
+        Raises:
+            StoreUnavailable: as for ``commit``.
+        """
+        of_measurement = REQUESTS.c.measurement_id == MEASUREMENTS.c.measurement_id
+        with self._transaction() as connection:
+            connection.execute(delete(EVENTS).where(EVENTS.c.at_s < ended_before_s))
+            connection.execute(delete(IDEMPOTENCY_KEYS).where(IDEMPOTENCY_KEYS.c.created_s < ended_before_s))
+            forgotten = connection.execute(delete(REQUESTS).where(REQUESTS.c.ended_s < ended_before_s))
+            connection.execute(delete(MEASUREMENTS).where(~exists().where(of_measurement)))
+            return forgotten.rowcount
+
     def close(self) -> None:
         """Let go of the database; SQLite's log is folded into its one file. Closing twice is no error.
 
@@ -279,17 +312,9 @@ def _parse(url: str) -> URL:
 def _open_sqlite(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
     path = Path(str(url.database))
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # leases' tokens are for nobody else to read
+        _own_file(path, lock_wait_s, owned)
     except OSError as error:
-        raise StoreUnavailable(f"{error.strerror}: {error.filename}") from error
-    owned.callback(os.close, lock)  # the kernel does it too, whatever the process dies of
-    if not _retried(lambda: _flock(lock), lock_wait_s):
-        raise StoreUnavailable(f"{path} is in use by process {os.pread(lock, 20, 0).decode() or 'unknown'}")
-    os.truncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
-
+        raise StoreUnavailable(f"{path}: {error.strerror}") from error
     connection = owned.enter_context(create_engine(url, poolclass=NullPool, hide_parameters=True).connect())
     # The driver would begin a transaction by itself for INSERT and the like but not for CREATE TABLE: begin all here.
     driver: Any = connection.connection.driver_connection
@@ -303,26 +328,42 @@ def _open_sqlite(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
     return connection
 
 
-def _flock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _own_file(path: Path, lock_wait_s: float, owned: ExitStack) -> None:
+    """Make the database's file, and hold the lock beside it for as long as the process lives."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    owned.callback(os.close, lock)  # the kernel does it too, whatever the process dies of
+
+    def flock() -> bool:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    if not _retried(flock, lock_wait_s):
+        raise StoreUnavailable(f"{path} is in use by process {os.pread(lock, 20, 0).decode() or 'unknown'}")
+    os.truncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # leases' tokens are for nobody else to read
 
 
 def _open_postgresql(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
     defaults = {name: value for name, value in _PG_CONNECT.items() if name not in url.query}
     try:
         engine = create_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=defaults)
+        connection = owned.enter_context(engine.connect())
     except ModuleNotFoundError as error:
         raise BadSettings("database URL", "PostgreSQL needs psycopg: install the extra [postgres]") from error
-    connection = owned.enter_context(engine.connect())
+    except ProgrammingError as error:
+        raise BadSettings("database URL", str(error.orig)) from error
     with connection.begin():
         for setting in _PG_SESSION:
             connection.execute(text(f"SET {setting}"))
         encoding = connection.scalar(text("SHOW server_encoding"))
         schema = connection.scalar(text("SELECT current_schema()"))
+    if schema is None:
+        raise BadSettings("database URL", "no schema of its search_path is there")
     if encoding != "UTF8":
         raise BadSettings("database URL", f"the database keeps {encoding}; make one with ENCODING 'UTF8'")
     key = int.from_bytes(hashlib.sha256(f"greenprompt registry {schema}".encode()).digest()[:8], signed=True)

@@ -39,7 +39,7 @@ def _spec(cell: str) -> LLMSpec:
 
 
 class _Strings(TypeDecorator[tuple[str, ...]]):
-    """A tuple of strings as a JSON array."""
+    """A tuple of strings as a JSON array. Equal ones come back as one object, too."""
 
     impl = Text
     cache_ok = True
@@ -48,7 +48,12 @@ class _Strings(TypeDecorator[tuple[str, ...]]):
         return json.dumps(value or ())
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[str, ...]:
-        return tuple(json.loads(value)) if value and value != "[]" else ()
+        return () if value is None else _strings(value)
+
+
+@lru_cache(maxsize=1024)
+def _strings(cell: str) -> tuple[str, ...]:
+    return tuple(json.loads(cell))
 
 
 class _Word(TypeDecorator[StrEnum]):
