@@ -1,0 +1,65 @@
+# Everything starts from a bare checkout: a target that needs the environment makes it first (locks/install.sh).
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+PURE := errors state policy allocator reconcile
+comma := ,
+empty :=
+PURE_FILES := $(subst $(empty) $(empty),$(comma),$(PURE:%=registry/%.py))
+
+.PHONY: help env demo test test-unit test-long lint tiny-llms bench bench-gpu locks clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: ## the environment in .venv, made anew only when the locks or pyproject.toml have changed
+	@PYTHON="$(PYTHON)" locks/install.sh cpu .venv
+
+demo: env ## a whole registry on this machine, without a GPU (ARGS="…" go to `greenprompt demo`)
+	@$(BIN)/greenprompt demo $(ARGS)
+
+test: lint ## linters, types, import contracts and all tests but the long ones, with coverage
+	@mkdir -p build
+	$(BIN)/pytest --cov --cov-report= 2>&1 | tee build/pytest.log
+	$(BIN)/coverage report
+	@echo "Every branch of the pure files:"
+	$(BIN)/coverage report --include=$(PURE_FILES) --fail-under=100
+	@tail -n 1 build/pytest.log
+
+test-unit: env ## the tests that need neither Ray nor vLLM
+	$(BIN)/pytest -m "not cluster and not vllm and not fault and not long"
+
+test-long: env ## all tests, the long ones too, with many more generated examples
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest -m "" --timeout=3600
+
+lint: env ## ruff, mypy and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+tiny-llms: env ## two made-up LLMs of some 100 kB, to try things with, in build/llms
+	$(BIN)/python -m deployments.tiny_llm build/llms/a build/llms/b
+
+bench: env ## the benchmarks (PART=… for one of them)
+	$(BIN)/python -m tests.bench.run $(if $(PART),--part $(PART))
+
+bench-gpu: ## the benchmark of a machine with NVIDIA GPUs, in an environment of its own (.venv-gpu)
+	@PYTHON="$(PYTHON)" locks/install.sh gpu .venv-gpu
+	.venv-gpu/bin/python -m tests.bench.gpu
+
+# torch and its relatives stay out of the CPU lock, see locks/cpu.overrides.
+COMPILE = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-emit-index-url \
+	--no-emit-find-links --custom-compile-command "make locks"
+locks: export UV_FIND_LINKS =
+locks: env ## the locks anew, with the newest versions that pyproject.toml allows
+	$(COMPILE) --upgrade --python-version 3.11 locks/installer.in -o locks/installer.txt
+	$(COMPILE) --upgrade --python-version 3.11 pyproject.toml locks/cpu.in --extra cpu --extra postgres --extra dev \
+	    --override locks/cpu.overrides $(foreach p,torch torchvision torchaudio torchcodec,--no-emit-package $(p)) \
+	    -o locks/cpu.txt
+	$(COMPILE) --upgrade --python-version 3.12 pyproject.toml --extra gpu --extra postgres -o locks/gpu.txt
+
+clean: ## away with everything that can be made again
+	rm -rf .venv .venv-gpu build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find registry deployments tests -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Makes an environment from the locks:  locks/install.sh cpu .venv   or   locks/install.sh gpu .venv-gpu
+# Does nothing where it is up to date. The stamp comes last, so an interrupted run is done anew.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extra=$1 venv=$2 stamp=$2/.installed torch=2.13.0
+case $extra in
+    cpu) need_gib=6 ;;
+    gpu) need_gib=20 ;;
+    *) echo "usage: $0 cpu|gpu DIRECTORY" >&2; exit 2 ;;
+esac
+fail() { echo "cannot make $venv: $*" >&2; exit 1; }
+
+# An environment knows its place: a tree that was moved needs a new one.
+wanted=$({ pwd; cat locks/install.sh locks/installer.txt "locks/$extra.txt" pyproject.toml; } | sha256sum)
+if [ "$wanted" = "$(cat "$stamp" 2>/dev/null)" ] && "$venv/bin/python" -c '' 2>/dev/null; then exit 0; fi
+
+# torch for CPUs is on no package registry. Where pip is told of a folder (or page) of wheels, it is there; uv knows
+# PyTorch's own index otherwise.
+find_links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-$(python3 -m pip config get global.find-links 2>/dev/null || true)}}
+
+# A Python suits if it is 3.11–3.13, can make environments and, where torch comes from a folder, has its wheel there.
+suits() {
+    "$1" - "$extra" "$torch" "$find_links" 2>/dev/null <<'PYTHON'
+import ensurepip, sys, venv
+from pathlib import Path
+extra, torch, find_links = sys.argv[1:]
+wheels = [w.name for d in find_links.replace(",", " ").split() for w in Path(d).glob(f"torch-{torch}+cpu-*.whl")]
+tag = "-cp%d%d-" % sys.version_info[:2]
+sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13) and (extra == "gpu" or not wheels or any(tag in w for w in wheels))))
+PYTHON
+}
+python=
+for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    if suits "$candidate"; then python=$candidate; break; fi
+done
+[ -n "$python" ] || fail "no Python 3.11, 3.12 or 3.13 with the venv module found" \
+    "(Debian and Ubuntu: apt-get install python3-venv; or name one: make PYTHON=/path/to/python)"
+free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
+[ "$free_kib" -ge $((need_gib << 20)) ] || fail "it needs about $need_gib GiB of disk, $((free_kib >> 20)) GiB are free"
+
+echo "making $venv with $("$python" -V)"
+rm -rf "$venv"
+"$python" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r locks/installer.txt
+install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps "$@"; }
+install --require-hashes -r "locks/$extra.txt"
+if [ "$extra" = cpu ]; then
+    if [ -n "$find_links" ]; then
+        # shellcheck disable=SC2086  # pip separates several by blanks
+        UV_FIND_LINKS=$(echo $find_links | tr ' ' ,) install "torch==$torch+cpu"
+    else
+        install --torch-backend=cpu "torch==$torch+cpu"
+    fi
+fi
+install --no-build-isolation --editable .
+echo "$wanted" > "$stamp"
