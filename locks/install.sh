@@ -11,6 +11,10 @@ case $extra in
 esac
 fail() { echo "cannot make $venv: $*" >&2; exit 1; }
 
+# One at a time: a second run, or one started while an interrupted one still dies, waits.
+exec 9< locks/install.sh
+flock 9
+
 # An environment knows its place: a tree that was moved needs a new one.
 wanted=$({ pwd; cat locks/install.sh locks/installer.txt "locks/$extra.txt" pyproject.toml; } | sha256sum)
 if [ "$wanted" = "$(cat "$stamp" 2>/dev/null)" ] && "$venv/bin/python" -c '' 2>/dev/null; then exit 0; fi
@@ -20,29 +24,40 @@ if [ "$wanted" = "$(cat "$stamp" 2>/dev/null)" ] && "$venv/bin/python" -c '' 2>/
 find_links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-$(python3 -m pip config get global.find-links 2>/dev/null || true)}}
 
 # A Python suits if it is 3.11–3.13, can make environments and, where torch comes from a folder, has its wheel there.
+# Prints why not.
 suits() {
     "$1" - "$extra" "$torch" "$find_links" 2>/dev/null <<'PYTHON'
-import ensurepip, sys, venv
+import sys
 from pathlib import Path
+
 extra, torch, find_links = sys.argv[1:]
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    print("is Python %d.%d" % sys.version_info[:2])
+    sys.exit(1)
+try:
+    import ensurepip, venv
+except ImportError:
+    print("has no venv module (Debian, Ubuntu: apt-get install python3-venv)")
+    sys.exit(1)
 wheels = [w.name for d in find_links.replace(",", " ").split() for w in Path(d).glob(f"torch-{torch}+cpu-*.whl")]
-tag = "-cp%d%d-" % sys.version_info[:2]
-sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13) and (extra == "gpu" or not wheels or any(tag in w for w in wheels))))
+if extra == "cpu" and wheels and not any("-cp%d%d-" % sys.version_info[:2] in w for w in wheels):
+    print(f"has no torch wheel in {find_links}")
+    sys.exit(1)
 PYTHON
 }
-python=
+python='' problems=''
 for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
-    if suits "$candidate"; then python=$candidate; break; fi
+    if problem=$(suits "$candidate"); then python=$candidate; break; fi
+    problems+="; $candidate ${problem:-does not run}"
 done
-[ -n "$python" ] || fail "no Python 3.11, 3.12 or 3.13 with the venv module found" \
-    "(Debian and Ubuntu: apt-get install python3-venv; or name one: make PYTHON=/path/to/python)"
+[ -n "$python" ] || fail "it takes a Python 3.11, 3.12 or 3.13 (make PYTHON=/path/to/python names one)$problems"
 free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
 [ "$free_kib" -ge $((need_gib << 20)) ] || fail "it needs about $need_gib GiB of disk, $((free_kib >> 20)) GiB are free"
 
 echo "making $venv with $("$python" -V)"
 rm -rf "$venv"
 "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r locks/installer.txt
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check --require-hashes -r locks/installer.txt
 install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps "$@"; }
 install --require-hashes -r "locks/$extra.txt"
 if [ "$extra" = cpu ]; then
