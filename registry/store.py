@@ -40,15 +40,7 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from registry.errors import BadSettings, StoreUnavailable
-from registry.migrations.tables import (
-    EVENTS,
-    IDEMPOTENCY_KEYS,
-    LEASES,
-    MACHINES,
-    MEASUREMENTS,
-    REQUESTS,
-    WRAPPERS,
-)
+from registry.migrations.tables import EVENTS, IDEMPOTENCY_KEYS, LEASES, MACHINES, MEASUREMENTS, REQUESTS, WRAPPERS
 from registry.state import Changes, Lease, Machine, Measurement, Request, Snapshot, Wrapper
 
 if TYPE_CHECKING:
@@ -279,12 +271,15 @@ def _remove(connection: Connection, column: Column[str], ids: Sequence[str]) -> 
 
 @contextmanager
 def _told_once() -> Iterator[None]:
-    """The driver's errors become StoreUnavailable, in the driver's first line: later ones quote rows, with tokens."""
+    """The driver's errors become StoreUnavailable, in the driver's words.
+
+    Only in their first line, and not as its cause: PostgreSQL's further ones quote the row, with a lease's token in it.
+    """
     try:
         yield
     except (SQLAlchemyError, UnicodeError, OverflowError) as error:  # SQLAlchemy leaves the last two as they are
         cause = error.orig if isinstance(error, DBAPIError) else error
-        raise StoreUnavailable(str(cause).partition("\n")[0]) from error
+        raise StoreUnavailable(f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}") from None
 
 
 # --- opening --------------------------------------------------------------------------------------------------
