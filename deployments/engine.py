@@ -1,0 +1,540 @@
+"""vLLM inside a wrapper: start an LLM, serve it as an ASGI app, notice its death, stop it without a trace.
+
+The only file that knows vLLM's serving API; what it needs of vLLM's internals for a fast start is in ``warm_start``.
+Works in any asyncio program on Linux, with or without Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import gc
+import importlib
+import logging
+import os
+import re
+import time
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psutil
+from pydantic import ValidationError
+
+from deployments import process_tree
+from deployments.engine_env import EngineEnvironment
+from deployments.warm_start import WarmForkserver, WarmStartUnavailable, shape_problem, spawn_mortals
+from registry.errors import EngineNotReady, EngineStartFailed
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+T = TypeVar("T")
+ASGIApp = Callable[
+    [
+        MutableMapping[str, Any],
+        Callable[[], Awaitable[MutableMapping[str, Any]]],
+        Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ],
+    Awaitable[None],
+]
+
+_log = logging.getLogger(__name__)
+
+_COMMON_LLMS = tuple(f"vllm.model_executor.models.{name}" for name in ("llama", "qwen2", "qwen3", "gemma3", "phi3"))
+_SERVING = (
+    "vllm.v1.engine.async_llm",
+    "vllm.entrypoints.launchers.app",
+    "vllm.entrypoints.launchers.api_server.app_state",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.generate.api_router",
+)
+_RUNNERS: Mapping[str, Mapping[str, str]] = {
+    "feature-extraction": {"runner": "pooling", "convert": "embed"},
+    "sentence-similarity": {"runner": "pooling", "convert": "embed"},
+    "text-classification": {"runner": "pooling", "convert": "classify"},
+    "text-generation": {"runner": "generate"},
+    "text-ranking": {"runner": "pooling", "convert": "classify"},
+}
+_PUBLIC = frozenset(
+    {("GET", "/v1/models"), ("GET", "/health"), ("GET", "/version")}
+    | {
+        ("POST", path)
+        for path in (
+            "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
+            "/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score",
+            "/rerank", "/v1/rerank", "/v2/rerank", "/tokenize", "/detokenize",
+        )
+    }
+)  # fmt: skip
+_PASSING = re.compile(r"connect|time[d ]*out|temporar|unavailable|too many requests|memory|offline", re.IGNORECASE)
+_STOP_TIMEOUT_S = 5.0  # for vLLM's own way of stopping; what is left then is killed
+_GONE_TIMEOUT_S = 10.0  # for the kernel to take a killed process away
+
+
+class Phase(StrEnum):
+    """How far the start of an LLM is. A cold start can't tell LOADING from WARMING_UP and stays in LOADING."""
+
+    IMPORTING = "importing"  # vLLM itself, once per wrapper
+    CONFIGURING = "configuring"  # the LLM's configuration and tokenizer
+    LOADING = "loading"  # its weights; with their download, if they are not there yet
+    WARMING_UP = "warming_up"  # KV cache, compilation, first run
+    READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class StopReport:
+    """What became of an engine's processes. ``killed``: pids that did not end by themselves. ``leftover``: pids that
+    live on although they were killed; their memory is not back. ``took_s``: seconds.
+    """
+
+    killed: tuple[int, ...] = ()
+    leftover: tuple[int, ...] = ()
+    took_s: float = 0.0
+
+
+def public_path(method: str, path: str) -> bool:
+    """Whether the holder of a lease may call this on the LLM's app. Everything else there is the operator's."""
+    return (method.upper(), path) in _PUBLIC
+
+
+class RunningLLM:
+    """An LLM that answers. Made by ``EngineHost.start``; useless after ``EngineHost.stop``.
+
+    ``asgi`` is vLLM's own OpenAI app (check ``public_path`` first). ``phases`` holds the seconds that each phase of
+    the start took, ``started_s`` is their sum. ``pids`` are all its processes. ``died`` is set when one of them ends
+    by itself; then ``death_reason`` says why.
+    """
+
+    def __init__(
+        self, engine: AsyncLLM, asgi: ASGIApp, model: str, processes: set[psutil.Process], phases: Mapping[str, float]
+    ) -> None:
+        self.asgi = asgi
+        self.served_model_name = model
+        self.max_model_len: int = engine.model_config.max_model_len
+        self.phases = dict(phases)
+        self.started_s = sum(phases.values())
+        self.died = asyncio.Event()
+        self.death_reason: str | None = None
+        self.engine = engine
+        self.processes = frozenset(processes)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the engine and its workers, ascending."""
+        return tuple(sorted(process.pid for process in self.processes))
+
+    async def healthy(self, timeout_s: float = 30.0) -> None:
+        """Return when the engine has answered.
+
+        Raises:
+            EngineNotReady: It is dead, or has not answered for ``timeout_s`` seconds.
+        """
+        if self.died.is_set():
+            raise EngineNotReady(self.death_reason or "it died")
+        try:
+            await asyncio.wait_for(self.engine.is_sleeping(), timeout_s)
+        except TimeoutError:
+            raise EngineNotReady(f"it has not answered for {timeout_s:g} s") from None
+        except Exception as problem:
+            raise EngineNotReady(f"it failed: {_text_of(problem)}") from problem
+
+    async def abort_all(self) -> None:
+        """End every generation in flight; their callers get what there is, with finish_reason "abort"."""
+        await self.engine.pause_generation(mode="abort", clear_cache=False)
+        await self.engine.resume_generation()
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget cached prompts, so that one lease's prompts neither speed up nor reveal themselves to the next."""
+        await self.engine.reset_prefix_cache()
+
+
+class EngineHost:
+    """Runs one LLM at a time in processes of its own. One per process; use it from one event loop.
+
+    ``warm`` says whether engines are forked from a warm forkserver; if not, ``cold_reason`` says why, and a start
+    takes as long as `vllm serve`.
+    """
+
+    def __init__(
+        self,
+        *,
+        gpus: int,
+        cache_dir: Path,
+        kv_cache_gib: float | None = None,
+        cpu_threads: int | None = None,
+        preload: Sequence[str] = _COMMON_LLMS,
+    ) -> None:
+        """Do nothing yet; ``prepare`` does.
+
+        Args:
+            gpus: How many GPUs an LLM is spread over, ≥ 0; which ones, CUDA_VISIBLE_DEVICES says. 0: the CPU.
+            cache_dir: Directory for compiled kernels and the like, which outlives the host.
+            kv_cache_gib: Size of the KV cache on the CPU in GiB; None leaves it to vLLM. Without effect on GPUs.
+            cpu_threads: Threads of an engine on the CPU; None: one fewer than there are cores. Without effect on GPUs.
+            preload: Modules to import ahead, beside those that every engine needs: the usual LLMs' own.
+        """
+        self.running: RunningLLM | None = None
+        self.warm = False
+        self.cold_reason: str | None = "not prepared"
+        self._gpus = gpus
+        self._cache_dir = cache_dir
+        self._kv_cache_gib = kv_cache_gib
+        self._cpu_threads = cpu_threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        self._preload = preload
+        self._environment: EngineEnvironment | None = None
+        self._forkserver: WarmForkserver | None = None
+        # Everything of vLLM that blocks runs in this one thread, which lives as long as the host: the kernel ends
+        # processes that it starts together with it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._busy = asyncio.Lock()
+        self._starting: asyncio.Task[Any] | None = None
+        self._watch: process_tree.DeathWatch | None = None
+        self._defaults: Namespace | None = None
+
+    # --- getting ready -----------------------------------------------------------------------------------------
+
+    async def prepare(self) -> None:
+        """Import vLLM here and in the warm forkserver, side by side: 15 to 50 seconds. Does nothing the second time.
+
+        Where a warm start is not possible the normal way is taken, with a warning.
+
+        Raises:
+            ImportError: vLLM is not installed, or can't be imported here.
+        """
+        async with self._busy:
+            if self._environment is not None:
+                return
+            self._environment = EngineEnvironment(
+                self._cache_dir, cpu_threads=None if self._gpus else self._cpu_threads
+            )
+            forkserver = WarmForkserver()
+            warm, imported = await asyncio.gather(
+                asyncio.to_thread(forkserver.start, self._preload),
+                self._in_thread(self._import),
+                return_exceptions=True,
+            )
+            if isinstance(imported, BaseException):
+                await asyncio.to_thread(forkserver.stop)
+                self._environment.close()
+                self._environment = None
+                raise imported
+            await self._choose_start(forkserver, warm)
+
+    async def _choose_start(self, forkserver: WarmForkserver, warm: BaseException | None) -> None:
+        self.cold_reason = await self._in_thread(self._why_cold)
+        if self.cold_reason is None and warm is not None:
+            self.cold_reason = str(warm)
+        self.warm = self.cold_reason is None
+        if self.warm:
+            self._forkserver = forkserver
+            forkserver.install()
+            return
+        _log.warning("LLMs will start slowly, since the warm start is not available: %s", self.cold_reason)
+        await asyncio.to_thread(forkserver.stop)
+        spawn_mortals()
+
+    def _import(self) -> None:
+        """In the engine thread."""
+        for module in _SERVING:
+            importlib.import_module(module)
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        self._defaults = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+
+    def _why_cold(self) -> str | None:
+        binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if not self._gpus and binding != "nobind":
+            return f"VLLM_CPU_OMP_THREADS_BIND={binding} binds threads, which only a fresh process can do"
+        return shape_problem()
+
+    async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    # --- starting ----------------------------------------------------------------------------------------------
+
+    async def start(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        engine_args: Mapping[str, Any] | None = None,
+        modeltyp: str = "text-generation",
+        on_phase: Callable[[Phase], None] = lambda _phase: None,
+        timeout_s: float = 600.0,
+    ) -> RunningLLM:
+        """Start an LLM and return when it answers. Cancelling this, at any time, leaves no process behind.
+
+        Args:
+            model: Hugging Face id or directory; clients name the LLM by exactly this.
+            revision: Branch, tag or commit; None: the default one.
+            engine_args: vLLM's own engine arguments; they win over those that follow from the host.
+            modeltyp: The Hugging Face task (``text-generation``, ``feature-extraction`` …).
+            on_phase: Called in the event loop with each phase as it begins.
+            timeout_s: Seconds > 0 after which the start is given up.
+
+        Raises:
+            EngineStartFailed: vLLM refused the LLM or failed; the reason is the first error that it met.
+            RuntimeError: An LLM runs already, or the host is closed.
+        """
+        if self.running is not None:
+            raise RuntimeError(f"{self.running.served_model_name} is running; stop it first")
+        clock = _PhaseClock(on_phase)
+        if self._environment is None:
+            clock.enter(Phase.IMPORTING)
+            await self.prepare()
+        self._starting = starting = asyncio.create_task(
+            self._start(model, revision, engine_args or {}, modeltyp, clock), name=f"start {model}"
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await starting
+        except TimeoutError:
+            reason = f"it was not ready after {timeout_s:g} s (phase: {clock.phase})"
+            raise EngineStartFailed(model, reason) from None
+        except asyncio.CancelledError:
+            if not starting.cancelled():  # it was ready in the very moment of being cancelled
+                await self.stop()
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise EngineStartFailed(model, "it was stopped while it started") from None
+        finally:
+            self._starting = None
+
+    async def _start(
+        self, model: str, revision: str | None, engine_args: Mapping[str, Any], modeltyp: str, clock: _PhaseClock
+    ) -> RunningLLM:
+        async with self._busy:
+            environment = self._environment
+            if environment is None:
+                raise RuntimeError("the engine host is closed")
+            environment.begin_start()
+            before = self._candidates()
+            attempt = _Attempt()
+            following = asyncio.create_task(clock.follow(environment.phases))
+            launching = asyncio.ensure_future(
+                self._in_thread(self._launch, attempt, model, revision, engine_args, modeltyp, clock.enter_threadsafe())
+            )
+            try:
+                engine = await asyncio.shield(launching)
+                asgi = await self._serve(engine, model)
+            except BaseException as problem:
+                attempt.cancelled = True
+                await _to_the_end(self._clear_away(launching, before))
+                if isinstance(problem, Exception):
+                    reason = environment.last_words() or _text_of(problem)
+                    permanent = attempt.configuring and not _PASSING.search(reason)
+                    raise EngineStartFailed(model, reason, permanent) from problem
+                raise
+            finally:
+                following.cancel()
+            clock.enter(Phase.READY)
+            self.running = llm = RunningLLM(engine, asgi, model, self._candidates() - before, clock.took_s)
+            self._watch = process_tree.DeathWatch(llm.processes, functools.partial(self._on_death, llm))
+            _log.info("%s runs after %.1f s", model, llm.started_s)
+            return llm
+
+    def _launch(
+        self,
+        attempt: _Attempt,
+        model: str,
+        revision: str | None,
+        engine_args: Mapping[str, Any],
+        modeltyp: str,
+        enter: Callable[[Phase], None],
+    ) -> AsyncLLM:
+        """In the engine thread: from arguments to an engine that is loaded and warm."""
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        enter(Phase.CONFIGURING)
+        args = self._arguments(model, revision, engine_args, modeltyp)
+        config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        attempt.configuring = False
+        if attempt.cancelled:
+            raise RuntimeError("cancelled")
+        enter(Phase.LOADING)
+        return AsyncLLM.from_vllm_config(
+            config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=False,
+            disable_log_stats=True,
+        )
+
+    def _arguments(
+        self, model: str, revision: str | None, engine_args: Mapping[str, Any], modeltyp: str
+    ) -> AsyncEngineArgs:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        unknown = set(engine_args) - {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+        if unknown:
+            raise ValueError(f"vLLM has no engine argument {', '.join(sorted(unknown))}")
+        ours: dict[str, Any] = {"tensor_parallel_size": max(1, self._gpus), **_RUNNERS.get(modeltyp, {})}
+        if not self._gpus and self._kv_cache_gib is not None:
+            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would win, and knows whole GiB only
+            ours["kv_cache_memory_bytes"] = int(self._kv_cache_gib * 2**30)
+        fixed = {"model": model, "revision": revision, "served_model_name": [model]}
+        return AsyncEngineArgs(**{**ours, **engine_args, **fixed})
+
+    async def _serve(self, engine: AsyncLLM, model: str) -> ASGIApp:
+        """Build vLLM's OpenAI app on a running engine."""
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+
+        assert self._defaults is not None
+        args = Namespace(**vars(self._defaults))
+        args.model, args.served_model_name = model, [model]
+        args.disable_fastapi_docs = args.disable_log_stats = True
+        tasks = await engine.get_supported_tasks()
+        app = build_app(args, tasks, engine.model_config)
+        await init_app_state(engine, app.state, args, tasks)
+        return app
+
+    async def _clear_away(self, launching: asyncio.Future[AsyncLLM], before: set[psutil.Process]) -> None:
+        """After a failed or cancelled start: no process, no socket and no thread of it stays."""
+        deadline_s = time.monotonic() + _GONE_TIMEOUT_S
+        while not launching.done() and time.monotonic() < deadline_s:
+            process_tree.kill(self._candidates() - before)
+            await asyncio.wait([launching], timeout=0.05)
+        if not launching.done():
+            # Hangs where nothing can be killed, most likely on the network. It starts no process any more.
+            self._thread.shutdown(wait=False)
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        elif launching.exception() is None:
+            await self._in_thread(_shut_down, launching.result())
+        process_tree.kill(self._candidates() - before)
+        await process_tree.ended(self._candidates() - before, _GONE_TIMEOUT_S)
+        gc.collect()
+
+    def _candidates(self) -> set[psutil.Process]:
+        """Processes that are an engine's, or could be."""
+        if self._forkserver is not None and self._forkserver.pid is not None:
+            return process_tree.descendants(self._forkserver.pid)
+        tracker = WarmForkserver.tracker_pid()
+        return {process for process in process_tree.descendants(os.getpid()) if process.pid != tracker}
+
+    def _on_death(self, llm: RunningLLM, pid: int) -> None:
+        if llm.died.is_set():
+            return
+        assert self._environment is not None
+        words = self._environment.last_words()
+        llm.death_reason = f"process {pid} of {llm.served_model_name} ended by itself" + (f": {words}" if words else "")
+        _log.error("the engine died: %s", llm.death_reason)
+        llm.died.set()
+
+    # --- stopping ----------------------------------------------------------------------------------------------
+
+    async def stop(self) -> StopReport:
+        """Stop the LLM, if any, and return when its processes are gone and their memory is back."""
+        if self._starting is not None:
+            self._starting.cancel()
+        async with self._busy:
+            llm, self.running = self.running, None
+            if llm is None:
+                return StopReport()
+            if self._watch is not None:
+                self._watch.close()
+                self._watch = None
+            begun_s = time.monotonic()
+            processes = llm.processes.union(*(process_tree.descendants(pid) for pid in llm.pids))
+            if not llm.died.is_set():
+                with suppress(Exception):
+                    await asyncio.wait_for(llm.abort_all(), 1.0)
+            await self._in_thread(_shut_down, llm.engine)
+            llm.asgi = _stopped
+            remaining = await process_tree.ended(processes, 1.0)
+            process_tree.kill(remaining)
+            leftover = await process_tree.ended(remaining, _GONE_TIMEOUT_S)
+            del llm
+            gc.collect()
+            return StopReport(_pids(remaining), _pids(leftover), time.monotonic() - begun_s)
+
+    async def close(self) -> None:
+        """Stop, end the forkserver, remove temporary files. The host can't be used any more."""
+        await self.stop()
+        async with self._busy:
+            if self._forkserver is not None:
+                await asyncio.to_thread(self._forkserver.stop)
+                self._forkserver = None
+            if self._environment is not None:
+                self._environment.close()
+                self._environment = None
+            self._thread.shutdown()
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One start, as the loop and the engine thread share it."""
+
+    configuring: bool = True
+    cancelled: bool = False
+
+
+class _PhaseClock:
+    """Tells phases as they begin, and how long each took. Lives in the event loop."""
+
+    def __init__(self, on_phase: Callable[[Phase], None]) -> None:
+        self.phase: Phase | None = None
+        self.took_s: dict[str, float] = {}
+        self._on_phase = on_phase
+        self._since_s = 0.0
+
+    def enter(self, phase: Phase) -> None:
+        now_s = time.monotonic()
+        if self.phase is not None:
+            self.took_s[self.phase] = self.took_s.get(self.phase, 0.0) + now_s - self._since_s
+        self.phase, self._since_s = phase, now_s
+        self._on_phase(phase)
+
+    def enter_threadsafe(self) -> Callable[[Phase], None]:
+        """``enter`` for another thread."""
+        return functools.partial(asyncio.get_running_loop().call_soon_threadsafe, self.enter)
+
+    async def follow(self, file: Path) -> None:
+        """Enter the phases that engine processes write to a file, until cancelled."""
+        seen = 0
+        while True:
+            phases = file.read_text(encoding="utf-8").split()
+            for phase in phases[seen:]:
+                self.enter(Phase(phase))
+            seen = len(phases)
+            await asyncio.sleep(0.05)
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await ``work``, which ends soon, even if cancelled meanwhile."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    task.result()
+
+
+def _shut_down(engine: AsyncLLM) -> None:
+    """In the engine thread."""
+    engine.shutdown(timeout=_STOP_TIMEOUT_S)
+
+
+async def _stopped(*_args: object) -> None:
+    """Stands in for the app of an LLM that was stopped, so that nothing keeps the app alive."""
+    raise EngineNotReady("it was stopped")
+
+
+def _pids(processes: Iterable[psutil.Process]) -> tuple[int, ...]:
+    return tuple(sorted(process.pid for process in processes))
+
+
+def _text_of(problem: BaseException) -> str:
+    """What an exception of vLLM says to people."""
+    if isinstance(problem, ValidationError):
+        return "; ".join(str(error["msg"]).removeprefix("Value error, ") for error in problem.errors())
+    return str(problem) or type(problem).__name__

@@ -1,0 +1,84 @@
+"""What the warm forkserver imports: everything an engine process needs, so that a fork of it starts at once.
+
+Nobody else imports this module: doing so changes the process for good.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import multiprocessing.spawn
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deployments.warm_start import OWNER_PID, PHASE_FILE, PRELOAD_EXTRA, die_with, fork_context, shape_problem
+
+_ALWAYS = (
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.models.registry",
+)
+_parent_pid = os.getpid()
+
+
+def _before_fork() -> None:
+    global _parent_pid  # noqa: PLW0603 - the child has to know who forked it
+    _parent_pid = os.getpid()
+
+
+def _in_child() -> None:
+    die_with(_parent_pid)
+
+
+def _preload() -> str | None:
+    """Import everything; what keeps a fork of this process from being an engine, in words."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        platform = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
+    else:
+        platform = ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner")
+    for module in (*_ALWAYS, *platform, *filter(None, os.environ[PRELOAD_EXTRA].split(","))):
+        importlib.import_module(module)
+    problem = shape_problem()
+    if problem is None:
+        _take_over()
+    return problem
+
+
+def _take_over() -> None:
+    """Let engine processes fork their workers, and tell their owner how far they are."""
+    from vllm.utils.platform_utils import cuda_is_initialized
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor import multiproc_executor
+
+    normal = multiproc_executor.get_mp_context
+    # A process that has used CUDA can't be forked: then, and only then, vLLM's own way.
+    multiproc_executor.get_mp_context = lambda: normal() if cuda_is_initialized() else fork_context()
+    EngineCore._initialize_kv_caches = _announced("warming_up", EngineCore._initialize_kv_caches)  # noqa: SLF001
+
+
+def _announced(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def announce(*args: Any, **kwargs: Any) -> Any:
+        with Path(os.environ[PHASE_FILE]).open("a", encoding="utf-8") as file:
+            file.write(f"{phase}\n")
+        return function(*args, **kwargs)
+
+    return announce
+
+
+die_with(int(os.environ[OWNER_PID]))
+os.register_at_fork(before=_before_fork, after_in_child=_in_child)
+# An engine needs nothing of its owner's main module, and inside a Ray worker importing that is neither quick nor safe.
+multiprocessing.spawn._fixup_main_from_name = lambda _name: None  # type: ignore[attr-defined]  # noqa: SLF001
+multiprocessing.spawn._fixup_main_from_path = lambda _path: None  # type: ignore[attr-defined]  # noqa: SLF001
+try:
+    problem = _preload()
+except Exception as error:  # noqa: BLE001 - told to the owner, which then starts its engines the normal way
+    problem = f"importing vLLM failed: {type(error).__name__}: {error}"

@@ -1,0 +1,249 @@
+"""Engine processes that start without importing anything, and that never outlive their owner.
+
+Importing vLLM takes longer than loading a small LLM. So a *forkserver* imports it once, beside the wrapper's own
+import, and every engine process is a fork of that. vLLM has no setting for it inside a Ray actor, therefore this
+file replaces two names inside vLLM: `get_mp_context` where engine processes are launched, and `_run_in_subprocess`
+where an LLM's class is inspected. ``shape_problem`` tells whether vLLM still has the shape that this needs.
+
+The kernel ends the whole chain owner → forkserver → engine → worker with its owner (PR_SET_PDEATHSIG), also when
+the owner is killed without a chance to clean up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import inspect
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import context, forkserver, resource_tracker
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+T = TypeVar("T")
+
+PRELOAD = "deployments.engine_preload"
+OWNER_PID = "GREENPROMPT_ENGINE_OWNER_PID"
+PHASE_FILE = "GREENPROMPT_ENGINE_PHASE_FILE"
+PRELOAD_EXTRA = "GREENPROMPT_ENGINE_PRELOAD"
+_PR_SET_PDEATHSIG = 1
+
+# (module, what must be in it, names that its code must look up in the module: who holds `get_mp_context` by name)
+_SHAPE = (
+    ("vllm.v1.engine.utils", "CoreEngineProcManager.__init__", ("get_mp_context", "Process")),
+    ("vllm.v1.executor.multiproc_executor", "MultiprocExecutor._init_executor", ("get_mp_context",)),
+    ("vllm.v1.executor.multiproc_executor", "WorkerProc.make_worker_process", ("get_mp_context", "Process")),
+    ("vllm.model_executor.models.registry", "_LazyRegisteredModel.inspect_model_cls", ("_run_in_subprocess",)),
+    ("vllm.v1.engine.core", "EngineCoreProc.run_engine_core", ()),
+    ("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ()),
+)
+
+
+class WarmStartUnavailable(Exception):
+    """Engines have to be started the normal, slow way; the text says why."""
+
+
+def shape_problem() -> str | None:
+    """What is missing in the installed vLLM for a warm start, in words; None when nothing is. Imports vLLM."""
+    for module_name, path, names in _SHAPE:
+        try:
+            found: Any = importlib.import_module(module_name)
+            for part in path.split("."):
+                found = getattr(found, part)
+            code = inspect.unwrap(found).__code__
+        except (ImportError, AttributeError) as problem:
+            return f"vLLM has no {module_name}.{path} ({problem})"
+        missing = [name for name in names if name not in code.co_names]
+        if missing:
+            return f"vLLM's {module_name}.{path} no longer uses {', '.join(missing)}"
+    return None
+
+
+def die_with(parent_pid: int) -> None:
+    """Make the kernel kill this process when the thread that started it ends, and end now if it has ended already."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+class EngineProcess(context.ForkServerProcess):
+    """A fork of the warm forkserver that has the owner's environment of the moment it is started in."""
+
+    environment: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._environment = {**os.environ, **self.environment}
+
+    def run(self) -> None:
+        """Run the target; in the child."""
+        os.environ.clear()
+        os.environ.update(self._environment)
+        super().run()
+
+
+class _WarmContext(context.ForkServerContext):
+    Process = EngineProcess
+
+
+class MortalProcess(context.SpawnProcess):
+    """A spawned process that dies with its owner from its first moment on, and so do all that it spawns."""
+
+    def __reduce__(self) -> Any:
+        # Revived first, and only then given its state, whose unpickling imports vLLM.
+        return (_revive_mortal, (os.getpid(),), self.__dict__)
+
+
+def _revive_mortal(parent_pid: int) -> MortalProcess:
+    die_with(parent_pid)
+    spawn_mortals()
+    return MortalProcess.__new__(MortalProcess)
+
+
+def spawn_mortals() -> None:
+    """From now on whatever this process spawns through multiprocessing dies with it."""
+    context.SpawnContext.Process = MortalProcess  # type: ignore[misc]
+
+
+class WarmForkserver:
+    """The process whose forks are the engines. One per owner, because multiprocessing has one forkserver."""
+
+    def __init__(self) -> None:
+        self.context = _WarmContext()
+        self._closing = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self._replaced: list[tuple[Any, str, Any]] = []
+        self._had_tracker = resource_tracker._resource_tracker._fd is not None  # type: ignore[attr-defined]
+
+    @staticmethod
+    def tracker_pid() -> int | None:
+        """Process id of multiprocessing's resource tracker, which is nobody's engine; None while it does not run."""
+        return resource_tracker._resource_tracker._pid  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the forkserver; None while it does not run."""
+        return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined,no-any-return]
+
+    def start(self, preload: Sequence[str]) -> None:
+        """Start the forkserver and wait until it has imported everything. Blocks for as long as that takes.
+
+        Args:
+            preload: Modules to import besides those that every engine needs.
+
+        Raises:
+            WarmStartUnavailable: It could not be started, or lacks something that a warm engine needs.
+        """
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if root not in paths:  # the forkserver knows nothing of this process' sys.path
+            os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, paths)])
+        os.environ[OWNER_PID] = str(os.getpid())
+        os.environ[PRELOAD_EXTRA] = ",".join(preload)
+        started: list[BaseException | None] = []
+        ready = threading.Event()
+
+        def keep() -> None:
+            # The kernel kills the forkserver when the *thread* that started it ends: this one stays.
+            try:
+                forkserver.set_forkserver_preload([PRELOAD])
+                forkserver.ensure_running()
+                started.append(None)
+            except BaseException as problem:
+                started.append(problem)
+            ready.set()
+            self._closing.wait()
+
+        self._keeper = threading.Thread(target=keep, name="engine-forkserver-keeper", daemon=True)
+        self._keeper.start()
+        ready.wait()
+        if started[0] is not None:
+            raise WarmStartUnavailable(f"the forkserver did not start: {started[0]}")
+        try:
+            problem = self.run(_preload_problem)
+        except Exception as error:
+            raise WarmStartUnavailable(f"the forkserver does not answer: {error}") from error
+        if problem is not None:
+            raise WarmStartUnavailable(problem)
+
+    def install(self) -> None:
+        """Make vLLM, in this process, start its engines and inspect LLM classes in forks of the forkserver."""
+        self._replace("vllm.v1.engine.utils", "get_mp_context", lambda: self.context)
+        self._replace("vllm.model_executor.models.registry", "_run_in_subprocess", self.run)
+
+    def _replace(self, module_name: str, name: str, new: object) -> None:
+        module = importlib.import_module(module_name)
+        self._replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, new)
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Call ``function`` in a fork of the forkserver and return what it returns. Blocks until it has.
+
+        Raises:
+            RuntimeError: It raised (the text holds what), or its process ended without an answer.
+        """
+        import cloudpickle
+
+        reader, writer = self.context.Pipe(duplex=False)
+        with reader:
+            with writer:
+                process = self.context.Process(
+                    target=_answer, args=(cloudpickle.dumps(function), writer), name="EngineErrand", daemon=True
+                )
+                process.start()
+            try:
+                succeeded, value = pickle.loads(reader.recv_bytes())
+            except EOFError:
+                process.join()
+                raise RuntimeError(f"the process ended without an answer (exit code {process.exitcode})") from None
+            finally:
+                process.join()
+                process.close()
+        if not succeeded:
+            raise RuntimeError(value)
+        return value  # type: ignore[no-any-return]
+
+    def stop(self) -> None:
+        """End the forkserver and what it started, and put vLLM's own names back. Returns when they are gone."""
+        for module, name, old in reversed(self._replaced):
+            setattr(module, name, old)
+        self._replaced.clear()
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGKILL)  # its children hold its pipe open, so a polite request may not reach it
+            forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        self._closing.set()
+        if self._keeper is not None:
+            self._keeper.join()
+            self._keeper = None
+        if not self._had_tracker:
+            resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+
+
+def _answer(pickled: bytes, writer: Any) -> None:
+    """The errand's side of ``WarmForkserver.run``."""
+    try:
+        outcome = (True, pickle.loads(pickled)())
+    except Exception as problem:
+        outcome = (False, f"{type(problem).__name__}: {problem}")
+    writer.send_bytes(pickle.dumps(outcome))
+    writer.close()
+
+
+def _preload_problem() -> str | None:
+    """In a fork of the forkserver: why it can't serve as an engine; None when it can."""
+    preload = sys.modules.get(PRELOAD)
+    if preload is None:
+        return f"the forkserver could not import {PRELOAD}"
+    return preload.problem  # type: ignore[no-any-return]
+
+
+def fork_context() -> Any:
+    """What `get_mp_context` gives inside an engine process: its workers are forks of it."""
+    return multiprocessing.get_context("fork")
