@@ -1,0 +1,365 @@
+"""The args of an llmconfig, written in Hugging Face's words or vLLM's own, as arguments of vLLM.
+
+What has an equal is translated, what has no meaning is dropped and noted, everything else is refused by name. The
+decisions are in ``llm_args_table``; here they are carried out. Knows vLLM's words but does not import it, so that the
+ingress can check an llmconfig at once. Null is the same as not giving a word, as in transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from deployments.llm_args_rules import JSON, Dropped, Kind, Mapped, Refused, Rule
+from deployments.llm_args_table import DEPLOYMENT, PROMPTING, TASKS, Task
+from registry.errors import InvalidField
+from registry.state import LLMSpec, canonical_json
+
+__all__ = ["JSON", "TASKS", "LLMArgs", "MappedArgs", "as_markdown", "map_deployment", "map_llmconfig", "map_prompting"]
+
+_DOCS = "docs/llm-args.md"
+_TABLES: Mapping[str, Mapping[str, Rule]] = {"prompting": PROMPTING, "deployment": DEPLOYMENT}
+_GPU_FACTORS = ("tensor_parallel_size", "pipeline_parallel_size")
+# vLLM raises what is between 0 (greedy) and this to this (sampling_params._MAX_TEMP).
+_LOWEST_TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class MappedArgs:
+    """Arguments in vLLM's words, and in ``notes`` what of the client's own was translated or dropped."""
+
+    values: Mapping[str, JSON]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LLMArgs:
+    """An llmconfig for vLLM: ``spec`` is what has to run, ``prompting`` goes into the body of every prompt."""
+
+    spec: LLMSpec
+    uses_chat_template: bool
+    prompting: Mapping[str, JSON]
+    notes: tuple[str, ...] = ()
+
+
+def map_prompting(args: Mapping[str, object], *, uses_chat_template: bool = True) -> MappedArgs:
+    """``args.prompting`` as fields of the body of vLLM's /v1/completions and /v1/chat/completions.
+
+    With ``uses_chat_template`` false, words that only the latter knows are refused.
+
+    Raises:
+        InvalidField: a word is unknown or can't be done on vLLM, or a value is not allowed.
+    """
+    values, notes = _translate("prompting", args)
+    for word in sorted(args):
+        rule = PROMPTING[word]
+        if isinstance(rule, Mapped) and rule.chat_only and rule.to in values and not uses_chat_template:
+            raise InvalidField(f"args.prompting.{word}", "means nothing with uses_chat_template false; leave it out")
+    do_sample, temperature = values.pop("do_sample", None), values.get("temperature")
+    if do_sample is False:
+        for word in ("min_p", "temperature", "top_k", "top_p"):
+            if values.pop(word, None) is not None:
+                notes.append(f"args.prompting.{word} was dropped: do_sample is false, and greedy decoding ignores it")
+        values["temperature"] = 0.0
+        notes.append("args.prompting.do_sample is temperature 0")
+    elif do_sample and temperature == 0:
+        raise InvalidField(
+            "args.prompting.temperature", "0 is greedy decoding, but do_sample is true; raise the one or leave out both"
+        )
+    elif isinstance(temperature, float) and 0 < temperature < _LOWEST_TEMPERATURE:
+        values["temperature"] = _LOWEST_TEMPERATURE
+        notes.append(f"args.prompting.temperature is {_LOWEST_TEMPERATURE}: vLLM's lowest above 0")
+    _check_order("prompting", args, values, "min_tokens", "max_tokens")
+    return MappedArgs(values, tuple(notes))
+
+
+def map_deployment(args: Mapping[str, object], *, remote_code: bool = False) -> MappedArgs:
+    """``args.deployment`` as fields of vLLM's EngineArgs, ``revision`` among them.
+
+    ``remote_code``: the operator allows this LLM to bring its own code (``trust_remote_code``).
+
+    Raises:
+        InvalidField: a word is unknown or not for clients, or a value is not allowed.
+    """
+    values, notes = _translate("deployment", args)
+    if values.get("trust_remote_code") and not remote_code:
+        raise InvalidField(
+            "args.deployment.trust_remote_code",
+            "runs code that comes with the LLM, which is not allowed for this one; leave it out or ask the operator",
+        )
+    if "pipeline_parallel_size" in values:
+        values.setdefault("tensor_parallel_size", 1)
+    _check_order("deployment", args, values, "max_num_seqs", "max_num_batched_tokens")
+    return MappedArgs(values, tuple(notes))
+
+
+def map_llmconfig(
+    llmconfig: Mapping[str, object], *, field: str = "", allow_remote_code: Collection[str] = ()
+) -> LLMArgs:
+    """A whole llmconfig. Equal results for equal meaning: the spec's fingerprint depends on no order and no spelling.
+
+    ``field`` is where the llmconfig stands in the client's body (``llms[0]``). ``allow_remote_code`` names the
+    models that may bring their own code. ``spec.gpus`` is how many GPUs the parallel sizes ask for, 0 when they ask
+    for no more than one: then the LLM takes what its wrapper has. Where models may come from is not checked here.
+
+    Raises:
+        InvalidField: a field is missing or has a value that can't be used; names it below ``field``.
+    """
+    try:
+        return _llm_args(llmconfig, allow_remote_code)
+    except InvalidField as error:
+        raise InvalidField(f"{field}.{error.field}" if field else error.field, error.problem) from None
+
+
+def _llm_args(llmconfig: Mapping[str, object], allow_remote_code: Collection[str]) -> LLMArgs:
+    task, model = _task(llmconfig.get("modeltyp")), _model(llmconfig.get("model"))
+    uses_chat_template = llmconfig.get("uses_chat_template")
+    if not isinstance(uses_chat_template, bool):
+        raise InvalidField("uses_chat_template", f"is {_shown(uses_chat_template)}; give true or false")
+    args = _object("args", llmconfig.get("args"))
+    given = {section: _object(f"args.{section}", args.get(section)) for section in _TABLES}
+    prompting = map_prompting(given["prompting"], uses_chat_template=uses_chat_template)
+    deployment = map_deployment(given["deployment"], remote_code=model in allow_remote_code)
+    most, context = prompting.values.get("max_tokens"), deployment.values.get("max_model_len")
+    if isinstance(most, int) and isinstance(context, int) and 0 < context < most:
+        raise InvalidField(
+            f"args.prompting.{_word_for('max_tokens', 'prompting', given['prompting'])}",
+            f"is {most}, which is more than max_model_len {context}; lower the one or raise the other",
+        )
+    if not task.generates:
+        prompting = _without_meaning(prompting, task)
+    engine = {**deployment.values, **dict(task.engine)}
+    revision = engine.pop("revision", None)
+    gpus = math.prod(size for word in _GPU_FACTORS if isinstance(size := engine.get(word), int))
+    spec = LLMSpec(
+        model=model,
+        modeltyp=task.name,
+        revision=revision if isinstance(revision, str) else None,
+        engine_args=canonical_json(engine),
+        gpus=gpus if gpus > 1 else 0,
+    )
+    return LLMArgs(spec, uses_chat_template, prompting.values, prompting.notes + deployment.notes)
+
+
+def _task(modeltyp: object) -> Task:
+    task = TASKS.get(modeltyp) if isinstance(modeltyp, str) else None
+    if task is None:
+        raise InvalidField(
+            "modeltyp", f"is {_shown(modeltyp)}; vLLM serves {', '.join(TASKS)}{_nearest(modeltyp, TASKS)}"
+        )
+    return task
+
+
+def _model(model: object) -> str:
+    good = isinstance(model, str) and 0 < len(model) <= 512 and model.isprintable() and model == model.strip()
+    # vLLM would take an address like s3://… and load from there.
+    if not isinstance(model, str) or not good or "://" in model:
+        raise InvalidField(
+            "model", f"is {_shown(model)}; give the id of an LLM, like TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+        )
+    return model
+
+
+def _object(field: str, value: object) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise InvalidField(field, f"is {_shown(value)}; give an object, {{}} for none")
+    return value
+
+
+def _without_meaning(prompting: MappedArgs, task: Task) -> MappedArgs:
+    """No prompting arguments, and a note for each that there was: this LLM writes no text."""
+    notes = (f"args.prompting was dropped: {task.name} writes no text",) if prompting.values else ()
+    return MappedArgs({}, notes)
+
+
+# --- the rules, carried out --------------------------------------------------------------------------------
+
+
+def _translate(section: str, args: Mapping[str, object]) -> tuple[dict[str, JSON], list[str]]:
+    """The words of a section by their rules; the same for every order of ``args``."""
+    values: dict[str, JSON] = {}
+    source: dict[str, str] = {}
+    notes: list[str] = []
+    for word, rule, value in _given(section, args):
+        field = f"args.{section}.{word}"
+        match rule:
+            case Mapped(to=to, kind=kind):
+                read = _read(field, kind, value)
+                if to in values and values[to] != read:
+                    raise InvalidField(
+                        field, f"is not what {source[to]} says, and both are vLLM's {to}; give one of them"
+                    )
+                values[to], source[to] = read, word
+                if to != word:
+                    notes.append(f"{field} is {to}" + (f": {rule.caveat}" if rule.caveat else ""))
+            case Dropped(why=why):
+                notes.append(f"{field} has no meaning on vLLM and was dropped: {why}")
+            case Refused(unless=unless) if unless in values:
+                notes.append(f"{field} was dropped: {unless} goes before it")
+            case Refused(neutral=neutral) if any(_same(value, item) for item in neutral):
+                notes.append(f"{field} was dropped: {_shown(value)} asks for nothing")
+            case Refused(why=why, neutral=neutral):
+                only = f"; only {' or '.join(map(_shown, neutral))} is allowed" if neutral else ""
+                raise InvalidField(field, f"is not possible: {why}{only}")
+    for to, word in source.items():
+        rule = _TABLES[section][word]
+        if isinstance(rule, Mapped) and values[to] == rule.same_as_absent:
+            del values[to]
+    return values, notes
+
+
+def _given(section: str, args: Mapping[str, object]) -> Iterator[tuple[str, Rule, object]]:
+    """Known words that are not null with their rules, in an order of our own; the refused ones last."""
+    table = _TABLES[section]
+    if unknown := [str(word) for word in args if not isinstance(word, str) or word not in table]:
+        raise _unknown(section, min(unknown))
+    ordered = sorted(args, key=lambda word: (isinstance(table[word], Refused), word))
+    yield from ((word, table[word], args[word]) for word in ordered if args[word] is not None)
+
+
+def _unknown(section: str, word: str) -> InvalidField:
+    shown = word if word.isidentifier() and len(word) <= 64 else _shown(word)
+    elsewhere = next((other for other, table in _TABLES.items() if other != section and word in table), None)
+    hint = f"; it belongs to args.{elsewhere}" if elsewhere else _nearest(word, _TABLES[section])
+    return InvalidField(f"args.{section}.{shown}", f"is not a known word{hint}; {_DOCS} lists all of them")
+
+
+def _read(field: str, kind: Kind, value: object) -> JSON:
+    read = kind.read(value)
+    if read is not None:
+        return read
+    hint = _nearest(value, kind.words)
+    if isinstance(value, str) and _unquoted(kind, value):
+        hint = f", without quotes: {value.lower()}"
+    raise InvalidField(field, f"is {_shown(value)}; give {kind.allowed}{hint}")
+
+
+def _unquoted(kind: Kind, text: str) -> bool:
+    """Whether ``text`` would be allowed as the number, true or false that it spells."""
+    try:
+        return len(text) <= 40 and kind.read(json.loads(text.lower())) is not None
+    except (ValueError, RecursionError):
+        return False
+
+
+def _check_order(section: str, args: Mapping[str, object], values: Mapping[str, JSON], lower: str, upper: str) -> None:
+    low, high = values.get(lower), values.get(upper)
+    if isinstance(low, int) and isinstance(high, int) and low > high:
+        raise InvalidField(
+            f"args.{section}.{_word_for(lower, section, args)}",
+            f"is {low}, which is more than {upper} {high}; lower it",
+        )
+
+
+def _word_for(to: str, section: str, args: Mapping[str, object]) -> str:
+    """The client's own word (one of them) for an argument of vLLM."""
+    rules = _TABLES[section]
+    return next(word for word in sorted(args) if isinstance(rule := rules[word], Mapped) and rule.to == to)
+
+
+def _same(value: object, other: JSON) -> bool:
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _nearest(value: object, words: Collection[str]) -> str:
+    near = difflib.get_close_matches(value[:64], words, n=1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _shown(value: object) -> str:
+    """A client's value for people: on one line, and never long."""
+    match value:
+        case None:
+            return "missing or null"
+        case bool():
+            return str(value).lower()
+        case int() if abs(value) > 2**64:
+            return "a number of more than 64 bits"
+        case int() | float():
+            return repr(value)
+        case str() if len(value) > 64:
+            return f"the text {value[:60]!r}…"
+        case str():
+            return f"the text {value!r}"
+        case Mapping():
+            return "an object" if value else "{}"
+        case list():
+            return "a list"
+        case _:
+            return f"a {type(value).__name__}"
+
+
+# --- the tables for people ---------------------------------------------------------------------------------
+
+
+def as_markdown() -> str:
+    """docs/llm-args.md, from the tables. ``python -m deployments.llm_args > docs/llm-args.md`` writes it."""
+    parts = [_INTRODUCTION]
+    parts += ["## modeltyp\n", "| modeltyp | served as | engine arguments |", "|---|---|---|"]
+    parts += [
+        f"| `{modeltyp}` | {task.name} | {', '.join(f'`{word}={value}`' for word, value in task.engine)} |"
+        for modeltyp, task in TASKS.items()
+    ]
+    for section, table in _TABLES.items():
+        parts += [
+            f"\n## args.{section}\n\n### Taken\n",
+            "| word | vLLM's word | allowed | remark |",
+            "|---|---|---|---|",
+        ]
+        parts += [_taken(word, rule) for word, rule in table.items() if isinstance(rule, Mapped)]
+        parts += ["\n### Dropped, with a note in the answer\n", "| words | why |", "|---|---|"]
+        parts += _grouped({word: rule.why for word, rule in table.items() if isinstance(rule, Dropped)})
+        parts += ["\n### Refused with 422\n", "| words | why |", "|---|---|"]
+        parts += _grouped({word: _refusal(rule) for word, rule in table.items() if isinstance(rule, Refused)})
+    return "\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """\
+# What may stand in the args of an llmconfig
+
+Made from `deployments/llm_args_table.py` by `python -m deployments.llm_args`; a test keeps it current.
+
+Args are written in the words of Hugging Face transformers or in vLLM's own (0.32). `null` is the same as leaving a word
+out. A word that is not listed here is refused, with the nearest that is.
+
+Where transformers and vLLM differ when a word is *not* given: vLLM samples as the LLM's own `generation_config.json`
+says (temperature 1 where it says nothing), transformers decodes greedily unless told otherwise, and its `top_k` is 50
+where nobody says anything; vLLM's is off. Without `max_new_tokens` vLLM ends an answer after 16 tokens
+(`uses_chat_template: false`) or when the context is full (`true`), transformers after 20 tokens. Say `do_sample` and
+`max_new_tokens` where figures have to compare.
+"""
+
+
+def _taken(word: str, rule: Mapped) -> str:
+    remarks = [rule.caveat] if rule.caveat else []
+    if word == "do_sample":
+        remarks.append("false is temperature 0, and temperature, top_p, top_k and min_p are dropped")
+    if word == "trust_remote_code":
+        remarks.append("true only for LLMs that the operator allows it for")
+    if rule.same_as_absent is not None:
+        remarks.append(f"`{json.dumps(rule.same_as_absent)}` is the same as leaving it out")
+    if rule.chat_only:
+        remarks.append("only with uses_chat_template true")
+    to = "temperature" if word == "do_sample" else rule.to
+    return f"| `{word}` | `{to}` | {rule.kind.allowed} | {'; '.join(remarks)} |"
+
+
+def _refusal(rule: Refused) -> str:
+    neutral = f" (`{'`, `'.join(map(json.dumps, rule.neutral))}` is dropped)" if rule.neutral else ""
+    return rule.why + (f" (dropped when {rule.unless} is given)" if rule.unless else "") + neutral
+
+
+def _grouped(reasons: Mapping[str, str]) -> list[str]:
+    """One row for each reason, with all its words."""
+    words: dict[str, list[str]] = {}
+    for word, reason in reasons.items():
+        words.setdefault(reason, []).append(f"`{word}`")
+    return [f"| {', '.join(group)} | {reason} |" for reason, group in words.items()]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(as_markdown())
