@@ -372,7 +372,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class DeployLLM:
-    """Make the wrapper run this LLM instead of whatever it runs or is starting. Answer: LLMDeployed, LLMDeployFailed."""
+    """Make the wrapper run this LLM instead of any other. Answer: LLMDeployed, LLMDeployFailed."""
 
     wrapper_id: str
     epoch: int

@@ -1,0 +1,214 @@
+"""The composition root: settings → Ray, Serve, the registry actor, the ingress; and the way down again."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import secrets
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+import stamina
+from ray import serve
+from ray.exceptions import RayError
+
+from deployments import ingress
+from deployments.cluster import RayCluster
+from deployments.ingress import IngressConfig
+from deployments.llm_args import map_llmconfig
+from deployments.models import ModelSources
+from registry.actor import ACTOR_NAME, NAMESPACE, RegistryActor
+from registry.errors import BadSettings, InvalidField, RegistryUnavailable, StoreUnavailable
+from registry.logs import configure_logging
+from registry.service import Service
+from registry.settings import Settings
+from registry.state import LLMSpec
+from registry.store import Store
+
+INGRESS_APP = "registry"
+"""Name of the ingress among Serve's applications."""
+
+READY_POLL_S = 0.2
+
+
+def model_sources(settings: Settings) -> ModelSources:
+    """Which models may be deployed, from the settings of the process that started the registry."""
+    return ModelSources(settings.models.huggingface, settings.models.local_roots, Path.cwd())
+
+
+def home_llms(settings: Settings) -> dict[str, LLMSpec]:
+    """The LLMs that the configuration names, by machine id or ``*``. Raises BadSettings that names the entry."""
+    homes: dict[str, LLMSpec] = {}
+    sources = model_sources(settings)
+    for number, entry in enumerate(settings.deploy):
+        field = f"deploy[{number}].llm"
+        try:
+            sources.locate(entry.llm.model, field=f"{field}.model")
+            args = map_llmconfig(
+                entry.llm.model_dump(), field=field, allow_remote_code=settings.models.allow_remote_code
+            )
+        except InvalidField as error:
+            raise BadSettings(error.field, error.problem) from error
+        homes[entry.machine] = args.spec
+    return homes
+
+
+def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[[StoreUnavailable], None]) -> Service:
+    """A service over the real database and the real cluster. Raises StoreUnavailable, BadSettings."""
+    configure_logging()
+    return Service(
+        settings,
+        Store.open(settings.store_url),
+        RayCluster(settings, sources),
+        now_s=time.time,
+        new_token=lambda: secrets.token_urlsafe(32),
+        homes=home_llms(settings),
+        on_fatal=on_fatal,
+    )
+
+
+def require_engine() -> None:
+    """Raise BadSettings when vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise BadSettings("vllm", "is not installed; install greenprompt-llm-registry with the extra cpu or gpu")
+
+
+def start(settings: Settings, ray_folder: Path | None) -> str:
+    """Start everything and return the dashboard's URL once requests can be served.
+
+    Args:
+        settings: with ``ray.address`` None a local cluster is started in ``ray_folder``; else that one is joined,
+            and a registry that runs there already is kept.
+        ray_folder: folder for a local cluster's files; its environment is prepared.
+
+    Raises:
+        BadSettings: something in the configuration can't work here.
+        RegistryUnavailable: no wrapper was ready in time, or the cluster does not answer.
+    """
+    require_engine()
+    home_llms(settings)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\..*")
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    dashboard = join_ray(settings, ray_folder)
+    serve.start(proxy_location="EveryNode", http_options={"host": settings.http.host, "port": settings.http.port})
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    _start_registry(settings)
+    sources = model_sources(settings)
+    serve.run_many(
+        [
+            serve.RunTarget(
+                ingress.deployment(IngressConfig(sources, settings.models.allow_remote_code)),
+                name=INGRESS_APP,
+                route_prefix="/",
+            )
+        ]
+    )
+    _wait_until_usable(settings)
+    return dashboard
+
+
+def stop(settings: Settings) -> None:
+    """The documented shutdown: LLMs stopped, wrappers down, registry stopped, database closed, cluster left.
+
+    Every step has a time limit; a local cluster's processes end with this one in any case.
+    """
+    if not ray.is_initialized():
+        return
+    limit_s = 2 * settings.wrappers.stop_timeout_s + 90
+    try:
+        actor: Any = ray.get_actor(ACTOR_NAME, NAMESPACE)
+        ray.get(actor.shutdown.remote(), timeout=limit_s)
+        ray.kill(actor, no_restart=True)
+    except (ValueError, RayError) as error:
+        logging.getLogger(__name__).warning("the registry could not be shut down in order: %s", error)
+    if settings.ray.address is None:
+        serve.shutdown()
+    else:
+        serve.delete(INGRESS_APP)
+    ray.shutdown()
+
+
+def join_ray(settings: Settings, folder: Path | None) -> str:
+    """Connect to the configured cluster, or start a local one in ``folder``; its dashboard. Raises BadSettings."""
+    if settings.ray.address is not None:
+        try:
+            context = ray.init(
+                address=settings.ray.address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False
+            )
+        except (ConnectionError, RayError) as error:
+            raise BadSettings("ray.address", f"no cluster at {settings.ray.address!r}: {error}") from error
+    else:
+        context = ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            # Logical CPUs only gate actors' admission; ours ask for none.
+            num_cpus=max(4, os.cpu_count() or 1),
+            num_gpus=settings.ray.num_gpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=settings.ray.dashboard_port,
+            log_to_driver=False,
+            configure_logging=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder),
+        )
+    return f"http://{context.dashboard_url}"
+
+
+def _start_registry(settings: Settings) -> None:
+    sources = model_sources(settings)
+    actor: Any = (
+        ray.remote(RegistryActor)
+        .options(
+            name=ACTOR_NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            max_concurrency=10_000,
+            num_cpus=0,
+            # Its database may be a file: it stays with the head node.
+            resources={"node:__internal_head__": 0.001},
+        )
+        .remote(settings, lambda s, on_fatal: build_service(s, sources, on_fatal))
+    )
+    try:
+        ray.get(actor.ready.remote(), timeout=60)
+    except RayError as error:
+        ray.kill(actor, no_restart=True)
+        cause = getattr(error, "cause", None) or error
+        raise BadSettings("database", f"the registry can't start: {str(cause).strip().splitlines()[-1]}") from error
+
+
+def _wait_until_usable(settings: Settings) -> None:
+    """Wait for the ingress to say that a wrapper is usable."""
+    host = "127.0.0.1" if settings.http.host in ("0.0.0.0", "::") else settings.http.host
+    url = f"http://{host}:{settings.http.port}/healthz"
+    limit_s = settings.wrappers.start_timeout_s
+    try:
+        for attempt in stamina.retry_context(
+            on=(httpx.HTTPError, _NotUsable),
+            attempts=None,
+            timeout=limit_s,
+            wait_initial=READY_POLL_S,
+            wait_max=READY_POLL_S,
+            wait_jitter=0,
+        ):
+            with attempt:
+                answer = httpx.get(url, timeout=10)
+                if not answer.is_success:
+                    raise _NotUsable(answer.text)
+    except (httpx.HTTPError, _NotUsable) as error:
+        raise RegistryUnavailable(f"no wrapper was ready within {limit_s:g} s: {error}") from error
+
+
+class _NotUsable(Exception):
+    """The ingress answers, but no wrapper is usable yet."""

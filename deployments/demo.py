@@ -1,0 +1,299 @@
+"""``greenprompt demo``: a Prompting Service in small, over HTTP only, against a registry of its own.
+
+Starts ``greenprompt up`` as its own process with a temporary state folder, asks for the LLMs of one measurement,
+watches them come, prompts them, gives them back, shows what it cost, and ends everything it started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from deployments.local_ray import free_ports
+from deployments.tiny_llm import make_tiny_llm
+from registry.api import RequestState
+from registry.client import HeldLease, RegistryClient, RequestEnded
+from registry.errors import RegistryUnavailable
+from registry.settings import load_settings
+
+MEASUREMENT_ID = 1
+QUESTIONS = (
+    "What does a prompt cost the climate?",
+    "Name three things that a green data centre does.",
+    "Why do figures of different machines not compare?",
+)
+TINY_LLMS = Path("build/llms")
+END_LIMIT_S = 150.0
+POLL_S = 0.25
+
+
+@dataclass
+class Row:
+    """What the demo learned about one LLM."""
+
+    model: str
+    request_id: str = ""
+    asked_s: float = field(default_factory=time.monotonic)
+    deploying_s: float | None = None
+    deployed_s: float | None = None
+    state: RequestState | None = None
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    prompts_s: float = 0.0
+    streamed: int | None = None
+    note: str = ""
+
+    def heard(self, state: RequestState) -> None:
+        """Take in what the link says."""
+        now_s = time.monotonic()
+        if state.status in ("deploying", "deployed") and self.deploying_s is None:
+            self.deploying_s = now_s
+        if state.status == "deployed" and self.deployed_s is None:
+            self.deployed_s = now_s
+        self.state = state
+
+
+def run_demo(config: Path, models: list[str], console: Console) -> None:
+    """The whole demo. Raises RegistryError with what went wrong; everything it started has ended by then."""
+    if not models:
+        models = [str(path.absolute()) for path in (TINY_LLMS / "a", TINY_LLMS / "b")]
+        for number, path in enumerate(models):
+            make_tiny_llm(Path(path), seed=number)
+    rows = [Row(model) for model in models]
+    failed: list[str] = []
+    with _registry(config, console) as url, RegistryClient(url) as registry, httpx.Client(timeout=600) as http:
+        ids = registry.request(MEASUREMENT_ID, [_llmconfig(model) for model in models])
+        console.print(f"\nPOST /promptingservice/request → {len(ids)} links, polled until the LLM is ours:")
+        for row, request_id in zip(rows, ids, strict=True):
+            row.request_id = request_id
+            row.asked_s = time.monotonic()
+        with Live(_progress(rows), console=console, refresh_per_second=8, transient=False) as live:
+            for row in rows:
+                try:
+                    _use(registry, http, row, rows, live)
+                except RequestEnded as error:
+                    row.note = str(error)
+                    failed.append(str(error))
+    console.print(_results(rows))
+    console.print(_legend(rows), style="dim")
+    if failed:
+        raise RegistryUnavailable("; ".join(failed))
+
+
+def _use(registry: RegistryClient, http: httpx.Client, row: Row, rows: list[Row], live: Live) -> None:
+    def show(state: RequestState | None) -> None:
+        if state is not None:
+            row.heard(state)
+        for other in rows:
+            if other is not row and other.request_id and other.deployed_s is None and not other.note:
+                other.heard(registry.status(other.request_id))
+        live.update(_progress(rows))
+
+    try:
+        state = registry.wait_until_deployed(row.request_id, on_change=show, poll_s=POLL_S)
+        assert state.address is not None  # deployed
+        lease = HeldLease(state, state.address, http)
+        for question in QUESTIONS:
+            row.note = f"prompt {len(row.answers) + 1} of {len(QUESTIONS)}"
+            show(None)
+            begun_s = time.monotonic()
+            row.answers.append(lease.prompt(question))
+            row.prompts_s += time.monotonic() - begun_s
+        row.note = "streaming /v1/chat/completions"
+        show(None)
+        row.streamed = _stream(http, state.address, row.model)
+        row.note = "done"
+    finally:
+        registry.release(row.request_id)
+        row.heard(registry.status(row.request_id))
+        live.update(_progress(rows))
+
+
+def _stream(http: httpx.Client, address: str, model: str) -> int:
+    """Stream one chat completion by vLLM's own API; how many pieces came."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": QUESTIONS[0]}],
+        "max_tokens": 24,
+        "stream": True,
+    }
+    pieces = 0
+    with http.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
+        if not response.is_success:
+            response.read()
+            raise RegistryUnavailable(f"the streamed completion was refused: {response.text[:200]}")
+        for line in response.iter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                pieces += bool(json.loads(line.removeprefix("data: "))["choices"])
+    return pieces
+
+
+def _llmconfig(model: str) -> dict[str, Any]:
+    return {
+        "modeltyp": "text-generation",
+        "model": model,
+        "uses_chat_template": True,
+        "args": {
+            "prompting": {"max_new_tokens": 48, "do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95},
+            "deployment": {"torch_dtype": "torch.bfloat16", "device_map": "auto", "enforce_eager": True},
+        },
+    }
+
+
+@contextmanager
+def _registry(config: Path, console: Console) -> Iterator[str]:
+    """A registry of our own on free ports, as another process; yields its URL and ends it afterwards."""
+    port, dashboard_port = free_ports(2)
+    with tempfile.TemporaryDirectory(prefix="greenprompt-demo-") as folder:
+        environment = os.environ | {
+            "GREENPROMPT_STATE_DIR": folder,
+            "GREENPROMPT_HTTP__PORT": str(port),
+            "GREENPROMPT_RAY__DASHBOARD_PORT": str(dashboard_port),
+        }
+        command = [sys.executable, "-m", "deployments.cli", "up", "--config", str(config.absolute())]
+        log = Path(folder) / "up.log"
+        console.print("$ greenprompt up", style="bold")
+        with log.open("w", encoding="utf-8") as output:
+            process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+        try:
+            limit_s = load_settings(config).wrappers.start_timeout_s + 120
+            yield _wait_ready(process, log, Path(folder) / "up.json", limit_s, console)
+        finally:
+            with console.status("Shutting everything down …"):
+                _end(process)
+            console.print("Everything that was started has ended.")
+
+
+def _wait_ready(process: subprocess.Popen[bytes], log: Path, record: Path, limit_s: float, console: Console) -> str:
+    begun_s = time.monotonic()
+    with console.status("Starting Ray, Serve and a wrapper …") as status:
+        while time.monotonic() - begun_s < limit_s:
+            if process.poll() is not None:
+                lines = log.read_text(encoding="utf-8").strip().splitlines() or ["it ended without a word"]
+                raise RegistryUnavailable(lines[-1].removeprefix("greenprompt: "))
+            if record.exists() and "url" in (state := json.loads(record.read_text(encoding="utf-8"))):
+                took_s = time.monotonic() - begun_s
+                console.print(
+                    f"Registry at {state['url']}, Ray dashboard at {state['dashboard']}, after {took_s:.0f} s"
+                )
+                return str(state["url"])
+            status.update(f"Starting Ray, Serve and a wrapper … {time.monotonic() - begun_s:.0f} s")
+            time.sleep(POLL_S)
+    raise RegistryUnavailable(f"it was not ready within {limit_s:g} s")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(END_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()  # everything it started ends with it
+        process.wait()
+        raise RegistryUnavailable(f"it did not shut down within {END_LIMIT_S:g} s and was killed") from None
+
+
+def _progress(rows: list[Row]) -> Table:
+    table = Table("LLM", "status", "place", "phase", "seconds", "", box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        state = row.state
+        seconds = (row.deployed_s or time.monotonic()) - row.asked_s
+        table.add_row(
+            _short(row.model),
+            state.status if state else "-",
+            str(state.position) if state and state.position else "-",
+            (state.phase if state else None) or "-",
+            f"{seconds:.1f}",
+            row.note or (state.reason if state else None) or "",
+        )
+    return table
+
+
+def _results(rows: list[Row]) -> Table:
+    table = Table(title="\nWhat it took, and what it cost", title_justify="left")
+    for name in ("LLM", "machine"):
+        table.add_column(name)
+    for name in ("wait s", "start s", "tokens", "tokens/s", "joules", "sci_score\ngCO2eq/unit"):
+        table.add_column(name, justify="right")
+    table.add_column("how measured")
+    for row in rows:
+        tokens = sum(answer["usage"]["completion_tokens"] for answer in row.answers)
+        joules = [answer["energy"]["total_j"] for answer in row.answers]
+        scores = [answer["sci_score"] for answer in row.answers]
+        methods = sorted({answer["sci_method"] for answer in row.answers})
+        mark = "" if methods in (["measured"], ["measured_sampled"]) else "~ "
+        table.add_row(
+            _short(row.model),
+            (row.state.machine if row.state else None) or "-",
+            _seconds(row.asked_s, row.deploying_s),
+            _seconds(row.deploying_s, row.deployed_s),
+            str(tokens) if row.answers else "-",
+            f"{tokens / row.prompts_s:.1f}" if row.answers else "-",
+            _known_sum(joules, mark, "{:.2f}"),
+            _known_mean(scores, mark, "{:.3g}"),
+            ", ".join(_label(method) for method in methods) or row.note,
+        )
+    return table
+
+
+def _legend(rows: list[Row]) -> Text:
+    answers = [answer for row in rows for answer in row.answers]
+    if not answers:
+        return Text("")
+    last = answers[-1]
+    lines = [f"Per {last['unit']}; figures are of the {len(QUESTIONS)} prompts, without start and idle time."]
+    if any(answer["sci_method"] == "modeled" for answer in answers) and last["sci_low"] is not None:
+        lines.append(
+            f"~ is an estimate, not a measurement: no energy counter could be read here. "
+            f"The last score lies between {last['sci_low']:.3g} and {last['sci_high']:.3g}."
+        )
+    if last["flags"]:
+        lines.append("Flags: " + ", ".join(last["flags"]))
+    return Text("\n".join(lines))
+
+
+def _label(method: str) -> str:
+    return "estimate (modeled)" if method == "modeled" else method
+
+
+def _known_sum(values: list[float | None], mark: str, form: str) -> str:
+    known = [value for value in values if value is not None]
+    return mark + form.format(sum(known)) if known and len(known) == len(values) else "not known"
+
+
+def _known_mean(values: list[float | None], mark: str, form: str) -> str:
+    known = [value for value in values if value is not None]
+    return mark + form.format(sum(known) / len(known)) if known and len(known) == len(values) else "not known"
+
+
+def _seconds(start_s: float | None, end_s: float | None) -> str:
+    return "-" if start_s is None or end_s is None else f"{end_s - start_s:.1f}"
+
+
+def _short(model: str) -> str:
+    path = Path(model)
+    if not path.is_absolute():
+        return model
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f"…/{path.parent.name}/{path.name}"

@@ -1,0 +1,258 @@
+"""The HTTP ingress: validates, maps llmconfigs, passes on to the registry actor, turns errors into answers.
+
+It keeps nothing: any number of replicas may run. The registry actor may be restarting; calls are repeated for a
+few seconds, safely, because the ids of new requests are made here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import ray
+import stamina
+from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from ray import serve
+from ray.exceptions import RayActorError, RayError
+from starlette.exceptions import HTTPException
+
+from deployments.error_answers import error_answer, registry_error
+from deployments.llm_args import map_llmconfig
+from deployments.models import ModelSources
+from registry.actor import ACTOR_NAME, NAMESPACE
+from registry.api import (
+    MAX_ID,
+    MAX_WAIT_S,
+    AcceptedRequest,
+    ErrorAnswer,
+    HealthState,
+    LLMState,
+    MachineState,
+    MeasurementState,
+    PromptingAnswer,
+    PromptingRequest,
+    RequestState,
+)
+from registry.errors import InvalidField, RegistryError, RegistryUnavailable
+from registry.service import Idempotency
+from registry.state import LLMSpec, canonical_json
+
+RETRY_FOR_S = 10.0
+"""How long a call is repeated while the registry actor does not answer, seconds."""
+
+CALL_TIMEOUT_S = 30.0
+"""Longest wait for one answer of the actor beyond what the client asked to wait, seconds."""
+
+DESCRIPTION = """
+Hands LLMs out exclusively. Ask with `POST /promptingservice/request`, poll the `link` of each request until its
+status is `deployed`, prompt the LLM at `address`, and give it back with `DELETE`.
+
+Status words: `queued` → `deploying` → `deployed` → `released`; or `expired` (the lease ran out), `cancelled`
+(released before it was handed over), `failed` (see `reason`).
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class IngressConfig:
+    """What the ingress has to know of the settings."""
+
+    sources: ModelSources
+    allow_remote_code: tuple[str, ...]
+
+
+class RegistryClient:
+    """Calls to the registry actor that outlast its restarts."""
+
+    def __init__(self) -> None:
+        self._actor: Any = None
+
+    async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
+        """The answer of a method of the actor.
+
+        Raises:
+            RegistryError: what the registry itself raised.
+            RegistryUnavailable: it did not answer for RETRY_FOR_S seconds.
+        """
+        try:
+            async for attempt in stamina.retry_context(
+                on=(RayActorError, _NoActor), attempts=None, timeout=RETRY_FOR_S, wait_initial=0.05, wait_max=0.5
+            ):
+                with attempt:
+                    return await self._once(method, args, wait_s)
+        except (RayError, _NoActor) as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, RegistryError):
+                raise cause from None
+            raise RegistryUnavailable(type(error).__name__) from error
+        raise AssertionError("unreachable")
+
+    async def _once(self, method: str, args: Sequence[object], wait_s: float) -> Any:
+        if self._actor is None:
+            try:
+                self._actor = ray.get_actor(ACTOR_NAME, NAMESPACE)
+            except ValueError as error:
+                raise _NoActor from error
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S + wait_s):
+                return await getattr(self._actor, method).remote(*args)
+        except TimeoutError as error:
+            raise RegistryUnavailable(f"no answer within {CALL_TIMEOUT_S + wait_s:g} s") from error
+        except RayActorError:
+            self._actor = None
+            raise
+
+
+class _NoActor(Exception):
+    """No registry actor has the name (yet)."""
+
+
+def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> FastAPI:
+    """The FastAPI app around ``call(method, *args, wait_s=…)`` of the registry."""
+    app = FastAPI(title="GreenPrompt LLM Registry", description=DESCRIPTION)
+    errors: dict[int | str, dict[str, Any]] = {422: {"model": ErrorAnswer}, 503: {"model": ErrorAnswer}}
+    unknown: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer}, **errors}
+
+    @app.post(
+        "/promptingservice/request",
+        status_code=201,
+        response_model=PromptingAnswer,
+        responses={409: {"model": ErrorAnswer}, 429: {"model": ErrorAnswer}, **errors},
+    )
+    async def request_llms(
+        body: PromptingRequest,
+        request: Request,
+        idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    ) -> Response:
+        """Ask for one or more LLMs of a measurement; they are handed out one after another, on one machine."""
+        llms = [(uuid.uuid4().hex, *mapped(config, llm.model_dump(), f"llms[{n}]")) for n, llm in enumerate(body.llms)]
+        idempotency = None
+        if idempotency_key is not None:
+            idempotency = Idempotency(idempotency_key, hashlib.sha256(await request.body()).hexdigest())
+        states = json.loads(await call("request", body.measurementId, llms, "default", body.priority, idempotency))
+        accepted = [
+            AcceptedRequest(
+                requestId=state["requestId"],
+                llmconfig=state["llmconfig"],
+                link=state["link"],
+                status=state["status"],
+                notes=state["notes"],
+            )
+            for state in states
+        ]
+        return _json_response(PromptingAnswer(requests=accepted).model_dump_json(), status=201)
+
+    @app.get("/promptingservice/request/{request_id}", response_model=RequestState, responses=unknown)
+    async def request_status(request_id: str, wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0.0) -> Response:
+        """Where a request stands. With ``wait`` the answer comes when the status changes, or after that many seconds."""
+        return _json_response(await call("state", request_id, wait, wait_s=wait))
+
+    @app.delete("/promptingservice/request/{request_id}", status_code=204, responses=unknown)
+    async def release_llm(request_id: str) -> Response:
+        """The client is done with the LLM, or no longer wants it. Again is not an error."""
+        await call("release", request_id)
+        return Response(status_code=204)
+
+    @app.post("/promptingservice/request/{request_id}/keepalive", response_model=RequestState, responses=unknown)
+    async def keep_alive(request_id: str) -> Response:
+        """The client still needs its LLM: the idle time of its lease starts anew."""
+        return _json_response(await call("keep_alive", request_id))
+
+    @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=unknown)
+    async def measurement(measurement_id: int) -> Response:
+        """A measurement with all its requests, in their order."""
+        if not 0 < measurement_id <= MAX_ID:
+            raise InvalidField("measurement_id", f"must be between 1 and {MAX_ID}")
+        return _json_response(await call("measurement", measurement_id))
+
+    @app.get("/machines", response_model=list[MachineState], responses=errors)
+    async def machines() -> Response:
+        """Every LLM Machine, its wrappers and what they run."""
+        return _json_response(await call("machines"))
+
+    @app.get("/llms", response_model=list[LLMState], responses=errors)
+    async def llms() -> Response:
+        """Every LLM that runs or is being started."""
+        return _json_response(await call("llms"))
+
+    @app.get("/healthz", response_model=HealthState, responses=errors)
+    async def health() -> Response:
+        """Whether requests can be served; 503 while no wrapper is usable."""
+        text = await call("health")
+        return _json_response(text, status=200 if json.loads(text)["status"] == "ok" else 503)
+
+    app.exception_handler(RegistryError)(_on_registry_error)
+    app.exception_handler(RequestValidationError)(_on_invalid)
+    app.exception_handler(HTTPException)(_on_http_error)
+    return app
+
+
+def mapped(config: IngressConfig, llmconfig: dict[str, Any], field: str) -> tuple[LLMSpec, str, tuple[str, ...]]:
+    """An llmconfig as (spec, its own JSON, notes). Raises InvalidField that names the field below ``field``."""
+    config.sources.locate(llmconfig["model"], field=f"{field}.model")
+    args = map_llmconfig(llmconfig, field=field, allow_remote_code=config.allow_remote_code)
+    return args.spec, canonical_json(llmconfig), args.notes
+
+
+async def _on_registry_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RegistryError)
+    return registry_error(error)
+
+
+async def _on_invalid(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = [{"field": _field_of(problem["loc"]), "problem": problem["msg"]} for problem in error.errors()]
+    first = problems[0]
+    return error_answer(
+        422, "invalid_field", f"{first['field']}: {first['problem']}", field=first["field"], errors=problems
+    )
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "no_such_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    return error_answer(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
+
+
+def _field_of(location: Sequence[int | str]) -> str:
+    """``("body", "llms", 0, "model")`` → ``llms[0].model``; a body that is no JSON is called ``body``."""
+    name = ""
+    for part in location[1:] if location[0] in ("body", "query", "path", "header") else location:
+        name += f"[{part}]" if isinstance(part, int) and name else f".{part}" if name else str(part)
+    return name if name and not name.isdigit() else "body"
+
+
+def _json_response(text: str, *, status: int = 200) -> Response:
+    return Response(text, status_code=status, media_type="application/json")
+
+
+class Ingress:
+    """The Serve deployment around the app."""
+
+    def __init__(self, config: IngressConfig) -> None:
+        """``config`` is fixed for the life of the replica."""
+        self._app = build_app(config, RegistryClient().call)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+
+def deployment(config: IngressConfig) -> serve.Application:
+    """The Serve application of the ingress; needs no resources of its own."""
+    serve_deployment: Any = serve.deployment(serve.ingress()(Ingress))
+    application: serve.Application = serve_deployment.options(
+        name="Ingress",
+        num_replicas=1,
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.1,
+    ).bind(config)
+    return application

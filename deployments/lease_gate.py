@@ -1,0 +1,106 @@
+"""Who may prompt: one token at a time, for as long as its lease lasts. No I/O; the clock is an argument.
+
+The wrapper asks the gate for every prompt, so that a lease ends here even when the registry is not there.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections import OrderedDict
+from collections.abc import Callable
+
+from registry.errors import LeaseEnded, NoSuchLease
+from registry.reconcile import LeaseGrant
+
+REMEMBERED_TOKENS = 1000
+"""Ended leases of which the gate still knows how they ended."""
+
+
+class LeaseGate:
+    """The lease that is bound to a wrapper. ``clock`` gives monotonic seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._grant: LeaseGrant | None = None
+        self._deadline_s = 0.0
+        self._last_used_s = 0.0
+        self._in_flight = 0
+        self._ended: OrderedDict[str, str] = OrderedDict()
+
+    @property
+    def grant(self) -> LeaseGrant | None:
+        """The bound lease, None once it has ended."""
+        self._end_if_over()
+        return self._grant
+
+    @property
+    def idle_for_s(self) -> float | None:
+        """Seconds since the lease was last used, 0.0 while a prompt is in flight, None without a lease."""
+        if self._grant is None:
+            return None
+        return 0.0 if self._in_flight else self._clock() - self._last_used_s
+
+    @property
+    def in_flight(self) -> int:
+        """Prompts that are being answered."""
+        return self._in_flight
+
+    def bind(self, grant: LeaseGrant) -> None:
+        """Accept this lease's token and no other. Binding the same lease again only renews its times."""
+        if self._grant is not None and self._grant.request_id != grant.request_id:
+            self._end("released")
+        self._ended.pop(grant.token, None)
+        self._grant = grant
+        self._deadline_s = self._clock() + grant.ends_in_s
+        self._last_used_s = self._clock()
+
+    def unbind(self, how: str) -> None:
+        """Refuse the bound lease's token from now on, and say ``how`` it ended. Nothing bound: nothing to do."""
+        if self._grant is not None:
+            self._end(how)
+
+    def touch(self) -> None:
+        """The lease was used now."""
+        self._last_used_s = self._clock()
+
+    def check(self, token: str) -> LeaseGrant:
+        """The lease of this token.
+
+        Raises:
+            LeaseEnded: it had one that was released or has expired.
+            NoSuchLease: it never had one here, as far as is remembered.
+        """
+        self._end_if_over()
+        given = token.encode()
+        if self._grant is not None and hmac.compare_digest(self._grant.token.encode(), given):
+            return self._grant
+        for ended, how in self._ended.items():
+            if hmac.compare_digest(ended.encode(), given):
+                raise LeaseEnded(how)
+        raise NoSuchLease
+
+    def enter(self) -> None:
+        """A prompt of the bound lease begins."""
+        self._in_flight += 1
+        self.touch()
+
+    def leave(self, grant: LeaseGrant) -> None:
+        """A prompt of this lease, which had begun, is over. It does not extend a lease that came after."""
+        self._in_flight -= 1
+        if grant is self._grant:
+            self.touch()
+
+    def _end_if_over(self) -> None:
+        if self._grant is None:
+            return
+        now_s = self._clock()
+        idle_out = not self._in_flight and now_s >= self._last_used_s + self._grant.idle_limit_s
+        if now_s >= self._deadline_s or idle_out:
+            self._end("expired")
+
+    def _end(self, how: str) -> None:
+        assert self._grant is not None  # callers have checked
+        self._ended[self._grant.token] = how
+        if len(self._ended) > REMEMBERED_TOKENS:
+            self._ended.popitem(last=False)
+        self._grant = None

@@ -1,0 +1,187 @@
+"""The life of a registry that ``greenprompt up`` started: foreground, detached, and its end.
+
+One process owns a local cluster: while it lives it holds a lock in ``state_dir`` and everything it started ends
+with it, however it ends. Detached means the same process in the background.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from deployments.local_ray import FOLDER_PREFIX, QUIET_ENVIRONMENT, SERVE_ENVIRONMENT, local_ray_environment, require_free_port
+from registry.errors import BadSettings, RegistryUnavailable
+from registry.settings import Settings
+
+Say = Callable[[str], Any]
+
+DOWN_LIMIT_S = 180.0
+"""Longest wait of 'down' until the process it told to end is gone, seconds."""
+
+POLL_S = 0.1
+
+
+def run_in_foreground(settings: Settings, *, say: Say) -> None:
+    """Start, say where it is, wait for SIGINT or SIGTERM, shut down. Raises RegistryError."""
+    stop_wanted = threading.Event()
+    with _only_one(settings) as record:
+        local = settings.ray.address is None
+        if local:
+            require_free_port(settings.http.host, settings.http.port, "http.port")
+            require_free_port("127.0.0.1", settings.ray.dashboard_port, "ray.dashboard_port")
+        else:
+            os.environ.update(QUIET_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {}))
+        with local_ray_environment(settings) if local else nullcontext(None) as folder:
+            record(pid=os.getpid(), folder=str(folder) if folder else None)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stop_wanted.set())
+            _run(settings, folder, record, say, stop_wanted)
+
+
+def _run(
+    settings: Settings, folder: Path | None, record: Callable[..., None], say: Say, stop_wanted: threading.Event
+) -> None:
+    say("Starting Ray, Serve and a wrapper (it imports vLLM once, about half a minute) …")
+    from deployments import app  # noqa: PLC0415 - Ray reads its environment when it is imported
+
+    try:
+        dashboard = app.start(settings, folder)
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
+            signal.signal(number, lambda *_: stop_wanted.set())
+        ready = {"url": settings.base_url, "dashboard": dashboard}
+        record(pid=os.getpid(), folder=str(folder) if folder else None, **ready)
+        for line in ready_lines(settings, ready):
+            say(line)
+        stop_wanted.wait()
+        say("Shutting down: stopping LLMs, wrappers and the registry …")
+    finally:
+        app.stop(settings)
+    say("Everything is down.")
+
+
+def ready_lines(settings: Settings, ready: dict[str, Any]) -> list[str]:
+    """What a person is told when the registry is ready."""
+    lines = [
+        f"Registry ready:  {ready['url']}   (API: {ready['url']}/docs)",
+        f"Ray dashboard:   {ready['dashboard']}",
+    ]
+    if settings.ray.address is None:
+        lines.append(f"                 it asks for the token in {settings.state_dir / 'ray-token'}")
+    return lines
+
+
+def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
+    """Run the foreground command in the background and return when it is ready. Raises RegistryError."""
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    log_path = settings.state_dir / "up.log"
+    with log_path.open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    deadline_s = time.monotonic() + settings.wrappers.start_timeout_s + 120
+    while time.monotonic() < deadline_s:
+        if process.poll() is not None:
+            text = log_path.read_text(encoding="utf-8").strip()
+            last = text.splitlines()[-1] if text else "no output"
+            raise RegistryUnavailable(last.removeprefix("greenprompt: "))
+        state = _read_record(settings)
+        if state.get("pid") == process.pid and "url" in state:
+            for line in ready_lines(settings, state):
+                say(line)
+            say(f"Log:             {log_path}\nEnd it with:     greenprompt down")
+            return
+        time.sleep(POLL_S)
+    process.terminate()
+    raise RegistryUnavailable(f"not ready in time; see {log_path}")
+
+
+def end(settings: Settings, *, say: Say) -> None:
+    """End the registry of this ``state_dir`` and wait until its process is gone. Raises RegistryError."""
+    if settings.ray.address is not None and not _is_held(settings):
+        os.environ.update(QUIET_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {}))
+        from deployments import app  # noqa: PLC0415
+
+        app.join_ray(settings, None)
+        app.stop(settings)
+        say("The registry of the cluster is down.")
+        return
+    state = _read_record(settings)
+    if not _is_held(settings) or "pid" not in state:
+        say(f"No registry runs from {settings.state_dir}.")
+        return
+    os.kill(state["pid"], signal.SIGTERM)
+    deadline_s = time.monotonic() + DOWN_LIMIT_S
+    while _is_held(settings):
+        if time.monotonic() > deadline_s:
+            raise RegistryUnavailable(f"process {state['pid']} has not ended within {DOWN_LIMIT_S:g} s")
+        time.sleep(POLL_S)
+    say("Everything is down.")
+
+
+@contextmanager
+def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
+    """Hold the lock of ``state_dir``; yields a function that writes down what runs.
+
+    Raises:
+        BadSettings: another process holds it, or the folder can't be written.
+    """
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        lock = (settings.state_dir / "up.lock").open("w")
+    except OSError as error:
+        raise BadSettings("state_dir", f"{settings.state_dir} can't be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = _read_record(settings).get("pid", "unknown")
+            raise BadSettings("state_dir", f"a registry runs from {settings.state_dir} (process {pid})") from error
+        _remove_leftovers(settings)
+        path = settings.state_dir / "up.json"
+
+        def record(**what: Any) -> None:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(what), encoding="utf-8")
+            temporary.replace(path)
+
+        try:
+            yield record
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_held(settings: Settings) -> bool:
+    path = settings.state_dir / "up.lock"
+    if not path.exists():
+        return False
+    with path.open("r") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _read_record(settings: Settings) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((settings.state_dir / "up.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return state
+
+
+def _remove_leftovers(settings: Settings) -> None:
+    """An owner that was killed could not remove its cluster's folder."""
+    folder = _read_record(settings).get("folder")
+    if folder is not None and Path(folder).name.startswith(FOLDER_PREFIX):
+        shutil.rmtree(folder, ignore_errors=True)

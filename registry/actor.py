@@ -1,0 +1,111 @@
+"""The registry actor: named, detached, restarted by Ray; the one owner of the registry's state.
+
+Every method is one line around the service. Answers are JSON text, so that the ingress only passes them on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Sequence
+
+import structlog
+from pydantic import BaseModel
+
+from registry import views
+from registry.errors import StoreUnavailable
+from registry.service import Idempotency, Service
+from registry.settings import Settings
+from registry.state import LLMSpec, Priority
+
+ACTOR_NAME = "greenprompt-registry"
+"""Name of the actor, in the namespace below."""
+
+NAMESPACE = "greenprompt"
+"""Ray namespace of everything that the registry starts."""
+
+EXIT_STORE_FAILED = 70
+"""Exit status of the actor's process when its database failed; Ray starts it again."""
+
+log = structlog.get_logger("registry.actor")
+
+
+class RegistryActor:
+    """The service in a Ray actor. Runs on one event loop, on which every method is called."""
+
+    def __init__(
+        self, settings: Settings, build: Callable[[Settings, Callable[[StoreUnavailable], None]], Service]
+    ) -> None:
+        """``build`` wires a service; it is called again, with the same settings, after a restart."""
+        self._service = build(settings, _fail_stop)
+        self._started = asyncio.get_running_loop().create_task(self._service.start())
+
+    async def ready(self) -> None:
+        """Returns when the database is loaded and the watching has begun; raises what prevented it."""
+        await asyncio.shield(self._started)
+
+    async def request(
+        self,
+        measurement_id: int,
+        llms: Sequence[tuple[str, LLMSpec, str, tuple[str, ...]]],
+        tenant: str,
+        priority: Priority,
+        idempotency: Idempotency | None,
+    ) -> str:
+        """Accept (request id, spec, llmconfig JSON, notes) each; JSON list of RequestState."""
+        await self.ready()
+        requests = self._service.request(
+            measurement_id, llms, tenant=tenant, priority=priority, idempotency=idempotency
+        )
+        return _json([views.request_state(self._service, request) for request in requests])
+
+    async def state(self, request_id: str, wait_s: float = 0.0) -> str:
+        """JSON RequestState, after a change or ``wait_s`` seconds."""
+        await self.ready()
+        request = await self._service.wait_for_change(request_id, wait_s)
+        return views.request_state(self._service, request).model_dump_json()
+
+    async def keep_alive(self, request_id: str) -> str:
+        """JSON RequestState with the new times."""
+        await self.ready()
+        return views.request_state(self._service, await self._service.keep_alive(request_id)).model_dump_json()
+
+    async def release(self, request_id: str) -> None:
+        """End or cancel a request."""
+        await self.ready()
+        self._service.release(request_id)
+
+    async def measurement(self, measurement_id: int) -> str:
+        """JSON MeasurementState."""
+        await self.ready()
+        return views.measurement_state(self._service, measurement_id).model_dump_json()
+
+    async def machines(self) -> str:
+        """JSON list of MachineState."""
+        await self.ready()
+        return _json(views.machine_states(self._service))
+
+    async def llms(self) -> str:
+        """JSON list of LLMState."""
+        await self.ready()
+        return _json(views.llm_states(self._service))
+
+    async def health(self) -> str:
+        """JSON HealthState."""
+        await self.ready()
+        return views.health_state(self._service).model_dump_json()
+
+    async def shutdown(self) -> None:
+        """Stop every LLM and wrapper and close the database; the actor is to be killed afterwards."""
+        await self._service.shutdown()
+
+
+def _json(states: Sequence[BaseModel]) -> str:
+    return json.dumps([state.model_dump(mode="json") for state in states])
+
+
+def _fail_stop(error: StoreUnavailable) -> None:
+    # What was decided and not written must not be answered: end at once, and load what is written.
+    log.critical("the database failed; the registry restarts", reason=error.reason)
+    os._exit(EXIT_STORE_FAILED)

@@ -1,0 +1,166 @@
+"""The wire: every JSON body that the ingress takes and gives, shared by the ingress and the clients.
+
+The Prompting Service's contract (field names, status codes, order) never changes; fields may be added.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, StringConstraints
+
+from registry.state import Priority
+
+MAX_ID = 2**63 - 1
+"""Largest measurementId: what a signed 64-bit column holds."""
+
+MAX_LLMS_PER_REQUEST = 1000
+"""Most LLMs that one POST may ask for."""
+
+MAX_WAIT_S = 60.0
+"""Longest time that one GET may wait for a change of status."""
+
+NonEmpty = Annotated[StrictStr, StringConstraints(min_length=1, max_length=1024)]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LLMArgs(_Wire):
+    """Arguments in Hugging Face words or vLLM's own; both objects are required and may be empty."""
+
+    prompting: dict[str, Any] = Field(description="How to answer: max_new_tokens, do_sample, temperature …")
+    deployment: dict[str, Any] = Field(description="How to run the LLM: torch_dtype, max_model_len …")
+
+
+class LLMConfig(_Wire):
+    """One LLM as the client describes it."""
+
+    modeltyp: NonEmpty = Field(description="What the LLM does, e.g. text-generation")
+    model: NonEmpty = Field(description="A Hugging Face id or a path below a configured root")
+    uses_chat_template: StrictBool = Field(description="Whether process_prompt wraps the question in the chat template")
+    args: LLMArgs
+
+
+class PromptingRequest(_Wire):
+    """Body of POST /promptingservice/request."""
+
+    measurementId: Annotated[StrictInt, Field(gt=0, le=MAX_ID)]
+    llms: Annotated[list[LLMConfig], Field(min_length=1, max_length=MAX_LLMS_PER_REQUEST)]
+    priority: Priority = Priority.NORMAL
+
+
+class AcceptedRequest(_Wire):
+    """One accepted LLM of a POST; ``link`` is where its status is polled."""
+
+    requestId: str
+    llmconfig: dict[str, Any]
+    link: str
+    status: str
+    notes: list[str] = Field(default=[], description="What of the args was translated or dropped")
+
+
+class PromptingAnswer(_Wire):
+    """Answer of POST /promptingservice/request: one entry per LLM, in the order asked."""
+
+    requests: list[AcceptedRequest]
+
+
+class RequestState(_Wire):
+    """Answer of GET /promptingservice/request/{requestId}.
+
+    ``address`` is null until ``status`` is ``deployed`` and again after the lease ended. Times are ISO 8601 UTC,
+    durations seconds.
+    """
+
+    requestId: str
+    llmconfig: dict[str, Any]
+    status: str
+    measurementId: int
+    address: str | None
+    link: str
+    position: int | None = Field(None, description="Place in the queue, 1 is next; null unless queued")
+    phase: str | None = Field(None, description="What is being done while deploying: loading, warming_up …")
+    reason: str | None = Field(None, description="Why it failed, or what it waits for")
+    notes: list[str] = []
+    machine: str | None = Field(None, description="Machine that runs it")
+    wrapper: str | None = None
+    flags: list[str] = Field(default=[], description="What makes this measurement's figures hard to compare")
+    createdAt: str
+    deployingAt: str | None = None
+    deployedAt: str | None = None
+    endedAt: str | None = None
+    expiresAt: str | None = Field(None, description="When the lease ends whatever happens")
+    idleAfter: str | None = Field(None, description="When the lease ends unless it is used before")
+
+
+class MeasurementState(_Wire):
+    """Answer of GET /measurements/{measurementId}."""
+
+    measurementId: int
+    machine: str | None
+    flags: list[str]
+    createdAt: str
+    requests: list[RequestState]
+
+
+class MachineState(_Wire):
+    """One machine of GET /machines."""
+
+    machine: str
+    address: str
+    alive: bool
+    gpus: int
+    gpuType: str | None
+    memoryBytes: int | None
+    wrappers: list[WrapperState]
+
+
+class WrapperState(_Wire):
+    """One wrapper of a machine; ``meter`` tells which energy counters were found there."""
+
+    wrapper: str
+    status: str
+    gpus: int
+    llm: str | None
+    leased: bool
+    phase: str | None = None
+    reason: str | None = None
+    meter: dict[str, Any] | None = None
+    versions: dict[str, str] | None = None
+
+
+class LLMState(_Wire):
+    """One LLM of GET /llms: an LLM that runs or is being started somewhere."""
+
+    model: str
+    modeltyp: str
+    fingerprint: str
+    deployment: dict[str, Any]
+    machine: str
+    wrapper: str
+    status: str
+
+
+class HealthState(_Wire):
+    """Answer of GET /healthz."""
+
+    status: str
+    wrappers: int
+    usable: int
+    queued: int
+    version: str
+
+
+class ErrorAnswer(_Wire):
+    """Body of every error: a stable ``code`` and a sentence for people; ``field`` where one is to blame."""
+
+    code: str
+    message: str
+    retryable: bool
+    field: str | None = None
+    errors: list[dict[str, str]] | None = Field(None, description="Every invalid field of a 422")
+
+
+MachineState.model_rebuild()

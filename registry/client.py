@@ -1,0 +1,180 @@
+"""A client of the registry over HTTP: what a Prompting Service does, in a few calls.
+
+with RegistryClient("http://127.0.0.1:8000") as registry:
+    for request_id in registry.request(measurement_id=1, llms=[llmconfig]):
+        with registry.lease(request_id) as lease:
+            print(lease.prompt("What is a climate cost?"))
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import stamina
+
+from registry.api import MAX_WAIT_S, ErrorAnswer, PromptingAnswer, RequestState
+from registry.errors import RegistryError
+
+WAIT_S = 20.0
+"""How long one poll waits for a change, seconds."""
+
+RETRY_FOR_S = 30.0
+"""How long a call that may be repeated is repeated while the registry restarts, seconds."""
+
+ENDED = frozenset({"released", "expired", "cancelled", "failed"})
+
+
+class AnswerError(RegistryError):
+    """The registry or a wrapper answered with an error. ``answer_code`` is its stable code."""
+
+    code = "answer_error"
+
+    def __init__(self, status: int, answer_code: str, message: str) -> None:
+        super().__init__(status, answer_code, message)
+        self.status, self.answer_code, self.message = status, answer_code, message
+
+    def __str__(self) -> str:
+        return f"{self.message} (HTTP {self.status}, {self.answer_code})"
+
+
+class RequestEnded(RegistryError):
+    """A request ended before its LLM was handed over; ``reason`` is the registry's."""
+
+    code = "request_ended"
+
+    def __init__(self, request_id: str, status: str, reason: str | None) -> None:
+        super().__init__(request_id, status, reason)
+        self.request_id, self.status, self.reason = request_id, status, reason
+
+    def __str__(self) -> str:
+        return f"request {self.request_id} is {self.status}" + (f": {self.reason}" if self.reason else "")
+
+
+@dataclass(frozen=True, slots=True)
+class HeldLease:
+    """An LLM that is ours until we give it back."""
+
+    state: RequestState
+    address: str
+    _http: httpx.Client
+
+    def prompt(self, question: str, *, timeout_s: float = 600.0) -> dict[str, Any]:
+        """The wrapper's answer to a question: ``answer``, ``sci_score``, ``usage`` …
+
+        Raises:
+            AnswerError: the lease has ended (410), the LLM is being restarted (503), or the engine refused.
+            httpx.HTTPError: the wrapper could not be reached.
+        """
+        response = self._http.post(f"{self.address}/process_prompt", json={"question": question}, timeout=timeout_s)
+        answer: dict[str, Any] = _checked(response).json()
+        return answer
+
+
+class RegistryClient:
+    """Calls to one registry. Not for use by several threads at once."""
+
+    def __init__(self, base_url: str, *, timeout_s: float = 60.0) -> None:
+        """Connect to the ingress at ``base_url``, e.g. ``http://127.0.0.1:8000``."""
+        self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def request(
+        self, measurement_id: int, llms: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+    ) -> list[str]:
+        """Ask for LLMs (llmconfigs); their request ids, in order. Raises AnswerError, httpx.HTTPError."""
+        headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
+        body = {"measurementId": measurement_id, "llms": list(llms)}
+        response = _checked(self._http.post("/promptingservice/request", json=body, headers=headers))
+        return [accepted.requestId for accepted in PromptingAnswer.model_validate_json(response.content).requests]
+
+    def status(self, request_id: str, *, wait_s: float = 0.0) -> RequestState:
+        """Where a request stands, after a change or ``wait_s`` seconds (at most 60).
+
+        Asks again for up to RETRY_FOR_S seconds while the registry restarts. Raises AnswerError, httpx.HTTPError.
+        """
+        params = {"wait": min(wait_s, MAX_WAIT_S)} if wait_s else {}
+        return RequestState.model_validate_json(self._insist("GET", request_id, params, wait_s + 60).content)
+
+    def release(self, request_id: str) -> None:
+        """Give an LLM back, or cancel a request. Repeated like ``status``; releasing twice is no error."""
+        self._insist("DELETE", request_id, {}, 60)
+
+    @stamina.retry(on=lambda error: _is_passing(error), attempts=None, timeout=RETRY_FOR_S)
+    def _insist(self, method: str, request_id: str, params: Mapping[str, float], timeout_s: float) -> httpx.Response:
+        path = f"/promptingservice/request/{request_id}"
+        return _checked(self._http.request(method, path, params=params, timeout=timeout_s))
+
+    def wait_until_deployed(
+        self,
+        request_id: str,
+        *,
+        timeout_s: float | None = None,
+        on_change: Callable[[RequestState], None] | None = None,
+        poll_s: float = WAIT_S,
+    ) -> RequestState:
+        """Poll until the LLM is ours. ``on_change`` is told of every answer, at least each ``poll_s`` seconds.
+
+        Raises:
+            RequestEnded: it failed, was cancelled or expired.
+            TimeoutError: ``timeout_s`` seconds have passed; the request still stands.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        state = self.status(request_id)
+        while True:
+            if on_change is not None:
+                on_change(state)
+            if state.status == "deployed":
+                return state
+            if state.status in ENDED:
+                raise RequestEnded(request_id, state.status, state.reason)
+            left_s = poll_s if deadline_s is None else deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError(f"request {request_id} is still {state.status} after {timeout_s} s")
+            state = self.status(request_id, wait_s=min(poll_s, left_s))
+
+    @contextmanager
+    def lease(self, request_id: str, *, timeout_s: float | None = None) -> Iterator[HeldLease]:
+        """Wait for an LLM, hold it for the length of the block, and give it back whatever happens."""
+        try:
+            state = self.wait_until_deployed(request_id, timeout_s=timeout_s)
+            assert state.address is not None  # deployed
+            yield HeldLease(state, state.address, self._http)
+        finally:
+            self.release(request_id)
+
+    def get(self, path: str) -> Any:
+        """The JSON of one of the information pages: /healthz, /machines, /llms, /measurements/{id}."""
+        return _checked(self._http.get(path)).json()
+
+
+def _is_passing(error: Exception) -> bool:
+    """A refused connection and a 503 pass: the registry or its proxy is being restarted."""
+    return isinstance(error, httpx.TransportError) or (isinstance(error, AnswerError) and error.status == 503)
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    if response.is_success:
+        return response
+    try:
+        answer = ErrorAnswer.model_validate_json(response.content)
+    except ValueError:
+        text = response.text.strip().partition("\n")[0][:200] or response.reason_phrase
+        raise AnswerError(response.status_code, "unexpected_answer", text) from None
+    raise AnswerError(response.status_code, answer.code, answer.message)

@@ -1,0 +1,203 @@
+"""What should be on the machines against what is there, and the protocol of whoever acts on it. Pure.
+
+``plan`` compares the machines and wrappers that the registry knows with what was observed and says what
+happened (events, for the allocator) and what to do (wrappers to create and remove).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from registry.state import (
+    Event,
+    LLMSpec,
+    Machine,
+    MachineJoined,
+    MachineLost,
+    Wrapper,
+    WrapperAdded,
+    WrapperRemoved,
+    WrapperStatus,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGrant:
+    """What a wrapper needs to know to serve one lease. Durations count from the moment it is received."""
+
+    request_id: str
+    measurement_id: int
+    token: str
+    llmconfig: str
+    ends_in_s: float
+    idle_limit_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WrapperReport:
+    """A wrapper's own account of itself.
+
+    ``epoch`` is that of the last command taken; ``running`` the fingerprint of the LLM that answers prompts,
+    ``starting`` that of the one being started. ``died`` is why the LLM ended by itself, if it did.
+    ``idle_for_s`` is how long ago the lease was last used (0.0 while a prompt is in flight), None without a lease.
+    ``bound`` is the request whose token it accepts.
+    """
+
+    epoch: int
+    running: str | None = None
+    starting: str | None = None
+    died: str | None = None
+    phase: str | None = None
+    bound: str | None = None
+    idle_for_s: float | None = None
+    in_flight: int = 0
+    meter: Mapping[str, object] | None = None
+    versions: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WrapperPlan:
+    """A wrapper that should exist: ``gpus`` of the GPUs of the machine, its Serve application and its base URL."""
+
+    wrapper_id: str
+    machine_id: str
+    node_id: str
+    gpus: int
+    url: str
+    home: LLMSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What the cluster shows: machines that are alive, and ids of the wrappers that are deployed."""
+
+    machines: tuple[Machine, ...]
+    wrapper_ids: frozenset[str]
+
+
+class Cluster(Protocol):
+    """The machines and the wrappers on them. Every call ends within its own time limit.
+
+    A wrapper that can't be reached raises WrapperUnreachable; a command older than one that the wrapper has
+    taken raises StaleEpoch. A command supersedes every older one: a deploy in progress is cancelled, a lease ended.
+    """
+
+    async def observe(self) -> Observation:
+        """Machines and wrappers as they are now. Raises WrapperUnreachable when the cluster does not answer."""
+
+    async def create(self, wrappers: Sequence[WrapperPlan]) -> None:
+        """Deploy these wrappers; returns when they were accepted, not when they answer."""
+
+    async def remove(self, wrapper_ids: Sequence[str]) -> None:
+        """Delete these wrappers; returns when they are gone."""
+
+    async def report(self, wrapper_id: str) -> WrapperReport:
+        """What the wrapper says of itself, within seconds."""
+
+    async def deploy(self, wrapper_id: str, epoch: int, spec: LLMSpec) -> None:
+        """Run this LLM, instead of any other; returns when it answers. Raises EngineStartFailed."""
+
+    async def stop(self, wrapper_id: str, epoch: int) -> None:
+        """Stop whatever runs; returns when the wrapper is verified to be empty."""
+
+    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> None:
+        """Accept this lease's token, and no other, from now on."""
+
+    async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
+        """Accept no token of this request from now on and end what it has in flight."""
+
+    async def touch(self, wrapper_id: str, request_id: str) -> None:
+        """The lease was used now (a keep-alive)."""
+
+    async def restart(self, wrapper_id: str) -> None:
+        """Replace the wrapper's process; returns when the old one is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Outcome of a comparison: events that happened, wrappers to create, wrappers to remove."""
+
+    events: tuple[Event, ...] = ()
+    create: tuple[WrapperPlan, ...] = ()
+    remove: tuple[str, ...] = ()
+
+
+def wanted_wrappers(
+    machine: Machine,
+    *,
+    per_machine: int,
+    gpus_per_wrapper: int | None,
+    base_url: str,
+    homes: Mapping[str, LLMSpec],
+) -> tuple[WrapperPlan, ...]:
+    """The wrappers that a machine should carry.
+
+    ``gpus_per_wrapper`` None divides all GPUs of the machine evenly among ``per_machine`` wrappers; a number
+    makes as many wrappers as fit, at most ``per_machine`` where the machine has no GPU.
+    ``homes`` maps a machine id, or ``*``, to the LLM for the machine's first wrapper.
+    """
+    if gpus_per_wrapper and machine.gpus:
+        count, gpus = machine.gpus // gpus_per_wrapper, gpus_per_wrapper
+    else:
+        count, gpus = per_machine, machine.gpus // per_machine
+    home = homes.get(machine.machine_id, homes.get("*"))
+    return tuple(
+        WrapperPlan(
+            wrapper_id=f"{machine.machine_id}-{n}",
+            machine_id=machine.machine_id,
+            node_id=machine.node_id,
+            gpus=gpus,
+            url=f"{base_url}/wrappers/{machine.machine_id}-{n}",
+            home=home if n == 0 else None,
+        )
+        for n in range(count)
+    )
+
+
+def plan(
+    known_machines: Sequence[Machine],
+    known_wrappers: Sequence[Wrapper],
+    observed: Observation,
+    wanted: Mapping[str, tuple[WrapperPlan, ...]],
+) -> Plan:
+    """Compare what is known with what is there.
+
+    ``wanted`` has the wrappers of every observed machine. Machines first, so that a wrapper's machine is known
+    before the wrapper is; what is lost before what is new, so that nothing is granted on a machine that is gone.
+    """
+    events: list[Event] = []
+    create: list[WrapperPlan] = []
+    remove: list[str] = []
+    before = {machine.machine_id: machine for machine in known_machines}
+    there = {machine.machine_id: machine for machine in observed.machines}
+    wrappers = {wrapper.wrapper_id: wrapper for wrapper in known_wrappers}
+
+    for machine_id, machine in before.items():
+        if machine.alive and machine_id not in there:
+            events.append(MachineLost(machine_id, "it left the Ray cluster"))
+    moved = {
+        machine_id
+        for machine_id, machine in there.items()
+        if (old := before.get(machine_id)) is not None and old.alive and old.node_id != machine.node_id
+    }
+    events += [MachineLost(machine_id, "its Ray node was replaced") for machine_id in sorted(moved)]
+    events += [MachineJoined(machine) for machine_id, machine in there.items() if before.get(machine_id) != machine]
+
+    wanted_ids = {want.wrapper_id for wants in wanted.values() for want in wants}
+    for wrapper_id, wrapper in wrappers.items():
+        if wrapper_id not in wanted_ids and wrapper.machine_id in there:
+            events.append(WrapperRemoved(wrapper_id))
+    remove += sorted(observed.wrapper_ids - wanted_ids)
+
+    for wants in wanted.values():
+        for want in wants:
+            known = wrappers.get(want.wrapper_id)
+            gone = want.machine_id in moved or want.wrapper_id not in observed.wrapper_ids
+            lost = known is None or known.status is WrapperStatus.LOST or want.machine_id in moved
+            if gone:
+                create.append(want)
+            if lost or gone or (known is not None and known.url != want.url):
+                events.append(WrapperAdded(want.wrapper_id, want.machine_id, want.url, want.gpus, want.home))
+    return Plan(tuple(events), tuple(create), tuple(remove))

@@ -1,0 +1,482 @@
+"""The registry's shell: decide (allocator) → commit (store) → act (cluster). Plain asyncio, no Ray.
+
+One object owns the state. Every event goes through ``_apply``: the decision and its commit happen without an
+await in between, so no other event can come in; only then do effects run, each as a task of its own. What an
+effect brings about comes back as an event. A command supersedes all older ones of its wrapper (its epoch says
+so), therefore effects need no order among themselves. A commit that fails ends the process: its restart loads
+the database, which is simpler than rolling memory back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import starmap
+
+import structlog
+
+from registry.allocator import Allocator
+from registry.api import MAX_WAIT_S
+from registry.errors import (
+    EngineStartFailed,
+    IdempotencyConflict,
+    RegistryError,
+    StaleEpoch,
+    StoreUnavailable,
+    UnknownRequest,
+    WrapperUnreachable,
+)
+from registry.reconcile import Cluster, LeaseGrant, WrapperPlan, WrapperReport, plan, wanted_wrappers
+from registry.settings import Settings
+from registry.state import (
+    BindLease,
+    Changes,
+    DeployLLM,
+    Effect,
+    Event,
+    LeaseBound,
+    LeaseReleased,
+    LeaseRequested,
+    LeaseUsed,
+    LLMDeployed,
+    LLMDeployFailed,
+    LLMDied,
+    LLMSpec,
+    LLMStopped,
+    NewRequest,
+    Priority,
+    Request,
+    RestartWrapper,
+    ShutdownBegun,
+    StopLLM,
+    TimePassed,
+    UnbindLease,
+    Wrapper,
+    WrapperFailed,
+    WrapperStarted,
+    WrapperStatus,
+)
+from registry.store import EventRow, IdempotencyRow, Store
+
+log = structlog.get_logger("registry.service")
+
+FAILED_RETRY_S = 30.0
+"""How often a wrapper that was given up is looked at again, seconds."""
+
+ACTIVITY_GRAIN_S = 1.0
+"""Lease activity is written down when it is this much newer than what is known, seconds."""
+
+RESEND_DELAYS_S = (0.1, 0.5, 2.0)
+"""Pauses before a lease command is sent again to a wrapper that did not take it, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Idempotency:
+    """A client's Idempotency-Key and the SHA-256 of the body it came with."""
+
+    key: str
+    body_sha256: str
+
+
+class Service:
+    """The registry's judgement, memory and hands.
+
+    Must be made, started and used in one event loop. ``now_s`` gives UTC seconds, ``new_token`` unguessable
+    lease tokens, ``homes`` the LLM for a machine id or ``*``; ``on_fatal`` is called
+    when the database fails and must end the process.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        cluster: Cluster,
+        *,
+        now_s: Callable[[], float],
+        new_token: Callable[[], str],
+        homes: Mapping[str, LLMSpec],
+        on_fatal: Callable[[StoreUnavailable], None],
+    ) -> None:
+        self.settings = settings
+        self.allocator = Allocator(settings.limits, new_token)
+        self.reports: dict[str, WrapperReport] = {}
+        self._store = store
+        self._cluster = cluster
+        self._now_s = now_s
+        self._homes = homes
+        self._on_fatal = on_fatal
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._busy: dict[str, int] = {}
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._idle = asyncio.Event()
+        self._stopping = False
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the database and begin to watch. Returns at once; machines and wrappers come in by themselves."""
+        self.allocator.load(self._store.load())
+        self._spawn(self._watch_cluster())
+        self._spawn(self._watch_time())
+
+    async def shutdown(self) -> None:
+        """Stop every LLM and every wrapper, then close the database. Takes no new requests from the first moment.
+
+        Waits for each step at most as long as the settings allow; queued requests stay queued for the next start.
+        """
+        self._stopping = True
+        self._apply(ShutdownBegun())
+        limit_s = self.settings.wrappers.stop_timeout_s + 10
+        try:
+            async with asyncio.timeout(limit_s):
+                while any(w.status is WrapperStatus.STOPPING for w in self.allocator.wrappers()):
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            left = [w.wrapper_id for w in self.allocator.wrappers() if w.status is WrapperStatus.STOPPING]
+            log.warning("LLMs did not stop in time; their wrappers are removed all the same", wrappers=left)
+        await self._cancel_tasks()
+        try:
+            await self._cluster.remove([w.wrapper_id for w in self.allocator.wrappers()])
+        except WrapperUnreachable as error:
+            log.warning("wrappers could not be removed", reason=str(error))
+        self._store.close()
+
+    async def _cancel_tasks(self) -> None:
+        tasks = [*self._tasks, *self._watchers.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._watchers.clear()
+
+    # --- what clients ask -------------------------------------------------------------------------------
+
+    def request(
+        self,
+        measurement_id: int,
+        llms: Sequence[tuple[str, LLMSpec, str, tuple[str, ...]]],
+        *,
+        tenant: str = "default",
+        priority: Priority = Priority.NORMAL,
+        idempotency: Idempotency | None = None,
+    ) -> tuple[Request, ...]:
+        """Accept requests for LLMs (id, spec, llmconfig JSON, notes), durable when this returns; in the order given.
+
+        Ids come from the caller, so that it can safely ask again when it did not get the answer: the same ids
+        are the same requests.
+
+        Raises:
+            QueueFull, LLMNeverFits, ShuttingDown: nothing was accepted.
+            IdempotencyConflict: the key was used with another body.
+        """
+        if idempotency is not None:
+            known = self._store.idempotent_request_ids(tenant, idempotency.key)
+            if known is not None:
+                if known[0] != idempotency.body_sha256:
+                    raise IdempotencyConflict(idempotency.key)
+                return tuple(self.allocator.request(request_id) for request_id in known[1])
+        new = tuple(starmap(NewRequest, llms))
+        ids = tuple(request.request_id for request in new)
+        if self._knows(ids[0]):
+            return tuple(self.allocator.request(request_id) for request_id in ids)
+        row = None
+        if idempotency is not None:
+            row = IdempotencyRow(tenant, idempotency.key, idempotency.body_sha256, ids, self._now_s())
+        self._apply(LeaseRequested(measurement_id, new, tenant, priority), idempotency=row)
+        return tuple(self.allocator.request(request_id) for request_id in ids)
+
+    def release(self, request_id: str) -> None:
+        """The client is done with the LLM, or no longer wants it. Again is not an error.
+
+        Raises:
+            UnknownRequest: no request has this id.
+        """
+        self._apply(LeaseReleased(request_id))
+
+    async def keep_alive(self, request_id: str) -> Request:
+        """The client still needs its LLM: its idle time starts anew.
+
+        Raises:
+            UnknownRequest: no request has this id.
+            WrapperUnreachable: the wrapper could not be told; the lease stands as it was.
+        """
+        request = self.allocator.request(request_id)
+        lease = self.allocator.lease_of(request_id)
+        if lease is not None:
+            await self._cluster.touch(lease.wrapper_id, request_id)
+            self._apply(LeaseUsed(request_id, self._now_s()))
+            request = self.allocator.request(request_id)
+        return request
+
+    async def wait_for_change(self, request_id: str, wait_s: float) -> Request:
+        """The request, as soon as its status differs from now or after ``wait_s`` (at most MAX_WAIT_S) seconds.
+
+        Raises:
+            UnknownRequest: no request has this id.
+        """
+        request = self.allocator.request(request_id)
+        if wait_s <= 0 or request.status.ended:
+            return request
+        future = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(request_id, set()).add(future)
+        try:
+            async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
+                await future
+        except TimeoutError:
+            pass  # nothing changed: the answer is the state as it is
+        finally:
+            waiting = self._waiters.get(request_id)
+            if waiting is not None:
+                waiting.discard(future)
+                if not waiting:
+                    del self._waiters[request_id]
+        return self.allocator.request(request_id)
+
+    # --- decide, commit, act ----------------------------------------------------------------------------
+
+    def _apply(self, event: Event, *, idempotency: IdempotencyRow | None = None) -> None:
+        now_s = self._now_s()
+        decision = self.allocator.handle(event, now_s)
+        if not decision.changes.empty or idempotency is not None:
+            try:
+                self._store.commit(decision.changes, event=_event_row(event, now_s), idempotency=idempotency)
+            except StoreUnavailable as error:
+                self._on_fatal(error)
+                raise
+            log.info("event", kind=type(event).__name__, **_ids_of(event))
+            self._wake(decision.changes)
+        for effect in decision.effects:
+            self._busy[effect.wrapper_id] = self._busy.get(effect.wrapper_id, 0) + 1
+            self._spawn(self._run(effect))
+
+    def _wake(self, changes: Changes) -> None:
+        for request in changes.requests:
+            for future in self._waiters.pop(request.request_id, ()):
+                if not future.done():
+                    future.set_result(None)
+        if changes.wrappers or changes.removed_wrappers:
+            self._idle.set()
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, effect: Effect) -> None:
+        """Carry an effect out and report what came of it, unless newer commands have made it meaningless."""
+        log.info("effect", kind=type(effect).__name__, wrapper_id=effect.wrapper_id, epoch=effect.epoch)
+        try:
+            event = await self._outcome(effect)
+        except StaleEpoch as error:
+            log.info("superseded", kind=type(effect).__name__, wrapper_id=effect.wrapper_id, reason=str(error))
+            event = None
+        except WrapperUnreachable as error:
+            event = WrapperFailed(effect.wrapper_id, error.reason) if self._is_newest(effect) else None
+        finally:
+            self._busy[effect.wrapper_id] -= 1
+        if event is not None:
+            self._apply(event)
+
+    def _is_newest(self, effect: Effect) -> bool:
+        wrapper = self._wrapper(effect.wrapper_id)
+        return wrapper is not None and wrapper.epoch == effect.epoch
+
+    async def _outcome(self, effect: Effect) -> Event | None:
+        match effect:
+            case DeployLLM(wrapper_id, epoch, spec):
+                try:
+                    await self._cluster.deploy(wrapper_id, epoch, spec)
+                except EngineStartFailed as error:
+                    return LLMDeployFailed(wrapper_id, epoch, error.reason, error.permanent)
+                return LLMDeployed(wrapper_id, epoch)
+            case StopLLM(wrapper_id, epoch):
+                await self._cluster.stop(wrapper_id, epoch)
+                return LLMStopped(wrapper_id, epoch)
+            case BindLease(wrapper_id, epoch, request_id):
+                grant = self._grant(request_id)
+                if grant is None:
+                    return None
+                await _insist(lambda: self._cluster.bind(wrapper_id, epoch, grant))
+                return LeaseBound(wrapper_id, epoch)
+            case UnbindLease(wrapper_id, epoch, request_id, how):
+                await _insist(lambda: self._cluster.unbind(wrapper_id, epoch, request_id, how))
+                return None
+            case RestartWrapper(wrapper_id, _):
+                await self._cluster.restart(wrapper_id)
+                return await self._await_wrapper(wrapper_id)
+
+    def _grant(self, request_id: str) -> LeaseGrant | None:
+        lease = self.allocator.lease_of(request_id)
+        if lease is None:  # released between the decision and now
+            return None
+        request = self.allocator.request(request_id)
+        return LeaseGrant(
+            request_id=request_id,
+            measurement_id=request.measurement_id,
+            token=lease.token,
+            llmconfig=request.llmconfig,
+            ends_in_s=lease.deadline_s - self._now_s(),
+            idle_limit_s=lease.idle_limit_s,
+        )
+
+    # --- watching ---------------------------------------------------------------------------------------
+
+    async def _watch_cluster(self) -> None:
+        """Keep machines and wrappers as they should be, for ever; no error ends it."""
+        while not self._stopping:
+            try:
+                await self._reconcile()
+            except RegistryError as error:
+                log.warning("the cluster could not be reconciled", reason=str(error))
+            await asyncio.sleep(self.settings.watch.period_s)
+
+    async def _reconcile(self) -> None:
+        observed = await self._cluster.observe()
+        wanted: dict[str, tuple[WrapperPlan, ...]] = {
+            machine.machine_id: wanted_wrappers(
+                machine,
+                per_machine=self.settings.wrappers.per_machine,
+                gpus_per_wrapper=self.settings.wrappers.gpus_per_wrapper,
+                base_url=self.settings.base_url,
+                homes=self._homes,
+            )
+            for machine in observed.machines
+        }
+        steps = plan(self.allocator.machines(), self.allocator.wrappers(), observed, wanted)
+        for event in steps.events:
+            self._apply(event)
+        if steps.remove:
+            await self._cluster.remove(steps.remove)
+        if steps.create:
+            await self._cluster.create(steps.create)
+        present = {wrapper.wrapper_id for wrapper in self.allocator.wrappers()}
+        for wrapper_id in present - self._watchers.keys():
+            self._watchers[wrapper_id] = asyncio.create_task(self._watch_wrapper(wrapper_id))
+        for wrapper_id in self._watchers.keys() - present:
+            self._watchers.pop(wrapper_id).cancel()
+            self.reports.pop(wrapper_id, None)
+
+    async def _watch_wrapper(self, wrapper_id: str) -> None:
+        """Follow one wrapper for as long as it exists. One that hangs holds up nobody but itself."""
+        watch = self.settings.watch
+        self._apply(await self._await_wrapper(wrapper_id))
+        misses = 0
+        while (wrapper := self._wrapper(wrapper_id)) is not None:
+            pause_s = FAILED_RETRY_S if wrapper.status is WrapperStatus.FAILED else watch.period_s
+            await asyncio.sleep(pause_s)
+            if wrapper.status in (WrapperStatus.LOST, WrapperStatus.RESTARTING):
+                continue
+            if wrapper.status is WrapperStatus.STARTING:
+                self._apply(await self._await_wrapper(wrapper_id))
+                continue
+            try:
+                report = await self._cluster.report(wrapper_id)
+            except WrapperUnreachable as error:
+                misses += 1
+                if misses >= watch.failures and wrapper.status is not WrapperStatus.FAILED:
+                    misses = 0
+                    self._apply(WrapperFailed(wrapper_id, error.reason))
+                continue
+            misses = 0
+            self._take_report(wrapper_id, report)
+
+    def _take_report(self, wrapper_id: str, report: WrapperReport) -> None:
+        self.reports[wrapper_id] = report
+        wrapper = self._wrapper(wrapper_id)
+        if wrapper is None or self._busy.get(wrapper_id):
+            return  # a command is on its way: its own outcome says more than this report
+        if report.bound is not None and report.idle_for_s is not None:
+            self._note_activity(report.bound, self._now_s() - report.idle_for_s)
+        if wrapper.status is WrapperStatus.FAILED or report.epoch < wrapper.epoch:
+            # It was given up and answers again, or it was replaced and has forgotten everything.
+            self._apply(WrapperStarted(wrapper_id, report.epoch, report.running))
+        elif report.died is not None and wrapper.status in (WrapperStatus.READY, WrapperStatus.LEASED):
+            self._apply(LLMDied(wrapper_id, report.epoch, report.died))
+
+    def _note_activity(self, request_id: str, at_s: float) -> None:
+        lease = self.allocator.lease_of(request_id)
+        if lease is not None and at_s >= lease.last_active_s + ACTIVITY_GRAIN_S:
+            self._apply(LeaseUsed(request_id, at_s))
+
+    async def _await_wrapper(self, wrapper_id: str) -> Event:
+        """Wait until a starting wrapper answers; at most ``wrappers.start_timeout_s``."""
+        deadline_s = asyncio.get_running_loop().time() + self.settings.wrappers.start_timeout_s
+        while True:
+            try:
+                report = await self._cluster.report(wrapper_id)
+            except WrapperUnreachable as error:
+                if asyncio.get_running_loop().time() >= deadline_s:
+                    return WrapperFailed(wrapper_id, f"did not start: {error.reason}")
+                await asyncio.sleep(self.settings.watch.period_s)
+            else:
+                self.reports[wrapper_id] = report
+                return WrapperStarted(wrapper_id, report.epoch, report.running)
+
+    async def _watch_time(self) -> None:
+        """End leases that are over, for ever."""
+        while not self._stopping:
+            await asyncio.sleep(min(self.settings.watch.period_s, 1.0))
+            due_s = self.allocator.next_deadline_s()
+            if due_s is not None and due_s <= self._now_s():
+                await self._ask_due_leases()
+                self._apply(TimePassed())
+
+    async def _ask_due_leases(self) -> None:
+        """A prompt of the last moment, which no report has told of yet, still extends its lease."""
+        now_s = self._now_s()
+        due = [
+            wrapper.wrapper_id
+            for wrapper in self.allocator.wrappers()
+            if (lease := self.allocator.lease_by_wrapper(wrapper.wrapper_id)) is not None and lease.ends_s <= now_s
+        ]
+        reports = await asyncio.gather(*(self._cluster.report(w) for w in due), return_exceptions=True)
+        for report in reports:
+            if isinstance(report, WrapperReport) and report.bound is not None and report.idle_for_s is not None:
+                self._note_activity(report.bound, self._now_s() - report.idle_for_s)
+
+    def _knows(self, request_id: str) -> bool:
+        try:
+            self.allocator.request(request_id)
+        except UnknownRequest:
+            return False
+        return True
+
+    def _wrapper(self, wrapper_id: str) -> Wrapper | None:
+        return next((w for w in self.allocator.wrappers() if w.wrapper_id == wrapper_id), None)
+
+
+async def _insist(send: Callable[[], Awaitable[None]]) -> None:
+    """Send a lease command, and again after short pauses while the wrapper does not answer.
+
+    Raises:
+        WrapperUnreachable: it did not answer the last time either.
+    """
+    for delay_s in RESEND_DELAYS_S:
+        try:
+            return await send()
+        except WrapperUnreachable as error:
+            log.warning("a lease command is sent again", wrapper_id=error.wrapper_id, reason=error.reason)
+            await asyncio.sleep(delay_s)
+    return await send()
+
+
+def _ids_of(event: Event) -> dict[str, object]:
+    names = ("wrapper_id", "request_id", "measurement_id", "machine_id", "epoch", "reason")
+    return {name: value for name in names if (value := getattr(event, name, None)) is not None}
+
+
+def _event_row(event: Event, now_s: float) -> EventRow:
+    ids = _ids_of(event)
+    detail = {name: value for name, value in ids.items() if name in ("epoch", "reason", "machine_id")}
+    return EventRow(
+        kind=type(event).__name__,
+        at_s=now_s,
+        wrapper_id=getattr(event, "wrapper_id", None),
+        request_id=getattr(event, "request_id", None),
+        measurement_id=getattr(event, "measurement_id", None),
+        cause_id=None,
+        detail=json.dumps(detail, sort_keys=True),
+    )

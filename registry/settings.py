@@ -1,0 +1,257 @@
+"""Settings: one YAML file, overridden by the environment, as one frozen object.
+
+``GREENPROMPT_<SECTION>__<FIELD>`` overrides a field, e.g. ``GREENPROMPT_HTTP__PORT=8001``. An unknown or
+unusable field is an error that names it. Relative paths are relative to the current directory.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from registry.api import LLMConfig
+from registry.errors import BadSettings
+from registry.state import Limits
+
+ENV_PREFIX = "GREENPROMPT_"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HTTPSettings(_Section):
+    """Where the ingress and the wrappers are reached."""
+
+    host: str = Field("127.0.0.1", description="Interface that Serve's proxy listens on")
+    port: int = Field(8000, ge=1, le=65535)
+    public_url: str | None = Field(None, description="Base URL that clients use, if not http://host:port")
+    haproxy: bool = Field(True, description="Serve through HAProxy: several times the requests per second")
+
+
+class RaySettings(_Section):
+    """The Ray cluster: of our own (address null), or one that runs."""
+
+    address: str | None = Field(None, description="Address of a running cluster, or 'auto'; null starts a local one")
+    dashboard_port: int = Field(8265, ge=1, le=65535)
+    num_gpus: int | None = Field(None, ge=0, description="GPUs of the local cluster; null: those that Ray finds")
+
+
+class WrapperSettings(_Section):
+    """How wrappers are laid over machines, and their limits."""
+
+    per_machine: int = Field(1, ge=1, le=64)
+    gpus_per_wrapper: int | None = Field(None, ge=1, description="null: all GPUs of the machine, divided evenly")
+    deploy_timeout_s: float = Field(1800, gt=0, description="Longest start of an LLM")
+    start_timeout_s: float = Field(300, gt=0, description="Longest start of a wrapper itself")
+    prompt_max_s: float = Field(600, gt=0, description="Longest prompt; then it is cut")
+    max_prompts_in_flight: int = Field(256, ge=1, description="More are answered 429")
+    kv_cache_gib: int | None = Field(None, ge=1, description="KV cache on a machine without GPU; null: vLLM's choice")
+    stop_timeout_s: float = Field(30, gt=0, description="Longest stop of an LLM before its processes are killed")
+
+
+class ModelSettings(_Section):
+    """Which models may be deployed."""
+
+    huggingface: bool = Field(True, description="Allow ids of the Hugging Face hub")
+    local_roots: tuple[Path, ...] = Field((), description="Folders below which local models may lie")
+    allow_remote_code: tuple[str, ...] = Field((), description="Models whose own code may run (trust_remote_code)")
+
+
+class LeaseSettings(_Section):
+    """How long leases last."""
+
+    max_s: float = Field(3600, gt=0)
+    idle_s: float = Field(600, gt=0)
+
+
+class QueueSettings(_Section):
+    """How requests wait."""
+
+    max_queued: int = Field(100_000, ge=1)
+    max_queued_per_tenant: int = Field(100_000, ge=1)
+    max_overtakes: int = Field(4, ge=0)
+    max_overtake_s: float = Field(60, ge=0)
+    deploy_attempts: int = Field(2, ge=1)
+    wrapper_attempts: int = Field(3, ge=1)
+
+
+class WatchSettings(_Section):
+    """How closely wrappers and machines are watched, seconds."""
+
+    period_s: float = Field(1.0, gt=0)
+    report_timeout_s: float = Field(5.0, gt=0)
+    failures: int = Field(3, ge=1, description="Reports missed in a row until a wrapper counts as failed")
+
+
+class MachineLLM(_Section):
+    """An LLM that is deployed on a machine at start. ``machine`` ``*`` means every machine."""
+
+    machine: str = "*"
+    llm: LLMConfig
+
+
+class GridSettings(_Section):
+    """Carbon intensity of the electricity: a zone of the data set, or the operator's own value with its source."""
+
+    zone: str | None = Field(None, description="ISO 3166 alpha-3 zone (DEU, FRA …), or WOR for the world's mean")
+    gco2eq_per_kwh: float | None = Field(None, gt=0)
+    source: str | None = None
+    date: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> GridSettings:
+        if (self.zone is None) == (self.gco2eq_per_kwh is None):
+            raise ValueError("give either zone, or gco2eq_per_kwh with source and date")
+        if self.gco2eq_per_kwh is not None and not (self.source and self.date):
+            raise ValueError("gco2eq_per_kwh needs source and date")
+        return self
+
+
+class EmbodiedSettings(_Section):
+    """Embodied carbon of what one wrapper reserves, grams CO2eq per hour of reservation, with its source."""
+
+    g_per_hour: float = Field(gt=0)
+    low_g_per_hour: float = Field(gt=0)
+    high_g_per_hour: float = Field(gt=0)
+    source: str
+
+
+class CPUModelSettings(_Section):
+    """A model of the CPU's power for machines without counters: watts per logical CPU, idle and fully used."""
+
+    idle_w_per_cpu: float = Field(ge=0)
+    busy_w_per_cpu: float = Field(gt=0)
+    low_factor: float = Field(gt=0, le=1)
+    high_factor: float = Field(ge=1)
+    source: str
+
+
+class EnergySettings(_Section):
+    """How energy is counted and scored. Without grid or embodied no score is computed."""
+
+    allow_estimates: bool = Field(False, description="Whether sci_score may be a modelled figure (labelled as one)")
+    functional_unit: Literal["output_token", "token", "request", "word"] = "output_token"
+    pue: float = Field(1.0, ge=1.0)
+    poll_s: float = Field(0.05, gt=0, le=1.0)
+    grid: GridSettings | None = None
+    embodied: EmbodiedSettings | None = None
+    cpu_model: CPUModelSettings | None = None
+
+
+class Settings(BaseSettings):
+    """Everything an operator can choose."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    state_dir: Path = Field(Path("build/state"), description="Database, logs and pid file of this registry")
+    cache_dir: Path = Field(Path("build/cache"), description="Compile caches, on local disk of every machine")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; null: SQLite in state_dir")
+    http: HTTPSettings = HTTPSettings()
+    ray: RaySettings = RaySettings()
+    wrappers: WrapperSettings = WrapperSettings()
+    models: ModelSettings = ModelSettings()
+    leases: LeaseSettings = LeaseSettings()
+    queue: QueueSettings = QueueSettings()
+    watch: WatchSettings = WatchSettings()
+    energy: EnergySettings = EnergySettings()
+    deploy: tuple[MachineLLM, ...] = Field((), description="LLMs that are deployed at start, before anyone asks")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic-settings gives it
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment goes before the file; nothing else is read."""
+        return env_settings, init_settings
+
+    @model_validator(mode="after")
+    def _absolute_paths(self) -> Settings:
+        # The parts run with other current directories: fix what relative paths mean now.
+        for name in ("state_dir", "cache_dir"):
+            object.__setattr__(self, name, getattr(self, name).expanduser().absolute())
+        roots = tuple(Path(os.path.normpath(root.expanduser().absolute())) for root in self.models.local_roots)
+        object.__setattr__(self, "models", self.models.model_copy(update={"local_roots": roots}))
+        return self
+
+    @property
+    def base_url(self) -> str:
+        """Base URL of the ingress as clients see it, without a slash at the end."""
+        return (self.http.public_url or f"http://{self.http.host}:{self.http.port}").rstrip("/")
+
+    @property
+    def store_url(self) -> str:
+        """SQLAlchemy URL of the registry's database."""
+        return self.database_url or f"sqlite:///{self.state_dir / 'registry.db'}"
+
+    @property
+    def limits(self) -> Limits:
+        """The part that the allocator decides by."""
+        return Limits(
+            lease_max_s=self.leases.max_s,
+            lease_idle_s=self.leases.idle_s,
+            **self.queue.model_dump(),
+        )
+
+
+def load_settings(path: Path, **overrides: Any) -> Settings:
+    """Read a configuration file.
+
+    Args:
+        path: YAML file; an empty one means all defaults.
+        overrides: top-level sections or fields that replace those of the file (merged one level deep).
+
+    Raises:
+        BadSettings: the file can't be read, is not YAML, or has an unknown or unusable field; the text names it.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise BadSettings(str(path), f"can't be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise BadSettings(str(path), f"is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise BadSettings(str(path), "must be a mapping of sections")
+    for key, value in overrides.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            data[key] = data[key] | value
+        else:
+            data[key] = value
+    try:
+        return Settings(**data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "configuration"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise BadSettings(str(path), f"{field}: {first['msg']}{more}") from error
+
+
+def forwarded_environment() -> dict[str, str]:
+    """Variables that a Ray worker needs to load models as the operator's own shell would."""
+    prefixes = (
+        "HF_",
+        "HUGGING_FACE_",
+        "VLLM_",
+        "TRANSFORMERS_",
+        "OMP_",
+        "CUDA_DEVICE_ORDER",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+    )
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}

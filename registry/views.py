@@ -1,0 +1,166 @@
+"""Records → wire: how the registry's knowledge looks to clients. Reads only."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+from registry.api import (
+    HealthState,
+    LLMState,
+    MachineState,
+    MeasurementState,
+    RequestState,
+    WrapperState,
+)
+from registry.service import Service
+from registry.state import Request, RequestStatus, Wrapper, WrapperStatus
+
+USABLE = frozenset({WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
+"""States in which a wrapper serves, or can serve, a request."""
+
+
+def link_of(service: Service, request_id: str) -> str:
+    """The temporary link on which a client polls its request."""
+    return f"{service.settings.base_url}/promptingservice/request/{request_id}"
+
+
+def request_state(service: Service, request: Request) -> RequestState:
+    """A request as its client sees it."""
+    allocator = service.allocator
+    lease = allocator.lease_of(request.request_id)
+    deployed = request.status is RequestStatus.DEPLOYED
+    wrapper = None if request.wrapper_id is None else allocator.wrapper(request.wrapper_id)
+    address = f"{wrapper.url}/{lease.token}" if deployed and lease is not None and wrapper is not None else None
+    queued = request.status is RequestStatus.QUEUED
+    return RequestState(
+        requestId=request.request_id,
+        llmconfig=json.loads(request.llmconfig),
+        status=request.status.value,
+        measurementId=request.measurement_id,
+        address=address,
+        link=link_of(service, request.request_id),
+        position=allocator.queue_position(request.request_id) if queued else None,
+        phase=_phase(service, request),
+        reason=request.reason or (_waits_for(service, request) if queued else None),
+        notes=list(request.notes),
+        machine=request.machine_id,
+        wrapper=request.wrapper_id,
+        flags=list(allocator.measurement(request.measurement_id).flags),
+        createdAt=_iso(request.created_s),
+        deployingAt=_iso_or_none(request.deploying_s),
+        deployedAt=_iso_or_none(request.deployed_s),
+        endedAt=_iso_or_none(request.ended_s),
+        expiresAt=_iso(lease.deadline_s) if deployed and lease is not None else None,
+        idleAfter=_iso(lease.ends_s) if deployed and lease is not None else None,
+    )
+
+
+def measurement_state(service: Service, measurement_id: int) -> MeasurementState:
+    """A measurement with its requests in their order. Raises UnknownMeasurement."""
+    measurement = service.allocator.measurement(measurement_id)
+    requests = service.allocator.requests_of(measurement_id)
+    return MeasurementState(
+        measurementId=measurement_id,
+        machine=measurement.machine_id,
+        flags=list(measurement.flags),
+        createdAt=_iso(measurement.created_s),
+        requests=[request_state(service, request) for request in requests],
+    )
+
+
+def machine_states(service: Service) -> list[MachineState]:
+    """Every machine that is known, with its wrappers."""
+    return [
+        MachineState(
+            machine=machine.machine_id,
+            address=machine.address,
+            alive=machine.alive,
+            gpus=machine.gpus,
+            gpuType=machine.gpu_type,
+            memoryBytes=machine.memory_bytes,
+            wrappers=[
+                _wrapper_state(service, wrapper)
+                for wrapper in service.allocator.wrappers()
+                if wrapper.machine_id == machine.machine_id
+            ],
+        )
+        for machine in service.allocator.machines()
+    ]
+
+
+def llm_states(service: Service) -> list[LLMState]:
+    """Every LLM that runs or is being started, where, and whether it is free."""
+    return [
+        LLMState(
+            model=wrapper.spec.model,
+            modeltyp=wrapper.spec.modeltyp,
+            fingerprint=wrapper.spec.fingerprint,
+            deployment=json.loads(wrapper.spec.engine_args),
+            machine=wrapper.machine_id,
+            wrapper=wrapper.wrapper_id,
+            status=wrapper.status.value,
+        )
+        for wrapper in service.allocator.wrappers()
+        if wrapper.spec is not None and wrapper.status in USABLE
+    ]
+
+
+def health_state(service: Service) -> HealthState:
+    """``ok`` when at least one wrapper can serve, else ``starting`` (none has yet) or ``degraded``."""
+    wrappers = service.allocator.wrappers()
+    usable = sum(wrapper.status in USABLE for wrapper in wrappers)
+    starting = not wrappers or any(wrapper.status is WrapperStatus.STARTING for wrapper in wrappers)
+    return HealthState(
+        status="ok" if usable else "starting" if starting else "degraded",
+        wrappers=len(wrappers),
+        usable=usable,
+        queued=service.allocator.queued_count(),
+        version=version("greenprompt-llm-registry"),
+    )
+
+
+def _wrapper_state(service: Service, wrapper: Wrapper) -> WrapperState:
+    report = service.reports.get(wrapper.wrapper_id)
+    return WrapperState(
+        wrapper=wrapper.wrapper_id,
+        status=wrapper.status.value,
+        gpus=wrapper.gpus,
+        llm=wrapper.spec.model if wrapper.spec is not None else None,
+        leased=wrapper.status is WrapperStatus.LEASED,
+        phase=report.phase if report is not None else None,
+        reason=wrapper.reason,
+        meter=dict(report.meter) if report is not None and report.meter is not None else None,
+        versions=dict(report.versions) if report is not None and report.versions is not None else None,
+    )
+
+
+def _phase(service: Service, request: Request) -> str | None:
+    if request.status is not RequestStatus.DEPLOYING or request.wrapper_id is None:
+        return None
+    if service.allocator.lease_of(request.request_id) is not None:
+        return "handing over"
+    report = service.reports.get(request.wrapper_id)
+    return report.phase if report is not None else None
+
+
+def _waits_for(service: Service, request: Request) -> str:
+    allocator = service.allocator
+    before = [r for r in allocator.requests_of(request.measurement_id) if r.seq < request.seq and not r.status.ended]
+    if before:
+        return f"its measurement's request {before[0].request_id} comes first and is {before[0].status.value}"
+    if not any(wrapper.status in USABLE for wrapper in allocator.wrappers()):
+        return "no LLM Machine is ready yet"
+    pin = allocator.measurement(request.measurement_id).machine_id
+    if pin is not None:
+        return f"its measurement runs on machine {pin}, which is in use"
+    return "every LLM Machine is in use"
+
+
+def _iso(at_s: float) -> str:
+    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _iso_or_none(at_s: float | None) -> str | None:
+    return None if at_s is None else _iso(at_s)
