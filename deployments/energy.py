@@ -1,0 +1,183 @@
+"""The words of the energy account: labels, figures and the operator's coefficients. Reads no hardware.
+
+A figure is a number of joules with a label that says where it is from. What is not known is ``None``: a figure of
+0 J can't be made, so "don't know" never looks like "costs nothing".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import chain
+from typing import Literal
+
+from registry.errors import BadSettings
+
+FunctionalUnit = Literal["output_token", "token", "request", "word"]
+
+
+class Label(StrEnum):
+    """Where a figure is from, best first.
+
+    measured: an energy counter of the hardware. measured_sampled: power samples of the hardware, 10 or more a
+    second. modeled: an estimate with low and high. simulated: a test double's. unavailable: there is no figure.
+    """
+
+    MEASURED = "measured"
+    MEASURED_SAMPLED = "measured_sampled"
+    MODELED = "modeled"
+    SIMULATED = "simulated"
+    UNAVAILABLE = "unavailable"
+
+
+_RANK = {label: rank for rank, label in enumerate(Label)}
+
+
+def worst(labels: Iterable[Label]) -> Label:
+    """The label of a sum: that of its worst part; unavailable for a sum of nothing."""
+    return max(labels, key=_RANK.__getitem__, default=Label.UNAVAILABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """The energy of one part of the machine in a window, or the reason why it is not known.
+
+    ``name`` is ``gpu:<uuid>``, ``package-<n>``, ``dram-<n>`` or ``cpu-model``; ``source`` says in words how the
+    figure came about. ``joules`` is > 0, or None exactly when the label is unavailable. ``resolution_j`` bounds the
+    error that is due to the steps of the counter, None where the range says it. ``low_j`` and ``high_j`` are the
+    range of an estimate, None where it was measured. ``flags`` say what is wrong or unusual (``too_short``,
+    ``provisional``, ``counter_reset`` …).
+    """
+
+    name: str
+    source: str
+    label: Label
+    joules: float | None = None
+    low_j: float | None = None
+    high_j: float | None = None
+    resolution_j: float | None = None
+    flags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.joules is None) != (self.label is Label.UNAVAILABLE):
+            raise ValueError(f"{self.name}: {self.joules} J can't be labelled {self.label}")
+        if self.joules is not None and self.joules <= 0:
+            raise ValueError(f"{self.name}: {self.joules} J; what is not known is None")
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """The energy of a window: the sum of its components, with the worst of their labels.
+
+    ``total_j`` is None as soon as one component is unavailable: a sum with a hole is no total. ``low_j`` and
+    ``high_j`` are None unless a part of it is an estimate. ``flags`` are those of all components and the window's own,
+    among them ``cpu_not_covered`` and ``dram_not_covered`` for what nothing here counts. Made by `total`.
+    """
+
+    total_j: float | None
+    low_j: float | None
+    high_j: float | None
+    resolution_j: float | None
+    label: Label
+    components: tuple[Component, ...]
+    flags: tuple[str, ...]
+
+    @property
+    def boundary(self) -> tuple[str, ...]:
+        """Names of the parts that are inside, whether their figure is known or not."""
+        return tuple(part.name for part in self.components)
+
+
+def total(components: Iterable[Component], flags: Iterable[str] = ()) -> Energy:
+    """Sum up components; without any, the energy is unavailable and flagged ``no_source``."""
+    parts = tuple(components)
+    all_flags = sorted({*flags, *chain.from_iterable(part.flags for part in parts), *(() if parts else ("no_source",))})
+    label = worst(part.label for part in parts)
+    known = [part for part in parts if part.joules is not None]
+    if not known or len(known) < len(parts):
+        return Energy(None, None, None, None, Label.UNAVAILABLE, parts, tuple(all_flags))
+    estimated = any(part.low_j is not None for part in known)
+    joules = sum(part.joules or 0.0 for part in known)
+    return Energy(
+        total_j=joules,
+        low_j=sum(_first_known(part.low_j, part.joules) for part in known) if estimated else None,
+        high_j=sum(_first_known(part.high_j, part.joules) for part in known) if estimated else None,
+        resolution_j=_sum_if_known(part.resolution_j for part in known),
+        label=label,
+        components=parts,
+        flags=tuple(all_flags),
+    )
+
+
+def _sum_if_known(values: Iterable[float | None]) -> float | None:
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return sum(known) if len(known) == len(found) else None
+
+
+def _first_known(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class CPUModel:
+    """A model of the CPU's power for machines without counters, W per logical CPU when idle and when fully used.
+
+    The range of the estimate is ``low_factor`` (0 to 1) to ``high_factor`` (≥ 1) times it. ``source`` is where the
+    figures are from; there are no defaults.
+
+    Raises:
+        BadSettings: A figure is out of its range.
+    """
+
+    idle_w_per_cpu: float
+    busy_w_per_cpu: float
+    low_factor: float
+    high_factor: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.idle_w_per_cpu <= self.busy_w_per_cpu and self.busy_w_per_cpu > 0):
+            raise BadSettings("energy.cpu_model", "needs 0 <= idle_w_per_cpu <= busy_w_per_cpu, and busy > 0")
+        if not 0 < self.low_factor <= 1 <= self.high_factor:
+            raise BadSettings("energy.cpu_model", "needs 0 < low_factor <= 1 <= high_factor")
+
+
+@dataclass(frozen=True, slots=True)
+class Embodied:
+    """Embodied carbon of what one wrapper reserves, gCO2eq per hour of reservation, with its range and its source."""
+
+    g_per_hour: float
+    low_g_per_hour: float
+    high_g_per_hour: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class GridIntensity:
+    """Carbon intensity of the electricity, gCO2eq/kWh: a zone of a data set, or the operator's own (zone None).
+
+    ``dataset`` and ``version`` are the data set's, or the operator's source and date.
+    """
+
+    gco2eq_per_kwh: float
+    zone: str | None
+    dataset: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class SCISettings:
+    """The operator's choices for the account.
+
+    ``pue`` ≥ 1: power usage effectiveness of the site. ``allow_estimates``: whether a score may be computed from
+    anything but measured energy. ``embodied`` None: not known, so there is no score. ``cpu_model`` None: the CPU
+    is counted by hardware counters or not at all.
+    """
+
+    pue: float
+    functional_unit: FunctionalUnit
+    allow_estimates: bool
+    embodied: Embodied | None = None
+    cpu_model: CPUModel | None = None

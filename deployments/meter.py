@@ -1,0 +1,322 @@
+"""The meter of a wrapper: polls what counts energy, and tells what any window between two times took.
+
+One thread polls the counters and keeps their edges; a window is computed from them when somebody asks, so the
+prompt path only notes two timestamps. No window is ever 0 J: what can't be resolved is unavailable, with a flag.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from deployments.attribution import Layout, Prompt, counted, counted_in, lay_out, shared, unknown
+from deployments.energy import Component, Energy, Label, total, worst
+from deployments.energy_sources import CounterLost, GPUPower, ReadFailed, Source, Unreadable
+from deployments.windows import Level, NoWindow, Track, between
+from registry.errors import BadSettings
+
+_STALE_S = 0.5
+"""A window may end this long after the last edge of a counter (or three polls, if that is longer)."""
+_CONTENTION_PERIOD_S = 1.0
+_JOIN_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """A window divided among the prompts in it.
+
+    The shares (in the order of the prompts) and ``idle`` together are the total; ``idle`` is None when some prompt
+    was in flight at every moment, or nothing is known.
+    """
+
+    total: Energy
+    shares: tuple[Energy, ...]
+    idle: Energy | None
+
+
+@dataclass(slots=True)
+class _Channel:
+    """A source and what has been heard from it."""
+
+    source: Source
+    track: Track
+    readings: int = 0
+    failures: int = 0
+    error: str | None = None
+
+
+class Meter:
+    """Counts the energy of one machine's part that a wrapper holds.
+
+    `window`, `attribute`, `settled` and `describe` may be called from any thread; none blocks for longer than a
+    dictionary look-up in the poller.
+
+    Args:
+        sources: What `energy_sources.probe_sources` found; the meter owns it from now on.
+        clock: Monotonic seconds; all times of windows are in this clock.
+        poll_s: Time between two looks at the counters, 0 to 1 s.
+        history_s: How far back windows can reach, seconds; older than 10 minutes at one edge a second.
+        allow_simulated: For tests only.
+
+    Raises:
+        BadSettings: A period that can't be used with these sources, or a simulated source outside tests.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[Source | Unreadable],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        poll_s: float = 0.05,
+        history_s: float = 86_400.0,
+        allow_simulated: bool = False,
+    ) -> None:
+        found = list(sources)
+        self._unreadable = [source for source in found if isinstance(source, Unreadable)]
+        self._channels = [
+            _Channel(
+                source,
+                Track(
+                    max_age_s=source.max_age_s,
+                    step=source.step,
+                    max_rate=source.max_rate,
+                    history_s=history_s,
+                    stale_s=max(_STALE_S, 3 * poll_s),
+                ),
+            )
+            for source in found
+            if isinstance(source, Source)
+        ]
+        for channel in self._channels:
+            if channel.source.label is Label.SIMULATED and not allow_simulated:
+                raise BadSettings("energy", f"source {channel.source.name} is simulated, which is for tests only")
+        sampled = any(isinstance(channel.source, GPUPower) for channel in self._channels)
+        if not 0 < poll_s <= (0.1 if sampled else 1.0):
+            raise BadSettings("energy.poll_s", "needs 0 < poll_s <= 1, and <= 0.1 for GPUs whose power is sampled")
+        self._clock = clock
+        self._poll_s = poll_s
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._closed = False
+        self._contended_s: deque[float] = deque(maxlen=100_000)
+        self._contention_unknown = False
+        self._contention_due_s = clock()
+        self._not_covered = tuple(_not_covered([channel.source.name for channel in self._channels]))
+
+    # --- polling ----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Read every counter once, so that history begins now, and go on in a daemon thread of our own.
+
+        Raises:
+            RuntimeError: It was started before.
+        """
+        if self._thread is not None:
+            raise RuntimeError("the meter was started before")
+        self.poll_once()
+        self._thread = threading.Thread(target=self._run, name="energy-meter", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> bool:
+        """End polling and give the counters back; waits at most two seconds. False if a read hangs for longer."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(_JOIN_TIMEOUT_S)
+            if self._thread.is_alive():
+                return False
+        if not self._closed:
+            self._closed = True
+            for channel in self._channels:
+                channel.source.close()
+        return True
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._poll_s):
+            self.poll_once()
+
+    def poll_once(self) -> None:
+        """Read every counter once. For the poller, and for tests that have no thread."""
+        for channel in self._channels:
+            asked_s = self._clock()
+            try:
+                units = channel.source.read(asked_s)
+            except ReadFailed as error:
+                # A counter goes on counting, so this costs an edge and no joule; it shows in describe().
+                with self._lock:
+                    channel.failures += 1
+                    channel.error = str(error)
+                continue
+            except CounterLost as lost:
+                with self._lock:
+                    channel.track.lost(lost.flag)
+                    channel.error = lost.flag
+                continue
+            with self._lock:
+                channel.track.add(asked_s, self._clock(), units)
+                channel.readings += 1
+        if self._clock() >= self._contention_due_s:
+            self._contention_due_s = self._clock() + _CONTENTION_PERIOD_S
+            self._look_for_strangers()
+
+    def _look_for_strangers(self) -> None:
+        now_s = self._clock()
+        answers = [channel.source.contended(now_s) for channel in self._channels]
+        with self._lock:
+            self._contention_unknown = None in answers
+            if True in answers:
+                self._contended_s.append(now_s)
+
+    # --- windows ----------------------------------------------------------------------------------------
+
+    def mark(self) -> float:
+        """Now, in the meter's clock. All that the prompt path has to do at the start and the end of a prompt."""
+        return self._clock()
+
+    def settled(self, time_s: float) -> bool:
+        """Whether windows that end at this time are final. Until then they are flagged ``provisional``."""
+        with self._lock:
+            return all(channel.track.settled(time_s) for channel in self._channels)
+
+    def window(self, start_s: float, end_s: float) -> Energy:
+        """The energy between two times.
+
+        Unavailable, and flagged, when a counter can't resolve it: ``too_short``, ``stale``, ``out_of_history``,
+        ``counter_reset``, ``undersampled``, ``implausible_power`` …
+
+        Raises:
+            ValueError: It does not end after its start.
+        """
+        levels = self._levels(start_s, end_s)
+        parts = [_whole(source, start_s, end_s, at) for source, at in levels]
+        return total([*parts, *self._holes()], self._flags(start_s, end_s))
+
+    def attribute(self, start_s: float, end_s: float, prompts: Sequence[Prompt]) -> Attribution:
+        """Divide a window among the prompts in it; only what they did inside the window counts.
+
+        A prompt that was alone all the time has what the counters say. Prompts in flight together share what flows
+        in proportion to their tokens, spread evenly over each one's time: that is modelled, with the split by tokens
+        and the split by time as its range. What is too short for the counters is modelled, too, with their bounds.
+
+        Raises:
+            ValueError: The window does not end after its start.
+        """
+        layout = lay_out(start_s, end_s, prompts)
+        whole: list[Component] = []
+        shares: list[list[Component]] = [[] for _ in prompts]
+        idle: list[Component] = []
+        for source, levels in self._levels(start_s, end_s, layout.times_s()):
+            whole.append(_whole(source, start_s, end_s, levels))
+            for share, part in zip(shares, _shares(source, whole[-1], layout, prompts, levels), strict=True):
+                share.append(part)
+            if layout.gaps and not isinstance(levels, str):
+                idle.append(counted_in(source, layout.gaps, levels))
+        holes, flags = self._holes(), self._flags(start_s, end_s)
+        return Attribution(
+            total=total([*whole, *holes], flags),
+            shares=tuple(total([*share, *holes], flags) for share in shares),
+            idle=total([*idle, *holes], flags) if layout.gaps else None,
+        )
+
+    def _levels(
+        self, start_s: float, end_s: float, times_s: Iterable[float] = ()
+    ) -> list[tuple[Source, dict[float, Level] | str]]:
+        """Every counter at these times, all looked up at one moment; or the flag that says why it can't be told."""
+        if end_s <= start_s:
+            raise ValueError(f"a window can't end at {end_s} when it starts at {start_s}")
+        times = sorted({start_s, end_s, *times_s})
+        found: list[tuple[Source, dict[float, Level] | str]] = []
+        with self._lock:
+            for channel in self._channels:
+                try:
+                    found.append((channel.source, dict(zip(times, channel.track.levels(times), strict=True))))
+                except NoWindow as no_window:
+                    found.append((channel.source, no_window.flag))
+        return found
+
+    def _holes(self) -> list[Component]:
+        """What is inside the boundary and can't be read at all."""
+        return [
+            Component(hole.name, hole.why, Label.UNAVAILABLE, flags=("unreadable",))
+            for hole in self._unreadable
+            if hole.in_boundary
+        ]
+
+    def _flags(self, start_s: float, end_s: float) -> tuple[str, ...]:
+        with self._lock:
+            first = bisect_left(self._contended_s, start_s - _CONTENTION_PERIOD_S)
+            contended = first < bisect_right(self._contended_s, end_s)
+            unknown = self._contention_unknown
+        return (
+            *self._not_covered,
+            *(("contended",) if contended else ()),
+            *(("contention_unknown",) if unknown else ()),
+        )
+
+    def describe(self) -> dict[str, object]:
+        """What is counted and how, what is not and why; plain JSON, for /machines."""
+        with self._lock:
+            return {
+                "polling": self._thread is not None and self._thread.is_alive(),
+                "poll_s": self._poll_s,
+                "label": worst(
+                    [channel.source.label for channel in self._channels] + [hole.label for hole in self._holes()]
+                ).value,
+                "sources": [
+                    {
+                        "name": channel.source.name,
+                        "method": channel.source.method,
+                        "label": channel.source.label.value,
+                        "origin": channel.source.origin,
+                        "power_limit_w": channel.source.limit_w,
+                        "readings": channel.readings,
+                        "failures": channel.failures,
+                        "last_error": channel.error,
+                    }
+                    for channel in self._channels
+                ],
+                "not_found": [{"name": hole.name, "why": hole.why} for hole in self._unreadable],
+                "not_covered": list(self._not_covered),
+            }
+
+
+def _whole(source: Source, start_s: float, end_s: float, levels: Mapping[float, Level] | str) -> Component:
+    if isinstance(levels, str):
+        return unknown(source, levels)
+    return counted(source, end_s - start_s, between(levels[start_s], levels[end_s]))
+
+
+def _shares(
+    source: Source,
+    whole: Component,
+    layout: Layout,
+    prompts: Sequence[Prompt],
+    levels: Mapping[float, Level] | str,
+) -> list[Component]:
+    """One source's component of each prompt."""
+    if isinstance(levels, str) or "implausible_power" in whole.flags:
+        return [unknown(source, flag) for _ in prompts for flag in whole.flags]
+    start_s, end_s = min(levels), max(levels)
+    split_up = shared(source, start_s, end_s, prompts, levels) if layout.overlapping else []
+    return [
+        unknown(source, "outside_window")
+        if interval is None
+        else split_up[index]
+        if index in layout.overlapping
+        else counted_in(source, [interval], levels)
+        for index, interval in enumerate(layout.inside)
+    ]
+
+
+def _not_covered(names: Sequence[str]) -> Iterable[str]:
+    """Flags for the kinds of hardware that nothing counts. A model of whole servers' CPUs has their memory in it."""
+    packages = any(name.startswith("package-") for name in names)
+    model = "cpu-model" in names
+    if not packages and not model:
+        yield "cpu_not_covered"
+    if not model and not any(name.startswith("dram-") for name in names):
+        yield "dram_not_covered"

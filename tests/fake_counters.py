@@ -1,0 +1,208 @@
+"""Stand-ins for hardware that counts energy: a manual clock, NVML, a powercap tree, a proc tree, plain counters.
+
+They behave as the real ones do where it hurts: counters that tick at their own times, wrap, stand still, fail.
+"""
+
+# ruff: noqa: N802 - pynvml's names are camel case
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pynvml
+
+from deployments.energy import Label
+from deployments.energy_sources import Source
+
+UUID = "GPU-4e4b1c5a-0000-4000-8000-000000000001"
+OTHER_UUID = "GPU-4e4b1c5a-0000-4000-8000-000000000002"
+
+
+class ManualClock:
+    """Seconds that pass only when somebody says so."""
+
+    def __init__(self, now_s: float = 1000.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class PowerCurve:
+    """Power that changes in steps; energy is its exact integral."""
+
+    def __init__(self, start_s: float, steps: Sequence[tuple[float, float]]) -> None:
+        """``steps`` are (seconds, watts); the last power lasts for ever."""
+        self._times = [start_s]
+        self._watts = [watts for _, watts in steps]
+        self._joules = [0.0]
+        for seconds, watts in steps:
+            self._times.append(self._times[-1] + seconds)
+            self._joules.append(self._joules[-1] + seconds * watts)
+
+    def joules(self, time_s: float) -> float:
+        step = max(min(bisect_right(self._times, time_s) - 1, len(self._watts) - 1), 0)
+        return self._joules[step] + (time_s - self._times[step]) * self._watts[step]
+
+
+class Ticks:
+    """Shows a growing quantity as it was at the last tick, rounded down to a step, as hardware counters do."""
+
+    def __init__(self, true: Callable[[float], float], ticks_s: Sequence[float], step: float) -> None:
+        self._true, self._ticks_s, self._step = true, ticks_s, step
+
+    def __call__(self, now_s: float) -> float:
+        tick_s = self._ticks_s[max(bisect_right(self._ticks_s, now_s) - 1, 0)]
+        return math.floor(self._true(tick_s) / self._step) * self._step
+
+
+class FakeCounter(Source):
+    """A counter whose reading is whatever ``value`` says at the time; an exception in its place is raised."""
+
+    method = "fake"
+    origin = "a test"
+
+    def __init__(
+        self,
+        value: Callable[[float], float | Exception],
+        *,
+        name: str = "package-0",
+        label: Label = Label.MEASURED,
+        max_age_s: float | None = 0.0,
+        limit_w: float | None = None,
+        step: float = 0.0,
+    ) -> None:
+        self.name, self.label, self.max_age_s, self.limit_w, self.step = name, label, max_age_s, limit_w, step
+        self.value = value
+        self.others: bool | None = False
+        self.closed = 0
+
+    def read(self, now_s: float) -> float:
+        value = self.value(now_s)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def contended(self, now_s: float) -> bool | None:
+        return self.others
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class FakeGPU:
+    """What FakeNVML knows of a GPU. None for what its driver does not support, an NVML error code for a failure."""
+
+    def __init__(self, uuid: str = UUID) -> None:
+        self.uuid = uuid
+        self.energy_mj: int | None = 5_000_000
+        self.power_mw: int | None = 300_000
+        self.limit_mw: int | None = 700_000
+        self.pids: list[int] | None = []
+        self.error: int | None = None
+
+
+class FakeNVML:
+    """The part of pynvml that is used, with pynvml's own errors. Counts how often it was opened."""
+
+    NVMLError = pynvml.NVMLError
+
+    def __init__(self, *gpus: FakeGPU, init_error: int | None = None, missing: Sequence[str] = ()) -> None:
+        self._gpus = gpus
+        self._init_error = init_error
+        self._missing = missing
+        self.opened = 0
+
+    def _raise(self, code: int) -> None:
+        raise pynvml.NVMLError(code)
+
+    def _value(self, function: str, gpu: FakeGPU, value: int | None) -> int:
+        if self.opened == 0:
+            self._raise(pynvml.NVML_ERROR_UNINITIALIZED)
+        if function in self._missing:
+            self._raise(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        if gpu.error is not None:
+            self._raise(gpu.error)
+        if value is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return value
+
+    def nvmlInit(self) -> None:
+        if self._init_error is not None:
+            self._raise(self._init_error)
+        self.opened += 1
+
+    def nvmlShutdown(self) -> None:
+        assert self.opened > 0
+        self.opened -= 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGPU:
+        found = [gpu for gpu in self._gpus if gpu.uuid == uuid]
+        if not found:
+            self._raise(pynvml.NVML_ERROR_NOT_FOUND)
+        return found[0]
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGPU:
+        if index >= len(self._gpus):
+            self._raise(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return self._gpus[index]
+
+    def nvmlDeviceGetUUID(self, gpu: FakeGPU) -> str:
+        return gpu.uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, gpu: FakeGPU) -> int:
+        return self._value("nvmlDeviceGetTotalEnergyConsumption", gpu, gpu.energy_mj)
+
+    def nvmlDeviceGetPowerUsage(self, gpu: FakeGPU) -> int:
+        return self._value("nvmlDeviceGetPowerUsage", gpu, gpu.power_mw)
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, gpu: FakeGPU) -> int:
+        return self._value("nvmlDeviceGetEnforcedPowerLimit", gpu, gpu.limit_mw)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, gpu: FakeGPU) -> list[SimpleNamespace]:
+        if gpu.pids is None:
+            self._raise(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return [SimpleNamespace(pid=pid) for pid in gpu.pids or ()]
+
+
+def write_zone(
+    root: Path,
+    zone: str,
+    name: str,
+    *,
+    energy_uj: int = 1_000_000,
+    range_uj: int = 262_143_328_850,
+    limits_uw: Sequence[int] = (),
+) -> Path:
+    """One zone of a powercap tree, flat as in /sys/class/powercap."""
+    path = root / zone
+    path.mkdir(parents=True)
+    (path / "name").write_text(f"{name}\n")
+    (path / "energy_uj").write_text(f"{energy_uj}\n")
+    (path / "max_energy_range_uj").write_text(f"{range_uj}\n")
+    for index, limit_uw in enumerate(limits_uw):
+        (path / f"constraint_{index}_power_limit_uw").write_text(f"{limit_uw}\n")
+    return path
+
+
+def set_energy(zone: Path, energy_uj: int) -> None:
+    (zone / "energy_uj").write_text(f"{energy_uj}\n")
+
+
+def write_process(
+    root: Path, pid: int, parent: int, *, ticks: Sequence[int] = (0, 0, 0, 0), started: int = 100, name: str = "python"
+) -> None:
+    """One process of a proc tree; ``ticks`` are utime, stime, cutime, cstime."""
+    path = root / str(pid)
+    path.mkdir(parents=True, exist_ok=True)
+    fields = ["R", parent, *[0] * 9, *ticks, 20, 0, 1, 0, started, *[0] * 20]
+    (path / "stat").write_text(f"{pid} ({name}) {' '.join(map(str, fields))}\n")
+
+
+def end_process(root: Path, pid: int) -> None:
+    (root / str(pid) / "stat").unlink()
+    (root / str(pid)).rmdir()
