@@ -162,9 +162,9 @@ PROMPTING: Mapping[str, Rule] = joined(
 
 _RAY_PLACES = "Ray gives the engine its GPUs"
 _WRAPPER = "the wrapper sets it"
-_CODE = "it can run code that is not vLLM's; ask the operator"
-_FILES = "it reads or writes files of the LLM Machine; ask the operator"
-_NETWORK = "it opens connections; ask the operator"
+_CODE = "it can run code that is not vLLM's; no client may set it"
+_FILES = "it reads or writes files of the LLM Machine; no client may set it"
+_NETWORK = "it opens connections; no client may set it"
 _KERNELS = "vLLM chooses what is fastest on the GPU"
 _TUNING = "it tunes the engine, not the LLM; leave it out"
 _TEXT_ONLY = "prompts are text; leave it out"
