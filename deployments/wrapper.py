@@ -63,6 +63,7 @@ class LLMWrapper:
         self._died: str | None = None
         self._phase: str | None = None
         self._start: asyncio.Task[None] | None = None
+        self._starts = 0
         self._engine_lock = asyncio.Lock()
         self._gate = LeaseGate(time.monotonic)
         self._meter = PromptMeter(config.energy, gpus=config.gpus)
@@ -102,6 +103,7 @@ class LLMWrapper:
             bound=grant.request_id if grant is not None else None,
             idle_for_s=self._gate.idle_for_s,
             in_flight=self._gate.in_flight,
+            starts=self._starts,
             meter=self._meter.describe(),
             versions=VERSIONS,
         )
@@ -202,6 +204,7 @@ class LLMWrapper:
                         on_phase=self._set_phase,
                         timeout_s=config.settings.deploy_timeout_s,
                     )
+                self._starts += 1
                 running = self._host.running
                 assert running is not None  # start() returned
                 asyncio.get_running_loop().create_task(self._notice_death(running))

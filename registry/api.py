@@ -125,6 +125,7 @@ class WrapperState(_Wire):
     gpus: int
     llm: str | None
     leased: bool
+    starts: int | None = Field(None, description="LLMs that it has started since it was started itself")
     phase: str | None = None
     reason: str | None = None
     meter: dict[str, Any] | None = None

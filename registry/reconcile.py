@@ -42,7 +42,7 @@ class WrapperReport:
     ``epoch`` is that of the last command taken; ``running`` the fingerprint of the LLM that answers prompts,
     ``starting`` that of the one being started. ``died`` is why the LLM ended by itself, if it did.
     ``idle_for_s`` is how long ago the lease was last used (0.0 while a prompt is in flight), None without a lease.
-    ``bound`` is the request whose token it accepts.
+    ``bound`` is the request whose token it accepts. ``starts`` counts the LLMs it has started.
     """
 
     epoch: int
@@ -53,6 +53,7 @@ class WrapperReport:
     bound: str | None = None
     idle_for_s: float | None = None
     in_flight: int = 0
+    starts: int = 0
     meter: Mapping[str, object] | None = None
     versions: Mapping[str, str] | None = None
 

@@ -1,0 +1,187 @@
+"""A registry as its users get it: ``greenprompt up`` as a process of its own, spoken to over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from deployments.local_ray import free_ports
+from deployments.tiny_llm import make_tiny_llm
+
+UP_LIMIT_S = 240
+DOWN_LIMIT_S = 150
+DEPLOY_LIMIT_S = 120
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Registry:
+    """A running registry: its process, where it is, and the folder it keeps its state in."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    folder: Path
+    command: list[str]
+    environment: dict[str, str]
+
+    def post(self, measurement_id: int, *llms: dict[str, Any], **extra: Any) -> list[str]:
+        """Request LLMs; their ids."""
+        body = {"measurementId": measurement_id, "llms": list(llms), **extra}
+        answer = httpx.post(f"{self.url}/promptingservice/request", json=body, timeout=60)
+        assert answer.status_code == 201, answer.text
+        return [entry["requestId"] for entry in answer.json()["requests"]]
+
+    def get(self, request_id: str, wait_s: float = 0) -> dict[str, Any]:
+        """The status of a request."""
+        link = f"{self.url}/promptingservice/request/{request_id}"
+        answer = httpx.get(link, params={"wait": wait_s} if wait_s else {}, timeout=120)
+        assert answer.status_code == 200, answer.text
+        state: dict[str, Any] = answer.json()
+        return state
+
+    def until(self, request_id: str, *statuses: str, limit_s: float = DEPLOY_LIMIT_S) -> dict[str, Any]:
+        """The status of a request once it is one of these; fails after ``limit_s`` seconds."""
+        deadline_s = time.monotonic() + limit_s
+        state = self.get(request_id)
+        while state["status"] not in statuses:
+            left_s = deadline_s - time.monotonic()
+            assert left_s > 0, f"still {state}"
+            state = self.get(request_id, wait_s=min(left_s, 10))
+        return state
+
+    def delete(self, request_id: str) -> int:
+        """Release a request; the HTTP status."""
+        return httpx.delete(f"{self.url}/promptingservice/request/{request_id}", timeout=60).status_code
+
+    def machines(self) -> list[dict[str, Any]]:
+        """GET /machines."""
+        answer: list[dict[str, Any]] = httpx.get(f"{self.url}/machines", timeout=30).json()
+        return answer
+
+    def wrapper(self) -> dict[str, Any]:
+        """The only wrapper of the only machine."""
+        (machine,) = self.machines()
+        (wrapper,) = machine["wrappers"]
+        return dict(wrapper)
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything below the registry's process, itself first."""
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
+    def process_named(self, part: str) -> psutil.Process:
+        """The one process whose command line has this part."""
+        found = [process for process in self.processes() if part in " ".join(_cmdline(process))]
+        assert len(found) == 1, f"{part}: {found}"
+        return found[0]
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def start(folder: Path, **overrides: Any) -> Registry:
+    """``greenprompt up`` with the local configuration and these sections changed; returns when it is ready."""
+    port, dashboard_port = free_ports(2)
+    config = yaml.safe_load((REPOSITORY / "configs" / "local.yaml").read_text(encoding="utf-8"))
+    config["state_dir"] = str(folder / "state")
+    config["cache_dir"] = str(folder / "cache")
+    config["models"]["local_roots"] = [str(folder / "llms")]
+    config["http"]["port"] = port
+    config["ray"] = {"dashboard_port": dashboard_port}
+    for section, values in overrides.items():
+        config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return run(
+        folder, [sys.executable, "-m", "deployments.cli", "up", "--config", str(path)], f"http://127.0.0.1:{port}"
+    )
+
+
+def run(folder: Path, command: list[str], url: str) -> Registry:
+    """Run an ``up`` command and wait until it says that it is ready."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    log = folder / "up.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL
+        )
+    record = folder / "state" / "up.json"
+    deadline_s = time.monotonic() + UP_LIMIT_S
+    while not (record.exists() and "url" in json.loads(record.read_text(encoding="utf-8"))):
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            process.kill()
+            pytest.fail(f"greenprompt up did not get ready:\n{log.read_text(encoding='utf-8')}")
+        time.sleep(0.2)
+    return Registry(process, url, folder, command, environment)
+
+
+def stop(registry: Registry) -> None:
+    """SIGTERM, and wait for the documented shutdown."""
+    if registry.process.poll() is None:
+        registry.process.send_signal(signal.SIGTERM)
+    try:
+        registry.process.wait(DOWN_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        registry.process.kill()
+        raise
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two tiny LLMs in ``llms/a`` and ``llms/b``."""
+    folder = tmp_path_factory.mktemp("registry")
+    for seed, name in enumerate("ab"):
+        make_tiny_llm(folder / "llms" / name, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def registry(workspace: Path) -> Iterator[Registry]:
+    """One registry for all tests of the session; each must leave it without leases."""
+    running = start(workspace)
+    yield running
+    stop(running)
+
+
+@pytest.fixture
+def llm(workspace: Path) -> Callable[..., dict[str, Any]]:
+    """Makes llmconfigs of the tiny LLMs: ``llm("a", temperature=0.5)``."""
+
+    def make(
+        name: str, *, chat: bool = True, deployment: dict[str, Any] | None = None, **prompting: Any
+    ) -> dict[str, Any]:
+        return {
+            "modeltyp": "text-generation",
+            "model": str(workspace / "llms" / name),
+            "uses_chat_template": chat,
+            "args": {
+                "prompting": {"max_new_tokens": 16, **prompting},
+                "deployment": {"torch_dtype": "torch.bfloat16", "enforce_eager": True, **(deployment or {})},
+            },
+        }
+
+    return make
+
+
+@pytest.fixture
+def measurement_id() -> int:
+    """An id that no other test uses."""
+    return time.time_ns()

@@ -1,0 +1,159 @@
+"""``greenprompt up`` and ``down``: what they say, what they refuse, what they leave."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from deployments.local_ray import free_ports
+from deployments.tiny_llm import make_tiny_llm
+from tests.cluster.conftest import DOWN_LIMIT_S, REPOSITORY, UP_LIMIT_S, start, stop
+
+pytestmark = pytest.mark.cluster
+
+LLM = Callable[..., dict[str, Any]]
+
+
+def greenprompt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "deployments.cli", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=UP_LIMIT_S,
+        check=False,
+    )
+
+
+def llmconfig(folder: Path, name: str = "a") -> dict[str, Any]:
+    """A tiny LLM below a test's own folder."""
+    return {
+        "modeltyp": "text-generation",
+        "model": str(folder / "llms" / name),
+        "uses_chat_template": True,
+        "args": {"prompting": {"max_new_tokens": 4}, "deployment": {"enforce_eager": True}},
+    }
+
+
+def traces() -> set[str]:
+    """Files and folders that a registry could leave behind in shared places."""
+    shared = [*Path("/tmp").glob("*"), *Path("/dev/shm").glob("*")]
+    return {str(path) for path in shared}
+
+
+def test_a_registry_ends_without_a_trace_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Configured LLMs run before anyone asks; SIGTERM leaves no process, port or file; the queue is still there."""
+    make_tiny_llm(tmp_path / "llms" / "a", seed=0)
+    before = traces()
+    registry = start(tmp_path, deploy=[{"machine": "*", "llm": llmconfig(tmp_path)}])
+    deadline_s = time.monotonic() + 60
+    while (llms := httpx.get(f"{registry.url}/llms", timeout=60).json()) == [] or llms[0]["status"] != "ready":
+        assert time.monotonic() < deadline_s, llms
+        time.sleep(0.2)
+    assert llms[0]["model"] == str(tmp_path / "llms" / "a")
+
+    (holder,) = registry.post(7, llmconfig(tmp_path))
+    assert registry.until(holder, "deployed", limit_s=30)["status"] == "deployed"
+    (waiting,) = registry.post(8, llmconfig(tmp_path))
+    processes = registry.processes()
+    stop(registry)
+    assert registry.process.returncode == 0
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert alive == []
+    port = int(registry.url.rsplit(":", 1)[1])
+    socket.create_server(("127.0.0.1", port)).close()
+    assert traces() <= before
+
+    again = start(tmp_path)
+    try:
+        assert again.get(holder)["status"] == "expired"
+        again.until(waiting, "deployed")
+        assert again.delete(waiting) == 204
+    finally:
+        stop(again)
+
+
+def test_detached_and_down(tmp_path: Path) -> None:
+    """``up --detach`` returns when it is ready, a second one is refused, and ``down`` ends it and waits for it."""
+    state = {"GREENPROMPT_STATE_DIR": str(tmp_path / "state"), "GREENPROMPT_CACHE_DIR": str(tmp_path / "cache")}
+    port, dashboard = free_ports(2)
+    state |= {"GREENPROMPT_HTTP__PORT": str(port), "GREENPROMPT_RAY__DASHBOARD_PORT": str(dashboard)}
+    up = greenprompt("up", "--detach", **state)
+    try:
+        assert up.returncode == 0, up.stderr + up.stdout
+        assert f"http://127.0.0.1:{port}" in up.stdout
+        assert f"127.0.0.1:{dashboard}" in up.stdout
+        second = greenprompt("up", **state)
+        assert second.returncode == 2
+        assert "a registry runs from" in second.stderr
+        assert len(second.stderr.strip().splitlines()) == 1
+    finally:
+        down = greenprompt("down", **state)
+    assert down.returncode == 0, down.stderr
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=DOWN_LIMIT_S)
+    assert "No registry runs" in greenprompt("down", **state).stdout
+
+
+def test_a_busy_port_is_one_clear_line(tmp_path: Path) -> None:
+    """A port that somebody else has ends in one line that names the setting, and exit status 2."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        up = greenprompt("up", GREENPROMPT_STATE_DIR=str(tmp_path), GREENPROMPT_HTTP__PORT=port)
+    assert (up.returncode, len(up.stderr.strip().splitlines())) == (2, 1)
+    assert "http.port" in up.stderr
+    assert port in up.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("http: {prot: 8000}", "http.prot"),
+        ("http: {port: 0}", "http.port"),
+        ("http: [", "YAML"),
+        ("[]", "mapping"),
+        (
+            "deploy: [{llm: {modeltyp: text-generation, model: /etc, uses_chat_template: true, args: "
+            + "{prompting: {}, deployment: {}}}}]",
+            "deploy[0].llm.model",
+        ),
+    ],
+)
+def test_a_bad_configuration_is_one_clear_line(tmp_path: Path, content: str, named: str) -> None:
+    """A configuration that can't be used ends in one line that names the field, and exit status 2."""
+    path = tmp_path / "bad.yaml"
+    path.write_text(content, encoding="utf-8")
+    up = greenprompt("up", "--config", str(path), GREENPROMPT_STATE_DIR=str(tmp_path / "state"))
+    assert (up.returncode, len(up.stderr.strip().splitlines())) == (2, 1), up.stderr
+    assert named in up.stderr
+
+
+def test_a_missing_configuration_is_one_clear_line(tmp_path: Path) -> None:
+    """A configuration file that is not there ends in one line that names it, and exit status 2."""
+    up = greenprompt("up", "--config", str(tmp_path / "none.yaml"))
+    assert (up.returncode, len(up.stderr.strip().splitlines())) == (2, 1)
+    assert "none.yaml" in up.stderr
+
+
+def test_every_shipped_configuration_loads() -> None:
+    """Every file in configs/ is YAML of known fields."""
+    from registry.settings import load_settings
+
+    paths = sorted((REPOSITORY / "configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        if "deploy" in (data := yaml.safe_load(path.read_text(encoding="utf-8"))) or "http" in data:
+            load_settings(path)

@@ -1,0 +1,80 @@
+"""What a client sees when a part of the registry dies under it: real processes, really killed."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cluster.conftest import Registry
+
+pytestmark = [pytest.mark.cluster, pytest.mark.fault]
+
+LLM = Callable[..., dict[str, Any]]
+BACK_LIMIT_S = 120
+
+
+def prompt(address: str) -> httpx.Response:
+    """One short prompt."""
+    return httpx.post(f"{address}/process_prompt", json={"question": "Are you there?"}, timeout=60)
+
+
+def until_prompted(address: str) -> httpx.Response:
+    """The first answer that is no 5xx and no refused connection."""
+    deadline_s = time.monotonic() + BACK_LIMIT_S
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(httpx.TransportError):
+            answer = prompt(address)
+            if answer.status_code < 500:
+                return answer
+        time.sleep(0.2)
+    pytest.fail(f"no answer within {BACK_LIMIT_S} s")
+
+
+def test_a_lease_outlives_the_registry_actor(registry: Registry, llm: LLM, measurement_id: int) -> None:
+    """The actor is killed: the address goes on answering, the request is still known, and the queue moves on."""
+    first, second = registry.post(measurement_id, llm("a"), llm("a"))
+    before = registry.until(first, "deployed")
+    registry.process_named("ray::RegistryActor").send_signal(signal.SIGKILL)
+    assert prompt(before["address"]).status_code == 200
+    after = registry.until(first, "deployed")
+    assert after["address"] == before["address"]
+    assert prompt(before["address"]).status_code == 200
+    assert registry.delete(first) == 204
+    registry.until(second, "deployed")
+    assert registry.delete(second) == 204
+
+
+def test_an_engine_that_dies_is_started_again_under_its_lease(
+    registry: Registry, llm: LLM, measurement_id: int
+) -> None:
+    """The engine is killed: its holder is told within ten seconds, and the same address answers again."""
+    (request_id,) = registry.post(measurement_id, llm("a"))
+    address = registry.until(request_id, "deployed")["address"]
+    registry.process_named("VLLM::EngineCore").send_signal(signal.SIGKILL)
+    told = registry.until(request_id, "deploying", "deployed", limit_s=10)
+    if told["status"] == "deploying":
+        assert told["reason"]
+    assert until_prompted(address).status_code == 200
+    state = registry.until(request_id, "deployed")
+    assert state["address"] == address
+    assert "engine_restarted" in state["flags"]
+    registry.delete(request_id)
+
+
+def test_a_wrapper_that_dies_is_replaced_under_its_lease(registry: Registry, llm: LLM, measurement_id: int) -> None:
+    """The replica is killed: Serve starts another, which runs the lease's LLM; nothing of the old engine stays."""
+    (request_id,) = registry.post(measurement_id, llm("a"))
+    address = registry.until(request_id, "deployed")["address"]
+    replica = registry.process_named("ray::ServeReplica:wrapper")
+    engines = [child for child in replica.children(recursive=True) if child.is_running()]
+    replica.send_signal(signal.SIGKILL)
+    assert until_prompted(address).status_code == 200
+    assert registry.until(request_id, "deployed")["address"] == address
+    assert not [engine for engine in engines if engine.is_running() and engine.status() != "zombie"]
+    registry.delete(request_id)
