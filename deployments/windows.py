@@ -192,11 +192,12 @@ class Track:
                 break
             why = run.why
         else:
-            raise NoWindow(why)
+            # A counter that answers and never moves is worth its own word.
+            raise NoWindow("no_edge" if len(self._runs) == 1 and not run.seen_s else why)
         if run is not self._runs[-1] and last_s > run.before_s[-1]:
             raise NoWindow(why)
         if len(run.units) < 2:
-            raise NoWindow("out_of_history")
+            raise NoWindow("no_edge")
         if last_s > run.seen_s[-1] + self._stale_s:
             raise NoWindow("stale")
         return [run.at(time_s, self._step, self._max_rate) for time_s in times_s]

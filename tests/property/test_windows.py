@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from deployments.attribution import Prompt
+from deployments.energy import Component, CPUModel, Energy, Label, total, worst
+from deployments.energy_sources import CPUModelSource, PowercapZone
+from deployments.meter import Meter
+from deployments.windows import NoWindow, Span, Track, between, split
+from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks, set_energy, write_zone
+
+START_S = 1000.0
+SECONDS = 12.0
+LIMIT_W = 700.0
+
+powers = st.lists(st.tuples(st.floats(0.02, 3.0), st.floats(20.0, LIMIT_W)), min_size=1, max_size=12)
+seeds = st.integers(0, 2**32 - 1)
+
+
+class Bench:
+    """A synthetic machine that has run for a while: its true energy is known, its counter shows it as NVML does."""
+
+    def __init__(
+        self,
+        steps: Sequence[tuple[float, float]],
+        seed: int,
+        *,
+        limit_w: float | None = LIMIT_W,
+        max_age_s: float | None = None,
+        seconds: float = SECONDS,
+    ) -> None:
+        """Ticks 20 to 100 ms apart (within ``max_age_s`` where it is known), looked at about every 50 ms."""
+        self.curve = PowerCurve(START_S, steps)
+        self.random = random.Random(seed)
+        longest_s = 0.1 if max_age_s is None else max_age_s
+        ticks_s = [START_S]
+        while ticks_s[-1] < START_S + seconds:
+            ticks_s.append(ticks_s[-1] + self.random.uniform(longest_s / 5, longest_s))
+        self.clock = ManualClock(START_S)
+        counter = FakeCounter(
+            Ticks(self.curve.joules, ticks_s, 1e-3),
+            name="gpu:x",
+            limit_w=limit_w,
+            max_age_s=max_age_s,
+            step=1e-3,
+        )
+        self.meter = Meter([counter], clock=self.clock)
+        while self.clock.now_s < START_S + seconds:
+            self.meter.poll_once()
+            self.clock.now_s += 0.05 + self.random.expovariate(1 / 0.005)
+
+    def true_j(self, start_s: float, end_s: float) -> float:
+        return self.curve.joules(end_s) - self.curve.joules(start_s)
+
+    def interval(self, end_s: float = SECONDS - 0.5) -> tuple[float, float]:
+        """A random window inside the history that is settled."""
+        first, second = sorted(START_S + self.random.uniform(0.5, end_s) for _ in range(2))
+        return first, max(second, first + 1e-6)
+
+
+@settings(deadline=None)
+@given(powers, seeds, st.sampled_from([None, 0.002]))
+def test_error_is_within_the_resolution(steps: list[tuple[float, float]], seed: int, max_age_s: float | None) -> None:
+    """A window's error is never more than the resolution that is told with it, whatever the power does."""
+    bench = Bench(steps, seed, max_age_s=max_age_s, seconds=6.0)
+    for _ in range(50):
+        start_s, end_s = bench.interval(5.5)
+        energy = bench.meter.window(start_s, end_s)
+        if energy.total_j is not None:
+            assert energy.resolution_j is not None
+            assert abs(energy.total_j - bench.true_j(start_s, end_s)) <= energy.resolution_j + 1e-9
+            assert "provisional" not in energy.flags
+
+
+def test_error_over_ten_thousand_windows() -> None:
+    """Of random windows 99.9 % and more are within their resolution, of those of 2 s and more half within 5 %."""
+    within = known = 0
+    relative: list[float] = []
+    for seed in range(20):
+        chance = random.Random(seed)
+        steps = [(chance.uniform(0.02, 3.0), chance.uniform(60, LIMIT_W)) for _ in range(12)]
+        bench = Bench(steps, seed)
+        for _ in range(500):
+            start_s, end_s = bench.interval()
+            energy = bench.meter.window(start_s, end_s)
+            if energy.total_j is None or energy.resolution_j is None:
+                continue
+            known += 1
+            error_j = abs(energy.total_j - bench.true_j(start_s, end_s))
+            within += error_j <= energy.resolution_j + 1e-9
+            if end_s - start_s >= 2:
+                relative.append(error_j / bench.true_j(start_s, end_s))
+    assert known > 9000
+    assert within / known >= 0.999
+    assert sorted(relative)[len(relative) // 2] < 0.05
+    assert max(relative) < 0.10
+
+
+@settings(deadline=None)
+@given(powers, seeds)
+def test_provisional_error_is_within_the_resolution(steps: list[tuple[float, float]], seed: int) -> None:
+    """A window that ends right now is told as provisional, and its error is within its (larger) resolution, too."""
+    bench = Bench(steps, seed, seconds=4.0)
+    end_s = bench.clock.now_s
+    for start_s in (START_S + 0.5, START_S + 1.5, end_s - 0.6, end_s - 0.3):
+        energy = bench.meter.window(start_s, end_s)
+        if energy.total_j is not None:
+            assert "provisional" in energy.flags
+            assert not bench.meter.settled(end_s)
+            assert energy.resolution_j is not None
+            assert abs(energy.total_j - bench.true_j(start_s, end_s)) <= energy.resolution_j + 1e-9
+
+
+@settings(deadline=None)
+@given(powers, seeds)
+def test_windows_are_additive(steps: list[tuple[float, float]], seed: int) -> None:
+    """Windows that follow each other sum up to the window over both."""
+    bench = Bench(steps, seed, seconds=6.0)
+    times = sorted(START_S + bench.random.uniform(0.5, 5.5) for _ in range(4))
+    assume(all(a < b for a, b in itertools.pairwise(times)))
+    parts = [bench.meter.window(a, b).total_j for a, b in itertools.pairwise(times)]
+    whole = bench.meter.window(times[0], times[-1]).total_j
+    assume(whole is not None and all(part is not None for part in parts))
+    assert sum(part or 0 for part in parts) == pytest.approx(whole)
+
+
+@settings(deadline=None)
+@given(powers, seeds)
+def test_never_zero_never_negative(steps: list[tuple[float, float]], seed: int) -> None:
+    """A window, however short, is more than 0 J or unavailable; never 0, never negative."""
+    bench = Bench(steps, seed, seconds=3.0)
+    for _ in range(50):
+        start_s, end_s = bench.interval(2.5)
+        for length_s in (end_s - start_s, 0.001, 0.05, 0.15):
+            energy = bench.meter.window(start_s, start_s + length_s)
+            assert energy.total_j is None or energy.total_j > 0
+            assert (energy.total_j is None) == (energy.label is Label.UNAVAILABLE)
+
+
+@settings(deadline=None)
+@given(powers, seeds, st.floats(0.7, 3.5))
+def test_reset_is_never_bridged(steps: list[tuple[float, float]], seed: int, reset_after_s: float) -> None:
+    """A window over a reset of the counter is unavailable; those before and after it hold as ever."""
+    bench = Bench(steps, seed, seconds=0.0)
+    reset_s = START_S + reset_after_s
+    counter = Ticks(bench.curve.joules, [START_S + 0.03 * tick for tick in range(200)], 1e-3)
+    at_reset_j = counter(reset_s)
+    source = FakeCounter(
+        lambda now_s: counter(now_s) + (7.0 if now_s < reset_s else -at_reset_j),
+        name="gpu:x",
+        max_age_s=None,
+        step=1e-3,
+        limit_w=LIMIT_W,
+    )
+    meter = Meter([source], clock=bench.clock)
+    while bench.clock.now_s < START_S + 5:
+        meter.poll_once()
+        bench.clock.now_s += 0.05
+    for _ in range(30):
+        start_s, end_s = bench.interval(4.5)
+        energy = meter.window(start_s, end_s)
+        if start_s < reset_s <= end_s:
+            assert energy.total_j is None
+            assert energy.flags
+        elif energy.total_j is not None:
+            assert energy.resolution_j is not None
+            assert abs(energy.total_j - bench.true_j(start_s, end_s)) <= energy.resolution_j + 1e-9
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    steps_uj=st.lists(st.integers(0, 49_000_000), min_size=1, max_size=30),
+    first_uj=st.integers(0, 99_999_999),
+    range_uj=st.integers(100_000_000, 262_143_328_850),
+)
+def test_wraps_lose_nothing(
+    tmp_path_factory: pytest.TempPathFactory, steps_uj: list[int], first_uj: int, range_uj: int
+) -> None:
+    """However often a powercap zone wraps, the joules it counted are the joules that flowed."""
+    zone = write_zone(
+        tmp_path_factory.mktemp("powercap"), "intel-rapl:0", "package-0", energy_uj=first_uj, range_uj=range_uj
+    )
+    source = PowercapZone("package-0", zone)
+    source.read(0.0)
+    flowed_uj, last_j = 0, 0.0
+    for index, step_uj in enumerate(steps_uj, 1):
+        flowed_uj += step_uj
+        set_energy(zone, (first_uj + flowed_uj) % range_uj)
+        joules = source.read(index * 0.05)
+        assert joules >= last_j
+        last_j = joules
+    assert last_j == pytest.approx(flowed_uj / 1e6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(powers, seeds)
+def test_thinned_history_still_holds(steps: list[tuple[float, float]], seed: int) -> None:
+    """Windows in the distant past, of which few edges are kept, are wider in resolution but never wrong."""
+    curve = PowerCurve(0.0, [*steps * 40, (1.0, 100.0)])
+    chance = random.Random(seed)
+    track = Track(max_age_s=None, step=1e-3, max_rate=None, history_s=3000.0, stale_s=0.5)
+    counter = Ticks(curve.joules, [0.06 * tick for tick in range(40_000)], 1e-3)
+    time_s = 0.0
+    while time_s < 1500:
+        track.add(time_s, time_s, counter(time_s))
+        time_s += 0.25
+    for _ in range(30):
+        start_s, end_s = sorted((chance.uniform(1, 1499), chance.uniform(1, 1499)))
+        flow = between(*track.levels((start_s, end_s)))
+        assert flow.low - 1e-6 <= curve.joules(end_s) - curve.joules(start_s) <= flow.high + 1e-6
+        assert flow.low <= flow.mid <= flow.high
+
+
+def test_history_is_bounded() -> None:
+    """A year's polling keeps no more than the history; what is older is refused, what is inside is exact enough."""
+    track = Track(max_age_s=0.0, step=0.0, max_rate=None, history_s=3600.0, stale_s=0.5)
+    for poll in range(60_000):
+        track.add(poll * 0.2, poll * 0.2, float(poll))
+    [run] = track._runs
+    assert len(run.units) < 2 * (600 / 0.2 + 3600)
+    with pytest.raises(NoWindow, match="out_of_history"):
+        track.levels((5000.0, 11_000.0))
+    flow = between(*track.levels((10_000.3, 11_000.3)))
+    assert flow.mid == pytest.approx(5000, abs=1)
+
+
+# --- sums ------------------------------------------------------------------------------------------------------
+
+
+components = st.builds(
+    lambda label, joules, spread: Component(
+        "x",
+        "a test",
+        label,
+        joules=None if label is Label.UNAVAILABLE else joules,
+        low_j=joules * (1 - spread) if label is Label.MODELED else None,
+        high_j=joules * (1 + spread) if label is Label.MODELED else None,
+        resolution_j=None if label is Label.UNAVAILABLE else joules / 100,
+    ),
+    st.sampled_from(Label),
+    st.floats(0.001, 1e6),
+    st.floats(0, 1),
+)
+
+
+@given(st.lists(components, max_size=6))
+def test_labels_never_improve_by_summing(parts: list[Component]) -> None:
+    """A sum's label is no better than that of any of its parts, and a sum with a hole is no sum."""
+    energy = total(parts)
+    order = list(Label)
+    assert all(order.index(energy.label) >= order.index(part.label) for part in parts)
+    assert (energy.total_j is None) == (not parts or any(part.joules is None for part in parts))
+    if energy.total_j is not None:
+        assert energy.total_j == pytest.approx(sum(part.joules or 0 for part in parts))
+    if energy.low_j is not None and energy.high_j is not None and energy.total_j is not None:
+        assert energy.low_j <= energy.total_j * (1 + 1e-9)
+        assert energy.total_j <= energy.high_j * (1 + 1e-9)
+
+
+@given(st.lists(st.sampled_from(Label), min_size=1))
+def test_worst_label_is_one_of_them(labels: list[Label]) -> None:
+    """The worst of some labels is one of them, whatever their order."""
+    assert worst(labels) in labels
+    assert worst(labels) is worst(reversed(labels))
+
+
+# --- attribution -----------------------------------------------------------------------------------------------
+
+
+prompts = st.lists(
+    st.builds(
+        lambda start, length, tokens: Prompt(START_S + start, START_S + start + length, tokens),
+        st.floats(0.0, 6.0),
+        st.floats(0.0, 4.0),
+        st.integers(0, 3000),
+    ),
+    max_size=8,
+)
+
+
+def known_j(parts: Sequence[Energy | None]) -> float:
+    return sum(part.total_j or 0.0 for part in parts if part is not None)
+
+
+@settings(deadline=None)
+@given(powers, seeds, prompts, st.booleans())
+def test_shares_and_idle_are_the_total(
+    steps: list[tuple[float, float]], seed: int, in_flight: list[Prompt], modelled: bool
+) -> None:
+    """Prompt shares plus idle are the lease's total; no share is 0, and shared ones are modelled with a range."""
+    bench = Bench(steps, seed, seconds=8.0)
+    if modelled:
+        bench = modelled_bench(seed)
+    start_s, end_s = START_S + 0.6, START_S + 7.3
+    found = bench.meter.attribute(start_s, end_s, in_flight)
+    assert found.total.total_j is not None
+    assert known_j([*found.shares, found.idle]) == pytest.approx(found.total.total_j)
+    order = list(Label)
+    for share in (*found.shares, *([found.idle] if found.idle else [])):
+        assert share.total_j is None or share.total_j > 0
+        assert order.index(share.label) >= order.index(found.total.label)
+        if "shared" in share.flags:
+            assert share.label is Label.MODELED
+        if share.label is Label.MODELED and share.total_j is not None:
+            assert share.low_j is not None
+            assert share.high_j is not None
+            assert share.low_j - 1e-6 <= share.total_j <= share.high_j + 1e-6
+
+
+def modelled_bench(seed: int) -> Bench:
+    """A bench whose counter is the CPU model's, over CPU time that grows in steps."""
+    bench = Bench([(1.0, 100.0)], seed, seconds=0.0)
+    model = CPUModel(0.5, 4.0, 0.5, 2.0, "a test")
+
+    class CPUTime:
+        def read_s(self, now_s: float) -> float:
+            return float(int((now_s - START_S) * 100) // 3) / 20
+
+    bench.meter = Meter([CPUModelSource(model, CPUTime(), cpus=4)], clock=bench.clock)  # type: ignore[arg-type]
+    while bench.clock.now_s < START_S + 8:
+        bench.meter.poll_once()
+        bench.clock.now_s += 0.05
+    return bench
+
+
+@settings(deadline=None)
+@given(powers, seeds, st.floats(0.0, 5.0), st.floats(0.0, 1.0))
+def test_prompt_alone_keeps_the_counters_label(
+    steps: list[tuple[float, float]], seed: int, start: float, length: float
+) -> None:
+    """A prompt that had the machine alone gets what the counters say of its window, label included."""
+    bench = Bench(steps, seed, seconds=8.0)
+    alone = Prompt(START_S + 0.6 + start, START_S + 1.0 + start + length, 100)
+    found = bench.meter.attribute(START_S + 0.6, START_S + 7.3, [alone, Prompt(START_S + 7.1, START_S + 7.2, 1)])
+    window = bench.meter.window(alone.start_s, alone.end_s)
+    assert window.label is Label.MEASURED
+    assert found.shares[0] == window
+
+
+spans = st.lists(
+    st.builds(
+        lambda start, length, weight: Span(start, start + length, weight),
+        st.floats(-5, 15),
+        st.just(0.0) | st.floats(1e-9, 10.0),  # clocks tick in nanoseconds
+        st.floats(1.0, 1e6),
+    ),
+    max_size=10,
+)
+
+
+@given(spans)
+def test_split_gives_everything_away_once(consumers: list[Span]) -> None:
+    """Shares are never negative and, with what flowed while nobody was there, are all that flowed."""
+    shares, idle = split(lambda time_s: 100 * time_s, 0.0, 10.0, consumers)
+    assert all(share >= 0 for share in shares)
+    assert idle >= 0
+    assert sum(shares) + idle == pytest.approx(1000.0)
+
+
+@given(st.floats(1, 1e4), st.floats(1, 1e4))
+def test_split_is_by_weight(one: float, other: float) -> None:
+    """Two consumers of the same time share in proportion to their weights; alone, each has all."""
+    shares, idle = split(lambda time_s: 7 * time_s, 0.0, 4.0, [Span(1, 3, one), Span(1, 3, other), Span(3, 4, one)])
+    assert shares == pytest.approx([14 * one / (one + other), 14 * other / (one + other), 7])
+    assert idle == pytest.approx(7)

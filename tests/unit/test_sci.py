@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deployments import sci
+from deployments.energy import Component, Embodied, Energy, GridIntensity, Label, SCISettings, total
+from deployments.sci import embodied_g_per_hour, grid_intensity, kwh, score
+from registry.errors import BadSettings
+
+H100 = Embodied(37.5, 16.7, 49.0, "GPU share of a server with eight H100 over three years")
+SETTINGS = SCISettings(pue=1.2, functional_unit="output_token", allow_estimates=False, embodied=H100)
+DEU, FRA = (GridIntensity(value, zone, "ecologits", "0.11") for value, zone in ((329.65, "DEU"), (41.44, "FRA")))
+
+
+def gpu(joules: float, label: Label = Label.MEASURED, **more: float) -> Energy:
+    return total([Component("gpu:x", "a test", label, joules, **more)])  # type: ignore[arg-type]
+
+
+# --- the formula, worked through -------------------------------------------------------------------------------
+
+
+def test_worked_example_germany() -> None:
+    """A prompt of 2 s at 380 W in Germany: O = 0.0835 g, M = 0.0208 g, a quarter of it; 0.417 mg per token."""
+    found = score(gpu(760.0), duration_s=2.0, units=250, settings=SETTINGS, grid=DEU)
+    assert found.o_g == pytest.approx(0.0835, rel=1e-3)
+    assert found.m_g == pytest.approx(0.0208, rel=2e-3)
+    assert found.o_g is not None
+    assert found.m_g is not None
+    assert found.m_g / found.o_g == pytest.approx(0.249, abs=5e-4)
+    assert found.sci_score == pytest.approx(4.17e-4, rel=1e-3)
+
+
+def test_worked_example_france() -> None:
+    """The same prompt in France: O = 0.0105 g, and M is twice that."""
+    found = score(gpu(760.0), duration_s=2.0, units=250, settings=SETTINGS, grid=FRA)
+    assert found.o_g == pytest.approx(0.0105, rel=2e-3)
+    assert found.o_g is not None
+    assert found.m_g is not None
+    assert found.m_g / found.o_g == pytest.approx(1.98, abs=5e-3)
+
+
+def test_worked_example_idle_seconds() -> None:
+    """58 idle seconds at 205 W emit 18 times what a prompt of 2 s at 380 W does: the lease counts, not the prompt."""
+    prompt = score(gpu(2 * 380.0), duration_s=2.0, units=1, settings=SETTINGS, grid=DEU)
+    idle = score(gpu(58 * 205.0), duration_s=58.0, units=1, settings=SETTINGS, grid=DEU)
+    assert prompt.sci_score is not None
+    assert idle.sci_score is not None
+    assert idle.sci_score / prompt.sci_score == pytest.approx(18.3, abs=0.05)
+
+
+def test_worked_example_embodied() -> None:
+    """985 kg over three years are 37.5 g an hour; half the machine has half of them."""
+    assert embodied_g_per_hour(985_000, 3 * 365 * 24) == pytest.approx(37.5, rel=1e-3)
+    assert embodied_g_per_hour(985_000, 3 * 365 * 24, share=0.5) == pytest.approx(18.74, rel=1e-3)
+
+
+def test_the_old_systems_kwh_was_a_thousand_times_too_high() -> None:
+    """W·s / 3600 is Wh: what the old system called kWh is a thousand times the kWh of the same joules."""
+    watts, seconds = 380.0, 2.0
+    called_kwh = watts * seconds / 3600
+    assert called_kwh / kwh(watts * seconds) == pytest.approx(1000)
+    assert kwh(3_600_000) == 1.0
+
+
+def test_pue_counts_once() -> None:
+    """The site's overhead multiplies the operational emissions and leaves the embodied ones alone."""
+    plain = SCISettings(1.0, "output_token", allow_estimates=False, embodied=H100)
+    with_pue = score(gpu(760.0), duration_s=2.0, units=1, settings=SETTINGS, grid=DEU)
+    without = score(gpu(760.0), duration_s=2.0, units=1, settings=plain, grid=DEU)
+    assert with_pue.o_g == pytest.approx((without.o_g or 0) * 1.2)
+    assert with_pue.m_g == without.m_g
+
+
+# --- what a score says of itself -------------------------------------------------------------------------------
+
+
+def test_measured_score_tells_its_methods() -> None:
+    """A score tells its unit, its boundary and, for E, I, M and R, where each is from."""
+    found = score(gpu(760.0), duration_s=2.0, units=250, settings=SETTINGS, grid=DEU)
+    assert (found.unit, found.units, found.method, found.boundary) == ("output_token", 250, "measured", ("gpu:x",))
+    assert found.methods == {"E": "measured", "I": "sourced", "M": "sourced", "R": "measured"}
+    assert found.flags == ()
+    assert found.low is not None
+    assert found.sci_score is not None
+    assert found.high is not None
+    assert found.low < found.sci_score < found.high  # the range of the embodied carbon
+
+
+def test_estimate_where_none_is_wanted() -> None:
+    """Where estimates are not allowed a modelled energy has no score; method and emissions say what it would be."""
+    energy = gpu(760.0, Label.MODELED, low_j=380.0, high_j=1520.0)
+    found = score(energy, duration_s=2.0, units=250, settings=SETTINGS, grid=DEU)
+    assert (found.sci_score, found.low, found.high) == (None, None, None)
+    assert found.method is Label.MODELED
+    assert found.methods["E"] == "modeled"
+    assert found.o_g is not None
+    assert found.flags == ("estimates_not_allowed",)
+
+
+def test_estimate_where_allowed() -> None:
+    """Where estimates are allowed the score is the middle one, labelled, with low and high."""
+    settings = SCISettings(1.0, "request", allow_estimates=True, embodied=Embodied(36.0, 36.0, 36.0, "x"))
+    grid = GridIntensity(360.0, None, "our meter", "2026-01-01")
+    energy = gpu(7200.0, Label.MODELED, low_j=3600.0, high_j=18000.0)
+    found = score(energy, duration_s=10.0, units=1, settings=settings, grid=grid)
+    assert found.sci_score == pytest.approx(0.72 + 0.1)
+    assert found.low == pytest.approx(0.36 + 0.1)
+    assert found.high == pytest.approx(1.8 + 0.1)
+    assert found.method is Label.MODELED
+
+
+def test_sampled_counts_as_measured() -> None:
+    """Integrated power samples are a measurement, told by its own label."""
+    found = score(gpu(760.0, Label.MEASURED_SAMPLED), duration_s=2.0, units=250, settings=SETTINGS, grid=DEU)
+    assert found.sci_score is not None
+    assert found.method is Label.MEASURED_SAMPLED
+
+
+def test_simulated_is_no_measurement() -> None:
+    """A test double's energy has no score where estimates are not allowed, and keeps its label where they are."""
+    assert score(gpu(9.0, Label.SIMULATED), duration_s=2.0, units=9, settings=SETTINGS, grid=DEU).sci_score is None
+    settings = SCISettings(1.0, "output_token", allow_estimates=True, embodied=H100)
+    found = score(gpu(9.0, Label.SIMULATED), duration_s=2.0, units=9, settings=settings, grid=DEU)
+    assert found.methods["E"] == "simulated"
+
+
+def test_range_without_any() -> None:
+    """A measured energy and an embodied carbon without a range have no low and high."""
+    settings = SCISettings(1.0, "request", allow_estimates=False, embodied=Embodied(36.0, 36.0, 36.0, "x"))
+    found = score(gpu(760.0), duration_s=2.0, units=1, settings=settings, grid=DEU)
+    assert found.sci_score is not None
+    assert (found.low, found.high) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("energy", "units", "settings", "grid", "flag"),
+    [
+        (total([]), 250, SETTINGS, DEU, "no_source"),
+        (gpu(760.0), 250, SETTINGS, None, "no_grid"),
+        (gpu(760.0), 250, SCISettings(1.0, "output_token", allow_estimates=True), DEU, "no_embodied"),
+        (gpu(760.0), 0, SETTINGS, DEU, "no_units"),
+    ],
+)
+def test_missing_part_is_no_zero(
+    energy: Energy, units: int, settings: SCISettings, grid: GridIntensity | None, flag: str
+) -> None:
+    """Without energy, grid, embodied carbon or a unit there is no score, never one of 0, and a flag says why."""
+    found = score(energy, duration_s=2.0, units=units, settings=settings, grid=grid)
+    assert (found.sci_score, found.low, found.high) == (None, None, None)
+    assert flag in found.flags
+    assert found.o_g != 0
+    assert found.m_g != 0
+
+
+@pytest.mark.parametrize(("joules", "implausible"), [(1.0, True), (20.0, False), (300.0, False), (5000.0, True)])
+def test_implausible_joules_per_token(joules: float, implausible: bool) -> None:
+    """100 output tokens of a GPU that cost less than 3 J or more than 1000 J are flagged, and still told."""
+    found = score(gpu(joules), duration_s=2.0, units=100, settings=SETTINGS, grid=DEU)
+    assert ("implausible_j_per_token" in found.flags) is implausible
+    assert found.sci_score is not None
+
+
+def test_plausibility_is_for_gpus_and_tokens() -> None:
+    """A CPU's joules, and units that are no tokens, are not compared with what tokens cost on GPUs."""
+    cpu = total([Component("package-0", "a test", Label.MEASURED, 1.0)])
+    assert score(cpu, duration_s=2.0, units=100, settings=SETTINGS, grid=DEU).flags == ()
+    words = SCISettings(1.2, "word", allow_estimates=False, embodied=H100)
+    assert score(gpu(1.0), duration_s=2.0, units=100, settings=words, grid=DEU).flags == ()
+
+
+@pytest.mark.parametrize(("duration_s", "units"), [(0.0, 1), (-1.0, 1), (1.0, -1)])
+def test_impossible_window(duration_s: float, units: int) -> None:
+    """A window without duration, or with less than no units, is a mistake of the caller's."""
+    with pytest.raises(ValueError, match="can't score"):
+        score(gpu(1.0), duration_s=duration_s, units=units, settings=SETTINGS, grid=DEU)
+
+
+# --- the grid --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("zone", "value"), [("DEU", 329.7), ("FRA", 41.4), ("USA", 384.4), ("CHN", 525.3), ("WOR", 458.3)]
+)
+def test_known_zones(zone: str, value: float) -> None:
+    """A zone's intensity is the data set's, in g/kWh, with the data set's name and version."""
+    found = grid_intensity(zone)
+    assert found.gco2eq_per_kwh == pytest.approx(value, abs=0.051)
+    assert (found.zone, found.dataset) == (zone, "ecologits")
+    assert found.version[0].isdigit()
+
+
+def test_agrees_with_the_package() -> None:
+    """What is read from the package's file is what the package itself says, for every zone."""
+    from ecologits.electricity_mix_repository import electricity_mixes
+
+    mixes = electricity_mixes.list_electricity_mixes()
+    assert len(mixes) > 200
+    for mix in mixes:
+        assert grid_intensity(mix.zone).gco2eq_per_kwh == pytest.approx(mix.gwp * 1000)
+
+
+@pytest.mark.parametrize(
+    ("zone", "hint"), [("deu", "DEU"), ("GER", "did you mean"), ("Germany", "alpha-3"), ("", "alpha-3")]
+)
+def test_unknown_zone(zone: str, hint: str) -> None:
+    """An unknown zone is an error that names it and what is close to it; there is no default."""
+    with pytest.raises(BadSettings, match=hint) as caught:
+        grid_intensity(zone)
+    assert repr(zone) in str(caught.value)
+
+
+@pytest.fixture
+def no_mixes() -> Iterator[None]:
+    sci._mixes.cache_clear()
+    yield
+    sci._mixes.cache_clear()
+
+
+def test_data_set_not_installed(monkeypatch: pytest.MonkeyPatch, no_mixes: None) -> None:
+    """Without the data set a zone is an error that tells the way out."""
+    monkeypatch.setattr(sci, "find_spec", lambda name: None)
+    with pytest.raises(BadSettings, match="gco2eq_per_kwh"):
+        grid_intensity("DEU")
+
+
+def test_importing_the_meter_is_cheap() -> None:
+    """Neither the package of the data set nor anything of an engine is imported for the meter and a look-up."""
+    code = (
+        "import sys; from deployments import meter, sci; sci.grid_intensity('DEU');"
+        "print(sorted({'ecologits', 'vllm', 'torch', 'ray', 'pydantic'} & set(sys.modules)))"
+    )
+    root = Path(__file__).parents[2]
+    answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
