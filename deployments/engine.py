@@ -148,8 +148,7 @@ class RunningLLM:
 
     async def abort_all(self) -> None:
         """End every generation in flight; their callers get what there is, with finish_reason "abort"."""
-        await self.engine.pause_generation(mode="abort", clear_cache=False)
-        await self.engine.resume_generation()
+        await _abort_all(self.engine)
 
     async def reset_prefix_cache(self) -> None:
         """Forget cached prompts, so that one lease's prompts neither speed up nor reveal themselves to the next."""
@@ -249,6 +248,8 @@ class EngineHost:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         self._defaults = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+        gc.collect()
+        gc.freeze()  # what was imported stays for good; searching it for garbage at every stop would take half a second
 
     def _why_cold(self) -> str | None:
         binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -395,7 +396,7 @@ class EngineHost:
         args.model, args.served_model_name = model, [model]
         args.disable_fastapi_docs = args.disable_log_stats = True
         tasks = await engine.get_supported_tasks()
-        app = build_app(args, tasks, engine.model_config)
+        app = await self._in_thread(build_app, args, tasks, engine.model_config)
         await init_app_state(engine, app.state, args, tasks)
         return app
 
@@ -410,7 +411,7 @@ class EngineHost:
             self._thread.shutdown(wait=False)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         elif launching.exception() is None:
-            await self._in_thread(_shut_down, launching.result())
+            await self._shut_down(launching.result())
         process_tree.kill(self._candidates() - before)
         await process_tree.ended(self._candidates() - before, _GONE_TIMEOUT_S)
         gc.collect()
@@ -446,10 +447,7 @@ class EngineHost:
                 self._watch = None
             begun_s = time.monotonic()
             processes = llm.processes.union(*(process_tree.descendants(pid) for pid in llm.pids))
-            if not llm.died.is_set():
-                with suppress(Exception):
-                    await asyncio.wait_for(llm.abort_all(), 1.0)
-            await self._in_thread(_shut_down, llm.engine)
+            await self._shut_down(llm.engine)
             llm.asgi = _stopped
             remaining = await process_tree.ended(processes, 1.0)
             process_tree.kill(remaining)
@@ -457,6 +455,24 @@ class EngineHost:
             del llm
             gc.collect()
             return StopReport(_pids(remaining), _pids(leftover), time.monotonic() - begun_s)
+
+    async def _shut_down(self, engine: AsyncLLM) -> None:
+        """Let vLLM stop an engine in its own way; what is in flight is aborted."""
+        with suppress(Exception):  # an engine that is dead or hangs: what is in flight fails with it
+            if engine.get_num_unfinished_requests():
+                await asyncio.wait_for(_abort_all(engine), 1.0)
+            if engine.output_handler is not None and not engine.get_num_unfinished_requests():
+                engine.output_handler.cancel()  # or it reports the end of the engine as an error
+        stopping = asyncio.ensure_future(self._in_thread(engine.shutdown, _STOP_TIMEOUT_S))
+        pokes = []
+        while not (await asyncio.wait([stopping], timeout=0.2))[0]:
+            # A signal that arrives just before the engine's main thread goes to sleep is not seen until something
+            # wakes it: a question does.
+            pokes.append(asyncio.create_task(engine.is_sleeping()))
+        for poke in pokes:
+            poke.cancel()
+        await asyncio.gather(*pokes, return_exceptions=True)
+        stopping.result()
 
     async def close(self) -> None:
         """Stop, end the forkserver, remove temporary files. The host can't be used any more."""
@@ -519,9 +535,9 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
     task.result()
 
 
-def _shut_down(engine: AsyncLLM) -> None:
-    """In the engine thread."""
-    engine.shutdown(timeout=_STOP_TIMEOUT_S)
+async def _abort_all(engine: AsyncLLM) -> None:
+    await engine.pause_generation(mode="abort", clear_cache=False)
+    await engine.resume_generation()
 
 
 async def _stopped(*_args: object) -> None:

@@ -6,6 +6,7 @@ Nobody else imports this module: doing so changes the process for good.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import multiprocessing.spawn
 import os
@@ -18,11 +19,17 @@ from deployments.warm_start import OWNER_PID, PHASE_FILE, PRELOAD_EXTRA, die_wit
 _ALWAYS = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
+    "vllm.v1.core.sched.scheduler",
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.executor.uniproc_executor",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.lora.resolver",
+    "vllm.model_executor.layers.quantization.online.base",
     "vllm.model_executor.model_loader",
     "vllm.model_executor.models.registry",
 )
+_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.attention.backends.cpu_attn")
+_GPU = ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner")
 _parent_pid = os.getpid()
 
 
@@ -38,21 +45,26 @@ def _in_child() -> None:
 def _preload() -> str | None:
     """Import everything; what keeps a fork of this process from being an engine, in words."""
     from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
 
-    if current_platform.is_cpu():
-        platform = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
-    else:
-        platform = ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner")
+    platform = _CPU if current_platform.is_cpu() else _GPU
     for module in (*_ALWAYS, *platform, *filter(None, os.environ[PRELOAD_EXTRA].split(","))):
         importlib.import_module(module)
+    load_general_plugins()
     problem = shape_problem()
     if problem is None:
         _take_over()
+    # What was imported stays for good. Every engine and worker would search all of it for garbage when it starts and
+    # when it ends, which takes as long as everything else, and would copy the memory that the forks share.
+    gc.collect()
+    gc.freeze()
+    gc.unfreeze = lambda: None
     return problem
 
 
 def _take_over() -> None:
     """Let engine processes fork their workers, and tell their owner how far they are."""
+    from vllm.platforms import current_platform
     from vllm.utils.platform_utils import cuda_is_initialized
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor import multiproc_executor
@@ -61,6 +73,9 @@ def _take_over() -> None:
     # A process that has used CUDA can't be forked: then, and only then, vLLM's own way.
     multiproc_executor.get_mp_context = lambda: normal() if cuda_is_initialized() else fork_context()
     EngineCore._initialize_kv_caches = _announced("warming_up", EngineCore._initialize_kv_caches)  # noqa: SLF001
+    # Each worker would go through all modules for this; done once here, every fork has it.
+    current_platform.register_triton_kernel_overrides()
+    current_platform.register_triton_kernel_overrides = lambda: None
 
 
 def _announced(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
