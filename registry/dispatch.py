@@ -1,0 +1,204 @@
+"""Gives wrappers to waiting requests. Runs at the end of every event; when it returns, nobody waits for a free wrapper.
+
+For the request that is next (tenants in turn, then priority, then arrival), in this order:
+
+1. a READY wrapper with its LLM that nobody uses: lease it at once;
+2. an IDLE wrapper: the fewest GPUs that fit, then the least recently used;
+3. a wrapper that is starting its LLM for nobody: wait for that one;
+4. evict the LLM of a READY wrapper that nobody uses: the least recently used, one that nobody in the queue wants if
+   possible. Before that, (4a) somebody further down the line who wants just this LLM is let in front, as long as those
+   who are overtaken have not been overtaken too often or for too long;
+5. a wrapper that is starting another LLM for nobody: start this one there instead.
+
+Otherwise it waits, and holds up nobody who could be served elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Final
+
+from registry.indices import Pool, is_free
+from registry.ledger import Ledger
+from registry.policy import LOOK_AHEAD, Place, may_be_overtaken, victim
+from registry.state import (
+    BindLease,
+    DeployLLM,
+    Lease,
+    Limits,
+    LLMSpec,
+    Measurement,
+    Request,
+    RequestStatus,
+    Wrapper,
+    WrapperStatus,
+)
+
+MACHINE_CHANGED: Final = "machine_changed"
+"""Flag of a measurement that went on on another machine with the same type of GPU."""
+
+MACHINE_TYPE_CHANGED: Final = "machine_type_changed"
+"""Flag of a measurement that went on on a machine with another type of GPU."""
+
+
+def deploy(ledger: Ledger, wrapper: Wrapper, spec: LLMSpec, request_id: str | None) -> None:
+    """Have a wrapper run this LLM, for a request or (None) for whoever comes."""
+    wrapper = replace(
+        wrapper, status=WrapperStatus.DEPLOYING, spec=spec, request_id=request_id, epoch=wrapper.epoch + 1
+    )
+    ledger.put_wrapper(wrapper)
+    ledger.emit(DeployLLM(wrapper.wrapper_id, wrapper.epoch, spec))
+
+
+def bind(ledger: Ledger, wrapper: Wrapper, request_id: str) -> None:
+    """Have a wrapper accept the lease of this request."""
+    wrapper = replace(wrapper, status=WrapperStatus.LEASED, request_id=request_id, epoch=wrapper.epoch + 1)
+    ledger.put_wrapper(wrapper)
+    ledger.emit(BindLease(wrapper.wrapper_id, wrapper.epoch, request_id))
+
+
+class Dispatcher:
+    """Decides who gets what. ``new_token`` makes the unguessable token of a lease."""
+
+    def __init__(self, ledger: Ledger, limits: Limits, new_token: Callable[[], str]) -> None:
+        self._ledger = ledger
+        self._limits = limits
+        self._new_token = new_token
+
+    def run(self, now_s: float) -> None:
+        """Grant until nobody waits for a wrapper that is free."""
+        ledger = self._ledger
+        while True:
+            # Everyone bound to an untouched machine was looked at when that machine last changed.
+            places = [place for place in ledger.queue.places(ledger.touched) if self._any_free(place)]
+            found = ledger.queue.next(places)
+            if found is None:
+                break
+            self._serve(*found, now_s)
+        ledger.touched.clear()
+
+    def lease(self, wrapper: Wrapper, request_id: str, now_s: float) -> None:
+        """Make the lease of a request whose LLM runs on this wrapper. Its full length starts at the hand-over."""
+        self._ledger.put_lease(
+            Lease(
+                request_id=request_id,
+                wrapper_id=wrapper.wrapper_id,
+                token=self._new_token(),
+                granted_s=now_s,
+                deadline_s=now_s + self._limits.lease_max_s,
+                idle_limit_s=self._limits.lease_idle_s,
+                last_active_s=now_s,
+            )
+        )
+        bind(self._ledger, wrapper, request_id)
+
+    # --- the choice -------------------------------------------------------------------------------------
+
+    def _any_free(self, place: Place) -> bool:
+        free = self._ledger.by_wrapper
+        return any(next(self._among(pool, place), None) for pool in (free.idle, free.ready, free.ownerless))
+
+    def _serve(self, measurement_id: int, place: Place, now_s: float) -> None:
+        """Give a wrapper to the next request of this measurement, or to one that may go before it."""
+        free = self._ledger.by_wrapper
+        head = self._ledger.head(measurement_id)
+        assert head is not None
+        fingerprint = head.spec.fingerprint
+
+        # 1-3: nobody is in the way.
+        for pool in (free.ready_with.get(fingerprint), free.idle, free.ownerless_with.get(fingerprint)):
+            wrapper = None if pool is None else self._smallest(pool, place)
+            if wrapper is not None:
+                self._grant(head, wrapper, now_s)
+                return
+
+        # 4: an LLM that nobody uses has to go, unless (4a) somebody further down the line wants just that.
+        evicted = victim(self._few(free.ready, place), self._is_wanted)
+        if evicted is not None:
+            overtaken, winner = self._in_front(evicted, head, now_s)
+            for request in overtaken:
+                self._ledger.put_request(replace(request, overtaken=request.overtaken + 1))
+            self._grant(winner, evicted, now_s)
+            return
+
+        # 5: nobody waits any more for the LLM that is being started there.
+        preempted = victim(self._few(free.ownerless, place), self._is_wanted)
+        assert preempted is not None  # something is free for this place
+        self._grant(head, preempted, now_s)
+
+    def _in_front(self, wrapper: Wrapper, head: Request, now_s: float) -> tuple[list[Request], Request]:
+        """Who gets a READY wrapper for which ``head`` is next in line, and who is overtaken by that."""
+        assert wrapper.spec is not None
+        ledger, overtaken = self._ledger, list[Request]()
+        places = [p for p in ledger.queue.places([wrapper.machine_id]) if ledger.allows(p, wrapper)]
+        for measurement_id in ledger.queue.line(places):
+            request = ledger.head(measurement_id)
+            assert request is not None
+            if request.spec == wrapper.spec:
+                return overtaken, request
+            if not may_be_overtaken(request, self._limits, now_s):
+                break
+            overtaken.append(request)
+        return [], head
+
+    def _is_wanted(self, wrapper: Wrapper) -> bool:
+        return wrapper.spec is not None and wrapper.spec.fingerprint in self._ledger.by_request.queued_for
+
+    def _smallest(self, pool: Pool, place: Place) -> Wrapper | None:
+        if place.machine_id is None:
+            wrapper_id = pool.smallest(place)
+            return None if wrapper_id is None else self._ledger.wrappers[wrapper_id]
+        return min(self._among(pool, place), key=lambda w: (w.gpus, w.last_used_s, w.wrapper_id), default=None)
+
+    def _few(self, pool: Pool, place: Place) -> Iterator[Wrapper]:
+        return islice(self._among(pool, place), LOOK_AHEAD)
+
+    def _among(self, pool: Pool, place: Place) -> Iterator[Wrapper]:
+        """The wrappers of a pool that are for this place, least recently used first."""
+        ledger = self._ledger
+        if place.machine_id is None:
+            return (ledger.wrappers[wrapper_id] for wrapper_id in pool.oldest(place))
+        there = (w for w in ledger.on_machine(place.machine_id) if w in pool and ledger.allows(place, w))
+        return iter(sorted(there, key=lambda w: (w.last_used_s, w.wrapper_id)))
+
+    # --- the grant --------------------------------------------------------------------------------------
+
+    def _grant(self, request: Request, wrapper: Wrapper, now_s: float) -> None:
+        ledger = self._ledger
+        assert is_free(wrapper)
+        measurement = ledger.measurements[request.measurement_id]
+        ledger.queue.charge(measurement.tenant)
+        ledger.put_request(
+            replace(
+                request,
+                status=RequestStatus.DEPLOYING,
+                wrapper_id=wrapper.wrapper_id,
+                machine_id=wrapper.machine_id,
+                deploying_s=now_s,
+            )
+        )
+        ledger.put_measurement(
+            replace(measurement, machine_id=wrapper.machine_id, flags=self._flags(measurement, wrapper.machine_id))
+        )
+        wrapper = replace(wrapper, last_used_s=now_s)
+        if wrapper.spec != request.spec:
+            deploy(ledger, wrapper, request.spec, request.request_id)
+        elif wrapper.status is WrapperStatus.READY:
+            self.lease(wrapper, request.request_id, now_s)
+        else:
+            ledger.put_wrapper(replace(wrapper, request_id=request.request_id))
+
+    def _flags(self, measurement: Measurement, machine_id: str) -> tuple[str, ...]:
+        """Say so when a measurement goes on on another machine than before."""
+        before = self._ledger.served_on(measurement.measurement_id)
+        if before in (None, machine_id):
+            return measurement.flags
+        alike = before is not None and self._ledger.gpu_type(before) == self._ledger.gpu_type(machine_id)
+        return with_flag(measurement.flags, MACHINE_CHANGED if alike else MACHINE_TYPE_CHANGED)
+
+
+def with_flag(flags: tuple[str, ...], flag: str) -> tuple[str, ...]:
+    """The flags with this one among them, once."""
+    return flags if flag in flags else (*flags, flag)

@@ -1,0 +1,348 @@
+"""Sorted indices over the records, so that a decision costs O(log n): who is free, who waits, who is next.
+
+Sorted lists with bisect: an insertion moves pointers (some 20 µs at 100,000 entries), and unlike heaps with lazy
+deletion nothing in them is ever out of date.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from registry.policy import LOOK_AHEAD, Place, Rank, Turns
+from registry.state import Request, RequestStatus, Wrapper, WrapperStatus
+
+T = TypeVar("T", bound="tuple[Any, ...] | str")
+
+GpuKind = tuple[int, str | None]
+"""How many GPUs a wrapper has, and of which type."""
+
+
+class SortedSet(Generic[T]):
+    """A set that is iterated in order. Not changed while it is being iterated."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Iterable[T] = ()) -> None:
+        self._items: list[T] = sorted(set(items))
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SortedSet) and self._items == other._items
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"SortedSet({self._items!r})"
+
+    def add(self, item: T) -> None:
+        """Put an item that is not there yet."""
+        insort(self._items, item)
+
+    def remove(self, item: T) -> None:
+        """Take out an item that is there."""
+        at = bisect_left(self._items, item)
+        assert self._items[at] == item
+        del self._items[at]
+
+    def index(self, item: T) -> int:
+        """How many items are before this one."""
+        return bisect_left(self._items, item)
+
+    @property
+    def first(self) -> T:
+        """The smallest item. Raises IndexError when empty."""
+        return self._items[0]
+
+
+class Pool:
+    """Wrappers that are free in the same way, sorted by kind of GPU and by when they were last used."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[GpuKind, SortedSet[tuple[float, str]]] = {}
+        self._ids: set[str] = set()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pool) and self._by_kind == other._by_kind
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __contains__(self, wrapper: Wrapper) -> bool:
+        return wrapper.wrapper_id in self._ids
+
+    def add(self, wrapper: Wrapper, gpu_type: str | None) -> None:
+        """Put a wrapper in."""
+        kind = wrapper.gpus, gpu_type
+        self._by_kind.setdefault(kind, SortedSet()).add((wrapper.last_used_s, wrapper.wrapper_id))
+        self._ids.add(wrapper.wrapper_id)
+
+    def remove(self, wrapper: Wrapper, gpu_type: str | None) -> None:
+        """Take a wrapper out, given as it was put in."""
+        kind = wrapper.gpus, gpu_type
+        entries = self._by_kind[kind]
+        entries.remove((wrapper.last_used_s, wrapper.wrapper_id))
+        self._ids.remove(wrapper.wrapper_id)
+        if not entries:
+            del self._by_kind[kind]
+
+    def smallest(self, place: Place) -> str | None:
+        """The wrapper of this place with the fewest GPUs, the least recently used of those. Not for one machine."""
+        kinds = [kind for kind in self._by_kind if place.takes(*kind)]
+        for size in sorted({gpus for gpus, _ in kinds}):
+            found = next(self._oldest(place, [kind for kind in kinds if kind[0] == size]), None)
+            if found is not None:
+                return found
+        return None
+
+    def oldest(self, place: Place) -> Iterator[str]:
+        """The wrappers of this place, least recently used first. Not for one machine."""
+        return self._oldest(place, [kind for kind in self._by_kind if place.takes(*kind)])
+
+    def _oldest(self, place: Place, kinds: Iterable[GpuKind]) -> Iterator[str]:
+        merged = heapq.merge(*(self._by_kind[kind] for kind in kinds))
+        return (wrapper_id for _, wrapper_id in merged if wrapper_id not in place.not_on)
+
+
+class WrapperIndex:
+    """Wrappers by machine, by kind of GPU, and, where they are free, by how and with which LLM."""
+
+    def __init__(self) -> None:
+        self.on_machine: dict[str, SortedSet[str]] = {}
+        self.idle = Pool()
+        self.ready = Pool()
+        self.ready_with: dict[str, Pool] = {}
+        self.ownerless = Pool()
+        self.ownerless_with: dict[str, Pool] = {}
+        self.present: Counter[GpuKind] = Counter()
+        """Wrappers that are not LOST."""
+        self.usable: Counter[GpuKind] = Counter()
+        """Wrappers that are neither LOST nor FAILED."""
+
+    def add(self, wrapper: Wrapper, gpu_type: str | None) -> None:
+        """Index a wrapper on a machine with this GPU type."""
+        self.on_machine.setdefault(wrapper.machine_id, SortedSet()).add(wrapper.wrapper_id)
+        for counter in self._counters(wrapper):
+            counter[wrapper.gpus, gpu_type] += 1
+        for pool in self._pools(wrapper):
+            pool.add(wrapper, gpu_type)
+
+    def remove(self, wrapper: Wrapper, gpu_type: str | None) -> None:
+        """Forget a wrapper, given as it was indexed."""
+        on_machine = self.on_machine[wrapper.machine_id]
+        on_machine.remove(wrapper.wrapper_id)
+        if not on_machine:
+            del self.on_machine[wrapper.machine_id]
+        for counter in self._counters(wrapper):
+            counter[wrapper.gpus, gpu_type] -= 1
+            if not counter[wrapper.gpus, gpu_type]:
+                del counter[wrapper.gpus, gpu_type]
+        for pool in self._pools(wrapper):
+            pool.remove(wrapper, gpu_type)
+        if wrapper.spec is not None:
+            for pools in (self.ready_with, self.ownerless_with):
+                fingerprint = wrapper.spec.fingerprint
+                if fingerprint in pools and not pools[fingerprint]:
+                    del pools[fingerprint]
+
+    def _counters(self, wrapper: Wrapper) -> Iterator[Counter[GpuKind]]:
+        if wrapper.status is not WrapperStatus.LOST:
+            yield self.present
+        if is_usable(wrapper):
+            yield self.usable
+
+    def _pools(self, wrapper: Wrapper) -> Iterator[Pool]:
+        if wrapper.status is WrapperStatus.IDLE:
+            yield self.idle
+        elif wrapper.spec is not None and wrapper.status is WrapperStatus.READY:
+            yield self.ready
+            yield self.ready_with.setdefault(wrapper.spec.fingerprint, Pool())
+        elif wrapper.spec is not None and is_free(wrapper):
+            yield self.ownerless
+            yield self.ownerless_with.setdefault(wrapper.spec.fingerprint, Pool())
+
+
+def is_usable(wrapper: Wrapper) -> bool:
+    """True when the wrapper serves, or is on its way to."""
+    return wrapper.status not in (WrapperStatus.LOST, WrapperStatus.FAILED)
+
+
+def is_free(wrapper: Wrapper) -> bool:
+    """True when a request may be given this wrapper: nobody uses it, and it takes a deploy or a lease."""
+    free = wrapper.status in (WrapperStatus.IDLE, WrapperStatus.READY, WrapperStatus.DEPLOYING)
+    return free and wrapper.request_id is None
+
+
+class RequestIndex:
+    """Requests by measurement and, while they are queued, by tenant and LLM."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, SortedSet[tuple[int, str]]] = {}
+        """All of a measurement, in order of arrival."""
+        self.unfinished: dict[int, SortedSet[tuple[int, str]]] = {}
+        """Those of a measurement that have not ended; the first is served, or next."""
+        self.gpus: dict[int, Counter[int]] = {}
+        """GPUs that the unfinished requests of a measurement need."""
+        self.queued: dict[str, SortedSet[tuple[Rank, int, str]]] = {}
+        """The queued ones of a tenant, in order of service."""
+        self.queued_for: Counter[str] = Counter()
+        """How many queued requests want the LLM of this fingerprint."""
+        self.retried: set[str] = set()
+        """Queued requests whose LLM has failed somewhere."""
+        self.queued_count = 0
+
+    def add(self, request: Request, tenant: str, rank: Rank) -> None:
+        """Index a request of a measurement with this tenant and rank."""
+        entry = request.seq, request.request_id
+        self.of.setdefault(request.measurement_id, SortedSet()).add(entry)
+        if not request.status.ended:
+            self.unfinished.setdefault(request.measurement_id, SortedSet()).add(entry)
+            self.gpus.setdefault(request.measurement_id, Counter())[request.spec.gpus] += 1
+        if request.status is RequestStatus.QUEUED:
+            self.queued.setdefault(tenant, SortedSet()).add((rank, *entry))
+            self.queued_for[request.spec.fingerprint] += 1
+            self.queued_count += 1
+            if request.failed_on:
+                self.retried.add(request.request_id)
+
+    def remove(self, request: Request, tenant: str, rank: Rank) -> None:
+        """Forget a request, given as it was indexed."""
+        entry = request.seq, request.request_id
+        self.of[request.measurement_id].remove(entry)
+        if not request.status.ended:
+            unfinished, gpus = self.unfinished[request.measurement_id], self.gpus[request.measurement_id]
+            unfinished.remove(entry)
+            gpus[request.spec.gpus] -= 1
+            if not gpus[request.spec.gpus]:
+                del gpus[request.spec.gpus]
+            if not unfinished:
+                del self.unfinished[request.measurement_id], self.gpus[request.measurement_id]
+        if request.status is RequestStatus.QUEUED:
+            queued = self.queued[tenant]
+            queued.remove((rank, *entry))
+            if not queued:
+                del self.queued[tenant]
+            self.queued_for[request.spec.fingerprint] -= 1
+            if not self.queued_for[request.spec.fingerprint]:
+                del self.queued_for[request.spec.fingerprint]
+            self.queued_count -= 1
+            self.retried.discard(request.request_id)
+
+
+Line = dict[str, SortedSet[Rank]]
+"""Waiting measurements of one place, by tenant."""
+
+
+class Queue:
+    """Measurements whose next request waits, by the place it may go to, by tenant and by rank."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+        self._entries: dict[int, tuple[str, Place, Rank]] = {}
+        self._anywhere: dict[Place, Line] = {}
+        self._on_machine: dict[str, dict[Place, Line]] = {}
+        self._tenants: SortedSet[tuple[float, str]] = SortedSet()
+        self._waiting: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def contents(self) -> dict[int, tuple[str, Place, Rank]]:
+        """Tenant, place and rank of every waiting measurement."""
+        return dict(self._entries)
+
+    def put(self, measurement_id: int, entry: tuple[str, Place, Rank] | None) -> None:
+        """Let a measurement wait with this tenant, place and rank; None: it does not wait."""
+        old = self._entries.get(measurement_id)
+        if old == entry:
+            return
+        if old is not None:
+            self._remove(measurement_id, old)
+        if entry is not None:
+            self._add(measurement_id, entry)
+
+    def _add(self, measurement_id: int, entry: tuple[str, Place, Rank]) -> None:
+        tenant, place, rank = entry
+        self._entries[measurement_id] = entry
+        self._lines(place).setdefault(place, {}).setdefault(tenant, SortedSet()).add(rank)
+        if not self._waiting[tenant]:
+            self._tenants.add(self.turns.key(tenant))
+        self._waiting[tenant] += 1
+
+    def _remove(self, measurement_id: int, entry: tuple[str, Place, Rank]) -> None:
+        tenant, place, rank = entry
+        del self._entries[measurement_id]
+        lines = self._lines(place)
+        lines[place][tenant].remove(rank)
+        if not lines[place][tenant]:
+            del lines[place][tenant]
+        if not lines[place]:
+            del lines[place]
+        if place.machine_id is not None and not lines:
+            del self._on_machine[place.machine_id]
+        self._waiting[tenant] -= 1
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+            self._tenants.remove(self.turns.key(tenant))
+
+    def _lines(self, place: Place) -> dict[Place, Line]:
+        if place.machine_id is None:
+            return self._anywhere
+        return self._on_machine.setdefault(place.machine_id, {})
+
+    def charge(self, tenant: str) -> None:
+        """A request of this tenant was granted: it is some other tenant's turn."""
+        waits = tenant in self._waiting
+        if waits:
+            self._tenants.remove(self.turns.key(tenant))
+        self.turns.charge(tenant)
+        if waits:
+            self._tenants.add(self.turns.key(tenant))
+
+    def places(self, machine_ids: Iterable[str]) -> list[Place]:
+        """The places somebody waits for: those on no machine in particular, and those on these machines."""
+        pinned = [place for machine_id in machine_ids for place in self._on_machine.get(machine_id, ())]
+        return [*self._anywhere, *pinned]
+
+    def next(self, places: Iterable[Place]) -> tuple[int, Place] | None:
+        """Which of the measurements that wait for these places is next, and for which; None: nobody waits."""
+        waiting = [(place, self._lines(place)[place]) for place in places]
+        for _, tenant in self._tenants:
+            heads = [(line[tenant].first, place) for place, line in waiting if tenant in line]
+            if heads:
+                rank, place = min(heads, key=lambda head: head[0])
+                return rank[-1], place
+        return None
+
+    def line(self, places: Iterable[Place]) -> Iterator[int]:
+        """The measurements that wait for these places, in the order in which they would be served; a few of them."""
+        lines = [self._lines(place)[place] for place in places]
+        tenants: list[tuple[float, str, Iterator[Rank]]] = []
+        for turn, tenant in self._tenants:
+            own = [line[tenant] for line in lines if tenant in line]
+            if own:
+                tenants.append((turn, tenant, heapq.merge(*own)))
+            if len(tenants) > LOOK_AHEAD:
+                break
+        return islice(self._in_turn(tenants), LOOK_AHEAD + 1)
+
+    def _in_turn(self, tenants: list[tuple[float, str, Iterator[Rank]]]) -> Iterator[int]:
+        turns = [(max(turn, self.turns.start(tenant)), turn, tenant, ranks) for turn, tenant, ranks in tenants]
+        heapq.heapify(turns)
+        while turns:
+            start, turn, tenant, ranks = heapq.heappop(turns)
+            rank = next(ranks, None)
+            if rank is not None:
+                yield rank[-1]
+                heapq.heappush(turns, (start + self.turns.step(tenant), turn, tenant, ranks))

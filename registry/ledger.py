@@ -1,0 +1,317 @@
+"""The records and their indices, kept in step: every change of a record goes through one of the ``put_`` methods.
+
+They check the change against the transition table, keep the indices true and note what the store has to write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from registry.errors import UnknownMeasurement, UnknownRequest
+from registry.indices import Queue, RequestIndex, SortedSet, WrapperIndex, is_free, is_usable
+from registry.policy import Place, Turns, rank
+from registry.state import (
+    Changes,
+    Decision,
+    Effect,
+    Lease,
+    Limits,
+    Machine,
+    Measurement,
+    Request,
+    RequestStatus,
+    Snapshot,
+    Wrapper,
+    WrapperStatus,
+)
+from registry.transitions import check_request_transition, check_wrapper_transition
+
+
+class Ledger:
+    """Everything that is known, and what has changed since ``take_decision`` was last called."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.machines: dict[str, Machine] = {}
+        self.wrappers: dict[str, Wrapper] = {}
+        self.measurements: dict[int, Measurement] = {}
+        self.requests: dict[str, Request] = {}
+        self.leases: dict[str, Lease] = {}
+
+        self.by_wrapper = WrapperIndex()
+        self.by_request = RequestIndex()
+        self.queue = Queue(Turns(limits.tenant_weights))
+        self.deadlines: SortedSet[tuple[float, str]] = SortedSet()
+        self.next_seq = 1
+        self.touched: set[str] = set()
+        """Machines on which a wrapper became free, or for which somebody began to wait."""
+
+        self._served_on: dict[int, tuple[int, str]] = {}
+        self._pinned_to: dict[str, set[int]] = {}
+        self._displaced: set[int] = set()
+        self._forget_changes()
+
+    # --- reading ----------------------------------------------------------------------------------------
+
+    def request(self, request_id: str) -> Request:
+        """The request with this id. Raises UnknownRequest."""
+        try:
+            return self.requests[request_id]
+        except KeyError:
+            raise UnknownRequest(request_id) from None
+
+    def measurement(self, measurement_id: int) -> Measurement:
+        """The measurement with this id. Raises UnknownMeasurement."""
+        try:
+            return self.measurements[measurement_id]
+        except KeyError:
+            raise UnknownMeasurement(measurement_id) from None
+
+    def head(self, measurement_id: int) -> Request | None:
+        """The first request of a measurement that has not ended: the one that is served, or next."""
+        unfinished = self.by_request.unfinished.get(measurement_id)
+        return None if unfinished is None else self.requests[unfinished.first[1]]
+
+    def gpu_type(self, machine_id: str) -> str | None:
+        """The GPU type of a machine, None when it has none or nobody knows."""
+        machine = self.machines.get(machine_id)
+        return None if machine is None else machine.gpu_type
+
+    def on_machine(self, machine_id: str) -> list[Wrapper]:
+        """The wrappers of a machine, by id."""
+        return [self.wrappers[wrapper_id] for wrapper_id in self.by_wrapper.on_machine.get(machine_id, ())]
+
+    def served_on(self, measurement_id: int) -> str | None:
+        """The machine on which a request of the measurement was last handed over."""
+        served = self._served_on.get(measurement_id)
+        return None if served is None else served[1]
+
+    def pin_without(self, measurement_id: int) -> str | None:
+        """The machine that a measurement stays bound to when its latest grant came to nothing."""
+        served = self._served_on.get(measurement_id)
+        this_time = served is not None and served[0] >= self.measurements[measurement_id].seq
+        return served[1] if served is not None and this_time else None
+
+    def place_of(self, measurement: Measurement, request: Request) -> Place:
+        """Where this request, the next of its measurement, may go.
+
+        A measurement that was not handed anything yet needs a machine that is large enough for all that it waits for.
+        A pin holds while a wrapper of its machine serves, or is on its way to; then one of the same GPU type does.
+        """
+        not_on = frozenset(request.failed_on)
+        gpus = max(self.by_request.gpus.get(measurement.measurement_id, {request.spec.gpus: 1}))
+        pin = measurement.machine_id
+        if pin is None:
+            return Place(gpus, not_on=not_on)
+        if any(is_usable(w) and w.gpus >= request.spec.gpus for w in self.on_machine(pin)):
+            return Place(request.spec.gpus, machine_id=pin, not_on=not_on)
+        alike = Place(gpus, gpu_type=self.gpu_type(pin), not_on=not_on)
+        if any(alike.takes(*kind) for kind in self.by_wrapper.usable):
+            return alike
+        return Place(gpus, not_on=not_on)
+
+    def allows(self, place: Place, wrapper: Wrapper) -> bool:
+        """True when this wrapper is one for that place."""
+        return place.allows(wrapper, self.gpu_type(wrapper.machine_id))
+
+    def is_exhausted(self, request: Request) -> bool:
+        """True when there are wrappers for a queued request and its LLM has failed on every one of them."""
+        place = self.place_of(self.measurements[request.measurement_id], request)
+        anew = replace(place, not_on=frozenset())
+        if place.machine_id is not None:
+            fitting = sum(self.allows(anew, wrapper) for wrapper in self.on_machine(place.machine_id))
+        else:
+            fitting = sum(count for kind, count in self.by_wrapper.present.items() if place.takes(*kind))
+        failed = sum(
+            self.allows(anew, wrapper)
+            for wrapper_id in place.not_on
+            if (wrapper := self.wrappers.get(wrapper_id)) is not None and wrapper.status is not WrapperStatus.LOST
+        )
+        return fitting > 0 and failed >= fitting
+
+    # --- writing ----------------------------------------------------------------------------------------
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Take over what the store knew; into an empty ledger."""
+        self.machines = {machine.machine_id: machine for machine in snapshot.machines}
+        for measurement in snapshot.measurements:
+            self._store_measurement(measurement)
+        for request in snapshot.requests:
+            self._store_request(request)
+        for lease in snapshot.leases:
+            self._store_lease(lease)
+        for wrapper in snapshot.wrappers:
+            self._store_wrapper(wrapper)
+        for measurement_id in self.measurements:
+            self._requeue(measurement_id)
+
+    def snapshot(self) -> Snapshot:
+        """Everything that is known."""
+        return Snapshot(
+            machines=tuple(self.machines.values()),
+            wrappers=tuple(self.wrappers.values()),
+            measurements=tuple(self.measurements.values()),
+            requests=tuple(self.requests.values()),
+            leases=tuple(self.leases.values()),
+        )
+
+    def put_machine(self, machine: Machine) -> None:
+        """Add or change a machine."""
+        if self.machines.get(machine.machine_id) == machine:
+            return
+        wrappers = self.on_machine(machine.machine_id)
+        for wrapper in wrappers:
+            self._unindex_wrapper(wrapper)
+        self.machines[machine.machine_id] = machine
+        for wrapper in wrappers:
+            self._store_wrapper(wrapper)
+        self._requeue_pinned(machine.machine_id)
+        self._machines[machine.machine_id] = machine
+
+    def put_wrapper(self, wrapper: Wrapper) -> None:
+        """Add or change a wrapper. Raises InvariantBroken when its status can't follow the one it has."""
+        old = self.wrappers.get(wrapper.wrapper_id)
+        if old == wrapper:
+            return
+        check_wrapper_transition(wrapper.wrapper_id, None if old is None else old.status, wrapper.status)
+        if old is not None:
+            self._unindex_wrapper(old)
+        self._store_wrapper(wrapper)
+        if old is None or _standing(old) != _standing(wrapper):
+            self._requeue_pinned(wrapper.machine_id)
+        self._removed_wrappers.pop(wrapper.wrapper_id, None)
+        self._wrappers[wrapper.wrapper_id] = wrapper
+
+    def remove_wrapper(self, wrapper: Wrapper) -> None:
+        """Forget a wrapper."""
+        self._unindex_wrapper(wrapper)
+        del self.wrappers[wrapper.wrapper_id]
+        self._requeue_pinned(wrapper.machine_id)
+        self._wrappers.pop(wrapper.wrapper_id, None)
+        self._removed_wrappers[wrapper.wrapper_id] = None
+
+    def put_measurement(self, measurement: Measurement) -> None:
+        """Add or change a measurement. Its tenant, priority and seq change only while nothing of it is unfinished."""
+        old = self.measurements.get(measurement.measurement_id)
+        if old == measurement:
+            return
+        if old is not None and old.machine_id is not None:
+            pinned = self._pinned_to[old.machine_id]
+            pinned.remove(measurement.measurement_id)
+            if not pinned:
+                del self._pinned_to[old.machine_id]
+        self._store_measurement(measurement)
+        self._requeue(measurement.measurement_id)
+        self._measurements[measurement.measurement_id] = measurement
+
+    def put_request(self, request: Request) -> None:
+        """Add or change a request. Raises InvariantBroken when its status can't follow the one it has."""
+        old = self.requests.get(request.request_id)
+        if old == request:
+            return
+        check_request_transition(request.request_id, None if old is None else old.status, request.status)
+        if old is not None:
+            measurement = self.measurements[old.measurement_id]
+            self.by_request.remove(old, measurement.tenant, rank(measurement))
+        self._store_request(request)
+        self._requeue(request.measurement_id)
+        self._requests[request.request_id] = request
+
+    def put_lease(self, lease: Lease) -> None:
+        """Add or change a lease."""
+        old = self.leases.get(lease.request_id)
+        if old == lease:
+            return
+        if old is not None:
+            self.deadlines.remove((old.ends_s, old.request_id))
+        self._store_lease(lease)
+        self._ended_leases.pop(lease.request_id, None)
+        self._leases[lease.request_id] = lease
+
+    def end_lease(self, lease: Lease) -> None:
+        """Forget a lease."""
+        self.deadlines.remove((lease.ends_s, lease.request_id))
+        del self.leases[lease.request_id]
+        self._leases.pop(lease.request_id, None)
+        self._ended_leases[lease.request_id] = None
+
+    def emit(self, effect: Effect) -> None:
+        """Have something done once the changes are written."""
+        self._effects.append(effect)
+
+    def take_decision(self) -> Decision:
+        """What has changed since the last time, and what is to be done."""
+        changes = Changes(
+            machines=tuple(self._machines.values()),
+            wrappers=tuple(self._wrappers.values()),
+            measurements=tuple(self._measurements.values()),
+            requests=tuple(self._requests.values()),
+            leases=tuple(self._leases.values()),
+            ended_leases=tuple(self._ended_leases),
+            removed_wrappers=tuple(self._removed_wrappers),
+        )
+        decision = Decision(changes, tuple(self._effects))
+        self._forget_changes()
+        return decision
+
+    # --- inside -----------------------------------------------------------------------------------------
+
+    def _forget_changes(self) -> None:
+        self._machines: dict[str, Machine] = {}
+        self._wrappers: dict[str, Wrapper] = {}
+        self._measurements: dict[int, Measurement] = {}
+        self._requests: dict[str, Request] = {}
+        self._leases: dict[str, Lease] = {}
+        self._ended_leases: dict[str, None] = {}
+        self._removed_wrappers: dict[str, None] = {}
+        self._effects: list[Effect] = []
+
+    def _store_wrapper(self, wrapper: Wrapper) -> None:
+        self.wrappers[wrapper.wrapper_id] = wrapper
+        self.by_wrapper.add(wrapper, self.gpu_type(wrapper.machine_id))
+        if is_free(wrapper):
+            self.touched.add(wrapper.machine_id)
+
+    def _unindex_wrapper(self, wrapper: Wrapper) -> None:
+        self.by_wrapper.remove(wrapper, self.gpu_type(wrapper.machine_id))
+
+    def _store_measurement(self, measurement: Measurement) -> None:
+        self.measurements[measurement.measurement_id] = measurement
+        if measurement.machine_id is not None:
+            self._pinned_to.setdefault(measurement.machine_id, set()).add(measurement.measurement_id)
+
+    def _store_request(self, request: Request) -> None:
+        self.requests[request.request_id] = request
+        self.next_seq = max(self.next_seq, request.seq + 1)
+        measurement = self.measurements[request.measurement_id]
+        self.by_request.add(request, measurement.tenant, rank(measurement))
+        if request.deployed_s is not None and request.machine_id is not None:
+            served = request.seq, request.machine_id
+            self._served_on[request.measurement_id] = max(served, self._served_on.get(request.measurement_id, served))
+
+    def _store_lease(self, lease: Lease) -> None:
+        self.leases[lease.request_id] = lease
+        self.deadlines.add((lease.ends_s, lease.request_id))
+
+    def _requeue(self, measurement_id: int) -> None:
+        """Let a measurement wait, for the right place, exactly when its next request is queued."""
+        measurement = self.measurements[measurement_id]
+        head = self.head(measurement_id)
+        self._displaced.discard(measurement_id)
+        if head is None or head.status is not RequestStatus.QUEUED:
+            self.queue.put(measurement_id, None)
+            return
+        place = self.place_of(measurement, head)
+        self.queue.put(measurement_id, (measurement.tenant, place, rank(measurement)))
+        if place.machine_id is not None:
+            self.touched.add(place.machine_id)
+        elif measurement.machine_id is not None:
+            self._displaced.add(measurement_id)
+
+    def _requeue_pinned(self, machine_id: str) -> None:
+        """A wrapper of this machine came, went or changed size: that can move those bound to a machine."""
+        for measurement_id in self._displaced | self._pinned_to.get(machine_id, set()):
+            self._requeue(measurement_id)
+
+
+def _standing(wrapper: Wrapper) -> tuple[bool, int]:
+    return is_usable(wrapper), wrapper.gpus

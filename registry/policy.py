@@ -1,0 +1,107 @@
+"""Pure choices: where a request may go, who is next, whom a warm match may overtake, whose LLM is evicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from registry.state import Limits, Measurement, Priority, Request, Wrapper
+
+LOOK_AHEAD: Final = 16
+"""How many places down a line a choice looks. Bounds what one decision costs and how many rows it changes: a warm
+match overtakes at most so many requests at once, and a victim is one of so many least recently used wrappers."""
+
+ANY_GPU_TYPE: Final = "*"
+"""Stands for "no matter which" where a GPU type is named; None is a type of its own (not known, or no GPU)."""
+
+Rank = tuple[int, int, int]
+"""Order of measurements inside a tenant, smallest first: priority, arrival, id."""
+
+_PRIORITY_ORDER: Final[Mapping[Priority, int]] = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the next request of a measurement may go.
+
+    ``gpus``: at least so many. ``machine_id``: only there (None: anywhere). ``gpu_type``: only on machines with
+    such GPUs. ``not_on``: wrappers on which its LLM has failed.
+    """
+
+    gpus: int
+    machine_id: str | None = None
+    gpu_type: str | None = ANY_GPU_TYPE
+    not_on: frozenset[str] = frozenset()
+
+    def takes(self, gpus: int, gpu_type: str | None) -> bool:
+        """True when a wrapper with so many GPUs, of this type, is large and alike enough."""
+        return gpus >= self.gpus and self.gpu_type in (ANY_GPU_TYPE, gpu_type)
+
+    def allows(self, wrapper: Wrapper, gpu_type: str | None) -> bool:
+        """True when this very wrapper, on a machine with this GPU type, may serve the request."""
+        return (
+            self.takes(wrapper.gpus, gpu_type)
+            and self.machine_id in (None, wrapper.machine_id)
+            and wrapper.wrapper_id not in self.not_on
+        )
+
+
+def rank(measurement: Measurement) -> Rank:
+    """The measurement's place in its tenant's line: priority first, then first come, first served."""
+    return _PRIORITY_ORDER[measurement.priority], measurement.seq, measurement.measurement_id
+
+
+def may_be_overtaken(request: Request, limits: Limits, now_s: float) -> bool:
+    """True when a waiting request can let one more warm match go before it: neither too often nor for too long."""
+    return request.overtaken < limits.max_overtakes and now_s - request.created_s < limits.max_overtake_s
+
+
+def victim(candidates: Iterable[Wrapper], wanted: Callable[[Wrapper], bool]) -> Wrapper | None:
+    """Whose LLM is given up: the first (least recently used) that nobody in the queue wants, else the first."""
+    first: Wrapper | None = None
+    for wrapper in candidates:
+        if not wanted(wrapper):
+            return wrapper
+        first = first or wrapper
+    return first
+
+
+class Turns:
+    """Tenants in turn by weight: start-time fair queueing over grants, without a clock.
+
+    Each grant moves its tenant forward by 1/weight; who is furthest behind is next, the name deciding ties. A tenant
+    that had nothing to ask for, or could not be served, does not save up turns: it starts where the others are.
+    """
+
+    def __init__(self, weights: Iterable[tuple[str, float]]) -> None:
+        self._weights = dict(weights)
+        self._next: dict[str, float] = {}
+        self._served_at = 0.0
+
+    def key(self, tenant: str) -> tuple[float, str]:
+        """Sort key of a tenant: the smallest is next. Changes only when the tenant is charged."""
+        return self._next.get(tenant, 0.0), tenant
+
+    def charge(self, tenant: str) -> None:
+        """The tenant got something."""
+        self._served_at = max(self._next.get(tenant, 0.0), self._served_at)
+        self._next[tenant] = self._served_at + self.step(tenant)
+
+    def start(self, tenant: str) -> float:
+        """Where the tenant's next turn begins, in grants of a tenant of weight 1."""
+        return max(self._next.get(tenant, 0.0), self._served_at)
+
+    def step(self, tenant: str) -> float:
+        """How far one grant moves the tenant."""
+        return 1.0 / self._weights.get(tenant, 1.0)
+
+    def served_before(self, tenant: str, other: str, index: int) -> int:
+        """How many turns ``other`` has before the ``index``-th (0 = next) turn of ``tenant``, if both always ask."""
+        lead = self.start(tenant) + index * self.step(tenant) - self.start(other)
+        if lead < 0:
+            return 0
+        turns = lead / self.step(other)
+        on_par = turns == math.floor(turns)
+        return math.floor(turns) + (1 if not on_par or self.key(other) < self.key(tenant) else 0)

@@ -1,0 +1,337 @@
+"""What wrappers and machines report, and what follows from it.
+
+A report that is out of date changes nothing: it carries an older epoch than the wrapper's, it does not match what the
+wrapper is doing (a second copy of an earlier one), or its wrapper is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from registry.dispatch import Dispatcher, bind, deploy, with_flag
+from registry.endings import Endings
+from registry.ledger import Ledger
+from registry.state import (
+    Limits,
+    LLMDeployFailed,
+    LLMDied,
+    MachineLost,
+    Request,
+    RequestStatus,
+    RestartWrapper,
+    StopLLM,
+    UnbindLease,
+    Wrapper,
+    WrapperAdded,
+    WrapperFailed,
+    WrapperRemoved,
+    WrapperStarted,
+    WrapperStatus,
+)
+
+ENGINE_RESTARTED: Final = "engine_restarted"
+"""Flag of a measurement during one of whose leases the LLM had to be started again."""
+
+
+def stop(ledger: Ledger, wrapper: Wrapper) -> None:
+    """Have a wrapper emptied."""
+    wrapper = replace(wrapper, status=WrapperStatus.STOPPING, spec=None, epoch=wrapper.epoch + 1)
+    ledger.put_wrapper(wrapper)
+    ledger.emit(StopLLM(wrapper.wrapper_id, wrapper.epoch))
+
+
+class Reports:
+    """Handles the events about wrappers and machines, one method each."""
+
+    def __init__(self, ledger: Ledger, limits: Limits, endings: Endings, dispatcher: Dispatcher) -> None:
+        self._ledger = ledger
+        self._limits = limits
+        self._endings = endings
+        self._dispatcher = dispatcher
+        self.shutting_down = False
+        self._came_up_empty: list[str] = []
+
+    # --- LLMs -------------------------------------------------------------------------------------------
+
+    def on_llm_deployed(self, wrapper_id: str, epoch: int, now_s: float) -> None:
+        """The LLM runs: hand it over, or keep it for whoever comes."""
+        wrapper = self._current(wrapper_id, epoch, WrapperStatus.DEPLOYING)
+        if wrapper is not None:
+            self._llm_runs(wrapper, now_s)
+
+    def on_lease_bound(self, wrapper_id: str, epoch: int, now_s: float) -> None:
+        """The request has its LLM. The lease's time starts now: waiting for the hand-over costs its holder nothing.
+
+        Only the first hand-over starts it. After a restart of the engine the deadline stays, and the idle time is
+        counted from now.
+        """
+        ledger = self._ledger
+        wrapper = self._current(wrapper_id, epoch, WrapperStatus.LEASED)
+        if wrapper is None or wrapper.request_id is None:
+            return
+        ledger.put_wrapper(replace(wrapper, failures=0, reason=None))
+        request, lease = ledger.requests[wrapper.request_id], ledger.leases[wrapper.request_id]
+        if request.status is not RequestStatus.DEPLOYING:
+            return
+        first = request.deployed_s is None
+        ledger.put_request(
+            replace(
+                request,
+                status=RequestStatus.DEPLOYED,
+                reason=None,
+                deployed_s=now_s if first else request.deployed_s,
+            )
+        )
+        deadline_s = now_s + self._limits.lease_max_s if first else lease.deadline_s
+        ledger.put_lease(replace(lease, last_active_s=now_s, deadline_s=deadline_s))
+
+    def on_llm_deploy_failed(self, event: LLMDeployFailed, now_s: float) -> None:
+        """The wrapper is empty again; the request is tried elsewhere, or has failed."""
+        ledger = self._ledger
+        wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.DEPLOYING)
+        if wrapper is None:
+            return
+        request = self._owner(wrapper)
+        empty = replace(wrapper, status=WrapperStatus.IDLE, spec=None, request_id=None, reason=event.reason)
+        if request is None:
+            ledger.put_wrapper(empty)
+        elif request.request_id in ledger.leases:
+            # Its holder has an address on this wrapper, so that another one can't take over.
+            ledger.put_wrapper(replace(empty, epoch=empty.epoch + 1))
+            ledger.emit(UnbindLease(empty.wrapper_id, empty.epoch + 1, request.request_id, "failed"))
+            self._endings.end(request, RequestStatus.FAILED, "failed", event.reason, now_s)
+        else:
+            ledger.put_wrapper(empty)
+            self._endings.try_elsewhere(request, event.wrapper_id, event.reason, now_s, permanent=event.permanent)
+
+    def on_llm_stopped(self, wrapper_id: str, epoch: int) -> None:
+        """The wrapper is empty."""
+        wrapper = self._current(wrapper_id, epoch, WrapperStatus.STOPPING)
+        if wrapper is not None:
+            self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.IDLE))
+            self._came_up_empty.append(wrapper_id)
+
+    def on_llm_died(self, event: LLMDied, now_s: float) -> None:
+        """Nobody's LLM is gone; that of a lease is started again for it."""
+        wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.READY, WrapperStatus.LEASED)
+        if wrapper is None:
+            return
+        request = self._owner(wrapper)
+        if request is not None and self._outlives_engine(request, event.reason, now_s):
+            assert wrapper.spec is not None
+            deploy(self._ledger, wrapper, wrapper.spec, request.request_id)
+            return
+        wrapper = self._ledger.wrappers[wrapper.wrapper_id]
+        self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.IDLE, spec=None, reason=event.reason))
+
+    # --- wrappers ---------------------------------------------------------------------------------------
+
+    def on_wrapper_added(self, event: WrapperAdded, now_s: float) -> None:
+        """A wrapper is being created; a request that holds an older one of this id keeps it, if it still fits."""
+        ledger = self._ledger
+        known = ledger.wrappers.get(event.wrapper_id)
+        if known is None:
+            ledger.put_wrapper(Wrapper(event.wrapper_id, event.machine_id, event.url, gpus=event.gpus, home=event.home))
+            return
+        request = self._owner(known)
+        moved = known.machine_id != event.machine_id
+        keeps = request is not None and not moved and request.spec.gpus <= event.gpus
+        if moved:
+            ledger.remove_wrapper(known)
+        ledger.put_wrapper(
+            replace(
+                known,
+                machine_id=event.machine_id,
+                url=event.url,
+                gpus=event.gpus,
+                home=event.home,
+                status=WrapperStatus.STARTING,
+                spec=known.spec if keeps else None,
+                request_id=known.request_id if keeps else None,
+            )
+        )
+        reason = f"wrapper {event.wrapper_id} is created anew"
+        if request is not None and keeps:
+            self._waits_for_wrapper(request, reason)
+        elif request is not None:
+            self._endings.lose(request, reason, now_s)
+        self._endings.fail_exhausted(now_s)
+
+    def on_wrapper_started(self, event: WrapperStarted, now_s: float) -> None:
+        """A wrapper answers: bring what it runs and what it should run together."""
+        ledger = self._ledger
+        wrapper = ledger.wrappers.get(event.wrapper_id)
+        if wrapper is None or (wrapper.status is WrapperStatus.LOST and not self._is_alive(wrapper.machine_id)):
+            return
+        # Commands get newer epochs than any that the wrapper can have seen.
+        missed = event.epoch != wrapper.epoch
+        wrapper = replace(wrapper, epoch=max(wrapper.epoch, event.epoch))
+        as_told = wrapper.spec is not None and event.running == wrapper.spec.fingerprint
+        request = self._owner(wrapper)
+        if request is not None and self._started_for(request, wrapper, as_told, now_s):
+            return
+        if request is not None:
+            wrapper = ledger.wrappers[wrapper.wrapper_id]  # the request has failed and let go of it
+        self._started_free(wrapper, event.running is None, as_told, missed, now_s)
+
+    def _started_for(self, request: Request, wrapper: Wrapper, as_told: bool, now_s: float) -> bool:
+        """Serve the request that holds a wrapper; False if it has failed instead."""
+        assert wrapper.spec is not None
+        if wrapper.status is WrapperStatus.LEASED:
+            if as_told:
+                bind(self._ledger, wrapper, request.request_id)  # it may not know, if it was told by nobody who lives
+                return True
+            self._ledger.put_wrapper(wrapper)
+            if not self._outlives_engine(request, "the LLM is gone from its wrapper", now_s):
+                return False
+        if as_told:
+            self._llm_runs(wrapper, now_s)
+        else:
+            deploy(self._ledger, wrapper, wrapper.spec, request.request_id)
+        return True
+
+    def _started_free(self, wrapper: Wrapper, empty: bool, as_told: bool, missed: bool, now_s: float) -> None:
+        """Settle a wrapper that nobody holds."""
+        match wrapper.status:
+            case WrapperStatus.DEPLOYING if wrapper.spec is not None and (empty or as_told):
+                if as_told:
+                    self._llm_runs(wrapper, now_s)
+                else:
+                    deploy(self._ledger, wrapper, wrapper.spec, None)
+            case WrapperStatus.READY if wrapper.spec is not None and as_told:
+                if missed:
+                    # A command was lost with the registry that gave it: the end of a lease. A deploy of what runs
+                    # takes no time and ends the lease as well.
+                    deploy(self._ledger, wrapper, wrapper.spec, None)
+            case WrapperStatus.STOPPING:
+                stop(self._ledger, wrapper)
+            case _ if empty:
+                self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.IDLE, spec=None))
+                self._came_up_empty.append(wrapper.wrapper_id)
+            case _:
+                stop(self._ledger, wrapper)
+
+    def on_wrapper_failed(self, event: WrapperFailed, now_s: float) -> None:
+        """Restart a wrapper, or give it up when that has not helped a few times."""
+        wrapper = self._ledger.wrappers.get(event.wrapper_id)
+        if wrapper is None or wrapper.status in (WrapperStatus.LOST, WrapperStatus.FAILED):
+            return
+        wrapper = replace(wrapper, failures=wrapper.failures + 1, reason=event.reason)
+        if self.shutting_down or wrapper.failures >= self._limits.wrapper_attempts:
+            self._give_up(wrapper, event.reason, now_s)
+        else:
+            self._restart(wrapper, event.reason, now_s)
+
+    def _give_up(self, wrapper: Wrapper, why: str, now_s: float) -> None:
+        request = self._owner(wrapper)
+        self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.FAILED, spec=None, request_id=None))
+        reason = f"wrapper {wrapper.wrapper_id} was given up: {why}"
+        if request is not None and request.deployed_s is not None:
+            self._endings.end(request, RequestStatus.FAILED, "failed", reason, now_s)
+        elif request is not None:
+            self._endings.try_elsewhere(request, wrapper.wrapper_id, reason, now_s)
+        self._endings.fail_exhausted(now_s)
+
+    def _restart(self, wrapper: Wrapper, why: str, now_s: float) -> None:
+        ledger = self._ledger
+        ran_its_llm = wrapper.status is WrapperStatus.LEASED
+        request = self._owner(wrapper)
+        wrapper = replace(
+            wrapper,
+            status=WrapperStatus.RESTARTING,
+            spec=None if request is None else wrapper.spec,
+            epoch=wrapper.epoch + 1,
+        )
+        ledger.put_wrapper(wrapper)
+        ledger.emit(RestartWrapper(wrapper.wrapper_id, wrapper.epoch))
+        if request is not None:
+            reason = f"wrapper {wrapper.wrapper_id} is restarted: {why}"
+            if ran_its_llm:
+                self._outlives_engine(request, reason, now_s)
+            else:
+                self._waits_for_wrapper(request, reason)
+
+    def on_wrapper_removed(self, event: WrapperRemoved, now_s: float) -> None:
+        """A wrapper is gone for good."""
+        wrapper = self._ledger.wrappers.get(event.wrapper_id)
+        if wrapper is None:
+            return
+        request = self._owner(wrapper)
+        self._ledger.remove_wrapper(wrapper)
+        if request is not None:
+            self._endings.lose(request, f"wrapper {wrapper.wrapper_id} was removed", now_s)
+        self._endings.fail_exhausted(now_s)
+
+    # --- machines ---------------------------------------------------------------------------------------
+
+    def on_machine_lost(self, event: MachineLost, now_s: float) -> None:
+        """A machine is gone with all its wrappers; requests that it served fail, others wait again."""
+        ledger = self._ledger
+        machine = ledger.machines.get(event.machine_id)
+        if machine is not None:
+            ledger.put_machine(replace(machine, alive=False))
+        wrappers = ledger.on_machine(event.machine_id)
+        requests = [request for wrapper in wrappers if (request := self._owner(wrapper)) is not None]
+        for wrapper in wrappers:
+            ledger.put_wrapper(replace(wrapper, status=WrapperStatus.LOST, spec=None, request_id=None))
+        for request in requests:
+            self._endings.lose(request, f"machine {event.machine_id} was lost: {event.reason}", now_s)
+        self._endings.fail_exhausted(now_s)
+
+    # --- the end of an event ----------------------------------------------------------------------------
+
+    def preload_homes(self) -> None:
+        """Have wrappers that came up empty, and that no request has taken, run the LLM that is meant for them."""
+        for wrapper_id in self._came_up_empty:
+            wrapper = self._ledger.wrappers[wrapper_id]
+            home = wrapper.home
+            if wrapper.status is WrapperStatus.IDLE and home is not None and home.gpus <= wrapper.gpus:
+                deploy(self._ledger, wrapper, home, None)
+        self._came_up_empty.clear()
+
+    # --- inside -----------------------------------------------------------------------------------------
+
+    def _current(self, wrapper_id: str, epoch: int, *statuses: WrapperStatus) -> Wrapper | None:
+        """The wrapper that a report is about, None when the report is out of date."""
+        wrapper = self._ledger.wrappers.get(wrapper_id)
+        if wrapper is None or epoch < wrapper.epoch or wrapper.status not in statuses:
+            return None
+        return wrapper
+
+    def _owner(self, wrapper: Wrapper) -> Request | None:
+        return None if wrapper.request_id is None else self._ledger.requests[wrapper.request_id]
+
+    def _is_alive(self, machine_id: str) -> bool:
+        machine = self._ledger.machines.get(machine_id)
+        return machine is None or machine.alive
+
+    def _llm_runs(self, wrapper: Wrapper, now_s: float) -> None:
+        wrapper = replace(wrapper, failures=0, reason=None)
+        if wrapper.request_id is None:
+            self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.READY))
+        elif wrapper.request_id in self._ledger.leases:
+            bind(self._ledger, wrapper, wrapper.request_id)
+        else:
+            self._dispatcher.lease(wrapper, wrapper.request_id, now_s)
+
+    def _outlives_engine(self, request: Request, reason: str, now_s: float) -> bool:
+        """Keep a lease whose LLM is gone, unless that has happened too often: then its request fails.
+
+        Each death is noted in ``failed_on``, so that the count survives the registry.
+        """
+        assert request.wrapper_id is not None
+        request = replace(request, failed_on=(*request.failed_on, request.wrapper_id))
+        if request.failed_on.count(request.wrapper_id) >= self._limits.deploy_attempts:
+            self._endings.end(request, RequestStatus.FAILED, "failed", reason, now_s)
+            return False
+        self._waits_for_wrapper(request, reason)
+        return True
+
+    def _waits_for_wrapper(self, request: Request, reason: str) -> None:
+        """A request stays with a wrapper that has to run its LLM again first."""
+        ledger = self._ledger
+        ledger.put_request(replace(request, status=RequestStatus.DEPLOYING, reason=reason))
+        if request.request_id in ledger.leases:
+            measurement = ledger.measurements[request.measurement_id]
+            ledger.put_measurement(replace(measurement, flags=with_flag(measurement.flags, ENGINE_RESTARTED)))

@@ -1,0 +1,133 @@
+"""The transition table: which status may follow which, and what brings it about. Data, and one check of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from registry.state import RequestStatus as R
+from registry.state import WrapperStatus as W
+
+
+class InvariantBroken(AssertionError):
+    """The registry's own rules do not hold: a fault of the program, never of a client."""
+
+
+FIRST_REQUEST_STATUS: Final = R.QUEUED
+FIRST_WRAPPER_STATUS: Final = W.STARTING
+
+REQUEST_TRANSITIONS: Final[Mapping[R, Mapping[R, str]]] = {
+    R.QUEUED: {
+        R.DEPLOYING: "granted",
+        R.CANCELLED: "LeaseReleased",
+        R.FAILED: "no wrapper is left to try",
+    },
+    R.DEPLOYING: {
+        R.DEPLOYED: "LeaseBound",
+        R.QUEUED: "LLMDeployFailed, WrapperFailed, MachineLost: tried again elsewhere",
+        R.RELEASED: "LeaseReleased after a hand-over",
+        R.CANCELLED: "LeaseReleased before the hand-over",
+        R.EXPIRED: "TimePassed, ShutdownBegun",
+        R.FAILED: "failed too often, or for good",
+    },
+    R.DEPLOYED: {
+        R.DEPLOYING: "LLMDied, WrapperFailed: its lease stays",
+        R.RELEASED: "LeaseReleased",
+        R.EXPIRED: "TimePassed, ShutdownBegun",
+        R.FAILED: "LLMDied too often, MachineLost",
+    },
+    R.RELEASED: {},
+    R.EXPIRED: {},
+    R.CANCELLED: {},
+    R.FAILED: {},
+}
+"""From each status of a request: to which, and why."""
+
+_GONE: Final[Mapping[W, str]] = {
+    W.STARTING: "WrapperAdded again",
+    W.LOST: "MachineLost",
+}
+_BROKEN: Final[Mapping[W, str]] = {
+    W.RESTARTING: "WrapperFailed",
+    W.FAILED: "WrapperFailed too often",
+}
+
+WRAPPER_TRANSITIONS: Final[Mapping[W, Mapping[W, str]]] = {
+    W.STARTING: {
+        W.IDLE: "WrapperStarted",
+        W.DEPLOYING: "WrapperStarted, and a request waits for it",
+        W.LEASED: "WrapperStarted with the LLM that a request waits for",
+        W.STOPPING: "WrapperStarted with another LLM",
+        **_BROKEN,
+        **_GONE,
+    },
+    W.IDLE: {
+        W.DEPLOYING: "granted, preloaded",
+        W.STOPPING: "WrapperStarted with another LLM",
+        **_BROKEN,
+        **_GONE,
+    },
+    W.DEPLOYING: {
+        W.READY: "LLMDeployed, and nobody waits for it",
+        W.LEASED: "LLMDeployed",
+        W.IDLE: "LLMDeployFailed",
+        W.STOPPING: "ShutdownBegun, WrapperStarted with another LLM",
+        **_BROKEN,
+        **_GONE,
+    },
+    W.READY: {
+        W.LEASED: "granted",
+        W.DEPLOYING: "evicted",
+        W.IDLE: "LLMDied",
+        W.STOPPING: "ShutdownBegun, WrapperStarted with another LLM",
+        **_BROKEN,
+        **_GONE,
+    },
+    W.LEASED: {
+        W.READY: "LeaseReleased, TimePassed",
+        W.DEPLOYING: "LLMDied: deployed again for its lease",
+        **_BROKEN,
+        **_GONE,
+    },
+    W.STOPPING: {
+        W.IDLE: "LLMStopped",
+        **_BROKEN,
+        **_GONE,
+    },
+    W.FAILED: {
+        W.IDLE: "WrapperStarted",
+        W.STOPPING: "WrapperStarted with an LLM",
+        **_GONE,
+    },
+    W.RESTARTING: {
+        W.IDLE: "WrapperStarted",
+        W.DEPLOYING: "WrapperStarted, and a request waits for it",
+        W.LEASED: "WrapperStarted with the LLM that a request waits for",
+        W.STOPPING: "WrapperStarted with another LLM",
+        W.FAILED: "WrapperFailed too often",
+        **_GONE,
+    },
+    W.LOST: {
+        W.IDLE: "WrapperStarted",
+        W.STARTING: "WrapperAdded again",
+        W.STOPPING: "WrapperStarted with an LLM",
+    },
+}
+"""From each status of a wrapper: to which, and why. A wrapper can be removed in every status."""
+
+
+def check_request_transition(request_id: str, old: R | None, new: R) -> None:
+    """Raise InvariantBroken unless a request may go from ``old`` (None: it is new) to ``new``.
+
+    Staying in a status is allowed until it has ended.
+    """
+    allowed = new is FIRST_REQUEST_STATUS if old is None else new in REQUEST_TRANSITIONS[old]
+    if not allowed and (old is not new or new.ended):
+        raise InvariantBroken(f"request {request_id} can't go from {old} to {new}")
+
+
+def check_wrapper_transition(wrapper_id: str, old: W | None, new: W) -> None:
+    """Raise InvariantBroken unless a wrapper may go from ``old`` (None: it is new) to ``new``, or stays."""
+    allowed = new is FIRST_WRAPPER_STATUS if old is None else new is old or new in WRAPPER_TRANSITIONS[old]
+    if not allowed:
+        raise InvariantBroken(f"wrapper {wrapper_id} can't go from {old} to {new}")
