@@ -224,10 +224,38 @@ def test_history_is_bounded() -> None:
         track.add(poll * 0.2, poll * 0.2, float(poll))
     [run] = track._runs
     assert len(run.units) < 2 * (600 / 0.2 + 3600)
+    old = [seen_s for seen_s in run.seen_s if seen_s < run.seen_s[-1] - 2000]
+    assert len(old) > 1000
+    assert min(later - earlier for earlier, later in itertools.pairwise(old)) >= 0.99
     with pytest.raises(NoWindow, match="out_of_history"):
         track.levels((5000.0, 11_000.0))
     flow = between(*track.levels((10_000.3, 11_000.3)))
     assert flow.mid == pytest.approx(5000, abs=1)
+
+
+@pytest.fixture
+def track() -> Track:
+    """Edges of 10, 20 and 30 units, the last of them between 1.05 and 1.10 s."""
+    track = Track(max_age_s=None, step=0.5, max_rate=100.0, history_s=60.0, stale_s=0.5)
+    for index, units in enumerate([0, 0, 10, 10, 20, 20, 30]):
+        track.add(0.80 + 0.05 * index, 0.80 + 0.05 * index, units)
+    return track
+
+
+def test_bounds_of_a_level(track: Track) -> None:
+    """A level is at least the last edge seen, and less than a step above the first edge that came after it."""
+    [level] = track.levels([0.93])
+    assert (level.low, level.high, level.provisional) == (10, 20.5, False)
+    assert level.mid == pytest.approx(10 + 10 * (0.93 - 0.875) / 0.1)
+
+
+def test_bounds_after_the_last_edge(track: Track) -> None:
+    """After the last edge a level is at most what can have flowed since that edge's earliest moment."""
+    [level] = track.levels([1.20])
+    assert level.low == 30
+    assert level.high == pytest.approx(30 + 0.5 + 100 * (1.20 - 1.05))
+    assert level.mid == pytest.approx(30 + 100 * (1.20 - 1.075))
+    assert level.provisional
 
 
 # --- sums ------------------------------------------------------------------------------------------------------
