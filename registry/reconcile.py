@@ -195,7 +195,8 @@ def plan(
     for wants in wanted.values():
         for want in wants:
             known = wrappers.get(want.wrapper_id)
-            gone = want.machine_id in moved or want.wrapper_id not in observed.wrapper_ids
+            resized = known is not None and known.gpus != want.gpus
+            gone = want.machine_id in moved or want.wrapper_id not in observed.wrapper_ids or resized
             lost = known is None or known.status is WrapperStatus.LOST or want.machine_id in moved
             if gone:
                 create.append(want)
