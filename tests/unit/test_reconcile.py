@@ -1,0 +1,243 @@
+"""What should be on the machines against what is there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.reconcile import Observation, Plan, WrapperPlan, plan, wanted_wrappers
+from registry.state import (
+    LLMSpec,
+    Machine,
+    MachineJoined,
+    MachineLost,
+    Wrapper,
+    WrapperAdded,
+    WrapperRemoved,
+    WrapperStatus,
+)
+
+HOME = LLMSpec("org/home", "text-generation")
+OTHER_HOME = LLMSpec("org/other", "text-generation")
+A = Machine("a", "node-a", "10.0.0.1", gpus=8)
+B = Machine("b", "node-b", "10.0.0.2")
+
+
+def wanted(
+    *machines: Machine, per_machine: int = 1, gpus_per_wrapper: int | None = None, base_url: str = "http://x"
+) -> dict[str, tuple[WrapperPlan, ...]]:
+    return {
+        machine.machine_id: wanted_wrappers(
+            machine, per_machine=per_machine, gpus_per_wrapper=gpus_per_wrapper, base_url=base_url, homes={}
+        )
+        for machine in machines
+    }
+
+
+def known(want: WrapperPlan, status: WrapperStatus = WrapperStatus.IDLE) -> Wrapper:
+    return Wrapper(want.wrapper_id, want.machine_id, want.url, want.gpus, status)
+
+
+def added(want: WrapperPlan) -> WrapperAdded:
+    return WrapperAdded(want.wrapper_id, want.machine_id, want.url, want.gpus, want.home)
+
+
+# --- wanted_wrappers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpus", "per_machine", "gpus_per_wrapper", "expected"),
+    [
+        (8, 1, None, [8]),
+        (8, 2, None, [4, 4]),
+        (7, 2, None, [3, 3]),
+        (0, 1, None, [0]),
+        (0, 3, None, [0, 0, 0]),
+        (8, 1, 2, [2, 2, 2, 2]),
+        (7, 1, 2, [2, 2, 2]),
+        (1, 1, 2, []),
+        (0, 2, 4, [0, 0]),
+    ],
+)
+def test_gpus_are_divided_as_configured(
+    gpus: int, per_machine: int, gpus_per_wrapper: int | None, expected: list[int]
+) -> None:
+    """GPUs are split evenly, or into wrappers of the size asked for; a machine without any carries plain wrappers."""
+    machine = replace(A, gpus=gpus)
+    plans = wanted_wrappers(
+        machine, per_machine=per_machine, gpus_per_wrapper=gpus_per_wrapper, base_url="http://x", homes={}
+    )
+    assert [want.gpus for want in plans] == expected
+
+
+@given(st.integers(0, 64), st.integers(1, 64), st.none() | st.integers(1, 64))
+def test_no_machine_is_promised_more_gpus_than_it_has(
+    gpus: int, per_machine: int, gpus_per_wrapper: int | None
+) -> None:
+    """However it is split, the wrappers of a machine never ask for more GPUs than it has, and their ids differ."""
+    plans = wanted_wrappers(
+        replace(A, gpus=gpus), per_machine=per_machine, gpus_per_wrapper=gpus_per_wrapper, base_url="", homes={}
+    )
+    assert sum(want.gpus for want in plans) <= gpus
+    assert len({want.wrapper_id for want in plans}) == len(plans)
+
+
+def test_wrappers_know_where_they_are() -> None:
+    """A wrapper's id, node and base URL come from its machine, and don't change from one look to the next."""
+    first, second = wanted(A, per_machine=2)["a"]
+    assert (first.wrapper_id, first.node_id, first.url) == ("a-0", "node-a", "http://x/wrappers/a-0")
+    assert (second.wrapper_id, second.machine_id, second.url) == ("a-1", "a", "http://x/wrappers/a-1")
+    assert wanted(A, per_machine=2)["a"] == (first, second)
+
+
+@pytest.mark.parametrize(
+    ("homes", "expected"),
+    [
+        ({}, [None, None]),
+        ({"*": HOME}, [HOME, None]),
+        ({"a": OTHER_HOME, "*": HOME}, [OTHER_HOME, None]),
+        ({"b": HOME}, [None, None]),
+    ],
+)
+def test_home_is_for_the_first_wrapper(homes: dict[str, LLMSpec], expected: list[LLMSpec | None]) -> None:
+    """The configured LLM goes to a machine's first wrapper; its own name goes before the star."""
+    plans = wanted_wrappers(A, per_machine=2, gpus_per_wrapper=None, base_url="http://x", homes=homes)
+    assert [want.home for want in plans] == expected
+
+
+# --- plan --------------------------------------------------------------------------------------------------
+
+
+def test_first_look_creates_everything() -> None:
+    """Machines that nobody knew join first, then their wrappers are added and created."""
+    wants = wanted(A, B)
+    steps = plan([], [], Observation((A, B), frozenset()), wants)
+    assert steps.events == (MachineJoined(A), MachineJoined(B), added(wants["a"][0]), added(wants["b"][0]))
+    assert steps.create == (wants["a"][0], wants["b"][0])
+    assert steps.remove == ()
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        WrapperStatus.STARTING,
+        WrapperStatus.IDLE,
+        WrapperStatus.DEPLOYING,
+        WrapperStatus.READY,
+        WrapperStatus.LEASED,
+        WrapperStatus.STOPPING,
+        WrapperStatus.FAILED,
+        WrapperStatus.RESTARTING,
+    ],
+)
+def test_nothing_to_do_when_all_is_as_it_should_be(status: WrapperStatus) -> None:
+    """A wrapper that is there and known is left alone whatever it is doing, given up ones included."""
+    wants = wanted(A)
+    wrapper = known(wants["a"][0], status)
+    assert plan([A], [wrapper], Observation((A,), frozenset({"a-0"})), wants) == Plan()
+
+
+def test_restarted_registry_finds_its_wrappers() -> None:
+    """A wrapper that is deployed but not known (the database is new) is added and not created again."""
+    wants = wanted(A)
+    steps = plan([A], [], Observation((A,), frozenset({"a-0"})), wants)
+    assert steps == Plan(events=(added(wants["a"][0]),))
+
+
+def test_wrapper_that_vanished_is_created_again() -> None:
+    """A wrapper that somebody deleted in Serve is created anew, and what was known of it no longer holds."""
+    wants = wanted(A)
+    steps = plan([A], [known(wants["a"][0], WrapperStatus.LEASED)], Observation((A,), frozenset()), wants)
+    assert steps == Plan(events=(added(wants["a"][0]),), create=wants["a"])
+
+
+def test_machine_that_leaves_is_lost_once() -> None:
+    """A machine that is gone is lost, its wrapper's deployment removed; the next look has nothing to add."""
+    wrapper = known(wanted(A)["a"][0], WrapperStatus.LEASED)
+    steps = plan([A], [wrapper], Observation((), frozenset({"a-0"})), {})
+    assert steps.events == (MachineLost("a", "it left the Ray cluster"),)
+    assert steps.remove == ("a-0",)
+    lost = replace(wrapper, status=WrapperStatus.LOST)
+    assert plan([replace(A, alive=False)], [lost], Observation((), frozenset()), {}) == Plan()
+
+
+def test_machine_that_returns_gets_its_wrapper_back() -> None:
+    """A machine that was gone joins again, and its wrapper is added and created."""
+    wants = wanted(A)
+    lost = known(wants["a"][0], WrapperStatus.LOST)
+    steps = plan([replace(A, alive=False)], [lost], Observation((A,), frozenset()), wants)
+    assert steps == Plan(events=(MachineJoined(A), added(wants["a"][0])), create=wants["a"])
+
+
+def test_lost_wrapper_that_is_still_deployed_is_added_only() -> None:
+    """A short cut of the network: the deployment outlived it, so the wrapper is taken on again and not made anew."""
+    wants = wanted(A)
+    lost = known(wants["a"][0], WrapperStatus.LOST)
+    steps = plan([replace(A, alive=False)], [lost], Observation((A,), frozenset({"a-0"})), wants)
+    assert steps == Plan(events=(MachineJoined(A), added(wants["a"][0])))
+
+
+def test_new_node_of_a_machine_loses_what_ran_there() -> None:
+    """A machine whose Ray node was replaced between two looks is lost and joins; its wrapper is pinned to the new one."""
+    new = replace(A, node_id="node-new")
+    wants = wanted(new)
+    steps = plan(
+        [A], [known(wants["a"][0], WrapperStatus.LEASED)], Observation((new,), frozenset({"a-0"})), wants
+    )
+    assert steps.events == (
+        MachineLost("a", "its Ray node was replaced"),
+        MachineJoined(new),
+        added(wants["a"][0]),
+    )
+    assert [want.node_id for want in steps.create] == ["node-new"]
+    assert steps.remove == ()
+
+
+def test_new_node_of_a_dead_machine_is_not_lost_twice() -> None:
+    """A machine that was known to be gone joins on its new node without being lost again."""
+    new = replace(A, node_id="node-new")
+    lost = known(wanted(A)["a"][0], WrapperStatus.LOST)
+    steps = plan([replace(A, alive=False)], [lost], Observation((new,), frozenset()), wanted(new))
+    assert steps.events == (MachineJoined(new), added(wanted(new)["a"][0]))
+
+
+def test_machine_that_changed_joins_again() -> None:
+    """What is newly known of a machine is told; its wrapper stays as it is."""
+    more = replace(A, memory_bytes=1 << 34)
+    steps = plan([A], [known(wanted(A)["a"][0])], Observation((more,), frozenset({"a-0"})), wanted(more))
+    assert steps == Plan(events=(MachineJoined(more),))
+
+
+def test_wrapper_that_is_no_longer_wanted_is_removed() -> None:
+    """Fewer wrappers per machine than before: what is too much is removed, known or not."""
+    first, second = wanted(A, per_machine=2)["a"]
+    steps = plan([A], [known(first), known(second)], Observation((A,), frozenset({"a-0", "a-1", "a-9"})), wanted(A))
+    assert WrapperRemoved("a-1") in steps.events
+    assert WrapperRemoved("a-0") not in steps.events
+    assert steps.remove == ("a-1", "a-9")
+
+
+def test_wrapper_of_a_lost_machine_is_kept_in_mind() -> None:
+    """A lost machine may return: its wrappers stay known, though nothing is wanted there for now."""
+    lost = known(wanted(A)["a"][0], WrapperStatus.LOST)
+    steps = plan([replace(A, alive=False), B], [lost], Observation((B,), frozenset({"b-0"})), wanted(B))
+    assert WrapperRemoved("a-0") not in steps.events
+
+
+def test_new_base_url_is_told() -> None:
+    """Another public URL than before: the wrapper stays and its new address is told."""
+    old = known(wanted(A, base_url="http://old")["a"][0])
+    wants = wanted(A, base_url="http://new")
+    steps = plan([A], [old], Observation((A,), frozenset({"a-0"})), wants)
+    assert steps == Plan(events=(added(wants["a"][0]),))
+
+
+def test_wrapper_of_another_size_is_made_anew() -> None:
+    """A configuration that splits a machine's GPUs differently takes hold of wrappers that are still deployed."""
+    old = known(wanted(A)["a"][0], WrapperStatus.READY)
+    wants = wanted(A, per_machine=2)
+    steps = plan([A], [old], Observation((A,), frozenset({"a-0"})), wants)
+    assert steps == Plan(events=tuple(map(added, wants["a"])), create=wants["a"])
