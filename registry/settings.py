@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from registry.api import LLMConfig
 from registry.errors import BadSettings
@@ -22,7 +22,7 @@ ENV_PREFIX = "GREENPROMPT_"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class HTTPSettings(_Section):
@@ -184,8 +184,8 @@ class Settings(BaseSettings):
     def _absolute_paths(self) -> Settings:
         # The parts run with other current directories: fix what relative paths mean now.
         for name in ("state_dir", "cache_dir"):
-            object.__setattr__(self, name, getattr(self, name).expanduser().absolute())
-        roots = tuple(Path(os.path.normpath(root.expanduser().absolute())) for root in self.models.local_roots)
+            object.__setattr__(self, name, _absolute(getattr(self, name)))
+        roots = tuple(Path(os.path.normpath(_absolute(root))) for root in self.models.local_roots)
         object.__setattr__(self, "models", self.models.model_copy(update={"local_roots": roots}))
         return self
 
@@ -220,13 +220,20 @@ def load_settings(path: Path, **overrides: Any) -> Settings:
         BadSettings: the file can't be read, is not YAML, or has an unknown or unusable field; the text names it.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadSettings(str(path), f"can't be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        # Not its whole text, which quotes the line: that may hold the database's password.
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise BadSettings(str(path), f"is not YAML: {error.problem}, in line {line}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadSettings(str(path), f"is not YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        data = {}
     if not isinstance(data, dict):
         raise BadSettings(str(path), "must be a mapping of sections")
+    _require_known(path, data)
     for key, value in overrides.items():
         if isinstance(value, dict) and isinstance(data.get(key), dict):
             data[key] = data[key] | value
@@ -239,6 +246,31 @@ def load_settings(path: Path, **overrides: Any) -> Settings:
         field = ".".join(str(part) for part in first["loc"]) or "configuration"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise BadSettings(str(path), f"{field}: {first['msg']}{more}") from error
+    except SettingsError as error:
+        raise BadSettings(f"{ENV_PREFIX}…", f"{error}; lists and sections are given as JSON") from error
+
+
+def _require_known(path: Path, data: dict[Any, Any]) -> None:
+    """Raise BadSettings for a section that there is not.
+
+    Pydantic would take some names for arguments of its own, and passes over variables of the environment.
+    """
+    sections = Settings.model_fields
+    for key in data:
+        if key not in sections:
+            raise BadSettings(str(path), f"{key}: there is no such section; there are {', '.join(sections)}")
+    for name in os.environ:
+        section, nested, _ = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        if name.startswith(ENV_PREFIX) and nested and section not in sections:
+            raise BadSettings(name, f"there is no section {section!r}; there are {', '.join(sections)}")
+
+
+def _absolute(path: Path) -> Path:
+    """The path as seen from the current directory, ``~`` resolved."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no such home directory") from error
 
 
 def forwarded_environment() -> dict[str, str]:
