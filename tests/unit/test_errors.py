@@ -84,7 +84,9 @@ def test_fields_are_in_the_text() -> None:
         (kind.__name__, name)
         for kind in ERRORS
         for name, value in vars(example(kind)).items()
-        if not isinstance(value, bool) and str(value) not in str(example(kind)) and repr(value) not in str(example(kind))
+        if not isinstance(value, bool)
+        and str(value) not in str(example(kind))
+        and repr(value) not in str(example(kind))
     ]
     assert silent == []
 

@@ -181,12 +181,10 @@ def test_lost_wrapper_that_is_still_deployed_is_added_only() -> None:
 
 
 def test_new_node_of_a_machine_loses_what_ran_there() -> None:
-    """A machine whose Ray node was replaced between two looks is lost and joins; its wrapper is pinned to the new one."""
+    """A machine whose Ray node was replaced between two looks is lost and joins; its wrapper goes to the new one."""
     new = replace(A, node_id="node-new")
     wants = wanted(new)
-    steps = plan(
-        [A], [known(wants["a"][0], WrapperStatus.LEASED)], Observation((new,), frozenset({"a-0"})), wants
-    )
+    steps = plan([A], [known(wants["a"][0], WrapperStatus.LEASED)], Observation((new,), frozenset({"a-0"})), wants)
     assert steps.events == (
         MachineLost("a", "its Ray node was replaced"),
         MachineJoined(new),

@@ -1,0 +1,277 @@
+"""Settings: what a file and the environment may say, and how an operator is told that they may not."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from registry.errors import BadSettings
+from registry.settings import Settings, forwarded_environment, load_settings
+from registry.state import Limits
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variables of whoever runs the tests, and a current directory of our own."""
+    for name in os.environ:
+        if name.startswith("GREENPROMPT_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """A function that writes a configuration file and returns its path."""
+
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "settings.yaml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_loads(path: Path) -> None:
+    """Each file in configs/ is one that the registry starts with."""
+    assert load_settings(path).http.port
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# only a remark\n", "---\n"])
+def test_empty_file_means_defaults(write, text: str) -> None:
+    """A file that says nothing is a good one, and as good as none."""
+    assert load_settings(write(text)) == Settings()
+
+
+def test_values_of_the_file_are_taken(write) -> None:
+    """What the file says is what is set; what it leaves out has its default."""
+    settings = load_settings(write("http: {port: 8001}\nleases: {idle_s: 5}\nmodels: {huggingface: false}\n"))
+    assert (settings.http.port, settings.http.host) == (8001, "127.0.0.1")
+    assert (settings.leases.idle_s, settings.leases.max_s) == (5, 3600)
+    assert not settings.models.huggingface
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("http: {prot: 1}", "http.prot"),
+        ("htpp: {port: 1}", "htpp"),
+        ("1: 2", "1"),
+        ("_env_file: x", "_env_file"),
+        ("http: {port: many}", "http.port"),
+        ("http: {port: 0}", "http.port"),
+        ("http: {port: 65536}", "http.port"),
+        ("http: 8000", "http"),
+        ("leases: {max_s: 0}", "leases.max_s"),
+        ("leases: {max_s: .inf}", "leases.max_s"),
+        ("leases: {idle_s: .nan}", "leases.idle_s"),
+        ("models: {huggingface: maybe}", "models.huggingface"),
+        ("queue: {deploy_attempts: 0}", "queue.deploy_attempts"),
+        ("deploy: [{llm: {modeltyp: x, model: y, uses_chat_template: true}}]", "deploy.0.llm.args"),
+        ("energy: {functional_unit: joke}", "energy.functional_unit"),
+        ("energy: {pue: 0.9}", "energy.pue"),
+        ("energy: {grid: {}}", "energy.grid"),
+        ("energy: {grid: {zone: DEU, gco2eq_per_kwh: 3}}", "energy.grid"),
+        ("energy: {grid: {gco2eq_per_kwh: 3}}", "energy.grid"),
+        ("state_dir: ~nobody-has-this-name/x", "~nobody-has-this-name"),
+    ],
+)
+def test_unusable_fields_are_named(write, text: str, named: str) -> None:
+    """A field that is not known or can't be used is an error that names the file and the field."""
+    path = write(text)
+    with pytest.raises(BadSettings) as caught:
+        load_settings(path)
+    assert caught.value.source == str(path)
+    assert named in caught.value.problem
+
+
+@pytest.mark.parametrize("text", ["[]", "0", "false", "just words", "- a\n- b\n"])
+def test_file_must_be_a_mapping(write, text: str) -> None:
+    """A file that holds something else than sections is not taken for an empty one."""
+    with pytest.raises(BadSettings, match="mapping of sections"):
+        load_settings(write(text))
+
+
+@pytest.mark.parametrize("text", ["a: b: c", "\tx", "a: [", "\0", b"\xff\xfe\x00", "a: !!python/object:os.system x"])
+def test_what_is_not_yaml_is_said(write, text: str | bytes) -> None:
+    """A file that is not YAML, or wants to be more than data, is an error that says so on one line."""
+    with pytest.raises(BadSettings, match=r"is not YAML: .") as caught:
+        load_settings(write(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_yaml_does_not_show_the_line(write) -> None:
+    """The error for a broken line doesn't repeat it: it may be the one with the database's password."""
+    with pytest.raises(BadSettings, match="in line 2") as caught:
+        load_settings(write("http: {}\ndatabase_url: postgresql://u:s3cret@host: x\n"))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    """A configuration that is not there is an error with its path and the system's reason."""
+    with pytest.raises(BadSettings, match=r"nowhere\.yaml: can't be read \(No such file"):
+        load_settings(tmp_path / "nowhere.yaml")
+    with pytest.raises(BadSettings, match="Is a directory"):
+        load_settings(tmp_path)
+
+
+def test_errors_count_the_others(write) -> None:
+    """The first of several errors is told, and how many more there are."""
+    with pytest.raises(BadSettings, match="and 1 more"):
+        load_settings(write("http: {port: 0}\nleases: {max_s: 0}\n"))
+
+
+def test_overrides_go_into_sections(write) -> None:
+    """What the command line says replaces single fields of the file's sections and leaves the others."""
+    path = write("ray: {dashboard_port: 9000}\nstate_dir: a\n")
+    settings = load_settings(path, ray={"address": "auto"}, state_dir="b", http={"port": 1})
+    assert (settings.ray.address, settings.ray.dashboard_port) == ("auto", 9000)
+    assert settings.state_dir.name == "b"
+    assert settings.http.port == 1
+
+
+# --- environment -------------------------------------------------------------------------------------------
+
+
+def test_environment_goes_before_the_file(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable overrides one field of a section; the section's others stay as the file says."""
+    monkeypatch.setenv("GREENPROMPT_HTTP__PORT", "8123")
+    monkeypatch.setenv("GREENPROMPT_STATE_DIR", "elsewhere")
+    monkeypatch.setenv("GREENPROMPT_MODELS__LOCAL_ROOTS", '["models"]')
+    settings = load_settings(write("http: {port: 1, host: 0.0.0.0}\nstate_dir: here\n"))
+    assert (settings.http.port, settings.http.host) == (8123, "0.0.0.0")
+    assert settings.state_dir.name == "elsewhere"
+    assert [root.name for root in settings.models.local_roots] == ["models"]
+
+
+def test_environment_goes_before_the_command_line(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable also wins over what the caller gives."""
+    monkeypatch.setenv("GREENPROMPT_RAY__ADDRESS", "here:1")
+    assert load_settings(write(""), ray={"address": "auto"}).ray.address == "here:1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("GREENPROMPT_HTTP__PORT", "many", "http.port"),
+        ("GREENPROMPT_HTTP__PROT", "1", "http.prot"),
+        ("GREENPROMPT_HTPP__PORT", "1", "GREENPROMPT_HTPP__PORT"),
+        ("GREENPROMPT_HTTP", "no json", "http"),
+        ("GREENPROMPT_MODELS__LOCAL_ROOTS", "no json", "models"),
+    ],
+)
+def test_unusable_variables_are_named(
+    write, monkeypatch: pytest.MonkeyPatch, name: str, value: str, named: str
+) -> None:
+    """A variable that can't be used, or that names no section, is an error that names what is wrong."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(BadSettings) as caught:
+        load_settings(write(""))
+    assert named in str(caught.value)
+
+
+def test_other_variables_of_ours_are_no_settings(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GREENPROMPT_URL tells the command line where a registry is; it does not disturb the settings."""
+    monkeypatch.setenv("GREENPROMPT_URL", "http://x")
+    assert load_settings(write("")) == Settings()
+
+
+def test_workers_get_what_loading_models_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables for model downloads and vLLM go to the workers, and nothing else of the operator's shell."""
+    for name in os.environ:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", "/cache")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    assert forwarded_environment() == {"HF_HOME": "/cache", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+# --- the object --------------------------------------------------------------------------------------------
+
+
+def test_settings_are_frozen() -> None:
+    """Nobody changes settings once they are read, in no section."""
+    settings = Settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.state_dir = Path("x")  # type: ignore[misc]  # that is the test
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.http.port = 1  # type: ignore[misc]
+
+
+def test_relative_paths_mean_the_directory_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths, ~ and .. are resolved when settings are read: the parts run in other directories."""
+    monkeypatch.setenv("HOME", "/house")
+    settings = Settings.model_validate(
+        {"state_dir": "state", "cache_dir": "~/cache", "models": {"local_roots": ["a/../models", "~/models", "/m/"]}}
+    )
+    assert settings.state_dir == tmp_path / "state"
+    assert settings.cache_dir == Path("/house/cache")
+    assert settings.models.local_roots == (tmp_path / "models", Path("/house/models"), Path("/m"))
+    assert settings.store_url == f"sqlite:///{tmp_path}/state/registry.db"
+
+
+def test_settings_mean_the_same_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that are sent to an actor don't look at its environment or its current directory."""
+    monkeypatch.setenv("GREENPROMPT_HTTP__PORT", "8123")
+    sent = Settings()
+    packed = pickle.dumps(sent)
+    monkeypatch.setenv("GREENPROMPT_HTTP__PORT", "1")
+    monkeypatch.chdir("/")
+    assert pickle.loads(packed) == sent
+
+
+@pytest.mark.parametrize(
+    ("http", "expected"),
+    [
+        ({}, "http://127.0.0.1:8000"),
+        ({"host": "0.0.0.0", "port": 9}, "http://0.0.0.0:9"),
+        ({"public_url": "https://llm.example/"}, "https://llm.example"),
+        ({"public_url": "https://llm.example/a/b"}, "https://llm.example/a/b"),
+    ],
+)
+def test_base_url_has_no_slash_at_its_end(http: dict[str, object], expected: str) -> None:
+    """The URL that clients use is the public one, else that of the interface."""
+    assert Settings.model_validate({"http": http}).base_url == expected
+
+
+def test_database_url_goes_before_the_embedded_one() -> None:
+    """A database URL of the operator's is used as it is."""
+    url = "postgresql+psycopg://x/y"
+    assert Settings.model_validate({"database_url": url}).store_url == url
+
+
+def test_limits_are_those_of_the_settings() -> None:
+    """What the allocator decides by is what the operator chose, field by field; the defaults of both agree."""
+    assert Settings().limits == Limits()
+    settings = Settings.model_validate(
+        {
+            "leases": {"max_s": 1, "idle_s": 2},
+            "queue": {
+                "max_queued": 3,
+                "max_queued_per_tenant": 4,
+                "max_overtakes": 5,
+                "max_overtake_s": 6,
+                "deploy_attempts": 7,
+                "wrapper_attempts": 8,
+            },
+        }
+    )
+    assert settings.limits == Limits(
+        lease_max_s=1,
+        lease_idle_s=2,
+        max_queued=3,
+        max_queued_per_tenant=4,
+        max_overtakes=5,
+        max_overtake_s=6,
+        deploy_attempts=7,
+        wrapper_attempts=8,
+    )
