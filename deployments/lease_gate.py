@@ -36,7 +36,7 @@ class LeaseGate:
     @property
     def idle_for_s(self) -> float | None:
         """Seconds since the lease was last used, 0.0 while a prompt is in flight, None without a lease."""
-        if self._grant is None:
+        if self.grant is None:
             return None
         return 0.0 if self._in_flight else self._clock() - self._last_used_s
 
@@ -47,7 +47,8 @@ class LeaseGate:
 
     def bind(self, grant: LeaseGrant) -> None:
         """Accept this lease's token and no other. Binding the same lease again only renews its times."""
-        if self._grant is not None and self._grant.request_id != grant.request_id:
+        current = self.grant  # one that is over has expired, whatever comes now
+        if current is not None and current.token != grant.token:
             self._end("released")
         self._ended.pop(grant.token, None)
         self._grant = grant
@@ -56,7 +57,7 @@ class LeaseGate:
 
     def unbind(self, how: str) -> None:
         """Refuse the bound lease's token from now on, and say ``how`` it ended. Nothing bound: nothing to do."""
-        if self._grant is not None:
+        if self.grant is not None:
             self._end(how)
 
     def touch(self) -> None:
@@ -87,7 +88,7 @@ class LeaseGate:
     def leave(self, grant: LeaseGrant) -> None:
         """A prompt of this lease, which had begun, is over. It does not extend a lease that came after."""
         self._in_flight -= 1
-        if grant is self._grant:
+        if self._grant is not None and self._grant.token == grant.token:
             self.touch()
 
     def _end_if_over(self) -> None:
