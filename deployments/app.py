@@ -24,7 +24,7 @@ from deployments.ingress import IngressConfig
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
 from registry.actor import ACTOR_NAME, NAMESPACE, RegistryActor
-from registry.errors import BadSettings, InvalidField, RegistryUnavailable, StoreUnavailable
+from registry.errors import BadSettings, InvalidField, StartFailed, StoreUnavailable
 from registry.logs import configure_logging
 from registry.service import Service
 from registry.settings import Settings
@@ -89,7 +89,7 @@ def start(settings: Settings, ray_folder: Path | None) -> str:
 
     Raises:
         BadSettings: something in the configuration can't work here.
-        RegistryUnavailable: no wrapper was ready in time, or the cluster does not answer.
+        StartFailed: no wrapper was ready in time, or the cluster does not answer.
     """
     require_engine()
     home_llms(settings)
@@ -207,7 +207,7 @@ def _wait_until_usable(settings: Settings) -> None:
                 if not answer.is_success:
                     raise _NotUsable(answer.text)
     except (httpx.HTTPError, _NotUsable) as error:
-        raise RegistryUnavailable(f"no wrapper was ready within {limit_s:g} s: {error}") from error
+        raise StartFailed(f"no wrapper was ready within {limit_s:g} s: {error}") from error
 
 
 class _NotUsable(Exception):

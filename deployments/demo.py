@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -29,7 +30,7 @@ from deployments.local_ray import free_ports
 from deployments.tiny_llm import make_tiny_llm
 from registry.api import RequestState
 from registry.client import HeldLease, RegistryClient, RequestEnded
-from registry.errors import RegistryUnavailable
+from registry.errors import StartFailed
 from registry.settings import load_settings
 
 MEASUREMENT_ID = 1
@@ -92,7 +93,7 @@ def run_demo(config: Path, models: list[str], console: Console) -> None:
     console.print(_results(rows))
     console.print(_legend(rows), style="dim")
     if failed:
-        raise RegistryUnavailable("; ".join(failed))
+        raise StartFailed("; ".join(failed))
 
 
 def _use(registry: RegistryClient, http: httpx.Client, row: Row, rows: list[Row], live: Live) -> None:
@@ -136,7 +137,7 @@ def _stream(http: httpx.Client, address: str, model: str) -> int:
     with http.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
         if not response.is_success:
             response.read()
-            raise RegistryUnavailable(f"the streamed completion was refused: {response.text[:200]}")
+            raise StartFailed(f"the streamed completion was refused: {response.text[:200]}")
         for line in response.iter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
                 pieces += bool(json.loads(line.removeprefix("data: "))["choices"])
@@ -192,7 +193,7 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Path, record: Path, limit
         while time.monotonic() - begun_s < limit_s:
             if process.poll() is not None:
                 lines = log.read_text(encoding="utf-8").strip().splitlines() or ["it ended without a word"]
-                raise RegistryUnavailable(lines[-1].removeprefix("greenprompt: "))
+                raise StartFailed(lines[-1].removeprefix("greenprompt: "))
             if record.exists() and "url" in (state := json.loads(record.read_text(encoding="utf-8"))):
                 took_s = time.monotonic() - begun_s
                 console.print(
@@ -201,7 +202,7 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Path, record: Path, limit
                 return str(state["url"])
             status.update(f"Starting Ray, Serve and a wrapper … {time.monotonic() - begun_s:.0f} s")
             time.sleep(POLL_S)
-    raise RegistryUnavailable(f"it was not ready within {limit_s:g} s")
+    raise StartFailed(f"it was not ready within {limit_s:g} s")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -212,7 +213,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()  # everything it started ends with it
         process.wait()
-        raise RegistryUnavailable(f"it did not shut down within {END_LIMIT_S:g} s and was killed") from None
+        raise StartFailed(f"it did not shut down within {END_LIMIT_S:g} s and was killed") from None
 
 
 def _progress(rows: list[Row]) -> Table:
@@ -232,18 +233,18 @@ def _progress(rows: list[Row]) -> Table:
 
 
 def _results(rows: list[Row]) -> Table:
-    table = Table(title="\nWhat it took, and what it cost", title_justify="left")
+    table = Table(title="\nWhat it took, and what it cost", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in ("LLM", "machine"):
-        table.add_column(name)
-    for name in ("wait s", "start s", "tokens", "tokens/s", "joules", "sci_score\ngCO2eq/unit"):
-        table.add_column(name, justify="right")
-    table.add_column("how measured")
+        table.add_column(name, overflow="fold")
+    for name in ("wait\ns", "start\ns", "tokens", "tokens\n/s", "joules", "sci_score\ngCO2eq"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("how\nmeasured")
     for row in rows:
         tokens = sum(answer["usage"]["completion_tokens"] for answer in row.answers)
         joules = [answer["energy"]["total_j"] for answer in row.answers]
         scores = [answer["sci_score"] for answer in row.answers]
         methods = sorted({answer["sci_method"] for answer in row.answers})
-        mark = "" if methods in (["measured"], ["measured_sampled"]) else "~ "
+        mark = "" if methods in (["measured"], ["measured_sampled"]) else "~"
         table.add_row(
             _short(row.model),
             (row.state.machine if row.state else None) or "-",
@@ -252,7 +253,7 @@ def _results(rows: list[Row]) -> Table:
             str(tokens) if row.answers else "-",
             f"{tokens / row.prompts_s:.1f}" if row.answers else "-",
             _known_sum(joules, mark, "{:.2f}"),
-            _known_mean(scores, mark, "{:.3g}"),
+            _known_mean(scores, mark, "{:.2g}"),
             ", ".join(_label(method) for method in methods) or row.note,
         )
     return table
@@ -275,7 +276,7 @@ def _legend(rows: list[Row]) -> Text:
 
 
 def _label(method: str) -> str:
-    return "estimate (modeled)" if method == "modeled" else method
+    return "modeled (estimate)" if method == "modeled" else method
 
 
 def _known_sum(values: list[float | None], mark: str, form: str) -> str:
@@ -296,4 +297,4 @@ def _short(model: str) -> str:
     path = Path(model)
     if not path.is_absolute():
         return model
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f"…/{path.parent.name}/{path.name}"
+    return f"{path.parent.name}/{path.name}"

@@ -19,7 +19,7 @@ import stamina
 from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from starlette.exceptions import HTTPException
 
 from deployments.error_answers import error_answer, registry_error
@@ -39,7 +39,7 @@ from registry.api import (
     PromptingRequest,
     RequestState,
 )
-from registry.errors import InvalidField, RegistryError, RegistryUnavailable
+from registry.errors import InternalError, InvalidField, RegistryError, RegistryUnavailable
 from registry.service import Idempotency
 from registry.state import LLMSpec, canonical_json
 
@@ -89,6 +89,8 @@ class RegistryClient:
             cause = getattr(error, "cause", None)
             if isinstance(cause, RegistryError):
                 raise cause from None
+            if isinstance(error, RayTaskError):
+                raise InternalError(f"{method}: {type(cause or error).__name__}: {cause or error}") from error
             raise RegistryUnavailable(type(error).__name__) from error
         raise AssertionError("unreachable")
 
@@ -149,7 +151,7 @@ def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> Fas
 
     @app.get("/promptingservice/request/{request_id}", response_model=RequestState, responses=unknown)
     async def request_status(request_id: str, wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0.0) -> Response:
-        """Where a request stands. With ``wait`` the answer comes when the status changes, or after that many seconds."""
+        """Where a request stands; with ``wait``, when its status changes or that many seconds have passed."""
         return _json_response(await call("state", request_id, wait, wait_s=wait))
 
     @app.delete("/promptingservice/request/{request_id}", status_code=204, responses=unknown)

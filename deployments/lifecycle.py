@@ -19,8 +19,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from deployments.local_ray import FOLDER_PREFIX, QUIET_ENVIRONMENT, SERVE_ENVIRONMENT, local_ray_environment, require_free_port
-from registry.errors import BadSettings, RegistryUnavailable
+from deployments.local_ray import (
+    FOLDER_PREFIX,
+    QUIET_ENVIRONMENT,
+    SERVE_ENVIRONMENT,
+    local_ray_environment,
+    require_free_port,
+)
+from registry.errors import BadSettings, StartFailed
 from registry.settings import Settings
 
 Say = Callable[[str], Any]
@@ -52,7 +58,7 @@ def _run(
     settings: Settings, folder: Path | None, record: Callable[..., None], say: Say, stop_wanted: threading.Event
 ) -> None:
     say("Starting Ray, Serve and a wrapper (it imports vLLM once, about half a minute) …")
-    from deployments import app  # noqa: PLC0415 - Ray reads its environment when it is imported
+    from deployments import app
 
     try:
         dashboard = app.start(settings, folder)
@@ -93,7 +99,7 @@ def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
         if process.poll() is not None:
             text = log_path.read_text(encoding="utf-8").strip()
             last = text.splitlines()[-1] if text else "no output"
-            raise RegistryUnavailable(last.removeprefix("greenprompt: "))
+            raise StartFailed(last.removeprefix("greenprompt: "))
         state = _read_record(settings)
         if state.get("pid") == process.pid and "url" in state:
             for line in ready_lines(settings, state):
@@ -102,14 +108,14 @@ def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
             return
         time.sleep(POLL_S)
     process.terminate()
-    raise RegistryUnavailable(f"not ready in time; see {log_path}")
+    raise StartFailed(f"not ready in time; see {log_path}")
 
 
 def end(settings: Settings, *, say: Say) -> None:
     """End the registry of this ``state_dir`` and wait until its process is gone. Raises RegistryError."""
     if settings.ray.address is not None and not _is_held(settings):
         os.environ.update(QUIET_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {}))
-        from deployments import app  # noqa: PLC0415
+        from deployments import app
 
         app.join_ray(settings, None)
         app.stop(settings)
@@ -123,7 +129,7 @@ def end(settings: Settings, *, say: Say) -> None:
     deadline_s = time.monotonic() + DOWN_LIMIT_S
     while _is_held(settings):
         if time.monotonic() > deadline_s:
-            raise RegistryUnavailable(f"process {state['pid']} has not ended within {DOWN_LIMIT_S:g} s")
+            raise StartFailed(f"process {state['pid']} has not ended within {DOWN_LIMIT_S:g} s")
         time.sleep(POLL_S)
     say("Everything is down.")
 

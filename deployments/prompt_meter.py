@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from deployments.attribution import Prompt
 from deployments.energy import CPUModel, Embodied, Energy, GridIntensity, SCISettings
 from deployments.energy_sources import ReadFailed, Unreadable, gpu_uuids, probe_sources
-from deployments.meter import Meter, Prompt
+from deployments.meter import Meter
 from deployments.sci import Score, grid_intensity, score
 from registry.errors import BadSettings
 from registry.settings import EnergySettings

@@ -132,6 +132,32 @@ class RegistryUnavailable(RegistryError):
         return f"the registry does not answer at the moment ({self.reason}); try again in a few seconds"
 
 
+class InternalError(RegistryError):
+    """Something failed that should not: a bug of ours. The log has the whole story."""
+
+    code = "internal_error"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"the registry made an error ({self.what}); its log tells more"
+
+
+class StartFailed(RegistryError):
+    """A registry could not be started, or ended before it was ready."""
+
+    code = "start_failed"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class StoreUnavailable(RegistryError):
     """The database can't be read or written."""
 
