@@ -338,11 +338,12 @@ class Queue:
         return islice(self._in_turn(tenants), LOOK_AHEAD + 1)
 
     def _in_turn(self, tenants: list[tuple[float, str, Iterator[Rank]]]) -> Iterator[int]:
-        turns = [(max(turn, self.turns.start(tenant)), turn, tenant, ranks) for turn, tenant, ranks in tenants]
+        turns = [(self.turns.start(tenant), turn, tenant, ranks) for turn, tenant, ranks in tenants]
         heapq.heapify(turns)
         while turns:
-            start, turn, tenant, ranks = heapq.heappop(turns)
+            start, _, tenant, ranks = heapq.heappop(turns)
             rank = next(ranks, None)
             if rank is not None:
                 yield rank[-1]
-                heapq.heappush(turns, (start + self.turns.step(tenant), turn, tenant, ranks))
+                then = start + self.turns.step(tenant)
+                heapq.heappush(turns, (then, then, tenant, ranks))

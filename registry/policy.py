@@ -99,9 +99,13 @@ class Turns:
 
     def served_before(self, tenant: str, other: str, index: int) -> int:
         """How many turns ``other`` has before the ``index``-th (0 = next) turn of ``tenant``, if both always ask."""
-        lead = self.start(tenant) + index * self.step(tenant) - self.start(other)
-        if lead < 0:
+        begins = self.start(tenant) + index * self.step(tenant)
+        turns = round((begins - self.start(other)) / self.step(other), 6)  # sums of 1/weight are a hair off
+        if turns < 0:
             return 0
-        turns = lead / self.step(other)
-        on_par = turns == math.floor(turns)
-        return math.floor(turns) + (1 if not on_par or self.key(other) < self.key(tenant) else 0)
+        if turns != math.floor(turns):
+            return math.floor(turns) + 1
+        # Both have a turn that begins at the same time: who is further behind is first, then the name decides.
+        own = begins if index else self._next.get(tenant, 0.0)
+        theirs = begins if turns else self._next.get(other, 0.0)
+        return int(turns) + ((theirs, other) < (own, tenant))

@@ -156,7 +156,6 @@ class Reports:
             self._waits_for_wrapper(request, reason)
         elif request is not None:
             self._endings.lose(request, reason, now_s)
-        self._endings.fail_exhausted(now_s)
 
     def on_wrapper_started(self, event: WrapperStarted, now_s: float) -> None:
         """A wrapper answers: bring what it runs and what it should run together."""
@@ -174,6 +173,8 @@ class Reports:
         if request is not None:
             wrapper = ledger.wrappers[wrapper.wrapper_id]  # the request has failed and let go of it
         self._started_free(wrapper, event.running is None, as_told, missed, now_s)
+        # Not as soon as it was added: after a loss of many machines the others are added a moment later.
+        self._endings.fail_exhausted(now_s)
 
     def _started_for(self, request: Request, wrapper: Wrapper, as_told: bool, now_s: float) -> bool:
         """Serve the request that holds a wrapper; False if it has failed instead."""

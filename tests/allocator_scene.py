@@ -1,0 +1,186 @@
+"""An allocator on a stage: every event is checked, and what it wrote is compared with what it knows."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from registry.allocator import Allocator
+from registry.state import (
+    Changes,
+    Decision,
+    Effect,
+    Event,
+    LeaseBound,
+    LeaseReleased,
+    LeaseRequested,
+    Limits,
+    LLMDeployed,
+    LLMDeployFailed,
+    LLMSpec,
+    Machine,
+    MachineJoined,
+    Measurement,
+    NewRequest,
+    Priority,
+    Request,
+    RequestStatus,
+    Snapshot,
+    Wrapper,
+    WrapperAdded,
+    WrapperStarted,
+    WrapperStatus,
+)
+
+
+def llm(model: str, gpus: int = 0) -> LLMSpec:
+    """An LLM with this name."""
+    return LLMSpec(model, "text-generation", gpus=gpus)
+
+
+class Memory:
+    """A store that keeps records in dictionaries: a decision's changes are put here and nowhere else."""
+
+    def __init__(self) -> None:
+        self.machines: dict[str, Machine] = {}
+        self.wrappers: dict[str, Wrapper] = {}
+        self.measurements: dict[int, Measurement] = {}
+        self.requests: dict[str, Request] = {}
+        self.leases: dict[str, object] = {}
+
+    def commit(self, changes: Changes) -> None:
+        """Write a decision's changes; removing what is not there, or both putting and removing, is refused."""
+        self.machines |= {record.machine_id: record for record in changes.machines}
+        self.wrappers |= {record.wrapper_id: record for record in changes.wrappers}
+        self.measurements |= {record.measurement_id: record for record in changes.measurements}
+        self.requests |= {record.request_id: record for record in changes.requests}
+        self.leases |= {record.request_id: record for record in changes.leases}
+        assert not {record.request_id for record in changes.leases} & set(changes.ended_leases)
+        assert not {record.wrapper_id for record in changes.wrappers} & set(changes.removed_wrappers)
+        for request_id in changes.ended_leases:
+            self.leases.pop(request_id, None)  # a lease that came and went within one event was never written
+        for wrapper_id in changes.removed_wrappers:
+            del self.wrappers[wrapper_id]
+
+    def knows(self, snapshot: Snapshot) -> bool:
+        """True when exactly the records of the snapshot are here."""
+        return (
+            {record.machine_id: record for record in snapshot.machines} == self.machines
+            and {record.wrapper_id: record for record in snapshot.wrappers} == self.wrappers
+            and {record.measurement_id: record for record in snapshot.measurements} == self.measurements
+            and {record.request_id: record for record in snapshot.requests} == self.requests
+            and {record.request_id: record for record in snapshot.leases} == self.leases
+        )
+
+
+class Scene:
+    """An allocator, a clock that stands still unless moved, and short words for what happens."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.tokens = count(1)
+        self.allocator = Allocator(self.limits, lambda: f"token-{next(self.tokens)}")
+        self.memory = Memory()
+        self.now_s = 1000.0
+        self.effects: tuple[Effect, ...] = ()
+        self.changes = Changes()
+
+    def tell(self, event: Event) -> Decision:
+        """Let an event happen now."""
+        decision = self.allocator.handle(event, self.now_s)
+        self.effects, self.changes = decision.effects, decision.changes
+        self.memory.commit(decision.changes)
+        self.allocator.check()
+        assert self.memory.knows(self.allocator.snapshot())
+        return decision
+
+    def restart(self) -> None:
+        """The registry dies and comes back with what its store knows."""
+        snapshot = self.allocator.snapshot()
+        self.allocator = Allocator(self.limits, lambda: f"token-{next(self.tokens)}")
+        self.allocator.load(snapshot)
+        self.allocator.check()
+
+    # --- what happens -----------------------------------------------------------------------------------
+
+    def machine(
+        self,
+        machine_id: str = "m",
+        *,
+        wrappers: int = 1,
+        gpus: int = 0,
+        gpu_type: str | None = None,
+        home: LLMSpec | None = None,
+    ) -> None:
+        """A machine joins; its wrappers, called m-0, m-1 …, come up empty."""
+        self.tell(MachineJoined(Machine(machine_id, f"node-{machine_id}", "10.0.0.1", gpus=gpus, gpu_type=gpu_type)))
+        for n in range(wrappers):
+            wrapper_id = f"{machine_id}-{n}"
+            self.tell(WrapperAdded(wrapper_id, machine_id, f"http://{wrapper_id}", gpus, home if n == 0 else None))
+            self.tell(WrapperStarted(wrapper_id))
+
+    def ask(
+        self,
+        measurement_id: int,
+        *specs: LLMSpec | str,
+        tenant: str = "default",
+        priority: Priority = Priority.NORMAL,
+    ) -> None:
+        """A client asks for LLMs; the requests of measurement 1 are called 1a, 1b and so on."""
+        known = sum(r.measurement_id == measurement_id for r in self.allocator.snapshot().requests)
+        new = tuple(
+            NewRequest(
+                f"{measurement_id}{chr(ord('a') + known + n)}", llm(spec) if isinstance(spec, str) else spec, "{}"
+            )
+            for n, spec in enumerate(specs)
+        )
+        self.tell(LeaseRequested(measurement_id, new, tenant, priority))
+
+    def runs(self, wrapper_id: str = "m-0") -> None:
+        """The LLM that was to be deployed runs."""
+        self.tell(LLMDeployed(wrapper_id, self.wrapper(wrapper_id).epoch))
+
+    def breaks(self, wrapper_id: str = "m-0", *, permanent: bool = False) -> None:
+        """The LLM that was to be deployed can't be started."""
+        self.tell(LLMDeployFailed(wrapper_id, self.wrapper(wrapper_id).epoch, "out of memory", permanent))
+
+    def bound(self, wrapper_id: str = "m-0") -> None:
+        """The wrapper has taken the lease."""
+        self.tell(LeaseBound(wrapper_id, self.wrapper(wrapper_id).epoch))
+
+    def hand_over(self, wrapper_id: str = "m-0") -> None:
+        """The wrapper does all it was told, so that its request is deployed."""
+        if self.wrapper(wrapper_id).status is WrapperStatus.DEPLOYING:
+            self.runs(wrapper_id)
+        self.bound(wrapper_id)
+
+    def release(self, request_id: str) -> None:
+        """A client is done."""
+        self.tell(LeaseReleased(request_id))
+
+    def leave_ready(self, model: LLMSpec | str, wrapper_id: str, measurement_id: int) -> None:
+        """An LLM runs on this wrapper, which must be the next one to be given away, and nobody uses it."""
+        self.ask(measurement_id, model)
+        request = self.request(f"{measurement_id}a")
+        assert request.wrapper_id == wrapper_id
+        self.hand_over(wrapper_id)
+        self.now_s += 1
+        self.release(request.request_id)
+
+    # --- how it is --------------------------------------------------------------------------------------
+
+    def request(self, request_id: str) -> Request:
+        return self.allocator.request(request_id)
+
+    def status(self, request_id: str) -> RequestStatus:
+        return self.allocator.request(request_id).status
+
+    def wrapper(self, wrapper_id: str = "m-0") -> Wrapper:
+        wrapper = self.allocator.wrapper(wrapper_id)
+        assert wrapper is not None
+        return wrapper
+
+    def request_on(self, wrapper_id: str) -> str | None:
+        return self.wrapper(wrapper_id).request_id
+
+    def measurement(self, measurement_id: int) -> Measurement:
+        return self.allocator.measurement(measurement_id)

@@ -1,0 +1,115 @@
+from itertools import pairwise
+
+import pytest
+
+from registry.policy import ANY_GPU_TYPE, Place, Turns, may_be_overtaken, rank, victim
+from registry.state import Limits, LLMSpec, Measurement, Priority, Request, Wrapper
+
+
+def wrapper(wrapper_id: str, *, gpus: int = 0, machine_id: str = "m") -> Wrapper:
+    return Wrapper(wrapper_id, machine_id, "http://w", gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("place", "allowed"),
+    [
+        (Place(2), True),
+        (Place(3), False),
+        (Place(0, machine_id="m"), True),
+        (Place(0, machine_id="other"), False),
+        (Place(0, gpu_type="H100"), True),
+        (Place(0, gpu_type="A100"), False),
+        (Place(0, gpu_type=None), False),
+        (Place(0, gpu_type=ANY_GPU_TYPE), True),
+        (Place(0, not_on=frozenset({"w"})), False),
+        (Place(0, not_on=frozenset({"x"})), True),
+    ],
+)
+def test_a_place_allows_exactly_the_wrappers_that_meet_all_its_conditions(place, allowed):
+    """Size, machine, GPU type and failures each rule a wrapper out."""
+    assert place.allows(wrapper("w", gpus=2), "H100") is allowed
+
+
+def test_rank_is_priority_then_arrival():
+    """Inside a tenant a higher priority goes first, and equals go in order of arrival."""
+    late_high = Measurement(1, 9, priority=Priority.HIGH)
+    early = Measurement(2, 1)
+    late = Measurement(3, 2)
+    low = Measurement(4, 0, priority=Priority.LOW)
+    assert sorted([low, late, early, late_high], key=rank) == [late_high, early, late, low]
+
+
+@pytest.mark.parametrize(
+    ("overtaken", "waited_s", "allowed"),
+    [(0, 0.0, True), (3, 59.9, True), (4, 0.0, False), (0, 60.0, False)],
+)
+def test_a_request_is_overtaken_neither_too_often_nor_for_too_long(overtaken, waited_s, allowed):
+    """Both bounds are exclusive: at the limit nobody goes before it any more."""
+    request = Request("r", 1, 1, LLMSpec("A", "t"), "{}", overtaken=overtaken, created_s=100.0)
+    assert may_be_overtaken(request, Limits(max_overtakes=4, max_overtake_s=60.0), 100.0 + waited_s) is allowed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [(set(), "a"), ({"a"}, "b"), ({"a", "b"}, "c"), ({"a", "b", "c"}, "a")],
+)
+def test_the_victim_is_the_first_that_nobody_wants_else_the_first(wanted, chosen):
+    """An LLM that somebody in the queue wants is given up only when there is no other."""
+    found = victim([wrapper("a"), wrapper("b"), wrapper("c")], lambda w: w.wrapper_id in wanted)
+    assert found is not None
+    assert found.wrapper_id == chosen
+
+
+def test_no_candidates_no_victim():
+    """Where nothing can be given up, nothing is."""
+    assert victim([], lambda _: True) is None
+
+
+def turns_taken(turns: Turns, tenants: list[str], count: int) -> list[str]:
+    taken = []
+    for _ in range(count):
+        tenant = min(tenants, key=turns.key)
+        turns.charge(tenant)
+        taken.append(tenant)
+    return taken
+
+
+def test_tenants_of_equal_weight_alternate():
+    """Nobody gets two turns in a row while somebody else asks."""
+    taken = turns_taken(Turns(()), ["b", "a"], 10)
+    assert all(one != other for one, other in pairwise(taken))
+
+
+def test_turns_follow_weights():
+    """Three times the weight, three times the turns."""
+    taken = turns_taken(Turns([("big", 3.0)]), ["big", "small"], 40)
+    assert (taken.count("big"), taken.count("small")) == (30, 10)
+
+
+def test_a_tenant_that_was_away_does_not_save_up_turns():
+    """After a long absence a tenant is next at once, and then takes turns like everybody."""
+    turns = Turns(())
+    turns_taken(turns, ["busy"], 100)
+    taken = turns_taken(turns, ["away", "busy"], 20)
+    assert taken[0] == "away"
+    assert taken.count("busy") in (9, 10)
+
+
+@pytest.mark.parametrize("grants_before", [0, 1, 2, 3])
+@pytest.mark.parametrize("weights", [(), (("a", 2.0),), (("b", 4.0),), (("a", 0.5), ("b", 2.0))])
+def test_the_forecast_of_turns_comes_true(weights, grants_before):
+    """``served_before`` says how many turns another tenant takes before the n-th of one's own."""
+    turns = Turns(weights)
+    turns_taken(turns, ["a", "b"], grants_before)
+    forecast = [turns.served_before("a", "b", index) for index in range(4)]
+    taken = turns_taken(turns, ["a", "b"], 40)
+    own = [at for at, tenant in enumerate(taken) if tenant == "a"]
+    assert forecast == [taken[:at].count("b") for at in own[:4]]
+
+
+def test_a_tenant_that_has_had_more_is_not_served_before():
+    """Turns of another tenant that begin later than one's own don't count."""
+    turns = Turns(())
+    turns_taken(turns, ["b"], 3)
+    turns.charge("b")
+    assert turns.served_before("a", "b", 0) == 0
