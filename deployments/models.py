@@ -10,7 +10,7 @@ from pathlib import Path
 
 from registry.errors import InvalidField
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_HUB_ID = re.compile(r"[a-z0-9][\w.-]*(/[a-z0-9][\w.-]*)?", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,24 @@ class ModelSources:
         Raises:
             InvalidField: a path outside the allowed folders, an id that is none, or a kind that is not allowed.
         """
-        path = Path(os.path.normpath(self.base_dir / Path(model).expanduser()))
-        if any(_below(path, root) for root in self.roots):
+        path = self._path(model)
+        if path is not None and any(_below(path, root) for root in self.roots):
             return str(path)
-        if Path(model).is_absolute() or model.startswith((".", "~")) or not _HUB_ID.match(model):
+        # vLLM takes an id for a path where there is such a folder: then it must be an allowed one.
+        if path is None or not _HUB_ID.fullmatch(model) or os.path.exists(path) or os.path.exists(model):  # noqa: PTH110 - never raises
             raise InvalidField(field, f"{model!r} is neither a Hugging Face id nor below {_listed(self.roots)}")
         if not self.huggingface:
             raise InvalidField(field, f"{model!r}: Hugging Face ids are not allowed here, only {_listed(self.roots)}")
         return model
+
+    def _path(self, model: str) -> Path | None:
+        """The path that this is, taken as one; None when it can't be one."""
+        if not model.isprintable():
+            return None
+        try:
+            return Path(os.path.normpath(self.base_dir / Path(model).expanduser()))
+        except RuntimeError:  # ~somebody, and nobody has that name
+            return None
 
 
 def _below(path: Path, root: Path) -> bool:
