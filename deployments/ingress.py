@@ -217,6 +217,8 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:  # what FastAPI says of bytes that are no text
+        return error_answer(422, "invalid_field", f"body: {error.detail}", field="body")
     code = {404: "no_such_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     return error_answer(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
 

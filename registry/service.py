@@ -290,7 +290,7 @@ class Service:
                 try:
                     await self._cluster.deploy(wrapper_id, epoch, spec)
                 except EngineStartFailed as error:
-                    return LLMDeployFailed(wrapper_id, epoch, error.reason, error.permanent)
+                    return LLMDeployFailed(wrapper_id, epoch, str(error), error.permanent)
                 return LLMDeployed(wrapper_id, epoch)
             case StopLLM(wrapper_id, epoch):
                 await self._cluster.stop(wrapper_id, epoch)

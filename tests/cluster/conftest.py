@@ -173,7 +173,7 @@ def llm(workspace: Path) -> Callable[..., dict[str, Any]]:
             "model": str(workspace / "llms" / name),
             "uses_chat_template": chat,
             "args": {
-                "prompting": {"max_new_tokens": 16, **prompting},
+                "prompting": {"max_new_tokens": 16, "ignore_eos": True, **prompting},
                 "deployment": {"torch_dtype": "torch.bfloat16", "enforce_eager": True, **(deployment or {})},
             },
         }

@@ -151,6 +151,7 @@ def test_the_openai_package_streams_a_chat(registry: Registry, llm: LLM, measure
         model=config["model"],
         messages=[{"role": "user", "content": "Tell me more"}],
         max_tokens=12,
+        extra_body={"ignore_eos": True},
         stream=True,
         stream_options={"include_usage": True},
     )
