@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,16 @@ class Registry:
     folder: Path
     command: list[str]
     environment: dict[str, str]
+    posted: list[str] = field(default_factory=list)
 
     def post(self, measurement_id: int, *llms: dict[str, Any], **extra: Any) -> list[str]:
         """Request LLMs; their ids."""
         body = {"measurementId": measurement_id, "llms": list(llms), **extra}
         answer = httpx.post(f"{self.url}/promptingservice/request", json=body, timeout=60)
         assert answer.status_code == 201, answer.text
-        return [entry["requestId"] for entry in answer.json()["requests"]]
+        ids = [entry["requestId"] for entry in answer.json()["requests"]]
+        self.posted += ids
+        return ids
 
     def get(self, request_id: str, wait_s: float = 0) -> dict[str, Any]:
         """The status of a request."""
@@ -88,6 +91,16 @@ class Registry:
         found = [process for process in self.processes() if part in " ".join(_cmdline(process))]
         assert len(found) == 1, f"{part}: {found}"
         return found[0]
+
+
+    def replica(self) -> psutil.Process:
+        """The wrapper's process."""
+        return self.process_named("ray::ServeReplica:wrapper")
+
+    def engines(self) -> list[psutil.Process]:
+        """The processes of the engine, the engine core first: forks of the wrapper's forkserver."""
+        forkservers = [child for child in self.replica().children() if "forkserver" in " ".join(_cmdline(child))]
+        return [engine for forkserver in forkservers for engine in forkserver.children(recursive=True)]
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
@@ -154,11 +167,20 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def registry(workspace: Path) -> Iterator[Registry]:
-    """One registry for all tests of the session; each must leave it without leases."""
-    running = start(workspace)
+def running(workspace: Path) -> Iterator[Registry]:
+    """One registry for all tests of the session."""
+    registry = start(workspace)
+    yield registry
+    stop(registry)
+
+
+@pytest.fixture
+def registry(running: Registry) -> Iterator[Registry]:
+    """The registry, on which a test leaves no request behind, also when it fails."""
     yield running
-    stop(running)
+    for request_id in running.posted:
+        running.delete(request_id)
+    running.posted.clear()
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_an_engine_that_dies_is_started_again_under_its_lease(
     """The engine is killed: its holder is told within ten seconds, and the same address answers again."""
     (request_id,) = registry.post(measurement_id, llm("a"))
     address = registry.until(request_id, "deployed")["address"]
-    registry.process_named("VLLM::EngineCore").send_signal(signal.SIGKILL)
+    registry.engines()[0].send_signal(signal.SIGKILL)
     told = registry.until(request_id, "deploying", "deployed", limit_s=10)
     if told["status"] == "deploying":
         assert told["reason"]
@@ -71,8 +71,8 @@ def test_a_wrapper_that_dies_is_replaced_under_its_lease(registry: Registry, llm
     """The replica is killed: Serve starts another, which runs the lease's LLM; nothing of the old engine stays."""
     (request_id,) = registry.post(measurement_id, llm("a"))
     address = registry.until(request_id, "deployed")["address"]
-    replica = registry.process_named("ray::ServeReplica:wrapper")
-    engines = [child for child in replica.children(recursive=True) if child.is_running()]
+    replica, engines = registry.replica(), registry.engines()
+    assert engines
     replica.send_signal(signal.SIGKILL)
     assert until_prompted(address).status_code == 200
     assert registry.until(request_id, "deployed")["address"] == address
