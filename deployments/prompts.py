@@ -2,17 +2,20 @@
 
 An ASGI app. Every request passes the lease gate, is counted while it is in flight, and is cut when the lease
 ends. ``/v1/…`` is vLLM's own OpenAI app, untouched; ``process_prompt`` goes the same way inside.
+
+vLLM aborts a generation when it hears that its client has gone, and only then: a request of its app that is merely
+cancelled goes on in the engine. So a prompt is cut by telling the app that the client hung up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Annotated, Any
 
-import httpx
 import structlog
 from pydantic import BaseModel, ConfigDict, StrictStr, StringConstraints, ValidationError
 from starlette.requests import Request
@@ -24,13 +27,30 @@ from deployments.error_answers import error_answer, registry_error
 from deployments.lease_gate import LeaseGate
 from deployments.llm_args import map_prompting
 from deployments.prompt_meter import PromptMeter
-from registry.errors import EngineNotReady, LeaseEnded, RegistryError, TooManyPrompts
+from registry.errors import EngineNotReady, RegistryError, TooManyPrompts
 from registry.reconcile import LeaseGrant
 
 log = structlog.get_logger("deployments.prompts")
 
 MAX_QUESTION_CHARS = 4_000_000
 """Longest question of process_prompt; the LLM's own context length is far below it."""
+
+CUT_GRACE_S = 1.0
+"""How long vLLM's app may take to end a request whose client has gone, before it is cancelled; seconds."""
+
+
+class PromptTooLong(RegistryError):
+    """A prompt was cut because it took longer than prompts may."""
+
+    code = "prompt_too_long"
+    http_status = 504
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(limit_s)
+        self.limit_s = limit_s
+
+    def __str__(self) -> str:
+        return f"the answer took longer than {self.limit_s} s and was cut; ask for fewer tokens"
 
 
 class Question(BaseModel):
@@ -62,13 +82,11 @@ class PromptGate:
         self._engine = engine
         self._max_in_flight = max_in_flight
         self._prompt_max_s = prompt_max_s
-        self._in_flight: set[asyncio.Task[None]] = set()
+        self._in_flight: set[_Exchange] = set()
 
     async def cut_all(self) -> None:
         """End every prompt in flight; their clients get an error or a broken stream. Returns when they are gone."""
-        tasks = tuple(self._in_flight)
-        for task in tasks:
-            task.cancel()
+        tasks = [exchange.cut() for exchange in self._in_flight]
         if tasks:
             await asyncio.wait(tasks)
 
@@ -84,48 +102,65 @@ class PromptGate:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         token, _, rest = path.lstrip("/").partition("/")
-        response = _Response(send)
+        exchange = _Exchange(receive, send)
         try:
             grant = self._gate.check(token)
             match (scope["method"], f"/{rest}"):
                 case ("GET", "/get_status"):
-                    await JSONResponse(self._status())(scope, receive, response)
+                    await JSONResponse(self._status())(scope, receive, send)
                 case ("POST", "/process_prompt"):
-                    await self._tracked(grant, self._process_prompt(grant, Request(scope, receive), response))
+                    await self._tracked(grant, exchange, self._process_prompt(grant, scope, exchange))
                 case (method, inner) if public_path(method, inner):
-                    await self._tracked(grant, self._native(inner, scope, receive, response))
+                    await self._tracked(grant, exchange, self._native(inner, scope, exchange))
                 case (method, inner):
                     known = "GET get_status, POST process_prompt and vLLM's /v1/… are served here"
-                    await error_answer(404, "no_such_path", f"{method} {inner}: {known}")(scope, receive, response)
+                    await error_answer(404, "no_such_path", f"{method} {inner}: {known}")(scope, receive, send)
         except RegistryError as error:
-            if response.started:
+            if exchange.started:
                 raise  # the status is out: the broken stream is all that can tell
-            await registry_error(error)(scope, receive, response)
+            await registry_error(error)(scope, receive, send)
+        except Exception as error:
+            # As text: some renderers of tracebacks show local variables, and the token is one.
+            log.error("a prompt failed", traceback=traceback.format_exc())  # noqa: TRY400
+            if exchange.started:
+                raise
+            await error_answer(500, "engine_failed", f"the engine failed: {type(error).__name__}")(scope, receive, send)
 
     def _status(self) -> dict[str, str]:
         running, state = self._engine()
         message = "ready" if running is not None else "not ready"
         return {"status": "success", "message": message, "detail": state}
 
-    async def _tracked(self, grant: LeaseGrant, work: Any) -> None:
+    async def _tracked(self, grant: LeaseGrant, exchange: _Exchange, work: Coroutine[Any, Any, None]) -> None:
         """Run a prompt as a task of its own, so that the end of the lease can cut it."""
         if len(self._in_flight) >= self._max_in_flight:
             work.close()
             raise TooManyPrompts(self._max_in_flight)
-        task: asyncio.Task[None] = asyncio.create_task(work)
-        self._in_flight.add(task)
+        task = exchange.run(work)
+        self._in_flight.add(exchange)
         self._gate.enter()
+        task.add_done_callback(lambda ended: self._over(grant, exchange, ended))
         try:
-            await asyncio.wait({task})
-        finally:  # also when the client hung up and Serve cancels us
-            task.cancel()
-            self._in_flight.discard(task)
-            self._gate.leave(grant)
-        if task.cancelled():
-            raise (
-                LeaseEnded("the prompt was cut") if self._gate.grant is not grant else EngineNotReady(self._engine()[1])
-            )
-        task.result()
+            done, _ = await asyncio.wait({task}, timeout=self._prompt_max_s)
+            if not done:
+                await asyncio.wait({exchange.cut()})
+                raise PromptTooLong(self._prompt_max_s)
+        except asyncio.CancelledError:  # the client hung up, and Serve cancels us
+            exchange.cut()
+            raise
+        if exchange.was_cut:
+            self._gate.check(grant.token)
+            running, state = self._engine()
+            raise EngineNotReady("the prompt was cut" if running is not None else state)
+        if not exchange.client_gone:
+            task.result()
+
+    def _over(self, grant: LeaseGrant, exchange: _Exchange, ended: asyncio.Task[None]) -> None:
+        self._in_flight.discard(exchange)
+        self._gate.leave(grant)
+        nobody_asks = exchange.was_cut or exchange.client_gone
+        if nobody_asks and not ended.cancelled() and (error := ended.exception()) is not None:
+            log.info("a prompt that was given up ended with an error", error=type(error).__name__)
 
     def _running(self) -> RunningLLM:
         running, state = self._engine()
@@ -133,23 +168,30 @@ class PromptGate:
             raise EngineNotReady(state)
         return running
 
-    async def _native(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _native(self, path: str, scope: Scope, exchange: _Exchange) -> None:
         running = self._running()
         inner = dict(scope, path=path, raw_path=path.encode(), root_path="")
-        await running.asgi(inner, receive, send)
-
-    async def _process_prompt(self, grant: LeaseGrant, request: Request, send: Send) -> None:
+        if scope["method"] == "GET":
+            await running.asgi(inner, exchange.receive, exchange.send)
+            return
+        flight = self._meter.begin()  # it gets no account of its own, but has its share of what others' cost
         try:
-            question = Question.model_validate_json(await request.body())
+            await running.asgi(inner, exchange.receive, exchange.send)
+        finally:
+            self._meter.end(flight)
+
+    async def _process_prompt(self, grant: LeaseGrant, scope: Scope, exchange: _Exchange) -> None:
+        try:
+            question = Question.model_validate_json(await Request(scope, exchange.receive).body())
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "body"
             response = error_answer(422, "invalid_field", f"{field}: {first['msg']}", field=field)
         else:
-            response = await self._answer(grant, question.question)
-        await response(request.scope, request.receive, send)
+            response = await self._answer(grant, question.question, exchange)
+        await response(scope, exchange.receive, exchange.send)
 
-    async def _answer(self, grant: LeaseGrant, question: str) -> JSONResponse:
+    async def _answer(self, grant: LeaseGrant, question: str, exchange: _Exchange) -> JSONResponse:
         running = self._running()
         llmconfig = json.loads(grant.llmconfig)
         body: dict[str, Any] = {"model": running.served_model_name, **_prompting(llmconfig)}
@@ -160,22 +202,15 @@ class PromptGate:
             path, body["prompt"] = "/v1/completions", question
         flight = self._meter.begin()
         try:
-            async with asyncio.timeout(self._prompt_max_s):
-                status, answer = await _call(running.asgi, path, body)
-        except TimeoutError:
-            return error_answer(
-                504, "prompt_too_long", f"the answer took longer than {self._prompt_max_s} s and was cut"
-            )
+            status, answer = await _call(running.asgi, path, body, exchange)
         finally:
             self._meter.end(flight)
         if status != HTTPStatus.OK:
-            problem = answer.get("error", answer)
-            text = problem.get("message", str(problem)) if isinstance(problem, dict) else str(problem)
-            return error_answer(status, "prompt_refused", text)
-        choice = answer["choices"][0]
-        text = choice["message"]["content"] if chat else choice["text"]
-        usage = answer["usage"]
-        energy = self._meter.account(flight, usage=usage, answer=text or "")
+            return error_answer(status, "prompt_refused", _problem(answer))
+        answered = json.loads(answer)
+        choice, usage = answered["choices"][0], answered["usage"]
+        text = (choice["message"]["content"] if chat else choice["text"]) or ""
+        energy = self._meter.account(flight, usage=usage, answer=text)
         return JSONResponse({"answer": text, "finish_reason": choice["finish_reason"], "usage": usage, **energy})
 
 
@@ -183,24 +218,110 @@ def _prompting(llmconfig: dict[str, Any]) -> Mapping[str, Any]:
     return map_prompting(llmconfig["args"]["prompting"], uses_chat_template=llmconfig["uses_chat_template"]).values
 
 
-async def _call(app: ASGIApp, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """POST JSON to an ASGI app in this process; its status and JSON answer."""
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=None) as client:  # noqa: S113 - the caller bounds it
-        response = await client.post(path, json=body)
-        return response.status_code, response.json()
+def _problem(answer: bytes) -> str:
+    """What an error of the engine's app says: OpenAI's form, any other JSON, or plain text."""
+    try:
+        problem = json.loads(answer)
+    except ValueError:
+        return answer.decode(errors="replace")
+    if isinstance(problem, dict):
+        problem = problem.get("error", problem)
+    return str(problem.get("message", problem)) if isinstance(problem, dict) else str(problem)
 
 
-class _Response:
-    """A ``send`` that knows whether the response has begun."""
+class _Exchange:
+    """A client's request and the answer to it, which can be cut: to whoever answers it, the client then hung up."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
         self._send = send
+        self._cut = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
         self.started = False
+        """Whether something of the answer has been sent."""
+        self.client_gone = False
 
-    async def __call__(self, message: Message) -> None:
-        self.started = True
-        await self._send(message)
+    @property
+    def was_cut(self) -> bool:
+        """Whether ``cut`` was called before the answer was complete."""
+        return self._cut.is_set()
+
+    def run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Let ``work`` answer."""
+        self._task = asyncio.create_task(work)
+        return self._task
+
+    def cut(self) -> asyncio.Task[None]:
+        """End the work: at once if it listens for the client, else after CUT_GRACE_S seconds. Again: no difference."""
+        assert self._task is not None  # run() comes first
+        if not self._cut.is_set() and not self._task.done():
+            self._cut.set()
+            asyncio.get_running_loop().call_later(CUT_GRACE_S, self._task.cancel)
+        return self._task
+
+    async def receive(self) -> Message:
+        """What the client sends next: ``http.disconnect`` when it has hung up, or was cut."""
+        message = asyncio.ensure_future(self._receive())
+        cut = asyncio.ensure_future(self._cut.wait())
+        try:
+            await asyncio.wait({message, cut}, return_when=asyncio.FIRST_COMPLETED)
+            if self._cut.is_set():
+                return {"type": "http.disconnect"}
+            received = message.result()
+            self.client_gone = received["type"] == "http.disconnect"
+            return received
+        finally:
+            message.cancel()
+            cut.cancel()
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer; without effect once it was cut."""
+        if not self._cut.is_set():
+            self.started = True
+            await self._send(message)
+
+
+async def _call(app: ASGIApp, path: str, body: Mapping[str, Any], exchange: _Exchange) -> tuple[int, bytes]:
+    """POST JSON to an ASGI app in this process, on behalf of a client; status and body of the answer."""
+    content = json.dumps(body).encode()
+    request: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+    status, answer = 0, bytearray()
+
+    async def receive() -> Message:
+        return request.pop() if request else await exchange.receive()
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        answer.extend(message.get("body", b""))
+
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [
+            (b"host", b"engine"),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+        ],
+        "client": None,
+        "server": ("engine", 80),
+    }
+    try:
+        await app(scope, receive, send)
+    except Exception:
+        if not status:
+            raise
+        # An app raises what it could not handle after it has answered it, for its server's log.
+    if exchange.was_cut or exchange.client_gone:
+        raise asyncio.CancelledError  # what the app says to nobody is no answer
+    return status, bytes(answer)
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

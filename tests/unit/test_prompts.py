@@ -1,0 +1,610 @@
+"""The HTTP side of a wrapper: the holder of the lease, and nobody else, for as long as it lasts."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import structlog
+from starlette.types import Message
+
+from deployments import prompts
+from deployments.engine import RunningLLM
+from deployments.lease_gate import LeaseGate
+from deployments.prompt_meter import Flight, PromptMeter
+from deployments.prompts import PromptGate
+from registry.errors import LeaseEnded
+from registry.reconcile import LeaseGrant
+from tests.fake_counters import ManualClock
+from tests.fake_engine import USAGE, FakeEngine
+
+TOKEN = "t0ken-of-the-lease"
+ROOT = "/wrappers/a-0"
+LLMCONFIG = {
+    "modeltyp": "text-generation",
+    "model": "org/tiny",
+    "uses_chat_template": True,
+    "args": {"prompting": {"max_new_tokens": 5, "do_sample": False}, "deployment": {}},
+}
+GRANT = LeaseGrant("request-1", 1, TOKEN, json.dumps(LLMCONFIG), ends_in_s=100.0, idle_limit_s=10.0)
+COST: Mapping[str, Any] = {"sci_score": None, "sci_method": "unavailable"}
+
+
+class FakeMeter:
+    """Notes what it was told, and gives every prompt the same account."""
+
+    def __init__(self) -> None:
+        self.begun: list[Flight] = []
+        self.ended: list[Flight] = []
+        self.accounts: list[tuple[Flight, Mapping[str, Any], str]] = []
+
+    def begin(self) -> Flight:
+        self.begun.append(Flight(0.0))
+        return self.begun[-1]
+
+    def end(self, flight: Flight) -> None:
+        self.ended.append(flight)
+
+    def account(self, flight: Flight, *, usage: Mapping[str, Any], answer: str) -> Mapping[str, Any]:
+        assert flight in self.ended
+        self.accounts.append((flight, usage, answer))
+        return COST
+
+
+class Call:
+    """A client's request to an ASGI app, by hand: it sees what has come so far, and can hang up."""
+
+    def __init__(self, app: PromptGate, method: str, path: str, body: object = None, *, root: str = ROOT) -> None:
+        content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        self._todo: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+        self._hung_up = asyncio.Event()
+        self._come: asyncio.Queue[Message] = asyncio.Queue()
+        self.status: int | None = None
+        self.headers: dict[str, str] = {}
+        self.body = b""
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": f"{root}{path}",
+            "raw_path": f"{root}{path}".encode(),
+            "root_path": root,
+            "query_string": b"",
+            "headers": [(b"host", b"x"), (b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 8000),
+        }
+        self.task = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> Message:
+        if self._todo:
+            return self._todo.pop()
+        await self._hung_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+        self.body += message.get("body", b"")
+        self._come.put_nowait(message)
+
+    def hang_up(self) -> None:
+        self._hung_up.set()
+
+    async def next_piece(self) -> bytes:
+        """The next piece of the body, as soon as it comes."""
+        while not (piece := (await self._come.get()).get("body", b"")):
+            pass
+        return bytes(piece)
+
+    async def done(self) -> Call:
+        """This call, once the app has returned."""
+        await self.task
+        return self
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Wrapper:
+    """What a wrapper puts together around its PromptGate."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.gate = LeaseGate(self.clock)
+        self.meter = FakeMeter()
+        self.engine = FakeEngine()
+        self.state: tuple[FakeEngine | None, str] = (self.engine, "ready")
+        self.app = self.make()
+        self.gate.bind(GRANT)
+
+    def make(self, *, max_in_flight: int = 4, prompt_max_s: float = 60.0) -> PromptGate:
+        self.app = PromptGate(
+            self.gate,
+            cast("PromptMeter", self.meter),
+            engine=lambda: (cast("RunningLLM | None", self.state[0]), self.state[1]),
+            max_in_flight=max_in_flight,
+            prompt_max_s=prompt_max_s,
+        )
+        return self.app
+
+    def call(self, method: str, path: str, body: object = None, *, token: str = TOKEN) -> Call:
+        return Call(self.app, method, f"/{token}{path}", body)
+
+    async def prompt(self, question: object = "Why?", *, token: str = TOKEN) -> Call:
+        return await self.call("POST", "/process_prompt", {"question": question}, token=token).done()
+
+    async def begin(self, path: str = "/process_prompt", body: object = None) -> Call:
+        """A prompt that is in flight in the engine, and stays there until ``engine.go`` is set."""
+        self.engine.go.clear()
+        self.engine.generating.clear()
+        call = self.call("POST", path, body or {"question": "Why?"})
+        await self.engine.generating.wait()
+        return call
+
+
+@pytest.fixture
+async def wrapper(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Wrapper]:
+    wrapper = Wrapper()
+    yield wrapper
+    wrapper.engine.go.set()
+    await wrapper.app.cut_all()
+    gc.collect()  # a task's exception that nobody has looked at is logged when the task goes
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+    assert wrapper.gate.in_flight == 0
+    assert len(wrapper.meter.ended) == len(wrapper.meter.begun)
+
+
+# --- the lease ---------------------------------------------------------------------------------------------
+
+PATHS = [("GET", "/get_status"), ("POST", "/process_prompt"), ("POST", "/v1/chat/completions"), ("GET", "/nowhere")]
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+async def test_only_the_holder_gets_in(wrapper: Wrapper, method: str, path: str) -> None:
+    """Any other token is refused on every path, and nothing reaches the engine."""
+    answer = await wrapper.call(method, path, {"question": "Why?"}, token="another").done()
+    assert (answer.status, answer.json["code"]) == (403, "no_such_lease")
+    assert wrapper.engine.bodies == []
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+async def test_address_of_an_ended_lease_is_gone(wrapper: Wrapper, method: str, path: str) -> None:
+    """After the end of the lease its address answers 410 everywhere, and says how it ended."""
+    wrapper.gate.unbind("released")
+    answer = await wrapper.call(method, path, {"question": "Why?"}).done()
+    assert (answer.status, answer.json["code"]) == (410, "lease_ended")
+    assert "released" in answer.json["message"]
+    assert wrapper.engine.bodies == []
+
+
+async def test_lease_expires_without_the_registry(wrapper: Wrapper) -> None:
+    """The wrapper ends an idle lease by itself; prompts, and nothing else, keep it."""
+    for _ in range(3):
+        wrapper.clock.now_s += 9
+        assert (await wrapper.prompt()).status == 200
+    wrapper.clock.now_s += 9
+    assert (await wrapper.call("GET", "/get_status").done()).status == 200
+    wrapper.clock.now_s += 1
+    assert (await wrapper.prompt()).status == 410
+
+
+@pytest.mark.parametrize("path", ["", "/", "/other", "/process_prompt/x", "/v1", "/v1/chat/completions/../../sleep"])
+async def test_unknown_paths_are_404(wrapper: Wrapper, path: str) -> None:
+    """A path that is not served says which are."""
+    answer = await wrapper.call("POST", path).done()
+    assert (answer.status, answer.json["code"]) == (404, "no_such_path")
+    assert "process_prompt" in answer.json["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/sleep"),
+        ("GET", "/v1/completions"),
+        ("DELETE", "/v1/models"),
+        ("POST", "/get_status"),
+        ("GET", "/docs"),
+    ],
+)
+async def test_operators_paths_are_not_for_holders(wrapper: Wrapper, method: str, path: str) -> None:
+    """Of the engine's own app only the listed methods and paths are reachable: no sleep, no docs."""
+    assert (await wrapper.call(method, path).done()).status == 404
+    assert wrapper.engine.scopes == []
+
+
+# --- get_status --------------------------------------------------------------------------------------------
+
+
+async def test_status_is_the_contracts(wrapper: Wrapper) -> None:
+    """The status is ``ready`` when the LLM answers."""
+    answer = await wrapper.call("GET", "/get_status").done()
+    assert answer.json == {"status": "success", "message": "ready", "detail": "ready"}
+
+
+async def test_status_says_that_the_llm_is_being_started(wrapper: Wrapper) -> None:
+    """A lease whose LLM is being started again is told so; its prompts answer 503 and may be tried again."""
+    wrapper.state = (None, "being started (loading)")
+    answer = await wrapper.call("GET", "/get_status").done()
+    assert answer.json == {"status": "success", "message": "not ready", "detail": "being started (loading)"}
+    for path, body in (("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})):
+        refused = await wrapper.call("POST", path, body).done()
+        assert (refused.status, refused.json["code"], refused.headers["retry-after"]) == (503, "engine_not_ready", "1")
+        assert "loading" in refused.json["message"]
+
+
+async def test_status_answers_while_prompts_run(wrapper: Wrapper) -> None:
+    """The status never waits for a prompt, not even when as many are in flight as may be."""
+    wrapper.make(max_in_flight=1)
+    await wrapper.begin()
+    assert (await wrapper.call("GET", "/get_status").done()).json["message"] == "ready"
+
+
+# --- process_prompt ----------------------------------------------------------------------------------------
+
+
+async def test_question_is_answered(wrapper: Wrapper) -> None:
+    """The answer is the LLM's text alone, with its account beside it."""
+    answer = await wrapper.prompt("Why?")
+    assert answer.status == 200
+    assert answer.json == {"answer": "an answer", "finish_reason": "stop", "usage": USAGE, **COST}
+    assert wrapper.meter.accounts == [(wrapper.meter.begun[0], USAGE, "an answer")]
+
+
+async def test_chat_template_is_used_when_asked_for(wrapper: Wrapper) -> None:
+    """With uses_chat_template a question is a chat message, and the prompting args come along in vLLM's words."""
+    await wrapper.prompt("Why?")
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 5, "temperature": 0.0}
+    assert wrapper.engine.bodies == [("/v1/chat/completions", body)]
+
+
+async def test_raw_prompt_without_chat_template(wrapper: Wrapper) -> None:
+    """Without it the question goes to the LLM as it is."""
+    config = {**LLMCONFIG, "uses_chat_template": False, "args": {"prompting": {"top_k": 7}, "deployment": {}}}
+    wrapper.gate.bind(replace(GRANT, llmconfig=json.dumps(config)))
+    answer = await wrapper.prompt("Why?")
+    assert answer.json["answer"] == "an answer"
+    assert wrapper.engine.bodies == [("/v1/completions", {"model": "tiny", "prompt": "Why?", "top_k": 7})]
+
+
+async def test_no_text_is_an_empty_answer(wrapper: Wrapper) -> None:
+    """An LLM that said nothing has answered with an empty text."""
+    wrapper.engine.text = None
+    assert (await wrapper.prompt()).json["answer"] == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "question"),
+        ({"question": ""}, "question"),
+        ({"question": 5}, "question"),
+        ({"question": None}, "question"),
+        ({"question": "Why?", "temperature": 1}, "temperature"),
+        ([], "body"),
+        (b"", "body"),
+        (b"{", "body"),
+        (b"\xff", "body"),
+    ],
+)
+async def test_wrong_bodies_are_named(wrapper: Wrapper, body: object, field: str) -> None:
+    """A body that is not a question is a 422 that names the field; the engine is not asked."""
+    answer = await wrapper.call("POST", "/process_prompt", body).done()
+    assert (answer.status, answer.json["code"], answer.json["field"]) == (422, "invalid_field", field)
+    assert wrapper.engine.bodies == []
+
+
+async def test_question_has_a_longest(wrapper: Wrapper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question of absurd length is refused before the engine has it."""
+    answer = await wrapper.prompt("x" * (prompts.MAX_QUESTION_CHARS + 1))
+    assert (answer.status, answer.json["field"]) == (422, "question")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        ((400, {"error": {"message": "the prompt is too long", "code": 400}}), 400, "the prompt is too long"),
+        ((404, {"detail": "no such model"}), 404, "no such model"),
+        ((400, {"message": "plain form"}), 400, "plain form"),
+        ((422, ["a", "list"]), 422, "['a', 'list']"),
+        ((500, {"error": "just words"}), 500, "just words"),
+        ((503, "Service Unavailable"), 503, "Service Unavailable"),
+        ((500, ""), 500, ""),
+    ],
+)
+async def test_errors_of_the_engine_are_passed_on(
+    wrapper: Wrapper, error: tuple[int, Any], status: int, text: str
+) -> None:
+    """What the engine refuses is answered with its own status and words, and costs nothing."""
+    wrapper.engine.error = error
+    answer = await wrapper.prompt()
+    assert (answer.status, answer.json["code"]) == (status, "prompt_refused")
+    assert text in answer.json["message"]
+    assert wrapper.meter.accounts == []
+
+
+async def test_engine_that_fails_is_an_error_of_ours(wrapper: Wrapper) -> None:
+    """An exception in the engine's app becomes a JSON error, and is logged with its traceback."""
+
+    async def broken(_scope: object, _receive: object, _send: object) -> None:
+        raise RuntimeError("boom")
+
+    wrapper.engine.asgi = cast("Any", broken)
+    with structlog.testing.capture_logs() as logs:
+        for path, body in (("/process_prompt", {"question": "Why?"}), ("/v1/completions", {})):
+            answer = await wrapper.call("POST", path, body).done()
+            assert (answer.status, answer.json["code"]) == (500, "engine_failed")
+    assert [("RuntimeError: boom" in entry["traceback"], entry["log_level"]) for entry in logs] == [(True, "error")] * 2
+
+
+async def test_answered_error_of_the_app_counts(wrapper: Wrapper) -> None:
+    """An app that answers 500 and raises then (as Starlette's do) has answered: its own words are passed on."""
+    wrapper.engine.error = RuntimeError("boom")
+    answer = await wrapper.prompt()
+    assert (answer.status, answer.json["code"]) == (500, "prompt_refused")
+    assert answer.json["message"] == "Internal Server Error"
+
+
+# --- limits ------------------------------------------------------------------------------------------------
+
+
+async def test_prompts_run_side_by_side(wrapper: Wrapper) -> None:
+    """Prompts don't wait for one another."""
+    calls = [await wrapper.begin() for _ in range(3)]
+    assert wrapper.gate.in_flight == 3
+    wrapper.engine.go.set()
+    assert [(await call.done()).status for call in calls] == [200, 200, 200]
+
+
+async def test_too_many_prompts_are_sent_away(wrapper: Wrapper) -> None:
+    """One prompt more than allowed is a 429 with Retry-After; when one has ended, the next is let in."""
+    wrapper.make(max_in_flight=1)
+    first = await wrapper.begin()
+    for path, body in (("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})):
+        answer = await wrapper.call("POST", path, body).done()
+        assert (answer.status, answer.json["code"], answer.headers["retry-after"]) == (429, "too_many_prompts", "1")
+    wrapper.engine.go.set()
+    assert (await first.done()).status == 200
+    assert (await wrapper.prompt()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})]
+)
+async def test_prompt_that_takes_too_long_is_cut(wrapper: Wrapper, path: str, body: object) -> None:
+    """A prompt over the limit is a 504, and its generation is aborted in the engine."""
+    wrapper.make(prompt_max_s=0.01)
+    answer = await (await wrapper.begin(path, body)).done()
+    assert (answer.status, answer.json["code"]) == (504, "prompt_too_long")
+    assert wrapper.engine.aborted == 1
+    assert wrapper.gate.grant is not None
+
+
+# --- cutting -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})]
+)
+async def test_end_of_the_lease_cuts_its_prompts(wrapper: Wrapper, path: str, body: object) -> None:
+    """When the lease ends, prompts in flight answer 410 with the reason and are aborted in the engine."""
+    calls = [await wrapper.begin(path, body) for _ in range(2)]
+    wrapper.gate.unbind("released")
+    await wrapper.app.cut_all()
+    assert wrapper.engine.aborted == 2
+    assert wrapper.gate.in_flight == 0
+    for call in calls:
+        answer = await call.done()
+        assert (answer.status, answer.json["code"]) == (410, "lease_ended")
+        assert "released" in answer.json["message"]
+
+
+async def test_cut_under_a_lease_that_stays(wrapper: Wrapper) -> None:
+    """When only the engine is replaced, its prompts answer 503 and may be tried again; the lease stays."""
+    call = await wrapper.begin()
+    wrapper.state = (None, "its processes are gone")
+    await wrapper.app.cut_all()
+    answer = await call.done()
+    assert (answer.status, answer.json["code"]) == (503, "engine_not_ready")
+    assert "its processes are gone" in answer.json["message"]
+    wrapper.state = (wrapper.engine, "ready")
+    assert (await wrapper.call("GET", "/get_status").done()).status == 200
+
+
+async def test_cut_while_the_engine_still_runs(wrapper: Wrapper) -> None:
+    """A prompt that was cut for another reason says so, not that the LLM is ready."""
+    call = await wrapper.begin()
+    await wrapper.app.cut_all()
+    answer = await call.done()
+    assert answer.status == 503
+    assert "was cut" in answer.json["message"]
+
+
+async def test_cutting_nothing(wrapper: Wrapper) -> None:
+    """Where nothing is in flight there is nothing to cut; and what comes afterwards is answered."""
+    await wrapper.app.cut_all()
+    assert (await wrapper.prompt()).status == 200
+
+
+async def test_engine_that_does_not_listen_is_cancelled(wrapper: Wrapper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An app that does not notice that its client has gone is cancelled after a moment."""
+    monkeypatch.setattr(prompts, "CUT_GRACE_S", 0.01)
+    wrapper.engine.listens = False
+    call = await wrapper.begin()
+    wrapper.gate.unbind("released")
+    await wrapper.app.cut_all()
+    assert (await call.done()).status == 410
+
+
+async def test_stream_is_broken_by_the_end_of_the_lease(wrapper: Wrapper) -> None:
+    """A stream that has begun can't say 410 any more: it breaks off, so that nobody takes it for complete."""
+    call = wrapper.call("POST", "/v1/chat/completions", {"stream": True})
+    wrapper.engine.pieces.put_nowait("one")
+    assert await call.next_piece() == b'data: "one"\n\n'
+    wrapper.gate.unbind("expired")
+    await wrapper.app.cut_all()
+    with pytest.raises(LeaseEnded, match="expired"):
+        await call.done()
+    assert wrapper.engine.aborted == 1
+    assert call.body == b'data: "one"\n\n'
+
+
+# --- clients that go away ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})]
+)
+async def test_client_that_hangs_up_aborts_its_prompt(wrapper: Wrapper, path: str, body: object) -> None:
+    """When the client hangs up, the engine stops generating; nobody is charged, and the lease goes on."""
+    call = await wrapper.begin(path, body)
+    call.hang_up()
+    await call.done()
+    assert wrapper.engine.aborted == 1
+    assert wrapper.meter.accounts == []
+    assert wrapper.gate.in_flight == 0
+    wrapper.engine.go.set()
+    assert (await wrapper.prompt()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})]
+)
+async def test_cancelled_request_aborts_its_prompt(wrapper: Wrapper, path: str, body: object) -> None:
+    """Serve may cancel the request of a client that hung up: the engine stops generating then, too."""
+    call = await wrapper.begin(path, body)
+    call.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call.done()
+    await wrapper.engine.aborted_one.wait()
+    await wrapper.app.cut_all()
+    assert wrapper.gate.in_flight == 0
+
+
+async def test_error_of_a_prompt_that_was_given_up_is_logged(wrapper: Wrapper) -> None:
+    """What goes wrong after the client has gone can be told to nobody, but is not lost."""
+
+    async def sulking(_scope: object, receive: Any, _send: object) -> None:
+        wrapper.engine.generating.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        raise RuntimeError("so what")
+
+    wrapper.engine.asgi = cast("Any", sulking)
+    with structlog.testing.capture_logs() as logs:
+        call = await wrapper.begin("/v1/completions")
+        call.hang_up()
+        await call.done()
+    assert [entry["error"] for entry in logs] == ["RuntimeError"]
+
+
+async def test_client_that_leaves_a_stream_aborts_it(wrapper: Wrapper) -> None:
+    """A stream whose client hangs up is aborted in the engine."""
+    call = wrapper.call("POST", "/v1/chat/completions", {"stream": True})
+    wrapper.engine.pieces.put_nowait("one")
+    await call.next_piece()
+    call.hang_up()
+    await call.done()
+    assert wrapper.engine.aborted == 1
+
+
+# --- vLLM's own API ----------------------------------------------------------------------------------------
+
+
+async def test_native_api_is_passed_through(wrapper: Wrapper) -> None:
+    """A request to /v1 reaches vLLM's app as it came, without the token, and its answer comes back untouched."""
+    body = {"model": "tiny", "prompt": "Why?", "temperature": 1.5}
+    answer = await wrapper.call("POST", "/v1/completions", body).done()
+    assert answer.status == 200
+    assert answer.json["choices"][0]["text"] == "an answer"
+    assert wrapper.engine.bodies == [("/v1/completions", body)]
+    scope = wrapper.engine.scopes[0]
+    assert (scope["path"], scope["raw_path"], scope["root_path"]) == ("/v1/completions", b"/v1/completions", "")
+    assert (await wrapper.call("GET", "/v1/models").done()).json["data"] == [{"id": "tiny"}]
+
+
+async def test_native_errors_are_vllms_own(wrapper: Wrapper) -> None:
+    """An error of vLLM's API keeps its own form: OpenAI clients know it."""
+    wrapper.engine.error = (400, {"error": {"message": "no", "code": 400}})
+    answer = await wrapper.call("POST", "/v1/completions", {}).done()
+    assert (answer.status, answer.json) == (400, {"error": {"message": "no", "code": 400}})
+
+
+async def test_native_prompts_are_metered_and_listings_are_not(wrapper: Wrapper) -> None:
+    """Prompts by vLLM's API take part in the sharing of energy; a list of models does not."""
+    await wrapper.call("GET", "/v1/models").done()
+    assert wrapper.meter.begun == []
+    await wrapper.call("POST", "/v1/completions", {}).done()
+    assert len(wrapper.meter.ended) == 1
+
+
+async def test_streams_are_not_buffered(wrapper: Wrapper) -> None:
+    """Each piece of a stream is with the client before the engine makes the next one."""
+    call = wrapper.call("POST", "/v1/chat/completions", {"stream": True})
+    for piece in ("one", "two", "three"):
+        wrapper.engine.pieces.put_nowait(piece)
+        assert await call.next_piece() == f'data: "{piece}"\n\n'.encode()
+    assert wrapper.gate.in_flight == 1
+    wrapper.engine.pieces.put_nowait(None)
+    assert (await call.done()).status == 200
+    assert call.headers["content-type"].startswith("text/event-stream")
+
+
+# --- the rest ----------------------------------------------------------------------------------------------
+
+
+async def test_works_at_the_root_too(wrapper: Wrapper) -> None:
+    """The address is found with and without a prefix of Serve's."""
+    answer = await Call(wrapper.app, "GET", f"/{TOKEN}/get_status", root="").done()
+    assert answer.status == 200
+
+
+async def test_lifespan_and_websockets(wrapper: Wrapper) -> None:
+    """Serve's lifespan is answered; a connection that is not HTTP is none of ours."""
+    todo: list[Message] = [{"type": "lifespan.shutdown"}, {"type": "lifespan.startup"}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return todo.pop()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await wrapper.app({"type": "lifespan"}, receive, send)
+    assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    with pytest.raises(RuntimeError, match="websocket"):
+        await wrapper.app({"type": "websocket"}, receive, send)
+
+
+async def test_token_is_written_nowhere(
+    wrapper: Wrapper, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever happens to a prompt, the token is in no log, no answer and nothing that the engine gets to see."""
+    caplog.set_level(logging.DEBUG)
+    answers = [await wrapper.prompt(), await wrapper.call("GET", "/get_status").done(), await wrapper.prompt("")]
+    wrapper.engine.error = (400, {"error": {"message": "no"}})
+    answers += [await wrapper.prompt(), await wrapper.call("POST", "/sleep").done()]
+    wrapper.engine.error = RuntimeError("boom")
+    answers.append(await wrapper.prompt())
+    with pytest.raises(RuntimeError, match="boom"):
+        await wrapper.call("POST", "/v1/completions", {}).done()
+    wrapper.engine.error = None
+    call = await wrapper.begin()
+    wrapper.gate.unbind("released")
+    await wrapper.app.cut_all()
+    answers += [await call.done(), await wrapper.prompt()]
+    written = caplog.text + "".join(capsys.readouterr())
+    assert "a prompt failed" in written
+    assert TOKEN not in written
+    assert [answer.body for answer in answers if TOKEN.encode() in answer.body] == []
+    assert TOKEN not in repr(wrapper.engine.scopes)
