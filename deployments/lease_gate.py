@@ -9,7 +9,7 @@ import hmac
 from collections import OrderedDict
 from collections.abc import Callable
 
-from registry.errors import LeaseEnded, NoSuchLease
+from registry.errors import EngineNotReady, LeaseEnded, NoSuchLease
 from registry.reconcile import LeaseGrant
 
 REMEMBERED_TOKENS = 1000
@@ -17,9 +17,13 @@ REMEMBERED_TOKENS = 1000
 
 
 class LeaseGate:
-    """The lease that is bound to a wrapper. ``clock`` gives monotonic seconds."""
+    """The lease that is bound to a wrapper. ``clock`` gives monotonic seconds.
+
+    ``commanded`` is False until the registry has said anything: then an unknown token may be a good one.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        self.commanded = False
         self._clock = clock
         self._grant: LeaseGrant | None = None
         self._deadline_s = 0.0
@@ -50,6 +54,7 @@ class LeaseGate:
         current = self.grant  # one that is over has expired, whatever comes now
         if current is not None and current.token != grant.token:
             self._end("released")
+        self.commanded = True
         self._ended.pop(grant.token, None)
         self._grant = grant
         self._deadline_s = self._clock() + grant.ends_in_s
@@ -70,6 +75,7 @@ class LeaseGate:
         Raises:
             LeaseEnded: it had one that was released or has expired.
             NoSuchLease: it never had one here, as far as is remembered.
+            EngineNotReady: nothing is remembered, because no command of the registry has come yet.
         """
         self._end_if_over()
         given = token.encode()
@@ -78,6 +84,8 @@ class LeaseGate:
         for ended, how in self._ended.items():
             if hmac.compare_digest(ended.encode(), given):
                 raise LeaseEnded(how)
+        if not self.commanded:
+            raise EngineNotReady("its wrapper has just started and waits for the registry's word")
         raise NoSuchLease
 
     def enter(self) -> None:

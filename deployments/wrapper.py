@@ -108,17 +108,21 @@ class LLMWrapper:
             versions=VERSIONS,
         )
 
-    async def deploy(self, epoch: int, spec: LLMSpec) -> None:
+    async def deploy(self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
         """Run this LLM instead of any other; returns when it answers.
 
-        An LLM that runs already, or is being started already, is not started again.
+        An LLM that runs already, or is being started already, is not started again. ``grant`` is the lease that
+        waits for its LLM to come back: its holder is told to try again meanwhile. Without it no lease stays.
 
         Raises:
             StaleEpoch: a newer command has come, before or meanwhile.
             EngineStartFailed: the engine's own reason; the wrapper is empty and usable.
         """
         self._take(epoch)
-        await self._end_lease("released")
+        if grant is None:
+            await self._end_lease("released")
+        else:
+            self._gate.bind(grant)
         if self._spec != spec or (self._start is None and self._host.running is None):
             await self._cancel_start()
             self._spec = spec
@@ -178,6 +182,7 @@ class LLMWrapper:
         if epoch < self._epoch:
             raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
         self._epoch = epoch
+        self._gate.commanded = True
 
     async def _end_lease(self, how: str) -> None:
         self._gate.unbind(how)

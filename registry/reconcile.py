@@ -97,8 +97,11 @@ class Cluster(Protocol):
     async def report(self, wrapper_id: str) -> WrapperReport:
         """What the wrapper says of itself, within seconds."""
 
-    async def deploy(self, wrapper_id: str, epoch: int, spec: LLMSpec) -> None:
-        """Run this LLM, instead of any other; returns when it answers. Raises EngineStartFailed."""
+    async def deploy(self, wrapper_id: str, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
+        """Run this LLM, instead of any other; returns when it answers. Raises EngineStartFailed.
+
+        ``grant`` is the lease that waits for the LLM to come back, and stays bound meanwhile.
+        """
 
     async def stop(self, wrapper_id: str, epoch: int) -> None:
         """Stop whatever runs; returns when the wrapper is verified to be empty."""

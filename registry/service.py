@@ -288,7 +288,9 @@ class Service:
         match effect:
             case DeployLLM(wrapper_id, epoch, spec):
                 try:
-                    await self._cluster.deploy(wrapper_id, epoch, spec)
+                    lease = self.allocator.lease_by_wrapper(wrapper_id)
+                    grant = None if lease is None else self._grant(lease.request_id)
+                    await self._cluster.deploy(wrapper_id, epoch, spec, grant)
                 except EngineStartFailed as error:
                     return LLMDeployFailed(wrapper_id, epoch, str(error), error.permanent)
                 return LLMDeployed(wrapper_id, epoch)

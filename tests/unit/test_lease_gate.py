@@ -11,7 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from deployments import lease_gate
 from deployments.lease_gate import LeaseGate
-from registry.errors import LeaseEnded, NoSuchLease
+from registry.errors import EngineNotReady, LeaseEnded, NoSuchLease
 from registry.reconcile import LeaseGrant
 from tests.fake_counters import ManualClock
 
@@ -37,11 +37,19 @@ def ended_how(gate: LeaseGate, token: str) -> str:
 
 def test_nothing_bound_lets_nobody_in(gate: LeaseGate) -> None:
     """Without a lease no token is good, not even an empty one."""
+    gate.commanded = True
     for token in ("", "token-1", "tökén"):
         with pytest.raises(NoSuchLease):
             gate.check(token)
     assert gate.grant is None
     assert gate.idle_for_s is None
+
+
+def test_a_fresh_wrapper_sends_nobody_away_for_good(gate: LeaseGate) -> None:
+    """Before the registry has said anything a token may be good: its holder is told to try again."""
+    with pytest.raises(EngineNotReady) as told:
+        gate.check("token-1")
+    assert told.value.retryable
 
 
 @pytest.mark.parametrize("token", ["", "token-", "token-11", "TOKEN-1", "token-2", "tökén-1"])
