@@ -159,7 +159,7 @@ async def wrapper(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Wrapper]:
     yield wrapper
     wrapper.engine.go.set()
     await wrapper.app.cut_all()
-    gc.collect()  # a task's exception that nobody has looked at is logged when the task goes
+    gc.collect(1)  # a task's exception that nobody has looked at is logged when the task goes
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
     assert wrapper.gate.in_flight == 0
     assert len(wrapper.meter.ended) == len(wrapper.meter.begun)
@@ -241,6 +241,15 @@ async def test_status_says_that_the_llm_is_being_started(wrapper: Wrapper) -> No
         refused = await wrapper.call("POST", path, body).done()
         assert (refused.status, refused.json["code"], refused.headers["retry-after"]) == (503, "engine_not_ready", "1")
         assert "loading" in refused.json["message"]
+
+
+async def test_fresh_wrapper_says_try_again(wrapper: Wrapper) -> None:
+    """A wrapper whose process is new does not call a lease over that the registry is about to bind again."""
+    wrapper.gate = LeaseGate(wrapper.clock)
+    wrapper.make()
+    for method, path in PATHS:
+        answer = await wrapper.call(method, path, {"question": "Why?"}).done()
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
 
 
 async def test_status_answers_while_prompts_run(wrapper: Wrapper) -> None:
