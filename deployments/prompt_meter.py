@@ -150,7 +150,10 @@ def _sources(settings: SCISettings, gpus: int) -> list[Any]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         try:
             uuids = gpu_uuids(visible)
+            if len(uuids) != gpus:
+                raise ReadFailed(f"CUDA_VISIBLE_DEVICES={visible} names {len(uuids)} GPUs, not the {gpus} reserved")
         except ReadFailed as error:
+            # Inside the boundary all the same: without all of them no total is known.
             unreadable.append(Unreadable(f"gpu:{visible}", str(error), in_boundary=True))
     return [*probe_sources(uuids, pid=os.getpid(), settings=settings), *unreadable]
 
