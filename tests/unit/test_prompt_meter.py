@@ -1,0 +1,372 @@
+"""What a prompt cost. All joules here are a test double's, and labelled ``simulated``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deployments import prompt_meter
+from deployments.energy import Label
+from deployments.energy_sources import ReadFailed, Source, Unreadable
+from deployments.meter import Meter
+from deployments.prompt_meter import Flight, PromptMeter, grid_of, sci_settings
+from registry.errors import BadSettings
+from registry.settings import EnergySettings
+from tests.fake_counters import FakeCounter, ManualClock
+
+GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}
+EMBODIED = {"g_per_hour": 3.6, "low_g_per_hour": 1.8, "high_g_per_hour": 7.2, "source": "a test"}
+CPU_MODEL = {
+    "idle_w_per_cpu": 1.0, "busy_w_per_cpu": 5.0, "low_factor": 0.5, "high_factor": 2.0, "source": "a test"
+}  # fmt: skip
+USAGE = {"prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10}
+WATTS = 100.0
+
+
+class Bench:
+    """A PromptMeter on a manual clock and simulated counters of 100 W."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *sources: Source | Unreadable, **energy: Any) -> None:
+        self.clock = ManualClock()
+        found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:x", label=Label.SIMULATED),)
+        monkeypatch.setattr(prompt_meter, "_sources", lambda _settings, _gpus: list(found))
+        monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
+        chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}
+        self.meter = PromptMeter(EnergySettings.model_validate(chosen), gpus=1)
+        self.meter._meter.poll_once()
+
+    def passes(self, seconds: float) -> None:
+        for _ in range(round(seconds / 0.05)):
+            self.clock.now_s += 0.05
+            self.meter._meter.poll_once()
+
+    def prompt(self, seconds: float) -> Flight:
+        flight = self.meter.begin()
+        self.passes(seconds)
+        self.meter.end(flight)
+        return flight
+
+    def account(self, flight: Flight, tokens: tuple[int, int] = (6, 4), answer: str = "four words and no") -> Any:
+        self.passes(0.2)
+        usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
+        account = self.meter.account(flight, usage=usage, answer=answer)
+        assert_honest(account)
+        return account
+
+
+def assert_honest(account: Any) -> None:
+    """No bare zero, no figure without a label, all of it plain JSON."""
+    assert json.loads(json.dumps(account)) == account
+    energy = account["energy"]
+    assert (energy["total_j"] is None) == (energy["label"] == "unavailable")
+    for figure in (energy["total_j"], account["sci_score"], account["carbon"]["o_g"], account["carbon"]["m_g"]):
+        assert figure is None or figure > 0
+    for part in energy["components"]:
+        assert (part["joules"] is None) == (part["label"] == "unavailable")
+    assert account["sci_method"] == energy["label"]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
+    """Makes a bench: ``bench(*sources, **energy settings)``."""
+    return partial(Bench, monkeypatch)
+
+
+# --- one prompt --------------------------------------------------------------------------------------------
+
+
+def test_account_of_a_prompt(bench: Callable[..., Bench]) -> None:
+    """A prompt of 2 s at 100 W is 200 J; its score follows the SCI formula, with the label of its energy."""
+    made = bench()
+    account = made.account(made.prompt(2.0))
+    assert account["energy"]["total_j"] == pytest.approx(200.0, rel=0.06)
+    assert account["energy"]["components"][0]["name"] == "gpu:x"
+    o_g, m_g = account["energy"]["total_j"] / 3.6e6 * 360.0, 3.6 * 2.0 / 3600
+    assert account["carbon"]["o_g"] == pytest.approx(o_g)
+    assert account["carbon"]["m_g"] == pytest.approx(m_g)
+    assert account["sci_score"] == pytest.approx((o_g + m_g) / 4)
+    assert account["sci_low"] < account["sci_score"] < account["sci_high"]
+    assert (account["unit"], account["units"], account["sci_method"]) == ("output_token", 4, "simulated")
+    assert account["carbon"]["grid"] == {
+        "gco2eq_per_kwh": 360.0,
+        "zone": None,
+        "dataset": "a test",
+        "version": "2026-01-01",
+    }
+    assert account["methods"] == {"E": "simulated", "I": "sourced", "M": "sourced", "R": "measured"}
+
+
+@pytest.mark.parametrize(("unit", "units"), [("output_token", 4), ("token", 10), ("request", 1), ("word", 4)])
+def test_functional_unit_is_the_operators(bench: Callable[..., Bench], unit: str, units: int) -> None:
+    """The score is per the unit that the operator chose, and says which."""
+    made = bench(functional_unit=unit)
+    account = made.account(made.prompt(1.0))
+    assert (account["unit"], account["units"]) == (unit, units)
+    whole = account["carbon"]["o_g"] + account["carbon"]["m_g"]
+    assert account["sci_score"] * units == pytest.approx(whole)
+
+
+def test_score_of_nothing_is_none(bench: Callable[..., Bench]) -> None:
+    """A prompt that brought no units has its energy, and no score: not zero and not infinite."""
+    made = bench()
+    account = made.account(made.prompt(1.0), tokens=(6, 0), answer="")
+    assert account["sci_score"] is None
+    assert account["energy"]["total_j"] > 0
+    assert "no_units" in account["flags"]
+
+
+@pytest.mark.parametrize(("missing", "flag"), [("grid", "no_grid"), ("embodied", "no_embodied")])
+def test_without_a_factor_there_is_no_score(bench: Callable[..., Bench], missing: str, flag: str) -> None:
+    """Without a grid or an embodied figure there is no score, and the account says what is missing."""
+    made = bench(**{missing: None})
+    account = made.account(made.prompt(1.0))
+    assert account["sci_score"] is None
+    assert flag in account["flags"]
+    assert account["energy"]["total_j"] > 0
+
+
+def test_simulated_is_an_estimate_where_none_are_allowed(bench: Callable[..., Bench]) -> None:
+    """Where only measured scores are allowed, other energy gives none."""
+    made = bench(allow_estimates=False)
+    account = made.account(made.prompt(1.0))
+    assert account["sci_score"] is None
+    assert "estimates_not_allowed" in account["flags"]
+
+
+def test_prompt_too_short_for_the_counter(bench: Callable[..., Bench]) -> None:
+    """A prompt that no counter can resolve is unavailable and flagged, never 0 J."""
+    made = bench(FakeCounter(lambda now_s: 5.0, name="gpu:x", label=Label.SIMULATED))
+    account = made.account(made.prompt(0.05))
+    assert account["energy"]["total_j"] is None
+    assert account["sci_score"] is None
+    assert "too_short" in account["flags"]
+
+
+def test_nothing_to_read(bench: Callable[..., Bench]) -> None:
+    """Where no counter is readable the account says so, and why."""
+    made = bench(Unreadable("gpu:x", "no driver", in_boundary=True))
+    account = made.account(made.prompt(1.0))
+    assert account["energy"]["total_j"] is None
+    assert account["sci_method"] == "unavailable"
+    assert account["energy"]["components"][0]["source"] == "no driver"
+
+
+def test_counter_that_fails_later(bench: Callable[..., Bench]) -> None:
+    """A counter that stops answering in the middle of a prompt leaves its figure unknown."""
+
+    def value(now_s: float) -> float | Exception:
+        return WATTS * now_s if now_s < 1001.0 else ReadFailed("gone")
+
+    made = bench(FakeCounter(value, name="gpu:x", label=Label.SIMULATED))
+    account = made.account(made.prompt(3.0))
+    assert account["energy"]["total_j"] is None
+    assert "stale" in account["flags"]
+
+
+# --- prompts that overlap ----------------------------------------------------------------------------------
+
+
+def test_prompts_after_one_another_have_their_own(bench: Callable[..., Bench]) -> None:
+    """A prompt that was alone has what the counters say, though others came before and after."""
+    made = bench()
+    first = made.prompt(1.0)
+    second = made.prompt(2.0)
+    assert made.account(first)["energy"]["total_j"] == pytest.approx(100.0, rel=0.11)
+    account = made.account(second)
+    assert account["energy"]["total_j"] == pytest.approx(200.0, rel=0.06)
+    assert "shared" not in account["flags"]
+
+
+def test_overlapping_prompts_share(bench: Callable[..., Bench]) -> None:
+    """Two prompts at the same time share what flows by their tokens: together the whole, each flagged as shared."""
+    made = bench()
+    first, second = made.meter.begin(), made.meter.begin()
+    made.passes(2.0)
+    made.meter.end(first)
+    made.meter.end(second)
+    one = made.account(first, tokens=(10, 10))
+    other = made.account(second, tokens=(10, 50))
+    # The first to be accounted for takes the other for as fast as itself: all that is known then.
+    assert one["energy"]["total_j"] == pytest.approx(100.0, rel=0.06)
+    assert other["energy"]["total_j"] == pytest.approx(150.0, rel=0.06)
+    assert {"shared"} <= set(one["flags"]) & set(other["flags"])
+    assert one["energy"]["low_j"] <= one["energy"]["total_j"] <= one["energy"]["high_j"]
+
+
+def test_prompt_that_still_runs_has_its_share(bench: Callable[..., Bench]) -> None:
+    """A prompt still in flight takes part: who ends first is not charged for both."""
+    made = bench()
+    running = made.meter.begin()
+    first = made.prompt(1.0)
+    assert made.account(first)["energy"]["total_j"] == pytest.approx(50.0, rel=0.2)
+    made.meter.end(running)
+
+
+def test_prompt_that_failed_has_its_share(bench: Callable[..., Bench]) -> None:
+    """A prompt that was cut used energy too, which is not charged to the one beside it."""
+    made = bench()
+    cut, good = made.meter.begin(), made.meter.begin()
+    made.passes(1.0)
+    made.meter.end(cut)
+    made.passes(1.0)
+    made.meter.end(good)
+    account = made.account(good)
+    assert account["energy"]["total_j"] == pytest.approx(150.0, rel=0.1)
+    assert "shared" in account["flags"]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(times=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20), st.integers(1, 50)), min_size=1, max_size=5))
+def test_accounts_are_never_more_than_what_flowed(
+    bench: Callable[..., Bench], times: list[tuple[int, int, int]]
+) -> None:
+    """However prompts overlap, none is charged more than what flowed while it was in flight, and none is charged 0."""
+    made = bench()
+    flights: dict[int, Flight] = {}
+    for step in range(42):
+        for index, (start, length, _) in enumerate(times):
+            if step == start:
+                flights[index] = made.meter.begin()
+            if step == start + length:
+                made.meter.end(flights[index])
+        made.passes(0.05)
+    for index, (_, length, tokens) in enumerate(times):
+        account = made.account(flights[index], tokens=(tokens, 1))
+        joules, poll_j = account["energy"]["total_j"], 0.05 * WATTS
+        assert joules is None or 0 < joules <= length * poll_j + 2 * poll_j
+
+
+def test_only_so_many_prompts_are_remembered(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of ended prompts is bounded."""
+    monkeypatch.setattr(prompt_meter, "REMEMBERED_PROMPTS", 3)
+    made = bench()
+    flights = [made.prompt(0.05) for _ in range(5)]
+    assert list(made.meter._flights) == flights[2:]
+
+
+# --- the start of an LLM -----------------------------------------------------------------------------------
+
+
+def test_start_of_an_llm_is_on_its_own_account(bench: Callable[..., Bench]) -> None:
+    """What the start of an LLM took is told by the meter, also of a start that failed; no prompt pays for it."""
+    made = bench()
+    assert made.meter.describe()["last_load"] is None
+    with made.meter.load():
+        made.passes(3.0)
+    load: Any = made.meter.describe()["last_load"]
+    assert load["total_j"] == pytest.approx(300.0, rel=0.05)
+    assert load["label"] == "simulated"
+
+    def failing_start() -> None:
+        with made.meter.load():
+            made.passes(1.0)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        failing_start()
+    load = made.meter.describe()["last_load"]
+    assert load["total_j"] == pytest.approx(100.0, rel=0.11)
+    json.dumps(made.meter.describe())
+
+
+# --- putting it together -----------------------------------------------------------------------------------
+
+
+def test_simulated_sources_are_refused_outside_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test double never gets into a real account."""
+    source = FakeCounter(lambda now_s: now_s, label=Label.SIMULATED)
+    monkeypatch.setattr(prompt_meter, "_sources", lambda _settings, _gpus: [source])
+    with pytest.raises(BadSettings, match="for tests only"):
+        PromptMeter(EnergySettings(), gpus=0)
+
+
+def test_polls_while_it_runs(bench: Callable[..., Bench]) -> None:
+    """The counters are polled between start and stop, and given back afterwards."""
+    source = FakeCounter(lambda now_s: now_s, label=Label.SIMULATED)
+    made = bench(source)
+    made.meter.start()
+    assert made.meter.describe()["polling"] is True
+    made.meter.stop()
+    assert made.meter.describe()["polling"] is False
+    assert source.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "answer", "missing"),
+    [
+        ("GPU-a,GPU-b", ("GPU-a", "GPU-b"), []),
+        ("0", ReadFailed("no driver"), ["gpu:0"]),
+        ("", (), ["gpu:"]),
+        ("GPU-a", ("GPU-a",), ["gpu:GPU-a"]),
+    ],
+    ids=["all there", "no driver", "none visible", "one of two visible"],
+)
+def test_gpus_that_are_not_found_are_holes(
+    monkeypatch: pytest.MonkeyPatch, visible: str, answer: tuple[str, ...] | Exception, missing: list[str]
+) -> None:
+    """Each GPU that a wrapper reserves is counted, or leaves a hole in the total: none is passed over."""
+
+    def uuids(names: str) -> tuple[str, ...]:
+        assert names == visible
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def probed(found: tuple[str, ...], **_: object) -> list[Source | Unreadable]:
+        return [Unreadable(name, "found") for name in found]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(prompt_meter, "gpu_uuids", uuids)
+    monkeypatch.setattr(prompt_meter, "probe_sources", probed)
+    sources = prompt_meter._sources(sci_settings(EnergySettings()), 2)
+    assert [source.name for source in sources if source.in_boundary] == missing
+    assert [source.name for source in sources if not source.in_boundary] == (
+        [] if isinstance(answer, Exception) else [*answer]
+    )
+
+
+def test_wrapper_without_gpus_looks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapper without GPUs counts none, whatever this machine's environment says."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-of-somebody")
+    monkeypatch.setattr(prompt_meter, "probe_sources", lambda found, **_: [found])
+    assert prompt_meter._sources(sci_settings(EnergySettings()), 0) == [()]
+
+
+def test_settings_become_the_formulas() -> None:
+    """All that the operator chose reaches the formula."""
+    chosen = EnergySettings.model_validate(
+        {"pue": 1.2, "functional_unit": "word", "embodied": EMBODIED, "cpu_model": CPU_MODEL, "grid": GRID}
+    )
+    formula = sci_settings(chosen)
+    assert (formula.pue, formula.functional_unit, formula.allow_estimates) == (1.2, "word", False)
+    assert formula.embodied is not None
+    assert formula.embodied.g_per_hour == 3.6
+    assert formula.cpu_model is not None
+    assert formula.cpu_model.busy_w_per_cpu == 5.0
+    grid = grid_of(chosen)
+    assert grid is not None
+    assert (grid.gco2eq_per_kwh, grid.zone, grid.dataset) == (360.0, None, "a test")
+
+
+def test_grid_is_what_was_configured() -> None:
+    """A zone is looked up, an unknown one is an error, and none at all is none: there is no default."""
+    assert grid_of(EnergySettings()) is None
+    zone = grid_of(EnergySettings.model_validate({"grid": {"zone": "FRA"}}))
+    assert zone is not None
+    assert zone.zone == "FRA"
+    assert zone.gco2eq_per_kwh > 0
+    with pytest.raises(BadSettings, match="no zone 'XYZ'"):
+        PromptMeter(EnergySettings.model_validate({"grid": {"zone": "XYZ"}}), gpus=0)
+
+
+def test_cpu_model_out_of_range_is_refused() -> None:
+    """A CPU that uses more when idle than when busy is an error of the settings."""
+    broken = EnergySettings.model_validate({"cpu_model": {**CPU_MODEL, "idle_w_per_cpu": 9.0}})
+    with pytest.raises(BadSettings, match="idle_w_per_cpu"):
+        PromptMeter(broken, gpus=0)
