@@ -43,7 +43,7 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready; end it with 'down'.")] = False,
 ) -> None:
     """Start the registry with its cluster, in the foreground until Ctrl-C."""
-    from deployments import lifecycle  # noqa: PLC0415 - the other commands need not wait for it
+    from deployments import lifecycle
 
     settings = _settings(config, address)
     if detach:
@@ -55,7 +55,7 @@ def up(
 @app.command()
 def down(config: ConfigOption = DEFAULT_CONFIG, address: AddressOption = None) -> None:
     """End a registry that was started with 'up'; returns when everything is gone."""
-    from deployments import lifecycle  # noqa: PLC0415
+    from deployments import lifecycle
 
     lifecycle.end(_settings(config, address), say=console.print)
 
@@ -68,7 +68,7 @@ def demo(
     config: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
     """Start everything, act as a Prompting Service over HTTP, show what came out, and end everything."""
-    from deployments.demo import run_demo  # noqa: PLC0415
+    from deployments.demo import run_demo
 
     run_demo(config, model or [], console)
 

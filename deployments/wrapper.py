@@ -203,6 +203,7 @@ class LLMWrapper:
                 with self._meter.load():
                     await self._host.start(
                         _present(config.sources.locate(spec.model)),
+                        served_model_name=spec.model,
                         revision=spec.revision,
                         engine_args=json.loads(spec.engine_args),
                         modeltyp=spec.modeltyp,

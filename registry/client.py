@@ -80,7 +80,7 @@ class RegistryClient:
     """Calls to one registry. Not for use by several threads at once."""
 
     def __init__(self, base_url: str, *, timeout_s: float = 60.0) -> None:
-        """Connect to the ingress at ``base_url``, e.g. ``http://127.0.0.1:8000``."""
+        """Make a client of the ingress at ``base_url``, as in ``http://127.0.0.1:8000``; nothing is sent yet."""
         self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout_s)
 
     def __enter__(self) -> Self:

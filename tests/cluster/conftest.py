@@ -92,7 +92,6 @@ class Registry:
         assert len(found) == 1, f"{part}: {found}"
         return found[0]
 
-
     def replica(self) -> psutil.Process:
         """The wrapper's process."""
         return self.process_named("ray::ServeReplica:wrapper")

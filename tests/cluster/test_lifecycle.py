@@ -23,6 +23,10 @@ from tests.cluster.conftest import DOWN_LIMIT_S, REPOSITORY, UP_LIMIT_S, start, 
 pytestmark = pytest.mark.cluster
 
 LLM = Callable[..., dict[str, Any]]
+FORBIDDEN_LLM = """
+deploy:
+  - llm: {modeltyp: text-generation, model: /etc, uses_chat_template: true, args: {prompting: {}, deployment: {}}}
+"""
 
 
 def greenprompt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -125,11 +129,7 @@ def test_a_busy_port_is_one_clear_line(tmp_path: Path) -> None:
         ("http: {port: 0}", "http.port"),
         ("http: [", "YAML"),
         ("[]", "mapping"),
-        (
-            "deploy: [{llm: {modeltyp: text-generation, model: /etc, uses_chat_template: true, args: "
-            + "{prompting: {}, deployment: {}}}}]",
-            "deploy[0].llm.model",
-        ),
+        (FORBIDDEN_LLM, "deploy[0].llm.model"),
     ],
 )
 def test_a_bad_configuration_is_one_clear_line(tmp_path: Path, content: str, named: str) -> None:
