@@ -20,7 +20,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, M
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,8 +27,8 @@ import psutil
 from pydantic import ValidationError
 
 from deployments import process_tree
-from deployments.engine_env import EngineEnvironment
-from deployments.warm_start import WarmForkserver, WarmStartUnavailable, shape_problem, spawn_mortals
+from deployments.engine_env import EngineEnvironment, Phase, PhaseClock
+from deployments.warm_start import WarmForkserver, shape_problem, spawn_mortals
 from registry.errors import EngineNotReady, EngineStartFailed
 
 if TYPE_CHECKING:
@@ -74,25 +73,19 @@ _PUBLIC = frozenset(
         )
     }
 )  # fmt: skip
-_PASSING = re.compile(r"connect|time[d ]*out|temporar|unavailable|too many requests|memory|offline", re.IGNORECASE)
+_ELSEWHERE_OR_LATER = re.compile(
+    r"connect|time[d ]*out|temporar|unavailable|too many requests|offline|memory|gpu|device|capability", re.IGNORECASE
+)
 _STOP_TIMEOUT_S = 5.0  # for vLLM's own way of stopping; what is left then is killed
 _GONE_TIMEOUT_S = 10.0  # for the kernel to take a killed process away
 
 
-class Phase(StrEnum):
-    """How far the start of an LLM is. A cold start can't tell LOADING from WARMING_UP and stays in LOADING."""
-
-    IMPORTING = "importing"  # vLLM itself, once per wrapper
-    CONFIGURING = "configuring"  # the LLM's configuration and tokenizer
-    LOADING = "loading"  # its weights; with their download, if they are not there yet
-    WARMING_UP = "warming_up"  # KV cache, compilation, first run
-    READY = "ready"
-
-
 @dataclass(frozen=True, slots=True)
 class StopReport:
-    """What became of an engine's processes. ``killed``: pids that did not end by themselves. ``leftover``: pids that
-    live on although they were killed; their memory is not back. ``took_s``: seconds.
+    """What became of an engine's processes.
+
+    ``killed``: pids that vLLM did not end. ``leftover``: pids that live on although they were killed; their memory is
+    not back. ``took_s``: seconds.
     """
 
     killed: tuple[int, ...] = ()
@@ -109,33 +102,34 @@ class RunningLLM:
     """An LLM that answers. Made by ``EngineHost.start``; useless after ``EngineHost.stop``.
 
     ``asgi`` is vLLM's own OpenAI app (check ``public_path`` first). ``phases`` holds the seconds that each phase of
-    the start took, ``started_s`` is their sum. ``pids`` are all its processes. ``died`` is set when one of them ends
-    by itself; then ``death_reason`` says why.
+    the start took, ``started_s`` is their sum. ``pids`` are all its processes. ``died`` is set as soon as one of them
+    ends by itself; then ``death_reason`` says why.
     """
 
     def __init__(
-        self, engine: AsyncLLM, asgi: ASGIApp, model: str, processes: set[psutil.Process], phases: Mapping[str, float]
+        self, engine: AsyncLLM, asgi: ASGIApp, name: str, processes: Iterable[psutil.Process], phases: dict[str, float]
     ) -> None:
+        """For ``EngineHost``."""
+        self.engine = engine
         self.asgi = asgi
-        self.served_model_name = model
+        self.served_model_name = name
         self.max_model_len: int = engine.model_config.max_model_len
-        self.phases = dict(phases)
+        self.processes = frozenset(processes)
+        self.phases = phases
         self.started_s = sum(phases.values())
         self.died = asyncio.Event()
         self.death_reason: str | None = None
-        self.engine = engine
-        self.processes = frozenset(processes)
 
     @property
     def pids(self) -> tuple[int, ...]:
         """Process ids of the engine and its workers, ascending."""
-        return tuple(sorted(process.pid for process in self.processes))
+        return _pids(self.processes)
 
     async def healthy(self, timeout_s: float = 30.0) -> None:
         """Return when the engine has answered.
 
         Raises:
-            EngineNotReady: It is dead, or has not answered for ``timeout_s`` seconds.
+            EngineNotReady: It is dead, or has not answered for ``timeout_s`` seconds > 0.
         """
         if self.died.is_set():
             raise EngineNotReady(self.death_reason or "it died")
@@ -159,7 +153,7 @@ class EngineHost:
     """Runs one LLM at a time in processes of its own. One per process; use it from one event loop.
 
     ``warm`` says whether engines are forked from a warm forkserver; if not, ``cold_reason`` says why, and a start
-    takes as long as `vllm serve`.
+    takes as long as "vllm serve".
     """
 
     def __init__(
@@ -188,56 +182,54 @@ class EngineHost:
         self._kv_cache_gib = kv_cache_gib
         self._cpu_threads = cpu_threads or max(1, len(os.sched_getaffinity(0)) - 1)
         self._preload = preload
+        self._preparing: asyncio.Task[None] | None = None
+        self._starting: asyncio.Task[RunningLLM] | None = None
+        self._busy = asyncio.Lock()
+        self._closed = False
         self._environment: EngineEnvironment | None = None
         self._forkserver: WarmForkserver | None = None
-        # Everything of vLLM that blocks runs in this one thread, which lives as long as the host: the kernel ends
-        # processes that it starts together with it.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._busy = asyncio.Lock()
-        self._starting: asyncio.Task[Any] | None = None
         self._watch: process_tree.DeathWatch | None = None
         self._defaults: Namespace | None = None
+        # Everything of vLLM that blocks runs in this one thread, which lives as long as the host: the kernel ends
+        # processes that it starts together with it.
+        self._thread = _engine_thread()
 
     # --- getting ready -----------------------------------------------------------------------------------------
 
     async def prepare(self) -> None:
-        """Import vLLM here and in the warm forkserver, side by side: 15 to 50 seconds. Does nothing the second time.
+        """Import vLLM here and in the warm forkserver, side by side: 15 to 50 seconds, once.
 
-        Where a warm start is not possible the normal way is taken, with a warning.
+        Where a warm start is not possible the normal way is taken, with a warning. Cancelling this does not stop it.
 
         Raises:
             ImportError: vLLM is not installed, or can't be imported here.
+            RuntimeError: The host is closed.
         """
-        async with self._busy:
-            if self._environment is not None:
-                return
-            self._environment = EngineEnvironment(
-                self._cache_dir, cpu_threads=None if self._gpus else self._cpu_threads
-            )
-            forkserver = WarmForkserver()
-            warm, imported = await asyncio.gather(
-                asyncio.to_thread(forkserver.start, self._preload),
-                self._in_thread(self._import),
-                return_exceptions=True,
-            )
-            if isinstance(imported, BaseException):
-                await asyncio.to_thread(forkserver.stop)
-                self._environment.close()
-                self._environment = None
-                raise imported
-            await self._choose_start(forkserver, warm)
+        if self._closed:
+            raise RuntimeError("the engine host is closed")
+        if self._preparing is None:
+            self._preparing = asyncio.create_task(self._prepare(), name="prepare the engine host")
+        await asyncio.shield(self._preparing)
 
-    async def _choose_start(self, forkserver: WarmForkserver, warm: BaseException | None) -> None:
-        self.cold_reason = await self._in_thread(self._why_cold)
-        if self.cold_reason is None and warm is not None:
-            self.cold_reason = str(warm)
+    async def _prepare(self) -> None:
+        threads = None if self._gpus else self._cpu_threads
+        self._environment = EngineEnvironment(self._cache_dir, cpu_threads=threads, preload=self._preload)
+        self._forkserver = WarmForkserver(self._environment.directory)
+        warm, imported = await asyncio.gather(
+            asyncio.to_thread(self._forkserver.start),
+            self._in_thread(self._import),
+            return_exceptions=True,
+        )
+        if isinstance(imported, BaseException):
+            raise imported
+        self.cold_reason = str(warm) if isinstance(warm, BaseException) else self._why_cold()
         self.warm = self.cold_reason is None
         if self.warm:
-            self._forkserver = forkserver
-            forkserver.install()
+            self._forkserver.install()
             return
         _log.warning("LLMs will start slowly, since the warm start is not available: %s", self.cold_reason)
-        await asyncio.to_thread(forkserver.stop)
+        await asyncio.to_thread(self._forkserver.stop)
+        self._forkserver = None
         spawn_mortals()
 
     def _import(self) -> None:
@@ -266,44 +258,46 @@ class EngineHost:
         self,
         model: str,
         *,
+        served_model_name: str | None = None,
         revision: str | None = None,
         engine_args: Mapping[str, Any] | None = None,
         modeltyp: str = "text-generation",
-        on_phase: Callable[[Phase], None] = lambda _phase: None,
+        on_phase: Callable[[Phase], object] = lambda _phase: None,
         timeout_s: float = 600.0,
     ) -> RunningLLM:
         """Start an LLM and return when it answers. Cancelling this, at any time, leaves no process behind.
 
         Args:
-            model: Hugging Face id or directory; clients name the LLM by exactly this.
+            model: Hugging Face id, or directory.
+            served_model_name: What clients call it; None: ``model``.
             revision: Branch, tag or commit; None: the default one.
-            engine_args: vLLM's own engine arguments; they win over those that follow from the host.
+            engine_args: vLLM's own engine arguments; they win over those that follow from host and ``modeltyp``.
             modeltyp: The Hugging Face task (``text-generation``, ``feature-extraction`` …).
             on_phase: Called in the event loop with each phase as it begins.
             timeout_s: Seconds > 0 after which the start is given up.
 
         Raises:
-            EngineStartFailed: vLLM refused the LLM or failed; the reason is the first error that it met.
-            RuntimeError: An LLM runs already, or the host is closed.
+            EngineStartFailed: vLLM refused the LLM or failed (the reason is the first error that it met), took too
+                long, or ``stop`` was called meanwhile.
+            RuntimeError: An LLM runs or starts already, or the host is closed.
         """
-        if self.running is not None:
-            raise RuntimeError(f"{self.running.served_model_name} is running; stop it first")
-        clock = _PhaseClock(on_phase)
-        if self._environment is None:
+        if self.running is not None or self._starting is not None:
+            raise RuntimeError("another LLM runs or starts; stop it first")
+        clock = PhaseClock(on_phase)
+        if not (self._preparing and self._preparing.done()):
             clock.enter(Phase.IMPORTING)
-            await self.prepare()
-        self._starting = starting = asyncio.create_task(
-            self._start(model, revision, engine_args or {}, modeltyp, clock), name=f"start {model}"
-        )
+        await self.prepare()
+        order = _Order(model, served_model_name or model, revision, engine_args or {}, modeltyp)
+        self._starting = starting = asyncio.create_task(self._start(order, clock), name=f"start {model}")
         try:
             async with asyncio.timeout(timeout_s):
                 return await starting
         except TimeoutError:
+            await self._stop_late(starting)
             reason = f"it was not ready after {timeout_s:g} s (phase: {clock.phase})"
             raise EngineStartFailed(model, reason) from None
         except asyncio.CancelledError:
-            if not starting.cancelled():  # it was ready in the very moment of being cancelled
-                await self.stop()
+            await self._stop_late(starting)
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
@@ -311,58 +305,50 @@ class EngineHost:
         finally:
             self._starting = None
 
-    async def _start(
-        self, model: str, revision: str | None, engine_args: Mapping[str, Any], modeltyp: str, clock: _PhaseClock
-    ) -> RunningLLM:
+    async def _stop_late(self, starting: asyncio.Task[RunningLLM]) -> None:
+        """The LLM was ready in the very moment in which its start was given up."""
+        if not starting.cancelled() and starting.exception() is None:
+            await _to_the_end(self._stop())
+
+    async def _start(self, order: _Order, clock: PhaseClock) -> RunningLLM:
         async with self._busy:
             environment = self._environment
-            if environment is None:
-                raise RuntimeError("the engine host is closed")
+            assert environment is not None
             environment.begin_start()
             before = self._candidates()
-            attempt = _Attempt()
             following = asyncio.create_task(clock.follow(environment.phases))
-            launching = asyncio.ensure_future(
-                self._in_thread(self._launch, attempt, model, revision, engine_args, modeltyp, clock.enter_threadsafe())
-            )
+            launching = asyncio.ensure_future(self._in_thread(self._launch, order, clock.enter_threadsafe()))
             try:
                 engine = await asyncio.shield(launching)
-                asgi = await self._serve(engine, model)
+                asgi = await self._serve(engine, order)
             except BaseException as problem:
-                attempt.cancelled = True
+                order.given_up = True
                 await _to_the_end(self._clear_away(launching, before))
                 if isinstance(problem, Exception):
                     reason = environment.last_words() or _text_of(problem)
-                    permanent = attempt.configuring and not _PASSING.search(reason)
-                    raise EngineStartFailed(model, reason, permanent) from problem
+                    permanent = not order.accepted and not _ELSEWHERE_OR_LATER.search(reason)
+                    raise EngineStartFailed(order.model, reason, permanent) from problem
                 raise
             finally:
                 following.cancel()
             clock.enter(Phase.READY)
-            self.running = llm = RunningLLM(engine, asgi, model, self._candidates() - before, clock.took_s)
+            llm = RunningLLM(engine, asgi, order.name, self._candidates() - before, clock.took_s)
+            environment.remember_shared_memory(process_tree.shared_memory(llm.processes))
             self._watch = process_tree.DeathWatch(llm.processes, functools.partial(self._on_death, llm))
-            _log.info("%s runs after %.1f s", model, llm.started_s)
+            self.running = llm
+            _log.info("%s runs after %.1f s", order.model, llm.started_s)
             return llm
 
-    def _launch(
-        self,
-        attempt: _Attempt,
-        model: str,
-        revision: str | None,
-        engine_args: Mapping[str, Any],
-        modeltyp: str,
-        enter: Callable[[Phase], None],
-    ) -> AsyncLLM:
+    def _launch(self, order: _Order, enter: Callable[[Phase], object]) -> AsyncLLM:
         """In the engine thread: from arguments to an engine that is loaded and warm."""
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         enter(Phase.CONFIGURING)
-        args = self._arguments(model, revision, engine_args, modeltyp)
-        config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        attempt.configuring = False
-        if attempt.cancelled:
-            raise RuntimeError("cancelled")
+        config = self._arguments(order).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        order.accepted = True
+        if order.given_up:
+            raise RuntimeError("given up")
         enter(Phase.LOADING)
         return AsyncLLM.from_vllm_config(
             config,
@@ -371,45 +357,46 @@ class EngineHost:
             disable_log_stats=True,
         )
 
-    def _arguments(
-        self, model: str, revision: str | None, engine_args: Mapping[str, Any], modeltyp: str
-    ) -> AsyncEngineArgs:
+    def _arguments(self, order: _Order) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        unknown = set(engine_args) - {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+        unknown = set(order.engine_args) - {field.name for field in dataclasses.fields(AsyncEngineArgs)}
         if unknown:
             raise ValueError(f"vLLM has no engine argument {', '.join(sorted(unknown))}")
-        ours: dict[str, Any] = {"tensor_parallel_size": max(1, self._gpus), **_RUNNERS.get(modeltyp, {})}
+        ours: dict[str, Any] = {"tensor_parallel_size": max(1, self._gpus), **_RUNNERS.get(order.modeltyp, {})}
         if not self._gpus and self._kv_cache_gib is not None:
             os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would win, and knows whole GiB only
             ours["kv_cache_memory_bytes"] = int(self._kv_cache_gib * 2**30)
-        fixed = {"model": model, "revision": revision, "served_model_name": [model]}
-        return AsyncEngineArgs(**{**ours, **engine_args, **fixed})
+        fixed = {"model": order.model, "revision": order.revision, "served_model_name": [order.name]}
+        return AsyncEngineArgs(**{**ours, **order.engine_args, **fixed})
 
-    async def _serve(self, engine: AsyncLLM, model: str) -> ASGIApp:
+    async def _serve(self, engine: AsyncLLM, order: _Order) -> ASGIApp:
         """Build vLLM's OpenAI app on a running engine."""
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
 
-        assert self._defaults is not None
         args = Namespace(**vars(self._defaults))
-        args.model, args.served_model_name = model, [model]
+        args.model, args.served_model_name = order.model, [order.name]
         args.disable_fastapi_docs = args.disable_log_stats = True
         tasks = await engine.get_supported_tasks()
-        app = await self._in_thread(build_app, args, tasks, engine.model_config)
-        await init_app_state(engine, app.state, args, tasks)
+        app: ASGIApp = await self._in_thread(build_app, args, tasks, engine.model_config)
+        await init_app_state(engine, app.state, args, tasks)  # type: ignore[attr-defined]
         return app
 
     async def _clear_away(self, launching: asyncio.Future[AsyncLLM], before: set[psutil.Process]) -> None:
-        """After a failed or cancelled start: no process, no socket and no thread of it stays."""
+        """After a failed or cancelled start: no process, no socket and no shared memory of it stays."""
+        assert self._environment is not None
         deadline_s = time.monotonic() + _GONE_TIMEOUT_S
         while not launching.done() and time.monotonic() < deadline_s:
-            process_tree.kill(self._candidates() - before)
+            processes = self._candidates() - before
+            self._environment.remember_shared_memory(process_tree.shared_memory(processes))
+            process_tree.kill(processes)
             await asyncio.wait([launching], timeout=0.05)
         if not launching.done():
             # Hangs where nothing can be killed, most likely on the network. It starts no process any more.
+            launching.add_done_callback(lambda late: late.cancelled() or late.exception())
             self._thread.shutdown(wait=False)
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+            self._thread = _engine_thread()
         elif launching.exception() is None:
             await self._shut_down(launching.result())
         process_tree.kill(self._candidates() - before)
@@ -435,17 +422,20 @@ class EngineHost:
     # --- stopping ----------------------------------------------------------------------------------------------
 
     async def stop(self) -> StopReport:
-        """Stop the LLM, if any, and return when its processes are gone and their memory is back."""
+        """Stop the LLM that runs or starts, if any; return when its processes are gone and their memory is back."""
         if self._starting is not None:
             self._starting.cancel()
+        return await self._stop()
+
+    async def _stop(self) -> StopReport:
         async with self._busy:
             llm, self.running = self.running, None
             if llm is None:
                 return StopReport()
+            begun_s = time.monotonic()
             if self._watch is not None:
                 self._watch.close()
                 self._watch = None
-            begun_s = time.monotonic()
             processes = llm.processes.union(*(process_tree.descendants(pid) for pid in llm.pids))
             await self._shut_down(llm.engine)
             llm.asgi = _stopped
@@ -473,60 +463,45 @@ class EngineHost:
             poke.cancel()
         await asyncio.gather(*pokes, return_exceptions=True)
         stopping.result()
+        # vLLM leaves the threads and files of its message queue to the garbage collector.
+        messages = getattr(getattr(engine.engine_core, "resources", None), "ctx", None)
+        if messages is not None:
+            await self._in_thread(messages.destroy, 0)
 
     async def close(self) -> None:
-        """Stop, end the forkserver, remove temporary files. The host can't be used any more."""
+        """Stop, end the forkserver, remove temporary files. The host can't be used any more. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._preparing is not None:
+            await asyncio.wait([self._preparing])  # an import can't be interrupted
         await self.stop()
         async with self._busy:
             if self._forkserver is not None:
                 await asyncio.to_thread(self._forkserver.stop)
-                self._forkserver = None
             if self._environment is not None:
                 self._environment.close()
-                self._environment = None
-            self._thread.shutdown()
+            self._thread.shutdown(wait=False)
 
 
 @dataclass(slots=True)
-class _Attempt:
-    """One start, as the loop and the engine thread share it."""
+class _Order:
+    """What is to be started, and how far that is, as the event loop and the engine thread share it."""
 
-    configuring: bool = True
-    cancelled: bool = False
-
-
-class _PhaseClock:
-    """Tells phases as they begin, and how long each took. Lives in the event loop."""
-
-    def __init__(self, on_phase: Callable[[Phase], None]) -> None:
-        self.phase: Phase | None = None
-        self.took_s: dict[str, float] = {}
-        self._on_phase = on_phase
-        self._since_s = 0.0
-
-    def enter(self, phase: Phase) -> None:
-        now_s = time.monotonic()
-        if self.phase is not None:
-            self.took_s[self.phase] = self.took_s.get(self.phase, 0.0) + now_s - self._since_s
-        self.phase, self._since_s = phase, now_s
-        self._on_phase(phase)
-
-    def enter_threadsafe(self) -> Callable[[Phase], None]:
-        """``enter`` for another thread."""
-        return functools.partial(asyncio.get_running_loop().call_soon_threadsafe, self.enter)
-
-    async def follow(self, file: Path) -> None:
-        """Enter the phases that engine processes write to a file, until cancelled."""
-        seen = 0
-        while True:
-            phases = file.read_text(encoding="utf-8").split()
-            for phase in phases[seen:]:
-                self.enter(Phase(phase))
-            seen = len(phases)
-            await asyncio.sleep(0.05)
+    model: str
+    name: str
+    revision: str | None
+    engine_args: Mapping[str, Any]
+    modeltyp: str
+    accepted: bool = False  # vLLM found nothing wrong with it
+    given_up: bool = False
 
 
-async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+def _engine_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="engine")
+
+
+async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
     """Await ``work``, which ends soon, even if cancelled meanwhile."""
     task = asyncio.create_task(work)
     while not task.done():

@@ -1,42 +1,97 @@
-"""The surroundings of a wrapper's engines: environment variables, a directory for sockets, and their last words."""
+"""The surroundings of a wrapper's engines: variables, a directory for what is short-lived, phases and last words."""
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 
-from deployments.warm_start import PHASE_FILE
+from deployments.warm_start import PHASE_FILE, forkserver_variables
 
 _PREFIX = "greenprompt-"
-_LOCK = "owner.lock"
+_LOCK, _SHARED_MEMORY = "owner.lock", "shared_memory"
 _RECORD, _FIELD = "\x1e", "\x1f"  # what no error message holds
 _TRACEBACK = "Traceback (most recent call last):"
 _TOLD_BY_TYPE = ("ValueError", "RuntimeError", "Exception", "OSError", "ValidationError")
 
 
+class Phase(StrEnum):
+    """How far the start of an LLM is. A cold start can't tell LOADING from WARMING_UP and stays in LOADING."""
+
+    IMPORTING = "importing"  # vLLM itself, once per wrapper
+    CONFIGURING = "configuring"  # the LLM's configuration and tokenizer
+    LOADING = "loading"  # its weights; with their download, if they are not there yet
+    WARMING_UP = "warming_up"  # KV cache, compilation, first run
+    READY = "ready"
+
+
+class PhaseClock:
+    """Tells phases as they begin, and how long each took. Lives in the event loop."""
+
+    def __init__(self, on_phase: Callable[[Phase], object]) -> None:
+        """``took_s`` holds the seconds of each phase that is over."""
+        self.phase: Phase | None = None
+        self.took_s: dict[str, float] = {}
+        self._on_phase = on_phase
+        self._since_s = 0.0
+
+    def enter(self, phase: Phase) -> None:
+        """A phase begins, and the one before ends."""
+        now_s = time.monotonic()
+        if self.phase is not None:
+            self.took_s[self.phase.value] = self.took_s.get(self.phase.value, 0.0) + now_s - self._since_s
+        self.phase, self._since_s = phase, now_s
+        self._on_phase(phase)
+
+    def enter_threadsafe(self) -> Callable[[Phase], object]:
+        """``enter`` for another thread."""
+        loop = asyncio.get_running_loop()
+        return lambda phase: loop.call_soon_threadsafe(self.enter, phase)
+
+    async def follow(self, phases: Callable[[], Sequence[Phase]]) -> None:
+        """Enter the phases that engine processes announce, until cancelled."""
+        seen = 0
+        while True:
+            announced = phases()
+            for phase in announced[seen:]:
+                self.enter(phase)
+            seen = len(announced)
+            await asyncio.sleep(0.05)
+
+
 class EngineEnvironment:
     """What every engine of a wrapper finds around it; all of it is gone after ``close``, except the caches.
 
-    ``directory`` holds sockets and short-lived files. Its name is short, because the path of a Unix socket has 107
-    characters at most, and it is locked as long as its owner lives, so that a later owner can remove what a killed
-    one left behind.
+    ``directory`` holds sockets and short-lived files. It is locked as long as its owner lives, so that a later owner
+    can remove what a killed one left behind.
     """
 
-    def __init__(self, cache_dir: Path, *, cpu_threads: int | None) -> None:
-        """Make the directory and set the variables in this process, from which the engines inherit them."""
-        _remove_orphans()
-        self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    def __init__(self, cache_dir: Path, *, cpu_threads: int | None, preload: Sequence[str] = ()) -> None:
+        """Make the directory and set the variables in this process, from which the engines inherit them.
+
+        Args:
+            cache_dir: Directory for compiled kernels and the like, which stays.
+            cpu_threads: Threads of an engine that computes on the CPU; None for one that does not.
+            preload: Modules for the forkserver to import besides those that every engine needs.
+        """
+        remove_orphans()
+        self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_base()))
         self._lock = (self.directory / _LOCK).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self.phases = self.directory / "phases"
+        self._sockets, self._temporary = self.directory / "s", self.directory / "tmp"
+        self._sockets.mkdir()
+        self._temporary.mkdir()
+        self._phases = self.directory / "phases"
         self._errors = self.directory / "errors"
         self._before: dict[str, str | None] = {}
-        for name, value in self._variables(cache_dir, cpu_threads).items():
+        for name, value in {**self._variables(cache_dir, cpu_threads), **forkserver_variables(preload)}.items():
             self._before[name] = os.environ.get(name)
             os.environ[name] = value
         self.begin_start()
@@ -45,9 +100,10 @@ class EngineEnvironment:
         logging_config = self.directory / "logging.json"
         logging_config.write_text(json.dumps(self._logging()), encoding="utf-8")
         chosen = {
-            "VLLM_RPC_BASE_PATH": str(self.directory),
+            "VLLM_RPC_BASE_PATH": str(self._sockets),
+            "TMPDIR": str(self._temporary),
             "VLLM_LOGGING_CONFIG_PATH": str(logging_config),
-            PHASE_FILE: str(self.phases),
+            PHASE_FILE: str(self._phases),
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             # An engine lives on one machine: nothing of it has to be reachable from outside.
@@ -94,9 +150,21 @@ class EngineEnvironment:
         return {"version": 1, "disable_existing_loggers": False} | config
 
     def begin_start(self) -> None:
-        """Forget the phases and the words of the engine before."""
-        self.phases.write_text("", encoding="utf-8")
+        """Forget phases and words of the engine before, and remove what it left behind if it was killed."""
+        _remove_shared_memory(self.directory)
+        for entry in (*self._sockets.iterdir(), *self._temporary.glob("vllm_dist_*")):
+            entry.unlink()
+        self._phases.write_text("", encoding="utf-8")
         self._errors.write_text("", encoding="utf-8")
+
+    def remember_shared_memory(self, files: Iterable[Path]) -> None:
+        """These belong to the engine: whoever outlives it removes them if it can't do so itself."""
+        with (self.directory / _SHARED_MEMORY).open("a", encoding="utf-8") as list_:
+            list_.writelines(f"{file}\n" for file in files)
+
+    def phases(self) -> Sequence[Phase]:
+        """What the engine's processes have announced so far, in order."""
+        return [Phase(word) for word in self._phases.read_text(encoding="utf-8").split()]
 
     def last_words(self) -> str | None:
         """The error that ended the engine, as it was raised where it happened; None when it left no words."""
@@ -109,6 +177,7 @@ class EngineEnvironment:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        _remove_shared_memory(self.directory)
         shutil.rmtree(self.directory)
         self._lock.close()
 
@@ -142,12 +211,27 @@ def _exception_text(traceback: str) -> str:
     return text if separator and name in _TOLD_BY_TYPE else name + separator + text
 
 
-def _remove_orphans() -> None:
-    """Remove the directories of owners that were killed: nobody holds their lock any more."""
-    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+def _base() -> Path:
+    """Where temporary files go, if that is short: the path of a Unix socket has 107 characters, of which we need 60."""
+    usual = Path(tempfile.gettempdir())
+    return usual if len(os.fsencode(usual)) < 47 else Path("/tmp")  # noqa: S108 - what is made there has a random name
+
+
+def _remove_shared_memory(directory: Path) -> None:
+    listed = directory / _SHARED_MEMORY
+    if listed.exists():
+        for file in listed.read_text(encoding="utf-8").splitlines():
+            Path(file).unlink(missing_ok=True)
+        listed.unlink()
+
+
+def remove_orphans() -> None:
+    """Remove what owners that were killed left behind: nobody holds their lock any more."""
+    for directory in _base().glob(f"{_PREFIX}*"):
         try:
             with (directory / _LOCK).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_shared_memory(directory)
                 shutil.rmtree(directory)
         except (FileNotFoundError, NotADirectoryError, PermissionError, BlockingIOError):
             continue  # being made, not ours, or in use

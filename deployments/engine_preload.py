@@ -46,20 +46,24 @@ def _preload() -> str | None:
     """Import everything; what keeps a fork of this process from being an engine, in words."""
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
+    from vllm.utils.platform_utils import cuda_is_initialized
 
     platform = _CPU if current_platform.is_cpu() else _GPU
     for module in (*_ALWAYS, *platform, *filter(None, os.environ[PRELOAD_EXTRA].split(","))):
         importlib.import_module(module)
     load_general_plugins()
+    if cuda_is_initialized():
+        return "importing vLLM has initialised CUDA, and a fork could not use it any more"
     problem = shape_problem()
-    if problem is None:
-        _take_over()
+    if problem is not None:
+        return problem
+    _take_over()
     # What was imported stays for good. Every engine and worker would search all of it for garbage when it starts and
     # when it ends, which takes as long as everything else, and would copy the memory that the forks share.
     gc.collect()
     gc.freeze()
     gc.unfreeze = lambda: None
-    return problem
+    return None
 
 
 def _take_over() -> None:
@@ -95,5 +99,5 @@ multiprocessing.spawn._fixup_main_from_name = lambda _name: None  # type: ignore
 multiprocessing.spawn._fixup_main_from_path = lambda _path: None  # type: ignore[attr-defined]  # noqa: SLF001
 try:
     problem = _preload()
-except Exception as error:  # noqa: BLE001 - told to the owner, which then starts its engines the normal way
+except Exception as error:
     problem = f"importing vLLM failed: {type(error).__name__}: {error}"

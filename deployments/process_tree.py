@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -28,6 +29,18 @@ def alive(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
     return found
 
 
+def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
+    """Files in shared memory that these processes have in use and that have a name, so that they outlive them."""
+    found = set()
+    for process in processes:
+        with suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8").splitlines():
+                _, directory, name = line.partition("/dev/shm/")  # noqa: S108 - read from the kernel, not written to
+                if name and not name.endswith(" (deleted)"):
+                    found.add(Path(directory) / name)
+    return found
+
+
 def kill(processes: Iterable[psutil.Process]) -> None:
     """SIGKILL; those that are gone already are none of our business any more."""
     for process in processes:
@@ -35,12 +48,23 @@ def kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-async def ended(processes: Collection[psutil.Process], timeout_s: float) -> set[psutil.Process]:
+async def ended(processes: Iterable[psutil.Process], timeout_s: float) -> set[psutil.Process]:
     """Wait until all of them have ended, at most ``timeout_s`` seconds ≥ 0. Returns those that have not."""
-    deadline_s = asyncio.get_running_loop().time() + timeout_s
-    while (remaining := alive(processes)) and asyncio.get_running_loop().time() < deadline_s:
-        await asyncio.sleep(0.01)
-    return remaining
+    waiting = {process.pid: process for process in alive(processes)}
+    all_ended = asyncio.Event()
+
+    def cross_out(pid: int) -> None:
+        waiting.pop(pid)
+        if not waiting:
+            all_ended.set()
+
+    watch = DeathWatch(waiting.values(), cross_out)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            if waiting:
+                await all_ended.wait()
+    watch.close()
+    return set(waiting.values())
 
 
 class DeathWatch:
@@ -49,23 +73,27 @@ class DeathWatch:
     def __init__(self, processes: Iterable[psutil.Process], on_death: Callable[[int], None]) -> None:
         """Start watching; ``on_death`` gets the pid, at most once per process. Needs a running loop."""
         self._loop = asyncio.get_running_loop()
-        self._fds: dict[int, int] = {}
+        self._on_death = on_death
+        self._fds: dict[int, int | None] = {}  # by pid; None for a process that had ended before
         for process in processes:
             try:
                 self._fds[process.pid] = fd = os.pidfd_open(process.pid)
             except ProcessLookupError:
-                self._loop.call_soon(on_death, process.pid)
+                self._fds[process.pid] = None
+                self._loop.call_soon(self._ended, process.pid)
             else:
-                self._loop.add_reader(fd, self._ended, process.pid, on_death)
+                self._loop.add_reader(fd, self._ended, process.pid)
 
-    def _ended(self, pid: int, on_death: Callable[[int], None]) -> None:
-        self._forget(pid)
-        on_death(pid)
+    def _ended(self, pid: int) -> None:
+        if pid in self._fds:
+            self._forget(pid)
+            self._on_death(pid)
 
     def _forget(self, pid: int) -> None:
         fd = self._fds.pop(pid)
-        self._loop.remove_reader(fd)
-        os.close(fd)
+        if fd is not None:
+            self._loop.remove_reader(fd)
+            os.close(fd)
 
     def close(self) -> None:
         """Stop watching; nothing is called back after this."""

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -74,14 +74,23 @@ def die_with(parent_pid: int) -> None:
         os._exit(1)
 
 
+def forkserver_variables(preload: Sequence[str]) -> Mapping[str, str]:
+    """The environment that a forkserver of this process needs, to import ``preload`` besides what it always does."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != root]
+    return {
+        "PYTHONPATH": os.pathsep.join([root, *paths]),  # it knows nothing of this process' sys.path
+        OWNER_PID: str(os.getpid()),
+        PRELOAD_EXTRA: ",".join(preload),
+    }
+
+
 class EngineProcess(context.ForkServerProcess):
     """A fork of the warm forkserver that has the owner's environment of the moment it is started in."""
 
-    environment: ClassVar[Mapping[str, str]] = {}
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._environment = {**os.environ, **self.environment}
+        self._environment = dict(os.environ)
 
     def run(self) -> None:
         """Run the target; in the child."""
@@ -110,14 +119,16 @@ def _revive_mortal(parent_pid: int) -> MortalProcess:
 
 def spawn_mortals() -> None:
     """From now on whatever this process spawns through multiprocessing dies with it."""
-    context.SpawnContext.Process = MortalProcess  # type: ignore[misc]
+    context.SpawnContext.Process = MortalProcess
 
 
 class WarmForkserver:
     """The process whose forks are the engines. One per owner, because multiprocessing has one forkserver."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
+        """Do nothing yet; ``directory`` is for its socket."""
         self.context = _WarmContext()
+        self._directory = directory
         self._closing = threading.Event()
         self._keeper: threading.Thread | None = None
         self._replaced: list[tuple[Any, str, Any]] = []
@@ -133,32 +144,30 @@ class WarmForkserver:
         """Process id of the forkserver; None while it does not run."""
         return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined,no-any-return]
 
-    def start(self, preload: Sequence[str]) -> None:
+    def start(self) -> None:
         """Start the forkserver and wait until it has imported everything. Blocks for as long as that takes.
 
-        Args:
-            preload: Modules to import besides those that every engine needs.
+        It finds what ``forkserver_variables`` gives, and all else that it needs, in the environment.
 
         Raises:
             WarmStartUnavailable: It could not be started, or lacks something that a warm engine needs.
         """
-        root = str(Path(__file__).resolve().parent.parent)
-        paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        if root not in paths:  # the forkserver knows nothing of this process' sys.path
-            os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, paths)])
-        os.environ[OWNER_PID] = str(os.getpid())
-        os.environ[PRELOAD_EXTRA] = ",".join(preload)
         started: list[BaseException | None] = []
         ready = threading.Event()
 
         def keep() -> None:
             # The kernel kills the forkserver when the *thread* that started it ends: this one stays.
+            config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+            before = config.get("tempdir")
             try:
+                config["tempdir"] = str(self._directory)
                 forkserver.set_forkserver_preload([PRELOAD])
                 forkserver.ensure_running()
                 started.append(None)
             except BaseException as problem:
                 started.append(problem)
+            finally:
+                config["tempdir"] = before
             ready.set()
             self._closing.wait()
 
@@ -190,7 +199,7 @@ class WarmForkserver:
         Raises:
             RuntimeError: It raised (the text holds what), or its process ended without an answer.
         """
-        import cloudpickle
+        import cloudpickle  # type: ignore[import-untyped]  # comes with vLLM; a lambda is pickled by it alone
 
         reader, writer = self.context.Pipe(duplex=False)
         with reader:

@@ -1,0 +1,339 @@
+"""A real vLLM on the CPU with tiny LLMs; one host, and so one import of vLLM, for the whole module."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from deployments import process_tree
+from deployments.engine import EngineHost, RunningLLM, public_path
+from deployments.engine_env import Phase, remove_orphans
+from deployments.tiny_llm import make_tiny_llm
+from registry.errors import EngineNotReady, EngineStartFailed
+from tests.engine.calls import FAST, Stream, client, complete, still_running
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.asyncio(loop_scope="module"),
+    # After a start that failed vLLM leaves its message queue to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"),
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def host(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EngineHost]:
+    host = EngineHost(gpus=0, kv_cache_gib=0.125, cache_dir=tmp_path_factory.mktemp("cache"))
+    await host.prepare()
+    yield host
+    await host.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module", autouse=True)
+async def empty_afterwards(host: EngineHost) -> AsyncIterator[None]:
+    """No test leaves an LLM running, nor a process of one."""
+    yield
+    await host.stop()
+    assert engines_of(host) == set()
+
+
+def engines_of(host: EngineHost) -> set[int]:
+    """Pids of everything that the host's forkserver has forked and that still runs."""
+    assert host._forkserver is not None
+    assert host._forkserver.pid is not None
+    return {process.pid for process in process_tree.alive(process_tree.descendants(host._forkserver.pid))}
+
+
+async def start(host: EngineHost, model: Path, **more: Any) -> RunningLLM:
+    return await host.start(str(model), **({"engine_args": FAST} | more))
+
+
+async def test_prepared_host_is_warm(host: EngineHost) -> None:
+    """With the vLLM that we pin, engines are forked from a warm forkserver."""
+    assert host.cold_reason is None
+    assert host.warm
+
+
+async def test_swap(host: EngineHost, llms: Path) -> None:
+    """One LLM after another runs in the same host, each answering as itself, each gone before the next."""
+    answers = []
+    for name in ("a", "b", "a"):
+        llm = await start(host, llms / name)
+        assert host.running is llm
+        answer = await complete(llm)
+        assert answer["usage"]["completion_tokens"] == 12
+        answers.append(answer["choices"][0]["text"])
+        pids = llm.pids
+        assert len(pids) >= 2
+        report = await host.stop()
+        assert (report.killed, report.leftover) == ((), ())
+        assert still_running(pids) == set()
+    assert answers[0] == answers[2] != answers[1]
+
+
+async def test_phases(host: EngineHost, llms: Path) -> None:
+    """The phases of a start are told in their order, and their times add up to the time that it took."""
+    told: list[Phase] = []
+    llm = await start(host, llms / "a", on_phase=told.append)
+    assert told == [Phase.CONFIGURING, Phase.LOADING, Phase.WARMING_UP, Phase.READY]
+    assert list(llm.phases) == ["configuring", "loading", "warming_up"]
+    assert sum(llm.phases.values()) == pytest.approx(llm.started_s)
+    assert llm.max_model_len == 512
+
+
+async def test_streamed_chat(host: EngineHost, llms: Path) -> None:
+    """A chat streams token by token, with the usage at its end, under the name that was asked for."""
+    llm = await start(host, llms / "a", served_model_name="tiny")
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Wie viel CO₂? 🌍"}],
+        "max_completion_tokens": 8,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    async with client(llm) as http, http.stream("POST", "/v1/chat/completions", json=body) as response:
+        lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+        models = (await http.get("/v1/models")).json()["data"]
+    chunks = [json.loads(line) for line in lines[:-1]]
+    assert lines[-1] == "[DONE]"
+    assert len(chunks) > 3
+    assert chunks[-1]["usage"]["completion_tokens"] == 8
+    assert [model["id"] for model in models] == ["tiny"]
+
+
+async def test_healthy(host: EngineHost, llms: Path) -> None:
+    """A running LLM is healthy, and a stopped one says that it is not."""
+    llm = await start(host, llms / "a")
+    await llm.healthy()
+    await llm.reset_prefix_cache()
+    await host.stop()
+    with pytest.raises(EngineNotReady):
+        await llm.healthy(timeout_s=1)
+    with pytest.raises(EngineNotReady):
+        await complete(llm)
+
+
+async def test_abort_all(host: EngineHost, llms: Path) -> None:
+    """What is in flight ends at once, keeps what it has, and the LLM goes on answering."""
+    llm = await start(host, llms / "a")
+    long = Stream(llm, max_tokens=500, ignore_eos=True)
+    running = asyncio.create_task(long.run())
+    await long.begun.wait()
+    await llm.abort_all()
+    await running
+    assert '"finish_reason":"abort"' in long.text
+    assert (await complete(llm))["choices"][0]["finish_reason"] == "length"
+
+
+async def test_nothing_listens_to_the_network(host: EngineHost, llms: Path) -> None:
+    """An engine and its workers accept connections from their own machine only."""
+    llm = await start(host, llms / "a")
+    listening = [
+        connection.laddr.ip
+        for pid in llm.pids
+        for connection in psutil.Process(pid).net_connections()
+        if connection.status in {psutil.CONN_LISTEN, psutil.CONN_NONE} and connection.laddr
+    ]
+    assert [address for address in listening if address not in {"127.0.0.1", "::1"}] == []
+
+
+async def test_public_paths(host: EngineHost, llms: Path) -> None:
+    """Of all that vLLM serves for a text LLM, a lease holder reaches exactly what asks the LLM something."""
+    llm = await start(host, llms / "a")
+    served = {(method, route.path) for route in llm.asgi.routes for method in getattr(route, "methods", None) or ()}  # type: ignore[attr-defined]
+    assert {path for method, path in served if public_path(method, path)} == {
+        "/health", "/version", "/tokenize", "/detokenize",
+        "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
+    }  # fmt: skip
+    for path in ("/sleep", "/wake_up", "/collective_rpc", "/server_info", "/v1/load_lora_adapter", "/start_profile"):
+        assert not public_path("POST", path)
+        assert not public_path("GET", path)
+    assert not public_path("POST", "/v1/chat/completions/../../sleep")
+
+
+# --- what can't be started ---------------------------------------------------------------------------------
+
+
+async def failure(host: EngineHost, model: Path, **more: Any) -> EngineStartFailed:
+    """Why it can't be started; asserts that nothing of it is left and that the host still works."""
+    with pytest.raises(EngineStartFailed) as caught:
+        await start(host, model, **more)
+    assert host.running is None
+    assert engines_of(host) == set()
+    return caught.value
+
+
+async def test_wrong_path(host: EngineHost, llms: Path) -> None:
+    """An LLM that does not exist fails for good, in the words that tell why; then another one starts."""
+    error = await failure(host, llms / "nowhere")
+    assert "nowhere" in error.reason
+    assert "root cause" not in error.reason
+    assert error.permanent
+    assert await complete(await start(host, llms / "a"))
+
+
+async def test_unknown_architecture(host: EngineHost, llms: Path, tmp_path: Path) -> None:
+    """An LLM of a kind that vLLM does not know fails for good, and the reason names the kind."""
+    model = make_tiny_llm(tmp_path / "odd", seed=1)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["PerpetuumForCausalLM"]}))
+    error = await failure(host, model)
+    assert "PerpetuumForCausalLM" in error.reason
+    assert error.permanent
+
+
+async def test_truncated_weights(host: EngineHost, llms: Path, tmp_path: Path) -> None:
+    """A half-copied LLM fails with the error that reading its weights gave, deep inside a worker."""
+    weights = make_tiny_llm(tmp_path / "half", seed=1) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    error = await failure(host, weights.parent)
+    assert "SafetensorError" in error.reason
+    assert not error.permanent
+
+
+async def test_kv_cache_too_small(host: EngineHost, llms: Path) -> None:
+    """What the engine process refuses is told in its words; another machine may have more memory."""
+    error = await failure(host, llms / "a", engine_args=FAST | {"kv_cache_memory_bytes": 2048})
+    assert "memory for the cache blocks" in error.reason
+    assert not error.permanent
+
+
+async def test_unknown_argument(host: EngineHost, llms: Path) -> None:
+    """An engine argument that vLLM does not have fails for good, and is named."""
+    error = await failure(host, llms / "a", engine_args={"warp_factor": 9})
+    assert "warp_factor" in error.reason
+    assert error.permanent
+
+
+async def test_timeout(host: EngineHost, llms: Path) -> None:
+    """A start that takes too long is given up, and says in which phase."""
+    error = await failure(host, llms / "a", timeout_s=0.3)
+    assert "0.3 s" in error.reason
+    assert "phase" in error.reason
+    assert not error.permanent
+
+
+@pytest.mark.parametrize("phase", [Phase.CONFIGURING, Phase.LOADING, Phase.WARMING_UP])
+async def test_cancel(host: EngineHost, llms: Path, phase: Phase) -> None:
+    """A start can be cancelled in every phase; no process of it is left, and the next start works."""
+    reached = asyncio.Event()
+    starting = asyncio.create_task(
+        start(host, llms / "a", on_phase=lambda told: reached.set() if told is phase else None)
+    )
+    await reached.wait()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert engines_of(host) == set()
+    assert await complete(await start(host, llms / "b"))
+
+
+async def test_stop_while_starting(host: EngineHost, llms: Path) -> None:
+    """Stopping an LLM that starts ends the start, and whoever waits for it is told."""
+    reached = asyncio.Event()
+    starting = asyncio.create_task(
+        start(host, llms / "a", on_phase=lambda told: reached.set() if told is Phase.LOADING else None)
+    )
+    await reached.wait()
+    await host.stop()
+    with pytest.raises(EngineStartFailed, match="stopped"):
+        await starting
+
+
+# --- death -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", [0, -1], ids=["engine", "worker"])
+async def test_killed_engine(host: EngineHost, llms: Path, victim: int) -> None:
+    """The death of any process of an engine is told at once; then nothing of it is left, and a start works."""
+    llm = await start(host, llms / "a")
+    shared = process_tree.shared_memory(llm.processes)
+    assert shared
+    os.kill(llm.pids[victim], signal.SIGKILL)
+    async with asyncio.timeout(2):
+        await llm.died.wait()
+    assert llm.death_reason is not None
+    assert str(llms / "a") in llm.death_reason
+    with pytest.raises(EngineNotReady):
+        await llm.healthy()
+    report = await host.stop()
+    assert report.leftover == ()
+    assert still_running(llm.pids) == set()
+    assert await complete(await start(host, llms / "a"))
+    assert [file for file in shared if file.exists()] == []
+
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from deployments import process_tree
+from deployments.engine import EngineHost
+
+async def main():
+    host = EngineHost(gpus=0, kv_cache_gib=0.125, cache_dir=Path(sys.argv[2]), preload=())
+    llm = await host.start(sys.argv[1], engine_args={"enforce_eager": True, "max_model_len": 512})
+    print(*llm.pids, flush=True)
+    await asyncio.sleep(3600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def left_behind(directory: Path) -> list[Path]:
+    return list(directory.glob("greenprompt-*"))
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory for temporary files of the test's own."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield Path(directory)
+
+
+async def test_killed_owner(llms: Path, tmp_path: Path, temporary: Path) -> None:
+    """When the owner is killed, its forkserver, engine and workers die with it; the next owner tidies up."""
+    owner = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", OWNER, str(llms / "a"), str(tmp_path),
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"TMPDIR": str(temporary), "VLLM_LOGGING_CONFIG_PATH": "", "VLLM_LOGGING_LEVEL": "ERROR"},
+    )  # fmt: skip
+    assert owner.stdout is not None
+    pids = {int(pid) for pid in (await owner.stdout.readline()).split()}
+    family = process_tree.descendants(owner.pid)
+    assert len(pids) >= 2
+    assert pids < {process.pid for process in family}
+    shared = process_tree.shared_memory(family)
+    owner.kill()
+    await owner.wait()
+    assert await process_tree.ended(family, 10) == set()
+    assert len(left_behind(temporary)) == 1
+    remove_orphans()
+    assert left_behind(temporary) == []
+    assert [file for file in shared if file.exists()] == []
+
+
+async def test_nothing_grows(host: EngineHost, llms: Path) -> None:
+    """After many swaps the wrapper has no more processes, threads and open files than after a few."""
+
+    def counted() -> tuple[int, int, int]:
+        me = psutil.Process()
+        return len(me.children(recursive=True)), me.num_threads(), me.num_fds()
+
+    counts = []
+    for number in range(5):
+        llm = await start(host, llms / "ab"[number % 2])
+        assert await complete(llm)
+        del llm
+        await host.stop()
+        counts.append(counted())
+    assert counts[-1] <= counts[1]
