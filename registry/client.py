@@ -65,7 +65,7 @@ class HeldLease:
     _http: httpx.Client
 
     def prompt(self, question: str, *, timeout_s: float = 600.0) -> dict[str, Any]:
-        """The wrapper's answer to a question: ``answer``, ``sci_score``, ``usage`` …
+        """The wrapper's answer to a question: ``answer``, ``sci_score``, ``usage`` and more.
 
         Raises:
             AnswerError: the lease has ended (410), the LLM is being restarted (503), or the engine refused.
