@@ -5,9 +5,10 @@ The Prompting Service's contract (field names, status codes, order) never change
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, StringConstraints
 
 from registry.state import Priority
 
@@ -20,7 +21,32 @@ MAX_LLMS_PER_REQUEST = 1000
 MAX_WAIT_S = 60.0
 """Longest time that one GET may wait for a change of status."""
 
+MAX_ARGS_DEPTH = 32
+"""How deep lists and objects in args may be nested."""
+
 NonEmpty = Annotated[StrictStr, StringConstraints(min_length=1, max_length=1024)]
+
+
+def _can_be_answered(args: dict[str, Any]) -> dict[str, Any]:
+    """An llmconfig comes back in every answer, so it must be JSON to the letter: Python's parser takes more."""
+    level: list[Any] = [args]
+    for _ in range(MAX_ARGS_DEPTH):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise ValueError(f"is nested deeper than {MAX_ARGS_DEPTH} levels")
+    try:
+        json.dumps(args, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:
+        raise ValueError("holds NaN, an infinity or half a character, which are not JSON") from None
+    return args
+
+
+Args = Annotated[dict[str, Any], AfterValidator(_can_be_answered)]
 
 
 class _Wire(BaseModel):
@@ -30,8 +56,8 @@ class _Wire(BaseModel):
 class LLMArgs(_Wire):
     """Arguments in Hugging Face words or vLLM's own; both objects are required and may be empty."""
 
-    prompting: dict[str, Any] = Field(description="How to answer: max_new_tokens, do_sample, temperature …")
-    deployment: dict[str, Any] = Field(description="How to run the LLM: torch_dtype, max_model_len …")
+    prompting: Args = Field(description="How to answer: max_new_tokens, do_sample, temperature …")
+    deployment: Args = Field(description="How to run the LLM: torch_dtype, max_model_len …")
 
 
 class LLMConfig(_Wire):
