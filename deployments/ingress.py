@@ -182,7 +182,7 @@ def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> Fas
         """Every LLM that runs or is being started."""
         return _json_response(await call("llms"))
 
-    @app.get("/healthz", response_model=HealthState, responses=errors)
+    @app.get("/healthz", response_model=HealthState, responses={503: {"model": HealthState | ErrorAnswer}})
     async def health() -> Response:
         """Whether requests can be served; 503 while no wrapper is usable."""
         text = await call("health")
@@ -191,6 +191,7 @@ def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> Fas
     app.exception_handler(RegistryError)(_on_registry_error)
     app.exception_handler(RequestValidationError)(_on_invalid)
     app.exception_handler(HTTPException)(_on_http_error)
+    app.exception_handler(Exception)(_on_fault)
     return app
 
 
@@ -220,7 +221,13 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 400:  # what FastAPI says of bytes that are no text
         return error_answer(422, "invalid_field", f"body: {error.detail}", field="body")
     code = {404: "no_such_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    return error_answer(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
+    answer = error_answer(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
+    answer.headers.update(error.headers or {})  # a 405 says what is allowed
+    return answer
+
+
+async def _on_fault(_request: Request, error: Exception) -> Response:
+    return registry_error(InternalError(type(error).__name__))  # the server logs it with its traceback
 
 
 def _field_of(location: Sequence[int | str]) -> str:
