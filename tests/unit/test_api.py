@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from registry import api
 from registry.api import (
+    MAX_ARGS_DEPTH,
     MAX_ID,
     MAX_LLMS_PER_REQUEST,
     AcceptedRequest,
     ErrorAnswer,
+    LLMArgs,
     LLMConfig,
     MachineState,
     PromptingRequest,
@@ -131,6 +134,27 @@ def test_wrong_values_are_refused(path: tuple[str | int, ...], value: object) ->
 def test_limits_are_inside(path: tuple[str | int, ...], value: object) -> None:
     """The limits themselves are allowed, and so are empty args."""
     parsed(changed(path, value))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "\ud800", {"\ud800": 1}, [[-math.inf]]], ids=repr)
+def test_args_are_json_to_the_letter(value: object) -> None:
+    """Args come back in every answer, so what Python's parser takes and JSON does not is refused."""
+    with pytest.raises(ValidationError, match="not JSON"):
+        LLMArgs.model_validate({"prompting": {"x": value}, "deployment": {}})
+
+
+@pytest.mark.parametrize(("depth", "good"), [(MAX_ARGS_DEPTH - 1, True), (MAX_ARGS_DEPTH, False), (5000, False)])
+def test_args_have_a_depth(depth: int, good: bool) -> None:
+    """Args are nested as deep as the limit says and no deeper, so that no answer fails on them."""
+    value: object = 1
+    for _ in range(depth - 1):
+        value = [value]
+    args = {"prompting": {"x": value}, "deployment": {}}
+    if good:
+        assert json.loads(LLMArgs.model_validate(args).model_dump_json()) == args
+    else:
+        with pytest.raises(ValidationError, match="nested deeper"):
+            LLMArgs.model_validate(args)
 
 
 def test_too_many_llms_are_refused() -> None:

@@ -1,0 +1,96 @@
+"""A stand-in for the registry actor as the ingress calls it: accepts, remembers, and fails when it is told to."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from registry.api import HealthState, LLMState, MachineState, MeasurementState, RequestState, WrapperState
+from registry.errors import UnknownMeasurement, UnknownRequest
+from registry.service import Idempotency
+from registry.state import LLMSpec, Priority
+
+CREATED = "2026-01-01T00:00:00.000Z"
+BASE = "http://127.0.0.1:8000"
+
+
+class FakeRegistry:
+    """``call(method, *args, wait_s=…)``; ``calls`` is what was asked, ``error`` is raised in place of an answer."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], float]] = []
+        self.error: Exception | None = None
+        self.health = "ok"
+        self.requests: dict[str, RequestState] = {}
+
+    async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
+        self.calls.append((method, args, wait_s))
+        if self.error is not None:
+            raise self.error
+        return getattr(self, f"_{method}")(*args)
+
+    def _request(
+        self,
+        measurement_id: int,
+        llms: list[tuple[str, LLMSpec, str, tuple[str, ...]]],
+        tenant: str,
+        priority: Priority,
+        idempotency: Idempotency | None,
+    ) -> str:
+        states = [
+            RequestState(
+                requestId=request_id,
+                llmconfig=json.loads(llmconfig),
+                status="queued",
+                measurementId=measurement_id,
+                address=None,
+                link=f"{BASE}/promptingservice/request/{request_id}",
+                position=1,
+                notes=list(notes),
+                createdAt=CREATED,
+            )
+            for request_id, _, llmconfig, notes in llms
+        ]
+        self.requests |= {state.requestId: state for state in states}
+        return json.dumps([state.model_dump(mode="json") for state in states])
+
+    def _state(self, request_id: str, wait_s: float = 0.0) -> str:
+        if request_id not in self.requests:
+            raise UnknownRequest(request_id)
+        return self.requests[request_id].model_dump_json()
+
+    def _keep_alive(self, request_id: str) -> str:
+        return self._state(request_id)
+
+    def _release(self, request_id: str) -> None:
+        self._state(request_id)
+
+    def _measurement(self, measurement_id: int) -> str:
+        requests = [state for state in self.requests.values() if state.measurementId == measurement_id]
+        if not requests:
+            raise UnknownMeasurement(measurement_id)
+        return MeasurementState(
+            measurementId=measurement_id, machine=None, flags=[], createdAt=CREATED, requests=requests
+        ).model_dump_json()
+
+    def _machines(self) -> str:
+        wrapper = WrapperState(wrapper="a-0", status="idle", gpus=0, llm=None, leased=False)
+        machine = MachineState(
+            machine="a", address="10.0.0.1", alive=True, gpus=0, gpuType=None, memoryBytes=None, wrappers=[wrapper]
+        )
+        return json.dumps([machine.model_dump(mode="json")])
+
+    def _llms(self) -> str:
+        llm = LLMState(
+            model="org/tiny",
+            modeltyp="text-generation",
+            fingerprint="0" * 16,
+            deployment={},
+            machine="a",
+            wrapper="a-0",
+            status="ready",
+        )
+        return json.dumps([llm.model_dump(mode="json")])
+
+    def _health(self) -> str:
+        return HealthState(status=self.health, wrappers=1, usable=1, queued=0, version="0").model_dump_json()

@@ -1,0 +1,514 @@
+"""The HTTP ingress: the contract's routes around a registry that is a stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+import stamina
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+
+from deployments import ingress
+from deployments.ingress import IngressConfig, RegistryClient, build_app
+from deployments.llm_args import map_llmconfig
+from deployments.models import ModelSources
+from registry.api import MAX_ID, MAX_WAIT_S, PromptingAnswer, RequestState
+from registry.errors import (
+    IdempotencyConflict,
+    InternalError,
+    LLMNeverFits,
+    QueueFull,
+    RegistryError,
+    RegistryUnavailable,
+    ShuttingDown,
+    StoreUnavailable,
+    UnknownRequest,
+)
+from registry.service import Idempotency
+from registry.state import Priority
+from tests.fake_registry import FakeRegistry
+
+CONFIG = IngressConfig(ModelSources(True, (Path("/llms"),), Path("/")), allow_remote_code=("org/codes",))
+LLM: dict[str, Any] = {
+    "modeltyp": "text-generation",
+    "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "uses_chat_template": True,
+    "args": {
+        "prompting": {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95},
+        "deployment": {"torch_dtype": "torch.bfloat16", "device_map": "auto"},
+    },
+}
+BODY: dict[str, Any] = {"measurementId": 1234, "llms": [LLM]}
+REQUEST = "/promptingservice/request"
+
+
+@pytest.fixture
+def registry() -> FakeRegistry:
+    return FakeRegistry()
+
+
+@pytest.fixture
+async def http(registry: FakeRegistry) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=build_app(CONFIG, registry.call))
+    async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as client:
+        yield client
+
+
+def changed(path: tuple[str | int, ...], value: object) -> dict[str, Any]:
+    """The contract's example with another value at one place; Ellipsis takes the place out."""
+    body = copy.deepcopy(BODY)
+    at: Any = body
+    for step in path[:-1]:
+        at = at[step]
+    if value is ...:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    return body
+
+
+# --- POST --------------------------------------------------------------------------------------------------
+
+
+async def test_request_is_accepted(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """The contract's example is answered 201, with the client's own llmconfig, an id and a link."""
+    answer = await http.post(REQUEST, json=BODY)
+    assert answer.status_code == 201
+    (accepted,) = answer.json()["requests"]
+    assert accepted["llmconfig"] == LLM
+    assert accepted["link"].endswith(f"{REQUEST}/{accepted['requestId']}")
+    assert accepted["status"] == "queued"
+    assert [note for note in accepted["notes"] if "device_map" in note]
+    assert PromptingAnswer.model_validate(answer.json()).requests[0].requestId
+
+
+async def test_llms_keep_their_order(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """One request comes back per LLM, in the order asked, each with an id of its own that was made here."""
+    models = [f"org/m{n}" for n in range(5)]
+    body = {**BODY, "llms": [{**LLM, "model": model} for model in models]}
+    accepted = (await http.post(REQUEST, json=body)).json()["requests"]
+    assert [request["llmconfig"]["model"] for request in accepted] == models
+    ((method, (measurement_id, llms, tenant, priority, idempotency), _),) = registry.calls
+    assert (method, measurement_id, tenant, priority, idempotency) == ("request", 1234, "default", "normal", None)
+    assert [request["requestId"] for request in accepted] == [request_id for request_id, *_ in llms]
+    assert len({request["requestId"] for request in accepted}) == 5
+
+
+async def test_llmconfig_is_mapped(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """The registry gets what has to run in the engine's words, and the client's own words unchanged."""
+    await http.post(REQUEST, json=BODY)
+    ((_, (_, ((_, spec, llmconfig, notes),), *_), _),) = registry.calls
+    assert spec == map_llmconfig(LLM).spec
+    assert json.loads(llmconfig) == LLM
+    assert any("torch_dtype" in note for note in notes)
+
+
+@pytest.mark.parametrize("priority", list(Priority))
+async def test_priority_is_passed_on(http: httpx.AsyncClient, registry: FakeRegistry, priority: Priority) -> None:
+    """A measurement's priority reaches the registry."""
+    await http.post(REQUEST, json={**BODY, "priority": priority.value})
+    assert registry.calls[0][1][3] is priority
+
+
+async def test_idempotency_key_comes_with_the_bodys_hash(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """An Idempotency-Key reaches the registry with the SHA-256 of the very bytes that were sent."""
+    content = json.dumps(BODY, indent=3).encode()
+    headers = {"Idempotency-Key": "key-1", "Content-Type": "application/json"}
+    assert (await http.post(REQUEST, content=content, headers=headers)).status_code == 201
+    assert registry.calls[0][1][4] == Idempotency("key-1", hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256])
+async def test_idempotency_key_has_a_length(http: httpx.AsyncClient, registry: FakeRegistry, key: str) -> None:
+    """A key that is empty or too long is a 422 that names the header."""
+    answer = await http.post(REQUEST, json=BODY, headers={"Idempotency-Key": key})
+    assert (answer.status_code, answer.json()["field"]) == (422, "idempotency-key")
+    assert registry.calls == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        (("measurementId",), ..., "measurementId"),
+        (("measurementId",), 0, "measurementId"),
+        (("measurementId",), 2**63, "measurementId"),
+        (("measurementId",), "1", "measurementId"),
+        (("llms",), ..., "llms"),
+        (("llms",), [], "llms"),
+        (("llms", 0), [], "llms[0]"),
+        (("llms", 0, "modeltyp"), ..., "llms[0].modeltyp"),
+        (("llms", 0, "modeltyp"), "text-to-song", "llms[0].modeltyp"),
+        (("llms", 0, "model"), ..., "llms[0].model"),
+        (("llms", 0, "model"), "", "llms[0].model"),
+        (("llms", 0, "model"), "/etc/passwd", "llms[0].model"),
+        (("llms", 0, "model"), "~nobody-has-this-name/x", "llms[0].model"),
+        (("llms", 0, "model"), "/llms/a\0b", "llms[0].model"),
+        (("llms", 0, "uses_chat_template"), ..., "llms[0].uses_chat_template"),
+        (("llms", 0, "args"), ..., "llms[0].args"),
+        (("llms", 0, "args", "prompting"), ..., "llms[0].args.prompting"),
+        (("llms", 0, "args", "deployment"), None, "llms[0].args.deployment"),
+        (("llms", 0, "args", "prompting", "surprise"), 1, "llms[0].args.prompting.surprise"),
+        (("llms", 0, "args", "prompting", "temperature"), "hot", "llms[0].args.prompting.temperature"),
+        (("llms", 0, "args", "deployment", "trust_remote_code"), True, "llms[0].args.deployment.trust_remote_code"),
+        (("priority",), "urgent", "priority"),
+        (("surprise",), 1, "surprise"),
+    ],
+)
+async def test_wrong_fields_are_named(
+    http: httpx.AsyncClient, registry: FakeRegistry, path: tuple[str | int, ...], value: object, field: str
+) -> None:
+    """A field that is missing or invalid is a 422 that names it by its place in the body; nothing is accepted."""
+    answer = await http.post(REQUEST, json=changed(path, value))
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_field")
+    assert answer.json()["field"] == field
+    assert field in answer.json()["message"]
+    assert registry.calls == []
+
+
+async def test_every_wrong_field_is_listed(http: httpx.AsyncClient) -> None:
+    """Several wrong fields are all told at once."""
+    answer = await http.post(REQUEST, json={"measurementId": 0, "llms": [{"model": "x"}]})
+    fields = [problem["field"] for problem in answer.json()["errors"]]
+    assert fields == ["measurementId", "llms[0].modeltyp", "llms[0].uses_chat_template", "llms[0].args"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"measurementId": 1' + b"0" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"measurementId": NaN}',
+    ],
+    ids=["empty", "cut off", "null", "list", "text", "no text", "huge number", "deep", "NaN"],
+)
+async def test_bodies_that_are_no_request(http: httpx.AsyncClient, registry: FakeRegistry, content: bytes) -> None:
+    """Whatever the bytes, the answer is a 422 in our form; nothing reaches the registry."""
+    answer = await http.post(REQUEST, content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_field")
+    assert answer.json()["field"]
+    assert registry.calls == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"NaN",
+        b"[-Infinity]",
+        b"1e999",
+        b'"\\ud800"',
+        b'{"\\ud800": 1}',
+        b"[" * 400 + b"]" * 400,
+        b'{"a":' * 400 + b"1" + b"}" * 400,
+    ],
+    ids=["NaN", "infinity", "overflow", "half a character", "half a character as key", "deep list", "deep object"],
+)
+async def test_args_that_json_can_not_carry(http: httpx.AsyncClient, registry: FakeRegistry, value: bytes) -> None:
+    """An llmconfig comes back in every answer: what no answer could carry is a 422, even in an arg that is dropped."""
+    content = json.dumps(changed(("llms", 0, "args", "deployment"), {"device_map": "@"})).encode()
+    content = content.replace(b'"@"', value)
+    answer = await http.post(REQUEST, content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_field")
+    assert registry.calls == []
+
+
+async def test_half_a_character_in_a_name(http: httpx.AsyncClient) -> None:
+    """A field whose name no UTF-8 can write is refused, and the refusal is JSON."""
+    content = json.dumps(BODY)[:-1].encode() + b', "\\ud800": 1}'
+    answer = await http.post(REQUEST, content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["field"]) == (422, "body")
+
+
+async def test_args_may_be_nested(http: httpx.AsyncClient) -> None:
+    """What is nested as deep as any argument needs is taken."""
+    deep: Any = 1
+    for _ in range(30):
+        deep = [deep]
+    body = changed(("llms", 0, "args", "deployment"), {"device_map": deep})
+    answer = await http.post(REQUEST, json=body)
+    assert answer.json()["requests"][0]["llmconfig"]["args"]["deployment"] == {"device_map": deep}
+
+
+async def test_remote_code_where_it_is_allowed(http: httpx.AsyncClient) -> None:
+    """A model that the operator allows to bring code may ask for it."""
+    body = changed(("llms", 0, "args", "deployment"), {"trust_remote_code": True})
+    body["llms"][0]["model"] = "org/codes"
+    assert (await http.post(REQUEST, json=body)).status_code == 201
+
+
+# --- GET, DELETE, keepalive --------------------------------------------------------------------------------
+
+
+async def posted(http: httpx.AsyncClient) -> str:
+    request_id: str = (await http.post(REQUEST, json=BODY)).json()["requests"][0]["requestId"]
+    return request_id
+
+
+async def test_status_is_the_contracts(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """The link answers with the contract's fields, address null until it is deployed."""
+    request_id = await posted(http)
+    answer = await http.get(f"{REQUEST}/{request_id}")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+    state = RequestState.model_validate(answer.json())
+    assert (state.requestId, state.status, state.measurementId, state.address) == (request_id, "queued", 1234, None)
+    assert registry.calls[-1] == ("state", (request_id, 0.0), 0.0)
+
+
+async def test_status_can_wait(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """With ``wait`` the registry is asked to wait, and the call to it may take that much longer."""
+    request_id = await posted(http)
+    await http.get(f"{REQUEST}/{request_id}", params={"wait": 2.5})
+    assert registry.calls[-1] == ("state", (request_id, 2.5), 2.5)
+
+
+@pytest.mark.parametrize("wait", ["-1", str(MAX_WAIT_S + 1), "nan", "inf", "long", ""])
+async def test_wait_has_limits(http: httpx.AsyncClient, registry: FakeRegistry, wait: str) -> None:
+    """A wait that is no number of seconds in its limits is a 422 that names it."""
+    answer = await http.get(f"{REQUEST}/x", params={"wait": wait})
+    assert (answer.status_code, answer.json()["field"]) == (422, "wait")
+    assert registry.calls == []
+
+
+async def test_release(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """A release is 204 without a body, and so is the second."""
+    request_id = await posted(http)
+    for _ in range(2):
+        answer = await http.delete(f"{REQUEST}/{request_id}")
+        assert (answer.status_code, answer.content) == (204, b"")
+    assert registry.calls[-1] == ("release", (request_id,), 0.0)
+
+
+async def test_keep_alive(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """A keep-alive answers with the state of the request."""
+    request_id = await posted(http)
+    answer = await http.post(f"{REQUEST}/{request_id}/keepalive")
+    assert (answer.status_code, answer.json()["requestId"]) == (200, request_id)
+    assert registry.calls[-1] == ("keep_alive", (request_id,), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", f"{REQUEST}/none"), ("DELETE", f"{REQUEST}/none"), ("POST", f"{REQUEST}/none/keepalive")],
+)
+async def test_unknown_ids_are_404(http: httpx.AsyncClient, method: str, path: str) -> None:
+    """An id that was never given is a 404 that names it."""
+    answer = await http.request(method, path)
+    assert (answer.status_code, answer.json()["code"]) == (404, "unknown_request")
+    assert "'none'" in answer.json()["message"]
+
+
+# --- information -------------------------------------------------------------------------------------------
+
+
+async def test_measurement(http: httpx.AsyncClient) -> None:
+    """A measurement is shown with its requests; one that was never asked for is a 404."""
+    request_id = await posted(http)
+    answer = await http.get("/measurements/1234")
+    assert [request["requestId"] for request in answer.json()["requests"]] == [request_id]
+    missing = await http.get("/measurements/5")
+    assert (missing.status_code, missing.json()["code"]) == (404, "unknown_measurement")
+
+
+@pytest.mark.parametrize("measurement_id", ["0", "-1", str(MAX_ID + 1), "x", "1.5", "9" * 5000])
+async def test_measurement_ids_have_limits(http: httpx.AsyncClient, measurement_id: str) -> None:
+    """A measurementId that can't be one is a 422, never a 500."""
+    answer = await http.get(f"/measurements/{measurement_id}")
+    assert (answer.status_code, answer.json()["field"]) == (422, "measurement_id")
+
+
+@pytest.mark.parametrize("path", ["/machines", "/llms"])
+async def test_lists(http: httpx.AsyncClient, path: str) -> None:
+    """Machines and LLMs are lists."""
+    answer = await http.get(path)
+    assert (answer.status_code, len(answer.json())) == (200, 1)
+
+
+@pytest.mark.parametrize(("health", "status"), [("ok", 200), ("starting", 503), ("degraded", 503)])
+async def test_health(http: httpx.AsyncClient, registry: FakeRegistry, health: str, status: int) -> None:
+    """Health is 200 only while requests can be served; the body says the same."""
+    registry.health = health
+    answer = await http.get("/healthz")
+    assert (answer.status_code, answer.json()["status"]) == (status, health)
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        IdempotencyConflict("k"),
+        LLMNeverFits("m", "r"),
+        QueueFull("this registry", 5),
+        ShuttingDown(),
+        RegistryUnavailable("r"),
+        StoreUnavailable("r"),
+        UnknownRequest("x"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_errors_of_the_registry_become_answers(
+    http: httpx.AsyncClient, registry: FakeRegistry, error: RegistryError
+) -> None:
+    """Each error is answered with its status, code and text; with Retry-After exactly when trying again can help."""
+    registry.error = error
+    for answer in (await http.post(REQUEST, json=BODY), await http.get(f"{REQUEST}/x")):
+        assert answer.status_code == error.http_status
+        assert answer.json() == {"code": error.code, "message": str(error), "retryable": error.retryable}
+        assert ("retry-after" in answer.headers) == error.retryable
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/", 404, "no_such_path"),
+        ("GET", "/promptingservice", 404, "no_such_path"),
+        ("PUT", REQUEST, 405, "method_not_allowed"),
+        ("GET", REQUEST, 405, "method_not_allowed"),
+    ],
+)
+async def test_unknown_paths_and_methods(
+    http: httpx.AsyncClient, method: str, path: str, status: int, code: str
+) -> None:
+    """A path or a method that is not served is an error in our form; a 405 says which methods there are."""
+    answer = await http.request(method, path)
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+async def test_fault_of_ours_is_an_error_in_our_form(registry: FakeRegistry) -> None:
+    """What nobody foresaw is a 500 in our form that gives nothing away; the server's log gets it."""
+    registry.error = ZeroDivisionError("secret")
+    transport = httpx.ASGITransport(app=build_app(CONFIG, registry.call), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as http:
+        answer = await http.get("/machines")
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
+    assert "secret" not in answer.text
+
+
+# --- the calls to the actor --------------------------------------------------------------------------------
+
+
+class FakeMethod:
+    """A remote method: each call takes the next of ``outcomes``; errors are raised, awaitables awaited."""
+
+    def __init__(self, outcomes: list[object]) -> None:
+        self.outcomes = outcomes
+        self.calls: list[tuple[object, ...]] = []
+
+    def remote(self, *args: object) -> Awaitable[object]:
+        self.calls.append(args)
+        outcome = self.outcomes.pop(0)
+
+        async def answer() -> object:
+            if isinstance(outcome, Exception):
+                raise outcome
+            if callable(outcome):
+                return await outcome()
+            return outcome
+
+        return answer()
+
+
+class FakeActor:
+    def __init__(self, *outcomes: object) -> None:
+        self.state = FakeMethod(list(outcomes))
+
+
+def task_error(cause: Exception) -> Exception:
+    """An exception of an actor's method as Ray delivers it."""
+    error: Exception = RayTaskError("state", "a traceback", cause).as_instanceof_cause()
+    return error
+
+
+@pytest.fixture
+def find(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Lets ``ray.get_actor`` find these, one after the other; what is returned counts the searches."""
+
+    def find(*found: FakeActor | Exception) -> list[str]:
+        left, searches = list(found), list[str]()
+
+        def get_actor(name: str, _namespace: str) -> FakeActor:
+            searches.append(name)
+            actor = left.pop(0)
+            if isinstance(actor, Exception):
+                raise actor
+            return actor
+
+        monkeypatch.setattr(ray, "get_actor", get_actor)
+        return searches
+
+    return find
+
+
+@pytest.fixture(autouse=True)
+def no_pauses():
+    """Calls are tried again five times, without a pause."""
+    with stamina.set_testing(True, attempts=5):
+        yield
+
+
+async def test_actor_is_found_once(find: Callable[..., list[str]]) -> None:
+    """The actor is looked up by name for the first call and kept."""
+    actor = FakeActor("one", "two")
+    searches = find(actor)
+    client = RegistryClient()
+    assert [await client.call("state", "x", 1.0, wait_s=1.0), await client.call("state", "y")] == ["one", "two"]
+    assert searches == ["greenprompt-registry"]
+    assert actor.state.calls == [("x", 1.0), ("y",)]
+
+
+async def test_call_outlasts_a_restart(find: Callable[..., list[str]]) -> None:
+    """An actor that dies, is not there for a moment and comes back answers the same call, with the same arguments."""
+    old, new = FakeActor(ActorUnavailableError("restarting", None), ActorDiedError()), FakeActor("answer")
+    find(old, old, ValueError("no such actor"), new)
+    assert await RegistryClient().call("state", "x") == "answer"
+    assert [*old.state.calls, *new.state.calls] == [("x",)] * 3
+
+
+async def test_actor_that_stays_away_is_unavailable(find: Callable[..., list[str]]) -> None:
+    """An actor that does not come back is a RegistryUnavailable, which clients may try again."""
+    find(*[ValueError("no such actor")] * 5)
+    with pytest.raises(RegistryUnavailable):
+        await RegistryClient().call("state", "x")
+
+
+async def test_errors_of_the_registry_come_through(find: Callable[..., list[str]]) -> None:
+    """What the registry raised is raised here as it was, and not tried again."""
+    actor = FakeActor(task_error(UnknownRequest("x")), "never")
+    find(actor)
+    with pytest.raises(UnknownRequest) as caught:
+        await RegistryClient().call("state", "x")
+    assert type(caught.value) is UnknownRequest
+    assert len(actor.state.calls) == 1
+
+
+async def test_unforeseen_errors_are_told_as_such(find: Callable[..., list[str]]) -> None:
+    """A fault inside the registry is an internal error that names it, and is not tried again."""
+    actor = FakeActor(task_error(ZeroDivisionError("boom")), "never")
+    find(actor)
+    with pytest.raises(InternalError, match="ZeroDivisionError"):
+        await RegistryClient().call("state", "x")
+    assert len(actor.state.calls) == 1
+
+
+async def test_call_has_a_time_limit(find: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor that does not answer is unavailable after the limit, plus what the client asked to wait."""
+    monkeypatch.setattr(ingress, "CALL_TIMEOUT_S", 0.0)
+    find(FakeActor(asyncio.Event().wait))
+    with pytest.raises(RegistryUnavailable, match=r"no answer within 0\.01 s"):
+        await RegistryClient().call("state", "x", wait_s=0.01)
