@@ -16,11 +16,12 @@ from typing import Annotated, Any
 
 import ray
 import stamina
-from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi import FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from deployments.error_answers import error_answer, registry_error
 from deployments.llm_args import map_llmconfig
@@ -39,7 +40,7 @@ from registry.api import (
     PromptingRequest,
     RequestState,
 )
-from registry.errors import InternalError, InvalidField, RegistryError, RegistryUnavailable
+from registry.errors import InternalError, RegistryError, RegistryUnavailable
 from registry.service import Idempotency
 from registry.state import LLMSpec, canonical_json
 
@@ -166,10 +167,8 @@ def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> Fas
         return _json_response(await call("keep_alive", request_id))
 
     @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=unknown)
-    async def measurement(measurement_id: int) -> Response:
+    async def measurement(measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)]) -> Response:
         """A measurement with all its requests, in their order."""
-        if not 0 < measurement_id <= MAX_ID:
-            raise InvalidField("measurement_id", f"must be between 1 and {MAX_ID}")
         return _json_response(await call("measurement", measurement_id))
 
     @app.get("/machines", response_model=list[MachineState], responses=errors)
@@ -222,8 +221,16 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         return error_answer(422, "invalid_field", f"body: {error.detail}", field="body")
     code = {404: "no_such_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     answer = error_answer(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
-    answer.headers.update(error.headers or {})  # a 405 says what is allowed
+    if error.status_code == 405:
+        answer.headers["allow"] = ", ".join(_methods_of(request))
     return answer
+
+
+def _methods_of(request: Request) -> list[str]:
+    """What may be done with a path: FastAPI itself names only the methods of the first function for it."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    there = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in there for method in route.methods or ()})
 
 
 async def _on_fault(_request: Request, error: Exception) -> Response:
