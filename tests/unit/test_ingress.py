@@ -373,21 +373,22 @@ async def test_errors_of_the_registry_become_answers(
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
+    ("method", "path", "status", "code", "allowed"),
     [
-        ("GET", "/", 404, "no_such_path"),
-        ("GET", "/promptingservice", 404, "no_such_path"),
-        ("PUT", REQUEST, 405, "method_not_allowed"),
-        ("GET", REQUEST, 405, "method_not_allowed"),
+        ("GET", "/", 404, "no_such_path", None),
+        ("GET", "/promptingservice", 404, "no_such_path", None),
+        ("PUT", REQUEST, 405, "method_not_allowed", "POST"),
+        ("GET", REQUEST, 405, "method_not_allowed", "POST"),
+        ("POST", f"{REQUEST}/x", 405, "method_not_allowed", "DELETE, GET"),
     ],
 )
 async def test_unknown_paths_and_methods(
-    http: httpx.AsyncClient, method: str, path: str, status: int, code: str
+    http: httpx.AsyncClient, method: str, path: str, status: int, code: str, allowed: str | None
 ) -> None:
     """A path or a method that is not served is an error in our form; a 405 says which methods there are."""
     answer = await http.request(method, path)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
-    assert ("allow" in answer.headers) == (status == 405)
+    assert answer.headers.get("allow") == allowed
 
 
 async def test_fault_of_ours_is_an_error_in_our_form(registry: FakeRegistry) -> None:
