@@ -109,7 +109,7 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return []
 
 
-def start(folder: Path, **overrides: Any) -> Registry:
+def start(folder: Path, environment: dict[str, str] | None = None, /, **overrides: Any) -> Registry:
     """``greenprompt up`` with the local configuration and these sections changed; returns when it is ready."""
     port, dashboard_port = free_ports(2)
     config = yaml.safe_load((REPOSITORY / "configs" / "local.yaml").read_text(encoding="utf-8"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import os
 import secrets
 import socket
@@ -55,16 +57,20 @@ def llmconfig(folder: Path, name: str = "a") -> dict[str, Any]:
 
 
 def traces() -> set[str]:
-    """Files and folders that a registry could leave behind in shared places."""
-    shared = [*Path("/tmp").glob("*"), *Path("/dev/shm").glob("*")]
-    return {str(path) for path in shared}
+    """What Ray, HAProxy, torch and vLLM could leave behind in places that others use, too."""
+    patterns = ("/tmp/ray*", "/tmp/haproxy*", "/tmp/torch*", "/tmp/vllm*", "/dev/shm/plasma*", "/dev/shm/torch*")
+    return {path for pattern in patterns for path in glob.glob(pattern)}
 
 
 def test_a_registry_ends_without_a_trace_and_goes_on_where_it_was(tmp_path: Path) -> None:
     """Configured LLMs run before anyone asks; SIGTERM leaves no process, port or file; the queue is still there."""
     make_tiny_llm(tmp_path / "llms" / "a", seed=0)
     before = traces()
-    registry = start(tmp_path, deploy=[{"machine": "*", "llm": llmconfig(tmp_path)}])
+    own = tmp_path / "tmp"
+    own.mkdir()
+    registry = start(tmp_path, {"TMPDIR": str(own)}, deploy=[{"machine": "*", "llm": llmconfig(tmp_path)}])
+    folder = Path(json.loads((tmp_path / "state" / "up.json").read_text(encoding="utf-8"))["folder"])
+    assert folder.is_dir()
     deadline_s = time.monotonic() + 60
     while (llms := httpx.get(f"{registry.url}/llms", timeout=60).json()) == [] or llms[0]["status"] != "ready":
         assert time.monotonic() < deadline_s, llms
@@ -81,6 +87,8 @@ def test_a_registry_ends_without_a_trace_and_goes_on_where_it_was(tmp_path: Path
     assert alive == []
     port = int(registry.url.rsplit(":", 1)[1])
     socket.create_server(("127.0.0.1", port)).close()
+    assert not folder.exists()
+    assert list(own.iterdir()) == []
     assert traces() <= before
 
     again = start(tmp_path)
