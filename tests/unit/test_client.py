@@ -1,0 +1,284 @@
+"""The Python client against a registry that is a script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import stamina
+
+from registry import client as client_module
+from registry.api import MAX_WAIT_S
+from registry.client import AnswerError, RegistryClient, RequestEnded
+
+STATE: dict[str, Any] = {
+    "requestId": "r1",
+    "llmconfig": {"model": "m"},
+    "status": "queued",
+    "measurementId": 1,
+    "address": None,
+    "link": "http://x/r1",
+    "createdAt": "2026-01-01T00:00:00.000Z",
+}
+DEPLOYED = {**STATE, "status": "deployed", "address": "http://x/wrappers/a-0/token"}
+BUSY = {"code": "registry_unavailable", "message": "try again", "retryable": True}
+
+Reply = dict[str, Any] | httpx.Response | BaseException
+
+
+class Script:
+    """Answers each request with the next of its replies: a JSON body, a response, or an exception."""
+
+    def __init__(self, *replies: Reply) -> None:
+        self.replies = list(replies)
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        reply = self.replies.pop(0)
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply if isinstance(reply, httpx.Response) else httpx.Response(200, json=reply)
+
+    @property
+    def asked(self) -> list[str]:
+        return [f"{request.method} {request.url.raw_path.decode()}" for request in self.requests]
+
+
+@pytest.fixture
+def registry() -> Iterator[Callable[..., tuple[RegistryClient, Script]]]:
+    """Makes a client and the script that answers it; at the end every reply must have been asked for."""
+    made: list[tuple[RegistryClient, Script]] = []
+
+    def make(*replies: Reply, base_url: str = "http://registry:8000") -> tuple[RegistryClient, Script]:
+        script, client = Script(*replies), RegistryClient(base_url)
+        client._http.close()
+        client._http = httpx.Client(base_url=client._http.base_url, transport=httpx.MockTransport(script))
+        made.append((client, script))
+        return client, script
+
+    with stamina.set_testing(True, attempts=4):
+        yield make
+    for client, script in made:
+        client.close()
+        assert script.replies == []
+
+
+Make = Callable[..., tuple[RegistryClient, Script]]
+
+
+# --- request -----------------------------------------------------------------------------------------------
+
+
+def test_request_gives_ids_in_order(registry: Make) -> None:
+    """A request sends the contract's body and gives the ids in the order of the LLMs."""
+    accepted = [{"requestId": f"r{n}", "llmconfig": {}, "link": "", "status": "queued"} for n in (2, 1)]
+    client, script = registry(httpx.Response(201, json={"requests": accepted}))
+    assert client.request(7, [{"model": "a"}, {"model": "b"}]) == ["r2", "r1"]
+    assert script.asked == ["POST /promptingservice/request"]
+    assert json.loads(script.requests[0].content) == {"measurementId": 7, "llms": [{"model": "a"}, {"model": "b"}]}
+    assert "idempotency-key" not in script.requests[0].headers
+
+
+def test_idempotency_key_is_sent(registry: Make) -> None:
+    """A key goes along as the header."""
+    client, script = registry(httpx.Response(201, json={"requests": []}))
+    client.request(7, [{}], idempotency_key="key-1")
+    assert script.requests[0].headers["idempotency-key"] == "key-1"
+
+
+def test_request_is_not_repeated(registry: Make) -> None:
+    """A POST that was refused or did not arrive is the caller's to repeat: twice would be two requests."""
+    client, script = registry(httpx.Response(503, json=BUSY), httpx.ConnectError("refused"))
+    with pytest.raises(AnswerError, match="try again"):
+        client.request(7, [{}])
+    with pytest.raises(httpx.ConnectError):
+        client.request(7, [{}])
+    assert len(script.requests) == 2
+
+
+def test_refusal_tells_what_is_wrong(registry: Make) -> None:
+    """An error of the registry comes with its status, code and sentence."""
+    error = {"code": "invalid_field", "message": "llms[0].model: no", "retryable": False, "field": "llms[0].model"}
+    client, _ = registry(httpx.Response(422, json=error))
+    with pytest.raises(AnswerError) as caught:
+        client.request(7, [{}])
+    assert (caught.value.status, caught.value.answer_code) == (422, "invalid_field")
+    assert str(caught.value) == "llms[0].model: no (HTTP 422, invalid_field)"
+
+
+@pytest.mark.parametrize(
+    ("response", "text"),
+    [
+        (httpx.Response(502, text="<html>Bad\nGateway"), "<html>Bad"),
+        (httpx.Response(502, text=""), "Bad Gateway"),
+        (httpx.Response(404, json={"detail": "x"}), '{"detail":"x"}'),
+    ],
+)
+def test_strangers_errors_are_told_too(registry: Make, response: httpx.Response, text: str) -> None:
+    """An error that is not the registry's (a proxy's page) is told by its status and first line."""
+    client, _ = registry(response)
+    with pytest.raises(AnswerError) as caught:
+        client.get("/machines")
+    assert (caught.value.answer_code, caught.value.message) == ("unexpected_answer", text)
+
+
+# --- status and release ------------------------------------------------------------------------------------
+
+
+def test_status(registry: Make) -> None:
+    """A status is asked for once, without a wait unless there is one; a wait is never longer than is allowed."""
+    client, script = registry(STATE, STATE, STATE)
+    assert client.status("r1").status == "queued"
+    client.status("r1", wait_s=2.5)
+    client.status("r1", wait_s=1000)
+    path = "GET /promptingservice/request/r1"
+    assert script.asked == [path, f"{path}?wait=2.5", f"{path}?wait={MAX_WAIT_S}"]
+
+
+def test_waiting_is_no_timeout(registry: Make) -> None:
+    """The connection is given as long as the registry may wait, and more."""
+    client, script = registry(STATE)
+    client.status("r1", wait_s=50)
+    assert script.requests[0].extensions["timeout"]["read"] > 100
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [httpx.Response(503, json=BUSY), httpx.Response(503, text="proxy"), httpx.ConnectError("refused")],
+    ids=["503 of the registry", "503 of the proxy", "refused"],
+)
+def test_restart_is_waited_for(registry: Make, trouble: Reply) -> None:
+    """While the registry restarts, a status and a release are asked for again."""
+    client, script = registry(trouble, trouble, STATE, trouble, httpx.Response(204))
+    assert client.status("r1").requestId == "r1"
+    client.release("r1")
+    assert len(script.requests) == 5
+
+
+def test_patience_ends(registry: Make) -> None:
+    """A registry that stays away is the caller's problem in the end."""
+    client, _ = registry(*[httpx.ConnectError("refused")] * 4)
+    with pytest.raises(httpx.ConnectError):
+        client.status("r1")
+
+
+@pytest.mark.parametrize("status", [404, 410, 422, 429, 500])
+def test_other_errors_are_not_asked_again(registry: Make, status: int) -> None:
+    """What another try can't change is told at once."""
+    client, script = registry(httpx.Response(status, json={**BUSY, "code": "x"}))
+    with pytest.raises(AnswerError):
+        client.status("r1")
+    assert len(script.requests) == 1
+
+
+# --- waiting -----------------------------------------------------------------------------------------------
+
+
+def test_wait_until_deployed(registry: Make) -> None:
+    """The client polls with waits until the LLM is its own, and tells of every answer."""
+    deploying = {**STATE, "status": "deploying", "phase": "loading"}
+    client, script = registry(STATE, STATE, deploying, DEPLOYED)
+    heard: list[str] = []
+    state = client.wait_until_deployed("r1", on_change=lambda state: heard.append(state.status), poll_s=3.0)
+    assert state.address == "http://x/wrappers/a-0/token"
+    assert heard == ["queued", "queued", "deploying", "deployed"]
+    assert ["wait=3.0" in asked for asked in script.asked] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled", "expired", "released"])
+def test_request_that_ended_is_not_waited_for(registry: Make, status: str) -> None:
+    """A request that ended without its LLM is an error with the registry's reason."""
+    client, _ = registry({**STATE, "status": status, "reason": "no memory"})
+    with pytest.raises(RequestEnded) as caught:
+        client.wait_until_deployed("r1")
+    assert (caught.value.request_id, caught.value.status, caught.value.reason) == ("r1", status, "no memory")
+    assert str(caught.value) == f"request r1 is {status}: no memory"
+
+
+def test_wait_has_an_end(registry: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its time the wait ends with a TimeoutError, and no poll is longer than what is left."""
+    now_s = iter([0.0, 1.0, 4.5, 5.0])  # the start, then before each poll
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: next(now_s)))
+    client, script = registry(STATE, STATE, STATE)
+    with pytest.raises(TimeoutError, match=r"still queued after 5\.0 s"):
+        client.wait_until_deployed("r1", timeout_s=5.0, poll_s=2.0)
+    assert [request.url.params.get("wait") for request in script.requests] == [None, "2.0", "0.5"]
+
+
+# --- leases ------------------------------------------------------------------------------------------------
+
+
+def test_lease_is_held_and_given_back(registry: Make) -> None:
+    """A lease is waited for, prompted at its address, and given back at the end of the block."""
+    client, script = registry(STATE, DEPLOYED, {"answer": "because", "sci_score": None}, httpx.Response(204))
+    with client.lease("r1") as lease:
+        assert lease.prompt("Why?") == {"answer": "because", "sci_score": None}
+        assert lease.state.status == "deployed"
+    assert str(script.requests[2].url) == "http://x/wrappers/a-0/token/process_prompt"
+    assert json.loads(script.requests[2].content) == {"question": "Why?"}
+    assert script.asked[-1] == "DELETE /promptingservice/request/r1"
+
+
+def test_lease_is_given_back_on_an_error(registry: Make) -> None:
+    """Whatever goes wrong in the block, the LLM is given back, and the error comes through."""
+    client, script = registry(DEPLOYED, httpx.Response(204))
+
+    def use() -> None:
+        with client.lease("r1"):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        use()
+    assert script.asked[-1] == "DELETE /promptingservice/request/r1"
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [({**STATE, "status": "failed"}, RequestEnded), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=["failed", "Ctrl-C"],
+)
+def test_request_is_given_back_when_the_wait_fails(registry: Make, reply: Reply, error: type[BaseException]) -> None:
+    """A request whose wait failed or was given up does not stay in the queue."""
+    client, script = registry(STATE, reply, httpx.Response(204))
+    with pytest.raises(error), client.lease("r1"):
+        pytest.fail("there is no lease")
+    assert script.asked[-1] == "DELETE /promptingservice/request/r1"
+
+
+def test_prompt_after_the_lease_tells_so(registry: Make) -> None:
+    """A prompt at an address that is over is an error with the wrapper's own words."""
+    gone = {"code": "lease_ended", "message": "this lease has ended (expired)", "retryable": False}
+    client, _ = registry(DEPLOYED, httpx.Response(410, json=gone), httpx.Response(204))
+    with client.lease("r1") as lease, pytest.raises(AnswerError, match="expired") as caught:
+        lease.prompt("Why?")
+    assert (caught.value.status, caught.value.answer_code) == (410, "lease_ended")
+
+
+# --- the rest ----------------------------------------------------------------------------------------------
+
+
+def test_pages(registry: Make) -> None:
+    """The information pages come as their JSON."""
+    client, script = registry(httpx.Response(200, json=[{"machine": "a"}]))
+    assert client.get("/machines") == [{"machine": "a"}]
+    assert script.asked == ["GET /machines"]
+
+
+@pytest.mark.parametrize("base_url", ["http://r/prefix", "http://r/prefix/"])
+def test_base_url_may_have_a_path(registry: Make, base_url: str) -> None:
+    """A registry behind a path is reached, with or without a slash at the end."""
+    client, script = registry(STATE, base_url=base_url)
+    client.status("r1")
+    assert script.asked == ["GET /prefix/promptingservice/request/r1"]
+
+
+def test_client_closes_its_connections() -> None:
+    """At the end of the block the connections are closed."""
+    with RegistryClient("http://registry") as client:
+        pass
+    assert client._http.is_closed
