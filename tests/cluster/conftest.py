@@ -35,8 +35,6 @@ class Registry:
     process: subprocess.Popen[bytes]
     url: str
     folder: Path
-    command: list[str]
-    environment: dict[str, str]
     posted: list[str] = field(default_factory=list)
 
     def post(self, measurement_id: int, *llms: dict[str, Any], **extra: Any) -> list[str]:
@@ -122,18 +120,21 @@ def start(folder: Path, environment: dict[str, str] | None = None, /, **override
         config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return run(
-        folder, [sys.executable, "-m", "deployments.cli", "up", "--config", str(path)], f"http://127.0.0.1:{port}"
-    )
+    command = [sys.executable, "-m", "deployments.cli", "up", "--config", str(path)]
+    return run(folder, command, f"http://127.0.0.1:{port}", environment or {})
 
 
-def run(folder: Path, command: list[str], url: str) -> Registry:
+def run(folder: Path, command: list[str], url: str, environment: dict[str, str]) -> Registry:
     """Run an ``up`` command and wait until it says that it is ready."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     log = folder / "up.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL
+            command,
+            cwd=REPOSITORY,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
         )
     record = folder / "state" / "up.json"
     deadline_s = time.monotonic() + UP_LIMIT_S
@@ -142,7 +143,7 @@ def run(folder: Path, command: list[str], url: str) -> Registry:
             process.kill()
             pytest.fail(f"greenprompt up did not get ready:\n{log.read_text(encoding='utf-8')}")
         time.sleep(0.2)
-    return Registry(process, url, folder, command, environment)
+    return Registry(process, url, folder)
 
 
 def stop(registry: Registry) -> None:

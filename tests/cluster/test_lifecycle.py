@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import secrets
@@ -58,8 +57,8 @@ def llmconfig(folder: Path, name: str = "a") -> dict[str, Any]:
 
 def traces() -> set[str]:
     """What Ray, HAProxy, torch and vLLM could leave behind in places that others use, too."""
-    patterns = ("/tmp/ray*", "/tmp/haproxy*", "/tmp/torch*", "/tmp/vllm*", "/dev/shm/plasma*", "/dev/shm/torch*")
-    return {path for pattern in patterns for path in glob.glob(pattern)}
+    patterns = ("tmp/ray*", "tmp/haproxy*", "tmp/torch*", "tmp/vllm*", "dev/shm/plasma*", "dev/shm/torch*")
+    return {str(path) for pattern in patterns for path in Path("/").glob(pattern)}
 
 
 def test_a_registry_ends_without_a_trace_and_goes_on_where_it_was(tmp_path: Path) -> None:
