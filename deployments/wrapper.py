@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -25,7 +26,7 @@ from deployments.lease_gate import LeaseGate
 from deployments.models import ModelSources
 from deployments.prompt_meter import PromptMeter
 from deployments.prompts import PromptGate
-from registry.errors import EngineStartFailed, StaleEpoch
+from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
 from registry.reconcile import LeaseGrant, WrapperReport
 from registry.settings import EnergySettings, WrapperSettings
 from registry.state import LLMSpec
@@ -64,6 +65,8 @@ class LLMWrapper:
         self._phase: str | None = None
         self._start: asyncio.Task[None] | None = None
         self._starts = 0
+        self._death_watch: asyncio.Task[None] | None = None
+        self._commands = asyncio.Lock()
         self._engine_lock = asyncio.Lock()
         self._gate = LeaseGate(time.monotonic)
         self._meter = PromptMeter(config.energy, gpus=config.gpus)
@@ -92,11 +95,10 @@ class LLMWrapper:
 
     async def report(self) -> WrapperReport:
         """What this wrapper says of itself; never waits for the engine."""
-        running = self._host.running
         grant = self._gate.grant
         return WrapperReport(
             epoch=self._epoch,
-            running=self._spec.fingerprint if running is not None and self._spec is not None else None,
+            running=self._spec.fingerprint if self._living() is not None and self._spec is not None else None,
             starting=self._spec.fingerprint if self._start is not None and self._spec is not None else None,
             died=self._died,
             phase=self._phase,
@@ -118,18 +120,18 @@ class LLMWrapper:
             StaleEpoch: a newer command has come, before or meanwhile.
             EngineStartFailed: the engine's own reason; the wrapper is empty and usable.
         """
-        self._take(epoch)
-        if grant is None:
-            await self._end_lease("released")
-        else:
-            self._gate.bind(grant)
-        if self._spec != spec or (self._start is None and self._host.running is None):
-            await self._cancel_start()
-            self._spec = spec
-            self._died = None
-            self._start = asyncio.create_task(self._swap(spec))
-        if self._start is not None:
+        async with self._command(epoch):
+            if grant is None:
+                await self._end_lease("released")
+            else:
+                self._gate.bind(grant)
+            if self._spec != spec or (self._start is None and self._living() is None):
+                await self._cancel_start()
+                self._spec = spec
+                self._died = None
+                self._start = asyncio.create_task(self._swap(spec))
             start = self._start
+        if start is not None:
             await asyncio.wait({start})  # a caller that goes away does not end the start
             if start.cancelled():
                 raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
@@ -141,13 +143,13 @@ class LLMWrapper:
         Raises:
             StaleEpoch: a newer command has come.
         """
-        self._take(epoch)
-        await self._end_lease("shutdown")
-        await self._cancel_start()
-        async with self._engine_lock:
-            await self._host.stop()
-            self._spec = None
-            self._died = None
+        async with self._command(epoch):
+            await self._end_lease("shutdown")
+            await self._cancel_start()
+            async with self._engine_lock:
+                await self._empty()
+                self._spec = None
+                self._died = None
 
     async def bind(self, epoch: int, grant: LeaseGrant) -> None:
         """Accept this lease's token and no other.
@@ -155,11 +157,11 @@ class LLMWrapper:
         Raises:
             StaleEpoch: a newer command has come.
         """
-        self._take(epoch)
-        current = self._gate.grant
-        if current is not None and current.request_id != grant.request_id:
-            await self._end_lease("released")
-        self._gate.bind(grant)
+        async with self._command(epoch):
+            current = self._gate.grant
+            if current is not None and current.request_id != grant.request_id:
+                await self._end_lease("released")
+            self._gate.bind(grant)
 
     async def unbind(self, epoch: int, request_id: str, how: str) -> None:
         """Refuse this request's token from now on; prompts in flight are cut.
@@ -167,9 +169,9 @@ class LLMWrapper:
         Raises:
             StaleEpoch: a newer command has come.
         """
-        self._take(epoch)
-        if self._gate.grant is None or self._gate.grant.request_id == request_id:
-            await self._end_lease(how)
+        async with self._command(epoch):
+            if self._gate.grant is None or self._gate.grant.request_id == request_id:
+                await self._end_lease(how)
 
     async def touch(self, request_id: str) -> None:
         """A keep-alive of this request's lease; without effect when it is not bound here."""
@@ -178,11 +180,16 @@ class LLMWrapper:
 
     # --- inside -----------------------------------------------------------------------------------------
 
-    def _take(self, epoch: int) -> None:
-        if epoch < self._epoch:
-            raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
-        self._epoch = epoch
-        self._gate.commanded = True
+    @asynccontextmanager
+    async def _command(self, epoch: int) -> AsyncIterator[None]:
+        """Take a command: one at a time, and none that a newer one has overtaken, also not while it waited."""
+        if epoch >= self._epoch:
+            self._epoch = epoch
+            self._gate.commanded = True
+        async with self._commands:
+            if epoch < self._epoch:
+                raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
+            yield
 
     async def _end_lease(self, how: str) -> None:
         self._gate.unbind(how)
@@ -199,7 +206,7 @@ class LLMWrapper:
         try:
             async with self._engine_lock:
                 self._phase = "stopping"
-                await self._host.stop()
+                await self._empty()
                 with self._meter.load():
                     await self._host.start(
                         _present(config.sources.locate(spec.model)),
@@ -213,7 +220,7 @@ class LLMWrapper:
                 self._starts += 1
                 running = self._host.running
                 assert running is not None  # start() returned
-                asyncio.get_running_loop().create_task(self._notice_death(running))
+                self._death_watch = asyncio.create_task(self._notice_death(running))
         except EngineStartFailed as error:
             log.warning("the LLM did not start", wrapper_id=config.wrapper_id, model=spec.model, reason=error.reason)
             self._spec = None
@@ -223,24 +230,37 @@ class LLMWrapper:
             if self._start is asyncio.current_task():
                 self._start = None
 
+    async def _empty(self) -> None:
+        """Stop the engine. What can't be ended holds memory: only a new process, and an operator, help then."""
+        report = await self._host.stop()
+        if report.leftover:
+            pids = ", ".join(map(str, report.leftover))
+            raise WrapperUnreachable(self._config.wrapper_id, f"engine processes {pids} can't be ended")
+
     def _set_phase(self, phase: str) -> None:
         self._phase = phase
 
     async def _notice_death(self, running: RunningLLM) -> None:
         await running.died.wait()
-        if self._host.running is running:
-            reason = running.death_reason or "its processes are gone"
-            log.error("the engine died", wrapper_id=self._config.wrapper_id, reason=reason)
-            async with self._engine_lock:
-                if self._host.running is running:
-                    await self._prompts.cut_all()
-                    await self._host.stop()
-                    self._died = reason
-                    self._spec = None
+        async with self._engine_lock:
+            if self._host.running is not running:
+                return
+            self._died = running.death_reason or "its processes are gone"
+            self._spec = None
+            log.error("the engine died", wrapper_id=self._config.wrapper_id, reason=self._died)
+            await self._prompts.cut_all()
+            try:
+                await self._empty()
+            except WrapperUnreachable as error:
+                self._died = f"{self._died}; {error.reason}"
+
+    def _living(self) -> RunningLLM | None:
+        running = self._host.running
+        return None if running is None or running.died.is_set() else running
 
     def _engine_state(self) -> tuple[RunningLLM | None, str]:
         """The LLM that answers prompts, else None and why there is none."""
-        running = self._host.running
+        running = self._living()
         if running is not None and self._start is None:
             return running, "ready"
         if self._start is not None:
