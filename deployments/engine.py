@@ -55,7 +55,7 @@ _SERVING = (
     "vllm.entrypoints.launchers.cli_args",
     "vllm.entrypoints.generate.api_router",
 )
-_RUNNERS: Mapping[str, Mapping[str, str]] = {
+_RUNNERS: Mapping[str, Mapping[str, Any]] = {
     "feature-extraction": {"runner": "pooling", "convert": "embed"},
     "sentence-similarity": {"runner": "pooling", "convert": "embed"},
     "text-classification": {"runner": "pooling", "convert": "classify"},
@@ -74,7 +74,8 @@ _PUBLIC = frozenset(
     }
 )  # fmt: skip
 _ELSEWHERE_OR_LATER = re.compile(
-    r"connect|time[d ]*out|temporar|unavailable|too many requests|offline|memory|gpu|device|capability", re.IGNORECASE
+    r"connect|time[d ]*out|temporar|unavailable|too many requests|offline|traffic|memory|gpu|device|capability",
+    re.IGNORECASE,
 )
 _STOP_TIMEOUT_S = 5.0  # for vLLM's own way of stopping; what is left then is killed
 _GONE_TIMEOUT_S = 10.0  # for the kernel to take a killed process away
@@ -212,8 +213,13 @@ class EngineHost:
         await asyncio.shield(self._preparing)
 
     async def _prepare(self) -> None:
-        threads = None if self._gpus else self._cpu_threads
-        self._environment = EngineEnvironment(self._cache_dir, cpu_threads=threads, preload=self._preload)
+        self._environment = EngineEnvironment(
+            self._cache_dir,
+            cpu_threads=None if self._gpus else self._cpu_threads,
+            preload=self._preload,
+            # Would win over ours, and knows whole GiB only.
+            without=() if self._kv_cache_gib is None else ("VLLM_CPU_KVCACHE_SPACE",),
+        )
         self._forkserver = WarmForkserver(self._environment.directory)
         warm, imported = await asyncio.gather(
             asyncio.to_thread(self._forkserver.start),
@@ -363,9 +369,9 @@ class EngineHost:
         unknown = set(order.engine_args) - {field.name for field in dataclasses.fields(AsyncEngineArgs)}
         if unknown:
             raise ValueError(f"vLLM has no engine argument {', '.join(sorted(unknown))}")
-        ours: dict[str, Any] = {"tensor_parallel_size": max(1, self._gpus), **_RUNNERS.get(order.modeltyp, {})}
+        stages = order.engine_args.get("pipeline_parallel_size", 1)
+        ours = {"tensor_parallel_size": max(1, self._gpus // stages), **_RUNNERS.get(order.modeltyp, {})}
         if not self._gpus and self._kv_cache_gib is not None:
-            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would win, and knows whole GiB only
             ours["kv_cache_memory_bytes"] = int(self._kv_cache_gib * 2**30)
         fixed = {"model": order.model, "revision": order.revision, "served_model_name": [order.name]}
         return AsyncEngineArgs(**{**ours, **order.engine_args, **fixed})
@@ -527,5 +533,10 @@ def _pids(processes: Iterable[psutil.Process]) -> tuple[int, ...]:
 def _text_of(problem: BaseException) -> str:
     """What an exception of vLLM says to people."""
     if isinstance(problem, ValidationError):
-        return "; ".join(str(error["msg"]).removeprefix("Value error, ") for error in problem.errors())
+        texts: dict[
+            tuple[int | str, ...], str
+        ] = {}  # by field; where several types would do, the first one's complaint is enough
+        for error in problem.errors():
+            texts.setdefault(error["loc"][:1], str(error["msg"]).removeprefix("Value error, "))
+        return "; ".join(f"{field[0]}: {text}" if field else text for field, text in texts.items())
     return str(problem) or type(problem).__name__

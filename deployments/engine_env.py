@@ -15,7 +15,7 @@ from pathlib import Path
 
 from deployments.warm_start import PHASE_FILE, forkserver_variables
 
-_PREFIX = "greenprompt-"
+_PREFIX = "gp-engine-"
 _LOCK, _SHARED_MEMORY = "owner.lock", "shared_memory"
 _RECORD, _FIELD = "\x1e", "\x1f"  # what no error message holds
 _TRACEBACK = "Traceback (most recent call last):"
@@ -73,13 +73,16 @@ class EngineEnvironment:
     can remove what a killed one left behind.
     """
 
-    def __init__(self, cache_dir: Path, *, cpu_threads: int | None, preload: Sequence[str] = ()) -> None:
+    def __init__(
+        self, cache_dir: Path, *, cpu_threads: int | None, preload: Sequence[str] = (), without: Sequence[str] = ()
+    ) -> None:
         """Make the directory and set the variables in this process, from which the engines inherit them.
 
         Args:
             cache_dir: Directory for compiled kernels and the like, which stays.
             cpu_threads: Threads of an engine that computes on the CPU; None for one that does not.
             preload: Modules for the forkserver to import besides those that every engine needs.
+            without: Variables that must not be set.
         """
         remove_orphans()
         self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_base()))
@@ -90,10 +93,9 @@ class EngineEnvironment:
         self._temporary.mkdir()
         self._phases = self.directory / "phases"
         self._errors = self.directory / "errors"
-        self._before: dict[str, str | None] = {}
-        for name, value in {**self._variables(cache_dir, cpu_threads), **forkserver_variables(preload)}.items():
-            self._before[name] = os.environ.get(name)
-            os.environ[name] = value
+        ours = {**self._variables(cache_dir, cpu_threads), **forkserver_variables(preload)}
+        self._before = {name: os.environ.get(name) for name in (*ours, *without)}
+        _set(ours | dict.fromkeys(without))
         self.begin_start()
 
     def _variables(self, cache_dir: Path, cpu_threads: int | None) -> Mapping[str, str]:
@@ -172,11 +174,7 @@ class EngineEnvironment:
 
     def close(self) -> None:
         """Remove the directory and put the variables back."""
-        for name, value in self._before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(self._before)
         _remove_shared_memory(self.directory)
         shutil.rmtree(self.directory)
         self._lock.close()
@@ -211,10 +209,19 @@ def _exception_text(traceback: str) -> str:
     return text if separator and name in _TOLD_BY_TYPE else name + separator + text
 
 
+def _set(variables: Mapping[str, str | None]) -> None:
+    """Set environment variables of this process; None removes one."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 def _base() -> Path:
-    """Where temporary files go, if that is short: the path of a Unix socket has 107 characters, of which we need 60."""
+    """Where temporary files go, if that is short: the path of a Unix socket has 107 characters, of which we need 58."""
     usual = Path(tempfile.gettempdir())
-    return usual if len(os.fsencode(usual)) < 47 else Path("/tmp")  # noqa: S108 - what is made there has a random name
+    return usual if len(os.fsencode(usual)) < 49 else Path("/tmp")  # noqa: S108 - what is made there has a random name
 
 
 def _remove_shared_memory(directory: Path) -> None:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.vllm
 
 def directories() -> set[Path]:
     """What hosts have for temporary files."""
-    return set(Path(tempfile.gettempdir()).glob("greenprompt-*"))
+    return set(Path(tempfile.gettempdir()).glob("gp-engine-*"))
 
 
 async def test_cold_start(

@@ -213,6 +213,13 @@ async def test_unknown_argument(host: EngineHost, llms: Path) -> None:
     assert error.permanent
 
 
+async def test_bad_argument(host: EngineHost, llms: Path) -> None:
+    """A value that vLLM does not take fails for good, and its argument is named."""
+    error = await failure(host, llms / "a", engine_args={"dtype": "colourful"})
+    assert error.reason.startswith("dtype: ")
+    assert error.permanent
+
+
 async def test_timeout(host: EngineHost, llms: Path) -> None:
     """A start that takes too long is given up, and says in which phase."""
     error = await failure(host, llms / "a", timeout_s=0.3)
@@ -289,7 +296,7 @@ if __name__ == "__main__":
 
 
 def left_behind(directory: Path) -> list[Path]:
-    return list(directory.glob("greenprompt-*"))
+    return list(directory.glob("gp-engine-*"))
 
 
 @pytest.fixture

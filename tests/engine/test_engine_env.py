@@ -127,25 +127,29 @@ def test_operators_choice_stands(temporary: Path, monkeypatch: pytest.MonkeyPatc
         environment.close()
 
 
-def test_environment_is_given_back(temporary: Path) -> None:
+def test_environment_is_given_back(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After close the variables are what they were, and the directory is gone."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
     before = dict(os.environ)
-    environment = EngineEnvironment(temporary / "cache", cpu_threads=2)
+    environment = EngineEnvironment(
+        temporary / "cache", cpu_threads=2, without=["VLLM_CPU_KVCACHE_SPACE", "UNHEARD_OF"]
+    )
     assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
     environment.close()
     assert dict(os.environ) == before
-    assert list(temporary.glob("greenprompt-*")) == []
+    assert list(temporary.glob("gp-engine-*")) == []
 
 
 def test_orphans_are_removed(temporary: Path) -> None:
     """What a killed owner left behind goes, its shared memory too; what a living one uses stays."""
     memory = temporary / "psm_1"
     memory.touch()
-    orphan = temporary / "greenprompt-orphan"
+    orphan = temporary / "gp-engine-orphan"
     orphan.mkdir()
     (orphan / "owner.lock").touch()
     (orphan / "shared_memory").write_text(f"{memory}\n{temporary / 'gone already'}\n")
-    foreign = temporary / "greenprompt-foreign"
+    foreign = temporary / "gp-engine-foreign"
     foreign.mkdir()
     environment = EngineEnvironment(temporary / "cache", cpu_threads=1)
     remove_orphans()
@@ -173,7 +177,7 @@ def test_a_start_finds_nothing_of_the_one_before(temporary: Path) -> None:
     environment.close()
 
 
-@pytest.mark.parametrize("depth", [0, 40, 46, 47, 90])
+@pytest.mark.parametrize("depth", [0, 40, 48, 49, 90])
 def test_socket_paths_are_short(temporary: Path, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
     """However deep the directory for temporary files, vLLM's sockets fit into the 107 characters that a path has."""
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
@@ -184,7 +188,7 @@ def test_socket_paths_are_short(temporary: Path, monkeypatch: pytest.MonkeyPatch
         socket = Path(os.environ["VLLM_RPC_BASE_PATH"]) / "01234567-0123-0123-0123-0123456789ab"
         environment.close()
     assert len(str(socket)) <= 107
-    assert socket.is_relative_to(deep) == (len(str(deep)) < 47)
+    assert socket.is_relative_to(deep) == (len(str(deep)) < 49)
 
 
 def test_phase_clock_adds_up() -> None:
