@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,8 @@ def end(settings: Settings, *, say: Say) -> None:
     if not _is_held(settings) or "pid" not in state:
         say(f"No registry runs from {settings.state_dir}.")
         return
-    os.kill(state["pid"], signal.SIGTERM)
+    with suppress(ProcessLookupError):  # it has ended just now
+        os.kill(state["pid"], signal.SIGTERM)
     deadline_s = time.monotonic() + DOWN_LIMIT_S
     while _is_held(settings):
         if time.monotonic() > deadline_s:
@@ -180,10 +181,10 @@ def _is_held(settings: Settings) -> bool:
 
 def _read_record(settings: Settings) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads((settings.state_dir / "up.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        state = json.loads((settings.state_dir / "up.json").read_bytes())
+    except (FileNotFoundError, ValueError):  # none, or cut short by a power failure: as good as none
         return {}
-    return state
+    return state if isinstance(state, dict) else {}
 
 
 def _remove_leftovers(settings: Settings) -> None:
