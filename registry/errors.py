@@ -63,6 +63,20 @@ class UnknownRequest(RegistryError):
         return f"no request has the id {self.request_id!r}; POST /promptingservice/request makes one"
 
 
+class RequestForgotten(RegistryError):
+    """There was a request with this id; it ended so long ago that nothing is kept of it (``keep_days``)."""
+
+    code = "request_forgotten"
+    http_status = 410
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(request_id)
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return f"request {self.request_id} ended long ago, and nothing is kept of it any more; make a new one"
+
+
 class UnknownMeasurement(RegistryError):
     """There is no measurement with this id."""
 

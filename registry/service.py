@@ -23,6 +23,7 @@ from registry.errors import (
     EngineStartFailed,
     IdempotencyConflict,
     RegistryError,
+    RequestForgotten,
     StaleEpoch,
     StoreUnavailable,
     UnknownRequest,
@@ -67,6 +68,8 @@ FAILED_RETRY_S = 30.0
 
 ACTIVITY_GRAIN_S = 1.0
 """Lease activity is written down when it is this much newer than what is known, seconds."""
+
+DAY_S = 86_400.0
 
 RESEND_DELAYS_S = (0.1, 0.5, 2.0)
 """Pauses before a lease command is sent again to a wrapper that did not take it, seconds."""
@@ -113,14 +116,36 @@ class Service:
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._idle = asyncio.Event()
         self._stopping = False
+        self._forget_next_s = 0.0
 
     # --- life -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Load the database and begin to watch. Returns at once; machines and wrappers come in by themselves."""
+        self._forget()
         self.allocator.load(self._store.load())
         self._spawn(self._watch_cluster())
         self._spawn(self._watch_time())
+
+    def _forget(self) -> int:
+        """Have the database forget what ended more than ``keep_days`` ago; how many requests that were."""
+        now_s = self._now_s()
+        self._forget_next_s = now_s + DAY_S
+        return self._store.forget(ended_before_s=now_s - self.settings.keep_days * DAY_S)
+
+    def _forget_daily(self) -> None:
+        """Forget, in memory too: between two events it holds what the database does, so it is loaded anew.
+
+        Nothing else is lost but whose turn it was among the tenants. Blocks for as long as loading does.
+        """
+        try:
+            forgotten = self._forget()
+            if forgotten:
+                self.allocator.load(self._store.load())
+        except StoreUnavailable as error:
+            self._on_fatal(error)
+            raise
+        log.info("requests were forgotten", count=forgotten, keep_days=self.settings.keep_days)
 
     async def shutdown(self) -> None:
         """Stop every LLM and every wrapper, then close the database. Takes no new requests from the first moment.
@@ -192,18 +217,19 @@ class Service:
         """The client is done with the LLM, or no longer wants it. Again is not an error.
 
         Raises:
-            UnknownRequest: no request has this id.
+            UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
         """
+        self._known(request_id)
         self._apply(LeaseReleased(request_id))
 
     async def keep_alive(self, request_id: str) -> Request:
         """The client still needs its LLM: its idle time starts anew.
 
         Raises:
-            UnknownRequest: no request has this id.
+            UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
             WrapperUnreachable: the wrapper could not be told; the lease stands as it was.
         """
-        request = self.allocator.request(request_id)
+        request = self._known(request_id)
         lease = self.allocator.lease_of(request_id)
         if lease is not None:
             await self._cluster.touch(lease.wrapper_id, request_id)
@@ -215,9 +241,9 @@ class Service:
         """The request, as soon as its status differs from now or after ``wait_s`` (at most MAX_WAIT_S) seconds.
 
         Raises:
-            UnknownRequest: no request has this id.
+            UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
         """
-        request = self.allocator.request(request_id)
+        request = self._known(request_id)
         if wait_s <= 0 or request.status.ended:
             return request
         future = asyncio.get_running_loop().create_future()
@@ -233,7 +259,7 @@ class Service:
                 waiting.discard(future)
                 if not waiting:
                     del self._waiters[request_id]
-        return self.allocator.request(request_id)
+        return self._known(request_id)
 
     # --- decide, commit, act ----------------------------------------------------------------------------
 
@@ -418,9 +444,11 @@ class Service:
                 return WrapperStarted(wrapper_id, report.epoch, report.running)
 
     async def _watch_time(self) -> None:
-        """End leases that are over, for ever."""
+        """End leases that are over, and forget once a day what ended long ago, for ever."""
         while not self._stopping:
             await asyncio.sleep(min(self.settings.watch.period_s, 1.0))
+            if self._now_s() >= self._forget_next_s and not self._stopping:
+                self._forget_daily()
             due_s = self.allocator.next_deadline_s()
             if due_s is not None and due_s <= self._now_s():
                 await self._ask_due_leases()
@@ -445,6 +473,15 @@ class Service:
         except UnknownRequest:
             return False
         return True
+
+    def _known(self, request_id: str) -> Request:
+        """The request with this id. Raises UnknownRequest, RequestForgotten."""
+        try:
+            return self.allocator.request(request_id)
+        except UnknownRequest:
+            if self._store.was_forgotten(request_id):
+                raise RequestForgotten(request_id) from None
+            raise
 
     def _wrapper(self, wrapper_id: str) -> Wrapper | None:
         return next((w for w in self.allocator.wrappers() if w.wrapper_id == wrapper_id), None)

@@ -158,6 +158,7 @@ class Settings(BaseSettings):
     state_dir: Path = Field(Path("build/state"), description="Database, logs and pid file of this registry")
     cache_dir: Path = Field(Path("build/cache"), description="Compile caches, on local disk of every machine")
     database_url: str | None = Field(None, description="SQLAlchemy URL; null: SQLite in state_dir")
+    keep_days: float = Field(90, gt=0, description="Ended requests and events are forgotten after so many days")
     http: HTTPSettings = HTTPSettings()
     ray: RaySettings = RaySettings()
     wrappers: WrapperSettings = WrapperSettings()

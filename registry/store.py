@@ -40,7 +40,16 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from registry.errors import BadSettings, StoreUnavailable
-from registry.migrations.tables import EVENTS, IDEMPOTENCY_KEYS, LEASES, MACHINES, MEASUREMENTS, REQUESTS, WRAPPERS
+from registry.migrations.tables import (
+    EVENTS,
+    FORGOTTEN_REQUESTS,
+    IDEMPOTENCY_KEYS,
+    LEASES,
+    MACHINES,
+    MEASUREMENTS,
+    REQUESTS,
+    WRAPPERS,
+)
 from registry.state import Changes, Lease, Machine, Measurement, Request, Snapshot, Wrapper
 
 if TYPE_CHECKING:
@@ -213,8 +222,8 @@ class Store:
     def forget(self, *, ended_before_s: float) -> int:
         """Remove what ended before this UTC second: requests, then measurements that have none left.
 
-        Events and idempotency keys of before go too. For the start, before ``load``: whoever has loaded remembers more
-        than the database from then on.
+        Events and idempotency keys of before go too; of a request its id stays, for ``was_forgotten``. Whoever has
+        loaded remembers more than the database from then on, and loads again.
 
         Returns:
             How many requests were removed.
@@ -226,9 +235,24 @@ class Store:
         with self._transaction() as connection:
             connection.execute(delete(EVENTS).where(EVENTS.c.at_s < ended_before_s))
             connection.execute(delete(IDEMPOTENCY_KEYS).where(IDEMPOTENCY_KEYS.c.created_s < ended_before_s))
-            forgotten = connection.execute(delete(REQUESTS).where(REQUESTS.c.ended_s < ended_before_s))
+            ended = REQUESTS.c.ended_s < ended_before_s
+            ids = select(REQUESTS.c.request_id).where(ended)
+            connection.execute(insert(FORGOTTEN_REQUESTS).from_select(["request_id"], ids))
+            forgotten = connection.execute(delete(REQUESTS).where(ended))
             connection.execute(delete(MEASUREMENTS).where(~exists().where(of_measurement)))
             return forgotten.rowcount
+
+    def was_forgotten(self, request_id: str) -> bool:
+        """True when there was a request with this id, and ``forget`` removed it.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        if not request_id.isprintable():
+            return False  # what a client made up; PostgreSQL refuses to look for some of it
+        wanted = select(FORGOTTEN_REQUESTS).where(FORGOTTEN_REQUESTS.c.request_id == request_id)
+        with self._transaction() as connection:
+            return connection.execute(wanted).first() is not None
 
     def close(self) -> None:
         """Let go of the database; SQLite's log is folded into its one file. Closing twice is no error.

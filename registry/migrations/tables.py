@@ -194,6 +194,8 @@ EVENTS = Table(
     Index(None, "request_id", "event_id"),
     sqlite_autoincrement=True,
 )
+# Nothing but their ids: who still has the link of one is told that it was, not that it never was.
+FORGOTTEN_REQUESTS = Table("forgotten_requests", METADATA, _must("request_id", Text, primary_key=True))
 IDEMPOTENCY_KEYS = Table(
     "idempotency_keys",
     METADATA,
