@@ -33,15 +33,16 @@ class Flight:
 class PromptMeter:
     """The meter of a wrapper, as its prompts see it."""
 
-    def __init__(self, settings: EnergySettings, *, gpus: int) -> None:
-        """Probe this machine's counters by real calls. ``gpus``: how many GPUs the wrapper holds.
+    def __init__(self, settings: EnergySettings, *, gpus: int, cpus: float | None = None) -> None:
+        """Probe this machine's counters by real calls. ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many
+        CPUs are reserved for it, None for all of the machine.
 
         Raises:
             BadSettings: the grid zone is unknown, or a figure of the CPU model is out of range.
         """
         self._sci = sci_settings(settings)
         self._grid = grid_of(settings)
-        self._meter = Meter(_sources(self._sci, gpus), poll_s=settings.poll_s)
+        self._meter = Meter(_sources(self._sci, gpus, cpus), poll_s=settings.poll_s)
         self._flights: deque[Flight] = deque(maxlen=REMEMBERED_PROMPTS)
         self._load: Energy | None = None
 
@@ -143,7 +144,7 @@ def grid_of(settings: EnergySettings) -> GridIntensity | None:
     return GridIntensity(grid.gco2eq_per_kwh, None, grid.source, grid.date)
 
 
-def _sources(settings: SCISettings, gpus: int) -> list[Any]:
+def _sources(settings: SCISettings, gpus: int, cpus: float | None) -> list[Any]:
     unreadable: list[Any] = []
     uuids: tuple[str, ...] = ()
     if gpus:
@@ -155,7 +156,7 @@ def _sources(settings: SCISettings, gpus: int) -> list[Any]:
         except ReadFailed as error:
             # Inside the boundary all the same: without all of them no total is known.
             unreadable.append(Unreadable(f"gpu:{visible}", str(error), in_boundary=True))
-    return [*probe_sources(uuids, pid=os.getpid(), settings=settings), *unreadable]
+    return [*probe_sources(uuids, pid=os.getpid(), settings=settings, cpus=cpus), *unreadable]
 
 
 def _energy(energy: Energy) -> dict[str, Any]:

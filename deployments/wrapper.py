@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -69,9 +70,13 @@ class LLMWrapper:
         self._commands = asyncio.Lock()
         self._engine_lock = asyncio.Lock()
         self._gate = LeaseGate(time.monotonic)
-        self._meter = PromptMeter(config.energy, gpus=config.gpus)
+        cpus = len(os.sched_getaffinity(0)) / config.settings.per_machine
+        self._meter = PromptMeter(config.energy, gpus=config.gpus, cpus=cpus)
         self._host = EngineHost(
-            gpus=config.gpus, kv_cache_gib=config.settings.kv_cache_gib, cache_dir=config.cache_dir / config.wrapper_id
+            gpus=config.gpus,
+            kv_cache_gib=config.settings.kv_cache_gib,
+            cache_dir=config.cache_dir,
+            cpu_threads=None if config.settings.per_machine == 1 else max(1, int(cpus)),
         )
         self._prompts = PromptGate(
             self._gate,

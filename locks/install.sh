@@ -68,5 +68,6 @@ if [ "$extra" = cpu ]; then
         install --torch-backend=cpu "torch==$torch+cpu"
     fi
 fi
-install --no-build-isolation --editable .
+# Compiled once here, and not again by each of the many processes that Ray starts (never, where pyc are not written).
+install --no-build-isolation --compile-bytecode --editable .
 echo "$wanted" > "$stamp"
