@@ -34,8 +34,9 @@ class PromptMeter:
     """The meter of a wrapper, as its prompts see it."""
 
     def __init__(self, settings: EnergySettings, *, gpus: int, cpus: float | None = None) -> None:
-        """Probe this machine's counters by real calls. ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many
-        CPUs are reserved for it, None for all of the machine.
+        """Probe this machine's counters by real calls.
+
+        ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many CPUs are its own, None for all of the machine.
 
         Raises:
             BadSettings: the grid zone is unknown, or a figure of the CPU model is out of range.

@@ -58,7 +58,8 @@ echo "making $venv with $("$python" -V)"
 rm -rf "$venv"
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install -qq --disable-pip-version-check --require-hashes -r locks/installer.txt
-install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps "$@"; }
+# Bytecode is made once, here: Ray starts many processes, and where none is written each would make its own.
+install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps --compile-bytecode "$@"; }
 install --require-hashes -r "locks/$extra.txt"
 if [ "$extra" = cpu ]; then
     if [ -n "$find_links" ]; then
@@ -68,6 +69,5 @@ if [ "$extra" = cpu ]; then
         install --torch-backend=cpu "torch==$torch+cpu"
     fi
 fi
-# Compiled once here, and not again by each of the many processes that Ray starts (never, where pyc are not written).
-install --no-build-isolation --compile-bytecode --editable .
+install --no-build-isolation --editable .
 echo "$wanted" > "$stamp"

@@ -35,7 +35,7 @@ class Bench:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *sources: Source | Unreadable, **energy: Any) -> None:
         self.clock = ManualClock()
         found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:x", label=Label.SIMULATED),)
-        monkeypatch.setattr(prompt_meter, "_sources", lambda _settings, _gpus: list(found))
+        monkeypatch.setattr(prompt_meter, "_sources", lambda *_: list(found))
         monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
         chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}
         self.meter = PromptMeter(EnergySettings.model_validate(chosen), gpus=1)
@@ -281,7 +281,7 @@ def test_start_of_an_llm_is_on_its_own_account(bench: Callable[..., Bench]) -> N
 def test_simulated_sources_are_refused_outside_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test double never gets into a real account."""
     source = FakeCounter(lambda now_s: now_s, label=Label.SIMULATED)
-    monkeypatch.setattr(prompt_meter, "_sources", lambda _settings, _gpus: [source])
+    monkeypatch.setattr(prompt_meter, "_sources", lambda *_: [source])
     with pytest.raises(BadSettings, match="for tests only"):
         PromptMeter(EnergySettings(), gpus=0)
 
@@ -324,7 +324,7 @@ def test_gpus_that_are_not_found_are_holes(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(prompt_meter, "gpu_uuids", uuids)
     monkeypatch.setattr(prompt_meter, "probe_sources", probed)
-    sources = prompt_meter._sources(sci_settings(EnergySettings()), 2)
+    sources = prompt_meter._sources(sci_settings(EnergySettings()), 2, None)
     assert [source.name for source in sources if source.in_boundary] == missing
     assert [source.name for source in sources if not source.in_boundary] == (
         [] if isinstance(answer, Exception) else [*answer]
@@ -335,7 +335,7 @@ def test_wrapper_without_gpus_looks_for_none(monkeypatch: pytest.MonkeyPatch) ->
     """A wrapper without GPUs counts none, whatever this machine's environment says."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-of-somebody")
     monkeypatch.setattr(prompt_meter, "probe_sources", lambda found, **_: [found])
-    assert prompt_meter._sources(sci_settings(EnergySettings()), 0) == [()]
+    assert prompt_meter._sources(sci_settings(EnergySettings()), 0, None) == [()]
 
 
 def test_settings_become_the_formulas() -> None:
