@@ -62,6 +62,7 @@ class RayCluster:
                         energy=self._settings.energy,
                         sources=self._sources,
                         cache_dir=self._settings.cache_dir,
+                        finish_prompts=self._settings.leases.at_expiry == "finish",
                     ),
                     node_id=want.node_id,
                     env=forwarded_environment(),
@@ -99,7 +100,7 @@ class RayCluster:
     async def deploy(self, wrapper_id: str, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
         """Run an LLM. Raises EngineStartFailed, StaleEpoch."""
         wrappers = self._settings.wrappers
-        limit_s = wrappers.deploy_timeout_s + wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
+        limit_s = self._last_prompt_s + wrappers.deploy_timeout_s + wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
         await self._ask(wrapper_id, "deploy", epoch, spec, grant, timeout_s=limit_s)
 
     async def stop(self, wrapper_id: str, epoch: int) -> None:
@@ -109,7 +110,7 @@ class RayCluster:
 
     async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> None:
         """Let a lease's token in. Raises StaleEpoch."""
-        await self._ask(wrapper_id, "bind", epoch, grant)
+        await self._ask(wrapper_id, "bind", epoch, grant, timeout_s=self._last_prompt_s + COMMAND_TIMEOUT_S)
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         """Keep a lease's token out. Raises StaleEpoch."""
@@ -123,6 +124,11 @@ class RayCluster:
         """Kill the wrapper's replica; Serve starts another."""
         self._handles.pop(wrapper_id, None)
         await self._in_thread(wrapper_id, lambda: _kill_replicas(APP_PREFIX + wrapper_id))
+
+    @property
+    def _last_prompt_s(self) -> float:
+        """How long a wrapper may have to wait for the prompts of a lease that has expired."""
+        return self._settings.wrappers.prompt_max_s if self._settings.leases.at_expiry == "finish" else 0.0
 
     async def _ask(self, wrapper_id: str, method: str, *args: object, timeout_s: float = COMMAND_TIMEOUT_S) -> Any:
         """Call a wrapper. Raises its own RegistryError, or WrapperUnreachable for everything else."""

@@ -44,6 +44,11 @@ class LeaseGate:
             return None
         return 0.0 if self._in_flight else self._clock() - self._last_used_s
 
+    def left_s(self, grant: LeaseGrant) -> float:
+        """Seconds until the deadline of this lease; 0.0 once it has ended."""
+        held = self.grant is not None and self.grant.token == grant.token
+        return max(0.0, self._deadline_s - self._clock()) if held else 0.0
+
     @property
     def in_flight(self) -> int:
         """Prompts that are being answered."""

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import traceback
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from http import HTTPStatus
 from typing import Annotated, Any
 
 import structlog
 from pydantic import BaseModel, ConfigDict, StrictStr, StringConstraints, ValidationError
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,6 +36,8 @@ log = structlog.get_logger("deployments.prompts")
 
 MAX_QUESTION_CHARS = 4_000_000
 """Longest question of process_prompt; the LLM's own context length is far below it."""
+
+EVENT_STREAM = "text/event-stream"
 
 CUT_GRACE_S = 1.0
 """How long vLLM's app may take to end a request whose client has gone, before it is cancelled; seconds."""
@@ -65,7 +69,8 @@ class PromptGate:
     """The wrapper's ASGI app.
 
     ``engine`` gives the LLM that answers (or None) and its state in words; at most ``max_in_flight`` prompts are
-    answered at once, each for at most ``prompt_max_s`` seconds.
+    answered at once, each for at most ``prompt_max_s`` seconds. Those that are in flight at their lease's deadline are
+    cut, unless they may ``finish``.
     """
 
     def __init__(
@@ -76,19 +81,27 @@ class PromptGate:
         engine: Callable[[], tuple[RunningLLM | None, str]],
         max_in_flight: int,
         prompt_max_s: float,
+        finish: bool = False,
     ) -> None:
         self._gate = gate
         self._meter = meter
         self._engine = engine
         self._max_in_flight = max_in_flight
         self._prompt_max_s = prompt_max_s
-        self._in_flight: set[_Exchange] = set()
+        self._finish = finish
+        self._in_flight: dict[_Exchange, LeaseGrant] = {}
 
     async def cut_all(self) -> None:
         """End every prompt in flight; their clients get an error or a broken stream. Returns when they are gone."""
-        tasks = [exchange.cut() for exchange in self._in_flight]
-        if tasks:
-            await asyncio.wait(tasks)
+        await _ended(exchange.cut() for exchange in self._in_flight)
+
+    async def cut(self, request_id: str) -> None:
+        """End the prompts of this request's lease, as ``cut_all`` does."""
+        await _ended(exchange.cut() for exchange, grant in self._in_flight.items() if grant.request_id == request_id)
+
+    async def over(self) -> None:
+        """Returns when every prompt that is in flight now has ended; it is bounded, each of them being so."""
+        await _ended(exchange.task for exchange in self._in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One HTTP request, or Serve's lifespan."""
@@ -117,7 +130,8 @@ class PromptGate:
                     await error_answer(404, "no_such_path", f"{method} {inner}: {known}")(scope, receive, send)
         except RegistryError as error:
             if exchange.started:
-                raise  # the status is out: the broken stream is all that can tell
+                await exchange.tell(error)
+                raise  # the status is out: it breaks off, so that nobody takes it for complete
             await registry_error(error)(scope, receive, send)
         except Exception as error:
             # As text: some renderers of tracebacks show local variables, and the token is one.
@@ -137,14 +151,11 @@ class PromptGate:
             work.close()
             raise TooManyPrompts(self._max_in_flight)
         task = exchange.run(work)
-        self._in_flight.add(exchange)
+        self._in_flight[exchange] = grant
         self._gate.enter()
         task.add_done_callback(lambda ended: self._over(grant, exchange, ended))
         try:
-            done, _ = await asyncio.wait({task}, timeout=self._prompt_max_s)
-            if not done:
-                await asyncio.wait({exchange.cut()})
-                raise PromptTooLong(self._prompt_max_s)
+            await self._until_over(grant, exchange, task)
         except asyncio.CancelledError:  # the client hung up, and Serve cancels us
             exchange.cut()
             raise
@@ -155,8 +166,22 @@ class PromptGate:
         if not exchange.client_gone:
             task.result()
 
+    async def _until_over(self, grant: LeaseGrant, exchange: _Exchange, task: asyncio.Task[None]) -> None:
+        """Wait for the end of a prompt; cut it at the end of its own time, or of its lease's. Raises PromptTooLong."""
+        loop = asyncio.get_running_loop()
+        limit_s = loop.time() + self._prompt_max_s
+        while not task.done():
+            left_s = limit_s - loop.time()
+            lease_left_s = math.inf if self._finish else self._gate.left_s(grant)
+            if min(left_s, lease_left_s) <= 0:
+                await asyncio.wait({exchange.cut()})
+                if lease_left_s > 0:
+                    raise PromptTooLong(self._prompt_max_s)
+            else:
+                await asyncio.wait({task}, timeout=min(left_s, lease_left_s))
+
     def _over(self, grant: LeaseGrant, exchange: _Exchange, ended: asyncio.Task[None]) -> None:
-        self._in_flight.discard(exchange)
+        del self._in_flight[exchange]
         self._gate.leave(grant)
         nobody_asks = exchange.was_cut or exchange.client_gone
         if nobody_asks and not ended.cancelled() and (error := ended.exception()) is not None:
@@ -237,6 +262,7 @@ class _Exchange:
         self._send = send
         self._cut = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._streams_events = False
         self.started = False
         """Whether something of the answer has been sent."""
         self.client_gone = False
@@ -246,6 +272,12 @@ class _Exchange:
         """Whether ``cut`` was called before the answer was complete."""
         return self._cut.is_set()
 
+    @property
+    def task(self) -> asyncio.Task[None]:
+        """The work that answers."""
+        assert self._task is not None  # run() comes first
+        return self._task
+
     def run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Let ``work`` answer."""
         self._task = asyncio.create_task(work)
@@ -253,11 +285,11 @@ class _Exchange:
 
     def cut(self) -> asyncio.Task[None]:
         """End the work: at once if it listens for the client, else after CUT_GRACE_S seconds. Again: no difference."""
-        assert self._task is not None  # run() comes first
-        if not self._cut.is_set() and not self._task.done():
+        task = self.task
+        if not self._cut.is_set() and not task.done():
             self._cut.set()
-            asyncio.get_running_loop().call_later(CUT_GRACE_S, self._task.cancel)
-        return self._task
+            asyncio.get_running_loop().call_later(CUT_GRACE_S, task.cancel)
+        return task
 
     async def receive(self) -> Message:
         """What the client sends next: ``http.disconnect`` when it has hung up, or was cut."""
@@ -278,7 +310,23 @@ class _Exchange:
         """Send a part of the answer; without effect once it was cut."""
         if not self._cut.is_set():
             self.started = True
+            if message["type"] == "http.response.start":
+                self._streams_events = Headers(raw=message["headers"]).get("content-type", "").startswith(EVENT_STREAM)
             await self._send(message)
+
+    async def tell(self, error: RegistryError) -> None:
+        """Say in an event stream that was cut why it ends here, in OpenAI's form. Nothing else can say anything."""
+        if self._streams_events:
+            problem = {"message": str(error), "type": error.code, "code": error.http_status}
+            event = f"data: {json.dumps({'error': problem})}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": event, "more_body": True})
+
+
+async def _ended(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Wait for the end of all of them, whichever it is."""
+    waited_for = set(tasks)
+    if waited_for:
+        await asyncio.wait(waited_for)
 
 
 async def _call(app: ASGIApp, path: str, body: Mapping[str, Any], exchange: _Exchange) -> tuple[int, bytes]:

@@ -44,7 +44,11 @@ VERSIONS = {
 
 @dataclass(frozen=True, slots=True)
 class WrapperConfig:
-    """What a wrapper is told when it is made. ``gpus`` is how many GPUs Ray gives it, ``cache_dir`` is absolute."""
+    """What a wrapper is told when it is made.
+
+    ``gpus`` is how many GPUs Ray gives it, ``cache_dir`` is absolute. ``finish_prompts``: those that are in flight when
+    their lease expires are not cut.
+    """
 
     wrapper_id: str
     gpus: int
@@ -52,6 +56,7 @@ class WrapperConfig:
     energy: EnergySettings
     sources: ModelSources
     cache_dir: Path
+    finish_prompts: bool = False
 
 
 class LLMWrapper:
@@ -84,6 +89,7 @@ class LLMWrapper:
             engine=self._engine_state,
             max_in_flight=config.settings.max_prompts_in_flight,
             prompt_max_s=config.settings.prompt_max_s,
+            finish=config.finish_prompts,
         )
         await self._host.prepare()
         self._meter.start()
@@ -150,6 +156,7 @@ class LLMWrapper:
         """
         async with self._command(epoch):
             await self._end_lease("shutdown")
+            await self._prompts.cut_all()
             await self._cancel_start()
             async with self._engine_lock:
                 await self._empty()
@@ -157,26 +164,32 @@ class LLMWrapper:
                 self._died = None
 
     async def bind(self, epoch: int, grant: LeaseGrant) -> None:
-        """Accept this lease's token and no other.
+        """Accept this lease's token and no other, once the last prompt of the lease before it is over.
 
         Raises:
-            StaleEpoch: a newer command has come.
+            StaleEpoch: a newer command has come, before or meanwhile.
         """
         async with self._command(epoch):
             current = self._gate.grant
-            if current is not None and current.request_id != grant.request_id:
-                await self._end_lease("released")
+            if current is not None and current.request_id == grant.request_id:
+                self._gate.bind(grant)
+                return
+            await self._end_lease("released")
+        await self._prompts.over()  # outside: a newer command need not wait
+        async with self._command(epoch):
             self._gate.bind(grant)
 
     async def unbind(self, epoch: int, request_id: str, how: str) -> None:
-        """Refuse this request's token from now on; prompts in flight are cut.
+        """Refuse this request's token from now on; its prompts in flight are cut, unless expired ones may finish.
 
         Raises:
             StaleEpoch: a newer command has come.
         """
         async with self._command(epoch):
-            if self._gate.grant is None or self._gate.grant.request_id == request_id:
-                await self._end_lease(how)
+            if self._gate.grant is not None and self._gate.grant.request_id == request_id:
+                self._gate.unbind(how)
+            if how != "expired" or not self._config.finish_prompts:
+                await self._prompts.cut(request_id)
 
     async def touch(self, request_id: str) -> None:
         """A keep-alive of this request's lease; without effect when it is not bound here."""
@@ -197,8 +210,11 @@ class LLMWrapper:
             yield
 
     async def _end_lease(self, how: str) -> None:
-        self._gate.unbind(how)
-        await self._prompts.cut_all()
+        """End the bound lease and its prompts. One that has expired by itself may have prompts to finish."""
+        ended = self._gate.grant
+        if ended is not None:
+            self._gate.unbind(how)
+            await self._prompts.cut(ended.request_id)
 
     async def _cancel_start(self) -> None:
         start, self._start = self._start, None
@@ -209,6 +225,8 @@ class LLMWrapper:
     async def _swap(self, spec: LLMSpec) -> None:
         config = self._config
         try:
+            self._phase = "finishing_prompts"
+            await self._prompts.over()
             async with self._engine_lock:
                 self._phase = "stopping"
                 await self._empty()

@@ -64,10 +64,14 @@ class ModelSettings(_Section):
 
 
 class LeaseSettings(_Section):
-    """How long leases last."""
+    """How long leases last, and what becomes of the prompts that are in flight when one expires."""
 
     max_s: float = Field(3600, gt=0)
     idle_s: float = Field(600, gt=0)
+    at_expiry: Literal["cut", "finish"] = Field(
+        "cut",
+        description="Prompts in flight are cut, or finished before the wrapper is handed on; none begins any more",
+    )
 
 
 class QueueSettings(_Section):

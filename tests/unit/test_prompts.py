@@ -128,13 +128,14 @@ class Wrapper:
         self.app = self.make()
         self.gate.bind(GRANT)
 
-    def make(self, *, max_in_flight: int = 4, prompt_max_s: float = 60.0) -> PromptGate:
+    def make(self, *, max_in_flight: int = 4, prompt_max_s: float = 60.0, finish: bool = False) -> PromptGate:
         self.app = PromptGate(
             self.gate,
             cast("PromptMeter", self.meter),
             engine=lambda: (cast("RunningLLM | None", self.state[0]), self.state[1]),
             max_in_flight=max_in_flight,
             prompt_max_s=prompt_max_s,
+            finish=finish,
         )
         return self.app
 
@@ -465,7 +466,110 @@ async def test_stream_is_broken_by_the_end_of_the_lease(wrapper: Wrapper) -> Non
     with pytest.raises(LeaseEnded, match="expired"):
         await call.done()
     assert wrapper.engine.aborted == 1
-    assert call.body == b'data: "one"\n\n'
+    one, told, rest = call.body.split(b"\n\n")
+    assert (one, rest) == (b'data: "one"', b"")
+    error = json.loads(told.removeprefix(b"data: "))["error"]
+    assert (error["type"], error["code"]) == ("lease_ended", 410)
+    assert "expired" in error["message"]
+
+
+async def test_other_bodies_that_have_begun_just_break(wrapper: Wrapper) -> None:
+    """Only an event stream can say why it ends: nothing is written into the middle of any other answer."""
+
+    async def slow(_scope: object, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b'{"half":', "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    wrapper.engine.asgi = cast("Any", slow)
+    call = wrapper.call("POST", "/v1/completions", {})
+    await call.next_piece()
+    wrapper.gate.unbind("released")
+    await wrapper.app.cut_all()
+    with pytest.raises(LeaseEnded):
+        await call.done()
+    assert call.body == b'{"half":'
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})]
+)
+async def test_deadline_cuts_prompts_by_itself(wrapper: Wrapper, path: str, body: object) -> None:
+    """At the lease's deadline its prompts answer 410 "expired", though nobody told the wrapper of it."""
+    wrapper.gate = LeaseGate(asyncio.get_running_loop().time)
+    wrapper.make()
+    wrapper.gate.bind(replace(GRANT, ends_in_s=0.02))
+    answer = await (await wrapper.begin(path, body)).done()
+    assert (answer.status, answer.json["code"]) == (410, "lease_ended")
+    assert "expired" in answer.json["message"]
+    assert wrapper.engine.aborted == 1
+
+
+async def test_deadline_breaks_a_stream_and_says_so(wrapper: Wrapper) -> None:
+    """A stream that is cut by the deadline ends with an error that says it, and is not complete."""
+    wrapper.gate = LeaseGate(asyncio.get_running_loop().time)
+    wrapper.make()
+    wrapper.gate.bind(replace(GRANT, ends_in_s=0.02))
+    call = wrapper.call("POST", "/v1/chat/completions", {"stream": True})
+    wrapper.engine.pieces.put_nowait("one")
+    with pytest.raises(LeaseEnded, match="expired"):
+        await call.done()
+    assert b'"type": "lease_ended"' in call.body
+
+
+async def test_renewed_lease_keeps_its_prompts(wrapper: Wrapper) -> None:
+    """A lease that is bound again with more time before its old deadline: its prompt is not cut at the old one."""
+    wrapper.gate = LeaseGate(asyncio.get_running_loop().time)
+    wrapper.make()
+    wrapper.gate.bind(replace(GRANT, ends_in_s=0.02))
+    call = await wrapper.begin()
+    wrapper.gate.bind(GRANT)
+    done, _ = await asyncio.wait({call.task}, timeout=0.06)
+    assert not done
+    wrapper.engine.go.set()
+    assert (await call.done()).status == 200
+
+
+async def test_prompts_may_be_finished(wrapper: Wrapper) -> None:
+    """Where prompts may finish, the one in flight at the deadline is answered, and none begins after it."""
+    wrapper.make(finish=True)
+    call = await wrapper.begin()
+    over = asyncio.create_task(wrapper.app.over())
+    wrapper.clock.now_s += 100.0
+    late = await wrapper.prompt()
+    assert (late.status, late.json["code"]) == (410, "lease_ended")
+    assert not over.done()
+    wrapper.engine.go.set()
+    answer = await call.done()
+    assert (answer.status, answer.json["answer"]) == (200, "an answer")
+    await over
+
+
+async def test_prompts_that_may_finish_have_a_longest(wrapper: Wrapper) -> None:
+    """Finishing is no way to hold a wrapper for ever: the limit of a prompt stands."""
+    wrapper.make(finish=True, prompt_max_s=0.01)
+    call = await wrapper.begin()
+    wrapper.clock.now_s += 100.0
+    answer = await call.done()
+    assert (answer.status, answer.json["code"]) == (504, "prompt_too_long")
+
+
+async def test_only_one_leases_prompts_are_cut(wrapper: Wrapper) -> None:
+    """Cutting a request's prompts leaves those of a lease before it, which it waits for, alone."""
+    wrapper.make(finish=True)
+    old = await wrapper.begin()
+    wrapper.clock.now_s += 100.0
+    wrapper.gate.bind(replace(GRANT, request_id="request-2", token="another"))
+    new = wrapper.call("POST", "/process_prompt", {"question": "Why?"}, token="another")
+    await wrapper.engine.generating.wait()
+    wrapper.gate.unbind("released")
+    await wrapper.app.cut("request-2")
+    assert (await new.done()).status == 410
+    assert not old.task.done()
+    wrapper.engine.go.set()
+    assert (await old.done()).status == 200
 
 
 # --- clients that go away ----------------------------------------------------------------------------------
