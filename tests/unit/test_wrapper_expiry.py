@@ -1,0 +1,219 @@
+"""What a wrapper does with the prompts of an expired lease when the registry's next command comes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments import wrapper as wrapper_module
+from deployments.engine import StopReport
+from deployments.models import ModelSources
+from deployments.wrapper import LLMWrapper, WrapperConfig
+from registry.errors import StaleEpoch
+from registry.reconcile import LeaseGrant
+from registry.settings import EnergySettings, WrapperSettings
+from registry.state import LLMSpec
+from tests.fake_engine import FakeEngine
+
+LLMCONFIG = json.dumps({"uses_chat_template": False, "args": {"prompting": {}, "deployment": {}}})
+FIRST = LeaseGrant("request-1", 1, "token-1", LLMCONFIG, ends_in_s=60.0, idle_limit_s=60.0)
+SECOND = LeaseGrant("request-2", 2, "token-2", LLMCONFIG, ends_in_s=60.0, idle_limit_s=60.0)
+SPEC = LLMSpec("org/tiny", "text-generation")
+OTHER_SPEC = LLMSpec("org/other", "text-generation")
+
+
+class RunningFake(FakeEngine):
+    """An LLM that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.died = asyncio.Event()
+
+
+class FakeHost:
+    """An engine host whose engines are fakes; ``stopped`` counts those that were ended."""
+
+    def __init__(self, **_: object) -> None:
+        self.running: RunningFake | None = None
+        self.stopped = 0
+
+    async def prepare(self) -> None:
+        pass
+
+    async def start(self, model: str, **_: object) -> None:
+        self.running = RunningFake()
+
+    async def stop(self) -> StopReport:
+        self.stopped += self.running is not None
+        self.running = None
+        return StopReport()
+
+
+class UndyingWrapper(LLMWrapper):
+    """Serve awaits a wrapper's end; Python's collector can't."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+
+class Client:
+    """Prompts one wrapper over its own ASGI app."""
+
+    def __init__(self, wrapper: LLMWrapper) -> None:
+        self.wrapper = wrapper
+        self._http = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=wrapper.__serve_build_asgi_app__()), base_url="http://wrapper"
+        )
+
+    @property
+    def engine(self) -> RunningFake:
+        engine: Any = self.wrapper._host.running
+        assert isinstance(engine, RunningFake)
+        return engine
+
+    async def prompt(self, token: str) -> httpx.Response:
+        return await self._http.post(f"/{token}/process_prompt", json={"question": "Why?"})
+
+    async def begin(self, token: str) -> asyncio.Task[httpx.Response]:
+        """A prompt that is in flight until ``engine.go`` is set."""
+        self.engine.go.clear()
+        self.engine.generating.clear()
+        prompt = asyncio.create_task(self.prompt(token))
+        await self.engine.generating.wait()
+        return prompt
+
+
+Make = Callable[..., Awaitable[Client]]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
+    """Makes a wrapper that runs an LLM, and whose first lease is bound."""
+
+    async def make(*, finish: bool, ends_in_s: float = 60.0) -> Client:
+        monkeypatch.setattr(wrapper_module, "EngineHost", FakeHost)
+        settings = WrapperSettings(prompt_max_s=5.0)
+        sources = ModelSources(True, (), tmp_path)
+        config = WrapperConfig("a-0", 0, settings, EnergySettings(), sources, tmp_path, finish_prompts=finish)
+        wrapper = UndyingWrapper.__new__(UndyingWrapper)
+        await wrapper.__init__(config)  # type: ignore[misc]  # as Serve does it
+        wrapper._meter.stop()
+        await wrapper.deploy(1, SPEC, None)
+        lease = LeaseGrant("request-1", 1, "token-1", LLMCONFIG, ends_in_s=ends_in_s, idle_limit_s=60.0)
+        await wrapper.bind(2, lease)
+        return Client(wrapper)
+
+    return make
+
+
+async def test_expired_prompts_are_cut(make: Make) -> None:
+    """Unless they may finish, the deadline cuts them, and the next lease is bound at once."""
+    client = await make(finish=False, ends_in_s=0.05)
+    prompt = await client.begin("token-1")
+    answer = await prompt
+    assert (answer.status_code, answer.json()["code"]) == (410, "lease_ended")
+    await client.wrapper.bind(3, SECOND)
+    client.engine.go.set()
+    assert (await client.prompt("token-2")).status_code == 200
+
+
+async def test_next_lease_waits_for_the_last_prompt(make: Make) -> None:
+    """A lease that is finished leaves its machine to nobody else before its last prompt is over."""
+    client = await make(finish=True)
+    prompt = await client.begin("token-1")
+    await client.wrapper.unbind(3, "request-1", "expired")
+    bind = asyncio.create_task(client.wrapper.bind(4, SECOND))
+    refused = await client.prompt("token-1")
+    assert (refused.status_code, refused.json()["code"]) == (410, "lease_ended")
+    assert (await client.prompt("token-2")).status_code == 403
+    assert not bind.done()
+    client.engine.go.set()
+    assert (await prompt).status_code == 200
+    await bind
+    assert (await client.prompt("token-2")).status_code == 200
+
+
+async def test_next_llm_waits_for_the_last_prompt(make: Make) -> None:
+    """The engine is not stopped under a prompt that may finish; meanwhile the wrapper says what it waits for."""
+    client = await make(finish=True)
+    engine, prompt = client.engine, await client.begin("token-1")
+    await client.wrapper.unbind(3, "request-1", "expired")
+    deploy = asyncio.create_task(client.wrapper.deploy(4, OTHER_SPEC, None))
+    while (report := await client.wrapper.report()).starting is None:
+        await asyncio.wait({deploy}, timeout=0)
+    assert report.phase == "finishing_prompts"
+    assert client.engine is engine
+    engine.go.set()
+    assert (await prompt).status_code == 200
+    await deploy
+    assert client.engine is not engine
+
+
+@pytest.mark.parametrize("how", ["released", "failed"])
+async def test_only_expiry_lets_finish(make: Make, how: str) -> None:
+    """A lease that ends for any other reason has its prompts cut, whatever is configured."""
+    client = await make(finish=True)
+    prompt = await client.begin("token-1")
+    await client.wrapper.unbind(3, "request-1", how)
+    answer = await prompt
+    assert answer.status_code == 410
+    assert how in answer.json()["message"]
+
+
+async def test_release_of_an_expired_lease_cuts_its_prompts(make: Make) -> None:
+    """Who gives back what has expired already need not wait for the prompts that may still finish."""
+    client = await make(finish=True)
+    prompt = await client.begin("token-1")
+    await client.wrapper.unbind(3, "request-1", "expired")
+    await client.wrapper.unbind(4, "request-1", "released")
+    assert (await prompt).status_code == 410
+
+
+async def test_shutdown_waits_for_nobody(make: Make) -> None:
+    """Stopping the LLM cuts prompts that would otherwise be finished."""
+    client = await make(finish=True)
+    prompt = await client.begin("token-1")
+    await client.wrapper.unbind(3, "request-1", "expired")
+    await client.wrapper.stop(4)
+    assert (await prompt).status_code == 410
+
+
+async def test_a_newer_command_need_not_wait(make: Make) -> None:
+    """While a lease waits for the last prompt of another it can be released; it is not bound afterwards."""
+    client = await make(finish=True)
+    prompt = await client.begin("token-1")
+    await client.wrapper.unbind(3, "request-1", "expired")
+    bind = asyncio.create_task(client.wrapper.bind(4, SECOND))
+    await asyncio.wait({bind}, timeout=0)
+    await client.wrapper.unbind(5, "request-2", "released")
+    assert not prompt.done()
+    client.engine.go.set()
+    assert (await prompt).status_code == 200
+    with pytest.raises(StaleEpoch):
+        await bind
+    assert (await client.prompt("token-2")).status_code == 403
+
+
+async def test_binding_again_leaves_prompts_alone(make: Make) -> None:
+    """A registry that was restarted binds the lease that it knows: nothing of it is cut or waited for."""
+    client = await make(finish=False)
+    prompt = await client.begin("token-1")
+    await client.wrapper.bind(3, FIRST)
+    client.engine.go.set()
+    assert (await prompt).status_code == 200
+
+
+async def test_another_lease_cuts_one_that_was_not_ended(make: Make) -> None:
+    """If the end of a lease was lost, the next one's binding ends it, prompts and all."""
+    client = await make(finish=True)
+    prompt = await client.begin("token-1")
+    await client.wrapper.bind(3, SECOND)
+    assert (await prompt).status_code == 410
+    client.engine.go.set()
+    assert (await client.prompt("token-2")).status_code == 200
