@@ -90,6 +90,7 @@ def run_demo(config: Path, models: list[str], console: Console) -> None:
                 except RequestEnded as error:
                     row.note = str(error)
                     failed.append(str(error))
+    console.print()
     console.print(_results(rows))
     console.print(_legend(rows), style="dim")
     if failed:
@@ -233,12 +234,18 @@ def _progress(rows: list[Row]) -> Table:
 
 
 def _results(rows: list[Row]) -> Table:
-    table = Table(title="\nWhat it took, and what it cost", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        title="\nWhat it took, and what it cost",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     for name in ("LLM", "machine"):
-        table.add_column(name, overflow="fold")
-    for name in ("wait\ns", "start\ns", "tokens", "tokens\n/s", "joules", "sci_score\ngCO2eq"):
+        table.add_column(name, overflow="fold", min_width=6)
+    for name in ("wait s", "start s", "tokens", "tok/s", "joules", "sci_score"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("how\nmeasured")
+    table.add_column("measured", no_wrap=True)
     for row in rows:
         tokens = sum(answer["usage"]["completion_tokens"] for answer in row.answers)
         joules = [answer["energy"]["total_j"] for answer in row.answers]
@@ -264,10 +271,13 @@ def _legend(rows: list[Row]) -> Text:
     if not answers:
         return Text("")
     last = answers[-1]
-    lines = [f"Per {last['unit']}; figures are of the {len(QUESTIONS)} prompts, without start and idle time."]
+    lines = [
+        f"sci_score is gCO2eq per {last['unit']}, the mean of the {len(QUESTIONS)} prompts; "
+        f"tokens, joules and score are without start and idle time."
+    ]
     if any(answer["sci_method"] == "modeled" for answer in answers) and last["sci_low"] is not None:
         lines.append(
-            f"~ is an estimate, not a measurement: no energy counter could be read here. "
+            f"~ is an estimate (label: modeled), not a measurement: no energy counter could be read here. "
             f"The last score lies between {last['sci_low']:.3g} and {last['sci_high']:.3g}."
         )
     if last["flags"]:
@@ -276,17 +286,17 @@ def _legend(rows: list[Row]) -> Text:
 
 
 def _label(method: str) -> str:
-    return "modeled (estimate)" if method == "modeled" else method
+    return "estimate" if method == "modeled" else method
 
 
 def _known_sum(values: list[float | None], mark: str, form: str) -> str:
     known = [value for value in values if value is not None]
-    return mark + form.format(sum(known)) if known and len(known) == len(values) else "not known"
+    return mark + form.format(sum(known)) if known and len(known) == len(values) else "unknown"
 
 
 def _known_mean(values: list[float | None], mark: str, form: str) -> str:
     known = [value for value in values if value is not None]
-    return mark + form.format(sum(known) / len(known)) if known and len(known) == len(values) else "not known"
+    return mark + form.format(sum(known) / len(known)) if known and len(known) == len(values) else "unknown"
 
 
 def _seconds(start_s: float | None, end_s: float | None) -> str:
