@@ -271,10 +271,8 @@ def _legend(rows: list[Row]) -> Text:
     if not answers:
         return Text("")
     last = answers[-1]
-    lines = [
-        f"sci_score is gCO2eq per {last['unit']}, the mean of the {len(QUESTIONS)} prompts; "
-        f"tokens, joules and score are without start and idle time."
-    ]
+    figures = "tokens, joules and score are without start and idle time."
+    lines = [f"sci_score is gCO2eq per {last['unit']}, the mean of the {len(QUESTIONS)} prompts; {figures}"]
     if any(answer["sci_method"] == "modeled" for answer in answers) and last["sci_low"] is not None:
         lines.append(
             f"~ is an estimate (label: modeled), not a measurement: no energy counter could be read here. "
