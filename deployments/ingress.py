@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from deployments.error_answers import error_answer, registry_error
+from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
 from registry.actor import ACTOR_NAME, NAMESPACE
@@ -39,6 +39,7 @@ from registry.api import (
     PromptingAnswer,
     PromptingRequest,
     RequestState,
+    TenantName,
 )
 from registry.errors import InternalError, RegistryError, RegistryUnavailable
 from registry.service import Idempotency
@@ -131,13 +132,14 @@ def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> Fas
         body: PromptingRequest,
         request: Request,
         idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+        x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
         """Ask for one or more LLMs of a measurement; they are handed out one after another, on one machine."""
         llms = [(uuid.uuid4().hex, *mapped(config, llm.model_dump(), f"llms[{n}]")) for n, llm in enumerate(body.llms)]
         idempotency = None
         if idempotency_key is not None:
             idempotency = Idempotency(idempotency_key, hashlib.sha256(await request.body()).hexdigest())
-        states = json.loads(await call("request", body.measurementId, llms, "default", body.priority, idempotency))
+        states = json.loads(await call("request", body.measurementId, llms, x_tenant, body.priority, idempotency))
         accepted = [
             AcceptedRequest(
                 requestId=state["requestId"],
@@ -185,7 +187,9 @@ def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> Fas
     async def health() -> Response:
         """Whether requests can be served; 503 while no wrapper is usable."""
         text = await call("health")
-        return _json_response(text, status=200 if json.loads(text)["status"] == "ok" else 503)
+        if json.loads(text)["status"] == "ok":
+            return _json_response(text)
+        return Response(text, 503, {"retry-after": str(RETRY_AFTER_S)}, media_type="application/json")
 
     app.exception_handler(RegistryError)(_on_registry_error)
     app.exception_handler(RequestValidationError)(_on_invalid)

@@ -39,17 +39,34 @@ FOLDER_PREFIX = "gprompt-"
 """How a local cluster's folder in /tmp begins. Short, and not in a longer TMPDIR: HAProxy allows its socket paths,
 which hold a node id of 56 digits, 97 characters."""
 
-# HAProxy's statistics and metrics listen on all interfaces whatever Serve is told (Ray 2.60). Here they must not.
-_LOOPBACK_HAPROXY = """#!/bin/sh
+# Stands in front of HAProxy and changes the configuration that Serve wrote for it.
+_HAPROXY = """#!/bin/sh
 previous=
 for argument in "$@"; do
     if [ "$previous" = "-f" ]; then
-        sed -i -E 's/^([[:space:]]*bind )[*]?:/\\1127.0.0.1:/' "$argument"
+        sed -i -E -f "{changes}" "$argument"
     fi
     previous=$argument
 done
 exec "{haproxy}" "$@"
 """
+
+# Its statistics and metrics listen on all interfaces whatever Serve is told (Ray 2.60). Here they must not.
+_LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/"
+
+# Serve has it answer a bare 500 where it can't pass a request on, since an ingress or a wrapper is being restarted.
+# Nobody has seen that request, so it can be sent again: that is said here, in our form.
+_TRY_AGAIN = r"""
+s#^([[:space:]]*errorfile 503 ).*#\1{answer}#
+/http-after-response set-header retry-after/d
+/^frontend http_frontend/a \
+http-after-response set-header retry-after 1 if { status 429 503 } !{ res.hdr(retry-after) -m found }
+"""
+_TRY_AGAIN_ANSWER = (
+    "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\r\n"
+    '{"code":"unavailable","message":"this part of the registry is being restarted; try again in a few seconds",'
+    '"retryable":true}'
+)
 
 
 @contextmanager
@@ -105,14 +122,17 @@ def haproxy_environment(folder: Path, *, local_only: bool = True) -> dict[str, s
         ) from error
     home = folder / "h"
     home.mkdir()
-    environment = dict(SERVE_ENVIRONMENT)
-    if local_only:
-        script = home / "haproxy"
-        script.write_text(_LOOPBACK_HAPROXY.replace("{haproxy}", str(get_haproxy_binary())), encoding="utf-8")
-        script.chmod(stat.S_IRWXU)
-        environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(script)
+    answer, changes, script = home / "503.http", home / "changes.sed", home / "haproxy"
+    answer.write_text(_TRY_AGAIN_ANSWER, encoding="ascii", newline="")
+    changes.write_text(
+        (_LOOPBACK if local_only else "") + _TRY_AGAIN.replace("{answer}", str(answer)), encoding="ascii"
+    )
+    wrapped = _HAPROXY.replace("{changes}", str(changes)).replace("{haproxy}", str(get_haproxy_binary()))
+    script.write_text(wrapped, encoding="utf-8")
+    script.chmod(stat.S_IRWXU)
     metrics_port, stats_port, fallback_port = free_ports(3)
-    return environment | {
+    return SERVE_ENVIRONMENT | {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home),

@@ -19,13 +19,13 @@ from typing import Annotated, Any
 
 import structlog
 from pydantic import BaseModel, ConfigDict, StrictStr, StringConstraints, ValidationError
-from starlette.datastructures import Headers
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.engine import RunningLLM, public_path
-from deployments.error_answers import error_answer, registry_error
+from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
 from deployments.lease_gate import LeaseGate
 from deployments.llm_args import map_prompting
 from deployments.prompt_meter import PromptMeter
@@ -36,6 +36,9 @@ log = structlog.get_logger("deployments.prompts")
 
 MAX_QUESTION_CHARS = 4_000_000
 """Longest question of process_prompt; the LLM's own context length is far below it."""
+
+TRY_AGAIN = (429, 503)
+"""Statuses of vLLM's own that say when to try again, too."""
 
 EVENT_STREAM = "text/event-stream"
 
@@ -311,7 +314,11 @@ class _Exchange:
         if not self._cut.is_set():
             self.started = True
             if message["type"] == "http.response.start":
-                self._streams_events = Headers(raw=message["headers"]).get("content-type", "").startswith(EVENT_STREAM)
+                headers = MutableHeaders(raw=list(message["headers"]))
+                self._streams_events = headers.get("content-type", "").startswith(EVENT_STREAM)
+                if message["status"] in TRY_AGAIN:
+                    headers.setdefault("retry-after", str(RETRY_AFTER_S))
+                message = {**message, "headers": headers.raw}
             await self._send(message)
 
     async def tell(self, error: RegistryError) -> None:

@@ -24,6 +24,9 @@ MAX_WAIT_S = 60.0
 MAX_ARGS_DEPTH = 32
 """How deep lists and objects in args may be nested."""
 
+TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+"""Who asks, as the header X-Tenant says it: tenants take turns in the queue. It is no proof of anything."""
+
 NonEmpty = Annotated[StrictStr, StringConstraints(min_length=1, max_length=1024)]
 
 
@@ -104,10 +107,12 @@ class RequestState(_Wire):
     llmconfig: dict[str, Any]
     status: str
     measurementId: int
+    tenant: str = Field("default", description="Whose turn in the queue its measurement takes")
     address: str | None
     link: str
     position: int | None = Field(None, description="Place in the queue, 1 is next; null unless queued")
     phase: str | None = Field(None, description="What is being done while deploying: loading, warming_up …")
+    progress: float | None = Field(None, description="How much of the phase is done, 0 to 1; null when not known")
     reason: str | None = Field(None, description="Why it failed, or what it waits for")
     notes: list[str] = []
     machine: str | None = Field(None, description="Machine that runs it")

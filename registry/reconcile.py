@@ -42,6 +42,7 @@ class WrapperReport:
     ``epoch`` is that of the last command taken; ``running`` the fingerprint of the LLM that answers prompts,
     ``starting`` that of the one being started. ``died`` is why the LLM ended by itself, if it did.
     ``idle_for_s`` is how long ago the lease was last used (0.0 while a prompt is in flight), None without a lease.
+    ``progress`` is how much of ``phase`` is done, 0 to 1, None where the engine does not say.
     ``bound`` is the request whose token it accepts. ``starts`` counts the LLMs it has started.
     """
 
@@ -50,6 +51,7 @@ class WrapperReport:
     starting: str | None = None
     died: str | None = None
     phase: str | None = None
+    progress: float | None = None
     bound: str | None = None
     idle_for_s: float | None = None
     in_flight: int = 0

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from registry.api import LLMConfig
+from registry.api import LLMConfig, TenantName
 from registry.errors import BadSettings
 from registry.state import Limits
 
@@ -83,6 +83,9 @@ class QueueSettings(_Section):
     max_overtake_s: float = Field(60, ge=0)
     deploy_attempts: int = Field(2, ge=1)
     wrapper_attempts: int = Field(3, ge=1)
+    tenant_weights: dict[TenantName, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="Turns of a tenant in the queue, relative to 1 of those that are not named"
+    )
 
 
 class WatchSettings(_Section):
@@ -210,7 +213,8 @@ class Settings(BaseSettings):
         return Limits(
             lease_max_s=self.leases.max_s,
             lease_idle_s=self.leases.idle_s,
-            **self.queue.model_dump(),
+            **self.queue.model_dump(exclude={"tenant_weights"}),
+            tenant_weights=tuple(sorted(self.queue.tenant_weights.items())),
         )
 
 

@@ -34,20 +34,24 @@ def request_state(service: Service, request: Request) -> RequestState:
     wrapper = None if request.wrapper_id is None else allocator.wrapper(request.wrapper_id)
     address = f"{wrapper.url}/{lease.token}" if deployed and lease is not None and wrapper is not None else None
     queued = request.status is RequestStatus.QUEUED
+    measurement = allocator.measurement(request.measurement_id)
+    phase, progress = _phase(service, request)
     return RequestState(
         requestId=request.request_id,
         llmconfig=json.loads(request.llmconfig),
         status=request.status.value,
         measurementId=request.measurement_id,
+        tenant=measurement.tenant,
         address=address,
         link=link_of(service, request.request_id),
         position=allocator.queue_position(request.request_id) if queued else None,
-        phase=_phase(service, request),
+        phase=phase,
+        progress=progress,
         reason=request.reason or (_waits_for(service, request) if queued else None),
         notes=list(request.notes),
         machine=request.machine_id,
         wrapper=request.wrapper_id,
-        flags=list(allocator.measurement(request.measurement_id).flags),
+        flags=list(measurement.flags),
         createdAt=_iso(request.created_s),
         deployingAt=_iso_or_none(request.deploying_s),
         deployedAt=_iso_or_none(request.deployed_s),
@@ -137,13 +141,14 @@ def _wrapper_state(service: Service, wrapper: Wrapper) -> WrapperState:
     )
 
 
-def _phase(service: Service, request: Request) -> str | None:
+def _phase(service: Service, request: Request) -> tuple[str | None, float | None]:
+    """What is being done for a request, and how much of it is done, as far as its wrapper says so."""
     if request.status is not RequestStatus.DEPLOYING or request.wrapper_id is None:
-        return None
+        return None, None
     if service.allocator.lease_of(request.request_id) is not None:
-        return "handing over"
+        return "handing over", None
     report = service.reports.get(request.wrapper_id)
-    return report.phase if report is not None else None
+    return (report.phase, report.progress) if report is not None else (None, None)
 
 
 def _waits_for(service: Service, request: Request) -> str:

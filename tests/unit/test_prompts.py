@@ -646,6 +646,17 @@ async def test_native_api_is_passed_through(wrapper: Wrapper) -> None:
     assert (await wrapper.call("GET", "/v1/models").done()).json["data"] == [{"id": "tiny"}]
 
 
+@pytest.mark.parametrize("status", [429, 503])
+async def test_native_errors_that_pass_say_when_to_try_again(wrapper: Wrapper, status: int) -> None:
+    """What vLLM itself sends away for a while comes with a Retry-After, and is otherwise as it was."""
+    wrapper.engine.error = (status, {"error": {"message": "overloaded"}})
+    answer = await wrapper.call("POST", "/v1/completions", {"prompt": "Why?"}).done()
+    assert (answer.status, answer.json) == (status, {"error": {"message": "overloaded"}})
+    assert int(answer.headers["retry-after"]) > 0
+    wrapper.engine.error = (400, {})
+    assert "retry-after" not in (await wrapper.call("POST", "/v1/completions", {}).done()).headers
+
+
 async def test_native_errors_are_vllms_own(wrapper: Wrapper) -> None:
     """An error of vLLM's API keeps its own form: OpenAI clients know it."""
     wrapper.engine.error = (400, {"error": {"message": "no", "code": 400}})
