@@ -4,9 +4,8 @@
 so an event that raises has changed nothing. Reports of wrappers that are out of date (an older epoch, another status,
 a wrapper that is gone) are no errors: they change nothing.
 
-Every command to a wrapper carries an epoch and supersedes all older ones; at the wrapper a DeployLLM or StopLLM also
-ends the lease that is bound there. That is why a lease that ends while its LLM is being deployed again, and one on a
-wrapper whose process is new, needs no UnbindLease.
+Every command to a wrapper carries an epoch and supersedes all older ones. At the wrapper a StopLLM, and a DeployLLM
+that is not for the lease which is bound there, end that lease; a wrapper whose process is new knows of none.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from registry.commands import stop
 from registry.dispatch import Dispatcher
 from registry.endings import Endings
 from registry.errors import LLMNeverFits, QueueFull, ShuttingDown
@@ -21,7 +21,7 @@ from registry.indices import is_usable
 from registry.invariants import check_ledger
 from registry.ledger import Ledger
 from registry.policy import rank
-from registry.reports import Reports, stop
+from registry.reports import Reports
 from registry.state import (
     Decision,
     Event,
@@ -56,8 +56,6 @@ from registry.transitions import InvariantBroken
 
 __all__ = ["Allocator", "InvariantBroken"]
 
-_WITH_LLM = (WrapperStatus.DEPLOYING, WrapperStatus.READY)
-
 
 class Allocator:
     """The state of the registry and the only one who changes it. ``new_token`` makes unguessable lease tokens."""
@@ -77,6 +75,7 @@ class Allocator:
         self._endings = Endings(self._ledger, self._limits)
         self._dispatcher = Dispatcher(self._ledger, self._limits, self._new_token)
         self._reports = Reports(self._ledger, self._limits, self._endings, self._dispatcher)
+        self._settled = False
 
     def snapshot(self) -> Snapshot:
         """Everything that is known, as ``load`` takes it."""
@@ -127,11 +126,12 @@ class Allocator:
         if not reports.shutting_down:
             self._dispatcher.run(now_s)
             reports.preload_homes()
+        self._settled = True
         return self._ledger.take_decision()
 
     def check(self) -> None:
         """Raise InvariantBroken unless every rule that the registry promises holds. Costs O(n log n): for tests."""
-        check_ledger(self._ledger, self._limits, serving=not self._reports.shutting_down)
+        check_ledger(self._ledger, self._limits, serving=self._settled and not self._reports.shutting_down)
 
     def next_deadline_s(self) -> float | None:
         """When the next TimePassed is due, UTC seconds: the end of a lease. None when nothing is timed."""
@@ -289,13 +289,13 @@ class Allocator:
         self._reports.shutting_down = True
         for wrapper_id in list(ledger.wrappers):
             wrapper = ledger.wrappers[wrapper_id]
-            if wrapper.request_id is not None:
-                request = ledger.requests[wrapper.request_id]
-                if request.deployed_s is not None:
-                    self._endings.end(request, RequestStatus.EXPIRED, "shutdown", reason, now_s)
-                else:
-                    self._endings.free(wrapper, "shutdown", now_s)
-                    self._endings.requeue(request, reason)
+            request = None if wrapper.request_id is None else ledger.requests[wrapper.request_id]
+            if wrapper.status is WrapperStatus.DEPLOYING:
+                stop(ledger, replace(wrapper, request_id=None))  # which ends a lease that waits for its LLM as well
+            if request is not None and request.deployed_s is not None:
+                self._endings.end(request, RequestStatus.EXPIRED, "shutdown", reason, now_s)
+            elif request is not None:
+                self._endings.requeue(request, reason, "shutdown", now_s)
             wrapper = ledger.wrappers[wrapper_id]
-            if wrapper.status in _WITH_LLM:
+            if wrapper.status is WrapperStatus.READY:
                 stop(ledger, wrapper)

@@ -20,15 +20,13 @@ from dataclasses import replace
 from itertools import islice
 from typing import Final
 
+from registry.commands import bind, deploy
 from registry.indices import Pool, is_free
 from registry.ledger import Ledger
 from registry.policy import LOOK_AHEAD, Place, may_be_overtaken, victim
 from registry.state import (
-    BindLease,
-    DeployLLM,
     Lease,
     Limits,
-    LLMSpec,
     Measurement,
     Request,
     RequestStatus,
@@ -41,22 +39,6 @@ MACHINE_CHANGED: Final = "machine_changed"
 
 MACHINE_TYPE_CHANGED: Final = "machine_type_changed"
 """Flag of a measurement that went on on a machine with another type of GPU."""
-
-
-def deploy(ledger: Ledger, wrapper: Wrapper, spec: LLMSpec, request_id: str | None) -> None:
-    """Have a wrapper run this LLM, for a request or (None) for whoever comes."""
-    wrapper = replace(
-        wrapper, status=WrapperStatus.DEPLOYING, spec=spec, request_id=request_id, epoch=wrapper.epoch + 1
-    )
-    ledger.put_wrapper(wrapper)
-    ledger.emit(DeployLLM(wrapper.wrapper_id, wrapper.epoch, spec))
-
-
-def bind(ledger: Ledger, wrapper: Wrapper, request_id: str) -> None:
-    """Have a wrapper accept the lease of this request."""
-    wrapper = replace(wrapper, status=WrapperStatus.LEASED, request_id=request_id, epoch=wrapper.epoch + 1)
-    ledger.put_wrapper(wrapper)
-    ledger.emit(BindLease(wrapper.wrapper_id, wrapper.epoch, request_id))
 
 
 class Dispatcher:

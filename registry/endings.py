@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from registry.commands import deploy, unbind
 from registry.ledger import Ledger
-from registry.state import Limits, Request, RequestStatus, UnbindLease, Wrapper, WrapperStatus
+from registry.state import Limits, Request, RequestStatus, WrapperStatus
 
 
 class Endings:
@@ -21,36 +22,18 @@ class Endings:
         ``how`` is what the holder of the lease is told, ``reason`` what everybody else reads.
         """
         ledger = self._ledger
-        self._end_lease(request)
+        self._let_go(request, how, now_s)
         ledger.put_request(replace(request, status=status, reason=reason, ended_s=now_s))
-        wrapper = None if request.wrapper_id is None else ledger.wrappers.get(request.wrapper_id)
-        if wrapper is not None and wrapper.request_id == request.request_id:
-            self.free(wrapper, how, now_s)
         if ledger.head(request.measurement_id) is None:
             ledger.put_measurement(replace(ledger.measurements[request.measurement_id], machine_id=None))
 
-    def free(self, wrapper: Wrapper, how: str, now_s: float) -> None:
-        """Take a wrapper from the request that holds it. An LLM that is being started goes on starting."""
-        ledger = self._ledger
-        if wrapper.status is WrapperStatus.LEASED:
-            assert wrapper.request_id is not None
-            epoch = wrapper.epoch + 1
-            ledger.emit(UnbindLease(wrapper.wrapper_id, epoch, wrapper.request_id, how))
-            ledger.put_wrapper(
-                replace(wrapper, status=WrapperStatus.READY, request_id=None, epoch=epoch, last_used_s=now_s)
-            )
-        elif wrapper.status is WrapperStatus.DEPLOYING:
-            ledger.put_wrapper(replace(wrapper, request_id=None))
-        else:
-            ledger.put_wrapper(replace(wrapper, request_id=None, spec=None))
-
-    def requeue(self, request: Request, reason: str) -> None:
-        """Let a request that was not handed over wait again, at its old place; its wrapper is the caller's to free.
+    def requeue(self, request: Request, reason: str, how: str, now_s: float) -> None:
+        """Let a request that was not handed over wait again, at its old place.
 
         Its measurement stays bound to the machine on which an earlier request of it was served, if there was one.
         """
         ledger = self._ledger
-        self._end_lease(request)
+        self._let_go(request, how, now_s)
         measurement = ledger.measurements[request.measurement_id]
         ledger.put_measurement(replace(measurement, machine_id=ledger.pin_without(measurement.measurement_id)))
         ledger.put_request(
@@ -69,7 +52,7 @@ class Endings:
     ) -> None:
         """Queue a request again whose LLM failed on this wrapper; fail it when it makes no sense to go on."""
         request = replace(request, failed_on=(*request.failed_on, wrapper_id))
-        self.requeue(request, reason)
+        self.requeue(request, reason, "failed", now_s)
         request = self._ledger.requests[request.request_id]
         too_often = len(request.failed_on) >= self._limits.deploy_attempts
         if permanent or too_often or self._ledger.is_exhausted(request):
@@ -80,7 +63,7 @@ class Endings:
         if request.deployed_s is not None:
             self.end(request, RequestStatus.FAILED, "failed", reason, now_s)
         else:
-            self.requeue(request, reason)
+            self.requeue(request, reason, "failed", now_s)
 
     def fail_exhausted(self, now_s: float) -> None:
         """Fail the requests that have been tried on every wrapper that is left."""
@@ -89,7 +72,24 @@ class Endings:
             if self._ledger.is_exhausted(request):
                 self.end(request, RequestStatus.FAILED, "failed", request.reason, now_s)
 
-    def _end_lease(self, request: Request) -> None:
-        lease = self._ledger.leases.get(request.request_id)
+    def _let_go(self, request: Request, how: str, now_s: float) -> None:
+        """End a request's lease and free its wrapper, as far as it holds any. An LLM that is starting goes on."""
+        ledger = self._ledger
+        lease = ledger.leases.get(request.request_id)
         if lease is not None:
-            self._ledger.end_lease(lease)
+            ledger.end_lease(lease)
+        wrapper = None if request.wrapper_id is None else ledger.wrappers.get(request.wrapper_id)
+        if wrapper is None or wrapper.request_id != request.request_id:
+            return
+        free = replace(wrapper, request_id=None, last_used_s=now_s)
+        match wrapper.status:
+            case WrapperStatus.LEASED:
+                ledger.put_wrapper(replace(unbind(ledger, free, request, how), status=WrapperStatus.READY))
+            case WrapperStatus.DEPLOYING if lease is not None:
+                # The wrapper keeps the lease while its LLM is started again. Telling it makes the deploy that is under
+                # way out of date, so it is commanded anew: the wrapper joins the start that is in progress.
+                deploy(ledger, unbind(ledger, free, request, how), request.spec, None)
+            case WrapperStatus.DEPLOYING:
+                ledger.put_wrapper(free)
+            case _:
+                ledger.put_wrapper(replace(free, spec=None))  # its process is new, or about to be replaced

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from registry.dispatch import Dispatcher, bind, deploy, with_flag
+from registry.commands import bind, deploy, restart, stop, unbind
+from registry.dispatch import Dispatcher, with_flag
 from registry.endings import Endings
 from registry.ledger import Ledger
 from registry.state import (
@@ -19,9 +20,6 @@ from registry.state import (
     MachineLost,
     Request,
     RequestStatus,
-    RestartWrapper,
-    StopLLM,
-    UnbindLease,
     Wrapper,
     WrapperAdded,
     WrapperFailed,
@@ -32,13 +30,6 @@ from registry.state import (
 
 ENGINE_RESTARTED: Final = "engine_restarted"
 """Flag of a measurement during one of whose leases the LLM had to be started again."""
-
-
-def stop(ledger: Ledger, wrapper: Wrapper) -> None:
-    """Have a wrapper emptied."""
-    wrapper = replace(wrapper, status=WrapperStatus.STOPPING, spec=None, epoch=wrapper.epoch + 1)
-    ledger.put_wrapper(wrapper)
-    ledger.emit(StopLLM(wrapper.wrapper_id, wrapper.epoch))
 
 
 class Reports:
@@ -98,8 +89,7 @@ class Reports:
             ledger.put_wrapper(empty)
         elif request.request_id in ledger.leases:
             # Its holder has an address on this wrapper, so that another one can't take over.
-            ledger.put_wrapper(replace(empty, epoch=empty.epoch + 1))
-            ledger.emit(UnbindLease(empty.wrapper_id, empty.epoch + 1, request.request_id, "failed"))
+            ledger.put_wrapper(unbind(ledger, empty, request, "failed"))
             self._endings.end(request, RequestStatus.FAILED, "failed", event.reason, now_s)
         else:
             ledger.put_wrapper(empty)
@@ -196,13 +186,13 @@ class Reports:
         """Settle a wrapper that nobody holds."""
         match wrapper.status:
             case WrapperStatus.DEPLOYING if wrapper.spec is not None and (empty or as_told):
-                if as_told:
+                if as_told and not missed:
                     self._llm_runs(wrapper, now_s)
                 else:
                     deploy(self._ledger, wrapper, wrapper.spec, None)
             case WrapperStatus.READY if wrapper.spec is not None and as_told:
                 if missed:
-                    # A command was lost with the registry that gave it: the end of a lease. A deploy of what runs
+                    # The end of a lease was lost with the registry that commanded it. A deploy of what runs already
                     # takes no time and ends the lease as well.
                     deploy(self._ledger, wrapper, wrapper.spec, None)
             case WrapperStatus.STOPPING:
@@ -238,14 +228,7 @@ class Reports:
         ledger = self._ledger
         ran_its_llm = wrapper.status is WrapperStatus.LEASED
         request = self._owner(wrapper)
-        wrapper = replace(
-            wrapper,
-            status=WrapperStatus.RESTARTING,
-            spec=None if request is None else wrapper.spec,
-            epoch=wrapper.epoch + 1,
-        )
-        ledger.put_wrapper(wrapper)
-        ledger.emit(RestartWrapper(wrapper.wrapper_id, wrapper.epoch))
+        restart(ledger, replace(wrapper, spec=None if request is None else wrapper.spec))
         if request is not None:
             reason = f"wrapper {wrapper.wrapper_id} is restarted: {why}"
             if ran_its_llm:

@@ -517,8 +517,9 @@ def test_reads_of_what_is_there():
 
 
 def test_an_engine_death_is_not_confused_with_a_release():
-    """A lease whose LLM is being started again can be released, and the wrapper goes on starting for nobody."""
+    """A lease whose LLM is being started again can be released; the wrapper is told and starts on for nobody."""
     scene = handed_over()
     scene.tell(LLMDied("m-0", scene.wrapper().epoch, "killed"))
     scene.release("1a")
-    assert (scene.status("1a"), scene.wrapper().status, scene.effects) == (R.RELEASED, W.DEPLOYING, ())
+    assert (scene.status("1a"), scene.wrapper().status) == (R.RELEASED, W.DEPLOYING)
+    assert scene.effects == (UnbindLease("m-0", 4, "1a", "released"), DeployLLM("m-0", 5, llm("A")))

@@ -233,7 +233,8 @@ def test_a_lease_ends_in_time_while_its_llm_is_started_again():
     scene.tell(LLMDied("m-0", scene.wrapper().epoch, "killed"))
     scene.now_s += 10
     scene.tell(TimePassed())
-    assert (scene.status("1a"), scene.effects) == (R.EXPIRED, ())
+    assert scene.status("1a") is R.EXPIRED
+    assert scene.effects == (UnbindLease("m-0", 4, "1a", "expired"), DeployLLM("m-0", 5, llm("A")))
     assert (scene.wrapper().status, scene.wrapper().request_id) == (W.DEPLOYING, None)
 
 
@@ -309,6 +310,16 @@ def test_the_end_of_a_lease_that_a_wrapper_missed_is_made_up_for():
     assert [*scene.effects] == [DeployLLM("m-0", 4, llm("A"))]
     scene.runs()
     assert scene.wrapper().status is W.READY
+
+
+def test_the_end_of_a_lease_is_made_up_for_while_its_llm_was_started_again():
+    """The same where the lease's LLM was being started again and runs by now."""
+    scene = handed_over()
+    scene.tell(LLMDied("m-0", scene.wrapper().epoch, "killed"))
+    scene.release("1a")
+    scene.restart()
+    scene.tell(WrapperStarted("m-0", 3, A))
+    assert scene.effects == (DeployLLM("m-0", 6, llm("A")),)
 
 
 @pytest.mark.parametrize(("running", "effect"), [(A, BindLease), (None, DeployLLM), (B, DeployLLM)])

@@ -1,0 +1,458 @@
+"""The allocator against a cluster that answers late, twice, wrongly or never. What must hold is judged from outside."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from registry.allocator import Allocator
+from registry.errors import LLMNeverFits, UnknownRequest
+from registry.state import (
+    BindLease,
+    DeployLLM,
+    Event,
+    LeaseReleased,
+    LeaseRequested,
+    LeaseUsed,
+    Limits,
+    Machine,
+    MachineJoined,
+    MachineLost,
+    NewRequest,
+    Priority,
+    Request,
+    RequestStatus,
+    ShutdownBegun,
+    TimePassed,
+    Wrapper,
+    WrapperAdded,
+    WrapperFailed,
+    WrapperRemoved,
+    WrapperStatus,
+)
+from tests.allocator_scene import Memory, llm
+from tests.simulated_cluster import SimulatedCluster
+
+R, W = RequestStatus, WrapperStatus
+LLMS = {"A": llm("A"), "B": llm("B"), "C": llm("C", 1), "D": llm("D", 2)}
+MACHINES = {
+    "a": (Machine("a", "node-a", "10.0.0.1", gpus=2, gpu_type="H100"), ("a-0",), 2),
+    "b": (Machine("b", "node-b", "10.0.0.2", gpus=2, gpu_type="H100"), ("b-0", "b-1"), 1),
+    "c": (Machine("c", "node-c", "10.0.0.3"), ("c-0",), 0),
+}
+"""Machine, its wrappers, and how many GPUs each of those has."""
+
+LIMITS = Limits(
+    lease_max_s=100.0,
+    lease_idle_s=30.0,
+    deploy_attempts=2,
+    wrapper_attempts=2,
+    max_overtakes=2,
+    max_overtake_s=40.0,
+    tenant_weights=(("lab", 2.0),),
+)
+
+BREAKAGES = (
+    "engine dies",
+    "wrapper crashes",
+    "wrapper hangs",
+    "wrapper is removed",
+    "wrapper is created anew",
+    "machine is lost",
+    "registry restarts",
+    "registry is shut down",
+    "registry is shut down and restarts",
+)
+
+some = st.integers(0, 11)
+"""Which of those that are there, counted round and round."""
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """Clients, a clock and a cluster, all of them free to do anything in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 1000.0
+        self.tokens = count(1)
+        self.ids = count(1)
+        self.cluster = SimulatedCluster()
+        self.memory = Memory()
+        self.allocator = Allocator(LIMITS, self.new_token)
+        self.shutting_down = False
+        self.just_loaded = False
+        self.epochs: dict[str, int] = {}
+        self.token_of: dict[str, str] = {}
+        self.served_on: dict[int, set[str]] = {}
+        self.overtaken: dict[str, int] = {}
+
+    def new_token(self) -> str:
+        return f"token-{next(self.tokens)}"
+
+    # --- what happens -----------------------------------------------------------------------------------
+
+    def tell(self, event: Event | None) -> None:
+        """Let the registry know, write what it decided, and keep its commands for later."""
+        if event is None:
+            return
+        before = {request.request_id: request for request in self.requests()}
+        decision = self.allocator.handle(event, self.now_s)
+        self.just_loaded = False
+        self.memory.commit(decision.changes)
+        for wrapper_id in decision.changes.removed_wrappers:
+            self.epochs.pop(wrapper_id, None)
+        for effect in decision.effects:
+            assert effect.epoch > self.epochs.get(effect.wrapper_id, 0), "every command is newer than the last"
+            self.epochs[effect.wrapper_id] = effect.epoch
+            self.cluster.commands.append(effect)
+        granted = [e for e in decision.effects if isinstance(e, BindLease | DeployLLM)]
+        for effect in granted:
+            wrapper = self.allocator.wrapper(effect.wrapper_id)
+            assert wrapper is not None
+            winner = None if wrapper.request_id is None else self.allocator.request(wrapper.request_id)
+            if winner is not None and before.get(winner.request_id, winner).status is R.QUEUED:
+                self.note_overtaken(winner, wrapper, warm=isinstance(effect, BindLease))
+
+    def note_overtaken(self, winner: Request, wrapper: Wrapper, *, warm: bool) -> None:
+        """Count who of the same tenant and priority came before the winner and could have had its wrapper."""
+        won = self.allocator.measurement(winner.measurement_id)
+        for request in self.heads():
+            theirs = self.allocator.measurement(request.measurement_id)
+            earlier = (theirs.tenant, theirs.priority) == (won.tenant, won.priority) and theirs.seq < won.seq
+            if earlier and self.may_use(request, wrapper):
+                assert warm, f"{winner.request_id} was served before {request.request_id} without a reason"
+                self.overtaken[request.request_id] = self.overtaken.get(request.request_id, 0) + 1
+
+    @initialize(machines=st.sets(st.sampled_from(sorted(MACHINES))))
+    def begin(self, machines: set[str]) -> None:
+        for machine_id in sorted(machines):
+            self.machine_joins(machine_id)
+            for wrapper_id in MACHINES[machine_id][1]:
+                self.watch_looks_at(wrapper_id)
+
+    @rule(
+        measurement_id=st.integers(1, 6),
+        llms=st.lists(st.sampled_from("ABCD"), min_size=1, max_size=3),
+        tenant=st.sampled_from(["lab", "lab", "lab", "guest"]),
+        priority=st.sampled_from([Priority.NORMAL] * 4 + [Priority.LOW, Priority.HIGH]),
+    )
+    def client_asks(self, measurement_id: int, llms: list[str], tenant: str, priority: Priority) -> None:
+        if self.shutting_down or sum(not r.status.ended for r in self.requests()) > 12:
+            return
+        new = tuple(NewRequest(f"r{next(self.ids)}", LLMS[name], "{}") for name in llms)
+        before = self.allocator.snapshot()
+        try:
+            self.tell(LeaseRequested(measurement_id, new, tenant, priority))
+        except LLMNeverFits:
+            assert self.allocator.snapshot() == before
+            largest = max(w.gpus for w in self.allocator.wrappers() if w.status is not W.LOST)
+            pin = self.allocator.measurement(measurement_id).machine_id if measurement_id in self.served() else None
+            on_pin = [w.gpus for w in self.allocator.wrappers() if w.machine_id == pin and usable(w)]
+            assert max(LLMS[name].gpus for name in llms) > min([largest, *([max(on_pin)] if on_pin else [])])
+
+    @precondition(lambda self: self.deployed())
+    @rule(n=some)
+    def client_releases(self, n: int) -> None:
+        deployed = self.deployed()
+        self.tell(LeaseReleased(deployed[n % len(deployed)].request_id))
+
+    @precondition(lambda self: self.requests())
+    @rule(n=some, what=st.sampled_from(["uses", "uses", "cancels", "names what never was"]), ago_s=st.floats(-10, 50))
+    def client_does_anything(self, n: int, what: str, ago_s: float) -> None:
+        requests = self.requests()
+        request_id = requests[-1 - n % len(requests)].request_id
+        if what == "uses":
+            self.tell(LeaseUsed(request_id, self.now_s - ago_s))
+        elif what == "cancels":
+            self.tell(LeaseReleased(request_id))
+        else:
+            before = self.allocator.snapshot()
+            for event in (LeaseReleased("never"), LeaseUsed("never", 0.0)):
+                with pytest.raises(UnknownRequest):
+                    self.tell(event)
+            assert self.allocator.snapshot() == before
+
+    @rule(step_s=st.sampled_from([0.001, 1.0, 5.0, 10.0, 30.0, 200.0, -20.0]))
+    def clock_moves(self, step_s: float) -> None:
+        self.now_s += step_s
+        due_s = self.allocator.next_deadline_s()
+        if due_s is not None and due_s <= self.now_s:
+            self.tell(TimePassed())
+            assert all(lease.ends_s > self.now_s for lease in self.allocator.snapshot().leases)
+
+    @precondition(lambda self: self.cluster.commands)
+    @rule(n=some)
+    def command_arrives(self, n: int) -> None:
+        self.cluster.send(self.cluster.commands[n % len(self.cluster.commands)], self.allocator)
+
+    @precondition(lambda self: self.cluster.answers)
+    @rule(n=some, again=st.booleans())
+    def answer_arrives(self, n: int, again: bool) -> None:
+        at = n % len(self.cluster.answers)
+        _, answer = self.cluster.answers[at] if again else self.cluster.answers.pop(at)
+        self.tell(answer(self.allocator))
+
+    @precondition(lambda self: self.starting())
+    @rule(n=some, how=st.sampled_from(["works", "works", "works", "fails", "fails for good"]))
+    def llm_start_ends(self, n: int, how: str) -> None:
+        starting = self.starting()
+        self.cluster.finish(starting[n % len(starting)], works=how == "works", permanent=how == "fails for good")
+
+    @rule()
+    def watch_looks_at_all(self) -> None:
+        for wrapper in self.allocator.wrappers():
+            self.watch_looks_at(wrapper.wrapper_id)
+
+    @rule(n=some, how=st.sampled_from(["works", "works", "works", "fails", "fails for good"]))
+    def cluster_catches_up(self, n: int = 0, how: str = "works") -> None:
+        """Every command arrives, all starts but perhaps one work, every answer comes back; what follows comes later."""
+        self.watch_looks_at_all()
+        for command in list(self.cluster.commands):
+            self.cluster.send(command, self.allocator)
+        for at, wrapper_id in enumerate(self.starting()):
+            works = how == "works" or at != n % 4
+            self.cluster.finish(wrapper_id, works=works, permanent=how == "fails for good")
+        answers = list(self.cluster.answers)
+        self.cluster.answers.clear()
+        for _, answer in answers:
+            self.tell(answer(self.allocator))
+
+    @rule()
+    def machines_come_back(self) -> None:
+        for machine_id in sorted(MACHINES):
+            self.machine_joins(machine_id)
+
+    @precondition(lambda self: self.cluster.wrappers)
+    @rule(
+        n=some,
+        what=st.sampled_from(BREAKAGES),
+    )
+    def something_breaks(self, n: int, what: str) -> None:
+        wrapper_ids = sorted(self.cluster.wrappers)
+        wrapper_id = wrapper_ids[n % len(wrapper_ids)]
+        record = self.allocator.wrapper(wrapper_id)
+        assert record is not None
+        match what:
+            case "engine dies":
+                self.cluster.wrappers[wrapper_id].lose_engine()
+            case "wrapper crashes":
+                self.cluster.crash(wrapper_id)
+            case "wrapper hangs":
+                self.tell(WrapperFailed(wrapper_id, "no answer"))
+            case "wrapper is removed":
+                self.cluster.remove(wrapper_id)
+                self.tell(WrapperRemoved(wrapper_id))
+            case "wrapper is created anew":
+                gpus = max(record.gpus - n % 2, 0)
+                self.cluster.add(wrapper_id)
+                self.tell(WrapperAdded(wrapper_id, record.machine_id, "http://anew", gpus, record.home))
+            case "machine is lost":
+                self.machine_is_lost(record.machine_id)
+            case "registry restarts":
+                self.registry_restarts()
+            case _:
+                self.shutting_down = True
+                self.tell(ShutdownBegun())
+                if what.endswith("restarts"):
+                    self.registry_restarts()
+
+    @precondition(lambda self: self.shutting_down)
+    @rule()
+    def registry_restarts(self) -> None:
+        snapshot = self.allocator.snapshot()
+        self.allocator = Allocator(LIMITS, self.new_token)
+        self.allocator.load(snapshot)
+        self.cluster.forget_registry()
+        self.shutting_down, self.just_loaded = False, True
+
+    def watch_looks_at(self, wrapper_id: str) -> None:
+        event = self.cluster.look_at(wrapper_id, self.allocator)
+        self.cluster.unseen.discard(wrapper_id)
+        self.tell(event)
+
+    def machine_joins(self, machine_id: str) -> None:
+        """A machine is there, with all its wrappers, as the registry's reconciliation tells it."""
+        machine, wrapper_ids, gpus = MACHINES[machine_id]
+        if self.allocator.machine(machine_id) != machine:
+            self.tell(MachineJoined(machine))
+        for n, wrapper_id in enumerate(wrapper_ids):
+            record = self.allocator.wrapper(wrapper_id)
+            if wrapper_id not in self.cluster.wrappers or record is None or record.gpus != gpus:
+                self.cluster.add(wrapper_id)
+                home = LLMS["A"] if n == 0 else None
+                self.tell(WrapperAdded(wrapper_id, machine_id, f"http://{wrapper_id}", gpus, home))
+
+    def machine_is_lost(self, machine_id: str) -> None:
+        for wrapper_id in MACHINES[machine_id][1]:
+            self.cluster.remove(wrapper_id)
+        self.tell(MachineLost(machine_id, "it left"))
+
+    # --- how it is, from outside ------------------------------------------------------------------------
+
+    def requests(self) -> list[Request]:
+        return sorted(self.allocator.snapshot().requests, key=lambda request: request.seq)
+
+    def deployed(self) -> list[Request]:
+        return [request for request in self.requests() if request.status is R.DEPLOYED]
+
+    def starting(self) -> list[str]:
+        return [w.wrapper_id for w in self.cluster.wrappers.values() if w.starting is not None]
+
+    def served(self) -> set[int]:
+        return {measurement.measurement_id for measurement in self.allocator.snapshot().measurements}
+
+    def heads(self) -> list[Request]:
+        """The first unfinished request of each measurement, where that is queued."""
+        heads = []
+        for measurement_id in sorted(self.served()):
+            unfinished = [r for r in self.allocator.requests_of(measurement_id) if not r.status.ended]
+            if unfinished and unfinished[0].status is R.QUEUED:
+                heads.append(unfinished[0])
+        return heads
+
+    def may_use(self, request: Request, wrapper: Wrapper) -> bool:
+        """True when a waiting request could be given this wrapper, as the contract has it."""
+        if wrapper.wrapper_id in request.failed_on:
+            return False
+        pin = self.allocator.measurement(request.measurement_id).machine_id
+        unfinished = [r for r in self.allocator.requests_of(request.measurement_id) if not r.status.ended]
+        needed = max(r.spec.gpus for r in unfinished)
+        others = [w for w in self.allocator.wrappers() if usable(w)]
+        if pin is not None:
+            if any(w.machine_id == pin and w.gpus >= request.spec.gpus for w in others):
+                return wrapper.machine_id == pin and wrapper.gpus >= request.spec.gpus
+            alike = [w for w in others if self.gpu_type(w.machine_id) == self.gpu_type(pin) and w.gpus >= needed]
+            if alike and self.gpu_type(wrapper.machine_id) != self.gpu_type(pin):
+                return False
+        return wrapper.gpus >= needed
+
+    def gpu_type(self, machine_id: str) -> str | None:
+        machine = self.allocator.machine(machine_id)
+        return None if machine is None else machine.gpu_type
+
+    # --- what must hold ---------------------------------------------------------------------------------
+
+    @invariant()
+    def everything_holds(self) -> None:
+        for rule_of_the_house in (
+            self.its_own_rules_hold,
+            self.what_was_written_is_what_is_known,
+            self.ended_requests_hold_nothing,
+            self.one_request_of_a_measurement_is_served_at_a_time,
+            self.a_measurement_stays_on_its_machine_or_says_so,
+            self.a_wrapper_that_was_told_everything_serves_its_lease_and_nobody_else,
+            self.a_token_whose_lease_has_ended_is_being_revoked,
+            self.no_token_opens_two_wrappers,
+            self.a_request_keeps_its_address_once_it_has_one,
+            self.nobody_waits_while_something_is_free,
+            self.nobody_is_overtaken_too_often,
+        ):
+            rule_of_the_house()
+
+    def its_own_rules_hold(self) -> None:
+        self.allocator.check()
+
+    def what_was_written_is_what_is_known(self) -> None:
+        assert self.memory.knows(self.allocator.snapshot())
+
+    def ended_requests_hold_nothing(self) -> None:
+        for request in self.requests():
+            if request.status.ended:
+                assert self.allocator.lease_of(request.request_id) is None
+                assert all(w.request_id != request.request_id for w in self.allocator.wrappers())
+
+    def one_request_of_a_measurement_is_served_at_a_time(self) -> None:
+        served = [r.measurement_id for r in self.requests() if r.status in (R.DEPLOYING, R.DEPLOYED)]
+        assert len(served) == len(set(served))
+
+    def a_measurement_stays_on_its_machine_or_says_so(self) -> None:
+        for request in self.requests():
+            if request.status is R.DEPLOYED and request.machine_id is not None:
+                self.served_on.setdefault(request.measurement_id, set()).add(request.machine_id)
+        for measurement_id, machines in self.served_on.items():
+            flags = self.allocator.measurement(measurement_id).flags
+            assert len(machines) == 1 or any(flag.startswith("machine_") for flag in flags)
+
+    def a_wrapper_that_was_told_everything_serves_its_lease_and_nobody_else(self) -> None:
+        for wrapper_id, wrapper in self.cluster.wrappers.items():
+            record = self.allocator.wrapper(wrapper_id)
+            if record is None or record.epoch != wrapper.epoch:
+                continue
+            lease = self.allocator.lease_by_wrapper(wrapper_id)
+            # A late BindLease can reach a new process, which has no LLM; the next deploy ends such a lease.
+            assert wrapper.empty or wrapper.token in (None, lease.token if lease is not None else None)
+            if lease is not None and self.allocator.request(lease.request_id).status is R.DEPLOYED:
+                assert wrapper.token == lease.token
+                well = wrapper.running == self.allocator.request(lease.request_id).spec
+                noticed = self.cluster.is_busy(wrapper_id) or self.cluster.look_at(wrapper_id, self.allocator)
+                assert well or noticed
+
+    def a_token_whose_lease_has_ended_is_being_revoked(self) -> None:
+        for wrapper_id, wrapper in self.cluster.wrappers.items():
+            record, lease = self.allocator.wrapper(wrapper_id), self.allocator.lease_by_wrapper(wrapper_id)
+            given_up = record is None or record.status in (W.FAILED, W.LOST)
+            if (
+                wrapper.token is None
+                or wrapper.empty
+                or given_up
+                or (lease is not None and lease.token == wrapper.token)
+            ):
+                continue
+            on_the_way = [c for c in self.cluster.commands if c.wrapper_id == wrapper_id and c.epoch > wrapper.epoch]
+            assert on_the_way or wrapper_id in self.cluster.unseen
+
+    def no_token_opens_two_wrappers(self) -> None:
+        tokens = [wrapper.token for wrapper in self.cluster.wrappers.values() if wrapper.token is not None]
+        assert len(tokens) == len(set(tokens))
+
+    def a_request_keeps_its_address_once_it_has_one(self) -> None:
+        for request in self.requests():
+            lease = self.allocator.lease_of(request.request_id)
+            if request.deployed_s is not None and lease is not None:
+                address = f"{lease.wrapper_id}/{lease.token}"
+                assert self.token_of.setdefault(request.request_id, address) == address
+        assert len(self.token_of) == len(set(self.token_of.values()))
+
+    def nobody_waits_while_something_is_free(self) -> None:
+        if self.shutting_down or self.just_loaded:
+            return  # a registry that was loaded decides with the first event
+        free = [w for w in self.allocator.wrappers() if w.status in (W.IDLE, W.READY)]
+        for request in self.heads():
+            assert not [w.wrapper_id for w in free if self.may_use(request, w)]
+
+    def nobody_is_overtaken_too_often(self) -> None:
+        for request_id, times in self.overtaken.items():
+            assert times <= self.allocator.request(request_id).overtaken <= LIMITS.max_overtakes
+
+    # --- the end ----------------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        """When everything works again and every client releases what it gets, every request comes to an end."""
+        self.registry_restarts()
+        for machine_id in sorted(MACHINES):
+            self.machine_joins(machine_id)
+        for _ in range(200):
+            busy = self.cluster.commands or self.cluster.answers or self.cluster.unseen
+            if not busy and all(request.status.ended for request in self.requests()):
+                break
+            self.cluster_catches_up()
+            for request in self.deployed():
+                self.tell(LeaseReleased(request.request_id))
+            self.allocator.check()
+        assert not [request for request in self.requests() if not request.status.ended]
+        assert not self.allocator.snapshot().leases
+        assert not [w for w in self.cluster.wrappers.values() if w.token is not None and not w.empty]
+
+
+def usable(wrapper: Wrapper) -> bool:
+    return wrapper.status not in (W.LOST, W.FAILED)
+
+
+TestAllocatorMachine = AllocatorMachine.TestCase
+TestAllocatorMachine.settings = settings(
+    max_examples=settings().max_examples // 2, stateful_step_count=200, deadline=None
+)
