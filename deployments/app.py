@@ -24,7 +24,7 @@ from deployments.ingress import IngressConfig
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
 from registry.actor import ACTOR_NAME, NAMESPACE, RegistryActor
-from registry.errors import BadSettings, InvalidField, StartFailed, StoreUnavailable
+from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed
 from registry.logs import configure_logging
 from registry.service import Service
 from registry.settings import Settings
@@ -59,7 +59,7 @@ def home_llms(settings: Settings) -> dict[str, LLMSpec]:
     return homes
 
 
-def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[[StoreUnavailable], None]) -> Service:
+def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[[RegistryError], None]) -> Service:
     """A service over the real database and the real cluster. Raises StoreUnavailable, BadSettings."""
     configure_logging()
     return Service(

@@ -14,7 +14,7 @@ import structlog
 from pydantic import BaseModel
 
 from registry import views
-from registry.errors import StoreUnavailable
+from registry.errors import RegistryError
 from registry.service import Idempotency, Service
 from registry.settings import Settings
 from registry.state import LLMSpec, Priority
@@ -25,8 +25,8 @@ ACTOR_NAME = "greenprompt-registry"
 NAMESPACE = "greenprompt"
 """Ray namespace of everything that the registry starts."""
 
-EXIT_STORE_FAILED = 70
-"""Exit status of the actor's process when its database failed; Ray starts it again."""
+EXIT_FAILED = 70
+"""Exit status of the actor's process when its database or a decision failed; Ray starts it again."""
 
 log = structlog.get_logger("registry.actor")
 
@@ -35,7 +35,7 @@ class RegistryActor:
     """The service in a Ray actor. Runs on one event loop, on which every method is called."""
 
     def __init__(
-        self, settings: Settings, build: Callable[[Settings, Callable[[StoreUnavailable], None]], Service]
+        self, settings: Settings, build: Callable[[Settings, Callable[[RegistryError], None]], Service]
     ) -> None:
         """``build`` wires a service; it is called again, with the same settings, after a restart."""
         self._service = build(settings, _fail_stop)
@@ -105,7 +105,7 @@ def _json(states: Sequence[BaseModel]) -> str:
     return json.dumps([state.model_dump(mode="json") for state in states])
 
 
-def _fail_stop(error: StoreUnavailable) -> None:
+def _fail_stop(error: RegistryError) -> None:
     # What was decided and not written must not be answered: end at once, and load what is written.
-    log.critical("the database failed; the registry restarts", reason=error.reason)
-    os._exit(EXIT_STORE_FAILED)
+    log.critical("the registry can't go on and restarts", reason=str(error))
+    os._exit(EXIT_FAILED)

@@ -3,8 +3,9 @@
 One object owns the state. Every event goes through ``_apply``: the decision and its commit happen without an
 await in between, so no other event can come in; only then do effects run, each as a task of its own. What an
 effect brings about comes back as an event. A command supersedes all older ones of its wrapper (its epoch says
-so), therefore effects need no order among themselves. A commit that fails ends the process: its restart loads
-the database, which is simpler than rolling memory back.
+so), therefore effects need no order among themselves. A commit or a decision that fails ends the process: its
+restart loads the database, which is simpler than rolling memory back. Whatever else fails ends nothing: the
+watching goes on.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from registry.api import MAX_WAIT_S
 from registry.errors import (
     EngineStartFailed,
     IdempotencyConflict,
+    InternalError,
+    InvalidField,
     RegistryError,
     RequestForgotten,
+    ShuttingDown,
     StaleEpoch,
     StoreUnavailable,
     UnknownRequest,
@@ -34,6 +38,7 @@ from registry.settings import Settings
 from registry.state import (
     BindLease,
     Changes,
+    Decision,
     DeployLLM,
     Effect,
     Event,
@@ -54,7 +59,6 @@ from registry.state import (
     StopLLM,
     TimePassed,
     UnbindLease,
-    Wrapper,
     WrapperFailed,
     WrapperStarted,
     WrapperStatus,
@@ -70,6 +74,11 @@ ACTIVITY_GRAIN_S = 1.0
 """Lease activity is written down when it is this much newer than what is known, seconds."""
 
 DAY_S = 86_400.0
+
+_WATCHED = frozenset(
+    {WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED, WrapperStatus.STOPPING}
+)
+"""States in which a wrapper that does not answer has failed."""
 
 RESEND_DELAYS_S = (0.1, 0.5, 2.0)
 """Pauses before a lease command is sent again to a wrapper that did not take it, seconds."""
@@ -88,7 +97,7 @@ class Service:
 
     Must be made, started and used in one event loop. ``now_s`` gives UTC seconds, ``new_token`` unguessable
     lease tokens, ``homes`` the LLM for a machine id or ``*``; ``on_fatal`` is called
-    when the database fails and must end the process.
+    when the database or a decision fails and must end the process.
     """
 
     def __init__(
@@ -100,7 +109,7 @@ class Service:
         now_s: Callable[[], float],
         new_token: Callable[[], str],
         homes: Mapping[str, LLMSpec],
-        on_fatal: Callable[[StoreUnavailable], None],
+        on_fatal: Callable[[RegistryError], None],
     ) -> None:
         self.settings = settings
         self.allocator = Allocator(settings.limits, new_token)
@@ -112,10 +121,13 @@ class Service:
         self._on_fatal = on_fatal
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[str, asyncio.Task[None]] = {}
-        self._busy: dict[str, int] = {}
+        self._commands: dict[str, int] = {}
+        self._under_way: dict[str, int] = {}
+        self._misses: dict[str, int] = {}
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._idle = asyncio.Event()
         self._stopping = False
+        self._closed = False
         self._forget_next_s = 0.0
 
     # --- life -------------------------------------------------------------------------------------------
@@ -151,7 +163,10 @@ class Service:
         """Stop every LLM and every wrapper, then close the database. Takes no new requests from the first moment.
 
         Waits for each step at most as long as the settings allow; queued requests stay queued for the next start.
+        Again is not an error.
         """
+        if self._closed:
+            return
         self._stopping = True
         self._apply(ShutdownBegun())
         limit_s = self.settings.wrappers.stop_timeout_s + 10
@@ -164,10 +179,10 @@ class Service:
             left = [w.wrapper_id for w in self.allocator.wrappers() if w.status is WrapperStatus.STOPPING]
             log.warning("LLMs did not stop in time; their wrappers are removed all the same", wrappers=left)
         await self._cancel_tasks()
-        try:
-            await self._cluster.remove([w.wrapper_id for w in self.allocator.wrappers()])
-        except WrapperUnreachable as error:
-            log.warning("wrappers could not be removed", reason=str(error))
+        await self._guarded(
+            "wrappers could not be removed", self._cluster.remove([w.wrapper_id for w in self.allocator.wrappers()])
+        )
+        self._closed = True
         self._store.close()
 
     async def _cancel_tasks(self) -> None:
@@ -246,37 +261,57 @@ class Service:
         request = self._known(request_id)
         if wait_s <= 0 or request.status.ended:
             return request
+        try:
+            async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
+                while self._known(request_id).status is request.status:
+                    await self._next_change(request_id)
+        except TimeoutError:
+            pass  # nothing changed: the answer is the state as it is
+        return self._known(request_id)
+
+    async def _next_change(self, request_id: str) -> None:
         future = asyncio.get_running_loop().create_future()
         self._waiters.setdefault(request_id, set()).add(future)
         try:
-            async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
-                await future
-        except TimeoutError:
-            pass  # nothing changed: the answer is the state as it is
+            await future
         finally:
             waiting = self._waiters.get(request_id)
             if waiting is not None:
                 waiting.discard(future)
                 if not waiting:
                     del self._waiters[request_id]
-        return self._known(request_id)
 
     # --- decide, commit, act ----------------------------------------------------------------------------
 
     def _apply(self, event: Event, *, idempotency: IdempotencyRow | None = None) -> None:
+        if self._closed:
+            raise ShuttingDown
         now_s = self._now_s()
-        decision = self.allocator.handle(event, now_s)
+        decision = self._decide(event, now_s, idempotency)
+        if not decision.changes.empty:
+            log.info("event", kind=type(event).__name__, **_ids_of(event))
+            self._wake(decision.changes)
+        for effect in decision.effects:
+            self._commands[effect.wrapper_id] = self._commands.get(effect.wrapper_id, 0) + 1
+            self._under_way[effect.wrapper_id] = self._under_way.get(effect.wrapper_id, 0) + 1
+            self._spawn(self._run(effect))
+
+    def _decide(self, event: Event, now_s: float, idempotency: IdempotencyRow | None) -> Decision:
+        try:
+            decision = self.allocator.handle(event, now_s)
+        except RegistryError:
+            raise  # refused, and nothing has changed
+        except Exception as error:  # half changed, perhaps: as bad as a commit that failed
+            log.exception("a decision failed", kind=type(event).__name__, **_ids_of(event))
+            self._on_fatal(InternalError(f"{type(event).__name__}: {error}"))
+            raise
         if not decision.changes.empty or idempotency is not None:
             try:
                 self._store.commit(decision.changes, event=_event_row(event, now_s), idempotency=idempotency)
             except StoreUnavailable as error:
                 self._on_fatal(error)
                 raise
-            log.info("event", kind=type(event).__name__, **_ids_of(event))
-            self._wake(decision.changes)
-        for effect in decision.effects:
-            self._busy[effect.wrapper_id] = self._busy.get(effect.wrapper_id, 0) + 1
-            self._spawn(self._run(effect))
+        return decision
 
     def _wake(self, changes: Changes) -> None:
         for request in changes.requests:
@@ -289,7 +324,23 @@ class Service:
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task of the registry ended with an error", exc_info=error)
+
+    async def _guarded(self, what: str, work: Awaitable[None]) -> None:
+        """Await background work. What goes wrong ends this piece of it and no more, so that the watching goes on."""
+        try:
+            await work
+        except StoreUnavailable:
+            raise  # on_fatal was told: the process ends
+        except RegistryError as error:
+            log.warning(what, reason=str(error))
+        except Exception:
+            log.exception(what)
 
     async def _run(self, effect: Effect) -> None:
         """Carry an effect out and report what came of it, unless newer commands have made it meaningless."""
@@ -301,13 +352,17 @@ class Service:
             event = None
         except WrapperUnreachable as error:
             event = WrapperFailed(effect.wrapper_id, error.reason) if self._is_newest(effect) else None
+        except Exception as error:
+            log.exception("a command failed", kind=type(effect).__name__, wrapper_id=effect.wrapper_id)
+            reason = f"internal error: {type(error).__name__}: {error}"
+            event = WrapperFailed(effect.wrapper_id, reason) if self._is_newest(effect) else None
         finally:
-            self._busy[effect.wrapper_id] -= 1
+            self._under_way[effect.wrapper_id] -= 1
         if event is not None:
             self._apply(event)
 
     def _is_newest(self, effect: Effect) -> bool:
-        wrapper = self._wrapper(effect.wrapper_id)
+        wrapper = self.allocator.wrapper(effect.wrapper_id)
         return wrapper is not None and wrapper.epoch == effect.epoch
 
     async def _outcome(self, effect: Effect) -> Event | None:
@@ -319,6 +374,8 @@ class Service:
                     await self._cluster.deploy(wrapper_id, epoch, spec, grant)
                 except EngineStartFailed as error:
                     return LLMDeployFailed(wrapper_id, epoch, str(error), error.permanent)
+                except InvalidField as error:  # allowed by the ingress, but not there: a link that leads elsewhere
+                    return LLMDeployFailed(wrapper_id, epoch, str(error))
                 return LLMDeployed(wrapper_id, epoch)
             case StopLLM(wrapper_id, epoch):
                 await self._cluster.stop(wrapper_id, epoch)
@@ -334,7 +391,7 @@ class Service:
                 return None
             case RestartWrapper(wrapper_id, _):
                 await self._cluster.restart(wrapper_id)
-                return await self._await_wrapper(wrapper_id)
+                return await self._await_wrapper(wrapper_id, own_commands=1)
 
     def _grant(self, request_id: str) -> LeaseGrant | None:
         lease = self.allocator.lease_of(request_id)
@@ -355,10 +412,7 @@ class Service:
     async def _watch_cluster(self) -> None:
         """Keep machines and wrappers as they should be, for ever; no error ends it."""
         while not self._stopping:
-            try:
-                await self._reconcile()
-            except RegistryError as error:
-                log.warning("the cluster could not be reconciled", reason=str(error))
+            await self._guarded("the cluster could not be reconciled", self._reconcile())
             await asyncio.sleep(self.settings.watch.period_s)
 
     async def _reconcile(self) -> None:
@@ -383,41 +437,64 @@ class Service:
         present = {wrapper.wrapper_id for wrapper in self.allocator.wrappers()}
         for wrapper_id in present - self._watchers.keys():
             self._watchers[wrapper_id] = asyncio.create_task(self._watch_wrapper(wrapper_id))
+            self._watchers[wrapper_id].add_done_callback(self._ended)
         for wrapper_id in self._watchers.keys() - present:
             self._watchers.pop(wrapper_id).cancel()
             self.reports.pop(wrapper_id, None)
 
     async def _watch_wrapper(self, wrapper_id: str) -> None:
         """Follow one wrapper for as long as it exists. One that hangs holds up nobody but itself."""
-        watch = self.settings.watch
-        self._apply(await self._await_wrapper(wrapper_id))
-        misses = 0
-        while (wrapper := self._wrapper(wrapper_id)) is not None:
-            pause_s = FAILED_RETRY_S if wrapper.status is WrapperStatus.FAILED else watch.period_s
-            await asyncio.sleep(pause_s)
-            if wrapper.status in (WrapperStatus.LOST, WrapperStatus.RESTARTING):
-                continue
-            if wrapper.status is WrapperStatus.STARTING:
-                self._apply(await self._await_wrapper(wrapper_id))
-                continue
-            try:
-                report = await self._cluster.report(wrapper_id)
-            except WrapperUnreachable as error:
-                misses += 1
-                if misses >= watch.failures and wrapper.status is not WrapperStatus.FAILED:
-                    misses = 0
-                    self._apply(WrapperFailed(wrapper_id, error.reason))
-                continue
-            misses = 0
-            self._take_report(wrapper_id, report)
+        problem = f"wrapper {wrapper_id} could not be looked after"
+        await self._guarded(problem, self._follow_start(wrapper_id))
+        while (wrapper := self.allocator.wrapper(wrapper_id)) is not None:
+            given_up = wrapper.status is WrapperStatus.FAILED
+            await asyncio.sleep(FAILED_RETRY_S if given_up else self.settings.watch.period_s)
+            await self._guarded(problem, self._look_after(wrapper_id))
 
-    def _take_report(self, wrapper_id: str, report: WrapperReport) -> None:
+    async def _follow_start(self, wrapper_id: str) -> None:
+        self._apply(await self._await_wrapper(wrapper_id))
+
+    async def _look_after(self, wrapper_id: str) -> None:
+        wrapper = self.allocator.wrapper(wrapper_id)
+        if wrapper is None or wrapper.status in (WrapperStatus.LOST, WrapperStatus.RESTARTING):
+            self._misses.pop(wrapper_id, None)
+            return
+        if wrapper.status is WrapperStatus.STARTING:
+            await self._follow_start(wrapper_id)
+            return
+        try:
+            report, is_news = await self._report(wrapper_id)
+        except WrapperUnreachable as error:
+            self._missed(wrapper_id, error.reason)
+            return
+        self._misses.pop(wrapper_id, None)
+        self._take_report(wrapper_id, report, is_news)
+
+    def _missed(self, wrapper_id: str, reason: str) -> None:
+        """A report did not come; several in a row mean that the wrapper has failed."""
+        misses = self._misses[wrapper_id] = self._misses.get(wrapper_id, 0) + 1
+        wrapper = self.allocator.wrapper(wrapper_id)
+        if misses >= self.settings.watch.failures and wrapper is not None and wrapper.status in _WATCHED:
+            del self._misses[wrapper_id]
+            self._apply(WrapperFailed(wrapper_id, reason))
+
+    async def _report(self, wrapper_id: str, *, own_commands: int = 0) -> tuple[WrapperReport, bool]:
+        """A wrapper's report, and whether it is news.
+
+        It is none where a command was under way, besides ``own_commands`` of the caller's: it may have been made before
+        the wrapper took that command, and come after its outcome, which says more.
+        """
+        before, under_way = self._commands.get(wrapper_id, 0), self._under_way.get(wrapper_id, 0)
+        report = await self._cluster.report(wrapper_id)
         self.reports[wrapper_id] = report
-        wrapper = self._wrapper(wrapper_id)
-        if wrapper is None or self._busy.get(wrapper_id):
-            return  # a command is on its way: its own outcome says more than this report
+        return report, under_way == own_commands and self._commands.get(wrapper_id, 0) == before
+
+    def _take_report(self, wrapper_id: str, report: WrapperReport, is_news: bool) -> None:
         if report.bound is not None and report.idle_for_s is not None:
             self._note_activity(report.bound, self._now_s() - report.idle_for_s)
+        wrapper = self.allocator.wrapper(wrapper_id)
+        if wrapper is None or not is_news:
+            return
         if wrapper.status is WrapperStatus.FAILED or report.epoch < wrapper.epoch:
             # It was given up and answers again, or it was replaced and has forgotten everything.
             self._apply(WrapperStarted(wrapper_id, report.epoch, report.running))
@@ -429,30 +506,33 @@ class Service:
         if lease is not None and at_s >= lease.last_active_s + ACTIVITY_GRAIN_S:
             self._apply(LeaseUsed(request_id, at_s))
 
-    async def _await_wrapper(self, wrapper_id: str) -> Event:
+    async def _await_wrapper(self, wrapper_id: str, *, own_commands: int = 0) -> Event:
         """Wait until a starting wrapper answers; at most ``wrappers.start_timeout_s``."""
         deadline_s = asyncio.get_running_loop().time() + self.settings.wrappers.start_timeout_s
         while True:
             try:
-                report = await self._cluster.report(wrapper_id)
+                report, is_news = await self._report(wrapper_id, own_commands=own_commands)
             except WrapperUnreachable as error:
                 if asyncio.get_running_loop().time() >= deadline_s:
                     return WrapperFailed(wrapper_id, f"did not start: {error.reason}")
-                await asyncio.sleep(self.settings.watch.period_s)
             else:
-                self.reports[wrapper_id] = report
-                return WrapperStarted(wrapper_id, report.epoch, report.running)
+                if is_news:
+                    return WrapperStarted(wrapper_id, report.epoch, report.running)
+            await asyncio.sleep(self.settings.watch.period_s)
 
     async def _watch_time(self) -> None:
         """End leases that are over, and forget once a day what ended long ago, for ever."""
         while not self._stopping:
             await asyncio.sleep(min(self.settings.watch.period_s, 1.0))
-            if self._now_s() >= self._forget_next_s and not self._stopping:
-                self._forget_daily()
-            due_s = self.allocator.next_deadline_s()
-            if due_s is not None and due_s <= self._now_s():
-                await self._ask_due_leases()
-                self._apply(TimePassed())
+            await self._guarded("leases could not be ended", self._pass_time())
+
+    async def _pass_time(self) -> None:
+        if self._now_s() >= self._forget_next_s and not self._stopping:
+            self._forget_daily()
+        due_s = self.allocator.next_deadline_s()
+        if due_s is not None and due_s <= self._now_s():
+            await self._ask_due_leases()
+            self._apply(TimePassed())
 
     async def _ask_due_leases(self) -> None:
         """A prompt of the last moment, which no report has told of yet, still extends its lease."""
@@ -482,9 +562,6 @@ class Service:
             if self._store.was_forgotten(request_id):
                 raise RequestForgotten(request_id) from None
             raise
-
-    def _wrapper(self, wrapper_id: str) -> Wrapper | None:
-        return next((w for w in self.allocator.wrappers() if w.wrapper_id == wrapper_id), None)
 
 
 async def _insist(send: Callable[[], Awaitable[None]]) -> None:
