@@ -1,0 +1,429 @@
+"""What clients ask of the service, and what they get: hand-overs, releases, waits, the same request again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from registry import views
+from registry.errors import (
+    IdempotencyConflict,
+    LLMNeverFits,
+    QueueFull,
+    UnknownMeasurement,
+    UnknownRequest,
+    WrapperUnreachable,
+)
+from registry.service import Idempotency
+from registry.state import Priority, WrapperStatus
+from registry.state import RequestStatus as Status
+from tests.service_world import BIG, LIMIT_S, OTHER, THIRD, TINY, World, config_of
+
+Make = Callable[..., World]
+
+
+# --- hand-over ---------------------------------------------------------------------------------------------
+
+
+async def test_llm_is_deployed_and_handed_over(world: World) -> None:
+    """A request deploys its LLM and gets an address, which the wrapper accepts before anybody is told of it."""
+    gate = world.cluster.hold("a-0", "deploy")
+    (request_id,) = world.ask(1, TINY)
+    await world.until(lambda: gate.arrived)
+    await world.until(lambda: views.request_state(world.service, world.request(request_id)).phase == "loading")
+    state = views.request_state(world.service, world.request(request_id))
+    assert (state.status, state.address, state.machine) == ("deploying", None, "a")
+
+    binding = world.cluster.hold("a-0", "bind")
+    gate.open()
+    await world.until(lambda: binding.arrived)
+    assert world.request(request_id).status is Status.DEPLOYING
+    assert views.request_state(world.service, world.request(request_id)).phase == "handing over"
+    assert world.address(request_id) is None
+    binding.open()
+
+    await world.until_status(request_id, Status.DEPLOYED)
+    grant = world.wrapper().grant
+    assert grant is not None
+    assert world.address(request_id) == f"http://127.0.0.1:8000/wrappers/a-0/{grant.token}"
+    assert (grant.request_id, grant.measurement_id, grant.llmconfig) == (request_id, 1, config_of(TINY))
+    assert (grant.ends_in_s, grant.idle_limit_s) == (1000, 100)
+    assert world.wrapper().spec == TINY
+
+
+async def test_warm_llm_is_handed_over_at_once(world: World) -> None:
+    """An LLM that runs and is free is handed to the next who wants it, without a start, under a new address."""
+    first = await world.deployed(1)
+    first_address = world.address(first)
+    world.service.release(first)
+    second = await world.deployed(2)
+    assert world.address(second) not in (None, first_address)
+    assert world.address(first) is None
+    assert world.wrapper().starts == 1
+    # The new lease may have come before the end of the old one was told: then it has ended it.
+    assert world.wrapper().ended in ([(first, "released")], [])
+    assert world.wrapper().grant is not None
+
+
+async def test_llms_of_a_measurement_come_one_after_another(two: World) -> None:
+    """A measurement has one LLM at a time, in its order, all on one machine, though another is free."""
+    first, second = two.ask(1, TINY, OTHER)
+    await two.until_status(first, Status.DEPLOYED)
+    state = views.request_state(two.service, two.request(second))
+    assert (state.status, state.position) == ("queued", 1)
+    assert state.reason == f"its measurement's request {first} comes first and is deployed"
+    two.service.release(first)
+    await two.until_status(second, Status.DEPLOYED)
+    assert two.request(second).machine_id == two.request(first).machine_id
+    assert views.measurement_state(two.service, 1).machine == two.request(first).machine_id
+
+
+async def test_who_waits_is_told_why(world: World) -> None:
+    """A request that waits says what for, and how many come before it."""
+    held = await world.deployed(1)
+    (waits,) = world.ask(2, OTHER)
+    (last,) = world.ask(3, THIRD)
+    states = [views.request_state(world.service, world.request(each)) for each in (waits, last)]
+    assert [state.position for state in states] == [1, 2]
+    assert {state.reason for state in states} == {"every LLM Machine is in use"}
+    assert views.health_state(world.service).queued == 2
+    world.service.release(held)
+    await world.until_status(waits, Status.DEPLOYED)
+    (again,) = world.ask(2, TINY)
+    assert "comes first" in (views.request_state(world.service, world.request(again)).reason or "")
+
+
+async def test_free_llm_gives_way(world: World) -> None:
+    """Where every wrapper has an LLM, one that nobody uses makes room."""
+    world.service.release(await world.deployed(1, TINY))
+    await world.deployed(2, OTHER)
+    assert world.wrapper().spec == OTHER
+    assert world.wrapper().starts == 2
+
+
+async def test_homes_are_deployed_at_start(make: Make) -> None:
+    """The configured LLM runs before anyone asks, and whoever does gets it at once."""
+    world = make()
+    world.homes = {"*": TINY}
+    world.cluster.join("a")
+    await world.start()
+    await world.until_wrapper(WrapperStatus.READY)
+    assert [llm.model for llm in views.llm_states(world.service)] == ["org/tiny"]
+    await world.deployed(1, TINY)
+    assert world.wrapper().starts == 1
+
+
+async def test_llm_that_fits_nowhere_is_refused(world: World) -> None:
+    """What no machine can ever run is refused at once, and nothing of the POST is accepted."""
+    with pytest.raises(LLMNeverFits):
+        world.ask(1, TINY, BIG)
+    with pytest.raises(UnknownMeasurement):
+        views.measurement_state(world.service, 1)
+
+
+async def test_full_queue_takes_nothing(make: Make) -> None:
+    """A POST that would not fit into the queue is refused as a whole."""
+    world = make(queue={"max_queued": 2})
+    await world.start()
+    world.ask(1, TINY)
+    with pytest.raises(QueueFull):
+        world.ask(2, TINY, OTHER)
+    world.ask(2, TINY)
+    assert views.health_state(world.service).queued == 2
+
+
+# --- releases ----------------------------------------------------------------------------------------------
+
+
+async def test_release_ends_the_lease_at_the_wrapper(world: World) -> None:
+    """After a release the wrapper refuses the address, and keeps the LLM for whoever comes."""
+    request_id = await world.deployed(1)
+    world.service.release(request_id)
+    assert world.request(request_id).status is Status.RELEASED
+    await world.until(lambda: world.wrapper().grant is None)
+    assert world.wrapper().ended == [(request_id, "released")]
+    assert world.status_of() is WrapperStatus.READY
+
+
+async def test_second_release_frees_nobody_else(world: World) -> None:
+    """Releasing again changes nothing, and never ends the lease of who came after."""
+    first = await world.deployed(1)
+    world.service.release(first)
+    second = await world.deployed(2)
+    world.service.release(first)
+    await world.looked()
+    assert world.request(second).status is Status.DEPLOYED
+    assert world.wrapper().grant is not None
+
+
+async def test_release_cancels_what_waits(world: World) -> None:
+    """A release of a queued request takes it out of the queue; one that is deploying stops being waited for."""
+    gate = world.cluster.hold("a-0", "deploy")
+    (deploying,) = world.ask(1, TINY)
+    (queued,) = world.ask(2, OTHER)
+    await world.until(lambda: gate.arrived)
+    world.service.release(queued)
+    world.service.release(deploying)
+    assert world.request(queued).status is world.request(deploying).status is Status.CANCELLED
+    gate.open()
+    await world.until_wrapper(WrapperStatus.READY)
+    await world.deployed(3, TINY)
+    assert world.wrapper().starts == 1
+
+
+async def test_unknown_requests(world: World) -> None:
+    """An id that was never given is unknown to every call."""
+    with pytest.raises(UnknownRequest):
+        world.service.release("none")
+    with pytest.raises(UnknownRequest):
+        await world.service.keep_alive("none")
+    with pytest.raises(UnknownRequest):
+        await world.service.wait_for_change("none", 1.0)
+
+
+@pytest.mark.parametrize("misses", [1, 2, 3])
+async def test_end_of_a_lease_is_sent_again(world: World, misses: int) -> None:
+    """A wrapper that does not answer to the end of a lease is told again."""
+    request_id = await world.deployed(1)
+    world.cluster.fail("a-0", "unbind", *[WrapperUnreachable("a-0", "no answer")] * misses)
+    world.service.release(request_id)
+    await world.until(lambda: world.wrapper().grant is None)
+    assert world.cluster.calls["a-0", "unbind"] == misses + 1
+    assert world.status_of() is WrapperStatus.READY
+
+
+async def test_end_of_a_lease_that_can_not_be_told(world: World) -> None:
+    """A wrapper that can't be told that a lease has ended is restarted: nobody prompts there any more."""
+    request_id = await world.deployed(1)
+    world.cluster.fail("a-0", "unbind", *[WrapperUnreachable("a-0", "no answer")] * 4)
+    world.service.release(request_id)
+    await world.until(lambda: world.cluster.calls["a-0", "restart"])
+    await world.until_wrapper(WrapperStatus.IDLE)
+    assert world.wrapper().grant is None
+
+
+async def test_release_while_it_is_handed_over(world: World) -> None:
+    """A release that comes while the wrapper is being told of the lease leaves no lease there."""
+    world.service.release(await world.deployed(1))
+    binding = world.cluster.hold("a-0", "bind")
+    (request_id,) = world.ask(2, TINY)
+    await world.until(lambda: binding.arrived)
+    world.service.release(request_id)
+    await world.until(lambda: world.cluster.calls["a-0", "unbind"] == 2)
+    binding.open()
+    await world.looked()
+    assert world.wrapper().grant is None
+    assert world.status_of() is WrapperStatus.READY
+    assert world.request(request_id).status is Status.CANCELLED
+
+
+# --- time --------------------------------------------------------------------------------------------------
+
+
+async def test_idle_lease_expires(world: World) -> None:
+    """A lease that nobody uses ends at its idle limit; its wrapper refuses the address and serves the next."""
+    request_id = await world.deployed(1)
+    world.wrapper().idle_for_s = 100.0
+    world.clock.now_s += 99.9
+    await world.looked()
+    assert world.request(request_id).status is Status.DEPLOYED
+    world.clock.now_s += 0.1
+    await world.until_status(request_id, Status.EXPIRED)
+    assert world.request(request_id).reason == "it was not used for 100 s"
+    await world.until(lambda: world.wrapper().grant is None)
+    assert world.wrapper().ended == [(request_id, "expired")]
+    await world.deployed(2)
+
+
+async def test_use_extends_a_lease(world: World) -> None:
+    """Prompts, of which the registry learns by the wrapper's reports, keep a lease, up to its deadline."""
+    request_id = await world.deployed(1)
+    world.wrapper().idle_for_s = 0.0
+    for _ in range(9):
+        world.clock.now_s += 99.0
+        await world.looked()
+        assert world.request(request_id).status is Status.DEPLOYED
+    state = views.request_state(world.service, world.request(request_id))
+    assert state.expiresAt is not None
+    assert state.idleAfter is not None
+    world.clock.now_s += 1000 - 9 * 99
+    await world.until_status(request_id, Status.EXPIRED)
+    assert world.request(request_id).reason == "its lease reached its deadline"
+
+
+async def test_prompt_of_the_last_moment_extends(world: World) -> None:
+    """Before a lease expires its wrapper is asked: a prompt that no report has told of yet keeps it."""
+    request_id = await world.deployed(1)
+    await world.looked()
+    late = world.cluster.hold("a-0", "report")  # the watching hears nothing from now on …
+    await world.until(lambda: late.arrived)
+    world.wrapper().idle_for_s = 0.5
+    world.clock.now_s += 100.0
+    await world.until(lambda: late.arrived >= 2)  # … and this is the question of the last moment
+    late.open()
+    await world.looked()
+    assert world.request(request_id).status is Status.DEPLOYED
+    lease = world.service.allocator.lease_of(request_id)
+    assert lease is not None
+    assert lease.last_active_s >= world.clock.now_s - 0.5
+
+
+async def test_unreachable_wrapper_keeps_no_lease(world: World) -> None:
+    """A lease whose wrapper does not answer at the last moment ends."""
+    request_id = await world.deployed(1)
+    await world.looked()
+    gate = world.cluster.hold("a-0", "report")
+    await world.until(lambda: gate.arrived)
+    world.clock.now_s += 100.0
+    await world.until(lambda: gate.arrived >= 2)
+    gate.fail(WrapperUnreachable("a-0", "no answer"))
+    await world.until_status(request_id, Status.EXPIRED)
+
+
+async def test_keep_alive_extends(world: World) -> None:
+    """A keep-alive reaches the wrapper and starts the idle time anew."""
+    request_id = await world.deployed(1)
+    world.wrapper().idle_for_s = 90.0
+    world.clock.now_s += 90.0
+    request = await world.service.keep_alive(request_id)
+    assert request.status is Status.DEPLOYED
+    assert world.wrapper().idle_for_s == 0.0
+    lease = world.service.allocator.lease_of(request_id)
+    assert lease is not None
+    assert lease.ends_s == world.clock.now_s + 100.0
+
+
+async def test_keep_alive_that_does_not_arrive(world: World) -> None:
+    """A keep-alive that the wrapper did not get is an error, and extends nothing."""
+    request_id = await world.deployed(1)
+    before = world.service.allocator.lease_of(request_id)
+    world.cluster.fail("a-0", "touch", WrapperUnreachable("a-0", "no answer"))
+    with pytest.raises(WrapperUnreachable):
+        await world.service.keep_alive(request_id)
+    assert world.service.allocator.lease_of(request_id) == before
+
+
+async def test_keep_alive_of_what_is_not_held(world: World) -> None:
+    """A keep-alive of a request without a lease tells how it stands and touches nobody."""
+    request_id = await world.deployed(1)
+    (waits,) = world.ask(2, OTHER)
+    world.service.release(request_id)
+    assert (await world.service.keep_alive(request_id)).status is Status.RELEASED
+    assert (await world.service.keep_alive(waits)).request_id == waits
+    assert world.cluster.calls["a-0", "touch"] == 0
+
+
+# --- waiting for a change ----------------------------------------------------------------------------------
+
+
+async def test_wait_returns_on_a_change(world: World) -> None:
+    """Whoever waits for a change is told at once when the status changes, all of them."""
+    gate = world.cluster.hold("a-0", "deploy")
+    (request_id,) = world.ask(1, TINY)
+    await world.until(lambda: gate.arrived)
+    waits = [asyncio.create_task(world.service.wait_for_change(request_id, 60.0)) for _ in range(3)]
+    await world.looked()
+    assert not any(wait.done() for wait in waits)
+    gate.open()
+    async with asyncio.timeout(LIMIT_S):
+        answers = await asyncio.gather(*waits)
+    assert {answer.status for answer in answers} == {Status.DEPLOYED}
+    assert world.service._waiters == {}
+
+
+async def test_wait_ends_without_a_change(world: World) -> None:
+    """A wait in which nothing happens ends with the state as it is, and leaves nothing behind."""
+    await world.deployed(1)
+    (request_id,) = world.ask(2, OTHER)
+    assert (await world.service.wait_for_change(request_id, 0.01)).status is Status.QUEUED
+    assert world.service._waiters == {}
+
+
+async def test_wait_is_for_the_status(make: Make) -> None:
+    """A change of something else than the status (being overtaken) is no news."""
+    world = make(queue={"max_overtakes": 4, "max_overtake_s": 1000})
+    world.cluster.join("a")
+    await world.start()
+    held = await world.deployed(1, TINY)
+    (waits,) = world.ask(2, OTHER)
+    (warm,) = world.ask(3, TINY)
+    wait = asyncio.create_task(world.service.wait_for_change(waits, 60.0))
+    await world.looked()
+    world.service.release(held)
+    await world.until_status(warm, Status.DEPLOYED)
+    assert world.request(waits).overtaken == 1
+    await world.looked()
+    assert not wait.done()
+    world.service.release(warm)
+    async with asyncio.timeout(LIMIT_S):
+        assert (await wait).status is Status.DEPLOYING
+
+
+async def test_ended_requests_are_answered_at_once(world: World) -> None:
+    """Nobody waits for a request that has ended."""
+    request_id = await world.deployed(1)
+    world.service.release(request_id)
+    async with asyncio.timeout(LIMIT_S):
+        assert (await world.service.wait_for_change(request_id, 60.0)).status is Status.RELEASED
+
+
+async def test_waiter_that_goes_away_leaves_nothing(world: World) -> None:
+    """A client that hangs up while it waits is forgotten; others still hear of the change."""
+    held = await world.deployed(1)
+    (request_id,) = world.ask(2, OTHER)
+    gone = asyncio.create_task(world.service.wait_for_change(request_id, 60.0))
+    stays = asyncio.create_task(world.service.wait_for_change(request_id, 60.0))
+    await world.looked()
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    assert len(world.service._waiters[request_id]) == 1
+    world.service.release(held)
+    async with asyncio.timeout(LIMIT_S):
+        assert (await stays).status is Status.DEPLOYING
+
+
+# --- asking again ------------------------------------------------------------------------------------------
+
+
+async def test_same_ids_are_the_same_requests(world: World) -> None:
+    """A POST that is repeated with the ids it was given, because its answer was lost, makes nothing new."""
+    llms = [("x1", TINY, config_of(TINY), ("a note",)), ("x2", OTHER, config_of(OTHER), ())]
+    first = world.service.request(1, llms)
+    await world.until_status("x1", Status.DEPLOYED)
+    again = world.service.request(1, llms)
+    assert [request.request_id for request in again] == ["x1", "x2"]
+    assert [request.seq for request in again] == [request.seq for request in first]
+    assert len(views.measurement_state(world.service, 1).requests) == 2
+    assert views.request_state(world.service, again[0]).notes == ["a note"]
+
+
+async def test_idempotency_key(world: World) -> None:
+    """The same key with the same body gives the first answer, also after a restart; with another body a conflict."""
+    key = Idempotency("key-1", "hash-1")
+    (first,) = world.ask(1, TINY, idempotency=key)
+    assert world.ask(1, TINY, idempotency=key) == [first]
+    with pytest.raises(IdempotencyConflict):
+        world.ask(1, OTHER, idempotency=Idempotency("key-1", "hash-2"))
+    assert world.ask(1, TINY, idempotency=key, tenant="another") != [first]
+    await world.restart()
+    assert world.ask(1, TINY, idempotency=key) == [first]
+
+
+async def test_refused_post_uses_no_key(world: World) -> None:
+    """A POST that was refused can be corrected under the same key."""
+    key = Idempotency("key-1", "hash-1")
+    with pytest.raises(LLMNeverFits):
+        world.ask(1, BIG, idempotency=key)
+    assert world.ask(1, TINY, idempotency=Idempotency("key-1", "hash-2"))
+
+
+async def test_priority_goes_before_arrival(world: World) -> None:
+    """A measurement of high priority is served before one that came earlier."""
+    held = await world.deployed(1)
+    (early,) = world.ask(2, OTHER)
+    (high,) = world.ask(3, THIRD, priority=Priority.HIGH)
+    world.service.release(held)
+    await world.until_status(high, Status.DEPLOYED)
+    assert world.request(early).status is Status.QUEUED

@@ -1,0 +1,292 @@
+"""The service when LLMs do not start, engines and wrappers die or hang, and machines come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from registry import views
+from registry.errors import (
+    EngineStartFailed,
+    InvalidField,
+    WrapperUnreachable,
+)
+from registry.state import RequestStatus as Status
+from registry.state import WrapperStarted, WrapperStatus
+from tests.service_world import OTHER, TINY, World
+
+Make = Callable[..., World]
+
+
+# --- starts that fail --------------------------------------------------------------------------------------
+
+
+async def test_failed_start_is_tried_elsewhere(two: World) -> None:
+    """An LLM that does not start on one wrapper is tried on another."""
+    two.cluster.fail("a-0", "deploy", EngineStartFailed("org/tiny", "no memory"))
+    (request_id,) = two.ask(1, TINY)
+    await two.until_status(request_id, Status.DEPLOYED)
+    assert two.request(request_id).failed_on == ("a-0",)
+    assert two.request(request_id).machine_id == "b"
+
+
+async def test_llm_that_fails_everywhere_fails(two: World) -> None:
+    """An LLM that starts nowhere fails its request with the engine's reason, and holds up nobody."""
+    two.cluster.unusable["org/tiny"] = EngineStartFailed("org/tiny", "no such layer")
+    (bad,) = two.ask(1, TINY)
+    await two.until_status(bad, Status.FAILED)
+    await two.deployed(2, OTHER)
+    state = views.request_state(two.service, two.request(bad))
+    assert "no such layer" in (state.reason or "")
+    assert "org/tiny" in (state.reason or "")
+    assert state.address is None
+    assert two.cluster.calls["a-0", "restart"] == two.cluster.calls["b-0", "restart"] == 0
+
+
+async def test_permanent_failure_is_not_tried_again(two: World) -> None:
+    """What fails everywhere in the same way is told after the first try."""
+    two.cluster.unusable["org/tiny"] = EngineStartFailed("org/tiny", "unknown architecture", permanent=True)
+    (request_id,) = two.ask(1, TINY)
+    await two.until_status(request_id, Status.FAILED)
+    assert sum(two.cluster.calls[wrapper, "deploy"] for wrapper in ("a-0", "b-0")) == 1
+
+
+async def test_llm_that_is_not_allowed_on_its_machine(world: World) -> None:
+    """A model that the machine's wrapper refuses (a link that leads elsewhere there) fails its request only."""
+    world.cluster.fail("a-0", "deploy", InvalidField("model", "is not below an allowed folder"))
+    (request_id,) = world.ask(1, TINY)
+    await world.until_status(request_id, Status.FAILED)
+    assert "allowed folder" in (world.request(request_id).reason or "")
+    assert world.cluster.calls["a-0", "restart"] == 0
+
+
+async def test_rest_of_a_measurement_goes_on(world: World) -> None:
+    """When one LLM of a measurement fails, the next one has its turn."""
+    world.cluster.unusable["org/tiny"] = EngineStartFailed("org/tiny", "no")
+    bad, good = world.ask(1, TINY, OTHER)
+    await world.until_status(good, Status.DEPLOYED)
+    assert world.request(bad).status is Status.FAILED
+
+
+# --- engines and wrappers that die -------------------------------------------------------------------------
+
+
+async def test_engine_that_dies_under_a_lease_comes_back(world: World) -> None:
+    """The LLM is started again for its lease, under the same address; the measurement says that it happened."""
+    request_id = await world.deployed(1)
+    address, token = world.address(request_id), world.wrapper().grant
+    gate = world.cluster.hold("a-0", "deploy")
+    world.cluster.kill_engine("a-0", "out of memory")
+    await world.until_status(request_id, Status.DEPLOYING)
+    await world.until(lambda: gate.arrived)
+    assert world.request(request_id).reason == "out of memory"
+    assert world.address(request_id) is None
+    kept = world.wrapper().grant
+    assert kept is not None
+    assert token is not None
+    assert kept.token == token.token  # its holder is told to try again, not that it is over
+    gate.open()
+    await world.until_status(request_id, Status.DEPLOYED)
+    assert world.address(request_id) == address
+    assert views.request_state(world.service, world.request(request_id)).flags == ["engine_restarted"]
+
+
+async def test_engine_that_keeps_dying_fails_its_request(world: World) -> None:
+    """An LLM that dies again and again under its lease fails the request; it never loops."""
+    request_id = await world.deployed(1)
+    world.cluster.kill_engine("a-0", "first")
+    await world.until(lambda: world.wrapper().starts == 2)
+    await world.until_status(request_id, Status.DEPLOYED)
+    world.cluster.kill_engine("a-0", "second")
+    await world.until_status(request_id, Status.FAILED)
+    assert world.request(request_id).reason == "second"
+    await world.until_wrapper(WrapperStatus.IDLE)
+    await world.until(lambda: world.wrapper().grant is None)
+
+
+async def test_free_engine_that_dies(world: World) -> None:
+    """An LLM that nobody uses and that dies leaves an idle wrapper with the reason."""
+    world.service.release(await world.deployed(1))
+    await world.looked()
+    world.cluster.kill_engine("a-0", "segmentation fault")
+    await world.until_wrapper(WrapperStatus.IDLE)
+    assert views.machine_states(world.service)[0].wrappers[0].reason == "segmentation fault"
+
+
+async def test_wrapper_whose_process_is_replaced(world: World) -> None:
+    """A wrapper that has forgotten everything gets its LLM and its lease back, under the same address."""
+    request_id = await world.deployed(1)
+    address = world.address(request_id)
+    world.cluster.kill_process("a-0")
+    await world.until(lambda: world.wrapper().grant is not None and world.wrapper().runs)
+    await world.until_status(request_id, Status.DEPLOYED)
+    assert world.address(request_id) == address
+    assert world.cluster.calls["a-0", "restart"] == 0
+
+
+async def test_process_that_dies_during_a_start(world: World) -> None:
+    """A wrapper that dies while it starts an LLM is restarted, and the LLM is started again."""
+    gate = world.cluster.hold("a-0", "deploy")
+    (request_id,) = world.ask(1, TINY)
+    await world.until(lambda: gate.arrived)
+    world.cluster.kill_process("a-0")
+    gate.open()
+    await world.until_status(request_id, Status.DEPLOYED)
+    assert world.cluster.calls["a-0", "restart"] == 1
+
+
+async def test_unreachable_wrapper_is_restarted(world: World) -> None:
+    """A wrapper that misses some reports in a row is restarted; one missed report alone is nothing."""
+    unreachable = WrapperUnreachable("a-0", "no answer to report")
+    world.cluster.fail("a-0", "report", unreachable)
+    await world.looked(times=4)
+    assert world.cluster.calls["a-0", "restart"] == 0
+    world.cluster.fail("a-0", "report", unreachable, unreachable)
+    await world.until(lambda: world.cluster.calls["a-0", "restart"] == 1)
+    await world.until_wrapper(WrapperStatus.IDLE)
+    await world.deployed(1)
+
+
+async def test_lease_survives_a_restart_of_its_wrapper(world: World) -> None:
+    """A lease on a wrapper that has to be restarted gets its LLM back at the same address."""
+    request_id = await world.deployed(1)
+    address = world.address(request_id)
+    world.cluster.fail("a-0", "report", *[WrapperUnreachable("a-0", "hangs")] * 2)
+    await world.until(lambda: world.cluster.calls["a-0", "restart"] == 1)
+    await world.until_status(request_id, Status.DEPLOYED)
+    assert world.address(request_id) == address
+    assert world.wrapper().grant is not None
+
+
+async def test_wrapper_is_given_up_visibly(world: World) -> None:
+    """A wrapper that no restart helps is given up, with its reason for all to see; its lease fails clearly."""
+    request_id = await world.deployed(1)
+    gate = world.cluster.hold("a-0", "report")
+    gate.fail(WrapperUnreachable("a-0", "the disk is gone"))
+    await world.until_wrapper(WrapperStatus.FAILED)
+    assert world.cluster.calls["a-0", "restart"] == world.settings.queue.wrapper_attempts - 1
+    shown = views.machine_states(world.service)[0].wrappers[0]
+    assert (shown.status, shown.llm, shown.leased) == ("failed", None, False)
+    assert "the disk is gone" in (shown.reason or "")
+    assert world.request(request_id).status is Status.FAILED
+    assert "was given up" in (world.request(request_id).reason or "")
+    assert views.health_state(world.service).status == "degraded"
+
+
+async def test_given_up_wrapper_may_come_back(world: World) -> None:
+    """A wrapper that was given up is looked at again now and then; when it answers, it serves."""
+    gate = world.cluster.hold("a-0", "report")
+    gate.fail(WrapperUnreachable("a-0", "no answer"))
+    await world.until_wrapper(WrapperStatus.FAILED)
+    (request_id,) = world.ask(1, TINY)
+    assert views.request_state(world.service, world.request(request_id)).reason == "no LLM Machine is ready yet"
+    world.cluster.hold("a-0", "report").open()
+    await world.until_status(request_id, Status.DEPLOYED)
+
+
+async def test_wrapper_that_hangs_holds_up_nobody(two: World) -> None:
+    """A wrapper that answers to nothing does not keep others from being served, watched, or released."""
+    for method in ("report", "deploy", "stop", "bind", "unbind"):
+        two.cluster.hold("a-0", method)
+    await two.until(lambda: two.cluster.calls["a-0", "report"] > 1)
+    (stuck,) = two.ask(1, TINY)
+    for measurement_id in range(2, 5):
+        request_id = await two.deployed(measurement_id, OTHER)
+        assert two.request(request_id).machine_id == "b"
+        two.service.release(request_id)
+    await two.looked("b-0")
+    assert two.request(stuck).status is Status.DEPLOYING
+
+
+async def test_restart_that_fails_counts(world: World) -> None:
+    """A restart that does not succeed is a failure of the wrapper too: in the end it is given up."""
+    world.cluster.fail("a-0", "restart", *[WrapperUnreachable("a-0", "Ray does not answer")] * 2)
+    world.cluster.fail("a-0", "report", *[WrapperUnreachable("a-0", "no answer")] * 2)
+    await world.until(lambda: WrapperStatus.FAILED in world.service.was["a-0"])
+    await world.until_wrapper(WrapperStatus.IDLE)
+
+
+async def test_wrapper_that_never_starts_is_given_up(make: Make) -> None:
+    """A wrapper that does not come up in its time is restarted and, if that does not help, given up."""
+    world = make(wrappers={"start_timeout_s": 0.01})
+    world.cluster.join("a")
+    world.cluster.hold("a-0", "report").fail(WrapperUnreachable("a-0", "still importing"))
+    await world.start()
+    await world.until_wrapper(WrapperStatus.FAILED)
+    known = world.service.allocator.wrapper("a-0")
+    assert known is not None
+    assert known.reason == "did not start: still importing"
+
+
+async def test_late_report_disturbs_no_lease(world: World) -> None:
+    """A report that was made before a command, and comes after its outcome, changes nothing."""
+    await world.looked()
+    late = world.cluster.hold("a-0", "report")
+    await world.until(lambda: late.arrived)  # it says: epoch 0, nothing runs
+    request_id = await world.deployed(1)
+    seen = len(world.service.events)
+    world.cluster.hold("a-0", "report").open()
+    late.open()
+    await world.looked(times=4)
+    assert [event for event in world.service.events[seen:] if isinstance(event, WrapperStarted)] == []
+    assert world.request(request_id).status is Status.DEPLOYED
+    assert world.wrapper().starts == 1
+    assert views.request_state(world.service, world.request(request_id)).flags == []
+
+
+# --- machines ----------------------------------------------------------------------------------------------
+
+
+async def test_machine_that_joins_serves(make: Make) -> None:
+    """A request that no machine can serve yet is served as soon as one joins, without anybody asking."""
+    world = make()
+    await world.start()
+    (request_id,) = world.ask(1, TINY)
+    assert views.health_state(world.service).status == "starting"
+    assert views.request_state(world.service, world.request(request_id)).reason == "no LLM Machine is ready yet"
+    world.cluster.join("a")
+    await world.until_status(request_id, Status.DEPLOYED)
+    assert views.health_state(world.service).status == "ok"
+
+
+async def test_machine_that_leaves_is_told(two: World) -> None:
+    """The holder of a lease on a machine that is gone is told; what waits goes to another machine."""
+    request_id = await two.deployed(1)
+    gone = two.request(request_id).machine_id
+    assert gone is not None
+    (waits,) = two.ask(1, OTHER)
+    two.cluster.leave(gone)
+    await two.until_status(request_id, Status.FAILED)
+    assert f"machine {gone} was lost" in (two.request(request_id).reason or "")
+    await two.until_status(waits, Status.DEPLOYED)
+    assert two.request(waits).machine_id != gone
+    assert views.request_state(two.service, two.request(waits)).flags == ["machine_changed"]
+    await two.until(lambda: f"{gone}-0" in two.cluster.removed)
+    shown = {machine.machine: machine for machine in views.machine_states(two.service)}
+    assert (shown[gone].alive, shown[gone].wrappers[0].status) == (False, "lost")
+
+
+async def test_machine_that_returns_serves_again(world: World) -> None:
+    """A machine that was gone and is back gets its wrapper back."""
+    world.cluster.leave("a")
+    await world.until_wrapper(WrapperStatus.LOST)
+    await world.until(lambda: "a-0" in world.cluster.removed)
+    (request_id,) = world.ask(1, TINY)
+    world.cluster.join("a")
+    await world.until_status(request_id, Status.DEPLOYED)
+
+
+async def test_fewer_wrappers_after_a_restart(make: Make) -> None:
+    """A configuration with fewer wrappers takes those that are too many away, and no longer watches them."""
+    world = make(wrappers={"per_machine": 2})
+    world.cluster.join("a")
+    await world.start()
+    await world.until_wrapper(WrapperStatus.IDLE, "a-1")
+    await world.crash()
+    world.settings = world.settings.model_copy(
+        update={"wrappers": world.settings.wrappers.model_copy(update={"per_machine": 1})}
+    )
+    await world.start()
+    await world.until(lambda: "a-1" in world.cluster.removed)
+    await world.until(lambda: "a-1" not in world.service._watchers)
+    assert world.status_of("a-1") is None
+    await world.deployed(1)

@@ -1,0 +1,160 @@
+"""A registry over a real database, with machines that misbehave on command and a clock that is moved by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+from registry import views
+from registry.errors import RegistryError
+from registry.service import Service
+from registry.settings import Settings
+from registry.state import Event, LLMSpec, Request, RequestStatus, WrapperStatus, canonical_json
+from registry.store import Store
+from tests.fake_cluster import FakeCluster, FakeWrapper
+from tests.fake_counters import ManualClock
+
+TINY = LLMSpec("org/tiny", "text-generation")
+OTHER = LLMSpec("org/other", "text-generation")
+THIRD = LLMSpec("org/third", "text-generation")
+BIG = LLMSpec("org/big", "text-generation", gpus=4)
+
+LIMIT_S = 10.0
+"""A wait in these tests that takes longer has failed; none takes a tenth of it."""
+
+
+def config_of(spec: LLMSpec) -> str:
+    return canonical_json({"model": spec.model})
+
+
+class ObservedService(Service):
+    """The service, with its events written down. ``changed`` is set after every event."""
+
+    def __init__(self, *args: Any, changed: asyncio.Event, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.events: list[Event] = []
+        self.was: dict[str, list[WrapperStatus]] = {}
+        """The statuses that each wrapper has had, in order."""
+        self.changed = changed
+
+    def _apply(self, event: Event, **more: Any) -> None:
+        try:
+            super()._apply(event, **more)
+        finally:
+            self.events.append(event)
+            for wrapper in self.allocator.wrappers():
+                was = self.was.setdefault(wrapper.wrapper_id, [])
+                if was[-1:] != [wrapper.status]:
+                    was.append(wrapper.status)
+            self.changed.set()
+
+
+class World:
+    """A registry, its machines and its clock; the registry can be ended and started again."""
+
+    def __init__(self, url: str, logs: list[Any], **settings: Any) -> None:
+        self._url = url
+        self._logs = logs
+        self._numbers = count(1)
+        self._changed = asyncio.Event()
+        self.settings = Settings.model_validate(
+            {
+                "watch": {"period_s": 0.002, "failures": 2},
+                "wrappers": {"start_timeout_s": 0.05, "stop_timeout_s": 5},
+                "leases": {"max_s": 1000, "idle_s": 100},
+                **settings,
+            }
+        )
+        self.clock = ManualClock(1_800_000_000.0)
+        self.cluster = FakeCluster(self._changed.set)
+        self.homes: dict[str, LLMSpec] = {}
+        self.fatal: list[RegistryError] = []
+        self.expected_problems: list[str] = []
+        self.service: ObservedService = None  # type: ignore[assignment]  # made by start()
+        self.store: Store = None  # type: ignore[assignment]  # same
+
+    async def start(self) -> None:
+        """Start the registry, on what its database knows."""
+        self.store = Store.open(self._url)
+        # Nobody pulls the plug in a test: don't wait for the disk.
+        driver: Any = self.store._connection.connection.driver_connection
+        driver.execute("PRAGMA synchronous = OFF")
+        self.service = ObservedService(
+            self.settings,
+            self.store,
+            self.cluster,
+            now_s=self.clock,
+            new_token=lambda: f"token-{next(self._numbers)}",
+            homes=self.homes,
+            on_fatal=self.fatal.append,
+            changed=self._changed,
+        )
+        await self.service.start()
+
+    async def crash(self) -> None:
+        """The registry's process ends without a word; wrappers go on."""
+        self.service.allocator.check()
+        await self.service._cancel_tasks()
+        self.store.close()
+
+    async def restart(self) -> None:
+        """The registry's process is killed and comes back."""
+        await self.crash()
+        await self.start()
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Return as soon as the condition holds; it is looked at after everything that happens."""
+        async with asyncio.timeout(LIMIT_S):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def close(self) -> None:
+        if not self.fatal:
+            self.service.allocator.check()
+        await self.service._cancel_tasks()
+        await self.cluster.close()
+        self.store.close()
+        problems = [entry for entry in self._logs if entry["log_level"] in ("error", "critical")]
+        unexpected = [entry for entry in problems if not any(text in entry["event"] for text in self.expected_problems)]
+        assert unexpected == []
+
+    # --- shorthand --------------------------------------------------------------------------------------
+
+    def ask(self, measurement_id: int, *specs: LLMSpec, **more: Any) -> list[str]:
+        """Request LLMs; their ids."""
+        llms = [(f"r{next(self._numbers)}", spec, config_of(spec), ()) for spec in specs]
+        return [request.request_id for request in self.service.request(measurement_id, llms, **more)]
+
+    def request(self, request_id: str) -> Request:
+        return self.service.allocator.request(request_id)
+
+    def wrapper(self, wrapper_id: str = "a-0") -> FakeWrapper:
+        return self.cluster.wrappers[wrapper_id]
+
+    def status_of(self, wrapper_id: str = "a-0") -> WrapperStatus | None:
+        known = self.service.allocator.wrapper(wrapper_id)
+        return None if known is None else known.status
+
+    def address(self, request_id: str) -> str | None:
+        return views.request_state(self.service, self.request(request_id)).address
+
+    async def until_status(self, request_id: str, status: RequestStatus) -> Request:
+        await self.until(lambda: self.request(request_id).status is status)
+        return self.request(request_id)
+
+    async def until_wrapper(self, status: WrapperStatus, wrapper_id: str = "a-0") -> None:
+        await self.until(lambda: self.status_of(wrapper_id) is status)
+
+    async def deployed(self, measurement_id: int, spec: LLMSpec = TINY) -> str:
+        """Request an LLM and wait until it is handed over."""
+        (request_id,) = self.ask(measurement_id, spec)
+        await self.until_status(request_id, RequestStatus.DEPLOYED)
+        return request_id
+
+    async def looked(self, wrapper_id: str = "a-0", times: int = 2) -> None:
+        """Return when the registry has looked at a wrapper a few times more."""
+        before = self.cluster.calls[wrapper_id, "report"]
+        await self.until(lambda: self.cluster.calls[wrapper_id, "report"] >= before + times)
