@@ -87,12 +87,12 @@ def test_another_temperature_does_not_restart_the_engine(registry: Registry, llm
     (first,) = registry.post(measurement_id, llm("a", temperature=0.2))
     registry.until(first, "deployed")
     registry.delete(first)
-    starts = registry.wrapper()["starts"]
+    engines = {engine.pid for engine in registry.engines()}
     (second,) = registry.post(measurement_id + 1, llm("a", do_sample=True, temperature=0.9, max_new_tokens=5))
     state = registry.until(second, "deployed")
     answer = httpx.post(f"{state['address']}/process_prompt", json={"question": "Hi"}, timeout=60).json()
     registry.delete(second)
-    assert registry.wrapper()["starts"] == starts
+    assert {engine.pid for engine in registry.engines()} == engines
     assert answer["usage"]["completion_tokens"] == 5
 
 
