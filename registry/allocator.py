@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from registry.commands import stop
 from registry.dispatch import Dispatcher
 from registry.endings import Endings
 from registry.errors import LLMNeverFits, QueueFull, ShuttingDown
 from registry.indices import is_usable
 from registry.invariants import check_ledger
-from registry.ledger import Ledger
+from registry.ledger import Ledger, stop
 from registry.policy import rank
 from registry.reports import Reports
 from registry.state import (

@@ -20,9 +20,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import Final
 
-from registry.commands import bind, deploy
 from registry.indices import Pool, is_free
-from registry.ledger import Ledger
+from registry.ledger import Ledger, bind, deploy
 from registry.policy import LOOK_AHEAD, Place, may_be_overtaken, victim
 from registry.state import (
     Lease,

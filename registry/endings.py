@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from registry.commands import deploy, unbind
-from registry.ledger import Ledger
+from registry.ledger import Ledger, deploy, unbind
 from registry.state import Limits, Request, RequestStatus, WrapperStatus
 
 

@@ -1,6 +1,7 @@
 """The records and their indices, kept in step: every change of a record goes through one of the ``put_`` methods.
 
-They check the change against the transition table, keep the indices true and note what the store has to write.
+They check the change against the transition table, keep the indices true and note what the store has to write. The
+commands to wrappers are here too, since each is a change of a record and an effect in one.
 """
 
 from __future__ import annotations
@@ -11,16 +12,22 @@ from registry.errors import UnknownMeasurement, UnknownRequest
 from registry.indices import Queue, RequestIndex, SortedSet, WrapperIndex, is_free, is_usable
 from registry.policy import Place, Turns, rank
 from registry.state import (
+    BindLease,
     Changes,
     Decision,
+    DeployLLM,
     Effect,
     Lease,
     Limits,
+    LLMSpec,
     Machine,
     Measurement,
     Request,
     RequestStatus,
+    RestartWrapper,
     Snapshot,
+    StopLLM,
+    UnbindLease,
     Wrapper,
     WrapperStatus,
 )
@@ -315,3 +322,43 @@ class Ledger:
 
 def _standing(wrapper: Wrapper) -> tuple[bool, int]:
     return is_usable(wrapper), wrapper.gpus
+
+
+# --- commands to wrappers: one effect with a new epoch each, and the record as it is from then on -------------
+
+
+def deploy(ledger: Ledger, wrapper: Wrapper, spec: LLMSpec, request_id: str | None) -> None:
+    """Have a wrapper run this LLM, for a request or (None) for whoever comes."""
+    wrapper = replace(
+        wrapper, status=WrapperStatus.DEPLOYING, spec=spec, request_id=request_id, epoch=wrapper.epoch + 1
+    )
+    ledger.put_wrapper(wrapper)
+    ledger.emit(DeployLLM(wrapper.wrapper_id, wrapper.epoch, spec))
+
+
+def bind(ledger: Ledger, wrapper: Wrapper, request_id: str) -> None:
+    """Have a wrapper accept the lease of this request."""
+    wrapper = replace(wrapper, status=WrapperStatus.LEASED, request_id=request_id, epoch=wrapper.epoch + 1)
+    ledger.put_wrapper(wrapper)
+    ledger.emit(BindLease(wrapper.wrapper_id, wrapper.epoch, request_id))
+
+
+def unbind(ledger: Ledger, wrapper: Wrapper, request: Request, how: str) -> Wrapper:
+    """Have a wrapper end the lease of this request, and say ``how``; what it does next is the caller's to write."""
+    wrapper = replace(wrapper, epoch=wrapper.epoch + 1)
+    ledger.emit(UnbindLease(wrapper.wrapper_id, wrapper.epoch, request.request_id, how))
+    return wrapper
+
+
+def stop(ledger: Ledger, wrapper: Wrapper) -> None:
+    """Have a wrapper emptied."""
+    wrapper = replace(wrapper, status=WrapperStatus.STOPPING, spec=None, epoch=wrapper.epoch + 1)
+    ledger.put_wrapper(wrapper)
+    ledger.emit(StopLLM(wrapper.wrapper_id, wrapper.epoch))
+
+
+def restart(ledger: Ledger, wrapper: Wrapper) -> None:
+    """Have a wrapper's process replaced."""
+    wrapper = replace(wrapper, status=WrapperStatus.RESTARTING, epoch=wrapper.epoch + 1)
+    ledger.put_wrapper(wrapper)
+    ledger.emit(RestartWrapper(wrapper.wrapper_id, wrapper.epoch))

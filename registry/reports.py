@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from registry.commands import bind, deploy, restart, stop, unbind
 from registry.dispatch import Dispatcher, with_flag
 from registry.endings import Endings
-from registry.ledger import Ledger
+from registry.ledger import Ledger, bind, deploy, restart, stop, unbind
 from registry.state import (
     Limits,
     LLMDeployFailed,

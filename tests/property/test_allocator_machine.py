@@ -453,6 +453,4 @@ def usable(wrapper: Wrapper) -> bool:
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
-TestAllocatorMachine.settings = settings(
-    max_examples=settings().max_examples // 2, stateful_step_count=200, deadline=None
-)
+TestAllocatorMachine.settings = settings(stateful_step_count=200)
