@@ -498,10 +498,10 @@ async def test_other_bodies_that_have_begun_just_break(wrapper: Wrapper) -> None
 )
 async def test_deadline_cuts_prompts_by_itself(wrapper: Wrapper, path: str, body: object) -> None:
     """At the lease's deadline its prompts answer 410 "expired", though nobody told the wrapper of it."""
-    wrapper.gate = LeaseGate(asyncio.get_running_loop().time)
-    wrapper.make()
     wrapper.gate.bind(replace(GRANT, ends_in_s=0.02))
-    answer = await (await wrapper.begin(path, body)).done()
+    call = await wrapper.begin(path, body)
+    wrapper.clock.now_s += 0.02
+    answer = await call.done()
     assert (answer.status, answer.json["code"]) == (410, "lease_ended")
     assert "expired" in answer.json["message"]
     assert wrapper.engine.aborted == 1
@@ -509,11 +509,11 @@ async def test_deadline_cuts_prompts_by_itself(wrapper: Wrapper, path: str, body
 
 async def test_deadline_breaks_a_stream_and_says_so(wrapper: Wrapper) -> None:
     """A stream that is cut by the deadline ends with an error that says it, and is not complete."""
-    wrapper.gate = LeaseGate(asyncio.get_running_loop().time)
-    wrapper.make()
     wrapper.gate.bind(replace(GRANT, ends_in_s=0.02))
     call = wrapper.call("POST", "/v1/chat/completions", {"stream": True})
     wrapper.engine.pieces.put_nowait("one")
+    await call.next_piece()
+    wrapper.clock.now_s += 0.02
     with pytest.raises(LeaseEnded, match="expired"):
         await call.done()
     assert b'"type": "lease_ended"' in call.body
@@ -521,11 +521,10 @@ async def test_deadline_breaks_a_stream_and_says_so(wrapper: Wrapper) -> None:
 
 async def test_renewed_lease_keeps_its_prompts(wrapper: Wrapper) -> None:
     """A lease that is bound again with more time before its old deadline: its prompt is not cut at the old one."""
-    wrapper.gate = LeaseGate(asyncio.get_running_loop().time)
-    wrapper.make()
     wrapper.gate.bind(replace(GRANT, ends_in_s=0.02))
     call = await wrapper.begin()
     wrapper.gate.bind(GRANT)
+    wrapper.clock.now_s += 0.02
     done, _ = await asyncio.wait({call.task}, timeout=0.06)
     assert not done
     wrapper.engine.go.set()
