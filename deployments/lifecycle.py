@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.local_ray import (
+    ACCESS_FILE,
     FOLDER_PREFIX,
     QUIET_ENVIRONMENT,
     SERVE_ENVIRONMENT,
@@ -82,7 +83,7 @@ def ready_lines(settings: Settings, ready: dict[str, Any]) -> list[str]:
         f"Ray dashboard:   {ready['dashboard']}",
     ]
     if settings.ray.address is None:
-        lines.append(f"                 it asks for the token in {settings.state_dir / 'ray-token'}")
+        lines.append(f"                 it asks for the token in {settings.state_dir / ACCESS_FILE}")
     return lines
 
 

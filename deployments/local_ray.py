@@ -35,6 +35,9 @@ QUIET_ENVIRONMENT = {
 }
 """Nothing is reported to anybody."""
 
+ACCESS_FILE = "ray-token"
+"""Name of the file in ``state_dir`` with the access token of a local cluster, while it runs."""
+
 FOLDER_PREFIX = "gprompt-"
 """How a local cluster's folder in /tmp begins. Short, and not in a longer TMPDIR: HAProxy allows its socket paths,
 which hold a node id of 56 digits, 97 characters."""
@@ -98,10 +101,11 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        (settings.state_dir / ACCESS_FILE).unlink(missing_ok=True)
 
 
 def _write_token(state_dir: Path) -> Path:
-    path = state_dir / "ray-token"
+    path = state_dir / ACCESS_FILE
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR), "w") as file:
         file.write(secrets.token_hex(32))

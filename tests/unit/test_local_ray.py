@@ -87,6 +87,7 @@ def test_token_is_new_and_for_its_owner_only(tmp_path: Path) -> None:
             assert "RAY_AUTH_TOKEN" not in os.environ
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             tokens.append(path.read_text())
+        assert not path.exists()
     assert len({*tokens, "old"}) == 3
     assert all(len(token) == 64 for token in tokens)
 
