@@ -120,7 +120,7 @@ class Allocator:
                 reports.on_machine_lost(event, now_s)
             case TimePassed():
                 self._on_time_passed(now_s)
-            case ShutdownBegun():
+            case ShutdownBegun():  # pragma: no branch - there are no other events
                 self._on_shutdown_begun(now_s)
         if not reports.shutting_down:
             self._dispatcher.run(now_s)

@@ -41,9 +41,6 @@ class SortedSet(Generic[T]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __repr__(self) -> str:
-        return f"SortedSet({self._items!r})"
-
     def add(self, item: T) -> None:
         """Put an item that is not there yet."""
         insort(self._items, item)
@@ -254,9 +251,6 @@ class Queue:
         self._on_machine: dict[str, dict[Place, Line]] = {}
         self._tenants: SortedSet[tuple[float, str]] = SortedSet()
         self._waiting: Counter[str] = Counter()
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def contents(self) -> dict[int, tuple[str, Place, Rank]]:
         """Tenant, place and rank of every waiting measurement."""
