@@ -1,0 +1,87 @@
+"""Ray's nodes as LLM Machines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deployments.cluster import machines_of
+from registry.state import Machine
+
+
+def node(node_id: str, **more: Any) -> dict[str, Any]:
+    """One entry of ``ray.nodes()``."""
+    resources = {"CPU": 8.0, "memory": 1024.0, "node:10.0.0.1": 1.0, **more.pop("resources", {})}
+    return {
+        "NodeID": node_id,
+        "Alive": True,
+        "NodeManagerAddress": "10.0.0.1",
+        "NodeName": "10.0.0.1",
+        "Resources": resources,
+        **more,
+    }
+
+
+HEAD = {"node:__internal_head__": 1.0}
+
+
+def test_node_is_a_machine() -> None:
+    """A node's name, address, GPUs and memory are the machine's."""
+    found = machines_of([node("n1", NodeName="gpu-1", resources={"GPU": 4.0, "accelerator_type:H100": 1.0})])
+    assert found == (Machine("gpu-1", "n1", "10.0.0.1", gpus=4, gpu_type="H100", memory_bytes=1024),)
+
+
+def test_machine_without_gpu() -> None:
+    """A node without GPUs has none, of no type; memory that Ray does not tell is not known, not 0."""
+    bare = node("n1")
+    del bare["Resources"]["memory"]
+    (machine,) = machines_of([bare])
+    assert (machine.gpus, machine.gpu_type, machine.memory_bytes, machine.gpu_memory_bytes) == (0, None, None, None)
+    assert machine.alive
+
+
+def test_dead_nodes_are_no_machines() -> None:
+    """Ray lists dead nodes, with empty resources: they are passed over."""
+    assert machines_of([node("n1", Alive=False, Resources={})]) == ()
+    assert machines_of([]) == ()
+
+
+@pytest.mark.parametrize("name", ["", None])
+def test_nameless_node_is_called_by_its_address(name: str | None) -> None:
+    """A node without a name is called by its address."""
+    (machine,) = machines_of([node("n1", NodeName=name)])
+    assert machine.machine_id == "10.0.0.1"
+
+
+def test_new_node_of_the_same_name_is_the_same_machine() -> None:
+    """A machine keeps its id when its raylet is started again: the old node is dead by then."""
+    (before,) = machines_of([node("old")])
+    (after,) = machines_of([node("old", Alive=False, Resources={}), node("new")])
+    assert before.machine_id == after.machine_id
+    assert (before.node_id, after.node_id) == ("old", "new")
+
+
+def test_nodes_of_one_host_are_told_apart() -> None:
+    """Several nodes of one name have ids of their own; the head keeps the plain one, whatever the node ids are."""
+    found = machines_of([node("aaaaaaaa"), node("zzzzzzzz", resources=HEAD), node("bbbbbbbb")])
+    assert [machine.machine_id for machine in found] == ["10.0.0.1", "10.0.0.1-aaaaaa", "10.0.0.1-bbbbbb"]
+    assert found[0].node_id == "zzzzzzzz"
+
+
+@given(
+    st.lists(
+        st.tuples(st.text("abcdef0123456789", min_size=12, max_size=12), st.sampled_from(["a", "b"]), st.booleans()),
+        unique_by=lambda each: each[0][:6],
+        max_size=8,
+    )
+)
+def test_every_living_node_is_one_machine(nodes: list[tuple[str, str, bool]]) -> None:
+    """However nodes are named, each that lives is one machine with an id of its own, in whatever order Ray tells."""
+    listed = [node(node_id, NodeName=name, Alive=alive) for node_id, name, alive in nodes]
+    found = machines_of(listed)
+    assert sorted(machine.node_id for machine in found) == sorted(node_id for node_id, _, alive in nodes if alive)
+    assert len({machine.machine_id for machine in found}) == len(found)
+    assert machines_of(list(reversed(listed))) == found
