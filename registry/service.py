@@ -73,6 +73,9 @@ FAILED_RETRY_S = 30.0
 ACTIVITY_GRAIN_S = 1.0
 """Lease activity is written down when it is this much newer than what is known, seconds."""
 
+STOP_MARGIN_S = 10.0
+"""How much longer than an LLM may take to stop a shutdown waits for it, seconds."""
+
 DAY_S = 86_400.0
 
 _WATCHED = frozenset(
@@ -169,7 +172,7 @@ class Service:
             return
         self._stopping = True
         self._apply(ShutdownBegun())
-        limit_s = self.settings.wrappers.stop_timeout_s + 10
+        limit_s = self.settings.wrappers.stop_timeout_s + STOP_MARGIN_S
         try:
             async with asyncio.timeout(limit_s):
                 while any(w.status is WrapperStatus.STOPPING for w in self.allocator.wrappers()):
@@ -435,7 +438,8 @@ class Service:
         if steps.create:
             await self._cluster.create(steps.create)
         present = {wrapper.wrapper_id for wrapper in self.allocator.wrappers()}
-        for wrapper_id in present - self._watchers.keys():
+        watched = {wrapper_id for wrapper_id, task in self._watchers.items() if not task.done()}
+        for wrapper_id in present - watched:
             self._watchers[wrapper_id] = asyncio.create_task(self._watch_wrapper(wrapper_id))
             self._watchers[wrapper_id].add_done_callback(self._ended)
         for wrapper_id in self._watchers.keys() - present:
