@@ -95,6 +95,17 @@ async def test_who_waits_is_told_why(world: World) -> None:
     assert "comes first" in (views.request_state(world.service, world.request(again)).reason or "")
 
 
+async def test_who_is_bound_to_a_machine_is_told_so(world: World) -> None:
+    """A request that waits for the machine of its measurement says which one that is."""
+    first, second = world.ask(1, TINY, OTHER)
+    await world.until_status(first, Status.DEPLOYED)
+    (warm,) = world.ask(2, TINY)
+    world.service.release(first)  # the LLM is warm for the other measurement, which overtakes
+    await world.until_status(warm, Status.DEPLOYED)
+    reason = views.request_state(world.service, world.request(second)).reason
+    assert reason == "its measurement runs on machine a, which is in use"
+
+
 async def test_free_llm_gives_way(world: World) -> None:
     """Where every wrapper has an LLM, one that nobody uses makes room."""
     world.service.release(await world.deployed(1, TINY))
@@ -217,6 +228,20 @@ async def test_release_while_it_is_handed_over(world: World) -> None:
     assert world.wrapper().grant is None
     assert world.status_of() is WrapperStatus.READY
     assert world.request(request_id).status is Status.CANCELLED
+
+
+async def test_release_before_the_hand_over_begins(world: World) -> None:
+    """A release in the same moment as the grant: the wrapper is told of no lease at all."""
+    world.service.release(await world.deployed(1))
+    await world.until(lambda: world.wrapper().grant is None)
+    binds = world.cluster.calls["a-0", "bind"]
+    (request_id,) = world.ask(2, TINY)
+    world.service.release(request_id)
+    await world.until(lambda: world.cluster.calls["a-0", "unbind"] == 2)
+    await world.looked()
+    assert world.cluster.calls["a-0", "bind"] == binds
+    assert world.request(request_id).status is Status.CANCELLED
+    assert world.status_of() is WrapperStatus.READY
 
 
 # --- time --------------------------------------------------------------------------------------------------

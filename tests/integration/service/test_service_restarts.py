@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from registry import service as service_module
 from registry import views
 from registry.errors import (
     InternalError,
@@ -18,6 +19,7 @@ from registry.errors import (
     WrapperUnreachable,
 )
 from registry.reconcile import WrapperReport
+from registry.settings import Settings
 from registry.state import Event, WrapperFailed, WrapperStarted, WrapperStatus
 from registry.state import RequestStatus as Status
 from tests.service_world import LIMIT_S, OTHER, THIRD, TINY, World
@@ -197,6 +199,18 @@ async def test_shutdown_does_not_wait_for_the_dead(world: World) -> None:
     assert world.cluster.removed == ["a-0"]
 
 
+async def test_shutdown_does_not_wait_for_ever(world: World, monkeypatch: pytest.MonkeyPatch, logs: list[Any]) -> None:
+    """A stop that does not come back in its time is told, and the wrapper removed all the same."""
+    monkeypatch.setattr(service_module, "STOP_MARGIN_S", 0.01)
+    world.settings = world.service.settings = Settings.model_validate({"wrappers": {"stop_timeout_s": 0.01}})
+    await world.deployed(1)
+    world.cluster.hold("a-0", "stop")
+    async with asyncio.timeout(LIMIT_S):
+        await world.service.shutdown()
+    assert world.cluster.removed == ["a-0"]
+    assert [entry["wrappers"] for entry in logs if "did not stop in time" in entry["event"]] == [["a-0"]]
+
+
 @pytest.mark.parametrize("error", [WrapperUnreachable("cluster", "no answer"), TimeoutError()], ids=["gone", "late"])
 async def test_shutdown_ends_though_wrappers_stay(world: World, error: Exception) -> None:
     """Wrappers that can't be removed are left to whoever ends the cluster; the database is closed."""
@@ -279,6 +293,13 @@ async def test_start_of_the_watching_survives_too(make: Make) -> None:
     world.cluster.fail("a-0", "report", ZeroDivisionError("at first"))
     await world.start()
     await world.until_wrapper(WrapperStatus.IDLE)
+
+
+async def test_watcher_that_ended_is_replaced(world: World) -> None:
+    """A wrapper whose watcher has ended, for whatever reason, gets another one."""
+    world.service._watchers["a-0"].cancel()
+    await world.looked(times=3)
+    assert not world.service._watchers["a-0"].done()
 
 
 async def test_expiry_survives_what_nobody_foresaw(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
