@@ -36,18 +36,19 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="starts of each kind, ≥ 1 (default: 3)")
     parser.add_argument("--output", type=Path, default=Path("build/bench.json"))
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of the host, 0 for the CPU (default)")
     chosen = parser.parse_args(arguments)
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
-        results = asyncio.run(measure(Path(scratch), chosen.rounds))
+        results = asyncio.run(measure(Path(scratch), chosen.rounds, chosen.gpus))
     merge(chosen.output, results)
     return 0 if results[0]["ratio"] <= TARGET else 1
 
 
-async def measure(scratch: Path, rounds: int) -> list[dict[str, Any]]:
+async def measure(scratch: Path, rounds: int, gpus: int) -> list[dict[str, Any]]:
     """One "vllm serve" and one start in the host after the other, ``rounds`` times."""
     llm = make_tiny_llm(scratch / "llm", seed=1)
-    host = EngineHost(gpus=0, kv_cache_gib=KV_CACHE_GIB, cache_dir=scratch / "cache")
+    host = EngineHost(gpus=gpus, kv_cache_gib=KV_CACHE_GIB, cache_dir=scratch / "cache")
     begun_s = time.monotonic()
     await host.prepare()
     print(f"host prepared in {time.monotonic() - begun_s:.1f} s, warm: {host.warm} {host.cold_reason or ''}")
