@@ -57,6 +57,9 @@ free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
 echo "making $venv with $("$python" -V)"
 rm -rf "$venv"
 "$python" -m venv "$venv"
+# pip's and uv's temporary files, the locks that uv leaves among them, go with this.
+export TMPDIR=$PWD/$venv/tmp
+mkdir "$TMPDIR"
 "$venv/bin/python" -m pip install -qq --disable-pip-version-check --require-hashes -r locks/installer.txt
 # Bytecode is made once, here: Ray starts many processes, and where none is written each would make its own.
 install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps --compile-bytecode "$@"; }
@@ -70,4 +73,5 @@ if [ "$extra" = cpu ]; then
     fi
 fi
 install --no-build-isolation --editable .
+rm -rf "$TMPDIR"
 echo "$wanted" > "$stamp"
