@@ -25,7 +25,7 @@ test: lint ## linters, types, import contracts and all tests but the long ones, 
 	$(BIN)/coverage report
 	@echo "Every branch of the pure files:"
 	$(BIN)/coverage report --include=$(PURE_FILES) --fail-under=100
-	@tail -n 1 build/pytest.log
+	@grep -E '^=+ .* in [0-9.]+s.* =+$$' build/pytest.log | tail -n 1
 
 test-unit: env ## the tests that need neither Ray nor vLLM
 	$(BIN)/pytest -m "not cluster and not vllm and not fault and not long"
