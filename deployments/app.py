@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import ray
-import stamina
 from ray import serve
 from ray.exceptions import RayError
 
@@ -193,22 +192,15 @@ def _wait_until_usable(settings: Settings) -> None:
     host = "127.0.0.1" if settings.http.host in ("0.0.0.0", "::") else settings.http.host
     url = f"http://{host}:{settings.http.port}/healthz"
     limit_s = settings.wrappers.start_timeout_s
-    try:
-        for attempt in stamina.retry_context(
-            on=(httpx.HTTPError, _NotUsable),
-            attempts=None,
-            timeout=limit_s,
-            wait_initial=READY_POLL_S,
-            wait_max=READY_POLL_S,
-            wait_jitter=0,
-        ):
-            with attempt:
-                answer = httpx.get(url, timeout=10)
-                if not answer.is_success:
-                    raise _NotUsable(answer.text)
-    except (httpx.HTTPError, _NotUsable) as error:
-        raise StartFailed(f"no wrapper was ready within {limit_s:g} s: {error}") from error
-
-
-class _NotUsable(Exception):
-    """The ingress answers, but no wrapper is usable yet."""
+    deadline_s = time.monotonic() + limit_s
+    while True:
+        try:
+            answer = httpx.get(url, timeout=10)
+            if answer.is_success:
+                return
+            problem = answer.text
+        except httpx.HTTPError as error:
+            problem = str(error)
+        if time.monotonic() >= deadline_s:
+            raise StartFailed(f"no wrapper was ready within {limit_s:g} s: {problem}")
+        time.sleep(READY_POLL_S)
