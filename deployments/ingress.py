@@ -28,10 +28,12 @@ from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
 from registry.actor import ACTOR_NAME, NAMESPACE
 from registry.api import (
+    MAX_EVENTS,
     MAX_ID,
     MAX_WAIT_S,
     AcceptedRequest,
     ErrorAnswer,
+    EventState,
     HealthState,
     LLMState,
     MachineState,
@@ -156,6 +158,15 @@ def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> Fas
     async def request_status(request_id: str, wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0.0) -> Response:
         """Where a request stands; with ``wait``, when its status changes or that many seconds have passed."""
         return _json_response(await call("state", request_id, wait, wait_s=wait))
+
+    @app.get("/promptingservice/request/{request_id}/events", response_model=list[EventState], responses=unknown)
+    async def request_events(
+        request_id: str,
+        after: Annotated[int, Query(ge=0, le=MAX_ID)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = MAX_EVENTS,
+    ) -> Response:
+        """What has happened to a request, oldest first; ``after`` is the number of the last event seen."""
+        return _json_response(await call("events", request_id, after, limit))
 
     @app.delete("/promptingservice/request/{request_id}", status_code=204, responses=unknown)
     async def release_llm(request_id: str) -> Response:

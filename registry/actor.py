@@ -66,6 +66,11 @@ class RegistryActor:
         request = await self._service.wait_for_change(request_id, wait_s)
         return views.request_state(self._service, request).model_dump_json()
 
+    async def events(self, request_id: str, after: int, limit: int) -> str:
+        """JSON list of EventState of a request, at most ``limit`` with a number above ``after``."""
+        await self.ready()
+        return _json(views.event_states(self._service.history(request_id, after=after, limit=limit)))
+
     async def keep_alive(self, request_id: str) -> str:
         """JSON RequestState with the new times."""
         await self.ready()

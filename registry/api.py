@@ -21,6 +21,9 @@ MAX_LLMS_PER_REQUEST = 1000
 MAX_WAIT_S = 60.0
 """Longest time that one GET may wait for a change of status."""
 
+MAX_EVENTS = 1000
+"""Most events that one GET answers."""
+
 MAX_ARGS_DEPTH = 32
 """How deep lists and objects in args may be nested."""
 
@@ -124,6 +127,21 @@ class RequestState(_Wire):
     endedAt: str | None = None
     expiresAt: str | None = Field(None, description="When the lease ends whatever happens")
     idleAfter: str | None = Field(None, description="When the lease ends unless it is used before")
+
+
+class EventState(_Wire):
+    """One entry of GET /promptingservice/request/{requestId}/events: what happened to the request, when, and why.
+
+    ``what`` is the registry's own word: LeaseRequested, LLMDeployed, LLMDeployFailed, LeaseBound, TimePassed …
+    """
+
+    event: int = Field(description="Its number; numbers grow with time and are never used twice")
+    what: str
+    at: str
+    cause: int | None = Field(None, description="Number of the event that led to this one; null: it came from outside")
+    status: str | None = Field(None, description="Of the request, from then on")
+    reason: str | None = None
+    wrapper: str | None = None
 
 
 class MeasurementState(_Wire):

@@ -11,7 +11,6 @@ watching goes on.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
@@ -33,6 +32,7 @@ from registry.errors import (
     UnknownRequest,
     WrapperUnreachable,
 )
+from registry.history import ids_of, rows_of
 from registry.reconcile import Cluster, LeaseGrant, WrapperPlan, WrapperReport, plan, wanted_wrappers
 from registry.settings import Settings
 from registry.state import (
@@ -63,7 +63,7 @@ from registry.state import (
     WrapperStarted,
     WrapperStatus,
 )
-from registry.store import EventRow, IdempotencyRow, Store
+from registry.store import IdempotencyRow, Store, StoredEvent
 
 log = structlog.get_logger("registry.service")
 
@@ -272,6 +272,16 @@ class Service:
             pass  # nothing changed: the answer is the state as it is
         return self._known(request_id)
 
+    def history(self, request_id: str, *, after: int = 0, limit: int = 1000) -> tuple[StoredEvent, ...]:
+        """What has happened to a request: the oldest ``limit`` (> 0) events with a number above ``after``, in order.
+
+        Raises:
+            UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
+            StoreUnavailable: the database does not answer.
+        """
+        self._known(request_id)
+        return self._store.events(after=after, limit=limit, request_id=request_id)
+
     async def _next_change(self, request_id: str) -> None:
         future = asyncio.get_running_loop().create_future()
         self._waiters.setdefault(request_id, set()).add(future)
@@ -286,35 +296,41 @@ class Service:
 
     # --- decide, commit, act ----------------------------------------------------------------------------
 
-    def _apply(self, event: Event, *, idempotency: IdempotencyRow | None = None) -> None:
+    def _apply(self, event: Event, *, cause: int | None = None, idempotency: IdempotencyRow | None = None) -> None:
+        """Let an event happen. ``cause``: the number of the event whose command it answers."""
         if self._closed:
             raise ShuttingDown
-        now_s = self._now_s()
-        decision = self._decide(event, now_s, idempotency)
+        decision = self._decide(event, self._now_s())
+        number = self._commit(event, decision.changes, cause, idempotency)
         if not decision.changes.empty:
-            log.info("event", kind=type(event).__name__, **_ids_of(event))
+            log.info("event", kind=type(event).__name__, **ids_of(event))
             self._wake(decision.changes)
         for effect in decision.effects:
             self._commands[effect.wrapper_id] = self._commands.get(effect.wrapper_id, 0) + 1
             self._under_way[effect.wrapper_id] = self._under_way.get(effect.wrapper_id, 0) + 1
-            self._spawn(self._run(effect))
+            self._spawn(self._run(effect, number))
 
-    def _decide(self, event: Event, now_s: float, idempotency: IdempotencyRow | None) -> Decision:
+    def _decide(self, event: Event, now_s: float) -> Decision:
         try:
-            decision = self.allocator.handle(event, now_s)
+            return self.allocator.handle(event, now_s)
         except RegistryError:
             raise  # refused, and nothing has changed
         except Exception as error:  # half changed, perhaps: as bad as a commit that failed
-            log.exception("a decision failed", kind=type(event).__name__, **_ids_of(event))
+            log.exception("a decision failed", kind=type(event).__name__, **ids_of(event))
             self._on_fatal(InternalError(f"{type(event).__name__}: {error}"))
             raise
-        if not decision.changes.empty or idempotency is not None:
-            try:
-                self._store.commit(decision.changes, event=_event_row(event, now_s), idempotency=idempotency)
-            except StoreUnavailable as error:
-                self._on_fatal(error)
-                raise
-        return decision
+
+    def _commit(
+        self, event: Event, changes: Changes, cause: int | None, idempotency: IdempotencyRow | None
+    ) -> int | None:
+        if changes.empty and idempotency is None:
+            return None
+        rows = rows_of(event, changes, self.allocator.request, self._now_s(), cause)
+        try:
+            return self._store.commit(changes, events=rows, idempotency=idempotency)
+        except StoreUnavailable as error:
+            self._on_fatal(error)
+            raise
 
     def _wake(self, changes: Changes) -> None:
         for request in changes.requests:
@@ -345,7 +361,7 @@ class Service:
         except Exception:
             log.exception(what)
 
-    async def _run(self, effect: Effect) -> None:
+    async def _run(self, effect: Effect, cause: int | None) -> None:
         """Carry an effect out and report what came of it, unless newer commands have made it meaningless."""
         log.info("effect", kind=type(effect).__name__, wrapper_id=effect.wrapper_id, epoch=effect.epoch)
         try:
@@ -362,7 +378,7 @@ class Service:
         finally:
             self._under_way[effect.wrapper_id] -= 1
         if event is not None:
-            self._apply(event)
+            self._apply(event, cause=cause)
 
     def _is_newest(self, effect: Effect) -> bool:
         wrapper = self.allocator.wrapper(effect.wrapper_id)
@@ -581,22 +597,3 @@ async def _insist(send: Callable[[], Awaitable[None]]) -> None:
             log.warning("a lease command is sent again", wrapper_id=error.wrapper_id, reason=error.reason)
             await asyncio.sleep(delay_s)
     return await send()
-
-
-def _ids_of(event: Event) -> dict[str, object]:
-    names = ("wrapper_id", "request_id", "measurement_id", "machine_id", "epoch", "reason")
-    return {name: value for name in names if (value := getattr(event, name, None)) is not None}
-
-
-def _event_row(event: Event, now_s: float) -> EventRow:
-    ids = _ids_of(event)
-    detail = {name: value for name, value in ids.items() if name in ("epoch", "reason", "machine_id")}
-    return EventRow(
-        kind=type(event).__name__,
-        at_s=now_s,
-        wrapper_id=getattr(event, "wrapper_id", None),
-        request_id=getattr(event, "request_id", None),
-        measurement_id=getattr(event, "measurement_id", None),
-        cause_id=None,
-        detail=json.dumps(detail, sort_keys=True),
-    )

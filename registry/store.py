@@ -91,8 +91,8 @@ _PG_OWNER = text(
 class EventRow:
     """One line of the log of what happened, written with the changes that it caused.
 
-    ``kind`` is the event's class name, ``at_s`` UTC seconds, ``cause_id`` what ties the events of one cause
-    together. ``detail`` is a JSON object without secrets.
+    ``kind`` is the event's class name, ``at_s`` UTC seconds, ``cause_id`` the number of the event that led to this
+    one. ``detail`` is a JSON object without secrets.
     """
 
     kind: str
@@ -174,8 +174,13 @@ class Store:
                 leases=_read(connection, Lease, LEASES),
             )
 
-    def commit(self, changes: Changes, *, event: EventRow | None, idempotency: IdempotencyRow | None = None) -> None:
+    def commit(
+        self, changes: Changes, *, events: Sequence[EventRow] = (), idempotency: IdempotencyRow | None = None
+    ) -> int | None:
         """Write all of it in one transaction. When this returns, it survives a power cut.
+
+        Returns:
+            The number of the first of the events, None when there are none.
 
         Raises:
             StoreUnavailable: nothing of it was written, or (connection lost while committing) all of it: only a new
@@ -190,10 +195,14 @@ class Store:
             _remove(connection, LEASES.c.request_id, changes.ended_leases)
             _remove(connection, WRAPPERS.c.wrapper_id, changes.removed_wrappers)
             self._put(connection, LEASES, changes.leases)
-            if event is not None:
-                connection.execute(insert(EVENTS), _cells(event))
             if idempotency is not None:
                 connection.execute(insert(IDEMPOTENCY_KEYS), _cells(idempotency))
+            if not events:
+                return None
+            number = connection.execute(insert(EVENTS), _cells(events[0])).inserted_primary_key
+            if len(events) > 1:
+                connection.execute(insert(EVENTS), [_cells(event) for event in events[1:]])
+            return None if number is None else int(number[0])
 
     def events(self, *, after: int = 0, limit: int = 1000, request_id: str | None = None) -> tuple[StoredEvent, ...]:
         """The oldest ``limit`` (> 0) events with an ``event_id`` above ``after``, of one request or of all, in order.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
 from registry.api import (
+    EventState,
     HealthState,
     LLMState,
     MachineState,
@@ -16,6 +18,7 @@ from registry.api import (
 )
 from registry.service import Service
 from registry.state import Request, RequestStatus, Wrapper, WrapperStatus
+from registry.store import StoredEvent
 
 USABLE = frozenset({WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
 """States in which a wrapper serves, or can serve, a request."""
@@ -59,6 +62,23 @@ def request_state(service: Service, request: Request) -> RequestState:
         expiresAt=_iso(lease.deadline_s) if deployed and lease is not None else None,
         idleAfter=_iso(lease.ends_s) if deployed and lease is not None else None,
     )
+
+
+def event_states(events: Sequence[StoredEvent]) -> list[EventState]:
+    """What happened to a request, as its client sees it."""
+    return [
+        EventState(
+            event=stored.event_id,
+            what=stored.event.kind,
+            at=_iso(stored.event.at_s),
+            cause=None if stored.event.cause_id is None else int(stored.event.cause_id),
+            status=detail.get("status"),
+            reason=detail.get("reason"),
+            wrapper=stored.event.wrapper_id,
+        )
+        for stored in events
+        for detail in [json.loads(stored.event.detail)]
+    ]
 
 
 def measurement_state(service: Service, measurement_id: int) -> MeasurementState:

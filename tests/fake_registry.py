@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from registry.api import HealthState, LLMState, MachineState, MeasurementState, RequestState, WrapperState
+from registry.api import EventState, HealthState, LLMState, MachineState, MeasurementState, RequestState, WrapperState
 from registry.errors import UnknownMeasurement, UnknownRequest
 from registry.service import Idempotency
 from registry.state import LLMSpec, Priority
@@ -58,6 +58,11 @@ class FakeRegistry:
         if request_id not in self.requests:
             raise UnknownRequest(request_id)
         return self.requests[request_id].model_dump_json()
+
+    def _events(self, request_id: str, after: int, limit: int) -> str:
+        self._state(request_id)
+        first = EventState(event=after + 1, what="LeaseRequested", at=CREATED, status="queued")
+        return json.dumps([first.model_dump(mode="json")])
 
     def _keep_alive(self, request_id: str) -> str:
         return self._state(request_id)

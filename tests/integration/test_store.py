@@ -121,7 +121,7 @@ def test_a_new_database_is_empty(store: Store):
 @pytest.mark.parametrize("snapshot", [SMALL, EXTREME], ids=["small", "extreme"])
 def test_records_come_back_as_they_were(store: Store, database_url: str, snapshot: Snapshot):
     """Every kind of record survives closing and opening, with the strangest values that it may have."""
-    store.commit(changes(snapshot), event=None)
+    store.commit(changes(snapshot))
     assert as_sets(store.load()) == as_sets(snapshot)
     store.close()
     with_again = Store.open(database_url)
@@ -210,8 +210,8 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 def test_any_records_come_back_as_they_were(store: Store, snapshot: Snapshot):
     """Whatever the fields' types allow comes back equal, over whatever was there before."""
     before = store.load()
-    store.commit(Changes(ended_leases=tuple(lease.request_id for lease in before.leases)), event=None)
-    store.commit(changes(snapshot), event=None)
+    store.commit(Changes(ended_leases=tuple(lease.request_id for lease in before.leases)))
+    store.commit(changes(snapshot))
     after = as_sets(store.load())
     assert all(put <= after[kind] for kind, put in as_sets(snapshot).items())
     assert after["leases"] == set(snapshot.leases)
@@ -220,7 +220,7 @@ def test_any_records_come_back_as_they_were(store: Store, snapshot: Snapshot):
 @pytest.mark.parametrize("reason", ["ends with \0 and \ud800", "\0", "\udcff"])
 def test_no_error_message_can_break_a_commit(store: Store, reason: str):
     """Characters that no database holds are replaced in words for people, and the rest of them is kept."""
-    store.commit(changes(replace(SMALL, requests=(replace(REQUEST, reason=reason),))), event=None)
+    store.commit(changes(replace(SMALL, requests=(replace(REQUEST, reason=reason),))))
     (request,) = store.load().requests
     assert request.reason == reason.replace("\0", "\ufffd").replace("\ud800", "?").replace("\udcff", "?")
 
@@ -230,7 +230,7 @@ def test_no_error_message_can_break_a_commit(store: Store, reason: str):
 
 def test_a_record_that_is_put_again_replaces_the_old_one(store: Store):
     """A put record stands for its id alone: it replaces an older one whole and touches no other."""
-    store.commit(changes(SMALL), event=None)
+    store.commit(changes(SMALL))
     newer = Snapshot(
         (replace(MACHINE, alive=False, gpu_type="H100"),),
         (replace(WRAPPER, status=WrapperStatus.FAILED, reason="because", spec=SPEC),),
@@ -238,28 +238,28 @@ def test_a_record_that_is_put_again_replaces_the_old_one(store: Store):
         (replace(REQUEST, status=RequestStatus.FAILED, failed_on=("w-1",), ended_s=9.0),),
         (replace(LEASE, last_active_s=9.0),),
     )
-    store.commit(changes(newer), event=None)
+    store.commit(changes(newer))
     assert store.load() == newer
-    store.commit(Changes(machines=(replace(MACHINE, machine_id="m-2"),)), event=None)
+    store.commit(Changes(machines=(replace(MACHINE, machine_id="m-2"),)))
     assert set(store.load().machines) == {newer.machines[0], replace(MACHINE, machine_id="m-2")}
-    store.commit(changes(SMALL), event=None)
+    store.commit(changes(SMALL))
     assert store.load().wrappers == (WRAPPER,)  # None replaces a value, too
 
 
 def test_ended_leases_and_removed_wrappers_go(store: Store):
     """A lease ends and its wrapper goes in one change; the request stays, for its client to read."""
-    store.commit(changes(SMALL), event=None)
-    store.commit(Changes(ended_leases=("r-1",), removed_wrappers=("w-1",)), event=None)
+    store.commit(changes(SMALL))
+    store.commit(Changes(ended_leases=("r-1",), removed_wrappers=("w-1",)))
     assert store.load() == replace(SMALL, wrappers=(), leases=())
-    store.commit(Changes(ended_leases=("r-1",), removed_wrappers=("w-1",)), event=None)
+    store.commit(Changes(ended_leases=("r-1",), removed_wrappers=("w-1",)))
 
 
 def test_a_wrapper_goes_from_one_lease_to_the_next_in_one_change(store: Store):
     """Release and next grant of a wrapper may be one decision."""
-    store.commit(changes(SMALL), event=None)
+    store.commit(changes(SMALL))
     waiting = replace(REQUEST, request_id="r-2", seq=2)
     next_lease = replace(LEASE, request_id="r-2", token="another")
-    store.commit(Changes(requests=(waiting,), leases=(next_lease,), ended_leases=("r-1",)), event=None)
+    store.commit(Changes(requests=(waiting,), leases=(next_lease,), ended_leases=("r-1",)))
     assert store.load().leases == (next_lease,)
 
 
@@ -277,12 +277,12 @@ def test_a_wrapper_goes_from_one_lease_to_the_next_in_one_change(store: Store):
 )
 def test_a_commit_is_all_or_nothing(store: Store, wrong: Changes):
     """When one part can't be written, nothing is: not the records before it, not the event, not the idempotency key."""
-    store.commit(changes(SMALL), event=EventRow("Before", 1.0))
+    store.commit(changes(SMALL), events=(EventRow("Before", 1.0),))
     new = (replace(REQUEST, request_id="r-2"), replace(REQUEST, reason="changed"))
     with pytest.raises(StoreUnavailable):
         store.commit(
             replace(wrong, machines=(replace(MACHINE, alive=False),), requests=(*wrong.requests, *new)),
-            event=EventRow("After", 2.0),
+            events=(EventRow("After", 2.0),),
             idempotency=IdempotencyRow("tenant", "key", "00", ("r-2",), 2.0),
         )
     assert store.load() == SMALL
@@ -298,7 +298,7 @@ def test_events_are_told_in_their_order(store: Store):
     rows = [EventRow("LeaseRequested", 1.0, "w", "r-1", BIGGEST, "cause", '{"why": "ä"}'), EventRow("TimePassed", 2.0)]
     rows += [EventRow("LeaseReleased", 3.0, request_id="r-1"), EventRow("LeaseReleased", 4.0, request_id="r-2")]
     for row in rows:
-        store.commit(Changes(), event=row)
+        store.commit(Changes(), events=(row,))
     everything = store.events()
     assert [stored.event for stored in everything] == rows
     assert [stored.event_id for stored in everything] == sorted({stored.event_id for stored in everything})
@@ -311,7 +311,7 @@ def test_events_are_told_in_their_order(store: Store):
 
 def test_an_idempotency_key_belongs_to_its_tenant(store: Store):
     """The ids come back in their order, to the same tenant and key only."""
-    store.commit(Changes(), event=None, idempotency=IdempotencyRow("a", ODD, "ab12", ("r-2", "r-1"), 1.0))
+    store.commit(Changes(), idempotency=IdempotencyRow("a", ODD, "ab12", ("r-2", "r-1"), 1.0))
     assert store.idempotent_request_ids("a", ODD) == ("ab12", ("r-2", "r-1"))
     assert store.idempotent_request_ids("b", ODD) is None
     assert store.idempotent_request_ids("a", ODD + " ") is None
@@ -325,10 +325,10 @@ def test_what_ended_long_ago_is_forgotten(store: Store):
     measurements = (MEASUREMENT, replace(MEASUREMENT, measurement_id=1))
     store.commit(
         replace(changes(SMALL), measurements=measurements, requests=(REQUEST, old, kept, also_old)),
-        event=EventRow("Old", 9.9),
+        events=(EventRow("Old", 9.9),),
         idempotency=IdempotencyRow("t", "old", "", (), 9.9),
     )
-    store.commit(Changes(), event=EventRow("Kept", 10.0), idempotency=IdempotencyRow("t", "kept", "", (), 10.0))
+    store.commit(Changes(), events=(EventRow("Kept", 10.0),), idempotency=IdempotencyRow("t", "kept", "", (), 10.0))
     last = store.events()[-1]
 
     assert store.forget(ended_before_s=10.0) == 2
@@ -340,12 +340,12 @@ def test_what_ended_long_ago_is_forgotten(store: Store):
 
 def test_an_event_number_is_never_used_twice(store: Store, database_url: str):
     """Who reads the log from a number on misses nothing, even when the events before it were forgotten."""
-    store.commit(Changes(), event=EventRow("Old", 1.0))
+    store.commit(Changes(), events=(EventRow("Old", 1.0),))
     (old,) = store.events()
     store.forget(ended_before_s=2.0)
     store.close()
     again = Store.open(database_url)
-    again.commit(Changes(), event=EventRow("New", 3.0))
+    again.commit(Changes(), events=(EventRow("New", 3.0),))
     (new,) = again.events(after=old.event_id)
     assert new == StoredEvent(new.event_id, EventRow("New", 3.0))
     again.close()
@@ -395,14 +395,14 @@ def test_a_commit_waits_for_the_disk(store: Store):
 def test_closing_leaves_one_file_and_the_lock(sqlite_url: str, tmp_path: Path):
     """A closed SQLite database is one file to copy, which nobody else may read; closing again is no error."""
     store = Store.open(sqlite_url)
-    store.commit(changes(SMALL), event=EventRow("Something", 1.0))
+    store.commit(changes(SMALL), events=(EventRow("Something", 1.0),))
     store.close()
     store.close()
     files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "state").iterdir()}
     assert files == {"registry.db": 0o600, "registry.db.lock": 0o600}
 
 
-@pytest.mark.parametrize("use", [Store.load, Store.events, lambda store: store.commit(changes(SMALL), event=None)])
+@pytest.mark.parametrize("use", [Store.load, Store.events, lambda store: store.commit(changes(SMALL))])
 def test_a_closed_store_says_so(store: Store, use: Any):
     """Using a store after closing it fails, and opens nothing behind the owner's back."""
     store.close()

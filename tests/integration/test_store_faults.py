@@ -30,7 +30,7 @@ store = Store.open(sys.argv[1])
 for n in itertools.count():
     request = Request(f"r-{n}", 7, n, LLMSpec("m", "text-generation"), "{}")
     both = Changes(measurements=(Measurement(7, 0),), requests=(request,))
-    store.commit(both, event=EventRow("E", 1.0, request_id=request.request_id))
+    store.commit(both, events=(EventRow("E", 1.0, request_id=request.request_id),))
     print(n, flush=True)
 """
 
@@ -92,7 +92,7 @@ def test_an_open_database_is_refused_to_others(store: Store, database_url: str):
             holder = store._connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
     with pytest.raises(StoreUnavailable, match=rf"in use by process {holder}\b"):
         Store.open(database_url, lock_wait_s=0.0)
-    store.commit(machine(1), event=None)
+    store.commit(machine(1))
 
 
 def test_a_refused_open_leaves_no_trace(store: Store, database_url: str):
@@ -100,7 +100,7 @@ def test_a_refused_open_leaves_no_trace(store: Store, database_url: str):
     for _ in range(3):
         with pytest.raises(StoreUnavailable, match="in use"):
             Store.open(database_url, lock_wait_s=0.0)
-    store.commit(machine(1), event=None)
+    store.commit(machine(1))
     store.close()
     again = Store.open(database_url, lock_wait_s=0.0)
     assert len(again.load().machines) == 1
@@ -124,7 +124,7 @@ def test_the_successor_of_a_killed_registry_waits_for_its_end(database_url: str,
 
         monkeypatch.setattr("registry.store.time.sleep", kill_while_waiting)
         store = Store.open(database_url)
-        store.commit(machine(1), event=None)
+        store.commit(machine(1))
         store.close()
         assert waits
 
@@ -135,7 +135,7 @@ def test_schemas_of_one_server_are_separate(postgres: Connection, postgres_url: 
     postgres.execute(text("CREATE SCHEMA test_other"))
     try:
         first, second = Store.open(postgres_url), Store.open(other.render_as_string(hide_password=False))
-        first.commit(machine(1), event=None)
+        first.commit(machine(1))
         assert second.load().machines == ()
         first.close()
         second.close()
@@ -146,15 +146,15 @@ def test_schemas_of_one_server_are_separate(postgres: Connection, postgres_url: 
 def test_a_lost_connection_is_not_replaced(postgres: Connection, postgres_url: str):
     """The lock goes with the connection, so nothing is written over a new one: another registry may own it all."""
     store = Store.open(postgres_url)
-    store.commit(machine(1), event=None)
+    store.commit(machine(1))
     with store._connection.begin():
         backend = store._connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
     postgres.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": backend})
 
     with pytest.raises(StoreUnavailable):
-        store.commit(machine(2), event=None)
+        store.commit(machine(2))
     with pytest.raises(StoreUnavailable, match="connection was lost"):
-        store.commit(machine(3), event=None)
+        store.commit(machine(3))
     with pytest.raises(StoreUnavailable, match="connection was lost"):
         store.load()
     successor = Store.open(postgres_url)
@@ -184,7 +184,7 @@ def test_a_full_disk_loses_nothing_that_was_committed(sqlite_url: str, tiny_disk
     written = 0
     with pytest.raises(StoreUnavailable, match="full"):  # noqa: PT012 - which commit is the first to fail is its matter
         for _ in range(1000):
-            store.commit(machine(written), event=EventRow("E", float(written)))
+            store.commit(machine(written), events=(EventRow("E", float(written)),))
             written += 1
     assert written > 3
 
@@ -251,7 +251,7 @@ def test_no_row_is_quoted_in_an_error(store: Store):
     spec = LLMSpec("m", "text-generation")
     request = Request("r-1", 7, 1, spec, "{}", reason=SECRET, created_s=None)  # type: ignore[arg-type]
     with pytest.raises(StoreUnavailable) as caught:
-        store.commit(Changes(measurements=(Measurement(7, 1),), requests=(request,)), event=None)
+        store.commit(Changes(measurements=(Measurement(7, 1),), requests=(request,)))
     assert SECRET not in str(caught.value)
     assert "INSERT" not in str(caught.value)
     assert SECRET not in "".join(traceback.format_exception(caught.value))

@@ -1,0 +1,55 @@
+"""What the log of events keeps of a decision: for every request that it changed, what happened, when, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from registry.state import Changes, Event, LeaseUsed, Request
+from registry.store import EventRow
+
+
+def ids_of(event: Event) -> dict[str, object]:
+    """What an event is about, by name; what it does not say is left out. Never a token."""
+    names = ("wrapper_id", "request_id", "measurement_id", "machine_id", "epoch", "reason")
+    return {name: value for name in names if (value := getattr(event, name, None)) is not None}
+
+
+def rows_of(
+    event: Event, changes: Changes, request_of: Callable[[str], Request], now_s: float, cause: int | None
+) -> tuple[EventRow, ...]:
+    """One row for each request that an event changed, or one that is about none.
+
+    ``request_of`` gives the request with an id, as it is after the event. ``cause`` is the number of the event whose
+    command this one answers; None: it came from outside (a client, the clock, the watching). An event can change
+    requests that it does not name: who releases an LLM hands it to the next in line. That a lease was used is not
+    kept: it happens every few seconds, and the lease itself says when it was last.
+    """
+    if isinstance(event, LeaseUsed):
+        return ()
+    about = ids_of(event)
+    detail = {str(name): about[name] for name in ("epoch", "reason", "machine_id") if name in about}
+
+    def row(request: Request | None) -> EventRow:
+        wrapper_id = about.get("wrapper_id") if request is None else request.wrapper_id or about.get("wrapper_id")
+        return EventRow(
+            kind=type(event).__name__,
+            at_s=now_s,
+            wrapper_id=None if wrapper_id is None else str(wrapper_id),
+            request_id=None if request is None else request.request_id,
+            measurement_id=None if request is None else request.measurement_id,
+            cause_id=None if cause is None else str(cause),
+            detail=json.dumps(detail if request is None else detail | _state_of(request), sort_keys=True),
+        )
+
+    changed = [request.request_id for request in changes.requests] + [lease.request_id for lease in changes.leases]
+    return tuple(row(request_of(request_id)) for request_id in dict.fromkeys(changed)) or (row(None),)
+
+
+def _state_of(request: Request) -> dict[str, object]:
+    state: dict[str, object] = {"status": request.status.value}
+    if request.reason is not None:
+        state["reason"] = request.reason
+    if request.overtaken:
+        state["overtaken"] = request.overtaken
+    return state
