@@ -45,7 +45,7 @@ from registry.api import (
 )
 from registry.errors import InternalError, RegistryError, RegistryUnavailable
 from registry.service import Idempotency
-from registry.state import LLMSpec, canonical_json
+from registry.state import LLMSpec, RequestStatus, canonical_json
 
 RETRY_FOR_S = 10.0
 """How long a call is repeated while the registry actor does not answer, seconds."""
@@ -155,9 +155,19 @@ def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> Fas
         return _json_response(PromptingAnswer(requests=accepted).model_dump_json(), status=201)
 
     @app.get("/promptingservice/request/{request_id}", response_model=RequestState, responses=unknown)
-    async def request_status(request_id: str, wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0.0) -> Response:
-        """Where a request stands; with ``wait``, when its status changes or that many seconds have passed."""
-        return _json_response(await call("state", request_id, wait, wait_s=wait))
+    async def request_status(
+        request_id: str,
+        wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for news")] = 0.0,
+        seen: Annotated[
+            RequestStatus | None, Query(description="The status that you know: any other is news, at once")
+        ] = None,
+    ) -> Response:
+        """Where a request stands; with ``wait``, when its status changes or that many seconds have passed.
+
+        A request that is `deployed`, or has ended, is answered at once: nobody waits for it. To wait for the end of
+        a lease say `seen=deployed`.
+        """
+        return _json_response(await call("state", request_id, wait, seen, wait_s=wait))
 
     @app.get("/promptingservice/request/{request_id}/events", response_model=list[EventState], responses=unknown)
     async def request_events(

@@ -17,7 +17,7 @@ from registry import views
 from registry.errors import RegistryError
 from registry.service import Idempotency, Service
 from registry.settings import Settings
-from registry.state import LLMSpec, Priority
+from registry.state import LLMSpec, Priority, RequestStatus
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""
@@ -60,10 +60,10 @@ class RegistryActor:
         )
         return _json([views.request_state(self._service, request) for request in requests])
 
-    async def state(self, request_id: str, wait_s: float = 0.0) -> str:
-        """JSON RequestState, after a change or ``wait_s`` seconds."""
+    async def state(self, request_id: str, wait_s: float = 0.0, seen: RequestStatus | None = None) -> str:
+        """JSON RequestState, once the status is another than ``seen`` or after ``wait_s`` seconds."""
         await self.ready()
-        request = await self._service.wait_for_change(request_id, wait_s)
+        request = await self._service.wait_for_change(request_id, wait_s, seen)
         return views.request_state(self._service, request).model_dump_json()
 
     async def events(self, request_id: str, after: int, limit: int) -> str:

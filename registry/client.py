@@ -104,12 +104,15 @@ class RegistryClient:
         response = _checked(self._http.post("/promptingservice/request", json=body, headers=headers))
         return [accepted.requestId for accepted in PromptingAnswer.model_validate_json(response.content).requests]
 
-    def status(self, request_id: str, *, wait_s: float = 0.0) -> RequestState:
-        """Where a request stands, after a change or ``wait_s`` seconds (at most 60).
+    def status(self, request_id: str, *, wait_s: float = 0.0, seen: str | None = None) -> RequestState:
+        """Where a request stands, once its status is another than ``seen`` or after ``wait_s`` seconds (at most 60).
 
+        Without ``seen`` a deployed request is answered at once, and others when their status changes.
         Asks again for up to RETRY_FOR_S seconds while the registry restarts. Raises AnswerError, httpx.HTTPError.
         """
-        params = {"wait": min(wait_s, MAX_WAIT_S)} if wait_s else {}
+        params: dict[str, float | str] = {"wait": min(wait_s, MAX_WAIT_S)} if wait_s else {}
+        if seen is not None:
+            params["seen"] = seen
         return RequestState.model_validate_json(self._insist("GET", request_id, params, wait_s + 60).content)
 
     def release(self, request_id: str) -> None:
@@ -117,7 +120,9 @@ class RegistryClient:
         self._insist("DELETE", request_id, {}, 60)
 
     @stamina.retry(on=lambda error: _is_passing(error), attempts=None, timeout=RETRY_FOR_S)
-    def _insist(self, method: str, request_id: str, params: Mapping[str, float], timeout_s: float) -> httpx.Response:
+    def _insist(
+        self, method: str, request_id: str, params: Mapping[str, float | str], timeout_s: float
+    ) -> httpx.Response:
         path = f"/promptingservice/request/{request_id}"
         return _checked(self._http.request(method, path, params=params, timeout=timeout_s))
 
@@ -147,7 +152,7 @@ class RegistryClient:
             left_s = poll_s if deadline_s is None else deadline_s - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError(f"request {request_id} is still {state.status} after {timeout_s} s")
-            state = self.status(request_id, wait_s=min(poll_s, left_s))
+            state = self.status(request_id, wait_s=min(poll_s, left_s), seen=state.status)
 
     @contextmanager
     def lease(self, request_id: str, *, timeout_s: float | None = None) -> Iterator[HeldLease]:

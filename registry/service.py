@@ -54,6 +54,7 @@ from registry.state import (
     NewRequest,
     Priority,
     Request,
+    RequestStatus,
     RestartWrapper,
     ShutdownBegun,
     StopLLM,
@@ -255,18 +256,23 @@ class Service:
             request = self.allocator.request(request_id)
         return request
 
-    async def wait_for_change(self, request_id: str, wait_s: float) -> Request:
-        """The request, as soon as its status differs from now or after ``wait_s`` (at most MAX_WAIT_S) seconds.
+    async def wait_for_change(self, request_id: str, wait_s: float, seen: RequestStatus | None = None) -> Request:
+        """The request, as soon as its status is another than ``seen`` or after ``wait_s`` (at most MAX_WAIT_S) seconds.
+
+        Who does not say what it has seen waits for its LLM: ``deployed`` is news then, whatever else only when it
+        differs from now. Nobody waits for a request that has ended.
 
         Raises:
             UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
         """
         request = self._known(request_id)
-        if wait_s <= 0 or request.status.ended:
+        if seen is None and request.status is not RequestStatus.DEPLOYED:
+            seen = request.status
+        if wait_s <= 0 or request.status is not seen or request.status.ended:
             return request
         try:
             async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
-                while self._known(request_id).status is request.status:
+                while self._known(request_id).status is seen:
                     await self._next_change(request_id)
         except TimeoutError:
             pass  # nothing changed: the answer is the state as it is

@@ -8,7 +8,7 @@ from typing import Any
 from registry.api import EventState, HealthState, LLMState, MachineState, MeasurementState, RequestState, WrapperState
 from registry.errors import UnknownMeasurement, UnknownRequest
 from registry.service import Idempotency
-from registry.state import LLMSpec, Priority
+from registry.state import LLMSpec, Priority, RequestStatus
 
 CREATED = "2026-01-01T00:00:00.000Z"
 BASE = "http://127.0.0.1:8000"
@@ -54,7 +54,7 @@ class FakeRegistry:
         self.requests |= {state.requestId: state for state in states}
         return json.dumps([state.model_dump(mode="json") for state in states])
 
-    def _state(self, request_id: str, wait_s: float = 0.0) -> str:
+    def _state(self, request_id: str, _wait_s: float = 0.0, _seen: RequestStatus | None = None) -> str:
         if request_id not in self.requests:
             raise UnknownRequest(request_id)
         return self.requests[request_id].model_dump_json()

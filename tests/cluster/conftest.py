@@ -46,10 +46,9 @@ class Registry:
         self.posted += ids
         return ids
 
-    def get(self, request_id: str, wait_s: float = 0) -> dict[str, Any]:
-        """The status of a request."""
-        link = f"{self.url}/promptingservice/request/{request_id}"
-        answer = httpx.get(link, params={"wait": wait_s} if wait_s else {}, timeout=120)
+    def get(self, request_id: str, **query: Any) -> dict[str, Any]:
+        """The status of a request; ``wait`` and ``seen`` as in the API."""
+        answer = httpx.get(f"{self.url}/promptingservice/request/{request_id}", params=query, timeout=120)
         assert answer.status_code == 200, answer.text
         state: dict[str, Any] = answer.json()
         return state
@@ -61,7 +60,7 @@ class Registry:
         while state["status"] not in statuses:
             left_s = deadline_s - time.monotonic()
             assert left_s > 0, f"still {state}"
-            state = self.get(request_id, wait_s=min(left_s, 10))
+            state = self.get(request_id, wait=min(left_s, 10), seen=state["status"])
         return state
 
     def delete(self, request_id: str) -> int:

@@ -70,7 +70,7 @@ def test_llms_of_a_measurement_come_one_after_another(registry: Registry, llm: L
     """The second LLM stays queued until the first is released, then runs on the same machine."""
     first, second = registry.post(measurement_id, llm("a"), llm("b"))
     one = registry.until(first, "deployed")
-    assert registry.get(second, wait_s=2)["status"] == "queued"
+    assert registry.get(second, wait=2)["status"] == "queued"
     assert first in registry.get(second)["reason"]
     registry.delete(first)
     two = registry.until(second, "deployed")
@@ -101,7 +101,7 @@ def test_a_wrapper_is_leased_to_one_request_at_a_time(registry: Registry, llm: L
     (first,) = registry.post(measurement_id, llm("a"))
     registry.until(first, "deployed")
     (second,) = registry.post(measurement_id + 1, llm("a"))
-    assert registry.get(second, wait_s=2)["status"] == "queued"
+    assert registry.get(second, wait=2)["status"] == "queued"
     assert registry.get(second)["position"] == 1
     registry.delete(first)
     registry.until(second, "deployed")

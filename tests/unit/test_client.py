@@ -135,9 +135,9 @@ def test_status(registry: Make) -> None:
     client, script = registry(STATE, STATE, STATE)
     assert client.status("r1").status == "queued"
     client.status("r1", wait_s=2.5)
-    client.status("r1", wait_s=1000)
+    client.status("r1", wait_s=1000, seen="deployed")
     path = "GET /promptingservice/request/r1"
-    assert script.asked == [path, f"{path}?wait=2.5", f"{path}?wait={MAX_WAIT_S}"]
+    assert script.asked == [path, f"{path}?wait=2.5", f"{path}?wait={MAX_WAIT_S}&seen=deployed"]
 
 
 def test_waiting_is_no_timeout(registry: Make) -> None:
@@ -180,14 +180,15 @@ def test_other_errors_are_not_asked_again(registry: Make, status: int) -> None:
 
 
 def test_wait_until_deployed(registry: Make) -> None:
-    """The client polls with waits until the LLM is its own, and tells of every answer."""
+    """The client polls with waits, says what it has seen, until the LLM is its own, and tells of every answer."""
     deploying = {**STATE, "status": "deploying", "phase": "loading"}
     client, script = registry(STATE, STATE, deploying, DEPLOYED)
     heard: list[str] = []
     state = client.wait_until_deployed("r1", on_change=lambda state: heard.append(state.status), poll_s=3.0)
     assert state.address == "http://x/wrappers/a-0/token"
     assert heard == ["queued", "queued", "deploying", "deployed"]
-    assert ["wait=3.0" in asked for asked in script.asked] == [False, True, True, True]
+    polls = [(request.url.params.get("wait"), request.url.params.get("seen")) for request in script.requests]
+    assert polls == [(None, None), ("3.0", "queued"), ("3.0", "queued"), ("3.0", "deploying")]
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled", "expired", "released"])

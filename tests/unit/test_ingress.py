@@ -33,7 +33,7 @@ from registry.errors import (
     UnknownRequest,
 )
 from registry.service import Idempotency
-from registry.state import Priority
+from registry.state import Priority, RequestStatus
 from tests.fake_registry import FakeRegistry
 
 CONFIG = IngressConfig(ModelSources(True, (Path("/llms"),), Path("/")), allow_remote_code=("org/codes",))
@@ -265,14 +265,18 @@ async def test_status_is_the_contracts(http: httpx.AsyncClient, registry: FakeRe
     assert answer.headers["content-type"] == "application/json"
     state = RequestState.model_validate(answer.json())
     assert (state.requestId, state.status, state.measurementId, state.address) == (request_id, "queued", 1234, None)
-    assert registry.calls[-1] == ("state", (request_id, 0.0), 0.0)
+    assert registry.calls[-1] == ("state", (request_id, 0.0, None), 0.0)
 
 
 async def test_status_can_wait(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
     """With ``wait`` the registry is asked to wait, and the call to it may take that much longer."""
     request_id = await posted(http)
     await http.get(f"{REQUEST}/{request_id}", params={"wait": 2.5})
-    assert registry.calls[-1] == ("state", (request_id, 2.5), 2.5)
+    await http.get(f"{REQUEST}/{request_id}", params={"wait": 2.5, "seen": "deployed"})
+    assert registry.calls[-2:] == [
+        ("state", (request_id, 2.5, None), 2.5),
+        ("state", (request_id, 2.5, RequestStatus.DEPLOYED), 2.5),
+    ]
 
 
 @pytest.mark.parametrize("wait", ["-1", str(MAX_WAIT_S + 1), "nan", "inf", "long", ""])
@@ -280,6 +284,14 @@ async def test_wait_has_limits(http: httpx.AsyncClient, registry: FakeRegistry, 
     """A wait that is no number of seconds in its limits is a 422 that names it."""
     answer = await http.get(f"{REQUEST}/x", params={"wait": wait})
     assert (answer.status_code, answer.json()["field"]) == (422, "wait")
+    assert registry.calls == []
+
+
+async def test_seen_is_a_status_word(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """A status that there is not is a 422 that names the parameter and the words."""
+    answer = await http.get(f"{REQUEST}/x", params={"wait": 1, "seen": "ready"})
+    assert (answer.status_code, answer.json()["field"]) == (422, "seen")
+    assert all(word in answer.json()["message"] for word in RequestStatus)
     assert registry.calls == []
 
 

@@ -394,6 +394,30 @@ async def test_ended_requests_are_answered_at_once(world: World) -> None:
         assert (await world.service.wait_for_change(request_id, 60.0)).status is Status.RELEASED
 
 
+async def test_deployed_is_what_a_client_waits_for(world: World) -> None:
+    """A wait that begins after the hand-over is answered at once: its client has not heard of it yet."""
+    request_id = await world.deployed(1)
+    async with asyncio.timeout(LIMIT_S):
+        assert (await world.service.wait_for_change(request_id, 60.0)).status is Status.DEPLOYED
+        assert (await world.service.wait_for_change(request_id, 60.0, Status.DEPLOYING)).status is Status.DEPLOYED
+    assert world.service._waiters == {}
+
+
+async def test_who_has_seen_a_status_waits_for_another(world: World) -> None:
+    """A client that says what it has seen is answered when that is no longer so, also when it was so only before."""
+    request_id = await world.deployed(1)
+    (queued,) = world.ask(2, OTHER)
+    async with asyncio.timeout(LIMIT_S):
+        assert (await world.service.wait_for_change(queued, 60.0, Status.DEPLOYING)).status is Status.QUEUED
+    wait = asyncio.create_task(world.service.wait_for_change(request_id, 60.0, Status.DEPLOYED))
+    await world.looked()
+    assert not wait.done()
+    world.service.release(request_id)
+    async with asyncio.timeout(LIMIT_S):
+        assert (await wait).status is Status.RELEASED
+        assert (await world.service.wait_for_change(request_id, 60.0, Status.RELEASED)).status is Status.RELEASED
+
+
 async def test_waiter_that_goes_away_leaves_nothing(world: World) -> None:
     """A client that hangs up while it waits is forgotten; others still hear of the change."""
     held = await world.deployed(1)
