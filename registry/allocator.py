@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import takewhile
 
 from registry.dispatch import Dispatcher
 from registry.endings import Endings
@@ -118,8 +119,8 @@ class Allocator:
                 self._ledger.put_machine(machine)
             case MachineLost():
                 reports.on_machine_lost(event, now_s)
-            case TimePassed():
-                self._on_time_passed(now_s)
+            case TimePassed(asked):
+                self._on_time_passed(asked, now_s)
             case ShutdownBegun():  # pragma: no branch - there are no other events
                 self._on_shutdown_begun(now_s)
         if not reports.shutting_down:
@@ -135,6 +136,11 @@ class Allocator:
     def next_deadline_s(self) -> float | None:
         """When the next TimePassed is due, UTC seconds: the end of a lease. None when nothing is timed."""
         return self._ledger.deadlines.first[0] if self._ledger.deadlines else None
+
+    def leases_due(self, now_s: float) -> tuple[Lease, ...]:
+        """The leases that the next TimePassed ends if they are not used before, the oldest first. O(their number)."""
+        due = takewhile(lambda entry: entry[0] <= now_s, self._ledger.deadlines)
+        return tuple(self._ledger.leases[request_id] for _, request_id in due)
 
     # --- reading ----------------------------------------------------------------------------------------
 
@@ -272,16 +278,16 @@ class Allocator:
         if lease is not None:
             self._ledger.put_lease(replace(lease, last_active_s=max(lease.last_active_s, at_s)))
 
-    def _on_time_passed(self, now_s: float) -> None:
-        ledger = self._ledger
-        while ledger.deadlines and ledger.deadlines.first[0] <= now_s:
-            lease = ledger.leases[ledger.deadlines.first[1]]
-            reason = (
-                "its lease reached its deadline"
-                if lease.ends_s == lease.deadline_s
-                else f"it was not used for {lease.idle_limit_s:g} s"
-            )
-            self._endings.end(ledger.requests[lease.request_id], RequestStatus.EXPIRED, "expired", reason, now_s)
+    def _on_time_passed(self, asked: tuple[str, ...] | None, now_s: float) -> None:
+        for lease in self.leases_due(now_s):
+            if lease.ends_s == lease.deadline_s:
+                reason = "its lease reached its deadline"
+            elif asked is None or lease.request_id in asked or lease.deadline_s <= now_s:
+                reason = f"it was not used for {lease.idle_limit_s:g} s"
+            else:
+                continue
+            request = self._ledger.requests[lease.request_id]
+            self._endings.end(request, RequestStatus.EXPIRED, "expired", reason, now_s)
 
     def _on_shutdown_begun(self, now_s: float) -> None:
         ledger, reason = self._ledger, "the registry was shut down"

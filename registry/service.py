@@ -42,6 +42,7 @@ from registry.state import (
     DeployLLM,
     Effect,
     Event,
+    Lease,
     LeaseBound,
     LeaseReleased,
     LeaseRequested,
@@ -129,6 +130,7 @@ class Service:
         self._under_way: dict[str, int] = {}
         self._misses: dict[str, int] = {}
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._asked: set[str] = set()
         self._idle = asyncio.Event()
         self._stopping = False
         self._closed = False
@@ -516,8 +518,7 @@ class Service:
         return report, under_way == own_commands and self._commands.get(wrapper_id, 0) == before
 
     def _take_report(self, wrapper_id: str, report: WrapperReport, is_news: bool) -> None:
-        if report.bound is not None and report.idle_for_s is not None:
-            self._note_activity(report.bound, self._now_s() - report.idle_for_s)
+        self._note_activity(report)
         wrapper = self.allocator.wrapper(wrapper_id)
         if wrapper is None or not is_news:
             return
@@ -527,10 +528,13 @@ class Service:
         elif report.died is not None and wrapper.status in (WrapperStatus.READY, WrapperStatus.LEASED):
             self._apply(LLMDied(wrapper_id, report.epoch, report.died))
 
-    def _note_activity(self, request_id: str, at_s: float) -> None:
-        lease = self.allocator.lease_of(request_id)
+    def _note_activity(self, report: WrapperReport) -> None:
+        if report.bound is None or report.idle_for_s is None:
+            return
+        at_s = self._now_s() - report.idle_for_s
+        lease = self.allocator.lease_of(report.bound)
         if lease is not None and at_s >= lease.last_active_s + ACTIVITY_GRAIN_S:
-            self._apply(LeaseUsed(request_id, at_s))
+            self._apply(LeaseUsed(report.bound, at_s))
 
     async def _await_wrapper(self, wrapper_id: str, *, own_commands: int = 0) -> Event:
         """Wait until a starting wrapper answers; at most ``wrappers.start_timeout_s``."""
@@ -555,23 +559,29 @@ class Service:
     async def _pass_time(self) -> None:
         if self._now_s() >= self._forget_next_s and not self._stopping:
             self._forget_daily()
-        due_s = self.allocator.next_deadline_s()
-        if due_s is not None and due_s <= self._now_s():
-            await self._ask_due_leases()
-            self._apply(TimePassed())
-
-    async def _ask_due_leases(self) -> None:
-        """A prompt of the last moment, which no report has told of yet, still extends its lease."""
         now_s = self._now_s()
-        due = [
-            wrapper.wrapper_id
-            for wrapper in self.allocator.wrappers()
-            if (lease := self.allocator.lease_by_wrapper(wrapper.wrapper_id)) is not None and lease.ends_s <= now_s
-        ]
-        reports = await asyncio.gather(*(self._cluster.report(w) for w in due), return_exceptions=True)
-        for report in reports:
-            if isinstance(report, WrapperReport) and report.bound is not None and report.idle_for_s is not None:
-                self._note_activity(report.bound, self._now_s() - report.idle_for_s)
+        due = self.allocator.leases_due(now_s)
+        for lease in due:
+            if lease.deadline_s > now_s and lease.request_id not in self._asked:
+                self._asked.add(lease.request_id)
+                self._spawn(self._guarded("a lease could not be ended", self._end_unless_used(lease)))
+        if any(lease.deadline_s <= now_s for lease in due):
+            self._apply(TimePassed(asked=()))
+
+    async def _end_unless_used(self, lease: Lease) -> None:
+        """A prompt of the last moment, which no report has told of yet, still extends its lease.
+
+        A wrapper that does not answer keeps no lease, and one that hangs holds up the end of no other.
+        """
+        try:
+            report = await self._cluster.report(lease.wrapper_id)
+        except WrapperUnreachable as error:
+            log.warning("a lease ends unasked", wrapper_id=lease.wrapper_id, reason=error.reason)
+        else:
+            self._note_activity(report)
+        finally:
+            self._asked.discard(lease.request_id)
+        self._apply(TimePassed(asked=(lease.request_id,)))
 
     def _knows(self, request_id: str) -> bool:
         try:

@@ -339,7 +339,12 @@ class MachineLost:
 
 @dataclass(frozen=True, slots=True)
 class TimePassed:
-    """Nothing but time: ends what is due."""
+    """Nothing but time: ends the leases that are over.
+
+    With ``asked``, of those that were not used for too long only these requests': their wrappers have been asked.
+    """
+
+    asked: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

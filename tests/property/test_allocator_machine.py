@@ -181,6 +181,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.now_s += step_s
         due_s = self.allocator.next_deadline_s()
         if due_s is not None and due_s <= self.now_s:
+            self.tell(TimePassed(asked=()))
+            assert all(lease.deadline_s > self.now_s for lease in self.allocator.snapshot().leases)
             self.tell(TimePassed())
             assert all(lease.ends_s > self.now_s for lease in self.allocator.snapshot().leases)
 

@@ -269,6 +269,26 @@ def test_a_lease_ends_at_its_deadline_however_much_it_is_used():
     assert (scene.status("1a"), scene.request("1a").reason) == (R.EXPIRED, "its lease reached its deadline")
 
 
+def test_only_the_idle_leases_whose_wrappers_were_asked_end():
+    """Of leases that were not used for too long those end that the event names; a deadline waits for nobody."""
+    scene = Scene(Limits(lease_max_s=100.0, lease_idle_s=10.0))
+    scene.machine(wrappers=3)
+    for n in range(3):
+        scene.ask(n, "A")
+        scene.hand_over(f"m-{n}")
+    scene.now_s += 5.0
+    scene.tell(LeaseUsed("2a", scene.now_s))
+    scene.now_s += 5.0
+    assert [lease.request_id for lease in scene.allocator.leases_due(scene.now_s)] == ["0a", "1a"]
+    assert scene.tell(TimePassed(asked=())).changes.empty
+    scene.tell(TimePassed(asked=("1a", "2a")))
+    assert [scene.status(f"{n}a") for n in range(3)] == [R.DEPLOYED, R.EXPIRED, R.DEPLOYED]
+    scene.now_s += 90.0
+    scene.tell(TimePassed(asked=()))
+    assert [scene.status(f"{n}a") for n in range(3)] == [R.EXPIRED] * 3
+    assert scene.request("0a").reason == "it was not used for 10 s"
+
+
 def test_use_moves_the_idle_time_forward_only():
     """Late reports of use don't shorten a lease, and reports from the future don't lengthen it."""
     scene = handed_over()

@@ -307,6 +307,26 @@ async def test_unreachable_wrapper_keeps_no_lease(world: World) -> None:
     await world.until_status(request_id, Status.EXPIRED)
 
 
+async def test_wrapper_that_hangs_delays_only_its_own_lease(two: World) -> None:
+    """Of two leases that are over one is on a wrapper that does not answer: the other ends, and it at its deadline."""
+    hangs, other = await two.deployed(1), await two.deployed(2, OTHER)
+    assert two.request(hangs).wrapper_id == "a-0"
+    gate = two.cluster.hold("a-0", "report")
+    await two.until(lambda: gate.arrived)
+    two.wrapper("b-0").idle_for_s = 100.0
+    two.clock.now_s += 100.0
+    await two.until(lambda: gate.arrived >= 2)
+    await two.until_status(other, Status.EXPIRED)
+    assert two.request(hangs).status is Status.DEPLOYED
+    await two.deployed(3, OTHER)
+
+    two.clock.now_s += 900.0
+    await two.until_status(hangs, Status.EXPIRED)
+    assert gate.arrived == 2  # the question was asked once in all that time
+    gate.open()
+    await two.looked("a-0")
+
+
 async def test_keep_alive_extends(world: World) -> None:
     """A keep-alive reaches the wrapper and starts the idle time anew."""
     request_id = await world.deployed(1)

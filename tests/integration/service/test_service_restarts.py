@@ -20,7 +20,7 @@ from registry.errors import (
 )
 from registry.reconcile import WrapperReport
 from registry.settings import Settings
-from registry.state import Event, WrapperFailed, WrapperStarted, WrapperStatus
+from registry.state import Event, Lease, WrapperFailed, WrapperStarted, WrapperStatus
 from registry.state import RequestStatus as Status
 from tests.service_world import LIMIT_S, OTHER, THIRD, TINY, World
 
@@ -306,14 +306,14 @@ async def test_expiry_survives_what_nobody_foresaw(world: World, monkeypatch: py
     """An error while leases are being ended does not keep later ones from ending."""
     world.expected_problems = ["leases could not be ended"]
     request_id = await world.deployed(1)
-    real, failures = world.service._ask_due_leases, [ZeroDivisionError("boom")]
+    real, failures = world.service.allocator.leases_due, [ZeroDivisionError("boom")]
 
-    async def ask() -> None:
+    def leases_due(now_s: float) -> tuple[Lease, ...]:
         if failures:
             raise failures.pop()
-        await real()
+        return real(now_s)
 
-    monkeypatch.setattr(world.service, "_ask_due_leases", ask)
+    monkeypatch.setattr(world.service.allocator, "leases_due", leases_due)
     world.wrapper().idle_for_s = 100.0
     world.clock.now_s += 100.0
     await world.until_status(request_id, Status.EXPIRED)
