@@ -280,9 +280,9 @@ class Allocator:
 
     def _on_time_passed(self, asked: tuple[str, ...] | None, now_s: float) -> None:
         for lease in self.leases_due(now_s):
-            if lease.ends_s == lease.deadline_s:
+            if lease.deadline_s <= now_s:
                 reason = "its lease reached its deadline"
-            elif asked is None or lease.request_id in asked or lease.deadline_s <= now_s:
+            elif asked is None or lease.request_id in asked:
                 reason = f"it was not used for {lease.idle_limit_s:g} s"
             else:
                 continue

@@ -286,7 +286,7 @@ def test_only_the_idle_leases_whose_wrappers_were_asked_end():
     scene.now_s += 90.0
     scene.tell(TimePassed(asked=()))
     assert [scene.status(f"{n}a") for n in range(3)] == [R.EXPIRED] * 3
-    assert scene.request("0a").reason == "it was not used for 10 s"
+    assert scene.request("0a").reason == "its lease reached its deadline"
 
 
 def test_use_moves_the_idle_time_forward_only():
