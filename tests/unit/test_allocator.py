@@ -129,6 +129,18 @@ def test_what_is_too_large_for_the_machine_of_its_measurement_is_refused():
     assert "measurement 1 is bound to machine small with at most 1 in a wrapper" in str(error)
 
 
+def test_the_largest_wrapper_of_its_machine_is_what_counts():
+    """What fits one wrapper of its measurement's machine is accepted, however small the others there are."""
+    scene = Scene()
+    scene.machine(gpus=1)
+    scene.tell(WrapperAdded("m-1", "m", "http://m-1", 2))
+    scene.tell(WrapperStarted("m-1"))
+    scene.ask(1, "A")
+    scene.hand_over()
+    scene.ask(1, llm("B", 2))
+    assert scene.status("1b") is R.QUEUED
+
+
 def test_an_id_is_used_once():
     """The same request can't be made twice."""
     scene = Scene()

@@ -116,6 +116,20 @@ def test_a_deploy_that_fails_is_tried_elsewhere():
     assert (scene.status("1a"), scene.request("1a").reason) == (R.DEPLOYED, None)
 
 
+def test_a_measurement_that_begins_anew_is_bound_by_what_is_served_this_time():
+    """A first LLM that fails leaves its measurement free to begin anywhere, though it was served somewhere before."""
+    scene = Scene()
+    scene.machine("a")
+    scene.leave_ready("A", "a-0", 1)
+    scene.machine("b")
+    scene.ask(2, "A")
+    scene.ask(1, "B")
+    scene.breaks("b-0")
+    assert scene.measurement(1).machine_id is None
+    scene.machine("c")
+    assert scene.request_on("c-0") == "1b"
+
+
 def test_a_deploy_that_fails_for_good_fails_the_request():
     """What would fail everywhere is not tried everywhere."""
     scene = deploying()
