@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib import resources
 from itertools import starmap
 from pathlib import Path
@@ -23,9 +24,11 @@ from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import (
     URL,
-    Column,
     Connection,
+    Delete,
+    Insert,
     Table,
+    bindparam,
     create_engine,
     delete,
     event,
@@ -84,6 +87,8 @@ _PG_OWNER = text(
     "AND (classid::bigint << 32) | objid::bigint = :key"
 )
 
+_INSERT_EVENT = insert(EVENTS)
+
 # --- what goes with the records -----------------------------------------------------------------------------
 
 
@@ -138,7 +143,6 @@ class Store:
     def __init__(self, connection: Connection, owned: ExitStack) -> None:
         self._connection = connection
         self._owned = owned
-        self._insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
 
     @classmethod
     def open(cls, url: str, *, lock_wait_s: float = 5.0) -> Store:
@@ -187,21 +191,21 @@ class Store:
                 ``open`` and ``load`` can tell.
         """
         with self._transaction() as connection:
-            self._put(connection, MACHINES, changes.machines)
-            self._put(connection, WRAPPERS, changes.wrappers)
-            self._put(connection, MEASUREMENTS, changes.measurements)
-            self._put(connection, REQUESTS, changes.requests)
+            _put(connection, MACHINES, changes.machines)
+            _put(connection, WRAPPERS, changes.wrappers)
+            _put(connection, MEASUREMENTS, changes.measurements)
+            _put(connection, REQUESTS, changes.requests)
             # Leases end before others begin on the same wrapper, and before their wrapper goes.
-            _remove(connection, LEASES.c.request_id, changes.ended_leases)
-            _remove(connection, WRAPPERS.c.wrapper_id, changes.removed_wrappers)
-            self._put(connection, LEASES, changes.leases)
+            _remove(connection, LEASES, changes.ended_leases)
+            _remove(connection, WRAPPERS, changes.removed_wrappers)
+            _put(connection, LEASES, changes.leases)
             if idempotency is not None:
                 connection.execute(insert(IDEMPOTENCY_KEYS), _cells(idempotency))
             if not events:
                 return None
-            number = connection.execute(insert(EVENTS), _cells(events[0])).inserted_primary_key
+            number = connection.execute(_INSERT_EVENT, _cells(events[0])).inserted_primary_key
             if len(events) > 1:
-                connection.execute(insert(EVENTS), [_cells(event) for event in events[1:]])
+                connection.execute(_INSERT_EVENT, [_cells(event) for event in events[1:]])
             return None if number is None else int(number[0])
 
     def events(self, *, after: int = 0, limit: int = 1000, request_id: str | None = None) -> tuple[StoredEvent, ...]:
@@ -280,13 +284,17 @@ class Store:
         with _told_once(), self._connection.begin():
             yield self._connection
 
-    def _put(self, connection: Connection, table: Table, records: Sequence[DataclassInstance]) -> None:
-        if not records:
-            return
-        new = self._insert(table)
-        columns = {column.name: new.excluded[column.name] for column in table.columns if not column.primary_key}
-        put = new.on_conflict_do_update(index_elements=list(table.primary_key), set_=columns)
-        connection.execute(put, [_cells(record) for record in records])
+
+def _put(connection: Connection, table: Table, records: Sequence[DataclassInstance]) -> None:
+    if records:
+        connection.execute(_upsert(table, connection.dialect.name), [_cells(record) for record in records])
+
+
+@cache  # to make a statement takes longer than to run it
+def _upsert(table: Table, dialect: str) -> Insert:
+    new = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
+    columns = {column.name: new.excluded[column.name] for column in table.columns if not column.primary_key}
+    return new.on_conflict_do_update(index_elements=list(table.primary_key), set_=columns)
 
 
 def _cells(record: DataclassInstance) -> dict[str, Any]:
@@ -297,9 +305,15 @@ def _read(connection: Connection, record: type[R], table: Table) -> tuple[R, ...
     return tuple(starmap(record, connection.execute(select(table))))
 
 
-def _remove(connection: Connection, column: Column[str], ids: Sequence[str]) -> None:
+def _remove(connection: Connection, table: Table, ids: Sequence[str]) -> None:
     if ids:
-        connection.execute(delete(column.table).where(column.in_(ids)))
+        connection.execute(_delete(table), [{"id": row_id} for row_id in ids])
+
+
+@cache
+def _delete(table: Table) -> Delete:
+    (key,) = table.primary_key
+    return delete(table).where(key == bindparam("id"))
 
 
 @contextmanager
