@@ -45,7 +45,7 @@ from registry.api import (
 )
 from registry.errors import InternalError, RegistryError, RegistryUnavailable
 from registry.service import Idempotency
-from registry.state import LLMSpec, RequestStatus, canonical_json
+from registry.state import LLMSpec, NewRequest, RequestStatus, canonical_json
 
 RETRY_FOR_S = 10.0
 """How long a call is repeated while the registry actor does not answer, seconds."""
@@ -137,11 +137,15 @@ def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> Fas
         x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
         """Ask for one or more LLMs of a measurement; they are handed out one after another, on one machine."""
-        llms = [(uuid.uuid4().hex, *mapped(config, llm.model_dump(), f"llms[{n}]")) for n, llm in enumerate(body.llms)]
+        llms = [
+            NewRequest(uuid.uuid4().hex, *mapped(config, llm.model_dump(), f"llms[{n}]"))
+            for n, llm in enumerate(body.llms)
+        ]
         idempotency = None
         if idempotency_key is not None:
             idempotency = Idempotency(idempotency_key, hashlib.sha256(await request.body()).hexdigest())
-        states = json.loads(await call("request", body.measurementId, llms, x_tenant, body.priority, idempotency))
+        wanted = body.measurementId, llms, x_tenant, body.priority, body.gpuType
+        states = json.loads(await call("request", *wanted, idempotency))
         accepted = [
             AcceptedRequest(
                 requestId=state["requestId"],

@@ -17,7 +17,7 @@ from registry import views
 from registry.errors import RegistryError
 from registry.service import Idempotency, Service
 from registry.settings import Settings
-from registry.state import LLMSpec, Priority, RequestStatus
+from registry.state import NewRequest, Priority, RequestStatus
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""
@@ -48,15 +48,16 @@ class RegistryActor:
     async def request(
         self,
         measurement_id: int,
-        llms: Sequence[tuple[str, LLMSpec, str, tuple[str, ...]]],
+        llms: Sequence[NewRequest],
         tenant: str,
         priority: Priority,
+        gpu_type: str | None,
         idempotency: Idempotency | None,
     ) -> str:
-        """Accept (request id, spec, llmconfig JSON, notes) each; JSON list of RequestState."""
+        """Accept requests for LLMs; JSON list of RequestState."""
         await self.ready()
         requests = self._service.request(
-            measurement_id, llms, tenant=tenant, priority=priority, idempotency=idempotency
+            measurement_id, llms, tenant=tenant, priority=priority, gpu_type=gpu_type, idempotency=idempotency
         )
         return _json([views.request_state(self._service, request) for request in requests])
 

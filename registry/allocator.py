@@ -10,13 +10,14 @@ that is not for the lease which is bound there, end that lease; a wrapper whose 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
 from registry.dispatch import Dispatcher
 from registry.endings import Endings
-from registry.errors import LLMNeverFits, QueueFull, ShuttingDown
+from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown
+from registry.fit import ANY_GPU_TYPE, Size, is_gpu_type, needs_of, why_too_large
 from registry.indices import is_usable
 from registry.invariants import check_ledger
 from registry.ledger import Ledger, stop
@@ -34,12 +35,12 @@ from registry.state import (
     LLMDeployed,
     LLMDeployFailed,
     LLMDied,
-    LLMSpec,
     LLMStopped,
     Machine,
     MachineJoined,
     MachineLost,
     Measurement,
+    NewRequest,
     Request,
     RequestStatus,
     ShutdownBegun,
@@ -85,7 +86,7 @@ class Allocator:
         """Decide what an event at ``now_s`` (UTC seconds) changes and brings about.
 
         Raises:
-            QueueFull, LLMNeverFits, ShuttingDown: a LeaseRequested that is refused; nothing has changed.
+            QueueFull, LLMNeverFits, InvalidField, ShuttingDown: a LeaseRequested that is refused; nothing has changed.
             UnknownRequest: LeaseReleased or LeaseUsed of an id that was never seen; nothing has changed.
             InvariantBroken: the program is at fault; the allocator must not be used any more.
         """
@@ -207,6 +208,20 @@ class Allocator:
         )
         return before + others + 1
 
+    def misfit(self, request_id: str) -> str | None:
+        """Why no wrapper that is known can serve a queued request, None if one can or none is known.
+
+        Such a request was accepted before that was known, or the machine for it has left. Raises UnknownRequest.
+        """
+        request = self._ledger.request(request_id)
+        measurement = self._ledger.measurements[request.measurement_id]
+        sizes, needs = self._sizes_for(measurement), self._ledger.needs(request)
+        if not sizes:
+            return self._no_such_type(measurement) if self._ledger.by_wrapper.present else None
+        if any(needs.met_by(size) for size in sizes):
+            return None
+        return why_too_large(request.spec, request.memory, sizes, self._limits)
+
     # --- what clients and the clock do ------------------------------------------------------------------
 
     def _on_requested(self, event: LeaseRequested, now_s: float) -> None:
@@ -221,15 +236,19 @@ class Allocator:
             tenant=event.tenant,
             priority=event.priority,
             created_s=now_s,
+            gpu_type=event.gpu_type,
         )
-        if old is not None:
-            measurement = old if live else replace(measurement, flags=old.flags, created_s=old.created_s)
+        if old is not None and live:
+            _check_same_type(old, event.gpu_type)
+            measurement = old
+        elif old is not None:
+            measurement = replace(measurement, flags=old.flags, created_s=old.created_s)
 
         self._check_room(measurement.tenant, len(event.requests))
         for new in event.requests:
             if new.request_id in ledger.requests:
                 raise InvariantBroken(f"request {new.request_id} was made before")
-            self._check_fits(new.spec, measurement)
+        self._check_fits(event.requests, measurement)
 
         ledger.put_measurement(measurement)
         for new in event.requests:
@@ -242,6 +261,7 @@ class Allocator:
                     new.llmconfig,
                     notes=new.notes,
                     created_s=now_s,
+                    memory=new.memory,
                 )
             )
 
@@ -252,19 +272,38 @@ class Allocator:
         if len(queued.get(tenant, ())) + count > limits.max_queued_per_tenant:
             raise QueueFull(f"tenant {tenant!r}", limits.max_queued_per_tenant)
 
-    def _check_fits(self, spec: LLMSpec, measurement: Measurement) -> None:
+    def _check_fits(self, requests: Sequence[NewRequest], measurement: Measurement) -> None:
         """Refuse what no wrapper that is known can run; as long as none is, everything is accepted."""
+        ledger, limits, named = self._ledger, self._limits, measurement.measurement_id
+        sizes = self._sizes_for(measurement)
+        if ledger.by_wrapper.present and not sizes:
+            raise InvalidField("gpuType", self._no_such_type(measurement))
         pin = measurement.machine_id
-        there = [w.gpus for w in self._ledger.on_machine(pin) if is_usable(w)] if pin is not None else []
-        if there and max(there) < spec.gpus:
-            raise LLMNeverFits(
-                spec.model,
-                f"it needs {spec.gpus} GPUs, but measurement {measurement.measurement_id} is bound to machine {pin}"
-                f" with at most {max(there)} in a wrapper; use another measurementId",
-            )
-        largest = max((gpus for gpus, _ in self._ledger.by_wrapper.present), default=None)
-        if largest is not None and largest < spec.gpus:
-            raise LLMNeverFits(spec.model, f"it needs {spec.gpus} GPUs, and the largest wrapper has {largest}")
+        on_pin = [] if pin is None else [ledger.size(w) for w in ledger.on_machine(pin) if is_usable(w)]
+        together = ledger.needs_together(named)
+        for n, new in enumerate(requests):
+            field, model = f"llms[{n}].model", new.spec.model
+            needs = needs_of(new.spec, new.memory, limits)
+            together = together.joined_with(needs)
+            if sizes and not any(needs.met_by(size) for size in sizes):
+                raise LLMNeverFits(field, model, why_too_large(new.spec, new.memory, sizes, limits))
+            if on_pin and not any(needs.met_by(size) for size in on_pin):
+                why = why_too_large(new.spec, new.memory, on_pin, limits)
+                bound = f"measurement {named} is bound to machine {pin}; use another measurementId"
+                raise LLMNeverFits(field, model, f"{why}; {bound}")
+            if sizes and not on_pin and not any(together.met_by(size) for size in sizes):
+                why = f"no machine can run it and the others of measurement {named} as well; use another measurementId"
+                raise LLMNeverFits(field, model, why)
+
+    def _sizes_for(self, measurement: Measurement) -> list[Size]:
+        """The sizes of the wrappers that have the GPU type of a measurement; those that are LOST don't count."""
+        asked = measurement.gpu_type or ANY_GPU_TYPE
+        return [size for size in self._ledger.by_wrapper.present if is_gpu_type(asked, size.gpu_type)]
+
+    def _no_such_type(self, measurement: Measurement) -> str:
+        types = sorted({size.gpu_type for size in self._ledger.by_wrapper.present if size.gpu_type is not None})
+        there = f"there are {', '.join(types)}" if types else "none has a GPU whose type is known"
+        return f"no machine here has {measurement.gpu_type!r}; {there}"
 
     def _on_released(self, request: Request, now_s: float) -> None:
         if request.status.ended:
@@ -304,3 +343,15 @@ class Allocator:
             wrapper = ledger.wrappers[wrapper_id]
             if wrapper.status is WrapperStatus.READY:
                 stop(ledger, wrapper)
+
+
+def _check_same_type(measurement: Measurement, gpu_type: str | None) -> None:
+    """All LLMs of a measurement run on one machine: refuse another GPU type than it was begun with."""
+    same = is_gpu_type(gpu_type, measurement.gpu_type) or is_gpu_type(measurement.gpu_type, gpu_type)
+    if gpu_type is not None and not same:
+        begun = f"with {measurement.gpu_type!r}" if measurement.gpu_type is not None else "without one"
+        raise InvalidField(
+            "gpuType",
+            f"measurement {measurement.measurement_id} was begun {begun}, and its LLMs run on one machine;"
+            " leave it out, or use another measurementId",
+        )

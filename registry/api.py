@@ -30,6 +30,9 @@ MAX_ARGS_DEPTH = 32
 TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 """Who asks, as the header X-Tenant says it: tenants take turns in the queue. It is no proof of anything."""
 
+GpuType = Annotated[StrictStr, StringConstraints(pattern=r"^[A-Za-z0-9][ -~]*$", max_length=128)]
+"""A type of GPU as Ray names it (``gpuType`` of GET /machines), or as its maker does."""
+
 NonEmpty = Annotated[StrictStr, StringConstraints(min_length=1, max_length=1024)]
 
 
@@ -81,6 +84,7 @@ class PromptingRequest(_Wire):
     measurementId: Annotated[StrictInt, Field(gt=0, le=MAX_ID)]
     llms: Annotated[list[LLMConfig], Field(min_length=1, max_length=MAX_LLMS_PER_REQUEST)]
     priority: Priority = Priority.NORMAL
+    gpuType: GpuType | None = Field(None, description="GPUs that the machine must have, e.g. H100; null: any or none")
 
 
 class AcceptedRequest(_Wire):
@@ -149,6 +153,7 @@ class MeasurementState(_Wire):
 
     measurementId: int
     machine: str | None
+    gpuType: str | None = Field(None, description="GPUs that its machine must have; null: any or none")
     flags: list[str]
     createdAt: str
     requests: list[RequestState]
@@ -162,7 +167,8 @@ class MachineState(_Wire):
     alive: bool
     gpus: int
     gpuType: str | None
-    memoryBytes: int | None
+    memoryBytes: int | None = Field(description="Main memory; null until a wrapper there has told")
+    gpuMemoryBytes: int | None = Field(None, description="Memory of each GPU; null: none, or not known")
     wrappers: list[WrapperState]
 
 

@@ -96,11 +96,23 @@ class RegistryClient:
         self._http.close()
 
     def request(
-        self, measurement_id: int, llms: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+        self,
+        measurement_id: int,
+        llms: Sequence[Mapping[str, Any]],
+        *,
+        gpu_type: str | None = None,
+        idempotency_key: str | None = None,
     ) -> list[str]:
-        """Ask for LLMs (llmconfigs); their request ids, in order. Raises AnswerError, httpx.HTTPError."""
+        """Ask for LLMs (llmconfigs); their request ids, in order. ``gpu_type`` None: it does not matter.
+
+        Raises:
+            AnswerError: the request was refused: 422 for what can't be served here, with the field and the figures.
+            httpx.HTTPError: the registry could not be reached.
+        """
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         body = {"measurementId": measurement_id, "llms": list(llms)}
+        if gpu_type is not None:
+            body["gpuType"] = gpu_type
         response = _checked(self._http.post("/promptingservice/request", json=body, headers=headers))
         return [accepted.requestId for accepted in PromptingAnswer.model_validate_json(response.content).requests]
 

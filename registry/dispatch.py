@@ -3,11 +3,11 @@
 For the request that is next (tenants in turn, then priority, then arrival), in this order:
 
 1. a READY wrapper with its LLM that nobody uses: lease it at once;
-2. an IDLE wrapper: the fewest GPUs that fit, then the least recently used;
+2. an IDLE wrapper: the fewest GPUs that fit, then the least memory, then the least recently used;
 3. a wrapper that is starting its LLM for nobody: wait for that one;
-4. evict the LLM of a READY wrapper that nobody uses: the least recently used, one that nobody in the queue wants if
-   possible. Before that, (4a) somebody further down the line who wants just this LLM is let in front, as long as those
-   who are overtaken have not been overtaken too often or for too long;
+4. evict the LLM of a READY wrapper that nobody uses: the least recently used that nobody in the queue wants, or where
+   all are wanted, the one that is wanted last. Before that, (4a) somebody further down the line who wants just this
+   LLM is let in front, as long as those who are overtaken have not been overtaken too often or for too long;
 5. a wrapper that is starting another LLM for nobody: start this one there instead.
 
 Otherwise it waits, and holds up nobody who could be served elsewhere.
@@ -22,7 +22,7 @@ from typing import Final
 
 from registry.indices import Pool, is_free
 from registry.ledger import Ledger, bind, deploy
-from registry.policy import LOOK_AHEAD, Place, may_be_overtaken, victim
+from registry.policy import LOOK_AHEAD, Place, Rank, may_be_overtaken, victim
 from registry.state import (
     Lease,
     Limits,
@@ -52,8 +52,13 @@ class Dispatcher:
         """Grant until nobody waits for a wrapper that is free."""
         ledger = self._ledger
         while True:
+            free = ledger.by_wrapper.free_sizes()
             # Everyone bound to an untouched machine was looked at when that machine last changed.
-            places = [place for place in ledger.queue.places(ledger.touched) if self._any_free(place)]
+            places = [
+                place
+                for place in (ledger.queue.places(ledger.touched) if free else ())
+                if not free.isdisjoint(place.sizes) and self._any_free(place)
+            ]
             found = ledger.queue.next(places)
             if found is None:
                 break
@@ -96,7 +101,7 @@ class Dispatcher:
                 return
 
         # 4: an LLM that nobody uses has to go, unless (4a) somebody further down the line wants just that.
-        evicted = victim(self._few(free.ready, place), self._is_wanted)
+        evicted = victim(self._few(free.ready, place), self._wanted)
         if evicted is not None:
             overtaken, winner = self._in_front(evicted, head, now_s)
             for request in overtaken:
@@ -105,7 +110,7 @@ class Dispatcher:
             return
 
         # 5: nobody waits any more for the LLM that is being started there.
-        preempted = victim(self._few(free.ownerless, place), self._is_wanted)
+        preempted = victim(self._few(free.ownerless, place), self._wanted)
         assert preempted is not None  # something is free for this place
         self._grant(head, preempted, now_s)
 
@@ -124,8 +129,11 @@ class Dispatcher:
             overtaken.append(request)
         return [], head
 
-    def _is_wanted(self, wrapper: Wrapper) -> bool:
-        return wrapper.spec is not None and wrapper.spec.fingerprint in self._ledger.by_request.queued_for
+    def _wanted(self, wrapper: Wrapper) -> Rank | None:
+        """The best rank in the queue that wants a wrapper's LLM, None if nobody does."""
+        assert wrapper.spec is not None
+        queued = self._ledger.by_request.queued_for.get(wrapper.spec.fingerprint)
+        return None if queued is None else queued.first[0]
 
     def _smallest(self, pool: Pool, place: Place) -> Wrapper | None:
         if place.machine_id is None:

@@ -41,12 +41,12 @@ class LLMNeverFits(RegistryError):
     code = "llm_never_fits"
     http_status = 422
 
-    def __init__(self, model: str, reason: str) -> None:
-        super().__init__(model, reason)
-        self.model, self.reason = model, reason
+    def __init__(self, field: str, model: str, reason: str) -> None:
+        super().__init__(field, model, reason)
+        self.field, self.model, self.reason = field, model, reason
 
     def __str__(self) -> str:
-        return f"LLM {self.model!r} fits on no machine: {self.reason}"
+        return f"{self.field}: LLM {self.model!r} fits on no machine: {self.reason}"
 
 
 class UnknownRequest(RegistryError):

@@ -13,13 +13,11 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
+from registry.fit import Needs, Size
 from registry.policy import LOOK_AHEAD, Place, Rank, Turns
 from registry.state import Request, RequestStatus, Wrapper, WrapperStatus
 
 T = TypeVar("T", bound="tuple[Any, ...] | str")
-
-GpuKind = tuple[int, str | None]
-"""How many GPUs a wrapper has, and of which type."""
 
 
 class SortedSet(Generic[T]):
@@ -62,14 +60,14 @@ class SortedSet(Generic[T]):
 
 
 class Pool:
-    """Wrappers that are free in the same way, sorted by kind of GPU and by when they were last used."""
+    """Wrappers that are free in the same way, sorted by size and by when they were last used."""
 
     def __init__(self) -> None:
-        self._by_kind: dict[GpuKind, SortedSet[tuple[float, str]]] = {}
+        self._by_size: dict[Size, SortedSet[tuple[float, str]]] = {}
         self._ids: set[str] = set()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pool) and self._by_kind == other._by_kind
+        return isinstance(other, Pool) and self._by_size == other._by_size
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -79,41 +77,47 @@ class Pool:
     def __contains__(self, wrapper: Wrapper) -> bool:
         return wrapper.wrapper_id in self._ids
 
-    def add(self, wrapper: Wrapper, gpu_type: str | None) -> None:
+    def add(self, wrapper: Wrapper, size: Size) -> None:
         """Put a wrapper in."""
-        kind = wrapper.gpus, gpu_type
-        self._by_kind.setdefault(kind, SortedSet()).add((wrapper.last_used_s, wrapper.wrapper_id))
+        self._by_size.setdefault(size, SortedSet()).add((wrapper.last_used_s, wrapper.wrapper_id))
         self._ids.add(wrapper.wrapper_id)
 
-    def remove(self, wrapper: Wrapper, gpu_type: str | None) -> None:
+    def remove(self, wrapper: Wrapper, size: Size) -> None:
         """Take a wrapper out, given as it was put in."""
-        kind = wrapper.gpus, gpu_type
-        entries = self._by_kind[kind]
+        entries = self._by_size[size]
         entries.remove((wrapper.last_used_s, wrapper.wrapper_id))
         self._ids.remove(wrapper.wrapper_id)
         if not entries:
-            del self._by_kind[kind]
+            del self._by_size[size]
+
+    @property
+    def sizes(self) -> Iterable[Size]:
+        """The sizes of its wrappers."""
+        return self._by_size
 
     def smallest(self, place: Place) -> str | None:
-        """The wrapper of this place with the fewest GPUs, the least recently used of those. Not for one machine."""
-        kinds = [kind for kind in self._by_kind if place.takes(*kind)]
-        for size in sorted({gpus for gpus, _ in kinds}):
-            found = next(self._oldest(place, [kind for kind in kinds if kind[0] == size]), None)
-            if found is not None:
-                return found
-        return None
+        """The wrapper of this place with the fewest GPUs, then the least memory, then the least recently used.
+
+        Not for one machine.
+        """
+        sizes: dict[tuple[int, int], list[Size]] = {}
+        for size in self._by_size:
+            if place.takes(size):
+                sizes.setdefault((size.gpus, size.gib or 0), []).append(size)
+        found = (wrapper_id for alike in sorted(sizes) for wrapper_id in self._oldest(place, sizes[alike]))
+        return next(found, None)
 
     def oldest(self, place: Place) -> Iterator[str]:
         """The wrappers of this place, least recently used first. Not for one machine."""
-        return self._oldest(place, [kind for kind in self._by_kind if place.takes(*kind)])
+        return self._oldest(place, [size for size in self._by_size if place.takes(size)])
 
-    def _oldest(self, place: Place, kinds: Iterable[GpuKind]) -> Iterator[str]:
-        merged = heapq.merge(*(self._by_kind[kind] for kind in kinds))
+    def _oldest(self, place: Place, sizes: Iterable[Size]) -> Iterator[str]:
+        merged = heapq.merge(*(self._by_size[size] for size in sizes))
         return (wrapper_id for _, wrapper_id in merged if wrapper_id not in place.not_on)
 
 
 class WrapperIndex:
-    """Wrappers by machine, by kind of GPU, and, where they are free, by how and with which LLM."""
+    """Wrappers by machine, by size, and, where they are free, by how and with which LLM."""
 
     def __init__(self) -> None:
         self.on_machine: dict[str, SortedSet[str]] = {}
@@ -122,38 +126,45 @@ class WrapperIndex:
         self.ready_with: dict[str, Pool] = {}
         self.ownerless = Pool()
         self.ownerless_with: dict[str, Pool] = {}
-        self.present: Counter[GpuKind] = Counter()
+        self.sizes: Counter[Size] = Counter()
+        """All wrappers: what a machine had that is LOST is not forgotten as long as its wrappers are not."""
+        self.present: Counter[Size] = Counter()
         """Wrappers that are not LOST."""
-        self.usable: Counter[GpuKind] = Counter()
+        self.usable: Counter[Size] = Counter()
         """Wrappers that are neither LOST nor FAILED."""
 
-    def add(self, wrapper: Wrapper, gpu_type: str | None) -> None:
-        """Index a wrapper on a machine with this GPU type."""
+    def free_sizes(self) -> set[Size]:
+        """The sizes of wrappers that a request may be given."""
+        return {*self.idle.sizes, *self.ready.sizes, *self.ownerless.sizes}
+
+    def add(self, wrapper: Wrapper, size: Size) -> None:
+        """Index a wrapper of this size."""
         self.on_machine.setdefault(wrapper.machine_id, SortedSet()).add(wrapper.wrapper_id)
         for counter in self._counters(wrapper):
-            counter[wrapper.gpus, gpu_type] += 1
+            counter[size] += 1
         for pool in self._pools(wrapper):
-            pool.add(wrapper, gpu_type)
+            pool.add(wrapper, size)
 
-    def remove(self, wrapper: Wrapper, gpu_type: str | None) -> None:
+    def remove(self, wrapper: Wrapper, size: Size) -> None:
         """Forget a wrapper, given as it was indexed."""
         on_machine = self.on_machine[wrapper.machine_id]
         on_machine.remove(wrapper.wrapper_id)
         if not on_machine:
             del self.on_machine[wrapper.machine_id]
         for counter in self._counters(wrapper):
-            counter[wrapper.gpus, gpu_type] -= 1
-            if not counter[wrapper.gpus, gpu_type]:
-                del counter[wrapper.gpus, gpu_type]
+            counter[size] -= 1
+            if not counter[size]:
+                del counter[size]
         for pool in self._pools(wrapper):
-            pool.remove(wrapper, gpu_type)
+            pool.remove(wrapper, size)
         if wrapper.spec is not None:
             for pools in (self.ready_with, self.ownerless_with):
                 fingerprint = wrapper.spec.fingerprint
                 if fingerprint in pools and not pools[fingerprint]:
                     del pools[fingerprint]
 
-    def _counters(self, wrapper: Wrapper) -> Iterator[Counter[GpuKind]]:
+    def _counters(self, wrapper: Wrapper) -> Iterator[Counter[Size]]:
+        yield self.sizes
         if wrapper.status is not WrapperStatus.LOST:
             yield self.present
         if is_usable(wrapper):
@@ -189,50 +200,47 @@ class RequestIndex:
         """All of a measurement, in order of arrival."""
         self.unfinished: dict[int, SortedSet[tuple[int, str]]] = {}
         """Those of a measurement that have not ended; the first is served, or next."""
-        self.gpus: dict[int, Counter[int]] = {}
-        """GPUs that the unfinished requests of a measurement need."""
+        self.needs: dict[int, Counter[Needs]] = {}
+        """What the unfinished requests of a measurement need."""
         self.queued: dict[str, SortedSet[tuple[Rank, int, str]]] = {}
         """The queued ones of a tenant, in order of service."""
-        self.queued_for: Counter[str] = Counter()
-        """How many queued requests want the LLM of this fingerprint."""
+        self.queued_for: dict[str, SortedSet[tuple[Rank, int, str]]] = {}
+        """The queued ones that want the LLM of this fingerprint, in order of rank."""
         self.retried: set[str] = set()
         """Queued requests whose LLM has failed somewhere."""
         self.queued_count = 0
 
-    def add(self, request: Request, tenant: str, rank: Rank) -> None:
-        """Index a request of a measurement with this tenant and rank."""
+    def add(self, request: Request, needs: Needs, tenant: str, rank: Rank) -> None:
+        """Index a request with these needs, of a measurement with this tenant and rank."""
         entry = request.seq, request.request_id
         self.of.setdefault(request.measurement_id, SortedSet()).add(entry)
         if not request.status.ended:
             self.unfinished.setdefault(request.measurement_id, SortedSet()).add(entry)
-            self.gpus.setdefault(request.measurement_id, Counter())[request.spec.gpus] += 1
+            self.needs.setdefault(request.measurement_id, Counter())[needs] += 1
         if request.status is RequestStatus.QUEUED:
             self.queued.setdefault(tenant, SortedSet()).add((rank, *entry))
-            self.queued_for[request.spec.fingerprint] += 1
+            self.queued_for.setdefault(request.spec.fingerprint, SortedSet()).add((rank, *entry))
             self.queued_count += 1
             if request.failed_on:
                 self.retried.add(request.request_id)
 
-    def remove(self, request: Request, tenant: str, rank: Rank) -> None:
+    def remove(self, request: Request, needs: Needs, tenant: str, rank: Rank) -> None:
         """Forget a request, given as it was indexed."""
         entry = request.seq, request.request_id
         self.of[request.measurement_id].remove(entry)
         if not request.status.ended:
-            unfinished, gpus = self.unfinished[request.measurement_id], self.gpus[request.measurement_id]
+            unfinished, needed = self.unfinished[request.measurement_id], self.needs[request.measurement_id]
             unfinished.remove(entry)
-            gpus[request.spec.gpus] -= 1
-            if not gpus[request.spec.gpus]:
-                del gpus[request.spec.gpus]
+            needed[needs] -= 1
+            if not needed[needs]:
+                del needed[needs]
             if not unfinished:
-                del self.unfinished[request.measurement_id], self.gpus[request.measurement_id]
+                del self.unfinished[request.measurement_id], self.needs[request.measurement_id]
         if request.status is RequestStatus.QUEUED:
-            queued = self.queued[tenant]
-            queued.remove((rank, *entry))
-            if not queued:
-                del self.queued[tenant]
-            self.queued_for[request.spec.fingerprint] -= 1
-            if not self.queued_for[request.spec.fingerprint]:
-                del self.queued_for[request.spec.fingerprint]
+            for queued, key in ((self.queued, tenant), (self.queued_for, request.spec.fingerprint)):
+                queued[key].remove((rank, *entry))
+                if not queued[key]:
+                    del queued[key]
             self.queued_count -= 1
             self.retried.discard(request.request_id)
 

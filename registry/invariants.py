@@ -48,7 +48,7 @@ def _check_wrapper(ledger: Ledger, wrapper: Wrapper) -> None:
         _hold(wrapper.status in _HOLDS, f"{name} may be held")
         _hold(request.wrapper_id == wrapper.wrapper_id, f"{name} and request {request.request_id} agree")
         _hold(request.spec == wrapper.spec, f"{name} has the LLM of its request")
-        _hold(request.spec.gpus <= wrapper.gpus, f"{name} is large enough")
+        _hold(request.spec.gpus <= wrapper.gpus, f"{name} has GPUs enough")
 
 
 def _check_request(ledger: Ledger, request: Request) -> None:

@@ -7,8 +7,10 @@ commands to wrappers are here too, since each is a change of a record and an eff
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 
 from registry.errors import UnknownMeasurement, UnknownRequest
+from registry.fit import ANY_GPU_TYPE, GIB, Needs, Size, fitting, needs_of
 from registry.indices import Queue, RequestIndex, SortedSet, WrapperIndex, is_free, is_usable
 from registry.policy import Place, Turns, rank
 from registry.state import (
@@ -38,6 +40,7 @@ class Ledger:
     """Everything that is known, and what has changed since ``take_decision`` was last called."""
 
     def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         self.machines: dict[str, Machine] = {}
         self.wrappers: dict[str, Wrapper] = {}
         self.measurements: dict[int, Measurement] = {}
@@ -55,6 +58,7 @@ class Ledger:
         self._served_on: dict[int, tuple[int, str]] = {}
         self._pinned_to: dict[str, set[int]] = {}
         self._displaced: set[int] = set()
+        self._sizes: frozenset[Size] = frozenset()
         self._forget_changes()
 
     # --- reading ----------------------------------------------------------------------------------------
@@ -83,6 +87,26 @@ class Ledger:
         machine = self.machines.get(machine_id)
         return None if machine is None else machine.gpu_type
 
+    def size(self, wrapper: Wrapper) -> Size:
+        """What a wrapper has, as far as it is known."""
+        machine = self.machines.get(wrapper.machine_id)
+        if machine is None:
+            return Size(wrapper.gpus)
+        has_bytes = machine.gpu_memory_bytes if wrapper.gpus else machine.memory_bytes
+        if has_bytes is None:
+            return Size(wrapper.gpus, machine.gpu_type)
+        if not wrapper.gpus:
+            has_bytes //= self._limits.wrappers_per_machine
+        return Size(wrapper.gpus, machine.gpu_type, -(-has_bytes // GIB))
+
+    def needs(self, request: Request) -> Needs:
+        """What the LLM of a request needs, as far as it is known."""
+        return needs_of(request.spec, request.memory, self._limits)
+
+    def needs_together(self, measurement_id: int) -> Needs:
+        """What all unfinished requests of a measurement need, since they run on one machine."""
+        return reduce(Needs.joined_with, self.by_request.needs.get(measurement_id, ()), Needs())
+
     def on_machine(self, machine_id: str) -> list[Wrapper]:
         """The wrappers of a machine, by id."""
         return [self.wrappers[wrapper_id] for wrapper_id in self.by_wrapper.on_machine.get(machine_id, ())]
@@ -102,23 +126,24 @@ class Ledger:
         """Where this request, the next of its measurement, may go.
 
         A measurement that was not handed anything yet needs a machine that is large enough for all that it waits for.
-        A pin holds while a wrapper of its machine serves, or is on its way to; then one of the same GPU type does.
+        A pin holds while a wrapper of its machine serves, or is on its way to; then one of the same GPU type does, and
+        at last any, unless the measurement names a type.
         """
         not_on = frozenset(request.failed_on)
-        gpus = max(self.by_request.gpus.get(measurement.measurement_id, {request.spec.gpus: 1}))
+        needs = self.needs_together(measurement.measurement_id)
         pin = measurement.machine_id
+        anywhere = Place(fitting(self._sizes, needs, measurement.gpu_type or ANY_GPU_TYPE), not_on=not_on)
         if pin is None:
-            return Place(gpus, not_on=not_on)
-        if any(is_usable(w) and w.gpus >= request.spec.gpus for w in self.on_machine(pin)):
-            return Place(request.spec.gpus, machine_id=pin, not_on=not_on)
-        alike = Place(gpus, gpu_type=self.gpu_type(pin), not_on=not_on)
-        if any(alike.takes(*kind) for kind in self.by_wrapper.usable):
-            return alike
-        return Place(gpus, not_on=not_on)
+            return anywhere
+        own = self.needs(request)
+        if any(is_usable(wrapper) and own.met_by(self.size(wrapper)) for wrapper in self.on_machine(pin)):
+            return Place(fitting(self._sizes, own, ANY_GPU_TYPE), machine_id=pin, not_on=not_on)
+        alike = Place(fitting(self._sizes, needs, measurement.gpu_type or self.gpu_type(pin)), not_on=not_on)
+        return anywhere if alike.sizes.isdisjoint(self.by_wrapper.usable) else alike
 
     def allows(self, place: Place, wrapper: Wrapper) -> bool:
         """True when this wrapper is one for that place."""
-        return place.allows(wrapper, self.gpu_type(wrapper.machine_id))
+        return place.allows(wrapper, self.size(wrapper))
 
     def is_exhausted(self, request: Request) -> bool:
         """True when there are wrappers for a queued request and its LLM has failed on every one of them."""
@@ -127,7 +152,7 @@ class Ledger:
         if place.machine_id is not None:
             fitting = sum(self.allows(anew, wrapper) for wrapper in self.on_machine(place.machine_id))
         else:
-            fitting = sum(count for kind, count in self.by_wrapper.present.items() if place.takes(*kind))
+            fitting = sum(count for size, count in self.by_wrapper.present.items() if place.takes(size))
         failed = sum(
             self.allows(anew, wrapper)
             for wrapper_id in place.not_on
@@ -148,6 +173,7 @@ class Ledger:
             self._store_lease(lease)
         for wrapper in snapshot.wrappers:
             self._store_wrapper(wrapper)
+        self._sizes = frozenset(self.by_wrapper.sizes)
         for measurement_id in self.measurements:
             self._requeue(measurement_id)
 
@@ -171,6 +197,7 @@ class Ledger:
         self.machines[machine.machine_id] = machine
         for wrapper in wrappers:
             self._store_wrapper(wrapper)
+        self._requeue_if_sizes_changed()
         self._requeue_pinned(machine.machine_id)
         self._machines[machine.machine_id] = machine
 
@@ -183,6 +210,7 @@ class Ledger:
         if old is not None:
             self._unindex_wrapper(old)
         self._store_wrapper(wrapper)
+        self._requeue_if_sizes_changed()
         if old is None or _standing(old) != _standing(wrapper):
             self._requeue_pinned(wrapper.machine_id)
         self._removed_wrappers.pop(wrapper.wrapper_id, None)
@@ -192,6 +220,7 @@ class Ledger:
         """Forget a wrapper."""
         self._unindex_wrapper(wrapper)
         del self.wrappers[wrapper.wrapper_id]
+        self._requeue_if_sizes_changed()
         self._requeue_pinned(wrapper.machine_id)
         self._wrappers.pop(wrapper.wrapper_id, None)
         self._removed_wrappers[wrapper.wrapper_id] = None
@@ -218,7 +247,7 @@ class Ledger:
         check_request_transition(request.request_id, None if old is None else old.status, request.status)
         if old is not None:
             measurement = self.measurements[old.measurement_id]
-            self.by_request.remove(old, measurement.tenant, rank(measurement))
+            self.by_request.remove(old, self.needs(old), measurement.tenant, rank(measurement))
         self._store_request(request)
         self._requeue(request.measurement_id)
         self._requests[request.request_id] = request
@@ -274,12 +303,12 @@ class Ledger:
 
     def _store_wrapper(self, wrapper: Wrapper) -> None:
         self.wrappers[wrapper.wrapper_id] = wrapper
-        self.by_wrapper.add(wrapper, self.gpu_type(wrapper.machine_id))
+        self.by_wrapper.add(wrapper, self.size(wrapper))
         if is_free(wrapper):
             self.touched.add(wrapper.machine_id)
 
     def _unindex_wrapper(self, wrapper: Wrapper) -> None:
-        self.by_wrapper.remove(wrapper, self.gpu_type(wrapper.machine_id))
+        self.by_wrapper.remove(wrapper, self.size(wrapper))
 
     def _store_measurement(self, measurement: Measurement) -> None:
         self.measurements[measurement.measurement_id] = measurement
@@ -290,7 +319,7 @@ class Ledger:
         self.requests[request.request_id] = request
         self.next_seq = max(self.next_seq, request.seq + 1)
         measurement = self.measurements[request.measurement_id]
-        self.by_request.add(request, measurement.tenant, rank(measurement))
+        self.by_request.add(request, self.needs(request), measurement.tenant, rank(measurement))
         if request.deployed_s is not None and request.machine_id is not None:
             served = request.seq, request.machine_id
             self._served_on[request.measurement_id] = max(served, self._served_on.get(request.measurement_id, served))
@@ -313,6 +342,16 @@ class Ledger:
             self.touched.add(place.machine_id)
         elif measurement.machine_id is not None:
             self._displaced.add(measurement_id)
+
+    def _requeue_if_sizes_changed(self) -> None:
+        """The first wrapper of a size came, or the last one went: places are made of sizes, so all are made anew.
+
+        Costs O(n) of those who wait, but there are few kinds of hardware, and a lost machine's is not forgotten.
+        """
+        if self.by_wrapper.sizes.keys() != self._sizes:
+            self._sizes = frozenset(self.by_wrapper.sizes)
+            for measurement_id in self.queue.contents():
+                self._requeue(measurement_id)
 
     def _requeue_pinned(self, machine_id: str) -> None:
         """A wrapper of this machine came, went or changed size: that can move those bound to a machine."""

@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from registry.fit import Size
 from registry.state import Limits, Measurement, Priority, Request, Wrapper
 
 LOOK_AHEAD: Final = 16
 """How many places down a line a choice looks. Bounds what one decision costs and how many rows it changes: a warm
 match overtakes at most so many requests at once, and a victim is one of so many least recently used wrappers."""
-
-ANY_GPU_TYPE: Final = "*"
-"""Stands for "no matter which" where a GPU type is named; None is a type of its own (not known, or no GPU)."""
 
 Rank = tuple[int, int, int]
 """Order of measurements inside a tenant, smallest first: priority, arrival, id."""
@@ -26,25 +24,22 @@ _PRIORITY_ORDER: Final[Mapping[Priority, int]] = {Priority.HIGH: 0, Priority.NOR
 class Place:
     """Where the next request of a measurement may go.
 
-    ``gpus``: at least so many. ``machine_id``: only there (None: anywhere). ``gpu_type``: only on machines with
-    such GPUs. ``not_on``: wrappers on which its LLM has failed.
+    ``sizes``: of those wrappers that are large enough and have the right GPUs. So there are few places, however many
+    needs there are. ``machine_id``: only there (None: anywhere). ``not_on``: wrappers on which its LLM has failed.
     """
 
-    gpus: int
+    sizes: frozenset[Size]
     machine_id: str | None = None
-    gpu_type: str | None = ANY_GPU_TYPE
     not_on: frozenset[str] = frozenset()
 
-    def takes(self, gpus: int, gpu_type: str | None) -> bool:
-        """True when a wrapper with so many GPUs, of this type, is large and alike enough."""
-        return gpus >= self.gpus and self.gpu_type in (ANY_GPU_TYPE, gpu_type)
+    def takes(self, size: Size) -> bool:
+        """True when a wrapper of this size is large and alike enough."""
+        return size in self.sizes
 
-    def allows(self, wrapper: Wrapper, gpu_type: str | None) -> bool:
-        """True when this very wrapper, on a machine with this GPU type, may serve the request."""
+    def allows(self, wrapper: Wrapper, size: Size) -> bool:
+        """True when this very wrapper, which has this size, may serve the request."""
         return (
-            self.takes(wrapper.gpus, gpu_type)
-            and self.machine_id in (None, wrapper.machine_id)
-            and wrapper.wrapper_id not in self.not_on
+            self.takes(size) and self.machine_id in (None, wrapper.machine_id) and wrapper.wrapper_id not in self.not_on
         )
 
 
@@ -58,14 +53,20 @@ def may_be_overtaken(request: Request, limits: Limits, now_s: float) -> bool:
     return request.overtaken < limits.max_overtakes and now_s - request.created_s < limits.max_overtake_s
 
 
-def victim(candidates: Iterable[Wrapper], wanted: Callable[[Wrapper], bool]) -> Wrapper | None:
-    """Whose LLM is given up: the first (least recently used) that nobody in the queue wants, else the first."""
-    first: Wrapper | None = None
+def victim(candidates: Iterable[Wrapper], wanted: Callable[[Wrapper], Rank | None]) -> Wrapper | None:
+    """Whose LLM is given up: the first (least recently used) that nobody in the queue wants.
+
+    Where all are wanted, that of which the best rank that wants it (``wanted``) is the lowest: who is served earlier
+    finds his LLM still there.
+    """
+    last: tuple[Rank, Wrapper] | None = None
     for wrapper in candidates:
-        if not wanted(wrapper):
+        rank = wanted(wrapper)
+        if rank is None:
             return wrapper
-        first = first or wrapper
-    return first
+        if last is None or rank > last[0]:
+            last = rank, wrapper
+    return None if last is None else last[1]
 
 
 class Turns:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import starmap
 
 import structlog
 
@@ -203,19 +202,20 @@ class Service:
     def request(
         self,
         measurement_id: int,
-        llms: Sequence[tuple[str, LLMSpec, str, tuple[str, ...]]],
+        llms: Sequence[NewRequest],
         *,
         tenant: str = "default",
         priority: Priority = Priority.NORMAL,
+        gpu_type: str | None = None,
         idempotency: Idempotency | None = None,
     ) -> tuple[Request, ...]:
-        """Accept requests for LLMs (id, spec, llmconfig JSON, notes), durable when this returns; in the order given.
+        """Accept requests for LLMs, durable when this returns; in the order given.
 
         Ids come from the caller, so that it can safely ask again when it did not get the answer: the same ids
         are the same requests.
 
         Raises:
-            QueueFull, LLMNeverFits, ShuttingDown: nothing was accepted.
+            QueueFull, LLMNeverFits, InvalidField, ShuttingDown: nothing was accepted.
             IdempotencyConflict: the key was used with another body.
         """
         if idempotency is not None:
@@ -224,14 +224,13 @@ class Service:
                 if known[0] != idempotency.body_sha256:
                     raise IdempotencyConflict(idempotency.key)
                 return tuple(self.allocator.request(request_id) for request_id in known[1])
-        new = tuple(starmap(NewRequest, llms))
-        ids = tuple(request.request_id for request in new)
+        ids = tuple(request.request_id for request in llms)
         if self._knows(ids[0]):
             return tuple(self.allocator.request(request_id) for request_id in ids)
         row = None
         if idempotency is not None:
             row = IdempotencyRow(tenant, idempotency.key, idempotency.body_sha256, ids, self._now_s())
-        self._apply(LeaseRequested(measurement_id, new, tenant, priority), idempotency=row)
+        self._apply(LeaseRequested(measurement_id, tuple(llms), tenant, priority, gpu_type), idempotency=row)
         return tuple(self.allocator.request(request_id) for request_id in ids)
 
     def release(self, request_id: str) -> None:

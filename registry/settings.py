@@ -215,6 +215,8 @@ class Settings(BaseSettings):
             lease_idle_s=self.leases.idle_s,
             **self.queue.model_dump(exclude={"tenant_weights"}),
             tenant_weights=tuple(sorted(self.queue.tenant_weights.items())),
+            wrappers_per_machine=self.wrappers.per_machine,
+            kv_cache_bytes=None if self.wrappers.kv_cache_gib is None else self.wrappers.kv_cache_gib * 2**30,
         )
 
 

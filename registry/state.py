@@ -83,6 +83,22 @@ class LLMSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True, slots=True)
+class LLMMemory:
+    """The least memory that an LLM takes, as far as its checkpoint tells; bytes, on all its GPUs together.
+
+    ``kv_cache_bytes`` is what one sequence of ``context_tokens`` fills; both None where that is not known.
+    ``gpu_share`` of a GPU's memory may be used (0 < share ≤ 1). It is spread over ``gpus`` GPUs (None: over all that
+    its wrapper has).
+    """
+
+    weights_bytes: int
+    kv_cache_bytes: int | None = None
+    context_tokens: int | None = None
+    gpu_share: float = 1.0
+    gpus: int | None = None
+
+
 # --- records -----------------------------------------------------------------------------------------------
 
 
@@ -136,7 +152,8 @@ class Request:
 
     ``seq`` is the order of arrival. ``llmconfig`` is the client's own object as canonical JSON, handed back
     unchanged; ``notes`` says what of it was translated or dropped. ``failed_on`` are the wrappers on which
-    its LLM could not be started. ``overtaken`` counts warm matches that went before it.
+    its LLM could not be started. ``overtaken`` counts warm matches that went before it. ``memory`` is what its LLM
+    takes at least, None where that is not known.
     """
 
     request_id: str
@@ -155,6 +172,7 @@ class Request:
     deploying_s: float | None = None
     deployed_s: float | None = None
     ended_s: float | None = None
+    memory: LLMMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +181,8 @@ class Measurement:
 
     ``seq`` is its place in the queue: the arrival of the first of its requests that had not ended when the
     latest was added. ``machine_id`` is the pin: set by the first grant, None again once nothing of it is left.
-    ``flags`` tell what makes its figures hard to compare (``machine_changed`` …).
+    ``flags`` tell what makes its figures hard to compare (``machine_changed`` …). ``gpu_type`` is the type that its
+    machine must have, None: any.
     """
 
     measurement_id: int
@@ -173,6 +192,7 @@ class Measurement:
     machine_id: str | None = None
     flags: tuple[str, ...] = ()
     created_s: float = 0.0
+    gpu_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,16 +228,18 @@ class NewRequest:
     spec: LLMSpec
     llmconfig: str
     notes: tuple[str, ...] = ()
+    memory: LLMMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseRequested:
-    """A client asked for one or more LLMs of a measurement, in this order."""
+    """A client asked for one or more LLMs of a measurement, in this order. ``gpu_type`` None: it does not matter."""
 
     measurement_id: int
     requests: tuple[NewRequest, ...]
     tenant: str = "default"
     priority: Priority = Priority.NORMAL
+    gpu_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,6 +504,8 @@ class Limits:
     failing wrapper in a row before it is given up, ≥ 1. ``max_overtakes``/``max_overtake_s``: how often, and
     for how long after its arrival, a request may be overtaken by warm matches. ``max_queued`` and
     ``max_queued_per_tenant``: caps on requests that wait. ``tenant_weights``: (tenant, weight > 0); 1 if absent.
+    ``wrappers_per_machine`` wrappers share the main memory of a machine without GPU, ≥ 1, and each has
+    ``kv_cache_bytes`` for the KV cache (None: no limit of its own).
     """
 
     lease_max_s: float = 3600.0
@@ -493,3 +517,5 @@ class Limits:
     max_queued: int = 100_000
     max_queued_per_tenant: int = 100_000
     tenant_weights: tuple[tuple[str, float], ...] = ()
+    wrappers_per_machine: int = 1
+    kv_cache_bytes: int | None = None

@@ -88,6 +88,7 @@ def measurement_state(service: Service, measurement_id: int) -> MeasurementState
     return MeasurementState(
         measurementId=measurement_id,
         machine=measurement.machine_id,
+        gpuType=measurement.gpu_type,
         flags=list(measurement.flags),
         createdAt=_iso(measurement.created_s),
         requests=[request_state(service, request) for request in requests],
@@ -104,6 +105,7 @@ def machine_states(service: Service) -> list[MachineState]:
             gpus=machine.gpus,
             gpuType=machine.gpu_type,
             memoryBytes=machine.memory_bytes,
+            gpuMemoryBytes=machine.gpu_memory_bytes,
             wrappers=[
                 _wrapper_state(service, wrapper)
                 for wrapper in service.allocator.wrappers()
@@ -178,10 +180,11 @@ def _waits_for(service: Service, request: Request) -> str:
         return f"its measurement's request {before[0].request_id} comes first and is {before[0].status.value}"
     if not any(wrapper.status in USABLE for wrapper in allocator.wrappers()):
         return "no LLM Machine is ready yet"
-    pin = allocator.measurement(request.measurement_id).machine_id
-    if pin is not None:
-        return f"its measurement runs on machine {pin}, which is in use"
-    return "every LLM Machine is in use"
+    measurement = allocator.measurement(request.measurement_id)
+    if measurement.machine_id is not None:
+        return f"its measurement runs on machine {measurement.machine_id}, which is in use"
+    misfit = allocator.misfit(request.request_id)
+    return "every LLM Machine is in use" if misfit is None else f"it fits on no LLM Machine: {misfit}"
 
 
 def _iso(at_s: float) -> str:

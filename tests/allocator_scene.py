@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 
 from registry.allocator import Allocator
+from registry.fit import GIB
 from registry.state import (
     Changes,
     Decision,
@@ -16,6 +18,7 @@ from registry.state import (
     Limits,
     LLMDeployed,
     LLMDeployFailed,
+    LLMMemory,
     LLMSpec,
     Machine,
     MachineJoined,
@@ -109,10 +112,15 @@ class Scene:
         wrappers: int = 1,
         gpus: int = 0,
         gpu_type: str | None = None,
+        gib: int | None = None,
         home: LLMSpec | None = None,
     ) -> None:
-        """A machine joins; its wrappers, called m-0, m-1 …, come up empty."""
-        self.tell(MachineJoined(Machine(machine_id, f"node-{machine_id}", "10.0.0.1", gpus=gpus, gpu_type=gpu_type)))
+        """A machine joins; its wrappers, called m-0, m-1 …, come up empty. ``gib``: of each GPU, or of main memory."""
+        machine = Machine(machine_id, f"node-{machine_id}", "10.0.0.1", gpus=gpus, gpu_type=gpu_type)
+        if gib is not None:
+            kind = "gpu_memory_bytes" if gpus else "memory_bytes"
+            machine = replace(machine, **{kind: gib * GIB})  # type: ignore[arg-type]  # both are int | None
+        self.tell(MachineJoined(machine))
         for n in range(wrappers):
             wrapper_id = f"{machine_id}-{n}"
             self.tell(WrapperAdded(wrapper_id, machine_id, f"http://{wrapper_id}", gpus, home if n == 0 else None))
@@ -124,16 +132,21 @@ class Scene:
         *specs: LLMSpec | str,
         tenant: str = "default",
         priority: Priority = Priority.NORMAL,
+        gpu_type: str | None = None,
+        memory: LLMMemory | None = None,
     ) -> None:
-        """A client asks for LLMs; the requests of measurement 1 are called 1a, 1b and so on."""
+        """A client asks for LLMs; the requests of measurement 1 are called 1a, 1b … ``memory``: what each one takes."""
         known = sum(r.measurement_id == measurement_id for r in self.allocator.snapshot().requests)
         new = tuple(
             NewRequest(
-                f"{measurement_id}{chr(ord('a') + known + n)}", llm(spec) if isinstance(spec, str) else spec, "{}"
+                f"{measurement_id}{chr(ord('a') + known + n)}",
+                llm(spec) if isinstance(spec, str) else spec,
+                "{}",
+                memory=memory,
             )
             for n, spec in enumerate(specs)
         )
-        self.tell(LeaseRequested(measurement_id, new, tenant, priority))
+        self.tell(LeaseRequested(measurement_id, new, tenant, priority, gpu_type))
 
     def runs(self, wrapper_id: str = "m-0") -> None:
         """The LLM that was to be deployed runs."""

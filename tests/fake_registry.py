@@ -8,7 +8,7 @@ from typing import Any
 from registry.api import EventState, HealthState, LLMState, MachineState, MeasurementState, RequestState, WrapperState
 from registry.errors import UnknownMeasurement, UnknownRequest
 from registry.service import Idempotency
-from registry.state import LLMSpec, Priority, RequestStatus
+from registry.state import NewRequest, Priority, RequestStatus
 
 CREATED = "2026-01-01T00:00:00.000Z"
 BASE = "http://127.0.0.1:8000"
@@ -32,24 +32,25 @@ class FakeRegistry:
     def _request(
         self,
         measurement_id: int,
-        llms: list[tuple[str, LLMSpec, str, tuple[str, ...]]],
+        llms: list[NewRequest],
         tenant: str,
         priority: Priority,
+        gpu_type: str | None,
         idempotency: Idempotency | None,
     ) -> str:
         states = [
             RequestState(
-                requestId=request_id,
-                llmconfig=json.loads(llmconfig),
+                requestId=new.request_id,
+                llmconfig=json.loads(new.llmconfig),
                 status="queued",
                 measurementId=measurement_id,
                 address=None,
-                link=f"{BASE}/promptingservice/request/{request_id}",
+                link=f"{BASE}/promptingservice/request/{new.request_id}",
                 position=1,
-                notes=list(notes),
+                notes=list(new.notes),
                 createdAt=CREATED,
             )
-            for request_id, _, llmconfig, notes in llms
+            for new in llms
         ]
         self.requests |= {state.requestId: state for state in states}
         return json.dumps([state.model_dump(mode="json") for state in states])

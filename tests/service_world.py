@@ -11,7 +11,7 @@ from registry import views
 from registry.errors import RegistryError
 from registry.service import Service
 from registry.settings import Settings
-from registry.state import Event, LLMSpec, Request, RequestStatus, WrapperStatus, canonical_json
+from registry.state import Event, LLMSpec, NewRequest, Request, RequestStatus, WrapperStatus, canonical_json
 from registry.store import Store
 from tests.fake_cluster import FakeCluster, FakeWrapper
 from tests.fake_counters import ManualClock
@@ -125,7 +125,7 @@ class World:
 
     def ask(self, measurement_id: int, *specs: LLMSpec, **more: Any) -> list[str]:
         """Request LLMs; their ids."""
-        llms = [(f"r{next(self._numbers)}", spec, config_of(spec), ()) for spec in specs]
+        llms = [NewRequest(f"r{next(self._numbers)}", spec, config_of(spec)) for spec in specs]
         return [request.request_id for request in self.service.request(measurement_id, llms, **more)]
 
     def request(self, request_id: str) -> Request:

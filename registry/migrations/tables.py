@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import BigInteger, Boolean, Column, Dialect, Float, ForeignKey, Index, Integer, MetaData, Table, Text
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from registry.state import LLMSpec, Priority, RequestStatus, WrapperStatus, canonical_json
+from registry.state import LLMMemory, LLMSpec, Priority, RequestStatus, WrapperStatus, canonical_json
 
 # --- column types: how a field becomes a cell, and back -------------------------------------------------------
 
@@ -36,6 +36,19 @@ class _Spec(TypeDecorator[LLMSpec]):
 @lru_cache(maxsize=1024)
 def _spec(cell: str) -> LLMSpec:
     return LLMSpec(**json.loads(cell))
+
+
+class _Memory(TypeDecorator[LLMMemory]):
+    """An LLMMemory as a JSON object."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: LLMMemory | None, dialect: Dialect) -> str | None:
+        return None if value is None else canonical_json(asdict(value))
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> LLMMemory | None:
+        return None if value is None else LLMMemory(**json.loads(value))
 
 
 class _Strings(TypeDecorator[tuple[str, ...]]):
@@ -145,6 +158,7 @@ MEASUREMENTS = Table(
     _may("machine_id", Text),
     _must("flags", _Strings),
     _must("created_s", Float),
+    _may("gpu_type", Text),
 )
 # A request outlives its wrapper and its machine: those two are names here, not foreign keys.
 REQUESTS = Table(
@@ -166,6 +180,7 @@ REQUESTS = Table(
     _may("deploying_s", Float),
     _may("deployed_s", Float),
     _may("ended_s", Float),
+    _may("memory", _Memory),
 )
 # unique: whatever the code above believes, no wrapper is leased twice.
 LEASES = Table(

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -20,6 +21,7 @@ from typing import TypeVar
 from rich.table import Table
 
 from registry.allocator import Allocator
+from registry.fit import GIB
 from registry.state import (
     BindLease,
     Decision,
@@ -31,6 +33,7 @@ from registry.state import (
     LeaseUsed,
     Limits,
     LLMDeployed,
+    LLMMemory,
     LLMSpec,
     Machine,
     MachineJoined,
@@ -50,9 +53,13 @@ P99_TARGET_MS, GROWTH_TARGET = 1.0, 3.0
 
 GPUS = (1, 1, 2, 4, 8)
 """GPUs of the wrappers, in turn."""
-GPU_TYPES = ("A100", "H100", "L4")
+GPU_GIB = {"A100": 40, "H100": 80, "L4": 24}
 LLM_GPUS = (1,) * 48 + (2,) * 6 + (4,) * 3 + (8,) * 3
 """GPUs that the LLMs need, the most wanted LLM first."""
+LLM_GIB_PER_GPU = (2, 6, 15, 3, 16, 8, 30, 22, 1, 65)
+"""Memory that the LLMs take on each of their GPUs, in turn; a whole number of GiB apart, so that many needs differ."""
+NAMES_TYPE = 0.1
+"""Share of the measurements that ask for a GPU type."""
 TENANTS = 8
 LONGEST_MEASUREMENT = 4
 SETTLE_EVENTS = 2_000
@@ -91,14 +98,19 @@ class Load:
         self.used: set[str] = set()
         self.answers: list[Event] = []
         self.specs = [LLMSpec(f"org/llm-{n}", "text-generation", gpus=gpus) for n, gpus in enumerate(LLM_GPUS)]
+        self.memory = [
+            LLMMemory(gpus * LLM_GIB_PER_GPU[n % len(LLM_GIB_PER_GPU)] * GIB, gpus=gpus)
+            for n, gpus in enumerate(LLM_GPUS)
+        ]
         self.fill(wrappers)
 
     def fill(self, wrappers: int) -> None:
         """Machines of one wrapper each join and are leased; then requests queue up."""
         for n in range(wrappers):
             machine, gpus = f"m{n:05}", GPUS[n % len(GPUS)]
-            joined = Machine(machine, f"node-{n}", "10.0.0.1", gpus=gpus, gpu_type=GPU_TYPES[n % len(GPU_TYPES)])
-            self.happen(MachineJoined(joined))
+            gpu_type = tuple(GPU_GIB)[n % len(GPU_GIB)]
+            joined = Machine(machine, f"node-{n}", "10.0.0.1", gpus=gpus, gpu_type=gpu_type)
+            self.happen(MachineJoined(replace(joined, gpu_memory_bytes=GPU_GIB[gpu_type] * GIB)))
             self.happen(WrapperAdded(f"{machine}-0", machine, f"http://{machine}/wrappers/{machine}-0", gpus))
             self.happen(WrapperStarted(f"{machine}-0"))
         for _ in range(wrappers):
@@ -165,10 +177,14 @@ class Load:
         """A measurement of a few LLMs; some LLMs are asked for far more often than others."""
         chosen = self.random
         ranks = [int(llms * chosen.random() ** 3) for _ in range(chosen.randint(1, longest))]
-        new = tuple(NewRequest(f"r{next(self.ids):08}", self.specs[rank], "{}") for rank in ranks)
+        new = tuple(
+            NewRequest(f"r{next(self.ids):08}", self.specs[rank], "{}", memory=self.memory[rank]) for rank in ranks
+        )
         self.asked += [request.request_id for request in new]
         priority = chosen.choices(tuple(Priority), weights=(1, 8, 1))[0]
-        return LeaseRequested(next(self.measurements), new, f"tenant-{chosen.randrange(TENANTS)}", priority)
+        tenant = f"tenant-{chosen.randrange(TENANTS)}"
+        gpu_type = "H100" if longest > 1 and chosen.random() < NAMES_TYPE else None
+        return LeaseRequested(next(self.measurements), new, tenant, priority, gpu_type)
 
 
 def _take(items: list[T], random: Random) -> T:

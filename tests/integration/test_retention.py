@@ -19,6 +19,7 @@ from registry.state import (
     LLMSpec,
     Machine,
     Measurement,
+    NewRequest,
     Priority,
     Request,
     RequestStatus,
@@ -73,7 +74,7 @@ class Registry:
         return self.service
 
     def ask(self, request_id: str, measurement_id: int = 1, **options: object) -> None:
-        self.service.request(measurement_id, [(request_id, SPEC, "{}", ())], **options)  # type: ignore[arg-type]
+        self.service.request(measurement_id, [NewRequest(request_id, SPEC, "{}")], **options)  # type: ignore[arg-type]
 
     async def until_forgotten(self, request_id: str) -> None:
         """Return when the request is gone; the service looks at its clock every millisecond."""

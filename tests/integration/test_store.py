@@ -21,6 +21,7 @@ from registry.migrations import tables
 from registry.state import (
     Changes,
     Lease,
+    LLMMemory,
     LLMSpec,
     Machine,
     Measurement,
@@ -67,7 +68,7 @@ EXTREME = Snapshot(
         Wrapper("", "", ""),
     ),
     measurements=(
-        Measurement(BIGGEST, BIGGEST, ODD, Priority.HIGH, ODD, (ODD, "", "machine_changed"), 1.7e9 + 1e-6),
+        Measurement(BIGGEST, BIGGEST, ODD, Priority.HIGH, ODD, (ODD, "", "machine_changed"), 1.7e9 + 1e-6, ODD),
         Measurement(1, 0),
     ),
     requests=(
@@ -88,6 +89,7 @@ EXTREME = Snapshot(
             deploying_s=0.2,
             deployed_s=0.3,
             ended_s=0.4,
+            memory=LLMMemory(BIGGEST, BIGGEST, 2**31 - 1, 1e-3, 16),
         ),
         Request("", 1, 0, LLMSpec("", ""), ""),
     ),
@@ -157,6 +159,7 @@ times = st.floats(allow_nan=False)
 counts = st.integers(0, 2**31 - 1)
 big = st.integers(0, BIGGEST)
 specs = st.builds(LLMSpec, words, words, st.none() | words, words, st.integers())
+memories = st.builds(LLMMemory, big, st.none() | big, st.none() | counts, st.floats(0, 1), st.none() | counts)
 
 
 def records(kind: type[Any], **known: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -167,6 +170,7 @@ def records(kind: type[Any], **known: st.SearchStrategy[Any]) -> st.SearchStrate
         int: counts,
         bool: st.booleans(),
         LLMSpec: specs,
+        LLMMemory: memories,
         tuple[str, ...]: st.lists(words, max_size=3).map(tuple),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from registry.allocator import Allocator
-from registry.errors import LLMNeverFits, UnknownRequest
+from registry.errors import InvalidField, LLMNeverFits, UnknownRequest
+from registry.fit import GIB
 from registry.state import (
     BindLease,
     DeployLLM,
@@ -19,6 +21,7 @@ from registry.state import (
     LeaseRequested,
     LeaseUsed,
     Limits,
+    LLMMemory,
     Machine,
     MachineJoined,
     MachineLost,
@@ -38,13 +41,19 @@ from tests.allocator_scene import Memory, llm
 from tests.simulated_cluster import SimulatedCluster
 
 R, W = RequestStatus, WrapperStatus
-LLMS = {"A": llm("A"), "B": llm("B"), "C": llm("C", 1), "D": llm("D", 2)}
+LLMS = {"A": llm("A"), "B": llm("B"), "C": llm("C", 1), "D": llm("D", 2), "E": llm("E"), "F": llm("F")}
+GIB_OF = {"B": 16, "D": 20, "E": 60, "F": 100}
+MEMORY = {name: LLMMemory(gib * GIB, gpus=LLMS[name].gpus or None) for name, gib in GIB_OF.items()}
+"""What is known of the memory that some of them take."""
 MACHINES = {
-    "a": (Machine("a", "node-a", "10.0.0.1", gpus=2, gpu_type="H100"), ("a-0",), 2),
-    "b": (Machine("b", "node-b", "10.0.0.2", gpus=2, gpu_type="H100"), ("b-0", "b-1"), 1),
-    "c": (Machine("c", "node-c", "10.0.0.3"), ("c-0",), 0),
+    "a": (Machine("a", "node-a", "10.0.0.1", gpus=2, gpu_type="H100", gpu_memory_bytes=80 * GIB), ("a-0",), 2),
+    "b": (Machine("b", "node-b", "10.0.0.2", gpus=2, gpu_type="H100", gpu_memory_bytes=80 * GIB), ("b-0", "b-1"), 1),
+    "c": (Machine("c", "node-c", "10.0.0.3", memory_bytes=32 * GIB), ("c-0",), 0),
+    "d": (Machine("d", "node-d", "10.0.0.4", gpus=2, gpu_type="A100", gpu_memory_bytes=40 * GIB), ("d-0",), 2),
 }
 """Machine, its wrappers, and how many GPUs each of those has."""
+GPU_TYPES = {"h100": "H100", "NVIDIA A100-SXM4-40GB": "A100"}
+"""GPU types as clients ask for them, and as machines have them."""
 
 LIMITS = Limits(
     lease_max_s=100.0,
@@ -136,23 +145,37 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @rule(
         measurement_id=st.integers(1, 6),
-        llms=st.lists(st.sampled_from("ABCD"), min_size=1, max_size=3),
+        llms=st.lists(st.sampled_from("ABCDEF"), min_size=1, max_size=3),
         tenant=st.sampled_from(["lab", "lab", "lab", "guest"]),
         priority=st.sampled_from([Priority.NORMAL] * 4 + [Priority.LOW, Priority.HIGH]),
+        gpu_type=st.sampled_from([None] * 6 + sorted(GPU_TYPES)),
     )
-    def client_asks(self, measurement_id: int, llms: list[str], tenant: str, priority: Priority) -> None:
+    def client_asks(
+        self, measurement_id: int, llms: list[str], tenant: str, priority: Priority, gpu_type: str | None
+    ) -> None:
         if self.shutting_down or sum(not r.status.ended for r in self.requests()) > 12:
             return
-        new = tuple(NewRequest(f"r{next(self.ids)}", LLMS[name], "{}") for name in llms)
+        new = tuple(NewRequest(f"r{next(self.ids)}", LLMS[name], "{}", memory=MEMORY.get(name)) for name in llms)
         before = self.allocator.snapshot()
+        known = self.allocator.measurement(measurement_id) if measurement_id in self.served() else None
+        unfinished = [] if known is None else self.unfinished(measurement_id)
+        there = [w for w in self.allocator.wrappers() if w.status is not W.LOST]
         try:
-            self.tell(LeaseRequested(measurement_id, new, tenant, priority))
+            self.tell(LeaseRequested(measurement_id, new, tenant, priority, gpu_type))
         except LLMNeverFits:
             assert self.allocator.snapshot() == before
-            largest = max(w.gpus for w in self.allocator.wrappers() if w.status is not W.LOST)
-            pin = self.allocator.measurement(measurement_id).machine_id if measurement_id in self.served() else None
-            on_pin = [w.gpus for w in self.allocator.wrappers() if w.machine_id == pin and usable(w)]
-            assert max(LLMS[name].gpus for name in llms) > min([largest, *([max(on_pin)] if on_pin else [])])
+            pin = None if known is None else known.machine_id
+            asked_type = known.gpu_type if known is not None and unfinished else gpu_type
+            alike = [w for w in there if self.is_of_type(asked_type, w)]
+            on_pin = [w for w in there if w.machine_id == pin and usable(w)]
+            together: list[Request | NewRequest] = [*unfinished, *new]
+            assert not any(all(self.fits(each, w) for each in together) for w in alike) or (
+                on_pin and not all(any(self.fits(each, w) for w in on_pin) for each in new)
+            )
+        except InvalidField:
+            assert self.allocator.snapshot() == before
+            nowhere = not any(self.is_of_type(gpu_type, w) for w in there)
+            assert (nowhere and there) or (unfinished and known is not None and known.gpu_type != gpu_type)
 
     @precondition(lambda self: self.deployed())
     @rule(n=some)
@@ -277,16 +300,23 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.tell(event)
 
     def machine_joins(self, machine_id: str) -> None:
-        """A machine is there, with all its wrappers, as the registry's reconciliation tells it."""
+        """A machine is there, with all its wrappers, as the registry's reconciliation tells it; not how much memory."""
         machine, wrapper_ids, gpus = MACHINES[machine_id]
-        if self.allocator.machine(machine_id) != machine:
-            self.tell(MachineJoined(machine))
+        if self.allocator.machine(machine_id) not in (machine, bare(machine)):
+            self.tell(MachineJoined(bare(machine)))
         for n, wrapper_id in enumerate(wrapper_ids):
             record = self.allocator.wrapper(wrapper_id)
             if wrapper_id not in self.cluster.wrappers or record is None or record.gpus != gpus:
                 self.cluster.add(wrapper_id)
                 home = LLMS["A"] if n == 0 else None
                 self.tell(WrapperAdded(wrapper_id, machine_id, f"http://{wrapper_id}", gpus, home))
+
+    @precondition(lambda self: self.allocator.machines())
+    @rule(n=some)
+    def wrapper_tells_memory(self, n: int) -> None:
+        machines = [machine.machine_id for machine in self.allocator.machines() if machine.alive]
+        if machines:
+            self.tell(MachineJoined(MACHINES[machines[n % len(machines)]][0]))
 
     def machine_is_lost(self, machine_id: str) -> None:
         for wrapper_id in MACHINES[machine_id][1]:
@@ -307,11 +337,14 @@ class AllocatorMachine(RuleBasedStateMachine):
     def served(self) -> set[int]:
         return {measurement.measurement_id for measurement in self.allocator.snapshot().measurements}
 
+    def unfinished(self, measurement_id: int) -> list[Request]:
+        return [request for request in self.allocator.requests_of(measurement_id) if not request.status.ended]
+
     def heads(self) -> list[Request]:
         """The first unfinished request of each measurement, where that is queued."""
         heads = []
         for measurement_id in sorted(self.served()):
-            unfinished = [r for r in self.allocator.requests_of(measurement_id) if not r.status.ended]
+            unfinished = self.unfinished(measurement_id)
             if unfinished and unfinished[0].status is R.QUEUED:
                 heads.append(unfinished[0])
         return heads
@@ -320,17 +353,32 @@ class AllocatorMachine(RuleBasedStateMachine):
         """True when a waiting request could be given this wrapper, as the contract has it."""
         if wrapper.wrapper_id in request.failed_on:
             return False
-        pin = self.allocator.measurement(request.measurement_id).machine_id
-        unfinished = [r for r in self.allocator.requests_of(request.measurement_id) if not r.status.ended]
-        needed = max(r.spec.gpus for r in unfinished)
+        measurement = self.allocator.measurement(request.measurement_id)
+        pin = measurement.machine_id
         others = [w for w in self.allocator.wrappers() if usable(w)]
+
+        def fits_all(other: Wrapper) -> bool:
+            return all(self.fits(each, other) for each in self.unfinished(request.measurement_id))
+
         if pin is not None:
-            if any(w.machine_id == pin and w.gpus >= request.spec.gpus for w in others):
-                return wrapper.machine_id == pin and wrapper.gpus >= request.spec.gpus
-            alike = [w for w in others if self.gpu_type(w.machine_id) == self.gpu_type(pin) and w.gpus >= needed]
+            if any(w.machine_id == pin and self.fits(request, w) for w in others):
+                return wrapper.machine_id == pin and self.fits(request, wrapper)
+            alike = [w for w in others if self.gpu_type(w.machine_id) == self.gpu_type(pin) and fits_all(w)]
             if alike and self.gpu_type(wrapper.machine_id) != self.gpu_type(pin):
                 return False
-        return wrapper.gpus >= needed
+        return fits_all(wrapper) and self.is_of_type(measurement.gpu_type, wrapper)
+
+    def fits(self, asked: Request | NewRequest, wrapper: Wrapper) -> bool:
+        """True when a wrapper has the GPUs that an LLM needs, and the memory as far as both are known."""
+        machine = self.allocator.machine(wrapper.machine_id)
+        assert machine is not None
+        has_bytes = machine.gpu_memory_bytes if wrapper.gpus else machine.memory_bytes
+        if wrapper.gpus < asked.spec.gpus or asked.memory is None or has_bytes is None:
+            return wrapper.gpus >= asked.spec.gpus
+        return asked.memory.weights_bytes <= has_bytes * (asked.memory.gpus or max(1, wrapper.gpus))
+
+    def is_of_type(self, asked: str | None, wrapper: Wrapper) -> bool:
+        return asked is None or GPU_TYPES[asked] == self.gpu_type(wrapper.machine_id)
 
     def gpu_type(self, machine_id: str) -> str | None:
         machine = self.allocator.machine(machine_id)
@@ -444,10 +492,18 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.cluster_catches_up()
             for request in self.deployed():
                 self.tell(LeaseReleased(request.request_id))
+            for request in self.heads():  # accepted while no machine was known
+                if not any(self.may_use(request, wrapper) for wrapper in self.allocator.wrappers()):
+                    self.tell(LeaseReleased(request.request_id))
             self.allocator.check()
         assert not [request for request in self.requests() if not request.status.ended]
         assert not self.allocator.snapshot().leases
         assert not [w for w in self.cluster.wrappers.values() if w.token is not None and not w.empty]
+
+
+def bare(machine: Machine) -> Machine:
+    """A machine as it is known before a wrapper has told of its memory."""
+    return replace(machine, memory_bytes=None, gpu_memory_bytes=None)
 
 
 def usable(wrapper: Wrapper) -> bool:

@@ -126,7 +126,7 @@ def test_what_is_too_large_for_the_machine_of_its_measurement_is_refused():
     scene.ask(1, llm("A", 1))
     scene.machine("large", gpus=4)
     error = refused(scene, LLMNeverFits, asked(1, "x", model="B", gpus=4))
-    assert "measurement 1 is bound to machine small with at most 1 in a wrapper" in str(error)
+    assert "the largest wrapper has 1; measurement 1 is bound to machine small" in str(error)
 
 
 def test_the_largest_wrapper_of_its_machine_is_what_counts():

@@ -194,6 +194,24 @@ def test_4_an_llm_that_somebody_in_the_queue_wants_is_spared():
     assert scene.request_on("a-2") == "3a"
 
 
+@pytest.mark.parametrize("first_wanted", ["A", "B"])
+def test_4_of_llms_that_are_all_wanted_the_one_wanted_last_goes(first_wanted: str):
+    """The LLM that a request of higher rank wants next is still there when its turn comes, whichever was used last."""
+    scene = Scene()
+    scene.machine("a", wrappers=4)
+    scene.leave_ready("A", "a-0", 1)
+    scene.leave_ready("B", "a-1", 2)
+    for measurement_id, wanted in ((8, first_wanted), (9, "AB".replace(first_wanted, ""))):
+        scene.ask(measurement_id, f"X{measurement_id}", wanted)
+        scene.hand_over(f"a-{measurement_id - 6}")
+    scene.ask(10, "C")
+    kept = "a-0" if first_wanted == "A" else "a-1"
+    assert scene.request_on(kept) is None
+    scene.release("8a")
+    assert scene.request_on(kept) == "8b"
+    assert scene.wrapper(kept).status is W.LEASED
+
+
 def test_5_a_start_for_nobody_is_cut_short_at_last():
     """Only where nothing else is free a deploy that nobody waits for gives way to another LLM."""
     scene = Scene()

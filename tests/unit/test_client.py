@@ -91,6 +91,15 @@ def test_idempotency_key_is_sent(registry: Make) -> None:
     assert script.requests[0].headers["idempotency-key"] == "key-1"
 
 
+def test_gpu_type_is_sent_when_it_matters(registry: Make) -> None:
+    """A measurement that needs certain GPUs says so; one that does not sends no such field."""
+    client, script = registry(*[httpx.Response(201, json={"requests": []})] * 2)
+    client.request(7, [{}], gpu_type="H100")
+    client.request(8, [{}])
+    assert json.loads(script.requests[0].content)["gpuType"] == "H100"
+    assert "gpuType" not in json.loads(script.requests[1].content)
+
+
 def test_request_is_not_repeated(registry: Make) -> None:
     """A POST that was refused or did not arrive is the caller's to repeat: twice would be two requests."""
     client, script = registry(httpx.Response(503, json=BUSY), httpx.ConnectError("refused"))

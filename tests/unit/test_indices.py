@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from registry.fit import Needs, Size
 from registry.indices import Pool, Queue, RequestIndex
 from registry.ledger import Ledger
 from registry.policy import Place, Turns
@@ -14,16 +15,17 @@ from registry.transitions import InvariantBroken
 from tests.allocator_scene import Scene
 
 SPEC = LLMSpec("a", "text-generation")
+ONE_OR_TWO = frozenset({Size(1), Size(2)})
 
 
 def test_the_smallest_wrapper_that_is_allowed_is_found() -> None:
     """Where the smallest wrapper has failed the LLM before, the next larger one is taken."""
     pool = Pool()
     for wrapper_id, gpus in (("small", 1), ("large", 2)):
-        pool.add(Wrapper(wrapper_id, "m", "http://m", gpus=gpus), None)
-    assert pool.smallest(Place(1)) == "small"
-    assert pool.smallest(Place(1, not_on=frozenset({"small"}))) == "large"
-    assert pool.smallest(Place(1, not_on=frozenset({"small", "large"}))) is None
+        pool.add(Wrapper(wrapper_id, "m", "http://m", gpus=gpus), Size(gpus))
+    assert pool.smallest(Place(ONE_OR_TWO)) == "small"
+    assert pool.smallest(Place(ONE_OR_TWO, not_on=frozenset({"small"}))) == "large"
+    assert pool.smallest(Place(ONE_OR_TWO, not_on=frozenset({"small", "large"}))) is None
 
 
 def test_an_ended_request_leaves_the_index_as_it_was() -> None:
@@ -33,10 +35,10 @@ def test_an_ended_request_leaves_the_index_as_it_was() -> None:
     waiting = Request("r1", 1, 1, SPEC, "{}")
     ended = replace(waiting, request_id="r2", seq=2, status=RequestStatus.RELEASED)
     for request in (waiting, ended):
-        index.add(request, "t", rank)
-    index.remove(ended, "t", rank)
+        index.add(request, Needs(), "t", rank)
+    index.remove(ended, Needs(), "t", rank)
     assert [request_id for _, request_id in index.of[1]] == ["r1"]
-    index.remove(waiting, "t", rank)
+    index.remove(waiting, Needs(), "t", rank)
     assert index.queued == empty.queued
     assert index.unfinished == empty.unfinished
     assert index.queued_count == 0
@@ -49,9 +51,9 @@ def test_a_tenant_that_waits_for_nothing_more_is_charged_all_the_same() -> None:
     before = turns.key("t")
     queue.charge("t")
     assert turns.key("t") > before
-    queue.put(1, ("t", Place(0), (1, 1, 1)))
+    queue.put(1, ("t", Place(ONE_OR_TWO), (1, 1, 1)))
     queue.charge("t")
-    assert queue.contents() == {1: ("t", Place(0), (1, 1, 1))}
+    assert queue.contents() == {1: ("t", Place(ONE_OR_TWO), (1, 1, 1))}
 
 
 def test_writing_down_what_is_known_changes_nothing() -> None:

@@ -96,19 +96,19 @@ async def test_llms_keep_their_order(http: httpx.AsyncClient, registry: FakeRegi
     body = {**BODY, "llms": [{**LLM, "model": model} for model in models]}
     accepted = (await http.post(REQUEST, json=body)).json()["requests"]
     assert [request["llmconfig"]["model"] for request in accepted] == models
-    ((method, (measurement_id, llms, tenant, priority, idempotency), _),) = registry.calls
-    assert (method, measurement_id, tenant, priority, idempotency) == ("request", 1234, "default", "normal", None)
-    assert [request["requestId"] for request in accepted] == [request_id for request_id, *_ in llms]
+    ((method, (measurement_id, llms, *more), _),) = registry.calls
+    assert (method, measurement_id, more) == ("request", 1234, ["default", "normal", None, None])
+    assert [request["requestId"] for request in accepted] == [new.request_id for new in llms]
     assert len({request["requestId"] for request in accepted}) == 5
 
 
 async def test_llmconfig_is_mapped(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
     """The registry gets what has to run in the engine's words, and the client's own words unchanged."""
     await http.post(REQUEST, json=BODY)
-    ((_, (_, ((_, spec, llmconfig, notes),), *_), _),) = registry.calls
-    assert spec == map_llmconfig(LLM).spec
-    assert json.loads(llmconfig) == LLM
-    assert any("torch_dtype" in note for note in notes)
+    ((_, (_, (new,), *_), _),) = registry.calls
+    assert new.spec == map_llmconfig(LLM).spec
+    assert json.loads(new.llmconfig) == LLM
+    assert any("torch_dtype" in note for note in new.notes)
 
 
 @pytest.mark.parametrize("priority", list(Priority))
@@ -118,12 +118,18 @@ async def test_priority_is_passed_on(http: httpx.AsyncClient, registry: FakeRegi
     assert registry.calls[0][1][3] is priority
 
 
+async def test_gpu_type_is_passed_on(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """The GPU type that a measurement asks for reaches the registry."""
+    await http.post(REQUEST, json={**BODY, "gpuType": "NVIDIA H100 80GB HBM3"})
+    assert registry.calls[0][1][4] == "NVIDIA H100 80GB HBM3"
+
+
 async def test_idempotency_key_comes_with_the_bodys_hash(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
     """An Idempotency-Key reaches the registry with the SHA-256 of the very bytes that were sent."""
     content = json.dumps(BODY, indent=3).encode()
     headers = {"Idempotency-Key": "key-1", "Content-Type": "application/json"}
     assert (await http.post(REQUEST, content=content, headers=headers)).status_code == 201
-    assert registry.calls[0][1][4] == Idempotency("key-1", hashlib.sha256(content).hexdigest())
+    assert registry.calls[0][1][5] == Idempotency("key-1", hashlib.sha256(content).hexdigest())
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256])
@@ -159,6 +165,9 @@ async def test_idempotency_key_has_a_length(http: httpx.AsyncClient, registry: F
         (("llms", 0, "args", "prompting", "temperature"), "hot", "llms[0].args.prompting.temperature"),
         (("llms", 0, "args", "deployment", "trust_remote_code"), True, "llms[0].args.deployment.trust_remote_code"),
         (("priority",), "urgent", "priority"),
+        (("gpuType",), "", "gpuType"),
+        (("gpuType",), "*", "gpuType"),
+        (("gpuType",), "H100\n", "gpuType"),
         (("surprise",), 1, "surprise"),
     ],
 )
@@ -364,7 +373,7 @@ async def test_health(http: httpx.AsyncClient, registry: FakeRegistry, health: s
     "error",
     [
         IdempotencyConflict("k"),
-        LLMNeverFits("m", "r"),
+        LLMNeverFits("f", "m", "r"),
         QueueFull("this registry", 5),
         ShuttingDown(),
         RegistryUnavailable("r"),
@@ -376,11 +385,12 @@ async def test_health(http: httpx.AsyncClient, registry: FakeRegistry, health: s
 async def test_errors_of_the_registry_become_answers(
     http: httpx.AsyncClient, registry: FakeRegistry, error: RegistryError
 ) -> None:
-    """Each error is answered with its status, code and text; with Retry-After exactly when trying again can help."""
+    """Each error is answered with its status, code, text and field; with Retry-After exactly when that can help."""
     registry.error = error
     for answer in (await http.post(REQUEST, json=BODY), await http.get(f"{REQUEST}/x")):
         assert answer.status_code == error.http_status
-        assert answer.json() == {"code": error.code, "message": str(error), "retryable": error.retryable}
+        body = {"code": error.code, "message": str(error), "retryable": error.retryable}
+        assert answer.json() == body | ({"field": error.field} if isinstance(error, LLMNeverFits) else {})
         assert ("retry-after" in answer.headers) == error.retryable
 
 

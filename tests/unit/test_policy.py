@@ -2,7 +2,8 @@ from itertools import pairwise
 
 import pytest
 
-from registry.policy import ANY_GPU_TYPE, Place, Turns, may_be_overtaken, rank, victim
+from registry.fit import Size
+from registry.policy import Place, Turns, may_be_overtaken, rank, victim
 from registry.state import Limits, LLMSpec, Measurement, Priority, Request, Wrapper
 
 
@@ -10,24 +11,24 @@ def wrapper(wrapper_id: str, *, gpus: int = 0, machine_id: str = "m") -> Wrapper
     return Wrapper(wrapper_id, machine_id, "http://w", gpus=gpus)
 
 
+HERE, ELSEWHERE = Size(2, "H100", 80), Size(2, "A100", 40)
+
+
 @pytest.mark.parametrize(
     ("place", "allowed"),
     [
-        (Place(2), True),
-        (Place(3), False),
-        (Place(0, machine_id="m"), True),
-        (Place(0, machine_id="other"), False),
-        (Place(0, gpu_type="H100"), True),
-        (Place(0, gpu_type="A100"), False),
-        (Place(0, gpu_type=None), False),
-        (Place(0, gpu_type=ANY_GPU_TYPE), True),
-        (Place(0, not_on=frozenset({"w"})), False),
-        (Place(0, not_on=frozenset({"x"})), True),
+        (Place(frozenset({HERE, ELSEWHERE})), True),
+        (Place(frozenset({ELSEWHERE})), False),
+        (Place(frozenset()), False),
+        (Place(frozenset({HERE}), machine_id="m"), True),
+        (Place(frozenset({HERE}), machine_id="other"), False),
+        (Place(frozenset({HERE}), not_on=frozenset({"w"})), False),
+        (Place(frozenset({HERE}), not_on=frozenset({"x"})), True),
     ],
 )
 def test_a_place_allows_exactly_the_wrappers_that_meet_all_its_conditions(place, allowed):
-    """Size, machine, GPU type and failures each rule a wrapper out."""
-    assert place.allows(wrapper("w", gpus=2), "H100") is allowed
+    """Size, machine and failures each rule a wrapper out."""
+    assert place.allows(wrapper("w", gpus=2), HERE) is allowed
 
 
 def test_rank_is_priority_then_arrival():
@@ -49,20 +50,29 @@ def test_a_request_is_overtaken_neither_too_often_nor_for_too_long(overtaken, wa
     assert may_be_overtaken(request, Limits(max_overtakes=4, max_overtake_s=60.0), 100.0 + waited_s) is allowed
 
 
+HIGH, EARLY, LATE = (0, 9, 1), (1, 1, 2), (1, 2, 3)
+
+
 @pytest.mark.parametrize(
     ("wanted", "chosen"),
-    [(set(), "a"), ({"a"}, "b"), ({"a", "b"}, "c"), ({"a", "b", "c"}, "a")],
+    [
+        ({}, "a"),
+        ({"a": LATE}, "b"),
+        ({"a": LATE, "b": LATE}, "c"),
+        ({"a": EARLY, "b": LATE, "c": HIGH}, "b"),
+        ({"a": HIGH, "b": EARLY, "c": EARLY}, "b"),
+    ],
 )
-def test_the_victim_is_the_first_that_nobody_wants_else_the_first(wanted, chosen):
-    """An LLM that somebody in the queue wants is given up only when there is no other."""
-    found = victim([wrapper("a"), wrapper("b"), wrapper("c")], lambda w: w.wrapper_id in wanted)
+def test_the_victim_is_the_first_that_nobody_wants_else_the_one_wanted_last(wanted, chosen):
+    """An LLM that somebody in the queue wants is given up only when there is no other, and the first in line last."""
+    found = victim([wrapper("a"), wrapper("b"), wrapper("c")], lambda w: wanted.get(w.wrapper_id))
     assert found is not None
     assert found.wrapper_id == chosen
 
 
 def test_no_candidates_no_victim():
     """Where nothing can be given up, nothing is."""
-    assert victim([], lambda _: True) is None
+    assert victim([], lambda _: EARLY) is None
 
 
 def turns_taken(turns: Turns, tenants: list[str], count: int) -> list[str]:

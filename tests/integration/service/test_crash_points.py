@@ -20,7 +20,7 @@ import pytest
 
 from registry.errors import EngineStartFailed
 from registry.reconcile import LeaseGrant
-from registry.state import Changes, LLMSpec, RequestStatus, WrapperStatus
+from registry.state import Changes, LLMSpec, NewRequest, RequestStatus, WrapperStatus
 from registry.store import EventRow, IdempotencyRow
 from tests.fake_cluster import FakeCluster
 from tests.service_world import OTHER, THIRD, TINY, World, config_of
@@ -191,7 +191,7 @@ Scenario = Callable[[PluggedWorld], Awaitable[dict[str, RequestStatus]]]
 
 def ask(world: PluggedWorld, measurement_id: int, **specs: LLMSpec) -> Callable[[], object]:
     """A POST whose ids the client's side has chosen, so that it may be repeated."""
-    llms = [(request_id, spec, config_of(spec), ()) for request_id, spec in specs.items()]
+    llms = [NewRequest(request_id, spec, config_of(spec)) for request_id, spec in specs.items()]
     return lambda: world.service.request(measurement_id, llms)
 
 

@@ -17,7 +17,7 @@ from registry.errors import (
     WrapperUnreachable,
 )
 from registry.service import Idempotency
-from registry.state import Priority, WrapperStatus
+from registry.state import NewRequest, Priority, WrapperStatus
 from registry.state import RequestStatus as Status
 from tests.service_world import BIG, LIMIT_S, OTHER, THIRD, TINY, World, config_of
 
@@ -104,6 +104,18 @@ async def test_who_is_bound_to_a_machine_is_told_so(world: World) -> None:
     await world.until_status(warm, Status.DEPLOYED)
     reason = views.request_state(world.service, world.request(second)).reason
     assert reason == "its measurement runs on machine a, which is in use"
+
+
+async def test_what_fits_nowhere_any_more_says_so(world: World) -> None:
+    """A request that was accepted before any machine was known tells that none has what it needs."""
+    world.cluster.leave("a")
+    await world.until(lambda: world.status_of() is WrapperStatus.LOST)
+    (waits,) = world.ask(1, TINY, gpu_type="H100")
+    assert views.measurement_state(world.service, 1).gpuType == "H100"
+    world.cluster.join("a")
+    await world.until_wrapper(WrapperStatus.IDLE)
+    reason = views.request_state(world.service, world.request(waits)).reason
+    assert reason == "it fits on no LLM Machine: no machine here has 'H100'; none has a GPU whose type is known"
 
 
 async def test_free_llm_gives_way(world: World) -> None:
@@ -458,7 +470,7 @@ async def test_waiter_that_goes_away_leaves_nothing(world: World) -> None:
 
 async def test_same_ids_are_the_same_requests(world: World) -> None:
     """A POST that is repeated with the ids it was given, because its answer was lost, makes nothing new."""
-    llms = [("x1", TINY, config_of(TINY), ("a note",)), ("x2", OTHER, config_of(OTHER), ())]
+    llms = [NewRequest("x1", TINY, config_of(TINY), ("a note",)), NewRequest("x2", OTHER, config_of(OTHER))]
     first = world.service.request(1, llms)
     await world.until_status("x1", Status.DEPLOYED)
     again = world.service.request(1, llms)
