@@ -521,10 +521,13 @@ class Service:
         wrapper = self.allocator.wrapper(wrapper_id)
         if wrapper is None or not is_news:
             return
-        if wrapper.status is WrapperStatus.FAILED or report.epoch < wrapper.epoch:
-            # It was given up and answers again, or it was replaced and has forgotten everything.
+        has_llm = wrapper.status in (WrapperStatus.READY, WrapperStatus.LEASED)
+        replaced = report.epoch < wrapper.epoch or (has_llm and not report.starts)
+        if wrapper.status is WrapperStatus.FAILED or replaced:
+            # It was given up and answers again, or its process is new and has forgotten everything. A command that was
+            # meant for the old one may have given the new one an epoch, but not the LLM.
             self._apply(WrapperStarted(wrapper_id, report.epoch, report.running))
-        elif report.died is not None and wrapper.status in (WrapperStatus.READY, WrapperStatus.LEASED):
+        elif report.died is not None and has_llm:
             self._apply(LLMDied(wrapper_id, report.epoch, report.died))
 
     def _note_activity(self, report: WrapperReport) -> None:

@@ -290,3 +290,30 @@ async def test_fewer_wrappers_after_a_restart(make: Make) -> None:
     await world.until(lambda: "a-1" not in world.service._watchers)
     assert world.status_of("a-1") is None
     await world.deployed(1)
+
+
+async def test_new_process_that_is_told_of_a_lease(world: World) -> None:
+    """A lease that is told, once more, to a wrapper's new process gets its LLM there, too."""
+    world.service.release(await world.deployed(1))
+    await world.until(lambda: world.wrapper().grant is None)
+    gate = world.cluster.hold("a-0", "bind")
+    (request_id,) = world.ask(2, TINY)
+    await world.until(lambda: gate.arrived)
+    world.cluster.kill_process("a-0")
+    gate.open()
+    await world.until(lambda: world.wrapper().runs)
+    await world.until_status(request_id, Status.DEPLOYED)
+    assert world.wrapper().grant is not None
+
+
+async def test_new_process_that_is_told_of_the_end_of_a_lease(world: World) -> None:
+    """A wrapper whose process was replaced just when its lease ended is known to be empty."""
+    request_id = await world.deployed(1)
+    gate = world.cluster.hold("a-0", "unbind")
+    world.service.release(request_id)
+    await world.until(lambda: gate.arrived)
+    world.cluster.kill_process("a-0")
+    gate.open()
+    await world.until_wrapper(WrapperStatus.IDLE)
+    await world.deployed(2)
+    assert world.wrapper().runs
