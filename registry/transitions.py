@@ -131,3 +131,14 @@ def check_wrapper_transition(wrapper_id: str, old: W | None, new: W) -> None:
     allowed = new is FIRST_WRAPPER_STATUS if old is None else new is old or new in WRAPPER_TRANSITIONS[old]
     if not allowed:
         raise InvariantBroken(f"wrapper {wrapper_id} can't go from {old} to {new}")
+
+
+def as_markdown() -> str:
+    """The tables as ``registry/DESIGN.md`` shows them, between its marks for states."""
+    lines = []
+    for kind, table in (("a request", REQUEST_TRANSITIONS), ("a wrapper", WRAPPER_TRANSITIONS)):
+        lines += ["", f"| {kind} that is | can become |", "|---|---|"]
+        for status, row in table.items():
+            moves = (f"`{after}` ({why})" for after, why in row.items())
+            lines.append(f"| `{status}` | {' · '.join(moves) or 'nothing else'} |")
+    return "\n".join([*lines, "", ""])

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from registry.state import RequestStatus, WrapperStatus
@@ -5,9 +7,12 @@ from registry.transitions import (
     REQUEST_TRANSITIONS,
     WRAPPER_TRANSITIONS,
     InvariantBroken,
+    as_markdown,
     check_request_transition,
     check_wrapper_transition,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_tables_name_every_status():
@@ -20,6 +25,14 @@ def test_every_transition_says_what_brings_it_about():
     """The tables can be drawn: each arrow has a label."""
     for table in (REQUEST_TRANSITIONS, WRAPPER_TRANSITIONS):
         assert all(label for row in table.values() for label in row.values())
+
+
+def test_the_design_shows_the_tables():
+    """registry/DESIGN.md holds the tables as they are; `print(as_markdown())` shows what belongs there."""
+    _, _, rest = (ROOT / "registry" / "DESIGN.md").read_text().partition("<!-- states:begin -->\n")
+    shown, end, _ = rest.partition("<!-- states:end -->")
+    assert end
+    assert shown == as_markdown()
 
 
 def test_ended_requests_go_nowhere():
