@@ -45,9 +45,9 @@ tiny-llms: env ## two made-up LLMs of some 100 kB, to try things with, in build/
 bench: env ## the benchmarks (PART=… for one of them)
 	$(BIN)/python -m tests.bench.run $(if $(PART),--part $(PART))
 
-bench-gpu: ## the cold start on a machine with an NVIDIA GPU, in an environment of its own (.venv-gpu)
+bench-gpu: ## starts and swaps on a machine with an NVIDIA GPU, in an environment of its own (.venv-gpu)
 	@PYTHON="$(PYTHON)" locks/install.sh gpu .venv-gpu
-	.venv-gpu/bin/python -m tests.bench.cold_start --gpus 1
+	.venv-gpu/bin/python -m tests.bench.engine --only starts --gpus 1
 
 # torch and its relatives stay out of the CPU lock, see locks/cpu.overrides.
 COMPILE = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-emit-index-url \

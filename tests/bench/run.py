@@ -12,7 +12,7 @@ import sys
 PARTS = {
     "allocator": "tests.bench.allocator",
     "control": "tests.bench.control",
-    "engine": "tests.bench.cold_start",
+    "engine": "tests.bench.engine",
     "meter": "tests.bench.meter_overhead",
 }
 

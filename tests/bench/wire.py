@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -38,30 +39,55 @@ class Connection:
         Raises:
             OSError, EOFError: the connection could not be made, or broke; the next call makes a new one.
         """
-        lines = [f"{method} {path} HTTP/1.1", f"host: {self._host}:{self._port}", f"content-length: {len(body)}"]
-        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-        if body:
-            lines.append("content-type: application/json")
         try:
-            if self._streams is None:
-                self._streams = await asyncio.open_connection(self._host, self._port)
-            reader, writer = self._streams
-            writer.write("\r\n".join([*lines, "", ""]).encode() + body)
-            return await self._answer(reader)
+            return await self._answer(await self._send(method, path, body, headers))
         except BaseException:  # cancelled, too: what is left of the answer must not be taken for the next one
             self.close()
             raise
 
+    async def stream(self, method: str, path: str, body: bytes) -> AsyncIterator[tuple[float, bytes]]:
+        """The chunks of an answer that comes in chunks, each with the second (perf_counter) of its arrival.
+
+        Raises:
+            UnexpectedAnswer: it is no success.
+            OSError, EOFError: as for ``call``.
+        """
+        try:
+            reader = await self._send(method, path, body, None)
+            head = await reader.readuntil(b"\r\n\r\n")
+            status, headers = _parsed(head)
+            if status != 200 or "transfer-encoding" not in headers:
+                raise UnexpectedAnswer(status, await reader.readexactly(int(headers.get("content-length", 0))))
+            while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
+                chunk = await reader.readexactly(size)
+                yield time.perf_counter(), chunk
+                await reader.readexactly(2)
+            await reader.readuntil(b"\r\n")
+        except BaseException:
+            self.close()
+            raise
+
+    async def _send(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str] | None
+    ) -> asyncio.StreamReader:
+        lines = [f"{method} {path} HTTP/1.1", f"host: {self._host}:{self._port}", f"content-length: {len(body)}"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        if body:
+            lines.append("content-type: application/json")
+        if self._streams is None:
+            self._streams = await asyncio.open_connection(self._host, self._port)
+        reader, writer = self._streams
+        writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+        return reader
+
     async def _answer(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
-        head = await reader.readuntil(b"\r\n\r\n")
-        status_line, *header_lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in header_lines)}
+        status, headers = _parsed(await reader.readuntil(b"\r\n\r\n"))
         if "transfer-encoding" in headers:
-            raise NotImplementedError("an answer in chunks")
+            raise NotImplementedError("an answer in chunks: use stream")
         answer = await reader.readexactly(int(headers.get("content-length", 0)))
         if headers.get("connection", "").lower() == "close":
             self.close()
-        return int(status_line.split(" ", 2)[1]), answer
+        return status, answer
 
     async def json(self, method: str, path: str, body: object = None) -> Any:
         """The JSON of an answer that must be a success (None: it has no body). Raises UnexpectedAnswer."""
@@ -69,6 +95,12 @@ class Connection:
         if not 200 <= status < 300:
             raise UnexpectedAnswer(status, answer)
         return json.loads(answer) if answer else None
+
+
+def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
+    status_line, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return int(status_line.split(" ", 2)[1]), headers
 
 
 class UnexpectedAnswer(Exception):
