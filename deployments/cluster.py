@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
@@ -32,6 +33,13 @@ COMMAND_TIMEOUT_S = 10.0
 REMOVE_TIMEOUT_S = 60.0
 """Longest wait until deleted wrappers are gone."""
 
+APPS_BELIEVED_S = 30.0
+"""How long Serve's list of applications is believed while every wrapper answers, seconds.
+
+Serve unpickles the configuration of every deployment each time it is asked: once a second that is 3 % of a core here
+and as much in its controller, on a machine whose energy is measured.
+"""
+
 SERVE_NAMESPACE = "serve"
 
 
@@ -42,13 +50,18 @@ class RayCluster:
         self._settings = settings
         self._sources = sources
         self._handles: dict[str, DeploymentHandle[Any]] = {}
+        self._apps: frozenset[str] | None = None
+        self._apps_until_s = 0.0
 
     async def observe(self) -> Observation:
         """Nodes that are alive, and the wrappers that Serve has. Raises WrapperUnreachable when Ray does not answer."""
         nodes = await self._in_thread("cluster", ray.nodes)
-        status = await self._in_thread("cluster", serve.status)
-        apps = frozenset(name.removeprefix(APP_PREFIX) for name in status.applications if name.startswith(APP_PREFIX))
-        return Observation(machines_of(nodes), apps)
+        if self._apps is None or time.monotonic() >= self._apps_until_s:
+            self._apps_until_s = time.monotonic() + APPS_BELIEVED_S
+            status = await self._in_thread("cluster", serve.status)
+            names = (name for name in status.applications if name.startswith(APP_PREFIX))
+            self._apps = frozenset(name.removeprefix(APP_PREFIX) for name in names)
+        return Observation(machines_of(nodes), self._apps)
 
     async def create(self, wrappers: Sequence[WrapperPlan]) -> None:
         """Deploy these wrappers, all at once; returns when Serve has accepted them."""
@@ -73,8 +86,7 @@ class RayCluster:
             for want in wrappers
         ]
         log.info("wrappers are deployed", wrappers=[want.wrapper_id for want in wrappers])
-        for want in wrappers:
-            self._handles.pop(want.wrapper_id, None)
+        self._forget(want.wrapper_id for want in wrappers)
         await self._in_thread(
             "cluster",
             lambda: serve.run_many(
@@ -84,8 +96,7 @@ class RayCluster:
 
     async def remove(self, wrapper_ids: Sequence[str]) -> None:
         """Delete these wrappers and wait until they are gone."""
-        for wrapper_id in wrapper_ids:
-            self._handles.pop(wrapper_id, None)
+        self._forget(wrapper_ids)
         async with asyncio.timeout(REMOVE_TIMEOUT_S):
             await asyncio.gather(
                 *(self._in_thread(w, lambda name=APP_PREFIX + w: serve.delete(name)) for w in wrapper_ids)
@@ -122,8 +133,14 @@ class RayCluster:
 
     async def restart(self, wrapper_id: str) -> None:
         """Kill the wrapper's replica; Serve starts another."""
-        self._handles.pop(wrapper_id, None)
+        self._forget([wrapper_id])
         await self._in_thread(wrapper_id, lambda: _kill_replicas(APP_PREFIX + wrapper_id))
+
+    def _forget(self, wrapper_ids: Iterable[str]) -> None:
+        """What was known of these wrappers, and of which there are, is out of date."""
+        self._apps = None
+        for wrapper_id in wrapper_ids:
+            self._handles.pop(wrapper_id, None)
 
     @property
     def _last_prompt_s(self) -> float:
@@ -140,6 +157,7 @@ class RayCluster:
                     self._handles[wrapper_id] = handle
                 return await getattr(handle, method).remote(*args)
         except TimeoutError as error:
+            self._apps = None  # it may be gone
             raise WrapperUnreachable(wrapper_id, f"no answer to {method} within {timeout_s:g} s") from error
         except RegistryError:
             raise
@@ -147,6 +165,7 @@ class RayCluster:
             cause = getattr(error, "cause", None)
             if isinstance(cause, RegistryError):
                 raise cause from None
+            self._apps = None
             raise WrapperUnreachable(wrapper_id, f"{method}: {type(error).__name__}: {_first_line(error)}") from error
 
     async def _in_thread(self, what: str, call: Any) -> Any:
