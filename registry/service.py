@@ -71,8 +71,9 @@ log = structlog.get_logger("registry.service")
 FAILED_RETRY_S = 30.0
 """How often a wrapper that was given up is looked at again, seconds."""
 
-ACTIVITY_GRAIN_S = 1.0
-"""Lease activity is written down when it is this much newer than what is known, seconds."""
+ACTIVITY_GRAIN = 0.05
+"""While a lease is used its activity is written down when it is newer by this share of the idle limit than what is
+known: each time is a commit. Before a lease is ended its wrapper is asked, so it costs no lease a second."""
 
 STOP_MARGIN_S = 10.0
 """How much longer than an LLM may take to stop a shutdown waits for it, seconds."""
@@ -517,7 +518,7 @@ class Service:
         return report, under_way == own_commands and self._commands.get(wrapper_id, 0) == before
 
     def _take_report(self, wrapper_id: str, report: WrapperReport, is_news: bool) -> None:
-        self._note_activity(report)
+        self._note_activity(report, grain=ACTIVITY_GRAIN)
         wrapper = self.allocator.wrapper(wrapper_id)
         if wrapper is None or not is_news:
             return
@@ -530,12 +531,12 @@ class Service:
         elif report.died is not None and has_llm:
             self._apply(LLMDied(wrapper_id, report.epoch, report.died))
 
-    def _note_activity(self, report: WrapperReport) -> None:
+    def _note_activity(self, report: WrapperReport, *, grain: float) -> None:
         if report.bound is None or report.idle_for_s is None:
             return
         at_s = self._now_s() - report.idle_for_s
         lease = self.allocator.lease_of(report.bound)
-        if lease is not None and at_s >= lease.last_active_s + ACTIVITY_GRAIN_S:
+        if lease is not None and at_s > lease.last_active_s + grain * lease.idle_limit_s:
             self._apply(LeaseUsed(report.bound, at_s))
 
     async def _await_wrapper(self, wrapper_id: str, *, own_commands: int = 0) -> Event:
@@ -580,7 +581,7 @@ class Service:
         except WrapperUnreachable as error:
             log.warning("a lease ends unasked", wrapper_id=lease.wrapper_id, reason=error.reason)
         else:
-            self._note_activity(report)
+            self._note_activity(report, grain=0.0)
         finally:
             self._asked.discard(lease.request_id)
         self._apply(TimePassed(asked=(lease.request_id,)))

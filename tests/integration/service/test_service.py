@@ -290,6 +290,24 @@ async def test_use_extends_a_lease(world: World) -> None:
     assert world.request(request_id).reason == "its lease reached its deadline"
 
 
+async def test_use_is_written_down_now_and_then(world: World) -> None:
+    """Prompts of every second are not a commit each, and still no second of the lease they extend is lost."""
+    request_id = await world.deployed(1)
+    begun_s = world.clock.now_s
+    world.clock.now_s += 4.0
+    await world.looked()
+    lease = world.service.allocator.lease_of(request_id)
+    assert lease is not None
+    assert lease.last_active_s == begun_s
+    world.wrapper().idle_for_s = 96.5  # last used after 3.5 s, which is not written down
+    world.clock.now_s = begun_s + 100.0
+    await world.looked()
+    assert world.request(request_id).status is Status.DEPLOYED
+    world.wrapper().idle_for_s = 100.0
+    world.clock.now_s = begun_s + 103.5
+    await world.until_status(request_id, Status.EXPIRED)
+
+
 async def test_prompt_of_the_last_moment_extends(world: World) -> None:
     """Before a lease expires its wrapper is asked: a prompt that no report has told of yet keeps it."""
     request_id = await world.deployed(1)
