@@ -14,7 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deployments.warm_start import OWNER_PID, PHASE_FILE, PRELOAD_EXTRA, die_with, fork_context, shape_problem
+from deployments.warm_start import (
+    OWNER_PID,
+    PHASE_FILE,
+    PRELOAD_EXTRA,
+    allow_amx,
+    die_with,
+    fork_context,
+    shape_problem,
+)
 
 _ALWAYS = (
     "vllm.v1.engine.async_llm",
@@ -58,6 +66,7 @@ def _preload() -> str | None:
     if problem is not None:
         return problem
     _take_over()
+    allow_amx()
     # What was imported stays for good. Every engine and worker would search all of it for garbage when it starts and
     # when it ends, which takes as long as everything else, and would copy the memory that the forks share.
     gc.collect()

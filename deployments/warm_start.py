@@ -17,6 +17,7 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import platform
 import signal
 import sys
 import threading
@@ -32,6 +33,7 @@ OWNER_PID = "GREENPROMPT_ENGINE_OWNER_PID"
 PHASE_FILE = "GREENPROMPT_ENGINE_PHASE_FILE"
 PRELOAD_EXTRA = "GREENPROMPT_ENGINE_PRELOAD"
 _PR_SET_PDEATHSIG = 1
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
 
 # (module, what must be in it, names that its code must look up in the module: who holds `get_mp_context` by name)
 _SHAPE = (
@@ -74,6 +76,18 @@ def die_with(parent_pid: int) -> None:
         os._exit(1)
 
 
+def allow_amx() -> None:
+    """Ask the kernel for the tile registers of Intel's AMX, for this process and its forks; elsewhere do nothing.
+
+    vLLM 0.32 uses them in its attention without asking. Where no matrix product of torch has asked before, as with an
+    eager LLM whose first prompt is short, its worker is killed by SIGILL.
+
+    Source: Linux, Documentation/arch/x86/xstate.rst.
+    """
+    if platform.machine() == "x86_64":  # a system call of its own; refused where the processor has no AMX
+        ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA)
+
+
 def forkserver_variables(preload: Sequence[str]) -> Mapping[str, str]:
     """The environment that a forkserver of this process needs, to import ``preload`` besides what it always does."""
     root = str(Path(__file__).resolve().parent.parent)
@@ -114,6 +128,7 @@ class MortalProcess(context.SpawnProcess):
 def _revive_mortal(parent_pid: int) -> MortalProcess:
     die_with(parent_pid)
     spawn_mortals()
+    allow_amx()
     return MortalProcess.__new__(MortalProcess)
 
 

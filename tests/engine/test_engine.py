@@ -79,6 +79,12 @@ async def test_swap(host: EngineHost, llms: Path) -> None:
     assert answers[0] == answers[2] != answers[1]
 
 
+async def test_first_prompt_may_be_short(host: EngineHost, llms: Path) -> None:
+    """The first prompt of an LLM may be a single word: nothing before it has to have set the processor up."""
+    llm = await start(host, llms / "a")
+    assert (await complete(llm, prompt="x"))["usage"]["completion_tokens"] == 12
+
+
 async def test_phases(host: EngineHost, llms: Path) -> None:
     """The phases of a start are told in their order, and their times add up to the time that it took."""
     told: list[Phase] = []
