@@ -180,7 +180,8 @@ def machines_of(nodes: Sequence[dict[str, Any]]) -> tuple[Machine, ...]:
     """Ray's living nodes as machines, in the order of their ids.
 
     A machine's id is its node's name (its address unless ``ray start --node-name`` said otherwise); where several
-    nodes share a name, as on one host, the later ones carry the first digits of their node id too.
+    nodes share a name, as on one host, the later ones carry the first digits of their node id too. How much memory
+    there is its wrappers tell: Ray's own ``memory`` is what was left of it when the raylet started.
     """
     machines: dict[str, Machine] = {}
     for node in sorted((n for n in nodes if n["Alive"]), key=lambda n: (not _is_head(n), str(n["NodeID"]))):
@@ -189,14 +190,12 @@ def machines_of(nodes: Sequence[dict[str, Any]]) -> tuple[Machine, ...]:
         if name in machines:
             name = f"{name}-{node_id[:6]}"
         gpu_types = [key.partition(":")[2] for key in resources if key.startswith("accelerator_type:")]
-        memory = resources.get("memory")
         machines[name] = Machine(
             machine_id=name,
             node_id=node_id,
             address=str(node["NodeManagerAddress"]),
             gpus=int(resources.get("GPU", 0)),
             gpu_type=gpu_types[0] if gpu_types else None,
-            memory_bytes=int(memory) if memory is not None else None,
         )
     return tuple(machines.values())
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import ray
@@ -23,6 +23,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
+from deployments.checkpoints import Checkpoints, checkpoints_anywhere
 from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
@@ -118,8 +119,13 @@ class _NoActor(Exception):
     """No registry actor has the name (yet)."""
 
 
-def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> FastAPI:
-    """The FastAPI app around ``call(method, *args, wait_s=…)`` of the registry."""
+def build_app(
+    config: IngressConfig, call: Callable[..., Awaitable[Any]], checkpoints: Checkpoints | None = None
+) -> FastAPI:
+    """The FastAPI app around ``call(method, *args, wait_s=…)`` of the registry.
+
+    ``checkpoints`` tell how much memory LLMs take; without them that is not known.
+    """
     app = FastAPI(title="GreenPrompt LLM Registry", description=DESCRIPTION)
     errors: dict[int | str, dict[str, Any]] = {422: {"model": ErrorAnswer}, 503: {"model": ErrorAnswer}}
     unknown: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer}, **errors}
@@ -141,6 +147,10 @@ def build_app(config: IngressConfig, call: Callable[..., Awaitable[Any]]) -> Fas
             NewRequest(uuid.uuid4().hex, *mapped(config, llm.model_dump(), f"llms[{n}]"))
             for n, llm in enumerate(body.llms)
         ]
+        if checkpoints is not None:
+            places = (config.sources.locate(llm.spec.model) for llm in llms)
+            memory = await asyncio.gather(*map(checkpoints.memory, places, (llm.spec for llm in llms)))
+            llms = [replace(llm, memory=takes) for llm, takes in zip(llms, memory, strict=True)]
         idempotency = None
         if idempotency_key is not None:
             idempotency = Idempotency(idempotency_key, hashlib.sha256(await request.body()).hexdigest())
@@ -283,7 +293,7 @@ class Ingress:
 
     def __init__(self, config: IngressConfig) -> None:
         """``config`` is fixed for the life of the replica."""
-        self._app = build_app(config, RegistryClient().call)
+        self._app = build_app(config, RegistryClient().call, checkpoints_anywhere())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

@@ -22,15 +22,18 @@ import structlog
 from ray import serve
 from starlette.types import ASGIApp
 
+from deployments.checkpoints import checkpoints_here
 from deployments.engine import EngineHost, RunningLLM
 from deployments.lease_gate import LeaseGate
+from deployments.machine_memory import gpu_memory_bytes, main_memory_bytes
 from deployments.models import ModelSources
 from deployments.prompt_meter import PromptMeter
 from deployments.prompts import PromptGate
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
+from registry.fit import GIB, Size, needs_of, why_too_large
 from registry.reconcile import LeaseGrant, WrapperReport
 from registry.settings import EnergySettings, WrapperSettings
-from registry.state import LLMSpec
+from registry.state import Limits, LLMSpec
 
 log = structlog.get_logger("deployments.wrapper")
 
@@ -91,6 +94,9 @@ class LLMWrapper:
             prompt_max_s=config.settings.prompt_max_s,
             finish=config.finish_prompts,
         )
+        self._checkpoints = checkpoints_here()
+        self._memory_bytes = main_memory_bytes()
+        self._gpu_memory_bytes = gpu_memory_bytes(config.gpus)
         await self._host.prepare()
         self._meter.start()
 
@@ -117,6 +123,8 @@ class LLMWrapper:
             idle_for_s=self._gate.idle_for_s,
             in_flight=self._gate.in_flight,
             starts=self._starts,
+            memory_bytes=self._memory_bytes,
+            gpu_memory_bytes=self._gpu_memory_bytes,
             meter=self._meter.describe(),
             versions=VERSIONS,
         )
@@ -230,9 +238,11 @@ class LLMWrapper:
             async with self._engine_lock:
                 self._phase = "stopping"
                 await self._empty()
+                model = _present(config.sources.locate(spec.model))
+                await self._check_fits(model, spec)
                 with self._meter.load():
                     await self._host.start(
-                        _present(config.sources.locate(spec.model)),
+                        model,
                         served_model_name=spec.model,
                         revision=spec.revision,
                         engine_args=json.loads(spec.engine_args),
@@ -252,6 +262,23 @@ class LLMWrapper:
             self._phase = None
             if self._start is asyncio.current_task():
                 self._start = None
+
+    async def _check_fits(self, model: str, spec: LLMSpec) -> None:
+        """Raise EngineStartFailed when an LLM is certainly too large, which saves loading it to find out.
+
+        The ingress has done so already, but it may not have seen the checkpoint, and does not know how many GPUs share
+        the KV cache. On a larger machine the LLM may run.
+        """
+        config, settings = self._config, self._config.settings
+        memory = await self._checkpoints.memory(model, spec, gpus=config.gpus)
+        kv_cache_bytes = None if settings.kv_cache_gib is None else settings.kv_cache_gib * GIB
+        has_bytes = self._gpu_memory_bytes if config.gpus else self._memory_bytes // settings.per_machine
+        if memory is None or has_bytes is None:
+            return
+        limits = Limits(kv_cache_bytes=kv_cache_bytes)
+        size = Size(config.gpus, gib=-(-has_bytes // GIB))
+        if not needs_of(spec, memory, limits).met_by(size):
+            raise EngineStartFailed(spec.model, why_too_large(spec, memory, [size], limits, where="this wrapper"))
 
     async def _empty(self) -> None:
         """Stop the engine. What can't be ended holds memory: only a new process, and an operator, help then."""

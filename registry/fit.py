@@ -72,12 +72,19 @@ def needs_of(spec: LLMSpec, memory: LLMMemory | None, limits: Limits) -> Needs:
     return Needs(spec.gpus, gib_per_gpu=gpu_gib // memory.gpus, main_gib=main_gib)
 
 
-def why_too_large(spec: LLMSpec, memory: LLMMemory | None, sizes: Iterable[Size], limits: Limits) -> str:
+def why_too_large(
+    spec: LLMSpec,
+    memory: LLMMemory | None,
+    sizes: Iterable[Size],
+    limits: Limits,
+    *,
+    where: str = "the largest wrapper",
+) -> str:
     """The figures, in words: what the LLM needs, what the largest of these wrappers has, and what can be done."""
     sizes = tuple(sizes)
     most_gpus = max(size.gpus for size in sizes)
     if most_gpus < spec.gpus or memory is None:
-        return f"it needs {spec.gpus} GPUs, and the largest wrapper has {most_gpus}"
+        return f"it needs {spec.gpus} GPUs, and {where} has {most_gpus}"
     known = [(max(1, size.gpus) * size.gib, size) for size in sizes if size.gib and size.gpus >= spec.gpus]
     _, largest = max(known, key=lambda each: each[0])
     if largest.gpus:
@@ -86,7 +93,7 @@ def why_too_large(spec: LLMSpec, memory: LLMMemory | None, sizes: Iterable[Size]
         has = f"{largest.gib} GiB of main memory"
         if limits.kv_cache_bytes is not None:
             has += f", {shown_bytes(limits.kv_cache_bytes)} of it for the KV cache"
-    return f"{words_of(memory, on_gpus=largest.gpus > 0)}, and the largest wrapper has {has}; {advice_for(memory)}"
+    return f"{words_of(memory, on_gpus=largest.gpus > 0)}, and {where} has {has}; {advice_for(memory)}"
 
 
 def words_of(memory: LLMMemory, *, on_gpus: bool) -> str:

@@ -7,7 +7,7 @@ happened (events, for the allocator) and what to do (wrappers to create and remo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from registry.state import (
@@ -43,7 +43,8 @@ class WrapperReport:
     ``starting`` that of the one being started. ``died`` is why the LLM ended by itself, if it did.
     ``idle_for_s`` is how long ago the lease was last used (0.0 while a prompt is in flight), None without a lease.
     ``progress`` is how much of ``phase`` is done, 0 to 1, None where the engine does not say.
-    ``bound`` is the request whose token it accepts. ``starts`` counts the LLMs it has started.
+    ``bound`` is the request whose token it accepts. ``starts`` counts the LLMs it has started. ``memory_bytes`` is the
+    main memory of its machine, ``gpu_memory_bytes`` the memory of each of its GPUs; None: it can't tell.
     """
 
     epoch: int
@@ -56,6 +57,8 @@ class WrapperReport:
     idle_for_s: float | None = None
     in_flight: int = 0
     starts: int = 0
+    memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
     meter: Mapping[str, object] | None = None
     versions: Mapping[str, str] | None = None
 
@@ -177,7 +180,7 @@ def plan(
     create: list[WrapperPlan] = []
     remove: list[str] = []
     before = {machine.machine_id: machine for machine in known_machines}
-    there = {machine.machine_id: machine for machine in observed.machines}
+    there = {machine.machine_id: _as_told(machine, before.get(machine.machine_id)) for machine in observed.machines}
     wrappers = {wrapper.wrapper_id: wrapper for wrapper in known_wrappers}
 
     for machine_id, machine in before.items():
@@ -208,3 +211,10 @@ def plan(
             if lost or gone or (known is not None and known.url != want.url):
                 events.append(WrapperAdded(want.wrapper_id, want.machine_id, want.url, want.gpus, want.home))
     return Plan(tuple(events), tuple(create), tuple(remove))
+
+
+def _as_told(observed: Machine, known: Machine | None) -> Machine:
+    """A machine with the memory that its wrappers have told of: Ray does not know it."""
+    if known is None:
+        return observed
+    return replace(observed, memory_bytes=known.memory_bytes, gpu_memory_bytes=known.gpu_memory_bytes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -51,6 +51,7 @@ from registry.state import (
     LLMDied,
     LLMSpec,
     LLMStopped,
+    MachineJoined,
     NewRequest,
     Priority,
     Request,
@@ -515,6 +516,7 @@ class Service:
         before, under_way = self._commands.get(wrapper_id, 0), self._under_way.get(wrapper_id, 0)
         report = await self._cluster.report(wrapper_id)
         self.reports[wrapper_id] = report
+        self._note_memory(wrapper_id, report)
         return report, under_way == own_commands and self._commands.get(wrapper_id, 0) == before
 
     def _take_report(self, wrapper_id: str, report: WrapperReport, is_news: bool) -> None:
@@ -538,6 +540,20 @@ class Service:
         lease = self.allocator.lease_of(report.bound)
         if lease is not None and at_s > lease.last_active_s + grain * lease.idle_limit_s:
             self._apply(LeaseUsed(report.bound, at_s))
+
+    def _note_memory(self, wrapper_id: str, report: WrapperReport) -> None:
+        """What a wrapper says of its machine's memory; what it can't tell stays as it was."""
+        wrapper = self.allocator.wrapper(wrapper_id)
+        machine = None if wrapper is None else self.allocator.machine(wrapper.machine_id)
+        if machine is None:
+            return
+        told = replace(
+            machine,
+            memory_bytes=report.memory_bytes or machine.memory_bytes,
+            gpu_memory_bytes=report.gpu_memory_bytes or machine.gpu_memory_bytes,
+        )
+        if told != machine:
+            self._apply(MachineJoined(told))
 
     async def _await_wrapper(self, wrapper_id: str, *, own_commands: int = 0) -> Event:
         """Wait until a starting wrapper answers; at most ``wrappers.start_timeout_s``."""

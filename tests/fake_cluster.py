@@ -62,6 +62,8 @@ class FakeCluster:
         self.wrappers: dict[str, FakeWrapper] = {}
         self.calls: Counter[tuple[str, str]] = Counter()
         self.removed: list[str] = []
+        self.memory_bytes: dict[str, int] = {}
+        """What wrappers report of their machine, by its id: memory of each GPU, or main memory without GPU."""
         self.unusable: dict[str, EngineStartFailed] = {}
         """Models that can't be started, and why."""
         self._gates: dict[tuple[str, str], Gate] = {}
@@ -130,7 +132,10 @@ class FakeCluster:
     async def report(self, wrapper_id: str) -> WrapperReport:
         # What it says is made when it is asked; the answer can take its time.
         wrapper = self._reached(wrapper_id)
+        memory_bytes = self.memory_bytes.get(wrapper.plan.machine_id)
         report = WrapperReport(
+            memory_bytes=None if wrapper.plan.gpus else memory_bytes,
+            gpu_memory_bytes=memory_bytes if wrapper.plan.gpus else None,
             epoch=wrapper.epoch,
             running=wrapper.spec.fingerprint if wrapper.spec is not None and wrapper.runs else None,
             starting=wrapper.spec.fingerprint if wrapper.spec is not None and not wrapper.runs else None,

@@ -102,6 +102,7 @@ class FakeGPU:
         self.energy_mj: int | None = 5_000_000
         self.power_mw: int | None = 300_000
         self.limit_mw: int | None = 700_000
+        self.memory_bytes: int | None = 80 * 2**30
         self.pids: list[int] | None = []
         self.error: int | None = None
 
@@ -162,6 +163,9 @@ class FakeNVML:
 
     def nvmlDeviceGetEnforcedPowerLimit(self, gpu: FakeGPU) -> int:
         return self._value("nvmlDeviceGetEnforcedPowerLimit", gpu, gpu.limit_mw)
+
+    def nvmlDeviceGetMemoryInfo(self, gpu: FakeGPU) -> SimpleNamespace:
+        return SimpleNamespace(total=self._value("nvmlDeviceGetMemoryInfo", gpu, gpu.memory_bytes))
 
     def nvmlDeviceGetComputeRunningProcesses(self, gpu: FakeGPU) -> list[SimpleNamespace]:
         if gpu.pids is None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from tests.checkpoint_files import LLAMA, write_checkpoint
 from tests.cluster.conftest import Registry
 
 pytestmark = pytest.mark.cluster
@@ -64,6 +66,29 @@ def test_an_energy_figure_is_labelled(registry: Registry, llm: LLM, measurement_
     if answer["sci_method"] == "modeled":
         assert 0 < answer["sci_low"] < answer["sci_score"] < answer["sci_high"]
     assert math.isclose(sum(part["joules"] for part in answer["energy"]["components"]), answer["energy"]["total_j"])
+
+
+def test_what_fits_nowhere_is_refused_at_once(
+    registry: Registry, llm: LLM, measurement_id: int, workspace: Path
+) -> None:
+    """An LLM of 1 TiB, whose weights nobody has to load to know: a 422 that names it, with what it takes and has."""
+    write_checkpoint(workspace / "llms" / "huge", LLAMA, {"model.w": ("BF16", (2**39,))})
+    body = {"measurementId": measurement_id, "llms": [llm("a"), llm("huge")]}
+    answer = httpx.post(f"{registry.url}/promptingservice/request", json=body, timeout=60)
+    assert answer.status_code == 422
+    assert (answer.json()["code"], answer.json()["field"]) == ("llm_never_fits", "llms[1].model")
+    (machine,) = registry.machines()
+    has_gib = -(-machine["memoryBytes"] // 2**30)
+    assert "its weights take 1024.0 GiB" in answer.json()["message"]
+    assert f"the largest wrapper has {has_gib} GiB of main memory" in answer.json()["message"]
+    assert httpx.get(f"{registry.url}/measurements/{measurement_id}", timeout=60).status_code == 404
+
+
+def test_a_gpu_type_that_is_not_there_is_refused_at_once(registry: Registry, llm: LLM, measurement_id: int) -> None:
+    """On a machine without GPU a measurement that wants one is told so by name."""
+    body = {"measurementId": measurement_id, "llms": [llm("a")], "gpuType": "NVIDIA H100 80GB HBM3"}
+    answer = httpx.post(f"{registry.url}/promptingservice/request", json=body, timeout=60)
+    assert (answer.status_code, answer.json()["field"]) == (422, "gpuType")
 
 
 def test_llms_of_a_measurement_come_one_after_another(registry: Registry, llm: LLM, measurement_id: int) -> None:

@@ -17,6 +17,7 @@ import stamina
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from deployments import ingress
+from deployments.checkpoints import checkpoints_here
 from deployments.ingress import IngressConfig, RegistryClient, build_app
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
@@ -34,6 +35,7 @@ from registry.errors import (
 )
 from registry.service import Idempotency
 from registry.state import Priority, RequestStatus
+from tests.checkpoint_files import LLAMA, write_checkpoint
 from tests.fake_registry import FakeRegistry
 
 CONFIG = IngressConfig(ModelSources(True, (Path("/llms"),), Path("/")), allow_remote_code=("org/codes",))
@@ -109,6 +111,21 @@ async def test_llmconfig_is_mapped(http: httpx.AsyncClient, registry: FakeRegist
     assert new.spec == map_llmconfig(LLM).spec
     assert json.loads(new.llmconfig) == LLM
     assert any("torch_dtype" in note for note in new.notes)
+
+
+async def test_what_is_known_of_memory_is_passed_on(registry: FakeRegistry, tmp_path: Path) -> None:
+    """The registry gets the memory of each LLM, as its checkpoint tells it where it lies; None where it does not."""
+    write_checkpoint(tmp_path / "known", LLAMA, {"w": ("BF16", (1000,))})
+    config = IngressConfig(ModelSources(True, (tmp_path,), tmp_path), ())
+    app = build_app(config, registry.call, checkpoints_here())
+    body = {**BODY, "llms": [{**LLM, "model": "org/never-loaded-here"}, {**LLM, "model": "known"}]}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://registry") as http:
+        assert (await http.post(REQUEST, json=body)).status_code == 201
+    unknown, known = registry.calls[0][1][1]
+    assert unknown.memory is None
+    assert known.memory is not None
+    assert known.memory.weights_bytes == 2000
+    assert known.spec == map_llmconfig({**LLM, "model": "known"}).spec
 
 
 @pytest.mark.parametrize("priority", list(Priority))

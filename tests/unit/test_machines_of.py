@@ -29,16 +29,14 @@ HEAD = {"node:__internal_head__": 1.0}
 
 
 def test_node_is_a_machine() -> None:
-    """A node's name, address, GPUs and memory are the machine's."""
+    """A node's name, address and GPUs are the machine's; its memory is not Ray's to tell."""
     found = machines_of([node("n1", NodeName="gpu-1", resources={"GPU": 4.0, "accelerator_type:H100": 1.0})])
-    assert found == (Machine("gpu-1", "n1", "10.0.0.1", gpus=4, gpu_type="H100", memory_bytes=1024),)
+    assert found == (Machine("gpu-1", "n1", "10.0.0.1", gpus=4, gpu_type="H100"),)
 
 
 def test_machine_without_gpu() -> None:
-    """A node without GPUs has none, of no type; memory that Ray does not tell is not known, not 0."""
-    bare = node("n1")
-    del bare["Resources"]["memory"]
-    (machine,) = machines_of([bare])
+    """A node without GPUs has none, of no type; memory is not known, not 0."""
+    (machine,) = machines_of([node("n1")])
     assert (machine.gpus, machine.gpu_type, machine.memory_bytes, machine.gpu_memory_bytes) == (0, None, None, None)
     assert machine.alive
 

@@ -204,7 +204,7 @@ def test_new_node_of_a_dead_machine_is_not_lost_twice() -> None:
 
 def test_machine_that_changed_joins_again() -> None:
     """What is newly known of a machine is told; its wrapper stays as it is."""
-    more = replace(A, memory_bytes=1 << 34)
+    more = replace(A, gpu_type="H100")
     steps = plan([A], [known(wanted(A)["a"][0])], Observation((more,), frozenset({"a-0"})), wanted(more))
     assert steps == Plan(events=(MachineJoined(more),))
 
@@ -239,3 +239,13 @@ def test_wrapper_of_another_size_is_made_anew() -> None:
     wants = wanted(A, per_machine=2)
     steps = plan([A], [old], Observation((A,), frozenset({"a-0"})), wants)
     assert steps == Plan(events=tuple(map(added, wants["a"])), create=wants["a"])
+
+
+def test_memory_that_wrappers_told_is_kept() -> None:
+    """Ray does not know it: that it says nothing is no news, and what it does say goes on with what was told."""
+    told = replace(A, memory_bytes=2**40, gpu_memory_bytes=2**36)
+    wrapper = known(wanted(A)["a"][0])
+    assert plan([told], [wrapper], Observation((A,), frozenset({"a-0"})), wanted(A)) == Plan()
+    elsewhere = replace(A, address="10.0.0.9")
+    steps = plan([told], [wrapper], Observation((elsewhere,), frozenset({"a-0"})), wanted(A))
+    assert steps.events == (MachineJoined(replace(told, address="10.0.0.9")),)

@@ -17,7 +17,7 @@ from registry.errors import (
     WrapperUnreachable,
 )
 from registry.service import Idempotency
-from registry.state import NewRequest, Priority, WrapperStatus
+from registry.state import LLMMemory, MachineJoined, NewRequest, Priority, WrapperStatus
 from registry.state import RequestStatus as Status
 from tests.service_world import BIG, LIMIT_S, OTHER, THIRD, TINY, World, config_of
 
@@ -526,3 +526,58 @@ async def test_priority_goes_before_arrival(world: World) -> None:
     world.service.release(held)
     await world.until_status(high, Status.DEPLOYED)
     assert world.request(early).status is Status.QUEUED
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+def large(gib: int) -> NewRequest:
+    """A request for an LLM that takes so many GiB."""
+    return NewRequest(f"large-{gib}", TINY, config_of(TINY), memory=LLMMemory(gib * 2**30, gpus=1))
+
+
+async def test_wrappers_tell_how_much_memory_their_machine_has(world: World) -> None:
+    """From their first report on, once, and over a restart of the registry; it decides what is refused."""
+    world.cluster.memory_bytes["a"] = 24 * 2**30
+    await world.until(lambda: views.machine_states(world.service)[0].memoryBytes == 24 * 2**30)
+    with pytest.raises(LLMNeverFits, match="has 24 GiB of main memory"):
+        world.service.request(1, [large(25)])
+    await world.restart()
+    assert views.machine_states(world.service)[0].memoryBytes == 24 * 2**30
+    await world.looked(times=3)
+    assert not [event for event in world.service.events if isinstance(event, MachineJoined)]
+    del world.cluster.memory_bytes["a"]
+    await world.looked(times=3)
+    assert views.machine_states(world.service)[0].memoryBytes == 24 * 2**30
+    world.service.request(1, [large(24)])
+    await world.until_status("large-24", Status.DEPLOYED)
+
+
+async def test_the_memory_of_gpus_is_told_apart(world: World) -> None:
+    """A machine with GPUs tells the memory of each of them."""
+    world.cluster.memory_bytes |= {"a": 24 * 2**30, "gpu": 80 * 2**30}
+    await world.until(lambda: views.machine_states(world.service)[0].memoryBytes is not None)
+    world.cluster.join("gpu", gpus=2)
+    await world.until(lambda: views.machine_states(world.service)[-1].gpuMemoryBytes == 80 * 2**30)
+    assert views.machine_states(world.service)[-1].memoryBytes is None
+    world.service.request(1, [large(60)])
+    assert world.request("large-60").machine_id == "gpu"
+
+
+async def test_what_is_known_of_an_llms_memory_survives(world: World) -> None:
+    """A request that waits for a large machine waits for one after a restart, too."""
+    world.cluster.memory_bytes["a"] = 24 * 2**30
+    world.cluster.join("big", gpus=1)
+    world.cluster.memory_bytes["big"] = 80 * 2**30
+    await world.until(lambda: all(world.status_of(name) is WrapperStatus.IDLE for name in ("a-0", "big-0")))
+    await world.until(lambda: views.machine_states(world.service)[0].memoryBytes is not None)
+    world.service.request(1, [large(60)])
+    world.service.request(2, [large(61)])
+    await world.until_status("large-60", Status.DEPLOYED)
+    await world.restart()
+    await world.looked()
+    assert world.request("large-61").status is Status.QUEUED
+    assert world.request("large-61").memory == large(61).memory
+    world.service.release("large-60")
+    await world.until_status("large-61", Status.DEPLOYED)
+    assert world.request("large-61").machine_id == "big"

@@ -1,0 +1,42 @@
+"""How much memory this machine has: main memory as the kernel allows it to us, and that of our GPUs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pynvml
+
+from deployments.energy_sources import ReadFailed, gpu_uuids
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""What a container may use; ``max``, or no such file, where there is no limit."""
+
+
+def main_memory_bytes(cgroup_limit: Path = CGROUP_LIMIT) -> int:
+    """Main memory of the machine, or of the container that this process runs in."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int(cgroup_limit.read_text()))
+    except (OSError, ValueError):  # no cgroup of version 2, or no limit ("max")
+        return total
+
+
+def gpu_memory_bytes(gpus: int) -> int | None:
+    """Memory of each of our GPUs, the smallest if they differ; None: there is none, or NVML does not tell.
+
+    Source: NVML API, nvmlDeviceGetMemoryInfo: ``total`` is the physical memory, what the driver keeps included.
+    """
+    if not gpus:
+        return None
+    try:
+        uuids = gpu_uuids(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        pynvml.nvmlInit()
+        try:
+            handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
+            return min((int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles), default=None)
+        finally:
+            pynvml.nvmlShutdown()
+    except (ReadFailed, pynvml.NVMLError):
+        return None  # which /machines shows; the meter says what NVML said

@@ -1,0 +1,140 @@
+"""A wrapper's own look at an LLM before it starts an engine for it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from deployments import wrapper as wrapper_module
+from deployments.engine import StopReport
+from deployments.models import ModelSources
+from deployments.wrapper import LLMWrapper, WrapperConfig
+from registry.errors import EngineStartFailed
+from registry.settings import EnergySettings, WrapperSettings
+from registry.state import LLMSpec
+from tests.checkpoint_files import LLAMA, write_checkpoint
+
+GIB = 2**30
+
+
+class CountingHost:
+    """An engine host that runs nothing, and counts what was started."""
+
+    started: list[str]
+    stopped: int
+
+    def __init__(self, **_: object) -> None:
+        self.running = None
+
+    async def prepare(self) -> None:
+        pass
+
+    async def start(self, model: str, **_: object) -> None:
+        type(self).started.append(model)
+        raise EngineStartFailed(model, "it was not too large", permanent=True)
+
+    async def stop(self) -> StopReport:
+        type(self).stopped += 1
+        return StopReport()
+
+
+class UndyingWrapper(LLMWrapper):
+    """Serve awaits a wrapper's end; Python's collector can't."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+
+Make = Callable[..., Awaitable[LLMWrapper]]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
+    """Makes a wrapper on a machine with 16 GiB of main memory and GPUs of 24 GiB."""
+
+    async def make(*, gpus: int = 0, gpu_memory_bytes: int | None = 24 * GIB, **settings: int) -> LLMWrapper:
+        CountingHost.started, CountingHost.stopped = [], 0
+        monkeypatch.setattr(wrapper_module, "EngineHost", CountingHost)
+        monkeypatch.setattr(wrapper_module, "main_memory_bytes", lambda: 16 * GIB)
+        monkeypatch.setattr(wrapper_module, "gpu_memory_bytes", lambda gpus: gpu_memory_bytes if gpus else None)
+        sources = ModelSources(True, (tmp_path / "llms",), tmp_path)
+        config = WrapperConfig("a-0", gpus, WrapperSettings(**settings), EnergySettings(), sources, tmp_path)
+        wrapper = UndyingWrapper.__new__(UndyingWrapper)
+        await wrapper.__init__(config)  # type: ignore[misc]  # as Serve does it
+        wrapper._meter.stop()
+        return wrapper
+
+    return make
+
+
+def llm(folder: Path, gib: float) -> LLMSpec:
+    """An LLM whose weights take so many GiB, and its KV cache 1 GiB: 1024 tokens of 2 layers, 1 MiB a token."""
+    config = {**LLAMA, "num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": 2048}
+    path = write_checkpoint(folder / "llms" / f"{gib}", config, {"w": ("BF16", (int(gib * GIB) // 2,))})
+    return LLMSpec(str(path), "text-generation")
+
+
+async def refusal(wrapper: LLMWrapper, spec: LLMSpec) -> EngineStartFailed:
+    with pytest.raises(EngineStartFailed) as caught:
+        await wrapper.deploy(1, spec, None)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "gib", "has"),
+    [
+        ({}, 16, "this wrapper has 16 GiB of main memory"),
+        ({"per_machine": 2}, 8, "this wrapper has 8 GiB of main memory"),
+        ({"gpus": 1}, 24, "this wrapper has 1 GPU with 24 GiB each"),
+        ({"gpus": 4}, 96, "this wrapper has 4 GPUs with 24 GiB each"),
+    ],
+)
+async def test_an_llm_that_is_too_large_is_not_started(
+    make: Make, tmp_path: Path, wrapper: dict[str, int], gib: float, has: str
+) -> None:
+    """It is refused with the figures, the wrapper is empty, and another machine may be tried."""
+    error = await refusal(await make(**wrapper), llm(tmp_path, gib))
+    assert f"its weights take {gib:.1f} GiB and the KV cache of 1024 tokens" in error.reason
+    assert has in error.reason
+    assert not error.permanent
+    assert CountingHost.started == []
+    assert CountingHost.stopped == 1
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "gib"),
+    [
+        ({}, 14),
+        ({"gpus": 1}, 21),
+        ({"gpus": 4}, 80),
+        ({"gpus": 1, "gpu_memory_bytes": None}, 1000),
+    ],
+)
+async def test_an_llm_that_may_fit_is_started(make: Make, tmp_path: Path, wrapper: dict[str, int], gib: float) -> None:
+    """Also where nobody knows how much memory there is."""
+    error = await refusal(await make(**wrapper), llm(tmp_path, gib))
+    assert error.reason == "it was not too large"
+
+
+async def test_what_is_not_known_is_started(make: Make, tmp_path: Path) -> None:
+    """The engine finds out, for a hub id whose checkpoint is not on this machine yet."""
+    error = await refusal(await make(), LLMSpec("org/never-loaded-here", "text-generation"))
+    assert error.reason == "it was not too large"
+
+
+async def test_the_configured_kv_cache_is_a_limit(make: Make, tmp_path: Path) -> None:
+    """A context that needs more than ``kv_cache_gib`` is refused, however much memory there is."""
+    spec = llm(tmp_path, 1)
+    assert "not too large" in (await refusal(await make(kv_cache_gib=1), spec)).reason
+    longer = LLMSpec(spec.model, "text-generation", engine_args='{"max_model_len":1025}')
+    assert "1.0 GiB of it for the KV cache" in (await refusal(await make(kv_cache_gib=1), longer)).reason
+
+
+async def test_a_wrapper_reports_the_memory_of_its_machine(make: Make) -> None:
+    """Of the machine as a whole; of its GPUs where it has some."""
+    report = await (await make(gpus=2, per_machine=2)).report()
+    assert (report.memory_bytes, report.gpu_memory_bytes) == (16 * GIB, 24 * GIB)
+    report = await (await make()).report()
+    assert (report.memory_bytes, report.gpu_memory_bytes) == (16 * GIB, None)
