@@ -13,6 +13,7 @@ PARTS = {
     "allocator": "tests.bench.allocator",
     "control": "tests.bench.control",
     "engine": "tests.bench.engine",
+    "kills": "tests.bench.kills",
     "meter": "tests.bench.meter_overhead",
 }
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -84,7 +85,11 @@ class Connection:
         status, headers = _parsed(await reader.readuntil(b"\r\n\r\n"))
         if "transfer-encoding" in headers:
             raise NotImplementedError("an answer in chunks: use stream")
-        answer = await reader.readexactly(int(headers.get("content-length", 0)))
+        if "content-length" in headers or status == HTTPStatus.NO_CONTENT:
+            answer = await reader.readexactly(int(headers.get("content-length", 0)))
+        else:  # its end is the connection's
+            answer = await reader.read()
+            self.close()
         if headers.get("connection", "").lower() == "close":
             self.close()
         return status, answer
