@@ -162,6 +162,7 @@ def build_app(
                 llmconfig=state["llmconfig"],
                 link=state["link"],
                 status=state["status"],
+                address=state["address"],
                 notes=state["notes"],
             )
             for state in states

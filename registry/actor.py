@@ -54,12 +54,12 @@ class RegistryActor:
         gpu_type: str | None,
         idempotency: Idempotency | None,
     ) -> str:
-        """Accept requests for LLMs; JSON list of RequestState."""
+        """Accept requests for LLMs; JSON list of RequestState, the first deployed if its LLM was warm and free."""
         await self.ready()
         requests = self._service.request(
             measurement_id, llms, tenant=tenant, priority=priority, gpu_type=gpu_type, idempotency=idempotency
         )
-        return _json([views.request_state(self._service, request) for request in requests])
+        return _json([views.request_state(self._service, each) for each in await self._service.granted(requests)])
 
     async def state(self, request_id: str, wait_s: float = 0.0, seen: RequestStatus | None = None) -> str:
         """JSON RequestState, once the status is another than ``seen`` or after ``wait_s`` seconds."""

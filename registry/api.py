@@ -94,6 +94,7 @@ class AcceptedRequest(_Wire):
     llmconfig: dict[str, Any]
     link: str
     status: str
+    address: str | None = Field(None, description="Not null when the LLM was warm and free, and is ours already")
     notes: list[str] = Field(default=[], description="What of the args was translated or dropped")
 
 

@@ -86,6 +86,9 @@ _WATCHED = frozenset(
 )
 """States in which a wrapper that does not answer has failed."""
 
+GRANT_WAIT_S = 0.25
+"""How long the answer to a POST is held back for an LLM that is warm and free, seconds; it takes milliseconds."""
+
 RESEND_DELAYS_S = (0.1, 0.5, 2.0)
 """Pauses before a lease command is sent again to a wrapper that did not take it, seconds."""
 
@@ -243,6 +246,17 @@ class Service:
         """
         self._known(request_id)
         self._apply(LeaseReleased(request_id))
+
+    async def granted(self, requests: Sequence[Request]) -> tuple[Request, ...]:
+        """The requests of one POST, the first handed over if its LLM was warm and free.
+
+        Only the wrapper's word is missing then, which is waited for, at most GRANT_WAIT_S.
+        """
+        first = requests[0]
+        wrapper = None if first.wrapper_id is None else self.allocator.wrapper(first.wrapper_id)
+        if wrapper is not None and wrapper.status is WrapperStatus.LEASED:
+            await self.wait_for_change(first.request_id, GRANT_WAIT_S, RequestStatus.DEPLOYING)
+        return tuple(self.allocator.request(request.request_id) for request in requests)
 
     async def keep_alive(self, request_id: str) -> Request:
         """The client still needs its LLM: its idle time starts anew.

@@ -87,7 +87,7 @@ async def test_request_is_accepted(http: httpx.AsyncClient, registry: FakeRegist
     (accepted,) = answer.json()["requests"]
     assert accepted["llmconfig"] == LLM
     assert accepted["link"].endswith(f"{REQUEST}/{accepted['requestId']}")
-    assert accepted["status"] == "queued"
+    assert (accepted["status"], accepted["address"]) == ("queued", None)
     assert [note for note in accepted["notes"] if "device_map" in note]
     assert PromptingAnswer.model_validate(answer.json()).requests[0].requestId
 

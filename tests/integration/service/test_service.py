@@ -390,6 +390,38 @@ async def test_keep_alive_of_what_is_not_held(world: World) -> None:
     assert world.cluster.calls["a-0", "touch"] == 0
 
 
+async def test_a_warm_llm_is_ours_in_the_answer(world: World) -> None:
+    """The answer to a POST waits for the wrapper that has the LLM, and tells of it; the next of the POST is queued."""
+    world.service.release(await world.deployed(1))
+    asked = [world.request(request_id) for request_id in world.ask(2, TINY, TINY)]
+    async with asyncio.timeout(LIMIT_S):
+        first, second = await world.service.granted(asked)
+    assert (first.status, second.status) == (Status.DEPLOYED, Status.QUEUED)
+    assert world.address(first.request_id) is not None
+
+
+async def test_a_cold_llm_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the start of an LLM nor a busy wrapper holds the answer to a POST back."""
+    monkeypatch.setattr("registry.service.GRANT_WAIT_S", 2 * LIMIT_S)
+    starts = world.cluster.hold("a-0", "deploy")
+    async with asyncio.timeout(LIMIT_S):
+        (first,) = await world.service.granted([world.request(request_id) for request_id in world.ask(1, TINY)])
+        (waits,) = await world.service.granted([world.request(request_id) for request_id in world.ask(2, TINY)])
+    assert (first.status, waits.status) == (Status.DEPLOYING, Status.QUEUED)
+    starts.open()
+
+
+async def test_a_wrapper_that_is_slow_does_not_hold_the_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to a POST goes out without the LLM when its wrapper does not take the lease soon."""
+    monkeypatch.setattr("registry.service.GRANT_WAIT_S", 0.01)
+    world.service.release(await world.deployed(1))
+    binding = world.cluster.hold("a-0", "bind")
+    (request,) = await world.service.granted([world.request(request_id) for request_id in world.ask(2, TINY)])
+    assert request.status is Status.DEPLOYING
+    binding.open()
+    await world.until_status(request.request_id, Status.DEPLOYED)
+
+
 # --- waiting for a change ----------------------------------------------------------------------------------
 
 
