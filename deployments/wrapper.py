@@ -188,14 +188,16 @@ class LLMWrapper:
             self._gate.bind(grant)
 
     async def unbind(self, epoch: int, request_id: str, how: str) -> None:
-        """Refuse this request's token from now on; its prompts in flight are cut, unless expired ones may finish.
+        """No lease is bound from now on; this request's prompts in flight are cut, unless expired ones may finish.
 
         Raises:
             StaleEpoch: a newer command has come.
         """
         async with self._command(epoch):
-            if self._gate.grant is not None and self._gate.grant.request_id == request_id:
-                self._gate.unbind(how)
+            bound = self._gate.grant
+            if bound is not None and bound.request_id != request_id:
+                await self._end_lease("released")  # the command that should have ended it was overtaken by this one
+            self._gate.unbind(how)
             if how != "expired" or not self._config.finish_prompts:
                 await self._prompts.cut(request_id)
 

@@ -328,7 +328,14 @@ class Service:
         if not decision.changes.empty:
             log.info("event", kind=type(event).__name__, **ids_of(event))
             self._wake(decision.changes)
+        newest = {effect.wrapper_id: effect.epoch for effect in decision.effects}
         for effect in decision.effects:
+            if (
+                isinstance(effect, UnbindLease)
+                and effect.how == "released"
+                and effect.epoch < newest[effect.wrapper_id]
+            ):
+                continue  # whatever comes next for this wrapper ends the lease before it, too
             self._commands[effect.wrapper_id] = self._commands.get(effect.wrapper_id, 0) + 1
             self._under_way[effect.wrapper_id] = self._under_way.get(effect.wrapper_id, 0) + 1
             self._spawn(self._run(effect, number))

@@ -203,8 +203,8 @@ class FakeCluster:
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         await self._called(wrapper_id, "unbind")
         wrapper = self._take(wrapper_id, epoch)
-        if wrapper.grant is not None and wrapper.grant.request_id == request_id:
-            self._end_lease(wrapper, how)
+        if wrapper.grant is not None:
+            self._end_lease(wrapper, how if wrapper.grant.request_id == request_id else "released")
 
     async def touch(self, wrapper_id: str, request_id: str) -> None:
         await self._called(wrapper_id, "touch")

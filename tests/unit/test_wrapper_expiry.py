@@ -123,6 +123,16 @@ async def test_expired_prompts_are_cut(make: Make) -> None:
     assert (await client.prompt("token-2")).status_code == 200
 
 
+async def test_an_unbind_ends_whatever_is_bound(make: Make) -> None:
+    """The end of a lease that never came here ends the one before it, whose own end it has overtaken."""
+    client = await make(finish=True)
+    prompt = await client.begin("token-1")
+    await client.wrapper.unbind(5, "request-2", "released")
+    answer = await prompt
+    assert (answer.status_code, answer.json()["code"]) == (410, "lease_ended")
+    assert (await client.prompt("token-1")).status_code == 410
+
+
 async def test_next_lease_waits_for_the_last_prompt(make: Make) -> None:
     """A lease that is finished leaves its machine to nobody else before its last prompt is over."""
     client = await make(finish=True)

@@ -242,6 +242,28 @@ async def test_release_while_it_is_handed_over(world: World) -> None:
     assert world.request(request_id).status is Status.CANCELLED
 
 
+async def test_the_next_lease_ends_the_one_before(world: World) -> None:
+    """Where a release hands the LLM on, the wrapper is told once: to take the next lease in place of the last."""
+    first = await world.deployed(1)
+    (second,) = world.ask(2, TINY)
+    world.service.release(first)
+    await world.until_status(second, Status.DEPLOYED)
+    grant = world.wrapper().grant
+    assert grant is not None
+    assert grant.request_id == second
+    assert world.cluster.calls["a-0", "unbind"] == 0
+
+
+async def test_a_release_ends_the_lease_before_it_too(world: World) -> None:
+    """Who was to take over and is gone in the same moment leaves no lease: not its own, and not the one before."""
+    first = await world.deployed(1)
+    (second,) = world.ask(2, TINY)
+    world.service.release(first)
+    world.service.release(second)
+    await world.until(lambda: world.wrapper().grant is None)
+    assert world.cluster.calls["a-0", "unbind"] == 1
+
+
 async def test_release_before_the_hand_over_begins(world: World) -> None:
     """A release in the same moment as the grant: the wrapper is told of no lease at all."""
     world.service.release(await world.deployed(1))
