@@ -83,6 +83,9 @@ class Dispatcher:
     # --- the choice -------------------------------------------------------------------------------------
 
     def _any_free(self, place: Place) -> bool:
+        """True when there is a free wrapper for a place, for which there are free ones of the right size somewhere."""
+        if place.machine_id is None and not place.not_on:
+            return True
         free = self._ledger.by_wrapper
         return any(next(self._among(pool, place), None) for pool in (free.idle, free.ready, free.ownerless))
 
@@ -118,7 +121,8 @@ class Dispatcher:
         """Who gets a READY wrapper for which ``head`` is next in line, and who is overtaken by that."""
         assert wrapper.spec is not None
         ledger, overtaken = self._ledger, list[Request]()
-        places = [p for p in ledger.queue.places([wrapper.machine_id]) if ledger.allows(p, wrapper)]
+        size = ledger.size(wrapper)
+        places = [place for place in ledger.queue.places([wrapper.machine_id]) if place.allows(wrapper, size)]
         for measurement_id in ledger.queue.line(places):
             request = ledger.head(measurement_id)
             assert request is not None
