@@ -214,8 +214,9 @@ async def storm(
 ) -> Seen:
     """Kill the registry at random moments while clients hold their leases; what they saw.
 
-    ``llms``: the one that nearly everybody wants, and another. After ``limit_s`` seconds no cycle and no kill begins
-    any more; a client that is not through soon after has lost its request.
+    ``llms``: the one that nearly everybody wants, and another. ``kills`` is at most ``cycles`` less ``clients``. After
+    ``limit_s`` seconds no cycle and no kill begins any more; a client that is not through soon after has lost its
+    request.
     """
     random, seen, begun_s = Random(seed), Seen(), time.monotonic()
     numbers = itertools.count(time.time_ns())
@@ -231,8 +232,8 @@ async def storm(
                 await one.cycle(next(numbers))
 
     async def killer() -> None:
-        for granted in sorted(random.sample(range(cycles), kills)):
-            if random.random() < AGAIN_SHARE:
+        for granted in sorted(random.sample(range(clients, cycles), kills)):  # the LLMs are warm by then
+            if seen.kills_s and random.random() < AGAIN_SHARE:
                 await asyncio.sleep(random.uniform(0, 3))
             else:
                 while len(seen.leases) < granted:
