@@ -16,7 +16,7 @@ import os
 import re
 import time
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,6 +77,7 @@ _ELSEWHERE_OR_LATER = re.compile(
     r"connect|time[d ]*out|temporar|unavailable|too many requests|offline|traffic|memory|gpu|device|capability",
     re.IGNORECASE,
 )
+_WARM_UP_ID = "warm-up"
 _STOP_TIMEOUT_S = 5.0  # for vLLM's own way of stopping; what is left then is killed
 _GONE_TIMEOUT_S = 10.0  # for the kernel to take a killed process away
 
@@ -107,19 +108,21 @@ class RunningLLM:
     ends by itself; then ``death_reason`` says why.
     """
 
-    def __init__(
-        self, engine: AsyncLLM, asgi: ASGIApp, name: str, processes: Iterable[psutil.Process], phases: dict[str, float]
-    ) -> None:
+    def __init__(self, engine: AsyncLLM, asgi: ASGIApp, name: str, processes: Iterable[psutil.Process]) -> None:
         """For ``EngineHost``."""
         self.engine = engine
         self.asgi = asgi
         self.served_model_name = name
         self.max_model_len: int = engine.model_config.max_model_len
         self.processes = frozenset(processes)
-        self.phases = phases
-        self.started_s = sum(phases.values())
+        self.phases: Mapping[str, float] = {}
         self.died = asyncio.Event()
         self.death_reason: str | None = None
+
+    @property
+    def started_s(self) -> float:
+        """Seconds that the start took."""
+        return sum(self.phases.values())
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -144,6 +147,29 @@ class RunningLLM:
     async def abort_all(self) -> None:
         """End every generation in flight; their callers get what there is, with finish_reason "abort"."""
         await _abort_all(self.engine)
+
+    async def warm_up(self) -> None:
+        """Have it answer once, with one token or one embedding, as its first client would; nothing of it is kept.
+
+        Raises whatever vLLM fails with.
+        """
+        from vllm import PoolingParams, SamplingParams, TokensPrompt
+        from vllm.tasks import POOLING_TASKS
+
+        prompt = TokensPrompt(prompt_token_ids=[0])
+        tasks = await self.engine.get_supported_tasks()
+        task = next((task for task in POOLING_TASKS if task in tasks), None)
+        answers: AsyncIterator[object]
+        if "generate" in tasks:
+            params = SamplingParams(max_tokens=1, temperature=0.0)
+            answers = self.engine.generate(prompt, params, _WARM_UP_ID)
+        elif task is not None:
+            answers = self.engine.encode(prompt, PoolingParams(task=task), _WARM_UP_ID)
+        else:
+            return
+        async for _answer in answers:
+            pass
+        await self.reset_prefix_cache()
 
     async def reset_prefix_cache(self) -> None:
         """Forget cached prompts, so that one lease's prompts neither speed up nor reveal themselves to the next."""
@@ -327,6 +353,9 @@ class EngineHost:
             try:
                 engine = await asyncio.shield(launching)
                 asgi = await self._serve(engine, order)
+                llm = RunningLLM(engine, asgi, order.name, self._candidates() - before)
+                clock.enter(Phase.WARMING_UP)
+                await llm.warm_up()
             except BaseException as problem:
                 order.given_up = True
                 await _to_the_end(self._clear_away(launching, before))
@@ -338,7 +367,7 @@ class EngineHost:
             finally:
                 following.cancel()
             clock.enter(Phase.READY)
-            llm = RunningLLM(engine, asgi, order.name, self._candidates() - before, clock.took_s)
+            llm.phases = clock.took_s
             environment.remember_shared_memory(process_tree.shared_memory(llm.processes))
             self._watch = process_tree.DeathWatch(llm.processes, functools.partial(self._on_death, llm))
             self.running = llm

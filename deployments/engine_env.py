@@ -28,7 +28,7 @@ class Phase(StrEnum):
     IMPORTING = "importing"  # vLLM itself, once per wrapper
     CONFIGURING = "configuring"  # the LLM's configuration and tokenizer
     LOADING = "loading"  # its weights; with their download, if they are not there yet
-    WARMING_UP = "warming_up"  # KV cache, compilation, first run
+    WARMING_UP = "warming_up"  # KV cache, compilation, first run, first answer
     READY = "ready"
 
 
@@ -43,7 +43,9 @@ class PhaseClock:
         self._since_s = 0.0
 
     def enter(self, phase: Phase) -> None:
-        """A phase begins, and the one before ends."""
+        """A phase begins, and the one before ends. Again: no difference."""
+        if phase is self.phase:
+            return
         now_s = time.monotonic()
         if self.phase is not None:
             self.took_s[self.phase.value] = self.took_s.get(self.phase.value, 0.0) + now_s - self._since_s

@@ -160,10 +160,42 @@ async def test_public_paths(host: EngineHost, llms: Path) -> None:
         "/health", "/version", "/tokenize", "/detokenize",
         "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
     }  # fmt: skip
-    for path in ("/sleep", "/wake_up", "/collective_rpc", "/server_info", "/v1/load_lora_adapter", "/start_profile"):
+    for path in (
+        "/sleep",
+        "/wake_up",
+        "/is_sleeping",
+        "/release_kv_cache_memory",
+        "/pause",
+        "/resume",
+        "/collective_rpc",
+        "/server_info",
+        "/v1/load_lora_adapter",
+        "/start_profile",
+    ):
         assert not public_path("POST", path)
         assert not public_path("GET", path)
     assert not public_path("POST", "/v1/chat/completions/../../sleep")
+
+
+async def test_answers_before_it_is_handed_over(host: EngineHost, llms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An LLM that fails to answer once has not started, and leaves nothing behind."""
+
+    async def fails(_: RunningLLM) -> None:
+        raise RuntimeError("illegal instruction")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunningLLM, "warm_up", fails)
+        error = await failure(host, llms / "a")
+    assert "illegal instruction" in error.reason
+    assert not error.permanent
+
+
+@pytest.mark.parametrize("modeltyp", ["feature-extraction", "text-classification"])
+async def test_pooling_llms_warm_up(host: EngineHost, llms: Path, modeltyp: str) -> None:
+    """What does not generate text is asked once, too, in its own way."""
+    llm = await start(host, llms / "a", modeltyp=modeltyp)
+    assert "generate" not in await llm.engine.get_supported_tasks()
+    await llm.warm_up()
 
 
 # --- what can't be started ---------------------------------------------------------------------------------
