@@ -108,7 +108,7 @@ class Dispatcher:
         if evicted is not None:
             overtaken, winner = self._in_front(evicted, head, now_s)
             for request in overtaken:
-                self._ledger.put_request(replace(request, overtaken=request.overtaken + 1))
+                self._ledger.count_overtaken(request)
             self._grant(winner, evicted, now_s)
             return
 

@@ -252,6 +252,11 @@ class Ledger:
         self._requeue(request.measurement_id)
         self._requests[request.request_id] = request
 
+    def count_overtaken(self, request: Request) -> None:
+        """Count one more warm match that went before a queued request. Nothing by which it is found changes."""
+        request = replace(request, overtaken=request.overtaken + 1)
+        self.requests[request.request_id] = self._requests[request.request_id] = request
+
     def put_lease(self, lease: Lease) -> None:
         """Add or change a lease."""
         old = self.leases.get(lease.request_id)
