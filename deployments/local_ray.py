@@ -10,6 +10,7 @@ import secrets
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ FOLDER_PREFIX = "gprompt-"
 """How a local cluster's folder in /tmp begins. Short, and not in a longer TMPDIR: HAProxy allows its socket paths,
 which hold a node id of 56 digits, 97 characters."""
 
-# Stands in front of HAProxy and changes the configuration that Serve wrote for it.
+# Stands in front of HAProxy and changes the configuration that Serve wrote for it. Serve's manager ends HAProxy when it
+# is shut down; when it is killed the kernel does. Else it would hold the port and answer for servers that are gone.
 _HAPROXY = """#!/bin/sh
 previous=
 for argument in "$@"; do
@@ -53,8 +55,14 @@ for argument in "$@"; do
     fi
     previous=$argument
 done
-exec "{haproxy}" "$@"
+exec "{python}" -IS -c '{die_with_parent}' $PPID "{haproxy}" "$@"
 """
+_DIE_WITH_PARENT = (
+    "import ctypes, os, signal, sys; "
+    "ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) == 0 or sys.exit(1); "  # 1: PR_SET_PDEATHSIG
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); "  # it has ended before
+    "os.execv(sys.argv[2], sys.argv[2:])"
+)
 
 # Its statistics and metrics listen on all interfaces whatever Serve is told (Ray 2.60). Here they must not.
 _LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/"
@@ -133,7 +141,15 @@ def haproxy_environment(folder: Path, *, local_only: bool = True) -> dict[str, s
     changes.write_text(
         (_LOOPBACK if local_only else "") + _TRY_AGAIN.replace("{answer}", str(answer)), encoding="ascii"
     )
-    wrapped = _HAPROXY.replace("{changes}", str(changes)).replace("{haproxy}", str(get_haproxy_binary()))
+    parts = {
+        "changes": changes,
+        "python": sys.executable,
+        "die_with_parent": _DIE_WITH_PARENT,
+        "haproxy": get_haproxy_binary(),
+    }
+    wrapped = _HAPROXY
+    for name, value in parts.items():
+        wrapped = wrapped.replace(f"{{{name}}}", str(value))
     script.write_text(wrapped, encoding="utf-8")
     script.chmod(stat.S_IRWXU)
     metrics_port, stats_port, fallback_port = free_ports(3)

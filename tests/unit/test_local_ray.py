@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import stat
 import subprocess
@@ -194,6 +195,19 @@ def test_script_binds_loopback(tmp_path: Path, fake_haproxy: Path) -> None:
         "frontend a\n    bind 127.0.0.1:8404\n    bind 127.0.0.1:9101\n\tbind 127.0.0.1:8000\n"
         "    server x 10.0.0.1:1\n    # bind *:1\n"
     )
+
+
+def test_haproxy_ends_with_who_started_it(tmp_path: Path, fake_haproxy: Path) -> None:
+    """When Serve's manager is killed its HAProxy ends, too, and frees the port."""
+    fake_haproxy.write_text("#!/bin/sh\necho $$\nexec sleep 1000\n")
+    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    manager = "import subprocess, sys; subprocess.run([sys.argv[1]])"
+    with subprocess.Popen([sys.executable, "-IS", "-c", manager, script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        haproxy = os.pidfd_open(int(process.stdout.readline()))
+        process.kill()
+    assert select.select([haproxy], [], [], 10)[0]
+    os.close(haproxy)
 
 
 def test_missing_haproxy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
