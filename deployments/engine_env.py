@@ -234,6 +234,12 @@ def _remove_shared_memory(directory: Path) -> None:
         listed.unlink()
 
 
+def remove_shared_memory(base: Path) -> None:
+    """Remove the shared memory of all engines whose directories are in ``base``; none of them may run any more."""
+    for directory in base.glob(f"{_PREFIX}*"):
+        _remove_shared_memory(directory)
+
+
 def remove_orphans() -> None:
     """Remove what owners that were killed left behind: nobody holds their lock any more."""
     for directory in _base().glob(f"{_PREFIX}*"):

@@ -19,11 +19,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from deployments import process_tree
+from deployments.engine_env import remove_shared_memory
 from deployments.local_ray import (
     ACCESS_FILE,
     FOLDER_PREFIX,
     QUIET_ENVIRONMENT,
     SERVE_ENVIRONMENT,
+    TEMPORARY,
     local_ray_environment,
     require_free_port,
 )
@@ -34,6 +37,9 @@ Say = Callable[[str], Any]
 
 DOWN_LIMIT_S = 180.0
 """Longest wait of 'down' until the process it told to end is gone, seconds."""
+
+LEFTOVERS_LIMIT_S = 20.0
+"""Longest wait for what a killed registry left running, seconds."""
 
 POLL_S = 0.1
 
@@ -189,7 +195,22 @@ def _read_record(settings: Settings) -> dict[str, Any]:
 
 
 def _remove_leftovers(settings: Settings) -> None:
-    """An owner that was killed could not remove its cluster's folder."""
+    """An owner that was killed could neither end the last of its cluster's processes nor remove its folder.
+
+    Nearly all of them end with it, by the kernel's hand; Ray's agents look for their parent once a minute.
+
+    Raises:
+        StartFailed: some of them do not end.
+    """
     folder = _read_record(settings).get("folder")
-    if folder is not None and Path(folder).name.startswith(FOLDER_PREFIX):
-        shutil.rmtree(folder, ignore_errors=True)
+    if folder is None or not Path(folder).name.startswith(FOLDER_PREFIX):
+        return
+    deadline_s = time.monotonic() + LEFTOVERS_LIMIT_S
+    while left := process_tree.users_of(Path(folder)):
+        if time.monotonic() > deadline_s:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise StartFailed(f"processes of the last registry do not end: {pids}")
+        process_tree.kill(left)
+        time.sleep(POLL_S)
+    remove_shared_memory(Path(folder) / TEMPORARY)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -45,6 +45,9 @@ FOLDER_PREFIX = "gprompt-"
 """How a local cluster's folder in /tmp begins. Short, and not in a longer TMPDIR: HAProxy allows its socket paths,
 which hold a node id of 56 digits, 97 characters."""
 
+TEMPORARY = "t"
+"""Folder below it for temporary files of everything that belongs to the cluster."""
+
 # Stands in front of HAProxy and changes the configuration that Serve wrote for it. Serve's manager ends HAProxy when it
 # is shut down; when it is killed the kernel does. Else it would hold the port and answer for servers that are gone.
 _HAPROXY = """#!/bin/sh
@@ -95,7 +98,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))
     try:
         token_file = _write_token(settings.state_dir)
-        temporary = folder / "t"
+        temporary = folder / TEMPORARY
         temporary.mkdir()
         environment = {
             **QUIET_ENVIRONMENT,

@@ -29,6 +29,30 @@ def alive(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
     return found
 
 
+def users_of(folder: Path) -> set[psutil.Process]:
+    """This user's living processes that were told to keep their temporary files (``TMPDIR``) in or below a folder.
+
+    That is who descends from the process that said so, whoever their parent is by now. Some write their title over
+    their environment (Ray's agents): of those, the ones that have files open there.
+    """
+    mine = (process for process in psutil.process_iter(["uids"]) if _uid(process) == os.getuid())
+    return {process for process in mine if _uses(process, folder)}
+
+
+def _uid(process: psutil.Process) -> int | None:
+    uids = process.info["uids"]
+    return uids.real if uids is not None else None
+
+
+def _uses(process: psutil.Process, folder: Path) -> bool:
+    try:
+        environment = process.environ()
+        used = [environment.get("TMPDIR", "/")] if environment else [file.path for file in process.open_files()]
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended, or somebody else's after all
+        return False
+    return any(Path(path).is_relative_to(folder) for path in used)
+
+
 def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
     """Files in shared memory that these processes have in use and that have a name, so that they outlive them."""
     found = set()

@@ -1,11 +1,15 @@
 import asyncio
+import contextlib
 import os
+import subprocess
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from multiprocessing import shared_memory
+from pathlib import Path
 
 import psutil
+import pytest
 import pytest_asyncio
 
 from deployments import process_tree
@@ -79,6 +83,51 @@ async def test_unknown_process_has_no_descendants(parent: Process) -> None:
     parent.kill()
     await parent.wait()
     assert process_tree.descendants(parent.pid) == set()
+
+
+HOLDS = "import sys; file = open(sys.argv[1], 'a'); print(flush=True); sys.stdin.read()"
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Callable[[Path, dict[str, str]], int]]:
+    """Starts processes that have a file open, in a given environment; their pids."""
+    with contextlib.ExitStack() as ends:
+
+        def start(folder: Path, environment: dict[str, str]) -> int:
+            command = [sys.executable, "-IS", "-c", HOLDS, str(folder / "log")]
+            pipe = subprocess.PIPE
+            process = ends.enter_context(subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe))
+            ends.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+            return process.pid
+
+        yield start
+
+
+def test_users_of_a_folder(tmp_path: Path, holder: Callable[[Path, dict[str, str]], int]) -> None:
+    """Who has its temporary files in a folder is found, and who hides its environment but has files open there.
+
+    Who only looks at a file there, or uses a folder whose name begins alike, is not.
+    """
+    folder, other = tmp_path / "gprompt-1", tmp_path / "gprompt-12"
+    for path in (folder / "t" / "engine", other):
+        path.mkdir(parents=True)
+    found = {
+        holder(other, {"TMPDIR": str(folder / "t")}),
+        holder(other, {"TMPDIR": str(folder / "t" / "engine")}),
+        holder(folder, {}),
+    }
+    holder(folder, {"TMPDIR": "/tmp"})
+    holder(folder, {"HOME": str(folder)})
+    holder(other, {"TMPDIR": str(other)})
+    holder(other, {})
+    assert {process.pid for process in process_tree.users_of(folder)} == found
+
+
+def test_nobody_uses_an_unknown_folder(tmp_path: Path) -> None:
+    """A folder that is not there has no users."""
+    assert process_tree.users_of(tmp_path / "none") == set()
 
 
 def test_shared_memory_is_found_while_it_has_a_name() -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 import deployments
-from deployments import lifecycle
+from deployments import lifecycle, process_tree
 from deployments.lifecycle import end, ready_lines, run_detached, run_in_foreground
 from deployments.local_ray import FOLDER_PREFIX, free_ports
 from registry.errors import BadSettings, StartFailed
@@ -241,6 +242,43 @@ def test_stale_record_is_no_obstacle(settings: Settings, app: FakeApp, tmp_path:
     run_in_foreground(settings, say=Says("Ray dashboard", lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert app.calls == ["start", "stop"]
     assert folder.exists() == ("@" not in text)
+
+
+def test_what_a_killed_owner_left_running_is_ended(
+    settings: Settings, app: FakeApp, tmp_path: Path, started: list[subprocess.Popen[Any]]
+) -> None:
+    """Processes of the old cluster end before the new one starts, though only their folder is known; nothing stays."""
+    folder = tmp_path / f"{FOLDER_PREFIX}left"
+    engine, shared = folder / "t" / "gp-engine-1", tmp_path / "psm_1"
+    engine.mkdir(parents=True)
+    shared.touch()
+    (engine / "shared_memory").write_text(f"{shared}\n")
+    for temporary in (str(folder / "t"), "/tmp"):
+        waits = [sys.executable, "-IS", "-c", "import signal; signal.pause()"]
+        started.append(subprocess.Popen(waits, env={"TMPDIR": temporary}))
+    settings.state_dir.mkdir()
+    (settings.state_dir / "up.json").write_text(json.dumps({"pid": 1, "folder": str(folder)}))
+    before: list[int | None] = []
+    app.during = lambda: before.extend(process.poll() for process in started)
+    run_in_foreground(settings, say=Says("Ray dashboard", lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert before == [-signal.SIGKILL, None]
+    assert not folder.exists()
+    assert not shared.exists()
+
+
+def test_what_can_not_be_ended_is_named(settings: Settings, app: FakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of the old cluster that does not end is an error with its number, and its folder stays."""
+    me = psutil.Process()
+    monkeypatch.setattr(lifecycle, "LEFTOVERS_LIMIT_S", -1.0)
+    monkeypatch.setattr(process_tree, "users_of", lambda _folder: {me})
+    settings.state_dir.mkdir()
+    folder = settings.state_dir / f"{FOLDER_PREFIX}left"
+    folder.mkdir()
+    (settings.state_dir / "up.json").write_text(json.dumps({"pid": 1, "folder": str(folder)}))
+    with pytest.raises(StartFailed, match=f"do not end: {me.pid}"):
+        run_in_foreground(settings, say=Says())
+    assert app.calls == []
+    assert folder.exists()
 
 
 def test_no_other_folder_is_removed(settings: Settings, app: FakeApp, tmp_path: Path) -> None:
