@@ -37,10 +37,13 @@ class Registry:
     folder: Path
     posted: list[str] = field(default_factory=list)
 
-    def post(self, measurement_id: int, *llms: dict[str, Any], **extra: Any) -> list[str]:
+    def post(
+        self, measurement_id: int, *llms: dict[str, Any], tenant: str = "default", priority: str = "normal"
+    ) -> list[str]:
         """Request LLMs; their ids."""
-        body = {"measurementId": measurement_id, "llms": list(llms), **extra}
-        answer = httpx.post(f"{self.url}/promptingservice/request", json=body, timeout=60)
+        body = {"measurementId": measurement_id, "llms": list(llms), "priority": priority}
+        url, headers = f"{self.url}/promptingservice/request", {"X-Tenant": tenant}
+        answer = httpx.post(url, json=body, headers=headers, timeout=60)
         assert answer.status_code == 201, answer.text
         ids = [entry["requestId"] for entry in answer.json()["requests"]]
         self.posted += ids
@@ -54,12 +57,13 @@ class Registry:
         return state
 
     def until(self, request_id: str, *statuses: str, limit_s: float = DEPLOY_LIMIT_S) -> dict[str, Any]:
-        """The status of a request once it is one of these; fails after ``limit_s`` seconds."""
+        """The status of a request once it is one of these; fails when it can't be, or after ``limit_s`` seconds."""
         deadline_s = time.monotonic() + limit_s
         state = self.get(request_id)
         while state["status"] not in statuses:
             left_s = deadline_s - time.monotonic()
             assert left_s > 0, f"still {state}"
+            assert state["endedAt"] is None, state
             state = self.get(request_id, wait=min(left_s, 10), seen=state["status"])
         return state
 
@@ -107,8 +111,16 @@ def _cmdline(process: psutil.Process) -> list[str]:
 
 
 def start(folder: Path, environment: dict[str, str] | None = None, /, **overrides: Any) -> Registry:
-    """``greenprompt up`` with the local configuration and these sections changed; returns when it is ready."""
-    port, dashboard_port = free_ports(2)
+    """``greenprompt up`` with the local configuration and these sections changed; returns when it is ready.
+
+    Where one was started before, the next has the same ports.
+    """
+    path = folder / "config.yaml"
+    if path.exists():
+        last = yaml.safe_load(path.read_text(encoding="utf-8"))
+        port, dashboard_port = last["http"]["port"], last["ray"]["dashboard_port"]
+    else:
+        port, dashboard_port = free_ports(2)
     config = yaml.safe_load((REPOSITORY / "configs" / "local.yaml").read_text(encoding="utf-8"))
     config["state_dir"] = str(folder / "state")
     config["cache_dir"] = str(folder / "cache")
@@ -117,7 +129,6 @@ def start(folder: Path, environment: dict[str, str] | None = None, /, **override
     config["ray"] = {"dashboard_port": dashboard_port}
     for section, values in overrides.items():
         config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
-    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [sys.executable, "-m", "deployments.cli", "up", "--config", str(path)]
     return run(folder, command, f"http://127.0.0.1:{port}", environment or {})
@@ -137,7 +148,7 @@ def run(folder: Path, command: list[str], url: str, environment: dict[str, str])
         )
     record = folder / "state" / "up.json"
     deadline_s = time.monotonic() + UP_LIMIT_S
-    while not (record.exists() and "url" in json.loads(record.read_text(encoding="utf-8"))):
+    while not (record.exists() and {"pid": process.pid, "url": url}.items() <= json.loads(record.read_bytes()).items()):
         if process.poll() is not None or time.monotonic() > deadline_s:
             process.kill()
             pytest.fail(f"greenprompt up did not get ready:\n{log.read_text(encoding='utf-8')}")
