@@ -12,6 +12,7 @@ import functools
 import gc
 import importlib
 import logging
+import math
 import os
 import re
 import time
@@ -28,6 +29,8 @@ from pydantic import ValidationError
 
 from deployments import process_tree
 from deployments.engine_env import EngineEnvironment, Phase, PhaseClock
+from deployments.gpu_memory import GPUMemory
+from deployments.heartbeat import Heartbeat, Work
 from deployments.warm_start import WarmForkserver, shape_problem, spawn_mortals
 from registry.errors import EngineNotReady, EngineStartFailed
 
@@ -79,7 +82,8 @@ _ELSEWHERE_OR_LATER = re.compile(
 )
 _WARM_UP_ID = "warm-up"
 _STOP_TIMEOUT_S = 5.0  # for vLLM's own way of stopping; what is left then is killed
-_GONE_TIMEOUT_S = 10.0  # for the kernel to take a killed process away
+_GONE_TIMEOUT_S = 10.0  # for the kernel to take a killed process away, and for a GPU to have its memory back
+_STALL_GPU_S, _STALL_CPU_S = 60.0, 300.0  # a step of a large LLM takes minutes on a CPU; vLLM's own limit is 300 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +91,22 @@ class StopReport:
     """What became of an engine's processes.
 
     ``killed``: pids that vLLM did not end. ``leftover``: pids that live on although they were killed; their memory is
-    not back. ``took_s``: seconds.
+    not back. ``gpu_excess_bytes``: what GPUs, by UUID, hold beyond what they held before the first start; without those
+    of which it is not known. ``took_s``: seconds.
     """
 
     killed: tuple[int, ...] = ()
     leftover: tuple[int, ...] = ()
+    gpu_excess_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     took_s: float = 0.0
+
+    @property
+    def problem(self) -> str | None:
+        """What is not as it was before, in words; None when everything is."""
+        problems = [f"{uuid} holds {excess / 2**20:.0f} MiB too much" for uuid, excess in self.gpu_excess_bytes.items()]
+        if self.leftover:
+            problems.insert(0, f"engine processes {', '.join(map(str, self.leftover))} can't be ended")
+        return "; ".join(problems) or None
 
 
 def public_path(method: str, path: str) -> bool:
@@ -105,13 +119,14 @@ class RunningLLM:
 
     ``asgi`` is vLLM's own OpenAI app (check ``public_path`` first). ``phases`` holds the seconds that each phase of
     the start took, ``started_s`` is their sum. ``pids`` are all its processes. ``died`` is set as soon as one of them
-    ends by itself; then ``death_reason`` says why.
+    ends by itself, or the engine counts as hung; then ``death_reason`` says why.
     """
 
     def __init__(self, engine: AsyncLLM, asgi: ASGIApp, name: str, processes: Iterable[psutil.Process]) -> None:
         """For ``EngineHost``."""
         self.engine = engine
-        self.asgi = asgi
+        self.app = asgi
+        self._calls = 0
         self.served_model_name = name
         self.max_model_len: int = engine.model_config.max_model_len
         self.processes = frozenset(processes)
@@ -128,6 +143,40 @@ class RunningLLM:
     def pids(self) -> tuple[int, ...]:
         """Process ids of the engine and its workers, ascending."""
         return _pids(self.processes)
+
+    async def asgi(
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ) -> None:
+        """One request to vLLM's app."""
+        self._calls += 1
+        await self.app(scope, receive, send)
+
+    @property
+    def failed(self) -> bool:
+        """Whether vLLM itself knows that the engine is dead; ``died`` is set at about the same time."""
+        return self.died.is_set() or self.engine.errored
+
+    @property
+    def unfinished(self) -> int:
+        """Prompts that the engine has not finished: those that wait in it, too."""
+        count: int = self.engine.get_num_unfinished_requests()
+        return count
+
+    def work(self) -> Work:
+        """What it has been given to do, and how far that is."""
+        prompts = self.engine.output_processor.request_states.values()
+        unread = max((prompt.prompt_len for prompt in prompts if prompt.is_prefilling), default=0)
+        return Work(
+            self._calls,
+            frozenset(
+                (prompt.request_id, prompt.detokenizer.num_output_tokens() if prompt.detokenizer else 0)
+                for prompt in prompts
+            ),
+            steps=math.ceil(unread / self.engine.scheduler_config.max_num_batched_tokens),
+        )
 
     async def healthy(self, timeout_s: float = 30.0) -> None:
         """Return when the engine has answered.
@@ -146,6 +195,7 @@ class RunningLLM:
 
     async def abort_all(self) -> None:
         """End every generation in flight; their callers get what there is, with finish_reason "abort"."""
+        self._calls += 1
         await _abort_all(self.engine)
 
     async def warm_up(self) -> None:
@@ -173,6 +223,7 @@ class RunningLLM:
 
     async def reset_prefix_cache(self) -> None:
         """Forget cached prompts, so that one lease's prompts neither speed up nor reveal themselves to the next."""
+        self._calls += 1
         await self.engine.reset_prefix_cache()
 
 
@@ -191,6 +242,7 @@ class EngineHost:
         kv_cache_gib: float | None = None,
         cpu_threads: int | None = None,
         preload: Sequence[str] = _COMMON_LLMS,
+        stall_s: float | None = None,
     ) -> None:
         """Do nothing yet; ``prepare`` does.
 
@@ -200,6 +252,8 @@ class EngineHost:
             kv_cache_gib: Size of the KV cache on the CPU in GiB; None leaves it to vLLM. Without effect on GPUs.
             cpu_threads: Threads of an engine on the CPU; None: one fewer than there are cores. Without effect on GPUs.
             preload: Modules to import ahead, beside those that every engine needs: the usual LLMs' own.
+            stall_s: Seconds > 0 that a step of an engine may take before it counts as hung; None: 60 with GPUs, 300
+                without, where a step of a large LLM takes that long.
         """
         self.running: RunningLLM | None = None
         self.warm = False
@@ -209,6 +263,7 @@ class EngineHost:
         self._kv_cache_gib = kv_cache_gib
         self._cpu_threads = cpu_threads or max(1, len(os.sched_getaffinity(0)) - 1)
         self._preload = preload
+        self._stall_s = stall_s or (_STALL_GPU_S if gpus else _STALL_CPU_S)
         self._preparing: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[RunningLLM] | None = None
         self._busy = asyncio.Lock()
@@ -216,6 +271,9 @@ class EngineHost:
         self._environment: EngineEnvironment | None = None
         self._forkserver: WarmForkserver | None = None
         self._watch: process_tree.DeathWatch | None = None
+        self._heart: asyncio.Task[None] | None = None
+        self._unended: frozenset[psutil.Process] = frozenset()
+        self._gpu_memory = GPUMemory(gpus)
         self._defaults: Namespace | None = None
         # Everything of vLLM that blocks runs in this one thread, which lives as long as the host: the kernel ends
         # processes that it starts together with it.
@@ -347,6 +405,7 @@ class EngineHost:
             environment = self._environment
             assert environment is not None
             environment.begin_start()
+            self._gpu_memory.note()
             before = self._candidates()
             following = asyncio.create_task(clock.follow(environment.phases))
             launching = asyncio.ensure_future(self._in_thread(self._launch, order, clock.enter_threadsafe()))
@@ -370,6 +429,7 @@ class EngineHost:
             llm.phases = clock.took_s
             environment.remember_shared_memory(process_tree.shared_memory(llm.processes))
             self._watch = process_tree.DeathWatch(llm.processes, functools.partial(self._on_death, llm))
+            self._heart = asyncio.create_task(self._on_hang(llm), name=f"heartbeat of {order.model}")
             self.running = llm
             _log.info("%s runs after %.1f s", order.model, llm.started_s)
             return llm
@@ -416,6 +476,8 @@ class EngineHost:
         tasks = await engine.get_supported_tasks()
         app: ASGIApp = await self._in_thread(build_app, args, tasks, engine.model_config)
         await init_app_state(engine, app.state, args, tasks)  # type: ignore[attr-defined]
+        # Where vLLM would end its own server because the engine has died; here others see to that.
+        app.state.server = Namespace(should_exit=False)  # type: ignore[attr-defined]
         return app
 
     async def _clear_away(self, launching: asyncio.Future[AsyncLLM], before: set[psutil.Process]) -> None:
@@ -435,7 +497,7 @@ class EngineHost:
         elif launching.exception() is None:
             await self._shut_down(launching.result())
         process_tree.kill(self._candidates() - before)
-        await process_tree.ended(self._candidates() - before, _GONE_TIMEOUT_S)
+        self._unended |= await process_tree.ended(self._candidates() - before, _GONE_TIMEOUT_S)
         gc.collect()
 
     def _candidates(self) -> set[psutil.Process]:
@@ -446,40 +508,64 @@ class EngineHost:
         return {process for process in process_tree.descendants(os.getpid()) if process.pid != tracker}
 
     def _on_death(self, llm: RunningLLM, pid: int) -> None:
-        if llm.died.is_set():
-            return
         assert self._environment is not None
         words = self._environment.last_words()
-        llm.death_reason = f"process {pid} of {llm.served_model_name} ended by itself" + (f": {words}" if words else "")
-        _log.error("the engine died: %s", llm.death_reason)
-        llm.died.set()
+        self._pronounce_dead(llm, f"process {pid} ended by itself" + (f": {words}" if words else ""))
+
+    async def _on_hang(self, llm: RunningLLM) -> None:
+        heartbeat = Heartbeat(llm.engine.is_sleeping, llm.work, llm.processes, stall_s=self._stall_s)
+        self._pronounce_dead(llm, await heartbeat.until_hung())
+
+    def _pronounce_dead(self, llm: RunningLLM, reason: str) -> None:
+        if not llm.died.is_set():
+            llm.death_reason = f"the engine of {llm.served_model_name} is dead: {reason}"
+            _log.error("%s", llm.death_reason)
+            llm.died.set()
 
     # --- stopping ----------------------------------------------------------------------------------------------
 
     async def stop(self) -> StopReport:
-        """Stop the LLM that runs or starts, if any; return when its processes are gone and their memory is back."""
+        """Stop the LLM that runs or starts, if any; return when its processes are gone and their memory is back.
+
+        Where they don't go, or the memory of a GPU does not come back, the report says so, and so does that of every
+        later call until they do.
+        """
         if self._starting is not None:
             self._starting.cancel()
         return await self._stop()
 
     async def _stop(self) -> StopReport:
         async with self._busy:
-            llm, self.running = self.running, None
-            if llm is None:
-                return StopReport()
             begun_s = time.monotonic()
-            if self._watch is not None:
-                self._watch.close()
-                self._watch = None
-            processes = llm.processes.union(*(process_tree.descendants(pid) for pid in llm.pids))
-            await self._shut_down(llm.engine)
-            llm.asgi = _stopped
-            remaining = await process_tree.ended(processes, 1.0)
-            process_tree.kill(remaining)
-            leftover = await process_tree.ended(remaining, _GONE_TIMEOUT_S)
-            del llm
-            gc.collect()
-            return StopReport(_pids(remaining), _pids(leftover), time.monotonic() - begun_s)
+            llm, self.running = self.running, None
+            processes, killed = self._unended, set[psutil.Process]()
+            if llm is not None:
+                processes |= llm.processes.union(*(process_tree.descendants(pid) for pid in llm.pids))
+                killed = await self._end(llm, processes)
+                llm = None
+                gc.collect()
+            self._unended = frozenset(await process_tree.ended(processes, _GONE_TIMEOUT_S))
+            if self._environment is not None and not self._unended:
+                self._environment.remove_shared_memory()
+            excess = await self._gpu_memory.excess(_GONE_TIMEOUT_S)
+            return StopReport(_pids(killed), _pids(self._unended), excess, time.monotonic() - begun_s)
+
+    async def _end(self, llm: RunningLLM, processes: Iterable[psutil.Process]) -> set[psutil.Process]:
+        """Stop an LLM, or kill it; returns those of its processes that had to be killed."""
+        assert self._watch is not None
+        assert self._heart is not None
+        self._watch.close()
+        self._heart.cancel()
+        self._watch = self._heart = None
+        killed = set()
+        if llm.died.is_set():  # it can't stop by itself any more
+            killed = process_tree.alive(processes)
+            process_tree.kill(killed)
+        await self._shut_down(llm.engine)
+        llm.app = _stopped
+        remaining = await process_tree.ended(processes, 1.0)
+        process_tree.kill(remaining)
+        return killed | remaining
 
     async def _shut_down(self, engine: AsyncLLM) -> None:
         """Let vLLM stop an engine in its own way; what is in flight is aborted."""

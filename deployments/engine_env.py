@@ -166,6 +166,10 @@ class EngineEnvironment:
         with (self.directory / _SHARED_MEMORY).open("a", encoding="utf-8") as list_:
             list_.writelines(f"{file}\n" for file in files)
 
+    def remove_shared_memory(self) -> None:
+        """Remove what an engine that was killed could not remove itself. None of its processes runs any more."""
+        _remove_shared_memory(self.directory)
+
     def phases(self) -> Sequence[Phase]:
         """What the engine's processes have announced so far, in order."""
         return [Phase(word) for word in self._phases.read_text(encoding="utf-8").split()]

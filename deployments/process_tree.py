@@ -53,6 +53,16 @@ def _uses(process: psutil.Process, folder: Path) -> bool:
     return any(Path(path).is_relative_to(folder) for path in used)
 
 
+def stopped(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
+    """Those that somebody has stopped (SIGSTOP) and nobody has let go on."""
+    found = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.status() == psutil.STATUS_STOPPED:
+                found.add(process)
+    return found
+
+
 def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
     """Files in shared memory that these processes have in use and that have a name, so that they outlive them."""
     found = set()

@@ -14,6 +14,7 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -44,6 +45,10 @@ EVENT_STREAM = "text/event-stream"
 
 CUT_GRACE_S = 1.0
 """How long vLLM's app may take to end a request whose client has gone, before it is cancelled; seconds."""
+
+
+DEATH_GRACE_S = 1.0
+"""How long the death of an engine may take to be seen here after vLLM has seen it; seconds."""
 
 
 class PromptTooLong(RegistryError):
@@ -202,11 +207,24 @@ class PromptGate:
         if scope["method"] == "GET":
             await running.asgi(inner, exchange.receive, exchange.send)
             return
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await self._unless_dead(running, message["status"])
+            await exchange.send(message)
+
         flight = self._meter.begin()  # it gets no account of its own, but has its share of what others' cost
         try:
-            await running.asgi(inner, exchange.receive, exchange.send)
+            await running.asgi(inner, exchange.receive, send)
         finally:
             self._meter.end(flight)
+
+    async def _unless_dead(self, running: RunningLLM, status: int) -> None:
+        """An engine that dies answers what it has with a 500. Raises EngineNotReady then, with the reason."""
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR and running.failed:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(running.died.wait(), DEATH_GRACE_S)
+            raise EngineNotReady(self._engine()[1])
 
     async def _process_prompt(self, grant: LeaseGrant, scope: Scope, exchange: _Exchange) -> None:
         try:
@@ -233,6 +251,7 @@ class PromptGate:
             status, answer = await _call(running.asgi, path, body, exchange)
         finally:
             self._meter.end(flight)
+        await self._unless_dead(running, status)
         if status != HTTPStatus.OK:
             return error_answer(status, "prompt_refused", _problem(answer))
         answered = json.loads(answer)

@@ -85,6 +85,7 @@ class LLMWrapper:
             kv_cache_gib=config.settings.kv_cache_gib,
             cache_dir=config.cache_dir,
             cpu_threads=None if config.settings.per_machine == 1 else max(1, int(cpus)),
+            stall_s=config.settings.stall_s,
         )
         self._prompts = PromptGate(
             self._gate,
@@ -112,16 +113,17 @@ class LLMWrapper:
 
     async def report(self) -> WrapperReport:
         """What this wrapper says of itself; never waits for the engine."""
-        grant = self._gate.grant
+        grant, living = self._gate.grant, self._living()
         return WrapperReport(
             epoch=self._epoch,
-            running=self._spec.fingerprint if self._living() is not None and self._spec is not None else None,
+            running=self._spec.fingerprint if living is not None and self._spec is not None else None,
             starting=self._spec.fingerprint if self._start is not None and self._spec is not None else None,
             died=self._died,
             phase=self._phase,
             bound=grant.request_id if grant is not None else None,
             idle_for_s=self._gate.idle_for_s,
             in_flight=self._gate.in_flight,
+            unfinished=living.unfinished if living is not None else None,
             starts=self._starts,
             memory_bytes=self._memory_bytes,
             gpu_memory_bytes=self._gpu_memory_bytes,
@@ -283,11 +285,10 @@ class LLMWrapper:
             raise EngineStartFailed(spec.model, why_too_large(spec, memory, [size], limits, where="this wrapper"))
 
     async def _empty(self) -> None:
-        """Stop the engine. What can't be ended holds memory: only a new process, and an operator, help then."""
-        report = await self._host.stop()
-        if report.leftover:
-            pids = ", ".join(map(str, report.leftover))
-            raise WrapperUnreachable(self._config.wrapper_id, f"engine processes {pids} can't be ended")
+        """Stop the engine. What it leaves behind holds memory: only a new wrapper, or an operator, helps then."""
+        problem = (await self._host.stop()).problem
+        if problem is not None:
+            raise WrapperUnreachable(self._config.wrapper_id, problem)
 
     def _set_phase(self, phase: str) -> None:
         self._phase = phase
@@ -297,7 +298,7 @@ class LLMWrapper:
         async with self._engine_lock:
             if self._host.running is not running:
                 return
-            self._died = running.death_reason or "its processes are gone"
+            self._died = running.death_reason
             self._spec = None
             log.error("the engine died", wrapper_id=self._config.wrapper_id, reason=self._died)
             await self._prompts.cut_all()
@@ -317,7 +318,8 @@ class LLMWrapper:
             return running, "ready"
         if self._start is not None:
             return None, f"being started ({self._phase or 'waiting'})"
-        return None, self._died or "no LLM is deployed"
+        dead = self._host.running
+        return None, (dead.death_reason if dead is not None else self._died) or "no LLM is deployed"
 
 
 def _present(model: str) -> str:

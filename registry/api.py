@@ -182,6 +182,8 @@ class WrapperState(_Wire):
     llm: str | None
     leased: bool
     starts: int | None = Field(None, description="LLMs that it has started since it was started itself")
+    in_flight: int | None = Field(None, description="Prompts that are being answered")
+    unfinished: int | None = Field(None, description="Prompts that the engine has not finished; null without one")
     phase: str | None = None
     reason: str | None = None
     meter: dict[str, Any] | None = None

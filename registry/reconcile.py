@@ -43,8 +43,10 @@ class WrapperReport:
     ``starting`` that of the one being started. ``died`` is why the LLM ended by itself, if it did.
     ``idle_for_s`` is how long ago the lease was last used (0.0 while a prompt is in flight), None without a lease.
     ``progress`` is how much of ``phase`` is done, 0 to 1, None where the engine does not say.
-    ``bound`` is the request whose token it accepts. ``starts`` counts the LLMs it has started. ``memory_bytes`` is the
-    main memory of its machine, ``gpu_memory_bytes`` the memory of each of its GPUs; None: it can't tell.
+    ``bound`` is the request whose token it accepts. ``in_flight`` counts the prompts that are being answered,
+    ``unfinished`` those that the engine itself has not finished, None without one. ``starts`` counts the LLMs it has
+    started. ``memory_bytes`` is the main memory of its machine, ``gpu_memory_bytes`` the memory of each of its GPUs;
+    None: it can't tell.
     """
 
     epoch: int
@@ -56,6 +58,7 @@ class WrapperReport:
     bound: str | None = None
     idle_for_s: float | None = None
     in_flight: int = 0
+    unfinished: int | None = None
     starts: int = 0
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None

@@ -50,6 +50,12 @@ class WrapperSettings(_Section):
     deploy_timeout_s: float = Field(1800, gt=0, description="Longest start of an LLM")
     start_timeout_s: float = Field(300, gt=0, description="Longest start of a wrapper itself")
     prompt_max_s: float = Field(600, gt=0, description="Longest prompt; then it is cut")
+    stall_s: float | None = Field(
+        None,
+        gt=0,
+        description="An engine that has prompts and gives no token for so long is replaced; null: 60 with GPUs, 300 "
+        "without, where one step of a large LLM takes minutes",
+    )
     max_prompts_in_flight: int = Field(256, ge=1, description="More are answered 429")
     kv_cache_gib: int | None = Field(None, ge=1, description="KV cache on a machine without GPU; null: vLLM's choice")
     stop_timeout_s: float = Field(30, gt=0, description="Longest stop of an LLM before its processes are killed")

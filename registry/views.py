@@ -156,6 +156,8 @@ def _wrapper_state(service: Service, wrapper: Wrapper) -> WrapperState:
         llm=wrapper.spec.model if wrapper.spec is not None else None,
         leased=wrapper.status is WrapperStatus.LEASED,
         starts=report.starts if report is not None else None,
+        in_flight=report.in_flight if report is not None else None,
+        unfinished=report.unfinished if report is not None else None,
         phase=report.phase if report is not None else None,
         reason=wrapper.reason,
         meter=dict(report.meter) if report is not None and report.meter is not None else None,

@@ -104,6 +104,7 @@ class FakeGPU:
         self.limit_mw: int | None = 700_000
         self.memory_bytes: int | None = 80 * 2**30
         self.pids: list[int] | None = []
+        self.used_bytes: int | None = 500 * 2**20
         self.error: int | None = None
 
 
@@ -165,7 +166,10 @@ class FakeNVML:
         return self._value("nvmlDeviceGetEnforcedPowerLimit", gpu, gpu.limit_mw)
 
     def nvmlDeviceGetMemoryInfo(self, gpu: FakeGPU) -> SimpleNamespace:
-        return SimpleNamespace(total=self._value("nvmlDeviceGetMemoryInfo", gpu, gpu.memory_bytes))
+        return SimpleNamespace(
+            total=self._value("nvmlDeviceGetMemoryInfo", gpu, gpu.memory_bytes),
+            used=self._value("nvmlDeviceGetMemoryInfo", gpu, gpu.used_bytes),
+        )
 
     def nvmlDeviceGetComputeRunningProcesses(self, gpu: FakeGPU) -> list[SimpleNamespace]:
         if gpu.pids is None:

@@ -24,16 +24,19 @@ class FakeEngine:
     """``go`` holds all answers back while it is cleared; ``generating`` is set once one has begun.
 
     ``pieces`` is what a stream sends, None its end. ``error`` (status, body) is answered in place of everything;
-    an exception is raised. ``aborted`` counts generations that were given up.
+    an exception is raised. ``aborted`` counts generations that were given up. ``failed``: vLLM knows that it
+    is dead, ``died`` that we do.
     """
 
     served_model_name = "tiny"
+    failed = False
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
         self.go.set()
         self.generating = asyncio.Event()
         self.aborted_one = asyncio.Event()
+        self.died = asyncio.Event()
         self.aborted = 0
         self.text: str | None = "an answer"
         self.error: tuple[int, Any] | Exception | None = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
@@ -10,6 +11,11 @@ import psutil
 
 from deployments import process_tree
 from deployments.engine import RunningLLM
+from deployments.lease_gate import LeaseGate
+from deployments.prompt_meter import PromptMeter
+from deployments.prompts import PromptGate
+from registry.reconcile import LeaseGrant
+from registry.settings import EnergySettings
 
 FAST = {"enforce_eager": True, "max_model_len": 512}
 """Engine arguments that keep a start short: nothing is compiled."""
@@ -26,6 +32,36 @@ async def complete(llm: RunningLLM, **more: Any) -> dict[str, Any]:
         response = await http.post("/v1/completions", json=body | more)
         assert response.status_code == 200, response.text
         return dict(response.json())
+
+
+def at_the_gate(llm: RunningLLM, *, prompt_max_s: float = 60.0) -> httpx.AsyncClient:
+    """The holder of a lease of this LLM, before the app that a wrapper puts in front of it."""
+    config = {
+        "uses_chat_template": False,
+        "args": {"prompting": {"max_new_tokens": 500, "ignore_eos": True}, "deployment": {}},
+    }
+    lease = LeaseGate(time.monotonic)
+    lease.bind(LeaseGrant("request-1", 1, "token", json.dumps(config), ends_in_s=600.0, idle_limit_s=600.0))
+    app = PromptGate(
+        lease,
+        PromptMeter(EnergySettings(), gpus=0),
+        engine=lambda: (None, str(llm.death_reason)) if llm.died.is_set() else (llm, "ready"),
+        max_in_flight=8,
+        prompt_max_s=prompt_max_s,
+    )
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://wrapper/token", timeout=60)
+
+
+async def has_ended(llm: RunningLLM) -> bool:
+    """Return when the engine process itself has nothing to do any more; False if it goes on for seconds."""
+    try:
+        async with asyncio.timeout(5):
+            while await llm.engine.engine_core.call_utility_async("has_work"):
+                pass
+    except TimeoutError:
+        return False
+    return True
 
 
 class Stream:

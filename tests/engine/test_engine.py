@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -19,7 +19,7 @@ from deployments.engine import EngineHost, RunningLLM, public_path
 from deployments.engine_env import Phase, remove_orphans
 from deployments.tiny_llm import make_tiny_llm
 from registry.errors import EngineNotReady, EngineStartFailed
-from tests.engine.calls import FAST, Stream, client, complete, still_running
+from tests.engine.calls import FAST, Stream, at_the_gate, client, complete, has_ended, still_running
 
 pytestmark = [
     pytest.mark.vllm,
@@ -31,7 +31,12 @@ pytestmark = [
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def host(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EngineHost]:
-    host = EngineHost(gpus=0, kv_cache_gib=0.125, cache_dir=tmp_path_factory.mktemp("cache"))
+    host = EngineHost(
+        gpus=0,
+        kv_cache_gib=0.125,
+        cache_dir=tmp_path_factory.mktemp("cache"),
+        preload=("vllm.model_executor.models.llama", "tests.engine.brake"),
+    )
     await host.prepare()
     yield host
     await host.close()
@@ -50,6 +55,26 @@ def engines_of(host: EngineHost) -> set[int]:
     assert host._forkserver is not None
     assert host._forkserver.pid is not None
     return {process.pid for process in process_tree.alive(process_tree.descendants(host._forkserver.pid))}
+
+
+class Brake:
+    """Slows the steps of engines that are started from now on; see ``brake.py``."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def pull(self, step: float | Literal["hang"]) -> None:
+        """Each step takes ``step`` seconds longer, or does not end."""
+        self._file.write_text(str(step), encoding="utf-8")
+
+    def release(self) -> None:
+        self._file.unlink()
+
+
+@pytest.fixture
+def brake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Brake:
+    monkeypatch.setenv("GREENPROMPT_TEST_BRAKE", str(tmp_path / "brake"))
+    return Brake(tmp_path / "brake")
 
 
 async def start(host: EngineHost, model: Path, **more: Any) -> RunningLLM:
@@ -155,7 +180,7 @@ async def test_nothing_listens_to_the_network(host: EngineHost, llms: Path) -> N
 async def test_public_paths(host: EngineHost, llms: Path) -> None:
     """Of all that vLLM serves for a text LLM, a lease holder reaches exactly what asks the LLM something."""
     llm = await start(host, llms / "a")
-    served = {(method, route.path) for route in llm.asgi.routes for method in getattr(route, "methods", None) or ()}  # type: ignore[attr-defined]
+    served = {(method, route.path) for route in llm.app.routes for method in getattr(route, "methods", None) or ()}  # type: ignore[attr-defined]
     assert {path for method, path in served if public_path(method, path)} == {
         "/health", "/version", "/tokenize", "/detokenize",
         "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
@@ -315,6 +340,92 @@ async def test_killed_engine(host: EngineHost, llms: Path, victim: int) -> None:
     assert still_running(llm.pids) == set()
     assert await complete(await start(host, llms / "a"))
     assert [file for file in shared if file.exists()] == []
+
+
+@pytest.mark.parametrize("victim", [0, -1], ids=["engine", "worker"])
+async def test_stopped_engine(host: EngineHost, llms: Path, victim: int) -> None:
+    """An engine of which a process was stopped is found, idle as it is, and ended; then a start works."""
+    llm = await start(host, llms / "a")
+    shared = process_tree.shared_memory(llm.processes)
+    os.kill(llm.pids[victim], signal.SIGSTOP)
+    await llm.died.wait()
+    assert llm.death_reason is not None
+    assert f"process {llm.pids[victim]} was stopped" in llm.death_reason
+    report = await host.stop()
+    assert report.problem is None
+    assert still_running(llm.pids) == set()
+    assert [file for file in shared if file.exists()] == []
+    assert await complete(await start(host, llms / "a"))
+
+
+async def test_engine_that_hangs_in_a_step(
+    host: EngineHost, llms: Path, brake: Brake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine whose step never ends is found after ``stall_s``; its prompts are told, and nothing of it is left."""
+    monkeypatch.setattr(host, "_stall_s", 1.0)
+    llm = await start(host, llms / "a")
+    gate = at_the_gate(llm)
+    brake.pull("hang")
+    prompt = asyncio.create_task(gate.post("/process_prompt", json={"question": "Are you there?"}))
+    await llm.died.wait()
+    assert llm.death_reason is not None
+    assert "for 1 s" in llm.death_reason
+    assert (await host.stop()).problem is None
+    assert still_running(llm.pids) == set()
+    answer = await prompt
+    assert (answer.status_code, answer.json()["code"]) == (503, "engine_not_ready")
+    assert llm.death_reason in answer.json()["message"]
+    brake.release()
+    assert await complete(await start(host, llms / "a"))
+
+
+async def test_slow_engine_is_no_hanging_one(
+    host: EngineHost, llms: Path, brake: Brake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that takes its time for each token, but gives them, goes on for longer than ``stall_s``."""
+    monkeypatch.setattr(host, "_stall_s", 2.0)
+    llm = await start(host, llms / "a")
+    brake.pull(0.3)
+    assert (await complete(llm, max_tokens=20))["usage"]["completion_tokens"] == 20
+    assert not llm.died.is_set()
+
+
+@pytest.mark.parametrize("body", [{"question": "Go on"}, {"prompt": "Go on"}, {"prompt": "Go on", "stream": True}])
+async def test_endless_answer_is_cut(host: EngineHost, llms: Path, brake: Brake, body: dict[str, Any]) -> None:
+    """An answer that takes longer than prompts may is cut, in the engine too, and the LLM goes on answering."""
+    llm = await start(host, llms / "a")
+    brake.pull(0.05)
+    gate = at_the_gate(llm, prompt_max_s=0.3)
+    if "question" in body:
+        answer = await gate.post("/process_prompt", json=body)
+    else:
+        answer = await gate.post("/v1/completions", json={**body, "max_tokens": 500, "ignore_eos": True})
+    assert answer.status_code == (200 if "stream" in body else 504)
+    assert "prompt_too_long" in answer.text
+    assert llm.unfinished == 0
+    assert await has_ended(llm)
+    brake.release()
+    assert (await complete(llm))["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_dead_engine_is_told_to_its_prompts(host: EngineHost, llms: Path, brake: Brake, *, stream: bool) -> None:
+    """A prompt under which the engine is killed is told so, as a passing error with the reason."""
+    llm = await start(host, llms / "a")
+    brake.pull(0.05)
+    gate = at_the_gate(llm)
+    body = {"prompt": "Go on", "max_tokens": 500, "ignore_eos": True, "stream": stream}
+    prompt = asyncio.create_task(gate.post("/v1/completions", json=body))
+    while not llm.unfinished:
+        await asyncio.wait({prompt}, timeout=0.01)
+    os.kill(llm.pids[0], signal.SIGKILL)
+    answer = await prompt
+    if stream:
+        assert '"error"' in answer.text
+        return
+    assert (answer.status_code, answer.json()["code"]) == (503, "engine_not_ready")
+    assert llm.death_reason is not None
+    assert llm.death_reason in answer.json()["message"]
 
 
 OWNER = """

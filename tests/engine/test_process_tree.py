@@ -50,6 +50,21 @@ async def test_descendants_are_seen_until_they_end(parent: Process) -> None:
     assert await process_tree.ended(family, 0) == set()
 
 
+async def test_stopped_process_is_seen(parent: Process) -> None:
+    """A process that was stopped is seen as such until it goes on, and does not count as ended."""
+    process = psutil.Process(parent.pid)
+    assert process_tree.stopped([process]) == set()
+    process.suspend()
+    while not process_tree.stopped([process]):  # the signal is on its way
+        assert process_tree.alive([process]) == {process}
+    process.resume()
+    while process_tree.stopped([process]):
+        assert process_tree.alive([process]) == {process}
+    parent.kill()
+    await parent.wait()
+    assert process_tree.stopped([process]) == set()
+
+
 async def test_death_is_told_at_once(parent: Process) -> None:
     """The end of a watched process is told once, as it happens."""
     told: asyncio.Queue[int] = asyncio.Queue()

@@ -343,6 +343,24 @@ async def test_errors_of_the_engine_are_passed_on(
     assert wrapper.meter.accounts == []
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})]
+)
+async def test_error_of_a_dying_engine_is_its_death(wrapper: Wrapper, path: str, body: object) -> None:
+    """The 500 of an engine that has died is told as its death, with the reason, as soon as that is known."""
+    wrapper.engine.error = (500, {"error": {"message": "EngineCore encountered an issue"}})
+    assert (await wrapper.call("POST", path, body).done()).status == 500
+    wrapper.engine.failed = True
+    call = wrapper.call("POST", path, body)
+    while len(wrapper.engine.bodies) < 2:
+        await asyncio.wait({call.task}, timeout=0)
+    wrapper.state = (None, "process 7 ended by itself")
+    wrapper.engine.died.set()
+    answer = await call.done()
+    assert (answer.status, answer.json["code"]) == (503, "engine_not_ready")
+    assert "process 7 ended by itself" in answer.json["message"]
+
+
 async def test_engine_that_fails_is_an_error_of_ours(wrapper: Wrapper) -> None:
     """An exception in the engine's app becomes a JSON error, and is logged with its traceback."""
 

@@ -1,4 +1,4 @@
-"""What a wrapper does with the prompts of an expired lease when the registry's next command comes."""
+"""A wrapper over an engine host that is a fake: prompts of an expired lease, engines that die or leave something."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deployments import wrapper as wrapper_module
 from deployments.engine import StopReport
 from deployments.models import ModelSources
 from deployments.wrapper import LLMWrapper, WrapperConfig
-from registry.errors import StaleEpoch
+from registry.errors import StaleEpoch, WrapperUnreachable
 from registry.reconcile import LeaseGrant
 from registry.settings import EnergySettings, WrapperSettings
 from registry.state import LLMSpec
@@ -29,15 +29,20 @@ OTHER_SPEC = LLMSpec("org/other", "text-generation")
 
 
 class RunningFake(FakeEngine):
-    """An LLM that runs."""
+    """An LLM that runs, until it dies."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.died = asyncio.Event()
+    unfinished = 0
+    death_reason: str | None = None
+
+    def die(self, reason: str) -> None:
+        self.death_reason = reason
+        self.died.set()
 
 
 class FakeHost:
-    """An engine host whose engines are fakes; ``stopped`` counts those that were ended."""
+    """An engine host whose engines are fakes; ``stopped`` counts those that were ended, ``left`` is what they leave."""
+
+    left = StopReport()
 
     def __init__(self, **_: object) -> None:
         self.running: RunningFake | None = None
@@ -52,7 +57,7 @@ class FakeHost:
     async def stop(self) -> StopReport:
         self.stopped += self.running is not None
         self.running = None
-        return StopReport()
+        return self.left
 
 
 class UndyingWrapper(LLMWrapper):
@@ -227,3 +232,41 @@ async def test_another_lease_cuts_one_that_was_not_ended(make: Make) -> None:
     assert (await prompt).status_code == 410
     client.engine.go.set()
     assert (await client.prompt("token-2")).status_code == 200
+
+
+# --- engines that die, and what they leave -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [StopReport(), StopReport(leftover=(7,))], ids=["nothing", "a process"])
+async def test_death_of_the_engine_is_reported(make: Make, left: StopReport) -> None:
+    """An engine that dies or hangs ends its prompts with the reason, and the next report says it, too."""
+    client = await make(finish=False)
+    host: Any = client.wrapper._host
+    host.left = left
+    assert (await client.wrapper.report()).unfinished == 0
+    prompt = await client.begin("token-1")
+    client.engine.die("it has not answered for 6 s")
+    answer = await prompt
+    assert (answer.status_code, answer.json()["code"]) == (503, "engine_not_ready")
+    assert "it has not answered for 6 s" in answer.json()["message"]
+    assert client.wrapper._death_watch is not None
+    await asyncio.wait({client.wrapper._death_watch})
+    report = await client.wrapper.report()
+    assert report.died == "; ".join(filter(None, ["it has not answered for 6 s", left.problem]))
+    assert (report.running, report.unfinished, report.bound) == (None, None, "request-1")
+    late = await client.prompt("token-1")
+    assert report.died in late.json()["message"]
+
+
+async def test_what_an_engine_leaves_makes_its_wrapper_unusable(make: Make) -> None:
+    """As long as something of an engine is left, commands fail as if the wrapper were gone: it has to be replaced."""
+    client = await make(finish=False)
+    host: Any = client.wrapper._host
+    host.left = StopReport(gpu_excess_bytes={"GPU-1": 2**30})
+    with pytest.raises(WrapperUnreachable, match="GPU-1 holds 1024 MiB too much"):
+        await client.wrapper.stop(3)
+    with pytest.raises(WrapperUnreachable, match="GPU-1 holds 1024 MiB too much"):
+        await client.wrapper.deploy(4, SPEC, None)
+    host.left = StopReport()
+    await client.wrapper.deploy(5, SPEC, None)
+    assert (await client.wrapper.report()).running == SPEC.fingerprint

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import asyncio
+
+import pynvml
+import pytest
+
+from deployments import energy_sources, gpu_memory
+from deployments.engine import StopReport
+from deployments.gpu_memory import TOLERANCE_BYTES, GPUMemory
+from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML
+
+GIB = 2**30
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeGPU, FakeGPU]:
+    """Two GPUs, the second of which is ours."""
+    both = FakeGPU(OTHER_UUID), FakeGPU(UUID)
+    install(monkeypatch, FakeNVML(*both))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    return both
+
+
+def install(monkeypatch: pytest.MonkeyPatch, nvml: FakeNVML) -> None:
+    monkeypatch.setattr(gpu_memory, "pynvml", nvml)
+    monkeypatch.setattr(energy_sources, "pynvml", nvml)
+
+
+async def test_memory_that_stays_is_told(gpus: tuple[FakeGPU, FakeGPU]) -> None:
+    """What a GPU of ours holds beyond its base line, when the time is up, is told by its UUID; others' are not ours."""
+    memory = GPUMemory(1)
+    memory.note()
+    for gpu in gpus:
+        gpu.used_bytes = 500 * 2**20 + GIB
+    excess = await memory.excess(0)
+    assert excess == {UUID: GIB}
+    problem = StopReport(leftover=(7, 8), gpu_excess_bytes=excess).problem
+    assert problem == f"engine processes 7, 8 can't be ended; {UUID} holds 1024 MiB too much"
+    assert StopReport().problem is None
+
+
+async def test_memory_that_comes_back_is_waited_for(
+    gpus: tuple[FakeGPU, FakeGPU], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver takes a moment to free what a process had; that moment is waited for."""
+    monkeypatch.setattr(gpu_memory, "_POLL_S", 0)
+    memory = GPUMemory(1)
+    memory.note()
+    gpus[1].used_bytes = 20 * GIB
+    waiting = asyncio.create_task(memory.excess(60))
+    done, _ = await asyncio.wait({waiting}, timeout=0.01)
+    assert not done
+    gpus[1].used_bytes = 500 * 2**20 + TOLERANCE_BYTES
+    assert await waiting == {}
+
+
+async def test_base_line_is_the_least_that_was_seen(gpus: tuple[FakeGPU, FakeGPU]) -> None:
+    """What another process held at the first start, and gave back, is no excuse later."""
+    memory = GPUMemory(1)
+    for used_bytes in (30 * GIB, 2 * GIB, 3 * GIB):
+        gpus[1].used_bytes = used_bytes
+        memory.note()
+    assert await memory.excess(0) == {UUID: GIB}
+
+
+@pytest.mark.parametrize("missing", [None, "nvmlDeviceGetMemoryInfo", "nvmlInit"])
+async def test_unknown_is_no_fault(
+    gpus: tuple[FakeGPU, FakeGPU],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    missing: str | None,
+) -> None:
+    """Where NVML can't say what is in use nothing is held against the GPU, with a warning; without GPUs nor that."""
+    memory = GPUMemory(0 if missing is None else 1)
+    memory.note()
+    gpus[1].used_bytes = 20 * GIB
+    if missing == "nvmlInit":
+        install(monkeypatch, FakeNVML(init_error=pynvml.NVML_ERROR_DRIVER_NOT_LOADED))
+    elif missing is not None:
+        gpus[1].used_bytes = None
+    assert await memory.excess(0) == {}
+    assert ("is not watched" in caplog.text) == (missing is not None)
