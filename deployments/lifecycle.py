@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -28,6 +27,7 @@ from deployments.local_ray import (
     SERVE_ENVIRONMENT,
     TEMPORARY,
     local_ray_environment,
+    remove_folder,
     require_free_port,
 )
 from registry.errors import BadSettings, StartFailed
@@ -213,4 +213,4 @@ def _remove_leftovers(settings: Settings) -> None:
         process_tree.kill(left)
         time.sleep(POLL_S)
     remove_shared_memory(Path(folder) / TEMPORARY)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(Path(folder))

@@ -12,12 +12,18 @@ import socket
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import Random
+
+import structlog
 
 from registry.errors import BadSettings
 from registry.settings import Settings
+
+log = structlog.get_logger("deployments.local_ray")
 
 SERVE_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -45,8 +51,16 @@ FOLDER_PREFIX = "gprompt-"
 """How a local cluster's folder in /tmp begins. Short, and not in a longer TMPDIR: HAProxy allows its socket paths,
 which hold a node id of 56 digits, 97 characters."""
 
+RAY_LAST_WORKER_PORT = 19_999
+"""Ray's workers listen on ports up to this one unless told otherwise."""
+
+REMOVE_TIMEOUT_S = 5.0
+"""How long a cluster's folder may resist being removed, seconds."""
+
 TEMPORARY = "t"
 """Folder below it for temporary files of everything that belongs to the cluster."""
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 # Stands in front of HAProxy and changes the configuration that Serve wrote for it. Serve's manager ends HAProxy when it
 # is shut down; when it is killed the kernel does. Else it would hold the port and answer for servers that are gone.
@@ -113,7 +127,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
         os.environ.update(environment)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
         (settings.state_dir / ACCESS_FILE).unlink(missing_ok=True)
 
 
@@ -170,13 +184,35 @@ def haproxy_environment(folder: Path, *, local_only: bool = True) -> dict[str, s
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on at the moment, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [sock.getsockname()[1] for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()
+    """Ports of the loopback interface that nobody listens on at the moment, all different.
+
+    None is one that the kernel or Ray gives out by itself (their own ranges), so that they are still free when they are
+    wanted, a few seconds later.
+
+    Raises:
+        OSError: there are no so many.
+    """
+    lowest_ephemeral = int(_EPHEMERAL.read_text(encoding="ascii").split()[0])
+    candidates = list(range(RAY_LAST_WORKER_PORT + 1, max(lowest_ephemeral, 2 * RAY_LAST_WORKER_PORT)))
+    Random().shuffle(candidates)
+    free: list[int] = []
+    for port in candidates:
+        if len(free) == count:
+            return free
+        with suppress(OSError):  # somebody listens there
+            socket.create_server(("127.0.0.1", port)).close()
+            free.append(port)
+    raise OSError(f"there are no {count} free ports above {RAY_LAST_WORKER_PORT}")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a cluster's folder, into which the last of its processes may still write for a moment."""
+    give_up_s = time.monotonic() + REMOVE_TIMEOUT_S
+    while folder.exists() and time.monotonic() < give_up_s:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+    if folder.exists():
+        log.warning("the cluster's folder could not be removed", folder=str(folder))
 
 
 def require_free_port(host: str, port: int, setting: str) -> None:

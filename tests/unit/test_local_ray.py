@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
 
+from deployments import local_ray
 from deployments.local_ray import (
     FOLDER_PREFIX,
     QUIET_ENVIRONMENT,
@@ -218,6 +222,41 @@ def test_missing_haproxy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 # --- ports -------------------------------------------------------------------------------------------------
+
+
+def test_free_ports_are_given_out_by_nobody_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The ports are none of Ray's workers' and none of those that outgoing connections get, where there is room."""
+    ranges = tmp_path / "ip_local_port_range"
+    ranges.write_text("45000\t60999\n", encoding="ascii")
+    monkeypatch.setattr(local_ray, "_EPHEMERAL", ranges)
+    assert all(20_000 <= port < 45_000 for port in free_ports(50))
+
+
+def test_a_folder_that_is_still_written_to_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process writes while the folder is being removed does not stay behind."""
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    rmtree, late = shutil.rmtree, ["a session's log", "another"]
+
+    def written_to_meanwhile(path: Path, **options: Any) -> None:
+        rmtree(path, **options)
+        if late:
+            path.mkdir()
+            (path / late.pop()).touch()
+
+    monkeypatch.setattr(shutil, "rmtree", written_to_meanwhile)
+    local_ray.remove_folder(folder)
+    assert not folder.exists()
+    assert not late
+
+
+def test_a_folder_that_stays_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that can't be removed holds nothing up for ever, and is no secret."""
+    monkeypatch.setattr(local_ray, "REMOVE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_args, **_more: None)
+    with structlog.testing.capture_logs() as logs:
+        local_ray.remove_folder(tmp_path)
+    assert [entry["event"] for entry in logs] == ["the cluster's folder could not be removed"]
 
 
 def test_free_ports_are_free_and_differ() -> None:
