@@ -251,7 +251,8 @@ class EngineHost:
             cache_dir: Directory for compiled kernels and the like, which outlives the host.
             kv_cache_gib: Size of the KV cache on the CPU in GiB; None leaves it to vLLM. Without effect on GPUs.
             cpu_threads: Threads of an engine on the CPU; None: one fewer than there are cores. Without effect on GPUs.
-            preload: Modules to import ahead, beside those that every engine needs: the usual LLMs' own.
+            preload: Modules to import ahead, beside those that every engine needs: the usual LLMs' own. One that can't
+                be imported is passed over, with a warning.
             stall_s: Seconds > 0 that a step of an engine may take before it counts as hung; None: 60 with GPUs, 300
                 without, where a step of a large LLM takes that long.
         """
@@ -316,6 +317,8 @@ class EngineHost:
         self.warm = self.cold_reason is None
         if self.warm:
             self._forkserver.install()
+            for problem in self._forkserver.not_preloaded:
+                _log.warning("LLMs that need it will start a little later: %s", problem)
             return
         _log.warning("LLMs will start slowly, since the warm start is not available: %s", self.cold_reason)
         await asyncio.to_thread(self._forkserver.stop)
@@ -384,8 +387,8 @@ class EngineHost:
                 return await starting
         except TimeoutError:
             await self._stop_late(starting)
-            reason = f"it was not ready after {timeout_s:g} s (phase: {clock.phase})"
-            raise EngineStartFailed(model, reason) from None
+            reason = f"it was not ready after {round(timeout_s, 1):g} s (phase: {clock.phase})"
+            raise EngineStartFailed(model, self._with_last_lines(reason)) from None
         except asyncio.CancelledError:
             await self._stop_late(starting)
             task = asyncio.current_task()
@@ -421,6 +424,8 @@ class EngineHost:
                 if isinstance(problem, Exception):
                     reason = environment.last_words() or _text_of(problem)
                     permanent = not order.accepted and not _ELSEWHERE_OR_LATER.search(reason)
+                    if order.accepted and not environment.last_words():
+                        reason = self._with_last_lines(reason)
                     raise EngineStartFailed(order.model, reason, permanent) from problem
                 raise
             finally:
@@ -433,6 +438,12 @@ class EngineHost:
             self.running = llm
             _log.info("%s runs after %.1f s", order.model, llm.started_s)
             return llm
+
+    def _with_last_lines(self, reason: str) -> str:
+        """A reason that is not the engine's own, and what the engine said last: that has to tell the rest."""
+        assert self._environment is not None
+        lines = self._environment.last_lines()
+        return f"{reason}; the engine said last:\n{lines}" if lines else reason
 
     def _launch(self, order: _Order, enter: Callable[[Phase], object]) -> AsyncLLM:
         """In the engine thread: from arguments to an engine that is loaded and warm."""

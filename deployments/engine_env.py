@@ -17,6 +17,8 @@ from deployments.warm_start import PHASE_FILE, forkserver_variables
 
 _PREFIX = "gp-engine-"
 _LOCK, _SHARED_MEMORY = "owner.lock", "shared_memory"
+_LAST_LINES = 8
+_LINE_CHARS = 300
 _RECORD, _FIELD = "\x1e", "\x1f"  # what no error message holds
 _TRACEBACK = "Traceback (most recent call last):"
 _TOLD_BY_TYPE = ("ValueError", "RuntimeError", "Exception", "OSError", "ValidationError")
@@ -27,7 +29,7 @@ class Phase(StrEnum):
 
     IMPORTING = "importing"  # vLLM itself, once per wrapper
     CONFIGURING = "configuring"  # the LLM's configuration and tokenizer
-    LOADING = "loading"  # its weights; with their download, if they are not there yet
+    LOADING = "loading"  # its weights
     WARMING_UP = "warming_up"  # KV cache, compilation, first run, first answer
     READY = "ready"
 
@@ -95,6 +97,7 @@ class EngineEnvironment:
         self._temporary.mkdir()
         self._phases = self.directory / "phases"
         self._errors = self.directory / "errors"
+        self._log = self.directory / "log"
         ours = {**self._variables(cache_dir, cpu_threads), **forkserver_variables(preload)}
         self._before = {name: os.environ.get(name) for name in (*ours, *without)}
         _set(ours | dict.fromkeys(without))
@@ -128,7 +131,7 @@ class EngineEnvironment:
         return chosen | {name: value for name, value in defaults.items() if name not in os.environ}
 
     def _logging(self) -> Mapping[str, object]:
-        """The operator's logging configuration for vLLM, or a plain one, and errors into a file for ``last_words``."""
+        """The operator's logging configuration for vLLM, or a plain one, and files for last words and lines."""
         own = os.environ.get("VLLM_LOGGING_CONFIG_PATH")
         level = os.environ.get("VLLM_LOGGING_LEVEL", "INFO")
         config: dict[str, dict[str, object]] = (
@@ -148,9 +151,17 @@ class EngineEnvironment:
             "level": "ERROR",
             "delay": True,
         }
+        config["formatters"]["lines"] = {"format": "%(levelname)s %(message)s"}
+        config["handlers"]["lines"] = {
+            "class": "logging.FileHandler",
+            "filename": str(self._log),
+            "formatter": "lines",
+            "level": "INFO",
+            "delay": True,
+        }
         logger = config.setdefault("loggers", {}).setdefault("vllm", {})
         assert isinstance(logger, dict)
-        logger["handlers"] = [*logger.get("handlers", []), "words"]
+        logger["handlers"] = [*logger.get("handlers", []), "words", "lines"]
         return {"version": 1, "disable_existing_loggers": False} | config
 
     def begin_start(self) -> None:
@@ -160,6 +171,7 @@ class EngineEnvironment:
             entry.unlink()
         self._phases.write_text("", encoding="utf-8")
         self._errors.write_text("", encoding="utf-8")
+        self._log.write_text("", encoding="utf-8")
 
     def remember_shared_memory(self, files: Iterable[Path]) -> None:
         """These belong to the engine: whoever outlives it removes them if it can't do so itself."""
@@ -177,6 +189,11 @@ class EngineEnvironment:
     def last_words(self) -> str | None:
         """The error that ended the engine, as it was raised where it happened; None when it left no words."""
         return root_cause(self._errors.read_text(encoding="utf-8", errors="replace"))
+
+    def last_lines(self) -> str:
+        """The end of the engine's log, for an engine that left no words; empty when there is none."""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(line[:_LINE_CHARS] for line in lines[-_LAST_LINES:])
 
     def close(self) -> None:
         """Remove the directory and put the variables back."""

@@ -39,6 +39,8 @@ _ALWAYS = (
 _CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.attention.backends.cpu_attn")
 _GPU = ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner")
 _parent_pid = os.getpid()
+not_preloaded: list[str] = []
+"""What was to be imported ahead and could not be, with the reason."""
 
 
 def _before_fork() -> None:
@@ -57,8 +59,13 @@ def _preload() -> str | None:
     from vllm.utils.platform_utils import cuda_is_initialized
 
     platform = _CPU if current_platform.is_cpu() else _GPU
-    for module in (*_ALWAYS, *platform, *filter(None, os.environ[PRELOAD_EXTRA].split(","))):
+    for module in (*_ALWAYS, *platform):
         importlib.import_module(module)
+    for module in filter(None, os.environ[PRELOAD_EXTRA].split(",")):
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            not_preloaded.append(f"{module}: {type(error).__name__}: {error}")
     load_general_plugins()
     if cuda_is_initialized():
         return "importing vLLM has initialised CUDA, and a fork could not use it any more"

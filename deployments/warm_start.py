@@ -147,6 +147,8 @@ class WarmForkserver:
         self._closing = threading.Event()
         self._keeper: threading.Thread | None = None
         self._replaced: list[tuple[Any, str, Any]] = []
+        self.not_preloaded: list[str] = []
+        """What was to be imported ahead and could not be, with the reason; known after ``start``."""
         self._had_tracker = resource_tracker._resource_tracker._fd is not None  # type: ignore[attr-defined]
 
     @staticmethod
@@ -192,7 +194,7 @@ class WarmForkserver:
         if started[0] is not None:
             raise WarmStartUnavailable(f"the forkserver did not start: {started[0]}")
         try:
-            problem = self.run(_preload_problem)
+            problem, self.not_preloaded = self.run(_preload_outcome)
         except Exception as error:
             raise WarmStartUnavailable(f"the forkserver does not answer: {error}") from error
         if problem is not None:
@@ -261,12 +263,12 @@ def _answer(pickled: bytes, writer: Any) -> None:
     writer.close()
 
 
-def _preload_problem() -> str | None:
-    """In a fork of the forkserver: why it can't serve as an engine; None when it can."""
+def _preload_outcome() -> tuple[str | None, list[str]]:
+    """In a fork of the forkserver: why it can't serve as an engine (None when it can), and what it has not imported."""
     preload = sys.modules.get(PRELOAD)
     if preload is None:
-        return f"the forkserver could not import {PRELOAD}"
-    return preload.problem  # type: ignore[no-any-return]
+        return f"the forkserver could not import {PRELOAD}", []
+    return preload.problem, preload.not_preloaded
 
 
 def fork_context() -> Any:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -35,7 +36,7 @@ async def host(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine
         gpus=0,
         kv_cache_gib=0.125,
         cache_dir=tmp_path_factory.mktemp("cache"),
-        preload=("vllm.model_executor.models.llama", "tests.engine.brake"),
+        preload=("vllm.model_executor.models.llama", "tests.engine.brake", "no.such.llm"),
     )
     await host.prepare()
     yield host
@@ -85,6 +86,13 @@ async def test_prepared_host_is_warm(host: EngineHost) -> None:
     """With the vLLM that we pin, engines are forked from a warm forkserver."""
     assert host.cold_reason is None
     assert host.warm
+
+
+async def test_what_can_not_be_preloaded_is_passed_over(host: EngineHost) -> None:
+    """A wrong name among the LLMs to import ahead costs a warning, not the warm start."""
+    assert host._forkserver is not None
+    (problem,) = host._forkserver.not_preloaded
+    assert problem.startswith("no.such.llm: ModuleNotFoundError")
 
 
 async def test_swap(host: EngineHost, llms: Path) -> None:
@@ -317,6 +325,21 @@ async def test_stop_while_starting(host: EngineHost, llms: Path) -> None:
     await host.stop()
     with pytest.raises(EngineStartFailed, match="stopped"):
         await starting
+
+
+async def test_a_start_that_hangs_is_cut(host: EngineHost, llms: Path, tmp_path: Path) -> None:
+    """Weights that never come: the start ends at its deadline with what the engine said last; the next one works."""
+    hanging = tmp_path / "hanging"
+    shutil.copytree(llms / "a", hanging, ignore=shutil.ignore_patterns("model.safetensors"))
+    os.mkfifo(hanging / "model.safetensors")
+    with pytest.raises(
+        EngineStartFailed, match=r"not ready after 8 s \(phase: loading\); the engine said last:\n"
+    ) as cut:
+        await start(host, hanging, timeout_s=8)
+    assert not cut.value.permanent
+    assert len(cut.value.reason.splitlines()) > 1
+    assert engines_of(host) == set()
+    assert await complete(await start(host, llms / "a"))
 
 
 # --- death -------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_root_cause(errors: str, cause: str | None) -> None:
 
 
 def test_last_words_go_through_logging(temporary: Path) -> None:
-    """What vLLM logs as an exception, in whatever process, is found as last words, and forgotten by the next start."""
+    """What vLLM logs, in whatever process, is found as last words and last lines, and forgotten by the next start."""
     environment = EngineEnvironment(temporary / "cache", cpu_threads=1)
     logger = logging.getLogger("vllm.some.part")
     try:
@@ -86,8 +86,14 @@ def test_last_words_go_through_logging(temporary: Path) -> None:
         except RuntimeError:
             logger.exception("EngineCore failed to start.")
         assert environment.last_words() == "the weights are cursed"
+        logger.debug("too much")
+        for number in range(20):
+            logger.info("step %d", number)
+        lines = environment.last_lines().splitlines()
+        assert (lines[0], lines[-1]) == ("INFO step 12", "INFO step 19")
         environment.begin_start()
         assert environment.last_words() is None
+        assert environment.last_lines() == ""
     finally:
         for handler in logging.getLogger("vllm").handlers[:]:
             logging.getLogger("vllm").removeHandler(handler)
@@ -111,7 +117,7 @@ def test_operators_logging_is_kept(temporary: Path, monkeypatch: pytest.MonkeyPa
     environment = EngineEnvironment(temporary / "cache", cpu_threads=None)
     used = json.loads(Path(os.environ["VLLM_LOGGING_CONFIG_PATH"]).read_text())
     environment.close()
-    assert used["loggers"]["vllm"] == {"handlers": ["null", "words"], "level": "ERROR"}
+    assert used["loggers"]["vllm"] == {"handlers": ["null", "words", "lines"], "level": "ERROR"}
     assert os.environ["VLLM_LOGGING_CONFIG_PATH"] == str(own)
 
 
