@@ -75,6 +75,7 @@ class RayCluster:
                         energy=self._settings.energy,
                         sources=self._sources,
                         cache_dir=self._settings.cache_dir,
+                        models=self._settings.models,
                         finish_prompts=self._settings.leases.at_expiry == "finish",
                     ),
                     node_id=want.node_id,
@@ -119,9 +120,11 @@ class RayCluster:
         limit_s = 2 * self._settings.wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
         await self._ask(wrapper_id, "stop", epoch, timeout_s=limit_s)
 
-    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> None:
-        """Let a lease's token in. Raises StaleEpoch."""
-        await self._ask(wrapper_id, "bind", epoch, grant, timeout_s=self._last_prompt_s + COMMAND_TIMEOUT_S)
+    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> str | None:
+        """Let a lease's token in; the commit of the LLM behind it. Raises StaleEpoch."""
+        limit_s = self._last_prompt_s + COMMAND_TIMEOUT_S
+        revision: str | None = await self._ask(wrapper_id, "bind", epoch, grant, timeout_s=limit_s)
+        return revision
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         """Keep a lease's token out. Raises StaleEpoch."""

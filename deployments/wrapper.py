@@ -13,26 +13,28 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import structlog
 from ray import serve
+from ray.util.metrics import Gauge
 from starlette.types import ASGIApp
 
 from deployments.checkpoints import checkpoints_here
 from deployments.engine import EngineHost, RunningLLM
 from deployments.lease_gate import LeaseGate
 from deployments.machine_memory import gpu_memory_bytes, main_memory_bytes
+from deployments.model_cache import LocalModel, ModelCache
 from deployments.models import ModelSources
 from deployments.prompt_meter import PromptMeter
 from deployments.prompts import PromptGate
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
 from registry.fit import GIB, Size, needs_of, why_too_large
 from registry.reconcile import LeaseGrant, WrapperReport
-from registry.settings import EnergySettings, WrapperSettings
+from registry.settings import EnergySettings, ModelSettings, WrapperSettings
 from registry.state import Limits, LLMSpec
 
 log = structlog.get_logger("deployments.wrapper")
@@ -59,6 +61,7 @@ class WrapperConfig:
     energy: EnergySettings
     sources: ModelSources
     cache_dir: Path
+    models: ModelSettings = field(default_factory=ModelSettings)
     finish_prompts: bool = False
 
 
@@ -72,12 +75,17 @@ class LLMWrapper:
         self._spec: LLMSpec | None = None
         self._died: str | None = None
         self._phase: str | None = None
+        self._progress: float | None = None
         self._start: asyncio.Task[None] | None = None
         self._starts = 0
         self._death_watch: asyncio.Task[None] | None = None
         self._commands = asyncio.Lock()
         self._engine_lock = asyncio.Lock()
         self._gate = LeaseGate(time.monotonic)
+        locks_dir = (config.models.cache_dir or config.cache_dir) / ".greenprompt"
+        self._models = ModelCache(config.models.cache_dir, locks_dir, config.models.cache_max_gib)
+        self._in_use: list[LocalModel] = []
+        self._revision: str | None = None
         cpus = len(os.sched_getaffinity(0)) / config.settings.per_machine
         self._meter = PromptMeter(config.energy, gpus=config.gpus, cpus=cpus)
         self._host = EngineHost(
@@ -86,6 +94,7 @@ class LLMWrapper:
             cache_dir=config.cache_dir,
             cpu_threads=None if config.settings.per_machine == 1 else max(1, int(cpus)),
             stall_s=config.settings.stall_s,
+            preload=[f"vllm.model_executor.models.{name}" for name in config.settings.preload],
         )
         self._prompts = PromptGate(
             self._gate,
@@ -99,6 +108,8 @@ class LLMWrapper:
         self._memory_bytes = main_memory_bytes()
         self._gpu_memory_bytes = gpu_memory_bytes(config.gpus)
         await self._host.prepare()
+        warm = Gauge("greenprompt_wrapper_warm", "1: LLMs start warm; 0: by the slow way", tag_keys=("wrapper",))
+        warm.set(float(self._host.warm), {"wrapper": config.wrapper_id})
         self._meter.start()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -118,8 +129,10 @@ class LLMWrapper:
             epoch=self._epoch,
             running=self._spec.fingerprint if living is not None and self._spec is not None else None,
             starting=self._spec.fingerprint if self._start is not None and self._spec is not None else None,
+            revision=self._revision,
             died=self._died,
             phase=self._phase,
+            progress=self._progress,
             bound=grant.request_id if grant is not None else None,
             idle_for_s=self._gate.idle_for_s,
             in_flight=self._gate.in_flight,
@@ -127,6 +140,8 @@ class LLMWrapper:
             starts=self._starts,
             memory_bytes=self._memory_bytes,
             gpu_memory_bytes=self._gpu_memory_bytes,
+            warm=self._host.warm,
+            cold_reason=self._host.cold_reason,
             meter=self._meter.describe(),
             versions=VERSIONS,
         )
@@ -150,7 +165,7 @@ class LLMWrapper:
                 await self._cancel_start()
                 self._spec = spec
                 self._died = None
-                self._start = asyncio.create_task(self._swap(spec))
+                self._start = asyncio.create_task(self._swap(spec, None if grant is None else grant.model_revision))
             start = self._start
         if start is not None:
             await asyncio.wait({start})  # a caller that goes away does not end the start
@@ -173,8 +188,11 @@ class LLMWrapper:
                 self._spec = None
                 self._died = None
 
-    async def bind(self, epoch: int, grant: LeaseGrant) -> None:
+    async def bind(self, epoch: int, grant: LeaseGrant) -> str | None:
         """Accept this lease's token and no other, once the last prompt of the lease before it is over.
+
+        Returns:
+            The commit of the LLM that it is for, None where the model is a folder of the operator's own.
 
         Raises:
             StaleEpoch: a newer command has come, before or meanwhile.
@@ -183,11 +201,12 @@ class LLMWrapper:
             current = self._gate.grant
             if current is not None and current.request_id == grant.request_id:
                 self._gate.bind(grant)
-                return
+                return self._revision
             await self._end_lease("released")
         await self._prompts.over()  # outside: a newer command need not wait
         async with self._command(epoch):
             self._gate.bind(grant)
+            return self._revision
 
     async def unbind(self, epoch: int, request_id: str, how: str) -> None:
         """No lease is bound from now on; this request's prompts in flight are cut, unless expired ones may finish.
@@ -234,7 +253,7 @@ class LLMWrapper:
             start.cancel()
             await asyncio.wait({start})
 
-    async def _swap(self, spec: LLMSpec) -> None:
+    async def _swap(self, spec: LLMSpec, revision: str | None) -> None:
         config = self._config
         try:
             self._phase = "finishing_prompts"
@@ -242,18 +261,8 @@ class LLMWrapper:
             async with self._engine_lock:
                 self._phase = "stopping"
                 await self._empty()
-                model = _present(config.sources.locate(spec.model))
-                await self._check_fits(model, spec)
                 with self._meter.load():
-                    await self._host.start(
-                        model,
-                        served_model_name=spec.model,
-                        revision=spec.revision,
-                        engine_args=json.loads(spec.engine_args),
-                        modeltyp=spec.modeltyp,
-                        on_phase=self._set_phase,
-                        timeout_s=config.settings.deploy_timeout_s,
-                    )
+                    await self._start_llm(spec, revision)
                 self._starts += 1
                 running = self._host.running
                 assert running is not None  # start() returned
@@ -263,7 +272,7 @@ class LLMWrapper:
             self._spec = None
             raise
         finally:
-            self._phase = None
+            self._phase = self._progress = None
             if self._start is asyncio.current_task():
                 self._start = None
 
@@ -284,14 +293,74 @@ class LLMWrapper:
         if not needs_of(spec, memory, limits).met_by(size):
             raise EngineStartFailed(spec.model, why_too_large(spec, memory, [size], limits, where="this wrapper"))
 
+    async def _start_llm(self, spec: LLMSpec, revision: str | None) -> None:
+        """From nothing to an LLM that answers, its model's download included, within the deploy deadline."""
+        limit_s = self._config.settings.deploy_timeout_s
+        ends_s = asyncio.get_running_loop().time() + limit_s
+        try:
+            try:
+                async with asyncio.timeout_at(ends_s):
+                    model, engine_args = await self._fetch(spec, revision)
+            except TimeoutError:
+                done = "" if self._progress is None else f" ({self._progress:.0%} is there)"
+                reason = f"its download was not over after {limit_s:g} s{done}; the next attempt goes on from there"
+                raise EngineStartFailed(spec.model, reason) from None
+            self._revision = model.revision
+            await self._check_fits(model.path, spec)
+            await self._host.start(
+                model.path,
+                served_model_name=spec.model,
+                revision=model.revision,
+                engine_args=engine_args,
+                modeltyp=spec.modeltyp,
+                on_phase=self._set_phase,
+                timeout_s=ends_s - asyncio.get_running_loop().time(),
+            )
+        except BaseException:
+            self._release_models()
+            raise
+
+    async def _fetch(self, spec: LLMSpec, revision: str | None) -> tuple[LocalModel, dict[str, Any]]:
+        """The model on this machine, and the engine arguments that it is started with.
+
+        ``revision`` is the commit that a lease has begun with; None: what the spec says, as of now.
+        """
+        located = self._config.sources.locate(spec.model)
+        engine_args = json.loads(spec.engine_args)
+
+        def downloading(done: float) -> None:
+            self._phase, self._progress = "downloading", done
+
+        self._phase = "locating"
+        model = await self._models.fetch(
+            located,
+            revision=revision or spec.revision,
+            load_format=engine_args.get("load_format", "auto"),
+            on_progress=downloading,
+        )
+        self._in_use.append(model)
+        tokenizer_revision = engine_args.pop("tokenizer_revision", None)
+        if tokenizer_revision is not None:
+            # The engine is given a folder, in which there is one revision only.
+            tokenizer = await self._models.fetch(located, revision=tokenizer_revision, weights=False)
+            self._in_use.append(tokenizer)
+            engine_args["tokenizer"] = tokenizer.path
+        return model, engine_args
+
+    def _release_models(self) -> None:
+        while self._in_use:
+            self._in_use.pop().release()
+        self._revision = None
+
     async def _empty(self) -> None:
         """Stop the engine. What it leaves behind holds memory: only a new wrapper, or an operator, helps then."""
         problem = (await self._host.stop()).problem
         if problem is not None:
             raise WrapperUnreachable(self._config.wrapper_id, problem)
+        self._release_models()
 
     def _set_phase(self, phase: str) -> None:
-        self._phase = phase
+        self._phase, self._progress = phase, None
 
     async def _notice_death(self, running: RunningLLM) -> None:
         await running.died.wait()
@@ -320,13 +389,6 @@ class LLMWrapper:
             return None, f"being started ({self._phase or 'waiting'})"
         dead = self._host.running
         return None, (dead.death_reason if dead is not None else self._died) or "no LLM is deployed"
-
-
-def _present(model: str) -> str:
-    """The model, if it is a hub id or a folder that this machine has; else EngineStartFailed says so plainly."""
-    if Path(model).is_absolute() and not Path(model).is_dir():
-        raise EngineStartFailed(model, f"there is no folder {model} on this machine")
-    return model
 
 
 def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -> serve.Application:

@@ -98,8 +98,8 @@ class Allocator:
                 self._on_released(self._ledger.request(request_id), now_s)
             case LeaseUsed(request_id, at_s):
                 self._on_used(self._ledger.request(request_id), min(at_s, now_s))
-            case LeaseBound(wrapper_id, epoch):
-                reports.on_lease_bound(wrapper_id, epoch, now_s)
+            case LeaseBound():
+                reports.on_lease_bound(event, now_s)
             case LLMDeployed(wrapper_id, epoch):
                 reports.on_llm_deployed(wrapper_id, epoch, now_s)
             case LLMDeployFailed():

@@ -123,6 +123,9 @@ class RequestState(_Wire):
     progress: float | None = Field(None, description="How much of the phase is done, 0 to 1; null when not known")
     reason: str | None = Field(None, description="Why it failed, or what it waits for")
     notes: list[str] = []
+    modelRevision: str | None = Field(
+        None, description="Commit of the LLM that was handed over; null before, and for local models, which have none"
+    )
     machine: str | None = Field(None, description="Machine that runs it")
     wrapper: str | None = None
     flags: list[str] = Field(default=[], description="What makes this measurement's figures hard to compare")
@@ -185,6 +188,9 @@ class WrapperState(_Wire):
     in_flight: int | None = Field(None, description="Prompts that are being answered")
     unfinished: int | None = Field(None, description="Prompts that the engine has not finished; null without one")
     phase: str | None = None
+    progress: float | None = Field(None, description="How much of the phase is done, 0 to 1; null when not known")
+    warm: bool | None = Field(None, description="Whether LLMs start without importing the engine first")
+    coldReason: str | None = Field(None, description="Why not, if so")
     reason: str | None = None
     meter: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
@@ -196,6 +202,7 @@ class LLMState(_Wire):
     model: str
     modeltyp: str
     fingerprint: str
+    revision: str | None = Field(None, description="Commit of its files; null for local models, and until it is known")
     deployment: dict[str, Any]
     machine: str
     wrapper: str

@@ -25,7 +25,11 @@ from registry.state import (
 
 @dataclass(frozen=True, slots=True)
 class LeaseGrant:
-    """What a wrapper needs to know to serve one lease. Durations count from the moment it is received."""
+    """What a wrapper needs to know to serve one lease. Durations count from the moment it is received.
+
+    ``model_revision`` is the commit that the lease has begun with, None before it has: an engine that has to be started
+    again for it gets the same one.
+    """
 
     request_id: str
     measurement_id: int
@@ -33,6 +37,7 @@ class LeaseGrant:
     llmconfig: str
     ends_in_s: float
     idle_limit_s: float
+    model_revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +45,21 @@ class WrapperReport:
     """A wrapper's own account of itself.
 
     ``epoch`` is that of the last command taken; ``running`` the fingerprint of the LLM that answers prompts,
-    ``starting`` that of the one being started. ``died`` is why the LLM ended by itself, if it did.
+    ``starting`` that of the one being started. ``revision`` is the commit of either, None where there is none to know.
+    ``died`` is why the LLM ended by itself, if it did.
     ``idle_for_s`` is how long ago the lease was last used (0.0 while a prompt is in flight), None without a lease.
     ``progress`` is how much of ``phase`` is done, 0 to 1, None where the engine does not say.
     ``bound`` is the request whose token it accepts. ``in_flight`` counts the prompts that are being answered,
     ``unfinished`` those that the engine itself has not finished, None without one. ``starts`` counts the LLMs it has
     started. ``memory_bytes`` is the main memory of its machine, ``gpu_memory_bytes`` the memory of each of its GPUs;
-    None: it can't tell.
+    None: it can't tell. ``warm`` says whether it starts LLMs without importing the engine anew, ``cold_reason`` why it
+    does not.
     """
 
     epoch: int
     running: str | None = None
     starting: str | None = None
+    revision: str | None = None
     died: str | None = None
     phase: str | None = None
     progress: float | None = None
@@ -62,6 +70,8 @@ class WrapperReport:
     starts: int = 0
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
+    warm: bool | None = None
+    cold_reason: str | None = None
     meter: Mapping[str, object] | None = None
     versions: Mapping[str, str] | None = None
 
@@ -114,8 +124,8 @@ class Cluster(Protocol):
     async def stop(self, wrapper_id: str, epoch: int) -> None:
         """Stop whatever runs; returns when the wrapper is verified to be empty."""
 
-    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> None:
-        """Accept this lease's token, and no other, from now on."""
+    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> str | None:
+        """Accept this lease's token, and no other, from now on. Returns the commit of the LLM, None if it has none."""
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         """Accept no token of this request from now on and end what it has in flight."""

@@ -13,6 +13,7 @@ from registry.dispatch import Dispatcher, with_flag
 from registry.endings import Endings
 from registry.ledger import Ledger, bind, deploy, restart, stop, unbind
 from registry.state import (
+    LeaseBound,
     Limits,
     LLMDeployFailed,
     LLMDied,
@@ -50,14 +51,14 @@ class Reports:
         if wrapper is not None:
             self._llm_runs(wrapper, now_s)
 
-    def on_lease_bound(self, wrapper_id: str, epoch: int, now_s: float) -> None:
+    def on_lease_bound(self, event: LeaseBound, now_s: float) -> None:
         """The request has its LLM. The lease's time starts now: waiting for the hand-over costs its holder nothing.
 
         Only the first hand-over starts it. After a restart of the engine the deadline stays, and the idle time is
         counted from now.
         """
         ledger = self._ledger
-        wrapper = self._current(wrapper_id, epoch, WrapperStatus.LEASED)
+        wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.LEASED)
         if wrapper is None or wrapper.request_id is None:
             return
         ledger.put_wrapper(replace(wrapper, failures=0, reason=None))
@@ -71,6 +72,7 @@ class Reports:
                 status=RequestStatus.DEPLOYED,
                 reason=None,
                 deployed_s=now_s if first else request.deployed_s,
+                model_revision=event.model_revision or request.model_revision,
             )
         )
         deadline_s = now_s + self._limits.lease_max_s if first else lease.deadline_s

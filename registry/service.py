@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import structlog
 
@@ -68,6 +69,8 @@ from registry.state import (
 from registry.store import IdempotencyRow, Store, StoredEvent
 
 log = structlog.get_logger("registry.service")
+
+T = TypeVar("T")
 
 FAILED_RETRY_S = 30.0
 """How often a wrapper that was given up is looked at again, seconds."""
@@ -433,8 +436,8 @@ class Service:
                 grant = self._grant(request_id)
                 if grant is None:
                     return None
-                await _insist(lambda: self._cluster.bind(wrapper_id, epoch, grant))
-                return LeaseBound(wrapper_id, epoch)
+                model_revision = await _insist(lambda: self._cluster.bind(wrapper_id, epoch, grant))
+                return LeaseBound(wrapper_id, epoch, model_revision)
             case UnbindLease(wrapper_id, epoch, request_id, how):
                 await _insist(lambda: self._cluster.unbind(wrapper_id, epoch, request_id, how))
                 return None
@@ -454,6 +457,7 @@ class Service:
             llmconfig=request.llmconfig,
             ends_in_s=lease.deadline_s - self._now_s(),
             idle_limit_s=lease.idle_limit_s,
+            model_revision=request.model_revision,
         )
 
     # --- watching ---------------------------------------------------------------------------------------
@@ -640,8 +644,8 @@ class Service:
             raise
 
 
-async def _insist(send: Callable[[], Awaitable[None]]) -> None:
-    """Send a lease command, and again after short pauses while the wrapper does not answer.
+async def _insist(send: Callable[[], Awaitable[T]]) -> T:
+    """Send a lease command, and again after short pauses while the wrapper does not answer. Returns its answer.
 
     Raises:
         WrapperUnreachable: it did not answer the last time either.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from registry.api import LLMConfig, TenantName
@@ -58,6 +58,10 @@ class WrapperSettings(_Section):
     )
     max_prompts_in_flight: int = Field(256, ge=1, description="More are answered 429")
     kv_cache_gib: int | None = Field(None, ge=1, description="KV cache on a machine without GPU; null: vLLM's choice")
+    preload: tuple[Annotated[str, StringConstraints(pattern=r"^\w+$")], ...] = Field(
+        ("llama", "qwen2", "qwen3", "gemma3", "phi3"),
+        description="vLLM's modules (vllm.model_executor.models.…) that are imported ahead: LLMs of these start sooner",
+    )
     stop_timeout_s: float = Field(30, gt=0, description="Longest stop of an LLM before its processes are killed")
 
 
@@ -67,6 +71,18 @@ class ModelSettings(_Section):
     huggingface: bool = Field(True, description="Allow ids of the Hugging Face hub")
     local_roots: tuple[Path, ...] = Field((), description="Folders below which local models may lie")
     allow_remote_code: tuple[str, ...] = Field((), description="Models whose own code may run (trust_remote_code)")
+    cache_dir: Path | None = Field(
+        None, description="Cache of hub models, on local disk of every machine; null: the environment's (HF_HUB_CACHE)"
+    )
+    cache_max_gib: float | None = Field(
+        None, gt=0, description="What cache_dir may hold: the models used least recently go; null: no limit"
+    )
+
+    @model_validator(mode="after")
+    def _limits_its_own(self) -> ModelSettings:
+        if self.cache_max_gib is not None and self.cache_dir is None:
+            raise ValueError("cache_max_gib needs cache_dir: nothing is removed from a cache that others fill, too")
+        return self
 
 
 class LeaseSettings(_Section):
@@ -199,8 +215,12 @@ class Settings(BaseSettings):
         # The parts run with other current directories: fix what relative paths mean now.
         for name in ("state_dir", "cache_dir"):
             object.__setattr__(self, name, _absolute(getattr(self, name)))
-        roots = tuple(Path(os.path.normpath(_absolute(root))) for root in self.models.local_roots)
-        object.__setattr__(self, "models", self.models.model_copy(update={"local_roots": roots}))
+        paths: dict[str, object] = {
+            "local_roots": tuple(Path(os.path.normpath(_absolute(root))) for root in self.models.local_roots)
+        }
+        if self.models.cache_dir is not None:
+            paths["cache_dir"] = _absolute(self.models.cache_dir)
+        object.__setattr__(self, "models", self.models.model_copy(update=paths))
         return self
 
     @property

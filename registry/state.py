@@ -153,7 +153,8 @@ class Request:
     ``seq`` is the order of arrival. ``llmconfig`` is the client's own object as canonical JSON, handed back
     unchanged; ``notes`` says what of it was translated or dropped. ``failed_on`` are the wrappers on which
     its LLM could not be started. ``overtaken`` counts warm matches that went before it. ``memory`` is what its LLM
-    takes at least, None where that is not known.
+    takes at least, None where that is not known. ``model_revision`` is the commit of the LLM that it was given;
+    None: not yet, or a local model, which has none.
     """
 
     request_id: str
@@ -173,6 +174,7 @@ class Request:
     deployed_s: float | None = None
     ended_s: float | None = None
     memory: LLMMemory | None = None
+    model_revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,10 +261,11 @@ class LeaseUsed:
 
 @dataclass(frozen=True, slots=True)
 class LeaseBound:
-    """The wrapper accepts the lease's token from now on."""
+    """The wrapper accepts the lease's token from now on. ``model_revision``: the commit of the LLM that it runs."""
 
     wrapper_id: str
     epoch: int
+    model_revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.fake_hub import FakeHub
 
 ORDER = ("unit", "property", "integration", "engine", "cluster")
 
@@ -13,3 +16,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by folder; inside a folder the order stays."""
     root = Path(__file__).parent
     items.sort(key=lambda item: ORDER.index(item.path.relative_to(root).parts[0]))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    """A hub that this process, and those it starts, take for the Hugging Face one."""
+    from huggingface_hub import constants
+
+    with FakeHub().running() as hub:
+        for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        # Read when the library was imported.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        yield hub

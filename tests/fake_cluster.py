@@ -47,6 +47,7 @@ class FakeWrapper:
     runs: bool = False
     start: asyncio.Task[None] | None = None
     grant: LeaseGrant | None = None
+    revision: str | None = None
     died: str | None = None
     idle_for_s: float = 0.0
     starts: int = 0
@@ -66,6 +67,8 @@ class FakeCluster:
         """What wrappers report of their machine, by its id: memory of each GPU, or main memory without GPU."""
         self.unusable: dict[str, EngineStartFailed] = {}
         """Models that can't be started, and why."""
+        self.commits: dict[str, str] = {}
+        """What the hub's default branch holds at the moment, by model; the others are local."""
         self._gates: dict[tuple[str, str], Gate] = {}
         self._failures: dict[tuple[str, str], list[Exception]] = {}
         self._changed = changed
@@ -139,6 +142,7 @@ class FakeCluster:
             epoch=wrapper.epoch,
             running=wrapper.spec.fingerprint if wrapper.spec is not None and wrapper.runs else None,
             starting=wrapper.spec.fingerprint if wrapper.spec is not None and not wrapper.runs else None,
+            revision=wrapper.revision,
             died=wrapper.died,
             phase="loading" if wrapper.start is not None else None,
             bound=None if wrapper.grant is None else wrapper.grant.request_id,
@@ -179,6 +183,8 @@ class FakeCluster:
                 wrapper.spec = None
             raise
         else:
+            begun_with = wrapper.grant.model_revision if wrapper.grant is not None else None
+            wrapper.revision = begun_with or self.commits.get(spec.model)
             wrapper.runs = True
             wrapper.starts += 1
         finally:
@@ -193,12 +199,13 @@ class FakeCluster:
         await self._called(wrapper_id, "stop")
         wrapper.spec, wrapper.runs, wrapper.died = None, False, None
 
-    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> None:
+    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> str | None:
         await self._called(wrapper_id, "bind")
         wrapper = self._take(wrapper_id, epoch)
         if wrapper.grant is not None and wrapper.grant.token != grant.token:
             self._end_lease(wrapper, "released")
         wrapper.grant = grant
+        return wrapper.revision
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         await self._called(wrapper_id, "unbind")

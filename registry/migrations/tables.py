@@ -181,6 +181,7 @@ REQUESTS = Table(
     _may("deployed_s", Float),
     _may("ended_s", Float),
     _may("memory", _Memory),
+    _may("model_revision", Text),
 )
 # unique: whatever the code above believes, no wrapper is leased twice.
 LEASES = Table(

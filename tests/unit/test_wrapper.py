@@ -13,6 +13,7 @@ import pytest
 
 from deployments import wrapper as wrapper_module
 from deployments.engine import StopReport
+from deployments.model_cache import LocalModel
 from deployments.models import ModelSources
 from deployments.wrapper import LLMWrapper, WrapperConfig
 from registry.errors import StaleEpoch, WrapperUnreachable
@@ -44,6 +45,9 @@ class FakeHost:
 
     left = StopReport()
 
+    warm = True
+    cold_reason = None
+
     def __init__(self, **_: object) -> None:
         self.running: RunningFake | None = None
         self.stopped = 0
@@ -58,6 +62,16 @@ class FakeHost:
         self.stopped += self.running is not None
         self.running = None
         return self.left
+
+
+class FakeModels:
+    """Every model is on the machine."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    async def fetch(self, model: str, **_: object) -> LocalModel:
+        return LocalModel(model, "c" * 40)
 
 
 class UndyingWrapper(LLMWrapper):
@@ -103,6 +117,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
 
     async def make(*, finish: bool, ends_in_s: float = 60.0) -> Client:
         monkeypatch.setattr(wrapper_module, "EngineHost", FakeHost)
+        monkeypatch.setattr(wrapper_module, "ModelCache", FakeModels)
         settings = WrapperSettings(prompt_max_s=5.0)
         sources = ModelSources(True, (), tmp_path)
         config = WrapperConfig("a-0", 0, settings, EnergySettings(), sources, tmp_path, finish_prompts=finish)

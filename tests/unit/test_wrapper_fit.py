@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,8 @@ class CountingHost:
 
     started: list[str]
     stopped: int
+    warm = True
+    cold_reason = None
 
     def __init__(self, **_: object) -> None:
         self.running = None
@@ -54,7 +57,7 @@ Make = Callable[..., Awaitable[LLMWrapper]]
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
     """Makes a wrapper on a machine with 16 GiB of main memory and GPUs of 24 GiB."""
 
-    async def make(*, gpus: int = 0, gpu_memory_bytes: int | None = 24 * GIB, **settings: int) -> LLMWrapper:
+    async def make(*, gpus: int = 0, gpu_memory_bytes: int | None = 24 * GIB, **settings: Any) -> LLMWrapper:
         CountingHost.started, CountingHost.stopped = [], 0
         monkeypatch.setattr(wrapper_module, "EngineHost", CountingHost)
         monkeypatch.setattr(wrapper_module, "main_memory_bytes", lambda: 16 * GIB)
@@ -119,8 +122,10 @@ async def test_an_llm_that_may_fit_is_started(make: Make, tmp_path: Path, wrappe
 
 
 async def test_what_is_not_known_is_started(make: Make, tmp_path: Path) -> None:
-    """The engine finds out, for a hub id whose checkpoint is not on this machine yet."""
-    error = await refusal(await make(), LLMSpec("org/never-loaded-here", "text-generation"))
+    """The engine finds out, for a checkpoint that can't be read."""
+    folder = tmp_path / "llms" / "empty"
+    folder.mkdir(parents=True)
+    error = await refusal(await make(), LLMSpec(str(folder), "text-generation"))
     assert error.reason == "it was not too large"
 
 

@@ -70,6 +70,25 @@ async def test_rest_of_a_measurement_goes_on(world: World) -> None:
 # --- engines and wrappers that die -------------------------------------------------------------------------
 
 
+async def test_a_lease_keeps_its_commit(world: World) -> None:
+    """The commit of what was handed over is in the record; the same one comes back when the engine dies."""
+    world.cluster.commits["org/tiny"] = "1" * 40
+    request_id = await world.deployed(1)
+    world.cluster.commits["org/tiny"] = "2" * 40  # the branch moves
+    await world.restart()
+    await world.until_status(request_id, Status.DEPLOYED)
+    world.cluster.kill_engine("a-0", "out of memory")
+    await world.until_status(request_id, Status.DEPLOYING)
+    await world.until_status(request_id, Status.DEPLOYED)
+    await world.looked()
+    assert views.request_state(world.service, world.request(request_id)).modelRevision == "1" * 40
+    assert [llm.revision for llm in views.llm_states(world.service)] == ["1" * 40]
+    world.service.release(request_id)
+    later = await world.deployed(2, OTHER)
+    assert world.request(later).model_revision is None
+    assert world.request(request_id).model_revision == "1" * 40
+
+
 async def test_engine_that_dies_under_a_lease_comes_back(world: World) -> None:
     """The LLM is started again for its lease, under the same address; the measurement says that it happened."""
     request_id = await world.deployed(1)

@@ -1,0 +1,167 @@
+"""The models of a machine: fetched before an engine starts, kept in a cache of limited size, locked while in use."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from deployments.model_download import DownloadFailed, DownloadOrder, commit_of, find, lock_of
+from registry.errors import EngineStartFailed
+
+LOCK_POLL_S = 0.05
+"""How often a model that is just being removed is looked at again, seconds."""
+
+
+@dataclass(slots=True)
+class LocalModel:
+    """A model on this machine, which stays there until ``release``.
+
+    ``path`` is what the engine loads. ``revision`` is the commit of its files, None for a folder of the operator's own:
+    nothing there says what it holds.
+    """
+
+    path: str
+    revision: str | None = None
+    _lock: IO[str] | None = None
+
+    def release(self) -> None:
+        """It is not in use any more, as far as this wrapper is concerned. Again is not an error."""
+        if self._lock is not None:
+            _touch(self._lock)
+            self._lock.close()
+            self._lock = None
+
+
+class ModelCache:
+    """Models from the Hugging Face hub. Every wrapper of a machine has one, over the same directories.
+
+    ``directory``: the cache, None for the one that the environment names (HF_HUB_CACHE, HF_HOME); nothing is ever
+    removed from that. ``locks_dir``: where it is noted which models are in use, and when they were last. ``max_gib``:
+    what the cache may hold; None: no limit.
+    """
+
+    def __init__(self, directory: Path | None, locks_dir: Path, max_gib: float | None = None) -> None:
+        self._directory = directory
+        self._locks_dir = locks_dir
+        self._max_bytes = None if max_gib is None else int(max_gib * 2**30)
+
+    async def fetch(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        load_format: str = "auto",
+        weights: bool = True,
+        on_progress: Callable[[float], object] = lambda _done: None,
+    ) -> LocalModel:
+        """Have a model on this machine. Cancelling this ends a download at once; the next one goes on from there.
+
+        Args:
+            model: Hugging Face id, or the absolute path of a folder.
+            revision: Branch, tag or commit; None: the default branch.
+            load_format: vLLM's engine argument.
+            weights: False: only configuration and tokenizer.
+            on_progress: Called in the event loop with how much of it is there, 0 to 1, once it has to be downloaded.
+
+        Raises:
+            EngineStartFailed: It can't be had; the reason says why, and what to do.
+        """
+        if Path(model).is_absolute():
+            if not await asyncio.to_thread(os.path.isdir, model):
+                raise EngineStartFailed(model, f"there is no folder {model} on this machine")
+            return LocalModel(model)
+        cache_dir = None if self._directory is None else str(self._directory)
+        async with self._in_use(model) as lock:
+            try:
+                order = DownloadOrder(
+                    model,
+                    await asyncio.to_thread(commit_of, model, revision, cache_dir),
+                    cache_dir,
+                    str(self._locks_dir),
+                    max_bytes=self._max_bytes,
+                    load_format=load_format,
+                    weights=weights,
+                    owner_pid=os.getpid(),
+                )
+                folder = await asyncio.to_thread(find, order) or await _download(order, on_progress)
+            except DownloadFailed as failed:
+                raise EngineStartFailed(model, failed.problem, failed.permanent) from None
+            lock.truncate(0)  # what it was promised room for is there
+            return LocalModel(folder, order.commit, lock)
+
+    @asynccontextmanager
+    async def _in_use(self, model: str) -> AsyncIterator[IO[str]]:
+        """Keep others from removing a model: for good, or until what is done meanwhile fails."""
+        self._locks_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_of(model, self._locks_dir).open("a+", encoding="utf-8")
+        try:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(LOCK_POLL_S)
+            _touch(lock)
+            yield lock
+        except BaseException:
+            lock.close()
+            raise
+
+
+async def _download(order: DownloadOrder, on_progress: Callable[[float], object]) -> str:
+    """Run the download in a process of its own, which ends with this task, or with this process; its folder.
+
+    Raises:
+        DownloadFailed: in its own words.
+    """
+    process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's own needs a child watcher, which not every loop has
+        [sys.executable, "-m", "deployments.model_download", json.dumps(asdict(order))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    reader = asyncio.StreamReader()
+    output: Any = process.stdout
+    said: deque[str] = deque(maxlen=5)
+    try:
+        output, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), output
+        )
+        async for line in reader:
+            match _json_object(line):
+                case {"done": int(done), "total": int(total)}:
+                    on_progress(done / total if total else 1.0)
+                case {"folder": str(folder)}:
+                    return folder
+                case {"problem": str(problem), "permanent": bool(permanent)}:
+                    raise DownloadFailed(problem, permanent)
+                case _:
+                    said.append(line.decode(errors="replace").strip())
+    finally:
+        process.kill()
+        output.close()
+        await asyncio.to_thread(process.wait)
+    raise DownloadFailed(f"its download ended unexpectedly: {' '.join(said) or 'nothing was said'}")
+
+
+def _touch(lock: IO[str]) -> None:
+    """The model of this lock is used now, by a finer clock than the file system's own."""
+    os.utime(lock.fileno(), ns=(time.time_ns(), time.time_ns()))
+
+
+def _json_object(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

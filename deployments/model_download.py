@@ -1,0 +1,404 @@
+"""The download of a model from the Hugging Face hub: a program of its own, so that one that hangs can be ended.
+
+``python -m deployments.model_download '{…}'`` takes a ``DownloadOrder`` and prints lines of JSON: how many bytes are
+there, and last the folder, or what went wrong. Files that were complete before an end stay, and the next one goes on
+from there. The folder is a snapshot in the hub's own cache: one that was filled by other means serves as well.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+
+from deployments.warm_start import die_with
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from huggingface_hub import HFCacheInfo
+
+TELL_EVERY_S = 0.2
+"""Progress is told at least this often while there is any, and with each hundredth, seconds."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
+_TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".py", ".yaml", ".yml")
+_TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+_INDICES = ("model.safetensors.index.json", "consolidated.safetensors.index.json")
+_SENTENCE_TRANSFORMERS_PART = re.compile(r"\d+_\w+")
+_SMALL = 50 * 2**20  # what is no weight file and larger than this is of no use to an LLM
+
+
+class DownloadFailed(Exception):
+    """The text says why, for people; ``permanent``: another machine would fare no better."""
+
+    def __init__(self, problem: str, permanent: bool = False) -> None:
+        super().__init__(problem, permanent)
+        self.problem, self.permanent = problem, permanent
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadOrder:
+    """What to download: a ``commit`` of a model.
+
+    ``cache_dir``: a cache in the hub's layout, None for the one that the environment names. ``locks_dir``: where the
+    locks of models in use are (``lock_of``). ``max_bytes``: what the cache may hold, None for no limit.
+    ``load_format``: vLLM's engine argument. ``weights``: False leaves them out.
+    """
+
+    model: str
+    commit: str
+    cache_dir: str | None
+    locks_dir: str
+    max_bytes: int | None = None
+    load_format: str = "auto"
+    weights: bool = True
+    owner_pid: int | None = None
+
+
+def wanted_files(sizes: Mapping[str, int], *, load_format: str = "auto", weights: bool = True) -> list[str]:
+    """Which of a repository's files vLLM reads, in order of their names.
+
+    Weights are taken in the one format that vLLM would choose (its ``DefaultModelLoader._prepare_weights``), and only
+    from the repository's top and from the parts of a sentence-transformers model: copies elsewhere are left out.
+
+    Args:
+        sizes: bytes of each file, by its path in the repository.
+        load_format: ``auto``, ``safetensors`` or ``mistral``.
+        weights: False: only configuration and tokenizer.
+    """
+    chosen = {file for file, size in sizes.items() if file.endswith(_TEXTS) and size <= _SMALL and _in_place(file)}
+    if weights:
+        folders: dict[str, list[str]] = {}
+        for file in sizes:
+            if file.endswith(_WEIGHTS) and PurePosixPath(file).name not in _TRAINING and _in_place(file):
+                folders.setdefault(str(PurePosixPath(file).parent), []).append(file)
+        for files in folders.values():
+            chosen.update(_weights(files, load_format))
+    return sorted(chosen)
+
+
+def _in_place(file: str) -> bool:
+    parents = PurePosixPath(file).parts[:-1]
+    return not parents or (len(parents) == 1 and _SENTENCE_TRANSFORMERS_PART.fullmatch(parents[0]) is not None)
+
+
+def _weights(files: Iterable[str], load_format: str) -> list[str]:
+    """Of the weight files in one folder those that vLLM loads: the first pattern that there is one for."""
+    mistral = load_format in ("auto", "mistral")
+    for pattern in (*(["consolidated*.safetensors"] if mistral else []), "*.safetensors", "*.bin", "*.pt"):
+        if found := [file for file in files if fnmatch(PurePosixPath(file).name, pattern)]:
+            return found
+    return []
+
+
+def lock_of(model: str, locks_dir: Path) -> Path:
+    """The lock file of a model: shared by all who use it, and last changed when it was last used."""
+    return locks_dir / _folder_of(model)
+
+
+def _folder_of(model: str) -> str:
+    return f"models--{model.replace('/', '--')}"
+
+
+def commit_of(model: str, revision: str | None, cache_dir: str | None) -> str:
+    """The commit that a branch or tag (None: the default branch) is at; a commit is itself.
+
+    Asks the hub, and believes the cache where that can't be reached or must not be asked (HF_HUB_OFFLINE). Blocks for
+    one short request.
+
+    Raises:
+        DownloadFailed: nobody knows; the text says why.
+    """
+    from huggingface_hub import HfApi, constants
+
+    try:
+        resolved = HfApi().resolve_revision(
+            model, revision=revision, cache_dir=cache_dir, local_files_only=constants.HF_HUB_OFFLINE
+        )
+    except Exception as problem:
+        raise _in_words(revision, problem) from problem
+    return resolved.resolved
+
+
+def find(order: DownloadOrder) -> str | None:
+    """The folder of this commit, if all files of it are on this machine for certain; else None. Reads files only.
+
+    Raises:
+        DownloadFailed: they are not, and the hub must not be asked for them (HF_HUB_OFFLINE).
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            order.model, revision=order.commit, cache_dir=order.cache_dir, local_files_only=True, allow_patterns=[]
+        )
+    except LocalEntryNotFoundError:
+        folder = None
+    listed = _listed(order)
+    if folder is not None and listed is None and constants.HF_HUB_OFFLINE:
+        return folder  # filled by other means: what it holds is what there is
+    missing = _missing(folder, _plan(order, folder, listed)) if folder is not None and listed is not None else None
+    if missing == []:
+        return folder
+    if constants.HF_HUB_OFFLINE:
+        what = f"files of it ({_some(missing)})" if missing else f"commit {order.commit} of it"
+        raise DownloadFailed(f"{what} can't be found on this machine, and HF_HUB_OFFLINE forbids to download")
+    return None
+
+
+def download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
+    """Have the commit on this machine, and return its folder.
+
+    Blocks for as long as it takes; ``tell`` is called with the bytes that are there, and that have to be. Models that
+    nobody uses are removed to make room.
+
+    Raises:
+        DownloadFailed: the hub can't be reached or refuses, or there is no room; the text says why.
+    """
+    try:
+        with _locked(Path(order.locks_dir) / f"download-{_folder_of(order.model)}"):  # one at a time
+            return _download(order, tell)
+    except DownloadFailed:
+        raise
+    except Exception as problem:
+        raise _in_words(order.commit, problem) from problem
+
+
+def _download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
+    from huggingface_hub import snapshot_download
+
+    if order.cache_dir is not None:
+        for leftover in (Path(order.cache_dir) / _folder_of(order.model) / "blobs").glob("*.incomplete"):
+            leftover.unlink()  # of a download that was killed: the hub's library gives each a new name
+    folder = snapshot_download(
+        order.model,
+        revision=order.commit,
+        cache_dir=order.cache_dir,
+        allow_patterns=["config.json", "params.json", *_INDICES],
+        tqdm_class=_progress_bar(lambda _bytes: None),
+    )
+    listed = _listed(order)
+    if listed is None:
+        return folder  # the hub is not there, and somebody else has filled the cache: what it holds is what there is
+    wanted = _plan(order, folder, listed)
+    missing = _missing(folder, wanted)
+    to_load, total = (sum(listed[file] for file in files) for files in (missing, wanted))
+    _make_room(order, to_load)
+    tell(total - to_load, total)
+    if missing:
+        snapshot_download(
+            order.model,
+            revision=order.commit,
+            cache_dir=order.cache_dir,
+            allow_patterns=[glob.escape(file) for file in missing],
+            tqdm_class=_progress_bar(lambda loaded: tell(total - to_load + min(loaded, to_load), total)),
+        )
+    tell(total, total)
+    return folder
+
+
+def _listed(order: DownloadOrder) -> Mapping[str, int] | None:
+    """All files of the commit with their sizes, as the hub listed them; None if it never did."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        files = get_cached_repo_tree(order.model, revision=order.commit, cache_dir=order.cache_dir)
+    except CachedRepoTreeNotFoundError:
+        return None
+    return {file.path: file.size for file in files}
+
+
+def _plan(order: DownloadOrder, folder: str, listed: Mapping[str, int]) -> list[str]:
+    """The files that vLLM reads, less the weights that the repository's own index does not name."""
+    wanted = wanted_files(listed, load_format=order.load_format, weights=order.weights)
+    for name in _INDICES:
+        index = Path(folder) / name
+        if index.is_file():
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            kind = f"{name.partition('.')[0]}*.safetensors"
+            wanted = [file for file in wanted if file in named or "/" in file or not fnmatch(file, kind)]
+    return wanted
+
+
+def _missing(folder: str, wanted: Iterable[str]) -> list[str]:
+    return [file for file in wanted if not (Path(folder) / file).is_file()]
+
+
+def _some(files: Sequence[str]) -> str:
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+
+
+# --- room in the cache ---------------------------------------------------------------------------------------
+
+
+def _make_room(order: DownloadOrder, to_load: int) -> None:
+    """Remove the models that were used least recently, and that nobody uses, until ``to_load`` bytes more fit."""
+    if order.max_bytes is None:
+        return
+    locks = Path(order.locks_dir)
+    mine = lock_of(order.model, locks)
+    with _locked(locks / "room"):
+        while (used := _used(order, mine)) + to_load > order.max_bytes:
+            if not _remove_oldest(order, mine):
+                raise DownloadFailed(
+                    f"{_gib(to_load)} have to be loaded, and the cache may hold {_gib(order.max_bytes)}, of which "
+                    f"{_gib(used)} are in use (models.cache_max_gib)",
+                    permanent=to_load > order.max_bytes,
+                )
+        mine.write_text(str(to_load), encoding="utf-8")  # so that others leave the room to us
+
+
+def _used(order: DownloadOrder, mine: Path) -> int:
+    """Bytes that the cache holds, and will hold when the downloads of others are over."""
+    info = _scan(order)
+    promised = sum(
+        int(lock.read_text(encoding="utf-8") or 0)
+        for lock in Path(order.locks_dir).glob("models--*")
+        if lock != mine and _in_use(lock)
+    )
+    return info.size_on_disk + info.incomplete_size_on_disk + promised
+
+
+def _remove_oldest(order: DownloadOrder, mine: Path) -> bool:
+    """Remove one model; False if none can be."""
+    cache = _scan(order)
+    assert cache.cache_dir is not None
+    whole = {repo.repo_path: repo for repo in cache.repos}
+    models = {*whole, *(file.file_path.parent.parent for file in cache.incomplete_files)}
+
+    def last_used_s(model: Path) -> float:
+        lock = Path(order.locks_dir) / model.name
+        return lock.stat().st_mtime if lock.exists() else model.stat().st_mtime
+
+    for model in sorted(models, key=last_used_s):
+        lock = Path(order.locks_dir) / model.name
+        if lock == mine:
+            continue
+        with lock.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # in use
+            if model in whole:
+                cache.delete_revisions(*(revision.commit_hash for revision in whole[model].revisions)).execute()
+            shutil.rmtree(model, ignore_errors=True)  # what the hub's library does not know of
+            return True
+    return False
+
+
+def _in_use(lock: Path) -> bool:
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _scan(order: DownloadOrder) -> HFCacheInfo:
+    from huggingface_hub import scan_cache_dir
+
+    return scan_cache_dir(order.cache_dir)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[IO[str]]:
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+# --- words -----------------------------------------------------------------------------------------------------
+
+
+def _in_words(revision: str | None, problem: Exception) -> DownloadFailed:
+    """What went wrong, for people. The hub's own texts are long, and speak of Python."""
+    from huggingface_hub import errors
+
+    where = "where the registry and Ray are started"
+    match problem:
+        case errors.GatedRepoError():
+            text = f"it is gated: ask for access on its page at the Hugging Face hub, and set HF_TOKEN {where}"
+            return DownloadFailed(text, permanent=True)
+        case errors.RevisionNotFoundError():
+            return DownloadFailed(f"it has no revision {revision} at the Hugging Face hub", permanent=True)
+        case errors.RepositoryNotFoundError():
+            text = f"there is no such model at the Hugging Face hub, or it is private: then set HF_TOKEN {where}"
+            return DownloadFailed(text, permanent=True)
+        case errors.RevisionResolutionError() | errors.LocalEntryNotFoundError() | errors.IncompleteSnapshotError():
+            cause = problem.__cause__
+            why = "HF_HUB_OFFLINE forbids to ask" if cause is None else f"{type(cause).__name__}: {_short(cause)}"
+            text = f"it is not on this machine, and the Hugging Face hub can't be reached ({why})"
+            return DownloadFailed(text)
+        case _:
+            return DownloadFailed(f"its download failed ({type(problem).__name__}: {_short(problem)})")
+
+
+def _short(problem: BaseException) -> str:
+    return " ".join(str(problem).split())[:300]
+
+
+def _progress_bar(report: Callable[[int], None]) -> Any:
+    """A class of progress bars for the hub's library, which show nothing and report the bytes that they count."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **more: Any) -> None:
+            self._counts_bytes = more.get("unit") == "B"
+            super().__init__(*args, **(more | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self._counts_bytes:
+                report(int(self.n))
+
+    return Bar
+
+
+def main(argument: str) -> int:
+    """Carry out one order; the exit status says whether it succeeded."""
+    order = DownloadOrder(**json.loads(argument))
+    if order.owner_pid is not None:
+        die_with(order.owner_pid)
+    told_s, told, most = 0.0, 0, 0
+
+    def say(**what: object) -> None:
+        sys.stdout.write(json.dumps(what) + "\n")
+        sys.stdout.flush()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told_s, told, most
+        most = max(most, done)  # of the hub's library several bars count, one ahead of the other
+        if done == total or most > told + total / 100 or time.monotonic() >= told_s + TELL_EVERY_S:
+            told_s, told = time.monotonic(), most
+            say(done=most, total=total)
+
+    try:
+        folder = download(order, tell)
+    except DownloadFailed as failed:
+        say(problem=failed.problem, permanent=failed.permanent)
+        return 1
+    say(folder=folder)
+    return 0
+
+
+if __name__ == "__main__":
+    os._exit(main(sys.argv[1]))  # the hub's library may have threads that wait for something that never comes

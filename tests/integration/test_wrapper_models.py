@@ -1,0 +1,213 @@
+"""A wrapper and the models that it is told to run: real downloads over HTTP, engines that are fakes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments import wrapper as wrapper_module
+from deployments.engine import StopReport
+from deployments.models import ModelSources
+from deployments.wrapper import LLMWrapper, WrapperConfig
+from registry.errors import EngineStartFailed, StaleEpoch
+from registry.reconcile import LeaseGrant
+from registry.settings import EnergySettings, ModelSettings, WrapperSettings
+from registry.state import LLMSpec
+from tests.fake_hub import FILES, FakeHub
+
+HUB_LLM = LLMSpec("org/tiny", "text-generation")
+LLMCONFIG = json.dumps({"uses_chat_template": False, "args": {"prompting": {}, "deployment": {}}})
+
+
+class RunningFake:
+    unfinished = 0
+
+    def __init__(self) -> None:
+        self.died = asyncio.Event()
+        self.death_reason: str | None = None
+
+
+class FakeHost:
+    """Starts whatever it is given; ``started`` are the arguments of each start."""
+
+    warm = False
+    cold_reason = "it is a fake"
+
+    def __init__(self, **_: object) -> None:
+        self.running: RunningFake | None = None
+        self.started: list[dict[str, Any]] = []
+
+    async def prepare(self) -> None:
+        pass
+
+    async def start(self, model: str, **more: Any) -> None:
+        self.started.append({"model": model, **more})
+        self.running = RunningFake()
+
+    async def stop(self) -> StopReport:
+        self.running = None
+        return StopReport()
+
+
+class UndyingWrapper(LLMWrapper):
+    """Serve awaits a wrapper's end; Python's collector can't."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+    @property
+    def host(self) -> FakeHost:
+        host: Any = self._host
+        assert isinstance(host, FakeHost)
+        return host
+
+
+Make = Callable[..., Awaitable[UndyingWrapper]]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
+    """Makes the wrappers of one machine, which share a cache of models."""
+
+    async def make(number: int = 0, *, max_mib: float | None = None, deploy_timeout_s: float = 60.0) -> UndyingWrapper:
+        monkeypatch.setattr(wrapper_module, "EngineHost", FakeHost)
+        limit_gib = None if max_mib is None else max_mib / 1024
+        config = WrapperConfig(
+            f"a-{number}",
+            0,
+            WrapperSettings(deploy_timeout_s=deploy_timeout_s),
+            EnergySettings(),
+            ModelSources(True, (tmp_path / "local",), tmp_path),
+            tmp_path / "cache",
+            ModelSettings(cache_dir=tmp_path / "models", cache_max_gib=limit_gib),
+        )
+        wrapper = UndyingWrapper.__new__(UndyingWrapper)
+        await wrapper.__init__(config)  # type: ignore[misc]  # as Serve does it
+        wrapper._meter.stop()
+        return wrapper
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> LLMSpec:
+    """A local LLM."""
+    (tmp_path / "local" / "llm").mkdir(parents=True)
+    return LLMSpec(str(tmp_path / "local" / "llm"), "text-generation")
+
+
+def files_in(folder: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def grant(revision: str | None = None) -> LeaseGrant:
+    return LeaseGrant("r1", 1, "token", LLMCONFIG, ends_in_s=60.0, idle_limit_s=60.0, model_revision=revision)
+
+
+async def test_a_download_is_a_phase(hub: FakeHub, make: Make) -> None:
+    """While a model is downloaded the wrapper says so, and how much of it is there; then it runs that very commit."""
+    repository = hub.add("org/tiny", FILES, commit="c" * 40)
+    repository.hold.clear()
+    wrapper = await make()
+    deploy = asyncio.create_task(wrapper.deploy(1, HUB_LLM, None))
+    await repository.until_held()
+    report = await wrapper.report()
+    assert report.phase == "downloading"
+    assert report.progress is not None
+    assert 0 <= report.progress < 1
+    assert report.running is None
+    repository.hold.set()
+    await deploy
+    (started,) = wrapper.host.started
+    assert files_in(started["model"])["config.json"] == FILES["config.json"]
+    assert (started["revision"], started["served_model_name"]) == ("c" * 40, "org/tiny")
+    report = await wrapper.report()
+    assert (report.phase, report.progress, report.revision) == (None, None, "c" * 40)
+    assert (report.warm, report.cold_reason) == (False, "it is a fake")
+    assert await wrapper.bind(2, grant()) == "c" * 40
+    await wrapper.stop(3)
+    assert (await wrapper.report()).revision is None
+
+
+async def test_a_hung_download_is_cut_at_the_deadline(hub: FakeHub, make: Make, folder: LLMSpec) -> None:
+    """The deploy deadline holds for the download, too; the wrapper is usable at once, and the next attempt succeeds."""
+    repository = hub.add("org/tiny", FILES)
+    repository.hold.clear()
+    wrapper = await make(deploy_timeout_s=2.0)
+    with pytest.raises(EngineStartFailed, match=r"its download was not over after 2 s") as failed:
+        await wrapper.deploy(1, HUB_LLM, None)
+    assert not failed.value.permanent
+    await wrapper.deploy(2, folder, None)
+    repository.hold.set()
+    patient = await make(1)
+    await patient.deploy(3, HUB_LLM, None)
+    await wrapper.stop(4)
+    await patient.stop(4)
+
+
+async def test_a_newer_command_ends_a_download(hub: FakeHub, make: Make, folder: LLMSpec) -> None:
+    """Another LLM need not wait for a download that hangs; who waited for that is told."""
+    repository = hub.add("org/tiny", FILES)
+    repository.hold.clear()
+    wrapper = await make()
+    first = asyncio.create_task(wrapper.deploy(1, HUB_LLM, None))
+    await repository.until_held()
+    await wrapper.deploy(2, folder, None)
+    with pytest.raises(StaleEpoch):
+        await first
+    assert [started["model"] for started in wrapper.host.started] == [folder.model]
+    assert await wrapper.bind(3, grant()) is None
+    await wrapper.stop(4)
+
+
+async def test_a_lease_keeps_its_commit(hub: FakeHub, make: Make) -> None:
+    """An engine that is started again for a lease gets the commit that the lease began with, wherever its branch is."""
+    hub.add("org/tiny", FILES, commit="1" * 40)
+    wrapper = await make()
+    await wrapper.deploy(1, HUB_LLM, None)
+    await wrapper.stop(2)
+    hub.add("org/tiny", FILES | {"config.json": b'{"new": 1}'}, commit="2" * 40)
+    await wrapper.deploy(3, HUB_LLM, grant("1" * 40))
+    assert (await wrapper.report()).revision == "1" * 40
+    await wrapper.stop(4)
+    await wrapper.deploy(5, HUB_LLM, None)
+    assert (await wrapper.report()).revision == "2" * 40
+    await wrapper.stop(6)
+
+
+async def test_a_tokenizer_of_another_revision(hub: FakeHub, make: Make) -> None:
+    """tokenizer_revision still means what it says, though the engine is given folders."""
+    hub.add("org/tiny", FILES, commit="c" * 40)
+    wrapper = await make()
+    spec = LLMSpec("org/tiny", "text-generation", engine_args=json.dumps({"tokenizer_revision": "c" * 40}))
+    await wrapper.deploy(1, spec, None)
+    (started,) = wrapper.host.started
+    assert set(started["engine_args"]) == {"tokenizer"}
+    assert files_in(started["engine_args"]["tokenizer"])["tokenizer.json"] == FILES["tokenizer.json"]
+    await wrapper.stop(2)
+
+
+async def test_a_model_is_in_use_as_long_as_it_runs(hub: FakeHub, make: Make, folder: LLMSpec) -> None:
+    """Another wrapper of the machine can't make room by what this one runs, until it runs something else."""
+    hub.add("org/tiny", FILES, commit="c" * 40)
+    hub.add("org/other", FILES, commit="d" * 40)
+    one, two = await make(0, max_mib=5), await make(1, max_mib=5)
+    await one.deploy(1, HUB_LLM, None)
+    with pytest.raises(EngineStartFailed, match="are in use"):
+        await two.deploy(1, LLMSpec("org/other", "text-generation"), None)
+    await one.deploy(2, folder, None)
+    await two.deploy(2, LLMSpec("org/other", "text-generation"), None)
+    await two.stop(3)
+    await one.stop(3)
+
+
+async def test_a_folder_that_is_not_there(make: Make, tmp_path: Path) -> None:
+    """A local model that this machine does not have is told plainly."""
+    wrapper = await make()
+    with pytest.raises(EngineStartFailed, match="there is no folder"):
+        await wrapper.deploy(1, LLMSpec(str(tmp_path / "local" / "gone"), "text-generation"), None)
