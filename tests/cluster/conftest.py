@@ -24,6 +24,7 @@ from deployments.tiny_llm import make_tiny_llm
 UP_LIMIT_S = 240
 DOWN_LIMIT_S = 150
 DEPLOY_LIMIT_S = 120
+MAX_IN_FLIGHT = 8
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -179,7 +180,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def running(workspace: Path) -> Iterator[Registry]:
     """One registry for all tests of the session."""
-    registry = start(workspace)
+    registry = start(workspace, wrappers={"max_prompts_in_flight": MAX_IN_FLIGHT}, watch={"period_s": 0.25})
     yield registry
     stop(registry)
 

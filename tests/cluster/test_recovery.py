@@ -6,11 +6,13 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
+from deployments import process_tree
 from tests.cluster.conftest import Registry
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
@@ -50,20 +52,30 @@ def test_a_lease_outlives_the_registry_actor(registry: Registry, llm: LLM, measu
     assert registry.delete(second) == 204
 
 
+@pytest.mark.parametrize(
+    ("sign", "victim"),
+    [(signal.SIGKILL, 0), (signal.SIGKILL, -1), (signal.SIGSTOP, 0)],
+    ids=["engine killed", "worker killed", "engine stopped"],
+)
 def test_an_engine_that_dies_is_started_again_under_its_lease(
-    registry: Registry, llm: LLM, measurement_id: int
+    registry: Registry, llm: LLM, measurement_id: int, sign: signal.Signals, victim: int
 ) -> None:
-    """The engine is killed: its holder is told within ten seconds, and the same address answers again."""
-    (request_id,) = registry.post(measurement_id, llm("a"))
+    """The engine is killed or stopped: its holder is told within ten seconds, and the same address answers again."""
+    (request_id,) = registry.post(measurement_id, llm("a", max_new_tokens=2000))
     address = registry.until(request_id, "deployed")["address"]
-    registry.engines()[0].send_signal(signal.SIGKILL)
-    told = registry.until(request_id, "deploying", "deployed", limit_s=10)
-    if told["status"] == "deploying":
-        assert told["reason"]
+    engines = registry.engines()
+    with ThreadPoolExecutor(1) as holder:
+        cut = holder.submit(prompt, address)
+        while not registry.wrapper()["unfinished"]:
+            assert not cut.done(), cut.result().text
+        engines[victim].send_signal(sign)
+        assert registry.until(request_id, "deploying", limit_s=10)["reason"]
+        assert (cut.result().status_code, cut.result().json()["code"]) == (503, "engine_not_ready")
     assert until_prompted(address).status_code == 200
     state = registry.until(request_id, "deployed")
     assert state["address"] == address
     assert "engine_restarted" in state["flags"]
+    assert process_tree.alive(engines) == set()
     registry.delete(request_id)
 
 
@@ -76,5 +88,5 @@ def test_a_wrapper_that_dies_is_replaced_under_its_lease(registry: Registry, llm
     replica.send_signal(signal.SIGKILL)
     assert until_prompted(address).status_code == 200
     assert registry.until(request_id, "deployed")["address"] == address
-    assert not [engine for engine in engines if engine.is_running() and engine.status() != "zombie"]
+    assert process_tree.alive(engines) == set()
     registry.delete(request_id)
