@@ -81,6 +81,7 @@ _ELSEWHERE_OR_LATER = re.compile(
     re.IGNORECASE,
 )
 _WARM_UP_ID = "warm-up"
+_OF_THE_API = ("tool_call_parser",)  # deployment arguments that are not the engine's
 _STOP_TIMEOUT_S = 5.0  # for vLLM's own way of stopping; what is left then is killed
 _GONE_TIMEOUT_S = 10.0  # for the kernel to take a killed process away, and for a GPU to have its memory back
 _STALL_GPU_S, _STALL_CPU_S = 60.0, 300.0  # a step of a large LLM takes minutes on a CPU; vLLM's own limit is 300 s
@@ -364,7 +365,8 @@ class EngineHost:
             model: Hugging Face id, or directory.
             served_model_name: What clients call it; None: ``model``.
             revision: Branch, tag or commit; None: the default one.
-            engine_args: vLLM's own engine arguments; they win over those that follow from host and ``modeltyp``.
+            engine_args: vLLM's own engine arguments, and ``tool_call_parser``; they win over those that follow from
+                host and ``modeltyp``.
             modeltyp: The Hugging Face task (``text-generation``, ``feature-extraction`` …).
             on_phase: Called in the event loop with each phase as it begins.
             timeout_s: Seconds > 0 after which the start is given up.
@@ -466,7 +468,8 @@ class EngineHost:
     def _arguments(self, order: _Order) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        unknown = set(order.engine_args) - {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+        given = {name: value for name, value in order.engine_args.items() if name not in _OF_THE_API}
+        unknown = set(given) - {field.name for field in dataclasses.fields(AsyncEngineArgs)}
         if unknown:
             raise ValueError(f"vLLM has no engine argument {', '.join(sorted(unknown))}")
         stages = order.engine_args.get("pipeline_parallel_size", 1)
@@ -474,7 +477,7 @@ class EngineHost:
         if not self._gpus and self._kv_cache_gib is not None:
             ours["kv_cache_memory_bytes"] = int(self._kv_cache_gib * 2**30)
         fixed = {"model": order.model, "revision": order.revision, "served_model_name": [order.name]}
-        return AsyncEngineArgs(**{**ours, **order.engine_args, **fixed})
+        return AsyncEngineArgs(**{**ours, **given, **fixed})
 
     async def _serve(self, engine: AsyncLLM, order: _Order) -> ASGIApp:
         """Build vLLM's OpenAI app on a running engine."""
@@ -484,6 +487,8 @@ class EngineHost:
         args = Namespace(**vars(self._defaults))
         args.model, args.served_model_name = order.model, [order.name]
         args.disable_fastapi_docs = args.disable_log_stats = True
+        args.tool_call_parser = order.engine_args.get("tool_call_parser")
+        args.enable_auto_tool_choice = args.tool_call_parser is not None
         tasks = await engine.get_supported_tasks()
         app: ASGIApp = await self._in_thread(build_app, args, tasks, engine.model_config)
         await init_app_state(engine, app.state, args, tasks)  # type: ignore[attr-defined]

@@ -174,6 +174,16 @@ _NO_BITSANDBYTES = (
     "(fp8, int8_per_channel_weight_only …), which gives other answers"
 )
 
+_TOOL_CALL_PARSERS = (
+    "apertus", "cohere_command3", "cohere_command4", "deepseek_v3", "deepseek_v31", "deepseek_v32",
+    "deepseek_v4", "deepseek_v41", "dots", "ernie45", "functiongemma", "gemma4", "gigachat3", "glm45", "glm47",
+    "granite", "granite-20b-fc", "granite4", "hermes", "hf", "hunyuan_a13b", "hy_v3", "hy_v4", "inkling",
+    "internlm", "jamba", "k2_horizon", "kimi_k2", "kimi_k3", "lfm2", "ling3", "llama3_json", "llama4_json",
+    "llama4_pythonic", "longcat", "mimo", "minicpm5", "minimax_m2", "minimax_m3", "mistral", "muse_glimmer",
+    "olmo3", "openai", "phi4_mini_json", "plamo3", "poolside_v1", "pythonic", "qwen3_coder", "qwen3_json",
+    "qwen3_xml", "seed_oss", "step3", "step3p5", "xlam",
+)  # fmt: skip
+
 DEPLOYMENT: Mapping[str, Rule] = joined(
     {
         "torch_dtype": Mapped("dtype", DTYPE, same_as_absent="auto"),
@@ -229,6 +239,8 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
             "max_logprobs": whole(0, 1000),
             "logprobs_mode": one_of("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"),
             "use_fp64_gumbel": FLAG,
+            # Not the engine's but its API's: how the LLM writes the calls that it makes of its own accord.
+            "tool_call_parser": one_of(*_TOOL_CALL_PARSERS),
         }
     ),
     # transformers' words
@@ -238,6 +250,7 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
     dropped(_KERNELS, "attn_implementation", "experts_implementation", "use_flash_attention_2"),
     dropped("where LLMs are kept is the operator's choice", "cache_dir", "force_download", "local_files_only"),
     dropped("where LLMs are kept is the operator's choice", "resume_download", "proxies"),
+    dropped("it follows from tool_call_parser", "enable_auto_tool_choice"),
     dropped("vLLM batches and pads by itself", "batch_size", "num_workers", "padding_side", "use_cache", "tqdm_class"),
     dropped("vLLM always uses PyTorch and fast tokenizers", "framework", "use_fast"),
     dropped("it is a mark of transformers for itself", "_from_pipeline", "_from_auto", "_commit_hash"),

@@ -98,6 +98,7 @@ TAKEN_PROMPTING = [
 ]
 
 TAKEN_DEPLOYMENT = [
+    ("tool_call_parser", "hermes", "tool_call_parser", "hermes"),
     ("torch_dtype", "torch.bfloat16", "dtype", "bfloat16"),
     ("torch_dtype", "bfloat16", "dtype", "bfloat16"),
     ("dtype", "torch.float16", "dtype", "float16"),
@@ -679,7 +680,7 @@ def test_every_engine_argument_is_decided(vllm):
     """Every field of vLLM's EngineArgs is taken, dropped or refused on purpose."""
     fields = {field.name for field in dataclasses.fields(vllm.engine_args)}
     assert fields - DEPLOYMENT.keys() == set()
-    assert {rule.to for rule in rules(DEPLOYMENT, Mapped).values()} - fields == set()
+    assert {rule.to for rule in rules(DEPLOYMENT, Mapped).values()} - fields == {"tool_call_parser"}  # its API's
     assert {word for task in TASKS.values() for word, _ in task.engine} <= fields
 
 
@@ -727,10 +728,12 @@ def texts_of(hint):
 def test_choices_are_vllm_s(vllm):
     """Each word offered as a choice is one that vLLM knows, and what is said to be gone from it is."""
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.tool_parsers import ToolParserManager
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     known = {field.name: texts_of(field.type) for field in dataclasses.fields(vllm.engine_args)}
     known["quantization"] = set(QUANTIZATION_METHODS)
+    known["tool_call_parser"] = set(ToolParserManager.list_registered())
     known["attention_backend"] = {"auto", *AttentionBackendEnum.__members__}
     chosen = {rule.to: rule.kind for rule in rules(DEPLOYMENT, Mapped).values() if rule.kind.words}
     # These are plain texts in vLLM, which takes names of plugins and folders as well.
@@ -759,8 +762,8 @@ def test_vllm_takes_each_prompting_value(vllm, case):
 def test_vllm_takes_each_deployment_value(vllm, tmp_path):
     """Each mapped value makes an engine configuration, and each modeltyp the runner that it stands for."""
     model = str(make_tiny_llm(tmp_path / "llm"))
-    # The tiny LLM has no experts, and is the only machine: one process.
-    skipped = {"enable_expert_parallel", "tp_size", "pipeline_parallel_size"}
+    # The tiny LLM has no experts, and is the only machine: one process. The parser of tool calls is not the engine's.
+    skipped = {"enable_expert_parallel", "tp_size", "pipeline_parallel_size", "tool_call_parser"}
     for word, value, _, _ in TAKEN_DEPLOYMENT:
         if word not in skipped:
             vllm.engine_args(model=model, **map_deployment({word: value}).values).create_engine_config()

@@ -1,0 +1,151 @@
+"""vLLM's OpenAI API as the holder of a lease sees it, through the openai package; HTTP adds nothing here."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import pytest_asyncio
+
+from deployments.engine import EngineHost, RunningLLM
+from tests.engine.calls import FAST, client
+
+pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
+
+ASK: Any = [{"role": "user", "content": "Is the grid green?"}]
+GREEN: dict[str, Any] = {
+    "type": "object",
+    "properties": {"green": {"type": "boolean"}, "grid": {"enum": ["DEU", "FRA"]}},
+    "required": ["green", "grid"],
+    "additionalProperties": False,
+}
+TOOL: Any = {"type": "function", "function": {"name": "report_grid", "parameters": GREEN, "strict": True}}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def host(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EngineHost]:
+    host = EngineHost(gpus=0, kv_cache_gib=0.125, cache_dir=tmp_path_factory.mktemp("cache"))
+    await host.prepare()
+    yield host
+    await host.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def llm(host: EngineHost, llms: Path) -> RunningLLM:
+    """The tiny LLM, with a parser for the calls that it makes of its own accord."""
+    await host.stop()
+    return await host.start(
+        str(llms / "a"), served_model_name="tiny", engine_args={**FAST, "tool_call_parser": "hermes"}
+    )
+
+
+def api(llm: RunningLLM) -> openai.AsyncOpenAI:
+    transport = httpx.ASGITransport(llm.asgi)
+    http: Any = httpx.AsyncClient(transport=transport, timeout=60)  # the package's own is another, of the same form
+    return openai.AsyncOpenAI(base_url="http://engine/v1", api_key="none", http_client=http)
+
+
+async def test_chat_with_usage(llm: RunningLLM) -> None:
+    """A chat answers with text, a reason for its end, and the tokens that it took."""
+    async with api(llm) as ai:
+        answer = await ai.chat.completions.create(
+            model="tiny", messages=ASK, max_completion_tokens=8, extra_body={"ignore_eos": True}
+        )
+    assert answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
+
+
+async def test_streams_tell_usage(llm: RunningLLM) -> None:
+    """A stream says at its end what it took, for chats and for completions, when it is asked to."""
+    options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    async with api(llm) as ai:
+        chat = [
+            piece
+            async for piece in await ai.chat.completions.create(
+                model="tiny", messages=ASK, max_completion_tokens=8, **options
+            )
+        ]
+        text = [
+            piece async for piece in await ai.completions.create(model="tiny", prompt="Is", max_tokens=8, **options)
+        ]
+    for pieces in (chat, text):
+        assert [piece.usage for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+        assert pieces[-1].usage.total_tokens > pieces[-1].usage.completion_tokens > 0
+
+
+async def test_a_tool_that_must_be_called(llm: RunningLLM) -> None:
+    """Asked to call a tool, even an LLM of random weights calls it, with arguments of its schema."""
+    named: Any = {"type": "function", "function": {"name": "report_grid"}}
+    async with api(llm) as ai:
+        answer = await ai.chat.completions.create(
+            model="tiny", messages=ASK, tools=[TOOL], tool_choice=named, max_completion_tokens=200, seed=1
+        )
+    calls = answer.choices[0].message.tool_calls
+    assert calls
+    for call in calls:
+        assert call.type == "function"
+        assert call.function.name == "report_grid"
+        assert json.loads(call.function.arguments).keys() == {"green", "grid"}
+
+
+async def test_tools_that_may_be_called(llm: RunningLLM) -> None:
+    """With a tool_call_parser the LLM may choose; without one vLLM says what is missing."""
+    async with api(llm) as ai:
+        answer = await ai.chat.completions.create(model="tiny", messages=ASK, tools=[TOOL], max_completion_tokens=8)
+    assert answer.choices[0].message.role == "assistant"
+
+
+async def test_structured_output(llm: RunningLLM) -> None:
+    """An answer is JSON of the schema that was asked for."""
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "grid", "schema": GREEN, "strict": True}}
+    async with api(llm) as ai:
+        answer = await ai.chat.completions.create(
+            model="tiny", messages=ASK, response_format=schema, max_completion_tokens=200, seed=1
+        )
+    found = json.loads(answer.choices[0].message.content or "")
+    assert isinstance(found["green"], bool)
+    assert found["grid"] in ("DEU", "FRA")
+
+
+async def test_tokens(llm: RunningLLM) -> None:
+    """A text becomes tokens and these the text again."""
+    text = "Wie viel CO₂?"
+    async with client(llm) as http:
+        tokens = (await http.post("/tokenize", json={"model": "tiny", "prompt": text})).json()
+        again = (await http.post("/detokenize", json={"model": "tiny", "tokens": tokens["tokens"]})).json()
+    assert tokens["count"] == len(tokens["tokens"]) > 0
+    assert again["prompt"] == text
+
+
+async def test_errors_are_vllm_s(llm: RunningLLM) -> None:
+    """What can't be done is refused as vLLM refuses it: another model 404, nonsense 400."""
+    async with api(llm) as ai:
+        with pytest.raises(openai.NotFoundError):
+            await ai.chat.completions.create(model="other", messages=ASK)
+        with pytest.raises(openai.BadRequestError):
+            await ai.completions.create(model="tiny", prompt="x", max_tokens=10_000)
+        with pytest.raises(openai.NotFoundError):  # this LLM generates
+            await ai.embeddings.create(model="tiny", input="x")
+
+
+async def test_embeddings(host: EngineHost, llms: Path) -> None:
+    """A modeltyp that embeds has vLLM's embeddings, one vector a text, and nothing that generates."""
+    await host.stop()
+    embedder = await host.start(
+        str(llms / "b"), served_model_name="tiny", engine_args=FAST, modeltyp="feature-extraction"
+    )
+    async with api(embedder) as ai:
+        answer = await ai.embeddings.create(model="tiny", input=["one", "two"], encoding_format="float")
+        with pytest.raises(openai.NotFoundError):
+            await ai.chat.completions.create(model="tiny", messages=ASK)
+    first, second = (entry.embedding for entry in answer.data)
+    assert len(first) == len(second) == 64
+    assert first != second
+    assert answer.usage.prompt_tokens > 0
+    await host.stop()
