@@ -8,7 +8,7 @@ comma := ,
 empty :=
 PURE_FILES := $(subst $(empty) $(empty),$(comma),$(PURE:%=registry/%.py))
 
-.PHONY: help env demo test test-unit test-long lint tiny-llms bench bench-gpu locks clean
+.PHONY: help env demo test test-unit test-long eval-check lint tiny-llms bench bench-gpu locks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,8 +30,17 @@ test: lint ## linters, types, import contracts and all tests but the long ones, 
 test-unit: env ## the tests that need neither Ray nor vLLM
 	$(BIN)/pytest -m "not cluster and not vllm and not fault and not long"
 
-test-long: env ## all tests, the long ones too, with many more generated examples
+test-long: env .venv-eval/.installed ## all tests, the long ones too, with many more generated examples
 	HYPOTHESIS_PROFILE=long $(BIN)/pytest -m "" --timeout=3600
+
+.venv-eval/.installed: locks/eval.txt | env
+	@rm -rf .venv-eval
+	@$(BIN)/python -m venv .venv-eval
+	@$(BIN)/uv pip install --quiet --python .venv-eval/bin/python --no-deps --require-hashes -r locks/eval.txt
+	@touch $@
+
+eval-check: env .venv-eval/.installed ## lm_eval on a tiny task over the address of a lease, from an environment of its own
+	$(BIN)/pytest -m long tests/cluster/test_lm_eval.py
 
 lint: env ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .
@@ -58,8 +67,9 @@ locks: env ## the locks anew, with the newest versions that pyproject.toml allow
 	$(COMPILE) --upgrade --python-version 3.11 pyproject.toml locks/cpu.in --extra cpu --extra postgres --extra dev \
 	    --override locks/cpu.overrides $(foreach p,torch torchvision torchaudio torchcodec,--no-emit-package $(p)) \
 	    -o locks/cpu.txt
+	$(COMPILE) --upgrade --python-version 3.11 locks/eval.in -o locks/eval.txt
 	$(COMPILE) --upgrade --python-version 3.12 pyproject.toml --extra gpu --extra postgres -o locks/gpu.txt
 
 clean: ## away with everything that can be made again
-	rm -rf .venv .venv-gpu build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-eval .venv-gpu build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find registry deployments tests -name __pycache__ -type d -exec rm -rf {} +
