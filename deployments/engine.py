@@ -20,7 +20,7 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,7 +31,9 @@ from deployments import process_tree
 from deployments.engine_env import EngineEnvironment, Phase, PhaseClock
 from deployments.gpu_memory import GPUMemory
 from deployments.heartbeat import Heartbeat, Work
+from deployments.sleep_mode import SleepMode
 from deployments.warm_start import WarmForkserver, shape_problem, spawn_mortals
+from deployments.weights import Weights, weights_of
 from registry.errors import EngineNotReady, EngineStartFailed
 
 if TYPE_CHECKING:
@@ -119,25 +121,29 @@ class RunningLLM:
     """An LLM that answers. Made by ``EngineHost.start``; useless after ``EngineHost.stop``.
 
     ``asgi`` is vLLM's own OpenAI app (check ``public_path`` first). ``phases`` holds the seconds that each phase of
-    the start took, ``started_s`` is their sum. ``pids`` are all its processes. ``died`` is set as soon as one of them
-    ends by itself, or the engine counts as hung; then ``death_reason`` says why.
+    the start took, or of the wake if it slept; ``started_s`` is their sum. ``pids`` are all its processes. ``died`` is
+    set as soon as one of them ends by itself, or the engine counts as hung; then ``death_reason`` says why.
     """
 
-    def __init__(self, engine: AsyncLLM, asgi: ASGIApp, name: str, processes: Iterable[psutil.Process]) -> None:
+    def __init__(self, engine: AsyncLLM, asgi: ASGIApp, order: _Order, processes: Iterable[psutil.Process]) -> None:
         """For ``EngineHost``."""
         self.engine = engine
         self.app = asgi
         self._calls = 0
-        self.served_model_name = name
+        self.order = order
+        self.served_model_name = order.name
+        self.weights_bytes = None if order.weights is None else order.weights.size_bytes
         self.max_model_len: int = engine.model_config.max_model_len
         self.processes = frozenset(processes)
         self.phases: Mapping[str, float] = {}
         self.died = asyncio.Event()
         self.death_reason: str | None = None
+        self.watch: process_tree.DeathWatch | None = None
+        self.heart: asyncio.Task[None] | None = None
 
     @property
     def started_s(self) -> float:
-        """Seconds that the start took."""
+        """Seconds that the start took, or the wake."""
         return sum(self.phases.values())
 
     @property
@@ -229,7 +235,7 @@ class RunningLLM:
 
 
 class EngineHost:
-    """Runs one LLM at a time in processes of its own. One per process; use it from one event loop.
+    """Runs one LLM at a time, in processes of its own; others may sleep. One per process; use it from one event loop.
 
     ``warm`` says whether engines are forked from a warm forkserver; if not, ``cold_reason`` says why, and a start
     takes as long as "vllm serve".
@@ -244,6 +250,7 @@ class EngineHost:
         cpu_threads: int | None = None,
         preload: Sequence[str] = _COMMON_LLMS,
         stall_s: float | None = None,
+        sleep_host_gib: float = 0.0,
     ) -> None:
         """Do nothing yet; ``prepare`` does.
 
@@ -256,6 +263,8 @@ class EngineHost:
                 be imported is passed over, with a warning.
             stall_s: Seconds > 0 that a step of an engine may take before it counts as hung; None: 60 with GPUs, 300
                 without, where a step of a large LLM takes that long.
+            sleep_host_gib: GiB ≥ 0 of host memory for LLMs that sleep; 0: none does. Without effect on the CPU, where
+                vLLM has no sleep mode.
         """
         self.running: RunningLLM | None = None
         self.warm = False
@@ -272,10 +281,10 @@ class EngineHost:
         self._closed = False
         self._environment: EngineEnvironment | None = None
         self._forkserver: WarmForkserver | None = None
-        self._watch: process_tree.DeathWatch | None = None
-        self._heart: asyncio.Task[None] | None = None
+        self._funerals: set[asyncio.Task[None]] = set()
         self._unended: frozenset[psutil.Process] = frozenset()
         self._gpu_memory = GPUMemory(gpus)
+        self._sleep = SleepMode(int(sleep_host_gib * 2**30) if gpus else 0, self._gpu_memory, self._end_at_once)
         self._defaults: Namespace | None = None
         # Everything of vLLM that blocks runs in this one thread, which lives as long as the host: the kernel ends
         # processes that it starts together with it.
@@ -409,7 +418,12 @@ class EngineHost:
         async with self._busy:
             environment = self._environment
             assert environment is not None
-            environment.begin_start()
+            order.weights = await asyncio.to_thread(weights_of, order.model)
+            woken = await self._wake(order, clock)
+            if woken is not None:
+                return woken
+            await self._sleep.make_room(self._gpu_share(order))
+            environment.begin_start(alone=not self._sleep.asleep)
             self._gpu_memory.note()
             before = self._candidates()
             following = asyncio.create_task(clock.follow(environment.phases))
@@ -417,7 +431,7 @@ class EngineHost:
             try:
                 engine = await asyncio.shield(launching)
                 asgi = await self._serve(engine, order)
-                llm = RunningLLM(engine, asgi, order.name, self._candidates() - before)
+                llm = RunningLLM(engine, asgi, order, self._candidates() - before)
                 clock.enter(Phase.WARMING_UP)
                 await llm.warm_up()
             except BaseException as problem:
@@ -432,14 +446,42 @@ class EngineHost:
                 raise
             finally:
                 following.cancel()
-            clock.enter(Phase.READY)
-            llm.phases = clock.took_s
             environment.remember_shared_memory(process_tree.shared_memory(llm.processes))
-            self._watch = process_tree.DeathWatch(llm.processes, functools.partial(self._on_death, llm))
-            self._heart = asyncio.create_task(self._on_hang(llm), name=f"heartbeat of {order.model}")
-            self.running = llm
-            _log.info("%s runs after %.1f s", order.model, llm.started_s)
-            return llm
+            llm.watch = process_tree.DeathWatch(llm.processes, functools.partial(self._on_death, llm))
+            return self._ready(llm, clock)
+
+    def _ready(self, llm: RunningLLM, clock: PhaseClock) -> RunningLLM:
+        clock.enter(Phase.READY)
+        llm.phases = clock.took_s
+        llm.heart = asyncio.create_task(self._on_hang(llm), name=f"heartbeat of {llm.order.model}")
+        self.running = llm
+        _log.info("%s runs after %.1f s", llm.order.model, llm.started_s)
+        return llm
+
+    async def _wake(self, order: _Order, clock: PhaseClock) -> RunningLLM | None:
+        """The LLM that was ordered, if it sleeps and wakes; else it has to be started, and what slept is ended."""
+        llm = next((llm for llm in self._sleep.asleep if llm.order == order), None)
+        if llm is None:
+            return None
+        clock.enter(Phase.WAKING)
+        await self._sleep.make_room(self._gpu_share(order), waking=llm)
+        if not await self._sleep.wake(llm):
+            return None
+        clock.enter(Phase.WARMING_UP)
+        try:
+            await llm.warm_up()
+        except BaseException as problem:
+            await self._end_at_once(llm)
+            if not isinstance(problem, Exception):
+                raise
+            _log.warning("%s woke up, but does not answer: %s", order.name, _text_of(problem))
+            return None
+        return self._ready(llm, clock)
+
+    def _gpu_share(self, order: _Order) -> float:
+        """The share of each GPU's memory that vLLM wants to find free."""
+        share: float = order.engine_args.get("gpu_memory_utilization", self._defaults.gpu_memory_utilization)  # type: ignore[union-attr]
+        return share
 
     def _with_last_lines(self, reason: str) -> str:
         """A reason that is not the engine's own, and what the engine said last: that has to tell the rest."""
@@ -474,6 +516,8 @@ class EngineHost:
             raise ValueError(f"vLLM has no engine argument {', '.join(sorted(unknown))}")
         stages = order.engine_args.get("pipeline_parallel_size", 1)
         ours = {"tensor_parallel_size": max(1, self._gpus // stages), **_RUNNERS.get(order.modeltyp, {})}
+        if self._gpus and self._sleep.allowed:
+            ours["enable_sleep_mode"] = True
         if not self._gpus and self._kv_cache_gib is not None:
             ours["kv_cache_memory_bytes"] = int(self._kv_cache_gib * 2**30)
         fixed = {"model": order.model, "revision": order.revision, "served_model_name": [order.name]}
@@ -537,6 +581,14 @@ class EngineHost:
             llm.death_reason = f"the engine of {llm.served_model_name} is dead: {reason}"
             _log.error("%s", llm.death_reason)
             llm.died.set()
+            if llm in self._sleep.asleep:  # nobody else notices
+                funeral = asyncio.create_task(self._bury(llm))
+                self._funerals.add(funeral)
+                funeral.add_done_callback(self._funerals.discard)
+
+    async def _bury(self, llm: RunningLLM) -> None:
+        async with self._busy:
+            await self._sleep.forget(llm)
 
     # --- stopping ----------------------------------------------------------------------------------------------
 
@@ -550,31 +602,61 @@ class EngineHost:
             self._starting.cancel()
         return await self._stop()
 
-    async def _stop(self) -> StopReport:
+    async def vacate(self, *, wanted_next: str | None = None) -> StopReport:
+        """Have the LLM that runs, if any, leave the GPUs: it sleeps if it can, else it is stopped.
+
+        ``wanted_next`` is the name of the LLM that is started next: if that one sleeps, it gives way to none.
+        """
+        if self._starting is not None:
+            self._starting.cancel()
+        return await self._stop(may_sleep=True, wanted_next=wanted_next)
+
+    async def stop_asleep(self) -> None:
+        """End all LLMs that sleep; what is left of them the report of the next ``stop`` tells."""
+        async with self._busy:
+            await self._sleep.close()
+
+    @property
+    def asleep(self) -> Sequence[str]:
+        """Names of the LLMs that sleep, oldest first."""
+        return [llm.served_model_name for llm in self._sleep.asleep]
+
+    async def _stop(self, *, may_sleep: bool = False, wanted_next: str | None = None) -> StopReport:
         async with self._busy:
             begun_s = time.monotonic()
             llm, self.running = self.running, None
-            processes, killed = self._unended, set[psutil.Process]()
-            if llm is not None:
-                processes |= llm.processes.union(*(process_tree.descendants(pid) for pid in llm.pids))
-                killed = await self._end(llm, processes)
-                llm = None
-                gc.collect()
-            self._unended = frozenset(await process_tree.ended(processes, _GONE_TIMEOUT_S))
-            if self._environment is not None and not self._unended:
+            killed = set[psutil.Process]()
+            if llm is not None and not (may_sleep and await self._lay_down(llm, wanted_next)):
+                killed = await self._end(llm)
+            llm = None
+            gc.collect()
+            self._unended = frozenset(await process_tree.ended(self._unended, _GONE_TIMEOUT_S))
+            if self._environment is not None and not self._unended and not self._sleep.asleep:
                 self._environment.remove_shared_memory()
-            excess = await self._gpu_memory.excess(_GONE_TIMEOUT_S)
+            excess = await self._gpu_memory.excess(_GONE_TIMEOUT_S, self._sleep.kept_bytes)
             return StopReport(_pids(killed), _pids(self._unended), excess, time.monotonic() - begun_s)
 
-    async def _end(self, llm: RunningLLM, processes: Iterable[psutil.Process]) -> set[psutil.Process]:
+    async def _lay_down(self, llm: RunningLLM, wanted_next: str | None) -> bool:
+        """Put an LLM to sleep; False if it can't be, and has to be stopped."""
+        if llm.died.is_set() or not self._sleep.allowed:
+            return False
+        assert llm.heart is not None
+        llm.heart.cancel()  # it may be long in answering; that it dies is noticed all the same
+        problem = await self._sleep.lay_down(llm, spare=wanted_next)
+        if problem is not None:
+            _log.info("%s is stopped and does not sleep: %s", llm.served_model_name, problem)
+        return problem is None
+
+    async def _end(self, llm: RunningLLM, *, at_once: bool = False) -> set[psutil.Process]:
         """Stop an LLM, or kill it; returns those of its processes that had to be killed."""
-        assert self._watch is not None
-        assert self._heart is not None
-        self._watch.close()
-        self._heart.cancel()
-        self._watch = self._heart = None
+        assert llm.watch is not None
+        assert llm.heart is not None
+        llm.watch.close()
+        llm.heart.cancel()
+        processes = llm.processes.union(*(process_tree.descendants(pid) for pid in llm.pids))
+        self._unended |= processes
         killed = set()
-        if llm.died.is_set():  # it can't stop by itself any more
+        if at_once or llm.died.is_set():  # a dead one can't stop by itself any more
             killed = process_tree.alive(processes)
             process_tree.kill(killed)
         await self._shut_down(llm.engine)
@@ -582,6 +664,14 @@ class EngineHost:
         remaining = await process_tree.ended(processes, 1.0)
         process_tree.kill(remaining)
         return killed | remaining
+
+    async def _end_at_once(self, llm: RunningLLM) -> None:
+        """Kill an LLM that sleeps, or is between sleeping and waking; cancelled, it is done first."""
+        ending = asyncio.create_task(self._end(llm, at_once=True))
+        try:
+            await asyncio.shield(ending)
+        finally:
+            await _to_the_end(asyncio.wait([ending]))
 
     async def _shut_down(self, engine: AsyncLLM) -> None:
         """Let vLLM stop an engine in its own way; what is in flight is aborted."""
@@ -612,6 +702,7 @@ class EngineHost:
         self._closed = True
         if self._preparing is not None:
             await asyncio.wait([self._preparing])  # an import can't be interrupted
+        await self.stop_asleep()
         await self.stop()
         async with self._busy:
             if self._forkserver is not None:
@@ -623,15 +714,19 @@ class EngineHost:
 
 @dataclass(slots=True)
 class _Order:
-    """What is to be started, and how far that is, as the event loop and the engine thread share it."""
+    """What is to be started, and how far that is, as the event loop and the engine thread share it.
+
+    Equal to another if both make the same LLM of the same weights.
+    """
 
     model: str
     name: str
     revision: str | None
     engine_args: Mapping[str, Any]
     modeltyp: str
-    accepted: bool = False  # vLLM found nothing wrong with it
-    given_up: bool = False
+    weights: Weights | None = None
+    accepted: bool = field(default=False, compare=False)  # vLLM found nothing wrong with it
+    given_up: bool = field(default=False, compare=False)
 
 
 def _engine_thread() -> ThreadPoolExecutor:

@@ -29,6 +29,7 @@ class Phase(StrEnum):
 
     IMPORTING = "importing"  # vLLM itself, once per wrapper
     CONFIGURING = "configuring"  # the LLM's configuration and tokenizer
+    WAKING = "waking"  # in place of those before and after, if it slept
     LOADING = "loading"  # its weights
     WARMING_UP = "warming_up"  # KV cache, compilation, first run, first answer
     READY = "ready"
@@ -164,11 +165,15 @@ class EngineEnvironment:
         logger["handlers"] = [*logger.get("handlers", []), "words", "lines"]
         return {"version": 1, "disable_existing_loggers": False} | config
 
-    def begin_start(self) -> None:
-        """Forget phases and words of the engine before, and remove what it left behind if it was killed."""
-        _remove_shared_memory(self.directory)
-        for entry in (*self._sockets.iterdir(), *self._temporary.glob("vllm_dist_*")):
-            entry.unlink()
+    def begin_start(self, *, alone: bool = True) -> None:
+        """Forget phases and words of the engine before, and remove what it left behind if it was killed.
+
+        Where another engine lives (not ``alone``) nothing is removed: it can't be told whose it is.
+        """
+        if alone:
+            _remove_shared_memory(self.directory)
+            for entry in (*self._sockets.iterdir(), *self._temporary.glob("vllm_dist_*")):
+                entry.unlink()
         self._phases.write_text("", encoding="utf-8")
         self._errors.write_text("", encoding="utf-8")
         self._log.write_text("", encoding="utf-8")

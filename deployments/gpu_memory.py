@@ -30,30 +30,43 @@ class GPUMemory:
         self._gpus = gpus
         self._base_bytes: dict[str, int] = {}
 
+    @property
+    def known(self) -> bool:
+        """Whether there is a base line of every GPU."""
+        return len(self._base_bytes) == self._gpus
+
     def note(self) -> None:
         """No engine runs now, and one is about to start: what is in use is no engine's."""
-        for uuid, used in self._used().items():
+        for uuid, (used, _) in self._memory().items():
             self._base_bytes[uuid] = min(used, self._base_bytes.get(uuid, used))
 
-    async def excess(self, timeout_s: float) -> Mapping[str, int]:
+    async def excess(self, timeout_s: float, kept_bytes: int = 0) -> Mapping[str, int]:
         """Wait until the base line is reached, for at most ``timeout_s`` seconds ≥ 0.
 
+        ``kept_bytes`` is what LLMs that sleep may keep of each GPU.
+
         Returns:
-            By UUID, the bytes that a GPU still holds beyond it, where they exceed TOLERANCE_BYTES.
+            By UUID, the bytes that a GPU still holds beyond that, where they exceed TOLERANCE_BYTES.
         """
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
         while True:
             above = {
-                uuid: used - self._base_bytes[uuid] for uuid, used in self._used().items() if uuid in self._base_bytes
+                uuid: used - self._base_bytes[uuid] - kept_bytes
+                for uuid, (used, _) in self._memory().items()
+                if uuid in self._base_bytes
             }
             above = {uuid: excess for uuid, excess in above.items() if excess > TOLERANCE_BYTES}
             if not above or loop.time() >= deadline_s:
                 return above
             await asyncio.sleep(_POLL_S)
 
-    def _used(self) -> Mapping[str, int]:
-        """Bytes in use by UUID; nothing when that can't be told of all of them."""
+    def lack(self, share: float, kept_bytes: int = 0) -> bool:
+        """Whether less than this share (0 to 1) of some GPU is free, ``kept_bytes`` of each counted as free."""
+        return any(total - used + kept_bytes < share * total for used, total in self._memory().values())
+
+    def _memory(self) -> Mapping[str, tuple[int, int]]:
+        """Bytes in use, and all there are, by UUID; nothing when that can't be told of all of them."""
         if not self._gpus:
             return {}
         try:
@@ -62,10 +75,11 @@ class GPUMemory:
             _log.warning("the memory of the GPUs is not watched: %s", error)
             return {}
         try:
-            return {
-                uuid: int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).used)
+            memory = {
+                uuid: pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid))
                 for uuid in gpu_uuids(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
             }
+            return {uuid: (int(info.used), int(info.total)) for uuid, info in memory.items()}
         except (pynvml.NVMLError, ReadFailed) as error:
             _log.warning("the memory of the GPUs is not watched: %s", error)
             return {}

@@ -24,13 +24,14 @@ from ray.util.metrics import Gauge
 from starlette.types import ASGIApp
 
 from deployments.checkpoints import checkpoints_here
-from deployments.engine import EngineHost, RunningLLM
+from deployments.engine import EngineHost, RunningLLM, StopReport
 from deployments.lease_gate import LeaseGate
 from deployments.machine_memory import gpu_memory_bytes, main_memory_bytes
 from deployments.model_cache import LocalModel, ModelCache
 from deployments.models import ModelSources
 from deployments.prompt_meter import PromptMeter
 from deployments.prompts import PromptGate
+from deployments.weights import Weights, read_ahead, weights_of
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
 from registry.fit import GIB, Size, needs_of, why_too_large
 from registry.reconcile import LeaseGrant, WrapperReport
@@ -95,6 +96,7 @@ class LLMWrapper:
             cpu_threads=None if config.settings.per_machine == 1 else max(1, int(cpus)),
             stall_s=config.settings.stall_s,
             preload=[f"vllm.model_executor.models.{name}" for name in config.settings.preload],
+            sleep_host_gib=(config.settings.sleep_host_gib or 0.0) / config.settings.per_machine,
         )
         self._prompts = PromptGate(
             self._gate,
@@ -174,7 +176,7 @@ class LLMWrapper:
             start.result()
 
     async def stop(self, epoch: int) -> None:
-        """Stop whatever runs or starts; returns when the wrapper is verified to be empty.
+        """Stop whatever runs, starts or sleeps; returns when the wrapper is verified to be empty.
 
         Raises:
             StaleEpoch: a newer command has come.
@@ -184,6 +186,7 @@ class LLMWrapper:
             await self._prompts.cut_all()
             await self._cancel_start()
             async with self._engine_lock:
+                await self._host.stop_asleep()
                 await self._empty()
                 self._spec = None
                 self._died = None
@@ -260,12 +263,16 @@ class LLMWrapper:
             await self._prompts.over()
             async with self._engine_lock:
                 self._phase = "stopping"
-                await self._empty()
-                with self._meter.load():
+                # Making room for an LLM is charged to it, as its start is. Its weights are read ahead from now on, and
+                # not before, when that would cost a lease of somebody else's.
+                with self._meter.load(), read_ahead(await self._weights(spec)):
+                    self._require_empty(await self._host.vacate(wanted_next=spec.model))
                     await self._start_llm(spec, revision)
                 self._starts += 1
                 running = self._host.running
                 assert running is not None  # start() returned
+                if self._death_watch is not None:
+                    self._death_watch.cancel()  # of an LLM that sleeps now, or was stopped
                 self._death_watch = asyncio.create_task(self._notice_death(running))
         except EngineStartFailed as error:
             log.warning("the LLM did not start", wrapper_id=config.wrapper_id, model=spec.model, reason=error.reason)
@@ -354,10 +361,18 @@ class LLMWrapper:
 
     async def _empty(self) -> None:
         """Stop the engine. What it leaves behind holds memory: only a new wrapper, or an operator, helps then."""
-        problem = (await self._host.stop()).problem
-        if problem is not None:
-            raise WrapperUnreachable(self._config.wrapper_id, problem)
+        self._require_empty(await self._host.stop())
+
+    def _require_empty(self, report: StopReport) -> None:
+        if report.problem is not None:
+            raise WrapperUnreachable(self._config.wrapper_id, report.problem)
         self._release_models()
+
+    async def _weights(self, spec: LLMSpec) -> Weights | None:
+        """What will be read when this LLM is started; None if it sleeps, or is not on this machine."""
+        if spec.model in self._host.asleep:
+            return None
+        return await asyncio.to_thread(weights_of, self._config.sources.locate(spec.model))
 
     def _set_phase(self, phase: str) -> None:
         self._phase, self._progress = phase, None

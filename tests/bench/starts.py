@@ -20,6 +20,7 @@ from tests.bench.yardstick import LIMIT_S, VllmServe
 
 PART = "engine"
 MAX_MODEL_LEN, KV_CACHE_GIB = 512, 0.25
+SLEEP_HOST_GIB = 8.0
 SETTLED_AFTER = 5
 """Swaps until growth is counted: caches are filled by the first ones."""
 
@@ -31,7 +32,7 @@ _SERVE_ARGUMENTS = (
 async def measure(scratch: Path, rounds: int, swaps: int, gpus: int) -> list[Result]:
     """``rounds`` times: an LLM is started, then swapped for another, by hand and in the host; then ``swaps`` more."""
     llms = [make_tiny_llm(scratch / name, seed=seed) for seed, name in enumerate(("a", "b"))]
-    host = EngineHost(gpus=gpus, kv_cache_gib=KV_CACHE_GIB, cache_dir=scratch / "cache")
+    host = EngineHost(gpus=gpus, kv_cache_gib=KV_CACHE_GIB, cache_dir=scratch / "cache", sleep_host_gib=SLEEP_HOST_GIB)
     begun_s = time.monotonic()
     await host.prepare()
     print(f"host prepared in {time.monotonic() - begun_s:.1f} s, warm: {host.warm} {host.cold_reason or ''}")
@@ -43,6 +44,9 @@ async def measure(scratch: Path, rounds: int, swaps: int, gpus: int) -> list[Res
                 took_s[name].append(seconds)
             for name, seconds in (await in_host(host, llms, phases_s)).items():
                 took_s[name].append(seconds)
+            if gpus:
+                for name, seconds in (await asleep_in_host(host, llms)).items():
+                    took_s[name].append(seconds)
             print(f"round {number}: " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in took_s.items()))
         growth = await growth_of(host, llms, swaps)
     finally:
@@ -55,7 +59,19 @@ async def measure(scratch: Path, rounds: int, swaps: int, gpus: int) -> list[Res
         measured(PART, "swap_s", took_s["swap"], "s", baseline=swap_by_hand_s),
         measured(PART, "stop_s", took_s["stop"], "s"),
         *(measured(PART, f"cold_start_{phase}_s", values, "s") for phase, values in phases_s.items()),
+        *(wakes(took_s, start_by_hand_s, swap_by_hand_s) if gpus else ()),
         *growth,
+    ]
+
+
+def wakes(took_s: dict[str, list[float]], start_by_hand_s: float, swap_by_hand_s: float) -> list[Result]:
+    """The results of sleep mode, which only GPUs have."""
+    return [
+        ratio("wake_ratio", took_s["wake"], start_by_hand_s),
+        ratio("wake_swap_ratio", took_s["swap by wake"], swap_by_hand_s),
+        measured(PART, "sleep_s", took_s["sleep"], "s"),
+        measured(PART, "wake_s", took_s["wake"], "s", baseline=start_by_hand_s),
+        measured(PART, "wake_swap_s", took_s["swap by wake"], "s", baseline=swap_by_hand_s),
     ]
 
 
@@ -90,6 +106,23 @@ async def in_host(host: EngineHost, llms: list[Path], phases_s: dict[str, list[f
     swap_s = time.monotonic() - begun_s
     await host.stop()
     return {"start": start_s, "swap": swap_s, "stop": stop_s}
+
+
+async def asleep_in_host(host: EngineHost, llms: list[Path]) -> dict[str, float]:
+    """The swap from an LLM that runs to one that sleeps, to the first token, and its parts; empty afterwards."""
+    first = await start(host, llms[0])
+    await host.vacate()
+    await start(host, llms[1])
+    begun_s = time.monotonic()
+    sleep_s = (await host.vacate(wanted_next=str(llms[0]))).took_s
+    woken = await start(host, llms[0])
+    await first_token(woken)
+    swap_s = time.monotonic() - begun_s
+    if woken is not first or host.asleep != [str(llms[1])]:
+        raise RuntimeError("an LLM that should have slept was stopped; the log says why")
+    await host.stop_asleep()
+    await host.stop()
+    return {"sleep": sleep_s, "wake": woken.started_s, "swap by wake": swap_s}
 
 
 async def start(host: EngineHost, llm: Path) -> RunningLLM:

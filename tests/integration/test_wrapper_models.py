@@ -37,6 +37,7 @@ class FakeHost:
 
     warm = False
     cold_reason = "it is a fake"
+    asleep: tuple[str, ...] = ()
 
     def __init__(self, **_: object) -> None:
         self.running: RunningFake | None = None
@@ -52,6 +53,12 @@ class FakeHost:
     async def stop(self) -> StopReport:
         self.running = None
         return StopReport()
+
+    async def vacate(self, *, wanted_next: str) -> StopReport:
+        return await self.stop()
+
+    async def stop_asleep(self) -> None:
+        pass
 
 
 class UndyingWrapper(LLMWrapper):

@@ -81,3 +81,32 @@ async def test_unknown_is_no_fault(
         gpus[1].used_bytes = None
     assert await memory.excess(0) == {}
     assert ("is not watched" in caplog.text) == (missing is not None)
+
+
+async def test_what_sleeping_llms_keep_is_no_excess(gpus: tuple[FakeGPU, FakeGPU]) -> None:
+    """What sleeping LLMs may keep of a GPU is not held against it; what is beyond that is."""
+    memory = GPUMemory(1)
+    memory.note()
+    gpus[1].used_bytes = 500 * 2**20 + 5 * GIB
+    assert await memory.excess(0, 5 * GIB) == {}
+    assert await memory.excess(0, 4 * GIB) == {UUID: GIB}
+
+
+def test_nothing_is_known_before_it_was_read(gpus: tuple[FakeGPU, FakeGPU]) -> None:
+    """Without a base line nothing can be said of a GPU; of no GPUs there is nothing to know."""
+    assert not GPUMemory(1).known
+    assert GPUMemory(0).known
+    memory = GPUMemory(1)
+    memory.note()
+    assert memory.known
+
+
+def test_room_for_an_engine(gpus: tuple[FakeGPU, FakeGPU], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU lacks memory for an engine when less than its share is free; what is the engine's own counts as free."""
+    memory = GPUMemory(1)
+    gpus[1].memory_bytes, gpus[1].used_bytes = 80 * GIB, 10 * GIB
+    assert not memory.lack(70 / 80)
+    assert memory.lack(72 / 80)
+    assert not memory.lack(72 / 80, kept_bytes=2 * GIB)
+    install(monkeypatch, FakeNVML(init_error=pynvml.NVML_ERROR_DRIVER_NOT_LOADED))
+    assert not memory.lack(1.0)

@@ -212,6 +212,9 @@ async def test_unknown_paths_are_404(wrapper: Wrapper, path: str) -> None:
     ("method", "path"),
     [
         ("POST", "/sleep"),
+        ("POST", "/wake_up"),
+        ("GET", "/is_sleeping"),
+        ("POST", "/release_kv_cache_memory"),
         ("GET", "/v1/completions"),
         ("DELETE", "/v1/models"),
         ("POST", "/get_status"),

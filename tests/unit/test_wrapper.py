@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from deployments import wrapper as wrapper_module
 from deployments.engine import StopReport
 from deployments.model_cache import LocalModel
 from deployments.models import ModelSources
+from deployments.weights import weights_of
 from deployments.wrapper import LLMWrapper, WrapperConfig
 from registry.errors import StaleEpoch, WrapperUnreachable
 from registry.reconcile import LeaseGrant
@@ -51,6 +53,8 @@ class FakeHost:
     def __init__(self, **_: object) -> None:
         self.running: RunningFake | None = None
         self.stopped = 0
+        self.asleep: list[str] = []
+        self.vacated_for: list[str] = []
 
     async def prepare(self) -> None:
         pass
@@ -62,6 +66,13 @@ class FakeHost:
         self.stopped += self.running is not None
         self.running = None
         return self.left
+
+    async def vacate(self, *, wanted_next: str) -> StopReport:
+        self.vacated_for.append(wanted_next)
+        return await self.stop()
+
+    async def stop_asleep(self) -> None:
+        self.asleep.clear()
 
 
 class FakeModels:
@@ -115,11 +126,11 @@ Make = Callable[..., Awaitable[Client]]
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
     """Makes a wrapper that runs an LLM, and whose first lease is bound."""
 
-    async def make(*, finish: bool, ends_in_s: float = 60.0) -> Client:
+    async def make(*, finish: bool, ends_in_s: float = 60.0, local_roots: tuple[Path, ...] = ()) -> Client:
         monkeypatch.setattr(wrapper_module, "EngineHost", FakeHost)
         monkeypatch.setattr(wrapper_module, "ModelCache", FakeModels)
         settings = WrapperSettings(prompt_max_s=5.0)
-        sources = ModelSources(True, (), tmp_path)
+        sources = ModelSources(True, local_roots, tmp_path)
         config = WrapperConfig("a-0", 0, settings, EnergySettings(), sources, tmp_path, finish_prompts=finish)
         wrapper = UndyingWrapper.__new__(UndyingWrapper)
         await wrapper.__init__(config)  # type: ignore[misc]  # as Serve does it
@@ -285,3 +296,55 @@ async def test_what_an_engine_leaves_makes_its_wrapper_unusable(make: Make) -> N
     host.left = StopReport()
     await client.wrapper.deploy(5, SPEC, None)
     assert (await client.wrapper.report()).running == SPEC.fingerprint
+
+
+# --- LLMs that sleep, and weights that are read ahead --------------------------------------------------------
+
+
+async def test_llms_sleep_when_they_are_swapped(make: Make) -> None:
+    """An LLM that another one replaces may sleep on; at a stop everything ends."""
+    client = await make(finish=False)
+    host: Any = client.wrapper._host
+    await client.wrapper.deploy(3, OTHER_SPEC, None)
+    assert host.vacated_for == [SPEC.model, OTHER_SPEC.model]
+    host.asleep.append(SPEC.model)
+    await client.wrapper.stop(4)
+    assert (host.asleep, host.running) == ([], None)
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+async def test_weights_are_read_ahead(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asleep: bool
+) -> None:
+    """From when the LLM before is stopped until the new one runs, its weights are read ahead, unless it sleeps."""
+    read: list[object] = []
+    reading = False
+
+    @contextmanager
+    def read_ahead(weights: object) -> Iterator[None]:
+        nonlocal reading
+        read.append(weights)
+        reading = True
+        yield
+        reading = False
+
+    model = tmp_path / "models" / "local"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(b"12345")
+    client = await make(finish=False, local_roots=(tmp_path / "models",))
+    host: Any = client.wrapper._host
+    monkeypatch.setattr(wrapper_module, "read_ahead", read_ahead)
+    during: list[bool] = []
+    vacate = host.vacate
+
+    async def vacate_seen(*, wanted_next: str) -> StopReport:
+        during.append(reading)
+        return await vacate(wanted_next=wanted_next)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(host, "vacate", vacate_seen)
+    spec = LLMSpec(str(model), "text-generation")
+    if asleep:
+        host.asleep.append(spec.model)
+    await client.wrapper.deploy(3, spec, None)
+    assert read == [None if asleep else weights_of(str(model))]
+    assert (during, reading) == ([True], False)

@@ -27,6 +27,7 @@ class CountingHost:
     stopped: int
     warm = True
     cold_reason = None
+    asleep: tuple[str, ...] = ()
 
     def __init__(self, **_: object) -> None:
         self.running = None
@@ -38,7 +39,7 @@ class CountingHost:
         type(self).started.append(model)
         raise EngineStartFailed(model, "it was not too large", permanent=True)
 
-    async def stop(self) -> StopReport:
+    async def vacate(self, *, wanted_next: str) -> StopReport:
         type(self).stopped += 1
         return StopReport()
 

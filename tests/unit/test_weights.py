@@ -1,0 +1,91 @@
+"""The weights of a model as files, and reading them into the page cache."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from deployments import weights
+from deployments.weights import read_ahead, weights_of
+
+
+def make(folder: Path, **files: int) -> Path:
+    """Files of so many bytes; ``_`` stands for a dot."""
+    for name, size in files.items():
+        (folder / name.replace("_", ".")).write_bytes(bytes(size))
+    return folder
+
+
+def test_safetensors_before_all_else(tmp_path: Path) -> None:
+    """Where a model has its weights in several forms those count that vLLM takes."""
+    found = weights_of(str(make(tmp_path, a_safetensors=3, b_safetensors=4, consolidated_safetensors=7, a_bin=9)))
+    assert found is not None
+    assert [file.name for file, _, _ in found.files] == ["a.safetensors", "b.safetensors"]
+    assert found.size_bytes == 7
+
+
+def test_older_forms(tmp_path: Path) -> None:
+    """Weights that are no safetensors count, too, and those that are consolidated if there are no others."""
+    assert getattr(weights_of(str(make(tmp_path, a_bin=9, a_pt=1))), "size_bytes", None) == 9
+    assert getattr(weights_of(str(make(tmp_path, consolidated_safetensors=7))), "size_bytes", None) == 7
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    """Of a hub id, or of a folder without weights, nothing is known."""
+    assert weights_of("org/model") is None
+    assert weights_of(str(make(tmp_path, config_json=10))) is None
+
+
+def test_changed_weights_differ(tmp_path: Path) -> None:
+    """The same files are equal, those that were written anew are not."""
+    file = make(tmp_path, a_safetensors=3) / "a.safetensors"
+    before = weights_of(str(tmp_path))
+    assert before == weights_of(str(tmp_path))
+    os.utime(file, ns=(0, 0))
+    assert before != weights_of(str(tmp_path))
+
+
+def test_reads_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte of every file is asked for."""
+    chunk, advice = 128 * 1024, os.POSIX_FADV_WILLNEED
+    wanted = [(0, chunk, advice), (chunk, chunk, advice), (2 * chunk, chunk, advice), (0, chunk, advice)]
+    asked: list[tuple[int, ...]] = []
+    all_of_it = threading.Event()
+
+    def advise(_fd: int, *advice: int) -> None:
+        asked.append(advice)
+        if len(asked) == len(wanted):
+            all_of_it.set()
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    with read_ahead(weights_of(str(make(tmp_path, a_safetensors=300_000, b_safetensors=10)))):
+        assert all_of_it.wait(10)
+    assert asked == wanted
+
+
+def test_ends_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read any more once the swap is over, however much there is."""
+    over, asked = threading.Event(), []
+
+    def advise(_fd: int, offset: int, *_: int) -> None:
+        asked.append(offset)
+        over.set()
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    found = weights_of(str(make(tmp_path, a_safetensors=1_000_000, b_safetensors=5)))
+    assert found is not None
+    weights._read(found, over)
+    assert asked == [0]
+
+
+def test_too_large_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that would push one another out of memory, or that nobody knows, are left alone."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2))
+    monkeypatch.setattr(threading, "Thread", None)
+    with read_ahead(weights_of(str(make(tmp_path, a_safetensors=3)))), read_ahead(None):
+        pass
