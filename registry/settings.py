@@ -63,7 +63,7 @@ class WrapperSettings(_Section):
         description="vLLM's modules (vllm.model_executor.models.…) that are imported ahead: LLMs of these start sooner",
     )
     sleep_host_gib: float | None = Field(
-        64, ge=0, description="Memory of a GPU machine for LLMs that sleep in place of being stopped; 0, null: none"
+        None, ge=0, description="Memory of a GPU machine for LLMs that sleep in place of being stopped; 0, null: none"
     )
     stop_timeout_s: float = Field(30, gt=0, description="Longest stop of an LLM before its processes are killed")
 
