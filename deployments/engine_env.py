@@ -25,7 +25,7 @@ _TOLD_BY_TYPE = ("ValueError", "RuntimeError", "Exception", "OSError", "Validati
 
 
 class Phase(StrEnum):
-    """How far the start of an LLM is. A cold start can't tell LOADING from WARMING_UP and stays in LOADING."""
+    """How far the start of an LLM is. A cold start can't tell when its engine warms up: that is LOADING there."""
 
     IMPORTING = "importing"  # vLLM itself, once per wrapper
     CONFIGURING = "configuring"  # the LLM's configuration and tokenizer

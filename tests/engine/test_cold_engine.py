@@ -42,7 +42,7 @@ async def test_cold_start(
         assert host.cold_reason in caplog.text
         phases: list[Phase] = []
         llm = await host.start(str(llms / "a"), engine_args=FAST, on_phase=phases.append)
-        assert phases == [Phase.CONFIGURING, Phase.LOADING, Phase.READY]
+        assert phases == [Phase.CONFIGURING, Phase.LOADING, Phase.WARMING_UP, Phase.READY]
         assert len(llm.pids) == 2
         assert await complete(llm)
         report = await host.stop()
