@@ -1,6 +1,6 @@
 """The engine and the way to it against vLLM's own server, on the same machine, in turn.
 
-``python -m tests.bench.engine [--only starts|prompts] [--rounds 5] [--swaps 50] [--seconds 4] [--gpus 0]``
+``python -m tests.bench.engine [--only starts|prompts] [--starts 5] [--swaps 50] [--rounds 20] [--seconds 1]``
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def main(arguments: list[str]) -> int:
     """Measure, print, write; 1 if a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("starts", "prompts"), help="half of it")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of each kind, ≥ 1 (default: 5)")
+    parser.add_argument("--starts", type=int, default=5, help="pairs of starts and of swaps, ≥ 1 (default: 5)")
     parser.add_argument("--swaps", type=int, default=50, help="swaps in a row, > 5 (default: 50)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of each load (default: 4)")
+    parser.add_argument("--rounds", type=int, default=20, help="pairs of each load, ≥ 1 (default: 20)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a slice of a load (default: 1)")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of the host, 0 for the CPU (default)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     chosen = parser.parse_args(arguments)
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
     results = []
     with tempfile.TemporaryDirectory(prefix="gprompt-bench-") as scratch:
         if chosen.only != "prompts":
-            results += asyncio.run(starts.measure(Path(scratch), chosen.rounds, chosen.swaps, chosen.gpus))
+            results += asyncio.run(starts.measure(Path(scratch), chosen.starts, chosen.swaps, chosen.gpus))
         if chosen.only != "starts":
             results += prompt_path.measure(Path(scratch), chosen.rounds, chosen.seconds)
     targets = {name: f"≤ {limit:g}" for name, limit in TARGETS.items()}

@@ -28,11 +28,9 @@ from tests.cluster.conftest import Registry, start, stop
 PART = "engine"
 CONNECTIONS = (1, 8, 32)
 TOKENS = (32, 256)
+LOADS = [(connections, tokens) for connections in CONNECTIONS for tokens in TOKENS]
 MAX_MODEL_LEN = 512
 KV_CACHE_GIB = 1
-_SERVE_ARGUMENTS = (
-    "--max-model-len", str(MAX_MODEL_LEN), "--kv-cache-memory-bytes", str(KV_CACHE_GIB * 2**30), "--dtype", "bfloat16",
-)  # fmt: skip
 p99 = percentile(0.99)
 
 
@@ -53,15 +51,16 @@ class Target:
 
 
 def measure(scratch: Path, rounds: int, seconds: float) -> list[Result]:
-    """Both servers side by side, each asked ``rounds`` times for ``seconds`` at each load."""
+    """Both servers side by side, asked in turn ``rounds`` times, twice for ``seconds`` at each load."""
     llm = make_tiny_llm(scratch / "llms" / "a", seed=0)
     registry = start(scratch, wrappers={"kv_cache_gib": KV_CACHE_GIB})
     try:
         threads = max(1, (psutil.cpu_count() or 1) - 1)  # what the wrapper gives its engine
-        with VllmServe(llm, scratch / "serve-cache", *_SERVE_ARGUMENTS, cpu_threads=threads) as server:
+        sizes = {"max_model_len": MAX_MODEL_LEN, "kv_cache_gib": KV_CACHE_GIB, "cpu_threads": threads}
+        with VllmServe(llm, scratch / "serve-cache", "--dtype", "bfloat16", **sizes) as server:
             ours = Target(lease(registry, llm), str(llm))
             theirs = Target(server.url, str(llm))
-            asyncio.run(ask_in_turn([theirs, ours], rounds, seconds))
+            asyncio.run(ask_in_turn(theirs, ours, rounds, seconds))
             memory = measured(PART, "rss_ratio", [wrapper_bytes(registry) / server.memory_bytes()], "1", baseline=1.0)
     finally:
         stop(registry)
@@ -83,28 +82,31 @@ def wrapper_bytes(registry: Registry) -> int:
     return sum(process.memory_full_info().pss for process in [replica, *replica.children(recursive=True)])
 
 
-async def ask_in_turn(targets: list[Target], rounds: int, seconds: float) -> None:
-    """A B A B …, every load once in each round; the first round is for warming up."""
+async def ask_in_turn(theirs: Target, ours: Target, rounds: int, seconds: float) -> None:
+    """Every load in short slices, A B B A, so that what slows the machine down for a while slows both down.
+
+    Each of ``rounds`` gives one ratio per load. The first slices are for warming up.
+    """
     numbers = count()
-    for number in range(rounds + 1):
-        for connections in CONNECTIONS:
-            for tokens in TOKENS:
-                for target in targets:
-                    per_s = await completions_per_s(target, connections, tokens, seconds, numbers)
-                    if number:
-                        target.per_s[connections, tokens].append(per_s)
-        for target in targets:
+    for connections in CONNECTIONS:
+        for target in (theirs, ours):
+            await completions_per_s(target, connections, TOKENS[0], seconds, numbers)
+    for number in range(1, rounds + 1):
+        ratios = []
+        for connections, tokens in LOADS:
+            slices: dict[str, list[float]] = defaultdict(list)
+            for target in (theirs, ours, ours, theirs):
+                per_s = await completions_per_s(target, connections, tokens, seconds, numbers)
+                slices[target.base_url].append(per_s)
+            for target in (theirs, ours):
+                target.per_s[connections, tokens].append(statistics.mean(slices[target.base_url]))
+            ratio = ours.per_s[connections, tokens][-1] / theirs.per_s[connections, tokens][-1]
+            ratios.append(f"c{connections}/{tokens}: {ratio:.3f}")
+        for target in (theirs, ours):
             first_ms, between_ms = await streamed(target, seconds, numbers)
-            if number:
-                target.first_ms += first_ms
-                target.between_ms += between_ms
-        if number:
-            ratios = [
-                f"c{c}/{t}: {targets[1].per_s[c, t][-1] / targets[0].per_s[c, t][-1]:.3f}"
-                for c in CONNECTIONS
-                for t in TOKENS
-            ]
-            print(f"round {number}: " + ", ".join(ratios), flush=True)
+            target.first_ms += first_ms
+            target.between_ms += between_ms
+        print(f"round {number}: " + ", ".join(ratios), flush=True)
 
 
 def body_of(target: Target, tokens: int, numbers: count[int], **more: Any) -> bytes:

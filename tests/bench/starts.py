@@ -24,10 +24,6 @@ SLEEP_HOST_GIB = 8.0
 SETTLED_AFTER = 5
 """Swaps until growth is counted: caches are filled by the first ones."""
 
-_SERVE_ARGUMENTS = (
-    "--max-model-len", str(MAX_MODEL_LEN), "--kv-cache-memory-bytes", str(int(KV_CACHE_GIB * 2**30)),
-)  # fmt: skip
-
 
 async def measure(scratch: Path, rounds: int, swaps: int, gpus: int) -> list[Result]:
     """``rounds`` times: an LLM is started, then swapped for another, by hand and in the host; then ``swaps`` more."""
@@ -82,11 +78,11 @@ def ratio(name: str, took_s: list[float], baseline_s: float) -> Result:
 
 def by_hand(llms: list[Path], cache: Path) -> dict[str, float]:
     """Seconds of a start, from the command to /health, and of a swap, from stopping to the other's first token."""
-    with VllmServe(llms[0], cache, *_SERVE_ARGUMENTS) as server:
+    with VllmServe(llms[0], cache, max_model_len=MAX_MODEL_LEN, kv_cache_gib=KV_CACHE_GIB) as server:
         start_s = server.took_s
         begun_s = time.monotonic()
         server.stop()
-    with VllmServe(llms[1], cache, *_SERVE_ARGUMENTS) as server:
+    with VllmServe(llms[1], cache, max_model_len=MAX_MODEL_LEN, kv_cache_gib=KV_CACHE_GIB) as server:
         server.first_token(str(llms[1]))
         swap_s = time.monotonic() - begun_s
     return {"start by hand": start_s, "swap by hand": swap_s}

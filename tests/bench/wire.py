@@ -59,11 +59,8 @@ class Connection:
             status, headers = _parsed(head)
             if status != 200 or "transfer-encoding" not in headers:
                 raise UnexpectedAnswer(status, await reader.readexactly(int(headers.get("content-length", 0))))
-            while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-                chunk = await reader.readexactly(size)
+            async for chunk in _chunks(reader):
                 yield time.perf_counter(), chunk
-                await reader.readexactly(2)
-            await reader.readuntil(b"\r\n")
         except BaseException:
             self.close()
             raise
@@ -84,8 +81,8 @@ class Connection:
     async def _answer(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
         status, headers = _parsed(await reader.readuntil(b"\r\n\r\n"))
         if "transfer-encoding" in headers:
-            raise NotImplementedError("an answer in chunks: use stream")
-        if "content-length" in headers or status == HTTPStatus.NO_CONTENT:
+            answer = b"".join([chunk async for chunk in _chunks(reader)])
+        elif "content-length" in headers or status == HTTPStatus.NO_CONTENT:
             answer = await reader.readexactly(int(headers.get("content-length", 0)))
         else:  # its end is the connection's
             answer = await reader.read()
@@ -100,6 +97,14 @@ class Connection:
         if not 200 <= status < 300:
             raise UnexpectedAnswer(status, answer)
         return json.loads(answer) if answer else None
+
+
+async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The chunks of an answer's body (RFC 9112, 7.1), each as it arrives; trailers are not expected."""
+    while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
+        yield await reader.readexactly(size)
+        await reader.readexactly(2)
+    await reader.readuntil(b"\r\n")
 
 
 def _parsed(head: bytes) -> tuple[int, dict[str, str]]:

@@ -30,13 +30,23 @@ class VllmServe:
     ``took_s``: seconds from the command until then.
     """
 
-    def __init__(self, llm: Path, cache: Path, *arguments: str, cpu_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        llm: Path,
+        cache: Path,
+        *arguments: str,
+        max_model_len: int,
+        kv_cache_gib: float,
+        cpu_threads: int | None = None,
+    ) -> None:
         """Nothing is started yet.
 
         Args:
             llm: Folder of the LLM.
             cache: Folder for what vLLM compiles.
             arguments: More arguments of its command line.
+            max_model_len: Context length, tokens.
+            kv_cache_gib: Size of the KV cache.
             cpu_threads: Threads of its engine, as a wrapper sets them; None leaves it to vLLM.
         """
         with socket.socket() as probe:
@@ -46,10 +56,13 @@ class VllmServe:
         self.took_s = 0.0
         self._command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(llm), "--enforce-eager",
-            "--host", "127.0.0.1", "--port", str(self.port), *arguments,
+            "--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", str(max_model_len),
+            "--kv-cache-memory-bytes", str(int(kv_cache_gib * 2**30)), *arguments,
         ]  # fmt: skip
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
         self._environment |= {"VLLM_CACHE_ROOT": str(cache), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        cache.mkdir(parents=True, exist_ok=True)
+        self._environment["TMPDIR"] = str(cache)  # vLLM leaves its sockets there
         if cpu_threads is not None:
             self._environment |= {"OMP_NUM_THREADS": str(cpu_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         self._server: subprocess.Popen[bytes] | None = None
