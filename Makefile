@@ -3,12 +3,12 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 BIN := .venv/bin
-PURE := errors state fit transitions policy indices ledger endings dispatch reports invariants allocator reconcile
+PURE := errors state fit skew transitions policy indices ledger endings dispatch reports invariants allocator reconcile
 comma := ,
 empty :=
 PURE_FILES := $(subst $(empty) $(empty),$(comma),$(PURE:%=registry/%.py))
 
-.PHONY: help env demo test test-unit test-long eval-check lint tiny-llms bench bench-gpu locks clean
+.PHONY: help env demo test test-unit test-cluster soak test-long eval-check lint tiny-llms bench bench-gpu locks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,10 +28,16 @@ test: lint ## linters, types, import contracts and all tests but the long ones, 
 	@grep -E '^=+ .* in [0-9.]+s.* =+$$' build/pytest.log | tail -n 1
 
 test-unit: env ## the tests that need neither Ray nor vLLM
-	$(BIN)/pytest -m "not cluster and not vllm and not fault and not long"
+	$(BIN)/pytest -m "not cluster and not vllm and not fault and not hosts and not long"
+
+test-cluster: env ## a cluster of several hosts, made of network namespaces (root; iproute2, nftables, openssh-server, rsync)
+	$(BIN)/pytest -s -m "hosts and not soak" tests/hosts
+
+soak: env ## half an hour of leases on that cluster while something breaks every 20 s (SOAK_S=…, SOAK_SEED=…)
+	$(BIN)/pytest -s -m soak tests/hosts
 
 test-long: env .venv-eval/.installed ## all tests, the long ones too, with many more generated examples
-	HYPOTHESIS_PROFILE=long $(BIN)/pytest -m "" --timeout=3600
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest -m "not soak" --timeout=3600
 
 .venv-eval/.installed: locks/eval.txt | env
 	@rm -rf .venv-eval

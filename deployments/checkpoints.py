@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, get_local_safetensors_metadata, try_to_load_f
 from huggingface_hub.errors import NotASafetensorsRepoError
 
 from deployments.llm_memory import Checkpoint, memory_of, part_of
+from registry.errors import in_one_line
 from registry.state import LLMMemory, LLMSpec
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Checkpoints:
         try:
             return self._read(model, revision)
         except Exception as error:
-            log.info("a checkpoint can't be read", model=model, reason=_first_line(error))
+            log.info("a checkpoint can't be read", model=model, reason=in_one_line(error))
             return None
 
 
@@ -137,7 +138,3 @@ def _checkpoint(config: Any, weights: SafetensorsRepoMetadata) -> Checkpoint:
         first, end = tensor.data_offsets
         sizes[part_of(name, config)][tensor.dtype] += end - first
     return Checkpoint(config, body=sizes["body"], head=sizes["head"])
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from deployments.overview import drain_note, overview
+from registry.api import MachineState
 from registry.client import RegistryClient
 from registry.errors import RegistryError
 from registry.settings import Settings, load_settings
 
 EXIT_UNUSABLE = 2
 """Exit status when the configuration or the surroundings don't allow the command."""
+
+EXIT_NOT_YET = 1
+"""Exit status when what was waited for did not come about."""
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -42,11 +47,16 @@ def up(
     address: AddressOption = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready; end it with 'down'.")] = False,
 ) -> None:
-    """Start the registry with its cluster, in the foreground until Ctrl-C."""
+    """Start the registry with its cluster, in the foreground until Ctrl-C.
+
+    On a cluster that runs ('--address') a detached registry belongs to the cluster; doing it again changes nothing.
+    """
     from deployments import lifecycle
 
     settings = _settings(config, address)
-    if detach:
+    if detach and settings.ray.address is not None:
+        lifecycle.start_on_cluster(settings, say=console.print)
+    elif detach:
         lifecycle.run_detached(settings, _up_command(config, address), say=console.print)
     else:
         lifecycle.run_in_foreground(settings, say=console.print)
@@ -58,6 +68,14 @@ def down(config: ConfigOption = DEFAULT_CONFIG, address: AddressOption = None) -
     from deployments import lifecycle
 
     lifecycle.end(_settings(config, address), say=console.print)
+
+
+@app.command("ray-start", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def ray_start(context: typer.Context) -> None:
+    """Make this machine a node of a cluster: 'ray start' with these options and what the registry needs; once."""
+    from deployments.node import start_ray
+
+    console.print("Ray was started." if start_ray(context.args) else "Ray runs here already, with these options.")
 
 
 @app.command()
@@ -75,21 +93,38 @@ def demo(
 
 @app.command()
 def status(url: URLOption = DEFAULT_URL) -> None:
-    """Show machines, wrappers and LLMs of a running registry."""
+    """Show machines, wrappers and LLMs of a running registry, and how many requests wait."""
     with RegistryClient(url) as registry:
-        machines: list[dict[str, Any]] = registry.get("/machines")
-    table = Table("machine", "wrapper", "GPUs", "status", "LLM", "note")
-    for machine in machines:
-        for wrapper in machine["wrappers"]:
-            table.add_row(
-                machine["machine"],
-                wrapper["wrapper"],
-                str(wrapper["gpus"]),
-                wrapper["status"],
-                wrapper["llm"] or "-",
-                wrapper["phase"] or wrapper["reason"] or "",
-            )
-    console.print(table if machines else "No LLM Machine has joined yet.")
+        health, machines = registry.health(), registry.machines()
+    console.print(overview(health, machines, datetime.now(UTC)))
+
+
+@app.command()
+def drain(
+    machine: Annotated[str, typer.Argument(help="Name of the machine, as 'status' shows it.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Return when nothing of the registry is left on it.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="Longest wait in seconds; then exit status 1, and the draining goes on.")
+    ] = None,
+    url: URLOption = DEFAULT_URL,
+) -> None:
+    """Hand out no more LLMs on a machine; when those in use were given back, its wrappers are removed."""
+    with RegistryClient(url) as registry:
+        state = registry.drain(machine)
+        if wait:
+            state = _wait_until_drained(registry, machine, timeout)
+    console.print(f"{machine}: {drain_note(state)}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def undrain(
+    machine: Annotated[str, typer.Argument(help="Name of the machine, as 'status' shows it.")],
+    url: URLOption = DEFAULT_URL,
+) -> None:
+    """Use a machine again that was drained; its wrappers come back."""
+    with RegistryClient(url) as registry:
+        registry.undrain(machine)
+    console.print(f"{machine} is used again", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -97,6 +132,22 @@ def release(request_id: str, url: URLOption = DEFAULT_URL) -> None:
     """Give back, or cancel, a request."""
     with RegistryClient(url) as registry:
         registry.release(request_id)
+
+
+def _wait_until_drained(registry: RegistryClient, machine: str, timeout_s: float | None) -> MachineState:
+    """Wait with a line that shows how far it is; exit status 1 when it takes too long, or somebody undrains it."""
+    with console.status(f"{machine} …") as line:
+        try:
+            state = registry.wait_until_drained(
+                machine, timeout_s=timeout_s, on_look=lambda seen: line.update(f"{machine}: {drain_note(seen)}")
+            )
+        except TimeoutError as error:
+            problems.print(f"greenprompt: {error}; that goes on by itself", markup=False, highlight=False)
+            raise typer.Exit(EXIT_NOT_YET) from None
+    if state.drain is None:
+        problems.print(f"greenprompt: {machine} was undrained meanwhile", markup=False, highlight=False)
+        raise typer.Exit(EXIT_NOT_YET)
+    return state
 
 
 def _settings(config: Path, address: str | None) -> Settings:

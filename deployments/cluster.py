@@ -17,8 +17,8 @@ from ray.serve.handle import DeploymentHandle
 from deployments import wrapper as wrapper_module
 from deployments.models import ModelSources
 from deployments.wrapper import WrapperConfig
-from registry.errors import RegistryError, WrapperUnreachable
-from registry.reconcile import LeaseGrant, Observation, WrapperPlan, WrapperReport
+from registry.errors import RegistryError, WrapperUnheard, WrapperUnreachable, in_one_line
+from registry.reconcile import Belief, LeaseGrant, Observation, WrapperPlan, WrapperReport
 from registry.settings import Settings, forwarded_environment
 from registry.state import LLMSpec, Machine
 
@@ -33,12 +33,21 @@ COMMAND_TIMEOUT_S = 10.0
 REMOVE_TIMEOUT_S = 60.0
 """Longest wait until deleted wrappers are gone."""
 
+RECOVERING = "RECOVERING"
+"""State of a replica that a new controller of Serve's has heard of and not yet found."""
+
+REMOVE_POLL_S = 0.2
+"""How often Serve is asked whether deleted wrappers are gone, seconds."""
+
 APPS_BELIEVED_S = 30.0
 """How long Serve's list of applications is believed while every wrapper answers, seconds.
 
 Serve unpickles the configuration of every deployment each time it is asked: once a second that is 3 % of a core here
 and as much in its controller, on a machine whose energy is measured.
 """
+
+SERVE_TIMEOUT_S = 2.0
+"""How long Serve's controller may take to say how a wrapper is that did not answer, seconds."""
 
 SERVE_NAMESPACE = "serve"
 
@@ -51,17 +60,26 @@ class RayCluster:
         self._sources = sources
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._apps: frozenset[str] | None = None
+        self._leaving: frozenset[str] = frozenset()
         self._apps_until_s = 0.0
+        self._asking: asyncio.Task[Any] | None = None
 
     async def observe(self) -> Observation:
         """Nodes that are alive, and the wrappers that Serve has. Raises WrapperUnreachable when Ray does not answer."""
         nodes = await self._in_thread("cluster", ray.nodes)
         if self._apps is None or time.monotonic() >= self._apps_until_s:
-            self._apps_until_s = time.monotonic() + APPS_BELIEVED_S
             status = await self._in_thread("cluster", serve.status)
-            names = (name for name in status.applications if name.startswith(APP_PREFIX))
-            self._apps = frozenset(name.removeprefix(APP_PREFIX) for name in names)
-        return Observation(machines_of(nodes), self._apps)
+            wrappers = {
+                name.removeprefix(APP_PREFIX): app.status
+                for name, app in status.applications.items()
+                if name.startswith(APP_PREFIX)
+            }
+            self._leaving = frozenset(name for name, app_status in wrappers.items() if app_status == "DELETING")
+            self._apps = frozenset(wrappers) - self._leaving
+            self._apps_until_s = time.monotonic() + (0.0 if self._leaving else APPS_BELIEVED_S)
+        if not self._settings.wrappers.on_head:
+            nodes = [node for node in nodes if not _is_head(node)]
+        return Observation(machines_of(nodes), self._apps, self._leaving)
 
     async def create(self, wrappers: Sequence[WrapperPlan]) -> None:
         """Deploy these wrappers, all at once; returns when Serve has accepted them."""
@@ -96,17 +114,23 @@ class RayCluster:
         )
 
     async def remove(self, wrapper_ids: Sequence[str]) -> None:
-        """Delete these wrappers and wait until they are gone."""
+        """Delete these wrappers and wait until they are gone. However many they are, they keep one thread busy."""
         self._forget(wrapper_ids)
-        async with asyncio.timeout(REMOVE_TIMEOUT_S):
-            await asyncio.gather(
-                *(self._in_thread(w, lambda name=APP_PREFIX + w: serve.delete(name)) for w in wrapper_ids)
-            )
+        names = {APP_PREFIX + wrapper_id for wrapper_id in wrapper_ids}
 
-    async def report(self, wrapper_id: str) -> WrapperReport:
+        def delete() -> None:
+            for name in sorted(names):
+                serve.delete(name, _blocking=False)
+
+        async with asyncio.timeout(REMOVE_TIMEOUT_S):
+            await self._in_thread("cluster", delete)
+            while names & (await self._in_thread("cluster", serve.status)).applications.keys():  # noqa: ASYNC110 - no event
+                await asyncio.sleep(REMOVE_POLL_S)
+
+    async def report(self, wrapper_id: str, belief: Belief) -> WrapperReport:
         """The wrapper's own account."""
         limit_s = self._settings.watch.report_timeout_s
-        report: WrapperReport = await self._ask(wrapper_id, "report", timeout_s=limit_s)
+        report: WrapperReport = await self._ask(wrapper_id, "report", belief, timeout_s=limit_s)
         return report
 
     async def deploy(self, wrapper_id: str, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
@@ -151,7 +175,7 @@ class RayCluster:
         return self._settings.wrappers.prompt_max_s if self._settings.leases.at_expiry == "finish" else 0.0
 
     async def _ask(self, wrapper_id: str, method: str, *args: object, timeout_s: float = COMMAND_TIMEOUT_S) -> Any:
-        """Call a wrapper. Raises its own RegistryError, or WrapperUnreachable for everything else."""
+        """Call a wrapper. Raises its own RegistryError, or WrapperUnreachable (WrapperUnheard) for everything else."""
         try:
             async with asyncio.timeout(timeout_s):
                 handle = self._handles.get(wrapper_id)
@@ -161,7 +185,10 @@ class RayCluster:
                 return await getattr(handle, method).remote(*args)
         except TimeoutError as error:
             self._apps = None  # it may be gone
-            raise WrapperUnreachable(wrapper_id, f"no answer to {method} within {timeout_s:g} s") from error
+            problem = f"no answer to {method} within {timeout_s:g} s"
+            if await self._serve_is_mended(wrapper_id):
+                raise WrapperUnheard(wrapper_id, f"{problem}; Serve's controller is being restarted") from error
+            raise WrapperUnreachable(wrapper_id, problem) from error
         except RegistryError:
             raise
         except (RayError, RayServeException) as error:
@@ -169,22 +196,36 @@ class RayCluster:
             if isinstance(cause, RegistryError):
                 raise cause from None
             self._apps = None
-            raise WrapperUnreachable(wrapper_id, f"{method}: {type(error).__name__}: {_first_line(error)}") from error
+            raise WrapperUnreachable(wrapper_id, f"{method}: {in_one_line(error)}") from error
+
+    async def _serve_is_mended(self, wrapper_id: str) -> bool:
+        """Whether calls find no way to a wrapper since Serve's controller is away, or looks for its replicas itself."""
+        if self._asking is None or self._asking.done():  # one at a time: while the controller is away it takes a thread
+            self._asking = asyncio.create_task(self._in_thread("cluster", serve.status))
+        await asyncio.wait({self._asking}, timeout=SERVE_TIMEOUT_S)
+        if not self._asking.done() or self._asking.exception() is not None:
+            return True
+        application = self._asking.result().applications.get(APP_PREFIX + wrapper_id)
+        deployments = [] if application is None else application.deployments.values()
+        return any(RECOVERING in deployment.replica_states for deployment in deployments)
 
     async def _in_thread(self, what: str, call: Any) -> Any:
         """A blocking Ray call, off the event loop."""
         try:
             return await asyncio.to_thread(call)
         except (RayError, RayServeException, TimeoutError, ConnectionError) as error:
-            raise WrapperUnreachable(what, f"{type(error).__name__}: {_first_line(error)}") from error
+            raise WrapperUnreachable(what, in_one_line(error)) from error
 
 
 def machines_of(nodes: Sequence[dict[str, Any]]) -> tuple[Machine, ...]:
     """Ray's living nodes as machines, in the order of their ids.
 
     A machine's id is its node's name (its address unless ``ray start --node-name`` said otherwise); where several
-    nodes share a name, as on one host, the later ones carry the first digits of their node id too. How much memory
-    there is its wrappers tell: Ray's own ``memory`` is what was left of it when the raylet started.
+    nodes share a name, as on one host, the later ones carry the first digits of their node id too. Zone and region are
+    what the node's labels say (``ray start --labels``). How much memory there is its wrappers tell: Ray's own
+    ``memory`` is what was left of it when the raylet started.
+
+    Source: Ray's documentation, "Use labels to control scheduling", default node labels.
     """
     machines: dict[str, Machine] = {}
     for node in sorted((n for n in nodes if n["Alive"]), key=lambda n: (not _is_head(n), str(n["NodeID"]))):
@@ -192,13 +233,16 @@ def machines_of(nodes: Sequence[dict[str, Any]]) -> tuple[Machine, ...]:
         name = str(node.get("NodeName") or node["NodeManagerAddress"])
         if name in machines:
             name = f"{name}-{node_id[:6]}"
+        labels = node.get("Labels") or {}
         gpu_types = [key.partition(":")[2] for key in resources if key.startswith("accelerator_type:")]
         machines[name] = Machine(
             machine_id=name,
             node_id=node_id,
             address=str(node["NodeManagerAddress"]),
             gpus=int(resources.get("GPU", 0)),
-            gpu_type=gpu_types[0] if gpu_types else None,
+            gpu_type=labels.get("ray.io/accelerator-type") or (gpu_types[0] if gpu_types else None),
+            zone=labels.get("ray.io/availability-zone") or None,
+            region=labels.get("ray.io/availability-region") or None,
         )
     return tuple(machines.values())
 
@@ -212,7 +256,3 @@ def _kill_replicas(app_name: str) -> None:
         if actor["namespace"] == SERVE_NAMESPACE and actor["name"].startswith(f"SERVE_REPLICA::{app_name}#"):
             log.warning("a wrapper's replica is killed", actor=actor["name"])
             ray.kill(ray.get_actor(actor["name"], SERVE_NAMESPACE), no_restart=True)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -228,6 +228,44 @@ def gpu_uuids(visible_devices: str) -> tuple[str, ...]:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
         raise ReadFailed(f"CUDA_VISIBLE_DEVICES={visible_devices}: {error}") from error
+
+
+def gpu_memory(visible_devices: str) -> Mapping[str, tuple[int, int]]:
+    """Bytes in use, and all there are, of the GPUs that a CUDA_VISIBLE_DEVICES names, by UUID.
+
+    Source: NVML API, nvmlDeviceGetMemoryInfo: ``total`` is the physical memory, what the driver keeps included.
+
+    Raises:
+        ReadFailed: NVML can't be used, or does not tell of all of them.
+    """
+    uuids = gpu_uuids(visible_devices)
+    try:
+        pynvml.nvmlInit()
+        try:
+            infos = {uuid: pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)) for uuid in uuids}
+            return {uuid: (int(info.used), int(info.total)) for uuid, info in infos.items()}
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise ReadFailed(f"CUDA_VISIBLE_DEVICES={visible_devices}: {error}") from error
+
+
+def driver_version() -> str:
+    """Version of the GPUs' driver.
+
+    Source: NVML API, nvmlSystemGetDriverVersion.
+
+    Raises:
+        ReadFailed: NVML can't be used.
+    """
+    try:
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise ReadFailed(str(error)) from error
 
 
 # --- CPU and memory: powercap ------------------------------------------------------------------------------

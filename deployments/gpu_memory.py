@@ -7,9 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-import pynvml
-
-from deployments.energy_sources import ReadFailed, gpu_uuids
+from deployments.energy_sources import ReadFailed, gpu_memory
 
 TOLERANCE_BYTES = 256 * 2**20
 """What a driver's own use goes up and down by; the smallest engine takes more for its CUDA context alone."""
@@ -70,18 +68,7 @@ class GPUMemory:
         if not self._gpus:
             return {}
         try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
+            return gpu_memory(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        except ReadFailed as error:
             _log.warning("the memory of the GPUs is not watched: %s", error)
             return {}
-        try:
-            memory = {
-                uuid: pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid))
-                for uuid in gpu_uuids(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-            }
-            return {uuid: (int(info.used), int(info.total)) for uuid, info in memory.items()}
-        except (pynvml.NVMLError, ReadFailed) as error:
-            _log.warning("the memory of the GPUs is not watched: %s", error)
-            return {}
-        finally:
-            pynvml.nvmlShutdown()

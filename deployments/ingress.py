@@ -214,6 +214,21 @@ def build_app(
         """Every LLM Machine, its wrappers and what they run."""
         return _json_response(await call("machines"))
 
+    @app.get("/machines/{machine_id}", response_model=MachineState, responses=unknown)
+    async def machine(machine_id: str) -> Response:
+        """One LLM Machine."""
+        return _json_response(await call("machine", machine_id))
+
+    @app.post("/machines/{machine_id}/drain", response_model=MachineState, responses=unknown)
+    async def drain(machine_id: str) -> Response:
+        """Hand out no more LLMs there. What is used goes on, then the wrappers go. Again is no error."""
+        return _json_response(await call("drain", machine_id))
+
+    @app.delete("/machines/{machine_id}/drain", response_model=MachineState, responses=unknown)
+    async def undrain(machine_id: str) -> Response:
+        """Use the machine again: its wrappers come back. Again is no error."""
+        return _json_response(await call("undrain", machine_id))
+
     @app.get("/llms", response_model=list[LLMState], responses=errors)
     async def llms() -> Response:
         """Every LLM that runs or is being started."""

@@ -1,6 +1,8 @@
 """Who may prompt: one token at a time, for as long as its lease lasts. No I/O; the clock is an argument.
 
-The wrapper asks the gate for every prompt, so that a lease ends here even when the registry is not there.
+The wrapper asks the gate for every prompt, so that a lease ends here even when the registry is not there. Where that
+is not heard for long, it may have ended the lease and nobody here would know: the gate is shut then, for new prompts,
+until the registry is heard again (the fence).
 """
 
 from __future__ import annotations
@@ -9,27 +11,37 @@ import hmac
 from collections import OrderedDict
 from collections.abc import Callable
 
-from registry.errors import EngineNotReady, LeaseEnded, NoSuchLease
-from registry.reconcile import LeaseGrant
+from registry.errors import EngineNotReady, LeaseEnded, NoSuchLease, RegistryUnheard
+from registry.reconcile import LeaseGrant, Moment
 
 REMEMBERED_TOKENS = 1000
 """Ended leases of which the gate still knows how they ended."""
 
 
 class LeaseGate:
-    """The lease that is bound to a wrapper. ``clock`` gives monotonic seconds.
+    """The lease that is bound to a wrapper. ``clock`` gives monotonic seconds, of this ``process`` alone.
 
-    ``commanded`` is False until the registry has said anything: then an unknown token may be a good one.
+    New prompts are let in for ``fence_s`` seconds after the last moment at which the registry is known to have believed
+    in the lease. ``commanded`` is False until the registry has said anything: then an unknown token may be a good one.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], *, fence_s: float, process: str) -> None:
         self.commanded = False
         self._clock = clock
+        self._fence_s = fence_s
+        self._process = process
+        self._believed_in: str | None = None
+        self._believed_at_s = 0.0
         self._grant: LeaseGrant | None = None
         self._deadline_s = 0.0
         self._last_used_s = 0.0
         self._in_flight = 0
         self._ended: OrderedDict[str, str] = OrderedDict()
+
+    @property
+    def moment(self) -> Moment:
+        """Now."""
+        return Moment(self._process, self._clock())
 
     @property
     def grant(self) -> LeaseGrant | None:
@@ -64,6 +76,28 @@ class LeaseGate:
         self._grant = grant
         self._deadline_s = self._clock() + grant.ends_in_s
         self._last_used_s = self._clock()
+        self.believe(grant.request_id, grant.as_of)
+
+    def believe(self, request_id: str | None, as_of: Moment | None) -> None:
+        """The registry said that this request (None: nobody) has the lease, as of a moment of this process, or later.
+
+        Not of now: the word may have been on its way for long. One as of a moment of another process says nothing.
+        """
+        if as_of is None or as_of.process != self._process:
+            return
+        same = request_id == self._believed_in
+        self._believed_at_s = max(self._believed_at_s, as_of.at_s) if same else as_of.at_s
+        self._believed_in = request_id
+
+    def require_heard(self) -> None:
+        """Raise RegistryUnheard when the registry may have ended the bound lease, and nobody here have heard of it."""
+        if self._grant is None:
+            return
+        if self._believed_in != self._grant.request_id:
+            raise RegistryUnheard("the registry's word on this lease is still on its way")
+        unheard_s = self._clock() - self._believed_at_s
+        if unheard_s >= self._fence_s:
+            raise RegistryUnheard(f"this wrapper has not heard from the registry for {unheard_s:.0f} s")
 
     def unbind(self, how: str) -> None:
         """Refuse the bound lease's token from now on, and say ``how`` it ended. Nothing bound: nothing to do."""

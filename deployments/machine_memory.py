@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 import psutil
-import pynvml
 
-from deployments.energy_sources import ReadFailed, gpu_uuids
+from deployments.energy_sources import ReadFailed, gpu_memory
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """What a container may use; ``max``, or no such file, where there is no limit."""
@@ -24,19 +23,11 @@ def main_memory_bytes(cgroup_limit: Path = CGROUP_LIMIT) -> int:
 
 
 def gpu_memory_bytes(gpus: int) -> int | None:
-    """Memory of each of our GPUs, the smallest if they differ; None: there is none, or NVML does not tell.
-
-    Source: NVML API, nvmlDeviceGetMemoryInfo: ``total`` is the physical memory, what the driver keeps included.
-    """
+    """Memory of each of our GPUs, the smallest if they differ; None: there is none, or NVML does not tell."""
     if not gpus:
         return None
     try:
-        uuids = gpu_uuids(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-        pynvml.nvmlInit()
-        try:
-            handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
-            return min((int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles), default=None)
-        finally:
-            pynvml.nvmlShutdown()
-    except (ReadFailed, pynvml.NVMLError):
+        memory = gpu_memory(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    except ReadFailed:
         return None  # which /machines shows; the meter says what NVML said
+    return min((total for _, total in memory.values()), default=None)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from deployments.model_download import DownloadFailed, DownloadOrder, commit_of, find, lock_of
+from deployments.model_download import DownloadFailed, DownloadOrder, commit_of, find, lock_of, try_lock
 from registry.errors import EngineStartFailed
 
 LOCK_POLL_S = 0.05
@@ -106,12 +106,8 @@ class ModelCache:
         self._locks_dir.mkdir(parents=True, exist_ok=True)
         lock = lock_of(model, self._locks_dir).open("a+", encoding="utf-8")
         try:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    await asyncio.sleep(LOCK_POLL_S)
+            while not try_lock(lock, fcntl.LOCK_SH):  # noqa: ASYNC110 - who holds it is another process
+                await asyncio.sleep(LOCK_POLL_S)
             _touch(lock)
             yield lock
         except BaseException:

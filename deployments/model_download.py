@@ -289,9 +289,7 @@ def _remove_oldest(order: DownloadOrder, mine: Path) -> bool:
         if lock == mine:
             continue
         with lock.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(file, fcntl.LOCK_EX):
                 continue  # in use
             if model in whole:
                 cache.delete_revisions(*(revision.commit_hash for revision in whole[model].revisions)).execute()
@@ -302,11 +300,16 @@ def _remove_oldest(order: DownloadOrder, mine: Path) -> bool:
 
 def _in_use(lock: Path) -> bool:
     with lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not try_lock(file, fcntl.LOCK_EX)
+
+
+def try_lock(file: IO[str], kind: int) -> bool:
+    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``) until it is closed; False when another's lock forbids it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _scan(order: DownloadOrder) -> HFCacheInfo:

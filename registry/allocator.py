@@ -37,8 +37,10 @@ from registry.state import (
     LLMDied,
     LLMStopped,
     Machine,
+    MachineDrained,
     MachineJoined,
     MachineLost,
+    MachineUndrained,
     Measurement,
     NewRequest,
     Request,
@@ -52,6 +54,7 @@ from registry.state import (
     WrapperRemoved,
     WrapperStarted,
     WrapperStatus,
+    WrapperSwitchedOff,
 )
 from registry.transitions import InvariantBroken
 
@@ -88,6 +91,7 @@ class Allocator:
         Raises:
             QueueFull, LLMNeverFits, InvalidField, ShuttingDown: a LeaseRequested that is refused; nothing has changed.
             UnknownRequest: LeaseReleased or LeaseUsed of an id that was never seen; nothing has changed.
+            UnknownMachine: MachineDrained or MachineUndrained of one; nothing has changed.
             InvariantBroken: the program is at fault; the allocator must not be used any more.
         """
         reports = self._reports
@@ -116,10 +120,16 @@ class Allocator:
                 reports.on_wrapper_failed(event, now_s)
             case WrapperRemoved():
                 reports.on_wrapper_removed(event, now_s)
+            case WrapperSwitchedOff():
+                reports.on_wrapper_switched_off(event)
             case MachineJoined(machine):
-                self._ledger.put_machine(machine)
+                reports.on_machine_joined(machine)
             case MachineLost():
                 reports.on_machine_lost(event, now_s)
+            case MachineDrained(machine_id):
+                reports.on_machine_drained(self._ledger.machine(machine_id), now_s)
+            case MachineUndrained(machine_id):
+                reports.on_machine_undrained(self._ledger.machine(machine_id))
             case TimePassed(asked):
                 self._on_time_passed(asked, now_s)
             case ShutdownBegun():  # pragma: no branch - there are no other events
@@ -180,9 +190,17 @@ class Allocator:
         """The machine with this id, None when there is none. O(1)."""
         return self._ledger.machines.get(machine_id)
 
+    def known_machine(self, machine_id: str) -> Machine:
+        """The machine with this id. Raises UnknownMachine, which names those that there are."""
+        return self._ledger.machine(machine_id)
+
     def machines(self) -> tuple[Machine, ...]:
         """All machines, lost ones too."""
         return tuple(self._ledger.machines.values())
+
+    def wrappers_on(self, machine_id: str) -> tuple[Wrapper, ...]:
+        """The wrappers of a machine, by id."""
+        return tuple(self._ledger.on_machine(machine_id))
 
     def queued_count(self) -> int:
         """How many requests are queued."""
@@ -221,6 +239,18 @@ class Allocator:
         if any(needs.met_by(size) for size in sizes):
             return None
         return why_too_large(request.spec, request.memory, sizes, self._limits)
+
+    def fits_only_drained(self, request_id: str) -> tuple[str, ...]:
+        """The drained machines that a queued request fits on, if it fits on no other. Raises UnknownRequest."""
+        ledger, request = self._ledger, self._ledger.request(request_id)
+        asked = ledger.measurements[request.measurement_id].gpu_type or ANY_GPU_TYPE
+        needs = ledger.needs_together(request.measurement_id)
+        present = ledger.by_wrapper.present
+        suitable = {size for size in present if needs.met_by(size) and is_gpu_type(asked, size.gpu_type)}
+        if not all(size.draining for size in suitable):
+            return ()
+        there = (w for w in ledger.wrappers.values() if w.status is not WrapperStatus.LOST)
+        return tuple(sorted({w.machine_id for w in there if ledger.size(w) in suitable}))
 
     # --- what clients and the clock do ------------------------------------------------------------------
 
@@ -279,7 +309,9 @@ class Allocator:
         if ledger.by_wrapper.present and not sizes:
             raise InvalidField("gpuType", self._no_such_type(measurement))
         pin = measurement.machine_id
-        on_pin = [] if pin is None else [ledger.size(w) for w in ledger.on_machine(pin) if is_usable(w)]
+        on_pin = []
+        if pin is not None and not ledger.is_draining(pin):
+            on_pin = [ledger.size(w) for w in ledger.on_machine(pin) if is_usable(w)]
         together = ledger.needs_together(named)
         for n, new in enumerate(requests):
             field, model = f"llms[{n}].model", new.spec.model

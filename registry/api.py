@@ -6,7 +6,7 @@ The Prompting Service's contract (field names, status codes, order) never change
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, StringConstraints
 
@@ -160,6 +160,9 @@ class MeasurementState(_Wire):
     gpuType: str | None = Field(None, description="GPUs that its machine must have; null: any or none")
     flags: list[str]
     createdAt: str
+    versions: dict[str, str] | None = Field(
+        None, description="Of the software that its latest LLM was handed over with; null: none was yet, or not known"
+    )
     requests: list[RequestState]
 
 
@@ -173,6 +176,21 @@ class MachineState(_Wire):
     gpuType: str | None
     memoryBytes: int | None = Field(description="Main memory; null until a wrapper there has told")
     gpuMemoryBytes: int | None = Field(None, description="Memory of each GPU; null: none, or not known")
+    zone: str | None = Field(None, description="Availability zone, by its Ray node's labels; null: not known")
+    region: str | None = Field(None, description="Region, likewise")
+    drain: Literal["draining", "drained"] | None = Field(
+        None, description="draining: no LLM is handed out there any more; drained: nothing of ours is left on it"
+    )
+    leases: int = Field(0, description="LLMs that are in use there")
+    healthy: bool | None = Field(
+        None, description="Whether it is there and all its wrappers serve; null: they are starting, or it has none"
+    )
+    lastHeardAt: str | None = Field(
+        None, description="When a wrapper there last answered; null: not since the registry was started"
+    )
+    differs: list[str] = Field(
+        [], description="Software whose version is not that of most machines: figures may not compare"
+    )
     wrappers: list[WrapperState]
 
 

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 import stamina
 
-from registry.api import MAX_WAIT_S, ErrorAnswer, PromptingAnswer, RequestState
+from registry.api import MAX_WAIT_S, ErrorAnswer, HealthState, MachineState, PromptingAnswer, RequestState
 from registry.errors import RegistryError
 
 WAIT_S = 20.0
@@ -26,6 +27,9 @@ WAIT_S = 20.0
 
 RETRY_FOR_S = 30.0
 """How long a call that may be repeated is repeated while the registry restarts, seconds."""
+
+LOOK_S = 1.0
+"""How often a machine that is being drained is looked at, seconds."""
 
 ENDED = frozenset({"released", "expired", "cancelled", "failed"})
 
@@ -125,17 +129,14 @@ class RegistryClient:
         params: dict[str, float | str] = {"wait": min(wait_s, MAX_WAIT_S)} if wait_s else {}
         if seen is not None:
             params["seen"] = seen
-        return RequestState.model_validate_json(self._insist("GET", request_id, params, wait_s + 60).content)
+        return RequestState.model_validate_json(self._insist("GET", _path(request_id), params, wait_s + 60).content)
 
     def release(self, request_id: str) -> None:
         """Give an LLM back, or cancel a request. Repeated like ``status``; releasing twice is no error."""
-        self._insist("DELETE", request_id, {}, 60)
+        self._insist("DELETE", _path(request_id), {}, 60)
 
     @stamina.retry(on=lambda error: _is_passing(error), attempts=None, timeout=RETRY_FOR_S)
-    def _insist(
-        self, method: str, request_id: str, params: Mapping[str, float | str], timeout_s: float
-    ) -> httpx.Response:
-        path = f"/promptingservice/request/{request_id}"
+    def _insist(self, method: str, path: str, params: Mapping[str, float | str], timeout_s: float) -> httpx.Response:
         return _checked(self._http.request(method, path, params=params, timeout=timeout_s))
 
     def wait_until_deployed(
@@ -176,9 +177,70 @@ class RegistryClient:
         finally:
             self.release(request_id)
 
+    def drain(self, machine_id: str) -> MachineState:
+        """Have no more LLMs handed out on a machine. Repeated like ``status``; again is no error.
+
+        Raises:
+            AnswerError: no machine has this id; the text names those that there are.
+            httpx.HTTPError: the registry could not be reached.
+        """
+        return _machine(self._insist("POST", f"{_machine_path(machine_id)}/drain", {}, 60))
+
+    def undrain(self, machine_id: str) -> MachineState:
+        """Have a machine used again. Repeated, and raises, like ``drain``."""
+        return _machine(self._insist("DELETE", f"{_machine_path(machine_id)}/drain", {}, 60))
+
+    def wait_until_drained(
+        self,
+        machine_id: str,
+        *,
+        timeout_s: float | None = None,
+        on_look: Callable[[MachineState], None] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> MachineState:
+        """Look at a machine until it is ``drained``, or is not being drained any more. ``on_look`` is told each time.
+
+        Raises:
+            TimeoutError: ``timeout_s`` seconds have passed; the draining goes on.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            state = _machine(self._insist("GET", _machine_path(machine_id), {}, 60))
+            if on_look is not None:
+                on_look(state)
+            if state.drain != "draining":
+                return state
+            if deadline_s is not None and time.monotonic() >= deadline_s:
+                raise TimeoutError(f"machine {machine_id} is still being drained after {timeout_s:g} s")
+            sleep(LOOK_S)
+
+    def machines(self) -> list[MachineState]:
+        """All machines that the registry knows, with their wrappers."""
+        return [MachineState.model_validate(each) for each in self.get("/machines")]
+
+    def health(self) -> HealthState:
+        """How the registry is, also where it can serve nobody at the moment."""
+        response = self._http.get("/healthz")
+        try:
+            return HealthState.model_validate_json(response.content)
+        except ValueError:
+            return HealthState.model_validate_json(_checked(response).content)
+
     def get(self, path: str) -> Any:
         """The JSON of one of the information pages: /healthz, /machines, /llms, /measurements/{id}."""
         return _checked(self._http.get(path)).json()
+
+
+def _path(request_id: str) -> str:
+    return f"/promptingservice/request/{request_id}"
+
+
+def _machine_path(machine_id: str) -> str:
+    return f"/machines/{quote(machine_id, safe='')}"
+
+
+def _machine(response: httpx.Response) -> MachineState:
+    return MachineState.model_validate_json(response.content)
 
 
 def _is_passing(error: Exception) -> bool:

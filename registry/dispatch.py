@@ -39,6 +39,9 @@ MACHINE_CHANGED: Final = "machine_changed"
 MACHINE_TYPE_CHANGED: Final = "machine_type_changed"
 """Flag of a measurement that went on on a machine with another type of GPU."""
 
+MACHINE_DRAINED: Final = "machine_drained"
+"""Flag of a measurement that went on elsewhere because its machine was being drained."""
+
 
 class Dispatcher:
     """Decides who gets what. ``new_token`` makes the unguessable token of a lease."""
@@ -185,11 +188,13 @@ class Dispatcher:
 
     def _flags(self, measurement: Measurement, machine_id: str) -> tuple[str, ...]:
         """Say so when a measurement goes on on another machine than before."""
-        before = self._ledger.served_on(measurement.measurement_id)
-        if before in (None, machine_id):
+        ledger = self._ledger
+        before = ledger.served_on(measurement.measurement_id)
+        if before is None or before == machine_id:
             return measurement.flags
-        alike = before is not None and self._ledger.gpu_type(before) == self._ledger.gpu_type(machine_id)
-        return with_flag(measurement.flags, MACHINE_CHANGED if alike else MACHINE_TYPE_CHANGED)
+        alike = ledger.gpu_type(before) == ledger.gpu_type(machine_id)
+        flags = with_flag(measurement.flags, MACHINE_CHANGED if alike else MACHINE_TYPE_CHANGED)
+        return with_flag(flags, MACHINE_DRAINED) if ledger.is_draining(before) else flags
 
 
 def with_flag(flags: tuple[str, ...], flag: str) -> tuple[str, ...]:

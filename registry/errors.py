@@ -9,6 +9,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def in_one_line(error: BaseException) -> str:
+    """What a library's error says, for a sentence of ours: its type, and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 class RegistryError(Exception):
     """Base of every error that this project raises on purpose.
 
@@ -89,6 +94,20 @@ class UnknownMeasurement(RegistryError):
 
     def __str__(self) -> str:
         return f"no request was made with the measurementId {self.measurement_id}"
+
+
+class UnknownMachine(RegistryError):
+    """There is no machine with this id. ``there`` says which there are."""
+
+    code = "unknown_machine"
+    http_status = 404
+
+    def __init__(self, machine_id: str, there: str) -> None:
+        super().__init__(machine_id, there)
+        self.machine_id, self.there = machine_id, there
+
+    def __str__(self) -> str:
+        return f"no machine has the id {self.machine_id!r}; {self.there}"
 
 
 class IdempotencyConflict(RegistryError):
@@ -255,6 +274,21 @@ class TooManyPrompts(RegistryError):
         return f"{self.limit} prompts are in flight on this LLM; wait for some of them to end"
 
 
+class RegistryUnheard(RegistryError):
+    """The lease may be good, but its wrapper has not heard so from the registry for too long."""
+
+    code = "registry_unheard"
+    http_status = 503
+    retryable = True
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"no new prompts at the moment: {self.reason}; try again in a few seconds"
+
+
 class StaleEpoch(RegistryError):
     """A command to a wrapper is older than one that it has already taken."""
 
@@ -282,6 +316,15 @@ class WrapperUnreachable(RegistryError):
 
     def __str__(self) -> str:
         return f"wrapper {self.wrapper_id} does not answer: {self.reason}"
+
+
+class WrapperUnheard(WrapperUnreachable):
+    """A wrapper did not answer in time, and nothing can be concluded: the way to it is being mended."""
+
+    code = "wrapper_unheard"
+
+    def __init__(self, wrapper_id: str, reason: str) -> None:
+        super().__init__(wrapper_id, reason)
 
 
 class BadSettings(RegistryError):

@@ -25,11 +25,13 @@ class Size(NamedTuple):
     """What a wrapper has. Wrappers of one size are alike to every choice, so there had better be few sizes.
 
     ``gib`` is the memory of each GPU, or without GPU its share of main memory, in GiB rounded up; None: not known.
+    ``draining``: its machine is handed to nobody.
     """
 
     gpus: int
     gpu_type: str | None = None
     gib: int | None = None
+    draining: bool = False
 
 
 class Needs(NamedTuple):
@@ -125,8 +127,10 @@ def _s(count: int) -> str:
 
 @lru_cache(maxsize=4096)
 def fitting(sizes: frozenset[Size], needs: Needs, gpu_type: str | None) -> frozenset[Size]:
-    """Those sizes of wrappers that are large enough, and have GPUs of this type."""
-    return frozenset(size for size in sizes if needs.met_by(size) and is_gpu_type(gpu_type, size.gpu_type))
+    """Those sizes of wrappers that may be handed out, are large enough, and have GPUs of this type."""
+    return frozenset(
+        size for size in sizes if not size.draining and needs.met_by(size) and is_gpu_type(gpu_type, size.gpu_type)
+    )
 
 
 def is_gpu_type(asked: str | None, has: str | None) -> bool:

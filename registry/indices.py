@@ -131,7 +131,7 @@ class WrapperIndex:
         self.present: Counter[Size] = Counter()
         """Wrappers that are not LOST."""
         self.usable: Counter[Size] = Counter()
-        """Wrappers that are neither LOST nor FAILED."""
+        """Wrappers that are not LOST, FAILED or OFF."""
 
     def free_sizes(self) -> set[Size]:
         """The sizes of wrappers that a request may be given."""
@@ -183,7 +183,7 @@ class WrapperIndex:
 
 def is_usable(wrapper: Wrapper) -> bool:
     """True when the wrapper serves, or is on its way to."""
-    return wrapper.status not in (WrapperStatus.LOST, WrapperStatus.FAILED)
+    return wrapper.status not in (WrapperStatus.LOST, WrapperStatus.FAILED, WrapperStatus.OFF)
 
 
 def is_free(wrapper: Wrapper) -> bool:

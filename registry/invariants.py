@@ -49,6 +49,8 @@ def _check_wrapper(ledger: Ledger, wrapper: Wrapper) -> None:
         _hold(request.wrapper_id == wrapper.wrapper_id, f"{name} and request {request.request_id} agree")
         _hold(request.spec == wrapper.spec, f"{name} has the LLM of its request")
         _hold(request.spec.gpus <= wrapper.gpus, f"{name} has GPUs enough")
+        begun = wrapper.request_id in ledger.leases or not ledger.is_draining(wrapper.machine_id)
+        _hold(begun, f"{name} is not on a machine that is being drained, or was leased before")
 
 
 def _check_request(ledger: Ledger, request: Request) -> None:

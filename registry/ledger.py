@@ -6,10 +6,12 @@ commands to wrappers are here too, since each is a change of a record and an eff
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import Final
 
-from registry.errors import UnknownMeasurement, UnknownRequest
+from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.fit import ANY_GPU_TYPE, GIB, Needs, Size, fitting, needs_of
 from registry.indices import Queue, RequestIndex, SortedSet, WrapperIndex, is_free, is_usable
 from registry.policy import Place, Turns, rank
@@ -34,6 +36,9 @@ from registry.state import (
     WrapperStatus,
 )
 from registry.transitions import check_request_transition, check_wrapper_transition
+
+NAMES_SHOWN: Final = 20
+"""Most machines that one sentence lists."""
 
 
 class Ledger:
@@ -70,6 +75,13 @@ class Ledger:
         except KeyError:
             raise UnknownRequest(request_id) from None
 
+    def machine(self, machine_id: str) -> Machine:
+        """The machine with this id. Raises UnknownMachine."""
+        try:
+            return self.machines[machine_id]
+        except KeyError:
+            raise UnknownMachine(machine_id, _which_there_are(sorted(self.machines))) from None
+
     def measurement(self, measurement_id: int) -> Measurement:
         """The measurement with this id. Raises UnknownMeasurement."""
         try:
@@ -87,6 +99,11 @@ class Ledger:
         machine = self.machines.get(machine_id)
         return None if machine is None else machine.gpu_type
 
+    def is_draining(self, machine_id: str) -> bool:
+        """True when no LLM is to be handed out on a machine."""
+        machine = self.machines.get(machine_id)
+        return machine is not None and machine.draining
+
     def size(self, wrapper: Wrapper) -> Size:
         """What a wrapper has, as far as it is known."""
         machine = self.machines.get(wrapper.machine_id)
@@ -94,10 +111,10 @@ class Ledger:
             return Size(wrapper.gpus)
         has_bytes = machine.gpu_memory_bytes if wrapper.gpus else machine.memory_bytes
         if has_bytes is None:
-            return Size(wrapper.gpus, machine.gpu_type)
+            return Size(wrapper.gpus, machine.gpu_type, draining=machine.draining)
         if not wrapper.gpus:
             has_bytes //= self._limits.wrappers_per_machine
-        return Size(wrapper.gpus, machine.gpu_type, -(-has_bytes // GIB))
+        return Size(wrapper.gpus, machine.gpu_type, -(-has_bytes // GIB), machine.draining)
 
     def needs(self, request: Request) -> Needs:
         """What the LLM of a request needs, as far as it is known."""
@@ -126,8 +143,8 @@ class Ledger:
         """Where this request, the next of its measurement, may go.
 
         A measurement that was not handed anything yet needs a machine that is large enough for all that it waits for.
-        A pin holds while a wrapper of its machine serves, or is on its way to; then one of the same GPU type does, and
-        at last any, unless the measurement names a type.
+        A pin holds while a wrapper of its machine serves, or is on its way to, and the machine is not drained; then one
+        of the same GPU type does, and at last any, unless the measurement names a type.
         """
         not_on = frozenset(request.failed_on)
         needs = self.needs_together(measurement.measurement_id)
@@ -136,7 +153,8 @@ class Ledger:
         if pin is None:
             return anywhere
         own = self.needs(request)
-        if any(is_usable(wrapper) and own.met_by(self.size(wrapper)) for wrapper in self.on_machine(pin)):
+        usable = () if self.is_draining(pin) else filter(is_usable, self.on_machine(pin))
+        if any(own.met_by(self.size(wrapper)) for wrapper in usable):
             return Place(fitting(self._sizes, own, ANY_GPU_TYPE), machine_id=pin, not_on=not_on)
         alike = Place(fitting(self._sizes, needs, measurement.gpu_type or self.gpu_type(pin)), not_on=not_on)
         return anywhere if alike.sizes.isdisjoint(self.by_wrapper.usable) else alike
@@ -362,6 +380,13 @@ class Ledger:
         """A wrapper of this machine came, went or changed size: that can move those bound to a machine."""
         for measurement_id in self._displaced | self._pinned_to.get(machine_id, set()):
             self._requeue(measurement_id)
+
+
+def _which_there_are(names: Sequence[str]) -> str:
+    shown, more = ", ".join(names[:NAMES_SHOWN]), len(names) - NAMES_SHOWN
+    if not shown:
+        return "none has joined yet"
+    return f"there are {shown} and {more} more" if more > 0 else f"there are {shown}"
 
 
 def _standing(wrapper: Wrapper) -> tuple[bool, int]:

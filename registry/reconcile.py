@@ -22,13 +22,41 @@ from registry.state import (
     WrapperStatus,
 )
 
+_ABSENT = (WrapperStatus.LOST, WrapperStatus.OFF)
+"""A wrapper that is there again after these is new to the registry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A moment in the life of a wrapper's process, seconds of a clock of its own, which nobody else can read.
+
+    The registry gives back the last one that it has heard of: what it says with it was true then, or later, however
+    long it has been on its way.
+    """
+
+    process: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Belief:
+    """What the registry tells a wrapper of whom it asks for a report.
+
+    ``epoch`` is that of the newest command to this wrapper, ``request_id`` the request whose lease is on it, None
+    without one. ``as_of`` is the wrapper's own moment at which that was so at the earliest, None before it told one.
+    """
+
+    epoch: int
+    request_id: str | None
+    as_of: Moment | None
+
 
 @dataclass(frozen=True, slots=True)
 class LeaseGrant:
     """What a wrapper needs to know to serve one lease. Durations count from the moment it is received.
 
     ``model_revision`` is the commit that the lease has begun with, None before it has: an engine that has to be started
-    again for it gets the same one.
+    again for it gets the same one. ``as_of`` is as in a Belief.
     """
 
     request_id: str
@@ -38,6 +66,7 @@ class LeaseGrant:
     ends_in_s: float
     idle_limit_s: float
     model_revision: str | None = None
+    as_of: Moment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +82,7 @@ class WrapperReport:
     ``unfinished`` those that the engine itself has not finished, None without one. ``starts`` counts the LLMs it has
     started. ``memory_bytes`` is the main memory of its machine, ``gpu_memory_bytes`` the memory of each of its GPUs;
     None: it can't tell. ``warm`` says whether it starts LLMs without importing the engine anew, ``cold_reason`` why it
-    does not.
+    does not. ``moment`` is when it says so.
     """
 
     epoch: int
@@ -74,6 +103,7 @@ class WrapperReport:
     cold_reason: str | None = None
     meter: Mapping[str, object] | None = None
     versions: Mapping[str, str] | None = None
+    moment: Moment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +120,22 @@ class WrapperPlan:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What the cluster shows: machines that are alive, and ids of the wrappers that are deployed."""
+    """What the cluster shows: machines that are alive, and ids of the wrappers that are deployed.
+
+    ``leaving`` are those that are being removed and not gone yet; they count as deployed no more.
+    """
 
     machines: tuple[Machine, ...]
     wrapper_ids: frozenset[str]
+    leaving: frozenset[str] = frozenset()
 
 
 class Cluster(Protocol):
     """The machines and the wrappers on them. Every call ends within its own time limit.
 
-    A wrapper that can't be reached raises WrapperUnreachable; a command older than one that the wrapper has
-    taken raises StaleEpoch. A command supersedes every older one: a deploy in progress is cancelled, a lease ended.
+    A wrapper that can't be reached raises WrapperUnreachable, or WrapperUnheard where that says nothing about it; a
+    command older than one that the wrapper has taken raises StaleEpoch. A command supersedes every older one: a deploy
+    in progress is cancelled, a lease ended.
     """
 
     async def observe(self) -> Observation:
@@ -112,8 +147,8 @@ class Cluster(Protocol):
     async def remove(self, wrapper_ids: Sequence[str]) -> None:
         """Delete these wrappers; returns when they are gone."""
 
-    async def report(self, wrapper_id: str) -> WrapperReport:
-        """What the wrapper says of itself, within seconds."""
+    async def report(self, wrapper_id: str, belief: Belief) -> WrapperReport:
+        """What the wrapper says of itself, within seconds, having been told what the registry believes."""
 
     async def deploy(self, wrapper_id: str, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
         """Run this LLM, instead of any other; returns when it answers. Raises EngineStartFailed.
@@ -139,11 +174,15 @@ class Cluster(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Outcome of a comparison: events that happened, wrappers to create, wrappers to remove."""
+    """Outcome of a comparison: events that happened, wrappers to create, wrappers to remove.
+
+    ``switch_off``: wrappers of drained machines, which are to be removed once nobody uses them.
+    """
 
     events: tuple[Event, ...] = ()
     create: tuple[WrapperPlan, ...] = ()
     remove: tuple[str, ...] = ()
+    switch_off: tuple[str, ...] = ()
 
 
 def wanted_wrappers(
@@ -188,10 +227,12 @@ def plan(
 
     ``wanted`` has the wrappers of every observed machine. Machines first, so that a wrapper's machine is known
     before the wrapper is; what is lost before what is new, so that nothing is granted on a machine that is gone.
+    A wrapper that is leaving is left alone until it is gone; a drained machine wants only the wrappers that are held.
     """
     events: list[Event] = []
     create: list[WrapperPlan] = []
     remove: list[str] = []
+    switch_off: list[str] = []
     before = {machine.machine_id: machine for machine in known_machines}
     there = {machine.machine_id: _as_told(machine, before.get(machine.machine_id)) for machine in observed.machines}
     wrappers = {wrapper.wrapper_id: wrapper for wrapper in known_wrappers}
@@ -213,21 +254,31 @@ def plan(
             events.append(WrapperRemoved(wrapper_id))
     remove += sorted(observed.wrapper_ids - wanted_ids)
 
-    for wants in wanted.values():
-        for want in wants:
-            known = wrappers.get(want.wrapper_id)
-            resized = known is not None and known.gpus != want.gpus
-            gone = want.machine_id in moved or want.wrapper_id not in observed.wrapper_ids or resized
-            lost = known is None or known.status is WrapperStatus.LOST or want.machine_id in moved
-            if gone:
-                create.append(want)
-            if lost or gone or (known is not None and known.url != want.url):
-                events.append(WrapperAdded(want.wrapper_id, want.machine_id, want.url, want.gpus, want.home))
-    return Plan(tuple(events), tuple(create), tuple(remove))
+    for want in (want for wants in wanted.values() for want in wants if want.wrapper_id not in observed.leaving):
+        known = wrappers.get(want.wrapper_id)
+        deployed = want.wrapper_id in observed.wrapper_ids
+        held = known is not None and known.request_id is not None and want.machine_id not in moved
+        if there[want.machine_id].draining and not held:
+            if deployed or (known is not None and known.status is not WrapperStatus.OFF):
+                switch_off.append(want.wrapper_id)
+            continue
+        resized = known is not None and known.gpus != want.gpus
+        gone = want.machine_id in moved or not deployed or resized
+        lost = known is None or known.status in _ABSENT or want.machine_id in moved
+        if gone:
+            create.append(want)
+        if lost or gone or (known is not None and known.url != want.url):
+            events.append(WrapperAdded(want.wrapper_id, want.machine_id, want.url, want.gpus, want.home))
+    return Plan(tuple(events), tuple(create), tuple(remove), tuple(switch_off))
 
 
 def _as_told(observed: Machine, known: Machine | None) -> Machine:
-    """A machine with the memory that its wrappers have told of: Ray does not know it."""
+    """A machine with what its wrappers (memory) and its operator (draining) have told: Ray does not know it."""
     if known is None:
         return observed
-    return replace(observed, memory_bytes=known.memory_bytes, gpu_memory_bytes=known.gpu_memory_bytes)
+    return replace(
+        observed,
+        memory_bytes=known.memory_bytes,
+        gpu_memory_bytes=known.gpu_memory_bytes,
+        draining=known.draining,
+    )

@@ -11,12 +11,14 @@ from typing import Final
 
 from registry.dispatch import Dispatcher, with_flag
 from registry.endings import Endings
+from registry.indices import is_usable
 from registry.ledger import Ledger, bind, deploy, restart, stop, unbind
 from registry.state import (
     LeaseBound,
     Limits,
     LLMDeployFailed,
     LLMDied,
+    Machine,
     MachineLost,
     Request,
     RequestStatus,
@@ -26,10 +28,14 @@ from registry.state import (
     WrapperRemoved,
     WrapperStarted,
     WrapperStatus,
+    WrapperSwitchedOff,
 )
 
 ENGINE_RESTARTED: Final = "engine_restarted"
 """Flag of a measurement during one of whose leases the LLM had to be started again."""
+
+VERSION_CHANGED: Final = "version_changed"
+"""Flag of a measurement whose LLMs did not all run on the same versions of the software."""
 
 
 class Reports:
@@ -77,6 +83,11 @@ class Reports:
         )
         deadline_s = now_s + self._limits.lease_max_s if first else lease.deadline_s
         ledger.put_lease(replace(lease, last_active_s=now_s, deadline_s=deadline_s))
+        if event.versions is not None:
+            measurement = ledger.measurements[request.measurement_id]
+            same = measurement.versions in (None, event.versions)
+            flags = measurement.flags if same else with_flag(measurement.flags, VERSION_CHANGED)
+            ledger.put_measurement(replace(measurement, versions=event.versions, flags=flags))
 
     def on_llm_deploy_failed(self, event: LLMDeployFailed, now_s: float) -> None:
         """The wrapper is empty again; the request is tried elsewhere, or has failed."""
@@ -152,7 +163,9 @@ class Reports:
         """A wrapper answers: bring what it runs and what it should run together."""
         ledger = self._ledger
         wrapper = ledger.wrappers.get(event.wrapper_id)
-        if wrapper is None or (wrapper.status is WrapperStatus.LOST and not self._is_alive(wrapper.machine_id)):
+        if wrapper is None or wrapper.status is WrapperStatus.OFF:
+            return
+        if wrapper.status is WrapperStatus.LOST and not self._is_alive(wrapper.machine_id):
             return
         # Commands get newer epochs than any that the wrapper can have seen.
         missed = event.epoch != wrapper.epoch
@@ -207,7 +220,7 @@ class Reports:
     def on_wrapper_failed(self, event: WrapperFailed, now_s: float) -> None:
         """Restart a wrapper, or give it up when that has not helped a few times."""
         wrapper = self._ledger.wrappers.get(event.wrapper_id)
-        if wrapper is None or wrapper.status in (WrapperStatus.LOST, WrapperStatus.FAILED):
+        if wrapper is None or not is_usable(wrapper):
             return
         wrapper = replace(wrapper, failures=wrapper.failures + 1, reason=event.reason)
         if self.shutting_down or wrapper.failures >= self._limits.wrapper_attempts:
@@ -248,7 +261,33 @@ class Reports:
             self._endings.lose(request, f"wrapper {wrapper.wrapper_id} was removed", now_s)
         self._endings.fail_exhausted(now_s)
 
+    def on_wrapper_switched_off(self, event: WrapperSwitchedOff) -> None:
+        """A wrapper that nobody holds goes, and stays known: so does what its machine has, and that it comes back."""
+        wrapper = self._ledger.wrappers.get(event.wrapper_id)
+        if wrapper is not None and wrapper.request_id is None and self._ledger.is_draining(wrapper.machine_id):
+            self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.OFF, spec=None, failures=0, reason=None))
+
     # --- machines ---------------------------------------------------------------------------------------
+
+    def on_machine_joined(self, machine: Machine) -> None:
+        """A machine is there. One that was drained stays so, also when it comes back."""
+        self._ledger.put_machine(replace(machine, draining=self._ledger.is_draining(machine.machine_id)))
+
+    def on_machine_drained(self, machine: Machine, now_s: float) -> None:
+        """No more leases there: who waits for the start of an LLM there waits elsewhere."""
+        ledger = self._ledger
+        ledger.put_machine(replace(machine, draining=True))
+        for wrapper in ledger.on_machine(machine.machine_id):
+            request = self._owner(wrapper)
+            if request is not None and request.request_id not in ledger.leases:
+                self._endings.requeue(request, f"machine {machine.machine_id} is being drained", "drained", now_s)
+        self._endings.fail_exhausted(now_s)
+
+    def on_machine_undrained(self, machine: Machine) -> None:
+        """A machine may be used again; its wrappers that are empty get the LLM that is meant for them."""
+        ledger = self._ledger
+        ledger.put_machine(replace(machine, draining=False))
+        self._came_up_empty += [wrapper.wrapper_id for wrapper in ledger.on_machine(machine.machine_id)]
 
     def on_machine_lost(self, event: MachineLost, now_s: float) -> None:
         """A machine is gone with all its wrappers; requests that it served fail, others wait again."""
@@ -271,7 +310,8 @@ class Reports:
         for wrapper_id in self._came_up_empty:
             wrapper = self._ledger.wrappers[wrapper_id]
             home = wrapper.home
-            if wrapper.status is WrapperStatus.IDLE and home is not None and home.gpus <= wrapper.gpus:
+            wanted = wrapper.status is WrapperStatus.IDLE and not self._ledger.is_draining(wrapper.machine_id)
+            if wanted and home is not None and home.gpus <= wrapper.gpus:
                 deploy(self._ledger, wrapper, home, None)
         self._came_up_empty.clear()
 

@@ -30,10 +30,11 @@ from registry.errors import (
     StaleEpoch,
     StoreUnavailable,
     UnknownRequest,
+    WrapperUnheard,
     WrapperUnreachable,
 )
 from registry.history import ids_of, rows_of
-from registry.reconcile import Cluster, LeaseGrant, WrapperPlan, WrapperReport, plan, wanted_wrappers
+from registry.reconcile import Belief, Cluster, LeaseGrant, Moment, WrapperPlan, WrapperReport, plan, wanted_wrappers
 from registry.settings import Settings
 from registry.state import (
     BindLease,
@@ -52,7 +53,9 @@ from registry.state import (
     LLMDied,
     LLMSpec,
     LLMStopped,
+    MachineDrained,
     MachineJoined,
+    MachineUndrained,
     NewRequest,
     Priority,
     Request,
@@ -65,6 +68,8 @@ from registry.state import (
     WrapperFailed,
     WrapperStarted,
     WrapperStatus,
+    WrapperSwitchedOff,
+    canonical_json,
 )
 from registry.store import IdempotencyRow, Store, StoredEvent
 
@@ -88,6 +93,9 @@ _WATCHED = frozenset(
     {WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED, WrapperStatus.STOPPING}
 )
 """States in which a wrapper that does not answer has failed."""
+
+_UNWATCHED = frozenset({WrapperStatus.LOST, WrapperStatus.OFF, WrapperStatus.RESTARTING})
+"""States in which a wrapper is not asked how it is."""
 
 GRANT_WAIT_S = 0.25
 """How long the answer to a POST is held back for an LLM that is warm and free, seconds; it takes milliseconds."""
@@ -126,6 +134,8 @@ class Service:
         self.settings = settings
         self.allocator = Allocator(settings.limits, new_token)
         self.reports: dict[str, WrapperReport] = {}
+        self.heard_s: dict[str, float] = {}
+        """When each wrapper has last reported to this process, UTC seconds."""
         self._store = store
         self._cluster = cluster
         self._now_s = now_s
@@ -136,6 +146,8 @@ class Service:
         self._commands: dict[str, int] = {}
         self._under_way: dict[str, int] = {}
         self._misses: dict[str, int] = {}
+        self._deployed: frozenset[str] | None = None
+        self._switching_off: set[str] = set()
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._asked: set[str] = set()
         self._idle = asyncio.Event()
@@ -276,6 +288,39 @@ class Service:
             request = self.allocator.request(request_id)
         return request
 
+    def drain(self, machine_id: str) -> None:
+        """Hand out no more LLMs on a machine; when what is used there has ended, its wrappers go. Again is no error.
+
+        Raises:
+            UnknownMachine: no machine has this id.
+            ShuttingDown: the registry's database is closed.
+        """
+        self._apply(MachineDrained(machine_id))
+
+    def undrain(self, machine_id: str) -> None:
+        """Use a machine again; its wrappers come back. Again is no error.
+
+        Raises:
+            UnknownMachine, ShuttingDown: as for ``drain``.
+        """
+        self._apply(MachineUndrained(machine_id))
+
+    def is_off(self, machine_id: str) -> bool:
+        """True when a drained machine has no wrapper any more: its GPUs are free, and it may be switched off."""
+        machine, deployed = self.allocator.known_machine(machine_id), self._deployed
+        wrappers = self.allocator.wrappers_on(machine_id)
+        gone = {WrapperStatus.OFF} if machine.alive else {WrapperStatus.OFF, WrapperStatus.LOST}
+        return (
+            machine.draining
+            and deployed is not None
+            and all(wrapper.status in gone for wrapper in wrappers)
+            and deployed.isdisjoint(wrapper.wrapper_id for wrapper in wrappers)
+        )
+
+    def misses_reports(self, wrapper_id: str) -> bool:
+        """True when a wrapper did not answer when it was last asked."""
+        return wrapper_id in self._misses
+
     async def wait_for_change(self, request_id: str, wait_s: float, seen: RequestStatus | None = None) -> Request:
         """The request, as soon as its status is another than ``seen`` or after ``wait_s`` (at most MAX_WAIT_S) seconds.
 
@@ -326,8 +371,9 @@ class Service:
         """Let an event happen. ``cause``: the number of the event whose command it answers."""
         if self._closed:
             raise ShuttingDown
-        decision = self._decide(event, self._now_s())
-        number = self._commit(event, decision.changes, cause, idempotency)
+        now_s = self._now_s()
+        decision = self._decide(event, now_s)
+        number = self._commit(event, decision.changes, now_s, cause, idempotency)
         if not decision.changes.empty:
             log.info("event", kind=type(event).__name__, **ids_of(event))
             self._wake(decision.changes)
@@ -354,11 +400,11 @@ class Service:
             raise
 
     def _commit(
-        self, event: Event, changes: Changes, cause: int | None, idempotency: IdempotencyRow | None
+        self, event: Event, changes: Changes, now_s: float, cause: int | None, idempotency: IdempotencyRow | None
     ) -> int | None:
         if changes.empty and idempotency is None:
             return None
-        rows = rows_of(event, changes, self.allocator.request, self._now_s(), cause)
+        rows = rows_of(event, changes, self.allocator.request, now_s, cause)
         try:
             return self._store.commit(changes, events=rows, idempotency=idempotency)
         except StoreUnavailable as error:
@@ -433,11 +479,13 @@ class Service:
                 await self._cluster.stop(wrapper_id, epoch)
                 return LLMStopped(wrapper_id, epoch)
             case BindLease(wrapper_id, epoch, request_id):
+                if wrapper_id not in self.reports:  # just loaded: the grant needs a moment of the wrapper's
+                    await self._report(wrapper_id)
                 grant = self._grant(request_id)
                 if grant is None:
                     return None
                 model_revision = await _insist(lambda: self._cluster.bind(wrapper_id, epoch, grant))
-                return LeaseBound(wrapper_id, epoch, model_revision)
+                return LeaseBound(wrapper_id, epoch, model_revision, self._versions_of(wrapper_id))
             case UnbindLease(wrapper_id, epoch, request_id, how):
                 await _insist(lambda: self._cluster.unbind(wrapper_id, epoch, request_id, how))
                 return None
@@ -445,20 +493,39 @@ class Service:
                 await self._cluster.restart(wrapper_id)
                 return await self._await_wrapper(wrapper_id, own_commands=1)
 
+    def _versions_of(self, wrapper_id: str) -> str | None:
+        report = self.reports.get(wrapper_id)
+        return None if report is None or report.versions is None else canonical_json(report.versions)
+
     def _grant(self, request_id: str) -> LeaseGrant | None:
         lease = self.allocator.lease_of(request_id)
         if lease is None:  # released between the decision and now
             return None
         request = self.allocator.request(request_id)
+        handed_over = request.deployed_s is not None  # its time begins then, however long that takes
         return LeaseGrant(
             request_id=request_id,
             measurement_id=request.measurement_id,
             token=lease.token,
             llmconfig=request.llmconfig,
-            ends_in_s=lease.deadline_s - self._now_s(),
+            ends_in_s=lease.deadline_s - self._now_s() if handed_over else self.settings.leases.max_s,
             idle_limit_s=lease.idle_limit_s,
             model_revision=request.model_revision,
+            as_of=self._heard_at(lease.wrapper_id),
         )
+
+    def _belief(self, wrapper_id: str) -> Belief:
+        wrapper, lease = self.allocator.wrapper(wrapper_id), self.allocator.lease_by_wrapper(wrapper_id)
+        return Belief(
+            epoch=0 if wrapper is None else wrapper.epoch,
+            request_id=None if lease is None else lease.request_id,
+            as_of=self._heard_at(wrapper_id),
+        )
+
+    def _heard_at(self, wrapper_id: str) -> Moment | None:
+        """The moment of a wrapper's last report: whatever is known now was so then, or later."""
+        report = self.reports.get(wrapper_id)
+        return None if report is None else report.moment
 
     # --- watching ---------------------------------------------------------------------------------------
 
@@ -470,6 +537,8 @@ class Service:
 
     async def _reconcile(self) -> None:
         observed = await self._cluster.observe()
+        observed = replace(observed, leaving=observed.leaving | self._switching_off)
+        self._deployed = observed.wrapper_ids | observed.leaving
         wanted: dict[str, tuple[WrapperPlan, ...]] = {
             machine.machine_id: wanted_wrappers(
                 machine,
@@ -483,6 +552,9 @@ class Service:
         steps = plan(self.allocator.machines(), self.allocator.wrappers(), observed, wanted)
         for event in steps.events:
             self._apply(event)
+        if steps.switch_off:
+            self._switching_off.update(steps.switch_off)
+            self._spawn(self._switch_off(steps.switch_off))
         if steps.remove:
             await self._cluster.remove(steps.remove)
         if steps.create:
@@ -495,11 +567,40 @@ class Service:
         for wrapper_id in self._watchers.keys() - present:
             self._watchers.pop(wrapper_id).cancel()
             self.reports.pop(wrapper_id, None)
+            self.heard_s.pop(wrapper_id, None)
+
+    async def _switch_off(self, wrapper_ids: Sequence[str]) -> None:
+        """Remove wrappers of drained machines, unless prompts of a lease that has expired are being finished there.
+
+        Beside the watching, since it takes as long as Serve takes to end a replica. What comes in between (a crash, an
+        error, an undrain) is found by the next look at the cluster.
+        """
+        await self._guarded("wrappers could not be switched off", self._remove_unless_used(wrapper_ids))
+        self._switching_off.difference_update(wrapper_ids)
+
+    async def _remove_unless_used(self, wrapper_ids: Sequence[str]) -> None:
+        prompted = await asyncio.gather(*map(self._is_prompted, wrapper_ids))
+        for wrapper_id in (each for each, busy in zip(wrapper_ids, prompted, strict=True) if not busy):
+            self._apply(WrapperSwitchedOff(wrapper_id))
+        known = {wrapper_id: self.allocator.wrapper(wrapper_id) for wrapper_id in wrapper_ids}
+        off = [wrapper_id for wrapper_id, w in known.items() if w is None or w.status is WrapperStatus.OFF]
+        if off:
+            await self._cluster.remove(off)
+        for wrapper_id in off:
+            self.reports.pop(wrapper_id, None)
+
+    async def _is_prompted(self, wrapper_id: str) -> bool:
+        try:
+            return bool((await self._cluster.report(wrapper_id, self._belief(wrapper_id))).in_flight)
+        except WrapperUnreachable:
+            return False
 
     async def _watch_wrapper(self, wrapper_id: str) -> None:
         """Follow one wrapper for as long as it exists. One that hangs holds up nobody but itself."""
         problem = f"wrapper {wrapper_id} could not be looked after"
-        await self._guarded(problem, self._follow_start(wrapper_id))
+        known = self.allocator.wrapper(wrapper_id)
+        if known is not None and known.status is not WrapperStatus.OFF:
+            await self._guarded(problem, self._follow_start(wrapper_id))
         while (wrapper := self.allocator.wrapper(wrapper_id)) is not None:
             given_up = wrapper.status is WrapperStatus.FAILED
             await asyncio.sleep(FAILED_RETRY_S if given_up else self.settings.watch.period_s)
@@ -510,7 +611,7 @@ class Service:
 
     async def _look_after(self, wrapper_id: str) -> None:
         wrapper = self.allocator.wrapper(wrapper_id)
-        if wrapper is None or wrapper.status in (WrapperStatus.LOST, WrapperStatus.RESTARTING):
+        if wrapper is None or wrapper.status in _UNWATCHED:
             self._misses.pop(wrapper_id, None)
             return
         if wrapper.status is WrapperStatus.STARTING:
@@ -518,6 +619,8 @@ class Service:
             return
         try:
             report, is_news = await self._report(wrapper_id)
+        except WrapperUnheard:
+            return  # which says nothing about the wrapper
         except WrapperUnreachable as error:
             self._missed(wrapper_id, error.reason)
             return
@@ -539,8 +642,9 @@ class Service:
         the wrapper took that command, and come after its outcome, which says more.
         """
         before, under_way = self._commands.get(wrapper_id, 0), self._under_way.get(wrapper_id, 0)
-        report = await self._cluster.report(wrapper_id)
+        report = await self._cluster.report(wrapper_id, self._belief(wrapper_id))
         self.reports[wrapper_id] = report
+        self.heard_s[wrapper_id] = self._now_s()
         self._note_memory(wrapper_id, report)
         return report, under_way == own_commands and self._commands.get(wrapper_id, 0) == before
 
@@ -618,7 +722,7 @@ class Service:
         A wrapper that does not answer keeps no lease, and one that hangs holds up the end of no other.
         """
         try:
-            report = await self._cluster.report(lease.wrapper_id)
+            report = await self._cluster.report(lease.wrapper_id, self._belief(lease.wrapper_id))
         except WrapperUnreachable as error:
             log.warning("a lease ends unasked", wrapper_id=lease.wrapper_id, reason=error.reason)
         else:

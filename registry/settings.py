@@ -46,6 +46,7 @@ class WrapperSettings(_Section):
     """How wrappers are laid over machines, and their limits."""
 
     per_machine: int = Field(1, ge=1, le=64)
+    on_head: bool = Field(True, description="Whether the head of the Ray cluster is an LLM Machine, too")
     gpus_per_wrapper: int | None = Field(None, ge=1, description="null: all GPUs of the machine, divided evenly")
     deploy_timeout_s: float = Field(1800, gt=0, description="Longest start of an LLM")
     start_timeout_s: float = Field(300, gt=0, description="Longest start of a wrapper itself")
@@ -55,6 +56,11 @@ class WrapperSettings(_Section):
         gt=0,
         description="An engine that has prompts and gives no token for so long is replaced; null: 60 with GPUs, 300 "
         "without, where one step of a large LLM takes minutes",
+    )
+    fence_s: float = Field(
+        30,
+        gt=0,
+        description="A wrapper that has not heard from the registry for so long takes no new prompts until it does",
     )
     max_prompts_in_flight: int = Field(256, ge=1, description="More are answered 429")
     kv_cache_gib: int | None = Field(None, ge=1, description="KV cache on a machine without GPU; null: vLLM's choice")
@@ -224,6 +230,18 @@ class Settings(BaseSettings):
         if self.models.cache_dir is not None:
             paths["cache_dir"] = _absolute(self.models.cache_dir)
         object.__setattr__(self, "models", self.models.model_copy(update=paths))
+        return self
+
+    @model_validator(mode="after")
+    def _fence_behind_the_watch(self) -> Settings:
+        # A wrapper is asked anew after each report that it missed: none is to shut its gate before it has failed.
+        watch = self.watch
+        least_s = watch.failures * (watch.period_s + watch.report_timeout_s)
+        if self.wrappers.fence_s < least_s:
+            raise ValueError(
+                f"wrappers.fence_s must be at least {least_s:g}: watch.failures x (watch.period_s + "
+                "watch.report_timeout_s), the time after which a wrapper that does not answer has failed"
+            )
         return self
 
     @property

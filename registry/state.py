@@ -46,6 +46,7 @@ class WrapperStatus(StrEnum):
     FAILED = "failed"
     RESTARTING = "restarting"
     LOST = "lost"
+    OFF = "off"
 
 
 class Priority(StrEnum):
@@ -107,7 +108,8 @@ class Machine:
     """An LLM Machine: a node of the Ray cluster that carries wrappers.
 
     ``machine_id`` is stable over restarts of the node's raylet; ``node_id`` is Ray's id of the moment.
-    ``memory_bytes`` is main memory, ``gpu_memory_bytes`` the memory of each GPU; None means not known.
+    ``memory_bytes`` is main memory, ``gpu_memory_bytes`` the memory of each GPU, ``zone`` and ``region`` are where it
+    stands; None means not known. ``draining``: an operator wants no LLM handed out there any more, until he says so.
     """
 
     machine_id: str
@@ -118,6 +120,9 @@ class Machine:
     gpu_type: str | None = None
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
+    draining: bool = False
+    zone: str | None = None
+    region: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +189,8 @@ class Measurement:
     ``seq`` is its place in the queue: the arrival of the first of its requests that had not ended when the
     latest was added. ``machine_id`` is the pin: set by the first grant, None again once nothing of it is left.
     ``flags`` tell what makes its figures hard to compare (``machine_changed`` …). ``gpu_type`` is the type that its
-    machine must have, None: any.
+    machine must have, None: any. ``versions`` is what its latest LLM was handed over with (name → version, as canonical
+    JSON), None: nothing was yet, or its wrapper did not say.
     """
 
     measurement_id: int
@@ -195,6 +201,7 @@ class Measurement:
     flags: tuple[str, ...] = ()
     created_s: float = 0.0
     gpu_type: str | None = None
+    versions: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,11 +268,15 @@ class LeaseUsed:
 
 @dataclass(frozen=True, slots=True)
 class LeaseBound:
-    """The wrapper accepts the lease's token from now on. ``model_revision``: the commit of the LLM that it runs."""
+    """The wrapper accepts the lease's token from now on. ``model_revision``: the commit of the LLM that it runs.
+
+    ``versions``: of the software there, as a measurement keeps them; None: not known.
+    """
 
     wrapper_id: str
     epoch: int
     model_revision: str | None = None
+    versions: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,8 +359,15 @@ class WrapperRemoved:
 
 
 @dataclass(frozen=True, slots=True)
+class WrapperSwitchedOff:
+    """The wrapper of a machine that is being drained is removed from it, unless somebody holds it by now."""
+
+    wrapper_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class MachineJoined:
-    """A machine is there (again), or what is known of it changed."""
+    """A machine is there (again), or what is known of it changed; but not whether it is draining."""
 
     machine: Machine
 
@@ -360,6 +378,20 @@ class MachineLost:
 
     machine_id: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MachineDrained:
+    """An operator wants no more leases on a machine; those that there are end as they would."""
+
+    machine_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class MachineUndrained:
+    """An operator wants a machine to be used again."""
+
+    machine_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,8 +422,11 @@ Event = (
     | WrapperStarted
     | WrapperFailed
     | WrapperRemoved
+    | WrapperSwitchedOff
     | MachineJoined
     | MachineLost
+    | MachineDrained
+    | MachineUndrained
     | TimePassed
     | ShutdownBegun
 )

@@ -24,7 +24,7 @@ REQUEST_TRANSITIONS: Final[Mapping[R, Mapping[R, str]]] = {
     },
     R.DEPLOYING: {
         R.DEPLOYED: "LeaseBound",
-        R.QUEUED: "LLMDeployFailed, WrapperFailed, MachineLost: tried again elsewhere",
+        R.QUEUED: "LLMDeployFailed, WrapperFailed, MachineLost, MachineDrained: tried again elsewhere",
         R.RELEASED: "LeaseReleased after a hand-over",
         R.CANCELLED: "LeaseReleased before the hand-over",
         R.EXPIRED: "TimePassed, ShutdownBegun",
@@ -47,6 +47,10 @@ _GONE: Final[Mapping[W, str]] = {
     W.STARTING: "WrapperAdded again",
     W.LOST: "MachineLost",
 }
+_GONE_OR_OFF: Final[Mapping[W, str]] = {
+    **_GONE,
+    W.OFF: "WrapperSwitchedOff",
+}
 _BROKEN: Final[Mapping[W, str]] = {
     W.RESTARTING: "WrapperFailed",
     W.FAILED: "WrapperFailed too often",
@@ -59,13 +63,13 @@ WRAPPER_TRANSITIONS: Final[Mapping[W, Mapping[W, str]]] = {
         W.LEASED: "WrapperStarted with the LLM that a request waits for",
         W.STOPPING: "WrapperStarted with another LLM",
         **_BROKEN,
-        **_GONE,
+        **_GONE_OR_OFF,
     },
     W.IDLE: {
         W.DEPLOYING: "granted, preloaded",
         W.STOPPING: "WrapperStarted with another LLM",
         **_BROKEN,
-        **_GONE,
+        **_GONE_OR_OFF,
     },
     W.DEPLOYING: {
         W.READY: "LLMDeployed, and nobody waits for it",
@@ -73,7 +77,7 @@ WRAPPER_TRANSITIONS: Final[Mapping[W, Mapping[W, str]]] = {
         W.IDLE: "LLMDeployFailed",
         W.STOPPING: "ShutdownBegun, WrapperStarted with another LLM",
         **_BROKEN,
-        **_GONE,
+        **_GONE_OR_OFF,
     },
     W.READY: {
         W.LEASED: "granted",
@@ -81,7 +85,7 @@ WRAPPER_TRANSITIONS: Final[Mapping[W, Mapping[W, str]]] = {
         W.IDLE: "LLMDied",
         W.STOPPING: "ShutdownBegun, WrapperStarted with another LLM",
         **_BROKEN,
-        **_GONE,
+        **_GONE_OR_OFF,
     },
     W.LEASED: {
         W.READY: "LeaseReleased, TimePassed",
@@ -92,12 +96,12 @@ WRAPPER_TRANSITIONS: Final[Mapping[W, Mapping[W, str]]] = {
     W.STOPPING: {
         W.IDLE: "LLMStopped",
         **_BROKEN,
-        **_GONE,
+        **_GONE_OR_OFF,
     },
     W.FAILED: {
         W.IDLE: "WrapperStarted",
         W.STOPPING: "WrapperStarted with an LLM",
-        **_GONE,
+        **_GONE_OR_OFF,
     },
     W.RESTARTING: {
         W.IDLE: "WrapperStarted",
@@ -105,12 +109,17 @@ WRAPPER_TRANSITIONS: Final[Mapping[W, Mapping[W, str]]] = {
         W.LEASED: "WrapperStarted with the LLM that a request waits for",
         W.STOPPING: "WrapperStarted with another LLM",
         W.FAILED: "WrapperFailed too often",
-        **_GONE,
+        **_GONE_OR_OFF,
     },
     W.LOST: {
         W.IDLE: "WrapperStarted",
         W.STARTING: "WrapperAdded again",
         W.STOPPING: "WrapperStarted with an LLM",
+        W.OFF: "WrapperSwitchedOff",
+    },
+    W.OFF: {
+        W.STARTING: "WrapperAdded again, after MachineUndrained",
+        W.LOST: "MachineLost",
     },
 }
 """From each status of a wrapper: to which, and why. A wrapper can be removed in every status."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import Literal
 
 from registry.api import (
     EventState,
@@ -17,11 +18,15 @@ from registry.api import (
     WrapperState,
 )
 from registry.service import Service
-from registry.state import Request, RequestStatus, Wrapper, WrapperStatus
+from registry.skew import differences, joined
+from registry.state import Machine, Request, RequestStatus, Wrapper, WrapperStatus
 from registry.store import StoredEvent
 
 USABLE = frozenset({WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
 """States in which a wrapper serves, or can serve, a request."""
+
+_UNWELL = frozenset({WrapperStatus.FAILED, WrapperStatus.RESTARTING, WrapperStatus.LOST})
+"""States of a wrapper in which something is wrong with its machine."""
 
 
 def link_of(service: Service, request_id: str) -> str:
@@ -92,29 +97,68 @@ def measurement_state(service: Service, measurement_id: int) -> MeasurementState
         gpuType=measurement.gpu_type,
         flags=list(measurement.flags),
         createdAt=_iso(measurement.created_s),
+        versions=None if measurement.versions is None else json.loads(measurement.versions),
         requests=[request_state(service, request) for request in requests],
     )
 
 
 def machine_states(service: Service) -> list[MachineState]:
     """Every machine that is known, with its wrappers."""
-    return [
-        MachineState(
-            machine=machine.machine_id,
-            address=machine.address,
-            alive=machine.alive,
-            gpus=machine.gpus,
-            gpuType=machine.gpu_type,
-            memoryBytes=machine.memory_bytes,
-            gpuMemoryBytes=machine.gpu_memory_bytes,
-            wrappers=[
-                _wrapper_state(service, wrapper)
-                for wrapper in service.allocator.wrappers()
-                if wrapper.machine_id == machine.machine_id
-            ],
-        )
-        for machine in service.allocator.machines()
-    ]
+    differs = _differences(service)
+    return [_machine_state(service, machine, differs) for machine in service.allocator.machines()]
+
+
+def machine_state(service: Service, machine_id: str) -> MachineState:
+    """One machine. Raises UnknownMachine."""
+    return _machine_state(service, service.allocator.known_machine(machine_id), _differences(service))
+
+
+def _machine_state(service: Service, machine: Machine, differs: Mapping[str, list[str]]) -> MachineState:
+    machine_id, allocator = machine.machine_id, service.allocator
+    wrappers = allocator.wrappers_on(machine_id)
+    heard_s = [service.heard_s[w.wrapper_id] for w in wrappers if w.wrapper_id in service.heard_s]
+    drain: Literal["draining", "drained"] | None = None
+    if machine.draining:
+        drain = "drained" if service.is_off(machine_id) else "draining"
+    return MachineState(
+        machine=machine_id,
+        address=machine.address,
+        alive=machine.alive,
+        gpus=machine.gpus,
+        gpuType=machine.gpu_type,
+        memoryBytes=machine.memory_bytes,
+        gpuMemoryBytes=machine.gpu_memory_bytes,
+        zone=machine.zone,
+        region=machine.region,
+        drain=drain,
+        leases=sum(allocator.lease_by_wrapper(w.wrapper_id) is not None for w in wrappers),
+        healthy=_is_healthy(service, machine, wrappers),
+        lastHeardAt=_iso_or_none(max(heard_s, default=None)),
+        differs=differs.get(machine_id, []),
+        wrappers=[_wrapper_state(service, wrapper) for wrapper in wrappers],
+    )
+
+
+def _is_healthy(service: Service, machine: Machine, wrappers: Sequence[Wrapper]) -> bool | None:
+    """False: gone, or a wrapper has failed or does not answer. None: no wrapper has had a chance to answer yet."""
+    statuses = {wrapper.status for wrapper in wrappers}
+    if not machine.alive or not statuses.isdisjoint(_UNWELL):
+        return False
+    if any(service.misses_reports(wrapper.wrapper_id) for wrapper in wrappers):
+        return False
+    there = [wrapper.wrapper_id for wrapper in wrappers if wrapper.status is not WrapperStatus.OFF]
+    answered = WrapperStatus.STARTING not in statuses and all(each in service.heard_s for each in there)
+    return True if there and answered else None
+
+
+def _differences(service: Service) -> dict[str, list[str]]:
+    """By machine, which versions are not those of most machines, as far as their wrappers have told."""
+    told: dict[str, list[Mapping[str, str]]] = {}
+    for wrapper_id, report in service.reports.items():
+        wrapper = service.allocator.wrapper(wrapper_id)
+        if wrapper is not None and report.versions is not None:
+            told.setdefault(wrapper.machine_id, []).append(report.versions)
+    return differences({machine_id: joined(versions) for machine_id, versions in told.items()})
 
 
 def llm_states(service: Service) -> list[LLMState]:
@@ -185,11 +229,15 @@ def _waits_for(service: Service, request: Request) -> str:
     before = [r for r in allocator.requests_of(request.measurement_id) if r.seq < request.seq and not r.status.ended]
     if before:
         return f"its measurement's request {before[0].request_id} comes first and is {before[0].status.value}"
+    pin = allocator.measurement(request.measurement_id).machine_id
+    bound = pin is not None and not allocator.known_machine(pin).draining
+    drained = () if bound else allocator.fits_only_drained(request.request_id)
+    if drained:
+        return f"every LLM Machine that it fits on is drained: {', '.join(drained)}"
     if not any(wrapper.status in USABLE for wrapper in allocator.wrappers()):
         return "no LLM Machine is ready yet"
-    measurement = allocator.measurement(request.measurement_id)
-    if measurement.machine_id is not None:
-        return f"its measurement runs on machine {measurement.machine_id}, which is in use"
+    if bound:
+        return f"its measurement runs on machine {pin}, which is in use"
     misfit = allocator.misfit(request.request_id)
     return "every LLM Machine is in use" if misfit is None else f"it fits on no LLM Machine: {misfit}"
 

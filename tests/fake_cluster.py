@@ -11,10 +11,18 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
+from deployments.lease_gate import LeaseGate
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
-from registry.reconcile import LeaseGrant, Observation, WrapperPlan, WrapperReport
+from registry.reconcile import Belief, LeaseGrant, Observation, WrapperPlan, WrapperReport
 from registry.state import LLMSpec, Machine
+from tests.fake_counters import ManualClock
+
+FENCE_S = 30.0
+
+UNTOLD = Belief(epoch=0, request_id=None, as_of=None)
+"""What a registry believes of a wrapper that it has not heard of yet."""
 
 
 class Gate:
@@ -39,20 +47,26 @@ class Gate:
 
 @dataclass
 class FakeWrapper:
-    """The process of a wrapper. ``idle_for_s`` is what it reports of its lease."""
+    """The process of a wrapper. ``idle_for_s`` is what it reports of its lease, ``in_flight`` of its prompts."""
 
     plan: WrapperPlan
     epoch: int = 0
     spec: LLMSpec | None = None
     runs: bool = False
     start: asyncio.Task[None] | None = None
-    grant: LeaseGrant | None = None
     revision: str | None = None
     died: str | None = None
     idle_for_s: float = 0.0
+    in_flight: int = 0
     starts: int = 0
     ended: list[tuple[str, str]] = field(default_factory=list)
     """Leases that were ended here: request id, and how."""
+    gate: LeaseGate = field(kw_only=True)
+
+    @property
+    def grant(self) -> LeaseGrant | None:
+        """The lease that is bound."""
+        return self.gate.grant
 
 
 class FakeCluster:
@@ -65,10 +79,18 @@ class FakeCluster:
         self.removed: list[str] = []
         self.memory_bytes: dict[str, int] = {}
         """What wrappers report of their machine, by its id: memory of each GPU, or main memory without GPU."""
+        self.versions: dict[str, dict[str, str]] = {}
+        """What wrappers report of their machine's software, by its id."""
         self.unusable: dict[str, EngineStartFailed] = {}
         """Models that can't be started, and why."""
         self.commits: dict[str, str] = {}
         """What the hub's default branch holds at the moment, by model; the others are local."""
+        self.clock = ManualClock()
+        """The wrappers' own. It stands still unless a test moves it: leases end by the registry's word alone."""
+        self.fence_s = FENCE_S
+        self.cut_off: set[str] = set()
+        """Wrappers that nothing reaches, though they live."""
+        self._processes = count(1)
         self._gates: dict[tuple[str, str], Gate] = {}
         self._failures: dict[tuple[str, str], list[Exception]] = {}
         self._changed = changed
@@ -103,7 +125,7 @@ class FakeCluster:
     def kill_process(self, wrapper_id: str) -> None:
         """The wrapper's process is replaced: it knows nothing."""
         self._end_process(self.wrappers[wrapper_id])
-        self.wrappers[wrapper_id] = FakeWrapper(self.wrappers[wrapper_id].plan)
+        self.wrappers[wrapper_id] = self._process(self.wrappers[wrapper_id].plan)
 
     async def close(self) -> None:
         """End what is being started."""
@@ -123,18 +145,21 @@ class FakeCluster:
         for plan in wrappers:
             if plan.wrapper_id in self.wrappers:
                 self._end_process(self.wrappers[plan.wrapper_id])
-            self.wrappers[plan.wrapper_id] = FakeWrapper(plan)
+            self.wrappers[plan.wrapper_id] = self._process(plan)
 
     async def remove(self, wrapper_ids: Sequence[str]) -> None:
         await self._called("cluster", "remove")
         for wrapper_id in wrapper_ids:
             self.removed.append(wrapper_id)
-            if wrapper_id in self.wrappers:
+            if wrapper_id in self.cut_off:
+                del self.wrappers[wrapper_id]  # from Serve's list; its process is not told
+            elif wrapper_id in self.wrappers:
                 self._end_process(self.wrappers.pop(wrapper_id))
 
-    async def report(self, wrapper_id: str) -> WrapperReport:
+    async def report(self, wrapper_id: str, belief: Belief) -> WrapperReport:
         # What it says is made when it is asked; the answer can take its time.
         wrapper = self._reached(wrapper_id)
+        self.hear(wrapper, belief)
         memory_bytes = self.memory_bytes.get(wrapper.plan.machine_id)
         report = WrapperReport(
             memory_bytes=None if wrapper.plan.gpus else memory_bytes,
@@ -147,7 +172,10 @@ class FakeCluster:
             phase="loading" if wrapper.start is not None else None,
             bound=None if wrapper.grant is None else wrapper.grant.request_id,
             idle_for_s=None if wrapper.grant is None else wrapper.idle_for_s,
+            in_flight=wrapper.in_flight,
             starts=wrapper.starts,
+            versions=self.versions.get(wrapper.plan.machine_id),
+            moment=wrapper.gate.moment,
         )
         await self._called(wrapper_id, "report")
         return report
@@ -157,7 +185,7 @@ class FakeCluster:
         if grant is None:
             self._end_lease(wrapper, "released")
         else:
-            wrapper.grant = grant
+            wrapper.gate.bind(grant)
         if wrapper.spec != spec or (wrapper.start is None and not wrapper.runs):
             self._cancel_start(wrapper)
             wrapper.spec, wrapper.runs, wrapper.died = spec, False, None
@@ -204,7 +232,7 @@ class FakeCluster:
         wrapper = self._take(wrapper_id, epoch)
         if wrapper.grant is not None and wrapper.grant.token != grant.token:
             self._end_lease(wrapper, "released")
-        wrapper.grant = grant
+        wrapper.gate.bind(grant)
         return wrapper.revision
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
@@ -221,6 +249,8 @@ class FakeCluster:
 
     async def restart(self, wrapper_id: str) -> None:
         await self._called(wrapper_id, "restart")
+        if wrapper_id in self.cut_off:
+            raise WrapperUnreachable(wrapper_id, "there is no way to its machine")
         if wrapper_id in self.wrappers:
             self.kill_process(wrapper_id)
 
@@ -239,9 +269,22 @@ class FakeCluster:
         finally:
             self._changed()
 
+    def _process(self, plan: WrapperPlan) -> FakeWrapper:
+        gate = LeaseGate(self.clock, fence_s=self.fence_s, process=f"process {next(self._processes)}")
+        return FakeWrapper(plan, gate=gate)
+
+    def hear(self, wrapper: FakeWrapper, belief: Belief) -> None:
+        """What the registry believes reaches a wrapper."""
+        if belief.epoch < wrapper.epoch:
+            return
+        wrapper.gate.believe(belief.request_id, belief.as_of)
+        bound = wrapper.grant
+        if belief.epoch == wrapper.epoch and bound is not None and bound.request_id != belief.request_id:
+            self._end_lease(wrapper, "withdrawn")
+
     def _reached(self, wrapper_id: str) -> FakeWrapper:
         wrapper = self.wrappers.get(wrapper_id)
-        if wrapper is None or wrapper.plan.machine_id not in self.machines:
+        if wrapper is None or wrapper.plan.machine_id not in self.machines or wrapper_id in self.cut_off:
             raise WrapperUnreachable(wrapper_id, "there is no such replica")
         return wrapper
 
@@ -255,7 +298,7 @@ class FakeCluster:
     def _end_lease(self, wrapper: FakeWrapper, how: str) -> None:
         if wrapper.grant is not None:
             wrapper.ended.append((wrapper.grant.request_id, how))
-            wrapper.grant = None
+            wrapper.gate.unbind(how)
 
     def _cancel_start(self, wrapper: FakeWrapper) -> None:
         start, wrapper.start = wrapper.start, None
@@ -264,4 +307,5 @@ class FakeCluster:
 
     def _end_process(self, wrapper: FakeWrapper) -> None:
         self._cancel_start(wrapper)
-        wrapper.spec, wrapper.runs, wrapper.grant = None, False, None
+        wrapper.spec, wrapper.runs = None, False
+        wrapper.gate.unbind("its process has ended")

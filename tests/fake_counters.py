@@ -142,6 +142,11 @@ class FakeNVML:
         assert self.opened > 0
         self.opened -= 1
 
+    def nvmlSystemGetDriverVersion(self) -> str:
+        if self.opened == 0:
+            self._raise(pynvml.NVML_ERROR_UNINITIALIZED)
+        return "610.43.02"
+
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGPU:
         found = [gpu for gpu in self._gpus if gpu.uuid == uuid]
         if not found:

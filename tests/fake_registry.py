@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from registry.api import EventState, HealthState, LLMState, MachineState, MeasurementState, RequestState, WrapperState
-from registry.errors import UnknownMeasurement, UnknownRequest
+from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.service import Idempotency
 from registry.state import NewRequest, Priority, RequestStatus
 
@@ -21,6 +21,7 @@ class FakeRegistry:
         self.calls: list[tuple[str, tuple[Any, ...], float]] = []
         self.error: Exception | None = None
         self.health = "ok"
+        self.draining = False
         self.requests: dict[str, RequestState] = {}
 
     async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
@@ -80,11 +81,30 @@ class FakeRegistry:
         ).model_dump_json()
 
     def _machines(self) -> str:
+        return f"[{self._machine('a')}]"
+
+    def _machine(self, machine_id: str) -> str:
+        if machine_id != "a":
+            raise UnknownMachine(machine_id, "there are a")
         wrapper = WrapperState(wrapper="a-0", status="idle", gpus=0, llm=None, leased=False)
-        machine = MachineState(
-            machine="a", address="10.0.0.1", alive=True, gpus=0, gpuType=None, memoryBytes=None, wrappers=[wrapper]
-        )
-        return json.dumps([machine.model_dump(mode="json")])
+        return MachineState(
+            machine="a",
+            address="10.0.0.1",
+            alive=True,
+            gpus=0,
+            gpuType=None,
+            memoryBytes=None,
+            drain="draining" if self.draining else None,
+            wrappers=[wrapper],
+        ).model_dump_json()
+
+    def _drain(self, machine_id: str) -> str:
+        self.draining = True
+        return self._machine(machine_id)
+
+    def _undrain(self, machine_id: str) -> str:
+        self.draining = False
+        return self._machine(machine_id)
 
     def _llms(self) -> str:
         llm = LLMState(

@@ -169,7 +169,7 @@ class SimulatedCluster:
     def look_at(self, wrapper_id: str, allocator: Allocator) -> Event | None:
         """What the registry's watch makes of a wrapper."""
         record, wrapper = allocator.wrapper(wrapper_id), self.wrappers.get(wrapper_id)
-        if record is None or record.status is WrapperStatus.LOST:
+        if record is None or record.status in (WrapperStatus.LOST, WrapperStatus.OFF):
             return None
         if wrapper is None:
             return WrapperFailed(wrapper_id, "no answer")

@@ -12,7 +12,20 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Column, Dialect, Float, ForeignKey, Index, Integer, MetaData, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    false,
+)
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from registry.state import LLMMemory, LLMSpec, Priority, RequestStatus, WrapperStatus, canonical_json
@@ -131,6 +144,9 @@ MACHINES = Table(
     _may("gpu_type", Text),
     _may("memory_bytes", BigInteger),
     _may("gpu_memory_bytes", BigInteger),
+    _must("draining", Boolean, server_default=false()),
+    _may("zone", Text),
+    _may("region", Text),
 )
 WRAPPERS = Table(
     "wrappers",
@@ -159,6 +175,7 @@ MEASUREMENTS = Table(
     _must("flags", _Strings),
     _must("created_s", Float),
     _may("gpu_type", Text),
+    _may("versions", Text),
 )
 # A request outlives its wrapper and its machine: those two are names here, not foreign keys.
 REQUESTS = Table(

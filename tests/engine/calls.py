@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterable, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -40,10 +41,11 @@ def at_the_gate(llm: RunningLLM, *, prompt_max_s: float = 60.0) -> httpx.AsyncCl
         "uses_chat_template": False,
         "args": {"prompting": {"max_new_tokens": 500, "ignore_eos": True}, "deployment": {}},
     }
-    lease = LeaseGate(time.monotonic)
-    lease.bind(LeaseGrant("request-1", 1, "token", json.dumps(config), ends_in_s=600.0, idle_limit_s=600.0))
+    gate = LeaseGate(time.monotonic, fence_s=600.0, process="this")
+    lease = LeaseGrant("request-1", 1, "token", json.dumps(config), ends_in_s=600.0, idle_limit_s=600.0)
+    gate.bind(replace(lease, as_of=gate.moment))
     app = PromptGate(
-        lease,
+        gate,
         PromptMeter(EnergySettings(), gpus=0),
         engine=lambda: (None, str(llm.death_reason)) if llm.died.is_set() else (llm, "ready"),
         max_in_flight=8,

@@ -47,7 +47,19 @@ SMALL = Snapshot((MACHINE,), (WRAPPER,), (MEASUREMENT,), (REQUEST,), (LEASE,))
 
 EXTREME = Snapshot(
     machines=(
-        Machine(ODD, ODD, ODD, alive=False, gpus=16, gpu_type=ODD, memory_bytes=BIGGEST, gpu_memory_bytes=BIGGEST),
+        Machine(
+            machine_id=ODD,
+            node_id=ODD,
+            address=ODD,
+            alive=False,
+            gpus=16,
+            gpu_type=ODD,
+            memory_bytes=BIGGEST,
+            gpu_memory_bytes=BIGGEST,
+            draining=True,
+            zone=ODD,
+            region=ODD,
+        ),
         Machine("", "", ""),
     ),
     wrappers=(
@@ -68,7 +80,7 @@ EXTREME = Snapshot(
         Wrapper("", "", ""),
     ),
     measurements=(
-        Measurement(BIGGEST, BIGGEST, ODD, Priority.HIGH, ODD, (ODD, "", "machine_changed"), 1.7e9 + 1e-6, ODD),
+        Measurement(BIGGEST, BIGGEST, ODD, Priority.HIGH, ODD, (ODD, "", "machine_changed"), 1.7e9 + 1e-6, ODD, ODD),
         Measurement(1, 0),
     ),
     requests=(

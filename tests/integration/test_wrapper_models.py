@@ -18,6 +18,7 @@ from registry.errors import EngineStartFailed, StaleEpoch
 from registry.reconcile import LeaseGrant
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
 from registry.state import LLMSpec
+from tests.fake_cluster import UNTOLD
 from tests.fake_hub import FILES, FakeHub
 
 HUB_LLM = LLMSpec("org/tiny", "text-generation")
@@ -123,7 +124,7 @@ async def test_a_download_is_a_phase(hub: FakeHub, make: Make) -> None:
     wrapper = await make()
     deploy = asyncio.create_task(wrapper.deploy(1, HUB_LLM, None))
     await repository.until_held()
-    report = await wrapper.report()
+    report = await wrapper.report(UNTOLD)
     assert report.phase == "downloading"
     assert report.progress is not None
     assert 0 <= report.progress < 1
@@ -133,12 +134,12 @@ async def test_a_download_is_a_phase(hub: FakeHub, make: Make) -> None:
     (started,) = wrapper.host.started
     assert files_in(started["model"])["config.json"] == FILES["config.json"]
     assert (started["revision"], started["served_model_name"]) == ("c" * 40, "org/tiny")
-    report = await wrapper.report()
+    report = await wrapper.report(UNTOLD)
     assert (report.phase, report.progress, report.revision) == (None, None, "c" * 40)
     assert (report.warm, report.cold_reason) == (False, "it is a fake")
     assert await wrapper.bind(2, grant()) == "c" * 40
     await wrapper.stop(3)
-    assert (await wrapper.report()).revision is None
+    assert (await wrapper.report(UNTOLD)).revision is None
 
 
 async def test_a_hung_download_is_cut_at_the_deadline(hub: FakeHub, make: Make, folder: LLMSpec) -> None:
@@ -180,10 +181,10 @@ async def test_a_lease_keeps_its_commit(hub: FakeHub, make: Make) -> None:
     await wrapper.stop(2)
     hub.add("org/tiny", FILES | {"config.json": b'{"new": 1}'}, commit="2" * 40)
     await wrapper.deploy(3, HUB_LLM, grant("1" * 40))
-    assert (await wrapper.report()).revision == "1" * 40
+    assert (await wrapper.report(UNTOLD)).revision == "1" * 40
     await wrapper.stop(4)
     await wrapper.deploy(5, HUB_LLM, None)
-    assert (await wrapper.report()).revision == "2" * 40
+    assert (await wrapper.report(UNTOLD)).revision == "2" * 40
     await wrapper.stop(6)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from registry.allocator import Allocator
-from registry.errors import InvalidField, LLMNeverFits, UnknownRequest
+from registry.errors import InvalidField, LLMNeverFits, UnknownMachine, UnknownRequest
 from registry.fit import GIB
 from registry.state import (
     BindLease,
@@ -23,8 +23,10 @@ from registry.state import (
     Limits,
     LLMMemory,
     Machine,
+    MachineDrained,
     MachineJoined,
     MachineLost,
+    MachineUndrained,
     NewRequest,
     Priority,
     Request,
@@ -36,6 +38,7 @@ from registry.state import (
     WrapperFailed,
     WrapperRemoved,
     WrapperStatus,
+    WrapperSwitchedOff,
 )
 from tests.allocator_scene import Memory, llm
 from tests.simulated_cluster import SimulatedCluster
@@ -98,6 +101,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.token_of: dict[str, str] = {}
         self.served_on: dict[int, set[str]] = {}
         self.overtaken: dict[str, int] = {}
+        self.leased_before: dict[str, set[str]] = {}
+        """The leases that there were on each machine that is drained, when that began."""
 
     def new_token(self) -> str:
         return f"token-{next(self.tokens)}"
@@ -167,7 +172,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             pin = None if known is None else known.machine_id
             asked_type = known.gpu_type if known is not None and unfinished else gpu_type
             alike = [w for w in there if self.is_of_type(asked_type, w)]
-            on_pin = [w for w in there if w.machine_id == pin and usable(w)]
+            on_pin = [w for w in there if w.machine_id == pin and usable(w) and not self.is_draining(w.machine_id)]
             together: list[Request | NewRequest] = [*unfinished, *new]
             assert not any(all(self.fits(each, w) for each in together) for w in alike) or (
                 on_pin and not all(any(self.fits(each, w) for w in on_pin) for each in new)
@@ -251,6 +256,39 @@ class AllocatorMachine(RuleBasedStateMachine):
         for machine_id in sorted(MACHINES):
             self.machine_joins(machine_id)
 
+    @precondition(lambda self: self.allocator.machines())
+    @rule(n=some, undrains=st.booleans())
+    def operator_drains(self, n: int, undrains: bool) -> None:
+        machines = sorted(machine.machine_id for machine in self.allocator.machines())
+        machine_id = machines[n % len(machines)]
+        if undrains:
+            self.leased_before.pop(machine_id, None)
+            self.tell(MachineUndrained(machine_id))
+        else:
+            self.leased_before.setdefault(machine_id, self.leases_on(machine_id))
+            self.tell(MachineDrained(machine_id))
+
+    @precondition(lambda self: self.leased_before)
+    @rule(n=some, removes=st.booleans())
+    def drained_machine_is_reconciled(self, n: int, removes: bool) -> None:
+        """As the reconciliation does it; the registry may die before the wrapper is removed."""
+        machines = sorted(self.leased_before)
+        for wrapper in self.allocator.wrappers_on(machines[n % len(machines)]):
+            self.tell(WrapperSwitchedOff(wrapper.wrapper_id))
+            after = self.allocator.wrapper(wrapper.wrapper_id)
+            assert after is not None
+            assert (after.status is W.OFF) == (wrapper.request_id is None)
+            if after.status is W.OFF and removes:
+                self.cluster.remove(wrapper.wrapper_id)
+
+    @rule()
+    def operator_names_what_never_was(self) -> None:
+        before = self.allocator.snapshot()
+        for event in (MachineDrained("never"), MachineUndrained("never")):
+            with pytest.raises(UnknownMachine):
+                self.tell(event)
+        assert self.allocator.snapshot() == before
+
     @precondition(lambda self: self.cluster.wrappers)
     @rule(
         n=some,
@@ -302,12 +340,17 @@ class AllocatorMachine(RuleBasedStateMachine):
     def machine_joins(self, machine_id: str) -> None:
         """A machine is there, with all its wrappers, as the registry's reconciliation tells it; not how much memory."""
         machine, wrapper_ids, gpus = MACHINES[machine_id]
-        if self.allocator.machine(machine_id) not in (machine, bare(machine)):
+        known = self.allocator.machine(machine_id)
+        if known is None or replace(known, draining=False) not in (machine, bare(machine)):
             self.tell(MachineJoined(bare(machine)))
         for n, wrapper_id in enumerate(wrapper_ids):
             record = self.allocator.wrapper(wrapper_id)
-            if wrapper_id not in self.cluster.wrappers or record is None or record.gpus != gpus:
+            if self.is_draining(machine_id) and (record is None or record.request_id is None):
+                continue
+            gone = wrapper_id not in self.cluster.wrappers or record is None or record.gpus != gpus
+            if gone:
                 self.cluster.add(wrapper_id)
+            if gone or (record is not None and record.status is W.OFF):
                 home = LLMS["A"] if n == 0 else None
                 self.tell(WrapperAdded(wrapper_id, machine_id, f"http://{wrapper_id}", gpus, home))
 
@@ -355,7 +398,9 @@ class AllocatorMachine(RuleBasedStateMachine):
             return False
         measurement = self.allocator.measurement(request.measurement_id)
         pin = measurement.machine_id
-        others = [w for w in self.allocator.wrappers() if usable(w)]
+        others = [w for w in self.allocator.wrappers() if usable(w) and not self.is_draining(w.machine_id)]
+        if self.is_draining(wrapper.machine_id):
+            return False
 
         def fits_all(other: Wrapper) -> bool:
             return all(self.fits(each, other) for each in self.unfinished(request.measurement_id))
@@ -376,6 +421,14 @@ class AllocatorMachine(RuleBasedStateMachine):
         if wrapper.gpus < asked.spec.gpus or asked.memory is None or has_bytes is None:
             return wrapper.gpus >= asked.spec.gpus
         return asked.memory.weights_bytes <= has_bytes * (asked.memory.gpus or max(1, wrapper.gpus))
+
+    def is_draining(self, machine_id: str) -> bool:
+        machine = self.allocator.machine(machine_id)
+        return machine is not None and machine.draining
+
+    def leases_on(self, machine_id: str) -> set[str]:
+        wrappers = self.allocator.wrappers_on(machine_id)
+        return {lease.request_id for w in wrappers if (lease := self.allocator.lease_by_wrapper(w.wrapper_id))}
 
     def is_of_type(self, asked: str | None, wrapper: Wrapper) -> bool:
         return asked is None or GPU_TYPES[asked] == self.gpu_type(wrapper.machine_id)
@@ -400,6 +453,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.a_request_keeps_its_address_once_it_has_one,
             self.nobody_waits_while_something_is_free,
             self.nobody_is_overtaken_too_often,
+            self.a_drained_machine_gets_no_new_lease,
         ):
             rule_of_the_house()
 
@@ -444,7 +498,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     def a_token_whose_lease_has_ended_is_being_revoked(self) -> None:
         for wrapper_id, wrapper in self.cluster.wrappers.items():
             record, lease = self.allocator.wrapper(wrapper_id), self.allocator.lease_by_wrapper(wrapper_id)
-            given_up = record is None or record.status in (W.FAILED, W.LOST)
+            given_up = record is None or record.status in (W.FAILED, W.LOST, W.OFF)
             if (
                 wrapper.token is None
                 or wrapper.empty
@@ -478,11 +532,22 @@ class AllocatorMachine(RuleBasedStateMachine):
         for request_id, times in self.overtaken.items():
             assert times <= self.allocator.request(request_id).overtaken <= LIMITS.max_overtakes
 
+    def a_drained_machine_gets_no_new_lease(self) -> None:
+        draining = {machine.machine_id for machine in self.allocator.machines() if machine.draining}
+        assert draining == set(self.leased_before), "it is drained from the operator's one word to the other"
+        for machine_id, before in self.leased_before.items():
+            assert self.leases_on(machine_id) <= before
+            for wrapper in self.allocator.wrappers_on(machine_id):
+                assert wrapper.request_id is None or wrapper.request_id in before
+
     # --- the end ----------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
         """When everything works again and every client releases what it gets, every request comes to an end."""
         self.registry_restarts()
+        for machine_id in sorted(self.leased_before):
+            self.tell(MachineUndrained(machine_id))
+        self.leased_before.clear()
         for machine_id in sorted(MACHINES):
             self.machine_joins(machine_id)
         for _ in range(200):
@@ -507,7 +572,7 @@ def bare(machine: Machine) -> Machine:
 
 
 def usable(wrapper: Wrapper) -> bool:
-    return wrapper.status not in (W.LOST, W.FAILED)
+    return wrapper.status not in (W.LOST, W.FAILED, W.OFF)
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase

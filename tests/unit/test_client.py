@@ -279,6 +279,57 @@ def test_pages(registry: Make) -> None:
     assert script.asked == ["GET /machines"]
 
 
+MACHINE: dict[str, Any] = {
+    "machine": "gpu 1",
+    "address": "10.0.0.1",
+    "alive": True,
+    "gpus": 0,
+    "gpuType": None,
+    "memoryBytes": None,
+    "drain": "draining",
+    "leases": 1,
+    "wrappers": [],
+}
+HEALTH = {"status": "degraded", "wrappers": 1, "usable": 0, "queued": 3, "version": "0"}
+
+
+def test_drain_and_undrain(registry: Make) -> None:
+    """Both are asked again while the registry restarts, and give the machine as it is then."""
+    client, script = registry(httpx.Response(503, json=BUSY), MACHINE, {**MACHINE, "drain": None})
+    assert client.drain("gpu 1").drain == "draining"
+    assert client.undrain("gpu 1").drain is None
+    path = "/machines/gpu%201/drain"
+    assert script.asked == [f"POST {path}", f"POST {path}", f"DELETE {path}"]
+
+
+@pytest.mark.parametrize("last", ["drained", None])
+def test_drain_is_waited_for(registry: Make, last: str | None) -> None:
+    """Until the machine is drained, or somebody has undrained it; each look is told."""
+    client, script = registry(MACHINE, {**MACHINE, "leases": 0}, {**MACHINE, "drain": last})
+    looks: list[int] = []
+    pauses: list[float] = []
+    state = client.wait_until_drained("gpu 1", on_look=lambda seen: looks.append(seen.leases), sleep=pauses.append)
+    assert state.drain == last
+    assert looks == [1, 0, 1]
+    assert len(pauses) == 2
+    assert set(script.asked) == {"GET /machines/gpu%201"}
+
+
+def test_wait_for_a_drain_has_an_end(registry: Make) -> None:
+    """When the time is up the machine is still being drained, and that is said."""
+    client, _ = registry(MACHINE)
+    with pytest.raises(TimeoutError, match="gpu 1 is still being drained after 0 s"):
+        client.wait_until_drained("gpu 1", timeout_s=0)
+
+
+def test_health_is_told_when_it_is_bad(registry: Make) -> None:
+    """A registry that can serve nobody answers 503 and says how it is; an error in its place is an error."""
+    client, _ = registry(httpx.Response(503, json=HEALTH), HEALTH, httpx.Response(503, json=BUSY))
+    assert client.health().queued == client.health().queued == 3
+    with pytest.raises(AnswerError, match="try again"):
+        client.health()
+
+
 @pytest.mark.parametrize("base_url", ["http://r/prefix", "http://r/prefix/"])
 def test_base_url_may_have_a_path(registry: Make, base_url: str) -> None:
     """A registry behind a path is reached, with or without a slash at the end."""

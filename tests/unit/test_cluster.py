@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
 
 from deployments import cluster as cluster_module
 from deployments.cluster import APPS_BELIEVED_S, RayCluster
 from deployments.models import ModelSources
-from registry.errors import WrapperUnreachable
+from registry.errors import WrapperUnheard, WrapperUnreachable
+from registry.reconcile import Belief
 from registry.settings import Settings
+from tests.fake_cluster import UNTOLD
 from tests.fake_counters import ManualClock
+
+RUNNING = SimpleNamespace(status=ApplicationStatus.RUNNING)
+DELETING = SimpleNamespace(status=ApplicationStatus.DELETING)
 
 
 class FakeServe:
-    """Serve's side: which applications there are. ``asked`` counts how often that was asked."""
+    """Serve's side: which applications there are. ``asked`` counts how often that was asked.
+
+    What is deleted is shown as that once, and is gone then.
+    """
 
     def __init__(self) -> None:
-        self.applications = {"registry": None, "wrapper-a-0": None}
+        self.applications = {"registry": RUNNING, "wrapper-a-0": RUNNING}
         self.asked = 0
+        self.deleted: list[str] = []
 
     def status(self) -> Any:
         self.asked += 1
+        self.applications = {name: app for name, app in self.applications.items() if app is not DELETING}
+        self.applications |= dict.fromkeys(self.deleted, DELETING)
+        self.deleted.clear()
         return SimpleNamespace(applications=dict(self.applications))
+
+    def delete(self, name: str, *, _blocking: bool) -> None:
+        assert not _blocking
+        self.deleted.append(name)
 
     def get_app_handle(self, name: str) -> Any:
         raise RayServeException(f"there is no application {name}")
@@ -37,6 +56,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     """Serve, and a Ray without nodes."""
     fake = FakeServe()
     monkeypatch.setattr("ray.serve.status", fake.status)
+    monkeypatch.setattr("ray.serve.delete", fake.delete)
     monkeypatch.setattr("ray.serve.get_app_handle", fake.get_app_handle)
     monkeypatch.setattr("ray.nodes", list)
     return fake
@@ -68,7 +88,7 @@ async def test_serve_is_asked_rarely_while_all_is_well(
     for _ in range(3):
         await cluster.observe()
     assert serve.asked == 1
-    serve.applications["wrapper-b-0"] = None
+    serve.applications["wrapper-b-0"] = RUNNING
     clock.now_s += APPS_BELIEVED_S
     assert (await cluster.observe()).wrapper_ids == {"a-0", "b-0"}
     assert serve.asked == 2
@@ -81,8 +101,27 @@ async def test_serve_is_asked_at_once_when_a_wrapper_does_not_answer(
     await cluster.observe()
     del serve.applications["wrapper-a-0"]
     with pytest.raises(WrapperUnreachable, match="there is no application"):
-        await cluster.report("a-0")
+        await cluster.report("a-0", UNTOLD)
     assert (await cluster.observe()).wrapper_ids == frozenset()
+
+
+async def test_removed_is_what_is_gone(cluster: RayCluster, serve: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removing ends when Serve has none of the wrappers any more; what else there is stays."""
+    monkeypatch.setattr(cluster_module, "REMOVE_POLL_S", 0.0)
+    serve.applications["wrapper-b-0"] = RUNNING
+    await cluster.remove(["a-0", "b-0"])
+    assert serve.applications == {"registry": RUNNING}
+
+
+async def test_what_is_being_deleted_is_leaving(cluster: RayCluster, serve: FakeServe, clock: ManualClock) -> None:
+    """An application that Serve deletes counts as deployed no more, and Serve is asked each time until it is gone."""
+    serve.deleted.append("wrapper-a-0")
+    observed = await cluster.observe()
+    assert observed.wrapper_ids == frozenset()
+    assert observed.leaving == {"a-0"}
+    assert (await cluster.observe()).leaving == frozenset()
+    await cluster.observe()
+    assert serve.asked == 2
 
 
 async def test_serve_that_did_not_answer_is_asked_again(
@@ -98,3 +137,67 @@ async def test_serve_that_did_not_answer_is_asked_again(
         with pytest.raises(WrapperUnreachable, match="away"):
             await cluster.observe()
     assert (await cluster.observe()).wrapper_ids == {"a-0"}
+
+
+@pytest.mark.parametrize(("on_head", "machines"), [(True, ["head", "worker"]), (False, ["worker"])])
+async def test_the_head_is_a_machine_if_it_shall_be(
+    serve: FakeServe, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, on_head: bool, machines: list[str]
+) -> None:
+    """Where the head is there to decide only, no wrapper is put on it."""
+    nodes = [
+        {"Alive": True, "NodeID": "1", "NodeName": "head", "Resources": {"node:__internal_head__": 1}},
+        {"Alive": True, "NodeID": "2", "NodeName": "worker", "Resources": {}},
+    ]
+    monkeypatch.setattr("ray.nodes", lambda: [{"NodeManagerAddress": node["NodeName"], **node} for node in nodes])
+    settings = Settings.model_validate({"wrappers": {"on_head": on_head}})
+    observed = await RayCluster(settings, ModelSources(True, (), Path("/"))).observe()
+    assert [machine.machine_id for machine in observed.machines] == machines
+
+
+class Silent:
+    """A handle of a wrapper that gives no answer."""
+
+    class report:  # noqa: N801 - the name of a wrapper's method
+        """Its only method."""
+
+        @staticmethod
+        async def remote(_belief: Belief) -> None:
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("states", "raised"),
+    [({"RECOVERING": 1}, WrapperUnheard), ({"RUNNING": 1}, WrapperUnreachable), ({"STARTING": 1}, WrapperUnreachable)],
+)
+async def test_a_wrapper_that_serve_itself_looks_for_is_not_blamed(
+    serve: FakeServe, monkeypatch: pytest.MonkeyPatch, states: dict[str, int], raised: type[Exception]
+) -> None:
+    """While a new controller of Serve's finds its replicas, no answer means nothing; at any other time it does."""
+    deployment = SimpleNamespace(replica_states=states)
+    serve.applications["wrapper-a-0"] = SimpleNamespace(deployments={"LLMWrapper": deployment})
+    monkeypatch.setattr("ray.serve.get_app_handle", lambda _name: Silent())
+    settings = Settings.model_validate({"watch": {"report_timeout_s": 0.01}})
+    with pytest.raises(WrapperUnreachable) as caught:
+        await RayCluster(settings, ModelSources(True, (), Path("/"))).report("a-0", UNTOLD)
+    assert type(caught.value) is raised
+
+
+async def test_while_serve_is_away_no_wrapper_is_blamed(serve: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that does not answer is asked by one thread, however many wrappers give no answer."""
+    asked, back = [], threading.Event()
+
+    def status() -> None:
+        asked.append(1)
+        back.wait(10)
+
+    monkeypatch.setattr("ray.serve.status", status)
+    monkeypatch.setattr("ray.serve.get_app_handle", lambda _name: Silent())
+    monkeypatch.setattr(cluster_module, "SERVE_TIMEOUT_S", 0.01)
+    cluster = RayCluster(
+        Settings.model_validate({"watch": {"report_timeout_s": 0.01}}), ModelSources(True, (), Path("/"))
+    )
+    for wrapper_id in ("a-0", "b-0", "a-0"):
+        with pytest.raises(WrapperUnheard):
+            await cluster.report(wrapper_id, UNTOLD)
+    assert len(asked) == 1
+    back.set()

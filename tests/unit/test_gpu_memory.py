@@ -23,7 +23,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeGPU, FakeGPU]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, nvml: FakeNVML) -> None:
-    monkeypatch.setattr(gpu_memory, "pynvml", nvml)
     monkeypatch.setattr(energy_sources, "pynvml", nvml)
 
 

@@ -552,3 +552,23 @@ async def test_call_has_a_time_limit(find: Callable[..., list[str]], monkeypatch
     find(FakeActor(asyncio.Event().wait))
     with pytest.raises(RegistryUnavailable, match=r"no answer within 0\.01 s"):
         await RegistryClient().call("state", "x", wait_s=0.01)
+
+
+# --- machines ----------------------------------------------------------------------------------------------
+
+
+async def test_machine_is_drained_and_undrained(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """Each answers with the machine as it is from then on, also when it is asked twice."""
+    for method, drain in (("POST", "draining"), ("POST", "draining"), ("DELETE", None), ("DELETE", None)):
+        response = await http.request(method, "/machines/a/drain")
+        assert (response.status_code, response.json()["drain"]) == (200, drain)
+    assert (await http.get("/machines/a")).json() == (await http.get("/machines")).json()[0]
+    assert [method for method, _, _ in registry.calls][:4] == ["drain", "drain", "undrain", "undrain"]
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/drain"), ("DELETE", "/drain"), ("GET", "")])
+async def test_unknown_machine_is_a_404(http: httpx.AsyncClient, method: str, path: str) -> None:
+    """It says which there are."""
+    response = await http.request(method, f"/machines/b{path}")
+    assert (response.status_code, response.json()["code"]) == (404, "unknown_machine")
+    assert "there are a" in response.json()["message"]

@@ -11,11 +11,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from deployments import lease_gate
 from deployments.lease_gate import LeaseGate
-from registry.errors import EngineNotReady, LeaseEnded, NoSuchLease
-from registry.reconcile import LeaseGrant
+from registry.errors import EngineNotReady, LeaseEnded, NoSuchLease, RegistryUnheard
+from registry.reconcile import LeaseGrant, Moment
 from tests.fake_counters import ManualClock
 
 GRANT = LeaseGrant("request-1", 1, "token-1", "{}", ends_in_s=100.0, idle_limit_s=10.0)
+FENCE_S = 30.0
 OTHER = replace(GRANT, request_id="request-2", token="token-2")
 
 
@@ -26,7 +27,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def gate(clock: ManualClock) -> LeaseGate:
-    return LeaseGate(clock)
+    return LeaseGate(clock, fence_s=FENCE_S, process="this")
 
 
 def ended_how(gate: LeaseGate, token: str) -> str:
@@ -227,6 +228,70 @@ def test_old_tokens_are_forgotten(gate: LeaseGate, monkeypatch: pytest.MonkeyPat
     assert [ended_how(gate, token) for token in ("t2", "t3")] == ["released", "released"]
 
 
+# --- the fence ---------------------------------------------------------------------------------------------
+
+
+def heard(gate: LeaseGate) -> bool:
+    """Whether new prompts of the bound lease are taken."""
+    try:
+        gate.require_heard()
+    except RegistryUnheard:
+        return False
+    return True
+
+
+def test_fence_is_the_first_moment_outside(gate: LeaseGate, clock: ManualClock) -> None:
+    """Prompts are taken while the last word is younger than the fence, and again with the next; the lease stays."""
+    gate.bind(replace(GRANT, as_of=gate.moment, idle_limit_s=1000.0))
+    clock.now_s += 29.999
+    assert heard(gate)
+    clock.now_s = 1030.0
+    assert not heard(gate)
+    assert gate.check("token-1").token == "token-1"
+    gate.believe("request-1", gate.moment)
+    assert heard(gate)
+
+
+def test_a_word_counts_from_when_it_was_said(gate: LeaseGate, clock: ManualClock) -> None:
+    """A word that was on its way for long opens nothing, and takes nothing from one that was quicker."""
+    said = gate.moment
+    clock.now_s += 20
+    gate.bind(replace(GRANT, as_of=gate.moment, idle_limit_s=1000.0))
+    gate.believe("request-1", said)
+    clock.now_s += 29
+    assert heard(gate)
+    clock.now_s += 1
+    gate.believe("request-1", said)
+    gate.bind(replace(GRANT, as_of=said, idle_limit_s=1000.0))
+    assert not heard(gate)
+
+
+@pytest.mark.parametrize("as_of", [None, Moment("another", 1e9)])
+def test_a_moment_of_another_process_says_nothing(gate: LeaseGate, as_of: Moment | None) -> None:
+    """What was said to a process that is gone, or before anybody heard of this one, lets nobody in."""
+    gate.bind(replace(GRANT, as_of=as_of))
+    gate.believe("request-1", as_of)
+    assert not heard(gate)
+    gate.believe("request-1", gate.moment)
+    assert heard(gate)
+    gate.believe("request-2", as_of)
+    assert heard(gate)
+
+
+def test_a_word_for_another_is_none_for_the_bound_lease(gate: LeaseGate) -> None:
+    """Who is told that somebody else has the lease, or nobody, takes no prompts, until it is bound anew."""
+    for believed in (None, "request-2"):
+        gate.bind(replace(GRANT, as_of=gate.moment))
+        assert heard(gate)
+        gate.believe(believed, gate.moment)
+        assert not heard(gate)
+
+
+def test_without_a_lease_there_is_nothing_to_hear(gate: LeaseGate) -> None:
+    """The fence is about leases: without one the token itself is refused."""
+    assert heard(gate)
+
+
 # --- all of it together ------------------------------------------------------------------------------------
 
 
@@ -238,7 +303,7 @@ class GateMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = ManualClock(0.0)
-        self.gate = LeaseGate(self.clock)
+        self.gate = LeaseGate(self.clock, fence_s=FENCE_S, process="this")
         self.count = 0
         self.grant: LeaseGrant | None = None
         self.deadline_s = self.used_s = 0.0

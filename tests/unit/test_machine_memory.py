@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deployments import energy_sources, machine_memory
+from deployments import energy_sources
 from deployments.machine_memory import gpu_memory_bytes, main_memory_bytes
 from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML
 
@@ -20,8 +20,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNVML:
     smaller = FakeGPU(OTHER_UUID)
     smaller.memory_bytes = 40 * GIB
     fake = FakeNVML(FakeGPU(), smaller)
-    for module in (machine_memory, energy_sources):
-        monkeypatch.setattr(module, "pynvml", fake)
+    monkeypatch.setattr(energy_sources, "pynvml", fake)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{UUID},{OTHER_UUID}")
     return fake
 
@@ -49,9 +48,18 @@ def test_what_nvml_does_not_tell_is_not_known(nvml: FakeNVML, monkeypatch: pytes
 
 def test_no_nvml_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a driver the memory of GPUs is not known."""
-    monkeypatch.setattr(machine_memory, "pynvml", FakeNVML(init_error=9))
+    monkeypatch.setattr(energy_sources, "pynvml", FakeNVML(init_error=9))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", UUID)
     assert gpu_memory_bytes(1) is None
+
+
+def test_driver_is_named(nvml: FakeNVML, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its version is NVML's, which is given back; without NVML that is said, not guessed."""
+    assert energy_sources.driver_version() == "610.43.02"
+    assert nvml.opened == 0
+    monkeypatch.setattr(energy_sources, "pynvml", FakeNVML(init_error=9))
+    with pytest.raises(energy_sources.ReadFailed):
+        energy_sources.driver_version()
 
 
 @pytest.mark.parametrize(("limit", "is_limited"), [("1073741824\n", True), ("max\n", False), (None, False)])

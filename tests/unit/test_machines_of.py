@@ -41,6 +41,25 @@ def test_machine_without_gpu() -> None:
     assert machine.alive
 
 
+def test_labels_tell_where_a_machine_stands() -> None:
+    """Zone and region are the labels that Ray's launchers set; the GPU type is the label's before the resource's."""
+    labels = {
+        "ray.io/node-id": "n1",
+        "ray.io/availability-zone": "eu-central-1a",
+        "ray.io/availability-region": "eu-central-1",
+        "ray.io/accelerator-type": "H100",
+    }
+    (machine,) = machines_of([node("n1", Labels=labels, resources={"GPU": 1.0, "accelerator_type:G": 1.0})])
+    assert (machine.zone, machine.region, machine.gpu_type) == ("eu-central-1a", "eu-central-1", "H100")
+
+
+@pytest.mark.parametrize("labels", [None, {}, {"ray.io/node-id": "n1"}, {"ray.io/availability-zone": ""}])
+def test_what_labels_do_not_tell_is_not_known(labels: dict[str, str] | None) -> None:
+    """A node without labels is nowhere in particular, and its GPU type is the resource's."""
+    (machine,) = machines_of([node("n1", Labels=labels, resources={"GPU": 1.0, "accelerator_type:A100": 1.0})])
+    assert (machine.zone, machine.region, machine.gpu_type) == (None, None, "A100")
+
+
 def test_dead_nodes_are_no_machines() -> None:
     """Ray lists dead nodes, with empty resources: they are passed over."""
     assert machines_of([node("n1", Alive=False, Resources={})]) == ()

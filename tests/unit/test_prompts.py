@@ -33,6 +33,7 @@ LLMCONFIG = {
     "args": {"prompting": {"max_new_tokens": 5, "do_sample": False}, "deployment": {}},
 }
 GRANT = LeaseGrant("request-1", 1, TOKEN, json.dumps(LLMCONFIG), ends_in_s=100.0, idle_limit_s=10.0)
+FENCE_S = 30.0
 COST: Mapping[str, Any] = {"sci_score": None, "sci_method": "unavailable"}
 
 
@@ -121,12 +122,16 @@ class Wrapper:
 
     def __init__(self) -> None:
         self.clock = ManualClock()
-        self.gate = LeaseGate(self.clock)
+        self.gate = LeaseGate(self.clock, fence_s=FENCE_S, process="this")
         self.meter = FakeMeter()
         self.engine = FakeEngine()
         self.state: tuple[FakeEngine | None, str] = (self.engine, "ready")
         self.app = self.make()
-        self.gate.bind(GRANT)
+        self.bind(GRANT)
+
+    def bind(self, grant: LeaseGrant) -> None:
+        """As the registry does, having heard of this wrapper just now."""
+        self.gate.bind(replace(grant, as_of=self.gate.moment))
 
     def make(self, *, max_in_flight: int = 4, prompt_max_s: float = 60.0, finish: bool = False) -> PromptGate:
         self.app = PromptGate(
@@ -249,7 +254,7 @@ async def test_status_says_that_the_llm_is_being_started(wrapper: Wrapper) -> No
 
 async def test_fresh_wrapper_says_try_again(wrapper: Wrapper) -> None:
     """A wrapper whose process is new does not call a lease over that the registry is about to bind again."""
-    wrapper.gate = LeaseGate(wrapper.clock)
+    wrapper.gate = LeaseGate(wrapper.clock, fence_s=FENCE_S, process="new")
     wrapper.make()
     for method, path in PATHS:
         answer = await wrapper.call(method, path, {"question": "Why?"}).done()
@@ -284,7 +289,7 @@ async def test_chat_template_is_used_when_asked_for(wrapper: Wrapper) -> None:
 async def test_raw_prompt_without_chat_template(wrapper: Wrapper) -> None:
     """Without it the question goes to the LLM as it is."""
     config = {**LLMCONFIG, "uses_chat_template": False, "args": {"prompting": {"top_k": 7}, "deployment": {}}}
-    wrapper.gate.bind(replace(GRANT, llmconfig=json.dumps(config)))
+    wrapper.bind(replace(GRANT, llmconfig=json.dumps(config)))
     answer = await wrapper.prompt("Why?")
     assert answer.json["answer"] == "an answer"
     assert wrapper.engine.bodies == [("/v1/completions", {"model": "tiny", "prompt": "Why?", "top_k": 7})]
@@ -519,7 +524,7 @@ async def test_other_bodies_that_have_begun_just_break(wrapper: Wrapper) -> None
 )
 async def test_deadline_cuts_prompts_by_itself(wrapper: Wrapper, path: str, body: object) -> None:
     """At the lease's deadline its prompts answer 410 "expired", though nobody told the wrapper of it."""
-    wrapper.gate.bind(replace(GRANT, ends_in_s=0.02))
+    wrapper.bind(replace(GRANT, ends_in_s=0.02))
     call = await wrapper.begin(path, body)
     wrapper.clock.now_s += 0.02
     answer = await call.done()
@@ -530,7 +535,7 @@ async def test_deadline_cuts_prompts_by_itself(wrapper: Wrapper, path: str, body
 
 async def test_deadline_breaks_a_stream_and_says_so(wrapper: Wrapper) -> None:
     """A stream that is cut by the deadline ends with an error that says it, and is not complete."""
-    wrapper.gate.bind(replace(GRANT, ends_in_s=0.02))
+    wrapper.bind(replace(GRANT, ends_in_s=0.02))
     call = wrapper.call("POST", "/v1/chat/completions", {"stream": True})
     wrapper.engine.pieces.put_nowait("one")
     await call.next_piece()
@@ -542,9 +547,9 @@ async def test_deadline_breaks_a_stream_and_says_so(wrapper: Wrapper) -> None:
 
 async def test_renewed_lease_keeps_its_prompts(wrapper: Wrapper) -> None:
     """A lease that is bound again with more time before its old deadline: its prompt is not cut at the old one."""
-    wrapper.gate.bind(replace(GRANT, ends_in_s=0.02))
+    wrapper.bind(replace(GRANT, ends_in_s=0.02))
     call = await wrapper.begin()
-    wrapper.gate.bind(GRANT)
+    wrapper.bind(GRANT)
     wrapper.clock.now_s += 0.02
     done, _ = await asyncio.wait({call.task}, timeout=0.06)
     assert not done
@@ -581,7 +586,7 @@ async def test_only_one_leases_prompts_are_cut(wrapper: Wrapper) -> None:
     wrapper.make(finish=True)
     old = await wrapper.begin()
     wrapper.clock.now_s += 100.0
-    wrapper.gate.bind(replace(GRANT, request_id="request-2", token="another"))
+    wrapper.bind(replace(GRANT, request_id="request-2", token="another"))
     new = wrapper.call("POST", "/process_prompt", {"question": "Why?"}, token="another")
     await wrapper.engine.generating.wait()
     wrapper.gate.unbind("released")

@@ -225,6 +225,57 @@ def test_wrapper_of_a_lost_machine_is_kept_in_mind() -> None:
     assert WrapperRemoved("a-0") not in steps.events
 
 
+@pytest.mark.parametrize("status", [WrapperStatus.IDLE, WrapperStatus.READY, WrapperStatus.FAILED, WrapperStatus.LOST])
+def test_drained_machine_wants_no_wrapper(status: WrapperStatus) -> None:
+    """What nobody holds is switched off, deployed or not; what Ray says of the machine does not end its draining."""
+    drained = replace(A, draining=True)
+    wrapper = known(wanted(A)["a"][0], status)
+    for deployed in (frozenset({"a-0"}), frozenset[str]()):
+        assert plan([drained], [wrapper], Observation((A,), deployed), wanted(A)) == Plan(switch_off=("a-0",))
+
+
+def test_drained_machine_keeps_what_is_held() -> None:
+    """A wrapper that is in use stays, and is made anew if it vanished."""
+    drained, (want,) = replace(A, draining=True), wanted(A)["a"]
+    wrapper = replace(known(want, WrapperStatus.LEASED), request_id="r", spec=HOME)
+    assert plan([drained], [wrapper], Observation((A,), frozenset({"a-0"})), wanted(A)) == Plan()
+    vanished = plan([drained], [wrapper], Observation((A,), frozenset()), wanted(A))
+    assert vanished == Plan(events=(added(want),), create=(want,))
+
+
+def test_drained_machine_that_is_off_is_left_alone() -> None:
+    """Nothing is to be done once its wrappers are gone; one that is still deployed (a crash came between) goes."""
+    drained, (want,) = replace(A, draining=True), wanted(A)["a"]
+    off = known(want, WrapperStatus.OFF)
+    assert plan([drained], [off], Observation((A,), frozenset()), wanted(A)) == Plan()
+    assert plan([drained], [], Observation((A,), frozenset()), wanted(A)) == Plan()
+    assert plan([drained], [off], Observation((A,), frozenset({"a-0"})), wanted(A)) == Plan(switch_off=("a-0",))
+
+
+def test_drained_machine_with_a_new_node_gets_nothing() -> None:
+    """What was held there is lost with the old node, so nothing is made anew."""
+    drained, new, (want,) = replace(A, draining=True), replace(A, node_id="node-new"), wanted(A)["a"]
+    wrapper = replace(known(want, WrapperStatus.LEASED), request_id="r", spec=HOME)
+    steps = plan([drained], [wrapper], Observation((new,), frozenset({"a-0"})), wanted(new))
+    joined = MachineJoined(replace(new, draining=True))
+    assert steps == Plan(events=(MachineLost("a", "its Ray node was replaced"), joined), switch_off=("a-0",))
+
+
+def test_undrained_machine_gets_its_wrapper_back() -> None:
+    """A wrapper that was switched off is created; one that was not gone yet is taken on again as it is."""
+    (want,) = wanted(A)["a"]
+    off = known(want, WrapperStatus.OFF)
+    assert plan([A], [off], Observation((A,), frozenset()), wanted(A)) == Plan(events=(added(want),), create=(want,))
+    assert plan([A], [off], Observation((A,), frozenset({"a-0"})), wanted(A)) == Plan(events=(added(want),))
+
+
+@pytest.mark.parametrize("machine", [A, replace(A, draining=True)])
+def test_wrapper_that_is_leaving_is_left_alone(machine: Machine) -> None:
+    """Neither taken on nor made anew while its old deployment is on its way out, whatever is wanted."""
+    off = known(wanted(A)["a"][0], WrapperStatus.OFF)
+    assert plan([machine], [off], Observation((A,), frozenset(), frozenset({"a-0"})), wanted(A)) == Plan()
+
+
 def test_new_base_url_is_told() -> None:
     """Another public URL than before: the wrapper stays and its new address is told."""
     old = known(wanted(A, base_url="http://old")["a"][0])

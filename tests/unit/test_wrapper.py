@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from deployments import energy_sources
 from deployments import wrapper as wrapper_module
 from deployments.engine import StopReport
 from deployments.model_cache import LocalModel
 from deployments.models import ModelSources
 from deployments.weights import weights_of
-from deployments.wrapper import LLMWrapper, WrapperConfig
+from deployments.wrapper import LLMWrapper, WrapperConfig, versions_here
 from registry.errors import StaleEpoch, WrapperUnreachable
-from registry.reconcile import LeaseGrant
+from registry.reconcile import Belief, LeaseGrant
 from registry.settings import EnergySettings, WrapperSettings
 from registry.state import LLMSpec
+from tests.fake_cluster import UNTOLD
+from tests.fake_counters import FakeNVML, ManualClock
 from tests.fake_engine import FakeEngine
 
 LLMCONFIG = json.dumps({"uses_chat_template": False, "args": {"prompting": {}, "deployment": {}}})
@@ -107,6 +113,13 @@ class Client:
         assert isinstance(engine, RunningFake)
         return engine
 
+    async def bind(self, epoch: int, grant: LeaseGrant) -> None:
+        """As the registry does, having heard of this wrapper just now."""
+        await self.wrapper.bind(epoch, replace(grant, as_of=self.wrapper._gate.moment))
+
+    async def status(self, token: str) -> httpx.Response:
+        return await self._http.get(f"/{token}/get_status")
+
     async def prompt(self, token: str) -> httpx.Response:
         return await self._http.post(f"/{token}/process_prompt", json={"question": "Why?"})
 
@@ -122,11 +135,28 @@ class Client:
 Make = Callable[..., Awaitable[Client]]
 
 
+def test_versions_tell_what_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own version is among them; the driver's only where there is a GPU, and NVML tells."""
+    monkeypatch.setattr(energy_sources, "pynvml", FakeNVML())
+    assert {"greenprompt-llm-registry", "ray", "torch"} <= versions_here(0).keys()
+    assert "nvidia-driver" not in versions_here(0)
+    assert versions_here(1)["nvidia-driver"] == "610.43.02"
+    monkeypatch.setattr(energy_sources, "pynvml", FakeNVML(init_error=9))
+    assert versions_here(1) == versions_here(0)
+
+
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
     """Makes a wrapper that runs an LLM, and whose first lease is bound."""
 
-    async def make(*, finish: bool, ends_in_s: float = 60.0, local_roots: tuple[Path, ...] = ()) -> Client:
+    async def make(
+        *,
+        finish: bool,
+        ends_in_s: float = 60.0,
+        local_roots: tuple[Path, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Client:
+        monkeypatch.setattr(wrapper_module, "time", SimpleNamespace(monotonic=clock))
         monkeypatch.setattr(wrapper_module, "EngineHost", FakeHost)
         monkeypatch.setattr(wrapper_module, "ModelCache", FakeModels)
         settings = WrapperSettings(prompt_max_s=5.0)
@@ -137,8 +167,9 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
         wrapper._meter.stop()
         await wrapper.deploy(1, SPEC, None)
         lease = LeaseGrant("request-1", 1, "token-1", LLMCONFIG, ends_in_s=ends_in_s, idle_limit_s=60.0)
-        await wrapper.bind(2, lease)
-        return Client(wrapper)
+        client = Client(wrapper)
+        await client.bind(2, lease)
+        return client
 
     return make
 
@@ -149,7 +180,7 @@ async def test_expired_prompts_are_cut(make: Make) -> None:
     prompt = await client.begin("token-1")
     answer = await prompt
     assert (answer.status_code, answer.json()["code"]) == (410, "lease_ended")
-    await client.wrapper.bind(3, SECOND)
+    await client.bind(3, SECOND)
     client.engine.go.set()
     assert (await client.prompt("token-2")).status_code == 200
 
@@ -169,7 +200,7 @@ async def test_next_lease_waits_for_the_last_prompt(make: Make) -> None:
     client = await make(finish=True)
     prompt = await client.begin("token-1")
     await client.wrapper.unbind(3, "request-1", "expired")
-    bind = asyncio.create_task(client.wrapper.bind(4, SECOND))
+    bind = asyncio.create_task(client.bind(4, SECOND))
     refused = await client.prompt("token-1")
     assert (refused.status_code, refused.json()["code"]) == (410, "lease_ended")
     assert (await client.prompt("token-2")).status_code == 403
@@ -186,7 +217,7 @@ async def test_next_llm_waits_for_the_last_prompt(make: Make) -> None:
     engine, prompt = client.engine, await client.begin("token-1")
     await client.wrapper.unbind(3, "request-1", "expired")
     deploy = asyncio.create_task(client.wrapper.deploy(4, OTHER_SPEC, None))
-    while (report := await client.wrapper.report()).starting is None:
+    while (report := await client.wrapper.report(UNTOLD)).starting is None:
         await asyncio.wait({deploy}, timeout=0)
     assert report.phase == "finishing_prompts"
     assert client.engine is engine
@@ -230,7 +261,7 @@ async def test_a_newer_command_need_not_wait(make: Make) -> None:
     client = await make(finish=True)
     prompt = await client.begin("token-1")
     await client.wrapper.unbind(3, "request-1", "expired")
-    bind = asyncio.create_task(client.wrapper.bind(4, SECOND))
+    bind = asyncio.create_task(client.bind(4, SECOND))
     await asyncio.wait({bind}, timeout=0)
     await client.wrapper.unbind(5, "request-2", "released")
     assert not prompt.done()
@@ -245,7 +276,7 @@ async def test_binding_again_leaves_prompts_alone(make: Make) -> None:
     """A registry that was restarted binds the lease that it knows: nothing of it is cut or waited for."""
     client = await make(finish=False)
     prompt = await client.begin("token-1")
-    await client.wrapper.bind(3, FIRST)
+    await client.bind(3, FIRST)
     client.engine.go.set()
     assert (await prompt).status_code == 200
 
@@ -254,9 +285,89 @@ async def test_another_lease_cuts_one_that_was_not_ended(make: Make) -> None:
     """If the end of a lease was lost, the next one's binding ends it, prompts and all."""
     client = await make(finish=True)
     prompt = await client.begin("token-1")
-    await client.wrapper.bind(3, SECOND)
+    await client.bind(3, SECOND)
     assert (await prompt).status_code == 410
     client.engine.go.set()
+    assert (await client.prompt("token-2")).status_code == 200
+
+
+# --- the fence ---------------------------------------------------------------------------------------------
+
+
+async def test_a_wrapper_that_hears_nothing_takes_no_new_prompts(make: Make) -> None:
+    """Its registry may have ended the lease: new prompts answer 503 until it is heard, those in flight go on."""
+    clock = ManualClock()
+    client = await make(finish=False, clock=clock)
+    heard = client.wrapper._gate.moment
+    running = await client.begin("token-1")
+    clock.now_s += 30.0
+    refused, status = await client.prompt("token-1"), await client.status("token-1")
+    assert (refused.status_code, refused.json()["code"], refused.json()["retryable"]) == (503, "registry_unheard", True)
+    assert refused.headers["retry-after"] == "1"
+    assert "has not heard from the registry for 30 s" in refused.json()["message"]
+    assert (status.json()["message"], status.json()["detail"]) == ("not ready", refused.json()["message"])
+    client.engine.go.set()
+    assert (await running).status_code == 200
+    await client.wrapper.report(Belief(2, "request-1", heard))  # it has been on its way for long
+    assert (await client.prompt("token-1")).status_code == 503
+    await client.wrapper.report(Belief(2, "request-1", client.wrapper._gate.moment))
+    assert (await client.prompt("token-1")).status_code == 200
+    assert (await client.status("token-1")).json()["message"] == "ready"
+
+
+@pytest.mark.parametrize("believed", [None, "request-2"])
+async def test_a_lease_that_the_registry_does_not_know_ends(make: Make, believed: str | None) -> None:
+    """A machine that was given up and is heard of again serves its old lease to nobody, whatever comes afterwards."""
+    client = await make(finish=True)
+    before = client.wrapper._gate.moment
+    prompt = await client.begin("token-1")
+    report = await client.wrapper.report(Belief(2, believed, before))
+    assert report.bound is None
+    for answer in (await prompt, await client.prompt("token-1")):
+        assert (answer.status_code, answer.json()["code"]) == (410, "lease_ended")
+        assert "withdrawn" in answer.json()["message"]
+    await client.wrapper.report(Belief(2, "request-1", client.wrapper._gate.moment))
+    assert (await client.prompt("token-1")).status_code == 410
+
+
+async def test_the_end_of_a_lease_is_its_commands_to_tell(make: Make) -> None:
+    """A report that overtakes the command which ends a lease shuts the gate; how it ended the command says."""
+    client = await make(finish=True)
+    prompt = await client.begin("token-1")
+    await client.wrapper.report(Belief(3, None, client.wrapper._gate.moment))
+    assert (await client.prompt("token-1")).json()["code"] == "registry_unheard"
+    await client.wrapper.unbind(3, "request-1", "expired")
+    assert "expired" in (await client.prompt("token-1")).json()["message"]
+    client.engine.go.set()
+    assert (await prompt).status_code == 200
+
+
+async def test_an_older_word_counts_for_nothing(make: Make) -> None:
+    """A report that was asked for before a command, and comes after it, neither ends a lease nor vouches for one."""
+    clock = ManualClock()
+    client = await make(finish=False, clock=clock)
+    clock.now_s += 29.0
+    await client.wrapper.report(Belief(1, None, client.wrapper._gate.moment))
+    assert (await client.prompt("token-1")).status_code == 200
+    await client.wrapper.report(Belief(1, "request-1", client.wrapper._gate.moment))
+    clock.now_s += 1.0
+    assert (await client.prompt("token-1")).json()["code"] == "registry_unheard"
+
+
+async def test_a_lease_that_waits_to_be_bound_is_heard_of(make: Make) -> None:
+    """The next lease may wait for the last prompt of the one before for longer than the fence: it is open at once."""
+    clock = ManualClock()
+    client = await make(finish=True, clock=clock)
+    prompt = await client.begin("token-1")
+    await client.wrapper.unbind(3, "request-1", "expired")
+    bind = asyncio.create_task(client.bind(4, SECOND))
+    await asyncio.wait({bind}, timeout=0)
+    clock.now_s += 31.0
+    report = await client.wrapper.report(Belief(4, "request-2", client.wrapper._gate.moment))
+    assert report.epoch == 4
+    client.engine.go.set()
+    assert (await prompt).status_code == 200
+    await bind
     assert (await client.prompt("token-2")).status_code == 200
 
 
@@ -269,7 +380,7 @@ async def test_death_of_the_engine_is_reported(make: Make, left: StopReport) -> 
     client = await make(finish=False)
     host: Any = client.wrapper._host
     host.left = left
-    assert (await client.wrapper.report()).unfinished == 0
+    assert (await client.wrapper.report(UNTOLD)).unfinished == 0
     prompt = await client.begin("token-1")
     client.engine.die("it has not answered for 6 s")
     answer = await prompt
@@ -277,7 +388,7 @@ async def test_death_of_the_engine_is_reported(make: Make, left: StopReport) -> 
     assert "it has not answered for 6 s" in answer.json()["message"]
     assert client.wrapper._death_watch is not None
     await asyncio.wait({client.wrapper._death_watch})
-    report = await client.wrapper.report()
+    report = await client.wrapper.report(UNTOLD)
     assert report.died == "; ".join(filter(None, ["it has not answered for 6 s", left.problem]))
     assert (report.running, report.unfinished, report.bound) == (None, None, "request-1")
     late = await client.prompt("token-1")
@@ -295,7 +406,7 @@ async def test_what_an_engine_leaves_makes_its_wrapper_unusable(make: Make) -> N
         await client.wrapper.deploy(4, SPEC, None)
     host.left = StopReport()
     await client.wrapper.deploy(5, SPEC, None)
-    assert (await client.wrapper.report()).running == SPEC.fingerprint
+    assert (await client.wrapper.report(UNTOLD)).running == SPEC.fingerprint
 
 
 # --- LLMs that sleep, and weights that are read ahead --------------------------------------------------------

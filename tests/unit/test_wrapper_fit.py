@@ -16,6 +16,7 @@ from registry.errors import EngineStartFailed
 from registry.settings import EnergySettings, WrapperSettings
 from registry.state import LLMSpec
 from tests.checkpoint_files import LLAMA, write_checkpoint
+from tests.fake_cluster import UNTOLD
 
 GIB = 2**30
 
@@ -140,7 +141,7 @@ async def test_the_configured_kv_cache_is_a_limit(make: Make, tmp_path: Path) ->
 
 async def test_a_wrapper_reports_the_memory_of_its_machine(make: Make) -> None:
     """Of the machine as a whole; of its GPUs where it has some."""
-    report = await (await make(gpus=2, per_machine=2)).report()
+    report = await (await make(gpus=2, per_machine=2)).report(UNTOLD)
     assert (report.memory_bytes, report.gpu_memory_bytes) == (16 * GIB, 24 * GIB)
-    report = await (await make()).report()
+    report = await (await make()).report(UNTOLD)
     assert (report.memory_bytes, report.gpu_memory_bytes) == (16 * GIB, None)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import EngineStartFailed
-from registry.reconcile import LeaseGrant
+from registry.reconcile import LeaseGrant, WrapperPlan
 from registry.state import Changes, LLMSpec, NewRequest, RequestStatus, WrapperStatus
 from registry.store import EventRow, IdempotencyRow
 from tests.fake_cluster import FakeCluster
@@ -109,6 +109,14 @@ class PluggedCluster(FakeCluster):
     async def restart(self, wrapper_id: str) -> None:
         async with self._moments_of("restart"):
             await super().restart(wrapper_id)
+
+    async def create(self, wrappers: Sequence[WrapperPlan]) -> None:
+        async with self._moments_of("create"):
+            await super().create(wrappers)
+
+    async def remove(self, wrapper_ids: Sequence[str]) -> None:
+        async with self._moments_of("remove"):
+            await super().remove(wrapper_ids)
 
 
 class PluggedWorld(World):
@@ -264,6 +272,24 @@ async def a_night(world: PluggedWorld) -> dict[str, RequestStatus]:
     return {"held": S.EXPIRED if expired else S.RELEASED, "waits": S.RELEASED, "later": S.RELEASED}
 
 
+async def a_day_of_maintenance(world: PluggedWorld) -> dict[str, RequestStatus]:
+    """A machine is drained under a lease, goes off and comes back; its measurement moves to another machine."""
+    world.cluster.join("a")
+    await world.insist(ask(world, 1, first=TINY, second=TINY))
+    await world.come_to("first", S.DEPLOYED)
+    await world.insist(lambda: world.service.drain("a"))
+    await world.release("first")
+    await world.come(lambda: world.service.is_off("a"))
+    assert "a-0" not in world.cluster.wrappers
+    world.cluster.join("b")
+    await world.come_to("second", S.DEPLOYED)
+    assert world.service.allocator.measurement(1).flags == ("machine_changed", "machine_drained")
+    await world.insist(lambda: world.service.undrain("a"))
+    await world.come(lambda: world.status_of("a-0") is WrapperStatus.IDLE)
+    await world.release("second")
+    return {"first": S.RELEASED, "second": S.RELEASED}
+
+
 async def lived_through(scenario: Scenario, database: Path, plug: Plug) -> None:
     """Run a scenario to its end, and judge it."""
     world = PluggedWorld(f"sqlite:///{database}", plug)
@@ -294,7 +320,7 @@ def _at_rest(world: PluggedWorld) -> bool:
     return True
 
 
-@pytest.mark.parametrize("scenario", [a_busy_day, a_bad_day, a_night])
+@pytest.mark.parametrize("scenario", [a_busy_day, a_bad_day, a_night, a_day_of_maintenance])
 @pytest.mark.parametrize("second", [None, 1, 4], ids=["once", "again at once", "again soon"])
 async def test_every_moment_is_a_good_one_to_die(
     scenario: Scenario, second: int | None, tmp_path: Path, empty_database: Path

@@ -109,6 +109,11 @@ async def machine_goes(world: World, _request_id: str) -> None:
     world.cluster.join("a")
 
 
+async def drain_and_undrain(world: World, _request_id: str) -> None:
+    world.service.drain("a")
+    world.service.undrain("a")
+
+
 async def registry_dies(world: World, _request_id: str) -> None:
     await world.restart()
 
@@ -133,6 +138,7 @@ COMES: dict[str, Callable[[World, str], Awaitable[None]]] = {
     "the lease's deadline": deadline,
     "the wrapper's process dies": wrapper_dies,
     "its machine goes, and comes back": machine_goes,
+    "its machine is drained, and undrained": drain_and_undrain,
     "the registry actor is killed": registry_dies,
     "shutdown, and the next start": shutdown,
     "everything is killed, and the next start": everything_dies,

@@ -8,6 +8,7 @@ from registry import views
 from registry.errors import (
     EngineStartFailed,
     InvalidField,
+    WrapperUnheard,
     WrapperUnreachable,
 )
 from registry.state import RequestStatus as Status
@@ -200,6 +201,15 @@ async def test_given_up_wrapper_may_come_back(world: World) -> None:
     assert views.request_state(world.service, world.request(request_id)).reason == "no LLM Machine is ready yet"
     world.cluster.hold("a-0", "report").open()
     await world.until_status(request_id, Status.DEPLOYED)
+
+
+async def test_wrapper_that_can_not_be_heard_is_not_blamed(world: World) -> None:
+    """As long as the way to a wrapper is being mended no answer means nothing: it is not restarted, its lease stays."""
+    request_id = await world.deployed(1)
+    world.cluster.fail("a-0", "report", *[WrapperUnheard("a-0", "Serve is being restarted")] * 10)
+    await world.looked(times=12)
+    assert world.cluster.calls["a-0", "restart"] == 0
+    assert world.request(request_id).status is Status.DEPLOYED
 
 
 async def test_wrapper_that_hangs_holds_up_nobody(two: World) -> None:

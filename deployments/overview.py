@@ -1,0 +1,110 @@
+"""What an operator sees of a registry: its machines, and what is not as usual with each of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from registry.api import HealthState, MachineState, WrapperState
+
+
+def overview(health: HealthState, machines: Sequence[MachineState], now: datetime) -> RenderableType:
+    """A line on the registry, a line on its machines, and a table with a row for each wrapper."""
+    lines = [Text(f"Registry {health.version} is {health.status}: {queue(health, machines)}")]
+    if not machines:
+        return Group(*lines, Text("No LLM Machine has joined yet."))
+    lines.append(Text(summary(machines)))
+    table = Table("machine", "GPUs", "status", "LLM", "note", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[:3]:
+        column.no_wrap = True
+    for column in table.columns:
+        column.overflow = "fold"  # a cut name can't be copied
+    for machine in machines:
+        rows: list[WrapperState | None] = [*machine.wrappers] or [None]
+        for n, wrapper in enumerate(rows):
+            notes = [*(machine_notes(machine, now) if n == 0 else ()), *(wrapper_notes(wrapper) if wrapper else ())]
+            table.add_row(
+                Text(machine.machine if n == 0 else ""),
+                Text(gpus_of(machine, wrapper)),
+                Text(wrapper.status if wrapper else "-"),
+                Text((wrapper.llm if wrapper else None) or "-"),
+                Text("; ".join(notes)),
+            )
+    return Group(*lines, Text(), table)
+
+
+def queue(health: HealthState, machines: Sequence[MachineState]) -> str:
+    """How much is used, and how many wait."""
+    leases = sum(machine.leases for machine in machines)
+    return f"{_count(leases, 'LLM')} in use, {_count(health.queued, 'request')} waiting"
+
+
+def summary(machines: Sequence[MachineState]) -> str:
+    """How many machines there are, by how they are."""
+    states = Counter(map(_state_of, machines))
+    return (
+        f"{_count(len(machines), 'machine')}: {', '.join(f'{states[each]} {each}' for each in _ORDER if states[each])}"
+    )
+
+
+_ORDER = ("healthy", "starting", "unhealthy", "lost", "draining", "drained")
+
+
+def _state_of(machine: MachineState) -> str:
+    if not machine.alive:
+        return "lost"
+    return machine.drain or {True: "healthy", False: "unhealthy", None: "starting"}[machine.healthy]
+
+
+def gpus_of(machine: MachineState, wrapper: WrapperState | None) -> str:
+    """How many GPUs a wrapper has, and of which type: ``8 H100``."""
+    gpus = machine.gpus if wrapper is None else wrapper.gpus
+    return f"{gpus} {machine.gpuType}" if gpus and machine.gpuType else str(gpus)
+
+
+def machine_notes(machine: MachineState, now: datetime) -> Iterator[str]:
+    """What is not as usual with a machine, in words."""
+    if not machine.alive:
+        yield "it left the cluster"
+    if machine.drain is not None:
+        yield drain_note(machine)
+    if not machine.healthy and machine.drain is None and machine.lastHeardAt is not None:
+        yield f"last heard of {_ago(now - datetime.fromisoformat(machine.lastHeardAt))} ago"
+    yield from machine.differs
+
+
+def drain_note(machine: MachineState) -> str:
+    """How far the draining of a machine is."""
+    if machine.drain != "draining":
+        return machine.drain or "not drained"
+    if machine.leases:
+        return f"draining: {_count(machine.leases, 'LLM')} still in use"
+    return "draining: its wrappers are being removed"
+
+
+def wrapper_notes(wrapper: WrapperState) -> Iterator[str]:
+    """What a wrapper is doing, or what is wrong with it."""
+    if wrapper.phase is not None:
+        yield wrapper.phase if wrapper.progress is None else f"{wrapper.phase} {wrapper.progress:.0%}"
+    if wrapper.reason is not None:
+        yield wrapper.reason
+    if wrapper.warm is False:
+        yield f"LLMs start cold: {wrapper.coldReason}" if wrapper.coldReason else "LLMs start cold"
+
+
+def _ago(duration: timedelta) -> str:
+    """A duration for people, to the second, minute or hour."""
+    seconds = max(0, round(duration.total_seconds()))
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
