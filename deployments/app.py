@@ -10,12 +10,13 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.schema import ApplicationStatus
 
 from deployments import ingress
 from deployments.cluster import RayCluster
@@ -33,7 +34,17 @@ from registry.store import Store
 INGRESS_APP = "registry"
 """Name of the ingress among Serve's applications."""
 
+EVERY_INTERFACE = ("0.0.0.0", "::")
+"""Hosts that no client can use as an address."""
+
 READY_POLL_S = 0.2
+
+
+class Running(NamedTuple):
+    """Where a registry that was started is reached: its base URL, and Ray's dashboard."""
+
+    url: str
+    dashboard: str
 
 
 def model_sources(settings: Settings) -> ModelSources:
@@ -78,17 +89,18 @@ def require_engine() -> None:
         raise BadSettings("vllm", "is not installed; install greenprompt-llm-registry with the extra cpu or gpu")
 
 
-def start(settings: Settings, ray_folder: Path | None) -> str:
-    """Start everything and return the dashboard's URL once requests can be served.
+def start(settings: Settings, ray_folder: Path | None) -> Running:
+    """Start everything.
 
     Args:
-        settings: with ``ray.address`` None a local cluster is started in ``ray_folder``; else that one is joined,
-            and a registry that runs there already is kept.
+        settings: with ``ray.address`` None a local cluster is started in ``ray_folder``, and LLMs can be requested
+            when this returns. Else that cluster is joined, where machines may still be missing: the registry answers
+            then. One that runs there already is kept as it is.
         ray_folder: folder for a local cluster's files; its environment is prepared.
 
     Raises:
         BadSettings: something in the configuration can't work here.
-        StartFailed: no wrapper was ready in time, or the cluster does not answer.
+        StartFailed: no wrapper was ready in time, or the registry does not answer.
     """
     require_engine()
     home_llms(settings)
@@ -96,22 +108,25 @@ def start(settings: Settings, ray_folder: Path | None) -> str:
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     dashboard = join_ray(settings, ray_folder)
+    settings = told_to_clients(settings, ray.util.get_node_ip_address())
     serve.start(proxy_location="EveryNode", http_options={"host": settings.http.host, "port": settings.http.port})
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     _start_registry(settings)
-    sources = model_sources(settings)
-    serve.run_many(
-        [
-            serve.RunTarget(
-                ingress.deployment(IngressConfig(sources, settings.models.allow_remote_code)),
-                name=INGRESS_APP,
-                route_prefix="/",
-            )
-        ]
-    )
-    _wait_until_usable(settings)
-    return dashboard
+    application = serve.status().applications.get(INGRESS_APP)
+    if application is None or application.status is not ApplicationStatus.RUNNING:
+        config = IngressConfig(model_sources(settings), settings.models.allow_remote_code)
+        serve.run_many([serve.RunTarget(ingress.deployment(config), name=INGRESS_APP, route_prefix="/")])
+    _wait_until_ready(settings, usable=settings.ray.address is None)
+    return Running(settings.base_url, dashboard)
+
+
+def told_to_clients(settings: Settings, address: str) -> Settings:
+    """The settings with a base URL that clients can use: this machine's ``address`` where Serve listens everywhere."""
+    if settings.http.public_url is not None or settings.http.host not in EVERY_INTERFACE:
+        return settings
+    http = settings.http.model_copy(update={"public_url": f"http://{address}:{settings.http.port}"})
+    return settings.model_copy(update={"http": http})
 
 
 def stop(settings: Settings) -> None:
@@ -187,20 +202,21 @@ def _start_registry(settings: Settings) -> None:
         raise BadSettings("database", f"the registry can't start: {str(cause).strip().splitlines()[-1]}") from error
 
 
-def _wait_until_usable(settings: Settings) -> None:
-    """Wait for the ingress to say that a wrapper is usable."""
-    host = "127.0.0.1" if settings.http.host in ("0.0.0.0", "::") else settings.http.host
+def _wait_until_ready(settings: Settings, *, usable: bool) -> None:
+    """Wait for the ingress to say how the registry is; if asked for, that a wrapper is ``usable``."""
+    host = "127.0.0.1" if settings.http.host in EVERY_INTERFACE else settings.http.host
     url = f"http://{host}:{settings.http.port}/healthz"
     limit_s = settings.wrappers.start_timeout_s
     deadline_s = time.monotonic() + limit_s
     while True:
         try:
             answer = httpx.get(url, timeout=10)
-            if answer.is_success:
+            if answer.is_success or (not usable and "status" in answer.json()):
                 return
             problem = answer.text
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, ValueError) as error:
             problem = str(error)
         if time.monotonic() >= deadline_s:
-            raise StartFailed(f"no wrapper was ready within {limit_s:g} s: {problem}")
+            what = "no wrapper" if usable else "the registry"
+            raise StartFailed(f"{what} was not ready within {limit_s:g} s: {problem}")
         time.sleep(READY_POLL_S)

@@ -28,7 +28,7 @@ import psutil
 from pydantic import ValidationError
 
 from deployments import process_tree
-from deployments.engine_env import EngineEnvironment, Phase, PhaseClock
+from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, log_handlers_kept
 from deployments.gpu_memory import GPUMemory
 from deployments.heartbeat import Heartbeat, Work
 from deployments.sleep_mode import SleepMode
@@ -337,8 +337,9 @@ class EngineHost:
 
     def _import(self) -> None:
         """In the engine thread."""
-        for module in _SERVING:
-            importlib.import_module(module)
+        with log_handlers_kept():
+            for module in _SERVING:
+                importlib.import_module(module)
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 

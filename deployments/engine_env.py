@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from deployments.warm_start import PHASE_FILE, forkserver_variables
@@ -258,6 +261,25 @@ def _remove_shared_memory(directory: Path) -> None:
         for file in listed.read_text(encoding="utf-8").splitlines():
             Path(file).unlink(missing_ok=True)
         listed.unlink()
+
+
+@contextmanager
+def log_handlers_kept() -> Iterator[None]:
+    """Handlers that pass on to others go on doing so, whatever a library does about logging meanwhile.
+
+    ``logging.config.dictConfig``, which vLLM calls when it is imported, closes every handler of the process. Those of
+    Serve's replicas (``MemoryHandler``) lose their file by that, and a controller of Serve's that comes back takes a
+    replica which can't name its log file for a broken one, and ends it.
+    """
+    known = logging.root.manager.loggerDict.values()
+    loggers = [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]
+    handlers = [handler for logger in loggers for handler in logger.handlers if isinstance(handler, MemoryHandler)]
+    targets = [(handler, handler.target) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, target in targets:
+            handler.setTarget(target)
 
 
 def remove_shared_memory(base: Path) -> None:

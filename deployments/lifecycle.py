@@ -20,11 +20,11 @@ from typing import Any
 
 from deployments import process_tree
 from deployments.engine_env import remove_shared_memory
+from deployments.haproxy import SERVE_ENVIRONMENT
 from deployments.local_ray import (
     ACCESS_FILE,
     FOLDER_PREFIX,
     QUIET_ENVIRONMENT,
-    SERVE_ENVIRONMENT,
     TEMPORARY,
     local_ray_environment,
     remove_folder,
@@ -53,7 +53,7 @@ def run_in_foreground(settings: Settings, *, say: Say) -> None:
             require_free_port(settings.http.host, settings.http.port, "http.port")
             require_free_port("127.0.0.1", settings.ray.dashboard_port, "ray.dashboard_port")
         else:
-            os.environ.update(QUIET_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {}))
+            os.environ.update(driver_environment(settings))
         with local_ray_environment(settings) if local else nullcontext(None) as folder:
             record(pid=os.getpid(), folder=str(folder) if folder else None)
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -68,10 +68,10 @@ def _run(
     from deployments import app
 
     try:
-        dashboard = app.start(settings, folder)
+        running = app.start(settings, folder)
         for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
             signal.signal(number, lambda *_: stop_wanted.set())
-        ready = {"url": settings.base_url, "dashboard": dashboard}
+        ready = running._asdict()
         record(pid=os.getpid(), folder=str(folder) if folder else None, **ready)
         for line in ready_lines(settings, ready):
             say(line)
@@ -91,6 +91,24 @@ def ready_lines(settings: Settings, ready: dict[str, Any]) -> list[str]:
     if settings.ray.address is None:
         lines.append(f"                 it asks for the token in {settings.state_dir / ACCESS_FILE}")
     return lines
+
+
+def start_on_cluster(settings: Settings, *, say: Say) -> None:
+    """Start the registry on the cluster of ``ray.address``, which keeps it when this process ends.
+
+    A registry that runs there already is left as it is. Raises RegistryError.
+    """
+    os.environ.update(driver_environment(settings))
+    from deployments import app
+
+    for line in ready_lines(settings, app.start(settings, None)._asdict()):
+        say(line)
+    say("Machines come in as they join the cluster; `greenprompt status` shows them.")
+
+
+def driver_environment(settings: Settings) -> dict[str, str]:
+    """What a process needs that talks to a cluster which runs already."""
+    return QUIET_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {})
 
 
 def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
@@ -121,7 +139,7 @@ def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
 def end(settings: Settings, *, say: Say) -> None:
     """End the registry of this ``state_dir`` and wait until its process is gone. Raises RegistryError."""
     if settings.ray.address is not None and not _is_held(settings):
-        os.environ.update(QUIET_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {}))
+        os.environ.update(driver_environment(settings))
         from deployments import app
 
         app.join_ray(settings, None)

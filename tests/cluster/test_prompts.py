@@ -40,14 +40,17 @@ def ask(address: str, **body: Any) -> http.client.HTTPConnection:
     return connection
 
 
-def test_a_client_that_leaves_a_stream_frees_the_engine(registry: Registry, llm: LLM, measurement_id: int) -> None:
-    """A client that hangs up on a stream ends what it asked for in the engine, all of it; what came before goes on."""
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_the_engine(
+    registry: Registry, llm: LLM, measurement_id: int, stream: bool
+) -> None:
+    """A client that hangs up ends what it asked for in the engine, all of it; the stream of another goes on."""
     (request_id,) = registry.post(measurement_id, llm("a"))
     address = registry.until(request_id, "deployed")["address"]
     model = llm("a")["model"]
     stays = ask(address, model=model, n=24, stream=True)
     until_unfinished(registry, 24)
-    leaves = ask(address, model=model, n=8, stream=True)
+    leaves = ask(address, model=model, n=8, stream=stream)
     until_unfinished(registry, 32)
     leaves.close()
     until_unfinished(registry, 24)

@@ -52,6 +52,20 @@ def test_a_lease_outlives_the_registry_actor(registry: Registry, llm: LLM, measu
     assert registry.delete(second) == 204
 
 
+def test_wrappers_outlive_the_controller_of_serve(registry: Registry, llm: LLM, measurement_id: int) -> None:
+    """Serve's controller is killed: prompts go on, and its successor leads to the same wrapper as before."""
+    first, second = registry.post(measurement_id, llm("a"), llm("b"))
+    address = registry.until(first, "deployed")["address"]
+    replica = registry.replica()
+    registry.process_named("ray::ServeController").send_signal(signal.SIGKILL)
+    assert until_prompted(address).status_code == 200
+    assert registry.delete(first) == 204
+    address = registry.until(second, "deployed")["address"]  # which takes the way that the successor has found
+    assert registry.replica() == replica
+    assert prompt(address).status_code == 200
+    assert registry.delete(second) == 204
+
+
 @pytest.mark.parametrize(
     ("sign", "victim"),
     [(signal.SIGKILL, 0), (signal.SIGKILL, -1), (signal.SIGSTOP, 0)],

@@ -1,6 +1,7 @@
 import json
 import logging
 import logging.config
+import logging.handlers
 import os
 import tempfile
 from collections.abc import Iterator
@@ -8,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, remove_orphans, root_cause
+from deployments.engine_env import (
+    EngineEnvironment,
+    Phase,
+    PhaseClock,
+    log_handlers_kept,
+    remove_orphans,
+    root_cause,
+)
 
 WORKER = """\x1eWorkerProc failed to start.\x1f
 Traceback (most recent call last):
@@ -131,6 +139,24 @@ def test_operators_choice_stands(temporary: Path, monkeypatch: pytest.MonkeyPatc
         assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
     finally:
         environment.close()
+
+
+def test_others_go_on_logging(tmp_path: Path) -> None:
+    """A handler that passes on to a file still does so after a library has configured logging."""
+    file = logging.FileHandler(tmp_path / "serve.log")
+    logger = logging.getLogger("test_others_go_on_logging")
+    memory = logging.handlers.MemoryHandler(1, target=file)
+    logger.addHandler(memory)
+    try:
+        with log_handlers_kept():
+            logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+        logger.error("still here")
+        assert memory.target is file
+        assert "still here" in (tmp_path / "serve.log").read_text()
+    finally:
+        logger.removeHandler(memory)
+        memory.close()
+        file.close()
 
 
 def test_environment_is_given_back(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,17 +11,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 
 import deployments
 from deployments import lifecycle, process_tree
-from deployments.lifecycle import end, ready_lines, run_detached, run_in_foreground
+from deployments.lifecycle import end, ready_lines, run_detached, run_in_foreground, start_on_cluster
 from deployments.local_ray import FOLDER_PREFIX, free_ports
 from registry.errors import BadSettings, StartFailed
-from registry.settings import Settings
+from registry.settings import RaySettings, Settings
 
 # An owner of a registry, without the registry: holds the lock and writes down that it is ready, or ends with a word.
 OWNER = """
@@ -82,6 +82,13 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
+class Ready(NamedTuple):
+    """What a start returns."""
+
+    url: str
+    dashboard: str
+
+
 class FakeApp:
     """Stands in for deployments.app: notes what it was told; ``failure`` is raised in place of a start."""
 
@@ -91,13 +98,13 @@ class FakeApp:
         self.folder: Path | None = None
         self.during: Callable[[], None] = lambda: None
 
-    def start(self, _settings: Settings, folder: Path | None) -> str:
+    def start(self, _settings: Settings, folder: Path | None) -> Ready:
         self.calls.append("start")
         self.folder = folder
         self.during()
         if self.failure is not None:
             raise self.failure
-        return "http://dashboard"
+        return Ready("http://registry", "http://dashboard")
 
     def stop(self, _settings: Settings) -> None:
         self.calls.append("stop")
@@ -174,7 +181,7 @@ def test_foreground_runs_until_a_signal(settings: Settings, app: FakeApp, number
     run_in_foreground(settings, say=says)
     assert app.calls == ["start", "stop"]
     assert records[0] == {"pid": os.getpid(), "folder": str(app.folder)}
-    assert records[1] == {**records[0], "url": settings.base_url, "dashboard": "http://dashboard"}
+    assert records[1] == {**records[0], "url": "http://registry", "dashboard": "http://dashboard"}
     assert says.lines[-1] == "Everything is down."
     assert not (settings.state_dir / "up.json").exists()
     assert app.folder is not None
@@ -190,6 +197,18 @@ def test_failed_start_is_cleaned_up(settings: Settings, app: FakeApp) -> None:
     assert not (settings.state_dir / "up.json").exists()
     assert app.folder is not None
     assert not app.folder.exists()
+
+
+def test_on_a_cluster_the_registry_stays(settings: Settings, app: FakeApp) -> None:
+    """Started on a cluster it is left there, and the operator is told where; this machine keeps no record."""
+    said: list[str] = []
+    on_cluster = settings.model_copy(update={"ray": RaySettings(address="auto")})
+    start_on_cluster(on_cluster, say=said.append)
+    assert app.calls == ["start"]
+    assert app.folder is None
+    assert "http://registry" in said[0]
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert not (settings.state_dir / "up.json").exists()
 
 
 def test_joining_a_cluster_makes_no_folder(settings: Settings, app: FakeApp) -> None:

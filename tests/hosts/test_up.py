@@ -1,0 +1,66 @@
+"""From ``ray up cluster.yaml`` to a measurement on every machine, with what an operator does in between."""
+
+from __future__ import annotations
+
+import time
+
+import httpx
+import pytest
+
+from tests.hosts.conftest import READY_LIMIT_S, Cluster, prompt, until
+
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
+
+
+def test_every_machine_finishes_a_measurement(cluster: Cluster) -> None:
+    """Two measurements of two LLMs each run side by side, each on one machine, and every LLM answers."""
+    cluster.until_ready("w1", "w2")
+    used = {}
+    for measurement_id in (time.time_ns(), time.time_ns()):
+        used[measurement_id] = cluster.post(measurement_id, "a", "b")
+    machines = set()
+    for first, second in zip(*used.values(), strict=True):
+        leases = [cluster.until(first, "deployed"), cluster.until(second, "deployed")]
+        machines.add(tuple(lease["machine"] for lease in leases))
+        for lease in leases:
+            assert prompt(lease["address"]).status_code == 200
+            cluster.release(lease["requestId"])
+            assert httpx.get(f"{lease['address']}/get_status", timeout=30).status_code == 410
+    ((first, second),) = machines
+    assert {first, second} == {cluster.net.host(name).address for name in cluster.workers}
+
+
+def test_again_changes_nothing(cluster: Cluster) -> None:
+    """``ray up`` a second time leaves machines, LLMs and leases as they are."""
+    cluster.until_ready("w1", "w2")
+    (request_id,) = cluster.post(time.time_ns(), "a")
+    lease = cluster.until(request_id, "deployed")
+    raylets = {name: cluster.net.host(name).pids("raylet/raylet") for name in ("head", *cluster.workers)}
+    cluster.ray("up -y ~/cluster.yaml")
+    assert prompt(lease["address"]).status_code == 200
+    assert {name: cluster.net.host(name).pids("raylet/raylet") for name in raylets} == raylets
+    assert cluster.state(request_id)["status"] == "deployed"
+    cluster.release(request_id)
+
+
+def test_the_operators_commands_work(cluster: Cluster) -> None:
+    """``ray exec`` reaches the registry's command on the head, which shows every machine."""
+    shown = cluster.ray("exec ~/cluster.yaml 'greenprompt status'")
+    for name in cluster.workers:
+        assert cluster.net.host(name).address in shown
+
+
+def test_a_machine_joins(cluster: Cluster) -> None:
+    """A machine that is started by hand gets its wrapper without anyone asking."""
+    cluster.until_ready("w1", "w2")
+    joins = cluster.net.host("w3")
+    joins.run("mkdir -p ~/.ray")
+    (joins.home / ".ray/auth_token").write_bytes((cluster.head.home / ".ray/auth_token").read_bytes())
+    joins.run(f".venv/bin/greenprompt ray-start --address={cluster.head.address}:6390")
+    took_s = until(lambda: "w3" in cluster.ready(), READY_LIMIT_S)
+    print(f"a machine joined -> ready for leases: {took_s:.1f} s")
+    joins.run(".venv/bin/ray stop")
+    gone_s = until(lambda: "w3" not in cluster.ready(), 30)
+    print(f"it left -> known: {gone_s:.1f} s")
+    assert not cluster.machines()[joins.address]["alive"]
+    until(lambda: joins.processes() == {}, 60, joins.processes)

