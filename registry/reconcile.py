@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from registry.state import (
+    EnergyWindow,
     Event,
     LLMSpec,
     Machine,
@@ -44,11 +45,13 @@ class Belief:
 
     ``epoch`` is that of the newest command to this wrapper, ``request_id`` the request whose lease is on it, None
     without one. ``as_of`` is the wrapper's own moment at which that was so at the earliest, None before it told one.
+    ``windows_kept`` is the number of the last energy window of this process that the registry has written down.
     """
 
     epoch: int
     request_id: str | None
     as_of: Moment | None
+    windows_kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class LeaseGrant:
     """What a wrapper needs to know to serve one lease. Durations count from the moment it is received.
 
     ``model_revision`` is the commit that the lease has begun with, None before it has: an engine that has to be started
-    again for it gets the same one. ``as_of`` is as in a Belief.
+    again for it gets the same one. ``as_of`` is as in a Belief. ``grade`` is ``standard`` or ``measurement``.
+    ``max_j`` [J] and ``max_g`` [gCO2eq] are what the lease may use up, None: no limit.
     """
 
     request_id: str
@@ -67,6 +71,9 @@ class LeaseGrant:
     idle_limit_s: float
     model_revision: str | None = None
     as_of: Moment | None = None
+    grade: str = "standard"
+    max_j: float | None = None
+    max_g: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,8 @@ class WrapperReport:
     ``unfinished`` those that the engine itself has not finished, None without one. ``starts`` counts the LLMs it has
     started. ``memory_bytes`` is the main memory of its machine, ``gpu_memory_bytes`` the memory of each of its GPUs;
     None: it can't tell. ``warm`` says whether it starts LLMs without importing the engine anew, ``cold_reason`` why it
-    does not. ``moment`` is when it says so.
+    does not. ``moment`` is when it says so. ``windows`` are the oldest of the energy windows that are finished and that
+    the registry has not written down yet, in the order of their numbers.
     """
 
     epoch: int
@@ -104,6 +112,7 @@ class WrapperReport:
     meter: Mapping[str, object] | None = None
     versions: Mapping[str, str] | None = None
     moment: Moment | None = None
+    windows: tuple[EnergyWindow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

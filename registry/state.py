@@ -226,6 +226,44 @@ class Lease:
         return min(self.deadline_s, self.last_active_s + self.idle_limit_s)
 
 
+class WindowKind(StrEnum):
+    """What a window of time was used for.
+
+    prompt: one prompt of a lease. lease: all of a lease. idle: the time of a lease without any prompt, or of a machine
+    that nobody had. load, wake: the start, or the waking, of an LLM, warm-up included, charged to its deployment.
+    """
+
+    PROMPT = "prompt"
+    LEASE = "lease"
+    IDLE = "idle"
+    LOAD = "load"
+    WAKE = "wake"
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyWindow:
+    """What a window of time on a wrapper cost, as the wrapper has measured it.
+
+    ``window_id`` is ``<process>-<number>``: the wrapper's process, and a number that grows by one with each of its
+    windows. ``request_id`` and ``measurement_id`` are those of the lease, None without one. Times are UTC seconds.
+    ``total_j`` [J], ``o_g`` and ``m_g`` [gCO2eq] are None where they are not known; ``label`` is the label of the
+    energy (deployments.energy.Label). ``detail`` is the whole record, as canonical JSON.
+    """
+
+    window_id: str
+    kind: WindowKind
+    wrapper_id: str
+    request_id: str | None
+    measurement_id: int | None
+    begun_s: float
+    ended_s: float
+    total_j: float | None
+    o_g: float | None
+    m_g: float | None
+    label: str
+    detail: str
+
+
 # --- events: what happened ---------------------------------------------------------------------------------
 
 
