@@ -24,7 +24,7 @@ from deployments.haproxy import SERVE_ENVIRONMENT
 from deployments.local_ray import (
     ACCESS_FILE,
     FOLDER_PREFIX,
-    QUIET_ENVIRONMENT,
+    RAY_ENVIRONMENT,
     TEMPORARY,
     local_ray_environment,
     remove_folder,
@@ -108,7 +108,7 @@ def start_on_cluster(settings: Settings, *, say: Say) -> None:
 
 def driver_environment(settings: Settings) -> dict[str, str]:
     """What a process needs that talks to a cluster which runs already."""
-    return QUIET_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {})
+    return RAY_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {})
 
 
 def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:

@@ -25,14 +25,16 @@ from registry.settings import Settings
 
 log = structlog.get_logger("deployments.local_ray")
 
-QUIET_ENVIRONMENT = {
+RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     # Ray's hint about accelerators of zero-GPU workers; we ask for GPUs explicitly.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray's workers, and so the engines in them, would run at niceness 15 and come last wherever something else runs.
+    "RAY_worker_niceness": "0",
 }
-"""Nothing is reported to anybody."""
+"""What every process of Ray is told: nothing is reported to anybody, and engines count as much as any other program."""
 
 ACCESS_FILE = "ray-token"
 """Name of the file in ``state_dir`` with the access token of a local cluster, while it runs."""
@@ -69,7 +71,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
         temporary = folder / TEMPORARY
         temporary.mkdir()
         environment = {
-            **QUIET_ENVIRONMENT,
+            **RAY_ENVIRONMENT,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
             # What the parts leave behind when they are killed lies here, and goes with the folder.

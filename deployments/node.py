@@ -20,7 +20,7 @@ import psutil
 import deployments
 import registry
 from deployments.haproxy import haproxy_environment
-from deployments.local_ray import QUIET_ENVIRONMENT
+from deployments.local_ray import RAY_ENVIRONMENT
 from registry.errors import BadSettings, StartFailed
 
 HAPROXY_HOME = Path("/tmp/gp-haproxy")  # noqa: S108 - HAProxy allows its socket paths 97 characters
@@ -86,7 +86,7 @@ def node_environment() -> dict[str, str]:
     if not (Path.home() / ".ray" / "auth_token").exists():
         raise BadSettings("~/.ray/auth_token", "is missing; `ray get-auth-token --generate` makes one for all nodes")
     return {
-        **QUIET_ENVIRONMENT,
+        **RAY_ENVIRONMENT,
         "RAY_AUTH_MODE": "token",  # Ray's ports run code for whoever reaches them
         **_FOUND_SOON,
         **_OUTLIVE_THE_HEAD,

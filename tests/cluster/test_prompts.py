@@ -59,6 +59,11 @@ def test_a_client_that_hangs_up_frees_the_engine(
     assert registry.delete(request_id) == 204
 
 
+def test_engines_wait_for_nothing_less_important(registry: Registry) -> None:
+    """A wrapper, and so the engines in it, runs at the niceness of any other program, not at that of Ray's workers."""
+    assert {process.nice() for process in [registry.replica(), *registry.replica().children(recursive=True)]} == {0}
+
+
 def test_prompts_beyond_the_limit_are_sent_away(registry: Registry, llm: LLM, measurement_id: int) -> None:
     """Of many prompts at once as many are in flight as may be; the others are told to come again, and then can."""
     (request_id,) = registry.post(measurement_id, llm("a", max_new_tokens=200))

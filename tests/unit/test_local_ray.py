@@ -17,7 +17,7 @@ from deployments import local_ray
 from deployments.haproxy import SERVE_ENVIRONMENT
 from deployments.local_ray import (
     FOLDER_PREFIX,
-    QUIET_ENVIRONMENT,
+    RAY_ENVIRONMENT,
     free_ports,
     local_ray_environment,
     require_free_port,
@@ -104,7 +104,7 @@ def test_token_is_not_written_through_a_link(tmp_path: Path) -> None:
 def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
     """Usage statistics of Ray and vLLM are off, in the environment that the parts inherit."""
     with local_ray_environment(settings_of(tmp_path)):
-        assert QUIET_ENVIRONMENT.items() <= os.environ.items()
+        assert RAY_ENVIRONMENT.items() <= os.environ.items()
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "0"
 
 
