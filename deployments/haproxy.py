@@ -1,4 +1,4 @@
-"""HAProxy as Serve starts it, and what Serve leaves out: it ends with its parent and says when to try again."""
+"""HAProxy as Serve starts it, but that it ends with its parent, says when to try again, and logs no token."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ SERVE_ENVIRONMENT = {
     # a stream was open; in 0 of 16 with one), and the engine works for nobody. One thread passes on far more than the
     # engines of a machine can answer.
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # Else HAProxy writes a line for each prompt to its manager, which reads it in Python: the wrappers count prompts.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
 }
 """Serve through HAProxy, tuned for throughput; wanted on every node of any cluster, and by whoever deploys to it."""
 
@@ -45,7 +47,10 @@ _DIE_WITH_PARENT = (
 )
 
 # Its statistics and metrics listen on all interfaces whatever Serve is told (Ray 2.60). Here they must not.
-_LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/"
+_LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/" + "\n"
+
+# It sends a line for each request to the syslog port, where nobody needs it: it has the path, and so the lease's token.
+_NO_LOG = r"/^[[:space:]]*log [^[:space:]]+ local0 info$/d"
 
 # Serve has it answer a bare 500 where it can't pass a request on, since an ingress or a wrapper is being restarted.
 # Nobody has seen that request, so it can be sent again: that is said here, in our form.
@@ -83,7 +88,7 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
     answer, changes, script = home / "503.http", home / "changes.sed", home / "haproxy"
     answer.write_text(_TRY_AGAIN_ANSWER, encoding="ascii", newline="")
     changes.write_text(
-        (_LOOPBACK if local_only else "") + _TRY_AGAIN.replace("{answer}", str(answer)), encoding="ascii"
+        (_LOOPBACK if local_only else "") + _NO_LOG + _TRY_AGAIN.replace("{answer}", str(answer)), encoding="ascii"
     )
     parts = {
         "changes": changes,

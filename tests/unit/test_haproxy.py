@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from deployments.haproxy import haproxy_environment
 from registry.errors import BadSettings
@@ -57,6 +58,17 @@ def test_what_can_be_sent_again_says_so(tmp_path: Path, fake_haproxy: Path) -> N
     head, body = Path(answer.removeprefix("    errorfile 503 ")).read_bytes().split(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 503 ")
     assert json.loads(body) == {"code": "unavailable", "message": json.loads(body)["message"], "retryable": True}
+
+
+def test_no_address_is_logged(tmp_path: Path, fake_haproxy: Path) -> None:
+    """HAProxy logs no request to anybody: the path of a prompt has the token of its lease."""
+    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    template = HAPROXY_CONFIG_TEMPLATE.replace("{{ config.log_target }}", "127.0.0.1:514")
+    assert template.count("local0") == 1
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(template)
+    subprocess.run([script, "-f", config], capture_output=True, check=True)
+    assert "local0" not in config.read_text()
 
 
 def test_haproxy_takes_the_changes(tmp_path: Path) -> None:
