@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from deployments.haproxy import haproxy_environment
+from deployments.local_ray import free_ports
 from registry.errors import BadSettings
 
 
@@ -58,6 +61,27 @@ def test_what_can_be_sent_again_says_so(tmp_path: Path, fake_haproxy: Path) -> N
     head, body = Path(answer.removeprefix("    errorfile 503 ")).read_bytes().split(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 503 ")
     assert json.loads(body) == {"code": "unavailable", "message": json.loads(body)["message"], "retryable": True}
+
+
+def test_a_haproxy_that_knows_nobody_says_try_again(tmp_path: Path) -> None:
+    """Before Serve has told it of any application, Serve's own answer would be a 404: lost to whoever believes it."""
+    found = haproxy_environment(tmp_path, local_only=True)
+    (nobody,) = re.findall(r"^backend default_backend\n.*$", HAPROXY_CONFIG_TEMPLATE, re.MULTILINE)
+    (port,) = free_ports(1)
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        "global\ndefaults\n    mode http\n    timeout client 9s\n    timeout connect 9s\n    timeout server 9s\n"
+        f"    errorfile 503 /nowhere/500.http\nfrontend http_frontend\n    bind 127.0.0.1:{port}\n"
+        f"    default_backend default_backend\n{nobody}\n"
+    )
+    with subprocess.Popen([found["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)]) as haproxy:
+        try:
+            answer = httpx.Client(transport=httpx.HTTPTransport(retries=8)).get(f"http://127.0.0.1:{port}/machines")
+        finally:
+            haproxy.kill()
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json()["retryable"] is True
 
 
 def test_no_address_is_logged(tmp_path: Path, fake_haproxy: Path) -> None:
