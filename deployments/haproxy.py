@@ -52,9 +52,9 @@ _LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/" + "\n"
 # It sends a line for each request to the syslog port, where nobody needs it: it has the path, and so the lease's token.
 _NO_LOG = r"/^[[:space:]]*log [^[:space:]]+ local0 info$/d"
 
-# Serve has it answer a bare 500 where it can't pass a request on, since an ingress or a wrapper is being restarted, and
-# 404 where it knows of none, since it has just been started itself: every path has one. Nobody has seen that request, so it
-# can be sent again: that is said here, in our form.
+# Serve has it answer a bare 500 where it can't pass a request on, since an ingress or a wrapper is being restarted,
+# and 404 where it knows of none, since it has just been started itself. Nobody has seen that request, so it can be sent
+# again: that is said here, in our form.
 _TRY_AGAIN = r"""
 s#^([[:space:]]*errorfile 503 ).*#\1{answer}#
 s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503 default-errorfiles#
