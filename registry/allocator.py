@@ -236,9 +236,12 @@ class Allocator:
         sizes, needs = self._sizes_for(measurement), self._ledger.needs(request)
         if not sizes:
             return self._no_such_type(measurement) if self._ledger.by_wrapper.present else None
-        if any(needs.met_by(size) for size in sizes):
-            return None
-        return why_too_large(request.spec, request.memory, sizes, self._limits)
+        if not any(needs.met_by(size) for size in sizes):
+            return why_too_large(request.spec, request.memory, sizes, self._limits)
+        together = self._ledger.needs_together(measurement.measurement_id)
+        if measurement.machine_id is None and not any(together.met_by(size) for size in sizes):
+            return _not_together(measurement.measurement_id)
+        return None
 
     def fits_only_drained(self, request_id: str) -> tuple[str, ...]:
         """The drained machines that a queued request fits on, if it fits on no other. Raises UnknownRequest."""
@@ -324,8 +327,7 @@ class Allocator:
                 bound = f"measurement {named} is bound to machine {pin}; use another measurementId"
                 raise LLMNeverFits(field, model, f"{why}; {bound}")
             if sizes and not on_pin and not any(together.met_by(size) for size in sizes):
-                why = f"no machine can run it and the others of measurement {named} as well; use another measurementId"
-                raise LLMNeverFits(field, model, why)
+                raise LLMNeverFits(field, model, f"{_not_together(named)}; use another measurementId")
 
     def _sizes_for(self, measurement: Measurement) -> list[Size]:
         """The sizes of the wrappers that have the GPU type of a measurement; those that are LOST don't count."""
@@ -375,6 +377,10 @@ class Allocator:
             wrapper = ledger.wrappers[wrapper_id]
             if wrapper.status is WrapperStatus.READY:
                 stop(ledger, wrapper)
+
+
+def _not_together(measurement_id: int) -> str:
+    return f"no machine can run it and the others of measurement {measurement_id} as well"
 
 
 def _check_same_type(measurement: Measurement, gpu_type: str | None) -> None:

@@ -7,6 +7,7 @@ import pytest
 from registry.errors import InvalidField, LLMNeverFits
 from registry.fit import GIB
 from registry.state import (
+    LeaseReleased,
     LeaseRequested,
     Limits,
     LLMMemory,
@@ -106,6 +107,19 @@ def test_memory_that_becomes_known_moves_those_who_wait() -> None:
     assert scene.request("1a").wrapper_id == "large-0"
     scene.ask(2, "B", memory=takes(60))
     assert scene.allocator.misfit("2a") is None
+
+
+def test_who_waits_for_the_others_of_its_measurement_is_told() -> None:
+    """An LLM that waits only since another of its measurement fits nowhere is told so, and runs without it."""
+    scene = Scene()
+    scene.ask(1, "A", memory=takes(10))
+    scene.ask(1, "B", memory=takes(60))
+    scene.machine("m", gpus=1, gib=24)
+    told = "no machine can run it and the others of measurement 1 as well"
+    assert (scene.allocator.misfit("1a"), scene.status("1a")) == (told, R.QUEUED)
+    assert "24 GiB each" in (scene.allocator.misfit("1b") or "")
+    scene.tell(LeaseReleased("1b"))
+    assert scene.request("1a").wrapper_id == "m-0"
 
 
 def test_a_wrapper_that_turns_out_larger_serves_at_once() -> None:
