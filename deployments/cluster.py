@@ -154,9 +154,10 @@ class RayCluster:
         """Keep a lease's token out. Raises StaleEpoch."""
         await self._ask(wrapper_id, "unbind", epoch, request_id, how)
 
-    async def touch(self, wrapper_id: str, request_id: str) -> None:
-        """A keep-alive."""
-        await self._ask(wrapper_id, "touch", request_id)
+    async def touch(self, wrapper_id: str, request_id: str) -> bool:
+        """A keep-alive; False when the lease is not bound there."""
+        bound: bool = await self._ask(wrapper_id, "touch", request_id)
+        return bound
 
     async def restart(self, wrapper_id: str) -> None:
         """Kill the wrapper's replica; Serve starts another."""

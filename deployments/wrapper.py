@@ -238,10 +238,12 @@ class LLMWrapper:
             if how != "expired" or not self._config.finish_prompts:
                 await self._prompts.cut(request_id)
 
-    async def touch(self, request_id: str) -> None:
-        """A keep-alive of this request's lease; without effect when it is not bound here."""
-        if self._gate.grant is not None and self._gate.grant.request_id == request_id:
+    async def touch(self, request_id: str) -> bool:
+        """A keep-alive of this request's lease. False, and without effect, when it is not bound here."""
+        bound = self._gate.grant is not None and self._gate.grant.request_id == request_id
+        if bound:
             self._gate.touch()
+        return bound
 
     # --- inside -----------------------------------------------------------------------------------------
 

@@ -174,8 +174,8 @@ class Cluster(Protocol):
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         """Accept no token of this request from now on and end what it has in flight."""
 
-    async def touch(self, wrapper_id: str, request_id: str) -> None:
-        """The lease was used now (a keep-alive)."""
+    async def touch(self, wrapper_id: str, request_id: str) -> bool:
+        """The lease was used now (a keep-alive). False: it is not bound there, or not any more."""
 
     async def restart(self, wrapper_id: str) -> None:
         """Replace the wrapper's process; returns when the old one is gone."""

@@ -274,7 +274,9 @@ class Service:
         return tuple(self.allocator.request(request.request_id) for request in requests)
 
     async def keep_alive(self, request_id: str) -> Request:
-        """The client still needs its LLM: its idle time starts anew.
+        """The client still needs its LLM: its idle time starts anew, unless the wrapper has just ended its lease.
+
+        While its LLM is being started again the wrapper may not know of the lease yet, which stands all the same.
 
         Raises:
             UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
@@ -283,8 +285,9 @@ class Service:
         request = self._known(request_id)
         lease = self.allocator.lease_of(request_id)
         if lease is not None:
-            await self._cluster.touch(lease.wrapper_id, request_id)
-            self._apply(LeaseUsed(request_id, self._now_s()))
+            stands = await self._cluster.touch(lease.wrapper_id, request_id)
+            if stands or self.allocator.request(request_id).status is RequestStatus.DEPLOYING:
+                self._apply(LeaseUsed(request_id, self._now_s()))
             request = self.allocator.request(request_id)
         return request
 

@@ -241,11 +241,13 @@ class FakeCluster:
         if wrapper.grant is not None:
             self._end_lease(wrapper, how if wrapper.grant.request_id == request_id else "released")
 
-    async def touch(self, wrapper_id: str, request_id: str) -> None:
+    async def touch(self, wrapper_id: str, request_id: str) -> bool:
         await self._called(wrapper_id, "touch")
         wrapper = self._reached(wrapper_id)
-        if wrapper.grant is not None and wrapper.grant.request_id == request_id:
+        bound = wrapper.grant is not None and wrapper.grant.request_id == request_id
+        if bound:
             wrapper.idle_for_s = 0.0
+        return bound
 
     async def restart(self, wrapper_id: str) -> None:
         await self._called(wrapper_id, "restart")

@@ -402,6 +402,31 @@ async def test_keep_alive_that_does_not_arrive(world: World) -> None:
     assert world.service.allocator.lease_of(request_id) == before
 
 
+async def test_keep_alive_that_comes_too_late(world: World) -> None:
+    """A keep-alive of a lease that its wrapper has just ended extends nothing: the registry ends it in its time."""
+    request_id = await world.deployed(1)
+    before = world.service.allocator.lease_of(request_id)
+    world.wrapper().gate.unbind("expired")
+    await world.service.keep_alive(request_id)
+    assert world.service.allocator.lease_of(request_id) == before
+    world.clock.now_s += 100.0
+    await world.until_status(request_id, Status.EXPIRED)
+
+
+async def test_keep_alive_while_an_engine_is_started_again(world: World) -> None:
+    """A keep-alive counts though the wrapper, whose process is new, does not know of the lease yet."""
+    request_id = await world.deployed(1)
+    world.cluster.hold("a-0", "deploy")
+    world.cluster.kill_process("a-0")
+    await world.until_status(request_id, Status.DEPLOYING)
+    world.wrapper().gate.unbind("its process is new")
+    world.clock.now_s += 50.0
+    await world.service.keep_alive(request_id)
+    lease = world.service.allocator.lease_of(request_id)
+    assert lease is not None
+    assert lease.last_active_s == world.clock.now_s
+
+
 async def test_keep_alive_of_what_is_not_held(world: World) -> None:
     """A keep-alive of a request without a lease tells how it stands and touches nobody."""
     request_id = await world.deployed(1)
