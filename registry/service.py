@@ -564,7 +564,7 @@ class Service:
             await self._cluster.create(steps.create)
         present = {wrapper.wrapper_id for wrapper in self.allocator.wrappers()}
         watched = {wrapper_id for wrapper_id, task in self._watchers.items() if not task.done()}
-        for wrapper_id in present - watched:
+        for wrapper_id in sorted(present - watched):  # in an order that a simulation can repeat
             self._watchers[wrapper_id] = asyncio.create_task(self._watch_wrapper(wrapper_id))
             self._watchers[wrapper_id].add_done_callback(self._ended)
         for wrapper_id in self._watchers.keys() - present:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fake_hub import FakeHub
 
-ORDER = ("unit", "property", "integration", "engine", "cluster", "hosts")
+ORDER = ("unit", "property", "integration", "simulation", "engine", "cluster", "hosts")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ PARTS = {
     "engine": "tests.bench.engine",
     "kills": "tests.bench.kills",
     "meter": "tests.bench.meter_overhead",
+    "simulation": "tests.bench.simulation",
 }
 
 
