@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,9 @@ EXIT_UNUSABLE = 2
 
 EXIT_NOT_YET = 1
 """Exit status when what was waited for did not come about."""
+
+EXIT_INTERRUPTED = 130
+"""Exit status after Ctrl-C, as a shell gives it."""
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -89,6 +93,55 @@ def demo(
     from deployments.demo import run_demo
 
     run_demo(config, model or [], console)
+
+
+@app.command()
+def measure(
+    experiment: Annotated[
+        Path | None, typer.Argument(help="Experiment (YAML); options go over what it says.", show_default=False)
+    ] = None,
+    llm: Annotated[
+        list[str] | None, typer.Option("--llm", "-m", help="LLM to ask (hub id or path); repeatable.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", "-p", help='Prompts: JSONL, a line each: {"question": "…"}.')
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results.")] = None,
+    repetitions: Annotated[int | None, typer.Option(help="How often each LLM is asked each prompt.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Prompts in flight at once.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Prompts of each lease before those that count.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of the LLMs, and of the intervals.")] = None,
+    grade: Annotated[str | None, typer.Option(help="'measurement': the registry sees to a quiet machine.")] = None,
+    gpu_type: Annotated[str | None, typer.Option(help="GPUs that the machine must have, as in H100.")] = None,
+    url: Annotated[str | None, typer.Option(help="Base URL of the registry.", envvar="GREENPROMPT_URL")] = None,
+) -> None:
+    """Have LLMs answer prompts, and sum up what that cost; the same command goes on where a run was ended.
+
+    Exit status 1: some answers are missing, since an LLM could not be had. 130: Ctrl-C.
+    """
+    from deployments.experiment import load_plan
+    from deployments.measure import run_measure
+
+    given = {
+        "llms": llm,
+        "prompts": prompts,
+        "output": output,
+        "repetitions": repetitions,
+        "concurrency": concurrency,
+        "warmup": warmup,
+        "seed": seed,
+        "grade": grade,
+        "gpu_type": gpu_type,
+        "url": url,
+    }
+    plan = load_plan(experiment, **{name: value for name, value in given.items() if value is not None and value != []})
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by a scheduler, it gives its LLMs back, too
+    try:
+        complete = run_measure(plan, console)
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if not complete:
+        raise typer.Exit(EXIT_NOT_YET)
 
 
 @app.command()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -19,7 +20,15 @@ from urllib.parse import quote
 import httpx
 import stamina
 
-from registry.api import MAX_WAIT_S, ErrorAnswer, HealthState, MachineState, PromptingAnswer, RequestState
+from registry.api import (
+    MAX_WAIT_S,
+    ErrorAnswer,
+    HealthState,
+    MachineState,
+    MeasurementState,
+    PromptingAnswer,
+    RequestState,
+)
 from registry.errors import RegistryError
 
 WAIT_S = 20.0
@@ -31,17 +40,22 @@ RETRY_FOR_S = 30.0
 LOOK_S = 1.0
 """How often a machine that is being drained is looked at, seconds."""
 
+_PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+
 ENDED = frozenset({"released", "expired", "cancelled", "failed"})
 
 
 class AnswerError(RegistryError):
-    """The registry or a wrapper answered with an error. ``answer_code`` is its stable code."""
+    """The registry or a wrapper answered with an error. ``answer_code`` is its stable code.
+
+    ``passing``: the same call can succeed in a while, without any change.
+    """
 
     code = "answer_error"
 
-    def __init__(self, status: int, answer_code: str, message: str) -> None:
-        super().__init__(status, answer_code, message)
-        self.status, self.answer_code, self.message = status, answer_code, message
+    def __init__(self, status: int, answer_code: str, message: str, passing: bool = False) -> None:
+        super().__init__(status, answer_code, message, passing)
+        self.status, self.answer_code, self.message, self.passing = status, answer_code, message, passing
 
     def __str__(self) -> str:
         return f"{self.message} (HTTP {self.status}, {self.answer_code})"
@@ -71,21 +85,29 @@ class HeldLease:
     def prompt(self, question: str, *, timeout_s: float = 600.0) -> dict[str, Any]:
         """The wrapper's answer to a question: ``answer``, ``sci_score``, ``usage`` and more.
 
+        Asks again for up to RETRY_FOR_S seconds while the LLM has too many prompts or is being restarted, but never
+        after ``timeout_s`` seconds without an answer. Several threads may prompt at once.
+
         Raises:
-            AnswerError: the lease has ended (410), the LLM is being restarted (503), or the engine refused.
-            httpx.HTTPError: the wrapper could not be reached.
+            AnswerError: the lease has ended (410), the LLM is not back yet (503), or the engine refused.
+            httpx.HTTPError: the wrapper could not be reached, or took longer than ``timeout_s`` seconds.
         """
-        response = self._http.post(f"{self.address}/process_prompt", json={"question": question}, timeout=timeout_s)
-        answer: dict[str, Any] = _checked(response).json()
-        return answer
+        url, body = f"{self.address}/process_prompt", {"question": question}
+        # No decorator: what is repeated would be logged with its arguments, and the address is the key.
+        for attempt in stamina.retry_context(_may_ask_again, attempts=None, timeout=RETRY_FOR_S):
+            with attempt:
+                answer: dict[str, Any] = _checked(self._http.post(url, json=body, timeout=timeout_s)).json()
+                return answer
+        raise AssertionError("unreachable")
 
 
 class RegistryClient:
-    """Calls to one registry. Not for use by several threads at once."""
+    """Calls to one registry. Not for use by several threads at once, but for the prompts of a lease."""
 
     def __init__(self, base_url: str, *, timeout_s: float = 60.0) -> None:
         """Make a client of the ingress at ``base_url``, as in ``http://127.0.0.1:8000``; nothing is sent yet."""
-        self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout_s)
+        # Without httpx' own limit of 100 connections: how many prompts are in flight is the caller's choice.
+        self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout_s, limits=httpx.Limits())
 
     def __enter__(self) -> Self:
         return self
@@ -105,19 +127,28 @@ class RegistryClient:
         llms: Sequence[Mapping[str, Any]],
         *,
         gpu_type: str | None = None,
+        grade: str | None = None,
         idempotency_key: str | None = None,
     ) -> list[str]:
-        """Ask for LLMs (llmconfigs); their request ids, in order. ``gpu_type`` None: it does not matter.
+        """Ask for LLMs (llmconfigs); their request ids, in order.
+
+        ``gpu_type`` None: it does not matter; ``grade`` None: the registry's own choice. With a key, of which the
+        registry knows that it has seen it, the call is repeated like ``status``; without one it never is.
 
         Raises:
             AnswerError: the request was refused: 422 for what can't be served here, with the field and the figures.
             httpx.HTTPError: the registry could not be reached.
         """
-        headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
-        body = {"measurementId": measurement_id, "llms": list(llms)}
+        body: dict[str, Any] = {"measurementId": measurement_id, "llms": list(llms)}
         if gpu_type is not None:
             body["gpuType"] = gpu_type
-        response = _checked(self._http.post("/promptingservice/request", json=body, headers=headers))
+        if grade is not None:
+            body["grade"] = grade
+        if idempotency_key is None:
+            response = _checked(self._http.post("/promptingservice/request", json=body))
+        else:
+            headers = {"Idempotency-Key": idempotency_key}
+            response = self._insist("POST", "/promptingservice/request", {}, 60, json=body, headers=headers)
         return [accepted.requestId for accepted in PromptingAnswer.model_validate_json(response.content).requests]
 
     def status(self, request_id: str, *, wait_s: float = 0.0, seen: str | None = None) -> RequestState:
@@ -136,8 +167,10 @@ class RegistryClient:
         self._insist("DELETE", _path(request_id), {}, 60)
 
     @stamina.retry(on=lambda error: _is_passing(error), attempts=None, timeout=RETRY_FOR_S)
-    def _insist(self, method: str, path: str, params: Mapping[str, float | str], timeout_s: float) -> httpx.Response:
-        return _checked(self._http.request(method, path, params=params, timeout=timeout_s))
+    def _insist(
+        self, method: str, path: str, params: Mapping[str, float | str], timeout_s: float, **content: Any
+    ) -> httpx.Response:
+        return _checked(self._http.request(method, path, params=params, timeout=timeout_s, **content))
 
     def wait_until_deployed(
         self,
@@ -168,10 +201,16 @@ class RegistryClient:
             state = self.status(request_id, wait_s=min(poll_s, left_s), seen=state.status)
 
     @contextmanager
-    def lease(self, request_id: str, *, timeout_s: float | None = None) -> Iterator[HeldLease]:
-        """Wait for an LLM, hold it for the length of the block, and give it back whatever happens."""
+    def lease(
+        self,
+        request_id: str,
+        *,
+        timeout_s: float | None = None,
+        on_change: Callable[[RequestState], None] | None = None,
+    ) -> Iterator[HeldLease]:
+        """Wait for an LLM as ``wait_until_deployed`` does, hold it for the block, and give it back whatever happens."""
         try:
-            state = self.wait_until_deployed(request_id, timeout_s=timeout_s)
+            state = self.wait_until_deployed(request_id, timeout_s=timeout_s, on_change=on_change)
             assert state.address is not None  # deployed
             yield HeldLease(state, state.address, self._http)
         finally:
@@ -218,6 +257,12 @@ class RegistryClient:
         """All machines that the registry knows, with their wrappers."""
         return [MachineState.model_validate(each) for each in self.get("/machines")]
 
+    def measurement(self, measurement_id: int) -> MeasurementState:
+        """A measurement with all its requests. Repeated like ``status``. Raises AnswerError (404: there is none)."""
+        return MeasurementState.model_validate_json(
+            self._insist("GET", f"/measurements/{measurement_id}", {}, 60).content
+        )
+
     def health(self) -> HealthState:
         """How the registry is, also where it can serve nobody at the moment."""
         response = self._http.get("/healthz")
@@ -244,8 +289,13 @@ def _machine(response: httpx.Response) -> MachineState:
 
 
 def _is_passing(error: Exception) -> bool:
-    """A refused connection and a 503 pass: the registry or its proxy is being restarted."""
-    return isinstance(error, httpx.TransportError) or (isinstance(error, AnswerError) and error.status == 503)
+    """A refused connection passes, as the registry or its proxy is being restarted; of an answer it says so itself."""
+    return isinstance(error, httpx.TransportError) or (isinstance(error, AnswerError) and error.passing)
+
+
+def _may_ask_again(error: Exception) -> bool:
+    """As ``_is_passing``; but who got no answer in all the time there was would wait as long again."""
+    return _is_passing(error) and not isinstance(error, httpx.ReadTimeout)
 
 
 def _checked(response: httpx.Response) -> httpx.Response:
@@ -255,5 +305,8 @@ def _checked(response: httpx.Response) -> httpx.Response:
         answer = ErrorAnswer.model_validate_json(response.content)
     except ValueError:
         text = response.text.strip().partition("\n")[0][:200] or response.reason_phrase
-        raise AnswerError(response.status_code, "unexpected_answer", text) from None
-    raise AnswerError(response.status_code, answer.code, answer.message)
+        # A proxy's, whose server is being restarted.
+        passing = response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
+        raise AnswerError(response.status_code, "unexpected_answer", text, passing) from None
+    passing = answer.retryable and response.status_code in _PASSING
+    raise AnswerError(response.status_code, answer.code, answer.message, passing)

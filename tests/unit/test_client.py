@@ -110,6 +110,18 @@ def test_request_is_not_repeated(registry: Make) -> None:
     assert len(script.requests) == 2
 
 
+def test_request_with_a_key_is_repeated(registry: Make) -> None:
+    """With a key the registry knows a POST that it has seen: it is sent again, the very same, until it is answered."""
+    full = {"code": "queue_full", "message": "later", "retryable": True}
+    accepted = {"requests": [{"requestId": "r1", "llmconfig": {}, "link": "", "status": "queued"}]}
+    client, script = registry(
+        httpx.ConnectError("refused"), httpx.Response(429, json=full), httpx.Response(201, json=accepted)
+    )
+    assert client.request(7, [{"model": "a"}], grade="measurement", idempotency_key="key-1") == ["r1"]
+    assert len({(request.content, request.headers["idempotency-key"]) for request in script.requests}) == 1
+    assert json.loads(script.requests[0].content)["grade"] == "measurement"
+
+
 def test_refusal_tells_what_is_wrong(registry: Make) -> None:
     """An error of the registry comes with its status, code and sentence."""
     error = {"code": "invalid_field", "message": "llms[0].model: no", "retryable": False, "field": "llms[0].model"}
@@ -178,8 +190,8 @@ def test_patience_ends(registry: Make) -> None:
 
 @pytest.mark.parametrize("status", [404, 410, 422, 429, 500])
 def test_other_errors_are_not_asked_again(registry: Make, status: int) -> None:
-    """What another try can't change is told at once."""
-    client, script = registry(httpx.Response(status, json={**BUSY, "code": "x"}))
+    """What another try can't change is told at once: a budget that is used up is a 429, too."""
+    client, script = registry(httpx.Response(status, json={**BUSY, "code": "x", "retryable": False}))
     with pytest.raises(AnswerError):
         client.status("r1")
     assert len(script.requests) == 1
@@ -260,6 +272,21 @@ def test_request_is_given_back_when_the_wait_fails(registry: Make, reply: Reply,
     assert script.asked[-1] == "DELETE /promptingservice/request/r1"
 
 
+def test_prompt_waits_for_an_llm_that_is_restarted(registry: Make) -> None:
+    """A prompt is asked again while its LLM is restarted or has too many of them; the waits log no address."""
+    busy = [httpx.Response(status, json=BUSY) for status in (503, 429)]
+    client, _ = registry(DEPLOYED, *busy, httpx.ReadError("reset"), {"answer": "because"}, httpx.Response(204))
+    with client.lease("r1") as lease:
+        assert lease.prompt("Why?") == {"answer": "because"}
+
+
+def test_prompt_without_an_answer_is_not_asked_again(registry: Make) -> None:
+    """Who got no answer in all the time that there was is told so, and does not wait as long again."""
+    client, _ = registry(DEPLOYED, httpx.ReadTimeout("slow"), httpx.Response(204))
+    with client.lease("r1") as lease, pytest.raises(httpx.ReadTimeout):
+        lease.prompt("Why?")
+
+
 def test_prompt_after_the_lease_tells_so(registry: Make) -> None:
     """A prompt at an address that is over is an error with the wrapper's own words."""
     gone = {"code": "lease_ended", "message": "this lease has ended (expired)", "retryable": False}
@@ -320,6 +347,20 @@ def test_wait_for_a_drain_has_an_end(registry: Make) -> None:
     client, _ = registry(MACHINE)
     with pytest.raises(TimeoutError, match="gpu 1 is still being drained after 0 s"):
         client.wait_until_drained("gpu 1", timeout_s=0)
+
+
+def test_measurement(registry: Make) -> None:
+    """A measurement comes with its requests."""
+    measurement = {
+        "measurementId": 7,
+        "machine": "a",
+        "flags": [],
+        "createdAt": STATE["createdAt"],
+        "requests": [STATE],
+    }
+    client, script = registry(httpx.Response(503, json=BUSY), measurement)
+    assert [state.requestId for state in client.measurement(7).requests] == ["r1"]
+    assert set(script.asked) == {"GET /measurements/7"}
 
 
 def test_health_is_told_when_it_is_bad(registry: Make) -> None:

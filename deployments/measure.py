@@ -1,0 +1,283 @@
+"""``greenprompt measure``: an experiment from its file to its figures, over HTTP only, as a Prompting Service works.
+
+Each repetition asks for all its LLMs in one POST, uses one after another as they are handed over, and gives them back.
+Every answer is on disk before it counts (`results`), so that a run that was ended, in whatever way, is gone on with by
+the next: it gives back what the dead one held, and asks only what has no answer yet.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any
+
+import httpx
+import stamina.instrumentation
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from deployments.experiment import Plan, Prompt
+from deployments.figures import LLMFigures, as_csv, llm_figures
+from deployments.measure_table import notes, results_table
+from deployments.results import Results
+from registry.api import MeasurementState, RequestState
+from registry.client import ENDED, AnswerError, HeldLease, RegistryClient, RequestEnded
+
+MAX_BARREN_LEASES = 3
+"""How many leases of an LLM in a row may end without an answer, before a run gives it up."""
+
+LEASE_LOST = (RequestEnded, AnswerError, httpx.TransportError)
+"""What ends the use of a lease. The LLM is asked for anew; if that fails too, it ends the run."""
+
+NOT_THE_PROMPTS_FAULT = frozenset(
+    {
+        HTTPStatus.UNAUTHORIZED,
+        HTTPStatus.FORBIDDEN,
+        HTTPStatus.NOT_FOUND,
+        HTTPStatus.CONFLICT,
+        HTTPStatus.GONE,
+        HTTPStatus.TOO_MANY_REQUESTS,
+        HTTPStatus.BAD_GATEWAY,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    }
+)
+"""Errors of a prompt that tell something of its lease. Others are its own, and are kept as its answer."""
+
+SPEED_OVER_S = 3600.0
+"""The time left is guessed from the speed of so many seconds: starts of LLMs are part of it."""
+
+
+def run_measure(plan: Plan, console: Console) -> bool:
+    """Run an experiment, or go on with it; False when some of its LLMs could not be had. Shows how it goes.
+
+    Whatever ends it, Ctrl-C included: LLMs are given back, and the folder has the figures of what was answered.
+
+    Raises:
+        BadSettings: the folder can't be used.
+        AnswerError: the registry refuses the experiment.
+        httpx.TransportError: the registry could not be reached for RETRY_FOR_S seconds.
+    """
+    experiment = plan.experiment
+    with (
+        Results(experiment.output, plan, measurement_id=time.time_ns() // 1000) as results,
+        RegistryClient(experiment.url) as registry,
+    ):
+        run = _Run(plan, results, registry, console)
+        try:
+            run.all()
+        finally:
+            figures = run.summarize()
+            if results.done < plan.answers:
+                missing = plan.answers - results.done
+                console.print(f"\n{missing} of {plan.answers} answers are missing: the same command goes on.")
+        console.print()
+        console.print(results_table(figures))
+        for line in notes(figures, run.measurement):
+            console.print(line, style="dim", markup=False, highlight=False)
+        console.print(f"Results: {experiment.output}", markup=False, highlight=False, soft_wrap=True)
+        return results.done == plan.answers
+
+
+class _Run:
+    """One run of ``greenprompt measure``. ``measurement`` is what the registry says of it all, None until the end."""
+
+    def __init__(self, plan: Plan, results: Results, registry: RegistryClient, console: Console) -> None:
+        self._plan = plan
+        self._experiment = plan.experiment
+        self._results = results
+        self._registry = registry
+        self._console = console
+        self._barren: dict[str, int] = dict.fromkeys(plan.llms, 0)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+            speed_estimate_period=SPEED_OVER_S,
+        )
+        self._bar = self._progress.add_task("", total=plan.answers, completed=results.done)
+        self.measurement: MeasurementState | None = None
+
+    def all(self) -> None:
+        """Have everything answered that is not yet, as far as its LLM can be had."""
+        with self._progress, _retries_told(self._say):
+            if self._results.resumed:
+                self._end_dead_run()
+            for repetition in range(1, self._experiment.repetitions + 1):
+                while llms := self._to_do(repetition):
+                    self._use_in_turn(llms, repetition)
+            self.measurement = self._measurement()
+
+    def summarize(self) -> list[LLMFigures]:
+        """The figures by LLM, as the experiment lists them; written to the folder, too."""
+        each = len(self._plan.prompts) * self._experiment.repetitions
+        lines, seed = self._results.answers, self._experiment.seed
+        figures = [llm_figures(llm, lines, expected=each, seed=seed) for llm in self._plan.llms]
+        measurement = self.measurement
+        self._results.write_json(
+            "summary.json",
+            {
+                "measurement_id": self._results.measurement_id,
+                "complete": self._results.done == self._plan.answers,
+                "flags": None if measurement is None else measurement.flags,
+                "versions": None if measurement is None else measurement.versions,
+                "llms": [each.as_json() for each in figures],
+            },
+        )
+        self._results.write("summary.csv", as_csv(figures))
+        return figures
+
+    def _end_dead_run(self) -> None:
+        """Give back what the run before this one holds or waits for, if it could not do so itself."""
+        measurement = self._measurement()
+        held = [] if measurement is None else [each for each in measurement.requests if each.status not in ENDED]
+        for state in held:
+            self._registry.release(state.requestId)
+        given_back = f"; {len(held)} requests of the last run were given back" if held else ""
+        self._print(f"Goes on: {self._results.done} of {self._plan.answers} answers are there{given_back}.")
+
+    def _measurement(self) -> MeasurementState | None:
+        """What the registry knows of all of this, None if nothing (yet, or any more)."""
+        try:
+            return self._registry.measurement(self._results.measurement_id)
+        except AnswerError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            return None
+
+    def _to_do(self, repetition: int) -> list[str]:
+        """The LLMs of a repetition that have prompts to answer, in their order, without those that were given up."""
+        order = self._plan.order(repetition)
+        return [llm for llm in order if self._barren[llm] < MAX_BARREN_LEASES and self._open(llm, repetition)]
+
+    def _open(self, llm: str, repetition: int) -> list[Prompt]:
+        return [each for each in self._plan.prompts if not self._results.has(llm, repetition, each.id)]
+
+    def _use_in_turn(self, llms: Sequence[str], repetition: int) -> None:
+        """Ask for LLMs and use one after another; when one is lost the rest is given back, so as to keep the order."""
+        waiting = self._registry.request(
+            self._results.measurement_id,
+            [self._plan.llms[llm] for llm in llms],
+            gpu_type=self._experiment.gpu_type,
+            grade=self._experiment.grade,
+            idempotency_key=uuid.uuid4().hex,
+        )
+        try:
+            for llm in llms:
+                if not self._use(llm, waiting.pop(0), repetition):
+                    break
+        finally:
+            for request_id in waiting:
+                self._registry.release(request_id)
+
+    def _use(self, llm: str, request_id: str, repetition: int) -> bool:
+        """Have an LLM answer what is open, once it is ours; False when it was lost before it had answered all."""
+        title = f"{llm}, repetition {repetition} of {self._experiment.repetitions}"
+        done = self._results.done
+        begun_s = time.monotonic()
+        try:
+            with self._registry.lease(
+                request_id, on_change=lambda state: self._say(f"{title}: {_said(state)}")
+            ) as lease:
+                self._results.add_lease(_lease_line(llm, repetition, lease.state))
+                self._say(f"{title}: warm-up")
+                self._ask(lease, llm, repetition, self._warmup(), warmup=True)
+                self._say(title)
+                self._ask(lease, llm, repetition, self._open(llm, repetition), warmup=False)
+        except LEASE_LOST as error:
+            self._barren[llm] = 0 if self._results.done > done else self._barren[llm] + 1
+            what = "is given up" if self._barren[llm] == MAX_BARREN_LEASES else "is asked for again"
+            self._print(f"{title}: {what}: {str(error) or type(error).__name__}")
+            return False
+        self._barren[llm] = 0
+        self._print(f"{title}: {self._results.done - done} answers, {time.monotonic() - begun_s:.1f} s with the wait")
+        return True
+
+    def _warmup(self) -> list[Prompt]:
+        """The first prompts, told apart in their first word: the engine is to know no beginning of those that count."""
+        first = self._plan.prompts[: self._experiment.warmup]
+        return [each.model_copy(update={"question": f"({n}) {each.question}"}) for n, each in enumerate(first, 1)]
+
+    def _ask(self, lease: HeldLease, llm: str, repetition: int, prompts: Sequence[Prompt], *, warmup: bool) -> None:
+        """Put prompts to an LLM, as many at once as the experiment says; each answer is kept as it comes."""
+        same = {"llm": llm, "repetition": repetition, "warmup": warmup}
+        same |= {"request_id": lease.state.requestId, "machine": lease.state.machine}
+        pool = ThreadPoolExecutor(self._experiment.concurrency)
+        try:
+            answers: list[Future[dict[str, Any]]] = [
+                pool.submit(_answer, lease, each, self._experiment.prompt_timeout_s) for each in prompts
+            ]
+            for answer in as_completed(answers):
+                self._results.add({**same, **answer.result(), **same})
+                self._progress.update(self._bar, completed=self._results.done)
+        finally:
+            # Those in flight end with the lease, which is given back next: not waited for, so that it is at once.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _say(self, what: str) -> None:
+        self._progress.update(self._bar, description=what)
+
+    def _print(self, what: str) -> None:
+        self._console.print(what, markup=False, highlight=False)
+
+
+def _answer(lease: HeldLease, prompt: Prompt, timeout_s: float) -> dict[str, Any]:
+    """What an LLM says to a prompt, with what it cost; or the prompt's own error in its place. Raises LEASE_LOST."""
+    asked_at, begun_s = _now(), time.monotonic()
+    answer: dict[str, Any] = {"answer": None}
+    error = None
+    try:
+        answer = lease.prompt(prompt.question, timeout_s=timeout_s)
+    except AnswerError as refused:
+        if refused.passing or refused.status in NOT_THE_PROMPTS_FAULT:
+            raise
+        error = {"status": refused.status, "code": refused.answer_code, "message": refused.message}
+    except httpx.ReadTimeout:
+        error = {"status": None, "code": "no_answer", "message": f"no answer within {timeout_s:g} s"}
+    line = {
+        "prompt": prompt.id,
+        "question": prompt.question,
+        "asked_at": asked_at,
+        "answered_at": _now(),
+        "duration_s": time.monotonic() - begun_s,
+        "error": error,
+    }
+    return {**answer, **line}
+
+
+@contextmanager
+def _retries_told(say: Any) -> Iterator[None]:
+    """Say that a call is repeated, in place of stamina's lines in the log."""
+    before = stamina.instrumentation.get_on_retry_hooks()
+    stamina.instrumentation.set_on_retry_hooks([lambda retry: say(f"asks again: {retry.caused_by}")])
+    try:
+        yield
+    finally:
+        stamina.instrumentation.set_on_retry_hooks(before)
+
+
+def _lease_line(llm: str, repetition: int, state: RequestState) -> dict[str, Any]:
+    return {"llm": llm, "repetition": repetition, **state.model_dump(mode="json", exclude={"address"})}
+
+
+def _said(state: RequestState) -> str:
+    """Where a request stands, in a few words."""
+    words = [state.status]
+    if state.position is not None:
+        words.append(f"{state.position}. in the queue")
+    if state.phase is not None:
+        words.append(state.phase if state.progress is None else f"{state.phase} {state.progress:.0%}")
+    return ", ".join(words)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,196 @@
+"""A registry and its wrapper over real HTTP, for one client: hands LLMs out in order, answers, misbehaves if told to.
+
+Speaks the Prompting Service's contract as far as a client needs it; every body is made by the wire's own schemas.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+from registry.api import (
+    AcceptedRequest,
+    ErrorAnswer,
+    MeasurementState,
+    PromptingAnswer,
+    PromptingRequest,
+    RequestState,
+)
+from registry.client import ENDED
+
+CREATED = "2026-01-01T00:00:00.000Z"
+
+Reply = tuple[int, dict[str, Any]]
+
+
+def answer(score: float | None = 0.5, joules: float | None = 2.0, method: str = "measured") -> dict[str, Any]:
+    """A wrapper's answer to a prompt."""
+    return {
+        "answer": "because",
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 5, "completion_tokens": 10, "total_tokens": 15},
+        "sci_score": score,
+        "sci_method": method,
+        "sci_low": None,
+        "sci_high": None,
+        "unit": "output_token",
+        "units": 10,
+        "energy": {"total_j": joules},
+        "carbon": {"o_g": None, "m_g": None, "grid": None},
+        "methods": {},
+        "flags": [],
+    }
+
+
+def error(status: int, code: str, retryable: bool = False) -> Reply:
+    """An error as registry and wrappers answer it."""
+    return status, ErrorAnswer(code=code, message=f"it says {code}", retryable=retryable).model_dump(exclude_none=True)
+
+
+class HttpRegistry:
+    """Listens on a free port of this machine while it is entered.
+
+    ``posted`` are the bodies of all POSTs, ``prompted`` the (model, question) of all prompts. ``on_prompt`` may answer
+    in place of the LLM, ``on_poll`` change a request before it is answered, ``on_post`` refuse. ``given_back`` is set
+    once nothing is held any more.
+    """
+
+    def __init__(self) -> None:
+        self.requests: dict[str, RequestState] = {}
+        self.posted: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.prompted: list[tuple[str, str]] = []
+        self.on_post: Callable[[], Reply | None] = lambda: None
+        self.on_poll: Callable[[RequestState], RequestState] = lambda state: state
+        self.on_prompt: Callable[[RequestState, str], Reply | None] = lambda _state, _question: None
+        self.given_back = threading.Event()
+        self._lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def do_GET(self) -> None:
+                self._answered(outer._get(self.path.partition("?")[0]))
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                self._answered(outer._post(self.path, body, self.headers["Idempotency-Key"]))
+
+            def do_DELETE(self) -> None:
+                self._answered(outer._delete(self.path))
+
+            def _answered(self, reply: Reply) -> None:
+                status, body = reply
+                content = b"" if status == 204 else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                if status != 204:
+                    self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            block_on_close = False
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                """A client that was killed in the middle is no error of this server."""
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        thread = threading.Thread(target=lambda: self._server.serve_forever(poll_interval=0.01))
+        thread.start()
+        self._thread = thread
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    @property
+    def open(self) -> list[RequestState]:
+        """Requests that have not ended."""
+        return [state for state in self.requests.values() if state.status not in ENDED]
+
+    def end(self, request_id: str, status: str, reason: str | None = None) -> RequestState:
+        """End a request, as the registry does by itself."""
+        state = self.requests[request_id]
+        self.requests[request_id] = state.model_copy(update={"status": status, "address": None, "reason": reason})
+        return self.requests[request_id]
+
+    def _post(self, path: str, body: bytes, key: str | None) -> Reply:
+        if path.startswith("/wrappers/"):
+            return self._prompt(path, json.loads(body)["question"])
+        with self._lock:
+            self.keys.append(key)
+            refused = self.on_post()
+            if refused is not None:
+                return refused
+            wanted = json.loads(body)
+            self.posted.append(wanted)
+            wanted = PromptingRequest.model_validate({k: v for k, v in wanted.items() if k != "grade"})
+            made = [
+                RequestState(
+                    requestId=f"r{len(self.requests) + n}",
+                    llmconfig=llm.model_dump(),
+                    status="queued",
+                    measurementId=wanted.measurementId,
+                    address=None,
+                    link="",
+                    machine="gpu-1",
+                    createdAt=CREATED,
+                )
+                for n, llm in enumerate(wanted.llms)
+            ]
+            self.requests |= {state.requestId: state for state in made}
+            accepted = [
+                AcceptedRequest(requestId=each.requestId, llmconfig={}, link="", status="queued") for each in made
+            ]
+            return 201, PromptingAnswer(requests=accepted).model_dump()
+
+    def _get(self, path: str) -> Reply:
+        what, last = path.split("/")[-2:]
+        with self._lock:
+            if what == "measurements":
+                requests = [state for state in self.requests.values() if str(state.measurementId) == last]
+                if not requests:
+                    return error(404, "unknown_measurement")
+                return 200, MeasurementState(
+                    measurementId=int(last), machine="gpu-1", flags=[], createdAt=CREATED, requests=requests
+                ).model_dump()
+            if last not in self.requests:
+                return error(404, "unknown_request")
+            if self.requests[last].status == "queued" and self.open[0].requestId == last:
+                update = {"status": "deployed", "address": f"{self.url}/wrappers/{last}"}
+                self.requests[last] = self.requests[last].model_copy(update=update)
+            self.requests[last] = self.on_poll(self.requests[last])
+            return 200, self.requests[last].model_dump()
+
+    def _delete(self, path: str) -> Reply:
+        with self._lock:
+            request_id = path.rpartition("/")[2]
+            status = self.requests[request_id].status
+            if status not in ENDED:
+                self.end(request_id, "released" if status == "deployed" else "cancelled")
+            if not self.open:
+                self.given_back.set()
+        return 204, {}
+
+    def _prompt(self, path: str, question: str) -> Reply:
+        state = self.requests[path.split("/")[-2]]
+        if state.status != "deployed":
+            return error(410, "lease_ended")
+        with self._lock:
+            self.prompted.append((state.llmconfig["model"], question))
+        return self.on_prompt(state, question) or (200, answer())

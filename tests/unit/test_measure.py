@@ -1,0 +1,413 @@
+"""``greenprompt measure`` against a registry over real HTTP: every prompt once, whatever happens in between."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stamina
+import yaml
+from rich.console import Console
+
+from deployments.experiment import load_plan
+from deployments.measure import MAX_BARREN_LEASES, run_measure
+from registry.api import RequestState
+from registry.client import AnswerError
+from registry.errors import BadSettings
+from tests.fake_registry_http import HttpRegistry, Reply, error
+
+LIMIT_S = 60
+"""Longest wait for something that takes milliseconds."""
+
+QUESTIONS = [f"Question {n}?" for n in range(1, 6)]
+
+Measure = Callable[..., bool]
+
+
+@pytest.fixture
+def registry() -> Iterator[HttpRegistry]:
+    with HttpRegistry() as server, stamina.set_testing(True, attempts=3):
+        yield server
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """A prompts file with the questions."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"question": each}) + "\n" for each in QUESTIONS))
+    return path
+
+
+@pytest.fixture
+def measure(registry: HttpRegistry, prompts: Path, tmp_path: Path) -> Measure:
+    """Measures two LLMs by these prompts; what was shown is in ``measure.shown``."""
+
+    def measure(**fields: Any) -> bool:
+        out = io.StringIO()
+        given = {"llms": ["org/a", "org/b"], "prompts": prompts, "output": tmp_path / "out", "url": registry.url}
+        try:
+            return run_measure(load_plan(None, **given | fields), Console(file=out, width=200))
+        finally:
+            measure.shown = out.getvalue()  # type: ignore[attr-defined]
+
+    return measure
+
+
+def lines(folder: Path, name: str = "answers.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def counted(folder: Path) -> Counter[tuple[str, int, str]]:
+    """How many answers that count there are for each LLM, repetition and prompt."""
+    return Counter((line["llm"], line["repetition"], line["prompt"]) for line in lines(folder) if not line["warmup"])
+
+
+def every_prompt_once(folder: Path, llms: Sequence[str] = ("org/a", "org/b"), repetitions: int = 1) -> bool:
+    wanted = {(llm, r, str(n + 1)) for llm in llms for r in range(1, repetitions + 1) for n in range(len(QUESTIONS))}
+    return counted(folder) == Counter(wanted)
+
+
+# --- when all goes well ------------------------------------------------------------------------------------
+
+
+def test_everything_is_asked_once(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """Each LLM answers each prompt once in each repetition, on its own lease, and is given back."""
+    assert measure(repetitions=2, concurrency=3)
+    assert every_prompt_once(tmp_path / "out", repetitions=2)
+    assert [state.status for state in registry.requests.values()] == ["released"] * 4
+    assert [len(body["llms"]) for body in registry.posted] == [2, 2]
+    assert len({body["measurementId"] for body in registry.posted}) == 1
+    assert all(registry.keys)
+
+
+def test_line_has_all_that_is_known(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """A line tells what was asked of whom, when, by which lease and where, and all that the wrapper answered."""
+    measure(llms=["org/a"])
+    line = lines(tmp_path / "out")[-1]
+    assert {
+        "llm": "org/a",
+        "repetition": 1,
+        "warmup": False,
+        "request_id": "r0",
+        "machine": "gpu-1",
+    }.items() <= line.items()
+    assert (line["prompt"], line["question"], line["answer"]) == ("5", QUESTIONS[4], "because")
+    assert (line["sci_score"], line["sci_method"], line["error"]) == (0.5, "measured", None)
+    assert line["energy"] == {"total_j": 2.0}
+    assert line["usage"]["completion_tokens"] == 10
+    assert line["asked_at"] <= line["answered_at"]
+    assert line["asked_at"].endswith("Z")
+    assert line["duration_s"] > 0
+    (lease,) = lines(tmp_path / "out", "leases.jsonl")
+    assert (lease["requestId"], lease["llm"], lease["repetition"], lease["machine"]) == ("r0", "org/a", 1, "gpu-1")
+    assert "address" not in lease
+
+
+def test_warmup_is_marked_and_does_not_count(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """Each lease begins with prompts that begin like none of those that count, and that no figure is made of."""
+    measure(llms=["org/a"], repetitions=2, warmup=2)
+    warm = [line for line in lines(tmp_path / "out") if line["warmup"]]
+    assert [line["repetition"] for line in warm] == [1, 1, 2, 2]
+    assert [question for _, question in registry.prompted[:3]] == ["(1) Question 1?", "(2) Question 2?", "Question 1?"]
+    (llm,) = json.loads((tmp_path / "out" / "summary.json").read_text())["llms"]
+    assert (llm["answers"], llm["energy_j"]["n"]) == (10, 10)
+
+
+def test_order_is_that_of_the_seed(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """LLMs are asked for in the order of experiment.yaml, which the seed alone makes, for each repetition anew."""
+    llms = [f"org/{name}" for name in "abcdef"]
+    measure(llms=llms, repetitions=3, warmup=0)
+    order = yaml.safe_load((tmp_path / "out" / "experiment.yaml").read_text())["order"]
+    asked = [[llm["model"] for llm in body["llms"]] for body in registry.posted]
+    assert asked == [order[1], order[2], order[3]]
+    assert len({tuple(each) for each in asked}) == 3
+    assert all(sorted(each) == llms for each in asked)
+
+
+def test_grade_and_gpu_type_are_sent_when_set(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """Both go along in the POST when the experiment says them, and are not there otherwise."""
+    measure(llms=["org/a"])
+    measure(llms=["org/a"], grade="measurement", gpu_type="H100", output=tmp_path / "other")
+    assert not {"grade", "gpuType"} & registry.posted[0].keys()
+    assert {"grade": "measurement", "gpuType": "H100"}.items() <= registry.posted[1].items()
+    assert registry.posted[0]["measurementId"] != registry.posted[1]["measurementId"]
+
+
+def test_prompts_are_in_flight_together(measure: Measure, registry: HttpRegistry) -> None:
+    """As many prompts at once as the experiment says, and no more."""
+    together = threading.Barrier(4)
+    counts: list[int] = []
+    now, lock = [0], threading.Lock()
+
+    def count(_state: RequestState, _question: str) -> Reply | None:
+        with lock:
+            now[0] += 1
+            counts.append(now[0])
+        if len(counts) <= 4:
+            together.wait(LIMIT_S)
+        with lock:
+            now[0] -= 1
+        return None
+
+    registry.on_prompt = count
+    measure(llms=["org/a"], concurrency=4, warmup=0)
+    assert max(counts) == 4
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+
+def test_refused_prompt_is_kept_as_such(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """A prompt that is refused for itself is an error in its place, asked once, and stops nothing."""
+    registry.on_prompt = lambda _state, question: error(422, "invalid_field") if question == QUESTIONS[1] else None
+    assert measure(llms=["org/a"], warmup=0)
+    assert every_prompt_once(tmp_path / "out", ["org/a"])
+    refused = next(line for line in lines(tmp_path / "out") if line["prompt"] == "2")
+    assert refused["error"] == {"status": 422, "code": "invalid_field", "message": "it says invalid_field"}
+    assert refused["answer"] is None
+    (llm,) = json.loads((tmp_path / "out" / "summary.json").read_text())["llms"]
+    assert (llm["answers"], llm["errors"], llm["missing"]) == (4, 1, 0)
+    assert len(registry.prompted) == 5
+
+
+@pytest.mark.parametrize("trouble", [error(503, "engine_not_ready", True), error(429, "too_many_prompts", True)])
+def test_passing_trouble_is_waited_for(
+    measure: Measure, registry: HttpRegistry, tmp_path: Path, trouble: Reply
+) -> None:
+    """A prompt that can be answered in a moment is asked again, on the same lease."""
+    troubles = [trouble, trouble]
+    registry.on_prompt = lambda _state, _question: troubles.pop() if troubles else None
+    assert measure(llms=["org/a"])
+    assert every_prompt_once(tmp_path / "out", ["org/a"])
+    assert len(registry.requests) == 1
+
+
+def test_lost_lease_is_asked_for_again(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """An LLM whose lease ended is had by a new one, in the same order, and answers what is open, after a warm-up."""
+
+    def expire(state: RequestState, question: str) -> Reply | None:
+        if state.requestId == "r0" and question == QUESTIONS[2]:
+            registry.end("r0", "expired")
+            return error(410, "lease_ended")
+        return None
+
+    registry.on_prompt = expire
+    assert measure(warmup=1)
+    assert every_prompt_once(tmp_path / "out")
+    first, again = registry.posted
+    assert first["llms"] == again["llms"]
+    assert registry.requests["r1"].status == "cancelled"
+    leased = [line["request_id"] for line in lines(tmp_path / "out") if not line["warmup"]]
+    assert leased == ["r0"] * 2 + ["r2"] * 3 + ["r3"] * 5
+
+
+def test_llm_that_can_not_be_had_is_given_up(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """An LLM that fails again and again is left out, with the reason, until the next run; others are measured."""
+
+    def fail(state: RequestState) -> RequestState:
+        bad = state.llmconfig["model"] == "org/b" and state.status == "deployed"
+        return registry.end(state.requestId, "failed", "no memory") if bad else state
+
+    registry.on_poll = fail
+    assert not measure(repetitions=2)
+    assert every_prompt_once(tmp_path / "out", ["org/a"], repetitions=2)
+    assert "no memory" in measure.shown  # type: ignore[attr-defined]
+    assert "10 of 20 answers are missing" in measure.shown  # type: ignore[attr-defined]
+    failed = [state for state in registry.requests.values() if state.status == "failed"]
+    assert len(failed) == MAX_BARREN_LEASES
+    registry.on_poll = lambda state: state
+    assert measure(repetitions=2)
+    assert every_prompt_once(tmp_path / "out", repetitions=2)
+
+
+def test_refused_experiment_ends_at_once(measure: Measure, registry: HttpRegistry) -> None:
+    """What the registry refuses as a whole is told in its words; nothing is asked again."""
+    registry.on_post = lambda: error(422, "llm_never_fits")
+    with pytest.raises(AnswerError, match="it says llm_never_fits"):
+        measure()
+    assert len(registry.keys) == 1
+    assert "the same command goes on" in measure.shown  # type: ignore[attr-defined]
+
+
+def test_unfit_answer_in_time_is_an_error(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """A prompt without an answer in its time is not asked for ever."""
+    free = threading.Event()
+    registry.on_prompt = lambda _state, question: free.wait(LIMIT_S) and None if question == QUESTIONS[0] else None
+    try:
+        assert measure(llms=["org/a"], warmup=0, prompt_timeout_s=0.2)
+    finally:
+        free.set()
+    late = next(line for line in lines(tmp_path / "out") if line["prompt"] == "1")
+    assert late["error"] == {"status": None, "code": "no_answer", "message": "no answer within 0.2 s"}
+
+
+# --- going on ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(registry: HttpRegistry, prompts: Path, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts the command as a process of its own; killed at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        words = ["measure", "--llm", "org/a", "--llm", "org/b", "--prompts", str(prompts), "--repetitions", "2"]
+        words += ["--output", str(tmp_path / "out"), "--url", registry.url]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deployments.cli", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"COLUMNS": "80"},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def hold_at(registry: HttpRegistry, prompt: int) -> tuple[threading.Event, threading.Event]:
+    """The so-manieth prompt is not answered until the second event; the first is set when it has come."""
+    come, go = threading.Event(), threading.Event()
+
+    def hold(_state: RequestState, _question: str) -> Reply | None:
+        if len(registry.prompted) == prompt:
+            come.set()
+            go.wait(LIMIT_S)
+        return None
+
+    registry.on_prompt = hold
+    return come, go
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 12])
+def test_killed_run_is_gone_on_with(
+    command: Callable[[], subprocess.Popen[str]], registry: HttpRegistry, tmp_path: Path, prompt: int
+) -> None:
+    """After kill -9 in a warm-up, or between answers, the same command gives every prompt one answer that counts."""
+    come, go = hold_at(registry, prompt)
+    killed = command()
+    assert come.wait(LIMIT_S)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait(LIMIT_S)
+    go.set()
+    before = counted(tmp_path / "out")
+    held = {state.requestId for state in registry.open}
+    assert held
+
+    shown, _ = (again := command()).communicate(timeout=LIMIT_S)
+    assert again.returncode == 0, shown
+    assert every_prompt_once(tmp_path / "out", repetitions=2)
+    assert before.keys() <= counted(tmp_path / "out").keys()
+    assert registry.open == []
+    assert (
+        f"{sum(before.values())} of 20 answers are there; {len(held)} requests of the last run were given back" in shown
+    )
+    assert len({body["measurementId"] for body in registry.posted}) == 1
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_gives_its_llms_back(
+    command: Callable[[], subprocess.Popen[str]], registry: HttpRegistry, tmp_path: Path, by: signal.Signals
+) -> None:
+    """Ctrl-C, or a scheduler's end: LLMs are given back, figures so far written, and it says how to go on."""
+    come, go = hold_at(registry, 5)
+    process = command()
+    assert come.wait(LIMIT_S)
+    process.send_signal(by)
+    assert registry.given_back.wait(LIMIT_S)
+    go.set()
+    shown, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 130
+    missing = 20 - sum(counted(tmp_path / "out").values())
+    assert missing in (18, 19)  # the second may be on its way
+    assert f"{missing} of 20 answers are missing: the same command goes on" in shown
+    assert not json.loads((tmp_path / "out" / "summary.json").read_text())["complete"]
+
+
+def test_torn_line_is_dropped(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """A line that was being written when the machine died is no answer: that prompt is asked again."""
+    measure(llms=["org/a"], warmup=0)
+    path = tmp_path / "out" / "answers.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert measure(llms=["org/a"], warmup=0)
+    assert every_prompt_once(tmp_path / "out", ["org/a"])
+    assert [question for _, question in registry.prompted[5:]] == [QUESTIONS[4]]
+
+
+def test_finished_experiment_asks_nothing(measure: Measure, registry: HttpRegistry) -> None:
+    """Again, when all is answered: the figures are shown, and no LLM is asked for."""
+    measure()
+    assert measure()
+    assert len(registry.posted) == 1
+    assert "org/a" in measure.shown  # type: ignore[attr-defined]
+
+
+def test_other_experiment_is_refused(measure: Measure, registry: HttpRegistry, prompts: Path, tmp_path: Path) -> None:
+    """A folder goes on with its own experiment only; what differs is told field by field."""
+    measure(repetitions=2)
+    prompts.write_text(json.dumps({"question": "Another?"}) + "\n")
+    with pytest.raises(BadSettings) as caught:
+        measure(repetitions=3, llms=["org/a"])
+    text = str(caught.value)
+    assert "repetitions is 2 there and 3 here" in text
+    assert "prompts.count is 5 there and 1 here" in text
+    assert "llms.org/b is {" in text
+    assert "there and absent here" in text
+    assert every_prompt_once(tmp_path / "out", repetitions=2)
+
+
+def test_folder_is_for_one_process(measure: Measure, registry: HttpRegistry) -> None:
+    """Two runs in one folder would ask twice: the second is refused."""
+    refused: list[str] = []
+
+    def meanwhile(_state: RequestState, _question: str) -> Reply | None:
+        if not refused:
+            refused.append("")
+            with pytest.raises(BadSettings, match="another `greenprompt measure` is at work there"):
+                measure()
+        return None
+
+    registry.on_prompt = meanwhile
+    assert measure()
+    assert refused
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("answers.jsonl", '{"warmup": false}\n', "no experiment.yaml"),
+        ("answers.jsonl", "what\n{}\n", "line 1 is not JSON"),
+        ("experiment.yaml", "a: 1\n", "is no experiment"),
+        ("experiment.yaml", "- [", "is no experiment"),
+    ],
+)
+def test_folder_of_something_else_is_refused(
+    measure: Measure, tmp_path: Path, name: str, text: str, problem: str
+) -> None:
+    """A folder with what no run has written is left as it is."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(text)
+    with pytest.raises(BadSettings, match=problem):
+        measure()
+    assert (tmp_path / "out" / name).read_text() == text
+
+
+def test_folder_that_can_not_be_written(measure: Measure, tmp_path: Path) -> None:
+    """A place where no folder can be is told with the system's words."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadSettings, match="can't be written: Not a directory"):
+        measure(output=tmp_path / "file" / "out")
