@@ -227,7 +227,7 @@ class _Run:
         self._progress.update(self._bar, description=what)
 
     def _print(self, what: str) -> None:
-        self._console.print(what, markup=False, highlight=False)
+        self._console.print(what, markup=False, highlight=False, soft_wrap=True)
 
 
 def _answer(lease: HeldLease, prompt: Prompt, timeout_s: float) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_same_model_twice_is_numbered() -> None:
         ("llms: []", "llms: Tuple should have at least 1 item"),
         ("llms: org/a", "llms: Input should be a valid"),
         ("llms: [org/a, org/a]", "llms: Value error, org/a is there twice"),
-        ("llms: [{modl: x}]", "llms.0.model: Field required (and 1 more)"),
+        ("llms: [{modl: x}]", "llms.0.model: Field required"),
         ("llms: [7]", "llms.0: Input should be a valid dictionary"),
         ("llms: [org/a]\nrepetition: 3", "repetition: Extra inputs are not permitted"),
         ("llms: [org/a]\nrepetitions: 0", "repetitions: Input should be greater than or equal to 1"),

@@ -1,0 +1,76 @@
+"""``greenprompt measure`` as its users run it: against a real registry, killed in the middle, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.cluster.conftest import Registry
+
+pytestmark = pytest.mark.cluster
+
+PROMPTS = 50
+KILLED_AFTER = 20
+LIMIT_S = 120
+
+
+def counted(answers: Path) -> Counter[tuple[str, str]]:
+    """How many answers that count there are by LLM and prompt; a torn last line is none."""
+    whole = answers.read_bytes().split(b"\n")[:-1] if answers.exists() else []
+    lines: list[dict[str, Any]] = [json.loads(line) for line in whole]
+    return Counter((line["llm"], line["prompt"]) for line in lines if not line["warmup"])
+
+
+def test_killed_and_resumed_experiment_has_every_prompt_once(
+    registry: Registry, llm: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Two LLMs, 50 prompts, kill -9 in the middle: the same command gives every prompt one answer, and figures."""
+    prompts, experiment, folder = tmp_path / "prompts.jsonl", tmp_path / "experiment.yaml", tmp_path / "out"
+    prompts.write_text("".join(json.dumps({"question": f"What is {n}?"}) + "\n" for n in range(PROMPTS)))
+    llms = [llm("a"), llm("b")]
+    experiment.write_text(yaml.safe_dump({"llms": llms, "prompts": str(prompts), "output": str(folder)}))
+
+    command = [sys.executable, "-m", "deployments.cli", "measure", str(experiment), "--url", registry.url]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while counted(folder / "answers.jsonl").total() < KILLED_AFTER:
+        with suppress(subprocess.TimeoutExpired):
+            killed.wait(0.05)
+            pytest.fail(f"it ended by itself:\n{killed.communicate()[0]}")
+    killed.kill()
+    killed.communicate()
+    before = counted(folder / "answers.jsonl")
+    assert before.total() < 2 * PROMPTS
+
+    wide = os.environ | {"COLUMNS": "200"}
+    again = subprocess.run(command, check=False, capture_output=True, text=True, timeout=LIMIT_S, env=wide)
+    assert again.returncode == 0, again.stdout + again.stderr
+    after = counted(folder / "answers.jsonl")
+    assert after == Counter((each["model"], str(n + 1)) for each in llms for n in range(PROMPTS))
+    assert before.keys() <= after.keys()
+    assert f"{before.total()} of 100 answers are there; 2 requests of the last run were given back" in again.stdout
+    assert "~" in again.stdout
+    assert "estimate" in again.stdout
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["complete"]
+    for figures in summary["llms"]:
+        assert (figures["answers"], figures["missing"], figures["errors"]) == (PROMPTS, 0, 0)
+        assert (
+            figures["gco2eq_per_unit"]["low"]
+            <= figures["gco2eq_per_unit"]["mean"]
+            <= figures["gco2eq_per_unit"]["high"]
+        )
+        assert len(figures["machines"]) == 1
+    measurement = httpx.get(f"{registry.url}/measurements/{summary['measurement_id']}", timeout=30).json()
+    assert all(request["endedAt"] for request in measurement["requests"])
