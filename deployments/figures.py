@@ -48,13 +48,15 @@ class Spread:
 class LLMFigures:
     """What an experiment found out about one LLM; warm-ups are not in it.
 
-    ``label`` is the worst of its answers' energy; ``unit`` the functional unit, None where it is not always the same.
+    ``label`` is the worst of its answers' energy, ``known_label`` of those whose energy is known; ``unit`` the
+    functional unit, None where it is not always the same.
     ``estimate_low`` and ``estimate_high`` are the means of the scores' own ranges, None where they have none: the
     interval of a modelled figure says how prompts differ, not how good the model is. ``missing`` were never answered.
     """
 
     llm: str
     label: Label
+    known_label: Label
     unit: str | None
     answers: int
     errors: int
@@ -81,9 +83,11 @@ def llm_figures(llm: str, lines: Sequence[Mapping[str, Any]], *, expected: int, 
     for name, figure in FIGURES.items():
         values = [None if name == "gco2eq_per_unit" and unit is None else figure(answer) for answer in answers]
         spreads[name] = spread([(answer["prompt"], value) for answer, value in zip(answers, values, strict=True)], seed)
+    labels = [Label(answer["sci_method"]) for answer in answers]
     return LLMFigures(
         llm=llm,
-        label=worst(Label(answer["sci_method"]) for answer in answers),
+        label=worst(labels),
+        known_label=worst(label for label in labels if label is not Label.UNAVAILABLE),
         unit=unit,
         answers=len(answers),
         errors=len(counted) - len(answers),
@@ -137,7 +141,7 @@ def _interval(known: Sequence[tuple[str, float]], seed: int) -> tuple[float | No
 def as_csv(figures: Sequence[LLMFigures]) -> str:
     """A row per LLM; what is not known is empty."""
     text = io.StringIO()
-    plain = ("llm", "label", "unit", "answers", "errors", "missing", "estimate_low", "estimate_high")
+    plain = ("llm", "label", "known_label", "unit", "answers", "errors", "missing", "estimate_low", "estimate_high")
     columns = [f"{name}_{part}" for name in FIGURES for part in Spread.__dataclass_fields__]
     writer = csv.DictWriter(text, [*plain, *columns], lineterminator="\n")
     writer.writeheader()

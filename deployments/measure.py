@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -255,7 +255,7 @@ def _answer(lease: HeldLease, prompt: Prompt, timeout_s: float) -> dict[str, Any
 
 
 @contextmanager
-def _retries_told(say: Any) -> Iterator[None]:
+def _retries_told(say: Callable[[str], None]) -> Iterator[None]:
     """Say that a call is repeated, in place of stamina's lines in the log."""
     before = stamina.instrumentation.get_on_retry_hooks()
     stamina.instrumentation.set_on_retry_hooks([lambda retry: say(f"asks again: {retry.caused_by}")])

@@ -32,7 +32,7 @@ def results_table(figures: Sequence[LLMFigures]) -> Table:
         table.add_column(name, justify="right", min_width=7)
     table.add_column("label")
     for each in figures:
-        mark = "" if each.label in _MEASURED else "~"
+        mark = "" if each.known_label in _MEASURED else "~"
         table.add_row(
             Text(_short(each.llm)),
             str(each.answers),
@@ -54,17 +54,18 @@ def notes(figures: Sequence[LLMFigures], measurement: MeasurementState | None) -
     yield f"Means per prompt, and below them their {CONFIDENCE:.0%} confidence intervals. Warm-ups are not in them."
     for each in figures:
         name = _short(each.llm)
-        if each.label not in _MEASURED and each.answers:
+        if each.known_label not in (*_MEASURED, Label.UNAVAILABLE):
             between = ""
             if each.estimate_low is not None and each.estimate_high is not None:
                 between = f"; the score may lie between {each.estimate_low:.3g} and {each.estimate_high:.3g} g"
-            yield f"{name}: ~ is an estimate ({each.label}), not a measurement{between}."
+            yield f"{name}: ~ is an estimate ({each.known_label}), not a measurement{between}."
         if each.errors:
-            yield f"{name}: {each.errors} prompts were refused; answers.jsonl says why."
+            yield f"{name}: refused prompts: {each.errors}; answers.jsonl says why."
         if each.missing:
-            yield f"{name}: {each.missing} prompts have no answer yet."
-        if unknown := each.spreads["gco2eq_per_unit"].unknown:
-            yield f"{name}: the score of {unknown} answers is not known, and not in the mean."
+            yield f"{name}: answers still missing: {each.missing}."
+        for figure, what in (("gco2eq_per_unit", "score"), ("energy_j", "energy")):
+            if unknown := each.spreads[figure].unknown:
+                yield f"{name}: answers whose {what} is not known, and not in the mean: {unknown}."
         if each.flags:
             yield f"{name}: flags: {', '.join(f'{flag} ({count})' for flag, count in each.flags.items())}"
     machines = sorted({machine for each in figures for machine in each.machines})
@@ -80,7 +81,8 @@ def _cell(spread: Spread, scale: float, mark: str) -> Text:
     mean = mark + _number(spread.mean / scale)
     if spread.low is None or spread.high is None:
         return Text(mean)
-    return Text(f"{mean}\n{_number(spread.low / scale)} to {_number(spread.high / scale)}")
+    low, high = _number(spread.low / scale), _number(spread.high / scale)
+    return Text(mean if low == high else f"{mean}\n{low} to {high}")
 
 
 def _prefix(value: float) -> tuple[float, str]:

@@ -95,6 +95,8 @@ def test_label_is_the_worst() -> None:
     assert made.estimate_low is None
     assert figures(line(**modeled(0.4)), line("2", **modeled(0.8))).estimate_high == pytest.approx(1.2)
     assert figures().label is Label.UNAVAILABLE
+    holed = figures(line(**modeled(0.4)), line("2", **answer(None, None, "unavailable")))
+    assert (holed.label, holed.known_label) == (Label.UNAVAILABLE, Label.MODELED)
 
 
 def test_warmups_and_others_are_not_in_it() -> None:
@@ -159,9 +161,11 @@ def test_what_is_not_known_is_said() -> None:
     text = " ".join(lines)
     assert "unknown" in text
     assert "llms/a" in text
-    assert "1 prompts were refused" in text
-    assert "2 prompts have no answer yet" in text
-    assert "the score of 1 answers is not known" in text
+    assert "refused prompts: 1" in text
+    assert "answers still missing: 2" in text
+    assert "answers whose score is not known, and not in the mean: 1" in text
+    assert "estimate" not in text
+    assert "~" not in text
     assert "from 2 machines, whose figures don't compare: gpu-1, gpu-2" in text
     assert "flags: machine_changed" in text
     assert wide in "".join(each.split()[0] for each in lines if each.strip())
