@@ -73,15 +73,14 @@ def run_measure(plan: Plan, console: Console) -> bool:
             run.all()
         finally:
             figures = run.summarize()
-            if results.done < plan.answers:
-                missing = plan.answers - results.done
+            if missing := sum(each.missing for each in figures):
                 console.print(f"\n{missing} of {plan.answers} answers are missing: the same command goes on.")
         console.print()
         console.print(results_table(figures))
         for line in notes(figures, run.measurement):
             console.print(line, style="dim", markup=False, highlight=False)
         console.print(f"Results: {experiment.output}", markup=False, highlight=False, soft_wrap=True)
-        return results.done == plan.answers
+        return not missing
 
 
 class _Run:
@@ -120,14 +119,14 @@ class _Run:
     def summarize(self) -> list[LLMFigures]:
         """The figures by LLM, as the experiment lists them; written to the folder, too."""
         each = len(self._plan.prompts) * self._experiment.repetitions
-        lines, seed = self._results.answers, self._experiment.seed
+        lines, seed = self._results.answers(), self._experiment.seed
         figures = [llm_figures(llm, lines, expected=each, seed=seed) for llm in self._plan.llms]
         measurement = self.measurement
         self._results.write_json(
             "summary.json",
             {
                 "measurement_id": self._results.measurement_id,
-                "complete": self._results.done == self._plan.answers,
+                "complete": not any(each.missing for each in figures),
                 "flags": None if measurement is None else measurement.flags,
                 "versions": None if measurement is None else measurement.versions,
                 "llms": [each.as_json() for each in figures],
@@ -186,7 +185,7 @@ class _Run:
         begun_s = time.monotonic()
         try:
             with self._registry.lease(
-                request_id, on_change=lambda state: self._say(f"{title}: {_said(state)}")
+                request_id, on_change=lambda state: self._say(f"{title}: {said(state)}")
             ) as lease:
                 self._results.add_lease(_lease_line(llm, repetition, lease.state))
                 self._say(f"{title}: warm-up")
@@ -269,7 +268,7 @@ def _lease_line(llm: str, repetition: int, state: RequestState) -> dict[str, Any
     return {"llm": llm, "repetition": repetition, **state.model_dump(mode="json", exclude={"address"})}
 
 
-def _said(state: RequestState) -> str:
+def said(state: RequestState) -> str:
     """Where a request stands, in a few words."""
     words = [state.status]
     if state.position is not None:

@@ -29,8 +29,7 @@ HEADER = "# Made by `greenprompt measure`; the same command goes on with it. Don
 class Results:
     """The results of one experiment, open to one process at a time.
 
-    ``answers`` are the lines of ``answers.jsonl``; ``resumed`` says that another run began it, ``measurement_id`` is
-    its own for all of them.
+    ``resumed`` says that another run began it; ``measurement_id`` is its own for all of them.
     """
 
     def __init__(self, folder: Path, plan: Plan, *, measurement_id: int) -> None:
@@ -51,11 +50,13 @@ class Results:
                 raise BadSettings(str(folder), "another `greenprompt measure` is at work there") from None
             except OSError as error:
                 raise BadSettings(str(folder), f"can't be written: {error.strerror}") from None
-            self.answers = _whole_lines(self._answers)
+            answers = self.answers()
             _whole_lines(self._leases)
             self.resumed = (folder / "experiment.yaml").exists()
+            if answers and not self.resumed:
+                raise BadSettings(str(folder), "has answers, but no experiment.yaml that tells to what")
             self.measurement_id = self._known(plan) if self.resumed else self._begin(plan, measurement_id)
-            self._done = {_key(line) for line in self.answers if not line["warmup"]}
+            self._done = {_key(line) for line in answers if not line["warmup"]}
             self._files = files.pop_all()
 
     def __enter__(self) -> Self:
@@ -65,6 +66,10 @@ class Results:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._files.close()
+
+    def answers(self) -> list[dict[str, Any]]:
+        """All lines of ``answers.jsonl``, as they are on disk: an interrupted ``add`` may have written its own."""
+        return _whole_lines(self._answers)
 
     @property
     def done(self) -> int:
@@ -78,7 +83,6 @@ class Results:
     def add(self, line: dict[str, Any]) -> None:
         """Keep an answer; durable when this returns. Raises BadSettings when the disk is full."""
         self._append(self._answers, line)
-        self.answers.append(line)
         if not line["warmup"]:
             self._done.add(_key(line))
 
@@ -116,8 +120,6 @@ class Results:
             raise BadSettings(str(self.folder), f"can't be written: {error.strerror}") from error
 
     def _begin(self, plan: Plan, measurement_id: int) -> int:
-        if self.answers:
-            raise BadSettings(str(self.folder), "has answers, but no experiment.yaml that tells to what")
         identity = plan.identity()
         orders = {number: plan.order(number) for number in range(1, plan.experiment.repetitions + 1)}
         told = {

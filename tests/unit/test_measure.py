@@ -20,18 +20,31 @@ import yaml
 from rich.console import Console
 
 from deployments.experiment import load_plan
-from deployments.measure import MAX_BARREN_LEASES, run_measure
+from deployments.measure import MAX_BARREN_LEASES, run_measure, said
 from registry.api import RequestState
 from registry.client import AnswerError
 from registry.errors import BadSettings
-from tests.fake_registry_http import HttpRegistry, Reply, error
+from tests.fake_registry_http import CREATED, HttpRegistry, Reply, error
 
 LIMIT_S = 60
 """Longest wait for something that takes milliseconds."""
 
 QUESTIONS = [f"Question {n}?" for n in range(1, 6)]
 
-Measure = Callable[..., bool]
+
+class Measure:
+    """Measures two LLMs by the prompts, into the folder ``out``; ``shown`` is what the last run showed."""
+
+    def __init__(self, **fields: Any) -> None:
+        self._fields = fields
+        self.shown = ""
+
+    def __call__(self, **fields: Any) -> bool:
+        out = io.StringIO()
+        try:
+            return run_measure(load_plan(None, **self._fields | fields), Console(file=out, width=200))
+        finally:
+            self.shown = out.getvalue()
 
 
 @pytest.fixture
@@ -50,17 +63,7 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def measure(registry: HttpRegistry, prompts: Path, tmp_path: Path) -> Measure:
-    """Measures two LLMs by these prompts; what was shown is in ``measure.shown``."""
-
-    def measure(**fields: Any) -> bool:
-        out = io.StringIO()
-        given = {"llms": ["org/a", "org/b"], "prompts": prompts, "output": tmp_path / "out", "url": registry.url}
-        try:
-            return run_measure(load_plan(None, **given | fields), Console(file=out, width=200))
-        finally:
-            measure.shown = out.getvalue()  # type: ignore[attr-defined]
-
-    return measure
+    return Measure(llms=["org/a", "org/b"], prompts=prompts, output=tmp_path / "out", url=registry.url)
 
 
 def lines(folder: Path, name: str = "answers.jsonl") -> list[dict[str, Any]]:
@@ -164,6 +167,20 @@ def test_prompts_are_in_flight_together(measure: Measure, registry: HttpRegistry
     assert max(counts) == 4
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"status": "queued", "position": 2}, "queued, 2. in the queue"),
+        ({"status": "deploying", "phase": "loading"}, "deploying, loading"),
+        ({"status": "deploying", "phase": "downloading", "progress": 0.43}, "deploying, downloading 43%"),
+    ],
+)
+def test_progress_says_what_is_waited_for(more: dict[str, Any], words: str) -> None:
+    """The bar's line tells place and phase as the registry does."""
+    plain = {"requestId": "r", "llmconfig": {}, "measurementId": 1, "address": None, "link": "", "createdAt": CREATED}
+    assert said(RequestState.model_validate(plain | more)) == words
+
+
 # --- errors ------------------------------------------------------------------------------------------------
 
 
@@ -221,8 +238,8 @@ def test_llm_that_can_not_be_had_is_given_up(measure: Measure, registry: HttpReg
     registry.on_poll = fail
     assert not measure(repetitions=2)
     assert every_prompt_once(tmp_path / "out", ["org/a"], repetitions=2)
-    assert "no memory" in measure.shown  # type: ignore[attr-defined]
-    assert "10 of 20 answers are missing" in measure.shown  # type: ignore[attr-defined]
+    assert "no memory" in measure.shown
+    assert "10 of 20 answers are missing" in measure.shown
     failed = [state for state in registry.requests.values() if state.status == "failed"]
     assert len(failed) == MAX_BARREN_LEASES
     registry.on_poll = lambda state: state
@@ -236,13 +253,22 @@ def test_refused_experiment_ends_at_once(measure: Measure, registry: HttpRegistr
     with pytest.raises(AnswerError, match="it says llm_never_fits"):
         measure()
     assert len(registry.keys) == 1
-    assert "the same command goes on" in measure.shown  # type: ignore[attr-defined]
+    assert "the same command goes on" in measure.shown
+    registry.on_post = lambda: None
+    assert measure()  # the registry knows nothing of a run before, and nothing is given back
+    assert "Goes on: 0 of 10 answers are there." in measure.shown
 
 
-def test_unfit_answer_in_time_is_an_error(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+def test_no_answer_in_time_is_an_error(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
     """A prompt without an answer in its time is not asked for ever."""
     free = threading.Event()
-    registry.on_prompt = lambda _state, question: free.wait(LIMIT_S) and None if question == QUESTIONS[0] else None
+
+    def slow(_state: RequestState, question: str) -> Reply | None:
+        if question == QUESTIONS[0]:
+            free.wait(LIMIT_S)
+        return None
+
+    registry.on_prompt = slow
     try:
         assert measure(llms=["org/a"], warmup=0, prompt_timeout_s=0.2)
     finally:
@@ -353,7 +379,7 @@ def test_finished_experiment_asks_nothing(measure: Measure, registry: HttpRegist
     measure()
     assert measure()
     assert len(registry.posted) == 1
-    assert "org/a" in measure.shown  # type: ignore[attr-defined]
+    assert "org/a" in measure.shown
 
 
 def test_other_experiment_is_refused(measure: Measure, registry: HttpRegistry, prompts: Path, tmp_path: Path) -> None:
@@ -404,6 +430,16 @@ def test_folder_of_something_else_is_refused(
     with pytest.raises(BadSettings, match=problem):
         measure()
     assert (tmp_path / "out" / name).read_text() == text
+
+
+def test_figures_that_can_not_be_written(measure: Measure, tmp_path: Path) -> None:
+    """A summary that can't be written is told; the answers are there, and the next run makes it of them."""
+    (tmp_path / "out" / ".summary.json").mkdir(parents=True)
+    with pytest.raises(BadSettings, match=r"summary\.json: can't be written: Is a directory"):
+        measure()
+    assert every_prompt_once(tmp_path / "out")
+    (tmp_path / "out" / ".summary.json").rmdir()
+    assert measure()
 
 
 def test_folder_that_can_not_be_written(measure: Measure, tmp_path: Path) -> None:
