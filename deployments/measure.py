@@ -250,7 +250,7 @@ def _answer(lease: HeldLease, prompt: Prompt, timeout_s: float) -> dict[str, Any
         "duration_s": time.monotonic() - begun_s,
         "error": error,
     }
-    return {**answer, **line}
+    return line | answer | line
 
 
 @contextmanager

@@ -21,14 +21,13 @@ _WORDS = {Label.MODELED: "estimate", Label.MEASURED_SAMPLED: "measured (sampled)
 
 def results_table(figures: Sequence[LLMFigures]) -> Table:
     """A row per LLM: the mean of each figure, with its confidence interval below it; ``~`` where it is an estimate."""
-    scores = [each.spreads["gco2eq_per_unit"].mean for each in figures]
-    scale, prefix = _prefix(max((abs(score) for score in scores if score is not None), default=1.0))
-    units = {each.unit for each in figures}
-    unit = next(iter(units)) if len(units) == 1 else None
+    scale, prefix = _prefix(figures)
+    units = {each.unit for each in figures} - {None}
+    unit = units.pop() if len(units) == 1 else None
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("LLM", overflow="fold")
     table.add_column("answers", justify="right")
-    for name in (f"{prefix}gCO2eq per {unit or 'unit'}", "joules", "output tokens", "seconds"):
+    for name in (f"{prefix}gCO2eq per {(unit or 'unit').replace('_', ' ')}", "joules", "output tokens", "seconds"):
         table.add_column(name, justify="right", min_width=7)
     table.add_column("label")
     for each in figures:
@@ -51,13 +50,15 @@ def results_table(figures: Sequence[LLMFigures]) -> Table:
 
 def notes(figures: Sequence[LLMFigures], measurement: MeasurementState | None) -> Iterator[str]:
     """What has to be known to read the table: a sentence each."""
+    scale, prefix = _prefix(figures)
     yield f"Means per prompt, and below them their {CONFIDENCE:.0%} confidence intervals. Warm-ups are not in them."
     for each in figures:
         name = _short(each.llm)
         if each.known_label not in (*_MEASURED, Label.UNAVAILABLE):
             between = ""
             if each.estimate_low is not None and each.estimate_high is not None:
-                between = f"; the score may lie between {each.estimate_low:.3g} and {each.estimate_high:.3g} g"
+                low, high = _number(each.estimate_low / scale), _number(each.estimate_high / scale)
+                between = f"; the score may lie between {low} and {high} {prefix}g"
             yield f"{name}: ~ is an estimate ({each.known_label}), not a measurement{between}."
         if each.errors:
             yield f"{name}: refused prompts: {each.errors}; answers.jsonl says why."
@@ -85,8 +86,11 @@ def _cell(spread: Spread, scale: float, mark: str) -> Text:
     return Text(mean if low == high else f"{mean}\n{low} to {high}")
 
 
-def _prefix(value: float) -> tuple[float, str]:
-    return next(((scale, prefix) for scale, prefix in _PREFIXES if value >= scale), _PREFIXES[-1])
+def _prefix(figures: Sequence[LLMFigures]) -> tuple[float, str]:
+    """The part of a gram in which the largest score is a number that people like to read."""
+    scores = [each.spreads["gco2eq_per_unit"].mean for each in figures]
+    largest = max((score for score in scores if score is not None), default=1.0)
+    return next(((scale, prefix) for scale, prefix in _PREFIXES if largest >= scale), _PREFIXES[-1])
 
 
 def _number(value: float) -> str:

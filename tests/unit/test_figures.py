@@ -151,7 +151,7 @@ def test_estimates_are_marked() -> None:
     assert "~400" in text
     assert "~2" in text
     assert "~10" not in text  # tokens are counted
-    assert "estimate (modeled), not a measurement; the score may lie between 0.2 and 0.8 g" in text
+    assert "estimate (modeled), not a measurement; the score may lie between 200 and 800 mg" in text
 
 
 def test_what_is_not_known_is_said() -> None:
