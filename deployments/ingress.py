@@ -12,7 +12,7 @@ import json
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import ray
 import stamina
@@ -27,6 +27,7 @@ from deployments.checkpoints import Checkpoints, checkpoints_anywhere
 from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
+from deployments.report_csv import windows_csv
 from registry.actor import ACTOR_NAME, NAMESPACE
 from registry.api import (
     MAX_EVENTS,
@@ -45,6 +46,7 @@ from registry.api import (
     TenantName,
 )
 from registry.errors import InternalError, RegistryError, RegistryUnavailable
+from registry.report import MeasurementReport
 from registry.service import Idempotency
 from registry.state import LLMSpec, NewRequest, RequestStatus, canonical_json
 
@@ -144,7 +146,12 @@ def build_app(
     ) -> Response:
         """Ask for one or more LLMs of a measurement; they are handed out one after another, on one machine."""
         llms = [
-            NewRequest(uuid.uuid4().hex, *mapped(config, llm.model_dump(), f"llms[{n}]"))
+            NewRequest(
+                uuid.uuid4().hex,
+                *mapped(config, llm.model_dump(), f"llms[{n}]"),
+                max_j=body.maxJoules,
+                max_g=body.maxGco2eq,
+            )
             for n, llm in enumerate(body.llms)
         ]
         if checkpoints is not None:
@@ -208,6 +215,25 @@ def build_app(
     async def measurement(measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)]) -> Response:
         """A measurement with all its requests, in their order."""
         return _json_response(await call("measurement", measurement_id))
+
+    @app.get(
+        "/measurements/{measurement_id}/report",
+        response_model=MeasurementReport,
+        responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}, **unknown},
+    )
+    async def report(
+        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
+        as_: Annotated[
+            Literal["json", "csv"] | None,
+            Query(alias="format", description="csv: one row per window; the same by Accept: text/csv"),
+        ] = None,
+        accept: Annotated[str, Header()] = "*/*",
+    ) -> Response:
+        """What a measurement cost, by LLM and by window, with all that is needed to check it."""
+        text = await call("report", measurement_id)
+        if as_ == "csv" or (as_ is None and "text/csv" in accept):
+            return Response(await asyncio.to_thread(_as_csv, text), media_type="text/csv")
+        return _json_response(text)
 
     @app.get("/machines", response_model=list[MachineState], responses=errors)
     async def machines() -> Response:
@@ -298,6 +324,10 @@ def _field_of(location: Sequence[int | str]) -> str:
     for part in location[1:] if location[0] in ("body", "query", "path", "header") else location:
         name += f"[{part}]" if isinstance(part, int) and name else f".{part}" if name else str(part)
     return name if name and not name.isdigit() else "body"
+
+
+def _as_csv(report: str) -> str:
+    return windows_csv(json.loads(report)["windows"])
 
 
 def _json_response(text: str, *, status: int = 200) -> Response:

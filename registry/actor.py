@@ -103,6 +103,14 @@ class RegistryActor:
         await self.ready()
         return views.measurement_state(self._service, measurement_id).model_dump_json()
 
+    async def report(self, measurement_id: int) -> str:
+        """JSON MeasurementReport. What takes long of it holds nobody up."""
+        await self.ready()
+        allocator = self._service.allocator
+        measurement, requests = allocator.measurement(measurement_id), allocator.requests_of(measurement_id)
+        windows = await self._service.accounts.windows(measurement_id)
+        return await asyncio.to_thread(views.report_json, measurement, requests, windows)
+
     async def machines(self) -> str:
         """JSON list of MachineState."""
         await self.ready()

@@ -295,6 +295,8 @@ class Allocator:
                     notes=new.notes,
                     created_s=now_s,
                     memory=new.memory,
+                    max_j=new.max_j,
+                    max_g=new.max_g,
                 )
             )
 

@@ -8,12 +8,25 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    StringConstraints,
+)
 
 from registry.state import Priority
 
 MAX_ID = 2**63 - 1
 """Largest measurementId: what a signed 64-bit column holds."""
+
+MAX_BUDGET = 1e15
+"""Largest budget of a lease, joules or grams: some 280 GWh, or all of the world's emissions in ten days."""
 
 MAX_LLMS_PER_REQUEST = 1000
 """Most LLMs that one POST may ask for."""
@@ -32,6 +45,8 @@ TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")
 
 GpuType = Annotated[StrictStr, StringConstraints(pattern=r"^[A-Za-z0-9][ -~]*$", max_length=128)]
 """A type of GPU as Ray names it (``gpuType`` of GET /machines), or as its maker does."""
+
+Budget = Annotated[StrictInt | StrictFloat, Field(gt=0, le=MAX_BUDGET, allow_inf_nan=False)]
 
 NonEmpty = Annotated[StrictStr, StringConstraints(min_length=1, max_length=1024)]
 
@@ -85,6 +100,10 @@ class PromptingRequest(_Wire):
     llms: Annotated[list[LLMConfig], Field(min_length=1, max_length=MAX_LLMS_PER_REQUEST)]
     priority: Priority = Priority.NORMAL
     gpuType: GpuType | None = Field(None, description="GPUs that the machine must have, e.g. H100; null: any or none")
+    maxJoules: Budget | None = Field(None, description="Energy that each of these leases may use; null: no limit")
+    maxGco2eq: Budget | None = Field(
+        None, description="Emissions that each of these leases may cause, grams CO2eq; null: no limit"
+    )
 
 
 class AcceptedRequest(_Wire):
@@ -102,6 +121,20 @@ class PromptingAnswer(_Wire):
     """Answer of POST /promptingservice/request: one entry per LLM, in the order asked."""
 
     requests: list[AcceptedRequest]
+
+
+class EnergyState(_Wire):
+    """What a lease has cost so far, by the energy windows that are written down: they come some time after the fact.
+
+    A figure that is null is not known, or a part of it is not.
+    """
+
+    joules: float | None
+    idle_j: float | None = Field(description="Of the joules, those of the time without any prompt")
+    idle_share: float | None = Field(description="The same as a share, 0 to 1")
+    o_g: float | None = Field(description="Operational emissions, gCO2eq")
+    m_g: float | None = Field(description="Embodied emissions, gCO2eq")
+    label: str = Field(description="Where the joules are from: measured, measured_sampled, modeled or unavailable")
 
 
 class RequestState(_Wire):
@@ -135,6 +168,9 @@ class RequestState(_Wire):
     endedAt: str | None = None
     expiresAt: str | None = Field(None, description="When the lease ends whatever happens")
     idleAfter: str | None = Field(None, description="When the lease ends unless it is used before")
+    maxJoules: float | None = Field(None, description="Energy that its lease may use; null: no limit")
+    maxGco2eq: float | None = Field(None, description="Emissions that its lease may cause, grams; null: no limit")
+    energy: EnergyState | None = Field(None, description="What its lease has cost so far; null: nothing is known yet")
 
 
 class EventState(_Wire):

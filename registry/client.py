@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import httpx
 import stamina
+from pydantic import TypeAdapter
 
 from registry.api import (
     MAX_WAIT_S,
@@ -30,6 +31,7 @@ from registry.api import (
     RequestState,
 )
 from registry.errors import RegistryError
+from registry.report import MeasurementReport
 
 WAIT_S = 20.0
 """How long one poll waits for a change, seconds."""
@@ -41,6 +43,7 @@ LOOK_S = 1.0
 """How often a machine that is being drained is looked at, seconds."""
 
 _PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+_REPORT = TypeAdapter(MeasurementReport)
 
 ENDED = frozenset({"released", "expired", "cancelled", "failed"})
 
@@ -128,6 +131,8 @@ class RegistryClient:
         *,
         gpu_type: str | None = None,
         grade: str | None = None,
+        max_j: float | None = None,
+        max_g: float | None = None,
         idempotency_key: str | None = None,
     ) -> list[str]:
         """Ask for LLMs (llmconfigs); their request ids, in order.
@@ -135,15 +140,15 @@ class RegistryClient:
         ``gpu_type`` None: it does not matter; ``grade`` None: the registry's own choice. With a key, of which the
         registry knows that it has seen it, the call is repeated like ``status``; without one it never is.
 
+        ``max_j`` [J] and ``max_g`` [gCO2eq] are what each of the leases may use up; None: no limit.
+
         Raises:
             AnswerError: the request was refused: 422 for what can't be served here, with the field and the figures.
             httpx.HTTPError: the registry could not be reached.
         """
+        options = {"gpuType": gpu_type, "grade": grade, "maxJoules": max_j, "maxGco2eq": max_g}
         body: dict[str, Any] = {"measurementId": measurement_id, "llms": list(llms)}
-        if gpu_type is not None:
-            body["gpuType"] = gpu_type
-        if grade is not None:
-            body["grade"] = grade
+        body |= {name: value for name, value in options.items() if value is not None}
         if idempotency_key is None:
             response = _checked(self._http.post("/promptingservice/request", json=body))
         else:
@@ -270,6 +275,11 @@ class RegistryClient:
             return HealthState.model_validate_json(response.content)
         except ValueError:
             return HealthState.model_validate_json(_checked(response).content)
+
+    def report(self, measurement_id: int) -> MeasurementReport:
+        """What a measurement cost, by LLM and by window. Raises AnswerError, httpx.HTTPError."""
+        path = f"/measurements/{measurement_id}/report"
+        return _REPORT.validate_json(_checked(self._http.get(path)).content)
 
     def get(self, path: str) -> Any:
         """The JSON of one of the information pages: /healthz, /machines, /llms, /measurements/{id}."""

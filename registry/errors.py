@@ -139,6 +139,23 @@ class QueueFull(RegistryError):
         return f"the queue of {self.scope} is full ({self.limit} requests); try again when some were served"
 
 
+class TenantBudgetUsed(RegistryError):
+    """A tenant has used up what it may use in this month. ``until`` is when the next one begins."""
+
+    code = "tenant_budget_used"
+    http_status = 429
+
+    def __init__(self, tenant: str, used: str, limit: str, until: str) -> None:
+        super().__init__(tenant, used, limit, until)
+        self.tenant, self.used, self.limit, self.until = tenant, used, limit, until
+
+    def __str__(self) -> str:
+        return (
+            f"tenant {self.tenant!r} has used {self.used} of the {self.limit} that it may use in this month (UTC); "
+            f"what was accepted is served, new requests are taken from {self.until} on, or when its budget is raised"
+        )
+
+
 class ShuttingDown(RegistryError):
     """The registry takes no new requests because it is being shut down."""
 

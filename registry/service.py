@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
 
+from registry.accounts import Accounts
 from registry.allocator import Allocator
 from registry.api import MAX_WAIT_S
 from registry.errors import (
@@ -43,6 +45,7 @@ from registry.state import (
     DeployLLM,
     Effect,
     Event,
+    KeptWindow,
     Lease,
     LeaseBound,
     LeaseReleased,
@@ -65,6 +68,7 @@ from registry.state import (
     StopLLM,
     TimePassed,
     UnbindLease,
+    Wrapper,
     WrapperFailed,
     WrapperStarted,
     WrapperStatus,
@@ -117,7 +121,7 @@ class Service:
 
     Must be made, started and used in one event loop. ``now_s`` gives UTC seconds, ``new_token`` unguessable
     lease tokens, ``homes`` the LLM for a machine id or ``*``; ``on_fatal`` is called
-    when the database or a decision fails and must end the process.
+    when the database or a decision fails and must end the process, ``on_energy`` for each energy window that is kept.
     """
 
     def __init__(
@@ -130,9 +134,13 @@ class Service:
         new_token: Callable[[], str],
         homes: Mapping[str, LLMSpec],
         on_fatal: Callable[[RegistryError], None],
+        on_energy: Callable[[KeptWindow], None] = lambda _: None,
     ) -> None:
         self.settings = settings
         self.allocator = Allocator(settings.limits, new_token)
+        self.accounts = Accounts(
+            store, self.allocator, budgets=settings.budgets.tenants, now_s=now_s, on_kept=on_energy
+        )
         self.reports: dict[str, WrapperReport] = {}
         self.heard_s: dict[str, float] = {}
         """When each wrapper has last reported to this process, UTC seconds."""
@@ -177,6 +185,7 @@ class Service:
         """
         try:
             forgotten = self._forget()
+            self.accounts.forget()
             if forgotten:
                 self.allocator.load(self._store.load())
         except StoreUnavailable as error:
@@ -204,11 +213,18 @@ class Service:
             left = [w.wrapper_id for w in self.allocator.wrappers() if w.status is WrapperStatus.STOPPING]
             log.warning("LLMs did not stop in time; their wrappers are removed all the same", wrappers=left)
         await self._cancel_tasks()
+        await asyncio.gather(*map(self._hear_out, self.allocator.wrappers()))
         await self._guarded(
             "wrappers could not be removed", self._cluster.remove([w.wrapper_id for w in self.allocator.wrappers()])
         )
         self._closed = True
         self._store.close()
+
+    async def _hear_out(self, wrapper: Wrapper) -> None:
+        """What a wrapper has measured of its last lease is written down before it is removed."""
+        if wrapper.status in _WATCHED:
+            with suppress(WrapperUnreachable):
+                await self._report(wrapper.wrapper_id)
 
     async def _cancel_tasks(self) -> None:
         tasks = [*self._tasks, *self._watchers.values()]
@@ -235,7 +251,7 @@ class Service:
         are the same requests.
 
         Raises:
-            QueueFull, LLMNeverFits, InvalidField, ShuttingDown: nothing was accepted.
+            QueueFull, LLMNeverFits, InvalidField, TenantBudgetUsed, ShuttingDown: nothing was accepted.
             IdempotencyConflict: the key was used with another body.
         """
         if idempotency is not None:
@@ -250,6 +266,8 @@ class Service:
         row = None
         if idempotency is not None:
             row = IdempotencyRow(tenant, idempotency.key, idempotency.body_sha256, ids, self._now_s())
+        notes = self.accounts.notes(measurement_id, tenant)
+        llms = [replace(llm, notes=(*llm.notes, *notes)) for llm in llms]
         self._apply(LeaseRequested(measurement_id, tuple(llms), tenant, priority, gpu_type), idempotency=row)
         return tuple(self.allocator.request(request_id) for request_id in ids)
 
@@ -515,14 +533,18 @@ class Service:
             idle_limit_s=lease.idle_limit_s,
             model_revision=request.model_revision,
             as_of=self._heard_at(lease.wrapper_id),
+            max_j=request.max_j,
+            max_g=request.max_g,
         )
 
     def _belief(self, wrapper_id: str) -> Belief:
         wrapper, lease = self.allocator.wrapper(wrapper_id), self.allocator.lease_by_wrapper(wrapper_id)
+        as_of = self._heard_at(wrapper_id)
         return Belief(
             epoch=0 if wrapper is None else wrapper.epoch,
             request_id=None if lease is None else lease.request_id,
-            as_of=self._heard_at(wrapper_id),
+            as_of=as_of,
+            windows_kept=self.accounts.kept(wrapper_id, as_of),
         )
 
     def _heard_at(self, wrapper_id: str) -> Moment | None:
@@ -649,6 +671,7 @@ class Service:
         self.reports[wrapper_id] = report
         self.heard_s[wrapper_id] = self._now_s()
         self._note_memory(wrapper_id, report)
+        self._keep_windows(wrapper_id, report)
         return report, under_way == own_commands and self._commands.get(wrapper_id, 0) == before
 
     def _take_report(self, wrapper_id: str, report: WrapperReport, is_news: bool) -> None:
@@ -686,6 +709,15 @@ class Service:
         )
         if told != machine:
             self._apply(MachineJoined(told))
+
+    def _keep_windows(self, wrapper_id: str, report: WrapperReport) -> None:
+        if self._closed:
+            return  # the wrapper keeps them
+        try:
+            self.accounts.keep(wrapper_id, report)
+        except StoreUnavailable as error:
+            self._on_fatal(error)
+            raise
 
     async def _await_wrapper(self, wrapper_id: str, *, own_commands: int = 0) -> Event:
         """Wait until a starting wrapper answers; at most ``wrappers.start_timeout_s``."""

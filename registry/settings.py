@@ -20,6 +20,8 @@ from registry.state import Limits
 
 ENV_PREFIX = "GREENPROMPT_"
 
+LONGEST_MONTH_DAYS = 31
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -182,6 +184,19 @@ class EnergySettings(_Section):
     cpu_model: CPUModelSettings | None = None
 
 
+class TenantBudget(_Section):
+    """What a tenant may use in a calendar month (UTC): leases from hand-over to release, and starts of LLMs for it."""
+
+    max_joules_per_month: float | None = Field(None, gt=0)
+    max_gco2eq_per_month: float | None = Field(None, gt=0)
+
+
+class BudgetSettings(_Section):
+    """Limits on what is used; warned of above 80 %, and new requests are refused above 100 %."""
+
+    tenants: dict[TenantName, TenantBudget] = {}
+
+
 class Settings(BaseSettings):
     """Everything an operator can choose."""
 
@@ -205,6 +220,7 @@ class Settings(BaseSettings):
     queue: QueueSettings = QueueSettings()
     watch: WatchSettings = WatchSettings()
     energy: EnergySettings = EnergySettings()
+    budgets: BudgetSettings = BudgetSettings()
     deploy: tuple[MachineLLM, ...] = Field((), description="LLMs that are deployed at start, before anyone asks")
 
     @classmethod
@@ -241,6 +257,14 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"wrappers.fence_s must be at least {least_s:g}: watch.failures x (watch.period_s + "
                 "watch.report_timeout_s), the time after which a wrapper that does not answer has failed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_month_is_kept(self) -> Settings:
+        if self.budgets.tenants and self.keep_days < LONGEST_MONTH_DAYS:
+            raise ValueError(
+                f"keep_days must be at least {LONGEST_MONTH_DAYS} where budgets.tenants has budgets by month"
             )
         return self
 

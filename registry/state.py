@@ -159,7 +159,8 @@ class Request:
     unchanged; ``notes`` says what of it was translated or dropped. ``failed_on`` are the wrappers on which
     its LLM could not be started. ``overtaken`` counts warm matches that went before it. ``memory`` is what its LLM
     takes at least, None where that is not known. ``model_revision`` is the commit of the LLM that it was given;
-    None: not yet, or a local model, which has none.
+    None: not yet, or a local model, which has none. ``max_j`` [J] and ``max_g`` [gCO2eq] are what its lease may use
+    up, None: no limit.
     """
 
     request_id: str
@@ -180,6 +181,8 @@ class Request:
     ended_s: float | None = None
     memory: LLMMemory | None = None
     model_revision: str | None = None
+    max_j: float | None = None
+    max_g: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +267,18 @@ class EnergyWindow:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class KeptWindow:
+    """An energy window that is written down, the machine that it was measured on, and the tenant that it counts for.
+
+    None: the machine was not known any more; it is nobody's.
+    """
+
+    window: EnergyWindow
+    machine_id: str | None
+    tenant: str | None
+
+
 # --- events: what happened ---------------------------------------------------------------------------------
 
 
@@ -276,6 +291,8 @@ class NewRequest:
     llmconfig: str
     notes: tuple[str, ...] = ()
     memory: LLMMemory | None = None
+    max_j: float | None = None
+    max_g: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,23 +24,29 @@ from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import (
     URL,
+    ColumnElement,
     Connection,
     Delete,
     Insert,
     Table,
+    and_,
     bindparam,
     create_engine,
     delete,
     event,
     exists,
+    func,
     insert,
     make_url,
+    or_,
     select,
     text,
+    tuple_,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
+from sqlalchemy.sql.dml import ReturningInsert
 
 from registry.errors import BadSettings, StoreUnavailable
 from registry.migrations.tables import (
@@ -51,9 +57,22 @@ from registry.migrations.tables import (
     MACHINES,
     MEASUREMENTS,
     REQUESTS,
+    WINDOWS,
     WRAPPERS,
 )
-from registry.state import Changes, Lease, Machine, Measurement, Request, Snapshot, Wrapper
+from registry.state import (
+    Changes,
+    EnergyWindow,
+    KeptWindow,
+    Lease,
+    Machine,
+    Measurement,
+    Request,
+    Snapshot,
+    WindowKind,
+    Wrapper,
+)
+from registry.totals import Sum, Total, total_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -232,11 +251,90 @@ class Store:
             row = connection.execute(wanted).one_or_none()
         return None if row is None else (row.body_sha256, row.request_ids)
 
+    def keep_windows(self, rows: Sequence[KeptWindow]) -> frozenset[str]:
+        """Write energy windows in one transaction. One that is there already stays as it is.
+
+        Returns:
+            The ids of those that were not there.
+
+        Raises:
+            StoreUnavailable: as for ``commit``.
+        """
+        if not rows:
+            return frozenset()
+        cells = [_cells(row.window) | {"machine_id": row.machine_id, "tenant": row.tenant} for row in rows]
+        with self._transaction() as connection:
+            return frozenset(connection.scalars(_insert_once(WINDOWS, connection.dialect.name), cells))
+
+    def windows(
+        self, measurement_id: int, *, after: EnergyWindow | None = None, limit: int | None = None
+    ) -> tuple[KeptWindow, ...]:
+        """The first ``limit`` (None: all) energy windows of a measurement, in the order in which they began.
+
+        Those that come after ``after`` in that order, if it is given.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        order = WINDOWS.c.begun_s, WINDOWS.c.window_id
+        wanted = select(WINDOWS).where(WINDOWS.c.measurement_id == measurement_id).order_by(*order).limit(limit)
+        if after is not None:
+            wanted = wanted.where(tuple_(*order) > (after.begun_s, after.window_id))
+        with self._transaction() as connection:
+            rows = connection.execute(wanted).all()
+        return tuple(KeptWindow(EnergyWindow(*row[:-2]), *row[-2:]) for row in rows)
+
+    def costs_of_request(self, request_id: str) -> dict[WindowKind, Total]:
+        """What the windows of a request cost, by kind; a kind without any is left out.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        return self._costs(WINDOWS.c.request_id == request_id)
+
+    def costs_of_tenant(self, tenant: str, kinds: Sequence[WindowKind], since_s: float) -> dict[WindowKind, Total]:
+        """What the windows of these kinds that count for a tenant, and ended at a UTC second or later, cost, by kind.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        rows = WINDOWS.c
+        return self._costs(and_(rows.tenant == tenant, rows.kind.in_(kinds), rows.ended_s >= since_s))
+
+    def _costs(self, which: ColumnElement[bool]) -> dict[WindowKind, Total]:
+        rows = WINDOWS.c
+        figures = [each for of in (rows.total_j, rows.o_g, rows.m_g) for each in (func.count(of), func.sum(of))]
+        wanted = select(rows.kind, rows.label, func.count(), *figures).where(which).group_by(rows.kind, rows.label)
+        costs: dict[WindowKind, Total] = {}
+        with self._transaction() as connection:
+            for kind, label, n, known_j, j, known_o, o, known_m, m in connection.execute(wanted):
+                part = Total(Sum(n, known_j, j or 0.0), Sum(n, known_o, o or 0.0), Sum(n, known_m, m or 0.0), label)
+                costs[kind] = total_of((costs.get(kind, Total()), part))
+        return costs
+
+    def deployed_for(self, wrapper_id: str, begun_s: float, ended_s: float) -> tuple[str, int] | None:
+        """(request_id, measurement_id) of the request for which a wrapper started an LLM at that time; None: nobody's.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        rows = REQUESTS.c
+        wanted = (
+            select(rows.request_id, rows.measurement_id)
+            .where(rows.wrapper_id == wrapper_id, rows.deploying_s <= ended_s)
+            .where(or_(rows.ended_s.is_(None), rows.ended_s > begun_s))
+            .order_by(rows.deploying_s.desc())
+            .limit(1)
+        )
+        with self._transaction() as connection:
+            row = connection.execute(wanted).one_or_none()
+        return None if row is None else (row.request_id, row.measurement_id)
+
     def forget(self, *, ended_before_s: float) -> int:
         """Remove what ended before this UTC second: requests, then measurements that have none left.
 
-        Events and idempotency keys of before go too; of a request its id stays, for ``was_forgotten``. Whoever has
-        loaded remembers more than the database from then on, and loads again.
+        Events, energy windows and idempotency keys of before go too; of a request its id stays, for ``was_forgotten``.
+        Whoever has loaded remembers more than the database from then on, and loads again.
 
         Returns:
             How many requests were removed.
@@ -248,6 +346,7 @@ class Store:
         with self._transaction() as connection:
             connection.execute(delete(EVENTS).where(EVENTS.c.at_s < ended_before_s))
             connection.execute(delete(IDEMPOTENCY_KEYS).where(IDEMPOTENCY_KEYS.c.created_s < ended_before_s))
+            connection.execute(delete(WINDOWS).where(WINDOWS.c.ended_s < ended_before_s))
             ended = REQUESTS.c.ended_s < ended_before_s
             ids = select(REQUESTS.c.request_id).where(ended)
             connection.execute(insert(FORGOTTEN_REQUESTS).from_select(["request_id"], ids))
@@ -295,6 +394,13 @@ def _upsert(table: Table, dialect: str) -> Insert:
     new = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
     columns = {column.name: new.excluded[column.name] for column in table.columns if not column.primary_key}
     return new.on_conflict_do_update(index_elements=list(table.primary_key), set_=columns)
+
+
+@cache
+def _insert_once(table: Table, dialect: str) -> ReturningInsert[Any]:
+    new = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
+    (key,) = table.primary_key
+    return new.on_conflict_do_nothing(index_elements=[key]).returning(key)
 
 
 def _cells(record: DataclassInstance) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Literal
 
+from pydantic import TypeAdapter
+
 from registry.api import (
+    EnergyState,
     EventState,
     HealthState,
     LLMState,
@@ -17,13 +20,26 @@ from registry.api import (
     RequestState,
     WrapperState,
 )
+from registry.report import MeasurementReport, report_of
 from registry.service import Service
 from registry.skew import differences, joined
-from registry.state import Machine, Request, RequestStatus, Wrapper, WrapperStatus
+from registry.state import (
+    KeptWindow,
+    Machine,
+    Measurement,
+    Request,
+    RequestStatus,
+    WindowKind,
+    Wrapper,
+    WrapperStatus,
+)
 from registry.store import StoredEvent
+from registry.totals import LABELS, Total, total_of
 
 USABLE = frozenset({WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
 """States in which a wrapper serves, or can serve, a request."""
+
+_REPORT = TypeAdapter(MeasurementReport)
 
 _UNWELL = frozenset({WrapperStatus.FAILED, WrapperStatus.RESTARTING, WrapperStatus.LOST})
 """States of a wrapper in which something is wrong with its machine."""
@@ -67,6 +83,26 @@ def request_state(service: Service, request: Request) -> RequestState:
         endedAt=_iso_or_none(request.ended_s),
         expiresAt=_iso(lease.deadline_s) if deployed and lease is not None else None,
         idleAfter=_iso(lease.ends_s) if deployed and lease is not None else None,
+        maxJoules=request.max_j,
+        maxGco2eq=request.max_g,
+        energy=None if request.deployed_s is None else _energy_state(service.accounts.costs(request.request_id)),
+    )
+
+
+def _energy_state(costs: Mapping[WindowKind, Total]) -> EnergyState | None:
+    """What a lease has cost: by its own window once it has ended, until then by its prompts and its idle time."""
+    idle = costs.get(WindowKind.IDLE, Total())
+    lease = costs.get(WindowKind.LEASE) or total_of((idle, costs.get(WindowKind.PROMPT, Total())))
+    if not lease.joules.count:
+        return None
+    joules, idle_j = lease.joules.value, idle.joules.value
+    return EnergyState(
+        joules=joules,
+        idle_j=idle_j,
+        idle_share=None if joules is None or idle_j is None else idle_j / joules,
+        o_g=lease.o_g.value,
+        m_g=lease.m_g.value,
+        label=lease.label if joules is not None else LABELS[-1],
     )
 
 
@@ -100,6 +136,11 @@ def measurement_state(service: Service, measurement_id: int) -> MeasurementState
         versions=None if measurement.versions is None else json.loads(measurement.versions),
         requests=[request_state(service, request) for request in requests],
     )
+
+
+def report_json(measurement: Measurement, requests: Sequence[Request], windows: Sequence[KeptWindow]) -> str:
+    """JSON MeasurementReport. Takes its time with many windows, needs nothing of the service: for a thread."""
+    return _REPORT.dump_json(report_of(measurement, requests, windows, _iso)).decode()
 
 
 def machine_states(service: Service) -> list[MachineState]:

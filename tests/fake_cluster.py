@@ -16,13 +16,21 @@ from itertools import count
 from deployments.lease_gate import LeaseGate
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
 from registry.reconcile import Belief, LeaseGrant, Observation, WrapperPlan, WrapperReport
-from registry.state import LLMSpec, Machine
+from registry.state import EnergyWindow, LLMSpec, Machine
 from tests.fake_counters import ManualClock
 
 FENCE_S = 30.0
 
 UNTOLD = Belief(epoch=0, request_id=None, as_of=None)
 """What a registry believes of a wrapper that it has not heard of yet."""
+
+
+WINDOWS_TOLD = 3
+"""Most energy windows in a report."""
+
+
+def number_of(window: EnergyWindow) -> int:
+    return int(window.window_id.rpartition("-")[2])
 
 
 class Gate:
@@ -61,6 +69,8 @@ class FakeWrapper:
     starts: int = 0
     ended: list[tuple[str, str]] = field(default_factory=list)
     """Leases that were ended here: request id, and how."""
+    windows: list[EnergyWindow] = field(default_factory=list)
+    """What was measured here, and the registry has not said to have written down."""
     gate: LeaseGate = field(kw_only=True)
 
     @property
@@ -176,6 +186,7 @@ class FakeCluster:
             starts=wrapper.starts,
             versions=self.versions.get(wrapper.plan.machine_id),
             moment=wrapper.gate.moment,
+            windows=tuple(wrapper.windows[:WINDOWS_TOLD]),
         )
         await self._called(wrapper_id, "report")
         return report
@@ -279,6 +290,8 @@ class FakeCluster:
         """What the registry believes reaches a wrapper."""
         if belief.epoch < wrapper.epoch:
             return
+        if belief.as_of is not None and belief.as_of.process == wrapper.gate.moment.process:
+            wrapper.windows = [each for each in wrapper.windows if number_of(each) > belief.windows_kept]
         wrapper.gate.believe(belief.request_id, belief.as_of)
         bound = wrapper.grant
         if belief.epoch == wrapper.epoch and bound is not None and bound.request_id != belief.request_id:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from registry.api import EventState, HealthState, LLMState, MachineState, MeasurementState, RequestState, WrapperState
 from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
+from registry.report import MeasurementReport
 from registry.service import Idempotency
 from registry.state import NewRequest, Priority, RequestStatus
+from tests.energy_windows import an_experiment
 
 CREATED = "2026-01-01T00:00:00.000Z"
 BASE = "http://127.0.0.1:8000"
@@ -79,6 +83,10 @@ class FakeRegistry:
         return MeasurementState(
             measurementId=measurement_id, machine=None, flags=[], createdAt=CREATED, requests=requests
         ).model_dump_json()
+
+    def _report(self, measurement_id: int) -> str:
+        self._measurement(measurement_id)
+        return TypeAdapter(MeasurementReport).dump_json(an_experiment(measurement_id)).decode()
 
     def _machines(self) -> str:
         return f"[{self._machine('a')}]"

@@ -11,7 +11,7 @@ from registry import views
 from registry.errors import RegistryError
 from registry.service import Service
 from registry.settings import Settings
-from registry.state import Event, LLMSpec, NewRequest, Request, RequestStatus, WrapperStatus, canonical_json
+from registry.state import Event, KeptWindow, LLMSpec, NewRequest, Request, RequestStatus, WrapperStatus, canonical_json
 from registry.store import Store
 from tests.fake_cluster import FakeCluster, FakeWrapper
 from tests.fake_counters import ManualClock
@@ -71,6 +71,8 @@ class World:
         self.cluster = FakeCluster(self._changed.set)
         self.homes: dict[str, LLMSpec] = {}
         self.fatal: list[RegistryError] = []
+        self.energy: list[KeptWindow] = []
+        """The energy windows that were told of when they were kept."""
         self.expected_problems: list[str] = []
         self.service: ObservedService = None  # type: ignore[assignment]  # made by start()
         self.store: Store = None  # type: ignore[assignment]  # same
@@ -89,6 +91,7 @@ class World:
             new_token=lambda: f"token-{next(self._numbers)}",
             homes=self.homes,
             on_fatal=self.fatal.append,
+            on_energy=self.energy.append,
             changed=self._changed,
         )
         await self.service.start()

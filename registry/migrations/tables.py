@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from registry.state import LLMMemory, LLMSpec, Priority, RequestStatus, WrapperStatus, canonical_json
+from registry.state import LLMMemory, LLMSpec, Priority, RequestStatus, WindowKind, WrapperStatus, canonical_json
 
 # --- column types: how a field becomes a cell, and back -------------------------------------------------------
 
@@ -199,6 +199,9 @@ REQUESTS = Table(
     _may("ended_s", Float),
     _may("memory", _Memory),
     _may("model_revision", Text),
+    _may("max_j", Float),
+    _may("max_g", Float),
+    Index(None, "wrapper_id"),
 )
 # unique: whatever the code above believes, no wrapper is leased twice.
 LEASES = Table(
@@ -226,6 +229,29 @@ EVENTS = Table(
     _must("detail", Text),
     Index(None, "request_id", "event_id"),
     sqlite_autoincrement=True,
+)
+# What wrappers have measured. ``tenant`` is whose budget it counts for, None: nobody's. A window outlives its wrapper,
+# and some belong to no request.
+WINDOWS = Table(
+    "windows",
+    METADATA,
+    _must("window_id", Text, primary_key=True),
+    _must("kind", _Word(WindowKind)),
+    _must("wrapper_id", Text),
+    _may("request_id", Text),
+    _may("measurement_id", BigInteger),
+    _must("begun_s", Float),
+    _must("ended_s", Float),
+    _may("total_j", Float),
+    _may("o_g", Float),
+    _may("m_g", Float),
+    _must("label", Text),
+    _must("detail", Text),
+    _may("machine_id", Text),
+    _may("tenant", Text),
+    Index(None, "measurement_id"),
+    Index(None, "request_id"),
+    Index(None, "tenant", "kind", "ended_s"),
 )
 # Nothing but their ids: who still has the link of one is told that it was, not that it never was.
 FORGOTTEN_REQUESTS = Table("forgotten_requests", METADATA, _must("request_id", Text, primary_key=True))

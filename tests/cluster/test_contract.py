@@ -68,6 +68,25 @@ def test_an_energy_figure_is_labelled(registry: Registry, llm: LLM, measurement_
     assert math.isclose(sum(part["joules"] for part in answer["energy"]["components"]), answer["energy"]["total_j"])
 
 
+def test_a_measurement_has_a_report(registry: Registry, llm: LLM, measurement_id: int) -> None:
+    """The report names the LLM and how the figures come about, as JSON and as CSV; no unknown is 0."""
+    body = {"measurementId": measurement_id, "llms": [llm("a")], "maxJoules": 1e6}
+    answer = httpx.post(f"{registry.url}/promptingservice/request", json=body, timeout=60)
+    request_id = answer.json()["requests"][0]["requestId"]
+    state = registry.until(request_id, "deployed")
+    assert (state["maxJoules"], state["maxGco2eq"]) == (1e6, None)
+    httpx.post(f"{state['address']}/process_prompt", json={"question": "Hello"}, timeout=60)
+    registry.delete(request_id)
+    path = f"{registry.url}/measurements/{measurement_id}/report"
+    report = httpx.get(path, timeout=60).json()
+    assert report["how"].startswith("computed with the SCI formula")
+    assert [one["requestIds"] for one in report["llms"]] == [[request_id]]
+    assert all(cost["joules"] != 0 for cost in report["costs"].values())
+    table = httpx.get(path, headers={"accept": "text/csv"}, timeout=60)
+    assert table.headers["content-type"].startswith("text/csv")
+    assert len(table.text.splitlines()) >= 1
+
+
 def test_what_fits_nowhere_is_refused_at_once(
     registry: Registry, llm: LLM, measurement_id: int, workspace: Path
 ) -> None:

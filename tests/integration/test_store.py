@@ -20,6 +20,7 @@ from registry.errors import BadSettings, StoreUnavailable
 from registry.migrations import tables
 from registry.state import (
     Changes,
+    KeptWindow,
     Lease,
     LLMMemory,
     LLMSpec,
@@ -29,10 +30,12 @@ from registry.state import (
     Request,
     RequestStatus,
     Snapshot,
+    WindowKind,
     Wrapper,
     WrapperStatus,
 )
 from registry.store import EventRow, IdempotencyRow, Store, StoredEvent
+from tests.energy_windows import window
 
 BIGGEST = 2**63 - 1
 ODD = "naïve 模型 🌱 \"quoted\" 'single' \\n \n\t %s :name {}"
@@ -102,6 +105,8 @@ EXTREME = Snapshot(
             deployed_s=0.3,
             ended_s=0.4,
             memory=LLMMemory(BIGGEST, BIGGEST, 2**31 - 1, 1e-3, 16),
+            max_j=1e15,
+            max_g=1e-300,
         ),
         Request("", 1, 0, LLMSpec("", ""), ""),
     ),
@@ -424,3 +429,74 @@ def test_a_closed_store_says_so(store: Store, use: Any):
     store.close()
     with pytest.raises(StoreUnavailable, match="closed"):
         use(store)
+
+
+# --- energy windows -----------------------------------------------------------------------------------------
+
+USED = window(1, joules=7.5, units=3, odd=ODD)
+ROWS = (
+    KeptWindow(USED, ODD, ODD),
+    KeptWindow(window(2, WindowKind.LOAD, request_id=None, measurement_id=None, joules=None), None, None),
+    KeptWindow(window(3, WindowKind.IDLE, begun_s=USED.begun_s - 1, measurement_id=7), "m-1", "default"),
+)
+
+
+def test_windows_come_back_as_they_were(store: Store, database_url: str):
+    """A measurement's windows survive closing, in the order in which they began; those of nobody are no part of it."""
+    store.keep_windows(ROWS)
+    assert store.keep_windows(()) == frozenset()
+    store.close()
+    again = Store.open(database_url)
+    assert again.windows(7) == (ROWS[2], ROWS[0])
+    assert again.windows(8) == ()
+    again.close()
+
+
+def test_a_window_is_written_once(store: Store):
+    """One that is there already stays as it is, and those that come with it are written."""
+    assert store.keep_windows(ROWS[:1]) == {USED.window_id}
+    assert store.keep_windows((replace(ROWS[0], tenant="other"), ROWS[2])) == {ROWS[2].window.window_id}
+    assert store.windows(7) == (ROWS[2], ROWS[0])
+
+
+def test_costs_are_summed_by_kind(store: Store):
+    """Sums of a request's windows know what is missing, and carry the worst label."""
+    assert store.costs_of_request("r-1") == {}
+    windows = window(1, joules=1.0), window(2, joules=2.0, label="modeled"), window(3, WindowKind.IDLE, joules=None)
+    store.keep_windows([KeptWindow(each, "m", "ann") for each in (*windows, window(4, request_id="r-2"))])
+    costs = store.costs_of_request("r-1")
+    assert costs.keys() == {WindowKind.PROMPT, WindowKind.IDLE}
+    assert (costs[WindowKind.PROMPT].joules.value, costs[WindowKind.PROMPT].label) == (3.0, "modeled")
+    assert costs[WindowKind.PROMPT].m_g.value == sum(each.m_g or 0 for each in windows[:2])
+    idle = costs[WindowKind.IDLE]
+    assert (idle.joules.value, idle.joules.count, idle.label) == (None, 1, "unavailable")
+
+
+def test_costs_of_a_tenant(store: Store):
+    """A tenant's sum has the kinds that are asked for, from the moment that is asked for, and nobody else's."""
+    windows = [window(n, WindowKind.LEASE, begun_s=100.0 * n, seconds=1, joules=10.0**n) for n in (1, 2, 3)]
+    store.keep_windows([KeptWindow(each, "m", "ann") for each in windows])
+    store.keep_windows([KeptWindow(window(4, WindowKind.PROMPT, begun_s=300.0), "m", "ann")])
+    store.keep_windows([KeptWindow(window(5, WindowKind.LEASE, begun_s=300.0), "m", "bob")])
+    costs = store.costs_of_tenant("ann", (WindowKind.LEASE, WindowKind.LOAD), 201.0)
+    assert {kind: total.joules.value for kind, total in costs.items()} == {WindowKind.LEASE: 1100.0}
+
+
+def test_for_whom_an_llm_was_started(store: Store):
+    """The latest request that the wrapper was deploying for before the start was over, unless it had ended before."""
+    begun = [replace(REQUEST, request_id=f"r-{n}", wrapper_id="w-1", deploying_s=10.0 * n) for n in (1, 2, 3)]
+    ended = replace(begun[2], request_id="r-4", deploying_s=35.0, ended_s=40.0)
+    store.commit(Changes(measurements=(MEASUREMENT,), requests=(*begun, ended)))
+    assert store.deployed_for("w-1", 20.5, 29.0) == ("r-2", 7)
+    assert store.deployed_for("w-1", 36.0, 39.0) == ("r-4", 7)
+    assert store.deployed_for("w-1", 41.0, 49.0) == ("r-3", 7)
+    assert store.deployed_for("w-1", 1.0, 9.0) is None
+    assert store.deployed_for("w-2", 20.5, 29.0) is None
+
+
+def test_old_windows_are_forgotten(store: Store):
+    """What ended before the given second goes, what ended then stays."""
+    old, new = window(1, begun_s=10.0, seconds=2), window(2, begun_s=11.0, seconds=2)
+    store.keep_windows([KeptWindow(old, None, None), KeptWindow(new, None, None)])
+    store.forget(ended_before_s=13.0)
+    assert [row.window.window_id for row in store.windows(7)] == [new.window_id]

@@ -10,10 +10,13 @@ from typing import Any
 import httpx
 import pytest
 import stamina
+from pydantic import TypeAdapter
 
 from registry import client as client_module
 from registry.api import MAX_WAIT_S
 from registry.client import AnswerError, RegistryClient, RequestEnded
+from registry.report import MeasurementReport
+from tests.energy_windows import an_experiment
 
 STATE: dict[str, Any] = {
     "requestId": "r1",
@@ -89,6 +92,27 @@ def test_idempotency_key_is_sent(registry: Make) -> None:
     client, script = registry(httpx.Response(201, json={"requests": []}))
     client.request(7, [{}], idempotency_key="key-1")
     assert script.requests[0].headers["idempotency-key"] == "key-1"
+
+
+def test_budgets_are_sent_if_there_are_any(registry: Make) -> None:
+    """What each lease may use goes along in the contract's words; without it the fields are left out."""
+    answer = httpx.Response(201, json={"requests": []})
+    client, script = registry(answer, answer)
+    client.request(7, [{}], max_j=5.0, max_g=0.5)
+    client.request(7, [{}])
+    with_budgets, without = (json.loads(request.content) for request in script.requests)
+    assert (with_budgets["maxJoules"], with_budgets["maxGco2eq"]) == (5.0, 0.5)
+    assert without == {"measurementId": 7, "llms": [{}]}
+
+
+def test_report(registry: Make) -> None:
+    """A report comes as the registry made it; of an unknown measurement the registry's error."""
+    body = TypeAdapter(MeasurementReport).dump_python(an_experiment(), mode="json")
+    client, script = registry(body, httpx.Response(404, json={**BUSY, "code": "unknown_measurement"}))
+    assert client.report(7) == an_experiment()
+    assert script.asked == ["GET /measurements/7/report"]
+    with pytest.raises(AnswerError, match="unknown_measurement"):
+        client.report(8)
 
 
 def test_gpu_type_is_sent_when_it_matters(registry: Make) -> None:

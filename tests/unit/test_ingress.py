@@ -135,6 +135,39 @@ async def test_priority_is_passed_on(http: httpx.AsyncClient, registry: FakeRegi
     assert registry.calls[0][1][3] is priority
 
 
+async def test_budgets_are_passed_on(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """What each lease may use reaches the registry with each of the requests; without it there is no limit."""
+    await http.post(REQUEST, json={**BODY, "llms": [LLM, LLM], "maxJoules": 5, "maxGco2eq": 0.25})
+    await http.post(REQUEST, json=BODY)
+    limits = [[(new.max_j, new.max_g) for new in args[1]] for _, args, _ in registry.calls]
+    assert limits == [[(5.0, 0.25)] * 2, [(None, None)]]
+
+
+@pytest.mark.parametrize("field", ["maxJoules", "maxGco2eq"])
+@pytest.mark.parametrize("value", [0, -1, "5", True, 1e16])
+async def test_bad_budgets_are_named(http: httpx.AsyncClient, field: str, value: object) -> None:
+    """A budget is a number above 0."""
+    answer = await http.post(REQUEST, json={**BODY, field: value})
+    assert (answer.status_code, answer.json()["field"].partition(".")[0]) == (422, field)
+
+
+async def test_report_is_json_or_csv(http: httpx.AsyncClient) -> None:
+    """The report of a measurement is JSON unless CSV is asked for, by a parameter or by Accept; the parameter wins."""
+    await http.post(REQUEST, json=BODY)
+    path = "/measurements/1234/report"
+    answer = await http.get(path)
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["measurementId"] == 1234
+    for query, accept in (("", "text/csv"), ("?format=csv", "*/*"), ("?format=csv", "application/json")):
+        answer = await http.get(path + query, headers={"accept": accept})
+        assert answer.headers["content-type"] == "text/csv; charset=utf-8"
+        assert answer.text.startswith("window,kind,requestId,llm,")
+    answer = await http.get(f"{path}?format=json", headers={"accept": "text/csv"})
+    assert answer.headers["content-type"] == "application/json"
+    assert (await http.get("/measurements/99/report?format=csv")).status_code == 404
+    assert (await http.get(f"{path}?format=xml")).json()["field"] == "format"
+
+
 async def test_gpu_type_is_passed_on(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
     """The GPU type that a measurement asks for reaches the registry."""
     await http.post(REQUEST, json={**BODY, "gpuType": "NVIDIA H100 80GB HBM3"})

@@ -1,0 +1,148 @@
+"""What was used, by whom: the windows that wrappers have measured, written down once each, and the budgets of tenants.
+
+Nothing here decides who gets an LLM, but for the refusal of a request whose tenant has used up its budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from registry.allocator import Allocator
+from registry.budgets import CHARGED, month_begin_s, warnings
+from registry.errors import UnknownMeasurement
+from registry.reconcile import Moment, WrapperReport
+from registry.settings import TenantBudget
+from registry.state import EnergyWindow, KeptWindow, WindowKind
+from registry.store import Store
+from registry.totals import Total, total_of
+
+PAGE = 1000
+"""Windows that are read at once: some 20 ms in which the registry decides nothing."""
+
+_STARTS = frozenset({WindowKind.LOAD, WindowKind.WAKE})
+
+
+class Accounts:
+    """The energy windows of a registry. Used by its service alone, which ends the process when a commit fails.
+
+    ``budgets`` are by tenant; ``now_s`` gives UTC seconds. ``on_kept`` is told of each window once, when it is kept.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        allocator: Allocator,
+        *,
+        budgets: Mapping[str, TenantBudget],
+        now_s: Callable[[], float],
+        on_kept: Callable[[KeptWindow], None],
+    ) -> None:
+        self._store = store
+        self._allocator = allocator
+        self._budgets = budgets
+        self._now_s = now_s
+        self._on_kept = on_kept
+        self._kept: dict[str, tuple[str, int]] = {}
+        self._costs: dict[str, Mapping[WindowKind, Total]] = {}
+
+    # --- windows ----------------------------------------------------------------------------------------
+
+    def keep(self, wrapper_id: str, report: WrapperReport) -> None:
+        """Write down what a wrapper has measured, durable when this returns. What is there already stays as it is.
+
+        Raises:
+            StoreUnavailable: nothing was written.
+        """
+        if not report.windows or report.moment is None:
+            return
+        rows = [self._row(wrapper_id, window) for window in report.windows]
+        new = self._store.keep_windows(rows)
+        for row in rows:
+            if row.window.request_id is not None:
+                self._costs.pop(row.window.request_id, None)
+            if row.window.window_id in new:
+                self._on_kept(row)
+        newest = int(report.windows[-1].window_id.rpartition("-")[2])
+        self._kept[wrapper_id] = report.moment.process, max(newest, self.kept(wrapper_id, report.moment))
+
+    def kept(self, wrapper_id: str, as_of: Moment | None) -> int:
+        """The number of the last window that is written down of a wrapper's process, as far as this registry knows.
+
+        0: none, or this registry was restarted since. The wrapper then sends again what it has not heard to be kept.
+        """
+        process, number = self._kept.get(wrapper_id, (None, 0))
+        return number if as_of is not None and as_of.process == process else 0
+
+    def _row(self, wrapper_id: str, window: EnergyWindow) -> KeptWindow:
+        """A window with what only the registry knows: for whom an LLM was started, on which machine, and who pays."""
+        if window.request_id is None and window.kind in _STARTS:
+            started_for = self._store.deployed_for(wrapper_id, window.begun_s, window.ended_s)
+            if started_for is not None:
+                window = replace(window, request_id=started_for[0], measurement_id=started_for[1])
+        wrapper = self._allocator.wrapper(wrapper_id)
+        return KeptWindow(
+            window,
+            machine_id=None if wrapper is None else wrapper.machine_id,
+            tenant=None if window.measurement_id is None else self._tenant_of(window.measurement_id),
+        )
+
+    def _tenant_of(self, measurement_id: int) -> str | None:
+        try:
+            return self._allocator.measurement(measurement_id).tenant
+        except UnknownMeasurement:  # forgotten meanwhile
+            return None
+
+    async def windows(self, measurement_id: int) -> tuple[KeptWindow, ...]:
+        """The windows of a measurement, in the order in which they began. Others are let in between pages of them.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        found: list[KeptWindow] = []
+        while True:
+            page = self._store.windows(measurement_id, after=found[-1].window if found else None, limit=PAGE)
+            found += page
+            if len(page) < PAGE:
+                return tuple(found)
+            await asyncio.sleep(0)
+
+    def costs(self, request_id: str) -> Mapping[WindowKind, Total]:
+        """What a request has cost so far, by kind of window.
+
+        Remembered until more of it comes: a status is asked for often, and windows come seldom.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        if request_id not in self._costs:
+            self._costs[request_id] = self._store.costs_of_request(request_id)
+        return self._costs[request_id]
+
+    def forget(self) -> None:
+        """The database has forgotten: what is remembered of it is read anew."""
+        self._costs.clear()
+
+    # --- budgets ----------------------------------------------------------------------------------------
+
+    def notes(self, measurement_id: int, tenant: str) -> tuple[str, ...]:
+        """What is to be told of the budget that new requests of a measurement, asked for by ``tenant``, count for.
+
+        Raises:
+            TenantBudgetUsed: it is used up for this month.
+            StoreUnavailable: the database does not answer.
+        """
+        payer = self._payer(measurement_id, tenant) if self._budgets else tenant
+        if payer not in self._budgets:
+            return ()
+        now_s = self._now_s()
+        used = self._store.costs_of_tenant(payer, CHARGED, month_begin_s(now_s))
+        return tuple(warnings(payer, self._budgets[payer], total_of(used.values()), now_s))
+
+    def _payer(self, measurement_id: int, tenant: str) -> str:
+        """Whose a measurement is: of the tenant that began it, until all of it has ended."""
+        owner = self._tenant_of(measurement_id)
+        if owner is None or all(each.status.ended for each in self._allocator.requests_of(measurement_id)):
+            return tenant
+        return owner

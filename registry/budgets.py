@@ -1,0 +1,60 @@
+"""What a tenant may use in a month, against what it has used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from registry.errors import TenantBudgetUsed
+from registry.settings import TenantBudget
+from registry.state import WindowKind
+from registry.totals import Sum, Total
+
+CHARGED = (WindowKind.LEASE, WindowKind.LOAD, WindowKind.WAKE)
+"""Kinds of windows that count: all of each lease, and the starts of LLMs for its requests. Prompts are inside."""
+
+WARN_SHARE = 0.8
+"""From this share of a budget on, answers warn of its end."""
+
+_MEASURED = frozenset({"measured", "measured_sampled"})
+
+
+def month_begin_s(now_s: float) -> float:
+    """When the calendar month (UTC) of a UTC second began, UTC seconds."""
+    return _month(now_s).timestamp()
+
+
+def warnings(tenant: str, budget: TenantBudget, used: Total, now_s: float) -> Iterator[str]:
+    """What to tell a tenant of its budget, if there is anything. ``used``: in this month, until now.
+
+    What is not known of it does not count, and is told.
+
+    Raises:
+        TenantBudgetUsed: it is used up.
+    """
+    grams = Sum(used.o_g.count, min(used.o_g.known, used.m_g.known), used.o_g.of_known + used.m_g.of_known)
+    about = "" if used.label in _MEASURED else "~"
+    for unit, figure, limit in (
+        ("J", used.joules, budget.max_joules_per_month),
+        ("gCO2eq", grams, budget.max_gco2eq_per_month),
+    ):
+        if limit is None:
+            continue
+        spent, whole = f"{about}{figure.of_known:.6g} {unit}", f"{limit:.6g} {unit}"
+        if figure.of_known >= limit:
+            raise TenantBudgetUsed(tenant, spent, whole, _next_month(now_s).isoformat().replace("+00:00", "Z"))
+        if figure.of_known >= WARN_SHARE * limit:
+            estimate = " (an estimate)" if about else ""
+            yield f"tenant {tenant!r} has used {spent}{estimate} of the {whole} that it may use in this month"
+        if figure.known < figure.count:
+            hole = f"{figure.count - figure.known} of {figure.count}"
+            yield f"of what tenant {tenant!r} has used in this month, {hole} windows are not known in {unit}"
+
+
+def _month(now_s: float) -> datetime:
+    return datetime.fromtimestamp(now_s, UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+
+
+def _next_month(now_s: float) -> datetime:
+    month = _month(now_s)
+    return month.replace(year=month.year + month.month // 12, month=month.month % 12 + 1)

@@ -1,0 +1,62 @@
+"""Sums of what windows cost, in which "don't know" stays "don't know". Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+LABELS: Final = ("measured", "measured_sampled", "modeled", "simulated", "unavailable")
+"""Where a figure is from, best first: the words of ``deployments.energy.Label``, which a wrapper says."""
+
+_RANK: Final = {label: rank for rank, label in enumerate(LABELS)}
+
+
+def worst(labels: Iterable[str]) -> str:
+    """The label of a sum: that of its worst part, ``unavailable`` for none. A word that is not known is the worst."""
+    return max(labels, key=lambda label: _RANK.get(label, len(LABELS)), default=LABELS[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A sum of figures that may have holes: of ``count`` figures ``known`` are known, and add up to ``of_known``."""
+
+    count: int = 0
+    known: int = 0
+    of_known: float = 0.0
+
+    @property
+    def value(self) -> float | None:
+        """The sum; None as soon as a part is not known, or without any: a sum with a hole is no total."""
+        return self.of_known if self.known == self.count and self.count else None
+
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(self.count + other.count, self.known + other.known, self.of_known + other.of_known)
+
+
+def sum_of(figures: Iterable[float | None]) -> Sum:
+    """These figures, summed up."""
+    every = list(figures)
+    known = [figure for figure in every if figure is not None]
+    return Sum(len(every), len(known), sum(known))
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """What windows cost together: energy [J], operational and embodied emissions [gCO2eq], the worst of the labels."""
+
+    joules: Sum = Sum()
+    o_g: Sum = Sum()
+    m_g: Sum = Sum()
+    label: str = LABELS[-1]
+
+
+def total_of(parts: Iterable[Total]) -> Total:
+    """These totals, summed up."""
+    every = [part for part in parts if part.joules.count]
+    return Total(
+        joules=sum((part.joules for part in every), Sum()),
+        o_g=sum((part.o_g for part in every), Sum()),
+        m_g=sum((part.m_g for part in every), Sum()),
+        label=worst(part.label for part in every),
+    )

@@ -1,0 +1,226 @@
+"""Energy windows on their way from wrappers into the database, and what requests and tenants are told of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from registry import accounts, views
+from registry.api import EnergyState
+from registry.errors import StoreUnavailable, TenantBudgetUsed
+from registry.settings import TenantBudget
+from registry.state import EnergyWindow, NewRequest, RequestStatus, WindowKind, WrapperStatus
+from registry.store import Store
+from tests.energy_windows import window
+from tests.integration.service.conftest import Make
+from tests.service_world import TINY, World
+
+ANN = {"max_joules_per_month": 1000.0}
+
+
+async def told(world: World, *windows: EnergyWindow, wrapper_id: str = "a-0") -> None:
+    """A wrapper has measured this; return when it has heard that it is written down."""
+    wrapper = world.wrapper(wrapper_id)
+    wrapper.windows += windows
+    await world.until(lambda: not wrapper.windows)
+
+
+def kept(world: World, measurement_id: int) -> list[str]:
+    return [row.window.window_id for row in world.store.windows(measurement_id)]
+
+
+async def test_windows_are_written_down_once(world: World) -> None:
+    """What a wrapper reports is kept with its machine and tenant, however often it is sent, and only then confirmed."""
+    request_id = await world.deployed(7)
+    windows = [window(n, request_id=request_id, begun_s=float(n)) for n in range(1, 9)]
+    await told(world, *windows)
+    await told(world, windows[7])
+    assert [row.window for row in world.energy] == windows
+    rows = world.store.windows(7)
+    assert [row.window for row in rows] == windows
+    assert {(row.machine_id, row.tenant) for row in rows} == {("a", "default")}
+
+
+async def test_a_restarted_registry_takes_them_up(world: World) -> None:
+    """After a restart a wrapper sends again what it has not heard to be kept; nothing is lost and nothing is twice."""
+    request_id = await world.deployed(7)
+    windows = [window(n, request_id=request_id, begun_s=world.clock() + n) for n in range(1, 7)]
+    await told(world, *windows[:2])
+    await world.crash()
+    world.wrapper().windows += windows[1:]
+    await world.start()
+    await world.until(lambda: not world.wrapper().windows)
+    assert kept(world, 7) == [f"process 1-{n}" for n in range(1, 7)]
+
+
+async def test_a_new_process_counts_anew(world: World) -> None:
+    """A wrapper that was restarted numbers from 1: none of its windows is taken for one that was kept before."""
+    request_id = await world.deployed(7)
+    await told(world, *(window(n, request_id=request_id, begun_s=float(n)) for n in range(1, 8)))
+    world.cluster.kill_process("a-0")
+    more = [window(n, request_id=request_id, begun_s=10.0 + n, process="process 2") for n in (1, 2, 3, 4)]
+    await told(world, *more)
+    assert kept(world, 7)[7:] == [each.window_id for each in more]
+
+
+async def test_a_start_is_charged_to_whom_it_was_for(world: World) -> None:
+    """A wrapper does not know who waits for the LLM that it starts; the registry does. A preload is nobody's."""
+    request_id = await world.deployed(7)
+    now_s = world.clock()
+    start = window(1, WindowKind.LOAD, request_id=None, measurement_id=None, begun_s=now_s)
+    before = window(2, WindowKind.LOAD, request_id=None, measurement_id=None, begun_s=now_s - 60)
+    idle = window(3, WindowKind.IDLE, request_id=None, measurement_id=None, begun_s=now_s)
+    await told(world, start, before, idle)
+    (row,) = world.store.windows(7)
+    assert (row.window.window_id, row.window.request_id, row.tenant) == (start.window_id, request_id, "default")
+
+
+async def test_windows_of_what_was_forgotten_are_nobodys(world: World) -> None:
+    """A window of a measurement that is not known any more is kept, and counts for no tenant."""
+    await told(world, window(1, measurement_id=99))
+    assert [row.tenant for row in world.store.windows(99)] == [None]
+
+
+async def test_a_lease_shows_its_cost_so_far(world: World) -> None:
+    """A status tells what a lease has cost so far, idle time included, and once it has ended all of it."""
+    request_id = await world.deployed(7)
+
+    def energy() -> EnergyState | None:
+        return views.request_state(world.service, world.request(request_id)).energy
+
+    assert energy() is None
+    await told(world, window(1, request_id=request_id, joules=30.0))
+    await told(world, window(2, WindowKind.IDLE, request_id=request_id, joules=90.0, label="modeled"))
+    state = energy()
+    assert state is not None
+    assert (state.joules, state.idle_j, state.idle_share, state.label) == (120.0, 90.0, 0.75, "modeled")
+    await told(world, window(3, request_id=request_id, joules=None))
+    state = energy()
+    assert state is not None
+    assert (state.joules, state.idle_share, state.label) == (None, None, "unavailable")
+    world.service.release(request_id)
+    await told(world, window(4, WindowKind.LEASE, request_id=request_id, joules=150.0))
+    state = energy()
+    assert state is not None
+    assert (state.joules, state.idle_share, state.label) == (150.0, 0.6, "measured")
+
+
+async def test_a_request_that_waits_has_cost_nothing_known(world: World) -> None:
+    """Before the hand-over there is no cost to tell, and the database is not asked."""
+    await world.deployed(7)
+    (waits,) = world.ask(8, TINY)
+    assert views.request_state(world.service, world.request(waits)).energy is None
+
+
+@pytest.mark.parametrize("page", [1, 2, 3, 4, 1000])
+async def test_the_report_has_all_windows(world: World, monkeypatch: pytest.MonkeyPatch, page: int) -> None:
+    """The report of a measurement is made of what was kept, however much at a time it is read."""
+    monkeypatch.setattr(accounts, "PAGE", page)
+    request_id = await world.deployed(7)
+    windows = [window(n, request_id=request_id) for n in (1, 2, 3)]
+    await told(world, *windows)
+    allocator = world.service.allocator
+    kept = await world.service.accounts.windows(7)
+    report = json.loads(views.report_json(allocator.measurement(7), allocator.requests_of(7), kept))
+    assert report["machines"] == ["a"]
+    assert [each["window"] for each in report["windows"]] == [each.window_id for each in windows]
+    assert report["llms"][0]["score"]["value"] > 0
+
+
+async def test_the_last_windows_are_heard_at_shutdown(world: World) -> None:
+    """What was measured until the very end is asked for before the wrapper is removed."""
+    request_id = await world.deployed(7)
+    wrapper, url = world.wrapper(), world._url
+    gate = world.cluster.hold("a-0", "stop")
+    ending = world.until_status(request_id, RequestStatus.EXPIRED)
+    shutdown = asyncio.create_task(world.service.shutdown())
+    await ending
+    wrapper.windows.append(window(1, request_id=request_id))
+    gate.open()
+    await shutdown
+    store = Store.open(url)
+    assert [row.window.request_id for row in store.windows(7)] == [request_id]
+    store.close()
+    world.store = Store.open(url)  # for the fixture to close
+
+
+async def test_a_database_that_fails_ends_the_registry(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows that can't be written down end the process, like every commit that fails; the wrapper keeps them."""
+    world.expected_problems = ["could not be looked after", "ended with an error"]
+    request_id = await world.deployed(7)
+
+    def fail(rows: object) -> None:
+        raise StoreUnavailable("no disk")
+
+    monkeypatch.setattr(world.store, "keep_windows", fail)
+    world.wrapper().windows.append(window(1, request_id=request_id))
+    await world.until(lambda: world.fatal)
+    assert len(world.wrapper().windows) == 1
+
+
+# --- budgets ------------------------------------------------------------------------------------------------
+
+
+async def test_what_a_lease_may_use_reaches_its_wrapper(world: World) -> None:
+    """A lease's own limits are kept with its request, told in its status, and given to its wrapper."""
+    llm = NewRequest("r-limited", TINY, "{}", max_j=50.0, max_g=0.5)
+    world.service.request(7, [llm])
+    await world.until_status("r-limited", RequestStatus.DEPLOYED)
+    await world.restart()
+    await world.until_wrapper(WrapperStatus.LEASED)
+    grant, state = world.wrapper().grant, views.request_state(world.service, world.request("r-limited"))
+    assert grant is not None
+    assert (grant.max_j, grant.max_g) == (state.maxJoules, state.maxGco2eq) == (50.0, 0.5)
+
+
+@pytest.fixture
+async def ann(make: Make) -> World:
+    """A registry in which tenant ann may use 1000 J a month; it is the 20th of the month."""
+    world = make(budgets={"tenants": {"ann": ANN}})
+    world.clock.now_s = datetime(2027, 1, 20, tzinfo=UTC).timestamp()
+    world.cluster.join("a")
+    await world.start()
+    await world.until_wrapper(WrapperStatus.IDLE)
+    return world
+
+
+async def test_a_tenant_is_warned_and_then_refused(ann: World) -> None:
+    """Above 80 % answers carry a note, above 100 % nothing new is taken; what was accepted is served all the same."""
+    assert ann.settings.budgets.tenants["ann"] == TenantBudget(max_joules_per_month=1000.0)
+    (first, second) = ann.ask(7, TINY, TINY, tenant="ann")
+    await ann.until_status(first, RequestStatus.DEPLOYED)
+    assert ann.request(first).notes == ()
+    about: dict[str, Any] = {"request_id": first, "begun_s": ann.clock()}
+    await told(ann, window(1, WindowKind.LOAD, joules=300.0, **about), window(2, joules=599.0, **about))
+    assert ann.request(ann.ask(8, TINY, tenant="ann")[0]).notes == ()
+    await told(ann, window(3, WindowKind.LEASE, joules=600.0, **about))
+    (warned,) = ann.ask(9, TINY, tenant="ann")
+    assert ann.request(warned).notes == ("tenant 'ann' has used 900 J of the 1000 J that it may use in this month",)
+    await told(ann, window(4, WindowKind.LEASE, joules=100.0, **about))
+    with pytest.raises(TenantBudgetUsed, match="2027-02-01"):
+        ann.ask(10, TINY, tenant="ann")
+    with pytest.raises(TenantBudgetUsed):
+        ann.ask(7, TINY, tenant="bob")  # it would count for ann, whose measurement this is
+    (bobs,) = ann.ask(11, TINY, tenant="bob")
+    ann.service.release(bobs)
+    ann.service.release(first)
+    await ann.until_status(second, RequestStatus.DEPLOYED)
+    known = [NewRequest(warned, TINY, "{}")]
+    assert ann.service.request(9, known, tenant="ann")[0].request_id == warned  # asked again, not asked anew
+
+
+async def test_a_budget_begins_anew_with_the_month(ann: World) -> None:
+    """What was used in the month before counts no more; a measurement that ended belongs to whoever asks next."""
+    (first,) = ann.ask(7, TINY, tenant="ann")
+    await ann.until_status(first, RequestStatus.DEPLOYED)
+    await told(ann, window(1, WindowKind.LEASE, joules=5000.0, request_id=first, begun_s=ann.clock()))
+    ann.service.release(first)
+    ann.ask(7, TINY, tenant="bob")
+    with pytest.raises(TenantBudgetUsed):
+        ann.ask(8, TINY, tenant="ann")
+    ann.clock.now_s = datetime(2027, 2, 1, tzinfo=UTC).timestamp()
+    ann.ask(8, TINY, tenant="ann")
