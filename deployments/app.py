@@ -20,6 +20,7 @@ from ray.serve.schema import ApplicationStatus
 
 from deployments import ingress
 from deployments.cluster import RayCluster
+from deployments.energy_metrics import EnergyMetrics
 from deployments.ingress import IngressConfig
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
@@ -80,6 +81,7 @@ def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[
         new_token=lambda: secrets.token_urlsafe(32),
         homes=home_llms(settings),
         on_fatal=on_fatal,
+        on_energy=EnergyMetrics().count,
     )
 
 

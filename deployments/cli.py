@@ -153,6 +153,25 @@ def status(url: URLOption = DEFAULT_URL) -> None:
 
 
 @app.command()
+def report(
+    measurement: Annotated[int, typer.Argument(min=1, help="The measurementId.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the windows to this file, one row each.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
+    url: URLOption = DEFAULT_URL,
+) -> None:
+    """Show what a measurement cost: energy and carbon by LLM, how they were found, and what is not known."""
+    from deployments.report_files import write_report
+    from deployments.report_table import report_table
+
+    with RegistryClient(url) as registry:
+        found = registry.report(measurement)
+    console.print(report_table(found))
+    for path in write_report(found, html=html, csv=csv, json=json):
+        console.print(f"Written: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def drain(
     machine: Annotated[str, typer.Argument(help="Name of the machine, as 'status' shows it.")],
     wait: Annotated[bool, typer.Option("--wait", help="Return when nothing of the registry is left on it.")] = False,

@@ -1,0 +1,39 @@
+"""The report of a measurement as files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from deployments.report_csv import windows_csv
+from registry.errors import BadSettings
+from registry.report import MeasurementReport
+
+
+def write_report(
+    report: MeasurementReport, *, html: Path | None = None, csv: Path | None = None, json: Path | None = None
+) -> Iterator[Path]:
+    """Write a report to those files that are named; yields each when it is written.
+
+    Raises:
+        BadSettings: a file can't be written.
+    """
+    if json is not None:
+        yield _written(json, TypeAdapter(MeasurementReport).dump_json(report, indent=2).decode())
+    if csv is not None:
+        yield _written(csv, windows_csv(asdict(window) for window in report.windows))
+    if html is not None:
+        from deployments.report_html import report_html  # matplotlib takes a second to load
+
+        yield _written(html, report_html(report))
+
+
+def _written(path: Path, text: str) -> Path:
+    try:
+        path.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise BadSettings(str(path), f"can't be written ({error.strerror})") from error
+    return path
