@@ -13,13 +13,17 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
-from deployments.notation import LEGEND, MEASURED, figure, in_range
+from deployments.notation import LEGEND, MEASURED, figure, number
 from deployments.report_table import coefficient_text, headline, mean_text, missing, names
 from registry.report import COUNTED, LLMReport, MeasurementReport, Spread, WindowReport
 
 ROWS_SHOWN = 500
 """Most windows that the page lists; CSV and JSON have all."""
+
+NAME_SHOWN = 32
+"""Most characters of an LLM's name beside its row of a plot; of a longer one the end is shown."""
 
 POINTS_SHOWN = 300
 """Most prompts of an LLM that a plot shows as points; of more, some at even distances."""
@@ -41,7 +45,7 @@ def report_html(report: MeasurementReport) -> str:
     """The whole page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(
-        figure=figure, in_range=in_range, mean_text=mean_text, coefficient_text=coefficient_text, measured=MEASURED
+        figure=figure, number=number, mean_text=mean_text, coefficient_text=coefficient_text, measured=MEASURED
     )
     text = resources.files("deployments").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(text).render(
@@ -118,7 +122,9 @@ def _spreads(labels: Sequence[str], spreads: Sequence[Spread], points: Sequence[
         half = 0.0 if spread.ci95_high is None else spread.ci95_high - spread.mean
         axes.errorbar(spread.mean, row, xerr=half, fmt="o", color="#12372a", capsize=5, markersize=6, linewidth=2)
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"{spreads[0].unit}: prompts, their mean and its 95 % interval")
+    unit = spreads[0].unit
+    axes.xaxis.set_major_formatter(EngFormatter(unit="J" if unit.startswith("J") else "g"))
+    axes.set_xlabel(f"{unit}: prompts, their mean and its 95 % interval")
     return plot
 
 
@@ -160,7 +166,8 @@ def _shares(labels: Sequence[str], llms: Sequence[LLMReport]) -> Figure:
 def _rows(labels: Sequence[str], estimates: Sequence[bool]) -> tuple[Figure, Axes]:
     """An empty plot with a row for each of these, the first at the top; which of them are estimates is told."""
     plot, axes = _axes(height=1.1 + 0.5 * len(labels))
-    told = [f"{label}\n~ estimate" if estimate else label for label, estimate in zip(labels, estimates, strict=True)]
+    short = [label if len(label) <= NAME_SHOWN else f"…{label[1 - NAME_SHOWN :]}" for label in labels]
+    told = [f"{label}\n~ estimate" if estimate else label for label, estimate in zip(short, estimates, strict=True)]
     axes.set_yticks(range(len(labels)), told)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     return plot, axes

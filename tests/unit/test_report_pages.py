@@ -141,6 +141,15 @@ def test_page_of_what_is_partly_known() -> None:
     assert "org/unknown" in svgs["joules"]
 
 
+def test_long_names_leave_room() -> None:
+    """Of a long path a plot shows the end; the tables have all of it."""
+    name = "/llms/" + "x" * 40 + "/the-end"
+    report = report_of(Measurement(7, 1), [request("r-1", name)], kept(window(1)), iso)
+    assert all(name not in svg for _, _, svg in plots(report))
+    assert "x/the-end" in report_html(report)
+    assert f"<td>{name}</td>" in report_html(report)
+
+
 def test_page_escapes_names() -> None:
     """A model's name can't write into the page."""
     evil = "<script>alert(1)</script>"
