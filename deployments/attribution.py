@@ -5,14 +5,14 @@ Levels are those of one source's counter at the times that matter; components ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.energy import Component, Label, worst
 from deployments.energy_sources import POWER_HEADROOM, Source
+from deployments.timeline import Interval
 from deployments.windows import Level, Span, between, split
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Prompt:
 
     start_s: float
     end_s: float
-    tokens: int
+    tokens: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +94,51 @@ def counted(source: Source, duration_s: float, flow: Level, *, estimate_short: b
     )
 
 
+def together(flows: Iterable[Level]) -> Level:
+    """What flowed in several times."""
+    parts = list(flows)
+    return Level(
+        low=math.fsum(part.low for part in parts),
+        mid=math.fsum(part.mid for part in parts),
+        high=math.fsum(part.high for part in parts),
+        provisional=any(part.provisional for part in parts),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What the counters went up by in a time, before it is told in joules.
+
+    Flows of several times can be added up, and prove joules that each of them is too short for. ``units`` are those of
+    the sources in their order, the flag in place of one that can't tell.
+    """
+
+    duration_s: float
+    units: tuple[Level | str, ...]
+    flags: frozenset[str]
+
+    def __add__(self, other: Flow) -> Flow:
+        units = [
+            a if isinstance(a, str) else b if isinstance(b, str) else together((a, b))
+            for a, b in zip(self.units, other.units, strict=True)
+        ]
+        return Flow(self.duration_s + other.duration_s, tuple(units), self.flags | other.flags)
+
+
+def reserved_s(start_s: float, end_s: float, prompts: Sequence[Prompt]) -> float:
+    """The first prompt's share of a window's seconds, by tokens as that of the energy; seconds of machine, not of wall.
+
+    Together with the seconds without a prompt the shares of all are the window's.
+    """
+    if len(prompts) == 1:
+        return min(prompts[0].end_s, end_s) - max(prompts[0].start_s, start_s)
+    spans = [Span(prompt.start_s, prompt.end_s, max(prompt.tokens, 1)) for prompt in prompts]
+    return split(lambda time_s: time_s - start_s, start_s, end_s, spans)[0][0]
+
+
 def counted_in(source: Source, intervals: Sequence[Interval], levels: Mapping[float, Level]) -> Component:
     """What flowed in these intervals together; an estimate where they are too short for the counter."""
-    flows = [between(levels[a], levels[b]) for a, b in intervals]
-    flow = Level(
-        low=sum(part.low for part in flows),
-        mid=sum(part.mid for part in flows),
-        high=sum(part.high for part in flows),
-        provisional=any(part.provisional for part in flows),
-    )
+    flow = together(between(levels[a], levels[b]) for a, b in intervals)
     return counted(source, sum(b - a for a, b in intervals), flow, estimate_short=True)
 
 

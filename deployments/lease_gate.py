@@ -8,6 +8,7 @@ until the registry is heard again (the fence).
 from __future__ import annotations
 
 import hmac
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -23,13 +24,22 @@ class LeaseGate:
 
     New prompts are let in for ``fence_s`` seconds after the last moment at which the registry is known to have believed
     in the lease. ``commanded`` is False until the registry has said anything: then an unknown token may be a good one.
+    ``on_change`` is told who has the wrapper, None for nobody, and since when: at each bind, and when a lease ends.
     """
 
-    def __init__(self, clock: Callable[[], float], *, fence_s: float, process: str) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        fence_s: float,
+        process: str,
+        on_change: Callable[[LeaseGrant | None, float], None] | None = None,
+    ) -> None:
         self.commanded = False
         self._clock = clock
         self._fence_s = fence_s
         self._process = process
+        self._on_change = on_change
         self._believed_in: str | None = None
         self._believed_at_s = 0.0
         self._grant: LeaseGrant | None = None
@@ -77,6 +87,7 @@ class LeaseGate:
         self._deadline_s = self._clock() + grant.ends_in_s
         self._last_used_s = self._clock()
         self.believe(grant.request_id, grant.as_of)
+        self._tell(grant, self._clock())
 
     def believe(self, request_id: str | None, as_of: Moment | None) -> None:
         """The registry said that this request (None: nobody) has the lease, as of a moment of this process, or later.
@@ -141,14 +152,19 @@ class LeaseGate:
     def _end_if_over(self) -> None:
         if self._grant is None:
             return
-        now_s = self._clock()
-        idle_out = not self._in_flight and now_s >= self._last_used_s + self._grant.idle_limit_s
-        if now_s >= self._deadline_s or idle_out:
-            self._end("expired")
+        idle_ends_s = math.inf if self._in_flight else self._last_used_s + self._grant.idle_limit_s
+        ends_s = min(self._deadline_s, idle_ends_s)
+        if self._clock() >= ends_s:
+            self._end("expired", ends_s)
 
-    def _end(self, how: str) -> None:
+    def _end(self, how: str, ended_s: float | None = None) -> None:
         assert self._grant is not None  # callers have checked
         self._ended[self._grant.token] = how
         if len(self._ended) > REMEMBERED_TOKENS:
             self._ended.popitem(last=False)
         self._grant = None
+        self._tell(None, self._clock() if ended_s is None else ended_s)
+
+    def _tell(self, grant: LeaseGrant | None, since_s: float) -> None:
+        if self._on_change is not None:
+            self._on_change(grant, since_s)

@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deployments.attribution import Layout, Prompt, counted, counted_in, lay_out, shared, unknown
+from deployments.attribution import Flow, Layout, Prompt, counted, counted_in, lay_out, shared, together, unknown
 from deployments.energy import Component, Energy, Label, total, worst
 from deployments.energy_sources import CounterLost, GPUPower, ReadFailed, Source, Unreadable
+from deployments.timeline import Interval
 from deployments.windows import Level, NoWindow, Track, between
 from registry.errors import BadSettings
 
@@ -52,8 +53,8 @@ class _Channel:
 class Meter:
     """Counts the energy of one machine's part that a wrapper holds.
 
-    `window`, `attribute`, `settled` and `describe` may be called from any thread; none blocks for longer than a
-    dictionary look-up in the poller.
+    `window`, `flow`, `energy`, `attribute`, `settled` and `describe` may be called from any thread; none blocks for
+    longer than a dictionary look-up in the poller.
 
     Args:
         sources: What `energy_sources.probe_sources` found; the meter owns it from now on.
@@ -194,6 +195,30 @@ class Meter:
         levels = self._levels(start_s, end_s)
         parts = [_whole(source, start_s, end_s, at) for source, at in levels]
         return total([*parts, *self._holes()], self._flags(start_s, end_s))
+
+    def flow(self, intervals: Sequence[Interval]) -> Flow:
+        """What the counters went up by in these intervals (one or more, in order of time), to be told by `energy`."""
+        start_s, end_s = intervals[0][0], intervals[-1][1]
+        times_s = {time_s for interval in intervals for time_s in interval}
+        units = [
+            levels if isinstance(levels, str) else together(between(levels[a], levels[b]) for a, b in intervals)
+            for _, levels in self._levels(start_s, end_s, times_s)
+        ]
+        return Flow(sum(b - a for a, b in intervals), tuple(units), frozenset(self._flags(start_s, end_s)))
+
+    def energy(self, flow: Flow, *, estimate_short: bool = False) -> Energy:
+        """A flow in joules; with ``estimate_short`` modelled where it is too short for a counter."""
+        parts = [
+            unknown(channel.source, units)
+            if isinstance(units, str)
+            else counted(channel.source, flow.duration_s, units, estimate_short=estimate_short)
+            for channel, units in zip(self._channels, flow.units, strict=True)
+        ]
+        return total([*parts, *self._holes()], flow.flags)
+
+    def nothing(self) -> Energy:
+        """The energy of no time at all: not known, and flagged ``too_short``."""
+        return self.energy(Flow(0.0, ("too_short",) * len(self._channels), frozenset()))
 
     def attribute(self, start_s: float, end_s: float, prompts: Sequence[Prompt]) -> Attribution:
         """Divide a window among the prompts in it; only what they did inside the window counts.

@@ -1,42 +1,67 @@
-"""What a prompt cost: notes when prompts begin and end, and turns the meter's windows into an answer's energy part."""
+"""What a wrapper's time cost: notes what it is used for, and turns the meter's windows into accounts and records.
+
+Every moment of a wrapper is charged once: to a prompt, to the idle time of a lease or of the machine, or to the start
+of an LLM. While a prompt is answered nothing is written down: that is done when a window will not get any sharper.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from deployments.attribution import Prompt
+from deployments.attribution import Flow, reserved_s
 from deployments.energy import CPUModel, Embodied, Energy, GridIntensity, SCISettings
+from deployments.energy_log import EnergyLog, Record, as_json
 from deployments.energy_sources import ReadFailed, Unreadable, gpu_uuids, probe_sources
+from deployments.flights import Flight, Flights, Tokens
+from deployments.lease_account import Budget, LeaseAccount
 from deployments.meter import Meter
 from deployments.sci import Score, grid_intensity, score
+from deployments.timeline import Interval, Stretch, Timeline
 from registry.errors import BadSettings
+from registry.reconcile import Belief, LeaseGrant
 from registry.settings import EnergySettings
+from registry.state import EnergyWindow, WindowKind
 
-REMEMBERED_PROMPTS = 1024
-"""Ended prompts that are kept, to share out the energy of those they overlapped with."""
+SETTLE_S = 2.0
+"""How long a window waits for its counters to go on, seconds."""
+SHARES_S = 30.0
+"""How long a prompt's record waits for the end of those it shares with, seconds."""
 
 
 @dataclass(slots=True)
-class Flight:
-    """One prompt: when it began and ended in the meter's clock, and its tokens once they are known."""
+class Start:
+    """The start of an LLM that is going on; ``woken`` is for whoever starts it to say."""
 
+    model: str
     start_s: float
-    end_s: float | None = None
-    tokens: int | None = None
+    end_s: float = 0.0
+    woken: bool = False
 
 
 class PromptMeter:
-    """The meter of a wrapper, as its prompts see it."""
+    """The meter of a wrapper, as its prompts, its leases and its LLMs see it. Not thread-safe."""
 
-    def __init__(self, settings: EnergySettings, *, gpus: int, cpus: float | None = None) -> None:
+    def __init__(
+        self,
+        settings: EnergySettings,
+        *,
+        gpus: int,
+        cpus: float | None = None,
+        wrapper_id: str = "",
+        process: str = "",
+        utc_s: Callable[[], float] = time.time,
+    ) -> None:
         """Probe this machine's counters by real calls.
 
         ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many CPUs are its own, None for all of the machine.
+        ``process`` is the wrapper's, ``utc_s`` the clock that records are dated by.
 
         Raises:
             BadSettings: the grid zone is unknown, or a figure of the CPU model is out of range.
@@ -44,8 +69,19 @@ class PromptMeter:
         self._sci = sci_settings(settings)
         self._grid = grid_of(settings)
         self._meter = Meter(_sources(self._sci, gpus, cpus), poll_s=settings.poll_s)
-        self._flights: deque[Flight] = deque(maxlen=REMEMBERED_PROMPTS)
+        self._process = process
+        self._utc_s = utc_s
+        self._flights = Flights()
+        self._timeline: Timeline[LeaseAccount] = Timeline(self._meter.mark())
+        self._starts: deque[Start] = deque()
+        self._log = EnergyLog(wrapper_id, process, grid=self._grid, embodied=self._sci.embodied, pue=self._sci.pue)
+        self._model: str | None = None
         self._load: Energy | None = None
+
+    @property
+    def counts_words(self) -> bool:
+        """Whether the functional unit is words, so that answers have to be read."""
+        return self._sci.functional_unit == "word"
 
     def start(self) -> None:
         """Begin to poll the counters."""
@@ -57,67 +93,300 @@ class PromptMeter:
 
     def describe(self) -> dict[str, object]:
         """What is counted and how, what is not and why; the energy of the last start of an LLM. Plain JSON."""
-        load = None if self._load is None else _energy(self._load)
-        return {**self._meter.describe(), "last_load": load}
+        load = None if self._load is None else as_json(self._load)
+        windows = {"kept": len(self._log), "dropped": self._log.dropped}
+        return {**self._meter.describe(), "last_load": load, "windows": windows}
+
+    # --- what the wrapper is used for -------------------------------------------------------------------
+
+    def hand_over(self, grant: LeaseGrant | None, at_s: float) -> None:
+        """The wrapper is this lease's from now on, None: nobody's. The same lease again only brings its new limits.
+
+        ``at_s`` is the time by `time.monotonic`; the lease before ends when its last prompt is over.
+        """
+        holder = self._timeline.holder
+        if holder is not None and grant is not None and holder.grant.request_id == grant.request_id:
+            holder.grant = grant
+            return
+        at_s = min(at_s, self._meter.mark())
+        self._timeline.hand_over(None if grant is None else LeaseAccount(grant, at_s, self._model), at_s)
 
     @contextmanager
-    def load(self) -> Iterator[None]:
-        """The start of an LLM: charged to its deployment, to no prompt."""
-        start_s = self._meter.mark()
+    def load(self, model: str = "") -> Iterator[Start]:
+        """The start of an LLM: charged to its deployment, to no prompt and no lease."""
+        start = Start(model, self._meter.mark())
+        self._timeline.pause(start.start_s)
         try:
-            yield
+            yield start
         finally:
-            self._load = self._meter.window(start_s, self._meter.mark())
+            start.end_s = self._meter.mark()
+            self._model = model
+            self._timeline.resume(start.end_s)
+            if start.end_s > start.start_s:
+                self._load = self._meter.window(start.start_s, start.end_s)
+                self._starts.append(start)
 
-    def begin(self) -> Flight:
+    def begin(self, endpoint: str = "process_prompt") -> Flight:
         """A prompt begins now."""
-        flight = Flight(self._meter.mark())
-        self._flights.append(flight)
+        flight = Flight(self._meter.mark(), endpoint=endpoint, account=self._timeline.holder)
+        self._flights.begin(flight)
+        self._timeline.begin(flight.start_s)
+        if flight.account is not None:
+            flight.account.unwritten += 1
         return flight
 
     def end(self, flight: Flight) -> None:
-        """A prompt is over, answered or not."""
-        flight.end_s = self._meter.mark()
+        """A prompt is over, answered or not. Again: no difference."""
+        now_s = self._meter.mark()
+        if self._flights.end(flight, now_s):
+            self._timeline.end(now_s)
 
-    def account(self, flight: Flight, *, usage: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    # --- what it costs ----------------------------------------------------------------------------------
+
+    def account(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
         """The part of an answer that tells what it cost.
 
         Args:
             flight: a prompt that has ended.
             usage: vLLM's own account: ``prompt_tokens``, ``completion_tokens``.
-            answer: the text that was generated.
+            answer: the text that was generated, None if it was not looked at.
 
         Returns:
             ``sci_score`` (gCO2eq per unit, or None), ``sci_method``, ``sci_low``, ``sci_high``, ``unit``, ``energy``,
             ``carbon``, ``methods``, ``flags``.
         """
-        assert flight.end_s is not None  # callers end a prompt before they account for it
-        flight.tokens = usage["prompt_tokens"] + usage["completion_tokens"]
-        energy = self._energy_of(flight, flight.end_s, flight.tokens)
-        units = {
-            "output_token": usage["completion_tokens"],
-            "token": flight.tokens,
-            "request": 1,
-            "word": len(answer.split()),
-        }[self._sci.functional_unit]
-        result = score(
-            energy, duration_s=flight.end_s - flight.start_s, units=units, settings=self._sci, grid=self._grid
-        )
-        return _account(energy, result, self._grid)
+        flight.tokens = tokens_of(usage)
+        flight.words = None if answer is None else len(answer.split())
+        energy, result = self._figures(flight)
+        return _account(energy, result, self._grid, self._budget_flags(flight.account))
 
-    def _energy_of(self, flight: Flight, end_s: float, tokens: int) -> Energy:
-        rate = tokens / (end_s - flight.start_s)
-        prompts = [Prompt(flight.start_s, end_s, tokens)]
-        for other in self._flights:
-            other_end_s = end_s if other.end_s is None else other.end_s
-            if other is flight or other_end_s <= flight.start_s or other.start_s >= end_s:
-                continue
-            # Not known yet for prompts that still run: taken to be as fast as this one; the share is modelled anyway.
-            others = int(rate * (other_end_s - other.start_s)) if other.tokens is None else other.tokens
-            prompts.append(Prompt(other.start_s, other_end_s, others))
-        if len(prompts) == 1:
-            return self._meter.window(flight.start_s, end_s)
-        return self._meter.attribute(flight.start_s, end_s, prompts).shares[0]
+    def _figures(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score]:
+        """A prompt's share of what flowed while it was in flight, and of the time that the machine was reserved."""
+        assert flight.end_s is not None  # callers end a prompt before they account for it
+        prompts, assumed = self._flights.together(flight, for_good=for_good)
+        energy = self._meter.attribute(flight.start_s, flight.end_s, prompts).shares[0]
+        flags = [
+            *(("tokens_unknown",) if flight.tokens is None else ()),
+            *(("share_estimated",) if assumed else ()),
+        ]
+        return energy, self._score(
+            energy, reserved_s(flight.start_s, flight.end_s, prompts), self._units(flight.tokens, flight.words), flags
+        )
+
+    def _units(self, tokens: Tokens | None, words: int | None) -> int | None:
+        match self._sci.functional_unit:
+            case "output_token":
+                return None if tokens is None else tokens.output
+            case "token":
+                return None if tokens is None else tokens.prompt + tokens.output
+            case "request":
+                return 1
+            case "word":
+                return words
+
+    def _score(self, energy: Energy, duration_s: float, units: int | None, flags: Sequence[str] = ()) -> Score:
+        found = score(energy, duration_s=duration_s, units=units, settings=self._sci, grid=self._grid)
+        return replace(found, flags=(*found.flags, *flags)) if flags else found
+
+    def use(self) -> dict[str, Any] | None:
+        """What the lease has cost so far, idle time included, and its budget; None without a lease."""
+        account = self._timeline.holder
+        if account is None:
+            return None
+        energy, found = self._so_far(account)
+        idle = self._idle_so_far(account)
+        return {
+            "total_j": energy.total_j,
+            "low_j": energy.low_j,
+            "high_j": energy.high_j,
+            "idle_j": None if idle is None else self._meter.energy(idle, estimate_short=True).total_j,
+            "label": energy.label.value,
+            "o_g": None if found is None else found.o_g,
+            "m_g": None if found is None else found.m_g,
+            "max_j": account.grant.max_j,
+            "max_g": account.grant.max_g,
+            "flags": sorted({*energy.flags, *self._budget_flags(account)}),
+        }
+
+    def require_budget(self) -> None:
+        """Raise BudgetUsed if the lease has used up what it may."""
+        for budget in self._budgets(self._timeline.holder):
+            budget.require()
+
+    def _budgets(self, account: LeaseAccount | None) -> list[Budget]:
+        if account is None or not account.has_budget:
+            return []
+        energy, found = self._so_far(account)
+        known = found is not None and found.o_g is not None and found.m_g is not None
+        used_g = (found.o_g or 0.0) + (found.m_g or 0.0) if found is not None and known else None
+        limits = (("J", account.grant.max_j, energy.total_j), ("gCO2eq", account.grant.max_g, used_g))
+        return [Budget(unit, limit, used) for unit, limit, used in limits if limit is not None]
+
+    def _budget_flags(self, account: LeaseAccount | None) -> list[str]:
+        flags = [flag for budget in self._budgets(account) if (flag := budget.flag) is not None]
+        if account is not None:
+            account.flags.update(flags)
+        return flags
+
+    def _so_far(self, account: LeaseAccount) -> tuple[Energy, Score | None]:
+        """What a lease that has not ended has used; no score before it has any time."""
+        now_s = self._meter.mark()
+        stretches = [[(stretch.start_s, stretch.end_s)] for stretch in self._unwritten_of(account)]
+        flow = self._sum(account.flow, [*stretches, self._timeline.open(now_s)[0]])
+        if flow is None:
+            return self._meter.nothing(), None
+        energy = self._meter.energy(flow)
+        return energy, self._score(energy, flow.duration_s, account.units)
+
+    def _idle_so_far(self, account: LeaseAccount) -> Flow | None:
+        gaps = [stretch.gaps for stretch in self._unwritten_of(account)]
+        return self._sum(account.idle, [*gaps, self._timeline.open(self._meter.mark())[1]])
+
+    def _unwritten_of(self, account: LeaseAccount) -> list[Stretch[LeaseAccount]]:
+        return [stretch for stretch in self._timeline.closed if stretch.holder is account]
+
+    def _sum(self, flow: Flow | None, times: Sequence[Sequence[Interval]]) -> Flow | None:
+        for intervals in times:
+            if intervals:
+                more = self._meter.flow(intervals)
+                flow = more if flow is None else flow + more
+        return flow
+
+    # --- what is written down ---------------------------------------------------------------------------
+
+    async def windows(self, belief: Belief) -> tuple[EnergyWindow, ...]:
+        """The oldest finished windows that the registry has not written down yet.
+
+        What it believes of a process before this one says nothing of these.
+        """
+        if belief.as_of is not None and belief.as_of.process == self._process:
+            self._log.confirm(belief.windows_kept)
+        self._timeline.cut(self._meter.mark())
+        await self.write()
+        return self._log.oldest()
+
+    async def write(self) -> None:
+        """Write down every window that will not get any sharper, or has waited for long enough."""
+        for write in (self._write_start, self._write_prompt, self._write_stretch):
+            for _ in iter(write, False):
+                await asyncio.sleep(0)  # prompts go on in between
+        self._flights.forget()
+
+    def _settled(self, end_s: float) -> bool:
+        return self._meter.settled(end_s) or self._meter.mark() >= end_s + SETTLE_S
+
+    def _write_start(self) -> bool:
+        if not self._starts or not self._settled(self._starts[0].end_s):
+            return False
+        start = self._starts.popleft()
+        kind = WindowKind.WAKE if start.woken else WindowKind.LOAD
+        flow = self._meter.flow([(start.start_s, start.end_s)])
+        self._record(kind, None, (start.start_s, start.end_s), flow, {"model": start.model})
+        return True
+
+    def _write_prompt(self) -> bool:
+        unwritten = self._flights.unwritten
+        if not unwritten:
+            return False
+        flight = unwritten[0]
+        assert flight.end_s is not None  # it has ended
+        waited_s = self._meter.mark() - flight.end_s
+        if not self._settled(flight.end_s) or (waited_s < SHARES_S and not self._flights.all_ended_beside(flight)):
+            return False
+        energy, found = self._figures(flight, for_good=True)
+        unwritten.popleft()
+        account = flight.account
+        if account is not None:
+            _add(account, flight, found)
+        more = {
+            "model": self._model if account is None else account.model,
+            "endpoint": flight.endpoint,
+            "answer_id": flight.answer_id,
+            "tokens": None if flight.tokens is None else asdict(flight.tokens),
+            "words": flight.words,
+        }
+        self._write_record(WindowKind.PROMPT, account, (flight.start_s, flight.end_s), energy, found, more)
+        return True
+
+    def _write_stretch(self) -> bool:
+        """The idle time in a stretch; after the last stretch of a lease, and all of its prompts, the lease."""
+        closed = self._timeline.closed
+        if not closed or not self._settled(closed[0].end_s):
+            return False
+        stretch, account = closed[0], closed[0].holder
+        if account is not None and stretch.last and account.unwritten:
+            return False
+        closed.popleft()
+        if stretch.gaps:
+            idle = self._meter.flow(stretch.gaps)
+            times, more = (stretch.gaps[0][0], stretch.gaps[-1][1]), {"model": account and account.model}
+            self._record(WindowKind.IDLE, account, times, idle, more, estimate_short=True)
+            if account is not None:
+                account.idle = idle if account.idle is None else account.idle + idle
+        if account is not None:
+            if stretch.end_s > stretch.start_s:
+                account.flow = self._sum(account.flow, [[(stretch.start_s, stretch.end_s)]])
+            if stretch.last and account.flow is not None:
+                self._record_lease(account, stretch.end_s, account.flow)
+        return True
+
+    def _record_lease(self, account: LeaseAccount, end_s: float, flow: Flow) -> None:
+        tokens = None if account.tokens is None else asdict(Tokens(*account.tokens))
+        more = {"model": account.model, "prompts": account.prompts, "tokens": tokens, "words": account.words}
+        self._record(
+            WindowKind.LEASE, account, (account.begun_s, end_s), flow, more, account.units, flags=sorted(account.flags)
+        )
+
+    def _record(
+        self,
+        kind: WindowKind,
+        account: LeaseAccount | None,
+        times: Interval,
+        flow: Flow,
+        more: Mapping[str, Any],
+        units: int | None = 0,
+        *,
+        estimate_short: bool = False,
+        flags: Sequence[str] = (),
+    ) -> None:
+        energy = self._meter.energy(flow, estimate_short=estimate_short)
+        found = self._score(energy, flow.duration_s, units, flags)
+        self._write_record(kind, account, times, energy, found, more)
+
+    def _write_record(
+        self,
+        kind: WindowKind,
+        account: LeaseAccount | None,
+        times: Interval,
+        energy: Energy,
+        found: Score,
+        more: Mapping[str, Any],
+    ) -> None:
+        to_utc_s = self._utc_s() - self._meter.mark()
+        begun_s, ended_s = times[0] + to_utc_s, times[1] + to_utc_s
+        grant = None if account is None else account.grant
+        self._log.write(
+            Record(kind=kind, grant=grant, begun_s=begun_s, ended_s=ended_s, energy=energy, score=found, more=more)
+        )
+
+
+def _add(account: LeaseAccount, flight: Flight, found: Score) -> None:
+    """Sum up a prompt of a lease; of what is not known of one there is no sum."""
+    tokens = flight.tokens
+    account.unwritten -= 1
+    account.prompts += 1
+    account.units = None if account.units is None or found.units is None else account.units + found.units
+    account.words = None if account.words is None or flight.words is None else account.words + flight.words
+    account.tokens = (
+        None
+        if account.tokens is None or tokens is None
+        else (
+            account.tokens[0] + tokens.prompt,
+            account.tokens[1] + tokens.cached,
+            account.tokens[2] + tokens.output,
+        )
+    )
+    account.flags.update({"share_estimated", "tokens_unknown"}.intersection(found.flags))
 
 
 def sci_settings(settings: EnergySettings) -> SCISettings:
@@ -160,20 +429,35 @@ def _sources(settings: SCISettings, gpus: int, cpus: float | None) -> list[Any]:
     return [*probe_sources(uuids, pid=os.getpid(), settings=settings, cpus=cpus), *unreadable]
 
 
-def _energy(energy: Energy) -> dict[str, Any]:
+def tokens_of(usage: Mapping[str, Any]) -> Tokens:
+    """Tokens as one of vLLM's APIs tells them: OpenAI's chats and completions, or its responses, or Anthropic's.
+
+    Raises:
+        KeyError: it tells none.
+    """
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    if "prompt_tokens" in usage:
+        prompt, output = usage["prompt_tokens"], usage.get("completion_tokens")
+    else:
+        prompt, output = usage["input_tokens"], usage.get("output_tokens")
+    return Tokens(prompt, details.get("cached_tokens") or 0, output or 0)
+
+
+def brief(account: Mapping[str, Any]) -> dict[str, Any]:
+    """An account for a header, and for the end of a stream."""
     return {
-        "total_j": energy.total_j,
-        "low_j": energy.low_j,
-        "high_j": energy.high_j,
-        "resolution_j": energy.resolution_j,
-        "label": energy.label.value,
-        "components": [
-            {**asdict(part), "label": part.label.value, "flags": list(part.flags)} for part in energy.components
-        ],
+        "sci_score": account["sci_score"],
+        "sci_method": account["sci_method"],
+        "unit": account["unit"],
+        "joules": account["energy"]["total_j"],
+        "label": account["energy"]["label"],
+        "o_g": account["carbon"]["o_g"],
+        "m_g": account["carbon"]["m_g"],
+        "flags": account["flags"],
     }
 
 
-def _account(energy: Energy, result: Score, grid: GridIntensity | None) -> dict[str, Any]:
+def _account(energy: Energy, result: Score, grid: GridIntensity | None, flags: Sequence[str]) -> dict[str, Any]:
     return {
         "sci_score": result.sci_score,
         "sci_method": result.method.value,
@@ -181,8 +465,8 @@ def _account(energy: Energy, result: Score, grid: GridIntensity | None) -> dict[
         "sci_high": result.high,
         "unit": result.unit,
         "units": result.units,
-        "energy": _energy(energy),
+        "energy": as_json(energy),
         "carbon": {"o_g": result.o_g, "m_g": result.m_g, "grid": None if grid is None else asdict(grid)},
         "methods": dict(result.methods),
-        "flags": list(result.flags),
+        "flags": [*result.flags, *flags],
     }

@@ -25,8 +25,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer
 from deployments.engine import RunningLLM, public_path
 from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
+from deployments.flights import Tokens
 from deployments.lease_gate import LeaseGate
 from deployments.llm_args import map_prompting
 from deployments.prompt_meter import PromptMeter
@@ -41,7 +43,8 @@ MAX_QUESTION_CHARS = 4_000_000
 TRY_AGAIN = (429, 503)
 """Statuses of vLLM's own that say when to try again, too."""
 
-EVENT_STREAM = "text/event-stream"
+WITHOUT_THE_LLM = ("/tokenize", "/detokenize")
+"""Of vLLM's endpoints those that are no prompts: they are part of the lease's idle time."""
 
 CUT_GRACE_S = 1.0
 """How long vLLM's app may take to end a request whose client has gone, before it is cancelled; seconds."""
@@ -148,14 +151,14 @@ class PromptGate:
                 raise
             await error_answer(500, "engine_failed", f"the engine failed: {type(error).__name__}")(scope, receive, send)
 
-    def _status(self) -> dict[str, str]:
+    def _status(self) -> dict[str, Any]:
         running, state = self._engine()
         message = "ready" if running is not None else "not ready"
         try:
             self._gate.require_heard()
         except RegistryUnheard as error:
             message, state = "not ready", str(error)
-        return {"status": "success", "message": message, "detail": state}
+        return {"status": "success", "message": message, "detail": state, "energy": self._meter.use()}
 
     async def _tracked(self, grant: LeaseGrant, exchange: _Exchange, work: Coroutine[Any, Any, None]) -> None:
         """Run a prompt as a task of its own, so that the end of the lease can cut it."""
@@ -163,6 +166,7 @@ class PromptGate:
             self._gate.require_heard()
             if len(self._in_flight) >= self._max_in_flight:
                 raise TooManyPrompts(self._max_in_flight)
+            self._meter.require_budget()
         except RegistryError:
             work.close()
             raise
@@ -212,20 +216,20 @@ class PromptGate:
     async def _native(self, path: str, scope: Scope, exchange: _Exchange) -> None:
         running = self._running()
         inner = dict(scope, path=path, raw_path=path.encode(), root_path="")
-        if scope["method"] == "GET":
+        if scope["method"] == "GET" or path in WITHOUT_THE_LLM:
             await running.asgi(inner, exchange.receive, exchange.send)
             return
 
         async def send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 await self._unless_dead(running, message["status"])
-            await exchange.send(message)
+            await answer.send(message)
 
-        flight = self._meter.begin()  # it gets no account of its own, but has its share of what others' cost
+        answer = AccountedAnswer(self._meter, self._meter.begin(path), exchange.send)
         try:
             await running.asgi(inner, exchange.receive, send)
         finally:
-            self._meter.end(flight)
+            answer.close()
 
     async def _unless_dead(self, running: RunningLLM, status: int) -> None:
         """An engine that dies answers what it has with a 500. Raises EngineNotReady then, with the reason."""
@@ -261,6 +265,8 @@ class PromptGate:
             self._meter.end(flight)
         await self._unless_dead(running, status)
         if status != HTTPStatus.OK:
+            if status in REFUSED:
+                flight.tokens = Tokens(0, 0, 0)  # refused before anything was computed
             return error_answer(status, "prompt_refused", _problem(answer))
         answered = json.loads(answer)
         choice, usage = answered["choices"][0], answered["usage"]

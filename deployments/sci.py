@@ -73,9 +73,9 @@ class Score:
 
     ``sci_score`` is None when a part is not known, when nothing was produced, or when it would be an estimate and
     estimates are not allowed. ``low`` and ``high`` are None with it, and where nothing has a range. ``o_g`` and
-    ``m_g`` are the window's operational and embodied emissions, None if not known. ``method`` is the label of the
-    energy, whether there is a score or not; ``methods`` say for E, I, M and R: measured, modeled, sourced …;
-    ``boundary`` names the parts whose energy is inside.
+    ``m_g`` are the window's operational and embodied emissions, None if not known, ``duration_s`` the time that was
+    reserved. ``method`` is the label of the energy, whether there is a score or not; ``methods`` say for E, I, M and R:
+    measured, modeled, sourced …; ``boundary`` names the parts whose energy is inside.
     """
 
     sci_score: float | None
@@ -83,28 +83,31 @@ class Score:
     high: float | None
     o_g: float | None
     m_g: float | None
+    duration_s: float
     unit: str
-    units: int
+    units: int | None
     method: Label
     methods: Mapping[str, str]
     boundary: tuple[str, ...]
     flags: tuple[str, ...]
 
 
-def score(energy: Energy, *, duration_s: float, units: int, settings: SCISettings, grid: GridIntensity | None) -> Score:
+def score(
+    energy: Energy, *, duration_s: float, units: int | None, settings: SCISettings, grid: GridIntensity | None
+) -> Score:
     """Score a window.
 
     Args:
         energy: The window's.
         duration_s: How long the hardware was reserved, seconds > 0.
-        units: Functional units (``settings.functional_unit``) produced in it, ≥ 0.
+        units: Functional units (``settings.functional_unit``) produced in it, ≥ 0; None: not known.
         settings: The operator's choices.
         grid: Carbon intensity; None if not configured, and then there is no score.
 
     Raises:
         ValueError: A duration or a number of units that can't be.
     """
-    if duration_s <= 0 or units < 0:
+    if duration_s <= 0 or (units is not None and units < 0):
         raise ValueError(f"can't score {units} units in {duration_s} s")
     embodied = settings.embodied
     g_per_j = None if grid is None else kwh(1) * settings.pue * grid.gco2eq_per_kwh
@@ -121,6 +124,7 @@ def score(energy: Energy, *, duration_s: float, units: int, settings: SCISetting
         "no_grid": grid is None,
         "no_embodied": embodied is None,
         "no_units": units == 0,
+        "units_unknown": units is None,
         "estimates_not_allowed": not may_be_told and energy.total_j is not None,
         "implausible_j_per_token": _implausible(energy, units, settings),
     }
@@ -130,6 +134,7 @@ def score(energy: Energy, *, duration_s: float, units: int, settings: SCISetting
         high=high,
         o_g=o_g,
         m_g=m_g,
+        duration_s=duration_s,
         unit=settings.functional_unit,
         units=units,
         method=energy.label,
@@ -137,7 +142,7 @@ def score(energy: Energy, *, duration_s: float, units: int, settings: SCISetting
             "E": energy.label.value,
             "I": "unavailable" if grid is None else "sourced",
             "M": "unavailable" if embodied is None else "sourced",
-            "R": "measured",
+            "R": "unavailable" if units is None else "measured",
         },
         boundary=energy.boundary,
         flags=(*energy.flags, *(flag for flag, holds in problems.items() if holds)),
@@ -157,7 +162,7 @@ def _range(
     return (low, high) if low < high else (None, None)
 
 
-def _implausible(energy: Energy, units: int, settings: SCISettings) -> bool:
+def _implausible(energy: Energy, units: int | None, settings: SCISettings) -> bool:
     gpu_j = [part.joules for part in energy.components if part.name.startswith("gpu:") and part.joules is not None]
     if not gpu_j or not units or settings.functional_unit != "output_token":
         return False

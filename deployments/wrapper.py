@@ -27,6 +27,7 @@ from starlette.types import ASGIApp
 from deployments.checkpoints import checkpoints_here
 from deployments.energy_sources import ReadFailed, driver_version
 from deployments.engine import EngineHost, RunningLLM, StopReport
+from deployments.engine_env import Phase
 from deployments.lease_gate import LeaseGate
 from deployments.machine_memory import gpu_memory_bytes, main_memory_bytes
 from deployments.model_cache import LocalModel, ModelCache
@@ -92,13 +93,18 @@ class LLMWrapper:
         self._death_watch: asyncio.Task[None] | None = None
         self._commands = asyncio.Lock()
         self._engine_lock = asyncio.Lock()
-        self._gate = LeaseGate(time.monotonic, fence_s=config.settings.fence_s, process=uuid4().hex)
         locks_dir = (config.models.cache_dir or config.cache_dir) / ".greenprompt"
         self._models = ModelCache(config.models.cache_dir, locks_dir, config.models.cache_max_gib)
         self._in_use: list[LocalModel] = []
         self._revision: str | None = None
         cpus = len(os.sched_getaffinity(0)) / config.settings.per_machine
-        self._meter = PromptMeter(config.energy, gpus=config.gpus, cpus=cpus)
+        process = uuid4().hex
+        self._meter = PromptMeter(
+            config.energy, gpus=config.gpus, cpus=cpus, wrapper_id=config.wrapper_id, process=process
+        )
+        self._gate = LeaseGate(
+            time.monotonic, fence_s=config.settings.fence_s, process=process, on_change=self._meter.hand_over
+        )
         self._host = EngineHost(
             gpus=config.gpus,
             kv_cache_gib=config.settings.kv_cache_gib,
@@ -138,6 +144,8 @@ class LLMWrapper:
     async def report(self, belief: Belief) -> WrapperReport:
         """Hear what the registry believes, and say how things are; never waits for the engine."""
         await self._hear(belief)
+        grant = self._gate.grant  # which ends it if it is over, before windows are written
+        windows = await self._meter.windows(belief)
         grant, living = self._gate.grant, self._living()
         return WrapperReport(
             epoch=self._epoch,
@@ -159,6 +167,7 @@ class LLMWrapper:
             meter=self._meter.describe(),
             versions=self._versions,
             moment=self._gate.moment,
+            windows=windows,
         )
 
     async def deploy(self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
@@ -296,12 +305,13 @@ class LLMWrapper:
                 self._phase = "stopping"
                 # Making room for an LLM is charged to it, as its start is. Its weights are read ahead from now on, and
                 # not before, when that would cost a lease of somebody else's.
-                with self._meter.load(), read_ahead(await self._weights(spec)):
+                with self._meter.load(spec.model) as start, read_ahead(await self._weights(spec)):
                     self._require_empty(await self._host.vacate(wanted_next=spec.model))
                     await self._start_llm(spec, revision)
+                    running = self._host.running
+                    assert running is not None  # start() returned
+                    start.woken = Phase.WAKING in running.phases and Phase.LOADING not in running.phases
                 self._starts += 1
-                running = self._host.running
-                assert running is not None  # start() returned
                 if self._death_watch is not None:
                     self._death_watch.cancel()  # of an LLM that sleeps now, or was stopped
                 self._death_watch = asyncio.create_task(self._notice_death(running))

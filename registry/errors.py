@@ -291,6 +291,23 @@ class TooManyPrompts(RegistryError):
         return f"{self.limit} prompts are in flight on this LLM; wait for some of them to end"
 
 
+class BudgetUsed(RegistryError):
+    """A lease has used up what it may: its prompts and its idle time together."""
+
+    code = "budget_used"
+    http_status = 429
+
+    def __init__(self, unit: str, used: float, limit: float) -> None:
+        super().__init__(unit, used, limit)
+        self.unit, self.used, self.limit = unit, used, limit
+
+    def __str__(self) -> str:
+        return (
+            f"this lease has used {self.used} {self.unit}, idle time included, and may use {self.limit} {self.unit}; "
+            "no more prompts are taken: give it back, and ask for another one with a larger budget"
+        )
+
+
 class RegistryUnheard(RegistryError):
     """The lease may be good, but its wrapper has not heard so from the registry for too long."""
 

@@ -92,7 +92,7 @@ class FakeEngine:
         self.generating.set()
         try:
             while (piece := await self.pieces.get()) is not None:
-                yield f"data: {json.dumps(piece)}\n\n"
+                yield f"data: {json.dumps(piece, separators=(',', ':'))}\n\n"
         except (asyncio.CancelledError, GeneratorExit):
             self._abort()
             raise

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from deployments.engine import EngineHost, RunningLLM
-from tests.engine.calls import FAST, client
+from tests.engine.calls import FAST, at_the_gate, client
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 
@@ -132,6 +132,36 @@ async def test_errors_are_vllm_s(llm: RunningLLM) -> None:
             await ai.completions.create(model="tiny", prompt="x", max_tokens=10_000)
         with pytest.raises(openai.NotFoundError):  # this LLM generates
             await ai.embeddings.create(model="tiny", input="x")
+
+
+def holder(llm: RunningLLM) -> openai.AsyncOpenAI:
+    """The openai package at the address of a lease."""
+    http: Any = at_the_gate(llm)
+    return openai.AsyncOpenAI(base_url=f"{http.base_url}v1", api_key="none", http_client=http)
+
+
+async def test_answers_tell_what_they_cost(llm: RunningLLM) -> None:
+    """At a lease's address an answer has its account in a header, a stream in its last chunk: no matter to the package."""
+    asked: Any = {"model": "tiny", "messages": ASK, "max_completion_tokens": 8, "extra_body": {"ignore_eos": True}}
+    streamed: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    async with holder(llm) as ai:
+        raw = await ai.chat.completions.with_raw_response.create(**asked)
+        chat = [piece async for piece in await ai.chat.completions.create(**asked, **streamed)]
+        text = [
+            piece async for piece in await ai.completions.create(model="tiny", prompt="Is", max_tokens=8, **streamed)
+        ]
+        plain = [piece async for piece in await ai.chat.completions.create(**asked, stream=True)]
+    answer = raw.parse()
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+    for pieces in (chat, text):
+        assert pieces[-1].usage.completion_tokens > 0
+        assert not [piece for piece in pieces[:-1] if piece.model_extra and "greenprompt" in piece.model_extra]
+    for told in (json.loads(raw.headers["x-greenprompt-energy"]), chat[-1].greenprompt, text[-1].greenprompt):  # type: ignore[union-attr,attr-defined]
+        assert told.keys() == {"sci_score", "sci_method", "unit", "joules", "label", "o_g", "m_g", "flags"}
+        assert told["unit"] == "output_token"
+        assert (told["joules"] is None) == (told["label"] == "unavailable")
+    assert all(piece.choices for piece in plain)
 
 
 async def test_embeddings(host: EngineHost, llms: Path) -> None:

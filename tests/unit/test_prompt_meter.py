@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from deployments import prompt_meter
 from deployments.energy import Label
 from deployments.energy_sources import ReadFailed, Source, Unreadable
+from deployments.flights import Flight
 from deployments.meter import Meter
-from deployments.prompt_meter import Flight, PromptMeter, grid_of, sci_settings
+from deployments.prompt_meter import PromptMeter, grid_of, sci_settings
 from registry.errors import BadSettings
 from registry.settings import EnergySettings
 from tests.fake_counters import FakeCounter, ManualClock
@@ -242,12 +243,19 @@ def test_accounts_are_never_more_than_what_flowed(
         assert joules is None or 0 < joules <= length * poll_j + 2 * poll_j
 
 
-def test_only_so_many_prompts_are_remembered(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory of ended prompts is bounded."""
-    monkeypatch.setattr(prompt_meter, "REMEMBERED_PROMPTS", 3)
+async def test_only_those_prompts_are_remembered_that_are_needed(bench: Callable[..., Bench]) -> None:
+    """Of ended prompts those are remembered that were in flight with one that is not written down."""
     made = bench()
-    flights = [made.prompt(0.05) for _ in range(5)]
-    assert list(made.meter._flights) == flights[2:]
+    made.prompt(0.5)
+    long = made.meter.begin()
+    beside = made.prompt(0.5)
+    made.passes(0.5)
+    await made.meter.write()
+    assert list(made.meter._flights._ended) == [beside]
+    made.meter.end(long)
+    made.passes(0.5)
+    await made.meter.write()
+    assert list(made.meter._flights._ended) == []
 
 
 # --- the start of an LLM -----------------------------------------------------------------------------------

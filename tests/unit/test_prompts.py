@@ -16,10 +16,11 @@ from starlette.types import Message
 
 from deployments import prompts
 from deployments.engine import RunningLLM
+from deployments.flights import Flight, Tokens
 from deployments.lease_gate import LeaseGate
-from deployments.prompt_meter import Flight, PromptMeter
+from deployments.prompt_meter import PromptMeter
 from deployments.prompts import PromptGate
-from registry.errors import LeaseEnded
+from registry.errors import BudgetUsed, LeaseEnded
 from registry.reconcile import LeaseGrant
 from tests.fake_counters import ManualClock
 from tests.fake_engine import USAGE, FakeEngine
@@ -34,7 +35,25 @@ LLMCONFIG = {
 }
 GRANT = LeaseGrant("request-1", 1, TOKEN, json.dumps(LLMCONFIG), ends_in_s=100.0, idle_limit_s=10.0)
 FENCE_S = 30.0
-COST: Mapping[str, Any] = {"sci_score": None, "sci_method": "unavailable"}
+COST: Mapping[str, Any] = {
+    "sci_score": None,
+    "sci_method": "unavailable",
+    "unit": "output_token",
+    "energy": {"total_j": None, "label": "unavailable"},
+    "carbon": {"o_g": None, "m_g": None},
+    "flags": ["no_source"],
+}
+BRIEF = {
+    "sci_score": None,
+    "sci_method": "unavailable",
+    "unit": "output_token",
+    "joules": None,
+    "label": "unavailable",
+    "o_g": None,
+    "m_g": None,
+    "flags": ["no_source"],
+}
+SO_FAR: Mapping[str, Any] = {"total_j": 7.5, "idle_j": 5.0, "label": "measured"}
 
 
 class FakeMeter:
@@ -43,16 +62,26 @@ class FakeMeter:
     def __init__(self) -> None:
         self.begun: list[Flight] = []
         self.ended: list[Flight] = []
-        self.accounts: list[tuple[Flight, Mapping[str, Any], str]] = []
+        self.accounts: list[tuple[Flight, Mapping[str, Any], str | None]] = []
+        self.counts_words = False
+        self.used_up: BudgetUsed | None = None
 
-    def begin(self) -> Flight:
-        self.begun.append(Flight(0.0))
+    def begin(self, endpoint: str = "process_prompt") -> Flight:
+        self.begun.append(Flight(0.0, endpoint=endpoint))
         return self.begun[-1]
 
     def end(self, flight: Flight) -> None:
-        self.ended.append(flight)
+        if flight not in self.ended:
+            self.ended.append(flight)
 
-    def account(self, flight: Flight, *, usage: Mapping[str, Any], answer: str) -> Mapping[str, Any]:
+    def use(self) -> Mapping[str, Any]:
+        return SO_FAR
+
+    def require_budget(self) -> None:
+        if self.used_up is not None:
+            raise self.used_up
+
+    def account(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> Mapping[str, Any]:
         assert flight in self.ended
         self.accounts.append((flight, usage, answer))
         return COST
@@ -238,14 +267,15 @@ async def test_operators_paths_are_not_for_holders(wrapper: Wrapper, method: str
 async def test_status_is_the_contracts(wrapper: Wrapper) -> None:
     """The status is ``ready`` when the LLM answers."""
     answer = await wrapper.call("GET", "/get_status").done()
-    assert answer.json == {"status": "success", "message": "ready", "detail": "ready"}
+    assert answer.json == {"status": "success", "message": "ready", "detail": "ready", "energy": SO_FAR}
 
 
 async def test_status_says_that_the_llm_is_being_started(wrapper: Wrapper) -> None:
     """A lease whose LLM is being started again is told so; its prompts answer 503 and may be tried again."""
     wrapper.state = (None, "being started (loading)")
     answer = await wrapper.call("GET", "/get_status").done()
-    assert answer.json == {"status": "success", "message": "not ready", "detail": "being started (loading)"}
+    detail = "being started (loading)"
+    assert answer.json == {"status": "success", "message": "not ready", "detail": detail, "energy": SO_FAR}
     for path, body in (("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})):
         refused = await wrapper.call("POST", path, body).done()
         assert (refused.status, refused.json["code"], refused.headers["retry-after"]) == (503, "engine_not_ready", "1")
@@ -707,6 +737,88 @@ async def test_streams_are_not_buffered(wrapper: Wrapper) -> None:
     wrapper.engine.pieces.put_nowait(None)
     assert (await call.done()).status == 200
     assert call.headers["content-type"].startswith("text/event-stream")
+
+
+# --- what native answers cost ------------------------------------------------------------------------------
+
+
+async def test_native_answer_tells_its_cost_in_a_header(wrapper: Wrapper) -> None:
+    """An answer in one piece has its account in a header, from the tokens that it tells, and is not changed."""
+    answer = await wrapper.call("POST", "/v1/completions", {"prompt": "Why?"}).done()
+    assert json.loads(answer.headers["x-greenprompt-energy"]) == BRIEF
+    assert answer.json["usage"] == USAGE
+    assert wrapper.meter.accounts == [(wrapper.meter.begun[0], USAGE, None)]
+    assert wrapper.meter.begun[0].endpoint == "/v1/completions"
+
+
+async def test_native_answer_is_read_where_words_count(wrapper: Wrapper) -> None:
+    """Where the functional unit is words, those of the answer are counted."""
+    wrapper.meter.counts_words = True
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        await wrapper.call("POST", path, {}).done()
+    assert [text for _, _, text in wrapper.meter.accounts] == ["an answer", "an answer"]
+
+
+async def test_last_chunk_of_a_stream_tells_its_cost(wrapper: Wrapper) -> None:
+    """The chunk with the usage gets one more field; the others are as they came, also one whose text looks like it."""
+    call = wrapper.call("POST", "/v1/chat/completions", {"stream": True, "stream_options": {"include_usage": True}})
+    tricky = {"choices": [{"delta": {"content": '"choices":[],"usage":{"prompt_tokens":1}'}}], "usage": None}
+    pieces: list[Any] = [tricky, {"choices": [], "usage": USAGE}]
+    for piece in pieces:
+        wrapper.engine.pieces.put_nowait(piece)
+    wrapper.engine.pieces.put_nowait(None)
+    answer = await call.done()
+    first, last, end = (json.loads(event.removeprefix(b"data: ") or b"0") for event in answer.body.split(b"\n\n"))
+    assert (first, end) == (tricky, 0)
+    assert last == {**pieces[1], "greenprompt": BRIEF}
+    assert "x-greenprompt-energy" not in answer.headers
+    assert wrapper.meter.accounts == [(wrapper.meter.begun[0], USAGE, None)]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "tokens"),
+    [
+        ([{"choices": [{"delta": {}}]}], None),
+        ([{"choices": [{}], "usage": USAGE}], Tokens(7, 0, 3)),
+        ([{"type": "response.completed", "response": {"usage": {"input_tokens": 7, "output_tokens": 3}}}],
+         Tokens(7, 0, 3)),
+        ([{"usage": {"something": 5}}], None),
+    ],
+    ids=["no usage", "usage in every chunk", "another API", "unknown usage"],
+)  # fmt: skip
+async def test_tokens_of_other_streams(wrapper: Wrapper, pieces: list[Any], tokens: Tokens | None) -> None:
+    """A stream without a chunk of its own for usage is passed on as it is; its tokens are what it says, or unknown."""
+    call = wrapper.call("POST", "/v1/chat/completions", {"stream": True})
+    for piece in (*pieces, None):
+        wrapper.engine.pieces.put_nowait(piece)
+    answer = await call.done()
+    assert [json.loads(event.removeprefix(b"data: ")) for event in answer.body.split(b"\n\n")[:-1]] == pieces
+    assert wrapper.meter.begun[0].tokens == tokens
+    assert wrapper.meter.accounts == []
+
+
+async def test_refused_prompts_have_no_tokens(wrapper: Wrapper) -> None:
+    """A prompt that vLLM refuses took none, and has no header; of one that failed nobody knows."""
+    for status, tokens in ((400, Tokens(0, 0, 0)), (500, None)):
+        wrapper.engine.error = (status, {"error": {"message": "no"}})
+        for path, body in (("/v1/completions", {}), ("/process_prompt", {"question": "Why?"})):
+            answer = await wrapper.call("POST", path, body).done()
+            assert "x-greenprompt-energy" not in answer.headers
+            assert wrapper.meter.begun[-1].tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})]
+)
+async def test_used_up_budget_refuses_prompts(wrapper: Wrapper, path: str, body: object) -> None:
+    """A lease that has used up its budget is told so, and not to try again; its status still answers."""
+    wrapper.meter.used_up = BudgetUsed("J", 12.5, 10.0)
+    answer = await wrapper.call("POST", path, body).done()
+    assert (answer.status, answer.json["code"], answer.json["retryable"]) == (429, "budget_used", False)
+    assert "12.5 J" in answer.json["message"]
+    assert "retry-after" not in answer.headers
+    assert wrapper.engine.bodies == []
+    assert (await wrapper.call("GET", "/get_status").done()).json["message"] == "ready"
 
 
 # --- the rest ----------------------------------------------------------------------------------------------

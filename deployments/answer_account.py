@@ -1,0 +1,116 @@
+"""Between vLLM's app and a client: reads in passing what an answer says of its tokens, and adds what it cost.
+
+An answer that is one piece of JSON gets a header. A stream that tells its usage at the end gets one more field in that
+chunk. Nothing else is changed or held back, and of a stream only the pieces that speak of usage are looked into.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import Message, Send
+
+from deployments.flights import Flight, Tokens
+from deployments.prompt_meter import PromptMeter, brief, tokens_of
+
+ENERGY_HEADER = "x-greenprompt-energy"
+ENERGY_FIELD = "greenprompt"
+EVENT_STREAM = "text/event-stream"
+
+_USAGE = b'"usage":{'
+"""As a key only: inside a string of JSON its quotes would be escaped."""
+_LONGEST_USAGE = 1000
+_LAST_CHUNK = b'"choices":[]'
+REFUSED = range(400, 500)
+
+
+class AccountedAnswer:
+    """The answer to one prompt, on its way to the client. ``close`` it when the app has returned, whatever happened."""
+
+    def __init__(self, meter: PromptMeter, flight: Flight, send: Send) -> None:
+        self._meter = meter
+        self._flight = flight
+        self._send = send
+        self._held: Message | None = None
+        self._streams = False
+        self._usage_piece: bytes | None = None
+
+    async def send(self, message: Message) -> None:
+        """Pass on a part of the answer."""
+        if message["type"] == "http.response.start":
+            content_type = Headers(raw=message["headers"]).get("content-type", "")
+            if message["status"] in REFUSED:
+                self._flight.tokens = Tokens(0, 0, 0)  # refused before anything was computed
+            elif message["status"] == HTTPStatus.OK and content_type.startswith("application/json"):
+                self._held = message  # its body tells what it cost
+                return
+            self._streams = content_type.startswith(EVENT_STREAM)
+        elif self._held is not None:
+            start, self._held = self._held, None
+            whole = not message.get("more_body", False)
+            await self._send(self._with_header(start, message["body"]) if whole else start)
+        elif self._streams and _USAGE in message.get("body", b""):
+            message = self._with_field(message)
+        await self._send(message)
+
+    def close(self) -> None:
+        """The prompt is over."""
+        if self._flight.tokens is None and self._usage_piece is not None:
+            self._flight.tokens = _tokens(_usage_in(self._usage_piece))
+        self._meter.end(self._flight)
+
+    def _with_header(self, start: Message, body: bytes) -> Message:
+        usage = _usage_in(body)
+        if _tokens(usage) is None:
+            return start
+        text = None
+        if self._meter.counts_words:
+            text = _text_of(json.loads(body))
+        headers = MutableHeaders(raw=list(start["headers"]))
+        headers[ENERGY_HEADER] = self._account(usage, text)
+        return {**start, "headers": headers.raw}
+
+    def _with_field(self, message: Message) -> Message:
+        body: bytes = message["body"]
+        self._usage_piece = body
+        end = body.rstrip()
+        usage = _usage_in(body)
+        if _LAST_CHUNK not in body or not end.endswith(b"}") or _tokens(usage) is None:
+            return message
+        told = f',"{ENERGY_FIELD}":{self._account(usage, None)}}}\n\n'.encode()
+        return {**message, "body": end[:-1] + told}
+
+    def _account(self, usage: Mapping[str, Any], text: str | None) -> str:
+        self._meter.end(self._flight)
+        account = self._meter.account(self._flight, usage=usage, answer=text)
+        return json.dumps(brief(account), separators=(",", ":"))
+
+
+def _usage_in(body: bytes) -> Mapping[str, Any]:
+    """The last object of this name in a piece of JSON, without reading the rest; empty if there is none."""
+    at = body.rfind(_USAGE)
+    if at < 0:
+        return {}
+    begin = at + len(_USAGE) - 1
+    try:
+        usage, _ = json.JSONDecoder().raw_decode(body[begin : begin + _LONGEST_USAGE].decode(errors="replace"))
+    except ValueError:
+        return {}
+    return usage if isinstance(usage, dict) else {}
+
+
+def _tokens(usage: Mapping[str, Any]) -> Tokens | None:
+    try:
+        return tokens_of(usage)
+    except KeyError:
+        return None
+
+
+def _text_of(answer: Mapping[str, Any]) -> str:
+    """All that an answer of chats or completions says, its choices one after another."""
+    choices = answer.get("choices", ())
+    return " ".join(choice.get("text") or choice.get("message", {}).get("content") or "" for choice in choices)

@@ -1,0 +1,146 @@
+"""The energy windows of a wrapper's process: numbered, and kept until the registry has written them down."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from deployments.energy import Embodied, Energy, GridIntensity
+from deployments.sci import Score
+from registry.reconcile import LeaseGrant
+from registry.state import EnergyWindow, WindowKind, canonical_json
+
+KEPT_WINDOWS = 20_000
+"""Windows that wait for the registry; older ones are dropped, counted and told. Some 2 kB each."""
+WINDOWS_A_REPORT = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """A finished window, as it is before it has a number.
+
+    Times are UTC seconds. ``more`` is what its kind has besides: tokens, words, endpoint, model.
+    """
+
+    kind: WindowKind
+    grant: LeaseGrant | None
+    begun_s: float
+    ended_s: float
+    energy: Energy
+    score: Score
+    more: Mapping[str, Any]
+
+
+class EnergyLog:
+    """The windows of one process, in the order of their numbers. ``dropped`` counts those that nobody fetched in time.
+
+    What is the same in all of them (grid, embodied carbon, PUE) is given once.
+    """
+
+    def __init__(
+        self, wrapper_id: str, process: str, *, grid: GridIntensity | None, embodied: Embodied | None, pue: float
+    ) -> None:
+        self.dropped = 0
+        self._wrapper_id = wrapper_id
+        self._process = process
+        self._given = {
+            "grid": None
+            if grid is None
+            else {
+                "value": grid.gco2eq_per_kwh,
+                "unit": "gCO2eq/kWh",
+                "zone": grid.zone,
+                "dataset": grid.dataset,
+                "version": grid.version,
+            },
+            "embodied": None if embodied is None else asdict(embodied),
+            "pue": pue,
+        }
+        self._last = 0
+        self._windows: deque[EnergyWindow] = deque()
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def write(self, record: Record) -> None:
+        """Give a window its number, and keep it."""
+        self._last += 1
+        self._windows.append(self._window(record, f"{self._process}-{self._last}"))
+        if len(self._windows) > KEPT_WINDOWS:
+            self._windows.popleft()
+            self.dropped += 1
+
+    def oldest(self) -> tuple[EnergyWindow, ...]:
+        """Those that are to be written down next."""
+        return tuple(self._windows[index] for index in range(min(len(self._windows), WINDOWS_A_REPORT)))
+
+    def confirm(self, number: int) -> None:
+        """All windows up to this number are written down. Again, or an older one: no difference."""
+        first = self._last - len(self._windows) + 1
+        for _ in range(min(number, self._last) - first + 1):
+            self._windows.popleft()
+
+    def _window(self, record: Record, window_id: str) -> EnergyWindow:
+        grant, score = record.grant, record.score
+        request_id = None if grant is None else grant.request_id
+        measurement_id = None if grant is None else grant.measurement_id
+        detail = {
+            **self._given,
+            **record.more,
+            "ids": {
+                "window_id": window_id,
+                "wrapper_id": self._wrapper_id,
+                "request_id": request_id,
+                "measurement_id": measurement_id,
+            },
+            "kind": record.kind.value,
+            "begun": _utc(record.begun_s),
+            "ended": _utc(record.ended_s),
+            "duration_s": record.ended_s - record.begun_s,
+            "reserved_s": score.duration_s,
+            "energy": as_json(record.energy),
+            "o_g": score.o_g,
+            "m_g": score.m_g,
+            "unit": score.unit,
+            "units": score.units,
+            "score": {"value": score.sci_score, "low": score.low, "high": score.high, "method": score.method.value},
+            "methods": dict(score.methods),
+            "flags": sorted(score.flags),
+            "boundary": list(score.boundary),
+            "gpus": [name.removeprefix("gpu:") for name in score.boundary if name.startswith("gpu:")],
+        }
+        return EnergyWindow(
+            window_id=window_id,
+            kind=record.kind,
+            wrapper_id=self._wrapper_id,
+            request_id=request_id,
+            measurement_id=measurement_id,
+            begun_s=record.begun_s,
+            ended_s=record.ended_s,
+            total_j=record.energy.total_j,
+            o_g=score.o_g,
+            m_g=score.m_g,
+            label=record.energy.label.value,
+            detail=canonical_json(detail),
+        )
+
+
+def as_json(energy: Energy) -> dict[str, Any]:
+    """An energy with its components, in plain JSON."""
+    return {
+        "total_j": energy.total_j,
+        "low_j": energy.low_j,
+        "high_j": energy.high_j,
+        "resolution_j": energy.resolution_j,
+        "label": energy.label.value,
+        "components": [
+            {**asdict(part), "label": part.label.value, "flags": list(part.flags)} for part in energy.components
+        ],
+    }
+
+
+def _utc(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="microseconds")

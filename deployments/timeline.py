@@ -1,0 +1,115 @@
+"""Who had a wrapper when: its time as stretches that follow each other, each of one holder. Pure.
+
+At every moment a wrapper belongs to its holder (a lease, or nobody) or, while it is paused, to the start of an LLM. So
+whatever is summed up over stretches and starts is counted once, and nothing is left out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Interval = tuple[float, float]
+Holder = TypeVar("Holder")
+
+STRETCH_S = 300.0
+"""Longest stretch: while a window of it is looked up, the meter still has every edge."""
+MOST_GAPS = 256
+"""Times without a prompt in one stretch; then it is cut, so that none takes long to add up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch(Generic[Holder]):
+    """A time of one holder's (None: nobody's), and the times in it without a prompt. ``last``: the holder's has ended.
+
+    Only one that is the last may be empty (it ends when it begins).
+    """
+
+    holder: Holder | None
+    start_s: float
+    end_s: float
+    gaps: tuple[Interval, ...]
+    last: bool
+
+
+class Timeline(Generic[Holder]):
+    """The stretches of a wrapper; ``closed`` are those that are over, for its owner to take. Times never go back.
+
+    A holder with a prompt in flight stays until that is over, whoever comes next.
+    """
+
+    def __init__(self, now_s: float) -> None:
+        self.closed: deque[Stretch[Holder]] = deque()
+        self.holder: Holder | None = None
+        self._next: list[Holder | None] = []
+        self._start_s: float | None = now_s
+        self._at_s = now_s
+        self._gap_s = now_s
+        self._gaps: list[Interval] = []
+        self._in_flight = 0
+
+    def hand_over(self, holder: Holder | None, at_s: float) -> None:
+        """From this time on the wrapper is this holder's."""
+        if self._in_flight:
+            self._next = [holder]
+            return
+        self._close(at_s, last=True)
+        self.holder = holder
+
+    def begin(self, at_s: float) -> None:
+        """A prompt begins."""
+        if not self._in_flight:
+            self._end_gap(at_s)
+        self._in_flight += 1
+
+    def end(self, at_s: float) -> None:
+        """A prompt is over."""
+        self._in_flight -= 1
+        if self._in_flight:
+            return
+        self._gap_s = self._at_s = max(at_s, self._at_s)
+        if self._next:
+            self.hand_over(self._next.pop(), at_s)
+        elif len(self._gaps) >= MOST_GAPS:
+            self._close(at_s)
+
+    def pause(self, at_s: float) -> None:
+        """From this time on the wrapper is an LLM's that is being started."""
+        self._close(at_s)
+        self._start_s = None
+
+    def resume(self, at_s: float) -> None:
+        """The start is over."""
+        self._start_s = self._gap_s = self._at_s = max(at_s, self._at_s)
+        self._gaps.clear()
+
+    def cut(self, now_s: float) -> None:
+        """Close the open stretch if it is long."""
+        if self._start_s is not None and now_s - self._start_s >= STRETCH_S:
+            self._close(now_s)
+
+    def open(self, now_s: float) -> tuple[list[Interval], list[Interval]]:
+        """The holder's stretch that is not closed, and the gaps in it, until now; nothing while it is paused."""
+        if self._start_s is None or now_s <= self._start_s:
+            return [], []
+        gap = [] if self._in_flight or now_s <= self._gap_s else [(self._gap_s, now_s)]
+        return [(self._start_s, now_s)], [*self._gaps, *gap]
+
+    def _end_gap(self, at_s: float) -> None:
+        self._at_s = max(at_s, self._at_s)
+        if self._start_s is not None and self._at_s > self._gap_s:
+            self._gaps.append((self._gap_s, self._at_s))
+
+    def _close(self, at_s: float, *, last: bool = False) -> None:
+        if not self._in_flight:
+            self._end_gap(at_s)
+        end_s = self._at_s = max(at_s, self._at_s)
+        start_s = end_s if self._start_s is None else self._start_s
+        last = last and self.holder is not None
+        if end_s > start_s or last:
+            self.closed.append(Stretch(self.holder, start_s, end_s, tuple(self._gaps), last))
+        self._gaps.clear()
+        self._gap_s = end_s
+        if self._start_s is not None:
+            self._start_s = end_s

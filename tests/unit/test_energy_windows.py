@@ -1,0 +1,426 @@
+"""What a wrapper writes down of its time: every moment once. All joules here are a test double's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deployments import energy_log, prompt_meter
+from deployments.energy import Label
+from deployments.energy_sources import Source, Unreadable
+from deployments.flights import Flight
+from deployments.meter import Meter
+from deployments.prompt_meter import PromptMeter
+from registry.errors import BudgetUsed
+from registry.reconcile import Belief, LeaseGrant, Moment
+from registry.settings import EnergySettings
+from registry.state import EnergyWindow, WindowKind
+from tests.fake_counters import FakeCounter, ManualClock
+
+GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}
+EMBODIED = {"g_per_hour": 3.6, "low_g_per_hour": 1.8, "high_g_per_hour": 7.2, "source": "a test"}
+WATTS = 100.0
+UTC_S = 1_800_000_000.0
+LEASE = LeaseGrant("request-1", 7, "token-1", "{}", ends_in_s=600.0, idle_limit_s=60.0)
+OTHER = LeaseGrant("request-2", 8, "token-2", "{}", ends_in_s=600.0, idle_limit_s=60.0)
+
+
+class Bench:
+    """A PromptMeter on a manual clock and a simulated counter of 100 W, 50 J of which come at a time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *sources: Source | Unreadable, **energy: Any) -> None:
+        self.clock = ManualClock()
+        found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:GPU-x", label=Label.SIMULATED),)
+        monkeypatch.setattr(prompt_meter, "_sources", lambda *_: list(found))
+        monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
+        chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}
+        self.meter = PromptMeter(
+            EnergySettings.model_validate(chosen),
+            gpus=1,
+            wrapper_id="a-0",
+            process="p",
+            utc_s=lambda: UTC_S + self.clock.now_s - 1000.0,
+        )
+        self.meter._meter.poll_once()
+
+    def passes(self, seconds: float) -> None:
+        for _ in range(round(seconds / 0.05)):
+            self.clock.now_s += 0.05
+            self.meter._meter.poll_once()
+
+    def bind(self, grant: LeaseGrant | None) -> None:
+        self.meter.hand_over(grant, self.clock.now_s)
+
+    def end(self, flight: Flight, tokens: tuple[int, int] | None = (6, 4)) -> None:
+        self.meter.end(flight)
+        if tokens is not None:
+            usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
+            self.meter.account(flight, usage=usage, answer="four words and no")
+
+    def prompt(self, seconds: float, tokens: tuple[int, int] | None = (6, 4)) -> None:
+        flight = self.meter.begin()
+        self.passes(seconds)
+        self.end(flight, tokens)
+
+    async def windows(self, kept: int = 0, *, process: str = "p") -> tuple[EnergyWindow, ...]:
+        self.passes(0.2)
+        return await self.meter.windows(Belief(1, None, Moment(process, 0.0), windows_kept=kept))
+
+
+Make = Callable[..., Bench]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes a bench: ``make(*sources, **energy settings)``."""
+    return partial(Bench, monkeypatch)
+
+
+def of_kind(windows: tuple[EnergyWindow, ...], kind: WindowKind) -> list[EnergyWindow]:
+    return [window for window in windows if window.kind is kind]
+
+
+def detail(window: EnergyWindow) -> Any:
+    return json.loads(window.detail)
+
+
+async def test_lease_becomes_windows(make: Make) -> None:
+    """A lease of two prompts gives their windows, that of its idle time, and its own, which is their sum."""
+    made = make()
+    made.passes(1.0)
+    made.bind(LEASE)
+    made.passes(3.0)
+    made.prompt(2.0)
+    made.passes(1.0)
+    made.prompt(1.0)
+    made.bind(None)
+    windows = await made.windows()
+    assert [window.kind.value for window in windows] == ["prompt", "prompt", "idle", "idle", "lease"]
+    machine, idle = of_kind(windows, WindowKind.IDLE)
+    first, second = of_kind(windows, WindowKind.PROMPT)
+    [lease] = of_kind(windows, WindowKind.LEASE)
+    assert [window.window_id for window in windows] == [f"p-{number}" for number in range(1, 6)]
+    assert (machine.request_id, machine.total_j) == (None, pytest.approx(100.0))
+    assert {window.request_id for window in (idle, first, second, lease)} == {"request-1"}
+    assert [window.total_j for window in (first, second, idle)] == pytest.approx([200.0, 100.0, 400.0])
+    assert lease.total_j == pytest.approx(700.0)
+    assert (lease.begun_s, lease.ended_s) == pytest.approx((UTC_S + 1.0, UTC_S + 8.0))
+    assert lease.m_g == pytest.approx(3.6 * 7.0 / 3600)
+    assert (detail(lease)["units"], detail(lease)["prompts"]) == (8, 2)
+    assert detail(lease)["tokens"] == {"prompt": 12, "cached": 0, "output": 8}
+    assert detail(lease)["score"]["value"] == pytest.approx(((lease.o_g or 0) + (lease.m_g or 0)) / 8)
+
+
+async def test_record_of_a_prompt(make: Make) -> None:
+    """A record says what is needed to check its figures: ids, times, tokens, joules by part, factors, flags."""
+    made = make()
+    made.bind(LEASE)
+    made.prompt(2.0)
+    [window] = of_kind(await made.windows(), WindowKind.PROMPT)
+    found = detail(window)
+    assert found["ids"] == {
+        "window_id": "p-1", "wrapper_id": "a-0", "request_id": "request-1", "measurement_id": 7
+    }  # fmt: skip
+    assert (found["begun"], found["ended"]) == ("2027-01-15T08:00:00.000000+00:00", "2027-01-15T08:00:02.000000+00:00")
+    assert (found["tokens"], found["words"]) == ({"prompt": 6, "cached": 0, "output": 4}, 4)
+    [part] = found["energy"]["components"]
+    assert (part["name"], part["label"], part["source"]) == ("gpu:GPU-x", "simulated", "a test")
+    assert found["grid"] == {
+        "value": 360.0, "unit": "gCO2eq/kWh", "zone": None, "dataset": "a test", "version": "2026-01-01"
+    }  # fmt: skip
+    assert (found["embodied"], found["pue"], found["gpus"]) == (EMBODIED, 1.0, ["GPU-x"])
+    assert (found["unit"], found["units"], found["boundary"]) == ("output_token", 4, ["gpu:GPU-x"])
+    assert found["score"]["low"] < found["score"]["value"] < found["score"]["high"]
+    assert found["methods"] == {"E": "simulated", "I": "sourced", "M": "sourced", "R": "measured"}
+    assert (window.total_j, window.o_g, window.m_g) == (found["energy"]["total_j"], found["o_g"], found["m_g"])
+    assert window.label == "simulated"
+
+
+async def test_start_is_charged_to_the_deployment(make: Make) -> None:
+    """The start of an LLM is no time of a lease, not even of the one whose LLM comes back; a wake is no load."""
+    made = make()
+    made.bind(LEASE)
+    made.passes(1.0)
+    with made.meter.load("org/tiny"):
+        made.passes(5.0)
+    made.passes(2.0)
+    with made.meter.load("org/tiny") as start:
+        made.passes(1.0)
+        start.woken = True
+    made.bind(None)
+    windows = await made.windows()
+    [load], [wake] = of_kind(windows, WindowKind.LOAD), of_kind(windows, WindowKind.WAKE)
+    assert (load.request_id, load.total_j, wake.total_j) == (None, pytest.approx(500.0), pytest.approx(100.0))
+    assert detail(load)["model"] == "org/tiny"
+    [lease] = of_kind(windows, WindowKind.LEASE)
+    assert lease.total_j == pytest.approx(300.0)
+    assert detail(lease)["reserved_s"] == pytest.approx(3.0)
+
+
+async def test_nobodys_time_is_cut(make: Make) -> None:
+    """An idle machine is written down every five minutes, without a request."""
+    made = make()
+    for _ in range(4):
+        made.passes(150.0)
+        windows = await made.windows()
+    assert [window.request_id for window in windows] == [None, None]
+    assert [window.total_j for window in windows] == pytest.approx([30_000, 30_000], rel=0.01)
+    assert windows[0].ended_s == pytest.approx(windows[1].begun_s)
+
+
+async def test_windows_are_kept_until_they_are_written_down(make: Make) -> None:
+    """A window is given again and again until the registry confirms its number; a word on another process is none."""
+    made = make()
+    made.bind(LEASE)
+    for _ in range(3):
+        made.prompt(0.5)
+    assert [window.window_id for window in await made.windows()] == ["p-1", "p-2", "p-3"]
+    assert len(await made.windows(kept=2, process="another")) == 3
+    assert [window.window_id for window in await made.windows(kept=2)] == ["p-3"]
+    assert [window.window_id for window in await made.windows(kept=1)] == ["p-3"]
+    assert await made.windows(kept=99) == ()
+    made.prompt(0.5)
+    assert [window.window_id for window in await made.windows(kept=3)] == ["p-4"]
+
+
+async def test_what_nobody_fetches_is_counted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a limit to what is kept and to what is given at once; what goes over it is told."""
+    monkeypatch.setattr(energy_log, "KEPT_WINDOWS", 3)
+    monkeypatch.setattr(energy_log, "WINDOWS_A_REPORT", 2)
+    made = make()
+    for _ in range(5):
+        made.prompt(0.5)
+    assert [window.window_id for window in await made.windows()] == ["p-3", "p-4"]
+    assert made.meter.describe()["windows"] == {"kept": 3, "dropped": 2}
+
+
+async def test_prompt_waits_for_those_beside_it(make: Make) -> None:
+    """A prompt is written down when those that it shares with have ended; then both shares are the whole."""
+    made = make()
+    made.bind(LEASE)
+    long, short = made.meter.begin(), made.meter.begin()
+    made.passes(1.0)
+    made.end(short, (10, 10))
+    assert await made.windows() == ()
+    made.passes(0.8)
+    made.end(long, (10, 30))
+    one, other = of_kind(await made.windows(), WindowKind.PROMPT)
+    assert (one.total_j or 0) + (other.total_j or 0) == pytest.approx(200.0)
+    assert (one.m_g or 0) + (other.m_g or 0) == pytest.approx(3.6 * 2.0 / 3600)
+    assert "share_estimated" not in detail(one)["flags"]
+
+
+async def test_prompt_waits_no_longer_than_some_time(make: Make) -> None:
+    """Beside a prompt that goes on and on the share is written down as an estimate, and stays so: the sum holds."""
+    made = make()
+    made.bind(LEASE)
+    long, short = made.meter.begin(), made.meter.begin()
+    made.passes(1.0)
+    made.end(short, (10, 10))
+    made.passes(prompt_meter.SHARES_S)
+    [one] = await made.windows()
+    assert "share_estimated" in detail(one)["flags"]
+    made.end(long, (10, 5000))
+    _, other = of_kind(await made.windows(), WindowKind.PROMPT)
+    assert (one.total_j or 0) + (other.total_j or 0) == pytest.approx(WATTS * (31.0 + 0.2), rel=1e-6)
+
+
+async def test_unknown_tokens_are_no_zero(make: Make) -> None:
+    """A prompt of which nobody knows the tokens has its energy and no score, and so has its lease."""
+    made = make()
+    made.bind(LEASE)
+    made.prompt(1.0, tokens=None)
+    made.prompt(1.0)
+    made.bind(None)
+    windows = await made.windows()
+    [lease] = of_kind(windows, WindowKind.LEASE)
+    for window in (of_kind(windows, WindowKind.PROMPT)[0], lease):
+        found = detail(window)
+        assert (found["tokens"], found["units"], found["score"]["value"]) == (None, None, None)
+        assert {"tokens_unknown", "units_unknown"} <= set(found["flags"])
+        assert found["methods"]["R"] == "unavailable"
+        assert found["energy"]["total_j"] > 0
+
+
+async def test_without_counters_nothing_is_measured(make: Make) -> None:
+    """Where nothing can be read windows are written all the same, without a figure."""
+    made = make(Unreadable("gpu:x", "no driver", in_boundary=True))
+    made.bind(LEASE)
+    made.prompt(1.0)
+    made.bind(None)
+    for window in await made.windows():
+        assert (window.total_j, window.o_g, window.label) == (None, None, "unavailable")
+        assert detail(window)["score"]["value"] is None
+        assert window.m_g is not None
+
+
+async def test_lease_that_ended_unnoticed(make: Make) -> None:
+    """A lease that expired some time ago ends when it expired; what came after is the machine's."""
+    made = make()
+    made.bind(LEASE)
+    made.passes(3.0)
+    made.meter.hand_over(None, made.clock.now_s - 1.0)
+    made.bind(OTHER)
+    windows = await made.windows()
+    [lease] = of_kind(windows, WindowKind.LEASE)
+    assert lease.total_j == pytest.approx(200.0)
+    assert [window.total_j for window in of_kind(windows, WindowKind.IDLE)] == pytest.approx([200.0, 100.0])
+
+
+async def test_last_prompt_is_its_leases(make: Make) -> None:
+    """A prompt that is finished after its lease belongs to it, and the next lease begins after it."""
+    made = make()
+    made.bind(LEASE)
+    flight = made.meter.begin()
+    made.passes(1.0)
+    made.bind(None)
+    made.bind(OTHER)
+    made.passes(1.0)
+    made.end(flight)
+    made.passes(1.0)
+    made.bind(None)
+    windows = await made.windows()
+    first, second = of_kind(windows, WindowKind.LEASE)
+    assert (first.request_id, first.total_j) == ("request-1", pytest.approx(200.0))
+    assert (second.request_id, second.total_j) == ("request-2", pytest.approx(100.0))
+
+
+# --- budgets -----------------------------------------------------------------------------------------------
+
+
+def flags_of(made: Bench) -> Any:
+    flight = made.meter.begin()
+    made.passes(0.5)
+    made.meter.end(flight)
+    made.passes(0.1)
+    return made.meter.account(flight, usage={"prompt_tokens": 1, "completion_tokens": 1}, answer=None)["flags"]
+
+
+@pytest.mark.parametrize("limit", [{"max_j": 1000.0}, {"max_g": 1000.0 / 3.6e6 * 360.0 + 10.0 / 1000}])
+def test_budget_warns_and_then_refuses(make: Make, limit: dict[str, float]) -> None:
+    """Idling uses a budget, too: answers warn from 80 % of it on, and when it is used no prompt is taken."""
+    made = make()
+    made.bind(LeaseGrant("r", 1, "t", "{}", 600.0, 60.0, **limit))  # type: ignore[arg-type]
+    made.passes(3.0)
+    made.meter.require_budget()
+    assert "budget_nearly_used" not in flags_of(made)
+    made.passes(4.5)
+    assert "budget_nearly_used" in flags_of(made)
+    made.meter.require_budget()
+    made.passes(2.0)
+    with pytest.raises(BudgetUsed):
+        made.meter.require_budget()
+
+
+def test_larger_budget_is_taken_at_once(make: Make) -> None:
+    """The same lease bound again, as a restarted registry does, goes on with its account and its new limits."""
+    made = make()
+    made.bind(LeaseGrant("r", 1, "t", "{}", 600.0, 60.0, max_j=100.0))
+    made.passes(2.0)
+    with pytest.raises(BudgetUsed):
+        made.meter.require_budget()
+    made.bind(LeaseGrant("r", 1, "t", "{}", 600.0, 60.0, max_j=1000.0))
+    made.meter.require_budget()
+    use = made.meter.use()
+    assert use is not None
+    assert use["total_j"] == pytest.approx(200.0)
+
+
+def test_budget_that_nobody_can_tell(make: Make) -> None:
+    """A budget on a machine without figures is not enforced, and says so."""
+    made = make(Unreadable("gpu:x", "no driver", in_boundary=True))
+    made.bind(LeaseGrant("r", 1, "t", "{}", 600.0, 60.0, max_j=1.0))
+    made.passes(3.0)
+    made.meter.require_budget()
+    assert "budget_not_enforced" in flags_of(made)
+    use = made.meter.use()
+    assert use is not None
+    assert (use["total_j"], use["max_j"]) == (None, 1.0)
+    assert "budget_not_enforced" in use["flags"]
+
+
+async def test_what_a_lease_has_cost_so_far(make: Make) -> None:
+    """The status tells what a lease has used, with its idle time, over all that was written down and what was not."""
+    made = make()
+    assert made.meter.use() is None
+    made.bind(LEASE)
+    first = made.meter.use()
+    assert first is not None
+    assert (first["total_j"], first["idle_j"], first["label"]) == (None, None, "unavailable")
+    made.passes(310.0)
+    await made.windows()
+    made.prompt(2.0)
+    made.passes(1.0)
+    use = made.meter.use()
+    assert use is not None
+    assert use["total_j"] == pytest.approx(WATTS * 313.2)
+    assert use["idle_j"] == pytest.approx(WATTS * 311.2)
+    assert use["o_g"] == pytest.approx(WATTS * 313.2 / 3.6e6 * 360.0)
+    assert use["m_g"] == pytest.approx(3.6 * 313.2 / 3600)
+    json.dumps(use)
+
+
+# --- every moment once -------------------------------------------------------------------------------------
+
+events = st.lists(
+    st.tuples(
+        st.sampled_from(["bind", "rebind", "unbind", "begin", "end", "end unknown", "load", "report", "pass"]),
+        st.integers(0, 30),
+        st.integers(0, 40),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(events=events)
+async def test_every_moment_is_charged_once(make: Make, events: list[tuple[str, int, int]]) -> None:
+    """Whatever happens in whatever order, prompts and idle time of a lease are the lease, and all windows all that flowed.
+
+    No window is negative or 0 J, none has a better label than its counter, and the numbers have no holes.
+    """
+    made = make()
+    begun_s, flying, leases = made.clock.now_s, [], 0
+    for what, ticks, tokens in events:
+        if what == "bind":
+            leases += 1
+            made.bind(LeaseGrant(f"r{leases}", 1, f"t{leases}", "{}", 600.0, 60.0))
+        elif what == "rebind" and leases:
+            made.bind(LeaseGrant(f"r{leases}", 1, f"t{leases}", "{}", 600.0, 60.0, max_j=1e9))
+        elif what == "unbind":
+            made.bind(None)
+        elif what == "begin":
+            flying.append(made.meter.begin())
+        elif what.startswith("end") and flying:
+            made.end(flying.pop(tokens % len(flying)), None if what == "end unknown" else (tokens, tokens // 2))
+        elif what == "load" and not flying:  # no LLM is started while another answers
+            with made.meter.load("x"):
+                made.passes(ticks * 0.05)
+        elif what == "report":
+            await made.windows()
+        made.passes(ticks * 0.05)
+    for flight in flying:
+        made.end(flight)
+    made.bind(None)
+    made.meter._timeline.hand_over(None, made.clock.now_s)
+    ended_s = made.clock.now_s
+    windows = await made.windows()
+    assert [window.window_id for window in windows] == [f"p-{number + 1}" for number in range(len(windows))]
+    parts = [window for window in windows if window.kind is not WindowKind.LEASE]
+    known_j = sum(window.total_j or 0.0 for window in parts)
+    assert known_j == pytest.approx(WATTS * (ended_s - begun_s), abs=1e-6)
+    order = list(Label)
+    for lease in of_kind(windows, WindowKind.LEASE):
+        own = [part for part in parts if part.request_id == lease.request_id]
+        within = [part for part in own if part.begun_s >= lease.begun_s - 1e-9 and part.ended_s <= lease.ended_s + 1e-9]
+        if lease.total_j is not None:
+            assert sum(part.total_j or 0.0 for part in within) == pytest.approx(lease.total_j, abs=1e-6)
+            assert sum(part.m_g or 0.0 for part in within) == pytest.approx(lease.m_g, abs=1e-9)
+        assert all(order.index(Label(part.label)) >= order.index(Label.SIMULATED) for part in own)
+    assert all(window.total_j is None or window.total_j > 0 for window in windows)
