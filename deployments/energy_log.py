@@ -137,7 +137,17 @@ def as_json(energy: Energy) -> dict[str, Any]:
         "resolution_j": energy.resolution_j,
         "label": energy.label.value,
         "components": [
-            {**asdict(part), "label": part.label.value, "flags": list(part.flags)} for part in energy.components
+            {
+                "name": part.name,
+                "source": part.source,
+                "label": part.label.value,
+                "joules": part.joules,
+                "low_j": part.low_j,
+                "high_j": part.high_j,
+                "resolution_j": part.resolution_j,
+                "flags": list(part.flags),
+            }
+            for part in energy.components  # by hand: asdict takes longer than the prompt path should
         ],
     }
 

@@ -79,6 +79,10 @@ class Source(ABC):
         """The energy of a time in which the counter went up by so many units."""
         return Joules(units, units, units)
 
+    def power_w(self) -> float | None:
+        """Watts that the hardware tells by other means than this counter, to check it by; None if it tells none."""
+        return None
+
     def contended(self, now_s: float) -> bool | None:
         """Whether processes that are not ours use the hardware; None: can't be told. May take milliseconds."""
         return False
@@ -143,6 +147,13 @@ class GPUCounter(_GPU):
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
         except pynvml.NVMLError as error:
             raise ReadFailed(str(error)) from error
+
+    def power_w(self) -> float | None:
+        """Watts by NVML's power reading."""
+        try:
+            return float(pynvml.nvmlDeviceGetPowerUsage(self._handle)) / 1000
+        except pynvml.NVMLError:
+            return None
 
 
 class GPUPower(_GPU):

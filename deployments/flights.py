@@ -10,6 +10,7 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
+from itertools import takewhile
 
 from deployments.attribution import Prompt
 from deployments.lease_account import LeaseAccount
@@ -88,12 +89,8 @@ class Flights:
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
         end_s = flight.end_s
-        beside = [
-            other
-            for others in (self._ended, self._in_flight)
-            for other in others
-            if other is not flight and other.start_s < end_s and (other.end_s is None or other.end_s > flight.start_s)
-        ]
+        ended = takewhile(lambda other: (other.end_s or 0.0) > flight.start_s, reversed(self._ended))
+        beside = [other for other in (*ended, *self._in_flight) if other is not flight and other.start_s < end_s]
         known = [rate for other in beside if (rate := other.known_rate_per_s) is not None]
         own = flight.known_rate_per_s
         assumed = own is None or len(known) < len(beside)

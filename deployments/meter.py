@@ -11,9 +11,10 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from deployments.attribution import Flow, Layout, Prompt, counted, counted_in, lay_out, shared, together, unknown
+from deployments.counter_check import Check, CounterCheck
 from deployments.energy import Component, Energy, Label, total, worst
 from deployments.energy_sources import CounterLost, GPUPower, ReadFailed, Source, Unreadable
 from deployments.timeline import Interval
@@ -45,6 +46,7 @@ class _Channel:
 
     source: Source
     track: Track
+    check: CounterCheck | None = None
     readings: int = 0
     failures: int = 0
     error: str | None = None
@@ -88,6 +90,8 @@ class Meter:
                     history_s=history_s,
                     stale_s=max(_STALE_S, 3 * poll_s),
                 ),
+                # One whose period nobody tells is watched at the start.
+                None if source.max_age_s is not None else CounterCheck(source.name),
             )
             for source in found
             if isinstance(source, Source)
@@ -153,10 +157,14 @@ class Meter:
                     channel.error = str(error)
                 continue
             except CounterLost as lost:
+                if channel.check is not None:
+                    channel.check.restart()
                 with self._lock:
                     channel.track.lost(lost.flag)
                     channel.error = lost.flag
                 continue
+            if channel.check is not None and channel.check.found is None:
+                channel.check.add(asked_s, units, channel.source.power_w())
             with self._lock:
                 channel.track.add(asked_s, self._clock(), units)
                 channel.readings += 1
@@ -276,14 +284,20 @@ class Meter:
             first = bisect_left(self._contended_s, start_s - _CONTENTION_PERIOD_S)
             contended = first < bisect_right(self._contended_s, end_s)
             unknown = self._contention_unknown
+        disagree = any(check.agrees is False for check in self._checks())
         return (
             *self._not_covered,
             *(("contended",) if contended else ()),
             *(("contention_unknown",) if unknown else ()),
+            *(("counter_disagrees",) if disagree else ()),
         )
 
+    def _checks(self) -> list[Check]:
+        checks = [channel.check for channel in self._channels if channel.check is not None]
+        return [check.found for check in checks if check.found is not None]
+
     def describe(self) -> dict[str, object]:
-        """What is counted and how, what is not and why; plain JSON, for /machines."""
+        """What is counted and how, what is not and why, how counters did at the start; plain JSON, for /machines."""
         with self._lock:
             return {
                 "polling": self._thread is not None and self._thread.is_alive(),
@@ -306,6 +320,7 @@ class Meter:
                 ],
                 "not_found": [{"name": hole.name, "why": hole.why} for hole in self._unreadable],
                 "not_covered": list(self._not_covered),
+                "checks": [asdict(check) for check in self._checks()],
             }
 
 

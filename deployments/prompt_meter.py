@@ -24,6 +24,7 @@ from deployments.lease_account import Budget, LeaseAccount
 from deployments.meter import Meter
 from deployments.sci import Score, grid_intensity, score
 from deployments.timeline import Interval, Stretch, Timeline
+from deployments.zeus_source import zeus_gpus
 from registry.errors import BadSettings
 from registry.reconcile import Belief, LeaseGrant
 from registry.settings import EnergySettings
@@ -68,6 +69,7 @@ class PromptMeter:
         """
         self._sci = sci_settings(settings)
         self._grid = grid_of(settings)
+        self._grid_json = None if self._grid is None else asdict(self._grid)
         self._meter = Meter(_sources(self._sci, gpus, cpus), poll_s=settings.poll_s)
         self._process = process
         self._utc_s = utc_s
@@ -158,13 +160,16 @@ class PromptMeter:
         flight.tokens = tokens_of(usage)
         flight.words = None if answer is None else len(answer.split())
         energy, result = self._figures(flight)
-        return _account(energy, result, self._grid, self._budget_flags(flight.account))
+        return _account(energy, result, self._grid_json, self._budget_flags(flight.account))
 
     def _figures(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score]:
         """A prompt's share of what flowed while it was in flight, and of the time that the machine was reserved."""
         assert flight.end_s is not None  # callers end a prompt before they account for it
         prompts, assumed = self._flights.together(flight, for_good=for_good)
-        energy = self._meter.attribute(flight.start_s, flight.end_s, prompts).shares[0]
+        if len(prompts) == 1:
+            energy = self._meter.energy(self._meter.flow([(flight.start_s, flight.end_s)]), estimate_short=True)
+        else:
+            energy = self._meter.attribute(flight.start_s, flight.end_s, prompts).shares[0]
         flags = [
             *(("tokens_unknown",) if flight.tokens is None else ()),
             *(("share_estimated",) if assumed else ()),
@@ -415,7 +420,7 @@ def grid_of(settings: EnergySettings) -> GridIntensity | None:
 
 
 def _sources(settings: SCISettings, gpus: int, cpus: float | None) -> list[Any]:
-    unreadable: list[Any] = []
+    others: list[Any] = []
     uuids: tuple[str, ...] = ()
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -424,9 +429,9 @@ def _sources(settings: SCISettings, gpus: int, cpus: float | None) -> list[Any]:
             if len(uuids) != gpus:
                 raise ReadFailed(f"CUDA_VISIBLE_DEVICES={visible} names {len(uuids)} GPUs, not the {gpus} reserved")
         except ReadFailed as error:
-            # Inside the boundary all the same: without all of them no total is known.
-            unreadable.append(Unreadable(f"gpu:{visible}", str(error), in_boundary=True))
-    return [*probe_sources(uuids, pid=os.getpid(), settings=settings, cpus=cpus), *unreadable]
+            # Inside the boundary all the same: without all of them no total is known. Zeus may know them.
+            others = zeus_gpus(gpus) or [Unreadable(f"gpu:{visible}", str(error), in_boundary=True)]
+    return [*probe_sources(uuids, pid=os.getpid(), settings=settings, cpus=cpus), *others]
 
 
 def tokens_of(usage: Mapping[str, Any]) -> Tokens:
@@ -457,7 +462,7 @@ def brief(account: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _account(energy: Energy, result: Score, grid: GridIntensity | None, flags: Sequence[str]) -> dict[str, Any]:
+def _account(energy: Energy, result: Score, grid: dict[str, Any] | None, flags: Sequence[str]) -> dict[str, Any]:
     return {
         "sci_score": result.sci_score,
         "sci_method": result.method.value,
@@ -466,7 +471,7 @@ def _account(energy: Energy, result: Score, grid: GridIntensity | None, flags: S
         "unit": result.unit,
         "units": result.units,
         "energy": as_json(energy),
-        "carbon": {"o_g": result.o_g, "m_g": result.m_g, "grid": None if grid is None else asdict(grid)},
+        "carbon": {"o_g": result.o_g, "m_g": result.m_g, "grid": grid},
         "methods": dict(result.methods),
         "flags": [*result.flags, *flags],
     }

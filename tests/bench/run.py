@@ -12,6 +12,7 @@ import sys
 PARTS = {
     "allocator": "tests.bench.allocator",
     "control": "tests.bench.control",
+    "energy": "tests.bench.energy",
     "engine": "tests.bench.engine",
     "kills": "tests.bench.kills",
     "meter": "tests.bench.meter_overhead",

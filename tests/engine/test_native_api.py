@@ -141,7 +141,7 @@ def holder(llm: RunningLLM) -> openai.AsyncOpenAI:
 
 
 async def test_answers_tell_what_they_cost(llm: RunningLLM) -> None:
-    """At a lease's address an answer has its account in a header, a stream in its last chunk: no matter to the package."""
+    """At a lease's address an answer has its account in a header, a stream in its last chunk."""
     asked: Any = {"model": "tiny", "messages": ASK, "max_completion_tokens": 8, "extra_body": {"ignore_eos": True}}
     streamed: Any = {"stream": True, "stream_options": {"include_usage": True}}
     async with holder(llm) as ai:
@@ -157,7 +157,7 @@ async def test_answers_tell_what_they_cost(llm: RunningLLM) -> None:
     for pieces in (chat, text):
         assert pieces[-1].usage.completion_tokens > 0
         assert not [piece for piece in pieces[:-1] if piece.model_extra and "greenprompt" in piece.model_extra]
-    for told in (json.loads(raw.headers["x-greenprompt-energy"]), chat[-1].greenprompt, text[-1].greenprompt):  # type: ignore[union-attr,attr-defined]
+    for told in (json.loads(raw.headers["x-greenprompt-energy"]), chat[-1].greenprompt, text[-1].greenprompt):
         assert told.keys() == {"sci_score", "sci_method", "unit", "joules", "label", "o_g", "m_g", "flags"}
         assert told["unit"] == "output_token"
         assert (told["joules"] is None) == (told["label"] == "unavailable")

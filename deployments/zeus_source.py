@@ -1,0 +1,80 @@
+"""GPUs that NVML does not know (AMD), by the optional package zeus. Nothing of it is imported unless it is asked for.
+
+Only `zeus.device` is used: it reads counters. Zeus' own windows tell 0 J where they can't measure.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from deployments.energy import Label
+from deployments.energy_sources import ReadFailed, Source, Unreadable
+from registry.errors import in_one_line
+
+
+class ZeusGPU(Source):
+    """The energy counter of a GPU, mJ since its driver was loaded.
+
+    Source: Zeus, zeus.device.gpu.common.GPU.get_total_energy_consumption.
+    """
+
+    method = "zeus-energy-counter"
+    label = Label.MEASURED
+    origin = "energy counter of the GPU, read by zeus"
+    step = 1e-3
+
+    def __init__(self, index: int, gpu: Any) -> None:
+        self.name = f"gpu:zeus-{index}"
+        self._gpu = gpu
+        try:
+            self.limit_w = float(gpu.get_power_management_limit()) / 1000
+        except Exception:
+            self.limit_w = None
+
+    def read(self, now_s: float) -> float:
+        """Joules since the driver was loaded."""
+        try:
+            return float(self._gpu.get_total_energy_consumption()) / 1000
+        except Exception as error:
+            raise ReadFailed(in_one_line(error)) from error
+
+    def power_w(self) -> float | None:
+        """Watts at this moment."""
+        try:
+            return float(self._gpu.get_instant_power_usage()) / 1000
+        except Exception:
+            return None
+
+    def contended(self, now_s: float) -> bool | None:
+        """Can't be told."""
+        return None
+
+
+def zeus_gpus(count: int) -> list[Source | Unreadable]:
+    """All the GPUs that a wrapper holds, by zeus, which goes by the vendor's own variables; a hole for each other one.
+
+    Empty where zeus is not installed.
+    """
+    if find_spec("zeus") is None:
+        return []
+    try:
+        gpus = list(import_module("zeus.device").get_gpus().gpus)
+        if len(gpus) != count:
+            return [Unreadable("gpu:zeus", f"zeus finds {len(gpus)} GPUs, not the {count} reserved", in_boundary=True)]
+        return [_probe(index, gpu) for index, gpu in enumerate(gpus)]
+    except Exception as error:
+        return [Unreadable("gpu:zeus", in_one_line(error), in_boundary=True)]
+
+
+def _probe(index: int, gpu: Any) -> Source | Unreadable:
+    source = ZeusGPU(index, gpu)
+    try:
+        if gpu.supports_get_total_energy_consumption():
+            source.read(0.0)
+            return source
+        why = "it has no energy counter"
+    except Exception as error:
+        why = in_one_line(error)
+    return Unreadable(source.name, why, in_boundary=True)

@@ -1,0 +1,210 @@
+"""Whether a counter can be believed, and GPUs that only zeus knows."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deployments import prompt_meter, zeus_source
+from deployments.counter_check import CHECK_S, Check, CounterCheck
+from deployments.energy import Label
+from deployments.energy_sources import CounterLost, ReadFailed, Source, Unreadable
+from deployments.meter import Meter
+from deployments.prompt_meter import sci_settings
+from deployments.zeus_source import zeus_gpus
+from registry.settings import EnergySettings
+from tests.fake_counters import FakeCounter, ManualClock
+
+WATTS = 100.0
+
+
+class ToldPower(FakeCounter):
+    """A counter of steps of 100 ms beside power samples of 100 W."""
+
+    told_w: float | None = WATTS
+
+    def power_w(self) -> float | None:
+        return self.told_w
+
+
+def watched(factor: float, told_w: float | None = WATTS) -> Meter:
+    """A meter that was polled for longer than counters are watched."""
+    clock = ManualClock()
+    source = ToldPower(lambda now_s: factor * WATTS * int(now_s * 10 + 1e-6) / 10, name="gpu:x", max_age_s=None)
+    source.told_w = told_w
+    meter = Meter([source], clock=clock)
+    for _ in range(round((CHECK_S + 1) / 0.02)):
+        meter.poll_once()
+        clock.now_s += 0.02
+    return meter
+
+
+def only_check(meter: Meter) -> Any:
+    checks: Any = meter.describe()["checks"]
+    [check] = checks
+    return check
+
+
+def flags_of(meter: Meter) -> tuple[str, ...]:
+    return meter.window(1001.0, 1005.0).flags
+
+
+def test_counter_that_agrees() -> None:
+    """A counter is told with its period, and its joules beside those of the power samples."""
+    meter = watched(1.0)
+    check = only_check(meter)
+    assert check["period_s"] == pytest.approx(0.1)
+    assert check["counter_j"] == pytest.approx(check["power_j"], rel=0.01)
+    assert (check["source"], check["agrees"]) == ("gpu:x", True)
+    assert "counter_disagrees" not in flags_of(meter)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.2, 1000.0])
+def test_counter_that_disagrees_flags_every_window(factor: float) -> None:
+    """A counter that counts other joules than the power tells is told, and every window of it flagged."""
+    meter = watched(factor)
+    check = only_check(meter)
+    assert check["agrees"] is False
+    assert "counter_disagrees" in flags_of(meter)
+
+
+def test_without_power_nothing_is_said() -> None:
+    """Where no power is told a counter can't be compared: that is no disagreement."""
+    meter = watched(1.0, told_w=None)
+    check = only_check(meter)
+    assert (check["power_j"], check["agrees"]) == (None, None)
+    assert "counter_disagrees" not in flags_of(meter)
+
+
+def test_counter_that_never_moves() -> None:
+    """A counter that stands still has no period, and nothing to compare."""
+    assert watched(0.0).describe()["checks"] == [
+        {"source": "gpu:x", "seconds": CHECK_S, "period_s": None, "counter_j": None, "power_j": None, "agrees": None}
+    ]
+
+
+def test_counters_of_known_period_are_not_watched() -> None:
+    """A source that tells how old its readings are needs no watching."""
+    clock = ManualClock()
+    meter = Meter([FakeCounter(lambda now_s: now_s)], clock=clock)
+    for _ in range(300):
+        meter.poll_once()
+        clock.now_s += 0.05
+    assert meter.describe()["checks"] == []
+
+
+def test_a_hole_begins_the_watching_anew() -> None:
+    """What was seen before a counter was lost is not compared with what came after."""
+    clock, lost = ManualClock(), CounterLost("counter_reset")
+    source = ToldPower(lambda now_s: lost if now_s == 1005.0 else now_s * WATTS, name="gpu:x", max_age_s=None)
+    meter = Meter([source], clock=clock)
+    for tick in range(60):
+        clock.now_s = 1000.0 + tick / 4
+        meter.poll_once()
+        assert bool(meter.describe()["checks"]) == (clock.now_s >= 1005.25 + CHECK_S)
+
+
+def test_check_by_hand() -> None:
+    """Counter and power are compared between the first and the last step of the counter."""
+    check = CounterCheck("x")
+    for tick in range(12):
+        check.add(float(tick), float(tick // 2 * 10), 5.0)
+    assert check.found == Check("x", 8.0, 2.0, 40.0, 40.0, agrees=True)
+
+
+# --- zeus --------------------------------------------------------------------------------------------------
+
+
+class ZeusGPUs:
+    """What `zeus.device.get_gpus` gives, with the names of zeus 0.16."""
+
+    def __init__(self, *gpus: Any) -> None:
+        self.gpus = gpus
+
+
+def amd(energy_mj: int | Exception = 5_000, *, counter: bool = True, limit_mw: int | Exception = 750_000) -> Any:
+    def get(value: int | Exception) -> int:
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    return SimpleNamespace(
+        supports_get_total_energy_consumption=lambda: counter,
+        get_total_energy_consumption=lambda: get(energy_mj),
+        get_power_management_limit=lambda: get(limit_mw),
+        get_instant_power_usage=lambda: get(limit_mw) // 2,
+    )
+
+
+@pytest.fixture
+def zeus(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A zeus that finds one AMD GPU."""
+    package, device = ModuleType("zeus"), ModuleType("zeus.device")
+    device.get_gpus = lambda: ZeusGPUs(amd())  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "zeus", package)
+    monkeypatch.setitem(sys.modules, "zeus.device", device)
+    monkeypatch.setattr(zeus_source, "find_spec", lambda name: name)
+    return device
+
+
+def test_zeus_counts_what_nvml_does_not_know(zeus: ModuleType) -> None:
+    """A GPU of zeus is a measured counter in joules, with the power limit and the power that it tells."""
+    [source] = zeus_gpus(1)
+    assert isinstance(source, Source)
+    assert (source.name, source.label, source.limit_w) == ("gpu:zeus-0", Label.MEASURED, 750.0)
+    assert (source.read(0.0), source.power_w(), source.contended(0.0)) == (5.0, 375.0, None)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "why"),
+    [(amd(counter=False), "no energy counter"), (amd(RuntimeError("no permission")), "no permission")],
+    ids=["none", "fails"],
+)
+def test_gpu_that_zeus_can_not_read_is_a_hole(zeus: ModuleType, gpu: Any, why: str) -> None:
+    """A GPU whose counter zeus can't read is inside the boundary all the same: nothing is ever 0 J."""
+    zeus.get_gpus = lambda: ZeusGPUs(gpu)  # type: ignore[attr-defined]
+    [hole] = zeus_gpus(1)
+    assert isinstance(hole, Unreadable)
+    assert hole.in_boundary
+    assert why in hole.why
+
+
+def test_zeus_that_finds_other_gpus_is_a_hole(zeus: ModuleType) -> None:
+    """Zeus has to find as many GPUs as the wrapper holds; one that can't start is told with its reason."""
+    [hole] = zeus_gpus(2)
+    assert isinstance(hole, Unreadable)
+    assert "not the 2 reserved" in hole.why
+    zeus.get_gpus = lambda: amd(RuntimeError("no driver")).get_total_energy_consumption()  # type: ignore[attr-defined]
+    [hole] = zeus_gpus(1)
+    assert isinstance(hole, Unreadable)
+    assert "no driver" in hole.why
+
+
+def test_counter_of_zeus_that_fails_later(zeus: ModuleType) -> None:
+    """A failed reading is one reading less; what else it does not tell is not known."""
+    gpu = amd(limit_mw=RuntimeError("no limit"))
+    zeus.get_gpus = lambda: ZeusGPUs(gpu)  # type: ignore[attr-defined]
+    [source] = zeus_gpus(1)
+    assert isinstance(source, Source)
+    assert (source.limit_w, source.power_w()) == (None, None)
+    gpu.get_total_energy_consumption = amd(RuntimeError("gone")).get_total_energy_consumption
+    with pytest.raises(ReadFailed, match="gone"):
+        source.read(1.0)
+
+
+def test_zeus_is_asked_only_where_nvml_can_not_tell(zeus: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where NVML does not know a wrapper's GPUs zeus is asked; without zeus they are holes, as ever."""
+
+    def no_nvml(visible: str) -> tuple[str, ...]:
+        raise ReadFailed("no NVML")
+
+    monkeypatch.setattr(prompt_meter, "gpu_uuids", no_nvml)
+    monkeypatch.setattr(prompt_meter, "probe_sources", lambda *_, **__: [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [source.name for source in prompt_meter._sources(sci_settings(EnergySettings()), 1, None)] == ["gpu:zeus-0"]
+    monkeypatch.setattr(zeus_source, "find_spec", lambda name: None)
+    [hole] = prompt_meter._sources(sci_settings(EnergySettings()), 1, None)
+    assert (hole.name, hole.why) == ("gpu:", "no NVML")
