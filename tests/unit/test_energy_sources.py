@@ -73,6 +73,7 @@ def test_gpu_energy_counter(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> No
     install(monkeypatch, FakeNVML(FakeGPU(OTHER_UUID), gpu))
     source = gpu_source(probe(UUID))
     assert isinstance(source, GPUCounter)
+    assert source.power_w() == 300.0
     assert (source.name, source.label, source.limit_w) == (f"gpu:{UUID}", Label.MEASURED, 700.0)
     gpu.energy_mj = 5_000_250
     assert source.read(0.0) == pytest.approx(5000.25)

@@ -390,3 +390,35 @@ class GateMachine(RuleBasedStateMachine):
 
 GateMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 TestGate = GateMachine.TestCase
+
+
+def test_change_of_holder_is_told(clock: ManualClock) -> None:
+    """Each bind is told, and each end of a lease with the time at which it was over, however late that is noticed."""
+    told: list[tuple[str | None, float]] = []
+    gate = LeaseGate(
+        clock,
+        fence_s=FENCE_S,
+        process="this",
+        on_change=lambda grant, since_s: told.append((grant.request_id if grant else None, since_s)),
+    )
+    gate.bind(GRANT)
+    clock.now_s += 1
+    gate.bind(OTHER)
+    clock.now_s += 25
+    assert gate.grant is None
+    gate.bind(GRANT)
+    gate.enter()
+    clock.now_s += 150
+    assert gate.grant is None
+    gate.bind(OTHER)
+    gate.unbind("released")
+    assert told == [
+        ("request-1", 1000.0),
+        (None, 1001.0),
+        ("request-2", 1001.0),
+        (None, 1011.0),  # its idle limit
+        ("request-1", 1026.0),
+        (None, 1126.0),  # its deadline
+        ("request-2", 1176.0),
+        (None, 1176.0),
+    ]
