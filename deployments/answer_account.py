@@ -7,6 +7,7 @@ chunk. Nothing else is changed or held back, and of a stream only the pieces tha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -23,6 +24,8 @@ EVENT_STREAM = "text/event-stream"
 
 _USAGE = b'"usage":{'
 """As a key only: inside a string of JSON its quotes would be escaped."""
+_ID = re.compile(rb'"id":"([\w.-]+)"')
+_WHERE_IDS_ARE = 200
 _LONGEST_USAGE = 1000
 _LAST_CHUNK = b'"choices":[]'
 REFUSED = range(400, 500)
@@ -71,7 +74,7 @@ class AccountedAnswer:
         if self._meter.counts_words:
             text = _text_of(json.loads(body))
         headers = MutableHeaders(raw=list(start["headers"]))
-        headers[ENERGY_HEADER] = self._account(usage, text)
+        headers[ENERGY_HEADER] = self._account(body, usage, text)
         return {**start, "headers": headers.raw}
 
     def _with_field(self, message: Message) -> Message:
@@ -81,10 +84,12 @@ class AccountedAnswer:
         usage = _usage_in(body)
         if _LAST_CHUNK not in body or not end.endswith(b"}") or _tokens(usage) is None:
             return message
-        told = f',"{ENERGY_FIELD}":{self._account(usage, None)}}}\n\n'.encode()
+        told = f',"{ENERGY_FIELD}":{self._account(body, usage, None)}}}\n\n'.encode()
         return {**message, "body": end[:-1] + told}
 
-    def _account(self, usage: Mapping[str, Any], text: str | None) -> str:
+    def _account(self, body: bytes, usage: Mapping[str, Any], text: str | None) -> str:
+        named = _ID.search(body, 0, _WHERE_IDS_ARE)
+        self._flight.answer_id = None if named is None else named[1].decode()
         self._meter.end(self._flight)
         account = self._meter.account(self._flight, usage=usage, answer=text)
         return json.dumps(brief(account), separators=(",", ":"))

@@ -109,6 +109,7 @@ class PromptMeter:
         holder = self._timeline.holder
         if holder is not None and grant is not None and holder.grant.request_id == grant.request_id:
             holder.grant = grant
+            self._timeline.stay()
             return
         at_s = min(at_s, self._meter.mark())
         self._timeline.hand_over(None if grant is None else LeaseAccount(grant, at_s, self._model), at_s)
@@ -123,6 +124,8 @@ class PromptMeter:
         finally:
             start.end_s = self._meter.mark()
             self._model = model
+            if self._timeline.holder is not None:
+                self._timeline.holder.model = model
             self._timeline.resume(start.end_s)
             if start.end_s > start.start_s:
                 self._load = self._meter.window(start.start_s, start.end_s)
@@ -222,8 +225,9 @@ class PromptMeter:
         if account is None or not account.has_budget:
             return []
         energy, found = self._so_far(account)
-        known = found is not None and found.o_g is not None and found.m_g is not None
-        used_g = (found.o_g or 0.0) + (found.m_g or 0.0) if found is not None and known else None
+        if found is None:
+            return []  # it has had no time to use anything
+        used_g = None if found.o_g is None or found.m_g is None else found.o_g + found.m_g
         limits = (("J", account.grant.max_j, energy.total_j), ("gCO2eq", account.grant.max_g, used_g))
         return [Budget(unit, limit, used) for unit, limit, used in limits if limit is not None]
 
@@ -240,7 +244,7 @@ class PromptMeter:
         flow = self._sum(account.flow, [*stretches, self._timeline.open(now_s)[0]])
         if flow is None:
             return self._meter.nothing(), None
-        energy = self._meter.energy(flow)
+        energy = self._meter.energy(flow, estimate_short=True)
         return energy, self._score(energy, flow.duration_s, account.units)
 
     def _idle_so_far(self, account: LeaseAccount) -> Flow | None:

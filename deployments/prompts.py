@@ -271,6 +271,7 @@ class PromptGate:
         answered = json.loads(answer)
         choice, usage = answered["choices"][0], answered["usage"]
         text = (choice["message"]["content"] if chat else choice["text"]) or ""
+        flight.answer_id = answered.get("id")
         energy = self._meter.account(flight, usage=usage, answer=text)
         return JSONResponse({"answer": text, "finish_reason": choice["finish_reason"], "usage": usage, **energy})
 

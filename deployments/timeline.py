@@ -57,6 +57,10 @@ class Timeline(Generic[Holder]):
         self._close(at_s, last=True)
         self.holder = holder
 
+    def stay(self) -> None:
+        """The holder keeps it, though its end has been told already."""
+        self._next.clear()
+
     def begin(self, at_s: float) -> None:
         """A prompt begins."""
         if not self._in_flight:

@@ -144,7 +144,6 @@ class LLMWrapper:
     async def report(self, belief: Belief) -> WrapperReport:
         """Hear what the registry believes, and say how things are; never waits for the engine."""
         await self._hear(belief)
-        grant = self._gate.grant  # which ends it if it is over, before windows are written
         windows = await self._meter.windows(belief)
         grant, living = self._gate.grant, self._living()
         return WrapperReport(

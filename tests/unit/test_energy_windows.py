@@ -349,6 +349,33 @@ def test_budget_that_nobody_can_tell(make: Make) -> None:
     assert "budget_not_enforced" in use["flags"]
 
 
+def test_new_budget_is_no_unknown_one(make: Make) -> None:
+    """A lease that has just begun has used nothing: it does not count as one of which nobody can tell."""
+    made = make()
+    made.bind(LeaseGrant("r", 1, "t", "{}", 600.0, 60.0, max_j=1000.0))
+    for _ in range(3):
+        use = made.meter.use()
+        assert use is not None
+        assert "budget_not_enforced" not in use["flags"]
+        made.meter.require_budget()
+        made.passes(0.05)
+
+
+async def test_lease_that_comes_back_goes_on(make: Make) -> None:
+    """A lease that is bound again while a prompt of it is finished is one lease."""
+    made = make()
+    made.bind(LEASE)
+    flight = made.meter.begin()
+    made.passes(1.0)
+    made.bind(None)
+    made.bind(LEASE)
+    made.end(flight)
+    made.passes(1.0)
+    made.bind(None)
+    [lease] = of_kind(await made.windows(), WindowKind.LEASE)
+    assert lease.total_j == pytest.approx(200.0)
+
+
 async def test_what_a_lease_has_cost_so_far(make: Make) -> None:
     """The status tells what a lease has used, with its idle time, over all that was written down and what was not."""
     made = make()

@@ -763,7 +763,7 @@ async def test_last_chunk_of_a_stream_tells_its_cost(wrapper: Wrapper) -> None:
     """The chunk with the usage gets one more field; the others are as they came, also one whose text looks like it."""
     call = wrapper.call("POST", "/v1/chat/completions", {"stream": True, "stream_options": {"include_usage": True}})
     tricky = {"choices": [{"delta": {"content": '"choices":[],"usage":{"prompt_tokens":1}'}}], "usage": None}
-    pieces: list[Any] = [tricky, {"choices": [], "usage": USAGE}]
+    pieces: list[Any] = [tricky, {"id": "chatcmpl-1a", "choices": [], "usage": USAGE}]
     for piece in pieces:
         wrapper.engine.pieces.put_nowait(piece)
     wrapper.engine.pieces.put_nowait(None)
@@ -773,6 +773,7 @@ async def test_last_chunk_of_a_stream_tells_its_cost(wrapper: Wrapper) -> None:
     assert last == {**pieces[1], "greenprompt": BRIEF}
     assert "x-greenprompt-energy" not in answer.headers
     assert wrapper.meter.accounts == [(wrapper.meter.begun[0], USAGE, None)]
+    assert wrapper.meter.begun[0].answer_id == "chatcmpl-1a"
 
 
 @pytest.mark.parametrize(
