@@ -55,7 +55,7 @@ class AccountedAnswer:
         elif self._held is not None:
             start, self._held = self._held, None
             whole = not message.get("more_body", False)
-            await self._send(self._with_header(start, message["body"]) if whole else start)
+            await self._send(self._with_header(start, message.get("body", b"")) if whole else start)
         elif self._streams and _USAGE in message.get("body", b""):
             message = self._with_field(message)
         await self._send(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from deployments.flights import Flight
 from deployments.meter import Meter
 from deployments.prompt_meter import PromptMeter, grid_of, sci_settings
 from registry.errors import BadSettings
-from registry.settings import EnergySettings
+from registry.settings import EnergySettings, load_settings
 from tests.fake_counters import FakeCounter, ManualClock
 
 GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}
@@ -292,6 +293,18 @@ def test_simulated_sources_are_refused_outside_tests(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(prompt_meter, "_sources", lambda *_: [source])
     with pytest.raises(BadSettings, match="for tests only"):
         PromptMeter(EnergySettings(), gpus=0)
+
+
+def test_production_takes_nothing_simulated(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The production configuration refuses a simulated source, and where a test forces one in there is no score."""
+    production = load_settings(Path(__file__).parents[2] / "configs" / "production.yaml").energy
+    made = bench(**production.model_dump(exclude={"grid", "embodied"}))
+    account = made.account(made.prompt(1.0))
+    assert account["sci_score"] is None
+    assert "estimates_not_allowed" in account["flags"]
+    monkeypatch.setattr(prompt_meter, "Meter", Meter)
+    with pytest.raises(BadSettings, match="for tests only"):
+        PromptMeter(production, gpus=0)
 
 
 def test_polls_while_it_runs(bench: Callable[..., Bench]) -> None:
