@@ -409,15 +409,16 @@ def ticks_of_100_ms() -> FakeCounter:
 
 events = st.lists(
     st.tuples(
-        st.sampled_from(["bind", "rebind", "unbind", "begin", "end", "end unknown", "load", "report", "pass"]),
-        st.integers(0, 30),
+        st.sampled_from(["bind", "rebind", "unbind", *["begin", "end"] * 3, "end unknown", "load", "report", "pass"]),
+        st.integers(1, 30),
         st.integers(0, 40),
     ),
-    max_size=25,
+    min_size=10,
+    max_size=40,
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=events, ticking=st.booleans())
 async def test_every_moment_is_charged_once(make: Make, events: list[tuple[str, int, int]], ticking: bool) -> None:
     """Whatever happens, prompts and idle time of a lease are the lease, and all windows together are all that flowed.
@@ -428,7 +429,7 @@ async def test_every_moment_is_charged_once(make: Make, events: list[tuple[str, 
     begun_s, flying, leases = made.clock.now_s, [], 0
     if ticking:
         made.passes(1.0)  # what was before its first steps is not known
-        made.bind(None)
+    made.bind(LEASE)
     for what, ticks, tokens in events:
         if what == "bind":
             leases += 1
