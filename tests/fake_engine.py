@@ -37,6 +37,7 @@ class FakeEngine:
         self.generating = asyncio.Event()
         self.aborted_one = asyncio.Event()
         self.died = asyncio.Event()
+        self.phases: dict[str, float] = {}
         self.aborted = 0
         self.text: str | None = "an answer"
         self.error: tuple[int, Any] | Exception | None = None

@@ -31,6 +31,7 @@ class RunningFake:
     def __init__(self) -> None:
         self.died = asyncio.Event()
         self.death_reason: str | None = None
+        self.phases: dict[str, float] = {}
 
 
 class FakeHost:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -41,7 +41,6 @@ class RunningFake(FakeEngine):
     """An LLM that runs, until it dies."""
 
     unfinished = 0
-    phases: Mapping[str, float] = MappingProxyType({})
     death_reason: str | None = None
 
     def die(self, reason: str) -> None:
