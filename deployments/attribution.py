@@ -97,6 +97,8 @@ def counted(source: Source, duration_s: float, flow: Level, *, estimate_short: b
 def together(flows: Iterable[Level]) -> Level:
     """What flowed in several times."""
     parts = list(flows)
+    if len(parts) == 1:
+        return parts[0]
     return Level(
         low=math.fsum(part.low for part in parts),
         mid=math.fsum(part.mid for part in parts),
