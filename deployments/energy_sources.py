@@ -114,11 +114,13 @@ class _GPU(Source):
 
     def contended(self, now_s: float) -> bool | None:
         """Whether other compute processes run on the GPU, as far as they are of our pid namespace."""
-        self._tree.refresh(now_s)
         try:
             users = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)}
         except pynvml.NVMLError:
             return None
+        if users <= self._tree.pids():
+            return False  # without a look at every process of the machine, which takes milliseconds
+        self._tree.refresh(now_s)
         strangers = users - self._tree.pids()
         # In a container the driver tells the host's process ids: those can't be compared with ours.
         if not all(self._tree.exists(pid) for pid in strangers):
@@ -297,17 +299,17 @@ class PowercapZone(Source):
         """Raises OSError or ValueError when the zone can't be read."""
         self.name = name
         self.origin = f"powercap energy counter {zone.name} of the whole machine"
-        self._path = zone / "energy_uj"
+        self._path = str(zone / "energy_uj")
         self._range_uj = int((zone / "max_energy_range_uj").read_text())
         self._total_uj = 0
         self._last_s: float | None = None
-        self._last_uj = int(self._path.read_text())
+        self._last_uj = int((zone / "energy_uj").read_text())
         self.limit_w = _zone_limit_w(zone)
 
     def read(self, now_s: float) -> float:
         """Joules since the first reading, over all wraps."""
         try:
-            now_uj = int(self._path.read_text())
+            now_uj = _read_int(self._path)
         except (OSError, ValueError) as error:
             raise ReadFailed(str(error)) from error
         last_s, last_uj = self._last_s, self._last_uj
@@ -321,6 +323,15 @@ class PowercapZone(Source):
             raise CounterLost("counter_reset")  # backwards, and not by wrapping
         self._total_uj += delta_uj
         return self._total_uj / 1e6
+
+
+def _read_int(path: str) -> int:
+    """A file of one number. A third of what Path.read_text takes, 20 times a second."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return int(os.read(fd, 32))
+    finally:
+        os.close(fd)
 
 
 def _zone_limit_w(zone: Path) -> float | None:

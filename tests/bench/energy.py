@@ -35,7 +35,7 @@ from registry.reconcile import LeaseGrant
 from registry.settings import EnergySettings
 from tests.bench.report import OUTPUT, Result, counted, measured, publish
 from tests.fake_counters import FakeCounter, FakeGPU, FakeNVML, ManualClock, PowerCurve, Ticks, set_energy, write_zone
-from tests.fake_engine import FakeEngine
+from tests.fake_engine import USAGE, FakeEngine
 
 PART = "energy"
 TARGETS = {
@@ -162,24 +162,24 @@ def polling(rounds: int, seconds: float) -> list[Result]:
 
 
 class NoMeter:
-    """A meter that measures nothing."""
+    """A meter that measures nothing, and gives every prompt the account of another one: answers are as long."""
 
     counts_words = False
 
-    def begin(self, endpoint: str = "") -> Any:
-        return Flight(0.0)
+    def __init__(self, account: dict[str, Any]) -> None:
+        self._account = account
 
-    def end(self, flight: object) -> None:
+    def begin(self, endpoint: str = "") -> Flight:
+        return Flight(0.0, endpoint=endpoint)
+
+    def end(self, flight: Flight) -> None:
         pass
 
     def require_budget(self) -> None:
         pass
 
-    def account(self, flight: object, **_: object) -> dict[str, Any]:
-        return {
-            "sci_score": None, "sci_method": "", "unit": "", "flags": [],
-            "energy": {"total_j": None, "label": ""}, "carbon": {"o_g": None, "m_g": None},
-        }  # fmt: skip
+    def account(self, flight: Flight, **_: object) -> dict[str, Any]:
+        return self._account
 
 
 def holder(meter: Any) -> httpx.AsyncClient:
@@ -199,7 +199,11 @@ async def overhead(rounds: int, prompts: int) -> list[Result]:
     """Median time of a prompt with a meter less that of one without, in slices A B B A; and what is written later."""
     meter = PromptMeter(EnergySettings.model_validate(ACCOUNT), gpus=0)
     meter.start()
-    with_meter, without = holder(meter), holder(NoMeter())
+    flight = meter.begin()
+    await asyncio.sleep(0.2)
+    meter.end(flight)
+    account = meter.account(flight, usage=USAGE, answer="an answer")
+    with_meter, without = holder(meter), holder(NoMeter(account))
     paths = {"process_prompt": {"question": "Why?"}, "v1/completions": {"prompt": "Why?"}}
     results = []
     for path, body in paths.items():
