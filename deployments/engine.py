@@ -123,6 +123,8 @@ class RunningLLM:
     ``asgi`` is vLLM's own OpenAI app (check ``public_path`` first). ``phases`` holds the seconds that each phase of
     the start took, or of the wake if it slept; ``started_s`` is their sum. ``pids`` are all its processes. ``died`` is
     set as soon as one of them ends by itself, or the engine counts as hung; then ``death_reason`` says why.
+    ``engine_args`` are vLLM's arguments that it was started with, but for those that say which model; all others are
+    vLLM's defaults. ``weights`` are its weights as files, None if they are not known.
     """
 
     def __init__(self, engine: AsyncLLM, asgi: ASGIApp, order: _Order, processes: Iterable[psutil.Process]) -> None:
@@ -132,7 +134,9 @@ class RunningLLM:
         self._calls = 0
         self.order = order
         self.served_model_name = order.name
+        self.weights = order.weights
         self.weights_bytes = None if order.weights is None else order.weights.size_bytes
+        self.engine_args: Mapping[str, Any] = order.given
         self.max_model_len: int = engine.model_config.max_model_len
         self.processes = frozenset(processes)
         self.phases: Mapping[str, float] = {}
@@ -521,8 +525,9 @@ class EngineHost:
             ours["enable_sleep_mode"] = True
         if not self._gpus and self._kv_cache_gib is not None:
             ours["kv_cache_memory_bytes"] = int(self._kv_cache_gib * 2**30)
+        order.given = {**ours, **given}
         fixed = {"model": order.model, "revision": order.revision, "served_model_name": [order.name]}
-        return AsyncEngineArgs(**{**ours, **given, **fixed})
+        return AsyncEngineArgs(**{**order.given, **fixed})
 
     async def _serve(self, engine: AsyncLLM, order: _Order) -> ASGIApp:
         """Build vLLM's OpenAI app on a running engine."""
@@ -726,6 +731,7 @@ class _Order:
     engine_args: Mapping[str, Any]
     modeltyp: str
     weights: Weights | None = None
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # what vLLM was given in the end
     accepted: bool = field(default=False, compare=False)  # vLLM found nothing wrong with it
     given_up: bool = field(default=False, compare=False)
 

@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Final
 
 from deployments.attribution import Flow, Layout, Prompt, counted, counted_in, lay_out, shared, together, unknown
 from deployments.counter_check import Check, CounterCheck
@@ -24,6 +25,8 @@ from registry.errors import BadSettings
 _STALE_S = 0.5
 """A window may end this long after the last edge of a counter (or three polls, if that is longer)."""
 _CONTENTION_PERIOD_S = 1.0
+CONTENDED: Final = "contended"
+"""Flag: something else was at work on the hardware, or on the machine."""
 _JOIN_TIMEOUT_S = 2.0
 
 
@@ -64,6 +67,8 @@ class Meter:
         poll_s: Time between two looks at the counters, 0 to 1 s.
         history_s: How far back windows can reach, seconds; older than 10 minutes at one edge a second.
         allow_simulated: For tests only.
+        others_worked: Whether anything else on the machine is at work, or was since this was last asked; None: can't be
+            told.
 
     Raises:
         BadSettings: A period that can't be used with these sources, or a simulated source outside tests.
@@ -77,6 +82,7 @@ class Meter:
         poll_s: float = 0.05,
         history_s: float = 86_400.0,
         allow_simulated: bool = False,
+        others_worked: Callable[[], bool | None] = lambda: False,
     ) -> None:
         found = list(sources)
         self._unreadable = [source for source in found if isinstance(source, Unreadable)]
@@ -103,6 +109,7 @@ class Meter:
         if not 0 < poll_s <= (0.1 if sampled else 1.0):
             raise BadSettings("energy.poll_s", "needs 0 < poll_s <= 1, and <= 0.1 for GPUs whose power is sampled")
         self._clock = clock
+        self._others_worked = others_worked
         self._poll_s = poll_s
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -174,7 +181,7 @@ class Meter:
 
     def _look_for_strangers(self) -> None:
         now_s = self._clock()
-        answers = [channel.source.contended(now_s) for channel in self._channels]
+        answers = [*(channel.source.contended(now_s) for channel in self._channels), self._others_worked()]
         with self._lock:
             self._contention_unknown = None in answers
             if True in answers:
@@ -279,15 +286,25 @@ class Meter:
             if hole.in_boundary
         ]
 
-    def _flags(self, start_s: float, end_s: float) -> tuple[str, ...]:
+    def contended(self, start_s: float, end_s: float) -> bool:
+        """Whether others were seen at work in a window, or up to a second before: so seldom it is looked for them."""
         with self._lock:
             first = bisect_left(self._contended_s, start_s - _CONTENTION_PERIOD_S)
-            contended = first < bisect_right(self._contended_s, end_s)
+            return first < bisect_right(self._contended_s, end_s)
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """What the figures of each source will be labelled."""
+        return tuple(channel.source.label for channel in self._channels)
+
+    def _flags(self, start_s: float, end_s: float) -> tuple[str, ...]:
+        contended = self.contended(start_s, end_s)
+        with self._lock:
             unknown = self._contention_unknown
         disagree = any(check.agrees is False for check in self._checks())
         return (
             *self._not_covered,
-            *(("contended",) if contended else ()),
+            *((CONTENDED,) if contended else ()),
             *(("contention_unknown",) if unknown else ()),
             *(("counter_disagrees",) if disagree else ()),
         )

@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from deployments.energy_sources import ReadFailed, Unreadable, gpu_uuids, probe_
 from deployments.flights import Flight, Flights, Tokens
 from deployments.lease_account import Budget, LeaseAccount
 from deployments.meter import Meter
+from deployments.neighbours import Neighbours
 from deployments.sci import Score, grid_intensity, score
 from deployments.timeline import Interval, Stretch, Timeline
 from deployments.zeus_source import zeus_gpus
@@ -58,11 +59,13 @@ class PromptMeter:
         wrapper_id: str = "",
         process: str = "",
         utc_s: Callable[[], float] = time.time,
+        neighbours: Neighbours | None = None,
     ) -> None:
         """Probe this machine's counters by real calls.
 
         ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many CPUs are its own, None for all of the machine.
-        ``process`` is the wrapper's, ``utc_s`` the clock that records are dated by.
+        ``process`` is the wrapper's, ``utc_s`` the clock that records are dated by. ``neighbours`` are told when prompts
+        and starts begin and end, and flag the windows in which others work.
 
         Raises:
             BadSettings: the grid zone is unknown, or a figure of the CPU model is out of range.
@@ -70,7 +73,9 @@ class PromptMeter:
         self._sci = sci_settings(settings)
         self._grid = grid_of(settings)
         self._grid_json = None if self._grid is None else asdict(self._grid)
-        self._meter = Meter(_sources(self._sci, gpus, cpus), poll_s=settings.poll_s)
+        self._neighbours = neighbours
+        others_worked = (lambda: False) if neighbours is None else neighbours.others_worked
+        self._meter = Meter(_sources(self._sci, gpus, cpus), poll_s=settings.poll_s, others_worked=others_worked)
         self._process = process
         self._utc_s = utc_s
         self._flights = Flights()
@@ -120,7 +125,8 @@ class PromptMeter:
         start = Start(model, self._meter.mark())
         self._timeline.pause(start.start_s)
         try:
-            yield start
+            with self.at_work():
+                yield start
         finally:
             start.end_s = self._meter.mark()
             self._model = model
@@ -131,8 +137,19 @@ class PromptMeter:
                 self._load = self._meter.window(start.start_s, start.end_s)
                 self._starts.append(start)
 
+    @property
+    def meter(self) -> Meter:
+        """The meter itself."""
+        return self._meter
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """What is done meanwhile disturbs the measurements of other wrappers."""
+        return nullcontext() if self._neighbours is None else self._neighbours.busy()
+
     def begin(self, endpoint: str = "process_prompt") -> Flight:
         """A prompt begins now."""
+        if self._neighbours is not None:
+            self._neighbours.begin()
         flight = Flight(self._meter.mark(), endpoint=endpoint, account=self._timeline.holder)
         self._flights.begin(flight)
         self._timeline.begin(flight.start_s)
@@ -145,6 +162,8 @@ class PromptMeter:
         now_s = self._meter.mark()
         if self._flights.end(flight, now_s):
             self._timeline.end(now_s)
+            if self._neighbours is not None:
+                self._neighbours.end()
 
     # --- what it costs ----------------------------------------------------------------------------------
 

@@ -179,6 +179,12 @@ class EnergySettings(_Section):
     functional_unit: Literal["output_token", "token", "request", "word"] = "output_token"
     pue: float = Field(1.0, ge=1.0)
     poll_s: float = Field(0.05, gt=0, le=1.0)
+    settle_max_s: float = Field(
+        60, gt=0, description="Longest wait, before a lease of measurement grade, for the machine to be at rest"
+    )
+    steady_cv: float = Field(
+        0.05, gt=0, description="At rest: power in 1 s slices varies by no more, as standard deviation over mean"
+    )
     grid: GridSettings | None = None
     embodied: EmbodiedSettings | None = None
     cpu_model: CPUModelSettings | None = None

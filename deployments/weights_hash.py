@@ -1,0 +1,78 @@
+"""The SHA-256 of a model's weights: of gigabytes, so once, and only while nobody is measured.
+
+It is that of ``sha256sum`` over the files in the order of their names: ``sha256sum *.safetensors | sha256sum``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+
+from deployments.weights import Weights
+
+_CHUNK_BYTES = 4 * 2**20
+
+log = structlog.get_logger("deployments.weights_hash")
+
+
+class WeightsHash:
+    """The hash of some weights, worked out piece by piece. ``sha256`` is None until it is known.
+
+    What is known of a file is kept in ``directory``, under its path, size and time of change: a file that changes is
+    read anew.
+    """
+
+    def __init__(self, weights: Weights, directory: Path) -> None:
+        """Read nothing yet."""
+        self.weights = weights
+        self.sha256: str | None = None
+        self._directory = directory
+        self._pieces = self._read()
+
+    async def known(self, *, within_s: float) -> str | None:
+        """The hash, read for at most ``within_s`` seconds more; the next call goes on from there. None: not yet."""
+        over = threading.Event()
+        reading = asyncio.ensure_future(asyncio.to_thread(self._go_on, over))
+        try:
+            await asyncio.wait({reading}, timeout=within_s)
+        finally:
+            over.set()
+            await asyncio.wait({reading})  # it ends with the piece that it reads, and may be asked to go on then
+        return self.sha256
+
+    def _go_on(self, over: threading.Event) -> None:
+        try:
+            for _ in self._pieces:
+                if over.is_set():
+                    return
+        except OSError as error:
+            log.warning("the weights can't be read", reason=str(error))
+
+    def _read(self) -> Iterator[None]:
+        lines = hashlib.sha256()
+        for path, size, changed_ns in self.weights.files:
+            key = hashlib.sha256(f"{path}\0{size}\0{changed_ns}".encode()).hexdigest()
+            kept = self._directory / key
+            if not kept.is_file():
+                digest = hashlib.sha256()
+                with path.open("rb") as file:
+                    while piece := file.read(_CHUNK_BYTES):
+                        digest.update(piece)
+                        yield
+                _write(kept, digest.hexdigest())
+            lines.update(f"{kept.read_text(encoding='ascii')}  {path.name}\n".encode())
+        self.sha256 = lines.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all: other wrappers of the machine read and write it, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(text, encoding="ascii")
+    part.replace(path)
