@@ -18,9 +18,9 @@ from deployments import wrapper as wrapper_module
 from deployments.models import ModelSources
 from deployments.wrapper import WrapperConfig
 from registry.errors import RegistryError, WrapperUnheard, WrapperUnreachable, in_one_line
-from registry.reconcile import Belief, LeaseGrant, Observation, WrapperPlan, WrapperReport
+from registry.reconcile import Belief, HandOver, LeaseGrant, Observation, WrapperPlan, WrapperReport
 from registry.settings import Settings, forwarded_environment
-from registry.state import LLMSpec, Machine
+from registry.state import Grade, LLMSpec, Machine
 
 log = structlog.get_logger("deployments.cluster")
 
@@ -144,11 +144,12 @@ class RayCluster:
         limit_s = 2 * self._settings.wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
         await self._ask(wrapper_id, "stop", epoch, timeout_s=limit_s)
 
-    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> str | None:
-        """Let a lease's token in; the commit of the LLM behind it. Raises StaleEpoch."""
-        limit_s = self._last_prompt_s + COMMAND_TIMEOUT_S
-        revision: str | None = await self._ask(wrapper_id, "bind", epoch, grant, timeout_s=limit_s)
-        return revision
+    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
+        """Let a lease's token in. Raises StaleEpoch."""
+        settle_s = self._settings.energy.settle_max_s if grant.grade == Grade.MEASUREMENT else 0.0
+        limit_s = self._last_prompt_s + settle_s + COMMAND_TIMEOUT_S
+        over: HandOver = await self._ask(wrapper_id, "bind", epoch, grant, timeout_s=limit_s)
+        return over
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         """Keep a lease's token out. Raises StaleEpoch."""

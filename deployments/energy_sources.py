@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ from deployments.energy import CPUModel, Label, SCISettings
 POWERCAP_ROOT = Path("/sys/class/powercap")
 POWER_HEADROOM = 1.2
 """Power above this many times the limit is no plausible reading."""
+_NVML_CLOCK_SM, _NVML_CLOCK_MEM = 1, 2
+"""NVML's nvmlClockType_t."""
 _MAX_SAMPLE_GAP_S = 0.2
 """Longest time between two power samples that are integrated; the label promises 10 a second."""
 
@@ -261,6 +263,47 @@ def gpu_memory(visible_devices: str) -> Mapping[str, tuple[int, int]]:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
         raise ReadFailed(f"CUDA_VISIBLE_DEVICES={visible_devices}: {error}") from error
+
+
+def gpu_settings(visible_devices: str) -> list[dict[str, Any]]:
+    """How the GPUs that a CUDA_VISIBLE_DEVICES names are set, in its order: power limit [W] and clocks [MHz].
+
+    What a GPU does not tell is None.
+
+    Source: NVML API, nvmlDeviceGetName, nvmlDeviceGetClockInfo, nvmlDeviceGetMaxClockInfo.
+
+    Raises:
+        ReadFailed: NVML can't be used, or does not know one of them.
+    """
+    uuids = gpu_uuids(visible_devices)
+    try:
+        pynvml.nvmlInit()
+        try:
+            return [_settings_of(uuid, pynvml.nvmlDeviceGetHandleByUUID(uuid)) for uuid in uuids]
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise ReadFailed(f"CUDA_VISIBLE_DEVICES={visible_devices}: {error}") from error
+
+
+def _settings_of(uuid: str, handle: Any) -> dict[str, Any]:
+    return {
+        "uuid": uuid,
+        "name": str(pynvml.nvmlDeviceGetName(handle)),
+        "power_limit_w": _power_limit_w(handle),
+        "clocks_mhz": _clocks_mhz(handle, pynvml.nvmlDeviceGetClockInfo),
+        "max_clocks_mhz": _clocks_mhz(handle, pynvml.nvmlDeviceGetMaxClockInfo),
+    }
+
+
+def _clocks_mhz(handle: Any, read: Callable[[Any, int], int]) -> dict[str, int | None]:
+    clocks: dict[str, int | None] = {}
+    for name, clock in (("sm", _NVML_CLOCK_SM), ("memory", _NVML_CLOCK_MEM)):
+        try:
+            clocks[name] = int(read(handle, clock))
+        except pynvml.NVMLError:
+            clocks[name] = None
+    return clocks
 
 
 def driver_version() -> str:

@@ -162,7 +162,7 @@ def build_app(
         if idempotency_key is not None:
             idempotency = Idempotency(idempotency_key, hashlib.sha256(await request.body()).hexdigest())
         wanted = body.measurementId, llms, x_tenant, body.priority, body.gpuType
-        states = json.loads(await call("request", *wanted, idempotency))
+        states = json.loads(await call("request", *wanted, idempotency, body.grade, body.like))
         accepted = [
             AcceptedRequest(
                 requestId=state["requestId"],

@@ -30,16 +30,22 @@ from deployments.engine import EngineHost, RunningLLM, StopReport
 from deployments.engine_env import Phase
 from deployments.lease_gate import LeaseGate
 from deployments.machine_memory import gpu_memory_bytes, main_memory_bytes
+from deployments.meter import CONTENDED
 from deployments.model_cache import LocalModel, ModelCache
 from deployments.models import ModelSources
+from deployments.neighbours import Neighbours
 from deployments.prompt_meter import PromptMeter
 from deployments.prompts import PromptGate
+from deployments.provenance import cpu_here, gpus_here, provenance
+from deployments.settling import NOT_STEADY, SLICE_S, SLICES, at_rest, warmed_up
 from deployments.weights import Weights, read_ahead, weights_of
+from deployments.weights_hash import WeightsHash
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
 from registry.fit import GIB, Size, needs_of, why_too_large
-from registry.reconcile import Belief, LeaseGrant, WrapperReport
+from registry.provenance import PENDING
+from registry.reconcile import SETTLING, Belief, HandOver, LeaseGrant, WrapperReport
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
-from registry.state import Limits, LLMSpec
+from registry.state import Grade, Limits, LLMSpec
 
 log = structlog.get_logger("deployments.wrapper")
 
@@ -95,12 +101,22 @@ class LLMWrapper:
         self._engine_lock = asyncio.Lock()
         locks_dir = (config.models.cache_dir or config.cache_dir) / ".greenprompt"
         self._models = ModelCache(config.models.cache_dir, locks_dir, config.models.cache_max_gib)
+        self._settling: asyncio.Task[tuple[str, ...]] | None = None
+        self._settling_for: str | None = None
+        self._handed_over: tuple[str, HandOver] | None = None
+        self._measured_since_s: float | None = None
+        self._weights_hash: WeightsHash | None = None
         self._in_use: list[LocalModel] = []
         self._revision: str | None = None
         cpus = len(os.sched_getaffinity(0)) / config.settings.per_machine
         process = uuid4().hex
         self._meter = PromptMeter(
-            config.energy, gpus=config.gpus, cpus=cpus, wrapper_id=config.wrapper_id, process=process
+            config.energy,
+            gpus=config.gpus,
+            cpus=cpus,
+            wrapper_id=config.wrapper_id,
+            process=process,
+            neighbours=Neighbours(locks_dir / "wrappers", config.wrapper_id),
         )
         self._gate = LeaseGate(
             time.monotonic, fence_s=config.settings.fence_s, process=process, on_change=self._meter.hand_over
@@ -124,9 +140,11 @@ class LLMWrapper:
         )
         self._checkpoints = checkpoints_here()
         self._versions = versions_here(config.gpus)
+        self._cpu = cpu_here()
         self._memory_bytes = main_memory_bytes()
         self._gpu_memory_bytes = gpu_memory_bytes(config.gpus)
-        await self._host.prepare()
+        with self._meter.at_work():
+            await self._host.prepare()
         warm = Gauge("greenprompt_wrapper_warm", "1: LLMs start warm; 0: by the slow way", tag_keys=("wrapper",))
         warm.set(float(self._host.warm), {"wrapper": config.wrapper_id})
         self._meter.start()
@@ -146,6 +164,7 @@ class LLMWrapper:
         await self._hear(belief)
         windows = await self._meter.windows(belief)
         grant, living = self._gate.grant, self._living()
+        settles = grant is None and self._settling_for is not None
         return WrapperReport(
             epoch=self._epoch,
             running=self._spec.fingerprint if living is not None and self._spec is not None else None,
@@ -154,8 +173,8 @@ class LLMWrapper:
             died=self._died,
             phase=self._phase,
             progress=self._progress,
-            bound=grant.request_id if grant is not None else None,
-            idle_for_s=self._gate.idle_for_s,
+            bound=grant.request_id if grant is not None else self._settling_for,
+            idle_for_s=0.0 if settles else self._gate.idle_for_s,
             in_flight=self._gate.in_flight,
             unfinished=living.unfinished if living is not None else None,
             starts=self._starts,
@@ -167,6 +186,7 @@ class LLMWrapper:
             versions=self._versions,
             moment=self._gate.moment,
             windows=windows,
+            lease_flags=self._lease_flags(),
         )
 
     async def deploy(self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
@@ -212,11 +232,10 @@ class LLMWrapper:
                 self._spec = None
                 self._died = None
 
-    async def bind(self, epoch: int, grant: LeaseGrant) -> str | None:
+    async def bind(self, epoch: int, grant: LeaseGrant) -> HandOver:
         """Accept this lease's token and no other, once the last prompt of the lease before it is over.
 
-        Returns:
-            The commit of the LLM that it is for, None where the model is a folder of the operator's own.
+        For measurement grade, once the LLM is warm and the machine at rest, or ``energy.settle_max_s`` have passed.
 
         Raises:
             StaleEpoch: a newer command has come, before or meanwhile.
@@ -225,12 +244,18 @@ class LLMWrapper:
             current = self._gate.grant
             if current is not None and current.request_id == grant.request_id:
                 self._gate.bind(grant)
-                return self._revision
+                if self._handed_over is not None and self._handed_over[0] == grant.request_id:
+                    return self._handed_over[1]
+                return HandOver(self._revision, (), await self._provenance(grant))
             await self._end_lease("released")
         await self._prompts.over()  # outside: a newer command need not wait
+        flags = await self._settled(epoch, grant) if grant.grade == Grade.MEASUREMENT else ()
+        over = HandOver(self._revision, flags, await self._provenance(grant))
         async with self._command(epoch):
             self._gate.bind(grant)
-            return self._revision
+            self._handed_over = grant.request_id, over
+            self._measured_since_s = self._meter.meter.mark() if grant.grade == Grade.MEASUREMENT else None
+            return over
 
     async def unbind(self, epoch: int, request_id: str, how: str) -> None:
         """No lease is bound from now on; this request's prompts in flight are cut, unless expired ones may finish.
@@ -273,6 +298,9 @@ class LLMWrapper:
     @asynccontextmanager
     async def _command(self, epoch: int) -> AsyncIterator[None]:
         """Take a command: one at a time, and none that a newer one has overtaken, also not while it waited."""
+        if epoch > self._epoch and self._settling is not None:
+            self._settling.cancel()
+            self._settling = self._settling_for = self._phase = None
         if epoch >= self._epoch:
             self._epoch = epoch
             self._gate.commanded = True
@@ -288,6 +316,71 @@ class LLMWrapper:
         if ended is not None:
             self._gate.unbind(how)
             await self._prompts.cut(ended.request_id)
+
+    async def _settled(self, epoch: int, grant: LeaseGrant) -> tuple[str, ...]:
+        """Settle for a lease, or join who does so already; its flags. Raises StaleEpoch for a newer command."""
+        if epoch < self._epoch:
+            raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
+        if self._settling is None:
+            self._settling_for = grant.request_id
+            self._settling = asyncio.create_task(self._settle())
+        settling = self._settling
+        await asyncio.wait({settling})  # a caller that goes away does not end it
+        if settling.cancelled():
+            raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
+        return settling.result()
+
+    async def _settle(self) -> tuple[str, ...]:
+        """The LLM warm, its weights known, the machine at rest; flags for what is not so in time."""
+        self._phase = SETTLING
+        meter, energy, running = self._meter.meter, self._config.energy, self._living()
+        begun_s = meter.mark()
+        try:
+            if running is None:
+                return (NOT_STEADY,)
+            with self._meter.at_work():
+                if not await warmed_up(running.warm_up, max_s=energy.settle_max_s):
+                    return (NOT_STEADY,)
+                left_s = begun_s + energy.settle_max_s - SLICES * SLICE_S - meter.mark()
+                await self._hash_weights(running, within_s=max(0.0, left_s))
+            return await at_rest(meter, energy, begun_s=begun_s, given_up=running.died.is_set)
+        finally:
+            if self._settling is asyncio.current_task():
+                self._settling = self._settling_for = self._phase = None
+
+    async def _hash_weights(self, running: RunningLLM, *, within_s: float) -> None:
+        if running.weights is None:
+            self._weights_hash = None
+            return
+        if self._weights_hash is None or self._weights_hash.weights != running.weights:
+            self._weights_hash = WeightsHash(running.weights, self._config.cache_dir / "weights-sha256")
+        await self._weights_hash.known(within_s=within_s)
+
+    async def _provenance(self, grant: LeaseGrant) -> Mapping[str, object] | None:
+        """What the LLM is handed over with; None when it has died. Weights are told of for measurement grade only."""
+        running, spec, hashed = self._living(), self._spec, self._weights_hash
+        if running is None or spec is None:
+            return None
+        sha256 = None
+        if grant.grade == Grade.MEASUREMENT and running.weights is not None:
+            same = hashed is not None and hashed.weights == running.weights
+            sha256 = (hashed.sha256 if same and hashed is not None else None) or PENDING
+        return provenance(
+            cpu=self._cpu,
+            gpus=await asyncio.to_thread(gpus_here, self._config.gpus) if self._config.gpus else [],
+            versions=self._versions,
+            model=spec.model,
+            revision=self._revision,
+            weights_sha256=sha256,
+            engine_args=running.engine_args,
+        )
+
+    def _lease_flags(self) -> tuple[str, ...]:
+        """What has disturbed the bound lease, if it is of measurement grade."""
+        meter, since_s = self._meter.meter, self._measured_since_s
+        if self._gate.grant is None or since_s is None:
+            return ()
+        return (CONTENDED,) if meter.contended(since_s, meter.mark()) else ()
 
     async def _cancel_start(self) -> None:
         start, self._start = self._start, None

@@ -19,7 +19,7 @@ from registry import views
 from registry.errors import RegistryError
 from registry.service import Idempotency, Service
 from registry.settings import Settings
-from registry.state import NewRequest, Priority, RequestStatus
+from registry.state import Grade, NewRequest, Priority, RequestStatus
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""
@@ -69,11 +69,20 @@ class RegistryActor:
         priority: Priority,
         gpu_type: str | None,
         idempotency: Idempotency | None,
+        grade: Grade = Grade.STANDARD,
+        like_request_id: str | None = None,
     ) -> str:
         """Accept requests for LLMs; JSON list of RequestState, the first deployed if its LLM was warm and free."""
         await self.ready()
         requests = self._service.request(
-            measurement_id, llms, tenant=tenant, priority=priority, gpu_type=gpu_type, idempotency=idempotency
+            measurement_id,
+            llms,
+            tenant=tenant,
+            priority=priority,
+            gpu_type=gpu_type,
+            idempotency=idempotency,
+            grade=grade,
+            like_request_id=like_request_id,
         )
         return _json([views.request_state(self._service, each) for each in await self._service.granted(requests)])
 

@@ -22,12 +22,14 @@ from registry.indices import is_usable
 from registry.invariants import check_ledger
 from registry.ledger import Ledger, stop
 from registry.policy import rank
+from registry.provenance import unlike
 from registry.reports import Reports
 from registry.state import (
     Decision,
     Event,
     Lease,
     LeaseBound,
+    LeaseFlagged,
     LeaseReleased,
     LeaseRequested,
     LeaseUsed,
@@ -90,7 +92,7 @@ class Allocator:
 
         Raises:
             QueueFull, LLMNeverFits, InvalidField, ShuttingDown: a LeaseRequested that is refused; nothing has changed.
-            UnknownRequest: LeaseReleased or LeaseUsed of an id that was never seen; nothing has changed.
+            UnknownRequest: LeaseReleased, LeaseUsed or LeaseFlagged of an id that was never seen; nothing has changed.
             UnknownMachine: MachineDrained or MachineUndrained of one; nothing has changed.
             InvariantBroken: the program is at fault; the allocator must not be used any more.
         """
@@ -104,6 +106,8 @@ class Allocator:
                 self._on_used(self._ledger.request(request_id), min(at_s, now_s))
             case LeaseBound():
                 reports.on_lease_bound(event, now_s)
+            case LeaseFlagged(request_id, flags):
+                reports.on_lease_flagged(self._ledger.request(request_id), flags)
             case LLMDeployed(wrapper_id, epoch):
                 reports.on_llm_deployed(wrapper_id, epoch, now_s)
             case LLMDeployFailed():
@@ -263,6 +267,8 @@ class Allocator:
             raise ShuttingDown
         old = ledger.measurements.get(event.measurement_id)
         live = old is not None and ledger.head(event.measurement_id) is not None
+        if event.like_request_id is not None:
+            event = self._made_like(event, event.like_request_id, live=live)
         measurement = Measurement(
             event.measurement_id,
             seq=ledger.next_seq,
@@ -297,8 +303,31 @@ class Allocator:
                     memory=new.memory,
                     max_j=new.max_j,
                     max_g=new.max_g,
+                    grade=event.grade,
+                    like_request_id=event.like_request_id,
                 )
             )
+
+    def _made_like(self, event: LeaseRequested, request_id: str, *, live: bool) -> LeaseRequested:
+        """The event with what has to be asked for so that its LLMs are what an earlier request was given.
+
+        A measurement that is ``live`` has its GPU type already.
+
+        Raises:
+            InvalidField: that can't be, and why.
+        """
+        model = self._ledger.requests.get(request_id)
+        if model is None:
+            raise InvalidField("like", f"no request has the id {request_id!r}, or nothing is kept of it any more")
+        if model.provenance is None:
+            raise InvalidField("like", f"nothing is known of what request {request_id} was handed over with")
+        gpu_type = None if model.machine_id is None else self._ledger.gpu_type(model.machine_id)
+        differences = unlike(model, gpu_type, event)
+        if differences:
+            raise InvalidField("like", f"not as request {request_id}: {'; '.join(differences)}")
+        specs = (replace(new.spec, revision=model.model_revision or new.spec.revision) for new in event.requests)
+        requests = tuple(replace(new, spec=spec) for new, spec in zip(event.requests, specs, strict=True))
+        return replace(event, requests=requests, gpu_type=event.gpu_type or (None if live else gpu_type))
 
     def _check_room(self, tenant: str, count: int) -> None:
         limits, queued = self._limits, self._ledger.by_request.queued

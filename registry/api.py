@@ -20,7 +20,7 @@ from pydantic import (
     StringConstraints,
 )
 
-from registry.state import Priority
+from registry.state import Grade, Priority
 
 MAX_ID = 2**63 - 1
 """Largest measurementId: what a signed 64-bit column holds."""
@@ -104,6 +104,12 @@ class PromptingRequest(_Wire):
     maxGco2eq: Budget | None = Field(
         None, description="Emissions that each of these leases may cause, grams CO2eq; null: no limit"
     )
+    grade: Grade = Field(
+        Grade.STANDARD, description="measurement: handed over warm, with an empty prefix cache, on a machine at rest"
+    )
+    like: NonEmpty | None = Field(
+        None, description="Id of an earlier request: the same LLM, software and kind of machine again, or nothing"
+    )
 
 
 class AcceptedRequest(_Wire):
@@ -158,6 +164,11 @@ class RequestState(_Wire):
     notes: list[str] = []
     modelRevision: str | None = Field(
         None, description="Commit of the LLM that was handed over; null before, and for local models, which have none"
+    )
+    grade: str = Field("standard", description="As in the POST")
+    like: str | None = Field(None, description="As in the POST")
+    provenance: dict[str, Any] | None = Field(
+        None, description="What it was handed over with: hardware, software, model, arguments; null before"
     )
     machine: str | None = Field(None, description="Machine that runs it")
     wrapper: str | None = None

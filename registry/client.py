@@ -131,22 +131,31 @@ class RegistryClient:
         *,
         gpu_type: str | None = None,
         grade: str | None = None,
+        like: str | None = None,
         max_j: float | None = None,
         max_g: float | None = None,
         idempotency_key: str | None = None,
     ) -> list[str]:
         """Ask for LLMs (llmconfigs); their request ids, in order.
 
-        ``gpu_type`` None: it does not matter; ``grade`` None: the registry's own choice. With a key, of which the
-        registry knows that it has seen it, the call is repeated like ``status``; without one it never is.
+        With a key, of which the registry knows that it has seen it, the call is repeated like ``status``; without one
+        it never is.
 
-        ``max_j`` [J] and ``max_g`` [gCO2eq] are what each of the leases may use up; None: no limit.
+        Args:
+            measurement_id: > 0; yours to choose.
+            llms: llmconfigs.
+            gpu_type: None: it does not matter.
+            grade: ``measurement`` for a machine at rest; None: the registry's own choice.
+            like: id of an earlier request that is to be repeated.
+            max_j: what each of the leases may use up, J; None: no limit.
+            max_g: the same in gCO2eq.
+            idempotency_key: yours to choose, as long as it is another for another request.
 
         Raises:
             AnswerError: the request was refused: 422 for what can't be served here, with the field and the figures.
             httpx.HTTPError: the registry could not be reached.
         """
-        options = {"gpuType": gpu_type, "grade": grade, "maxJoules": max_j, "maxGco2eq": max_g}
+        options = {"gpuType": gpu_type, "grade": grade, "like": like, "maxJoules": max_j, "maxGco2eq": max_g}
         body: dict[str, Any] = {"measurementId": measurement_id, "llms": list(llms)}
         body |= {name: value for name, value in options.items() if value is not None}
         if idempotency_key is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Final, Protocol
 
 from registry.state import (
     EnergyWindow,
@@ -25,6 +25,10 @@ from registry.state import (
 
 _ABSENT = (WrapperStatus.LOST, WrapperStatus.OFF)
 """A wrapper that is there again after these is new to the registry."""
+
+
+SETTLING: Final = "settling"
+"""Phase of a wrapper that brings its machine to rest before it hands an LLM over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,19 @@ class LeaseGrant:
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """What a lease begins with.
+
+    ``model_revision`` is the commit of the LLM, None if it has none. ``flags`` tell what is not as a measurement wants
+    it (deployments.settling). ``provenance`` is the wrapper's part of what a Request keeps, None: it does not tell.
+    """
+
+    model_revision: str | None = None
+    flags: tuple[str, ...] = ()
+    provenance: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class WrapperReport:
     """A wrapper's own account of itself.
 
@@ -85,12 +102,13 @@ class WrapperReport:
     ``died`` is why the LLM ended by itself, if it did.
     ``idle_for_s`` is how long ago the lease was last used (0.0 while a prompt is in flight), None without a lease.
     ``progress`` is how much of ``phase`` is done, 0 to 1, None where the engine does not say.
-    ``bound`` is the request whose token it accepts. ``in_flight`` counts the prompts that are being answered,
-    ``unfinished`` those that the engine itself has not finished, None without one. ``starts`` counts the LLMs it has
-    started. ``memory_bytes`` is the main memory of its machine, ``gpu_memory_bytes`` the memory of each of its GPUs;
-    None: it can't tell. ``warm`` says whether it starts LLMs without importing the engine anew, ``cold_reason`` why it
-    does not. ``moment`` is when it says so. ``windows`` are the oldest of the energy windows that are finished and that
-    the registry has not written down yet, in the order of their numbers.
+    ``bound`` is the request whose token it accepts, or will once it has settled for it. ``in_flight`` counts the
+    prompts that are being answered, ``unfinished`` those that the engine itself has not finished, None without one.
+    ``starts`` counts the LLMs it has started. ``memory_bytes`` is the main memory of its machine, ``gpu_memory_bytes``
+    the memory of each of its GPUs; None: it can't tell. ``warm`` says whether it starts LLMs without importing the
+    engine anew, ``cold_reason`` why it does not. ``moment`` is when it says so. ``windows`` are the oldest of the
+    energy windows that are finished and that the registry has not written down yet, in the order of their numbers.
+    ``lease_flags`` tell what has happened during the lease that makes its figures hard to compare.
     """
 
     epoch: int
@@ -113,6 +131,7 @@ class WrapperReport:
     versions: Mapping[str, str] | None = None
     moment: Moment | None = None
     windows: tuple[EnergyWindow, ...] = ()
+    lease_flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +187,8 @@ class Cluster(Protocol):
     async def stop(self, wrapper_id: str, epoch: int) -> None:
         """Stop whatever runs; returns when the wrapper is verified to be empty."""
 
-    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> str | None:
-        """Accept this lease's token, and no other, from now on. Returns the commit of the LLM, None if it has none."""
+    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
+        """Accept this lease's token, and no other, from now on; for measurement grade once the machine is at rest."""
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         """Accept no token of this request from now on and end what it has in flight."""

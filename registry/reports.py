@@ -7,12 +7,14 @@ wrapper is doing (a second copy of an earlier one), or its wrapper is gone.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 from typing import Final
 
 from registry.dispatch import Dispatcher, with_flag
 from registry.endings import Endings
 from registry.indices import is_usable
 from registry.ledger import Ledger, bind, deploy, restart, stop, unbind
+from registry.provenance import differences
 from registry.state import (
     LeaseBound,
     Limits,
@@ -72,6 +74,12 @@ class Reports:
         if request.status is not RequestStatus.DEPLOYING:
             return
         first = request.deployed_s is None
+        if first:
+            request = replace(request, provenance=event.provenance)
+            why_not = self._unlike_what_it_asks(request)
+            if why_not is not None:  # nobody has been told the address yet
+                self._endings.end(request, RequestStatus.FAILED, "failed", why_not, now_s)
+                return
         ledger.put_request(
             replace(
                 request,
@@ -88,6 +96,12 @@ class Reports:
             same = measurement.versions in (None, event.versions)
             flags = measurement.flags if same else with_flag(measurement.flags, VERSION_CHANGED)
             ledger.put_measurement(replace(measurement, versions=event.versions, flags=flags))
+        self.on_lease_flagged(request, event.flags)
+
+    def on_lease_flagged(self, request: Request, flags: tuple[str, ...]) -> None:
+        """The measurement of a request carries these flags from now on."""
+        measurement = self._ledger.measurements[request.measurement_id]
+        self._ledger.put_measurement(replace(measurement, flags=reduce(with_flag, flags, measurement.flags)))
 
     def on_llm_deploy_failed(self, event: LLMDeployFailed, now_s: float) -> None:
         """The wrapper is empty again; the request is tried elsewhere, or has failed."""
@@ -323,6 +337,16 @@ class Reports:
         if wrapper is None or epoch < wrapper.epoch or wrapper.status not in statuses:
             return None
         return wrapper
+
+    def _unlike_what_it_asks(self, request: Request) -> str | None:
+        """Why a request may not be handed over: it is to be like an earlier one, and is not; else None."""
+        if request.like_request_id is None:
+            return None
+        model = self._ledger.requests.get(request.like_request_id)
+        if model is None:
+            return f"request {request.like_request_id}, which it is to be like, is not known any more"
+        found = differences(model.provenance, request.provenance)
+        return f"it would not be like request {model.request_id}: {'; '.join(found)}" if found else None
 
     def _owner(self, wrapper: Wrapper) -> Request | None:
         return None if wrapper.request_id is None else self._ledger.requests[wrapper.request_id]

@@ -36,7 +36,17 @@ from registry.errors import (
     WrapperUnreachable,
 )
 from registry.history import ids_of, rows_of
-from registry.reconcile import Belief, Cluster, LeaseGrant, Moment, WrapperPlan, WrapperReport, plan, wanted_wrappers
+from registry.reconcile import (
+    Belief,
+    Cluster,
+    HandOver,
+    LeaseGrant,
+    Moment,
+    WrapperPlan,
+    WrapperReport,
+    plan,
+    wanted_wrappers,
+)
 from registry.settings import Settings
 from registry.state import (
     BindLease,
@@ -45,9 +55,11 @@ from registry.state import (
     DeployLLM,
     Effect,
     Event,
+    Grade,
     KeptWindow,
     Lease,
     LeaseBound,
+    LeaseFlagged,
     LeaseReleased,
     LeaseRequested,
     LeaseUsed,
@@ -244,6 +256,8 @@ class Service:
         priority: Priority = Priority.NORMAL,
         gpu_type: str | None = None,
         idempotency: Idempotency | None = None,
+        grade: Grade = Grade.STANDARD,
+        like_request_id: str | None = None,
     ) -> tuple[Request, ...]:
         """Accept requests for LLMs, durable when this returns; in the order given.
 
@@ -268,7 +282,8 @@ class Service:
             row = IdempotencyRow(tenant, idempotency.key, idempotency.body_sha256, ids, self._now_s())
         notes = self.accounts.notes(measurement_id, tenant)
         llms = [replace(llm, notes=(*llm.notes, *notes)) for llm in llms]
-        self._apply(LeaseRequested(measurement_id, tuple(llms), tenant, priority, gpu_type), idempotency=row)
+        asked = LeaseRequested(measurement_id, tuple(llms), tenant, priority, gpu_type, grade, like_request_id)
+        self._apply(asked, idempotency=row)
         return tuple(self.allocator.request(request_id) for request_id in ids)
 
     def release(self, request_id: str) -> None:
@@ -505,8 +520,15 @@ class Service:
                 grant = self._grant(request_id)
                 if grant is None:
                     return None
-                model_revision = await _insist(lambda: self._cluster.bind(wrapper_id, epoch, grant))
-                return LeaseBound(wrapper_id, epoch, model_revision, self._versions_of(wrapper_id))
+                over = await _insist(lambda: self._cluster.bind(wrapper_id, epoch, grant))
+                return LeaseBound(
+                    wrapper_id,
+                    epoch,
+                    over.model_revision,
+                    self._versions_of(wrapper_id),
+                    over.flags,
+                    self._provenance(wrapper_id, over),
+                )
             case UnbindLease(wrapper_id, epoch, request_id, how):
                 await _insist(lambda: self._cluster.unbind(wrapper_id, epoch, request_id, how))
                 return None
@@ -517,6 +539,13 @@ class Service:
     def _versions_of(self, wrapper_id: str) -> str | None:
         report = self.reports.get(wrapper_id)
         return None if report is None or report.versions is None else canonical_json(report.versions)
+
+    def _provenance(self, wrapper_id: str, over: HandOver) -> str | None:
+        """What a wrapper tells of a hand-over, and where it is."""
+        wrapper = self.allocator.wrapper(wrapper_id)
+        if over.provenance is None or wrapper is None:
+            return None
+        return canonical_json({**over.provenance, "machine": wrapper.machine_id, "wrapper": wrapper_id})
 
     def _grant(self, request_id: str) -> LeaseGrant | None:
         lease = self.allocator.lease_of(request_id)
@@ -535,6 +564,7 @@ class Service:
             as_of=self._heard_at(lease.wrapper_id),
             max_j=request.max_j,
             max_g=request.max_g,
+            grade=request.grade,
         )
 
     def _belief(self, wrapper_id: str) -> Belief:
@@ -676,6 +706,7 @@ class Service:
 
     def _take_report(self, wrapper_id: str, report: WrapperReport, is_news: bool) -> None:
         self._note_activity(report, grain=ACTIVITY_GRAIN)
+        self._note_flags(report)
         wrapper = self.allocator.wrapper(wrapper_id)
         if wrapper is None or not is_news:
             return
@@ -695,6 +726,13 @@ class Service:
         lease = self.allocator.lease_of(report.bound)
         if lease is not None and at_s > lease.last_active_s + grain * lease.idle_limit_s:
             self._apply(LeaseUsed(report.bound, at_s))
+
+    def _note_flags(self, report: WrapperReport) -> None:
+        if report.bound is None or self.allocator.lease_of(report.bound) is None:
+            return
+        measurement = self.allocator.measurement(self.allocator.request(report.bound).measurement_id)
+        if not set(report.lease_flags) <= set(measurement.flags):
+            self._apply(LeaseFlagged(report.bound, report.lease_flags))
 
     def _note_memory(self, wrapper_id: str, report: WrapperReport) -> None:
         """What a wrapper says of its machine's memory; what it can't tell stays as it was."""

@@ -57,6 +57,16 @@ class Priority(StrEnum):
     HIGH = "high"
 
 
+class Grade(StrEnum):
+    """How much is done for the figures of a lease.
+
+    measurement: its LLM is handed over warm, with an empty prefix cache, on a machine at rest.
+    """
+
+    STANDARD = "standard"
+    MEASUREMENT = "measurement"
+
+
 def canonical_json(value: Mapping[str, object]) -> str:
     """The one spelling of a JSON object: sorted keys, no spaces. Equal objects give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
@@ -161,6 +171,8 @@ class Request:
     takes at least, None where that is not known. ``model_revision`` is the commit of the LLM that it was given;
     None: not yet, or a local model, which has none. ``max_j`` [J] and ``max_g`` [gCO2eq] are what its lease may use
     up, None: no limit.
+    ``like_request_id`` is the earlier request whose LLM, software and hardware it must get again, None: any will do.
+    ``provenance`` is what its LLM was handed over with (canonical JSON, see registry.provenance), None: not yet.
     """
 
     request_id: str
@@ -183,6 +195,9 @@ class Request:
     model_revision: str | None = None
     max_j: float | None = None
     max_g: float | None = None
+    grade: Grade = Grade.STANDARD
+    like_request_id: str | None = None
+    provenance: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,13 +312,18 @@ class NewRequest:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRequested:
-    """A client asked for one or more LLMs of a measurement, in this order. ``gpu_type`` None: it does not matter."""
+    """A client asked for one or more LLMs of a measurement, in this order. ``gpu_type`` None: it does not matter.
+
+    ``like_request_id``: each of them must be what that request was given.
+    """
 
     measurement_id: int
     requests: tuple[NewRequest, ...]
     tenant: str = "default"
     priority: Priority = Priority.NORMAL
     gpu_type: str | None = None
+    grade: Grade = Grade.STANDARD
+    like_request_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,13 +345,24 @@ class LeaseUsed:
 class LeaseBound:
     """The wrapper accepts the lease's token from now on. ``model_revision``: the commit of the LLM that it runs.
 
-    ``versions``: of the software there, as a measurement keeps them; None: not known.
+    ``versions``: of the software there, as a measurement keeps them; None: not known. ``flags`` are the measurement's
+    from now on, ``provenance`` is as in a Request.
     """
 
     wrapper_id: str
     epoch: int
     model_revision: str | None = None
     versions: str | None = None
+    flags: tuple[str, ...] = ()
+    provenance: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseFlagged:
+    """Something happened during a lease that makes its figures hard to compare; ``flags`` say what."""
+
+    request_id: str
+    flags: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,6 +500,7 @@ Event = (
     | LeaseReleased
     | LeaseUsed
     | LeaseBound
+    | LeaseFlagged
     | LLMDeployed
     | LLMDeployFailed
     | LLMStopped

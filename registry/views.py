@@ -20,6 +20,7 @@ from registry.api import (
     RequestState,
     WrapperState,
 )
+from registry.reconcile import SETTLING
 from registry.report import MeasurementReport, report_of
 from registry.service import Service
 from registry.skew import differences, joined
@@ -74,6 +75,9 @@ def request_state(service: Service, request: Request) -> RequestState:
         reason=request.reason or (_waits_for(service, request) if queued else None),
         notes=list(request.notes),
         modelRevision=request.model_revision,
+        grade=request.grade.value,
+        like=request.like_request_id,
+        provenance=None if request.provenance is None else json.loads(request.provenance),
         machine=request.machine_id,
         wrapper=request.wrapper_id,
         flags=list(measurement.flags),
@@ -259,10 +263,11 @@ def _phase(service: Service, request: Request) -> tuple[str | None, float | None
     """What is being done for a request, and how much of it is done, as far as its wrapper says so."""
     if request.status is not RequestStatus.DEPLOYING or request.wrapper_id is None:
         return None, None
-    if service.allocator.lease_of(request.request_id) is not None:
-        return "handing over", None
     report = service.reports.get(request.wrapper_id)
-    return (report.phase, report.progress) if report is not None else (None, None)
+    phase, progress = (report.phase, report.progress) if report is not None else (None, None)
+    if service.allocator.lease_of(request.request_id) is not None and phase != SETTLING:
+        return "handing over", None
+    return phase, progress
 
 
 def _waits_for(service: Service, request: Request) -> str:

@@ -12,6 +12,7 @@ from registry.state import (
     Decision,
     Effect,
     Event,
+    Grade,
     LeaseBound,
     LeaseReleased,
     LeaseRequested,
@@ -134,6 +135,8 @@ class Scene:
         priority: Priority = Priority.NORMAL,
         gpu_type: str | None = None,
         memory: LLMMemory | None = None,
+        grade: Grade = Grade.STANDARD,
+        like: str | None = None,
     ) -> None:
         """A client asks for LLMs; the requests of measurement 1 are called 1a, 1b … ``memory``: what each one takes."""
         known = sum(r.measurement_id == measurement_id for r in self.allocator.snapshot().requests)
@@ -146,7 +149,7 @@ class Scene:
             )
             for n, spec in enumerate(specs)
         )
-        self.tell(LeaseRequested(measurement_id, new, tenant, priority, gpu_type))
+        self.tell(LeaseRequested(measurement_id, new, tenant, priority, gpu_type, grade, like))
 
     def runs(self, wrapper_id: str = "m-0") -> None:
         """The LLM that was to be deployed runs."""

@@ -15,7 +15,7 @@ from itertools import count
 
 from deployments.lease_gate import LeaseGate
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
-from registry.reconcile import Belief, LeaseGrant, Observation, WrapperPlan, WrapperReport
+from registry.reconcile import Belief, HandOver, LeaseGrant, Observation, WrapperPlan, WrapperReport
 from registry.state import EnergyWindow, LLMSpec, Machine
 from tests.fake_counters import ManualClock
 
@@ -67,6 +67,11 @@ class FakeWrapper:
     idle_for_s: float = 0.0
     in_flight: int = 0
     starts: int = 0
+    phase: str | None = None
+    bind_flags: tuple[str, ...] = ()
+    """What is not as it should be when a lease is bound here."""
+    lease_flags: tuple[str, ...] = ()
+    """What has disturbed the lease that is bound here."""
     ended: list[tuple[str, str]] = field(default_factory=list)
     """Leases that were ended here: request id, and how."""
     windows: list[EnergyWindow] = field(default_factory=list)
@@ -91,6 +96,8 @@ class FakeCluster:
         """What wrappers report of their machine, by its id: memory of each GPU, or main memory without GPU."""
         self.versions: dict[str, dict[str, str]] = {}
         """What wrappers report of their machine's software, by its id."""
+        self.provenances: dict[str, dict[str, object]] = {}
+        """What LLMs are handed over with, by machine."""
         self.unusable: dict[str, EngineStartFailed] = {}
         """Models that can't be started, and why."""
         self.commits: dict[str, str] = {}
@@ -179,7 +186,7 @@ class FakeCluster:
             starting=wrapper.spec.fingerprint if wrapper.spec is not None and not wrapper.runs else None,
             revision=wrapper.revision,
             died=wrapper.died,
-            phase="loading" if wrapper.start is not None else None,
+            phase="loading" if wrapper.start is not None else wrapper.phase,
             bound=None if wrapper.grant is None else wrapper.grant.request_id,
             idle_for_s=None if wrapper.grant is None else wrapper.idle_for_s,
             in_flight=wrapper.in_flight,
@@ -187,6 +194,7 @@ class FakeCluster:
             versions=self.versions.get(wrapper.plan.machine_id),
             moment=wrapper.gate.moment,
             windows=tuple(wrapper.windows[:WINDOWS_TOLD]),
+            lease_flags=wrapper.lease_flags,
         )
         await self._called(wrapper_id, "report")
         return report
@@ -238,13 +246,13 @@ class FakeCluster:
         await self._called(wrapper_id, "stop")
         wrapper.spec, wrapper.runs, wrapper.died = None, False, None
 
-    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> str | None:
+    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
         await self._called(wrapper_id, "bind")
         wrapper = self._take(wrapper_id, epoch)
         if wrapper.grant is not None and wrapper.grant.token != grant.token:
             self._end_lease(wrapper, "released")
         wrapper.gate.bind(grant)
-        return wrapper.revision
+        return HandOver(wrapper.revision, wrapper.bind_flags, self.provenances.get(wrapper.plan.machine_id))
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         await self._called(wrapper_id, "unbind")

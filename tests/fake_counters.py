@@ -105,6 +105,9 @@ class FakeGPU:
         self.memory_bytes: int | None = 80 * 2**30
         self.pids: list[int] | None = []
         self.used_bytes: int | None = 500 * 2**20
+        self.name = "NVIDIA H100 80GB HBM3"
+        self.clocks_mhz: dict[int, int] | None = {1: 345, 2: 2619}
+        self.max_clocks_mhz: dict[int, int] = {1: 1980, 2: 2619}
         self.error: int | None = None
 
 
@@ -169,6 +172,15 @@ class FakeNVML:
 
     def nvmlDeviceGetEnforcedPowerLimit(self, gpu: FakeGPU) -> int:
         return self._value("nvmlDeviceGetEnforcedPowerLimit", gpu, gpu.limit_mw)
+
+    def nvmlDeviceGetName(self, gpu: FakeGPU) -> str:
+        return gpu.name
+
+    def nvmlDeviceGetClockInfo(self, gpu: FakeGPU, clock: int) -> int:
+        return self._value("nvmlDeviceGetClockInfo", gpu, None if gpu.clocks_mhz is None else gpu.clocks_mhz[clock])
+
+    def nvmlDeviceGetMaxClockInfo(self, gpu: FakeGPU, clock: int) -> int:
+        return self._value("nvmlDeviceGetMaxClockInfo", gpu, gpu.max_clocks_mhz[clock])
 
     def nvmlDeviceGetMemoryInfo(self, gpu: FakeGPU) -> SimpleNamespace:
         return SimpleNamespace(

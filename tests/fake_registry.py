@@ -11,7 +11,7 @@ from registry.api import EventState, HealthState, LLMState, MachineState, Measur
 from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.report import MeasurementReport
 from registry.service import Idempotency
-from registry.state import NewRequest, Priority, RequestStatus
+from registry.state import Grade, NewRequest, Priority, RequestStatus
 from tests.energy_windows import an_experiment
 
 CREATED = "2026-01-01T00:00:00.000Z"
@@ -42,6 +42,8 @@ class FakeRegistry:
         priority: Priority,
         gpu_type: str | None,
         idempotency: Idempotency | None,
+        grade: Grade,
+        like_request_id: str | None,
     ) -> str:
         states = [
             RequestState(
@@ -53,6 +55,8 @@ class FakeRegistry:
                 link=f"{BASE}/promptingservice/request/{new.request_id}",
                 position=1,
                 notes=list(new.notes),
+                grade=grade.value,
+                like=like_request_id,
                 createdAt=CREATED,
             )
             for new in llms

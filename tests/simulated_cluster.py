@@ -69,7 +69,8 @@ class SimulatedWrapper:
             case BindLease(wrapper_id, epoch, _):
                 assert lease is not None
                 self.token = lease.token
-                return [said(LeaseBound(wrapper_id, epoch))]
+                kind = "xeon" if wrapper_id < "c" else "epyc"
+                return [said(LeaseBound(wrapper_id, epoch, provenance=f'{{"cpu":"{kind}"}}'))]
             case UnbindLease():
                 self.token = None
                 return []

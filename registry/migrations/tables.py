@@ -28,7 +28,16 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from registry.state import LLMMemory, LLMSpec, Priority, RequestStatus, WindowKind, WrapperStatus, canonical_json
+from registry.state import (
+    Grade,
+    LLMMemory,
+    LLMSpec,
+    Priority,
+    RequestStatus,
+    WindowKind,
+    WrapperStatus,
+    canonical_json,
+)
 
 # --- column types: how a field becomes a cell, and back -------------------------------------------------------
 
@@ -201,6 +210,9 @@ REQUESTS = Table(
     _may("model_revision", Text),
     _may("max_j", Float),
     _may("max_g", Float),
+    _must("grade", _Word(Grade), server_default=Grade.STANDARD.value),
+    _may("like_request_id", Text),
+    _may("provenance", Text),
     Index(None, "wrapper_id"),
 )
 # unique: whatever the code above believes, no wrapper is leased twice.

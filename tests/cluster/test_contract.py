@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,50 @@ def test_a_gpu_type_that_is_not_there_is_refused_at_once(registry: Registry, llm
     body = {"measurementId": measurement_id, "llms": [llm("a")], "gpuType": "NVIDIA H100 80GB HBM3"}
     answer = httpx.post(f"{registry.url}/promptingservice/request", json=body, timeout=60)
     assert (answer.status_code, answer.json()["field"]) == (422, "gpuType")
+
+
+def test_a_measurement_is_made_and_repeated(registry: Registry, llm: LLM, measurement_id: int) -> None:
+    """Of measurement grade an LLM is handed over settled, with all that it runs on; the same can be had again."""
+    first = post(registry, measurement_id, llm("a"), grade="measurement")
+    phases = {state["phase"] for state in until_over(registry, first)}
+    assert "settling" in phases
+    state = registry.get(first)
+    told = state["provenance"]
+    assert told["machine"] == state["machine"]
+    assert {"ray", "torch", "greenprompt-llm-registry"} <= told["versions"].keys()
+    weights = sorted(Path(llm("a")["model"]).glob("*.safetensors"))
+    lines = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in weights)
+    assert told["model"]["weights_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+    assert (told["engine_args"]["dtype"], told["engine_args"]["enforce_eager"]) == ("bfloat16", True)
+    counted = {source["label"] for source in registry.wrapper()["meter"]["sources"]}
+    assert counted & {"measured", "measured_sampled"} or "steadiness_unknown" in state["flags"]
+    registry.delete(first)
+
+    again = post(registry, measurement_id + 1, llm("a"), grade="measurement", like=first)
+    same = registry.until(again, "deployed")["provenance"]
+    assert (same["model"], same["engine_args"]) == (told["model"], told["engine_args"])
+    registry.delete(again)
+    body = {"measurementId": measurement_id + 2, "llms": [llm("b")], "grade": "measurement", "like": first}
+    refused = httpx.post(f"{registry.url}/promptingservice/request", json=body, timeout=60)
+    assert (refused.status_code, refused.json()["field"]) == (422, "like")
+    assert "llms[0].model: was" in refused.json()["message"]
+
+
+def post(registry: Registry, measurement_id: int, config: dict[str, Any], **more: Any) -> str:
+    """Ask for one LLM with more than the contract's fields; its request's id."""
+    body = {"measurementId": measurement_id, "llms": [config], **more}
+    answer = httpx.post(f"{registry.url}/promptingservice/request", json=body, timeout=60)
+    assert answer.status_code == 201, answer.text
+    request_id: str = answer.json()["requests"][0]["requestId"]
+    registry.posted.append(request_id)
+    return request_id
+
+
+def until_over(registry: Registry, request_id: str) -> Iterator[dict[str, Any]]:
+    """All that its status says until a request is deployed."""
+    while (state := registry.get(request_id, wait=0.25, seen="deploying"))["status"] != "deployed":
+        assert state["endedAt"] is None, state
+        yield state
 
 
 def test_llms_of_a_measurement_come_one_after_another(registry: Registry, llm: LLM, measurement_id: int) -> None:

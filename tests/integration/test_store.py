@@ -20,6 +20,7 @@ from registry.errors import BadSettings, StoreUnavailable
 from registry.migrations import tables
 from registry.state import (
     Changes,
+    Grade,
     KeptWindow,
     Lease,
     LLMMemory,
@@ -107,6 +108,10 @@ EXTREME = Snapshot(
             memory=LLMMemory(BIGGEST, BIGGEST, 2**31 - 1, 1e-3, 16),
             max_j=1e15,
             max_g=1e-300,
+            model_revision=ODD,
+            grade=Grade.MEASUREMENT,
+            like_request_id=ODD,
+            provenance=ODD * 10_000,
         ),
         Request("", 1, 0, LLMSpec("", ""), ""),
     ),

@@ -29,6 +29,8 @@ class RunningFake:
     unfinished = 0
 
     def __init__(self) -> None:
+        self.weights = None
+        self.engine_args: dict[str, Any] = {}
         self.died = asyncio.Event()
         self.death_reason: str | None = None
         self.phases: dict[str, float] = {}
@@ -138,7 +140,7 @@ async def test_a_download_is_a_phase(hub: FakeHub, make: Make) -> None:
     report = await wrapper.report(UNTOLD)
     assert (report.phase, report.progress, report.revision) == (None, None, "c" * 40)
     assert (report.warm, report.cold_reason) == (False, "it is a fake")
-    assert await wrapper.bind(2, grant()) == "c" * 40
+    assert (await wrapper.bind(2, grant())).model_revision == "c" * 40
     await wrapper.stop(3)
     assert (await wrapper.report(UNTOLD)).revision is None
 
@@ -170,7 +172,7 @@ async def test_a_newer_command_ends_a_download(hub: FakeHub, make: Make, folder:
     with pytest.raises(StaleEpoch):
         await first
     assert [started["model"] for started in wrapper.host.started] == [folder.model]
-    assert await wrapper.bind(3, grant()) is None
+    assert (await wrapper.bind(3, grant())).model_revision is None
     await wrapper.stop(4)
 
 

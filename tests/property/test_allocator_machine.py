@@ -154,9 +154,16 @@ class AllocatorMachine(RuleBasedStateMachine):
         tenant=st.sampled_from(["lab", "lab", "lab", "guest"]),
         priority=st.sampled_from([Priority.NORMAL] * 4 + [Priority.LOW, Priority.HIGH]),
         gpu_type=st.sampled_from([None] * 6 + sorted(GPU_TYPES)),
+        like=st.none() | some,
     )
     def client_asks(
-        self, measurement_id: int, llms: list[str], tenant: str, priority: Priority, gpu_type: str | None
+        self,
+        measurement_id: int,
+        llms: list[str],
+        tenant: str,
+        priority: Priority,
+        gpu_type: str | None,
+        like: int | None,
     ) -> None:
         if self.shutting_down or sum(not r.status.ended for r in self.requests()) > 12:
             return
@@ -165,6 +172,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         known = self.allocator.measurement(measurement_id) if measurement_id in self.served() else None
         unfinished = [] if known is None else self.unfinished(measurement_id)
         there = [w for w in self.allocator.wrappers() if w.status is not W.LOST]
+        if like is not None:
+            self.ask_for_the_same(LeaseRequested(measurement_id, new, tenant, priority, gpu_type), like)
+            return
         try:
             self.tell(LeaseRequested(measurement_id, new, tenant, priority, gpu_type))
         except LLMNeverFits:
@@ -181,6 +191,21 @@ class AllocatorMachine(RuleBasedStateMachine):
             assert self.allocator.snapshot() == before
             nowhere = not any(self.is_of_type(gpu_type, w) for w in there)
             assert (nowhere and there) or (unfinished and known is not None and known.gpu_type != gpu_type)
+
+    def ask_for_the_same(self, event: LeaseRequested, n: int) -> None:
+        """Ask for what an earlier request has been given, as far as it has."""
+        given = [request for request in self.requests() if request.provenance is not None]
+        earlier = given[n % len(given)] if given else None
+        event = replace(event, like_request_id="never" if earlier is None else earlier.request_id)
+        if earlier is not None:
+            event = replace(event, requests=(replace(event.requests[0], spec=earlier.spec),))
+        before = self.allocator.snapshot()
+        try:
+            self.tell(event)
+        except (InvalidField, LLMNeverFits):
+            assert self.allocator.snapshot() == before
+        else:
+            assert earlier is not None
 
     @precondition(lambda self: self.deployed())
     @rule(n=some)
@@ -431,7 +456,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         return {lease.request_id for w in wrappers if (lease := self.allocator.lease_by_wrapper(w.wrapper_id))}
 
     def is_of_type(self, asked: str | None, wrapper: Wrapper) -> bool:
-        return asked is None or GPU_TYPES[asked] == self.gpu_type(wrapper.machine_id)
+        return asked is None or GPU_TYPES.get(asked, asked) == self.gpu_type(wrapper.machine_id)
 
     def gpu_type(self, machine_id: str) -> str | None:
         machine = self.allocator.machine(machine_id)
@@ -451,6 +476,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.a_token_whose_lease_has_ended_is_being_revoked,
             self.no_token_opens_two_wrappers,
             self.a_request_keeps_its_address_once_it_has_one,
+            self.what_was_to_be_the_same_is_the_same,
             self.nobody_waits_while_something_is_free,
             self.nobody_is_overtaken_too_often,
             self.a_drained_machine_gets_no_new_lease,
@@ -512,6 +538,12 @@ class AllocatorMachine(RuleBasedStateMachine):
     def no_token_opens_two_wrappers(self) -> None:
         tokens = [wrapper.token for wrapper in self.cluster.wrappers.values() if wrapper.token is not None]
         assert len(tokens) == len(set(tokens))
+
+    def what_was_to_be_the_same_is_the_same(self) -> None:
+        for request in self.requests():
+            if request.like_request_id is not None and request.deployed_s is not None:
+                earlier = self.allocator.request(request.like_request_id)
+                assert (request.spec, request.provenance) == (earlier.spec, earlier.provenance)
 
     def a_request_keeps_its_address_once_it_has_one(self) -> None:
         for request in self.requests():

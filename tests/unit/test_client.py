@@ -124,6 +124,16 @@ def test_gpu_type_is_sent_when_it_matters(registry: Make) -> None:
     assert "gpuType" not in json.loads(script.requests[1].content)
 
 
+def test_grade_and_like_are_sent_when_wanted(registry: Make) -> None:
+    """Who repeats a measurement says which; who does not care sends nothing of it."""
+    client, script = registry(*[httpx.Response(201, json={"requests": []})] * 2)
+    client.request(7, [{}], grade="measurement", like="r1")
+    client.request(8, [{}])
+    sent, plain = (json.loads(request.content) for request in script.requests)
+    assert (sent["grade"], sent["like"]) == ("measurement", "r1")
+    assert plain.keys() == {"measurementId", "llms"}
+
+
 def test_request_is_not_repeated(registry: Make) -> None:
     """A POST that was refused or did not arrive is the caller's to repeat: twice would be two requests."""
     client, script = registry(httpx.Response(503, json=BUSY), httpx.ConnectError("refused"))

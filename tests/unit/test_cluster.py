@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from deployments import cluster as cluster_module
 from deployments.cluster import APPS_BELIEVED_S, RayCluster
 from deployments.models import ModelSources
 from registry.errors import WrapperUnheard, WrapperUnreachable
-from registry.reconcile import Belief
+from registry.reconcile import LeaseGrant
 from registry.settings import Settings
 from tests.fake_cluster import UNTOLD
 from tests.fake_counters import ManualClock
@@ -158,11 +159,13 @@ class Silent:
     """A handle of a wrapper that gives no answer."""
 
     class report:  # noqa: N801 - the name of a wrapper's method
-        """Its only method."""
+        """One of its methods."""
 
         @staticmethod
-        async def remote(_belief: Belief) -> None:
+        async def remote(*_: object) -> None:
             await asyncio.Event().wait()
+
+    bind = report
 
 
 @pytest.mark.parametrize(
@@ -201,3 +204,17 @@ async def test_while_serve_is_away_no_wrapper_is_blamed(serve: FakeServe, monkey
             await cluster.report(wrapper_id, UNTOLD)
     assert len(asked) == 1
     back.set()
+
+
+async def test_settling_is_waited_for(serve: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease of measurement grade may take as long as its machine may need to come to rest, others may not."""
+    serve.applications["wrapper-a-0"] = SimpleNamespace(deployments={})
+    monkeypatch.setattr("ray.serve.get_app_handle", lambda _name: Silent())
+    monkeypatch.setattr(cluster_module, "COMMAND_TIMEOUT_S", 0.01)
+    settings = Settings.model_validate({"energy": {"settle_max_s": 0.05}})
+    cluster = RayCluster(settings, ModelSources(True, (), Path("/")))
+    grant = LeaseGrant("r1", 1, "token", "{}", ends_in_s=60.0, idle_limit_s=60.0)
+    with pytest.raises(WrapperUnreachable, match=r"no answer to bind within 0\.01 s"):
+        await cluster.bind("a-0", 1, grant)
+    with pytest.raises(WrapperUnreachable, match=r"no answer to bind within 0\.06 s"):
+        await cluster.bind("a-0", 1, replace(grant, grade="measurement"))

@@ -99,7 +99,7 @@ async def test_llms_keep_their_order(http: httpx.AsyncClient, registry: FakeRegi
     accepted = (await http.post(REQUEST, json=body)).json()["requests"]
     assert [request["llmconfig"]["model"] for request in accepted] == models
     ((method, (measurement_id, llms, *more), _),) = registry.calls
-    assert (method, measurement_id, more) == ("request", 1234, ["default", "normal", None, None])
+    assert (method, measurement_id, more) == ("request", 1234, ["default", "normal", None, None, "standard", None])
     assert [request["requestId"] for request in accepted] == [new.request_id for new in llms]
     assert len({request["requestId"] for request in accepted}) == 5
 
@@ -168,6 +168,14 @@ async def test_report_is_json_or_csv(http: httpx.AsyncClient) -> None:
     assert (await http.get(f"{path}?format=xml")).json()["field"] == "format"
 
 
+async def test_grade_and_like_are_passed_on(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """They are the registry's to judge, and come back with each request's status."""
+    answer = await http.post(REQUEST, json={**BODY, "grade": "measurement", "like": "r1"})
+    assert registry.calls[0][1][-2:] == ("measurement", "r1")
+    state = (await http.get(f"{REQUEST}/{answer.json()['requests'][0]['requestId']}")).json()
+    assert (state["grade"], state["like"], state["provenance"]) == ("measurement", "r1", None)
+
+
 async def test_gpu_type_is_passed_on(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
     """The GPU type that a measurement asks for reaches the registry."""
     await http.post(REQUEST, json={**BODY, "gpuType": "NVIDIA H100 80GB HBM3"})
@@ -216,6 +224,10 @@ async def test_idempotency_key_has_a_length(http: httpx.AsyncClient, registry: F
         (("llms", 0, "args", "deployment", "trust_remote_code"), True, "llms[0].args.deployment.trust_remote_code"),
         (("priority",), "urgent", "priority"),
         (("gpuType",), "", "gpuType"),
+        (("grade",), "gold", "grade"),
+        (("grade",), None, "grade"),
+        (("like",), "", "like"),
+        (("like",), 7, "like"),
         (("gpuType",), "*", "gpuType"),
         (("gpuType",), "H100\n", "gpuType"),
         (("surprise",), 1, "surprise"),

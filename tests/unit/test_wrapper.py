@@ -15,15 +15,17 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments import energy_sources
+from deployments import energy_sources, settling
 from deployments import wrapper as wrapper_module
 from deployments.engine import StopReport
 from deployments.model_cache import LocalModel
 from deployments.models import ModelSources
-from deployments.weights import weights_of
+from deployments.neighbours import Neighbours
+from deployments.weights import Weights, weights_of
+from deployments.weights_hash import WeightsHash
 from deployments.wrapper import LLMWrapper, WrapperConfig, versions_here
 from registry.errors import StaleEpoch, WrapperUnreachable
-from registry.reconcile import Belief, LeaseGrant
+from registry.reconcile import Belief, HandOver, LeaseGrant
 from registry.settings import EnergySettings, WrapperSettings
 from registry.state import LLMSpec
 from tests.fake_cluster import UNTOLD
@@ -41,11 +43,22 @@ class RunningFake(FakeEngine):
     """An LLM that runs, until it dies."""
 
     unfinished = 0
+    weights: Weights | None = None
+    engine_args = {"dtype": "float32"}  # noqa: RUF012
     death_reason: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warmed_up = 0
 
     def die(self, reason: str) -> None:
         self.death_reason = reason
         self.died.set()
+
+    async def warm_up(self) -> None:
+        """Holds, as an answer does, while ``go`` is cleared."""
+        self.warmed_up += 1
+        await self.go.wait()
 
 
 class FakeHost:
@@ -132,6 +145,8 @@ class Client:
         return prompt
 
 
+MEASURED = replace(SECOND, grade="measurement")
+
 Make = Callable[..., Awaitable[Client]]
 
 
@@ -183,6 +198,149 @@ async def test_expired_prompts_are_cut(make: Make) -> None:
     await client.bind(3, SECOND)
     client.engine.go.set()
     assert (await client.prompt("token-2")).status_code == 200
+
+
+# --- measurement grade ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds in life takes a moment here."""
+    for name in ("SLICE_S", "LAG_S", "LOOK_S"):
+        monkeypatch.setattr(settling, name, 0.001)
+
+
+async def settling_for(client: Client, grant: LeaseGrant) -> asyncio.Task[HandOver]:
+    """A bind that goes on until ``engine.go`` is set."""
+    client.engine.go.clear()
+    bind = asyncio.create_task(client.wrapper.bind(3, replace(grant, as_of=client.wrapper._gate.moment)))
+    while (await client.wrapper.report(UNTOLD)).phase != "settling":
+        await asyncio.wait({bind}, timeout=0)
+    return bind
+
+
+async def test_a_standard_lease_does_not_wait(make: Make) -> None:
+    """Only who asks for it waits for the machine; everybody is told what runs, but for the weights."""
+    client = await make(finish=False)
+    over = await client.wrapper.bind(3, SECOND)
+    assert (client.engine.warmed_up, over.flags) == (0, ())
+    assert over.model_revision == "c" * 40
+    told: Any = over.provenance
+    assert told["model"] == {"name": "org/tiny", "revision": "c" * 40, "weights_sha256": None}
+    assert (told["gpus"], told["engine_args"]) == ([], {"dtype": "float32"})
+    assert "vllm" in "".join(told["versions"])
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_measured_lease_is_settled_first(make: Make) -> None:
+    """Until the LLM has answered once and the machine is at rest the token is refused, and the wrapper says why."""
+    client = await make(finish=False)
+    bind = await settling_for(client, MEASURED)
+    report = await client.wrapper.report(UNTOLD)
+    assert (report.bound, report.idle_for_s, report.lease_flags) == ("request-2", 0.0, ())
+    assert (await client.prompt("token-2")).status_code == 403
+    assert (await client.prompt("token-1")).status_code == 410
+    client.engine.go.set()
+    over = await bind
+    assert (client.engine.warmed_up, over.flags) == (1, ("steadiness_unknown",))
+    assert (await client.prompt("token-2")).status_code == 200
+    assert (await client.wrapper.report(UNTOLD)).phase is None
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_newer_command_ends_the_settling(make: Make) -> None:
+    """Whatever comes next does not wait for a machine to come to rest; the lease that did is never bound."""
+    client = await make(finish=False)
+    bind = await settling_for(client, MEASURED)
+    await client.wrapper.unbind(4, "request-2", "released")
+    with pytest.raises(StaleEpoch):
+        await bind
+    report = await client.wrapper.report(UNTOLD)
+    assert (report.phase, report.bound) == (None, None)
+    await client.bind(5, FIRST)
+    with pytest.raises(StaleEpoch):
+        await client.wrapper.bind(4, MEASURED)
+    client.engine.go.set()
+    assert (await client.prompt("token-1")).status_code == 200
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_bind_that_is_sent_again_joins(make: Make) -> None:
+    """The registry insists when it gets no answer: the LLM is settled once, and both are told the same."""
+    client = await make(finish=False)
+    first = await settling_for(client, MEASURED)
+    first.cancel()
+    again = asyncio.create_task(client.wrapper.bind(3, MEASURED))
+    await asyncio.wait({first})
+    assert not again.done()
+    client.engine.go.set()
+    over = await again
+    assert client.engine.warmed_up == 1
+    assert await client.wrapper.bind(3, MEASURED) == over
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_dead_llm_is_handed_over_as_what_it_is(make: Make) -> None:
+    """Nobody waits for it to settle: the registry hears of its death and starts it again, with a flag."""
+    client = await make(finish=False)
+    engine = client.engine
+    bind = await settling_for(client, MEASURED)
+    engine.die("killed")
+    client.wrapper._death_watch.cancel()  # type: ignore[union-attr]  # the registry has not asked yet
+    engine.go.set()
+    assert (await bind).flags == ("steadiness_unknown",)
+    assert (await client.wrapper.bind(4, replace(MEASURED, request_id="r3", token="t3"))).flags == ("not_steady",)
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_weights_are_told_of_for_a_measurement(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    """The hash is that of the files; where there was no time for it, it is pending, which is not the same as none."""
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "model.safetensors").write_bytes(b"weights")
+    client = await make(finish=False)
+    client.engine.weights = weights_of(str(tmp_path / "llm"))
+    told: Any = (await client.wrapper.bind(3, MEASURED)).provenance
+    assert len(told["model"]["weights_sha256"]) == 64
+    (tmp_path / "llm" / "model.safetensors").write_bytes(b"other weights")
+    client.engine.weights = weights_of(str(tmp_path / "llm"))
+
+    async def not_in_time(*_: object, **__: object) -> None:
+        pass
+
+    monkeypatch.setattr(WeightsHash, "known", not_in_time)
+    told = (await client.wrapper.bind(4, replace(MEASURED, request_id="r3", token="t3"))).provenance
+    assert told["model"]["weights_sha256"] == "pending"
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_measured_lease_is_watched(make: Make, tmp_path: Path) -> None:
+    """Work of another wrapper of the machine is told while the lease lasts; for a standard lease nobody asks."""
+    client = await make(finish=False)
+    other = Neighbours(tmp_path / ".greenprompt" / "wrappers", "a-1")
+    await client.bind(3, MEASURED)
+    client.wrapper._meter.meter.poll_once()
+    assert (await client.wrapper.report(UNTOLD)).lease_flags == ()
+    with other.busy():
+        client.wrapper._meter.meter._look_for_strangers()
+    assert (await client.wrapper.report(UNTOLD)).lease_flags == ("contended",)
+    await client.bind(4, FIRST)
+    assert (await client.wrapper.report(UNTOLD)).lease_flags == ()
+
+
+async def test_prompts_and_starts_are_work(make: Make, tmp_path: Path) -> None:
+    """Whoever measures on the same machine sees them."""
+    client = await make(finish=False)
+    other = Neighbours(tmp_path / ".greenprompt" / "wrappers", "a-1")
+    other.others_worked()
+    assert not other.others_worked()
+    prompt = await client.begin("token-1")
+    assert other.others_worked()
+    client.engine.go.set()
+    await prompt
+    other.others_worked()
+    assert not other.others_worked()
+    await client.wrapper.deploy(3, OTHER_SPEC, None)
+    assert other.others_worked()
 
 
 async def test_an_unbind_ends_whatever_is_bound(make: Make) -> None:

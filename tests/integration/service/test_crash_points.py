@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import EngineStartFailed
-from registry.reconcile import LeaseGrant, WrapperPlan
+from registry.reconcile import HandOver, LeaseGrant, WrapperPlan
 from registry.state import Changes, LLMSpec, NewRequest, RequestStatus, WrapperStatus
 from registry.store import EventRow, IdempotencyRow
 from tests.fake_cluster import FakeCluster
@@ -98,9 +98,9 @@ class PluggedCluster(FakeCluster):
         async with self._moments_of("stop"):
             await super().stop(wrapper_id, epoch)
 
-    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> None:
+    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
         async with self._moments_of("bind"):
-            await super().bind(wrapper_id, epoch, grant)
+            return await super().bind(wrapper_id, epoch, grant)
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         async with self._moments_of("unbind"):

@@ -1,0 +1,17 @@
+"""The grade of a request, what its LLM was handed over with, and which earlier one it must be like."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0007"
+down_revision = "0006"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column("requests", sa.Column("grade", sa.Text(), nullable=False, server_default="standard"))
+    op.add_column("requests", sa.Column("like_request_id", sa.Text(), nullable=True))
+    op.add_column("requests", sa.Column("provenance", sa.Text(), nullable=True))
