@@ -64,8 +64,8 @@ class PromptMeter:
         """Probe this machine's counters by real calls.
 
         ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many CPUs are its own, None for all of the machine.
-        ``process`` is the wrapper's, ``utc_s`` the clock that records are dated by. ``neighbours`` are told when prompts
-        and starts begin and end, and flag the windows in which others work.
+        ``process`` is the wrapper's, ``utc_s`` the clock that records are dated by. ``neighbours`` are told when
+        prompts and starts begin and end, and flag the windows in which others work.
 
         Raises:
             BadSettings: the grid zone is unknown, or a figure of the CPU model is out of range.
