@@ -6,7 +6,7 @@ A figure is a number of joules with a label that says where it is from. What is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
@@ -93,27 +93,24 @@ def total(components: Iterable[Component], flags: Iterable[str] = ()) -> Energy:
     """Sum up components; without any, the energy is unavailable and flagged ``no_source``."""
     parts = tuple(components)
     all_flags = sorted({*flags, *chain.from_iterable(part.flags for part in parts), *(() if parts else ("no_source",))})
-    label = worst(part.label for part in parts)
-    known = [part for part in parts if part.joules is not None]
-    if not known or len(known) < len(parts):
+    joules = [part.joules for part in parts if part.joules is not None]
+    if not joules or len(joules) < len(parts):
         return Energy(None, None, None, None, Label.UNAVAILABLE, parts, tuple(all_flags))
-    estimated = any(part.low_j is not None for part in known)
-    joules = sum(part.joules or 0.0 for part in known)
+    estimated = any(part.low_j is not None for part in parts)
     return Energy(
-        total_j=joules,
-        low_j=sum(_first_known(part.low_j, part.joules) for part in known) if estimated else None,
-        high_j=sum(_first_known(part.high_j, part.joules) for part in known) if estimated else None,
-        resolution_j=_sum_if_known(part.resolution_j for part in known),
-        label=label,
+        total_j=sum(joules),
+        low_j=sum(_first_known(part.low_j, part.joules) for part in parts) if estimated else None,
+        high_j=sum(_first_known(part.high_j, part.joules) for part in parts) if estimated else None,
+        resolution_j=_sum_if_known([part.resolution_j for part in parts]),
+        label=worst([part.label for part in parts]),
         components=parts,
         flags=tuple(all_flags),
     )
 
 
-def _sum_if_known(values: Iterable[float | None]) -> float | None:
-    found = list(values)
-    known = [value for value in found if value is not None]
-    return sum(known) if len(known) == len(found) else None
+def _sum_if_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def _first_known(*values: float | None) -> float:

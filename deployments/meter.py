@@ -198,8 +198,8 @@ class Meter:
         with self._lock:
             return all(channel.track.settled(time_s) for channel in self._channels)
 
-    def window(self, start_s: float, end_s: float) -> Energy:
-        """The energy between two times.
+    def window(self, start_s: float, end_s: float, *, estimate_short: bool = False) -> Energy:
+        """The energy between two times; with ``estimate_short`` modelled where they are too close for a counter.
 
         Unavailable, and flagged, when a counter can't resolve it: ``too_short``, ``stale``, ``out_of_history``,
         ``counter_reset``, ``undersampled``, ``implausible_power`` …
@@ -208,7 +208,7 @@ class Meter:
             ValueError: It does not end after its start.
         """
         levels = self._levels(start_s, end_s)
-        parts = [_whole(source, start_s, end_s, at) for source, at in levels]
+        parts = [_whole(source, start_s, end_s, at, estimate_short=estimate_short) for source, at in levels]
         return total([*parts, *self._holes()], self._flags(start_s, end_s))
 
     def flow(self, intervals: Sequence[Interval]) -> Flow:
@@ -341,10 +341,13 @@ class Meter:
             }
 
 
-def _whole(source: Source, start_s: float, end_s: float, levels: Mapping[float, Level] | str) -> Component:
+def _whole(
+    source: Source, start_s: float, end_s: float, levels: Mapping[float, Level] | str, *, estimate_short: bool = False
+) -> Component:
     if isinstance(levels, str):
         return unknown(source, levels)
-    return counted(source, end_s - start_s, between(levels[start_s], levels[end_s]))
+    flow = between(levels[start_s], levels[end_s])
+    return counted(source, end_s - start_s, flow, estimate_short=estimate_short)
 
 
 def _shares(

@@ -189,7 +189,7 @@ class PromptMeter:
         assert flight.end_s is not None  # callers end a prompt before they account for it
         prompts, assumed = self._flights.together(flight, for_good=for_good)
         if len(prompts) == 1:
-            energy = self._meter.energy(self._meter.flow([(flight.start_s, flight.end_s)]), estimate_short=True)
+            energy = self._meter.window(flight.start_s, flight.end_s, estimate_short=True)
         else:
             energy = self._meter.attribute(flight.start_s, flight.end_s, prompts).shares[0]
         flags = [

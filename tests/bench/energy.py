@@ -196,7 +196,7 @@ def holder(meter: Any) -> httpx.AsyncClient:
 
 
 async def overhead(rounds: int, prompts: int) -> list[Result]:
-    """Median time of a prompt with a meter less that of one without, in slices A B B A; and what is written later."""
+    """Median time of a prompt with a meter less that of one without, one after the other (A B B A)."""
     meter = PromptMeter(EnergySettings.model_validate(ACCOUNT), gpus=0)
     meter.start()
     flight = meter.begin()
@@ -208,20 +208,18 @@ async def overhead(rounds: int, prompts: int) -> list[Result]:
     results = []
     for path, body in paths.items():
 
-        async def ask(client: httpx.AsyncClient, path: str = path, body: Any = body) -> list[float]:
-            took_ms = []
-            for _ in range(prompts):
-                begun_s = time.perf_counter()
-                (await client.post(path, json=body)).raise_for_status()
-                took_ms.append((time.perf_counter() - begun_s) * 1000)
-            return took_ms
+        async def ask(client: httpx.AsyncClient, path: str = path, body: Any = body) -> float:
+            begun_s = time.perf_counter()
+            (await client.post(path, json=body)).raise_for_status()
+            return (time.perf_counter() - begun_s) * 1000
 
-        for client in (with_meter, without):
-            await ask(client)
         differences = []
         for _ in range(rounds):
-            a, b, c, d = [await ask(client) for client in (with_meter, without, without, with_meter)]
-            differences.append(p50([*a, *d]) - p50([*b, *c]))
+            took_ms: dict[httpx.AsyncClient, list[float]] = {with_meter: [], without: []}
+            for pair in range(2 * prompts):
+                for client in (with_meter, without) if pair % 2 else (without, with_meter):
+                    took_ms[client].append(await ask(client))
+            differences.append(p50(took_ms[with_meter]) - p50(took_ms[without]))
             await meter.write()
         name = "prompt_overhead_p50_ms" if path == "process_prompt" else "native_overhead_p50_ms"
         results.append(measured(PART, name, differences, "ms"))
@@ -242,7 +240,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of polling, in each round")
-    parser.add_argument("--prompts", type=int, default=200, help="in each slice")
+    parser.add_argument("--prompts", type=int, default=200, help="in each round, by two")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     chosen = parser.parse_args()
     results = [
