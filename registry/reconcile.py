@@ -204,11 +204,13 @@ class Cluster(Protocol):
 class Plan:
     """Outcome of a comparison: events that happened, wrappers to create, wrappers to remove.
 
-    ``switch_off``: wrappers of drained machines, which are to be removed once nobody uses them.
+    ``created``: events that have happened once the wrappers are created. ``switch_off``: wrappers of drained machines,
+    which are to be removed once nobody uses them.
     """
 
     events: tuple[Event, ...] = ()
     create: tuple[WrapperPlan, ...] = ()
+    created: tuple[Event, ...] = ()
     remove: tuple[str, ...] = ()
     switch_off: tuple[str, ...] = ()
 
@@ -256,8 +258,11 @@ def plan(
     ``wanted`` has the wrappers of every observed machine. Machines first, so that a wrapper's machine is known
     before the wrapper is; what is lost before what is new, so that nothing is granted on a machine that is gone.
     A wrapper that is leaving is left alone until it is gone; a drained machine wants only the wrappers that are held.
+    An old wrapper on a new node, or of another size, can't be told from the one that should be there: until that was
+    created, what it takes the place of stays known, so that a look which is cut short is made up for by the next one.
     """
     events: list[Event] = []
+    created: list[Event] = []
     create: list[WrapperPlan] = []
     remove: list[str] = []
     switch_off: list[str] = []
@@ -271,10 +276,12 @@ def plan(
     moved = {
         machine_id
         for machine_id, machine in there.items()
-        if (old := before.get(machine_id)) is not None and old.alive and old.node_id != machine.node_id
+        if (old := before.get(machine_id)) is not None and old.node_id != machine.node_id
     }
-    events += [MachineLost(machine_id, "its Ray node was replaced") for machine_id in sorted(moved)]
-    events += [MachineJoined(machine) for machine_id, machine in there.items() if before.get(machine_id) != machine]
+    events += [MachineLost(name, "its Ray node was replaced") for name in sorted(moved) if before[name].alive]
+    for machine_id, machine in there.items():
+        if before.get(machine_id) != machine:
+            (created if machine_id in moved else events).append(MachineJoined(machine))
 
     wanted_ids = {want.wrapper_id for wants in wanted.values() for want in wants}
     for wrapper_id, wrapper in wrappers.items():
@@ -296,8 +303,9 @@ def plan(
         if gone:
             create.append(want)
         if lost or gone or (known is not None and known.url != want.url):
-            events.append(WrapperAdded(want.wrapper_id, want.machine_id, want.url, want.gpus, want.home))
-    return Plan(tuple(events), tuple(create), tuple(remove), tuple(switch_off))
+            added = WrapperAdded(want.wrapper_id, want.machine_id, want.url, want.gpus, want.home)
+            (created if want.machine_id in moved or resized else events).append(added)
+    return Plan(tuple(events), tuple(create), tuple(created), tuple(remove), tuple(switch_off))
 
 
 def _as_told(observed: Machine, known: Machine | None) -> Machine:

@@ -614,6 +614,8 @@ class Service:
             await self._cluster.remove(steps.remove)
         if steps.create:
             await self._cluster.create(steps.create)
+        for event in steps.created:
+            self._apply(event)
         present = {wrapper.wrapper_id for wrapper in self.allocator.wrappers()}
         watched = {wrapper_id for wrapper_id, task in self._watchers.items() if not task.done()}
         for wrapper_id in sorted(present - watched):  # in an order that a simulation can repeat

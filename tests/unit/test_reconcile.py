@@ -185,11 +185,8 @@ def test_new_node_of_a_machine_loses_what_ran_there() -> None:
     new = replace(A, node_id="node-new")
     wants = wanted(new)
     steps = plan([A], [known(wants["a"][0], WrapperStatus.LEASED)], Observation((new,), frozenset({"a-0"})), wants)
-    assert steps.events == (
-        MachineLost("a", "its Ray node was replaced"),
-        MachineJoined(new),
-        added(wants["a"][0]),
-    )
+    assert steps.events == (MachineLost("a", "its Ray node was replaced"),)
+    assert steps.created == (MachineJoined(new), added(wants["a"][0]))
     assert [want.node_id for want in steps.create] == ["node-new"]
     assert steps.remove == ()
 
@@ -198,8 +195,9 @@ def test_new_node_of_a_dead_machine_is_not_lost_twice() -> None:
     """A machine that was known to be gone joins on its new node without being lost again."""
     new = replace(A, node_id="node-new")
     lost = known(wanted(A)["a"][0], WrapperStatus.LOST)
-    steps = plan([replace(A, alive=False)], [lost], Observation((new,), frozenset()), wanted(new))
-    assert steps.events == (MachineJoined(new), added(wanted(new)["a"][0]))
+    for deployed in (frozenset({"a-0"}), frozenset[str]()):
+        steps = plan([replace(A, alive=False)], [lost], Observation((new,), deployed), wanted(new))
+        assert steps == Plan(create=wanted(new)["a"], created=(MachineJoined(new), added(wanted(new)["a"][0])))
 
 
 def test_machine_that_changed_joins_again() -> None:
@@ -258,7 +256,8 @@ def test_drained_machine_with_a_new_node_gets_nothing() -> None:
     wrapper = replace(known(want, WrapperStatus.LEASED), request_id="r", spec=HOME)
     steps = plan([drained], [wrapper], Observation((new,), frozenset({"a-0"})), wanted(new))
     joined = MachineJoined(replace(new, draining=True))
-    assert steps == Plan(events=(MachineLost("a", "its Ray node was replaced"), joined), switch_off=("a-0",))
+    lost = MachineLost("a", "its Ray node was replaced")
+    assert steps == Plan(events=(lost,), created=(joined,), switch_off=("a-0",))
 
 
 def test_undrained_machine_gets_its_wrapper_back() -> None:
@@ -289,7 +288,8 @@ def test_wrapper_of_another_size_is_made_anew() -> None:
     old = known(wanted(A)["a"][0], WrapperStatus.READY)
     wants = wanted(A, per_machine=2)
     steps = plan([A], [old], Observation((A,), frozenset({"a-0"})), wants)
-    assert steps == Plan(events=tuple(map(added, wants["a"])), create=wants["a"])
+    resized, new = map(added, wants["a"])
+    assert steps == Plan(events=(new,), create=wants["a"], created=(resized,))
 
 
 def test_memory_that_wrappers_told_is_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from registry import views
 from registry.errors import (
@@ -346,3 +347,16 @@ async def test_new_process_that_is_told_of_the_end_of_a_lease(world: World) -> N
     await world.until_wrapper(WrapperStatus.IDLE)
     await world.deployed(2)
     assert world.wrapper().runs
+
+
+async def test_wrapper_of_a_new_node_is_created_though_serve_did_not_answer(world: World) -> None:
+    """A machine whose Ray node was replaced gets its wrapper anew, also when creating it failed at first.
+
+    Serve goes on listing the old one, which is pinned to a node that is gone.
+    """
+    failures = [WrapperUnreachable("cluster", "Serve does not answer")] * 2
+    world.cluster.fail("cluster", "create", *failures)
+    world.cluster.machines["a"] = replace(world.cluster.machines["a"], node_id="node-new")
+    await world.until(lambda: world.cluster.calls["cluster", "create"] == 1 + len(failures) + 1)
+    await world.deployed(1)
+    assert views.machine_state(world.service, "a").alive
