@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from registry.reconcile import Moment
 from registry.service import Service
 from registry.state import Request
 from registry.store import Store
-from tests.simulation.machines import Process
+from tests.simulation.machines import Process, Weather
 from tests.simulation.virtual_time import Stuck, VirtualLoop
-from tests.simulation.world import KINDS, OF_MACHINES, large_world, run, small_world
+from tests.simulation.world import KINDS, OF_MACHINES, Shape, large_world, run, settings_of, small_world
 
 ROOT = Path(__file__).parents[2]
 SEEDS, LONG_SEEDS = 100, 10_000
@@ -96,6 +97,15 @@ def nothing(*_: object, **__: object) -> None:
     """What a part does that does not do its work."""
 
 
+def cut_world(seed: int) -> Shape:
+    """A world whose machines are cut off again and again, for longer than its fence."""
+    settings = settings_of(
+        leases={"max_s": 600, "idle_s": 120}, wrappers={"fence_s": 20, "start_timeout_s": 60, "deploy_timeout_s": 60}
+    )
+    cuts = replace(small_world(seed), machines=4, clients=16, busy_s=800.0, kinds=("machine_cut",), pause_s=10.0)
+    return replace(cuts, weather=Weather(engine_start_s=(0.5, 3.0)), settings=settings)
+
+
 async def nothing_later(*_: object) -> None:
     """The same, for what is awaited."""
 
@@ -127,8 +137,14 @@ def let_go(self: Endings, request: Request, reason: str, how: str, now_s: float)
 )
 def test_what_is_wrong_is_seen(part: type, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The simulation finds a registry that does not do its work, within a few seeds."""
+    world = cut_world if part is LeaseGate else small_world
     monkeypatch.setattr(part, name, wrong)
-    assert any(run(small_world(seed), seed).violations for seed in range(SEEN_WITHIN))
+    assert any(run(world(seed), seed).violations for seed in range(SEEN_WITHIN))
+
+
+def test_a_fence_holds() -> None:
+    """The same cuts break no promise where the fence is there."""
+    assert [run(cut_world(seed), seed).violations for seed in range(5)] == [()] * 5
 
 
 def test_time_passes_only_when_nobody_can_go_on() -> None:
