@@ -7,7 +7,6 @@ was accepted was lost, and that nobody waits for ever.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import hashlib
 import logging
 import shutil
@@ -18,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
+from multiprocessing.util import Finalize
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -804,7 +804,7 @@ def _logs_to(listener: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
 def _connection() -> Connection:
     """The database of all worlds and lives in this process: to open one takes longer than most worlds do."""
     path = Path(tempfile.mkdtemp(prefix="simulation-")) / "registry.db"
-    atexit.register(shutil.rmtree, path.parent)
+    Finalize(None, shutil.rmtree, (path.parent,), exitpriority=0)  # atexit does not run in a pool's processes
     connection = Store.open(f"sqlite:///{path}")._connection
     driver: Any = connection.connection.driver_connection
     driver.execute("PRAGMA synchronous = OFF")  # nobody pulls the plug of the machine that simulates
