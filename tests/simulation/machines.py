@@ -23,7 +23,7 @@ from registry.errors import (
     WrapperUnheard,
     WrapperUnreachable,
 )
-from registry.reconcile import Belief, LeaseGrant, Observation, WrapperPlan, WrapperReport
+from registry.reconcile import Belief, HandOver, LeaseGrant, Observation, WrapperPlan, WrapperReport
 from registry.settings import Settings
 from registry.state import LLMSpec, Machine
 
@@ -150,18 +150,18 @@ class Process:
                 await self._empty()
                 self._spec = self._died = None
 
-    async def bind(self, epoch: int, grant: LeaseGrant) -> str | None:
-        """As LLMWrapper.bind."""
+    async def bind(self, epoch: int, grant: LeaseGrant) -> HandOver:
+        """As LLMWrapper.bind, of a lease that needs no settling."""
         async with self._command(epoch):
             current = self.gate.grant
             if current is not None and current.request_id == grant.request_id:
                 self.gate.bind(grant)
-                return self._revision
+                return HandOver(self._revision)
             self._end_lease("released")
         await self._no_prompts.wait()
         async with self._command(epoch):
             self.gate.bind(grant)
-            return self._revision
+            return HandOver(self._revision)
 
     async def unbind(self, epoch: int, request_id: str, how: str) -> None:
         """As LLMWrapper.unbind."""
@@ -450,10 +450,10 @@ class SimulatedCluster:
             wrapper_id, "stop", epoch, limit_s=2 * self.settings.wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
         )
 
-    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> str | None:
+    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
         limit_s = self._last_prompt_s + COMMAND_TIMEOUT_S
-        revision: str | None = await self._ask(wrapper_id, "bind", epoch, grant, limit_s=limit_s)
-        return revision
+        handed_over: HandOver = await self._ask(wrapper_id, "bind", epoch, grant, limit_s=limit_s)
+        return handed_over
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         await self._ask(wrapper_id, "unbind", epoch, request_id, how)
