@@ -344,6 +344,10 @@ class EngineHost:
         with log_handlers_kept():
             for module in _SERVING:
                 importlib.import_module(module)
+            from vllm.config.logging import LoggingConfig
+            from vllm.logger import configure_logging_if_needed
+
+            configure_logging_if_needed(LoggingConfig())  # here, so that no engine does it later
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -494,6 +498,7 @@ class EngineHost:
         lines = self._environment.last_lines()
         return f"{reason}; the engine said last:\n{lines}" if lines else reason
 
+    @log_handlers_kept()
     def _launch(self, order: _Order, enter: Callable[[Phase], object]) -> AsyncLLM:
         """In the engine thread: from arguments to an engine that is loaded and warm."""
         from vllm.usage.usage_lib import UsageContext

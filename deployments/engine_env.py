@@ -267,9 +267,9 @@ def _remove_shared_memory(directory: Path) -> None:
 def log_handlers_kept() -> Iterator[None]:
     """Handlers that pass on to others go on doing so, whatever a library does about logging meanwhile.
 
-    ``logging.config.dictConfig``, which vLLM calls when it is imported, closes every handler of the process. Those of
-    Serve's replicas (``MemoryHandler``) lose their file by that, and a controller of Serve's that comes back takes a
-    replica which can't name its log file for a broken one, and ends it.
+    ``logging.config.dictConfig``, which vLLM calls before it makes an engine, closes every handler of the process.
+    Those of Serve's replicas (``MemoryHandler``) lose their file by that, and a controller of Serve's that comes back
+    takes a replica which can't name its log file for a broken one, and ends it.
     """
     known = logging.root.manager.loggerDict.values()
     loggers = [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]
