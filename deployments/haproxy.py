@@ -18,8 +18,8 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # Three of these without an answer, and HAProxy is started anew; at Serve's 10 s nobody is served for half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-    # With Serve's 4 threads HAProxy passes on still less often that a client has hung up (missed in 5 of 13 prompts while
-    # a stream was open; in 5 of 39 with one), and the engine works for nobody. One thread is enough for any engine.
+    # With Serve's 4 threads HAProxy passes on still less often that a client has hung up (missed in 5 of 13 prompts
+    # while a stream was open; in 5 of 39 with one), and the engine works for nobody. One is enough for any engine.
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # Else HAProxy writes a line for each prompt to its manager, which reads it in Python: the wrappers count prompts.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
