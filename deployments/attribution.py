@@ -145,9 +145,16 @@ def counted_in(source: Source, intervals: Sequence[Interval], levels: Mapping[fl
 
 
 def shared(
-    source: Source, start_s: float, end_s: float, prompts: Sequence[Prompt], levels: Mapping[float, Level]
+    source: Source,
+    start_s: float,
+    end_s: float,
+    prompts: Sequence[Prompt],
+    levels: Mapping[float, Level],
+    first: int | None = None,
 ) -> list[Component]:
     """Each prompt's share of a window: by tokens, with the split by tokens and that by time as the range.
+
+    Of the ``first`` so many prompts, None: of all of them.
 
     A prompt without tokens weighs as much as one with a single token: it was in flight.
     """
@@ -158,7 +165,7 @@ def shared(
     by_time = [Span(prompt.start_s, prompt.end_s, prompt.end_s - prompt.start_s) for prompt in prompts]
 
     def divided(spans: Sequence[Span], level: int) -> list[float]:
-        return split(lambda time_s: joules[time_s][level], start_s, end_s, spans)[0]
+        return split(lambda time_s: joules[time_s][level], start_s, end_s, spans)[0][:first]
 
     mid = divided(by_tokens, 1)
     low = [min(pair) for pair in zip(divided(by_tokens, 0), divided(by_time, 0), strict=True)]
@@ -175,5 +182,5 @@ def shared(
         )
         if mid[index] > 0
         else unknown(source, "too_short")
-        for index in range(len(prompts))
+        for index in range(len(mid))
     ]

@@ -235,23 +235,26 @@ class Meter:
         """The energy of no time at all: not known, and flagged ``too_short``."""
         return self.energy(Flow(0.0, ("too_short",) * len(self._channels), frozenset()))
 
-    def attribute(self, start_s: float, end_s: float, prompts: Sequence[Prompt]) -> Attribution:
+    def attribute(
+        self, start_s: float, end_s: float, prompts: Sequence[Prompt], *, first: int | None = None
+    ) -> Attribution:
         """Divide a window among the prompts in it; only what they did inside the window counts.
 
         A prompt that was alone all the time has what the counters say. Prompts in flight together share what flows
         in proportion to their tokens, spread evenly over each one's time: that is modelled, with the split by tokens
         and the split by time as its range. What is too short for the counters is modelled, too, with their bounds.
+        Only the ``first`` so many of the prompts get a share that is told, None: all of them.
 
         Raises:
             ValueError: The window does not end after its start.
         """
         layout = lay_out(start_s, end_s, prompts)
         whole: list[Component] = []
-        shares: list[list[Component]] = [[] for _ in prompts]
+        shares: list[list[Component]] = [[] for _ in prompts[:first]]
         idle: list[Component] = []
         for source, levels in self._levels(start_s, end_s, layout.times_s()):
             whole.append(_whole(source, start_s, end_s, levels))
-            for share, part in zip(shares, _shares(source, whole[-1], layout, prompts, levels), strict=True):
+            for share, part in zip(shares, _shares(source, whole[-1], layout, prompts, levels, first), strict=True):
                 share.append(part)
             if layout.gaps and not isinstance(levels, str):
                 idle.append(counted_in(source, layout.gaps, levels))
@@ -356,19 +359,20 @@ def _shares(
     layout: Layout,
     prompts: Sequence[Prompt],
     levels: Mapping[float, Level] | str,
+    first: int | None,
 ) -> list[Component]:
-    """One source's component of each prompt."""
+    """One source's component of each of the first so many prompts."""
     if isinstance(levels, str) or "implausible_power" in whole.flags:
-        return [unknown(source, flag) for _ in prompts for flag in whole.flags]
+        return [unknown(source, flag) for _ in prompts[:first] for flag in whole.flags]
     start_s, end_s = min(levels), max(levels)
-    split_up = shared(source, start_s, end_s, prompts, levels) if layout.overlapping else []
+    split_up = shared(source, start_s, end_s, prompts, levels, first) if layout.overlapping else []
     return [
         unknown(source, "outside_window")
         if interval is None
         else split_up[index]
         if index in layout.overlapping
         else counted_in(source, [interval], levels)
-        for index, interval in enumerate(layout.inside)
+        for index, interval in enumerate(layout.inside[:first])
     ]
 
 

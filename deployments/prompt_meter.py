@@ -191,7 +191,7 @@ class PromptMeter:
         if len(prompts) == 1:
             energy = self._meter.window(flight.start_s, flight.end_s, estimate_short=True)
         else:
-            energy = self._meter.attribute(flight.start_s, flight.end_s, prompts).shares[0]
+            energy = self._meter.attribute(flight.start_s, flight.end_s, prompts, first=1).shares[0]
         flags = [
             *(("tokens_unknown",) if flight.tokens is None else ()),
             *(("share_estimated",) if assumed else ()),

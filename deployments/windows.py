@@ -234,16 +234,21 @@ def split(
             ends.setdefault(b, []).append(index)
     shares = [0.0] * len(spans)
     idle = 0.0
-    active: set[int] = set()
+    # What a rate of 1 gets, cumulated: a span gets its rate times what was added while it was in flight.
+    active: dict[int, float] = {}
+    per_rate, since = 0.0, [0.0] * len(spans)
     before_s, before = start_s, level(start_s)
     for time_s in sorted({start_s, end_s, *starts, *ends}):
         now = level(time_s)
-        flow, all_rates = now - before, math.fsum(rates[index] for index in active)
-        for index in active:
-            shares[index] += flow * rates[index] / all_rates
-        if not active and time_s > before_s:
-            idle += flow
+        if active:
+            per_rate += (now - before) / math.fsum(active.values())
+        elif time_s > before_s:
+            idle += now - before
         before_s, before = time_s, now
-        active.difference_update(ends.get(time_s, ()))
-        active.update(starts.get(time_s, ()))
+        for index in ends.get(time_s, ()):
+            shares[index] = active.pop(index) * (per_rate - since[index])
+        if not active:
+            per_rate = 0.0  # nobody counts from before, and small numbers are exact ones
+        for index in starts.get(time_s, ()):
+            active[index], since[index] = rates[index], per_rate
     return shares, idle
