@@ -6,61 +6,44 @@ Levels are those of one source's counter at the times that matter; components ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import mul, sub
 
 from deployments.energy import Component, Label, worst
 from deployments.energy_sources import POWER_HEADROOM, Source
-from deployments.timeline import Interval
-from deployments.windows import Level, Span, between, split
+from deployments.windows import Level, between
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt's time in the meter's clock, and the tokens that were processed for it (≥ 0)."""
+class Parts:
+    """A prompt's part (0 < part <= 1) of what flows, from its begin to its end, while others are in flight with it.
 
-    start_s: float
-    end_s: float
-    tokens: float
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How prompts lie in a window: each one's time inside it, which of them overlap, and when there was none.
-
-    ``inside`` is None for a prompt that has no time inside the window.
+    ``times_s`` has those two times and all between them at which that changed: one more than there are parts. The
+    parts are by the rates at which tokens are processed, and as if those of all prompts were the same.
     """
 
-    inside: tuple[Interval | None, ...]
-    overlapping: frozenset[int]
-    gaps: tuple[Interval, ...]
+    times_s: Sequence[float]
+    by_tokens: Sequence[float]
+    by_time: Sequence[float]
 
-    def times_s(self) -> set[float]:
-        """All the boundaries of prompts and gaps."""
-        return {time_s for interval in (*self.inside, *self.gaps) if interval is not None for time_s in interval}
+    @property
+    def alone(self) -> bool:
+        """Whether no other prompt was in flight at any time."""
+        return len(self.by_time) == 1 and self.by_time[0] == 1
+
+    @property
+    def reserved_s(self) -> float:
+        """Its share of the machine's seconds, by tokens as that of the energy.
+
+        Together with the seconds without a prompt the shares of all are the seconds that went by.
+        """
+        return _flowed(self.times_s, self.by_tokens)
 
 
-def lay_out(start_s: float, end_s: float, prompts: Sequence[Prompt]) -> Layout:
-    """Clip prompts to a window and find overlaps and gaps."""
-    inside = [
-        (max(prompt.start_s, start_s), min(prompt.end_s, end_s))
-        if max(prompt.start_s, start_s) < min(prompt.end_s, end_s)
-        else None
-        for prompt in prompts
-    ]
-    overlapping: set[int] = set()
-    gaps: list[Interval] = []
-    busy_until_s, by = start_s, -1
-    for (a, b), index in sorted((interval, index) for index, interval in enumerate(inside) if interval is not None):
-        if a < busy_until_s:
-            overlapping |= {index, by}
-        elif a > busy_until_s:
-            gaps.append((busy_until_s, a))
-        if b > busy_until_s:
-            busy_until_s, by = b, index
-    if busy_until_s < end_s:
-        gaps.append((busy_until_s, end_s))
-    return Layout(tuple(inside), frozenset(overlapping), tuple(gaps))
+def _flowed(levels: Sequence[float], parts: Sequence[float]) -> float:
+    flowed: float = sum(map(mul, map(sub, levels[1:], levels), parts))
+    return flowed
 
 
 def unknown(source: Source, flag: str) -> Component:
@@ -76,7 +59,7 @@ def counted(source: Source, duration_s: float, flow: Level, *, estimate_short: b
     """
     low, mid, high = (source.joules(duration_s, units) for units in (flow.low, flow.mid, flow.high))
     flags = ("provisional",) if flow.provisional else ()
-    if source.limit_w is not None and low.mid > POWER_HEADROOM * source.limit_w * duration_s:
+    if _implausible(source, duration_s, flow):
         return unknown(source, "implausible_power")
     too_short = low.mid <= 0
     if mid.mid <= 0 or (too_short and not estimate_short):
@@ -92,6 +75,13 @@ def counted(source: Source, duration_s: float, flow: Level, *, estimate_short: b
         resolution_j=max(high.mid - mid.mid, mid.mid - low.mid),
         flags=(*flags, "too_short") if too_short else flags,
     )
+
+
+def _implausible(source: Source, duration_s: float, flow: Level) -> bool:
+    """Whether the counter proves more than the hardware can take."""
+    if source.limit_w is None:
+        return False
+    return source.joules(duration_s, flow.low).mid > POWER_HEADROOM * source.limit_w * duration_s
 
 
 def together(flows: Iterable[Level]) -> Level:
@@ -127,60 +117,24 @@ class Flow:
         return Flow(self.duration_s + other.duration_s, tuple(units), self.flags | other.flags)
 
 
-def reserved_s(start_s: float, end_s: float, prompts: Sequence[Prompt]) -> float:
-    """The first prompt's share of a window's seconds, by tokens as that of the energy; seconds of machine, not of wall.
+def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
+    """A prompt's share of what flowed while it was in flight with others; ``levels`` are those at the parts' times.
 
-    Together with the seconds without a prompt the shares of all are the window's.
+    By tokens, with the split by tokens and that by time as the range.
     """
-    if len(prompts) == 1:
-        return min(prompts[0].end_s, end_s) - max(prompts[0].start_s, start_s)
-    spans = [Span(prompt.start_s, prompt.end_s, max(prompt.tokens, 1)) for prompt in prompts]
-    return split(lambda time_s: time_s - start_s, start_s, end_s, spans)[0][0]
-
-
-def counted_in(source: Source, intervals: Sequence[Interval], levels: Mapping[float, Level]) -> Component:
-    """What flowed in these intervals together; an estimate where they are too short for the counter."""
-    flow = together(between(levels[a], levels[b]) for a, b in intervals)
-    return counted(source, sum(b - a for a, b in intervals), flow, estimate_short=True)
-
-
-def shared(
-    source: Source,
-    start_s: float,
-    end_s: float,
-    prompts: Sequence[Prompt],
-    levels: Mapping[float, Level],
-    first: int | None = None,
-) -> list[Component]:
-    """Each prompt's share of a window: by tokens, with the split by tokens and that by time as the range.
-
-    Of the ``first`` so many prompts, None: of all of them.
-
-    A prompt without tokens weighs as much as one with a single token: it was in flight.
-    """
-    joules = {
-        time_s: source.joules(time_s - start_s, level.mid - levels[start_s].mid) for time_s, level in levels.items()
-    }
-    by_tokens = [Span(prompt.start_s, prompt.end_s, max(prompt.tokens, 1)) for prompt in prompts]
-    by_time = [Span(prompt.start_s, prompt.end_s, prompt.end_s - prompt.start_s) for prompt in prompts]
-
-    def divided(spans: Sequence[Span], level: int) -> list[float]:
-        return split(lambda time_s: joules[time_s][level], start_s, end_s, spans)[0][:first]
-
-    mid = divided(by_tokens, 1)
-    low = [min(pair) for pair in zip(divided(by_tokens, 0), divided(by_time, 0), strict=True)]
-    high = [max(pair) for pair in zip(divided(by_tokens, 2), divided(by_time, 2), strict=True)]
-    return [
-        Component(
-            name=source.name,
-            source=source.origin,
-            label=worst((source.label, Label.MODELED)),
-            joules=mid[index],
-            low_j=low[index],
-            high_j=high[index],
-            flags=("shared",),
-        )
-        if mid[index] > 0
-        else unknown(source, "too_short")
-        for index in range(len(mid))
-    ]
+    if _implausible(source, parts.times_s[-1] - parts.times_s[0], between(levels[0], levels[-1])):
+        return unknown(source, "implausible_power")
+    units = [level.mid for level in levels]
+    by_tokens = source.joules(parts.reserved_s, _flowed(units, parts.by_tokens))
+    by_time = source.joules(_flowed(parts.times_s, parts.by_time), _flowed(units, parts.by_time))
+    if by_tokens.mid <= 0:
+        return unknown(source, "too_short")
+    return Component(
+        name=source.name,
+        source=source.origin,
+        label=worst((source.label, Label.MODELED)),
+        joules=by_tokens.mid,
+        low_j=min(by_tokens.low, by_time.low),
+        high_j=max(by_tokens.high, by_time.high),
+        flags=("shared",),
+    )

@@ -10,18 +10,17 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate
+from typing import NamedTuple
 
-from deployments.attribution import Prompt
+from deployments.attribution import Parts
 from deployments.lease_account import LeaseAccount
 
-REMEMBERED_PROMPTS = 1024
-"""Ended prompts that are kept, to share out the energy of those they overlapped with."""
-_STILL_RUNS_S = 86_400.0
+REMEMBERED_CHANGES = 16_384
+"""Begins and ends of prompts that are kept at least, to share out the energy of those that they lie in."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Tokens of a prompt, as vLLM counts them; ``cached`` are those of the prompt that were not computed again."""
 
     prompt: int
@@ -36,7 +35,11 @@ class Tokens:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One prompt, in the meter's clock. ``tokens`` and ``words`` are None until, and unless, they are known."""
+    """One prompt, in the meter's clock. ``tokens`` and ``words`` are None until, and unless, they are known.
+
+    ``outlived_by`` are the prompts that were in flight when it ended; ``begun_with`` and ``ended_with`` the numbers of
+    the changes that it was.
+    """
 
     start_s: float
     end_s: float | None = None
@@ -46,26 +49,47 @@ class Flight:
     words: int | None = None
     answer_id: str | None = None
     rate_per_s: float | None = None
+    outlived_by: tuple[Flight, ...] = ()
+    begun_with: int = 0
+    ended_with: int = 0
 
-    @property
     def known_rate_per_s(self) -> float | None:
         """Tokens a second, None if that is not known, or not yet. One without any counts as one with a single token."""
-        if self.rate_per_s is not None or self.end_s is None or self.tokens is None:
-            return self.rate_per_s
-        return max(self.tokens.processed, 1) / (self.end_s - self.start_s)
+        if self.rate_per_s is None and self.end_s is not None and self.tokens is not None:
+            self.rate_per_s = max(self.tokens.processed, 1) / (self.end_s - self.start_s)
+        return self.rate_per_s
+
+    @property
+    def company_has_ended(self) -> bool:
+        """Whether all prompts that were in flight with it have ended, so that their rates are as known as they get."""
+        return all(other.end_s is not None for other in self.outlived_by)
+
+
+class _Change(NamedTuple):
+    """A prompt begins, or is over."""
+
+    time_s: float
+    flight: Flight
+    begins: bool
 
 
 class Flights:
-    """The prompts that are in flight, those that ended, and those among them that are not written down yet."""
+    """The prompts that are in flight, those that are not written down yet, and how they came and went."""
 
     def __init__(self) -> None:
         self.unwritten: deque[Flight] = deque()
         self._in_flight: dict[Flight, None] = {}
-        self._ended: deque[Flight] = deque(maxlen=REMEMBERED_PROMPTS)
+        self._changes: list[_Change] = []
+        self._forgotten = 0
+
+    def __len__(self) -> int:
+        """How many begins and ends of prompts are remembered."""
+        return len(self._changes)
 
     def begin(self, flight: Flight) -> None:
         """It is in flight from now on."""
         self._in_flight[flight] = None
+        flight.begun_with = self._changed(_Change(flight.start_s, flight, begins=True))
 
     def end(self, flight: Flight, at_s: float) -> bool:
         """It is over; False if it was before."""
@@ -73,41 +97,60 @@ class Flights:
             return False
         flight.end_s = max(at_s, math.nextafter(flight.start_s, math.inf))
         del self._in_flight[flight]
-        self._ended.append(flight)
+        flight.outlived_by = tuple(self._in_flight)
+        flight.ended_with = self._changed(_Change(flight.end_s, flight, begins=False))
         self.unwritten.append(flight)
         return True
 
-    def all_ended_beside(self, flight: Flight) -> bool:
-        """Whether every prompt that shares with this one, which has ended, has ended, too."""
-        assert flight.end_s is not None  # callers ask for ended ones
-        return all(other.start_s >= flight.end_s for other in self._in_flight)
+    def _changed(self, change: _Change) -> int:
+        """The number of this change."""
+        self._changes.append(change)
+        if len(self._changes) > 2 * REMEMBERED_CHANGES:
+            self._forget(REMEMBERED_CHANGES)
+        return self._forgotten + len(self._changes) - 1
 
-    def together(self, flight: Flight, *, for_good: bool = False) -> tuple[list[Prompt], bool]:
-        """A prompt that has ended and all that were in flight with it, itself first; whether a rate was assumed.
+    def parts(self, flight: Flight, *, for_good: bool = False) -> tuple[Parts, bool]:
+        """The parts of a prompt that has ended, and whether a rate was assumed for them.
 
-        A rate that is not known is taken to be this prompt's, and this one's to be the mean of the others'.
+        A rate that is not known is taken to be this prompt's, and this one's to be the mean of the others'. With
+        ``for_good`` all of these rates stay what they are.
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
-        end_s = flight.end_s
-        ended = takewhile(lambda other: (other.end_s or 0.0) > flight.start_s, reversed(self._ended))
-        beside = [other for other in (*ended, *self._in_flight) if other is not flight and other.start_s < end_s]
-        known = [rate for other in beside if (rate := other.known_rate_per_s) is not None]
-        own = flight.known_rate_per_s
-        assumed = own is None or len(known) < len(beside)
-        default = own if own is not None else statistics.fmean(known) if known else 1.0
-        prompts = []
-        for one in (flight, *beside):
-            rate = one.known_rate_per_s or default
-            if for_good:
-                one.rate_per_s = rate
-            until_s = one.start_s + _STILL_RUNS_S if one.end_s is None else one.end_s
-            prompts.append(Prompt(one.start_s, until_s, rate * (until_s - one.start_s)))
-        return prompts, assumed and bool(beside)
+        first, last = flight.begun_with + 1 - self._forgotten, flight.ended_with - self._forgotten
+        changes = self._changes[max(first, 0) : max(last, 0)][::-1]
+        if not changes and not flight.outlived_by:
+            return Parts((flight.start_s, flight.end_s), (1.0,), (1.0,)), first < 0
+        rates = {other: other.known_rate_per_s() for other in flight.outlived_by}
+        for _, other, _ in changes:
+            if other not in rates:
+                rates[other] = other.known_rate_per_s()
+        own = flight.known_rate_per_s()
+        known = [rate for rate in rates.values() if rate is not None]
+        assumed = first < 0 or own is None or len(known) < len(rates)
+        if own is None:
+            own = statistics.fmean(known) if known else 1.0
+        if for_good:
+            flight.rate_per_s = own
+            for other, rate in rates.items():
+                other.rate_per_s = rate or own
+        # Backwards from its end, because then it is known who was there.
+        steps = [(-1 if begins else 1, rates[other] or own) for _, other, begins in changes]
+        there = own + sum(rates[other] or own for other in flight.outlived_by)
+        sums = accumulate((sign * rate for sign, rate in steps), initial=there)
+        counts = list(accumulate((sign for sign, _ in steps), initial=1 + len(flight.outlived_by)))
+        times_s = (flight.end_s, *(change.time_s for change in changes), flight.start_s)
+        by_tokens = [own / rate if count > 1 else 1.0 for rate, count in zip(sums, counts, strict=True)]
+        return Parts(times_s[::-1], by_tokens[::-1], [1 / count for count in reversed(counts)]), assumed
 
     def forget(self) -> None:
-        """Forget the prompts that no other one needs any more."""
-        needed_s = min(
-            (flight.start_s for flights in (self._in_flight, self.unwritten) for flight in flights), default=math.inf
+        """Forget what no prompt needs any more."""
+        needed = min(
+            (flight.begun_with for flights in (self._in_flight, self.unwritten) for flight in flights),
+            default=self._forgotten + len(self._changes),
         )
-        while self._ended and (self._ended[0].end_s or 0.0) <= needed_s:
-            self._ended.popleft()
+        self._forget(needed - self._forgotten)
+
+    def _forget(self, changes: int) -> None:
+        if changes > 0:
+            del self._changes[:changes]
+            self._forgotten += changes

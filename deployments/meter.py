@@ -10,11 +10,12 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Final
 
-from deployments.attribution import Flow, Layout, Prompt, counted, counted_in, lay_out, shared, together, unknown
+from deployments.attribution import Flow, Parts, counted, shared, together, unknown
 from deployments.counter_check import Check, CounterCheck
 from deployments.energy import Component, Energy, Label, total, worst
 from deployments.energy_sources import CounterLost, GPUPower, ReadFailed, Source, Unreadable
@@ -28,19 +29,6 @@ _CONTENTION_PERIOD_S = 1.0
 CONTENDED: Final = "contended"
 """Flag: something else was at work on the hardware, or on the machine."""
 _JOIN_TIMEOUT_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Attribution:
-    """A window divided among the prompts in it.
-
-    The shares (in the order of the prompts) and ``idle`` together are the total; ``idle`` is None when some prompt
-    was in flight at every moment, or nothing is known.
-    """
-
-    total: Energy
-    shares: tuple[Energy, ...]
-    idle: Energy | None
 
 
 @dataclass(slots=True)
@@ -58,7 +46,7 @@ class _Channel:
 class Meter:
     """Counts the energy of one machine's part that a wrapper holds.
 
-    `window`, `flow`, `energy`, `attribute`, `settled` and `describe` may be called from any thread; none blocks for
+    `window`, `flow`, `energy`, `share`, `settled` and `describe` may be called from any thread; none blocks for
     longer than a dictionary look-up in the poller.
 
     Args:
@@ -207,19 +195,16 @@ class Meter:
         Raises:
             ValueError: It does not end after its start.
         """
-        levels = self._levels(start_s, end_s)
-        parts = [_whole(source, start_s, end_s, at, estimate_short=estimate_short) for source, at in levels]
-        return total([*parts, *self._holes()], self._flags(start_s, end_s))
+        return self.energy(self.flow([(start_s, end_s)]), estimate_short=estimate_short)
 
     def flow(self, intervals: Sequence[Interval]) -> Flow:
         """What the counters went up by in these intervals (one or more, in order of time), to be told by `energy`."""
-        start_s, end_s = intervals[0][0], intervals[-1][1]
-        times_s = {time_s for interval in intervals for time_s in interval}
+        times_s = list(chain.from_iterable(intervals))
         units = [
-            levels if isinstance(levels, str) else together(between(levels[a], levels[b]) for a, b in intervals)
-            for _, levels in self._levels(start_s, end_s, times_s)
+            levels if isinstance(levels, str) else together(map(between, levels[::2], levels[1::2]))
+            for _, levels in self._levels(times_s)
         ]
-        return Flow(sum(b - a for a, b in intervals), tuple(units), frozenset(self._flags(start_s, end_s)))
+        return Flow(sum(b - a for a, b in intervals), tuple(units), frozenset(self._flags(times_s[0], times_s[-1])))
 
     def energy(self, flow: Flow, *, estimate_short: bool = False) -> Energy:
         """A flow in joules; with ``estimate_short`` modelled where it is too short for a counter."""
@@ -235,48 +220,30 @@ class Meter:
         """The energy of no time at all: not known, and flagged ``too_short``."""
         return self.energy(Flow(0.0, ("too_short",) * len(self._channels), frozenset()))
 
-    def attribute(
-        self, start_s: float, end_s: float, prompts: Sequence[Prompt], *, first: int | None = None
-    ) -> Attribution:
-        """Divide a window among the prompts in it; only what they did inside the window counts.
-
-        A prompt that was alone all the time has what the counters say. Prompts in flight together share what flows
-        in proportion to their tokens, spread evenly over each one's time: that is modelled, with the split by tokens
-        and the split by time as its range. What is too short for the counters is modelled, too, with their bounds.
-        Only the ``first`` so many of the prompts get a share that is told, None: all of them.
+    def share(self, parts: Parts) -> Energy:
+        """A prompt's share of what flowed while it was in flight with others: modelled, with its range.
 
         Raises:
-            ValueError: The window does not end after its start.
+            ValueError: It does not end after its begin.
         """
-        layout = lay_out(start_s, end_s, prompts)
-        whole: list[Component] = []
-        shares: list[list[Component]] = [[] for _ in prompts[:first]]
-        idle: list[Component] = []
-        for source, levels in self._levels(start_s, end_s, layout.times_s()):
-            whole.append(_whole(source, start_s, end_s, levels))
-            for share, part in zip(shares, _shares(source, whole[-1], layout, prompts, levels, first), strict=True):
-                share.append(part)
-            if layout.gaps and not isinstance(levels, str):
-                idle.append(counted_in(source, layout.gaps, levels))
-        holes, flags = self._holes(), self._flags(start_s, end_s)
-        return Attribution(
-            total=total([*whole, *holes], flags),
-            shares=tuple(total([*share, *holes], flags) for share in shares),
-            idle=total([*idle, *holes], flags) if layout.gaps else None,
-        )
+        shares = [
+            unknown(source, levels) if isinstance(levels, str) else shared(source, parts, levels)
+            for source, levels in self._levels(parts.times_s)
+        ]
+        return total([*shares, *self._holes()], self._flags(parts.times_s[0], parts.times_s[-1]))
 
-    def _levels(
-        self, start_s: float, end_s: float, times_s: Iterable[float] = ()
-    ) -> list[tuple[Source, dict[float, Level] | str]]:
-        """Every counter at these times, all looked up at one moment; or the flag that says why it can't be told."""
-        if end_s <= start_s:
-            raise ValueError(f"a window can't end at {end_s} when it starts at {start_s}")
-        times = sorted({start_s, end_s, *times_s})
-        found: list[tuple[Source, dict[float, Level] | str]] = []
+    def _levels(self, times_s: Sequence[float]) -> list[tuple[Source, list[Level] | str]]:
+        """Every counter at these times, all looked up at one moment; or the flag that says why it can't be told.
+
+        The first and the last are those of a window.
+        """
+        if times_s[-1] <= times_s[0]:
+            raise ValueError(f"a window can't end at {times_s[-1]} when it starts at {times_s[0]}")
+        found: list[tuple[Source, list[Level] | str]] = []
         with self._lock:
             for channel in self._channels:
                 try:
-                    found.append((channel.source, dict(zip(times, channel.track.levels(times), strict=True))))
+                    found.append((channel.source, channel.track.levels(times_s)))
                 except NoWindow as no_window:
                     found.append((channel.source, no_window.flag))
         return found
@@ -342,38 +309,6 @@ class Meter:
                 "not_covered": list(self._not_covered),
                 "checks": [asdict(check) for check in self._checks()],
             }
-
-
-def _whole(
-    source: Source, start_s: float, end_s: float, levels: Mapping[float, Level] | str, *, estimate_short: bool = False
-) -> Component:
-    if isinstance(levels, str):
-        return unknown(source, levels)
-    flow = between(levels[start_s], levels[end_s])
-    return counted(source, end_s - start_s, flow, estimate_short=estimate_short)
-
-
-def _shares(
-    source: Source,
-    whole: Component,
-    layout: Layout,
-    prompts: Sequence[Prompt],
-    levels: Mapping[float, Level] | str,
-    first: int | None,
-) -> list[Component]:
-    """One source's component of each of the first so many prompts."""
-    if isinstance(levels, str) or "implausible_power" in whole.flags:
-        return [unknown(source, flag) for _ in prompts[:first] for flag in whole.flags]
-    start_s, end_s = min(levels), max(levels)
-    split_up = shared(source, start_s, end_s, prompts, levels, first) if layout.overlapping else []
-    return [
-        unknown(source, "outside_window")
-        if interval is None
-        else split_up[index]
-        if index in layout.overlapping
-        else counted_in(source, [interval], levels)
-        for index, interval in enumerate(layout.inside[:first])
-    ]
 
 
 def _not_covered(names: Sequence[str]) -> Iterable[str]:

@@ -12,10 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from deployments.attribution import Flow, reserved_s
+from deployments.attribution import Flow
 from deployments.energy import CPUModel, Embodied, Energy, GridIntensity, SCISettings
 from deployments.energy_log import EnergyLog, Record, as_json
 from deployments.energy_sources import ReadFailed, Unreadable, gpu_uuids, probe_sources
@@ -187,18 +187,16 @@ class PromptMeter:
     def _figures(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score]:
         """A prompt's share of what flowed while it was in flight, and of the time that the machine was reserved."""
         assert flight.end_s is not None  # callers end a prompt before they account for it
-        prompts, assumed = self._flights.together(flight, for_good=for_good)
-        if len(prompts) == 1:
+        parts, assumed = self._flights.parts(flight, for_good=for_good)
+        if parts.alone:
             energy = self._meter.window(flight.start_s, flight.end_s, estimate_short=True)
         else:
-            energy = self._meter.attribute(flight.start_s, flight.end_s, prompts, first=1).shares[0]
+            energy = self._meter.share(parts)
         flags = [
             *(("tokens_unknown",) if flight.tokens is None else ()),
             *(("share_estimated",) if assumed else ()),
         ]
-        return energy, self._score(
-            energy, reserved_s(flight.start_s, flight.end_s, prompts), self._units(flight.tokens, flight.words), flags
-        )
+        return energy, self._score(energy, parts.reserved_s, self._units(flight.tokens, flight.words), flags)
 
     def _units(self, tokens: Tokens | None, words: int | None) -> int | None:
         match self._sci.functional_unit:
@@ -212,8 +210,7 @@ class PromptMeter:
                 return words
 
     def _score(self, energy: Energy, duration_s: float, units: int | None, flags: Sequence[str] = ()) -> Score:
-        found = score(energy, duration_s=duration_s, units=units, settings=self._sci, grid=self._grid)
-        return replace(found, flags=(*found.flags, *flags)) if flags else found
+        return score(energy, duration_s=duration_s, units=units, settings=self._sci, grid=self._grid, flags=flags)
 
     def use(self) -> dict[str, Any] | None:
         """What the lease has cost so far, idle time included, and its budget; None without a lease."""
@@ -319,7 +316,7 @@ class PromptMeter:
         flight = unwritten[0]
         assert flight.end_s is not None  # it has ended
         waited_s = self._meter.mark() - flight.end_s
-        if not self._settled(flight.end_s) or (waited_s < SHARES_S and not self._flights.all_ended_beside(flight)):
+        if not self._settled(flight.end_s) or (waited_s < SHARES_S and not flight.company_has_ended):
             return False
         energy, found = self._figures(flight, for_good=True)
         unwritten.popleft()
@@ -330,7 +327,7 @@ class PromptMeter:
             "model": self._model if account is None else account.model,
             "endpoint": flight.endpoint,
             "answer_id": flight.answer_id,
-            "tokens": None if flight.tokens is None else asdict(flight.tokens),
+            "tokens": None if flight.tokens is None else flight.tokens._asdict(),
             "words": flight.words,
         }
         self._write_record(WindowKind.PROMPT, account, (flight.start_s, flight.end_s), energy, found, more)
@@ -359,7 +356,7 @@ class PromptMeter:
         return True
 
     def _record_lease(self, account: LeaseAccount, end_s: float, flow: Flow) -> None:
-        tokens = None if account.tokens is None else asdict(Tokens(*account.tokens))
+        tokens = None if account.tokens is None else Tokens(*account.tokens)._asdict()
         more = {"model": account.model, "prompts": account.prompts, "tokens": tokens, "words": account.words}
         self._record(
             WindowKind.LEASE, account, (account.begun_s, end_s), flow, more, account.units, flags=sorted(account.flags)

@@ -9,7 +9,7 @@ Source: Green Software Foundation, Software Carbon Intensity specification 1.1 (
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -93,7 +93,13 @@ class Score:
 
 
 def score(
-    energy: Energy, *, duration_s: float, units: int | None, settings: SCISettings, grid: GridIntensity | None
+    energy: Energy,
+    *,
+    duration_s: float,
+    units: int | None,
+    settings: SCISettings,
+    grid: GridIntensity | None,
+    flags: Sequence[str] = (),
 ) -> Score:
     """Score a window.
 
@@ -103,6 +109,7 @@ def score(
         units: Functional units (``settings.functional_unit``) produced in it, ≥ 0; None: not known.
         settings: The operator's choices.
         grid: Carbon intensity; None if not configured, and then there is no score.
+        flags: What is to be said of the window besides.
 
     Raises:
         ValueError: A duration or a number of units that can't be.
@@ -145,7 +152,7 @@ def score(
             "R": "unavailable" if units is None else "measured",
         },
         boundary=energy.boundary,
-        flags=(*energy.flags, *(flag for flag, holds in problems.items() if holds)),
+        flags=(*energy.flags, *(flag for flag, holds in problems.items() if holds), *flags),
     )
 
 

@@ -1,4 +1,4 @@
-"""The mathematics of counters that tick: a history of edges, what a window between them holds, who gets what of it.
+"""The mathematics of counters that tick: a history of edges, and what a window between them holds.
 
 Pure: the times come in as arguments. Units are those of the counter: joules, or CPU-seconds for a CPU model.
 
@@ -14,7 +14,7 @@ import math
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _FINE_S = 600.0
@@ -23,6 +23,7 @@ _COARSE_S = 1.0
 _TREND_S = 0.3
 """How far back the slope is taken from which the time since the last edge is estimated."""
 _MAX_RUNS = 16
+_LEVELS_KEPT = 8192
 
 
 class NoWindow(Exception):
@@ -58,10 +59,13 @@ def between(start: Level, end: Level) -> Level:
 class _Run:
     """Edges of a counter between two breaks, in order of time."""
 
-    __slots__ = ("_thinned", "before_s", "seen_s", "units", "why")
+    __slots__ = ("_final", "_provisional", "_thinned", "before_s", "seen_s", "units", "why")
 
     def __init__(self, why: str) -> None:
         self.why = why
+        # Prompts in flight together ask for the same times, over and over.
+        self._final: dict[float, Level] = {}
+        self._provisional: dict[float, Level] = {}
         self.before_s = array("d")
         self.seen_s = array("d")
         self.units = array("d")
@@ -71,6 +75,12 @@ class _Run:
         self.before_s.append(before_s)
         self.seen_s.append(seen_s)
         self.units.append(units)
+        self._provisional.clear()
+
+    def stay(self, before_s: float, seen_s: float) -> None:
+        """The last edge was the last of a flat stretch, which went on until now."""
+        self.before_s[-1], self.seen_s[-1] = before_s, seen_s
+        self._provisional.clear()
 
     def thin(self, history_s: float) -> None:
         """Forget what is older than the history, and most edges of what is older than `_FINE_S`."""
@@ -101,8 +111,18 @@ class _Run:
         elapsed_s = self._mid_s(last) - self._mid_s(first)
         return (self.units[last] - self.units[first]) / elapsed_s if elapsed_s > 0 else 0.0
 
-    def at(self, time_s: float, step: float, max_rate: float | None) -> Level:
+    def level(self, time_s: float, step: float, max_rate: float | None) -> Level:
         """The counter at a time not before the first edge. Takes at least two edges."""
+        found = self._final.get(time_s) or self._provisional.get(time_s)
+        if found is None:
+            found = self._at(time_s, step, max_rate)
+            kept = self._provisional if found.provisional else self._final
+            if len(kept) >= _LEVELS_KEPT:
+                kept.clear()
+            kept[time_s] = found
+        return found
+
+    def _at(self, time_s: float, step: float, max_rate: float | None) -> Level:
         last = len(self.units) - 1
         floor = bisect_right(self.seen_s, time_s) - 1
         ceiling = bisect_left(self.before_s, time_s)
@@ -158,7 +178,7 @@ class Track:
         if self._max_age_s is not None:
             # Known to be fresh, so a flat stretch is knowledge too: keep its first and its last reading.
             if len(run.units) > 1 and run.units[-2] == run.units[-1] == units:
-                run.before_s[-1], run.seen_s[-1] = asked_s - self._max_age_s, answered_s
+                run.stay(asked_s - self._max_age_s, answered_s)
             else:
                 run.append(asked_s - self._max_age_s, answered_s, units)
         elif last is not None and units > last:
@@ -200,55 +220,4 @@ class Track:
             raise NoWindow("no_edge")
         if last_s > run.seen_s[-1] + self._stale_s:
             raise NoWindow("stale")
-        return [run.at(time_s, self._step, self._max_rate) for time_s in times_s]
-
-
-class Span(NamedTuple):
-    """A consumer's time and its weight (> 0, spread evenly over all of its time)."""
-
-    start_s: float
-    end_s: float
-    weight: float
-
-
-def split(
-    level: Callable[[float], float], start_s: float, end_s: float, spans: Sequence[Span]
-) -> tuple[list[float], float]:
-    """Divide what flows from start to end among the spans in flight at each moment, in proportion to their rates.
-
-    Only what a span does inside the window counts. ``level`` is the cumulated flow; it is asked for the window's
-    and the spans' boundaries only.
-
-    Returns:
-        The share of each span, and what flowed while there was none. Together they are all that flowed.
-    """
-    inside = [(max(span.start_s, start_s), min(span.end_s, end_s)) for span in spans]
-    rates = [
-        span.weight / (span.end_s - span.start_s) if a < b else 0.0 for span, (a, b) in zip(spans, inside, strict=True)
-    ]
-    starts: dict[float, list[int]] = {}
-    ends: dict[float, list[int]] = {}
-    for index, (a, b) in enumerate(inside):
-        if a < b:
-            starts.setdefault(a, []).append(index)
-            ends.setdefault(b, []).append(index)
-    shares = [0.0] * len(spans)
-    idle = 0.0
-    # What a rate of 1 gets, cumulated: a span gets its rate times what was added while it was in flight.
-    active: dict[int, float] = {}
-    per_rate, since = 0.0, [0.0] * len(spans)
-    before_s, before = start_s, level(start_s)
-    for time_s in sorted({start_s, end_s, *starts, *ends}):
-        now = level(time_s)
-        if active:
-            per_rate += (now - before) / math.fsum(active.values())
-        elif time_s > before_s:
-            idle += now - before
-        before_s, before = time_s, now
-        for index in ends.get(time_s, ()):
-            shares[index] = active.pop(index) * (per_rate - since[index])
-        if not active:
-            per_rate = 0.0  # nobody counts from before, and small numbers are exact ones
-        for index in starts.get(time_s, ()):
-            active[index], since[index] = rates[index], per_rate
-    return shares, idle
+        return [run.level(time_s, self._step, self._max_rate) for time_s in times_s]

@@ -1,4 +1,4 @@
-"""What the meter costs: a mark, a window, an attribution, and the polling thread. Prints, asserts nothing.
+"""What the meter costs: a mark, a window, a share, and the polling thread. Prints, asserts nothing.
 
 ``python -m tests.bench.meter_overhead``; on a machine without counters the powercap zones are files of a fake tree.
 """
@@ -13,10 +13,10 @@ import time
 import timeit
 from pathlib import Path
 
-from deployments.attribution import Prompt
 from deployments.cpu_time import CPUTimeTree
 from deployments.energy import CPUModel, SCISettings
 from deployments.energy_sources import CPUModelSource, PowercapZone, Source, probe_sources
+from deployments.flights import Flight, Flights, Tokens
 from deployments.meter import Meter
 from tests.fake_counters import ManualClock, write_zone
 
@@ -36,6 +36,21 @@ def sources(root: Path, kind: str) -> list[Source]:
     return [CPUModelSource(MODEL, CPUTimeTree(os.getpid()), cpus=2)]
 
 
+def company(end_s: float) -> tuple[Flights, Flight]:
+    """A prompt that has just ended, as one of 32 connections that ask again as soon as they are answered."""
+    flights = Flights()
+    flying = [Flight(end_s - 10 + number / 32) for number in range(32)]
+    for flight in flying:
+        flights.begin(flight)
+    for number in range(160):
+        at_s = end_s - 9 + number / 32
+        flights.end(flying[number], at_s)
+        flying[number].tokens = Tokens(6, 0, 32)
+        flying.append(Flight(at_s))
+        flights.begin(flying[-1])
+    return flights, flying[159]
+
+
 def main() -> None:
     clock = ManualClock()
     model = CPUModelSource(MODEL, CPUTimeTree(os.getpid()), cpus=2)
@@ -44,11 +59,11 @@ def main() -> None:
         meter.poll_once()
         clock.now_s += 0.05
     end_s = clock.now_s - 1
-    prompts = [Prompt(end_s - 3000 + index, end_s - 2998 + index, 100) for index in range(1000)]
+    flights, flight = company(end_s)
     real = Meter([], clock=time.monotonic)
     print(f"mark()                    {per_call_us(real.mark, 100_000):10.2f} us")
     print(f"window() of 2 s           {per_call_us(lambda: meter.window(end_s - 2, end_s), 5000):10.2f} us")
-    print(f"attribute() 1000 prompts  {per_call_us(lambda: meter.attribute(end_s - 3500, end_s, prompts), 1):10.0f} us")
+    print(f"share() beside 32         {per_call_us(lambda: meter.share(flights.parts(flight)[0]), 1000):10.2f} us")
     children = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(8)]
     try:
         for kind in ("2 powercap zones", "CPU model, 9 processes"):

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from deployments.attribution import Prompt
-from deployments.energy import Component, CPUModel, Energy, Label, total, worst
+from deployments.energy import Component, CPUModel, Label, total, worst
 from deployments.energy_sources import CPUModelSource, PowercapZone
+from deployments.flights import Flight, Flights, Tokens
 from deployments.meter import Meter
-from deployments.windows import NoWindow, Span, Track, between, split
+from deployments.windows import NoWindow, Track, between
 from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks, set_energy, write_zone
 
 START_S = 1000.0
@@ -302,44 +302,66 @@ def test_worst_label_is_one_of_them(labels: list[Label]) -> None:
 # --- attribution -----------------------------------------------------------------------------------------------
 
 
-prompts = st.lists(
-    st.builds(
-        lambda start, length, tokens: Prompt(START_S + start, START_S + start + length, tokens),
-        st.floats(0.0, 6.0),
-        st.floats(0.0, 4.0),
-        st.integers(0, 3000),
-    ),
-    max_size=8,
-)
+comings = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 40), st.integers(0, 3000)), max_size=8)
+"""When prompts begin, and how long they take, in tenths of a second; their tokens."""
 
 
-def known_j(parts: Sequence[Energy | None]) -> float:
-    return sum(part.total_j or 0.0 for part in parts if part is not None)
+def fly(comings: Sequence[tuple[int, int, int]]) -> tuple[Flights, list[Flight]]:
+    """What came and went, with all tokens known."""
+    flights, flying = Flights(), [Flight(START_S + 0.6 + start / 10) for start, _, _ in comings]
+    changes = [(start / 10, 1, index) for index, (start, _, _) in enumerate(comings)]
+    changes += [((start + length) / 10, 0, index) for index, (start, length, _) in enumerate(comings)]
+    for at_s, begins, index in sorted(changes):
+        if begins:
+            flights.begin(flying[index])
+        else:
+            flights.end(flying[index], START_S + 0.6 + at_s)
+    for flight, (_, _, tokens) in zip(flying, comings, strict=True):
+        flight.tokens = Tokens(tokens, 0, 0)
+    return flights, flying
+
+
+def gaps_between(flying: Sequence[Flight], start_s: float, end_s: float) -> list[tuple[float, float]]:
+    gaps, busy_until_s = [], start_s
+    for flight in sorted(flying, key=lambda flight: flight.start_s):
+        if flight.start_s > busy_until_s:
+            gaps.append((busy_until_s, flight.start_s))
+        busy_until_s = max(busy_until_s, flight.end_s or 0.0)
+    return [*gaps, *([(busy_until_s, end_s)] if busy_until_s < end_s else [])]
 
 
 @settings(deadline=None)
-@given(powers, seeds, prompts, st.booleans())
+@given(powers, seeds, comings, st.booleans())
 def test_shares_and_idle_are_the_total(
-    steps: list[tuple[float, float]], seed: int, in_flight: list[Prompt], modelled: bool
+    steps: list[tuple[float, float]], seed: int, comings: list[tuple[int, int, int]], modelled: bool
 ) -> None:
-    """Prompt shares plus idle are the lease's total; no share is 0, and shared ones are modelled with a range."""
-    bench = Bench(steps, seed, seconds=8.0)
-    if modelled:
-        bench = modelled_bench(seed)
-    start_s, end_s = START_S + 0.6, START_S + 7.3
-    found = bench.meter.attribute(start_s, end_s, in_flight)
-    assert found.total.total_j is not None
-    assert known_j([*found.shares, found.idle]) == pytest.approx(found.total.total_j)
+    """Prompt shares plus idle are all that flowed; no share is 0, and shared ones are modelled with a range."""
+    bench = modelled_bench(seed) if modelled else Bench(steps, seed)
+    flights, flying = fly(comings)
+    start_s, end_s = START_S + 0.6, START_S + 10.7
+    whole = bench.meter.window(start_s, end_s)
+    gaps = gaps_between(flying, start_s, end_s)
+    energies = [bench.meter.energy(bench.meter.flow(gaps), estimate_short=True)] if gaps else []
+    for flight in flying:
+        parts, assumed = flights.parts(flight)
+        assert not assumed
+        if parts.alone:
+            energies.append(bench.meter.window(flight.start_s, flight.end_s or 0.0, estimate_short=True))
+        else:
+            energies.append(bench.meter.share(parts))
+            assert "shared" in energies[-1].flags or energies[-1].total_j is None
+    assert whole.total_j is not None
+    assert sum(energy.total_j or 0.0 for energy in energies) == pytest.approx(whole.total_j)
     order = list(Label)
-    for share in (*found.shares, *([found.idle] if found.idle else [])):
-        assert share.total_j is None or share.total_j > 0
-        assert order.index(share.label) >= order.index(found.total.label)
-        if "shared" in share.flags:
-            assert share.label is Label.MODELED
-        if share.label is Label.MODELED and share.total_j is not None:
-            assert share.low_j is not None
-            assert share.high_j is not None
-            assert share.low_j - 1e-6 <= share.total_j <= share.high_j + 1e-6
+    for energy in energies:
+        assert energy.total_j is None or energy.total_j > 0
+        assert order.index(energy.label) >= order.index(whole.label)
+        if "shared" in energy.flags:
+            assert energy.label is Label.MODELED
+        if energy.label is Label.MODELED and energy.total_j is not None:
+            assert energy.low_j is not None
+            assert energy.high_j is not None
+            assert energy.low_j - 1e-6 <= energy.total_j <= energy.high_j + 1e-6
 
 
 def modelled_bench(seed: int) -> Bench:
@@ -352,49 +374,29 @@ def modelled_bench(seed: int) -> Bench:
             return float(int((now_s - START_S) * 100) // 3) / 20
 
     bench.meter = Meter([CPUModelSource(model, CPUTime(), cpus=4)], clock=bench.clock)  # type: ignore[arg-type]
-    while bench.clock.now_s < START_S + 8:
+    while bench.clock.now_s < START_S + SECONDS:
         bench.meter.poll_once()
         bench.clock.now_s += 0.05
     return bench
 
 
-@settings(deadline=None)
-@given(powers, seeds, st.floats(0.0, 5.0), st.floats(0.0, 1.0))
-def test_prompt_alone_keeps_the_counters_label(
-    steps: list[tuple[float, float]], seed: int, start: float, length: float
-) -> None:
-    """A prompt that had the machine alone gets what the counters say of its window, label included."""
-    bench = Bench(steps, seed, seconds=8.0)
-    alone = Prompt(START_S + 0.6 + start, START_S + 1.0 + start + length, 100)
-    found = bench.meter.attribute(START_S + 0.6, START_S + 7.3, [alone, Prompt(START_S + 7.1, START_S + 7.2, 1)])
-    window = bench.meter.window(alone.start_s, alone.end_s)
-    assert window.label is Label.MEASURED
-    assert found.shares[0] == window
+@given(comings)
+def test_seconds_are_given_away_once(comings: list[tuple[int, int, int]]) -> None:
+    """The prompts' seconds of the machine and those without a prompt are all that went by; no part is 0 or negative."""
+    flights, flying = fly(comings)
+    reserved_s = 0.0
+    for flight in flying:
+        parts, _ = flights.parts(flight)
+        assert all(0 < part <= 1 for part in (*parts.by_tokens, *parts.by_time))
+        reserved_s += parts.reserved_s
+    start_s, end_s = START_S, START_S + 12
+    assert reserved_s + sum(b - a for a, b in gaps_between(flying, start_s, end_s)) == pytest.approx(12)
 
 
-spans = st.lists(
-    st.builds(
-        lambda start, length, weight: Span(start, start + length, weight),
-        st.floats(-5, 15),
-        st.just(0.0) | st.floats(1e-9, 10.0),  # clocks tick in nanoseconds
-        st.floats(1.0, 1e6),
-    ),
-    max_size=10,
-)
-
-
-@given(spans)
-def test_split_gives_everything_away_once(consumers: list[Span]) -> None:
-    """Shares are never negative and, with what flowed while nobody was there, are all that flowed."""
-    shares, idle = split(lambda time_s: 100 * time_s, 0.0, 10.0, consumers)
-    assert all(share >= 0 for share in shares)
-    assert idle >= 0
-    assert sum(shares) + idle == pytest.approx(1000.0)
-
-
-@given(st.floats(1, 1e4), st.floats(1, 1e4))
-def test_split_is_by_weight(one: float, other: float) -> None:
-    """Two consumers of the same time share in proportion to their weights; alone, each has all."""
-    shares, idle = split(lambda time_s: 7 * time_s, 0.0, 4.0, [Span(1, 3, one), Span(1, 3, other), Span(3, 4, one)])
-    assert shares == pytest.approx([14 * one / (one + other), 14 * other / (one + other), 7])
-    assert idle == pytest.approx(7)
+@given(st.integers(1, 10_000), st.integers(1, 10_000))
+def test_parts_are_by_rate(one: int, other: int) -> None:
+    """Two prompts of the same time share in proportion to their tokens; alone, each has all."""
+    flights, (first, second, alone) = fly([(0, 10, one), (0, 10, other), (20, 10, one)])
+    parts = [flights.parts(flight)[0] for flight in (first, second)]
+    assert [part.reserved_s for part in parts] == pytest.approx([one / (one + other), other / (one + other)])
+    assert flights.parts(alone)[0].alone

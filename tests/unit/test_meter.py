@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from deployments import meter as meter_module
-from deployments.attribution import Prompt
+from deployments.attribution import Parts
 from deployments.energy import CPUModel, Label
 from deployments.energy_sources import CounterLost, CPUModelSource, GPUPower, ReadFailed, Source, Unreadable
 from deployments.meter import Meter
@@ -272,92 +272,48 @@ def test_contention_unknown(run: Run) -> None:
     assert "contention_unknown" in run(source).window(1001.0, 1003.0).flags
 
 
-# --- attribution -----------------------------------------------------------------------------------------------
+# --- shares ----------------------------------------------------------------------------------------------------
 
 
-def test_prompts_one_by_one(run: Run) -> None:
-    """Prompts that had the machine alone have what the counters say; the rest of the lease is idle, measured too."""
-    found = run(steady(100.0)).attribute(1000.5, 1004.5, [Prompt(1001.0, 1002.0, 10), Prompt(1002.5, 1003.0, 99)])
-    assert [share.total_j for share in found.shares] == [pytest.approx(100.0), pytest.approx(50.0)]
-    assert found.idle is not None
-    assert found.idle.total_j == pytest.approx(250.0)
-    assert found.total.total_j == pytest.approx(400.0)
-    assert {energy.label for energy in (*found.shares, found.idle, found.total)} == {Label.MEASURED}
+def test_share_is_by_tokens(run: Run) -> None:
+    """A share is modelled: by tokens, between the share by tokens and that by time."""
+    meter = run(steady(100.0))
+    large, small = (meter.share(Parts((1001.0, 1003.0), (part,), (0.5,))) for part in (0.75, 0.25))
+    assert [share.total_j for share in (large, small)] == pytest.approx([150.0, 50.0])
+    assert [share.low_j for share in (large, small)] == pytest.approx([100.0, 50.0])
+    assert [share.high_j for share in (large, small)] == pytest.approx([150.0, 100.0])
+    assert all(share.label is Label.MODELED and "shared" in share.flags for share in (large, small))
 
 
-def test_prompts_together(run: Run) -> None:
-    """Prompts in flight together share by tokens; that is modelled, between their shares by tokens and by time."""
-    together = [Prompt(1001.0, 1003.0, 30), Prompt(1001.0, 1003.0, 10)]
-    found = run(steady(100.0)).attribute(1001.0, 1003.0, together)
-    assert [share.total_j for share in found.shares] == [pytest.approx(150.0), pytest.approx(50.0)]
-    assert [share.low_j for share in found.shares] == [pytest.approx(100.0), pytest.approx(50.0)]
-    assert [share.high_j for share in found.shares] == [pytest.approx(150.0), pytest.approx(100.0)]
-    assert all(share.label is Label.MODELED and "shared" in share.flags for share in found.shares)
-    assert found.idle is None
-    assert found.total.label is Label.MEASURED
+def test_share_of_a_part_of_the_time(run: Run) -> None:
+    """Where a prompt was alone it has all that flowed, where another was in flight its part."""
+    share = run(steady(100.0)).share(Parts((1001.0, 1001.5, 1002.0), (1.0, 0.2), (1.0, 0.5)))
+    assert share.total_j == pytest.approx(60.0)
+    assert share.high_j == pytest.approx(75.0)
 
 
-def test_overlap_only_in_part(run: Run) -> None:
-    """Where prompts overlap they share, where one is alone it has all; only what overlaps is modelled."""
-    in_flight = [Prompt(1001.0, 1002.0, 10), Prompt(1001.5, 1002.5, 10), Prompt(1003.0, 1004.0, 10)]
-    found = run(steady(100.0)).attribute(1001.0, 1004.0, in_flight)
-    assert [share.total_j for share in found.shares] == [
-        pytest.approx(75.0),
-        pytest.approx(75.0),
-        pytest.approx(100.0),
-    ]
-    assert [share.label for share in found.shares] == [Label.MODELED, Label.MODELED, Label.MEASURED]
+def test_cpu_share_has_its_own_range_too(run: Run) -> None:
+    """A modelled CPU is divided like a counter, its own range included: its idle power by the time reserved."""
+    meter = run(cpu_model())
+    large, small = (meter.share(Parts((1001.0, 1003.0), (part,), (0.5,))) for part in (0.75, 0.25))
+    assert [share.total_j for share in (large, small)] == pytest.approx([9.0, 3.0])
+    assert [share.low_j for share in (large, small)] == pytest.approx([3.0, 1.5])
+    assert [share.high_j for share in (large, small)] == pytest.approx([18.0, 12.0])
 
 
-def test_cpu_share_follows_the_tokens(run: Run) -> None:
-    """A modelled CPU is divided like a counter, its own range included."""
-    found = run(cpu_model()).attribute(1001.0, 1003.0, [Prompt(1001.0, 1003.0, 3), Prompt(1001.0, 1003.0, 1)])
-    assert found.total.total_j == pytest.approx(12.0)
-    assert [share.total_j for share in found.shares] == [pytest.approx(9.0), pytest.approx(3.0)]
-    assert [share.low_j for share in found.shares] == [pytest.approx(3.0), pytest.approx(1.5)]
-    assert [share.high_j for share in found.shares] == [pytest.approx(18.0), pytest.approx(12.0)]
-
-
-def test_prompt_too_short_for_the_counter(run: Run) -> None:
-    """In a lease, a prompt between two edges of the counter is an estimate within the counter's bounds, never 0."""
-    found = run(steady(100.0)).attribute(1000.5, 1004.5, [Prompt(1001.01, 1001.04, 5)])
-    [share] = found.shares
-    assert share.total_j == pytest.approx(3.0)
-    assert (share.label, share.low_j) == (Label.MODELED, 0.0)
-    assert share.high_j is not None
-    assert share.high_j >= 3.0
-    assert "too_short" in share.flags
-
-
-def test_prompt_without_tokens_weighs_one(run: Run) -> None:
-    """A prompt that failed before its first token was in flight all the same, and has a small share."""
-    found = run(steady(100.0)).attribute(1001.0, 1003.0, [Prompt(1001.0, 1003.0, 0), Prompt(1001.0, 1003.0, 99)])
-    assert found.shares[0].total_j == pytest.approx(2.0)
-
-
-def test_only_the_inside_counts(run: Run) -> None:
-    """Of a prompt that began before the window only the inside counts; one outside has no figure."""
-    in_flight = [Prompt(1000.5, 1001.5, 10), Prompt(1004.0, 1004.5, 10), Prompt(1002.0, 1002.0, 10)]
-    found = run(steady(100.0)).attribute(1001.0, 1003.0, in_flight)
-    assert found.shares[0].total_j == pytest.approx(50.0)
-    for share in found.shares[1:]:
-        assert share.total_j is None
-        assert "outside_window" in share.flags
-
-
-def test_attribution_without_figures(run: Run) -> None:
-    """What is not known of the lease is not known of its prompts either, for the same reasons."""
-    for meter, flag in (
-        (run(), "no_source"),
-        (run(steady(300.0, name="gpu:x"), HOLE), "unreadable"),
-        (run(steady(1000.0, limit_w=700.0)), "implausible_power"),
+def test_share_of_what_is_not_known(run: Run) -> None:
+    """What is not known of the time is not known of a share of it either, for the same reasons."""
+    for sources, flag in (
+        ((), "no_source"),
+        ((steady(300.0, name="gpu:x"), HOLE), "unreadable"),
+        ((steady(1000.0, limit_w=700.0),), "implausible_power"),
+        ((steady(0.0),), "too_short"),
     ):
+        meter = run(*sources)
         start_s = meter.mark() - 4.5
-        found = meter.attribute(start_s, start_s + 4, [Prompt(start_s + 1, start_s + 2, 10)])
-        assert found.idle is not None
-        for energy in (found.total, *found.shares, found.idle):
-            assert energy.total_j is None
-            assert flag in energy.flags
+        share = meter.share(Parts((start_s, start_s + 2), (0.5,), (0.5,)))
+        assert share.total_j is None
+        assert flag in share.flags
 
 
 # --- life ------------------------------------------------------------------------------------------------------
