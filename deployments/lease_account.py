@@ -16,7 +16,8 @@ NEARLY_USED = 0.8
 class LeaseAccount:
     """One lease, from its bind to its end, in the meter's clock.
 
-    ``flow`` and ``idle`` are those of its stretches that are written down.
+    ``flow`` and ``idle`` are those of its stretches that are written down. ``before_j`` and ``before_g`` are what it
+    used under an earlier process; the registry may say that again when it is in the windows of this one, too.
     ``units`` sums up the functional units of its prompts, None once those of one are not known; ``tokens`` likewise
     (prompt, cached, output), and ``words``. ``unwritten`` prompts of it are in flight, or not written down.
     """
@@ -32,6 +33,11 @@ class LeaseAccount:
     tokens: tuple[int, int, int] | None = (0, 0, 0)
     words: int | None = 0
     flags: set[str] = field(default_factory=set)
+    before_j: float = field(init=False)
+    before_g: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before_j, self.before_g = self.grant.used_j, self.grant.used_g
 
     @property
     def has_budget(self) -> bool:

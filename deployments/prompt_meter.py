@@ -213,7 +213,10 @@ class PromptMeter:
         return score(energy, duration_s=duration_s, units=units, settings=self._sci, grid=self._grid, flags=flags)
 
     def use(self) -> dict[str, Any] | None:
-        """What the lease has cost so far, idle time included, and its budget; None without a lease."""
+        """What the lease has cost so far, idle time included, and its budget; None without a lease.
+
+        ``before_j`` and ``before_g`` are not inside: what is known from before the wrapper was started anew.
+        """
         account = self._timeline.holder
         if account is None:
             return None
@@ -227,6 +230,8 @@ class PromptMeter:
             "label": energy.label.value,
             "o_g": None if found is None else found.o_g,
             "m_g": None if found is None else found.m_g,
+            "before_j": account.before_j or None,
+            "before_g": account.before_g or None,
             "max_j": account.grant.max_j,
             "max_g": account.grant.max_g,
             "flags": sorted({*energy.flags, *self._budget_flags(account)}),
@@ -243,8 +248,9 @@ class PromptMeter:
         energy, found = self._so_far(account)
         if found is None:
             return []  # it has had no time to use anything
-        used_g = None if found.o_g is None or found.m_g is None else found.o_g + found.m_g
-        limits = (("J", account.grant.max_j, energy.total_j), ("gCO2eq", account.grant.max_g, used_g))
+        used_j = None if energy.total_j is None else account.before_j + energy.total_j
+        used_g = None if found.o_g is None or found.m_g is None else account.before_g + found.o_g + found.m_g
+        limits = (("J", account.grant.max_j, used_j), ("gCO2eq", account.grant.max_g, used_g))
         return [Budget(unit, limit, used) for unit, limit, used in limits if limit is not None]
 
     def _budget_flags(self, account: LeaseAccount | None) -> list[str]:

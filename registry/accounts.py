@@ -120,6 +120,16 @@ class Accounts:
             self._costs[request_id] = self._store.costs_of_request(request_id)
         return self._costs[request_id]
 
+    def used(self, request_id: str) -> tuple[float, float]:
+        """What the lease of a request is known to have used so far, J and gCO2eq: its prompts, and its idle time.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        costs = self.costs(request_id)
+        known = total_of(costs[kind] for kind in (WindowKind.PROMPT, WindowKind.IDLE) if kind in costs)
+        return known.joules.of_known, known.o_g.of_known + known.m_g.of_known
+
     def forget(self) -> None:
         """The database has forgotten: what is remembered of it is read anew."""
         self._costs.clear()

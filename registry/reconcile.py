@@ -64,7 +64,8 @@ class LeaseGrant:
 
     ``model_revision`` is the commit that the lease has begun with, None before it has: an engine that has to be started
     again for it gets the same one. ``as_of`` is as in a Belief. ``grade`` is ``standard`` or ``measurement``.
-    ``max_j`` [J] and ``max_g`` [gCO2eq] are what the lease may use up, None: no limit.
+    ``max_j`` [J] and ``max_g`` [gCO2eq] are what the lease may use up, None: no limit. ``used_j`` and ``used_g`` are
+    what it is known to have used before, under processes of the wrapper that are gone.
     """
 
     request_id: str
@@ -78,6 +79,8 @@ class LeaseGrant:
     grade: str = "standard"
     max_j: float | None = None
     max_g: float | None = None
+    used_j: float = 0.0
+    used_g: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -553,6 +553,7 @@ class Service:
             return None
         request = self.allocator.request(request_id)
         handed_over = request.deployed_s is not None  # its time begins then, however long that takes
+        used_j, used_g = self.accounts.used(request_id) if handed_over else (0.0, 0.0)
         return LeaseGrant(
             request_id=request_id,
             measurement_id=request.measurement_id,
@@ -564,6 +565,8 @@ class Service:
             as_of=self._heard_at(lease.wrapper_id),
             max_j=request.max_j,
             max_g=request.max_g,
+            used_j=used_j,
+            used_g=used_g,
             grade=request.grade,
         )
 

@@ -336,6 +336,22 @@ def test_larger_budget_is_taken_at_once(make: Make) -> None:
     assert use["total_j"] == pytest.approx(200.0)
 
 
+def test_budget_goes_on_after_a_restart(make: Make) -> None:
+    """What a lease used under an earlier process of its wrapper counts, once: the same word again adds nothing."""
+    made = make()
+    made.bind(LeaseGrant("r", 1, "t", "{}", 600.0, 60.0, max_j=1000.0, used_j=700.0, used_g=0.5))
+    made.passes(2.0)
+    made.bind(LeaseGrant("r", 1, "t", "{}", 600.0, 60.0, max_j=1000.0, used_j=900.0, used_g=0.7))
+    use = made.meter.use()
+    assert use is not None
+    assert (use["total_j"], use["before_j"], use["before_g"]) == (pytest.approx(200.0), 700.0, 0.5)
+    assert "budget_nearly_used" in use["flags"]
+    made.meter.require_budget()
+    made.passes(1.05)
+    with pytest.raises(BudgetUsed, match="may use 1000"):
+        made.meter.require_budget()
+
+
 def test_budget_that_nobody_can_tell(make: Make) -> None:
     """A budget on a machine without figures is not enforced, and says so."""
     made = make(Unreadable("gpu:x", "no driver", in_boundary=True))

@@ -177,6 +177,19 @@ async def test_what_a_lease_may_use_reaches_its_wrapper(world: World) -> None:
     assert (grant.max_j, grant.max_g) == (state.maxJoules, state.maxGco2eq) == (50.0, 0.5)
 
 
+async def test_what_a_lease_has_used_reaches_a_new_process(world: World) -> None:
+    """A wrapper that is started anew under a lease is told what is known of it: prompts and idle time, each once."""
+    world.service.request(7, [NewRequest("r-limited", TINY, "{}", max_j=50.0)])
+    await world.until_status("r-limited", RequestStatus.DEPLOYED)
+    first = world.wrapper().grant
+    assert first is not None
+    assert (first.used_j, first.used_g) == (0.0, 0.0)
+    about: dict[str, Any] = {"request_id": "r-limited", "begun_s": world.clock()}
+    await told(world, window(1, WindowKind.IDLE, joules=10.0, **about), window(2, joules=20.0, **about))
+    world.cluster.kill_process("a-0")
+    await world.until(lambda: (grant := world.wrapper().grant) is not None and grant.used_j == 30.0)
+
+
 @pytest.fixture
 async def ann(make: Make) -> World:
     """A registry in which tenant ann may use 1000 J a month; it is the 20th of the month."""
