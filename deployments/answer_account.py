@@ -47,7 +47,7 @@ class AccountedAnswer:
         if message["type"] == "http.response.start":
             content_type = Headers(raw=message["headers"]).get("content-type", "")
             if message["status"] in REFUSED:
-                self._flight.tokens = Tokens(0, 0, 0)  # refused before anything was computed
+                self._flight.counted(Tokens(0, 0, 0))  # refused before anything was computed
             elif message["status"] == HTTPStatus.OK and content_type.startswith("application/json"):
                 self._held = message  # its body tells what it cost
                 return
@@ -62,8 +62,9 @@ class AccountedAnswer:
 
     def close(self) -> None:
         """The prompt is over."""
-        if self._flight.tokens is None and self._usage_piece is not None:
-            self._flight.tokens = _tokens(_usage_in(self._usage_piece))
+        tokens = None if self._usage_piece is None else _tokens(_usage_in(self._usage_piece))
+        if self._flight.tokens is None and tokens is not None:
+            self._flight.counted(tokens)
         self._meter.end(self._flight)
 
     def _with_header(self, start: Message, body: bytes) -> Message:

@@ -38,12 +38,16 @@ class Parts:
 
         Together with the seconds without a prompt the shares of all are the seconds that went by.
         """
-        return _flowed(self.times_s, self.by_tokens)
+        return _of(self.by_tokens, _between(self.times_s))
 
 
-def _flowed(levels: Sequence[float], parts: Sequence[float]) -> float:
-    flowed: float = sum(map(mul, map(sub, levels[1:], levels), parts))
-    return flowed
+def _between(levels: Sequence[float]) -> list[float]:
+    return list(map(sub, levels[1:], levels))
+
+
+def _of(parts: Sequence[float], flowed: Sequence[float]) -> float:
+    share: float = sum(map(mul, parts, flowed))
+    return share
 
 
 def unknown(source: Source, flag: str) -> Component:
@@ -124,9 +128,9 @@ def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
     """
     if _implausible(source, parts.times_s[-1] - parts.times_s[0], between(levels[0], levels[-1])):
         return unknown(source, "implausible_power")
-    units = [level.mid for level in levels]
-    by_tokens = source.joules(parts.reserved_s, _flowed(units, parts.by_tokens))
-    by_time = source.joules(_flowed(parts.times_s, parts.by_time), _flowed(units, parts.by_time))
+    seconds, units = _between(parts.times_s), _between([level.mid for level in levels])
+    by_tokens = source.joules(_of(parts.by_tokens, seconds), _of(parts.by_tokens, units))
+    by_time = source.joules(_of(parts.by_time, seconds), _of(parts.by_time, units))
     if by_tokens.mid <= 0:
         return unknown(source, "too_short")
     return Component(

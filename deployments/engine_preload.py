@@ -10,6 +10,7 @@ import gc
 import importlib
 import multiprocessing.spawn
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,18 @@ _GPU = ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner")
 _parent_pid = os.getpid()
 not_preloaded: list[str] = []
 """What was to be imported ahead and could not be, with the reason."""
+
+
+def _let_others_answer() -> None:
+    """Take no processor away from whoever answers prompts, at each wake-up; while at work, have a fair share of it.
+
+    Every token wakes an engine up. Where processors are few it would each time be before the process that takes the
+    prompts, and its batches would be the smaller for that.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # engines and their threads inherit it
+    except OSError as error:  # some sandboxes forbid it
+        warnings.warn(f"engines can't be scheduled as batches: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _before_fork() -> None:
@@ -109,6 +122,7 @@ def _announced(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 die_with(int(os.environ[OWNER_PID]))
+_let_others_answer()
 os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 # An engine needs nothing of its owner's main module, and inside a Ray worker importing that is neither quick nor safe.
 multiprocessing.spawn._fixup_main_from_name = lambda _name: None  # type: ignore[attr-defined]  # noqa: SLF001

@@ -37,6 +37,7 @@ class Tokens(NamedTuple):
 class Flight:
     """One prompt, in the meter's clock. ``tokens`` and ``words`` are None until, and unless, they are known.
 
+    ``rate_per_s`` is how many tokens a second were processed for it, None if that is not known, or not yet.
     ``outlived_by`` are the prompts that were in flight when it ended; ``begun_with`` and ``ended_with`` the numbers of
     the changes that it was.
     """
@@ -53,11 +54,15 @@ class Flight:
     begun_with: int = 0
     ended_with: int = 0
 
-    def known_rate_per_s(self) -> float | None:
-        """Tokens a second, None if that is not known, or not yet. One without any counts as one with a single token."""
+    def counted(self, tokens: Tokens) -> None:
+        """Its tokens are known."""
+        self.tokens = tokens
+        self.rate()
+
+    def rate(self) -> None:
+        """Once its tokens and its end are known, so is its rate. One without any counts as one with a single token."""
         if self.rate_per_s is None and self.end_s is not None and self.tokens is not None:
             self.rate_per_s = max(self.tokens.processed, 1) / (self.end_s - self.start_s)
-        return self.rate_per_s
 
     @property
     def company_has_ended(self) -> bool:
@@ -97,6 +102,7 @@ class Flights:
             return False
         flight.end_s = max(at_s, math.nextafter(flight.start_s, math.inf))
         del self._in_flight[flight]
+        flight.rate()
         flight.outlived_by = tuple(self._in_flight)
         flight.ended_with = self._changed(_Change(flight.end_s, flight, begins=False))
         self.unwritten.append(flight)
@@ -120,26 +126,26 @@ class Flights:
         changes = self._changes[max(first, 0) : max(last, 0)][::-1]
         if not changes and not flight.outlived_by:
             return Parts((flight.start_s, flight.end_s), (1.0,), (1.0,)), first < 0
-        rates = {other: other.known_rate_per_s() for other in flight.outlived_by}
-        for _, other, _ in changes:
-            if other not in rates:
-                rates[other] = other.known_rate_per_s()
-        own = flight.known_rate_per_s()
-        known = [rate for rate in rates.values() if rate is not None]
-        assumed = first < 0 or own is None or len(known) < len(rates)
+        beside = {*flight.outlived_by, *(change.flight for change in changes)}
+        known = [rate for other in beside if (rate := other.rate_per_s) is not None]
+        own = flight.rate_per_s
+        assumed = first < 0 or own is None or len(known) < len(beside)
         if own is None:
             own = statistics.fmean(known) if known else 1.0
         if for_good:
-            flight.rate_per_s = own
-            for other, rate in rates.items():
-                other.rate_per_s = rate or own
+            for one in (flight, *beside):
+                one.rate_per_s = one.rate_per_s or own
         # Backwards from its end, because then it is known who was there.
-        steps = [(-1 if begins else 1, rates[other] or own) for _, other, begins in changes]
-        there = own + sum(rates[other] or own for other in flight.outlived_by)
-        sums = accumulate((sign * rate for sign, rate in steps), initial=there)
-        counts = list(accumulate((sign for sign, _ in steps), initial=1 + len(flight.outlived_by)))
+        there = own + sum(other.rate_per_s or own for other in flight.outlived_by)
+        came = (-(other.rate_per_s or own) if begins else other.rate_per_s or own for _, other, begins in changes)
+        counts = list(
+            accumulate((-1 if begins else 1 for _, _, begins in changes), initial=1 + len(flight.outlived_by))
+        )
+        by_tokens = [
+            own / rate if count > 1 else 1.0
+            for rate, count in zip(accumulate(came, initial=there), counts, strict=True)
+        ]
         times_s = (flight.end_s, *(change.time_s for change in changes), flight.start_s)
-        by_tokens = [own / rate if count > 1 else 1.0 for rate, count in zip(sums, counts, strict=True)]
         return Parts(times_s[::-1], by_tokens[::-1], [1 / count for count in reversed(counts)]), assumed
 
     def forget(self) -> None:

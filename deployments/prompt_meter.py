@@ -179,7 +179,7 @@ class PromptMeter:
             ``sci_score`` (gCO2eq per unit, or None), ``sci_method``, ``sci_low``, ``sci_high``, ``unit``, ``energy``,
             ``carbon``, ``methods``, ``flags``.
         """
-        flight.tokens = tokens_of(usage)
+        flight.counted(tokens_of(usage))
         flight.words = None if answer is None else len(answer.split())
         energy, result = self._figures(flight)
         return _account(energy, result, self._grid_json, self._budget_flags(flight.account))

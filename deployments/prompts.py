@@ -266,7 +266,7 @@ class PromptGate:
         await self._unless_dead(running, status)
         if status != HTTPStatus.OK:
             if status in REFUSED:
-                flight.tokens = Tokens(0, 0, 0)  # refused before anything was computed
+                flight.counted(Tokens(0, 0, 0))  # refused before anything was computed
             return error_answer(status, "prompt_refused", _problem(answer))
         answered = json.loads(answer)
         choice, usage = answered["choices"][0], answered["usage"]
@@ -297,7 +297,8 @@ class _Exchange:
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self._cut = asyncio.Event()
+        self._was_cut = False
+        self._listening: set[asyncio.Timeout] = set()
         self._task: asyncio.Task[None] | None = None
         self._streams_events = False
         self.started = False
@@ -307,7 +308,7 @@ class _Exchange:
     @property
     def was_cut(self) -> bool:
         """Whether ``cut`` was called before the answer was complete."""
-        return self._cut.is_set()
+        return self._was_cut
 
     @property
     def task(self) -> asyncio.Task[None]:
@@ -323,29 +324,35 @@ class _Exchange:
     def cut(self) -> asyncio.Task[None]:
         """End the work: at once if it listens for the client, else after CUT_GRACE_S seconds. Again: no difference."""
         task = self.task
-        if not self._cut.is_set() and not task.done():
-            self._cut.set()
-            asyncio.get_running_loop().call_later(CUT_GRACE_S, task.cancel)
+        if not self._was_cut and not task.done():
+            self._was_cut = True
+            loop = asyncio.get_running_loop()
+            for listening in self._listening:
+                listening.reschedule(loop.time())
+            loop.call_later(CUT_GRACE_S, task.cancel)
         return task
 
     async def receive(self) -> Message:
         """What the client sends next: ``http.disconnect`` when it has hung up, or was cut."""
-        message = asyncio.ensure_future(self._receive())
-        cut = asyncio.ensure_future(self._cut.wait())
+        if self._was_cut:
+            return {"type": "http.disconnect"}
+        listening = asyncio.timeout(None)
+        self._listening.add(listening)
         try:
-            await asyncio.wait({message, cut}, return_when=asyncio.FIRST_COMPLETED)
-            if self._cut.is_set():
-                return {"type": "http.disconnect"}
-            received = message.result()
-            self.client_gone = received["type"] == "http.disconnect"
-            return received
+            async with listening:
+                received = await self._receive()
+        except TimeoutError:
+            if not listening.expired():
+                raise
+            return {"type": "http.disconnect"}
         finally:
-            message.cancel()
-            cut.cancel()
+            self._listening.discard(listening)
+        self.client_gone = received["type"] == "http.disconnect"
+        return received
 
     async def send(self, message: Message) -> None:
         """Send a part of the answer; without effect once it was cut."""
-        if not self._cut.is_set():
+        if not self._was_cut:
             self.started = True
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(raw=list(message["headers"]))

@@ -115,6 +115,14 @@ async def test_swap(host: EngineHost, llms: Path) -> None:
     assert answers[0] == answers[2] != answers[1]
 
 
+async def test_engines_let_others_answer(host: EngineHost, llms: Path) -> None:
+    """Engine processes, all of their threads, don't take the processor from the one that takes the prompts."""
+    llm = await start(host, llms / "a")
+    threads = [thread.id for pid in llm.pids for thread in psutil.Process(pid).threads()]
+    assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 async def test_first_prompt_may_be_short(host: EngineHost, llms: Path) -> None:
     """The first prompt of an LLM may be a single word: nothing before it has to have set the processor up."""
     llm = await start(host, llms / "a")

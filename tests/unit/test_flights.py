@@ -15,7 +15,8 @@ def began(flights: Flights, at_s: float) -> Flight:
 
 def ended(flights: Flights, flight: Flight, at_s: float, tokens: int | None = None) -> None:
     assert flights.end(flight, at_s)
-    flight.tokens = None if tokens is None else Tokens(tokens, 0, 0)
+    if tokens is not None:
+        flight.counted(Tokens(tokens, 0, 0))
 
 
 def test_alone() -> None:
