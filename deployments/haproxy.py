@@ -1,4 +1,4 @@
-"""HAProxy as Serve starts it, but that it ends with its parent, says when to try again, and logs no token."""
+"""HAProxy as Serve starts it, but it ends with its parent, hears hang-ups, says when to try again, logs no token."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # Three of these without an answer, and HAProxy is started anew; at Serve's 10 s nobody is served for half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-    # With Serve's 4 threads HAProxy passes on still less often that a client has hung up (missed in 5 of 13 prompts
-    # while a stream was open; in 5 of 39 with one), and the engine works for nobody. One is enough for any engine.
-    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # Else HAProxy writes a line for each prompt to its manager, which reads it in Python: the wrappers count prompts.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
 }
@@ -49,13 +46,16 @@ _DIE_WITH_PARENT = (
 _LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/" + "\n"
 
 # It sends a line for each request to the syslog port, where nobody needs it: it has the path, and so the lease's token.
-_NO_LOG = r"/^[[:space:]]*log [^[:space:]]+ local0 info$/d"
+_NO_LOG = r"/^[[:space:]]*log [^[:space:]]+ local0 info$/d" + "\n"
+
+# Where HAProxy 2.8 may splice requests it does not read on after a body that came later than its head, as that of
+# Python's clients may: it passes no hang-up on, and then wakes itself without end, on a whole core, until the answer.
+_NO_SPLICE = r"/^[[:space:]]*option splice-request$/d" + "\n"
 
 # Serve has it answer a bare 500 where it can't pass a request on, since an ingress or a wrapper is being restarted,
 # and 404 where it knows of none, since it has just been started itself. Nobody has seen that request, so it can be sent
 # again: that is said here, in our form.
-_TRY_AGAIN = r"""
-s#^([[:space:]]*errorfile 503 ).*#\1{answer}#
+_TRY_AGAIN = r"""s#^([[:space:]]*errorfile 503 ).*#\1{answer}#
 s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503 default-errorfiles#
 /http-after-response set-header retry-after/d
 /^frontend http_frontend/a \
@@ -88,9 +88,8 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
     home.mkdir(parents=True, exist_ok=True)
     answer, changes, script = home / "503.http", home / "changes.sed", home / "haproxy"
     answer.write_text(_TRY_AGAIN_ANSWER, encoding="ascii", newline="")
-    changes.write_text(
-        (_LOOPBACK if local_only else "") + _NO_LOG + _TRY_AGAIN.replace("{answer}", str(answer)), encoding="ascii"
-    )
+    wanted = _NO_LOG + _NO_SPLICE + _TRY_AGAIN.replace("{answer}", str(answer))
+    changes.write_text((_LOOPBACK if local_only else "") + wanted, encoding="ascii")
     parts = {
         "changes": changes,
         "python": sys.executable,

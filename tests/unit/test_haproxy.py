@@ -6,8 +6,10 @@ import json
 import os
 import re
 import select
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -93,6 +95,39 @@ def test_no_address_is_logged(tmp_path: Path, fake_haproxy: Path) -> None:
     config.write_text(template)
     subprocess.run([script, "-f", config], capture_output=True, check=True)
     assert "local0" not in config.read_text()
+
+
+def test_a_client_that_hangs_up_is_heard(tmp_path: Path) -> None:
+    """With Serve's own defaults a server hears that a client has gone whose request's body came after its head."""
+    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    (defaults,) = re.findall(r"^defaults\n(?s:.*?)(?=^frontend)", HAPROXY_CONFIG_TEMPLATE, re.MULTILINE)
+    defaults = re.sub(r".*(\{\{|state-from-file).*\n|\{%.*?%\}", "", defaults)
+    assert "abortonclose" in defaults
+    config = tmp_path / "haproxy.cfg"
+    with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as back:
+        config.write_text(
+            f"global\n{defaults}    timeout client 99s\n    timeout connect 99s\n    timeout server 99s\n"
+            f"listen http\n    bind fd@{front.fileno()}\n    server wrapper 127.0.0.1:{back.getsockname()[1]}\n"
+        )
+        back.settimeout(10)
+        with (
+            subprocess.Popen([script, "-db", "-f", str(config)], pass_fds=[front.fileno()]) as haproxy,
+            socket.create_connection(front.getsockname()) as client,
+        ):
+            try:
+                client.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n")
+                server, _ = back.accept()
+                with server, server.makefile("rb") as request:
+                    server.settimeout(10)
+                    while request.readline() != b"\r\n":
+                        pass
+                    client.sendall(b"body")
+                    assert request.read(4) == b"body"
+                    client.close()
+                    with suppress(ConnectionResetError):
+                        assert request.read() == b""
+            finally:
+                haproxy.kill()
 
 
 def test_haproxy_takes_the_changes(tmp_path: Path) -> None:
