@@ -6,6 +6,7 @@ machines, and the leases on them, alone.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -54,10 +55,20 @@ _NOT_OURS = ("OMP_NUM_THREADS", "PYTHONWARNINGS")
 def start_ray(options: Sequence[str]) -> bool:
     """Run ``ray start`` with these options, in place of what Ray runs here; False when that is the very same already.
 
+    One at a time on a machine: whoever comes while another does waits, some minutes at most, and then finds what runs.
+
     Raises:
-        BadSettings: HAProxy's package is not installed, or there is no token in ~/.ray/auth_token.
+        BadSettings: HAProxy's package is not installed, there is no token in ~/.ray/auth_token, or the autoscaling
+            configuration can't be read.
         StartFailed: Ray does not start; its own words are on standard output.
     """
+    # A launcher that has lost the connection tries again, while what it began here goes on: there would be two raylets.
+    with RECORD.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _start_ray(_for_the_monitor(options))
+
+
+def _start_ray(options: Sequence[str]) -> bool:
     environment = node_environment()
     wanted = hashlib.sha256(json.dumps([_code(), sorted(environment.items()), *options]).encode()).hexdigest()
     running = _ray_processes()
@@ -93,6 +104,15 @@ def node_environment() -> dict[str, str]:
         **_KNOWS_THE_HEAD,
         **haproxy_environment(HAPROXY_HOME),
     }
+
+
+def _for_the_monitor(options: Sequence[str]) -> Sequence[str]:
+    """On the head: with a configuration by which no machine is given up."""
+    if not any(option.startswith("--autoscaling-config") for option in options):
+        return options
+    from deployments.launcher import with_machines  # which imports Ray
+
+    return with_machines(options)
 
 
 def _code() -> str:

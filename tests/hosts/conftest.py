@@ -27,6 +27,9 @@ UP_LIMIT_S = 300
 READY_LIMIT_S = 180
 DEPLOY_LIMIT_S = 120
 
+SSH_WAIT_S = 45
+"""How long the launcher on the head waits for the ssh of a machine until starting it has failed; Ray's own is 900."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where hosts can't be made their tests say what is missing."""
@@ -60,6 +63,11 @@ class Cluster:
     def ray(self, command: str, limit_s: float = UP_LIMIT_S) -> str:
         """Run the launcher on the desk, as the README says; its output."""
         return self.net.host("desk").run(f"ray {command}", limit_s=limit_s)
+
+    def describe(self, *workers: str) -> None:
+        """Edit cluster.yaml on the desk: these are the machines now."""
+        text = yaml.safe_dump(cluster_yaml(self.net, workers))
+        (self.net.host("desk").home / "cluster.yaml").write_text(text, encoding="utf-8")
 
     # --- over HTTP ---------------------------------------------------------------------------------------
 
@@ -169,6 +177,7 @@ def cluster_yaml(net: Network, workers: tuple[str, ...]) -> dict[str, Any]:
     }
     exports = [f"export GREENPROMPT_{name}={shlex.quote(value)};" for name, value in registry.items()]
     exports.append(f"export RAY_REDIS_ADDRESS={database}:{REDIS_PORT};")
+    exports.append(f"export AUTOSCALER_NODE_START_WAIT_S={SSH_WAIT_S};")
     config["head_start_ray_commands"] = [" ".join([*exports, command]) for command in config["head_start_ray_commands"]]
     return config
 
@@ -214,11 +223,11 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 def cluster(net: Network) -> Iterator[Cluster]:
     """The cluster of cluster.yaml, up, with two of the machines."""
     desk, workers = net.host("desk"), ("w1", "w2")
-    (desk.home / "cluster.yaml").write_text(yaml.safe_dump(cluster_yaml(net, workers)), encoding="utf-8")
+    cluster = Cluster(net, workers)
+    cluster.describe(*workers)
     # The desk has the launcher as any of the machines has it.
     desk.run("echo 'export PATH=$HOME/greenprompt/.venv/bin:$PATH' >> ~/.bashrc")
     desk.run("ray get-auth-token --generate")
-    cluster = Cluster(net, workers)
     print(cluster.ray("up -y ~/cluster.yaml"))
     yield cluster
     print(cluster.ray("down -y ~/cluster.yaml"))

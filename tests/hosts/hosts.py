@@ -250,9 +250,19 @@ class Network:
         return self.hosts[name]
 
 
+def seen_by_hosts(*paths: Path) -> None:
+    """Fail at once where one of these lies in a place that a host has anew for itself."""
+    for path in paths:
+        assert not path.resolve().is_relative_to(HOME.parent), (
+            f"{path} can't be used for tests/hosts: the hosts have a {HOME.parent} of their own. Clone the repository"
+            f" (and keep Python, and pytest's --basetemp) elsewhere."
+        )
+
+
 @contextmanager
 def network(folder: Path, names: Sequence[str], shared: Path) -> Iterator[Network]:
     """Hosts of these names, switched on. ``shared`` is what they have at INSTALLED; ``folder`` must be empty."""
+    seen_by_hosts(folder, shared)
     number = os.getpid() % 250 + 1
     net = Network(f"gpbr{number}", f"10.213.{number}")
     with ExitStack() as undo:
@@ -277,6 +287,7 @@ def network(folder: Path, names: Sequence[str], shared: Path) -> Iterator[Networ
 
 def install(repository: Path, shared: Path, exclude: Sequence[str]) -> None:
     """A copy of the working tree with its environment, as it would be at INSTALLED. Where it is up to date: quick."""
+    seen_by_hosts(repository, shared, Path(sys.base_prefix))
     shared.mkdir(parents=True, exist_ok=True)
     _run("rsync", "-a", "--delete", *(f"--exclude={pattern}" for pattern in exclude), f"{repository}/", f"{shared}/")
     script = (

@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from tests.hosts.conftest import READY_LIMIT_S, Cluster, prompt, until
+from tests.hosts.conftest import READY_LIMIT_S, SSH_WAIT_S, Cluster, prompt, until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
 
@@ -56,6 +56,44 @@ def test_the_operators_commands_work(cluster: Cluster) -> None:
     shown = cluster.ray("exec ~/cluster.yaml 'greenprompt status'")
     for name in cluster.workers:
         assert cluster.net.host(name).address in shown
+
+
+def test_a_machine_more_and_one_less(cluster: Cluster) -> None:
+    """``ray up`` with another cluster.yaml takes in what is new there, and leaves all others and their leases alone."""
+    cluster.until_ready("w1", "w2")
+    (request_id,) = cluster.post(time.time_ns(), "a")
+    lease = cluster.until(request_id, "deployed")
+    raylets = {name: cluster.net.host(name).pids("raylet/raylet") for name in ("head", "w1", "w2")}
+    cluster.describe("w1", "w2", "w3")
+    cluster.ray("up -y ~/cluster.yaml")
+    cluster.until_ready("w1", "w2", "w3")
+    cluster.describe("w1", "w2")
+    cluster.ray("up -y ~/cluster.yaml")
+    gone = cluster.net.host("w3")
+    gone.run(".venv/bin/ray stop")
+    cluster.until_ready("w1", "w2")
+    assert prompt(lease["address"]).status_code == 200
+    assert {name: cluster.net.host(name).pids("raylet/raylet") for name in raylets} == raylets
+    cluster.release(request_id)
+    until(lambda: gone.processes() == {}, 60, gone.processes)
+
+
+def test_a_machine_that_could_not_be_started_is_tried_again(cluster: Cluster) -> None:
+    """One that was off until starting it had failed is back and leased, without help, when it is on again."""
+    cluster.until_ready("w1", "w2")
+    failures = "grep -c 'Terminating the node .*(launch failed)' /tmp/ray/session_latest/logs/monitor.log"
+    machine, before = cluster.net.host("w1"), cluster.head.run(failures, check=False)
+    machine.power_off()
+    took_s = until(lambda: cluster.head.run(failures, check=False) != before, 2 * SSH_WAIT_S + READY_LIMIT_S)
+    print(f"a machine is off -> starting it has failed: {took_s:.1f} s")
+    machine.boot()
+    took_s = until(lambda: cluster.ready() == {"w1", "w2"}, READY_LIMIT_S, cluster.machines)
+    print(f"it is on again -> ready for leases: {took_s:.1f} s")
+    leases = [cluster.until(cluster.post(time.time_ns(), "a")[0], "deployed") for _ in cluster.workers]
+    assert machine.address in {lease["machine"] for lease in leases}
+    for lease in leases:
+        assert prompt(lease["address"]).status_code == 200
+        cluster.release(lease["requestId"])
 
 
 def test_a_machine_joins(cluster: Cluster) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(node, "RECORD", tmp_path / "node.json")
     monkeypatch.setattr(node, "HAPROXY_HOME", tmp_path / "h")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr(node, "_ray_processes", lambda: [["raylet", 1, 2.0]] if calls.exists() else [])
     program = tmp_path / "ray"
     program.write_text(
@@ -56,6 +58,22 @@ def test_what_runs_already_is_left_alone(ran: Callable[[], list[list[str]]]) -> 
     assert len(ran()) == 2
     assert start_ray([*OPTIONS, "--num-gpus=2"])
     assert len(ran()) == 4
+
+
+def test_one_at_a_time(ran: Callable[[], list[list[str]]]) -> None:
+    """Of two that come at once, as after a lost connection, one starts Ray and the other finds it started."""
+    with ThreadPoolExecutor() as threads:
+        assert sorted(threads.map(start_ray, [OPTIONS, OPTIONS])) == [False, True]
+    assert len(ran()) == 2
+
+
+def test_a_head_gives_no_machine_up(ran: Callable[[], list[list[str]]], tmp_path: Path) -> None:
+    """Its monitor gets the launcher's configuration with our provider of machines (deployments/launcher.py)."""
+    config = tmp_path / "bootstrap.yaml"
+    config.write_text('{"cluster_name": "x", "provider": {"type": "local", "head_ip": "192.0.2.1", "worker_ips": []}}')
+    assert start_ray(["--head", f"--autoscaling-config={config}"])
+    _, start = ran()
+    assert start[0] == f"start --head --autoscaling-config={tmp_path / 'bootstrap.greenprompt.yaml'}"
 
 
 def test_a_new_raylet_is_not_ours(ran: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
