@@ -81,6 +81,7 @@ from registry.state import (
     TimePassed,
     UnbindLease,
     Wrapper,
+    WrapperAdded,
     WrapperFailed,
     WrapperStarted,
     WrapperStatus,
@@ -163,8 +164,10 @@ class Service:
         self._on_fatal = on_fatal
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[str, asyncio.Task[None]] = {}
-        self._commands: dict[str, int] = {}
-        self._under_way: dict[str, int] = {}
+        self._under_way: dict[str, Effect] = {}
+        """The newest command to each wrapper while it is under way; none that was given before it was created anew."""
+        self._turns: dict[str, int] = {}
+        """How often each wrapper was commanded or created anew."""
         self._misses: dict[str, int] = {}
         self._deployed: frozenset[str] | None = None
         self._switching_off: set[str] = set()
@@ -413,6 +416,8 @@ class Service:
         if not decision.changes.empty:
             log.info("event", kind=type(event).__name__, **ids_of(event))
             self._wake(decision.changes)
+        if isinstance(event, WrapperAdded):
+            self._turn(event.wrapper_id, None)
         newest = {effect.wrapper_id: effect.epoch for effect in decision.effects}
         for effect in decision.effects:
             if (
@@ -421,9 +426,16 @@ class Service:
                 and effect.epoch < newest[effect.wrapper_id]
             ):
                 continue  # whatever comes next for this wrapper ends the lease before it, too
-            self._commands[effect.wrapper_id] = self._commands.get(effect.wrapper_id, 0) + 1
-            self._under_way[effect.wrapper_id] = self._under_way.get(effect.wrapper_id, 0) + 1
+            self._turn(effect.wrapper_id, effect)
             self._spawn(self._run(effect, number))
+
+    def _turn(self, wrapper_id: str, effect: Effect | None) -> None:
+        """A wrapper is commanded or (None) created anew: what was commanded before says nothing of it any more."""
+        self._turns[wrapper_id] = self._turns.get(wrapper_id, 0) + 1
+        if effect is None:
+            self._under_way.pop(wrapper_id, None)
+        else:
+            self._under_way[wrapper_id] = effect
 
     def _decide(self, event: Event, now_s: float) -> Decision:
         try:
@@ -491,13 +503,20 @@ class Service:
             reason = f"internal error: {type(error).__name__}: {error}"
             event = WrapperFailed(effect.wrapper_id, reason) if self._is_newest(effect) else None
         finally:
-            self._under_way[effect.wrapper_id] -= 1
+            if self._is_newest(effect):
+                del self._under_way[effect.wrapper_id]
         if event is not None:
             self._apply(event, cause=cause)
 
     def _is_newest(self, effect: Effect) -> bool:
-        wrapper = self.allocator.wrapper(effect.wrapper_id)
-        return wrapper is not None and wrapper.epoch == effect.epoch
+        return self._under_way.get(effect.wrapper_id) is effect
+
+    def _quiet_turn(self, wrapper_id: str, own: Effect | None) -> int | None:
+        """A wrapper's turn while no command but ``own`` is under way to it, else None: two equal ones, and none was.
+
+        One that was superseded does not count: its outcome changes nothing, and it may end long after.
+        """
+        return self._turns.get(wrapper_id, 0) if self._under_way.get(wrapper_id) in (None, own) else None
 
     async def _outcome(self, effect: Effect) -> Event | None:
         match effect:
@@ -534,7 +553,7 @@ class Service:
                 return None
             case RestartWrapper(wrapper_id, _):
                 await self._cluster.restart(wrapper_id)
-                return await self._await_wrapper(wrapper_id, own_commands=1)
+                return await self._await_wrapper(wrapper_id, effect)
 
     def _versions_of(self, wrapper_id: str) -> str | None:
         report = self.reports.get(wrapper_id)
@@ -667,7 +686,8 @@ class Service:
             await self._guarded(problem, self._look_after(wrapper_id))
 
     async def _follow_start(self, wrapper_id: str) -> None:
-        self._apply(await self._await_wrapper(wrapper_id))
+        if (event := await self._await_wrapper(wrapper_id)) is not None:
+            self._apply(event)
 
     async def _look_after(self, wrapper_id: str) -> None:
         wrapper = self.allocator.wrapper(wrapper_id)
@@ -695,19 +715,19 @@ class Service:
             del self._misses[wrapper_id]
             self._apply(WrapperFailed(wrapper_id, reason))
 
-    async def _report(self, wrapper_id: str, *, own_commands: int = 0) -> tuple[WrapperReport, bool]:
+    async def _report(self, wrapper_id: str, own: Effect | None = None) -> tuple[WrapperReport, bool]:
         """A wrapper's report, and whether it is news.
 
-        It is none where a command was under way, besides ``own_commands`` of the caller's: it may have been made before
-        the wrapper took that command, and come after its outcome, which says more.
+        It is none where a command was under way, besides the caller's ``own``: it may have been made before the wrapper
+        took that command, and come after its outcome, which says more.
         """
-        before, under_way = self._commands.get(wrapper_id, 0), self._under_way.get(wrapper_id, 0)
+        quiet = self._quiet_turn(wrapper_id, own)
         report = await self._cluster.report(wrapper_id, self._belief(wrapper_id))
         self.reports[wrapper_id] = report
         self.heard_s[wrapper_id] = self._now_s()
         self._note_memory(wrapper_id, report)
         self._keep_windows(wrapper_id, report)
-        return report, under_way == own_commands and self._commands.get(wrapper_id, 0) == before
+        return report, quiet is not None and quiet == self._quiet_turn(wrapper_id, own)
 
     def _take_report(self, wrapper_id: str, report: WrapperReport, is_news: bool) -> None:
         self._note_activity(report, grain=ACTIVITY_GRAIN)
@@ -762,19 +782,28 @@ class Service:
             self._on_fatal(error)
             raise
 
-    async def _await_wrapper(self, wrapper_id: str, *, own_commands: int = 0) -> Event:
-        """Wait until a starting wrapper answers; at most ``wrappers.start_timeout_s``."""
-        deadline_s = asyncio.get_running_loop().time() + self.settings.wrappers.start_timeout_s
-        while True:
+    async def _await_wrapper(self, wrapper_id: str, own: Effect | None = None) -> Event | None:
+        """Wait until a starting wrapper answers, for at most ``wrappers.start_timeout_s`` in which nobody commands it.
+
+        Who commands it meanwhile is told how it is. None: ``own``, the command whose outcome this is, was superseded.
+        """
+        clock, limit_s = asyncio.get_running_loop().time, self.settings.wrappers.start_timeout_s
+        deadline_s = clock() + limit_s
+        while own is None or self._is_newest(own):
+            quiet = self._quiet_turn(wrapper_id, own)
             try:
-                report, is_news = await self._report(wrapper_id, own_commands=own_commands)
+                report, is_news = await self._report(wrapper_id, own)
             except WrapperUnreachable as error:
-                if asyncio.get_running_loop().time() >= deadline_s:
+                is_news = quiet is not None and quiet == self._quiet_turn(wrapper_id, own)
+                if is_news and clock() >= deadline_s:
                     return WrapperFailed(wrapper_id, f"did not start: {error.reason}")
             else:
                 if is_news:
                     return WrapperStarted(wrapper_id, report.epoch, report.running)
+            if not is_news:
+                deadline_s = clock() + limit_s
             await asyncio.sleep(self.settings.watch.period_s)
+        return None
 
     async def _watch_time(self) -> None:
         """End leases that are over, and forget once a day what ended long ago, for ever."""

@@ -139,6 +139,7 @@ class World:
         """CPU time of each decision that changed something, commit included: all here that can't be repeated."""
         self.decisions = 0
         self.grants = 0
+        self.faults = 0
         self.service: WatchedService | None = None
         self._loop = loop
         loop.set_exception_handler(self._on_problem)
@@ -554,6 +555,7 @@ class World:
         while kinds and self.now_s < self.shape.busy_s:
             kind = self.random.choice(kinds)
             self.note(f"trouble: {kind}")
+            self.faults += 1
             self._spawn(getattr(self, f"_{kind}")())
             await asyncio.sleep(self.random.expovariate(1 / self.shape.pause_s))
         await asyncio.sleep(max(0.0, self.shape.busy_s - self.now_s))
@@ -674,7 +676,10 @@ def _is_cut_off(known: list[Process]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a world. ``digest`` is of its whole story: two runs of a seed agree in it."""
+    """What became of a world. ``digest`` is of its whole story: two runs of a seed agree in it.
+
+    ``faults`` is how often trouble was made, bad weather apart.
+    """
 
     seed: int
     violations: tuple[str, ...]
@@ -683,6 +688,7 @@ class Verdict:
     decisions: int
     grants: int
     requests: int
+    faults: int
     took_ns: tuple[int, ...]
 
     @property
@@ -780,6 +786,7 @@ def run(shape: Shape, seed: int) -> Verdict:
         decisions=world.decisions,
         grants=world.grants,
         requests=len(world.accepted),
+        faults=world.faults,
         took_ns=tuple(world.took_ns),
     )
 

@@ -13,7 +13,7 @@ from registry.errors import (
     WrapperUnreachable,
 )
 from registry.state import RequestStatus as Status
-from registry.state import WrapperStarted, WrapperStatus
+from registry.state import WrapperFailed, WrapperStarted, WrapperStatus
 from tests.service_world import OTHER, TINY, World
 
 Make = Callable[..., World]
@@ -247,6 +247,33 @@ async def test_wrapper_that_never_starts_is_given_up(make: Make) -> None:
     assert known.reason == "did not start: still importing"
 
 
+async def test_restart_that_is_superseded_holds_up_nobody(world: World) -> None:
+    """A wrapper that has to be restarted while an earlier restart waits for it comes back: none waits for the other."""
+    for reason in ("it hangs", "it hangs again"):
+        world.service._apply(WrapperFailed("a-0", reason))
+    await world.until_wrapper(WrapperStatus.IDLE)
+    await world.deployed(1)
+
+
+async def test_wrapper_that_is_commanded_is_not_said_not_to_start(world: World) -> None:
+    """Whoever looks for a wrapper when it is commanded leaves it to that command whether it fails, in its time."""
+    await world.crash()
+    first = world.cluster.hold("a-0", "report")
+    await world.start()
+    await world.until(lambda: first.arrived)
+    deploy = world.cluster.hold("a-0", "deploy")
+    (request_id,) = world.ask(1, TINY)
+    await world.until(lambda: deploy.arrived)
+    looks = round(2 * world.settings.wrappers.start_timeout_s / world.settings.watch.period_s)
+    world.cluster.hold("a-0", "report").fail(WrapperUnreachable("a-0", "busy"))
+    first.open()
+    await world.looked(times=looks)
+    world.cluster.hold("a-0", "report").open()
+    deploy.open()
+    await world.until_status(request_id, Status.DEPLOYED)
+    assert [event for event in world.service.events if isinstance(event, WrapperFailed)] == []
+
+
 async def test_late_report_disturbs_no_lease(world: World) -> None:
     """A report that was made before a command, and comes after its outcome, changes nothing."""
     await world.looked()
@@ -303,6 +330,26 @@ async def test_machine_that_returns_serves_again(world: World) -> None:
     (request_id,) = world.ask(1, TINY)
     world.cluster.join("a")
     await world.until_status(request_id, Status.DEPLOYED)
+
+
+async def test_machine_that_returns_is_not_held_up_by_what_was_commanded_before(world: World) -> None:
+    """A command that was on its way when a machine was lost neither delays its new wrapper nor says that it has failed.
+
+    Serve keeps a call until there is a replica to take it, or until its time is up.
+    """
+    before = world.cluster.hold("a-0", "bind")
+    (request_id,) = world.ask(1, TINY)
+    await world.until(lambda: before.arrived)
+    world.cluster.hold("a-0", "bind").open()
+    world.cluster.leave("a")
+    await world.until_wrapper(WrapperStatus.LOST)
+    world.cluster.join("a")
+    world.cluster.machines["a"] = replace(world.cluster.machines["a"], node_id="node-new")
+    await world.until_status(request_id, Status.DEPLOYED)
+    before.fail(WrapperUnreachable("a-0", "no answer to bind"))
+    await world.looked()
+    assert [event for event in world.service.events if isinstance(event, WrapperFailed)] == []
+    assert world.request(request_id).status is Status.DEPLOYED
 
 
 async def test_fewer_wrappers_after_a_restart(make: Make) -> None:
