@@ -48,6 +48,9 @@ _OUTLIVE_THE_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
 # Ray's autoscaler v2 takes a head of one's own for one of the machines, and leaves the last of them out (Ray 2.60).
 _KNOWS_THE_HEAD = {"RAY_enable_autoscaler_v2": "0"}
 
+# It passes on to drivers what workers print, which none of ours wants, and outlives a head that is gone for good.
+_NO_LOG_MONITOR = "--include-log-monitor=false"
+
 # The cluster launcher's: the engines on machines without GPU would have one thread each.
 _NOT_OURS = ("OMP_NUM_THREADS", "PYTHONWARNINGS")
 
@@ -76,7 +79,7 @@ def _start_ray(options: Sequence[str]) -> bool:
         return False
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for Ray's processes, which inherit it
-    for command in (["stop"], ["start", *options]):
+    for command in (["stop"], ["start", _NO_LOG_MONITOR, *options]):
         try:
             done = subprocess.run(
                 [Path(sys.executable).with_name("ray"), *command],

@@ -33,7 +33,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[]
     monkeypatch.setattr(node, "_ray_processes", lambda: [["raylet", 1, 2.0]] if calls.exists() else [])
     program = tmp_path / "ray"
     program.write_text(
-        f'#!/bin/sh\necho "$*|$RAY_AUTH_MODE|$OMP_NUM_THREADS|$(ulimit -n)" >> {calls}\n[ "$2" != fail ]\n'
+        f'#!/bin/sh\necho "$*|$RAY_AUTH_MODE|$OMP_NUM_THREADS|$(ulimit -n)" >> {calls}\n[ "$3" != fail ]\n'
     )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -43,12 +43,12 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[]
 
 
 def test_ray_is_started_anew_with_what_the_registry_needs(ran: Callable[[], list[list[str]]]) -> None:
-    """What Ray ran here is stopped; it gets token mode, many files, and not the launcher's threads."""
+    """What Ray ran here is stopped; it gets token mode, many files, and neither threads nor a log monitor."""
     assert start_ray(OPTIONS)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     stop, start = ran()
     assert stop[0] == "stop"
-    assert start == [f"start {OPTIONS[0]}", "token", "", str(most)]
+    assert start == [f"start --include-log-monitor=false {OPTIONS[0]}", "token", "", str(most)]
 
 
 def test_what_runs_already_is_left_alone(ran: Callable[[], list[list[str]]]) -> None:
@@ -73,7 +73,10 @@ def test_a_head_gives_no_machine_up(ran: Callable[[], list[list[str]]], tmp_path
     config.write_text('{"cluster_name": "x", "provider": {"type": "local", "head_ip": "192.0.2.1", "worker_ips": []}}')
     assert start_ray(["--head", f"--autoscaling-config={config}"])
     _, start = ran()
-    assert start[0] == f"start --head --autoscaling-config={tmp_path / 'bootstrap.greenprompt.yaml'}"
+    assert (
+        start[0]
+        == f"start --include-log-monitor=false --head --autoscaling-config={tmp_path / 'bootstrap.greenprompt.yaml'}"
+    )
 
 
 def test_a_new_raylet_is_not_ours(ran: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
