@@ -16,7 +16,7 @@ from deployments import process_tree
 from deployments.engine import EngineHost, RunningLLM
 from deployments.tiny_llm import make_tiny_llm
 from tests.bench.report import Result, counted, measured
-from tests.bench.yardstick import LIMIT_S, VllmServe
+from tests.bench.yardstick import FIRST_PROMPT, LIMIT_S, VllmServe
 
 PART = "engine"
 MAX_MODEL_LEN, KV_CACHE_GIB = 512, 0.25
@@ -135,7 +135,7 @@ async def healthy(running: RunningLLM) -> None:
 
 async def first_token(running: RunningLLM) -> None:
     """Have it answer with one token."""
-    body = {"model": running.served_model_name, "prompt": "one", "max_tokens": 1}
+    body = {"model": running.served_model_name, "prompt": FIRST_PROMPT, "max_tokens": 1}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(running.asgi), base_url="http://engine") as http:
         (await http.post("/v1/completions", json=body, timeout=60)).raise_for_status()
 

@@ -17,6 +17,9 @@ import psutil
 
 from deployments import process_tree
 
+FIRST_PROMPT = " ".join(["one"] * 64)
+"""No single word: of one, vLLM's own server dies on a processor with AMX (deployments.warm_start.allow_amx)."""
+
 LIMIT_S = 600.0
 """Longest start of a server, seconds."""
 
@@ -109,7 +112,7 @@ class VllmServe:
 
     def first_token(self, model: str) -> None:
         """Have it answer with one token."""
-        body = {"model": model, "prompt": "one", "max_tokens": 1}
+        body = {"model": model, "prompt": FIRST_PROMPT, "max_tokens": 1}
         httpx.post(f"{self.url}/v1/completions", json=body, timeout=60).raise_for_status()
 
     def _wait_until_healthy(self, deadline_s: float) -> None:
