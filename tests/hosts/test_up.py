@@ -78,6 +78,7 @@ def test_a_machine_more_and_one_less(cluster: Cluster) -> None:
     until(lambda: gone.processes() == {}, 60, gone.processes)
 
 
+@pytest.mark.long
 def test_a_machine_that_could_not_be_started_is_tried_again(cluster: Cluster) -> None:
     """One that was off until starting it had failed is back and leased, without help, when it is on again."""
     cluster.until_ready("w1", "w2")
