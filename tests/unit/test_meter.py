@@ -272,6 +272,18 @@ def test_contention_unknown(run: Run) -> None:
     assert "contention_unknown" in run(source).window(1001.0, 1003.0).flags
 
 
+def test_window_too_short_for_the_counter(run: Run) -> None:
+    """Where it may be estimated, a window between two edges is so within the counter's bounds, never 0."""
+    meter = run(steady(100.0))
+    energy = meter.window(1001.01, 1001.04, estimate_short=True)
+    assert energy.total_j == pytest.approx(3.0)
+    assert (energy.label, energy.low_j) == (Label.MODELED, 0.0)
+    assert energy.high_j is not None
+    assert energy.high_j >= 3.0
+    assert "too_short" in energy.flags
+    assert meter.window(1001.01, 1001.04).total_j is None
+
+
 # --- shares ----------------------------------------------------------------------------------------------------
 
 
