@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tests.hosts.hosts import HOME, INSTALLED, Host, Network
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 POSTGRESQL_PROGRAMS = "/usr/lib/postgresql/*/bin"
+LOGS = REPOSITORY / "build" / "hosts" / "logs"
 DATABASE = HOME / "postgresql"
 DATABASE_PORT, REDIS_PORT = 5433, 6380
 
@@ -205,18 +207,28 @@ def start_databases(host: Host) -> None:
 
 
 @pytest.fixture(scope="session")
-def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    """A head, three machines, a host for databases and an operator's desk, with the registry installed on all."""
+def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    """A head, three machines, a host for databases and an operator's desk, with the registry installed on all.
+
+    Where a test failed, the hosts' logs of Ray are in LOGS afterwards.
+    """
+    shutil.rmtree(LOGS, ignore_errors=True)
     exclude = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text(encoding="utf-8"))["rsync_exclude"]
     shared = REPOSITORY / "build" / "hosts" / INSTALLED.name
     hosts.install(REPOSITORY, shared, exclude)
     folder = tmp_path_factory.mktemp("hosts")
-    with hosts.network(folder, ("head", "w1", "w2", "w3", "db", "desk"), shared) as net:
-        for host in net.hosts.values():
-            for seed, name in enumerate("ab"):
-                make_tiny_llm(host.home / "llms" / name, seed=seed)
-        start_databases(net.host("db"))
-        yield net
+    try:
+        with hosts.network(folder, ("head", "w1", "w2", "w3", "db", "desk"), shared) as net:
+            for host in net.hosts.values():
+                for seed, name in enumerate("ab"):
+                    make_tiny_llm(host.home / "llms" / name, seed=seed)
+            start_databases(net.host("db"))
+            yield net
+    finally:
+        if request.session.testsfailed:
+            for logs in folder.glob("*/logs"):
+                shutil.copytree(logs, LOGS / logs.parent.name, symlinks=True)
+            print(f"logs of the hosts: {LOGS}")
 
 
 @pytest.fixture(scope="session")

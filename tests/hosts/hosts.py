@@ -103,6 +103,11 @@ class Host:
         return self.folder / "home"
 
     @property
+    def logs(self) -> Path:
+        """Where Ray's logs are kept, a folder for each time that it was on."""
+        return self.folder / "logs"
+
+    @property
     def pid(self) -> int:
         """The process that is PID 1 inside."""
         assert self.process is not None, f"{self.name} is off"
@@ -142,6 +147,8 @@ class Host:
             self.process.wait()
             self.process = None
             (self.folder / "boot.log").unlink()
+            for logs in (self.folder / "tmp").glob("ray/session_2*/logs"):
+                logs.rename(self.logs / f"{len(list(self.logs.iterdir())) + 1:03}")
             shutil.rmtree(self.folder / "tmp")
 
     def start(self, command: str) -> subprocess.Popen[str]:
@@ -302,6 +309,7 @@ def _furnish(host: Host, net: Network, folder: Path) -> None:
     """Give a host its files."""
     for part in (".ssh", ".sshd"):
         (host.home / part).mkdir(parents=True)
+    host.logs.mkdir()
     (host.folder / "passwd").write_text(
         "".join(
             f"root:x:0:0:root:{HOME}:/bin/bash\n" if line.startswith("root:") else f"{line}\n"
