@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import mul, sub
 
 from deployments.energy import Component, Label, worst
@@ -15,7 +16,7 @@ from deployments.energy_sources import POWER_HEADROOM, Source
 from deployments.windows import Level, between
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Parts:
     """A prompt's part (0 < part <= 1) of what flows, from its begin to its end, while others are in flight with it.
 
@@ -32,13 +33,22 @@ class Parts:
         """Whether no other prompt was in flight at any time."""
         return len(self.by_time) == 1 and self.by_time[0] == 1
 
-    @property
+    @cached_property
     def reserved_s(self) -> float:
         """Its share of the machine's seconds, by tokens as that of the energy.
 
         Together with the seconds without a prompt the shares of all are the seconds that went by.
         """
-        return _of(self.by_tokens, _between(self.times_s))
+        return _of(self.by_tokens, self._seconds)
+
+    @cached_property
+    def reserved_by_time_s(self) -> float:
+        """The same, had the tokens of all prompts been processed at the same rate."""
+        return _of(self.by_time, self._seconds)
+
+    @cached_property
+    def _seconds(self) -> list[float]:
+        return _between(self.times_s)
 
 
 def _between(levels: Sequence[float]) -> list[float]:
@@ -128,9 +138,9 @@ def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
     """
     if _implausible(source, parts.times_s[-1] - parts.times_s[0], between(levels[0], levels[-1])):
         return unknown(source, "implausible_power")
-    seconds, units = _between(parts.times_s), _between([level.mid for level in levels])
-    by_tokens = source.joules(_of(parts.by_tokens, seconds), _of(parts.by_tokens, units))
-    by_time = source.joules(_of(parts.by_time, seconds), _of(parts.by_time, units))
+    units = _between([level.mid for level in levels])
+    by_tokens = source.joules(parts.reserved_s, _of(parts.by_tokens, units))
+    by_time = source.joules(parts.reserved_by_time_s, _of(parts.by_time, units))
     if by_tokens.mid <= 0:
         return unknown(source, "too_short")
     return Component(

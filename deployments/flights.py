@@ -10,7 +10,6 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 from deployments.attribution import Parts
@@ -135,18 +134,21 @@ class Flights:
         if for_good:
             for one in (flight, *beside):
                 one.rate_per_s = one.rate_per_s or own
-        # Backwards from its end, because then it is known who was there.
-        there = own + sum(other.rate_per_s or own for other in flight.outlived_by)
-        came = (-(other.rate_per_s or own) if begins else other.rate_per_s or own for _, other, begins in changes)
-        counts = list(
-            accumulate((-1 if begins else 1 for _, _, begins in changes), initial=1 + len(flight.outlived_by))
-        )
-        by_tokens = [
-            own / rate if count > 1 else 1.0
-            for rate, count in zip(accumulate(came, initial=there), counts, strict=True)
-        ]
-        times_s = (flight.end_s, *(change.time_s for change in changes), flight.start_s)
-        return Parts(times_s[::-1], by_tokens[::-1], [1 / count for count in reversed(counts)]), assumed
+        # Backwards from its end, because then it is known who was there. One loop: every prompt waits for it.
+        rates, count = own + sum(other.rate_per_s or own for other in flight.outlived_by), 1 + len(flight.outlived_by)
+        times_s, by_tokens, by_time = [flight.end_s], [own / rates if count > 1 else 1.0], [1 / count]
+        for time_s, other, begins in changes:
+            if begins:
+                rates -= other.rate_per_s or own
+                count -= 1
+            else:
+                rates += other.rate_per_s or own
+                count += 1
+            times_s.append(time_s)
+            by_tokens.append(own / rates if count > 1 else 1.0)
+            by_time.append(1 / count)
+        times_s.append(flight.start_s)
+        return Parts(tuple(times_s[::-1]), by_tokens[::-1], by_time[::-1]), assumed
 
     def forget(self) -> None:
         """Forget what no prompt needs any more."""

@@ -111,15 +111,17 @@ class _Run:
         elapsed_s = self._mid_s(last) - self._mid_s(first)
         return (self.units[last] - self.units[first]) / elapsed_s if elapsed_s > 0 else 0.0
 
-    def level(self, time_s: float, step: float, max_rate: float | None) -> Level:
-        """The counter at a time not before the first edge. Takes at least two edges."""
-        found = self._final.get(time_s) or self._provisional.get(time_s)
-        if found is None:
-            found = self._at(time_s, step, max_rate)
-            kept = self._provisional if found.provisional else self._final
-            if len(kept) >= _LEVELS_KEPT:
-                kept.clear()
-            kept[time_s] = found
+    def levels(self, times_s: Sequence[float], step: float, max_rate: float | None) -> list[Level]:
+        """The counter at times not before the first edge. Takes at least two edges."""
+        final, provisional = self._final.get, self._provisional.get
+        return [final(time_s) or provisional(time_s) or self._looked_up(time_s, step, max_rate) for time_s in times_s]
+
+    def _looked_up(self, time_s: float, step: float, max_rate: float | None) -> Level:
+        found = self._at(time_s, step, max_rate)
+        kept = self._provisional if found.provisional else self._final
+        if len(kept) >= _LEVELS_KEPT:
+            kept.clear()
+        kept[time_s] = found
         return found
 
     def _at(self, time_s: float, step: float, max_rate: float | None) -> Level:
@@ -220,4 +222,4 @@ class Track:
             raise NoWindow("no_edge")
         if last_s > run.seen_s[-1] + self._stale_s:
             raise NoWindow("stale")
-        return [run.level(time_s, self._step, self._max_rate) for time_s in times_s]
+        return run.levels(times_s, self._step, self._max_rate)
