@@ -819,9 +819,12 @@ class Service:
         for lease in due:
             if lease.deadline_s > now_s and lease.request_id not in self._asked:
                 self._asked.add(lease.request_id)
-                self._spawn(self._guarded("a lease could not be ended", self._end_unless_used(lease)))
+                self._spawn(self._end_idle(lease))
         if any(lease.deadline_s <= now_s for lease in due):
             self._apply(TimePassed(asked=()))
+
+    async def _end_idle(self, lease: Lease) -> None:
+        await self._guarded("a lease could not be ended", self._end_unless_used(lease))
 
     async def _end_unless_used(self, lease: Lease) -> None:
         """A prompt of the last moment, which no report has told of yet, still extends its lease.
