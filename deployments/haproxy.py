@@ -61,6 +61,10 @@ s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503
 /^frontend http_frontend/a \
 http-after-response set-header retry-after 1 if { status 429 503 } !{ res.hdr(retry-after) -m found }
 """
+# Serve looks out for hang-ups in two tasks for each request. A wrapper does so itself.
+_WRAPPERS_HEAR_HANG_UPS = r"""/^frontend http_frontend/a \
+http-request set-header x-request-disconnect-disabled ?1 if { path_beg /wrappers/ }
+"""
 _TRY_AGAIN_ANSWER = (
     "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\r\n"
     '{"code":"unavailable","message":"this part of the registry is being restarted; try again in a few seconds",'
@@ -88,7 +92,7 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
     home.mkdir(parents=True, exist_ok=True)
     answer, changes, script = home / "503.http", home / "changes.sed", home / "haproxy"
     answer.write_text(_TRY_AGAIN_ANSWER, encoding="ascii", newline="")
-    wanted = _NO_LOG + _NO_SPLICE + _TRY_AGAIN.replace("{answer}", str(answer))
+    wanted = _NO_LOG + _NO_SPLICE + _WRAPPERS_HEAR_HANG_UPS + _TRY_AGAIN.replace("{answer}", str(answer))
     changes.write_text((_LOOPBACK if local_only else "") + wanted, encoding="ascii")
     parts = {
         "changes": changes,

@@ -347,6 +347,7 @@ class _Exchange:
             return {"type": "http.disconnect"}
         finally:
             self._listening.discard(listening)
+            del listening  # it knows its task, which when cancelled keeps the traceback, and so all of this prompt
         self.client_gone = received["type"] == "http.disconnect"
         return received
 

@@ -113,6 +113,18 @@ async def test_structured_output(llm: RunningLLM) -> None:
     assert found["grid"] in ("DEU", "FRA")
 
 
+async def test_nothing_is_counted_for_metrics_that_nobody_reads(llm: RunningLLM) -> None:
+    """An answer does not pass through vLLM's counter of HTTP requests, whose /metrics is not served."""
+    async with client(llm) as http:
+        await http.get("/v1/models")
+    layer: Any = llm.app
+    layers = [type(layer := layer.middleware_stack).__name__]
+    while (layer := getattr(layer, "app", None)) is not None:
+        layers.append(type(layer).__name__)
+    assert "CORSMiddleware" in layers
+    assert "PrometheusInstrumentatorMiddleware" not in layers
+
+
 async def test_tokens(llm: RunningLLM) -> None:
     """A text becomes tokens and these the text again."""
     text = "Wie viel CO₂?"
