@@ -51,6 +51,7 @@ class Cluster:
 
     net: Network
     workers: tuple[str, ...]
+    http: httpx.Client
 
     @property
     def head(self) -> Host:
@@ -78,7 +79,7 @@ class Cluster:
         deadline_s = time.monotonic() + limit_s
         while True:
             try:
-                answer = httpx.request(method, f"{self.url}{path}", timeout=limit_s, **more)
+                answer = self.http.request(method, f"{self.url}{path}", timeout=limit_s, **more)
             except httpx.TransportError:
                 if time.monotonic() > deadline_s:
                     raise
@@ -235,11 +236,14 @@ def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def cluster(net: Network) -> Iterator[Cluster]:
     """The cluster of cluster.yaml, up, with two of the machines."""
     desk, workers = net.host("desk"), ("w1", "w2")
-    cluster = Cluster(net, workers)
+    # Hosts go and come back: every call has a connection of its own, as from a client that has just been started.
+    http = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
+    cluster = Cluster(net, workers, http)
     cluster.describe(*workers)
     # The desk has the launcher as any of the machines has it.
     desk.run("echo 'export PATH=$HOME/greenprompt/.venv/bin:$PATH' >> ~/.bashrc")
     desk.run("ray get-auth-token --generate")
     print(cluster.ray("up -y ~/cluster.yaml"))
     yield cluster
+    http.close()
     print(cluster.ray("down -y ~/cluster.yaml"))
