@@ -7,8 +7,10 @@ import itertools
 import os
 import signal
 import time
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -118,16 +120,37 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def holdings(cluster: Cluster) -> dict[str, tuple[int, int]]:
-    """Memory (PSS, bytes) and open files of all processes, by host."""
-    found = {}
+Holdings = dict[str, Counter[str]]
+"""By host: what its processes take up, by their names."""
+
+
+def holdings(cluster: Cluster) -> tuple[Holdings, Holdings]:
+    """Memory (PSS, MiB) and open files."""
+    memory: Holdings = defaultdict(Counter)
+    files: Holdings = defaultdict(Counter)
     for host in (cluster.head, *(cluster.net.host(name) for name in cluster.workers)):
-        processes = [psutil.Process(pid) for pid in host.processes()]
-        found[host.name] = (
-            sum(process.memory_full_info().pss for process in processes),
-            sum(process.num_fds() for process in processes),
-        )
-    return found
+        for pid, line in host.processes().items():
+            process, name = psutil.Process(pid), named(line)
+            memory[host.name][name] += process.memory_full_info().pss >> 20
+            files[host.name][name] += process.num_fds()
+    return memory, files
+
+
+def named(line: str) -> str:
+    """What a process is called, from its command line: Ray's own name for it, else its program's or script's."""
+    words = [word for word in line.split() if not word.startswith("-")]
+    scripts = [word for word in words if word.endswith(".py")]
+    return line.partition(".")[0] if line.startswith("ray::") else Path((scripts or words)[0]).name
+
+
+def grown(before: tuple[Holdings, Holdings], after: tuple[Holdings, Holdings]) -> list[str]:
+    """What takes up more than GROWTH times of before, in words."""
+    return [
+        f"{unit} of {host}: {then[host].total()} before, {now[host].total()} after"
+        for unit, then, now in zip(("MiB", "files"), before, after, strict=True)
+        for host in now
+        if now[host].total() > GROWTH * then[host].total()
+    ]
 
 
 async def storm(cluster: Cluster, seen: Seen) -> list[str]:
@@ -178,14 +201,11 @@ def test_soak(cluster: Cluster) -> None:
         assert state["endedAt"] is not None, state
     after = holdings(cluster)
     print(f"{len(seen.accepted)} requests, {len(seen.leases)} leases, {len(told)} told of their end by a fault")
-    print(f"memory and files before {before}, after {after}")
+    for unit, then, now in zip(("MiB", "files"), before, after, strict=True):
+        for host in now:
+            more = dict((now[host] - then[host]).most_common(5))
+            print(f"{unit} of {host}: {then[host].total()} before, {now[host].total()} after; most grown: {more}")
     assert seen.lost == []
     assert seen.double_grants == []
     assert seen.refused_prompts == []
-    grown = {
-        name: (old, new)
-        for name, old in before.items()
-        for new in [after[name]]
-        if any(now > GROWTH * then for then, now in zip(old, new, strict=True))
-    }
-    assert grown == {}
+    assert grown(before, after) == []
