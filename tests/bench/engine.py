@@ -20,12 +20,12 @@ TARGETS = {
     "swap_ratio": 0.12,
     "rss_ratio": 1.3,
     "ttft_extra_ms": 2.0,
+    "inter_token_p99_ratio": 1.1,
     **{f"swaps_growth_{name}": 1.05 for name in ("processes", "threads", "files", "memory")},
 }
 """At most."""
 FLOORS = {f"throughput_ratio_c{connections}": 0.95 for connections in prompt_path.CONNECTIONS}
 """At least."""
-INTER_TOKEN_RATIO = 1.1
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +51,6 @@ def main(arguments: list[str]) -> int:
     publish(results, output=chosen.output, targets=targets)
     missed = [result.name for result in results if result.value > TARGETS.get(result.name, result.value)]
     missed += [result.name for result in results if result.value < FLOORS.get(result.name, result.value)]
-    missed += [r.name for r in results if r.name == "inter_token_p99_ms" and (r.ratio or 0) > INTER_TOKEN_RATIO]
     print("by hand, and baseline of the prompts: vLLM's own server with the same LLM, arguments and threads.")
     if missed:
         print(f"missed: {', '.join(missed)}")
