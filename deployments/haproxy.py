@@ -62,7 +62,8 @@ s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503
 http-after-response set-header retry-after 1 if { status 429 503 } !{ res.hdr(retry-after) -m found }
 """
 # Serve looks out for hang-ups in two tasks for each request. A wrapper does so itself.
-_WRAPPERS_HEAR_HANG_UPS = r"""/^frontend http_frontend/a \
+_WRAPPERS_HEAR_HANG_UPS = r"""/http-request set-header x-request-disconnect-disabled/d
+/^frontend http_frontend/a \
 http-request set-header x-request-disconnect-disabled ?1 if { path_beg /wrappers/ }
 """
 _TRY_AGAIN_ANSWER = (

@@ -9,7 +9,6 @@ import select
 import socket
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -58,10 +57,10 @@ def test_what_can_be_sent_again_says_so(tmp_path: Path, fake_haproxy: Path) -> N
     config.write_text("    errorfile 502 500.http\n    errorfile 503 500.http\nfrontend http_frontend\n    bind a:1\n")
     for _ in range(2):  # Serve may start it several times with one file
         subprocess.run([script, "-f", config], capture_output=True, check=True)
-    unchanged, answer, frontend, *rules, bind = config.read_text().splitlines()
+    unchanged, answer, frontend, of_requests, rule, bind = config.read_text().splitlines()
     assert unchanged == "    errorfile 502 500.http"
     assert (frontend, bind) == ("frontend http_frontend", "    bind a:1")
-    (rule,) = [rule for rule in rules if rule.startswith("http-after-response ")]
+    assert of_requests.startswith("http-request set-header ")
     assert rule.startswith("http-after-response set-header retry-after 1 if { status 429 503 }")
     head, body = Path(answer.removeprefix("    errorfile 503 ")).read_bytes().split(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 503 ")
@@ -93,45 +92,30 @@ def test_wrappers_look_out_for_hang_ups_themselves(tmp_path: Path) -> None:
     """Serve is told not to for the wrappers, and still does so for the registry, whose waits end by its cancelling."""
     script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     config = tmp_path / "haproxy.cfg"
-    (port,) = free_ports(1)
-    with socket.create_server(("127.0.0.1", 0)) as back:
+    with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as back:
         config.write_text(
             "global\ndefaults\n    mode http\n    timeout client 9s\n    timeout connect 9s\n    timeout server 9s\n"
-            f"    errorfile 503 /nowhere/500.http\nfrontend http_frontend\n    bind 127.0.0.1:{port}\n"
+            f"    errorfile 503 /nowhere/500.http\nfrontend http_frontend\n    bind fd@{front.fileno()}\n"
             f"    default_backend back\nbackend back\n    server all 127.0.0.1:{back.getsockname()[1]}\n"
         )
-        for _ in range(2):  # Serve may start it several times with one file
-            subprocess.run([script, "-c", "-f", str(config)], capture_output=True, check=True)
         back.settimeout(10)
-        with subprocess.Popen([script, "-db", "-f", str(config)]) as haproxy:
+        with subprocess.Popen([script, "-db", "-f", str(config)], pass_fds=[front.fileno()]) as haproxy:
             try:
                 paths = ("/wrappers/a-0/t0ken/v1/completions", "/promptingservice/request/1?wait=10")
-                heads = [_head_passed_on(port, back, path) for path in paths]
+                heads = [_head_passed_on(front, back, path) for path in paths]
             finally:
                 haproxy.kill()
     told = [head.lower().count(f"{SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER}: ?1") for head in heads]
     assert told == [1, 0]
 
 
-def _head_passed_on(port: int, back: socket.socket, path: str) -> str:
+def _head_passed_on(front: socket.socket, back: socket.socket, path: str) -> str:
     """What a server behind HAProxy is sent when HAProxy is asked for this."""
-    client = _connected(port)
-    with client:
+    with socket.create_connection(front.getsockname(), timeout=10) as client:
         client.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
         server, _ = back.accept()
         with server, server.makefile("rb") as request:
             return "".join(line.decode() for line in iter(request.readline, b"\r\n"))
-
-
-def _connected(port: int) -> socket.socket:
-    """A connection to whoever is about to listen there."""
-    deadline_s = time.monotonic() + 10
-    while True:
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=10)
-        except ConnectionRefusedError:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.05)
 
 
 def test_no_address_is_logged(tmp_path: Path, fake_haproxy: Path) -> None:
