@@ -138,12 +138,9 @@ class Flights:
         rates, count = own + sum(other.rate_per_s or own for other in flight.outlived_by), 1 + len(flight.outlived_by)
         times_s, by_tokens, by_time = [flight.end_s], [own / rates if count > 1 else 1.0], [1 / count]
         for time_s, other, begins in changes:
-            if begins:
-                rates -= other.rate_per_s or own
-                count -= 1
-            else:
-                rates += other.rate_per_s or own
-                count += 1
+            more = -1 if begins else 1
+            rates += more * (other.rate_per_s or own)
+            count += more
             times_s.append(time_s)
             by_tokens.append(own / rates if count > 1 else 1.0)
             by_time.append(1 / count)
