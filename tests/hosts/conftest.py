@@ -237,13 +237,12 @@ def cluster(net: Network) -> Iterator[Cluster]:
     """The cluster of cluster.yaml, up, with two of the machines."""
     desk, workers = net.host("desk"), ("w1", "w2")
     # Hosts go and come back: every call has a connection of its own, as from a client that has just been started.
-    http = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
-    cluster = Cluster(net, workers, http)
-    cluster.describe(*workers)
-    # The desk has the launcher as any of the machines has it.
-    desk.run("echo 'export PATH=$HOME/greenprompt/.venv/bin:$PATH' >> ~/.bashrc")
-    desk.run("ray get-auth-token --generate")
-    print(cluster.ray("up -y ~/cluster.yaml"))
-    yield cluster
-    http.close()
-    print(cluster.ray("down -y ~/cluster.yaml"))
+    with httpx.Client(limits=httpx.Limits(max_keepalive_connections=0)) as http:
+        cluster = Cluster(net, workers, http)
+        cluster.describe(*workers)
+        # The desk has the launcher as any of the machines has it.
+        desk.run("echo 'export PATH=$HOME/greenprompt/.venv/bin:$PATH' >> ~/.bashrc")
+        desk.run("ray get-auth-token --generate")
+        print(cluster.ray("up -y ~/cluster.yaml"))
+        yield cluster
+        print(cluster.ray("down -y ~/cluster.yaml"))

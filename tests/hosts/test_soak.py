@@ -125,13 +125,13 @@ Holdings = dict[str, Counter[str]]
 
 
 def holdings(cluster: Cluster) -> tuple[Holdings, Holdings]:
-    """Memory (PSS, MiB) and open files."""
+    """Memory (PSS, bytes) and open files."""
     memory: Holdings = defaultdict(Counter)
     files: Holdings = defaultdict(Counter)
     for host in (cluster.head, *(cluster.net.host(name) for name in cluster.workers)):
         for pid, line in host.processes().items():
             process, name = psutil.Process(pid), named(line)
-            memory[host.name][name] += process.memory_full_info().pss >> 20
+            memory[host.name][name] += process.memory_full_info().pss
             files[host.name][name] += process.num_fds()
     return memory, files
 
@@ -147,7 +147,7 @@ def grown(before: tuple[Holdings, Holdings], after: tuple[Holdings, Holdings]) -
     """What takes up more than GROWTH times of before, in words."""
     return [
         f"{unit} of {host}: {then[host].total()} before, {now[host].total()} after"
-        for unit, then, now in zip(("MiB", "files"), before, after, strict=True)
+        for unit, then, now in zip(("bytes", "files"), before, after, strict=True)
         for host in now
         if now[host].total() > GROWTH * then[host].total()
     ]
@@ -201,7 +201,7 @@ def test_soak(cluster: Cluster) -> None:
         assert state["endedAt"] is not None, state
     after = holdings(cluster)
     print(f"{len(seen.accepted)} requests, {len(seen.leases)} leases, {len(told)} told of their end by a fault")
-    for unit, then, now in zip(("MiB", "files"), before, after, strict=True):
+    for unit, then, now in zip(("bytes", "files"), before, after, strict=True):
         for host in now:
             more = dict((now[host] - then[host]).most_common(5))
             print(f"{unit} of {host}: {then[host].total()} before, {now[host].total()} after; most grown: {more}")
