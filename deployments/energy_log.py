@@ -17,7 +17,8 @@ from registry.state import EnergyWindow, WindowKind
 
 KEPT_WINDOWS = 20_000
 """Windows that wait for the registry; older ones are dropped, counted and told. Some 2 kB each."""
-WINDOWS_A_REPORT = 100
+WINDOWS_A_REPORT = 500
+"""With a report a second: as many prompts a second can go on for ever, and none of their records is lost."""
 _DETAIL = TypeAdapter(dict[str, Any])
 
 
