@@ -23,6 +23,7 @@ import registry
 from deployments.haproxy import haproxy_environment
 from deployments.local_ray import RAY_ENVIRONMENT
 from registry.errors import BadSettings, StartFailed
+from registry.settings import forwarded_environment
 
 HAPROXY_HOME = Path("/tmp/gp-haproxy")  # noqa: S108 - HAProxy allows its socket paths 97 characters
 """Where HAProxy has its files on a node."""
@@ -51,6 +52,9 @@ _KNOWS_THE_HEAD = {"RAY_enable_autoscaler_v2": "0"}
 # It passes on to drivers what workers print, which none of ours wants, and outlives a head that is gone for good.
 _NO_LOG_MONITOR = "--include-log-monitor=false"
 
+# What an operator sets for Ray in cluster.yaml: where the head's state is kept.
+_RAYS_STORE = "RAY_REDIS_"
+
 # The cluster launcher's: the engines on machines without GPU would have one thread each.
 _NOT_OURS = ("OMP_NUM_THREADS", "PYTHONWARNINGS")
 
@@ -73,7 +77,9 @@ def start_ray(options: Sequence[str]) -> bool:
 
 def _start_ray(options: Sequence[str]) -> bool:
     environment = node_environment()
-    wanted = hashlib.sha256(json.dumps([_code(), sorted(environment.items()), *options]).encode()).hexdigest()
+    told = {name: value for name, value in os.environ.items() if name.startswith(_RAYS_STORE)} | forwarded_environment()
+    started_with = [item for item in sorted((told | environment).items()) if item[0] not in _NOT_OURS]
+    wanted = hashlib.sha256(json.dumps([_code(), started_with, *options]).encode()).hexdigest()
     running = _ray_processes()
     if running and _record() == {"wanted": wanted, "running": running}:
         return False

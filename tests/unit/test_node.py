@@ -93,6 +93,24 @@ def test_new_code_is_a_reason(ran: Callable[[], list[list[str]]], monkeypatch: p
     assert start_ray(OPTIONS)
 
 
+@pytest.mark.parametrize("name", ["RAY_REDIS_ADDRESS", "HF_TOKEN", "VLLM_ATTENTION_BACKEND"])
+def test_what_the_operator_sets_is_a_reason(
+    ran: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A Redis for the head, or a variable that models are loaded with: without a start nothing would see it."""
+    assert start_ray(OPTIONS)
+    monkeypatch.setenv(name, "x")
+    assert start_ray(OPTIONS)
+    assert not start_ray(OPTIONS)
+
+
+def test_what_the_launcher_sets_is_none(ran: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's processes never get it."""
+    assert start_ray(OPTIONS)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert not start_ray(OPTIONS)
+
+
 def test_a_record_that_was_cut_short_is_none(ran: Callable[[], list[list[str]]]) -> None:
     """A crash while it was written costs a start, no more."""
     assert start_ray(OPTIONS)
