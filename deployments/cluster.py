@@ -95,6 +95,7 @@ class RayCluster:
                         cache_dir=self._settings.cache_dir,
                         models=self._settings.models,
                         finish_prompts=self._settings.leases.at_expiry == "finish",
+                        on_machine=want.on_machine,
                     ),
                     node_id=want.node_id,
                     env=forwarded_environment(),

@@ -71,6 +71,8 @@ def machine_notes(machine: MachineState, now: datetime) -> Iterator[str]:
     """What is not as usual with a machine, in words."""
     if not machine.alive:
         yield "it left the cluster"
+    elif machine.gpus and not machine.wrappers and machine.drain is None:
+        yield "no wrapper yet, and none if it has fewer GPUs than gpus_per_wrapper"
     if machine.drain is not None:
         yield drain_note(machine)
     if not machine.healthy and machine.drain is None and machine.lastHeardAt is not None:

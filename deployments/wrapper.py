@@ -69,7 +69,7 @@ class WrapperConfig:
     """What a wrapper is told when it is made.
 
     ``gpus`` is how many GPUs Ray gives it, ``cache_dir`` is absolute. ``finish_prompts``: those that are in flight when
-    their lease expires are not cut.
+    their lease expires are not cut. ``on_machine``: how many wrappers share its machine.
     """
 
     wrapper_id: str
@@ -80,6 +80,7 @@ class WrapperConfig:
     cache_dir: Path
     models: ModelSettings = field(default_factory=ModelSettings)
     finish_prompts: bool = False
+    on_machine: int = 1
 
 
 class LLMWrapper:
@@ -108,7 +109,7 @@ class LLMWrapper:
         self._weights_hash: WeightsHash | None = None
         self._in_use: list[LocalModel] = []
         self._revision: str | None = None
-        cpus = len(os.sched_getaffinity(0)) / config.settings.per_machine
+        cpus = len(os.sched_getaffinity(0)) / config.on_machine
         process = uuid4().hex
         self._meter = PromptMeter(
             config.energy,
@@ -125,10 +126,10 @@ class LLMWrapper:
             gpus=config.gpus,
             kv_cache_gib=config.settings.kv_cache_gib,
             cache_dir=config.cache_dir,
-            cpu_threads=None if config.settings.per_machine == 1 else max(1, int(cpus)),
+            cpu_threads=None if config.on_machine == 1 else max(1, int(cpus)),
             stall_s=config.settings.stall_s,
             preload=[f"vllm.model_executor.models.{name}" for name in config.settings.preload],
-            sleep_host_gib=(config.settings.sleep_host_gib or 0.0) / config.settings.per_machine,
+            sleep_host_gib=(config.settings.sleep_host_gib or 0.0) / config.on_machine,
         )
         self._prompts = PromptGate(
             self._gate,
@@ -425,7 +426,7 @@ class LLMWrapper:
         config, settings = self._config, self._config.settings
         memory = await self._checkpoints.memory(model, spec, gpus=config.gpus)
         kv_cache_bytes = None if settings.kv_cache_gib is None else settings.kv_cache_gib * GIB
-        has_bytes = self._gpu_memory_bytes if config.gpus else self._memory_bytes // settings.per_machine
+        has_bytes = self._gpu_memory_bytes if config.gpus else self._memory_bytes // self._config.on_machine
         if memory is None or has_bytes is None:
             return
         limits = Limits(kv_cache_bytes=kv_cache_bytes)

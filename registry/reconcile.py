@@ -139,7 +139,10 @@ class WrapperReport:
 
 @dataclass(frozen=True, slots=True)
 class WrapperPlan:
-    """A wrapper that should exist: ``gpus`` of the GPUs of the machine, its Serve application and its base URL."""
+    """A wrapper that should exist: ``gpus`` of the GPUs of the machine, its Serve application and its base URL.
+
+    ``on_machine``: how many wrappers share that machine, this one included.
+    """
 
     wrapper_id: str
     machine_id: str
@@ -147,6 +150,7 @@ class WrapperPlan:
     gpus: int
     url: str
     home: LLMSpec | None = None
+    on_machine: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,14 +232,18 @@ def wanted_wrappers(
 ) -> tuple[WrapperPlan, ...]:
     """The wrappers that a machine should carry.
 
-    ``gpus_per_wrapper`` None divides all GPUs of the machine evenly among ``per_machine`` wrappers; a number
-    makes as many wrappers as fit, at most ``per_machine`` where the machine has no GPU.
+    ``gpus_per_wrapper`` None divides all GPUs of the machine evenly among ``per_machine`` wrappers, or fewer if it has
+    fewer GPUs: Ray hides no GPU from a wrapper that asks for none. A number makes as many wrappers as fit, none where
+    the machine has fewer GPUs. A machine without any carries ``per_machine`` wrappers.
     ``homes`` maps a machine id, or ``*``, to the LLM for the machine's first wrapper.
     """
-    if gpus_per_wrapper and machine.gpus:
+    if not machine.gpus:
+        count, gpus = per_machine, 0
+    elif gpus_per_wrapper:
         count, gpus = machine.gpus // gpus_per_wrapper, gpus_per_wrapper
     else:
-        count, gpus = per_machine, machine.gpus // per_machine
+        count = min(per_machine, machine.gpus)
+        gpus = machine.gpus // count
     home = homes.get(machine.machine_id, homes.get("*"))
     return tuple(
         WrapperPlan(
@@ -245,6 +253,7 @@ def wanted_wrappers(
             gpus=gpus,
             url=f"{base_url}/wrappers/{machine.machine_id}-{n}",
             home=home if n == 0 else None,
+            on_machine=count,
         )
         for n in range(count)
     )

@@ -56,6 +56,8 @@ def added(want: WrapperPlan) -> WrapperAdded:
         (7, 2, None, [3, 3]),
         (0, 1, None, [0]),
         (0, 3, None, [0, 0, 0]),
+        (1, 2, None, [1]),
+        (3, 8, None, [1, 1, 1]),
         (8, 1, 2, [2, 2, 2, 2]),
         (7, 1, 2, [2, 2, 2]),
         (1, 1, 2, []),
@@ -82,6 +84,7 @@ def test_no_machine_is_promised_more_gpus_than_it_has(
         replace(A, gpus=gpus), per_machine=per_machine, gpus_per_wrapper=gpus_per_wrapper, base_url="", homes={}
     )
     assert sum(want.gpus for want in plans) <= gpus
+    assert all(bool(want.gpus) == bool(gpus) and want.on_machine == len(plans) for want in plans)
     assert len({want.wrapper_id for want in plans}) == len(plans)
 
 

@@ -59,13 +59,17 @@ Make = Callable[..., Awaitable[LLMWrapper]]
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
     """Makes a wrapper on a machine with 16 GiB of main memory and GPUs of 24 GiB."""
 
-    async def make(*, gpus: int = 0, gpu_memory_bytes: int | None = 24 * GIB, **settings: Any) -> LLMWrapper:
+    async def make(
+        *, gpus: int = 0, gpu_memory_bytes: int | None = 24 * GIB, on_machine: int = 1, **settings: Any
+    ) -> LLMWrapper:
         CountingHost.started, CountingHost.stopped = [], 0
         monkeypatch.setattr(wrapper_module, "EngineHost", CountingHost)
         monkeypatch.setattr(wrapper_module, "main_memory_bytes", lambda: 16 * GIB)
         monkeypatch.setattr(wrapper_module, "gpu_memory_bytes", lambda gpus: gpu_memory_bytes if gpus else None)
         sources = ModelSources(True, (tmp_path / "llms",), tmp_path)
-        config = WrapperConfig("a-0", gpus, WrapperSettings(**settings), EnergySettings(), sources, tmp_path)
+        config = WrapperConfig(
+            "a-0", gpus, WrapperSettings(**settings), EnergySettings(), sources, tmp_path, on_machine=on_machine
+        )
         wrapper = UndyingWrapper.__new__(UndyingWrapper)
         await wrapper.__init__(config)  # type: ignore[misc]  # as Serve does it
         wrapper._meter.stop()
@@ -91,7 +95,7 @@ async def refusal(wrapper: LLMWrapper, spec: LLMSpec) -> EngineStartFailed:
     ("wrapper", "gib", "has"),
     [
         ({}, 16, "this wrapper has 16 GiB of main memory"),
-        ({"per_machine": 2}, 8, "this wrapper has 8 GiB of main memory"),
+        ({"on_machine": 2}, 8, "this wrapper has 8 GiB of main memory"),
         ({"gpus": 1}, 24, "this wrapper has 1 GPU with 24 GiB each"),
         ({"gpus": 4}, 96, "this wrapper has 4 GPUs with 24 GiB each"),
     ],
@@ -141,7 +145,7 @@ async def test_the_configured_kv_cache_is_a_limit(make: Make, tmp_path: Path) ->
 
 async def test_a_wrapper_reports_the_memory_of_its_machine(make: Make) -> None:
     """Of the machine as a whole; of its GPUs where it has some."""
-    report = await (await make(gpus=2, per_machine=2)).report(UNTOLD)
+    report = await (await make(gpus=2, on_machine=2)).report(UNTOLD)
     assert (report.memory_bytes, report.gpu_memory_bytes) == (16 * GIB, 24 * GIB)
     report = await (await make()).report(UNTOLD)
     assert (report.memory_bytes, report.gpu_memory_bytes) == (16 * GIB, None)
