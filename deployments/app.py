@@ -28,7 +28,7 @@ from registry.actor import ACTOR_NAME, NAMESPACE, RegistryActor
 from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed
 from registry.logs import configure_logging
 from registry.service import Service
-from registry.settings import Settings
+from registry.settings import Settings, differing
 from registry.state import LLMSpec
 from registry.store import Store
 
@@ -39,6 +39,9 @@ EVERY_INTERFACE = ("0.0.0.0", "::")
 """Hosts that no client can use as an address."""
 
 READY_POLL_S = 0.2
+
+READY_LIMIT_S = 60
+"""Longest wait for the registry actor to have read its database, seconds."""
 
 
 class Running(NamedTuple):
@@ -97,11 +100,11 @@ def start(settings: Settings, ray_folder: Path | None) -> Running:
     Args:
         settings: with ``ray.address`` None a local cluster is started in ``ray_folder``, and LLMs can be requested
             when this returns. Else that cluster is joined, where machines may still be missing: the registry answers
-            then. One that runs there already is kept as it is.
+            then. One that runs there already, with the same settings, is kept as it is.
         ray_folder: folder for a local cluster's files; its environment is prepared.
 
     Raises:
-        BadSettings: something in the configuration can't work here.
+        BadSettings: something in the configuration can't work here, or a registry runs there with other settings.
         StartFailed: no wrapper was ready in time, or the registry does not answer.
     """
     require_engine()
@@ -135,16 +138,23 @@ def stop(settings: Settings) -> None:
     """The documented shutdown: LLMs stopped, wrappers down, registry stopped, database closed, cluster left.
 
     Every step has a time limit; a local cluster's processes end with this one in any case.
+
+    Raises:
+        StartFailed: the registry of a cluster that runs on could not be shut down; it is left there, as it is.
     """
     if not ray.is_initialized():
         return
     limit_s = 2 * settings.wrappers.stop_timeout_s + 90
     try:
-        actor: Any = ray.get_actor(ACTOR_NAME, NAMESPACE)
-        ray.get(actor.shutdown.remote(), timeout=limit_s)
-        ray.kill(actor, no_restart=True)
-    except (ValueError, RayError) as error:
-        logging.getLogger(__name__).warning("the registry could not be shut down in order: %s", error)
+        actor = _running_registry()
+        if actor is not None:
+            ray.get(actor.shutdown.remote(), timeout=limit_s)
+            ray.kill(actor, no_restart=True)
+    except RayError as error:
+        problem = f"the registry could not be shut down in order: {_reason(error)}"
+        if settings.ray.address is not None:
+            raise StartFailed(f"{problem}; it is still there, try again") from error
+        logging.getLogger(__name__).warning(problem)
     if settings.ray.address is None:
         serve.shutdown()
     else:
@@ -180,6 +190,19 @@ def join_ray(settings: Settings, folder: Path | None) -> str:
 
 
 def _start_registry(settings: Settings) -> None:
+    """The registry actor, ready. One that is there already is never ended, whatever is wrong with it."""
+    running = _running_registry()
+    if running is not None:
+        try:
+            theirs = ray.get(running.settings.remote(), timeout=READY_LIMIT_S)
+            ray.get(running.ready.remote(), timeout=READY_LIMIT_S)
+        except RayError as error:
+            problem = f"the registry of this cluster, which goes on trying, does not answer: {_reason(error)}"
+            raise StartFailed(problem) from error
+        if fields := differing(theirs, settings):
+            remedy = "to change that, end it first: greenprompt down --address auto (leases end, what is queued stays)"
+            raise BadSettings(", ".join(fields), f"the registry of this cluster runs with another value; {remedy}")
+        return
     sources = model_sources(settings)
     actor: Any = (
         ray.remote(RegistryActor)
@@ -197,11 +220,23 @@ def _start_registry(settings: Settings) -> None:
         .remote(settings, lambda s, on_fatal: build_service(s, sources, on_fatal))
     )
     try:
-        ray.get(actor.ready.remote(), timeout=60)
+        ray.get(actor.ready.remote(), timeout=READY_LIMIT_S)
     except RayError as error:
         ray.kill(actor, no_restart=True)
-        cause = getattr(error, "cause", None) or error
-        raise BadSettings("database", f"the registry can't start: {str(cause).strip().splitlines()[-1]}") from error
+        raise BadSettings("database", f"the registry can't start: {_reason(error)}") from error
+
+
+def _running_registry() -> Any:
+    """The cluster's registry actor, None if there is none."""
+    try:
+        return ray.get_actor(ACTOR_NAME, NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _reason(error: RayError) -> str:
+    """The last line of what an actor's method failed with."""
+    return str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
 
 
 def _wait_until_ready(settings: Settings, *, usable: bool) -> None:

@@ -43,6 +43,7 @@ class RegistryActor:
         self, settings: Settings, build: Callable[[Settings, Callable[[RegistryError], None]], Service]
     ) -> None:
         """``build`` wires a service; it is called again, with the same settings, after a restart."""
+        self._settings = settings
         try:
             self._service = build(settings, _fail_stop)
         except RegistryError as error:
@@ -56,6 +57,10 @@ class RegistryActor:
         except RegistryError as error:
             _try_again_later(error)
             raise
+
+    async def settings(self) -> Settings:
+        """What it was made with."""
+        return self._settings
 
     async def ready(self) -> None:
         """Returns when the database is loaded and the watching has begun; raises what prevented it."""

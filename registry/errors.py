@@ -196,7 +196,7 @@ class InternalError(RegistryError):
 
 
 class StartFailed(RegistryError):
-    """A registry could not be started, or ended before it was ready."""
+    """A registry could not be started or ended, or ended before it was ready."""
 
     code = "start_failed"
 

@@ -297,6 +297,18 @@ class Settings(BaseSettings):
         )
 
 
+def differing(one: BaseModel, other: BaseModel) -> list[str]:
+    """Names of the fields that are not the same in two settings of one class, with a dot below a section."""
+    names = []
+    for name in type(one).model_fields:
+        a, b = getattr(one, name), getattr(other, name)
+        if isinstance(a, BaseModel) and type(a) is type(b):
+            names += [f"{name}.{inner}" for inner in differing(a, b)]
+        elif a != b:
+            names.append(name)
+    return names
+
+
 def load_settings(path: Path, **overrides: Any) -> Settings:
     """Read a configuration file.
 

@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,13 @@ class Cluster:
         """The registry's base URL."""
         return f"http://{self.head.address}:8000"
 
-    def ray(self, command: str, limit_s: float = UP_LIMIT_S) -> str:
+    def ray(self, command: str, limit_s: float = UP_LIMIT_S, *, check: bool = True) -> str:
         """Run the launcher on the desk, as the README says; its output."""
-        return self.net.host("desk").run(f"ray {command}", limit_s=limit_s)
+        return self.net.host("desk").run(f"ray {command}", limit_s=limit_s, check=check)
 
-    def describe(self, *workers: str) -> None:
-        """Edit cluster.yaml on the desk: these are the machines now."""
-        text = yaml.safe_dump(cluster_yaml(self.net, workers))
+    def describe(self, *workers: str, **settings: str) -> None:
+        """Edit cluster.yaml on the desk: these are the machines now, and more settings of the registry."""
+        text = yaml.safe_dump(cluster_yaml(self.net, workers, settings))
         (self.net.host("desk").home / "cluster.yaml").write_text(text, encoding="utf-8")
 
     # --- over HTTP ---------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def prompt(address: str, *, limit_s: float = 60) -> httpx.Response:
     return httpx.post(f"{address}/process_prompt", json={"question": "What does it cost?"}, timeout=limit_s)
 
 
-def cluster_yaml(net: Network, workers: tuple[str, ...]) -> dict[str, Any]:
+def cluster_yaml(net: Network, workers: tuple[str, ...], settings: Mapping[str, str]) -> dict[str, Any]:
     """``cluster.yaml`` as its operator would fill it in for these hosts."""
     config: dict[str, Any] = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text(encoding="utf-8"))
     config["provider"] |= {
@@ -177,6 +177,7 @@ def cluster_yaml(net: Network, workers: tuple[str, ...]) -> dict[str, Any]:
         "WRAPPERS__KV_CACHE_GIB": "1",
         "MODELS__LOCAL_ROOTS": json.dumps([str(HOME / "llms")]),
         "MODELS__HUGGINGFACE": "false",
+        **settings,
     }
     exports = [f"export GREENPROMPT_{name}={shlex.quote(value)};" for name, value in registry.items()]
     exports.append(f"export RAY_REDIS_ADDRESS={database}:{REDIS_PORT};")

@@ -51,6 +51,23 @@ def test_again_changes_nothing(cluster: Cluster) -> None:
     cluster.release(request_id)
 
 
+def test_other_settings_are_refused(cluster: Cluster) -> None:
+    """``ray up`` with a setting that is new says which, and how to change it; the registry and its leases go on."""
+    cluster.until_ready("w1", "w2")
+    (request_id,) = cluster.post(time.time_ns(), "a")
+    lease = cluster.until(request_id, "deployed")
+    registry = cluster.head.pids("ray::RegistryActor")
+    cluster.describe("w1", "w2", LEASES__IDLE_S="7")
+    said = cluster.ray("up -y ~/cluster.yaml", check=False)
+    cluster.describe("w1", "w2")
+    assert "leases.idle_s" in said
+    assert "greenprompt down --address auto" in said
+    assert prompt(lease["address"]).status_code == 200
+    assert cluster.head.pids("ray::RegistryActor") == registry
+    cluster.ray("up -y ~/cluster.yaml")
+    cluster.release(request_id)
+
+
 def test_the_operators_commands_work(cluster: Cluster) -> None:
     """``ray exec`` reaches the registry's command on the head, which shows every machine."""
     shown = cluster.ray("exec ~/cluster.yaml 'greenprompt status'")
@@ -98,14 +115,17 @@ def test_a_machine_that_could_not_be_started_is_tried_again(cluster: Cluster) ->
 
 
 def test_a_machine_joins(cluster: Cluster) -> None:
-    """A machine that is started by hand gets its wrapper without anyone asking."""
+    """A machine that is started by hand gets its wrapper, which takes its GPUs, without anyone asking."""
     cluster.until_ready("w1", "w2")
     joins = cluster.net.host("w3")
     joins.run("mkdir -p ~/.ray")
     (joins.home / ".ray/auth_token").write_bytes((cluster.head.home / ".ray/auth_token").read_bytes())
-    joins.run(f".venv/bin/greenprompt ray-start --address={cluster.head.address}:6390")
+    joins.run(f".venv/bin/greenprompt ray-start --address={cluster.head.address}:6390 --num-gpus=2")
     took_s = until(lambda: "w3" in cluster.ready(), READY_LIMIT_S)
     print(f"a machine joined -> ready for leases: {took_s:.1f} s")
+    (wrapper,) = cluster.machines()[joins.address]["wrappers"]
+    assert wrapper["gpus"] == 2
+    assert "2.0/2.0 GPU" in cluster.ray("exec ~/cluster.yaml 'ray status'")
     joins.run(".venv/bin/ray stop")
     gone_s = until(lambda: "w3" not in cluster.ready(), 30)
     print(f"it left -> known: {gone_s:.1f} s")

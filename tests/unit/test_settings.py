@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from registry.errors import BadSettings
-from registry.settings import Settings, forwarded_environment, load_settings
+from registry.settings import Settings, differing, forwarded_environment, load_settings
 from registry.state import Limits
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -280,3 +280,12 @@ def test_limits_are_those_of_the_settings() -> None:
         deploy_attempts=7,
         wrapper_attempts=8,
     )
+
+
+def test_what_differs_is_named() -> None:
+    """Fields by their dotted names, as in a file; a section that one of the two lacks is one field."""
+    assert differing(Settings(), Settings()) == []
+    given = {"leases": {"idle_s": 7.0}, "database_url": "sqlite:///x", "energy": {"grid": {"zone": "DEU"}}}
+    other = Settings.model_validate(given)
+    assert differing(Settings(), other) == differing(other, Settings())
+    assert set(differing(Settings(), other)) == {"leases.idle_s", "database_url", "energy.grid"}
