@@ -53,6 +53,16 @@ def test_kubernetes_starts_nodes_as_the_launcher_does() -> None:
     assert "greenprompt up --address auto --detach --config configs/production.yaml" in starts[0]
 
 
+def test_kubernetes_finds_ray_without_our_command() -> None:
+    """KubeRay runs a command of its own in a worker's container first, which has its environment alone."""
+    spec = read(KUBERAY)["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        container = group["template"]["spec"]["containers"][0]
+        environment = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert environment["PATH"].startswith(f"{container['workingDir']}/.venv/bin:")
+        assert environment["RAY_AUTH_MODE"] == "token"
+
+
 def test_the_registry_serves_where_kubernetes_looks() -> None:
     """The ports of the manifest are those of the production configuration."""
     settings = load_settings(ROOT / "configs/production.yaml")
