@@ -35,14 +35,14 @@ GROWTH = 1.25
 
 
 class Told(Client):
-    """A client for whom a lease may end by a fault, if it is told so."""
+    """A client for whom a lease that it was given may end by a fault, if it is told so."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.told: list[str] = []
 
     def _ended(self, lease: Lease, state: dict[str, Any]) -> None:
-        if state["status"] == "failed" and state["reason"]:
+        if state["status"] == "failed" and state["reason"] and state["deployedAt"]:
             self.told.append(f"{lease.request_id}: {state['reason']}")
         else:
             super()._ended(lease, state)
@@ -106,6 +106,7 @@ async def without_power(_cluster: Cluster, victim: Host) -> None:
 FAULTS: dict[str, Fault] = {
     "registry actor killed": killed("ray::RegistryActor", on_head=True),
     "Serve controller killed": killed("ray::ServeController", on_head=True),
+    "ingress killed": killed("ray::ServeReplica:registry", on_head=True),
     "HAProxy of the head killed": killed("bin/haproxy", on_head=True),
     "wrapper replica killed": killed("ray::ServeReplica:wrapper"),
     "engines killed": killed("multiprocessing.forkserver"),
