@@ -193,7 +193,7 @@ def start_databases(host: Host) -> None:
     host.run(
         f"""
         set -e; cd /; chmod 755 {HOME}; mkdir -p {DATABASE}
-        mountpoint -q {DATABASE} || mount -t tmpfs -o size=160m,uid=postgres,mode=700 tmpfs {DATABASE}
+        mountpoint -q {DATABASE} || mount -t tmpfs -o size=640m,uid=postgres,mode=700 tmpfs {DATABASE}
         postgres() {{ program=$1; shift; setpriv --reuid=postgres --regid=postgres --clear-groups \
             $(echo {POSTGRESQL_PROGRAMS})/$program -D {DATABASE} "$@" > /dev/null; }}
         if [ ! -e {DATABASE}/PG_VERSION ]; then
