@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,16 +30,18 @@ class Weights:
 
 
 def weights_of(model: str) -> Weights | None:
-    """The weights of a model in a folder of this machine; None for what is no such folder. Reads no weights."""
+    """The weights of a model in a folder of this machine; None if there is no such folder, or one that can't be read.
+
+    Reads no weights.
+    """
     folder = Path(model)
-    if not folder.is_dir():
-        return None
-    for pattern in _FORMATS:
-        found = sorted(folder.glob(pattern))
-        if found:
-            files = [file for file in found if not file.name.startswith(_DUPLICATE)] or found
-            stats = [(file, file.stat()) for file in files]
-            return Weights(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+    with suppress(OSError):  # a link that leads nowhere, say: what is wrong with it the engine tells
+        for pattern in _FORMATS if folder.is_dir() else ():
+            found = sorted(folder.glob(pattern))
+            if found:
+                files = [file for file in found if not file.name.startswith(_DUPLICATE)] or found
+                stats = [(file, file.stat()) for file in files]
+                return Weights(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
     return None
 
 

@@ -41,6 +41,12 @@ def test_no_weights(tmp_path: Path) -> None:
     assert weights_of(str(make(tmp_path, config_json=10))) is None
 
 
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    """Of weights of which a file can't be read nothing is known."""
+    (make(tmp_path, a_safetensors=3) / "b.safetensors").symlink_to(tmp_path / "gone")
+    assert weights_of(str(tmp_path)) is None
+
+
 def test_changed_weights_differ(tmp_path: Path) -> None:
     """The same files are equal, those that were written anew are not."""
     file = make(tmp_path, a_safetensors=3) / "a.safetensors"
