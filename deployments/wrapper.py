@@ -40,7 +40,7 @@ from deployments.provenance import cpu_here, gpus_here, provenance
 from deployments.settling import NOT_STEADY, SLICE_S, SLICES, at_rest, warmed_up
 from deployments.weights import Weights, read_ahead, weights_of
 from deployments.weights_hash import WeightsHash
-from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
+from registry.errors import EngineStartFailed, InvalidField, StaleEpoch, WrapperUnreachable
 from registry.fit import GIB, Size, needs_of, why_too_large
 from registry.provenance import PENDING
 from registry.reconcile import SETTLING, Belief, HandOver, LeaseGrant, WrapperReport
@@ -168,7 +168,7 @@ class LLMWrapper:
         settles = grant is None and self._settling_for is not None
         return WrapperReport(
             epoch=self._epoch,
-            running=self._spec.fingerprint if living is not None and self._spec is not None else None,
+            running=self._spec.fingerprint if living is not None and self._start is None and self._spec else None,
             starting=self._spec.fingerprint if self._start is not None and self._spec is not None else None,
             revision=self._revision,
             died=self._died,
@@ -386,6 +386,7 @@ class LLMWrapper:
     async def _cancel_start(self) -> None:
         start, self._start = self._start, None
         if start is not None:
+            self._spec = None  # at once: when the start is over it may be a newer command's
             start.cancel()
             await asyncio.wait({start})
 
@@ -408,9 +409,12 @@ class LLMWrapper:
                 if self._death_watch is not None:
                     self._death_watch.cancel()  # of an LLM that sleeps now, or was stopped
                 self._death_watch = asyncio.create_task(self._notice_death(running))
-        except EngineStartFailed as error:
-            log.warning("the LLM did not start", wrapper_id=config.wrapper_id, model=spec.model, reason=error.reason)
-            self._spec = None
+        except BaseException as problem:
+            if isinstance(problem, EngineStartFailed):
+                reason = problem.reason
+                log.warning("the LLM did not start", wrapper_id=config.wrapper_id, model=spec.model, reason=reason)
+            if self._start is asyncio.current_task():  # else it is a newer command's
+                self._spec = None  # or whoever runs still would pass for the LLM that did not start
             raise
         finally:
             self._phase = self._progress = None
@@ -506,7 +510,11 @@ class LLMWrapper:
         """What will be read when this LLM is started; None if it sleeps, or is not on this machine."""
         if spec.model in self._host.asleep:
             return None
-        return await asyncio.to_thread(weights_of, self._config.sources.locate(spec.model))
+        try:
+            located = self._config.sources.locate(spec.model)
+        except InvalidField:  # a link that leads elsewhere by now: the start fails with that
+            return None
+        return await asyncio.to_thread(weights_of, located)
 
     def _set_phase(self, phase: str) -> None:
         self._phase, self._progress = phase, None
@@ -526,8 +534,9 @@ class LLMWrapper:
                 self._died = f"{self._died}; {error.reason}"
 
     def _living(self) -> RunningLLM | None:
+        """The LLM that runs; None if it is dead, or if none should run: one that was to be replaced answers nobody."""
         running = self._host.running
-        return None if running is None or running.died.is_set() else running
+        return None if self._spec is None or running is None or running.died.is_set() else running
 
     def _engine_state(self) -> tuple[RunningLLM | None, str]:
         """The LLM that answers prompts, else None and why there is none."""

@@ -24,7 +24,7 @@ from deployments.neighbours import Neighbours
 from deployments.weights import Weights, weights_of
 from deployments.weights_hash import WeightsHash
 from deployments.wrapper import LLMWrapper, WrapperConfig, versions_here
-from registry.errors import StaleEpoch, WrapperUnreachable
+from registry.errors import InvalidField, StaleEpoch, WrapperUnreachable
 from registry.reconcile import Belief, HandOver, LeaseGrant
 from registry.settings import EnergySettings, WrapperSettings
 from registry.state import LLMSpec
@@ -564,6 +564,100 @@ async def test_what_an_engine_leaves_makes_its_wrapper_unusable(make: Make) -> N
         await client.wrapper.deploy(4, SPEC, None)
     host.left = StopReport()
     await client.wrapper.deploy(5, SPEC, None)
+    assert (await client.wrapper.report(UNTOLD)).running == SPEC.fingerprint
+
+
+# --- starts that fail or are given up -----------------------------------------------------------------------
+
+
+async def test_a_model_that_leads_elsewhere(make: Make, tmp_path: Path) -> None:
+    """A link out of the allowed folder fails the start with that reason; the LLM before never passes for that one."""
+    for name in ("models", "models/good", "elsewhere"):
+        (tmp_path / name).mkdir()
+    link = tmp_path / "models" / "llm"
+    link.symlink_to(tmp_path / "elsewhere")
+    client = await make(finish=False, local_roots=(tmp_path / "models",))
+    spec = LLMSpec(str(link), "text-generation")
+    for epoch in (3, 4):
+        with pytest.raises(InvalidField, match="neither a Hugging Face id nor below"):
+            await client.wrapper.deploy(epoch, spec, None)
+        assert client.wrapper._host.running is None
+    link.unlink()
+    link.symlink_to(tmp_path / "models" / "good")
+    await client.wrapper.deploy(5, spec, None)
+    assert (await client.wrapper.report(UNTOLD)).running == spec.fingerprint
+
+
+async def test_a_start_that_fails_before_its_predecessor_is_gone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason, the LLM that still runs answers nobody, and the next deployment starts the right one."""
+    client = await make(finish=False)
+    before = client.engine
+
+    async def fails(*, wanted_next: str) -> StopReport:
+        raise OSError("disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client.wrapper._host, "vacate", fails)
+        with pytest.raises(OSError, match="disk"):
+            await client.wrapper.deploy(3, OTHER_SPEC, SECOND)
+    assert client.engine is before
+    report = await client.wrapper.report(UNTOLD)
+    assert (report.running, report.starting, report.bound) == (None, None, "request-2")
+    await client.wrapper.report(Belief(3, "request-2", client.wrapper._gate.moment))
+    assert (await client.prompt("token-2")).json()["code"] == "engine_not_ready"
+    await client.wrapper.deploy(4, OTHER_SPEC, SECOND)
+    assert client.engine is not before
+    assert (await client.prompt("token-2")).status_code == 200
+
+
+async def test_a_start_is_given_up_for_a_command_that_goes_away(make: Make) -> None:
+    """The registry may lose a command after that has cancelled a start: the LLM before does not pass for either."""
+    client = await make(finish=True)
+    before, prompt = client.engine, await client.begin("token-1")
+    await client.wrapper.unbind(3, "request-1", "expired")
+    first = asyncio.create_task(client.wrapper.deploy(4, OTHER_SPEC, None))
+    while (report := await client.wrapper.report(UNTOLD)).starting is None:
+        await asyncio.wait({first}, timeout=0)
+    assert report.running is None
+    third = asyncio.create_task(client.wrapper.deploy(5, LLMSpec("org/third", "text-generation"), None))
+    await asyncio.sleep(0)
+    assert client.wrapper._start is None
+    third.cancel()
+    with pytest.raises(StaleEpoch):
+        await first
+    client.engine.go.set()
+    assert (await prompt).status_code == 200
+    await client.wrapper.deploy(6, OTHER_SPEC, None)
+    assert client.engine is not before
+
+
+async def test_a_start_that_ends_late_leaves_the_next_one_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that was given up may take a while to end; by then another LLM is meant, and that one counts."""
+    client = await make(finish=False)
+    starting, over = asyncio.Event(), asyncio.Event()
+
+    async def slow(model: str, **_: object) -> None:
+        starting.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await over.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client.wrapper._host, "start", slow)
+        first = asyncio.create_task(client.wrapper.deploy(3, OTHER_SPEC, None))
+        await starting.wait()
+    second = asyncio.create_task(client.wrapper.deploy(4, LLMSpec("org/third", "text-generation"), None))
+    await asyncio.sleep(0)
+    assert client.wrapper._start is None
+    second.cancel()
+    third = asyncio.create_task(client.wrapper.deploy(5, SPEC, None))
+    while client.wrapper._start is None:
+        await asyncio.wait({third}, timeout=0)
+    over.set()
+    await third
+    with pytest.raises(StaleEpoch):
+        await first
     assert (await client.wrapper.report(UNTOLD)).running == SPEC.fingerprint
 
 
