@@ -524,14 +524,16 @@ class LLMWrapper:
         async with self._engine_lock:
             if self._host.running is not running:
                 return
-            self._died = running.death_reason
-            self._spec = None
-            log.error("the engine died", wrapper_id=self._config.wrapper_id, reason=self._died)
+            reason = running.death_reason
+            log.error("the engine died", wrapper_id=self._config.wrapper_id, reason=reason)
+            if self._start is None and self._spec is not None:  # else another LLM is wanted by now, or none
+                self._died, self._spec = reason, None
             await self._prompts.cut_all()
             try:
                 await self._empty()
             except WrapperUnreachable as error:
-                self._died = f"{self._died}; {error.reason}"
+                if self._died is not None:
+                    self._died = f"{self._died}; {error.reason}"
 
     def _living(self) -> RunningLLM | None:
         """The LLM that runs; None if it is dead, or if none should run: one that was to be replaced answers nobody."""

@@ -553,6 +553,21 @@ async def test_death_of_the_engine_is_reported(make: Make, left: StopReport) -> 
     assert report.died in late.json()["message"]
 
 
+async def test_death_of_an_llm_that_is_being_replaced(make: Make) -> None:
+    """An LLM that dies while it finishes its prompts for the next one is none of the next one's business."""
+    client = await make(finish=True)
+    prompt = await client.begin("token-1")
+    await client.wrapper.unbind(3, "request-1", "expired")
+    deploy = asyncio.create_task(client.wrapper.deploy(4, OTHER_SPEC, None))
+    while (await client.wrapper.report(UNTOLD)).phase != "finishing_prompts":
+        await asyncio.wait({deploy}, timeout=0)
+    client.engine.die("killed")
+    assert (await prompt).status_code == 410
+    await deploy
+    report = await client.wrapper.report(UNTOLD)
+    assert (report.running, report.died) == (OTHER_SPEC.fingerprint, None)
+
+
 async def test_what_an_engine_leaves_makes_its_wrapper_unusable(make: Make) -> None:
     """As long as something of an engine is left, commands fail as if the wrapper were gone: it has to be replaced."""
     client = await make(finish=False)
