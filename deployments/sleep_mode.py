@@ -172,10 +172,13 @@ class SleepMode(Generic[Sleeper]):
             self._mind.cancel()
 
     def relieve(self) -> None:
-        """Kill the oldest when the machine's memory runs short; its death is told as any other is."""
+        """Kill the oldest that lives when the machine's memory runs short; its death is told as any other is."""
         memory = psutil.virtual_memory()
-        if self._asleep and memory.available < HOST_RESERVE * memory.total:
-            oldest = self._asleep[0]
+        if memory.available >= HOST_RESERVE * memory.total:
+            return
+        # One that is dead stays among the sleepers until the host's lock is free, and a start may hold that for long.
+        oldest = next((llm for llm in self._asleep if process_tree.alive(llm.processes)), None)
+        if oldest is not None:
             _log.warning("%s sleeps no longer: the machine's memory runs short", oldest.served_model_name)
             process_tree.kill(oldest.processes)
 

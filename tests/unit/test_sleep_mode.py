@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -235,24 +236,31 @@ async def test_gpu_needed_by_one_that_wakes(make: Make) -> None:
 
 
 async def test_memory_runs_short(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the machine's memory runs short while LLMs sleep the oldest is killed; else none is."""
+    """When the machine's memory runs short while LLMs sleep the oldest that lives is killed; else none is."""
     killed: list[frozenset[psutil.Process]] = []
     monkeypatch.setattr(process_tree, "kill", killed.append)
-    night, a = make(), LLM("a")
-    a.processes = frozenset({psutil.Process()})
+    night, a, b = make(), LLM("a"), LLM("b")
+    a.processes, b.processes = frozenset({psutil.Process()}), frozenset({psutil.Process(os.getppid())})
     night.mode.relieve()
-    await night.sleeps(a, LLM("b"))
+    await night.sleeps(a, b)
     night.mode.relieve()
     assert killed == []
     night.free_gib = 99
     night.mode.relieve()
     assert killed == [a.processes]
+    monkeypatch.setattr(process_tree, "alive", lambda processes: set(processes) - a.processes)  # not yet buried
+    night.mode.relieve()
+    assert killed == [a.processes, b.processes]
+    monkeypatch.setattr(process_tree, "alive", lambda _: set())
+    night.mode.relieve()
+    assert len(killed) == 2
 
 
 async def test_memory_is_minded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's free memory is looked at again and again, for as long as an LLM sleeps."""
     monkeypatch.setattr(sleep_mode, "MIND_S", 0)
     looked, night, llm = asyncio.Event(), make(), LLM("a")
+    llm.processes = frozenset({psutil.Process()})
     await night.sleeps(llm)
     monkeypatch.setattr(process_tree, "kill", lambda _: looked.set())
     night.free_gib = 99
