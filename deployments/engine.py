@@ -721,6 +721,8 @@ class EngineHost:
         self._closed = True
         if self._preparing is not None:
             await asyncio.wait([self._preparing])  # an import can't be interrupted
+        if self._starting is not None:
+            self._starting.cancel()  # it holds the lock that ending the sleepers needs
         await self.stop_asleep()
         await self.stop()
         async with self._busy:
