@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     chosen = parser.parse_args(arguments)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if chosen.gpus:  # as Ray does it for a wrapper; without it the host does not know which GPUs are its own
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(chosen.gpus))))
     results = []
     with tempfile.TemporaryDirectory(prefix="gprompt-bench-") as scratch:
         if chosen.only != "prompts":

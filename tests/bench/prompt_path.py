@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -23,7 +23,9 @@ from deployments.tiny_llm import make_tiny_llm
 from tests.bench.report import Result, measured, percentile
 from tests.bench.wire import Connection
 from tests.bench.yardstick import VllmServe
-from tests.cluster.conftest import Registry, start, stop
+
+if TYPE_CHECKING:
+    from tests.cluster.conftest import Registry
 
 PART = "engine"
 CONNECTIONS = (1, 8, 32)
@@ -56,6 +58,8 @@ class Target:
 
 def measure(scratch: Path, rounds: int, seconds: float) -> list[Result]:
     """Both servers side by side, asked in turn ``rounds`` times, twice for ``seconds`` at each load."""
+    from tests.cluster.conftest import start, stop  # needs pytest, which a machine that only measures starts has not
+
     llm = make_tiny_llm(scratch / "llms" / "a", seed=0)
     registry = start(scratch, wrappers={"kv_cache_gib": KV_CACHE_GIB})
     try:
