@@ -234,7 +234,11 @@ class RunningLLM:
         await self.reset_prefix_cache()
 
     async def reset_prefix_cache(self) -> None:
-        """Forget cached prompts, so that one lease's prompts neither speed up nor reveal themselves to the next."""
+        """Forget cached prompts. Part of a warm-up: at a start, a wake, and before a lease of measurement grade.
+
+        Leases of standard grade that follow one another on an LLM share the cache: a prompt that was asked before is
+        answered sooner.
+        """
         self._calls += 1
         await self.engine.reset_prefix_cache()
 

@@ -73,7 +73,12 @@ class WrapperSettings(_Section):
     sleep_host_gib: float | None = Field(
         None, ge=0, description="Memory of a GPU machine for LLMs that sleep in place of being stopped; 0, null: none"
     )
-    stop_timeout_s: float = Field(30, gt=0, description="Longest stop of an LLM before its processes are killed")
+    stop_timeout_s: float = Field(
+        30,
+        gt=0,
+        description="Longest shutdown of a wrapper before Serve kills it; also what commands that stop an LLM "
+        "are given for that. An engine that does not stop is killed after 5 s in any case",
+    )
 
 
 class ModelSettings(_Section):
