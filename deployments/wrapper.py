@@ -406,6 +406,8 @@ class LLMWrapper:
                     assert running is not None  # start() returned
                     start.woken = Phase.WAKING in running.phases and Phase.LOADING not in running.phases
                 self._starts += 1
+                took_s = {phase: round(seconds, 2) for phase, seconds in running.phases.items()}
+                log.info("the LLM is ready", wrapper_id=config.wrapper_id, model=spec.model, took_s=took_s)
                 if self._death_watch is not None:
                     self._death_watch.cancel()  # of an LLM that sleeps now, or was stopped
                 self._death_watch = asyncio.create_task(self._notice_death(running))

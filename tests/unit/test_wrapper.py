@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 from deployments import energy_sources, settling
 from deployments import wrapper as wrapper_module
@@ -582,7 +583,24 @@ async def test_what_an_engine_leaves_makes_its_wrapper_unusable(make: Make) -> N
     assert (await client.wrapper.report(UNTOLD)).running == SPEC.fingerprint
 
 
-# --- starts that fail or are given up -----------------------------------------------------------------------
+# --- starts, and those that fail or are given up ----------------------------------------------------------
+
+
+async def test_a_start_tells_its_phases(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log says how long each phase of a start took."""
+    client = await make(finish=False)
+
+    async def start(model: str, **_: object) -> None:
+        host: Any = client.wrapper._host
+        host.running = RunningFake()
+        host.running.phases = {"configuring": 0.5, "loading": 1.234}
+
+    monkeypatch.setattr(client.wrapper._host, "start", start)
+    with structlog.testing.capture_logs() as logs:
+        await client.wrapper.deploy(3, OTHER_SPEC, None)
+    (ready,) = [line for line in logs if line["event"] == "the LLM is ready"]
+    assert (ready["log_level"], ready["model"]) == ("info", OTHER_SPEC.model)
+    assert ready["took_s"] == {"configuring": 0.5, "loading": 1.23}
 
 
 async def test_a_model_that_leads_elsewhere(make: Make, tmp_path: Path) -> None:
