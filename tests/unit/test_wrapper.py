@@ -685,7 +685,7 @@ async def test_a_start_that_ends_late_leaves_the_next_one_alone(make: Make, monk
     assert client.wrapper._start is None
     second.cancel()
     third = asyncio.create_task(client.wrapper.deploy(5, SPEC, None))
-    while client.wrapper._start is None:
+    while (await client.wrapper.report(UNTOLD)).starting is None:
         await asyncio.wait({third}, timeout=0)
     over.set()
     await third
