@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deployments.local_ray import free_ports
+from deployments.notation import phase_words
 from deployments.tiny_llm import make_tiny_llm
 from registry.api import RequestState
 from registry.client import HeldLease, RegistryClient, RequestEnded
@@ -226,7 +227,7 @@ def _progress(rows: list[Row]) -> Table:
             _short(row.model),
             state.status if state else "-",
             str(state.position) if state and state.position else "-",
-            (state.phase if state else None) or "-",
+            phase_words(state.phase, state.progress, state.bytesTotal) if state and state.phase else "-",
             f"{seconds:.1f}",
             row.note or (state.reason if state else None) or "",
         )

@@ -25,6 +25,7 @@ from rich.table import Column
 from deployments.experiment import Plan, Prompt
 from deployments.figures import LLMFigures, as_csv, llm_figures
 from deployments.measure_table import notes, results_table
+from deployments.notation import phase_words
 from deployments.results import Results
 from registry.api import MeasurementState, RequestState
 from registry.client import ENDED, AnswerError, HeldLease, RegistryClient, RequestEnded
@@ -274,7 +275,7 @@ def said(state: RequestState) -> str:
     if state.position is not None:
         words.append(f"{state.position}. in the queue")
     if state.phase is not None:
-        words.append(state.phase if state.progress is None else f"{state.phase} {state.progress:.0%}")
+        words.append(phase_words(state.phase, state.progress, state.bytesTotal))
     return ", ".join(words)
 
 

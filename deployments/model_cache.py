@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from deployments.model_download import DownloadFailed, DownloadOrder, commit_of, find, lock_of, try_lock
 from registry.errors import EngineStartFailed
+from registry.reconcile import Download
 
 LOCK_POLL_S = 0.05
 """How often a model that is just being removed is looked at again, seconds."""
@@ -63,7 +64,7 @@ class ModelCache:
         revision: str | None = None,
         load_format: str = "auto",
         weights: bool = True,
-        on_progress: Callable[[float], object] = lambda _done: None,
+        on_progress: Callable[[Download], object] = lambda _download: None,
     ) -> LocalModel:
         """Have a model on this machine. Cancelling this ends a download at once; the next one goes on from there.
 
@@ -72,7 +73,7 @@ class ModelCache:
             revision: Branch, tag or commit; None: the default branch.
             load_format: vLLM's engine argument.
             weights: False: only configuration and tokenizer.
-            on_progress: Called in the event loop with how much of it is there, 0 to 1, once it has to be downloaded.
+            on_progress: Called in the event loop with how far the download is, if there has to be one.
 
         Raises:
             EngineStartFailed: It can't be had; the reason says why, and what to do.
@@ -115,7 +116,7 @@ class ModelCache:
             raise
 
 
-async def _download(order: DownloadOrder, on_progress: Callable[[float], object]) -> str:
+async def _download(order: DownloadOrder, on_progress: Callable[[Download], object]) -> str:
     """Run the download in a process of its own, which ends with this task, or with this process; its folder.
 
     Raises:
@@ -137,7 +138,7 @@ async def _download(order: DownloadOrder, on_progress: Callable[[float], object]
         async for line in reader:
             match _json_object(line):
                 case {"done": int(done), "total": int(total)}:
-                    on_progress(done / total if total else 1.0)
+                    on_progress(Download(done, total))
                 case {"folder": str(folder)}:
                     return folder
                 case {"problem": str(problem), "permanent": bool(permanent)}:

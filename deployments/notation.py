@@ -25,3 +25,13 @@ def in_range(value: float | None, low: float | None, high: float | None, label: 
     """A figure with its range, if it has one: ``~1.23 (1.1 to 1.4)``."""
     text = figure(value, label)
     return text if low is None or high is None else f"{text} ({number(low)} to {number(high)})"
+
+
+def phase_words(phase: str, progress: float | None, total_bytes: int | None) -> str:
+    """A phase, and how much of it is done: ``downloading 43% of 5.2 GB``."""
+    words = [phase]
+    if progress is not None:
+        words.append(f"{progress:.0%}")
+    if total_bytes is not None:
+        words.append(f"of {number(total_bytes / 1e9)} GB")
+    return " ".join(words)

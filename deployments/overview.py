@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deployments.notation import phase_words
 from registry.api import HealthState, MachineState, WrapperState
 
 
@@ -92,7 +93,7 @@ def drain_note(machine: MachineState) -> str:
 def wrapper_notes(wrapper: WrapperState) -> Iterator[str]:
     """What a wrapper is doing, or what is wrong with it."""
     if wrapper.phase is not None:
-        yield wrapper.phase if wrapper.progress is None else f"{wrapper.phase} {wrapper.progress:.0%}"
+        yield phase_words(wrapper.phase, wrapper.progress, wrapper.bytesTotal)
     if wrapper.reason is not None:
         yield wrapper.reason
     if wrapper.warm is False:

@@ -43,7 +43,7 @@ from deployments.weights_hash import WeightsHash
 from registry.errors import EngineStartFailed, InvalidField, StaleEpoch, WrapperUnreachable
 from registry.fit import GIB, Size, needs_of, why_too_large
 from registry.provenance import PENDING
-from registry.reconcile import SETTLING, Belief, HandOver, LeaseGrant, WrapperReport
+from registry.reconcile import SETTLING, Belief, Download, HandOver, LeaseGrant, WrapperReport
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
 from registry.state import Grade, Limits, LLMSpec
 
@@ -94,7 +94,7 @@ class LLMWrapper:
         self._spec: LLMSpec | None = None
         self._died: str | None = None
         self._phase: str | None = None
-        self._progress: float | None = None
+        self._download: Download | None = None
         self._start: asyncio.Task[None] | None = None
         self._starts = 0
         self._death_watch: asyncio.Task[None] | None = None
@@ -173,7 +173,7 @@ class LLMWrapper:
             revision=self._revision,
             died=self._died,
             phase=self._phase,
-            progress=self._progress,
+            download=self._download,
             bound=grant.request_id if grant is not None else self._settling_for,
             idle_for_s=0.0 if settles else self._gate.idle_for_s,
             in_flight=self._gate.in_flight,
@@ -419,7 +419,7 @@ class LLMWrapper:
                 self._spec = None  # or whoever runs still would pass for the LLM that did not start
             raise
         finally:
-            self._phase = self._progress = None
+            self._phase = self._download = None
             if self._start is asyncio.current_task():
                 self._start = None
 
@@ -449,7 +449,7 @@ class LLMWrapper:
                 async with asyncio.timeout_at(ends_s):
                     model, engine_args = await self._fetch(spec, revision)
             except TimeoutError:
-                done = "" if self._progress is None else f" ({self._progress:.0%} is there)"
+                done = "" if self._download is None else f" ({self._download.share:.0%} is there)"
                 reason = f"its download was not over after {limit_s:g} s{done}; the next attempt goes on from there"
                 raise EngineStartFailed(spec.model, reason) from None
             self._revision = model.revision
@@ -475,8 +475,8 @@ class LLMWrapper:
         located = self._config.sources.locate(spec.model)
         engine_args = json.loads(spec.engine_args)
 
-        def downloading(done: float) -> None:
-            self._phase, self._progress = "downloading", done
+        def downloading(download: Download) -> None:
+            self._phase, self._download = "downloading", download
 
         self._phase = "locating"
         model = await self._models.fetch(
@@ -519,7 +519,7 @@ class LLMWrapper:
         return await asyncio.to_thread(weights_of, located)
 
     def _set_phase(self, phase: str) -> None:
-        self._phase, self._progress = phase, None
+        self._phase, self._download = phase, None
 
     async def _notice_death(self, running: RunningLLM) -> None:
         await running.died.wait()

@@ -160,6 +160,8 @@ class RequestState(_Wire):
     position: int | None = Field(None, description="Place in the queue, 1 is next; null unless queued")
     phase: str | None = Field(None, description="What is being done while deploying: loading, warming_up …")
     progress: float | None = Field(None, description="How much of the phase is done, 0 to 1; null when not known")
+    bytesDone: int | None = Field(None, description="Of the model, while it is downloaded")
+    bytesTotal: int | None = Field(None, description="All that is to be downloaded of it, and what was there before")
     reason: str | None = Field(None, description="Why it failed, or what it waits for")
     notes: list[str] = []
     modelRevision: str | None = Field(
@@ -254,6 +256,8 @@ class WrapperState(_Wire):
     unfinished: int | None = Field(None, description="Prompts that the engine has not finished; null without one")
     phase: str | None = None
     progress: float | None = Field(None, description="How much of the phase is done, 0 to 1; null when not known")
+    bytesDone: int | None = Field(None, description="Of the model, while it is downloaded")
+    bytesTotal: int | None = Field(None, description="All that is to be downloaded of it, and what was there before")
     warm: bool | None = Field(None, description="Whether LLMs start without importing the engine first")
     coldReason: str | None = Field(None, description="Why not, if so")
     reason: str | None = None

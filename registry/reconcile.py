@@ -97,6 +97,19 @@ class HandOver:
 
 
 @dataclass(frozen=True, slots=True)
+class Download:
+    """How far a model's download is: bytes that are there, of all, once the hub has told how many those are."""
+
+    done_bytes: int
+    total_bytes: int
+
+    @property
+    def share(self) -> float:
+        """The same from 0 to 1."""
+        return self.done_bytes / self.total_bytes if self.total_bytes else 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class WrapperReport:
     """A wrapper's own account of itself.
 
@@ -104,7 +117,7 @@ class WrapperReport:
     ``starting`` that of the one being started. ``revision`` is the commit of either, None where there is none to know.
     ``died`` is why the LLM ended by itself, if it did.
     ``idle_for_s`` is how long ago the lease was last used (0.0 while a prompt is in flight), None without a lease.
-    ``progress`` is how much of ``phase`` is done, 0 to 1, None where the engine does not say.
+    ``download`` is how far that is, None in any other ``phase``.
     ``bound`` is the request whose token it accepts, or will once it has settled for it. ``in_flight`` counts the
     prompts that are being answered, ``unfinished`` those that the engine itself has not finished, None without one.
     ``starts`` counts the LLMs it has started. ``memory_bytes`` is the main memory of its machine, ``gpu_memory_bytes``
@@ -120,7 +133,7 @@ class WrapperReport:
     revision: str | None = None
     died: str | None = None
     phase: str | None = None
-    progress: float | None = None
+    download: Download | None = None
     bound: str | None = None
     idle_for_s: float | None = None
     in_flight: int = 0

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -20,7 +20,7 @@ from registry.api import (
     RequestState,
     WrapperState,
 )
-from registry.reconcile import SETTLING
+from registry.reconcile import SETTLING, Download
 from registry.report import MeasurementReport, report_of
 from registry.service import Service
 from registry.skew import differences, joined
@@ -60,7 +60,7 @@ def request_state(service: Service, request: Request) -> RequestState:
     address = f"{wrapper.url}/{lease.token}" if deployed and lease is not None and wrapper is not None else None
     queued = request.status is RequestStatus.QUEUED
     measurement = allocator.measurement(request.measurement_id)
-    phase, progress = _phase(service, request)
+    phase, download = _phase(service, request)
     return RequestState(
         requestId=request.request_id,
         llmconfig=json.loads(request.llmconfig),
@@ -71,7 +71,7 @@ def request_state(service: Service, request: Request) -> RequestState:
         link=link_of(service, request.request_id),
         position=allocator.queue_position(request.request_id) if queued else None,
         phase=phase,
-        progress=progress,
+        **_progress(download),
         reason=request.reason or (_waits_for(service, request) if queued else None),
         notes=list(request.notes),
         modelRevision=request.model_revision,
@@ -250,7 +250,7 @@ def _wrapper_state(service: Service, wrapper: Wrapper) -> WrapperState:
         in_flight=report.in_flight if report is not None else None,
         unfinished=report.unfinished if report is not None else None,
         phase=report.phase if report is not None else None,
-        progress=report.progress if report is not None else None,
+        **_progress(report.download if report is not None else None),
         warm=report.warm if report is not None else None,
         coldReason=report.cold_reason if report is not None else None,
         reason=wrapper.reason,
@@ -259,15 +259,22 @@ def _wrapper_state(service: Service, wrapper: Wrapper) -> WrapperState:
     )
 
 
-def _phase(service: Service, request: Request) -> tuple[str | None, float | None]:
-    """What is being done for a request, and how much of it is done, as far as its wrapper says so."""
+def _progress(download: Download | None) -> dict[str, Any]:
+    """How far a download is, in the words of the wire."""
+    if download is None:
+        return {}
+    return {"progress": download.share, "bytesDone": download.done_bytes, "bytesTotal": download.total_bytes}
+
+
+def _phase(service: Service, request: Request) -> tuple[str | None, Download | None]:
+    """What is being done for a request, and how far a download is, as far as its wrapper says so."""
     if request.status is not RequestStatus.DEPLOYING or request.wrapper_id is None:
         return None, None
     report = service.reports.get(request.wrapper_id)
-    phase, progress = (report.phase, report.progress) if report is not None else (None, None)
+    phase, download = (report.phase, report.download) if report is not None else (None, None)
     if service.allocator.lease_of(request.request_id) is not None and phase != SETTLING:
         return "handing over", None
-    return phase, progress
+    return phase, download
 
 
 def _waits_for(service: Service, request: Request) -> str:

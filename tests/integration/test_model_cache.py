@@ -14,6 +14,7 @@ import pytest
 from deployments import model_cache
 from deployments.model_cache import LocalModel, ModelCache
 from registry.errors import EngineStartFailed
+from registry.reconcile import Download
 from tests import fake_hub
 from tests.fake_hub import FILES, WEIGHTS, FakeHub
 
@@ -46,13 +47,14 @@ def holds(model: LocalModel) -> dict[str, bytes]:
 async def test_what_an_engine_loads_is_downloaded(hub: FakeHub, cache: Cache) -> None:
     """Weights in one format, configuration and tokenizer come, and no more; progress is told, and the commit."""
     hub.add("org/tiny", FILES, commit="c" * 40)
-    told: list[float] = []
+    told: list[Download] = []
     model = await cache().fetch("org/tiny", on_progress=told.append)
     assert holds(model) == {name: FILES[name] for name in ("config.json", "tokenizer.json", "model.safetensors")}
     assert model.revision == "c" * 40
-    assert told == sorted(told)
-    assert 0 <= told[0] < 0.01
-    assert told[-1] == 1.0
+    assert [download.share for download in told] == sorted(download.share for download in told)
+    assert 0 <= told[0].share < 0.01
+    assert told[-1].share == 1.0
+    assert {download.total_bytes for download in told} == {sum(map(len, holds(model).values()))}
     assert downloads() == []
     model.release()
 
@@ -101,11 +103,10 @@ async def test_a_download_that_hangs_can_be_ended(hub: FakeHub, cache: Cache, tm
     small = WEIGHTS[: fake_hub.PIECE]
     repository = hub.add("org/tiny", FILES | {"model-1.safetensors": small, "model-2.safetensors": WEIGHTS})
     repository.hold.clear()
-    told: asyncio.Queue[float] = asyncio.Queue()
-    stuck = asyncio.create_task(cache().fetch("org/tiny", on_progress=told.put_nowait))
+    stuck = asyncio.create_task(cache().fetch("org/tiny"))
     await repository.until_held()
-    while await told.get() < len(small) / (2 * len(WEIGHTS) + len(small)):
-        pass
+    while not list((tmp_path / "cache").rglob("model-1.safetensors")):
+        await asyncio.wait({stuck}, timeout=0.01)
     assert len(downloads()) == 1
     stuck.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -113,11 +114,11 @@ async def test_a_download_that_hangs_can_be_ended(hub: FakeHub, cache: Cache, tm
     assert downloads() == []
     repository.hold.set()
     hub.asked.clear()
-    resumed: list[float] = []
+    resumed: list[Download] = []
     model = await cache().fetch("org/tiny", on_progress=resumed.append)
     assert holds(model)["model-2.safetensors"] == WEIGHTS
     assert "model-1.safetensors" not in hub.loaded()
-    assert resumed[0] > 0.01
+    assert resumed[0].share > 0.01
     assert list((tmp_path / "cache").rglob("*.incomplete")) == []
     model.release()
 

@@ -129,8 +129,9 @@ async def test_a_download_is_a_phase(hub: FakeHub, make: Make) -> None:
     await repository.until_held()
     report = await wrapper.report(UNTOLD)
     assert report.phase == "downloading"
-    assert report.progress is not None
-    assert 0 <= report.progress < 1
+    assert report.download is not None
+    assert 0 <= report.download.share < 1
+    assert report.download.total_bytes > len(FILES["model.safetensors"])
     assert report.running is None
     repository.hold.set()
     await deploy
@@ -138,7 +139,7 @@ async def test_a_download_is_a_phase(hub: FakeHub, make: Make) -> None:
     assert files_in(started["model"])["config.json"] == FILES["config.json"]
     assert (started["revision"], started["served_model_name"]) == ("c" * 40, "org/tiny")
     report = await wrapper.report(UNTOLD)
-    assert (report.phase, report.progress, report.revision) == (None, None, "c" * 40)
+    assert (report.phase, report.download, report.revision) == (None, None, "c" * 40)
     assert (report.warm, report.cold_reason) == (False, "it is a fake")
     assert (await wrapper.bind(2, grant())).model_revision == "c" * 40
     await wrapper.stop(3)

@@ -173,6 +173,16 @@ def test_prompts_are_in_flight_together(measure: Measure, registry: HttpRegistry
         ({"status": "queued", "position": 2}, "queued, 2. in the queue"),
         ({"status": "deploying", "phase": "loading"}, "deploying, loading"),
         ({"status": "deploying", "phase": "downloading", "progress": 0.43}, "deploying, downloading 43%"),
+        (
+            {
+                "status": "deploying",
+                "phase": "downloading",
+                "progress": 0.43,
+                "bytesDone": 43,
+                "bytesTotal": 5_240_000_000,
+            },
+            "deploying, downloading 43% of 5.24 GB",
+        ),
     ],
 )
 def test_progress_says_what_is_waited_for(more: dict[str, Any], words: str) -> None:
