@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
 from deployments.flights import Flight, Tokens
@@ -20,7 +19,7 @@ from deployments.prompt_meter import PromptMeter, brief, tokens_of
 
 ENERGY_HEADER = "x-greenprompt-energy"
 ENERGY_FIELD = "greenprompt"
-EVENT_STREAM = "text/event-stream"
+EVENT_STREAM = b"text/event-stream"
 
 _USAGE = b'"usage":{'
 """As a key only: inside a string of JSON its quotes would be escaped."""
@@ -45,10 +44,10 @@ class AccountedAnswer:
     async def send(self, message: Message) -> None:
         """Pass on a part of the answer."""
         if message["type"] == "http.response.start":
-            content_type = Headers(raw=message["headers"]).get("content-type", "")
+            content_type = content_type_of(message["headers"])
             if message["status"] in REFUSED:
                 self._flight.counted(Tokens(0, 0, 0))  # refused before anything was computed
-            elif message["status"] == HTTPStatus.OK and content_type.startswith("application/json"):
+            elif message["status"] == HTTPStatus.OK and content_type.startswith(b"application/json"):
                 self._held = message  # its body tells what it cost
                 return
             self._streams = content_type.startswith(EVENT_STREAM)
@@ -74,9 +73,8 @@ class AccountedAnswer:
         text = None
         if self._meter.counts_words:
             text = _text_of(json.loads(body))
-        headers = MutableHeaders(raw=list(start["headers"]))
-        headers[ENERGY_HEADER] = self._account(body, usage, text)
-        return {**start, "headers": headers.raw}
+        account = self._account(body, usage, text)
+        return {**start, "headers": [*start["headers"], (ENERGY_HEADER.encode(), account.encode())]}
 
     def _with_field(self, message: Message) -> Message:
         body: bytes = message["body"]
@@ -94,6 +92,11 @@ class AccountedAnswer:
         self._meter.end(self._flight)
         account = self._meter.account(self._flight, usage=usage, answer=text)
         return json.dumps(brief(account), separators=(",", ":"))
+
+
+def content_type_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Of an answer's headers as ASGI has them, names in small letters; empty if there is none."""
+    return next((value for name, value in headers if name == b"content-type"), b"")
 
 
 def _usage_in(body: bytes) -> Mapping[str, Any]:

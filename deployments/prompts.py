@@ -20,12 +20,11 @@ from typing import Annotated, Any
 
 import structlog
 from pydantic import BaseModel, ConfigDict, StrictStr, StringConstraints, ValidationError
-from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer
+from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of
 from deployments.engine import RunningLLM, public_path
 from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
 from deployments.flights import Tokens
@@ -356,11 +355,10 @@ class _Exchange:
         if not self._was_cut:
             self.started = True
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(raw=list(message["headers"]))
-                self._streams_events = headers.get("content-type", "").startswith(EVENT_STREAM)
-                if message["status"] in TRY_AGAIN:
-                    headers.setdefault("retry-after", str(RETRY_AFTER_S))
-                message = {**message, "headers": headers.raw}
+                headers = message["headers"]
+                self._streams_events = content_type_of(headers).startswith(EVENT_STREAM)
+                if message["status"] in TRY_AGAIN and all(name != b"retry-after" for name, _ in headers):
+                    message = {**message, "headers": [*headers, (b"retry-after", str(RETRY_AFTER_S).encode())]}
             await self._send(message)
 
     async def tell(self, error: RegistryError) -> None:

@@ -574,6 +574,7 @@ def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=config.settings.stop_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
-        logging_config={"enable_access_log": False},  # a line for each prompt, which would cost the prompt's energy
+        # Else Serve makes a line for each prompt, which would cost the prompt's energy, also where nobody keeps it.
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
     ).bind(config)
     return application

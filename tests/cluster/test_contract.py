@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,19 @@ from tests.cluster.conftest import Registry
 pytestmark = pytest.mark.cluster
 
 LLM = Callable[..., dict[str, Any]]
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "report_grid",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"green": {"type": "boolean"}},
+            "required": ["green"],
+            "additionalProperties": False,
+        },
+    },
+}
 
 
 def test_one_llm_from_request_to_release(registry: Registry, llm: LLM, measurement_id: int) -> None:
@@ -230,8 +244,8 @@ def test_after_release_the_address_answers_410(registry: Registry, llm: LLM, mea
     registry.delete(next_id)
 
 
-def test_the_openai_package_streams_a_chat(registry: Registry, llm: LLM, measurement_id: int) -> None:
-    """The address is a base URL for any OpenAI client, streaming included; operator's endpoints are not there."""
+def test_the_openai_package_chats_streams_and_calls_tools(registry: Registry, llm: LLM, measurement_id: int) -> None:
+    """The address is a base URL for any OpenAI client; operator's endpoints are not there."""
     config = llm("b")
     (request_id,) = registry.post(measurement_id, config)
     address = registry.until(request_id, "deployed")["address"]
@@ -250,9 +264,32 @@ def test_the_openai_package_streams_a_chat(registry: Registry, llm: LLM, measure
     assert len(pieces) > 5
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model=config["model"], messages=[], max_tokens=-3)
+    ask: Any = {"model": config["model"], "messages": [{"role": "user", "content": "Is it green?"}], "tools": [TOOL]}
+    named: Any = {"type": "function", "function": {"name": "report_grid"}}
+    answer: Any = client.chat.completions.create(**ask, tool_choice=named, max_tokens=200, seed=1)
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments).keys()) == ("report_grid", {"green"})
+    with pytest.raises(openai.BadRequestError, match="tool-call-parser"):
+        client.chat.completions.create(**ask)
     for path in ("sleep", "collective_rpc", "v1/load_lora_adapter"):
         assert httpx.post(f"{address}/{path}", json={}, timeout=60).status_code == 404
     client.close()
+    registry.delete(request_id)
+
+
+def test_the_openai_package_embeds(registry: Registry, llm: LLM, measurement_id: int) -> None:
+    """An LLM that was requested to embed does so at its address, and generates nothing."""
+    config = llm("b") | {"modeltyp": "feature-extraction"}
+    config["args"] = {"prompting": {}, "deployment": config["args"]["deployment"]}
+    (request_id,) = registry.post(measurement_id, config)
+    address = registry.until(request_id, "deployed")["address"]
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=60) as client:
+        answer = client.embeddings.create(model=config["model"], input=["one", "two"], encoding_format="float")
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model=config["model"], prompt="one")
+    first, second = (entry.embedding for entry in answer.data)
+    assert len(first) == len(second)
+    assert first != second
     registry.delete(request_id)
 
 

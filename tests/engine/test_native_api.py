@@ -95,7 +95,7 @@ async def test_a_tool_that_must_be_called(llm: RunningLLM) -> None:
 
 
 async def test_tools_that_may_be_called(llm: RunningLLM) -> None:
-    """With a tool_call_parser the LLM may choose; without one vLLM says what is missing."""
+    """With a tool_call_parser the LLM may choose."""
     async with api(llm) as ai:
         answer = await ai.chat.completions.create(model="tiny", messages=ASK, tools=[TOOL], max_completion_tokens=8)
     assert answer.choices[0].message.role == "assistant"
