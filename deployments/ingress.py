@@ -346,13 +346,13 @@ class Ingress:
 
 
 def deployment(config: IngressConfig) -> serve.Application:
-    """The Serve application of the ingress; needs no resources of its own."""
+    """The Serve application of the ingress, on the head: no LLM Machine takes it along, or measures what it takes."""
     serve_deployment: Any = serve.deployment(serve.ingress()(Ingress))
     application: serve.Application = serve_deployment.options(
         name="Ingress",
         num_replicas=1,
         max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=5,

@@ -129,7 +129,7 @@ def kill_registry(scene: Scene) -> None:
 
 
 def kill_ingress(scene: Scene) -> None:
-    scene.kill(ingress_host(scene.cluster), "ray::ServeReplica:registry:Ingress")
+    scene.kill(scene.head, "ray::ServeReplica:registry:Ingress")
 
 
 def kill_wrapper(scene: Scene) -> None:
@@ -213,9 +213,11 @@ def restart_postgresql(scene: Scene) -> None:
 
 
 def restart_redis(scene: Scene) -> None:
+    ray = scene.head.pids("gcs/gcs_server")
     scene.kill(scene.database, "redis-server")
-    time.sleep(5)
+    time.sleep(15)
     start_databases(scene.database)
+    assert scene.head.pids("gcs/gcs_server") == ray
 
 
 def full_disk(scene: Scene) -> None:
@@ -268,11 +270,6 @@ def told(scene: Scene) -> None:
     until(lambda: holder.cluster.state(holder.request_id)["endedAt"] is not None, SERVED_LIMIT_S)
     if holder.told_s is None:
         holder.told_s, holder.reason = time.monotonic(), holder.cluster.state(holder.request_id)["reason"]
-
-
-def ingress_host(cluster: Cluster) -> Host:
-    """Where the ingress runs."""
-    return next(host for host in cluster.net.hosts.values() if host.pids("ray::ServeReplica:registry:Ingress"))
 
 
 @pytest.fixture
