@@ -1,6 +1,6 @@
 """The engine and the way to it against vLLM's own server, on the same machine, in turn.
 
-``python -m tests.bench.engine [--only starts|prompts] [--starts 5] [--swaps 50] [--rounds 20] [--seconds 1]``
+``python -m tests.bench.engine [--only starts|prompts] [--starts 5] [--swaps 50] [--rounds 8] [--seconds 3]``
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", choices=("starts", "prompts"), help="half of it")
     parser.add_argument("--starts", type=int, default=5, help="pairs of starts and of swaps, ≥ 1 (default: 5)")
     parser.add_argument("--swaps", type=int, default=50, help="swaps in a row, > 5 (default: 50)")
-    parser.add_argument("--rounds", type=int, default=20, help="pairs of each load, ≥ 1 (default: 20)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a slice of a load (default: 1)")
+    parser.add_argument("--rounds", type=int, default=8, help="pairs of each load, ≥ 1 (default: 8)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a slice of a load (default: 3)")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of the host, 0 for the CPU (default)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     chosen = parser.parse_args(arguments)

@@ -93,7 +93,9 @@ def wrapper_bytes(registry: Registry) -> int:
 async def ask_in_turn(theirs: Target, ours: Target, rounds: int, seconds: float) -> None:
     """Every load in short slices, A B B A, so that what slows the machine down for a while slows both down.
 
-    Each of ``rounds`` gives one ratio per load. The first slices are for warming up.
+    Each of ``rounds`` gives one ratio per load. The first slices are for warming up. A slice should see each connection
+    answered some times: of 256 tokens at 32 connections one takes about a second, so one more or less in a slice of a
+    second is half of it.
     """
     numbers = count()
     for connections in CONNECTIONS:
