@@ -125,7 +125,7 @@ def test_a_machine_joins(cluster: Cluster) -> None:
     print(f"a machine joined -> ready for leases: {took_s:.1f} s")
     (wrapper,) = cluster.machines()[joins.address]["wrappers"]
     assert wrapper["gpus"] == 2
-    assert "2.0/2.0 GPU" in cluster.ray("exec ~/cluster.yaml 'ray status'")
+    assert "2.0/2.0 GPU" in cluster.ray("exec ~/cluster.yaml 'RAY_AUTH_MODE=token ray status'")
     joins.run(".venv/bin/ray stop")
     gone_s = until(lambda: "w3" not in cluster.ready(), 30)
     print(f"it left -> known: {gone_s:.1f} s")
