@@ -46,10 +46,6 @@ _FOUND_SOON = {
 # How long nodes and wrappers outlive a head that is being restarted, seconds; Ray's own is 60.
 _OUTLIVE_THE_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
 
-# The head tries each write to Redis again for as long, once a second in the end. After Ray's own 5 times, some 3 s, it
-# aborts, and what it leaves runs for two minutes without a head.
-_OUTLIVE_REDIS = {"RAY_num_redis_request_retries": "120"}
-
 # Ray's autoscaler v2 takes a head of one's own for one of the machines, and leaves the last of them out (Ray 2.60).
 _KNOWS_THE_HEAD = {"RAY_enable_autoscaler_v2": "0"}
 
@@ -114,7 +110,6 @@ def node_environment() -> dict[str, str]:
         "RAY_AUTH_MODE": "token",  # Ray's ports run code for whoever reaches them
         **_FOUND_SOON,
         **_OUTLIVE_THE_HEAD,
-        **_OUTLIVE_REDIS,
         **_KNOWS_THE_HEAD,
         **haproxy_environment(HAPROXY_HOME),
     }

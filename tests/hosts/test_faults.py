@@ -213,11 +213,10 @@ def restart_postgresql(scene: Scene) -> None:
 
 
 def restart_redis(scene: Scene) -> None:
-    ray = scene.head.pids("gcs/gcs_server")
     scene.kill(scene.database, "redis-server")
-    time.sleep(15)
     start_databases(scene.database)
-    assert scene.head.pids("gcs/gcs_server") == ray
+    until(lambda: not scene.head.pids("gcs/gcs_server"), 60)  # Ray's head does not connect to it again
+    scene.cluster.ray("up -y ~/cluster.yaml --restart-only")
 
 
 def full_disk(scene: Scene) -> None:
