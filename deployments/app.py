@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import httpx
 import ray
 from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
@@ -194,8 +195,7 @@ def _start_registry(settings: Settings) -> None:
     running = _running_registry()
     if running is not None:
         try:
-            theirs = ray.get(running.settings.remote(), timeout=READY_LIMIT_S)
-            ray.get(running.ready.remote(), timeout=READY_LIMIT_S)
+            theirs, _ = ray.get([running.settings.remote(), running.ready.remote()], timeout=READY_LIMIT_S)
         except RayError as error:
             problem = f"the registry of this cluster, which goes on trying, does not answer: {_reason(error)}"
             raise StartFailed(problem) from error
@@ -215,7 +215,7 @@ def _start_registry(settings: Settings) -> None:
             max_concurrency=10_000,
             num_cpus=0,
             # Its database may be a file: it stays with the head node.
-            resources={"node:__internal_head__": 0.001},
+            resources={HEAD_NODE_RESOURCE_NAME: 0.001},
         )
         .remote(settings, lambda s, on_fatal: build_service(s, sources, on_fatal))
     )

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 import structlog
 from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -251,7 +252,7 @@ def machines_of(nodes: Sequence[dict[str, Any]]) -> tuple[Machine, ...]:
 
 
 def _is_head(node: dict[str, Any]) -> bool:
-    return "node:__internal_head__" in node["Resources"]
+    return HEAD_NODE_RESOURCE_NAME in node["Resources"]
 
 
 def _kill_replicas(app_name: str) -> None:
