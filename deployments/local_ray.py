@@ -36,7 +36,10 @@ RAY_ENVIRONMENT = {
     # Calls of the last minutes that the dashboard can show. With Ray's own 100,000 the head grew by 8 MiB a minute.
     "RAY_task_events_max_num_task_in_gcs": "10000",
 }
-"""What every process of Ray is told: nothing is reported to anybody, and engines count as much as any other program."""
+"""What every process of Ray is told.
+
+Nothing is reported to anybody, engines count as much as any other program, and the head does not grow.
+"""
 
 ACCESS_FILE = "ray-token"
 """Name of the file in ``state_dir`` with the access token of a local cluster, while it runs."""

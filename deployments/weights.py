@@ -36,7 +36,7 @@ def weights_of(model: str) -> Weights | None:
     """
     folder = Path(model)
     with suppress(OSError):  # a link that leads nowhere, say: what is wrong with it the engine tells
-        for pattern in _FORMATS if folder.is_dir() else ():
+        for pattern in _FORMATS:
             found = sorted(folder.glob(pattern))
             if found:
                 files = [file for file in found if not file.name.startswith(_DUPLICATE)] or found

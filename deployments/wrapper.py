@@ -165,11 +165,12 @@ class LLMWrapper:
         await self._hear(belief)
         windows = await self._meter.windows(belief)
         grant, living = self._gate.grant, self._living()
+        meant = None if self._spec is None else self._spec.fingerprint
         settles = grant is None and self._settling_for is not None
         return WrapperReport(
             epoch=self._epoch,
-            running=self._spec.fingerprint if living is not None and self._start is None and self._spec else None,
-            starting=self._spec.fingerprint if self._start is not None and self._spec is not None else None,
+            running=meant if living is not None and self._start is None else None,
+            starting=meant if self._start is not None else None,
             revision=self._revision,
             died=self._died,
             phase=self._phase,
@@ -432,7 +433,7 @@ class LLMWrapper:
         config, settings = self._config, self._config.settings
         memory = await self._checkpoints.memory(model, spec, gpus=config.gpus)
         kv_cache_bytes = None if settings.kv_cache_gib is None else settings.kv_cache_gib * GIB
-        has_bytes = self._gpu_memory_bytes if config.gpus else self._memory_bytes // self._config.on_machine
+        has_bytes = self._gpu_memory_bytes if config.gpus else self._memory_bytes // config.on_machine
         if memory is None or has_bytes is None:
             return
         limits = Limits(kv_cache_bytes=kv_cache_bytes)
