@@ -16,23 +16,11 @@ import pytest
 
 from tests.checkpoint_files import LLAMA, write_checkpoint
 from tests.cluster.conftest import Registry
+from tests.tool_calls import NAMED, TOOL
 
 pytestmark = pytest.mark.cluster
 
 LLM = Callable[..., dict[str, Any]]
-TOOL: Any = {
-    "type": "function",
-    "function": {
-        "name": "report_grid",
-        "strict": True,
-        "parameters": {
-            "type": "object",
-            "properties": {"green": {"type": "boolean"}},
-            "required": ["green"],
-            "additionalProperties": False,
-        },
-    },
-}
 
 
 def test_one_llm_from_request_to_release(registry: Registry, llm: LLM, measurement_id: int) -> None:
@@ -265,10 +253,9 @@ def test_the_openai_package_chats_streams_and_calls_tools(registry: Registry, ll
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model=config["model"], messages=[], max_tokens=-3)
     ask: Any = {"model": config["model"], "messages": [{"role": "user", "content": "Is it green?"}], "tools": [TOOL]}
-    named: Any = {"type": "function", "function": {"name": "report_grid"}}
-    answer: Any = client.chat.completions.create(**ask, tool_choice=named, max_tokens=200, seed=1)
+    answer: Any = client.chat.completions.create(**ask, tool_choice=NAMED, max_tokens=200, seed=1)
     (call,) = answer.choices[0].message.tool_calls
-    assert (call.function.name, json.loads(call.function.arguments).keys()) == ("report_grid", {"green"})
+    assert (call.function.name, json.loads(call.function.arguments).keys()) == ("report_grid", {"green", "grid"})
     for path in ("sleep", "collective_rpc", "v1/load_lora_adapter"):
         assert httpx.post(f"{address}/{path}", json={}, timeout=60).status_code == 404
     client.close()

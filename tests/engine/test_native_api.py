@@ -12,17 +12,11 @@ import pytest_asyncio
 
 from deployments.engine import EngineHost, RunningLLM
 from tests.engine.calls import FAST, at_the_gate, client
+from tests.tool_calls import GREEN, NAMED, TOOL
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 
 ASK: Any = [{"role": "user", "content": "Is the grid green?"}]
-GREEN: dict[str, Any] = {
-    "type": "object",
-    "properties": {"green": {"type": "boolean"}, "grid": {"enum": ["DEU", "FRA"]}},
-    "required": ["green", "grid"],
-    "additionalProperties": False,
-}
-TOOL: Any = {"type": "function", "function": {"name": "report_grid", "parameters": GREEN, "strict": True}}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -81,10 +75,9 @@ async def test_streams_tell_usage(llm: RunningLLM) -> None:
 
 async def test_a_tool_that_must_be_called(llm: RunningLLM) -> None:
     """Asked to call a tool, even an LLM of random weights calls it, with arguments of its schema."""
-    named: Any = {"type": "function", "function": {"name": "report_grid"}}
     async with api(llm) as ai:
         answer = await ai.chat.completions.create(
-            model="tiny", messages=ASK, tools=[TOOL], tool_choice=named, max_completion_tokens=200, seed=1
+            model="tiny", messages=ASK, tools=[TOOL], tool_choice=NAMED, max_completion_tokens=200, seed=1
         )
     calls = answer.choices[0].message.tool_calls
     assert calls
