@@ -145,6 +145,15 @@ class Client:
         await self.engine.generating.wait()
         return prompt
 
+    async def replace_while_it_answers(self) -> tuple[asyncio.Task[httpx.Response], asyncio.Task[None]]:
+        """A prompt of an expired lease, in flight, and the deployment of OTHER_SPEC, which waits for its end."""
+        prompt = await self.begin("token-1")
+        await self.wrapper.unbind(3, "request-1", "expired")
+        deploy = asyncio.create_task(self.wrapper.deploy(4, OTHER_SPEC, None))
+        while (await self.wrapper.report(UNTOLD)).phase != "finishing_prompts":
+            await asyncio.wait({deploy}, timeout=0)
+        return prompt, deploy
+
 
 MEASURED = replace(SECOND, grade="measurement")
 
@@ -373,12 +382,10 @@ async def test_next_lease_waits_for_the_last_prompt(make: Make) -> None:
 async def test_next_llm_waits_for_the_last_prompt(make: Make) -> None:
     """The engine is not stopped under a prompt that may finish; meanwhile the wrapper says what it waits for."""
     client = await make(finish=True)
-    engine, prompt = client.engine, await client.begin("token-1")
-    await client.wrapper.unbind(3, "request-1", "expired")
-    deploy = asyncio.create_task(client.wrapper.deploy(4, OTHER_SPEC, None))
-    while (report := await client.wrapper.report(UNTOLD)).starting is None:
-        await asyncio.wait({deploy}, timeout=0)
-    assert report.phase == "finishing_prompts"
+    engine = client.engine
+    prompt, deploy = await client.replace_while_it_answers()
+    report = await client.wrapper.report(UNTOLD)
+    assert (report.starting, report.phase) == (OTHER_SPEC.fingerprint, "finishing_prompts")
     assert client.engine is engine
     engine.go.set()
     assert (await prompt).status_code == 200
@@ -557,11 +564,7 @@ async def test_death_of_the_engine_is_reported(make: Make, left: StopReport) -> 
 async def test_death_of_an_llm_that_is_being_replaced(make: Make) -> None:
     """An LLM that dies while it finishes its prompts for the next one is none of the next one's business."""
     client = await make(finish=True)
-    prompt = await client.begin("token-1")
-    await client.wrapper.unbind(3, "request-1", "expired")
-    deploy = asyncio.create_task(client.wrapper.deploy(4, OTHER_SPEC, None))
-    while (await client.wrapper.report(UNTOLD)).phase != "finishing_prompts":
-        await asyncio.wait({deploy}, timeout=0)
+    prompt, deploy = await client.replace_while_it_answers()
     client.engine.die("killed")
     assert (await prompt).status_code == 410
     await deploy
@@ -646,12 +649,9 @@ async def test_a_start_that_fails_before_its_predecessor_is_gone(make: Make, mon
 async def test_a_start_is_given_up_for_a_command_that_goes_away(make: Make) -> None:
     """The registry may lose a command after that has cancelled a start: the LLM before does not pass for either."""
     client = await make(finish=True)
-    before, prompt = client.engine, await client.begin("token-1")
-    await client.wrapper.unbind(3, "request-1", "expired")
-    first = asyncio.create_task(client.wrapper.deploy(4, OTHER_SPEC, None))
-    while (report := await client.wrapper.report(UNTOLD)).starting is None:
-        await asyncio.wait({first}, timeout=0)
-    assert report.running is None
+    before = client.engine
+    prompt, first = await client.replace_while_it_answers()
+    assert (await client.wrapper.report(UNTOLD)).running is None
     third = asyncio.create_task(client.wrapper.deploy(5, LLMSpec("org/third", "text-generation"), None))
     await asyncio.sleep(0)
     assert client.wrapper._start is None
