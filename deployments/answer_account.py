@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.types import Message, Send
 
 from deployments.flights import Flight, Tokens
-from deployments.prompt_meter import PromptMeter, brief, tokens_of
+from deployments.prompt_meter import PromptMeter, tokens_of
 
-ENERGY_HEADER = "x-greenprompt-energy"
-ENERGY_FIELD = "greenprompt"
+ENERGY_HEADER = b"x-greenprompt-energy"
+ENERGY_FIELD = b"greenprompt"
 EVENT_STREAM = b"text/event-stream"
 
 _USAGE = b'"usage":{'
@@ -28,6 +29,7 @@ _WHERE_IDS_ARE = 200
 _LONGEST_USAGE = 1000
 _LAST_CHUNK = b'"choices":[]'
 REFUSED = range(400, 500)
+_DECODER = json.JSONDecoder()
 
 
 class AccountedAnswer:
@@ -46,7 +48,7 @@ class AccountedAnswer:
         if message["type"] == "http.response.start":
             content_type = content_type_of(message["headers"])
             if message["status"] in REFUSED:
-                self._flight.counted(Tokens(0, 0, 0))  # refused before anything was computed
+                self._meter.counted(self._flight, Tokens(0, 0, 0))  # refused before anything was computed
             elif message["status"] == HTTPStatus.OK and content_type.startswith(b"application/json"):
                 self._held = message  # its body tells what it cost
                 return
@@ -63,7 +65,7 @@ class AccountedAnswer:
         """The prompt is over."""
         tokens = None if self._usage_piece is None else _tokens(_usage_in(self._usage_piece))
         if self._flight.tokens is None and tokens is not None:
-            self._flight.counted(tokens)
+            self._meter.counted(self._flight, tokens)
         self._meter.end(self._flight)
 
     def _with_header(self, start: Message, body: bytes) -> Message:
@@ -74,7 +76,7 @@ class AccountedAnswer:
         if self._meter.counts_words:
             text = _text_of(json.loads(body))
         account = self._account(body, usage, text)
-        return {**start, "headers": [*start["headers"], (ENERGY_HEADER.encode(), account.encode())]}
+        return {**start, "headers": [*start["headers"], (ENERGY_HEADER, account)]}
 
     def _with_field(self, message: Message) -> Message:
         body: bytes = message["body"]
@@ -83,15 +85,14 @@ class AccountedAnswer:
         usage = _usage_in(body)
         if _LAST_CHUNK not in body or not end.endswith(b"}") or _tokens(usage) is None:
             return message
-        told = f',"{ENERGY_FIELD}":{self._account(body, usage, None)}}}\n\n'.encode()
+        told = b',"%b":%b}\n\n' % (ENERGY_FIELD, self._account(body, usage, None))
         return {**message, "body": end[:-1] + told}
 
-    def _account(self, body: bytes, usage: Mapping[str, Any], text: str | None) -> str:
+    def _account(self, body: bytes, usage: Mapping[str, Any], text: str | None) -> bytes:
         named = _ID.search(body, 0, _WHERE_IDS_ARE)
         self._flight.answer_id = None if named is None else named[1].decode()
         self._meter.end(self._flight)
-        account = self._meter.account(self._flight, usage=usage, answer=text)
-        return json.dumps(brief(account), separators=(",", ":"))
+        return to_json(self._meter.brief(self._flight, usage=usage, answer=text))
 
 
 def content_type_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -106,7 +107,7 @@ def _usage_in(body: bytes) -> Mapping[str, Any]:
         return {}
     begin = at + len(_USAGE) - 1
     try:
-        usage, _ = json.JSONDecoder().raw_decode(body[begin : begin + _LONGEST_USAGE].decode(errors="replace"))
+        usage, _ = _DECODER.raw_decode(body[begin : begin + _LONGEST_USAGE].decode(errors="replace"))
     except ValueError:
         return {}
     return usage if isinstance(usage, dict) else {}

@@ -2,14 +2,19 @@
 
 Prompts that are in flight together share what flows by the rates at which their tokens are processed. Once a rate has
 gone into a figure that is kept it stays, also where it was only assumed: so the shares are one division of the whole.
+
+Every prompt waits for its own parts, so what can be summed up when somebody comes or goes is. In lists: numpy's arrays
+take longer for so few numbers as prompts are in flight, on a processor that has just done something else.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import mul, sub
 from typing import NamedTuple
 
 from deployments.attribution import Parts
@@ -37,8 +42,7 @@ class Flight:
     """One prompt, in the meter's clock. ``tokens`` and ``words`` are None until, and unless, they are known.
 
     ``rate_per_s`` is how many tokens a second were processed for it, None if that is not known, or not yet.
-    ``outlived_by`` are the prompts that were in flight when it ended; ``begun_with`` and ``ended_with`` the numbers of
-    the changes that it was.
+    ``begun_with`` and ``ended_with`` are the numbers of the changes that its begin and its end were.
     """
 
     start_s: float
@@ -49,32 +53,8 @@ class Flight:
     words: int | None = None
     answer_id: str | None = None
     rate_per_s: float | None = None
-    outlived_by: tuple[Flight, ...] = ()
     begun_with: int = 0
     ended_with: int = 0
-
-    def counted(self, tokens: Tokens) -> None:
-        """Its tokens are known."""
-        self.tokens = tokens
-        self.rate()
-
-    def rate(self) -> None:
-        """Once its tokens and its end are known, so is its rate. One without any counts as one with a single token."""
-        if self.rate_per_s is None and self.end_s is not None and self.tokens is not None:
-            self.rate_per_s = max(self.tokens.processed, 1) / (self.end_s - self.start_s)
-
-    @property
-    def company_has_ended(self) -> bool:
-        """Whether all prompts that were in flight with it have ended, so that their rates are as known as they get."""
-        return all(other.end_s is not None for other in self.outlived_by)
-
-
-class _Change(NamedTuple):
-    """A prompt begins, or is over."""
-
-    time_s: float
-    flight: Flight
-    begins: bool
 
 
 class Flights:
@@ -83,17 +63,24 @@ class Flights:
     def __init__(self) -> None:
         self.unwritten: deque[Flight] = deque()
         self._in_flight: dict[Flight, None] = {}
-        self._changes: list[_Change] = []
+        self._rated_in_flight: dict[Flight, None] = {}
+        self._times_s: list[float] = []
+        """When prompts began and ended: the changes. From each to the next there is one place in the lists below."""
+        self._count: list[int] = []
+        self._known: list[int] = []
+        """Of how many of those in flight the rate is known."""
+        self._rates: list[float] = []
+        """The sum of those."""
         self._forgotten = 0
 
     def __len__(self) -> int:
         """How many begins and ends of prompts are remembered."""
-        return len(self._changes)
+        return len(self._times_s)
 
     def begin(self, flight: Flight) -> None:
         """It is in flight from now on."""
         self._in_flight[flight] = None
-        flight.begun_with = self._changed(_Change(flight.start_s, flight, begins=True))
+        flight.begun_with = self._changed(flight.start_s)
 
     def end(self, flight: Flight, at_s: float) -> bool:
         """It is over; False if it was before."""
@@ -101,61 +88,97 @@ class Flights:
             return False
         flight.end_s = max(at_s, math.nextafter(flight.start_s, math.inf))
         del self._in_flight[flight]
-        flight.rate()
-        flight.outlived_by = tuple(self._in_flight)
-        flight.ended_with = self._changed(_Change(flight.end_s, flight, begins=False))
+        self._rated_in_flight.pop(flight, None)
+        flight.ended_with = self._changed(flight.end_s)
+        self._rate(flight)
         self.unwritten.append(flight)
         return True
 
-    def _changed(self, change: _Change) -> int:
+    def counted(self, flight: Flight, tokens: Tokens) -> None:
+        """Its tokens are known."""
+        flight.tokens = tokens
+        self._rate(flight)
+
+    def company_has_ended(self, flight: Flight) -> bool:
+        """Whether all prompts that were in flight with one that has ended have, too: rates are as known as they get."""
+        oldest = next(iter(self._in_flight), None)
+        return oldest is None or oldest.begun_with > flight.ended_with
+
+    def _changed(self, time_s: float) -> int:
         """The number of this change."""
-        self._changes.append(change)
-        if len(self._changes) > 2 * REMEMBERED_CHANGES:
+        self._times_s.append(time_s)
+        self._count.append(len(self._in_flight))
+        self._known.append(len(self._rated_in_flight))
+        self._rates.append(sum(flight.rate_per_s or 0.0 for flight in self._rated_in_flight))
+        if len(self) > 2 * REMEMBERED_CHANGES:
             self._forget(REMEMBERED_CHANGES)
-        return self._forgotten + len(self._changes) - 1
+        return self._forgotten + len(self) - 1
+
+    def _rate(self, flight: Flight) -> None:
+        """Once its tokens and its end are known, so is its rate. One without any counts as one with a single token."""
+        if flight.rate_per_s is None and flight.end_s is not None and flight.tokens is not None:
+            self._rated(flight, max(flight.tokens.processed, 1) / (flight.end_s - flight.start_s))
+
+    def _rated(self, flight: Flight, rate_per_s: float) -> None:
+        flight.rate_per_s = rate_per_s
+        if flight.end_s is None:
+            self._rated_in_flight[flight] = None
+        known, rates = self._known, self._rates
+        for index in range(*self._lay_between(flight)):
+            known[index] += 1
+            rates[index] += rate_per_s
+
+    def _lay_between(self, flight: Flight) -> tuple[int, int]:
+        """Where in the lists a prompt is that has ended, or that is in flight until now, as far as is remembered."""
+        end = self._forgotten + len(self) if flight.end_s is None else flight.ended_with
+        return max(flight.begun_with - self._forgotten, 0), max(end - self._forgotten, 0)
 
     def parts(self, flight: Flight, *, for_good: bool = False) -> tuple[Parts, bool]:
         """The parts of a prompt that has ended, and whether a rate was assumed for them.
 
         A rate that is not known is taken to be this prompt's, and this one's to be the mean of the others'. With
-        ``for_good`` all of these rates stay what they are.
+        ``for_good`` all of these rates stay what they are. What was forgotten is taken to have been as it was then.
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
-        first, last = flight.begun_with + 1 - self._forgotten, flight.ended_with - self._forgotten
-        changes = self._changes[max(first, 0) : max(last, 0)][::-1]
-        if not changes and not flight.outlived_by:
-            return Parts((flight.start_s, flight.end_s), (1.0,), (1.0,)), first < 0
-        beside = {*flight.outlived_by, *(change.flight for change in changes)}
-        known = [rate for other in beside if (rate := other.rate_per_s) is not None]
-        own = flight.rate_per_s
-        assumed = first < 0 or own is None or len(known) < len(beside)
-        if own is None:
-            own = statistics.fmean(known) if known else 1.0
-        if for_good:
-            for one in (flight, *beside):
-                one.rate_per_s = one.rate_per_s or own
-        # Backwards from its end, because then it is known who was there. One loop: every prompt waits for it.
-        rates, count = own + sum(other.rate_per_s or own for other in flight.outlived_by), 1 + len(flight.outlived_by)
-        times_s, by_tokens, by_time = [flight.end_s], [own / rates if count > 1 else 1.0], [1 / count]
-        for time_s, other, begins in changes:
-            more = -1 if begins else 1
-            rates += more * (other.rate_per_s or own)
-            count += more
-            times_s.append(time_s)
-            by_tokens.append(own / rates if count > 1 else 1.0)
-            by_time.append(1 / count)
-        times_s.append(flight.start_s)
-        return Parts(tuple(times_s[::-1]), by_tokens[::-1], by_time[::-1]), assumed
+        first, last = self._lay_between(flight)
+        forgotten = flight.begun_with < self._forgotten
+        count = self._count[first:last]
+        if not count or count == [1]:
+            return Parts((flight.start_s, flight.end_s), (1.0,), (1.0,)), forgotten
+        times_s = (flight.start_s, *self._times_s[first + 1 : last + 1])
+        known, rates = self._known[first:last], self._rates[first:last]
+        own = _mean(times_s, known, rates) if flight.rate_per_s is None else flight.rate_per_s
+        assumed = forgotten or sum(known) < sum(count)
+        by_tokens = [own / (rate + own * (all_ - of)) for rate, all_, of in zip(rates, count, known, strict=True)]
+        by_time = [1 / all_ for all_ in count]
+        if for_good and assumed:
+            self._assume(flight, own)
+        return Parts(times_s, by_tokens, by_time), assumed
+
+    def _assume(self, flight: Flight, rate_per_s: float) -> None:
+        """Let this be the rate of it, and of those beside it, whose own is not known."""
+        for one in chain(self.unwritten, self._in_flight):
+            outlived = one.end_s is None or one.ended_with > flight.begun_with
+            if one.rate_per_s is None and outlived and one.begun_with < flight.ended_with:
+                self._rated(one, rate_per_s)
 
     def forget(self) -> None:
         """Forget what no prompt needs any more."""
         needed = min(
             (flight.begun_with for flights in (self._in_flight, self.unwritten) for flight in flights),
-            default=self._forgotten + len(self._changes),
+            default=self._forgotten + len(self),
         )
         self._forget(needed - self._forgotten)
 
     def _forget(self, changes: int) -> None:
         if changes > 0:
-            del self._changes[:changes]
+            for kept in (self._times_s, self._count, self._known, self._rates):
+                del kept[:changes]
             self._forgotten += changes
+
+
+def _mean(times_s: Sequence[float], known: Sequence[int], rates: Sequence[float]) -> float:
+    """The mean of the rates that are known, over the time in which they are; 1 if there are none."""
+    seconds = list(map(sub, times_s[1:], times_s))
+    known_s = sum(map(mul, known, seconds))
+    return sum(map(mul, rates, seconds)) / known_s if known_s > 0 else 1.0

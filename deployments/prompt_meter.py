@@ -165,6 +165,10 @@ class PromptMeter:
             if self._neighbours is not None:
                 self._neighbours.end()
 
+    def counted(self, flight: Flight, tokens: Tokens) -> None:
+        """A prompt's tokens are known."""
+        self._flights.counted(flight, tokens)
+
     # --- what it costs ----------------------------------------------------------------------------------
 
     def account(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
@@ -179,10 +183,41 @@ class PromptMeter:
             ``sci_score`` (gCO2eq per unit, or None), ``sci_method``, ``sci_low``, ``sci_high``, ``unit``, ``energy``,
             ``carbon``, ``methods``, ``flags``.
         """
-        flight.counted(tokens_of(usage))
+        energy, found, flags = self._told(flight, usage, answer)
+        return {
+            "sci_score": found.sci_score,
+            "sci_method": found.method.value,
+            "sci_low": found.low,
+            "sci_high": found.high,
+            "unit": found.unit,
+            "units": found.units,
+            "energy": as_json(energy),
+            "carbon": {"o_g": found.o_g, "m_g": found.m_g, "grid": self._grid_json},
+            "methods": dict(found.methods),
+            "flags": flags,
+        }
+
+    def brief(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
+        """The same for a header, and for the end of a stream."""
+        energy, found, flags = self._told(flight, usage, answer)
+        return {
+            "sci_score": found.sci_score,
+            "sci_method": found.method.value,
+            "unit": found.unit,
+            "joules": energy.total_j,
+            "label": energy.label.value,
+            "o_g": found.o_g,
+            "m_g": found.m_g,
+            "flags": flags,
+        }
+
+    def _told(
+        self, flight: Flight, usage: Mapping[str, Any], answer: str | None
+    ) -> tuple[Energy, Score, Sequence[str]]:
+        self.counted(flight, tokens_of(usage))
         flight.words = None if answer is None else len(answer.split())
-        energy, result = self._figures(flight)
-        return _account(energy, result, self._grid_json, self._budget_flags(flight.account))
+        energy, found = self._figures(flight)
+        return energy, found, [*found.flags, *self._budget_flags(flight.account)]
 
     def _figures(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score]:
         """A prompt's share of what flowed while it was in flight, and of the time that the machine was reserved."""
@@ -322,7 +357,7 @@ class PromptMeter:
         flight = unwritten[0]
         assert flight.end_s is not None  # it has ended
         waited_s = self._meter.mark() - flight.end_s
-        if not self._settled(flight.end_s) or (waited_s < SHARES_S and not flight.company_has_ended):
+        if not self._settled(flight.end_s) or (waited_s < SHARES_S and not self._flights.company_has_ended(flight)):
             return False
         energy, found = self._figures(flight, for_good=True)
         unwritten.popleft()
@@ -472,32 +507,3 @@ def tokens_of(usage: Mapping[str, Any]) -> Tokens:
     else:
         prompt, output = usage["input_tokens"], usage.get("output_tokens")
     return Tokens(prompt, details.get("cached_tokens") or 0, output or 0)
-
-
-def brief(account: Mapping[str, Any]) -> dict[str, Any]:
-    """An account for a header, and for the end of a stream."""
-    return {
-        "sci_score": account["sci_score"],
-        "sci_method": account["sci_method"],
-        "unit": account["unit"],
-        "joules": account["energy"]["total_j"],
-        "label": account["energy"]["label"],
-        "o_g": account["carbon"]["o_g"],
-        "m_g": account["carbon"]["m_g"],
-        "flags": account["flags"],
-    }
-
-
-def _account(energy: Energy, result: Score, grid: dict[str, Any] | None, flags: Sequence[str]) -> dict[str, Any]:
-    return {
-        "sci_score": result.sci_score,
-        "sci_method": result.method.value,
-        "sci_low": result.low,
-        "sci_high": result.high,
-        "unit": result.unit,
-        "units": result.units,
-        "energy": as_json(energy),
-        "carbon": {"o_g": result.o_g, "m_g": result.m_g, "grid": grid},
-        "methods": dict(result.methods),
-        "flags": [*result.flags, *flags],
-    }

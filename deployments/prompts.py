@@ -265,7 +265,7 @@ class PromptGate:
         await self._unless_dead(running, status)
         if status != HTTPStatus.OK:
             if status in REFUSED:
-                flight.counted(Tokens(0, 0, 0))  # refused before anything was computed
+                self._meter.counted(flight, Tokens(0, 0, 0))  # refused before anything was computed
             return error_answer(status, "prompt_refused", _problem(answer))
         answered = json.loads(answer)
         choice, usage = answered["choices"][0], answered["usage"]

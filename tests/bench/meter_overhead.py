@@ -45,7 +45,7 @@ def company(end_s: float) -> tuple[Flights, Flight]:
     for number in range(160):
         at_s = end_s - 9 + number / 32
         flights.end(flying[number], at_s)
-        flying[number].counted(Tokens(6, 0, 32))
+        flights.counted(flying[number], Tokens(6, 0, 32))
         flying.append(Flight(at_s))
         flights.begin(flying[-1])
     return flights, flying[159]

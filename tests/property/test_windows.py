@@ -317,7 +317,7 @@ def fly(comings: Sequence[tuple[int, int, int]]) -> tuple[Flights, list[Flight]]
         else:
             flights.end(flying[index], START_S + 0.6 + at_s)
     for flight, (_, _, tokens) in zip(flying, comings, strict=True):
-        flight.counted(Tokens(tokens, 0, 0))
+        flights.counted(flight, Tokens(tokens, 0, 0))
     return flights, flying
 
 

@@ -59,6 +59,14 @@ class Bench:
         usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
         account = self.meter.account(flight, usage=usage, answer=answer)
         assert_honest(account)
+        energy, carbon = account["energy"], account["carbon"]
+        assert self.meter.brief(flight, usage=usage, answer=answer) == {
+            **{name: account[name] for name in ("sci_score", "sci_method", "unit", "flags")},
+            "joules": energy["total_j"],
+            "label": energy["label"],
+            "o_g": carbon["o_g"],
+            "m_g": carbon["m_g"],
+        }
         return account
 
 

@@ -86,6 +86,13 @@ class FakeMeter:
         self.accounts.append((flight, usage, answer))
         return COST
 
+    def brief(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> Mapping[str, Any]:
+        self.account(flight, usage=usage, answer=answer)
+        return BRIEF
+
+    def counted(self, flight: Flight, tokens: Tokens) -> None:
+        flight.tokens = tokens
+
 
 class Call:
     """A client's request to an ASGI app, by hand: it sees what has come so far, and can hang up."""
