@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import httpx
 import ray
+import stamina
 from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.serve.schema import ApplicationStatus
 
 from deployments import ingress
@@ -195,7 +196,7 @@ def _start_registry(settings: Settings) -> None:
     running = _running_registry()
     if running is not None:
         try:
-            theirs, _ = ray.get([running.settings.remote(), running.ready.remote()], timeout=READY_LIMIT_S)
+            theirs = _settings_once_ready(running)
         except RayError as error:
             problem = f"the registry of this cluster, which goes on trying, does not answer: {_reason(error)}"
             raise StartFailed(problem) from error
@@ -232,6 +233,14 @@ def _running_registry() -> Any:
         return ray.get_actor(ACTOR_NAME, NAMESPACE)
     except ValueError:
         return None
+
+
+@stamina.retry(on=ActorUnavailableError, attempts=None, timeout=READY_LIMIT_S)  # Ray is starting it anew
+def _settings_once_ready(registry: Any) -> Settings:
+    """What the cluster's registry runs with, when it has read its database. Raises RayError."""
+    settings: Settings
+    settings, _ = ray.get([registry.settings.remote(), registry.ready.remote()], timeout=READY_LIMIT_S)
+    return settings
 
 
 def _reason(error: RayError) -> str:

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import stamina
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from deployments import app
+from registry.errors import BadSettings, StartFailed
+from registry.settings import Settings
+
+
+def cluster_with(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
+    """A cluster with a registry, which answers so, one after the other, when it is asked for its settings."""
+    left = list(answers)
+
+    def get(_: object, **__: object) -> Any:
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return [answer, None]
+
+    method = SimpleNamespace(remote=lambda: None)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "get_actor", lambda *_: SimpleNamespace(settings=method, ready=method))
+
+
+def test_a_registry_that_is_being_restarted_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart of the head the registry may come up while ``up`` asks for it."""
+    cluster_with(monkeypatch, ActorUnavailableError("The actor is restarting.", None), Settings())
+    with stamina.set_testing(True, attempts=2):
+        app._start_registry(Settings())
+
+
+def test_a_registry_that_does_not_come_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How it does not answer is said, and it is not ended."""
+    cluster_with(monkeypatch, *[ActorUnavailableError("The actor is restarting.", None)] * 2)
+    with stamina.set_testing(True, attempts=2), pytest.raises(StartFailed, match=r"goes on trying.*restarting"):
+        app._start_registry(Settings())
+    cluster_with(monkeypatch, RayActorError(error_msg="it has died"))
+    with pytest.raises(StartFailed, match=r"goes on trying.*it has died"):
+        app._start_registry(Settings())
+
+
+def test_a_registry_with_other_settings_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings that differ are named, with what to do."""
+    cluster_with(monkeypatch, Settings())
+    with pytest.raises(BadSettings, match=r"http.port.*greenprompt down"):
+        app._start_registry(Settings.model_validate({"http": {"port": 8001}}))
