@@ -10,11 +10,11 @@ import gc
 import importlib
 import multiprocessing.spawn
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deployments.engine_wait import be_patient
 from deployments.warm_start import (
     OWNER_PID,
     PHASE_FILE,
@@ -42,18 +42,6 @@ _GPU = ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner")
 _parent_pid = os.getpid()
 not_preloaded: list[str] = []
 """What was to be imported ahead and could not be, with the reason."""
-
-
-def _let_others_answer() -> None:
-    """Take no processor away from whoever answers prompts, at each wake-up; while at work, have a fair share of it.
-
-    Every token wakes an engine up. Where processors are few it would each time be before the process that takes the
-    prompts, and its batches would be the smaller for that.
-    """
-    try:
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # engines and their threads inherit it
-    except OSError as error:  # some sandboxes forbid it
-        warnings.warn(f"engines can't be scheduled as batches: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _before_fork() -> None:
@@ -96,7 +84,8 @@ def _preload() -> str | None:
 
 
 def _take_over() -> None:
-    """Let engine processes fork their workers, and tell their owner how far they are."""
+    """Let engine processes fork their workers, wait for them asleep, and tell their owner how far they are."""
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.platforms import current_platform
     from vllm.utils.platform_utils import cuda_is_initialized
     from vllm.v1.engine.core import EngineCore
@@ -105,6 +94,7 @@ def _take_over() -> None:
     normal = multiproc_executor.get_mp_context
     # A process that has used CUDA can't be forked: then, and only then, vLLM's own way.
     multiproc_executor.get_mp_context = lambda: normal() if cuda_is_initialized() else fork_context()
+    be_patient(SpinCondition)
     EngineCore._initialize_kv_caches = _announced("warming_up", EngineCore._initialize_kv_caches)  # noqa: SLF001
     # Each worker would go through all modules for this; done once here, every fork has it.
     current_platform.register_triton_kernel_overrides()
@@ -122,7 +112,6 @@ def _announced(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 die_with(int(os.environ[OWNER_PID]))
-_let_others_answer()
 os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 # An engine needs nothing of its owner's main module, and inside a Ray worker importing that is neither quick nor safe.
 multiprocessing.spawn._fixup_main_from_name = lambda _name: None  # type: ignore[attr-defined]  # noqa: SLF001

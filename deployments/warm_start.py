@@ -43,6 +43,8 @@ _SHAPE = (
     ("vllm.model_executor.models.registry", "_LazyRegisteredModel.inspect_model_cls", ("_run_in_subprocess",)),
     ("vllm.v1.engine.core", "EngineCoreProc.run_engine_core", ()),
     ("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ()),
+    ("vllm.distributed.device_communicators.shm_broadcast", "SpinCondition.wait", ("last_read", "busy_loop_s")),
+    ("vllm.distributed.device_communicators.shm_broadcast", "SpinCondition.record_read", ("last_read",)),
     ("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_worker", ("register_triton_kernel_overrides",)),
 )
 

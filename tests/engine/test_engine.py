@@ -115,12 +115,16 @@ async def test_swap(host: EngineHost, llms: Path) -> None:
     assert answers[0] == answers[2] != answers[1]
 
 
-async def test_engines_let_others_answer(host: EngineHost, llms: Path) -> None:
-    """Engine processes, all of their threads, don't take the processor from the one that takes the prompts."""
+async def test_engines_wait_asleep(host: EngineHost, llms: Path) -> None:
+    """An engine without a prompt leaves the processors to others, also in the second after one, when vLLM's don't."""
     llm = await start(host, llms / "a")
-    threads = [thread.id for pid in llm.pids for thread in psutil.Process(pid).threads()]
-    assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_BATCH}
-    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    await complete(llm)
+    await asyncio.sleep(0.1)
+    processes = [psutil.Process(pid) for pid in llm.pids]
+    before_s = sum(sum(process.cpu_times()[:2]) for process in processes)
+    await asyncio.sleep(0.8)
+    used_s = sum(sum(process.cpu_times()[:2]) for process in processes) - before_s
+    assert used_s < 0.4, "a worker that does not sleep takes 0.8 s by itself"
 
 
 async def test_first_prompt_may_be_short(host: EngineHost, llms: Path) -> None:
