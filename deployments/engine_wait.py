@@ -15,8 +15,8 @@ from typing import Any
 
 SHORTEST_SLEEP_S = 0.0001
 """Shorter sleeps are not worth it: waking up takes half of that."""
-AWAKE_S = 0.02
-"""Whoever waits for longer than this looks every POLL_S seconds only: nothing is being computed, or something long."""
+AWAKE_S = 0.1
+"""Whoever waits for longer than the steps of most batches looks every POLL_S seconds only."""
 POLL_S = 0.0005
 _REMEMBERED = 8
 
