@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
-from pydantic_core import to_json
+from pydantic import TypeAdapter
 from starlette.types import Message, Send
 
 from deployments.flights import Flight, Tokens
@@ -30,6 +30,7 @@ _LONGEST_USAGE = 1000
 _LAST_CHUNK = b'"choices":[]'
 REFUSED = range(400, 500)
 _DECODER = json.JSONDecoder()
+_BRIEF = TypeAdapter(dict[str, Any])
 
 
 class AccountedAnswer:
@@ -92,7 +93,7 @@ class AccountedAnswer:
         named = _ID.search(body, 0, _WHERE_IDS_ARE)
         self._flight.answer_id = None if named is None else named[1].decode()
         self._meter.end(self._flight)
-        return to_json(self._meter.brief(self._flight, usage=usage, answer=text))
+        return _BRIEF.dump_json(self._meter.brief(self._flight, usage=usage, answer=text))
 
 
 def content_type_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -15,6 +15,8 @@ from typing import Any
 
 SHORTEST_SLEEP_S = 0.0001
 """Shorter sleeps are not worth it: waking up takes half of that."""
+LONGEST_SLEEP_S = 0.01
+"""So that no message is late by more, whatever came before it."""
 AWAKE_S = 0.1
 """Whoever waits for longer than the steps of most batches looks every POLL_S seconds only."""
 POLL_S = 0.0005
@@ -24,8 +26,8 @@ _REMEMBERED = 8
 class Patience:
     """How long one reader waits before it looks for its next message again; ``pause`` it is, until it ``came``.
 
-    The first pause of a wait is half of the shortest of the last waits, so that it ends before the message comes. After
-    one that did not there is none for as many waits as are remembered.
+    The first pause of a wait is half of the shortest of the last waits, LONGEST_SLEEP_S at most, so that it ends before
+    the message comes. After one that did not there is none for as many waits as are remembered.
     """
 
     def __init__(
@@ -42,18 +44,20 @@ class Patience:
         self._overslept = False
         self._lately_s: deque[float] = deque(maxlen=_REMEMBERED)
 
+    def begin(self) -> float:
+        """A wait begins, unless it has; when it did."""
+        if self._since_s is None:
+            self._since_s = self._clock()
+        return self._since_s
+
     def pause(self) -> None:
         """Nothing is there yet."""
-        now_s = self._clock()
-        self._overslept = False
-        if self._since_s is None:
-            self._since_s = now_s
-            asleep_s = min(self._lately_s, default=0.0) / 2
-            if asleep_s >= SHORTEST_SLEEP_S:
-                self._sleep(asleep_s)
-                self._overslept = True  # unless there is another pause
-                return
-        if now_s - self._since_s < AWAKE_S:
+        begins, since_s = self._since_s is None, self.begin()
+        asleep_s = min(min(self._lately_s, default=0.0) / 2, LONGEST_SLEEP_S) if begins else 0.0
+        self._overslept = asleep_s >= SHORTEST_SLEEP_S  # unless there is another pause
+        if self._overslept:
+            self._sleep(asleep_s)
+        elif self._clock() - since_s < AWAKE_S:
             self._give_way()
         else:
             self._sleep(POLL_S)
@@ -80,6 +84,7 @@ def be_patient(condition: type[Any]) -> None:
         if time.monotonic() <= self.last_read + self.busy_loop_s:
             self.patience.pause()
         else:
+            self.patience.begin()
             wait(self, timeout_ms)
 
     def patient_record_read(self: Any) -> None:

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import takewhile
 from operator import mul, sub
 from typing import NamedTuple
 
@@ -42,7 +42,8 @@ class Flight:
     """One prompt, in the meter's clock. ``tokens`` and ``words`` are None until, and unless, they are known.
 
     ``rate_per_s`` is how many tokens a second were processed for it, None if that is not known, or not yet.
-    ``begun_with`` and ``ended_with`` are the numbers of the changes that its begin and its end were.
+    ``begun_with`` and ``ended_with`` are the numbers of the changes that its begin and its end were, and ``company`` is
+    how many were in flight, itself among them, when it ended.
     """
 
     start_s: float
@@ -55,6 +56,7 @@ class Flight:
     rate_per_s: float | None = None
     begun_with: int = 0
     ended_with: int = 0
+    company: int = 1
 
 
 class Flights:
@@ -63,7 +65,9 @@ class Flights:
     def __init__(self) -> None:
         self.unwritten: deque[Flight] = deque()
         self._in_flight: dict[Flight, None] = {}
-        self._rated_in_flight: dict[Flight, None] = {}
+        self._unrated: dict[Flight, None] = {}
+        """Of those in flight and those not written down: whose rate is not known. In the order in which they began."""
+        self._rated_in_flight: dict[Flight, float] = {}
         self._times_s: list[float] = []
         """When prompts began and ended: the changes. From each to the next there is one place in the lists below."""
         self._count: list[int] = []
@@ -79,7 +83,7 @@ class Flights:
 
     def begin(self, flight: Flight) -> None:
         """It is in flight from now on."""
-        self._in_flight[flight] = None
+        self._in_flight[flight] = self._unrated[flight] = None
         flight.begun_with = self._changed(flight.start_s)
 
     def end(self, flight: Flight, at_s: float) -> bool:
@@ -89,6 +93,7 @@ class Flights:
         flight.end_s = max(at_s, math.nextafter(flight.start_s, math.inf))
         del self._in_flight[flight]
         self._rated_in_flight.pop(flight, None)
+        flight.company = 1 + len(self._in_flight)
         flight.ended_with = self._changed(flight.end_s)
         self._rate(flight)
         self.unwritten.append(flight)
@@ -109,7 +114,7 @@ class Flights:
         self._times_s.append(time_s)
         self._count.append(len(self._in_flight))
         self._known.append(len(self._rated_in_flight))
-        self._rates.append(sum(flight.rate_per_s or 0.0 for flight in self._rated_in_flight))
+        self._rates.append(sum(self._rated_in_flight.values()))
         if len(self) > 2 * REMEMBERED_CHANGES:
             self._forget(REMEMBERED_CHANGES)
         return self._forgotten + len(self) - 1
@@ -121,8 +126,9 @@ class Flights:
 
     def _rated(self, flight: Flight, rate_per_s: float) -> None:
         flight.rate_per_s = rate_per_s
+        del self._unrated[flight]
         if flight.end_s is None:
-            self._rated_in_flight[flight] = None
+            self._rated_in_flight[flight] = rate_per_s
         known, rates = self._known, self._rates
         for index in range(*self._lay_between(flight)):
             known[index] += 1
@@ -136,14 +142,17 @@ class Flights:
     def parts(self, flight: Flight, *, for_good: bool = False) -> tuple[Parts, bool]:
         """The parts of a prompt that has ended, and whether a rate was assumed for them.
 
-        A rate that is not known is taken to be this prompt's, and this one's to be the mean of the others'. With
-        ``for_good`` all of these rates stay what they are. What was forgotten is taken to have been as it was then.
+        A rate that is not known is taken to be this prompt's, and this one's to be the mean of the others', over the
+        time that they were known in. With ``for_good`` all of these rates stay what they are. What was forgotten is
+        taken to have been as it was then; where that is all of it, as when the prompt ended, all at the same rate.
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
         first, last = self._lay_between(flight)
         forgotten = flight.begun_with < self._forgotten
         count = self._count[first:last]
-        if not count or count == [1]:
+        if not count:
+            return Parts((flight.start_s, flight.end_s), (1 / flight.company,), (1 / flight.company,)), True
+        if count == [1]:
             return Parts((flight.start_s, flight.end_s), (1.0,), (1.0,)), forgotten
         times_s = (flight.start_s, *self._times_s[first + 1 : last + 1])
         known, rates = self._known[first:last], self._rates[first:last]
@@ -157,10 +166,13 @@ class Flights:
 
     def _assume(self, flight: Flight, rate_per_s: float) -> None:
         """Let this be the rate of it, and of those beside it, whose own is not known."""
-        for one in chain(self.unwritten, self._in_flight):
-            outlived = one.end_s is None or one.ended_with > flight.begun_with
-            if one.rate_per_s is None and outlived and one.begun_with < flight.ended_with:
+        for one in list(takewhile(lambda other: other.begun_with < flight.ended_with, self._unrated)):
+            if one.end_s is None or one.ended_with > flight.begun_with:
                 self._rated(one, rate_per_s)
+
+    def written(self) -> None:
+        """The first of those that were not written down is."""
+        self._unrated.pop(self.unwritten.popleft(), None)
 
     def forget(self) -> None:
         """Forget what no prompt needs any more."""

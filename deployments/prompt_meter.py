@@ -360,7 +360,7 @@ class PromptMeter:
         if not self._settled(flight.end_s) or (waited_s < SHARES_S and not self._flights.company_has_ended(flight)):
             return False
         energy, found = self._figures(flight, for_good=True)
-        unwritten.popleft()
+        self._flights.written()
         account = flight.account
         if account is not None:
             _add(account, flight, found)

@@ -35,6 +35,7 @@ PRELOAD_EXTRA = "GREENPROMPT_ENGINE_PRELOAD"
 _PR_SET_PDEATHSIG = 1
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
 
+_MESSAGES = "vllm.distributed.device_communicators.shm_broadcast"
 # (module, what must be in it, names that its code must look up in the module: who holds `get_mp_context` by name)
 _SHAPE = (
     ("vllm.v1.engine.utils", "CoreEngineProcManager.__init__", ("get_mp_context", "Process")),
@@ -43,8 +44,9 @@ _SHAPE = (
     ("vllm.model_executor.models.registry", "_LazyRegisteredModel.inspect_model_cls", ("_run_in_subprocess",)),
     ("vllm.v1.engine.core", "EngineCoreProc.run_engine_core", ()),
     ("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ()),
-    ("vllm.distributed.device_communicators.shm_broadcast", "SpinCondition.wait", ("last_read", "busy_loop_s")),
-    ("vllm.distributed.device_communicators.shm_broadcast", "SpinCondition.record_read", ("last_read",)),
+    (_MESSAGES, "SpinCondition.wait", ("last_read", "busy_loop_s")),
+    (_MESSAGES, "SpinCondition.record_read", ("last_read",)),
+    (_MESSAGES, "MessageQueue.acquire_read", ("_spin_condition", "wait", "record_read")),
     ("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_worker", ("register_triton_kernel_overrides",)),
 )
 

@@ -91,7 +91,25 @@ def test_memory_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert assumed
     assert (parts.times_s[0], parts.times_s[-1]) == (0.0, 100.0)
     assert 0.3 < parts.reserved_s / 100 <= 0.5
-    flights.unwritten.clear()
+    while flights.unwritten:
+        flights.written()
     flights.forget()
     assert len(flights) == 0
-    assert flights.parts(short)[1]
+    parts, assumed = flights.parts(short)
+    assert assumed
+    assert (parts.by_tokens, parts.by_time) == ((1 / 3,), (1 / 3,))  # it ended beside the two long ones
+
+
+def test_rates_are_assumed_for_company_alone() -> None:
+    """Those that are not known stay unknown where nobody has been beside them in a record."""
+    flights = Flights()
+    first, beside = began(flights, 0.0), began(flights, 0.5)
+    ended(flights, first, 1.0, 10)
+    ended(flights, beside, 1.5)
+    later = began(flights, 2.0)
+    ended(flights, later, 3.0)
+    flights.parts(first, for_good=True)
+    assert [flight.rate_per_s for flight in (first, beside, later)] == [10.0, 10.0, None]
+    for flight in (first, beside, later):
+        assert flights.unwritten[0] is flight
+        flights.written()
