@@ -28,13 +28,14 @@ _TOLD_BY_TYPE = ("ValueError", "RuntimeError", "Exception", "OSError", "Validati
 
 
 class Phase(StrEnum):
-    """How far the start of an LLM is. A cold start can't tell when its engine warms up: that is LOADING there."""
+    """How far the start of an LLM is. A cold start can't tell when its engine warms up, or compiles: LOADING there."""
 
     IMPORTING = "importing"  # vLLM itself, once per wrapper
     CONFIGURING = "configuring"  # the LLM's configuration and tokenizer
     WAKING = "waking"  # in place of those before and after, if it slept
     LOADING = "loading"  # its weights
-    WARMING_UP = "warming_up"  # KV cache, compilation, first run, first answer
+    WARMING_UP = "warming_up"  # KV cache, first run, first answer
+    COMPILING = "compiling"  # amid the warming up, once for each part that has to be
     READY = "ready"
 
 

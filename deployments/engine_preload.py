@@ -10,7 +10,8 @@ import gc
 import importlib
 import multiprocessing.spawn
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def _preload() -> str | None:
 
 def _take_over() -> None:
     """Let engine processes fork their workers, wait for them asleep, and tell their owner how far they are."""
+    from vllm.compilation import decorators
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.platforms import current_platform
     from vllm.utils.platform_utils import cuda_is_initialized
@@ -96,19 +98,40 @@ def _take_over() -> None:
     multiproc_executor.get_mp_context = lambda: normal() if cuda_is_initialized() else fork_context()
     be_patient(SpinCondition)
     EngineCore._initialize_kv_caches = _announced("warming_up", EngineCore._initialize_kv_caches)  # noqa: SLF001
+    decorators.monitor_torch_compile = _announced_within("compiling", decorators.monitor_torch_compile, "warming_up")
     # Each worker would go through all modules for this; done once here, every fork has it.
     current_platform.register_triton_kernel_overrides()
     current_platform.register_triton_kernel_overrides = lambda: None
 
 
+def _announce(phase: str) -> None:
+    with Path(os.environ[PHASE_FILE]).open("a", encoding="utf-8") as file:
+        file.write(f"{phase}\n")
+
+
 def _announced(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def announce(*args: Any, **kwargs: Any) -> Any:
-        with Path(os.environ[PHASE_FILE]).open("a", encoding="utf-8") as file:
-            file.write(f"{phase}\n")
+        _announce(phase)
         return function(*args, **kwargs)
 
     return announce
+
+
+def _announced_within(phase: str, context: Callable[..., Any], after: str) -> Callable[..., Any]:
+    """A context of vLLM's in which the start is in this phase, unless vLLM only looks whether it need be."""
+
+    @contextmanager
+    @functools.wraps(context)
+    def within(*args: Any, announce_start: bool = True, **kwargs: Any) -> Iterator[Any]:
+        if announce_start:
+            _announce(phase)
+        with context(*args, announce_start=announce_start, **kwargs) as entered:
+            yield entered
+        if announce_start:
+            _announce(after)
+
+    return within
 
 
 die_with(int(os.environ[OWNER_PID]))

@@ -47,6 +47,7 @@ _SHAPE = (
     (_MESSAGES, "SpinCondition.wait", ("last_read", "busy_loop_s")),
     (_MESSAGES, "SpinCondition.record_read", ("last_read",)),
     (_MESSAGES, "MessageQueue.acquire_read", ("_spin_condition", "wait", "record_read")),
+    ("vllm.compilation.decorators", "monitor_torch_compile", ("torch_compile_start_time",)),
     ("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_worker", ("register_triton_kernel_overrides",)),
 )
 

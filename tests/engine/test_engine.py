@@ -143,6 +143,15 @@ async def test_phases(host: EngineHost, llms: Path) -> None:
     assert llm.max_model_len == 512
 
 
+async def test_compiling_is_told(host: EngineHost, llms: Path) -> None:
+    """An LLM that is not eager says when it is compiled, amid its warming up."""
+    told: list[Phase] = []
+    llm = await start(host, llms / "a", engine_args={"max_model_len": 512}, on_phase=told.append)
+    assert told[:4] == [Phase.CONFIGURING, Phase.LOADING, Phase.WARMING_UP, Phase.COMPILING]
+    assert told[-2:] == [Phase.WARMING_UP, Phase.READY]
+    assert sum(llm.phases.values()) == pytest.approx(llm.started_s)
+
+
 async def test_streamed_chat(host: EngineHost, llms: Path) -> None:
     """A chat streams token by token, with the usage at its end, under the name that was asked for."""
     llm = await start(host, llms / "a", served_model_name="tiny")
