@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from deployments.model_download import DownloadFailed, DownloadOrder, commit_of, find, lock_of, try_lock
+from deployments.model_download import DownloadFailed, DownloadOrder, cached, commit_of, find, lock_of, try_lock
 from registry.errors import EngineStartFailed
 from registry.reconcile import Download
 
@@ -82,7 +82,7 @@ class ModelCache:
             if not await asyncio.to_thread(os.path.isdir, model):
                 raise EngineStartFailed(model, f"there is no folder {model} on this machine")
             return LocalModel(model)
-        cache_dir = None if self._directory is None else str(self._directory)
+        cache_dir = self._cache_dir
         async with self._in_use(model) as lock:
             try:
                 order = DownloadOrder(
@@ -100,6 +100,16 @@ class ModelCache:
                 raise EngineStartFailed(model, failed.problem, failed.permanent) from None
             lock.truncate(0)  # what it was promised room for is there
             return LocalModel(folder, order.commit, lock)
+
+    async def here(self, model: str, *, revision: str | None = None) -> str | None:
+        """The folder of what is on this machine of a model; None: nothing is. Nobody is asked, and nothing locked."""
+        if Path(model).is_absolute():
+            return model
+        return await asyncio.to_thread(cached, model, revision, self._cache_dir)
+
+    @property
+    def _cache_dir(self) -> str | None:
+        return None if self._directory is None else str(self._directory)
 
     @asynccontextmanager
     async def _in_use(self, model: str) -> AsyncIterator[IO[str]]:

@@ -132,21 +132,31 @@ def commit_of(model: str, revision: str | None, cache_dir: str | None) -> str:
     return resolved.resolved
 
 
+def cached(model: str, revision: str | None, cache_dir: str | None) -> str | None:
+    """The folder of what is on this machine of a branch, tag or commit (None: the default branch); None: nothing is.
+
+    Asks nobody: a branch is where it was when it was asked for last, and files may be missing.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(
+            model, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=[]
+        )
+    except LocalEntryNotFoundError:
+        return None
+
+
 def find(order: DownloadOrder) -> str | None:
     """The folder of this commit, if all files of it are on this machine for certain; else None. Reads files only.
 
     Raises:
         DownloadFailed: they are not, and the hub must not be asked for them (HF_HUB_OFFLINE).
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import constants
 
-    try:
-        folder = snapshot_download(
-            order.model, revision=order.commit, cache_dir=order.cache_dir, local_files_only=True, allow_patterns=[]
-        )
-    except LocalEntryNotFoundError:
-        folder = None
+    folder = cached(order.model, order.commit, order.cache_dir)
     listed = _listed(order)
     if folder is not None and listed is None and constants.HF_HUB_OFFLINE:
         return folder  # filled by other means: what it holds is what there is

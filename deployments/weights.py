@@ -66,7 +66,8 @@ def read_ahead(weights: Weights | None) -> Iterator[None]:
 
 def _read(weights: Weights, over: threading.Event) -> None:
     for file, size, _ in weights.files:
-        with file.open("rb") as opened:
+        # One that is being removed, or can't be read: what is wrong with it the engine tells.
+        with suppress(OSError), file.open("rb") as opened:
             for offset in range(0, size, _CHUNK_BYTES):
                 if over.is_set():
                     return

@@ -400,7 +400,7 @@ class LLMWrapper:
                 self._phase = "stopping"
                 # Making room for an LLM is charged to it, as its start is. Its weights are read ahead from now on, and
                 # not before, when that would cost a lease of somebody else's.
-                with self._meter.load(spec.model) as start, read_ahead(await self._weights(spec)):
+                with self._meter.load(spec.model) as start, read_ahead(await self._weights(spec, revision)):
                     self._require_empty(await self._host.vacate(wanted_next=spec.model))
                     await self._start_llm(spec, revision)
                     running = self._host.running
@@ -509,7 +509,7 @@ class LLMWrapper:
             raise WrapperUnreachable(self._config.wrapper_id, report.problem)
         self._release_models()
 
-    async def _weights(self, spec: LLMSpec) -> Weights | None:
+    async def _weights(self, spec: LLMSpec, revision: str | None) -> Weights | None:
         """What will be read when this LLM is started; None if it sleeps, or is not on this machine."""
         if spec.model in self._host.asleep:
             return None
@@ -517,7 +517,8 @@ class LLMWrapper:
             located = self._config.sources.locate(spec.model)
         except InvalidField:  # a link that leads elsewhere by now: the start fails with that
             return None
-        return await asyncio.to_thread(weights_of, located)
+        folder = await self._models.here(located, revision=revision or spec.revision)
+        return None if folder is None else await asyncio.to_thread(weights_of, folder)
 
     def _set_phase(self, phase: str) -> None:
         self._phase, self._download = phase, None

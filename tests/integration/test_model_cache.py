@@ -232,6 +232,8 @@ async def test_a_cache_filled_by_others_serves(
     model = await cache().fetch("org/tiny")
     assert (model.path, model.revision) == (str(snapshot), "d" * 40)
     model.release()
+    assert [await cache().here(name) for name in ("org/tiny", "org/other")] == [str(snapshot), None]
+    assert await cache().here("org/tiny", revision="d" * 40) == str(snapshot)
 
 
 async def test_a_folder_is_itself(cache: Cache, tmp_path: Path) -> None:
@@ -241,6 +243,7 @@ async def test_a_folder_is_itself(cache: Cache, tmp_path: Path) -> None:
     model.release()
     with pytest.raises(EngineStartFailed, match="there is no folder"):
         await cache().fetch(str(tmp_path / "gone"))
+    assert await cache().here(str(tmp_path)) == str(tmp_path)
 
 
 # --- room -----------------------------------------------------------------------------------------------------

@@ -89,6 +89,14 @@ def test_ends_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert asked == [0]
 
 
+def test_weights_that_are_removed_meanwhile(tmp_path: Path) -> None:
+    """A file that is gone when its turn comes is passed over."""
+    found = weights_of(str(make(tmp_path, a_safetensors=3, b_safetensors=4)))
+    assert found is not None
+    found.files[0][0].unlink()
+    weights._read(found, threading.Event())
+
+
 def test_too_large_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that would push one another out of memory, or that nobody knows, are left alone."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2))

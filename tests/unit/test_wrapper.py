@@ -104,6 +104,9 @@ class FakeModels:
     async def fetch(self, model: str, **_: object) -> LocalModel:
         return LocalModel(model, "c" * 40)
 
+    async def here(self, model: str, **_: object) -> str:
+        return model
+
 
 class UndyingWrapper(LLMWrapper):
     """Serve awaits a wrapper's end; Python's collector can't."""
