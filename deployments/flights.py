@@ -68,18 +68,19 @@ class Flights:
         self._unrated: dict[Flight, None] = {}
         """Of those in flight and those not written down: whose rate is not known. In the order in which they began."""
         self._rated_in_flight: dict[Flight, float] = {}
-        self._times_s: list[float] = []
-        """When prompts began and ended: the changes. From each to the next there is one place in the lists below."""
-        self._count: list[int] = []
-        self._known: list[int] = []
+        self._times_s: list[float] = [-math.inf]
+        """When prompts began and ended: the changes, and before them the last that is forgotten. From each to the next
+        there is one place in the lists below."""
+        self._count: list[int] = [0]
+        self._known: list[int] = [0]
         """Of how many of those in flight the rate is known."""
-        self._rates: list[float] = []
+        self._rates: list[float] = [0.0]
         """The sum of those."""
         self._forgotten = 0
 
     def __len__(self) -> int:
         """How many begins and ends of prompts are remembered."""
-        return len(self._times_s)
+        return len(self._times_s) - 1
 
     def begin(self, flight: Flight) -> None:
         """It is in flight from now on."""
@@ -117,7 +118,7 @@ class Flights:
         self._rates.append(sum(self._rated_in_flight.values()))
         if len(self) > 2 * REMEMBERED_CHANGES:
             self._forget(REMEMBERED_CHANGES)
-        return self._forgotten + len(self) - 1
+        return self._forgotten + len(self)
 
     def _rate(self, flight: Flight) -> None:
         """Once its tokens and its end are known, so is its rate. One without any counts as one with a single token."""
@@ -136,7 +137,7 @@ class Flights:
 
     def _lay_between(self, flight: Flight) -> tuple[int, int]:
         """Where in the lists a prompt is that has ended, or that is in flight until now, as far as is remembered."""
-        end = self._forgotten + len(self) if flight.end_s is None else flight.ended_with
+        end = self._forgotten + len(self) + 1 if flight.end_s is None else flight.ended_with
         return max(flight.begun_with - self._forgotten, 0), max(end - self._forgotten, 0)
 
     def parts(self, flight: Flight, *, for_good: bool = False) -> tuple[Parts, bool]:
@@ -178,9 +179,9 @@ class Flights:
         """Forget what no prompt needs any more."""
         needed = min(
             (flight.begun_with for flights in (self._in_flight, self.unwritten) for flight in flights),
-            default=self._forgotten + len(self),
+            default=self._forgotten + len(self) + 1,
         )
-        self._forget(needed - self._forgotten)
+        self._forget(needed - 1 - self._forgotten)
 
     def _forget(self, changes: int) -> None:
         if changes > 0:

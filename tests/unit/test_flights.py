@@ -90,7 +90,7 @@ def test_memory_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     parts, assumed = flights.parts(long)
     assert assumed
     assert (parts.times_s[0], parts.times_s[-1]) == (0.0, 100.0)
-    assert 0.3 < parts.reserved_s / 100 <= 0.5
+    assert 0.4 < parts.reserved_s / 100 <= 0.5
     while flights.unwritten:
         flights.written()
     flights.forget()
