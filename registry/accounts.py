@@ -64,7 +64,7 @@ class Accounts:
                 self._costs.pop(row.window.request_id, None)
             if row.window.window_id in new:
                 self._on_kept(row)
-        newest = int(report.windows[-1].window_id.rpartition("-")[2])
+        newest = report.windows[-1].number
         self._kept[wrapper_id] = report.moment.process, max(newest, self.kept(wrapper_id, report.moment))
 
     def kept(self, wrapper_id: str, as_of: Moment | None) -> int:

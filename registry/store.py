@@ -263,6 +263,8 @@ class Store:
         if not rows:
             return frozenset()
         cells = [_cells(row.window) | {"machine_id": row.machine_id, "tenant": row.tenant} for row in rows]
+        for row in cells:
+            del row["number"]  # the log's own; the record has it, too
         with self._transaction() as connection:
             return frozenset(connection.scalars(_insert_once(WINDOWS, connection.dialect.name), cells))
 
