@@ -84,9 +84,11 @@ def counted(source: Source, duration_s: float, flow: Level, *, estimate_short: b
         source=source.origin,
         label=worst((source.label, Label.MODELED)) if modeled else source.label,
         joules=mid.mid,
-        low_j=low.low if modeled else None,
-        high_j=high.high if modeled else None,
+        low_j=low.low,
+        high_j=high.high,
         resolution_j=max(high.mid - mid.mid, mid.mid - low.mid),
+        systematic_j=max(mid.high - mid.mid, mid.mid - mid.low),
+        counter_label=source.label,
         flags=(*flags, "too_short") if too_short else flags,
     )
 
@@ -143,12 +145,15 @@ def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
     by_time = source.joules(parts.reserved_by_time_s, _of(parts.by_time, units))
     if by_tokens.mid <= 0:
         return unknown(source, "too_short")
+    low_j, high_j = min(by_tokens.low, by_time.low), max(by_tokens.high, by_time.high)
     return Component(
         name=source.name,
         source=source.origin,
         label=worst((source.label, Label.MODELED)),
         joules=by_tokens.mid,
-        low_j=min(by_tokens.low, by_time.low),
-        high_j=max(by_tokens.high, by_time.high),
+        low_j=low_j,
+        high_j=high_j,
+        systematic_j=max(by_tokens.mid - low_j, high_j - by_tokens.mid),
+        counter_label=source.label,
         flags=("shared",),
     )
