@@ -65,7 +65,8 @@ class LeaseGrant:
     ``model_revision`` is the commit that the lease has begun with, None before it has: an engine that has to be started
     again for it gets the same one. ``as_of`` is as in a Belief. ``grade`` is ``standard`` or ``measurement``.
     ``max_j`` [J] and ``max_g`` [gCO2eq] are what the lease may use up, None: no limit. ``used_j`` and ``used_g`` are
-    what it is known to have used before, under processes of the wrapper that are gone.
+    what it is known to have used before, under processes of the wrapper that are gone. ``handed_over_s`` is the UTC
+    second at which the lease began, None before it has.
     """
 
     request_id: str
@@ -81,6 +82,7 @@ class LeaseGrant:
     max_g: float | None = None
     used_j: float = 0.0
     used_g: float = 0.0
+    handed_over_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,9 +60,12 @@ class Bench:
         account = self.meter.account(flight, usage=usage, answer=answer)
         assert_honest(account)
         energy, carbon = account["energy"], account["carbon"]
+        same = ("window", "final", "sci_score", "sci_method", "sci_low", "sci_high", "unit", "flags")
         assert self.meter.brief(flight, usage=usage, answer=answer) == {
-            **{name: account[name] for name in ("sci_score", "sci_method", "unit", "flags")},
+            **{name: account[name] for name in same},
             "joules": energy["total_j"],
+            "joules_low": energy["low_j"],
+            "joules_high": energy["high_j"],
             "label": energy["label"],
             "o_g": carbon["o_g"],
             "m_g": carbon["m_g"],

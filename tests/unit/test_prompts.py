@@ -66,8 +66,8 @@ class FakeMeter:
         self.counts_words = False
         self.used_up: BudgetUsed | None = None
 
-    def begin(self, endpoint: str = "process_prompt") -> Flight:
-        self.begun.append(Flight(0.0, endpoint=endpoint))
+    def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False) -> Flight:
+        self.begun.append(Flight(0.0, endpoint=endpoint, warmup=warmup))
         return self.begun[-1]
 
     def end(self, flight: Flight) -> None:
@@ -84,6 +84,7 @@ class FakeMeter:
     def account(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> Mapping[str, Any]:
         assert flight in self.ended
         self.accounts.append((flight, usage, answer))
+        flight.status = "answered"
         return COST
 
     def brief(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> Mapping[str, Any]:
@@ -92,6 +93,9 @@ class FakeMeter:
 
     def counted(self, flight: Flight, tokens: Tokens) -> None:
         flight.tokens = tokens
+
+    def refused(self, flight: Flight) -> None:
+        flight.status, flight.tokens = "refused", Tokens(0, 0, 0)
 
 
 class Call:
@@ -809,9 +813,9 @@ async def test_last_chunk_of_a_stream_tells_its_cost(wrapper: Wrapper) -> None:
     ("pieces", "tokens"),
     [
         ([{"choices": [{"delta": {}}]}], None),
-        ([{"choices": [{}], "usage": USAGE}], Tokens(7, 0, 3)),
+        ([{"choices": [{}], "usage": USAGE}], Tokens(7, None, 3)),
         ([{"type": "response.completed", "response": {"usage": {"input_tokens": 7, "output_tokens": 3}}}],
-         Tokens(7, 0, 3)),
+         Tokens(7, None, 3)),
         ([{"usage": {"something": 5}}], None),
     ],
     ids=["no usage", "usage in every chunk", "another API", "unknown usage"],

@@ -759,14 +759,13 @@ async def test_reports_bring_energy_windows(make: Make) -> None:
     moment = client.wrapper._gate.moment
     report = await client.wrapper.report(Belief(3, None, moment))
     assert {window.wrapper_id for window in report.windows} == {"a-0"}
-    assert [int(window.window_id.removeprefix(f"{moment.process}-")) for window in report.windows] == [
-        *range(1, len(report.windows) + 1)
-    ]
+    assert [window.number for window in report.windows] == [*range(1, len(report.windows) + 1)]
+    assert all(window.window_id.startswith(f"{moment.process}-") for window in report.windows)
     by_kind = {window.kind.value: window for window in report.windows}
     assert by_kind.keys() == {"load", "prompt", "idle", "lease"}
     assert json.loads(by_kind["load"].detail)["model"] == "org/tiny"
     assert (by_kind["lease"].request_id, by_kind["lease"].measurement_id) == ("request-1", 1)
-    assert json.loads(by_kind["prompt"].detail)["tokens"] == {"prompt": 7, "cached": 0, "output": 3}
+    assert json.loads(by_kind["prompt"].detail)["tokens"] == {"prompt": 7, "cached": None, "output": 3}
     again = await client.wrapper.report(Belief(3, None, moment, windows_kept=len(report.windows)))
     assert again.windows == ()
 
