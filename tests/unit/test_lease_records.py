@@ -270,7 +270,7 @@ async def test_counted_stretch_is_the_truth(make: Make, events: list[tuple[str, 
         made.end(flight)
         ended_s = ended_s if flight.warmup else made.clock.now_s
     made.bind(None)
-    counted = lease_of(await made.windows(kept=10**6))["counted"] if noted else None
+    counted: Any = lease_of(await made.windows(kept=10**6))["counted"]
     if begun_s is None or ended_s is None:
         assert counted is None
         return
