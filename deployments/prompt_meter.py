@@ -506,4 +506,7 @@ def tokens_of(usage: Mapping[str, Any]) -> Tokens:
         prompt, output = usage["prompt_tokens"], usage.get("completion_tokens")
     else:
         prompt, output = usage["input_tokens"], usage.get("output_tokens")
+    if "cache_read_input_tokens" in usage:  # Anthropic's input_tokens are those that were not cached
+        details = {"cached_tokens": usage["cache_read_input_tokens"]}
+        prompt += (usage["cache_read_input_tokens"] or 0) + (usage.get("cache_creation_input_tokens") or 0)
     return Tokens(prompt, details.get("cached_tokens") or 0, output or 0)
