@@ -155,13 +155,19 @@ class Embodied:
 class GridIntensity:
     """Carbon intensity of the electricity, gCO2eq/kWh: a zone of a data set, or the operator's own (zone None).
 
-    ``dataset`` and ``version`` are the data set's, or the operator's source and date.
+    ``dataset`` and ``version`` are the data set's, or the operator's source and date. ``year`` is the one that the
+    value is the mean of, ``source`` where it is from, ``low`` and ``high`` its range in gCO2eq/kWh; each None if not
+    known.
     """
 
     gco2eq_per_kwh: float
     zone: str | None
     dataset: str
     version: str
+    year: int | None = None
+    source: str | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
