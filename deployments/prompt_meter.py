@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from deployments.energy import CPUModel, Embodied, Energy, GridIntensity, SCISettings
@@ -271,11 +271,13 @@ def grid_of(settings: EnergySettings) -> GridIntensity | None:
     grid = settings.grid
     if grid is None:
         return None
+    low, high = grid.low_gco2eq_per_kwh, grid.high_gco2eq_per_kwh
     if grid.zone is not None:
-        return grid_intensity(grid.zone)
-    if grid.gco2eq_per_kwh is None or grid.source is None or grid.date is None:
-        raise BadSettings("energy.grid", "needs zone, or gco2eq_per_kwh with source and date")
-    return GridIntensity(grid.gco2eq_per_kwh, None, grid.source, grid.date)
+        return replace(grid_intensity(grid.zone), year=grid.year, low=low, high=high)
+    if grid.gco2eq_per_kwh is None or grid.source is None:
+        raise BadSettings("energy.grid", "needs zone, or gco2eq_per_kwh with source, and year or date")
+    version = grid.date or str(grid.year)
+    return GridIntensity(grid.gco2eq_per_kwh, None, grid.source, version, grid.year, grid.source, low, high)
 
 
 def _sources(settings: SCISettings, gpus: int, cpus: float | None) -> list[Any]:

@@ -156,7 +156,8 @@ class WrapperReport:
 class WrapperPlan:
     """A wrapper that should exist: ``gpus`` of the GPUs of the machine, its Serve application and its base URL.
 
-    ``on_machine``: how many wrappers share that machine, this one included.
+    ``on_machine``: how many wrappers share that machine, this one included. ``gpu_type`` and ``zone`` are the
+    machine's, None if not known.
     """
 
     wrapper_id: str
@@ -166,6 +167,8 @@ class WrapperPlan:
     url: str
     home: LLMSpec | None = None
     on_machine: int = 1
+    gpu_type: str | None = None
+    zone: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +272,8 @@ def wanted_wrappers(
             url=f"{base_url}/wrappers/{machine.machine_id}-{n}",
             home=home if n == 0 else None,
             on_machine=count,
+            gpu_type=machine.gpu_type,
+            zone=machine.zone,
         )
         for n in range(count)
     )

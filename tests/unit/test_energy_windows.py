@@ -75,7 +75,7 @@ async def test_record_of_a_prompt(make: Make) -> None:
     assert (part["name"], part["label"], part["source"]) == ("gpu:GPU-x", "simulated", "a test")
     assert found["grid"] == {
         "value": 360.0, "unit": "gCO2eq/kWh", "zone": None, "dataset": "a test", "version": "2026-01-01",
-        "year": None, "source": None, "low": None, "high": None,
+        "year": None, "source": "a test", "low": None, "high": None,
     }  # fmt: skip
     assert (found["embodied"], found["pue"], found["gpus"]) == (EMBODIED, 1.0, ["GPU-x"])
     assert (found["unit"], found["units"], found["boundary"]) == ("output_token", 4, ["gpu:GPU-x"])
