@@ -77,11 +77,12 @@ class AccountedAnswer:
                 message = self._with_field(message)
         await self._send(message)
 
-    def close(self) -> None:
-        """The prompt is over."""
+    def close(self, counted: Tokens | None = None) -> None:
+        """The prompt is over. ``counted`` are its tokens as the engine gave them out, for an answer that tells none."""
         if self._flight.status != "refused":
             self._flight.status = self._status if self._complete else "cut" if self._given_up() else "failed"
         tokens = None if self._usage_piece is None else _tokens(_usage_in(self._usage_piece))
+        tokens = tokens or counted
         if self._flight.tokens is None and tokens is not None:
             self._meter.counted(self._flight, tokens)
         self._meter.end(self._flight)

@@ -32,6 +32,7 @@ from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, log_han
 from deployments.gpu_memory import GPUMemory
 from deployments.heartbeat import Heartbeat, Work
 from deployments.sleep_mode import SleepMode
+from deployments.token_count import counted
 from deployments.warm_start import WarmForkserver, shape_problem, spawn_mortals
 from deployments.weights import Weights, weights_of
 from registry.errors import EngineNotReady, EngineStartFailed
@@ -574,6 +575,7 @@ class EngineHost:
         unused = "PrometheusInstrumentatorMiddleware"
         app.user_middleware = [one for one in app.user_middleware if getattr(one.cls, "__name__", None) != unused]
         app.middleware_stack = None  # it was built of all of them; so it is built anew
+        engine.generate = counted(engine.generate)  # type: ignore[method-assign]
         await init_app_state(engine, app.state, args, tasks)
         # Where vLLM would end its own server because the engine has died; here others see to that.
         app.state.server = Namespace(should_exit=False)

@@ -30,6 +30,7 @@ from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_erro
 from deployments.lease_gate import LeaseGate
 from deployments.llm_args import map_prompting
 from deployments.prompt_meter import PromptMeter
+from deployments.token_count import counting_tokens
 from registry.errors import EngineNotReady, InvalidField, RegistryError, RegistryUnheard, TooManyPrompts
 from registry.reconcile import LeaseGrant
 
@@ -227,10 +228,11 @@ class PromptGate:
 
         flight = self._meter.begin(path, warmup=is_warmup(scope["headers"]))
         answer = AccountedAnswer(self._meter, flight, exchange.send, given_up=lambda: exchange.given_up)
-        try:
-            await running.asgi(inner, exchange.receive, send)
-        finally:
-            answer.close()
+        with counting_tokens() as count:
+            try:
+                await running.asgi(inner, exchange.receive, send)
+            finally:
+                answer.close(count.tokens)
 
     async def _unless_dead(self, running: RunningLLM, status: int) -> None:
         """An engine that dies answers what it has with a 500. Raises EngineNotReady then, with the reason."""
