@@ -129,7 +129,7 @@ class EnergyLog:
             "units": score.units,
             "score": {"value": score.sci_score, "low": score.low, "high": score.high, "method": score.method.value},
             "methods": dict(score.methods),
-            "flags": sorted(record.flags),
+            "flags": sorted(set(record.flags)),
             "boundary": list(score.boundary),
             "gpus": [name.removeprefix("gpu:") for name in score.boundary if name.startswith("gpu:")],
             **record.more,

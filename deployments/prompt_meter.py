@@ -112,17 +112,19 @@ class PromptMeter:
         """The start of an LLM: charged to its deployment, to no prompt and no lease."""
         start = Start(model, self._meter.mark())
         self._timeline.pause(start.start_s)
+        self._meter.work_begins(start.start_s)
         try:
             with self.at_work():
                 yield start
         finally:
             start.end_s = self._meter.mark()
+            self._meter.work_ends(start.end_s)
             self._writer.model = model
             if self._timeline.holder is not None:
                 self._timeline.holder.model = model
             self._timeline.resume(start.end_s)
             if start.end_s > start.start_s:
-                self._load = self._meter.window(start.start_s, start.end_s)
+                self._load = self._meter.window(start.start_s, start.end_s, estimate_short=True)
                 self._writer.started(start)
 
     @property
@@ -142,6 +144,7 @@ class PromptMeter:
         flight = Flight(self._meter.mark(), endpoint=endpoint, account=self._timeline.holder, warmup=warmup)
         flight.window_id = f"{self._process}-p{self._begun}"
         self._flights.begin(flight)
+        self._meter.work_begins(flight.start_s)
         self._timeline.begin(flight.start_s)
         if flight.account is not None:
             flight.account.unwritten += 1
@@ -152,6 +155,7 @@ class PromptMeter:
         """A prompt is over, answered or not. Idempotent."""
         now_s = self._meter.mark()
         if self._flights.end(flight, now_s):
+            self._meter.work_ends(now_s)
             self._timeline.end(now_s)
             if flight.account is not None:
                 flight.account.counted.end(now_s, warmup=flight.warmup)
@@ -249,7 +253,10 @@ class PromptMeter:
         return self._log.oldest()
 
     async def write(self) -> None:
-        """Write down every window that will not get any sharper, or has waited for long enough."""
+        """Write down every window that will not get any sharper, or has waited for long enough.
+
+        What is written is final: prompts and idle time add up to their lease. What is not known in time is unavailable.
+        """
         await self._writer.write()
 
 

@@ -31,9 +31,9 @@ class Scorer:
         assert flight.end_s is not None  # callers end a prompt before they account for it
         parts, assumed = self._flights.parts(flight, for_good=for_good)
         if parts.alone:
-            energy = self.meter.window(flight.start_s, flight.end_s, estimate_short=True)
+            energy = self.meter.window(flight.start_s, flight.end_s, estimate_short=True, final=for_good)
         else:
-            energy = self.meter.share(parts)
+            energy = self.meter.share(parts, final=for_good)
         flags = [
             *(("tokens_unknown",) if flight.tokens is None else ()),
             *(("share_estimated",) if assumed else ()),
@@ -57,11 +57,11 @@ class Scorer:
         """Score an energy, and a time for which the hardware was reserved [s]."""
         return score(energy, duration_s=duration_s, units=units, settings=self._settings, grid=self._grid, flags=flags)
 
-    def summed(self, flow: Flow | None, times: Sequence[Sequence[Interval]]) -> Flow | None:
-        """Add what flowed in these times to a flow; None where there was no time."""
+    def summed(self, flow: Flow | None, times: Sequence[Sequence[Interval]], *, final: bool = False) -> Flow | None:
+        """Add what flowed in these times to a flow; None where there was no time. ``final`` is as for `Meter.flow`."""
         for intervals in times:
             if intervals:
-                more = self.meter.flow(intervals)
+                more = self.meter.flow(intervals, final=final)
                 flow = more if flow is None else flow + more
         return flow
 

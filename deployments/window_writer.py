@@ -19,8 +19,8 @@ from deployments.scorer import Scorer, in_flight
 from deployments.timeline import STRETCH_S, Interval, Timeline
 from registry.state import WindowKind
 
-SETTLE_S = 2.0
-"""How long a window waits for its counters to go on, seconds."""
+SETTLE_S = 30.0
+"""How long a window waits for its counters to go on, seconds; then what they don't tell is not known."""
 SHARES_S = 30.0
 """How long a prompt's record waits for the end of those it shares with, seconds."""
 
@@ -75,7 +75,7 @@ class WindowWriter:
             return False
         start = self._starts.popleft()
         kind = WindowKind.WAKE if start.woken else WindowKind.LOAD
-        flow = self._meter.flow([(start.start_s, start.end_s)])
+        flow = self._meter.flow([(start.start_s, start.end_s)], final=True)
         self._record(kind, None, (start.start_s, start.end_s), flow, {"model": start.model})
         return True
 
@@ -117,18 +117,18 @@ class WindowWriter:
             return False
         closed.popleft()
         if stretch.gaps:
-            idle = self._meter.flow(stretch.gaps)
+            idle = self._meter.flow(stretch.gaps, final=True)
             times, more = (stretch.gaps[0][0], stretch.gaps[-1][1]), {"model": account and account.model}
-            self._record(WindowKind.IDLE, account, times, idle, more, estimate_short=True)
+            self._record(WindowKind.IDLE, account, times, idle, more)
             if account is not None:
                 account.idle = idle if account.idle is None else account.idle + idle
         if account is not None:
             if stretch.end_s > stretch.start_s:
-                account.flow = self._scorer.summed(account.flow, [[(stretch.start_s, stretch.end_s)]])
+                account.flow = self._scorer.summed(account.flow, [[(stretch.start_s, stretch.end_s)]], final=True)
                 account.counted.add(stretch.start_s, stretch.end_s)
             # Summed up while the meter still has every edge.
             taken = account.counted.take(0.0 if stretch.last else STRETCH_S)
-            account.counted.flow = self._scorer.summed(account.counted.flow, [taken])
+            account.counted.flow = self._scorer.summed(account.counted.flow, [taken], final=True)
             if stretch.last and account.flow is not None:
                 self._record_lease(account, stretch.end_s, account.flow)
         return True
@@ -157,7 +157,7 @@ class WindowWriter:
         flow, begun_s, ended_s = counted.flow, counted.begun_s, counted.ended_s
         if flow is None or begun_s is None or ended_s is None:
             return None
-        energy = self._meter.energy(flow)
+        energy = self._meter.energy(flow, estimate_short=True)
         units = None if counted.units_unknown else counted.units
         flags = {
             "warmup_inside": counted.warmed_up,
@@ -185,7 +185,7 @@ class WindowWriter:
             "output_tokens": None if counted.tokens_unknown else counted.output_tokens,
             "units": units,
             "in_flight": {"max": counted.most, "mean": min(counted.prompt_s / flow.duration_s, counted.most)},
-            "flags": sorted(found.flags),
+            "flags": sorted(set(found.flags)),
         }
 
     def _record(
@@ -197,10 +197,9 @@ class WindowWriter:
         more: Mapping[str, Any],
         units: int | None = 0,
         *,
-        estimate_short: bool = False,
         flags: Sequence[str] = (),
     ) -> None:
-        energy = self._meter.energy(flow, estimate_short=estimate_short)
+        energy = self._meter.energy(flow, estimate_short=True)
         found = self._scorer.score(energy, flow.duration_s, units, flags)
         self._write_record(kind, account, times, energy, found, more)
 
