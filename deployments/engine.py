@@ -575,7 +575,7 @@ class EngineHost:
         unused = "PrometheusInstrumentatorMiddleware"
         app.user_middleware = [one for one in app.user_middleware if getattr(one.cls, "__name__", None) != unused]
         app.middleware_stack = None  # it was built of all of them; so it is built anew
-        engine.generate = counted(engine.generate)  # type: ignore[method-assign]
+        engine.generate = counted(engine.generate)
         await init_app_state(engine, app.state, args, tasks)
         # Where vLLM would end its own server because the engine has died; here others see to that.
         app.state.server = Namespace(should_exit=False)

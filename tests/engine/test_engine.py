@@ -214,7 +214,8 @@ async def test_answers_tell_what_was_cached(host: EngineHost, llms: Path) -> Non
             )
         ]
     tokens = [tokens_of(usage) for usage in usages]
-    assert (tokens[0].cached, tokens[1].cached > 0) == (0, True)
+    assert tokens[0].cached == 0
+    assert (tokens[1].cached or 0) > 0
     assert tokens[2].cached == tokens[3].cached == tokens[1].cached
     assert tokens[0].prompt == tokens[1].prompt == tokens[2].prompt == tokens[3].prompt
 

@@ -72,7 +72,7 @@ async def test_tokens_of_a_plain_stream_are_counted(llm: RunningLLM, n: int) -> 
         assert found is not None
         assert (found.prompt, found.output) == (usage["prompt_tokens"], usage["completion_tokens"])
         assert found.cached is not None
-    assert found.output == 8 * n
+        assert found.output == 8 * n
 
 
 async def test_streams_tell_usage(llm: RunningLLM) -> None:

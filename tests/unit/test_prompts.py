@@ -921,8 +921,9 @@ async def test_how_a_prompt_ended_is_noted(wrapper: Wrapper, path: str, body: di
 
 async def test_a_stream_that_ends_with_an_error_has_failed(wrapper: Wrapper) -> None:
     """An engine that fails within a stream says so in its last event: that is no answer."""
-    for piece in ({"choices": [{"delta": {}}]}, {"error": {"message": "the engine died"}}, None):
-        wrapper.engine.pieces.put_nowait(piece)  # type: ignore[arg-type]
+    pieces: list[Any] = [{"choices": [{"delta": {}}]}, {"error": {"message": "the engine died"}}, None]
+    for piece in pieces:
+        wrapper.engine.pieces.put_nowait(piece)
     await wrapper.call("POST", "/v1/chat/completions", {"stream": True}).done()
     assert wrapper.meter.begun[0].status == "failed"
 
