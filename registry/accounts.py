@@ -16,7 +16,7 @@ from registry.reconcile import Moment, WrapperReport
 from registry.settings import TenantBudget
 from registry.state import EnergyWindow, KeptWindow, WindowKind
 from registry.store import Store
-from registry.totals import Total, total_of
+from registry.totals import Total, spent_total, total_of
 
 PAGE = 1000
 """Windows that are read at once: some 20 ms in which the registry decides nothing."""
@@ -148,7 +148,7 @@ class Accounts:
             return ()
         now_s = self._now_s()
         used = self._store.costs_of_tenant(payer, CHARGED, month_begin_s(now_s))
-        return tuple(warnings(payer, self._budgets[payer], total_of(used.values()), now_s))
+        return tuple(warnings(payer, self._budgets[payer], spent_total(used), now_s))
 
     def _payer(self, measurement_id: int, tenant: str) -> str:
         """Whose a measurement is: of the tenant that began it, until all of it has ended."""

@@ -35,7 +35,7 @@ from registry.state import (
     WrapperStatus,
 )
 from registry.store import StoredEvent
-from registry.totals import LABELS, Total, total_of
+from registry.totals import LABELS, Total, lease_total
 
 USABLE = frozenset({WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
 """States in which a wrapper serves, or can serve, a request."""
@@ -94,9 +94,8 @@ def request_state(service: Service, request: Request) -> RequestState:
 
 
 def _energy_state(costs: Mapping[WindowKind, Total]) -> EnergyState | None:
-    """What a lease has cost: by its own window once it has ended, until then by its prompts and its idle time."""
-    idle = costs.get(WindowKind.IDLE, Total())
-    lease = costs.get(WindowKind.LEASE) or total_of((idle, costs.get(WindowKind.PROMPT, Total())))
+    """Return what a lease has cost so far: its prompts and its idle time, under all processes of its wrapper."""
+    idle, lease = costs.get(WindowKind.IDLE, Total()), lease_total(costs)
     if not lease.joules.count:
         return None
     joules, idle_j = lease.joules.value, idle.joules.value
@@ -107,6 +106,8 @@ def _energy_state(costs: Mapping[WindowKind, Total]) -> EnergyState | None:
         o_g=lease.o_g.value,
         m_g=lease.m_g.value,
         label=lease.label if joules is not None else LABELS[-1],
+        known_j=lease.joules.of_known if lease.joules.known else None,
+        unknown_windows=lease.joules.count - lease.joules.known,
     )
 
 
