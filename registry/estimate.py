@@ -177,7 +177,8 @@ def _lease_error(value: float, leases: Sequence[_Sum]) -> float:
     units = fsum(lease.units for lease in leases)
     weights = [lease.units / units for lease in leases]
     together = fsum(w * w for w in weights)
-    factor = together / fsum(w * w * (1 - 2 * w + together) for w in weights)
+    # (1 - 2w + together), written so that rounding can't make it negative
+    factor = together / fsum(w * w * ((1 - w) ** 2 + max(0.0, together - w * w)) for w in weights)
     variance = factor * fsum(d * d for d in _deviations(value, leases))
     return student_975(max(1.0, 1 / together - 1)) * sqrt(variance)
 
@@ -188,7 +189,8 @@ def _effective(sizes: Sequence[float]) -> float:
     >>> _effective([9, 1, 1, 1, 1, 1, 1, 1, 1, 1])
     3.6
     """
-    return fsum(sizes) ** 2 / fsum(size * size for size in sizes)
+    total = fsum(sizes)
+    return 1 / fsum((size / total) ** 2 for size in sizes)
 
 
 def _skewness(deviations: Sequence[float], squares: float) -> float:
@@ -213,10 +215,12 @@ def student_975(degrees: float) -> float:
     """
     power = degrees - 1
     half = sqrt(pi) / 2 * exp(lgamma(degrees / 2) - lgamma((degrees + 1) / 2))
-    angle, wanted = 0.0, 0.95 * half
-    for _ in range(12):
+    wanted = 0.95 * half
+    angle, change = 0.0, 1.0
+    while change > 1e-7 * angle:  # the change after such a one would be about its square
         step = angle / 64
         inner = [cos(k * step) ** power for k in range(65)]
         area = step / 3 * (inner[0] + 4 * fsum(inner[1:64:2]) + 2 * fsum(inner[2:64:2]) + inner[64])
-        angle += (wanted - area) / inner[64]
+        change = (wanted - area) / inner[64]
+        angle += change
     return sqrt(degrees) * tan(angle)
