@@ -1,4 +1,4 @@
-"""Estimates an amount per unit (joules per token, grams per answer …) with a 95 % interval, from single prompts. Pure.
+"""Estimates an amount per unit (joules per token …) and its 95 % interval from single prompts. Pure.
 
 **What is estimated.** The total amount over the total units: the expectation over prompts of this
 kind, and over leases of this LLM on this machine. ``value`` is the ratio of the sums, not the mean
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import cos, exp, fsum, lgamma, pi, sqrt, tan
+from math import cos, exp, fsum, inf, lgamma, pi, sqrt, tan
 from statistics import median
 from typing import Final
 
@@ -42,16 +42,17 @@ MIN_LEASES: Final = 2
 """Fewest leases with an interval: one lease says nothing about how leases differ."""
 
 _SKEW_WEIGHT: Final = 1.5
-"""Factor of Johnson's term. 1 would be right for the true skewness; few prompts show less than there is."""
+"""Factor of Johnson's term. 1 is right for the true skewness, but few prompts show too little of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one prompt cost: an ``amount`` (joules, grams, seconds …) for its ``units`` (output tokens, answers …).
+    """What one prompt cost: an ``amount`` (joules, grams, seconds …) for its ``units`` (tokens …).
 
-    ``lease`` and ``prompt`` say which answers belong together: the same text has the same name in every lease.
-    ``amount`` and ``units`` are 0 or more. The amount of a prompt with 0 units (refused, cut off) is added like any
-    other. ``systematic`` is half the width of the error of ``amount`` that has the same sign in all samples.
+    ``lease`` and ``prompt`` say which answers belong together: the same text has the same name in
+    every lease. ``amount`` and ``units`` are 0 or more. The amount of a prompt with 0 units (refused,
+    cut off) is added like any other. ``systematic`` (0 or more) is half the width of that error of
+    ``amount`` which has the same sign in all samples.
     """
 
     lease: str
@@ -63,11 +64,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """An amount per unit with its 95 % interval ``low`` to ``high``; None where something is not known.
+    """An amount per unit with its 95 % interval ``low`` to ``high``; None where it is not known.
 
-    ``value`` is the ratio of the sums, the headline. ``mean_of_ratios``, ``median`` and ``stdev`` (n - 1) are those of
-    the single ratios, of prompts with units. ``low`` and ``high`` are ``statistical_low`` and ``statistical_high``,
-    moved apart by ``systematic`` on both sides, and not below 0. Without an interval ``too_few`` says why.
+    ``n`` samples of so many prompts and leases. ``value``, the headline, is the ratio of the sums.
+    ``mean_of_ratios``, ``median`` and ``stdev`` (n - 1) are those of the single ratios, of samples
+    with units. ``low`` and ``high`` are ``statistical_low`` and ``statistical_high``, moved apart by
+    ``systematic`` on both sides, and not below 0. Without an interval ``too_few`` says why.
     """
 
     n: int
@@ -96,13 +98,13 @@ class _Sum:
 def estimate(samples: Sequence[Sample]) -> Estimate:
     """Estimate the amount per unit.
 
-    Takes 50,000 samples in well under a second. Samples may be missing: not every lease has to ask every prompt.
+    Samples may be missing: not every lease has to ask every prompt. Takes some 0.1 s for 50,000.
 
     Raises:
-        ValueError: if an amount, a number of units or a systematic error is below 0 or not a number.
+        ValueError: if an amount, a number of units or a systematic error is below 0 or not finite.
     """
-    if not all(s.amount >= 0 and s.units >= 0 and s.systematic >= 0 for s in samples):
-        raise ValueError("amounts, units and systematic errors must be 0 or more")
+    if not all(0 <= s.amount < inf and 0 <= s.units < inf and 0 <= s.systematic < inf for s in samples):
+        raise ValueError("amounts, units and systematic errors must be finite, and 0 or more")
     ratios = [s.amount / s.units for s in samples if s.units]
     units = fsum(s.units for s in samples)
     value = fsum(s.amount for s in samples) / units if units else None
@@ -138,14 +140,14 @@ def _sums(named: Iterable[tuple[str, Sample]]) -> list[_Sum]:
 
 
 def _too_few(prompts: Sequence[_Sum], leases: Sequence[_Sum]) -> str | None:
-    """Return why there is no interval. A prompt or lease without any units does not count as one."""
+    """Return why there is no interval. A prompt or lease without any units is not counted."""
     counts = (("prompts", prompts, MIN_PROMPTS), ("leases", leases, MIN_LEASES))
     known = [(name, sum(each.units > 0 for each in sums), least) for name, sums, least in counts]
     return "; ".join(f"too few {name}: {n} (at least {least})" for name, n, least in known if n < least) or None
 
 
 def _interval(value: float, prompts: Sequence[_Sum], leases: Sequence[_Sum]) -> tuple[float, float]:
-    """Return the 95 % interval of a ratio of sums, from the sums by prompt and by lease: both of the same samples."""
+    """Return the 95 % interval, from the sums of the same samples by prompt and by lease."""
     if not value:
         return 0.0, 0.0
     by_prompt = _deviations(value, prompts)
@@ -163,16 +165,16 @@ def _interval(value: float, prompts: Sequence[_Sum], leases: Sequence[_Sum]) -> 
 
 
 def _deviations(value: float, sums: Sequence[_Sum]) -> list[float]:
-    """Return how much of ``value`` each of the sums adds beyond its share of the units, relative to ``value``."""
+    """Return what each of the sums adds to ``value`` beyond its share of the units, as a part of it."""
     amount = fsum(each.amount for each in sums)
     return [(each.amount - value * each.units) / amount for each in sums]
 
 
 def _lease_error(value: float, leases: Sequence[_Sum]) -> float:
-    """Return t times the relative standard error of ``value`` that comes from differences between leases.
+    """Return t times the relative standard error that differences between leases give ``value``.
 
-    The variance is unbiased for leases of any size (one that was aborted weighs little) whose amounts per unit have the
-    same variance. For equal leases its factor is n / (n - 1).
+    The variance is unbiased for leases of any size (one that was aborted weighs little) whose
+    amounts per unit have the same variance. For equal leases its factor is n / (n - 1).
     """
     units = fsum(lease.units for lease in leases)
     weights = [lease.units / units for lease in leases]
@@ -184,10 +186,9 @@ def _lease_error(value: float, leases: Sequence[_Sum]) -> float:
 
 
 def _effective(sizes: Sequence[float]) -> float:
-    """Return the number of equal parts with the same relative weight as these: n if all are equal, 1 if one is all.
+    """Return the number of equal parts that are as uneven as these: n if all are equal, 1 if one is all.
 
-    >>> _effective([9, 1, 1, 1, 1, 1, 1, 1, 1, 1])
-    3.6
+    For example 3.6 for one part of 9 and nine parts of 1: 18² / (81 + 9).
     """
     total = fsum(sizes)
     return 1 / fsum((size / total) ** 2 for size in sizes)
@@ -208,10 +209,11 @@ def _stdev(values: Sequence[float]) -> float:
 
 
 def student_975(degrees: float) -> float:
-    """Return the 97.5 % point of Student's t for 1 or more degrees of freedom, which need not be a whole number.
+    """Return the 97.5 % point of Student's t for 1 or more degrees of freedom, whole or not.
 
-    With t = sqrt(degrees) · tan(a), 95 % of the distribution lie between -a and a of the density cos(a)^(degrees - 1).
-    Newton's method finds a from below, as the density falls; the integral is Simpson's. Good to 1e-9.
+    With t = sqrt(degrees) · tan(a), 95 % of the density cos(a)^(degrees - 1) lie between -a and a.
+    Newton's method finds a from below, because the density falls; the integral is Simpson's rule.
+    Good to 1e-7.
     """
     power = degrees - 1
     half = sqrt(pi) / 2 * exp(lgamma(degrees / 2) - lgamma((degrees + 1) / 2))

@@ -160,9 +160,11 @@ def test_aborted_lease_weighs_little() -> None:
     assert width[2] < width[0] / 2
 
 
-@pytest.mark.parametrize("bad", [(-1, 1, 0), (1, -1, 0), (1, 1, -1), (math.nan, 1, 0), (1, math.nan, 0)])
+@pytest.mark.parametrize(
+    "bad", [(-1, 1, 0), (1, -1, 0), (1, 1, -1), (math.nan, 1, 0), (1, math.nan, 0), (math.inf, 1, 0)]
+)
 def test_impossible_samples_are_refused(bad: tuple[float, float, float]) -> None:
-    """Negative amounts, units and errors, and what is no number, are a mistake of the caller."""
+    """Negative amounts, units and errors, and what is not finite, are a mistake of the caller."""
     with pytest.raises(ValueError, match="0 or more"):
         estimate([Sample("a", "p", *bad)])
 
