@@ -285,9 +285,9 @@ def with_gaps(chance: np.random.Generator, joules: Floats, units: Floats) -> tup
     return np.where(missing, np.nan, joules), np.where(missing, np.nan, units)
 
 
-def gaps_table(experiments: int, seed: int) -> str:
+def gaps_table(experiments: int, seed: int) -> tuple[str, list[Cell]]:
     """Coverage when a tenth of the answers is missing and the last lease was aborted after a third of its prompts."""
-    rows = []
+    rows, cells = [], []
     for world, prompts in itertools.product(WORLDS, (10, 20, 50)):
         if world.drift == "linear":
             continue
@@ -297,8 +297,9 @@ def gaps_table(experiments: int, seed: int) -> str:
             joules, units = world.draw(chance, experiments, prompts, leases)
             joules, units = with_gaps(chance, joules, units)
             row.append(cell(printed(joules, units), world.truth, standard_error(joules, units)))
+        cells += row
         rows.append([str(world), prompts, *row])
-    return markdown(["world", "prompts", *(f"{n} leases" for n in LEASES[1:])], rows)
+    return markdown(["world", "prompts", *(f"{n} leases" for n in LEASES[1:])], rows), cells
 
 
 def methods_table(experiments: int, seed: int) -> str:
@@ -341,7 +342,9 @@ def tables(experiments: int, few: int, seed: int, cells: list[Cell]) -> Iterator
     text, found = printed_table(experiments, seed)
     cells += found
     yield f"### What is printed ({experiments:,} experiments per cell)\n\n{text}"
-    yield f"### A tenth of the answers missing, the last lease aborted ({few:,})\n\n{gaps_table(few, seed)}"
+    text, found = gaps_table(experiments, seed)
+    cells += found
+    yield f"### A tenth of the answers missing, the last lease aborted ({experiments:,})\n\n{text}"
     title = f"### Without a least number of prompts, in the hardest worlds ({experiments:,})"
     yield f"{title}\n\n{below_table(experiments, seed)}"
     yield f"### Methods tried ({few:,})\n\n{methods_table(few, seed)}"
