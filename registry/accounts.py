@@ -15,7 +15,7 @@ from registry.errors import UnknownMeasurement
 from registry.reconcile import Moment, WrapperReport
 from registry.settings import TenantBudget
 from registry.state import EnergyWindow, KeptWindow, WindowKind
-from registry.store import Store
+from registry.store import Store, WindowPlace
 from registry.totals import Total, spent_total, total_of
 
 PAGE = 1000
@@ -102,11 +102,24 @@ class Accounts:
         """
         found: list[KeptWindow] = []
         while True:
-            page = self._store.windows(measurement_id, after=found[-1].window if found else None, limit=PAGE)
+            after = WindowPlace(found[-1].window.begun_s, found[-1].window.window_id) if found else None
+            page = self._store.windows(measurement_id, after=after, limit=PAGE)
             found += page
             if len(page) < PAGE:
                 return tuple(found)
             await asyncio.sleep(0)
+
+    def page(
+        self, measurement_id: int, *, request_id: str | None, after: WindowPlace | None, limit: int
+    ) -> tuple[KeptWindow, ...]:
+        """Return at most ``limit`` windows of a measurement, or of one of its requests, that come after a place.
+
+        In the order in which they began: a window that is written down later may come before that place.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        return self._store.windows(measurement_id, request_id=request_id, after=after, limit=limit)
 
     def costs(self, request_id: str) -> Mapping[WindowKind, Total]:
         """What a request has cost so far, by kind of window.

@@ -37,6 +37,9 @@ MAX_WAIT_S = 60.0
 MAX_EVENTS = 1000
 """Most events that one GET answers."""
 
+MAX_WINDOWS = 1000
+"""Most energy windows that one GET answers."""
+
 MAX_ARGS_DEPTH = 32
 """How deep lists and objects in args may be nested."""
 

@@ -143,7 +143,34 @@ async def test_the_report_has_all_windows(world: World, monkeypatch: pytest.Monk
     report = json.loads(views.report_json(allocator.measurement(7), allocator.requests_of(7), kept))
     assert report["machines"] == ["a"]
     assert [each["window"] for each in report["windows"]] == [each.window_id for each in windows]
-    assert report["llms"][0]["score"]["value"] > 0
+    assert report["llms"][0]["figures"][0]["joules_per_token"]["value"] > 0
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 1000])
+async def test_windows_come_page_by_page(world: World, limit: int) -> None:
+    """All pages together are all windows, once each, without their records; or those of one request."""
+    first = await world.deployed(7)
+    world.service.release(first)
+    second = await world.deployed(7)
+    windows = [window(n, request_id=(first, second)[n % 2], begun_s=float(n // 2)) for n in range(1, 6)]
+    await told(world, *windows)
+
+    def pages(request_id: str | None) -> list[str]:
+        found: list[str] = []
+        after = None
+        while True:
+            page = world.service.accounts.page(7, request_id=request_id, after=views.place_of(after), limit=limit)
+            assert len(page) <= limit
+            told = json.loads(views.windows_json(world.service.allocator.requests_of(7), page, limit))
+            assert all("detail" not in each and each["llm"] == TINY.model for each in told["windows"])
+            found += [each["window"] for each in told["windows"]]
+            after = told["next"]
+            if after is None:
+                return found
+
+    assert pages(None) == [each.window_id for each in windows]
+    assert pages(second) == [each.window_id for each in windows[::2]]
+    assert pages("nobody's") == []
 
 
 async def test_the_last_windows_are_heard_at_shutdown(world: World) -> None:
