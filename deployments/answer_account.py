@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 from starlette.types import Message, Send
@@ -28,6 +28,8 @@ _ID = re.compile(rb'"id":"([\w.-]+)"')
 _WHERE_IDS_ARE = 200
 _LONGEST_USAGE = 1000
 _LAST_CHUNK = b'"choices":[]'
+_STREAMED_ERROR = (b'data: {"error":', b"event: error", b"event: response.failed")
+"""How vLLM's APIs end a stream that the engine failed in; the status has been sent by then."""
 REFUSED = range(400, 500)
 _DECODER = json.JSONDecoder()
 _BRIEF = TypeAdapter(dict[str, Any])
@@ -36,35 +38,51 @@ _BRIEF = TypeAdapter(dict[str, Any])
 class AccountedAnswer:
     """The answer to one prompt, on its way to the client. ``close`` it when the app has returned, whatever happened."""
 
-    def __init__(self, meter: PromptMeter, flight: Flight, send: Send) -> None:
+    def __init__(self, meter: PromptMeter, flight: Flight, send: Send, *, given_up: Callable[[], bool]) -> None:
+        """``given_up`` says whether the client has gone, or is taken for gone: nobody hears the rest then."""
         self._meter = meter
+        self._given_up = given_up
         self._flight = flight
         self._send = send
         self._held: Message | None = None
         self._streams = False
         self._usage_piece: bytes | None = None
+        self._status: Literal["answered", "failed"] = "failed"
+        self._complete = False
 
     async def send(self, message: Message) -> None:
         """Pass on a part of the answer."""
         if message["type"] == "http.response.start":
             content_type = content_type_of(message["headers"])
             if message["status"] in REFUSED:
-                self._meter.counted(self._flight, Tokens(0, 0, 0))  # refused before anything was computed
-            elif message["status"] == HTTPStatus.OK and content_type.startswith(b"application/json"):
-                self._held = message  # its body tells what it cost
-                return
+                self._meter.refused(self._flight)
+            elif message["status"] == HTTPStatus.OK:
+                self._status = "answered"
+                if content_type.startswith(b"application/json"):
+                    self._held = message  # its body tells what it cost
+                    return
             self._streams = content_type.startswith(EVENT_STREAM)
-        elif self._held is not None:
+            await self._send(message)
+            return
+        whole = not message.get("more_body", False)
+        self._complete = whole and not self._given_up()
+        if self._held is not None:
             start, self._held = self._held, None
-            whole = not message.get("more_body", False)
             await self._send(self._with_header(start, message.get("body", b"")) if whole else start)
-        elif self._streams and _USAGE in message.get("body", b""):
-            message = self._with_field(message)
+        elif self._streams:
+            body = message.get("body", b"")
+            if body.startswith(_STREAMED_ERROR):
+                self._status = "failed"
+            elif _USAGE in body:
+                message = self._with_field(message)
         await self._send(message)
 
-    def close(self) -> None:
-        """The prompt is over."""
+    def close(self, counted: Tokens | None = None) -> None:
+        """The prompt is over. ``counted`` are its tokens as the engine gave them out, for an answer that tells none."""
+        if self._flight.status != "refused":
+            self._flight.status = self._status if self._complete else "cut" if self._given_up() else "failed"
         tokens = None if self._usage_piece is None else _tokens(_usage_in(self._usage_piece))
+        tokens = tokens or counted
         if self._flight.tokens is None and tokens is not None:
             self._meter.counted(self._flight, tokens)
         self._meter.end(self._flight)

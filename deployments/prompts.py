@@ -27,11 +27,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of
 from deployments.engine import RunningLLM, public_path
 from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
-from deployments.flights import Tokens
 from deployments.lease_gate import LeaseGate
 from deployments.llm_args import map_prompting
 from deployments.prompt_meter import PromptMeter
-from registry.errors import EngineNotReady, RegistryError, RegistryUnheard, TooManyPrompts
+from deployments.token_count import counting_tokens
+from registry.errors import EngineNotReady, InvalidField, RegistryError, RegistryUnheard, TooManyPrompts
 from registry.reconcile import LeaseGrant
 
 log = structlog.get_logger("deployments.prompts")
@@ -44,6 +44,9 @@ TRY_AGAIN = (429, 503)
 
 WITHOUT_THE_LLM = ("/tokenize", "/detokenize")
 """Of vLLM's endpoints those that are no prompts: they are part of the lease's idle time."""
+
+WARMUP_HEADER = "X-GreenPrompt-Warmup"
+"""Marks a prompt as a warm-up (``true``): its record says so, and it is no part of what is counted."""
 
 CUT_GRACE_S = 1.0
 """How long vLLM's app may take to end a request whose client has gone, before it is cancelled; seconds."""
@@ -202,8 +205,7 @@ class PromptGate:
     def _over(self, grant: LeaseGrant, exchange: _Exchange, ended: asyncio.Task[None]) -> None:
         del self._in_flight[exchange]
         self._gate.leave(grant)
-        nobody_asks = exchange.was_cut or exchange.client_gone
-        if nobody_asks and not ended.cancelled() and (error := ended.exception()) is not None:
+        if exchange.given_up and not ended.cancelled() and (error := ended.exception()) is not None:
             log.info("a prompt that was given up ended with an error", error=type(error).__name__)
 
     def _running(self) -> RunningLLM:
@@ -224,11 +226,13 @@ class PromptGate:
                 await self._unless_dead(running, message["status"])
             await answer.send(message)
 
-        answer = AccountedAnswer(self._meter, self._meter.begin(path), exchange.send)
-        try:
-            await running.asgi(inner, exchange.receive, send)
-        finally:
-            answer.close()
+        flight = self._meter.begin(path, warmup=is_warmup(scope["headers"]))
+        answer = AccountedAnswer(self._meter, flight, exchange.send, given_up=lambda: exchange.given_up)
+        with counting_tokens() as count:
+            try:
+                await running.asgi(inner, exchange.receive, send)
+            finally:
+                answer.close(count.tokens)
 
     async def _unless_dead(self, running: RunningLLM, status: int) -> None:
         """An engine that dies answers what it has with a 500. Raises EngineNotReady then, with the reason."""
@@ -245,10 +249,10 @@ class PromptGate:
             field = ".".join(map(str, first["loc"])) or "body"
             response = error_answer(422, "invalid_field", f"{field}: {first['msg']}", field=field)
         else:
-            response = await self._answer(grant, question.question, exchange)
+            response = await self._answer(grant, question.question, exchange, warmup=is_warmup(scope["headers"]))
         await response(scope, exchange.receive, exchange.send)
 
-    async def _answer(self, grant: LeaseGrant, question: str, exchange: _Exchange) -> JSONResponse:
+    async def _answer(self, grant: LeaseGrant, question: str, exchange: _Exchange, *, warmup: bool) -> JSONResponse:
         running = self._running()
         llmconfig = json.loads(grant.llmconfig)
         body: dict[str, Any] = {"model": running.served_model_name, **_prompting(llmconfig)}
@@ -257,15 +261,17 @@ class PromptGate:
             path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": question}]
         else:
             path, body["prompt"] = "/v1/completions", question
-        flight = self._meter.begin()
+        flight = self._meter.begin(warmup=warmup)
         try:
             status, answer = await _call(running.asgi, path, body, exchange)
         finally:
             self._meter.end(flight)
+            if exchange.given_up:
+                flight.status = "cut"
         await self._unless_dead(running, status)
         if status != HTTPStatus.OK:
             if status in REFUSED:
-                self._meter.counted(flight, Tokens(0, 0, 0))  # refused before anything was computed
+                self._meter.refused(flight)
             return error_answer(status, "prompt_refused", _problem(answer))
         answered = json.loads(answer)
         choice, usage = answered["choices"][0], answered["usage"]
@@ -273,6 +279,18 @@ class PromptGate:
         flight.answer_id = answered.get("id")
         energy = self._meter.account(flight, usage=usage, answer=text)
         return JSONResponse({"answer": text, "finish_reason": choice["finish_reason"], "usage": usage, **energy})
+
+
+def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a prompt's headers (as ASGI has them) mark it as a warm-up.
+
+    Raises:
+        InvalidField: the header says neither true nor false.
+    """
+    values = [value for name, value in headers if name == WARMUP_HEADER.lower().encode()]
+    if any(value not in {b"true", b"false"} for value in values) or len(set(values)) > 1:
+        raise InvalidField(WARMUP_HEADER, "needs true or false")
+    return b"true" in values
 
 
 def _prompting(llmconfig: dict[str, Any]) -> Mapping[str, Any]:
@@ -308,6 +326,11 @@ class _Exchange:
     def was_cut(self) -> bool:
         """Whether ``cut`` was called before the answer was complete."""
         return self._was_cut
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it was cut, or its client has hung up."""
+        return self._was_cut or self.client_gone
 
     @property
     def task(self) -> asyncio.Task[None]:
@@ -414,7 +437,7 @@ async def _call(app: ASGIApp, path: str, body: Mapping[str, Any], exchange: _Exc
         if not status:
             raise
         # An app raises what it could not handle after it has answered it, for its server's log.
-    if exchange.was_cut or exchange.client_gone:
+    if exchange.given_up:
         raise asyncio.CancelledError  # what the app says to nobody is no answer
     return status, bytes(answer)
 

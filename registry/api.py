@@ -107,9 +107,7 @@ class PromptingRequest(_Wire):
     maxGco2eq: Budget | None = Field(
         None, description="Emissions that each of these leases may cause, grams CO2eq; null: no limit"
     )
-    grade: Grade = Field(
-        Grade.STANDARD, description="measurement: handed over warm, with an empty prefix cache, on a machine at rest"
-    )
+    grade: Grade = Field(Grade.STANDARD, description="measurement: handed over warm, on a machine at rest")
     like: NonEmpty | None = Field(
         None, description="Id of an earlier request: the same LLM, software and kind of machine again, or nothing"
     )

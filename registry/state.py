@@ -60,7 +60,7 @@ class Priority(StrEnum):
 class Grade(StrEnum):
     """How much is done for the figures of a lease.
 
-    measurement: its LLM is handed over warm, with an empty prefix cache, on a machine at rest.
+    measurement: its LLM is handed over warm, on a machine at rest. The prefix cache is empty for every grade.
     """
 
     STANDARD = "standard"
