@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 
 from registry.estimate import MIN_PROMPTS, Estimate, Sample, estimate
 from registry.state import WindowKind
-from registry.totals import sum_of, worst
-from registry.window_report import METHODS, WindowReport, worst_method
+from registry.totals import LABELS, sum_of, worst
+from registry.window_report import WindowReport, worst_method
 
 ANSWERED: Final = (None, "answered")
 """``status`` of prompts that have an answer; None: a record of an earlier version, which does not say."""
@@ -164,7 +164,7 @@ def _score(windows: Sequence[WindowReport], unit: str | None, names: Mapping[str
         systematic=None,
         bound_low=None,
         bound_high=None,
-        label=METHODS[-1],
+        label=LABELS[-1],
         reason=refused,
     )
 
@@ -207,7 +207,7 @@ def _figure(
     return Figure(
         **asdict(found),
         unit=unit,
-        label=METHODS[-1] if found.value is None else label,
+        label=LABELS[-1] if found.value is None else label,
         bound_low=_per_unit(lows, units),
         bound_high=_per_unit(highs, units),
         left_out=len(windows) - len(known),
@@ -264,7 +264,7 @@ def _stretch(lease: WindowReport, counted: Mapping[str, Any]) -> WindowReport:
     """Return the counted stretch of a lease as a window of its own."""
     label, in_flight = counted["label"], counted.get("in_flight") or {}
     flags = set(counted.get("flags") or ())
-    if label not in METHODS[:2] and NOT_ALLOWED in lease.flags:
+    if label not in LABELS[:2] and NOT_ALLOWED in lease.flags:
         flags.add(NOT_ALLOWED)
     return replace(
         lease,

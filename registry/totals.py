@@ -9,8 +9,10 @@ from typing import Final
 
 from registry.state import WindowKind
 
-LABELS: Final = ("measured", "measured_sampled", "modeled", "simulated", "unavailable")
-"""Where a figure is from, best first: the words of ``deployments.energy.Label``, which a wrapper says."""
+LABELS: Final = ("measured", "measured_sampled", "sourced", "modeled", "simulated", "unavailable")
+"""Where a figure is from, best first: the words of ``deployments.energy.Label``, which a wrapper says.
+
+``sourced``, from a published factor, is a label of emissions and scores, never of energy."""
 
 SPENT: Final = (WindowKind.PROMPT, WindowKind.IDLE, WindowKind.LOAD, WindowKind.WAKE)
 """Kinds of windows that add up: each joule is in one of them. A lease window holds its process' prompts and idle time

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from registry.state import KeptWindow, Request
-from registry.totals import SPENT, sum_of
-
-METHODS: Final = ("measured", "measured_sampled", "sourced", "modeled", "simulated", "unavailable")
-"""Where a figure is from, best first. ``sourced``: from a published factor. The label of energy is never that."""
+from registry.totals import LABELS, SPENT, sum_of
 
 _PARTS: Final = {"gpu_j": ("gpu:",), "cpu_j": ("package-", "cpu-"), "dram_j": ("dram-",)}
 
@@ -51,7 +48,7 @@ class WindowReport:
     high_j: float | None = None
     resolution_j: float | None = None
     systematic_j: float | None = None
-    label: str = METHODS[-1]
+    label: str = LABELS[-1]
     counter_label: str | None = None
     gpu_j: float | None = None
     cpu_j: float | None = None
@@ -69,7 +66,7 @@ class WindowReport:
     sci_score: float | None = None
     sci_low: float | None = None
     sci_high: float | None = None
-    sci_method: str = METHODS[-1]
+    sci_method: str = LABELS[-1]
     unit: str | None = None
     units: int | None = None
     prompt_tokens: int | None = None
@@ -177,7 +174,7 @@ def process_of(window_id: str) -> str:
 
 def worst_method(words: Iterable[str | None]) -> str:
     """Return the worst of these words; ``unavailable`` for none, and for one that says nothing."""
-    return max((word if word in METHODS else METHODS[-1] for word in words), key=METHODS.index, default=METHODS[-1])
+    return max((word if word in LABELS else LABELS[-1] for word in words), key=LABELS.index, default=LABELS[-1])
 
 
 def part_of(detail: Mapping[str, Any], name: str) -> Mapping[str, Any]:
