@@ -37,6 +37,9 @@ MAX_WAIT_S = 60.0
 MAX_EVENTS = 1000
 """Most events that one GET answers."""
 
+MAX_WINDOWS = 1000
+"""Most energy windows that one GET answers."""
+
 MAX_ARGS_DEPTH = 32
 """How deep lists and objects in args may be nested."""
 
@@ -139,6 +142,8 @@ class EnergyState(_Wire):
     o_g: float | None = Field(description="Operational emissions, gCO2eq")
     m_g: float | None = Field(description="Embodied emissions, gCO2eq")
     label: str = Field(description="Where the joules are from: measured, measured_sampled, modeled or unavailable")
+    known_j: float | None = Field(None, description="What is known of the joules; the same where nothing is missing")
+    unknown_windows: int = Field(0, description="How many windows of it have no known joules")
 
 
 class RequestState(_Wire):
