@@ -14,7 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
+import pytest
 
+from deployments import gpu_counters, gpu_info
 from deployments.energy import Label
 from deployments.energy_sources import Source
 
@@ -192,6 +194,13 @@ class FakeNVML:
         if gpu.pids is None:
             self._raise(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return [SimpleNamespace(pid=pid) for pid in gpu.pids or ()]
+
+
+def install_nvml(monkeypatch: pytest.MonkeyPatch, nvml: FakeNVML) -> FakeNVML:
+    """Put a fake in the place of pynvml, wherever that is used."""
+    for module in (gpu_counters, gpu_info):
+        monkeypatch.setattr(module, "pynvml", nvml)
+    return nvml
 
 
 def write_zone(
