@@ -66,7 +66,7 @@ def probe_sources(
     tree = CPUTimeTree(pid, proc_root=proc_root)
     gpus = [probe_gpu(uuid, tree) for uuid in gpu_uuids]
     found = [*gpus, *probe_powercap(powercap_root)]
-    if any(isinstance(source, PowercapZone) and source.name.startswith("package-") for source in found):
+    if any(isinstance(source, Source) and source.name.startswith("package-") for source in found):
         return found
     if settings.cpu_model is None:
         found.append(Unreadable("cpu-model", "the settings hold no energy.cpu_model"))

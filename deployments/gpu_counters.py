@@ -14,15 +14,26 @@ from deployments.source import CounterLost, ReadFailed, Source, Unreadable
 _MAX_SAMPLE_GAP_S = 0.2
 """Longest time between two power samples that are integrated; the label promises 10 a second."""
 
+GPU_LIMIT_W = 3000.0
+"""Limit for a GPU that tells none: twice the 1,400 W of the largest ones (NVIDIA B300, by its data sheet)."""
+
 
 class _GPU(Source):
     """A GPU by its UUID. Each one holds NVML open until it is closed."""
+
+    default_limit_w = GPU_LIMIT_W
 
     def __init__(self, uuid: str, handle: Any, tree: CPUTimeTree) -> None:
         self.name = f"gpu:{uuid}"
         self._handle = handle
         self._tree = tree
         self.limit_w = power_limit_w(handle)
+
+    def read_limit(self) -> None:
+        """Read the power limit that is enforced again."""
+        told_w = power_limit_w(self._handle)
+        if told_w is not None:
+            self.limit_w = max(told_w, self.limit_w or 0.0)
 
     def contended(self, now_s: float) -> bool | None:
         """Whether other compute processes run on the GPU, as far as they are of our pid namespace."""

@@ -36,8 +36,9 @@ class Source(ABC):
     """A cumulative counter of energy, or of what energy follows from. Used by one thread at a time.
 
     ``name`` is that of the component, ``method`` how it is read, ``origin`` says both in words. ``max_age_s``,
-    ``step`` and ``max_rate`` (units a second) are as `windows.Track` wants them; ``limit_w`` is the highest average
-    power that the hardware is set to, None if not known. The units are joules unless the class says otherwise.
+    ``step`` and ``max_rate`` (units a second) are as `windows.Track` wants them. ``limit_w`` is the highest average
+    power that the hardware has been set to since it is read, None if not known; ``default_limit_w`` stands for it then:
+    more than any hardware of the kind takes. The units are joules unless the class says otherwise.
     """
 
     name: str
@@ -47,11 +48,16 @@ class Source(ABC):
     max_age_s: float | None = None
     step: float = 0.0
     limit_w: float | None = None
+    default_limit_w: float | None = None
 
     @property
     def max_rate(self) -> float | None:
-        """More units a second can't be."""
-        return None if self.limit_w is None else POWER_HEADROOM * self.limit_w
+        """More units a second can't be; None if there is no such bound."""
+        limit_w = self.default_limit_w if self.limit_w is None else self.limit_w
+        return None if limit_w is None else POWER_HEADROOM * limit_w
+
+    def read_limit(self) -> None:  # noqa: B027 - a model has none
+        """Read the power limit again. It only rises: steps from before it was lowered have to be explained, too."""
 
     @abstractmethod
     def read(self, now_s: float) -> float:

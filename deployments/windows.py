@@ -162,7 +162,7 @@ class Track:
     ) -> None:
         self._max_age_s = max_age_s
         self._step = step
-        self._max_rate = max_rate
+        self.max_rate = max_rate
         self._history_s = history_s
         self._stale_s = stale_s
         self._runs: deque[_Run] = deque([_Run("out_of_history")], maxlen=_MAX_RUNS)
@@ -222,4 +222,4 @@ class Track:
             raise NoWindow("no_edge")
         if last_s > run.seen_s[-1] + self._stale_s:
             raise NoWindow("stale")
-        return run.levels(times_s, self._step, self._max_rate)
+        return run.levels(times_s, self._step, self.max_rate)

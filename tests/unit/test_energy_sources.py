@@ -157,14 +157,14 @@ def test_failed_reading_is_told(monkeypatch: pytest.MonkeyPatch, probe: Probe) -
 
 
 def test_limit_may_be_unknown(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
-    """A GPU that does not tell its power limit is counted all the same, without one."""
+    """A GPU that does not tell its power limit is counted all the same; 3 kW, more than any takes, bounds its steps."""
     gpu = FakeGPU()
     gpu.limit_mw = None
     install_nvml(monkeypatch, FakeNVML(gpu))
     source = gpu_source(probe(UUID))
     assert isinstance(source, GPUCounter)
     assert source.limit_w is None
-    assert source.max_rate is None
+    assert source.max_rate == pytest.approx(1.2 * 3000)
 
 
 def test_nvml_is_given_back(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
