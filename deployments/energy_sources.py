@@ -53,7 +53,8 @@ def probe_sources(
     A GPU that can't be read is inside the boundary all the same, so that no total is known without it. The CPU is
     counted by hardware where it can be, else by the operator's model; but where GPUs are measured and estimates are
     not allowed it is left out, because a sum with an estimate is one: the figure is then measured, and flagged
-    ``cpu_not_covered``.
+    ``cpu_not_covered``. Where the counter of a GPU is that of its module, with the CPU in it (Grace Hopper, Grace
+    Blackwell), nothing else is counted.
 
     Args:
         gpu_uuids: The wrapper's GPUs, empty for none.
@@ -65,6 +66,8 @@ def probe_sources(
     """
     tree = CPUTimeTree(pid, proc_root=proc_root)
     gpus = [probe_gpu(uuid, tree) for uuid in gpu_uuids]
+    if any(isinstance(gpu, Source) and gpu.covers_cpu for gpu in gpus):
+        return [*gpus, Unreadable("cpu", "the energy counter of the GPU's module has the CPU and its memory in it")]
     found = [*gpus, *probe_powercap(powercap_root)]
     if any(isinstance(source, Source) and source.name.startswith("package-") for source in found):
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pynvml
@@ -14,6 +15,19 @@ from deployments.source import CounterLost, ReadFailed, Source, Unreadable
 _MAX_SAMPLE_GAP_S = 0.2
 """Longest time between two power samples that are integrated; the label promises 10 a second."""
 
+_AVERAGED_S = 1.0
+"""NVML's plain power reading is the mean of so long a time before it was taken, on Ampere (but GA100) and newer.
+Source: NVML API, nvmlDeviceGetPowerUsage."""
+_REFRESHED_S = 0.1
+"""NVML's readings are renewed every 20 to 100 ms. Source: Yang et al. 2024, "Part-time Power Measurements:
+nvidia-smi's Lack of Attention" (arXiv 2312.02741), table 1."""
+_MODULE = re.compile(r"\bG[HB][23]00\b")
+"""Names of GPUs whose energy counter is that of their module, with its Grace CPU and all memory (GH200, GB200, GB300).
+Source: Zeus, pull request 172 (measured on GH200). For GB200 it is assumed; `CounterCheck` compares with the module's
+power, so a counter of the GPU alone is flagged there."""
+MODULE_LIMIT_W = 4000.0
+"""Limit for a module, whose own limit NVML does not tell: GB200 and GB300, 2,700 W for two GPUs and a CPU, and half as
+much again for moments (NVIDIA's data sheets)."""
 GPU_LIMIT_W = 3000.0
 """Limit for a GPU that tells none: twice the 1,400 W of the largest ones (NVIDIA B300, by its data sheet)."""
 
@@ -27,7 +41,7 @@ class _GPU(Source):
         self.name = f"gpu:{uuid}"
         self._handle = handle
         self._tree = tree
-        self.limit_w = power_limit_w(handle)
+        self.read_limit()
 
     def read_limit(self) -> None:
         """Read the power limit that is enforced again."""
@@ -58,6 +72,8 @@ class _GPU(Source):
 class GPUCounter(_GPU):
     """The driver's energy counter, mJ since it was loaded; steps every 20 to 100 ms.
 
+    ``covers_cpu``: the counter is that of a module, with the CPU and all memory in it.
+
     Source: NVML API, nvmlDeviceGetTotalEnergyConsumption (Volta or newer).
     """
 
@@ -65,6 +81,18 @@ class GPUCounter(_GPU):
     label = Label.MEASURED
     origin = "NVML energy counter of the GPU and its memory"
     step = 1e-3
+
+    def __init__(self, uuid: str, handle: Any, tree: CPUTimeTree, *, module: bool = False) -> None:
+        self.covers_cpu = module
+        super().__init__(uuid, handle, tree)
+        if module:
+            self.origin = "NVML energy counter of the module: GPU, CPU and the memory of both"
+            self.default_limit_w = MODULE_LIMIT_W
+
+    def read_limit(self) -> None:
+        """Read the limit that is enforced again. That of a GPU says nothing of its module."""
+        if not self.covers_cpu:
+            super().read_limit()
 
     def read(self, now_s: float) -> float:
         """Joules since the driver was loaded."""
@@ -74,9 +102,11 @@ class GPUCounter(_GPU):
             raise ReadFailed(str(error)) from error
 
     def power_w(self) -> float | None:
-        """Watts by NVML's power reading."""
+        """Watts by NVML's power reading, of the module if that is what the counter counts."""
         try:
-            return float(pynvml.nvmlDeviceGetPowerUsage(self._handle)) / 1000
+            if self.covers_cpu:
+                return _field_w(self._handle, pynvml.NVML_FI_DEV_POWER_AVERAGE, pynvml.NVML_POWER_SCOPE_MODULE)
+            return _power_w(self._handle)
         except pynvml.NVMLError:
             return None
 
@@ -84,32 +114,58 @@ class GPUCounter(_GPU):
 class GPUPower(_GPU):
     """Power samples, integrated by the trapezoid rule, for GPUs without an energy counter.
 
-    Source: NVML API, nvmlDeviceGetPowerUsage: mW of the GPU and its memory; the mean of the last second on Ampere
-    (but GA100) and newer, so short peaks are smeared.
+    With ``instant`` samples of the power at a moment, else of its mean over the last second: the joules are then those
+    of up to a second ago, and what a shorter time took can't be told.
+
+    Source: NVML API, NVML_FI_DEV_POWER_INSTANT and nvmlDeviceGetPowerUsage: mW of the GPU and its memory.
     """
 
     method = "nvml-power-samples"
     label = Label.MEASURED_SAMPLED
-    origin = "NVML power samples of the GPU and its memory, integrated"
-    max_age_s = 0.0
 
-    def __init__(self, uuid: str, handle: Any, tree: CPUTimeTree) -> None:
+    def __init__(self, uuid: str, handle: Any, tree: CPUTimeTree, *, instant: bool = False) -> None:
         super().__init__(uuid, handle, tree)
+        self._instant = instant
         self._last: tuple[float, float] | None = None
         self._joules = 0.0
+        # The mean of a time lies between the power at its begin and at its end, so the integral is as old as that.
+        self.max_age_s = (_REFRESHED_S if instant else _AVERAGED_S) + _MAX_SAMPLE_GAP_S
+        what = "of the moment" if instant else "each the mean of a second"
+        self.origin = f"NVML power samples of the GPU and its memory, {what}, integrated"
 
     def read(self, now_s: float) -> float:
         """Joules since the first sample."""
         try:
-            power_w = float(pynvml.nvmlDeviceGetPowerUsage(self._handle)) / 1000
+            power_w = _instant_w(self._handle) if self._instant else _power_w(self._handle)
         except pynvml.NVMLError as error:
             raise ReadFailed(str(error)) from error
         last, self._last = self._last, (now_s, power_w)
+        if self.max_rate is not None and power_w > self.max_rate:
+            self._last = None
+            raise CounterLost("implausible_power")
         if last is not None:
             if now_s - last[0] > _MAX_SAMPLE_GAP_S:
                 raise CounterLost("undersampled")
             self._joules += (now_s - last[0]) * (last[1] + power_w) / 2
         return self._joules
+
+
+def _power_w(handle: Any) -> float:
+    """NVML's plain power reading. Raises NVMLError."""
+    return float(pynvml.nvmlDeviceGetPowerUsage(handle)) / 1000
+
+
+def _instant_w(handle: Any) -> float:
+    """The power at this moment. Raises NVMLError."""
+    return _field_w(handle, pynvml.NVML_FI_DEV_POWER_INSTANT, pynvml.NVML_POWER_SCOPE_GPU)
+
+
+def _field_w(handle: Any, field: int, scope: int) -> float:
+    """A field of NVML in mW. Raises NVMLError if the GPU or its driver does not have it."""
+    [value] = pynvml.nvmlDeviceGetFieldValues(handle, [(field, scope)])
+    if value.nvmlReturn != pynvml.NVML_SUCCESS:
+        raise pynvml.NVMLError(value.nvmlReturn)
+    return float(value.value.uiVal) / 1000
 
 
 def probe_gpu(uuid: str, tree: CPUTimeTree) -> Source | Unreadable:
@@ -123,11 +179,16 @@ def probe_gpu(uuid: str, tree: CPUTimeTree) -> Source | Unreadable:
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         try:
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-            return GPUCounter(uuid, handle, tree)
+            module = _MODULE.search(str(pynvml.nvmlDeviceGetName(handle))) is not None
+            return GPUCounter(uuid, handle, tree, module=module)
         except pynvml.NVMLError as error:
             no_counter = str(error)
         try:
-            pynvml.nvmlDeviceGetPowerUsage(handle)
+            return GPUPower(uuid, handle, tree, instant=_instant_w(handle) > 0)
+        except pynvml.NVMLError:
+            pass  # an older driver or GPU
+        try:
+            _power_w(handle)
             return GPUPower(uuid, handle, tree)
         except pynvml.NVMLError as error:
             why = f"no energy counter ({no_counter}) and no power reading ({error})"

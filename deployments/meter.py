@@ -112,7 +112,7 @@ class Meter:
         self._contention_unknown = False
         self._contention_due_s = clock()
         self._limits_due_s = clock() + _LIMITS_PERIOD_S
-        self._not_covered = tuple(_not_covered([channel.source.name for channel in self._channels]))
+        self._not_covered = tuple(_not_covered([channel.source for channel in self._channels]))
 
     # --- polling ----------------------------------------------------------------------------------------
 
@@ -334,11 +334,11 @@ class Meter:
             }
 
 
-def _not_covered(names: Sequence[str]) -> Iterable[str]:
+def _not_covered(sources: Sequence[Source]) -> Iterable[str]:
     """Flags for the kinds of hardware that nothing counts. A model of whole servers' CPUs has their memory in it."""
-    packages = any(name.startswith("package-") for name in names)
-    model = "cpu-model" in names
-    if not packages and not model:
+    names = [source.name for source in sources]
+    both = "cpu-model" in names or any(source.covers_cpu for source in sources)
+    if not both and not any(name.startswith("package-") for name in names):
         yield "cpu_not_covered"
-    if not model and not any(name.startswith("dram-") for name in names):
+    if not both and not any(name.startswith("dram-") for name in names):
         yield "dram_not_covered"

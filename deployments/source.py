@@ -38,7 +38,8 @@ class Source(ABC):
     ``name`` is that of the component, ``method`` how it is read, ``origin`` says both in words. ``max_age_s``,
     ``step`` and ``max_rate`` (units a second) are as `windows.Track` wants them. ``limit_w`` is the highest average
     power that the hardware has been set to since it is read, None if not known; ``default_limit_w`` stands for it then:
-    more than any hardware of the kind takes. The units are joules unless the class says otherwise.
+    more than any hardware of the kind takes. ``covers_cpu``: a GPU's counter has the CPU and all memory in it. The
+    units are joules unless the class says otherwise.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Source(ABC):
     step: float = 0.0
     limit_w: float | None = None
     default_limit_w: float | None = None
+    covers_cpu: bool = False
 
     @property
     def max_rate(self) -> float | None:
