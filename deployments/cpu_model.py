@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from deployments.cpu_time import TICKS_PER_S, CPUTimeTree
 from deployments.energy import CPUModel, Label
 from deployments.source import Joules, ReadFailed, Source
@@ -26,8 +28,13 @@ class CPUModelSource(Source):
 
     @property
     def max_rate(self) -> float:
-        """No more CPU-seconds a second than there are CPUs."""
-        return self._cpus
+        """No more CPU-seconds a second than the machine has CPUs, whatever is reserved."""
+        return max(self._cpus, os.cpu_count() or 1)
+
+    @property
+    def late(self) -> float:
+        """A process is found up to a second after its birth, and counted from then on."""
+        return self.max_rate * 1.0
 
     def read(self, now_s: float) -> float:
         """CPU-seconds since the first reading."""

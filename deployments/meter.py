@@ -88,7 +88,7 @@ class Meter:
                     history_s=history_s,
                     stale_s=max(_STALE_S, 3 * poll_s),
                 ),
-                EdgeCheck(source.max_age_s, source.step),
+                EdgeCheck(source.max_age_s, source.step + source.late),
                 # One whose period nobody tells is watched at the start.
                 None if source.max_age_s is not None else CounterCheck(source.name),
             )

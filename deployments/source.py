@@ -53,6 +53,11 @@ class Source(ABC):
     covers_cpu: bool = False
 
     @property
+    def late(self) -> float:
+        """Units that may show at once though they came before."""
+        return 0.0
+
+    @property
     def max_rate(self) -> float | None:
         """More units a second can't be; None if there is no such bound."""
         limit_w = self.default_limit_w if self.limit_w is None else self.limit_w
