@@ -65,28 +65,34 @@ def unknown(source: Source, flag: str) -> Component:
     return Component(source.name, source.origin, Label.UNAVAILABLE, flags=(flag,))
 
 
-def counted(source: Source, duration_s: float, flow: Level, *, estimate_short: bool = False) -> Component:
+def counted(
+    source: Source, duration_s: float, flow: Level, *, citable: bool = True, estimate_short: bool = False
+) -> Component:
     """What a counter's flow over a time means in joules.
 
-    Unavailable and flagged ``too_short`` when the counter does not prove a single joule; with ``estimate_short`` it
-    is then modelled, with the counter's bounds. ``implausible_power``: more than 1.2 times the hardware's limit.
+    Unavailable and flagged ``too_short`` when the time is too short to be ``citable``, or when the counter does not
+    prove a single joule; with ``estimate_short`` it is then modelled, with the counter's bounds.
+    ``implausible_power``: more than 1.2 times the hardware's limit.
     """
     low, mid, high = (source.joules(duration_s, units) for units in (flow.low, flow.mid, flow.high))
     flags = ("provisional",) if flow.provisional else ()
     if _implausible(source, duration_s, flow):
         return unknown(source, "implausible_power")
-    too_short = low.mid <= 0
+    too_short = low.mid <= 0 or not citable
     if mid.mid <= 0 or (too_short and not estimate_short):
         return unknown(source, "too_short")
     modeled = too_short or low.low < low.mid or high.mid < high.high
+    less, more = (source.joules(duration_s, max(flow.mid + error, 0)) for error in (-flow.systematic, flow.systematic))
     return Component(
         name=source.name,
         source=source.origin,
         label=worst((source.label, Label.MODELED)) if modeled else source.label,
         joules=mid.mid,
-        low_j=low.low if modeled else None,
-        high_j=high.high if modeled else None,
+        low_j=low.low,
+        high_j=high.high,
         resolution_j=max(high.mid - mid.mid, mid.mid - low.mid),
+        systematic_j=min(max(more.high - mid.mid, mid.mid - less.low), max(high.high - mid.mid, mid.mid - low.low)),
+        counter_label=source.label,
         flags=(*flags, "too_short") if too_short else flags,
     )
 
@@ -108,6 +114,7 @@ def together(flows: Iterable[Level]) -> Level:
         mid=math.fsum(part.mid for part in parts),
         high=math.fsum(part.high for part in parts),
         provisional=any(part.provisional for part in parts),
+        systematic=math.fsum(part.systematic for part in parts),
     )
 
 
@@ -115,11 +122,12 @@ def together(flows: Iterable[Level]) -> Level:
 class Flow:
     """What the counters went up by in a time, before it is told in joules.
 
-    Flows of several times can be added up, and prove joules that each of them is too short for. ``units`` are those of
-    the sources in their order, the flag in place of one that can't tell.
+    Flows of several times can be added up. ``longest_s`` is the longest time in one piece. ``units`` are those of the
+    sources in their order, the flag in place of one that can't tell.
     """
 
     duration_s: float
+    longest_s: float
     units: tuple[Level | str, ...]
     flags: frozenset[str]
 
@@ -128,7 +136,8 @@ class Flow:
             a if isinstance(a, str) else b if isinstance(b, str) else together((a, b))
             for a, b in zip(self.units, other.units, strict=True)
         ]
-        return Flow(self.duration_s + other.duration_s, tuple(units), self.flags | other.flags)
+        longest_s = max(self.longest_s, other.longest_s)
+        return Flow(self.duration_s + other.duration_s, longest_s, tuple(units), self.flags | other.flags)
 
 
 def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
@@ -143,12 +152,15 @@ def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
     by_time = source.joules(parts.reserved_by_time_s, _of(parts.by_time, units))
     if by_tokens.mid <= 0:
         return unknown(source, "too_short")
+    low_j, high_j = min(by_tokens.low, by_time.low), max(by_tokens.high, by_time.high)
     return Component(
         name=source.name,
         source=source.origin,
         label=worst((source.label, Label.MODELED)),
         joules=by_tokens.mid,
-        low_j=min(by_tokens.low, by_time.low),
-        high_j=max(by_tokens.high, by_time.high),
+        low_j=low_j,
+        high_j=high_j,
+        systematic_j=max(by_tokens.mid - low_j, high_j - by_tokens.mid),
+        counter_label=source.label,
         flags=("shared",),
     )

@@ -21,11 +21,13 @@ class Label(StrEnum):
     """Where a figure is from, best first.
 
     measured: an energy counter of the hardware. measured_sampled: power samples of the hardware, 10 or more a
-    second. modeled: an estimate with low and high. simulated: a test double's. unavailable: there is no figure.
+    second. sourced: a factor from a published source; for scores and grams, never for joules. modeled: an estimate
+    with low and high. simulated: a test double's. unavailable: there is no figure.
     """
 
     MEASURED = "measured"
     MEASURED_SAMPLED = "measured_sampled"
+    SOURCED = "sourced"
     MODELED = "modeled"
     SIMULATED = "simulated"
     UNAVAILABLE = "unavailable"
@@ -39,15 +41,30 @@ def worst(labels: Iterable[Label]) -> Label:
     return max(labels, key=_RANK.__getitem__, default=Label.UNAVAILABLE)
 
 
+_ROUNDING = 1e-9
+"""Sums of floats may miss their bounds by this part of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Component:
     """The energy of one part of the machine in a window, or the reason why it is not known.
 
-    ``name`` is ``gpu:<uuid>``, ``package-<n>``, ``dram-<n>`` or ``cpu-model``; ``source`` says in words how the
-    figure came about. ``joules`` is > 0, or None exactly when the label is unavailable. ``resolution_j`` bounds the
-    error that is due to the steps of the counter, None where the range says it. ``low_j`` and ``high_j`` are the
-    range of an estimate, None where it was measured. ``flags`` say what is wrong or unusual (``too_short``,
-    ``provisional``, ``counter_reset`` …).
+    ``joules`` is > 0, or None exactly when the label is unavailable. The other amounts are known whenever it is.
+
+    Attributes:
+        name: ``gpu:<uuid>``, ``package-<n>``, ``dram-<n>`` or ``cpu-model``.
+        source: How the figure came about, in words.
+        label: Where the figure is from; never sourced.
+        joules: The estimate, J.
+        low_j, high_j: Hard bounds, J: the truth is between them as long as the counter is honest.
+        resolution_j: Bounds the error that is due to the steps of the counter, J; None if only the bounds say it.
+        systematic_j: The part of the error that has the same sign in windows that are alike, J, >= 0. The mean of
+            many windows does not shrink it.
+        counter_label: The label of the counter that was read, before its reading was divided or split.
+        flags: What is wrong or unusual (``too_short``, ``provisional``, ``counter_reset`` …).
+
+    Raises:
+        ValueError: A label, a figure and its bounds that do not fit together.
     """
 
     name: str
@@ -57,29 +74,44 @@ class Component:
     low_j: float | None = None
     high_j: float | None = None
     resolution_j: float | None = None
+    systematic_j: float | None = None
+    counter_label: Label = Label.UNAVAILABLE
     flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.joules is None) != (self.label is Label.UNAVAILABLE):
+        unknown = self.label is Label.UNAVAILABLE
+        if self.label is Label.SOURCED or (self.joules is None) != unknown:
             raise ValueError(f"{self.name}: {self.joules} J can't be labelled {self.label}")
-        if self.joules is not None and self.joules <= 0:
+        if (self.counter_label is Label.UNAVAILABLE) != unknown:
+            raise ValueError(f"{self.name}: {self.joules} J can't be of a counter that is {self.counter_label}")
+        if self.joules is None:
+            return
+        if self.joules <= 0:
             raise ValueError(f"{self.name}: {self.joules} J; what is not known is None")
+        if self.low_j is None or self.high_j is None or self.systematic_j is None or self.systematic_j < 0:
+            raise ValueError(f"{self.name}: {self.joules} J need low_j, high_j and systematic_j")
+        slack_j = _ROUNDING * max(self.joules, self.high_j)
+        if not 0 <= self.low_j <= self.joules + slack_j or self.high_j < self.joules - slack_j:
+            raise ValueError(f"{self.name}: {self.joules} J are not within {self.low_j} to {self.high_j} J")
 
 
 @dataclass(frozen=True, slots=True)
 class Energy:
-    """The energy of a window: the sum of its components, with the worst of their labels.
+    """The energy of a window: the sum of its components, with the worst of their labels. Made by `total`.
 
-    ``total_j`` is None as soon as one component is unavailable: a sum with a hole is no total. ``low_j`` and
-    ``high_j`` are None unless a part of it is an estimate. ``flags`` are those of all components and the window's own,
-    among them ``cpu_not_covered`` and ``dram_not_covered`` for what nothing here counts. Made by `total`.
+    ``total_j`` is None as soon as one component is unavailable: a sum with a hole is no total. The other amounts are
+    the sums of those of the components, and known whenever it is (``resolution_j`` may be None). ``flags`` are those of
+    all components and the window's own, among them ``cpu_not_covered`` and ``dram_not_covered`` for what nothing here
+    counts.
     """
 
     total_j: float | None
     low_j: float | None
     high_j: float | None
     resolution_j: float | None
+    systematic_j: float | None
     label: Label
+    counter_label: Label
     components: tuple[Component, ...]
     flags: tuple[str, ...]
 
@@ -92,29 +124,28 @@ class Energy:
 def total(components: Iterable[Component], flags: Iterable[str] = ()) -> Energy:
     """Sum up components; without any, the energy is unavailable and flagged ``no_source``."""
     parts = tuple(components)
-    all_flags = sorted({*flags, *chain.from_iterable(part.flags for part in parts), *(() if parts else ("no_source",))})
-    joules = [part.joules for part in parts if part.joules is not None]
-    if not joules or len(joules) < len(parts):
-        return Energy(None, None, None, None, Label.UNAVAILABLE, parts, tuple(all_flags))
-    estimated = any(part.low_j is not None for part in parts)
+    all_flags = tuple(
+        sorted({*flags, *chain.from_iterable(part.flags for part in parts), *(() if parts else ("no_source",))})
+    )
+    label = worst([part.label for part in parts])
+    if label is Label.UNAVAILABLE:
+        return Energy(None, None, None, None, None, label, label, parts, all_flags)
     return Energy(
-        total_j=sum(joules),
-        low_j=sum(_first_known(part.low_j, part.joules) for part in parts) if estimated else None,
-        high_j=sum(_first_known(part.high_j, part.joules) for part in parts) if estimated else None,
+        total_j=_sum_if_known([part.joules for part in parts]),
+        low_j=_sum_if_known([part.low_j for part in parts]),
+        high_j=_sum_if_known([part.high_j for part in parts]),
         resolution_j=_sum_if_known([part.resolution_j for part in parts]),
-        label=worst([part.label for part in parts]),
+        systematic_j=_sum_if_known([part.systematic_j for part in parts]),
+        label=label,
+        counter_label=worst([part.counter_label for part in parts]),
         components=parts,
-        flags=tuple(all_flags),
+        flags=all_flags,
     )
 
 
 def _sum_if_known(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
-
-
-def _first_known(*values: float | None) -> float:
-    return next(value for value in values if value is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +186,32 @@ class Embodied:
 class GridIntensity:
     """Carbon intensity of the electricity, gCO2eq/kWh: a zone of a data set, or the operator's own (zone None).
 
-    ``dataset`` and ``version`` are the data set's, or the operator's source and date.
+    ``dataset`` and ``version`` are the data set's, or the operator's source and date. ``year`` is the year that the
+    value holds for, ``source`` where the data set has it from, ``low`` and ``high`` its range; None where unknown.
+
+    Raises:
+        BadSettings: The value is not within its range.
     """
 
     gco2eq_per_kwh: float
     zone: str | None
     dataset: str
     version: str
+    year: int | None = None
+    source: str | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.range
+        if not 0 <= low <= self.gco2eq_per_kwh <= high:
+            raise BadSettings("energy.grid", "needs 0 <= low_gco2eq_per_kwh <= gco2eq_per_kwh <= high_gco2eq_per_kwh")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Low and high, gCO2eq/kWh; the value itself where there is no range."""
+        value = self.gco2eq_per_kwh
+        return value if self.low is None else self.low, value if self.high is None else self.high
 
 
 @dataclass(frozen=True, slots=True)

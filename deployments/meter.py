@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Final
 
+from deployments.activity import Activity
 from deployments.attribution import Flow, Parts, counted, shared, together, unknown
 from deployments.counter_check import Check, CounterCheck
 from deployments.edge_check import EdgeCheck
@@ -77,6 +78,7 @@ class Meter:
         others_worked: Callable[[], bool | None] = lambda: False,
     ) -> None:
         found = list(sources)
+        self._activity = Activity()
         self._unreadable = [source for source in found if isinstance(source, Unreadable)]
         self._channels = [
             _Channel(
@@ -87,6 +89,7 @@ class Meter:
                     max_rate=source.max_rate,
                     history_s=history_s,
                     stale_s=max(_STALE_S, 3 * poll_s),
+                    activity=self._activity,
                 ),
                 EdgeCheck(source.max_age_s, source.step + source.late),
                 # One whose period nobody tells is watched at the start.
@@ -204,46 +207,68 @@ class Meter:
         """Now, in the meter's clock. All that the prompt path has to do at the start and the end of a prompt."""
         return self._clock()
 
+    def work_begins(self, at_s: float) -> None:
+        """Note that a prompt, or the start of an LLM, begins. Times never go back."""
+        with self._lock:
+            self._activity.begin(at_s)
+
+    def work_ends(self, at_s: float) -> None:
+        """Note that it ends. The time from its begin is what the hardware was at work in."""
+        with self._lock:
+            self._activity.end(at_s)
+
     def settled(self, time_s: float) -> bool:
         """Whether windows that end at this time are final. Until then they are flagged ``provisional``."""
         with self._lock:
             return all(channel.track.settled(time_s) for channel in self._channels)
 
-    def window(self, start_s: float, end_s: float, *, estimate_short: bool = False) -> Energy:
+    def window(self, start_s: float, end_s: float, *, estimate_short: bool = False, final: bool = False) -> Energy:
         """The energy between two times; with ``estimate_short`` modelled where they are too close for a counter.
 
         Unavailable, and flagged, when a counter can't resolve it: ``too_short``, ``stale``, ``out_of_history``,
-        ``counter_reset``, ``undersampled``, ``implausible_power`` …
+        ``counter_reset``, ``undersampled``, ``implausible_power`` … With ``final`` it is ``stale``, too, where a later
+        look would tell more.
 
         Raises:
             ValueError: It does not end after its start.
         """
-        return self.energy(self.flow([(start_s, end_s)]), estimate_short=estimate_short)
+        return self.energy(self.flow([(start_s, end_s)], final=final), estimate_short=estimate_short)
 
-    def flow(self, intervals: Sequence[Interval]) -> Flow:
-        """What the counters went up by in these intervals (one or more, in order of time), to be told by `energy`."""
+    def flow(self, intervals: Sequence[Interval], *, final: bool = False) -> Flow:
+        """What the counters went up by in these intervals (one or more, in order of time), to be told by `energy`.
+
+        Final figures add up: what flowed in the parts of a time is what flowed in all of it.
+        """
         times_s = list(chain.from_iterable(intervals))
         units = [
             levels if isinstance(levels, str) else together(map(between, levels[::2], levels[1::2]))
-            for _, levels in self._levels(times_s)
+            for _, levels in self._levels(times_s, final=final)
         ]
-        return Flow(sum(b - a for a, b in intervals), tuple(units), frozenset(self._flags(times_s[0], times_s[-1])))
+        lengths_s = [b - a for a, b in intervals]
+        flags = frozenset(self._flags(times_s[0], times_s[-1]))
+        return Flow(sum(lengths_s), max(lengths_s), tuple(units), flags)
 
     def energy(self, flow: Flow, *, estimate_short: bool = False) -> Energy:
         """A flow in joules; with ``estimate_short`` modelled where it is too short for a counter."""
         parts = [
             unknown(channel.source, units)
             if isinstance(units, str)
-            else counted(channel.source, flow.duration_s, units, estimate_short=estimate_short)
+            else counted(
+                channel.source,
+                flow.duration_s,
+                units,
+                citable=flow.longest_s >= (channel.track.citable_s or 0.0),
+                estimate_short=estimate_short,
+            )
             for channel, units in zip(self._channels, flow.units, strict=True)
         ]
         return total([*parts, *self._holes()], flow.flags)
 
     def nothing(self) -> Energy:
         """The energy of no time at all: not known, and flagged ``too_short``."""
-        return self.energy(Flow(0.0, ("too_short",) * len(self._channels), frozenset()))
+        return self.energy(Flow(0.0, 0.0, ("too_short",) * len(self._channels), frozenset()))
 
-    def share(self, parts: Parts) -> Energy:
+    def share(self, parts: Parts, *, final: bool = False) -> Energy:
         """A prompt's share of what flowed while it was in flight with others: modelled, with its range.
 
         Raises:
@@ -251,11 +276,11 @@ class Meter:
         """
         shares = [
             unknown(source, levels) if isinstance(levels, str) else shared(source, parts, levels)
-            for source, levels in self._levels(parts.times_s)
+            for source, levels in self._levels(parts.times_s, final=final)
         ]
         return total([*shares, *self._holes()], self._flags(parts.times_s[0], parts.times_s[-1]))
 
-    def _levels(self, times_s: Sequence[float]) -> list[tuple[Source, list[Level] | str]]:
+    def _levels(self, times_s: Sequence[float], *, final: bool) -> list[tuple[Source, list[Level] | str]]:
         """Every counter at these times, all looked up at one moment; or the flag that says why it can't be told.
 
         The first and the last are those of a window.
@@ -266,7 +291,9 @@ class Meter:
         with self._lock:
             for channel in self._channels:
                 try:
-                    found.append((channel.source, channel.track.levels(times_s)))
+                    levels = channel.track.levels(times_s)
+                    provisional = final and any(level.provisional for level in levels)
+                    found.append((channel.source, "stale" if provisional else levels))
                 except NoWindow as no_window:
                     found.append((channel.source, no_window.flag))
         return found
@@ -322,6 +349,7 @@ class Meter:
                         "label": channel.source.label.value,
                         "origin": channel.source.origin,
                         "power_limit_w": channel.source.limit_w,
+                        "citable_s": channel.track.citable_s,
                         "readings": channel.readings,
                         "failures": channel.failures,
                         "last_error": channel.error,

@@ -31,8 +31,8 @@ from registry.reconcile import Belief, LeaseGrant
 from registry.settings import EnergySettings
 from registry.state import EnergyWindow, WindowKind
 
-SETTLE_S = 2.0
-"""How long a window waits for its counters to go on, seconds."""
+SETTLE_S = 30.0
+"""How long a window waits for its counters to go on, seconds; then what they don't tell is not known."""
 SHARES_S = 30.0
 """How long a prompt's record waits for the end of those it shares with, seconds."""
 
@@ -124,17 +124,19 @@ class PromptMeter:
         """The start of an LLM: charged to its deployment, to no prompt and no lease."""
         start = Start(model, self._meter.mark())
         self._timeline.pause(start.start_s)
+        self._meter.work_begins(start.start_s)
         try:
             with self.at_work():
                 yield start
         finally:
             start.end_s = self._meter.mark()
+            self._meter.work_ends(start.end_s)
             self._model = model
             if self._timeline.holder is not None:
                 self._timeline.holder.model = model
             self._timeline.resume(start.end_s)
             if start.end_s > start.start_s:
-                self._load = self._meter.window(start.start_s, start.end_s)
+                self._load = self._meter.window(start.start_s, start.end_s, estimate_short=True)
                 self._starts.append(start)
 
     @property
@@ -152,6 +154,7 @@ class PromptMeter:
             self._neighbours.begin()
         flight = Flight(self._meter.mark(), endpoint=endpoint, account=self._timeline.holder)
         self._flights.begin(flight)
+        self._meter.work_begins(flight.start_s)
         self._timeline.begin(flight.start_s)
         if flight.account is not None:
             flight.account.unwritten += 1
@@ -161,6 +164,7 @@ class PromptMeter:
         """A prompt is over, answered or not. Again: no difference."""
         now_s = self._meter.mark()
         if self._flights.end(flight, now_s):
+            self._meter.work_ends(now_s)
             self._timeline.end(now_s)
             if self._neighbours is not None:
                 self._neighbours.end()
@@ -224,9 +228,9 @@ class PromptMeter:
         assert flight.end_s is not None  # callers end a prompt before they account for it
         parts, assumed = self._flights.parts(flight, for_good=for_good)
         if parts.alone:
-            energy = self._meter.window(flight.start_s, flight.end_s, estimate_short=True)
+            energy = self._meter.window(flight.start_s, flight.end_s, estimate_short=True, final=for_good)
         else:
-            energy = self._meter.share(parts)
+            energy = self._meter.share(parts, final=for_good)
         flags = [
             *(("tokens_unknown",) if flight.tokens is None else ()),
             *(("share_estimated",) if assumed else ()),
@@ -311,10 +315,10 @@ class PromptMeter:
     def _unwritten_of(self, account: LeaseAccount) -> list[Stretch[LeaseAccount]]:
         return [stretch for stretch in self._timeline.closed if stretch.holder is account]
 
-    def _sum(self, flow: Flow | None, times: Sequence[Sequence[Interval]]) -> Flow | None:
+    def _sum(self, flow: Flow | None, times: Sequence[Sequence[Interval]], *, final: bool = False) -> Flow | None:
         for intervals in times:
             if intervals:
-                more = self._meter.flow(intervals)
+                more = self._meter.flow(intervals, final=final)
                 flow = more if flow is None else flow + more
         return flow
 
@@ -332,7 +336,10 @@ class PromptMeter:
         return self._log.oldest()
 
     async def write(self) -> None:
-        """Write down every window that will not get any sharper, or has waited for long enough."""
+        """Write down every window that will not get any sharper, or has waited for long enough.
+
+        What is written is final: prompts and idle time add up to their lease. What is not known in time is unavailable.
+        """
         for write in (self._write_start, self._write_prompt, self._write_stretch):
             for _ in iter(write, False):
                 await asyncio.sleep(0)  # prompts go on in between
@@ -346,7 +353,7 @@ class PromptMeter:
             return False
         start = self._starts.popleft()
         kind = WindowKind.WAKE if start.woken else WindowKind.LOAD
-        flow = self._meter.flow([(start.start_s, start.end_s)])
+        flow = self._meter.flow([(start.start_s, start.end_s)], final=True)
         self._record(kind, None, (start.start_s, start.end_s), flow, {"model": start.model})
         return True
 
@@ -384,14 +391,14 @@ class PromptMeter:
             return False
         closed.popleft()
         if stretch.gaps:
-            idle = self._meter.flow(stretch.gaps)
+            idle = self._meter.flow(stretch.gaps, final=True)
             times, more = (stretch.gaps[0][0], stretch.gaps[-1][1]), {"model": account and account.model}
-            self._record(WindowKind.IDLE, account, times, idle, more, estimate_short=True)
+            self._record(WindowKind.IDLE, account, times, idle, more)
             if account is not None:
                 account.idle = idle if account.idle is None else account.idle + idle
         if account is not None:
             if stretch.end_s > stretch.start_s:
-                account.flow = self._sum(account.flow, [[(stretch.start_s, stretch.end_s)]])
+                account.flow = self._sum(account.flow, [[(stretch.start_s, stretch.end_s)]], final=True)
             if stretch.last and account.flow is not None:
                 self._record_lease(account, stretch.end_s, account.flow)
         return True
@@ -412,10 +419,9 @@ class PromptMeter:
         more: Mapping[str, Any],
         units: int | None = 0,
         *,
-        estimate_short: bool = False,
         flags: Sequence[str] = (),
     ) -> None:
-        energy = self._meter.energy(flow, estimate_short=estimate_short)
+        energy = self._meter.energy(flow, estimate_short=True)
         found = self._score(energy, flow.duration_s, units, flags)
         self._write_record(kind, account, times, energy, found, more)
 

@@ -16,8 +16,9 @@ from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
-from deployments.energy import Embodied, Energy, GridIntensity, Label, SCISettings
+from deployments.energy import Embodied, Energy, GridIntensity, Label, SCISettings, worst
 from registry.errors import BadSettings
 
 J_PER_KWH = 3_600_000.0
@@ -71,18 +72,32 @@ def grid_intensity(zone: str) -> GridIntensity:
 class Score:
     """An SCI score, gCO2eq per functional unit, and how it came about.
 
-    ``sci_score`` is None when a part is not known, when nothing was produced, or when it would be an estimate and
-    estimates are not allowed. ``low`` and ``high`` are None with it, and where nothing has a range. ``o_g`` and
-    ``m_g`` are the window's operational and embodied emissions, None if not known, ``duration_s`` the time that was
-    reserved. ``method`` is the label of the energy, whether there is a score or not; ``methods`` say for E, I, M and R:
-    measured, modeled, sourced …; ``boundary`` names the parts whose energy is inside.
+    What is not known is None. Low and high are known whenever their value is.
+
+    Attributes:
+        sci_score: None when a part is not known, when nothing was produced, or when the energy is an estimate and
+            estimates are not allowed.
+        low, high: Its range: those of the energy (the counter's resolution included), of the grid and of the embodied
+            carbon together. What has no range of its own counts as exact.
+        o_g, o_low_g, o_high_g: Operational emissions, gCO2eq.
+        m_g, m_low_g, m_high_g: Embodied emissions, gCO2eq.
+        duration_s: The time that was reserved, seconds.
+        unit, units: The functional unit, and how many of them were produced.
+        method: The worst of ``methods``, whether there is a score or not.
+        methods: Labels of E, I, M and R.
+        boundary: Names of the parts whose energy is inside.
+        flags: What is wrong or unusual.
     """
 
     sci_score: float | None
     low: float | None
     high: float | None
     o_g: float | None
+    o_low_g: float | None
+    o_high_g: float | None
     m_g: float | None
+    m_low_g: float | None
+    m_high_g: float | None
     duration_s: float
     unit: str
     units: int | None
@@ -90,6 +105,12 @@ class Score:
     methods: Mapping[str, str]
     boundary: tuple[str, ...]
     flags: tuple[str, ...]
+
+
+class _Grams(NamedTuple):
+    low: float
+    mid: float
+    high: float
 
 
 def score(
@@ -116,17 +137,18 @@ def score(
     """
     if duration_s <= 0 or (units is not None and units < 0):
         raise ValueError(f"can't score {units} units in {duration_s} s")
-    embodied = settings.embodied
-    g_per_j = None if grid is None else kwh(1) * settings.pue * grid.gco2eq_per_kwh
-    hours = duration_s / 3600
-    o_g = None if g_per_j is None or energy.total_j is None else energy.total_j * g_per_j
-    m_g = None if embodied is None else embodied.g_per_hour * hours
+    operational = _operational(energy, grid, settings.pue)
+    embodied = _embodied(settings.embodied, duration_s)
     may_be_told = settings.allow_estimates or energy.label in {Label.MEASURED, Label.MEASURED_SAMPLED}
-    sci_score = low = high = None
-    if o_g is not None and m_g is not None and units and may_be_told:
-        sci_score = (o_g + m_g) / units
-        if embodied is not None and g_per_j is not None:
-            low, high = _range(energy, embodied, g_per_j=g_per_j, hours=hours, units=units)
+    per_unit = None
+    if operational is not None and embodied is not None and units and may_be_told:
+        per_unit = _Grams(*((o + m) / units for o, m in zip(operational, embodied, strict=True)))
+    methods = {
+        "E": energy.label,
+        "I": Label.UNAVAILABLE if grid is None else Label.SOURCED,
+        "M": Label.UNAVAILABLE if embodied is None else Label.SOURCED,
+        "R": Label.UNAVAILABLE if units is None else Label.MEASURED,
+    }
     problems = {
         "no_grid": grid is None,
         "no_embodied": embodied is None,
@@ -135,38 +157,43 @@ def score(
         "estimates_not_allowed": not may_be_told and energy.total_j is not None,
         "implausible_j_per_token": _implausible(energy, units, settings),
     }
+    low, sci_score, high = per_unit or (None, None, None)
+    o_low_g, o_g, o_high_g = operational or (None, None, None)
+    m_low_g, m_g, m_high_g = embodied or (None, None, None)
     return Score(
         sci_score=sci_score,
         low=low,
         high=high,
         o_g=o_g,
+        o_low_g=o_low_g,
+        o_high_g=o_high_g,
         m_g=m_g,
+        m_low_g=m_low_g,
+        m_high_g=m_high_g,
         duration_s=duration_s,
         unit=settings.functional_unit,
         units=units,
-        method=energy.label,
-        methods={
-            "E": energy.label.value,
-            "I": "unavailable" if grid is None else "sourced",
-            "M": "unavailable" if embodied is None else "sourced",
-            "R": "unavailable" if units is None else "measured",
-        },
+        method=worst(methods.values()),
+        methods={part: label.value for part, label in methods.items()},
         boundary=energy.boundary,
         flags=(*energy.flags, *(flag for flag, holds in problems.items() if holds), *flags),
     )
 
 
-def _range(
-    energy: Energy, embodied: Embodied, *, g_per_j: float, hours: float, units: int
-) -> tuple[float | None, float | None]:
-    """Low and high of a score; None where neither the energy nor the embodied carbon has a range."""
-    low_j = energy.total_j if energy.low_j is None else energy.low_j
-    high_j = energy.total_j if energy.high_j is None else energy.high_j
-    if low_j is None or high_j is None:
-        return None, None
-    low = (low_j * g_per_j + embodied.low_g_per_hour * hours) / units
-    high = (high_j * g_per_j + embodied.high_g_per_hour * hours) / units
-    return (low, high) if low < high else (None, None)
+def _operational(energy: Energy, grid: GridIntensity | None, pue: float) -> _Grams | None:
+    if grid is None or energy.total_j is None or energy.low_j is None or energy.high_j is None:
+        return None
+    low, high = grid.range
+    return _Grams(
+        kwh(energy.low_j) * pue * low, kwh(energy.total_j) * pue * grid.gco2eq_per_kwh, kwh(energy.high_j) * pue * high
+    )
+
+
+def _embodied(embodied: Embodied | None, duration_s: float) -> _Grams | None:
+    if embodied is None:
+        return None
+    hours = duration_s / 3600
+    return _Grams(embodied.low_g_per_hour * hours, embodied.g_per_hour * hours, embodied.high_g_per_hour * hours)
 
 
 def _implausible(energy: Energy, units: int | None, settings: SCISettings) -> bool:

@@ -6,6 +6,10 @@ A counter is a staircase under the true curve E(t), which only rises. Each edge 
 enclose it: ``before``, when it had certainly not ticked yet, and ``seen``, when its value had certainly been
 reached. So E(before) <= units <= E(seen) whatever the counter's period is, and any subset of the edges gives bounds
 that hold: old history can be thinned out without becoming wrong.
+
+Between two edges E(t) is estimated. Where the hardware was idle for a part of that time, this part is given the power
+of the nearest earlier idle edges, and the time at work gets the rest; else E(t) is a straight line. All windows use
+this one E(t), and it is fixed once the later edge is seen, so windows that follow each other add up exactly.
 """
 
 from __future__ import annotations
@@ -15,7 +19,10 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
+
+from deployments.activity import Activity
 
 _FINE_S = 600.0
 """Every edge of the last ten minutes is kept, of older times one a second."""
@@ -24,6 +31,15 @@ _TREND_S = 0.3
 """How far back the slope is taken from which the time since the last edge is estimated."""
 _MAX_RUNS = 16
 _LEVELS_KEPT = 8192
+_IDLE_S = 0.5
+"""The power of a shorter idle stretch is not told well enough by edges that are seen late."""
+_IDLE_MOST_S = 2.0
+"""Of a longer idle stretch only its end counts, which is nearest to the work that comes after."""
+_IDLE_KEPT = 4096
+_BIN_S = 0.005
+_BINS = 400
+_USUAL = 0.99
+"""So much of the edges do not come later than usual."""
 
 
 class NoWindow(Exception):
@@ -38,12 +54,14 @@ class Level(NamedTuple):
     """A counter's reading at a time, or the difference of two: the truth is within low and high, mid is the estimate.
 
     ``provisional``: no edge after that time has been seen yet, so it is extrapolated and a later look is sharper.
+    ``systematic`` is the part of the error that has the same sign wherever the same happens.
     """
 
     low: float
     mid: float
     high: float
     provisional: bool
+    systematic: float = 0.0
 
 
 def between(start: Level, end: Level) -> Level:
@@ -53,16 +71,53 @@ def between(start: Level, end: Level) -> Level:
         mid=max(end.mid - start.mid, 0.0),
         high=end.high - start.low,
         provisional=end.provisional,
+        systematic=start.systematic + end.systematic,
     )
+
+
+class _IdleRate(NamedTuple):
+    """Units per second of an idle stretch, and by how much that may be wrong."""
+
+    rate: float
+    error: float
+
+
+class _Idle:
+    """What a counter did while the hardware was idle, in order of time."""
+
+    __slots__ = ("_rates", "_seen_until_s", "_until_s")
+
+    def __init__(self) -> None:
+        self._until_s = array("d")
+        self._rates: list[_IdleRate] = []
+        self._seen_until_s = -math.inf
+
+    def before(self, time_s: float, run: _Run, activity: Activity) -> _IdleRate | None:
+        """Return the rate of the last idle stretch that ended before this time, None if there is none.
+
+        Every edge before that time must have been seen: then the answer is the same for ever.
+        """
+        for start_s, end_s in activity.idle(self._seen_until_s, time_s):
+            self._seen_until_s = end_s
+            found = run.rate_between(max(start_s, end_s - _IDLE_MOST_S), end_s)
+            if found is not None:
+                self._until_s.append(end_s)
+                self._rates.append(found)
+        if len(self._rates) > 2 * _IDLE_KEPT:
+            del self._until_s[:_IDLE_KEPT], self._rates[:_IDLE_KEPT]
+        index = bisect_right(self._until_s, time_s)
+        return self._rates[index - 1] if index else None
 
 
 class _Run:
     """Edges of a counter between two breaks, in order of time."""
 
-    __slots__ = ("_final", "_provisional", "_thinned", "before_s", "seen_s", "units", "why")
+    __slots__ = ("_activity", "_final", "_idle", "_provisional", "_thinned", "before_s", "seen_s", "units", "why")
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, activity: Activity) -> None:
         self.why = why
+        self._activity = activity
+        self._idle = _Idle()
         # Prompts in flight together ask for the same times, over and over.
         self._final: dict[float, Level] = {}
         self._provisional: dict[float, Level] = {}
@@ -131,18 +186,69 @@ class _Run:
         left = floor
         while left < last and self._mid_s(left + 1) <= time_s:
             left += 1
+        systematic = 0.0
         if left < last:
-            span_s = self._mid_s(left + 1) - self._mid_s(left)
-            part = (time_s - self._mid_s(left)) / span_s
-            mid = self.units[left] + part * (self.units[left + 1] - self.units[left])
+            mid, systematic = self._inside(left, time_s)
         else:
             mid = self.units[last] + self._trend() * (time_s - self._mid_s(last))
+        low = self.units[floor]
         if ceiling <= last:
-            high = max(self.units[ceiling], self.units[floor]) + step
-            return Level(self.units[floor], min(mid, high), high, provisional=False)
-        rate = 2 * self._trend() if max_rate is None else max_rate
-        high = self.units[last] + step + rate * (time_s - self.before_s[last])
-        return Level(self.units[floor], min(mid, high), high, provisional=True)
+            high = max(self.units[ceiling], low) + step
+        else:
+            rate = 2 * self._trend() if max_rate is None else max_rate
+            high = self.units[last] + step + rate * (time_s - self.before_s[last])
+        mid = min(mid, high)
+        systematic = min(systematic, max(high - mid, mid - low))
+        return Level(low, mid, high, provisional=ceiling > last, systematic=systematic)
+
+    def _inside(self, left: int, time_s: float) -> tuple[float, float]:
+        """E(t) between an edge and the next, and its systematic error.
+
+        With the power of idle time known, the error is due to edges that are seen late: an edge that is taken to be
+        up to w/2 too late, or too early, moves on average P w² / 8T past the begin or the end of work of power P, T
+        being the time between edges. With a straight line it is a sixth of T times the change of the power.
+        """
+        start_s, end_s = self._mid_s(left), self._mid_s(left + 1)
+        flowed = self.units[left + 1] - self.units[left]
+        span_s = end_s - start_s
+        activity = self._activity
+        line = self.units[left] + (time_s - start_s) / span_s * flowed
+        if start_s < activity.known_from_s:
+            return line, flowed / 6
+        busy_s = activity.busy_s(start_s, end_s)
+        idle_s = span_s - busy_s
+        if busy_s <= 0 or flowed <= 0:
+            return line, 0.0
+        if idle_s <= 0:
+            return line, abs(self._power(left - 1, left, 0.0) - self._power(left + 1, left + 2, 0.0)) * span_s / 6
+        idle = self._idle.before(activity.next_begin_s(start_s), self, activity)
+        if idle is None:  # it can't be less than none at all
+            return line, self._power(left - 1, left + 2, 0.0) * span_s / 6
+        busy_before_s = activity.busy_s(start_s, time_s)
+        idle_before_s = time_s - start_s - busy_before_s
+        idle_rate = min(idle.rate, flowed / idle_s)
+        mid = self.units[left] + idle_rate * idle_before_s + (flowed - idle_rate * idle_s) * (busy_before_s / busy_s)
+        late_s = max(self.seen_s[index] - self.before_s[index] for index in (left, left + 1))
+        blur = self._power(left - 1, left + 2, idle.rate) * late_s**2 / (8 * max(span_s, late_s))
+        return mid, blur + idle.error * abs(idle_before_s - idle_s * (busy_before_s / busy_s))
+
+    def _power(self, first: int, last: int, idle_rate: float) -> float:
+        """Units per second of the time at work between two edges, as far as there are any."""
+        first, last = max(first, 0), min(last, len(self.units) - 1)
+        start_s, end_s = self._mid_s(first), self._mid_s(last)
+        busy_s = self._activity.busy_s(start_s, end_s)
+        flowed = self.units[last] - self.units[first] - idle_rate * (end_s - start_s - busy_s)
+        return max(flowed, 0.0) / busy_s if busy_s > 0 else 0.0
+
+    def rate_between(self, start_s: float, end_s: float) -> _IdleRate | None:
+        """Units per second by the edges that lie wholly between two times; None if that tells too little."""
+        first = bisect_left(self.before_s, start_s)
+        last = bisect_right(self.seen_s, end_s) - 1
+        if last <= first or self.before_s[last] - self.seen_s[first] < _IDLE_S:
+            return None
+        flowed = self.units[last] - self.units[first]
+        rate = flowed / (self._mid_s(last) - self._mid_s(first))
+        return _IdleRate(rate, flowed / (self.before_s[last] - self.seen_s[first]) - rate)
 
 
 class Track:
@@ -155,20 +261,33 @@ class Track:
         max_rate: More units a second can't be; None if not known, and then twice the last rate stands for it.
         history_s: How far back windows can reach, seconds.
         stale_s: How long after the last edge a window may end, seconds.
+        activity: When the hardware was at work, as far as that is known; its owner keeps it up to date.
     """
 
     def __init__(
-        self, *, max_age_s: float | None, step: float, max_rate: float | None, history_s: float, stale_s: float
+        self,
+        *,
+        max_age_s: float | None,
+        step: float,
+        max_rate: float | None,
+        history_s: float,
+        stale_s: float,
+        activity: Activity | None = None,
     ) -> None:
         self._max_age_s = max_age_s
         self._step = step
         self.max_rate = max_rate
         self._history_s = history_s
         self._stale_s = stale_s
-        self._runs: deque[_Run] = deque([_Run("out_of_history")], maxlen=_MAX_RUNS)
+        self._activity = Activity() if activity is None else activity
+        self._runs: deque[_Run] = deque([_Run("out_of_history", self._activity)], maxlen=_MAX_RUNS)
         self._last_units: float | None = None
         self._last_asked_s = 0.0
         self._thin_at = 0
+        self._waits = [0] * _BINS
+        self._waited = 0
+        self._citable_s: float | None = None
+        self._citable_at = 0
 
     def add(self, asked_s: float, answered_s: float, units: float) -> None:
         """Take a reading that was asked for and answered at these times. A fall of it breaks the history."""
@@ -183,17 +302,37 @@ class Track:
                 run.stay(asked_s - self._max_age_s, answered_s)
             else:
                 run.append(asked_s - self._max_age_s, answered_s, units)
+                self._waits_for(run)
         elif last is not None and units > last:
             run.append(self._last_asked_s, answered_s, units)
+            self._waits_for(run)
         self._last_units, self._last_asked_s = units, asked_s
         if len(run.units) > self._thin_at and len(run.units) > 1:
             run.thin(self._history_s)
             # Thin again when as much has come as was left: a constant cost per reading.
             self._thin_at = len(run.units) + max(len(run.units) // 2, 1000)
 
+    def _waits_for(self, run: _Run) -> None:
+        if len(run.units) > 2:  # an edge is missed by a window that begins just before, so it takes three
+            self._waits[min(int((run.seen_s[-1] - run.before_s[-3]) / _BIN_S), _BINS - 1)] += 1
+            self._waited += 1
+
+    @property
+    def citable_s(self) -> float | None:
+        """How long a window has to be so that this counter proves a part of it wherever it begins, seconds.
+
+        That is two of the counter's usual periods, as they are seen with the usual time between two readings. None:
+        not known yet.
+        """
+        if self._waited >= self._citable_at and self._waited:
+            usual = bisect_left(list(accumulate(self._waits)), _USUAL * self._waited)
+            self._citable_s = (usual + 1) * _BIN_S
+            self._citable_at = self._waited + max(self._waited // 16, 1)
+        return self._citable_s
+
     def lost(self, why: str) -> None:
         """The counter's continuity is broken: nothing is known of windows that span this moment."""
-        self._runs.append(_Run(why))
+        self._runs.append(_Run(why, self._activity))
         self._last_units = None
         self._thin_at = 0
 

@@ -263,16 +263,22 @@ def test_bounds_after_the_last_edge(track: Track) -> None:
 
 
 components = st.builds(
-    lambda label, joules, spread: Component(
-        "x",
-        "a test",
-        label,
-        joules=None if label is Label.UNAVAILABLE else joules,
-        low_j=joules * (1 - spread) if label is Label.MODELED else None,
-        high_j=joules * (1 + spread) if label is Label.MODELED else None,
-        resolution_j=None if label is Label.UNAVAILABLE else joules / 100,
+    lambda label, joules, spread: (
+        Component("x", "a test", label)
+        if label is Label.UNAVAILABLE
+        else Component(
+            "x",
+            "a test",
+            label,
+            joules,
+            low_j=joules * (1 - spread),
+            high_j=joules * (1 + spread),
+            resolution_j=joules / 100,
+            systematic_j=joules / 200,
+            counter_label=label,
+        )
     ),
-    st.sampled_from(Label),
+    st.sampled_from([label for label in Label if label is not Label.SOURCED]),
     st.floats(0.001, 1e6),
     st.floats(0, 1),
 )
@@ -287,7 +293,8 @@ def test_labels_never_improve_by_summing(parts: list[Component]) -> None:
     assert (energy.total_j is None) == (not parts or any(part.joules is None for part in parts))
     if energy.total_j is not None:
         assert energy.total_j == pytest.approx(sum(part.joules or 0 for part in parts))
-    if energy.low_j is not None and energy.high_j is not None and energy.total_j is not None:
+        assert energy.low_j is not None
+        assert energy.high_j is not None
         assert energy.low_j <= energy.total_j * (1 + 1e-9)
         assert energy.total_j <= energy.high_j * (1 + 1e-9)
 

@@ -413,13 +413,75 @@ async def test_what_a_lease_has_cost_so_far(make: Make) -> None:
     json.dumps(use)
 
 
+async def test_lease_and_start_shorter_than_the_counter(make: Make) -> None:
+    """A lease and a start that the counter is too slow for are modelled and flagged, as the prompts in them are."""
+    made = make(ticks_of_100_ms())
+    made.passes(2.0)
+    with made.meter.load("x"):
+        made.passes(0.1)
+    made.passes(1.0)
+    made.bind(LEASE)
+    made.prompt(0.1)
+    made.bind(None)
+    windows = await made.windows()
+    [load], [lease], [prompt] = (
+        of_kind(windows, kind) for kind in (WindowKind.LOAD, WindowKind.LEASE, WindowKind.PROMPT)
+    )
+    for window in (load, lease):
+        assert window.total_j is not None
+        assert "too_short" in detail(window)["flags"]
+    assert lease.total_j == pytest.approx(prompt.total_j)
+
+
+async def test_counter_that_stands_still_for_a_while(make: Make) -> None:
+    """No window is written while its counter stands still: afterwards prompts and idle time are exactly the lease.
+
+    100 W; the counter stands still from 1005 to 1012 s, in which two prompts of 1 s are answered.
+    """
+    still = FakeCounter(lambda now_s: WATTS * (now_s if not 1005 < now_s < 1012 else 1005.0), name="gpu:GPU-x",
+                        label=Label.SIMULATED, max_age_s=None)  # fmt: skip
+    made = make(still)
+    made.passes(2.0)
+    made.bind(LEASE)
+    for _ in range(3):
+        made.passes(1.0)
+        made.prompt(1.0)
+        await made.windows()
+    assert made.clock.now_s < 1012
+    assert len(await made.windows()) <= 3
+    made.passes(6.0)
+    made.bind(None)
+    made.passes(1.0)
+    windows = await made.windows()
+    [lease] = of_kind(windows, WindowKind.LEASE)
+    own = [window for window in windows if window.request_id == "request-1" and window is not lease]
+    assert len(of_kind(windows, WindowKind.PROMPT)) == 3
+    assert not any("provisional" in detail(window)["flags"] for window in windows)
+    assert None not in [window.total_j for window in own]
+    assert sum(window.total_j or 0.0 for window in own) == pytest.approx(lease.total_j, rel=1e-9)
+
+
+async def test_counter_that_does_not_come_back(make: Make) -> None:
+    """What a dead counter has not told after `SETTLE_S` is unavailable and says so, rather than extrapolated."""
+    made = make(FakeCounter(lambda now_s: WATTS * min(now_s, 1003.0), name="gpu:GPU-x",
+                            label=Label.SIMULATED, max_age_s=None))  # fmt: skip
+    made.passes(2.0)
+    made.bind(LEASE)
+    made.prompt(1.2)
+    assert of_kind(await made.windows(), WindowKind.PROMPT) == []
+    made.passes(prompt_meter.SETTLE_S)
+    [prompt] = of_kind(await made.windows(), WindowKind.PROMPT)
+    assert prompt.total_j is None
+    assert "stale" in detail(prompt)["flags"]
+
+
 # --- every moment once -------------------------------------------------------------------------------------
 
 
-def ticks_of_100_ms() -> FakeCounter:
-    """A counter as NVML's, under a power that goes up and down."""
+def ticks_of_100_ms(stalls: int = 0) -> FakeCounter:
+    """A counter as NVML's, under a power that goes up and down; of every 20 s it stands still for some."""
     curve = PowerCurve(0.0, [(0.37, 60.0 + 40 * (step % 7)) for step in range(6000)])
-    ticks = Ticks(curve.joules, [0.1 * tick for tick in range(30_000)], 1e-3)
+    ticks = Ticks(curve.joules, [0.1 * tick for tick in range(30_000) if tick % 200 >= 10 * stalls], 1e-3)
     return FakeCounter(ticks, name="gpu:GPU-x", label=Label.SIMULATED, max_age_s=None, step=1e-3, limit_w=700.0)
 
 
@@ -435,16 +497,18 @@ events = st.lists(
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(events=events, ticking=st.booleans())
-async def test_every_moment_is_charged_once(make: Make, events: list[tuple[str, int, int]], ticking: bool) -> None:
+@given(events=events, ticking=st.booleans(), stalls=st.sampled_from([0, 3, 8]))
+async def test_every_moment_is_charged_once(
+    make: Make, events: list[tuple[str, int, int]], ticking: bool, stalls: int
+) -> None:
     """Whatever happens, prompts and idle time of a lease are the lease, and all windows together are all that flowed.
 
     No window is negative or 0 J, none has a better label than its counter, and the numbers have no holes.
     """
-    made = make(*([ticks_of_100_ms()] if ticking else []))
+    made = make(*([ticks_of_100_ms(stalls)] if ticking else []))
     begun_s, flying, leases = made.clock.now_s, [], 0
     if ticking:
-        made.passes(1.0)  # what was before its first steps is not known
+        made.passes(stalls + 1.0)  # what was before its first steps is not known
     made.bind(LEASE)
     for what, ticks, tokens in events:
         if what == "bind":
@@ -468,6 +532,7 @@ async def test_every_moment_is_charged_once(make: Make, events: list[tuple[str, 
         made.end(flight)
     made.bind(None)
     ended_s = made.clock.now_s
+    made.passes(stalls if ticking else 0)
     windows = await made.windows()
     assert [window.window_id for window in windows] == [f"p-{number + 1}" for number in range(len(windows))]
     parts = [window for window in windows if window.kind is not WindowKind.LEASE]

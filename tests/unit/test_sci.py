@@ -17,8 +17,14 @@ SETTINGS = SCISettings(pue=1.2, functional_unit="output_token", allow_estimates=
 DEU, FRA = (GridIntensity(value, zone, "ecologits", "0.11") for value, zone in ((329.65, "DEU"), (41.44, "FRA")))
 
 
-def gpu(joules: float, label: Label = Label.MEASURED, **more: float) -> Energy:
-    return total([Component("gpu:x", "a test", label, joules, **more)])  # type: ignore[arg-type]
+def gpu(joules: float, label: Label = Label.MEASURED, **bounds: float) -> Energy:
+    return total([part("gpu:x", joules, label, **bounds)])
+
+
+def part(name: str, joules: float, label: Label = Label.MEASURED, **bounds: float) -> Component:
+    """A component whose bounds are those given, else exact."""
+    known: dict[str, float] = {"low_j": joules, "high_j": joules, "systematic_j": 0.0} | bounds
+    return Component(name, "a test", label, joules, counter_label=label, **known)  # type: ignore[arg-type]
 
 
 # --- the formula, worked through -------------------------------------------------------------------------------
@@ -79,16 +85,60 @@ def test_pue_counts_once() -> None:
 # --- what a score says of itself -------------------------------------------------------------------------------
 
 
-def test_measured_score_tells_its_methods() -> None:
-    """A score tells its unit, its boundary and, for E, I, M and R, where each is from."""
+def test_score_tells_its_methods() -> None:
+    """A score tells its unit, its boundary and the labels of E, I, M and R; its own label is the worst of them.
+
+    The energy is measured, the grid and the embodied carbon are published factors: the score is sourced.
+    """
     found = score(gpu(760.0), duration_s=2.0, units=250, settings=SETTINGS, grid=DEU)
-    assert (found.unit, found.units, found.method, found.boundary) == ("output_token", 250, "measured", ("gpu:x",))
+    assert (found.unit, found.units, found.method, found.boundary) == ("output_token", 250, "sourced", ("gpu:x",))
     assert found.methods == {"E": "measured", "I": "sourced", "M": "sourced", "R": "measured"}
     assert found.flags == ()
-    assert found.low is not None
-    assert found.sci_score is not None
-    assert found.high is not None
-    assert found.low < found.sci_score < found.high  # the range of the embodied carbon
+
+
+def test_range_of_everything() -> None:
+    """Low and high hold the counter's resolution, the grid's range and the embodied carbon's.
+
+    3600 J (3240 to 3960) with PUE 2 are 2 Wh (1.8 to 2.2); at 400 g/kWh (300 to 500) 0.8 g (0.54 to 1.1). An hour of
+    1 g (0.5 to 2) is 1 g. For 2 requests: 0.9 g each (0.52 to 1.55).
+    """
+    settings = SCISettings(2.0, "request", allow_estimates=False, embodied=Embodied(1.0, 0.5, 2.0, "x"))
+    grid = GridIntensity(400.0, None, "our meter", "2026-01-01", low=300.0, high=500.0)
+    energy = gpu(3600.0, low_j=3240.0, high_j=3960.0)
+    found = score(energy, duration_s=3600.0, units=2, settings=settings, grid=grid)
+    assert (found.o_low_g, found.o_g, found.o_high_g) == pytest.approx((0.54, 0.8, 1.1))
+    assert (found.m_low_g, found.m_g, found.m_high_g) == pytest.approx((0.5, 1.0, 2.0))
+    assert (found.low, found.sci_score, found.high) == pytest.approx((0.52, 0.9, 1.55))
+
+
+def test_grams_have_a_range_without_a_score() -> None:
+    """Nothing was produced: no score, but the grams of the window and their ranges are known."""
+    found = score(gpu(760.0), duration_s=2.0, units=0, settings=SETTINGS, grid=DEU)
+    assert (found.sci_score, found.low, found.high) == (None, None, None)
+    assert None not in (found.o_low_g, found.o_g, found.o_high_g, found.m_low_g, found.m_g, found.m_high_g)
+
+
+@pytest.mark.parametrize(
+    ("energy", "units", "grid", "method"),
+    [
+        (gpu(9.0, Label.MODELED), 9, DEU, "modeled"),
+        (gpu(9.0, Label.SIMULATED), 9, DEU, "simulated"),
+        (gpu(9.0), None, DEU, "unavailable"),
+        (gpu(9.0), 9, None, "unavailable"),
+        (total([]), 9, DEU, "unavailable"),
+    ],
+)
+def test_label_is_the_worst(energy: Energy, units: int | None, grid: GridIntensity | None, method: str) -> None:
+    """A score's label is the worst of those of E, I, M and R: an unknown part makes it unavailable."""
+    assert score(energy, duration_s=2.0, units=units, settings=SETTINGS, grid=grid).method == method
+
+
+def test_units_not_known() -> None:
+    """R is measured where the units are known, 0 among them, and unavailable where they are not."""
+    methods = [
+        score(gpu(9.0), duration_s=2.0, units=units, settings=SETTINGS, grid=DEU).methods["R"] for units in (9, 0, None)
+    ]
+    assert methods == ["measured", "measured", "unavailable"]
 
 
 def test_estimate_where_none_is_wanted() -> None:
@@ -115,10 +165,10 @@ def test_estimate_where_allowed() -> None:
 
 
 def test_sampled_counts_as_measured() -> None:
-    """Integrated power samples are a measurement, told by its own label."""
+    """Integrated power samples are a measurement: they have a score where estimates are not allowed."""
     found = score(gpu(760.0, Label.MEASURED_SAMPLED), duration_s=2.0, units=250, settings=SETTINGS, grid=DEU)
     assert found.sci_score is not None
-    assert found.method is Label.MEASURED_SAMPLED
+    assert found.methods["E"] == "measured_sampled"
 
 
 def test_simulated_is_no_measurement() -> None:
@@ -130,11 +180,18 @@ def test_simulated_is_no_measurement() -> None:
 
 
 def test_range_without_any() -> None:
-    """A measured energy and an embodied carbon without a range have no low and high."""
+    """Where nothing has a range, low and high are the score itself: they are there whenever it is."""
     settings = SCISettings(1.0, "request", allow_estimates=False, embodied=Embodied(36.0, 36.0, 36.0, "x"))
     found = score(gpu(760.0), duration_s=2.0, units=1, settings=settings, grid=DEU)
     assert found.sci_score is not None
-    assert (found.low, found.high) == (None, None)
+    assert found.low == found.sci_score == found.high
+
+
+@pytest.mark.parametrize(("low", "high"), [(401.0, None), (None, 399.0), (-1.0, None)])
+def test_grid_value_outside_its_range(low: float | None, high: float | None) -> None:
+    """A grid value below its low, or above its high, is a mistake in the settings."""
+    with pytest.raises(BadSettings, match="low_gco2eq_per_kwh"):
+        GridIntensity(400.0, None, "our meter", "2026-01-01", low=low, high=high)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +224,7 @@ def test_implausible_joules_per_token(joules: float, implausible: bool) -> None:
 
 def test_plausibility_is_for_gpus_and_tokens() -> None:
     """A CPU's joules, and units that are no tokens, are not compared with what tokens cost on GPUs."""
-    cpu = total([Component("package-0", "a test", Label.MEASURED, 1.0)])
+    cpu = total([part("package-0", 1.0)])
     assert score(cpu, duration_s=2.0, units=100, settings=SETTINGS, grid=DEU).flags == ()
     words = SCISettings(1.2, "word", allow_estimates=False, embodied=H100)
     assert score(gpu(1.0), duration_s=2.0, units=100, settings=words, grid=DEU).flags == ()

@@ -1,0 +1,67 @@
+"""When a wrapper's hardware was at work: busy intervals in order of time. Pure.
+
+What is known of a time that has passed does not change any more: work is noted when it begins and when it ends.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+
+KEPT_INTERVALS = 50_000
+"""Busy intervals that are kept at least."""
+
+
+class Activity:
+    """The times in which prompts were in flight, or an LLM was starting. Not thread-safe: its owner locks.
+
+    ``known_from_s``: of earlier times nothing is known any more.
+    """
+
+    def __init__(self) -> None:
+        self.known_from_s = -math.inf
+        self._running = 0
+        self._begins_s = array("d")
+        self._ends_s = array("d")
+
+    def begin(self, at_s: float) -> None:
+        """Note that a piece of work begins; times never go back."""
+        self._running += 1
+        if self._running > 1:
+            return
+        if self._ends_s and at_s <= self._ends_s[-1]:
+            self._ends_s[-1] = math.inf
+            return
+        self._begins_s.append(at_s)
+        self._ends_s.append(math.inf)
+        if len(self._begins_s) > 2 * KEPT_INTERVALS:
+            self.known_from_s = self._ends_s[KEPT_INTERVALS - 1]
+            del self._begins_s[:KEPT_INTERVALS], self._ends_s[:KEPT_INTERVALS]
+
+    def end(self, at_s: float) -> None:
+        """Note that a piece of work ends."""
+        self._running -= 1
+        if not self._running:
+            self._ends_s[-1] = at_s
+
+    def busy_s(self, start_s: float, end_s: float) -> float:
+        """Return for how many seconds between two times there was any work."""
+        begins_s, ends_s = self._begins_s, self._ends_s
+        busy_s = 0.0
+        index = bisect_right(ends_s, start_s)
+        while index < len(begins_s) and begins_s[index] < end_s:
+            busy_s += min(ends_s[index], end_s) - max(begins_s[index], start_s)
+            index += 1
+        return busy_s
+
+    def next_begin_s(self, time_s: float) -> float:
+        """Return when the work of this time, or the next after it, began; infinite if there is none."""
+        index = bisect_right(self._ends_s, time_s)
+        return self._begins_s[index] if index < len(self._begins_s) else math.inf
+
+    def idle(self, after_s: float, until_s: float) -> Iterator[tuple[float, float]]:
+        """Yield the intervals without work that end after one time, and at or before another."""
+        for index in range(bisect_right(self._begins_s, after_s), bisect_right(self._begins_s, until_s)):
+            yield (self._ends_s[index - 1] if index else self.known_from_s), self._begins_s[index]
