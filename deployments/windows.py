@@ -276,7 +276,7 @@ class Track:
     ) -> None:
         self._max_age_s = max_age_s
         self._step = step
-        self._max_rate = max_rate
+        self.max_rate = max_rate
         self._history_s = history_s
         self._stale_s = stale_s
         self._activity = Activity() if activity is None else activity
@@ -361,4 +361,4 @@ class Track:
             raise NoWindow("no_edge")
         if last_s > run.seen_s[-1] + self._stale_s:
             raise NoWindow("stale")
-        return run.levels(times_s, self._step, self._max_rate)
+        return run.levels(times_s, self._step, self.max_rate)

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import httpx
 
-from deployments import energy_sources
+from deployments import gpu_counters, gpu_info
 from deployments.cpu_time import CPUTimeTree
 from deployments.energy import CPUModel
 from deployments.energy_sources import CPUModelSource, GPUCounter, PowercapZone, Source
@@ -127,7 +127,8 @@ def counters(folder: Path) -> list[Source]:
     """A GPU and two zones."""
     gpu = FakeGPU()
     nvml = FakeNVML(gpu)
-    vars(energy_sources)["pynvml"] = nvml
+    for module in (gpu_counters, gpu_info):
+        vars(module)["pynvml"] = nvml
     nvml.nvmlInit()
     return [
         GPUCounter(gpu.uuid, gpu, CPUTimeTree(os.getpid())),
