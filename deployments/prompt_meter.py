@@ -25,6 +25,7 @@ from deployments.meter import Meter
 from deployments.neighbours import Neighbours
 from deployments.sci import Score, grid_intensity, score
 from deployments.timeline import Interval, Stretch, Timeline
+from deployments.token_weights import UNKNOWN, TokenWeight
 from deployments.zeus_source import zeus_gpus
 from registry.errors import BadSettings
 from registry.reconcile import Belief, LeaseGrant
@@ -79,6 +80,7 @@ class PromptMeter:
         self._process = process
         self._utc_s = utc_s
         self._flights = Flights()
+        self._weight = TokenWeight()
         self._timeline: Timeline[LeaseAccount] = Timeline(self._meter.mark())
         self._starts: deque[Start] = deque()
         self._log = EnergyLog(wrapper_id, process, grid=self._grid, embodied=self._sci.embodied, pue=self._sci.pue)
@@ -131,6 +133,8 @@ class PromptMeter:
         finally:
             start.end_s = self._meter.mark()
             self._meter.work_ends(start.end_s)
+            if not start.woken or model != self._model:
+                self._weight, self._flights.weight = TokenWeight(), UNKNOWN
             self._model = model
             if self._timeline.holder is not None:
                 self._timeline.holder.model = model
@@ -368,6 +372,9 @@ class PromptMeter:
             return False
         energy, found = self._figures(flight, for_good=True)
         self._flights.written()
+        if flight.tokens is not None and flight.tokens.computed is not None:
+            self._weight.learn(flight.tokens.computed, flight.tokens.output, energy)
+            self._flights.weight = self._weight.weight
         account = flight.account
         if account is not None:
             _add(account, flight, found)
@@ -451,7 +458,7 @@ def _add(account: LeaseAccount, flight: Flight, found: Score) -> None:
     account.words = None if account.words is None or flight.words is None else account.words + flight.words
     account.tokens = (
         None
-        if account.tokens is None or tokens is None
+        if account.tokens is None or tokens is None or tokens.cached is None
         else (
             account.tokens[0] + tokens.prompt,
             account.tokens[1] + tokens.cached,
