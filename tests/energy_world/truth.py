@@ -237,9 +237,7 @@ class Truth:
                 self._steps(name, [s.own_w[part] * e for s, e in zip(segments, each, strict=True)])
                 for part in range(1, 5)
             ]
-            per_watt = [
-                s.own_w[0] / sum(watts for _, watts in s.in_flight) if s.in_flight else 0.0 for s in segments
-            ]
+            per_watt = [s.own_w[0] / sum(watts for _, watts in s.in_flight) if s.in_flight else 0.0 for s in segments]
             gpu = self._steps(name, per_watt)
             for p in self.history.prompts:
                 if p.wrapper != name or not p.ran:
