@@ -195,10 +195,8 @@ class Nvml:
                 weights = llm_of(machine, engine.llm).memory_bytes // len(gpus) if now_s >= engine.loaded_s else 0
                 # The engine's worker holds the context.
                 found.append((engine.pid + 1, min(CONTEXT_BYTES + weights, gpu.memory_bytes - 3 * GIB)))
-        for stranger in self._history.strangers:
-            if stranger.gpu == gpu.index and stranger.begin_s <= now_s < stranger.end_s:
-                found.append((stranger.pid, GIB))
-        return found
+        strangers = [s for s in self._history.strangers if s.gpu == gpu.index and s.begin_s <= now_s < s.end_s]
+        return found + [(stranger.pid, GIB) for stranger in strangers]
 
     def _started(self) -> None:
         self.calls += 1

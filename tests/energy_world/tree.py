@@ -92,10 +92,7 @@ def processes_of(truth: Truth) -> list[Process]:
         Process(RAYLET_PID, INIT_PID, "raylet", -UPTIME_S + 60, 1e9, tuple(system), 500.0, pages=20_000),
     ]
     for life in history.lives:
-        engines = []
-        for engine in history.engines:
-            if engine.wrapper_pid == life.pid:
-                engines.append(_engine(truth, engine))
+        engines = [_engine(truth, engine) for engine in history.engines if engine.wrapper_pid == life.pid]
         # One that ends with its wrapper is reaped by init.
         reaped = tuple(engine[0] for engine in engines if engine[0].end_s < life.end_s)
         front = truth.front_cpus[life.wrapper]

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -265,7 +266,8 @@ def _segments(history: History, wrapper: Wrapper) -> list[Segment]:
     gpus = [history.machine.gpus[index] for index in wrapper.gpus]
     foreign = [s for s in history.strangers if s.gpu in wrapper.gpus]
     cuts = {0.0, history.horizon_s}
-    cuts.update(at for x in (*lives, *foreign) for at in (x.begin_s, x.end_s))
+    cuts.update(at for life in lives for at in (life.begin_s, life.end_s))
+    cuts.update(at for stranger in foreign for at in (stranger.begin_s, stranger.end_s))
     cuts.update(at for x in engines for at in (x.begin_s, x.loaded_s, x.end_s))
     cuts.update(at for p in prompts for at in (p.begin_s, p.prefill_end_s, p.end_s))
     cuts.update(from_s for gpu in gpus for from_s, _ in gpu.limits)
@@ -276,7 +278,7 @@ def _segments(history: History, wrapper: Wrapper) -> list[Segment]:
     running: list[Prompt] = []
     segments = []
     llms = {llm.name: llm for llm in history.machine.llms}
-    for begin_s, end_s in zip(times, times[1:], strict=False):
+    for begin_s, end_s in pairwise(times):
         running = [p for p in running if p.end_s > begin_s] + starting.get(begin_s, [])
         engine = next((x for x in engines if x.begin_s <= begin_s < x.end_s), None)
         loaded = engine is not None and engine.loaded_s <= begin_s
@@ -300,6 +302,15 @@ def _segments(history: History, wrapper: Wrapper) -> list[Segment]:
     return segments
 
 
+def _gpu_powers(
+    limit_w: float, *, fixed_w: float, load_w: float, active_w: float, foreign_w: float
+) -> tuple[float, float, float]:
+    """Return the power [W] of base, prompts and strangers. At its limit, a GPU slows all that work on it down."""
+    wanted_w = load_w + active_w + foreign_w
+    scale = min(1.0, (limit_w - fixed_w) / wanted_w) if wanted_w else 1.0
+    return fixed_w + scale * load_w, scale * active_w, scale * foreign_w
+
+
 def _segment(
     history: History,
     wrapper: Wrapper,
@@ -317,21 +328,18 @@ def _segment(
     alone_w = 0.0
     if llm and in_flight:
         alone_w = sum(w ** (1 / llm.batch_exponent) for _, w in in_flight) ** llm.batch_exponent
-    gpu_w, base_gpu_w, own_gpu_w, foreign_w = [], 0.0, 0.0, 0.0
-    for index in wrapper.gpus:
-        gpu = history.machine.gpus[index]
-        fixed_w = gpu.idle_w + (gpu.context_w if engine else 0.0)
-        load_w = gpu.load_w if engine and not loaded else 0.0
-        active_w = alone_w * gpu.gain
-        other_w = foreign.get(index, 0.0)
-        wanted_w = load_w + active_w + other_w
-        # A GPU at its limit slows everybody on it down.
-        room_w = gpu.limit_w(span[0]) - (MODULE_CPU_W if history.machine.is_module else 0.0) - fixed_w
-        scale = min(1.0, room_w / wanted_w) if wanted_w else 1.0
-        gpu_w.append(fixed_w + scale * wanted_w)
-        base_gpu_w += fixed_w + scale * load_w
-        own_gpu_w += scale * active_w
-        foreign_w += scale * other_w
+    reserve_w = MODULE_CPU_W if history.machine.is_module else 0.0
+    gpus = [
+        _gpu_powers(
+            gpu.limit_w(span[0]) - reserve_w,
+            fixed_w=gpu.idle_w + (gpu.context_w if engine else 0.0),
+            load_w=gpu.load_w if engine and not loaded else 0.0,
+            active_w=alone_w * gpu.gain,
+            foreign_w=foreign.get(gpu.index, 0.0),
+        )
+        for gpu in (history.machine.gpus[index] for index in wrapper.gpus)
+    ]
+    base_gpu_w, own_gpu_w, foreign_w = (sum(powers[part] for powers in gpus) for part in range(3))
     front = wrapper.idle_cpus if alive else 0.0
     load = wrapper.load_cpus if engine and not loaded else 0.0
     serve = wrapper.loaded_cpus if loaded else 0.0
@@ -348,7 +356,7 @@ def _segment(
         in_flight=in_flight,
         base_w=(base_gpu_w, base_cpus * cpu.busy_w, idle_w, base_cpus * cpu.dram_busy_w, dram_idle_w),
         own_w=(own_gpu_w, prompt_cpus * cpu.busy_w, 0.0, prompt_cpus * cpu.dram_busy_w, 0.0),
-        gpu_w=tuple(gpu_w),
+        gpu_w=tuple(sum(powers) for powers in gpus),
         foreign_w=foreign_w,
         front_cpus=front,
         serve_cpus=serve + prompt_cpus,

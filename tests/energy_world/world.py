@@ -18,9 +18,10 @@ from typing import Self
 
 from tests.energy_world.counters import Fault, gpu_counters, rapl_zones
 from tests.energy_world.expected import Expected
-from tests.energy_world.history import Event, History, random_history
+from tests.energy_world.history import Event, History
 from tests.energy_world.machine import Machine, random_kind, random_machine
 from tests.energy_world.nvml import Nvml
+from tests.energy_world.random_history import random_history
 from tests.energy_world.tree import FileTree
 from tests.energy_world.truth import Truth
 
