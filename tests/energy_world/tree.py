@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tests.energy_world.counters import Zone
@@ -23,7 +24,7 @@ USER_PART = 0.85
 GIB_PAGES = 2**30 // 4096
 
 
-@dataclass
+@dataclass(eq=False)
 class Process:
     """One process. ``parts`` are pairs of (busy processors over time, this process' share of them)."""
 
@@ -39,13 +40,13 @@ class Process:
     reaping: Reaping = "at_once"
     pages: int = GIB_PAGES
 
-    @property
+    @cached_property
     def gone_s(self) -> float:
         """When its directory is gone [s]."""
         late = {"zombie": ZOMBIE_S, "twice": TEAR_S}.get(self.reaping, 0.0)
         return self.end_s + late
 
-    @property
+    @cached_property
     def reaped_s(self) -> float:
         """When its parent's counters hold its CPU time [s]."""
         late = {"zombie": ZOMBIE_S, "missing": TEAR_S}.get(self.reaping, 0.0)
@@ -61,8 +62,12 @@ class Process:
     def children_cpu_s(self, now_s: float) -> float:
         """Return the CPU time [s] of the children that it has reaped."""
         now_s = min(now_s, self.end_s)
-        reaped = [child for child in self.children if child.reaped_s <= now_s]
-        return sum(child.own_cpu_s(child.end_s) + child.children_cpu_s(child.end_s) for child in reaped)
+        return sum([child.final_cpu_s for child in self.children if child.reaped_s <= now_s])
+
+    @cached_property
+    def final_cpu_s(self) -> float:
+        """CPU time [s] that its parent gets: its own and that of its children."""
+        return self.own_cpu_s(self.end_s) + self.children_cpu_s(self.end_s)
 
     def ticks(self, now_s: float) -> tuple[int, int, int, int]:
         """Return utime, stime, cutime and cstime [clock ticks]."""
@@ -159,6 +164,7 @@ class FileTree:
         self.processes = processes_of(truth)
         self._earlier_cpu_s = 3_000.0 + sum(process.earlier_cpu_s for process in self.processes)
         self._root: Path | None = None
+        self._alive = list(self.processes)
         self._files: dict[str, tuple[int, int]] = {}
         self._last: dict[int | str, object] = {}
 
@@ -189,16 +195,17 @@ class FileTree:
         """Bring the files under ``root`` to the state at a time that is not before the last one."""
         if self._root != root:
             self.close()
-            self._root = root
+            self._root, self._alive = root, list(self.processes)
             self._begin(root)
         for zone in self._zones:
             self._write_zone(zone, now_s)
         self._put("proc/stat", self._proc_stat(now_s))
-        for process in self.processes:
-            visible = process.begin_s <= now_s < process.gone_s
-            if not visible:
-                if process.pid in self._last:
-                    self._remove(process)
+        for process in [p for p in self._alive if p.gone_s <= now_s]:
+            self._alive.remove(process)
+            if process.pid in self._last:
+                self._remove(process)
+        for process in self._alive:
+            if process.begin_s > now_s:
                 continue
             key = (process.ticks(now_s), now_s >= process.end_s)
             last = self._last.get(process.pid)
