@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.energy_world.expected import Expected
 from tests.energy_world.history import Engine as EngineProcess
-from tests.energy_world.history import History, Lease, Life, Prompt
+from tests.energy_world.history import History, Lease, Life, Load, Prompt, Stranger
 from tests.energy_world.machine import KINDS, Cpu, Gpu, Llm, Machine, Wrapper, random_kind, random_machine
 from tests.energy_world.random_history import random_history
 from tests.energy_world.truth import Energy, Steps, Truth, sum_of, total
@@ -104,6 +105,36 @@ def test_power_limit_by_hand() -> None:
     truth = Truth(history)
     assert truth.gpus[0].at(3.0) == 250.0
     assert Expected(truth).prompt("p0").own.gpu_j == pytest.approx(300.0)
+
+
+def test_stranger_by_hand() -> None:
+    """100 W for 2 s on the wrapper's GPU are 200 J of nobody: in the machine, not in the lease."""
+    plain = by_hand((2.0, 2.5, 3.5))
+    shared = replace(plain, strangers=(Stranger(9, 2.0, 4.0, cpus=1.0, gpu=0, gpu_w=100.0),))
+    alone, beside = Expected(Truth(plain)), Expected(Truth(shared))
+    assert close(beside.unassigned(), Energy(200.0, 8.0, 0.0, 2.0, 0.0))
+    assert close(beside.machine() - alone.machine(), Energy(200.0, 8.0, 0.0, 2.0, 0.0), 5000.0)
+    assert beside.lease("lease").foreign_j == pytest.approx(200.0)
+    assert close(beside.lease("lease").total, alone.lease("lease").total)
+
+
+def test_death_by_hand() -> None:
+    """Without its process for 2 s, a wrapper takes 60 W of its idle GPU, 50 W and 10 W: a hole of 240 J."""
+    plain = by_hand((2.0, 2.5, 3.0))
+    [engine], [life], [lease] = plain.engines, plain.lives, plain.leases
+    back = replace(engine, pid=201, wrapper_pid=200, begin_s=6.0, loaded_s=7.0)
+    died = replace(
+        plain,
+        lives=(replace(life, end_s=4.0), replace(life, pid=200, begin_s=6.0)),
+        engines=(replace(engine, end_s=4.0), back),
+        loads=(Load("load", "wrapper-0", "alpha", 6.0, 7.0, "lease"),),
+        leases=(replace(lease, holes=((4.0, 6.0),)),),
+    )
+    truth = Expected(Truth(died)).lease("lease")
+    assert [hole.energy.total_j for hole in truth.holes] == [pytest.approx(240.0)]
+    assert [load.energy.gpu_j for load in truth.loads] == [pytest.approx(130.0)]
+    assert [(part.begin_s, part.end_s) for part in truth.idle] == [(1.0, 2.0), (3.0, 4.0), (7.0, 9.0)]
+    assert truth.metered.total_j == pytest.approx(truth.total.total_j - 240.0)
 
 
 def test_counted_and_steady_by_hand() -> None:
