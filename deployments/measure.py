@@ -266,7 +266,7 @@ def _retries_told(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _lease_line(llm: str, repetition: int, state: RequestState) -> dict[str, Any]:
-    return {"llm": llm, "repetition": repetition, **state.model_dump(mode="json", exclude={"address"})}
+    return {"llm": llm, "repetition": repetition, **state.model_dump(mode="json", exclude={"url", "address"})}
 
 
 def said(state: RequestState) -> str:

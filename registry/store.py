@@ -251,6 +251,16 @@ class Store:
             row = connection.execute(wanted).one_or_none()
         return None if row is None else (row.body_sha256, row.request_ids)
 
+    def forget_idempotency_key(self, tenant: str, key: str) -> None:
+        """Remove a key of a tenant, which may be used for another request then. Idempotent.
+
+        Raises:
+            StoreUnavailable: as for ``commit``.
+        """
+        rows = IDEMPOTENCY_KEYS.c
+        with self._transaction() as connection:
+            connection.execute(delete(IDEMPOTENCY_KEYS).where(rows.tenant == tenant, rows.key == key))
+
     def keep_windows(self, rows: Sequence[KeptWindow]) -> frozenset[str]:
         """Write energy windows in one transaction. One that is there already stays as it is.
 

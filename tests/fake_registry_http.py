@@ -126,7 +126,7 @@ class HttpRegistry:
     def end(self, request_id: str, status: str, reason: str | None = None) -> RequestState:
         """End a request, as the registry does by itself."""
         state = self.requests[request_id]
-        self.requests[request_id] = state.model_copy(update={"status": status, "address": None, "reason": reason})
+        self.requests[request_id] = state.model_copy(update={"status": status, "url": None, "reason": reason})
         return self.requests[request_id]
 
     def _post(self, path: str, body: bytes, key: str | None) -> Reply:
@@ -172,7 +172,7 @@ class HttpRegistry:
             if last not in self.requests:
                 return error(404, "unknown_request")
             if self.requests[last].status == "queued" and self.open[0].requestId == last:
-                update = {"status": "deployed", "address": f"{self.url}/wrappers/{last}"}
+                update = {"status": "deployed", "url": f"{self.url}/wrappers/{last}"}
                 self.requests[last] = self.requests[last].model_copy(update=update)
             self.requests[last] = self.on_poll(self.requests[last])
             return 200, self.requests[last].model_dump()
