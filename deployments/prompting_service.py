@@ -42,8 +42,8 @@ def root_router(call: Callable[..., Awaitable[Any]]) -> APIRouter:
     ``url``, with method and body; nothing is proxied.
     """
     router = APIRouter()
-    refused = {status: {"model": ErrorAnswer} for status in (401, 403, 410, 503)}
-    answers: dict[int | str, dict[str, Any]] = {307: {"description": "To the same path below the `url`"}, **refused}
+    answers: dict[int | str, dict[str, Any]] = {307: {"description": "To the same path below the `url`"}}
+    answers |= {status: {"model": ErrorAnswer} for status in (401, 403, 410, 503)}
 
     @router.get("/", response_model=dict[str, str])
     async def root() -> dict[str, str]:
