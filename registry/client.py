@@ -43,7 +43,9 @@ RETRY_FOR_S = 30.0
 LOOK_S = 1.0
 """How often a machine that is being drained is looked at, seconds."""
 
-_PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+_PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
+"""Answers after which a call is repeated, if they say so; not 504, after which it would wait as long again."""
+
 _REPORT = TypeAdapter(MeasurementReport)
 
 ENDED = frozenset({"released", "expired", "cancelled", "failed"})

@@ -157,6 +157,19 @@ def test_request_that_is_refused_is_not_repeated(registry: Make) -> None:
     assert len(script.requests) == 1
 
 
+def test_what_was_interrupted_is_repeated(registry: Make) -> None:
+    """A call whose server ended in the middle (502) is sent again, with the same key; one that took too long is not."""
+    cut = httpx.Response(502, json={"code": "interrupted", "message": "it ended", "retryable": True})
+    late = httpx.Response(504, json={"code": "gateway_timeout", "message": "too long", "retryable": True})
+    accepted = httpx.Response(201, json={"requests": []})
+    client, script = registry(cut, accepted, cut, STATE, late)
+    client.request(7, [{}])
+    assert client.status("r1").status == "queued"
+    with pytest.raises(AnswerError, match="too long"):
+        client.status("r1")
+    assert len({request.headers["idempotency-key"] for request in script.requests[:2]}) == 1
+
+
 def test_request_with_a_key_is_repeated(registry: Make) -> None:
     """With a key the registry knows a POST that it has seen: it is sent again, the very same, until it is answered."""
     full = {"code": "queue_full", "message": "later", "retryable": True}
