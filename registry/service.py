@@ -49,6 +49,7 @@ from registry.reconcile import (
     WrapperReport,
     plan,
     wanted_wrappers,
+    with_known_ids,
 )
 from registry.settings import Settings
 from registry.state import (
@@ -674,7 +675,12 @@ class Service:
 
     async def _reconcile(self) -> None:
         observed = await self._cluster.observe()
-        observed = replace(observed, leaving=observed.leaving | self._switching_off)
+        known = self.allocator.machines()
+        machines = with_known_ids(observed.machines, known)
+        for named, machine in zip(observed.machines, machines, strict=True):
+            if named.machine_id != machine.machine_id and all(machine.node_id != each.node_id for each in known):
+                log.warning("a node joined under another's name", name=named.machine_id, machine_id=machine.machine_id)
+        observed = replace(observed, machines=machines, leaving=observed.leaving | self._switching_off)
         self._deployed = observed.wrapper_ids | observed.leaving
         wanted: dict[str, tuple[WrapperPlan, ...]] = {
             machine.machine_id: wanted_wrappers(
@@ -686,7 +692,7 @@ class Service:
             )
             for machine in observed.machines
         }
-        steps = plan(self.allocator.machines(), self.allocator.wrappers(), observed, wanted)
+        steps = plan(known, self.allocator.wrappers(), observed, wanted)
         for event in steps.events:
             self._apply(event)
         if steps.switch_off:
