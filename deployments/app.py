@@ -132,7 +132,8 @@ def told_to_clients(settings: Settings, address: str) -> Settings:
     """The settings with a base URL that clients can use: this machine's ``address`` where Serve listens everywhere."""
     if settings.http.public_url is not None or settings.http.host not in EVERY_INTERFACE:
         return settings
-    http = settings.http.model_copy(update={"public_url": f"http://{address}:{settings.http.port}"})
+    host = f"[{address}]" if ":" in address else address
+    http = settings.http.model_copy(update={"public_url": f"http://{host}:{settings.http.port}"})
     return settings.model_copy(update={"http": http})
 
 
