@@ -41,6 +41,9 @@ RAY_ENVIRONMENT = {
 Nothing is reported to anybody, engines count as much as any other program, and the head does not grow.
 """
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts that only this machine reaches."""
+
 ACCESS_FILE = "ray-token"
 """Name of the file in ``state_dir`` with the access token of a local cluster, while it runs."""
 
@@ -83,7 +86,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
             "TMPDIR": str(temporary),
         }
         if settings.http.haproxy:
-            local_only = settings.http.host == "127.0.0.1"
+            local_only = settings.http.host in LOOPBACK
             environment |= haproxy_environment(folder / "h", ports=free_ports(3), local_only=local_only)
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(environment)
@@ -133,9 +136,18 @@ def remove_folder(folder: Path) -> None:
         log.warning("the cluster's folder could not be removed", folder=str(folder))
 
 
+def keep_logs(folder: Path, kept: Path) -> Path:
+    """Copy the logs of a cluster that did not start out of its folder, which is removed; replaces those kept before."""
+    shutil.rmtree(kept, ignore_errors=True)
+    for logs in folder.glob("session_2*/logs"):
+        shutil.copytree(logs, kept, dirs_exist_ok=True)
+    return kept
+
+
 def require_free_port(host: str, port: int, setting: str) -> None:
     """Raise BadSettings, naming the setting, when something listens on the port."""
     try:
-        socket.create_server((host, port)).close()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise BadSettings(setting, f"port {port} of {host} can't be used ({error.strerror}); choose another") from error
