@@ -33,7 +33,7 @@ from registry.logs import configure_logging
 from registry.service import Service
 from registry.settings import Settings, differing, url_host
 from registry.state import LLMSpec
-from registry.store import Store
+from registry.store import Store, parse_url
 
 INGRESS_APP = "registry"
 """Name of the ingress among Serve's applications."""
@@ -97,6 +97,13 @@ def require_engine() -> None:
         raise BadSettings("vllm", "is not installed; install greenprompt-llm-registry with the extra cpu or gpu")
 
 
+def check(settings: Settings) -> None:
+    """Check what needs no cluster to be checked. Raises BadSettings."""
+    require_engine()
+    home_llms(settings)
+    parse_url(settings.store_url)
+
+
 def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[], None] = lambda: None) -> Running:
     """Start everything.
 
@@ -111,8 +118,7 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
         BadSettings: something in the configuration can't work here, or a registry runs there with other settings.
         StartFailed: Ray or Serve does not start, no wrapper was ready in time, or the registry does not answer.
     """
-    require_engine()
-    home_llms(settings)
+    check(settings)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\..*")
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -68,9 +68,10 @@ class _StopWanted(BaseException):
 def _run(settings: Settings, folder: Path | None, record: Callable[..., None], say: Say) -> None:
     _heed_signals()
     try:
-        say("Starting Ray, Serve and a wrapper (it imports vLLM once, about half a minute) …")
         from deployments import app  # seconds: it imports Ray
 
+        app.check(settings)
+        say("Starting Ray, Serve and a wrapper (it imports vLLM once, about half a minute) …")
         try:
             running = app.start(settings, folder, on_joined=_heed_signals)  # Ray has put its own handlers in place
             ready = running._asdict()

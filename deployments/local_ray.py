@@ -35,10 +35,14 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # Calls of the last minutes that the dashboard can show. With Ray's own 100,000 the head grew by 8 MiB a minute.
     "RAY_task_events_max_num_task_in_gcs": "10000",
+    # gRPC, by which the registry's commands reach a wrapper, asks the proxy of the environment even for the machine
+    # itself: no wrapper was ever ready (Ray 2.60). All that it connects to here are machines of the cluster.
+    "no_grpc_proxy": "0.0.0.0/0,::/0",
 }
 """What every process of Ray is told.
 
-Nothing is reported to anybody, engines count as much as any other program, and the head does not grow.
+Nothing is reported to anybody, engines count as much as any other program, the head does not grow, and no proxy lies
+between machines of the cluster.
 """
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
 
+import psutil
+
 from deployments.local_ray import LOOPBACK, free_ports, require_free_port
 from registry.errors import BadSettings
 from registry.settings import Settings, url_host
@@ -92,10 +94,16 @@ def without_proxies(environment: MutableMapping[str, str], *hosts: str) -> None:
 
     Adds them to NO_PROXY and no_proxy; some programs read the one, some the other.
     """
-    own = [*LOOPBACK, socket.gethostname(), *map(url_host, hosts)]
+    own = [*LOOPBACK, socket.gethostname(), *_own_addresses(), *map(url_host, hosts)]
     said = [environment.get(name, "") for name in ("no_proxy", "NO_PROXY")]
     names = dict.fromkeys(name.strip() for name in ",".join([*said, *own]).split(",") if name.strip())
     environment["NO_PROXY"] = environment["no_proxy"] = ",".join(names)
+
+
+def _own_addresses() -> list[str]:
+    addresses = (address for interface in psutil.net_if_addrs().values() for address in interface)
+    families = (socket.AF_INET, socket.AF_INET6)
+    return [address.address.partition("%")[0] for address in addresses if address.family in families]
 
 
 def check(settings: Settings) -> None:

@@ -98,6 +98,9 @@ class FakeApp:
         self.folder: Path | None = None
         self.during: Callable[[], None] = lambda: None
 
+    def check(self, _settings: Settings) -> None:
+        """Nothing is wrong."""
+
     def start(self, _settings: Settings, folder: Path | None, *, on_joined: Callable[[], None] = lambda: None) -> Ready:
         self.calls.append("start")
         self.folder = folder

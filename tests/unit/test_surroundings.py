@@ -77,3 +77,6 @@ def test_no_proxy_lies_between_a_machine_and_itself() -> None:
     without_proxies(empty)
     assert empty["NO_PROXY"].startswith("127.0.0.1,localhost,::1")
     assert socket.gethostname() in empty["NO_PROXY"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect(("192.0.2.1", 9))  # sends nothing: the kernel chooses the address to send from
+        assert route.getsockname()[0] in empty["NO_PROXY"].split(",")
