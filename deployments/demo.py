@@ -86,7 +86,11 @@ def run_demo(config: Path, models: list[str], console: Console) -> None:
             make_tiny_llm(Path(path), seed=number)
     rows = [Row(model) for model in models]
     failed: list[str] = []
-    with _registry(config, console) as url, RegistryClient(url) as registry, httpx.Client(timeout=600) as http:
+    with (
+        _registry(config, console) as url,
+        RegistryClient(url) as registry,
+        httpx.Client(timeout=600, trust_env=False) as http,
+    ):
         ids = registry.request(MEASUREMENT_ID, [_llmconfig(model) for model in models])
         console.print(f"\nPOST /promptingservice/request → {len(ids)} links, polled until the LLM is ours:")
         for row, request_id in zip(rows, ids, strict=True):

@@ -33,6 +33,7 @@ from registry.api import (
     RequestState,
 )
 from registry.errors import RegistryError
+from registry.http import http_client
 from registry.report import MeasurementReport
 from registry.window_report import WindowReport, WindowsPage
 
@@ -131,9 +132,12 @@ class RegistryClient:
     """Calls to one registry. Not for use by several threads at once, but for the prompts of a lease."""
 
     def __init__(self, base_url: str, *, timeout_s: float = 60.0) -> None:
-        """Make a client of the ingress at ``base_url``, as in ``http://127.0.0.1:8000``; nothing is sent yet."""
-        # Without httpx' own limit of 100 connections: how many prompts are in flight is the caller's choice.
-        self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout_s, limits=httpx.Limits())
+        """Make a client of the ingress at ``base_url``, as in ``http://127.0.0.1:8000``; nothing is sent yet.
+
+        Raises:
+            BadSettings: that is no URL, or the environment names certificates or a proxy that can't be used.
+        """
+        self._http = http_client(base_url, timeout_s=timeout_s)
 
     def __enter__(self) -> Self:
         return self

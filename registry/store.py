@@ -184,7 +184,7 @@ class Store:
             BadSettings: the URL can't be used, or a newer version of the registry has changed the tables.
             StoreUnavailable: another registry has the database, or the database does not answer.
         """
-        parsed = _parse(url)
+        parsed = parse_url(url)
         with ExitStack() as owned, _told_once():
             opened = _open_sqlite if parsed.get_backend_name() == "sqlite" else _open_postgresql
             connection = opened(parsed, lock_wait_s, owned)
@@ -466,7 +466,8 @@ def _told_once() -> Iterator[None]:
 # --- opening --------------------------------------------------------------------------------------------------
 
 
-def _parse(url: str) -> URL:
+def parse_url(url: str) -> URL:
+    """Read the URL of a database. Raises BadSettings for one that can't be used, without quoting it."""
     try:
         parsed = make_url(url)
     except (SQLAlchemyError, ValueError):
