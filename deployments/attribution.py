@@ -22,14 +22,13 @@ class Parts:
 
     ``times_s`` has those two times and all between them at which that changed: one more than there are parts. ``mid``
     is one division of the whole: the parts of all prompts in flight are 1 at any time. ``low`` and ``high`` are the
-    least and the most that the part can be; ``in_flight`` says how many prompts were, itself among them.
+    least and the most that the part can be.
     """
 
     times_s: Sequence[float]
     mid: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
-    in_flight: Sequence[int] = (1,)
 
     @property
     def alone(self) -> bool:

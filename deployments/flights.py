@@ -211,8 +211,7 @@ class Flights:
         places = self._places[first:last]
         if not places:
             least = 1.0 if flight.company == 1 else 0.0
-            times_s = (flight.start_s, flight.end_s)
-            return Parts(times_s, (1 / flight.company,), (least,), (1.0,), (flight.company,)), True
+            return Parts((flight.start_s, flight.end_s), (1 / flight.company,), (least,), (1.0,)), True
         if len(places) == 1 and places[0].count == 1:
             return Parts((flight.start_s, flight.end_s), (1.0,), (1.0,), (1.0,)), forgotten
         times_s = (flight.start_s, *self._times_s[first + 1 : last + 1])
@@ -225,7 +224,21 @@ class Flights:
         assumed = forgotten or any(place.known < place.count for place in places)
         if for_good and assumed:
             self._assume(flight, Rate(own))
-        return Parts(times_s, mid, low, high, [place.count for place in places]), assumed
+        return Parts(times_s, mid, low, high), assumed
+
+    def in_flight(self, flight: Flight) -> tuple[int, float]:
+        """How many prompts were in flight while one that has ended was: at most, and the mean over its time.
+
+        What was forgotten is taken to have been as it was then.
+        """
+        assert flight.end_s is not None  # callers end a prompt before they account for it
+        first, last = self._lay_between(flight)
+        counts = [place.count for place in self._places[first:last]]
+        if not counts:
+            return flight.company, float(flight.company)
+        times_s = (flight.start_s, *self._times_s[first + 1 : last + 1])
+        prompt_s = sum(n * (end_s - start_s) for n, (start_s, end_s) in zip(counts, pairwise(times_s), strict=True))
+        return max(counts), prompt_s / (flight.end_s - flight.start_s)
 
     def _assume(self, flight: Flight, rate: Rate) -> None:
         """Let this be the rate of it, and of those beside it, whose own is not known."""
