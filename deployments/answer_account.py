@@ -17,9 +17,12 @@ from starlette.types import Message, Send
 
 from deployments.flights import Flight, Tokens
 from deployments.prompt_meter import PromptMeter, tokens_of
+from registry.errors import InvalidField
 
 ENERGY_HEADER = b"x-greenprompt-energy"
 ENERGY_FIELD = b"greenprompt"
+WARMUP_HEADER = "X-GreenPrompt-Warmup"
+"""Marks a prompt as a warm-up (``true``): its record says so, and it is no part of what is counted."""
 EVENT_STREAM = b"text/event-stream"
 
 _USAGE = b'"usage":{'
@@ -112,6 +115,18 @@ class AccountedAnswer:
         self._flight.answer_id = None if named is None else named[1].decode()
         self._meter.end(self._flight)
         return _BRIEF.dump_json(self._meter.brief(self._flight, usage=usage, answer=text))
+
+
+def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a prompt's headers (as ASGI has them) mark it as a warm-up.
+
+    Raises:
+        InvalidField: the header says neither true nor false.
+    """
+    values = [value for name, value in headers if name == WARMUP_HEADER.lower().encode()]
+    if any(value not in {b"true", b"false"} for value in values) or len(set(values)) > 1:
+        raise InvalidField(WARMUP_HEADER, "needs true or false")
+    return b"true" in values
 
 
 def content_type_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -24,14 +24,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of
+from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of, is_warmup
 from deployments.engine import RunningLLM, public_path
 from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
 from deployments.lease_gate import LeaseGate
 from deployments.llm_args import map_prompting
 from deployments.prompt_meter import PromptMeter
 from deployments.token_count import counting_tokens
-from registry.errors import EngineNotReady, InvalidField, RegistryError, RegistryUnheard, TooManyPrompts
+from registry.errors import EngineNotReady, RegistryError, RegistryUnheard, TooManyPrompts
 from registry.reconcile import LeaseGrant
 
 log = structlog.get_logger("deployments.prompts")
@@ -44,9 +44,6 @@ TRY_AGAIN = (429, 503)
 
 WITHOUT_THE_LLM = ("/tokenize", "/detokenize")
 """Of vLLM's endpoints those that are no prompts: they are part of the lease's idle time."""
-
-WARMUP_HEADER = "X-GreenPrompt-Warmup"
-"""Marks a prompt as a warm-up (``true``): its record says so, and it is no part of what is counted."""
 
 CUT_GRACE_S = 1.0
 """How long vLLM's app may take to end a request whose client has gone, before it is cancelled; seconds."""
@@ -279,18 +276,6 @@ class PromptGate:
         flight.answer_id = answered.get("id")
         energy = self._meter.account(flight, usage=usage, answer=text)
         return JSONResponse({"answer": text, "finish_reason": choice["finish_reason"], "usage": usage, **energy})
-
-
-def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Whether a prompt's headers (as ASGI has them) mark it as a warm-up.
-
-    Raises:
-        InvalidField: the header says neither true nor false.
-    """
-    values = [value for name, value in headers if name == WARMUP_HEADER.lower().encode()]
-    if any(value not in {b"true", b"false"} for value in values) or len(set(values)) > 1:
-        raise InvalidField(WARMUP_HEADER, "needs true or false")
-    return b"true" in values
 
 
 def _prompting(llmconfig: dict[str, Any]) -> Mapping[str, Any]:
