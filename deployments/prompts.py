@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import structlog
 from pydantic import BaseModel, ConfigDict, StrictStr, StringConstraints, ValidationError
@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of, is_warmup
+from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of, is_warmup, prompt_id_of
 from deployments.engine import RunningLLM, public_path
 from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
 from deployments.lease_gate import LeaseGate
@@ -51,6 +51,13 @@ CUT_GRACE_S = 1.0
 
 DEATH_GRACE_S = 1.0
 """How long the death of an engine may take to be seen here after vLLM has seen it; seconds."""
+
+
+class _Marks(TypedDict):
+    """What a client says of a prompt, for its record."""
+
+    warmup: bool
+    prompt_id: str | None
 
 
 class PromptTooLong(RegistryError):
@@ -223,7 +230,7 @@ class PromptGate:
                 await self._unless_dead(running, message["status"])
             await answer.send(message)
 
-        flight = self._meter.begin(path, warmup=is_warmup(scope["headers"]))
+        flight = self._meter.begin(path, **_marks(scope))
         answer = AccountedAnswer(self._meter, flight, exchange.send, given_up=lambda: exchange.given_up)
         with counting_tokens() as count:
             try:
@@ -246,10 +253,10 @@ class PromptGate:
             field = ".".join(map(str, first["loc"])) or "body"
             response = error_answer(422, "invalid_field", f"{field}: {first['msg']}", field=field)
         else:
-            response = await self._answer(grant, question.question, exchange, warmup=is_warmup(scope["headers"]))
+            response = await self._answer(grant, question.question, exchange, _marks(scope))
         await response(scope, exchange.receive, exchange.send)
 
-    async def _answer(self, grant: LeaseGrant, question: str, exchange: _Exchange, *, warmup: bool) -> JSONResponse:
+    async def _answer(self, grant: LeaseGrant, question: str, exchange: _Exchange, marks: _Marks) -> JSONResponse:
         running = self._running()
         llmconfig = json.loads(grant.llmconfig)
         body: dict[str, Any] = {"model": running.served_model_name, **_prompting(llmconfig)}
@@ -258,7 +265,7 @@ class PromptGate:
             path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": question}]
         else:
             path, body["prompt"] = "/v1/completions", question
-        flight = self._meter.begin(warmup=warmup)
+        flight = self._meter.begin(**marks)
         try:
             status, answer = await _call(running.asgi, path, body, exchange)
         finally:
@@ -276,6 +283,11 @@ class PromptGate:
         flight.answer_id = answered.get("id")
         energy = self._meter.account(flight, usage=usage, answer=text)
         return JSONResponse({"answer": text, "finish_reason": choice["finish_reason"], "usage": usage, **energy})
+
+
+def _marks(scope: Scope) -> _Marks:
+    """Return what the headers of a prompt say of it. Raises InvalidField."""
+    return {"warmup": is_warmup(scope["headers"]), "prompt_id": prompt_id_of(scope["headers"])}
 
 
 def _prompting(llmconfig: dict[str, Any]) -> Mapping[str, Any]:

@@ -115,7 +115,7 @@ def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[floa
     window = kept.window
     detail = json.loads(window.detail)
     energy, score, tokens, grid = (part_of(detail, name) for name in ("energy", "score", "tokens", "grid"))
-    in_flight, methods, ids = (part_of(detail, name) for name in ("in_flight", "methods", "ids"))
+    in_flight, methods = part_of(detail, "in_flight"), part_of(detail, "methods")
     return WindowReport(
         window=window.window_id,
         kind=window.kind.value,
@@ -159,7 +159,7 @@ def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[floa
         status=detail.get("status"),
         in_flight_max=in_flight.get("max"),
         in_flight_mean=number(in_flight, "mean"),
-        prompt=ids.get("prompt"),
+        prompt=detail.get("prompt_id"),
         answer_id=detail.get("answer_id"),
         flags=tuple(detail.get("flags") or ()),
         counted=detail.get("counted"),

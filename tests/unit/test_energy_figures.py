@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +30,7 @@ def figures(*windows: EnergyWindow) -> MachineFigures:
 
 def named(number: int, prompt: str, **more: Any) -> EnergyWindow:
     """A prompt's window with the client's name of the prompt."""
-    made = record(number, **more)
-    detail = json.loads(made.detail)
-    return replace(made, detail=json.dumps(detail | {"ids": detail["ids"] | {"prompt": prompt}}))
+    return record(number, **more, prompt_id=prompt)
 
 
 # --- what counts --------------------------------------------------------------------------------------------
