@@ -898,8 +898,8 @@ async def test_a_client_names_its_prompts(wrapper: Wrapper, path: str, body: obj
         headers = [] if value is None else [(b"x-greenprompt-prompt", value)]
         assert (await Call(wrapper.app, "POST", f"/{TOKEN}{path}", body, headers=headers).done()).status == 200
     assert [flight.prompt_id for flight in wrapper.meter.begun] == [None, None, "ä 1"]
-    headers = [(b"x-greenprompt-prompt", b"x" * 1025)]
-    answer = await Call(wrapper.app, "POST", f"/{TOKEN}{path}", body, headers=headers).done()
+    long = [(b"x-greenprompt-prompt", b"x" * 1025)]
+    answer = await Call(wrapper.app, "POST", f"/{TOKEN}{path}", body, headers=long).done()
     assert (answer.status, answer.json["field"]) == (422, "X-GreenPrompt-Prompt")
     assert len(wrapper.meter.begun) == 3
 
