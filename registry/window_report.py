@@ -88,16 +88,6 @@ class WindowReport:
         """The wrapper's process that has measured it."""
         return process_of(self.window)
 
-    @property
-    def low_g(self) -> float | None:
-        """The least that it can have caused, gCO2eq; None if not known."""
-        return _sum(self.o_low_g, self.m_low_g)
-
-    @property
-    def high_g(self) -> float | None:
-        """The most that it can have caused, gCO2eq; None if not known."""
-        return _sum(self.o_high_g, self.m_high_g)
-
 
 @dataclass(frozen=True, slots=True)
 class WindowsPage:
@@ -195,7 +185,3 @@ def _parts(energy: Mapping[str, Any]) -> dict[str, float | None]:
         kind = next((name for name, begins in _PARTS.items() if component["name"].startswith(begins)), "other_j")
         parts[kind].append(component.get("joules"))
     return {name: sum_of(joules).value for name, joules in parts.items()}
-
-
-def _sum(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one + other

@@ -127,6 +127,21 @@ def test_estimates_that_are_not_allowed_make_no_score() -> None:
     assert figures(*shares).joules_per_token.label == "modeled"
 
 
+def test_energy_and_embodied_carbon_stand_apart() -> None:
+    """O = 100 J · 329.7 g/kWh, between 98 J · 280 and 102 J · 380; M = 2 s of 37.5 g/h, between 16.7 and 49."""
+    found = figures(record(1))
+    o_g, m_g = found.operational_per_unit, found.embodied_per_unit
+    assert o_g.value == pytest.approx(100 / 3.6e6 * 329.7 / 50)
+    assert (o_g.bound_low, o_g.bound_high) == pytest.approx((98 / 3.6e6 * 280 / 50, 102 / 3.6e6 * 380 / 50))
+    assert m_g.value == pytest.approx(37.5 * 2 / 3600 / 50)
+    assert (m_g.bound_low, m_g.bound_high) == pytest.approx((16.7 * 2 / 3600 / 50, 49 * 2 / 3600 / 50))
+    assert found.gco2eq_per_unit.value == pytest.approx((o_g.value or 0) + (m_g.value or 0))
+    assert {o_g.label, m_g.label} == {"sourced"}
+    without = figures(record(1, embodied=None))
+    assert (without.embodied_per_unit.value, without.gco2eq_per_unit.value) == (None, None)
+    assert without.operational_per_unit.value == o_g.value
+
+
 # --- how sure -----------------------------------------------------------------------------------------------
 
 
