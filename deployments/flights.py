@@ -86,8 +86,9 @@ class Flight:
     ``rate`` is None if it is not known, or not yet.
     ``begun_with`` and ``ended_with`` are the numbers of the changes that its begin and its end were, and ``company`` is
     how many were in flight, itself among them, when it ended.
-    ``window_id`` is that of its record. ``status`` is answered, refused (by the engine, before anything was computed),
-    cut (its lease ended, it took too long, or its client hung up) or failed.
+    ``window_id`` is that of its record, ``prompt_id`` the client's own name of the prompt. ``status`` is answered,
+    refused (by the engine, before anything was computed), cut (its lease ended, it took too long, or its client hung
+    up) or failed.
     """
 
     start_s: float
@@ -102,6 +103,7 @@ class Flight:
     ended_with: int = 0
     company: int = 1
     window_id: str = ""
+    prompt_id: str | None = None
     warmup: bool = False
     status: Literal["answered", "refused", "cut", "failed"] = "failed"
 

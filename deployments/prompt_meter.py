@@ -135,13 +135,14 @@ class PromptMeter:
         """What is done meanwhile disturbs the measurements of other wrappers."""
         return nullcontext() if self._neighbours is None else self._neighbours.busy()
 
-    def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False) -> Flight:
+    def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False, prompt_id: str | None = None) -> Flight:
         """A prompt begins now. A ``warmup`` is not part of the counted stretch of its lease."""
         if self._neighbours is not None:
             self._neighbours.begin()
         self._begun += 1
         flight = Flight(self._meter.mark(), endpoint=endpoint, account=self._timeline.holder, warmup=warmup)
         flight.window_id = f"{self._process}-p{self._begun}"
+        flight.prompt_id = prompt_id
         self._flights.begin(flight)
         self._meter.work_begins(flight.start_s)
         self._timeline.begin(flight.start_s)

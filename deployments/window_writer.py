@@ -108,6 +108,7 @@ class WindowWriter:
             "model": self.model if account is None else account.model,
             "endpoint": flight.endpoint,
             "answer_id": flight.answer_id,
+            "prompt_id": flight.prompt_id,
             "tokens": None if tokens is None else tokens._asdict(),
             "words": flight.words,
             "warmup": flight.warmup,
