@@ -197,7 +197,7 @@ class _Run:
         else:
             rate = 2 * self._trend() if max_rate is None else max_rate
             high = self.units[last] + step + rate * (time_s - self.before_s[last])
-        mid = min(mid, high)
+        mid = max(low, min(mid, high))
         systematic = min(systematic, max(high - mid, mid - low))
         return Level(low, mid, high, provisional=ceiling > last, systematic=systematic)
 

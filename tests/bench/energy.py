@@ -26,7 +26,7 @@ from deployments.cpu_time import CPUTimeTree
 from deployments.energy import CPUModel
 from deployments.energy_sources import CPUModelSource, GPUCounter, PowercapZone, Source
 from deployments.engine import RunningLLM
-from deployments.flights import Flight
+from deployments.flights import Flight, Tokens
 from deployments.lease_gate import LeaseGate
 from deployments.meter import Meter
 from deployments.prompt_meter import PromptMeter
@@ -166,8 +166,9 @@ class NoMeter:
 
     counts_words = False
 
-    def __init__(self, account: dict[str, Any]) -> None:
+    def __init__(self, account: dict[str, Any], brief: dict[str, Any]) -> None:
         self._account = account
+        self._brief = brief
 
     def begin(self, endpoint: str = "") -> Flight:
         return Flight(0.0, endpoint=endpoint)
@@ -178,8 +179,14 @@ class NoMeter:
     def require_budget(self) -> None:
         pass
 
+    def counted(self, flight: Flight, tokens: Tokens) -> None:
+        pass
+
     def account(self, flight: Flight, **_: object) -> dict[str, Any]:
         return self._account
+
+    def brief(self, flight: Flight, **_: object) -> dict[str, Any]:
+        return self._brief
 
 
 def holder(meter: Any) -> httpx.AsyncClient:
@@ -203,7 +210,8 @@ async def overhead(rounds: int, prompts: int) -> list[Result]:
     await asyncio.sleep(0.2)
     meter.end(flight)
     account = meter.account(flight, usage=USAGE, answer="an answer")
-    with_meter, without = holder(meter), holder(NoMeter(account))
+    brief = meter.brief(flight, usage=USAGE, answer=None)
+    with_meter, without = holder(meter), holder(NoMeter(account, brief))
     paths = {"process_prompt": {"question": "Why?"}, "v1/completions": {"prompt": "Why?"}}
     results = []
     for path, body in paths.items():
