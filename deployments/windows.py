@@ -204,9 +204,9 @@ class _Run:
     def _inside(self, left: int, time_s: float) -> tuple[float, float]:
         """E(t) between an edge and the next, and its systematic error.
 
-        With the power of idle time known, the error is due to edges that are seen late: an edge that is taken to be
-        up to w/2 too late, or too early, moves on average P w² / 8T past the begin or the end of work of power P, T
-        being the time between edges. With a straight line it is a sixth of T times the change of the power.
+        An edge that is taken to be up to w/2 too late, or too early, moves on average P w² / 8T past the begin or the
+        end of work of power P, T being the time between edges. A straight line adds a sixth of T times the change of
+        the power.
         """
         start_s, end_s = self._mid_s(left), self._mid_s(left + 1)
         flowed = self.units[left + 1] - self.units[left]
@@ -219,17 +219,19 @@ class _Run:
         idle_s = span_s - busy_s
         if busy_s <= 0 or flowed <= 0:
             return line, 0.0
+        late_s = max(self.seen_s[index] - self.before_s[index] for index in (left, left + 1))
+        blur_s = late_s**2 / (8 * max(span_s, late_s))
         if idle_s <= 0:
-            return line, abs(self._power(left - 1, left, 0.0) - self._power(left + 1, left + 2, 0.0)) * span_s / 6
+            change = abs(self._power(left - 1, left, 0.0) - self._power(left + 1, left + 2, 0.0))
+            return line, change * (span_s / 6 + blur_s)
         idle = self._idle.before(activity.next_begin_s(start_s), self, activity)
         if idle is None:  # it can't be less than none at all
-            return line, self._power(left - 1, left + 2, 0.0) * span_s / 6
+            return line, self._power(left - 1, left + 2, 0.0) * (span_s / 6 + blur_s)
         busy_before_s = activity.busy_s(start_s, time_s)
         idle_before_s = time_s - start_s - busy_before_s
         idle_rate = min(idle.rate, flowed / idle_s)
         mid = self.units[left] + idle_rate * idle_before_s + (flowed - idle_rate * idle_s) * (busy_before_s / busy_s)
-        late_s = max(self.seen_s[index] - self.before_s[index] for index in (left, left + 1))
-        blur = self._power(left - 1, left + 2, idle.rate) * late_s**2 / (8 * max(span_s, late_s))
+        blur = self._power(left - 1, left + 2, idle.rate) * blur_s
         return mid, blur + idle.error * abs(idle_before_s - idle_s * (busy_before_s / busy_s))
 
     def _power(self, first: int, last: int, idle_rate: float) -> float:

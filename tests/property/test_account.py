@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import pairwise
+from statistics import fmean, stdev
 
 import pytest
 from hypothesis import given, settings
@@ -149,3 +150,48 @@ def test_bounds_and_sums(
     assert contains(whole, world.flowed_j(START_S + 1, LAST_S))
     parts_j = [energy.total_j or 0.0 for energy in (*energies, idle)]
     assert sum(parts_j) == pytest.approx(whole.total_j, abs=ROUNDING_J)
+
+
+def mean_of_equal_prompts(seed: int) -> tuple[float, float, float]:
+    """The mean error of 100 equal prompts, what it may be by chance, and their mean systematic error, J.
+
+    On a counter of any kind, looked at in any rhythm; prompts may follow each other so fast that no idle power is known.
+    """
+    chance = random.Random(seed)
+    period_s, jitter = chance.choice([0.02, 0.05, 0.07, 0.1]), chance.choice([0.0, 0.1, 0.3])
+    poll_s, late_s = chance.choice([0.02, 0.05, 0.1]), chance.choice([0.002, 0.01])
+    length_s, pause_s = chance.uniform(0.2, 1.0), chance.choice([0.05, 0.3, 1.0])
+    idle_w = chance.choice([40.0, 100.0, 300.0])
+    active_w = idle_w + chance.choice([20.0, 100.0, 350.0])
+    changes_s = [START_S + chance.choice([0.1, 3.0])]
+    for _ in range(100):
+        begin_s = changes_s[-1]
+        changes_s += [begin_s + length_s, begin_s + length_s + pause_s * chance.uniform(0.5, 1.5)]
+    powers = [idle_w, *[active_w, idle_w] * 100]
+    times_s = pairwise([START_S, *changes_s])
+    curve = PowerCurve(START_S, [(b - a, watts) for (a, b), watts in zip(times_s, powers, strict=True)])
+    ticks_s = [START_S - period_s]
+    while ticks_s[-1] < changes_s[-1] + 2:
+        ticks_s.append(ticks_s[-1] + period_s * chance.uniform(1 - jitter, 1 + jitter))
+    clock = ManualClock(START_S)
+    counter = FakeCounter(Ticks(curve.joules, ticks_s, 1e-3), name="gpu:x", max_age_s=None, step=1e-3)
+    meter = Meter([counter], clock=clock, poll_s=poll_s)
+    noted = 0
+    while clock.now_s < changes_s[-1] + 1:
+        while noted < 200 and changes_s[noted] <= clock.now_s:
+            (meter.work_ends if noted % 2 else meter.work_begins)(changes_s[noted])
+            noted += 1
+        meter.poll_once()
+        clock.now_s += poll_s + chance.expovariate(1 / late_s)
+    found = [meter.window(*changes_s[index : index + 2], estimate_short=True) for index in range(6, 200, 2)]
+    joules = [energy.total_j for energy in found if energy.total_j is not None]
+    systematic_j = [energy.systematic_j for energy in found if energy.systematic_j is not None]
+    assert len(joules) == len(found)
+    return fmean(joules) - active_w * length_s, stdev(joules) / len(joules) ** 0.5, fmean(systematic_j)
+
+
+def test_systematic_error_covers_the_bias() -> None:
+    """The mean of equal prompts is wrong by no more than their systematic error, beyond three standard errors."""
+    for seed in range(60):
+        error_j, chance_j, systematic_j = mean_of_equal_prompts(seed)
+        assert abs(error_j) <= systematic_j + 3 * chance_j
