@@ -286,6 +286,7 @@ class Track:
         self._last_units: float | None = None
         self._last_asked_s = 0.0
         self._thin_at = 0
+        self._edges_s: deque[float] = deque(maxlen=3)
         self._waits = [0] * _BINS
         self._waited = 0
         self._citable_s: float | None = None
@@ -300,23 +301,24 @@ class Track:
         run = self._runs[-1]
         if self._max_age_s is not None:
             # Known to be fresh, so a flat stretch is knowledge too: keep its first and its last reading.
+            self._waits_for(asked_s - self._max_age_s, answered_s)
             if len(run.units) > 1 and run.units[-2] == run.units[-1] == units:
                 run.stay(asked_s - self._max_age_s, answered_s)
             else:
                 run.append(asked_s - self._max_age_s, answered_s, units)
-                self._waits_for(run)
         elif last is not None and units > last:
             run.append(self._last_asked_s, answered_s, units)
-            self._waits_for(run)
+            self._waits_for(self._last_asked_s, answered_s)
         self._last_units, self._last_asked_s = units, asked_s
         if len(run.units) > self._thin_at and len(run.units) > 1:
             run.thin(self._history_s)
             # Thin again when as much has come as was left: a constant cost per reading.
             self._thin_at = len(run.units) + max(len(run.units) // 2, 1000)
 
-    def _waits_for(self, run: _Run) -> None:
-        if len(run.units) > 2:  # an edge is missed by a window that begins just before, so it takes three
-            self._waits[min(int((run.seen_s[-1] - run.before_s[-3]) / _BIN_S), _BINS - 1)] += 1
+    def _waits_for(self, before_s: float, seen_s: float) -> None:
+        self._edges_s.append(before_s)
+        if len(self._edges_s) == 3:  # a window that begins just after the first of them misses the second
+            self._waits[min(int((seen_s - self._edges_s[0]) / _BIN_S), _BINS - 1)] += 1
             self._waited += 1
 
     @property
@@ -336,6 +338,7 @@ class Track:
         """The counter's continuity is broken: nothing is known of windows that span this moment."""
         self._runs.append(_Run(why, self._activity))
         self._last_units = None
+        self._edges_s.clear()
         self._thin_at = 0
 
     def settled(self, time_s: float) -> bool:

@@ -155,7 +155,7 @@ def test_bounds_and_sums(
 def mean_of_equal_prompts(seed: int) -> tuple[float, float, float]:
     """The mean error of 100 equal prompts, what it may be by chance, and their mean systematic error, J.
 
-    On a counter of any kind, looked at in any rhythm; prompts may follow each other so fast that no idle power is known.
+    On a counter of any kind, looked at in any rhythm; prompts may follow each other too fast to know the idle power.
     """
     chance = random.Random(seed)
     period_s, jitter = chance.choice([0.02, 0.05, 0.07, 0.1]), chance.choice([0.0, 0.1, 0.3])
