@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-LABELS: Final = ("measured", "measured_sampled", "modeled", "simulated", "unavailable")
+LABELS: Final = ("measured", "measured_sampled", "sourced", "modeled", "simulated", "unavailable")
 """Where a figure is from, best first: the words of ``deployments.energy.Label``, which a wrapper says."""
 
 _RANK: Final = {label: rank for rank, label in enumerate(LABELS)}
