@@ -92,7 +92,7 @@ def counted(
         high_j=high.high,
         resolution_j=max(high.mid - mid.mid, mid.mid - low.mid),
         systematic_j=min(max(more.high - mid.mid, mid.mid - less.low), max(high.high - mid.mid, mid.mid - low.low)),
-        counter_label=source.label,
+        counter_label=source.counter_label,
         flags=(*flags, "too_short") if too_short else flags,
     )
 
@@ -161,6 +161,6 @@ def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
         low_j=low_j,
         high_j=high_j,
         systematic_j=max(by_tokens.mid - low_j, high_j - by_tokens.mid),
-        counter_label=source.label,
+        counter_label=source.counter_label,
         flags=("shared",),
     )
