@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 from starlette.types import Message, Send
 
 from deployments.flights import Flight, Tokens
 from deployments.prompt_meter import PromptMeter, tokens_of
+from registry.errors import InvalidField
 
 ENERGY_HEADER = b"x-greenprompt-energy"
 ENERGY_FIELD = b"greenprompt"
+WARMUP_HEADER = "X-GreenPrompt-Warmup"
+"""Marks a prompt as a warm-up (``true``): its record says so, and it is no part of what is counted."""
 EVENT_STREAM = b"text/event-stream"
 
 _USAGE = b'"usage":{'
@@ -28,6 +31,8 @@ _ID = re.compile(rb'"id":"([\w.-]+)"')
 _WHERE_IDS_ARE = 200
 _LONGEST_USAGE = 1000
 _LAST_CHUNK = b'"choices":[]'
+_STREAMED_ERROR = (b'data: {"error":', b"event: error", b"event: response.failed")
+"""How vLLM's APIs end a stream that the engine failed in; the status has been sent by then."""
 REFUSED = range(400, 500)
 _DECODER = json.JSONDecoder()
 _BRIEF = TypeAdapter(dict[str, Any])
@@ -36,35 +41,51 @@ _BRIEF = TypeAdapter(dict[str, Any])
 class AccountedAnswer:
     """The answer to one prompt, on its way to the client. ``close`` it when the app has returned, whatever happened."""
 
-    def __init__(self, meter: PromptMeter, flight: Flight, send: Send) -> None:
+    def __init__(self, meter: PromptMeter, flight: Flight, send: Send, *, given_up: Callable[[], bool]) -> None:
+        """``given_up`` says whether the client has gone, or is taken for gone: nobody hears the rest then."""
         self._meter = meter
+        self._given_up = given_up
         self._flight = flight
         self._send = send
         self._held: Message | None = None
         self._streams = False
         self._usage_piece: bytes | None = None
+        self._status: Literal["answered", "failed"] = "failed"
+        self._complete = False
 
     async def send(self, message: Message) -> None:
         """Pass on a part of the answer."""
         if message["type"] == "http.response.start":
             content_type = content_type_of(message["headers"])
             if message["status"] in REFUSED:
-                self._meter.counted(self._flight, Tokens(0, 0, 0))  # refused before anything was computed
-            elif message["status"] == HTTPStatus.OK and content_type.startswith(b"application/json"):
-                self._held = message  # its body tells what it cost
-                return
+                self._meter.refused(self._flight)
+            elif message["status"] == HTTPStatus.OK:
+                self._status = "answered"
+                if content_type.startswith(b"application/json"):
+                    self._held = message  # its body tells what it cost
+                    return
             self._streams = content_type.startswith(EVENT_STREAM)
-        elif self._held is not None:
+            await self._send(message)
+            return
+        whole = not message.get("more_body", False)
+        self._complete = whole and not self._given_up()
+        if self._held is not None:
             start, self._held = self._held, None
-            whole = not message.get("more_body", False)
             await self._send(self._with_header(start, message.get("body", b"")) if whole else start)
-        elif self._streams and _USAGE in message.get("body", b""):
-            message = self._with_field(message)
+        elif self._streams:
+            body = message.get("body", b"")
+            if body.startswith(_STREAMED_ERROR):
+                self._status = "failed"
+            elif _USAGE in body:
+                message = self._with_field(message)
         await self._send(message)
 
-    def close(self) -> None:
-        """The prompt is over."""
+    def close(self, counted: Tokens | None = None) -> None:
+        """The prompt is over. ``counted`` are its tokens as the engine gave them out, for an answer that tells none."""
+        if self._flight.status != "refused":
+            self._flight.status = self._status if self._complete else "cut" if self._given_up() else "failed"
         tokens = None if self._usage_piece is None else _tokens(_usage_in(self._usage_piece))
+        tokens = tokens or counted
         if self._flight.tokens is None and tokens is not None:
             self._meter.counted(self._flight, tokens)
         self._meter.end(self._flight)
@@ -94,6 +115,18 @@ class AccountedAnswer:
         self._flight.answer_id = None if named is None else named[1].decode()
         self._meter.end(self._flight)
         return _BRIEF.dump_json(self._meter.brief(self._flight, usage=usage, answer=text))
+
+
+def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a prompt's headers (as ASGI has them) mark it as a warm-up.
+
+    Raises:
+        InvalidField: the header says neither true nor false.
+    """
+    values = [value for name, value in headers if name == WARMUP_HEADER.lower().encode()]
+    if any(value not in {b"true", b"false"} for value in values) or len(set(values)) > 1:
+        raise InvalidField(WARMUP_HEADER, "needs true or false")
+    return b"true" in values
 
 
 def content_type_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -26,15 +26,22 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from deployments.figures_table import label_words
 from deployments.local_ray import free_ports
-from deployments.notation import phase_words
+from deployments.notation import LEGEND, bounded_text, estimate_text, phase_words
 from deployments.tiny_llm import make_tiny_llm
 from registry.api import RequestState
 from registry.client import HeldLease, RegistryClient, RequestEnded
 from registry.errors import StartFailed
+from registry.figures import MachineFigures, figures_of, of_kind
 from registry.settings import load_settings
+from registry.state import WindowKind
+from registry.window_report import WindowReport
 
 MEASUREMENT_ID = 1
+WINDOWS_WAIT_S = 30.0
+"""Longest wait for the final energy windows, seconds."""
+
 QUESTIONS = (
     "What does a prompt cost the climate?",
     "Name three things that a green data centre does.",
@@ -58,6 +65,7 @@ class Row:
     answers: list[dict[str, Any]] = field(default_factory=list)
     prompts_s: float = 0.0
     streamed: int | None = None
+    windows: list[WindowReport] = field(default_factory=list)
     note: str = ""
 
     def heard(self, state: RequestState) -> None:
@@ -91,6 +99,8 @@ def run_demo(config: Path, models: list[str], console: Console) -> None:
                 except RequestEnded as error:
                     row.note = str(error)
                     failed.append(str(error))
+        with console.status("Waiting for the final energy windows …"):
+            _await_windows(registry, rows)
     console.print()
     console.print(_results(rows))
     console.print(_legend(rows), style="dim")
@@ -125,6 +135,18 @@ def _use(registry: RegistryClient, http: httpx.Client, row: Row, rows: list[Row]
         registry.release(row.request_id)
         row.heard(registry.status(row.request_id))
         live.update(_progress(rows))
+
+
+def _await_windows(registry: RegistryClient, rows: list[Row]) -> None:
+    """Fetch the final windows of all rows, for WINDOWS_WAIT_S seconds at most."""
+    until_s = time.monotonic() + WINDOWS_WAIT_S
+    while True:
+        windows = list(registry.windows(MEASUREMENT_ID))
+        for row in rows:
+            row.windows = [window for window in windows if window.requestId == row.request_id]
+        if all(of_kind(row.windows, WindowKind.LEASE) for row in rows if row.answers) or time.monotonic() >= until_s:
+            return
+        time.sleep(POLL_S)
 
 
 def _stream(http: httpx.Client, address: str, model: str) -> int:
@@ -244,15 +266,13 @@ def _results(rows: list[Row]) -> Table:
     )
     for name in ("LLM", "machine"):
         table.add_column(name, overflow="fold", min_width=6)
-    for name in ("wait s", "start s", "tokens", "tok/s", "joules", "sci_score"):
+    for name in ("wait s", "start s", "tokens", "tok/s", "J/token", "gCO2eq"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("measured", no_wrap=True)
+    table.add_column("joules are", no_wrap=True)
     for row in rows:
         tokens = sum(answer["usage"]["completion_tokens"] for answer in row.answers)
-        joules = [answer["energy"]["total_j"] for answer in row.answers]
-        scores = [answer["sci_score"] for answer in row.answers]
-        methods = sorted({answer["sci_method"] for answer in row.answers})
-        mark = "" if methods in (["measured"], ["measured_sampled"]) else "~"
+        found = _figures(row)
+        label = "-" if found is None else label_words(found.joules_per_token.label)
         table.add_row(
             _short(row.model),
             (row.state.machine if row.state else None) or "-",
@@ -260,42 +280,32 @@ def _results(rows: list[Row]) -> Table:
             _seconds(row.deploying_s, row.deployed_s),
             str(tokens) if row.answers else "-",
             f"{tokens / row.prompts_s:.1f}" if row.answers else "-",
-            _known_sum(joules, mark, "{:.2f}"),
-            _known_mean(scores, mark, "{:.2g}"),
-            ", ".join(_label(method) for method in methods) or row.note,
+            "-" if found is None else estimate_text(found.joules_per_token),
+            "-" if found is None else estimate_text(found.gco2eq_per_unit),
+            label if row.answers else row.note,
         )
     return table
 
 
 def _legend(rows: list[Row]) -> Text:
-    answers = [answer for row in rows for answer in row.answers]
-    if not answers:
-        return Text("")
-    last = answers[-1]
-    figures = "tokens, joules and score are without start and idle time."
-    lines = [f"sci_score is gCO2eq per {last['unit']}, the mean of the {len(QUESTIONS)} prompts; {figures}"]
-    if any(answer["sci_method"] == "modeled" for answer in answers) and last["sci_low"] is not None:
-        lines.append(
-            f"~ is an estimate (label: modeled), not a measurement: no energy counter could be read here. "
-            f"The last score lies between {last['sci_low']:.3g} and {last['sci_high']:.3g}."
-        )
-    if last["flags"]:
-        lines.append("Flags: " + ", ".join(last["flags"]))
+    figures = [found for row in rows if (found := _figures(row)) is not None]
+    if not figures:
+        return Text("No final energy window has come." if any(row.answers for row in rows) else "")
+    score = figures[-1].gco2eq_per_unit
+    unit = score.unit.removeprefix("gCO2eq/")
+    lines = [f"gCO2eq per {unit} of all prompts, without start and idle time, from the final energy windows. {LEGEND}."]
+    if score.value is not None and score.bound_low is not None:
+        lines.append(f"The last LLM's score with its bounds: {bounded_text(score)}.")
+    reasons = {found.gco2eq_per_unit.reason for found in figures} - {None}
+    lines += [f"Not known, or left out: {reason}." for reason in sorted(map(str, reasons))]
+    if flags := sorted({flag for found in figures for flag in found.flags}):
+        lines.append("Flags: " + ", ".join(flags))
     return Text("\n".join(lines))
 
 
-def _label(method: str) -> str:
-    return "estimate" if method == "modeled" else method
-
-
-def _known_sum(values: list[float | None], mark: str, form: str) -> str:
-    known = [value for value in values if value is not None]
-    return mark + form.format(sum(known)) if known and len(known) == len(values) else "unknown"
-
-
-def _known_mean(values: list[float | None], mark: str, form: str) -> str:
-    known = [value for value in values if value is not None]
-    return mark + form.format(sum(known) / len(known)) if known and len(known) == len(values) else "unknown"
+def _figures(row: Row) -> MachineFigures | None:
+    """Return what the prompts of a row cost, None before there is a final window of them."""
+    return next((found for found in figures_of(row.windows) if found.prompts), None)
 
 
 def _seconds(start_s: float | None, end_s: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +15,8 @@ from deployments.sci import Score
 from registry.reconcile import LeaseGrant
 from registry.state import EnergyWindow, WindowKind
 
+SCHEMA = 2
+"""Of the records; 1 is that of records without this key."""
 KEPT_WINDOWS = 20_000
 """Windows that wait for the registry; older ones are dropped, counted and told. Some 2 kB each."""
 WINDOWS_A_REPORT = 500
@@ -26,15 +28,19 @@ _DETAIL = TypeAdapter(dict[str, Any])
 class Record:
     """A finished window, as it is before it has a number.
 
-    Times are UTC seconds. ``more`` is what its kind has besides: tokens, words, endpoint, model.
+    ``window_id`` is None if it has none yet. Begin and end are UTC seconds, ``duration_s`` is by the monotonic clock.
+    ``more`` is what its kind has besides, and in place of what all have: tokens, words, endpoint, model.
     """
 
     kind: WindowKind
+    window_id: str | None
     grant: LeaseGrant | None
     begun_s: float
     ended_s: float
+    duration_s: float
     energy: Energy
     score: Score
+    flags: Sequence[str]
     more: Mapping[str, Any]
 
 
@@ -48,8 +54,8 @@ class EnergyLog:
         self, wrapper_id: str, process: str, *, grid: GridIntensity | None, embodied: Embodied | None, pue: float
     ) -> None:
         self.dropped = 0
+        self.process = process
         self._wrapper_id = wrapper_id
-        self._process = process
         self._given = {
             "grid": None
             if grid is None
@@ -59,6 +65,10 @@ class EnergyLog:
                 "zone": grid.zone,
                 "dataset": grid.dataset,
                 "version": grid.version,
+                "year": grid.year,
+                "source": grid.source,
+                "low": grid.low,
+                "high": grid.high,
             },
             "embodied": None if embodied is None else asdict(embodied),
             "pue": pue,
@@ -72,7 +82,7 @@ class EnergyLog:
     def write(self, record: Record) -> None:
         """Give a window its number, and keep it."""
         self._last += 1
-        self._windows.append(self._window(record, f"{self._process}-{self._last}"))
+        self._windows.append(self._window(record, self._last))
         if len(self._windows) > KEPT_WINDOWS:
             self._windows.popleft()
             self.dropped += 1
@@ -87,34 +97,42 @@ class EnergyLog:
         for _ in range(min(number, self._last) - first + 1):
             self._windows.popleft()
 
-    def _window(self, record: Record, window_id: str) -> EnergyWindow:
+    def _window(self, record: Record, number: int) -> EnergyWindow:
         grant, score = record.grant, record.score
+        window_id = record.window_id or f"{self.process}-{number}"
         request_id = None if grant is None else grant.request_id
         measurement_id = None if grant is None else grant.measurement_id
         detail = {
             **self._given,
-            **record.more,
+            "schema": SCHEMA,
             "ids": {
                 "window_id": window_id,
                 "wrapper_id": self._wrapper_id,
                 "request_id": request_id,
                 "measurement_id": measurement_id,
+                "process": self.process,
+                "number": number,
             },
             "kind": record.kind.value,
-            "begun": _utc(record.begun_s),
-            "ended": _utc(record.ended_s),
-            "duration_s": record.ended_s - record.begun_s,
+            "begun": as_iso(record.begun_s),
+            "ended": as_iso(record.ended_s),
+            "duration_s": record.duration_s,
             "reserved_s": score.duration_s,
             "energy": as_json(record.energy),
             "o_g": score.o_g,
+            "o_low_g": score.o_low_g,
+            "o_high_g": score.o_high_g,
             "m_g": score.m_g,
+            "m_low_g": score.m_low_g,
+            "m_high_g": score.m_high_g,
             "unit": score.unit,
             "units": score.units,
             "score": {"value": score.sci_score, "low": score.low, "high": score.high, "method": score.method.value},
             "methods": dict(score.methods),
-            "flags": sorted(score.flags),
+            "flags": sorted(set(record.flags)),
             "boundary": list(score.boundary),
             "gpus": [name.removeprefix("gpu:") for name in score.boundary if name.startswith("gpu:")],
+            **record.more,
         }
         return EnergyWindow(
             window_id=window_id,
@@ -128,6 +146,7 @@ class EnergyLog:
             o_g=score.o_g,
             m_g=score.m_g,
             label=record.energy.label.value,
+            number=number,
             detail=_DETAIL.dump_json(detail).decode(),  # a seventh of the time that json takes, which prompts wait for
         )
 
@@ -139,16 +158,20 @@ def as_json(energy: Energy) -> dict[str, Any]:
         "low_j": energy.low_j,
         "high_j": energy.high_j,
         "resolution_j": energy.resolution_j,
+        "systematic_j": energy.systematic_j,
         "label": energy.label.value,
+        "counter_label": energy.counter_label.value,
         "components": [
             {
                 "name": part.name,
                 "source": part.source,
                 "label": part.label.value,
+                "counter_label": part.counter_label.value,
                 "joules": part.joules,
                 "low_j": part.low_j,
                 "high_j": part.high_j,
                 "resolution_j": part.resolution_j,
+                "systematic_j": part.systematic_j,
                 "flags": list(part.flags),
             }
             for part in energy.components  # by hand: asdict takes longer than the prompt path should
@@ -156,5 +179,6 @@ def as_json(energy: Energy) -> dict[str, Any]:
     }
 
 
-def _utc(time_s: float) -> str:
+def as_iso(time_s: float) -> str:
+    """A UTC second as ISO 8601."""
     return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="microseconds")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 from ray.util.metrics import Counter
 
 from deployments.notation import MEASURED
-from registry.state import KeptWindow, WindowKind
+from registry.state import EnergyWindow, KeptWindow
+from registry.totals import SPENT
 
 _TAGS = ("machine", "kind")
 
 
 class EnergyMetrics:
-    """Counters since the registry was started, by machine and by kind: lease, load, wake, or idle (held by nobody).
+    """Counters since the registry was started, by machine and by kind: prompt, idle, load, wake. The kinds add up.
 
-    Prompts and the idle time of a lease are inside its lease, so the kinds add up. What is not known is counted in
-    windows, and adds no joules.
+    A prompt's share of measured joules counts as measured: all shares together are what the counter has measured. What
+    is not known is counted in windows, and adds no joules.
     """
 
     def __init__(self) -> None:
@@ -23,15 +26,24 @@ class EnergyMetrics:
         self._unknown = Counter("greenprompt_energy_unknown_windows", "Windows without a figure", tag_keys=_TAGS)
 
     def count(self, kept: KeptWindow) -> None:
-        """Add a window; one that is inside another adds nothing."""
+        """Add a window. A lease window holds others once more, and adds nothing."""
         window = kept.window
-        inside = window.kind is WindowKind.PROMPT or (window.kind is WindowKind.IDLE and window.request_id is not None)
-        if inside:
+        if window.kind not in SPENT:
             return
         tags = {"machine": kept.machine_id or "unknown", "kind": window.kind.value}
         if window.total_j is None:
             self._unknown.inc(1, tags)
-        elif window.label in MEASURED:
+            return
+        label = _counter_label(window)
+        if label in MEASURED:
             self._measured.inc(window.total_j, tags)
-        elif window.label == "modeled":
+        elif label == "modeled":
             self._modeled.inc(window.total_j, tags)
+
+
+def _counter_label(window: EnergyWindow) -> str:
+    """Return the label of the counters that a window's joules were read from, before any sharing."""
+    if window.label in MEASURED:
+        return window.label
+    energy = json.loads(window.detail).get("energy") or {}
+    return energy.get("counter_label") or window.label

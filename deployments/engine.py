@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psutil
 from pydantic import ValidationError
@@ -32,6 +32,7 @@ from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, log_han
 from deployments.gpu_memory import GPUMemory
 from deployments.heartbeat import Heartbeat, Work
 from deployments.sleep_mode import SleepMode
+from deployments.token_count import counted
 from deployments.warm_start import WarmForkserver, shape_problem, spawn_mortals
 from deployments.weights import Weights, weights_of
 from registry.errors import EngineNotReady, EngineStartFailed
@@ -87,6 +88,9 @@ _WARM_UP_ID = "warm-up"
 _OF_THE_API = ("tool_call_parser",)  # deployment arguments that are not the engine's
 _STOP_TIMEOUT_S = 5.0  # for vLLM's own way of stopping; what is left then is killed
 _GONE_TIMEOUT_S = 10.0  # for the kernel to take a killed process away, and for a GPU to have its memory back
+FORGET_TIMEOUT_S: Final = 5.0
+"""How long a hand-over waits for the engine to be at rest, so that its caches can be emptied, seconds."""
+_FORGET_POLL_S = 0.02
 _STALL_GPU_S, _STALL_CPU_S = 60.0, 300.0  # a step of a large LLM takes minutes on a CPU; vLLM's own limit is 300 s
 
 
@@ -211,7 +215,7 @@ class RunningLLM:
         await _abort_all(self.engine)
 
     async def warm_up(self) -> None:
-        """Have it answer once, with one token or one embedding, as its first client would; nothing of it is kept.
+        """Have it answer once, with one token or one embedding, as its first client would.
 
         Raises whatever vLLM fails with.
         """
@@ -231,16 +235,28 @@ class RunningLLM:
             return
         async for _answer in answers:
             pass
-        await self.reset_prefix_cache()
 
-    async def reset_prefix_cache(self) -> None:
-        """Forget cached prompts. Part of a warm-up: at a start, a wake, and before a lease of measurement grade.
+    async def forget_prompts(self) -> bool:
+        """Empty the caches that one lease would leave to the next: of prefixes, and of images and sounds.
 
-        Leases of standard grade that follow one another on an LLM share the cache: a prompt that was asked before is
-        answered sooner.
+        Waits until the engine has nothing in flight, since it forgets nothing before.
+
+        Returns:
+            False if prompts of before may still be cached: the engine was not at rest within FORGET_TIMEOUT_S.
+
+        Raises whatever vLLM fails with.
         """
         self._calls += 1
-        await self.engine.reset_prefix_cache()
+        try:
+            async with asyncio.timeout(FORGET_TIMEOUT_S):
+                while not await self.engine.reset_prefix_cache(reset_connector=True):  # noqa: ASYNC110 - no event
+                    await asyncio.sleep(_FORGET_POLL_S)
+                if self.engine.model_config.is_multimodal_model:
+                    await self.engine.reset_mm_cache()
+                    await self.engine.reset_encoder_cache()
+        except TimeoutError:
+            return False
+        return True
 
 
 class EngineHost:
@@ -550,6 +566,7 @@ class EngineHost:
         args = Namespace(**vars(self._defaults))
         args.model, args.served_model_name = order.model, [order.name]
         args.disable_fastapi_docs = args.disable_log_stats = True
+        args.enable_prompt_tokens_details = True  # else an answer does not say how much of its prompt was cached
         args.tool_call_parser = order.engine_args.get("tool_call_parser")
         args.enable_auto_tool_choice = args.tool_call_parser is not None
         tasks = await engine.get_supported_tasks()
@@ -558,6 +575,7 @@ class EngineHost:
         unused = "PrometheusInstrumentatorMiddleware"
         app.user_middleware = [one for one in app.user_middleware if getattr(one.cls, "__name__", None) != unused]
         app.middleware_stack = None  # it was built of all of them; so it is built anew
+        engine.generate = counted(engine.generate)
         await init_app_state(engine, app.state, args, tasks)
         # Where vLLM would end its own server because the engine has died; here others see to that.
         app.state.server = Namespace(should_exit=False)

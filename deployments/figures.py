@@ -1,156 +1,98 @@
-"""Answers → figures: mean, spread and confidence interval by LLM. What is not known is counted, never taken for 0."""
+"""Answers and final windows → the summary of an experiment, by LLM. What is not known is counted, never taken for 0."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, median, stdev
 from typing import Any
 
-from deployments.energy import Label, worst
+from registry.figures import Figure, MachineFigures, figures_of, of_kind
+from registry.state import WindowKind
+from registry.window_report import WindowReport
 
-RESAMPLES = 2000
-"""How often the bootstrap draws."""
-
-CONFIDENCE = 0.95
-
-FIGURES: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
-    "gco2eq_per_unit": lambda answer: answer["sci_score"],
-    "energy_j": lambda answer: answer["energy"]["total_j"],
-    "output_tokens": lambda answer: answer["usage"]["completion_tokens"],
-    "duration_s": lambda answer: answer["duration_s"],
-}
-"""What is summed up of every answer; each is None where it is not known."""
+FIGURES = ("gco2eq_per_unit", "joules_per_token", "joules_per_prompt", "seconds_per_prompt", "with_idle")
+BATCH_FIGURES = ("joules_per_token", "gco2eq_per_unit")
+_ABOUT = ("machine", "prompts", "warmups", "units", "output_tokens")
+_ABOUT_BATCH = ("leases", "prompts", "output_tokens", "seconds", "in_flight_max", "in_flight_mean")
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """A figure over the ``n`` answers in which it is known; ``unknown`` are those in which it is not.
+class LLMSummary:
+    """What an experiment found out about one LLM.
 
-    ``low`` and ``high`` are the 95 % confidence interval of the mean: percentiles of a bootstrap that draws prompts,
-    with all their repetitions, since answers to the same prompt are no independent ones (of a single prompt, it draws
-    answers). None: not known; ``stdev`` and the interval want two values at least.
-    """
-
-    n: int
-    unknown: int
-    mean: float | None
-    median: float | None
-    stdev: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class LLMFigures:
-    """What an experiment found out about one LLM; warm-ups are not in it.
-
-    ``label`` is the worst of its answers' energy, ``known_label`` of those whose energy is known; ``unit`` the
-    functional unit, None where it is not always the same.
-    ``estimate_low`` and ``estimate_high`` are the means of the scores' own ranges, None where they have none: the
-    interval of a modelled figure says how prompts differ, not how good the model is. ``missing`` were never answered.
+    Of its ``answers`` ``provisional`` ones have no final window yet, and are in no figure. ``errors`` are prompts that
+    were refused, ``missing`` ones that were never answered. ``figures`` are made of all final windows of its leases, as
+    in the report: for each machine apart.
     """
 
     llm: str
-    label: Label
-    known_label: Label
-    unit: str | None
     answers: int
     errors: int
     missing: int
-    spreads: Mapping[str, Spread]
-    estimate_low: float | None
-    estimate_high: float | None
-    flags: Mapping[str, int]
-    machines: tuple[str, ...]
+    provisional: int
+    figures: tuple[MachineFigures, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """As plain JSON."""
-        told = asdict(self)
-        return {**told, **told.pop("spreads")}
+    @property
+    def complete(self) -> bool:
+        """Whether everything is answered and every figure is final."""
+        return not self.missing and not self.provisional
 
 
-def llm_figures(llm: str, lines: Sequence[Mapping[str, Any]], *, expected: int, seed: int) -> LLMFigures:
-    """Sum up the lines of an LLM, ``expected`` of them when all is done; those of warm-ups are passed over."""
+def summarized(
+    llm: str, lines: Sequence[Mapping[str, Any]], windows: Sequence[WindowReport], *, expected: int
+) -> LLMSummary:
+    """Sum up the answers of an LLM, ``expected`` of them when all is done, and the final windows of its leases."""
     counted = [line for line in lines if line["llm"] == llm and not line["warmup"]]
     answers = [line for line in counted if line["error"] is None]
-    units = {answer["unit"] for answer in answers}
-    unit = units.pop() if len(units) == 1 else None
-    spreads = {}
-    for name, figure in FIGURES.items():
-        values = [None if name == "gco2eq_per_unit" and unit is None else figure(answer) for answer in answers]
-        spreads[name] = spread([(answer["prompt"], value) for answer, value in zip(answers, values, strict=True)], seed)
-    labels = [Label(answer["sci_method"]) for answer in answers]
-    return LLMFigures(
+    return LLMSummary(
         llm=llm,
-        label=worst(labels),
-        known_label=worst(label for label in labels if label is not Label.UNAVAILABLE),
-        unit=unit,
         answers=len(answers),
         errors=len(counted) - len(answers),
         missing=expected - len(counted),
-        spreads=spreads,
-        estimate_low=_mean_of_all([answer["sci_low"] for answer in answers]),
-        estimate_high=_mean_of_all([answer["sci_high"] for answer in answers]),
-        flags=dict(sorted(Counter(flag for answer in answers for flag in answer["flags"]).items())),
-        machines=tuple(sorted({line["machine"] for line in answers if line["machine"] is not None})),
+        provisional=len(without_window(answers, windows)),
+        figures=figures_of(windows),
     )
 
 
-def spread(values: Sequence[tuple[str, float | None]], seed: int) -> Spread:
-    """Sum up values, each with the prompt that it belongs to."""
-    known = [(prompt, value) for prompt, value in values if value is not None]
-    numbers = [value for _, value in known]
-    low, high = _interval(known, seed)
-    return Spread(
-        n=len(known),
-        unknown=len(values) - len(known),
-        mean=fmean(numbers) if numbers else None,
-        median=median(numbers) if numbers else None,
-        stdev=stdev(numbers) if len(numbers) > 1 else None,
-        low=low,
-        high=high,
-    )
+def without_window(answers: Sequence[Mapping[str, Any]], windows: Sequence[WindowReport]) -> list[Mapping[str, Any]]:
+    """Return the answers whose final window is not there.
+
+    An answer that does not name its window has one once that of its lease is there, which is written last.
+    """
+    there = {window.window for window in windows}
+    ended = {window.requestId for window in of_kind(windows, WindowKind.LEASE)}
+    return [
+        answer
+        for answer in answers
+        if (answer["window"] not in there if answer.get("window") else answer["request_id"] not in ended)
+    ]
 
 
-def _interval(known: Sequence[tuple[str, float]], seed: int) -> tuple[float | None, float | None]:
-    import numpy as np
-
-    by_prompt: dict[str, list[float]] = {}
-    for prompt, value in known:
-        by_prompt.setdefault(prompt, []).append(value)
-    groups = list(by_prompt.values())
-    if len(groups) == 1:
-        groups = [[value] for value in groups[0]]
-    if len(groups) < 2:
-        return None, None
-    sums, counts = np.array([sum(group) for group in groups]), np.array([len(group) for group in groups])
-    chance = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for n in range(RESAMPLES):
-        drawn = chance.integers(len(groups), size=len(groups))
-        means[n] = sums[drawn].sum() / counts[drawn].sum()
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def as_csv(figures: Sequence[LLMFigures]) -> str:
-    """A row per LLM; what is not known is empty."""
+def as_csv(summaries: Sequence[LLMSummary]) -> str:
+    """Return a row per LLM and machine; what is not known is empty."""
     text = io.StringIO()
-    plain = ("llm", "label", "known_label", "unit", "answers", "errors", "missing", "estimate_low", "estimate_high")
-    columns = [f"{name}_{part}" for name in FIGURES for part in Spread.__dataclass_fields__]
-    writer = csv.DictWriter(text, [*plain, *columns], lineterminator="\n")
+    plain = ("llm", "answers", "errors", "missing", "provisional")
+    names = Figure.__dataclass_fields__
+    columns = [*plain, *_ABOUT, *(f"{name}_{part}" for name in FIGURES for part in names)]
+    columns += [f"batch_{name}" for name in _ABOUT_BATCH]
+    columns += [f"batch_{name}_{part}" for name in BATCH_FIGURES for part in names]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for each in figures:
-        spreads = {f"{name}_{part}": value for name, s in each.spreads.items() for part, value in asdict(s).items()}
-        writer.writerow({name: getattr(each, name) for name in plain} | spreads)
+    for each in summaries:
+        row = {name: getattr(each, name) for name in plain}
+        writer.writerows([row | _cells(of_machine) for of_machine in each.figures] or [row])
     return text.getvalue()
 
 
-def _mean_of_all(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known and len(known) == len(values) else None
+def _cells(figures: MachineFigures) -> dict[str, Any]:
+    cells = {name: getattr(figures, name) for name in _ABOUT}
+    for name in FIGURES:
+        cells |= {f"{name}_{part}": value for part, value in asdict(getattr(figures, name)).items()}
+    batch = figures.batch
+    if batch is not None:
+        cells |= {f"batch_{name}": getattr(batch, name) for name in _ABOUT_BATCH}
+        for name in BATCH_FIGURES:
+            cells |= {f"batch_{name}_{part}": value for part, value in asdict(getattr(batch, name)).items()}
+    return cells

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import mul, sub
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from deployments.attribution import Parts
 from deployments.lease_account import LeaseAccount
@@ -25,16 +25,19 @@ REMEMBERED_CHANGES = 16_384
 
 
 class Tokens(NamedTuple):
-    """Tokens of a prompt, as vLLM counts them; ``cached`` are those of the prompt that were not computed again."""
+    """Tokens of a prompt, as vLLM counts them.
+
+    ``cached`` are those of the prompt that were not computed again, None where vLLM does not say.
+    """
 
     prompt: int
-    cached: int
+    cached: int | None
     output: int
 
     @property
     def processed(self) -> int:
-        """Those that took energy."""
-        return self.prompt - self.cached + self.output
+        """Those that took energy, as far as is known."""
+        return self.prompt - (self.cached or 0) + self.output
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +47,8 @@ class Flight:
     ``rate_per_s`` is how many tokens a second were processed for it, None if that is not known, or not yet.
     ``begun_with`` and ``ended_with`` are the numbers of the changes that its begin and its end were, and ``company`` is
     how many were in flight, itself among them, when it ended.
+    ``window_id`` is that of its record. ``status`` is answered, refused (by the engine, before anything was computed),
+    cut (its lease ended, it took too long, or its client hung up) or failed.
     """
 
     start_s: float
@@ -57,6 +62,9 @@ class Flight:
     begun_with: int = 0
     ended_with: int = 0
     company: int = 1
+    window_id: str = ""
+    warmup: bool = False
+    status: Literal["answered", "refused", "cut", "failed"] = "failed"
 
 
 class Flights:

@@ -34,6 +34,7 @@ from registry.api import (
     MAX_EVENTS,
     MAX_ID,
     MAX_WAIT_S,
+    MAX_WINDOWS,
     AcceptedRequest,
     ErrorAnswer,
     EventState,
@@ -50,6 +51,7 @@ from registry.errors import InternalError, RegistryError, RegistryUnavailable
 from registry.report import MeasurementReport
 from registry.service import Idempotency
 from registry.state import LLMSpec, NewRequest, RequestStatus, canonical_json
+from registry.window_report import WindowsPage
 
 RETRY_FOR_S = 10.0
 """How long a call is repeated while the registry actor does not answer, seconds."""
@@ -212,29 +214,7 @@ def build_app(
         """The client still needs its LLM: the idle time of its lease starts anew."""
         return _json_response(await call("keep_alive", request_id))
 
-    @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=unknown)
-    async def measurement(measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)]) -> Response:
-        """A measurement with all its requests, in their order."""
-        return _json_response(await call("measurement", measurement_id))
-
-    @app.get(
-        "/measurements/{measurement_id}/report",
-        response_model=MeasurementReport,
-        responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}, **unknown},
-    )
-    async def report(
-        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
-        as_: Annotated[
-            Literal["json", "csv"] | None,
-            Query(alias="format", description="csv: one row per window; the same by Accept: text/csv"),
-        ] = None,
-        accept: Annotated[str, Header()] = "*/*",
-    ) -> Response:
-        """What a measurement cost, by LLM and by window, with all that is needed to check it."""
-        text = await call("report", measurement_id)
-        if as_ == "csv" or (as_ is None and "text/csv" in accept):
-            return Response(await asyncio.to_thread(_as_csv, text), media_type="text/csv")
-        return _json_response(text)
+    _add_measurements(app, call, unknown)
 
     @app.get("/machines", response_model=list[MachineState], responses=errors)
     async def machines() -> Response:
@@ -274,6 +254,49 @@ def build_app(
     app.exception_handler(HTTPException)(_on_http_error)
     app.exception_handler(Exception)(_on_fault)
     return app
+
+
+def _add_measurements(
+    app: FastAPI, call: Callable[..., Awaitable[Any]], unknown: dict[int | str, dict[str, Any]]
+) -> None:
+    """Add the pages about what a measurement is and what it cost."""
+
+    @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=unknown)
+    async def measurement(measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)]) -> Response:
+        """A measurement with all its requests, in their order."""
+        return _json_response(await call("measurement", measurement_id))
+
+    @app.get(
+        "/measurements/{measurement_id}/report",
+        response_model=MeasurementReport,
+        responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}, **unknown},
+    )
+    async def report(
+        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
+        as_: Annotated[
+            Literal["json", "csv"] | None,
+            Query(alias="format", description="csv: one row per window; the same by Accept: text/csv"),
+        ] = None,
+        accept: Annotated[str, Header()] = "*/*",
+    ) -> Response:
+        """What a measurement cost, by LLM and by window, with all that is needed to check it."""
+        text = await call("report", measurement_id)
+        if as_ == "csv" or (as_ is None and "text/csv" in accept):
+            return Response(await asyncio.to_thread(_as_csv, text), media_type="text/csv")
+        return _json_response(text)
+
+    @app.get("/measurements/{measurement_id}/windows", response_model=WindowsPage, responses=unknown)
+    async def windows(
+        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
+        after: Annotated[str | None, Query(max_length=1024, description="`next` of the page before")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_WINDOWS)] = MAX_WINDOWS,
+        request: Annotated[str | None, Query(max_length=255, description="requestId: of its lease only")] = None,
+    ) -> Response:
+        """The final energy windows of a measurement, a page at a time, in the order in which they began.
+
+        A window comes some seconds after its prompt. Look again from the first page for those that were late.
+        """
+        return _json_response(await call("windows", measurement_id, request, after, limit))
 
 
 def mapped(config: IngressConfig, llmconfig: dict[str, Any], field: str) -> tuple[LLMSpec, str, tuple[str, ...]]:

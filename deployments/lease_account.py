@@ -1,10 +1,11 @@
-"""What a lease has used so far, idle time included, and what of its budget is left. Reads no hardware."""
+"""What a lease has used so far, idle time included, and what of its budget is left. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from deployments.attribution import Flow
+from deployments.timeline import Interval
 from registry.errors import BudgetUsed
 from registry.reconcile import LeaseGrant
 
@@ -13,13 +14,87 @@ NEARLY_USED = 0.8
 
 
 @dataclass(slots=True, eq=False)
+class Counted:
+    """The counted stretch of a lease: from the begin of its first prompt that is no warm-up to the end of the last.
+
+    Its time is ``intervals``, without starts of an LLM in between, and what is summed up in ``flow`` already.
+    ``most`` prompts were in flight at once; ``prompt_s`` are the seconds of all prompts in it, warm-ups included.
+    ``warmed_up``: a warm-up was in flight in it. All of this is as it was at ``ended_s``, None before there is an end.
+    """
+
+    begun_s: float | None = None
+    ended_s: float | None = None
+    most: int = 0
+    prompt_s: float = 0.0
+    warmed_up: bool = False
+    prompts: int = 0
+    output_tokens: int = 0
+    tokens_unknown: int = 0
+    units: int = 0
+    units_unknown: int = 0
+    flow: Flow | None = None
+    intervals: list[Interval] = field(default_factory=list)
+    _in_flight: int = 0
+    _warmups: int = 0
+    _at_s: float = 0.0
+    _so_far: tuple[int, float, bool] = (0, 0.0, False)
+    """``most``, ``prompt_s`` and ``warmed_up`` until now."""
+
+    def begin(self, at_s: float, *, warmup: bool) -> None:
+        """A prompt of the lease begins."""
+        self._pass(at_s)
+        self._in_flight += 1
+        self._warmups += warmup
+        if not warmup and self.begun_s is None:
+            self.begun_s = at_s
+            self._so_far = (0, 0.0, False)
+        most, prompt_s, warmed_up = self._so_far
+        self._so_far = max(most, self._in_flight), prompt_s, warmed_up or self._warmups > 0
+
+    def end(self, at_s: float, *, warmup: bool) -> None:
+        """A prompt of the lease is over."""
+        self._pass(at_s)
+        self._in_flight -= 1
+        self._warmups -= warmup
+        if not warmup:
+            self.ended_s = at_s
+            self.most, self.prompt_s, self.warmed_up = self._so_far
+
+    def _pass(self, at_s: float) -> None:
+        most, prompt_s, warmed_up = self._so_far
+        self._so_far = most, prompt_s + self._in_flight * (at_s - self._at_s), warmed_up
+        self._at_s = at_s
+
+    def add(self, start_s: float, end_s: float) -> None:
+        """Take a time of the lease, later than those before."""
+        if self.begun_s is None or end_s <= max(start_s, self.begun_s):
+            return
+        start_s = max(start_s, self.begun_s)
+        if self.intervals and self.intervals[-1][1] == start_s:  # one window of the counters, not two
+            start_s = self.intervals.pop()[0]
+        self.intervals.append((start_s, end_s))
+
+    def take(self, at_least_s: float) -> list[Interval]:
+        """The times up to the end that are to be summed up now; none while they are less than so many seconds."""
+        if self.ended_s is None:
+            return []
+        ended_s = self.ended_s
+        taken = [(start_s, min(end_s, ended_s)) for start_s, end_s in self.intervals if start_s < ended_s]
+        if sum(end_s - start_s for start_s, end_s in taken) < at_least_s:
+            return []
+        self.intervals = [(max(start_s, ended_s), end_s) for start_s, end_s in self.intervals if end_s > ended_s]
+        return taken
+
+
+@dataclass(slots=True, eq=False)
 class LeaseAccount:
     """One lease, from its bind to its end, in the meter's clock.
 
     ``flow`` and ``idle`` are those of its stretches that are written down. ``before_j`` and ``before_g`` are what it
     used under an earlier process; the registry may say that again when it is in the windows of this one, too.
-    ``units`` sums up the functional units of its prompts, None once those of one are not known; ``tokens`` likewise
-    (prompt, cached, output), and ``words``. ``unwritten`` prompts of it are in flight, or not written down.
+    ``units`` sums up the functional units of its prompts, but for ``units_unknown`` of them; ``tokens`` (prompt,
+    cached, output) likewise, but for ``tokens_unknown``, where ``cached`` is None once that of one is not known.
+    ``words`` is None once those of one are not known. ``unwritten`` prompts are in flight, or not written down.
     """
 
     grant: LeaseGrant
@@ -29,14 +104,21 @@ class LeaseAccount:
     idle: Flow | None = None
     unwritten: int = 0
     prompts: int = 0
-    units: int | None = 0
-    tokens: tuple[int, int, int] | None = (0, 0, 0)
+    warmups: int = 0
+    units: int = 0
+    units_unknown: int = 0
+    tokens: tuple[int, int | None, int] = (0, 0, 0)
+    tokens_unknown: int = 0
     words: int | None = 0
+    counted: Counted = field(default_factory=Counted)
     flags: set[str] = field(default_factory=set)
+    handed_over_s: float | None = field(init=False)
+    """UTC second at which the lease was handed over to an earlier process of the wrapper, None if it was to this."""
     before_j: float = field(init=False)
     before_g: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self.handed_over_s = self.grant.handed_over_s
         self.before_j, self.before_g = self.grant.used_j, self.grant.used_g
 
     @property

@@ -3,15 +3,19 @@
 Each repetition asks for all its LLMs in one POST, uses one after another as they are handed over, and gives them back.
 Every answer is on disk before it counts (`results`), so that a run that was ended, in whatever way, is gone on with by
 the next: it gives back what the dead one held, and asks only what has no answer yet.
+
+What an answer says of its energy is provisional. Figures are made of the final windows, which the registry has some
+seconds later: they are looked for after each lease, and waited for at the end.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
@@ -23,12 +27,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from deployments.experiment import Plan, Prompt
-from deployments.figures import LLMFigures, as_csv, llm_figures
+from deployments.figures import LLMSummary, as_csv, summarized, without_window
 from deployments.measure_table import notes, results_table
 from deployments.notation import phase_words
+from deployments.report_csv import windows_csv
 from deployments.results import Results
 from registry.api import MeasurementState, RequestState
 from registry.client import ENDED, AnswerError, HeldLease, RegistryClient, RequestEnded
+from registry.figures import of_kind
+from registry.state import WindowKind
+from registry.window_report import WindowReport
 
 MAX_BARREN_LEASES = 3
 """How many leases of an LLM in a row may end without an answer, before a run gives it up."""
@@ -50,12 +58,18 @@ NOT_THE_PROMPTS_FAULT = frozenset(
 )
 """Errors of a prompt that tell something of its lease. Others are its own, and are kept as its answer."""
 
+WINDOWS_WAIT_S = 60.0
+"""Longest wait for the final windows, when all is answered, seconds."""
+
+WINDOWS_POLL_S = 1.0
+"""How often they are looked for meanwhile, seconds."""
+
 SPEED_OVER_S = 3600.0
 """The time left is guessed from the speed of so many seconds: starts of LLMs are part of it."""
 
 
 def run_measure(plan: Plan, console: Console) -> bool:
-    """Run an experiment, or go on with it; False when some of its LLMs could not be had. Shows how it goes.
+    """Run an experiment, or go on with it; False when answers or final windows are missing. Shows how it goes.
 
     Whatever ends it, Ctrl-C included: LLMs are given back, and the folder has the figures of what was answered.
 
@@ -73,15 +87,17 @@ def run_measure(plan: Plan, console: Console) -> bool:
         try:
             run.all()
         finally:
-            figures = run.summarize()
-            if missing := sum(each.missing for each in figures):
+            found = run.summarize()
+            if missing := sum(each.missing for each in found):
                 console.print(f"\n{missing} of {plan.answers} answers are missing: the same command goes on.")
+            if provisional := sum(each.provisional for each in found):
+                console.print(f"\n{provisional} answers have no final window yet: the same command fetches them.")
         console.print()
-        console.print(results_table(figures))
-        for line in notes(figures, run.measurement):
+        console.print(results_table(found))
+        for line in notes(found, run.measurement):
             console.print(line, style="dim", markup=False, highlight=False)
         console.print(f"Results: {experiment.output}", markup=False, highlight=False, soft_wrap=True)
-        return not missing
+        return not missing and not provisional
 
 
 class _Run:
@@ -116,25 +132,70 @@ class _Run:
                 while llms := self._to_do(repetition):
                     self._use_in_turn(llms, repetition)
             self.measurement = self._measurement()
+            self._wait_for_windows()
 
-    def summarize(self) -> list[LLMFigures]:
+    def summarize(self) -> list[LLMSummary]:
         """The figures by LLM, as the experiment lists them; written to the folder, too."""
         each = len(self._plan.prompts) * self._experiment.repetitions
-        lines, seed = self._results.answers(), self._experiment.seed
-        figures = [llm_figures(llm, lines, expected=each, seed=seed) for llm in self._plan.llms]
+        lines, windows = self._results.answers(), self._results.windows()
+        of_llm = {line["requestId"]: line["llm"] for line in self._results.leases()}
+        figures = [
+            summarized(llm, lines, [each for each in windows if of_llm.get(each.requestId) == llm], expected=each)
+            for llm in self._plan.llms
+        ]
         measurement = self.measurement
         self._results.write_json(
             "summary.json",
             {
                 "measurement_id": self._results.measurement_id,
-                "complete": not any(each.missing for each in figures),
+                "complete": all(each.complete for each in figures),
                 "flags": None if measurement is None else measurement.flags,
                 "versions": None if measurement is None else measurement.versions,
-                "llms": [each.as_json() for each in figures],
+                "llms": [asdict(each) for each in figures],
             },
         )
         self._results.write("summary.csv", as_csv(figures))
+        self._results.write("windows.csv", windows_csv(map(asdict, _named(windows, lines))))
         return figures
+
+    def _wait_for_windows(self) -> None:
+        """Fetch the final windows of all leases, for WINDOWS_WAIT_S seconds at most."""
+        until_s = time.monotonic() + WINDOWS_WAIT_S
+        failed = (
+            {each.requestId for each in self.measurement.requests if each.status == "failed"}
+            if self.measurement
+            else set()
+        )
+        while leases := self._leases_without_windows(failed):
+            self._say(f"waits for the final windows of {len(leases)} leases")
+            if not self._fetch(leases) or time.monotonic() >= until_s:
+                return
+            if self._leases_without_windows(failed):
+                time.sleep(WINDOWS_POLL_S)
+
+    def _leases_without_windows(self, failed: Collection[str]) -> list[str]:
+        """Leases of which some windows are not there: those of answers, and the lease's own, which is written last.
+
+        A lease that failed lost its wrapper, and has no window of its own.
+        """
+        windows = self._results.windows()
+        open_ = {line["request_id"] for line in without_window(self._answered(), windows)}
+        ended = {window.requestId for window in of_kind(windows, WindowKind.LEASE)}
+        leases = dict.fromkeys(line["requestId"] for line in self._results.leases())
+        return [each for each in leases if each in open_ or (each not in ended and each not in failed)]
+
+    def _answered(self) -> list[dict[str, Any]]:
+        return [line for line in self._results.answers() if line["error"] is None]
+
+    def _fetch(self, request_ids: Sequence[str]) -> bool:
+        """Keep the windows of these leases that the registry has by now; False if it does not tell."""
+        try:
+            for request_id in request_ids:
+                self._results.add_windows(self._registry.windows(self._results.measurement_id, request_id=request_id))
+        except (AnswerError, httpx.TransportError) as error:
+            self._print(f"Final windows can't be fetched: {str(error) or type(error).__name__}")
+            return False
+        return True
 
     def _end_dead_run(self) -> None:
         """Give back what the run before this one holds or waits for, if it could not do so itself."""
@@ -193,6 +254,7 @@ class _Run:
                 self._ask(lease, llm, repetition, self._warmup(), warmup=True)
                 self._say(title)
                 self._ask(lease, llm, repetition, self._open(llm, repetition), warmup=False)
+            self._fetch([request_id])
         except LEASE_LOST as error:
             self._barren[llm] = 0 if self._results.done > done else self._barren[llm] + 1
             what = "is given up" if self._barren[llm] == MAX_BARREN_LEASES else "is asked for again"
@@ -214,7 +276,7 @@ class _Run:
         pool = ThreadPoolExecutor(self._experiment.concurrency)
         try:
             answers: list[Future[dict[str, Any]]] = [
-                pool.submit(_answer, lease, each, self._experiment.prompt_timeout_s) for each in prompts
+                pool.submit(_answer, lease, each, self._experiment.prompt_timeout_s, warmup=warmup) for each in prompts
             ]
             for answer in as_completed(answers):
                 self._results.add({**same, **answer.result(), **same})
@@ -230,13 +292,13 @@ class _Run:
         self._console.print(what, markup=False, highlight=False, soft_wrap=True)
 
 
-def _answer(lease: HeldLease, prompt: Prompt, timeout_s: float) -> dict[str, Any]:
+def _answer(lease: HeldLease, prompt: Prompt, timeout_s: float, *, warmup: bool) -> dict[str, Any]:
     """What an LLM says to a prompt, with what it cost; or the prompt's own error in its place. Raises LEASE_LOST."""
     asked_at, begun_s = _now(), time.monotonic()
     answer: dict[str, Any] = {"answer": None}
     error = None
     try:
-        answer = lease.prompt(prompt.question, timeout_s=timeout_s)
+        answer = lease.prompt(prompt.question, timeout_s=timeout_s, prompt_id=prompt.id, warmup=warmup)
     except AnswerError as refused:
         if refused.passing or refused.status in NOT_THE_PROMPTS_FAULT:
             raise
@@ -263,6 +325,13 @@ def _retries_told(say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         stamina.instrumentation.set_on_retry_hooks(before)
+
+
+def _named(windows: Sequence[WindowReport], lines: Sequence[dict[str, Any]]) -> Iterator[WindowReport]:
+    """Yield windows with the client's name of their prompt, which its answer tells."""
+    names = {line["window"]: line["prompt"] for line in lines if line.get("window")}
+    for window in windows:
+        yield replace(window, prompt=names.get(window.window, window.prompt))
 
 
 def _lease_line(llm: str, repetition: int, state: RequestState) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from deployments.cpu_time import ProcessTable
 _FLOCK = "hhqqi"
 """``struct flock``: type, whence, start, length, process. Source: fcntl(2), "Open file description locks"."""
 _WORKS, _LIVES = 0, 1
-"""Which byte of its file a wrapper locks while it works, and which for as long as it lives."""
+"""Which byte of its file a wrapper locks while it works, and which for as long as it lives. The locks are
+shared, so that a wrapper that takes the place of one that still ends is not refused."""
 
 
 class Neighbours:
@@ -35,7 +36,7 @@ class Neighbours:
         text = f"{pid} {started}\n".encode()
         os.pwrite(self._file, text, 0)
         os.ftruncate(self._file, len(text))
-        self._lock(fcntl.F_WRLCK, _LIVES)
+        self._lock(fcntl.F_RDLCK, _LIVES)
         self._works = 0
         self._begun_ns: dict[Path, int] = {path: path.stat().st_mtime_ns for path in self._others()}
 
@@ -53,7 +54,7 @@ class Neighbours:
         self._works += 1
         if self._works == 1:
             os.utime(self._file)
-            self._lock(fcntl.F_WRLCK, _WORKS)
+            self._lock(fcntl.F_RDLCK, _WORKS)
 
     def end(self) -> None:
         """A piece of its work is over."""
@@ -99,5 +100,5 @@ def _started(pid: int) -> int:
 
 def _is_locked(path: Path, byte: int) -> bool:
     with path.open(encoding="ascii") as file:
-        asked = fcntl.fcntl(file, fcntl.F_OFD_GETLK, struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+        asked = fcntl.fcntl(file, fcntl.F_OFD_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
     return bool(struct.unpack(_FLOCK, asked)[0] != fcntl.F_UNLCK)

@@ -1,30 +1,73 @@
-"""Figures as people see them: a ``~`` before an estimate, a dash for what is not known."""
+"""Figures as people see them: a ``~`` before what is not measured, a dash for what is not known.
+
+A figure has the digits that its interval allows: half of the interval is shown to two digits, and the figure to the
+same place. A figure without an interval has three digits.
+"""
 
 from __future__ import annotations
 
+from math import floor, log10
+
+from registry.figures import Figure
+
 MEASURED = frozenset({"measured", "measured_sampled"})
-"""Labels of figures that are no estimates."""
+"""Labels of figures that hardware has measured. All others get a ``~``."""
 
 UNKNOWN = "-"
-LEGEND = "~ is an estimate, not a measurement; - is not known"
+LEGEND = "~ is not measured: an estimate, or made with a published factor; ≥ is the part that is known; - is not known"
 
 
-def figure(value: float | None, label: str) -> str:
-    """A figure to three digits: ``1,230``, ``~1.23e-05`` where its label says that it is an estimate."""
+def figure(value: float | None, label: str, *, missing: int = 0) -> str:
+    """Return a figure to three digits: ``1,230``, or ``~1.23e-05`` if it is not measured.
+
+    ``missing``: of so many parts nothing is known, so that it is the known part of a sum, ``≥ 1,230``, and no total.
+    """
     if value is None:
         return UNKNOWN
-    return f"{'' if label in MEASURED else '~'}{number(value)}"
+    return f"{'≥ ' if missing else ''}{mark(label)}{number(value)}"
+
+
+def mark(label: str) -> str:
+    """Return what stands before a figure with this label."""
+    return "" if label in MEASURED else "~"
 
 
 def number(value: float) -> str:
-    """A number to three digits."""
+    """Return a number to three digits."""
     return f"{float(f'{value:.3g}'):,.12g}"
 
 
 def in_range(value: float | None, low: float | None, high: float | None, label: str) -> str:
-    """A figure with its range, if it has one: ``~1.23 (1.1 to 1.4)``."""
-    text = figure(value, label)
-    return text if low is None or high is None else f"{text} ({number(low)} to {number(high)})"
+    """Return a figure with its range, if it has one: ``~1.23 (1.10 to 1.40)``."""
+    if value is None or low is None or high is None:
+        return figure(value, label)
+    middle, least, most = (rounded(each, (high - low) / 2) for each in (value, low, high))
+    return f"{mark(label)}{middle}" if least == most else f"{mark(label)}{middle} ({least} to {most})"
+
+
+def rounded(value: float, half: float) -> str:
+    """Return a number to the place of the second digit of ``half``, half the width of its interval."""
+    if not half > 0:
+        return number(value)
+    return f"{round(value, 1 - floor(log10(half))):,.12g}"
+
+
+def estimate_text(found: Figure, scale: float = 1.0) -> str:
+    """Return a figure in ``scale`` with its 95 % interval; without one, with the digits that its bounds allow."""
+    value = None if found.value is None else found.value / scale
+    if value is None or found.low is None or found.high is None:
+        text = bounded_text(found, scale).partition(" (")[0]
+    else:
+        text = in_range(value, found.low / scale, found.high / scale, found.label)
+    return text
+
+
+def bounded_text(found: Figure, scale: float = 1.0) -> str:
+    """Return a figure in ``scale`` with the bounds of what its counters and factors allow."""
+    value, low, high = (
+        None if each is None else each / scale for each in (found.value, found.bound_low, found.bound_high)
+    )
+    return in_range(value, low, high, found.label)
 
 
 def phase_words(phase: str, progress: float | None, total_bytes: int | None) -> str:

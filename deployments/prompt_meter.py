@@ -6,46 +6,32 @@ of an LLM. While a prompt is answered nothing is written down: that is done when
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
-from deployments.attribution import Flow
 from deployments.energy import CPUModel, Embodied, Energy, GridIntensity, SCISettings
-from deployments.energy_log import EnergyLog, Record, as_json
+from deployments.energy_log import EnergyLog, as_json
 from deployments.energy_sources import ReadFailed, Unreadable, gpu_uuids, probe_sources
 from deployments.flights import Flight, Flights, Tokens
-from deployments.lease_account import Budget, LeaseAccount
+from deployments.lease_account import LeaseAccount
+from deployments.lease_usage import LeaseUsage
 from deployments.machine_cpu import MachineCPU
 from deployments.meter import Meter
 from deployments.neighbours import Neighbours
-from deployments.sci import Score, grid_intensity, score
-from deployments.timeline import Interval, Stretch, Timeline
+from deployments.record_dates import RecordDates
+from deployments.sci import Score, grid_intensity
+from deployments.scorer import Scorer
+from deployments.timeline import Timeline
+from deployments.window_writer import Start, WindowWriter
 from deployments.zeus_source import zeus_gpus
 from registry.errors import BadSettings
 from registry.reconcile import Belief, LeaseGrant
 from registry.settings import EnergySettings
-from registry.state import EnergyWindow, WindowKind
-
-SETTLE_S = 30.0
-"""How long a window waits for its counters to go on, seconds; then what they don't tell is not known."""
-SHARES_S = 30.0
-"""How long a prompt's record waits for the end of those it shares with, seconds."""
-
-
-@dataclass(slots=True)
-class Start:
-    """The start of an LLM that is going on; ``woken`` is for whoever starts it to say."""
-
-    model: str
-    start_s: float
-    end_s: float = 0.0
-    woken: bool = False
+from registry.state import EnergyWindow
 
 
 class PromptMeter:
@@ -86,12 +72,14 @@ class PromptMeter:
             strangers=machine.strangers,
         )
         self._process = process
-        self._utc_s = utc_s
         self._flights = Flights()
         self._timeline: Timeline[LeaseAccount] = Timeline(self._meter.mark())
-        self._starts: deque[Start] = deque()
+        self._scorer = Scorer(self._meter, self._flights, self._sci, self._grid)
+        self._usage = LeaseUsage(self._scorer, self._timeline)
         self._log = EnergyLog(wrapper_id, process, grid=self._grid, embodied=self._sci.embodied, pue=self._sci.pue)
-        self._model: str | None = None
+        dates = RecordDates(self._meter.mark, utc_s)
+        self._writer = WindowWriter(self._scorer, self._flights, self._timeline, self._log, dates)
+        self._begun = 0
         self._load: Energy | None = None
 
     @property
@@ -127,7 +115,7 @@ class PromptMeter:
             self._timeline.stay()
             return
         at_s = min(at_s, self._meter.mark())
-        self._timeline.hand_over(None if grant is None else LeaseAccount(grant, at_s, self._model), at_s)
+        self._timeline.hand_over(None if grant is None else LeaseAccount(grant, at_s, self._writer.model), at_s)
 
     @contextmanager
     def load(self, model: str = "") -> Iterator[Start]:
@@ -141,13 +129,13 @@ class PromptMeter:
         finally:
             start.end_s = self._meter.mark()
             self._meter.work_ends(start.end_s)
-            self._model = model
+            self._writer.model = model
             if self._timeline.holder is not None:
                 self._timeline.holder.model = model
             self._timeline.resume(start.end_s)
             if start.end_s > start.start_s:
                 self._load = self._meter.window(start.start_s, start.end_s, estimate_short=True)
-                self._starts.append(start)
+                self._writer.started(start)
 
     @property
     def meter(self) -> Meter:
@@ -158,30 +146,40 @@ class PromptMeter:
         """What is done meanwhile disturbs the measurements of other wrappers."""
         return nullcontext() if self._neighbours is None else self._neighbours.busy()
 
-    def begin(self, endpoint: str = "process_prompt") -> Flight:
-        """A prompt begins now."""
+    def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False) -> Flight:
+        """A prompt begins now. A ``warmup`` is not part of the counted stretch of its lease."""
         if self._neighbours is not None:
             self._neighbours.begin()
-        flight = Flight(self._meter.mark(), endpoint=endpoint, account=self._timeline.holder)
+        self._begun += 1
+        flight = Flight(self._meter.mark(), endpoint=endpoint, account=self._timeline.holder, warmup=warmup)
+        flight.window_id = f"{self._process}-p{self._begun}"
         self._flights.begin(flight)
         self._meter.work_begins(flight.start_s)
         self._timeline.begin(flight.start_s)
         if flight.account is not None:
             flight.account.unwritten += 1
+            flight.account.counted.begin(flight.start_s, warmup=warmup)
         return flight
 
     def end(self, flight: Flight) -> None:
-        """A prompt is over, answered or not. Again: no difference."""
+        """A prompt is over, answered or not. Idempotent."""
         now_s = self._meter.mark()
         if self._flights.end(flight, now_s):
             self._meter.work_ends(now_s)
             self._timeline.end(now_s)
+            if flight.account is not None:
+                flight.account.counted.end(now_s, warmup=flight.warmup)
             if self._neighbours is not None:
                 self._neighbours.end()
 
     def counted(self, flight: Flight, tokens: Tokens) -> None:
         """A prompt's tokens are known."""
         self._flights.counted(flight, tokens)
+
+    def refused(self, flight: Flight) -> None:
+        """The engine has refused a prompt before it computed anything: it has brought nothing, and that is known."""
+        flight.status, flight.words = "refused", 0
+        self._flights.counted(flight, Tokens(0, 0, 0))
 
     # --- what it costs ----------------------------------------------------------------------------------
 
@@ -195,10 +193,13 @@ class PromptMeter:
 
         Returns:
             ``sci_score`` (gCO2eq per unit, or None), ``sci_method``, ``sci_low``, ``sci_high``, ``unit``, ``energy``,
-            ``carbon``, ``methods``, ``flags``.
+            ``carbon``, ``methods``, ``flags``; the id of the ``window`` that will have the final figures, and
+            ``final``: false, as these are of the moment.
         """
         energy, found, flags = self._told(flight, usage, answer)
         return {
+            "window": flight.window_id,
+            "final": False,
             "sci_score": found.sci_score,
             "sci_method": found.method.value,
             "sci_low": found.low,
@@ -215,10 +216,16 @@ class PromptMeter:
         """The same for a header, and for the end of a stream."""
         energy, found, flags = self._told(flight, usage, answer)
         return {
+            "window": flight.window_id,
+            "final": False,
             "sci_score": found.sci_score,
             "sci_method": found.method.value,
+            "sci_low": found.low,
+            "sci_high": found.high,
             "unit": found.unit,
             "joules": energy.total_j,
+            "joules_low": energy.low_j,
+            "joules_high": energy.high_j,
             "label": energy.label.value,
             "o_g": found.o_g,
             "m_g": found.m_g,
@@ -228,109 +235,19 @@ class PromptMeter:
     def _told(
         self, flight: Flight, usage: Mapping[str, Any], answer: str | None
     ) -> tuple[Energy, Score, Sequence[str]]:
+        flight.status = "answered"
         self.counted(flight, tokens_of(usage))
         flight.words = None if answer is None else len(answer.split())
-        energy, found = self._figures(flight)
-        return energy, found, [*found.flags, *self._budget_flags(flight.account)]
-
-    def _figures(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score]:
-        """A prompt's share of what flowed while it was in flight, and of the time that the machine was reserved."""
-        assert flight.end_s is not None  # callers end a prompt before they account for it
-        parts, assumed = self._flights.parts(flight, for_good=for_good)
-        if parts.alone:
-            energy = self._meter.window(flight.start_s, flight.end_s, estimate_short=True, final=for_good)
-        else:
-            energy = self._meter.share(parts, final=for_good)
-        flags = [
-            *(("tokens_unknown",) if flight.tokens is None else ()),
-            *(("share_estimated",) if assumed else ()),
-        ]
-        return energy, self._score(energy, parts.reserved_s, self._units(flight.tokens, flight.words), flags)
-
-    def _units(self, tokens: Tokens | None, words: int | None) -> int | None:
-        match self._sci.functional_unit:
-            case "output_token":
-                return None if tokens is None else tokens.output
-            case "token":
-                return None if tokens is None else tokens.prompt + tokens.output
-            case "request":
-                return 1
-            case "word":
-                return words
-
-    def _score(self, energy: Energy, duration_s: float, units: int | None, flags: Sequence[str] = ()) -> Score:
-        return score(energy, duration_s=duration_s, units=units, settings=self._sci, grid=self._grid, flags=flags)
+        energy, found, _ = self._scorer.prompt(flight)
+        return energy, found, [*found.flags, *self._usage.budget_flags(flight.account)]
 
     def use(self) -> dict[str, Any] | None:
-        """What the lease has cost so far, idle time included, and its budget; None without a lease.
-
-        ``before_j`` and ``before_g`` are not inside: what is known from before the wrapper was started anew.
-        """
-        account = self._timeline.holder
-        if account is None:
-            return None
-        energy, found = self._so_far(account)
-        idle = self._idle_so_far(account)
-        return {
-            "total_j": energy.total_j,
-            "low_j": energy.low_j,
-            "high_j": energy.high_j,
-            "idle_j": None if idle is None else self._meter.energy(idle, estimate_short=True).total_j,
-            "label": energy.label.value,
-            "o_g": None if found is None else found.o_g,
-            "m_g": None if found is None else found.m_g,
-            "before_j": account.before_j or None,
-            "before_g": account.before_g or None,
-            "max_j": account.grant.max_j,
-            "max_g": account.grant.max_g,
-            "flags": sorted({*energy.flags, *self._budget_flags(account)}),
-        }
+        """What the lease has cost so far, idle time included, and its budget; None without a lease."""
+        return self._usage.so_far()
 
     def require_budget(self) -> None:
         """Raise BudgetUsed if the lease has used up what it may."""
-        for budget in self._budgets(self._timeline.holder):
-            budget.require()
-
-    def _budgets(self, account: LeaseAccount | None) -> list[Budget]:
-        if account is None or not account.has_budget:
-            return []
-        energy, found = self._so_far(account)
-        if found is None:
-            return []  # it has had no time to use anything
-        used_j = None if energy.total_j is None else account.before_j + energy.total_j
-        used_g = None if found.o_g is None or found.m_g is None else account.before_g + found.o_g + found.m_g
-        limits = (("J", account.grant.max_j, used_j), ("gCO2eq", account.grant.max_g, used_g))
-        return [Budget(unit, limit, used) for unit, limit, used in limits if limit is not None]
-
-    def _budget_flags(self, account: LeaseAccount | None) -> list[str]:
-        flags = [flag for budget in self._budgets(account) if (flag := budget.flag) is not None]
-        if account is not None:
-            account.flags.update(flags)
-        return flags
-
-    def _so_far(self, account: LeaseAccount) -> tuple[Energy, Score | None]:
-        """What a lease that has not ended has used; no score before it has any time."""
-        now_s = self._meter.mark()
-        stretches = [[(stretch.start_s, stretch.end_s)] for stretch in self._unwritten_of(account)]
-        flow = self._sum(account.flow, [*stretches, self._timeline.open(now_s)[0]])
-        if flow is None:
-            return self._meter.nothing(), None
-        energy = self._meter.energy(flow, estimate_short=True)
-        return energy, self._score(energy, flow.duration_s, account.units)
-
-    def _idle_so_far(self, account: LeaseAccount) -> Flow | None:
-        gaps = [stretch.gaps for stretch in self._unwritten_of(account)]
-        return self._sum(account.idle, [*gaps, self._timeline.open(self._meter.mark())[1]])
-
-    def _unwritten_of(self, account: LeaseAccount) -> list[Stretch[LeaseAccount]]:
-        return [stretch for stretch in self._timeline.closed if stretch.holder is account]
-
-    def _sum(self, flow: Flow | None, times: Sequence[Sequence[Interval]], *, final: bool = False) -> Flow | None:
-        for intervals in times:
-            if intervals:
-                more = self._meter.flow(intervals, final=final)
-                flow = more if flow is None else flow + more
-        return flow
+        self._usage.require_budget()
 
     # --- what is written down ---------------------------------------------------------------------------
 
@@ -350,125 +267,7 @@ class PromptMeter:
 
         What is written is final: prompts and idle time add up to their lease. What is not known in time is unavailable.
         """
-        for write in (self._write_start, self._write_prompt, self._write_stretch):
-            for _ in iter(write, False):
-                await asyncio.sleep(0)  # prompts go on in between
-        self._flights.forget()
-
-    def _settled(self, end_s: float) -> bool:
-        return self._meter.settled(end_s) or self._meter.mark() >= end_s + SETTLE_S
-
-    def _write_start(self) -> bool:
-        if not self._starts or not self._settled(self._starts[0].end_s):
-            return False
-        start = self._starts.popleft()
-        kind = WindowKind.WAKE if start.woken else WindowKind.LOAD
-        flow = self._meter.flow([(start.start_s, start.end_s)], final=True)
-        self._record(kind, None, (start.start_s, start.end_s), flow, {"model": start.model})
-        return True
-
-    def _write_prompt(self) -> bool:
-        unwritten = self._flights.unwritten
-        if not unwritten:
-            return False
-        flight = unwritten[0]
-        assert flight.end_s is not None  # it has ended
-        waited_s = self._meter.mark() - flight.end_s
-        if not self._settled(flight.end_s) or (waited_s < SHARES_S and not self._flights.company_has_ended(flight)):
-            return False
-        energy, found = self._figures(flight, for_good=True)
-        self._flights.written()
-        account = flight.account
-        if account is not None:
-            _add(account, flight, found)
-        more = {
-            "model": self._model if account is None else account.model,
-            "endpoint": flight.endpoint,
-            "answer_id": flight.answer_id,
-            "tokens": None if flight.tokens is None else flight.tokens._asdict(),
-            "words": flight.words,
-        }
-        self._write_record(WindowKind.PROMPT, account, (flight.start_s, flight.end_s), energy, found, more)
-        return True
-
-    def _write_stretch(self) -> bool:
-        """The idle time in a stretch; after the last stretch of a lease, and all of its prompts, the lease."""
-        closed = self._timeline.closed
-        if not closed or not self._settled(closed[0].end_s):
-            return False
-        stretch, account = closed[0], closed[0].holder
-        if account is not None and stretch.last and account.unwritten:
-            return False
-        closed.popleft()
-        if stretch.gaps:
-            idle = self._meter.flow(stretch.gaps, final=True)
-            times, more = (stretch.gaps[0][0], stretch.gaps[-1][1]), {"model": account and account.model}
-            self._record(WindowKind.IDLE, account, times, idle, more)
-            if account is not None:
-                account.idle = idle if account.idle is None else account.idle + idle
-        if account is not None:
-            if stretch.end_s > stretch.start_s:
-                account.flow = self._sum(account.flow, [[(stretch.start_s, stretch.end_s)]], final=True)
-            if stretch.last and account.flow is not None:
-                self._record_lease(account, stretch.end_s, account.flow)
-        return True
-
-    def _record_lease(self, account: LeaseAccount, end_s: float, flow: Flow) -> None:
-        tokens = None if account.tokens is None else Tokens(*account.tokens)._asdict()
-        more = {"model": account.model, "prompts": account.prompts, "tokens": tokens, "words": account.words}
-        self._record(
-            WindowKind.LEASE, account, (account.begun_s, end_s), flow, more, account.units, flags=sorted(account.flags)
-        )
-
-    def _record(
-        self,
-        kind: WindowKind,
-        account: LeaseAccount | None,
-        times: Interval,
-        flow: Flow,
-        more: Mapping[str, Any],
-        units: int | None = 0,
-        *,
-        flags: Sequence[str] = (),
-    ) -> None:
-        energy = self._meter.energy(flow, estimate_short=True)
-        found = self._score(energy, flow.duration_s, units, flags)
-        self._write_record(kind, account, times, energy, found, more)
-
-    def _write_record(
-        self,
-        kind: WindowKind,
-        account: LeaseAccount | None,
-        times: Interval,
-        energy: Energy,
-        found: Score,
-        more: Mapping[str, Any],
-    ) -> None:
-        to_utc_s = self._utc_s() - self._meter.mark()
-        begun_s, ended_s = times[0] + to_utc_s, times[1] + to_utc_s
-        grant = None if account is None else account.grant
-        self._log.write(
-            Record(kind=kind, grant=grant, begun_s=begun_s, ended_s=ended_s, energy=energy, score=found, more=more)
-        )
-
-
-def _add(account: LeaseAccount, flight: Flight, found: Score) -> None:
-    """Sum up a prompt of a lease; of what is not known of one there is no sum."""
-    tokens = flight.tokens
-    account.unwritten -= 1
-    account.prompts += 1
-    account.units = None if account.units is None or found.units is None else account.units + found.units
-    account.words = None if account.words is None or flight.words is None else account.words + flight.words
-    account.tokens = (
-        None
-        if account.tokens is None or tokens is None
-        else (
-            account.tokens[0] + tokens.prompt,
-            account.tokens[1] + tokens.cached,
-            account.tokens[2] + tokens.output,
-        )
-    )
-    account.flags.update({"share_estimated", "tokens_unknown"}.intersection(found.flags))
+        await self._writer.write()
 
 
 def sci_settings(settings: EnergySettings) -> SCISettings:
@@ -489,11 +288,13 @@ def grid_of(settings: EnergySettings) -> GridIntensity | None:
     grid = settings.grid
     if grid is None:
         return None
+    low, high = grid.low_gco2eq_per_kwh, grid.high_gco2eq_per_kwh
     if grid.zone is not None:
-        return grid_intensity(grid.zone)
-    if grid.gco2eq_per_kwh is None or grid.source is None or grid.date is None:
-        raise BadSettings("energy.grid", "needs zone, or gco2eq_per_kwh with source and date")
-    return GridIntensity(grid.gco2eq_per_kwh, None, grid.source, grid.date)
+        return replace(grid_intensity(grid.zone), year=grid.year, low=low, high=high)
+    if grid.gco2eq_per_kwh is None or grid.source is None:
+        raise BadSettings("energy.grid", "needs zone, or gco2eq_per_kwh with source, and year or date")
+    version = grid.date or str(grid.year)
+    return GridIntensity(grid.gco2eq_per_kwh, None, grid.source, version, grid.year, grid.source, low, high)
 
 
 def _sources(
@@ -521,8 +322,12 @@ def tokens_of(usage: Mapping[str, Any]) -> Tokens:
         KeyError: it tells none.
     """
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    cached = details.get("cached_tokens")
     if "prompt_tokens" in usage:
         prompt, output = usage["prompt_tokens"], usage.get("completion_tokens")
     else:
         prompt, output = usage["input_tokens"], usage.get("output_tokens")
-    return Tokens(prompt, details.get("cached_tokens") or 0, output or 0)
+        if "cache_read_input_tokens" in usage:  # Anthropic's input tokens are those that no cache has to do with
+            cached = usage["cache_read_input_tokens"]
+            prompt += (cached or 0) + (usage.get("cache_creation_input_tokens") or 0)
+    return Tokens(prompt, cached, output or 0)

@@ -24,13 +24,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of
+from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of, is_warmup
 from deployments.engine import RunningLLM, public_path
 from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
-from deployments.flights import Tokens
 from deployments.lease_gate import LeaseGate
 from deployments.llm_args import map_prompting
 from deployments.prompt_meter import PromptMeter
+from deployments.token_count import counting_tokens
 from registry.errors import EngineNotReady, RegistryError, RegistryUnheard, TooManyPrompts
 from registry.reconcile import LeaseGrant
 
@@ -202,8 +202,7 @@ class PromptGate:
     def _over(self, grant: LeaseGrant, exchange: _Exchange, ended: asyncio.Task[None]) -> None:
         del self._in_flight[exchange]
         self._gate.leave(grant)
-        nobody_asks = exchange.was_cut or exchange.client_gone
-        if nobody_asks and not ended.cancelled() and (error := ended.exception()) is not None:
+        if exchange.given_up and not ended.cancelled() and (error := ended.exception()) is not None:
             log.info("a prompt that was given up ended with an error", error=type(error).__name__)
 
     def _running(self) -> RunningLLM:
@@ -224,11 +223,13 @@ class PromptGate:
                 await self._unless_dead(running, message["status"])
             await answer.send(message)
 
-        answer = AccountedAnswer(self._meter, self._meter.begin(path), exchange.send)
-        try:
-            await running.asgi(inner, exchange.receive, send)
-        finally:
-            answer.close()
+        flight = self._meter.begin(path, warmup=is_warmup(scope["headers"]))
+        answer = AccountedAnswer(self._meter, flight, exchange.send, given_up=lambda: exchange.given_up)
+        with counting_tokens() as count:
+            try:
+                await running.asgi(inner, exchange.receive, send)
+            finally:
+                answer.close(count.tokens)
 
     async def _unless_dead(self, running: RunningLLM, status: int) -> None:
         """An engine that dies answers what it has with a 500. Raises EngineNotReady then, with the reason."""
@@ -245,10 +246,10 @@ class PromptGate:
             field = ".".join(map(str, first["loc"])) or "body"
             response = error_answer(422, "invalid_field", f"{field}: {first['msg']}", field=field)
         else:
-            response = await self._answer(grant, question.question, exchange)
+            response = await self._answer(grant, question.question, exchange, warmup=is_warmup(scope["headers"]))
         await response(scope, exchange.receive, exchange.send)
 
-    async def _answer(self, grant: LeaseGrant, question: str, exchange: _Exchange) -> JSONResponse:
+    async def _answer(self, grant: LeaseGrant, question: str, exchange: _Exchange, *, warmup: bool) -> JSONResponse:
         running = self._running()
         llmconfig = json.loads(grant.llmconfig)
         body: dict[str, Any] = {"model": running.served_model_name, **_prompting(llmconfig)}
@@ -257,15 +258,17 @@ class PromptGate:
             path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": question}]
         else:
             path, body["prompt"] = "/v1/completions", question
-        flight = self._meter.begin()
+        flight = self._meter.begin(warmup=warmup)
         try:
             status, answer = await _call(running.asgi, path, body, exchange)
         finally:
             self._meter.end(flight)
+            if exchange.given_up:
+                flight.status = "cut"
         await self._unless_dead(running, status)
         if status != HTTPStatus.OK:
             if status in REFUSED:
-                self._meter.counted(flight, Tokens(0, 0, 0))  # refused before anything was computed
+                self._meter.refused(flight)
             return error_answer(status, "prompt_refused", _problem(answer))
         answered = json.loads(answer)
         choice, usage = answered["choices"][0], answered["usage"]
@@ -308,6 +311,11 @@ class _Exchange:
     def was_cut(self) -> bool:
         """Whether ``cut`` was called before the answer was complete."""
         return self._was_cut
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it was cut, or its client has hung up."""
+        return self._was_cut or self.client_gone
 
     @property
     def task(self) -> asyncio.Task[None]:
@@ -414,7 +422,7 @@ async def _call(app: ASGIApp, path: str, body: Mapping[str, Any], exchange: _Exc
         if not status:
             raise
         # An app raises what it could not handle after it has answered it, for its server's log.
-    if exchange.was_cut or exchange.client_gone:
+    if exchange.given_up:
         raise asyncio.CancelledError  # what the app says to nobody is no answer
     return status, bytes(answer)
 

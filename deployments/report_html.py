@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from itertools import cycle
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -15,9 +15,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from deployments.notation import LEGEND, MEASURED, figure, number
-from deployments.report_table import coefficient_text, headline, mean_text, missing, names
-from registry.report import COUNTED, LLMReport, MeasurementReport, Spread, WindowReport
+from deployments.figures_table import READING, label_words
+from deployments.notation import LEGEND, MEASURED, bounded_text, estimate_text, figure, number
+from deployments.power import Curve, powers
+from deployments.report_table import (
+    coefficient_text,
+    cost_cells,
+    figure_rows,
+    headline,
+    missing,
+    names,
+    unfinished,
+)
+from registry import figures
+from registry.report import COUNTED, LLMReport, MeasurementReport
 
 ROWS_SHOWN = 500
 """Most windows that the page lists; CSV and JSON have all."""
@@ -45,14 +56,23 @@ def report_html(report: MeasurementReport) -> str:
     """The whole page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(
-        figure=figure, number=number, mean_text=mean_text, coefficient_text=coefficient_text, measured=MEASURED
+        figure=figure,
+        number=number,
+        estimate_text=estimate_text,
+        bounded_text=bounded_text,
+        cost_cells=cost_cells,
+        coefficient_text=coefficient_text,
+        label_words=label_words,
+        measured=MEASURED,
     )
     text = resources.files("deployments").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(text).render(
         report=report,
         headline=headline(report),
         legend=LEGEND,
-        llms=list(zip(names(report), report.llms, strict=True)),
+        unfinished=list(unfinished(report)),
+        reading=READING,
+        rows=figure_rows(report),
         missing=list(missing(report)),
         windows=report.windows[:ROWS_SHOWN],
         plots=list(plots(report)),
@@ -61,49 +81,34 @@ def report_html(report: MeasurementReport) -> str:
 
 def plots(report: MeasurementReport) -> Iterator[tuple[str, str, str]]:
     """(name, what it shows, SVG) of each plot for which anything is known."""
-    labels = names(report)
-    scores = [llm.score_per_prompt for llm in report.llms]
-    joules = [llm.joules_per_token for llm in report.llms]
-    if any(spread.n for spread in scores):
-        points = [_of_prompts(report, llm, "sci_score") for llm in report.llms]
-        yield _plot("score", "gCO2eq per functional unit, by LLM", _spreads(labels, scores, points))
-    if any(spread.n for spread in joules):
-        points = [_of_prompts(report, llm, "joules") for llm in report.llms]
-        yield _plot("joules", "Joules per output token, by LLM", _spreads(labels, joules, points))
-    times_s, watts = power(report.windows)
-    if any(not math.isnan(each) for each in watts):
-        yield _plot("power", "Power over time, mean of each window", _power(times_s, watts, report.windows))
+    rows = [
+        (name, llm, of_machine)
+        for name, llm in zip(names(report), report.llms, strict=True)
+        for of_machine in llm.figures
+    ]
+    labels = [name if len(llm.figures) == 1 else f"{name} on {found.machine}" for name, llm, found in rows]
+    for plot, shows, name, what in (
+        ("score", "gCO2eq per functional unit, by LLM", "gco2eq_per_unit", "sci_score"),
+        ("joules", "Joules per output token, by LLM", "joules_per_token", "joules"),
+    ):
+        estimates = [getattr(found, name) for _, _, found in rows]
+        if any(estimate.value is not None for estimate in estimates):
+            points = [_of_prompts(report, llm, found.machine, what) for _, llm, found in rows]
+            yield _plot(plot, shows, _spreads(labels, estimates, points))
+    known = {machine: curve for machine, curve in powers(report.windows).items() if not all(map(math.isnan, curve[1]))}
+    if known:
+        yield _plot("power", "Power over time, mean of each busy and each idle time", _power(known, report))
     if any(llm.costs[use].joules for llm in report.llms for use in _USES):
-        yield _plot("uses", "Idle against active: what the energy was used for", _shares(labels, report.llms))
+        yield _plot("uses", "Idle against active: what the energy was used for", _shares(names(report), report.llms))
 
 
-def power(windows: Sequence[WindowReport]) -> tuple[list[datetime], list[float]]:
-    """Times, and the power [W] from each on; NaN where it is not known. Prompts at the same time add up."""
-    steps: list[tuple[datetime, float, int, int]] = []
-    for window in windows:
-        if window.kind == COUNTED["lease"] or window.seconds <= 0:
-            continue  # a lease is its prompts and its idle time once more
-        begun, ended = datetime.fromisoformat(window.begunAt), datetime.fromisoformat(window.endedAt)
-        watts, known = (0.0, 0) if window.joules is None else (window.joules / window.seconds, 1)
-        steps += [(begun, watts, known, 1 - known), (ended, -watts, -known, known - 1)]
-    steps.sort(key=lambda step: step[0])
-    times, levels = [], []
-    watts, known, unknown = 0.0, 0, 0
-    for n, (time, step_w, step_known, step_unknown) in enumerate(steps):
-        watts, known, unknown = watts + step_w, known + step_known, unknown + step_unknown
-        if n + 1 == len(steps) or steps[n + 1][0] != time:
-            times.append(time)
-            levels.append(max(watts, 0.0) if known and not unknown else math.nan)
-    return times, levels
-
-
-def _of_prompts(report: MeasurementReport, llm: LLMReport, what: str) -> list[float]:
-    """The figures of an LLM's prompts that are known, as its spreads have them."""
+def _of_prompts(report: MeasurementReport, llm: LLMReport, machine: str | None, what: str) -> list[float]:
+    """Return the figures of an LLM's prompts on a machine that are known, without warm-ups."""
     found = []
     for window in report.windows:
-        if window.kind != COUNTED["active"] or window.requestId not in llm.requestIds:
+        if window.kind != COUNTED["active"] or window.requestId not in llm.requestIds or window.machine != machine:
             continue
-        value = getattr(window, what)
+        value = None if window.warmup else getattr(window, what)
         if what == "joules" and value is not None:
             value = value / window.output_tokens if window.output_tokens else None
         if value is not None:
@@ -111,31 +116,38 @@ def _of_prompts(report: MeasurementReport, llm: LLMReport, what: str) -> list[fl
     return found[:: max(1, len(found) // POINTS_SHOWN)]
 
 
-def _spreads(labels: Sequence[str], spreads: Sequence[Spread], points: Sequence[Sequence[float]]) -> Figure:
-    """A row for each LLM: its prompts as points, their mean, and the mean's 95 % confidence interval."""
-    plot, axes = _rows(labels, [bool(spread.n) and spread.label not in MEASURED for spread in spreads])
-    for row, (spread, of_prompts) in enumerate(zip(spreads, points, strict=True)):
-        if spread.mean is None:
+def _spreads(labels: Sequence[str], estimates: Sequence[figures.Figure], points: Sequence[Sequence[float]]) -> Figure:
+    """A row for each LLM: its prompts as points, the value of all, and its 95 % interval where there is one."""
+    plot, axes = _rows(labels, [found.value is not None and found.label not in MEASURED for found in estimates])
+    for row, (found, of_prompts) in enumerate(zip(estimates, points, strict=True)):
+        if found.value is None:
             axes.text(0.02, row, "not known", transform=axes.get_yaxis_transform(), va="center", color="#777777")
             continue
         axes.plot(of_prompts, [row] * len(of_prompts), "|", color=_USES["active"], alpha=0.35, markersize=14)
-        half = 0.0 if spread.ci95_high is None else spread.ci95_high - spread.mean
-        axes.errorbar(spread.mean, row, xerr=half, fmt="o", color="#12372a", capsize=5, markersize=6, linewidth=2)
+        low, high = (found.value if each is None else each for each in (found.low, found.high))
+        error = [[found.value - low], [high - found.value]]
+        axes.errorbar(found.value, row, xerr=error, fmt="o", color="#12372a", capsize=5, markersize=6, linewidth=2)
     axes.set_xlim(left=0)
-    unit = spreads[0].unit
+    unit = estimates[0].unit
     axes.xaxis.set_major_formatter(EngFormatter(unit="J" if unit.startswith("J") else "g"))
-    axes.set_xlabel(f"{unit}: prompts, their mean and its 95 % interval")
+    axes.set_xlabel(f"{unit}: prompts, the value of all and its 95 % interval")
     return plot
 
 
-def _power(times: Sequence[datetime], watts: Sequence[float], windows: Sequence[WindowReport]) -> Figure:
+def _power(curves: Mapping[str | None, Curve], report: MeasurementReport) -> Figure:
+    """A line for each machine."""
     plot, axes = _axes(height=2.6)
-    since_s = [(time - times[0]).total_seconds() for time in times]
-    unit, size = next((unit, size) for unit, size in _TIME_UNITS.items() if since_s[-1] >= 3 * size or size == 1)
-    axes.step([each / size for each in since_s], watts, where="post", color=_USES["active"], linewidth=1.2)
+    first, last = min(times[0] for times, _ in curves.values()), max(times[-1] for times, _ in curves.values())
+    whole_s = (last - first).total_seconds()
+    unit, size = next((unit, size) for unit, size in _TIME_UNITS.items() if whole_s >= 3 * size or size == 1)
+    for color, (machine, (times, watts)) in zip(cycle(_USES.values()), curves.items(), strict=False):
+        since = [(time - first).total_seconds() / size for time in times]
+        axes.step(since, watts, where="post", color=color, linewidth=1.2, label=machine or "an unknown machine")
+    if len(curves) > 1:
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(curves), frameon=False)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"{unit} since {times[0]:%Y-%m-%d %H:%M:%S} UTC")
-    estimate = any(window.joules is not None and window.label not in MEASURED for window in windows)
+    axes.set_xlabel(f"{unit} since {first:%Y-%m-%d %H:%M:%S} UTC")
+    estimate = any(window.joules is not None and window.label not in MEASURED for window in report.windows)
     axes.set_ylabel(f"W{', estimate' if estimate else ''}")
     axes.yaxis.grid(visible=True, color="#e5e5e5")
     return plot
@@ -153,9 +165,9 @@ def _shares(labels: Sequence[str], llms: Sequence[LLMReport]) -> Figure:
             if joules is not None:
                 axes.barh(row, joules, left=left_j, color=_USES[use], height=0.6)
                 left_j += joules
-        lacks = [use for use in shown if llm.costs[use].windows and llm.costs[use].joules is None]
+        lacks = [use for use in shown if llm.costs[use].missing]
         if lacks:
-            axes.annotate(f" not known: {', '.join(lacks)}", (left_j, row), va="center", color="#777777")
+            axes.annotate(f" not all is known: {', '.join(lacks)}", (left_j, row), va="center", color="#777777")
     for use in shown:
         axes.barh(0, 0, color=_USES[use], label=use)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(shown), frameon=False)

@@ -8,31 +8,39 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deployments.notation import LEGEND, MEASURED, UNKNOWN, figure, in_range
-from registry.report import Coefficient, MeasurementReport, Spread
+from deployments.figures_table import READING, Row, batch_table, label_words, problems, prompts_table, rows_of
+from deployments.notation import LEGEND, UNKNOWN, figure, in_range, number
+from registry.figures import MachineFigures
+from registry.report import Coefficient, Cost, MeasurementReport
 
 
 def report_table(report: MeasurementReport) -> RenderableType:
-    """What each LLM cost, what the measurement's time was used for, how that was found, and what is not known."""
-    parts: list[RenderableType] = [Text(headline(report)), Text(f"Figures are {report.how}."), Text()]
-    parts += [_llms(report), Text(), _costs(report), Text(), _basis(report)]
-    if problems := list(missing(report)):
-        parts += [Text(), Text("Not known:"), *(Text(f"  {problem}") for problem in problems)]
-    if any(label not in MEASURED for label in _labels(report)):
-        parts += [Text(), Text(f"{LEGEND}.")]
+    """Return what each LLM cost, what the measurement's time was used for, how that was found, what is not known."""
+    rows = figure_rows(report)
+    parts: list[RenderableType] = [Text(headline(report)), Text(f"Figures are {report.how}.")]
+    parts += [Text(warning, style="bold") for warning in unfinished(report)]
+    parts += [Text(), prompts_table(rows), Text(READING, style="dim"), Text()]
+    if (batch := batch_table(rows)) is not None:
+        parts += [batch, Text()]
+    parts += [_costs(report), Text(), _basis(report)]
+    if lacks := list(missing(report)):
+        parts += [Text(), Text("Not known, or left out:"), *(Text(f"  {each}") for each in lacks)]
+    parts += [Text(), Text(f"{LEGEND}.")]
     return Group(*parts)
 
 
 def headline(report: MeasurementReport) -> str:
-    """Which measurement, where, and how much of it there is."""
+    """Return which measurement, where, and how much of it there is."""
     where = f" on {', '.join(report.machines)}" if report.machines else ""
-    prompts = sum(llm.prompts for llm in report.llms)
+    prompts = sum(figures.prompts for llm in report.llms for figures in llm.figures)
+    warmups = sum(figures.warmups for llm in report.llms for figures in llm.figures)
+    besides = f" and {warmups} warm-up(s)" if warmups else ""
     flags = f"; flags: {', '.join(report.flags)}" if report.flags else ""
-    return f"Measurement {report.measurementId}{where}: {len(report.llms)} LLM(s), {prompts} prompt(s){flags}"
+    return f"Measurement {report.measurementId}{where}: {len(report.llms)} LLM(s), {prompts} prompt(s){besides}{flags}"
 
 
 def names(report: MeasurementReport) -> list[str]:
-    """A name for each LLM that no other has: those that differ in their arguments only are numbered."""
+    """Return a name for each LLM that no other has: those that differ in their arguments only are numbered."""
     models = [llm.llm for llm in report.llms]
     seen: dict[str, int] = {}
     found = []
@@ -42,70 +50,58 @@ def names(report: MeasurementReport) -> list[str]:
     return found
 
 
+def figure_rows(report: MeasurementReport) -> list[Row]:
+    """Return the figures by LLM and machine. An LLM without any window is in none of the rows."""
+    figures: list[tuple[str, tuple[MachineFigures, ...]]] = [
+        (name, llm.figures) for name, llm in zip(names(report), report.llms, strict=True)
+    ]
+    return rows_of(figures)
+
+
+def unfinished(report: MeasurementReport) -> Iterator[str]:
+    """Yield in which way the report is not the last word: leases that still run, and time that is in no window."""
+    if report.running:
+        yield f"Not finished: {len(report.running)} lease(s) still run, more will come: {', '.join(report.running)}"
+    for hole in report.holes:
+        yield f"Lost: {hole.seconds:.3g} s of request {hole.requestId} are in no window ({hole.reason})"
+
+
 def missing(report: MeasurementReport) -> Iterator[str]:
-    """What is not known, and why, in words."""
+    """Yield what is not known or left out, and why, in words."""
     for name, llm in zip(names(report), report.llms, strict=True):
-        for what, reason in (
-            ("score", llm.score.reason),
-            ("score with idle time", llm.lease_score.reason),
-            ("joules per token", llm.joules_per_token.reason),
-        ):
-            if reason is not None:
-                yield f"{name}: {what}: {reason}"
+        if not llm.figures:
+            yield f"{name}: there are no windows"
+    yield from problems(figure_rows(report))
     for what, cost in report.costs.items():
         if cost.windows and cost.reason is not None:
-            yield f"{what}: {cost.reason}"
+            yield f"{what}: {cost.reason}; {cost.missing_s:.3g} s without joules"
 
 
-def mean_text(spread: Spread) -> str:
-    """The mean of the prompts, half its 95 % confidence interval, and of how many it is where some are not known."""
-    text = figure(spread.mean, spread.label)
-    if spread.mean is not None and spread.ci95_high is not None:
-        text += f" ± {spread.ci95_high - spread.mean:.2g}"
-    return f"{text} (of {spread.n})" if spread.n and spread.unknown else text
+def cost_cells(cost: Cost) -> tuple[str, ...]:
+    """Return joules and grams of a cost. Grams rest on published factors, so they are never measured."""
+    sourced = {"label": "sourced"}
+    joules = in_range(cost.joules, cost.low_j, cost.high_j, cost.label)
+    energy_g = in_range(cost.o_g, cost.o_low_g, cost.o_high_g, **sourced)
+    embodied_g = in_range(cost.m_g, cost.m_low_g, cost.m_high_g, **sourced)
+    marks = (cost.missing or cost.missing_s, cost.missing_g or cost.missing_s, 0)
+    known = zip((joules, energy_g, embodied_g), marks, strict=True)
+    return tuple(f"≥ {text}" if lacks and text != UNKNOWN else text for text, lacks in known)
 
 
 def coefficient_text(coefficient: Coefficient) -> str:
-    """A coefficient with its range and unit."""
-    value = in_range(coefficient.value, coefficient.low, coefficient.high, "measured")
+    """Return a coefficient with its range and unit. It is an assumption, so that a ``~`` stands before it."""
+    value = figure(coefficient.value, "sourced")
+    if coefficient.low is not None and coefficient.high is not None:
+        value += f" ({number(coefficient.low)} to {number(coefficient.high)})"
     return value if coefficient.unit == "1" else f"{value} {coefficient.unit}"
 
 
-def _labels(report: MeasurementReport) -> Iterator[str]:
-    yield from (cost.label for cost in report.costs.values() if cost.windows)
-    yield from (llm.score.label for llm in report.llms)
-
-
-def _llms(report: MeasurementReport) -> Table:
-    units = {llm.score.unit for llm in report.llms}
-    unit = units.pop() if len(units) == 1 else "gCO2eq/unit"
-    table = _table("LLM", "prompts", unit, "with idle time", "per prompt, ± 95 %", "J/token, ± 95 %")
-    for name, llm in zip(names(report), report.llms, strict=True):
-        score, lease = llm.score, llm.lease_score
-        table.add_row(
-            Text(name),
-            str(llm.prompts),
-            Text(in_range(score.value, score.low, score.high, score.label)),
-            Text(figure(lease.value, lease.label)),
-            Text(mean_text(llm.score_per_prompt)),
-            Text(mean_text(llm.joules_per_token)),
-        )
-    return table
-
-
 def _costs(report: MeasurementReport) -> Table:
-    table = _table("time", "windows", "seconds", "joules", "gCO2eq, energy", "gCO2eq, embodied", "from")
+    table = _table("time", "windows", "seconds", "joules", "gCO2eq, energy", "gCO2eq, embodied", "joules are")
     for what, cost in report.costs.items():
         if cost.windows:
-            table.add_row(
-                what,
-                str(cost.windows),
-                f"{cost.seconds:.4g}",
-                figure(cost.joules, cost.label),
-                figure(cost.o_g, cost.label),
-                figure(cost.m_g, "measured"),
-                "estimate" if cost.label == "modeled" else cost.label,
-            )
+            cells = cost_cells(cost)
+            table.add_row(what, str(cost.windows), f"{cost.seconds:.4g}", *cells, label_words(cost.label))
     if not table.row_count:
         table.add_row(UNKNOWN, "0", *([UNKNOWN] * 5))
     return table

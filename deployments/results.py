@@ -1,8 +1,9 @@
 """The folder of an experiment's results: what it was, and every answer from the moment that it came.
 
 ``experiment.yaml`` is the experiment as it was resolved; ``answers.jsonl`` has a line for every answer,
-``leases.jsonl`` one for every LLM that was handed over; ``summary.json`` and ``summary.csv`` are made anew whenever a
-run ends. A process may be killed at any moment: what is there is whole, but for a last line that the next run drops.
+``leases.jsonl`` one for every LLM that was handed over, ``windows.jsonl`` one for every final energy window of them;
+``windows.csv``, ``summary.json`` and ``summary.csv`` are made of these whenever a run ends. A process may be killed at
+any moment: what is there is whole, but for a last line that the next run drops.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
@@ -18,11 +19,14 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from deployments.experiment import Plan, differences
 from registry.errors import BadSettings
 from registry.state import canonical_json
+from registry.window_report import WindowReport
 
+_WINDOW = TypeAdapter(WindowReport)
 HEADER = "# Made by `greenprompt measure`; the same command goes on with it. Don't change it.\n"
 
 
@@ -46,12 +50,14 @@ class Results:
                 self._answers = files.enter_context((folder / "answers.jsonl").open("a+b"))
                 fcntl.flock(self._answers, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._leases = files.enter_context((folder / "leases.jsonl").open("a+b"))
+                self._windows_file = files.enter_context((folder / "windows.jsonl").open("a+b"))
             except BlockingIOError:
                 raise BadSettings(str(folder), "another `greenprompt measure` is at work there") from None
             except OSError as error:
                 raise BadSettings(str(folder), f"can't be written: {error.strerror}") from None
             answers = self.answers()
             _whole_lines(self._leases)
+            self._windows = {window.window: window for window in self._read_windows()}
             self.resumed = (folder / "experiment.yaml").exists()
             if answers and not self.resumed:
                 raise BadSettings(str(folder), "has answers, but no experiment.yaml that tells to what")
@@ -90,6 +96,27 @@ class Results:
         """Keep what is known of an LLM that was handed over; as ``add``."""
         self._append(self._leases, line)
 
+    def leases(self) -> list[dict[str, Any]]:
+        """All lines of ``leases.jsonl``."""
+        return _whole_lines(self._leases)
+
+    def windows(self) -> list[WindowReport]:
+        """The final energy windows that are there, each once, in the order in which they began."""
+        return sorted(self._windows.values(), key=lambda window: (window.begunAt, window.window))
+
+    def add_windows(self, windows: Iterable[WindowReport]) -> None:
+        """Keep those that are not there yet; durable when this returns. Raises BadSettings when the disk is full."""
+        new = {window.window: window for window in windows if window.window not in self._windows}
+        if new:
+            self._append(self._windows_file, *(_WINDOW.dump_python(window, mode="json") for window in new.values()))
+            self._windows |= new
+
+    def _read_windows(self) -> list[WindowReport]:
+        try:
+            return [_WINDOW.validate_python(line) for line in _whole_lines(self._windows_file)]
+        except ValidationError:
+            raise BadSettings(self._windows_file.name, "holds a line that is no energy window") from None
+
     def write(self, name: str, text: str) -> None:
         """Write a file whole, in place of one that may be there. Raises BadSettings when the disk is full."""
         written = self.folder / f".{name}"
@@ -111,9 +138,9 @@ class Results:
         """As ``write``, of an object."""
         self.write(name, json.dumps(value, indent=2) + "\n")
 
-    def _append(self, file: IO[bytes], line: Mapping[str, Any]) -> None:
+    def _append(self, file: IO[bytes], *lines: Mapping[str, Any]) -> None:
         try:
-            file.write(json.dumps(line).encode() + b"\n")
+            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:

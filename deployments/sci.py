@@ -8,23 +8,17 @@ Source: Green Software Foundation, Software Carbon Intensity specification 1.1 (
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import lru_cache
 from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 from deployments.energy import Embodied, Energy, GridIntensity, Label, SCISettings, worst
-from registry.errors import BadSettings
+from registry.grid_mixes import DATA_FILE, DATASET, zone_intensity
 
 J_PER_KWH = 3_600_000.0
 PLAUSIBLE_J_PER_TOKEN = (0.03, 10.0)
 """Output tokens of LLMs on GPUs cost between these, from a full batch to one prompt at a time."""
-_DATASET = "ecologits"
 
 
 def kwh(joules: float) -> float:
@@ -37,22 +31,10 @@ def embodied_g_per_hour(te_g: float, lifespan_h: float, share: float = 1.0) -> f
     return te_g / lifespan_h * share
 
 
-@lru_cache(maxsize=1)
-def _mixes() -> Mapping[str, float]:
-    """gCO2eq/kWh by zone.
-
-    Read from the package's data file: importing the package takes 0.7 s of CPU for its tracers, the file 1 ms.
-    """
-    spec = find_spec(_DATASET)
-    if spec is None or not spec.submodule_search_locations:
-        raise BadSettings("energy.grid.zone", "needs the package ecologits; or give gco2eq_per_kwh, source and date")
-    path = Path(next(iter(spec.submodule_search_locations))) / "data" / "electricity_mixes.json"
-    mixes = json.loads(path.read_text(encoding="utf-8"))["electricity_mixes"]
-    return {mix["name"]: float(mix["gwp"]) * 1000 for mix in mixes}
-
-
 def grid_intensity(zone: str) -> GridIntensity:
     """Mean carbon intensity of a zone's electricity, location-based.
+
+    Its year is not known: the data set's file does not say it.
 
     Args:
         zone: ISO 3166 alpha-3 code, or WOR for the world.
@@ -60,12 +42,8 @@ def grid_intensity(zone: str) -> GridIntensity:
     Raises:
         BadSettings: The data set has no such zone (there is no default), or is not installed.
     """
-    mixes = _mixes()
-    if zone not in mixes:
-        close = get_close_matches(zone.upper(), mixes, n=5, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else "zones are ISO 3166 alpha-3 codes, as in DEU"
-        raise BadSettings("energy.grid.zone", f"{_DATASET} knows no zone {zone!r}; {hint}")
-    return GridIntensity(mixes[zone], zone, _DATASET, version(_DATASET))
+    value, release = zone_intensity(zone), version(DATASET)
+    return GridIntensity(value, zone, DATASET, release, source=f"{DATASET} {release}, {DATA_FILE}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Before a lease of measurement grade: the LLM warm, its prefix cache empty, the machine at rest. Within a time limit.
+"""Before a lease: the LLM's caches empty; for measurement grade also the LLM warm and the machine at rest. In time.
 
 What can't be had in time is told by a flag, and the LLM is handed over all the same.
 """
@@ -22,6 +22,9 @@ NOT_STEADY: Final = "not_steady"
 STEADINESS_UNKNOWN: Final = "steadiness_unknown"
 """Flag: nothing on the machine counts energy, so that nobody knows whether its power was steady."""
 
+PREFIX_CACHE_KEPT: Final = "prefix_cache_kept"
+"""Flag: the LLM may still have prompts of an earlier lease in its caches."""
+
 SLICES, SLICE_S = 5, 1.0
 """How many slices of time are compared, and how long each is, seconds: NVML's counter steps every 100 ms or so."""
 
@@ -37,7 +40,7 @@ log = structlog.get_logger("deployments.settling")
 
 
 async def warmed_up(warm_up: Callable[[], Awaitable[None]], *, max_s: float) -> bool:
-    """Have an LLM answer once, and its prefix cache emptied; False if it failed, or took longer than ``max_s``."""
+    """Have an LLM answer once; False if it failed, or took longer than ``max_s``."""
     try:
         async with asyncio.timeout(max_s):
             await warm_up()
@@ -45,6 +48,16 @@ async def warmed_up(warm_up: Callable[[], Awaitable[None]], *, max_s: float) -> 
         log.warning("an LLM did not warm up for its lease", reason=f"{type(error).__name__}: {error}")
         return False
     return True
+
+
+async def forgotten(forget_prompts: Callable[[], Awaitable[bool]]) -> tuple[str, ...]:
+    """Have an LLM's caches emptied; the flag PREFIX_CACHE_KEPT if that failed, or was not done in time."""
+    try:
+        empty = await forget_prompts()
+    except Exception as error:  # the engine's death is told in its own way
+        log.warning("the caches of an LLM were not emptied", reason=f"{type(error).__name__}: {error}")
+        empty = False
+    return () if empty else (PREFIX_CACHE_KEPT,)
 
 
 async def at_rest(

@@ -37,7 +37,7 @@ from deployments.neighbours import Neighbours
 from deployments.prompt_meter import PromptMeter
 from deployments.prompts import PromptGate
 from deployments.provenance import cpu_here, gpus_here, provenance
-from deployments.settling import NOT_STEADY, SLICE_S, SLICES, at_rest, warmed_up
+from deployments.settling import NOT_STEADY, SLICE_S, SLICES, at_rest, forgotten, warmed_up
 from deployments.weights import Weights, read_ahead, weights_of
 from deployments.weights_hash import WeightsHash
 from registry.errors import EngineStartFailed, InvalidField, StaleEpoch, WrapperUnreachable
@@ -236,9 +236,9 @@ class LLMWrapper:
                 self._died = None
 
     async def bind(self, epoch: int, grant: LeaseGrant) -> HandOver:
-        """Accept this lease's token and no other, once the last prompt of the lease before it is over.
+        """Accept this lease's token and no other, once the last prompt of the lease before it is over and forgotten.
 
-        For measurement grade, once the LLM is warm and the machine at rest, or ``energy.settle_max_s`` have passed.
+        For measurement grade, also once the LLM is warm and the machine at rest, or after ``energy.settle_max_s``.
 
         Raises:
             StaleEpoch: a newer command has come, before or meanwhile.
@@ -253,6 +253,9 @@ class LLMWrapper:
             await self._end_lease("released")
         await self._prompts.over()  # outside: a newer command need not wait
         flags = await self._settled(epoch, grant) if grant.grade == Grade.MEASUREMENT else ()
+        running = self._living()
+        if running is not None:
+            flags += await forgotten(running.forget_prompts)
         over = HandOver(self._revision, flags, await self._provenance(grant))
         async with self._command(epoch):
             self._gate.bind(grant)

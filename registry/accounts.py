@@ -15,8 +15,8 @@ from registry.errors import UnknownMeasurement
 from registry.reconcile import Moment, WrapperReport
 from registry.settings import TenantBudget
 from registry.state import EnergyWindow, KeptWindow, WindowKind
-from registry.store import Store
-from registry.totals import Total, total_of
+from registry.store import Store, WindowPlace
+from registry.totals import Total, spent_total, total_of
 
 PAGE = 1000
 """Windows that are read at once: some 20 ms in which the registry decides nothing."""
@@ -64,7 +64,7 @@ class Accounts:
                 self._costs.pop(row.window.request_id, None)
             if row.window.window_id in new:
                 self._on_kept(row)
-        newest = int(report.windows[-1].window_id.rpartition("-")[2])
+        newest = report.windows[-1].number
         self._kept[wrapper_id] = report.moment.process, max(newest, self.kept(wrapper_id, report.moment))
 
     def kept(self, wrapper_id: str, as_of: Moment | None) -> int:
@@ -102,11 +102,24 @@ class Accounts:
         """
         found: list[KeptWindow] = []
         while True:
-            page = self._store.windows(measurement_id, after=found[-1].window if found else None, limit=PAGE)
+            after = WindowPlace(found[-1].window.begun_s, found[-1].window.window_id) if found else None
+            page = self._store.windows(measurement_id, after=after, limit=PAGE)
             found += page
             if len(page) < PAGE:
                 return tuple(found)
             await asyncio.sleep(0)
+
+    def page(
+        self, measurement_id: int, *, request_id: str | None, after: WindowPlace | None, limit: int
+    ) -> tuple[KeptWindow, ...]:
+        """Return at most ``limit`` windows of a measurement, or of one of its requests, that come after a place.
+
+        In the order in which they began: a window that is written down later may come before that place.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        return self._store.windows(measurement_id, request_id=request_id, after=after, limit=limit)
 
     def costs(self, request_id: str) -> Mapping[WindowKind, Total]:
         """What a request has cost so far, by kind of window.
@@ -148,7 +161,7 @@ class Accounts:
             return ()
         now_s = self._now_s()
         used = self._store.costs_of_tenant(payer, CHARGED, month_begin_s(now_s))
-        return tuple(warnings(payer, self._budgets[payer], total_of(used.values()), now_s))
+        return tuple(warnings(payer, self._budgets[payer], spent_total(used), now_s))
 
     def _payer(self, measurement_id: int, tenant: str) -> str:
         """Whose a measurement is: of the tenant that began it, until all of it has ended."""

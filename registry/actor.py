@@ -125,6 +125,16 @@ class RegistryActor:
         windows = await self._service.accounts.windows(measurement_id)
         return await asyncio.to_thread(views.report_json, measurement, requests, windows)
 
+    async def windows(self, measurement_id: int, request_id: str | None, after: str | None, limit: int) -> str:
+        """JSON WindowsPage: one page of the database, written as JSON in a thread."""
+        await self.ready()
+        place, allocator = views.place_of(after), self._service.allocator
+        requests = allocator.requests_of(measurement_id)
+        if request_id is not None:
+            requests = (allocator.request(request_id),)
+        page = self._service.accounts.page(measurement_id, request_id=request_id, after=place, limit=limit)
+        return await asyncio.to_thread(views.windows_json, requests, page, limit)
+
     async def machines(self) -> str:
         """JSON list of MachineState."""
         await self.ready()

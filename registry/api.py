@@ -37,6 +37,9 @@ MAX_WAIT_S = 60.0
 MAX_EVENTS = 1000
 """Most events that one GET answers."""
 
+MAX_WINDOWS = 1000
+"""Most energy windows that one GET answers."""
+
 MAX_ARGS_DEPTH = 32
 """How deep lists and objects in args may be nested."""
 
@@ -104,9 +107,7 @@ class PromptingRequest(_Wire):
     maxGco2eq: Budget | None = Field(
         None, description="Emissions that each of these leases may cause, grams CO2eq; null: no limit"
     )
-    grade: Grade = Field(
-        Grade.STANDARD, description="measurement: handed over warm, with an empty prefix cache, on a machine at rest"
-    )
+    grade: Grade = Field(Grade.STANDARD, description="measurement: handed over warm, on a machine at rest")
     like: NonEmpty | None = Field(
         None, description="Id of an earlier request: the same LLM, software and kind of machine again, or nothing"
     )
@@ -141,6 +142,8 @@ class EnergyState(_Wire):
     o_g: float | None = Field(description="Operational emissions, gCO2eq")
     m_g: float | None = Field(description="Embodied emissions, gCO2eq")
     label: str = Field(description="Where the joules are from: measured, measured_sampled, modeled or unavailable")
+    known_j: float | None = Field(None, description="What is known of the joules; the same where nothing is missing")
+    unknown_windows: int = Field(0, description="How many windows of it have no known joules")
 
 
 class RequestState(_Wire):

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from registry.errors import TenantBudgetUsed
 from registry.settings import TenantBudget
 from registry.state import WindowKind
-from registry.totals import Sum, Total
+from registry.totals import SPENT, Sum, Total
 
-CHARGED = (WindowKind.LEASE, WindowKind.LOAD, WindowKind.WAKE)
-"""Kinds of windows that count: all of each lease, and the starts of LLMs for its requests. Prompts are inside."""
+CHARGED = (*SPENT, WindowKind.LEASE)
+"""Kinds of windows that a tenant's sum is made of; lease windows add nothing to it but their label."""
 
 WARN_SHARE = 0.8
 """From this share of a budget on, answers warn of its end."""

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 
 from registry.api import (
     MAX_WAIT_S,
+    MAX_WINDOWS,
     ErrorAnswer,
     HealthState,
     MachineState,
@@ -32,6 +33,7 @@ from registry.api import (
 )
 from registry.errors import RegistryError
 from registry.report import MeasurementReport
+from registry.window_report import WindowReport, WindowsPage
 
 WAIT_S = 20.0
 """How long one poll waits for a change, seconds."""
@@ -42,8 +44,15 @@ RETRY_FOR_S = 30.0
 LOOK_S = 1.0
 """How often a machine that is being drained is looked at, seconds."""
 
+WARMUP_HEADER = "X-GreenPrompt-Warmup"
+"""``true``: the prompt is a warm-up, and counts in no figure."""
+
+PROMPT_HEADER = "X-GreenPrompt-Prompt"
+"""The client's own name of a prompt, percent-encoded."""
+
 _PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 _REPORT = TypeAdapter(MeasurementReport)
+_PAGE = TypeAdapter(WindowsPage)
 
 ENDED = frozenset({"released", "expired", "cancelled", "failed"})
 
@@ -85,8 +94,14 @@ class HeldLease:
     address: str
     _http: httpx.Client
 
-    def prompt(self, question: str, *, timeout_s: float = 600.0) -> dict[str, Any]:
+    def prompt(
+        self, question: str, *, timeout_s: float = 600.0, prompt_id: str | None = None, warmup: bool = False
+    ) -> dict[str, Any]:
         """The wrapper's answer to a question: ``answer``, ``sci_score``, ``usage`` and more.
+
+        What it says of energy is provisional; ``window`` names the final energy window, see ``windows``. That tells
+        ``prompt_id``, the same for the same question in every lease, and whether it was a ``warmup``, which counts in
+        no figure.
 
         Asks again for up to RETRY_FOR_S seconds while the LLM has too many prompts or is being restarted, but never
         after ``timeout_s`` seconds without an answer. Several threads may prompt at once.
@@ -96,10 +111,15 @@ class HeldLease:
             httpx.HTTPError: the wrapper could not be reached, or took longer than ``timeout_s`` seconds.
         """
         url, body = f"{self.address}/process_prompt", {"question": question}
+        headers = {WARMUP_HEADER: "true"} if warmup else {}
+        if prompt_id is not None:
+            headers[PROMPT_HEADER] = quote(prompt_id, safe="")
         # No decorator: what is repeated would be logged with its arguments, and the address is the key.
         for attempt in stamina.retry_context(_may_ask_again, attempts=None, timeout=RETRY_FOR_S):
             with attempt:
-                answer: dict[str, Any] = _checked(self._http.post(url, json=body, timeout=timeout_s)).json()
+                answer: dict[str, Any] = _checked(
+                    self._http.post(url, json=body, headers=headers, timeout=timeout_s)
+                ).json()
                 return answer
         raise AssertionError("unreachable")
 
@@ -289,6 +309,23 @@ class RegistryClient:
         """What a measurement cost, by LLM and by window. Raises AnswerError, httpx.HTTPError."""
         path = f"/measurements/{measurement_id}/report"
         return _REPORT.validate_json(_checked(self._http.get(path)).content)
+
+    def windows(self, measurement_id: int, *, request_id: str | None = None) -> Iterator[WindowReport]:
+        """Yield the final energy windows of a measurement, or of one of its leases, that are written down by now.
+
+        Repeated like ``status``. Raises AnswerError (404: there is no such measurement), httpx.HTTPError.
+        """
+        params: dict[str, float | str] = {"limit": MAX_WINDOWS}
+        if request_id is not None:
+            params["request"] = request_id
+        while True:
+            page = _PAGE.validate_json(
+                self._insist("GET", f"/measurements/{measurement_id}/windows", params, 60).content
+            )
+            yield from page.windows
+            if page.next is None:
+                return
+            params["after"] = page.next
 
     def get(self, path: str) -> Any:
         """The JSON of one of the information pages: /healthz, /machines, /llms, /measurements/{id}."""

@@ -65,7 +65,8 @@ class LeaseGrant:
     ``model_revision`` is the commit that the lease has begun with, None before it has: an engine that has to be started
     again for it gets the same one. ``as_of`` is as in a Belief. ``grade`` is ``standard`` or ``measurement``.
     ``max_j`` [J] and ``max_g`` [gCO2eq] are what the lease may use up, None: no limit. ``used_j`` and ``used_g`` are
-    what it is known to have used before, under processes of the wrapper that are gone.
+    what it is known to have used before, under processes of the wrapper that are gone. ``handed_over_s`` is the UTC
+    second at which the lease began, None before it has.
     """
 
     request_id: str
@@ -81,6 +82,7 @@ class LeaseGrant:
     max_g: float | None = None
     used_j: float = 0.0
     used_g: float = 0.0
+    handed_over_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,8 @@ class WrapperReport:
 class WrapperPlan:
     """A wrapper that should exist: ``gpus`` of the GPUs of the machine, its Serve application and its base URL.
 
-    ``on_machine``: how many wrappers share that machine, this one included.
+    ``on_machine``: how many wrappers share that machine, this one included. ``gpu_type`` and ``zone`` are the
+    machine's, None if not known.
     """
 
     wrapper_id: str
@@ -164,6 +167,8 @@ class WrapperPlan:
     url: str
     home: LLMSpec | None = None
     on_machine: int = 1
+    gpu_type: str | None = None
+    zone: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +272,8 @@ def wanted_wrappers(
             url=f"{base_url}/wrappers/{machine.machine_id}-{n}",
             home=home if n == 0 else None,
             on_machine=count,
+            gpu_type=machine.gpu_type,
+            zone=machine.zone,
         )
         for n in range(count)
     )

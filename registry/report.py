@@ -1,8 +1,7 @@
 """The report of a measurement, in the shape of the Green Software Foundation's: score, boundary, methods … Pure.
 
 The records are the wire as it is (``GET /measurements/{id}/report``): names as in its JSON, times ISO 8601 UTC. What is
-not known is None, and a ``reason`` beside it says why; a sum with a hole is not known either. Energy is in joules,
-emissions in gCO2eq.
+not known is None, and a ``reason`` beside it says why. Energy is in joules, emissions in gCO2eq.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import sqrt
-from statistics import fmean, median, stdev
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from registry.state import KeptWindow, Measurement, Request, WindowKind
-from registry.totals import LABELS, Total, sum_of, total_of, worst
+from registry.figures import MachineFigures, figures_of, of_kind, why
+from registry.state import KeptWindow, Measurement, Request, RequestStatus, WindowKind
+from registry.totals import same, sum_of, worst
+from registry.window_report import WindowReport, number, part_of, process_of, window_report, worst_method
 
 HOW: Final = "computed with the SCI formula: ((E * I) + M) per R"
 SCOPE: Final = (
@@ -26,60 +25,60 @@ SCOPE: Final = (
 COUNTED: Final = {"active": WindowKind.PROMPT} | {
     kind.value: kind for kind in (WindowKind.IDLE, WindowKind.LEASE, WindowKind.LOAD, WindowKind.WAKE)
 }
-"""Kinds of costs, by their names in a report. Active and idle are inside lease; load and wake are not."""
+"""Kinds of costs, by their names in a report. Lease is active and idle together; load and wake are apart."""
 
-_METHODS: Final = ("measured", "measured_sampled", "sourced", "modeled", "simulated", "unavailable")
+HOLE_S: Final = 1.0
+"""Shortest hole that is reported, seconds: the hand-over itself takes some time that no window covers."""
+
+HOLE_SHARE: Final = 0.01
+"""The same as a share of the lease: clocks of two machines differ a little."""
+
+WRAPPER_DIED: Final = "wrapper_died"
+END_NOT_RECORDED: Final = "end_not_recorded"
+WINDOWS_MISSING: Final = "windows_missing"
+
 _NOT_COVERED: Final = "_not_covered"
-_NORMAL_975: Final = 1.959964
-_T_975: Final = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
-"""97.5 % points of Student's t for 1 to 9 degrees of freedom; beyond, the series in ``t_975`` is good to 0.0002."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A figure with its range (None where nothing has one) and the label of the energy in it."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    unit: str
-    label: str
-    reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """How the figures of single prompts lie. ``n`` of them are known, ``unknown`` are not and are left out.
-
-    ``ci95_low`` and ``ci95_high`` are the 95 % confidence interval of the mean, by Student's t, for prompts that are
-    independent of each other. It and ``stdev`` take two figures.
-    """
-
-    unit: str
-    n: int
-    unknown: int
-    mean: float | None
-    median: float | None
-    stdev: float | None
-    ci95_low: float | None
-    ci95_high: float | None
-    min: float | None
-    max: float | None
-    label: str
-    reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What the windows of one kind cost together; ``seconds`` is the time that they had for their own."""
+    """What the windows of one kind cost together, as far as it is known; None where nothing of it is.
+
+    ``missing`` windows, which took ``missing_s`` seconds together with the holes, have no known joules, and
+    ``missing_g`` no known emissions: with them it would be more.
+    ``low_j`` to ``m_high_g`` are the bounds of what is known. ``label`` is the worst of its joules. ``seconds`` is the
+    time that the windows had for their own, those with unknown joules included.
+    """
 
     windows: int
     seconds: float
     joules: float | None
+    low_j: float | None
+    high_j: float | None
     o_g: float | None
+    o_low_g: float | None
+    o_high_g: float | None
     m_g: float | None
+    m_low_g: float | None
+    m_high_g: float | None
     label: str
+    missing: int
+    missing_s: float
+    missing_g: int
     reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Time of a lease that is in no window: what was used in it is lost.
+
+    ``reason``: ``wrapper_died``; ``end_not_recorded``: its wrapper died, or its last windows have not come yet;
+    ``windows_missing``: they were dropped.
+    """
+
+    requestId: str
+    seconds: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,62 +95,21 @@ class Coefficient:
 
 @dataclass(frozen=True, slots=True)
 class LLMReport:
-    """One LLM with one set of arguments. ``score`` is of its prompts; ``lease_score`` has the idle time in it, too."""
+    """One LLM with one set of arguments. ``figures`` are for each machine apart, as they don't compare."""
 
     llm: str
     requestIds: tuple[str, ...]
     modelRevisions: tuple[str, ...]
     llmconfig: Mapping[str, Any]
-    prompts: int
-    units: int | None
-    score: Figure
-    lease_score: Figure
-    score_per_prompt: Spread
-    joules_per_token: Spread
+    figures: tuple[MachineFigures, ...]
     costs: Mapping[str, Cost]
-
-
-@dataclass(frozen=True, slots=True)
-class WindowReport:
-    """One window; ``detail`` is the whole record, as its wrapper made it.
-
-    ``seconds`` is from its begin to its end, ``reserved_s`` its own share of that time: prompts at the same time share
-    theirs, and idle time has prompts in between.
-    """
-
-    window: str
-    kind: str
-    requestId: str | None
-    llm: str | None
-    machine: str | None
-    wrapper: str
-    begunAt: str
-    endedAt: str
-    seconds: float
-    reserved_s: float | None
-    joules: float | None
-    low_j: float | None
-    high_j: float | None
-    label: str
-    o_g: float | None
-    m_g: float | None
-    sci_score: float | None
-    sci_low: float | None
-    sci_high: float | None
-    unit: str | None
-    units: int | None
-    prompt_tokens: int | None
-    cached_tokens: int | None
-    output_tokens: int | None
-    words: int | None
-    flags: tuple[str, ...]
-    detail: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class MeasurementReport:
     """Answer of GET /measurements/{measurementId}/report.
 
+    ``running`` are the requests whose lease has not ended: more of them will come. ``holes`` are what is lost.
     ``boundary`` names the parts whose energy is inside, ``not_covered`` those that nothing counts. ``methods`` say of
     E, I, M and R whether they are measured, modeled, sourced or unavailable, the worst of all windows. ``flags`` are
     the measurement's own, ``window_flags`` say how many windows have which.
@@ -166,6 +124,8 @@ class MeasurementReport:
     flags: tuple[str, ...]
     window_flags: Mapping[str, int]
     versions: Mapping[str, str] | None
+    running: tuple[str, ...]
+    holes: tuple[Hole, ...]
     boundary: tuple[str, ...]
     not_covered: tuple[str, ...]
     methods: Mapping[str, str]
@@ -180,259 +140,183 @@ def report_of(
 ) -> MeasurementReport:
     """The report of a measurement from its windows (in the order in which they began). ``iso`` writes a UTC second."""
     by_id = {request.request_id: request for request in requests}
-    windows = tuple(_window(each, by_id.get(each.window.request_id or ""), iso) for each in kept)
+    windows = tuple(window_report(each, by_id.get(each.window.request_id or ""), iso) for each in kept)
     flags = Counter(flag for window in windows for flag in window.flags)
-    details = [window.detail for window in windows]
+    details = [window.detail or {} for window in windows]
+    holes = tuple(hole for request in requests if (hole := _hole(request, kept, windows)) is not None)
     return MeasurementReport(
         measurementId=measurement.measurement_id,
         how=HOW,
         scope=SCOPE,
         createdAt=iso(measurement.created_s),
         machines=_once(window.machine for window in windows) or _once(request.machine_id for request in requests),
-        gpu_uuids=_once(uuid for detail in details for uuid in _list(detail, "gpus")),
+        gpu_uuids=_once(uuid for detail in details for uuid in detail.get("gpus") or ()),
         flags=measurement.flags,
         window_flags=dict(flags.most_common()),
         versions=None if measurement.versions is None else json.loads(measurement.versions),
-        boundary=_once(name for detail in details for name in _list(detail, "boundary")),
+        running=tuple(request.request_id for request in requests if request.status is RequestStatus.DEPLOYED),
+        holes=holes,
+        boundary=_once(name for detail in details for name in detail.get("boundary") or ()),
         not_covered=tuple(sorted(flag.removesuffix(_NOT_COVERED) for flag in flags if flag.endswith(_NOT_COVERED))),
-        methods={letter: _worst_method(_of(detail, "methods").get(letter) for detail in details) for letter in "EIMR"},
+        methods={
+            letter: worst_method(part_of(detail, "methods").get(letter) for detail in details) for letter in "EIMR"
+        },
         coefficients=_coefficients(details),
-        llms=_llms(requests, windows),
-        costs=_costs(windows),
+        llms=_llms(requests, windows, holes),
+        costs=_costs(windows, holes),
         windows=windows,
     )
-
-
-def t_975(degrees: int) -> float:
-    """The 97.5 % point of Student's t distribution, degrees of freedom ≥ 1.
-
-    Source: Abramowitz and Stegun 26.7.5, the expansion around the normal distribution.
-    """
-    if degrees <= len(_T_975):
-        return _T_975[degrees - 1]
-    z = _NORMAL_975
-    return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )
-
-
-def spread(figures: Sequence[float | None], unit: str, label: str, reason: str | None) -> Spread:
-    """How these figures lie. ``reason``: why some are not known, None where all are."""
-    known = [figure for figure in figures if figure is not None]
-    if not known:
-        nothing = (None,) * 7
-        return Spread(unit, 0, len(figures), *nothing, LABELS[-1], reason)
-    mean = fmean(known)
-    deviation = stdev(known) if len(known) > 1 else None
-    half = None if deviation is None else t_975(len(known) - 1) * deviation / sqrt(len(known))
-    return Spread(
-        unit=unit,
-        n=len(known),
-        unknown=len(figures) - len(known),
-        mean=mean,
-        median=median(known),
-        stdev=deviation,
-        ci95_low=None if half is None else mean - half,
-        ci95_high=None if half is None else mean + half,
-        min=min(known),
-        max=max(known),
-        label=label,
-        reason=reason,
-    )
-
-
-# --- windows ------------------------------------------------------------------------------------------------
-
-
-def _window(kept: KeptWindow, request: Request | None, iso: Callable[[float], str]) -> WindowReport:
-    window = kept.window
-    detail = json.loads(window.detail)
-    energy, score, tokens = _of(detail, "energy"), _of(detail, "score"), _of(detail, "tokens")
-    return WindowReport(
-        window=window.window_id,
-        kind=window.kind.value,
-        requestId=window.request_id,
-        llm=None if request is None else request.spec.model,
-        machine=kept.machine_id,
-        wrapper=window.wrapper_id,
-        begunAt=iso(window.begun_s),
-        endedAt=iso(window.ended_s),
-        seconds=window.ended_s - window.begun_s,
-        reserved_s=_number(detail, "reserved_s"),
-        joules=window.total_j,
-        low_j=_number(energy, "low_j"),
-        high_j=_number(energy, "high_j"),
-        label=window.label,
-        o_g=window.o_g,
-        m_g=window.m_g,
-        sci_score=_number(score, "value"),
-        sci_low=_number(score, "low"),
-        sci_high=_number(score, "high"),
-        unit=detail.get("unit"),
-        units=detail.get("units"),
-        prompt_tokens=tokens.get("prompt"),
-        cached_tokens=tokens.get("cached"),
-        output_tokens=tokens.get("output"),
-        words=detail.get("words"),
-        flags=tuple(_list(detail, "flags")),
-        detail=detail,
-    )
-
-
-def _of(detail: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of a record, empty where a wrapper had nothing to say."""
-    return detail.get(name) or {}
-
-
-def _list(detail: Mapping[str, Any], name: str) -> list[str]:
-    return detail.get(name) or []
-
-
-def _number(detail: Mapping[str, Any], name: str) -> float | None:
-    value = detail.get(name)
-    return None if value is None else float(value)
 
 
 def _once(names: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
-def _kind(windows: Iterable[WindowReport], kind: WindowKind) -> list[WindowReport]:
-    return [window for window in windows if window.kind == kind]
-
-
 # --- sums ---------------------------------------------------------------------------------------------------
 
 
-def _costs(windows: Sequence[WindowReport]) -> dict[str, Cost]:
-    return {name: _cost(_kind(windows, kind)) for name, kind in COUNTED.items()}
+def _costs(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> dict[str, Cost]:
+    costs = {name: _cost(of_kind(windows, kind)) for name, kind in COUNTED.items() if kind is not WindowKind.LEASE}
+    lease = _lease_cost(windows, holes)
+    return {name: costs.get(name, lease) for name in COUNTED}
 
 
 def _cost(windows: Sequence[WindowReport]) -> Cost:
-    total = total_of(
-        Total(sum_of([each.joules]), sum_of([each.o_g]), sum_of([each.m_g]), each.label) for each in windows
-    )
-    joules = total.joules.value
+    reason = why(windows, _lacks, "lack joules or gCO2eq") if windows else "there are no such windows"
+    known_j = [window for window in windows if window.joules is not None]
+    known_o = [window for window in windows if window.o_g is not None]
+    known_m = [window for window in windows if window.m_g is not None]
     return Cost(
         windows=len(windows),
-        seconds=sum(window.seconds if window.reserved_s is None else window.reserved_s for window in windows),
-        joules=joules,
-        o_g=total.o_g.value,
-        m_g=total.m_g.value,
-        label=LABELS[-1] if joules is None else total.label,
-        reason=_why(windows, lambda each: None in (each.joules, each.o_g, each.m_g), "lack joules or gCO2eq"),
+        seconds=sum(map(_own_s, windows)),
+        joules=_sum(known_j, "joules"),
+        low_j=_sum(known_j, "low_j"),
+        high_j=_sum(known_j, "high_j"),
+        o_g=_sum(known_o, "o_g"),
+        o_low_g=_sum(known_o, "o_low_g"),
+        o_high_g=_sum(known_o, "o_high_g"),
+        m_g=_sum(known_m, "m_g"),
+        m_low_g=_sum(known_m, "m_low_g"),
+        m_high_g=_sum(known_m, "m_high_g"),
+        label=worst(window.label for window in known_j),
+        missing=len(windows) - len(known_j),
+        missing_s=sum(_own_s(window) for window in windows if window.joules is None),
+        missing_g=sum(None in (window.o_g, window.m_g) for window in windows),
+        reason=reason,
     )
 
 
-def _why(windows: Sequence[WindowReport], lacks: Callable[[WindowReport], bool], what: str) -> str | None:
-    """Why a sum is not known, by the flags of the windows that make the hole; None where there is no hole."""
-    if not windows:
-        return "there are no such windows"
-    holes = [window for window in windows if lacks(window)]
+def _lease_cost(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> Cost:
+    """Return the sum of prompts and idle time. Lease windows that hold the same joules have sharper bounds."""
+    cost = _cost(of_kind(windows, WindowKind.PROMPT) + of_kind(windows, WindowKind.IDLE))
+    leases = of_kind(windows, WindowKind.LEASE)
+    if same(cost.joules, _sum(leases, "joules")) and not cost.missing:
+        cost = replace(
+            cost,
+            low_j=_sum(leases, "low_j"),
+            high_j=_sum(leases, "high_j"),
+            o_low_g=_sum(leases, "o_low_g"),
+            o_high_g=_sum(leases, "o_high_g"),
+            m_low_g=_sum(leases, "m_low_g"),
+            m_high_g=_sum(leases, "m_high_g"),
+            label=worst(lease.label for lease in leases),
+        )
     if not holes:
+        return cost
+    lost = "; ".join(f"{hole.seconds:.3g} s of {hole.requestId} are in no window ({hole.reason})" for hole in holes)
+    return replace(
+        cost,
+        missing_s=cost.missing_s + sum(hole.seconds for hole in holes),
+        reason=f"{cost.reason}; {lost}" if cost.reason else lost,
+    )
+
+
+def _lacks(window: WindowReport) -> bool:
+    return None in (window.joules, window.o_g, window.m_g)
+
+
+def _own_s(window: WindowReport) -> float:
+    return window.seconds if window.reserved_s is None else window.reserved_s
+
+
+def _sum(windows: Sequence[WindowReport], name: str) -> float | None:
+    return sum_of(getattr(window, name) for window in windows).value
+
+
+# --- what is lost -------------------------------------------------------------------------------------------
+
+
+def _hole(request: Request, kept: Sequence[KeptWindow], windows: Sequence[WindowReport]) -> Hole | None:
+    """Return the time of a lease that is in none of its windows; until its last window if it still runs."""
+    own = [
+        (each.window, window)
+        for each, window in zip(kept, windows, strict=True)
+        if each.window.request_id == request.request_id
+    ]
+    begun_s, ended_s = request.deployed_s, request.ended_s
+    if ended_s is None:
+        ended_s = max((window.ended_s for window, _ in own), default=None)
+    if begun_s is None or ended_s is None:
         return None
-    flags = Counter(flag for window in holes for flag in window.flags)
-    because = f" ({', '.join(flag for flag, _ in flags.most_common(5))})" if flags else ""
-    return f"{len(holes)} of {len(windows)} windows {what}{because}"
+    covered_s = 0.0
+    for window, told in own:
+        if window.kind in {WindowKind.PROMPT, WindowKind.IDLE}:
+            covered_s += _own_s(told)
+        elif window.kind is not WindowKind.LEASE:  # the engine was started again under the lease
+            covered_s += max(0.0, min(window.ended_s, ended_s) - max(window.begun_s, begun_s))
+    seconds = ended_s - begun_s - covered_s
+    if seconds <= max(HOLE_S, HOLE_SHARE * (ended_s - begun_s)):
+        return None
+    processes = {process_of(window.window_id) for window, _ in own}
+    reason = WINDOWS_MISSING
+    if len(processes) > 1 or request.status is RequestStatus.FAILED:
+        reason = WRAPPER_DIED
+    elif request.status.ended and not any(window.kind is WindowKind.LEASE for window, _ in own):
+        reason = END_NOT_RECORDED
+    return Hole(request.request_id, seconds, reason)
 
 
 # --- LLMs ---------------------------------------------------------------------------------------------------
 
 
-def _llms(requests: Sequence[Request], windows: Sequence[WindowReport]) -> tuple[LLMReport, ...]:
+def _llms(requests: Sequence[Request], windows: Sequence[WindowReport], holes: Sequence[Hole]) -> tuple[LLMReport, ...]:
     """One report for each different llmconfig, in the order in which they were asked for."""
     alike: dict[str, list[Request]] = {}
     for request in requests:
         alike.setdefault(request.llmconfig, []).append(request)
-    return tuple(_llm(group, windows) for group in alike.values())
+    return tuple(_llm(group, windows, holes) for group in alike.values())
 
 
-def _llm(requests: Sequence[Request], windows: Sequence[WindowReport]) -> LLMReport:
+def _llm(requests: Sequence[Request], windows: Sequence[WindowReport], holes: Sequence[Hole]) -> LLMReport:
     ids = {request.request_id for request in requests}
     own = [window for window in windows if window.requestId in ids]
-    prompts = _kind(own, WindowKind.PROMPT)
-    label = worst(prompt.label for prompt in prompts if prompt.joules is not None)
-    unit = next((prompt.unit for prompt in prompts if prompt.unit is not None), "unit")
-    per_unit = f"gCO2eq/{unit}"
-    units = sum_of([prompt.units for prompt in prompts]).value
     return LLMReport(
         llm=requests[0].spec.model,
         requestIds=tuple(request.request_id for request in requests),
         modelRevisions=_once(request.model_revision for request in requests),
         llmconfig=json.loads(requests[0].llmconfig),
-        prompts=len(prompts),
-        units=None if units is None else int(units),
-        score=_score(prompts, unit, per_unit),
-        lease_score=_score(_kind(own, WindowKind.LEASE), unit, per_unit),
-        score_per_prompt=spread(
-            [prompt.sci_score if _has_score(prompt, unit) else None for prompt in prompts],
-            per_unit,
-            label,
-            _why(prompts, lambda each: not _has_score(each, unit), f"have no score in {per_unit}"),
-        ),
-        joules_per_token=spread(
-            [_joules_per_token(prompt) for prompt in prompts],
-            "J/output_token",
-            label,
-            _why(prompts, lambda each: _joules_per_token(each) is None, "lack joules or output tokens"),
-        ),
-        costs=_costs(own),
-    )
-
-
-def _has_score(window: WindowReport, unit: str) -> bool:
-    """False too for a score in another functional unit: the configuration was changed between two prompts."""
-    return window.sci_score is not None and bool(window.units) and window.unit == unit
-
-
-def _joules_per_token(window: WindowReport) -> float | None:
-    return None if window.joules is None or not window.output_tokens else window.joules / window.output_tokens
-
-
-def _score(windows: Sequence[WindowReport], unit: str, per_unit: str) -> Figure:
-    """What a unit caused in all of these windows: the mean of their scores, weighted by their units."""
-    reason = _why(windows, lambda each: not _has_score(each, unit), f"have no score in {per_unit}")
-    if reason is not None:
-        return Figure(None, None, None, per_unit, LABELS[-1], reason)
-    units = sum(window.units or 0 for window in windows)
-
-    def mean(of: Callable[[WindowReport], float | None]) -> float:
-        return sum((of(window) or 0.0) * (window.units or 0) for window in windows) / units
-
-    has_range = any(window.sci_low is not None for window in windows)
-    return Figure(
-        value=mean(lambda each: each.sci_score),
-        low=mean(lambda each: each.sci_score if each.sci_low is None else each.sci_low) if has_range else None,
-        high=mean(lambda each: each.sci_score if each.sci_high is None else each.sci_high) if has_range else None,
-        unit=per_unit,
-        label=worst(window.label for window in windows),
-        reason=None,
+        figures=figures_of(own),
+        costs=_costs(own, [hole for hole in holes if hole.requestId in ids]),
     )
 
 
 # --- how it was done ----------------------------------------------------------------------------------------
 
 
-def _worst_method(words: Iterable[str | None]) -> str:
-    """The worst of these words; ``unavailable`` for none, and for one that says nothing."""
-    return max((word if word in _METHODS else _METHODS[-1] for word in words), key=_METHODS.index, default=_METHODS[-1])
-
-
 def _coefficients(details: Iterable[Mapping[str, Any]]) -> tuple[Coefficient, ...]:
     """The factors that the windows were reckoned with, each different one once."""
     found = []
     for detail in details:
-        grid, embodied = _of(detail, "grid"), _of(detail, "embodied")
+        grid, embodied = part_of(detail, "grid"), part_of(detail, "embodied")
         if grid:
-            words = " ".join(str(grid[name]) for name in ("dataset", "version", "zone") if grid.get(name) is not None)
-            found.append(Coefficient("I: grid intensity", _number(grid, "value"), "gCO2eq/kWh", words))
+            words = ("source", "dataset", "version", "zone", "year")
+            dated = " ".join(str(grid[name]) for name in words if grid.get(name) is not None)
+            low, high = number(grid, "low"), number(grid, "high")
+            found.append(Coefficient("I: grid intensity", number(grid, "value"), "gCO2eq/kWh", dated, low, high))
         if detail.get("pue") is not None:
-            found.append(Coefficient("E: PUE", _number(detail, "pue"), "1", "the operator's configuration"))
+            found.append(Coefficient("E: PUE", number(detail, "pue"), "1", "the operator's configuration"))
         if embodied:
-            low, high = _number(embodied, "low_g_per_hour"), _number(embodied, "high_g_per_hour")
-            per_hour, source = _number(embodied, "g_per_hour"), embodied.get("source")
+            low, high = number(embodied, "low_g_per_hour"), number(embodied, "high_g_per_hour")
+            per_hour, source = number(embodied, "g_per_hour"), embodied.get("source")
             found.append(Coefficient("M: embodied carbon", per_hour, "gCO2eq/h reserved", source, low, high))
     return tuple(dict.fromkeys(found))

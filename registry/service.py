@@ -587,6 +587,7 @@ class Service:
             used_j=used_j,
             used_g=used_g,
             grade=request.grade,
+            handed_over_s=request.deployed_s,
         )
 
     def _belief(self, wrapper_id: str) -> Belief:

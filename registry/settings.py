@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from registry.api import LLMConfig, TenantName
+from registry.energy_settings import EnergySettings, Section, SiteEnergySettings
 from registry.errors import BadSettings
 from registry.state import Limits
+
+__all__ = ["EnergySettings", "Settings", "differing", "forwarded_environment", "load_settings"]
 
 ENV_PREFIX = "GREENPROMPT_"
 
 LONGEST_MONTH_DAYS = 31
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class HTTPSettings(_Section):
+class HTTPSettings(Section):
     """Where the ingress and the wrappers are reached."""
 
     host: str = Field("127.0.0.1", description="Interface that Serve's proxy listens on")
@@ -36,7 +35,7 @@ class HTTPSettings(_Section):
     haproxy: bool = Field(True, description="Serve through HAProxy: several times the requests per second")
 
 
-class RaySettings(_Section):
+class RaySettings(Section):
     """The Ray cluster: of our own (address null), or one that runs."""
 
     address: str | None = Field(None, description="Address of a running cluster, or 'auto'; null starts a local one")
@@ -44,7 +43,7 @@ class RaySettings(_Section):
     num_gpus: int | None = Field(None, ge=0, description="GPUs of the local cluster; null: those that Ray finds")
 
 
-class WrapperSettings(_Section):
+class WrapperSettings(Section):
     """How wrappers are laid over machines, and their limits."""
 
     per_machine: int = Field(1, ge=1, le=64)
@@ -81,7 +80,7 @@ class WrapperSettings(_Section):
     )
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """Which models may be deployed."""
 
     huggingface: bool = Field(True, description="Allow ids of the Hugging Face hub")
@@ -101,7 +100,7 @@ class ModelSettings(_Section):
         return self
 
 
-class LeaseSettings(_Section):
+class LeaseSettings(Section):
     """How long leases last, and what becomes of the prompts that are in flight when one expires."""
 
     max_s: float = Field(3600, gt=0)
@@ -112,7 +111,7 @@ class LeaseSettings(_Section):
     )
 
 
-class QueueSettings(_Section):
+class QueueSettings(Section):
     """How requests wait."""
 
     max_queued: int = Field(100_000, ge=1)
@@ -126,7 +125,7 @@ class QueueSettings(_Section):
     )
 
 
-class WatchSettings(_Section):
+class WatchSettings(Section):
     """How closely wrappers and machines are watched, seconds."""
 
     period_s: float = Field(1.0, gt=0)
@@ -134,78 +133,24 @@ class WatchSettings(_Section):
     failures: int = Field(3, ge=1, description="Reports missed in a row until a wrapper counts as failed")
 
 
-class MachineLLM(_Section):
+class MachineLLM(Section):
     """An LLM that is deployed on a machine at start. ``machine`` ``*`` means every machine."""
 
     machine: str = "*"
     llm: LLMConfig
 
 
-class GridSettings(_Section):
-    """Carbon intensity of the electricity: a zone of the data set, or the operator's own value with its source."""
-
-    zone: str | None = Field(None, description="ISO 3166 alpha-3 zone (DEU, FRA …), or WOR for the world's mean")
-    gco2eq_per_kwh: float | None = Field(None, gt=0)
-    source: str | None = None
-    date: str | None = None
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> GridSettings:
-        if (self.zone is None) == (self.gco2eq_per_kwh is None):
-            raise ValueError("give either zone, or gco2eq_per_kwh with source and date")
-        if self.gco2eq_per_kwh is not None and not (self.source and self.date):
-            raise ValueError("gco2eq_per_kwh needs source and date")
-        return self
-
-
-class EmbodiedSettings(_Section):
-    """Embodied carbon of what one wrapper reserves, grams CO2eq per hour of reservation, with its source."""
-
-    g_per_hour: float = Field(gt=0)
-    low_g_per_hour: float = Field(gt=0)
-    high_g_per_hour: float = Field(gt=0)
-    source: str
-
-
-class CPUModelSettings(_Section):
-    """A model of the CPU's power for machines without counters: watts per logical CPU, idle and fully used."""
-
-    idle_w_per_cpu: float = Field(ge=0)
-    busy_w_per_cpu: float = Field(gt=0)
-    low_factor: float = Field(gt=0, le=1)
-    high_factor: float = Field(ge=1)
-    source: str
-
-
-class EnergySettings(_Section):
-    """How energy is counted and scored. Without grid or embodied no score is computed."""
-
-    allow_estimates: bool = Field(False, description="Whether sci_score may be a modelled figure (labelled as one)")
-    functional_unit: Literal["output_token", "token", "request", "word"] = "output_token"
-    pue: float = Field(1.0, ge=1.0)
-    poll_s: float = Field(0.05, gt=0, le=1.0)
-    settle_max_s: float = Field(
-        60, gt=0, description="Longest wait, before a lease of measurement grade, for the machine to be at rest"
-    )
-    steady_cv: float = Field(
-        0.05, gt=0, description="At rest: power in 1 s slices varies by no more, as standard deviation over mean"
-    )
-    grid: GridSettings | None = None
-    embodied: EmbodiedSettings | None = None
-    cpu_model: CPUModelSettings | None = None
-
-
-class TenantBudget(_Section):
+class TenantBudget(Section):
     """What a tenant may use in a calendar month (UTC): leases from hand-over to release, and starts of LLMs for it."""
 
     max_joules_per_month: float | None = Field(None, gt=0)
     max_gco2eq_per_month: float | None = Field(None, gt=0)
 
 
-class BudgetSettings(_Section):
+class BudgetSettings(Section):
     """Limits on what is used; warned of above 80 %, and new requests are refused above 100 %."""
 
-    tenants: dict[TenantName, TenantBudget] = {}
+    tenants: dict[TenantName, TenantBudget] = Field({})
 
 
 class Settings(BaseSettings):
@@ -230,7 +175,7 @@ class Settings(BaseSettings):
     leases: LeaseSettings = LeaseSettings()
     queue: QueueSettings = QueueSettings()
     watch: WatchSettings = WatchSettings()
-    energy: EnergySettings = EnergySettings()
+    energy: SiteEnergySettings = SiteEnergySettings()
     budgets: BudgetSettings = BudgetSettings()
     deploy: tuple[MachineLLM, ...] = Field((), description="LLMs that are deployed at start, before anyone asks")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -60,7 +60,7 @@ class Priority(StrEnum):
 class Grade(StrEnum):
     """How much is done for the figures of a lease.
 
-    measurement: its LLM is handed over warm, with an empty prefix cache, on a machine at rest.
+    measurement: its LLM is handed over warm, on a machine at rest. The prefix cache is empty for every grade.
     """
 
     STANDARD = "standard"
@@ -262,8 +262,10 @@ class WindowKind(StrEnum):
 class EnergyWindow:
     """What a window of time on a wrapper cost, as the wrapper has measured it.
 
-    ``window_id`` is ``<process>-<number>``: the wrapper's process, and a number that grows by one with each of its
-    windows. ``request_id`` and ``measurement_id`` are those of the lease, None without one. Times are UTC seconds.
+    ``window_id`` is ``<process>-<number>``. That of a prompt is ``<process>-p<n>``: it is given when the n-th prompt
+    of the wrapper's process begins, so that the answer can name it. ``number`` is the place of the window in the log
+    of its process, from 1, without holes; 0 in a window that was read back from the database.
+    ``request_id`` and ``measurement_id`` are those of the lease, None without one. Times are UTC seconds.
     ``total_j`` [J], ``o_g`` and ``m_g`` [gCO2eq] are None where they are not known; ``label`` is the label of the
     energy (deployments.energy.Label). ``detail`` is the whole record, as canonical JSON.
     """
@@ -280,6 +282,7 @@ class EnergyWindow:
     m_g: float | None
     label: str
     detail: str
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from functools import cache
 from importlib import resources
 from itertools import starmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -150,6 +150,13 @@ class IdempotencyRow:
     created_s: float
 
 
+class WindowPlace(NamedTuple):
+    """The place of an energy window among those of its measurement, in the order in which they began."""
+
+    begun_s: float
+    window_id: str
+
+
 # --- the store ------------------------------------------------------------------------------------------------
 
 
@@ -263,23 +270,32 @@ class Store:
         if not rows:
             return frozenset()
         cells = [_cells(row.window) | {"machine_id": row.machine_id, "tenant": row.tenant} for row in rows]
+        for row in cells:
+            del row["number"]  # the log's own; the record has it, too
         with self._transaction() as connection:
             return frozenset(connection.scalars(_insert_once(WINDOWS, connection.dialect.name), cells))
 
     def windows(
-        self, measurement_id: int, *, after: EnergyWindow | None = None, limit: int | None = None
+        self,
+        measurement_id: int,
+        *,
+        request_id: str | None = None,
+        after: WindowPlace | None = None,
+        limit: int | None = None,
     ) -> tuple[KeptWindow, ...]:
         """The first ``limit`` (None: all) energy windows of a measurement, in the order in which they began.
 
-        Those that come after ``after`` in that order, if it is given.
+        Those of one request only, and those that come after ``after`` in that order, if these are given.
 
         Raises:
             StoreUnavailable: the database does not answer.
         """
         order = WINDOWS.c.begun_s, WINDOWS.c.window_id
         wanted = select(WINDOWS).where(WINDOWS.c.measurement_id == measurement_id).order_by(*order).limit(limit)
+        if request_id is not None:
+            wanted = wanted.where(WINDOWS.c.request_id == request_id)
         if after is not None:
-            wanted = wanted.where(tuple_(*order) > (after.begun_s, after.window_id))
+            wanted = wanted.where(tuple_(*order) > tuple(after))
         with self._transaction() as connection:
             rows = connection.execute(wanted).all()
         return tuple(KeptWindow(EnergyWindow(*row[:-2]), *row[-2:]) for row in rows)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import isclose
 from typing import Final
 
-LABELS: Final = ("measured", "measured_sampled", "modeled", "simulated", "unavailable")
-"""Where a figure is from, best first: the words of ``deployments.energy.Label``, which a wrapper says."""
+from registry.state import WindowKind
+
+LABELS: Final = ("measured", "measured_sampled", "sourced", "modeled", "simulated", "unavailable")
+"""Where a figure is from, best first: the words of ``deployments.energy.Label``, which a wrapper says.
+
+``sourced``, from a published factor, is a label of emissions and scores, never of energy."""
+
+SPENT: Final = (WindowKind.PROMPT, WindowKind.IDLE, WindowKind.LOAD, WindowKind.WAKE)
+"""Kinds of windows that add up: each joule is in one of them. A lease window holds its process' prompts and idle time
+once more, and is there only if that process lived until the lease's end."""
+
+_SAME: Final = 1e-3
+"""Up to this relative difference two sums are the same joules."""
 
 _RANK: Final = {label: rank for rank, label in enumerate(LABELS)}
 
@@ -60,3 +72,25 @@ def total_of(parts: Iterable[Total]) -> Total:
         m_g=sum((part.m_g for part in every), Sum()),
         label=worst(part.label for part in every),
     )
+
+
+def lease_total(costs: Mapping[WindowKind, Total]) -> Total:
+    """Return what leases cost: their prompts and idle time under all processes of their wrappers.
+
+    The label is that of the lease windows where these hold the same joules: a share of a measured total is modeled, and
+    the sum of all shares is measured.
+    """
+    parts = total_of(costs.get(kind, Total()) for kind in (WindowKind.PROMPT, WindowKind.IDLE))
+    whole = costs.get(WindowKind.LEASE, Total())
+    return replace(parts, label=whole.label) if same(parts.joules.value, whole.joules.value) else parts
+
+
+def spent_total(costs: Mapping[WindowKind, Total]) -> Total:
+    """Return what leases and the starts of their LLMs cost, each joule once."""
+    starts = (costs.get(kind, Total()) for kind in (WindowKind.LOAD, WindowKind.WAKE))
+    return total_of((lease_total(costs), *starts))
+
+
+def same(one: float | None, other: float | None) -> bool:
+    """Return whether two sums are known and hold the same joules."""
+    return one is not None and other is not None and isclose(one, other, rel_tol=_SAME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from registry.api import (
     RequestState,
     WrapperState,
 )
+from registry.errors import InvalidField
 from registry.reconcile import SETTLING, Download
 from registry.report import MeasurementReport, report_of
 from registry.service import Service
@@ -34,13 +36,16 @@ from registry.state import (
     Wrapper,
     WrapperStatus,
 )
-from registry.store import StoredEvent
-from registry.totals import LABELS, Total, total_of
+from registry.store import StoredEvent, WindowPlace
+from registry.totals import LABELS, Total, lease_total
+from registry.window_report import WindowsPage, window_report
 
 USABLE = frozenset({WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
 """States in which a wrapper serves, or can serve, a request."""
 
+_PLACE = re.compile(r"[0-9]{1,12}(\.[0-9]{1,20})?")
 _REPORT = TypeAdapter(MeasurementReport)
+_PAGE = TypeAdapter(WindowsPage)
 
 _UNWELL = frozenset({WrapperStatus.FAILED, WrapperStatus.RESTARTING, WrapperStatus.LOST})
 """States of a wrapper in which something is wrong with its machine."""
@@ -94,9 +99,8 @@ def request_state(service: Service, request: Request) -> RequestState:
 
 
 def _energy_state(costs: Mapping[WindowKind, Total]) -> EnergyState | None:
-    """What a lease has cost: by its own window once it has ended, until then by its prompts and its idle time."""
-    idle = costs.get(WindowKind.IDLE, Total())
-    lease = costs.get(WindowKind.LEASE) or total_of((idle, costs.get(WindowKind.PROMPT, Total())))
+    """Return what a lease has cost so far: its prompts and its idle time, under all processes of its wrapper."""
+    idle, lease = costs.get(WindowKind.IDLE, Total()), lease_total(costs)
     if not lease.joules.count:
         return None
     joules, idle_j = lease.joules.value, idle.joules.value
@@ -107,6 +111,8 @@ def _energy_state(costs: Mapping[WindowKind, Total]) -> EnergyState | None:
         o_g=lease.o_g.value,
         m_g=lease.m_g.value,
         label=lease.label if joules is not None else LABELS[-1],
+        known_j=lease.joules.of_known if lease.joules.known else None,
+        unknown_windows=lease.joules.count - lease.joules.known,
     )
 
 
@@ -145,6 +151,25 @@ def measurement_state(service: Service, measurement_id: int) -> MeasurementState
 def report_json(measurement: Measurement, requests: Sequence[Request], windows: Sequence[KeptWindow]) -> str:
     """JSON MeasurementReport. Takes its time with many windows, needs nothing of the service: for a thread."""
     return _REPORT.dump_json(report_of(measurement, requests, windows, _iso)).decode()
+
+
+def place_of(after: str | None) -> WindowPlace | None:
+    """Return the place that ``next`` of a page of windows names. Raises InvalidField."""
+    if after is None:
+        return None
+    begun_s, _, window_id = after.partition("_")
+    if not _PLACE.fullmatch(begun_s) or not window_id.isprintable():
+        raise InvalidField("after", "is not what `next` of a page of windows says")
+    return WindowPlace(float(begun_s), window_id)
+
+
+def windows_json(requests: Sequence[Request], windows: Sequence[KeptWindow], limit: int) -> str:
+    """Return a page of at most ``limit`` windows as JSON WindowsPage. Needs nothing of the service: for a thread."""
+    by_id = {request.request_id: request for request in requests}
+    told = tuple(window_report(each, by_id.get(each.window.request_id or ""), _iso) for each in windows)
+    last = windows[-1].window if len(windows) == limit else None
+    page = WindowsPage(told, None if last is None else f"{last.begun_s!r}_{last.window_id}")
+    return _PAGE.dump_json(page, exclude={"windows": {"__all__": {"detail"}}}).decode()
 
 
 def machine_states(service: Service) -> list[MachineState]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from itertools import count
 from typing import Any
@@ -11,6 +12,8 @@ from registry.state import EnergyWindow, KeptWindow, LLMSpec, Measurement, Reque
 
 BEGUN_S = 1_800_000_000.0
 GRID = {"value": 329.7, "unit": "gCO2eq/kWh", "zone": "DEU", "dataset": "ecologits", "version": "0.11.1"}
+FULL_GRID = GRID | {"year": 2023, "source": "ADEME Base Empreinte", "low": 280.0, "high": 380.0}
+"""Of schema 2. ``low`` and ``high`` are None where the range of the intensity is not known."""
 EMBODIED = {"g_per_hour": 37.5, "low_g_per_hour": 16.7, "high_g_per_hour": 49.0, "source": "somebody's sheet"}
 METHODS = {"E": "measured", "I": "sourced", "M": "sourced", "R": "measured"}
 GPU = "gpu:GPU-1"
@@ -36,7 +39,10 @@ def window(
     flags: tuple[str, ...] = (),
     **more: Any,
 ) -> EnergyWindow:
-    """A window of so many joules. ``grams``: its emissions are known; ``more`` goes into its record."""
+    """A window of so many joules with a record of schema 1, as wrappers wrote them before `record`.
+
+    ``grams``: its emissions are known; ``more`` goes into its record.
+    """
     known = joules is not None and grams
     o_g = joules / 3.6e6 * 329.7 if joules is not None and grams else None
     m_g = 37.5 * seconds / 3600 if grams else None
@@ -78,7 +84,206 @@ def window(
         m_g=m_g,
         label=label,
         detail=canonical_json(detail),
+        number=number,
     )
+
+
+def record(
+    number: int,
+    kind: WindowKind = WindowKind.PROMPT,
+    *,
+    request_id: str | None = "r-1",
+    measurement_id: int | None = 7,
+    begun_s: float = BEGUN_S,
+    seconds: float = 2.0,
+    joules: float | None = 100.0,
+    resolution_j: float = 2.0,
+    systematic_j: float = 0.5,
+    label: str = "measured",
+    counter_label: str | None = None,
+    process: str = "process 1",
+    units: int | None = 50,
+    grid: Mapping[str, Any] | None = FULL_GRID,
+    embodied: Mapping[str, Any] | None = EMBODIED,
+    flags: tuple[str, ...] = (),
+    **more: Any,
+) -> EnergyWindow:
+    """A window with a full record of schema 2, as a wrapper writes it; its figures follow from each other.
+
+    A GPU took nine tenths of the ``joules``, the CPU the rest; ``resolution_j`` is the half-width of their range.
+    ``more`` replaces keys of the record, as ``warmup``, ``status``, ``in_flight``, ``tokens``, ``counted``, ``units``.
+    """
+    label = label if joules is not None else "unavailable"
+    counter_label = counter_label or label
+    units = units if kind in {WindowKind.PROMPT, WindowKind.LEASE} else 0
+    emissions = _emissions(joules, resolution_j, seconds, units, label, grid, embodied)
+    energy = _energy(joules, resolution_j, systematic_j, label, counter_label)
+    detail = {
+        "schema": 2,
+        "kind": kind.value,
+        "ids": {
+            "window_id": f"{process}-p{number}" if kind is WindowKind.PROMPT else f"{process}-{number}",
+            "wrapper_id": "a-0",
+            "request_id": request_id,
+            "measurement_id": measurement_id,
+            "process": process,
+            "number": number,
+        },
+        "begun": _utc(begun_s),
+        "ended": _utc(begun_s + seconds),
+        "duration_s": seconds,
+        "reserved_s": seconds,
+        "energy": energy,
+        **emissions,
+        "unit": "output_token",
+        "units": units,
+        "grid": grid,
+        "embodied": embodied,
+        "pue": 1.0,
+        "boundary": [GPU, "package-0"],
+        "gpus": ["GPU-1"],
+        "flags": sorted(flags),
+        **_of_its_kind(kind, process, begun_s, seconds, energy, emissions, units),
+        **more,
+    }
+    return EnergyWindow(
+        window_id=detail["ids"]["window_id"],
+        kind=kind,
+        wrapper_id="a-0",
+        request_id=request_id,
+        measurement_id=measurement_id,
+        begun_s=begun_s,
+        ended_s=begun_s + seconds,
+        total_j=joules,
+        o_g=detail["o_g"],
+        m_g=detail["m_g"],
+        label=label,
+        detail=canonical_json(detail),
+        number=number,
+    )
+
+
+def _utc(at_s: float) -> str:
+    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="microseconds")
+
+
+def _energy(
+    joules: float | None, resolution_j: float, systematic_j: float, label: str, counter_label: str
+) -> dict[str, Any]:
+    """An energy of two components; the ranges and the systematic terms are shared out as the joules are."""
+
+    def figures(name: str, part: float) -> dict[str, Any]:
+        known = joules is not None
+        return {
+            name: part * joules if joules is not None else None,
+            "low_j": part * (joules - resolution_j) if joules is not None else None,
+            "high_j": part * (joules + resolution_j) if joules is not None else None,
+            "resolution_j": part * resolution_j if known else None,
+            "systematic_j": part * systematic_j if known else None,
+            "label": label,
+            "counter_label": counter_label,
+        }
+
+    components = [
+        {"name": name, "source": source, **figures("joules", part), "flags": []}
+        for name, source, part in ((GPU, "NVML energy counter", 0.9), ("package-0", "RAPL", 0.1))
+    ]
+    return {**figures("total_j", 1.0), "components": components}
+
+
+def _emissions(
+    joules: float | None,
+    resolution_j: float,
+    seconds: float,
+    units: int | None,
+    label: str,
+    grid: Mapping[str, Any] | None,
+    embodied: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Operational and embodied grams, each with low and high, and the score that they give."""
+
+    def operational(joules: float | None, name: str) -> float | None:
+        intensity = None if grid is None else grid[name] or grid["value"]
+        return None if joules is None or intensity is None else joules / 3.6e6 * intensity
+
+    def embodied_of(name: str) -> float | None:
+        return None if embodied is None else embodied[name] * seconds / 3600
+
+    def sci(o_g: float | None, m_g: float | None) -> float | None:
+        return (o_g + m_g) / units if o_g is not None and m_g is not None and units else None
+
+    low_j, high_j = (None, None) if joules is None else (joules - resolution_j, joules + resolution_j)
+    grams = {
+        "o_g": operational(joules, "value"),
+        "o_low_g": operational(low_j, "low"),
+        "o_high_g": operational(high_j, "high"),
+        "m_g": embodied_of("g_per_hour"),
+        "m_low_g": embodied_of("low_g_per_hour"),
+        "m_high_g": embodied_of("high_g_per_hour"),
+    }
+    methods = {
+        "E": label,
+        "I": "unavailable" if grid is None else "sourced",
+        "M": "unavailable" if embodied is None else "sourced",
+        "R": "unavailable" if units is None else "measured",
+    }
+    order = ("measured", "measured_sampled", "sourced", "modeled", "simulated", "unavailable")
+    score = {
+        "value": sci(grams["o_g"], grams["m_g"]),
+        "low": sci(grams["o_low_g"], grams["m_low_g"]),
+        "high": sci(grams["o_high_g"], grams["m_high_g"]),
+        "method": max(methods.values(), key=order.index),
+    }
+    return {**grams, "score": score, "methods": methods}
+
+
+def _of_its_kind(
+    kind: WindowKind,
+    process: str,
+    begun_s: float,
+    seconds: float,
+    energy: Mapping[str, Any],
+    emissions: Mapping[str, Any],
+    units: int | None,
+) -> dict[str, Any]:
+    """What a record has because of its kind."""
+    about: dict[str, Any] = {"model": "org/small"}
+    tokens = {"prompt": 10, "cached": 0, "output": units}
+    if kind is WindowKind.PROMPT:
+        return about | {
+            "endpoint": "process_prompt",
+            "answer_id": "chatcmpl-1",
+            "tokens": tokens,
+            "words": 40,
+            "warmup": False,
+            "status": "answered",
+            "in_flight": {"max": 1, "mean": 1.0},
+        }
+    if kind is not WindowKind.LEASE:
+        return about
+    return about | {
+        "process": process,
+        "lease_begun": _utc(begun_s),
+        "prompts": 1,
+        "warmups": 0,
+        "tokens": tokens,
+        "tokens_unknown_prompts": 0,
+        "words": 40,
+        "units_unknown_prompts": 0,
+        "counted": {
+            "begun": _utc(begun_s),
+            "ended": _utc(begun_s + seconds),
+            "seconds": seconds,
+            **{name: energy[name] for name in ("total_j", "low_j", "high_j", "systematic_j")},
+            "label": energy["counter_label"],
+            **{name: grams for name, grams in emissions.items() if name.endswith("_g")},
+            "prompts": 1,
+            "output_tokens": units,
+            "units": units,
+            "in_flight": {"max": 1, "mean": 1.0},
+            "flags": [],
+        },
+    }
 
 
 def kept(*windows: EnergyWindow) -> list[KeptWindow]:

@@ -29,10 +29,6 @@ WINDOWS_TOLD = 3
 """Most energy windows in a report."""
 
 
-def number_of(window: EnergyWindow) -> int:
-    return int(window.window_id.rpartition("-")[2])
-
-
 class Gate:
     """Holds calls back. ``arrived`` counts those that have come."""
 
@@ -299,7 +295,7 @@ class FakeCluster:
         if belief.epoch < wrapper.epoch:
             return
         if belief.as_of is not None and belief.as_of.process == wrapper.gate.moment.process:
-            wrapper.windows = [each for each in wrapper.windows if number_of(each) > belief.windows_kept]
+            wrapper.windows = [each for each in wrapper.windows if each.number > belief.windows_kept]
         wrapper.gate.believe(belief.request_id, belief.as_of)
         bound = wrapper.grant
         if belief.epoch == wrapper.epoch and bound is not None and bound.request_id != belief.request_id:

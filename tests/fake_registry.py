@@ -12,6 +12,8 @@ from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.report import MeasurementReport
 from registry.service import Idempotency
 from registry.state import Grade, NewRequest, Priority, RequestStatus
+from registry.views import place_of
+from registry.window_report import WindowsPage
 from tests.energy_windows import an_experiment
 
 CREATED = "2026-01-01T00:00:00.000Z"
@@ -91,6 +93,12 @@ class FakeRegistry:
     def _report(self, measurement_id: int) -> str:
         self._measurement(measurement_id)
         return TypeAdapter(MeasurementReport).dump_json(an_experiment(measurement_id)).decode()
+
+    def _windows(self, measurement_id: int, request_id: str | None, after: str | None, limit: int) -> str:
+        self._measurement(measurement_id)
+        place_of(after)
+        windows = an_experiment(measurement_id).windows[:limit]
+        return TypeAdapter(WindowsPage).dump_json(WindowsPage(windows, None)).decode()
 
     def _machines(self) -> str:
         return f"[{self._machine('a')}]"

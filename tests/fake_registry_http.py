@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
+from urllib.parse import parse_qsl, unquote
+
+from pydantic import TypeAdapter
 
 from registry.api import (
     AcceptedRequest,
@@ -20,6 +24,12 @@ from registry.api import (
     RequestState,
 )
 from registry.client import ENDED
+from registry.state import EnergyWindow, KeptWindow, LLMSpec, Request, WindowKind
+from registry.window_report import WindowReport, WindowsPage, window_report
+from tests.energy_windows import iso, record
+
+PAGE = 3
+"""Windows in one page."""
 
 CREATED = "2026-01-01T00:00:00.000Z"
 
@@ -42,6 +52,7 @@ def answer(score: float | None = 0.5, joules: float | None = 2.0, method: str = 
         "carbon": {"o_g": None, "m_g": None, "grid": None},
         "methods": {},
         "flags": [],
+        "final": False,
     }
 
 
@@ -55,7 +66,8 @@ class HttpRegistry:
 
     ``posted`` are the bodies of all POSTs, ``prompted`` the (model, question) of all prompts. ``on_prompt`` may answer
     in place of the LLM, ``on_poll`` change a request before it is answered, ``on_post`` refuse. ``given_back`` is set
-    once nothing is held any more.
+    once nothing is held any more. ``windows`` are the final windows, a prompt's from its answer on and a lease's from
+    its end on; ``on_windows`` may hold some back, ``window`` change one. PAGE of them are in a page.
     """
 
     def __init__(self) -> None:
@@ -66,6 +78,9 @@ class HttpRegistry:
         self.on_post: Callable[[], Reply | None] = lambda: None
         self.on_poll: Callable[[RequestState], RequestState] = lambda state: state
         self.on_prompt: Callable[[RequestState, str], Reply | None] = lambda _state, _question: None
+        self.windows: list[WindowReport] = []
+        self.on_windows: Callable[[list[WindowReport]], list[WindowReport]] = lambda windows: windows
+        self.window: Callable[[WindowReport], WindowReport] = lambda window: window
         self.given_back = threading.Event()
         self._lock = threading.Lock()
         outer = self
@@ -75,11 +90,12 @@ class HttpRegistry:
             disable_nagle_algorithm = True
 
             def do_GET(self) -> None:
-                self._answered(outer._get(self.path.partition("?")[0]))
+                path, _, query = self.path.partition("?")
+                self._answered(outer._windows(path, query) if path.endswith("/windows") else outer._get(path))
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                self._answered(outer._post(self.path, body, self.headers["Idempotency-Key"]))
+                self._answered(outer._post(self.path, body, dict(self.headers)))
 
             def do_DELETE(self) -> None:
                 self._answered(outer._delete(self.path))
@@ -126,14 +142,26 @@ class HttpRegistry:
     def end(self, request_id: str, status: str, reason: str | None = None) -> RequestState:
         """End a request, as the registry does by itself."""
         state = self.requests[request_id]
+        if state.status == "deployed" and status != "failed":
+            self._measured(record(len(self.windows), WindowKind.LEASE, request_id=request_id, joules=90.0))
         self.requests[request_id] = state.model_copy(update={"status": status, "address": None, "reason": reason})
         return self.requests[request_id]
 
-    def _post(self, path: str, body: bytes, key: str | None) -> Reply:
-        if path.startswith("/wrappers/"):
-            return self._prompt(path, json.loads(body)["question"])
+    def _windows(self, path: str, query: str) -> Reply:
+        asked = dict(parse_qsl(query))
         with self._lock:
-            self.keys.append(key)
+            if not any(str(state.measurementId) == path.split("/")[-2] for state in self.requests.values()):
+                return error(404, "unknown_measurement")
+            found = self.on_windows([each for each in self.windows if each.requestId == asked.get("request")])
+        begin = int(asked.get("after", 0))
+        page = WindowsPage(tuple(found[begin : begin + PAGE]), str(begin + PAGE) if len(found) > begin + PAGE else None)
+        return 200, TypeAdapter(WindowsPage).dump_python(page, mode="json")
+
+    def _post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Reply:
+        if path.startswith("/wrappers/"):
+            return self._prompt(path, json.loads(body)["question"], headers)
+        with self._lock:
+            self.keys.append(headers.get("Idempotency-Key"))
             refused = self.on_post()
             if refused is not None:
                 return refused
@@ -187,10 +215,35 @@ class HttpRegistry:
                 self.given_back.set()
         return 204, {}
 
-    def _prompt(self, path: str, question: str) -> Reply:
+    def _measured(self, window: EnergyWindow) -> None:
+        state = self.requests[window.request_id or ""]
+        request = Request(state.requestId, 7, 1, LLMSpec(state.llmconfig["model"], "text-generation"), "{}")
+        told = window_report(KeptWindow(window, state.machine, "default"), request, iso)
+        self.windows.append(self.window(replace(told, detail=None)))
+
+    def _prompt(self, path: str, question: str, headers: Mapping[str, str]) -> Reply:
         state = self.requests[path.split("/")[-2]]
         if state.status != "deployed":
             return error(410, "lease_ended")
         with self._lock:
             self.prompted.append((state.llmconfig["model"], question))
-        return self.on_prompt(state, question) or (200, answer())
+        reply = self.on_prompt(state, question) or (200, answer())
+        with self._lock:
+            refused = reply[0] != 200
+            window = record(
+                len(self.windows),
+                request_id=state.requestId,
+                joules=20.0,
+                units=0 if refused else 10,
+                warmup=headers.get("X-GreenPrompt-Warmup") == "true",
+                status="refused" if refused else "answered",
+            )
+            named = replace(window, detail=_named(window.detail, headers.get("X-GreenPrompt-Prompt")))
+            self._measured(named)
+        return reply if refused else (200, reply[1] | {"window": window.window_id})
+
+
+def _named(detail: str, prompt_id: str | None) -> str:
+    """A record with the client's name of its prompt."""
+    told = json.loads(detail)
+    return json.dumps(told | {"ids": told["ids"] | {"prompt": prompt_id and unquote(prompt_id)}})

@@ -167,11 +167,11 @@ class NoMeter:
 
     counts_words = False
 
-    def __init__(self, account: dict[str, Any]) -> None:
-        self._account = account
+    def __init__(self, account: dict[str, Any], brief: dict[str, Any]) -> None:
+        self._account, self._brief = account, brief
 
-    def begin(self, endpoint: str = "") -> Flight:
-        return Flight(0.0, endpoint=endpoint)
+    def begin(self, endpoint: str = "", *, warmup: bool = False) -> Flight:
+        return Flight(0.0, endpoint=endpoint, warmup=warmup)
 
     def end(self, flight: Flight) -> None:
         pass
@@ -181,6 +181,9 @@ class NoMeter:
 
     def account(self, flight: Flight, **_: object) -> dict[str, Any]:
         return self._account
+
+    def brief(self, flight: Flight, **_: object) -> dict[str, Any]:
+        return self._brief
 
 
 def holder(meter: Any) -> httpx.AsyncClient:
@@ -204,7 +207,8 @@ async def overhead(rounds: int, prompts: int) -> list[Result]:
     await asyncio.sleep(0.2)
     meter.end(flight)
     account = meter.account(flight, usage=USAGE, answer="an answer")
-    with_meter, without = holder(meter), holder(NoMeter(account))
+    brief = meter.brief(flight, usage=USAGE, answer=None)
+    with_meter, without = holder(meter), holder(NoMeter(account, brief))
     paths = {"process_prompt": {"question": "Why?"}, "v1/completions": {"prompt": "Why?"}}
     results = []
     for path, body in paths.items():

@@ -12,6 +12,7 @@ import sys
 PARTS = {
     "allocator": "tests.bench.allocator",
     "control": "tests.bench.control",
+    "coverage": "tests.bench.coverage",
     "energy": "tests.bench.energy",
     "engine": "tests.bench.engine",
     "kills": "tests.bench.kills",

@@ -16,10 +16,11 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from deployments import process_tree
+from deployments import engine, process_tree
 from deployments.engine import EngineHost, RunningLLM, StopReport, _Order, public_path
 from deployments.engine_env import Phase, remove_orphans
 from deployments.gpu_memory import GPUMemory
+from deployments.prompt_meter import tokens_of
 from deployments.sleep_mode import SleepMode
 from deployments.tiny_llm import make_tiny_llm
 from registry.errors import EngineNotReady, EngineStartFailed
@@ -177,12 +178,82 @@ async def test_healthy(host: EngineHost, llms: Path) -> None:
     """A running LLM is healthy, and a stopped one says that it is not."""
     llm = await start(host, llms / "a")
     await llm.healthy()
-    await llm.reset_prefix_cache()
     await host.stop()
     with pytest.raises(EngineNotReady):
         await llm.healthy(timeout_s=1)
     with pytest.raises(EngineNotReady):
         await complete(llm)
+
+
+LONG_PROMPT = "The registry hands a machine to one measurement at a time. " * 24  # more than one block of the cache
+
+
+async def cached_of(llm: RunningLLM) -> int:
+    """How much of LONG_PROMPT the engine has in its cache, in tokens, as its answer says."""
+    usage = (await complete(llm, prompt=LONG_PROMPT, max_tokens=1))["usage"]
+    return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+
+async def test_answers_tell_what_was_cached(host: EngineHost, llms: Path) -> None:
+    """The usage of an answer says how many of its prompt's tokens were cached: 0 for a new one, more for a repeated.
+
+    OpenAI's two forms and the responses count cached tokens in the prompt; Anthropic's leaves them out of it.
+    """
+    llm = await start(host, llms / "a")
+    assert await cached_of(llm) == 0
+    assert await cached_of(llm) > 0
+    chat = {"model": llm.served_model_name, "messages": [{"role": "user", "content": LONG_PROMPT}]}
+    async with client(llm) as http:
+        usages = [
+            (await http.post(path, json=body)).json()["usage"]
+            for path, body in (
+                ("/v1/chat/completions", chat | {"max_completion_tokens": 1}),
+                ("/v1/chat/completions", chat | {"max_completion_tokens": 1}),
+                ("/v1/responses", {"model": chat["model"], "input": LONG_PROMPT, "max_output_tokens": 1}),
+                ("/v1/messages", chat | {"max_tokens": 1}),
+            )
+        ]
+    tokens = [tokens_of(usage) for usage in usages]
+    assert tokens[0].cached == 0
+    assert (tokens[1].cached or 0) > 0
+    assert tokens[2].cached == tokens[3].cached == tokens[1].cached
+    assert tokens[0].prompt == tokens[1].prompt == tokens[2].prompt == tokens[3].prompt
+
+
+async def test_streams_tell_what_was_cached(host: EngineHost, llms: Path) -> None:
+    """The usage at the end of a stream says it as well."""
+    llm = await start(host, llms / "a")
+    stream = Stream(llm, prompt=LONG_PROMPT, max_tokens=1, stream_options={"include_usage": True})
+    await stream.run()
+    usage = json.loads(stream.text.split("data: ")[-2])["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+async def test_prompts_are_forgotten(host: EngineHost, llms: Path) -> None:
+    """After ``forget_prompts`` the same prompt is computed from its first token again."""
+    llm = await start(host, llms / "a")
+    assert await cached_of(llm) == 0
+    assert await cached_of(llm) > 0
+    assert await llm.forget_prompts()
+    assert await cached_of(llm) == 0
+
+
+async def test_forgetting_waits_for_the_engine_to_be_at_rest(
+    host: EngineHost, llms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a prompt runs nothing is forgotten, and that is said; once it is cut, everything is."""
+    llm = await start(host, llms / "a")
+    assert await cached_of(llm) == 0
+    long = Stream(llm, max_tokens=500, ignore_eos=True)
+    running = asyncio.create_task(long.run())
+    await long.begun.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "FORGET_TIMEOUT_S", 0.05)
+        assert not await llm.forget_prompts()
+    await llm.abort_all()
+    await running
+    assert await llm.forget_prompts()
+    assert await cached_of(llm) == 0
 
 
 async def test_abort_all(host: EngineHost, llms: Path) -> None:
@@ -590,7 +661,7 @@ async def test_dead_engine_is_told_to_its_prompts(host: EngineHost, llms: Path, 
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from deployments import process_tree
+from deployments import engine, process_tree
 from deployments.engine import EngineHost
 
 async def main():

@@ -13,9 +13,17 @@ import stamina
 from pydantic import TypeAdapter
 
 from registry import client as client_module
-from registry.api import MAX_WAIT_S
-from registry.client import AnswerError, RegistryClient, RequestEnded
+from registry.api import MAX_WAIT_S, RequestState
+from registry.client import (
+    PROMPT_HEADER,
+    WARMUP_HEADER,
+    AnswerError,
+    HeldLease,
+    RegistryClient,
+    RequestEnded,
+)
 from registry.report import MeasurementReport
+from registry.window_report import WindowReport
 from tests.energy_windows import an_experiment
 
 STATE: dict[str, Any] = {
@@ -103,6 +111,28 @@ def test_budgets_are_sent_if_there_are_any(registry: Make) -> None:
     with_budgets, without = (json.loads(request.content) for request in script.requests)
     assert (with_budgets["maxJoules"], with_budgets["maxGco2eq"]) == (5.0, 0.5)
     assert without == {"measurementId": 7, "llms": [{}]}
+
+
+def test_windows_are_read_page_by_page(registry: Make) -> None:
+    """All pages, one after another; each is asked again while the registry restarts."""
+    told = [TypeAdapter(WindowReport).dump_python(each, mode="json") for each in an_experiment().windows[:3]]
+    busy = httpx.Response(503, json=BUSY)
+    pages = {"windows": told[:2], "next": "2.5_p-1"}, {"windows": told[2:], "next": None}
+    client, script = registry(pages[0], busy, pages[1])
+    assert [each.window for each in client.windows(7, request_id="r-1")] == [each["window"] for each in told]
+    first, _, second = script.asked
+    assert first == "GET /measurements/7/windows?limit=1000&request=r-1"
+    assert second == "GET /measurements/7/windows?limit=1000&request=r-1&after=2.5_p-1"
+
+
+def test_a_prompt_says_its_name_and_whether_it_is_a_warm_up(registry: Make) -> None:
+    """Both go along as headers, the name in any script; neither does where nothing is said."""
+    client, script = registry({"answer": "x"}, {"answer": "x"})
+    lease = HeldLease(RequestState.model_validate(DEPLOYED), "http://x/wrappers/a-0/token", client._http)
+    lease.prompt("Why?", prompt_id="ä 1", warmup=True)
+    lease.prompt("Why?")
+    headers = [(each.headers.get(WARMUP_HEADER), each.headers.get(PROMPT_HEADER)) for each in script.requests]
+    assert headers == [("true", "%C3%A4%201"), (None, None)]
 
 
 def test_report(registry: Make) -> None:

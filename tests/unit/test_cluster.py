@@ -17,8 +17,9 @@ from deployments import cluster as cluster_module
 from deployments.cluster import APPS_BELIEVED_S, RayCluster
 from deployments.models import ModelSources
 from registry.errors import WrapperUnheard, WrapperUnreachable
-from registry.reconcile import LeaseGrant
+from registry.reconcile import LeaseGrant, wanted_wrappers
 from registry.settings import Settings
+from registry.state import Machine
 from tests.fake_cluster import UNTOLD
 from tests.fake_counters import ManualClock
 
@@ -218,3 +219,20 @@ async def test_settling_is_waited_for(serve: FakeServe, monkeypatch: pytest.Monk
         await cluster.bind("a-0", 1, grant)
     with pytest.raises(WrapperUnreachable, match=r"no answer to bind within 0\.06 s"):
         await cluster.bind("a-0", 1, replace(grant, grade="measurement"))
+
+
+async def test_a_wrapper_gets_the_energy_settings_of_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine, GPU type and zone choose them, and embodied carbon is that of the wrapper: 2 GPUs of 10 g/h are 20."""
+    embodied = {"per": "gpu", "g_per_hour": 10.0, "low_g_per_hour": 5.0, "high_g_per_hour": 15.0, "source": "a test"}
+    match = {"machine": "gpu-*", "gpu_type": "NVIDIA H100*", "zone": "eu-1?"}
+    energy = {"machines": [{"match": match, "pue": 1.4, "embodied": embodied}]}
+    targets: list[Any] = []
+    monkeypatch.setattr("ray.serve.run_many", lambda some, **_: targets.extend(some))
+    monkeypatch.setattr(cluster_module.wrapper_module, "deployment", lambda config, **_: config)
+    monkeypatch.setattr("ray.serve.RunTarget", lambda config, **_: config)
+    machine = Machine("gpu-1", "n", "10.0.0.1", gpus=4, gpu_type="NVIDIA H100 80GB", zone="eu-1a")
+    plans = wanted_wrappers(machine, per_machine=2, gpus_per_wrapper=None, base_url="http://x", homes={})
+    settings = Settings.model_validate({"energy": energy})
+    await RayCluster(settings, ModelSources(True, (), Path("/x"))).create(plans)
+    assert [each.energy.pue for each in targets] == [1.4, 1.4]
+    assert [each.energy.embodied.g_per_hour for each in targets] == [20.0, 20.0]

@@ -19,22 +19,20 @@ from deployments.demo import Row
 from deployments.llm_args import map_llmconfig
 from registry.api import LLMConfig, RequestState
 from registry.errors import StartFailed
+from registry.state import WindowKind
+from registry.window_report import WindowReport, window_report
+from tests.energy_windows import iso, kept, record
 
 
-def answer(joules: float | None = 2.0, score: float | None = 0.5, method: str = "measured") -> dict[str, Any]:
-    """A wrapper's answer to a prompt."""
-    low, high = (None, None) if method == "measured" or score is None else (score / 2, score * 2)
-    return {
-        "answer": "because",
-        "usage": {"prompt_tokens": 5, "completion_tokens": 10},
-        "energy": {"total_j": joules},
-        "sci_score": score,
-        "sci_method": method,
-        "sci_low": low,
-        "sci_high": high,
-        "unit": "output_token",
-        "flags": [],
-    }
+def answer() -> dict[str, Any]:
+    """A wrapper's answer to a prompt; what it says of energy is provisional."""
+    return {"answer": "because", "usage": {"prompt_tokens": 5, "completion_tokens": 10}, "energy": {"total_j": 99.0}}
+
+
+def final(number: int, joules: float | None = 2.0, **more: Any) -> WindowReport:
+    """The final window of a prompt of 10 tokens."""
+    (row,) = kept(record(number, joules=joules, resolution_j=0.02, units=10, request_id="r1", **more))
+    return window_report(row, None, iso)
 
 
 def state(status: str, **more: Any) -> RequestState:
@@ -50,9 +48,10 @@ def state(status: str, **more: Any) -> RequestState:
     )
 
 
-def served(*answers: dict[str, Any]) -> Row:
-    """A row of an LLM that waited 1 s, started in 3 s and answered these in 2 s."""
-    row = Row("org/tiny", asked_s=10.0, deploying_s=11.0, deployed_s=14.0, answers=list(answers), prompts_s=2.0)
+def served(*windows: WindowReport, answers: int = 2) -> Row:
+    """A row of an LLM that waited 1 s, started in 3 s and answered in 2 s; these are its final windows."""
+    row = Row("org/tiny", "r1", asked_s=10.0, deploying_s=11.0, deployed_s=14.0, prompts_s=2.0)
+    row.answers, row.windows = [answer()] * answers, list(windows)
     row.state = state("released", machine="node-1")
     return row
 
@@ -66,48 +65,66 @@ def shown(what: RenderableType) -> str:
 # --- figures -----------------------------------------------------------------------------------------------
 
 
-def test_measured_figures_are_shown_plain() -> None:
-    """Measured joules and scores are shown as they are, with the times and the tokens of the prompts."""
-    text = shown(demo._results([served(answer(2.0, 0.5), answer(4.0, 0.25))]))
+def test_figures_are_those_of_the_final_windows() -> None:
+    """2 and 4 J for 20 tokens are 0.3 J per token, whatever the answers said; the score has its mark."""
+    text = shown(demo._results([served(final(1), final(2, 4.0))]))
     line = next(line for line in text.splitlines() if "org/tiny" in line)
-    assert line.split() == ["org/tiny", "node-1", "1.0", "3.0", "20", "10.0", "6.00", "0.38", "measured"]
+    assert line.split()[:7] == ["org/tiny", "node-1", "1.0", "3.0", "20", "10.0", "0.3"]
+    assert line.split()[7].startswith("~0.002")
+    assert line.split()[-1] == "measured"
 
 
 def test_estimates_are_marked() -> None:
-    """A figure that rests on an estimate carries its mark and its label, and the legend gives its range."""
-    rows = [served(answer(2.0, 0.5), answer(2.0, 0.5, "modeled"))]
+    """A figure that rests on an estimate carries its mark and its label, and the legend gives its bounds."""
+    rows = [served(final(1, label="modeled"), final(2))]
     line = next(line for line in shown(demo._results(rows)).splitlines() if "org/tiny" in line)
-    assert "~4.00" in line
-    assert "~0.5" in line
+    assert "~0.2" in line
     assert "estimate" in line
     legend = shown(demo._legend(rows))
-    assert "not a measurement" in legend
-    assert "between 0.25 and 1" in legend
+    assert "~ is not measured" in legend
+    assert "score with its bounds: ~0.002" in legend
 
 
-@pytest.mark.parametrize("missing", [answer(None, None, "unavailable"), answer(2.0, None)])
-def test_one_unknown_makes_the_whole_unknown(missing: dict[str, Any]) -> None:
-    """A sum or a mean with a hole in it is not known: never a zero, never the sum of the rest."""
-    line = next(line for line in shown(demo._results([served(answer(), missing)])).splitlines() if "org/tiny" in line)
-    assert "unknown" in line
-    assert "0.00" not in line
+def test_what_is_not_known_is_left_out_and_said() -> None:
+    """A window without joules is in no figure, and the legend counts it."""
+    rows = [served(final(1), final(2, None, flags=("too_short",)))]
+    line = next(line for line in shown(demo._results(rows)).splitlines() if "org/tiny" in line)
+    assert line.split()[6] == "0.2"
+    legend = shown(demo._legend(rows))
+    assert "Not known, or left out: 1 of 2 windows have no known amount (too_short)." in legend
+    assert "Flags: too_short" in legend
+    assert "bounds" not in shown(demo._legend([served(final(1, None))]))
 
 
 def test_llm_that_did_not_come_has_no_figures() -> None:
-    """A row without an answer says why, and shows no figure."""
+    """A row without an answer says why, and shows no figure; answers without final windows have none either."""
     row = Row("org/tiny", asked_s=10.0, note="request r1 is failed: no memory")
-    text = shown(demo._results([row]))
-    assert "no memory" in text
-    assert text.count("unknown") == 2
+    assert "no memory" in shown(demo._results([row]))
     assert shown(demo._legend([row])).strip() == ""
+    assert "No final energy window has come." in shown(demo._legend([served()]))
 
 
-def test_flags_are_told() -> None:
-    """What makes figures hard to compare is told below them; measured ones need no range."""
-    flagged = {**answer(), "flags": ["contended", "cpu_not_covered"]}
-    legend = shown(demo._legend([served(flagged)]))
-    assert "Flags: contended, cpu_not_covered" in legend
-    assert "estimate" not in legend
+class StandIn:
+    """A registry whose final windows come one look after another."""
+
+    def __init__(self, *looks: list[WindowReport]) -> None:
+        self.looks = list(looks)
+
+    def windows(self, _measurement_id: int) -> list[WindowReport]:
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+
+
+def test_final_windows_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the lease's own window is there, or the limit has passed."""
+    monkeypatch.setattr(demo, "POLL_S", 0.0)
+    (lease,) = (window_report(row, None, iso) for row in kept(record(9, WindowKind.LEASE, request_id="r1")))
+    row, none = served(), Row("org/other", "r2")
+    demo._await_windows(StandIn([], [final(1)], [final(1), lease]), [row, none])  # type: ignore[arg-type] # a stand-in
+    assert [each.kind for each in row.windows] == ["prompt", "lease"]
+    assert none.windows == []
+    monkeypatch.setattr(demo, "WINDOWS_WAIT_S", 0.0)
+    demo._await_windows(StandIn([final(1)]), [row])  # type: ignore[arg-type] # a stand-in
+    assert [each.kind for each in row.windows] == ["prompt"]
 
 
 # --- progress ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from ray.util.metrics import Counter as RayCounter
 from deployments import energy_metrics
 from deployments.energy_metrics import EnergyMetrics
 from registry.state import EnergyWindow, KeptWindow, WindowKind
-from tests.energy_windows import window
+from tests.energy_windows import record, window
 
 COUNTED: Counter[tuple[str, str, str]] = Counter()
 
@@ -42,19 +42,27 @@ def count(
 def test_measured_and_modelled_joules_have_names_of_their_own(metrics: EnergyMetrics) -> None:
     """No sum mixes measurements with estimates, and a test double's figures are in neither."""
     labels = ("measured", "measured_sampled", "modeled", "simulated")
-    windows = (window(n, WindowKind.LEASE, joules=10.0**n, label=label) for n, label in enumerate(labels))
+    windows = (window(n, joules=10.0**n, label=label) for n, label in enumerate(labels))
     assert count(metrics, *windows) == {
-        ("greenprompt_energy_measured_joules", "gpu-1", "lease"): 11.0,
-        ("greenprompt_energy_modeled_joules", "gpu-1", "lease"): 100.0,
+        ("greenprompt_energy_measured_joules", "gpu-1", "prompt"): 11.0,
+        ("greenprompt_energy_modeled_joules", "gpu-1", "prompt"): 100.0,
     }
 
 
+def test_shares_of_measured_joules_are_measured(metrics: EnergyMetrics) -> None:
+    """Two prompts share 100 J that a counter has measured: each share is an estimate, their sum is not."""
+    shares = [record(n, joules=50.0, label="modeled", counter_label="measured") for n in (1, 2)]
+    assert count(metrics, *shares) == {("greenprompt_energy_measured_joules", "gpu-1", "prompt"): 100.0}
+
+
 def test_nothing_counts_twice(metrics: EnergyMetrics) -> None:
-    """Prompts and the idle time of a lease are inside it; starts, and time in which nobody has the machine, are not."""
+    """A lease window holds its prompts and its idle time once more: it adds nothing."""
     idle = window(3, WindowKind.IDLE, request_id=None, joules=5.0)
-    windows = window(1), window(2, WindowKind.IDLE), idle, window(4, WindowKind.WAKE, joules=7.0)
+    lease = window(5, WindowKind.LEASE, joules=200.0)
+    windows = window(1), window(2, WindowKind.IDLE), idle, window(4, WindowKind.WAKE, joules=7.0), lease
     assert count(metrics, *windows) == {
-        ("greenprompt_energy_measured_joules", "gpu-1", "idle"): 5.0,
+        ("greenprompt_energy_measured_joules", "gpu-1", "prompt"): 100.0,
+        ("greenprompt_energy_measured_joules", "gpu-1", "idle"): 105.0,
         ("greenprompt_energy_measured_joules", "gpu-1", "wake"): 7.0,
     }
 

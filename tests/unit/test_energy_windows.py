@@ -11,67 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deployments import energy_log, prompt_meter
+from deployments import energy_log, window_writer
 from deployments.energy import Label
-from deployments.energy_sources import Source, Unreadable
-from deployments.flights import Flight
-from deployments.meter import Meter
-from deployments.prompt_meter import PromptMeter
+from deployments.energy_sources import Unreadable
 from registry.errors import BudgetUsed
-from registry.reconcile import Belief, LeaseGrant, Moment
-from registry.settings import EnergySettings
-from registry.state import EnergyWindow, WindowKind
-from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
-
-GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}
-EMBODIED = {"g_per_hour": 3.6, "low_g_per_hour": 1.8, "high_g_per_hour": 7.2, "source": "a test"}
-WATTS = 100.0
-UTC_S = 1_800_000_000.0
-LEASE = LeaseGrant("request-1", 7, "token-1", "{}", ends_in_s=600.0, idle_limit_s=60.0)
-OTHER = LeaseGrant("request-2", 8, "token-2", "{}", ends_in_s=600.0, idle_limit_s=60.0)
-
-
-class Bench:
-    """A PromptMeter on a manual clock and a simulated counter of 100 W, 50 J of which come at a time."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *sources: Source | Unreadable, **energy: Any) -> None:
-        self.clock = ManualClock()
-        found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:GPU-x", label=Label.SIMULATED),)
-        monkeypatch.setattr(prompt_meter, "_sources", lambda *_: list(found))
-        monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
-        chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}
-        self.meter = PromptMeter(
-            EnergySettings.model_validate(chosen),
-            gpus=1,
-            wrapper_id="a-0",
-            process="p",
-            utc_s=lambda: UTC_S + self.clock.now_s - 1000.0,
-        )
-        self.meter._meter.poll_once()
-
-    def passes(self, seconds: float) -> None:
-        for _ in range(round(seconds / 0.05)):
-            self.clock.now_s += 0.05
-            self.meter._meter.poll_once()
-
-    def bind(self, grant: LeaseGrant | None) -> None:
-        self.meter.hand_over(grant, self.clock.now_s)
-
-    def end(self, flight: Flight, tokens: tuple[int, int] | None = (6, 4)) -> None:
-        self.meter.end(flight)
-        if tokens is not None:
-            usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
-            self.meter.account(flight, usage=usage, answer="four words and no")
-
-    def prompt(self, seconds: float, tokens: tuple[int, int] | None = (6, 4)) -> None:
-        flight = self.meter.begin()
-        self.passes(seconds)
-        self.end(flight, tokens)
-
-    async def windows(self, kept: int = 0, *, process: str = "p") -> tuple[EnergyWindow, ...]:
-        self.passes(0.2)
-        return await self.meter.windows(Belief(1, None, Moment(process, 0.0), windows_kept=kept))
-
+from registry.reconcile import LeaseGrant
+from registry.state import WindowKind
+from tests.fake_counters import FakeCounter, PowerCurve, Ticks
+from tests.meter_bench import EMBODIED, LEASE, OTHER, UTC_S, WATTS, Bench, detail, of_kind
 
 Make = Callable[..., Bench]
 
@@ -80,14 +27,6 @@ Make = Callable[..., Bench]
 def make(monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes a bench: ``make(*sources, **energy settings)``."""
     return partial(Bench, monkeypatch)
-
-
-def of_kind(windows: tuple[EnergyWindow, ...], kind: WindowKind) -> list[EnergyWindow]:
-    return [window for window in windows if window.kind is kind]
-
-
-def detail(window: EnergyWindow) -> Any:
-    return json.loads(window.detail)
 
 
 async def test_lease_becomes_windows(make: Make) -> None:
@@ -105,7 +44,8 @@ async def test_lease_becomes_windows(make: Make) -> None:
     machine, idle = of_kind(windows, WindowKind.IDLE)
     first, second = of_kind(windows, WindowKind.PROMPT)
     [lease] = of_kind(windows, WindowKind.LEASE)
-    assert [window.window_id for window in windows] == [f"p-{number}" for number in range(1, 6)]
+    assert [window.window_id for window in windows] == ["p-p1", "p-p2", "p-3", "p-4", "p-5"]
+    assert [window.number for window in windows] == [1, 2, 3, 4, 5]
     assert machine.request_id is None
     assert machine.total_j == pytest.approx(100.0)
     assert {window.request_id for window in (idle, first, second, lease)} == {"request-1"}
@@ -114,7 +54,7 @@ async def test_lease_becomes_windows(make: Make) -> None:
     assert (lease.begun_s, lease.ended_s) == pytest.approx((UTC_S + 1.0, UTC_S + 8.0))
     assert lease.m_g == pytest.approx(3.6 * 7.0 / 3600)
     assert (detail(lease)["units"], detail(lease)["prompts"]) == (8, 2)
-    assert detail(lease)["tokens"] == {"prompt": 12, "cached": 0, "output": 8}
+    assert detail(lease)["tokens"] == {"prompt": 12, "cached": None, "output": 8}
     assert detail(lease)["score"]["value"] == pytest.approx(((lease.o_g or 0) + (lease.m_g or 0)) / 8)
 
 
@@ -126,14 +66,16 @@ async def test_record_of_a_prompt(make: Make) -> None:
     [window] = of_kind(await made.windows(), WindowKind.PROMPT)
     found = detail(window)
     assert found["ids"] == {
-        "window_id": "p-1", "wrapper_id": "a-0", "request_id": "request-1", "measurement_id": 7
+        "window_id": "p-p1", "wrapper_id": "a-0", "request_id": "request-1", "measurement_id": 7,
+        "process": "p", "number": 1,
     }  # fmt: skip
     assert (found["begun"], found["ended"]) == ("2027-01-15T08:00:00.000000+00:00", "2027-01-15T08:00:02.000000+00:00")
-    assert (found["tokens"], found["words"]) == ({"prompt": 6, "cached": 0, "output": 4}, 4)
+    assert (found["tokens"], found["words"]) == ({"prompt": 6, "cached": None, "output": 4}, 4)
     [part] = found["energy"]["components"]
     assert (part["name"], part["label"], part["source"]) == ("gpu:GPU-x", "simulated", "a test")
     assert found["grid"] == {
-        "value": 360.0, "unit": "gCO2eq/kWh", "zone": None, "dataset": "a test", "version": "2026-01-01"
+        "value": 360.0, "unit": "gCO2eq/kWh", "zone": None, "dataset": "a test", "version": "2026-01-01",
+        "year": None, "source": "a test", "low": None, "high": None,
     }  # fmt: skip
     assert (found["embodied"], found["pue"], found["gpus"]) == (EMBODIED, 1.0, ["GPU-x"])
     assert (found["unit"], found["units"], found["boundary"]) == ("output_token", 4, ["gpu:GPU-x"])
@@ -184,13 +126,13 @@ async def test_windows_are_kept_until_they_are_written_down(make: Make) -> None:
     made.bind(LEASE)
     for _ in range(3):
         made.prompt(0.5)
-    assert [window.window_id for window in await made.windows()] == ["p-1", "p-2", "p-3"]
+    assert [window.window_id for window in await made.windows()] == ["p-p1", "p-p2", "p-p3"]
     assert len(await made.windows(kept=2, process="another")) == 3
-    assert [window.window_id for window in await made.windows(kept=2)] == ["p-3"]
-    assert [window.window_id for window in await made.windows(kept=1)] == ["p-3"]
+    assert [window.window_id for window in await made.windows(kept=2)] == ["p-p3"]
+    assert [window.window_id for window in await made.windows(kept=1)] == ["p-p3"]
     assert await made.windows(kept=99) == ()
     made.prompt(0.5)
-    assert [window.window_id for window in await made.windows(kept=3)] == ["p-4"]
+    assert [window.window_id for window in await made.windows(kept=3)] == ["p-p4"]
 
 
 async def test_what_nobody_fetches_is_counted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +142,7 @@ async def test_what_nobody_fetches_is_counted(make: Make, monkeypatch: pytest.Mo
     made = make()
     for _ in range(5):
         made.prompt(0.5)
-    assert [window.window_id for window in await made.windows()] == ["p-3", "p-4"]
+    assert [window.window_id for window in await made.windows()] == ["p-p3", "p-p4"]
     assert made.meter.describe()["windows"] == {"kept": 3, "dropped": 2}
 
 
@@ -227,7 +169,7 @@ async def test_prompt_waits_no_longer_than_some_time(make: Make) -> None:
     long, short = made.meter.begin(), made.meter.begin()
     made.passes(1.0)
     made.end(short, (10, 10))
-    made.passes(prompt_meter.SHARES_S)
+    made.passes(window_writer.SHARES_S)
     [one] = await made.windows()
     assert "share_estimated" in detail(one)["flags"]
     made.end(long, (10, 5000))
@@ -236,20 +178,47 @@ async def test_prompt_waits_no_longer_than_some_time(make: Make) -> None:
 
 
 async def test_unknown_tokens_are_no_zero(make: Make) -> None:
-    """A prompt of which nobody knows the tokens has its energy and no score, and so has its lease."""
+    """A prompt of unknown tokens has its energy and no score; its lease has the sum of the others', and says so.
+
+    Two prompts of 1 s: one of unknown tokens, one of 6 and 4. The lease has 10 tokens, 4 units and no score: 200 J for
+    4 tokens would be too much.
+    """
     made = make()
     made.bind(LEASE)
     made.prompt(1.0, tokens=None)
     made.prompt(1.0)
     made.bind(None)
     windows = await made.windows()
-    [lease] = of_kind(windows, WindowKind.LEASE)
-    for window in (of_kind(windows, WindowKind.PROMPT)[0], lease):
+    prompt, lease = of_kind(windows, WindowKind.PROMPT)[0], of_kind(windows, WindowKind.LEASE)[0]
+    for window in (prompt, lease):
         found = detail(window)
-        assert (found["tokens"], found["units"], found["score"]["value"]) == (None, None, None)
+        assert found["score"]["value"] is None
         assert {"tokens_unknown", "units_unknown"} <= set(found["flags"])
         assert found["methods"]["R"] == "unavailable"
         assert found["energy"]["total_j"] > 0
+    assert (detail(prompt)["tokens"], detail(prompt)["units"]) == (None, None)
+    found = detail(lease)
+    assert (found["tokens"], found["tokens_unknown_prompts"]) == ({"prompt": 6, "cached": None, "output": 4}, 1)
+    assert (found["units"], found["units_unknown_prompts"]) == (4, 1)
+
+
+async def test_a_refused_prompt_has_nothing_and_that_is_known(make: Make) -> None:
+    """A refused prompt brought 0 tokens and adds its energy: the lease's score is all of its grams for 4 tokens."""
+    made = make()
+    made.bind(LEASE)
+    flight = made.meter.begin()
+    made.passes(1.0)
+    made.meter.refused(flight)
+    made.meter.end(flight)
+    made.prompt(1.0)
+    made.bind(None)
+    windows = await made.windows()
+    refused, [lease] = detail(of_kind(windows, WindowKind.PROMPT)[0]), of_kind(windows, WindowKind.LEASE)
+    assert (refused["status"], refused["units"], refused["tokens"]["output"]) == ("refused", 0, 0)
+    found = detail(lease)
+    assert (found["units"], found["units_unknown_prompts"]) == (4, 0)
+    assert lease.total_j == pytest.approx(200.0)
+    assert found["score"]["value"] == pytest.approx(((lease.o_g or 0) + (lease.m_g or 0)) / 4)
 
 
 async def test_without_counters_nothing_is_measured(make: Make) -> None:
@@ -469,7 +438,7 @@ async def test_counter_that_does_not_come_back(make: Make) -> None:
     made.bind(LEASE)
     made.prompt(1.2)
     assert of_kind(await made.windows(), WindowKind.PROMPT) == []
-    made.passes(prompt_meter.SETTLE_S)
+    made.passes(window_writer.SETTLE_S)
     [prompt] = of_kind(await made.windows(), WindowKind.PROMPT)
     assert prompt.total_j is None
     assert "stale" in detail(prompt)["flags"]
@@ -534,7 +503,7 @@ async def test_every_moment_is_charged_once(
     ended_s = made.clock.now_s
     made.passes(stalls if ticking else 0)
     windows = await made.windows()
-    assert [window.window_id for window in windows] == [f"p-{number + 1}" for number in range(len(windows))]
+    assert [window.number for window in windows] == [*range(1, len(windows) + 1)]
     parts = [window for window in windows if window.kind is not WindowKind.LEASE]
     if not ticking:
         known_j = sum(window.total_j or 0.0 for window in parts)

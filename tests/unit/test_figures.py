@@ -1,18 +1,20 @@
-"""Figures of an experiment: what is summed up, what is not known, and how a terminal shows it."""
+"""The summary of an experiment: made of final windows, with what is provisional, refused or missing counted."""
 
 from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from typing import Any
 
-import pytest
 from rich.console import Console
 
-from deployments.energy import Label
-from deployments.figures import LLMFigures, as_csv, llm_figures, spread
+from deployments.figures import LLMSummary, as_csv, summarized
 from deployments.measure_table import notes, results_table
 from registry.api import MeasurementState
+from registry.state import EnergyWindow, WindowKind
+from registry.window_report import WindowReport, window_report
+from tests.energy_windows import iso, kept, record, request
 from tests.fake_registry_http import CREATED, answer
 
 MEASUREMENT = MeasurementState(
@@ -20,163 +22,117 @@ MEASUREMENT = MeasurementState(
 )
 
 
-def line(prompt: str = "1", llm: str = "org/a", **more: Any) -> dict[str, Any]:
-    return {
-        "llm": llm,
-        "prompt": prompt,
-        "warmup": False,
-        "error": None,
-        "machine": "gpu-1",
-        "duration_s": 1.5,
-        **answer(),
-        **more,
-    }
+def line(window: str | None = None, prompt: str = "1", llm: str = "org/a", **more: Any) -> dict[str, Any]:
+    about = {"llm": llm, "prompt": prompt, "warmup": False, "error": None, "machine": "gpu-1", "request_id": "r-1"}
+    return about | answer() | ({} if window is None else {"window": window}) | more
 
 
-def figures(*lines: dict[str, Any], expected: int = 2, llm: str = "org/a") -> LLMFigures:
-    return llm_figures(llm, lines, expected=expected, seed=1)
+def rows(*windows: EnergyWindow) -> list[WindowReport]:
+    return [window_report(row, request("r-1", "org/a"), iso) for row in kept(*windows)]
 
 
-def modeled(score: float) -> dict[str, Any]:
-    return answer(score, 2.0, "modeled") | {"sci_low": score / 2, "sci_high": score * 2}
+def summary(lines: list[dict[str, Any]], *windows: EnergyWindow, expected: int = 2, llm: str = "org/a") -> LLMSummary:
+    return summarized(llm, lines, rows(*windows), expected=expected)
 
 
-def shown(*rows: LLMFigures, width: int = 80) -> list[str]:
-    """Table and notes on a terminal of this width."""
+def shown(*summaries: LLMSummary, width: int = 100) -> str:
+    """Tables and notes on a terminal of this width."""
     out = io.StringIO()
     console = Console(file=out, width=width)
-    console.print(results_table(rows))
-    for note in notes(rows, MEASUREMENT):
-        console.print(note)
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    assert all(len(line) <= width for line in lines)
-    return lines
+    console.print(results_table(summaries))
+    for note in notes(summaries, MEASUREMENT):
+        console.print(note, soft_wrap=True)
+    return out.getvalue()
 
 
-# --- sums --------------------------------------------------------------------------------------------------
+# --- what it is made of -------------------------------------------------------------------------------------
 
 
-def test_spread() -> None:
-    """Mean, median and deviation are the usual ones; the interval lies around the mean, and is the seed's."""
-    values = [(str(n), float(n)) for n in range(1, 21)]
-    made = spread(values, seed=1)
-    assert (made.n, made.unknown, made.mean, made.median) == (20, 0, 10.5, 10.5)
-    assert made.stdev == pytest.approx(5.916, abs=1e-3)
-    assert made.low is not None
-    assert made.high is not None
-    # By the normal distribution 10.5 ± 1.96 · 5.916 / √20 = 7.9 to 13.1.
-    assert made.low == pytest.approx(7.9, abs=0.3)
-    assert made.high == pytest.approx(13.1, abs=0.3)
-    assert spread(values, seed=1) == made
+def test_figures_are_those_of_the_final_windows() -> None:
+    """An answer said 2 J for 10 tokens; its final window says 20 J: the summary says 2 J per token."""
+    found = summary([line("process 1-p1")], record(1, joules=20.0, units=10), expected=1)
+    assert found.figures[0].joules_per_token.value == 2.0
+    assert (found.answers, found.provisional, found.complete) == (1, 0, True)
 
 
-def test_repetitions_are_not_taken_for_independent() -> None:
-    """The same prompts asked ten times make no interval ten times as sure; of one prompt, its answers are drawn."""
-    once = spread([(str(n), float(n)) for n in range(10)], seed=1)
-    often = spread([(str(n), float(n)) for n in range(10)] * 10, seed=1)
-    assert often.low == pytest.approx(once.low)
-    assert often.high == pytest.approx(once.high)
-    one = spread([("1", 1.0), ("1", 2.0), ("1", 3.0)], seed=1)
-    assert one.low is not None
-    assert one.low >= 1.0
+def test_what_has_no_final_window_is_counted_and_left_out() -> None:
+    """Of three answers one has its window: the other two are provisional, and in no figure."""
+    lines = [line(f"process 1-p{n}", str(n)) for n in (1, 2, 3)]
+    found = summary(lines, record(1, joules=20.0, units=10), expected=3)
+    assert (found.provisional, found.complete) == (2, False)
+    assert found.figures[0].joules_per_token.n == 1
+    assert "org/a: provisional: 2 of 3 answers have no final window yet, and are in no figure." in shown(found)
 
 
-def test_unknown_is_counted_and_never_zero() -> None:
-    """What is not known is in no mean; where nothing is, nor two values are, nothing is made up."""
-    some = spread([("1", 2.0), ("2", None)], seed=1)
-    assert (some.n, some.unknown, some.mean, some.stdev, some.low, some.high) == (1, 1, 2.0, None, None, None)
-    none = spread([("1", None)], seed=1)
-    assert (none.n, none.unknown, none.mean, none.median, none.low) == (0, 1, None, None, None)
-    assert spread([], seed=1).mean is None
+def test_an_answer_without_a_window_is_final_with_its_lease() -> None:
+    """A wrapper of an earlier version names no window: once the lease's own is there, all of its prompts' are."""
+    assert summary([line()], record(1), expected=1).provisional == 1
+    assert summary([line()], record(1), record(2, WindowKind.LEASE), expected=1).provisional == 0
 
 
-def test_label_is_the_worst() -> None:
-    """One estimate makes an LLM's figures estimates, with the mean of their ranges; of no answers nothing is known."""
-    made = figures(line(), line("2", **modeled(0.4)))
-    assert made.label is Label.MODELED
-    assert made.estimate_low is None
-    assert figures(line(**modeled(0.4)), line("2", **modeled(0.8))).estimate_high == pytest.approx(1.2)
-    assert figures().label is Label.UNAVAILABLE
-    holed = figures(line(**modeled(0.4)), line("2", **answer(None, None, "unavailable")))
-    assert (holed.label, holed.known_label) == (Label.UNAVAILABLE, Label.MODELED)
-
-
-def test_warmups_and_others_are_not_in_it() -> None:
+def test_warm_ups_and_others_are_not_in_it() -> None:
     """Warm-ups and other LLMs' answers are passed over, errors and what is missing counted."""
-    refused = {"llm": "org/a", "prompt": "2", "warmup": False, "error": {"code": "x"}, "machine": "gpu-1"}
-    made = figures(line(), line(warmup=True), line(llm="org/b"), refused, expected=5)
-    assert (made.answers, made.errors, made.missing) == (1, 1, 3)
-    assert made.spreads["energy_j"].n == 1
+    refused = line("process 1-p2", "2", error={"code": "x"})
+    lines = [line("process 1-p1"), line("x", warmup=True), line("y", llm="org/b"), refused]
+    found = summary(lines, record(1), expected=5)
+    assert (found.answers, found.errors, found.missing, found.provisional) == (1, 1, 3, 0)
 
 
-def test_scores_of_different_units_make_no_mean() -> None:
-    """gCO2eq per token and per request are no one figure; joules stay comparable."""
-    made = figures(line(), line("2", unit="request"))
-    assert made.unit is None
-    assert (made.spreads["gco2eq_per_unit"].mean, made.spreads["gco2eq_per_unit"].unknown) == (None, 2)
-    assert made.spreads["energy_j"].mean == 2.0
-
-
-def test_csv_has_a_row_per_llm() -> None:
-    """Every figure has a column; what is not known is empty."""
-    rows = list(csv.DictReader(io.StringIO(as_csv([figures(line()), figures(llm="org/b")]))))
-    assert [row["llm"] for row in rows] == ["org/a", "org/b"]
-    assert (rows[0]["energy_j_mean"], rows[0]["energy_j_stdev"], rows[0]["missing"]) == ("2.0", "", "1")
-    assert (rows[1]["gco2eq_per_unit_mean"], rows[1]["gco2eq_per_unit_n"], rows[1]["label"]) == ("", "0", "unavailable")
-
-
-def test_json_has_the_figures_beside_the_rest() -> None:
-    """The summary's JSON names each figure at the top."""
-    told = figures(line(flags=["contended"])).as_json()
-    assert told["gco2eq_per_unit"]["mean"] == 0.5
-    assert (told["flags"], told["label"], told["machines"]) == ({"contended": 1}, "measured", ("gpu-1",))
+def test_csv_has_a_row_per_llm_and_machine() -> None:
+    """Every figure has its columns; what is not known is empty."""
+    one = summary([line("process 1-p1")], record(1), record(2, WindowKind.LEASE, units=50))
+    two = summarized("org/b", [], [*rows(record(1)), replace(rows(record(2))[0], machine="gpu-2")], expected=1)
+    none = summarized("org/c", [], [], expected=1)
+    found = list(csv.DictReader(io.StringIO(as_csv([one, two, none]))))
+    assert [(row["llm"], row["machine"]) for row in found] == [
+        ("org/a", "gpu-1"),
+        ("org/b", "gpu-1"),
+        ("org/b", "gpu-2"),
+        ("org/c", ""),
+    ]
+    first = found[0]
+    assert (first["joules_per_token_value"], first["joules_per_token_low"], first["missing"]) == ("2.0", "", "1")
+    assert (first["batch_joules_per_token_value"], first["batch_in_flight_max"]) == ("2.0", "1")
+    assert (found[3]["joules_per_token_value"], found[1]["batch_leases"]) == ("", "")
 
 
 # --- shown -------------------------------------------------------------------------------------------------
 
 
-def test_measured_figures_are_shown_plain() -> None:
-    """Means with their intervals below, in a unit that needs no exponent, and no mark."""
-    text = "\n".join(shown(figures(line(sci_score=1.5e-5), line("2", sci_score=2.5e-5))))
-    assert "µgCO2eq" in text
-    assert "15 to 25" in text
+def test_measured_joules_are_shown_plain_and_scores_are_not() -> None:
+    """Joules of a counter have no mark; a score rests on published factors and has one."""
+    text = shown(summary([line("process 1-p1")], record(1), expected=1))
+    assert "~600" in text
+    assert " 2 " in text
+    assert "~2 " not in text
+    assert "µgCO2eq" in text.replace("\n", "")
     assert "measured" in text
-    assert "~" not in text
-    assert "estimate" not in text
 
 
 def test_estimates_are_marked() -> None:
-    """A figure that rests on an estimate has its mark, the word, and its range in gCO2eq."""
-    text = " ".join(shown(figures(line(**modeled(0.4)), line("2", **modeled(0.4)))))
-    assert "~400" in text
+    """Joules that rest on an estimate have their mark and the word."""
+    text = shown(summary([line("process 1-p1")], record(1, label="modeled"), expected=1))
     assert "~2" in text
-    assert "~10" not in text  # tokens are counted
-    assert "estimate (modeled), not a measurement; the score may lie between 200 and 800 mg" in text
+    assert "~100" in text
+    assert "estimate" in text
 
 
 def test_what_is_not_known_is_said() -> None:
-    """Empty, unknown, refused and missing are words, never a zero; wide names are folded, and none is cut."""
+    """Refused, missing and unknown are words, never a zero; wide names are folded, and none is cut."""
     wide = "an-organisation-with-a-long-name/a-model-with-a-very-long-name-Instruct"
-    unknown = line("1", llm=wide, **answer(None, None, "unavailable"), machine="gpu-2")
-    refused = {"llm": wide, "prompt": "2", "warmup": False, "error": {"code": "x"}, "machine": "gpu-2"}
-    lines = shown(figures(unknown, refused, llm=wide), figures(llm="/srv/build/llms/a"), figures(line(), llm="org/a"))
-    text = " ".join(lines)
-    assert "unknown" in text
-    assert "llms/a" in text
+    lines = [line("process 1-p1", llm=wide), line("process 1-p2", "2", llm=wide, error={"code": "x"})]
+    unknown = summary(lines, record(1, joules=None, flags=("too_short",)), expected=3, llm=wide)
+    text = shown(unknown, summary([], llm="/srv/build/llms/a"))
     assert "refused prompts: 1" in text
-    assert "answers still missing: 2" in text
-    assert "answers whose score is not known, and not in the mean: 1" in text
-    assert "estimate" not in text
-    assert "~" not in text
-    assert "from 2 machines, whose figures don't compare: gpu-1, gpu-2" in text
-    assert "flags: machine_changed" in text
-    assert wide in "".join(each.split()[0] for each in lines if each.strip())
+    assert "answers still missing: 1" in text
+    assert f"{wide}: score is not known: 1 of 1 windows have no known amount (too_short)" in text
+    assert "llms/a: no final window is there, so that no figure is known." in text
+    assert "flags: too_short (1)" in text
+    assert "The measurement's flags: machine_changed" in text
+    assert not list(notes([], None))[2:]
 
 
 def test_large_figures_have_no_exponent() -> None:
-    """Thousands of joules are read as such; whoever has no flags and no measurement is told nothing of them."""
-    rows = [figures(line(energy={"total_j": 12345.6}), line("2", energy={"total_j": 12345.6}))]
-    assert any("12,346" in line for line in shown(*rows))
-    assert not [note for note in notes(rows, None) if "flags" in note]
-    flagged = [figures(line(flags=["contended"]), line("2"))]
-    assert "org/a: flags: contended (1)" in list(notes(flagged, None))
+    """Thousands of joules are read as such, with the digits that their bounds allow."""
+    found = summary([line("process 1-p1")], record(1, joules=12345.6, resolution_j=5.0), expected=1)
+    assert "12,345.6" in shown(found)

@@ -168,6 +168,24 @@ async def test_report_is_json_or_csv(http: httpx.AsyncClient) -> None:
     assert (await http.get(f"{path}?format=xml")).json()["field"] == "format"
 
 
+async def test_windows_come_in_pages(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """What page of which request is passed on; a limit out of range or a place that no page named is refused."""
+    await http.post(REQUEST, json=BODY)
+    path = "/measurements/1234/windows"
+    page = (await http.get(path)).json()
+    assert page["next"] is None
+    assert page["windows"][0]["kind"] == "load"
+    await http.get(path, params={"request": "r1", "after": "1800000000.5_process 1-p3", "limit": 7})
+    passed_on = [args for method, args, _ in registry.calls if method == "windows"]
+    assert passed_on == [(1234, None, None, 1000), (1234, "r1", "1800000000.5_process 1-p3", 7)]
+    for params, field in (({"limit": 1001}, "limit"), ({"limit": 0}, "limit"), ({"after": "x"}, "after")):
+        answer = await http.get(path, params=params)
+        assert (answer.status_code, answer.json()["field"]) == (422, field)
+    for place in ("nan_x", "1e400_x", "1_\0", "_", "-1_x"):
+        assert (await http.get(path, params={"after": place})).status_code == 422
+    assert (await http.get("/measurements/99/windows")).status_code == 404
+
+
 async def test_grade_and_like_are_passed_on(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
     """They are the registry's to judge, and come back with each request's status."""
     answer = await http.post(REQUEST, json={**BODY, "grade": "measurement", "like": "r1"})

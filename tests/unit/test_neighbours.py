@@ -102,3 +102,13 @@ def test_process_that_is_not_written_yet_is_not_known(tmp_path: Path) -> None:
     one, _other = Neighbours(tmp_path, "a-0"), Neighbours(tmp_path, "a-1")
     (tmp_path / "a-1").write_text("")
     assert one.processes() is None
+
+
+def test_wrapper_that_replaces_one_that_still_ends(tmp_path: Path) -> None:
+    """A wrapper of the same id takes over the file, though its old process still lives and works there."""
+    one, old = Neighbours(tmp_path, "a-0"), Neighbours(tmp_path, "a-1", process=(7, 70))
+    with old.busy():
+        new = Neighbours(tmp_path, "a-1", process=(8, 80))
+        with new.busy():
+            assert one.others_worked()
+        assert one.processes() == {8: 80}

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from deployments import prompt_meter
-from deployments.energy import Label, worst
+from deployments.energy import GridIntensity, Label, worst
 from deployments.energy_sources import ReadFailed, Source, Unreadable
 from deployments.flights import Flight
 from deployments.meter import Meter
@@ -60,9 +61,12 @@ class Bench:
         account = self.meter.account(flight, usage=usage, answer=answer)
         assert_honest(account)
         energy, carbon = account["energy"], account["carbon"]
+        same = ("window", "final", "sci_score", "sci_method", "sci_low", "sci_high", "unit", "flags")
         assert self.meter.brief(flight, usage=usage, answer=answer) == {
-            **{name: account[name] for name in ("sci_score", "sci_method", "unit", "flags")},
+            **{name: account[name] for name in same},
             "joules": energy["total_j"],
+            "joules_low": energy["low_j"],
+            "joules_high": energy["high_j"],
             "label": energy["label"],
             "o_g": carbon["o_g"],
             "m_g": carbon["m_g"],
@@ -110,7 +114,7 @@ def test_account_of_a_prompt(bench: Callable[..., Bench]) -> None:
         "dataset": "a test",
         "version": "2026-01-01",
         "year": None,
-        "source": None,
+        "source": "a test",
         "low": None,
         "high": None,
     }
@@ -310,7 +314,8 @@ def test_simulated_sources_are_refused_outside_tests(monkeypatch: pytest.MonkeyP
 
 def test_production_takes_nothing_simulated(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     """The production configuration refuses a simulated source, and where a test forces one in there is no score."""
-    production = load_settings(Path(__file__).parents[2] / "configs" / "production.yaml").energy
+    site = load_settings(Path(__file__).parents[2] / "configs" / "production.yaml").energy
+    production = site.of_wrapper(machine="a", gpu_type=None, zone=None, gpus=1, on_machine=1)
     made = bench(**production.model_dump(exclude={"grid", "embodied"}))
     account = made.account(made.prompt(1.0))
     assert account["sci_score"] is None
@@ -395,12 +400,22 @@ def test_grid_is_what_was_configured() -> None:
     assert zone is not None
     assert zone.zone == "FRA"
     assert zone.gco2eq_per_kwh > 0
-    with pytest.raises(BadSettings, match="no zone 'XYZ'"):
-        PromptMeter(EnergySettings.model_validate({"grid": {"zone": "XYZ"}}), gpus=0)
+    assert (zone.year, zone.low, zone.high) == (None, None, None)
+    assert zone.source is not None
+    assert zone.source.startswith("ecologits ")
+
+
+def test_the_grids_year_source_and_range_are_kept() -> None:
+    """What the operator says of the value's year, source and range is told with it, for a zone as well."""
+    more = {"year": 2024, "low_gco2eq_per_kwh": 1.0, "high_gco2eq_per_kwh": 2000.0}
+    own = grid_of(EnergySettings.model_validate({"grid": {"gco2eq_per_kwh": 381.0, "source": "UBA", **more}}))
+    assert own == GridIntensity(381.0, None, "UBA", "2024", 2024, "UBA", 1.0, 2000.0)
+    zone = grid_of(EnergySettings.model_validate({"grid": {"zone": "DEU", **more}}))
+    assert zone is not None
+    assert (zone.year, zone.low, zone.high) == (2024, 1.0, 2000.0)
 
 
 def test_cpu_model_out_of_range_is_refused() -> None:
     """A CPU that uses more when idle than when busy is an error of the settings."""
-    broken = EnergySettings.model_validate({"cpu_model": {**CPU_MODEL, "idle_w_per_cpu": 9.0}})
-    with pytest.raises(BadSettings, match="idle_w_per_cpu"):
-        PromptMeter(broken, gpus=0)
+    with pytest.raises(ValidationError, match="idle_w_per_cpu"):
+        EnergySettings.model_validate({"cpu_model": {**CPU_MODEL, "idle_w_per_cpu": 9.0}})

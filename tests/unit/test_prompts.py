@@ -6,7 +6,8 @@ import asyncio
 import gc
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from deployments import prompts
 from deployments.engine import RunningLLM
 from deployments.flights import Flight, Tokens
 from deployments.lease_gate import LeaseGate
-from deployments.prompt_meter import PromptMeter
+from deployments.prompt_meter import PromptMeter, tokens_of
 from deployments.prompts import PromptGate
 from registry.errors import BudgetUsed, LeaseEnded
 from registry.reconcile import LeaseGrant
@@ -66,8 +67,8 @@ class FakeMeter:
         self.counts_words = False
         self.used_up: BudgetUsed | None = None
 
-    def begin(self, endpoint: str = "process_prompt") -> Flight:
-        self.begun.append(Flight(0.0, endpoint=endpoint))
+    def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False) -> Flight:
+        self.begun.append(Flight(0.0, endpoint=endpoint, warmup=warmup))
         return self.begun[-1]
 
     def end(self, flight: Flight) -> None:
@@ -84,6 +85,7 @@ class FakeMeter:
     def account(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> Mapping[str, Any]:
         assert flight in self.ended
         self.accounts.append((flight, usage, answer))
+        flight.status = "answered"
         return COST
 
     def brief(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> Mapping[str, Any]:
@@ -93,11 +95,23 @@ class FakeMeter:
     def counted(self, flight: Flight, tokens: Tokens) -> None:
         flight.tokens = tokens
 
+    def refused(self, flight: Flight) -> None:
+        flight.status, flight.tokens = "refused", Tokens(0, 0, 0)
+
 
 class Call:
     """A client's request to an ASGI app, by hand: it sees what has come so far, and can hang up."""
 
-    def __init__(self, app: PromptGate, method: str, path: str, body: object = None, *, root: str = ROOT) -> None:
+    def __init__(
+        self,
+        app: PromptGate,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        root: str = ROOT,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
         content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         self._todo: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
         self._hung_up = asyncio.Event()
@@ -115,7 +129,7 @@ class Call:
             "raw_path": f"{root}{path}".encode(),
             "root_path": root,
             "query_string": b"",
-            "headers": [(b"host", b"x"), (b"content-type", b"application/json")],
+            "headers": [(b"host", b"x"), (b"content-type", b"application/json"), *headers],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 8000),
         }
@@ -809,9 +823,9 @@ async def test_last_chunk_of_a_stream_tells_its_cost(wrapper: Wrapper) -> None:
     ("pieces", "tokens"),
     [
         ([{"choices": [{"delta": {}}]}], None),
-        ([{"choices": [{}], "usage": USAGE}], Tokens(7, 0, 3)),
+        ([{"choices": [{}], "usage": USAGE}], Tokens(7, None, 3)),
         ([{"type": "response.completed", "response": {"usage": {"input_tokens": 7, "output_tokens": 3}}}],
-         Tokens(7, 0, 3)),
+         Tokens(7, None, 3)),
         ([{"usage": {"something": 5}}], None),
     ],
     ids=["no usage", "usage in every chunk", "another API", "unknown usage"],
@@ -827,14 +841,102 @@ async def test_tokens_of_other_streams(wrapper: Wrapper, pieces: list[Any], toke
     assert wrapper.meter.accounts == []
 
 
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        (USAGE, Tokens(7, None, 3)),
+        (USAGE | {"prompt_tokens_details": None}, Tokens(7, None, 3)),
+        (USAGE | {"prompt_tokens_details": {"cached_tokens": None}}, Tokens(7, None, 3)),
+        (USAGE | {"prompt_tokens_details": {"cached_tokens": 0}}, Tokens(7, 0, 3)),
+        (USAGE | {"prompt_tokens_details": {"cached_tokens": 4}}, Tokens(7, 4, 3)),
+        ({"input_tokens": 7, "output_tokens": 3, "input_tokens_details": {"cached_tokens": 4}}, Tokens(7, 4, 3)),
+        ({"input_tokens": 7, "output_tokens": 3}, Tokens(7, None, 3)),
+        ({"input_tokens": 1, "cache_read_input_tokens": 4, "cache_creation_input_tokens": 2, "output_tokens": 3},
+         Tokens(7, 4, 3)),
+        ({"input_tokens": 3, "cache_read_input_tokens": 4, "output_tokens": 3}, Tokens(7, 4, 3)),
+    ],
+)  # fmt: skip
+def test_cached_tokens_that_are_not_told_are_not_zero(usage: Mapping[str, Any], tokens: Tokens) -> None:
+    """Each API of vLLM has its own words; 0 cached is only where it says 0.
+
+    Anthropic's input tokens leave out those of the cache: 1 + 4 read + 2 written are a prompt of 7.
+    """
+    assert tokens_of(usage) == tokens
+
+
 async def test_refused_prompts_have_no_tokens(wrapper: Wrapper) -> None:
     """A prompt that vLLM refuses took none, and has no header; of one that failed nobody knows."""
-    for status, tokens in ((400, Tokens(0, 0, 0)), (500, None)):
+    for status, tokens, name in ((400, Tokens(0, 0, 0), "refused"), (500, None, "failed")):
         wrapper.engine.error = (status, {"error": {"message": "no"}})
         for path, body in (("/v1/completions", {}), ("/process_prompt", {"question": "Why?"})):
             answer = await wrapper.call("POST", path, body).done()
             assert "x-greenprompt-energy" not in answer.headers
-            assert wrapper.meter.begun[-1].tokens == tokens
+            assert (wrapper.meter.begun[-1].tokens, wrapper.meter.begun[-1].status) == (tokens, name)
+
+
+# --- what is noted of prompts ------------------------------------------------------------------------------
+
+PROMPTS: list[tuple[str, dict[str, Any]]] = [
+    ("/process_prompt", {"question": "Why?"}),
+    ("/v1/completions", {"prompt": "Why?"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), PROMPTS)
+async def test_a_client_marks_its_warm_ups(wrapper: Wrapper, path: str, body: object) -> None:
+    """The header makes a prompt a warm-up when it says true, and nothing else does."""
+    for value in (None, b"false", b"true"):
+        headers = [] if value is None else [(b"x-greenprompt-warmup", value)]
+        assert (await Call(wrapper.app, "POST", f"/{TOKEN}{path}", body, headers=headers).done()).status == 200
+    assert [flight.warmup for flight in wrapper.meter.begun] == [False, False, True]
+
+
+@pytest.mark.parametrize("values", [[b"yes"], [b""], [b"True"], [b"true", b"false"]])
+@pytest.mark.parametrize(("path", "body"), PROMPTS)
+async def test_other_marks_are_refused(wrapper: Wrapper, path: str, body: object, values: list[bytes]) -> None:
+    """A header that says neither true nor false is an error that names it; the engine never sees the prompt."""
+    headers = [(b"x-greenprompt-warmup", value) for value in values]
+    answer = await Call(wrapper.app, "POST", f"/{TOKEN}{path}", body, headers=headers).done()
+    assert (answer.status, answer.json["code"], answer.json["field"]) == (422, "invalid_field", "X-GreenPrompt-Warmup")
+    assert wrapper.meter.begun == []
+    assert wrapper.engine.bodies == []
+
+
+@pytest.mark.parametrize(("path", "body"), [*PROMPTS, ("/v1/completions", {"stream": True})])
+async def test_how_a_prompt_ended_is_noted(wrapper: Wrapper, path: str, body: dict[str, Any]) -> None:
+    """Answered is what was answered to the end; cut is what a client, or the end of its lease, gave up."""
+    if "stream" in body:
+        wrapper.engine.pieces.put_nowait(None)
+    await wrapper.call("POST", path, body).done()
+    for given_up_by in ("client", "lease"):
+        call = await wrapper.begin(path, body)
+        if given_up_by == "client":
+            call.hang_up()
+        else:
+            await wrapper.app.cut_all()
+        await asyncio.wait({call.task})
+        call.task.exception()
+    assert [flight.status for flight in wrapper.meter.begun] == ["answered", "cut", "cut"]
+
+
+async def test_a_stream_that_ends_with_an_error_has_failed(wrapper: Wrapper) -> None:
+    """An engine that fails within a stream says so in its last event: that is no answer."""
+    pieces: list[Any] = [{"choices": [{"delta": {}}]}, {"error": {"message": "the engine died"}}, None]
+    for piece in pieces:
+        wrapper.engine.pieces.put_nowait(piece)
+    await wrapper.call("POST", "/v1/chat/completions", {"stream": True}).done()
+    assert wrapper.meter.begun[0].status == "failed"
+
+
+async def test_an_engine_that_breaks_off_has_failed(wrapper: Wrapper) -> None:
+    """An exception in place of an answer is a failure."""
+    wrapper.engine.error = RuntimeError("broken")
+    for path, body in PROMPTS:
+        call = wrapper.call("POST", path, body)
+        with suppress(RuntimeError):  # vLLM's app raises what it has answered
+            await call.done()
+        assert call.status == 500
+    assert [flight.status for flight in wrapper.meter.begun] == ["failed", "failed"]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
-"""What a measurement's report says: scores, sums, spreads and where they are from."""
+"""What a measurement's report says: sums with their holes, leases of several processes, and where figures are from."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
 
-from registry.report import MeasurementReport, report_of, spread, t_975
-from registry.state import EnergyWindow, KeptWindow, Measurement, Request, WindowKind
-from tests.energy_windows import BEGUN_S, GPU, an_experiment, iso, kept, request, window
+from registry.report import Hole, MeasurementReport, report_of
+from registry.state import EnergyWindow, KeptWindow, Measurement, Request, RequestStatus, WindowKind
+from tests.energy_windows import BEGUN_S, FULL_GRID, GPU, an_experiment, iso, kept, record, request, window
 
 MEASUREMENT = Measurement(7, 1, created_s=BEGUN_S, flags=("engine_restarted",), versions='{"vllm":"0.32.0"}')
 
@@ -22,83 +22,65 @@ def reported(*windows: EnergyWindow, requests: tuple[Request, ...] = TINY) -> Me
     return report_of(MEASUREMENT, requests, kept(*windows), iso)
 
 
-def test_score_is_what_all_units_caused() -> None:
-    """An LLM's score is (O + M) per R of all its prompts together: the long ones count by their tokens."""
-    (llm,) = reported(window(1, joules=100.0, units=50), window(2, joules=300.0, units=100)).llms
-    o_g, m_g = 400.0 / 3.6e6 * 329.7, 2 * 37.5 * 2 / 3600
-    assert llm.score.value == pytest.approx((o_g + m_g) / 150)
-    assert (llm.score.unit, llm.score.label, llm.score.reason) == ("gCO2eq/output_token", "measured", None)
-    assert (llm.score.low, llm.score.high) == (None, None)
-    assert (llm.prompts, llm.units) == (2, 150)
+def lease(seconds: float, status: RequestStatus = RequestStatus.RELEASED) -> tuple[Request, ...]:
+    """A request whose lease took so long."""
+    ended_s = None if status is RequestStatus.DEPLOYED else BEGUN_S + seconds
+    return (request("r-1", "org/tiny", deployed_s=BEGUN_S, ended_s=ended_s, status=status),)
 
 
-def test_an_estimate_has_its_range_and_its_label() -> None:
-    """One modelled prompt makes the score an estimate, with a range; the measured ones are in it as they are."""
-    (llm,) = reported(window(1, label="modeled"), window(2)).llms
-    assert llm.score.label == "modeled"
-    assert llm.score.value is not None
-    assert llm.score.low == pytest.approx(llm.score.value * 0.75)
-    assert llm.score.high == pytest.approx(llm.score.value * 1.5)
+# --- sums ---------------------------------------------------------------------------------------------------
 
 
-def test_a_hole_makes_no_score_and_says_why() -> None:
-    """One prompt without a figure leaves the score and the sum unknown, with the reason; the spread is of the rest."""
-    report = reported(window(1), window(2, joules=None, flags=("too_short",)), window(3))
-    (llm,) = report.llms
-    assert (llm.score.value, llm.score.label) == (None, "unavailable")
-    assert llm.score.reason == "1 of 3 windows have no score in gCO2eq/output_token (too_short)"
-    assert (llm.score_per_prompt.n, llm.score_per_prompt.unknown) == (2, 1)
-    assert llm.score_per_prompt.reason == llm.score.reason
-    assert (report.costs["active"].joules, report.costs["active"].o_g) == (None, None)
-    assert report.costs["active"].label == "unavailable"
-    assert report.costs["active"].reason == "1 of 3 windows lack joules or gCO2eq (too_short)"
-    assert report.costs["active"].m_g is not None
+def test_a_sum_with_a_hole_is_its_known_part() -> None:
+    """Of three prompts of 100 J one has no figure: 200 J are known, and 1 window of 2 s is missing."""
+    cost = reported(window(1), window(2, joules=None, flags=("too_short",)), window(3)).costs["active"]
+    assert (cost.joules, cost.label, cost.missing, cost.missing_s, cost.missing_g) == (200.0, "measured", 1, 2.0, 1)
+    assert cost.o_g == pytest.approx(200.0 / 3.6e6 * 329.7)
+    assert cost.m_g == pytest.approx(3 * 37.5 * 2 / 3600)
+    assert cost.reason == "1 of 3 windows lack joules or gCO2eq (too_short)"
 
 
 def test_joules_without_a_grid() -> None:
-    """Without a carbon intensity there are joules and no score."""
+    """Without a carbon intensity all joules are known, and no gram of them."""
     report = reported(window(1, grams=False, flags=("no_grid",)))
-    (llm,) = report.llms
-    assert llm.score.value is None
-    assert llm.joules_per_token.mean == 2.0
-    assert llm.score_per_prompt.mean is None
-    assert (report.costs["active"].joules, report.costs["active"].o_g) == (100.0, None)
+    cost = report.costs["active"]
+    assert (cost.joules, cost.missing, cost.o_g, cost.missing_g) == (100.0, 0, None, 1)
     assert report.coefficients == report.coefficients[:1]
-
-
-def test_a_prompt_without_tokens_has_no_score() -> None:
-    """What gave no token is in the sums, and in no figure per token."""
-    (llm,) = reported(window(1, units=0)).llms
-    assert llm.score.value is None
-    assert llm.joules_per_token.n == 0
-    assert llm.costs["active"].joules == 100.0
 
 
 def test_nothing_yet() -> None:
     """A measurement without any window has a report in which nothing is known."""
     report = reported()
     (llm,) = report.llms
-    assert (llm.score.value, llm.score.reason) == (None, "there are no such windows")
-    assert llm.units is None
-    assert llm.joules_per_token.reason == "there are no such windows"
-    assert report.costs["lease"].joules is None
+    assert llm.figures == ()
+    assert (report.costs["lease"].joules, report.costs["lease"].label) == (None, "unavailable")
+    assert report.costs["load"].reason == "there are no such windows"
     assert report.methods == dict.fromkeys("EIMR", "unavailable")
     assert report.machines == ("gpu-1",)
     assert report.coefficients == ()
 
 
-def test_idle_time_is_in_the_lease() -> None:
-    """The score of the lease has its idle time in it; starts of the LLM are told apart from both."""
-    report = an_experiment()
-    small, large = report.llms
-    assert small.lease_score.value is not None
-    assert small.score.value is not None
-    assert small.lease_score.value > small.score.value
+def test_a_lease_is_its_prompts_and_its_idle_time() -> None:
+    """Lease = active + idle; starts of the LLM are told apart from both."""
+    small, large = an_experiment().llms
     costs = small.costs
     assert costs["lease"].joules == pytest.approx((costs["active"].joules or 0) + (costs["idle"].joules or 0))
     assert costs["load"].joules == 2500.0
     assert costs["wake"].windows == 0
-    assert large.lease_score.label == "modeled"
+    assert large.costs["lease"].missing == 1
+
+
+def test_lease_windows_tell_label_and_bounds_of_the_same_joules() -> None:
+    """Two shares of 50 ± 20 J are estimates; the lease window of the same 100 J is measured, and ± 2 J."""
+    shares = [
+        record(n, joules=50.0, resolution_j=20.0, label="modeled", counter_label="measured", reserved_s=1.0)
+        for n in (1, 2)
+    ]
+    alone = reported(*shares).costs["lease"]
+    assert (alone.label, alone.low_j, alone.high_j) == ("modeled", 60.0, 140.0)
+    whole = reported(*shares, record(3, WindowKind.LEASE, joules=100.0)).costs["lease"]
+    assert (whole.joules, whole.label, whole.low_j, whole.high_j) == (100.0, "measured", 98.0, 102.0)
+    assert whole.windows == 2
 
 
 def test_time_is_counted_once() -> None:
@@ -107,11 +89,71 @@ def test_time_is_counted_once() -> None:
     assert reported(*together, window(3, seconds=1, reserved_s=None)).costs["active"].seconds == 5.0
 
 
-def test_units_are_not_mixed() -> None:
-    """A prompt that was scored in another functional unit takes the score, and is left out of the spread."""
-    (llm,) = reported(window(1), window(2, unit="word")).llms
-    assert (llm.score.value, llm.score.unit) == (None, "gCO2eq/output_token")
-    assert (llm.score_per_prompt.n, llm.score_per_prompt.unknown) == (1, 1)
+# --- what is lost -------------------------------------------------------------------------------------------
+
+
+def test_a_lease_outlives_its_wrapper() -> None:
+    """80.9 J in 20 s, then the wrapper dies, 5 s are lost, then 5.36 J in 2 s: 86.26 J, and a hole of 5 s.
+
+    The lease window of the second process alone said 5.36 J, less than the prompts of the lease.
+    """
+    first: dict[str, Any] = {"begun_s": BEGUN_S, "seconds": 10}
+    second: dict[str, Any] = {"begun_s": BEGUN_S + 25, "seconds": 1, "process": "process 2"}
+    report = reported(
+        record(1, joules=60.9, **first),
+        record(2, WindowKind.IDLE, joules=20.0, **first),
+        record(1, joules=4.0, **second),
+        record(2, WindowKind.IDLE, joules=1.36, **second),
+        record(3, WindowKind.LEASE, joules=5.36, **(second | {"seconds": 2})),
+        requests=lease(27.0),
+    )
+    cost = report.costs["lease"]
+    assert cost.joules == pytest.approx(86.26)
+    assert report.holes == (Hole("r-1", 5.0, "wrapper_died"),)
+    assert (cost.missing, cost.missing_s) == (0, 5.0)
+    assert cost.reason == "5 s of r-1 are in no window (wrapper_died)"
+    assert report.llms[0].costs["lease"] == cost
+
+
+@pytest.mark.parametrize(
+    ("windows", "status", "reason"),
+    [
+        ([record(1, seconds=4)], RequestStatus.RELEASED, "end_not_recorded"),
+        ([record(1, seconds=4)], RequestStatus.FAILED, "wrapper_died"),
+        ([], RequestStatus.FAILED, "wrapper_died"),
+        ([record(1, seconds=4), record(2, WindowKind.LEASE, seconds=9)], RequestStatus.EXPIRED, "windows_missing"),
+    ],
+)
+def test_what_is_in_no_window_is_a_hole(windows: list[EnergyWindow], status: RequestStatus, reason: str) -> None:
+    """Of a lease of 10 s windows cover 4 s, or nothing: the rest is lost, for a reason."""
+    (hole,) = reported(*windows, requests=lease(10.0, status)).holes
+    assert hole == Hole("r-1", 6.0 if windows else 10.0, reason)
+
+
+def test_a_lease_that_runs_has_no_end_to_lack() -> None:
+    """It is told that it runs; only what is lost before its last window is a hole. A start under it is no hole."""
+    begun = record(1, seconds=4)
+    assert reported(begun, requests=lease(0, RequestStatus.DEPLOYED)).running == ("r-1",)
+    assert reported(begun, requests=lease(0, RequestStatus.DEPLOYED)).holes == ()
+    load = record(2, WindowKind.LOAD, begun_s=BEGUN_S + 4, seconds=6)
+    late = record(3, begun_s=BEGUN_S + 10, seconds=1)
+    assert reported(begun, load, late, requests=lease(0, RequestStatus.DEPLOYED)).holes == ()
+    lost = reported(begun, late, requests=lease(0, RequestStatus.DEPLOYED))
+    assert lost.holes == (Hole("r-1", 6.0, "windows_missing"),)
+    assert reported(requests=lease(0, RequestStatus.DEPLOYED)).holes == ()
+    assert reported(begun).running == ()
+
+
+def test_a_hole_beside_windows_without_a_figure() -> None:
+    """Both reasons are told, and both times are missing."""
+    report = reported(record(1, seconds=4, joules=None, flags=("too_short",)), requests=lease(10.0))
+    cost = report.costs["lease"]
+    assert (cost.missing, cost.missing_s) == (1, 10.0)
+    assert cost.reason is not None
+    assert cost.reason.startswith("1 of 1 windows lack joules or gCO2eq (too_short); 6 s of r-1")
+
+
+# --- LLMs and how it was done -------------------------------------------------------------------------------
 
 
 def test_llms_that_differ_in_arguments_are_told_apart() -> None:
@@ -119,7 +161,10 @@ def test_llms_that_differ_in_arguments_are_told_apart() -> None:
     again, other = request("r-2", "org/tiny", 2), replace(request("r-3", "org/tiny", 3), llmconfig='{"a":1}')
     first = request("r-1", "org/tiny", model_revision="abc")
     report = reported(window(1), window(2, request_id="r-2"), requests=(first, again, other))
-    assert [(llm.requestIds, llm.prompts) for llm in report.llms] == [(("r-1", "r-2"), 2), (("r-3",), 0)]
+    assert [(llm.requestIds, [of.prompts for of in llm.figures]) for llm in report.llms] == [
+        (("r-1", "r-2"), [2]),
+        (("r-3",), []),
+    ]
     assert report.llms[0].modelRevisions == ("abc",)
 
 
@@ -145,40 +190,20 @@ def test_what_it_was_reckoned_with() -> None:
     assert report.gpu_uuids == ("GPU-1",)
 
 
+def test_the_grid_is_told_with_year_and_source() -> None:
+    """A carbon intensity has its year, its source and its range."""
+    grid = reported(record(1)).coefficients[0]
+    assert grid.source == f"{FULL_GRID['source']} ecologits 0.11.1 DEU 2023"
+    assert (grid.low, grid.high) == (280.0, 380.0)
+
+
 def test_a_window_that_belongs_to_no_request_is_told() -> None:
     """A start of an LLM that nobody waited for, on a machine that is gone, is a row as well."""
     row = KeptWindow(window(1, WindowKind.LOAD, request_id=None), None, None)
-    (told,) = report_of(MEASUREMENT, (), [row], iso).windows
+    report = report_of(replace(MEASUREMENT, versions=None), (), [row], iso)
+    (told,) = report.windows
     assert (told.llm, told.requestId, told.machine, told.kind) == (None, None, None, "load")
-
-
-def test_a_record_may_be_empty() -> None:
-    """A wrapper that told nothing but the sum is reported with nothing but the sum."""
-    report = reported(replace(window(1), detail="{}"))
-    assert report.windows[0].joules == 100.0
-    assert report.windows[0].units is None
-    assert report.llms[0].score.unit == "gCO2eq/unit"
-    assert report.llms[0].units is None
-
-
-@pytest.mark.parametrize(
-    ("degrees", "t"),
-    [(1, 12.7062), (9, 2.2622), (10, 2.2281), (15, 2.1314), (30, 2.0423), (100, 1.9840), (10**6, 1.95997)],
-)
-def test_students_t(degrees: int, t: float) -> None:
-    """The 97.5 % points are those of the tables."""
-    assert t_975(degrees) == pytest.approx(t, abs=2e-4)
-
-
-def test_spread() -> None:
-    """Mean, median, standard deviation and interval, by hand: of 2, 4, 4, 10 the mean is 5 ± 3.182 · 3.464 / 2."""
-    lies = spread([4.0, 2.0, None, 10.0, 4.0], "J", "measured", "why")
-    assert (lies.n, lies.unknown, lies.mean, lies.median, lies.min, lies.max) == (4, 1, 5.0, 4.0, 2.0, 10.0)
-    assert lies.stdev == pytest.approx(math.sqrt(12))
-    assert lies.ci95_high == pytest.approx(5 + 3.1824 * math.sqrt(12) / 2)
-    assert lies.ci95_low == pytest.approx(5 - 3.1824 * math.sqrt(12) / 2)
-    alone = spread([4.0], "J", "measured", None)
-    assert (alone.mean, alone.stdev, alone.ci95_low, alone.ci95_high) == (4.0, None, None, None)
+    assert report.versions is None
 
 
 def test_it_crosses_the_wire() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from json import dumps, loads
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,12 +20,12 @@ from deployments import cli
 from deployments.notation import figure, in_range
 from deployments.report_csv import COLUMNS, windows_csv
 from deployments.report_files import write_report
-from deployments.report_html import POINTS_SHOWN, ROWS_SHOWN, plots, power, report_html
+from deployments.report_html import POINTS_SHOWN, ROWS_SHOWN, plots, report_html
 from deployments.report_table import names, report_table
 from registry.errors import BadSettings
 from registry.report import MeasurementReport, report_of
-from registry.state import Measurement, WindowKind
-from tests.energy_windows import BEGUN_S, an_experiment, iso, kept, request, window
+from registry.state import EnergyWindow, KeptWindow, Measurement, Request, RequestStatus, WindowKind
+from tests.energy_windows import BEGUN_S, an_experiment, iso, kept, record, request, window
 
 NOTHING = report_of(Measurement(7, 1), [request("r-1", "org/tiny")], [], iso)
 
@@ -54,10 +54,32 @@ def test_figures(value: float | None, label: str, text: str) -> None:
     assert figure(value, label) == text
 
 
-def test_range() -> None:
-    """An estimate is shown with its range; what has none is shown alone."""
-    assert in_range(1.0, 0.5, 2.0, "modeled") == "~1 (0.5 to 2)"
-    assert in_range(1.0, None, None, "measured") == "1"
+def test_a_figure_that_is_no_total_says_so() -> None:
+    """The known part of a sum is marked as such."""
+    assert figure(1234.5, "modeled", missing=2) == "≥ ~1,230"
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "label", "text"),
+    [
+        (1.0, 0.5, 2.0, "modeled", "~1 (0.5 to 2)"),
+        (1.0, None, None, "measured", "1"),
+        (None, 1.0, 2.0, "measured", "-"),
+        (1.94567, 1.87123, 2.04321, "measured", "1.946 (1.871 to 2.043)"),
+        (1.94567, 1.2, 3.7, "measured", "1.9 (1.2 to 3.7)"),
+        (12345.6, 11100.0, 13400.0, "measured", "12,300 (11,100 to 13,400)"),
+        (1.3456e-05, 1.21e-05, 1.49e-05, "sourced", "~1.35e-05 (1.21e-05 to 1.49e-05)"),
+        (2.0, 2.0, 2.0, "measured", "2"),
+    ],
+)
+def test_a_figure_has_the_digits_that_its_interval_allows(
+    value: float | None, low: float | None, high: float | None, label: str, text: str
+) -> None:
+    """Half the interval has two digits, and the figure as many places; what has no interval is shown alone.
+
+    Of 1.87 to 2.04 half is 0.086: three places. Of 1.2 to 3.7 it is 1.25: one place.
+    """
+    assert in_range(value, low, high, label) == text
 
 
 # --- terminal -----------------------------------------------------------------------------------------------
@@ -69,21 +91,79 @@ def test_terminal() -> None:
     assert "Measurement 7 on gpu-1: 2 LLM(s), 17 prompt(s)" in text
     assert "computed with the SCI formula" in text
     assert "conform" not in text
-    assert re.search(r"org/small +8 +0\.000595 +0\.000913 +0\.000595 ± 9\.2e-06 +1\.95 ± 0\.1\n", text)
-    assert re.search(r"org/large +9 +- +~0\.00101 ", text)
-    assert re.search(r"lease +2 +48 +~2,920 .* estimate\n", text)
-    assert "330 gCO2eq/kWh  (ecologits 0.11.1 DEU)" in text
-    assert "org/large: score: 1 of 9 windows have no score in gCO2eq/output_token (too_short)" in text
-    assert "~ is an estimate" in text
+    assert re.search(r"org/small +8 +~595 +~913 +~595 +1\.95 +97\.5 +2 +measured\n", text)
+    assert re.search(r"org/large +9 +~687 +~1,010 +~687 +~2\.95 +~148 +2 +estimate\n", text)
+    assert re.search(r"lease +33 +50 +≥ ~2,920 .* estimate\n", text)
+    assert "~330 gCO2eq/kWh  (ecologits 0.11.1 DEU)" in text
+    assert "org/large: score leaves out 1: 1 of 9 windows have no known amount (too_short)" in text
+    assert "active: 1 of 17 windows lack joules or gCO2eq (too_short); 2 s without joules" in text
+    assert "org/small: no 95 % interval: too few prompts: 8 (at least 10)" in text
+    assert "~ is not measured" in text
+
+
+def full(*more: EnergyWindow, requests: list[Request] | None = None) -> MeasurementReport:
+    """Twelve prompts in each of three leases of one LLM, with full records."""
+    windows = [
+        replace_ids(record(n, request_id=f"r-{n % 3}", begun_s=BEGUN_S + 3 * n, joules=100.0 + n // 3), f"p{n // 3}")
+        for n in range(36)
+    ]
+    requests = requests or [request(f"r-{n}", "org/tiny", n) for n in range(3)]
+    return report_of(Measurement(7, 1), requests, kept(*windows, *more), iso)
+
+
+def replace_ids(made: EnergyWindow, prompt: str) -> EnergyWindow:
+    detail = loads(made.detail)
+    return replace(made, detail=dumps(detail | {"ids": detail["ids"] | {"prompt": prompt}}))
+
+
+def test_intervals_and_batches_are_shown() -> None:
+    """A figure has its 95 % interval below it, and a finished lease its figure of all prompts as one, with bounds."""
+    text = shown(full(record(99, WindowKind.LEASE, request_id="r-1", joules=1000.0, units=500)), width=120)
+    assert re.search(r"\n +[\d.]+ to [\d.]+ ", text)
+    assert re.search(r"org/tiny +1 +1 \(at most 1\) +2 +~", text)
+    assert "within 1.996 to 2.004" in text
+
+
+def test_a_batch_over_ten_leases_has_its_interval() -> None:
+    """With enough leases the interval stands below the bounds."""
+    leases = [record(n, WindowKind.LEASE, request_id=f"r-{n}", joules=1000.0 + n, units=500) for n in range(10)]
+    requests = [request(f"r-{n}", "org/tiny", n) for n in range(10)]
+    report = report_of(Measurement(7, 1), requests, kept(*leases), iso)
+    assert "95 %: " in shown(report)
+    assert "95 %: " in report_html(report)
+
+
+def test_machines_have_rows_of_their_own() -> None:
+    """An LLM on two machines has a row for each, and it is said that they don't compare."""
+    rows = [KeptWindow(record(1), "gpu-1", None), KeptWindow(record(2), "gpu-2", None)]
+    report = report_of(Measurement(7, 1), [request("r-1", "org/tiny")], rows, iso)
+    text = shown(report)
+    assert "org/tiny on gpu-2" in text.replace("\n", " ")
+    assert "Figures of different machines don't compare, and are not averaged: gpu-1, gpu-2." in text
+    page = report_html(report)
+    assert "org/tiny on gpu-2" in page
+
+
+def test_what_is_not_finished_is_said() -> None:
+    """A lease that still runs, and time that is lost, stand above all figures, on the page too."""
+    running = request("r-1", "org/tiny", deployed_s=BEGUN_S, status=RequestStatus.DEPLOYED)
+    dead = request("r-2", "org/tiny", 2, deployed_s=BEGUN_S, ended_s=BEGUN_S + 5, status=RequestStatus.FAILED)
+    report = report_of(Measurement(7, 1), [running, dead], kept(record(1, warmup=True)), iso)
+    for text in (shown(report), report_html(report)):
+        assert "Not finished: 1 lease(s) still run, more will come: r-1" in text
+        assert "Lost: 5 s of request r-2 are in no window (wrapper_died)" in text
+        assert "0 prompt(s) and 1 warm-up(s)" in text
+    assert "org/tiny: no prompt has a final window." in shown(report)
 
 
 def test_terminal_without_estimates() -> None:
-    """Where all is measured, nothing is said of estimates, and nothing of what is not known."""
+    """Where all joules are measured, they are shown plain; grams and factors have their mark all the same."""
     windows = kept(window(1), window(2, WindowKind.LEASE, flags=("dram_not_covered",)))
     text = shown(report_of(Measurement(7, 1, flags=("machine_changed",)), [request("r-1", "org/tiny")], windows, iso))
-    assert "~" not in text
-    assert "estimate" not in text
-    assert "Not known" not in text
+    assert re.search(r"active +1 +2 +100 +~0\.00916 +~0\.0208 +measured\n", text)
+    assert re.search(r"I: grid intensity +~330 gCO2eq/kWh", text)
+    assert re.search(r"M: embodied carbon +~37\.5 \(16\.7 to 49\) gCO2eq/h", text)
+    assert re.search(r"E: PUE +~1\.2", text)
     assert "flags: machine_changed" in text
     assert "not counted by anything: dram" in text
 
@@ -91,7 +171,7 @@ def test_terminal_without_estimates() -> None:
 def test_terminal_with_nothing() -> None:
     """A measurement of which nothing is known is shown as that, in 80 columns too."""
     text = shown(NOTHING, width=80)
-    assert "org/tiny: score: there are no such windows" in text
+    assert "org/tiny: there are no windows" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -119,7 +199,7 @@ def test_page_has_its_plots() -> None:
     page = report_html(an_experiment())
     assert re.findall(r'<figure id="plot-(\w+)">', page) == ["score", "joules", "power", "uses"]
     assert page.count("<svg") == 4
-    assert "not known: active" in page
+    assert "not all is known: active" in page
     assert 'class="estimate">estimate' in page
     assert "~ estimate" in {name: svg for name, _, svg in plots(an_experiment())}["joules"]
 
@@ -129,7 +209,7 @@ def test_page_with_nothing() -> None:
     page = report_html(NOTHING)
     assert "<svg" not in page
     assert "There is nothing to plot" in page
-    assert "there are no such windows" in page
+    assert "there are no windows" in page
 
 
 def test_page_of_what_is_partly_known() -> None:
@@ -167,29 +247,7 @@ def test_a_long_page_lists_the_first_windows() -> None:
     assert len(re.findall(r"<td>process 1-\d+</td>", page)) == ROWS_SHOWN
     marks = re.search(r'id="line2d_\d+">(?:(?!</g>).)*?(<use[^>]*/>\s*){100,}', page, re.DOTALL)
     assert marks is None or marks[0].count("<use") <= 2 * POINTS_SHOWN
-    assert report.llms[0].score_per_prompt.n == count
-
-
-def test_power_adds_up_and_knows_holes() -> None:
-    """Prompts at the same time add up; where a window has no figure, or there is none, there is no power, not 0 W."""
-    report = report_of(
-        Measurement(7, 1),
-        [],
-        kept(
-            window(1, begun_s=0.0, seconds=4, joules=40.0),
-            window(2, begun_s=2.0, seconds=4, joules=80.0),
-            window(3, begun_s=8.0, seconds=2, joules=10.0),
-            window(4, begun_s=9.0, seconds=2, joules=None),
-            window(5, WindowKind.LEASE, begun_s=0.0, seconds=11, joules=130.0),
-            window(6, begun_s=3.0, seconds=0, joules=None),
-        ),
-        iso,
-    )
-    times, watts = power(report.windows)
-    assert [time.timestamp() for time in times] == [0, 2, 4, 6, 8, 9, 10, 11]
-    assert watts[:3] == [10.0, 30.0, 20.0]
-    assert [math.isnan(each) for each in watts] == [False, False, False, True, False, True, True, True]
-    assert power([]) == ([], [])
+    assert report.llms[0].figures[0].joules_per_token.n == count
 
 
 @pytest.mark.parametrize(("seconds", "unit"), [(5, "seconds"), (500, "minutes"), (50_000, "hours")])
@@ -211,6 +269,23 @@ def test_csv() -> None:
     assert rows[1]["joules"] == "90.0"
     assert rows[1]["output_tokens"] == "50"
     assert (rows[-1]["joules"], rows[-1]["sci_score"], rows[-1]["flags"]) == ("", "", "too_short")
+
+
+def test_csv_can_be_added_up() -> None:
+    """A prompt of 60 J, 20 J idle and the lease window of both: rows that add up are 80 J, not 160."""
+    windows = kept(
+        record(1, joules=60.0), record(2, WindowKind.IDLE, joules=20.0), record(3, WindowKind.LEASE, joules=80.0)
+    )
+    report = report_of(Measurement(7, 1), [request("r-1", "org/tiny")], windows, iso)
+    rows = list(csv.DictReader(io.StringIO(windows_csv(map(asdict, report.windows)))))
+    assert sum(float(row["joules"]) for row in rows if row["adds_up"] == "True") == 80.0
+    assert (rows[0]["gpu_j"], rows[0]["low_j"], rows[0]["systematic_j"], rows[0]["warmup"]) == (
+        "54.0",
+        "58.0",
+        "0.5",
+        "False",
+    )
+    assert (rows[0]["status"], rows[0]["in_flight_max"], rows[0]["answer_id"]) == ("answered", "1", "chatcmpl-1")
 
 
 def test_files(tmp_path: Path) -> None:

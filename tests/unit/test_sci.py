@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deployments import sci
 from deployments.energy import Component, Embodied, Energy, GridIntensity, Label, SCISettings, total
 from deployments.sci import embodied_g_per_hour, grid_intensity, kwh, score
+from registry import grid_mixes
 from registry.errors import BadSettings
 
 H100 = Embodied(37.5, 16.7, 49.0, "GPU share of a server with eight H100 over three years")
@@ -273,14 +273,14 @@ def test_unknown_zone(zone: str, hint: str) -> None:
 
 @pytest.fixture
 def no_mixes() -> Iterator[None]:
-    sci._mixes.cache_clear()
+    grid_mixes.grid_mixes.cache_clear()
     yield
-    sci._mixes.cache_clear()
+    grid_mixes.grid_mixes.cache_clear()
 
 
 def test_data_set_not_installed(monkeypatch: pytest.MonkeyPatch, no_mixes: None) -> None:
     """Without the data set a zone is an error that tells the way out."""
-    monkeypatch.setattr(sci, "find_spec", lambda name: None)
+    monkeypatch.setattr(grid_mixes, "find_spec", lambda name: None)
     with pytest.raises(BadSettings, match="gco2eq_per_kwh"):
         grid_intensity("DEU")
 

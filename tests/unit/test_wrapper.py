@@ -52,6 +52,8 @@ class RunningFake(FakeEngine):
     def __init__(self) -> None:
         super().__init__()
         self.warmed_up = 0
+        self.forgot = 0
+        self.forgets: bool | Exception = True
 
     def die(self, reason: str) -> None:
         self.death_reason = reason
@@ -61,6 +63,13 @@ class RunningFake(FakeEngine):
         """Holds, as an answer does, while ``go`` is cleared."""
         self.warmed_up += 1
         await self.go.wait()
+
+    async def forget_prompts(self) -> bool:
+        """As ``forgets`` says."""
+        self.forgot += 1
+        if isinstance(self.forgets, Exception):
+            raise self.forgets
+        return self.forgets
 
 
 class FakeHost:
@@ -213,6 +222,31 @@ async def test_expired_prompts_are_cut(make: Make) -> None:
     await client.bind(3, SECOND)
     client.engine.go.set()
     assert (await client.prompt("token-2")).status_code == 200
+
+
+# --- the caches at a hand-over -------------------------------------------------------------------------------
+
+
+async def test_every_lease_begins_with_empty_caches(make: Make) -> None:
+    """Leases of standard grade share nothing either: each hand-over empties the caches once, a repeated bind does not.
+
+    One LLM, leases 1 and 2: 2 hand-overs, so it was emptied 2 times; lease 2 bound again: still 2.
+    """
+    client = await make(finish=False)
+    assert client.engine.forgot == 1
+    over = await client.wrapper.bind(3, SECOND)
+    assert (client.engine.forgot, over.flags) == (2, ())
+    await client.wrapper.bind(4, SECOND)
+    assert client.engine.forgot == 2
+
+
+@pytest.mark.parametrize("forgets", [False, RuntimeError("the engine core is dead")])
+async def test_caches_that_stay_full_are_told(make: Make, forgets: bool | Exception) -> None:
+    """Where the engine is not at rest in time, or fails, the lease is handed over with a flag."""
+    client = await make(finish=False)
+    client.engine.forgets = forgets
+    over = await client.wrapper.bind(3, SECOND)
+    assert over.flags == ("prefix_cache_kept",)
 
 
 # --- measurement grade ------------------------------------------------------------------------------------
@@ -761,14 +795,13 @@ async def test_reports_bring_energy_windows(make: Make) -> None:
     moment = client.wrapper._gate.moment
     report = await client.wrapper.report(Belief(3, None, moment))
     assert {window.wrapper_id for window in report.windows} == {"a-0"}
-    assert [int(window.window_id.removeprefix(f"{moment.process}-")) for window in report.windows] == [
-        *range(1, len(report.windows) + 1)
-    ]
+    assert [window.number for window in report.windows] == [*range(1, len(report.windows) + 1)]
+    assert all(window.window_id.startswith(f"{moment.process}-") for window in report.windows)
     by_kind = {window.kind.value: window for window in report.windows}
     assert by_kind.keys() == {"load", "prompt", "idle", "lease"}
     assert json.loads(by_kind["load"].detail)["model"] == "org/tiny"
     assert (by_kind["lease"].request_id, by_kind["lease"].measurement_id) == ("request-1", 1)
-    assert json.loads(by_kind["prompt"].detail)["tokens"] == {"prompt": 7, "cached": 0, "output": 3}
+    assert json.loads(by_kind["prompt"].detail)["tokens"] == {"prompt": 7, "cached": None, "output": 3}
     again = await client.wrapper.report(Belief(3, None, moment, windows_kept=len(report.windows)))
     assert again.windows == ()
 

@@ -102,11 +102,26 @@ async def test_a_lease_shows_its_cost_so_far(world: World) -> None:
     state = energy()
     assert state is not None
     assert (state.joules, state.idle_share, state.label) == (None, None, "unavailable")
-    world.service.release(request_id)
-    await told(world, window(4, WindowKind.LEASE, request_id=request_id, joules=150.0))
-    state = energy()
+    assert (state.known_j, state.unknown_windows) == (120.0, 1)
+
+
+async def test_a_lease_is_what_all_processes_of_its_wrapper_have_used(world: World) -> None:
+    """80.9 J, then the wrapper dies, then 5.36 J: the lease cost 86.26 J, and its idle share is no more than 1."""
+    request_id = await world.deployed(7)
+    about: dict[str, Any] = {"request_id": request_id}
+    await told(world, window(1, joules=60.9, **about), window(2, WindowKind.IDLE, joules=20.0, **about))
+    world.cluster.kill_process("a-0")
+    about["process"] = "process 2"
+    await told(
+        world,
+        window(1, joules=4.0, **about),
+        window(2, WindowKind.IDLE, joules=1.36, **about),
+        window(3, WindowKind.LEASE, joules=5.36, **about),
+    )
+    state = views.request_state(world.service, world.request(request_id)).energy
     assert state is not None
-    assert (state.joules, state.idle_share, state.label) == (150.0, 0.6, "measured")
+    assert state.joules == pytest.approx(86.26)
+    assert state.idle_share == pytest.approx(21.36 / 86.26)
 
 
 async def test_a_request_that_waits_has_cost_nothing_known(world: World) -> None:
@@ -128,7 +143,34 @@ async def test_the_report_has_all_windows(world: World, monkeypatch: pytest.Monk
     report = json.loads(views.report_json(allocator.measurement(7), allocator.requests_of(7), kept))
     assert report["machines"] == ["a"]
     assert [each["window"] for each in report["windows"]] == [each.window_id for each in windows]
-    assert report["llms"][0]["score"]["value"] > 0
+    assert report["llms"][0]["figures"][0]["joules_per_token"]["value"] > 0
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 1000])
+async def test_windows_come_page_by_page(world: World, limit: int) -> None:
+    """All pages together are all windows, once each, without their records; or those of one request."""
+    first = await world.deployed(7)
+    world.service.release(first)
+    second = await world.deployed(7)
+    windows = [window(n, request_id=(first, second)[n % 2], begun_s=float(n // 2)) for n in range(1, 6)]
+    await told(world, *windows)
+
+    def pages(request_id: str | None) -> list[str]:
+        found: list[str] = []
+        after = None
+        while True:
+            page = world.service.accounts.page(7, request_id=request_id, after=views.place_of(after), limit=limit)
+            assert len(page) <= limit
+            told = json.loads(views.windows_json(world.service.allocator.requests_of(7), page, limit))
+            assert all("detail" not in each and each["llm"] == TINY.model for each in told["windows"])
+            found += [each["window"] for each in told["windows"]]
+            after = told["next"]
+            if after is None:
+                return found
+
+    assert pages(None) == [each.window_id for each in windows]
+    assert pages(second) == [each.window_id for each in windows[::2]]
+    assert pages("nobody's") == []
 
 
 async def test_the_last_windows_are_heard_at_shutdown(world: World) -> None:
@@ -208,12 +250,13 @@ async def test_a_tenant_is_warned_and_then_refused(ann: World) -> None:
     await ann.until_status(first, RequestStatus.DEPLOYED)
     assert ann.request(first).notes == ()
     about: dict[str, Any] = {"request_id": first, "begun_s": ann.clock()}
-    await told(ann, window(1, WindowKind.LOAD, joules=300.0, **about), window(2, joules=599.0, **about))
+    await told(ann, window(1, WindowKind.LOAD, joules=300.0, **about), window(2, joules=400.0, **about))
     assert ann.request(ann.ask(8, TINY, tenant="ann")[0]).notes == ()
-    await told(ann, window(3, WindowKind.LEASE, joules=600.0, **about))
+    await told(ann, window(5, WindowKind.IDLE, joules=200.0, **about))
+    await told(ann, window(3, WindowKind.LEASE, joules=600.0, **about))  # both once more
     (warned,) = ann.ask(9, TINY, tenant="ann")
     assert ann.request(warned).notes == ("tenant 'ann' has used 900 J of the 1000 J that it may use in this month",)
-    await told(ann, window(4, WindowKind.LEASE, joules=100.0, **about))
+    await told(ann, window(6, WindowKind.IDLE, joules=100.0, **about))
     with pytest.raises(TenantBudgetUsed, match="2027-02-01"):
         ann.ask(10, TINY, tenant="ann")
     with pytest.raises(TenantBudgetUsed):
@@ -230,7 +273,7 @@ async def test_a_budget_begins_anew_with_the_month(ann: World) -> None:
     """What was used in the month before counts no more; a measurement that ended belongs to whoever asks next."""
     (first,) = ann.ask(7, TINY, tenant="ann")
     await ann.until_status(first, RequestStatus.DEPLOYED)
-    await told(ann, window(1, WindowKind.LEASE, joules=5000.0, request_id=first, begun_s=ann.clock()))
+    await told(ann, window(1, WindowKind.IDLE, joules=5000.0, request_id=first, begun_s=ann.clock()))
     ann.service.release(first)
     ann.ask(7, TINY, tenant="bob")
     with pytest.raises(TenantBudgetUsed):

@@ -1,0 +1,86 @@
+"""What the lease on a wrapper has used until now, and whether its budget allows another prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deployments.attribution import Flow
+from deployments.energy import Energy
+from deployments.lease_account import Budget, LeaseAccount
+from deployments.sci import Score
+from deployments.scorer import Scorer
+from deployments.timeline import Stretch, Timeline
+
+
+class LeaseUsage:
+    """The usage of the lease that holds a timeline, from its begin under this process. Not thread-safe."""
+
+    def __init__(self, scorer: Scorer, timeline: Timeline[LeaseAccount]) -> None:
+        self._scorer = scorer
+        self._meter = scorer.meter
+        self._timeline = timeline
+
+    def so_far(self) -> dict[str, Any] | None:
+        """What the lease has cost so far, idle time included, and its budget, as JSON; None without a lease.
+
+        ``before_j`` and ``before_g`` are not inside: what is known from before the wrapper was started anew.
+        """
+        account = self._timeline.holder
+        if account is None:
+            return None
+        energy, found = self._used(account)
+        idle = self._idle(account)
+        return {
+            "total_j": energy.total_j,
+            "low_j": energy.low_j,
+            "high_j": energy.high_j,
+            "idle_j": None if idle is None else self._meter.energy(idle, estimate_short=True).total_j,
+            "label": energy.label.value,
+            "o_g": None if found is None else found.o_g,
+            "m_g": None if found is None else found.m_g,
+            "before_j": account.before_j or None,
+            "before_g": account.before_g or None,
+            "max_j": account.grant.max_j,
+            "max_g": account.grant.max_g,
+            "flags": sorted({*energy.flags, *self.budget_flags(account)}),
+        }
+
+    def require_budget(self) -> None:
+        """Raise BudgetUsed if the lease has used up what it may."""
+        for budget in self._budgets(self._timeline.holder):
+            budget.require()
+
+    def budget_flags(self, account: LeaseAccount | None) -> list[str]:
+        """What answers have to say of the budget of a lease; its record will say so, too."""
+        flags = [flag for budget in self._budgets(account) if (flag := budget.flag) is not None]
+        if account is not None:
+            account.flags.update(flags)
+        return flags
+
+    def _budgets(self, account: LeaseAccount | None) -> list[Budget]:
+        if account is None or not account.has_budget:
+            return []
+        energy, found = self._used(account)
+        if found is None:
+            return []  # it has had no time to use anything
+        used_j = None if energy.total_j is None else account.before_j + energy.total_j
+        used_g = None if found.o_g is None or found.m_g is None else account.before_g + found.o_g + found.m_g
+        limits = (("J", account.grant.max_j, used_j), ("gCO2eq", account.grant.max_g, used_g))
+        return [Budget(unit, limit, used) for unit, limit, used in limits if limit is not None]
+
+    def _used(self, account: LeaseAccount) -> tuple[Energy, Score | None]:
+        """What a lease that has not ended has used; no score before it has any time."""
+        now_s = self._meter.mark()
+        stretches = [[(stretch.start_s, stretch.end_s)] for stretch in self._unwritten(account)]
+        flow = self._scorer.summed(account.flow, [*stretches, self._timeline.open(now_s)[0]])
+        if flow is None:
+            return self._meter.nothing(), None
+        energy = self._meter.energy(flow, estimate_short=True)
+        return energy, self._scorer.score(energy, flow.duration_s, account.units)
+
+    def _idle(self, account: LeaseAccount) -> Flow | None:
+        gaps = [stretch.gaps for stretch in self._unwritten(account)]
+        return self._scorer.summed(account.idle, [*gaps, self._timeline.open(self._meter.mark())[1]])
+
+    def _unwritten(self, account: LeaseAccount) -> list[Stretch[LeaseAccount]]:
+        return [stretch for stretch in self._timeline.closed if stretch.holder is account]

@@ -1,0 +1,74 @@
+"""From prompts and flows to energies and scores: joules by the meter, grams by the SCI formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from deployments.attribution import Flow, Parts
+from deployments.energy import Energy, GridIntensity, SCISettings
+from deployments.flights import Flight, Flights
+from deployments.meter import Meter
+from deployments.sci import Score, score
+from deployments.timeline import Interval
+
+
+class Scorer:
+    """Scores what flowed by the operator's choices. Not thread-safe."""
+
+    def __init__(self, meter: Meter, flights: Flights, settings: SCISettings, grid: GridIntensity | None) -> None:
+        self.meter = meter
+        self._flights = flights
+        self._settings = settings
+        self._grid = grid
+
+    def prompt(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score, Parts]:
+        """A prompt's share of what flowed while it was in flight, and of the time that the machine was reserved.
+
+        With ``for_good`` the rates that had to be assumed for it stay what they are.
+        """
+        assert flight.end_s is not None  # callers end a prompt before they account for it
+        parts, assumed = self._flights.parts(flight, for_good=for_good)
+        if parts.alone:
+            energy = self.meter.window(flight.start_s, flight.end_s, estimate_short=True, final=for_good)
+        else:
+            energy = self.meter.share(parts, final=for_good)
+        flags = [
+            *(("tokens_unknown",) if flight.tokens is None else ()),
+            *(("share_estimated",) if assumed else ()),
+        ]
+        return energy, self.score(energy, parts.reserved_s, self.units(flight), flags), parts
+
+    def units(self, flight: Flight) -> int | None:
+        """The functional units of a prompt, None if they are not known. One that gave no answer is no request."""
+        tokens = flight.tokens
+        match self._settings.functional_unit:
+            case "output_token":
+                return None if tokens is None else tokens.output
+            case "token":
+                return None if tokens is None else tokens.prompt + tokens.output
+            case "request":
+                return int(flight.status == "answered")
+            case "word":
+                return flight.words
+
+    def score(self, energy: Energy, duration_s: float, units: int | None, flags: Sequence[str] = ()) -> Score:
+        """Score an energy, and a time for which the hardware was reserved [s]."""
+        return score(energy, duration_s=duration_s, units=units, settings=self._settings, grid=self._grid, flags=flags)
+
+    def summed(self, flow: Flow | None, times: Sequence[Sequence[Interval]], *, final: bool = False) -> Flow | None:
+        """Add what flowed in these times to a flow; None where there was no time. ``final`` is as for `Meter.flow`."""
+        for intervals in times:
+            if intervals:
+                more = self.meter.flow(intervals, final=final)
+                flow = more if flow is None else flow + more
+        return flow
+
+
+def in_flight(parts: Parts) -> dict[str, Any]:
+    """How many prompts were in flight while one was: at most, and the mean over its time."""
+    counts = [round(1 / part) for part in parts.by_time]
+    seconds = [end_s - start_s for start_s, end_s in pairwise(parts.times_s)]
+    mean = sum(count * of_s for count, of_s in zip(counts, seconds, strict=True)) / sum(seconds)
+    return {"max": max(counts), "mean": mean}

@@ -1,0 +1,77 @@
+"""Counts the tokens of prompts where the engine gives them out, for those whose answer does not tell them.
+
+A plain stream says nothing of its usage, and one that breaks off never gets to it. What the engine has given out until
+then is known here. Nothing of an answer is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from deployments.flights import Tokens
+
+Generate = Callable[..., AsyncGenerator[Any, None]]
+
+
+class TokenCount:
+    """What the engine has given out so far for one prompt of a client, which can be several to the engine."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[str, tuple[int, int | None]] = {}
+        self._outputs: dict[tuple[str, int], int] = {}
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """The tokens until now; None before the engine has given out anything."""
+        if not self._prompts:
+            return None
+        cached = [of_one for _, of_one in self._prompts.values()]
+        return Tokens(
+            sum(prompt for prompt, _ in self._prompts.values()),
+            None if None in cached else sum(of_one for of_one in cached if of_one is not None),
+            sum(self._outputs.values()),
+        )
+
+    def add(self, output: Any, *, delta: bool) -> None:
+        """Take one of vLLM's ``RequestOutput``; ``delta``: it has only the tokens since the one before."""
+        self._prompts[output.request_id] = len(output.prompt_token_ids or ()), output.num_cached_tokens
+        for one in output.outputs:
+            key = output.request_id, one.index
+            self._outputs[key] = len(one.token_ids) + (self._outputs.get(key, 0) if delta else 0)
+
+
+_COUNT: ContextVar[TokenCount | None] = ContextVar("token_count", default=None)
+
+
+@contextmanager
+def counting_tokens() -> Iterator[TokenCount]:
+    """Count what the engine gives out for the prompt that is answered within, in this task and in those it makes."""
+    count = TokenCount()
+    token = _COUNT.set(count)
+    try:
+        yield count
+    finally:
+        _COUNT.reset(token)
+
+
+def counted(generate: Generate) -> Generate:
+    """Return vLLM's ``AsyncLLM.generate`` so that it counts for whoever is counting."""
+
+    def generate_counted(prompt: Any, sampling_params: Any, *args: Any, **more: Any) -> AsyncGenerator[Any, None]:
+        outputs = generate(prompt, sampling_params, *args, **more)
+        count = _COUNT.get()
+        if count is None:
+            return outputs
+        return _counted(outputs, count, delta=sampling_params.output_kind.name == "DELTA")
+
+    return generate_counted
+
+
+async def _counted(outputs: AsyncGenerator[Any, None], count: TokenCount, *, delta: bool) -> AsyncGenerator[Any, None]:
+    async with aclosing(outputs):  # vLLM aborts a request when its generator is closed
+        async for output in outputs:
+            count.add(output, delta=delta)
+            yield output

@@ -1,0 +1,253 @@
+"""Writes down the windows of a wrapper when they will not get any sharper: starts, prompts, idle time and leases."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.attribution import Flow
+from deployments.energy import Energy
+from deployments.energy_log import EnergyLog, Record, as_iso
+from deployments.flights import Flight, Flights, Tokens
+from deployments.lease_account import Counted, LeaseAccount
+from deployments.record_dates import CLOCK_STEPPED, RecordDates
+from deployments.sci import Score
+from deployments.scorer import Scorer, in_flight
+from deployments.timeline import STRETCH_S, Interval, Timeline
+from registry.state import WindowKind
+
+SETTLE_S = 30.0
+"""How long a window waits for its counters to go on, seconds; then what they don't tell is not known."""
+SHARES_S = 30.0
+"""How long a prompt's record waits for the end of those it shares with, seconds."""
+
+
+@dataclass(slots=True)
+class Start:
+    """The start of an LLM that is going on; ``woken`` is for whoever starts it to say."""
+
+    model: str
+    start_s: float
+    end_s: float = 0.0
+    woken: bool = False
+
+
+class WindowWriter:
+    """Turns what is over into records of a log. ``model`` is the LLM that a wrapper without a lease has."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        flights: Flights,
+        timeline: Timeline[LeaseAccount],
+        log: EnergyLog,
+        dates: RecordDates,
+    ) -> None:
+        self._scorer = scorer
+        self._meter = scorer.meter
+        self._flights = flights
+        self._timeline = timeline
+        self._log = log
+        self._dates = dates
+        self._starts: deque[Start] = deque()
+        self.model: str | None = None
+
+    def started(self, start: Start) -> None:
+        """The start of an LLM is over."""
+        self._starts.append(start)
+
+    async def write(self) -> None:
+        """Write down every window that will not get any sharper, or has waited for long enough."""
+        self._dates.look()
+        for write in (self._write_start, self._write_prompt, self._write_stretch):
+            for _ in iter(write, False):
+                await asyncio.sleep(0)  # prompts go on in between
+        self._flights.forget()
+
+    def _settled(self, end_s: float) -> bool:
+        return self._meter.settled(end_s) or self._meter.mark() >= end_s + SETTLE_S
+
+    def _write_start(self) -> bool:
+        if not self._starts or not self._settled(self._starts[0].end_s):
+            return False
+        start = self._starts.popleft()
+        kind = WindowKind.WAKE if start.woken else WindowKind.LOAD
+        flow = self._meter.flow([(start.start_s, start.end_s)], final=True)
+        self._record(kind, None, (start.start_s, start.end_s), flow, {"model": start.model})
+        return True
+
+    def _write_prompt(self) -> bool:
+        unwritten = self._flights.unwritten
+        if not unwritten:
+            return False
+        flight = unwritten[0]
+        assert flight.end_s is not None  # it has ended
+        waited_s = self._meter.mark() - flight.end_s
+        if not self._settled(flight.end_s) or (waited_s < SHARES_S and not self._flights.company_has_ended(flight)):
+            return False
+        energy, found, parts = self._scorer.prompt(flight, for_good=True)
+        self._flights.written()
+        account = flight.account
+        if account is not None:
+            _add(account, flight, found)
+        more = {
+            "model": self.model if account is None else account.model,
+            "endpoint": flight.endpoint,
+            "answer_id": flight.answer_id,
+            "tokens": None if flight.tokens is None else flight.tokens._asdict(),
+            "words": flight.words,
+            "warmup": flight.warmup,
+            "status": flight.status,
+            "in_flight": in_flight(parts),
+        }
+        times = (flight.start_s, flight.end_s)
+        self._write_record(WindowKind.PROMPT, account, times, energy, found, more, window_id=flight.window_id)
+        return True
+
+    def _write_stretch(self) -> bool:
+        """The idle time in a stretch; after the last stretch of a lease, and all of its prompts, the lease."""
+        closed = self._timeline.closed
+        if not closed or not self._settled(closed[0].end_s):
+            return False
+        stretch, account = closed[0], closed[0].holder
+        if account is not None and stretch.last and account.unwritten:
+            return False
+        closed.popleft()
+        if stretch.gaps:
+            idle = self._meter.flow(stretch.gaps, final=True)
+            times, more = (stretch.gaps[0][0], stretch.gaps[-1][1]), {"model": account and account.model}
+            self._record(WindowKind.IDLE, account, times, idle, more)
+            if account is not None:
+                account.idle = idle if account.idle is None else account.idle + idle
+        if account is not None:
+            if stretch.end_s > stretch.start_s:
+                account.flow = self._scorer.summed(account.flow, [[(stretch.start_s, stretch.end_s)]], final=True)
+                account.counted.add(stretch.start_s, stretch.end_s)
+            # Summed up while the meter still has every edge.
+            taken = account.counted.take(0.0 if stretch.last else STRETCH_S)
+            account.counted.flow = self._scorer.summed(account.counted.flow, [taken], final=True)
+            if stretch.last and account.flow is not None:
+                self._record_lease(account, stretch.end_s, account.flow)
+        return True
+
+    def _record_lease(self, account: LeaseAccount, end_s: float, flow: Flow) -> None:
+        begun_s = account.handed_over_s
+        more = {
+            "model": account.model,
+            "process": self._log.process,
+            "lease_begun": as_iso(self._dates.utc_s(account.begun_s) if begun_s is None else begun_s),
+            "prompts": account.prompts,
+            "warmups": account.warmups,
+            "tokens": Tokens(*account.tokens)._asdict(),
+            "tokens_unknown_prompts": account.tokens_unknown,
+            "words": account.words,
+            "units": account.units,
+            "units_unknown_prompts": account.units_unknown,
+            "counted": self._counted(account.counted),
+        }
+        units = None if account.units_unknown else account.units  # part of them gives no score
+        times = (account.begun_s, end_s)
+        self._record(WindowKind.LEASE, account, times, flow, more, units, flags=sorted(account.flags))
+
+    def _counted(self, counted: Counted) -> dict[str, Any] | None:
+        """The counted stretch of a lease as one window of the counters; None without a prompt in it."""
+        flow, begun_s, ended_s = counted.flow, counted.begun_s, counted.ended_s
+        if flow is None or begun_s is None or ended_s is None:
+            return None
+        energy = self._meter.energy(flow, estimate_short=True)
+        units = None if counted.units_unknown else counted.units
+        flags = {
+            "warmup_inside": counted.warmed_up,
+            "llm_started_inside": flow.duration_s < (ended_s - begun_s) * (1 - 1e-9),
+            "tokens_unknown": counted.tokens_unknown > 0,
+            CLOCK_STEPPED: self._dates.stepped(begun_s, ended_s),
+        }
+        found = self._scorer.score(energy, flow.duration_s, units, [flag for flag, holds in flags.items() if holds])
+        return {
+            "begun": as_iso(self._dates.utc_s(begun_s)),
+            "ended": as_iso(self._dates.utc_s(ended_s)),
+            "seconds": flow.duration_s,
+            "total_j": energy.total_j,
+            "low_j": energy.low_j,
+            "high_j": energy.high_j,
+            "systematic_j": energy.systematic_j,
+            "label": energy.label.value,
+            "o_g": found.o_g,
+            "o_low_g": found.o_low_g,
+            "o_high_g": found.o_high_g,
+            "m_g": found.m_g,
+            "m_low_g": found.m_low_g,
+            "m_high_g": found.m_high_g,
+            "prompts": counted.prompts,
+            "output_tokens": None if counted.tokens_unknown else counted.output_tokens,
+            "units": units,
+            "in_flight": {"max": counted.most, "mean": min(counted.prompt_s / flow.duration_s, counted.most)},
+            "flags": sorted(set(found.flags)),
+        }
+
+    def _record(
+        self,
+        kind: WindowKind,
+        account: LeaseAccount | None,
+        times: Interval,
+        flow: Flow,
+        more: Mapping[str, Any],
+        units: int | None = 0,
+        *,
+        flags: Sequence[str] = (),
+    ) -> None:
+        energy = self._meter.energy(flow, estimate_short=True)
+        found = self._scorer.score(energy, flow.duration_s, units, flags)
+        self._write_record(kind, account, times, energy, found, more)
+
+    def _write_record(
+        self,
+        kind: WindowKind,
+        account: LeaseAccount | None,
+        times: Interval,
+        energy: Energy,
+        found: Score,
+        more: Mapping[str, Any],
+        *,
+        window_id: str | None = None,
+    ) -> None:
+        self._log.write(
+            Record(
+                kind=kind,
+                window_id=window_id,
+                grant=None if account is None else account.grant,
+                begun_s=self._dates.utc_s(times[0]),
+                ended_s=self._dates.utc_s(times[1]),
+                duration_s=times[1] - times[0],
+                energy=energy,
+                score=found,
+                flags=(*found.flags, *((CLOCK_STEPPED,) if self._dates.stepped(*times) else ())),
+                more=more,
+            )
+        )
+
+
+def _add(account: LeaseAccount, flight: Flight, found: Score) -> None:
+    """Sum up a prompt of a lease; what is not known of it is counted apart."""
+    tokens, units, counted = flight.tokens, found.units, account.counted
+    account.unwritten -= 1
+    account.prompts += 1
+    account.warmups += flight.warmup
+    account.units += units or 0
+    account.units_unknown += units is None
+    account.words = None if account.words is None or flight.words is None else account.words + flight.words
+    account.tokens_unknown += tokens is None
+    if tokens is not None:
+        prompt, cached, output = account.tokens
+        cached = None if cached is None or tokens.cached is None else cached + tokens.cached
+        account.tokens = (prompt + tokens.prompt, cached, output + tokens.output)
+    account.flags.update({"share_estimated", "tokens_unknown"}.intersection(found.flags))
+    if not flight.warmup:
+        counted.prompts += 1
+        counted.units += units or 0
+        counted.units_unknown += units is None
+        counted.output_tokens += 0 if tokens is None else tokens.output
+        counted.tokens_unknown += tokens is None

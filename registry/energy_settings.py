@@ -1,0 +1,183 @@
+"""How energy is counted and scored: what an operator says of the whole site, and what of it holds for one wrapper."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from registry.errors import BadSettings
+from registry.grid_mixes import zone_intensity
+
+
+class Section(BaseModel):
+    """A part of the settings: frozen, without unknown fields, NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class GridSettings(Section):
+    """Carbon intensity of the electricity: a zone of the data set, or the operator's own value with its source."""
+
+    zone: str | None = Field(None, description="ISO 3166 alpha-3 zone (DEU, FRA …), or WOR for the world's mean")
+    gco2eq_per_kwh: float | None = Field(None, gt=0)
+    source: str | None = None
+    date: str | None = None
+    year: int | None = Field(None, ge=1990, le=2100, description="The year that the value is the mean of")
+    low_gco2eq_per_kwh: float | None = Field(None, ge=0, description="The value is certainly no lower")
+    high_gco2eq_per_kwh: float | None = Field(None, gt=0, description="The value is certainly no higher")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.zone is None) == (self.gco2eq_per_kwh is None):
+            raise ValueError("give either zone, or gco2eq_per_kwh with source, and year or date")
+        if self.gco2eq_per_kwh is not None and not (self.source and (self.date or self.year)):
+            raise ValueError("gco2eq_per_kwh needs source, and year or date")
+        if self.zone is not None and (self.source or self.date):
+            raise ValueError("source and date go with gco2eq_per_kwh; the data set is the source of a zone's value")
+        return self
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.gco2eq_per_kwh is not None:
+            value = self.gco2eq_per_kwh
+        else:
+            try:
+                value = zone_intensity(self.zone or "")
+            except BadSettings as error:
+                raise ValueError(error.problem) from None
+        low, high = self.low_gco2eq_per_kwh, self.high_gco2eq_per_kwh
+        if (low is None) != (high is None):
+            raise ValueError("give both low_gco2eq_per_kwh and high_gco2eq_per_kwh, or neither")
+        if low is not None and high is not None and not low <= value <= high:
+            raise ValueError(f"needs low_gco2eq_per_kwh <= {value:g} <= high_gco2eq_per_kwh")
+        return self
+
+
+class EmbodiedSettings(Section):
+    """Embodied carbon of what one wrapper reserves, grams CO2eq per hour of reservation, with its source."""
+
+    g_per_hour: float = Field(gt=0)
+    low_g_per_hour: float = Field(gt=0)
+    high_g_per_hour: float = Field(gt=0)
+    source: str
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.low_g_per_hour <= self.g_per_hour <= self.high_g_per_hour:
+            raise ValueError("needs low_g_per_hour <= g_per_hour <= high_g_per_hour")
+        return self
+
+
+class SiteEmbodiedSettings(EmbodiedSettings):
+    """Embodied carbon of hardware: of a whole machine, or of each of its GPUs with its share of the rest."""
+
+    per: Literal["machine", "gpu"]
+
+    def of_wrapper(self, *, gpus: int, on_machine: int) -> EmbodiedSettings | None:
+        """Return the part of one wrapper with this many GPUs, of ``on_machine`` wrappers that share its machine.
+
+        None if it is not known: the figure is per GPU, and the wrapper has none.
+        """
+        share = gpus if self.per == "gpu" else 1 / on_machine
+        if not share:
+            return None
+        return EmbodiedSettings(
+            g_per_hour=self.g_per_hour * share,
+            low_g_per_hour=self.low_g_per_hour * share,
+            high_g_per_hour=self.high_g_per_hour * share,
+            source=self.source,
+        )
+
+
+class CPUModelSettings(Section):
+    """A model of the CPU's power for machines without counters: watts per logical CPU, idle and fully used."""
+
+    idle_w_per_cpu: float = Field(ge=0)
+    busy_w_per_cpu: float = Field(gt=0)
+    low_factor: float = Field(gt=0, le=1)
+    high_factor: float = Field(ge=1)
+    source: str
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.idle_w_per_cpu > self.busy_w_per_cpu:
+            raise ValueError("needs idle_w_per_cpu <= busy_w_per_cpu")
+        return self
+
+
+class EnergySettings(Section):
+    """How energy is counted and scored on one wrapper. Without grid or embodied no score is computed."""
+
+    allow_estimates: bool = Field(False, description="Whether sci_score may be a modelled figure (labelled as one)")
+    functional_unit: Literal["output_token", "token", "request", "word"] = "output_token"
+    pue: float = Field(1.0, ge=1.0)
+    poll_s: float = Field(0.05, gt=0, le=1.0)
+    settle_max_s: float = Field(
+        60, gt=0, description="Longest wait, before a lease of measurement grade, for the machine to be at rest"
+    )
+    steady_cv: float = Field(
+        0.05, gt=0, description="At rest: power in 1 s slices varies by no more, as standard deviation over mean"
+    )
+    grid: GridSettings | None = None
+    embodied: EmbodiedSettings | None = None
+    cpu_model: CPUModelSettings | None = None
+
+
+class MachineMatch(Section):
+    """Which machines: all that is given must fit. ``*`` and ``?`` stand for any characters; letters' case counts."""
+
+    machine: str | None = Field(None, description="The machine's id")
+    gpu_type: str | None = Field(None, description="The type of its GPUs, as `greenprompt status` shows it")
+    zone: str | None = Field(None, description="Its availability zone, as its node's label says")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.machine is None and self.gpu_type is None and self.zone is None:
+            raise ValueError("needs machine, gpu_type or zone")
+        return self
+
+    def fits(self, *, machine: str, gpu_type: str | None, zone: str | None) -> bool:
+        """Return True for a machine with these. What is not known of it fits nothing, not even ``*``."""
+        pairs = ((self.machine, machine), (self.gpu_type, gpu_type), (self.zone, zone))
+        return all(pattern is None or (value is not None and fnmatchcase(value, pattern)) for pattern, value in pairs)
+
+
+class MachineEnergySettings(Section):
+    """What is not as on the other machines. A field that is left out is as there; null: not known."""
+
+    match: MachineMatch
+    pue: float = Field(1.0, ge=1.0)
+    grid: GridSettings | None = None
+    embodied: SiteEmbodiedSettings | None = None
+    cpu_model: CPUModelSettings | None = None
+
+
+class SiteEnergySettings(EnergySettings):
+    """How energy is counted and scored, on all machines and on some. Of ``machines`` the first that fits counts."""
+
+    embodied: SiteEmbodiedSettings | None = None
+    machines: tuple[MachineEnergySettings, ...] = ()
+
+    def of_wrapper(
+        self, *, machine: str, gpu_type: str | None, zone: str | None, gpus: int, on_machine: int
+    ) -> EnergySettings:
+        """Return what holds for one wrapper.
+
+        Args:
+            machine: Its machine's id.
+            gpu_type: The type of the machine's GPUs, None if not known or if it has none.
+            zone: The machine's availability zone, None if not known.
+            gpus: How many GPUs the wrapper reserves, >= 0.
+            on_machine: How many wrappers share the machine, this one included, >= 1.
+        """
+        fitting = (each for each in self.machines if each.match.fits(machine=machine, gpu_type=gpu_type, zone=zone))
+        own = next(fitting, None)
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in EnergySettings.model_fields}
+        if own is not None:
+            chosen |= {name: getattr(own, name) for name in own.model_fields_set - {"match"}}
+        embodied: SiteEmbodiedSettings | None = chosen["embodied"]
+        if embodied is not None:
+            chosen["embodied"] = embodied.of_wrapper(gpus=gpus, on_machine=on_machine)
+        return EnergySettings(**chosen)

@@ -1,0 +1,377 @@
+"""Energy windows → the figures of an LLM on a machine, with their intervals. Pure.
+
+`greenprompt measure` and the report make their figures here, of the same windows: both say the same digits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import fsum
+from typing import Any, Final, NamedTuple
+
+from registry.estimate import MIN_PROMPTS, Estimate, Sample, estimate
+from registry.state import WindowKind
+from registry.totals import LABELS, sum_of, worst
+from registry.window_report import WindowReport, worst_method
+
+ANSWERED: Final = (None, "answered")
+"""``status`` of prompts that have an answer; None: a record of an earlier version, which does not say."""
+
+NOT_ALLOWED: Final = "estimates_not_allowed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure(Estimate):
+    """An estimate with what is needed to cite it.
+
+    ``bound_low`` and ``bound_high`` enclose the value of these very windows, whatever their counters and factors have
+    done; None if not known. ``label`` is the worst of what is in it. ``left_out`` windows are not: their amount or
+    their units are not known; ``reason`` says why, also of a value that is not known at all.
+    """
+
+    unit: str
+    label: str
+    bound_low: float | None
+    bound_high: float | None
+    left_out: int
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFigures:
+    """What the counted stretches of leases cost: each read as one window of the counters, without shares.
+
+    A stretch goes from the begin of the first prompt after the warm-up to the end of the last one. ``in_flight_max``
+    and ``in_flight_mean`` say how many prompts were answered at once.
+    """
+
+    leases: int
+    prompts: int
+    output_tokens: int | None
+    seconds: float
+    in_flight_max: int | None
+    in_flight_mean: float | None
+    joules_per_token: Figure
+    gco2eq_per_unit: Figure
+
+
+@dataclass(frozen=True, slots=True)
+class MachineFigures:
+    """What an LLM's prompts cost on one machine. Warm-ups are counted, and are in no figure but ``with_idle``.
+
+    ``unmarked`` prompts don't say whether they are a warm-up, and count. ``with_idle`` is gCO2eq per unit with the idle
+    time of the leases in it. ``batch`` is None without a finished lease.
+    """
+
+    machine: str | None
+    prompts: int
+    warmups: int
+    unmarked: int
+    units: int | None
+    output_tokens: int | None
+    gco2eq_per_unit: Figure
+    joules_per_token: Figure
+    joules_per_prompt: Figure
+    seconds_per_prompt: Figure
+    with_idle: Figure
+    batch: BatchFigures | None
+    flags: Mapping[str, int]
+
+
+class _Amount(NamedTuple):
+    """Joules, grams or seconds of a window. ``systematic`` is half a width; None: not known."""
+
+    value: float
+    low: float | None
+    high: float | None
+    systematic: float | None
+
+
+_AmountOf = Callable[[WindowReport], _Amount | None]
+_UnitsOf = Callable[[WindowReport], float | None]
+
+
+def figures_of(windows: Sequence[WindowReport]) -> tuple[MachineFigures, ...]:
+    """Return the figures of one LLM from all its windows, for each machine apart: machines are not averaged over."""
+    by_machine: dict[str | None, list[WindowReport]] = {}
+    for window in windows:
+        by_machine.setdefault(window.machine, []).append(window)
+    return tuple(_of_machine(machine, own) for machine, own in by_machine.items())
+
+
+def _of_machine(machine: str | None, windows: Sequence[WindowReport]) -> MachineFigures:
+    prompts = of_kind(windows, WindowKind.PROMPT)
+    counted = [prompt for prompt in prompts if not prompt.warmup]
+    answered = [prompt for prompt in counted if prompt.status in ANSWERED]
+    names = _prompt_names(counted)
+    held = prompts + of_kind(windows, WindowKind.IDLE)
+    unit = _unit_of(prompts)
+    return MachineFigures(
+        machine=machine,
+        prompts=len(counted),
+        warmups=len(prompts) - len(counted),
+        unmarked=sum(prompt.warmup is None for prompt in prompts),
+        units=_known_sum(prompt.units for prompt in counted),
+        output_tokens=_known_sum(prompt.output_tokens for prompt in counted),
+        gco2eq_per_unit=_score(counted, unit, names),
+        joules_per_token=_figure(counted, "J/output_token", _joules, _tokens, names),
+        joules_per_prompt=_figure(counted, "J/prompt", _joules, _answers, names),
+        seconds_per_prompt=_figure(answered, "s/prompt", _seconds, _answers, names, measured=True),
+        with_idle=_score(held, unit, _lease_names(held)),
+        batch=_batch(of_kind(windows, WindowKind.LEASE)),
+        flags=dict(Counter(flag for prompt in counted for flag in prompt.flags).most_common()),
+    )
+
+
+def of_kind(windows: Iterable[WindowReport], kind: WindowKind) -> list[WindowReport]:
+    """Return the windows of a kind."""
+    return [window for window in windows if window.kind == kind]
+
+
+def why(
+    windows: Sequence[WindowReport], lacks: Callable[[WindowReport], bool], what: str, noun: str = "windows"
+) -> str | None:
+    """Return how many windows lack something, with their flags, in words; None if none does."""
+    holes = [window for window in windows if lacks(window)]
+    if not holes:
+        return None
+    flags = Counter(flag for window in holes for flag in window.flags)
+    because = f" ({', '.join(flag for flag, _ in flags.most_common(5))})" if flags else ""
+    return f"{len(holes)} of {len(windows)} {noun} {what}{because}"
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def _score(windows: Sequence[WindowReport], unit: str | None, names: Mapping[str, str]) -> Figure:
+    """Return gCO2eq per functional unit. No value if the operator allows no estimates and there are some."""
+    found = _figure(windows, f"gCO2eq/{unit or 'unit'}", _grams, _units_of(unit), names, sci=True)
+    refused = why(windows, lambda window: NOT_ALLOWED in window.flags, "are estimates, which are not allowed")
+    if refused is None:
+        return found
+    return replace(
+        found,
+        value=None,
+        mean_of_ratios=None,
+        median=None,
+        stdev=None,
+        low=None,
+        high=None,
+        statistical_low=None,
+        statistical_high=None,
+        systematic=None,
+        bound_low=None,
+        bound_high=None,
+        label=LABELS[-1],
+        reason=refused,
+    )
+
+
+def _figure(
+    windows: Sequence[WindowReport],
+    unit: str,
+    amount_of: _AmountOf,
+    units_of: _UnitsOf,
+    names: Mapping[str, str],
+    *,
+    sci: bool = False,
+    measured: bool = False,
+) -> Figure:
+    """Return the amount per unit of these windows; ``names`` say which prompt each of them is.
+
+    The label is the windows' ``sci_method`` or that of their joules; ``measured``: it is no energy at all.
+    """
+    known = []
+    for window in windows:
+        amount, units = amount_of(window), units_of(window)
+        if amount is not None and units is not None:
+            known.append((window, amount, units))
+    found = estimate(
+        [
+            Sample(window.requestId or "", names[window.window], amount.value, units, amount.systematic or 0.0)
+            for window, amount, units in known
+        ]
+    )
+    unsaid = sum(amount.systematic is None for _, amount, _ in known)
+    if unsaid:
+        said = f"{unsaid} of {len(known)} windows don't say how wrong their counters may be"
+        found = replace(found, low=None, high=None, systematic=None, too_few=found.too_few or said)
+    units = fsum(units for _, _, units in known)
+    lows, highs = ([amount[at] for _, amount, _ in known] for at in (1, 2))
+    used = [window for window, _, _ in known]
+    label = (
+        "measured" if measured else worst_method(w.sci_method for w in used) if sci else worst(w.label for w in used)
+    )
+    return Figure(
+        **asdict(found),
+        unit=unit,
+        label=LABELS[-1] if found.value is None else label,
+        bound_low=_per_unit(lows, units),
+        bound_high=_per_unit(highs, units),
+        left_out=len(windows) - len(known),
+        reason=_reason(windows, amount_of, units_of, found.value),
+    )
+
+
+def _per_unit(amounts: Sequence[float | None], units: float) -> float | None:
+    known = [amount for amount in amounts if amount is not None]
+    return fsum(known) / units if units and len(known) == len(amounts) else None
+
+
+def _reason(
+    windows: Sequence[WindowReport], amount_of: _AmountOf, units_of: _UnitsOf, value: float | None
+) -> str | None:
+    if not windows:
+        return "there are no such windows"
+    reasons = (
+        why(windows, lambda window: amount_of(window) is None, "have no known amount"),
+        why(windows, lambda window: amount_of(window) is not None and units_of(window) is None, "have unknown units"),
+    )
+    found = "; ".join(reason for reason in reasons if reason is not None)
+    return found or ("no unit was produced" if value is None else None)
+
+
+def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:
+    stretches = [_stretch(lease, lease.counted) for lease in leases if lease.counted]
+    if not stretches:
+        return None
+    names = _lease_names(stretches)
+    seconds = sum(stretch.seconds for stretch in stretches)
+    most = [stretch.in_flight_max for stretch in stretches if stretch.in_flight_max is not None]
+    mean = sum_of(None if s.in_flight_mean is None else s.in_flight_mean * s.seconds for s in stretches).value
+    return BatchFigures(
+        leases=len(stretches),
+        prompts=sum((lease.counted or {}).get("prompts") or 0 for lease in leases),
+        output_tokens=_known_sum(stretch.output_tokens for stretch in stretches),
+        seconds=seconds,
+        in_flight_max=max(most, default=None),
+        in_flight_mean=None if mean is None or not seconds else mean / seconds,
+        joules_per_token=_of_leases(_figure(stretches, "J/output_token", _joules, _tokens, names)),
+        gco2eq_per_unit=_of_leases(_score(stretches, _unit_of(stretches), names)),
+    )
+
+
+def _of_leases(figure: Figure) -> Figure:
+    """Return a figure of which each lease is one sample, with the reason for no interval in these words."""
+    if figure.too_few is None:
+        return figure
+    return replace(figure, too_few=f"too few leases: {figure.leases} (at least {MIN_PROMPTS})")
+
+
+def _stretch(lease: WindowReport, counted: Mapping[str, Any]) -> WindowReport:
+    """Return the counted stretch of a lease as a window of its own."""
+    label, in_flight = counted["label"], counted.get("in_flight") or {}
+    flags = set(counted.get("flags") or ())
+    if label not in LABELS[:2] and NOT_ALLOWED in lease.flags:
+        flags.add(NOT_ALLOWED)
+    return replace(
+        lease,
+        seconds=counted["seconds"],
+        units=counted["units"],
+        output_tokens=counted["output_tokens"],
+        joules=counted["total_j"],
+        low_j=counted["low_j"],
+        high_j=counted["high_j"],
+        systematic_j=counted["systematic_j"],
+        resolution_j=None,
+        label=label,
+        o_g=counted["o_g"],
+        o_low_g=counted.get("o_low_g"),
+        o_high_g=counted.get("o_high_g"),
+        m_g=counted["m_g"],
+        m_low_g=counted.get("m_low_g"),
+        m_high_g=counted.get("m_high_g"),
+        sci_score=None,
+        sci_low=None,
+        sci_high=None,
+        sci_method=worst_method((label, "sourced")),
+        in_flight_max=in_flight.get("max"),
+        in_flight_mean=in_flight.get("mean"),
+        flags=tuple(sorted(flags)),
+    )
+
+
+# --- what a window counts as ----------------------------------------------------------------------------------
+
+
+def _joules(window: WindowReport) -> _Amount | None:
+    if window.joules is None:
+        return None
+    return _Amount(window.joules, window.low_j, window.high_j, _systematic_j(window))
+
+
+def _systematic_j(window: WindowReport) -> float | None:
+    """Return the part of the error that a mean keeps. Where a record does not say it, all of the error may be kept."""
+    if window.systematic_j is not None:
+        return window.systematic_j
+    half = _half(window.joules, window.low_j, window.high_j)
+    return window.resolution_j if half is None else half
+
+
+def _grams(window: WindowReport) -> _Amount | None:
+    """Return operational and embodied emissions. The error of both factors has the same sign in all windows."""
+    o_g, m_g = window.o_g, window.m_g
+    if o_g is None or m_g is None:
+        return None
+    systematic_j, embodied = _systematic_j(window), _half(m_g, window.m_low_g, window.m_high_g)
+    systematic = None
+    if systematic_j is not None and embodied is not None and window.joules:
+        of_grid = _half(window.grid, window.grid_low, window.grid_high)
+        relative = systematic_j / window.joules + (of_grid / window.grid if of_grid and window.grid else 0.0)
+        systematic = o_g * relative + embodied
+    return _Amount(o_g + m_g, window.low_g, window.high_g, systematic)
+
+
+def _seconds(window: WindowReport) -> _Amount:
+    return _Amount(window.seconds, window.seconds, window.seconds, 0.0)
+
+
+def _half(value: float | None, low: float | None, high: float | None) -> float | None:
+    """Return the larger distance of a value from its bounds; None if they are not known."""
+    return None if value is None or low is None or high is None else max(high - value, value - low)
+
+
+def _tokens(window: WindowReport) -> float | None:
+    return window.output_tokens
+
+
+def _answers(window: WindowReport) -> float:
+    return 1.0 if window.status in ANSWERED else 0.0
+
+
+def _units_of(unit: str | None) -> _UnitsOf:
+    """Return the units of a window; None where it has none in this unit. Idle time has no units, which is known."""
+
+    def units(window: WindowReport) -> float | None:
+        if window.kind == WindowKind.IDLE:
+            return 0.0
+        return window.units if window.unit == unit else None
+
+    return units
+
+
+def _unit_of(windows: Sequence[WindowReport]) -> str | None:
+    """Return the functional unit of these windows, None if it is not always the same."""
+    units = {window.unit for window in windows if window.unit is not None}
+    return units.pop() if len(units) == 1 else None
+
+
+def _prompt_names(prompts: Sequence[WindowReport]) -> dict[str, str]:
+    """Return which prompt each window is of: the client's name of it, else its place among those of its lease."""
+    seen: Counter[str | None] = Counter()
+    names = {}
+    for prompt in sorted(prompts, key=lambda each: (each.begunAt, each.window)):
+        seen[prompt.requestId] += 1
+        names[prompt.window] = prompt.prompt or f"#{seen[prompt.requestId]}"
+    return names
+
+
+def _lease_names(windows: Iterable[WindowReport]) -> dict[str, str]:
+    return {window.window: window.requestId or "" for window in windows}
+
+
+def _known_sum(counts: Iterable[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None

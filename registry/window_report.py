@@ -1,0 +1,201 @@
+"""One energy window as clients see it: flat, so that it is a row of a table as well. Pure.
+
+Records of earlier versions are read, too: what they don't say is None.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from registry.state import KeptWindow, Request
+from registry.totals import LABELS, SPENT, sum_of
+
+_PARTS: Final = {"gpu_j": ("gpu:",), "cpu_j": ("package-", "cpu-"), "dram_j": ("dram-",)}
+
+
+@dataclass(frozen=True, slots=True)
+class WindowReport:
+    """One window. ``detail`` is the whole record, as its wrapper made it; None in a page of windows.
+
+    ``adds_up`` is False for a lease window, which holds its prompts and idle time once more: the others add up.
+    ``seconds`` is from its begin to its end, ``reserved_s`` its own share of that time: prompts at the same time share
+    theirs, and idle time has prompts in between.
+    ``joules`` lie between ``low_j`` and ``high_j``; ``systematic_j`` is half the width of the error that has the same
+    sign in windows that are alike. ``label`` is that of the joules, ``counter_label`` that of the counters before any
+    sharing. ``gpu_j``, ``cpu_j``, ``dram_j`` and ``other_j`` are its parts. ``sci_method`` is the worst of E, I, M, R.
+    ``status`` is answered, refused, cut or failed. ``in_flight_max`` and ``in_flight_mean`` count the prompts that were
+    answered at the same time. ``prompt`` is the client's name of the prompt, ``answer_id`` vLLM's of the answer.
+    ``counted`` is in lease windows: what was used from the begin of the first prompt after the warm-up to the end of
+    the last, read as one window of the counters.
+    """
+
+    window: str
+    kind: str
+    requestId: str | None
+    llm: str | None
+    machine: str | None
+    wrapper: str
+    begunAt: str
+    endedAt: str
+    seconds: float
+    adds_up: bool
+    reserved_s: float | None = None
+    joules: float | None = None
+    low_j: float | None = None
+    high_j: float | None = None
+    resolution_j: float | None = None
+    systematic_j: float | None = None
+    label: str = LABELS[-1]
+    counter_label: str | None = None
+    gpu_j: float | None = None
+    cpu_j: float | None = None
+    dram_j: float | None = None
+    other_j: float | None = None
+    o_g: float | None = None
+    o_low_g: float | None = None
+    o_high_g: float | None = None
+    m_g: float | None = None
+    m_low_g: float | None = None
+    m_high_g: float | None = None
+    grid: float | None = None
+    grid_low: float | None = None
+    grid_high: float | None = None
+    sci_score: float | None = None
+    sci_low: float | None = None
+    sci_high: float | None = None
+    sci_method: str = LABELS[-1]
+    unit: str | None = None
+    units: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    words: int | None = None
+    warmup: bool | None = None
+    status: str | None = None
+    in_flight_max: int | None = None
+    in_flight_mean: float | None = None
+    prompt: str | None = None
+    answer_id: str | None = None
+    flags: tuple[str, ...] = ()
+    counted: Mapping[str, Any] | None = None
+    detail: Mapping[str, Any] | None = None
+
+    @property
+    def process(self) -> str:
+        """The wrapper's process that has measured it."""
+        return process_of(self.window)
+
+    @property
+    def low_g(self) -> float | None:
+        """The least that it can have caused, gCO2eq; None if not known."""
+        return _sum(self.o_low_g, self.m_low_g)
+
+    @property
+    def high_g(self) -> float | None:
+        """The most that it can have caused, gCO2eq; None if not known."""
+        return _sum(self.o_high_g, self.m_high_g)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowsPage:
+    """Answer of GET /measurements/{measurementId}/windows. ``next`` is the ``after`` of the next page, None: no more.
+
+    In the order in which windows began. A long prompt's is written down late: it may belong on a page before.
+    """
+
+    windows: tuple[WindowReport, ...]
+    next: str | None
+
+
+def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[float], str]) -> WindowReport:
+    """Return a window as clients see it. ``request`` is whose it is, ``iso`` writes a UTC second."""
+    window = kept.window
+    detail = json.loads(window.detail)
+    energy, score, tokens, grid = (part_of(detail, name) for name in ("energy", "score", "tokens", "grid"))
+    in_flight, methods, ids = (part_of(detail, name) for name in ("in_flight", "methods", "ids"))
+    return WindowReport(
+        window=window.window_id,
+        kind=window.kind.value,
+        requestId=window.request_id,
+        llm=None if request is None else request.spec.model,
+        machine=kept.machine_id,
+        wrapper=window.wrapper_id,
+        begunAt=iso(window.begun_s),
+        endedAt=iso(window.ended_s),
+        seconds=window.ended_s - window.begun_s,
+        adds_up=window.kind in SPENT,
+        reserved_s=number(detail, "reserved_s"),
+        joules=window.total_j,
+        low_j=number(energy, "low_j"),
+        high_j=number(energy, "high_j"),
+        resolution_j=number(energy, "resolution_j"),
+        systematic_j=number(energy, "systematic_j"),
+        label=window.label,
+        counter_label=energy.get("counter_label"),
+        **_parts(energy),
+        o_g=window.o_g,
+        o_low_g=number(detail, "o_low_g"),
+        o_high_g=number(detail, "o_high_g"),
+        m_g=window.m_g,
+        m_low_g=number(detail, "m_low_g"),
+        m_high_g=number(detail, "m_high_g"),
+        grid=number(grid, "value"),
+        grid_low=number(grid, "low"),
+        grid_high=number(grid, "high"),
+        sci_score=number(score, "value"),
+        sci_low=number(score, "low"),
+        sci_high=number(score, "high"),
+        sci_method=worst_method(methods.get(letter) for letter in "EIMR"),
+        unit=detail.get("unit"),
+        units=detail.get("units"),
+        prompt_tokens=tokens.get("prompt"),
+        cached_tokens=tokens.get("cached"),
+        output_tokens=tokens.get("output"),
+        words=detail.get("words"),
+        warmup=detail.get("warmup"),
+        status=detail.get("status"),
+        in_flight_max=in_flight.get("max"),
+        in_flight_mean=number(in_flight, "mean"),
+        prompt=ids.get("prompt"),
+        answer_id=detail.get("answer_id"),
+        flags=tuple(detail.get("flags") or ()),
+        counted=detail.get("counted"),
+        detail=detail,
+    )
+
+
+def process_of(window_id: str) -> str:
+    """Return the process of a wrapper that has given this id to a window."""
+    return window_id.rpartition("-")[0]
+
+
+def worst_method(words: Iterable[str | None]) -> str:
+    """Return the worst of these words; ``unavailable`` for none, and for one that says nothing."""
+    return max((word if word in LABELS else LABELS[-1] for word in words), key=LABELS.index, default=LABELS[-1])
+
+
+def part_of(detail: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return an object inside a record, empty where the wrapper had nothing to say."""
+    return detail.get(name) or {}
+
+
+def number(detail: Mapping[str, Any], name: str) -> float | None:
+    """Return a number of a record, None where there is none."""
+    value = detail.get(name)
+    return None if value is None else float(value)
+
+
+def _parts(energy: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the joules of each kind of component; None if one is not known, or there is none."""
+    parts: dict[str, list[float | None]] = {name: [] for name in (*_PARTS, "other_j")}
+    for component in energy.get("components") or ():
+        kind = next((name for name, begins in _PARTS.items() if component["name"].startswith(begins)), "other_j")
+        parts[kind].append(component.get("joules"))
+    return {name: sum_of(joules).value for name, joules in parts.items()}
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other

@@ -1,0 +1,79 @@
+"""A PromptMeter on a manual clock, for tests of what it writes down. All joules are a test double's."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+import pytest
+
+from deployments import prompt_meter
+from deployments.energy import Label
+from deployments.energy_sources import Source, Unreadable
+from deployments.flights import Flight
+from deployments.meter import Meter
+from deployments.prompt_meter import PromptMeter
+from registry.reconcile import Belief, LeaseGrant, Moment
+from registry.settings import EnergySettings
+from registry.state import EnergyWindow, WindowKind
+from tests.fake_counters import FakeCounter, ManualClock
+
+GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}
+EMBODIED = {"g_per_hour": 3.6, "low_g_per_hour": 1.8, "high_g_per_hour": 7.2, "source": "a test"}
+WATTS = 100.0
+UTC_S = 1_800_000_000.0
+LEASE = LeaseGrant("request-1", 7, "token-1", "{}", ends_in_s=600.0, idle_limit_s=60.0)
+OTHER = LeaseGrant("request-2", 8, "token-2", "{}", ends_in_s=600.0, idle_limit_s=60.0)
+
+
+class Bench:
+    """A PromptMeter on a manual clock and a simulated counter of 100 W, 50 J of which come at a time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *sources: Source | Unreadable, **energy: Any) -> None:
+        self.clock = ManualClock()
+        self.stepped_s = 0.0
+        """By how much the wall clock was set since."""
+        found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:GPU-x", label=Label.SIMULATED),)
+        monkeypatch.setattr(prompt_meter, "_sources", lambda *_: list(found))
+        monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
+        chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}
+        self.meter = PromptMeter(
+            EnergySettings.model_validate(chosen),
+            gpus=1,
+            wrapper_id="a-0",
+            process="p",
+            utc_s=lambda: UTC_S + self.clock.now_s - 1000.0 + self.stepped_s,
+        )
+        self.meter._meter.poll_once()
+
+    def passes(self, seconds: float) -> None:
+        for _ in range(round(seconds / 0.05)):
+            self.clock.now_s += 0.05
+            self.meter._meter.poll_once()
+
+    def bind(self, grant: LeaseGrant | None) -> None:
+        self.meter.hand_over(grant, self.clock.now_s)
+
+    def end(self, flight: Flight, tokens: tuple[int, int] | None = (6, 4)) -> None:
+        self.meter.end(flight)
+        if tokens is not None:
+            usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
+            self.meter.account(flight, usage=usage, answer="four words and no")
+
+    def prompt(self, seconds: float, tokens: tuple[int, int] | None = (6, 4), *, warmup: bool = False) -> None:
+        flight = self.meter.begin(warmup=warmup)
+        self.passes(seconds)
+        self.end(flight, tokens)
+
+    async def windows(self, kept: int = 0, *, process: str = "p") -> tuple[EnergyWindow, ...]:
+        self.passes(0.2)
+        return await self.meter.windows(Belief(1, None, Moment(process, 0.0), windows_kept=kept))
+
+
+def of_kind(windows: tuple[EnergyWindow, ...], kind: WindowKind) -> list[EnergyWindow]:
+    return [window for window in windows if window.kind is kind]
+
+
+def detail(window: EnergyWindow) -> Any:
+    return json.loads(window.detail)
