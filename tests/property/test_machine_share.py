@@ -41,7 +41,7 @@ class Machine:
         (self.proc / "stat").write_text("")
         self.used_s = [0.0] * wrappers
         self.joules = 0.0
-        model = CPUModel(0.5, 4.0, 0.5, 2.0, "a data sheet")
+        model = CPUModel(0.5, 4.0, 0.25, 1.0, 2.0, 8.0, "a data sheet")
         formula = SCISettings(1.0, "output_token", allow_estimates=True, cpu_model=model)
         self.found = [
             probe_sources(

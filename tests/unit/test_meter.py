@@ -30,7 +30,7 @@ class CPUTime:
 
 
 def cpu_model() -> CPUModelSource:
-    model = CPUModel(1.0, 5.0, 0.5, 2.0, "a test")
+    model = CPUModel(1.0, 5.0, 0.5, 2.0, 2.5, 10.0, "a test")
     return CPUModelSource(model, CPUTime(), cpus=4)  # type: ignore[arg-type]
 
 
