@@ -196,7 +196,7 @@ class Meter:
                 channel.track.lost(lost.flag)
                 channel.error = lost.flag
         else:
-            if channel.check is not None and channel.check.found is None:
+            if channel.check is not None and channel.check.wants_power(asked_s):
                 channel.check.add(asked_s, units, source.power_w())
             with self._lock:
                 channel.track.max_rate = source.max_rate
@@ -324,7 +324,7 @@ class Meter:
     def _flags(self, start_s: float, end_s: float) -> tuple[str, ...]:
         contended = self._contention.seen(start_s, end_s)
         unknown = self._contention.unknown(start_s, end_s)
-        disagree = any(check.agrees is False for check in self._checks())
+        disagree = any(channel.check is not None and channel.check.disagrees for channel in self._channels)
         return (
             *self._not_covered,
             *((CONTENDED,) if contended else ()),
@@ -333,11 +333,10 @@ class Meter:
         )
 
     def _checks(self) -> list[Check]:
-        checks = [channel.check for channel in self._channels if channel.check is not None]
-        return [check.found for check in checks if check.found is not None]
+        return [check for channel in self._channels if channel.check is not None for check in channel.check.found]
 
     def describe(self) -> dict[str, object]:
-        """What is counted and how, what is not and why, how counters did at the start; plain JSON, for /machines."""
+        """What is counted and how, what is not and why, how counters did when checked; JSON, for /machines."""
         with self._lock:
             return {
                 "polling": self._thread is not None and self._thread.is_alive(),

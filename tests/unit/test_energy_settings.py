@@ -74,13 +74,17 @@ def of_wrapper(
             "needs low_g_per_hour <= g_per_hour <= high_g_per_hour",
         ),
         (
-            "cpu_model: {idle_w_per_cpu: 5, idle_low_w_per_cpu: 5, idle_high_w_per_cpu: 5, busy_w_per_cpu: 1, "
-            "busy_low_w_per_cpu: 1, busy_high_w_per_cpu: 1, source: me}",
+            (
+                "cpu_model: {idle_w_per_cpu: 5, idle_low_w_per_cpu: 5, idle_high_w_per_cpu: 5, busy_w_per_cpu: 1, "
+                "busy_low_w_per_cpu: 1, busy_high_w_per_cpu: 1, source: me}"
+            ),
             "needs idle_w_per_cpu <= busy_w_per_cpu",
         ),
         (
-            "cpu_model: {idle_w_per_cpu: 5, idle_low_w_per_cpu: 6, idle_high_w_per_cpu: 7, busy_w_per_cpu: 9, "
-            "busy_low_w_per_cpu: 8, busy_high_w_per_cpu: 9, source: me}",
+            (
+                "cpu_model: {idle_w_per_cpu: 5, idle_low_w_per_cpu: 6, idle_high_w_per_cpu: 7, busy_w_per_cpu: 9, "
+                "busy_low_w_per_cpu: 8, busy_high_w_per_cpu: 9, source: me}"
+            ),
             "needs low <= middle <= high",
         ),
         (
