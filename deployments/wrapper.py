@@ -168,6 +168,7 @@ class LLMWrapper:
     async def report(self, belief: Belief) -> WrapperReport:
         """Hear what the registry believes, and say how things are; never waits for the engine."""
         await self._hear(belief)
+        self._show_warm(self._host.warm)
         windows = await self._meter.windows(belief)
         grant, living = self._gate.grant, self._living()
         meant = None if self._spec is None else self._spec.fingerprint
