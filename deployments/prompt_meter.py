@@ -129,6 +129,8 @@ class PromptMeter:
         finally:
             start.end_s = self._meter.mark()
             self._meter.work_ends(start.end_s)
+            if not start.woken or model != self._writer.model:
+                self._writer.forget_weights()
             self._writer.model = model
             if self._timeline.holder is not None:
                 self._timeline.holder.model = model

@@ -68,7 +68,6 @@ class Scorer:
 
 def in_flight(parts: Parts) -> dict[str, Any]:
     """How many prompts were in flight while one was: at most, and the mean over its time."""
-    counts = [round(1 / part) for part in parts.by_time]
     seconds = [end_s - start_s for start_s, end_s in pairwise(parts.times_s)]
-    mean = sum(count * of_s for count, of_s in zip(counts, seconds, strict=True)) / sum(seconds)
-    return {"max": max(counts), "mean": mean}
+    mean = sum(count * of_s for count, of_s in zip(parts.in_flight, seconds, strict=True)) / sum(seconds)
+    return {"max": max(parts.in_flight), "mean": mean}

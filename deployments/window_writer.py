@@ -17,6 +17,7 @@ from deployments.record_dates import CLOCK_STEPPED, RecordDates
 from deployments.sci import Score
 from deployments.scorer import Scorer, in_flight
 from deployments.timeline import STRETCH_S, Interval, Timeline
+from deployments.token_weights import UNKNOWN, TokenWeight
 from registry.state import WindowKind
 
 SETTLE_S = 30.0
@@ -52,12 +53,17 @@ class WindowWriter:
         self._timeline = timeline
         self._log = log
         self._dates = dates
+        self._weight = TokenWeight()
         self._starts: deque[Start] = deque()
         self.model: str | None = None
 
     def started(self, start: Start) -> None:
         """The start of an LLM is over."""
         self._starts.append(start)
+
+    def forget_weights(self) -> None:
+        """Another LLM answers from now on: what a prompt token costs has to be learned for it."""
+        self._weight, self._flights.weight = TokenWeight(), UNKNOWN
 
     async def write(self) -> None:
         """Write down every window that will not get any sharper, or has waited for long enough."""
@@ -90,6 +96,9 @@ class WindowWriter:
             return False
         energy, found, parts = self._scorer.prompt(flight, for_good=True)
         self._flights.written()
+        if flight.tokens is not None and flight.tokens.computed is not None:
+            self._weight.learn(flight.tokens.computed, flight.tokens.output, energy)
+            self._flights.weight = self._weight.weight
         account = flight.account
         if account is not None:
             _add(account, flight, found)
