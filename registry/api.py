@@ -41,6 +41,9 @@ MAX_EVENTS = 1000
 MAX_WINDOWS = 1000
 """Most energy windows that one GET answers."""
 
+MAX_PROMPT_ID = 1024
+"""Longest name of a prompt that a client may give, characters as it is sent: percent-encoded."""
+
 MAX_ARGS_DEPTH = 32
 """How deep lists and objects in args may be nested."""
 
@@ -69,8 +72,8 @@ def _can_be_answered(args: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"is nested deeper than {MAX_ARGS_DEPTH} levels")
     try:
         json.dumps(args, allow_nan=False, ensure_ascii=False).encode()
-    except ValueError:
-        raise ValueError("holds NaN, an infinity or half a character, which are not JSON") from None
+    except (TypeError, ValueError):
+        raise ValueError("holds NaN, an infinity, half a character or a date, which are not JSON") from None
     return args
 
 
