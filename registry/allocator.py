@@ -21,6 +21,7 @@ from registry.fit import ANY_GPU_TYPE, Size, is_gpu_type, needs_of, why_too_larg
 from registry.indices import is_usable
 from registry.invariants import check_ledger
 from registry.ledger import Ledger, stop
+from registry.pins import Pins
 from registry.policy import rank
 from registry.provenance import unlike
 from registry.reports import Reports
@@ -79,6 +80,7 @@ class Allocator:
         self._ledger = Ledger(self._limits)
         self._ledger.load(snapshot)
         self._endings = Endings(self._ledger, self._limits)
+        self._pins = Pins(self._ledger, self._limits)
         self._dispatcher = Dispatcher(self._ledger, self._limits, self._new_token)
         self._reports = Reports(self._ledger, self._limits, self._endings, self._dispatcher)
         self._settled = False
@@ -149,13 +151,17 @@ class Allocator:
         check_ledger(self._ledger, self._limits, serving=self._settled and not self._reports.shutting_down)
 
     def next_deadline_s(self) -> float | None:
-        """When the next TimePassed is due, UTC seconds: the end of a lease. None when nothing is timed."""
-        return self._ledger.deadlines.first[0] if self._ledger.deadlines else None
+        """When the next TimePassed is due, UTC seconds: the end of a lease, or of a pin. None when nothing is timed."""
+        return min((timed.first[0] for timed in (self._ledger.deadlines, self._ledger.pins) if timed), default=None)
 
     def leases_due(self, now_s: float) -> tuple[Lease, ...]:
         """The leases that the next TimePassed ends if they are not used before, the oldest first. O(their number)."""
         due = takewhile(lambda entry: entry[0] <= now_s, self._ledger.deadlines)
         return tuple(self._ledger.leases[request_id] for _, request_id in due)
+
+    def pins_due(self, now_s: float) -> tuple[int, ...]:
+        """The measurements that the next TimePassed no longer binds to the machine of before. O(their number)."""
+        return self._pins.due(now_s)
 
     # --- reading ----------------------------------------------------------------------------------------
 
@@ -279,9 +285,10 @@ class Allocator:
         )
         if old is not None and live:
             _check_same_type(old, event.gpu_type)
-            measurement = old
+            measurement = self._pins.kept(old, event.requests)
         elif old is not None:
             measurement = replace(measurement, flags=old.flags, created_s=old.created_s)
+            measurement = self._pins.begin(measurement, event.requests, now_s)
 
         self._check_room(measurement.tenant, len(event.requests))
         for new in event.requests:
@@ -383,6 +390,7 @@ class Allocator:
             self._ledger.put_lease(replace(lease, last_active_s=max(lease.last_active_s, at_s)))
 
     def _on_time_passed(self, asked: tuple[str, ...] | None, now_s: float) -> None:
+        self._pins.end(now_s)
         for lease in self.leases_due(now_s):
             if lease.deadline_s <= now_s:
                 reason = "its lease reached its deadline"

@@ -175,8 +175,14 @@ class Dispatcher:
                 deploying_s=now_s,
             )
         )
+        stays = measurement.machine_id == wrapper.machine_id
         ledger.put_measurement(
-            replace(measurement, machine_id=wrapper.machine_id, flags=self._flags(measurement, wrapper.machine_id))
+            replace(
+                measurement,
+                machine_id=wrapper.machine_id,
+                flags=self._flags(measurement, wrapper.machine_id),
+                pinned_until_s=measurement.pinned_until_s if stays else None,
+            )
         )
         wrapper = replace(wrapper, last_used_s=now_s)
         if wrapper.spec != request.spec:

@@ -23,7 +23,7 @@ def check_ledger(ledger: Ledger, limits: Limits, *, serving: bool) -> None:
     for lease in ledger.leases.values():
         _hold(lease.request_id in ledger.requests, f"the lease of {lease.request_id} has a request")
     for measurement_id in ledger.measurements:
-        _check_measurement(ledger, measurement_id)
+        _check_measurement(ledger, limits, measurement_id)
     _check_indices(ledger, limits)
     if serving:
         _check_nobody_waits_in_vain(ledger)
@@ -78,7 +78,7 @@ def _check_request(ledger: Ledger, request: Request) -> None:
         _hold(pin == wrapper.machine_id, f"{name} is on the machine of its measurement")
 
 
-def _check_measurement(ledger: Ledger, measurement_id: int) -> None:
+def _check_measurement(ledger: Ledger, limits: Limits, measurement_id: int) -> None:
     measurement = ledger.measurements[measurement_id]
     requests = [ledger.requests[request_id] for _, request_id in ledger.by_request.of.get(measurement_id, ())]
     open_requests = [request for request in requests if not request.status.ended]
@@ -86,6 +86,10 @@ def _check_measurement(ledger: Ledger, measurement_id: int) -> None:
     _hold(live in ([], open_requests[:1]), f"measurement {measurement_id} is served one at a time, in order")
     if not open_requests:
         _hold(measurement.machine_id is None, f"measurement {measurement_id} is over and bound to no machine")
+    if measurement.pinned_until_s is not None:
+        _hold(measurement.machine_id is not None, f"measurement {measurement_id} is pinned to a machine")
+        until_s = max((r.ended_s or 0.0 for r in requests if r.deployed_s is not None), default=0.0) + limits.sticky_s
+        _hold(measurement.pinned_until_s <= until_s, f"measurement {measurement_id} is pinned for sticky_s at most")
     served_on = {request.machine_id for request in requests if request.deployed_s is not None}
     flagged = any(flag.startswith("machine_") for flag in measurement.flags)
     _hold(len(served_on) < 2 or flagged, f"measurement {measurement_id} was served on one machine, or says so")
@@ -97,6 +101,7 @@ def _check_indices(ledger: Ledger, limits: Limits) -> None:
     _hold(vars(fresh.by_wrapper) == vars(ledger.by_wrapper), "the index of wrappers is true")
     _hold(vars(fresh.by_request) == vars(ledger.by_request), "the index of requests is true")
     _hold(fresh.deadlines == ledger.deadlines, "the index of deadlines is true")
+    _hold(fresh.pins == ledger.pins, "the index of pins is true")
     _hold(fresh.queue.contents() == ledger.queue.contents(), "everyone who waits is in the queue, at the right place")
 
 

@@ -56,11 +56,13 @@ class Ledger:
         self.by_request = RequestIndex()
         self.queue = Queue(Turns(limits.tenant_weights))
         self.deadlines: SortedSet[tuple[float, str]] = SortedSet()
+        self.pins: SortedSet[tuple[float, int]] = SortedSet()
+        """When a measurement that went on is no longer bound to the machine of before, by time and id."""
         self.next_seq = 1
         self.touched: set[str] = set()
         """Machines on which a wrapper became free, or for which somebody began to wait."""
 
-        self._served_on: dict[int, tuple[int, str]] = {}
+        self._served_on: dict[int, tuple[int, str, str]] = {}
         self._pinned_to: dict[str, set[int]] = {}
         self._displaced: set[int] = set()
         self._sizes: frozenset[Size] = frozenset()
@@ -132,6 +134,11 @@ class Ledger:
         """The machine on which a request of the measurement was last handed over."""
         served = self._served_on.get(measurement_id)
         return None if served is None else served[1]
+
+    def last_served(self, measurement_id: int) -> Request | None:
+        """The request of a measurement that was handed over last, of all that are kept."""
+        served = self._served_on.get(measurement_id)
+        return None if served is None else self.requests[served[2]]
 
     def pin_without(self, measurement_id: int) -> str | None:
         """The machine that a measurement stays bound to when its latest grant came to nothing."""
@@ -253,6 +260,8 @@ class Ledger:
             pinned.remove(measurement.measurement_id)
             if not pinned:
                 del self._pinned_to[old.machine_id]
+        if old is not None and old.pinned_until_s is not None:
+            self.pins.remove((old.pinned_until_s, old.measurement_id))
         self._store_measurement(measurement)
         self._requeue(measurement.measurement_id)
         self._measurements[measurement.measurement_id] = measurement
@@ -337,6 +346,8 @@ class Ledger:
         self.measurements[measurement.measurement_id] = measurement
         if measurement.machine_id is not None:
             self._pinned_to.setdefault(measurement.machine_id, set()).add(measurement.measurement_id)
+        if measurement.pinned_until_s is not None:
+            self.pins.add((measurement.pinned_until_s, measurement.measurement_id))
 
     def _store_request(self, request: Request) -> None:
         self.requests[request.request_id] = request
@@ -344,7 +355,7 @@ class Ledger:
         measurement = self.measurements[request.measurement_id]
         self.by_request.add(request, self.needs(request), measurement.tenant, rank(measurement))
         if request.deployed_s is not None and request.machine_id is not None:
-            served = request.seq, request.machine_id
+            served = request.seq, request.machine_id, request.request_id
             self._served_on[request.measurement_id] = max(served, self._served_on.get(request.measurement_id, served))
 
     def _store_lease(self, lease: Lease) -> None:

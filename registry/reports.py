@@ -91,6 +91,8 @@ class Reports:
         )
         deadline_s = now_s + self._limits.lease_max_s if first else lease.deadline_s
         ledger.put_lease(replace(lease, last_active_s=now_s, deadline_s=deadline_s))
+        measurement = ledger.measurements[request.measurement_id]
+        ledger.put_measurement(replace(measurement, pinned_until_s=None))  # served there now: the pin has no end
         if event.versions is not None:
             measurement = ledger.measurements[request.measurement_id]
             same = measurement.versions in (None, event.versions)

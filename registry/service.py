@@ -820,7 +820,7 @@ class Service:
             if lease.deadline_s > now_s and lease.request_id not in self._asked:
                 self._asked.add(lease.request_id)
                 self._spawn(self._end_idle(lease))
-        if any(lease.deadline_s <= now_s for lease in due):
+        if any(lease.deadline_s <= now_s for lease in due) or self.allocator.pins_due(now_s):
             self._apply(TimePassed(asked=()))
 
     async def _end_idle(self, lease: Lease) -> None:

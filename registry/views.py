@@ -290,6 +290,9 @@ def _waits_for(service: Service, request: Request) -> str:
     if not any(wrapper.status in USABLE for wrapper in allocator.wrappers()):
         return "no LLM Machine is ready yet"
     if bound:
+        until_s = allocator.measurement(request.measurement_id).pinned_until_s
+        if until_s is not None:
+            return f"its measurement ran on machine {pin}, which is in use; until {_iso(until_s)} it waits for that"
         return f"its measurement runs on machine {pin}, which is in use"
     misfit = allocator.misfit(request.request_id)
     return "every LLM Machine is in use" if misfit is None else f"it fits on no LLM Machine: {misfit}"

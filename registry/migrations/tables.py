@@ -185,6 +185,7 @@ MEASUREMENTS = Table(
     _must("created_s", Float),
     _may("gpu_type", Text),
     _may("versions", Text),
+    _may("pinned_until_s", Float),
 )
 # A request outlives its wrapper and its machine: those two are names here, not foreign keys.
 REQUESTS = Table(

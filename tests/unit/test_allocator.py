@@ -183,7 +183,7 @@ def test_a_finished_measurement_begins_anew_at_the_back():
 
 def test_a_finished_measurement_that_goes_on_elsewhere_says_so():
     """Figures of one measurementId from two machines are never silently mixed."""
-    scene = Scene()
+    scene = Scene(Limits(sticky_s=0))
     scene.machine("a", gpu_type="H100")
     scene.ask(1, "A")
     scene.hand_over("a-0")
