@@ -162,7 +162,7 @@ def build_app(
         idempotency = None
         if idempotency_key is not None:
             idempotency = Idempotency(idempotency_key, hashlib.sha256(await request.body()).hexdigest())
-        wanted = body.measurementId, llms, x_tenant, body.priority, body.gpuType
+        wanted = body.measurementId, llms, x_tenant, body.priority_given, body.gpuType
         states = json.loads(await call("request", *wanted, idempotency, body.grade, body.like))
         accepted = [
             AcceptedRequest(
@@ -213,9 +213,11 @@ def build_app(
         return _json_response(await call("keep_alive", request_id))
 
     @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=unknown)
-    async def measurement(measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)]) -> Response:
-        """A measurement with all its requests, in their order."""
-        return _json_response(await call("measurement", measurement_id))
+    async def measurement(
+        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)], x_tenant: Annotated[TenantName, Header()] = "default"
+    ) -> Response:
+        """A measurement of the caller's tenant with all its requests, in their order."""
+        return _json_response(await call("measurement", (x_tenant, measurement_id)))
 
     @app.get(
         "/measurements/{measurement_id}/report",
@@ -229,9 +231,10 @@ def build_app(
             Query(alias="format", description="csv: one row per window; the same by Accept: text/csv"),
         ] = None,
         accept: Annotated[str, Header()] = "*/*",
+        x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """What a measurement cost, by LLM and by window, with all that is needed to check it."""
-        text = await call("report", measurement_id)
+        """What a measurement of the caller's tenant cost, by LLM and by window, with all that is needed to check it."""
+        text = await call("report", (x_tenant, measurement_id))
         if as_ == "csv" or (as_ is None and "text/csv" in accept):
             return Response(await asyncio.to_thread(_as_csv, text), media_type="text/csv")
         return _json_response(text)

@@ -19,7 +19,7 @@ from registry import views
 from registry.errors import RegistryError
 from registry.service import Idempotency, Service
 from registry.settings import Settings
-from registry.state import Grade, NewRequest, Priority, RequestStatus
+from registry.state import Grade, MeasurementKey, NewRequest, Priority, RequestStatus
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""
@@ -71,7 +71,7 @@ class RegistryActor:
         measurement_id: int,
         llms: Sequence[NewRequest],
         tenant: str,
-        priority: Priority,
+        priority: Priority | None,
         gpu_type: str | None,
         idempotency: Idempotency | None,
         grade: Grade = Grade.STANDARD,
@@ -112,17 +112,17 @@ class RegistryActor:
         await self.ready()
         self._service.release(request_id)
 
-    async def measurement(self, measurement_id: int) -> str:
+    async def measurement(self, key: MeasurementKey) -> str:
         """JSON MeasurementState."""
         await self.ready()
-        return views.measurement_state(self._service, measurement_id).model_dump_json()
+        return views.measurement_state(self._service, key).model_dump_json()
 
-    async def report(self, measurement_id: int) -> str:
+    async def report(self, key: MeasurementKey) -> str:
         """JSON MeasurementReport. What takes long of it holds nobody up."""
         await self.ready()
         allocator = self._service.allocator
-        measurement, requests = allocator.measurement(measurement_id), allocator.requests_of(measurement_id)
-        windows = await self._service.accounts.windows(measurement_id)
+        measurement, requests = allocator.measurement(key), allocator.requests_of(key)
+        windows = await self._service.accounts.windows(key)
         return await asyncio.to_thread(views.report_json, measurement, requests, windows)
 
     async def machines(self) -> str:

@@ -23,8 +23,8 @@ class Endings:
         ledger = self._ledger
         self._let_go(request, how, now_s)
         ledger.put_request(replace(request, status=status, reason=reason, ended_s=now_s))
-        if ledger.head(request.measurement_id) is None:
-            measurement = ledger.measurements[request.measurement_id]
+        if ledger.head(request.measurement_key) is None:
+            measurement = ledger.measurements[request.measurement_key]
             ledger.put_measurement(replace(measurement, machine_id=None, pinned_until_s=None))
 
     def requeue(self, request: Request, reason: str, how: str, now_s: float) -> None:
@@ -35,8 +35,8 @@ class Endings:
         """
         ledger = self._ledger
         self._let_go(request, how, now_s)
-        measurement = ledger.measurements[request.measurement_id]
-        pin = ledger.pin_without(measurement.measurement_id)
+        measurement = ledger.measurements[request.measurement_key]
+        pin = ledger.pin_without(measurement.key)
         if pin is None and measurement.pinned_until_s is not None:
             pin = measurement.machine_id
         ledger.put_measurement(replace(measurement, machine_id=pin))

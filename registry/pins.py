@@ -9,7 +9,7 @@ from itertools import takewhile
 from registry.fit import ANY_GPU_TYPE, is_gpu_type, needs_of
 from registry.indices import is_usable
 from registry.ledger import Ledger
-from registry.state import Limits, Measurement, NewRequest, RequestStatus
+from registry.state import Limits, Measurement, MeasurementKey, NewRequest, RequestStatus
 
 
 class Pins:
@@ -28,7 +28,7 @@ class Pins:
 
         Unchanged if that was too long ago, if that machine can't be used now, or if it lacks what is asked for.
         """
-        ledger, last = self._ledger, self._ledger.last_served(measurement.measurement_id)
+        ledger, last = self._ledger, self._ledger.last_served(measurement.key)
         if last is None or last.ended_s is None or last.machine_id is None or ledger.is_draining(last.machine_id):
             return measurement
         until_s = last.ended_s + self._limits.sticky_s
@@ -41,22 +41,22 @@ class Pins:
 
         Only while it waits for the machine of before. Once it was given one, that stays.
         """
-        head, pin = self._ledger.head(measurement.measurement_id), measurement.machine_id
+        head, pin = self._ledger.head(measurement.key), measurement.machine_id
         waits = head is not None and head.status is RequestStatus.QUEUED and measurement.pinned_until_s is not None
         if not waits or pin is None or self._all_fit(pin, measurement, requests):
             return measurement
         return replace(measurement, machine_id=None, pinned_until_s=None)
 
-    def due(self, now_s: float) -> tuple[int, ...]:
+    def due(self, now_s: float) -> tuple[MeasurementKey, ...]:
         """Return the measurements whose pin is over. O(their number)."""
         over = takewhile(lambda entry: entry[0] <= now_s, self._ledger.pins)
-        return tuple(measurement_id for _, measurement_id in over)
+        return tuple(key for _, key in over)
 
     def end(self, now_s: float) -> None:
         """End the pins that are over. A measurement that still waits may be served anywhere from now on."""
         ledger = self._ledger
-        for measurement_id in self.due(now_s):
-            measurement, head = ledger.measurements[measurement_id], ledger.head(measurement_id)
+        for key in self.due(now_s):
+            measurement, head = ledger.measurements[key], ledger.head(key)
             waits = head is not None and head.status is RequestStatus.QUEUED
             machine_id = None if waits else measurement.machine_id
             ledger.put_measurement(replace(measurement, machine_id=machine_id, pinned_until_s=None))

@@ -256,7 +256,7 @@ class Service:
         llms: Sequence[NewRequest],
         *,
         tenant: str = "default",
-        priority: Priority = Priority.NORMAL,
+        priority: Priority | None = None,
         gpu_type: str | None = None,
         idempotency: Idempotency | None = None,
         grade: Grade = Grade.STANDARD,
@@ -283,7 +283,7 @@ class Service:
         row = None
         if idempotency is not None:
             row = IdempotencyRow(tenant, idempotency.key, idempotency.body_sha256, ids, self._now_s())
-        notes = self.accounts.notes(measurement_id, tenant)
+        notes = self.accounts.notes(tenant)
         llms = [replace(llm, notes=(*llm.notes, *notes)) for llm in llms]
         asked = LeaseRequested(measurement_id, tuple(llms), tenant, priority, gpu_type, grade, like_request_id)
         self._apply(asked, idempotency=row)
@@ -755,7 +755,7 @@ class Service:
     def _note_flags(self, report: WrapperReport) -> None:
         if report.bound is None or self.allocator.lease_of(report.bound) is None:
             return
-        measurement = self.allocator.measurement(self.allocator.request(report.bound).measurement_id)
+        measurement = self.allocator.measurement(self.allocator.request(report.bound).measurement_key)
         if not set(report.lease_flags) <= set(measurement.flags):
             self._apply(LeaseFlagged(report.bound, report.lease_flags))
 

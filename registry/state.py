@@ -110,6 +110,9 @@ class LLMMemory:
     gpus: int | None = None
 
 
+MeasurementKey = tuple[str, int]
+"""What a measurement is known by: its tenant and the measurementId that this tenant chose."""
+
 # --- records -----------------------------------------------------------------------------------------------
 
 
@@ -198,11 +201,19 @@ class Request:
     grade: Grade = Grade.STANDARD
     like_request_id: str | None = None
     provenance: str | None = None
+    tenant: str = "default"
+
+    @property
+    def measurement_key(self) -> MeasurementKey:
+        """The key of its measurement."""
+        return self.tenant, self.measurement_id
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """Requests that belong together: served one after another, on one machine.
+
+    ``measurement_id`` is its tenant's choice: another tenant's with the same one is another measurement.
 
     ``seq`` is its place in the queue: the arrival of the first of its requests that had not ended when the
     latest was added. ``machine_id`` is the pin: set by the first grant, None again once nothing of it is left.
@@ -223,6 +234,11 @@ class Measurement:
     gpu_type: str | None = None
     versions: str | None = None
     pinned_until_s: float | None = None
+
+    @property
+    def key(self) -> MeasurementKey:
+        """What it is known by."""
+        return self.tenant, self.measurement_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,16 +333,22 @@ class NewRequest:
 class LeaseRequested:
     """A client asked for one or more LLMs of a measurement, in this order. ``gpu_type`` None: it does not matter.
 
-    ``like_request_id``: each of them must be what that request was given.
+    ``priority`` None: the one that the measurement has, normal for a new one. ``like_request_id``: each of them must be
+    what that request was given.
     """
 
     measurement_id: int
     requests: tuple[NewRequest, ...]
     tenant: str = "default"
-    priority: Priority = Priority.NORMAL
+    priority: Priority | None = None
     gpu_type: str | None = None
     grade: Grade = Grade.STANDARD
     like_request_id: str | None = None
+
+    @property
+    def measurement_key(self) -> MeasurementKey:
+        """The key of the measurement."""
+        return self.tenant, self.measurement_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from registry.state import Changes, LLMSpec, Measurement, Request, RequestStatus, Wrapper, WrapperStatus
+from registry.state import Changes, LLMSpec, Measurement, MeasurementKey, Request, RequestStatus, Wrapper, WrapperStatus
 from tests.simulation.machines import Node
 
 BROKEN = (WrapperStatus.LOST, WrapperStatus.FAILED, WrapperStatus.OFF)
@@ -37,7 +37,7 @@ class Moves:
         self._nodes = nodes
         self._sticky_s = sticky_s
         self._machines: dict[str, Record] = {}
-        self._served: dict[int, Request] = {}
+        self._served: dict[MeasurementKey, Request] = {}
         self._together: dict[str, tuple[LLMSpec, ...]] = {}
         self.stayed = 0
 
@@ -48,18 +48,18 @@ class Moves:
     def judge(self, changes: Changes, now_s: float) -> Iterator[str]:
         """Yield the moves to another machine that nothing explains. ``now_s``: UTC, the moment of the commit."""
         self._note(changes, now_s)
-        measurements = {measurement.measurement_id: measurement for measurement in changes.measurements}
+        measurements = {measurement.key: measurement for measurement in changes.measurements}
         for request in changes.requests:
-            last = self._served.get(request.measurement_id)
+            last = self._served.get(request.measurement_key)
             if request.deployed_s is None and request.status is RequestStatus.DEPLOYING and last is not None:
-                measurement = measurements.get(request.measurement_id)
+                measurement = measurements.get(request.measurement_key)
                 if last.machine_id == request.machine_id:
                     self.stayed += 1
                 elif measurement is not None and not self._is_explained(last, request, measurement, now_s):
                     record = self._machines[str(last.machine_id)]
                     yield f"{request.request_id} is on {request.machine_id}; {last.request_id} was on {record}"
             if request.deployed_s is not None and (last is None or last.seq <= request.seq):
-                self._served[request.measurement_id] = request
+                self._served[request.measurement_key] = request
 
     def _note(self, changes: Changes, now_s: float) -> None:
         for machine in changes.machines:

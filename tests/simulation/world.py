@@ -860,7 +860,7 @@ def _parts(snapshot: Snapshot) -> dict[str, dict[Any, Any]]:
     return {
         "machines": {machine.machine_id: machine for machine in snapshot.machines},
         "wrappers": {wrapper.wrapper_id: wrapper for wrapper in snapshot.wrappers},
-        "measurements": {measurement.measurement_id: measurement for measurement in snapshot.measurements},
+        "measurements": {measurement.key: measurement for measurement in snapshot.measurements},
         "requests": {request.request_id: request for request in snapshot.requests},
         "leases": {lease.request_id: lease for lease in snapshot.leases},
     }

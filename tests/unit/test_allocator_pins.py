@@ -76,7 +76,7 @@ def test_it_waits_no_longer_than_it_should() -> None:
     scene.tell(TimePassed(asked=()))
     assert scene.status("1b") is R.QUEUED
     scene.now_s = 1610.0
-    assert scene.allocator.pins_due(scene.now_s) == (1,)
+    assert scene.allocator.pins_due(scene.now_s) == (("default", 1),)
     scene.tell(TimePassed(asked=()))
     assert scene.request("1b").machine_id == "b"
     assert scene.measurement(1).flags == ("machine_changed",)

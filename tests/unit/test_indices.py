@@ -37,7 +37,7 @@ def test_an_ended_request_leaves_the_index_as_it_was() -> None:
     for request in (waiting, ended):
         index.add(request, Needs(), "t", rank)
     index.remove(ended, Needs(), "t", rank)
-    assert [request_id for _, request_id in index.of[1]] == ["r1"]
+    assert [request_id for _, request_id in index.of[("default", 1)]] == ["r1"]
     index.remove(waiting, Needs(), "t", rank)
     assert index.queued == empty.queued
     assert index.unfinished == empty.unfinished
