@@ -339,11 +339,11 @@ def _embodied(window: WindowReport) -> _Amount | None:
 
 def _grams(window: WindowReport) -> _Amount | None:
     """Return operational and embodied emissions together."""
-    parts = _operational(window), _embodied(window)
-    if parts[0] is None or parts[1] is None:
+    operational, embodied = _operational(window), _embodied(window)
+    if operational is None or embodied is None:
         return None
-    sums = [sum_of(each).value for each in zip(*parts, strict=True)]
-    return _Amount(parts[0].value + parts[1].value, *sums[1:])
+    _, *more = (sum_of(each).value for each in zip(operational, embodied, strict=True))
+    return _Amount(operational.value + embodied.value, *more)
 
 
 def _seconds(window: WindowReport) -> _Amount:
