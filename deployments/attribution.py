@@ -20,35 +20,50 @@ from deployments.windows import Level, between
 class Parts:
     """A prompt's part (0 < part <= 1) of what flows, from its begin to its end, while others are in flight with it.
 
-    ``times_s`` has those two times and all between them at which that changed: one more than there are parts. The
-    parts are by the rates at which tokens are processed, and as if those of all prompts were the same.
+    ``times_s`` has those two times and all between them at which that changed: one more than there are parts. ``mid``
+    is one division of the whole: the parts of all prompts in flight are 1 at any time. ``low`` and ``high`` are the
+    least and the most that the part can be.
     """
 
     times_s: Sequence[float]
-    by_tokens: Sequence[float]
-    by_time: Sequence[float]
+    mid: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
 
     @property
     def alone(self) -> bool:
         """Whether no other prompt was in flight at any time."""
-        return len(self.by_time) == 1 and self.by_time[0] == 1
+        return len(self.low) == 1 and self.low[0] == 1
 
     @cached_property
     def reserved_s(self) -> float:
-        """Its share of the machine's seconds, by tokens as that of the energy.
+        """Its share of the machine's seconds, divided as the energy is.
 
         Together with the seconds without a prompt the shares of all are the seconds that went by.
         """
-        return _of(self.by_tokens, self._seconds)
+        return _of(self.mid, self._seconds)
 
     @cached_property
-    def reserved_by_time_s(self) -> float:
-        """The same, had the tokens of all prompts been processed at the same rate."""
-        return _of(self.by_time, self._seconds)
+    def reserved_low_s(self) -> float:
+        """The least that its share of the machine's seconds can be."""
+        return _of(self.low, self._seconds)
+
+    @cached_property
+    def reserved_high_s(self) -> float:
+        """The most that its share of the machine's seconds can be."""
+        return _of(self.high, self._seconds)
 
     @cached_property
     def _seconds(self) -> list[float]:
         return _between(self.times_s)
+
+    @cached_property
+    def changes(self) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
+        """By how much low, mid and high change at each of the times.
+
+        What a level has too much before it, it has too little after it: so its error counts by the change of the part.
+        """
+        return _changes(self.low), _changes(self.mid), _changes(self.high)
 
 
 def _between(levels: Sequence[float]) -> list[float]:
@@ -58,6 +73,10 @@ def _between(levels: Sequence[float]) -> list[float]:
 def _of(parts: Sequence[float], flowed: Sequence[float]) -> float:
     share: float = sum(map(mul, parts, flowed))
     return share
+
+
+def _changes(parts: Sequence[float]) -> list[float]:
+    return list(map(abs, map(sub, (*parts, 0.0), (0.0, *parts))))
 
 
 def unknown(source: Source, flag: str) -> Component:
@@ -143,24 +162,32 @@ class Flow:
 def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
     """A prompt's share of what flowed while it was in flight with others; ``levels`` are those at the parts' times.
 
-    By tokens, with the split by tokens and that by time as the range.
+    Its bounds are those of the parts, and the counter's own resolution besides.
     """
     if _implausible(source, parts.times_s[-1] - parts.times_s[0], between(levels[0], levels[-1])):
         return unknown(source, "implausible_power")
-    units = _between([level.mid for level in levels])
-    by_tokens = source.joules(parts.reserved_s, _of(parts.by_tokens, units))
-    by_time = source.joules(parts.reserved_by_time_s, _of(parts.by_time, units))
-    if by_tokens.mid <= 0:
+    flowed = _between([level.mid for level in levels])
+    units = _of(parts.mid, flowed)
+    share = source.joules(parts.reserved_s, units)
+    if share.mid <= 0:
         return unknown(source, "too_short")
-    low_j, high_j = min(by_tokens.low, by_time.low), max(by_tokens.high, by_time.high)
+    least, most = _of(parts.low, flowed), _of(parts.high, flowed)
+    errors = [max(mid - low, high - mid) for low, mid, high, _, _ in levels]
+    in_low, in_mid, in_high = (_of(changes, errors) for changes in parts.changes)
+    blur = _of(parts.changes[1], [level.systematic for level in levels])
+    low_j = source.joules(parts.reserved_low_s, max(least - in_low, 0.0)).low
+    high_j = source.joules(parts.reserved_high_s, most + in_high).high
+    less_j = source.joules(parts.reserved_low_s, max(least - blur, 0.0)).low
+    more_j = source.joules(parts.reserved_high_s, most + blur).high
     return Component(
         name=source.name,
         source=source.origin,
         label=worst((source.label, Label.MODELED)),
-        joules=by_tokens.mid,
+        joules=share.mid,
         low_j=low_j,
         high_j=high_j,
-        systematic_j=max(by_tokens.mid - low_j, high_j - by_tokens.mid),
+        resolution_j=source.joules(parts.reserved_s, units + in_mid).mid - share.mid,
+        systematic_j=min(max(share.mid - less_j, more_j - share.mid), max(share.mid - low_j, high_j - share.mid)),
         counter_label=source.label,
         flags=("shared",),
     )

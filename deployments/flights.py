@@ -1,7 +1,9 @@
 """The prompts of a wrapper: when they began and ended, their tokens, and which of them were in flight together.
 
-Prompts that are in flight together share what flows by the rates at which their tokens are processed. Once a rate has
-gone into a figure that is kept it stays, also where it was only assumed: so the shares are one division of the whole.
+Prompts that are in flight together share what flows by the rates at which their tokens are processed, a prompt token
+counting less than an output token, or more, by its weight. Once a rate has gone into a figure that is kept it stays,
+also where it was only assumed: so the shares are one division of the whole. Their range is the hull of the divisions by
+equal parts and by the weight's low and high; what is not known of a prompt can be anything.
 
 Every prompt waits for its own parts, so what can be summed up when somebody comes or goes is. In lists: numpy's arrays
 take longer for so few numbers as prompts are in flight, on a processor that has just done something else.
@@ -13,12 +15,12 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from operator import mul, sub
+from itertools import pairwise, takewhile
 from typing import Literal, NamedTuple
 
 from deployments.attribution import Parts
 from deployments.lease_account import LeaseAccount
+from deployments.token_weights import UNKNOWN, Weight
 
 REMEMBERED_CHANGES = 16_384
 """Begins and ends of prompts that are kept at least, to share out the energy of those that they lie in."""
@@ -27,7 +29,7 @@ REMEMBERED_CHANGES = 16_384
 class Tokens(NamedTuple):
     """Tokens of a prompt, as vLLM counts them.
 
-    ``cached`` are those of the prompt that were not computed again, None where vLLM does not say.
+    ``cached`` are those of the prompt that were not computed again; None if that was not told.
     """
 
     prompt: int
@@ -35,16 +37,53 @@ class Tokens(NamedTuple):
     output: int
 
     @property
-    def processed(self) -> int:
-        """Those that took energy, as far as is known."""
-        return self.prompt - (self.cached or 0) + self.output
+    def computed(self) -> int | None:
+        """Tokens of the prompt that were computed; None if that was not told."""
+        return None if self.cached is None else self.prompt - self.cached
+
+
+class Rate(NamedTuple):
+    """How many tokens a second were processed for a prompt.
+
+    ``per_s`` is by the weight of that time, and is what its share goes by. Its range goes by the other three: prompt
+    tokens that were certainly computed, those that may have been, and output tokens. ``told``: 1, or 0 where the rate
+    was only assumed, and then those three are 0.
+    """
+
+    per_s: float
+    computed: float = 0.0
+    unsure: float = 0.0
+    output: float = 0.0
+    told: int = 0
+
+
+@dataclass(slots=True)
+class _Place:
+    """What is in flight from one change to the next: how many prompts, of how many the rate is known, and its sums."""
+
+    count: int = 0
+    known: int = 0
+    per_s: float = 0.0
+    computed: float = 0.0
+    unsure: float = 0.0
+    output: float = 0.0
+    told: int = 0
+
+    def add(self, rate: Rate) -> None:
+        self.known += 1
+        self.per_s += rate.per_s
+        if rate.told:
+            self.computed += rate.computed
+            self.unsure += rate.unsure
+            self.output += rate.output
+            self.told += 1
 
 
 @dataclass(slots=True, eq=False)
 class Flight:
     """One prompt, in the meter's clock. ``tokens`` and ``words`` are None until, and unless, they are known.
 
-    ``rate_per_s`` is how many tokens a second were processed for it, None if that is not known, or not yet.
+    ``rate`` is None if it is not known, or not yet.
     ``begun_with`` and ``ended_with`` are the numbers of the changes that its begin and its end were, and ``company`` is
     how many were in flight, itself among them, when it ended.
     ``window_id`` is that of its record, ``prompt_id`` the client's own name of the prompt. ``status`` is answered,
@@ -59,7 +98,7 @@ class Flight:
     tokens: Tokens | None = None
     words: int | None = None
     answer_id: str | None = None
-    rate_per_s: float | None = None
+    rate: Rate | None = None
     begun_with: int = 0
     ended_with: int = 0
     company: int = 1
@@ -70,22 +109,22 @@ class Flight:
 
 
 class Flights:
-    """The prompts that are in flight, those that are not written down yet, and how they came and went."""
+    """The prompts that are in flight, those that are not written down yet, and how they came and went.
+
+    ``weight`` is that of a prompt token, for its owner to set.
+    """
 
     def __init__(self) -> None:
+        self.weight: Weight = UNKNOWN
         self.unwritten: deque[Flight] = deque()
         self._in_flight: dict[Flight, None] = {}
         self._unrated: dict[Flight, None] = {}
         """Of those in flight and those not written down: whose rate is not known. In the order in which they began."""
-        self._rated_in_flight: dict[Flight, float] = {}
+        self._rated_in_flight: dict[Flight, Rate] = {}
         self._times_s: list[float] = [-math.inf]
         """When prompts began and ended: the changes, and before them the last that is forgotten. From each to the next
-        there is one place in the lists below."""
-        self._count: list[int] = [0]
-        self._known: list[int] = [0]
-        """Of how many of those in flight the rate is known."""
-        self._rates: list[float] = [0.0]
-        """The sum of those."""
+        there is one place in the list below."""
+        self._places: list[_Place] = [_Place()]
         self._forgotten = 0
 
     def __len__(self) -> int:
@@ -123,27 +162,38 @@ class Flights:
     def _changed(self, time_s: float) -> int:
         """The number of this change."""
         self._times_s.append(time_s)
-        self._count.append(len(self._in_flight))
-        self._known.append(len(self._rated_in_flight))
-        self._rates.append(sum(self._rated_in_flight.values()))
+        place = _Place(len(self._in_flight))
+        for rate in self._rated_in_flight.values():
+            place.add(rate)
+        self._places.append(place)
         if len(self) > 2 * REMEMBERED_CHANGES:
             self._forget(REMEMBERED_CHANGES)
         return self._forgotten + len(self)
 
     def _rate(self, flight: Flight) -> None:
         """Once its tokens and its end are known, so is its rate. One without any counts as one with a single token."""
-        if flight.rate_per_s is None and flight.end_s is not None and flight.tokens is not None:
-            self._rated(flight, max(flight.tokens.processed, 1) / (flight.end_s - flight.start_s))
+        tokens = flight.tokens
+        if flight.rate is not None or flight.end_s is None or tokens is None:
+            return
+        length_s = flight.end_s - flight.start_s
+        computed = tokens.computed
+        processed = self.weight.mid * (tokens.prompt if computed is None else computed) + tokens.output
+        rate = Rate(
+            per_s=max(processed, 1.0) / length_s,
+            computed=(computed or 0) / length_s,
+            unsure=tokens.prompt / length_s if computed is None else 0.0,
+            output=tokens.output / length_s,
+            told=1,
+        )
+        self._rated(flight, rate)
 
-    def _rated(self, flight: Flight, rate_per_s: float) -> None:
-        flight.rate_per_s = rate_per_s
+    def _rated(self, flight: Flight, rate: Rate) -> None:
+        flight.rate = rate
         del self._unrated[flight]
         if flight.end_s is None:
-            self._rated_in_flight[flight] = rate_per_s
-        known, rates = self._known, self._rates
+            self._rated_in_flight[flight] = rate
         for index in range(*self._lay_between(flight)):
-            known[index] += 1
-            rates[index] += rate_per_s
+            self._places[index].add(rate)
 
     def _lay_between(self, flight: Flight) -> tuple[int, int]:
         """Where in the lists a prompt is that has ended, or that is in flight until now, as far as is remembered."""
@@ -160,26 +210,43 @@ class Flights:
         assert flight.end_s is not None  # callers end a prompt before they account for it
         first, last = self._lay_between(flight)
         forgotten = flight.begun_with < self._forgotten
-        count = self._count[first:last]
-        if not count:
-            return Parts((flight.start_s, flight.end_s), (1 / flight.company,), (1 / flight.company,)), True
-        if count == [1]:
-            return Parts((flight.start_s, flight.end_s), (1.0,), (1.0,)), forgotten
+        places = self._places[first:last]
+        if not places:
+            least = 1.0 if flight.company == 1 else 0.0
+            return Parts((flight.start_s, flight.end_s), (1 / flight.company,), (least,), (1.0,)), True
+        if len(places) == 1 and places[0].count == 1:
+            return Parts((flight.start_s, flight.end_s), (1.0,), (1.0,), (1.0,)), forgotten
         times_s = (flight.start_s, *self._times_s[first + 1 : last + 1])
-        known, rates = self._known[first:last], self._rates[first:last]
-        own = _mean(times_s, known, rates) if flight.rate_per_s is None else flight.rate_per_s
-        assumed = forgotten or sum(known) < sum(count)
-        by_tokens = [own / (rate + own * (all_ - of)) for rate, all_, of in zip(rates, count, known, strict=True)]
-        by_time = [1 / all_ for all_ in count]
+        rate = Rate(_mean(times_s, places)) if flight.rate is None else flight.rate
+        own = rate.per_s
+        mid = [own / (place.per_s + own * (place.count - place.known)) for place in places]
+        low, high = _hull(rate, mid, places, self.weight)
+        if forgotten:
+            low[0], high[0] = 0.0, 1.0
+        assumed = forgotten or any(place.known < place.count for place in places)
         if for_good and assumed:
-            self._assume(flight, own)
-        return Parts(times_s, by_tokens, by_time), assumed
+            self._assume(flight, Rate(own))
+        return Parts(times_s, mid, low, high), assumed
 
-    def _assume(self, flight: Flight, rate_per_s: float) -> None:
+    def in_flight(self, flight: Flight) -> tuple[int, float]:
+        """How many prompts were in flight while one that has ended was: at most, and the mean over its time.
+
+        What was forgotten is taken to have been as it was then.
+        """
+        assert flight.end_s is not None  # callers end a prompt before they account for it
+        first, last = self._lay_between(flight)
+        counts = [place.count for place in self._places[first:last]]
+        if not counts:
+            return flight.company, float(flight.company)
+        times_s = (flight.start_s, *self._times_s[first + 1 : last + 1])
+        prompt_s = sum(n * (end_s - start_s) for n, (start_s, end_s) in zip(counts, pairwise(times_s), strict=True))
+        return max(counts), prompt_s / (flight.end_s - flight.start_s)
+
+    def _assume(self, flight: Flight, rate: Rate) -> None:
         """Let this be the rate of it, and of those beside it, whose own is not known."""
         for one in list(takewhile(lambda other: other.begun_with < flight.ended_with, self._unrated)):
             if one.end_s is None or one.ended_with > flight.begun_with:
-                self._rated(one, rate_per_s)
+                self._rated(one, rate)
 
     def written(self) -> None:
         """The first of those that were not written down is."""
@@ -195,13 +262,40 @@ class Flights:
 
     def _forget(self, changes: int) -> None:
         if changes > 0:
-            for kept in (self._times_s, self._count, self._known, self._rates):
-                del kept[:changes]
+            del self._times_s[:changes], self._places[:changes]
             self._forgotten += changes
 
 
-def _mean(times_s: Sequence[float], known: Sequence[int], rates: Sequence[float]) -> float:
+def _mean(times_s: Sequence[float], places: Sequence[_Place]) -> float:
     """The mean of the rates that are known, over the time in which they are; 1 if there are none."""
-    seconds = list(map(sub, times_s[1:], times_s))
-    known_s = sum(map(mul, known, seconds))
-    return sum(map(mul, rates, seconds)) / known_s if known_s > 0 else 1.0
+    seconds = [end_s - start_s for start_s, end_s in pairwise(times_s)]
+    known_s = sum(place.known * length_s for place, length_s in zip(places, seconds, strict=True))
+    tokens = sum(place.per_s * length_s for place, length_s in zip(places, seconds, strict=True))
+    return tokens / known_s if known_s > 0 else 1.0
+
+
+def _hull(own: Rate, mid: Sequence[float], places: Sequence[_Place], weight: Weight) -> tuple[list[float], list[float]]:
+    """The least and the most that a prompt's part can be at each place.
+
+    That is the hull of the divisions by equal parts, by the weight's low and by its high, with the tokens that may have
+    been cached counted and not. A prompt that has not told its tokens can have nothing or all.
+    """
+    if not own.told:
+        return [0.0 if place.count > 1 else 1.0 for place in places], [1.0] * len(places)
+    equal = [1 / place.count for place in places]
+    lows, highs = [mid, equal], [mid, equal]
+    for one in {weight.low, weight.high}:
+        unsure = one * own.unsure
+        least = one * own.computed + own.output
+        most = least + unsure
+        lows.append(
+            [
+                least / all_ if (all_ := one * (place.computed + place.unsure) + place.output - unsure) > 0 else 1.0
+                for place in places
+            ]
+        )
+        highs.append(
+            [most / all_ if (all_ := one * place.computed + place.output + unsure) > 0 else 0.0 for place in places]
+        )
+    low = [least if place.told == place.count else 0.0 for least, place in zip(map(min, *lows), places, strict=True)]
+    return low, list(map(max, *highs))

@@ -119,13 +119,12 @@ class PromptMeter:
         finally:
             start.end_s = self._meter.mark()
             self._meter.work_ends(start.end_s)
-            self._writer.model = model
+            self._writer.started(start)
             if self._timeline.holder is not None:
                 self._timeline.holder.model = model
             self._timeline.resume(start.end_s)
             if start.end_s > start.start_s:
                 self._load = self._meter.window(start.start_s, start.end_s, estimate_short=True)
-                self._writer.started(start)
 
     @property
     def meter(self) -> Meter:
@@ -229,7 +228,7 @@ class PromptMeter:
         flight.status = "answered"
         self.counted(flight, tokens_of(usage))
         flight.words = None if answer is None else len(answer.split())
-        energy, found, _ = self._scorer.prompt(flight)
+        energy, found = self._scorer.prompt(flight)
         return energy, found, [*found.flags, *self._usage.budget_flags(flight.account)]
 
     def use(self) -> dict[str, Any] | None:

@@ -58,7 +58,8 @@ class Bench:
     def end(self, flight: Flight, tokens: tuple[int, int] | None = (6, 4)) -> None:
         self.meter.end(flight)
         if tokens is not None:
-            usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
+            usage: dict[str, Any] = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
+            usage["prompt_tokens_details"] = {"cached_tokens": 0}
             self.meter.account(flight, usage=usage, answer="four words and no")
 
     def prompt(self, seconds: float, tokens: tuple[int, int] | None = (6, 4), *, warmup: bool = False) -> None:

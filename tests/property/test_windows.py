@@ -324,7 +324,7 @@ def fly(comings: Sequence[tuple[int, int, int]]) -> tuple[Flights, list[Flight]]
         else:
             flights.end(flying[index], START_S + 0.6 + at_s)
     for flight, (_, _, tokens) in zip(flying, comings, strict=True):
-        flights.counted(flight, Tokens(tokens, 0, 0))
+        flights.counted(flight, Tokens(0, 0, tokens))
     return flights, flying
 
 
@@ -394,7 +394,10 @@ def test_seconds_are_given_away_once(comings: list[tuple[int, int, int]]) -> Non
     reserved_s = 0.0
     for flight in flying:
         parts, _ = flights.parts(flight)
-        assert all(0 < part <= 1 for part in (*parts.by_tokens, *parts.by_time))
+        assert all(0 < part <= 1 for part in parts.mid)
+        assert all(
+            0 <= low <= mid <= high <= 1 for low, mid, high in zip(parts.low, parts.mid, parts.high, strict=True)
+        )
         reserved_s += parts.reserved_s
     start_s, end_s = START_S, START_S + 12
     assert reserved_s + sum(b - a for a, b in gaps_between(flying, start_s, end_s)) == pytest.approx(12)

@@ -39,7 +39,7 @@ def test_sum_of_nothing() -> None:
 def test_no_figure_without_bounds(missing: str) -> None:
     """A figure without bounds, or without its systematic error, can't be made: nothing passes for exact."""
     with pytest.raises(ValueError, match="need low_j, high_j and systematic_j"):
-        part(3.0, **{missing: None})
+        part(3.0, Label.MEASURED, **{missing: None})
 
 
 @pytest.mark.parametrize(("low_j", "high_j"), [(3.1, 4.0), (2.0, 2.9), (-0.1, 4.0)])

@@ -5,6 +5,7 @@ import pytest
 from deployments import flights as flights_module
 from deployments.attribution import Parts
 from deployments.flights import Flight, Flights, Tokens
+from deployments.token_weights import Weight
 
 
 def began(flights: Flights, at_s: float) -> Flight:
@@ -26,13 +27,18 @@ def test_alone() -> None:
     for flight in flying:
         flights.begin(flight)
         ended(flights, flight, flight.start_s + 2.0)
-        assert flights.parts(flight) == (Parts((flight.start_s, flight.start_s + 2.0), (1.0,), (1.0,)), False)
+        parts = Parts((flight.start_s, flight.start_s + 2.0), (1.0,), (1.0,), (1.0,))
+        assert flights.parts(flight) == (parts, False)
     assert not flights.end(flying[0], 9.0)
 
 
 def test_parts_change_with_those_who_come_and_go() -> None:
-    """A part holds for as long as nobody comes or goes; of a prompt without tokens it is that of a single one."""
+    """A part holds for as long as nobody comes or goes; of a prompt without tokens it is that of a single one.
+
+    Its range is that by equal time, by all tokens, and by output tokens only, of which there are none here.
+    """
     flights = Flights()
+    flights.weight = Weight(0.0, 1.0, 1.0)
     before, own = began(flights, 0.0), began(flights, 1.0)
     ended(flights, before, 2.0, 6)
     within = began(flights, 3.0)
@@ -42,23 +48,91 @@ def test_parts_change_with_those_who_come_and_go() -> None:
     ended(flights, after, 7.0, 12)
     parts, assumed = flights.parts(own)
     assert parts.times_s == (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
-    assert parts.by_tokens == pytest.approx([2 / 5, 1.0, 2 / 3, 1.0, 1 / 4])
-    assert parts.by_time == pytest.approx([1 / 2, 1.0, 1 / 2, 1.0, 1 / 2])
+    assert parts.mid == pytest.approx([2 / 5, 1.0, 2 / 3, 1.0, 1 / 4])
+    assert parts.low == pytest.approx([2 / 5, 1.0, 1 / 2, 1.0, 1 / 4])
+    assert parts.high == pytest.approx([1 / 2, 1.0, 1.0, 1.0, 1 / 2])
     assert not assumed
     assert not parts.alone
 
 
 def test_rates_that_are_not_known() -> None:
-    """What is not known is assumed: others to be as fast as this one, this one as fast as the others."""
+    """What is not known is assumed: others to be as fast as this one, this one as fast as the others.
+
+    The range says that it could be anything: nothing or all of it.
+    """
     flights = Flights()
+    flights.weight = Weight(1.0, 1.0, 1.0)
     unknown, fast, own = (began(flights, 0.0) for _ in range(3))
     ended(flights, own, 1.0, 10)
-    assert flights.parts(own) == (Parts((0.0, 1.0), [1 / 3], [1 / 3]), True)
+    assert flights.parts(own) == (Parts((0.0, 1.0), [1 / 3], [0.0], [1.0]), True)
     ended(flights, fast, 1.0, 30)
     ended(flights, unknown, 1.0)
     parts, assumed = flights.parts(unknown)
     assert parts.reserved_s == pytest.approx(20 / 60)
+    assert (parts.reserved_low_s, parts.reserved_high_s) == (0.0, 1.0)
     assert assumed
+    parts, _ = flights.parts(own)
+    assert (parts.reserved_low_s, parts.reserved_high_s) == pytest.approx(
+        (0.0, 1 / 3)
+    )  # 10 of 40 tokens at most, or a third of the time
+
+
+def test_range_of_an_unknown_weight() -> None:
+    """(810 + 150) and (3 + 150) tokens together: by equal time 1:1, by all tokens 6.27:1, by output tokens 1:1.
+
+    The middle of the weight, 0.5, gives 555 to 151.5. The range is from a half to 960 of 1113.
+    """
+    flights = Flights()
+    large, small = began(flights, 0.0), began(flights, 0.0)
+    for flight, prompt in ((large, 810), (small, 3)):
+        flights.end(flight, 1.0)
+        flights.counted(flight, Tokens(prompt, 0, 150))
+    parts = [flights.parts(flight)[0] for flight in (large, small)]
+    assert [part.reserved_s for part in parts] == pytest.approx([555 / 706.5, 151.5 / 706.5])
+    assert [part.reserved_low_s for part in parts] == pytest.approx([1 / 2, 153 / 1113])
+    assert [part.reserved_high_s for part in parts] == pytest.approx([960 / 1113, 1 / 2])
+
+
+def test_range_of_a_known_weight() -> None:
+    """The same with a weight of 0.01 (0 to 0.02): 158.1 to 150.03, and a range of 166.2 of 316.26 at most."""
+    flights = Flights()
+    flights.weight = Weight(0.0, 0.01, 0.02)
+    large, small = began(flights, 0.0), began(flights, 0.0)
+    for flight, prompt in ((large, 810), (small, 3)):
+        flights.end(flight, 1.0)
+        flights.counted(flight, Tokens(prompt, 0, 150))
+    parts = [flights.parts(flight)[0] for flight in (large, small)]
+    assert [part.reserved_s for part in parts] == pytest.approx([158.1 / 308.13, 150.03 / 308.13])
+    assert [part.reserved_low_s for part in parts] == pytest.approx([1 / 2, 150.06 / 316.26])
+    assert [part.reserved_high_s for part in parts] == pytest.approx([166.2 / 316.26, 1 / 2])
+
+
+def test_cached_tokens_that_are_not_told() -> None:
+    """Of 100 prompt tokens all or none may have been cached: a part of 10 of 120, up to 110 of 220.
+
+    Beside them 100 prompt tokens were computed, and 10 came out; all tokens weigh the same.
+    """
+    flights = Flights()
+    flights.weight = Weight(1.0, 1.0, 1.0)
+    unsure, sure = began(flights, 0.0), began(flights, 0.0)
+    for flight, cached in ((unsure, None), (sure, 0)):
+        flights.end(flight, 1.0)
+        flights.counted(flight, Tokens(100, cached, 10))
+    parts = [flights.parts(flight)[0] for flight in (unsure, sure)]
+    assert [part.reserved_s for part in parts] == pytest.approx([1 / 2, 1 / 2])
+    assert [part.reserved_low_s for part in parts] == pytest.approx([10 / 120, 1 / 2])
+    assert [part.reserved_high_s for part in parts] == pytest.approx([1 / 2, 110 / 120])
+
+
+def test_weight_that_changes_divides_once() -> None:
+    """A prompt's share goes by the weight of when its rate was known: together they are always the whole."""
+    flights = Flights()
+    one, other = began(flights, 0.0), began(flights, 0.0)
+    ended(flights, one, 1.0, 100)
+    flights.weight = Weight(0.1, 0.1, 0.1)
+    ended(flights, other, 1.0, 100)
+    flights.weight = Weight(0.9, 0.9, 0.9)
+    assert sum(flights.parts(flight)[0].reserved_s for flight in (one, other)) == pytest.approx(1.0)
 
 
 def test_rate_that_went_into_a_record_stays() -> None:
@@ -97,7 +171,7 @@ def test_memory_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(flights) == 0
     parts, assumed = flights.parts(short)
     assert assumed
-    assert (parts.by_tokens, parts.by_time) == ((1 / 3,), (1 / 3,))  # it ended beside the two long ones
+    assert (parts.mid, parts.low, parts.high) == ((1 / 3,), (0.0,), (1.0,))  # it ended beside the two long ones
 
 
 def test_rates_are_assumed_for_company_alone() -> None:
@@ -109,7 +183,8 @@ def test_rates_are_assumed_for_company_alone() -> None:
     later = began(flights, 2.0)
     ended(flights, later, 3.0)
     flights.parts(first, for_good=True)
-    assert [flight.rate_per_s for flight in (first, beside, later)] == [10.0, 10.0, None]
+    rates = [flight.rate and (flight.rate.per_s, flight.rate.told) for flight in (first, beside, later)]
+    assert rates == [(5.0, 1), (5.0, 0), None]  # 10 prompt tokens, of half an output token each
     for flight in (first, beside, later):
         assert flights.unwritten[0] is flight
         flights.written()

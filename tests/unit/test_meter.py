@@ -292,30 +292,49 @@ def test_window_too_short_for_the_counter(run: Run) -> None:
 # --- shares ----------------------------------------------------------------------------------------------------
 
 
+LARGE, SMALL = Parts((1001.0, 1003.0), (0.75,), (0.5,), (0.75,)), Parts((1001.0, 1003.0), (0.25,), (0.25,), (0.5,))
+
+
 def test_share_is_by_tokens(run: Run) -> None:
-    """A share is modelled: by tokens, between the share by tokens and that by time."""
+    """200 J, 3/4 (1/2 to 3/4) and 1/4 (1/4 to 1/2) of them: 150 and 50 J, modelled shares of what was measured.
+
+    The bounds are 100 to 150 and 50 to 100 J; at both ends the counter, read every 50 ms, may be wrong by 5 J, which
+    is added by the part.
+    """
     meter = run(steady(100.0))
-    large, small = (meter.share(Parts((1001.0, 1003.0), (part,), (0.5,))) for part in (0.75, 0.25))
+    large, small = meter.share(LARGE), meter.share(SMALL)
     assert [share.total_j for share in (large, small)] == pytest.approx([150.0, 50.0])
-    assert [share.low_j for share in (large, small)] == pytest.approx([100.0, 50.0])
-    assert [share.high_j for share in (large, small)] == pytest.approx([150.0, 100.0])
-    assert all(share.label is Label.MODELED and "shared" in share.flags for share in (large, small))
+    assert [share.low_j for share in (large, small)] == pytest.approx([100.0 - 5.0, 50.0 - 2.5])
+    assert [share.high_j for share in (large, small)] == pytest.approx([150.0 + 7.5, 100.0 + 5.0])
+    assert [share.resolution_j for share in (large, small)] == pytest.approx([7.5, 2.5])
+    assert [share.systematic_j for share in (large, small)] == pytest.approx([50.0, 50.0])
+    for share in (large, small):
+        assert (share.label, share.counter_label) == (Label.MODELED, Label.MEASURED)
+        assert "shared" in share.flags
 
 
 def test_share_of_a_part_of_the_time(run: Run) -> None:
-    """Where a prompt was alone it has all that flowed, where another was in flight its part."""
-    share = run(steady(100.0)).share(Parts((1001.0, 1001.5, 1002.0), (1.0, 0.2), (1.0, 0.5)))
+    """Where a prompt was alone it has all that flowed, where another was in flight its part.
+
+    50 J alone, and 0.2 (0.2 to 0.5) of 50 J: 60 J, 60 to 75 J without the counter's resolution. Its error counts with
+    the change of the part: at the begin 1, in the middle 0.8 (or 0.5), at the end 0.2 (or 0.5), up to 5 J each.
+    """
+    share = run(steady(100.0)).share(Parts((1001.0, 1001.5, 1002.0), (1.0, 0.2), (1.0, 0.2), (1.0, 0.5)))
     assert share.total_j == pytest.approx(60.0)
-    assert share.high_j == pytest.approx(75.0)
+    assert share.low_j == pytest.approx(60.0 - 2 * 5.0)
+    assert share.high_j == pytest.approx(75.0 + 2 * 5.0)
 
 
 def test_cpu_share_has_its_own_range_too(run: Run) -> None:
-    """A modelled CPU is divided like a counter, its own range included: its idle power by the time reserved."""
+    """A modelled CPU is divided like a counter, its own range included: its idle power by the time reserved.
+
+    12 J (half to twice): 9 J are 6 to 9 J by the parts, so 3 to 18 J, and a little more by the counter's steps.
+    """
     meter = run(cpu_model())
-    large, small = (meter.share(Parts((1001.0, 1003.0), (part,), (0.5,))) for part in (0.75, 0.25))
+    large, small = meter.share(LARGE), meter.share(SMALL)
     assert [share.total_j for share in (large, small)] == pytest.approx([9.0, 3.0])
-    assert [share.low_j for share in (large, small)] == pytest.approx([3.0, 1.5])
-    assert [share.high_j for share in (large, small)] == pytest.approx([18.0, 12.0])
+    assert [share.low_j for share in (large, small)] == pytest.approx([3.0, 1.5], rel=0.03)
+    assert [share.high_j for share in (large, small)] == pytest.approx([18.0, 12.0], rel=0.03)
 
 
 def test_share_of_what_is_not_known(run: Run) -> None:
@@ -328,7 +347,7 @@ def test_share_of_what_is_not_known(run: Run) -> None:
     ):
         meter = run(*sources)
         start_s = meter.mark() - 4.5
-        share = meter.share(Parts((start_s, start_s + 2), (0.5,), (0.5,)))
+        share = meter.share(Parts((start_s, start_s + 2), (0.5,), (0.5,), (0.5,)))
         assert share.total_j is None
         assert flag in share.flags
 
