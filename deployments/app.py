@@ -25,20 +25,21 @@ from deployments.cluster import RayCluster
 from deployments.energy_metrics import EnergyMetrics
 from deployments.ingress import IngressConfig
 from deployments.llm_args import map_llmconfig
+from deployments.local_ray import keep_logs
 from deployments.models import ModelSources
 from registry.actor import ACTOR_NAME, NAMESPACE, RegistryActor
-from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed
+from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed, in_one_line
 from registry.logs import configure_logging
 from registry.service import Service
-from registry.settings import Settings, differing
+from registry.settings import Settings, differing, url_host
 from registry.state import LLMSpec
-from registry.store import Store
+from registry.store import Store, parse_url
 
 INGRESS_APP = "registry"
 """Name of the ingress among Serve's applications."""
 
-EVERY_INTERFACE = ("0.0.0.0", "::")
-"""Hosts that no client can use as an address."""
+LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Hosts that mean every interface, which no client can use as an address, and what reaches them from here."""
 
 READY_POLL_S = 0.2
 
@@ -96,7 +97,14 @@ def require_engine() -> None:
         raise BadSettings("vllm", "is not installed; install greenprompt-llm-registry with the extra cpu or gpu")
 
 
-def start(settings: Settings, ray_folder: Path | None) -> Running:
+def check(settings: Settings) -> None:
+    """Check what needs no cluster to be checked. Raises BadSettings."""
+    require_engine()
+    home_llms(settings)
+    parse_url(settings.store_url)
+
+
+def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[], None] = lambda: None) -> Running:
     """Start everything.
 
     Args:
@@ -104,19 +112,23 @@ def start(settings: Settings, ray_folder: Path | None) -> Running:
             when this returns. Else that cluster is joined, where machines may still be missing: the registry answers
             then. One that runs there already, with the same settings, is kept as it is.
         ray_folder: folder for a local cluster's files; its environment is prepared.
+        on_joined: called when Ray runs, which has then replaced the handlers of signals.
 
     Raises:
         BadSettings: something in the configuration can't work here, or a registry runs there with other settings.
-        StartFailed: no wrapper was ready in time, or the registry does not answer.
+        StartFailed: Ray or Serve does not start, no wrapper was ready in time, or the registry does not answer.
     """
-    require_engine()
-    home_llms(settings)
+    check(settings)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\..*")
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     dashboard = join_ray(settings, ray_folder)
+    on_joined()
     settings = told_to_clients(settings, ray.util.get_node_ip_address())
-    serve.start(proxy_location="EveryNode", http_options={"host": settings.http.host, "port": settings.http.port})
+    try:
+        serve.start(proxy_location="EveryNode", http_options={"host": settings.http.host, "port": settings.http.port})
+    except Exception as error:  # Serve has no error of its own
+        raise _start_failed("Serve", error, settings, ray_folder) from error
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     _start_registry(settings)
@@ -130,9 +142,9 @@ def start(settings: Settings, ray_folder: Path | None) -> Running:
 
 def told_to_clients(settings: Settings, address: str) -> Settings:
     """The settings with a base URL that clients can use: this machine's ``address`` where Serve listens everywhere."""
-    if settings.http.public_url is not None or settings.http.host not in EVERY_INTERFACE:
+    if settings.http.public_url is not None or settings.http.host not in LOOPBACK_OF:
         return settings
-    http = settings.http.model_copy(update={"public_url": f"http://{address}:{settings.http.port}"})
+    http = settings.http.model_copy(update={"public_url": f"http://{url_host(address)}:{settings.http.port}"})
     return settings.model_copy(update={"http": http})
 
 
@@ -174,21 +186,30 @@ def join_ray(settings: Settings, folder: Path | None) -> str:
         except (ConnectionError, RayError) as error:
             raise BadSettings("ray.address", f"no cluster at {settings.ray.address!r}: {error}") from error
     else:
-        context = ray.init(
-            address="local",
-            namespace=NAMESPACE,
-            # Logical CPUs only gate actors' admission; ours ask for none.
-            num_cpus=max(4, os.cpu_count() or 1),
-            num_gpus=settings.ray.num_gpus,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=settings.ray.dashboard_port,
-            log_to_driver=False,
-            configure_logging=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder),
-        )
+        try:
+            context = ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                # Logical CPUs only gate actors' admission; ours ask for none.
+                num_cpus=max(4, os.cpu_count() or 1),
+                num_gpus=settings.ray.num_gpus,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=settings.ray.dashboard_port,
+                log_to_driver=False,
+                configure_logging=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+            )
+        except Exception as error:  # Ray raises whatever stood in its way
+            raise _start_failed("Ray", error, settings, folder) from error
     return f"http://{context.dashboard_url}"
+
+
+def _start_failed(what: str, error: Exception, settings: Settings, folder: Path | None) -> StartFailed:
+    """One line for an error of Ray's or Serve's own. A local cluster's logs are kept, for a look at the whole."""
+    kept = "" if folder is None else f"; logs: {keep_logs(folder, settings.state_dir / 'ray-logs')}"
+    return StartFailed(f"{what} does not start: {in_one_line(error)}{kept}")
 
 
 def _start_registry(settings: Settings) -> None:
@@ -250,13 +271,13 @@ def _reason(error: RayError) -> str:
 
 def _wait_until_ready(settings: Settings, *, usable: bool) -> None:
     """Wait for the ingress to say how the registry is; if asked for, that a wrapper is ``usable``."""
-    host = "127.0.0.1" if settings.http.host in EVERY_INTERFACE else settings.http.host
-    url = f"http://{host}:{settings.http.port}/healthz"
+    host = LOOPBACK_OF.get(settings.http.host, settings.http.host)
+    url = f"http://{url_host(host)}:{settings.http.port}/healthz"
     limit_s = settings.wrappers.start_timeout_s
     deadline_s = time.monotonic() + limit_s
     while True:
         try:
-            answer = httpx.get(url, timeout=10)
+            answer = httpx.get(url, timeout=10, trust_env=False)  # no proxy lies between this machine and itself
             if answer.is_success or (not usable and "status" in answer.json()):
                 return
             problem = answer.text

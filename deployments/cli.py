@@ -59,11 +59,11 @@ def up(
 
     settings = _settings(config, address)
     if detach and settings.ray.address is not None:
-        lifecycle.start_on_cluster(settings, say=console.print)
+        lifecycle.start_on_cluster(settings, say=_say)
     elif detach:
-        lifecycle.run_detached(settings, _up_command(config, address), say=console.print)
+        lifecycle.run_detached(settings, _up_command(config, address), say=_say)
     else:
-        lifecycle.run_in_foreground(settings, say=console.print)
+        lifecycle.run_in_foreground(settings, say=_say)
 
 
 @app.command()
@@ -71,7 +71,7 @@ def down(config: ConfigOption = DEFAULT_CONFIG, address: AddressOption = None) -
     """End a registry that was started with 'up'; returns when everything is gone."""
     from deployments import lifecycle
 
-    lifecycle.end(_settings(config, address), say=console.print)
+    lifecycle.end(_settings(config, address), say=_say)
 
 
 @app.command("ray-start", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -220,6 +220,10 @@ def _wait_until_drained(registry: RegistryClient, machine: str, timeout_s: float
         problems.print(f"greenprompt: {machine} was undrained meanwhile", markup=False, highlight=False)
         raise typer.Exit(EXIT_NOT_YET)
     return state
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _settings(config: Path, address: str | None) -> Settings:

@@ -19,7 +19,15 @@ from deployments import wrapper as wrapper_module
 from deployments.models import ModelSources
 from deployments.wrapper import WrapperConfig
 from registry.errors import RegistryError, WrapperUnheard, WrapperUnreachable, in_one_line
-from registry.reconcile import Belief, HandOver, LeaseGrant, Observation, WrapperPlan, WrapperReport
+from registry.reconcile import (
+    NODE_ID_DIGITS,
+    Belief,
+    HandOver,
+    LeaseGrant,
+    Observation,
+    WrapperPlan,
+    WrapperReport,
+)
 from registry.settings import Settings, forwarded_environment
 from registry.state import Grade, LLMSpec, Machine
 
@@ -231,7 +239,8 @@ def machines_of(nodes: Sequence[dict[str, Any]]) -> tuple[Machine, ...]:
     """Ray's living nodes as machines, in the order of their ids.
 
     A machine's id is its node's name (its address unless ``ray start --node-name`` said otherwise); where several
-    nodes share a name, as on one host, the later ones carry the first digits of their node id too. Zone and region are
+    nodes share a name, as on one host, the later ones carry the first digits of their node id too; which of them is the
+    later one ``with_known_ids`` knows. Zone and region are
     what the node's labels say (``ray start --labels``). How much memory there is its wrappers tell: Ray's own
     ``memory`` is what was left of it when the raylet started.
 
@@ -242,7 +251,7 @@ def machines_of(nodes: Sequence[dict[str, Any]]) -> tuple[Machine, ...]:
         resources, node_id = node["Resources"], str(node["NodeID"])
         name = str(node.get("NodeName") or node["NodeManagerAddress"])
         if name in machines:
-            name = f"{name}-{node_id[:6]}"
+            name = f"{name}-{node_id[:NODE_ID_DIGITS]}"
         labels = node.get("Labels") or {}
         gpu_types = [key.partition(":")[2] for key in resources if key.startswith("accelerator_type:")]
         machines[name] = Machine(

@@ -9,41 +9,28 @@ from typing import NamedTuple
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
-class _Stat(NamedTuple):
+class ProcessStat(NamedTuple):
+    """One process: its parent, its start (ticks since boot), its own CPU time and that of reaped children, ticks."""
+
     parent: int
     started: int
-    cpu_ticks: int
+    own_ticks: int
+    reaped_ticks: int
 
 
-class CPUTimeTree:
-    """CPU-seconds of a process tree. Not thread-safe.
+class ProcessTable:
+    """The processes of a machine as /proc shows them. Several trees share one, so that it is listed once for all."""
 
-    The time of a child that has ended is not lost: the kernel adds it to its parent when that reaps it, and what it
-    can't add (a parent that ignores its children, or that died first) is kept from the last look. A descendant whose
-    parent dies stays in the tree. Only what a process did between the last look and its unreaped end is missed.
+    def __init__(self, proc_root: Path = Path("/proc")) -> None:
+        self.root = proc_root
+        self._listed_s: float | None = None
+        self._listed: dict[int, ProcessStat] = {}
 
-    Args:
-        pid: The root of the tree.
-        proc_root: Where proc is mounted.
-        rescan_s: How often new descendants are looked for, seconds; reading the known ones is cheaper.
-
-    Source: proc_pid_stat(5): ppid, utime, stime, cutime, cstime, starttime.
-    """
-
-    def __init__(self, pid: int, *, proc_root: Path = Path("/proc"), rescan_s: float = 1.0) -> None:
-        self._root = pid
-        self._proc_root = proc_root
-        self._rescan_s = rescan_s
-        self._started: dict[int, int] = {}
-        self._scanned_s: float | None = None
-        self._raw_ticks: int | None = None
-        self._total_ticks = 0
-
-    def _stat(self, pid: int) -> _Stat | None:
-        """One line of /proc; None when there is no such process (any more)."""
+    def stat(self, pid: int) -> ProcessStat | None:
+        """One process; None if there is no such process (any more)."""
         try:
             # os.open costs a third of Path.read_bytes, and this runs for every process 20 times a second.
-            fd = os.open(f"{self._proc_root}/{pid}/stat", os.O_RDONLY)
+            fd = os.open(f"{self.root}/{pid}/stat", os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
@@ -54,50 +41,130 @@ class CPUTimeTree:
             os.close(fd)
         # The second field is the program's name in parentheses and may hold anything, so count from its end.
         fields = text[text.rindex(b")") + 2 :].split()
-        return _Stat(int(fields[1]), int(fields[19]), sum(int(field) for field in fields[11:15]))
+        own, reaped = (int(fields[first]) + int(fields[first + 1]) for first in (11, 13))
+        return ProcessStat(int(fields[1]), int(fields[19]), own, reaped)
 
-    def _scan(self) -> None:
+    def listed(self, now_s: float) -> dict[int, ProcessStat]:
+        """All processes, as of this time. Takes milliseconds where there are many."""
+        if self._listed_s != now_s:
+            names = [path.name for path in self.root.iterdir() if path.name.isdigit()]
+            self._listed = {int(name): stat for name in names if (stat := self.stat(int(name))) is not None}
+            self._listed_s = now_s
+        return self._listed
+
+
+class CPUTimeTree:
+    """CPU-seconds of a process tree. Not thread-safe.
+
+    A child's time moves to its parent when that reaps it. Parents are read before their children, so what a child
+    takes along shows in its parent in this look or in the next one, where it is counted once. What is not inherited
+    (a parent that ignores its children, or that died first) is kept from the last look. A descendant whose parent dies
+    stays in the tree. Only what a process did between the last look and its unreaped end is missed.
+
+    No time grows by more than ``processors`` explain: of anything above that the rest is dropped.
+
+    Args:
+        pid: The root of the tree.
+        proc_root: Where proc is mounted.
+        rescan_s: How often new descendants are looked for, seconds; reading the known ones is cheaper.
+        table: The machine's processes, where others read them, too.
+        processors: How many CPUs there are; None: those of this machine.
+
+    Source: proc_pid_stat(5): ppid, utime, stime, cutime, cstime, starttime.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        *,
+        proc_root: Path = Path("/proc"),
+        rescan_s: float = 1.0,
+        table: ProcessTable | None = None,
+        processors: int | None = None,
+    ) -> None:
+        self.processors = processors or os.cpu_count() or 1
+        self._root = pid
+        self._table = table or ProcessTable(proc_root)
+        self._rescan_s = rescan_s
+        self._known: dict[int, ProcessStat] = {}
+        self._scanned_s: float | None = None
+        self._read_s: float | None = None
+        self._ended_ticks = 0
+        self._total_ticks = 0.0
+        self._spare_ticks = 0.0
+
+    def _scan(self, now_s: float) -> None:
         """Add descendants that are new. The known stay, whoever their parent is by now."""
-        names = [path.name for path in self._proc_root.iterdir() if path.name.isdigit()]
-        stats = {int(name): stat for name in names if (stat := self._stat(int(name))) is not None}
+        stats = self._table.listed(now_s)
         children: dict[int, list[int]] = {}
         for pid, stat in stats.items():
             children.setdefault(stat.parent, []).append(pid)
-        todo = [self._root, *(pid for pid in self._started if pid in stats)]
-        found: dict[int, int] = {}
+        todo = [self._root, *self._known]
+        found: set[int] = set()
         while todo:
             pid = todo.pop()
             if pid in stats and pid not in found:
-                found[pid] = stats[pid].started
+                found.add(pid)
                 todo.extend(children.get(pid, ()))
-        self._started = found
+        known, self._known = self._known, {}
+        for pid in sorted(found, key=lambda pid: _depth(pid, stats)):
+            new = stats[pid]
+            # What is new counts from its birth, but for what was there at the first look.
+            self._known[pid] = known.pop(
+                pid, new if self._read_s is None else new._replace(own_ticks=0, reaped_ticks=0)
+            )
+        self._known |= known  # those that have ended since: the next reading sees to them
 
     def pids(self) -> frozenset[int]:
         """The processes of the tree, as of the last scan."""
-        return frozenset(self._started)
+        return frozenset(self._known)
 
     def exists(self, pid: int) -> bool:
         """Whether this process can be seen from here."""
-        return self._stat(pid) is not None
+        return self._table.stat(pid) is not None
 
     def refresh(self, now_s: float) -> None:
         """Look for new descendants, if the last look is ``rescan_s`` ago."""
         if self._scanned_s is None or now_s - self._scanned_s >= self._rescan_s:
-            self._scan()
+            self._scan(now_s)
             self._scanned_s = now_s
 
     def read_s(self, now_s: float) -> float:
         """CPU-seconds since the first call, ≥ 0 and never less than before."""
         self.refresh(now_s)
-        raw = 0
-        for pid, started in list(self._started.items()):
-            stat = self._stat(pid)
-            if stat is None or stat.started != started:
-                del self._started[pid]
+        own = reaped = ended = 0
+        for pid, last in list(self._known.items()):
+            stat = self._table.stat(pid)
+            if stat is None or stat.started != last.started:
+                ended += last.own_ticks + last.reaped_ticks
+                del self._known[pid]
             else:
-                raw += stat.cpu_ticks
-        if self._raw_ticks is not None:
-            # The sum falls when a process ended unreaped: its time stays counted, so start again from here.
-            self._total_ticks += max(raw - self._raw_ticks, 0)
-        self._raw_ticks = raw
+                own += max(stat.own_ticks - last.own_ticks, 0)
+                reaped += max(stat.reaped_ticks - last.reaped_ticks, 0)
+                self._known[pid] = stat
+        # Time that was counted already while those who took it along lived.
+        reaped -= min(self._ended_ticks, reaped)
+        self._ended_ticks = max(ended - reaped, 0)
+        reaped -= min(ended, reaped)
+        self._count(now_s, own + reaped)
         return self._total_ticks / TICKS_PER_S
+
+    def _count(self, now_s: float, ticks: int) -> None:
+        """Add CPU time, no more than the processors had since the last reading and one look for new processes."""
+        per_s = self.processors * TICKS_PER_S
+        if self._read_s is None:
+            self._spare_ticks = per_s * self._rescan_s
+        else:
+            self._spare_ticks += per_s * max(now_s - self._read_s, 0.0)
+            ticks_in_time = min(float(ticks), self._spare_ticks)
+            self._total_ticks += ticks_in_time
+            self._spare_ticks = min(self._spare_ticks - ticks_in_time, per_s * self._rescan_s)
+        self._read_s = now_s
+
+
+def _depth(pid: int, stats: dict[int, ProcessStat]) -> int:
+    """How many ancestors a process has."""
+    depth = 0
+    while (stat := stats.get(pid)) is not None and depth < len(stats):
+        pid, depth = stat.parent, depth + 1
+    return depth

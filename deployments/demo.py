@@ -86,7 +86,11 @@ def run_demo(config: Path, models: list[str], console: Console) -> None:
             make_tiny_llm(Path(path), seed=number)
     rows = [Row(model) for model in models]
     failed: list[str] = []
-    with _registry(config, console) as url, RegistryClient(url) as registry, httpx.Client(timeout=600) as http:
+    with (
+        _registry(config, console) as url,
+        RegistryClient(url) as registry,
+        httpx.Client(timeout=600, trust_env=False) as http,
+    ):
         ids = registry.request(MEASUREMENT_ID, [_llmconfig(model) for model in models])
         console.print(f"\nPOST /promptingservice/request → {len(ids)} links, polled until the LLM is ours:")
         for row, request_id in zip(rows, ids, strict=True):
@@ -119,8 +123,8 @@ def _use(registry: RegistryClient, http: httpx.Client, row: Row, rows: list[Row]
 
     try:
         state = registry.wait_until_deployed(row.request_id, on_change=show, poll_s=POLL_S)
-        assert state.address is not None  # deployed
-        lease = HeldLease(state, state.address, http)
+        assert state.url is not None  # deployed
+        lease = HeldLease(state, state.url, http)
         for question in QUESTIONS:
             row.note = f"prompt {len(row.answers) + 1} of {len(QUESTIONS)}"
             show(None)
@@ -129,7 +133,7 @@ def _use(registry: RegistryClient, http: httpx.Client, row: Row, rows: list[Row]
             row.prompts_s += time.monotonic() - begun_s
         row.note = "streaming /v1/chat/completions"
         show(None)
-        row.streamed = _stream(http, state.address, row.model)
+        row.streamed = _stream(http, state.url, row.model)
         row.note = "done"
     finally:
         registry.release(row.request_id)
@@ -149,7 +153,7 @@ def _await_windows(registry: RegistryClient, rows: list[Row]) -> None:
         time.sleep(POLL_S)
 
 
-def _stream(http: httpx.Client, address: str, model: str) -> int:
+def _stream(http: httpx.Client, url: str, model: str) -> int:
     """Stream one chat completion by vLLM's own API; how many pieces came."""
     body = {
         "model": model,
@@ -158,7 +162,7 @@ def _stream(http: httpx.Client, address: str, model: str) -> int:
         "stream": True,
     }
     pieces = 0
-    with http.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
+    with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
         if not response.is_success:
             response.read()
             raise StartFailed(f"the streamed completion was refused: {response.text[:200]}")

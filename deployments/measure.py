@@ -335,7 +335,7 @@ def _named(windows: Sequence[WindowReport], lines: Sequence[dict[str, Any]]) -> 
 
 
 def _lease_line(llm: str, repetition: int, state: RequestState) -> dict[str, Any]:
-    return {"llm": llm, "repetition": repetition, **state.model_dump(mode="json", exclude={"address"})}
+    return {"llm": llm, "repetition": repetition, **state.model_dump(mode="json", exclude={"url", "address"})}
 
 
 def said(state: RequestState) -> str:

@@ -18,6 +18,7 @@ from typing import Final
 from deployments.activity import Activity
 from deployments.attribution import Flow, Parts, counted, shared, together, unknown
 from deployments.counter_check import Check, CounterCheck
+from deployments.edge_check import EdgeCheck
 from deployments.energy import Component, Energy, Label, total, worst
 from deployments.energy_sources import CounterLost, GPUPower, ReadFailed, Source, Unreadable
 from deployments.timeline import Interval
@@ -29,6 +30,8 @@ _STALE_S = 0.5
 _CONTENTION_PERIOD_S = 1.0
 CONTENDED: Final = "contended"
 """Flag: something else was at work on the hardware, or on the machine."""
+_LIMITS_PERIOD_S = 10.0
+"""How often power limits are read: operators change them while GPUs run."""
 _JOIN_TIMEOUT_S = 2.0
 
 
@@ -38,6 +41,7 @@ class _Channel:
 
     source: Source
     track: Track
+    edges: EdgeCheck
     check: CounterCheck | None = None
     readings: int = 0
     failures: int = 0
@@ -87,6 +91,7 @@ class Meter:
                     stale_s=max(_STALE_S, 3 * poll_s),
                     activity=self._activity,
                 ),
+                EdgeCheck(source.max_age_s, source.step + source.late),
                 # One whose period nobody tells is watched at the start.
                 None if source.max_age_s is not None else CounterCheck(source.name),
             )
@@ -109,7 +114,8 @@ class Meter:
         self._contended_s: deque[float] = deque(maxlen=100_000)
         self._contention_unknown = False
         self._contention_due_s = clock()
-        self._not_covered = tuple(_not_covered([channel.source.name for channel in self._channels]))
+        self._limits_due_s = clock() + _LIMITS_PERIOD_S
+        self._not_covered = tuple(_not_covered([channel.source for channel in self._channels]))
 
     # --- polling ----------------------------------------------------------------------------------------
 
@@ -144,31 +150,48 @@ class Meter:
 
     def poll_once(self) -> None:
         """Read every counter once. For the poller, and for tests that have no thread."""
+        now_s = self._clock()
+        if now_s >= self._limits_due_s:
+            self._limits_due_s = now_s + _LIMITS_PERIOD_S
+            self._read_limits()
         for channel in self._channels:
-            asked_s = self._clock()
-            try:
-                units = channel.source.read(asked_s)
-            except ReadFailed as error:
-                # A counter goes on counting, so this costs an edge and no joule; it shows in describe().
-                with self._lock:
-                    channel.failures += 1
-                    channel.error = str(error)
-                continue
-            except CounterLost as lost:
-                if channel.check is not None:
-                    channel.check.restart()
-                with self._lock:
-                    channel.track.lost(lost.flag)
-                    channel.error = lost.flag
-                continue
-            if channel.check is not None and channel.check.found is None:
-                channel.check.add(asked_s, units, channel.source.power_w())
-            with self._lock:
-                channel.track.add(asked_s, self._clock(), units)
-                channel.readings += 1
+            self._poll(channel)
         if self._clock() >= self._contention_due_s:
             self._contention_due_s = self._clock() + _CONTENTION_PERIOD_S
             self._look_for_strangers()
+
+    def _poll(self, channel: _Channel) -> None:
+        source = channel.source
+        asked_s = self._clock()
+        try:
+            units = source.read(asked_s)
+            answered_s = self._clock()
+            if not channel.edges.plausible(answered_s, units, source.max_rate):
+                source.read_limit()  # it may have been raised just now
+            channel.edges.add(asked_s, answered_s, units, source.max_rate)
+        except ReadFailed as error:
+            # A counter goes on counting, so this costs an edge and no joule; it shows in describe().
+            with self._lock:
+                channel.failures += 1
+                channel.error = str(error)
+        except CounterLost as lost:
+            channel.edges.restart()
+            if channel.check is not None:
+                channel.check.restart()
+            with self._lock:
+                channel.track.lost(lost.flag)
+                channel.error = lost.flag
+        else:
+            if channel.check is not None and channel.check.found is None:
+                channel.check.add(asked_s, units, source.power_w())
+            with self._lock:
+                channel.track.max_rate = source.max_rate
+                channel.track.add(asked_s, answered_s, units)
+                channel.readings += 1
+
+    def _read_limits(self) -> None:
+        for channel in self._channels:
+            channel.source.read_limit()
 
     def _look_for_strangers(self) -> None:
         now_s = self._clock()
@@ -339,11 +362,11 @@ class Meter:
             }
 
 
-def _not_covered(names: Sequence[str]) -> Iterable[str]:
+def _not_covered(sources: Sequence[Source]) -> Iterable[str]:
     """Flags for the kinds of hardware that nothing counts. A model of whole servers' CPUs has their memory in it."""
-    packages = any(name.startswith("package-") for name in names)
-    model = "cpu-model" in names
-    if not packages and not model:
+    names = [source.name for source in sources]
+    both = "cpu-model" in names or any(source.covers_cpu for source in sources)
+    if not both and not any(name.startswith("package-") for name in names):
         yield "cpu_not_covered"
-    if not model and not any(name.startswith("dram-") for name in names):
+    if not both and not any(name.startswith("dram-") for name in names):
         yield "dram_not_covered"

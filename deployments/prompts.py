@@ -26,9 +26,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of, is_warmup, prompt_id_of
 from deployments.engine import RunningLLM, public_path
-from deployments.error_answers import RETRY_AFTER_S, error_answer, registry_error
+from deployments.error_answers import (
+    RETRY_AFTER_S,
+    error_answer,
+    fastapi_detail,
+    openai_problem,
+    registry_error,
+)
 from deployments.lease_gate import LeaseGate
 from deployments.llm_args import map_prompting
+from deployments.prompt_errors import EngineFailed, NoSuchPath, NotJSON, PromptTooLong
 from deployments.prompt_meter import PromptMeter
 from deployments.token_count import counting_tokens
 from registry.errors import EngineNotReady, RegistryError, RegistryUnheard, TooManyPrompts
@@ -58,20 +65,6 @@ class _Marks(TypedDict):
 
     warmup: bool
     prompt_id: str | None
-
-
-class PromptTooLong(RegistryError):
-    """A prompt was cut because it took longer than prompts may."""
-
-    code = "prompt_too_long"
-    http_status = 504
-
-    def __init__(self, limit_s: float) -> None:
-        super().__init__(limit_s)
-        self.limit_s = limit_s
-
-    def __str__(self) -> str:
-        return f"the answer took longer than {self.limit_s} s and was cut; ask for fewer tokens"
 
 
 class Question(BaseModel):
@@ -132,6 +125,7 @@ class PromptGate:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         token, _, rest = path.lstrip("/").partition("/")
+        openai = rest.startswith("v1/")
         exchange = _Exchange(receive, send)
         try:
             grant = self._gate.check(token)
@@ -141,21 +135,21 @@ class PromptGate:
                 case ("POST", "/process_prompt"):
                     await self._tracked(grant, exchange, self._process_prompt(grant, scope, exchange))
                 case (method, inner) if public_path(method, inner):
+                    _require_json(scope)
                     await self._tracked(grant, exchange, self._native(inner, scope, exchange))
                 case (method, inner):
-                    known = "GET get_status, POST process_prompt and vLLM's /v1/… are served here"
-                    await error_answer(404, "no_such_path", f"{method} {inner}: {known}")(scope, receive, send)
+                    raise NoSuchPath(method, inner)
         except RegistryError as error:
             if exchange.started:
                 await exchange.tell(error)
                 raise  # the status is out: it breaks off, so that nobody takes it for complete
-            await registry_error(error)(scope, receive, send)
+            await registry_error(error, openai=openai)(scope, receive, send)
         except Exception as error:
             # As text: some renderers of tracebacks show local variables, and the token is one.
             log.error("a prompt failed", traceback=traceback.format_exc())  # noqa: TRY400
             if exchange.started:
                 raise
-            await error_answer(500, "engine_failed", f"the engine failed: {type(error).__name__}")(scope, receive, send)
+            await registry_error(EngineFailed(type(error).__name__), openai=openai)(scope, receive, send)
 
     def _status(self) -> dict[str, Any]:
         running, state = self._engine()
@@ -249,9 +243,11 @@ class PromptGate:
         try:
             question = Question.model_validate_json(await Request(scope, exchange.receive).body())
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "body"
-            response = error_answer(422, "invalid_field", f"{field}: {first['msg']}", field=field)
+            problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
+            field, message = ".".join(map(str, problems[0]["loc"][1:])) or "body", problems[0]["msg"]
+            response = error_answer(
+                422, "invalid_field", f"{field}: {message}", field=field, detail=fastapi_detail(problems)
+            )
         else:
             response = await self._answer(grant, question.question, exchange, _marks(scope))
         await response(scope, exchange.receive, exchange.send)
@@ -283,6 +279,13 @@ class PromptGate:
         flight.answer_id = answered.get("id")
         energy = self._meter.account(flight, usage=usage, answer=text)
         return JSONResponse({"answer": text, "finish_reason": choice["finish_reason"], "usage": usage, **energy})
+
+
+def _require_json(scope: Scope) -> None:
+    """Raise NotJSON for a POST whose body is not said to be JSON, which vLLM would call a bad request."""
+    given = content_type_of(scope["headers"]).decode("latin-1")
+    if scope["method"] == "POST" and given.split(";")[0].strip().lower() != "application/json":
+        raise NotJSON(given)
 
 
 def _marks(scope: Scope) -> _Marks:
@@ -384,7 +387,7 @@ class _Exchange:
     async def tell(self, error: RegistryError) -> None:
         """Say in an event stream that was cut why it ends here, in OpenAI's form. Nothing else can say anything."""
         if self._streams_events:
-            problem = {"message": str(error), "type": error.code, "code": error.http_status}
+            problem = openai_problem(error.http_status, error.code, str(error))
             event = f"data: {json.dumps({'error': problem})}\n\n".encode()
             await self._send({"type": "http.response.body", "body": event, "more_body": True})
 

@@ -5,12 +5,14 @@ Only `zeus.device` is used: it reads counters. Zeus' own windows tell 0 J where 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from deployments.energy import Label
 from deployments.energy_sources import ReadFailed, Source, Unreadable
+from deployments.gpu_counters import GPU_LIMIT_W
 from registry.errors import in_one_line
 
 
@@ -24,14 +26,17 @@ class ZeusGPU(Source):
     label = Label.MEASURED
     origin = "energy counter of the GPU, read by zeus"
     step = 1e-3
+    default_limit_w = GPU_LIMIT_W
 
     def __init__(self, index: int, gpu: Any) -> None:
         self.name = f"gpu:zeus-{index}"
         self._gpu = gpu
-        try:
-            self.limit_w = float(gpu.get_power_management_limit()) / 1000
-        except Exception:
-            self.limit_w = None
+        self.read_limit()
+
+    def read_limit(self) -> None:
+        """Read the power limit again; it stays as it was if the GPU does not tell it."""
+        with suppress(Exception):  # zeus raises errors of the vendors' libraries
+            self.limit_w = max(float(self._gpu.get_power_management_limit()) / 1000, self.limit_w or 0.0)
 
     def read(self, now_s: float) -> float:
         """Joules since the driver was loaded."""

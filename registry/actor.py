@@ -112,6 +112,18 @@ class RegistryActor:
         await self.ready()
         self._service.release(request_id)
 
+    async def withdraw(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
+        """End the requests of a POST whose answer did not reach its client."""
+        await self.ready()
+        self._service.withdraw(request_ids, tenant=tenant, key=key)
+
+    async def lease_url(self, token: str) -> str:
+        """The base URL of the lease with this token."""
+        await self.ready()
+        url = views.lease_url(self._service, self._service.leased_with(token))
+        assert url is not None  # leased
+        return url
+
     async def measurement(self, measurement_id: int) -> str:
         """JSON MeasurementState."""
         await self.ready()

@@ -331,6 +331,9 @@ class Allocator:
 
     def _check_room(self, tenant: str, count: int) -> None:
         limits, queued = self._limits, self._ledger.by_request.queued
+        most = min(limits.max_queued, limits.max_queued_per_tenant)
+        if count > most:
+            raise InvalidField("llms", f"{count} LLMs are more than may ever wait here ({most}); send several requests")
         if self.queued_count() + count > limits.max_queued:
             raise QueueFull("this registry", limits.max_queued)
         if len(queued.get(tenant, ())) + count > limits.max_queued_per_tenant:

@@ -1,12 +1,13 @@
 """The wire: every JSON body that the ingress takes and gives, shared by the ingress and the clients.
 
-The Prompting Service's contract (field names, status codes, order) never changes; fields may be added.
+The Prompting Service's contract (field names, status codes, order) never changes. Requests are strict: an unknown field
+is a 422. Answers are open: a later release may add fields, and clients ignore those that they don't know.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -76,18 +77,26 @@ def _can_be_answered(args: dict[str, Any]) -> dict[str, Any]:
 Args = Annotated[dict[str, Any], AfterValidator(_can_be_answered)]
 
 
-class _Wire(BaseModel):
+class _Asked(BaseModel):
+    """A part of a request: a field that is not known is an error, since it would have no effect."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class LLMArgs(_Wire):
+class _Answered(BaseModel):
+    """A part of an answer: a newer registry may add fields, which an older client ignores."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", json_schema_extra={"additionalProperties": True})
+
+
+class LLMArgs(_Asked):
     """Arguments in Hugging Face words or vLLM's own; both objects are required and may be empty."""
 
     prompting: Args = Field(description="How to answer: max_new_tokens, do_sample, temperature …")
     deployment: Args = Field(description="How to run the LLM: torch_dtype, max_model_len …")
 
 
-class LLMConfig(_Wire):
+class LLMConfig(_Asked):
     """One LLM as the client describes it."""
 
     modeltyp: NonEmpty = Field(description="What the LLM does, e.g. text-generation")
@@ -96,7 +105,7 @@ class LLMConfig(_Wire):
     args: LLMArgs
 
 
-class PromptingRequest(_Wire):
+class PromptingRequest(_Asked):
     """Body of POST /promptingservice/request."""
 
     measurementId: Annotated[StrictInt, Field(gt=0, le=MAX_ID)]
@@ -113,24 +122,25 @@ class PromptingRequest(_Wire):
     )
 
 
-class AcceptedRequest(_Wire):
+class AcceptedRequest(_Answered):
     """One accepted LLM of a POST; ``link`` is where its status is polled."""
 
     requestId: str
     llmconfig: dict[str, Any]
     link: str
     status: str
-    address: str | None = Field(None, description="Not null when the LLM was warm and free, and is ours already")
+    url: str | None = Field(None, description="Not null when the LLM was warm and free, and is ours already")
+    address: str | None = Field(None, description="As in RequestState; not null when url is not")
     notes: list[str] = Field(default=[], description="What of the args was translated or dropped")
 
 
-class PromptingAnswer(_Wire):
+class PromptingAnswer(_Answered):
     """Answer of POST /promptingservice/request: one entry per LLM, in the order asked."""
 
     requests: list[AcceptedRequest]
 
 
-class EnergyState(_Wire):
+class EnergyState(_Answered):
     """What a lease has cost so far, by the energy windows that are written down: they come some time after the fact.
 
     A figure that is null is not known, or a part of it is not.
@@ -146,11 +156,11 @@ class EnergyState(_Wire):
     unknown_windows: int = Field(0, description="How many windows of it have no known joules")
 
 
-class RequestState(_Wire):
+class RequestState(_Answered):
     """Answer of GET /promptingservice/request/{requestId}.
 
-    ``address`` is null until ``status`` is ``deployed`` and again after the lease ended. Times are ISO 8601 UTC,
-    durations seconds.
+    ``url`` and ``address`` are null until ``status`` is ``deployed`` and again after the lease ended. Times are ISO
+    8601 UTC, durations seconds.
     """
 
     requestId: str
@@ -158,7 +168,10 @@ class RequestState(_Wire):
     status: str
     measurementId: int
     tenant: str = Field("default", description="Whose turn in the queue its measurement takes")
-    address: str | None
+    url: str | None = Field(None, description="Base URL of the LLM: {url}/process_prompt, {url}/v1 … It is the key")
+    address: str | None = Field(
+        description="lease:<token>@<host>, for clients that build http://{address}:8000/process_prompt themselves"
+    )
     link: str
     position: int | None = Field(None, description="Place in the queue, 1 is next; null unless queued")
     phase: str | None = Field(None, description="What is being done while deploying: loading, warming_up …")
@@ -189,7 +202,7 @@ class RequestState(_Wire):
     energy: EnergyState | None = Field(None, description="What its lease has cost so far; null: nothing is known yet")
 
 
-class EventState(_Wire):
+class EventState(_Answered):
     """One entry of GET /promptingservice/request/{requestId}/events: what happened to the request, when, and why.
 
     ``what`` is the registry's own word: LeaseRequested, LLMDeployed, LLMDeployFailed, LeaseBound, TimePassed …
@@ -204,7 +217,7 @@ class EventState(_Wire):
     wrapper: str | None = None
 
 
-class MeasurementState(_Wire):
+class MeasurementState(_Answered):
     """Answer of GET /measurements/{measurementId}."""
 
     measurementId: int
@@ -218,7 +231,7 @@ class MeasurementState(_Wire):
     requests: list[RequestState]
 
 
-class MachineState(_Wire):
+class MachineState(_Answered):
     """One machine of GET /machines."""
 
     machine: str
@@ -230,7 +243,7 @@ class MachineState(_Wire):
     gpuMemoryBytes: int | None = Field(None, description="Memory of each GPU; null: none, or not known")
     zone: str | None = Field(None, description="Availability zone, by its Ray node's labels; null: not known")
     region: str | None = Field(None, description="Region, likewise")
-    drain: Literal["draining", "drained"] | None = Field(
+    drain: str | None = Field(
         None, description="draining: no LLM is handed out there any more; drained: nothing of ours is left on it"
     )
     leases: int = Field(0, description="LLMs that are in use there")
@@ -246,7 +259,7 @@ class MachineState(_Wire):
     wrappers: list[WrapperState]
 
 
-class WrapperState(_Wire):
+class WrapperState(_Answered):
     """One wrapper of a machine; ``meter`` tells which energy counters were found there."""
 
     wrapper: str
@@ -268,7 +281,7 @@ class WrapperState(_Wire):
     versions: dict[str, str] | None = None
 
 
-class LLMState(_Wire):
+class LLMState(_Answered):
     """One LLM of GET /llms: an LLM that runs or is being started somewhere."""
 
     model: str
@@ -281,7 +294,7 @@ class LLMState(_Wire):
     status: str
 
 
-class HealthState(_Wire):
+class HealthState(_Answered):
     """Answer of GET /healthz."""
 
     status: str
@@ -291,14 +304,15 @@ class HealthState(_Wire):
     version: str
 
 
-class ErrorAnswer(_Wire):
-    """Body of every error: a stable ``code`` and a sentence for people; ``field`` where one is to blame."""
+class ErrorAnswer(_Answered):
+    """Body of every error outside ``/v1``: a stable ``code`` and a sentence; ``field`` where one is to blame."""
 
     code: str
     message: str
     retryable: bool
     field: str | None = None
     errors: list[dict[str, str]] | None = Field(None, description="Every invalid field of a 422")
+    detail: list[dict[str, Any]] | None = Field(None, description="The same as FastAPI lists it: loc, msg, type …")
 
 
 MachineState.model_rebuild()

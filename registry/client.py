@@ -9,6 +9,7 @@ with RegistryClient("http://127.0.0.1:8000") as registry:
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from registry.api import (
     RequestState,
 )
 from registry.errors import RegistryError
+from registry.http import http_client
 from registry.report import MeasurementReport
 from registry.window_report import WindowReport, WindowsPage
 
@@ -50,7 +52,9 @@ WARMUP_HEADER = "X-GreenPrompt-Warmup"
 PROMPT_HEADER = "X-GreenPrompt-Prompt"
 """The client's own name of a prompt, percent-encoded."""
 
-_PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+_PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
+"""Answers after which a call is repeated, if they say so; not 504, after which it would wait as long again."""
+
 _REPORT = TypeAdapter(MeasurementReport)
 _PAGE = TypeAdapter(WindowsPage)
 
@@ -91,7 +95,7 @@ class HeldLease:
     """An LLM that is ours until we give it back."""
 
     state: RequestState
-    address: str
+    url: str
     _http: httpx.Client
 
     def prompt(
@@ -110,11 +114,11 @@ class HeldLease:
             AnswerError: the lease has ended (410), the LLM is not back yet (503), or the engine refused.
             httpx.HTTPError: the wrapper could not be reached, or took longer than ``timeout_s`` seconds.
         """
-        url, body = f"{self.address}/process_prompt", {"question": question}
+        url, body = f"{self.url}/process_prompt", {"question": question}
         headers = {WARMUP_HEADER: "true"} if warmup else {}
         if prompt_id is not None:
             headers[PROMPT_HEADER] = quote(prompt_id, safe="")
-        # No decorator: what is repeated would be logged with its arguments, and the address is the key.
+        # No decorator: what is repeated would be logged with its arguments, and the URL is the key.
         for attempt in stamina.retry_context(_may_ask_again, attempts=None, timeout=RETRY_FOR_S):
             with attempt:
                 answer: dict[str, Any] = _checked(
@@ -128,9 +132,12 @@ class RegistryClient:
     """Calls to one registry. Not for use by several threads at once, but for the prompts of a lease."""
 
     def __init__(self, base_url: str, *, timeout_s: float = 60.0) -> None:
-        """Make a client of the ingress at ``base_url``, as in ``http://127.0.0.1:8000``; nothing is sent yet."""
-        # Without httpx' own limit of 100 connections: how many prompts are in flight is the caller's choice.
-        self._http = httpx.Client(base_url=base_url.rstrip("/"), timeout=timeout_s, limits=httpx.Limits())
+        """Make a client of the ingress at ``base_url``, as in ``http://127.0.0.1:8000``; nothing is sent yet.
+
+        Raises:
+            BadSettings: that is no URL, or the environment names certificates or a proxy that can't be used.
+        """
+        self._http = http_client(base_url, timeout_s=timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -158,8 +165,7 @@ class RegistryClient:
     ) -> list[str]:
         """Ask for LLMs (llmconfigs); their request ids, in order.
 
-        With a key, of which the registry knows that it has seen it, the call is repeated like ``status``; without one
-        it never is.
+        Repeated like ``status``: by its key the registry knows a request that it has seen.
 
         Args:
             measurement_id: > 0; yours to choose.
@@ -169,7 +175,8 @@ class RegistryClient:
             like: id of an earlier request that is to be repeated.
             max_j: what each of the leases may use up, J; None: no limit.
             max_g: the same in gCO2eq.
-            idempotency_key: yours to choose, as long as it is another for another request.
+            idempotency_key: yours to choose, another one for each request; None: a random one. Give one to be able to
+                ask for the same requests again after this call failed.
 
         Raises:
             AnswerError: the request was refused: 422 for what can't be served here, with the field and the figures.
@@ -178,11 +185,8 @@ class RegistryClient:
         options = {"gpuType": gpu_type, "grade": grade, "like": like, "maxJoules": max_j, "maxGco2eq": max_g}
         body: dict[str, Any] = {"measurementId": measurement_id, "llms": list(llms)}
         body |= {name: value for name, value in options.items() if value is not None}
-        if idempotency_key is None:
-            response = _checked(self._http.post("/promptingservice/request", json=body))
-        else:
-            headers = {"Idempotency-Key": idempotency_key}
-            response = self._insist("POST", "/promptingservice/request", {}, 60, json=body, headers=headers)
+        headers = {"Idempotency-Key": uuid.uuid4().hex if idempotency_key is None else idempotency_key}
+        response = self._insist("POST", "/promptingservice/request", {}, 60, json=body, headers=headers)
         return [accepted.requestId for accepted in PromptingAnswer.model_validate_json(response.content).requests]
 
     def status(self, request_id: str, *, wait_s: float = 0.0, seen: str | None = None) -> RequestState:
@@ -245,8 +249,8 @@ class RegistryClient:
         """Wait for an LLM as ``wait_until_deployed`` does, hold it for the block, and give it back whatever happens."""
         try:
             state = self.wait_until_deployed(request_id, timeout_s=timeout_s, on_change=on_change)
-            assert state.address is not None  # deployed
-            yield HeldLease(state, state.address, self._http)
+            assert state.url is not None  # deployed
+            yield HeldLease(state, state.url, self._http)
         finally:
             self.release(request_id)
 

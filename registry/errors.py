@@ -223,18 +223,31 @@ class StoreUnavailable(RegistryError):
         return f"the registry's database does not answer: {self.reason}"
 
 
+class NoCredentials(RegistryError):
+    """A prompt came to the root of the registry without the token of a lease, or with one that can't be read."""
+
+    code = "no_credentials"
+    http_status = 401
+
+    def __str__(self) -> str:
+        return (
+            "the token of a lease is missing; prompt at the url in the request's status, or at "
+            "http://{address}:8000 with its address as it is"
+        )
+
+
 class NoSuchLease(RegistryError):
-    """The address carries a token that this wrapper never handed out."""
+    """The URL carries a token that was never handed out."""
 
     code = "no_such_lease"
     http_status = 403
 
     def __str__(self) -> str:
-        return "this address belongs to no lease; use the address in the request's status"
+        return "this URL belongs to no lease; use the url in the request's status"
 
 
 class LeaseEnded(RegistryError):
-    """The lease of this address was released or has expired."""
+    """The lease of this URL was released or has expired."""
 
     code = "lease_ended"
     http_status = 410

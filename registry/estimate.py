@@ -36,7 +36,7 @@ from statistics import median
 from typing import Final
 
 MIN_PROMPTS: Final = 10
-"""Fewest prompts with an interval: with fewer it contains the truth in less than 93 % of cases."""
+"""Fewest prompts with an interval: with fewer, some contain the truth in less than 93 % of cases."""
 
 MIN_LEASES: Final = 2
 """Fewest leases with an interval: one lease says nothing about how leases differ."""

@@ -31,6 +31,10 @@ SETTLING: Final = "settling"
 """Phase of a wrapper that brings its machine to rest before it hands an LLM over."""
 
 
+NODE_ID_DIGITS: Final = 6
+"""Of a node's id as many digits are part of its machine's id where nodes share a name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Moment:
     """A moment in the life of a wrapper's process, seconds of a clock of its own, which nobody else can read.
@@ -277,6 +281,25 @@ def wanted_wrappers(
         )
         for n in range(count)
     )
+
+
+def with_known_ids(observed: Sequence[Machine], known: Sequence[Machine]) -> tuple[Machine, ...]:
+    """Return the observed machines, each under the id that its node has already.
+
+    A node that joins with the name of a machine that is there gets an id of its own, with the first digits of its node
+    id, so that it never takes over the other one's wrappers and leases.
+    """
+    ids = {machine.node_id: machine.machine_id for machine in known if machine.alive}
+    taken = {ids[machine.node_id] for machine in observed if machine.node_id in ids}
+    machines: list[Machine] = []
+    for machine in observed:
+        machine_id = ids.get(machine.node_id, machine.machine_id)
+        if machine.node_id not in ids:
+            if machine_id in taken:
+                machine_id = f"{machine_id}-{machine.node_id[:NODE_ID_DIGITS]}"
+            taken.add(machine_id)
+        machines.append(replace(machine, machine_id=machine_id))
+    return tuple(machines)
 
 
 def plan(

@@ -11,6 +11,7 @@ watching goes on.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from registry.errors import (
     IdempotencyConflict,
     InternalError,
     InvalidField,
+    LeaseEnded,
+    NoSuchLease,
     RegistryError,
     RequestForgotten,
     ShuttingDown,
@@ -46,6 +49,7 @@ from registry.reconcile import (
     WrapperReport,
     plan,
     wanted_wrappers,
+    with_known_ids,
 )
 from registry.settings import Settings
 from registry.state import (
@@ -121,9 +125,13 @@ RESEND_DELAYS_S = (0.1, 0.5, 2.0)
 """Pauses before a lease command is sent again to a wrapper that did not take it, seconds."""
 
 
+REMEMBERED_TOKENS = 10_000
+"""Leases whose tokens the registry still knows, ended ones included."""
+
+
 @dataclass(frozen=True, slots=True)
 class Idempotency:
-    """A client's Idempotency-Key and the SHA-256 of the body it came with."""
+    """A client's Idempotency-Key and the SHA-256 of the body it came with, as canonical JSON."""
 
     key: str
     body_sha256: str
@@ -172,6 +180,10 @@ class Service:
         self._deployed: frozenset[str] | None = None
         self._switching_off: set[str] = set()
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._tokens: OrderedDict[str, str] = OrderedDict()
+        """Request ids by lease token, of the last REMEMBERED_TOKENS leases, ended ones included."""
+        self._answered_again: set[str] = set()
+        """First request ids of POSTs that were answered once more by their Idempotency-Key."""
         self._asked: set[str] = set()
         self._idle = asyncio.Event()
         self._stopping = False
@@ -183,7 +195,9 @@ class Service:
     async def start(self) -> None:
         """Load the database and begin to watch. Returns at once; machines and wrappers come in by themselves."""
         self._forget()
-        self.allocator.load(self._store.load())
+        stored = self._store.load()
+        self.allocator.load(stored)
+        self._remember_tokens(stored.leases)
         self._spawn(self._watch_cluster())
         self._spawn(self._watch_time())
 
@@ -201,6 +215,7 @@ class Service:
         try:
             forgotten = self._forget()
             self.accounts.forget()
+            self._answered_again.clear()
             if forgotten:
                 self.allocator.load(self._store.load())
         except StoreUnavailable as error:
@@ -276,6 +291,8 @@ class Service:
             if known is not None:
                 if known[0] != idempotency.body_sha256:
                     raise IdempotencyConflict(idempotency.key)
+                if known[1][0] != llms[0].request_id:
+                    self._answered_again.add(known[1][0])
                 return tuple(self.allocator.request(request_id) for request_id in known[1])
         ids = tuple(request.request_id for request in llms)
         if self._knows(ids[0]):
@@ -297,6 +314,49 @@ class Service:
         """
         self._known(request_id)
         self._apply(LeaseReleased(request_id))
+
+    def withdraw(self, request_ids: Sequence[str], *, tenant: str, key: str | None) -> None:
+        """Release the requests of a POST that was not answered: nobody has their ids. Idempotent.
+
+        Its Idempotency-Key is forgotten, so that the client's next attempt makes new requests. Nothing happens if that
+        attempt came first and was given these requests, or if they were never accepted.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        known = [request_id for request_id in request_ids if self._knows(request_id)]
+        if not known or request_ids[0] in self._answered_again:
+            return
+        if key is not None:
+            try:
+                self._store.forget_idempotency_key(tenant, key)
+            except StoreUnavailable as error:
+                self._on_fatal(error)
+                raise
+        for request_id in known:
+            self._apply(LeaseReleased(request_id))
+
+    def leased_with(self, token: str) -> str:
+        """Return the id of the request whose lease has this token.
+
+        Raises:
+            LeaseEnded: the lease has ended, as far as that is remembered: not from before the last restart.
+            NoSuchLease: no lease has, or had, this token.
+        """
+        request_id = self._tokens.get(token)
+        if request_id is None:
+            raise NoSuchLease
+        lease, status = self.allocator.lease_of(request_id), self._known(request_id).status
+        if lease is None or lease.token != token:
+            raise LeaseEnded(status.value if status.ended else "replaced")
+        return request_id
+
+    def _remember_tokens(self, leases: Sequence[Lease]) -> None:
+        for lease in leases:
+            self._tokens[lease.token] = lease.request_id
+            self._tokens.move_to_end(lease.token)
+        while len(self._tokens) > REMEMBERED_TOKENS:
+            self._tokens.popitem(last=False)
 
     async def granted(self, requests: Sequence[Request]) -> tuple[Request, ...]:
         """The requests of one POST, the first handed over if its LLM was warm and free.
@@ -460,6 +520,7 @@ class Service:
             raise
 
     def _wake(self, changes: Changes) -> None:
+        self._remember_tokens(changes.leases)
         for request in changes.requests:
             for future in self._waiters.pop(request.request_id, ()):
                 if not future.done():
@@ -615,7 +676,12 @@ class Service:
 
     async def _reconcile(self) -> None:
         observed = await self._cluster.observe()
-        observed = replace(observed, leaving=observed.leaving | self._switching_off)
+        known = self.allocator.machines()
+        machines = with_known_ids(observed.machines, known)
+        for named, machine in zip(observed.machines, machines, strict=True):
+            if named.machine_id != machine.machine_id and all(machine.node_id != each.node_id for each in known):
+                log.warning("a node joined under another's name", name=named.machine_id, machine_id=machine.machine_id)
+        observed = replace(observed, machines=machines, leaving=observed.leaving | self._switching_off)
         self._deployed = observed.wrapper_ids | observed.leaving
         wanted: dict[str, tuple[WrapperPlan, ...]] = {
             machine.machine_id: wanted_wrappers(
@@ -627,7 +693,7 @@ class Service:
             )
             for machine in observed.machines
         }
-        steps = plan(self.allocator.machines(), self.allocator.wrappers(), observed, wanted)
+        steps = plan(known, self.allocator.wrappers(), observed, wanted)
         for event in steps.events:
             self._apply(event)
         if steps.switch_off:

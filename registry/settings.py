@@ -7,23 +7,36 @@ unusable field is an error that names it. Relative paths are relative to the cur
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote, urlsplit
 
 import yaml
-from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from registry.api import LLMConfig, TenantName
 from registry.energy_settings import EnergySettings, Section, SiteEnergySettings
 from registry.errors import BadSettings
 from registry.state import Limits
+from registry.strict_yaml import load_yaml
 
-__all__ = ["EnergySettings", "Settings", "differing", "forwarded_environment", "load_settings"]
+__all__ = ["EnergySettings", "Settings", "differing", "forwarded_environment", "load_settings", "url_host"]
 
 ENV_PREFIX = "GREENPROMPT_"
 
+NOT_SETTINGS = ("URL", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_PRELOAD")
+"""Variables with our prefix that are no settings: the command line's, and those that a wrapper gives its engine."""
+
 LONGEST_MONTH_DAYS = 31
+
+PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+"""Read in capital and in small letters."""
+
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+"""Where the certificates lie that a client trusts."""
 
 
 class HTTPSettings(Section):
@@ -34,12 +47,26 @@ class HTTPSettings(Section):
     public_url: str | None = Field(None, description="Base URL that clients use, if not http://host:port")
     haproxy: bool = Field(True, description="Serve through HAProxy: several times the requests per second")
 
+    @field_validator("public_url")
+    @classmethod
+    def _is_base_url(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("needs a scheme and a host, as in http://head.example:8000")
+        if parts.query or parts.fragment:
+            raise ValueError("must end before any ? or #: paths are added to it")
+        return url
+
 
 class RaySettings(Section):
     """The Ray cluster: of our own (address null), or one that runs."""
 
     address: str | None = Field(None, description="Address of a running cluster, or 'auto'; null starts a local one")
-    dashboard_port: int = Field(8265, ge=1, le=65535)
+    dashboard_port: int | None = Field(
+        None, ge=1, le=65535, description="Port of Ray's dashboard; null: 8265, or a free one where that is taken"
+    )
     num_gpus: int | None = Field(None, ge=0, description="GPUs of the local cluster; null: those that Ray finds")
 
 
@@ -227,12 +254,13 @@ class Settings(BaseSettings):
     @property
     def base_url(self) -> str:
         """Base URL of the ingress as clients see it, without a slash at the end."""
-        return (self.http.public_url or f"http://{self.http.host}:{self.http.port}").rstrip("/")
+        return (self.http.public_url or f"http://{url_host(self.http.host)}:{self.http.port}").rstrip("/")
 
     @property
     def store_url(self) -> str:
         """SQLAlchemy URL of the registry's database."""
-        return self.database_url or f"sqlite:///{self.state_dir / 'registry.db'}"
+        # % and ? of a path would be read as an escape and as the begin of a query.
+        return self.database_url or f"sqlite:///{quote(str(self.state_dir / 'registry.db'))}"
 
     @property
     def limits(self) -> Limits:
@@ -267,22 +295,10 @@ def load_settings(path: Path, **overrides: Any) -> Settings:
         overrides: top-level sections or fields that replace those of the file (merged one level deep).
 
     Raises:
-        BadSettings: the file can't be read, is not YAML, or has an unknown or unusable field; the text names it.
+        BadSettings: the file can't be read, is not YAML, or has an unknown or unusable field; or a variable of the
+            environment has. The text names the field, and the file or the variable that it is from.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadSettings(str(path), f"can't be read ({error.strerror})") from error
-    except yaml.MarkedYAMLError as error:
-        # Not its whole text, which quotes the line: that may hold the database's password.
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise BadSettings(str(path), f"is not YAML: {error.problem}, in line {line}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadSettings(str(path), f"is not YAML: {' '.join(str(error).split())}") from error
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise BadSettings(str(path), "must be a mapping of sections")
+    data = _read(path)
     _require_known(path, data)
     for key, value in overrides.items():
         if isinstance(value, dict) and isinstance(data.get(key), dict):
@@ -292,27 +308,81 @@ def load_settings(path: Path, **overrides: Any) -> Settings:
     try:
         return Settings(**data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "configuration"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise BadSettings(str(path), f"{field}: {first['msg']}{more}") from error
+        raise _unusable(path, error) from error
     except SettingsError as error:
         raise BadSettings(f"{ENV_PREFIX}…", f"{error}; lists and sections are given as JSON") from error
 
 
-def _require_known(path: Path, data: dict[Any, Any]) -> None:
-    """Raise BadSettings for a section that there is not.
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        data = load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadSettings(str(path), f"can't be read ({error.strerror})") from error
+    except yaml.MarkedYAMLError as error:
+        # Not its whole text, which quotes the line: that may hold the database's password.
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise BadSettings(str(path), f"is not YAML: {error.problem}, in line {line}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadSettings(str(path), f"is not YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise BadSettings(str(path), "must be a mapping of sections")
+    return data
 
-    Pydantic would take some names for arguments of its own, and passes over variables of the environment.
+
+def _unusable(path: Path, error: ValidationError) -> BadSettings:
+    """The first problem, with its field, and the variable or the file that the value is from."""
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"]]
+    field = ".".join(names) or "configuration"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    source = next((name for name, parts in _variables(os.environ) if names[: len(parts)] == parts), str(path))
+    return BadSettings(source, f"{field}: {first['msg']}{more}")
+
+
+def _variables(environment: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """Variables that are settings, each with the field that it sets: ``GREENPROMPT_HTTP__PORT``, ``[http, port]``."""
+    for name in environment:
+        # Names are taken in small letters, too, as pydantic does.
+        if name.upper().startswith(ENV_PREFIX) and name.upper().removeprefix(ENV_PREFIX) not in NOT_SETTINGS:
+            yield name, name[len(ENV_PREFIX) :].lower().split("__")
+
+
+def _require_known(path: Path, data: dict[Any, Any]) -> None:
+    """Refuse a section that there is not, in the file or in the environment, and a variable that is empty.
+
+    Pydantic would take some names of the file for arguments of its own, and pass over unknown variables: a typo in one
+    would start, or end, another registry than the one that was meant.
+
+    Raises:
+        BadSettings: with the name.
     """
     sections = Settings.model_fields
     for key in data:
         if key not in sections:
             raise BadSettings(str(path), f"{key}: there is no such section; there are {', '.join(sections)}")
-    for name in os.environ:
-        section, nested, _ = name.removeprefix(ENV_PREFIX).lower().partition("__")
-        if name.startswith(ENV_PREFIX) and nested and section not in sections:
-            raise BadSettings(name, f"there is no section {section!r}; there are {', '.join(sections)}")
+    for name, (section, *_) in _variables(os.environ):
+        if section not in sections:
+            close = get_close_matches(name.upper(), _known_variables(), n=1, cutoff=0.7)
+            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sections)}"
+            raise BadSettings(name, f"there is no section {section!r}{hint}")
+        if not os.environ[name].strip():
+            raise BadSettings(name, "is empty; unset it, or give it a value")
+
+
+def _known_variables() -> list[str]:
+    """The names of all variables of one field."""
+    names = []
+    for name, field in Settings.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None) or ()
+        names += [f"{ENV_PREFIX}{name}__{each}".upper() for each in inner] or [f"{ENV_PREFIX}{name}".upper()]
+    return names
+
+
+def url_host(host: str) -> str:
+    """A host as it stands in a URL: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _absolute(path: Path) -> Path:
@@ -324,16 +394,13 @@ def _absolute(path: Path) -> Path:
 
 
 def forwarded_environment() -> dict[str, str]:
-    """Variables that a Ray worker needs to load models as the operator's own shell would."""
-    prefixes = (
-        "HF_",
-        "HUGGING_FACE_",
-        "VLLM_",
-        "TRANSFORMERS_",
-        "OMP_",
-        "CUDA_DEVICE_ORDER",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "NO_PROXY",
-    )
-    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    """Variables that a Ray worker needs to load models as the operator's own shell would.
+
+    Those of proxies and certificates in all their spellings: each program reads others.
+    """
+    prefixes = ("HF_", "HUGGING_FACE_", "VLLM_", "TRANSFORMERS_", "OMP_", "CUDA_DEVICE_ORDER")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(prefixes) or name.upper() in PROXY_VARIABLES or name in CERTIFICATE_VARIABLES
+    }

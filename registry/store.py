@@ -99,6 +99,8 @@ _PG_SESSION = (
     "tcp_keepalives_interval = 5",
     "tcp_keepalives_count = 3",
 )
+# The owner's lock lives in this session, which may be idle for days. Servers before 14 have no such limit.
+_PG_IDLE_LIMIT = text("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'")
 _PG_OWNER = text(
     "SELECT pid, coalesce(host(client_addr), 'a local client') AS client "
     "FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory' AND objsubid = 1 AND granted "
@@ -182,7 +184,7 @@ class Store:
             BadSettings: the URL can't be used, or a newer version of the registry has changed the tables.
             StoreUnavailable: another registry has the database, or the database does not answer.
         """
-        parsed = _parse(url)
+        parsed = parse_url(url)
         with ExitStack() as owned, _told_once():
             opened = _open_sqlite if parsed.get_backend_name() == "sqlite" else _open_postgresql
             connection = opened(parsed, lock_wait_s, owned)
@@ -257,6 +259,16 @@ class Store:
         with self._transaction() as connection:
             row = connection.execute(wanted).one_or_none()
         return None if row is None else (row.body_sha256, row.request_ids)
+
+    def forget_idempotency_key(self, tenant: str, key: str) -> None:
+        """Remove a key of a tenant, which may be used for another request then. Idempotent.
+
+        Raises:
+            StoreUnavailable: as for ``commit``.
+        """
+        rows = IDEMPOTENCY_KEYS.c
+        with self._transaction() as connection:
+            connection.execute(delete(IDEMPOTENCY_KEYS).where(rows.tenant == tenant, rows.key == key))
 
     def keep_windows(self, rows: Sequence[KeptWindow]) -> frozenset[str]:
         """Write energy windows in one transaction. One that is there already stays as it is.
@@ -454,7 +466,8 @@ def _told_once() -> Iterator[None]:
 # --- opening --------------------------------------------------------------------------------------------------
 
 
-def _parse(url: str) -> URL:
+def parse_url(url: str) -> URL:
+    """Read the URL of a database. Raises BadSettings for one that can't be used, without quoting it."""
     try:
         parsed = make_url(url)
     except (SQLAlchemyError, ValueError):
@@ -524,6 +537,7 @@ def _open_postgresql(url: URL, lock_wait_s: float, owned: ExitStack) -> Connecti
     with connection.begin():
         for setting in _PG_SESSION:
             connection.execute(text(f"SET {setting}"))
+        connection.execute(_PG_IDLE_LIMIT)
         encoding = connection.scalar(text("SHOW server_encoding"))
         schema = connection.scalar(text("SELECT current_schema()"))
     if schema is None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -22,6 +22,7 @@ from registry.api import (
     WrapperState,
 )
 from registry.errors import InvalidField
+from registry.old_address import old_address, old_address_problems
 from registry.reconcile import SETTLING, Download
 from registry.report import MeasurementReport, report_of
 from registry.service import Service
@@ -56,13 +57,20 @@ def link_of(service: Service, request_id: str) -> str:
     return f"{service.settings.base_url}/promptingservice/request/{request_id}"
 
 
+def lease_url(service: Service, request_id: str) -> str | None:
+    """The base URL at which the holder of a request's lease prompts; None without a lease."""
+    lease = service.allocator.lease_of(request_id)
+    wrapper = None if lease is None else service.allocator.wrapper(lease.wrapper_id)
+    return None if lease is None or wrapper is None else f"{wrapper.url}/{lease.token}"
+
+
 def request_state(service: Service, request: Request) -> RequestState:
     """A request as its client sees it."""
     allocator = service.allocator
     lease = allocator.lease_of(request.request_id)
     deployed = request.status is RequestStatus.DEPLOYED
-    wrapper = None if request.wrapper_id is None else allocator.wrapper(request.wrapper_id)
-    address = f"{wrapper.url}/{lease.token}" if deployed and lease is not None and wrapper is not None else None
+    base_url = service.settings.base_url
+    url = lease_url(service, request.request_id) if deployed else None
     queued = request.status is RequestStatus.QUEUED
     measurement = allocator.measurement(request.measurement_id)
     phase, download = _phase(service, request)
@@ -72,13 +80,14 @@ def request_state(service: Service, request: Request) -> RequestState:
         status=request.status.value,
         measurementId=request.measurement_id,
         tenant=measurement.tenant,
-        address=address,
+        url=url,
+        address=None if url is None or lease is None else old_address(base_url, lease.token),
         link=link_of(service, request.request_id),
         position=allocator.queue_position(request.request_id) if queued else None,
         phase=phase,
         **_progress(download),
         reason=request.reason or (_waits_for(service, request) if queued else None),
-        notes=list(request.notes),
+        notes=[*request.notes, *old_address_problems(base_url)],
         modelRevision=request.model_revision,
         grade=request.grade.value,
         like=request.like_request_id,
@@ -187,7 +196,7 @@ def _machine_state(service: Service, machine: Machine, differs: Mapping[str, lis
     machine_id, allocator = machine.machine_id, service.allocator
     wrappers = allocator.wrappers_on(machine_id)
     heard_s = [service.heard_s[w.wrapper_id] for w in wrappers if w.wrapper_id in service.heard_s]
-    drain: Literal["draining", "drained"] | None = None
+    drain = None
     if machine.draining:
         drain = "drained" if service.is_off(machine_id) else "draining"
     return MachineState(

@@ -14,7 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
+import pytest
 
+from deployments import gpu_counters, gpu_info
 from deployments.energy import Label
 from deployments.energy_sources import Source
 
@@ -101,6 +103,8 @@ class FakeGPU:
         self.uuid = uuid
         self.energy_mj: int | None = 5_000_000
         self.power_mw: int | None = 300_000
+        self.instant_mw: int | None = None
+        self.module_mw: int | None = None
         self.limit_mw: int | None = 700_000
         self.memory_bytes: int | None = 80 * 2**30
         self.pids: list[int] | None = []
@@ -115,6 +119,11 @@ class FakeNVML:
     """The part of pynvml that is used, with pynvml's own errors. Counts how often it was opened."""
 
     NVMLError = pynvml.NVMLError
+    NVML_SUCCESS = pynvml.NVML_SUCCESS
+    NVML_FI_DEV_POWER_AVERAGE = pynvml.NVML_FI_DEV_POWER_AVERAGE
+    NVML_FI_DEV_POWER_INSTANT = pynvml.NVML_FI_DEV_POWER_INSTANT
+    NVML_POWER_SCOPE_GPU = pynvml.NVML_POWER_SCOPE_GPU
+    NVML_POWER_SCOPE_MODULE = pynvml.NVML_POWER_SCOPE_MODULE
 
     def __init__(self, *gpus: FakeGPU, init_error: int | None = None, missing: Sequence[str] = ()) -> None:
         self._gpus = gpus
@@ -170,6 +179,19 @@ class FakeNVML:
     def nvmlDeviceGetPowerUsage(self, gpu: FakeGPU) -> int:
         return self._value("nvmlDeviceGetPowerUsage", gpu, gpu.power_mw)
 
+    def nvmlDeviceGetFieldValues(self, gpu: FakeGPU, fields: Sequence[tuple[int, int]]) -> list[SimpleNamespace]:
+        self._value("nvmlDeviceGetFieldValues", gpu, 0)
+        told = {
+            (pynvml.NVML_FI_DEV_POWER_INSTANT, pynvml.NVML_POWER_SCOPE_GPU): gpu.instant_mw,
+            (pynvml.NVML_FI_DEV_POWER_AVERAGE, pynvml.NVML_POWER_SCOPE_MODULE): gpu.module_mw,
+        }
+        return [
+            SimpleNamespace(nvmlReturn=pynvml.NVML_ERROR_NOT_SUPPORTED, value=None)
+            if (mw := told.get(field)) is None
+            else SimpleNamespace(nvmlReturn=pynvml.NVML_SUCCESS, value=SimpleNamespace(uiVal=mw))
+            for field in fields
+        ]
+
     def nvmlDeviceGetEnforcedPowerLimit(self, gpu: FakeGPU) -> int:
         return self._value("nvmlDeviceGetEnforcedPowerLimit", gpu, gpu.limit_mw)
 
@@ -192,6 +214,13 @@ class FakeNVML:
         if gpu.pids is None:
             self._raise(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return [SimpleNamespace(pid=pid) for pid in gpu.pids or ()]
+
+
+def install_nvml(monkeypatch: pytest.MonkeyPatch, nvml: FakeNVML) -> FakeNVML:
+    """Put a fake in the place of pynvml, wherever that is used."""
+    for module in (gpu_counters, gpu_info):
+        monkeypatch.setattr(module, "pynvml", nvml)
+    return nvml
 
 
 def write_zone(

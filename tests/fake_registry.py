@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from registry.api import EventState, HealthState, LLMState, MachineState, MeasurementState, RequestState, WrapperState
-from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
+from registry.errors import LeaseEnded, NoSuchLease, UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.report import MeasurementReport
 from registry.service import Idempotency
 from registry.state import Grade, NewRequest, Priority, RequestStatus
@@ -18,6 +18,10 @@ from tests.energy_windows import an_experiment
 
 CREATED = "2026-01-01T00:00:00.000Z"
 BASE = "http://127.0.0.1:8000"
+TOKEN = "t0ken"
+"""Of the only lease."""
+ENDED = "ended"
+"""Of a lease that was given back."""
 
 
 class FakeRegistry:
@@ -81,6 +85,17 @@ class FakeRegistry:
 
     def _release(self, request_id: str) -> None:
         self._state(request_id)
+
+    def _withdraw(self, request_ids: list[str], _tenant: str, _key: str | None) -> None:
+        for request_id in request_ids:
+            self.requests.pop(request_id, None)
+
+    def _lease_url(self, token: str) -> str:
+        if token == ENDED:
+            raise LeaseEnded("released")
+        if token != TOKEN:
+            raise NoSuchLease
+        return f"{BASE}/wrappers/a-0/{TOKEN}"
 
     def _measurement(self, measurement_id: int) -> str:
         requests = [state for state in self.requests.values() if state.measurementId == measurement_id]

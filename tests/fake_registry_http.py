@@ -144,7 +144,7 @@ class HttpRegistry:
         state = self.requests[request_id]
         if state.status == "deployed" and status != "failed":
             self._measured(record(len(self.windows), WindowKind.LEASE, request_id=request_id, joules=90.0))
-        self.requests[request_id] = state.model_copy(update={"status": status, "address": None, "reason": reason})
+        self.requests[request_id] = state.model_copy(update={"status": status, "url": None, "reason": reason})
         return self.requests[request_id]
 
     def _windows(self, path: str, query: str) -> Reply:
@@ -200,7 +200,7 @@ class HttpRegistry:
             if last not in self.requests:
                 return error(404, "unknown_request")
             if self.requests[last].status == "queued" and self.open[0].requestId == last:
-                update = {"status": "deployed", "address": f"{self.url}/wrappers/{last}"}
+                update = {"status": "deployed", "url": f"{self.url}/wrappers/{last}"}
                 self.requests[last] = self.requests[last].model_copy(update=update)
             self.requests[last] = self.on_poll(self.requests[last])
             return 200, self.requests[last].model_dump()

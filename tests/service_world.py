@@ -141,8 +141,8 @@ class World:
         known = self.service.allocator.wrapper(wrapper_id)
         return None if known is None else known.status
 
-    def address(self, request_id: str) -> str | None:
-        return views.request_state(self.service, self.request(request_id)).address
+    def url(self, request_id: str) -> str | None:
+        return views.request_state(self.service, self.request(request_id)).url
 
     async def until_status(self, request_id: str, status: RequestStatus) -> Request:
         await self.until(lambda: self.request(request_id).status is status)

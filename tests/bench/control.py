@@ -90,7 +90,7 @@ async def post(http: Connection, llm: dict[str, Any]) -> tuple[str, str | None]:
     """Ask for an LLM in a measurement of its own; the request's id, and the address of an LLM that is ours already."""
     answer = await http.json("POST", REQUEST, {"measurementId": next(measurement_ids), "llms": [llm]})
     (accepted,) = answer["requests"]
-    return accepted["requestId"], accepted["address"]
+    return accepted["requestId"], accepted["url"]
 
 
 async def deployed(http: Connection, request_id: str) -> None:

@@ -21,12 +21,12 @@ from typing import Any, cast
 
 import httpx
 
-from deployments import energy_sources
+from deployments import gpu_counters, gpu_info
 from deployments.cpu_time import CPUTimeTree
 from deployments.energy import CPUModel
 from deployments.energy_sources import CPUModelSource, GPUCounter, PowercapZone, Source
 from deployments.engine import RunningLLM
-from deployments.flights import Flight
+from deployments.flights import Flight, Tokens
 from deployments.lease_gate import LeaseGate
 from deployments.meter import Meter
 from deployments.prompt_meter import PromptMeter
@@ -127,7 +127,8 @@ def counters(folder: Path) -> list[Source]:
     """A GPU and two zones."""
     gpu = FakeGPU()
     nvml = FakeNVML(gpu)
-    vars(energy_sources)["pynvml"] = nvml
+    for module in (gpu_counters, gpu_info):
+        vars(module)["pynvml"] = nvml
     nvml.nvmlInit()
     return [
         GPUCounter(gpu.uuid, gpu, CPUTimeTree(os.getpid())),
@@ -176,6 +177,9 @@ class NoMeter:
         pass
 
     def require_budget(self) -> None:
+        pass
+
+    def counted(self, flight: Flight, tokens: Tokens) -> None:
         pass
 
     def account(self, flight: Flight, **_: object) -> dict[str, Any]:

@@ -168,7 +168,7 @@ class Client:
             if state["status"] == "deployed":
                 lease.seen_s = time.time()
                 lease.granted_s = datetime.fromisoformat(state["deployedAt"]).timestamp()
-                return str(state["address"])
+                return str(state["url"])
             if state["endedAt"] is not None:
                 self._ended(lease, state)
                 return None

@@ -80,7 +80,7 @@ def lease(registry: Registry, llm: Path) -> str:
     args = {"prompting": {}, "deployment": {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": MAX_MODEL_LEN}}
     config = {"modeltyp": "text-generation", "model": str(llm), "uses_chat_template": False, "args": args}
     (request_id,) = registry.post(time.time_ns(), config)
-    address: str = registry.until(request_id, "deployed")["address"]
+    address: str = registry.until(request_id, "deployed")["url"]
     return address
 
 

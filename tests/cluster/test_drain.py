@@ -28,7 +28,7 @@ def greenprompt(registry: Registry, *words: str) -> subprocess.Popen[str]:
 def test_a_machine_is_drained_and_comes_back(registry: Registry, llm: LLM, measurement_id: int) -> None:
     """The lease goes on until it is given back; then no process of the wrapper is left, until the undrain."""
     first, second = registry.post(measurement_id, llm("a"), llm("b"))
-    address = registry.until(first, "deployed")["address"]
+    address = registry.until(first, "deployed")["url"]
     replica, engines = registry.replica(), registry.engines()
     (machine,) = registry.machines()
     assert machine["healthy"]
@@ -55,7 +55,7 @@ def test_a_machine_is_drained_and_comes_back(registry: Registry, llm: LLM, measu
     undrain = greenprompt(registry, "undrain", machine["machine"])
     said, _ = undrain.communicate(timeout=60)
     assert (undrain.returncode, said.strip()) == (0, f"{machine['machine']} is used again")
-    address = registry.until(second, "deployed", limit_s=240)["address"]
+    address = registry.until(second, "deployed", limit_s=240)["url"]
     assert httpx.post(f"{address}/process_prompt", json={"question": "Again?"}, timeout=60).status_code == 200
     assert registry.delete(second) == 204
     said, _ = greenprompt(registry, "status").communicate(timeout=60)

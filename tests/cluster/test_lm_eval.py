@@ -47,7 +47,7 @@ def test_lm_eval_over_a_lease(
     """lm_eval gets from the address what the LLM answers: where its own answers count as right, all are."""
     config = llm("a")
     (request_id,) = registry.post(measurement_id, config)
-    address = registry.until(request_id, "deployed")["address"]
+    address = registry.until(request_id, "deployed")["url"]
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=60) as client:
         answers = {
             question: client.completions.create(

@@ -46,7 +46,7 @@ def test_a_client_that_hangs_up_frees_the_engine(
 ) -> None:
     """A client that hangs up ends what it asked for in the engine, all of it; the stream of another goes on."""
     (request_id,) = registry.post(measurement_id, llm("a"))
-    address = registry.until(request_id, "deployed")["address"]
+    address = registry.until(request_id, "deployed")["url"]
     model = llm("a")["model"]
     stays = ask(address, model=model, n=24, stream=True)
     until_unfinished(registry, 24)
@@ -67,7 +67,7 @@ def test_engines_wait_for_nothing_less_important(registry: Registry) -> None:
 def test_prompts_beyond_the_limit_are_sent_away(registry: Registry, llm: LLM, measurement_id: int) -> None:
     """Of many prompts at once as many are in flight as may be; the others are told to come again, and then can."""
     (request_id,) = registry.post(measurement_id, llm("a", max_new_tokens=200))
-    address = registry.until(request_id, "deployed")["address"]
+    address = registry.until(request_id, "deployed")["url"]
 
     def prompt(_number: int) -> httpx.Response:
         return httpx.post(f"{address}/process_prompt", json={"question": "Count"}, timeout=60)

@@ -43,10 +43,10 @@ def test_a_lease_outlives_the_registry_actor(registry: Registry, llm: LLM, measu
     first, second = registry.post(measurement_id, llm("a"), llm("a"))
     before = registry.until(first, "deployed")
     registry.process_named("ray::RegistryActor").send_signal(signal.SIGKILL)
-    assert prompt(before["address"]).status_code == 200
+    assert prompt(before["url"]).status_code == 200
     after = registry.until(first, "deployed")
-    assert after["address"] == before["address"]
-    assert prompt(before["address"]).status_code == 200
+    assert after["url"] == before["url"]
+    assert prompt(before["url"]).status_code == 200
     assert registry.delete(first) == 204
     registry.until(second, "deployed")
     assert registry.delete(second) == 204
@@ -55,12 +55,12 @@ def test_a_lease_outlives_the_registry_actor(registry: Registry, llm: LLM, measu
 def test_wrappers_outlive_the_controller_of_serve(registry: Registry, llm: LLM, measurement_id: int) -> None:
     """Serve's controller is killed: prompts go on, and its successor leads to the same wrapper as before."""
     first, second = registry.post(measurement_id, llm("a"), llm("b"))
-    address = registry.until(first, "deployed")["address"]
+    address = registry.until(first, "deployed")["url"]
     replica = registry.replica()
     registry.process_named("ray::ServeController").send_signal(signal.SIGKILL)
     assert until_prompted(address).status_code == 200
     assert registry.delete(first) == 204
-    address = registry.until(second, "deployed")["address"]  # which takes the way that the successor has found
+    address = registry.until(second, "deployed")["url"]  # which takes the way that the successor has found
     assert registry.replica() == replica
     assert prompt(address).status_code == 200
     assert registry.delete(second) == 204
@@ -76,7 +76,7 @@ def test_an_engine_that_dies_is_started_again_under_its_lease(
 ) -> None:
     """The engine is killed or stopped: its holder is told within ten seconds, and the same address answers again."""
     (request_id,) = registry.post(measurement_id, llm("a", max_new_tokens=2000))
-    address = registry.until(request_id, "deployed")["address"]
+    address = registry.until(request_id, "deployed")["url"]
     engines = registry.engines()
     with ThreadPoolExecutor(1) as holder:
         cut = holder.submit(prompt, address)
@@ -87,7 +87,7 @@ def test_an_engine_that_dies_is_started_again_under_its_lease(
         assert (cut.result().status_code, cut.result().json()["code"]) == (503, "engine_not_ready")
     assert until_prompted(address).status_code == 200
     state = registry.until(request_id, "deployed")
-    assert state["address"] == address
+    assert state["url"] == address
     assert "engine_restarted" in state["flags"]
     assert process_tree.alive(engines) == set()
     registry.delete(request_id)
@@ -96,11 +96,11 @@ def test_an_engine_that_dies_is_started_again_under_its_lease(
 def test_a_wrapper_that_dies_is_replaced_under_its_lease(registry: Registry, llm: LLM, measurement_id: int) -> None:
     """The replica is killed: Serve starts another, which runs the lease's LLM; nothing of the old engine stays."""
     (request_id,) = registry.post(measurement_id, llm("a"))
-    address = registry.until(request_id, "deployed")["address"]
+    address = registry.until(request_id, "deployed")["url"]
     replica, engines = registry.replica(), registry.engines()
     assert engines
     replica.send_signal(signal.SIGKILL)
     assert until_prompted(address).status_code == 200
-    assert registry.until(request_id, "deployed")["address"] == address
+    assert registry.until(request_id, "deployed")["url"] == address
     assert process_tree.alive(engines) == set()
     registry.delete(request_id)

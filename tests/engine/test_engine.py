@@ -653,9 +653,10 @@ async def test_dead_engine_is_told_to_its_prompts(host: EngineHost, llms: Path, 
     if stream:
         assert '"error"' in answer.text
         return
-    assert (answer.status_code, answer.json()["code"]) == (503, "engine_not_ready")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "engine_not_ready")
     assert llm.death_reason is not None
-    assert llm.death_reason in answer.json()["message"]
+    assert llm.death_reason in error["message"]
 
 
 OWNER = """

@@ -31,7 +31,7 @@ def test_down_leaves_nothing_but_what_waited(cluster: Cluster) -> None:
         print(f"ray down -> {name} empty: {took_s:.1f} s")
     cluster.ray("up -y ~/cluster.yaml")
     served = cluster.until(waits, "deployed", limit_s=180)
-    assert prompt(served["address"]).status_code == 200
+    assert prompt(served["url"]).status_code == 200
     for lease in leases:
         assert cluster.state(lease["requestId"])["status"] == "expired"
     cluster.release(waits)

@@ -76,7 +76,7 @@ class Holder:
         with httpx.Client(timeout=10) as http:
             while not self._over.wait(PAUSE_S):
                 try:
-                    status = http.post(f"{self.lease['address']}/process_prompt", json={"question": "?"}).status_code
+                    status = http.post(f"{self.lease['url']}/process_prompt", json={"question": "?"}).status_code
                 except httpx.TransportError:
                     status = 0
                 self.answers.append((time.monotonic(), status))
@@ -172,7 +172,7 @@ def cut_machine(scene: Scene) -> None:
     host.cut()
     told(scene)
     # Whoever sits on that machine still reaches the wrapper, which hears nothing from the registry any more.
-    own = f"{scene.holder.lease['address'].replace(scene.head.address, host.address)}/get_status"
+    own = f"{scene.holder.lease['url'].replace(scene.head.address, host.address)}/get_status"
     ask = f""".venv/bin/python -c 'import httpx; print(httpx.get("{own}", timeout=30).text)'"""
     until(lambda: '"not ready"' in host.run(ask, check=False), FENCE_LIMIT_S, lambda: host.run(ask, check=False))
     host.heal()
@@ -335,9 +335,9 @@ def test_fault(scene: Scene, row: str) -> None:
     served = cluster.until(scene.waits, "deployed", limit_s=SERVED_LIMIT_S)
     now_s = time.monotonic()
     print(f"{row}: next grant {now_s - freed_s:.1f} s after a release, {now_s - begun_s:.1f} s after the fault")
-    assert prompt(served["address"]).status_code == 200
+    assert prompt(served["url"]).status_code == 200
     if outcome is TOLD:
-        assert httpx.get(f"{holder.lease['address']}/get_status", timeout=30).status_code in (403, 404, 410, 503)
+        assert httpx.get(f"{holder.lease['url']}/get_status", timeout=30).status_code in (403, 404, 410, 503)
         cluster.until_ready(*cluster.workers)
         print(f"{row}: both machines are there {time.monotonic() - begun_s:.1f} s after the fault")
     else:

@@ -31,9 +31,9 @@ def test_every_machine_finishes_a_measurement(cluster: Cluster) -> None:
         leases = [cluster.until(first, "deployed"), cluster.until(second, "deployed")]
         machines.add(tuple(lease["machine"] for lease in leases))
         for lease in leases:
-            assert prompt(lease["address"]).status_code == 200
+            assert prompt(lease["url"]).status_code == 200
             cluster.release(lease["requestId"])
-            until(lambda: gone(lease["address"]), GONE_LIMIT_S)  # noqa: B023 - called in this round
+            until(lambda: gone(lease["url"]), GONE_LIMIT_S)  # noqa: B023 - called in this round
     ((first, second),) = machines
     assert {first, second} == {cluster.net.host(name).address for name in cluster.workers}
 
@@ -45,7 +45,7 @@ def test_again_changes_nothing(cluster: Cluster) -> None:
     lease = cluster.until(request_id, "deployed")
     raylets = {name: cluster.net.host(name).pids("raylet/raylet") for name in ("head", *cluster.workers)}
     cluster.ray("up -y ~/cluster.yaml")
-    assert prompt(lease["address"]).status_code == 200
+    assert prompt(lease["url"]).status_code == 200
     assert {name: cluster.net.host(name).pids("raylet/raylet") for name in raylets} == raylets
     assert cluster.state(request_id)["status"] == "deployed"
     cluster.release(request_id)
@@ -62,7 +62,7 @@ def test_other_settings_are_refused(cluster: Cluster) -> None:
     cluster.describe("w1", "w2")
     assert "leases.idle_s" in said
     assert "greenprompt down --address auto" in said
-    assert prompt(lease["address"]).status_code == 200
+    assert prompt(lease["url"]).status_code == 200
     assert cluster.head.pids("ray::RegistryActor") == registry
     cluster.ray("up -y ~/cluster.yaml")
     cluster.release(request_id)
@@ -89,7 +89,7 @@ def test_a_machine_more_and_one_less(cluster: Cluster) -> None:
     gone = cluster.net.host("w3")
     gone.run(".venv/bin/ray stop")
     cluster.until_ready("w1", "w2")
-    assert prompt(lease["address"]).status_code == 200
+    assert prompt(lease["url"]).status_code == 200
     assert {name: cluster.net.host(name).pids("raylet/raylet") for name in raylets} == raylets
     cluster.release(request_id)
     until(lambda: gone.processes() == {}, 60, gone.processes)
@@ -110,7 +110,7 @@ def test_a_machine_that_could_not_be_started_is_tried_again(cluster: Cluster) ->
     leases = [cluster.until(cluster.post(time.time_ns(), "a")[0], "deployed") for _ in cluster.workers]
     assert machine.address in {lease["machine"] for lease in leases}
     for lease in leases:
-        assert prompt(lease["address"]).status_code == 200
+        assert prompt(lease["url"]).status_code == 200
         cluster.release(lease["requestId"])
 
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, Engine, event, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.pool import NullPool
 
 from registry.errors import BadSettings, StoreUnavailable
 from registry.state import Changes, LLMSpec, Machine, Measurement, Request
@@ -141,6 +142,18 @@ def test_schemas_of_one_server_are_separate(postgres: Connection, postgres_url: 
         second.close()
     finally:
         postgres.execute(text("DROP SCHEMA test_other CASCADE"))
+
+
+def test_an_idle_session_is_kept(postgres_url: str):
+    """A server that ends idle sessions does not end the registry's, with its lock: that one has no limit."""
+    url = make_url(postgres_url)
+    options = f"{url.query['options']} -cidle_session_timeout=3600000"
+    limited = url.update_query_dict({"options": options}).render_as_string(hide_password=False)
+    with create_engine(limited, poolclass=NullPool).connect() as plain:
+        assert plain.scalar(text("SHOW idle_session_timeout")) == "1h"
+    store = Store.open(limited)
+    assert store._connection.scalar(text("SHOW idle_session_timeout")) == "0"
+    store.close()
 
 
 def test_a_lost_connection_is_not_replaced(postgres: Connection, postgres_url: str):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from registry.allocator import Allocator, InvariantBroken
-from registry.errors import LLMNeverFits, QueueFull, ShuttingDown, UnknownMeasurement, UnknownRequest
+from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown, UnknownMeasurement, UnknownRequest
 from registry.state import (
     BindLease,
     DeployLLM,
@@ -78,6 +78,16 @@ def test_the_queue_is_capped():
     error = refused(scene, QueueFull, asked(2, "x", "y"))
     assert str(error) == "the queue of this registry is full (2 requests); try again when some were served"
     scene.ask(2, "A")
+
+
+@pytest.mark.parametrize("limits", [Limits(max_queued=3), Limits(max_queued_per_tenant=3)], ids=["all", "tenant"])
+def test_more_than_the_cap_can_never_pass(limits: Limits):
+    """Four LLMs where three may wait are no matter of time: the field is refused, with both figures."""
+    scene = Scene(limits)
+    error = refused(scene, InvalidField, asked(1, "a", "b", "c", "d"))
+    assert (error.field, error.http_status, error.retryable) == ("llms", 422, False)
+    assert "4 LLMs are more than may ever wait here (3)" in str(error)
+    scene.tell(asked(1, "a", "b", "c"))
 
 
 def test_each_tenant_has_a_cap():

@@ -35,7 +35,12 @@ STATE: dict[str, Any] = {
     "link": "http://x/r1",
     "createdAt": "2026-01-01T00:00:00.000Z",
 }
-DEPLOYED = {**STATE, "status": "deployed", "address": "http://x/wrappers/a-0/token"}
+DEPLOYED = {
+    **STATE,
+    "status": "deployed",
+    "url": "http://x/wrappers/a-0/token",
+    "address": "lease:token@x",
+}
 BUSY = {"code": "registry_unavailable", "message": "try again", "retryable": True}
 
 Reply = dict[str, Any] | httpx.Response | BaseException
@@ -92,7 +97,16 @@ def test_request_gives_ids_in_order(registry: Make) -> None:
     assert client.request(7, [{"model": "a"}, {"model": "b"}]) == ["r2", "r1"]
     assert script.asked == ["POST /promptingservice/request"]
     assert json.loads(script.requests[0].content) == {"measurementId": 7, "llms": [{"model": "a"}, {"model": "b"}]}
-    assert "idempotency-key" not in script.requests[0].headers
+
+
+def test_each_request_has_a_key_of_its_own(registry: Make) -> None:
+    """Every POST has an Idempotency-Key, the same when it is repeated and another one for another request."""
+    accepted = httpx.Response(201, json={"requests": []})
+    client, script = registry(httpx.Response(503, json=BUSY), accepted, accepted)
+    client.request(7, [{}])
+    client.request(7, [{}])
+    first, again, second = (request.headers["idempotency-key"] for request in script.requests)
+    assert first == again != second
 
 
 def test_idempotency_key_is_sent(registry: Make) -> None:
@@ -164,14 +178,26 @@ def test_grade_and_like_are_sent_when_wanted(registry: Make) -> None:
     assert plain.keys() == {"measurementId", "llms"}
 
 
-def test_request_is_not_repeated(registry: Make) -> None:
-    """A POST that was refused or did not arrive is the caller's to repeat: twice would be two requests."""
-    client, script = registry(httpx.Response(503, json=BUSY), httpx.ConnectError("refused"))
-    with pytest.raises(AnswerError, match="try again"):
+def test_request_that_is_refused_is_not_repeated(registry: Make) -> None:
+    """A POST that can't succeed later is sent once; its error is the registry's."""
+    refused = {"code": "llm_never_fits", "message": "too large", "retryable": False}
+    client, script = registry(httpx.Response(422, json=refused))
+    with pytest.raises(AnswerError, match="too large"):
         client.request(7, [{}])
-    with pytest.raises(httpx.ConnectError):
-        client.request(7, [{}])
-    assert len(script.requests) == 2
+    assert len(script.requests) == 1
+
+
+def test_what_was_interrupted_is_repeated(registry: Make) -> None:
+    """A call whose server ended in the middle (502) is sent again, with the same key; one that took too long is not."""
+    cut = httpx.Response(502, json={"code": "interrupted", "message": "it ended", "retryable": True})
+    late = httpx.Response(504, json={"code": "gateway_timeout", "message": "too long", "retryable": True})
+    accepted = httpx.Response(201, json={"requests": []})
+    client, script = registry(cut, accepted, cut, STATE, late)
+    client.request(7, [{}])
+    assert client.status("r1").status == "queued"
+    with pytest.raises(AnswerError, match="too long"):
+        client.status("r1")
+    assert len({request.headers["idempotency-key"] for request in script.requests[:2]}) == 1
 
 
 def test_request_with_a_key_is_repeated(registry: Make) -> None:
@@ -270,7 +296,7 @@ def test_wait_until_deployed(registry: Make) -> None:
     client, script = registry(STATE, STATE, deploying, DEPLOYED)
     heard: list[str] = []
     state = client.wait_until_deployed("r1", on_change=lambda state: heard.append(state.status), poll_s=3.0)
-    assert state.address == "http://x/wrappers/a-0/token"
+    assert state.url == "http://x/wrappers/a-0/token"
     assert heard == ["queued", "queued", "deploying", "deployed"]
     polls = [(request.url.params.get("wait"), request.url.params.get("seen")) for request in script.requests]
     assert polls == [(None, None), ("3.0", "queued"), ("3.0", "queued"), ("3.0", "deploying")]

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from deployments.cpu_time import TICKS_PER_S, CPUTimeTree
+from deployments.cpu_time import TICKS_PER_S, CPUTimeTree, ProcessStat, ProcessTable
 from tests.fake_counters import end_process, write_process
 
 ROOT, CHILD, GRANDCHILD, STRANGER = 100, 101, 102, 200
@@ -57,6 +58,55 @@ def test_reaped_child_counts_once(tree: CPUTimeTree, proc: Path) -> None:
     end_process(proc, GRANDCHILD)
     write_process(proc, CHILD, ROOT, ticks=(50, 0, 7 + 4, 0))
     assert ticks(tree, 0.05) == 4
+
+
+class Racing(ProcessTable):
+    """A proc in which something happens just before a certain process is read."""
+
+    def __init__(self, proc_root: Path, pid: int, happens: Callable[[], None]) -> None:
+        super().__init__(proc_root)
+        self._pid, self._happens = pid, happens
+
+    def stat(self, pid: int) -> ProcessStat | None:
+        if pid == self._pid and self.armed:
+            self.armed = False
+            self._happens()
+        return super().stat(pid)
+
+    armed = False
+
+
+@pytest.mark.parametrize("before", [ROOT, CHILD, GRANDCHILD])
+def test_child_that_is_reaped_while_it_is_read_counts_once(proc: Path, before: int) -> None:
+    """A child of 3,600 CPU-seconds is reaped between two reads of one look: not one tick comes from nothing.
+
+    Whichever process is read next when it happens, the time was counted while the child lived, and is not again when
+    its parent shows it.
+    """
+    hour = 3600 * TICKS_PER_S
+    write_process(proc, GRANDCHILD, CHILD, ticks=(hour, 0, 0, 0))
+
+    def reap() -> None:
+        end_process(proc, GRANDCHILD)
+        write_process(proc, CHILD, ROOT, ticks=(50, 0, hour, 0))
+
+    table = Racing(proc, before, reap)
+    tree = CPUTimeTree(ROOT, table=table)
+    assert tree.read_s(0.0) == 0.0
+    table.armed = True
+    assert [ticks(tree, look / 20) for look in range(1, 60)] == [0.0] * 59
+
+
+def test_time_is_bounded_by_the_processors(proc: Path) -> None:
+    """2 processors can't have worked for more than 2 s in each second, and 2 s more for a process just found.
+
+    A process that shows 3,600 s within 0.05 s is counted with 2 * (0.05 + 1) = 2.1 s; what is left is not made up for.
+    """
+    tree = CPUTimeTree(ROOT, proc_root=proc, processors=2)
+    tree.read_s(0.0)
+    write_process(proc, CHILD, ROOT, ticks=(50 + 3600 * TICKS_PER_S, 0, 0, 0))
+    assert tree.read_s(0.05) == pytest.approx(2.1)
+    assert tree.read_s(60.0) == pytest.approx(2.1)
 
 
 def test_unreaped_child_does_not_take_its_time_along(tree: CPUTimeTree, proc: Path) -> None:

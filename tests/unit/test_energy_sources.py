@@ -8,7 +8,6 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from deployments import energy_sources
 from deployments.energy import CPUModel, Label, SCISettings
 from deployments.energy_sources import (
     CounterLost,
@@ -23,7 +22,7 @@ from deployments.energy_sources import (
     probe_sources,
 )
 from registry.errors import BadSettings
-from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, set_energy, write_process, write_zone
+from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml, set_energy, write_process, write_zone
 
 MODEL = CPUModel(0.5, 4.0, 0.5, 2.0, "a data sheet")
 ME = 4242
@@ -54,11 +53,6 @@ def probe(proc: Path, powercap: Path) -> Probe:
     return run
 
 
-def install(monkeypatch: pytest.MonkeyPatch, nvml: FakeNVML) -> FakeNVML:
-    monkeypatch.setattr(energy_sources, "pynvml", nvml)
-    return nvml
-
-
 def gpu_source(found: list[Source | Unreadable]) -> Source | Unreadable:
     [source] = [source for source in found if source.name.startswith("gpu:")]
     return source
@@ -70,7 +64,7 @@ def gpu_source(found: list[Source | Unreadable]) -> Source | Unreadable:
 def test_gpu_energy_counter(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
     """A GPU with an energy counter is read by it, in joules, and labelled measured."""
     gpu = FakeGPU()
-    install(monkeypatch, FakeNVML(FakeGPU(OTHER_UUID), gpu))
+    install_nvml(monkeypatch, FakeNVML(FakeGPU(OTHER_UUID), gpu))
     source = gpu_source(probe(UUID))
     assert isinstance(source, GPUCounter)
     assert source.power_w() == 300.0
@@ -87,7 +81,7 @@ def test_gpu_without_counter_is_sampled(
     gpu = FakeGPU()
     if not missing:
         gpu.energy_mj = None
-    install(monkeypatch, FakeNVML(gpu, missing=missing))
+    install_nvml(monkeypatch, FakeNVML(gpu, missing=missing))
     source = gpu_source(probe(UUID))
     assert isinstance(source, GPUPower)
     assert source.label is Label.MEASURED_SAMPLED
@@ -101,7 +95,7 @@ def test_sampling_gap_is_a_hole(monkeypatch: pytest.MonkeyPatch, probe: Probe) -
     """Power is not integrated over a gap that is too long for ten samples a second; sampling goes on after it."""
     gpu = FakeGPU()
     gpu.energy_mj = None
-    install(monkeypatch, FakeNVML(gpu))
+    install_nvml(monkeypatch, FakeNVML(gpu))
     source = gpu_source(probe(UUID))
     assert isinstance(source, GPUPower)
     source.read(10.0)
@@ -114,7 +108,7 @@ def test_gpu_that_offers_nothing(monkeypatch: pytest.MonkeyPatch, probe: Probe) 
     """A GPU without counter and power reading (MIG, vGPU) is listed with both reasons, inside the boundary."""
     gpu = FakeGPU()
     gpu.energy_mj = gpu.power_mw = None
-    nvml = install(monkeypatch, FakeNVML(gpu))
+    nvml = install_nvml(monkeypatch, FakeNVML(gpu))
     source = gpu_source(probe(UUID))
     assert isinstance(source, Unreadable)
     assert source.in_boundary
@@ -125,7 +119,7 @@ def test_gpu_that_offers_nothing(monkeypatch: pytest.MonkeyPatch, probe: Probe) 
 
 def test_unknown_gpu(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
     """A UUID that NVML does not know is told as such."""
-    nvml = install(monkeypatch, FakeNVML(FakeGPU(OTHER_UUID)))
+    nvml = install_nvml(monkeypatch, FakeNVML(FakeGPU(OTHER_UUID)))
     source = gpu_source(probe(UUID))
     assert isinstance(source, Unreadable)
     assert "no such GPU: Not Found" in source.why
@@ -134,7 +128,7 @@ def test_unknown_gpu(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
 
 def test_no_nvml_library(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
     """Without the driver's library every GPU is listed as unreadable; nothing is raised, nothing is 0."""
-    install(monkeypatch, FakeNVML(init_error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
+    install_nvml(monkeypatch, FakeNVML(init_error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
     found = [source for source in probe(UUID, OTHER_UUID) if source.name.startswith("gpu:")]
     assert [source.name for source in found] == [f"gpu:{UUID}", f"gpu:{OTHER_UUID}"]
     assert all(isinstance(source, Unreadable) and source.in_boundary for source in found)
@@ -153,7 +147,7 @@ def test_failed_reading_is_told(monkeypatch: pytest.MonkeyPatch, probe: Probe) -
     """An NVML error while reading is a failed reading with NVML's own words, for counters and samples alike."""
     counted, sampled = FakeGPU(), FakeGPU(OTHER_UUID)
     sampled.energy_mj = None
-    install(monkeypatch, FakeNVML(counted, sampled))
+    install_nvml(monkeypatch, FakeNVML(counted, sampled))
     sources = [source for source in probe(UUID, OTHER_UUID) if isinstance(source, GPUCounter | GPUPower)]
     counted.error = sampled.error = pynvml.NVML_ERROR_GPU_IS_LOST
     assert len(sources) == 2
@@ -163,19 +157,19 @@ def test_failed_reading_is_told(monkeypatch: pytest.MonkeyPatch, probe: Probe) -
 
 
 def test_limit_may_be_unknown(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
-    """A GPU that does not tell its power limit is counted all the same, without one."""
+    """A GPU that does not tell its power limit is counted all the same; 3 kW, more than any takes, bounds its steps."""
     gpu = FakeGPU()
     gpu.limit_mw = None
-    install(monkeypatch, FakeNVML(gpu))
+    install_nvml(monkeypatch, FakeNVML(gpu))
     source = gpu_source(probe(UUID))
     assert isinstance(source, GPUCounter)
     assert source.limit_w is None
-    assert source.max_rate is None
+    assert source.max_rate == pytest.approx(1.2 * 3000)
 
 
 def test_nvml_is_given_back(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
     """NVML is closed as often as it was opened."""
-    nvml = install(monkeypatch, FakeNVML(FakeGPU(), FakeGPU(OTHER_UUID)))
+    nvml = install_nvml(monkeypatch, FakeNVML(FakeGPU(), FakeGPU(OTHER_UUID)))
     sources = [source for source in probe(UUID, OTHER_UUID) if isinstance(source, Source)]
     assert nvml.opened == 2
     for source in sources:
@@ -202,7 +196,7 @@ def test_contention(
     write_process(proc, 77, 1)
     gpu = FakeGPU()
     gpu.pids = pids
-    install(monkeypatch, FakeNVML(gpu))
+    install_nvml(monkeypatch, FakeNVML(gpu))
     source = gpu_source(probe(UUID))
     assert isinstance(source, Source)
     assert source.contended(0.0) is contended
@@ -214,14 +208,14 @@ def test_contention(
 )
 def test_visible_devices_to_uuids(monkeypatch: pytest.MonkeyPatch, visible: str, uuids: tuple[str, ...]) -> None:
     """CUDA_VISIBLE_DEVICES becomes UUIDs, whether it names GPUs by UUID or by index."""
-    nvml = install(monkeypatch, FakeNVML(FakeGPU(UUID), FakeGPU(OTHER_UUID)))
+    nvml = install_nvml(monkeypatch, FakeNVML(FakeGPU(UUID), FakeGPU(OTHER_UUID)))
     assert gpu_uuids(visible) == uuids
     assert nvml.opened == 0
 
 
 def test_visible_devices_unknown_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """An index that NVML does not know is an error that names it."""
-    install(monkeypatch, FakeNVML(FakeGPU()))
+    install_nvml(monkeypatch, FakeNVML(FakeGPU()))
     with pytest.raises(ReadFailed, match="CUDA_VISIBLE_DEVICES=3"):
         gpu_uuids("3")
 
@@ -392,7 +386,7 @@ def test_counters_beat_the_model(probe: Probe, powercap: Path) -> None:
 
 def test_estimate_does_not_spoil_a_measurement(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
     """Where estimates are not allowed, measured GPUs stay measured: the CPU is left out, and it says why."""
-    install(monkeypatch, FakeNVML(FakeGPU()))
+    install_nvml(monkeypatch, FakeNVML(FakeGPU()))
     found = probe(UUID, cpu_model=MODEL, allow_estimates=False)
     assert not any(isinstance(s, CPUModelSource) for s in found)
     assert any(isinstance(s, Unreadable) and s.name == "cpu-model" and "allow_estimates" in s.why for s in found)

@@ -5,10 +5,10 @@ import asyncio
 import pynvml
 import pytest
 
-from deployments import energy_sources, gpu_memory
+from deployments import gpu_memory
 from deployments.engine import StopReport
 from deployments.gpu_memory import TOLERANCE_BYTES, GPUMemory
-from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML
+from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
 
 GIB = 2**30
 
@@ -23,7 +23,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeGPU, FakeGPU]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, nvml: FakeNVML) -> None:
-    monkeypatch.setattr(energy_sources, "pynvml", nvml)
+    install_nvml(monkeypatch, nvml)
 
 
 async def test_memory_that_stays_is_told(gpus: tuple[FakeGPU, FakeGPU]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from deployments.haproxy import haproxy_environment
 from deployments.local_ray import free_ports
+from registry.api import ErrorAnswer
 from registry.errors import BadSettings
 
 
@@ -50,21 +52,59 @@ def fake_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return real
 
 
-def test_what_can_be_sent_again_says_so(tmp_path: Path, fake_haproxy: Path) -> None:
-    """Where HAProxy can't pass a request on it answers 503 in our form; every 503 and 429 has a Retry-After."""
+def test_its_own_answers_are_in_our_form(tmp_path: Path, fake_haproxy: Path) -> None:
+    """What HAProxy answers itself is JSON in our form and in OpenAI's, with Retry-After exactly when that can help."""
     script = haproxy_environment(tmp_path, local_only=True)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     config = tmp_path / "haproxy.cfg"
-    config.write_text("    errorfile 502 500.http\n    errorfile 503 500.http\nfrontend http_frontend\n    bind a:1\n")
+    config.write_text(
+        "".join(f"    errorfile {status} 500.http\n" for status in (502, 503, 504))
+        + "frontend http_frontend\n    bind a:1\n"
+    )
     for _ in range(2):  # Serve may start it several times with one file
         subprocess.run([script, "-f", config], capture_output=True, check=True)
-    unchanged, answer, frontend, of_requests, rule, bind = config.read_text().splitlines()
-    assert unchanged == "    errorfile 502 500.http"
+    *answers, frontend, of_requests, rule, bind = config.read_text().splitlines()
     assert (frontend, bind) == ("frontend http_frontend", "    bind a:1")
     assert of_requests.startswith("http-request set-header ")
-    assert rule.startswith("http-after-response set-header retry-after 1 if { status 429 503 }")
-    head, body = Path(answer.removeprefix("    errorfile 503 ")).read_bytes().split(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 503 ")
-    assert json.loads(body) == {"code": "unavailable", "message": json.loads(body)["message"], "retryable": True}
+    assert rule.startswith("http-after-response set-header retry-after 1 if { status 503 }")
+    assert len(answers) == 5
+    files = dict(line.split()[1:] for line in answers)
+    assert set(files) == {"400", "408", "502", "503", "504"}
+    for status, file in files.items():
+        head, body = Path(file).read_bytes().split(b"\r\n\r\n")
+        assert head.startswith(f"HTTP/1.1 {status} ".encode())
+        answer = json.loads(body)
+        assert ErrorAnswer.model_validate(answer).code == answer["error"]["code"]
+        assert answer["error"]["message"] == answer["message"]
+        assert (b"retry-after: 1" in head) == answer["retryable"]
+
+
+def test_a_request_that_is_interrupted_is_answered_in_our_form(tmp_path: Path) -> None:
+    """When a server ends after it was sent a request, its client gets a 502 that is JSON and says what is safe."""
+    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    config = tmp_path / "haproxy.cfg"
+    with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as back:
+        config.write_text(
+            "global\ndefaults\n    mode http\n    timeout client 9s\n    timeout connect 9s\n    timeout server 9s\n"
+            "    errorfile 502 /nowhere/500.http\n    errorfile 503 /nowhere/500.http\n"
+            f"frontend http_frontend\n    bind fd@{front.fileno()}\n    default_backend back\n"
+            f"backend back\n    server all 127.0.0.1:{back.getsockname()[1]}\n"
+        )
+        back.settimeout(10)
+        with subprocess.Popen([script, "-db", "-f", str(config)], pass_fds=[front.fileno()]) as haproxy:
+            try:
+                with socket.create_connection(front.getsockname(), timeout=10) as client:
+                    client.sendall(b"POST /process_prompt HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}")
+                    server, _ = back.accept()
+                    assert server.recv(1000)
+                    server.close()
+                    response = http.client.HTTPResponse(client)
+                    response.begin()
+                    answer = json.loads(response.read())
+            finally:
+                haproxy.kill()
+    assert (response.status, response.getheader("content-type")) == (502, "application/json")
+    assert (answer["code"], answer["retryable"]) == ("interrupted", True)
+    assert "Idempotency-Key" in answer["message"]
 
 
 def test_a_haproxy_that_knows_nobody_says_try_again(tmp_path: Path) -> None:

@@ -200,12 +200,20 @@ async def test_gpu_type_is_passed_on(http: httpx.AsyncClient, registry: FakeRegi
     assert registry.calls[0][1][4] == "NVIDIA H100 80GB HBM3"
 
 
-async def test_idempotency_key_comes_with_the_bodys_hash(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
-    """An Idempotency-Key reaches the registry with the SHA-256 of the very bytes that were sent."""
-    content = json.dumps(BODY, indent=3).encode()
+async def test_idempotency_key_comes_with_the_hash_of_the_json(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """An Idempotency-Key reaches the registry with the SHA-256 of the JSON in its canonical spelling.
+
+    Spaces, escapes and the order of fields make no difference; another value does.
+    """
+    canonical = json.dumps(BODY, sort_keys=True, separators=(",", ":"))
     headers = {"Idempotency-Key": "key-1", "Content-Type": "application/json"}
-    assert (await http.post(REQUEST, content=content, headers=headers)).status_code == 201
-    assert registry.calls[0][1][5] == Idempotency("key-1", hashlib.sha256(content).hexdigest())
+    reordered = json.dumps(dict(reversed(BODY.items())), indent=3).replace("/", "\\/")
+    other = json.dumps({**BODY, "measurementId": 1235})
+    for content in (canonical, reordered, other):
+        assert (await http.post(REQUEST, content=content, headers=headers)).status_code == 201
+    first, second, third = (args[5] for _, args, _ in registry.calls)
+    assert first == second == Idempotency("key-1", hashlib.sha256(canonical.encode()).hexdigest())
+    assert third != first
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256])
@@ -470,14 +478,18 @@ async def test_errors_of_the_registry_become_answers(
     for answer in (await http.post(REQUEST, json=BODY), await http.get(f"{REQUEST}/x")):
         assert answer.status_code == error.http_status
         body = {"code": error.code, "message": str(error), "retryable": error.retryable}
-        assert answer.json() == body | ({"field": error.field} if isinstance(error, LLMNeverFits) else {})
+        if isinstance(error, LLMNeverFits):
+            detail = {"type": "value_error", "loc": ["body", error.field], "msg": str(error)}
+            body |= {"field": error.field, "detail": [detail]}
+        assert answer.json() == body
         assert ("retry-after" in answer.headers) == error.retryable
 
 
 @pytest.mark.parametrize(
     ("method", "path", "status", "code", "allowed"),
     [
-        ("GET", "/", 404, "no_such_path", None),
+        ("POST", "/", 405, "method_not_allowed", "GET"),
+        ("GET", "/process_prompt", 405, "method_not_allowed", "POST"),
         ("GET", "/promptingservice", 404, "no_such_path", None),
         ("PUT", REQUEST, 405, "method_not_allowed", "POST"),
         ("GET", REQUEST, 405, "method_not_allowed", "POST"),

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 import deployments
-from deployments import lifecycle, process_tree
+from deployments import lifecycle, process_tree, surroundings
 from deployments.lifecycle import end, ready_lines, run_detached, run_in_foreground, start_on_cluster
 from deployments.local_ray import FOLDER_PREFIX, free_ports
 from registry.errors import BadSettings, StartFailed
@@ -40,7 +40,7 @@ ENDS = "import sys; print('first'); print('greenprompt: ' + sys.argv[2]); sys.ex
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short polls; environment and signal handlers as they were."""
     monkeypatch.setattr(lifecycle, "POLL_S", 0.005)
     environment = dict(os.environ)
@@ -98,9 +98,14 @@ class FakeApp:
         self.folder: Path | None = None
         self.during: Callable[[], None] = lambda: None
 
-    def start(self, _settings: Settings, folder: Path | None) -> Ready:
+    def check(self, _settings: Settings) -> None:
+        """Nothing is wrong."""
+
+    def start(self, _settings: Settings, folder: Path | None, *, on_joined: Callable[[], None] = lambda: None) -> Ready:
         self.calls.append("start")
         self.folder = folder
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray replaces it
+        on_joined()
         self.during()
         if self.failure is not None:
             raise self.failure
@@ -186,6 +191,42 @@ def test_foreground_runs_until_a_signal(settings: Settings, app: FakeApp, number
     assert not (settings.state_dir / "up.json").exists()
     assert app.folder is not None
     assert not app.folder.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_start(settings: Settings, app: FakeApp, number: int) -> None:
+    """Ctrl-C while things start ends the start at once, and whatever had started."""
+
+    def hang() -> None:
+        os.kill(os.getpid(), number)
+        pytest.fail("the start went on")
+
+    app.during = hang
+    says = Says()
+    run_in_foreground(settings, say=says)
+    assert app.calls == ["start", "stop"]
+    assert says.lines[-1] == "Everything is down."
+    assert not (settings.state_dir / "up.json").exists()
+
+
+def test_a_full_disk_is_told(settings: Settings, app: FakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up while the registry runs is said once, and so is its end."""
+    free = iter([2**40, 2**40, 2**40, 2**40, 0, 0, 2**40])
+
+    def usage(_folder: object) -> SimpleNamespace:
+        left = next(free, None)
+        if left is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return SimpleNamespace(free=2**40 if left is None else left)
+
+    monkeypatch.setattr(lifecycle, "DISK_POLL_S", 0)
+    monkeypatch.setattr(surroundings.shutil, "disk_usage", usage)
+    says = Says()
+    run_in_foreground(settings, say=says)
+    told = [line for line in says.lines if "he disk of" in line]
+    assert len(told) == 2
+    assert f"the disk of {settings.state_dir} is full (0 MiB are free)" in told[0]
+    assert "has space again" in told[1]
 
 
 def test_failed_start_is_cleaned_up(settings: Settings, app: FakeApp) -> None:

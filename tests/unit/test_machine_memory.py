@@ -9,7 +9,7 @@ import pytest
 
 from deployments import energy_sources
 from deployments.machine_memory import gpu_memory_bytes, main_memory_bytes
-from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML
+from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
 
 GIB = 2**30
 
@@ -20,7 +20,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNVML:
     smaller = FakeGPU(OTHER_UUID)
     smaller.memory_bytes = 40 * GIB
     fake = FakeNVML(FakeGPU(), smaller)
-    monkeypatch.setattr(energy_sources, "pynvml", fake)
+    install_nvml(monkeypatch, fake)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{UUID},{OTHER_UUID}")
     return fake
 
@@ -48,7 +48,7 @@ def test_what_nvml_does_not_tell_is_not_known(nvml: FakeNVML, monkeypatch: pytes
 
 def test_no_nvml_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a driver the memory of GPUs is not known."""
-    monkeypatch.setattr(energy_sources, "pynvml", FakeNVML(init_error=9))
+    install_nvml(monkeypatch, FakeNVML(init_error=9))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", UUID)
     assert gpu_memory_bytes(1) is None
 
@@ -57,7 +57,7 @@ def test_driver_is_named(nvml: FakeNVML, monkeypatch: pytest.MonkeyPatch) -> Non
     """Its version is NVML's, which is given back; without NVML that is said, not guessed."""
     assert energy_sources.driver_version() == "610.43.02"
     assert nvml.opened == 0
-    monkeypatch.setattr(energy_sources, "pynvml", FakeNVML(init_error=9))
+    install_nvml(monkeypatch, FakeNVML(init_error=9))
     with pytest.raises(energy_sources.ReadFailed):
         energy_sources.driver_version()
 

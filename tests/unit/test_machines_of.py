@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.cluster import machines_of
+from registry.reconcile import with_known_ids
 from registry.state import Machine
 
 
@@ -102,3 +104,40 @@ def test_every_living_node_is_one_machine(nodes: list[tuple[str, str, bool]]) ->
     assert sorted(machine.node_id for machine in found) == sorted(node_id for node_id, _, alive in nodes if alive)
     assert len({machine.machine_id for machine in found}) == len(found)
     assert machines_of(list(reversed(listed))) == found
+
+
+def test_a_running_machine_keeps_its_name() -> None:
+    """A node that joins under a running machine's name is another machine, whatever the ids are: both are shown."""
+    running = machines_of([node("nnnnnnnnnnnn", NodeName="gpu-1")])
+    for newcomer in ("aaaaaaaaaaaa", "zzzzzzzzzzzz"):  # before and behind it in the order of node ids
+        both = machines_of([node("nnnnnnnnnnnn", NodeName="gpu-1"), node(newcomer, NodeName="gpu-1")])
+        ids = {machine.node_id: machine.machine_id for machine in with_known_ids(both, running)}
+        assert ids == {"nnnnnnnnnnnn": "gpu-1", newcomer: f"gpu-1-{newcomer[:6]}"}
+
+
+def test_a_machine_keeps_its_id_when_its_namesake_leaves() -> None:
+    """The later one of two nodes of a name keeps the id under which it has leases when the first one is gone."""
+    both = machines_of([node("aaaaaaaaaaaa", NodeName="gpu-1"), node("bbbbbbbbbbbb", NodeName="gpu-1")])
+    (left,) = with_known_ids(machines_of([node("bbbbbbbbbbbb", NodeName="gpu-1")]), both)
+    assert left.machine_id == "gpu-1-bbbbbb"
+
+
+def test_a_machine_that_comes_back_has_its_id() -> None:
+    """A new node of a machine that is gone takes its id: its raylet was started again."""
+    (gone,) = machines_of([node("aaaaaaaaaaaa", NodeName="gpu-1")])
+    back = machines_of([node("bbbbbbbbbbbb", NodeName="gpu-1")])
+    assert with_known_ids(back, [replace(gone, alive=False)]) == back
+    assert with_known_ids(back, [gone]) == back  # its end was not seen
+
+
+@given(
+    st.lists(st.text("ab", min_size=12, max_size=12), unique_by=lambda each: each[:6], max_size=8),
+    st.sets(st.integers(0, 7)),
+)
+def test_known_nodes_keep_their_ids(node_ids: list[str], known: set[int]) -> None:
+    """However nodes of one name come and go, those that stay keep their ids, and no two have the same."""
+    before = machines_of([node(each) for n, each in enumerate(node_ids) if n in known])
+    after = with_known_ids(machines_of([node(each) for each in node_ids]), before)
+    ids = {machine.node_id: machine.machine_id for machine in after}
+    assert {machine.node_id: machine.machine_id for machine in before}.items() <= ids.items()
+    assert len(set(ids.values())) == len(node_ids)

@@ -12,7 +12,7 @@ from deployments.energy import CPUModel, Label
 from deployments.energy_sources import CounterLost, CPUModelSource, GPUPower, ReadFailed, Source, Unreadable
 from deployments.meter import Meter
 from registry.errors import BadSettings
-from tests.fake_counters import FakeCounter, FakeGPU, FakeNVML, ManualClock
+from tests.fake_counters import FakeCounter, FakeGPU, FakeNVML, ManualClock, install_nvml
 
 HOLE = Unreadable("gpu:y", "no energy counter and no power reading", in_boundary=True)
 
@@ -248,7 +248,7 @@ def test_poll_period_in_range(poll_s: float) -> None:
 
 def test_sampled_gpus_need_ten_samples_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """A period longer than 0.1 s is refused where power is sampled."""
-    monkeypatch.setattr("deployments.energy_sources.pynvml", nvml := FakeNVML(FakeGPU()))
+    install_nvml(monkeypatch, nvml := FakeNVML(FakeGPU()))
     nvml.nvmlInit()
     source = GPUPower("x", FakeGPU(), CPUTime())  # type: ignore[arg-type]
     Meter([source], poll_s=0.1)

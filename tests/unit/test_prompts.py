@@ -99,6 +99,9 @@ class FakeMeter:
         flight.status, flight.tokens = "refused", Tokens(0, 0, 0)
 
 
+JSON = "application/json"
+
+
 class Call:
     """A client's request to an ASGI app, by hand: it sees what has come so far, and can hang up."""
 
@@ -111,8 +114,10 @@ class Call:
         *,
         root: str = ROOT,
         headers: Iterable[tuple[bytes, bytes]] = (),
+        content_type: str | None = JSON,
     ) -> None:
         content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        self._path = path
         self._todo: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
         self._hung_up = asyncio.Event()
         self._come: asyncio.Queue[Message] = asyncio.Queue()
@@ -129,7 +134,11 @@ class Call:
             "raw_path": f"{root}{path}".encode(),
             "root_path": root,
             "query_string": b"",
-            "headers": [(b"host", b"x"), (b"content-type", b"application/json"), *headers],
+            "headers": [
+                (b"host", b"x"),
+                *([] if content_type is None else [(b"content-type", content_type.encode())]),
+                *headers,
+            ],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 8000),
         }
@@ -165,6 +174,21 @@ class Call:
     @property
     def json(self) -> Any:
         return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """The stable code of an error."""
+        return str(self._error["code"])
+
+    @property
+    def message(self) -> str:
+        """What an error says."""
+        return str(self._error["message"])
+
+    @property
+    def _error(self) -> Any:
+        """An error of ours: in OpenAI's shape below /v1, in our own elsewhere."""
+        return self.json["error"] if "/v1/" in self._path else self.json
 
 
 class Wrapper:
@@ -230,7 +254,7 @@ PATHS = [("GET", "/get_status"), ("POST", "/process_prompt"), ("POST", "/v1/chat
 async def test_only_the_holder_gets_in(wrapper: Wrapper, method: str, path: str) -> None:
     """Any other token is refused on every path, and nothing reaches the engine."""
     answer = await wrapper.call(method, path, {"question": "Why?"}, token="another").done()
-    assert (answer.status, answer.json["code"]) == (403, "no_such_lease")
+    assert (answer.status, answer.code) == (403, "no_such_lease")
     assert wrapper.engine.bodies == []
 
 
@@ -239,8 +263,8 @@ async def test_address_of_an_ended_lease_is_gone(wrapper: Wrapper, method: str, 
     """After the end of the lease its address answers 410 everywhere, and says how it ended."""
     wrapper.gate.unbind("released")
     answer = await wrapper.call(method, path, {"question": "Why?"}).done()
-    assert (answer.status, answer.json["code"]) == (410, "lease_ended")
-    assert "released" in answer.json["message"]
+    assert (answer.status, answer.code) == (410, "lease_ended")
+    assert "released" in answer.message
     assert wrapper.engine.bodies == []
 
 
@@ -259,8 +283,8 @@ async def test_lease_expires_without_the_registry(wrapper: Wrapper) -> None:
 async def test_unknown_paths_are_404(wrapper: Wrapper, path: str) -> None:
     """A path that is not served says which are."""
     answer = await wrapper.call("POST", path).done()
-    assert (answer.status, answer.json["code"]) == (404, "no_such_path")
-    assert "process_prompt" in answer.json["message"]
+    assert (answer.status, answer.code) == (404, "no_such_path")
+    assert "process_prompt" in answer.message
 
 
 @pytest.mark.parametrize(
@@ -299,8 +323,8 @@ async def test_status_says_that_the_llm_is_being_started(wrapper: Wrapper) -> No
     assert answer.json == {"status": "success", "message": "not ready", "detail": detail, "energy": SO_FAR}
     for path, body in (("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})):
         refused = await wrapper.call("POST", path, body).done()
-        assert (refused.status, refused.json["code"], refused.headers["retry-after"]) == (503, "engine_not_ready", "1")
-        assert "loading" in refused.json["message"]
+        assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "engine_not_ready", "1")
+        assert "loading" in refused.message
 
 
 async def test_fresh_wrapper_says_try_again(wrapper: Wrapper) -> None:
@@ -320,6 +344,49 @@ async def test_status_answers_while_prompts_run(wrapper: Wrapper) -> None:
 
 
 # --- process_prompt ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+async def test_question_may_have_any_type(wrapper: Wrapper, content_type: str | None) -> None:
+    """A question that is JSON is taken whatever its Content-Type says: the Prompting Service's client sends none."""
+    body = {"question": "Why?"}
+    answer = await Call(wrapper.app, "POST", f"/{TOKEN}/process_prompt", body, content_type=content_type).done()
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize"])
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/jsonl"])
+async def test_wrong_type_is_named(wrapper: Wrapper, path: str, content_type: str | None) -> None:
+    """The engine's own API takes JSON that says so: another type is a 415 that names it, and nothing is counted."""
+    answer = await Call(wrapper.app, "POST", f"/{TOKEN}{path}", {}, content_type=content_type).done()
+    assert (answer.status, answer.code) == (415, "unsupported_media_type")
+    assert (content_type or "no Content-Type") in answer.body.decode()
+    assert wrapper.meter.begun == []
+
+
+async def test_type_may_have_parameters(wrapper: Wrapper) -> None:
+    """The type counts, not what stands behind it."""
+    body = {"model": "m", "prompt": "x"}
+    type_ = "Application/JSON; charset=utf-8"
+    answer = await Call(wrapper.app, "POST", f"/{TOKEN}/v1/completions", body, content_type=type_).done()
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/nothing"])
+async def test_errors_below_v1_are_openais(wrapper: Wrapper, path: str) -> None:
+    """Below /v1 an error of ours has OpenAI's shape, and the same code and sentence as elsewhere."""
+    wrapper.gate.unbind("released")
+    ours = (await wrapper.call("GET", "/get_status").done()).json
+    openais = await wrapper.call("GET", path).done()
+    assert openais.status == 410
+    assert openais.json == {
+        "error": {
+            "message": ours["message"],
+            "type": "invalid_request_error",
+            "param": None,
+            "code": ours["code"],
+        }
+    }
 
 
 async def test_question_is_answered(wrapper: Wrapper) -> None:
@@ -369,7 +436,7 @@ async def test_no_text_is_an_empty_answer(wrapper: Wrapper) -> None:
 async def test_wrong_bodies_are_named(wrapper: Wrapper, body: object, field: str) -> None:
     """A body that is not a question is a 422 that names the field; the engine is not asked."""
     answer = await wrapper.call("POST", "/process_prompt", body).done()
-    assert (answer.status, answer.json["code"], answer.json["field"]) == (422, "invalid_field", field)
+    assert (answer.status, answer.code, answer.json["field"]) == (422, "invalid_field", field)
     assert wrapper.engine.bodies == []
 
 
@@ -397,8 +464,8 @@ async def test_errors_of_the_engine_are_passed_on(
     """What the engine refuses is answered with its own status and words, and costs nothing."""
     wrapper.engine.error = error
     answer = await wrapper.prompt()
-    assert (answer.status, answer.json["code"]) == (status, "prompt_refused")
-    assert text in answer.json["message"]
+    assert (answer.status, answer.code) == (status, "prompt_refused")
+    assert text in answer.message
     assert wrapper.meter.accounts == []
 
 
@@ -416,8 +483,8 @@ async def test_error_of_a_dying_engine_is_its_death(wrapper: Wrapper, path: str,
     wrapper.state = (None, "process 7 ended by itself")
     wrapper.engine.died.set()
     answer = await call.done()
-    assert (answer.status, answer.json["code"]) == (503, "engine_not_ready")
-    assert "process 7 ended by itself" in answer.json["message"]
+    assert (answer.status, answer.code) == (503, "engine_not_ready")
+    assert "process 7 ended by itself" in answer.message
 
 
 async def test_engine_that_fails_is_an_error_of_ours(wrapper: Wrapper) -> None:
@@ -430,7 +497,7 @@ async def test_engine_that_fails_is_an_error_of_ours(wrapper: Wrapper) -> None:
     with structlog.testing.capture_logs() as logs:
         for path, body in (("/process_prompt", {"question": "Why?"}), ("/v1/completions", {})):
             answer = await wrapper.call("POST", path, body).done()
-            assert (answer.status, answer.json["code"]) == (500, "engine_failed")
+            assert (answer.status, answer.code) == (500, "engine_failed")
     assert [("RuntimeError: boom" in entry["traceback"], entry["log_level"]) for entry in logs] == [(True, "error")] * 2
 
 
@@ -438,8 +505,8 @@ async def test_answered_error_of_the_app_counts(wrapper: Wrapper) -> None:
     """An app that answers 500 and raises then (as Starlette's do) has answered: its own words are passed on."""
     wrapper.engine.error = RuntimeError("boom")
     answer = await wrapper.prompt()
-    assert (answer.status, answer.json["code"]) == (500, "prompt_refused")
-    assert answer.json["message"] == "Internal Server Error"
+    assert (answer.status, answer.code) == (500, "prompt_refused")
+    assert answer.message == "Internal Server Error"
 
 
 # --- limits ------------------------------------------------------------------------------------------------
@@ -459,7 +526,7 @@ async def test_too_many_prompts_are_sent_away(wrapper: Wrapper) -> None:
     first = await wrapper.begin()
     for path, body in (("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})):
         answer = await wrapper.call("POST", path, body).done()
-        assert (answer.status, answer.json["code"], answer.headers["retry-after"]) == (429, "too_many_prompts", "1")
+        assert (answer.status, answer.code, answer.headers["retry-after"]) == (429, "too_many_prompts", "1")
     wrapper.engine.go.set()
     assert (await first.done()).status == 200
     assert (await wrapper.prompt()).status == 200
@@ -472,7 +539,7 @@ async def test_prompt_that_takes_too_long_is_cut(wrapper: Wrapper, path: str, bo
     """A prompt over the limit is a 504, and its generation is aborted in the engine."""
     wrapper.make(prompt_max_s=0.01)
     answer = await (await wrapper.begin(path, body)).done()
-    assert (answer.status, answer.json["code"]) == (504, "prompt_too_long")
+    assert (answer.status, answer.code) == (504, "prompt_too_long")
     assert wrapper.engine.aborted == 1
     assert wrapper.gate.grant is not None
 
@@ -492,8 +559,8 @@ async def test_end_of_the_lease_cuts_its_prompts(wrapper: Wrapper, path: str, bo
     assert wrapper.gate.in_flight == 0
     for call in calls:
         answer = await call.done()
-        assert (answer.status, answer.json["code"]) == (410, "lease_ended")
-        assert "released" in answer.json["message"]
+        assert (answer.status, answer.code) == (410, "lease_ended")
+        assert "released" in answer.message
 
 
 async def test_cut_under_a_lease_that_stays(wrapper: Wrapper) -> None:
@@ -502,8 +569,8 @@ async def test_cut_under_a_lease_that_stays(wrapper: Wrapper) -> None:
     wrapper.state = (None, "its processes are gone")
     await wrapper.app.cut_all()
     answer = await call.done()
-    assert (answer.status, answer.json["code"]) == (503, "engine_not_ready")
-    assert "its processes are gone" in answer.json["message"]
+    assert (answer.status, answer.code) == (503, "engine_not_ready")
+    assert "its processes are gone" in answer.message
     wrapper.state = (wrapper.engine, "ready")
     assert (await wrapper.call("GET", "/get_status").done()).status == 200
 
@@ -514,7 +581,7 @@ async def test_cut_while_the_engine_still_runs(wrapper: Wrapper) -> None:
     await wrapper.app.cut_all()
     answer = await call.done()
     assert answer.status == 503
-    assert "was cut" in answer.json["message"]
+    assert "was cut" in answer.message
 
 
 async def test_cutting_nothing(wrapper: Wrapper) -> None:
@@ -546,7 +613,7 @@ async def test_stream_is_broken_by_the_end_of_the_lease(wrapper: Wrapper) -> Non
     one, told, rest = call.body.split(b"\n\n")
     assert (one, rest) == (b'data: "one"', b"")
     error = json.loads(told.removeprefix(b"data: "))["error"]
-    assert (error["type"], error["code"]) == ("lease_ended", 410)
+    assert (error["type"], error["code"]) == ("invalid_request_error", "lease_ended")
     assert "expired" in error["message"]
 
 
@@ -579,8 +646,8 @@ async def test_deadline_cuts_prompts_by_itself(wrapper: Wrapper, path: str, body
     call = await wrapper.begin(path, body)
     wrapper.clock.now_s += 0.02
     answer = await call.done()
-    assert (answer.status, answer.json["code"]) == (410, "lease_ended")
-    assert "expired" in answer.json["message"]
+    assert (answer.status, answer.code) == (410, "lease_ended")
+    assert "expired" in answer.message
     assert wrapper.engine.aborted == 1
 
 
@@ -593,7 +660,7 @@ async def test_deadline_breaks_a_stream_and_says_so(wrapper: Wrapper) -> None:
     wrapper.clock.now_s += 0.02
     with pytest.raises(LeaseEnded, match="expired"):
         await call.done()
-    assert b'"type": "lease_ended"' in call.body
+    assert b'"code": "lease_ended"' in call.body
 
 
 async def test_renewed_lease_keeps_its_prompts(wrapper: Wrapper) -> None:
@@ -615,7 +682,7 @@ async def test_prompts_may_be_finished(wrapper: Wrapper) -> None:
     over = asyncio.create_task(wrapper.app.over())
     wrapper.clock.now_s += 100.0
     late = await wrapper.prompt()
-    assert (late.status, late.json["code"]) == (410, "lease_ended")
+    assert (late.status, late.code) == (410, "lease_ended")
     assert not over.done()
     wrapper.engine.go.set()
     answer = await call.done()
@@ -629,7 +696,7 @@ async def test_prompts_that_may_finish_have_a_longest(wrapper: Wrapper) -> None:
     call = await wrapper.begin()
     wrapper.clock.now_s += 100.0
     answer = await call.done()
-    assert (answer.status, answer.json["code"]) == (504, "prompt_too_long")
+    assert (answer.status, answer.code) == (504, "prompt_too_long")
 
 
 async def test_only_one_leases_prompts_are_cut(wrapper: Wrapper) -> None:
@@ -910,7 +977,9 @@ async def test_other_marks_are_refused(wrapper: Wrapper, path: str, body: object
     """A header that says neither true nor false is an error that names it; the engine never sees the prompt."""
     headers = [(b"x-greenprompt-warmup", value) for value in values]
     answer = await Call(wrapper.app, "POST", f"/{TOKEN}{path}", body, headers=headers).done()
-    assert (answer.status, answer.json["code"], answer.json["field"]) == (422, "invalid_field", "X-GreenPrompt-Warmup")
+    told = answer.json["error"] if path.startswith("/v1/") else answer.json
+    field = told["param"] if path.startswith("/v1/") else told["field"]
+    assert (answer.status, told["code"], field) == (422, "invalid_field", "X-GreenPrompt-Warmup")
     assert wrapper.meter.begun == []
     assert wrapper.engine.bodies == []
 
@@ -959,8 +1028,8 @@ async def test_used_up_budget_refuses_prompts(wrapper: Wrapper, path: str, body:
     """A lease that has used up its budget is told so, and not to try again; its status still answers."""
     wrapper.meter.used_up = BudgetUsed("J", 12.5, 10.0)
     answer = await wrapper.call("POST", path, body).done()
-    assert (answer.status, answer.json["code"], answer.json["retryable"]) == (429, "budget_used", False)
-    assert "12.5 J" in answer.json["message"]
+    assert (answer.status, answer.code, "retry-after" in answer.headers) == (429, "budget_used", False)
+    assert "12.5 J" in answer.message
     assert "retry-after" not in answer.headers
     assert wrapper.engine.bodies == []
     assert (await wrapper.call("GET", "/get_status").done()).json["message"] == "ready"

@@ -9,12 +9,11 @@ from typing import Any
 import pynvml
 import pytest
 
-from deployments import energy_sources
 from deployments.energy_sources import ReadFailed, gpu_settings
 from deployments.provenance import cpu_here, gpus_here, provenance
 from registry.provenance import PENDING, differences, unlike
 from registry.state import Grade, LeaseRequested, LLMSpec, NewRequest, Request, canonical_json
-from tests.fake_counters import UUID, FakeGPU, FakeNVML
+from tests.fake_counters import UUID, FakeGPU, FakeNVML, install_nvml
 
 GPU = {
     "uuid": "GPU-1",
@@ -113,7 +112,7 @@ def test_gpus_tell_how_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Power limit and clocks are those of now; what a GPU does not tell is null, and not made up."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", UUID)
     gpu = FakeGPU()
-    monkeypatch.setattr(energy_sources, "pynvml", FakeNVML(gpu))
+    install_nvml(monkeypatch, FakeNVML(gpu))
     assert gpus_here(1) == [
         {
             "uuid": UUID,
@@ -130,7 +129,7 @@ def test_gpus_tell_how_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gpus_without_nvml_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is an empty list; GPUs that nothing is known of are null."""
-    monkeypatch.setattr(energy_sources, "pynvml", FakeNVML(init_error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
+    install_nvml(monkeypatch, FakeNVML(init_error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", UUID)
     assert gpus_here(0) == []
     assert gpus_here(1) is None

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import make_url
 
 from registry.errors import BadSettings
 from registry.settings import Settings, differing, forwarded_environment, load_settings
 from registry.state import Limits
+from registry.store import Store
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
@@ -71,6 +73,11 @@ def test_values_of_the_file_are_taken(write) -> None:
         ("http: {port: 0}", "http.port"),
         ("http: {port: 65536}", "http.port"),
         ("http: 8000", "http"),
+        ("http: {port: 1, port: 2}", "port is there twice, in line 1"),
+        ("energy: {grid: {zone: NO}}", "NO can be read in two ways: write true or false, or put it in quotes"),
+        ("http: {public_url: head.example:8000}", "http.public_url: Value error, needs a scheme and a host"),
+        ("http: {public_url: 'http://'}", "http.public_url"),
+        ("http: {public_url: 'http://x/?a=b'}", "must end before any ? or #"),
         ("leases: {max_s: 0}", "leases.max_s"),
         ("leases: {max_s: .inf}", "leases.max_s"),
         ("leases: {idle_s: .nan}", "leases.idle_s"),
@@ -170,6 +177,13 @@ def test_environment_goes_before_the_command_line(write, monkeypatch: pytest.Mon
         ("GREENPROMPT_HTTP__PORT", "many", "http.port"),
         ("GREENPROMPT_HTTP__PROT", "1", "http.prot"),
         ("GREENPROMPT_HTPP__PORT", "1", "GREENPROMPT_HTPP__PORT"),
+        ("GREENPROMPT_HTTP__PORT", "many", "GREENPROMPT_HTTP__PORT"),
+        ("GREENPROMPT_STATEDIR", "x", "did you mean GREENPROMPT_STATE_DIR?"),
+        ("GREENPROMPT_HTTP_PORT", "1", "did you mean GREENPROMPT_HTTP__PORT?"),
+        ("greenprompt_http_port", "1", "did you mean GREENPROMPT_HTTP__PORT?"),
+        ("GREENPROMPT_NONSENSE", "1", "there is no section 'nonsense'"),
+        ("GREENPROMPT_STATE_DIR", "", "GREENPROMPT_STATE_DIR"),
+        ("GREENPROMPT_DATABASE_URL", " ", "is empty; unset it, or give it a value"),
         ("GREENPROMPT_HTTP", "no json", "http"),
         ("GREENPROMPT_MODELS__LOCAL_ROOTS", "no json", "models"),
     ],
@@ -198,6 +212,26 @@ def test_workers_get_what_loading_models_needs(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     assert forwarded_environment() == {"HF_HOME": "/cache", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    spellings = {"https_proxy": "http://p:1", "ALL_PROXY": "http://p:2", "no_proxy": "x", "SSL_CERT_FILE": "/ca.pem"}
+    for name, value in spellings.items():
+        monkeypatch.setenv(name, value)
+    assert spellings.items() <= forwarded_environment().items()
+
+
+def test_database_of_a_folder_with_any_name(tmp_path: Path) -> None:
+    """A % or a ? in state_dir is part of the path: the database lies there, and nowhere else."""
+    folder = tmp_path / "100%25 ?mode=memory #1"
+    settings = Settings(state_dir=folder)
+    assert make_url(settings.store_url).database == str(folder / "registry.db")
+    assert make_url(settings.store_url).query == {}
+    Store.open(settings.store_url).close()
+    assert (folder / "registry.db").exists()
+
+
+@pytest.mark.parametrize(("host", "url"), [("::1", "http://[::1]:8000"), ("127.0.0.1", "http://127.0.0.1:8000")])
+def test_base_url_of_a_host(host: str, url: str) -> None:
+    """An IPv6 address stands in brackets."""
+    assert Settings.model_validate({"http": {"host": host}}).base_url == url
 
 
 # --- the object --------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import structlog
 
-from deployments import energy_sources, settling
+from deployments import settling
 from deployments import wrapper as wrapper_module
 from deployments.engine import StopReport
 from deployments.model_cache import LocalModel
@@ -30,7 +30,7 @@ from registry.reconcile import Belief, HandOver, LeaseGrant
 from registry.settings import EnergySettings, WrapperSettings
 from registry.state import LLMSpec
 from tests.fake_cluster import UNTOLD
-from tests.fake_counters import FakeNVML, ManualClock
+from tests.fake_counters import FakeNVML, ManualClock, install_nvml
 from tests.fake_engine import FakeEngine
 
 LLMCONFIG = json.dumps({"uses_chat_template": False, "args": {"prompting": {}, "deployment": {}}})
@@ -174,11 +174,11 @@ Make = Callable[..., Awaitable[Client]]
 
 def test_versions_tell_what_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own version is among them; the driver's only where there is a GPU, and NVML tells."""
-    monkeypatch.setattr(energy_sources, "pynvml", FakeNVML())
+    install_nvml(monkeypatch, FakeNVML())
     assert {"greenprompt-llm-registry", "ray", "torch"} <= versions_here(0).keys()
     assert "nvidia-driver" not in versions_here(0)
     assert versions_here(1)["nvidia-driver"] == "610.43.02"
-    monkeypatch.setattr(energy_sources, "pynvml", FakeNVML(init_error=9))
+    install_nvml(monkeypatch, FakeNVML(init_error=9))
     assert versions_here(1) == versions_here(0)
 
 

@@ -188,7 +188,7 @@ class PluggedWorld(World):
         held = [request.wrapper_id for request in deployed]
         assert len(held) == len(set(held)), f"held twice: {held}"
         for request in deployed:
-            address = self.address(request.request_id)
+            address = self.url(request.request_id)
             assert address is not None
             assert self.addresses.setdefault(request.request_id, address) == address, "its address has changed"
         assert len(set(self.addresses.values())) == len(self.addresses), "one address for two"

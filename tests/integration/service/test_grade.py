@@ -54,7 +54,7 @@ async def test_settling_is_a_phase(world: World) -> None:
     world.wrapper().phase = "settling"
     await world.looked()
     settling = state(world, request_id)
-    assert (settling.status, settling.phase, settling.address) == ("deploying", "settling", None)
+    assert (settling.status, settling.phase, settling.url) == ("deploying", "settling", None)
     world.wrapper().phase = None
     await world.looked()
     assert state(world, request_id).phase == "handing over"
@@ -106,7 +106,7 @@ async def test_another_version_is_not_handed_over(world: World) -> None:
     (again,) = world.ask(2, TINY, grade=Grade.MEASUREMENT, like_request_id=first)
     failed = await world.until_status(again, RequestStatus.FAILED)
     assert failed.reason == f"it would not be like request {first}: versions.vllm: was 0.32.0, is 0.33.0"
-    assert state(world, again).address is None
+    assert state(world, again).url is None
     await world.deployed(3)
 
 

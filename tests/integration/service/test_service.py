@@ -34,20 +34,20 @@ async def test_llm_is_deployed_and_handed_over(world: World) -> None:
     await world.until(lambda: gate.arrived)
     await world.until(lambda: views.request_state(world.service, world.request(request_id)).phase == "loading")
     state = views.request_state(world.service, world.request(request_id))
-    assert (state.status, state.address, state.machine) == ("deploying", None, "a")
+    assert (state.status, state.url, state.machine) == ("deploying", None, "a")
 
     binding = world.cluster.hold("a-0", "bind")
     gate.open()
     await world.until(lambda: binding.arrived)
     assert world.request(request_id).status is Status.DEPLOYING
     assert views.request_state(world.service, world.request(request_id)).phase == "handing over"
-    assert world.address(request_id) is None
+    assert world.url(request_id) is None
     binding.open()
 
     await world.until_status(request_id, Status.DEPLOYED)
     grant = world.wrapper().grant
     assert grant is not None
-    assert world.address(request_id) == f"http://127.0.0.1:8000/wrappers/a-0/{grant.token}"
+    assert world.url(request_id) == f"http://127.0.0.1:8000/wrappers/a-0/{grant.token}"
     assert (grant.request_id, grant.measurement_id, grant.llmconfig) == (request_id, 1, config_of(TINY))
     assert (grant.ends_in_s, grant.idle_limit_s) == (1000, 100)
     assert world.wrapper().spec == TINY
@@ -56,11 +56,11 @@ async def test_llm_is_deployed_and_handed_over(world: World) -> None:
 async def test_warm_llm_is_handed_over_at_once(world: World) -> None:
     """An LLM that runs and is free is handed to the next who wants it, without a start, under a new address."""
     first = await world.deployed(1)
-    first_address = world.address(first)
+    first_address = world.url(first)
     world.service.release(first)
     second = await world.deployed(2)
-    assert world.address(second) not in (None, first_address)
-    assert world.address(first) is None
+    assert world.url(second) not in (None, first_address)
+    assert world.url(first) is None
     assert world.wrapper().starts == 1
     # The new lease may have come before the end of the old one was told: then it has ended it.
     assert world.wrapper().ended in ([(first, "released")], [])
@@ -444,7 +444,7 @@ async def test_a_warm_llm_is_ours_in_the_answer(world: World) -> None:
     async with asyncio.timeout(LIMIT_S):
         first, second = await world.service.granted(asked)
     assert (first.status, second.status) == (Status.DEPLOYED, Status.QUEUED)
-    assert world.address(first.request_id) is not None
+    assert world.url(first.request_id) is not None
 
 
 async def test_a_cold_llm_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

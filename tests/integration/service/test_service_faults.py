@@ -40,7 +40,7 @@ async def test_llm_that_fails_everywhere_fails(two: World) -> None:
     state = views.request_state(two.service, two.request(bad))
     assert "no such layer" in (state.reason or "")
     assert "org/tiny" in (state.reason or "")
-    assert state.address is None
+    assert state.url is None
     assert two.cluster.calls["a-0", "restart"] == two.cluster.calls["b-0", "restart"] == 0
 
 
@@ -94,20 +94,20 @@ async def test_a_lease_keeps_its_commit(world: World) -> None:
 async def test_engine_that_dies_under_a_lease_comes_back(world: World) -> None:
     """The LLM is started again for its lease, under the same address; the measurement says that it happened."""
     request_id = await world.deployed(1)
-    address, token = world.address(request_id), world.wrapper().grant
+    address, token = world.url(request_id), world.wrapper().grant
     gate = world.cluster.hold("a-0", "deploy")
     world.cluster.kill_engine("a-0", "out of memory")
     await world.until_status(request_id, Status.DEPLOYING)
     await world.until(lambda: gate.arrived)
     assert world.request(request_id).reason == "out of memory"
-    assert world.address(request_id) is None
+    assert world.url(request_id) is None
     kept = world.wrapper().grant
     assert kept is not None
     assert token is not None
     assert kept.token == token.token  # its holder is told to try again, not that it is over
     gate.open()
     await world.until_status(request_id, Status.DEPLOYED)
-    assert world.address(request_id) == address
+    assert world.url(request_id) == address
     assert views.request_state(world.service, world.request(request_id)).flags == ["engine_restarted"]
 
 
@@ -136,11 +136,11 @@ async def test_free_engine_that_dies(world: World) -> None:
 async def test_wrapper_whose_process_is_replaced(world: World) -> None:
     """A wrapper that has forgotten everything gets its LLM and its lease back, under the same address."""
     request_id = await world.deployed(1)
-    address = world.address(request_id)
+    address = world.url(request_id)
     world.cluster.kill_process("a-0")
     await world.until(lambda: world.wrapper().grant is not None and world.wrapper().runs)
     await world.until_status(request_id, Status.DEPLOYED)
-    assert world.address(request_id) == address
+    assert world.url(request_id) == address
     assert world.cluster.calls["a-0", "restart"] == 0
 
 
@@ -170,11 +170,11 @@ async def test_unreachable_wrapper_is_restarted(world: World) -> None:
 async def test_lease_survives_a_restart_of_its_wrapper(world: World) -> None:
     """A lease on a wrapper that has to be restarted gets its LLM back at the same address."""
     request_id = await world.deployed(1)
-    address = world.address(request_id)
+    address = world.url(request_id)
     world.cluster.fail("a-0", "report", *[WrapperUnreachable("a-0", "hangs")] * 2)
     await world.until(lambda: world.cluster.calls["a-0", "restart"] == 1)
     await world.until_status(request_id, Status.DEPLOYED)
-    assert world.address(request_id) == address
+    assert world.url(request_id) == address
     assert world.wrapper().grant is not None
 
 

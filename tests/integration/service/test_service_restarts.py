@@ -34,9 +34,9 @@ async def test_lease_survives_the_registry(world: World) -> None:
     """A registry that was killed comes back to its leases: same address, same times, and the prompts never stopped."""
     request_id = await world.deployed(1)
     (waits,) = world.ask(2, OTHER)
-    before, lease = world.address(request_id), world.service.allocator.lease_of(request_id)
+    before, lease = world.url(request_id), world.service.allocator.lease_of(request_id)
     await world.restart()
-    assert world.address(request_id) == before
+    assert world.url(request_id) == before
     assert world.service.allocator.lease_of(request_id) == lease
     await world.until(lambda: any(isinstance(event, WrapperStarted) for event in world.service.events))
     await world.looked()

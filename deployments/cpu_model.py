@@ -1,0 +1,51 @@
+"""The energy of the CPU where nothing counts it: a model of the operator's, driven by CPU time."""
+
+from __future__ import annotations
+
+import os
+
+from deployments.cpu_time import TICKS_PER_S, CPUTimeTree
+from deployments.energy import CPUModel, Label
+from deployments.source import Joules, ReadFailed, Source
+
+
+class CPUModelSource(Source):
+    """The CPU's energy estimated from the CPU time of our processes; its units are CPU-seconds.
+
+    Idle watts of all the CPUs we have reserved, for all of the time, and (busy - idle) watts for every CPU-second.
+    """
+
+    name = "cpu-model"
+    method = "cpu-model"
+    label = Label.MODELED
+    max_age_s = step = 1 / TICKS_PER_S
+
+    def __init__(self, model: CPUModel, tree: CPUTimeTree, *, cpus: float) -> None:
+        self.origin = f"estimate from the CPU time of our processes and {cpus:g} reserved CPUs; watts: {model.source}"
+        self._model = model
+        self._tree = tree
+        self._cpus = cpus
+
+    @property
+    def max_rate(self) -> float:
+        """No more CPU-seconds a second than the machine has CPUs, whatever is reserved."""
+        return max(self._cpus, os.cpu_count() or 1)
+
+    @property
+    def late(self) -> float:
+        """A process is found up to a second after its birth, and counted from then on."""
+        return self.max_rate * 1.0
+
+    def read(self, now_s: float) -> float:
+        """CPU-seconds since the first reading."""
+        try:
+            return self._tree.read_s(now_s)
+        except (OSError, ValueError) as error:
+            raise ReadFailed(str(error)) from error
+
+    def joules(self, duration_s: float, units: float) -> Joules:
+        """The modelled energy, with the range of the estimate."""
+        model = self._model
+        active_w_per_cpu = model.busy_w_per_cpu - model.idle_w_per_cpu
+        mid = model.idle_w_per_cpu * self._cpus * duration_s + active_w_per_cpu * units
+        return Joules(mid * model.low_factor, mid, mid * model.high_factor)

@@ -1,0 +1,198 @@
+"""The energy of NVIDIA's GPUs: NVML's energy counters, or its power samples where a GPU has none."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pynvml
+
+from deployments.cpu_time import CPUTimeTree
+from deployments.energy import Label
+from deployments.gpu_info import power_limit_w
+from deployments.source import CounterLost, ReadFailed, Source, Unreadable
+
+_MAX_SAMPLE_GAP_S = 0.2
+"""Longest time between two power samples that are integrated; the label promises 10 a second."""
+
+_AVERAGED_S = 1.0
+"""NVML's plain power reading is the mean of so long a time before it was taken, on Ampere (but GA100) and newer.
+Source: NVML API, nvmlDeviceGetPowerUsage."""
+_REFRESHED_S = 0.1
+"""NVML's readings are renewed every 20 to 100 ms. Source: Yang et al. 2024, "Part-time Power Measurements:
+nvidia-smi's Lack of Attention" (arXiv 2312.02741), table 1."""
+_MODULE = re.compile(r"\bG[HB][23]00\b")
+"""Names of GPUs whose energy counter is that of their module, with its Grace CPU and all memory (GH200, GB200, GB300).
+Source: Zeus, pull request 172 (measured on GH200). For GB200 it is assumed; `CounterCheck` compares with the module's
+power, so a counter of the GPU alone is flagged there."""
+MODULE_LIMIT_W = 4000.0
+"""Limit for a module, whose own limit NVML does not tell: GB200 and GB300, 2,700 W for two GPUs and a CPU, and half as
+much again for moments (NVIDIA's data sheets)."""
+GPU_LIMIT_W = 3000.0
+"""Limit for a GPU that tells none: twice the 1,400 W of the largest ones (NVIDIA B300, by its data sheet)."""
+
+
+class _GPU(Source):
+    """A GPU by its UUID. Each one holds NVML open until it is closed."""
+
+    default_limit_w = GPU_LIMIT_W
+
+    def __init__(self, uuid: str, handle: Any, tree: CPUTimeTree) -> None:
+        self.name = f"gpu:{uuid}"
+        self._handle = handle
+        self._tree = tree
+        self.read_limit()
+
+    def read_limit(self) -> None:
+        """Read the power limit that is enforced again."""
+        told_w = power_limit_w(self._handle)
+        if told_w is not None:
+            self.limit_w = max(told_w, self.limit_w or 0.0)
+
+    def contended(self, now_s: float) -> bool | None:
+        """Whether other compute processes run on the GPU, as far as they are of our pid namespace."""
+        try:
+            users = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)}
+        except pynvml.NVMLError:
+            return None
+        if users <= self._tree.pids():
+            return False  # without a look at every process of the machine, which takes milliseconds
+        self._tree.refresh(now_s)
+        strangers = users - self._tree.pids()
+        # In a container the driver tells the host's process ids: those can't be compared with ours.
+        if not all(self._tree.exists(pid) for pid in strangers):
+            return None
+        return bool(strangers)
+
+    def close(self) -> None:
+        """Give NVML back."""
+        pynvml.nvmlShutdown()
+
+
+class GPUCounter(_GPU):
+    """The driver's energy counter, mJ since it was loaded; steps every 20 to 100 ms.
+
+    ``covers_cpu``: the counter is that of a module, with the CPU and all memory in it.
+
+    Source: NVML API, nvmlDeviceGetTotalEnergyConsumption (Volta or newer).
+    """
+
+    method = "nvml-energy-counter"
+    label = Label.MEASURED
+    origin = "NVML energy counter of the GPU and its memory"
+    step = 1e-3
+
+    def __init__(self, uuid: str, handle: Any, tree: CPUTimeTree, *, module: bool = False) -> None:
+        self.covers_cpu = module
+        super().__init__(uuid, handle, tree)
+        if module:
+            self.origin = "NVML energy counter of the module: GPU, CPU and the memory of both"
+            self.default_limit_w = MODULE_LIMIT_W
+
+    def read_limit(self) -> None:
+        """Read the limit that is enforced again. That of a GPU says nothing of its module."""
+        if not self.covers_cpu:
+            super().read_limit()
+
+    def read(self, now_s: float) -> float:
+        """Joules since the driver was loaded."""
+        try:
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
+        except pynvml.NVMLError as error:
+            raise ReadFailed(str(error)) from error
+
+    def power_w(self) -> float | None:
+        """Watts by NVML's power reading, of the module if that is what the counter counts."""
+        try:
+            if self.covers_cpu:
+                return _field_w(self._handle, pynvml.NVML_FI_DEV_POWER_AVERAGE, pynvml.NVML_POWER_SCOPE_MODULE)
+            return _power_w(self._handle)
+        except pynvml.NVMLError:
+            return None
+
+
+class GPUPower(_GPU):
+    """Power samples, integrated by the trapezoid rule, for GPUs without an energy counter.
+
+    With ``instant`` samples of the power at a moment, else of its mean over the last second: the joules are then those
+    of up to a second ago, and what a shorter time took can't be told.
+
+    Source: NVML API, NVML_FI_DEV_POWER_INSTANT and nvmlDeviceGetPowerUsage: mW of the GPU and its memory.
+    """
+
+    method = "nvml-power-samples"
+    label = Label.MEASURED_SAMPLED
+
+    def __init__(self, uuid: str, handle: Any, tree: CPUTimeTree, *, instant: bool = False) -> None:
+        super().__init__(uuid, handle, tree)
+        self._instant = instant
+        self._last: tuple[float, float] | None = None
+        self._joules = 0.0
+        # The mean of a time lies between the power at its begin and at its end, so the integral is as old as that.
+        self.max_age_s = (_REFRESHED_S if instant else _AVERAGED_S) + _MAX_SAMPLE_GAP_S
+        what = "of the moment" if instant else "each the mean of a second"
+        self.origin = f"NVML power samples of the GPU and its memory, {what}, integrated"
+
+    def read(self, now_s: float) -> float:
+        """Joules since the first sample."""
+        try:
+            power_w = _instant_w(self._handle) if self._instant else _power_w(self._handle)
+        except pynvml.NVMLError as error:
+            raise ReadFailed(str(error)) from error
+        last, self._last = self._last, (now_s, power_w)
+        if self.max_rate is not None and power_w > self.max_rate:
+            self._last = None
+            raise CounterLost("implausible_power")
+        if last is not None:
+            if now_s - last[0] > _MAX_SAMPLE_GAP_S:
+                raise CounterLost("undersampled")
+            self._joules += (now_s - last[0]) * (last[1] + power_w) / 2
+        return self._joules
+
+
+def _power_w(handle: Any) -> float:
+    """NVML's plain power reading. Raises NVMLError."""
+    return float(pynvml.nvmlDeviceGetPowerUsage(handle)) / 1000
+
+
+def _instant_w(handle: Any) -> float:
+    """The power at this moment. Raises NVMLError."""
+    return _field_w(handle, pynvml.NVML_FI_DEV_POWER_INSTANT, pynvml.NVML_POWER_SCOPE_GPU)
+
+
+def _field_w(handle: Any, field: int, scope: int) -> float:
+    """A field of NVML in mW. Raises NVMLError if the GPU or its driver does not have it."""
+    [value] = pynvml.nvmlDeviceGetFieldValues(handle, [(field, scope)])
+    if value.nvmlReturn != pynvml.NVML_SUCCESS:
+        raise pynvml.NVMLError(value.nvmlReturn)
+    return float(value.value.uiVal) / 1000
+
+
+def probe_gpu(uuid: str, tree: CPUTimeTree) -> Source | Unreadable:
+    """The best that a GPU offers. MIG slices and many vGPUs offer nothing."""
+    name = f"gpu:{uuid}"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return Unreadable(name, f"NVML can't be used: {error}", in_boundary=True)
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        try:
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+            module = _MODULE.search(str(pynvml.nvmlDeviceGetName(handle))) is not None
+            return GPUCounter(uuid, handle, tree, module=module)
+        except pynvml.NVMLError as error:
+            no_counter = str(error)
+        try:
+            return GPUPower(uuid, handle, tree, instant=_instant_w(handle) > 0)
+        except pynvml.NVMLError:
+            pass  # an older driver or GPU
+        try:
+            _power_w(handle)
+            return GPUPower(uuid, handle, tree)
+        except pynvml.NVMLError as error:
+            why = f"no energy counter ({no_counter}) and no power reading ({error})"
+    except pynvml.NVMLError as error:
+        why = f"no such GPU: {error}"
+    pynvml.nvmlShutdown()
+    return Unreadable(name, why, in_boundary=True)

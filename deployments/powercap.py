@@ -1,0 +1,195 @@
+"""The energy of CPUs and main memory by the kernel's powercap zones (RAPL)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from deployments.energy import Label
+from deployments.source import CounterLost, ReadFailed, Source, Unreadable
+
+PACKAGE_LIMIT_W = 1500.0
+"""Limit for a package that tells none. The largest server processors are made for 500 W (AMD EPYC 9005, Intel Xeon
+6900P: thermal design power, by their data sheets), and run at up to twice that for moments."""
+DRAM_LIMIT_W = 500.0
+"""Limit for the memory of a package that tells none: 24 modules of 20 W."""
+UNLIMITED_W = 4095.0
+"""A limit of so much is none: the register's field is full. Source: Intel SDM 3B, 15.10.3: 15 bits of 1/8 W."""
+_LONGEST_WRAP_S = 2.0
+"""After so long without a reading a fall can't be told from a reset, even if a wrap would explain it."""
+_WRAP_SLACK_S = 0.25
+"""The counter is read so much later than the time of a reading says, at most, when a fall is taken for a wrap. How much
+it rose is checked with the exact times afterwards, like every step."""
+_MOVES_TO_TELL = 3
+_DIE = re.compile(r"(package-\d+)-die-\d+")
+
+
+class PowercapZone(Source):
+    """A package or dram zone of Intel's or AMD's RAPL, µJ, wrapping at max_energy_range_uj; steps every ~1 ms.
+
+    Source: Linux, Documentation/power/powercap; Intel SDM 3B, 14.10 (counters are updated every ~1 ms).
+    """
+
+    method = "powercap"
+    label = Label.MEASURED
+    max_age_s = 2e-3
+    step = 1e-3
+
+    def __init__(self, name: str, zone: Path) -> None:
+        """Raises OSError or ValueError when the zone can't be read."""
+        self.name = name
+        self.origin = f"powercap energy counter {zone.name} of the whole machine"
+        self.default_limit_w = DRAM_LIMIT_W if name.startswith("dram") else PACKAGE_LIMIT_W
+        self._zone = zone
+        self._path = str(zone / "energy_uj")
+        self._range_uj = int((zone / "max_energy_range_uj").read_text())
+        self._total_uj = 0
+        self._last_s: float | None = None
+        self._last_uj = int((zone / "energy_uj").read_text())
+        self.limit_w = _zone_limit_w(zone)
+
+    def read_limit(self) -> None:
+        """Read the zone's power limits again."""
+        told_w = _zone_limit_w(self._zone)
+        if told_w is not None:
+            self.limit_w = max(told_w, self.limit_w or 0.0)
+
+    def shown_uj(self) -> int:
+        """What the zone shows now, µJ, wraps and all.
+
+        Raises:
+            ReadFailed: Not this time.
+        """
+        try:
+            return _read_int(self._path)
+        except (OSError, ValueError) as error:
+            raise ReadFailed(str(error)) from error
+
+    def read(self, now_s: float) -> float:
+        """Joules since the first reading, over all wraps."""
+        now_uj = self.shown_uj()
+        last_s, last_uj = self._last_s, self._last_uj
+        self._last_s, self._last_uj = now_s, now_uj
+        if last_s is None:
+            return self._total_uj / 1e6
+        most_uj_s = (self.max_rate or 0.0) * 1e6
+        if (now_s - last_s) * most_uj_s >= self._range_uj:
+            raise CounterLost("poll_gap")  # it may have wrapped more than once
+        delta_uj = now_uj - last_uj
+        if delta_uj < 0:
+            delta_uj += self._range_uj
+            if delta_uj > min(self._range_uj / 2, (now_s - last_s + _WRAP_SLACK_S) * most_uj_s):
+                raise CounterLost("counter_reset")  # backwards, and not by wrapping
+            if now_s - last_s > _LONGEST_WRAP_S:
+                raise CounterLost("poll_gap")
+        self._total_uj += delta_uj
+        return self._total_uj / 1e6
+
+
+class DiePackage(Source):
+    """A package whose dies have a zone each: separate counters on Intel, one and the same on some AMD processors.
+
+    Which of both is found out by the counters: if what the others show always lies between two readings of the first,
+    while that moves, they show one counter, and it is counted once. Until that is known nothing is read.
+
+    Source: Linux, drivers/powercap/intel_rapl_common.c names zones by die; AMD's counters are per package.
+    """
+
+    method = "powercap"
+    label = Label.MEASURED
+    max_age_s = PowercapZone.max_age_s
+    step = PowercapZone.step
+
+    def __init__(self, name: str, dies: Sequence[PowercapZone]) -> None:
+        self.name = name
+        self._dies = dies
+        self._counted: Sequence[PowercapZone] = ()
+        self._shown_uj: int | None = None
+        self._moves = 0
+        self.origin = f"powercap energy counters of the {len(dies)} dies of {name} of the whole machine"
+        self.read_limit()
+
+    def read_limit(self) -> None:
+        """Read the power limits of all dies again; the package's is their sum, unknown if one is."""
+        for die in self._dies:
+            die.read_limit()
+        limits_w = [die.limit_w for die in self._dies]
+        known_w = [limit_w for limit_w in limits_w if limit_w is not None]
+        self.limit_w = sum(known_w) if len(known_w) == len(limits_w) else None
+        self.default_limit_w = PACKAGE_LIMIT_W * len(self._dies)
+
+    def read(self, now_s: float) -> float:
+        """Joules since the first reading."""
+        if not self._counted:
+            self._look()
+        return sum(die.read(now_s) for die in self._counted)
+
+    def _look(self) -> None:
+        first, *others = self._dies
+        before_uj = first.shown_uj()
+        shown_uj = [die.shown_uj() for die in others]
+        after_uj = first.shown_uj()
+        if before_uj <= after_uj and not all(before_uj <= uj <= after_uj for uj in shown_uj):
+            self._counted = self._dies
+            return
+        self._moves += self._shown_uj is not None and before_uj != self._shown_uj
+        self._shown_uj = before_uj
+        if self._moves < _MOVES_TO_TELL:
+            raise ReadFailed("not known yet whether its dies show one counter")
+        self._counted = [first]
+        self.origin = f"{first.origin}, counted once: all {len(self._dies)} dies of {self.name} show the same counter"
+
+
+def _read_int(path: str) -> int:
+    """A file of one number. A third of what Path.read_text takes, 20 times a second."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return int(os.read(fd, 32))
+    finally:
+        os.close(fd)
+
+
+def _zone_limit_w(zone: Path) -> float | None:
+    """The highest of a zone's power limits (long and short term, and the maximum); None where it tells none."""
+    limits = []
+    for path in (*zone.glob("constraint_*_power_limit_uw"), *zone.glob("constraint_*_max_power_uw")):
+        try:
+            limits.append(int(path.read_text()) / 1e6)
+        except (OSError, ValueError):
+            continue  # zones list constraints that they don't support
+    return max((limit for limit in limits if 0 < limit < UNLIMITED_W), default=None)
+
+
+def probe_powercap(root: Path) -> list[Source | Unreadable]:
+    """All packages and all memory zones, or the reasons. A kind with an unreadable zone is left out altogether."""
+    if not root.is_dir():
+        return [Unreadable("powercap", f"{root} does not exist")]
+    found: dict[str, list[PowercapZone | Unreadable]] = {"package": [], "dram": []}
+    for zone in sorted(root.glob("intel-rapl:*")):
+        name = zone.name
+        try:
+            name = (zone / "name").read_text().strip()
+            kind = name.split("-")[0]
+            if kind == "dram":
+                name = f"dram-{zone.name.split(':')[1]}"
+            if kind in found:
+                found[kind].append(PowercapZone(name, zone))
+        except (OSError, ValueError) as error:
+            found.setdefault(name.split("-")[0], []).append(Unreadable(name, str(error)))
+    sources: list[Source | Unreadable] = []
+    for kind, zones in found.items():
+        broken = [zone for zone in zones if isinstance(zone, Unreadable)]
+        whole = [zone for zone in zones if isinstance(zone, PowercapZone)]
+        sources.extend(broken or _by_package(whole) or [Unreadable(kind, f"no such zone in {root}")])
+    return sources
+
+
+def _by_package(zones: Sequence[PowercapZone]) -> list[Source]:
+    """The zones, those of the dies of one package together."""
+    dies: dict[str, list[PowercapZone]] = {}
+    for zone in zones:
+        die = _DIE.fullmatch(zone.name)
+        dies.setdefault(die[1] if die else zone.name, []).append(zone)
+    return [group[0] if len(group) == 1 else DiePackage(name, group) for name, group in dies.items()]

@@ -1,0 +1,63 @@
+"""The errors of a wrapper's HTTP side that are not the lease's."""
+
+from __future__ import annotations
+
+from registry.errors import RegistryError
+
+
+class PromptTooLong(RegistryError):
+    """A prompt was cut because it took longer than prompts may."""
+
+    code = "prompt_too_long"
+    http_status = 504
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(limit_s)
+        self.limit_s = limit_s
+
+    def __str__(self) -> str:
+        return f"the answer took longer than {self.limit_s} s and was cut; ask for fewer tokens"
+
+
+class NoSuchPath(RegistryError):
+    """A path below a lease's URL that is not served, or not with this method."""
+
+    code = "no_such_path"
+    http_status = 404
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(method, path)
+        self.method, self.path = method, path
+
+    def __str__(self) -> str:
+        known = "GET get_status, POST process_prompt and vLLM's /v1/… are served here"
+        return f"{self.method} {self.path}: {known}"
+
+
+class NotJSON(RegistryError):
+    """A body for vLLM's own API has another Content-Type than JSON's, or none."""
+
+    code = "unsupported_media_type"
+    http_status = 415
+
+    def __init__(self, content_type: str) -> None:
+        super().__init__(content_type)
+        self.content_type = content_type
+
+    def __str__(self) -> str:
+        given = f"Content-Type {self.content_type!r} is not served here" if self.content_type else "no Content-Type"
+        return f"{given}; send JSON with Content-Type: application/json"
+
+
+class EngineFailed(RegistryError):
+    """The engine's app failed while it answered; the wrapper's log has the traceback."""
+
+    code = "engine_failed"
+    http_status = 500
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return f"the engine failed: {self.kind}"

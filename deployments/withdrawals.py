@@ -1,0 +1,67 @@
+"""Ends requests whose POST was accepted but not answered: their client has no ids to release them with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Any
+
+import stamina
+import structlog
+
+from registry.errors import RegistryError
+
+WITHDRAW_FOR_S = 300.0
+"""How long a withdrawal is tried while the registry does not answer, seconds."""
+
+log = structlog.get_logger("deployments.withdrawals")
+
+
+class Withdrawals:
+    """Withdraws requests in the background. ``call(method, *args)`` reaches the registry actor.
+
+    What can't be withdrawn within WITHDRAW_FOR_S is logged; the idle limit of its lease ends it.
+    """
+
+    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
+        self._call = call
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @contextmanager
+    def unless_answered(self, request_ids: Sequence[str], tenant: str, key: str | None) -> Iterator[None]:
+        """Withdraw these requests when the block fails, or is cancelled because the client hung up.
+
+        A refusal (4xx) is an answer: nothing was accepted then.
+        """
+        try:
+            yield
+        except BaseException as error:
+            refused = isinstance(error, RegistryError) and error.http_status < HTTPStatus.INTERNAL_SERVER_ERROR
+            if not refused:
+                self.begin(request_ids, tenant, key)
+            raise
+
+    def begin(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
+        """Withdraw the requests of one POST, which came with this Idempotency-Key. Returns at once."""
+        task = asyncio.get_running_loop().create_task(self._withdraw(request_ids, tenant, key))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def over(self) -> None:
+        """Return when all withdrawals that have begun are over."""
+        await asyncio.gather(*self._tasks)
+
+    async def _withdraw(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
+        try:
+            async for attempt in stamina.retry_context(
+                on=RegistryError, attempts=None, timeout=WITHDRAW_FOR_S, wait_initial=0.5, wait_max=5.0
+            ):
+                with attempt:
+                    await self._call("withdraw", request_ids, tenant, key)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            log.error("requests without an answer could not be withdrawn", request_ids=request_ids, reason=reason)  # noqa: TRY400 - a traceback of Ray's says no more
+        else:
+            log.info("requests without an answer were withdrawn", request_ids=request_ids)

@@ -1,0 +1,43 @@
+"""The HTTP client that our own programs use for a registry: proxies and certificates as the environment names them."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from urllib.parse import urlsplit
+
+import httpx
+
+from registry.errors import BadSettings
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+"""Hosts that are this machine: no proxy is asked for them, whatever the environment says."""
+
+
+def http_client(base_url: str, *, timeout_s: float) -> httpx.Client:
+    """Make a client of the server at ``base_url``; nothing is sent yet. Close it.
+
+    It has no limit of its own to the number of connections: how many requests are in flight is the caller's choice.
+
+    Raises:
+        BadSettings: ``base_url`` is none, or a variable of the environment names certificates or a proxy that can't be
+            used; the text names it.
+    """
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BadSettings(base_url, "is no base URL: it needs a scheme and a host, as in http://127.0.0.1:8000")
+    own = parts.hostname in LOOPBACK
+    try:
+        return httpx.Client(
+            base_url=base_url.rstrip("/"),
+            timeout=timeout_s,
+            limits=httpx.Limits(),
+            trust_env=not own,
+        )
+    except (OSError, ssl.SSLError) as error:
+        names = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+        raise BadSettings(" and ".join(names) or "certificates", f"can't be used: {error}") from error
+    except ValueError as error:  # httpx' words for a proxy URL that is none
+        raise BadSettings("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY", str(error)) from error
+    except ImportError as error:  # a SOCKS proxy takes another package
+        raise BadSettings("ALL_PROXY", str(error)) from error

@@ -1,0 +1,86 @@
+"""Reads YAML and JSON files that people write, and refuses what can be read in two ways.
+
+YAML 1.1, which PyYAML reads, takes ``NO`` for false, ``010`` for eight and ``1:30`` for ninety. Each is an error here
+that says what to write. So is a key that is there twice. Dates are texts, and ``1e-1`` is a number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+import yaml
+
+_AMBIGUOUS: Final = "!ambiguous"
+
+_REFUSED: Final[tuple[tuple[str, str, str], ...]] = (
+    (r"(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)", "yYnNoO", "write true or false, or put it in quotes"),
+    (r"[-+]?0[0-9_]+", "-+0", "a number that begins with 0 may mean octal: leave the 0 out, or put it in quotes"),
+    (r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?", "-+0123456789", "put it in quotes: YAML reads it as base 60"),
+)
+"""(pattern, first characters, remedy) of plain values that versions of YAML read in different ways."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, stricter."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping. Raises MarkedYAMLError for a key that is there twice."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{key_node.value} is there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _refuse(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> None:
+    remedy = next(remedy for pattern, _, remedy in _REFUSED if re.fullmatch(pattern, node.value))
+    raise yaml.MarkedYAMLError(None, None, f"{node.value} can be read in two ways: {remedy}", node.start_mark)
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """PyYAML's table of plain values, without dates, with ours before its own."""
+    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items():
+        table[first] = [kind for kind in kinds if kind[0] != "tag:yaml.org,2002:timestamp"]
+    for pattern, firsts, _ in _REFUSED:
+        for first in firsts:
+            table.setdefault(first, []).insert(0, (_AMBIGUOUS, re.compile(f"^(?:{pattern})$")))
+    number = re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
+    for first in "-+.0123456789":
+        table.setdefault(first, []).insert(0, ("tag:yaml.org,2002:float", number))
+    return table
+
+
+_Loader.yaml_implicit_resolvers = _resolvers()
+_Loader.add_constructor(_AMBIGUOUS, _refuse)
+
+
+def load_yaml(text: str) -> Any:
+    """Read one YAML document as plain data; None for an empty one.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, holds more than data, or has an ambiguous value or a key twice. A problem that
+            has a line is a MarkedYAMLError, whose ``problem`` quotes no more than the value.
+    """
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def load_json(text: str | bytes) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: it is not JSON, or has a key twice in one object.
+    """
+    return json.loads(text, object_pairs_hook=_each_once)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for n, (name, _) in enumerate(pairs) if name in dict(pairs[:n]))
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found

@@ -1,0 +1,219 @@
+"""``greenprompt up`` and ``down`` where the machine, the shell or the configuration is not as it should be.
+
+Either the registry is ready, or the command ends within seconds with one line that says what to do. Never is another
+registry touched.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+
+from deployments.local_ray import free_ports
+from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S
+
+pytestmark = pytest.mark.cluster
+
+REFUSED_LIMIT_S = 30
+"""Longest time until a start is refused; 10 s on a machine with nothing else to do."""
+
+
+class Case(NamedTuple):
+    """``config`` is YAML, in which ``@`` is the test's own folder; so it is in ``environment`` and ``before``.
+
+    ``before`` is shell code that runs in the shell of the command. ``told`` must be in the one line of the refusal.
+    """
+
+    told: str
+    environment: Mapping[str, str] = {}
+    config: str = ""
+    before: str = ":"
+
+
+REFUSED = {
+    "state_dir in proc": Case("/proc/nope", {"GREENPROMPT_STATE_DIR": "/proc/nope"}),
+    "state_dir is a file": Case("state_dir", {"GREENPROMPT_STATE_DIR": "@/file"}, before="touch @/file"),
+    "state_dir below a file": Case("state_dir", {"GREENPROMPT_STATE_DIR": "@/file/x"}, before="touch @/file"),
+    "cache_dir in proc": Case("cache_dir", {"GREENPROMPT_CACHE_DIR": "/proc/nope"}),
+    "few open files": Case("ulimit -n: at most 4096 open files", before="ulimit -n 4096"),
+    "typo in a variable": Case("did you mean GREENPROMPT_STATE_DIR", {"GREENPROMPT_STATEDIR": "x"}),
+    "one underscore": Case("did you mean GREENPROMPT_HTTP__PORT", {"GREENPROMPT_HTTP_PORT": "1"}),
+    "empty variable": Case("GREENPROMPT_STATE_DIR: is empty", {"GREENPROMPT_STATE_DIR": ""}),
+    "variable of the wrong type": Case("GREENPROMPT_WRAPPERS__PER_MACHINE", {"GREENPROMPT_WRAPPERS__PER_MACHINE": "x"}),
+    "list that is no JSON": Case("given as JSON", {"GREENPROMPT_MODELS__LOCAL_ROOTS": "a:b"}),
+    "key twice": Case("port is there twice", config="http: {port: 1, port: 2}"),
+    "Norway": Case("NO can be read in two ways", config="energy: {grid: {zone: NO}}"),
+    "octal": Case("010 can be read in two ways", config="http: {port: 010}"),
+    "base 60": Case("1:30 can be read in two ways", config="leases: {max_s: 1:30}"),
+    "no YAML": Case("is not YAML", config="a: b: c"),
+    "unknown section": Case("there is no such section", config="htpp: {port: 1}"),
+    "public_url without scheme": Case("needs a scheme", config="http: {public_url: 'head.example:8000'}"),
+    "host of another machine": Case("http.port", config="http: {host: 203.0.113.1}"),
+    "unknown zone": Case("zone", config="energy: {grid: {zone: DE}}"),
+    "CPU model upside down": Case(
+        "energy.cpu_model",
+        config="energy: {cpu_model: {idle_w_per_cpu: 5, busy_w_per_cpu: 1, low_factor: 0.5, high_factor: 2, "
+        "source: x}}",
+    ),
+    "embodied upside down": Case(
+        "energy.embodied",
+        config="energy: {embodied: {g_per_hour: 5, low_g_per_hour: 9, high_g_per_hour: 4, source: x}}",
+    ),
+    "forbidden LLM": Case(
+        "deploy",
+        config="deploy: [{llm: {modeltyp: text-generation, model: /etc, uses_chat_template: true, "
+        "args: {prompting: {}, deployment: {}}}}]",
+    ),
+    "database URL": Case("database", {"GREENPROMPT_DATABASE_URL": "mysql://x/y"}),
+    "full disk": Case(
+        "is full",
+        {"GREENPROMPT_STATE_DIR": "@/small"},
+        before="mkdir -p @/small && mount -t tmpfs -o size=1M tmpfs @/small",
+    ),
+}
+
+READY = {
+    "proxies": Case(
+        "",
+        dict.fromkeys(
+            ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9"
+        ),
+    ),
+    "SOCKS proxy": Case("", {"ALL_PROXY": "socks5://127.0.0.1:9", "all_proxy": "socks5://127.0.0.1:9"}),
+    "certificates": Case("", {"SSL_CERT_FILE": "/nowhere", "REQUESTS_CA_BUNDLE": "/nowhere"}),
+    "percent and question mark": Case("", {"GREENPROMPT_STATE_DIR": "@/100%25 ?mode=ro #x"}),
+    "IPv6 loopback": Case("", config="http: {host: '::1'}"),
+    "every interface": Case("", config="http: {host: '0.0.0.0'}"),
+    "every interface, IPv6": Case("", config="http: {host: '::'}"),
+    "low soft limit": Case("", before="ulimit -Sn 256"),
+    "locale": Case("", {"LC_ALL": "C", "LANG": "xx_YY.nonsense", "PYTHONIOENCODING": "ascii"}),
+    "umask": Case("", before="umask 0777; umask 077"),
+    "empty home": Case("", {"HOME": ""}),
+    "no home": Case("", before="unset HOME"),
+    "another cluster's address": Case("", {"RAY_ADDRESS": "203.0.113.1:6379", "RAY_AUTH_TOKEN": "x"}),
+    "temporary folder is long": Case("", {"TMPDIR": "@/" + "t" * 120}, before="mkdir @/" + "t" * 120),
+    "narrow terminal": Case("", {"COLUMNS": "20", "TERM": "dumb", "NO_COLOR": "1"}),
+    "leftovers": Case(
+        "", before='mkdir -p @/state && echo \'{"pid": 1, "fol\' > @/state/up.json && touch @/state/up.lock'
+    ),
+    "dashboard's port is taken": Case("", before="true"),
+    "no standard input": Case("", before="exec <&-"),
+}
+"""Every case of these is a start of its own, so all but the union of the first ones is long."""
+
+TOGETHER = ("proxies", "certificates", "percent and question mark", "low soft limit", "locale", "umask", "empty home")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Path]:
+    """The folder of another registry, whose process nobody may end."""
+    state = tmp_path / "other"
+    state.mkdir()
+    code = (
+        "import fcntl, json, os, pathlib, signal; state = pathlib.Path('.'); lock = open('up.lock', 'w'); "
+        "fcntl.flock(lock, fcntl.LOCK_EX); "
+        "pathlib.Path('up.json').write_text(json.dumps({'pid': os.getpid()})); print('up', flush=True); signal.pause()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=state, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        yield state
+        assert process.poll() is None, "another registry was ended"
+        process.kill()
+
+
+def greenprompt(tmp_path: Path, case: Case, *words: str, limit_s: float) -> subprocess.CompletedProcess[str]:
+    """Run the command in a shell that the case has spoiled, in a mount namespace of its own."""
+    config = tmp_path / "config.yaml"
+    config.write_text(case.config.replace("@", str(tmp_path)), encoding="utf-8")
+    own = {"GREENPROMPT_STATE_DIR": str(tmp_path / "state"), "GREENPROMPT_CACHE_DIR": str(tmp_path / "cache")}
+    spoiled = {name: value.replace("@", str(tmp_path)) for name, value in case.environment.items()}
+    if "port" not in case.config:
+        own["GREENPROMPT_HTTP__PORT"] = str(free_ports(1)[0])
+    if "GREENPROMPT_STATEDIR" in spoiled:
+        own.pop("GREENPROMPT_STATE_DIR")
+    command = shlex.join([sys.executable, "-m", "deployments.cli", *words, "--config", str(config)])
+    shell = f"cd {shlex.quote(str(REPOSITORY))}; {case.before.replace('@', str(tmp_path))}\nexec {command}"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GREENPROMPT_")}
+    return subprocess.run(
+        ["unshare", "--mount", "bash", "-c", shell],
+        env=inherited | {"HF_HUB_OFFLINE": "1", **own, **spoiled},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=limit_s,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line(name: str, tmp_path: Path, other: Path) -> None:
+    """What can't work is refused before Ray starts, by one line that names it; ``down`` then ends nothing else."""
+    case = REFUSED[name]
+    begun_s = time.monotonic()
+    up = greenprompt(tmp_path, case, "up", limit_s=REFUSED_LIMIT_S)
+    took_s = time.monotonic() - begun_s
+    assert up.returncode == 2, up.stdout + up.stderr
+    assert len(up.stderr.strip().splitlines()) == 1, up.stderr
+    assert case.told in up.stderr
+    assert "Starting" not in up.stdout, up.stdout
+    print(f"refused after {took_s:.1f} s: {up.stderr.strip()}")
+    down = greenprompt(tmp_path, case, "down", limit_s=REFUSED_LIMIT_S)
+    assert down.returncode in (0, 2)
+    assert len((down.stderr + down.stdout).strip().splitlines()) == 1, down.stderr
+
+
+def test_a_second_one_leaves_the_first_alone(tmp_path: Path, other: Path) -> None:
+    """``up`` and ``up --detach`` beside a running registry are refused, and its log stays."""
+    (other / "up.log").write_text("what it said\n")
+    for words in (["up"], ["up", "--detach"]):
+        up = greenprompt(tmp_path, Case("", {"GREENPROMPT_STATE_DIR": str(other)}), *words, limit_s=REFUSED_LIMIT_S)
+        assert up.returncode == 2
+        assert "a registry runs from" in up.stderr
+        assert len(up.stderr.strip().splitlines()) == 1
+    assert (other / "up.log").read_text() == "what it said\n"
+
+
+def _is_ready_and_goes(case: Case, tmp_path: Path) -> None:
+    port = free_ports(1)[0]
+    case = case._replace(environment={**case.environment, "GREENPROMPT_HTTP__PORT": str(port)})
+    try:
+        up = greenprompt(tmp_path, case, "up", "--detach", limit_s=UP_LIMIT_S)
+        assert up.returncode == 0, up.stdout + up.stderr
+        host = "[::1]" if "::" in case.config else "127.0.0.1"
+        assert httpx.get(f"http://{host}:{port}/healthz", trust_env=False).json()["status"] == "ok"
+    finally:
+        down = greenprompt(tmp_path, case, "down", limit_s=UP_LIMIT_S)
+    assert down.returncode == 0, down.stdout + down.stderr
+    socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_ready_in_spite_of_all(tmp_path: Path, other: Path) -> None:
+    """Proxies, certificates, odd folders, limits, locale, umask and no home, all together: the registry is ready."""
+    cases = [READY[name] for name in TOGETHER]
+    environment = {name: value for case in cases for name, value in case.environment.items()}
+    _is_ready_and_goes(Case("", environment, before="; ".join(case.before for case in cases)), tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", READY)
+def test_ready_in_spite_of(name: str, tmp_path: Path, other: Path) -> None:
+    """Each of them on its own."""
+    if name == "dashboard's port is taken":
+        with socket.socket() as taken:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(("127.0.0.1", 8265))
+            taken.listen()
+            _is_ready_and_goes(READY[name], tmp_path)
+    else:
+        _is_ready_and_goes(READY[name], tmp_path)

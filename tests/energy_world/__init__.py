@@ -1,0 +1,4 @@
+"""A simulated machine with energy counters: its true energy, what its counters show, and what a meter should find.
+
+Written from the energy design alone, without the project's meter. See ``world.py`` for the entry point.
+"""

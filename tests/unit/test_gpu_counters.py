@@ -1,0 +1,141 @@
+"""GPUs whose power is sampled, and GPUs whose counter is that of a whole module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deployments.energy import CPUModel, Energy, Label, SCISettings
+from deployments.energy_sources import probe_sources
+from deployments.gpu_counters import GPUPower
+from deployments.meter import Meter
+from deployments.source import CounterLost, Source, Unreadable
+from tests.fake_counters import UUID, FakeGPU, FakeNVML, ManualClock, PowerCurve, install_nvml, write_zone
+
+IDLE_W, BUSY_W = 100.0, 600.0
+BUSY_S = 1010.0
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
+    """A GPU without an energy counter."""
+    gpu = FakeGPU()
+    gpu.energy_mj = None
+    install_nvml(monkeypatch, FakeNVML(gpu))
+    return gpu
+
+
+def probed(tmp_path: Path) -> list[Source | Unreadable]:
+    model = CPUModel(0.5, 4.0, 0.5, 2.0, "a data sheet")
+    settings = SCISettings(1.0, "output_token", True, None, model)
+    return probe_sources([UUID], pid=os.getpid(), settings=settings, powercap_root=tmp_path / "powercap")
+
+
+def sampled(gpu: FakeGPU, busy_for_s: float, *, instant: bool) -> Callable[[float, float], Energy]:
+    """Windows of a GPU of 100 W that takes 600 W for some seconds; NVML's plain power is the mean of the last one."""
+    curve = PowerCurve(1000.0, [(BUSY_S - 1000, IDLE_W), (busy_for_s, BUSY_W), (1, IDLE_W)])
+    clock = ManualClock(1001.0)
+
+    def show() -> None:
+        gpu.power_mw = round((curve.joules(clock.now_s) - curve.joules(clock.now_s - 1)) * 1000)
+        gpu.instant_mw = (
+            round((curve.joules(clock.now_s + 1e-4) - curve.joules(clock.now_s)) * 1e7) if instant else None
+        )
+
+    show()
+    [source] = [source for source in probe_sources_of(gpu) if isinstance(source, GPUPower)]
+    meter = Meter([source], clock=clock)
+    for clock.now_s in [1001 + tick / 20 for tick in range(600)]:
+        show()
+        meter.poll_once()
+    return meter.window
+
+
+def probe_sources_of(gpu: FakeGPU) -> list[Source | Unreadable]:
+    settings = SCISettings(1.0, "output_token", True, None, None)
+    return probe_sources([gpu.uuid], pid=os.getpid(), settings=settings)
+
+
+def test_half_a_second_of_averaged_power_is_too_short(gpu: FakeGPU) -> None:
+    """0.5 s at 600 W are 300 J. Power that is the mean of a second shows 112.5 J of them by their end.
+
+    The bounds of what it shows contain nothing for certain, so there is no measured figure: it is too short.
+    """
+    energy = sampled(gpu, 0.5, instant=False)(BUSY_S, BUSY_S + 0.5)
+    assert energy.total_j is None
+    assert "too_short" in energy.flags
+
+
+@pytest.mark.parametrize("busy_for_s", [2.0, 3.3, 8.0])
+def test_averaged_power_has_the_truth_in_its_bounds(gpu: FakeGPU, busy_for_s: float) -> None:
+    """2 s at 600 W are 1,200 J: the figure lies within its resolution of that, and says how it was sampled."""
+    energy = sampled(gpu, busy_for_s, instant=False)(BUSY_S, BUSY_S + busy_for_s)
+    assert energy.total_j is not None
+    assert energy.resolution_j is not None
+    assert abs(energy.total_j - BUSY_W * busy_for_s) <= energy.resolution_j
+    assert energy.label is Label.MEASURED_SAMPLED
+    assert "each the mean of a second" in energy.components[0].source
+
+
+def test_instant_power_is_preferred(gpu: FakeGPU) -> None:
+    """Where NVML tells the power of the moment, 0.5 s at 600 W are a figure whose bounds contain 300 J."""
+    energy = sampled(gpu, 0.5, instant=True)(BUSY_S, BUSY_S + 0.5)
+    assert energy.total_j is not None
+    assert energy.resolution_j is not None
+    assert abs(energy.total_j - 300) <= energy.resolution_j
+    assert "of the moment" in energy.components[0].source
+
+
+def test_sample_beyond_the_limit_is_no_power(gpu: FakeGPU) -> None:
+    """A sample of 10 kW from a GPU of 700 W is a hole, not 500 J in 50 ms."""
+    [source] = [source for source in probe_sources_of(gpu) if isinstance(source, GPUPower)]
+    source.read(1.0)
+    gpu.power_mw = 10_000_000
+    with pytest.raises(CounterLost, match="implausible_power"):
+        source.read(1.05)
+    gpu.power_mw = 300_000
+    assert source.read(1.10) == 0.0
+    assert source.read(1.15) == pytest.approx(15.0)
+
+
+# --- modules -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GH200 480GB", "NVIDIA GH200 144G HBM3e", "NVIDIA GB200", "GB300"])
+def test_counter_of_a_module_has_the_cpu_in_it(gpu: FakeGPU, tmp_path: Path, name: str) -> None:
+    """A Grace module of 900 W is counted once: by NVML, without RAPL or a model on top, and nothing is missing."""
+    gpu.name, gpu.energy_mj = name, 0
+    write_zone(tmp_path / "powercap", "intel-rapl:0", "package-0")
+    clock = ManualClock()
+    found = probed(tmp_path)
+    meter = Meter(found, clock=clock)
+    for tick in range(100):
+        clock.now_s = 1000 + tick / 20
+        gpu.energy_mj = round(900_000 * (clock.now_s - 1000))
+        meter.poll_once()
+    energy = meter.window(1001, 1003)
+    assert energy.total_j == pytest.approx(1800, rel=0.01)
+    assert (energy.label, energy.flags) == (Label.MEASURED, ())
+    assert energy.boundary == (f"gpu:{UUID}",)
+    assert "module" in energy.components[0].source
+
+
+def test_power_of_a_module_is_compared_with_that_of_the_module(gpu: FakeGPU, tmp_path: Path) -> None:
+    """The counter of a module is checked by the module's power, not by the GPU's; if that is not told, by none."""
+    gpu.name, gpu.energy_mj = "NVIDIA GH200 480GB", 0
+    [source] = [source for source in probed(tmp_path) if isinstance(source, Source)]
+    assert source.power_w() is None
+    gpu.module_mw = 900_000
+    assert source.power_w() == 900.0
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA B200", "NVIDIA A100-SXM4-80GB"])
+def test_other_gpus_are_no_modules(gpu: FakeGPU, tmp_path: Path, name: str) -> None:
+    """The counter of any other GPU has no CPU in it: that is counted beside it."""
+    gpu.name, gpu.energy_mj = name, 0
+    write_zone(tmp_path / "powercap", "intel-rapl:0", "package-0")
+    names = [source.name for source in probed(tmp_path) if isinstance(source, Source)]
+    assert names == [f"gpu:{UUID}", "package-0"]

@@ -1,0 +1,83 @@
+"""The HTTP client of our own programs, in surroundings that are not friendly."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from registry.errors import BadSettings
+from registry.http import http_client
+
+
+class _Says(BaseHTTPRequestHandler):
+    """Answers every GET with 200."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on standard error."""
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A server on the loopback interface."""
+    with HTTPServer(("127.0.0.1", 0), _Says) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "nonsense"])
+def test_no_proxy_is_asked_for_this_machine(port: int, monkeypatch: pytest.MonkeyPatch, name: str, proxy: str) -> None:
+    """A registry on the loopback interface is reached directly, whatever proxy the environment names."""
+    monkeypatch.setenv(name, proxy)
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere")
+    with http_client(f"http://127.0.0.1:{port}/", timeout_s=5) as client:
+        assert client.get("/").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("SSL_CERT_FILE", "/nowhere/ca.pem", "SSL_CERT_FILE: can't be used"),
+        ("ALL_PROXY", "socks5://127.0.0.1:9", "ALL_PROXY: Using SOCKS proxy"),
+        ("HTTPS_PROXY", "ftp://proxy:1", "HTTPS_PROXY"),
+    ],
+)
+def test_what_can_not_be_used_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str) -> None:
+    """A variable that stands in the way is an error of one line with its name."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(BadSettings) as caught:
+        http_client("http://registry.example:8000", timeout_s=5)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_certificates_that_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file that holds no certificates is named."""
+    (tmp_path / "ca.pem").write_text("no certificate")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    with pytest.raises(BadSettings, match="SSL_CERT_FILE"):
+        http_client("https://registry.example", timeout_s=5)
+
+
+@pytest.mark.parametrize("url", ["registry.example:8000", "", "ftp://x", "http://"])
+def test_no_base_url(url: str) -> None:
+    """What is no base URL is an error that shows one."""
+    with pytest.raises(BadSettings, match=r"as in http://127\.0\.0\.1:8000"):
+        http_client(url, timeout_s=5)

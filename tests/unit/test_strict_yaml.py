@@ -1,0 +1,68 @@
+"""YAML and JSON that can be read in one way only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from registry.strict_yaml import load_json, load_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2024-05-01", "2024-05-01"),
+        ("1e-1", 0.1),
+        ("1.5e+3", 1500.0),
+        ("-.5E2", -50.0),
+        ("0", 0),
+        ("0.74", 0.74),
+        ("0x1f", 31),
+        ("true", True),
+        ("null", None),
+        ('"NO"', "NO"),
+        ("'010'", "010"),
+        ("'1:30'", "1:30"),
+        ("n", "n"),
+        ("NOR", "NOR"),
+        ("one", "one"),
+    ],
+)
+def test_plain_values(text: str, value: Any) -> None:
+    """Dates are texts, numbers with an exponent are numbers, and quotes make a text of anything."""
+    found = load_yaml(f"a: {text}")["a"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("NO", "write true or false, or put it in quotes"),
+        ("yes", "write true or false"),
+        ("off", "write true or false"),
+        ("010", "leave the 0 out, or put it in quotes"),
+        ("-08", "leave the 0 out"),
+        ("1:30", "put it in quotes"),
+        ("12:30:45.5", "put it in quotes"),
+    ],
+)
+def test_ambiguous_values_are_refused(text: str, remedy: str) -> None:
+    """What YAML 1.1 and 1.2 read in different ways is an error with its line and the remedy."""
+    with pytest.raises(yaml.MarkedYAMLError, match=remedy) as caught:
+        load_yaml(f"x: 1\na: {text}")
+    assert caught.value.problem_mark is not None
+    assert caught.value.problem_mark.line == 1
+    with pytest.raises(yaml.MarkedYAMLError):
+        load_yaml(f"{text}: 1")
+
+
+def test_a_key_that_is_there_twice_is_refused() -> None:
+    """The second of two equal keys would silently win; merged keys of an anchor may be overridden."""
+    with pytest.raises(yaml.MarkedYAMLError, match="port is there twice"):
+        load_yaml("http: {port: 1, host: a, port: 2}")
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        load_json('{"x": {"a": 1, "b": 2, "a": 3}}')
+    assert load_yaml("base: &b {a: 1}\nc: {<<: *b, a: 2}")["c"] == {"a": 2}
+    assert load_json('{"a": {"a": 1}, "b": {"a": 1}}') == {"a": {"a": 1}, "b": {"a": 1}}
