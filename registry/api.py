@@ -301,6 +301,7 @@ class HealthState(_Answered):
     wrappers: int
     usable: int
     queued: int
+    deploying: int = Field(0, description="Requests whose LLM is being started or handed over for the first time")
     version: str
 
 

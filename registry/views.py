@@ -48,6 +48,9 @@ _PLACE = re.compile(r"[0-9]{1,12}(\.[0-9]{1,20})?")
 _REPORT = TypeAdapter(MeasurementReport)
 _PAGE = TypeAdapter(WindowsPage)
 
+_WELL = frozenset({WrapperStatus.STARTING, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
+"""States of a wrapper in which it does, or is being made to do, what it should."""
+
 _UNWELL = frozenset({WrapperStatus.FAILED, WrapperStatus.RESTARTING, WrapperStatus.LOST})
 """States of a wrapper in which something is wrong with its machine."""
 
@@ -268,6 +271,10 @@ def health_state(service: Service) -> HealthState:
         wrappers=len(wrappers),
         usable=usable,
         queued=service.allocator.queued_count(),
+        deploying=sum(
+            wrapper.request_id is not None and service.allocator.lease_by_wrapper(wrapper.wrapper_id) is None
+            for wrapper in wrappers
+        ),
         version=version("greenprompt-llm-registry"),
     )
 
@@ -287,7 +294,8 @@ def _wrapper_state(service: Service, wrapper: Wrapper) -> WrapperState:
         **_progress(report.download if report is not None else None),
         warm=report.warm if report is not None else None,
         coldReason=report.cold_reason if report is not None else None,
-        reason=wrapper.reason,
+        # What is being started well has left its last failure behind.
+        reason=None if wrapper.status in _WELL else wrapper.reason,
         meter=dict(report.meter) if report is not None and report.meter is not None else None,
         versions=dict(report.versions) if report is not None and report.versions is not None else None,
     )

@@ -85,6 +85,7 @@ def test_more_than_the_cap_can_never_pass(limits: Limits):
     """Four LLMs where three may wait are no matter of time: the field is refused, with both figures."""
     scene = Scene(limits)
     error = refused(scene, InvalidField, asked(1, "a", "b", "c", "d"))
+    assert isinstance(error, InvalidField)
     assert (error.field, error.http_status, error.retryable) == ("llms", 422, False)
     assert "4 LLMs are more than may ever wait here (3)" in str(error)
     scene.tell(asked(1, "a", "b", "c"))

@@ -437,6 +437,7 @@ async def test_wrong_bodies_are_named(wrapper: Wrapper, body: object, field: str
     """A body that is not a question is a 422 that names the field; the engine is not asked."""
     answer = await wrapper.call("POST", "/process_prompt", body).done()
     assert (answer.status, answer.code, answer.json["field"]) == (422, "invalid_field", field)
+    assert answer.json["detail"][0]["loc"] == ["body", *([field] if field != "body" else [])]
     assert wrapper.engine.bodies == []
 
 
