@@ -31,6 +31,7 @@ from registry.state import (
     KeptWindow,
     Machine,
     Measurement,
+    MeasurementKey,
     Request,
     RequestStatus,
     WindowKind,
@@ -75,7 +76,7 @@ def request_state(service: Service, request: Request) -> RequestState:
     base_url = service.settings.base_url
     url = lease_url(service, request.request_id) if deployed else None
     queued = request.status is RequestStatus.QUEUED
-    measurement = allocator.measurement(request.measurement_id)
+    measurement = allocator.measurement(request.measurement_key)
     phase, download = _phase(service, request)
     return RequestState(
         requestId=request.request_id,
@@ -145,12 +146,12 @@ def event_states(events: Sequence[StoredEvent]) -> list[EventState]:
     ]
 
 
-def measurement_state(service: Service, measurement_id: int) -> MeasurementState:
+def measurement_state(service: Service, key: MeasurementKey) -> MeasurementState:
     """A measurement with its requests in their order. Raises UnknownMeasurement."""
-    measurement = service.allocator.measurement(measurement_id)
-    requests = service.allocator.requests_of(measurement_id)
+    measurement = service.allocator.measurement(key)
+    requests = service.allocator.requests_of(key)
     return MeasurementState(
-        measurementId=measurement_id,
+        measurementId=measurement.measurement_id,
         machine=measurement.machine_id,
         gpuType=measurement.gpu_type,
         flags=list(measurement.flags),
@@ -321,10 +322,10 @@ def _phase(service: Service, request: Request) -> tuple[str | None, Download | N
 
 def _waits_for(service: Service, request: Request) -> str:
     allocator = service.allocator
-    before = [r for r in allocator.requests_of(request.measurement_id) if r.seq < request.seq and not r.status.ended]
+    before = [r for r in allocator.requests_of(request.measurement_key) if r.seq < request.seq and not r.status.ended]
     if before:
         return f"its measurement's request {before[0].request_id} comes first and is {before[0].status.value}"
-    pin = allocator.measurement(request.measurement_id).machine_id
+    pin = allocator.measurement(request.measurement_key).machine_id
     bound = pin is not None and not allocator.known_machine(pin).draining
     drained = () if bound else allocator.fits_only_drained(request.request_id)
     if drained:
@@ -332,6 +333,9 @@ def _waits_for(service: Service, request: Request) -> str:
     if not any(wrapper.status in USABLE for wrapper in allocator.wrappers()):
         return "no LLM Machine is ready yet"
     if bound:
+        until_s = allocator.measurement(request.measurement_key).pinned_until_s
+        if until_s is not None:
+            return f"its measurement ran on machine {pin}, which is in use; until {_iso(until_s)} it waits for that"
         return f"its measurement runs on machine {pin}, which is in use"
     misfit = allocator.misfit(request.request_id)
     return "every LLM Machine is in use" if misfit is None else f"it fits on no LLM Machine: {misfit}"

@@ -78,7 +78,7 @@ async def test_llms_of_a_measurement_come_one_after_another(two: World) -> None:
     two.service.release(first)
     await two.until_status(second, Status.DEPLOYED)
     assert two.request(second).machine_id == two.request(first).machine_id
-    assert views.measurement_state(two.service, 1).machine == two.request(first).machine_id
+    assert views.measurement_state(two.service, ("default", 1)).machine == two.request(first).machine_id
 
 
 async def test_who_waits_is_told_why(world: World) -> None:
@@ -112,7 +112,7 @@ async def test_what_fits_nowhere_any_more_says_so(world: World) -> None:
     world.cluster.leave("a")
     await world.until(lambda: world.status_of() is WrapperStatus.LOST)
     (waits,) = world.ask(1, TINY, gpu_type="H100")
-    assert views.measurement_state(world.service, 1).gpuType == "H100"
+    assert views.measurement_state(world.service, ("default", 1)).gpuType == "H100"
     world.cluster.join("a")
     await world.until_wrapper(WrapperStatus.IDLE)
     reason = views.request_state(world.service, world.request(waits)).reason
@@ -144,7 +144,7 @@ async def test_llm_that_fits_nowhere_is_refused(world: World) -> None:
     with pytest.raises(LLMNeverFits):
         world.ask(1, TINY, BIG)
     with pytest.raises(UnknownMeasurement):
-        views.measurement_state(world.service, 1)
+        views.measurement_state(world.service, ("default", 1))
 
 
 async def test_full_queue_takes_nothing(make: Make) -> None:
@@ -574,7 +574,7 @@ async def test_same_ids_are_the_same_requests(world: World) -> None:
     again = world.service.request(1, llms)
     assert [request.request_id for request in again] == ["x1", "x2"]
     assert [request.seq for request in again] == [request.seq for request in first]
-    assert len(views.measurement_state(world.service, 1).requests) == 2
+    assert len(views.measurement_state(world.service, ("default", 1)).requests) == 2
     assert views.request_state(world.service, again[0]).notes == ["a note"]
 
 
