@@ -18,8 +18,8 @@ from starlette.types import Message, Send
 
 from deployments.flights import Flight, Tokens
 from deployments.prompt_meter import PromptMeter, tokens_of
-from registry.api import MAX_PROMPT_ID
 from registry.errors import InvalidField
+from registry.state import MAX_PROMPT_ID
 
 ENERGY_HEADER = b"x-greenprompt-energy"
 ENERGY_FIELD = b"greenprompt"

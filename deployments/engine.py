@@ -31,6 +31,7 @@ from deployments import process_tree
 from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, log_handlers_kept
 from deployments.gpu_memory import GPUMemory
 from deployments.heartbeat import Heartbeat, Work
+from deployments.our_words import in_our_words
 from deployments.sleep_mode import SleepMode
 from deployments.token_count import counted
 from deployments.warm_start import WarmForkserver, shape_problem, spawn_mortals
@@ -475,7 +476,7 @@ class EngineHost:
                     permanent = not order.accepted and not _ELSEWHERE_OR_LATER.search(reason)
                     if order.accepted and not environment.last_words():
                         reason = self._with_last_lines(reason)
-                    raise EngineStartFailed(order.model, reason, permanent) from problem
+                    raise EngineStartFailed(order.model, in_our_words(reason), permanent) from problem
                 raise
             finally:
                 following.cancel()

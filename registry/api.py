@@ -41,9 +41,6 @@ MAX_EVENTS = 1000
 MAX_WINDOWS = 1000
 """Most energy windows that one GET answers."""
 
-MAX_PROMPT_ID = 1024
-"""Longest name of a prompt that a client may give, characters as it is sent: percent-encoded."""
-
 MAX_ARGS_DEPTH = 32
 """How deep lists and objects in args may be nested."""
 
