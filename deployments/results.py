@@ -70,7 +70,7 @@ class Results:
             answers = self.answers()
             _whole_lines(self._leases)
             self._windows = {window.window: window for window in self._read_windows()}
-            first = {"measurement_id": measurement_id, "accepted": False}
+            first: dict[str, Any] = {"measurement_id": measurement_id, "accepted": False}
             self._told = self._read_experiment() if self.begun else first
             self.resumed = bool(self._told.get("accepted", True))
             self.grown: tuple[str, ...] = ()

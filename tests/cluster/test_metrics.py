@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.cluster.conftest import Registry
@@ -22,13 +24,15 @@ LIMIT_S = 90
 
 def exported(registry: Registry) -> dict[str, set[str]]:
     """The labels of our metrics by name, as a Prometheus server reads them from the head."""
-    agent = registry.process_named("dashboard/agent.py")
-    port = next(word.partition("=")[2] for word in agent.cmdline() if word.startswith("--metrics-export-port="))
+    agent = registry.process_named("ray::DashboardAgent")
+    ports = {each.laddr.port for each in agent.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
     found: dict[str, set[str]] = {}
-    for line in httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text.splitlines():
-        if "greenprompt" in line and not line.startswith("#"):
-            name, _, labels = line.partition("{")
-            found.setdefault(name, set()).update(re.findall(r'(\w+="[^"]*")', labels))
+    for port in ports:
+        with suppress(httpx.TransportError):  # its other ports speak gRPC
+            for line in httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text.splitlines():
+                if line.startswith("ray_greenprompt"):
+                    name, _, labels = line.partition("{")
+                    found.setdefault(name, set()).update(re.findall(r'(\w+="[^"]*")', labels))
     return found
 
 
