@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import signal
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping, Sequence
@@ -31,6 +32,7 @@ from deployments import process_tree
 from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, log_handlers_kept
 from deployments.gpu_memory import GPUMemory
 from deployments.heartbeat import Heartbeat, Work
+from deployments.out_of_memory import OOMKills
 from deployments.sleep_mode import SleepMode
 from deployments.token_count import counted
 from deployments.warm_start import WarmForkserver, shape_problem, spawn_mortals
@@ -127,7 +129,8 @@ class RunningLLM:
 
     ``asgi`` is vLLM's own OpenAI app (check ``public_path`` first). ``phases`` holds the seconds that each phase of
     the start took, or of the wake if it slept; ``started_s`` is their sum. ``pids`` are all its processes. ``died`` is
-    set as soon as one of them ends by itself, or the engine counts as hung; then ``death_reason`` says why.
+    set as soon as one of them ends by itself, or the engine counts as hung; then ``death_reason`` says why, and
+    ``out_of_memory`` whether the kernel has ended it since memory had run out.
     ``engine_args`` are vLLM's arguments that it was started with, but for those that say which model; all others are
     vLLM's defaults. ``weights`` are its weights as files, None if they are not known.
     """
@@ -147,6 +150,8 @@ class RunningLLM:
         self.phases: Mapping[str, float] = {}
         self.died = asyncio.Event()
         self.death_reason: str | None = None
+        self.out_of_memory = False
+        self.oom_kills = OOMKills()
         self.watch: process_tree.DeathWatch | None = None
         self.heart: asyncio.Task[None] | None = None
 
@@ -459,6 +464,7 @@ class EngineHost:
             environment.begin_start(alone=not self._sleep.asleep)
             self._gpu_memory.note()
             before = self._candidates()
+            oom_kills = OOMKills()
             following = asyncio.create_task(clock.follow(environment.phases))
             launching = asyncio.ensure_future(self._in_thread(self._launch, order, clock.enter_threadsafe()))
             try:
@@ -475,6 +481,8 @@ class EngineHost:
                     permanent = not order.accepted and not _ELSEWHERE_OR_LATER.search(reason)
                     if order.accepted and not environment.last_words():
                         reason = self._with_last_lines(reason)
+                    if oom_kills.happened:
+                        reason, permanent = f"main memory ran out, and the kernel ended a process; {reason}", False
                     raise EngineStartFailed(order.model, reason, permanent) from problem
                 raise
             finally:
@@ -610,11 +618,19 @@ class EngineHost:
 
     def _on_death(self, llm: RunningLLM, pid: int) -> None:
         assert self._environment is not None
+        if process_tree.ended_by(pid) in (signal.SIGKILL, None) and llm.oom_kills.happened:
+            llm.out_of_memory = True
+            self._pronounce_dead(llm, f"main memory ran out, and the kernel ended its process {pid}")
+            return
         words = self._environment.last_words()
         self._pronounce_dead(llm, f"process {pid} ended by itself" + (f": {words}" if words else ""))
 
     async def _on_hang(self, llm: RunningLLM) -> None:
-        heartbeat = Heartbeat(llm.engine.is_sleeping, llm.work, llm.processes, stall_s=self._stall_s)
+        def ask() -> Awaitable[object]:
+            llm.oom_kills.look()  # what the kernel has done so far has nothing to do with a death to come
+            return llm.engine.is_sleeping()
+
+        heartbeat = Heartbeat(ask, llm.work, llm.processes, stall_s=self._stall_s)
         self._pronounce_dead(llm, await heartbeat.until_hung())
 
     def _pronounce_dead(self, llm: RunningLLM, reason: str) -> None:

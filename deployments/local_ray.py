@@ -33,6 +33,11 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray's workers, and so the engines in them, would run at niceness 15 and come last wherever something else runs.
     "RAY_worker_niceness": "0",
+    # Above 95 % of the machine's memory, whoever uses it, Ray would end the registry, proxies and wrappers; it knows
+    # nothing of engines. The kernel ends engines first (deployments.out_of_memory), if Ray does not put its workers in
+    # front of all others.
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_worker_oom_score_adjustment": "0",
     # Calls of the last minutes that the dashboard can show. With Ray's own 100,000 the head grew by 8 MiB a minute.
     "RAY_task_events_max_num_task_in_gcs": "10000",
     # gRPC, by which the registry's commands reach a wrapper, asks the proxy of the environment even for the machine
@@ -41,8 +46,8 @@ RAY_ENVIRONMENT = {
 }
 """What every process of Ray is told.
 
-Nothing is reported to anybody, engines count as much as any other program, the head does not grow, and no proxy lies
-between machines of the cluster.
+Nothing is reported to anybody, engines count as much as any other program, the head does not grow, no proxy lies
+between machines of the cluster, and where memory runs out no part of ours goes before an engine.
 """
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

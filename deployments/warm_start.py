@@ -26,6 +26,8 @@ from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deployments.out_of_memory import ENGINE_SCORE, raise_score
+
 T = TypeVar("T")
 
 PRELOAD = "deployments.engine_preload"
@@ -132,6 +134,7 @@ class MortalProcess(context.SpawnProcess):
 
 def _revive_mortal(parent_pid: int) -> MortalProcess:
     die_with(parent_pid)
+    raise_score(ENGINE_SCORE)
     spawn_mortals()
     allow_amx()
     return MortalProcess.__new__(MortalProcess)

@@ -809,7 +809,7 @@ class Service:
             # meant for the old one may have given the new one an epoch, but not the LLM.
             self._apply(WrapperStarted(wrapper_id, report.epoch, report.running))
         elif report.died is not None and has_llm:
-            self._apply(LLMDied(wrapper_id, report.epoch, report.died))
+            self._apply(LLMDied(wrapper_id, report.epoch, report.died, report.death_flags))
 
     def _note_activity(self, report: WrapperReport, *, grain: float) -> None:
         if report.bound is None or report.idle_for_s is None:

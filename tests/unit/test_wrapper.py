@@ -47,6 +47,7 @@ class RunningFake(FakeEngine):
     weights: Weights | None = None
     engine_args = {"dtype": "float32"}  # noqa: RUF012
     death_reason: str | None = None
+    out_of_memory = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -596,6 +597,21 @@ async def test_death_of_the_engine_is_reported(make: Make, left: StopReport) -> 
     assert (report.running, report.unfinished, report.bound) == (None, None, "request-1")
     late = await client.prompt("token-1")
     assert report.died in late.json()["message"]
+
+
+@pytest.mark.parametrize(("out_of_memory", "flags"), [(True, ("engine_out_of_memory",)), (False, ())])
+async def test_an_engine_that_the_kernel_ended_for_memory_is_flagged(
+    make: Make, out_of_memory: bool, flags: tuple[str, ...]
+) -> None:
+    """The report says what the measurement is flagged with, and no more of it once an LLM runs again."""
+    client = await make(finish=False)
+    client.engine.out_of_memory = out_of_memory
+    client.engine.die("main memory ran out")
+    assert client.wrapper._death_watch is not None
+    await asyncio.wait({client.wrapper._death_watch})
+    assert (await client.wrapper.report(UNTOLD)).death_flags == flags
+    await client.wrapper.deploy(3, SPEC, FIRST)
+    assert (await client.wrapper.report(UNTOLD)).death_flags == ()
 
 
 async def test_death_of_an_llm_that_is_being_replaced(make: Make) -> None:
