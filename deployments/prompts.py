@@ -243,8 +243,9 @@ class PromptGate:
         try:
             question = Question.model_validate_json(await Request(scope, exchange.receive).body())
         except ValidationError as error:
-            problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
-            field, message = ".".join(map(str, problems[0]["loc"][1:])) or "body", problems[0]["msg"]
+            found = error.errors(include_url=False)
+            field, message = ".".join(map(str, found[0]["loc"])) or "body", found[0]["msg"]
+            problems = [{**each, "loc": ("body", *each["loc"])} for each in found]
             response = error_answer(
                 422, "invalid_field", f"{field}: {message}", field=field, detail=fastapi_detail(problems)
             )
