@@ -66,6 +66,9 @@ RAY_LAST_WORKER_PORT = 19_999
 REMOVE_TIMEOUT_S = 5.0
 """How long a cluster's folder may resist being removed, seconds."""
 
+RAY_FOLDER = "r"
+"""Folder below it for Ray, which lets everybody write to a folder that it is given: the one above lets nobody in."""
+
 TEMPORARY = "t"
 """Folder below it for temporary files of everything that belongs to the cluster."""
 
@@ -148,7 +151,7 @@ def remove_folder(folder: Path) -> None:
 def keep_logs(folder: Path, kept: Path) -> Path:
     """Copy the logs of a cluster that did not start out of its folder, which is removed; replaces those kept before."""
     shutil.rmtree(kept, ignore_errors=True)
-    for logs in folder.glob("session_2*/logs"):
+    for logs in folder.glob(f"{RAY_FOLDER}/session_2*/logs"):
         shutil.copytree(logs, kept, dirs_exist_ok=True)
     return kept
 
