@@ -643,6 +643,10 @@ class EngineHost:
                 self._funerals.add(funeral)
                 funeral.add_done_callback(self._funerals.discard)
 
+    def give_up(self, llm: RunningLLM, reason: str) -> None:
+        """Take an LLM for dead that runs or sleeps, as if it had died by itself; ``stop`` then kills it."""
+        self._pronounce_dead(llm, reason)
+
     async def _bury(self, llm: RunningLLM) -> None:
         async with self._busy:
             await self._sleep.forget(llm)

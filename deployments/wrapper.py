@@ -28,6 +28,7 @@ from deployments.cpu_quota import cpus_here
 from deployments.energy_sources import ReadFailed, driver_version
 from deployments.engine import EngineHost, RunningLLM, StopReport
 from deployments.engine_env import Phase
+from deployments.engine_rest import EngineRest
 from deployments.lease_gate import LeaseGate
 from deployments.machine_memory import gpu_memory_bytes, main_memory
 from deployments.meter import CONTENDED
@@ -124,7 +125,7 @@ class LLMWrapper:
             neighbours=Neighbours(locks_dir / "wrappers", config.wrapper_id),
         )
         self._gate = LeaseGate(
-            time.monotonic, fence_s=config.settings.fence_s, process=process, on_change=self._meter.hand_over
+            time.monotonic, fence_s=config.settings.fence_s, process=process, on_change=self._on_lease_change
         )
         self._host = EngineHost(
             gpus=config.gpus,
@@ -143,6 +144,7 @@ class LLMWrapper:
             prompt_max_s=config.settings.prompt_max_s,
             finish=config.finish_prompts,
         )
+        self._rest = EngineRest(self._prompts.over, self._host.give_up)
         self._checkpoints = checkpoints_here()
         self._versions = versions_here(config.gpus)
         self._cpu = cpu_here()
@@ -252,6 +254,7 @@ class LLMWrapper:
 
         Raises:
             StaleEpoch: a newer command has come, before or meanwhile.
+            EngineNotReady: the LLM has died, or is ended since the lease before left it at work.
         """
         async with self._command(epoch):
             current = self._gate.grant
@@ -262,6 +265,7 @@ class LLMWrapper:
                 return HandOver(self._revision, (), await self._provenance(grant))
             await self._end_lease("released")
         await self._prompts.over()  # outside: a newer command need not wait
+        await self._rest.reached(self._living())
         flags = await self._settled(epoch, grant) if grant.grade == Grade.MEASUREMENT else ()
         running = self._living()
         if running is not None:
@@ -325,6 +329,11 @@ class LLMWrapper:
                 raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
             self._in_force = epoch
             yield
+
+    def _on_lease_change(self, grant: LeaseGrant | None, since_s: float) -> None:
+        self._meter.hand_over(grant, since_s)
+        if grant is None:
+            self._rest.begin(self._living())
 
     async def _end_lease(self, how: str) -> None:
         """End the bound lease and its prompts. One that has expired by itself may have prompts to finish."""

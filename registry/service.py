@@ -23,6 +23,7 @@ from registry.accounts import Accounts
 from registry.allocator import Allocator
 from registry.api import MAX_WAIT_S
 from registry.errors import (
+    EngineNotReady,
     EngineStartFailed,
     IdempotencyConflict,
     InternalError,
@@ -602,7 +603,10 @@ class Service:
                 grant = self._grant(request_id)
                 if grant is None:
                     return None
-                over = await _insist(lambda: self._cluster.bind(wrapper_id, epoch, grant))
+                try:
+                    over = await _insist(lambda: self._cluster.bind(wrapper_id, epoch, grant))
+                except EngineNotReady as error:
+                    return LLMDied(wrapper_id, epoch, error.reason)
                 return LeaseBound(
                     wrapper_id,
                     epoch,
