@@ -17,8 +17,8 @@ GIB: Final = 2**30
 HOST_SHARE: Final = 0.9
 """The share of main memory that may be in use once an LLM runs; the rest is kept for everything else on a machine."""
 
-ENGINE_BYTES: Final = 512 * 2**20
-"""Main memory that the processes of an engine take beside weights and KV cache, measured with vLLM 0.32: at least."""
+ENGINE_BYTES: Final = 256 * 2**20
+"""Main memory that an engine's processes take at least beside weights and KV cache: 220 MiB with vLLM 0.32 on a CPU."""
 
 SIZE_STEP_BYTES: Final = 64 * 2**20
 """Memory of machines is rounded up to a multiple of this, so that machines of one kind are of one size."""

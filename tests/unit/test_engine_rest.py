@@ -54,12 +54,12 @@ class Scene:
 
 
 async def test_an_engine_at_rest_is_handed_over_in_milliseconds() -> None:
-    """Three looks, 2 ms apart; none at all where the background has had them since the lease's end."""
+    """Three looks, 1 ms apart; none at all where the background has had them since the lease's end."""
     scene = Scene(False)
     await scene.first_lease()
     scene.rest.begin(scene.llm)
     await scene.rest.reached(scene.llm)
-    assert (scene.looked, scene.now_s) == (LOOKS, pytest.approx(0.006))
+    assert (scene.looked, scene.now_s) == (LOOKS, pytest.approx(0.002))
     await scene.rest.reached(scene.llm)
     assert scene.looked == LOOKS
 

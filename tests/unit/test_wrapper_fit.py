@@ -44,6 +44,9 @@ class CountingHost:
     async def stop_asleep(self) -> None:
         self.asleep = ()
 
+    def give_up(self, llm: object, reason: str) -> None:
+        raise AssertionError("no engine runs here")
+
     async def vacate(self, *, wanted_next: str) -> StopReport:
         type(self).stopped += 1
         return StopReport()
@@ -154,18 +157,18 @@ async def test_the_configured_kv_cache_is_a_limit(make: Make, tmp_path: Path) ->
     assert "1.0 GiB of it for the KV cache" in (await refusal(await make(kv_cache_gib=1), longer)).reason
 
 
-@pytest.mark.parametrize(("available_gib", "starts"), [(5.2, True), (5.0, False)])
+@pytest.mark.parametrize(("available_gib", "starts"), [(4.9, True), (4.8, False)])
 async def test_others_on_the_machine_keep_a_tenth_of_its_memory(
     make: Make, tmp_path: Path, available_gib: float, starts: bool
 ) -> None:
-    """2 GiB of weights, 1 of KV cache and 0.5 for the processes start where 5.1 of the 16 GiB are free, not below.
+    """2 GiB of weights, 1 of KV cache, 0.25 for the processes start where 4.85 of the 16 GiB are free, not below.
 
     The reason has the figures, and another machine is tried.
     """
     error = await refusal(await make(available=int(available_gib * GIB)), llm(tmp_path, 2))
     assert CountingHost.started == ([llm(tmp_path, 2).model] if starts else [])
     if not starts:
-        assert "it needs 3.5 GiB of main memory, and of the machine's 16.0 GiB only 5.0 GiB are free" in error.reason
+        assert "it needs 3.2 GiB of main memory, and of the machine's 16.0 GiB only 4.8 GiB are free" in error.reason
         assert not error.permanent
 
 
