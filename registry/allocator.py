@@ -229,7 +229,7 @@ class Allocator:
             return None
         measurement = self._ledger.measurements[request.measurement_key]
         queued = self._ledger.by_request.queued
-        before = queued[measurement.tenant].index((rank(measurement), request.seq, request_id))
+        before = queued[measurement.tenant].index((rank(measurement, request), request.seq, request_id))
         turns = self._ledger.queue.turns
         others = sum(
             min(len(theirs), turns.served_before(measurement.tenant, other, before))
