@@ -13,6 +13,7 @@ import gc
 import importlib
 import logging
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -29,13 +30,14 @@ import psutil
 from pydantic import ValidationError
 
 from deployments import process_tree
+from deployments.checkpoint_trial import WALL_S, CheckpointTrial, TrialFailed, tokenizer_of
 from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, log_handlers_kept
 from deployments.gpu_memory import GPUMemory
 from deployments.heartbeat import Heartbeat, Work
 from deployments.out_of_memory import OOMKills
 from deployments.sleep_mode import SleepMode
 from deployments.token_count import counted
-from deployments.warm_start import WarmForkserver, shape_problem, spawn_mortals
+from deployments.warm_start import WarmForkserver, run_apart, shape_problem, spawn_mortals
 from deployments.weights import Weights, weights_of
 from registry.errors import EngineNotReady, EngineStartFailed
 
@@ -315,6 +317,7 @@ class EngineHost:
         self._unended: frozenset[psutil.Process] = frozenset()
         self._gpu_memory = GPUMemory(gpus)
         self._sleep = SleepMode(int(sleep_host_gib * 2**30) if gpus else 0, self._gpu_memory, self._end_at_once)
+        self._trial = CheckpointTrial()
         self._defaults: Namespace | None = None
         # Everything of vLLM that blocks runs in this one thread, which lives as long as the host: the kernel ends
         # processes that it starts together with it.
@@ -467,8 +470,13 @@ class EngineHost:
             oom_kills = OOMKills()
             following = asyncio.create_task(clock.follow(environment.phases))
             launching = asyncio.ensure_future(self._in_thread(self._launch, order, clock.enter_threadsafe()))
+            trial = asyncio.create_task(asyncio.to_thread(self._try_checkpoint, order))
             try:
+                await asyncio.wait({launching, trial}, return_when=asyncio.FIRST_EXCEPTION)
+                if trial.done():
+                    trial.result()
                 engine = await asyncio.shield(launching)
+                await trial  # before anything of the checkpoint runs for a prompt
                 asgi = await self._serve(engine, order)
                 llm = RunningLLM(engine, asgi, order, self._candidates() - before)
                 clock.enter(Phase.WARMING_UP)
@@ -481,12 +489,15 @@ class EngineHost:
                     permanent = not order.accepted and not _ELSEWHERE_OR_LATER.search(reason)
                     if order.accepted and not environment.last_words():
                         reason = self._with_last_lines(reason)
-                    if oom_kills.happened:
+                    if isinstance(problem, TrialFailed):
+                        reason, permanent = str(problem), True
+                    elif oom_kills.happened:
                         reason, permanent = f"main memory ran out, and the kernel ended a process; {reason}", False
                     raise EngineStartFailed(order.model, reason, permanent) from problem
                 raise
             finally:
                 following.cancel()
+                trial.cancel()
             environment.remember_shared_memory(process_tree.shared_memory(llm.processes))
             llm.watch = process_tree.DeathWatch(llm.processes, functools.partial(self._on_death, llm))
             return self._ready(llm, clock)
@@ -548,6 +559,15 @@ class EngineHost:
             enable_log_requests=False,
             disable_log_stats=True,
         )
+
+    def _try_checkpoint(self, order: _Order) -> None:
+        """In a thread: the tokenizer and chat template in a process of its own. Raises TrialFailed."""
+        tokenizer = tokenizer_of(order.model, order.revision, order.engine_args)
+        if tokenizer is None:
+            return
+        # A fork of the forkserver has all that is needed imported; else it is, while the engine starts as slowly.
+        context = multiprocessing.get_context("spawn") if self._forkserver is None else self._forkserver.context
+        self._trial.passes(tokenizer, lambda function: run_apart(context, function, WALL_S))
 
     def _arguments(self, order: _Order) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from deployments import engine, process_tree
+from deployments import checkpoint_trial, engine, process_tree
 from deployments.engine import EngineHost, RunningLLM, StopReport, _Order, public_path
 from deployments.engine_env import Phase, remove_orphans
 from deployments.engine_rest import EngineRest
@@ -100,6 +100,37 @@ async def test_what_can_not_be_preloaded_is_passed_over(host: EngineHost) -> Non
     assert host._forkserver is not None
     (problem,) = host._forkserver.not_preloaded
     assert problem.startswith("no.such.llm: ModuleNotFoundError")
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{{ range(99999) | sum }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [(LOOP, "more than 2 s of processor time"), ("{{ ('a' * 6000000000) | length }}", "more than 4 GiB of memory")],
+    ids=["a loop", "memory"],
+)
+async def test_a_chat_template_that_never_ends_is_the_llms_fault(
+    host: EngineHost, llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
+) -> None:
+    """It is found in a process with limits; the start fails for good, and the event loop is free all the time."""
+    monkeypatch.setattr(checkpoint_trial, "CPU_S", 2)
+    shutil.copytree(llms / "a", tmp_path / "evil")
+    settings = json.loads((tmp_path / "evil" / "tokenizer_config.json").read_text())
+    (tmp_path / "evil" / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    (tmp_path / "evil" / "chat_template.jinja").write_text(template)
+    starting = asyncio.create_task(start(host, tmp_path / "evil"))
+    longest_s, last_s = 0.0, time.monotonic()
+    while not starting.done():
+        await asyncio.wait({starting}, timeout=0.05)
+        longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
+    with pytest.raises(EngineStartFailed, match="its tokenizer and chat template") as caught:
+        starting.result()
+    assert reason in caught.value.reason
+    assert caught.value.permanent
+    assert longest_s < 2.0
+    assert engines_of(host) == set()
+    assert (await complete(await start(host, llms / "a")))["usage"]["completion_tokens"] == 12
 
 
 async def test_a_grammar_that_nobody_waits_for_is_ended_before_the_next_lease(host: EngineHost, llms: Path) -> None:
@@ -705,7 +736,7 @@ async def test_dead_engine_is_told_to_its_prompts(host: EngineHost, llms: Path, 
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from deployments import engine, process_tree
+from deployments import checkpoint_trial, engine, process_tree
 from deployments.engine import EngineHost
 
 async def main():
