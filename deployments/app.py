@@ -25,11 +25,11 @@ from deployments.cluster import RayCluster
 from deployments.energy_metrics import EnergyMetrics
 from deployments.ingress import IngressConfig
 from deployments.llm_args import map_llmconfig
-from deployments.local_ray import keep_logs
+from deployments.local_ray import RAY_FOLDER, keep_logs
 from deployments.models import ModelSources
 from registry.actor import ACTOR_NAME, NAMESPACE, RegistryActor
 from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed, in_one_line
-from registry.logs import configure_logging
+from registry.logs import REGISTRY_LOG, configure_logging
 from registry.service import Service
 from registry.settings import Settings, differing, url_host
 from registry.state import LLMSpec
@@ -78,7 +78,7 @@ def home_llms(settings: Settings) -> dict[str, LLMSpec]:
 
 def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[[RegistryError], None]) -> Service:
     """A service over the real database and the real cluster. Raises StoreUnavailable, BadSettings."""
-    configure_logging()
+    configure_logging(settings.state_dir / REGISTRY_LOG)
     return Service(
         settings,
         Store.open(settings.store_url),
@@ -186,6 +186,7 @@ def join_ray(settings: Settings, folder: Path | None) -> str:
         except (ConnectionError, RayError) as error:
             raise BadSettings("ray.address", f"no cluster at {settings.ray.address!r}: {error}") from error
     else:
+        assert folder is not None  # the environment of a local cluster has one
         try:
             context = ray.init(
                 address="local",
@@ -199,7 +200,7 @@ def join_ray(settings: Settings, folder: Path | None) -> str:
                 log_to_driver=False,
                 configure_logging=False,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder),
+                _temp_dir=str(folder / RAY_FOLDER),
             )
         except Exception as error:  # Ray raises whatever stood in its way
             raise _start_failed("Ray", error, settings, folder) from error

@@ -13,8 +13,10 @@ import gc
 import importlib
 import logging
 import math
+import multiprocessing
 import os
 import re
+import signal
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping, Sequence
@@ -28,13 +30,15 @@ import psutil
 from pydantic import ValidationError
 
 from deployments import process_tree
+from deployments.checkpoint_trial import WALL_S, CheckpointTrial, TrialFailed, tokenizer_of
 from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, log_handlers_kept
 from deployments.gpu_memory import GPUMemory
 from deployments.heartbeat import Heartbeat, Work
 from deployments.our_words import in_our_words
+from deployments.out_of_memory import OOMKills
 from deployments.sleep_mode import SleepMode
 from deployments.token_count import counted
-from deployments.warm_start import WarmForkserver, shape_problem, spawn_mortals
+from deployments.warm_start import WarmForkserver, run_apart, shape_problem, spawn_mortals
 from deployments.weights import Weights, weights_of
 from registry.errors import EngineNotReady, EngineStartFailed
 
@@ -128,7 +132,8 @@ class RunningLLM:
 
     ``asgi`` is vLLM's own OpenAI app (check ``public_path`` first). ``phases`` holds the seconds that each phase of
     the start took, or of the wake if it slept; ``started_s`` is their sum. ``pids`` are all its processes. ``died`` is
-    set as soon as one of them ends by itself, or the engine counts as hung; then ``death_reason`` says why.
+    set as soon as one of them ends by itself, or the engine counts as hung; then ``death_reason`` says why, and
+    ``out_of_memory`` whether the kernel has ended it since memory had run out.
     ``engine_args`` are vLLM's arguments that it was started with, but for those that say which model; all others are
     vLLM's defaults. ``weights`` are its weights as files, None if they are not known.
     """
@@ -148,6 +153,8 @@ class RunningLLM:
         self.phases: Mapping[str, float] = {}
         self.died = asyncio.Event()
         self.death_reason: str | None = None
+        self.out_of_memory = False
+        self.oom_kills = OOMKills()
         self.watch: process_tree.DeathWatch | None = None
         self.heart: asyncio.Task[None] | None = None
 
@@ -311,6 +318,7 @@ class EngineHost:
         self._unended: frozenset[psutil.Process] = frozenset()
         self._gpu_memory = GPUMemory(gpus)
         self._sleep = SleepMode(int(sleep_host_gib * 2**30) if gpus else 0, self._gpu_memory, self._end_at_once)
+        self._trial = CheckpointTrial()
         self._defaults: Namespace | None = None
         # Everything of vLLM that blocks runs in this one thread, which lives as long as the host: the kernel ends
         # processes that it starts together with it.
@@ -460,10 +468,16 @@ class EngineHost:
             environment.begin_start(alone=not self._sleep.asleep)
             self._gpu_memory.note()
             before = self._candidates()
+            oom_kills = OOMKills()
             following = asyncio.create_task(clock.follow(environment.phases))
             launching = asyncio.ensure_future(self._in_thread(self._launch, order, clock.enter_threadsafe()))
+            trial = asyncio.create_task(asyncio.to_thread(self._try_checkpoint, order))
             try:
+                await asyncio.wait({launching, trial}, return_when=asyncio.FIRST_EXCEPTION)
+                if trial.done():
+                    trial.result()
                 engine = await asyncio.shield(launching)
+                await trial  # before anything of the checkpoint runs for a prompt
                 asgi = await self._serve(engine, order)
                 llm = RunningLLM(engine, asgi, order, self._candidates() - before)
                 clock.enter(Phase.WARMING_UP)
@@ -476,10 +490,15 @@ class EngineHost:
                     permanent = not order.accepted and not _ELSEWHERE_OR_LATER.search(reason)
                     if order.accepted and not environment.last_words():
                         reason = self._with_last_lines(reason)
+                    if isinstance(problem, TrialFailed):
+                        reason, permanent = str(problem), True
+                    elif oom_kills.happened:
+                        reason, permanent = f"main memory ran out, and the kernel ended a process; {reason}", False
                     raise EngineStartFailed(order.model, in_our_words(reason), permanent) from problem
                 raise
             finally:
                 following.cancel()
+                trial.cancel()
             environment.remember_shared_memory(process_tree.shared_memory(llm.processes))
             llm.watch = process_tree.DeathWatch(llm.processes, functools.partial(self._on_death, llm))
             return self._ready(llm, clock)
@@ -541,6 +560,15 @@ class EngineHost:
             enable_log_requests=False,
             disable_log_stats=True,
         )
+
+    def _try_checkpoint(self, order: _Order) -> None:
+        """In a thread: the tokenizer and chat template in a process of its own. Raises TrialFailed."""
+        tokenizer = tokenizer_of(order.model, order.revision, order.engine_args)
+        if tokenizer is None:
+            return
+        # A fork of the forkserver has all that is needed imported; else it is, while the engine starts as slowly.
+        context = multiprocessing.get_context("spawn") if self._forkserver is None else self._forkserver.context
+        self._trial.passes(tokenizer, lambda function: run_apart(context, function, WALL_S))
 
     def _arguments(self, order: _Order) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -611,11 +639,19 @@ class EngineHost:
 
     def _on_death(self, llm: RunningLLM, pid: int) -> None:
         assert self._environment is not None
+        if process_tree.ended_by(pid) in (signal.SIGKILL, None) and llm.oom_kills.happened:
+            llm.out_of_memory = True
+            self._pronounce_dead(llm, f"main memory ran out, and the kernel ended its process {pid}")
+            return
         words = self._environment.last_words()
         self._pronounce_dead(llm, f"process {pid} ended by itself" + (f": {words}" if words else ""))
 
     async def _on_hang(self, llm: RunningLLM) -> None:
-        heartbeat = Heartbeat(llm.engine.is_sleeping, llm.work, llm.processes, stall_s=self._stall_s)
+        def ask() -> Awaitable[object]:
+            llm.oom_kills.look()  # what the kernel has done so far has nothing to do with a death to come
+            return llm.engine.is_sleeping()
+
+        heartbeat = Heartbeat(ask, llm.work, llm.processes, stall_s=self._stall_s)
         self._pronounce_dead(llm, await heartbeat.until_hung())
 
     def _pronounce_dead(self, llm: RunningLLM, reason: str) -> None:
@@ -627,6 +663,10 @@ class EngineHost:
                 funeral = asyncio.create_task(self._bury(llm))
                 self._funerals.add(funeral)
                 funeral.add_done_callback(self._funerals.discard)
+
+    def give_up(self, llm: RunningLLM, reason: str) -> None:
+        """Take an LLM for dead that runs or sleeps, as if it had died by itself; ``stop`` then kills it."""
+        self._pronounce_dead(llm, reason)
 
     async def _bury(self, llm: RunningLLM) -> None:
         async with self._busy:

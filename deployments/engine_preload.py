@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.engine_wait import be_patient
+from deployments.out_of_memory import ENGINE_SCORE, raise_score
 from deployments.warm_start import (
     OWNER_PID,
     PHASE_FILE,
@@ -52,6 +53,7 @@ def _before_fork() -> None:
 
 def _in_child() -> None:
     die_with(_parent_pid)
+    raise_score(ENGINE_SCORE)
 
 
 def _preload() -> str | None:

@@ -94,7 +94,8 @@ def memory_of(
         parallel = max(1, gpus // stages)
     spread = None if parallel is None else stages * parallel
     if "kv_cache_memory_bytes" in engine_args:  # goes before the share, and is as large as the client likes
-        return LLMMemory(weights_bytes, gpus=spread)
+        reserved_bytes = engine_args["kv_cache_memory_bytes"] * (spread or 1)  # of each GPU
+        return LLMMemory(weights_bytes, gpus=spread, kv_reserved_bytes=reserved_bytes)
     tokens = _context_tokens(checkpoint.text, engine_args) if generates else None
     kv_cache_bytes = None if tokens is None else _kv_cache_bytes(checkpoint, engine_args, tokens, parallel or 1)
     return LLMMemory(

@@ -33,6 +33,11 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray's workers, and so the engines in them, would run at niceness 15 and come last wherever something else runs.
     "RAY_worker_niceness": "0",
+    # Above 95 % of the machine's memory, whoever uses it, Ray would end the registry, proxies and wrappers; it knows
+    # nothing of engines. The kernel ends engines first (deployments.out_of_memory), if Ray does not put its workers in
+    # front of all others.
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_worker_oom_score_adjustment": "0",
     # Calls of the last minutes that the dashboard can show. With Ray's own 100,000 the head grew by 8 MiB a minute.
     "RAY_task_events_max_num_task_in_gcs": "10000",
     # gRPC, by which the registry's commands reach a wrapper, asks the proxy of the environment even for the machine
@@ -41,8 +46,8 @@ RAY_ENVIRONMENT = {
 }
 """What every process of Ray is told.
 
-Nothing is reported to anybody, engines count as much as any other program, the head does not grow, and no proxy lies
-between machines of the cluster.
+Nothing is reported to anybody, engines count as much as any other program, the head does not grow, no proxy lies
+between machines of the cluster, and where memory runs out no part of ours goes before an engine.
 """
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -60,6 +65,9 @@ RAY_LAST_WORKER_PORT = 19_999
 
 REMOVE_TIMEOUT_S = 5.0
 """How long a cluster's folder may resist being removed, seconds."""
+
+RAY_FOLDER = "r"
+"""Folder below it for Ray, which lets everybody write to a folder that it is given: the one above lets nobody in."""
 
 TEMPORARY = "t"
 """Folder below it for temporary files of everything that belongs to the cluster."""
@@ -143,7 +151,7 @@ def remove_folder(folder: Path) -> None:
 def keep_logs(folder: Path, kept: Path) -> Path:
     """Copy the logs of a cluster that did not start out of its folder, which is removed; replaces those kept before."""
     shutil.rmtree(kept, ignore_errors=True)
-    for logs in folder.glob("session_2*/logs"):
+    for logs in folder.glob(f"{RAY_FOLDER}/session_2*/logs"):
         shutil.copytree(logs, kept, dirs_exist_ok=True)
     return kept
 

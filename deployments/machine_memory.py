@@ -1,25 +1,66 @@
-"""How much memory this machine has: main memory as the kernel allows it to us, and that of our GPUs."""
+"""How much memory this machine has and has left: main memory as the kernel allows it to us, and that of our GPUs."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 from deployments.energy_sources import ReadFailed, gpu_memory
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""What a container may use; ``max``, or no such file, where there is no limit."""
+CGROUPS = Path("/sys/fs/cgroup")
+"""Where the kernel's control groups are mounted."""
+
+OWN_CGROUPS = Path("/proc/self/cgroup")
+"""The groups that this process is in."""
 
 
-def main_memory_bytes(cgroup_limit: Path = CGROUP_LIMIT) -> int:
-    """Main memory of the machine, or of the container that this process runs in."""
-    total = int(psutil.virtual_memory().total)
-    try:
-        return min(total, int(cgroup_limit.read_text()))
-    except (OSError, ValueError):  # no cgroup of version 2, or no limit ("max")
-        return total
+class MainMemory(NamedTuple):
+    """Main memory, bytes. ``available_bytes``: what processes can still get, caches included."""
+
+    total_bytes: int
+    available_bytes: int
+
+
+def main_memory(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> MainMemory:
+    """Main memory of the machine, or of the tightest control group (container) around this process."""
+    machine = psutil.virtual_memory()
+    total, available = int(machine.total), int(machine.available)
+    for folder, limit, usage in _groups(cgroups, own):
+        try:
+            limit_bytes = int((folder / limit).read_text())  # "max": there is none
+            used_bytes = int((folder / usage).read_text()) - _reclaimable_bytes(folder)
+        except (OSError, ValueError):
+            continue
+        if limit_bytes < machine.total:
+            total, available = min(total, limit_bytes), min(available, max(0, limit_bytes - used_bytes))
+    return MainMemory(total, available)
+
+
+def _groups(cgroups: Path, own: Path) -> Iterator[tuple[Path, str, str]]:
+    """The folders of our groups that may limit memory, with their files for the limit and for what is used."""
+    for line in own.read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, files = cgroups, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, files = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):  # in a container the path may be the host's: only the root is there
+            yield folder, *files
+            if folder == root:
+                break
+
+
+def _reclaimable_bytes(folder: Path) -> int:
+    """What a group uses for files that can be read again."""
+    fields = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
 
 
 def gpu_memory_bytes(gpus: int) -> int | None:

@@ -53,6 +53,19 @@ def _uses(process: psutil.Process, folder: Path) -> bool:
     return any(Path(path).is_relative_to(folder) for path in used)
 
 
+def ended_by(pid: int, proc_root: Path = Path("/proc")) -> int | None:
+    """The signal that has ended a process, 0 if none has; None: it runs, or its parent has fetched that already.
+
+    Source: proc_pid_stat(5), exit_code.
+    """
+    try:
+        text = (proc_root / str(pid) / "stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text[text.rindex(b")") + 2 :].split()  # the second field may hold anything
+    return int(fields[-1]) & 0x7F if fields[0] == b"Z" else None
+
+
 def stopped(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
     """Those that somebody has stopped (SIGSTOP) and nobody has let go on."""
     found = set()

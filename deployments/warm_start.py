@@ -26,6 +26,8 @@ from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deployments.out_of_memory import ENGINE_SCORE, raise_score
+
 T = TypeVar("T")
 
 PRELOAD = "deployments.engine_preload"
@@ -132,6 +134,7 @@ class MortalProcess(context.SpawnProcess):
 
 def _revive_mortal(parent_pid: int) -> MortalProcess:
     die_with(parent_pid)
+    raise_score(ENGINE_SCORE)
     spawn_mortals()
     allow_amx()
     return MortalProcess.__new__(MortalProcess)
@@ -216,31 +219,8 @@ class WarmForkserver:
         setattr(module, name, new)
 
     def run(self, function: Callable[[], T]) -> T:
-        """Call ``function`` in a fork of the forkserver and return what it returns. Blocks until it has.
-
-        Raises:
-            RuntimeError: It raised (the text holds what), or its process ended without an answer.
-        """
-        import cloudpickle  # type: ignore[import-untyped]  # comes with vLLM; a lambda is pickled by it alone
-
-        reader, writer = self.context.Pipe(duplex=False)
-        with reader:
-            with writer:
-                process = self.context.Process(
-                    target=_answer, args=(cloudpickle.dumps(function), writer), name="EngineErrand", daemon=True
-                )
-                process.start()
-            try:
-                succeeded, value = pickle.loads(reader.recv_bytes())
-            except EOFError:
-                process.join()
-                raise RuntimeError(f"the process ended without an answer (exit code {process.exitcode})") from None
-            finally:
-                process.join()
-                process.close()
-        if not succeeded:
-            raise RuntimeError(value)
-        return value  # type: ignore[no-any-return]
+        """Call ``function`` in a fork of the forkserver and return what it returns; see ``run_apart``."""
+        return run_apart(self.context, function)
 
     def stop(self) -> None:
         """End the forkserver and what it started, and put vLLM's own names back. Returns when they are gone."""
@@ -256,6 +236,42 @@ class WarmForkserver:
             self._keeper = None
         if not self._had_tracker:
             resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+
+
+def run_apart(context: Any, function: Callable[[], T], timeout_s: float | None = None) -> T:
+    """Call ``function`` in a process of this multiprocessing context and return what it returns. Blocks until it has.
+
+    Args:
+        context: Makes the process.
+        function: What cloudpickle can pickle, a lambda too.
+        timeout_s: Seconds ≥ 0 after which the process is killed; None: no limit.
+
+    Raises:
+        TimeoutError: It did not answer in time.
+        RuntimeError: It raised (the text holds what), or its process ended without an answer.
+    """
+    import cloudpickle  # type: ignore[import-untyped]  # comes with vLLM; a lambda is pickled by it alone
+
+    reader, writer = context.Pipe(duplex=False)
+    with reader:
+        with writer:
+            arguments = (cloudpickle.dumps(function), writer)
+            process = context.Process(target=_answer, args=arguments, name="EngineErrand", daemon=True)
+            process.start()
+        try:
+            if not reader.poll(timeout_s):
+                process.kill()
+                raise TimeoutError
+            succeeded, value = pickle.loads(reader.recv_bytes())
+        except EOFError:
+            process.join()
+            raise RuntimeError(f"the process ended without an answer (exit code {process.exitcode})") from None
+        finally:
+            process.join()
+            process.close()
+    if not succeeded:
+        raise RuntimeError(value)
+    return value  # type: ignore[no-any-return]
 
 
 def _answer(pickled: bytes, writer: Any) -> None:

@@ -28,13 +28,15 @@ from deployments.cpu_quota import cpus_here
 from deployments.energy_sources import ReadFailed, driver_version
 from deployments.engine import EngineHost, RunningLLM, StopReport
 from deployments.engine_env import Phase
+from deployments.engine_rest import EngineRest
 from deployments.lease_gate import LeaseGate
 from deployments.llm_args import task_of
-from deployments.machine_memory import gpu_memory_bytes, main_memory_bytes
+from deployments.machine_memory import gpu_memory_bytes, main_memory
 from deployments.meter import CONTENDED
 from deployments.model_cache import LocalModel, ModelCache
 from deployments.models import ModelSources
 from deployments.neighbours import Neighbours
+from deployments.out_of_memory import ENGINE_OUT_OF_MEMORY, WRAPPER_SCORE, raise_score
 from deployments.probe import Probe
 from deployments.prompt_meter import PromptMeter
 from deployments.prompts import PromptGate
@@ -43,7 +45,7 @@ from deployments.settling import NOT_STEADY, SLICE_S, SLICES, at_rest, forgotten
 from deployments.weights import Weights, read_ahead, weights_of
 from deployments.weights_hash import WeightsHash
 from registry.errors import EngineStartFailed, InvalidField, StaleEpoch, WrapperUnreachable
-from registry.fit import GIB, Size, needs_of, why_too_large
+from registry.fit import ENGINE_BYTES, GIB, HOST_SHARE, Size, host_bytes, needs_of, why_no_room, why_too_large
 from registry.provenance import PENDING
 from registry.reconcile import SETTLING, Belief, Download, HandOver, LeaseGrant, WrapperReport
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
@@ -90,11 +92,13 @@ class LLMWrapper:
 
     async def __init__(self, config: WrapperConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """Import the engine and keep it warm; the replica counts as running when this returns (~30 s)."""
+        raise_score(WRAPPER_SCORE)
         self._config = config
         self._epoch = 0
         self._in_force = 0
         self._spec: LLMSpec | None = None
         self._died: str | None = None
+        self._death_flags: tuple[str, ...] = ()
         self._phase: str | None = None
         self._download: Download | None = None
         self._start: asyncio.Task[None] | None = None
@@ -124,7 +128,7 @@ class LLMWrapper:
             writes_text=_writes_text,
         )
         self._gate = LeaseGate(
-            time.monotonic, fence_s=config.settings.fence_s, process=process, on_change=self._meter.hand_over
+            time.monotonic, fence_s=config.settings.fence_s, process=process, on_change=self._on_lease_change
         )
         self._host = EngineHost(
             gpus=config.gpus,
@@ -143,11 +147,12 @@ class LLMWrapper:
             prompt_max_s=config.settings.prompt_max_s,
             finish=config.finish_prompts,
         )
+        self._rest = EngineRest(self._prompts.over, self._host.give_up)
         self._probe = Probe()
         self._checkpoints = checkpoints_here()
         self._versions = versions_here(config.gpus)
         self._cpu = cpu_here()
-        self._memory_bytes = main_memory_bytes()
+        self._memory_bytes = main_memory().total_bytes
         self._gpu_memory_bytes = gpu_memory_bytes(config.gpus)
         with self._meter.at_work():
             await self._host.prepare()
@@ -184,6 +189,7 @@ class LLMWrapper:
             starting=meant if self._start is not None else None,
             revision=self._revision,
             died=self._died,
+            death_flags=self._death_flags if self._died is not None else (),
             phase=self._phase,
             download=self._download,
             bound=grant.request_id if grant is not None else self._settling_for,
@@ -253,6 +259,7 @@ class LLMWrapper:
 
         Raises:
             StaleEpoch: a newer command has come, before or meanwhile.
+            EngineNotReady: the LLM has died, or is ended since the lease before left it at work.
         """
         async with self._command(epoch):
             current = self._gate.grant
@@ -263,6 +270,7 @@ class LLMWrapper:
                 return HandOver(self._revision, (), await self._provenance(grant))
             await self._end_lease("released")
         await self._prompts.over()  # outside: a newer command need not wait
+        await self._rest.reached(self._living())
         refusal = await self._refusal(grant)
         if refusal is not None:
             async with self._command(epoch):
@@ -330,6 +338,11 @@ class LLMWrapper:
                 raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
             self._in_force = epoch
             yield
+
+    def _on_lease_change(self, grant: LeaseGrant | None, since_s: float) -> None:
+        self._meter.hand_over(grant, since_s)
+        if grant is None:
+            self._rest.begin(self._living())
 
     async def _end_lease(self, how: str) -> None:
         """End the bound lease and its prompts. One that has expired by itself may have prompts to finish."""
@@ -452,21 +465,32 @@ class LLMWrapper:
                 self._start = None
 
     async def _check_fits(self, model: str, spec: LLMSpec) -> None:
-        """Raise EngineStartFailed when an LLM is certainly too large, which saves loading it to find out.
+        """Raise EngineStartFailed when an LLM is certainly too large, or main memory would be nearly full with it.
 
-        The ingress has done so already, but it may not have seen the checkpoint, and does not know how many GPUs share
-        the KV cache. On a larger machine the LLM may run.
+        The ingress has looked already, but it may not have seen the checkpoint, and does not know how many GPUs share
+        the KV cache, nor what others use. On another machine the LLM may run.
         """
         config, settings = self._config, self._config.settings
         memory = await self._checkpoints.memory(model, spec, gpus=config.gpus)
         kv_cache_bytes = None if settings.kv_cache_gib is None else settings.kv_cache_gib * GIB
         has_bytes = self._gpu_memory_bytes if config.gpus else self._memory_bytes // config.on_machine
-        if memory is None or has_bytes is None:
-            return
         limits = Limits(kv_cache_bytes=kv_cache_bytes)
-        size = Size(config.gpus, gib=-(-has_bytes // GIB))
-        if not needs_of(spec, memory, limits).met_by(size):
-            raise EngineStartFailed(spec.model, why_too_large(spec, memory, [size], limits, where="this wrapper"))
+        if memory is not None and has_bytes is not None:
+            size = Size(config.gpus, memory_bytes=has_bytes)
+            if not needs_of(spec, memory, limits).met_by(size):
+                raise EngineStartFailed(spec.model, why_too_large(spec, memory, [size], limits, where="this wrapper"))
+        if spec.model not in self._host.asleep:  # its weights are in main memory already
+            await self._make_room(spec, ENGINE_BYTES if config.gpus else host_bytes(memory, limits))
+
+    async def _make_room(self, spec: LLMSpec, need_bytes: int) -> None:
+        """Have main memory left beside an LLM that is started; what sleeps gives way. Raises EngineStartFailed."""
+        main = main_memory()
+        kept_bytes = int((1 - HOST_SHARE) * main.total_bytes)
+        if main.available_bytes - need_bytes < kept_bytes and self._host.asleep:
+            await self._host.stop_asleep()
+            main = main_memory()
+        if main.available_bytes - need_bytes < kept_bytes:
+            raise EngineStartFailed(spec.model, why_no_room(need_bytes, main.available_bytes, main.total_bytes))
 
     async def _start_llm(self, spec: LLMSpec, revision: str | None) -> None:
         """From nothing to an LLM that answers, its model's download included, within the deploy deadline."""
@@ -559,6 +583,7 @@ class LLMWrapper:
             log.error("the engine died", wrapper_id=self._config.wrapper_id, reason=reason)
             if self._start is None and self._spec is not None:  # else another LLM is wanted by now, or none
                 self._died, self._spec = reason, None
+                self._death_flags = (ENGINE_OUT_OF_MEMORY,) if running.out_of_memory else ()
             await self._prompts.cut_all()
             try:
                 await self._empty()

@@ -14,46 +14,55 @@ from registry.state import Limits, LLMMemory, LLMSpec
 
 GIB: Final = 2**30
 
+HOST_SHARE: Final = 0.9
+"""The share of main memory that may be in use once an LLM runs; the rest is kept for everything else on a machine."""
+
+ENGINE_BYTES: Final = 256 * 2**20
+"""Main memory that an engine's processes take at least beside weights and KV cache: 220 MiB with vLLM 0.32 on a CPU."""
+
+SIZE_STEP_BYTES: Final = 64 * 2**20
+"""Memory of machines is rounded up to a multiple of this, so that machines of one kind are of one size."""
+
 ANY_GPU_TYPE: Final = "*"
 """Stands for "no matter which" where a GPU type is named; None is a type of its own (not known, or no GPU)."""
 
-_NOWHERE_GIB: Final = 2**40
+_NOWHERE_BYTES: Final = 2**70
 """More memory than there is anywhere."""
 
 
 class Size(NamedTuple):
     """What a wrapper has. Wrappers of one size are alike to every choice, so there had better be few sizes.
 
-    ``gib`` is the memory of each GPU, or without GPU its share of main memory, in GiB rounded up; None: not known.
+    ``memory_bytes`` is the memory of each GPU, or without GPU its share of main memory; None: not known.
     ``draining``: its machine is handed to nobody.
     """
 
     gpus: int
     gpu_type: str | None = None
-    gib: int | None = None
+    memory_bytes: int | None = None
     draining: bool = False
 
 
 class Needs(NamedTuple):
     """What a wrapper must have at least; 0 is no condition.
 
-    ``gib_per_gpu`` on each GPU, ``gpu_gib`` on all GPUs together, ``main_gib`` of main memory where it has no GPU.
+    ``bytes_per_gpu`` on each GPU, ``gpu_bytes`` on all GPUs together, ``main_bytes`` of main memory where it has none.
     """
 
     gpus: int = 0
-    gib_per_gpu: int = 0
-    gpu_gib: int = 0
-    main_gib: int = 0
+    bytes_per_gpu: int = 0
+    gpu_bytes: int = 0
+    main_bytes: int = 0
 
     def met_by(self, size: Size) -> bool:
         """True unless it is certain that a wrapper of this size is too small."""
         if size.gpus < self.gpus:
             return False
-        if size.gib is None:
+        if size.memory_bytes is None:
             return True
         if size.gpus == 0:
-            return size.gib >= self.main_gib
-        return size.gib >= self.gib_per_gpu and size.gpus * size.gib >= self.gpu_gib
+            return size.memory_bytes >= self.main_bytes
+        return size.memory_bytes >= self.bytes_per_gpu and size.gpus * size.memory_bytes >= self.gpu_bytes
 
     def joined_with(self, other: Needs) -> Needs:
         """What a wrapper must have that is to run both, one after the other."""
@@ -64,14 +73,26 @@ def needs_of(spec: LLMSpec, memory: LLMMemory | None, limits: Limits) -> Needs:
     """What an LLM needs, as far as it is known."""
     if memory is None:
         return Needs(spec.gpus)
-    kv_cache_bytes = memory.kv_cache_bytes or 0
-    gpu_gib = int((memory.weights_bytes + kv_cache_bytes) / memory.gpu_share) // GIB
-    main_gib = (memory.weights_bytes + kv_cache_bytes) // GIB
-    if limits.kv_cache_bytes is not None and kv_cache_bytes > limits.kv_cache_bytes:
-        main_gib = _NOWHERE_GIB
+    kv_cache_bytes = memory.kv_reserved_bytes or memory.kv_cache_bytes or 0
+    gpu_bytes = int((memory.weights_bytes + kv_cache_bytes) / memory.gpu_share)
+    main_bytes = int(host_bytes(memory, limits) / HOST_SHARE)
+    if limits.kv_cache_bytes is not None and (memory.kv_cache_bytes or 0) > limits.kv_cache_bytes:
+        main_bytes = _NOWHERE_BYTES
     if memory.gpus is None:
-        return Needs(spec.gpus, gpu_gib=gpu_gib, main_gib=main_gib)
-    return Needs(spec.gpus, gib_per_gpu=gpu_gib // memory.gpus, main_gib=main_gib)
+        return Needs(spec.gpus, gpu_bytes=gpu_bytes, main_bytes=main_bytes)
+    return Needs(spec.gpus, bytes_per_gpu=gpu_bytes // memory.gpus, main_bytes=main_bytes)
+
+
+def host_bytes(memory: LLMMemory | None, limits: Limits) -> int:
+    """Main memory that an LLM takes without GPU: weights, the KV cache as it is reserved, and its processes' own."""
+    if memory is None:
+        return ENGINE_BYTES
+    kv_cache_bytes = memory.kv_reserved_bytes
+    if kv_cache_bytes is None:
+        # Where the checkpoint tells nothing of a KV cache there may be none.
+        known = memory.kv_cache_bytes is not None
+        kv_cache_bytes = max(memory.kv_cache_bytes or 0, limits.kv_cache_bytes or 0) if known else 0
+    return memory.weights_bytes + kv_cache_bytes + ENGINE_BYTES
 
 
 def why_too_large(
@@ -87,12 +108,12 @@ def why_too_large(
     most_gpus = max(size.gpus for size in sizes)
     if most_gpus < spec.gpus or memory is None:
         return f"it needs {spec.gpus} GPUs, and {where} has {most_gpus}"
-    known = [(max(1, size.gpus) * size.gib, size) for size in sizes if size.gib and size.gpus >= spec.gpus]
-    _, largest = max(known, key=lambda each: each[0])
+    known = [(size.memory_bytes, size) for size in sizes if size.memory_bytes and size.gpus >= spec.gpus]
+    each_bytes, largest = max(known, key=lambda each: each[0] * max(1, each[1].gpus))
     if largest.gpus:
-        has = f"{largest.gpus} GPU{_s(largest.gpus)} with {largest.gib} GiB each"
+        has = f"{largest.gpus} GPU{_s(largest.gpus)} with {shown_bytes(each_bytes)} each"
     else:
-        has = f"{largest.gib} GiB of main memory"
+        has = f"{shown_bytes(each_bytes)} of main memory, of which {100 * HOST_SHARE:g} % may be used"
         if limits.kv_cache_bytes is not None:
             has += f", {shown_bytes(limits.kv_cache_bytes)} of it for the KV cache"
     return f"{words_of(memory, on_gpus=largest.gpus > 0)}, and {where} has {has}; {advice_for(memory)}"
@@ -101,13 +122,23 @@ def why_too_large(
 def words_of(memory: LLMMemory, *, on_gpus: bool) -> str:
     """What an LLM needs, for people: ``its weights take 15.0 GiB and …``."""
     words = f"its weights take {shown_bytes(memory.weights_bytes)}"
-    if memory.kv_cache_bytes is not None:
+    if memory.kv_reserved_bytes is not None:
+        words += f" and its KV cache {shown_bytes(memory.kv_reserved_bytes)} (kv_cache_memory_bytes)"
+    elif memory.kv_cache_bytes is not None:
         words += f" and the KV cache of {memory.context_tokens} tokens {shown_bytes(memory.kv_cache_bytes)}"
     if on_gpus and memory.gpus is not None:
         words += f", on {memory.gpus} GPU{_s(memory.gpus)}"
     if on_gpus and memory.gpu_share < 1:
         words += f", which must fit in {100 * memory.gpu_share:g} % of a GPU's memory (gpu_memory_utilization)"
     return words
+
+
+def why_no_room(need_bytes: int, free_bytes: int, total_bytes: int) -> str:
+    """Why an LLM is not started on a machine whose memory others use: what it needs, and what is free."""
+    return (
+        f"it needs {shown_bytes(need_bytes)} of main memory, and of the machine's {shown_bytes(total_bytes)} only "
+        f"{shown_bytes(max(0, free_bytes))} are free, of which a tenth of all has to stay free"
+    )
 
 
 def advice_for(memory: LLMMemory) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from registry.state import Changes, Event, LeaseUsed, Request
+from registry.state import Changes, Effect, Event, LeaseUsed, Request
 from registry.store import EventRow
 
 
-def ids_of(event: Event) -> dict[str, object]:
+def ids_of(event: Event | Effect) -> dict[str, object]:
     """What an event is about, by name; what it does not say is left out. Never a token."""
     names = ("wrapper_id", "request_id", "measurement_id", "machine_id", "epoch", "reason")
     return {name: value for name in names if (value := getattr(event, name, None)) is not None}
@@ -44,6 +44,13 @@ def rows_of(
 
     changed = [request.request_id for request in changes.requests] + [lease.request_id for lease in changes.leases]
     return tuple(row(request_of(request_id)) for request_id in dict.fromkeys(changed)) or (row(None),)
+
+
+def log_fields(row: EventRow) -> dict[str, object]:
+    """A row as the fields of a line in the log; what it does not say is left out."""
+    ids = {name: getattr(row, name) for name in ("request_id", "measurement_id", "wrapper_id", "cause_id")}
+    known = {name: value for name, value in ids.items() if value is not None}
+    return {"kind": row.kind} | known | json.loads(row.detail)
 
 
 def _state_of(request: Request) -> dict[str, object]:

@@ -113,7 +113,7 @@ class Pool:
         sizes: dict[tuple[int, int], list[Size]] = {}
         for size in self._by_size:
             if place.takes(size):
-                sizes.setdefault((size.gpus, size.gib or 0), []).append(size)
+                sizes.setdefault((size.gpus, size.memory_bytes or 0), []).append(size)
         found = (wrapper_id for alike in sorted(sizes) for wrapper_id in self._oldest(place, sizes[alike]))
         return next(found, None)
 

@@ -12,7 +12,7 @@ from functools import reduce
 from typing import Final
 
 from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
-from registry.fit import ANY_GPU_TYPE, GIB, Needs, Size, fitting, needs_of
+from registry.fit import ANY_GPU_TYPE, SIZE_STEP_BYTES, Needs, Size, fitting, needs_of
 from registry.indices import Queue, RequestIndex, SortedSet, WrapperIndex, is_free, is_usable
 from registry.policy import Place, Turns, rank
 from registry.state import (
@@ -117,7 +117,8 @@ class Ledger:
             return Size(wrapper.gpus, machine.gpu_type, draining=machine.draining)
         if not wrapper.gpus:
             has_bytes //= self._limits.wrappers_per_machine
-        return Size(wrapper.gpus, machine.gpu_type, -(-has_bytes // GIB), machine.draining)
+        has_bytes = -(-has_bytes // SIZE_STEP_BYTES) * SIZE_STEP_BYTES
+        return Size(wrapper.gpus, machine.gpu_type, has_bytes, machine.draining)
 
     def needs(self, request: Request) -> Needs:
         """What the LLM of a request needs, as far as it is known."""

@@ -1,14 +1,39 @@
-"""How the parts log: one JSON object a line on standard error, which Ray keeps per process. No secrets in it."""
+"""How the parts log: one JSON object a line on standard error, which Ray keeps per process. No secrets in it.
+
+The registry also writes its lines to a file that stays when Ray's folder is gone. Every line about a request has its
+``request_id`` and ``measurement_id``, so that what became of it can be read from one file.
+"""
 
 from __future__ import annotations
 
+import io
+import logging
+import os
 import sys
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Final
 
 import structlog
 
+REGISTRY_LOG: Final = "registry.jsonl"
+"""Name of the registry's own file in ``state_dir``; older lines are in ``registry.jsonl.1`` and so on."""
 
-def configure_logging() -> None:
-    """Set structlog up for this process; doing it again changes nothing."""
+FILE_BYTES: Final = 20_000_000
+OLDER_FILES: Final = 4
+
+
+def configure_logging(file: Path | None = None) -> None:
+    """Set structlog up for this process; the last call counts.
+
+    Args:
+        file: Where the lines go besides standard error, readable by its owner only. It is replaced when it holds
+            FILE_BYTES; OLDER_FILES of those before it are kept. A disk that is full keeps lines out and nobody up.
+    """
+    before = structlog.get_config()["logger_factory"]
+    if isinstance(before, _Both):
+        before.close()
+    factory = structlog.PrintLoggerFactory(sys.stderr) if file is None else _Both(file)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -17,6 +42,36 @@ def configure_logging() -> None:
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=factory,
         cache_logger_on_first_use=False,
     )
+
+
+class _OwnFile(RotatingFileHandler):
+    def _open(self) -> io.TextIOWrapper:
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        return open(descriptor, "a", encoding="utf-8")  # noqa: PTH123 - of a descriptor
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - as logging calls it
+        """The line is on standard error all the same."""
+
+
+class _Both:
+    """A factory of structlog loggers, and the one that it makes: to standard error and to a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = _OwnFile(file, maxBytes=FILE_BYTES, backupCount=OLDER_FILES, delay=True)
+        self._stderr = structlog.PrintLogger(sys.stderr)
+
+    def __call__(self, *_: object) -> _Both:
+        return self
+
+    def msg(self, line: str) -> None:
+        self._stderr.msg(line)
+        self._file.handle(logging.makeLogRecord({"msg": line}))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    log = debug = info = warning = error = critical = exception = msg

@@ -123,7 +123,7 @@ class WrapperReport:
 
     ``epoch`` is that of the last command taken; ``running`` the fingerprint of the LLM that answers prompts,
     ``starting`` that of the one being started. ``revision`` is the commit of either, None where there is none to know.
-    ``died`` is why the LLM ended by itself, if it did.
+    ``died`` is why the LLM ended by itself, if it did, and ``death_flags`` what its measurement is flagged with for it.
     ``idle_for_s`` is how long ago the lease was last used (0.0 while a prompt is in flight), None without a lease.
     ``download`` is how far that is, None in any other ``phase``.
     ``bound`` is the request whose token it accepts, or will once it has settled for it. ``in_flight`` counts the
@@ -140,6 +140,7 @@ class WrapperReport:
     starting: str | None = None
     revision: str | None = None
     died: str | None = None
+    death_flags: tuple[str, ...] = ()
     phase: str | None = None
     download: Download | None = None
     bound: str | None = None

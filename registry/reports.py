@@ -136,6 +136,8 @@ class Reports:
         if wrapper is None:
             return
         request = self._owner(wrapper)
+        if request is not None:
+            self.on_lease_flagged(request, event.flags)
         if request is not None and self._outlives_engine(request, event.reason, now_s):
             assert wrapper.spec is not None
             deploy(self._ledger, wrapper, wrapper.spec, request.request_id)

@@ -23,6 +23,7 @@ from registry.accounts import Accounts
 from registry.allocator import Allocator
 from registry.api import MAX_WAIT_S
 from registry.errors import (
+    EngineNotReady,
     EngineStartFailed,
     IdempotencyConflict,
     InternalError,
@@ -38,7 +39,7 @@ from registry.errors import (
     WrapperUnheard,
     WrapperUnreachable,
 )
-from registry.history import ids_of, rows_of
+from registry.history import ids_of, log_fields, rows_of
 from registry.reconcile import (
     Belief,
     Cluster,
@@ -474,7 +475,6 @@ class Service:
         decision = self._decide(event, now_s)
         number = self._commit(event, decision.changes, now_s, cause, idempotency)
         if not decision.changes.empty:
-            log.info("event", kind=type(event).__name__, **ids_of(event))
             self._wake(decision.changes)
         if isinstance(event, WrapperAdded):
             self._turn(event.wrapper_id, None)
@@ -514,10 +514,13 @@ class Service:
             return None
         rows = rows_of(event, changes, self.allocator.request, now_s, cause)
         try:
-            return self._store.commit(changes, events=rows, idempotency=idempotency)
+            number = self._store.commit(changes, events=rows, idempotency=idempotency)
         except StoreUnavailable as error:
             self._on_fatal(error)
             raise
+        for row in rows:
+            log.info("event", **log_fields(row))
+        return number
 
     def _wake(self, changes: Changes) -> None:
         self._remember_tokens(changes.leases)
@@ -551,7 +554,7 @@ class Service:
 
     async def _run(self, effect: Effect, cause: int | None) -> None:
         """Carry an effect out and report what came of it, unless newer commands have made it meaningless."""
-        log.info("effect", kind=type(effect).__name__, wrapper_id=effect.wrapper_id, epoch=effect.epoch)
+        log.info("effect", kind=type(effect).__name__, cause_id=cause, **ids_of(effect))
         try:
             event = await self._outcome(effect)
         except StaleEpoch as error:
@@ -600,7 +603,10 @@ class Service:
                 grant = self._grant(request_id)
                 if grant is None:
                     return None
-                over = await _insist(lambda: self._cluster.bind(wrapper_id, epoch, grant))
+                try:
+                    over = await _insist(lambda: self._cluster.bind(wrapper_id, epoch, grant))
+                except EngineNotReady as error:
+                    return LLMDied(wrapper_id, epoch, error.reason)
                 return LeaseBound(
                     wrapper_id,
                     epoch,
@@ -810,7 +816,7 @@ class Service:
             # meant for the old one may have given the new one an epoch, but not the LLM.
             self._apply(WrapperStarted(wrapper_id, report.epoch, report.running))
         elif report.died is not None and has_llm:
-            self._apply(LLMDied(wrapper_id, report.epoch, report.died))
+            self._apply(LLMDied(wrapper_id, report.epoch, report.died, report.death_flags))
 
     def _note_activity(self, report: WrapperReport, *, grain: float) -> None:
         if report.bound is None or report.idle_for_s is None:

@@ -103,6 +103,7 @@ class LLMMemory:
     """The least memory that an LLM takes, as far as its checkpoint tells; bytes, on all its GPUs together.
 
     ``kv_cache_bytes`` is what one sequence of ``context_tokens`` fills; both None where that is not known.
+    ``kv_reserved_bytes`` is the KV cache as the client has sized it, None if it has not.
     ``gpu_share`` of a GPU's memory may be used (0 < share ≤ 1). It is spread over ``gpus`` GPUs (None: over all that
     its wrapper has).
     """
@@ -112,6 +113,7 @@ class LLMMemory:
     context_tokens: int | None = None
     gpu_share: float = 1.0
     gpus: int | None = None
+    kv_reserved_bytes: int | None = None
 
 
 MeasurementKey = tuple[str, int]
@@ -432,12 +434,13 @@ class LLMStopped:
 class LLMDied:
     """The running LLM of a wrapper ended by itself (crash, kill, hang); the wrapper is empty and usable.
 
-    ``epoch`` is that of the last command the wrapper had taken.
+    ``epoch`` is that of the last command the wrapper had taken. ``flags`` are for the measurement whose lease it ran.
     """
 
     wrapper_id: str
     epoch: int
     reason: str
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ class FakeWrapper:
     start: asyncio.Task[None] | None = None
     revision: str | None = None
     died: str | None = None
+    death_flags: tuple[str, ...] = ()
     idle_for_s: float = 0.0
     in_flight: int = 0
     starts: int = 0
@@ -130,9 +131,10 @@ class FakeCluster:
         """Let the next calls of this method fail, one after the other."""
         self._failures.setdefault((wrapper_id, method), []).extend(errors)
 
-    def kill_engine(self, wrapper_id: str, why: str = "its processes are gone") -> None:
+    def kill_engine(self, wrapper_id: str, why: str = "its processes are gone", flags: tuple[str, ...] = ()) -> None:
         """The LLM dies; the wrapper notices."""
         wrapper = self.wrappers[wrapper_id]
+        wrapper.death_flags = flags
         wrapper.runs, wrapper.spec, wrapper.died = False, None, why
 
     def kill_process(self, wrapper_id: str) -> None:
@@ -182,6 +184,7 @@ class FakeCluster:
             starting=wrapper.spec.fingerprint if wrapper.spec is not None and not wrapper.runs else None,
             revision=wrapper.revision,
             died=wrapper.died,
+            death_flags=wrapper.death_flags,
             phase="loading" if wrapper.start is not None else wrapper.phase,
             bound=None if wrapper.grant is None else wrapper.grant.request_id,
             idle_for_s=None if wrapper.grant is None else wrapper.idle_for_s,

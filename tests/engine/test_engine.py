@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +17,12 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from deployments import engine, process_tree
+from deployments import checkpoint_trial, engine, process_tree
 from deployments.engine import EngineHost, RunningLLM, StopReport, _Order, public_path
 from deployments.engine_env import Phase, remove_orphans
+from deployments.engine_rest import EngineRest
 from deployments.gpu_memory import GPUMemory
+from deployments.out_of_memory import ENGINE_SCORE
 from deployments.prompt_meter import tokens_of
 from deployments.sleep_mode import SleepMode
 from deployments.tiny_llm import make_tiny_llm
@@ -97,6 +100,77 @@ async def test_what_can_not_be_preloaded_is_passed_over(host: EngineHost) -> Non
     assert host._forkserver is not None
     (problem,) = host._forkserver.not_preloaded
     assert problem.startswith("no.such.llm: ModuleNotFoundError")
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{{ range(99999) | sum }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [(LOOP, "more than 2 s of processor time"), ("{{ ('a' * 6000000000) | length }}", "more than 4 GiB of memory")],
+    ids=["a loop", "memory"],
+)
+async def test_a_chat_template_that_never_ends_is_the_llms_fault(
+    host: EngineHost, llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
+) -> None:
+    """It is found in a process with limits; the start fails for good, and the event loop is free all the time."""
+    monkeypatch.setattr(checkpoint_trial, "CPU_S", 2)
+    shutil.copytree(llms / "a", tmp_path / "evil")
+    settings = json.loads((tmp_path / "evil" / "tokenizer_config.json").read_text())
+    (tmp_path / "evil" / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    (tmp_path / "evil" / "chat_template.jinja").write_text(template)
+    starting = asyncio.create_task(start(host, tmp_path / "evil"))
+    longest_s, last_s = 0.0, time.monotonic()
+    while not starting.done():
+        await asyncio.wait({starting}, timeout=0.05)
+        longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
+    with pytest.raises(EngineStartFailed, match="its tokenizer and chat template") as caught:
+        starting.result()
+    assert reason in caught.value.reason
+    assert caught.value.permanent
+    assert longest_s < 2.0
+    assert engines_of(host) == set()
+    assert (await complete(await start(host, llms / "a")))["usage"]["completion_tokens"] == 12
+
+
+async def test_a_grammar_that_nobody_waits_for_is_ended_before_the_next_lease(host: EngineHost, llms: Path) -> None:
+    """30,000 properties take vLLM half a minute to compile, which it goes on with when its client has gone.
+
+    The engine is ended 5 s after the lease. One that has done what it was asked for is at rest in a moment, and the
+    next lease's structured output is answered at once.
+    """
+    inner = {f"q{n}": {"type": "string", "maxLength": 200} for n in range(100)}
+    schema = {"type": "object", "properties": {f"p{n}": {"type": "object", "properties": inner} for n in range(300)}}
+    llm = await start(host, llms / "a")
+    rest = EngineRest(llm.abort_all, host.give_up)
+    await rest.reached(llm)
+    asked = asyncio.create_task(complete(llm, structured_outputs={"json": schema}))
+    while not llm.unfinished:
+        await asyncio.wait({asked}, timeout=0.05)
+        assert not asked.done()
+    begun_s = time.monotonic()
+    rest.begin(llm)
+    with pytest.raises(EngineNotReady, match="still worked 5 s after the end of a lease"):
+        await rest.reached(llm)
+    assert time.monotonic() - begun_s < 10
+    await asyncio.wait({asked})
+    assert (await host.stop()).problem is None
+
+    llm = await start(host, llms / "a")
+    await rest.reached(llm)
+    answer = await complete(llm, structured_outputs={"regex": "[ab]{3}"})
+    assert set(answer["choices"][0]["text"]) <= {"a", "b"}
+    rest.begin(llm)
+    await rest.reached(llm)
+    assert not llm.died.is_set()
+
+
+async def test_engines_are_what_the_kernel_ends_first(host: EngineHost, llms: Path) -> None:
+    """Every process of an engine has the highest score of ours."""
+    llm = await start(host, llms / "a")
+    scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in llm.pids]  # noqa: ASYNC240 - of the kernel
+    assert scores
+    assert min(scores) >= ENGINE_SCORE
 
 
 async def test_swap(host: EngineHost, llms: Path) -> None:
@@ -662,7 +736,7 @@ async def test_dead_engine_is_told_to_its_prompts(host: EngineHost, llms: Path, 
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from deployments import engine, process_tree
+from deployments import checkpoint_trial, engine, process_tree
 from deployments.engine import EngineHost
 
 async def main():

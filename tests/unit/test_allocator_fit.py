@@ -68,8 +68,8 @@ def test_main_memory_is_shared_among_the_wrappers_of_a_machine() -> None:
     """Two wrappers on a machine without GPU have half of its memory each."""
     scene = Scene(Limits(wrappers_per_machine=2))
     scene.machine("m", wrappers=2, gib=32)
-    assert "has 16 GiB of main memory" in refusal(scene, LLMNeverFits, "A", memory=takes(17))
-    scene.ask(1, "A", memory=takes(16))
+    assert "has 16.0 GiB of main memory" in refusal(scene, LLMNeverFits, "A", memory=takes(17))
+    scene.ask(1, "A", memory=takes(13))
     assert scene.status("1a") is R.DEPLOYING
 
 
@@ -80,7 +80,7 @@ def test_what_fits_nowhere_is_refused_at_once_with_the_figures() -> None:
     small = LLMSpec("org/small", "text-generation")
     told = refusal(scene, LLMNeverFits, small, llm("org/big"), memory=takes(40))
     assert told.startswith("llms[0].model: LLM 'org/small' fits on no machine: its weights take 40.0 GiB, and the")
-    assert "1 GPU with 24 GiB" in told
+    assert "1 GPU with 24.0 GiB" in told
 
 
 def test_as_long_as_memory_is_not_known_nothing_is_refused() -> None:
@@ -102,7 +102,7 @@ def test_memory_that_becomes_known_moves_those_who_wait() -> None:
     scene.tell(MachineJoined(machine))
     scene.machine("m2", gpus=1, gib=24)
     assert scene.status("1a") is R.QUEUED
-    assert "24 GiB each" in (scene.allocator.misfit("1a") or "")
+    assert "24.0 GiB each" in (scene.allocator.misfit("1a") or "")
     scene.machine("large", gpus=1, gib=80)
     assert scene.request("1a").wrapper_id == "large-0"
     scene.ask(2, "B", memory=takes(60))
@@ -117,7 +117,7 @@ def test_who_waits_for_the_others_of_its_measurement_is_told() -> None:
     scene.machine("m", gpus=1, gib=24)
     told = "no machine can run it and the others of measurement 1 as well"
     assert (scene.allocator.misfit("1a"), scene.status("1a")) == (told, R.QUEUED)
-    assert "24 GiB each" in (scene.allocator.misfit("1b") or "")
+    assert "24.0 GiB each" in (scene.allocator.misfit("1b") or "")
     scene.tell(LeaseReleased("1b"))
     assert scene.request("1a").wrapper_id == "m-0"
 
@@ -171,7 +171,7 @@ def test_what_is_too_large_for_the_machine_of_its_measurement_is_refused() -> No
     scene.ask(1, "A")
     scene.machine("large", gpus=1, gib=80)
     told = refusal(scene, LLMNeverFits, "B", memory=takes(60))
-    assert "1 GPU with 24 GiB each" in told
+    assert "1 GPU with 24.0 GiB each" in told
     assert "bound to machine small; use another measurementId" in told
 
 
@@ -222,7 +222,7 @@ def test_memory_is_looked_for_among_machines_of_the_type() -> None:
     scene = Scene()
     scene.machine("l", gpus=1, gpu_type="L4", gib=24)
     scene.machine("h", gpus=1, gpu_type="H100", gib=80)
-    assert "with 24 GiB each" in refusal(scene, LLMNeverFits, "A", gpu_type="L4", memory=takes(60))
+    assert "with 24.0 GiB each" in refusal(scene, LLMNeverFits, "A", gpu_type="L4", memory=takes(60))
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,17 @@ def test_an_llm_that_dies_under_a_lease_is_started_again_for_it():
     assert (scene.status("1a"), scene.request("1a").reason) == (R.DEPLOYED, None)
 
 
+@pytest.mark.parametrize(("attempts", "restarted"), [(2, ("engine_restarted",)), (1, ())])
+def test_why_an_llm_died_is_a_flag_of_its_measurement(attempts: int, restarted: tuple[str, ...]):
+    """Whether it is started again or has failed for good. Where no lease is bound, no measurement is flagged."""
+    scene = handed_over(Limits(deploy_attempts=attempts))
+    scene.tell(LLMDied("m-0", scene.wrapper().epoch, "memory", ("engine_out_of_memory",)))
+    assert scene.measurement(1).flags == ("engine_out_of_memory", *restarted)
+    unused = ready()
+    unused.tell(LLMDied("m-0", unused.wrapper().epoch, "memory", ("engine_out_of_memory",)))
+    assert unused.measurement(1).flags == ()
+
+
 def test_an_llm_that_keeps_dying_fails_its_request():
     """A lease outlives its LLM fewer than ``deploy_attempts`` times; the count survives the registry."""
     scene = handed_over(Limits(deploy_attempts=3))

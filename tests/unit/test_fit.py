@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.fit import ANY_GPU_TYPE, GIB, Needs, Size, fitting, is_gpu_type, needs_of, shown_bytes, why_too_large
+from registry.fit import (
+    ANY_GPU_TYPE,
+    ENGINE_BYTES,
+    GIB,
+    Needs,
+    Size,
+    fitting,
+    host_bytes,
+    is_gpu_type,
+    needs_of,
+    shown_bytes,
+    why_no_room,
+    why_too_large,
+)
 from registry.state import Limits, LLMMemory, LLMSpec
 
-H100 = Size(1, "H100", 80)
-FOUR_L4 = Size(4, "L4", 24)
-MAIN = Size(0, None, 64)
+H100 = Size(1, "H100", 80 * GIB)
+FOUR_L4 = Size(4, "L4", 24 * GIB)
+MAIN = Size(0, None, 64 * GIB)
 
 
 def spec(gpus: int = 0) -> LLMSpec:
     return LLMSpec("org/llm", "text-generation", gpus=gpus)
+
+
+def main(gib: float) -> int:
+    """Main memory that weights and KV cache of so many GiB need: with the engine's processes, and a tenth free."""
+    return int((gib * GIB + ENGINE_BYTES) / 0.9)
 
 
 def memory(gib: float, kv_gib: float | None = None, *, share: float = 1.0, gpus: int | None = None) -> LLMMemory:
@@ -28,12 +48,12 @@ def memory(gib: float, kv_gib: float | None = None, *, share: float = 1.0, gpus:
     [
         (Needs(), {H100, FOUR_L4, MAIN}),
         (Needs(gpus=2), {FOUR_L4}),
-        (Needs(gib_per_gpu=24), {H100, FOUR_L4, MAIN}),
-        (Needs(gib_per_gpu=25), {H100, MAIN}),
-        (Needs(gpu_gib=96), {FOUR_L4, MAIN}),
-        (Needs(gpu_gib=97), {MAIN}),
-        (Needs(main_gib=64), {H100, FOUR_L4, MAIN}),
-        (Needs(main_gib=65), {H100, FOUR_L4}),
+        (Needs(bytes_per_gpu=24 * GIB), {H100, FOUR_L4, MAIN}),
+        (Needs(bytes_per_gpu=24 * GIB + 1), {H100, MAIN}),
+        (Needs(gpu_bytes=96 * GIB), {FOUR_L4, MAIN}),
+        (Needs(gpu_bytes=96 * GIB + 1), {MAIN}),
+        (Needs(main_bytes=64 * GIB), {H100, FOUR_L4, MAIN}),
+        (Needs(main_bytes=64 * GIB + 1), {H100, FOUR_L4}),
     ],
 )
 def test_each_need_is_held_against_what_it_is_of(needs: Needs, met_by: set[Size]) -> None:
@@ -43,7 +63,7 @@ def test_each_need_is_held_against_what_it_is_of(needs: Needs, met_by: set[Size]
 
 def test_memory_that_is_not_known_rules_nothing_out() -> None:
     """Not known is not none: the wrapper itself finds out."""
-    needs = Needs(1, gib_per_gpu=1000, gpu_gib=1000, main_gib=1000)
+    needs = Needs(1, bytes_per_gpu=1000 * GIB, gpu_bytes=1000 * GIB, main_bytes=1000 * GIB)
     assert needs.met_by(Size(1, "H100", None))
     assert not needs.met_by(Size(0, None, None))
 
@@ -62,29 +82,58 @@ def test_what_meets_the_needs_of_two_is_what_meets_those_of_each(one: Needs, oth
     ("takes", "needs"),
     [
         (None, Needs()),
-        (memory(10), Needs(gpu_gib=10, main_gib=10)),
-        (memory(10, 2), Needs(gpu_gib=12, main_gib=12)),
-        (memory(10, 2, share=0.5), Needs(gpu_gib=24, main_gib=12)),
-        (memory(10, 2, gpus=4), Needs(gib_per_gpu=3, main_gib=12)),
-        (memory(10.9, 2.05), Needs(gpu_gib=12, main_gib=12)),
+        (memory(10), Needs(gpu_bytes=10 * GIB, main_bytes=main(10))),
+        (memory(10, 2), Needs(gpu_bytes=12 * GIB, main_bytes=main(12))),
+        (memory(10, 2, share=0.5), Needs(gpu_bytes=24 * GIB, main_bytes=main(12))),
+        (memory(10, 2, gpus=4), Needs(bytes_per_gpu=3 * GIB, main_bytes=main(12))),
+        (replace(memory(10), kv_reserved_bytes=3 * GIB), Needs(gpu_bytes=13 * GIB, main_bytes=main(13))),
     ],
 )
 def test_needs_are_the_least_that_is_certain(takes: LLMMemory | None, needs: Needs) -> None:
-    """Weights and KV cache together, in the share of a GPU that may be used, rounded down; nothing if not known."""
+    """Weights and KV cache in the share of a GPU that may be used, to the byte; nothing if not known.
+
+    In main memory the engine's processes come on top, and a tenth of it stays free.
+    """
     assert needs_of(spec(), takes, Limits()) == needs
 
 
 def test_gpus_are_needed_whatever_else_is_known() -> None:
     """An LLM that is spread over GPUs needs those."""
     assert needs_of(spec(2), None, Limits()) == Needs(2)
-    assert needs_of(spec(2), memory(10, gpus=2), Limits()) == Needs(2, gib_per_gpu=5, main_gib=10)
+    needs = Needs(2, bytes_per_gpu=5 * GIB, main_bytes=main(10))
+    assert needs_of(spec(2), memory(10, gpus=2), Limits()) == needs
+
+
+def test_an_llm_larger_than_the_machine_fits_on_none_of_it() -> None:
+    """24.5 GiB of weights on a machine of 23.5 GiB: both are 24 when rounded."""
+    needs = needs_of(spec(), memory(24.5), Limits())
+    assert not needs.met_by(Size(0, None, int(23.5 * GIB)))
+    assert not needs.met_by(Size(0, None, int(24.6 * GIB)))  # nor where weights alone would fill it
+    assert needs.met_by(Size(0, None, int(24.75 * GIB / 0.9) + 1))  # with 0.25 for its processes, a tenth free
+
+
+def test_the_kv_cache_counts_as_it_is_reserved() -> None:
+    """A context of 1 GiB in a reserved cache of 4 GiB takes 4: it fills up. Without a cache that is known: none."""
+    limits = Limits(kv_cache_bytes=4 * GIB)
+    assert needs_of(spec(), memory(10, 1), limits).main_bytes == main(14)
+    assert needs_of(spec(), memory(10), limits).main_bytes == main(10)
+    assert needs_of(spec(), replace(memory(10), kv_reserved_bytes=6 * GIB), limits).main_bytes == main(16)
+    assert host_bytes(None, limits) == ENGINE_BYTES
+
+
+def test_who_uses_the_memory_now_is_no_secret() -> None:
+    """A start that is put off tells what it needs and what there is; less than nothing is not told."""
+    assert why_no_room(3 * GIB, 2 * GIB, 24 * GIB) == (
+        "it needs 3.0 GiB of main memory, and of the machine's 24.0 GiB only 2.0 GiB are free, of which a tenth of all"
+        " has to stay free"
+    )
 
 
 @pytest.mark.parametrize(("kv_gib", "fits"), [(None, True), (4, True), (4.1, False)])
 def test_the_kv_cache_without_gpu_is_as_large_as_configured(kv_gib: float | None, fits: bool) -> None:
     """A context that needs more than ``kv_cache_gib`` runs on no wrapper without GPU, however much memory it has."""
     needs = needs_of(spec(), memory(1, kv_gib), Limits(kv_cache_bytes=4 * GIB))
-    assert needs.met_by(Size(0, None, 10_000)) is fits
+    assert needs.met_by(Size(0, None, 10_000 * GIB)) is fits
     assert needs.met_by(H100)
 
 
@@ -93,7 +142,7 @@ def test_a_refusal_tells_the_figures() -> None:
     why = why_too_large(spec(), memory(140, 8, share=0.92), [H100, FOUR_L4, MAIN], Limits())
     assert why == (
         "its weights take 140.0 GiB and the KV cache of 4096 tokens 8.0 GiB, which must fit in 92 % of a GPU's memory"
-        " (gpu_memory_utilization), and the largest wrapper has 4 GPUs with 24 GiB each; ask for a smaller"
+        " (gpu_memory_utilization), and the largest wrapper has 4 GPUs with 24.0 GiB each; ask for a smaller"
         " max_model_len, a smaller dtype, a quantized LLM or a smaller one"
     )
 
@@ -102,7 +151,7 @@ def test_a_refusal_counts_only_wrappers_with_the_gpus_that_are_asked_for() -> No
     """An LLM for one GPU is told of one GPU; without a KV cache that is known, there is none to make smaller."""
     why = why_too_large(spec(1), memory(140, gpus=1), [Size(2, "T4", None), H100, MAIN], Limits())
     assert why == (
-        "its weights take 140.0 GiB, on 1 GPU, and the largest wrapper has 1 GPU with 80 GiB each; ask for a smaller"
+        "its weights take 140.0 GiB, on 1 GPU, and the largest wrapper has 1 GPU with 80.0 GiB each; ask for a smaller"
         " dtype, a quantized LLM or a smaller one"
     )
     assert why_too_large(spec(8), memory(1), [H100, FOUR_L4], Limits()) == (
@@ -116,7 +165,7 @@ def test_a_refusal_without_gpu_tells_of_main_memory(kv_cache_bytes: int | None, 
     why = why_too_large(spec(), memory(140, 8, share=0.92, gpus=1), [MAIN], Limits(kv_cache_bytes=kv_cache_bytes))
     assert why.startswith(
         "its weights take 140.0 GiB and the KV cache of 4096 tokens 8.0 GiB,"
-        f" and the largest wrapper has 64 GiB of main memory{has}; ask for"
+        f" and the largest wrapper has 64.0 GiB of main memory, of which 90 % may be used{has}; ask for"
     )
 
 
@@ -152,6 +201,6 @@ def test_gpu_types_are_compared_as_people_write_them(asked: str | None, has: str
 def test_fitting_sizes_have_what_is_needed_and_what_is_asked_for() -> None:
     """Neither a large wrapper with other GPUs will do, nor a small one with the right ones."""
     sizes = frozenset({H100, FOUR_L4, MAIN})
-    assert fitting(sizes, Needs(gpu_gib=90), ANY_GPU_TYPE) == {FOUR_L4, MAIN}
-    assert fitting(sizes, Needs(gpu_gib=90), "L4") == {FOUR_L4}
-    assert fitting(sizes, Needs(gpu_gib=90), "H100") == frozenset()
+    assert fitting(sizes, Needs(gpu_bytes=90 * GIB), ANY_GPU_TYPE) == {FOUR_L4, MAIN}
+    assert fitting(sizes, Needs(gpu_bytes=90 * GIB), "L4") == {FOUR_L4}
+    assert fitting(sizes, Needs(gpu_bytes=90 * GIB), "H100") == frozenset()

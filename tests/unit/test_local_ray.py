@@ -52,6 +52,15 @@ def test_folder_is_there_and_goes(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_nobody_else_gets_into_the_folder(tmp_path: Path) -> None:
+    """Ray opens the folder that it is given to everybody: that one lies in one that is ours alone, on a short path."""
+    with local_ray_environment(settings_of(tmp_path)) as folder:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        session = "session_2026-11-29_13-28-05_123456_1234567"
+        longest = folder / local_ray.RAY_FOLDER / session / "sockets" / "plasma_store.12345"
+        assert len(str(longest)) < 108  # of a Unix socket
+
+
 def test_folder_goes_on_an_error_too(tmp_path: Path) -> None:
     """A start that fails leaves no folder behind."""
     seen: list[Path] = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from deployments import energy_sources
-from deployments.machine_memory import gpu_memory_bytes, main_memory_bytes
+from deployments.machine_memory import MainMemory, gpu_memory_bytes, main_memory
 from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
 
 GIB = 2**30
@@ -62,10 +63,56 @@ def test_driver_is_named(nvml: FakeNVML, monkeypatch: pytest.MonkeyPatch) -> Non
         energy_sources.driver_version()
 
 
-@pytest.mark.parametrize(("limit", "is_limited"), [("1073741824\n", True), ("max\n", False), (None, False)])
-def test_main_memory_is_what_we_may_use(tmp_path: Path, limit: str | None, is_limited: bool) -> None:
-    """All of the machine's, or what the container is allowed."""
-    if limit is not None:
-        (tmp_path / "memory.max").write_text(limit)
-    total = psutil.virtual_memory().total
-    assert main_memory_bytes(tmp_path / "memory.max") == (GIB if is_limited else total)
+MACHINE = MainMemory(16 * GIB, 10 * GIB)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Main memory of 16 GiB, of which 10 are left."""
+    memory = SimpleNamespace(total=MACHINE.total_bytes, available=MACHINE.available_bytes)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+
+
+def group(folder: Path, limit: str, used: int, reclaimable: int, *, version: int = 2) -> None:
+    """A control group's files."""
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip(names, (limit, str(used)), strict=True):
+        (folder / name).write_text(f"{text}\n")
+    field = "inactive_file" if version == 2 else "total_inactive_file"
+    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {reclaimable}\n{field} {reclaimable}\n")
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    ("limit", "used_gib", "expected"),
+    [
+        ("max", 5, MACHINE),
+        (str(4 * GIB), 3, MainMemory(4 * GIB, 2 * GIB)),  # 3 GiB used, 1 of them for files that can be read again
+        (str(4 * GIB), 6, MainMemory(4 * GIB, 0)),
+        (str(12 * GIB), 1, MainMemory(12 * GIB, 10 * GIB)),  # the machine has less left than the group may take
+        (str(2**63 - 4096), 5, MACHINE),  # how version 1 says that there is no limit
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_main_memory_is_what_we_may_use(
+    tmp_path: Path, version: int, limit: str, used_gib: int, expected: MainMemory
+) -> None:
+    """All of the machine's, or what the container is allowed and has not used yet."""
+    root = tmp_path if version == 2 else tmp_path / "memory"
+    group(root, limit, used_gib * GIB, GIB, version=version)
+    own = tmp_path / "own"
+    own.write_text("0::/\n" if version == 2 else "7:cpu:/x\n4:memory:/\n0::/\n")
+    assert main_memory(tmp_path, own) == expected
+
+
+@pytest.mark.usefixtures("machine")
+def test_the_tightest_group_around_us_counts(tmp_path: Path) -> None:
+    """A group above ours may allow less, or have less left; one that is not mounted here limits nothing."""
+    group(tmp_path / "a", str(8 * GIB), 7 * GIB, 0)
+    group(tmp_path / "a" / "b", str(9 * GIB), GIB, 0)
+    own = tmp_path / "own"
+    own.write_text("0::/a/b/c\n")
+    assert main_memory(tmp_path, own) == MainMemory(8 * GIB, GIB)
+    own.write_text("0::/elsewhere\n")
+    assert main_memory(tmp_path, own) == MACHINE

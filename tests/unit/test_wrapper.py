@@ -16,7 +16,7 @@ import httpx
 import pytest
 import structlog
 
-from deployments import probe, settling
+from deployments import engine_rest, probe, settling
 from deployments import wrapper as wrapper_module
 from deployments.engine import StopReport
 from deployments.machine_cpu import MachineCPU
@@ -26,7 +26,7 @@ from deployments.neighbours import Neighbours
 from deployments.weights import Weights, weights_of
 from deployments.weights_hash import WeightsHash
 from deployments.wrapper import LLMWrapper, WrapperConfig, versions_here
-from registry.errors import InvalidField, StaleEpoch, WrapperUnreachable
+from registry.errors import EngineNotReady, InvalidField, StaleEpoch, WrapperUnreachable
 from registry.reconcile import Belief, HandOver, LeaseGrant
 from registry.settings import EnergySettings, WrapperSettings
 from registry.state import LLMSpec
@@ -48,6 +48,8 @@ class RunningFake(FakeEngine):
     weights: Weights | None = None
     engine_args = {"dtype": "float32"}  # noqa: RUF012
     death_reason: str | None = None
+    out_of_memory = False
+    processes: tuple[Any, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,6 +105,9 @@ class FakeHost:
 
     async def stop_asleep(self) -> None:
         self.asleep.clear()
+
+    def give_up(self, llm: RunningFake, reason: str) -> None:
+        llm.die(reason)
 
 
 class FakeModels:
@@ -627,6 +632,44 @@ async def test_death_of_the_engine_is_reported(make: Make, left: StopReport) -> 
     assert (report.running, report.unfinished, report.bound) == (None, None, "request-1")
     late = await client.prompt("token-1")
     assert report.died in late.json()["message"]
+
+
+@pytest.mark.parametrize(("out_of_memory", "flags"), [(True, ("engine_out_of_memory",)), (False, ())])
+async def test_an_engine_that_the_kernel_ended_for_memory_is_flagged(
+    make: Make, out_of_memory: bool, flags: tuple[str, ...]
+) -> None:
+    """The report says what the measurement is flagged with, and no more of it once an LLM runs again."""
+    client = await make(finish=False)
+    client.engine.out_of_memory = out_of_memory
+    client.engine.die("main memory ran out")
+    assert client.wrapper._death_watch is not None
+    await asyncio.wait({client.wrapper._death_watch})
+    assert (await client.wrapper.report(UNTOLD)).death_flags == flags
+    await client.wrapper.deploy(3, SPEC, FIRST)
+    assert (await client.wrapper.report(UNTOLD)).death_flags == ()
+
+
+async def test_an_engine_that_a_lease_leaves_at_work_is_ended_before_the_next_has_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next lease is not handed over, with the reason; after a new start it is."""
+    monkeypatch.setattr(engine_rest, "REST_LIMIT_S", 0.01)
+    client = await make(finish=False)
+    engine = client.engine
+    working = {engine}
+    monkeypatch.setattr(client.wrapper._rest, "_is_working", lambda _: client.engine in working)
+    monkeypatch.setattr(client.wrapper._rest, "_tells", True)
+    await client.wrapper.unbind(3, "request-1", "released")
+    with pytest.raises(EngineNotReady, match=r"it still worked 0\.01 s after the end of a lease"):
+        await client.bind(4, SECOND)
+    assert client.wrapper._gate.grant is None
+    assert engine.forgot == 1  # for the first lease
+    assert client.wrapper._death_watch is not None
+    await asyncio.wait({client.wrapper._death_watch})
+    assert "still worked" in str((await client.wrapper.report(UNTOLD)).died)
+    await client.wrapper.deploy(5, SPEC, None)
+    await client.bind(6, SECOND)
+    assert (await client.prompt("token-2")).status_code == 200
 
 
 async def test_death_of_an_llm_that_is_being_replaced(make: Make) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 
 from deployments import wrapper as wrapper_module
 from deployments.engine import StopReport
+from deployments.machine_memory import MainMemory
 from deployments.models import ModelSources
 from deployments.wrapper import LLMWrapper, WrapperConfig
 from registry.errors import EngineStartFailed
@@ -40,6 +41,12 @@ class CountingHost:
         type(self).started.append(model)
         raise EngineStartFailed(model, "it was not too large", permanent=True)
 
+    async def stop_asleep(self) -> None:
+        self.asleep = ()
+
+    def give_up(self, llm: object, reason: str) -> None:
+        raise AssertionError("no engine runs here")
+
     async def vacate(self, *, wanted_next: str) -> StopReport:
         type(self).stopped += 1
         return StopReport()
@@ -60,11 +67,18 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
     """Makes a wrapper on a machine with 16 GiB of main memory and GPUs of 24 GiB."""
 
     async def make(
-        *, gpus: int = 0, gpu_memory_bytes: int | None = 24 * GIB, on_machine: int = 1, **settings: Any
+        *,
+        gpus: int = 0,
+        gpu_memory_bytes: int | None = 24 * GIB,
+        on_machine: int = 1,
+        available: int = 16 * GIB,
+        free_first: Sequence[int] = (),
+        **settings: Any,
     ) -> LLMWrapper:
         CountingHost.started, CountingHost.stopped = [], 0
         monkeypatch.setattr(wrapper_module, "EngineHost", CountingHost)
-        monkeypatch.setattr(wrapper_module, "main_memory_bytes", lambda: 16 * GIB)
+        monkeypatch.setattr(wrapper_module, "main_memory", lambda: MainMemory(16 * GIB, next(free, available)))
+        free = iter(free_first)
         monkeypatch.setattr(wrapper_module, "gpu_memory_bytes", lambda gpus: gpu_memory_bytes if gpus else None)
         sources = ModelSources(True, (tmp_path / "llms",), tmp_path)
         config = WrapperConfig(
@@ -94,10 +108,10 @@ async def refusal(wrapper: LLMWrapper, spec: LLMSpec) -> EngineStartFailed:
 @pytest.mark.parametrize(
     ("wrapper", "gib", "has"),
     [
-        ({}, 16, "this wrapper has 16 GiB of main memory"),
-        ({"on_machine": 2}, 8, "this wrapper has 8 GiB of main memory"),
-        ({"gpus": 1}, 24, "this wrapper has 1 GPU with 24 GiB each"),
-        ({"gpus": 4}, 96, "this wrapper has 4 GPUs with 24 GiB each"),
+        ({}, 14, "this wrapper has 16.0 GiB of main memory, of which 90 % may be used"),
+        ({"on_machine": 2}, 6, "this wrapper has 8.0 GiB of main memory"),
+        ({"gpus": 1}, 24, "this wrapper has 1 GPU with 24.0 GiB each"),
+        ({"gpus": 4}, 96, "this wrapper has 4 GPUs with 24.0 GiB each"),
     ],
 )
 async def test_an_llm_that_is_too_large_is_not_started(
@@ -115,7 +129,7 @@ async def test_an_llm_that_is_too_large_is_not_started(
 @pytest.mark.parametrize(
     ("wrapper", "gib"),
     [
-        ({}, 14),
+        ({}, 12),
         ({"gpus": 1}, 21),
         ({"gpus": 4}, 80),
         ({"gpus": 1, "gpu_memory_bytes": None}, 1000),
@@ -141,6 +155,38 @@ async def test_the_configured_kv_cache_is_a_limit(make: Make, tmp_path: Path) ->
     assert "not too large" in (await refusal(await make(kv_cache_gib=1), spec)).reason
     longer = LLMSpec(spec.model, "text-generation", engine_args='{"max_model_len":1025}')
     assert "1.0 GiB of it for the KV cache" in (await refusal(await make(kv_cache_gib=1), longer)).reason
+
+
+@pytest.mark.parametrize(("available_gib", "starts"), [(4.9, True), (4.8, False)])
+async def test_others_on_the_machine_keep_a_tenth_of_its_memory(
+    make: Make, tmp_path: Path, available_gib: float, starts: bool
+) -> None:
+    """2 GiB of weights, 1 of KV cache, 0.25 for the processes start where 4.85 of the 16 GiB are free, not below.
+
+    The reason has the figures, and another machine is tried.
+    """
+    error = await refusal(await make(available=int(available_gib * GIB)), llm(tmp_path, 2))
+    assert CountingHost.started == ([llm(tmp_path, 2).model] if starts else [])
+    if not starts:
+        assert "it needs 3.2 GiB of main memory, and of the machine's 16.0 GiB only 4.8 GiB are free" in error.reason
+        assert not error.permanent
+
+
+async def test_sleeping_llms_give_way_to_one_that_starts(make: Make, tmp_path: Path) -> None:
+    """On a machine with GPUs the engine's processes need main memory, too; what sleeps is ended for them."""
+    wrapper = await make(gpus=1, free_first=[16 * GIB, GIB], available=4 * GIB)
+    host: Any = wrapper._host
+    host.asleep = ("org/sleeper",)
+    assert (await refusal(wrapper, llm(tmp_path, 2))).reason == "it was not too large"
+    assert host.asleep == ()
+
+
+async def test_an_llm_that_sleeps_needs_no_more_memory(make: Make, tmp_path: Path) -> None:
+    """Its weights are in main memory already: it is woken, however little is free."""
+    wrapper, spec = await make(gpus=1, available=0), llm(tmp_path, 2)
+    host: Any = wrapper._host
+    host.asleep = (spec.model,)
+    assert (await refusal(wrapper, spec)).reason == "it was not too large"
 
 
 async def test_a_wrapper_reports_the_memory_of_its_machine(make: Make) -> None:

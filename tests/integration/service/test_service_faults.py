@@ -111,6 +111,20 @@ async def test_engine_that_dies_under_a_lease_comes_back(world: World) -> None:
     assert views.request_state(world.service, world.request(request_id)).flags == ["engine_restarted"]
 
 
+async def test_an_engine_that_the_kernel_ended_is_told_with_that_reason(world: World) -> None:
+    """Status, events and flags say that memory ran out."""
+    request_id = await world.deployed(1)
+    gate = world.cluster.hold("a-0", "deploy")
+    world.cluster.kill_engine("a-0", "main memory ran out", ("engine_out_of_memory",))
+    await world.until_status(request_id, Status.DEPLOYING)
+    state = views.request_state(world.service, world.request(request_id))
+    assert (state.reason, state.flags) == ("main memory ran out", ["engine_out_of_memory", "engine_restarted"])
+    events = views.event_states(world.service.history(request_id, after=0, limit=100))
+    assert "main memory ran out" in [event.reason for event in events]
+    gate.open()
+    await world.until_status(request_id, Status.DEPLOYED)
+
+
 async def test_engine_that_keeps_dying_fails_its_request(world: World) -> None:
     """An LLM that dies again and again under its lease fails the request; it never loops."""
     request_id = await world.deployed(1)

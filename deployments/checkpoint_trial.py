@@ -1,0 +1,120 @@
+"""Tries a checkpoint's tokenizer and chat template in a process with limits, before prompts meet them.
+
+Both are programs of the checkpoint's maker that run in the wrapper itself: one that never ends would take the wrapper,
+with its lease, along. What they say to a short chat does not matter here, only that they come back.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import structlog
+
+WALL_S: Final = 20.0
+"""How long the trial may take, seconds; that of a large tokenizer takes one or two."""
+
+CPU_S: Final = 20
+"""How much processor time it may take, seconds."""
+
+MEMORY_BYTES: Final = 4 * 2**30
+"""How much memory it may take beyond what its process begins with."""
+
+_CHAT: Final = [{"role": "user", "content": "What does a prompt cost?"}]
+_SUFFIXES: Final = (".json", ".jinja", ".model", ".txt", ".py")
+
+log = structlog.get_logger("deployments.checkpoint_trial")
+
+Run = Callable[[Callable[[], str | None]], str | None]
+"""Calls a function in a process of its own, for WALL_S at most, and returns its answer.
+
+Raises:
+    TimeoutError: It did not end in time.
+    RuntimeError: The process ended without an answer.
+"""
+
+
+class TrialFailed(Exception):
+    """The tokenizer or chat template of a checkpoint can't be used; the text says why."""
+
+
+class Tokenizer(NamedTuple):
+    """Which tokenizer an LLM has: the one in ``folder``, at ``revision``. ``own_code``: it may bring its own."""
+
+    folder: str
+    revision: str | None = None
+    own_code: bool = False
+
+
+def tokenizer_of(model: str, revision: str | None, engine_args: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer of an LLM with these engine arguments of vLLM's; None if nothing of the checkpoint runs for it."""
+    if engine_args.get("skip_tokenizer_init") or engine_args.get("tokenizer_mode") == "mistral":
+        return None
+    own_code = bool(engine_args.get("trust_remote_code"))
+    return Tokenizer(engine_args.get("tokenizer") or model, revision, own_code)
+
+
+class CheckpointTrial:
+    """Tries each tokenizer once, and again when its files have changed."""
+
+    def __init__(self) -> None:
+        self._passed: set[tuple[Tokenizer, tuple[tuple[str, int], ...]]] = set()
+
+    def passes(self, tokenizer: Tokenizer, run: Run) -> None:
+        """Return if a tokenizer and its chat template end within the limits. Blocks for WALL_S at most.
+
+        Raises:
+            TrialFailed: They do not.
+        """
+        key = tokenizer, _stamp(tokenizer.folder)
+        if key in self._passed:
+            return
+        what = "its tokenizer and chat template"
+        try:
+            problem = run(partial(attempt, tokenizer, CPU_S, MEMORY_BYTES))
+        except TimeoutError:
+            problem = f"do not end within {WALL_S:g} s"
+        except RuntimeError as error:
+            problem = f"end their process, or take more than {CPU_S} s of processor time: {error}"
+        if problem is not None:
+            raise TrialFailed(f"{what} {problem}")
+        self._passed.add(key)
+
+
+def _stamp(folder: str) -> tuple[tuple[str, int], ...]:
+    """Name and time of change of the files that a tokenizer may be made of; empty for what is no folder."""
+    try:
+        files = [file for file in Path(folder).iterdir() if file.suffix in _SUFFIXES]
+        return tuple(sorted((file.name, file.stat().st_mtime_ns) for file in files))
+    except OSError:
+        return ()
+
+
+def attempt(tokenizer: Tokenizer, cpu_s: int, memory_bytes: int) -> str | None:
+    """In the process with limits: load the tokenizer, write a chat with its template, and split that into tokens.
+
+    Returns None if all of it ends, also with an error of its own: vLLM, or the first prompt, will tell that better.
+    """
+    in_use = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + memory_bytes, in_use + memory_bytes))
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            tokenizer.folder, revision=tokenizer.revision, trust_remote_code=tokenizer.own_code
+        )
+        text = _CHAT[0]["content"]
+        if loaded.chat_template:
+            text = loaded.apply_chat_template(_CHAT, tokenize=False, add_generation_prompt=True)
+        loaded.encode(text)
+    except MemoryError:
+        return f"take more than {memory_bytes / 2**30:g} GiB of memory"
+    except Exception as error:
+        log.info("a tokenizer's trial ended with an error", folder=tokenizer.folder, reason=str(error))
+    return None

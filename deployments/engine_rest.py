@@ -1,0 +1,143 @@
+"""Whether an engine is at rest after a lease. One that is not is ended before the next lease has it.
+
+A grammar (JSON schema, regular expression) is compiled in a thread of the engine, which vLLM does not stop when the
+client has gone. It would take the next lease's time and energy, and its structured output would wait behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import psutil
+import structlog
+
+from registry.errors import EngineNotReady
+
+REST_LIMIT_S: Final = 5.0
+"""How long an engine may go on working after a lease, seconds."""
+
+LOOKS, LOOK_S, POLL_S = 3, 0.001, 0.05
+"""At rest is what does nothing in three looks in a row, 1 ms apart; what works is looked at again after 50 ms."""
+
+log = structlog.get_logger("deployments.engine_rest")
+
+
+class LLM(Protocol):
+    """An LLM that runs."""
+
+    served_model_name: str
+    processes: Any
+    died: asyncio.Event
+    death_reason: str | None
+
+
+def works(processes: Iterable[psutil.Process], proc_root: Path = Path("/proc")) -> bool:
+    """Whether any thread of these processes computes, or would if it had a processor; their first ones don't count.
+
+    The first threads take prompts and carry them out: whether they do is known without this, and after a prompt they
+    look out for the next one for a moment. Takes 10 µs a thread.
+
+    Source: proc_pid_stat(5), state R.
+    """
+    for process in processes:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            for thread in os.listdir(f"{proc_root}/{process.pid}/task"):  # noqa: PTH208 - Path costs more than the look
+                if thread != str(process.pid) and _state(proc_root, process.pid, thread) == "R":
+                    return True
+    return False
+
+
+def _state(proc_root: Path, pid: int, thread: str) -> str | None:
+    try:
+        fd = os.open(f"{proc_root}/{pid}/task/{thread}/stat", os.O_RDONLY)  # Path costs as much again
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    try:
+        text = os.read(fd, 512)
+    except ProcessLookupError:
+        return None
+    finally:
+        os.close(fd)
+    return text[text.rindex(b")") + 2 :][:1].decode("ascii")
+
+
+class EngineRest:
+    """Looks after each lease whether its LLM comes to rest. For one event loop."""
+
+    def __init__(
+        self,
+        prompts_over: Callable[[], Awaitable[object]],
+        give_up: Callable[[Any, str], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        is_working: Callable[[Any], bool] = works,
+    ) -> None:
+        """Do nothing yet.
+
+        Args:
+            prompts_over: Returns when the lease's prompts have ended.
+            give_up: Ends the engine of an LLM, for a reason.
+            clock: Monotonic, seconds.
+            pause: Waits for some seconds.
+            is_working: Whether any of an LLM's processes computes.
+        """
+        self._prompts_over = prompts_over
+        self._give_up = give_up
+        self._clock = clock
+        self._pause = pause
+        self._is_working = is_working
+        self._llm: LLM | None = None
+        self._look: asyncio.Task[None] | None = None
+        self._tells = False
+
+    def begin(self, llm: LLM | None) -> None:
+        """A lease of this LLM has ended: look in the background whether it comes to rest."""
+        if self._llm is not llm:
+            self._llm, self._tells = llm, False
+        if self._look is not None:
+            self._look.cancel()
+        self._look = None if llm is None else asyncio.create_task(self._watch(llm), name="engine at rest?")
+
+    async def reached(self, llm: LLM | None) -> None:
+        """Return when this LLM is at rest, or None; at once if it has been so since its last lease.
+
+        An LLM that was at rest at no time, before its first lease either, has threads that never are: it is left alone.
+
+        Raises:
+            EngineNotReady: It did not come to rest within REST_LIMIT_S, and is ended.
+        """
+        if llm is None:
+            return
+        if self._llm is not llm or self._look is None:
+            self.begin(llm)
+        assert self._look is not None
+        await asyncio.wait({self._look})
+        if llm.died.is_set():
+            raise EngineNotReady(llm.death_reason or "it died")
+
+    async def _watch(self, llm: LLM) -> None:
+        await self._prompts_over()
+        give_up_s, quiet = self._clock() + REST_LIMIT_S, 0
+        while True:
+            quiet = 0 if self._is_working(llm.processes) else quiet + 1
+            if quiet == LOOKS:
+                self._tells = True
+                return
+            if not quiet and self._clock() >= give_up_s:
+                self._never_at_rest(llm)
+                return
+            await self._pause(LOOK_S if quiet else POLL_S)
+
+    def _never_at_rest(self, llm: LLM) -> None:
+        if self._tells:
+            reason = f"it still worked {REST_LIMIT_S:g} s after the end of a lease, without any prompt (a grammar?)"
+            self._give_up(llm, reason)
+        else:
+            log.warning("an engine is never at rest", model=llm.served_model_name)

@@ -1,0 +1,76 @@
+"""The trial of a checkpoint's tokenizer and chat template: what is tried, how often, and what is told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deployments.checkpoint_trial import CheckpointTrial, Tokenizer, TrialFailed, tokenizer_of
+
+
+class Runs:
+    """Stands in for the process of a trial; ``outcome`` is what comes of it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.outcome: str | Exception | None = None
+
+    def __call__(self, _function: Callable[[], str | None]) -> str | None:
+        self.count += 1
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "tokenizer"),
+    [
+        ({}, Tokenizer("org/llm", "main")),
+        ({"tokenizer": "/t", "trust_remote_code": True}, Tokenizer("/t", "main", own_code=True)),
+        ({"skip_tokenizer_init": True}, None),
+        ({"tokenizer_mode": "mistral"}, None),
+    ],
+)
+def test_the_tokenizer_is_the_one_that_vllm_takes(engine_args: dict[str, object], tokenizer: Tokenizer | None) -> None:
+    """The LLM's own or another one; none where vLLM runs nothing of the checkpoint's. Own code only if allowed."""
+    assert tokenizer_of("org/llm", "main", engine_args) == tokenizer
+
+
+def test_what_has_passed_is_not_tried_again_until_it_changes(tmp_path: Path) -> None:
+    """A start of an LLM that was started before costs a look at its files; weights are none of them."""
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+    trial, runs, tokenizer = CheckpointTrial(), Runs(), Tokenizer(str(tmp_path))
+    for _ in range(3):
+        trial.passes(tokenizer, runs)
+    (tmp_path / "model.safetensors").write_text("x")
+    trial.passes(tokenizer, runs)
+    assert runs.count == 1
+    trial.passes(tokenizer._replace(revision="other"), runs)
+    assert runs.count == 2
+    os.utime(template, ns=(1, 1))
+    trial.passes(tokenizer, runs)
+    assert runs.count == 3
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason"),
+    [
+        (TimeoutError(), "its tokenizer and chat template do not end within 20 s"),
+        (RuntimeError("exit code -24"), "end their process, or take more than 20 s of processor time: exit code -24"),
+        ("take more than 4 GiB of memory", "its tokenizer and chat template take more than 4 GiB of memory"),
+    ],
+)
+def test_a_failure_tells_its_reason_and_is_tried_again(outcome: str | Exception, reason: str) -> None:
+    """A checkpoint that is mended meanwhile has its chance."""
+    trial, runs = CheckpointTrial(), Runs()
+    runs.outcome = outcome
+    with pytest.raises(TrialFailed) as caught:
+        trial.passes(Tokenizer("org/llm"), runs)
+    assert reason in str(caught.value)
+    runs.outcome = None
+    trial.passes(Tokenizer("org/llm"), runs)
+    assert runs.count == 2
