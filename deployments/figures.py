@@ -61,7 +61,7 @@ def summarized(
         errors=len(counted) - len(answers),
         missing=expected - len(counted),
         provisional=len(without_window(answers, windows)),
-        refusal=next((line["error"]["message"] for line in counted if line["error"] is not None), None),
+        refusal=next((line["error"].get("message") for line in counted if line["error"] is not None), None),
         figures=figures_of(windows),
     )
 

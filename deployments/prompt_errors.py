@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from registry.errors import RegistryError
 
 
@@ -42,12 +40,12 @@ class WritesNoText(RegistryError):
     code = "writes_no_text"
     http_status = 422
 
-    def __init__(self, modeltyp: str, paths: Sequence[str]) -> None:
+    def __init__(self, modeltyp: str, paths: str) -> None:
         super().__init__(modeltyp, paths)
         self.modeltyp, self.paths = modeltyp, paths
 
     def __str__(self) -> str:
-        return f"this LLM is for {self.modeltyp} and writes no text; POST to {' or '.join(self.paths)} of its url"
+        return f"this LLM is for {self.modeltyp} and writes no text; POST to {self.paths} of its url"
 
 
 class NotJSON(RegistryError):

@@ -260,7 +260,7 @@ class PromptGate:
         running, llmconfig = self._running(), json.loads(grant.llmconfig)
         task = task_of(llmconfig)
         if not task.generates:
-            raise WritesNoText(llmconfig["modeltyp"], task.paths)
+            raise WritesNoText(llmconfig["modeltyp"], " or ".join(task.paths))
         path, body = native_prompt(running.served_model_name, llmconfig, question)
         flight = self._meter.begin(**marks)
         try:
