@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -288,6 +289,9 @@ def exit_status(error: RegistryError | httpx.TransportError) -> int:
 def main() -> None:
     """Entry point: every expected error is one line on standard error, and an exit status that tells its kind."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # where it can't show a character it shows another, and goes on
+            stream.reconfigure(errors="replace")
     stamina.instrumentation.set_on_retry_hooks(())  # calls are repeated silently; the last error is shown
     try:
         app()
