@@ -11,6 +11,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from deployments.checkpoints import Checkpoints, checkpoints_anywhere
 from deployments.error_answers import RETRY_AFTER_S, error_answer, fastapi_detail, registry_error
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
+from deployments.polls import Polls
 from deployments.prompting_service import TITLE, JSONWhateverItsType, root_router
 from deployments.report_csv import windows_csv
 from deployments.withdrawals import Withdrawals
@@ -61,7 +63,11 @@ RETRY_FOR_S = 10.0
 """How long a call is repeated while the registry actor does not answer, seconds."""
 
 CALL_TIMEOUT_S = 30.0
-"""Longest wait for one answer of the actor beyond what the client asked to wait, seconds."""
+"""Longest wait for one answer of the actor beyond what it was asked to wait, seconds."""
+
+AT_ONCE = {"state": 64, "events": 8, "measurement": 4, "windows": 4, "report": 2, "machines": 4, "llms": 4}
+"""How many calls of a method that reads may be in flight. The actor takes all calls in their order, so that control and
+health wait behind so many at most. (Ray's concurrency groups are no way: each is a thread with a loop of its own.)"""
 
 DESCRIPTION = """
 Hands LLMs out exclusively. Ask with `POST /promptingservice/request`, poll the `link` of each request until its
@@ -95,6 +101,7 @@ class RegistryClient:
 
     def __init__(self) -> None:
         self._actor: Any = None
+        self._lanes = {method: asyncio.Semaphore(most) for method, most in AT_ONCE.items()}
 
     async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
         """The answer of a method of the actor.
@@ -108,7 +115,8 @@ class RegistryClient:
                 on=(RayActorError, _NoActor), attempts=None, timeout=RETRY_FOR_S, wait_initial=0.05, wait_max=0.5
             ):
                 with attempt:
-                    return await self._once(method, args, wait_s)
+                    async with self._lanes.get(method, nullcontext()):
+                        return await self._once(method, args, wait_s)
         except (RayError, _NoActor) as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, RegistryError):
@@ -146,7 +154,7 @@ def build_app(
     ``checkpoints`` tell how much memory LLMs take; without them that is not known.
     """
     app = FastAPI(title=TITLE, description=DESCRIPTION, version=version("greenprompt-llm-registry"))
-    withdrawals = Withdrawals(call)
+    withdrawals, polls = Withdrawals(call), Polls(call)
     errors: dict[int | str, dict[str, Any]] = {422: {"model": ErrorAnswer}, 503: {"model": ErrorAnswer}}
     unknown: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer}, **errors}
 
@@ -189,7 +197,7 @@ def build_app(
         A request that is `deployed`, or has ended, is answered at once: nobody waits for it. To wait for the end of
         a lease say `seen=deployed`.
         """
-        return _json_response(await call("state", request_id, wait, seen, wait_s=wait))
+        return _json_response(await polls.state(request_id, wait, seen))
 
     @app.get("/promptingservice/request/{request_id}/events", response_model=list[EventState], responses=unknown)
     async def request_events(

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 
 import ray
@@ -16,10 +17,11 @@ import structlog
 from pydantic import BaseModel
 
 from registry import views
+from registry.api import CHANGES_WAIT_S
 from registry.errors import RegistryError
 from registry.service import Idempotency, Service
 from registry.settings import Settings
-from registry.state import Grade, NewRequest, Priority, RequestStatus
+from registry.state import Grade, NewRequest, Priority
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""
@@ -44,6 +46,7 @@ class RegistryActor:
     ) -> None:
         """``build`` wires a service; it is called again, with the same settings, after a restart."""
         self._settings = settings
+        self._life = uuid.uuid4().hex
         try:
             self._service = build(settings, _fail_stop)
         except RegistryError as error:
@@ -91,11 +94,19 @@ class RegistryActor:
         )
         return _json([views.request_state(self._service, each) for each in await self._service.granted(requests)])
 
-    async def state(self, request_id: str, wait_s: float = 0.0, seen: RequestStatus | None = None) -> str:
-        """JSON RequestState, once the status is another than ``seen`` or after ``wait_s`` seconds."""
+    async def state(self, request_id: str) -> str:
+        """JSON RequestState as it is now."""
         await self.ready()
-        request = await self._service.wait_for_change(request_id, wait_s, seen)
-        return views.request_state(self._service, request).model_dump_json()
+        return views.request_state(self._service, self._service.known(request_id)).model_dump_json()
+
+    async def changes(self, life: str, place: int | None) -> tuple[str, int, list[str] | None]:
+        """Return which requests have changed since a place that this process (``life``) has given, and the place now.
+
+        Waits up to CHANGES_WAIT_S for a change. None if that is not known, as after a restart.
+        """
+        await self.ready()
+        known = place if life == self._life else None
+        return self._life, *await self._service.news.after(known, CHANGES_WAIT_S)
 
     async def events(self, request_id: str, after: int, limit: int) -> str:
         """JSON list of EventState of a request, at most ``limit`` with a number above ``after``."""

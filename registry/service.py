@@ -39,6 +39,7 @@ from registry.errors import (
     WrapperUnreachable,
 )
 from registry.history import ids_of, rows_of
+from registry.news import News
 from registry.reconcile import (
     Belief,
     Cluster,
@@ -162,6 +163,7 @@ class Service:
         self.accounts = Accounts(
             store, self.allocator, budgets=settings.budgets.tenants, now_s=now_s, on_kept=on_energy
         )
+        self.news = News()
         self.reports: dict[str, WrapperReport] = {}
         self.heard_s: dict[str, float] = {}
         """When each wrapper has last reported to this process, UTC seconds."""
@@ -312,7 +314,7 @@ class Service:
         Raises:
             UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
         """
-        self._known(request_id)
+        self.known(request_id)
         self._apply(LeaseReleased(request_id))
 
     def withdraw(self, request_ids: Sequence[str], *, tenant: str, key: str | None) -> None:
@@ -346,7 +348,7 @@ class Service:
         request_id = self._tokens.get(token)
         if request_id is None:
             raise NoSuchLease
-        lease, status = self.allocator.lease_of(request_id), self._known(request_id).status
+        lease, status = self.allocator.lease_of(request_id), self.known(request_id).status
         if lease is None or lease.token != token:
             raise LeaseEnded(status.value if status.ended else "replaced")
         return request_id
@@ -378,7 +380,7 @@ class Service:
             UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
             WrapperUnreachable: the wrapper could not be told; the lease stands as it was.
         """
-        request = self._known(request_id)
+        request = self.known(request_id)
         lease = self.allocator.lease_of(request_id)
         if lease is not None:
             stands = await self._cluster.touch(lease.wrapper_id, request_id)
@@ -429,18 +431,18 @@ class Service:
         Raises:
             UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
         """
-        request = self._known(request_id)
+        request = self.known(request_id)
         if seen is None and request.status is not RequestStatus.DEPLOYED:
             seen = request.status
         if wait_s <= 0 or request.status is not seen or request.status.ended:
             return request
         try:
             async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
-                while self._known(request_id).status is seen:
+                while self.known(request_id).status is seen:
                     await self._next_change(request_id)
         except TimeoutError:
             pass  # nothing changed: the answer is the state as it is
-        return self._known(request_id)
+        return self.known(request_id)
 
     def history(self, request_id: str, *, after: int = 0, limit: int = 1000) -> tuple[StoredEvent, ...]:
         """What has happened to a request: the oldest ``limit`` (> 0) events with a number above ``after``, in order.
@@ -449,7 +451,7 @@ class Service:
             UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
             StoreUnavailable: the database does not answer.
         """
-        self._known(request_id)
+        self.known(request_id)
         return self._store.events(after=after, limit=limit, request_id=request_id)
 
     async def _next_change(self, request_id: str) -> None:
@@ -521,6 +523,7 @@ class Service:
 
     def _wake(self, changes: Changes) -> None:
         self._remember_tokens(changes.leases)
+        self.news.add(request.request_id for request in changes.requests)
         for request in changes.requests:
             for future in self._waiters.pop(request.request_id, ()):
                 if not future.done():
@@ -915,7 +918,7 @@ class Service:
             return False
         return True
 
-    def _known(self, request_id: str) -> Request:
+    def known(self, request_id: str) -> Request:
         """The request with this id. Raises UnknownRequest, RequestForgotten."""
         try:
             return self.allocator.request(request_id)
