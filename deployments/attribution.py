@@ -22,14 +22,13 @@ class Parts:
 
     ``times_s`` has those two times and all between them at which that changed: one more than there are parts. ``mid``
     is one division of the whole: the parts of all prompts in flight are 1 at any time. ``low`` and ``high`` are the
-    least and the most that the part can be; ``in_flight`` says how many prompts were, itself among them.
+    least and the most that the part can be.
     """
 
     times_s: Sequence[float]
     mid: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
-    in_flight: Sequence[int] = (1,)
 
     @property
     def alone(self) -> bool:
@@ -108,11 +107,11 @@ def counted(
         source=source.origin,
         label=worst((source.label, Label.MODELED)) if modeled else source.label,
         joules=mid.mid,
-        low_j=low.low,
-        high_j=high.high,
+        low_j=min(low.low, mid.mid),  # they differ by rounding only
+        high_j=max(high.high, mid.mid),
         resolution_j=max(high.mid - mid.mid, mid.mid - low.mid),
         systematic_j=min(max(more.high - mid.mid, mid.mid - less.low), max(high.high - mid.mid, mid.mid - low.low)),
-        counter_label=source.label,
+        counter_label=source.counter_label,
         flags=(*flags, "too_short") if too_short else flags,
     )
 
@@ -176,8 +175,8 @@ def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
     errors = [max(mid - low, high - mid) for low, mid, high, _, _ in levels]
     in_low, in_mid, in_high = (_of(changes, errors) for changes in parts.changes)
     blur = _of(parts.changes[1], [level.systematic for level in levels])
-    low_j = source.joules(parts.reserved_low_s, max(least - in_low, 0.0)).low
-    high_j = source.joules(parts.reserved_high_s, most + in_high).high
+    low_j = min(source.joules(parts.reserved_low_s, max(least - in_low, 0.0)).low, share.mid)
+    high_j = max(source.joules(parts.reserved_high_s, most + in_high).high, share.mid)
     less_j = source.joules(parts.reserved_low_s, max(least - blur, 0.0)).low
     more_j = source.joules(parts.reserved_high_s, most + blur).high
     return Component(
@@ -188,7 +187,7 @@ def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
         low_j=low_j,
         high_j=high_j,
         resolution_j=source.joules(parts.reserved_s, units + in_mid).mid - share.mid,
-        systematic_j=min(max(share.mid - less_j, more_j - share.mid), max(share.mid - low_j, high_j - share.mid)),
-        counter_label=source.label,
+        systematic_j=min(max(share.mid - less_j, more_j - share.mid, 0.0), max(share.mid - low_j, high_j - share.mid)),
+        counter_label=source.counter_label,
         flags=("shared",),
     )

@@ -177,7 +177,7 @@ def build_app(
         llms = await _mapped_llms(body, config, checkpoints)
         with withdrawals.unless_answered([llm.request_id for llm in llms], x_tenant, idempotency_key):
             idempotency = None if idempotency_key is None else Idempotency(idempotency_key, _sha256(body))
-            wanted = body.measurementId, llms, x_tenant, body.priority, body.gpuType, idempotency
+            wanted = body.measurementId, llms, x_tenant, body.priority_given, body.gpuType, idempotency
             states = json.loads(await call("request", *wanted, body.grade, body.like))
         accepted = [AcceptedRequest.model_validate(state) for state in states]
         return _json_response(PromptingAnswer(requests=accepted).model_dump_json(), status=201)
@@ -268,9 +268,11 @@ def _add_measurements(
     """Add the pages about what a measurement is and what it cost."""
 
     @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=unknown)
-    async def measurement(measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)]) -> Response:
-        """A measurement with all its requests, in their order."""
-        return _json_response(await call("measurement", measurement_id))
+    async def measurement(
+        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)], x_tenant: Annotated[TenantName, Header()] = "default"
+    ) -> Response:
+        """A measurement of the caller's tenant with all its requests, in their order."""
+        return _json_response(await call("measurement", (x_tenant, measurement_id)))
 
     @app.get(
         "/measurements/{measurement_id}/report",
@@ -284,9 +286,10 @@ def _add_measurements(
             Query(alias="format", description="csv: one row per window; the same by Accept: text/csv"),
         ] = None,
         accept: Annotated[str, Header()] = "*/*",
+        x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """What a measurement cost, by LLM and by window, with all that is needed to check it."""
-        text = await call("report", measurement_id)
+        """What a measurement of the caller's tenant cost, by LLM and by window, with all that is needed to check it."""
+        text = await call("report", (x_tenant, measurement_id))
         if as_ == "csv" or (as_ is None and "text/csv" in accept):
             return Response(await asyncio.to_thread(_as_csv, text), media_type="text/csv")
         return _json_response(text)
@@ -297,12 +300,13 @@ def _add_measurements(
         after: Annotated[str | None, Query(max_length=1024, description="`next` of the page before")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_WINDOWS)] = MAX_WINDOWS,
         request: Annotated[str | None, Query(max_length=255, description="requestId: of its lease only")] = None,
+        x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """The final energy windows of a measurement, a page at a time, in the order in which they began.
+        """The final energy windows of the caller's measurement, a page at a time, in the order in which they began.
 
         A window comes some seconds after its prompt. Look again from the first page for those that were late.
         """
-        return _json_response(await call("windows", measurement_id, request, after, limit))
+        return _json_response(await call("windows", (x_tenant, measurement_id), request, after, limit))
 
 
 async def _mapped_llms(

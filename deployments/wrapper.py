@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -25,6 +24,7 @@ from ray.util.metrics import Gauge
 from starlette.types import ASGIApp
 
 from deployments.checkpoints import checkpoints_here
+from deployments.cpu_quota import cpus_here
 from deployments.energy_sources import ReadFailed, driver_version
 from deployments.engine import EngineHost, RunningLLM, StopReport
 from deployments.engine_env import Phase
@@ -109,12 +109,13 @@ class LLMWrapper:
         self._weights_hash: WeightsHash | None = None
         self._in_use: list[LocalModel] = []
         self._revision: str | None = None
-        cpus = len(os.sched_getaffinity(0)) / config.on_machine
+        cpus = cpus_here() / config.on_machine
         process = uuid4().hex
         self._meter = PromptMeter(
             config.energy,
             gpus=config.gpus,
             cpus=cpus,
+            on_machine=config.on_machine,
             wrapper_id=config.wrapper_id,
             process=process,
             neighbours=Neighbours(locks_dir / "wrappers", config.wrapper_id),
@@ -146,8 +147,8 @@ class LLMWrapper:
         self._gpu_memory_bytes = gpu_memory_bytes(config.gpus)
         with self._meter.at_work():
             await self._host.prepare()
-        warm = Gauge("greenprompt_wrapper_warm", "1: LLMs start warm; 0: by the slow way", tag_keys=("wrapper",))
-        warm.set(float(self._host.warm), {"wrapper": config.wrapper_id})
+        self._warm = Gauge("greenprompt_wrapper_warm", "1: LLMs start warm; 0: by the slow way", tag_keys=("wrapper",))
+        self._show_warm(self._host.warm)
         self._meter.start()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -155,14 +156,20 @@ class LLMWrapper:
 
     async def __del__(self) -> None:
         """Serve's shutdown of the replica: leave no engine process behind."""
+        self._show_warm(False)
         await self._host.close()
         self._meter.stop()
+
+    def _show_warm(self, warm: bool) -> None:
+        """Set the metric; Prometheus keeps the last value of a wrapper that has ended."""
+        self._warm.set(float(warm), {"wrapper": self._config.wrapper_id})
 
     # --- the registry's commands ------------------------------------------------------------------------
 
     async def report(self, belief: Belief) -> WrapperReport:
         """Hear what the registry believes, and say how things are; never waits for the engine."""
         await self._hear(belief)
+        self._show_warm(self._host.warm)
         windows = await self._meter.windows(belief)
         grant, living = self._gate.grant, self._living()
         meant = None if self._spec is None else self._spec.fingerprint

@@ -99,7 +99,7 @@ async def test_llms_keep_their_order(http: httpx.AsyncClient, registry: FakeRegi
     accepted = (await http.post(REQUEST, json=body)).json()["requests"]
     assert [request["llmconfig"]["model"] for request in accepted] == models
     ((method, (measurement_id, llms, *more), _),) = registry.calls
-    assert (method, measurement_id, more) == ("request", 1234, ["default", "normal", None, None, "standard", None])
+    assert (method, measurement_id, more) == ("request", 1234, ["default", None, None, None, "standard", None])
     assert [request["requestId"] for request in accepted] == [new.request_id for new in llms]
     assert len({request["requestId"] for request in accepted}) == 5
 
@@ -349,8 +349,8 @@ async def test_remote_code_where_it_is_allowed(http: httpx.AsyncClient) -> None:
 # --- GET, DELETE, keepalive --------------------------------------------------------------------------------
 
 
-async def posted(http: httpx.AsyncClient) -> str:
-    request_id: str = (await http.post(REQUEST, json=BODY)).json()["requests"][0]["requestId"]
+async def posted(http: httpx.AsyncClient, headers: dict[str, str] | None = None) -> str:
+    request_id: str = (await http.post(REQUEST, json=BODY, headers=headers)).json()["requests"][0]["requestId"]
     return request_id
 
 
@@ -423,6 +423,23 @@ async def test_unknown_ids_are_404(http: httpx.AsyncClient, method: str, path: s
 
 
 # --- information -------------------------------------------------------------------------------------------
+
+
+async def test_measurements_are_those_of_the_callers_tenant(http: httpx.AsyncClient) -> None:
+    """A measurement, and its report, are found under the tenant that asked for it, and under no other."""
+    request_id = await posted(http, headers={"X-Tenant": "lab"})
+    for path in ("/measurements/1234", "/measurements/1234/report"):
+        assert (await http.get(path)).status_code == 404
+        assert (await http.get(path, headers={"X-Tenant": "lab"})).status_code == 200
+    measurement = (await http.get("/measurements/1234", headers={"X-Tenant": "lab"})).json()
+    assert [request["requestId"] for request in measurement["requests"]] == [request_id]
+
+
+async def test_a_priority_counts_only_where_it_was_given(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """A POST that leaves it out has no opinion on that of its measurement; also "normal" is one."""
+    await http.post(REQUEST, json=BODY)
+    await http.post(REQUEST, json={**BODY, "priority": "normal"})
+    assert [args[3] for _, args, _ in registry.calls] == [None, "normal"]
 
 
 async def test_measurement(http: httpx.AsyncClient) -> None:

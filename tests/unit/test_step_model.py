@@ -194,6 +194,14 @@ def test_shortest_prompt_is_told() -> None:
     assert 2 * TICK_S + POLL_S <= source["citable_s"] <= 2 * (TICK_S + POLL_S)
 
 
+def test_shortest_prompt_of_a_model_at_rest() -> None:
+    """A counter that is known to be fresh tells as much while it stands still: two readings and its age are enough."""
+    track = Track(max_age_s=0.01, step=0.01, max_rate=4.0, history_s=60.0, stale_s=0.5)
+    for reading in range(400):
+        track.add(reading / 20, reading / 20, 0.01 * (reading // 40))
+    assert track.citable_s == pytest.approx(0.11, abs=0.006)
+
+
 # --- with a part that has a model -----------------------------------------------------------------------------
 
 
@@ -219,7 +227,7 @@ def test_bounds_of_measured_and_modelled() -> None:
     curve = PowerCurve(START_S, [*steps, (9.0, 50.0)])
     ticks_s = [START_S - 0.05 + TICK_S * tick for tick in range(400)]
     gpu = FakeCounter(Ticks(curve.joules, ticks_s, 1e-3), name="gpu:x", max_age_s=None, step=1e-3)
-    cpu: Source = CPUModelSource(CPUModel(1.0, 5.0, 0.8, 1.5, "a test"), CPUTime(), cpus=4)  # type: ignore[arg-type]
+    cpu: Source = CPUModelSource(CPUModel(1.0, 5.0, 0.8, 1.5, 4.0, 7.5, "a test"), CPUTime(), cpus=4)  # type: ignore[arg-type]
     meter = Meter([gpu, cpu], clock=clock)
     while clock.now_s < START_S + 34:
         meter.poll_once()

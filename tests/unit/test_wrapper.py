@@ -19,6 +19,7 @@ import structlog
 from deployments import settling
 from deployments import wrapper as wrapper_module
 from deployments.engine import StopReport
+from deployments.machine_cpu import MachineCPU
 from deployments.model_cache import LocalModel
 from deployments.models import ModelSources
 from deployments.neighbours import Neighbours
@@ -196,6 +197,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
         monkeypatch.setattr(wrapper_module, "time", SimpleNamespace(monotonic=clock))
         monkeypatch.setattr(wrapper_module, "EngineHost", FakeHost)
         monkeypatch.setattr(wrapper_module, "ModelCache", FakeModels)
+        monkeypatch.setattr(MachineCPU, "strangers", lambda _, now_s: (False, now_s))  # other tests may run
         settings = WrapperSettings(prompt_max_s=5.0)
         sources = ModelSources(True, local_roots, tmp_path)
         config = WrapperConfig("a-0", 0, settings, EnergySettings(), sources, tmp_path, finish_prompts=finish)
@@ -209,6 +211,35 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
         return client
 
     return make
+
+
+async def test_metric_tells_whether_llms_start_warm(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metric is 1 while LLMs start warm, 0 from the first report that says otherwise, and 0 after the end."""
+    shown: list[float] = []
+
+    class FakeGauge:
+        def __init__(self, name: str, *_: object, **__: object) -> None:
+            assert name == "greenprompt_wrapper_warm"
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            assert tags == {"wrapper": "a-0"}
+            shown.append(value)
+
+    async def close(_host: object) -> None:
+        pass
+
+    monkeypatch.setattr(wrapper_module, "Gauge", FakeGauge)
+    monkeypatch.setattr(FakeHost, "close", close, raising=False)
+    client = await make(finish=False)
+    await client.wrapper.report(UNTOLD)
+    assert shown[-1] == 1.0
+    monkeypatch.setattr(FakeHost, "warm", False)
+    await client.wrapper.report(UNTOLD)
+    assert shown[-1] == 0.0
+    monkeypatch.setattr(FakeHost, "warm", True)
+    await client.wrapper.report(UNTOLD)
+    await LLMWrapper.__del__(client.wrapper)
+    assert shown[-2:] == [1.0, 0.0]
 
 
 async def test_expired_prompts_are_cut(make: Make) -> None:
@@ -368,7 +399,7 @@ async def test_a_measured_lease_is_watched(make: Make, tmp_path: Path) -> None:
     client.wrapper._meter.meter.poll_once()
     assert (await client.wrapper.report(UNTOLD)).lease_flags == ()
     with other.busy():
-        client.wrapper._meter.meter._look_for_strangers()
+        client.wrapper._meter.meter._contention.look(client.wrapper._meter.meter.mark())
     assert (await client.wrapper.report(UNTOLD)).lease_flags == ("contended",)
     await client.bind(4, FIRST)
     assert (await client.wrapper.report(UNTOLD)).lease_flags == ()
