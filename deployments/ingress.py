@@ -39,6 +39,7 @@ from registry.actor import ACTOR_NAME, NAMESPACE
 from registry.api import (
     MAX_EVENTS,
     MAX_ID,
+    MAX_REQUESTS,
     MAX_WAIT_S,
     MAX_WINDOWS,
     AcceptedRequest,
@@ -269,10 +270,13 @@ def _add_measurements(
 
     @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=unknown)
     async def measurement(
-        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)], x_tenant: Annotated[TenantName, Header()] = "default"
+        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
+        after: Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the page before")] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_REQUESTS, description="Requests in a page")] = MAX_REQUESTS,
+        x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """A measurement of the caller's tenant with all its requests, in their order."""
-        return _json_response(await call("measurement", (x_tenant, measurement_id)))
+        """A measurement of the caller's tenant with its requests, a page at a time, in their order."""
+        return _json_response(await call("measurement", (x_tenant, measurement_id), after, limit))
 
     @app.get(
         "/measurements/{measurement_id}/report",

@@ -135,27 +135,29 @@ class RegistryActor:
         assert url is not None  # leased
         return url
 
-    async def measurement(self, key: MeasurementKey) -> str:
-        """JSON MeasurementState."""
+    async def measurement(self, key: MeasurementKey, after_seq: int, limit: int) -> str:
+        """JSON MeasurementState, with a page of its requests."""
         await self.ready()
-        return views.measurement_state(self._service, key).model_dump_json()
+        state = views.measurement_state(self._service, key, after_seq=after_seq, limit=limit)
+        return state.model_dump_json()
 
     async def report(self, key: MeasurementKey) -> str:
         """JSON MeasurementReport. What takes long of it holds nobody up."""
         await self.ready()
-        allocator = self._service.allocator
-        measurement, requests = allocator.measurement(key), allocator.requests_of(key)
+        measurement = self._service.archive.measurement(key)
+        requests = await self._service.archive.all_requests_of(key)
         windows = await self._service.accounts.windows(key)
         return await asyncio.to_thread(views.report_json, measurement, requests, windows)
 
     async def windows(self, key: MeasurementKey, request_id: str | None, after: str | None, limit: int) -> str:
         """JSON WindowsPage: one page of the database, written as JSON in a thread."""
         await self.ready()
-        place, allocator = views.place_of(after), self._service.allocator
-        requests = allocator.requests_of(key)
+        place, archive = views.place_of(after), self._service.archive
+        archive.measurement(key)
         if request_id is not None:
-            requests = (allocator.request(request_id),)
+            archive.request(request_id)
         page = self._service.accounts.page(key, request_id=request_id, after=place, limit=limit)
+        requests = archive.find_requests({each.window.request_id or "" for each in page})
         return await asyncio.to_thread(views.windows_json, requests, page, limit)
 
     async def machines(self) -> str:

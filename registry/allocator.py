@@ -10,7 +10,7 @@ that is not for the lease which is bound there, end that lease; a wrapper whose 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -74,13 +74,14 @@ class Allocator:
         self._new_token = new_token
         self.load(Snapshot())
 
-    def load(self, snapshot: Snapshot) -> None:
+    def load(self, snapshot: Snapshot, next_seq: int = 1) -> None:
         """Take over what the store knew, in place of everything. Has no effects by itself; the next event may.
 
-        Turns of tenants are not stored: they start anew.
+        ``next_seq``: number of the next request, above those of the requests that are in the store alone. Turns of
+        tenants are not stored: they start anew.
         """
         self._ledger = Ledger(self._limits)
-        self._ledger.load(snapshot)
+        self._ledger.load(snapshot, next_seq)
         self._endings = Endings(self._ledger, self._limits)
         self._pins = Pins(self._ledger, self._limits)
         self._dispatcher = Dispatcher(self._ledger, self._limits, self._new_token)
@@ -90,6 +91,26 @@ class Allocator:
     def snapshot(self) -> Snapshot:
         """Everything that is known, as ``load`` takes it."""
         return self._ledger.snapshot()
+
+    def recall(self, measurement: Measurement, requests: Sequence[Request]) -> None:
+        """Take over again what had ended: a measurement and some of its requests. What is known stays as it is."""
+        self._ledger.recall(measurement, requests)
+
+    def drop_request(self, request_id: str) -> Request | None:
+        """Keep an ended request in the store alone. Return what was known of it; idempotent."""
+        return self._ledger.drop_request(request_id)
+
+    def drop_measurement(self, key: MeasurementKey) -> None:
+        """Keep a measurement that is over in the store alone, with its requests."""
+        self._ledger.drop_measurement(key)
+
+    def knows(self, key: MeasurementKey) -> bool:
+        """True when a measurement is in memory."""
+        return key in self._ledger.measurements
+
+    def is_over(self, key: MeasurementKey) -> bool:
+        """True when a measurement is known and nothing of it is unfinished. O(1)."""
+        return key in self._ledger.measurements and self._ledger.head(key) is None
 
     def handle(self, event: Event, now_s: float) -> Decision:
         """Decide what an event at ``now_s`` (UTC seconds) changes and brings about.
@@ -175,11 +196,9 @@ class Allocator:
         """The measurement with this key. Raises UnknownMeasurement."""
         return self._ledger.measurement(key)
 
-    def requests_of(self, key: MeasurementKey) -> tuple[Request, ...]:
-        """All requests of a measurement, ended ones too, in order of arrival. Raises UnknownMeasurement."""
-        self._ledger.measurement(key)
-        ids = self._ledger.by_request.of.get(key, ())
-        return tuple(self._ledger.requests[request_id] for _, request_id in ids)
+    def head(self, key: MeasurementKey) -> Request | None:
+        """The first request of a measurement that has not ended: the one that is served, or next. O(1)."""
+        return self._ledger.head(key)
 
     def lease_of(self, request_id: str) -> Lease | None:
         """The lease of a request, None when it has none."""
@@ -213,6 +232,10 @@ class Allocator:
     def wrappers_on(self, machine_id: str) -> tuple[Wrapper, ...]:
         """The wrappers of a machine, by id."""
         return tuple(self._ledger.on_machine(machine_id))
+
+    def count_wrappers(self, statuses: Iterable[WrapperStatus]) -> int:
+        """How many wrappers are in one of these statuses. O(statuses)."""
+        return sum(self._ledger.by_wrapper.statuses[status] for status in statuses)
 
     def queued_count(self) -> int:
         """How many requests are queued."""

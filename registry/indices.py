@@ -132,6 +132,7 @@ class WrapperIndex:
         """Wrappers that are not LOST."""
         self.usable: Counter[Size] = Counter()
         """Wrappers that are not LOST, FAILED or OFF."""
+        self.statuses: Counter[WrapperStatus] = Counter()
 
     def free_sizes(self) -> set[Size]:
         """The sizes of wrappers that a request may be given."""
@@ -140,6 +141,7 @@ class WrapperIndex:
     def add(self, wrapper: Wrapper, size: Size) -> None:
         """Index a wrapper of this size."""
         self.on_machine.setdefault(wrapper.machine_id, SortedSet()).add(wrapper.wrapper_id)
+        self.statuses[wrapper.status] += 1
         for counter in self._counters(wrapper):
             counter[size] += 1
         for pool in self._pools(wrapper):
@@ -151,6 +153,7 @@ class WrapperIndex:
         on_machine.remove(wrapper.wrapper_id)
         if not on_machine:
             del self.on_machine[wrapper.machine_id]
+        self.statuses[wrapper.status] -= 1
         for counter in self._counters(wrapper):
             counter[size] -= 1
             if not counter[size]:
@@ -227,7 +230,10 @@ class RequestIndex:
     def remove(self, request: Request, needs: Needs, tenant: str, rank: Rank) -> None:
         """Forget a request, given as it was indexed."""
         entry = request.seq, request.request_id
-        self.of[request.measurement_key].remove(entry)
+        of = self.of[request.measurement_key]
+        of.remove(entry)
+        if not of:
+            del self.of[request.measurement_key]
         if not request.status.ended:
             unfinished, needed = self.unfinished[request.measurement_key], self.needs[request.measurement_key]
             unfinished.remove(entry)

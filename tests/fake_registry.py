@@ -110,7 +110,7 @@ class FakeRegistry:
             raise NoSuchLease
         return f"{BASE}/wrappers/a-0/{TOKEN}"
 
-    def _measurement(self, key: MeasurementKey) -> str:
+    def _measurement(self, key: MeasurementKey, _after_seq: int = 0, _limit: int = 1) -> str:
         measurement_id = key[1]
         requests = [state for state in self.requests.values() if (state.tenant, state.measurementId) == key]
         if not requests:

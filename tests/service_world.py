@@ -132,7 +132,7 @@ class World:
         return [request.request_id for request in self.service.request(measurement_id, llms, **more)]
 
     def request(self, request_id: str) -> Request:
-        return self.service.allocator.request(request_id)
+        return self.service.known(request_id)
 
     def wrapper(self, wrapper_id: str = "a-0") -> FakeWrapper:
         return self.cluster.wrappers[wrapper_id]

@@ -177,7 +177,10 @@ async def test_windows_come_in_pages(http: httpx.AsyncClient, registry: FakeRegi
     assert page["windows"][0]["kind"] == "load"
     await http.get(path, params={"request": "r1", "after": "1800000000.5_process 1-p3", "limit": 7})
     passed_on = [args for method, args, _ in registry.calls if method == "windows"]
-    assert passed_on == [(("default", 1234), None, None, 1000), (("default", 1234), "r1", "1800000000.5_process 1-p3", 7)]
+    assert passed_on == [
+        (("default", 1234), None, None, 1000),
+        (("default", 1234), "r1", "1800000000.5_process 1-p3", 7),
+    ]
     for params, field in (({"limit": 1001}, "limit"), ({"limit": 0}, "limit"), ({"after": "x"}, "after")):
         answer = await http.get(path, params=params)
         assert (answer.status_code, answer.json()["field"]) == (422, field)
