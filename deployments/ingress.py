@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import pathlib
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
@@ -34,6 +35,7 @@ from deployments.models import ModelSources
 from deployments.polls import Polls
 from deployments.prompting_service import TITLE, JSONWhateverItsType, root_router
 from deployments.report_csv import windows_csv
+from deployments.surroundings import disk_problem
 from deployments.withdrawals import Withdrawals
 from registry.actor import ACTOR_NAME, NAMESPACE
 from registry.api import (
@@ -91,16 +93,18 @@ IDEMPOTENCY_KEY = (
 
 @dataclass(frozen=True, slots=True)
 class IngressConfig:
-    """What the ingress has to know of the settings."""
+    """What the ingress has to know of the settings. ``state_dir`` is looked at when the registry does not answer."""
 
     sources: ModelSources
     allow_remote_code: tuple[str, ...]
+    state_dir: pathlib.Path = pathlib.Path("/")
 
 
 class RegistryClient:
     """Calls to the registry actor that outlast its restarts."""
 
-    def __init__(self) -> None:
+    def __init__(self, state_dir: pathlib.Path) -> None:
+        self._state_dir = state_dir
         self._actor: Any = None
         self._lanes = {method: asyncio.Semaphore(most) for method, most in AT_ONCE.items()}
 
@@ -124,7 +128,7 @@ class RegistryClient:
                 raise cause from None
             if isinstance(error, RayTaskError):
                 raise InternalError(f"{method}: {type(cause or error).__name__}: {cause or error}") from error
-            raise RegistryUnavailable(type(error).__name__) from error
+            raise self._unavailable(type(error).__name__) from error
         raise AssertionError("unreachable")
 
     async def _once(self, method: str, args: Sequence[object], wait_s: float) -> Any:
@@ -137,10 +141,14 @@ class RegistryClient:
             async with asyncio.timeout(CALL_TIMEOUT_S + wait_s):
                 return await getattr(self._actor, method).remote(*args)
         except TimeoutError as error:
-            raise RegistryUnavailable(f"no answer within {CALL_TIMEOUT_S + wait_s:g} s") from error
+            raise self._unavailable(f"no answer within {CALL_TIMEOUT_S + wait_s:g} s") from error
         except RayActorError:
             self._actor = None
             raise
+
+    def _unavailable(self, reason: str) -> RegistryUnavailable:
+        """Say why, as far as can be seen from here: a registry that can't write ends, and can't start again."""
+        return RegistryUnavailable("; ".join(filter(None, (reason, disk_problem(self._state_dir)))))
 
 
 class _NoActor(Exception):
@@ -409,7 +417,7 @@ class Ingress:
 
     def __init__(self, config: IngressConfig) -> None:
         """``config`` is fixed for the life of the replica."""
-        self._app = build_app(config, RegistryClient().call, checkpoints_anywhere())
+        self._app = build_app(config, RegistryClient(config.state_dir).call, checkpoints_anywhere())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

@@ -237,6 +237,10 @@ class Allocator:
         """How many wrappers are in one of these statuses. O(statuses)."""
         return sum(self._ledger.by_wrapper.statuses[status] for status in statuses)
 
+    def deploying_count(self) -> int:
+        """How many requests wait for a wrapper to run their LLM. O(1)."""
+        return self._ledger.by_wrapper.held - len(self._ledger.leases)
+
     def queued_count(self) -> int:
         """How many requests are queued."""
         return self._ledger.by_request.queued_count

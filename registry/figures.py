@@ -339,11 +339,11 @@ def _embodied(window: WindowReport) -> _Amount | None:
 
 def _grams(window: WindowReport) -> _Amount | None:
     """Return operational and embodied emissions together."""
-    operational, embodied = _operational(window), _embodied(window)
-    if operational is None or embodied is None:
+    o_g, m_g = _operational(window), _embodied(window)
+    if o_g is None or m_g is None:
         return None
-    _, *more = (sum_of(each).value for each in zip(operational, embodied, strict=True))
-    return _Amount(operational.value + embodied.value, *more)
+    rest = [sum_of(each).value for each in zip(o_g[1:], m_g[1:], strict=True)]
+    return _Amount(o_g.value + m_g.value, *rest)
 
 
 def _seconds(window: WindowReport) -> _Amount:

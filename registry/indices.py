@@ -133,6 +133,8 @@ class WrapperIndex:
         self.usable: Counter[Size] = Counter()
         """Wrappers that are not LOST, FAILED or OFF."""
         self.statuses: Counter[WrapperStatus] = Counter()
+        self.held = 0
+        """Wrappers that a request has, or waits for."""
 
     def free_sizes(self) -> set[Size]:
         """The sizes of wrappers that a request may be given."""
@@ -142,6 +144,7 @@ class WrapperIndex:
         """Index a wrapper of this size."""
         self.on_machine.setdefault(wrapper.machine_id, SortedSet()).add(wrapper.wrapper_id)
         self.statuses[wrapper.status] += 1
+        self.held += wrapper.request_id is not None
         for counter in self._counters(wrapper):
             counter[size] += 1
         for pool in self._pools(wrapper):
@@ -154,6 +157,7 @@ class WrapperIndex:
         if not on_machine:
             del self.on_machine[wrapper.machine_id]
         self.statuses[wrapper.status] -= 1
+        self.held -= wrapper.request_id is not None
         for counter in self._counters(wrapper):
             counter[size] -= 1
             if not counter[size]:

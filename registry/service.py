@@ -293,6 +293,8 @@ class Service:
             QueueFull, LLMNeverFits, InvalidField, TenantBudgetUsed, ShuttingDown: nothing was accepted.
             IdempotencyConflict: the key was used with another body.
         """
+        if self._closed:
+            raise ShuttingDown
         if idempotency is not None:
             known = self._store.idempotent_request_ids(tenant, idempotency.key)
             if known is not None:

@@ -287,10 +287,7 @@ def health_state(service: Service) -> HealthState:
         wrappers=wrappers,
         usable=usable,
         queued=allocator.queued_count(),
-        deploying=sum(
-            wrapper.request_id is not None and service.allocator.lease_by_wrapper(wrapper.wrapper_id) is None
-            for wrapper in wrappers
-        ),
+        deploying=allocator.deploying_count(),
         version=version("greenprompt-llm-registry"),
     )
 

@@ -157,6 +157,8 @@ async def test_windows_come_page_by_page(world: World, limit: int) -> None:
     windows = [window(n, request_id=(first, second)[n % 2], begun_s=float(n // 2)) for n in range(1, 6)]
     await told(world, *windows)
 
+    key = ("default", 7)
+
     def pages(request_id: str | None) -> list[str]:
         found: list[str] = []
         after = None
@@ -165,7 +167,7 @@ async def test_windows_come_page_by_page(world: World, limit: int) -> None:
                 ("default", 7), request_id=request_id, after=views.place_of(after), limit=limit
             )
             assert len(page) <= limit
-            told = json.loads(views.windows_json(world.store.requests_of(("default", 7)), page, limit))
+            told = json.loads(views.windows_json(world.store.requests_of(key), page, limit))
             assert all("detail" not in each and each["llm"] == TINY.model for each in told["windows"])
             found += [each["window"] for each in told["windows"]]
             after = told["next"]
