@@ -31,6 +31,7 @@ from registry.state import (
     Lease,
     LeaseBound,
     LeaseFlagged,
+    LeaseLapsed,
     LeaseReleased,
     LeaseRequested,
     LeaseUsed,
@@ -127,6 +128,8 @@ class Allocator:
                 self._on_requested(event, now_s)
             case LeaseReleased(request_id):
                 self._on_released(self._ledger.request(request_id), now_s)
+            case LeaseLapsed(request_id):
+                self._on_lapsed(self._ledger.request(request_id), now_s)
             case LeaseUsed(request_id, at_s):
                 self._on_used(self._ledger.request(request_id), min(at_s, now_s))
             case LeaseBound():
@@ -422,6 +425,11 @@ class Allocator:
         lease = self._ledger.leases.get(request.request_id)
         if lease is not None:
             self._ledger.put_lease(replace(lease, last_active_s=max(lease.last_active_s, at_s)))
+
+    def _on_lapsed(self, request: Request, now_s: float) -> None:
+        if request.status is RequestStatus.DEPLOYED:
+            reason = "its wrapper ended it: its time was over, or it was not used"
+            self._endings.end(request, RequestStatus.EXPIRED, "expired", reason, now_s)
 
     def _on_time_passed(self, asked: tuple[str, ...] | None, now_s: float) -> None:
         self._pins.end(now_s)

@@ -64,6 +64,7 @@ from registry.state import (
     Lease,
     LeaseBound,
     LeaseFlagged,
+    LeaseLapsed,
     LeaseReleased,
     LeaseRequested,
     LeaseUsed,
@@ -198,11 +199,16 @@ class Service:
         self._stopping = False
         self._closed = False
         self._forget_next_s = 0.0
+        self._begun_s = self._before_s = 0.0
+        """When this process began, and when the one before it last wrote something, UTC seconds."""
 
     # --- life -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Load the database and begin to watch. Returns at once; machines and wrappers come in by themselves."""
+        self._begun_s = self._now_s()
+        newest_s = self._store.newest_event_s()
+        self._before_s = self._begun_s if newest_s is None else min(newest_s, self._begun_s)
         stored = self._store.load(ended=False)
         self.allocator.load(stored, self._store.next_seq())
         self._remember_tokens(stored.leases)
@@ -213,8 +219,12 @@ class Service:
         await self._guarded("what ended long ago could not be forgotten", self._forget_in_parts())
 
     async def _forget_in_parts(self) -> None:
-        """Forget what ended more than ``keep_days`` ago, in small parts. Others are let in between them."""
-        before_s, count = self._now_s() - self.settings.keep_days * DAY_S, 0
+        """Forget what ended more than ``keep_days`` ago, in small parts. Others are let in between them.
+
+        The time in which no registry ran is not counted, as a clock that is wrong at the start would forget everything.
+        """
+        seen_s = self._before_s + self._now_s() - self._begun_s
+        before_s, count = seen_s - self.settings.keep_days * DAY_S, 0
         while not self._closed:
             try:
                 part = self._store.forget(ended_before_s=before_s, limit=FORGET_AT_ONCE)
@@ -830,6 +840,8 @@ class Service:
             self._apply(WrapperStarted(wrapper_id, report.epoch, report.running))
         elif report.died is not None and has_llm:
             self._apply(LLMDied(wrapper_id, report.epoch, report.died))
+        elif wrapper.status is WrapperStatus.LEASED and report.bound is None and wrapper.request_id is not None:
+            self._apply(LeaseLapsed(wrapper.request_id))
 
     def _note_activity(self, report: WrapperReport, *, grain: float) -> None:
         if report.bound is None or report.idle_for_s is None:

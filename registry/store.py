@@ -329,6 +329,16 @@ class Store:
         with self._transaction() as connection:
             return tuple(StoredEvent(event_id, EventRow(*row)) for event_id, *row in connection.execute(wanted))
 
+    def newest_event_s(self) -> float | None:
+        """The UTC second of the newest event, None without any.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        with self._transaction() as connection:
+            newest: float | None = connection.scalar(select(func.max(EVENTS.c.at_s)))
+        return newest
+
     def idempotent_request_ids(self, tenant: str, key: str) -> tuple[str, tuple[str, ...]] | None:
         """(body_sha256, request_ids) of the first use of this key by this tenant; None: never used.
 

@@ -9,6 +9,7 @@ from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown,
 from registry.state import (
     BindLease,
     DeployLLM,
+    LeaseLapsed,
     LeaseReleased,
     LeaseRequested,
     LeaseUsed,
@@ -566,6 +567,21 @@ def test_numbers_go_on_above_those_of_what_is_not_in_memory():
     scene.allocator.load(scene.allocator.snapshot(), next_seq=77)
     scene.ask(2, "A")
     assert scene.request("2a").seq == 77
+
+
+def test_a_lease_that_its_wrapper_has_ended_is_ended():
+    """It is expired, its wrapper is free, and the next one is served; said again, or of what was not handed over: no."""
+    scene = handed_over()
+    scene.ask(1, "B")
+    scene.tell(LeaseLapsed("1b"))
+    assert scene.status("1b") is R.QUEUED
+    scene.tell(LeaseLapsed("1a"))
+    assert (scene.status("1a"), scene.request("1a").reason) == (
+        R.EXPIRED,
+        "its wrapper ended it: its time was over, or it was not used",
+    )
+    assert scene.status("1b") is R.DEPLOYING
+    assert scene.tell(LeaseLapsed("1a")).changes.empty
 
 
 def test_wrappers_are_counted_by_status():
