@@ -570,7 +570,7 @@ def test_numbers_go_on_above_those_of_what_is_not_in_memory():
 
 
 def test_a_lease_that_its_wrapper_has_ended_is_ended():
-    """It is expired, its wrapper is free, and the next one is served; said again, or of what was not handed over: no."""
+    """It is expired, its wrapper is free, and the next one is served. Said again it changes nothing."""
     scene = handed_over()
     scene.ask(1, "B")
     scene.tell(LeaseLapsed("1b"))
