@@ -16,8 +16,8 @@ from typing import Any
 
 import structlog
 
-from registry.api import CHANGES_WAIT_S
 from registry.errors import RegistryError, TooManyPolls
+from registry.news import CHANGES_WAIT_S
 from registry.state import RequestStatus
 
 MOST_POLLS = 8000

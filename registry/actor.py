@@ -17,8 +17,8 @@ import structlog
 from pydantic import BaseModel
 
 from registry import views
-from registry.api import CHANGES_WAIT_S
 from registry.errors import RegistryError
+from registry.news import CHANGES_WAIT_S
 from registry.service import Idempotency, Service
 from registry.settings import Settings
 from registry.state import Grade, MeasurementKey, NewRequest, Priority

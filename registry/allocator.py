@@ -256,7 +256,7 @@ class Allocator:
         return self._ledger.by_request.queued_count
 
     def queue_position(self, request_id: str) -> int | None:
-        """How many requests are served until this one is, itself included; None when it is not queued. O(tenants).
+        """How many requests are served until this one is, itself included; None when it is not queued. O(log n).
 
         Assumes that all tenants go on asking and that every wrapper suits everyone; warm matches, pins and sizes
         can change the order.
@@ -265,15 +265,9 @@ class Allocator:
         if request is None or request.status is not RequestStatus.QUEUED:
             return None
         measurement = self._ledger.measurements[request.measurement_key]
-        queued = self._ledger.by_request.queued
-        before = queued[measurement.tenant].index((rank(measurement, request), request.seq, request_id))
-        turns = self._ledger.queue.turns
-        others = sum(
-            min(len(theirs), turns.served_before(measurement.tenant, other, before))
-            for other, theirs in queued.items()
-            if other != measurement.tenant
-        )
-        return before + others + 1
+        queued = self._ledger.by_request.queued[request.tenant]
+        index = queued.index((rank(measurement, request), request.seq, request_id))
+        return self._ledger.positions.before(request.tenant, index) + 1
 
     def misfit(self, request_id: str) -> str | None:
         """Why no wrapper that is known can serve a queued request, None if one can or none is known.

@@ -35,9 +35,6 @@ MAX_LLMS_PER_REQUEST = 1000
 MAX_WAIT_S = 60.0
 """Longest time that one GET may wait for a change of status."""
 
-CHANGES_WAIT_S = 10.0
-"""Longest time that the ingress waits in the registry actor for a change of any request, seconds."""
-
 MAX_EVENTS = 1000
 """Most events that one GET answers."""
 

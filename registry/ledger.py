@@ -15,6 +15,7 @@ from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.fit import ANY_GPU_TYPE, GIB, Needs, Size, fitting, needs_of
 from registry.indices import Queue, RequestIndex, SortedSet, WrapperIndex, is_free, is_usable
 from registry.policy import Place, Turns, rank
+from registry.positions import Positions
 from registry.state import (
     BindLease,
     Changes,
@@ -56,6 +57,7 @@ class Ledger:
         self.by_wrapper = WrapperIndex()
         self.by_request = RequestIndex()
         self.queue = Queue(Turns(limits.tenant_weights))
+        self.positions = Positions(self.queue.turns)
         self.deadlines: SortedSet[tuple[float, str]] = SortedSet()
         self.pins: SortedSet[tuple[float, MeasurementKey]] = SortedSet()
         """When a measurement that went on is no longer bound to the machine of before, by time and key."""
@@ -219,7 +221,7 @@ class Ledger:
         if request is None:
             return None
         key = request.measurement_key
-        self.by_request.remove(request, self.needs(request), key[0], rank(self.measurements[key]))
+        self.by_request.remove(request, self.needs(request), rank(self.measurements[key], request))
         if self._served_on.get(key, (0, "", ""))[2] == request_id:
             del self._served_on[key]
         return request
@@ -397,13 +399,18 @@ class Ledger:
         self._displaced.discard(key)
         if head is None or head.status is not RequestStatus.QUEUED:
             self.queue.put(key, None)
+            self._count_queued(key[0])
             return
         place = self.place_of(measurement, head)
         self.queue.put(key, (place, rank(measurement, head)))
+        self._count_queued(key[0])
         if place.machine_id is not None:
             self.touched.add(place.machine_id)
         elif measurement.machine_id is not None:
             self._displaced.add(key)
+
+    def _count_queued(self, tenant: str) -> None:
+        self.positions.put(tenant, len(self.by_request.queued.get(tenant, ())))
 
     def _requeue_if_sizes_changed(self) -> None:
         """The first wrapper of a size came, or the last one went: places are made of sizes, so all are made anew.

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
 
+CHANGES_WAIT_S = 10.0
+"""Longest time that a reader waits in the registry for a change of any request, seconds."""
+
 KEPT = 10_000
 """Changes that a reader may be behind before it has to look at everything again."""
 

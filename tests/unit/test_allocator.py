@@ -610,6 +610,14 @@ def test_a_lease_that_its_wrapper_has_ended_is_ended():
     assert scene.tell(LeaseLapsed("1a")).changes.empty
 
 
+def test_a_request_behind_its_own_measurement_has_a_position():
+    """Its tenant has no turn yet; it is told a place all the same: after those who wait."""
+    scene = handed_over()
+    scene.ask(1, "B")
+    scene.ask(2, "C", tenant="other")
+    assert [scene.allocator.queue_position(each) for each in ("1b", "2a")] == [2, 1]
+
+
 def test_wrappers_are_counted_by_status():
     """Health asks for counts, not for every wrapper."""
     scene = handed_over()
