@@ -110,7 +110,9 @@ class Archive:
         """The store has forgotten ended requests. Drop them, and measurements of which it has none any more."""
         for request_id in request_ids:
             request = self._allocator.drop_request(request_id)
-            key = None if request is None else request.measurement_key
+            if request is None:
+                continue
+            key = request.measurement_key
             if key in self._over and self._store.measurement(key) is None:
                 del self._over[key]
                 self._allocator.drop_measurement(key)

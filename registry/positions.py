@@ -104,10 +104,10 @@ class Positions:
 
 
 class _Turn(NamedTuple):
-    """The ``index``-th turn of a tenant with this ``key``; its turns are ``step`` apart."""
+    """The ``number``-th turn of a tenant with this ``key``; its turns are ``step`` apart."""
 
     begins: float
-    index: int
+    number: int
     key: Key
     step: float
 
@@ -116,8 +116,8 @@ class _Turn(NamedTuple):
 
         Those who have waited longer for it: since the turn before, or since now if there is none.
         """
-        if round_ and self.index and step != self.step:
+        if round_ and self.number and step != self.step:
             return count if step > self.step else 0
-        if round_ != self.index:
-            return count if self.index > round_ else 0
+        if round_ != self.number:
+            return count if self.number > round_ else 0
         return min(max(keys.index(self.key) - first, 0), count)

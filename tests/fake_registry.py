@@ -41,7 +41,7 @@ class FakeRegistry:
         if self.error is not None:
             raise self.error
         if method == "changes":
-            return await self._changes(*args)
+            return await self._changes(str(args[0]), None if args[1] is None else int(str(args[1])))
         return getattr(self, f"_{method}")(*args)
 
     def _request(

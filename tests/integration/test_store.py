@@ -402,14 +402,14 @@ def test_what_is_unfinished_is_loaded_alone(store: Store):
 
     The next number is above those of all requests, also those that are not loaded.
     """
-    served = {"status": RequestStatus.RELEASED, "deployed_s": 1.0, "ended_s": 2.0, "machine_id": "m-1"}
+    served = replace(REQUEST, status=RequestStatus.RELEASED, deployed_s=1.0, ended_s=2.0, machine_id="m-1")
     requests = [
-        replace(REQUEST, request_id="first", seq=2, **served),
-        replace(REQUEST, request_id="last", seq=3, **served),
+        replace(served, request_id="first", seq=2),
+        replace(served, request_id="last", seq=3),
         replace(REQUEST, request_id="cancelled", seq=4, status=RequestStatus.CANCELLED, ended_s=2.0),
         replace(REQUEST, request_id="waits", seq=5),
-        replace(REQUEST, request_id="over", measurement_id=8, seq=9, **served),
-        replace(REQUEST, request_id="another's", tenant="another", seq=8, **served),
+        replace(served, request_id="over", measurement_id=8, seq=9),
+        replace(served, request_id="another's", tenant="another", seq=8),
     ]
     more = (replace(MEASUREMENT, measurement_id=8), replace(MEASUREMENT, tenant="another"))
     store.commit(Changes(measurements=(MEASUREMENT, *more), requests=tuple(requests)))
