@@ -313,7 +313,13 @@ class RegistryClient:
 
     def measurement(self, measurement_id: int) -> MeasurementState:
         """A measurement with all its requests. Repeated like ``status``. Raises AnswerError (404: there is none)."""
-        return _read(MeasurementState, self._insist("GET", f"/measurements/{measurement_id}", {}, 60))
+        path, requests, after = f"/measurements/{measurement_id}", list[RequestState](), 0
+        while True:
+            page = _read(MeasurementState, self._insist("GET", path, {"after": after}, 60))
+            requests += page.requests
+            if page.next is None:
+                return page.model_copy(update={"requests": requests})
+            after = page.next
 
     def health(self) -> HealthState:
         """How the registry is, also where it can serve nobody at the moment."""

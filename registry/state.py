@@ -368,6 +368,13 @@ class LeaseReleased:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseLapsed:
+    """The wrapper says that the lease of a request, which was handed over there, has ended."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseUsed:
     """A prompt or keep-alive of a lease was seen at ``at_s``."""
 
@@ -535,6 +542,7 @@ class ShutdownBegun:
 Event = (
     LeaseRequested
     | LeaseReleased
+    | LeaseLapsed
     | LeaseUsed
     | LeaseBound
     | LeaseFlagged

@@ -440,17 +440,18 @@ def test_wait_for_a_drain_has_an_end(registry: Make) -> None:
 
 
 def test_measurement(registry: Make) -> None:
-    """A measurement comes with its requests."""
+    """A measurement comes with the requests of all its pages."""
     measurement = {
         "measurementId": 7,
         "machine": "a",
         "flags": [],
         "createdAt": STATE["createdAt"],
-        "requests": [STATE],
     }
-    client, script = registry(httpx.Response(503, json=BUSY), measurement)
-    assert [state.requestId for state in client.measurement(7).requests] == ["r1"]
-    assert set(script.asked) == {"GET /measurements/7"}
+    pages = measurement | {"requests": [STATE], "next": 4}, measurement | {"requests": [STATE], "next": None}
+    client, script = registry(httpx.Response(503, json=BUSY), *pages)
+    found = client.measurement(7)
+    assert ([state.requestId for state in found.requests], found.next) == (["r1", "r1"], None)
+    assert script.asked == ["GET /measurements/7?after=0"] * 2 + ["GET /measurements/7?after=4"]
 
 
 def test_health_is_told_when_it_is_bad(registry: Make) -> None:
