@@ -112,7 +112,7 @@ def counted(
         high_j=high.high,
         resolution_j=max(high.mid - mid.mid, mid.mid - low.mid),
         systematic_j=min(max(more.high - mid.mid, mid.mid - less.low), max(high.high - mid.mid, mid.mid - low.low)),
-        counter_label=source.label,
+        counter_label=source.counter_label,
         flags=(*flags, "too_short") if too_short else flags,
     )
 
@@ -189,6 +189,6 @@ def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
         high_j=high_j,
         resolution_j=source.joules(parts.reserved_s, units + in_mid).mid - share.mid,
         systematic_j=min(max(share.mid - less_j, more_j - share.mid), max(share.mid - low_j, high_j - share.mid)),
-        counter_label=source.label,
+        counter_label=source.counter_label,
         flags=("shared",),
     )

@@ -1,15 +1,25 @@
-"""Whether an energy counter can be believed: its first seconds against the power that the hardware tells. Pure."""
+"""Whether an energy counter can be believed: its joules against the power that the hardware tells. Pure."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 CHECK_S = 10.0
-"""How long a counter is watched after the start; over this time steps of 100 ms are 1 %."""
+"""How long a counter is watched at first; over this time steps of 100 ms are 1 %."""
+LOADED_CHECK_S = 30.0
+"""How long under load: power that is smeared over a second and comes and goes may be wrong by half a second of it."""
 TOLERANCE = 0.10
 """Counter and integrated power may differ by this part: NVML's power is good to 5 %, and smeared over a second."""
+SMEAR_S = 1.0
+"""NVML's power is the mean of so long. Source: NVML API, nvmlDeviceGetPowerUsage."""
+LOAD_FACTOR = 1.5
+"""So many times the idle power is load: a counter that is right when idle may be wrong then."""
+PROBE_S = 10.0
+"""How often the power is looked at between checks. That costs one reading of it."""
+AGAIN_S, AGAIN_AFTER_DISAGREEMENT_S = 86_400.0, 600.0
+"""How long a finding holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +28,7 @@ class Check:
 
     ``period_s`` is the median time between two of its steps as the poller sees them, None if it never made two.
     ``counter_j`` and ``power_j`` are its own joules and those of the power samples over the same ``seconds``;
-    ``agrees`` is None where no power is told.
+    ``agrees`` is None where no power is told. ``loaded``: the hardware was at work.
     """
 
     source: str
@@ -27,29 +37,65 @@ class Check:
     counter_j: float | None
     power_j: float | None
     agrees: bool | None
+    loaded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    check: Check
+    at_s: float
+
+    def is_due(self, now_s: float) -> bool:
+        return now_s - self.at_s >= (AGAIN_AFTER_DISAGREEMENT_S if self.check.agrees is False else AGAIN_S)
 
 
 class CounterCheck:
-    """Watches one counter from its first step on; ``found`` is None until it has been watched for long enough."""
+    """Watches one counter: at first, after each hole in its history, under load, and again every day."""
 
     def __init__(self, source: str) -> None:
-        self.found: Check | None = None
         self._source = source
+        self._findings: dict[bool, _Finding] = {}
+        self._idle_w: float | None = None
+        self._probe_due_s = 0.0
         self.restart()
 
+    @property
+    def found(self) -> list[Check]:
+        """The newest findings, that of the idle hardware before that under load; none before the first."""
+        return [self._findings[loaded].check for loaded in sorted(self._findings)]
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether the counter counted other joules than the power told, the last time that it was watched."""
+        return any(check.agrees is False for check in self.found)
+
     def restart(self) -> None:
-        """Forget what was seen: the counter's history has a hole."""
-        self._steps: list[tuple[float, float, float]] = []
+        """Begin to watch: the counter is new, or its history has a hole."""
+        self._watch_s: float | None = CHECK_S
         self._begun_s: float | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._steps: list[tuple[float, float, float]] = []
+        self._powers_w: list[float] = []
         self._last: tuple[float, float, float | None] | None = None
         self._power_j = 0.0
         self._power_told = True
 
+    def wants_power(self, now_s: float) -> bool:
+        """Whether the next reading needs the power beside it: with every one while it watches, else now and then."""
+        return self._watch_s is not None or now_s >= self._probe_due_s
+
     def add(self, now_s: float, joules: float, power_w: float | None) -> None:
-        """Take a reading, and the power at the same time, None if it is not told."""
+        """Take a reading, and the power at the same time, None if it is not told or was not wanted."""
+        if self._watch_s is None:
+            self._probe(now_s, power_w)
+            return
         if self._begun_s is None:
             self._begun_s = now_s
         last, self._last = self._last, (now_s, joules, power_w)
+        if power_w is not None:
+            self._powers_w.append(power_w)
         if last is not None:
             if power_w is None or last[2] is None:
                 self._power_told = False
@@ -57,16 +103,51 @@ class CounterCheck:
                 self._power_j += (now_s - last[0]) * (last[2] + power_w) / 2
             if joules != last[1]:
                 self._steps.append((now_s, joules, self._power_j))
-        if now_s - self._begun_s >= CHECK_S:
-            self.found = self._look()
+        if now_s - self._begun_s >= self._watch_s:
+            self._conclude(now_s, self._watch_s)
 
-    def _look(self) -> Check:
+    def _probe(self, now_s: float, power_w: float | None) -> None:
+        """Begin to watch if nothing is known of a counter at this power, or it was found too long ago."""
+        if now_s < self._probe_due_s:
+            return
+        self._probe_due_s = now_s + PROBE_S
+        loaded = self._is_load(power_w)
+        lower = power_w is not None and self._idle_w is not None and power_w * LOAD_FACTOR <= self._idle_w
+        finding = self._findings.get(loaded)
+        if lower or finding is None or finding.is_due(now_s):
+            self._watch_s = LOADED_CHECK_S if loaded else CHECK_S
+            self._begun_s = None
+
+    def _is_load(self, power_w: float | None) -> bool:
+        return power_w is not None and self._idle_w is not None and power_w >= LOAD_FACTOR * self._idle_w
+
+    def _conclude(self, now_s: float, watched_s: float) -> None:
+        """Keep what was found, unless the power changed by too much to tell: then it is tried again soon."""
+        self._watch_s = None
+        self._probe_due_s = now_s + PROBE_S
+        powers_w = self._powers_w
+        smeared_j = SMEAR_S * abs(powers_w[-1] - powers_w[0]) if powers_w else 0.0
+        if not self._power_told or smeared_j <= TOLERANCE * self._power_j:
+            mean_w = statistics.fmean(powers_w) if self._power_told and powers_w else None
+            self._keep(now_s, mean_w, watched_s)
+        self._forget()
+
+    def _keep(self, now_s: float, mean_w: float | None, watched_s: float) -> None:
+        if mean_w is not None and (self._idle_w is None or mean_w < self._idle_w):
+            if self._idle_w is not None and self._idle_w >= LOAD_FACTOR * mean_w and False in self._findings:
+                was = self._findings.pop(False)  # what was taken for idle was load
+                self._findings[True] = replace(was, check=replace(was.check, loaded=True))
+            self._idle_w = mean_w
+        loaded = self._is_load(mean_w)
+        self._findings[loaded] = _Finding(self._look(watched_s, loaded=loaded), now_s)
+
+    def _look(self, watched_s: float, *, loaded: bool) -> Check:
         if len(self._steps) < 2:
-            return Check(self._source, CHECK_S, None, None, None, None)
+            return Check(self._source, watched_s, None, None, None, None, loaded)
         (first_s, first_j, first_power_j), (last_s, last_j, last_power_j) = self._steps[0], self._steps[-1]
         period_s = statistics.median(later[0] - earlier[0] for earlier, later in pairwise(self._steps))
         counter_j, power_j = last_j - first_j, last_power_j - first_power_j
         if not self._power_told or power_j <= 0:
-            return Check(self._source, last_s - first_s, period_s, counter_j, None, None)
+            return Check(self._source, last_s - first_s, period_s, counter_j, None, None, loaded)
         agrees = abs(counter_j / power_j - 1) <= TOLERANCE
-        return Check(self._source, last_s - first_s, period_s, counter_j, power_j, agrees)
+        return Check(self._source, last_s - first_s, period_s, counter_j, power_j, agrees, loaded)

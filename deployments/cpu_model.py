@@ -46,6 +46,9 @@ class CPUModelSource(Source):
     def joules(self, duration_s: float, units: float) -> Joules:
         """The modelled energy, with the range of the estimate."""
         model = self._model
-        active_w_per_cpu = model.busy_w_per_cpu - model.idle_w_per_cpu
-        mid = model.idle_w_per_cpu * self._cpus * duration_s + active_w_per_cpu * units
-        return Joules(mid * model.low_factor, mid, mid * model.high_factor)
+        pairs = (
+            (model.idle_low_w_per_cpu, model.busy_low_w_per_cpu),
+            (model.idle_w_per_cpu, model.busy_w_per_cpu),
+            (model.idle_high_w_per_cpu, model.busy_high_w_per_cpu),
+        )
+        return Joules(*(idle_w * self._cpus * duration_s + (busy_w - idle_w) * units for idle_w, busy_w in pairs))

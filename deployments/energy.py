@@ -152,24 +152,28 @@ def _sum_if_known(values: Sequence[float | None]) -> float | None:
 class CPUModel:
     """A model of the CPU's power for machines without counters, W per logical CPU when idle and when fully used.
 
-    The range of the estimate is ``low_factor`` (0 to 1) to ``high_factor`` (≥ 1) times it. ``source`` is where the
-    figures are from; there are no defaults.
+    Idle and busy have ranges of their own: processors differ more when idle. ``source`` is where the figures are from;
+    there are no defaults.
 
     Raises:
-        BadSettings: A figure is out of its range.
+        BadSettings: A figure is out of its range, or busy power is below idle power.
     """
 
     idle_w_per_cpu: float
     busy_w_per_cpu: float
-    low_factor: float
-    high_factor: float
+    idle_low_w_per_cpu: float
+    idle_high_w_per_cpu: float
+    busy_low_w_per_cpu: float
+    busy_high_w_per_cpu: float
     source: str
 
     def __post_init__(self) -> None:
-        if not (0 <= self.idle_w_per_cpu <= self.busy_w_per_cpu and self.busy_w_per_cpu > 0):
-            raise BadSettings("energy.cpu_model", "needs 0 <= idle_w_per_cpu <= busy_w_per_cpu, and busy > 0")
-        if not 0 < self.low_factor <= 1 <= self.high_factor:
-            raise BadSettings("energy.cpu_model", "needs 0 < low_factor <= 1 <= high_factor")
+        idle = (self.idle_low_w_per_cpu, self.idle_w_per_cpu, self.idle_high_w_per_cpu)
+        busy = (self.busy_low_w_per_cpu, self.busy_w_per_cpu, self.busy_high_w_per_cpu)
+        if not (0 <= idle[0] <= idle[1] <= idle[2] and 0 < busy[0] <= busy[1] <= busy[2]):
+            raise BadSettings("energy.cpu_model", "needs 0 <= low <= middle <= high, and busy > 0")
+        if any(a > b for a, b in zip(idle, busy, strict=True)):
+            raise BadSettings("energy.cpu_model", "needs low, middle and high of idle to be no more than those of busy")
 
 
 @dataclass(frozen=True, slots=True)

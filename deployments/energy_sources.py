@@ -6,15 +6,16 @@ listed as `Unreadable` with the reason, so that people can see it and a figure i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from deployments.cpu_model import CPUModelSource
-from deployments.cpu_time import CPUTimeTree
+from deployments.cpu_quota import cpus_here
 from deployments.energy import SCISettings
 from deployments.gpu_counters import GPUCounter, GPUPower, probe_gpu
 from deployments.gpu_info import driver_version, gpu_memory, gpu_settings, gpu_uuids
+from deployments.machine_cpu import MachineCPU
+from deployments.machine_share import CPUPart, shares
 from deployments.powercap import PowercapZone, probe_powercap
 from deployments.source import POWER_HEADROOM, CounterLost, Joules, ReadFailed, Source, Unreadable
 
@@ -47,6 +48,8 @@ def probe_sources(
     powercap_root: Path = POWERCAP_ROOT,
     proc_root: Path = Path("/proc"),
     cpus: float | None = None,
+    machine: MachineCPU | None = None,
+    on_machine: int = 1,
 ) -> list[Source | Unreadable]:
     """What there is to count the energy of these GPUs and of this machine's CPUs, each tried by a real call.
 
@@ -54,7 +57,8 @@ def probe_sources(
     counted by hardware where it can be, else by the operator's model; but where GPUs are measured and estimates are
     not allowed it is left out, because a sum with an estimate is one: the figure is then measured, and flagged
     ``cpu_not_covered``. Where the counter of a GPU is that of its module, with the CPU in it (Grace Hopper, Grace
-    Blackwell), nothing else is counted.
+    Blackwell), nothing else is counted. Of what counters of the whole machine count, each of several wrappers has a
+    share, which is an estimate.
 
     Args:
         gpu_uuids: The wrapper's GPUs, empty for none.
@@ -62,20 +66,28 @@ def probe_sources(
         settings: The operator's choices; the CPU model is taken from them.
         powercap_root: Where the kernel shows its powercap zones.
         proc_root: Where proc is mounted.
-        cpus: How many CPUs are reserved, for the model; None: all that this process may run on.
+        cpus: How many CPUs are reserved, for the model; None: all that this process may use.
+        machine: The CPU time on the machine; None: only this process' tree is known.
+        on_machine: How many wrappers share the machine, this one included.
     """
-    tree = CPUTimeTree(pid, proc_root=proc_root)
-    gpus = [probe_gpu(uuid, tree) for uuid in gpu_uuids]
+    machine = machine or MachineCPU(pid, proc_root=proc_root)
+    gpus = [probe_gpu(uuid, machine.tree) for uuid in gpu_uuids]
     if any(isinstance(gpu, Source) and gpu.covers_cpu for gpu in gpus):
         return [*gpus, Unreadable("cpu", "the energy counter of the GPU's module has the CPU and its memory in it")]
-    found = [*gpus, *probe_powercap(powercap_root)]
-    if any(isinstance(source, Source) and source.name.startswith("package-") for source in found):
+    estimates = settings.allow_estimates or not gpus
+    zones = probe_powercap(powercap_root)
+    if on_machine > 1 and estimates:
+        zones = shares(zones, probe_powercap(powercap_root), CPUPart(machine, on_machine))
+    elif on_machine > 1:
+        why = f"a share of one of {on_machine} wrappers is an estimate; energy.allow_estimates is false"
+        zones = [Unreadable(zone.name, why) if isinstance(zone, Source) else zone for zone in zones]
+    found = [*gpus, *zones]
+    if any(isinstance(zone, Source) and zone.name.startswith("package-") for zone in zones):
         return found
     if settings.cpu_model is None:
         found.append(Unreadable("cpu-model", "the settings hold no energy.cpu_model"))
-    elif gpus and not settings.allow_estimates:
+    elif not estimates:
         found.append(Unreadable("cpu-model", "energy.allow_estimates is false, and GPUs are counted without it"))
     else:
-        reserved = float(len(os.sched_getaffinity(0))) if cpus is None else cpus
-        found.append(CPUModelSource(settings.cpu_model, tree, cpus=reserved))
+        found.append(CPUModelSource(settings.cpu_model, machine.tree, cpus=cpus_here() if cpus is None else cpus))
     return found

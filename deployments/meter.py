@@ -6,10 +6,9 @@ prompt path only notes two timestamps. No window is ever 0 J: what can't be reso
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from bisect import bisect_left, bisect_right
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -17,21 +16,24 @@ from typing import Final
 
 from deployments.activity import Activity
 from deployments.attribution import Flow, Parts, counted, shared, together, unknown
+from deployments.contention import PERIOD_S, Contention, Look, at_once
 from deployments.counter_check import Check, CounterCheck
 from deployments.edge_check import EdgeCheck
 from deployments.energy import Component, Energy, Label, total, worst
 from deployments.energy_sources import CounterLost, GPUPower, ReadFailed, Source, Unreadable
+from deployments.machine_share import joined
 from deployments.timeline import Interval
 from deployments.windows import Level, NoWindow, Track, between
 from registry.errors import BadSettings
 
 _STALE_S = 0.5
 """A window may end this long after the last edge of a counter (or three polls, if that is longer)."""
-_CONTENTION_PERIOD_S = 1.0
 CONTENDED: Final = "contended"
 """Flag: something else was at work on the hardware, or on the machine."""
 _LIMITS_PERIOD_S = 10.0
 """How often power limits are read: operators change them while GPUs run."""
+_FIRST_EDGES_S = 1.0
+"""How long a start waits for the first step of every counter."""
 _JOIN_TIMEOUT_S = 2.0
 
 
@@ -60,8 +62,9 @@ class Meter:
         poll_s: Time between two looks at the counters, 0 to 1 s.
         history_s: How far back windows can reach, seconds; older than 10 minutes at one edge a second.
         allow_simulated: For tests only.
-        others_worked: Whether anything else on the machine is at work, or was since this was last asked; None: can't be
-            told.
+        others_worked: Whether another wrapper on the machine is at work, or was since this was last asked; None: can't
+            be told.
+        strangers: Whether anything but wrappers was at work on the CPUs; None: it is not looked for.
 
     Raises:
         BadSettings: A period that can't be used with these sources, or a simulated source outside tests.
@@ -76,6 +79,7 @@ class Meter:
         history_s: float = 86_400.0,
         allow_simulated: bool = False,
         others_worked: Callable[[], bool | None] = lambda: False,
+        strangers: Look | None = None,
     ) -> None:
         found = list(sources)
         self._activity = Activity()
@@ -105,14 +109,18 @@ class Meter:
         if not 0 < poll_s <= (0.1 if sampled else 1.0):
             raise BadSettings("energy.poll_s", "needs 0 < poll_s <= 1, and <= 0.1 for GPUs whose power is sampled")
         self._clock = clock
-        self._others_worked = others_worked
         self._poll_s = poll_s
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._closed = False
-        self._contended_s: deque[float] = deque(maxlen=100_000)
-        self._contention_unknown = False
+        self._contention = Contention(
+            [
+                *(at_once(channel.source.contended) for channel in self._channels),
+                at_once(lambda _: others_worked()),
+                *(() if strangers is None else (strangers,)),
+            ]
+        )
         self._contention_due_s = clock()
         self._limits_due_s = clock() + _LIMITS_PERIOD_S
         self._not_covered = tuple(_not_covered([channel.source for channel in self._channels]))
@@ -120,14 +128,20 @@ class Meter:
     # --- polling ----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Read every counter once, so that history begins now, and go on in a daemon thread of our own.
+        """Read every counter until each has told a first time, and go on in a daemon thread of our own.
+
+        Windows can begin as soon as this returns. Blocks for as long as a counter needs for its first step (100 ms or
+        so), at most about a second.
 
         Raises:
             RuntimeError: It was started before.
         """
         if self._thread is not None:
             raise RuntimeError("the meter was started before")
-        self.poll_once()
+        for _ in range(math.ceil(_FIRST_EDGES_S / self._poll_s)):
+            self.poll_once()
+            if all(channel.track.settled(-math.inf) for channel in self._channels) or self._stop.wait(self._poll_s):
+                break
         self._thread = threading.Thread(target=self._run, name="energy-meter", daemon=True)
         self._thread.start()
 
@@ -157,8 +171,8 @@ class Meter:
         for channel in self._channels:
             self._poll(channel)
         if self._clock() >= self._contention_due_s:
-            self._contention_due_s = self._clock() + _CONTENTION_PERIOD_S
-            self._look_for_strangers()
+            self._contention_due_s = self._clock() + PERIOD_S
+            self._contention.look(self._clock())
 
     def _poll(self, channel: _Channel) -> None:
         source = channel.source
@@ -182,7 +196,7 @@ class Meter:
                 channel.track.lost(lost.flag)
                 channel.error = lost.flag
         else:
-            if channel.check is not None and channel.check.found is None:
+            if channel.check is not None and channel.check.wants_power(asked_s):
                 channel.check.add(asked_s, units, source.power_w())
             with self._lock:
                 channel.track.max_rate = source.max_rate
@@ -192,14 +206,6 @@ class Meter:
     def _read_limits(self) -> None:
         for channel in self._channels:
             channel.source.read_limit()
-
-    def _look_for_strangers(self) -> None:
-        now_s = self._clock()
-        answers = [*(channel.source.contended(now_s) for channel in self._channels), self._others_worked()]
-        with self._lock:
-            self._contention_unknown = None in answers
-            if True in answers:
-                self._contended_s.append(now_s)
 
     # --- windows ----------------------------------------------------------------------------------------
 
@@ -262,7 +268,7 @@ class Meter:
             )
             for channel, units in zip(self._channels, flow.units, strict=True)
         ]
-        return total([*parts, *self._holes()], flow.flags)
+        return total([*joined(parts), *self._holes()], flow.flags)
 
     def nothing(self) -> Energy:
         """The energy of no time at all: not known, and flagged ``too_short``."""
@@ -278,7 +284,7 @@ class Meter:
             unknown(source, levels) if isinstance(levels, str) else shared(source, parts, levels)
             for source, levels in self._levels(parts.times_s, final=final)
         ]
-        return total([*shares, *self._holes()], self._flags(parts.times_s[0], parts.times_s[-1]))
+        return total([*joined(shares), *self._holes()], self._flags(parts.times_s[0], parts.times_s[-1]))
 
     def _levels(self, times_s: Sequence[float], *, final: bool) -> list[tuple[Source, list[Level] | str]]:
         """Every counter at these times, all looked up at one moment; or the flag that says why it can't be told.
@@ -308,20 +314,17 @@ class Meter:
 
     def contended(self, start_s: float, end_s: float) -> bool:
         """Whether others were seen at work in a window, or up to a second before: so seldom it is looked for them."""
-        with self._lock:
-            first = bisect_left(self._contended_s, start_s - _CONTENTION_PERIOD_S)
-            return first < bisect_right(self._contended_s, end_s)
+        return self._contention.seen(start_s, end_s)
 
     @property
     def labels(self) -> tuple[Label, ...]:
-        """What the figures of each source will be labelled."""
-        return tuple(channel.source.label for channel in self._channels)
+        """The label of the counter of each source."""
+        return tuple(channel.source.counter_label for channel in self._channels)
 
     def _flags(self, start_s: float, end_s: float) -> tuple[str, ...]:
-        contended = self.contended(start_s, end_s)
-        with self._lock:
-            unknown = self._contention_unknown
-        disagree = any(check.agrees is False for check in self._checks())
+        contended = self._contention.seen(start_s, end_s)
+        unknown = self._contention.unknown(start_s, end_s)
+        disagree = any(channel.check is not None and channel.check.disagrees for channel in self._channels)
         return (
             *self._not_covered,
             *((CONTENDED,) if contended else ()),
@@ -330,11 +333,10 @@ class Meter:
         )
 
     def _checks(self) -> list[Check]:
-        checks = [channel.check for channel in self._channels if channel.check is not None]
-        return [check.found for check in checks if check.found is not None]
+        return [check for channel in self._channels if channel.check is not None for check in channel.check.found]
 
     def describe(self) -> dict[str, object]:
-        """What is counted and how, what is not and why, how counters did at the start; plain JSON, for /machines."""
+        """What is counted and how, what is not and why, how counters did when checked; JSON, for /machines."""
         with self._lock:
             return {
                 "polling": self._thread is not None and self._thread.is_alive(),

@@ -19,6 +19,7 @@ from deployments.energy_sources import ReadFailed, Unreadable, gpu_uuids, probe_
 from deployments.flights import Flight, Flights, Tokens
 from deployments.lease_account import LeaseAccount
 from deployments.lease_usage import LeaseUsage
+from deployments.machine_cpu import MachineCPU
 from deployments.meter import Meter
 from deployments.neighbours import Neighbours
 from deployments.record_dates import RecordDates
@@ -42,6 +43,7 @@ class PromptMeter:
         *,
         gpus: int,
         cpus: float | None = None,
+        on_machine: int = 1,
         wrapper_id: str = "",
         process: str = "",
         utc_s: Callable[[], float] = time.time,
@@ -49,7 +51,8 @@ class PromptMeter:
     ) -> None:
         """Probe this machine's counters by real calls.
 
-        ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many CPUs are its own, None for all of the machine.
+        ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many CPUs are its own, None for all of the machine;
+        ``on_machine``: how many wrappers share it.
         ``process`` is the wrapper's, ``utc_s`` the clock that records are dated by. ``neighbours`` are told when
         prompts and starts begin and end, and flag the windows in which others work.
 
@@ -61,7 +64,13 @@ class PromptMeter:
         self._grid_json = None if self._grid is None else asdict(self._grid)
         self._neighbours = neighbours
         others_worked = (lambda: False) if neighbours is None else neighbours.others_worked
-        self._meter = Meter(_sources(self._sci, gpus, cpus), poll_s=settings.poll_s, others_worked=others_worked)
+        machine = MachineCPU(os.getpid(), others=dict if neighbours is None else neighbours.processes)
+        self._meter = Meter(
+            _sources(self._sci, gpus, cpus, machine, on_machine),
+            poll_s=settings.poll_s,
+            others_worked=others_worked,
+            strangers=machine.strangers,
+        )
         self._process = process
         self._flights = Flights()
         self._timeline: Timeline[LeaseAccount] = Timeline(self._meter.mark())
@@ -79,8 +88,9 @@ class PromptMeter:
         return self._sci.functional_unit == "word"
 
     def start(self) -> None:
-        """Begin to poll the counters."""
+        """Begin to poll the counters. The wrapper's time begins when they can tell of it: within a second."""
         self._meter.start()
+        self._timeline.resume(self._meter.mark())
 
     def stop(self) -> None:
         """End polling."""
@@ -289,7 +299,9 @@ def grid_of(settings: EnergySettings) -> GridIntensity | None:
     return GridIntensity(grid.gco2eq_per_kwh, None, grid.source, version, grid.year, grid.source, low, high)
 
 
-def _sources(settings: SCISettings, gpus: int, cpus: float | None) -> list[Any]:
+def _sources(
+    settings: SCISettings, gpus: int, cpus: float | None, machine: MachineCPU | None = None, on_machine: int = 1
+) -> list[Any]:
     others: list[Any] = []
     uuids: tuple[str, ...] = ()
     if gpus:
@@ -301,7 +313,8 @@ def _sources(settings: SCISettings, gpus: int, cpus: float | None) -> list[Any]:
         except ReadFailed as error:
             # Inside the boundary all the same: without all of them no total is known. Zeus may know them.
             others = zeus_gpus(gpus) or [Unreadable(f"gpu:{visible}", str(error), in_boundary=True)]
-    return [*probe_sources(uuids, pid=os.getpid(), settings=settings, cpus=cpus), *others]
+    probed = probe_sources(uuids, pid=os.getpid(), settings=settings, cpus=cpus, machine=machine, on_machine=on_machine)
+    return [*probed, *others]
 
 
 def tokens_of(usage: Mapping[str, Any]) -> Tokens:

@@ -112,6 +112,6 @@ def _unrest(meter: Meter, since_s: float, steady_cv: float | None) -> str | None
 def _power_w(meter: Meter, start_s: float) -> float | None:
     """Mean power of all that is counted by hardware in one slice, None if some of it is not known."""
     parts = meter.window(start_s, start_s + SLICE_S).components
-    known = [part.joules for part in parts if part.label in _COUNTED and part.joules is not None]
+    known = [part.joules for part in parts if part.counter_label in _COUNTED and part.joules is not None]
     unknown = any(part.label is Label.UNAVAILABLE for part in parts)
     return None if unknown or not known else sum(known) / SLICE_S

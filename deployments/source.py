@@ -53,6 +53,11 @@ class Source(ABC):
     covers_cpu: bool = False
 
     @property
+    def counter_label(self) -> Label:
+        """The label of the counter that is read; another than ``label`` where its reading is divided."""
+        return self.label
+
+    @property
     def late(self) -> float:
         """Units that may show at once though they came before."""
         return 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -25,6 +24,7 @@ from ray.util.metrics import Gauge
 from starlette.types import ASGIApp
 
 from deployments.checkpoints import checkpoints_here
+from deployments.cpu_quota import cpus_here
 from deployments.energy_sources import ReadFailed, driver_version
 from deployments.engine import EngineHost, RunningLLM, StopReport
 from deployments.engine_env import Phase
@@ -109,12 +109,13 @@ class LLMWrapper:
         self._weights_hash: WeightsHash | None = None
         self._in_use: list[LocalModel] = []
         self._revision: str | None = None
-        cpus = len(os.sched_getaffinity(0)) / config.on_machine
+        cpus = cpus_here() / config.on_machine
         process = uuid4().hex
         self._meter = PromptMeter(
             config.energy,
             gpus=config.gpus,
             cpus=cpus,
+            on_machine=config.on_machine,
             wrapper_id=config.wrapper_id,
             process=process,
             neighbours=Neighbours(locks_dir / "wrappers", config.wrapper_id),

@@ -92,18 +92,37 @@ class SiteEmbodiedSettings(EmbodiedSettings):
 
 
 class CPUModelSettings(Section):
-    """A model of the CPU's power for machines without counters: watts per logical CPU, idle and fully used."""
+    """A model of the CPU's power for machines without counters: watts per logical CPU, idle and fully used.
+
+    Each with its range, low to high: where the processor is not known, those of all that it may be.
+    """
 
     idle_w_per_cpu: float = Field(ge=0)
+    idle_low_w_per_cpu: float = Field(ge=0)
+    idle_high_w_per_cpu: float = Field(ge=0)
     busy_w_per_cpu: float = Field(gt=0)
-    low_factor: float = Field(gt=0, le=1)
-    high_factor: float = Field(ge=1)
+    busy_low_w_per_cpu: float = Field(gt=0)
+    busy_high_w_per_cpu: float = Field(gt=0)
     source: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_factors(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.keys() & {"low_factor", "high_factor"}:
+            raise ValueError(
+                "low_factor and high_factor are gone: give idle_low_w_per_cpu, idle_high_w_per_cpu, "
+                "busy_low_w_per_cpu and busy_high_w_per_cpu, in watts"
+            )
+        return given
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        if self.idle_w_per_cpu > self.busy_w_per_cpu:
-            raise ValueError("needs idle_w_per_cpu <= busy_w_per_cpu")
+        idle = (self.idle_low_w_per_cpu, self.idle_w_per_cpu, self.idle_high_w_per_cpu)
+        busy = (self.busy_low_w_per_cpu, self.busy_w_per_cpu, self.busy_high_w_per_cpu)
+        if list(idle) != sorted(idle) or list(busy) != sorted(busy):
+            raise ValueError("needs low <= middle <= high, for idle and for busy")
+        if any(a > b for a, b in zip(idle, busy, strict=True)):
+            raise ValueError("needs idle_w_per_cpu <= busy_w_per_cpu, and so their lows and their highs")
         return self
 
 

@@ -257,6 +257,11 @@ def write_process(
     (path / "stat").write_text(f"{pid} ({name}) {' '.join(map(str, fields))}\n")
 
 
+def write_busy(root: Path, ticks: int) -> None:
+    """The time that the CPUs of a proc tree have worked; they have been idle for twice as long."""
+    (root / "stat").write_text(f"cpu  {ticks} 0 0 {2 * ticks} 7 0 0 0 0 0\ncpu0 {ticks} 0 0 {2 * ticks} 7 0 0 0 0 0\n")
+
+
 def end_process(root: Path, pid: int) -> None:
     (root / str(pid) / "stat").unlink()
     (root / str(pid)).rmdir()

@@ -47,13 +47,15 @@ START_S = 1000.0
 STREAM_S = 30.0
 WINDOWS_A_STREAM = 500
 LIMIT_W = 700.0
-MODEL = CPUModel(0.74, 3.5, 0.5, 2.5, "bench")
+MODEL = CPUModel(0.74, 3.5, 0.37, 1.85, 1.75, 8.75, "bench")
 ACCOUNT = {
     "allow_estimates": True,
     "grid": {"gco2eq_per_kwh": 360.0, "source": "bench", "date": "2026-01-01"},
     "embodied": {"g_per_hour": 37.5, "low_g_per_hour": 16.7, "high_g_per_hour": 49.0, "source": "bench"},
     "cpu_model": {
-        "idle_w_per_cpu": 0.74, "busy_w_per_cpu": 3.5, "low_factor": 0.5, "high_factor": 2.5, "source": "bench"
+        "idle_w_per_cpu": 0.74, "busy_w_per_cpu": 3.5,
+        "idle_low_w_per_cpu": 0.37, "idle_high_w_per_cpu": 1.85,
+        "busy_low_w_per_cpu": 1.75, "busy_high_w_per_cpu": 8.75, "source": "bench"
     },
 }  # fmt: skip
 

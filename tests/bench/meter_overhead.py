@@ -20,7 +20,7 @@ from deployments.flights import Flight, Flights, Tokens
 from deployments.meter import Meter
 from tests.fake_counters import ManualClock, write_zone
 
-MODEL = CPUModel(0.74, 3.5, 0.5, 2.5, "bench")
+MODEL = CPUModel(0.74, 3.5, 0.37, 1.85, 1.75, 8.75, "bench")
 
 
 def per_call_us(call: object, number: int) -> float:

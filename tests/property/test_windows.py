@@ -374,7 +374,7 @@ def test_shares_and_idle_are_the_total(
 def modelled_bench(seed: int) -> Bench:
     """A bench whose counter is the CPU model's, over CPU time that grows in steps."""
     bench = Bench([(1.0, 100.0)], seed, seconds=0.0)
-    model = CPUModel(0.5, 4.0, 0.5, 2.0, "a test")
+    model = CPUModel(0.5, 4.0, 0.25, 1.0, 2.0, 8.0, "a test")
 
     class CPUTime:
         def read_s(self, now_s: float) -> float:

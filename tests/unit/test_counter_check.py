@@ -82,7 +82,15 @@ def test_without_power_nothing_is_said() -> None:
 def test_counter_that_never_moves() -> None:
     """A counter that stands still has no period, and nothing to compare."""
     assert watched(0.0).describe()["checks"] == [
-        {"source": "gpu:x", "seconds": CHECK_S, "period_s": None, "counter_j": None, "power_j": None, "agrees": None}
+        {
+            "source": "gpu:x",
+            "seconds": CHECK_S,
+            "period_s": None,
+            "counter_j": None,
+            "power_j": None,
+            "agrees": None,
+            "loaded": False,
+        }
     ]
 
 
@@ -112,7 +120,116 @@ def test_check_by_hand() -> None:
     check = CounterCheck("x")
     for tick in range(12):
         check.add(float(tick), float(tick // 2 * 10), 5.0)
-    assert check.found == Check("x", 8.0, 2.0, 40.0, 40.0, agrees=True)
+    assert check.found == [Check("x", 8.0, 2.0, 40.0, 40.0, agrees=True)]
+
+
+class Hardware:
+    """A counter of 100 ms steps that is right when idle, and counts ``part`` of what is used above 100 W."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.watts, self.part = 100.0, 1.0
+        self.asked = 0
+        self.joules = 0.0
+        outer = self
+
+        class Counter(FakeCounter):
+            def power_w(self) -> float | None:
+                outer.asked += 1
+                return outer.watts
+
+        self.source = Counter(lambda now_s: self.joules, name="gpu:x", max_age_s=None)
+        self.meter = Meter([self.source], clock=self.clock)
+
+    def run(self, seconds: float, watts: float, step_s: float = 0.1) -> None:
+        self.watts = watts
+        for _ in range(round(seconds / step_s)):
+            self.clock.now_s += step_s
+            self.joules += step_s * (min(watts, 100) + self.part * max(watts - 100, 0))
+            self.meter.poll_once()
+
+    @property
+    def disagrees(self) -> bool:
+        return "counter_disagrees" in self.meter.window(self.clock.now_s - 2, self.clock.now_s - 1).flags
+
+
+def test_counter_that_is_wrong_under_load_is_found() -> None:
+    """A counter that is right at 100 W and 40 % low above that passes at rest, and is flagged once it works.
+
+    At 700 W it counts 100 + 0.6 * 600 = 460 W, 34 % low.
+    """
+    gpu = Hardware()
+    gpu.part = 0.6
+    gpu.run(60, 100)
+    assert not gpu.disagrees
+    gpu.run(60, 700)
+    assert gpu.disagrees
+    idle, loaded = gpu.meter.describe()["checks"]  # type: ignore[misc]
+    assert (idle["agrees"], idle["loaded"]) == (True, False)
+    assert (loaded["agrees"], loaded["loaded"]) == (False, True)
+    assert loaded["counter_j"] / loaded["power_j"] == pytest.approx(460 / 700, rel=0.01)
+
+
+def test_disagreement_holds_at_rest_until_load_tells_otherwise() -> None:
+    """What was found under load is not outdone by a check at rest, but by the next one under load."""
+    gpu = Hardware()
+    gpu.part = 0.6
+    gpu.run(60, 100)
+    gpu.run(60, 700)
+    gpu.run(700, 100, step_s=0.5)
+    assert gpu.disagrees
+    gpu.part = 1.0
+    gpu.run(60, 700)
+    assert not gpu.disagrees
+
+
+def test_counter_is_checked_again_every_day_and_after_a_reset() -> None:
+    """A counter that goes wrong is found at the next daily check; a reset brings one at once."""
+    gpu = Hardware()
+    gpu.run(20, 50)
+    gpu.watts, gpu.part = 100.0, 1.0
+    gpu.run(100, 60)
+    honest = gpu.joules
+    assert not gpu.disagrees
+    gpu.source.value = lambda now_s: gpu.joules + (gpu.joules - honest)  # twice as much from now on
+    gpu.run(600, 60, step_s=0.5)
+    assert not gpu.disagrees
+    gpu.clock.now_s += 86_400
+    gpu.run(40, 60)
+    assert gpu.disagrees
+    reset_j = gpu.joules
+    gpu.source.value = lambda now_s: gpu.joules - reset_j
+    gpu.run(CHECK_S + 2, 60)
+    assert not gpu.disagrees
+
+
+def test_load_that_begins_first_is_not_taken_for_idle() -> None:
+    """A wrapper that starts under load finds the idle power later, and then both findings."""
+    gpu = Hardware()
+    gpu.run(60, 700)
+    gpu.run(60, 100)
+    checks: Any = gpu.meter.describe()["checks"]
+    assert [(check["loaded"], check["agrees"]) for check in checks] == [(False, True), (True, True)]
+
+
+def test_power_that_jumps_while_it_is_watched_tells_nothing() -> None:
+    """Power that is smeared over a second can't be compared while it rises from 100 W to 700 W: it is tried again."""
+    gpu = Hardware()
+    gpu.run(5, 100)
+    gpu.run(6, 700)
+    assert gpu.meter.describe()["checks"] == []
+    gpu.run(60, 700)
+    [check] = gpu.meter.describe()["checks"]  # type: ignore[misc]
+    assert check["agrees"] is True
+
+
+def test_power_is_read_seldom_between_checks() -> None:
+    """Reading the power costs, too: after a check it is read once in ten seconds."""
+    gpu = Hardware()
+    gpu.run(20, 100)
+    asked = gpu.asked
+    gpu.run(100, 100)
+    assert gpu.asked - asked <= 11
 
 
 # --- zeus --------------------------------------------------------------------------------------------------

@@ -18,7 +18,15 @@ from registry.settings import load_settings
 ROOT = Path(__file__).resolve().parents[2]
 PER_GPU = {"per": "gpu", "g_per_hour": 37.5, "low_g_per_hour": 16.7, "high_g_per_hour": 49.0, "source": "a sheet"}
 PER_MACHINE = {"per": "machine", "g_per_hour": 6.0, "low_g_per_hour": 4.0, "high_g_per_hour": 10.0, "source": "a sheet"}
-CPU_MODEL = {"idle_w_per_cpu": 1.0, "busy_w_per_cpu": 5.0, "low_factor": 0.5, "high_factor": 2.0, "source": "a test"}
+CPU_MODEL = {
+    "idle_w_per_cpu": 1.0,
+    "busy_w_per_cpu": 5.0,
+    "idle_low_w_per_cpu": 0.5,
+    "idle_high_w_per_cpu": 2.0,
+    "busy_low_w_per_cpu": 2.5,
+    "busy_high_w_per_cpu": 10.0,
+    "source": "a test",
+}
 
 
 def of_wrapper(
@@ -66,8 +74,22 @@ def of_wrapper(
             "needs low_g_per_hour <= g_per_hour <= high_g_per_hour",
         ),
         (
-            "cpu_model: {idle_w_per_cpu: 5, busy_w_per_cpu: 1, low_factor: 0.5, high_factor: 2, source: me}",
+            (
+                "cpu_model: {idle_w_per_cpu: 5, idle_low_w_per_cpu: 5, idle_high_w_per_cpu: 5, busy_w_per_cpu: 1, "
+                "busy_low_w_per_cpu: 1, busy_high_w_per_cpu: 1, source: me}"
+            ),
             "needs idle_w_per_cpu <= busy_w_per_cpu",
+        ),
+        (
+            (
+                "cpu_model: {idle_w_per_cpu: 5, idle_low_w_per_cpu: 6, idle_high_w_per_cpu: 7, busy_w_per_cpu: 9, "
+                "busy_low_w_per_cpu: 8, busy_high_w_per_cpu: 9, source: me}"
+            ),
+            "needs low <= middle <= high",
+        ),
+        (
+            "cpu_model: {idle_w_per_cpu: 1, busy_w_per_cpu: 5, low_factor: 0.5, high_factor: 2, source: me}",
+            "give idle_low_w_per_cpu, idle_high_w_per_cpu, busy_low_w_per_cpu and busy_high_w_per_cpu",
         ),
         ("machines: [{pue: 1.1}]", "energy.machines.0.match"),
         ("machines: [{match: {}}]", "needs machine, gpu_type or zone"),

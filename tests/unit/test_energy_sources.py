@@ -8,6 +8,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
+from deployments.cpu_time import CPUTimeTree
 from deployments.energy import CPUModel, Label, SCISettings
 from deployments.energy_sources import (
     CounterLost,
@@ -22,9 +23,10 @@ from deployments.energy_sources import (
     probe_sources,
 )
 from registry.errors import BadSettings
+from registry.settings import load_settings
 from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml, set_energy, write_process, write_zone
 
-MODEL = CPUModel(0.5, 4.0, 0.5, 2.0, "a data sheet")
+MODEL = CPUModel(0.5, 4.0, 0.25, 1.0, 2.0, 8.0, "a data sheet")
 ME = 4242
 
 
@@ -395,12 +397,34 @@ def test_estimate_does_not_spoil_a_measurement(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(
-    "figures", [(-1, 1, 1, 1), (2, 1, 1, 1), (0, 0, 1, 1), (1, 2, 0, 1), (1, 2, 1.1, 2), (1, 2, 1, 0.9)]
+    "figures",
+    [
+        (1, 2, -1, 1, 2, 2),
+        (2, 1, 2, 2, 1, 1),
+        (0, 0, 0, 0, 0, 0),
+        (1, 2, 1.1, 1, 2, 2),
+        (1, 2, 1, 0.9, 2, 2),
+        (1, 2, 1, 1, 2.1, 3),
+        (1, 2, 1, 3, 2, 2.5),
+    ],
 )
-def test_impossible_coefficients(figures: tuple[float, float, float, float]) -> None:
-    """Watts and factors that can't be are refused as bad settings."""
+def test_impossible_coefficients(figures: tuple[float, ...]) -> None:
+    """Watts that can't be, are not in order, or are more when idle than when busy are refused as bad settings."""
     with pytest.raises(BadSettings, match=r"energy\.cpu_model"):
-        CPUModel(*figures, source="nowhere")
+        CPUModel(*figures, source="nowhere")  # type: ignore[misc]
+
+
+def test_range_of_the_model_is_that_of_its_source(tmp_path: Path) -> None:
+    """configs/local.yaml: processors take 0.46 to 3.68 W idle and 1.69 to 8.96 W busy, per CPU.
+
+    4 CPUs idle for 10 s are 18.4 to 147.2 J around 29.6 J (two factors on 0.74 W reached 74 J only); with one of them
+    busy it is 30.7 to 200 J around 57.2 J.
+    """
+    settings = load_settings(Path("configs/local.yaml")).energy.cpu_model
+    assert settings is not None
+    source = CPUModelSource(CPUModel(**settings.model_dump()), CPUTimeTree(1, proc_root=tmp_path), cpus=4)
+    assert source.joules(10.0, 0.0) == pytest.approx((18.4, 29.6, 147.2))
+    assert source.joules(10.0, 10.0) == pytest.approx((30.7, 57.2, 200.0))
 
 
 def test_whatever_this_machine_has(tmp_path: Path) -> None:

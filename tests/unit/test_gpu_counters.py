@@ -29,7 +29,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
 
 
 def probed(tmp_path: Path) -> list[Source | Unreadable]:
-    model = CPUModel(0.5, 4.0, 0.5, 2.0, "a data sheet")
+    model = CPUModel(0.5, 4.0, 0.25, 1.0, 2.0, 8.0, "a data sheet")
     settings = SCISettings(1.0, "output_token", True, None, model)
     return probe_sources([UUID], pid=os.getpid(), settings=settings, powercap_root=tmp_path / "powercap")
 

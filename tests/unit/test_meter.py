@@ -30,7 +30,7 @@ class CPUTime:
 
 
 def cpu_model() -> CPUModelSource:
-    model = CPUModel(1.0, 5.0, 0.5, 2.0, "a test")
+    model = CPUModel(1.0, 5.0, 0.5, 2.0, 2.5, 10.0, "a test")
     return CPUModelSource(model, CPUTime(), cpus=4)  # type: ignore[arg-type]
 
 
@@ -436,3 +436,27 @@ def test_stop_without_start() -> None:
     source = steady(1.0)
     assert Meter([source]).stop() is True
     assert source.closed == 1
+
+
+def test_start_waits_for_the_first_step_of_every_counter() -> None:
+    """A window may begin as soon as the meter was started, even where a counter tells something at its steps only."""
+    reads = iter(range(10_000))
+    counter = FakeCounter(lambda now_s: float(next(reads) // 4), name="gpu:x", max_age_s=None)
+    meter = Meter([counter], poll_s=0.001)
+    meter.start()
+    start_s = meter.mark()
+    assert meter.stop()
+    for _ in range(12):
+        meter.poll_once()
+    assert "out_of_history" not in meter.window(start_s, meter.mark()).flags
+
+
+def test_start_does_not_wait_for_a_counter_that_stands_still(clock: ManualClock) -> None:
+    """A counter that never moves holds nothing up for longer than a second's polls."""
+    counter = FakeCounter(lambda now_s: 5.0, max_age_s=None)
+    meter = Meter([counter], clock=clock, poll_s=1.0)
+    meter.start()
+    assert meter.stop()
+    told = meter.describe()["sources"]
+    assert isinstance(told, list)
+    assert told[0]["readings"] >= 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments.cpu_time import ProcessTable
 from deployments.neighbours import Neighbours
 
 WORKER = """
@@ -78,3 +79,36 @@ def test_what_was_tidied_away_is_not_known(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "wrappers")
     with one.busy():
         assert one.others_worked() is None
+
+
+def test_wrappers_know_each_others_processes(tmp_path: Path) -> None:
+    """A wrapper that lives is known by its process, one's own is not told; the file of one that is gone is nobody."""
+    one = Neighbours(tmp_path, "a-0")
+    assert one.processes() == {}
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "works\n"
+        stat = ProcessTable().stat(worker.pid)
+        assert stat is not None
+        assert one.processes() == {worker.pid: stat.started}
+        worker.kill()
+        worker.wait()
+    assert one.processes() == {}
+
+
+def test_process_that_is_not_written_yet_is_not_known(tmp_path: Path) -> None:
+    """A file that does not tell its process means that it can't be told, as long as its wrapper lives."""
+    one, _other = Neighbours(tmp_path, "a-0"), Neighbours(tmp_path, "a-1")
+    (tmp_path / "a-1").write_text("")
+    assert one.processes() is None
+
+
+def test_wrapper_that_replaces_one_that_still_ends(tmp_path: Path) -> None:
+    """A wrapper of the same id takes over the file, though its old process still lives and works there."""
+    one, old = Neighbours(tmp_path, "a-0"), Neighbours(tmp_path, "a-1", process=(7, 70))
+    with old.busy():
+        new = Neighbours(tmp_path, "a-1", process=(8, 80))
+        with new.busy():
+            assert one.others_worked()
+        assert one.processes() == {8: 80}

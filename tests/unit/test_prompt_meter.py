@@ -26,7 +26,9 @@ from tests.fake_counters import FakeCounter, ManualClock
 GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}
 EMBODIED = {"g_per_hour": 3.6, "low_g_per_hour": 1.8, "high_g_per_hour": 7.2, "source": "a test"}
 CPU_MODEL = {
-    "idle_w_per_cpu": 1.0, "busy_w_per_cpu": 5.0, "low_factor": 0.5, "high_factor": 2.0, "source": "a test"
+    "idle_w_per_cpu": 1.0, "busy_w_per_cpu": 5.0,
+    "idle_low_w_per_cpu": 0.5, "idle_high_w_per_cpu": 2.0,
+    "busy_low_w_per_cpu": 2.5, "busy_high_w_per_cpu": 10.0, "source": "a test"
 }  # fmt: skip
 USAGE = {"prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10}
 WATTS = 100.0

@@ -219,7 +219,7 @@ def test_bounds_of_measured_and_modelled() -> None:
     curve = PowerCurve(START_S, [*steps, (9.0, 50.0)])
     ticks_s = [START_S - 0.05 + TICK_S * tick for tick in range(400)]
     gpu = FakeCounter(Ticks(curve.joules, ticks_s, 1e-3), name="gpu:x", max_age_s=None, step=1e-3)
-    cpu: Source = CPUModelSource(CPUModel(1.0, 5.0, 0.8, 1.5, "a test"), CPUTime(), cpus=4)  # type: ignore[arg-type]
+    cpu: Source = CPUModelSource(CPUModel(1.0, 5.0, 0.8, 1.5, 4.0, 7.5, "a test"), CPUTime(), cpus=4)  # type: ignore[arg-type]
     meter = Meter([gpu, cpu], clock=clock)
     while clock.now_s < START_S + 34:
         meter.poll_once()

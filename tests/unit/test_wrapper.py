@@ -19,6 +19,7 @@ import structlog
 from deployments import settling
 from deployments import wrapper as wrapper_module
 from deployments.engine import StopReport
+from deployments.machine_cpu import MachineCPU
 from deployments.model_cache import LocalModel
 from deployments.models import ModelSources
 from deployments.neighbours import Neighbours
@@ -196,6 +197,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
         monkeypatch.setattr(wrapper_module, "time", SimpleNamespace(monotonic=clock))
         monkeypatch.setattr(wrapper_module, "EngineHost", FakeHost)
         monkeypatch.setattr(wrapper_module, "ModelCache", FakeModels)
+        monkeypatch.setattr(MachineCPU, "strangers", lambda _, now_s: (False, now_s))  # other tests may run
         settings = WrapperSettings(prompt_max_s=5.0)
         sources = ModelSources(True, local_roots, tmp_path)
         config = WrapperConfig("a-0", 0, settings, EnergySettings(), sources, tmp_path, finish_prompts=finish)
@@ -368,7 +370,7 @@ async def test_a_measured_lease_is_watched(make: Make, tmp_path: Path) -> None:
     client.wrapper._meter.meter.poll_once()
     assert (await client.wrapper.report(UNTOLD)).lease_flags == ()
     with other.busy():
-        client.wrapper._meter.meter._look_for_strangers()
+        client.wrapper._meter.meter._contention.look(client.wrapper._meter.meter.mark())
     assert (await client.wrapper.report(UNTOLD)).lease_flags == ("contended",)
     await client.bind(4, FIRST)
     assert (await client.wrapper.report(UNTOLD)).lease_flags == ()

@@ -1,0 +1,27 @@
+"""How many CPUs this process may use: those that it may run on, or fewer if its container has a quota of CPU time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cpus_here(cgroup_root: Path = Path("/sys/fs/cgroup"), affinity: int | None = None) -> float:
+    """CPUs that this process may use, > 0, maybe a fraction.
+
+    In a container the cgroup's root is its own. Outside of one there is no quota there.
+
+    Source: Linux, Documentation/admin-guide/cgroup-v2 (cpu.max) and scheduler/sched-bwc (cpu.cfs_quota_us).
+    """
+    cpus = float(len(os.sched_getaffinity(0)) if affinity is None else affinity)
+    quotas = (_quota(cgroup_root, "cpu.max"), _quota(cgroup_root / "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    return min([cpus, *(quota for quota in quotas if quota is not None)])
+
+
+def _quota(folder: Path, *names: str) -> float | None:
+    """CPU time over its period, both in microseconds; None where there is no limit (``max``, or -1) or no such file."""
+    try:
+        quota_us, period_us = " ".join((folder / name).read_text() for name in names).split()
+        return int(quota_us) / int(period_us) if int(quota_us) > 0 and int(period_us) > 0 else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,113 @@
+"""The CPU time of a machine: this wrapper's, that of the other wrappers there, and that of strangers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from deployments.cpu_time import TICKS_PER_S, CPUTimeTree, ProcessTable
+
+_FIND_S = 1.0
+"""How often other wrappers are looked for, seconds."""
+STRANGERS_CORES = 0.5
+STRANGERS_PART = 0.01
+"""Strangers are at work when they use more than half a core, and more than 1 % of the machine: Ray's own processes,
+the registry, proxies and the system's services take less, up to some tenths of a core, and grow with the machine.
+Half a core is 1 to 4 W (configs/local.yaml: 1.69 to 8.96 W per busy processor)."""
+
+
+class _Look(NamedTuple):
+    """CPU-seconds at a time: of the whole machine, and of all wrappers."""
+
+    at_s: float
+    busy_s: float
+    wrappers_s: float
+
+
+class MachineCPU:
+    """CPU time by who uses it. Not thread-safe.
+
+    Args:
+        pid: This wrapper's process.
+        others: The processes of the other wrappers on the machine, each with its start (ticks since boot); None if
+            that can't be told.
+        proc_root: Where proc is mounted. In a container /proc/stat is the host's, so processes outside are strangers.
+        rescan_s: How often new descendants of the wrappers are looked for, seconds.
+        processors: How many CPUs there are; None: those of this machine.
+
+    Source: proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        *,
+        others: Callable[[], Mapping[int, int] | None] = dict,
+        proc_root: Path = Path("/proc"),
+        rescan_s: float = 1.0,
+        processors: int | None = None,
+    ) -> None:
+        self._table = ProcessTable(proc_root)
+        self._rescan_s = rescan_s
+        self._processors = processors
+        self.tree = self._tree(pid)
+        self._find_others = others
+        self._others: dict[tuple[int, int], CPUTimeTree] = {}
+        self._gone_s = 0.0
+        self._unseen = False
+        self._found_s: float | None = None
+        self._last: _Look | None = None
+        self._looked_s: float | None = None
+
+    def _tree(self, pid: int) -> CPUTimeTree:
+        return CPUTimeTree(pid, table=self._table, rescan_s=self._rescan_s, processors=self._processors)
+
+    def wrappers_s(self, now_s: float) -> tuple[float, float] | None:
+        """CPU-seconds of this wrapper, and of all others, since the first call; None if one of those can't be seen."""
+        try:
+            if self._found_s is None or now_s - self._found_s >= _FIND_S:
+                self._found_s = now_s
+                self._find(now_s)
+            own_s = self.tree.read_s(now_s)
+            others_s = self._gone_s + sum(tree.read_s(now_s) for tree in self._others.values())
+        except (OSError, ValueError):
+            return None
+        return None if self._unseen else (own_s, others_s)
+
+    def _find(self, now_s: float) -> None:
+        found = self._find_others()
+        self._unseen = found is None
+        living = dict(found or {})
+        for pid, started in living.items():
+            stat = self._table.stat(pid)
+            if stat is None or stat.started != started:
+                self._unseen = True  # it lives in another pid namespace
+            elif (pid, started) not in self._others:
+                self._others[pid, started] = self._tree(pid)
+        if found is not None:
+            for gone in self._others.keys() - living.items():
+                self._gone_s += self._others.pop(gone).read_s(now_s)
+
+    def strangers(self, now_s: float) -> tuple[bool | None, float]:
+        """Whether anything but wrappers has used the CPUs since the last call; None: can't be told. And since when."""
+        ours, busy_s = self.wrappers_s(now_s), self._busy_s()
+        last, since_s = self._last, now_s if self._looked_s is None else self._looked_s
+        self._looked_s = now_s
+        self._last = None if ours is None or busy_s is None else _Look(now_s, busy_s, sum(ours))
+        if self._last is None or last is None or now_s <= last.at_s:
+            return None, since_s
+        strange_s = self._last.busy_s - last.busy_s - (self._last.wrappers_s - last.wrappers_s)
+        most_s = max(STRANGERS_CORES, STRANGERS_PART * self.tree.processors) * (now_s - last.at_s)
+        # Wrappers that have used more than the machine did: these can't be figures of the same machine.
+        return None if strange_s < -most_s else strange_s > most_s, since_s
+
+    def _busy_s(self) -> float | None:
+        """CPU-seconds that the machine has worked since boot, steal included; None if it does not tell."""
+        try:
+            with (self._table.root / "stat").open(encoding="ascii") as file:
+                user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
+        except (OSError, ValueError):
+            return None
+        # Sandboxes show zeros.
+        return (user + nice + system + irq + softirq + steal) / TICKS_PER_S or None

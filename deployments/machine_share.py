@@ -1,0 +1,148 @@
+"""One wrapper's share of what counters of the whole machine count, where several wrappers are on it.
+
+What a machine takes is partly there whoever works (idle power), and partly goes with the work. So for any machine whose
+power grows linearly with CPU time, a wrapper's part lies between its share by reservation, 1/n of n wrappers, and its
+share of the wrappers' CPU time. Both shares, and so their mean, add up to the machine over all wrappers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from deployments.energy import Component, Label, worst
+from deployments.machine_cpu import MachineCPU
+from deployments.source import CounterLost, Source, Unreadable
+
+_FRESH_S = 0.01
+"""Zones that are read one after the other in one poll are divided alike."""
+
+
+class CPUPart:
+    """Tells which part of the wrappers' CPU time since the last poll was this wrapper's. Not thread-safe."""
+
+    def __init__(self, cpu: MachineCPU, on_machine: int) -> None:
+        self.on_machine = on_machine
+        self._cpu = cpu
+        self._at_s: float | None = None
+        self._last: tuple[float, float] | None = None
+        self._part: float | None = None
+
+    def since_last(self, now_s: float) -> float | None:
+        """0 to 1; 1/n while no wrapper works; None if that can't be told."""
+        if self._at_s is None or now_s - self._at_s >= _FRESH_S:
+            last, self._last = self._last, self._cpu.wrappers_s(now_s)
+            self._at_s = now_s
+            self._part = None
+            if last is not None and self._last is not None:
+                own_s, others_s = self._last[0] - last[0], self._last[1] - last[1]
+                self._part = own_s / (own_s + others_s) if own_s + others_s > 0 else 1 / self.on_machine
+        return self._part
+
+
+class MachineShare(Source):
+    """A wrapper's share of one counter of the whole machine: the mean of both shares, or the larger one.
+
+    A meter has both as sources of one name, and `joined` makes one component of them. Each reads a counter of its own.
+    """
+
+    label = Label.MODELED
+
+    def __init__(self, counter: Source, cpu: CPUPart, which: Literal["mean", "larger"]) -> None:
+        self._counter, self._cpu, self._which = counter, cpu, which
+        self.name, self.method = counter.name, counter.method
+        self.max_age_s, self.step = counter.max_age_s, counter.step
+        self._last: float | None = None
+        self._share = 0.0
+        self._told_limit()
+
+    @property
+    def counter_label(self) -> Label:
+        """The label of what is divided."""
+        return self._counter.label
+
+    @property
+    def origin(self) -> str:  # type: ignore[override] - that of the counter may change
+        """How the figure comes about, in words."""
+        wrappers = self._cpu.on_machine
+        return f"share of one of {wrappers} wrappers, by reservation and by CPU time, of: {self._counter.origin}"
+
+    def _told_limit(self) -> None:
+        self.limit_w, self.default_limit_w = self._counter.limit_w, self._counter.default_limit_w
+
+    def read_limit(self) -> None:
+        """Read the power limit of the whole again."""
+        self._counter.read_limit()
+        self._told_limit()
+
+    def read(self, now_s: float) -> float:
+        """Joules of the share since the first reading."""
+        part = self._cpu.since_last(now_s)
+        try:
+            joules = self._counter.read(now_s)
+        except CounterLost:
+            self._last = None
+            raise
+        if self._last is not None:
+            if joules < self._last:
+                self._last = None
+                raise CounterLost("counter_reset")
+            self._share += self._part(part) * (joules - self._last)
+        self._last = joules
+        return self._share
+
+    def _part(self, by_cpu_time: float | None) -> float:
+        by_reservation = 1 / self._cpu.on_machine
+        if self._which == "mean":
+            return by_reservation if by_cpu_time is None else (by_reservation + by_cpu_time) / 2
+        return 1.0 if by_cpu_time is None else max(by_reservation, by_cpu_time)
+
+    def close(self) -> None:
+        """Give the counter back."""
+        self._counter.close()
+
+
+def shares(
+    counters: Sequence[Source | Unreadable], again: Sequence[Source | Unreadable], cpu: CPUPart
+) -> list[Source | Unreadable]:
+    """The two sources for each counter of the whole machine, which was probed twice: each has a reader of its own."""
+    found: list[Source | Unreadable] = []
+    for one, other in zip(counters, again, strict=True):
+        if isinstance(one, Unreadable) or isinstance(other, Unreadable):
+            found.append(other if isinstance(other, Unreadable) else one)
+        else:
+            found += [MachineShare(one, cpu, "mean"), MachineShare(other, cpu, "larger")]
+    return found
+
+
+def joined(parts: Iterable[Component]) -> list[Component]:
+    """Components, those of a mean and of the larger share (of one name, one after the other) as one of them.
+
+    The mean is the figure. As it lies in the middle, the smaller share is as far below it as the larger is above.
+    """
+    found: list[Component] = []
+    for part in parts:
+        if found and found[-1].name == part.name:
+            found[-1] = _pair(found[-1], part)
+        else:
+            found.append(part)
+    return found
+
+
+def _pair(mean: Component, larger: Component) -> Component:
+    flags = tuple(sorted({*mean.flags, *larger.flags}))
+    if mean.joules is None or mean.low_j is None or larger.high_j is None:
+        return replace(mean, flags=flags)
+    if larger.joules is None:
+        return replace(larger, flags=flags)
+    high_j = max(larger.high_j, mean.joules)
+    low_j = min(max(2 * mean.low_j - high_j, 0.0), mean.joules)
+    return replace(
+        mean,
+        label=worst((Label.MODELED, mean.label)),
+        low_j=low_j,
+        high_j=high_j,
+        systematic_j=max(high_j - mean.joules, mean.joules - low_j),
+        flags=flags,
+    )
