@@ -108,8 +108,8 @@ def counted(
         source=source.origin,
         label=worst((source.label, Label.MODELED)) if modeled else source.label,
         joules=mid.mid,
-        low_j=low.low,
-        high_j=high.high,
+        low_j=min(low.low, mid.mid),  # they differ by rounding only
+        high_j=max(high.high, mid.mid),
         resolution_j=max(high.mid - mid.mid, mid.mid - low.mid),
         systematic_j=min(max(more.high - mid.mid, mid.mid - less.low), max(high.high - mid.mid, mid.mid - low.low)),
         counter_label=source.counter_label,
@@ -176,8 +176,8 @@ def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
     errors = [max(mid - low, high - mid) for low, mid, high, _, _ in levels]
     in_low, in_mid, in_high = (_of(changes, errors) for changes in parts.changes)
     blur = _of(parts.changes[1], [level.systematic for level in levels])
-    low_j = source.joules(parts.reserved_low_s, max(least - in_low, 0.0)).low
-    high_j = source.joules(parts.reserved_high_s, most + in_high).high
+    low_j = min(source.joules(parts.reserved_low_s, max(least - in_low, 0.0)).low, share.mid)
+    high_j = max(source.joules(parts.reserved_high_s, most + in_high).high, share.mid)
     less_j = source.joules(parts.reserved_low_s, max(least - blur, 0.0)).low
     more_j = source.joules(parts.reserved_high_s, most + blur).high
     return Component(

@@ -197,16 +197,16 @@ class _Run:
         else:
             rate = 2 * self._trend() if max_rate is None else max_rate
             high = self.units[last] + step + rate * (time_s - self.before_s[last])
-        mid = min(mid, high)
+        mid = max(low, min(mid, high))
         systematic = min(systematic, max(high - mid, mid - low))
         return Level(low, mid, high, provisional=ceiling > last, systematic=systematic)
 
     def _inside(self, left: int, time_s: float) -> tuple[float, float]:
         """E(t) between an edge and the next, and its systematic error.
 
-        With the power of idle time known, the error is due to edges that are seen late: an edge that is taken to be
-        up to w/2 too late, or too early, moves on average P w² / 8T past the begin or the end of work of power P, T
-        being the time between edges. With a straight line it is a sixth of T times the change of the power.
+        An edge that is taken to be up to w/2 too late, or too early, moves on average P w² / 8T past the begin or the
+        end of work of power P, T being the time between edges. A straight line adds a sixth of T times the change of
+        the power.
         """
         start_s, end_s = self._mid_s(left), self._mid_s(left + 1)
         flowed = self.units[left + 1] - self.units[left]
@@ -219,17 +219,19 @@ class _Run:
         idle_s = span_s - busy_s
         if busy_s <= 0 or flowed <= 0:
             return line, 0.0
+        late_s = max(self.seen_s[index] - self.before_s[index] for index in (left, left + 1))
+        blur_s = late_s**2 / (8 * max(span_s, late_s))
         if idle_s <= 0:
-            return line, abs(self._power(left - 1, left, 0.0) - self._power(left + 1, left + 2, 0.0)) * span_s / 6
+            change = abs(self._power(left - 1, left, 0.0) - self._power(left + 1, left + 2, 0.0))
+            return line, change * (span_s / 6 + blur_s)
         idle = self._idle.before(activity.next_begin_s(start_s), self, activity)
         if idle is None:  # it can't be less than none at all
-            return line, self._power(left - 1, left + 2, 0.0) * span_s / 6
+            return line, self._power(left - 1, left + 2, 0.0) * (span_s / 6 + blur_s)
         busy_before_s = activity.busy_s(start_s, time_s)
         idle_before_s = time_s - start_s - busy_before_s
         idle_rate = min(idle.rate, flowed / idle_s)
         mid = self.units[left] + idle_rate * idle_before_s + (flowed - idle_rate * idle_s) * (busy_before_s / busy_s)
-        late_s = max(self.seen_s[index] - self.before_s[index] for index in (left, left + 1))
-        blur = self._power(left - 1, left + 2, idle.rate) * late_s**2 / (8 * max(span_s, late_s))
+        blur = self._power(left - 1, left + 2, idle.rate) * blur_s
         return mid, blur + idle.error * abs(idle_before_s - idle_s * (busy_before_s / busy_s))
 
     def _power(self, first: int, last: int, idle_rate: float) -> float:
@@ -284,6 +286,7 @@ class Track:
         self._last_units: float | None = None
         self._last_asked_s = 0.0
         self._thin_at = 0
+        self._edges_s: deque[float] = deque(maxlen=3)
         self._waits = [0] * _BINS
         self._waited = 0
         self._citable_s: float | None = None
@@ -298,23 +301,24 @@ class Track:
         run = self._runs[-1]
         if self._max_age_s is not None:
             # Known to be fresh, so a flat stretch is knowledge too: keep its first and its last reading.
+            self._waits_for(asked_s - self._max_age_s, answered_s)
             if len(run.units) > 1 and run.units[-2] == run.units[-1] == units:
                 run.stay(asked_s - self._max_age_s, answered_s)
             else:
                 run.append(asked_s - self._max_age_s, answered_s, units)
-                self._waits_for(run)
         elif last is not None and units > last:
             run.append(self._last_asked_s, answered_s, units)
-            self._waits_for(run)
+            self._waits_for(self._last_asked_s, answered_s)
         self._last_units, self._last_asked_s = units, asked_s
         if len(run.units) > self._thin_at and len(run.units) > 1:
             run.thin(self._history_s)
             # Thin again when as much has come as was left: a constant cost per reading.
             self._thin_at = len(run.units) + max(len(run.units) // 2, 1000)
 
-    def _waits_for(self, run: _Run) -> None:
-        if len(run.units) > 2:  # an edge is missed by a window that begins just before, so it takes three
-            self._waits[min(int((run.seen_s[-1] - run.before_s[-3]) / _BIN_S), _BINS - 1)] += 1
+    def _waits_for(self, before_s: float, seen_s: float) -> None:
+        self._edges_s.append(before_s)
+        if len(self._edges_s) == 3:  # a window that begins just after the first of them misses the second
+            self._waits[min(int((seen_s - self._edges_s[0]) / _BIN_S), _BINS - 1)] += 1
             self._waited += 1
 
     @property
@@ -334,6 +338,7 @@ class Track:
         """The counter's continuity is broken: nothing is known of windows that span this moment."""
         self._runs.append(_Run(why, self._activity))
         self._last_units = None
+        self._edges_s.clear()
         self._thin_at = 0
 
     def settled(self, time_s: float) -> bool:

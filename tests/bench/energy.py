@@ -26,7 +26,7 @@ from deployments.cpu_time import CPUTimeTree
 from deployments.energy import CPUModel
 from deployments.energy_sources import CPUModelSource, GPUCounter, PowercapZone, Source
 from deployments.engine import RunningLLM
-from deployments.flights import Flight
+from deployments.flights import Flight, Tokens
 from deployments.lease_gate import LeaseGate
 from deployments.meter import Meter
 from deployments.prompt_meter import PromptMeter
@@ -179,6 +179,9 @@ class NoMeter:
         pass
 
     def require_budget(self) -> None:
+        pass
+
+    def counted(self, flight: Flight, tokens: Tokens) -> None:
         pass
 
     def account(self, flight: Flight, **_: object) -> dict[str, Any]:

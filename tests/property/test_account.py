@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import pairwise
+from statistics import fmean, stdev
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,8 @@ START_S = 1000.0
 FIRST_S = START_S + 2.0
 LAST_S = START_S + 16.0
 POLL_S = 0.05
+ROUNDING_J = 1e-4
+"""A counter of 10 GJ is a float whose last digit is 2 µJ."""
 
 prompts = st.lists(
     st.tuples(st.integers(0, 700), st.integers(5, 400), st.integers(0, 2000), st.integers(1, 300)),
@@ -32,7 +35,7 @@ prompts = st.lists(
 class World:
     """A GPU of 40 to 100 W when idle, and of a power of its own between any two changes of what is in flight.
 
-    Its counter ticks every 20 to 120 ms, and stands still for a while if it is to.
+    Its counter ticks every 20 to 120 ms, and stands still for a while if it is to. It may have run for years before.
     """
 
     def __init__(
@@ -53,8 +56,9 @@ class World:
         while ticks_s[-1] < LAST_S + 1:
             ticks_s.append(ticks_s[-1] + period_s * chance.uniform(0.7, 1.2))
         ticks_s = [tick_s for tick_s in ticks_s if not still_s < tick_s < min(still_s + stall_s, LAST_S - 0.5)]
+        ticks, before_j = Ticks(self.curve.joules, ticks_s, 1e-3), chance.choice([0.0, 1e6, 1e10])
         counter = FakeCounter(
-            Ticks(self.curve.joules, ticks_s, 1e-3), name="gpu:x", max_age_s=None, step=1e-3, limit_w=700.0
+            lambda now_s: before_j + ticks(now_s), name="gpu:x", max_age_s=None, step=1e-3, limit_w=700.0
         )
         self.clock = ManualClock(START_S)
         self.meter = Meter([counter], clock=self.clock)
@@ -116,7 +120,7 @@ class World:
 def contains(energy: Energy, joules: float) -> bool:
     assert energy.low_j is not None
     assert energy.high_j is not None
-    return energy.low_j - 1e-6 <= joules <= energy.high_j + 1e-6
+    return energy.low_j - ROUNDING_J <= joules <= energy.high_j + ROUNDING_J
 
 
 weights = st.sampled_from(
@@ -145,4 +149,49 @@ def test_bounds_and_sums(
     assert contains(idle, sum(world.flowed_j(a, b) for a, b in world.idle()))
     assert contains(whole, world.flowed_j(START_S + 1, LAST_S))
     parts_j = [energy.total_j or 0.0 for energy in (*energies, idle)]
-    assert sum(parts_j) == pytest.approx(whole.total_j, rel=1e-9)
+    assert sum(parts_j) == pytest.approx(whole.total_j, abs=ROUNDING_J)
+
+
+def mean_of_equal_prompts(seed: int) -> tuple[float, float, float]:
+    """The mean error of 100 equal prompts, what it may be by chance, and their mean systematic error, J.
+
+    On a counter of any kind, looked at in any rhythm; prompts may follow each other too fast to know the idle power.
+    """
+    chance = random.Random(seed)
+    period_s, jitter = chance.choice([0.02, 0.05, 0.07, 0.1]), chance.choice([0.0, 0.1, 0.3])
+    poll_s, late_s = chance.choice([0.02, 0.05, 0.1]), chance.choice([0.002, 0.01])
+    length_s, pause_s = chance.uniform(0.2, 1.0), chance.choice([0.05, 0.3, 1.0])
+    idle_w = chance.choice([40.0, 100.0, 300.0])
+    active_w = idle_w + chance.choice([20.0, 100.0, 350.0])
+    changes_s = [START_S + chance.choice([0.1, 3.0])]
+    for _ in range(100):
+        begin_s = changes_s[-1]
+        changes_s += [begin_s + length_s, begin_s + length_s + pause_s * chance.uniform(0.5, 1.5)]
+    powers = [idle_w, *[active_w, idle_w] * 100]
+    times_s = pairwise([START_S, *changes_s])
+    curve = PowerCurve(START_S, [(b - a, watts) for (a, b), watts in zip(times_s, powers, strict=True)])
+    ticks_s = [START_S - period_s]
+    while ticks_s[-1] < changes_s[-1] + 2:
+        ticks_s.append(ticks_s[-1] + period_s * chance.uniform(1 - jitter, 1 + jitter))
+    clock = ManualClock(START_S)
+    counter = FakeCounter(Ticks(curve.joules, ticks_s, 1e-3), name="gpu:x", max_age_s=None, step=1e-3)
+    meter = Meter([counter], clock=clock, poll_s=poll_s)
+    noted = 0
+    while clock.now_s < changes_s[-1] + 1:
+        while noted < 200 and changes_s[noted] <= clock.now_s:
+            (meter.work_ends if noted % 2 else meter.work_begins)(changes_s[noted])
+            noted += 1
+        meter.poll_once()
+        clock.now_s += poll_s + chance.expovariate(1 / late_s)
+    found = [meter.window(*changes_s[index : index + 2], estimate_short=True) for index in range(6, 200, 2)]
+    joules = [energy.total_j for energy in found if energy.total_j is not None]
+    systematic_j = [energy.systematic_j for energy in found if energy.systematic_j is not None]
+    assert len(joules) == len(found)
+    return fmean(joules) - active_w * length_s, stdev(joules) / len(joules) ** 0.5, fmean(systematic_j)
+
+
+def test_systematic_error_covers_the_bias() -> None:
+    """The mean of equal prompts is wrong by no more than their systematic error, beyond three standard errors."""
+    for seed in range(60):
+        error_j, chance_j, systematic_j = mean_of_equal_prompts(seed)
+        assert abs(error_j) <= systematic_j + 3 * chance_j

@@ -194,6 +194,14 @@ def test_shortest_prompt_is_told() -> None:
     assert 2 * TICK_S + POLL_S <= source["citable_s"] <= 2 * (TICK_S + POLL_S)
 
 
+def test_shortest_prompt_of_a_model_at_rest() -> None:
+    """A counter that is known to be fresh tells as much while it stands still: two readings and its age are enough."""
+    track = Track(max_age_s=0.01, step=0.01, max_rate=4.0, history_s=60.0, stale_s=0.5)
+    for reading in range(400):
+        track.add(reading / 20, reading / 20, 0.01 * (reading // 40))
+    assert track.citable_s == pytest.approx(0.11, abs=0.006)
+
+
 # --- with a part that has a model -----------------------------------------------------------------------------
 
 
