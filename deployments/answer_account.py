@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from pydantic import TypeAdapter
 from starlette.types import Message, Send
@@ -23,6 +24,9 @@ ENERGY_HEADER = b"x-greenprompt-energy"
 ENERGY_FIELD = b"greenprompt"
 WARMUP_HEADER = "X-GreenPrompt-Warmup"
 """Marks a prompt as a warm-up (``true``): its record says so, and it is no part of what is counted."""
+PROMPT_HEADER = "X-GreenPrompt-Prompt"
+"""The client's own name of a prompt, percent-encoded; the same for the same question in every lease."""
+PROMPT_ID_LIMIT = 1024
 EVENT_STREAM = b"text/event-stream"
 
 _USAGE = b'"usage":{'
@@ -127,6 +131,18 @@ def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     if any(value not in {b"true", b"false"} for value in values) or len(set(values)) > 1:
         raise InvalidField(WARMUP_HEADER, "needs true or false")
     return b"true" in values
+
+
+def prompt_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """Return the client's own name of a prompt, from its headers (as ASGI has them); None without one.
+
+    Raises:
+        InvalidField: it has more than PROMPT_ID_LIMIT characters.
+    """
+    value = next((value for name, value in headers if name == PROMPT_HEADER.lower().encode()), b"")
+    if len(value) > PROMPT_ID_LIMIT:
+        raise InvalidField(PROMPT_HEADER, f"needs at most {PROMPT_ID_LIMIT} characters")
+    return unquote(value.decode("ascii", errors="replace")) or None
 
 
 def content_type_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -134,7 +134,7 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
     _start_registry(settings)
     application = serve.status().applications.get(INGRESS_APP)
     if application is None or application.status is not ApplicationStatus.RUNNING:
-        config = IngressConfig(model_sources(settings), settings.models.allow_remote_code)
+        config = IngressConfig(model_sources(settings), settings.models.allow_remote_code, settings.state_dir)
         serve.run_many([serve.RunTarget(ingress.deployment(config), name=INGRESS_APP, route_prefix="/")])
     _wait_until_ready(settings, usable=settings.ray.address is None)
     return Running(settings.base_url, dashboard)

@@ -22,14 +22,13 @@ class Parts:
 
     ``times_s`` has those two times and all between them at which that changed: one more than there are parts. ``mid``
     is one division of the whole: the parts of all prompts in flight are 1 at any time. ``low`` and ``high`` are the
-    least and the most that the part can be; ``in_flight`` says how many prompts were, itself among them.
+    least and the most that the part can be.
     """
 
     times_s: Sequence[float]
     mid: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
-    in_flight: Sequence[int] = (1,)
 
     @property
     def alone(self) -> bool:
@@ -188,7 +187,7 @@ def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
         low_j=low_j,
         high_j=high_j,
         resolution_j=source.joules(parts.reserved_s, units + in_mid).mid - share.mid,
-        systematic_j=min(max(share.mid - less_j, more_j - share.mid), max(share.mid - low_j, high_j - share.mid)),
+        systematic_j=min(max(share.mid - less_j, more_j - share.mid, 0.0), max(share.mid - low_j, high_j - share.mid)),
         counter_label=source.counter_label,
         flags=("shared",),
     )

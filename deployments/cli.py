@@ -6,33 +6,50 @@ import os
 import signal
 import sys
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated
 
 import httpx
+import stamina
 import typer
 from rich.console import Console
 
 from deployments.overview import drain_note, overview
 from registry.api import MachineState
-from registry.client import RegistryClient
+from registry.client import UNEXPECTED, AnswerError, RegistryClient
 from registry.errors import RegistryError
 from registry.settings import Settings, load_settings
-
-EXIT_UNUSABLE = 2
-"""Exit status when the configuration or the surroundings don't allow the command."""
 
 EXIT_NOT_YET = 1
 """Exit status when what was waited for did not come about."""
 
+EXIT_UNUSABLE = 2
+"""Exit status when the command line, the configuration or the surroundings don't allow the command."""
+
+EXIT_UNREACHABLE = 3
+"""Exit status when no registry answers, or it can't at the moment."""
+
+EXIT_NOT_FOUND = 4
+"""Exit status when the registry does not know what the command names, or has forgotten it."""
+
+EXIT_REFUSED = 5
+"""Exit status when the registry refuses the command."""
+
 EXIT_INTERRUPTED = 130
 """Exit status after Ctrl-C, as a shell gives it."""
+
+EXIT_STATUSES = (
+    "Exit status: 0 done; 1 what was waited for did not come about; 2 wrong usage or configuration; "
+    "3 no registry answers; 4 it does not know what was named; 5 it refuses; 130 Ctrl-C."
+)
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 app = typer.Typer(
     help="GreenPrompt LLM Registry: hands LLMs out exclusively, with an honest account of their energy.",
+    epilog=EXIT_STATUSES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -235,17 +252,30 @@ def _up_command(config: Path, address: str | None) -> list[str]:
     return [*command, "--address", address] if address else command
 
 
+def exit_status(error: RegistryError | httpx.TransportError) -> int:
+    """Return the exit status of a command that failed with this error."""
+    if isinstance(error, httpx.TransportError):
+        return EXIT_UNREACHABLE
+    if not isinstance(error, AnswerError):
+        return EXIT_UNUSABLE
+    if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE) and error.answer_code != UNEXPECTED:
+        return EXIT_NOT_FOUND
+    unavailable = error.status >= HTTPStatus.INTERNAL_SERVER_ERROR or error.answer_code == UNEXPECTED
+    return EXIT_UNREACHABLE if unavailable else EXIT_REFUSED
+
+
 def main() -> None:
-    """Entry point: every expected error is one line on standard error and exit status 2."""
+    """Entry point: every expected error is one line on standard error, and an exit status that tells its kind."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    stamina.instrumentation.set_on_retry_hooks(())  # calls are repeated silently; the last error is shown
     try:
         app()
     except RegistryError as error:
         problems.print(f"greenprompt: {error}", markup=False, highlight=False)
-        sys.exit(EXIT_UNUSABLE)
+        sys.exit(exit_status(error))
     except httpx.TransportError as error:
         problems.print(f"greenprompt: no registry answers there ({error})", markup=False, highlight=False)
-        sys.exit(EXIT_UNUSABLE)
+        sys.exit(exit_status(error))
 
 
 if __name__ == "__main__":

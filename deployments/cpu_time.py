@@ -85,7 +85,7 @@ class CPUTimeTree:
         self.processors = processors or os.cpu_count() or 1
         self._root = pid
         self._table = table or ProcessTable(proc_root)
-        self._rescan_s = rescan_s
+        self.rescan_s = rescan_s
         self._known: dict[int, ProcessStat] = {}
         self._scanned_s: float | None = None
         self._read_s: float | None = None
@@ -123,9 +123,11 @@ class CPUTimeTree:
         """Whether this process can be seen from here."""
         return self._table.stat(pid) is not None
 
-    def refresh(self, now_s: float) -> None:
-        """Look for new descendants, if the last look is ``rescan_s`` ago."""
-        if self._scanned_s is None or now_s - self._scanned_s >= self._rescan_s:
+    def refresh(self, now_s: float, older_than_s: float | None = None) -> None:
+        """Look for new descendants, if the last look is so long ago; None: ``rescan_s``."""
+        if older_than_s is None:
+            older_than_s = self.rescan_s
+        if self._scanned_s is None or now_s - self._scanned_s >= older_than_s:
             self._scan(now_s)
             self._scanned_s = now_s
 
@@ -153,12 +155,12 @@ class CPUTimeTree:
         """Add CPU time, no more than the processors had since the last reading and one look for new processes."""
         per_s = self.processors * TICKS_PER_S
         if self._read_s is None:
-            self._spare_ticks = per_s * self._rescan_s
+            self._spare_ticks = per_s * self.rescan_s
         else:
             self._spare_ticks += per_s * max(now_s - self._read_s, 0.0)
             ticks_in_time = min(float(ticks), self._spare_ticks)
             self._total_ticks += ticks_in_time
-            self._spare_ticks = min(self._spare_ticks - ticks_in_time, per_s * self._rescan_s)
+            self._spare_ticks = min(self._spare_ticks - ticks_in_time, per_s * self.rescan_s)
         self._read_s = now_s
 
 

@@ -77,6 +77,7 @@ def probe_sources(
     estimates = settings.allow_estimates or not gpus
     zones = probe_powercap(powercap_root)
     if on_machine > 1 and estimates:
+        machine.look_often()
         zones = shares(zones, probe_powercap(powercap_root), CPUPart(machine, on_machine))
     elif on_machine > 1:
         why = f"a share of one of {on_machine} wrappers is an estimate; energy.allow_estimates is false"
@@ -89,5 +90,6 @@ def probe_sources(
     elif not estimates:
         found.append(Unreadable("cpu-model", "energy.allow_estimates is false, and GPUs are counted without it"))
     else:
+        machine.look_often()
         found.append(CPUModelSource(settings.cpu_model, machine.tree, cpus=cpus_here() if cpus is None else cpus))
     return found

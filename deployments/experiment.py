@@ -60,10 +60,13 @@ class Experiment(BaseModel):
     output: Path = Field(description="Folder of the results; the same experiment goes on there")
     repetitions: int = Field(1, ge=1, description="How often each LLM is asked each prompt, by a lease of its own")
     concurrency: int = Field(
-        1, ge=1, le=MAX_CONCURRENCY, description="Prompts in flight; the joules of several at once are shares"
+        1,
+        ge=1,
+        le=MAX_CONCURRENCY,
+        description="Prompts in flight; the joules of one of several at once are its share, an estimate",
     )
     warmup: int = Field(2, ge=0, description="Prompts of each lease before those that count")
-    seed: int = Field(1, description="Of the order of LLMs, and of the intervals' bootstrap")
+    seed: int = Field(1, description="Of the order of LLMs")
     gpu_type: GpuType | None = Field(None, description="GPUs that the machine must have; null: any or none")
     grade: NonEmpty | None = Field(
         None, description="measurement: the registry sees to a quiet machine; null: not said"

@@ -12,7 +12,15 @@ from registry.figures import Figure, MachineFigures, figures_of, of_kind
 from registry.state import WindowKind
 from registry.window_report import WindowReport
 
-FIGURES = ("gco2eq_per_unit", "joules_per_token", "joules_per_prompt", "seconds_per_prompt", "with_idle")
+FIGURES = (
+    "gco2eq_per_unit",
+    "operational_per_unit",
+    "embodied_per_unit",
+    "joules_per_token",
+    "joules_per_prompt",
+    "seconds_per_prompt",
+    "with_idle",
+)
 BATCH_FIGURES = ("joules_per_token", "gco2eq_per_unit")
 _ABOUT = ("machine", "prompts", "warmups", "units", "output_tokens")
 _ABOUT_BATCH = ("leases", "prompts", "output_tokens", "seconds", "in_flight_max", "in_flight_mean")

@@ -75,6 +75,17 @@ def batch_table(rows: Sequence[Row]) -> Table | None:
     return table
 
 
+def parts(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield of each score what its energy and its embodied carbon are, with the bounds of each."""
+    scale, _ = _scale([figures.gco2eq_per_unit for _, figures in rows])
+    for name, figures in rows:
+        if figures.gco2eq_per_unit.value is not None:
+            energy, embodied = (
+                bounded_text(part, scale) for part in (figures.operational_per_unit, figures.embodied_per_unit)
+            )
+            yield f"{name}: of the score energy is {energy}, embodied carbon {embodied}."
+
+
 def problems(rows: Sequence[Row]) -> Iterator[str]:
     """Yield what has to be known of the figures besides: what is left out and why there is no interval."""
     for name, figures in rows:

@@ -86,8 +86,9 @@ class Flight:
     ``rate`` is None if it is not known, or not yet.
     ``begun_with`` and ``ended_with`` are the numbers of the changes that its begin and its end were, and ``company`` is
     how many were in flight, itself among them, when it ended.
-    ``window_id`` is that of its record. ``status`` is answered, refused (by the engine, before anything was computed),
-    cut (its lease ended, it took too long, or its client hung up) or failed.
+    ``window_id`` is that of its record, ``prompt_id`` the client's own name of the prompt. ``status`` is answered,
+    refused (by the engine, before anything was computed), cut (its lease ended, it took too long, or its client hung
+    up) or failed.
     """
 
     start_s: float
@@ -102,6 +103,7 @@ class Flight:
     ended_with: int = 0
     company: int = 1
     window_id: str = ""
+    prompt_id: str | None = None
     warmup: bool = False
     status: Literal["answered", "refused", "cut", "failed"] = "failed"
 
@@ -211,8 +213,7 @@ class Flights:
         places = self._places[first:last]
         if not places:
             least = 1.0 if flight.company == 1 else 0.0
-            times_s = (flight.start_s, flight.end_s)
-            return Parts(times_s, (1 / flight.company,), (least,), (1.0,), (flight.company,)), True
+            return Parts((flight.start_s, flight.end_s), (1 / flight.company,), (least,), (1.0,)), True
         if len(places) == 1 and places[0].count == 1:
             return Parts((flight.start_s, flight.end_s), (1.0,), (1.0,), (1.0,)), forgotten
         times_s = (flight.start_s, *self._times_s[first + 1 : last + 1])
@@ -225,7 +226,21 @@ class Flights:
         assumed = forgotten or any(place.known < place.count for place in places)
         if for_good and assumed:
             self._assume(flight, Rate(own))
-        return Parts(times_s, mid, low, high, [place.count for place in places]), assumed
+        return Parts(times_s, mid, low, high), assumed
+
+    def in_flight(self, flight: Flight) -> tuple[int, float]:
+        """How many prompts were in flight while one that has ended was: at most, and the mean over its time.
+
+        What was forgotten is taken to have been as it was then.
+        """
+        assert flight.end_s is not None  # callers end a prompt before they account for it
+        first, last = self._lay_between(flight)
+        counts = [place.count for place in self._places[first:last]]
+        if not counts:
+            return flight.company, float(flight.company)
+        times_s = (flight.start_s, *self._times_s[first + 1 : last + 1])
+        prompt_s = sum(n * (end_s - start_s) for n, (start_s, end_s) in zip(counts, pairwise(times_s), strict=True))
+        return max(counts), prompt_s / (flight.end_s - flight.start_s)
 
     def _assume(self, flight: Flight, rate: Rate) -> None:
         """Let this be the rate of it, and of those beside it, whose own is not known."""

@@ -31,6 +31,9 @@ much again for moments (NVIDIA's data sheets)."""
 GPU_LIMIT_W = 3000.0
 """Limit for a GPU that tells none: twice the 1,400 W of the largest ones (NVIDIA B300, by its data sheet)."""
 
+_SCAN_S = 1.0
+"""A process on the GPU that is not known is looked for among our descendants no more often."""
+
 
 class _GPU(Source):
     """A GPU by its UUID. Each one holds NVML open until it is closed."""
@@ -57,7 +60,7 @@ class _GPU(Source):
             return None
         if users <= self._tree.pids():
             return False  # without a look at every process of the machine, which takes milliseconds
-        self._tree.refresh(now_s)
+        self._tree.refresh(now_s, _SCAN_S)
         strangers = users - self._tree.pids()
         # In a container the driver tells the host's process ids: those can't be compared with ours.
         if not all(self._tree.exists(pid) for pid in strangers):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import pathlib
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
 from deployments.prompting_service import TITLE, JSONWhateverItsType, root_router
 from deployments.report_csv import windows_csv
+from deployments.surroundings import disk_problem
 from deployments.withdrawals import Withdrawals
 from registry.actor import ACTOR_NAME, NAMESPACE
 from registry.api import (
@@ -84,16 +86,18 @@ IDEMPOTENCY_KEY = (
 
 @dataclass(frozen=True, slots=True)
 class IngressConfig:
-    """What the ingress has to know of the settings."""
+    """What the ingress has to know of the settings. ``state_dir`` is looked at when the registry does not answer."""
 
     sources: ModelSources
     allow_remote_code: tuple[str, ...]
+    state_dir: pathlib.Path = pathlib.Path("/")
 
 
 class RegistryClient:
     """Calls to the registry actor that outlast its restarts."""
 
-    def __init__(self) -> None:
+    def __init__(self, state_dir: pathlib.Path) -> None:
+        self._state_dir = state_dir
         self._actor: Any = None
 
     async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
@@ -115,7 +119,7 @@ class RegistryClient:
                 raise cause from None
             if isinstance(error, RayTaskError):
                 raise InternalError(f"{method}: {type(cause or error).__name__}: {cause or error}") from error
-            raise RegistryUnavailable(type(error).__name__) from error
+            raise self._unavailable(type(error).__name__) from error
         raise AssertionError("unreachable")
 
     async def _once(self, method: str, args: Sequence[object], wait_s: float) -> Any:
@@ -128,10 +132,14 @@ class RegistryClient:
             async with asyncio.timeout(CALL_TIMEOUT_S + wait_s):
                 return await getattr(self._actor, method).remote(*args)
         except TimeoutError as error:
-            raise RegistryUnavailable(f"no answer within {CALL_TIMEOUT_S + wait_s:g} s") from error
+            raise self._unavailable(f"no answer within {CALL_TIMEOUT_S + wait_s:g} s") from error
         except RayActorError:
             self._actor = None
             raise
+
+    def _unavailable(self, reason: str) -> RegistryUnavailable:
+        """Say why, as far as can be seen from here: a registry that can't write ends, and can't start again."""
+        return RegistryUnavailable("; ".join(filter(None, (reason, disk_problem(self._state_dir)))))
 
 
 class _NoActor(Exception):
@@ -169,7 +177,7 @@ def build_app(
         llms = await _mapped_llms(body, config, checkpoints)
         with withdrawals.unless_answered([llm.request_id for llm in llms], x_tenant, idempotency_key):
             idempotency = None if idempotency_key is None else Idempotency(idempotency_key, _sha256(body))
-            wanted = body.measurementId, llms, x_tenant, body.priority, body.gpuType, idempotency
+            wanted = body.measurementId, llms, x_tenant, body.priority_given, body.gpuType, idempotency
             states = json.loads(await call("request", *wanted, body.grade, body.like))
         accepted = [AcceptedRequest.model_validate(state) for state in states]
         return _json_response(PromptingAnswer(requests=accepted).model_dump_json(), status=201)
@@ -260,9 +268,11 @@ def _add_measurements(
     """Add the pages about what a measurement is and what it cost."""
 
     @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=unknown)
-    async def measurement(measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)]) -> Response:
-        """A measurement with all its requests, in their order."""
-        return _json_response(await call("measurement", measurement_id))
+    async def measurement(
+        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)], x_tenant: Annotated[TenantName, Header()] = "default"
+    ) -> Response:
+        """A measurement of the caller's tenant with all its requests, in their order."""
+        return _json_response(await call("measurement", (x_tenant, measurement_id)))
 
     @app.get(
         "/measurements/{measurement_id}/report",
@@ -276,9 +286,10 @@ def _add_measurements(
             Query(alias="format", description="csv: one row per window; the same by Accept: text/csv"),
         ] = None,
         accept: Annotated[str, Header()] = "*/*",
+        x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """What a measurement cost, by LLM and by window, with all that is needed to check it."""
-        text = await call("report", measurement_id)
+        """What a measurement of the caller's tenant cost, by LLM and by window, with all that is needed to check it."""
+        text = await call("report", (x_tenant, measurement_id))
         if as_ == "csv" or (as_ is None and "text/csv" in accept):
             return Response(await asyncio.to_thread(_as_csv, text), media_type="text/csv")
         return _json_response(text)
@@ -289,12 +300,13 @@ def _add_measurements(
         after: Annotated[str | None, Query(max_length=1024, description="`next` of the page before")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_WINDOWS)] = MAX_WINDOWS,
         request: Annotated[str | None, Query(max_length=255, description="requestId: of its lease only")] = None,
+        x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """The final energy windows of a measurement, a page at a time, in the order in which they began.
+        """The final energy windows of the caller's measurement, a page at a time, in the order in which they began.
 
         A window comes some seconds after its prompt. Look again from the first page for those that were late.
         """
-        return _json_response(await call("windows", measurement_id, request, after, limit))
+        return _json_response(await call("windows", (x_tenant, measurement_id), request, after, limit))
 
 
 async def _mapped_llms(
@@ -393,7 +405,7 @@ class Ingress:
 
     def __init__(self, config: IngressConfig) -> None:
         """``config`` is fixed for the life of the replica."""
-        self._app = build_app(config, RegistryClient().call, checkpoints_anywhere())
+        self._app = build_app(config, RegistryClient(config.state_dir).call, checkpoints_anywhere())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

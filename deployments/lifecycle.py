@@ -107,7 +107,7 @@ def _ignore_signals() -> None:
 
 def _watch_disk(folder: Path, say: Say) -> NoReturn:
     """Say when the disk of a folder is full, and when it is not any more, until a signal comes."""
-    problem = None
+    problem: str | None = None
     while True:
         time.sleep(DISK_POLL_S)
         before, problem = problem, surroundings.disk_problem(folder)

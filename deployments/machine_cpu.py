@@ -10,6 +10,9 @@ from deployments.cpu_time import TICKS_PER_S, CPUTimeTree, ProcessTable
 
 _FIND_S = 1.0
 """How often other wrappers are looked for, seconds."""
+_SELDOM_S = 10.0
+"""How often new descendants of wrappers are looked for, seconds, where nothing but strangers depends on it. It takes
+milliseconds where there are many processes."""
 STRANGERS_CORES = 0.5
 STRANGERS_PART = 0.01
 """Strangers are at work when they use more than half a core, and more than 1 % of the machine: Ray's own processes,
@@ -24,6 +27,10 @@ class _Look(NamedTuple):
     busy_s: float
     wrappers_s: float
 
+    def strange_to(self, last: _Look) -> float:
+        """CPU-seconds since an earlier look that no wrapper used."""
+        return self.busy_s - last.busy_s - (self.wrappers_s - last.wrappers_s)
+
 
 class MachineCPU:
     """CPU time by who uses it. Not thread-safe.
@@ -33,7 +40,6 @@ class MachineCPU:
         others: The processes of the other wrappers on the machine, each with its start (ticks since boot); None if
             that can't be told.
         proc_root: Where proc is mounted. In a container /proc/stat is the host's, so processes outside are strangers.
-        rescan_s: How often new descendants of the wrappers are looked for, seconds.
         processors: How many CPUs there are; None: those of this machine.
 
     Source: proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal.
@@ -45,11 +51,10 @@ class MachineCPU:
         *,
         others: Callable[[], Mapping[int, int] | None] = dict,
         proc_root: Path = Path("/proc"),
-        rescan_s: float = 1.0,
         processors: int | None = None,
     ) -> None:
         self._table = ProcessTable(proc_root)
-        self._rescan_s = rescan_s
+        self._rescan_s = _SELDOM_S
         self._processors = processors
         self.tree = self._tree(pid)
         self._find_others = others
@@ -59,6 +64,10 @@ class MachineCPU:
         self._found_s: float | None = None
         self._last: _Look | None = None
         self._looked_s: float | None = None
+
+    def look_often(self) -> None:
+        """Look for new descendants of wrappers every second: figures depend on their CPU time."""
+        self._rescan_s = self.tree.rescan_s = _FIND_S
 
     def _tree(self, pid: int) -> CPUTimeTree:
         return CPUTimeTree(pid, table=self._table, rescan_s=self._rescan_s, processors=self._processors)
@@ -91,16 +100,27 @@ class MachineCPU:
 
     def strangers(self, now_s: float) -> tuple[bool | None, float]:
         """Whether anything but wrappers has used the CPUs since the last call; None: can't be told. And since when."""
-        ours, busy_s = self.wrappers_s(now_s), self._busy_s()
+        busy_s, ours = self._busy_s(), self.wrappers_s(now_s)
         last, since_s = self._last, now_s if self._looked_s is None else self._looked_s
-        self._looked_s = now_s
-        self._last = None if ours is None or busy_s is None else _Look(now_s, busy_s, sum(ours))
-        if self._last is None or last is None or now_s <= last.at_s:
+        self._looked_s, self._last = now_s, None
+        if busy_s is None or ours is None:
             return None, since_s
-        strange_s = self._last.busy_s - last.busy_s - (self._last.wrappers_s - last.wrappers_s)
-        most_s = max(STRANGERS_CORES, STRANGERS_PART * self.tree.processors) * (now_s - last.at_s)
+        self._last = _Look(now_s, busy_s, sum(ours))
+        if last is None or now_s <= last.at_s:
+            return None, since_s
+        strange = self._last.strange_to(last) / (now_s - last.at_s)
+        most = max(STRANGERS_CORES, STRANGERS_PART * self.tree.processors)
+        if strange > most:
+            # Or they are descendants of wrappers that are not known yet: those count from their birth.
+            for tree in (self.tree, *self._others.values()):
+                tree.refresh(now_s, 0.0)
+            found = self.wrappers_s(now_s)
+            if found is None:
+                return None, since_s
+            self._last = self._last._replace(wrappers_s=sum(found))
+            strange = self._last.strange_to(last) / (now_s - last.at_s)
         # Wrappers that have used more than the machine did: these can't be figures of the same machine.
-        return None if strange_s < -most_s else strange_s > most_s, since_s
+        return None if strange < -most else strange > most, since_s
 
     def _busy_s(self) -> float | None:
         """CPU-seconds that the machine has worked since boot, steal included; None if it does not tell."""

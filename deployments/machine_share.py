@@ -56,17 +56,16 @@ class MachineShare(Source):
         self._last: float | None = None
         self._share = 0.0
         self._told_limit()
+        self._tell_origin()
 
     @property
     def counter_label(self) -> Label:
         """The label of what is divided."""
         return self._counter.label
 
-    @property
-    def origin(self) -> str:  # type: ignore[override] - that of the counter may change
-        """How the figure comes about, in words."""
+    def _tell_origin(self) -> None:
         wrappers = self._cpu.on_machine
-        return f"share of one of {wrappers} wrappers, by reservation and by CPU time, of: {self._counter.origin}"
+        self.origin = f"share of one of {wrappers} wrappers, by reservation and by CPU time, of: {self._counter.origin}"
 
     def _told_limit(self) -> None:
         self.limit_w, self.default_limit_w = self._counter.limit_w, self._counter.default_limit_w
@@ -84,7 +83,9 @@ class MachineShare(Source):
         except CounterLost:
             self._last = None
             raise
-        if self._last is not None:
+        if self._last is None:
+            self._tell_origin()  # that of dies is known with their first reading
+        else:
             if joules < self._last:
                 self._last = None
                 raise CounterLost("counter_reset")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Group, RenderableType
 
 from deployments.figures import LLMSummary
-from deployments.figures_table import READING, batch_table, problems, prompts_table, rows_of, short_name
+from deployments.figures_table import READING, batch_table, parts, problems, prompts_table, rows_of, short_name
 from deployments.notation import LEGEND
 from registry.api import MeasurementState
 
@@ -37,6 +37,8 @@ def notes(summaries: Sequence[LLMSummary], measurement: MeasurementState | None)
         for figures in each.figures:
             if figures.flags:
                 yield f"{name}: flags: {', '.join(f'{flag} ({count})' for flag, count in figures.flags.items())}"
-    yield from problems(rows_of([(each.llm, each.figures) for each in summaries]))
+    rows = rows_of([(each.llm, each.figures) for each in summaries])
+    yield from parts(rows)
+    yield from problems(rows)
     if measurement is not None and measurement.flags:
         yield f"The measurement's flags: {', '.join(measurement.flags)}"

@@ -40,9 +40,10 @@ def overview(health: HealthState, machines: Sequence[MachineState], now: datetim
 
 
 def queue(health: HealthState, machines: Sequence[MachineState]) -> str:
-    """How much is used, and how many wait."""
+    """How much is used, how much is being deployed for somebody (if anything is), and how many wait."""
     leases = sum(machine.leases for machine in machines)
-    return f"{_count(leases, 'LLM')} in use, {_count(health.queued, 'request')} waiting"
+    deploying = f", {health.deploying} being deployed" if health.deploying else ""
+    return f"{_count(leases, 'LLM')} in use{deploying}, {_count(health.queued, 'request')} waiting"
 
 
 def summary(machines: Sequence[MachineState]) -> str:

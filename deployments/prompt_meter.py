@@ -129,15 +129,12 @@ class PromptMeter:
         finally:
             start.end_s = self._meter.mark()
             self._meter.work_ends(start.end_s)
-            if not start.woken or model != self._writer.model:
-                self._writer.forget_weights()
-            self._writer.model = model
+            self._writer.started(start)
             if self._timeline.holder is not None:
                 self._timeline.holder.model = model
             self._timeline.resume(start.end_s)
             if start.end_s > start.start_s:
                 self._load = self._meter.window(start.start_s, start.end_s, estimate_short=True)
-                self._writer.started(start)
 
     @property
     def meter(self) -> Meter:
@@ -148,13 +145,14 @@ class PromptMeter:
         """What is done meanwhile disturbs the measurements of other wrappers."""
         return nullcontext() if self._neighbours is None else self._neighbours.busy()
 
-    def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False) -> Flight:
+    def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False, prompt_id: str | None = None) -> Flight:
         """A prompt begins now. A ``warmup`` is not part of the counted stretch of its lease."""
         if self._neighbours is not None:
             self._neighbours.begin()
         self._begun += 1
         flight = Flight(self._meter.mark(), endpoint=endpoint, account=self._timeline.holder, warmup=warmup)
         flight.window_id = f"{self._process}-p{self._begun}"
+        flight.prompt_id = prompt_id
         self._flights.begin(flight)
         self._meter.work_begins(flight.start_s)
         self._timeline.begin(flight.start_s)
@@ -240,7 +238,7 @@ class PromptMeter:
         flight.status = "answered"
         self.counted(flight, tokens_of(usage))
         flight.words = None if answer is None else len(answer.split())
-        energy, found, _ = self._scorer.prompt(flight)
+        energy, found = self._scorer.prompt(flight)
         return energy, found, [*found.flags, *self._usage.budget_flags(flight.account)]
 
     def use(self) -> dict[str, Any] | None:

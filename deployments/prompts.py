@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import structlog
 from pydantic import BaseModel, ConfigDict, StrictStr, StringConstraints, ValidationError
@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of, is_warmup
+from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of, is_warmup, prompt_id_of
 from deployments.engine import RunningLLM, public_path
 from deployments.error_answers import (
     RETRY_AFTER_S,
@@ -58,6 +58,13 @@ CUT_GRACE_S = 1.0
 
 DEATH_GRACE_S = 1.0
 """How long the death of an engine may take to be seen here after vLLM has seen it; seconds."""
+
+
+class _Marks(TypedDict):
+    """What a client says of a prompt, for its record."""
+
+    warmup: bool
+    prompt_id: str | None
 
 
 class Question(BaseModel):
@@ -217,7 +224,7 @@ class PromptGate:
                 await self._unless_dead(running, message["status"])
             await answer.send(message)
 
-        flight = self._meter.begin(path, warmup=is_warmup(scope["headers"]))
+        flight = self._meter.begin(path, **_marks(scope))
         answer = AccountedAnswer(self._meter, flight, exchange.send, given_up=lambda: exchange.given_up)
         with counting_tokens() as count:
             try:
@@ -236,16 +243,17 @@ class PromptGate:
         try:
             question = Question.model_validate_json(await Request(scope, exchange.receive).body())
         except ValidationError as error:
-            problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
-            field, message = ".".join(map(str, problems[0]["loc"][1:])) or "body", problems[0]["msg"]
+            found = error.errors(include_url=False)
+            field, message = ".".join(map(str, found[0]["loc"])) or "body", found[0]["msg"]
+            problems = [{**each, "loc": ("body", *each["loc"])} for each in found]
             response = error_answer(
                 422, "invalid_field", f"{field}: {message}", field=field, detail=fastapi_detail(problems)
             )
         else:
-            response = await self._answer(grant, question.question, exchange, warmup=is_warmup(scope["headers"]))
+            response = await self._answer(grant, question.question, exchange, _marks(scope))
         await response(scope, exchange.receive, exchange.send)
 
-    async def _answer(self, grant: LeaseGrant, question: str, exchange: _Exchange, *, warmup: bool) -> JSONResponse:
+    async def _answer(self, grant: LeaseGrant, question: str, exchange: _Exchange, marks: _Marks) -> JSONResponse:
         running = self._running()
         llmconfig = json.loads(grant.llmconfig)
         body: dict[str, Any] = {"model": running.served_model_name, **_prompting(llmconfig)}
@@ -254,7 +262,7 @@ class PromptGate:
             path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": question}]
         else:
             path, body["prompt"] = "/v1/completions", question
-        flight = self._meter.begin(warmup=warmup)
+        flight = self._meter.begin(**marks)
         try:
             status, answer = await _call(running.asgi, path, body, exchange)
         finally:
@@ -279,6 +287,11 @@ def _require_json(scope: Scope) -> None:
     given = content_type_of(scope["headers"]).decode("latin-1")
     if scope["method"] == "POST" and given.split(";")[0].strip().lower() != "application/json":
         raise NotJSON(given)
+
+
+def _marks(scope: Scope) -> _Marks:
+    """Return what the headers of a prompt say of it. Raises InvalidField."""
+    return {"warmup": is_warmup(scope["headers"]), "prompt_id": prompt_id_of(scope["headers"])}
 
 
 def _prompting(llmconfig: dict[str, Any]) -> Mapping[str, Any]:

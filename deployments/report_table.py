@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deployments.figures_table import READING, Row, batch_table, label_words, problems, prompts_table, rows_of
+from deployments.figures_table import parts as score_parts
 from deployments.notation import LEGEND, UNKNOWN, figure, in_range, number
 from registry.figures import MachineFigures
 from registry.report import Coefficient, Cost, MeasurementReport
@@ -19,7 +20,9 @@ def report_table(report: MeasurementReport) -> RenderableType:
     rows = figure_rows(report)
     parts: list[RenderableType] = [Text(headline(report)), Text(f"Figures are {report.how}.")]
     parts += [Text(warning, style="bold") for warning in unfinished(report)]
-    parts += [Text(), prompts_table(rows), Text(READING, style="dim"), Text()]
+    parts += [Text(), prompts_table(rows)]
+    parts += [Text(line, style="dim") for line in (READING, *score_parts(rows))]
+    parts += [Text()]
     if (batch := batch_table(rows)) is not None:
         parts += [batch, Text()]
     parts += [_costs(report), Text(), _basis(report)]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
 
-from deployments.attribution import Flow, Parts
+from deployments.attribution import Flow
 from deployments.energy import Energy, GridIntensity, SCISettings
 from deployments.flights import Flight, Flights
 from deployments.meter import Meter
@@ -23,7 +21,7 @@ class Scorer:
         self._settings = settings
         self._grid = grid
 
-    def prompt(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score, Parts]:
+    def prompt(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score]:
         """A prompt's share of what flowed while it was in flight, and of the time that the machine was reserved.
 
         With ``for_good`` the rates that had to be assumed for it stay what they are.
@@ -38,7 +36,7 @@ class Scorer:
             *(("tokens_unknown",) if flight.tokens is None else ()),
             *(("share_estimated",) if assumed else ()),
         ]
-        return energy, self.score(energy, parts.reserved_s, self.units(flight), flags), parts
+        return energy, self.score(energy, parts.reserved_s, self.units(flight), flags)
 
     def units(self, flight: Flight) -> int | None:
         """The functional units of a prompt, None if they are not known. One that gave no answer is no request."""
@@ -64,10 +62,3 @@ class Scorer:
                 more = self.meter.flow(intervals, final=final)
                 flow = more if flow is None else flow + more
         return flow
-
-
-def in_flight(parts: Parts) -> dict[str, Any]:
-    """How many prompts were in flight while one was: at most, and the mean over its time."""
-    seconds = [end_s - start_s for start_s, end_s in pairwise(parts.times_s)]
-    mean = sum(count * of_s for count, of_s in zip(parts.in_flight, seconds, strict=True)) / sum(seconds)
-    return {"max": max(parts.in_flight), "mean": mean}

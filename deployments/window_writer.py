@@ -15,7 +15,7 @@ from deployments.flights import Flight, Flights, Tokens
 from deployments.lease_account import Counted, LeaseAccount
 from deployments.record_dates import CLOCK_STEPPED, RecordDates
 from deployments.sci import Score
-from deployments.scorer import Scorer, in_flight
+from deployments.scorer import Scorer
 from deployments.timeline import STRETCH_S, Interval, Timeline
 from deployments.token_weights import UNKNOWN, TokenWeight
 from registry.state import WindowKind
@@ -37,7 +37,7 @@ class Start:
 
 
 class WindowWriter:
-    """Turns what is over into records of a log. ``model`` is the LLM that a wrapper without a lease has."""
+    """Turns what is over into records of a log. ``model`` is the LLM that the wrapper has."""
 
     def __init__(
         self,
@@ -53,17 +53,17 @@ class WindowWriter:
         self._timeline = timeline
         self._log = log
         self._dates = dates
-        self._weight = TokenWeight()
         self._starts: deque[Start] = deque()
+        self._weight = TokenWeight()
         self.model: str | None = None
 
     def started(self, start: Start) -> None:
-        """The start of an LLM is over."""
-        self._starts.append(start)
-
-    def forget_weights(self) -> None:
-        """Another LLM answers from now on: what a prompt token costs has to be learned for it."""
-        self._weight, self._flights.weight = TokenWeight(), UNKNOWN
+        """The start of an LLM is over: what a token costs has to be learned again, but for the same one that woke."""
+        if not start.woken or start.model != self.model:
+            self._weight, self._flights.weight = TokenWeight(), UNKNOWN
+        self.model = start.model
+        if start.end_s > start.start_s:
+            self._starts.append(start)
 
     async def write(self) -> None:
         """Write down every window that will not get any sharper, or has waited for long enough."""
@@ -94,10 +94,12 @@ class WindowWriter:
         waited_s = self._meter.mark() - flight.end_s
         if not self._settled(flight.end_s) or (waited_s < SHARES_S and not self._flights.company_has_ended(flight)):
             return False
-        energy, found, parts = self._scorer.prompt(flight, for_good=True)
+        energy, found = self._scorer.prompt(flight, for_good=True)
+        most, mean = self._flights.in_flight(flight)
         self._flights.written()
-        if flight.tokens is not None and flight.tokens.computed is not None:
-            self._weight.learn(flight.tokens.computed, flight.tokens.output, energy)
+        tokens = flight.tokens
+        if flight.status == "answered" and tokens is not None and tokens.computed is not None:
+            self._weight.learn(tokens.computed, tokens.output, energy)
             self._flights.weight = self._weight.weight
         account = flight.account
         if account is not None:
@@ -106,11 +108,12 @@ class WindowWriter:
             "model": self.model if account is None else account.model,
             "endpoint": flight.endpoint,
             "answer_id": flight.answer_id,
-            "tokens": None if flight.tokens is None else flight.tokens._asdict(),
+            "prompt_id": flight.prompt_id,
+            "tokens": None if tokens is None else tokens._asdict(),
             "words": flight.words,
             "warmup": flight.warmup,
             "status": flight.status,
-            "in_flight": in_flight(parts),
+            "in_flight": {"max": most, "mean": mean},
         }
         times = (flight.start_s, flight.end_s)
         self._write_record(WindowKind.PROMPT, account, times, energy, found, more, window_id=flight.window_id)

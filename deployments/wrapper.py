@@ -147,8 +147,8 @@ class LLMWrapper:
         self._gpu_memory_bytes = gpu_memory_bytes(config.gpus)
         with self._meter.at_work():
             await self._host.prepare()
-        warm = Gauge("greenprompt_wrapper_warm", "1: LLMs start warm; 0: by the slow way", tag_keys=("wrapper",))
-        warm.set(float(self._host.warm), {"wrapper": config.wrapper_id})
+        self._warm = Gauge("greenprompt_wrapper_warm", "1: LLMs start warm; 0: by the slow way", tag_keys=("wrapper",))
+        self._show_warm(self._host.warm)
         self._meter.start()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -156,14 +156,20 @@ class LLMWrapper:
 
     async def __del__(self) -> None:
         """Serve's shutdown of the replica: leave no engine process behind."""
+        self._show_warm(False)
         await self._host.close()
         self._meter.stop()
+
+    def _show_warm(self, warm: bool) -> None:
+        """Set the metric; Prometheus keeps the last value of a wrapper that has ended."""
+        self._warm.set(float(warm), {"wrapper": self._config.wrapper_id})
 
     # --- the registry's commands ------------------------------------------------------------------------
 
     async def report(self, belief: Belief) -> WrapperReport:
         """Hear what the registry believes, and say how things are; never waits for the engine."""
         await self._hear(belief)
+        self._show_warm(self._host.warm)
         windows = await self._meter.windows(belief)
         grant, living = self._gate.grant, self._living()
         meant = None if self._spec is None else self._spec.fingerprint

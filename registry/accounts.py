@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from registry.allocator import Allocator
 from registry.budgets import CHARGED, month_begin_s, warnings
-from registry.errors import UnknownMeasurement
+from registry.errors import UnknownRequest
 from registry.reconcile import Moment, WrapperReport
 from registry.settings import TenantBudget
-from registry.state import EnergyWindow, KeptWindow, WindowKind
+from registry.state import EnergyWindow, KeptWindow, MeasurementKey, WindowKind
 from registry.store import Store, WindowPlace
 from registry.totals import Total, spent_total, total_of
 
@@ -85,16 +85,16 @@ class Accounts:
         return KeptWindow(
             window,
             machine_id=None if wrapper is None else wrapper.machine_id,
-            tenant=None if window.measurement_id is None else self._tenant_of(window.measurement_id),
+            tenant=None if window.request_id is None else self._tenant_of(window.request_id),
         )
 
-    def _tenant_of(self, measurement_id: int) -> str | None:
+    def _tenant_of(self, request_id: str) -> str | None:
         try:
-            return self._allocator.measurement(measurement_id).tenant
-        except UnknownMeasurement:  # forgotten meanwhile
+            return self._allocator.request(request_id).tenant
+        except UnknownRequest:  # forgotten meanwhile
             return None
 
-    async def windows(self, measurement_id: int) -> tuple[KeptWindow, ...]:
+    async def windows(self, key: MeasurementKey) -> tuple[KeptWindow, ...]:
         """The windows of a measurement, in the order in which they began. Others are let in between pages of them.
 
         Raises:
@@ -103,14 +103,14 @@ class Accounts:
         found: list[KeptWindow] = []
         while True:
             after = WindowPlace(found[-1].window.begun_s, found[-1].window.window_id) if found else None
-            page = self._store.windows(measurement_id, after=after, limit=PAGE)
+            page = self._store.windows(key, after=after, limit=PAGE)
             found += page
             if len(page) < PAGE:
                 return tuple(found)
             await asyncio.sleep(0)
 
     def page(
-        self, measurement_id: int, *, request_id: str | None, after: WindowPlace | None, limit: int
+        self, key: MeasurementKey, *, request_id: str | None, after: WindowPlace | None, limit: int
     ) -> tuple[KeptWindow, ...]:
         """Return at most ``limit`` windows of a measurement, or of one of its requests, that come after a place.
 
@@ -119,7 +119,7 @@ class Accounts:
         Raises:
             StoreUnavailable: the database does not answer.
         """
-        return self._store.windows(measurement_id, request_id=request_id, after=after, limit=limit)
+        return self._store.windows(key, request_id=request_id, after=after, limit=limit)
 
     def costs(self, request_id: str) -> Mapping[WindowKind, Total]:
         """What a request has cost so far, by kind of window.
@@ -149,23 +149,15 @@ class Accounts:
 
     # --- budgets ----------------------------------------------------------------------------------------
 
-    def notes(self, measurement_id: int, tenant: str) -> tuple[str, ...]:
-        """What is to be told of the budget that new requests of a measurement, asked for by ``tenant``, count for.
+    def notes(self, tenant: str) -> tuple[str, ...]:
+        """What is to be told of the budget that new requests of a tenant count for.
 
         Raises:
             TenantBudgetUsed: it is used up for this month.
             StoreUnavailable: the database does not answer.
         """
-        payer = self._payer(measurement_id, tenant) if self._budgets else tenant
-        if payer not in self._budgets:
+        if tenant not in self._budgets:
             return ()
         now_s = self._now_s()
-        used = self._store.costs_of_tenant(payer, CHARGED, month_begin_s(now_s))
-        return tuple(warnings(payer, self._budgets[payer], spent_total(used), now_s))
-
-    def _payer(self, measurement_id: int, tenant: str) -> str:
-        """Whose a measurement is: of the tenant that began it, until all of it has ended."""
-        owner = self._tenant_of(measurement_id)
-        if owner is None or all(each.status.ended for each in self._allocator.requests_of(measurement_id)):
-            return tenant
-        return owner
+        used = self._store.costs_of_tenant(tenant, CHARGED, month_begin_s(now_s))
+        return tuple(warnings(tenant, self._budgets[tenant], spent_total(used), now_s))

@@ -19,7 +19,7 @@ from registry import views
 from registry.errors import RegistryError
 from registry.service import Idempotency, Service
 from registry.settings import Settings
-from registry.state import Grade, NewRequest, Priority, RequestStatus
+from registry.state import Grade, MeasurementKey, NewRequest, Priority, RequestStatus
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""
@@ -71,7 +71,7 @@ class RegistryActor:
         measurement_id: int,
         llms: Sequence[NewRequest],
         tenant: str,
-        priority: Priority,
+        priority: Priority | None,
         gpu_type: str | None,
         idempotency: Idempotency | None,
         grade: Grade = Grade.STANDARD,
@@ -124,27 +124,27 @@ class RegistryActor:
         assert url is not None  # leased
         return url
 
-    async def measurement(self, measurement_id: int) -> str:
+    async def measurement(self, key: MeasurementKey) -> str:
         """JSON MeasurementState."""
         await self.ready()
-        return views.measurement_state(self._service, measurement_id).model_dump_json()
+        return views.measurement_state(self._service, key).model_dump_json()
 
-    async def report(self, measurement_id: int) -> str:
+    async def report(self, key: MeasurementKey) -> str:
         """JSON MeasurementReport. What takes long of it holds nobody up."""
         await self.ready()
         allocator = self._service.allocator
-        measurement, requests = allocator.measurement(measurement_id), allocator.requests_of(measurement_id)
-        windows = await self._service.accounts.windows(measurement_id)
+        measurement, requests = allocator.measurement(key), allocator.requests_of(key)
+        windows = await self._service.accounts.windows(key)
         return await asyncio.to_thread(views.report_json, measurement, requests, windows)
 
-    async def windows(self, measurement_id: int, request_id: str | None, after: str | None, limit: int) -> str:
+    async def windows(self, key: MeasurementKey, request_id: str | None, after: str | None, limit: int) -> str:
         """JSON WindowsPage: one page of the database, written as JSON in a thread."""
         await self.ready()
         place, allocator = views.place_of(after), self._service.allocator
-        requests = allocator.requests_of(measurement_id)
+        requests = allocator.requests_of(key)
         if request_id is not None:
             requests = (allocator.request(request_id),)
-        page = self._service.accounts.page(measurement_id, request_id=request_id, after=place, limit=limit)
+        page = self._service.accounts.page(key, request_id=request_id, after=place, limit=limit)
         return await asyncio.to_thread(views.windows_json, requests, page, limit)
 
     async def machines(self) -> str:

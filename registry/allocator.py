@@ -21,6 +21,7 @@ from registry.fit import ANY_GPU_TYPE, Size, is_gpu_type, needs_of, why_too_larg
 from registry.indices import is_usable
 from registry.invariants import check_ledger
 from registry.ledger import Ledger, stop
+from registry.pins import Pins
 from registry.policy import rank
 from registry.provenance import unlike
 from registry.reports import Reports
@@ -44,7 +45,9 @@ from registry.state import (
     MachineLost,
     MachineUndrained,
     Measurement,
+    MeasurementKey,
     NewRequest,
+    Priority,
     Request,
     RequestStatus,
     ShutdownBegun,
@@ -79,6 +82,7 @@ class Allocator:
         self._ledger = Ledger(self._limits)
         self._ledger.load(snapshot)
         self._endings = Endings(self._ledger, self._limits)
+        self._pins = Pins(self._ledger, self._limits)
         self._dispatcher = Dispatcher(self._ledger, self._limits, self._new_token)
         self._reports = Reports(self._ledger, self._limits, self._endings, self._dispatcher)
         self._settled = False
@@ -149,13 +153,17 @@ class Allocator:
         check_ledger(self._ledger, self._limits, serving=self._settled and not self._reports.shutting_down)
 
     def next_deadline_s(self) -> float | None:
-        """When the next TimePassed is due, UTC seconds: the end of a lease. None when nothing is timed."""
-        return self._ledger.deadlines.first[0] if self._ledger.deadlines else None
+        """When the next TimePassed is due, UTC seconds: the end of a lease, or of a pin. None when nothing is timed."""
+        return min((timed.first[0] for timed in (self._ledger.deadlines, self._ledger.pins) if timed), default=None)
 
     def leases_due(self, now_s: float) -> tuple[Lease, ...]:
         """The leases that the next TimePassed ends if they are not used before, the oldest first. O(their number)."""
         due = takewhile(lambda entry: entry[0] <= now_s, self._ledger.deadlines)
         return tuple(self._ledger.leases[request_id] for _, request_id in due)
+
+    def pins_due(self, now_s: float) -> tuple[MeasurementKey, ...]:
+        """The measurements that the next TimePassed no longer binds to the machine of before. O(their number)."""
+        return self._pins.due(now_s)
 
     # --- reading ----------------------------------------------------------------------------------------
 
@@ -163,14 +171,14 @@ class Allocator:
         """The request with this id. Raises UnknownRequest."""
         return self._ledger.request(request_id)
 
-    def measurement(self, measurement_id: int) -> Measurement:
-        """The measurement with this id. Raises UnknownMeasurement."""
-        return self._ledger.measurement(measurement_id)
+    def measurement(self, key: MeasurementKey) -> Measurement:
+        """The measurement with this key. Raises UnknownMeasurement."""
+        return self._ledger.measurement(key)
 
-    def requests_of(self, measurement_id: int) -> tuple[Request, ...]:
+    def requests_of(self, key: MeasurementKey) -> tuple[Request, ...]:
         """All requests of a measurement, ended ones too, in order of arrival. Raises UnknownMeasurement."""
-        self._ledger.measurement(measurement_id)
-        ids = self._ledger.by_request.of.get(measurement_id, ())
+        self._ledger.measurement(key)
+        ids = self._ledger.by_request.of.get(key, ())
         return tuple(self._ledger.requests[request_id] for _, request_id in ids)
 
     def lease_of(self, request_id: str) -> Lease | None:
@@ -219,7 +227,7 @@ class Allocator:
         request = self._ledger.requests.get(request_id)
         if request is None or request.status is not RequestStatus.QUEUED:
             return None
-        measurement = self._ledger.measurements[request.measurement_id]
+        measurement = self._ledger.measurements[request.measurement_key]
         queued = self._ledger.by_request.queued
         before = queued[measurement.tenant].index((rank(measurement), request.seq, request_id))
         turns = self._ledger.queue.turns
@@ -236,13 +244,13 @@ class Allocator:
         Such a request was accepted before that was known, or the machine for it has left. Raises UnknownRequest.
         """
         request = self._ledger.request(request_id)
-        measurement = self._ledger.measurements[request.measurement_id]
+        measurement = self._ledger.measurements[request.measurement_key]
         sizes, needs = self._sizes_for(measurement), self._ledger.needs(request)
         if not sizes:
             return self._no_such_type(measurement) if self._ledger.by_wrapper.present else None
         if not any(needs.met_by(size) for size in sizes):
             return why_too_large(request.spec, request.memory, sizes, self._limits)
-        together = self._ledger.needs_together(measurement.measurement_id)
+        together = self._ledger.needs_together(measurement.key)
         if measurement.machine_id is None and not any(together.met_by(size) for size in sizes):
             return _not_together(measurement.measurement_id)
         return None
@@ -250,8 +258,8 @@ class Allocator:
     def fits_only_drained(self, request_id: str) -> tuple[str, ...]:
         """The drained machines that a queued request fits on, if it fits on no other. Raises UnknownRequest."""
         ledger, request = self._ledger, self._ledger.request(request_id)
-        asked = ledger.measurements[request.measurement_id].gpu_type or ANY_GPU_TYPE
-        needs = ledger.needs_together(request.measurement_id)
+        asked = ledger.measurements[request.measurement_key].gpu_type or ANY_GPU_TYPE
+        needs = ledger.needs_together(request.measurement_key)
         present = ledger.by_wrapper.present
         suitable = {size for size in present if needs.met_by(size) and is_gpu_type(asked, size.gpu_type)}
         if not all(size.draining for size in suitable):
@@ -265,23 +273,25 @@ class Allocator:
         ledger = self._ledger
         if self._reports.shutting_down:
             raise ShuttingDown
-        old = ledger.measurements.get(event.measurement_id)
-        live = old is not None and ledger.head(event.measurement_id) is not None
+        old = ledger.measurements.get(event.measurement_key)
+        live = old is not None and ledger.head(event.measurement_key) is not None
         if event.like_request_id is not None:
             event = self._made_like(event, event.like_request_id, live=live)
         measurement = Measurement(
             event.measurement_id,
             seq=ledger.next_seq,
             tenant=event.tenant,
-            priority=event.priority,
+            priority=event.priority or Priority.NORMAL,
             created_s=now_s,
             gpu_type=event.gpu_type,
         )
         if old is not None and live:
             _check_same_type(old, event.gpu_type)
-            measurement = old
+            _check_same_priority(old, event.priority)
+            measurement = self._pins.kept(old, event.requests)
         elif old is not None:
             measurement = replace(measurement, flags=old.flags, created_s=old.created_s)
+            measurement = self._pins.begin(measurement, event.requests, now_s)
 
         self._check_room(measurement.tenant, len(event.requests))
         for new in event.requests:
@@ -305,6 +315,7 @@ class Allocator:
                     max_g=new.max_g,
                     grade=event.grade,
                     like_request_id=event.like_request_id,
+                    tenant=event.tenant,
                 )
             )
 
@@ -349,7 +360,7 @@ class Allocator:
         on_pin = []
         if pin is not None and not ledger.is_draining(pin):
             on_pin = [ledger.size(w) for w in ledger.on_machine(pin) if is_usable(w)]
-        together = ledger.needs_together(named)
+        together = ledger.needs_together(measurement.key)
         for n, new in enumerate(requests):
             field, model = f"llms[{n}].model", new.spec.model
             needs = needs_of(new.spec, new.memory, limits)
@@ -386,6 +397,7 @@ class Allocator:
             self._ledger.put_lease(replace(lease, last_active_s=max(lease.last_active_s, at_s)))
 
     def _on_time_passed(self, asked: tuple[str, ...] | None, now_s: float) -> None:
+        self._pins.end(now_s)
         for lease in self.leases_due(now_s):
             if lease.deadline_s <= now_s:
                 reason = "its lease reached its deadline"
@@ -426,4 +438,14 @@ def _check_same_type(measurement: Measurement, gpu_type: str | None) -> None:
             "gpuType",
             f"measurement {measurement.measurement_id} was begun {begun}, and its LLMs run on one machine;"
             " leave it out, or use another measurementId",
+        )
+
+
+def _check_same_priority(measurement: Measurement, priority: Priority | None) -> None:
+    """The LLMs of a measurement wait at one place in the queue: refuse another priority than it was begun with."""
+    if priority not in (None, measurement.priority):
+        raise InvalidField(
+            "priority",
+            f"measurement {measurement.measurement_id} was begun with {measurement.priority.value!r}; leave it out, or"
+            " use another measurementId",
         )

@@ -121,6 +121,11 @@ class PromptingRequest(_Asked):
         None, description="Id of an earlier request: the same LLM, software and kind of machine again, or nothing"
     )
 
+    @property
+    def priority_given(self) -> Priority | None:
+        """The priority if the client has said one, else None: the one that the measurement has."""
+        return self.priority if "priority" in self.model_fields_set else None
+
 
 class AcceptedRequest(_Answered):
     """One accepted LLM of a POST; ``link`` is where its status is polled."""
@@ -301,6 +306,7 @@ class HealthState(_Answered):
     wrappers: int
     usable: int
     queued: int
+    deploying: int = Field(0, description="Requests whose LLM is being started or handed over for the first time")
     version: str
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -37,6 +37,8 @@ from registry.http import http_client
 from registry.report import MeasurementReport
 from registry.window_report import WindowReport, WindowsPage
 
+T = TypeVar("T")
+
 WAIT_S = 20.0
 """How long one poll waits for a change, seconds."""
 
@@ -55,8 +57,8 @@ PROMPT_HEADER = "X-GreenPrompt-Prompt"
 _PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
 """Answers after which a call is repeated, if they say so; not 504, after which it would wait as long again."""
 
-_REPORT = TypeAdapter(MeasurementReport)
-_PAGE = TypeAdapter(WindowsPage)
+UNEXPECTED = "unexpected_answer"
+"""``answer_code`` of an answer that is not a registry's."""
 
 ENDED = frozenset({"released", "expired", "cancelled", "failed"})
 
@@ -187,7 +189,7 @@ class RegistryClient:
         body |= {name: value for name, value in options.items() if value is not None}
         headers = {"Idempotency-Key": uuid.uuid4().hex if idempotency_key is None else idempotency_key}
         response = self._insist("POST", "/promptingservice/request", {}, 60, json=body, headers=headers)
-        return [accepted.requestId for accepted in PromptingAnswer.model_validate_json(response.content).requests]
+        return [accepted.requestId for accepted in _read(PromptingAnswer, response).requests]
 
     def status(self, request_id: str, *, wait_s: float = 0.0, seen: str | None = None) -> RequestState:
         """Where a request stands, once its status is another than ``seen`` or after ``wait_s`` seconds (at most 60).
@@ -198,7 +200,7 @@ class RegistryClient:
         params: dict[str, float | str] = {"wait": min(wait_s, MAX_WAIT_S)} if wait_s else {}
         if seen is not None:
             params["seen"] = seen
-        return RequestState.model_validate_json(self._insist("GET", _path(request_id), params, wait_s + 60).content)
+        return _read(RequestState, self._insist("GET", _path(request_id), params, wait_s + 60))
 
     def release(self, request_id: str) -> None:
         """Give an LLM back, or cancel a request. Repeated like ``status``; releasing twice is no error."""
@@ -261,11 +263,11 @@ class RegistryClient:
             AnswerError: no machine has this id; the text names those that there are.
             httpx.HTTPError: the registry could not be reached.
         """
-        return _machine(self._insist("POST", f"{_machine_path(machine_id)}/drain", {}, 60))
+        return _read(MachineState, self._insist("POST", f"{_machine_path(machine_id)}/drain", {}, 60))
 
     def undrain(self, machine_id: str) -> MachineState:
         """Have a machine used again. Repeated, and raises, like ``drain``."""
-        return _machine(self._insist("DELETE", f"{_machine_path(machine_id)}/drain", {}, 60))
+        return _read(MachineState, self._insist("DELETE", f"{_machine_path(machine_id)}/drain", {}, 60))
 
     def wait_until_drained(
         self,
@@ -282,7 +284,7 @@ class RegistryClient:
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            state = _machine(self._insist("GET", _machine_path(machine_id), {}, 60))
+            state = _read(MachineState, self._insist("GET", _machine_path(machine_id), {}, 60))
             if on_look is not None:
                 on_look(state)
             if state.drain != "draining":
@@ -293,26 +295,24 @@ class RegistryClient:
 
     def machines(self) -> list[MachineState]:
         """All machines that the registry knows, with their wrappers."""
-        return [MachineState.model_validate(each) for each in self.get("/machines")]
+        return _read(list[MachineState], _checked(self._http.get("/machines")))
 
     def measurement(self, measurement_id: int) -> MeasurementState:
         """A measurement with all its requests. Repeated like ``status``. Raises AnswerError (404: there is none)."""
-        return MeasurementState.model_validate_json(
-            self._insist("GET", f"/measurements/{measurement_id}", {}, 60).content
-        )
+        return _read(MeasurementState, self._insist("GET", f"/measurements/{measurement_id}", {}, 60))
 
     def health(self) -> HealthState:
         """How the registry is, also where it can serve nobody at the moment."""
         response = self._http.get("/healthz")
         try:
-            return HealthState.model_validate_json(response.content)
-        except ValueError:
-            return HealthState.model_validate_json(_checked(response).content)
+            return _read(HealthState, response)
+        except AnswerError:
+            return _read(HealthState, _checked(response))
 
     def report(self, measurement_id: int) -> MeasurementReport:
         """What a measurement cost, by LLM and by window. Raises AnswerError, httpx.HTTPError."""
         path = f"/measurements/{measurement_id}/report"
-        return _REPORT.validate_json(_checked(self._http.get(path)).content)
+        return _read(MeasurementReport, _checked(self._http.get(path)))
 
     def windows(self, measurement_id: int, *, request_id: str | None = None) -> Iterator[WindowReport]:
         """Yield the final energy windows of a measurement, or of one of its leases, that are written down by now.
@@ -323,9 +323,7 @@ class RegistryClient:
         if request_id is not None:
             params["request"] = request_id
         while True:
-            page = _PAGE.validate_json(
-                self._insist("GET", f"/measurements/{measurement_id}/windows", params, 60).content
-            )
+            page = _read(WindowsPage, self._insist("GET", f"/measurements/{measurement_id}/windows", params, 60))
             yield from page.windows
             if page.next is None:
                 return
@@ -344,8 +342,13 @@ def _machine_path(machine_id: str) -> str:
     return f"/machines/{quote(machine_id, safe='')}"
 
 
-def _machine(response: httpx.Response) -> MachineState:
-    return MachineState.model_validate_json(response.content)
+def _read(kind: type[T], response: httpx.Response) -> T:
+    """The body of an answer. Raises AnswerError when it is not what a registry answers."""
+    try:
+        return TypeAdapter(kind).validate_json(response.content)
+    except ValueError:
+        text = "what answers there is no registry, or one that this client does not understand"
+        raise AnswerError(response.status_code, UNEXPECTED, text) from None
 
 
 def _is_passing(error: Exception) -> bool:
@@ -367,6 +370,6 @@ def _checked(response: httpx.Response) -> httpx.Response:
         text = response.text.strip().partition("\n")[0][:200] or response.reason_phrase
         # A proxy's, whose server is being restarted.
         passing = response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
-        raise AnswerError(response.status_code, "unexpected_answer", text, passing) from None
+        raise AnswerError(response.status_code, UNEXPECTED, text, passing) from None
     passing = answer.retryable and response.status_code in _PASSING
     raise AnswerError(response.status_code, answer.code, answer.message, passing)

@@ -27,6 +27,7 @@ from registry.state import (
     Lease,
     Limits,
     Measurement,
+    MeasurementKey,
     Request,
     RequestStatus,
     Wrapper,
@@ -92,10 +93,10 @@ class Dispatcher:
         free = self._ledger.by_wrapper
         return any(next(self._among(pool, place), None) for pool in (free.idle, free.ready, free.ownerless))
 
-    def _serve(self, measurement_id: int, place: Place, now_s: float) -> None:
+    def _serve(self, key: MeasurementKey, place: Place, now_s: float) -> None:
         """Give a wrapper to the next request of this measurement, or to one that may go before it."""
         free = self._ledger.by_wrapper
-        head = self._ledger.head(measurement_id)
+        head = self._ledger.head(key)
         assert head is not None
         fingerprint = head.spec.fingerprint
 
@@ -126,8 +127,8 @@ class Dispatcher:
         ledger, overtaken = self._ledger, list[Request]()
         size = ledger.size(wrapper)
         places = [place for place in ledger.queue.places([wrapper.machine_id]) if place.allows(wrapper, size)]
-        for measurement_id in ledger.queue.line(places):
-            request = ledger.head(measurement_id)
+        for key in ledger.queue.line(places):
+            request = ledger.head(key)
             assert request is not None
             if request.spec == wrapper.spec:
                 return overtaken, request
@@ -164,7 +165,7 @@ class Dispatcher:
     def _grant(self, request: Request, wrapper: Wrapper, now_s: float) -> None:
         ledger = self._ledger
         assert is_free(wrapper)
-        measurement = ledger.measurements[request.measurement_id]
+        measurement = ledger.measurements[request.measurement_key]
         ledger.queue.charge(measurement.tenant)
         ledger.put_request(
             replace(
@@ -175,8 +176,14 @@ class Dispatcher:
                 deploying_s=now_s,
             )
         )
+        stays = measurement.machine_id == wrapper.machine_id
         ledger.put_measurement(
-            replace(measurement, machine_id=wrapper.machine_id, flags=self._flags(measurement, wrapper.machine_id))
+            replace(
+                measurement,
+                machine_id=wrapper.machine_id,
+                flags=self._flags(measurement, wrapper.machine_id),
+                pinned_until_s=measurement.pinned_until_s if stays else None,
+            )
         )
         wrapper = replace(wrapper, last_used_s=now_s)
         if wrapper.spec != request.spec:
@@ -189,7 +196,7 @@ class Dispatcher:
     def _flags(self, measurement: Measurement, machine_id: str) -> tuple[str, ...]:
         """Say so when a measurement goes on on another machine than before."""
         ledger = self._ledger
-        before = ledger.served_on(measurement.measurement_id)
+        before = ledger.served_on(measurement.key)
         if before is None or before == machine_id:
             return measurement.flags
         alike = ledger.gpu_type(before) == ledger.gpu_type(machine_id)

@@ -23,18 +23,23 @@ class Endings:
         ledger = self._ledger
         self._let_go(request, how, now_s)
         ledger.put_request(replace(request, status=status, reason=reason, ended_s=now_s))
-        if ledger.head(request.measurement_id) is None:
-            ledger.put_measurement(replace(ledger.measurements[request.measurement_id], machine_id=None))
+        if ledger.head(request.measurement_key) is None:
+            measurement = ledger.measurements[request.measurement_key]
+            ledger.put_measurement(replace(measurement, machine_id=None, pinned_until_s=None))
 
     def requeue(self, request: Request, reason: str, how: str, now_s: float) -> None:
         """Let a request that was not handed over wait again, at its old place.
 
-        Its measurement stays bound to the machine on which an earlier request of it was served, if there was one.
+        Its measurement stays bound to the machine on which an earlier request of it was served, if there was one. If
+        that was before it went on, only as long as it is pinned for that.
         """
         ledger = self._ledger
         self._let_go(request, how, now_s)
-        measurement = ledger.measurements[request.measurement_id]
-        ledger.put_measurement(replace(measurement, machine_id=ledger.pin_without(measurement.measurement_id)))
+        measurement = ledger.measurements[request.measurement_key]
+        pin = ledger.pin_without(measurement.key)
+        if pin is None and measurement.pinned_until_s is not None:
+            pin = measurement.machine_id
+        ledger.put_measurement(replace(measurement, machine_id=pin))
         ledger.put_request(
             replace(
                 request,

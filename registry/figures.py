@@ -61,6 +61,7 @@ class BatchFigures:
 class MachineFigures:
     """What an LLM's prompts cost on one machine. Warm-ups are counted, and are in no figure but ``with_idle``.
 
+    ``operational_per_unit`` and ``embodied_per_unit`` are the two parts of ``gco2eq_per_unit``.
     ``unmarked`` prompts don't say whether they are a warm-up, and count. ``with_idle`` is gCO2eq per unit with the idle
     time of the leases in it. ``batch`` is None without a finished lease.
     """
@@ -72,6 +73,8 @@ class MachineFigures:
     units: int | None
     output_tokens: int | None
     gco2eq_per_unit: Figure
+    operational_per_unit: Figure
+    embodied_per_unit: Figure
     joules_per_token: Figure
     joules_per_prompt: Figure
     seconds_per_prompt: Figure
@@ -116,6 +119,8 @@ def _of_machine(machine: str | None, windows: Sequence[WindowReport]) -> Machine
         units=_known_sum(prompt.units for prompt in counted),
         output_tokens=_known_sum(prompt.output_tokens for prompt in counted),
         gco2eq_per_unit=_score(counted, unit, names),
+        operational_per_unit=_score(counted, unit, names, _operational),
+        embodied_per_unit=_score(counted, unit, names, _embodied),
         joules_per_token=_figure(counted, "J/output_token", _joules, _tokens, names),
         joules_per_prompt=_figure(counted, "J/prompt", _joules, _answers, names),
         seconds_per_prompt=_figure(answered, "s/prompt", _seconds, _answers, names, measured=True),
@@ -145,9 +150,11 @@ def why(
 # --- figures ------------------------------------------------------------------------------------------------
 
 
-def _score(windows: Sequence[WindowReport], unit: str | None, names: Mapping[str, str]) -> Figure:
+def _score(
+    windows: Sequence[WindowReport], unit: str | None, names: Mapping[str, str], amount_of: _AmountOf | None = None
+) -> Figure:
     """Return gCO2eq per functional unit. No value if the operator allows no estimates and there are some."""
-    found = _figure(windows, f"gCO2eq/{unit or 'unit'}", _grams, _units_of(unit), names, sci=True)
+    found = _figure(windows, f"gCO2eq/{unit or 'unit'}", amount_of or _grams, _units_of(unit), names, sci=True)
     refused = why(windows, lambda window: NOT_ALLOWED in window.flags, "are estimates, which are not allowed")
     if refused is None:
         return found
@@ -310,18 +317,33 @@ def _systematic_j(window: WindowReport) -> float | None:
     return window.resolution_j if half is None else half
 
 
-def _grams(window: WindowReport) -> _Amount | None:
-    """Return operational and embodied emissions. The error of both factors has the same sign in all windows."""
-    o_g, m_g = window.o_g, window.m_g
-    if o_g is None or m_g is None:
+def _operational(window: WindowReport) -> _Amount | None:
+    """Return the emissions of the energy. The error of the grid's factor has the same sign in all windows."""
+    if window.o_g is None:
         return None
-    systematic_j, embodied = _systematic_j(window), _half(m_g, window.m_low_g, window.m_high_g)
-    systematic = None
-    if systematic_j is not None and embodied is not None and window.joules:
+    systematic_j, systematic = _systematic_j(window), None
+    if systematic_j is not None and window.joules:
         of_grid = _half(window.grid, window.grid_low, window.grid_high)
         relative = systematic_j / window.joules + (of_grid / window.grid if of_grid and window.grid else 0.0)
-        systematic = o_g * relative + embodied
-    return _Amount(o_g + m_g, window.low_g, window.high_g, systematic)
+        systematic = window.o_g * relative
+    return _Amount(window.o_g, window.o_low_g, window.o_high_g, systematic)
+
+
+def _embodied(window: WindowReport) -> _Amount | None:
+    """Return the embodied emissions, of which all error has the same sign in all windows."""
+    if window.m_g is None:
+        return None
+    half = _half(window.m_g, window.m_low_g, window.m_high_g)
+    return _Amount(window.m_g, window.m_low_g, window.m_high_g, half)
+
+
+def _grams(window: WindowReport) -> _Amount | None:
+    """Return operational and embodied emissions together."""
+    o_g, m_g = _operational(window), _embodied(window)
+    if o_g is None or m_g is None:
+        return None
+    rest = [sum_of(each).value for each in zip(o_g[1:], m_g[1:], strict=True)]
+    return _Amount(o_g.value + m_g.value, *rest)
 
 
 def _seconds(window: WindowReport) -> _Amount:

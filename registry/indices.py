@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from registry.fit import Needs, Size
 from registry.policy import LOOK_AHEAD, Place, Rank, Turns
-from registry.state import Request, RequestStatus, Wrapper, WrapperStatus
+from registry.state import MeasurementKey, Request, RequestStatus, Wrapper, WrapperStatus
 
 T = TypeVar("T", bound="tuple[Any, ...] | str")
 
@@ -196,11 +196,11 @@ class RequestIndex:
     """Requests by measurement and, while they are queued, by tenant and LLM."""
 
     def __init__(self) -> None:
-        self.of: dict[int, SortedSet[tuple[int, str]]] = {}
+        self.of: dict[MeasurementKey, SortedSet[tuple[int, str]]] = {}
         """All of a measurement, in order of arrival."""
-        self.unfinished: dict[int, SortedSet[tuple[int, str]]] = {}
+        self.unfinished: dict[MeasurementKey, SortedSet[tuple[int, str]]] = {}
         """Those of a measurement that have not ended; the first is served, or next."""
-        self.needs: dict[int, Counter[Needs]] = {}
+        self.needs: dict[MeasurementKey, Counter[Needs]] = {}
         """What the unfinished requests of a measurement need."""
         self.queued: dict[str, SortedSet[tuple[Rank, int, str]]] = {}
         """The queued ones of a tenant, in order of service."""
@@ -213,10 +213,10 @@ class RequestIndex:
     def add(self, request: Request, needs: Needs, tenant: str, rank: Rank) -> None:
         """Index a request with these needs, of a measurement with this tenant and rank."""
         entry = request.seq, request.request_id
-        self.of.setdefault(request.measurement_id, SortedSet()).add(entry)
+        self.of.setdefault(request.measurement_key, SortedSet()).add(entry)
         if not request.status.ended:
-            self.unfinished.setdefault(request.measurement_id, SortedSet()).add(entry)
-            self.needs.setdefault(request.measurement_id, Counter())[needs] += 1
+            self.unfinished.setdefault(request.measurement_key, SortedSet()).add(entry)
+            self.needs.setdefault(request.measurement_key, Counter())[needs] += 1
         if request.status is RequestStatus.QUEUED:
             self.queued.setdefault(tenant, SortedSet()).add((rank, *entry))
             self.queued_for.setdefault(request.spec.fingerprint, SortedSet()).add((rank, *entry))
@@ -227,15 +227,15 @@ class RequestIndex:
     def remove(self, request: Request, needs: Needs, tenant: str, rank: Rank) -> None:
         """Forget a request, given as it was indexed."""
         entry = request.seq, request.request_id
-        self.of[request.measurement_id].remove(entry)
+        self.of[request.measurement_key].remove(entry)
         if not request.status.ended:
-            unfinished, needed = self.unfinished[request.measurement_id], self.needs[request.measurement_id]
+            unfinished, needed = self.unfinished[request.measurement_key], self.needs[request.measurement_key]
             unfinished.remove(entry)
             needed[needs] -= 1
             if not needed[needs]:
                 del needed[needs]
             if not unfinished:
-                del self.unfinished[request.measurement_id], self.needs[request.measurement_id]
+                del self.unfinished[request.measurement_key], self.needs[request.measurement_key]
         if request.status is RequestStatus.QUEUED:
             for queued, key in ((self.queued, tenant), (self.queued_for, request.spec.fingerprint)):
                 queued[key].remove((rank, *entry))
@@ -254,37 +254,37 @@ class Queue:
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
-        self._entries: dict[int, tuple[str, Place, Rank]] = {}
+        self._entries: dict[MeasurementKey, tuple[str, Place, Rank]] = {}
         self._anywhere: dict[Place, Line] = {}
         self._on_machine: dict[str, dict[Place, Line]] = {}
         self._tenants: SortedSet[tuple[float, str]] = SortedSet()
         self._waiting: Counter[str] = Counter()
 
-    def contents(self) -> dict[int, tuple[str, Place, Rank]]:
+    def contents(self) -> dict[MeasurementKey, tuple[str, Place, Rank]]:
         """Tenant, place and rank of every waiting measurement."""
         return dict(self._entries)
 
-    def put(self, measurement_id: int, entry: tuple[str, Place, Rank] | None) -> None:
+    def put(self, key: MeasurementKey, entry: tuple[str, Place, Rank] | None) -> None:
         """Let a measurement wait with this tenant, place and rank; None: it does not wait."""
-        old = self._entries.get(measurement_id)
+        old = self._entries.get(key)
         if old == entry:
             return
         if old is not None:
-            self._remove(measurement_id, old)
+            self._remove(key, old)
         if entry is not None:
-            self._add(measurement_id, entry)
+            self._add(key, entry)
 
-    def _add(self, measurement_id: int, entry: tuple[str, Place, Rank]) -> None:
+    def _add(self, key: MeasurementKey, entry: tuple[str, Place, Rank]) -> None:
         tenant, place, rank = entry
-        self._entries[measurement_id] = entry
+        self._entries[key] = entry
         self._lines(place).setdefault(place, {}).setdefault(tenant, SortedSet()).add(rank)
         if not self._waiting[tenant]:
             self._tenants.add(self.turns.key(tenant))
         self._waiting[tenant] += 1
 
-    def _remove(self, measurement_id: int, entry: tuple[str, Place, Rank]) -> None:
+    def _remove(self, key: MeasurementKey, entry: tuple[str, Place, Rank]) -> None:
         tenant, place, rank = entry
-        del self._entries[measurement_id]
+        del self._entries[key]
         lines = self._lines(place)
         lines[place][tenant].remove(rank)
         if not lines[place][tenant]:
@@ -317,17 +317,17 @@ class Queue:
         pinned = [place for machine_id in machine_ids for place in self._on_machine.get(machine_id, ())]
         return [*self._anywhere, *pinned]
 
-    def next(self, places: Iterable[Place]) -> tuple[int, Place] | None:
+    def next(self, places: Iterable[Place]) -> tuple[MeasurementKey, Place] | None:
         """Which of the measurements that wait for these places is next, and for which; None: nobody waits."""
         waiting = [(place, self._lines(place)[place]) for place in places]
         for _, tenant in self._tenants:
             heads = [(line[tenant].first, place) for place, line in waiting if tenant in line]
             if heads:
                 rank, place = min(heads, key=lambda head: head[0])
-                return rank[-1], place
+                return (tenant, rank[-1]), place
         return None
 
-    def line(self, places: Iterable[Place]) -> Iterator[int]:
+    def line(self, places: Iterable[Place]) -> Iterator[MeasurementKey]:
         """The measurements that wait for these places, in the order in which they would be served; a few of them."""
         lines = [self._lines(place)[place] for place in places]
         tenants: list[tuple[float, str, Iterator[Rank]]] = []
@@ -339,13 +339,13 @@ class Queue:
                 break
         return islice(self._in_turn(tenants), LOOK_AHEAD + 1)
 
-    def _in_turn(self, tenants: list[tuple[float, str, Iterator[Rank]]]) -> Iterator[int]:
+    def _in_turn(self, tenants: list[tuple[float, str, Iterator[Rank]]]) -> Iterator[MeasurementKey]:
         turns = [(self.turns.start(tenant), turn, tenant, ranks) for turn, tenant, ranks in tenants]
         heapq.heapify(turns)
         while turns:
             start, _, tenant, ranks = heapq.heappop(turns)
             rank = next(ranks, None)
             if rank is not None:
-                yield rank[-1]
+                yield tenant, rank[-1]
                 then = start + self.turns.step(tenant)
                 heapq.heappush(turns, (then, then, tenant, ranks))

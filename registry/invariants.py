@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from registry.indices import is_free
 from registry.ledger import Ledger
-from registry.state import Limits, Request, RequestStatus, Wrapper, WrapperStatus
+from registry.state import Limits, MeasurementKey, Request, RequestStatus, Wrapper, WrapperStatus
 from registry.transitions import InvariantBroken
 
 _HOLDS = (WrapperStatus.LEASED, WrapperStatus.DEPLOYING, WrapperStatus.STARTING, WrapperStatus.RESTARTING)
@@ -22,8 +22,8 @@ def check_ledger(ledger: Ledger, limits: Limits, *, serving: bool) -> None:
         _check_request(ledger, request)
     for lease in ledger.leases.values():
         _hold(lease.request_id in ledger.requests, f"the lease of {lease.request_id} has a request")
-    for measurement_id in ledger.measurements:
-        _check_measurement(ledger, measurement_id)
+    for key in ledger.measurements:
+        _check_measurement(ledger, limits, key)
     _check_indices(ledger, limits)
     if serving:
         _check_nobody_waits_in_vain(ledger)
@@ -74,21 +74,25 @@ def _check_request(ledger: Ledger, request: Request) -> None:
         _hold(lease.wrapper_id == request.wrapper_id, f"{name} and its lease agree")
     if holds and wrapper is not None:
         _hold(request.machine_id == wrapper.machine_id, f"{name} knows its machine")
-        pin = ledger.measurements[request.measurement_id].machine_id
+        pin = ledger.measurements[request.measurement_key].machine_id
         _hold(pin == wrapper.machine_id, f"{name} is on the machine of its measurement")
 
 
-def _check_measurement(ledger: Ledger, measurement_id: int) -> None:
-    measurement = ledger.measurements[measurement_id]
-    requests = [ledger.requests[request_id] for _, request_id in ledger.by_request.of.get(measurement_id, ())]
+def _check_measurement(ledger: Ledger, limits: Limits, key: MeasurementKey) -> None:
+    measurement = ledger.measurements[key]
+    requests = [ledger.requests[request_id] for _, request_id in ledger.by_request.of.get(key, ())]
     open_requests = [request for request in requests if not request.status.ended]
     live = [request for request in open_requests if request.status is not RequestStatus.QUEUED]
-    _hold(live in ([], open_requests[:1]), f"measurement {measurement_id} is served one at a time, in order")
+    _hold(live in ([], open_requests[:1]), f"measurement {key} is served one at a time, in order")
     if not open_requests:
-        _hold(measurement.machine_id is None, f"measurement {measurement_id} is over and bound to no machine")
+        _hold(measurement.machine_id is None, f"measurement {key} is over and bound to no machine")
+    if measurement.pinned_until_s is not None:
+        _hold(measurement.machine_id is not None, f"measurement {key} is pinned to a machine")
+        until_s = max((r.ended_s or 0.0 for r in requests if r.deployed_s is not None), default=0.0) + limits.sticky_s
+        _hold(measurement.pinned_until_s <= until_s, f"measurement {key} is pinned for sticky_s at most")
     served_on = {request.machine_id for request in requests if request.deployed_s is not None}
     flagged = any(flag.startswith("machine_") for flag in measurement.flags)
-    _hold(len(served_on) < 2 or flagged, f"measurement {measurement_id} was served on one machine, or says so")
+    _hold(len(served_on) < 2 or flagged, f"measurement {key} was served on one machine, or says so")
 
 
 def _check_indices(ledger: Ledger, limits: Limits) -> None:
@@ -97,14 +101,15 @@ def _check_indices(ledger: Ledger, limits: Limits) -> None:
     _hold(vars(fresh.by_wrapper) == vars(ledger.by_wrapper), "the index of wrappers is true")
     _hold(vars(fresh.by_request) == vars(ledger.by_request), "the index of requests is true")
     _hold(fresh.deadlines == ledger.deadlines, "the index of deadlines is true")
+    _hold(fresh.pins == ledger.pins, "the index of pins is true")
     _hold(fresh.queue.contents() == ledger.queue.contents(), "everyone who waits is in the queue, at the right place")
 
 
 def _check_nobody_waits_in_vain(ledger: Ledger) -> None:
     free = [wrapper for wrapper in ledger.wrappers.values() if is_free(wrapper)]
-    for measurement_id, (_, place, _) in ledger.queue.contents().items():
+    for key, (_, place, _) in ledger.queue.contents().items():
         for wrapper in free:
             _hold(
                 not ledger.allows(place, wrapper),
-                f"measurement {measurement_id} waits, and {wrapper.wrapper_id} is free",
+                f"measurement {key} waits, and {wrapper.wrapper_id} is free",
             )

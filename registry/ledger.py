@@ -26,6 +26,7 @@ from registry.state import (
     LLMSpec,
     Machine,
     Measurement,
+    MeasurementKey,
     Request,
     RequestStatus,
     RestartWrapper,
@@ -48,7 +49,7 @@ class Ledger:
         self._limits = limits
         self.machines: dict[str, Machine] = {}
         self.wrappers: dict[str, Wrapper] = {}
-        self.measurements: dict[int, Measurement] = {}
+        self.measurements: dict[MeasurementKey, Measurement] = {}
         self.requests: dict[str, Request] = {}
         self.leases: dict[str, Lease] = {}
 
@@ -56,13 +57,15 @@ class Ledger:
         self.by_request = RequestIndex()
         self.queue = Queue(Turns(limits.tenant_weights))
         self.deadlines: SortedSet[tuple[float, str]] = SortedSet()
+        self.pins: SortedSet[tuple[float, MeasurementKey]] = SortedSet()
+        """When a measurement that went on is no longer bound to the machine of before, by time and key."""
         self.next_seq = 1
         self.touched: set[str] = set()
         """Machines on which a wrapper became free, or for which somebody began to wait."""
 
-        self._served_on: dict[int, tuple[int, str]] = {}
-        self._pinned_to: dict[str, set[int]] = {}
-        self._displaced: set[int] = set()
+        self._served_on: dict[MeasurementKey, tuple[int, str, str]] = {}
+        self._pinned_to: dict[str, set[MeasurementKey]] = {}
+        self._displaced: set[MeasurementKey] = set()
         self._sizes: frozenset[Size] = frozenset()
         self._forget_changes()
 
@@ -82,16 +85,16 @@ class Ledger:
         except KeyError:
             raise UnknownMachine(machine_id, _which_there_are(sorted(self.machines))) from None
 
-    def measurement(self, measurement_id: int) -> Measurement:
-        """The measurement with this id. Raises UnknownMeasurement."""
+    def measurement(self, key: MeasurementKey) -> Measurement:
+        """The measurement with this key. Raises UnknownMeasurement."""
         try:
-            return self.measurements[measurement_id]
+            return self.measurements[key]
         except KeyError:
-            raise UnknownMeasurement(measurement_id) from None
+            raise UnknownMeasurement(key[1]) from None
 
-    def head(self, measurement_id: int) -> Request | None:
+    def head(self, key: MeasurementKey) -> Request | None:
         """The first request of a measurement that has not ended: the one that is served, or next."""
-        unfinished = self.by_request.unfinished.get(measurement_id)
+        unfinished = self.by_request.unfinished.get(key)
         return None if unfinished is None else self.requests[unfinished.first[1]]
 
     def gpu_type(self, machine_id: str) -> str | None:
@@ -120,23 +123,28 @@ class Ledger:
         """What the LLM of a request needs, as far as it is known."""
         return needs_of(request.spec, request.memory, self._limits)
 
-    def needs_together(self, measurement_id: int) -> Needs:
+    def needs_together(self, key: MeasurementKey) -> Needs:
         """What all unfinished requests of a measurement need, since they run on one machine."""
-        return reduce(Needs.joined_with, self.by_request.needs.get(measurement_id, ()), Needs())
+        return reduce(Needs.joined_with, self.by_request.needs.get(key, ()), Needs())
 
     def on_machine(self, machine_id: str) -> list[Wrapper]:
         """The wrappers of a machine, by id."""
         return [self.wrappers[wrapper_id] for wrapper_id in self.by_wrapper.on_machine.get(machine_id, ())]
 
-    def served_on(self, measurement_id: int) -> str | None:
+    def served_on(self, key: MeasurementKey) -> str | None:
         """The machine on which a request of the measurement was last handed over."""
-        served = self._served_on.get(measurement_id)
+        served = self._served_on.get(key)
         return None if served is None else served[1]
 
-    def pin_without(self, measurement_id: int) -> str | None:
+    def last_served(self, key: MeasurementKey) -> Request | None:
+        """The request of a measurement that was handed over last, of all that are kept."""
+        served = self._served_on.get(key)
+        return None if served is None else self.requests[served[2]]
+
+    def pin_without(self, key: MeasurementKey) -> str | None:
         """The machine that a measurement stays bound to when its latest grant came to nothing."""
-        served = self._served_on.get(measurement_id)
-        this_time = served is not None and served[0] >= self.measurements[measurement_id].seq
+        served = self._served_on.get(key)
+        this_time = served is not None and served[0] >= self.measurements[key].seq
         return served[1] if served is not None and this_time else None
 
     def place_of(self, measurement: Measurement, request: Request) -> Place:
@@ -147,7 +155,7 @@ class Ledger:
         of the same GPU type does, and at last any, unless the measurement names a type.
         """
         not_on = frozenset(request.failed_on)
-        needs = self.needs_together(measurement.measurement_id)
+        needs = self.needs_together(measurement.key)
         pin = measurement.machine_id
         anywhere = Place(fitting(self._sizes, needs, measurement.gpu_type or ANY_GPU_TYPE), not_on=not_on)
         if pin is None:
@@ -165,7 +173,7 @@ class Ledger:
 
     def is_exhausted(self, request: Request) -> bool:
         """True when there are wrappers for a queued request and its LLM has failed on every one of them."""
-        place = self.place_of(self.measurements[request.measurement_id], request)
+        place = self.place_of(self.measurements[request.measurement_key], request)
         anew = replace(place, not_on=frozenset())
         if place.machine_id is not None:
             fitting = sum(self.allows(anew, wrapper) for wrapper in self.on_machine(place.machine_id))
@@ -192,8 +200,8 @@ class Ledger:
         for wrapper in snapshot.wrappers:
             self._store_wrapper(wrapper)
         self._sizes = frozenset(self.by_wrapper.sizes)
-        for measurement_id in self.measurements:
-            self._requeue(measurement_id)
+        for key in self.measurements:
+            self._requeue(key)
 
     def snapshot(self) -> Snapshot:
         """Everything that is known."""
@@ -244,18 +252,20 @@ class Ledger:
         self._removed_wrappers[wrapper.wrapper_id] = None
 
     def put_measurement(self, measurement: Measurement) -> None:
-        """Add or change a measurement. Its tenant, priority and seq change only while nothing of it is unfinished."""
-        old = self.measurements.get(measurement.measurement_id)
+        """Add or change a measurement. Its priority and seq change only while nothing of it is unfinished."""
+        old = self.measurements.get(measurement.key)
         if old == measurement:
             return
         if old is not None and old.machine_id is not None:
             pinned = self._pinned_to[old.machine_id]
-            pinned.remove(measurement.measurement_id)
+            pinned.remove(measurement.key)
             if not pinned:
                 del self._pinned_to[old.machine_id]
+        if old is not None and old.pinned_until_s is not None:
+            self.pins.remove((old.pinned_until_s, old.key))
         self._store_measurement(measurement)
-        self._requeue(measurement.measurement_id)
-        self._measurements[measurement.measurement_id] = measurement
+        self._requeue(measurement.key)
+        self._measurements[measurement.key] = measurement
 
     def put_request(self, request: Request) -> None:
         """Add or change a request. Raises InvariantBroken when its status can't follow the one it has."""
@@ -264,10 +274,10 @@ class Ledger:
             return
         check_request_transition(request.request_id, None if old is None else old.status, request.status)
         if old is not None:
-            measurement = self.measurements[old.measurement_id]
+            measurement = self.measurements[old.measurement_key]
             self.by_request.remove(old, self.needs(old), measurement.tenant, rank(measurement))
         self._store_request(request)
-        self._requeue(request.measurement_id)
+        self._requeue(request.measurement_key)
         self._requests[request.request_id] = request
 
     def count_overtaken(self, request: Request) -> None:
@@ -317,7 +327,7 @@ class Ledger:
     def _forget_changes(self) -> None:
         self._machines: dict[str, Machine] = {}
         self._wrappers: dict[str, Wrapper] = {}
-        self._measurements: dict[int, Measurement] = {}
+        self._measurements: dict[MeasurementKey, Measurement] = {}
         self._requests: dict[str, Request] = {}
         self._leases: dict[str, Lease] = {}
         self._ended_leases: dict[str, None] = {}
@@ -334,37 +344,39 @@ class Ledger:
         self.by_wrapper.remove(wrapper, self.size(wrapper))
 
     def _store_measurement(self, measurement: Measurement) -> None:
-        self.measurements[measurement.measurement_id] = measurement
+        self.measurements[measurement.key] = measurement
         if measurement.machine_id is not None:
-            self._pinned_to.setdefault(measurement.machine_id, set()).add(measurement.measurement_id)
+            self._pinned_to.setdefault(measurement.machine_id, set()).add(measurement.key)
+        if measurement.pinned_until_s is not None:
+            self.pins.add((measurement.pinned_until_s, measurement.key))
 
     def _store_request(self, request: Request) -> None:
         self.requests[request.request_id] = request
         self.next_seq = max(self.next_seq, request.seq + 1)
-        measurement = self.measurements[request.measurement_id]
+        measurement = self.measurements[request.measurement_key]
         self.by_request.add(request, self.needs(request), measurement.tenant, rank(measurement))
         if request.deployed_s is not None and request.machine_id is not None:
-            served = request.seq, request.machine_id
-            self._served_on[request.measurement_id] = max(served, self._served_on.get(request.measurement_id, served))
+            served = request.seq, request.machine_id, request.request_id
+            self._served_on[request.measurement_key] = max(served, self._served_on.get(request.measurement_key, served))
 
     def _store_lease(self, lease: Lease) -> None:
         self.leases[lease.request_id] = lease
         self.deadlines.add((lease.ends_s, lease.request_id))
 
-    def _requeue(self, measurement_id: int) -> None:
+    def _requeue(self, key: MeasurementKey) -> None:
         """Let a measurement wait, for the right place, exactly when its next request is queued."""
-        measurement = self.measurements[measurement_id]
-        head = self.head(measurement_id)
-        self._displaced.discard(measurement_id)
+        measurement = self.measurements[key]
+        head = self.head(key)
+        self._displaced.discard(key)
         if head is None or head.status is not RequestStatus.QUEUED:
-            self.queue.put(measurement_id, None)
+            self.queue.put(key, None)
             return
         place = self.place_of(measurement, head)
-        self.queue.put(measurement_id, (measurement.tenant, place, rank(measurement)))
+        self.queue.put(key, (measurement.tenant, place, rank(measurement)))
         if place.machine_id is not None:
             self.touched.add(place.machine_id)
         elif measurement.machine_id is not None:
-            self._displaced.add(measurement_id)
+            self._displaced.add(key)
 
     def _requeue_if_sizes_changed(self) -> None:
         """The first wrapper of a size came, or the last one went: places are made of sizes, so all are made anew.
@@ -373,13 +385,13 @@ class Ledger:
         """
         if self.by_wrapper.sizes.keys() != self._sizes:
             self._sizes = frozenset(self.by_wrapper.sizes)
-            for measurement_id in self.queue.contents():
-                self._requeue(measurement_id)
+            for key in self.queue.contents():
+                self._requeue(key)
 
     def _requeue_pinned(self, machine_id: str) -> None:
         """A wrapper of this machine came, went or changed size: that can move those bound to a machine."""
-        for measurement_id in self._displaced | self._pinned_to.get(machine_id, set()):
-            self._requeue(measurement_id)
+        for key in self._displaced | self._pinned_to.get(machine_id, set()):
+            self._requeue(key)
 
 
 def _which_there_are(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ LOOK_AHEAD: Final = 16
 match overtakes at most so many requests at once, and a victim is one of so many least recently used wrappers."""
 
 Rank = tuple[int, int, int]
-"""Order of measurements inside a tenant, smallest first: priority, arrival, id."""
+"""Order of measurements inside a tenant, smallest first: priority, arrival, measurementId."""
 
 _PRIORITY_ORDER: Final[Mapping[Priority, int]] = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
 

@@ -91,8 +91,10 @@ class Reports:
         )
         deadline_s = now_s + self._limits.lease_max_s if first else lease.deadline_s
         ledger.put_lease(replace(lease, last_active_s=now_s, deadline_s=deadline_s))
+        measurement = ledger.measurements[request.measurement_key]
+        ledger.put_measurement(replace(measurement, pinned_until_s=None))  # served there now: the pin has no end
         if event.versions is not None:
-            measurement = ledger.measurements[request.measurement_id]
+            measurement = ledger.measurements[request.measurement_key]
             same = measurement.versions in (None, event.versions)
             flags = measurement.flags if same else with_flag(measurement.flags, VERSION_CHANGED)
             ledger.put_measurement(replace(measurement, versions=event.versions, flags=flags))
@@ -100,7 +102,7 @@ class Reports:
 
     def on_lease_flagged(self, request: Request, flags: tuple[str, ...]) -> None:
         """The measurement of a request carries these flags from now on."""
-        measurement = self._ledger.measurements[request.measurement_id]
+        measurement = self._ledger.measurements[request.measurement_key]
         self._ledger.put_measurement(replace(measurement, flags=reduce(with_flag, flags, measurement.flags)))
 
     def on_llm_deploy_failed(self, event: LLMDeployFailed, now_s: float) -> None:
@@ -382,5 +384,5 @@ class Reports:
         ledger = self._ledger
         ledger.put_request(replace(request, status=RequestStatus.DEPLOYING, reason=reason))
         if request.request_id in ledger.leases:
-            measurement = ledger.measurements[request.measurement_id]
+            measurement = ledger.measurements[request.measurement_key]
             ledger.put_measurement(replace(measurement, flags=with_flag(measurement.flags, ENGINE_RESTARTED)))

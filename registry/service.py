@@ -271,7 +271,7 @@ class Service:
         llms: Sequence[NewRequest],
         *,
         tenant: str = "default",
-        priority: Priority = Priority.NORMAL,
+        priority: Priority | None = None,
         gpu_type: str | None = None,
         idempotency: Idempotency | None = None,
         grade: Grade = Grade.STANDARD,
@@ -300,7 +300,7 @@ class Service:
         row = None
         if idempotency is not None:
             row = IdempotencyRow(tenant, idempotency.key, idempotency.body_sha256, ids, self._now_s())
-        notes = self.accounts.notes(measurement_id, tenant)
+        notes = self.accounts.notes(tenant)
         llms = [replace(llm, notes=(*llm.notes, *notes)) for llm in llms]
         asked = LeaseRequested(measurement_id, tuple(llms), tenant, priority, gpu_type, grade, like_request_id)
         self._apply(asked, idempotency=row)
@@ -822,7 +822,7 @@ class Service:
     def _note_flags(self, report: WrapperReport) -> None:
         if report.bound is None or self.allocator.lease_of(report.bound) is None:
             return
-        measurement = self.allocator.measurement(self.allocator.request(report.bound).measurement_id)
+        measurement = self.allocator.measurement(self.allocator.request(report.bound).measurement_key)
         if not set(report.lease_flags) <= set(measurement.flags):
             self._apply(LeaseFlagged(report.bound, report.lease_flags))
 
@@ -887,7 +887,7 @@ class Service:
             if lease.deadline_s > now_s and lease.request_id not in self._asked:
                 self._asked.add(lease.request_id)
                 self._spawn(self._end_idle(lease))
-        if any(lease.deadline_s <= now_s for lease in due):
+        if any(lease.deadline_s <= now_s for lease in due) or self.allocator.pins_due(now_s):
             self._apply(TimePassed(asked=()))
 
     async def _end_idle(self, lease: Lease) -> None:

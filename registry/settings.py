@@ -152,6 +152,17 @@ class QueueSettings(Section):
     )
 
 
+class MeasurementSettings(Section):
+    """What holds for measurements, beyond their single leases."""
+
+    sticky_s: float = Field(
+        600,
+        ge=0,
+        description="How long after its last LLM was given back a measurement that goes on still waits for the machine "
+        "that it was served on, seconds; then it may go elsewhere, and is flagged",
+    )
+
+
 class WatchSettings(Section):
     """How closely wrappers and machines are watched, seconds."""
 
@@ -201,6 +212,7 @@ class Settings(BaseSettings):
     models: ModelSettings = ModelSettings()
     leases: LeaseSettings = LeaseSettings()
     queue: QueueSettings = QueueSettings()
+    measurements: MeasurementSettings = MeasurementSettings()
     watch: WatchSettings = WatchSettings()
     energy: SiteEnergySettings = SiteEnergySettings()
     budgets: BudgetSettings = BudgetSettings()
@@ -272,6 +284,7 @@ class Settings(BaseSettings):
             tenant_weights=tuple(sorted(self.queue.tenant_weights.items())),
             wrappers_per_machine=self.wrappers.per_machine,
             kv_cache_bytes=None if self.wrappers.kv_cache_gib is None else self.wrappers.kv_cache_gib * 2**30,
+            sticky_s=self.measurements.sticky_s,
         )
 
 

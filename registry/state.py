@@ -110,6 +110,9 @@ class LLMMemory:
     gpus: int | None = None
 
 
+MeasurementKey = tuple[str, int]
+"""What a measurement is known by: its tenant and the measurementId that this tenant chose."""
+
 # --- records -----------------------------------------------------------------------------------------------
 
 
@@ -198,14 +201,24 @@ class Request:
     grade: Grade = Grade.STANDARD
     like_request_id: str | None = None
     provenance: str | None = None
+    tenant: str = "default"
+
+    @property
+    def measurement_key(self) -> MeasurementKey:
+        """The key of its measurement."""
+        return self.tenant, self.measurement_id
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """Requests that belong together: served one after another, on one machine.
 
+    ``measurement_id`` is its tenant's choice: another tenant's with the same one is another measurement.
+
     ``seq`` is its place in the queue: the arrival of the first of its requests that had not ended when the
     latest was added. ``machine_id`` is the pin: set by the first grant, None again once nothing of it is left.
+    A measurement that goes on soon after its last LLM was given back is pinned to the machine of before until
+    ``pinned_until_s`` (UTC); None: it is not pinned, or has been served there since, and the pin has no end.
     ``flags`` tell what makes its figures hard to compare (``machine_changed`` …). ``gpu_type`` is the type that its
     machine must have, None: any. ``versions`` is what its latest LLM was handed over with (name → version, as canonical
     JSON), None: nothing was yet, or its wrapper did not say.
@@ -220,6 +233,12 @@ class Measurement:
     created_s: float = 0.0
     gpu_type: str | None = None
     versions: str | None = None
+    pinned_until_s: float | None = None
+
+    @property
+    def key(self) -> MeasurementKey:
+        """What it is known by."""
+        return self.tenant, self.measurement_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,16 +336,22 @@ class NewRequest:
 class LeaseRequested:
     """A client asked for one or more LLMs of a measurement, in this order. ``gpu_type`` None: it does not matter.
 
-    ``like_request_id``: each of them must be what that request was given.
+    ``priority`` None: the one that the measurement has, normal for a new one. ``like_request_id``: each of them must be
+    what that request was given.
     """
 
     measurement_id: int
     requests: tuple[NewRequest, ...]
     tenant: str = "default"
-    priority: Priority = Priority.NORMAL
+    priority: Priority | None = None
     gpu_type: str | None = None
     grade: Grade = Grade.STANDARD
     like_request_id: str | None = None
+
+    @property
+    def measurement_key(self) -> MeasurementKey:
+        """The key of the measurement."""
+        return self.tenant, self.measurement_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -633,7 +658,8 @@ class Limits:
     for how long after its arrival, a request may be overtaken by warm matches. ``max_queued`` and
     ``max_queued_per_tenant``: caps on requests that wait. ``tenant_weights``: (tenant, weight > 0); 1 if absent.
     ``wrappers_per_machine`` wrappers share the main memory of a machine without GPU, ≥ 1, and each has
-    ``kv_cache_bytes`` for the KV cache (None: no limit of its own).
+    ``kv_cache_bytes`` for the KV cache (None: no limit of its own). ``sticky_s`` (>= 0): how long after its last LLM
+    was given back a measurement still waits for the machine that it was served on, seconds.
     """
 
     lease_max_s: float = 3600.0
@@ -647,3 +673,4 @@ class Limits:
     tenant_weights: tuple[tuple[str, float], ...] = ()
     wrappers_per_machine: int = 1
     kv_cache_bytes: int | None = None
+    sticky_s: float = 600.0

@@ -67,6 +67,7 @@ from registry.state import (
     Lease,
     Machine,
     Measurement,
+    MeasurementKey,
     Request,
     Snapshot,
     WindowKind,
@@ -289,7 +290,7 @@ class Store:
 
     def windows(
         self,
-        measurement_id: int,
+        key: MeasurementKey,
         *,
         request_id: str | None = None,
         after: WindowPlace | None = None,
@@ -303,7 +304,8 @@ class Store:
             StoreUnavailable: the database does not answer.
         """
         order = WINDOWS.c.begun_s, WINDOWS.c.window_id
-        wanted = select(WINDOWS).where(WINDOWS.c.measurement_id == measurement_id).order_by(*order).limit(limit)
+        of_measurement = and_(WINDOWS.c.tenant == key[0], WINDOWS.c.measurement_id == key[1])
+        wanted = select(WINDOWS).where(of_measurement).order_by(*order).limit(limit)
         if request_id is not None:
             wanted = wanted.where(WINDOWS.c.request_id == request_id)
         if after is not None:
@@ -370,7 +372,10 @@ class Store:
         Raises:
             StoreUnavailable: as for ``commit``.
         """
-        of_measurement = REQUESTS.c.measurement_id == MEASUREMENTS.c.measurement_id
+        rows = REQUESTS.c
+        of_measurement = and_(
+            rows.tenant == MEASUREMENTS.c.tenant, rows.measurement_id == MEASUREMENTS.c.measurement_id
+        )
         with self._transaction() as connection:
             connection.execute(delete(EVENTS).where(EVENTS.c.at_s < ended_before_s))
             connection.execute(delete(IDEMPOTENCY_KEYS).where(IDEMPOTENCY_KEYS.c.created_s < ended_before_s))

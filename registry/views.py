@@ -31,6 +31,7 @@ from registry.state import (
     KeptWindow,
     Machine,
     Measurement,
+    MeasurementKey,
     Request,
     RequestStatus,
     WindowKind,
@@ -47,6 +48,9 @@ USABLE = frozenset({WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.R
 _PLACE = re.compile(r"[0-9]{1,12}(\.[0-9]{1,20})?")
 _REPORT = TypeAdapter(MeasurementReport)
 _PAGE = TypeAdapter(WindowsPage)
+
+_WELL = frozenset({WrapperStatus.STARTING, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
+"""States of a wrapper in which it does, or is being made to do, what it should."""
 
 _UNWELL = frozenset({WrapperStatus.FAILED, WrapperStatus.RESTARTING, WrapperStatus.LOST})
 """States of a wrapper in which something is wrong with its machine."""
@@ -72,7 +76,7 @@ def request_state(service: Service, request: Request) -> RequestState:
     base_url = service.settings.base_url
     url = lease_url(service, request.request_id) if deployed else None
     queued = request.status is RequestStatus.QUEUED
-    measurement = allocator.measurement(request.measurement_id)
+    measurement = allocator.measurement(request.measurement_key)
     phase, download = _phase(service, request)
     return RequestState(
         requestId=request.request_id,
@@ -142,12 +146,12 @@ def event_states(events: Sequence[StoredEvent]) -> list[EventState]:
     ]
 
 
-def measurement_state(service: Service, measurement_id: int) -> MeasurementState:
+def measurement_state(service: Service, key: MeasurementKey) -> MeasurementState:
     """A measurement with its requests in their order. Raises UnknownMeasurement."""
-    measurement = service.allocator.measurement(measurement_id)
-    requests = service.allocator.requests_of(measurement_id)
+    measurement = service.allocator.measurement(key)
+    requests = service.allocator.requests_of(key)
     return MeasurementState(
-        measurementId=measurement_id,
+        measurementId=measurement.measurement_id,
         machine=measurement.machine_id,
         gpuType=measurement.gpu_type,
         flags=list(measurement.flags),
@@ -268,6 +272,10 @@ def health_state(service: Service) -> HealthState:
         wrappers=len(wrappers),
         usable=usable,
         queued=service.allocator.queued_count(),
+        deploying=sum(
+            wrapper.request_id is not None and service.allocator.lease_by_wrapper(wrapper.wrapper_id) is None
+            for wrapper in wrappers
+        ),
         version=version("greenprompt-llm-registry"),
     )
 
@@ -287,7 +295,8 @@ def _wrapper_state(service: Service, wrapper: Wrapper) -> WrapperState:
         **_progress(report.download if report is not None else None),
         warm=report.warm if report is not None else None,
         coldReason=report.cold_reason if report is not None else None,
-        reason=wrapper.reason,
+        # What is being started well has left its last failure behind.
+        reason=None if wrapper.status in _WELL else wrapper.reason,
         meter=dict(report.meter) if report is not None and report.meter is not None else None,
         versions=dict(report.versions) if report is not None and report.versions is not None else None,
     )
@@ -313,10 +322,10 @@ def _phase(service: Service, request: Request) -> tuple[str | None, Download | N
 
 def _waits_for(service: Service, request: Request) -> str:
     allocator = service.allocator
-    before = [r for r in allocator.requests_of(request.measurement_id) if r.seq < request.seq and not r.status.ended]
+    before = [r for r in allocator.requests_of(request.measurement_key) if r.seq < request.seq and not r.status.ended]
     if before:
         return f"its measurement's request {before[0].request_id} comes first and is {before[0].status.value}"
-    pin = allocator.measurement(request.measurement_id).machine_id
+    pin = allocator.measurement(request.measurement_key).machine_id
     bound = pin is not None and not allocator.known_machine(pin).draining
     drained = () if bound else allocator.fits_only_drained(request.request_id)
     if drained:
@@ -324,6 +333,9 @@ def _waits_for(service: Service, request: Request) -> str:
     if not any(wrapper.status in USABLE for wrapper in allocator.wrappers()):
         return "no LLM Machine is ready yet"
     if bound:
+        until_s = allocator.measurement(request.measurement_key).pinned_until_s
+        if until_s is not None:
+            return f"its measurement ran on machine {pin}, which is in use; until {_iso(until_s)} it waits for that"
         return f"its measurement runs on machine {pin}, which is in use"
     misfit = allocator.misfit(request.request_id)
     return "every LLM Machine is in use" if misfit is None else f"it fits on no LLM Machine: {misfit}"

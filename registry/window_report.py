@@ -88,16 +88,6 @@ class WindowReport:
         """The wrapper's process that has measured it."""
         return process_of(self.window)
 
-    @property
-    def low_g(self) -> float | None:
-        """The least that it can have caused, gCO2eq; None if not known."""
-        return _sum(self.o_low_g, self.m_low_g)
-
-    @property
-    def high_g(self) -> float | None:
-        """The most that it can have caused, gCO2eq; None if not known."""
-        return _sum(self.o_high_g, self.m_high_g)
-
 
 @dataclass(frozen=True, slots=True)
 class WindowsPage:
@@ -115,7 +105,7 @@ def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[floa
     window = kept.window
     detail = json.loads(window.detail)
     energy, score, tokens, grid = (part_of(detail, name) for name in ("energy", "score", "tokens", "grid"))
-    in_flight, methods, ids = (part_of(detail, name) for name in ("in_flight", "methods", "ids"))
+    in_flight, methods = part_of(detail, "in_flight"), part_of(detail, "methods")
     return WindowReport(
         window=window.window_id,
         kind=window.kind.value,
@@ -159,7 +149,7 @@ def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[floa
         status=detail.get("status"),
         in_flight_max=in_flight.get("max"),
         in_flight_mean=number(in_flight, "mean"),
-        prompt=ids.get("prompt"),
+        prompt=detail.get("prompt_id"),
         answer_id=detail.get("answer_id"),
         flags=tuple(detail.get("flags") or ()),
         counted=detail.get("counted"),
@@ -195,7 +185,3 @@ def _parts(energy: Mapping[str, Any]) -> dict[str, float | None]:
         kind = next((name for name, begins in _PARTS.items() if component["name"].startswith(begins)), "other_j")
         parts[kind].append(component.get("joules"))
     return {name: sum_of(joules).value for name, joules in parts.items()}
-
-
-def _sum(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one + other

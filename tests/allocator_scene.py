@@ -24,6 +24,7 @@ from registry.state import (
     Machine,
     MachineJoined,
     Measurement,
+    MeasurementKey,
     NewRequest,
     Priority,
     Request,
@@ -47,7 +48,7 @@ class Memory:
     def __init__(self) -> None:
         self.machines: dict[str, Machine] = {}
         self.wrappers: dict[str, Wrapper] = {}
-        self.measurements: dict[int, Measurement] = {}
+        self.measurements: dict[MeasurementKey, Measurement] = {}
         self.requests: dict[str, Request] = {}
         self.leases: dict[str, object] = {}
 
@@ -55,7 +56,7 @@ class Memory:
         """Write a decision's changes; removing what is not there, or both putting and removing, is refused."""
         self.machines |= {record.machine_id: record for record in changes.machines}
         self.wrappers |= {record.wrapper_id: record for record in changes.wrappers}
-        self.measurements |= {record.measurement_id: record for record in changes.measurements}
+        self.measurements |= {record.key: record for record in changes.measurements}
         self.requests |= {record.request_id: record for record in changes.requests}
         self.leases |= {record.request_id: record for record in changes.leases}
         assert not {record.request_id for record in changes.leases} & set(changes.ended_leases)
@@ -70,7 +71,7 @@ class Memory:
         return (
             {record.machine_id: record for record in snapshot.machines} == self.machines
             and {record.wrapper_id: record for record in snapshot.wrappers} == self.wrappers
-            and {record.measurement_id: record for record in snapshot.measurements} == self.measurements
+            and {record.key: record for record in snapshot.measurements} == self.measurements
             and {record.request_id: record for record in snapshot.requests} == self.requests
             and {record.request_id: record for record in snapshot.leases} == self.leases
         )
@@ -132,7 +133,7 @@ class Scene:
         measurement_id: int,
         *specs: LLMSpec | str,
         tenant: str = "default",
-        priority: Priority = Priority.NORMAL,
+        priority: Priority | None = None,
         gpu_type: str | None = None,
         memory: LLMMemory | None = None,
         grade: Grade = Grade.STANDARD,
@@ -198,5 +199,5 @@ class Scene:
     def request_on(self, wrapper_id: str) -> str | None:
         return self.wrapper(wrapper_id).request_id
 
-    def measurement(self, measurement_id: int) -> Measurement:
-        return self.allocator.measurement(measurement_id)
+    def measurement(self, measurement_id: int, tenant: str = "default") -> Measurement:
+        return self.allocator.measurement((tenant, measurement_id))

@@ -253,6 +253,7 @@ def _of_its_kind(
         return about | {
             "endpoint": "process_prompt",
             "answer_id": "chatcmpl-1",
+            "prompt_id": None,
             "tokens": tokens,
             "words": 40,
             "warmup": False,

@@ -11,7 +11,7 @@ from registry.api import EventState, HealthState, LLMState, MachineState, Measur
 from registry.errors import LeaseEnded, NoSuchLease, UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.report import MeasurementReport
 from registry.service import Idempotency
-from registry.state import Grade, NewRequest, Priority, RequestStatus
+from registry.state import Grade, MeasurementKey, NewRequest, Priority, RequestStatus
 from registry.views import place_of
 from registry.window_report import WindowsPage
 from tests.energy_windows import an_experiment
@@ -45,7 +45,7 @@ class FakeRegistry:
         measurement_id: int,
         llms: list[NewRequest],
         tenant: str,
-        priority: Priority,
+        priority: Priority | None,
         gpu_type: str | None,
         idempotency: Idempotency | None,
         grade: Grade,
@@ -57,6 +57,7 @@ class FakeRegistry:
                 llmconfig=json.loads(new.llmconfig),
                 status="queued",
                 measurementId=measurement_id,
+                tenant=tenant,
                 address=None,
                 link=f"{BASE}/promptingservice/request/{new.request_id}",
                 position=1,
@@ -97,22 +98,23 @@ class FakeRegistry:
             raise NoSuchLease
         return f"{BASE}/wrappers/a-0/{TOKEN}"
 
-    def _measurement(self, measurement_id: int) -> str:
-        requests = [state for state in self.requests.values() if state.measurementId == measurement_id]
+    def _measurement(self, key: MeasurementKey) -> str:
+        measurement_id = key[1]
+        requests = [state for state in self.requests.values() if (state.tenant, state.measurementId) == key]
         if not requests:
             raise UnknownMeasurement(measurement_id)
         return MeasurementState(
             measurementId=measurement_id, machine=None, flags=[], createdAt=CREATED, requests=requests
         ).model_dump_json()
 
-    def _report(self, measurement_id: int) -> str:
-        self._measurement(measurement_id)
-        return TypeAdapter(MeasurementReport).dump_json(an_experiment(measurement_id)).decode()
+    def _report(self, key: MeasurementKey) -> str:
+        self._measurement(key)
+        return TypeAdapter(MeasurementReport).dump_json(an_experiment(key[1])).decode()
 
-    def _windows(self, measurement_id: int, request_id: str | None, after: str | None, limit: int) -> str:
-        self._measurement(measurement_id)
+    def _windows(self, key: MeasurementKey, request_id: str | None, after: str | None, limit: int) -> str:
+        self._measurement(key)
         place_of(after)
-        windows = an_experiment(measurement_id).windows[:limit]
+        windows = an_experiment(key[1]).windows[:limit]
         return TypeAdapter(WindowsPage).dump_json(WindowsPage(windows, None)).decode()
 
     def _machines(self) -> str:

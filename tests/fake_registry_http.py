@@ -229,7 +229,7 @@ class HttpRegistry:
             self.prompted.append((state.llmconfig["model"], question))
         reply = self.on_prompt(state, question) or (200, answer())
         with self._lock:
-            refused = reply[0] != 200
+            refused, named = reply[0] != 200, headers.get("X-GreenPrompt-Prompt")
             window = record(
                 len(self.windows),
                 request_id=state.requestId,
@@ -237,13 +237,7 @@ class HttpRegistry:
                 units=0 if refused else 10,
                 warmup=headers.get("X-GreenPrompt-Warmup") == "true",
                 status="refused" if refused else "answered",
+                prompt_id=named and unquote(named),
             )
-            named = replace(window, detail=_named(window.detail, headers.get("X-GreenPrompt-Prompt")))
-            self._measured(named)
+            self._measured(window)
         return reply if refused else (200, reply[1] | {"window": window.window_id})
-
-
-def _named(detail: str, prompt_id: str | None) -> str:
-    """A record with the client's name of its prompt."""
-    told = json.loads(detail)
-    return json.dumps(told | {"ids": told["ids"] | {"prompt": prompt_id and unquote(prompt_id)}})

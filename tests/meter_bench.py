@@ -55,25 +55,17 @@ class Bench:
     def bind(self, grant: LeaseGrant | None) -> None:
         self.meter.hand_over(grant, self.clock.now_s)
 
-    def end(self, flight: Flight, tokens: tuple[int, int] | None = (6, 4), cached: int | None = None) -> None:
+    def end(self, flight: Flight, tokens: tuple[int, int] | None = (6, 4)) -> None:
         self.meter.end(flight)
         if tokens is not None:
             usage: dict[str, Any] = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
-            if cached is not None:
-                usage["prompt_tokens_details"] = {"cached_tokens": cached}
+            usage["prompt_tokens_details"] = {"cached_tokens": 0}
             self.meter.account(flight, usage=usage, answer="four words and no")
 
-    def prompt(
-        self,
-        seconds: float,
-        tokens: tuple[int, int] | None = (6, 4),
-        *,
-        cached: int | None = None,
-        warmup: bool = False,
-    ) -> None:
+    def prompt(self, seconds: float, tokens: tuple[int, int] | None = (6, 4), *, warmup: bool = False) -> None:
         flight = self.meter.begin(warmup=warmup)
         self.passes(seconds)
-        self.end(flight, tokens, cached)
+        self.end(flight, tokens)
 
     async def windows(self, kept: int = 0, *, process: str = "p") -> tuple[EnergyWindow, ...]:
         self.passes(0.2)

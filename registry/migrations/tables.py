@@ -19,6 +19,7 @@ from sqlalchemy import (
     Dialect,
     Float,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     MetaData,
@@ -178,20 +179,21 @@ MEASUREMENTS = Table(
     METADATA,
     _must("measurement_id", BigInteger, primary_key=True, autoincrement=False),
     _must("seq", BigInteger),
-    _must("tenant", Text),
+    _must("tenant", Text, primary_key=True),
     _must("priority", _Word(Priority)),
     _may("machine_id", Text),
     _must("flags", _Strings),
     _must("created_s", Float),
     _may("gpu_type", Text),
     _may("versions", Text),
+    _may("pinned_until_s", Float),
 )
 # A request outlives its wrapper and its machine: those two are names here, not foreign keys.
 REQUESTS = Table(
     "requests",
     METADATA,
     _must("request_id", Text, primary_key=True),
-    _must("measurement_id", BigInteger, ForeignKey("measurements.measurement_id"), index=True),
+    _must("measurement_id", BigInteger),
     _must("seq", BigInteger),
     _must("spec", _Spec),
     _must("llmconfig", Text),
@@ -213,6 +215,9 @@ REQUESTS = Table(
     _must("grade", _Word(Grade), server_default=Grade.STANDARD.value),
     _may("like_request_id", Text),
     _may("provenance", Text),
+    _must("tenant", Text),
+    ForeignKeyConstraint(["measurement_id", "tenant"], ["measurements.measurement_id", "measurements.tenant"]),
+    Index(None, "measurement_id"),
     Index(None, "wrapper_id"),
 )
 # unique: whatever the code above believes, no wrapper is leased twice.

@@ -172,7 +172,7 @@ class NoMeter:
     def __init__(self, account: dict[str, Any], brief: dict[str, Any]) -> None:
         self._account, self._brief = account, brief
 
-    def begin(self, endpoint: str = "", *, warmup: bool = False) -> Flight:
+    def begin(self, endpoint: str = "", *, warmup: bool = False, **_: object) -> Flight:
         return Flight(0.0, endpoint=endpoint, warmup=warmup)
 
     def end(self, flight: Flight) -> None:

@@ -64,13 +64,19 @@ def test_killed_and_resumed_experiment_has_every_prompt_once(
 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["complete"]
-    for figures in summary["llms"]:
-        assert (figures["answers"], figures["missing"], figures["errors"]) == (PROMPTS, 0, 0)
-        assert (
-            figures["gco2eq_per_unit"]["low"]
-            <= figures["gco2eq_per_unit"]["mean"]
-            <= figures["gco2eq_per_unit"]["high"]
-        )
-        assert len(figures["machines"]) == 1
+    report = httpx.get(f"{registry.url}/measurements/{summary['measurement_id']}/report", timeout=60).json()
+    in_report = {each["llm"]: each for each in report["llms"]}
+    for told in summary["llms"]:
+        assert (told["answers"], told["missing"], told["errors"], told["provisional"]) == (PROMPTS, 0, 0, 0)
+        (figures,) = told["figures"]
+        joules = figures["joules_per_token"]
+        assert joules["n"] >= PROMPTS
+        assert joules["bound_low"] <= joules["value"] <= joules["bound_high"]
+        assert figures["warmups"] >= 2
+        assert figures["batch"]["in_flight_max"] >= 1
+        (same,) = in_report[told["llm"]]["figures"]
+        assert {**same, "flags": None} == {**figures, "flags": None}
+    windows = (folder / "windows.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["window"] for line in windows}) == len(windows)
     measurement = httpx.get(f"{registry.url}/measurements/{summary['measurement_id']}", timeout=30).json()
     assert all(request["endedAt"] for request in measurement["requests"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from registry.client import ENDED
 from tests.cluster.conftest import DEPLOY_LIMIT_S, Registry
 from tests.prompting_service_client import PromptingServiceClient
 
@@ -66,3 +69,31 @@ def test_prompts_at_the_root_are_fenced(registry: Registry, llm: LLM, measuremen
         answer = httpx.post(f"{registry.url}/process_prompt", json={"question": "Mine?"}, auth=auth, timeout=60)
         assert answer.status_code == status
     assert httpx.get(registry.url, timeout=60).status_code == 200
+
+
+def test_a_hang_up_during_the_post_leaves_no_request(registry: Registry, llm: LLM, measurement_id: int) -> None:
+    """A client that goes away before its POST is answered leaves nothing that holds a machine.
+
+    The registry stands still meanwhile, so that it takes the POST only when nobody waits for its answer any more.
+    """
+    parts = urlsplit(registry.url)
+    body = json.dumps({"measurementId": measurement_id, "llms": [llm("a"), llm("b")]}).encode()
+    head = f"POST /promptingservice/request HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    actor = registry.process_named("ray::RegistryActor")
+    actor.suspend()
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=10) as client:
+            client.sendall(head + body)
+            time.sleep(1)  # for the ingress to have sent it to the registry
+        time.sleep(1)  # for the hang-up to have been heard
+    finally:
+        actor.resume()
+    deadline_s = time.monotonic() + 60
+    statuses: list[str] = []
+    while not statuses or not all(status in ENDED for status in statuses):
+        assert time.monotonic() < deadline_s, statuses
+        answer = httpx.get(f"{registry.url}/measurements/{measurement_id}", timeout=60)
+        if answer.status_code == 200:
+            statuses = [entry["status"] for entry in answer.json()["requests"]]
+        time.sleep(0.1)
+    assert len(statuses) == 2

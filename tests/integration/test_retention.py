@@ -124,7 +124,7 @@ async def test_the_link_of_a_forgotten_request_is_gone(registry: Registry):
         with pytest.raises(UnknownRequest):
             await call()
     with pytest.raises(UnknownMeasurement):
-        service.allocator.measurement(1)
+        service.allocator.measurement(("default", 1))
     assert RequestForgotten.http_status == 410
     assert RequestForgotten.code == "request_forgotten"
 
@@ -149,7 +149,7 @@ async def test_it_is_forgotten_without_a_restart(registry: Registry):
     """Once a day the running registry forgets, too; nothing that is left has changed, and it goes on as before."""
     service = await registry.start(keep_days=1)
     for number in range(6):
-        registry.ask(f"{number}" * 32, number // 2 + 1, priority=Priority.HIGH if number % 3 else Priority.LOW)
+        registry.ask(f"{number}" * 32, number // 2 + 1, priority=Priority.LOW if number < 2 else Priority.HIGH)
     service.release("0" * 32)
     service.release("3" * 32)
     kept = [service.allocator.request(f"{number}" * 32) for number in (1, 2, 4, 5)]
@@ -262,8 +262,9 @@ OLD_DATABASE = Snapshot(
             created_s=T + 10,
             deploying_s=T + 61,
             deployed_s=T + 65,
+            tenant="team-a",
         ),
-        Request("9" * 32, 42, 3, B, LLMCONFIG, created_s=T + 10),
+        Request("9" * 32, 42, 3, B, LLMCONFIG, created_s=T + 10, tenant="team-a"),
     ),
     leases=(Lease("7" * 32, FIRST, "token-of-a-lease", T + 61, T + 3665, 600.0, T + 70),),
 )

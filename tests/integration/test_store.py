@@ -84,8 +84,20 @@ EXTREME = Snapshot(
         Wrapper("", "", ""),
     ),
     measurements=(
-        Measurement(BIGGEST, BIGGEST, ODD, Priority.HIGH, ODD, (ODD, "", "machine_changed"), 1.7e9 + 1e-6, ODD, ODD),
+        Measurement(
+            BIGGEST,
+            BIGGEST,
+            ODD,
+            Priority.HIGH,
+            ODD,
+            (ODD, "", "machine_changed"),
+            1.7e9 + 1e-6,
+            ODD,
+            ODD,
+            1.7e9 + 1e-6,
+        ),
         Measurement(1, 0),
+        Measurement(1, 0, "another"),
     ),
     requests=(
         Request(
@@ -112,6 +124,7 @@ EXTREME = Snapshot(
             grade=Grade.MEASUREMENT,
             like_request_id=ODD,
             provenance=ODD * 10_000,
+            tenant=ODD,
         ),
         Request("", 1, 0, LLMSpec("", ""), ""),
     ),
@@ -216,14 +229,16 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         return st.sampled_from([getattr(owner, key) for owner in owners])
 
     machines = many(Machine, "machine_id", memory_bytes=st.none() | big, gpu_memory_bytes=st.none() | big)
-    measurements = many(Measurement, "measurement_id", measurement_id=st.integers(1, BIGGEST), seq=big)
+    tenant = st.just(draw(words))
+    measurements = many(Measurement, "measurement_id", measurement_id=st.integers(1, BIGGEST), seq=big, tenant=tenant)
     wrappers: tuple[Wrapper, ...] = ()
     requests: tuple[Request, ...] = ()
     leases: tuple[Lease, ...] = ()
     if machines:
         wrappers = many(Wrapper, "wrapper_id", machine_id=one_of(machines, "machine_id"), epoch=big)
     if measurements:
-        requests = many(Request, "request_id", measurement_id=one_of(measurements, "measurement_id"), seq=big)
+        measurement_ids = one_of(measurements, "measurement_id")
+        requests = many(Request, "request_id", measurement_id=measurement_ids, seq=big, tenant=tenant)
     if wrappers and requests:
         a_request, a_wrapper = one_of(requests, "request_id"), one_of(wrappers, "wrapper_id")
         by_request = many(Lease, "request_id", request_id=a_request, wrapper_id=a_wrapper)
@@ -440,7 +455,7 @@ def test_a_closed_store_says_so(store: Store, use: Any):
 
 USED = window(1, joules=7.5, units=3, odd=ODD)
 ROWS = (
-    KeptWindow(USED, ODD, ODD),
+    KeptWindow(USED, ODD, "default"),
     KeptWindow(window(2, WindowKind.LOAD, request_id=None, measurement_id=None, joules=None), None, None),
     KeptWindow(window(3, WindowKind.IDLE, begun_s=USED.begun_s - 1, measurement_id=7), "m-1", "default"),
 )
@@ -452,8 +467,9 @@ def test_windows_come_back_as_they_were(store: Store, database_url: str):
     assert store.keep_windows(()) == frozenset()
     store.close()
     again = Store.open(database_url)
-    assert again.windows(7) == (ROWS[2], ROWS[0])
-    assert again.windows(8) == ()
+    assert again.windows(("default", 7)) == (ROWS[2], ROWS[0])
+    assert again.windows(("default", 8)) == ()
+    assert again.windows(("other", 7)) == ()
     again.close()
 
 
@@ -461,7 +477,7 @@ def test_a_window_is_written_once(store: Store):
     """One that is there already stays as it is, and those that come with it are written."""
     assert store.keep_windows(ROWS[:1]) == {USED.window_id}
     assert store.keep_windows((replace(ROWS[0], tenant="other"), ROWS[2])) == {ROWS[2].window.window_id}
-    assert store.windows(7) == (ROWS[2], ROWS[0])
+    assert store.windows(("default", 7)) == (ROWS[2], ROWS[0])
 
 
 def test_costs_are_summed_by_kind(store: Store):
@@ -502,6 +518,6 @@ def test_for_whom_an_llm_was_started(store: Store):
 def test_old_windows_are_forgotten(store: Store):
     """What ended before the given second goes, what ended then stays."""
     old, new = window(1, begun_s=10.0, seconds=2), window(2, begun_s=11.0, seconds=2)
-    store.keep_windows([KeptWindow(old, None, None), KeptWindow(new, None, None)])
+    store.keep_windows([KeptWindow(old, None, "default"), KeptWindow(new, None, "default")])
     store.forget(ended_before_s=13.0)
-    assert [row.window.window_id for row in store.windows(7)] == [new.window_id]
+    assert [row.window.window_id for row in store.windows(("default", 7))] == [new.window_id]

@@ -27,6 +27,7 @@ from registry.state import (
     MachineJoined,
     MachineLost,
     MachineUndrained,
+    MeasurementKey,
     NewRequest,
     Priority,
     Request,
@@ -99,7 +100,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.just_loaded = False
         self.epochs: dict[str, int] = {}
         self.token_of: dict[str, str] = {}
-        self.served_on: dict[int, set[str]] = {}
+        self.served_on: dict[MeasurementKey, set[str]] = {}
         self.overtaken: dict[str, int] = {}
         self.leased_before: dict[str, set[str]] = {}
         """The leases that there were on each machine that is drained, when that began."""
@@ -133,9 +134,9 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     def note_overtaken(self, winner: Request, wrapper: Wrapper, *, warm: bool) -> None:
         """Count who of the same tenant and priority came before the winner and could have had its wrapper."""
-        won = self.allocator.measurement(winner.measurement_id)
+        won = self.allocator.measurement(winner.measurement_key)
         for request in self.heads():
-            theirs = self.allocator.measurement(request.measurement_id)
+            theirs = self.allocator.measurement(request.measurement_key)
             earlier = (theirs.tenant, theirs.priority) == (won.tenant, won.priority) and theirs.seq < won.seq
             if earlier and self.may_use(request, wrapper):
                 assert warm, f"{winner.request_id} was served before {request.request_id} without a reason"
@@ -149,10 +150,10 @@ class AllocatorMachine(RuleBasedStateMachine):
                 self.watch_looks_at(wrapper_id)
 
     @rule(
-        measurement_id=st.integers(1, 6),
+        measurement_id=st.integers(1, 5),
         llms=st.lists(st.sampled_from("ABCDEF"), min_size=1, max_size=3),
         tenant=st.sampled_from(["lab", "lab", "lab", "guest"]),
-        priority=st.sampled_from([Priority.NORMAL] * 4 + [Priority.LOW, Priority.HIGH]),
+        priority=st.sampled_from([None] * 4 + [Priority.NORMAL, Priority.LOW, Priority.HIGH]),
         gpu_type=st.sampled_from([None] * 6 + sorted(GPU_TYPES)),
         like=st.none() | some,
     )
@@ -161,7 +162,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         measurement_id: int,
         llms: list[str],
         tenant: str,
-        priority: Priority,
+        priority: Priority | None,
         gpu_type: str | None,
         like: int | None,
     ) -> None:
@@ -169,8 +170,9 @@ class AllocatorMachine(RuleBasedStateMachine):
             return
         new = tuple(NewRequest(f"r{next(self.ids)}", LLMS[name], "{}", memory=MEMORY.get(name)) for name in llms)
         before = self.allocator.snapshot()
-        known = self.allocator.measurement(measurement_id) if measurement_id in self.served() else None
-        unfinished = [] if known is None else self.unfinished(measurement_id)
+        key = tenant, measurement_id
+        known = self.allocator.measurement(key) if key in self.served() else None
+        unfinished = [] if known is None else self.unfinished(key)
         there = [w for w in self.allocator.wrappers() if w.status is not W.LOST]
         if like is not None:
             self.ask_for_the_same(LeaseRequested(measurement_id, new, tenant, priority, gpu_type), like)
@@ -190,7 +192,11 @@ class AllocatorMachine(RuleBasedStateMachine):
         except InvalidField:
             assert self.allocator.snapshot() == before
             nowhere = not any(self.is_of_type(gpu_type, w) for w in there)
-            assert (nowhere and there) or (unfinished and known is not None and known.gpu_type != gpu_type)
+            assert (nowhere and there) or (
+                unfinished
+                and known is not None
+                and (known.gpu_type != gpu_type or priority not in (None, known.priority))
+            )
 
     def ask_for_the_same(self, event: LeaseRequested, n: int) -> None:
         """Ask for what an earlier request has been given, as far as it has."""
@@ -402,17 +408,17 @@ class AllocatorMachine(RuleBasedStateMachine):
     def starting(self) -> list[str]:
         return [w.wrapper_id for w in self.cluster.wrappers.values() if w.starting is not None]
 
-    def served(self) -> set[int]:
-        return {measurement.measurement_id for measurement in self.allocator.snapshot().measurements}
+    def served(self) -> set[MeasurementKey]:
+        return {measurement.key for measurement in self.allocator.snapshot().measurements}
 
-    def unfinished(self, measurement_id: int) -> list[Request]:
-        return [request for request in self.allocator.requests_of(measurement_id) if not request.status.ended]
+    def unfinished(self, key: MeasurementKey) -> list[Request]:
+        return [request for request in self.allocator.requests_of(key) if not request.status.ended]
 
     def heads(self) -> list[Request]:
         """The first unfinished request of each measurement, where that is queued."""
         heads = []
-        for measurement_id in sorted(self.served()):
-            unfinished = self.unfinished(measurement_id)
+        for key in sorted(self.served()):
+            unfinished = self.unfinished(key)
             if unfinished and unfinished[0].status is R.QUEUED:
                 heads.append(unfinished[0])
         return heads
@@ -421,14 +427,14 @@ class AllocatorMachine(RuleBasedStateMachine):
         """True when a waiting request could be given this wrapper, as the contract has it."""
         if wrapper.wrapper_id in request.failed_on:
             return False
-        measurement = self.allocator.measurement(request.measurement_id)
+        measurement = self.allocator.measurement(request.measurement_key)
         pin = measurement.machine_id
         others = [w for w in self.allocator.wrappers() if usable(w) and not self.is_draining(w.machine_id)]
         if self.is_draining(wrapper.machine_id):
             return False
 
         def fits_all(other: Wrapper) -> bool:
-            return all(self.fits(each, other) for each in self.unfinished(request.measurement_id))
+            return all(self.fits(each, other) for each in self.unfinished(request.measurement_key))
 
         if pin is not None:
             if any(w.machine_id == pin and self.fits(request, w) for w in others):
@@ -496,15 +502,15 @@ class AllocatorMachine(RuleBasedStateMachine):
                 assert all(w.request_id != request.request_id for w in self.allocator.wrappers())
 
     def one_request_of_a_measurement_is_served_at_a_time(self) -> None:
-        served = [r.measurement_id for r in self.requests() if r.status in (R.DEPLOYING, R.DEPLOYED)]
+        served = [r.measurement_key for r in self.requests() if r.status in (R.DEPLOYING, R.DEPLOYED)]
         assert len(served) == len(set(served))
 
     def a_measurement_stays_on_its_machine_or_says_so(self) -> None:
         for request in self.requests():
             if request.status is R.DEPLOYED and request.machine_id is not None:
-                self.served_on.setdefault(request.measurement_id, set()).add(request.machine_id)
-        for measurement_id, machines in self.served_on.items():
-            flags = self.allocator.measurement(measurement_id).flags
+                self.served_on.setdefault(request.measurement_key, set()).add(request.machine_id)
+        for key, machines in self.served_on.items():
+            flags = self.allocator.measurement(key).flags
             assert len(machines) == 1 or any(flag.startswith("machine_") for flag in flags)
 
     def a_wrapper_that_was_told_everything_serves_its_lease_and_nobody_else(self) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
 from multiprocessing.util import Finalize
@@ -58,6 +58,7 @@ from registry.state import (
 )
 from registry.store import IdempotencyRow, Store
 from tests.simulation.machines import CALM, Node, Process, SimulatedCluster, Weather
+from tests.simulation.moves import Moves
 from tests.simulation.virtual_time import Stuck, VirtualLoop
 
 EPOCH_S = 1_800_000_000.0
@@ -81,7 +82,11 @@ class Killed(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a world is made of. Trouble is made until ``busy_s``, ``kinds`` of it, every ``pause_s`` on average."""
+    """What a world is made of. Trouble is made until ``busy_s``, ``kinds`` of it, every ``pause_s`` on average.
+
+    ``repetitions``: how often each client asks for the same LLMs, one time after another, in a measurement of its own;
+    all machines are alike then. 0: once, and some share a measurement.
+    """
 
     machines: int
     clients: int
@@ -93,6 +98,7 @@ class Shape:
     homes: bool = False
     broken: bool = False
     check_every_s: float = CHECK_EVERY_S
+    repetitions: int = 0
 
 
 SPECS = tuple(LLMSpec(f"org/llm-{n}", "text-generation", gpus=gpus) for n, gpus in enumerate((0, 0, 0, 1, 2)))
@@ -167,6 +173,7 @@ class World:
         self._quiet_s = float("inf")
         self.cluster = SimulatedCluster(shape.settings, self.random, on_prompt=self._on_prompt, on_call=self._on_call)
         self.cluster.weather = shape.weather
+        self.moves = Moves(self.cluster.nodes, sticky_s=shape.settings.measurements.sticky_s)
         if shape.broken:
             self.cluster.broken.add(BROKEN)
         self._homes = {"*": SPECS[0]} if shape.homes else {}
@@ -352,6 +359,8 @@ class World:
             self._held[lease.request_id] = lease.wrapper_id
             self._leases[lease.request_id] = self._tokens_of[lease.request_id] = lease.token
         self.grants += len(renewed)
+        for problem in self.moves.judge(changes, EPOCH_S + self.now_s):
+            self.fail(problem)
         if self._commit_fails == "after":
             error = StoreUnavailable("the connection was lost while committing")
             self._on_fatal(error)
@@ -384,14 +393,25 @@ class World:
         models = [*SPECS, LLMSpec(BROKEN, "text-generation")]
         weights = (6, 4, 2, 2, 1, 1 if self.shape.broken else 0)
         specs = random.choices(models, weights, k=random.choice((1, 1, 1, 2, 3)))
-        ids = [f"r{number}.{n}" for n in range(len(specs))]
-        llms = [NewRequest(i, s, canonical_json({"model": s.model})) for i, s in zip(ids, specs, strict=True)]
         measurement_id = random.randrange(1, max(2, self.shape.clients * 2 // 3))
         ask: dict[str, Any] = {
             "tenant": random.choice(("default", "other")),
             "priority": random.choice(tuple(Priority)),
             "gpu_type": random.choice((None, None, None, "A100")),
         }
+        if not self.shape.repetitions:
+            await self._ask_and_use(f"r{number}", measurement_id, specs, ask)
+        for repetition in range(self.shape.repetitions):
+            await self._ask_and_use(f"r{number}.{repetition}", number + 1, specs, ask)
+            await asyncio.sleep(random.choice((0.0, 5.0, 20.0)))
+
+    async def _ask_and_use(
+        self, name: str, measurement_id: int, specs: Sequence[LLMSpec], ask: Mapping[str, Any]
+    ) -> None:
+        random = self.random
+        ids = [f"{name}.{n}" for n in range(len(specs))]
+        llms = [NewRequest(i, s, canonical_json({"model": s.model})) for i, s in zip(ids, specs, strict=True)]
+        self.moves.asked_together(dict(zip(ids, specs, strict=True)))
         try:
             requests = await self._ask(lambda service: service.request(measurement_id, llms, **ask))
         except (LLMNeverFits, InvalidField) as error:
@@ -545,7 +565,7 @@ class World:
 
     def _add_machine(self, n: int) -> None:
         gpus, gpu_type = self.random.choice(((0, None), (2, "A100"), (2, "A100"), (1, "H100")))
-        if n == 0:
+        if n == 0 or self.shape.repetitions:
             gpus, gpu_type = 2, "A100"
         self.cluster.nodes[f"m{n}"] = Node(f"m{n}", gpus, gpu_type)
 
@@ -687,6 +707,7 @@ class Verdict:
     simulated_s: float
     decisions: int
     grants: int
+    stayed: int
     requests: int
     faults: int
     took_ns: tuple[int, ...]
@@ -744,6 +765,15 @@ def small_world(seed: int) -> Shape:
     )
 
 
+def two_machines(seed: int) -> Shape:
+    """Two equal machines, and clients that ask four times for the same LLMs, as ``measure --repetitions 4`` does."""
+    random = Random(f"machines of {seed}")
+    kinds = random.sample([kind for kind in KINDS if kind != "machine_joins"], random.choice((0, 0, 1, 2)))
+    shape = replace(small_world(seed), machines=2, clients=random.randint(1, 4), repetitions=4, kinds=tuple(kinds))
+    sticky = shape.settings.measurements.model_copy(update={"sticky_s": random.choice((60.0, 600.0))})
+    return replace(shape, settings=shape.settings.model_copy(update={"measurements": sticky}))
+
+
 def large_world(machines: int, clients: int, busy_s: float, *, kinds: Sequence[str], pause_s: float) -> Shape:
     """A world of many machines and clients, looked at every half an hour. For a figure of costs, or the scale alone."""
     return Shape(
@@ -785,6 +815,7 @@ def run(shape: Shape, seed: int) -> Verdict:
         simulated_s=world.now_s,
         decisions=world.decisions,
         grants=world.grants,
+        stayed=world.moves.stayed,
         requests=len(world.accepted),
         faults=world.faults,
         took_ns=tuple(world.took_ns),
@@ -829,7 +860,7 @@ def _parts(snapshot: Snapshot) -> dict[str, dict[Any, Any]]:
     return {
         "machines": {machine.machine_id: machine for machine in snapshot.machines},
         "wrappers": {wrapper.wrapper_id: wrapper for wrapper in snapshot.wrappers},
-        "measurements": {measurement.measurement_id: measurement for measurement in snapshot.measurements},
+        "measurements": {measurement.key: measurement for measurement in snapshot.measurements},
         "requests": {request.request_id: request for request in snapshot.requests},
         "leases": {lease.request_id: lease for lease in snapshot.leases},
     }

@@ -66,7 +66,7 @@ def test_requests_keep_what_the_client_sent():
     """Config and notes come back as they were given, the time is that of the arrival."""
     scene = Scene()
     scene.tell(LeaseRequested(1, (NewRequest("r", llm("A"), '{"x":1}', ("dropped y",)),), "lab", Priority.HIGH))
-    request, measurement = scene.request("r"), scene.measurement(1)
+    request, measurement = scene.request("r"), scene.measurement(1, "lab")
     assert (request.llmconfig, request.notes, request.created_s) == ('{"x":1}', ("dropped y",), scene.now_s)
     assert (measurement.tenant, measurement.priority, measurement.seq) == ("lab", Priority.HIGH, request.seq)
 
@@ -85,17 +85,17 @@ def test_more_than_the_cap_can_never_pass(limits: Limits):
     """Four LLMs where three may wait are no matter of time: the field is refused, with both figures."""
     scene = Scene(limits)
     error = refused(scene, InvalidField, asked(1, "a", "b", "c", "d"))
+    assert isinstance(error, InvalidField)
     assert (error.field, error.http_status, error.retryable) == ("llms", 422, False)
     assert "4 LLMs are more than may ever wait here (3)" in str(error)
     scene.tell(asked(1, "a", "b", "c"))
 
 
 def test_each_tenant_has_a_cap():
-    """A tenant at its cap is refused while others are not; a measurement counts for the tenant that began it."""
+    """A tenant at its cap is refused while others are not."""
     scene = Scene(Limits(max_queued_per_tenant=1))
     scene.ask(1, "A", tenant="lab")
     refused(scene, QueueFull, asked(2, "x", tenant="lab"))
-    refused(scene, QueueFull, asked(1, "x", tenant="other"))
     scene.ask(2, "A", tenant="other")
 
 
@@ -159,18 +159,51 @@ def test_an_id_is_used_once():
 
 
 def test_a_second_post_joins_the_measurement():
-    """More LLMs for a live measurement keep its place, its machine, its tenant and its priority."""
+    """More LLMs for a live measurement keep its place, its machine and its priority."""
     scene = Scene()
     scene.machine()
-    scene.ask(1, "A", tenant="lab")
+    scene.ask(1, "A", tenant="lab", priority=Priority.HIGH)
     scene.ask(2, "A")
-    before = scene.measurement(1)
-    scene.ask(1, "B", tenant="other", priority=Priority.HIGH)
-    assert scene.measurement(1) == before
-    assert [request.request_id for request in scene.allocator.requests_of(1)] == ["1a", "1b"]
+    before = scene.measurement(1, "lab")
+    scene.ask(1, "B", tenant="lab")
+    assert scene.measurement(1, "lab") == before
+    assert [request.request_id for request in scene.allocator.requests_of(("lab", 1))] == ["1a", "1b"]
     scene.hand_over()
     scene.release("1a")
     assert (scene.status("1b"), scene.status("2a")) == (R.QUEUED, R.DEPLOYING)  # lab had its turn
+
+
+def test_two_tenants_may_choose_the_same_id():
+    """Their measurements have nothing to do with each other: none waits behind the other, each has its own machine."""
+    scene = Scene()
+    scene.machine("a")
+    scene.machine("b")
+    scene.ask(1, "A", "B", tenant="lab", priority=Priority.LOW)
+    scene.ask(1, "C", tenant="other", priority=Priority.HIGH)
+    assert [scene.request(request_id).machine_id for request_id in ("1a", "1b", "1c")] == ["a", None, "b"]
+    assert [scene.measurement(1, tenant).tenant for tenant in ("lab", "other")] == ["lab", "other"]
+    assert [request.request_id for request in scene.allocator.requests_of(("other", 1))] == ["1c"]
+    assert (scene.request("1a").tenant, scene.request("1c").tenant) == ("lab", "other")
+    with pytest.raises(UnknownMeasurement):
+        scene.allocator.requests_of(("default", 1))
+
+
+@pytest.mark.parametrize("begun", [Priority.HIGH, Priority.NORMAL])
+def test_a_live_measurement_keeps_its_priority(begun: Priority):
+    """Another priority than it was begun with is refused by name; the same, or none, is not; later it is free again."""
+    scene = Scene()
+    scene.ask(1, "A", priority=begun)
+    before = scene.allocator.snapshot()
+    with pytest.raises(InvalidField, match=f"priority.*was begun with '{begun.value}'"):
+        scene.ask(1, "B", priority=Priority.LOW)
+    assert scene.allocator.snapshot() == before
+    scene.ask(1, "B", priority=begun)
+    scene.ask(1, "C")
+    assert scene.measurement(1).priority is begun
+    for request_id in ("1a", "1b", "1c"):
+        scene.release(request_id)
+    scene.ask(1, "D", priority=Priority.LOW)
+    assert scene.measurement(1).priority is Priority.LOW
 
 
 def test_a_finished_measurement_begins_anew_at_the_back():
@@ -185,15 +218,15 @@ def test_a_finished_measurement_begins_anew_at_the_back():
     assert first.machine_id is None
     scene.now_s += 100
     scene.ask(3, "C")
-    scene.ask(1, "D", tenant="lab")
+    scene.ask(1, "D")
     again = scene.measurement(1)
     assert again.seq > scene.measurement(3).seq
-    assert (again.created_s, again.tenant) == (first.created_s, "lab")
+    assert again.created_s == first.created_s
 
 
 def test_a_finished_measurement_that_goes_on_elsewhere_says_so():
     """Figures of one measurementId from two machines are never silently mixed."""
-    scene = Scene()
+    scene = Scene(Limits(sticky_s=0))
     scene.machine("a", gpu_type="H100")
     scene.ask(1, "A")
     scene.hand_over("a-0")
@@ -539,9 +572,9 @@ def test_reads_of_what_is_not_there():
     with pytest.raises(UnknownRequest):
         allocator.request("x")
     with pytest.raises(UnknownMeasurement):
-        allocator.measurement(1)
+        allocator.measurement(("default", 1))
     with pytest.raises(UnknownMeasurement):
-        allocator.requests_of(1)
+        allocator.requests_of(("default", 1))
     assert allocator.wrapper("x") is None
     assert allocator.machine("x") is None
     assert allocator.lease_of("x") is None

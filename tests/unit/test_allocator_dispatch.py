@@ -64,7 +64,7 @@ def test_tenants_are_served_by_weight():
         scene.ask(n, "A", tenant="lab")
         scene.ask(100 + n, "A", tenant="guest")
     scene.machine(wrappers=12)
-    tenants = [scene.measurement(scene.request(r).measurement_id).tenant for r in given(scene)]
+    tenants = [scene.request(r).tenant for r in given(scene)]
     assert (tenants.count("lab"), tenants.count("guest")) == (9, 3)
 
 

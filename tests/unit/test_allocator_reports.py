@@ -118,7 +118,7 @@ def test_a_deploy_that_fails_is_tried_elsewhere():
 
 def test_a_measurement_that_begins_anew_is_bound_by_what_is_served_this_time():
     """A first LLM that fails leaves its measurement free to begin anywhere, though it was served somewhere before."""
-    scene = Scene()
+    scene = Scene(Limits(sticky_s=0))
     scene.machine("a")
     scene.leave_ready("A", "a-0", 1)
     scene.machine("b")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +30,7 @@ def figures(*windows: EnergyWindow) -> MachineFigures:
 
 def named(number: int, prompt: str, **more: Any) -> EnergyWindow:
     """A prompt's window with the client's name of the prompt."""
-    made = record(number, **more)
-    detail = json.loads(made.detail)
-    return replace(made, detail=json.dumps(detail | {"ids": detail["ids"] | {"prompt": prompt}}))
+    return record(number, **more, prompt_id=prompt)
 
 
 # --- what counts --------------------------------------------------------------------------------------------
@@ -128,6 +125,21 @@ def test_estimates_that_are_not_allowed_make_no_score() -> None:
     assert (found.value, found.low, found.bound_high, found.label) == (None, None, None, "unavailable")
     assert found.reason == "2 of 3 windows are estimates, which are not allowed (estimates_not_allowed)"
     assert figures(*shares).joules_per_token.label == "modeled"
+
+
+def test_energy_and_embodied_carbon_stand_apart() -> None:
+    """O = 100 J · 329.7 g/kWh, between 98 J · 280 and 102 J · 380; M = 2 s of 37.5 g/h, between 16.7 and 49."""
+    found = figures(record(1))
+    o_g, m_g = found.operational_per_unit, found.embodied_per_unit
+    assert o_g.value == pytest.approx(100 / 3.6e6 * 329.7 / 50)
+    assert (o_g.bound_low, o_g.bound_high) == pytest.approx((98 / 3.6e6 * 280 / 50, 102 / 3.6e6 * 380 / 50))
+    assert m_g.value == pytest.approx(37.5 * 2 / 3600 / 50)
+    assert (m_g.bound_low, m_g.bound_high) == pytest.approx((16.7 * 2 / 3600 / 50, 49 * 2 / 3600 / 50))
+    assert found.gco2eq_per_unit.value == pytest.approx((o_g.value or 0) + (m_g.value or 0))
+    assert {o_g.label, m_g.label} == {"sourced"}
+    without = figures(record(1, embodied=None))
+    assert (without.embodied_per_unit.value, without.gco2eq_per_unit.value) == (None, None)
+    assert without.operational_per_unit.value == o_g.value
 
 
 # --- how sure -----------------------------------------------------------------------------------------------

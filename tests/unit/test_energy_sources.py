@@ -411,7 +411,7 @@ def test_estimate_does_not_spoil_a_measurement(monkeypatch: pytest.MonkeyPatch, 
 def test_impossible_coefficients(figures: tuple[float, ...]) -> None:
     """Watts that can't be, are not in order, or are more when idle than when busy are refused as bad settings."""
     with pytest.raises(BadSettings, match=r"energy\.cpu_model"):
-        CPUModel(*figures, source="nowhere")  # type: ignore[misc]
+        CPUModel(*figures, "nowhere")  # type: ignore[arg-type, call-arg]
 
 
 def test_range_of_the_model_is_that_of_its_source(tmp_path: Path) -> None:

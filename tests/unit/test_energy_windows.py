@@ -54,7 +54,7 @@ async def test_lease_becomes_windows(make: Make) -> None:
     assert (lease.begun_s, lease.ended_s) == pytest.approx((UTC_S + 1.0, UTC_S + 8.0))
     assert lease.m_g == pytest.approx(3.6 * 7.0 / 3600)
     assert (detail(lease)["units"], detail(lease)["prompts"]) == (8, 2)
-    assert detail(lease)["tokens"] == {"prompt": 12, "cached": None, "output": 8}
+    assert detail(lease)["tokens"] == {"prompt": 12, "cached": 0, "output": 8}
     assert detail(lease)["score"]["value"] == pytest.approx(((lease.o_g or 0) + (lease.m_g or 0)) / 8)
 
 
@@ -70,7 +70,7 @@ async def test_record_of_a_prompt(make: Make) -> None:
         "process": "p", "number": 1,
     }  # fmt: skip
     assert (found["begun"], found["ended"]) == ("2027-01-15T08:00:00.000000+00:00", "2027-01-15T08:00:02.000000+00:00")
-    assert (found["tokens"], found["words"]) == ({"prompt": 6, "cached": None, "output": 4}, 4)
+    assert (found["tokens"], found["words"]) == ({"prompt": 6, "cached": 0, "output": 4}, 4)
     [part] = found["energy"]["components"]
     assert (part["name"], part["label"], part["source"]) == ("gpu:GPU-x", "simulated", "a test")
     assert found["grid"] == {
@@ -198,7 +198,7 @@ async def test_unknown_tokens_are_no_zero(make: Make) -> None:
         assert found["energy"]["total_j"] > 0
     assert (detail(prompt)["tokens"], detail(prompt)["units"]) == (None, None)
     found = detail(lease)
-    assert (found["tokens"], found["tokens_unknown_prompts"]) == ({"prompt": 6, "cached": None, "output": 4}, 1)
+    assert (found["tokens"], found["tokens_unknown_prompts"]) == ({"prompt": 6, "cached": 0, "output": 4}, 1)
     assert (found["units"], found["units_unknown_prompts"]) == (4, 1)
 
 
@@ -219,6 +219,22 @@ async def test_a_refused_prompt_has_nothing_and_that_is_known(make: Make) -> Non
     assert (found["units"], found["units_unknown_prompts"]) == (4, 0)
     assert lease.total_j == pytest.approx(200.0)
     assert found["score"]["value"] == pytest.approx(((lease.o_g or 0) + (lease.m_g or 0)) / 4)
+
+
+async def test_cached_tokens_that_one_prompt_does_not_tell(make: Make) -> None:
+    """Of two prompts one tells that 0 of its tokens were cached, one says nothing: it and its lease don't know."""
+    made = make()
+    made.bind(LEASE)
+    made.prompt(1.0)
+    flight = made.meter.begin()
+    made.passes(1.0)
+    made.meter.end(flight)
+    made.meter.account(flight, usage={"prompt_tokens": 6, "completion_tokens": 4}, answer=None)
+    made.bind(None)
+    windows = await made.windows()
+    cached = [detail(window)["tokens"]["cached"] for window in of_kind(windows, WindowKind.PROMPT)]
+    [lease] = of_kind(windows, WindowKind.LEASE)
+    assert (cached, detail(lease)["tokens"]) == ([0, None], {"prompt": 12, "cached": None, "output": 8})
 
 
 async def test_without_counters_nothing_is_measured(make: Make) -> None:
@@ -464,8 +480,8 @@ async def shares_of_two(made: Bench, use: Callable[[float, float], None]) -> lis
     use(made.clock.now_s, 2.0 * 60.0)
     large, small = made.meter.begin(), made.meter.begin()
     made.passes(1.0)
-    made.end(large, (810, 150), cached=0)
-    made.end(small, (3, 150), cached=0)
+    made.end(large, (810, 150))
+    made.end(small, (3, 150))
     made.passes(0.5)
     return of_kind(await made.windows(), WindowKind.PROMPT)[-2:]
 
@@ -484,11 +500,19 @@ async def test_weight_is_learned_from_prompts_alone(make: Make) -> None:
     for number in range(12):
         prompt, output = (810, 3, 300)[number % 3], (150, 150, 40, 90)[number % 4]
         use(made.clock.now_s, 0.005 * prompt + 0.5 * output)
-        made.prompt(1.0, (prompt, output), cached=0)
+        made.prompt(1.0, (prompt, output))
         made.passes(0.5)
     await made.windows()
     after = await shares_of_two(made, use)
     assert 1.0 < (after[0].total_j or 0) / (after[1].total_j or 1) < 1.2
+    weight = made.meter._flights.weight
+    for _ in range(20):
+        flight = made.meter.begin()
+        made.passes(0.5)
+        made.meter.end(flight)
+        made.meter.refused(flight)  # teaches nothing: it brought no tokens
+    await made.windows()
+    assert made.meter._flights.weight == weight
     widths = [detail(pair[0])["energy"]["high_j"] - detail(pair[0])["energy"]["low_j"] for pair in (before, after)]
     assert widths[1] < widths[0] / 2
     with made.meter.load("another"):

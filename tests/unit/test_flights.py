@@ -64,7 +64,7 @@ def test_rates_that_are_not_known() -> None:
     flights.weight = Weight(1.0, 1.0, 1.0)
     unknown, fast, own = (began(flights, 0.0) for _ in range(3))
     ended(flights, own, 1.0, 10)
-    assert flights.parts(own) == (Parts((0.0, 1.0), [1 / 3], [0.0], [1.0], [3]), True)
+    assert flights.parts(own) == (Parts((0.0, 1.0), [1 / 3], [0.0], [1.0]), True)
     ended(flights, fast, 1.0, 30)
     ended(flights, unknown, 1.0)
     parts, assumed = flights.parts(unknown)

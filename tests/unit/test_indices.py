@@ -37,7 +37,7 @@ def test_an_ended_request_leaves_the_index_as_it_was() -> None:
     for request in (waiting, ended):
         index.add(request, Needs(), "t", rank)
     index.remove(ended, Needs(), "t", rank)
-    assert [request_id for _, request_id in index.of[1]] == ["r1"]
+    assert [request_id for _, request_id in index.of[("default", 1)]] == ["r1"]
     index.remove(waiting, Needs(), "t", rank)
     assert index.queued == empty.queued
     assert index.unfinished == empty.unfinished
@@ -51,9 +51,9 @@ def test_a_tenant_that_waits_for_nothing_more_is_charged_all_the_same() -> None:
     before = turns.key("t")
     queue.charge("t")
     assert turns.key("t") > before
-    queue.put(1, ("t", Place(ONE_OR_TWO), (1, 1, 1)))
+    queue.put(("t", 1), ("t", Place(ONE_OR_TWO), (1, 1, 1)))
     queue.charge("t")
-    assert queue.contents() == {1: ("t", Place(ONE_OR_TWO), (1, 1, 1))}
+    assert queue.contents() == {("t", 1): ("t", Place(ONE_OR_TWO), (1, 1, 1))}
 
 
 def test_writing_down_what_is_known_changes_nothing() -> None:

@@ -6,8 +6,10 @@ import asyncio
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -99,7 +101,7 @@ async def test_llms_keep_their_order(http: httpx.AsyncClient, registry: FakeRegi
     accepted = (await http.post(REQUEST, json=body)).json()["requests"]
     assert [request["llmconfig"]["model"] for request in accepted] == models
     ((method, (measurement_id, llms, *more), _),) = registry.calls
-    assert (method, measurement_id, more) == ("request", 1234, ["default", "normal", None, None, "standard", None])
+    assert (method, measurement_id, more) == ("request", 1234, ["default", None, None, None, "standard", None])
     assert [request["requestId"] for request in accepted] == [new.request_id for new in llms]
     assert len({request["requestId"] for request in accepted}) == 5
 
@@ -177,7 +179,8 @@ async def test_windows_come_in_pages(http: httpx.AsyncClient, registry: FakeRegi
     assert page["windows"][0]["kind"] == "load"
     await http.get(path, params={"request": "r1", "after": "1800000000.5_process 1-p3", "limit": 7})
     passed_on = [args for method, args, _ in registry.calls if method == "windows"]
-    assert passed_on == [(1234, None, None, 1000), (1234, "r1", "1800000000.5_process 1-p3", 7)]
+    key = ("default", 1234)
+    assert passed_on == [(key, None, None, 1000), (key, "r1", "1800000000.5_process 1-p3", 7)]
     for params, field in (({"limit": 1001}, "limit"), ({"limit": 0}, "limit"), ({"after": "x"}, "after")):
         answer = await http.get(path, params=params)
         assert (answer.status_code, answer.json()["field"]) == (422, field)
@@ -349,8 +352,8 @@ async def test_remote_code_where_it_is_allowed(http: httpx.AsyncClient) -> None:
 # --- GET, DELETE, keepalive --------------------------------------------------------------------------------
 
 
-async def posted(http: httpx.AsyncClient) -> str:
-    request_id: str = (await http.post(REQUEST, json=BODY)).json()["requests"][0]["requestId"]
+async def posted(http: httpx.AsyncClient, headers: dict[str, str] | None = None) -> str:
+    request_id: str = (await http.post(REQUEST, json=BODY, headers=headers)).json()["requests"][0]["requestId"]
     return request_id
 
 
@@ -421,6 +424,23 @@ async def test_unknown_ids_are_404(http: httpx.AsyncClient, method: str, path: s
 
 
 # --- information -------------------------------------------------------------------------------------------
+
+
+async def test_measurements_are_those_of_the_callers_tenant(http: httpx.AsyncClient) -> None:
+    """A measurement, and its report, are found under the tenant that asked for it, and under no other."""
+    request_id = await posted(http, headers={"X-Tenant": "lab"})
+    for path in ("/measurements/1234", "/measurements/1234/report"):
+        assert (await http.get(path)).status_code == 404
+        assert (await http.get(path, headers={"X-Tenant": "lab"})).status_code == 200
+    measurement = (await http.get("/measurements/1234", headers={"X-Tenant": "lab"})).json()
+    assert [request["requestId"] for request in measurement["requests"]] == [request_id]
+
+
+async def test_a_priority_counts_only_where_it_was_given(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
+    """A POST that leaves it out has no opinion on that of its measurement; also "normal" is one."""
+    await http.post(REQUEST, json=BODY)
+    await http.post(REQUEST, json={**BODY, "priority": "normal"})
+    assert [args[3] for _, args, _ in registry.calls] == [None, "normal"]
 
 
 async def test_measurement(http: httpx.AsyncClient) -> None:
@@ -581,7 +601,7 @@ async def test_actor_is_found_once(find: Callable[..., list[str]]) -> None:
     """The actor is looked up by name for the first call and kept."""
     actor = FakeActor("one", "two")
     searches = find(actor)
-    client = RegistryClient()
+    client = RegistryClient(Path("/"))
     assert [await client.call("state", "x", 1.0, wait_s=1.0), await client.call("state", "y")] == ["one", "two"]
     assert searches == ["greenprompt-registry"]
     assert actor.state.calls == [("x", 1.0), ("y",)]
@@ -591,7 +611,7 @@ async def test_call_outlasts_a_restart(find: Callable[..., list[str]]) -> None:
     """An actor that dies, is not there for a moment and comes back answers the same call, with the same arguments."""
     old, new = FakeActor(ActorUnavailableError("restarting", None), ActorDiedError()), FakeActor("answer")
     find(old, old, ValueError("no such actor"), new)
-    assert await RegistryClient().call("state", "x") == "answer"
+    assert await RegistryClient(Path("/")).call("state", "x") == "answer"
     assert [*old.state.calls, *new.state.calls] == [("x",)] * 3
 
 
@@ -599,7 +619,15 @@ async def test_actor_that_stays_away_is_unavailable(find: Callable[..., list[str
     """An actor that does not come back is a RegistryUnavailable, which clients may try again."""
     find(*[ValueError("no such actor")] * 5)
     with pytest.raises(RegistryUnavailable):
-        await RegistryClient().call("state", "x")
+        await RegistryClient(Path("/")).call("state", "x")
+
+
+async def test_a_full_disk_is_said(find: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry that can't write ends, again and again: the answer says that the disk is full."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=0))
+    find(*[ValueError("no such actor")] * 5)
+    with pytest.raises(RegistryUnavailable, match=r"\(_NoActor; the disk of /state is full \(0 MiB are free\)\)"):
+        await RegistryClient(Path("/state")).call("healthz")
 
 
 async def test_errors_of_the_registry_come_through(find: Callable[..., list[str]]) -> None:
@@ -607,7 +635,7 @@ async def test_errors_of_the_registry_come_through(find: Callable[..., list[str]
     actor = FakeActor(task_error(UnknownRequest("x")), "never")
     find(actor)
     with pytest.raises(UnknownRequest) as caught:
-        await RegistryClient().call("state", "x")
+        await RegistryClient(Path("/")).call("state", "x")
     assert type(caught.value) is UnknownRequest
     assert len(actor.state.calls) == 1
 
@@ -617,7 +645,7 @@ async def test_unforeseen_errors_are_told_as_such(find: Callable[..., list[str]]
     actor = FakeActor(task_error(ZeroDivisionError("boom")), "never")
     find(actor)
     with pytest.raises(InternalError, match="ZeroDivisionError"):
-        await RegistryClient().call("state", "x")
+        await RegistryClient(Path("/")).call("state", "x")
     assert len(actor.state.calls) == 1
 
 
@@ -626,7 +654,7 @@ async def test_call_has_a_time_limit(find: Callable[..., list[str]], monkeypatch
     monkeypatch.setattr(ingress, "CALL_TIMEOUT_S", 0.0)
     find(FakeActor(asyncio.Event().wait))
     with pytest.raises(RegistryUnavailable, match=r"no answer within 0\.01 s"):
-        await RegistryClient().call("state", "x", wait_s=0.01)
+        await RegistryClient(Path("/")).call("state", "x", wait_s=0.01)
 
 
 # --- machines ----------------------------------------------------------------------------------------------

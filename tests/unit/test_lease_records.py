@@ -102,6 +102,18 @@ async def test_how_many_were_in_flight(make: Make) -> None:
 # --- the counted stretch -----------------------------------------------------------------------------------
 
 
+async def test_a_record_has_the_clients_name_of_its_prompt(make: Make) -> None:
+    """Answers to the same prompt in several leases belong together: the record says which prompt it was."""
+    made = make()
+    made.bind(LEASE)
+    flight = made.meter.begin(prompt_id="p 1")
+    made.passes(1.0)
+    made.end(flight)
+    made.bind(None)
+    [prompt] = of_kind(await made.windows(), WindowKind.PROMPT)
+    assert detail(prompt)["prompt_id"] == "p 1"
+
+
 async def test_counted_stretch_is_one_window_without_warm_ups(make: Make) -> None:
     """By hand: idle 1 s, a warm-up of 2 s, idle 1 s, a prompt of 3 s, idle 1 s, one of 2 s, idle 4 s, at 100 W.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 import deployments
-from deployments import lifecycle, process_tree, surroundings
+from deployments import lifecycle, process_tree
 from deployments.lifecycle import end, ready_lines, run_detached, run_in_foreground, start_on_cluster
 from deployments.local_ray import FOLDER_PREFIX, free_ports
 from registry.errors import BadSettings, StartFailed
@@ -220,7 +221,7 @@ def test_a_full_disk_is_told(settings: Settings, app: FakeApp, monkeypatch: pyte
         return SimpleNamespace(free=2**40 if left is None else left)
 
     monkeypatch.setattr(lifecycle, "DISK_POLL_S", 0)
-    monkeypatch.setattr(surroundings.shutil, "disk_usage", usage)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
     says = Says()
     run_in_foreground(settings, say=says)
     told = [line for line in says.lines if "he disk of" in line]

@@ -66,6 +66,15 @@ def test_strangers_are_seen_by_what_they_use(proc: Path, use: Use, used_s: dict[
     assert looks(cpu, use, **used_s) is strangers
 
 
+def test_new_processes_of_a_wrapper_are_no_strangers(proc: Path, use: Use) -> None:
+    """An engine that was started since the last look is a wrapper's own, from its birth on."""
+    cpu = MachineCPU(ME, proc_root=proc)
+    cpu.strangers(1000.0)
+    use(stranger_s=1.0)
+    write_process(proc, STRANGER, ME, ticks=(TICKS_PER_S, 0, 0, 0))
+    assert cpu.strangers(1001.0)[0] is False
+
+
 def test_load_of_others_flags_the_windows_in_it(proc: Path, use: Use) -> None:
     """A load of 72 on 2 cores was never seen. Windows in the seconds of a stranger's work are contended, others not.
 

@@ -60,7 +60,10 @@ def test_every_level_of_the_recording_has_a_new_field() -> None:
         first = answer[0] if isinstance(answer, list) else answer
         assert NEWER in first, name
     report = ANSWERS["GET /measurements/7/report"]
-    assert all(NEWER in part for part in (report["llms"][0], report["llms"][0]["score"], report["windows"][0]))
+    llm = report["llms"][0]
+    assert all(
+        NEWER in part for part in (llm, llm["figures"][0], llm["figures"][0]["gco2eq_per_unit"], report["windows"][0])
+    )
     assert NEWER in ANSWERS["GET /machines"][0]["wrappers"][0]
     assert NEWER in ANSWERS["GET /promptingservice/request/r-1"]["energy"]
 
@@ -93,7 +96,9 @@ def test_report_with_new_fields(registry: RegistryClient) -> None:
     """The report is read into what is known of it, windows and their details included."""
     report, recorded = registry.report(7), ANSWERS["GET /measurements/7/report"]
     assert [llm.llm for llm in report.llms] == [llm["llm"] for llm in recorded["llms"]]
-    assert report.llms[0].score.value == recorded["llms"][0]["score"]["value"]
+    assert (
+        report.llms[0].figures[0].gco2eq_per_unit.value == recorded["llms"][0]["figures"][0]["gco2eq_per_unit"]["value"]
+    )
     assert len(report.windows) == len(recorded["windows"])
 
 

@@ -64,6 +64,12 @@ def test_one_machine() -> None:
     ]
 
 
+def test_what_is_being_deployed_counts() -> None:
+    """A request whose LLM is being started neither uses one yet nor waits in the queue: it has a figure of its own."""
+    health = HEALTH.model_copy(update={"deploying": 1, "queued": 2})
+    assert shown(health=health)[0] == "Registry 0.1.0 is ok: 0 LLMs in use, 1 being deployed, 2 requests waiting"
+
+
 def test_thirty_machines() -> None:
     """One line each, and how they are in one."""
     machines = [machine(f"gpu-{n:02}", wrapper(f"gpu-{n:02}-0")) for n in range(27)]

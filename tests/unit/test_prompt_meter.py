@@ -21,7 +21,10 @@ from deployments.meter import Meter
 from deployments.prompt_meter import PromptMeter, grid_of, sci_settings
 from registry.errors import BadSettings
 from registry.settings import EnergySettings, load_settings
+from registry.state import WindowKind
 from tests.fake_counters import FakeCounter, ManualClock
+from tests.meter_bench import LEASE, detail, of_kind
+from tests.meter_bench import Bench as WindowBench
 
 GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}
 EMBODIED = {"g_per_hour": 3.6, "low_g_per_hour": 1.8, "high_g_per_hour": 7.2, "source": "a test"}
@@ -421,3 +424,21 @@ def test_cpu_model_out_of_range_is_refused() -> None:
     """A CPU that uses more when idle than when busy is an error of the settings."""
     with pytest.raises(ValidationError, match="idle_w_per_cpu"):
         EnergySettings.model_validate({"cpu_model": {**CPU_MODEL, "idle_w_per_cpu": 9.0}})
+
+
+async def test_first_idle_stretch_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrapper's time begins when its counters have told a first time, so its first idle stretch has a figure.
+
+    A counter that steps every 0.5 s tells nothing of the time before its first step.
+    """
+    steps = FakeCounter(lambda now_s: 50.0 * int(now_s * 2 + 1e-6), label=Label.SIMULATED, max_age_s=None)
+    bench = WindowBench(monkeypatch, steps)
+    monkeypatch.setattr(bench.meter._meter, "start", lambda: bench.passes(0.6))
+    bench.meter.start()
+    bench.passes(4.0)
+    bench.prompt(2.0)
+    bench.passes(3.0)
+    bench.bind(LEASE)
+    bench.passes(1.0)
+    [idle] = of_kind(await bench.windows(), WindowKind.IDLE)
+    assert detail(idle)["energy"]["total_j"] == pytest.approx(700, rel=0.15)

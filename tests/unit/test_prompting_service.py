@@ -15,9 +15,11 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
+from deployments.app import told_to_clients
 from deployments.ingress import IngressConfig, build_app
 from deployments.models import ModelSources
 from registry.old_address import old_address, old_address_problems
+from registry.settings import Settings
 from tests.fake_registry import BASE, ENDED, TOKEN, FakeRegistry
 from tests.prompting_service_client import prompt_url
 
@@ -103,6 +105,21 @@ async def test_json_is_json_whatever_its_type(http: httpx.AsyncClient, content_t
 def test_address_is_an_authority(base_url: str, address: str) -> None:
     """``address`` has the token and the host, and neither scheme nor port nor path."""
     assert old_address(base_url, "t-_0") == address
+
+
+@pytest.mark.parametrize(
+    ("host", "node", "address"),
+    [
+        ("127.0.0.1", "10.0.0.5", "lease:t@127.0.0.1"),
+        ("0.0.0.0", "10.0.0.5", "lease:t@10.0.0.5"),
+        ("::", "fd00::7", "lease:t@[fd00::7]"),
+    ],
+)
+def test_address_has_a_host_that_clients_reach(host: str, node: str, address: str) -> None:
+    """Where the registry listens on every interface, the address has the head's own IP address, IPv6 in brackets."""
+    settings = told_to_clients(Settings.model_validate({"http": {"host": host}}), node)
+    assert old_address(settings.base_url, "t") == address
+    assert old_address_problems(settings.base_url) == ()
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ class FakeMeter:
         self.counts_words = False
         self.used_up: BudgetUsed | None = None
 
-    def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False) -> Flight:
-        self.begun.append(Flight(0.0, endpoint=endpoint, warmup=warmup))
+    def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False, prompt_id: str | None = None) -> Flight:
+        self.begun.append(Flight(0.0, endpoint=endpoint, warmup=warmup, prompt_id=prompt_id))
         return self.begun[-1]
 
     def end(self, flight: Flight) -> None:
@@ -437,6 +437,7 @@ async def test_wrong_bodies_are_named(wrapper: Wrapper, body: object, field: str
     """A body that is not a question is a 422 that names the field; the engine is not asked."""
     answer = await wrapper.call("POST", "/process_prompt", body).done()
     assert (answer.status, answer.code, answer.json["field"]) == (422, "invalid_field", field)
+    assert answer.json["detail"][0]["loc"] == ["body", *([field] if field != "body" else [])]
     assert wrapper.engine.bodies == []
 
 
@@ -956,6 +957,20 @@ async def test_a_client_marks_its_warm_ups(wrapper: Wrapper, path: str, body: ob
         headers = [] if value is None else [(b"x-greenprompt-warmup", value)]
         assert (await Call(wrapper.app, "POST", f"/{TOKEN}{path}", body, headers=headers).done()).status == 200
     assert [flight.warmup for flight in wrapper.meter.begun] == [False, False, True]
+
+
+@pytest.mark.parametrize(("path", "body"), PROMPTS)
+async def test_a_client_names_its_prompts(wrapper: Wrapper, path: str, body: object) -> None:
+    """The name is kept for the record, percent-decoded; one that is too long is refused, and reaches no engine."""
+    for value in (None, b"", b"%C3%A4%201"):
+        headers = [] if value is None else [(b"x-greenprompt-prompt", value)]
+        assert (await Call(wrapper.app, "POST", f"/{TOKEN}{path}", body, headers=headers).done()).status == 200
+    assert [flight.prompt_id for flight in wrapper.meter.begun] == [None, None, "ä 1"]
+    long = [(b"x-greenprompt-prompt", b"x" * 1025)]
+    answer = await Call(wrapper.app, "POST", f"/{TOKEN}{path}", body, headers=long).done()
+    field = answer.json["error"]["param"] if path.startswith("/v1/") else answer.json["field"]
+    assert (answer.status, field) == (422, "X-GreenPrompt-Prompt")
+    assert len(wrapper.meter.begun) == 3
 
 
 @pytest.mark.parametrize("values", [[b"yes"], [b""], [b"True"], [b"true", b"false"]])

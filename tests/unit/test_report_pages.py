@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from json import dumps, loads
 from pathlib import Path
 from typing import Any, Self
 
@@ -104,16 +103,11 @@ def test_terminal() -> None:
 def full(*more: EnergyWindow, requests: list[Request] | None = None) -> MeasurementReport:
     """Twelve prompts in each of three leases of one LLM, with full records."""
     windows = [
-        replace_ids(record(n, request_id=f"r-{n % 3}", begun_s=BEGUN_S + 3 * n, joules=100.0 + n // 3), f"p{n // 3}")
+        record(n, request_id=f"r-{n % 3}", begun_s=BEGUN_S + 3 * n, joules=100.0 + n // 3, prompt_id=f"p{n // 3}")
         for n in range(36)
     ]
     requests = requests or [request(f"r-{n}", "org/tiny", n) for n in range(3)]
     return report_of(Measurement(7, 1), requests, kept(*windows, *more), iso)
-
-
-def replace_ids(made: EnergyWindow, prompt: str) -> EnergyWindow:
-    detail = loads(made.detail)
-    return replace(made, detail=dumps(detail | {"ids": detail["ids"] | {"prompt": prompt}}))
 
 
 def test_intervals_and_batches_are_shown() -> None:

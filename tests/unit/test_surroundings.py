@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ def test_a_folder_that_can_not_be_written(place: str) -> None:
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk without space is told before anything starts, with what is free."""
-    monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=3 * 2**20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=3 * 2**20))
     with pytest.raises(BadSettings, match=r"is full \(3 MiB are free\)"):
         require_writable(tmp_path, "state_dir")
     monkeypatch.undo()

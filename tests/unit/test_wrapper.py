@@ -213,6 +213,35 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
     return make
 
 
+async def test_metric_tells_whether_llms_start_warm(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metric is 1 while LLMs start warm, 0 from the first report that says otherwise, and 0 after the end."""
+    shown: list[float] = []
+
+    class FakeGauge:
+        def __init__(self, name: str, *_: object, **__: object) -> None:
+            assert name == "greenprompt_wrapper_warm"
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            assert tags == {"wrapper": "a-0"}
+            shown.append(value)
+
+    async def close(_host: object) -> None:
+        pass
+
+    monkeypatch.setattr(wrapper_module, "Gauge", FakeGauge)
+    monkeypatch.setattr(FakeHost, "close", close, raising=False)
+    client = await make(finish=False)
+    await client.wrapper.report(UNTOLD)
+    assert shown[-1] == 1.0
+    monkeypatch.setattr(FakeHost, "warm", False)
+    await client.wrapper.report(UNTOLD)
+    assert shown[-1] == 0.0
+    monkeypatch.setattr(FakeHost, "warm", True)
+    await client.wrapper.report(UNTOLD)
+    await LLMWrapper.__del__(client.wrapper)
+    assert shown[-2:] == [1.0, 0.0]
+
+
 async def test_expired_prompts_are_cut(make: Make) -> None:
     """Unless they may finish, the deadline cuts them, and the next lease is bound at once."""
     client = await make(finish=False, ends_in_s=0.05)

@@ -283,7 +283,7 @@ async def a_day_of_maintenance(world: PluggedWorld) -> dict[str, RequestStatus]:
     assert "a-0" not in world.cluster.wrappers
     world.cluster.join("b")
     await world.come_to("second", S.DEPLOYED)
-    assert world.service.allocator.measurement(1).flags == ("machine_changed", "machine_drained")
+    assert world.service.allocator.measurement(("default", 1)).flags == ("machine_changed", "machine_drained")
     await world.insist(lambda: world.service.undrain("a"))
     await world.come(lambda: world.status_of("a-0") is WrapperStatus.IDLE)
     await world.release("second")

@@ -249,9 +249,9 @@ async def test_other_versions_are_told(two: World) -> None:
     await two.until_status(first, Status.DEPLOYED)
     begun_on = two.request(first).machine_id
     assert begun_on is not None
-    assert views.measurement_state(two.service, 1).versions == two.cluster.versions[begun_on]
+    assert views.measurement_state(two.service, ("default", 1)).versions == two.cluster.versions[begun_on]
     two.service.drain(begun_on)
     two.service.release(first)
     await two.until_status(second, Status.DEPLOYED)
-    flags = views.measurement_state(two.service, 1).flags
+    flags = views.measurement_state(two.service, ("default", 1)).flags
     assert flags == ["machine_changed", "machine_drained", "version_changed"]

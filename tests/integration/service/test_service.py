@@ -9,6 +9,7 @@ import pytest
 
 from registry import views
 from registry.errors import (
+    EngineStartFailed,
     IdempotencyConflict,
     LLMNeverFits,
     QueueFull,
@@ -77,7 +78,7 @@ async def test_llms_of_a_measurement_come_one_after_another(two: World) -> None:
     two.service.release(first)
     await two.until_status(second, Status.DEPLOYED)
     assert two.request(second).machine_id == two.request(first).machine_id
-    assert views.measurement_state(two.service, 1).machine == two.request(first).machine_id
+    assert views.measurement_state(two.service, ("default", 1)).machine == two.request(first).machine_id
 
 
 async def test_who_waits_is_told_why(world: World) -> None:
@@ -111,7 +112,7 @@ async def test_what_fits_nowhere_any_more_says_so(world: World) -> None:
     world.cluster.leave("a")
     await world.until(lambda: world.status_of() is WrapperStatus.LOST)
     (waits,) = world.ask(1, TINY, gpu_type="H100")
-    assert views.measurement_state(world.service, 1).gpuType == "H100"
+    assert views.measurement_state(world.service, ("default", 1)).gpuType == "H100"
     world.cluster.join("a")
     await world.until_wrapper(WrapperStatus.IDLE)
     reason = views.request_state(world.service, world.request(waits)).reason
@@ -143,7 +144,7 @@ async def test_llm_that_fits_nowhere_is_refused(world: World) -> None:
     with pytest.raises(LLMNeverFits):
         world.ask(1, TINY, BIG)
     with pytest.raises(UnknownMeasurement):
-        views.measurement_state(world.service, 1)
+        views.measurement_state(world.service, ("default", 1))
 
 
 async def test_full_queue_takes_nothing(make: Make) -> None:
@@ -573,7 +574,7 @@ async def test_same_ids_are_the_same_requests(world: World) -> None:
     again = world.service.request(1, llms)
     assert [request.request_id for request in again] == ["x1", "x2"]
     assert [request.seq for request in again] == [request.seq for request in first]
-    assert len(views.measurement_state(world.service, 1).requests) == 2
+    assert len(views.measurement_state(world.service, ("default", 1)).requests) == 2
     assert views.request_state(world.service, again[0]).notes == ["a note"]
 
 
@@ -660,3 +661,47 @@ async def test_what_is_known_of_an_llms_memory_survives(world: World) -> None:
     world.service.release("large-60")
     await world.until_status("large-61", Status.DEPLOYED)
     assert world.request("large-61").machine_id == "big"
+
+
+# --- what an operator sees ---------------------------------------------------------------------------------
+
+
+async def test_what_is_being_deployed_is_counted(world: World) -> None:
+    """A request whose LLM is being started counts as deploying: it waits no more, and uses none yet."""
+
+    def counts() -> tuple[int, int, int]:
+        health, (machine,) = views.health_state(world.service), views.machine_states(world.service)
+        return health.deploying, machine.leases, health.queued
+
+    gate = world.cluster.hold("a-0", "deploy")
+    first, second = world.ask(1, TINY, OTHER)
+    await world.until(lambda: gate.arrived)
+    assert counts() == (1, 0, 1)
+    gate.open()
+    await world.until_status(first, Status.DEPLOYED)
+    assert counts() == (0, 1, 1)
+    world.service.release(second)
+    world.service.release(first)
+    assert counts() == (0, 0, 0)
+
+
+async def test_healthy_start_does_not_show_the_last_failure(world: World) -> None:
+    """A wrapper says why it is empty after a failed start, and no longer once it starts or runs the next LLM."""
+
+    def shown() -> tuple[str, str | None]:
+        (machine,) = views.machine_states(world.service)
+        return machine.wrappers[0].status, machine.wrappers[0].reason
+
+    world.cluster.unusable["org/tiny"] = EngineStartFailed("org/tiny", "no such layer", permanent=True)
+    (bad,) = world.ask(1, TINY)
+    await world.until_status(bad, Status.FAILED)
+    status, reason = shown()
+    assert status == "idle"
+    assert "no such layer" in (reason or "")
+    gate = world.cluster.hold("a-0", "deploy")
+    (good,) = world.ask(2, OTHER)
+    await world.until(lambda: gate.arrived)
+    assert shown() == ("deploying", None)
+    gate.open()
+    await world.until_status(good, Status.DEPLOYED)
+    assert shown() == ("leased", None)

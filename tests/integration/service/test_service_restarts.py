@@ -245,7 +245,7 @@ async def test_commit_that_fails_is_fatal_and_answers_nothing(world: World, monk
     world.fatal.clear()
     await world.start()
     with pytest.raises(UnknownMeasurement):
-        views.measurement_state(world.service, 1)
+        views.measurement_state(world.service, ("default", 1))
     await world.until_wrapper(WrapperStatus.IDLE)
     await world.deployed(1)
 

@@ -30,7 +30,7 @@ async def told(world: World, *windows: EnergyWindow, wrapper_id: str = "a-0") ->
 
 
 def kept(world: World, measurement_id: int) -> list[str]:
-    return [row.window.window_id for row in world.store.windows(measurement_id)]
+    return [row.window.window_id for row in world.store.windows(("default", measurement_id))]
 
 
 async def test_windows_are_written_down_once(world: World) -> None:
@@ -40,7 +40,7 @@ async def test_windows_are_written_down_once(world: World) -> None:
     await told(world, *windows)
     await told(world, windows[7])
     assert [row.window for row in world.energy] == windows
-    rows = world.store.windows(7)
+    rows = world.store.windows(("default", 7))
     assert [row.window for row in rows] == windows
     assert {(row.machine_id, row.tenant) for row in rows} == {("a", "default")}
 
@@ -75,14 +75,15 @@ async def test_a_start_is_charged_to_whom_it_was_for(world: World) -> None:
     before = window(2, WindowKind.LOAD, request_id=None, measurement_id=None, begun_s=now_s - 60)
     idle = window(3, WindowKind.IDLE, request_id=None, measurement_id=None, begun_s=now_s)
     await told(world, start, before, idle)
-    (row,) = world.store.windows(7)
+    (row,) = world.store.windows(("default", 7))
     assert (row.window.window_id, row.window.request_id, row.tenant) == (start.window_id, request_id, "default")
 
 
 async def test_windows_of_what_was_forgotten_are_nobodys(world: World) -> None:
     """A window of a measurement that is not known any more is kept, and counts for no tenant."""
-    await told(world, window(1, measurement_id=99))
-    assert [row.tenant for row in world.store.windows(99)] == [None]
+    await told(world, window(1, measurement_id=99, request_id="gone"))
+    assert world.store.windows(("default", 99)) == ()
+    assert world.store.costs_of_request("gone")[WindowKind.PROMPT].joules.count == 1
 
 
 async def test_a_lease_shows_its_cost_so_far(world: World) -> None:
@@ -139,8 +140,9 @@ async def test_the_report_has_all_windows(world: World, monkeypatch: pytest.Monk
     windows = [window(n, request_id=request_id) for n in (1, 2, 3)]
     await told(world, *windows)
     allocator = world.service.allocator
-    kept = await world.service.accounts.windows(7)
-    report = json.loads(views.report_json(allocator.measurement(7), allocator.requests_of(7), kept))
+    seven = ("default", 7)
+    kept = await world.service.accounts.windows(seven)
+    report = json.loads(views.report_json(allocator.measurement(seven), allocator.requests_of(seven), kept))
     assert report["machines"] == ["a"]
     assert [each["window"] for each in report["windows"]] == [each.window_id for each in windows]
     assert report["llms"][0]["figures"][0]["joules_per_token"]["value"] > 0
@@ -155,13 +157,17 @@ async def test_windows_come_page_by_page(world: World, limit: int) -> None:
     windows = [window(n, request_id=(first, second)[n % 2], begun_s=float(n // 2)) for n in range(1, 6)]
     await told(world, *windows)
 
+    key = ("default", 7)
+
     def pages(request_id: str | None) -> list[str]:
         found: list[str] = []
         after = None
         while True:
-            page = world.service.accounts.page(7, request_id=request_id, after=views.place_of(after), limit=limit)
+            page = world.service.accounts.page(
+                ("default", 7), request_id=request_id, after=views.place_of(after), limit=limit
+            )
             assert len(page) <= limit
-            told = json.loads(views.windows_json(world.service.allocator.requests_of(7), page, limit))
+            told = json.loads(views.windows_json(world.service.allocator.requests_of(key), page, limit))
             assert all("detail" not in each and each["llm"] == TINY.model for each in told["windows"])
             found += [each["window"] for each in told["windows"]]
             after = told["next"]
@@ -185,7 +191,7 @@ async def test_the_last_windows_are_heard_at_shutdown(world: World) -> None:
     gate.open()
     await shutdown
     store = Store.open(url)
-    assert [row.window.request_id for row in store.windows(7)] == [request_id]
+    assert [row.window.request_id for row in store.windows(("default", 7))] == [request_id]
     store.close()
     world.store = Store.open(url)  # for the fixture to close
 
@@ -259,9 +265,7 @@ async def test_a_tenant_is_warned_and_then_refused(ann: World) -> None:
     await told(ann, window(6, WindowKind.IDLE, joules=100.0, **about))
     with pytest.raises(TenantBudgetUsed, match="2027-02-01"):
         ann.ask(10, TINY, tenant="ann")
-    with pytest.raises(TenantBudgetUsed):
-        ann.ask(7, TINY, tenant="bob")  # it would count for ann, whose measurement this is
-    (bobs,) = ann.ask(11, TINY, tenant="bob")
+    (bobs,) = ann.ask(7, TINY, tenant="bob")  # his own measurement, though it has the same id
     ann.service.release(bobs)
     ann.service.release(first)
     await ann.until_status(second, RequestStatus.DEPLOYED)
@@ -270,7 +274,7 @@ async def test_a_tenant_is_warned_and_then_refused(ann: World) -> None:
 
 
 async def test_a_budget_begins_anew_with_the_month(ann: World) -> None:
-    """What was used in the month before counts no more; a measurement that ended belongs to whoever asks next."""
+    """What was used in the month before counts no more; another tenant's measurement of the same id is its own."""
     (first,) = ann.ask(7, TINY, tenant="ann")
     await ann.until_status(first, RequestStatus.DEPLOYED)
     await told(ann, window(1, WindowKind.IDLE, joules=5000.0, request_id=first, begun_s=ann.clock()))

@@ -1,0 +1,15 @@
+"""Until when a measurement that goes on is bound to the machine that it was served on."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0008"
+down_revision = "0007"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column("measurements", sa.Column("pinned_until_s", sa.Float(), nullable=True))

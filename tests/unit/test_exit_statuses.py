@@ -1,0 +1,105 @@
+"""What a command's exit status tells, and that its error is one line."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+import stamina
+from rich.console import Console
+
+from deployments import cli
+from registry.client import RegistryClient
+
+Run = Callable[..., tuple[int, list[str]]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command whose registry answers with this status and body, or (an exception) can't be reached."""
+
+    def run(arguments: str, answer: httpx.Response | Exception | None = None) -> tuple[int, list[str]]:
+        def answered(_request: httpx.Request) -> httpx.Response:
+            if isinstance(answer, Exception):
+                raise answer
+            assert answer is not None
+            return answer
+
+        class Client(RegistryClient):
+            def __init__(self, url: str) -> None:
+                super().__init__(url)
+                self._http.close()
+                self._http = httpx.Client(base_url=url, transport=httpx.MockTransport(answered))
+
+        said = io.StringIO()
+        monkeypatch.setattr(cli, "RegistryClient", Client)
+        monkeypatch.setattr(cli, "problems", Console(file=said, soft_wrap=True))
+        monkeypatch.setattr(sys, "argv", ["greenprompt", *arguments.split()])
+        hooks = stamina.instrumentation.get_on_retry_hooks()
+        try:
+            with stamina.set_testing(True, attempts=3), pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:
+            stamina.instrumentation.set_on_retry_hooks(hooks)
+        status: Any = ended.value.code
+        return status, said.getvalue().splitlines()
+
+    return run
+
+
+def error(status: int, code: str, retryable: bool = False) -> httpx.Response:
+    return httpx.Response(status, json={"code": code, "message": f"it says {code}", "retryable": retryable})
+
+
+@pytest.mark.parametrize("command", ["release r1", "drain a", "undrain a", "status", "report 7"])
+def test_a_registry_that_is_away_is_one_line(run: Run, capfd: pytest.CaptureFixture[str], command: str) -> None:
+    """While the registry is away the command tries for a while and then says one line; no retry is logged."""
+    assert run(command, httpx.ConnectError("refused")) == (3, ["greenprompt: no registry answers there (refused)"])
+    assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (error(404, "unknown_request"), 4),
+        (error(410, "request_forgotten"), 4),
+        (error(422, "invalid_field"), 5),
+        (error(409, "idempotency_conflict"), 5),
+        (error(429, "tenant_budget_used"), 5),
+        (error(503, "registry_unavailable", retryable=True), 3),
+        (error(500, "internal_error"), 3),
+        (httpx.Response(404, text="<html>nginx</html>"), 3),
+        (httpx.Response(403, text="forbidden by a proxy"), 3),
+    ],
+)
+def test_statuses_tell_kinds_of_errors_apart(run: Run, answer: httpx.Response, status: int) -> None:
+    """Not found, refused and unreachable have a status each; what is no registry is not reached."""
+    ended, lines = run("drain a", answer)
+    assert (ended, len(lines)) == (status, 1)
+
+
+@pytest.mark.parametrize("command", ["status", "report 7", "drain a"])
+@pytest.mark.parametrize("body", ["<html>welcome</html>", '"text"', '{"status": []}'])
+def test_what_is_no_registry_is_one_line(run: Run, command: str, body: str) -> None:
+    """Another server's 200 is an error of one line, not a traceback."""
+    ended, lines = run(command, httpx.Response(200, text=body))
+    assert (ended, len(lines)) == (3, 1)
+    assert "no registry" in lines[0]
+
+
+@pytest.mark.parametrize("arguments", ["report 0", "report x", "drain", "nonsense", "status --nonsense"])
+def test_wrong_usage_is_2(run: Run, arguments: str) -> None:
+    """A command line that can't be understood has a status of its own, and asks no registry."""
+    assert run(arguments)[0] == 2
+
+
+def test_help_lists_the_statuses(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The help of the command says what each status means."""
+    run("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{status} " in said for status in (0, 1, 2, 3, 4, 5, 130))
+    assert "no registry answers" in said
