@@ -91,5 +91,13 @@ def probe_sources(
         found.append(Unreadable("cpu-model", "energy.allow_estimates is false, and GPUs are counted without it"))
     else:
         machine.look_often()
+        found = [_in_model(source) for source in found]
         found.append(CPUModelSource(settings.cpu_model, machine.tree, cpus=cpus_here() if cpus is None else cpus))
     return found
+
+
+def _in_model(source: Source | Unreadable) -> Source | Unreadable:
+    """A source, but none for main memory: the model of the CPU has its memory in it."""
+    if isinstance(source, Source) and source.name.startswith("dram-"):
+        return Unreadable(source.name, "energy.cpu_model has the memory in it, and no package can be read")
+    return source

@@ -326,9 +326,9 @@ class _Driver:
         process.loading.__exit__(None, None, None)
         process.loading = None
         process.loads.append((process.loads.pop()[0], now_s))
-        if load.lease_id is not None:  # it is handed over again, to the new process
-            lease = next(each for each in self.world.history.leases if each.id == load.lease_id)
-            self._lease(process, lease, began=True)
+        for lease in self.world.history.leases:
+            if lease.id == load.lease_id and lease.end_s > now_s:  # it is handed over again, to the new process
+                self._lease(process, lease, began=True)
 
     def _ended(self, process: Process, prompt: Prompt) -> None:
         """End a prompt as the answer to it does."""

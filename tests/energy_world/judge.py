@@ -200,6 +200,9 @@ class Judge:
         for finding in self.findings:
             if finding.label == "measured" and finding.holds is False:
                 yield Wrong(f"measured {finding.figure} outside its bounds", finding.name)
+        for kept, detail in zip(self.run.windows, self.details, strict=True):
+            if kinds_of(detail["boundary"]) >= {"dram", "model"}:
+                yield Wrong("memory counted twice: by its counter and in the CPU model", kept.window.window_id)
         yield from self._leases_add_up()
         yield from self._machine_adds_up()
         yield from self._covered_once()
