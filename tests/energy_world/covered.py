@@ -36,15 +36,24 @@ class Covered:
         span = (0.0, truth.history.horizon_s)
         share = 1 / len(machine.wrappers)
         nothing = (Steps(span, [0.0]), 1.0)
-        packages = [steps for g in own.gpus for steps in (truth.packages[g], truth.drams[g])] if machine.is_module else []
+        packages = (
+            [steps for g in own.gpus for steps in (truth.packages[g], truth.drams[g])] if machine.is_module else []
+        )
         gpus = total([nothing, *((truth.gpus[g], 1.0) for g in own.gpus), *((steps, 1.0) for steps in packages)])
         others = truth.other_cpus
         free = [1.0 - sum(w.idle_shares[p] for w in machine.wrappers) for p in range(machine.cpu.packages)]
         free_w = sum(f * watts for f, watts in zip(free, machine.cpu.idle_w, strict=True))
         free_dram_w = sum(f * watts for f, watts in zip(free, machine.cpu.dram_idle_w, strict=True))
-        cpu = total([(cpu_busy, 1.0), (cpu_idle, 1.0), (others, share * machine.cpu.busy_w), (Steps(span, [free_w]), share)])
+        cpu = total(
+            [(cpu_busy, 1.0), (cpu_idle, 1.0), (others, share * machine.cpu.busy_w), (Steps(span, [free_w]), share)]
+        )
         dram = total(
-            [(dram_busy, 1.0), (dram_idle, 1.0), (others, share * machine.cpu.dram_busy_w), (Steps(span, [free_dram_w]), share)]
+            [
+                (dram_busy, 1.0),
+                (dram_idle, 1.0),
+                (others, share * machine.cpu.dram_busy_w),
+                (Steps(span, [free_dram_w]), share),
+            ]
         )
         idle_w = sum(machine.cpu.idle_w) + sum(machine.cpu.dram_idle_w)
         model = total([(cpu_busy, 1.0), (dram_busy, 1.0), (Steps(span, [idle_w]), share)])

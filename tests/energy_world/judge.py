@@ -168,7 +168,9 @@ class Judge:
             known = [name for name in own if windows[name].joules is not None and not windows[name].warmup]
             tokens = sum(self.run.prompts[name].output_tokens for name in known)
             truth = sum(truths[name] for name in known) / tokens
-            yield Finding("LLM J/token, bounds", figure.label, llm.name, figure.value, figure.bound_low, figure.bound_high, truth)
+            yield Finding(
+                "LLM J/token, bounds", figure.label, llm.name, figure.value, figure.bound_low, figure.bound_high, truth
+            )
             yield Finding("LLM J/token, interval", figure.label, llm.name, figure.value, figure.low, figure.high, truth)
 
     def _equal_prompts(self) -> Iterator[Finding]:
@@ -219,7 +221,9 @@ class Judge:
             joules = parts[self.run.process_of(kept).name, kept.window.request_id]
             known = [each for each in joules if each is not None]
             if len(known) == len(joules) and not isclose(sum(known), kept.window.total_j, rel_tol=1e-6, abs_tol=1e-3):
-                yield Wrong(f"prompts and idle time {sum(known)} J, lease {kept.window.total_j} J", kept.window.window_id)
+                yield Wrong(
+                    f"prompts and idle time {sum(known)} J, lease {kept.window.total_j} J", kept.window.window_id
+                )
 
     def _machine_adds_up(self) -> Iterator[Wrong]:
         """Wrappers' parts of a counter of the machine are all of it, while all of them are there."""

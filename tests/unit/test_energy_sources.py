@@ -325,6 +325,15 @@ def test_half_the_packages_are_none(probe: Probe, powercap: Path) -> None:
     assert any(isinstance(s, Unreadable) and s.name == "package-1" and "No such file" in s.why for s in found)
 
 
+def test_memory_is_not_counted_beside_a_model_that_has_it(probe: Probe, powercap: Path) -> None:
+    """Packages can't be read, so the CPU is estimated with its memory: the memory's own counter would count it twice."""
+    (write_zone(powercap, "intel-rapl:0", "package-0") / "max_energy_range_uj").unlink()
+    write_zone(powercap, "intel-rapl:0:0", "dram")
+    found = probe(cpu_model=MODEL)
+    assert [s.name for s in found if isinstance(s, Source)] == ["cpu-model"]
+    assert any(isinstance(s, Unreadable) and s.name == "dram-0" and "has the memory in it" in s.why for s in found)
+
+
 def test_zone_that_fails_later(probe: Probe, powercap: Path) -> None:
     """A zone that vanishes or talks nonsense is a failed reading."""
     zone = write_zone(powercap, "intel-rapl:0", "package-0")
