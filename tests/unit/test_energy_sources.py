@@ -326,7 +326,7 @@ def test_half_the_packages_are_none(probe: Probe, powercap: Path) -> None:
 
 
 def test_memory_is_not_counted_beside_a_model_that_has_it(probe: Probe, powercap: Path) -> None:
-    """Packages can't be read, so the CPU is estimated with its memory: the memory's own counter would count it twice."""
+    """Packages can't be read, so the CPU is estimated with its memory: its own counter would count that twice."""
     (write_zone(powercap, "intel-rapl:0", "package-0") / "max_energy_range_uj").unlink()
     write_zone(powercap, "intel-rapl:0:0", "dram")
     found = probe(cpu_model=MODEL)
