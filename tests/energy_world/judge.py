@@ -12,16 +12,20 @@ from statistics import fmean, stdev
 from typing import Any
 
 from registry.figures import Figure, figures_of
-from registry.state import KeptWindow, WindowKind
+from registry.report import COUNTED, report_of
+from registry.state import KeptWindow, Measurement, RequestStatus, WindowKind
 from registry.window_report import WindowReport, window_report
+from tests.energy_windows import iso, request
 from tests.energy_world.covered import Covered, Span, kinds_of, without
-from tests.energy_world.driver import Process, Run
+from tests.energy_world.driver import MEASUREMENT, Process, Run
 
 ROUNDING = 1e-6
 ROUNDING_J = 2e-3
 """What a counter's units and dates in microseconds may do."""
 OF_CHANCE = ("mean of equal prompts", "LLM J/token, interval")
 """Figures whose intervals are no hard bounds."""
+STRANGERS_S, STRANGERS_CPUS, STRANGERS_W = 3.0, 0.75, 20.0
+"""Strangers have to be seen in windows of so many seconds in which they take so much on average."""
 EQUAL_PROMPTS = 10
 """Fewest equal prompts whose mean is looked at."""
 
@@ -71,6 +75,7 @@ class Judge:
         found = [self._window(kept, detail) for kept, detail in zip(self.run.windows, self.details, strict=True)]
         found += self._counted()
         found += self._llms()
+        found += self._report()
         found += self._equal_prompts()
         return found
 
@@ -84,10 +89,14 @@ class Judge:
             return covered.prompt_j(kinds, self.run.prompts[kept.window.window_id])
         return covered.window_j(kinds, self.spans(kept))
 
+    def _span(self, kept: KeptWindow) -> Span:
+        """Return the begin and the end of a window in the world's clock."""
+        process = self.run.process_of(kept)
+        return self._time(process, kept.window.begun_s), self._time(process, kept.window.ended_s)
+
     def spans(self, kept: KeptWindow) -> list[Span]:
         """Return the time of a window that is no prompt's, in the world's clock."""
-        window, process = kept.window, self.run.process_of(kept)
-        span = (self._time(process, window.begun_s), self._time(process, window.ended_s))
+        window, process, span = kept.window, self.run.process_of(kept), self._span(kept)
         if window.kind in {WindowKind.LOAD, WindowKind.WAKE}:
             return [span]
         if window.kind is WindowKind.LEASE:
@@ -96,7 +105,7 @@ class Judge:
         return without([span], [*prompts, *process.loads])
 
     def _time(self, process: Process, utc_s: float) -> float:
-        """Return the time of a date in a record: that of the nearest event if that is no other."""
+        """Return the time of a date in a record, by bisection."""
         low_s, high_s = process.born_s - 10.0, self.world.clock.now_s + 10.0
         for _ in range(60):
             mid_s = (low_s + high_s) / 2
@@ -151,7 +160,7 @@ class Judge:
     @cached_property
     def reports(self) -> list[WindowReport]:
         """The windows as clients see them."""
-        return [window_report(kept, None, lambda at_s: f"{at_s:020.6f}") for kept in self.run.windows]
+        return [window_report(kept, None, iso) for kept in self.run.windows]
 
     def _llms(self) -> Iterator[Finding]:
         """Joules per output token of each LLM: the bounds of these prompts, and the interval of its expectation."""
@@ -174,6 +183,26 @@ class Judge:
                 "LLM J/token, bounds", figure.label, llm.name, figure.value, figure.bound_low, figure.bound_high, truth
             )
             yield Finding("LLM J/token, interval", figure.label, llm.name, figure.value, figure.low, figure.high, truth)
+
+    def _report(self) -> Iterator[Finding]:
+        """The costs in the report of the measurement: all prompts, all idle time, all leases, all starts."""
+        leases = self.world.history.leases
+        requests = [
+            request(lease.id, lease.llm, seq, status=RequestStatus.RELEASED) for seq, lease in enumerate(leases, 1)
+        ]
+        report = report_of(Measurement(MEASUREMENT, 1), requests, self.run.windows, iso)
+        for name, kind in COUNTED.items():
+            cost = report.costs[name]
+            kinds = {WindowKind.PROMPT, WindowKind.IDLE} if kind is WindowKind.LEASE else {kind}
+            truths = [
+                self.truth_j(each, detail)
+                for each, detail in zip(self.run.windows, self.details, strict=True)
+                if each.window.kind in kinds and each.window.total_j is not None
+            ]
+            if truths:
+                yield Finding(
+                    f"report: {name}", cost.label, "report", cost.joules, cost.low_j, cost.high_j, sum(truths)
+                )
 
     def _equal_prompts(self) -> Iterator[Finding]:
         """The mean of equal prompts that were alone, ± its systematic term and what is left of chance."""
@@ -207,9 +236,36 @@ class Judge:
         for kept, detail in zip(self.run.windows, self.details, strict=True):
             if kinds_of(detail["boundary"]) >= {"dram", "model"}:
                 yield Wrong("memory counted twice: by its counter and in the CPU model", kept.window.window_id)
+        yield from self._strangers()
+        yield from self._dates()
         yield from self._leases_add_up()
         yield from self._machine_adds_up()
         yield from self._covered_once()
+
+    def _strangers(self) -> Iterator[Wrong]:
+        """What has strangers in it says so, or that it can't tell."""
+        cpus = list(self.truth.stranger_cpus.values())
+        for kept, detail in zip(self.run.windows, self.details, strict=True):
+            span = self._span(kept)
+            length_s = span[1] - span[0]
+            if length_s < STRANGERS_S or {"contended", "contention_unknown"}.intersection(detail["flags"]):
+                continue
+            busy = sum(steps.between(*span) for steps in cpus) / length_s
+            foreign_w = self.truth.foreign[kept.window.wrapper_id].between(*span) / length_s
+            if busy > STRANGERS_CPUS or foreign_w > STRANGERS_W:
+                yield Wrong(f"strangers with {busy:.2f} CPUs and {foreign_w:.0f} W not seen", kept.window.window_id)
+
+    def _dates(self) -> Iterator[Wrong]:
+        """Records of a process that began with a right clock have right dates, so that days add up."""
+        history = self.world.history
+        for kept in self.run.windows:
+            process = self.run.process_of(kept)
+            if any(step.at_s <= process.born_s for step in history.clock_steps):
+                continue
+            if kept.window.kind is WindowKind.PROMPT:
+                prompt = self.run.prompts[kept.window.window_id]
+                if abs(kept.window.ended_s - history.epoch_s - prompt.end_s) > 1.0:
+                    yield Wrong(f"dated {kept.window.ended_s - history.epoch_s} s, was {prompt.end_s} s", prompt.id)
 
     def _leases_add_up(self) -> Iterator[Wrong]:
         """Prompts and idle time are the lease, within one process and over all."""
