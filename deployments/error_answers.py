@@ -6,6 +6,7 @@ Two shapes: OpenAI's below ``/v1``, which its clients understand, and ours every
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
@@ -18,7 +19,10 @@ from registry.api import ErrorAnswer
 from registry.errors import RegistryError
 
 RETRY_AFTER_S = 1
-"""What a client is told to wait when it may try again, seconds."""
+"""What a client is told to wait when it may try again and nothing else is known, seconds."""
+
+LONGEST_RETRY_AFTER_S = 300
+"""The most that a client is told to wait, seconds: an estimate of the far future is none."""
 
 
 def error_answer(
@@ -28,6 +32,7 @@ def error_answer(
     *,
     field: str | None = None,
     retryable: bool = False,
+    retry_after_s: float | None = None,
     errors: list[dict[str, str]] | None = None,
     detail: list[dict[str, Any]] | None = None,
 ) -> JSONResponse:
@@ -42,15 +47,21 @@ def error_answer(
     ).model_dump(exclude_none=True, exclude={"detail"})
     if detail is not None:
         answer["detail"] = detail
-    return JSONResponse(answer, status_code=status, headers=_headers(status, retryable))
+    return JSONResponse(answer, status_code=status, headers=_headers(status, retryable, retry_after_s))
 
 
 def openai_error(
-    status: int, code: str, message: str, *, field: str | None = None, retryable: bool = False
+    status: int,
+    code: str,
+    message: str,
+    *,
+    field: str | None = None,
+    retryable: bool = False,
+    retry_after_s: float | None = None,
 ) -> JSONResponse:
     """Return an error in OpenAI's shape; ``code`` is the same stable code as elsewhere."""
     body = {"error": openai_problem(status, code, message, field=field)}
-    return JSONResponse(body, status_code=status, headers=_headers(status, retryable))
+    return JSONResponse(body, status_code=status, headers=_headers(status, retryable, retry_after_s))
 
 
 def openai_problem(status: int, code: str, message: str, *, field: str | None = None) -> dict[str, Any]:
@@ -64,7 +75,12 @@ def registry_error(error: RegistryError, *, openai: bool = False) -> JSONRespons
     """Return the answer that an error of ours becomes, in OpenAI's shape if asked for."""
     shape = openai_error if openai else error_answer
     return shape(
-        error.http_status, error.code, str(error), field=getattr(error, "field", None), retryable=error.retryable
+        error.http_status,
+        error.code,
+        str(error),
+        field=getattr(error, "field", None),
+        retryable=error.retryable,
+        retry_after_s=error.retry_after_s,
     )
 
 
@@ -92,8 +108,9 @@ def _location(field: str | None) -> Sequence[str | int]:
     return [int(n) if n else name for n, name in re.findall(r"\[(\d+)\]|([^.\[\]]+)", field)]
 
 
-def _headers(status: int, retryable: bool) -> dict[str, str]:
-    headers = {"retry-after": str(RETRY_AFTER_S)} if retryable else {}
+def _headers(status: int, retryable: bool, retry_after_s: float | None) -> dict[str, str]:
+    wait_s = RETRY_AFTER_S if retry_after_s is None else min(max(math.ceil(retry_after_s), 1), LONGEST_RETRY_AFTER_S)
+    headers = {"retry-after": str(wait_s)} if retryable else {}
     if status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = 'Basic realm="lease"'
     return headers

@@ -10,6 +10,7 @@ that is not for the lease which is bound there, end that lease; a wrapper whose 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -66,6 +67,10 @@ from registry.transitions import InvariantBroken
 __all__ = ["Allocator", "InvariantBroken"]
 
 
+_DEPARTURES = 32
+"""How many requests that left the queue an estimate goes by."""
+
+
 class Allocator:
     """The state of the registry and the only one who changes it. ``new_token`` makes unguessable lease tokens."""
 
@@ -86,6 +91,7 @@ class Allocator:
         self._dispatcher = Dispatcher(self._ledger, self._limits, self._new_token)
         self._reports = Reports(self._ledger, self._limits, self._endings, self._dispatcher)
         self._settled = False
+        self._departures_s: deque[float] = deque(maxlen=_DEPARTURES)
 
     def snapshot(self) -> Snapshot:
         """Everything that is known, as ``load`` takes it."""
@@ -100,7 +106,7 @@ class Allocator:
             UnknownMachine: MachineDrained or MachineUndrained of one; nothing has changed.
             InvariantBroken: the program is at fault; the allocator must not be used any more.
         """
-        reports = self._reports
+        reports, queued = self._reports, self.queued_count()
         match event:
             case LeaseRequested():
                 self._on_requested(event, now_s)
@@ -146,6 +152,7 @@ class Allocator:
             self._dispatcher.run(now_s)
             reports.preload_homes()
         self._settled = True
+        self._departures_s.extend([now_s] * (queued - self.queued_count()))
         return self._ledger.take_decision()
 
     def check(self) -> None:
@@ -229,7 +236,7 @@ class Allocator:
             return None
         measurement = self._ledger.measurements[request.measurement_key]
         queued = self._ledger.by_request.queued
-        before = queued[measurement.tenant].index((rank(measurement), request.seq, request_id))
+        before = queued[measurement.tenant].index((rank(measurement, request), request.seq, request_id))
         turns = self._ledger.queue.turns
         others = sum(
             min(len(theirs), turns.served_before(measurement.tenant, other, before))
@@ -293,7 +300,7 @@ class Allocator:
             measurement = replace(measurement, flags=old.flags, created_s=old.created_s)
             measurement = self._pins.begin(measurement, event.requests, now_s)
 
-        self._check_room(measurement.tenant, len(event.requests))
+        self._check_room(measurement.tenant, len(event.requests), now_s)
         for new in event.requests:
             if new.request_id in ledger.requests:
                 raise InvariantBroken(f"request {new.request_id} was made before")
@@ -340,15 +347,26 @@ class Allocator:
         requests = tuple(replace(new, spec=spec) for new, spec in zip(event.requests, specs, strict=True))
         return replace(event, requests=requests, gpu_type=event.gpu_type or (None if live else gpu_type))
 
-    def _check_room(self, tenant: str, count: int) -> None:
+    def _check_room(self, tenant: str, count: int, now_s: float) -> None:
         limits, queued = self._limits, self._ledger.by_request.queued
         most = min(limits.max_queued, limits.max_queued_per_tenant)
         if count > most:
             raise InvalidField("llms", f"{count} LLMs are more than may ever wait here ({most}); send several requests")
         if self.queued_count() + count > limits.max_queued:
-            raise QueueFull("this registry", limits.max_queued)
+            raise QueueFull("this registry", limits.max_queued, self._next_departure_s(now_s))
         if len(queued.get(tenant, ())) + count > limits.max_queued_per_tenant:
-            raise QueueFull(f"tenant {tenant!r}", limits.max_queued_per_tenant)
+            # Tenants take turns, so the next one to leave is seldom this one's.
+            own_s = self._next_departure_s(now_s)
+            raise QueueFull(
+                f"tenant {tenant!r}", limits.max_queued_per_tenant, None if own_s is None else own_s * len(queued)
+            )
+
+    def _next_departure_s(self, now_s: float) -> float | None:
+        """Estimate the seconds until a request leaves the queue, by the last that did; None without two of them."""
+        left_s = self._departures_s
+        if len(left_s) < 2:
+            return None
+        return (max(now_s, left_s[-1]) - left_s[0]) / (len(left_s) - 1)
 
     def _check_fits(self, requests: Sequence[NewRequest], measurement: Measurement) -> None:
         """Refuse what no wrapper that is known can run; as long as none is, everything is accepted."""

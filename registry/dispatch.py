@@ -127,9 +127,11 @@ class Dispatcher:
         ledger, overtaken = self._ledger, list[Request]()
         size = ledger.size(wrapper)
         places = [place for place in ledger.queue.places([wrapper.machine_id]) if place.allows(wrapper, size)]
-        for key in ledger.queue.line(places):
+        for n, key in enumerate(ledger.queue.line(places)):
             request = ledger.head(key)
             assert request is not None
+            if n == 0 and request is not head:
+                break  # it is the turn of the oldest, whatever its priority
             if request.spec == wrapper.spec:
                 return overtaken, request
             if not may_be_overtaken(request, self._limits, now_s):
@@ -166,7 +168,7 @@ class Dispatcher:
         ledger = self._ledger
         assert is_free(wrapper)
         measurement = ledger.measurements[request.measurement_key]
-        ledger.queue.charge(measurement.tenant)
+        ledger.queue.charge(measurement.key)
         ledger.put_request(
             replace(
                 request,

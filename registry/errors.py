@@ -18,12 +18,14 @@ class RegistryError(Exception):
     """Base of every error that this project raises on purpose.
 
     ``code`` is stable and unique, for programs; ``http_status`` is what the ingress answers;
-    ``retryable`` says whether the same call can succeed later without any change.
+    ``retryable`` says whether the same call can succeed later without any change, and ``retry_after_s`` after how many
+    seconds at the earliest, None where nothing tells.
     """
 
     code: ClassVar[str] = "registry_error"
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    retry_after_s: float | None = None
 
 
 class InvalidField(RegistryError):
@@ -131,12 +133,13 @@ class QueueFull(RegistryError):
     http_status = 429
     retryable = True
 
-    def __init__(self, scope: str, limit: int) -> None:
-        super().__init__(scope, limit)
-        self.scope, self.limit = scope, limit
+    def __init__(self, scope: str, limit: int, retry_after_s: float | None = None) -> None:
+        super().__init__(scope, limit, retry_after_s)
+        self.scope, self.limit, self.retry_after_s = scope, limit, retry_after_s
 
     def __str__(self) -> str:
-        return f"the queue of {self.scope} is full ({self.limit} requests); try again when some were served"
+        when = "when some were served" if self.retry_after_s is None else f"in {self.retry_after_s:.3g} s or so"
+        return f"the queue of {self.scope} is full ({self.limit} requests); try again {when}"
 
 
 class TenantBudgetUsed(RegistryError):

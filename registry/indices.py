@@ -10,11 +10,11 @@ import heapq
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
 from registry.fit import Needs, Size
-from registry.policy import LOOK_AHEAD, Place, Rank, Turns
+from registry.policy import LOOK_AHEAD, PRIORITIES, PRIORITY_TURNS, Place, Rank, Turns
 from registry.state import MeasurementKey, Request, RequestStatus, Wrapper, WrapperStatus
 
 T = TypeVar("T", bound="tuple[Any, ...] | str")
@@ -57,6 +57,16 @@ class SortedSet(Generic[T]):
     def first(self) -> T:
         """The smallest item. Raises IndexError when empty."""
         return self._items[0]
+
+    @property
+    def last(self) -> T:
+        """The largest item. Raises IndexError when empty."""
+        return self._items[-1]
+
+    def first_from(self, item: Any) -> T | None:
+        """The smallest item that is not before ``item``, which may be the begin of a tuple; None if there is none."""
+        at = bisect_left(self._items, item)
+        return self._items[at] if at < len(self._items) else None
 
 
 class Pool:
@@ -210,21 +220,21 @@ class RequestIndex:
         """Queued requests whose LLM has failed somewhere."""
         self.queued_count = 0
 
-    def add(self, request: Request, needs: Needs, tenant: str, rank: Rank) -> None:
-        """Index a request with these needs, of a measurement with this tenant and rank."""
+    def add(self, request: Request, needs: Needs, rank: Rank) -> None:
+        """Index a request with these needs and this rank."""
         entry = request.seq, request.request_id
         self.of.setdefault(request.measurement_key, SortedSet()).add(entry)
         if not request.status.ended:
             self.unfinished.setdefault(request.measurement_key, SortedSet()).add(entry)
             self.needs.setdefault(request.measurement_key, Counter())[needs] += 1
         if request.status is RequestStatus.QUEUED:
-            self.queued.setdefault(tenant, SortedSet()).add((rank, *entry))
+            self.queued.setdefault(request.tenant, SortedSet()).add((rank, *entry))
             self.queued_for.setdefault(request.spec.fingerprint, SortedSet()).add((rank, *entry))
             self.queued_count += 1
             if request.failed_on:
                 self.retried.add(request.request_id)
 
-    def remove(self, request: Request, needs: Needs, tenant: str, rank: Rank) -> None:
+    def remove(self, request: Request, needs: Needs, rank: Rank) -> None:
         """Forget a request, given as it was indexed."""
         entry = request.seq, request.request_id
         self.of[request.measurement_key].remove(entry)
@@ -237,7 +247,7 @@ class RequestIndex:
             if not unfinished:
                 del self.unfinished[request.measurement_key], self.needs[request.measurement_key]
         if request.status is RequestStatus.QUEUED:
-            for queued, key in ((self.queued, tenant), (self.queued_for, request.spec.fingerprint)):
+            for queued, key in ((self.queued, request.tenant), (self.queued_for, request.spec.fingerprint)):
                 queued[key].remove((rank, *entry))
                 if not queued[key]:
                     del queued[key]
@@ -254,36 +264,43 @@ class Queue:
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
-        self._entries: dict[MeasurementKey, tuple[str, Place, Rank]] = {}
+        self._entries: dict[MeasurementKey, tuple[Place, Rank]] = {}
         self._anywhere: dict[Place, Line] = {}
         self._on_machine: dict[str, dict[Place, Line]] = {}
-        self._tenants: SortedSet[tuple[float, str]] = SortedSet()
+        self._tenants: SortedSet[tuple[float, int, str]] = SortedSet()
         self._waiting: Counter[str] = Counter()
+        self._by_priority: Counter[str] = Counter()
+        """Turns in a row of a tenant that waits which did not go to its oldest request that could be served."""
+        self._oldest: tuple[str, Rank] | None = None
+        """The tenant whose turn it is, and its oldest request that can be served."""
 
-    def contents(self) -> dict[MeasurementKey, tuple[str, Place, Rank]]:
-        """Tenant, place and rank of every waiting measurement."""
+    def contents(self) -> dict[MeasurementKey, tuple[Place, Rank]]:
+        """Place and rank of every waiting measurement."""
         return dict(self._entries)
 
-    def put(self, key: MeasurementKey, entry: tuple[str, Place, Rank] | None) -> None:
-        """Let a measurement wait with this tenant, place and rank; None: it does not wait."""
+    def put(self, key: MeasurementKey, entry: tuple[Place, Rank] | None) -> None:
+        """Let a measurement wait with this place and rank; None: it does not wait."""
         old = self._entries.get(key)
         if old == entry:
             return
-        if old is not None:
-            self._remove(key, old)
         if entry is not None:
             self._add(key, entry)
+        if old is not None:
+            self._remove(key, old)
+            if entry is not None:
+                self._entries[key] = entry
 
-    def _add(self, key: MeasurementKey, entry: tuple[str, Place, Rank]) -> None:
-        tenant, place, rank = entry
+    def _add(self, key: MeasurementKey, entry: tuple[Place, Rank]) -> None:
+        (tenant, _), (place, rank) = key, entry
         self._entries[key] = entry
         self._lines(place).setdefault(place, {}).setdefault(tenant, SortedSet()).add(rank)
         if not self._waiting[tenant]:
+            self.turns.begin(tenant)
             self._tenants.add(self.turns.key(tenant))
         self._waiting[tenant] += 1
 
-    def _remove(self, key: MeasurementKey, entry: tuple[str, Place, Rank]) -> None:
-        tenant, place, rank = entry
+    def _remove(self, key: MeasurementKey, entry: tuple[Place, Rank]) -> None:
+        (tenant, _), (place, rank) = key, entry
         del self._entries[key]
         lines = self._lines(place)
         lines[place][tenant].remove(rank)
@@ -297,20 +314,22 @@ class Queue:
         if not self._waiting[tenant]:
             del self._waiting[tenant]
             self._tenants.remove(self.turns.key(tenant))
+            self.turns.end(tenant)
+            self._by_priority.pop(tenant, None)
 
     def _lines(self, place: Place) -> dict[Place, Line]:
         if place.machine_id is None:
             return self._anywhere
         return self._on_machine.setdefault(place.machine_id, {})
 
-    def charge(self, tenant: str) -> None:
-        """A request of this tenant was granted: it is some other tenant's turn."""
-        waits = tenant in self._waiting
-        if waits:
-            self._tenants.remove(self.turns.key(tenant))
+    def charge(self, key: MeasurementKey) -> None:
+        """The request that is next of a waiting measurement is granted: it is some other tenant's turn."""
+        tenant, (_, rank) = key[0], self._entries[key]
+        if self._oldest is not None and self._oldest[0] == tenant:  # else it was let in front, which has its own bound
+            self._by_priority[tenant] = self._by_priority[tenant] + 1 if rank[1] > self._oldest[1][1] else 0
+        self._tenants.remove(self.turns.key(tenant))
         self.turns.charge(tenant)
-        if waits:
-            self._tenants.add(self.turns.key(tenant))
+        self._tenants.add(self.turns.key(tenant))
 
     def places(self, machine_ids: Iterable[str]) -> list[Place]:
         """The places somebody waits for: those on no machine in particular, and those on these machines."""
@@ -320,32 +339,45 @@ class Queue:
     def next(self, places: Iterable[Place]) -> tuple[MeasurementKey, Place] | None:
         """Which of the measurements that wait for these places is next, and for which; None: nobody waits."""
         waiting = [(place, self._lines(place)[place]) for place in places]
-        for _, tenant in self._tenants:
-            heads = [(line[tenant].first, place) for place, line in waiting if tenant in line]
-            if heads:
-                rank, place = min(heads, key=lambda head: head[0])
+        for _, _, tenant in self._tenants:
+            lines = [(line[tenant], place) for place, line in waiting if tenant in line]
+            if lines:
+                oldest = min(((_oldest(line), place) for line, place in lines), key=lambda head: head[0][1])
+                self._oldest = tenant, oldest[0]
+                rank, place = min(((line.first, place) for line, place in lines), key=lambda head: head[0])
+                if self._by_priority[tenant] >= PRIORITY_TURNS:
+                    rank, place = oldest
                 return (tenant, rank[-1]), place
         return None
 
     def line(self, places: Iterable[Place]) -> Iterator[MeasurementKey]:
         """The measurements that wait for these places, in the order in which they would be served; a few of them."""
         lines = [self._lines(place)[place] for place in places]
-        tenants: list[tuple[float, str, Iterator[Rank]]] = []
-        for turn, tenant in self._tenants:
+        tenants: list[tuple[str, Iterator[Rank]]] = []
+        for _, _, tenant in self._tenants:
             own = [line[tenant] for line in lines if tenant in line]
             if own:
-                tenants.append((turn, tenant, heapq.merge(*own)))
+                tenants.append((tenant, heapq.merge(*own)))
             if len(tenants) > LOOK_AHEAD:
                 break
         return islice(self._in_turn(tenants), LOOK_AHEAD + 1)
 
-    def _in_turn(self, tenants: list[tuple[float, str, Iterator[Rank]]]) -> Iterator[MeasurementKey]:
-        turns = [(self.turns.start(tenant), turn, tenant, ranks) for turn, tenant, ranks in tenants]
+    def _in_turn(self, tenants: list[tuple[str, Iterator[Rank]]]) -> Iterator[MeasurementKey]:
+        turns = [(self.turns.start(tenant), *self.turns.key(tenant), ranks) for tenant, ranks in tenants]
         heapq.heapify(turns)
+        later = count(max((turn[2] for turn in turns), default=0) + 1)
         while turns:
-            start, _, tenant, ranks = heapq.heappop(turns)
+            start, _, _, tenant, ranks = heapq.heappop(turns)
             rank = next(ranks, None)
             if rank is not None:
                 yield tenant, rank[-1]
                 then = start + self.turns.step(tenant)
-                heapq.heappush(turns, (then, then, tenant, ranks))
+                heapq.heappush(turns, (then, then, next(later), tenant, ranks))
+
+
+def _oldest(line: SortedSet[Rank]) -> Rank:
+    """The rank in a line, which is not empty, that has waited longest, whatever its priority."""
+    if line.first[0] == line.last[0]:
+        return line.first
+    heads = (line.first_from((priority,)) for priority in PRIORITIES)
+    return min((head for head in heads if head is not None), key=lambda rank: rank[1])

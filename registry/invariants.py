@@ -107,7 +107,7 @@ def _check_indices(ledger: Ledger, limits: Limits) -> None:
 
 def _check_nobody_waits_in_vain(ledger: Ledger) -> None:
     free = [wrapper for wrapper in ledger.wrappers.values() if is_free(wrapper)]
-    for key, (_, place, _) in ledger.queue.contents().items():
+    for key, (place, _) in ledger.queue.contents().items():
         for wrapper in free:
             _hold(
                 not ledger.allows(place, wrapper),

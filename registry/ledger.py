@@ -275,7 +275,7 @@ class Ledger:
         check_request_transition(request.request_id, None if old is None else old.status, request.status)
         if old is not None:
             measurement = self.measurements[old.measurement_key]
-            self.by_request.remove(old, self.needs(old), measurement.tenant, rank(measurement))
+            self.by_request.remove(old, self.needs(old), rank(measurement, old))
         self._store_request(request)
         self._requeue(request.measurement_key)
         self._requests[request.request_id] = request
@@ -354,7 +354,7 @@ class Ledger:
         self.requests[request.request_id] = request
         self.next_seq = max(self.next_seq, request.seq + 1)
         measurement = self.measurements[request.measurement_key]
-        self.by_request.add(request, self.needs(request), measurement.tenant, rank(measurement))
+        self.by_request.add(request, self.needs(request), rank(measurement, request))
         if request.deployed_s is not None and request.machine_id is not None:
             served = request.seq, request.machine_id, request.request_id
             self._served_on[request.measurement_key] = max(served, self._served_on.get(request.measurement_key, served))
@@ -372,7 +372,7 @@ class Ledger:
             self.queue.put(key, None)
             return
         place = self.place_of(measurement, head)
-        self.queue.put(key, (measurement.tenant, place, rank(measurement)))
+        self.queue.put(key, (place, rank(measurement, head)))
         if place.machine_id is not None:
             self.touched.add(place.machine_id)
         elif measurement.machine_id is not None:

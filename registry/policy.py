@@ -14,8 +14,15 @@ LOOK_AHEAD: Final = 16
 """How many places down a line a choice looks. Bounds what one decision costs and how many rows it changes: a warm
 match overtakes at most so many requests at once, and a victim is one of so many least recently used wrappers."""
 
+PRIORITY_TURNS: Final = 8
+"""Of so many turns of a tenant in a row, one more goes to its oldest request that can be served, whatever its priority:
+so ``low`` is served, too, within PRIORITY_TURNS + 1 turns for each request of its tenant that is older."""
+
 Rank = tuple[int, int, int]
-"""Order of measurements inside a tenant, smallest first: priority, arrival, measurementId."""
+"""Order of measurements inside a tenant, smallest first: priority, arrival of the next request, measurementId."""
+
+PRIORITIES: Final = range(3)
+"""What the first part of a Rank can be."""
 
 _PRIORITY_ORDER: Final[Mapping[Priority, int]] = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
 
@@ -43,9 +50,12 @@ class Place:
         )
 
 
-def rank(measurement: Measurement) -> Rank:
-    """The measurement's place in its tenant's line: priority first, then first come, first served."""
-    return _PRIORITY_ORDER[measurement.priority], measurement.seq, measurement.measurement_id
+def rank(measurement: Measurement, request: Request) -> Rank:
+    """The place of a measurement's request in its tenant's line: priority first, then first come, first served.
+
+    It is the request's own arrival: a measurement that keeps adding LLMs does not hold the line.
+    """
+    return _PRIORITY_ORDER[measurement.priority], request.seq, measurement.measurement_id
 
 
 def may_be_overtaken(request: Request, limits: Limits, now_s: float) -> bool:
@@ -72,27 +82,44 @@ def victim(candidates: Iterable[Wrapper], wanted: Callable[[Wrapper], Rank | Non
 class Turns:
     """Tenants in turn by weight: start-time fair queueing over grants, without a clock.
 
-    Each grant moves its tenant forward by 1/weight; who is furthest behind is next, the name deciding ties. A tenant
-    that had nothing to ask for, or could not be served, does not save up turns: it starts where the others are.
+    A tenant that begins to wait has its turn 1/weight after the latest one that was given, and each grant moves it on
+    by as much. Who is furthest behind is next; of equals, who has waited longer. Nothing is kept of a tenant that does
+    not wait, so that nobody saves up turns, and new names gain nothing.
+
+    Bound: from the moment at which a tenant begins to wait, or gets something, until it gets its next turn that it can
+    use, another one with w times its weight has at most floor(w) + 1 turns; if it came later and is no heavier: none.
     """
 
     def __init__(self, weights: Iterable[tuple[str, float]]) -> None:
         self._weights = dict(weights)
-        self._next: dict[str, float] = {}
+        self._waiting: dict[str, tuple[float, int]] = {}
         self._served_at = 0.0
+        self._moves = 0
 
-    def key(self, tenant: str) -> tuple[float, str]:
-        """Sort key of a tenant: the smallest is next. Changes only when the tenant is charged."""
-        return self._next.get(tenant, 0.0), tenant
+    def begin(self, tenant: str) -> None:
+        """The tenant waits from now on."""
+        self._move(tenant, self._served_at)
+
+    def end(self, tenant: str) -> None:
+        """The tenant waits for nothing more."""
+        del self._waiting[tenant]
+
+    def key(self, tenant: str) -> tuple[float, int, str]:
+        """Sort key of a tenant that waits: the smallest is next. Changes only when the tenant is charged."""
+        return (*self._waiting[tenant], tenant)
 
     def charge(self, tenant: str) -> None:
-        """The tenant got something."""
-        self._served_at = max(self._next.get(tenant, 0.0), self._served_at)
-        self._next[tenant] = self._served_at + self.step(tenant)
+        """A tenant that waits got something."""
+        self._served_at = self.start(tenant)
+        self._move(tenant, self._served_at)
+
+    def _move(self, tenant: str, from_: float) -> None:
+        self._moves += 1
+        self._waiting[tenant] = from_ + self.step(tenant), self._moves
 
     def start(self, tenant: str) -> float:
-        """Where the tenant's next turn begins, in grants of a tenant of weight 1."""
-        return max(self._next.get(tenant, 0.0), self._served_at)
+        """Where the next turn of a tenant that waits begins, in grants of a tenant of weight 1."""
+        return max(self._waiting[tenant][0], self._served_at)
 
     def step(self, tenant: str) -> float:
         """How far one grant moves the tenant."""
@@ -106,7 +133,14 @@ class Turns:
             return 0
         if turns != math.floor(turns):
             return math.floor(turns) + 1
-        # Both have a turn that begins at the same time: who is further behind is first, then the name decides.
-        own = begins if index else self._next.get(tenant, 0.0)
-        theirs = begins if turns else self._next.get(other, 0.0)
-        return int(turns) + ((theirs, other) < (own, tenant))
+        return int(turns) + self._is_before(other, int(turns), tenant, index)
+
+    def _is_before(self, other: str, theirs: int, tenant: str, own: int) -> bool:
+        """Of two turns that begin at the same time: True when that of ``other`` comes first.
+
+        That is who has waited longer for it: since the turn before, or since now if there is none.
+        """
+        if theirs and own and self.step(other) != self.step(tenant):
+            return self.step(other) > self.step(tenant)
+        theirs, own = theirs - min(theirs, own), own - min(theirs, own)
+        return own > 0 if theirs or own else self.key(other) < self.key(tenant)

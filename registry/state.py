@@ -215,7 +215,7 @@ class Measurement:
 
     ``measurement_id`` is its tenant's choice: another tenant's with the same one is another measurement.
 
-    ``seq`` is its place in the queue: the arrival of the first of its requests that had not ended when the
+    ``seq`` is when it began, or went on: the arrival of the first of its requests that had not ended when the
     latest was added. ``machine_id`` is the pin: set by the first grant, None again once nothing of it is left.
     A measurement that goes on soon after its last LLM was given back is pinned to the machine of before until
     ``pinned_until_s`` (UTC); None: it is not pinned, or has been served there since, and the pin has no end.

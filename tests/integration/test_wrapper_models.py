@@ -35,6 +35,9 @@ class RunningFake:
         self.death_reason: str | None = None
         self.phases: dict[str, float] = {}
 
+    async def forget_prompts(self) -> bool:
+        return True
+
 
 class FakeHost:
     """Starts whatever it is given; ``started`` are the arguments of each start."""

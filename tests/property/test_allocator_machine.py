@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 
@@ -13,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from registry.allocator import Allocator
 from registry.errors import InvalidField, LLMNeverFits, UnknownMachine, UnknownRequest
 from registry.fit import GIB
+from registry.policy import PRIORITY_TURNS
 from registry.state import (
     BindLease,
     DeployLLM,
@@ -102,6 +104,12 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.token_of: dict[str, str] = {}
         self.served_on: dict[MeasurementKey, set[str]] = {}
         self.overtaken: dict[str, int] = {}
+        self.turns_of: dict[str, Counter[str]] = {}
+        """By tenant that waits: turns of others since its own last, or since it came, that it could have used."""
+        self.later: dict[str, dict[str, int]] = {}
+        """By tenant that waits: those that came after it, with how many turns they had had before that."""
+        self.by_priority: Counter[str] = Counter()
+        """Turns in a row of a tenant that an older request of it could have used."""
         self.leased_before: dict[str, set[str]] = {}
         """The leases that there were on each machine that is drained, when that began."""
 
@@ -131,13 +139,44 @@ class AllocatorMachine(RuleBasedStateMachine):
             winner = None if wrapper.request_id is None else self.allocator.request(wrapper.request_id)
             if winner is not None and before.get(winner.request_id, winner).status is R.QUEUED:
                 self.note_overtaken(winner, wrapper, warm=isinstance(effect, BindLease))
+        warm = {effect.wrapper_id for effect in decision.effects if isinstance(effect, BindLease)}
+        for request in decision.changes.requests:
+            waited = request.request_id not in before or before[request.request_id].status is R.QUEUED
+            wrapper = None if request.wrapper_id is None else self.allocator.wrapper(request.wrapper_id)
+            if waited and request.status is R.DEPLOYING and wrapper is not None:
+                self.note_turn(request, wrapper, warm=wrapper.wrapper_id in warm)
+        self.note_who_waits()
+
+    def note_turn(self, winner: Request, wrapper: Wrapper, *, warm: bool) -> None:
+        """Count whom a turn has passed over that could have used it. Warm matches are counted by themselves."""
+        able = [request for request in self.heads() if self.may_use(request, wrapper)]
+        older = any(request.tenant == winner.tenant and request.seq < winner.seq for request in able)
+        self.turns_of.pop(winner.tenant, None)
+        if not older:
+            self.by_priority[winner.tenant] = 0
+        elif not warm:
+            self.by_priority[winner.tenant] += 1
+        for tenant in {request.tenant for request in able} & set(self.turns_of):
+            self.turns_of[tenant][winner.tenant] += not warm
+
+    def note_who_waits(self) -> None:
+        """Those that began to wait in one and the same decision came neither before nor after each other."""
+        waiting = {request.tenant for request in self.heads()}
+        for record in (self.turns_of, self.later, self.by_priority):
+            for gone in set(record) - waiting:
+                del record[gone]
+        new = waiting - set(self.turns_of)
+        for tenant, turns in self.turns_of.items():
+            self.later[tenant] = {other: turns[other] for other in new} | self.later[tenant]
+        for tenant in new:
+            self.turns_of[tenant], self.later[tenant] = Counter(), {}
 
     def note_overtaken(self, winner: Request, wrapper: Wrapper, *, warm: bool) -> None:
         """Count who of the same tenant and priority came before the winner and could have had its wrapper."""
         won = self.allocator.measurement(winner.measurement_key)
         for request in self.heads():
             theirs = self.allocator.measurement(request.measurement_key)
-            earlier = (theirs.tenant, theirs.priority) == (won.tenant, won.priority) and theirs.seq < won.seq
+            earlier = (theirs.tenant, theirs.priority) == (won.tenant, won.priority) and request.seq < winner.seq
             if earlier and self.may_use(request, wrapper):
                 assert warm, f"{winner.request_id} was served before {request.request_id} without a reason"
                 self.overtaken[request.request_id] = self.overtaken.get(request.request_id, 0) + 1
@@ -152,7 +191,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(
         measurement_id=st.integers(1, 5),
         llms=st.lists(st.sampled_from("ABCDEF"), min_size=1, max_size=3),
-        tenant=st.sampled_from(["lab", "lab", "lab", "guest"]),
+        tenant=st.sampled_from(["lab", "lab", "lab", "guest", "new-1", "new-2"]),
         priority=st.sampled_from([None] * 4 + [Priority.NORMAL, Priority.LOW, Priority.HIGH]),
         gpu_type=st.sampled_from([None] * 6 + sorted(GPU_TYPES)),
         like=st.none() | some,
@@ -362,6 +401,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator.load(snapshot)
         self.cluster.forget_registry()
         self.shutting_down, self.just_loaded = False, True
+        for record in (self.turns_of, self.later, self.by_priority):
+            record.clear()  # turns begin anew
 
     def watch_looks_at(self, wrapper_id: str) -> None:
         event = self.cluster.look_at(wrapper_id, self.allocator)
@@ -485,6 +526,8 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.what_was_to_be_the_same_is_the_same,
             self.nobody_waits_while_something_is_free,
             self.nobody_is_overtaken_too_often,
+            self.every_tenant_has_its_turn,
+            self.low_is_served_too,
             self.a_drained_machine_gets_no_new_lease,
         ):
             rule_of_the_house()
@@ -569,6 +612,21 @@ class AllocatorMachine(RuleBasedStateMachine):
     def nobody_is_overtaken_too_often(self) -> None:
         for request_id, times in self.overtaken.items():
             assert times <= self.allocator.request(request_id).overtaken <= LIMITS.max_overtakes
+
+    def every_tenant_has_its_turn(self) -> None:
+        """The bound of ``Turns``: floor(w) + 1 turns of another with w times its weight; none if that came later."""
+        weights = dict(LIMITS.tenant_weights)
+        for tenant, turns in self.turns_of.items():
+            for other, times in turns.items():
+                ratio = weights.get(other, 1.0) / weights.get(tenant, 1.0)
+                most = int(ratio) + 1
+                if ratio <= 1:
+                    most = self.later[tenant].get(other, most)
+                assert times <= most, f"{other} before {tenant}: {turns}, {self.later[tenant]}"
+
+    def low_is_served_too(self) -> None:
+        """The bound of PRIORITY_TURNS."""
+        assert all(times <= PRIORITY_TURNS for times in self.by_priority.values())
 
     def a_drained_machine_gets_no_new_lease(self) -> None:
         draining = {machine.machine_id for machine in self.allocator.machines() if machine.draining}

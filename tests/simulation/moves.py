@@ -38,17 +38,16 @@ class Moves:
         self._sticky_s = sticky_s
         self._machines: dict[str, Record] = {}
         self._served: dict[MeasurementKey, Request] = {}
-        self._together: dict[str, tuple[LLMSpec, ...]] = {}
+        self._asked: dict[MeasurementKey, dict[int, LLMSpec]] = {}
+        """The LLMs of each measurement, by the arrival of their requests."""
         self.stayed = 0
-
-    def asked_together(self, llms: Mapping[str, LLMSpec]) -> None:
-        """Hear of a POST: its LLMs by request id."""
-        self._together |= dict.fromkeys(llms, tuple(llms.values()))
 
     def judge(self, changes: Changes, now_s: float) -> Iterator[str]:
         """Yield the moves to another machine that nothing explains. ``now_s``: UTC, the moment of the commit."""
         self._note(changes, now_s)
         measurements = {measurement.key: measurement for measurement in changes.measurements}
+        for request in changes.requests:
+            self._asked.setdefault(request.measurement_key, {})[request.seq] = request.spec
         for request in changes.requests:
             last = self._served.get(request.measurement_key)
             if request.deployed_s is None and request.status is RequestStatus.DEPLOYING and last is not None:
@@ -80,6 +79,7 @@ class Moves:
         broken = record.usable_since_s is None or record.usable_since_s >= last.ended_s
         in_one_go = measurement.seq <= last.seq
         late = not in_one_go and now_s >= last.ended_s + self._sticky_s
-        specs = (request.spec,) if in_one_go else self._together[request.request_id]
+        since = [spec for seq, spec in self._asked[request.measurement_key].items() if seq > last.seq]
+        specs = [request.spec] if in_one_go else since
         unsuitable = measurement.gpu_type not in (None, node.gpu_type) or any(spec.gpus > node.gpus for spec in specs)
         return broken or late or unsuitable

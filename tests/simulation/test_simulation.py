@@ -143,6 +143,32 @@ def cut_world(seed: int) -> Shape:
     return replace(cuts, weather=Weather(engine_start_s=(0.5, 3.0)), settings=settings)
 
 
+def worn_out_world(seed: int) -> Shape:
+    """A world of two machines whose wrappers and engines often don't start, so that some are given up for good."""
+    shape = small_world(seed)
+    queue = shape.settings.queue.model_copy(update={"deploy_attempts": 3, "wrapper_attempts": 2})
+    return replace(
+        shape,
+        machines=2,
+        clients=12,
+        busy_s=400.0,
+        broken=True,
+        kinds=("process_dies", "machine_off"),
+        pause_s=20.0,
+        weather=replace(shape.weather, start_fails=0.4, call_fails=0.4),
+        settings=shape.settings.model_copy(update={"queue": queue}),
+    )
+
+
+WORLDS = {
+    "require_heard": cut_world,
+    "believe": cut_world,
+    "fail_exhausted": worn_out_world,
+    "begin": two_machines,
+}
+"""Where a fault shows soonest, if not in small worlds."""
+
+
 async def nothing_later(*_: object) -> None:
     """The same, for what is awaited."""
 
@@ -175,7 +201,7 @@ def let_go(self: Endings, request: Request, reason: str, how: str, now_s: float)
 )
 def test_what_is_wrong_is_seen(part: type, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The simulation finds a registry that does not do its work, within a few seeds."""
-    world = {LeaseGate: cut_world, Pins: two_machines}.get(part, small_world)
+    world = WORLDS.get(name, small_world)
     monkeypatch.setattr(part, name, wrong)
     assert any(run(world(seed), seed).violations for seed in range(SEEN_WITHIN))
 

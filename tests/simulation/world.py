@@ -212,7 +212,8 @@ class World:
         await self._trouble()
         settings = self.shape.settings
         each_s = settings.leases.max_s + 2 * settings.wrappers.deploy_timeout_s
-        limit_s = self.now_s + SETTLED_S + each_s * (2 + len(self._open()))
+        to_come = 3 * self.shape.repetitions * self.shape.clients
+        limit_s = self.now_s + SETTLED_S + each_s * (2 + len(self._open()) + to_come)
         while self._open() or not all(client.done() for client in clients):
             if self.now_s > limit_s:
                 waiting = [n for n, client in enumerate(clients) if not client.done()]
@@ -396,7 +397,7 @@ class World:
         measurement_id = random.randrange(1, max(2, self.shape.clients * 2 // 3))
         ask: dict[str, Any] = {
             "tenant": random.choice(("default", "other")),
-            "priority": random.choice(tuple(Priority)),
+            "priority": tuple(Priority)[measurement_id % 3],
             "gpu_type": random.choice((None, None, None, "A100")),
         }
         if not self.shape.repetitions:
@@ -411,7 +412,6 @@ class World:
         random = self.random
         ids = [f"{name}.{n}" for n in range(len(specs))]
         llms = [NewRequest(i, s, canonical_json({"model": s.model})) for i, s in zip(ids, specs, strict=True)]
-        self.moves.asked_together(dict(zip(ids, specs, strict=True)))
         try:
             requests = await self._ask(lambda service: service.request(measurement_id, llms, **ask))
         except (LLMNeverFits, InvalidField) as error:

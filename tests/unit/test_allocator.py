@@ -80,6 +80,32 @@ def test_the_queue_is_capped():
     scene.ask(2, "A")
 
 
+def test_a_full_queue_says_when_to_come_back():
+    """The estimate is the mean time between departures: one each 10 s, so 10 s; and 15 s when 10 more bring none.
+
+    Three left, at 10, 20 and 30 s: (30 - 10) / 2. At 40 s, (40 - 10) / 2. Of two tenants in turn each waits for two.
+    """
+    scene = Scene(Limits(max_queued=5, max_queued_per_tenant=2))
+    for measurement_id in (1, 2):
+        scene.ask(measurement_id, "A", tenant="lab")
+        scene.ask(measurement_id, "A", tenant="other")
+
+    def retry_after_s(*models: str, tenant: str) -> float | None:
+        error = refused(scene, QueueFull, asked(3, *models, tenant=tenant))
+        assert isinstance(error, QueueFull)
+        return error.retry_after_s
+
+    assert retry_after_s("x", tenant="lab") is None
+    for number in range(3):
+        scene.now_s += 10
+        scene.ask(10 + number, "B", tenant="third")
+        scene.release(f"{10 + number}a")
+    assert retry_after_s("x", "y", tenant="third") == 10.0
+    scene.now_s += 10
+    assert retry_after_s("x", "y", tenant="third") == 15.0
+    assert retry_after_s("x", tenant="lab") == 30.0
+
+
 @pytest.mark.parametrize("limits", [Limits(max_queued=3), Limits(max_queued_per_tenant=3)], ids=["all", "tenant"])
 def test_more_than_the_cap_can_never_pass(limits: Limits):
     """Four LLMs where three may wait are no matter of time: the field is refused, with both figures."""
@@ -260,8 +286,8 @@ def test_the_position_reckons_with_other_tenants():
     scene.ask(2, "B", tenant="guest")
     scene.ask(3, "B", tenant="guest")
     scene.ask(4, "B", tenant="guest")
-    assert [scene.allocator.queue_position(f"{n}a") for n in (2, 3, 4)] == [1, 4, 7]
-    assert [scene.allocator.queue_position(f"1{c}") for c in "abcdef"] == [2, 3, 5, 6, 8, 9]
+    assert [scene.allocator.queue_position(f"{n}a") for n in (2, 3, 4)] == [2, 5, 8]
+    assert [scene.allocator.queue_position(f"1{c}") for c in "abcdef"] == [1, 3, 4, 6, 7, 9]
 
 
 # --- leases ------------------------------------------------------------------------------------------------

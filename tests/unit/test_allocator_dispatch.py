@@ -429,3 +429,21 @@ def test_nothing_happens_by_itself():
     scene = overtaking()
     scene.release("1a")
     assert scene.tell(TimePassed()).changes.empty
+
+
+def test_low_priority_is_served_beside_an_endless_stream():
+    """After 8 turns of its tenant the oldest request is next, also where the LLM that runs suits those before it."""
+    scene = Scene()
+    scene.machine()
+    scene.ask(1, "H", priority=Priority.HIGH)
+    scene.hand_over()
+    scene.ask(2, "L", priority=Priority.LOW)
+    served = []
+    for n in range(3, 14):
+        scene.ask(n, "H", priority=Priority.HIGH)
+        held = scene.request_on("m-0")
+        assert held is not None
+        scene.release(held)
+        scene.hand_over()
+        served.append(scene.request_on("m-0"))
+    assert served == [*(f"{n}a" for n in range(3, 11)), "2a", "11a", "12a"]

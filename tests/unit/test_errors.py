@@ -23,6 +23,7 @@ EXAMPLES: dict[str, object] = {
     "bool": True,
     "str | None": "a reason",
     "float": 1.5,
+    "float | None": 2.5,
 }
 
 

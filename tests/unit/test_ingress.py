@@ -6,6 +6,7 @@ import asyncio
 import copy
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -483,6 +484,8 @@ async def test_health(http: httpx.AsyncClient, registry: FakeRegistry, health: s
         IdempotencyConflict("k"),
         LLMNeverFits("f", "m", "r"),
         QueueFull("this registry", 5),
+        QueueFull("this registry", 5, 12.3),
+        QueueFull("this registry", 5, 1e9),
         ShuttingDown(),
         RegistryUnavailable("r"),
         StoreUnavailable("r"),
@@ -502,7 +505,9 @@ async def test_errors_of_the_registry_become_answers(
             detail = {"type": "value_error", "loc": ["body", error.field], "msg": str(error)}
             body |= {"field": error.field, "detail": [detail]}
         assert answer.json() == body
-        assert ("retry-after" in answer.headers) == error.retryable
+        wait_s = error.retry_after_s
+        told = None if not error.retryable else "1" if wait_s is None else str(min(math.ceil(wait_s), 300))
+        assert answer.headers.get("retry-after") == told
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
@@ -33,11 +34,13 @@ def test_a_place_allows_exactly_the_wrappers_that_meet_all_its_conditions(place,
 
 def test_rank_is_priority_then_arrival():
     """Inside a tenant a higher priority goes first, and equals go in order of arrival."""
-    late_high = Measurement(1, 9, priority=Priority.HIGH)
-    early = Measurement(2, 1)
-    late = Measurement(3, 2)
-    low = Measurement(4, 0, priority=Priority.LOW)
-    assert sorted([low, late, early, late_high], key=rank) == [late_high, early, late, low]
+
+    def ranked(measurement_id: int, arrival: int, priority: Priority = Priority.NORMAL) -> tuple[int, int, int]:
+        request = Request(f"r{measurement_id}", measurement_id, arrival, LLMSpec("A", "t"), "{}")
+        return rank(Measurement(measurement_id, 1, priority=priority), request)
+
+    late_high, early, late, low = ranked(1, 9, Priority.HIGH), ranked(2, 1), ranked(3, 2), ranked(4, 0, Priority.LOW)
+    assert sorted([low, late, early, late_high]) == [late_high, early, late, low]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,14 @@ def test_no_candidates_no_victim():
     assert victim([], lambda _: EARLY) is None
 
 
+def waiting(*tenants: str, weights: Iterable[tuple[str, float]] = ()) -> Turns:
+    """Turns of tenants that wait, in this order."""
+    turns = Turns(weights)
+    for tenant in tenants:
+        turns.begin(tenant)
+    return turns
+
+
 def turns_taken(turns: Turns, tenants: list[str], count: int) -> list[str]:
     taken = []
     for _ in range(count):
@@ -86,30 +97,64 @@ def turns_taken(turns: Turns, tenants: list[str], count: int) -> list[str]:
 
 def test_tenants_of_equal_weight_alternate():
     """Nobody gets two turns in a row while somebody else asks."""
-    taken = turns_taken(Turns(()), ["b", "a"], 10)
+    taken = turns_taken(waiting("b", "a"), ["b", "a"], 10)
     assert all(one != other for one, other in pairwise(taken))
 
 
 def test_turns_follow_weights():
     """Three times the weight, three times the turns."""
-    taken = turns_taken(Turns([("big", 3.0)]), ["big", "small"], 40)
+    taken = turns_taken(waiting("big", "small", weights=[("big", 3.0)]), ["big", "small"], 40)
     assert (taken.count("big"), taken.count("small")) == (30, 10)
 
 
 def test_a_tenant_that_was_away_does_not_save_up_turns():
-    """After a long absence a tenant is next at once, and then takes turns like everybody."""
-    turns = Turns(())
+    """After a long absence a tenant is next after those who wait already, and then takes turns like everybody."""
+    turns = waiting("busy", "away")
+    turns.end("away")
     turns_taken(turns, ["busy"], 100)
+    turns.begin("away")
     taken = turns_taken(turns, ["away", "busy"], 20)
-    assert taken[0] == "away"
-    assert taken.count("busy") in (9, 10)
+    assert taken[:2] == ["busy", "away"]
+    assert taken.count("busy") == 10
+
+
+def test_new_names_do_not_go_first():
+    """A tenant that waits is served before all who come after it, however many new names there are.
+
+    By hand: "old" begins to wait at 0, its turn is at 1. Each new one that comes meanwhile has its turn at 1, too, and
+    has waited less.
+    """
+    turns = waiting("first", "old")
+    tenants = ["first", "old"]
+    taken = []
+    for n in range(10):
+        turns.begin(f"new-{n}")
+        tenants.append(f"new-{n}")
+        (tenant,) = turns_taken(turns, tenants, 1)
+        taken.append(tenant)
+        turns.end(tenant)
+        tenants.remove(tenant)
+    assert taken[:3] == ["first", "old", "new-0"]
+
+
+def test_leaving_and_coming_back_gains_nothing():
+    """A tenant that stops waiting after each turn has as many as one that never does."""
+    turns = waiting("stays", "leaves")
+    taken = []
+    for _ in range(20):
+        (tenant,) = turns_taken(turns, ["stays", "leaves"], 1)
+        taken.append(tenant)
+        if tenant == "leaves":
+            turns.end(tenant)
+            turns.begin(tenant)
+    assert taken.count("leaves") == 10
 
 
 @pytest.mark.parametrize("grants_before", [0, 1, 2, 3])
 @pytest.mark.parametrize("weights", [(), (("a", 2.0),), (("b", 4.0),), (("a", 0.5), ("b", 2.0))])
 def test_the_forecast_of_turns_comes_true(weights, grants_before):
     """``served_before`` says how many turns another tenant takes before the n-th of one's own."""
-    turns = Turns(weights)
+    turns = waiting("a", "b", weights=weights)
     turns_taken(turns, ["a", "b"], grants_before)
     forecast = [turns.served_before("a", "b", index) for index in range(4)]
     taken = turns_taken(turns, ["a", "b"], 40)
@@ -119,7 +164,6 @@ def test_the_forecast_of_turns_comes_true(weights, grants_before):
 
 def test_a_tenant_that_has_had_more_is_not_served_before():
     """Turns of another tenant that begin later than one's own don't count."""
-    turns = Turns(())
+    turns = waiting("a", "b")
     turns_taken(turns, ["b"], 3)
-    turns.charge("b")
     assert turns.served_before("a", "b", 0) == 0
