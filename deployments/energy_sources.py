@@ -12,7 +12,7 @@ from pathlib import Path
 from deployments.cpu_model import CPUModelSource
 from deployments.cpu_quota import cpus_here
 from deployments.energy import SCISettings
-from deployments.gpu_counters import GPUCounter, GPUPower, probe_gpu
+from deployments.gpu_counters import GPUCounter, GPUPower, GPUPowerAtMost, probe_gpu
 from deployments.gpu_info import driver_version, gpu_memory, gpu_settings, gpu_uuids
 from deployments.machine_cpu import MachineCPU
 from deployments.machine_share import CPUPart, shares
@@ -71,7 +71,11 @@ def probe_sources(
         on_machine: How many wrappers share the machine, this one included.
     """
     machine = machine or MachineCPU(pid, proc_root=proc_root)
-    gpus = [probe_gpu(uuid, machine.tree) for uuid in gpu_uuids]
+    gpus: list[Source | Unreadable] = []
+    for uuid in gpu_uuids:
+        gpus.append(gpu := probe_gpu(uuid, machine.tree))
+        if isinstance(gpu, GPUPower):
+            gpus.append(GPUPowerAtMost(gpu))
     if any(isinstance(gpu, Source) and gpu.covers_cpu for gpu in gpus):
         return [*gpus, Unreadable("cpu", "the energy counter of the GPU's module has the CPU and its memory in it")]
     estimates = settings.allow_estimates or not gpus

@@ -56,7 +56,7 @@ def probe(proc: Path, powercap: Path) -> Probe:
 
 
 def gpu_source(found: list[Source | Unreadable]) -> Source | Unreadable:
-    [source] = [source for source in found if source.name.startswith("gpu:")]
+    source, *_ = [source for source in found if source.name.startswith("gpu:")]
     return source
 
 
