@@ -34,6 +34,7 @@ from deployments.checkpoint_trial import IMPORT_S, WALL_S, CheckpointTrial, Tria
 from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, log_handlers_kept
 from deployments.gpu_memory import GPUMemory
 from deployments.heartbeat import Heartbeat, Work
+from deployments.our_words import in_our_words
 from deployments.out_of_memory import OOMKills
 from deployments.sleep_mode import SleepMode
 from deployments.token_count import counted
@@ -493,7 +494,7 @@ class EngineHost:
                         reason, permanent = str(problem), True
                     elif oom_kills.happened:
                         reason, permanent = f"main memory ran out, and the kernel ended a process; {reason}", False
-                    raise EngineStartFailed(order.model, reason, permanent) from problem
+                    raise EngineStartFailed(order.model, in_our_words(reason), permanent) from problem
                 raise
             finally:
                 following.cancel()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from registry.errors import RegistryError
 
 
@@ -32,6 +34,20 @@ class NoSuchPath(RegistryError):
     def __str__(self) -> str:
         known = "GET get_status, POST process_prompt and vLLM's /v1/… are served here"
         return f"{self.method} {self.path}: {known}"
+
+
+class WritesNoText(RegistryError):
+    """``process_prompt`` at an LLM that answers with vectors or scores."""
+
+    code = "writes_no_text"
+    http_status = 422
+
+    def __init__(self, modeltyp: str, paths: Sequence[str]) -> None:
+        super().__init__(modeltyp, paths)
+        self.modeltyp, self.paths = modeltyp, paths
+
+    def __str__(self) -> str:
+        return f"this LLM is for {self.modeltyp} and writes no text; POST to {' or '.join(self.paths)} of its url"
 
 
 class NotJSON(RegistryError):

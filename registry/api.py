@@ -69,8 +69,8 @@ def _can_be_answered(args: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"is nested deeper than {MAX_ARGS_DEPTH} levels")
     try:
         json.dumps(args, allow_nan=False, ensure_ascii=False).encode()
-    except ValueError:
-        raise ValueError("holds NaN, an infinity or half a character, which are not JSON") from None
+    except (TypeError, ValueError):
+        raise ValueError("holds NaN, an infinity, half a character or a date, which are not JSON") from None
     return args
 
 

@@ -614,6 +614,7 @@ class Service:
                     self._versions_of(wrapper_id),
                     over.flags,
                     self._provenance(wrapper_id, over),
+                    over.refusal,
                 )
             case UnbindLease(wrapper_id, epoch, request_id, how):
                 await _insist(lambda: self._cluster.unbind(wrapper_id, epoch, request_id, how))

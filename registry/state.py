@@ -49,6 +49,10 @@ class WrapperStatus(StrEnum):
     OFF = "off"
 
 
+MAX_PROMPT_ID = 1024
+"""Longest name of a prompt that a client may give, characters as it is sent: percent-encoded."""
+
+
 class Priority(StrEnum):
     """Rank of a measurement inside its tenant's queue."""
 
@@ -376,7 +380,8 @@ class LeaseBound:
     """The wrapper accepts the lease's token from now on. ``model_revision``: the commit of the LLM that it runs.
 
     ``versions``: of the software there, as a measurement keeps them; None: not known. ``flags`` are the measurement's
-    from now on, ``provenance`` is as in a Request.
+    from now on, ``provenance`` is as in a Request. With a ``refusal`` it accepts nothing, since the LLM can't
+    serve the request.
     """
 
     wrapper_id: str
@@ -385,6 +390,7 @@ class LeaseBound:
     versions: str | None = None
     flags: tuple[str, ...] = ()
     provenance: str | None = None
+    refusal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

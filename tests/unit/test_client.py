@@ -120,7 +120,7 @@ def test_budgets_are_sent_if_there_are_any(registry: Make) -> None:
     """What each lease may use goes along in the contract's words; without it the fields are left out."""
     answer = httpx.Response(201, json={"requests": []})
     client, script = registry(answer, answer)
-    client.request(7, [{}], max_j=5.0, max_g=0.5)
+    client.request(7, [{}], max_joules=5.0, max_gco2eq=0.5)
     client.request(7, [{}])
     with_budgets, without = (json.loads(request.content) for request in script.requests)
     assert (with_budgets["maxJoules"], with_budgets["maxGco2eq"]) == (5.0, 0.5)
