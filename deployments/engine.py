@@ -30,7 +30,7 @@ import psutil
 from pydantic import ValidationError
 
 from deployments import process_tree
-from deployments.checkpoint_trial import WALL_S, CheckpointTrial, TrialFailed, tokenizer_of
+from deployments.checkpoint_trial import IMPORT_S, WALL_S, CheckpointTrial, TrialFailed, tokenizer_of
 from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, log_handlers_kept
 from deployments.gpu_memory import GPUMemory
 from deployments.heartbeat import Heartbeat, Work
@@ -567,8 +567,11 @@ class EngineHost:
         if tokenizer is None:
             return
         # A fork of the forkserver has all that is needed imported; else it is, while the engine starts as slowly.
-        context = multiprocessing.get_context("spawn") if self._forkserver is None else self._forkserver.context
-        self._trial.passes(tokenizer, lambda function: run_apart(context, function, WALL_S))
+        if self._forkserver is not None:
+            context, limit_s = self._forkserver.context, WALL_S
+        else:
+            context, limit_s = multiprocessing.get_context("spawn"), WALL_S + IMPORT_S
+        self._trial.passes(tokenizer, lambda function: run_apart(context, function, limit_s))
 
     def _arguments(self, order: _Order) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -647,9 +650,9 @@ class EngineHost:
         self._pronounce_dead(llm, f"process {pid} ended by itself" + (f": {words}" if words else ""))
 
     async def _on_hang(self, llm: RunningLLM) -> None:
-        def ask() -> Awaitable[object]:
+        async def ask() -> object:
             llm.oom_kills.look()  # what the kernel has done so far has nothing to do with a death to come
-            return llm.engine.is_sleeping()
+            return await llm.engine.is_sleeping()
 
         heartbeat = Heartbeat(ask, llm.work, llm.processes, stall_s=self._stall_s)
         self._pronounce_dead(llm, await heartbeat.until_hung())

@@ -115,8 +115,8 @@ def test_memory_that_runs_out_ends_an_engine_and_nothing_else(
 ) -> None:
     """Another program takes the memory up to 97 %, where nothing happens, and then all of it.
 
-    The engine is ended by the kernel, with that reason in status, events and flags; registry, controller and wrapper are the
-    same processes and answer throughout. While there is no memory the LLM is not started again, with the figures.
+    The engine is ended by the kernel, with that reason in events and flags; registry, controller and wrapper are the
+    same processes, and the registry answers throughout. While there is no memory the LLM is not started again.
     """
     with group.entered():
         registry = start(tmp_path, watch={"period_s": 0.25}, models={"local_roots": [str(workspace / "llms")]})
