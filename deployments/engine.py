@@ -567,6 +567,7 @@ class EngineHost:
         if tokenizer is None:
             return
         # A fork of the forkserver has all that is needed imported; else it is, while the engine starts as slowly.
+        context: multiprocessing.context.BaseContext
         if self._forkserver is not None:
             context, limit_s = self._forkserver.context, WALL_S
         else:
