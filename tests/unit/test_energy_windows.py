@@ -408,6 +408,7 @@ async def test_lease_and_start_shorter_than_the_counter(make: Make) -> None:
     made.bind(LEASE)
     made.prompt(0.1)
     made.bind(None)
+    made.passes(0.5)  # until the power after the prompt is known
     windows = await made.windows()
     [load], [lease], [prompt] = (
         of_kind(windows, kind) for kind in (WindowKind.LOAD, WindowKind.LEASE, WindowKind.PROMPT)
