@@ -12,13 +12,14 @@ take longer for so few numbers as prompts are in flight, on a processor that has
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import Literal, NamedTuple
 
-from deployments.attribution import Parts
+from deployments.attribution import Parts, Shares
 from deployments.lease_account import LeaseAccount
 from deployments.token_weights import UNKNOWN, Weight
 
@@ -79,6 +80,20 @@ class _Place:
             self.told += 1
 
 
+@dataclass(frozen=True, slots=True)
+class Had:
+    """What a prompt had before a time, summed up: its shares, and with how many others it was in flight.
+
+    ``until_with`` is the number of the change at that time.
+    """
+
+    until_s: float
+    until_with: int
+    shares: Shares
+    most: int
+    prompt_s: float
+
+
 @dataclass(slots=True, eq=False)
 class Flight:
     """One prompt, in the meter's clock. ``tokens`` and ``words`` are None until, and unless, they are known.
@@ -88,7 +103,7 @@ class Flight:
     how many were in flight, itself among them, when it ended.
     ``window_id`` is that of its record, ``prompt_id`` the client's own name of the prompt. ``status`` is answered,
     refused (by the engine, before anything was computed), cut (its lease ended, it took too long, or its client hung
-    up) or failed.
+    up) or failed. ``had`` is the part of a long one that is summed up already.
     """
 
     start_s: float
@@ -106,6 +121,7 @@ class Flight:
     prompt_id: str | None = None
     warmup: bool = False
     status: Literal["answered", "refused", "cut", "failed"] = "failed"
+    had: Had | None = None
 
 
 class Flights:
@@ -201,7 +217,7 @@ class Flights:
         return max(flight.begun_with - self._forgotten, 0), max(end - self._forgotten, 0)
 
     def parts(self, flight: Flight, *, for_good: bool = False) -> tuple[Parts, bool]:
-        """The parts of a prompt that has ended, and whether a rate was assumed for them.
+        """The parts of a prompt that has ended, after what is summed up, and whether a rate was assumed for them.
 
         A rate that is not known is taken to be this prompt's, and this one's to be the mean of the others', over the
         time that they were known in. With ``for_good`` all of these rates stay what they are. What was forgotten is
@@ -209,24 +225,68 @@ class Flights:
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
         first, last = self._lay_between(flight)
-        forgotten = flight.begun_with < self._forgotten
+        begin_s, begun_with = _not_summed(flight)
+        forgotten = begun_with < self._forgotten
         places = self._places[first:last]
         if not places:
             least = 1.0 if flight.company == 1 else 0.0
-            return Parts((flight.start_s, flight.end_s), (1 / flight.company,), (least,), (1.0,)), True
+            return Parts((begin_s, flight.end_s), (1 / flight.company,), (least,), (1.0,)), True
         if len(places) == 1 and places[0].count == 1:
-            return Parts((flight.start_s, flight.end_s), (1.0,), (1.0,), (1.0,)), forgotten
-        times_s = (flight.start_s, *self._times_s[first + 1 : last + 1])
+            return Parts((begin_s, flight.end_s), (1.0,), (1.0,), (1.0,)), forgotten
+        times_s = (begin_s, *self._times_s[first + 1 : last + 1])
         rate = Rate(_mean(times_s, places)) if flight.rate is None else flight.rate
-        own = rate.per_s
-        mid = [own / (place.per_s + own * (place.count - place.known)) for place in places]
-        low, high = _hull(rate, mid, places, self.weight)
+        mid, low, high = self._divided(rate, places)
         if forgotten:
             low[0], high[0] = 0.0, 1.0
         assumed = forgotten or any(place.known < place.count for place in places)
         if for_good and assumed:
-            self._assume(flight, Rate(own))
+            self._assume(flight, Rate(rate.per_s))
         return Parts(times_s, mid, low, high), assumed
+
+    def _divided(self, own: Rate, places: Sequence[_Place]) -> tuple[list[float], list[float], list[float]]:
+        """The parts of a prompt of this rate, and the least and the most that they can be."""
+        per_s = own.per_s
+        mid = [per_s / (place.per_s + per_s * (place.count - place.known)) for place in places]
+        return mid, *_hull(own, mid, places, self.weight)
+
+    def sum_up(self, old_s: float, settled: Callable[[float], bool], shares: Callable[[Parts], Shares]) -> None:
+        """Sum up what each prompt had before a time, and forget the changes before it.
+
+        Changes stay as long as a rate that divides them is not known, up to `REMEMBERED_CHANGES`: then it is assumed,
+        if the counters have ``settled`` there. ``shares`` tells what parts are of what flowed.
+        """
+        old = bisect_right(self._times_s, old_s) - 1
+        unknown = (at for at, place in enumerate(self._places[: max(old, 0)]) if place.known < place.count > 1)
+        old = next(unknown, old)
+        many = len(self) - REMEMBERED_CHANGES
+        if many > old and settled(self._times_s[many]):
+            old = many
+        if self.unwritten:  # the last part of a prompt is left for its record
+            old = min(old, self.unwritten[0].ended_with - 1 - self._forgotten)
+        if old <= 0:
+            return
+        flights = [*self.unwritten, *self._in_flight]
+        spans = [(flight, *self._lay_between(flight)) for flight in flights]
+        needed = [(flight, first, min(last, old)) for flight, first, last in spans if first < min(last, old)]
+        for flight, first, last in needed:
+            if flight.rate is None and any(place.count > 1 for place in self._places[first:last]):
+                self._rated(flight, Rate(_mean(self._times_s[first : last + 1], self._places[first:last])))
+        for flight, first, last in needed:
+            self._sum_up_one(flight, first, last, shares)
+        self._forget(old)
+
+    def _sum_up_one(self, flight: Flight, first: int, last: int, shares: Callable[[Parts], Shares]) -> None:
+        begin_s, begun_with = _not_summed(flight)
+        if begun_with < self._forgotten:
+            return  # a part of it is lost, and the rest can't be told from it
+        places = self._places[first:last]
+        times_s = (begin_s, *self._times_s[first + 1 : last + 1])
+        found = shares(Parts(times_s, *self._divided(flight.rate or Rate(1.0), places)))
+        most, prompt_s = _counts(times_s, places)
+        had = flight.had
+        if had is not None:
+            found, most, prompt_s = had.shares + found, max(most, had.most), had.prompt_s + prompt_s
+        flight.had = Had(times_s[-1], self._forgotten + last, found, most, prompt_s)
 
     def in_flight(self, flight: Flight) -> tuple[int, float]:
         """How many prompts were in flight while one that has ended was: at most, and the mean over its time.
@@ -235,12 +295,13 @@ class Flights:
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
         first, last = self._lay_between(flight)
-        counts = [place.count for place in self._places[first:last]]
-        if not counts:
+        places = self._places[first:last]
+        if not places:
             return flight.company, float(flight.company)
-        times_s = (flight.start_s, *self._times_s[first + 1 : last + 1])
-        prompt_s = sum(n * (end_s - start_s) for n, (start_s, end_s) in zip(counts, pairwise(times_s), strict=True))
-        return max(counts), prompt_s / (flight.end_s - flight.start_s)
+        most, prompt_s = _counts((_not_summed(flight)[0], *self._times_s[first + 1 : last + 1]), places)
+        if flight.had is not None:
+            most, prompt_s = max(most, flight.had.most), prompt_s + flight.had.prompt_s
+        return most, prompt_s / (flight.end_s - flight.start_s)
 
     def _assume(self, flight: Flight, rate: Rate) -> None:
         """Let this be the rate of it, and of those beside it, whose own is not known."""
@@ -264,6 +325,17 @@ class Flights:
         if changes > 0:
             del self._times_s[:changes], self._places[:changes]
             self._forgotten += changes
+
+
+def _not_summed(flight: Flight) -> tuple[float, int]:
+    """Since when nothing is summed up of a prompt, and the number of the change at that time."""
+    return (flight.start_s, flight.begun_with) if flight.had is None else (flight.had.until_s, flight.had.until_with)
+
+
+def _counts(times_s: Sequence[float], places: Sequence[_Place]) -> tuple[int, float]:
+    """How many prompts were in flight at most, and their seconds in flight together."""
+    lengths = zip(places, pairwise(times_s), strict=True)
+    return max(place.count for place in places), sum(place.count * (end - begin) for place, (begin, end) in lengths)
 
 
 def _mean(times_s: Sequence[float], places: Sequence[_Place]) -> float:

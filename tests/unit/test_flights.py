@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 
 from deployments import flights as flights_module
-from deployments.attribution import Parts
+from deployments.attribution import Parts, Share, Shares
 from deployments.flights import Flight, Flights, Tokens
 from deployments.token_weights import Weight
+from deployments.windows import Level
 
 
 def began(flights: Flights, at_s: float) -> Flight:
@@ -188,3 +189,49 @@ def test_rates_are_assumed_for_company_alone() -> None:
     for flight in (first, beside, later):
         assert flights.unwritten[0] is flight
         flights.written()
+
+
+def share_of(parts: Parts) -> Shares:
+    """100 W until 50 s, 300 W from then on, by a counter that is exact."""
+    joules = [100 * time_s + 200 * max(time_s - 50, 0) for time_s in parts.times_s]
+    return Shares.of(parts, [[Level(j, j, j, provisional=False) for j in joules]])
+
+
+def units_of(shares: Shares) -> float:
+    [share] = shares.counters
+    assert isinstance(share, Share)
+    return share.units
+
+
+def test_what_a_long_prompt_had_is_summed_up() -> None:
+    """100 W for 50 s, then 300 W for 50 s: 20,000 J. Beside a long prompt one takes 10 to 20 s, one 60 to 70 s.
+
+    Each is written down with half of its time, as the long one's rate is not known: 500 J and 1,500 J. So 18,000 J are
+    left for the long one, also when what it had of the first 65 s was summed up and forgotten.
+    """
+    flights = Flights()
+    long = began(flights, 0.0)
+    others_j = []
+    for begin_s in (10.0, 60.0):
+        short = began(flights, begin_s)
+        ended(flights, short, begin_s + 10, 10)
+        parts, _ = flights.parts(short, for_good=True)
+        others_j.append(units_of(share_of(parts)))
+        flights.written()
+        flights.sum_up(begin_s + 5, lambda _: True, share_of)
+    assert len(flights) == 1  # the end of the second one
+    ended(flights, long, 100.0, 1000)
+    parts, _ = flights.parts(long)
+    assert long.had is not None
+    assert others_j == pytest.approx([500.0, 1500.0])
+    assert units_of(long.had.shares + share_of(parts)) == pytest.approx(18_000.0)
+    assert flights.in_flight(long) == (2, pytest.approx(1.2))
+
+
+def test_rates_that_will_be_known_are_waited_for() -> None:
+    """Two prompts of more than a minute: what they had is not divided before their tokens are known."""
+    flights = Flights()
+    one, other = began(flights, 0.0), began(flights, 1.0)
+    began(flights, 2.0)
+    flights.sum_up(90.0, lambda _: True, share_of)
+    assert (one.had and one.had.until_s, other.had, len(flights)) == (1.0, None, 1)
