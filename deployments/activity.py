@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 KEPT_INTERVALS = 50_000
@@ -55,6 +55,11 @@ class Activity:
             busy_s += min(ends_s[index], end_s) - max(begins_s[index], start_s)
             index += 1
         return busy_s
+
+    def lengths_s(self, start_s: float, end_s: float) -> Iterator[float]:
+        """Yield the lengths of the busy intervals that overlap a time or touch it; infinite while one goes on."""
+        for index in range(bisect_left(self._ends_s, start_s), bisect_right(self._begins_s, end_s)):
+            yield self._ends_s[index] - self._begins_s[index]
 
     def next_begin_s(self, time_s: float) -> float:
         """Return when the work of this time, or the next after it, began; infinite if there is none."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from operator import add, mul, sub
 from typing import NamedTuple
 
@@ -138,6 +139,12 @@ def together(flows: Iterable[Level]) -> Level:
     )
 
 
+def widened(flow: Level, error: float) -> Level:
+    """Return a flow that may be wrong by so much more, wherever the same happens."""
+    low, mid, high, provisional, systematic = flow
+    return Level(max(low - error, 0.0), mid, high + error, provisional, systematic + error)
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """What the counters went up by in a time, before it is told in joules.
@@ -175,6 +182,12 @@ class Share(NamedTuple):
     in_high: float
     blur: float
 
+    def widened(self, error: float) -> Share:
+        """Return the same share of a counter that may be wrong by so much more."""
+        if not error:
+            return self
+        return Share(widened(self.whole, error), self.units, self.least, self.most, *(one + error for one in self[4:]))
+
     def plus(self, other: Share) -> Share:
         """Return the share of both times."""
         return Share(together((self.whole, other.whole)), *map(add, self[1:], other[1:]))
@@ -194,9 +207,13 @@ class Shares:
     counters: tuple[Share | str, ...]
 
     @classmethod
-    def of(cls, parts: Parts, levels: Iterable[Sequence[Level] | str]) -> Shares:
-        """Return the shares by a prompt's parts; ``levels`` are each counter's at the times of the parts."""
-        counters = tuple(one if isinstance(one, str) else _share(parts, one) for one in levels)
+    def of(cls, parts: Parts, levels: Iterable[Sequence[Level] | str], errors: Iterable[float] = repeat(0.0)) -> Shares:
+        """Return the shares by a prompt's parts.
+
+        ``levels`` are each counter's at the times of the parts, ``errors`` by how much more it may be wrong over them.
+        """
+        both = zip(levels, errors, strict=False)
+        counters = tuple(one if isinstance(one, str) else _share(parts, one).widened(error) for one, error in both)
         duration_s = parts.times_s[-1] - parts.times_s[0]
         return cls(duration_s, parts.reserved_low_s, parts.reserved_s, parts.reserved_high_s, counters)
 

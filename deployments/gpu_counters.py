@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import pynvml
@@ -131,8 +133,9 @@ class GPUPower(_GPU):
         self._instant = instant
         self._last: tuple[float, float] | None = None
         self._joules = 0.0
+        self._least_w, self._most_w, self._longest_gap_s = math.inf, 0.0, 0.0
         # The mean of a time lies between the power at its begin and at its end, so the integral is as old as that.
-        self.max_age_s = (_REFRESHED_S if instant else _AVERAGED_S) + _MAX_SAMPLE_GAP_S
+        self.max_age_s = _REFRESHED_S if instant else _AVERAGED_S + _MAX_SAMPLE_GAP_S
         what = "of the moment" if instant else "each the mean of a second"
         self.origin = f"NVML power samples of the GPU and its memory, {what}, integrated"
 
@@ -150,7 +153,27 @@ class GPUPower(_GPU):
             if now_s - last[0] > _MAX_SAMPLE_GAP_S:
                 raise CounterLost("undersampled")
             self._joules += (now_s - last[0]) * (last[1] + power_w) / 2
+            self._longest_gap_s = max(self._longest_gap_s, now_s - last[0])
+        self._least_w, self._most_w = min(self._least_w, power_w), max(self._most_w, power_w)
         return self._joules
+
+    @property
+    def unseen_s(self) -> float:
+        """The power of a moment is renewed now and then, and read now and then."""
+        return _REFRESHED_S + self._longest_gap_s if self._instant else 0.0
+
+    def unseen(self, lengths_s: Iterable[float]) -> float:
+        """Joules by which samples of the moment may be wrong for pieces of work of these lengths.
+
+        A piece shows for too long or too short a time, by the time between two samples at most. One that is longer than
+        two such times is seen, so its power is within what was seen; a shorter one may be missed with any power.
+        """
+        period_s = self.unseen_s
+        if not period_s:
+            return 0.0
+        seen_w = max(self._most_w - self._least_w, 0.0)
+        any_w = max(self.max_rate or 0.0, seen_w)
+        return sum(period_s * (seen_w if length_s >= 2 * period_s else any_w) for length_s in lengths_s)
 
 
 def _power_w(handle: Any) -> float:

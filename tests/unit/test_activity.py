@@ -77,3 +77,14 @@ def test_gaps_are_told_whole() -> None:
     assert list(activity.gaps(2.1, 2.9)) == []
     activity.begin(8.0)
     assert list(activity.gaps(7.0, 9.0)) == [(6.0, 8.0)]
+
+
+def test_lengths_of_the_work_near_a_time() -> None:
+    """Work from 2 to 3 s, and from 5 s on: what overlaps a time or touches it is told by its whole length."""
+    activity = Activity()
+    activity.begin(2.0)
+    activity.end(3.0)
+    activity.begin(5.0)
+    assert list(activity.lengths_s(3.0, 4.0)) == [1.0]
+    assert list(activity.lengths_s(3.1, 4.9)) == []
+    assert list(activity.lengths_s(0.0, 9.0)) == [1.0, math.inf]
