@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Final
 
 from deployments.activity import Activity
-from deployments.attribution import Flow, Parts, counted, shared, together, unknown
+from deployments.attribution import Flow, Parts, Shares, counted, shared, together, unknown, widened
 from deployments.contention import PERIOD_S, Contention, Look, at_once
 from deployments.counter_check import Check, CounterCheck
 from deployments.edge_check import EdgeCheck
@@ -247,8 +247,10 @@ class Meter:
         """
         times_s = list(chain.from_iterable(intervals))
         units = [
-            levels if isinstance(levels, str) else together(map(between, levels[::2], levels[1::2]))
-            for _, levels in self._levels(times_s, final=final)
+            levels
+            if isinstance(levels, str)
+            else widened(together(map(between, levels[::2], levels[1::2])), self._unseen(source, intervals))
+            for source, levels in self._levels(times_s, final=final)
         ]
         lengths_s = [b - a for a, b in intervals]
         flags = frozenset(self._flags(times_s[0], times_s[-1]))
@@ -274,17 +276,42 @@ class Meter:
         """The energy of no time at all: not known, and flagged ``too_short``."""
         return self.energy(Flow(0.0, 0.0, ("too_short",) * len(self._channels), frozenset()))
 
-    def share(self, parts: Parts, *, final: bool = False) -> Energy:
+    def share(self, parts: Parts, *, before: Shares | None = None, final: bool = False) -> Energy:
         """A prompt's share of what flowed while it was in flight with others: modelled, with its range.
+
+        ``before`` is what it had of the time before its parts.
 
         Raises:
             ValueError: It does not end after its begin.
         """
-        shares = [
-            unknown(source, levels) if isinstance(levels, str) else shared(source, parts, levels)
-            for source, levels in self._levels(parts.times_s, final=final)
+        found = self.shares(parts, final=final) if before is None else before + self.shares(parts, final=final)
+        components = [
+            unknown(channel.source, share) if isinstance(share, str) else shared(channel.source, found, share)
+            for channel, share in zip(self._channels, found.counters, strict=True)
         ]
-        return total([*joined(shares), *self._holes()], self._flags(parts.times_s[0], parts.times_s[-1]))
+        end_s = parts.times_s[-1]
+        return total([*joined(components), *self._holes()], self._flags(end_s - found.duration_s, end_s))
+
+    def shares(self, parts: Parts, *, final: bool = False) -> Shares:
+        """A prompt's share of what each counter counted in the time of its parts, to be added up.
+
+        Raises:
+            ValueError: It does not end after its begin.
+        """
+        found = self._levels(parts.times_s, final=final)
+        time = [(parts.times_s[0], parts.times_s[-1])]
+        return Shares.of(parts, [levels for _, levels in found], [self._unseen(source, time) for source, _ in found])
+
+    def _unseen(self, source: Source, intervals: Sequence[Interval]) -> float:
+        """By how much a source's readings may be wrong in these intervals, as they miss changes of the power."""
+        near_s = source.unseen_s
+        if not near_s:
+            return 0.0
+        with self._lock:
+            lengths_s = [
+                length_s for a, b in intervals for length_s in self._activity.lengths_s(a - near_s, b + near_s)
+            ]
+            return source.unseen(lengths_s)
 
     def _levels(self, times_s: Sequence[float], *, final: bool) -> list[tuple[Source, list[Level] | str]]:
         """Every counter at these times, all looked up at one moment; or the flag that says why it can't be told.

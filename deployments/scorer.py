@@ -33,15 +33,17 @@ class Scorer:
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
         parts, assumed = self._flights.parts(flight, for_good=for_good)
-        if parts.alone:
+        had = flight.had
+        if parts.alone and had is None:
             energy = self.meter.window(flight.start_s, flight.end_s, estimate_short=True, final=for_good)
         else:
-            energy = self.meter.share(parts, final=for_good)
+            energy = self.meter.share(parts, before=None if had is None else had.shares, final=for_good)
+        reserved_s = parts.reserved_s + (0.0 if had is None else had.shares.reserved_s)
         flags = [
             *(("tokens_unknown",) if flight.tokens is None else ()),
             *(("share_estimated",) if assumed else ()),
         ]
-        return energy, self.score(energy, parts.reserved_s, self.units(flight), flags, account=flight.account)
+        return energy, self.score(energy, reserved_s, self.units(flight), flags, account=flight.account)
 
     def units(self, flight: Flight) -> int | None:
         """The functional units of a prompt, None if they are not known. One that gave no answer is no request."""

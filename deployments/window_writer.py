@@ -72,6 +72,9 @@ class WindowWriter:
             for _ in iter(write, False):
                 await asyncio.sleep(0)  # prompts go on in between
         self._flights.forget()
+        # Nothing that is older waits for anything but the end of the prompts that it is a part of.
+        old_s = self._meter.mark() - SETTLE_S - SHARES_S
+        self._flights.sum_up(old_s, self._meter.settled, lambda parts: self._meter.shares(parts, final=True))
 
     def _settled(self, end_s: float) -> bool:
         return self._meter.settled(end_s) or self._meter.mark() >= end_s + SETTLE_S

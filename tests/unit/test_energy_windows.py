@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deployments import energy_log, window_writer
+from deployments import energy_log, flights, window_writer
 from deployments.energy import Label
 from deployments.energy_sources import Unreadable
 from registry.errors import BudgetUsed
@@ -237,6 +237,43 @@ async def test_cached_tokens_that_one_prompt_does_not_tell(make: Make) -> None:
     assert (cached, detail(lease)["tokens"]) == ([0, None], {"prompt": 12, "cached": None, "output": 8})
 
 
+async def test_long_prompt_beside_more_than_is_remembered(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and idle time add up to their lease however many come and go beside a long prompt.
+
+    100 W that rise to 400 W in the middle of 180 s. One prompt takes 150 s, beside a short one every second: 300
+    changes, of which 100 are remembered. What the long one had of the others is summed up before it is forgotten.
+    """
+    monkeypatch.setattr(flights, "REMEMBERED_CHANGES", 100)
+    made = make(
+        FakeCounter(lambda now_s: 100 * now_s + 300 * max(now_s - 1090, 0), name="gpu:x", label=Label.SIMULATED)
+    )
+    made.bind(LEASE)
+    made.passes(2.0)
+    long = made.meter.begin()
+    remembered: list[int] = []
+    windows: tuple[EnergyWindow, ...] = ()
+    for second in range(150):
+        made.passes(0.5)
+        made.prompt(0.5, (second % 7, 1 + second % 5))
+        if second % 5 == 0:
+            windows = await made.windows()
+            remembered.append(len(made.meter._flights))
+    made.end(long, (100, 3000))
+    made.passes(2.0)
+    made.bind(None)
+    made.passes(31.0)
+    windows = await made.windows()
+    [lease] = of_kind(windows, WindowKind.LEASE)
+    prompts = of_kind(windows, WindowKind.PROMPT)
+    parts_j = [w.total_j for w in windows if w.request_id and w.kind in (WindowKind.PROMPT, WindowKind.IDLE)]
+    assert None not in parts_j
+    assert sum(part_j or 0 for part_j in parts_j) == pytest.approx(lease.total_j, rel=1e-9)
+    assert max(remembered) <= 2 * 100
+    [kept] = [detail(prompt) for prompt in prompts if detail(prompt)["tokens"]["output"] == 3000]
+    assert kept["in_flight"]["max"] == 2
+    assert kept["in_flight"]["mean"] == pytest.approx(1 + 150 * 0.5 / kept["duration_s"], rel=1e-3)
+
+
 async def test_without_counters_nothing_is_measured(make: Make) -> None:
     """Where nothing can be read windows are written all the same, without a figure."""
     made = make(Unreadable("gpu:x", "no driver", in_boundary=True))
@@ -408,6 +445,7 @@ async def test_lease_and_start_shorter_than_the_counter(make: Make) -> None:
     made.bind(LEASE)
     made.prompt(0.1)
     made.bind(None)
+    made.passes(0.5)  # until the power after the prompt is known
     windows = await made.windows()
     [load], [lease], [prompt] = (
         of_kind(windows, kind) for kind in (WindowKind.LOAD, WindowKind.LEASE, WindowKind.PROMPT)

@@ -49,8 +49,11 @@ def sampled(gpu: FakeGPU, busy_for_s: float, *, instant: bool) -> Callable[[floa
     [source] = [source for source in probe_sources_of(gpu) if isinstance(source, GPUPower)]
     meter = Meter([source], clock=clock)
     for clock.now_s in [1001 + tick / 20 for tick in range(600)]:
+        if clock.now_s == BUSY_S:
+            meter.work_begins(BUSY_S)
         show()
         meter.poll_once()
+    meter.work_ends(BUSY_S + busy_for_s)
     return meter.window
 
 
@@ -112,6 +115,37 @@ def test_errors_of_samples_add_up_and_are_in_the_bounds(gpu: FakeGPU, tmp_path: 
     assert energy.high_j is not None
     assert energy.total_j < true_j - 500
     assert energy.low_j <= true_j <= energy.high_j
+
+
+@pytest.mark.parametrize(("length_s", "gap_s"), [(0.06, 0.04), (0.5, 0.33)])
+def test_power_of_the_moment_is_missed_between_two_samples(gpu: FakeGPU, length_s: float, gap_s: float) -> None:
+    """A GPU's power is renewed every 100 ms and read every 50: hard bounds hold for what falls between, too.
+
+    Prompts of 60 ms at 600 W every 100 ms lie between two renewals: all samples say 100 W, so 6 J of a true 36 J. They
+    may be wrong by the limit of 1.2 · 700 W for 0.15 s, 126 J: `too_short`. One of 0.5 s is seen, and may be told for
+    0.15 s too long or too short, 500 W · 0.15 s = 75 J.
+    """
+    clock, steps = ManualClock(1000.0), [(1.07, IDLE_W)]
+    prompts = [1001.07 + number * (length_s + gap_s) for number in range(40)]
+    steps += [(length_s, BUSY_W), (gap_s, IDLE_W)] * 40
+    curve = PowerCurve(1000.0, [*steps, (5.0, IDLE_W)])
+    gpu.power_mw = gpu.instant_mw = 100_000
+    [source] = [source for source in probe_sources_of(gpu) if isinstance(source, GPUPower)]
+    meter = Meter([source], clock=clock)
+    changes = [(at_s, begins) for begin_s in prompts for at_s, begins in ((begin_s, 1), (begin_s + length_s, 0))]
+    for clock.now_s in [1000.0 + tick / 20 for tick in range(round((prompts[-1] - 998) * 20))]:
+        while changes and changes[0][0] <= clock.now_s:
+            at_s, begins = changes.pop(0)
+            (meter.work_begins if begins else meter.work_ends)(at_s)
+        renewed_s = 1000.05 + round((clock.now_s - 1000.05) * 10 - 0.49) / 10
+        gpu.instant_mw = round((curve.joules(renewed_s) - curve.joules(renewed_s - 1e-4)) * 1e7)
+        meter.poll_once()
+    for begin_s in prompts[1:]:
+        energy = meter.window(begin_s, begin_s + length_s, estimate_short=True)
+        assert energy.low_j is not None
+        assert energy.high_j is not None
+        assert energy.low_j <= BUSY_W * length_s <= energy.high_j
+        assert ("too_short" in energy.flags) == (length_s < 0.1)
 
 
 def test_sample_beyond_the_limit_is_no_power(gpu: FakeGPU) -> None:
