@@ -18,6 +18,7 @@ from deployments.sci import Score
 from deployments.scorer import Scorer
 from deployments.timeline import STRETCH_S, Interval, Timeline
 from deployments.token_weights import UNKNOWN, TokenWeight
+from registry.reconcile import LeaseGrant, StartedFor
 from registry.state import WindowKind
 
 SETTLE_S = 30.0
@@ -28,12 +29,13 @@ SHARES_S = 30.0
 
 @dataclass(slots=True)
 class Start:
-    """The start of an LLM that is going on; ``woken`` is for whoever starts it to say."""
+    """The start of an LLM that is going on. Who starts it sets ``woken``; ``started_for`` pays, None: no request."""
 
     model: str
     start_s: float
     end_s: float = 0.0
     woken: bool = False
+    started_for: StartedFor | None = None
 
 
 class WindowWriter:
@@ -82,7 +84,7 @@ class WindowWriter:
         start = self._starts.popleft()
         kind = WindowKind.WAKE if start.woken else WindowKind.LOAD
         flow = self._meter.flow([(start.start_s, start.end_s)], final=True)
-        self._record(kind, None, (start.start_s, start.end_s), flow, {"model": start.model})
+        self._record(kind, start.started_for, (start.start_s, start.end_s), flow, {"model": start.model})
         return True
 
     def _write_prompt(self) -> bool:
@@ -116,7 +118,8 @@ class WindowWriter:
             "in_flight": {"max": most, "mean": mean},
         }
         times = (flight.start_s, flight.end_s)
-        self._write_record(WindowKind.PROMPT, account, times, energy, found, more, window_id=flight.window_id)
+        payer = account and account.grant
+        self._write_record(WindowKind.PROMPT, payer, times, energy, found, more, window_id=flight.window_id)
         return True
 
     def _write_stretch(self) -> bool:
@@ -131,7 +134,7 @@ class WindowWriter:
         if stretch.gaps:
             idle = self._meter.flow(stretch.gaps, final=True)
             times, more = (stretch.gaps[0][0], stretch.gaps[-1][1]), {"model": account and account.model}
-            self._record(WindowKind.IDLE, account, times, idle, more)
+            self._record(WindowKind.IDLE, account and account.grant, times, idle, more)
             if account is not None:
                 account.idle = idle if account.idle is None else account.idle + idle
         if account is not None:
@@ -162,7 +165,7 @@ class WindowWriter:
         }
         units = None if account.units_unknown else account.units  # part of them gives no score
         times = (account.begun_s, end_s)
-        self._record(WindowKind.LEASE, account, times, flow, more, units, flags=sorted(account.flags))
+        self._record(WindowKind.LEASE, account.grant, times, flow, more, units, flags=sorted(account.flags))
 
     def _counted(self, counted: Counted) -> dict[str, Any] | None:
         """The counted stretch of a lease as one window of the counters; None without a prompt in it."""
@@ -203,7 +206,7 @@ class WindowWriter:
     def _record(
         self,
         kind: WindowKind,
-        account: LeaseAccount | None,
+        payer: LeaseGrant | StartedFor | None,
         times: Interval,
         flow: Flow,
         more: Mapping[str, Any],
@@ -213,12 +216,12 @@ class WindowWriter:
     ) -> None:
         energy = self._meter.energy(flow, estimate_short=True)
         found = self._scorer.score(energy, flow.duration_s, units, flags)
-        self._write_record(kind, account, times, energy, found, more)
+        self._write_record(kind, payer, times, energy, found, more)
 
     def _write_record(
         self,
         kind: WindowKind,
-        account: LeaseAccount | None,
+        payer: LeaseGrant | StartedFor | None,
         times: Interval,
         energy: Energy,
         found: Score,
@@ -230,7 +233,7 @@ class WindowWriter:
             Record(
                 kind=kind,
                 window_id=window_id,
-                grant=None if account is None else account.grant,
+                payer=payer,
                 begun_s=self._dates.utc_s(times[0]),
                 ended_s=self._dates.utc_s(times[1]),
                 duration_s=times[1] - times[0],
