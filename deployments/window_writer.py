@@ -18,11 +18,15 @@ from deployments.sci import Score
 from deployments.scorer import Scorer
 from deployments.timeline import STRETCH_S, Interval, Timeline
 from deployments.token_weights import UNKNOWN, TokenWeight
+from registry.figures import WARMUP_INSIDE
 from registry.reconcile import LeaseGrant, StartedFor
 from registry.state import WindowKind
 
 SETTLE_S = 30.0
 """How long a window waits for its counters to go on, seconds; then what they don't tell is not known."""
+LLM_STARTED_INSIDE = "llm_started_inside"
+_NOT_CLEAN = frozenset({WARMUP_INSIDE, LLM_STARTED_INSIDE})
+"""Flags of a counted stretch that its lease window has, too; it has the others of its own."""
 SHARES_S = 30.0
 """How long a prompt's record waits for the end of those it shares with, seconds."""
 
@@ -150,6 +154,8 @@ class WindowWriter:
 
     def _record_lease(self, account: LeaseAccount, end_s: float, flow: Flow) -> None:
         begun_s = account.handed_over_s
+        counted = self._counted(account.counted)
+        flags = account.flags.union(() if counted is None else _NOT_CLEAN.intersection(counted["flags"]))
         more = {
             "model": account.model,
             "process": self._log.process,
@@ -161,11 +167,11 @@ class WindowWriter:
             "words": account.words,
             "units": account.units,
             "units_unknown_prompts": account.units_unknown,
-            "counted": self._counted(account.counted),
+            "counted": counted,
         }
         units = None if account.units_unknown else account.units  # part of them gives no score
         times = (account.begun_s, end_s)
-        self._record(WindowKind.LEASE, account.grant, times, flow, more, units, flags=sorted(account.flags))
+        self._record(WindowKind.LEASE, account.grant, times, flow, more, units, flags=sorted(flags))
 
     def _counted(self, counted: Counted) -> dict[str, Any] | None:
         """The counted stretch of a lease as one window of the counters; None without a prompt in it."""
@@ -175,8 +181,8 @@ class WindowWriter:
         energy = self._meter.energy(flow, estimate_short=True)
         units = None if counted.units_unknown else counted.units
         flags = {
-            "warmup_inside": counted.warmed_up,
-            "llm_started_inside": flow.duration_s < (ended_s - begun_s) * (1 - 1e-9),
+            WARMUP_INSIDE: counted.warmed_up,
+            LLM_STARTED_INSIDE: flow.duration_s < (ended_s - begun_s) * (1 - 1e-9),
             "tokens_unknown": counted.tokens_unknown > 0,
             CLOCK_STEPPED: self._dates.stepped(begun_s, ended_s),
         }
