@@ -122,7 +122,7 @@ class WindowWriter:
             "in_flight": {"max": most, "mean": mean},
         }
         times = (flight.start_s, flight.end_s)
-        payer = account and account.grant
+        payer = None if account is None else account.grant
         self._write_record(WindowKind.PROMPT, payer, times, energy, found, more, window_id=flight.window_id)
         return True
 
@@ -138,7 +138,7 @@ class WindowWriter:
         if stretch.gaps:
             idle = self._meter.flow(stretch.gaps, final=True)
             times, more = (stretch.gaps[0][0], stretch.gaps[-1][1]), {"model": account and account.model}
-            self._record(WindowKind.IDLE, account and account.grant, times, idle, more)
+            self._record(WindowKind.IDLE, None if account is None else account.grant, times, idle, more)
             if account is not None:
                 account.idle = idle if account.idle is None else account.idle + idle
         if account is not None:
