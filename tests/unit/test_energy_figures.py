@@ -295,6 +295,7 @@ def test_relative_errors_of_energy_and_grid_multiply() -> None:
     found = figures(*windows).operational_per_unit
     assert found.value == pytest.approx(30e3 / 3.6e6 * 300, rel=0.1)
     assert found.high == pytest.approx(12.5, rel=0.1)
+    assert found.high is not None
     assert found.high >= 74e3 / 3.6e6 * 590
 
 
