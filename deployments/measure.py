@@ -33,7 +33,7 @@ from deployments.notation import phase_words
 from deployments.prompt_files import Prompt
 from deployments.report_csv import windows_csv
 from deployments.results import Results
-from registry.api import MeasurementState, RequestState
+from registry.api import LLMConfig, MeasurementState, RequestState
 from registry.client import ENDED, AnswerError, HeldLease, RegistryClient, RequestEnded
 from registry.figures import of_kind
 from registry.state import WindowKind
@@ -150,6 +150,7 @@ class _Run:
                 while llms := self._to_do(repetition):
                     self._use_in_turn(llms, repetition)
             self.measurement = self._measurement()
+            self._note_leases(self.measurement)
             self._wait_for_windows()
 
     def summarize(self) -> list[LLMSummary]:
@@ -235,6 +236,15 @@ class _Run:
         asked = f"; {again} answers are asked for again, since their final windows were lost" if again else ""
         now = self._results.measurement_id
         self._print(f"The registry knows nothing of measurement {lost}: goes on as measurement {now}{asked}.")
+
+    def _note_leases(self, measurement: MeasurementState | None) -> None:
+        """Keep the leases that the registry knows and a dead run had no time to note: they are in its report, too."""
+        noted = {line["requestId"] for line in self._results.leases()}
+        names = {LLMConfig.model_validate(config).model_dump_json(): llm for llm, config in self._plan.llms.items()}
+        for state in () if measurement is None else measurement.requests:
+            llm = names.get(LLMConfig.model_validate(state.llmconfig).model_dump_json())
+            if llm is not None and state.deployedAt is not None and state.requestId not in noted:
+                self._results.add_lease(_lease_line(llm, None, state))
 
     def _measurement(self) -> MeasurementState | None:
         """What the registry knows of all of this, None if nothing (yet, or any more)."""
@@ -420,7 +430,7 @@ def _named(windows: Sequence[WindowReport], lines: Sequence[dict[str, Any]]) -> 
         yield replace(window, prompt=names.get(window.window, window.prompt))
 
 
-def _lease_line(llm: str, repetition: int, state: RequestState) -> dict[str, Any]:
+def _lease_line(llm: str, repetition: int | None, state: RequestState) -> dict[str, Any]:
     return {"llm": llm, "repetition": repetition, **state.model_dump(mode="json", exclude={"url", "address"})}
 
 

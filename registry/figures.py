@@ -21,6 +21,9 @@ ANSWERED: Final = (None, "answered")
 
 NOT_ALLOWED: Final = "estimates_not_allowed"
 
+WARMUP_INSIDE: Final = "warmup_inside"
+"""Flag of a counted stretch in which a warm-up was in flight: the counters have read its joules, too."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure(Estimate):
@@ -44,7 +47,8 @@ class BatchFigures:
     """What the counted stretches of leases cost: each read as one window of the counters, without shares.
 
     A stretch goes from the begin of the first prompt after the warm-up to the end of the last one. ``in_flight_max``
-    and ``in_flight_mean`` say how many prompts were answered at once.
+    and ``in_flight_mean`` say how many prompts were answered at once. ``flags`` say how many stretches have which. No
+    figure has a value if a warm-up was in flight in a stretch.
     """
 
     leases: int
@@ -55,6 +59,7 @@ class BatchFigures:
     in_flight_mean: float | None
     joules_per_token: Figure
     gco2eq_per_unit: Figure
+    flags: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +161,13 @@ def _score(
     """Return gCO2eq per functional unit. No value if the operator allows no estimates and there are some."""
     found = _figure(windows, f"gCO2eq/{unit or 'unit'}", amount_of or _grams, _units_of(unit), names, sci=True)
     refused = why(windows, lambda window: NOT_ALLOWED in window.flags, "are estimates, which are not allowed")
-    if refused is None:
-        return found
+    return found if refused is None else _without_value(found, refused)
+
+
+def _without_value(figure: Figure, reason: str) -> Figure:
+    """Return a figure that must not be cited, with the reason why not."""
     return replace(
-        found,
+        figure,
         value=None,
         mean_of_ratios=None,
         median=None,
@@ -172,7 +180,7 @@ def _score(
         bound_low=None,
         bound_high=None,
         label=LABELS[-1],
-        reason=refused,
+        reason=reason,
     )
 
 
@@ -255,13 +263,20 @@ def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:
         seconds=seconds,
         in_flight_max=max(most, default=None),
         in_flight_mean=None if mean is None or not seconds else mean / seconds,
-        joules_per_token=_of_leases(_figure(stretches, "J/output_token", _joules, _tokens, names)),
-        gco2eq_per_unit=_of_leases(_score(stretches, _unit_of(stretches), names)),
+        joules_per_token=_of_leases(_figure(stretches, "J/output_token", _joules, _tokens, names), stretches),
+        gco2eq_per_unit=_of_leases(_score(stretches, _unit_of(stretches), names), stretches),
+        flags=dict(Counter(flag for stretch in stretches for flag in stretch.flags).most_common()),
     )
 
 
-def _of_leases(figure: Figure) -> Figure:
-    """Return a figure of which each lease is one sample, with the reason for no interval in these words."""
+def _of_leases(figure: Figure, stretches: Sequence[WindowReport]) -> Figure:
+    """Return a figure of which each lease is one sample, with the reason for no interval in these words.
+
+    No value if a warm-up was in flight in a stretch: its joules are in it, and its tokens are not.
+    """
+    unclean = sum(WARMUP_INSIDE in stretch.flags for stretch in stretches)
+    if unclean:
+        return _without_value(figure, f"a warm-up was in flight in {unclean} of {len(stretches)} leases")
     if figure.too_few is None:
         return figure
     return replace(figure, too_few=f"too few leases: {figure.leases} (at least {MIN_PROMPTS})")
@@ -318,14 +333,17 @@ def _systematic_j(window: WindowReport) -> float | None:
 
 
 def _operational(window: WindowReport) -> _Amount | None:
-    """Return the emissions of the energy. The error of the grid's factor has the same sign in all windows."""
+    """Return the emissions of the energy. The error of the grid's factor has the same sign in all windows.
+
+    Both factors may be wrong at once: the larger distance from (E ± dE) * (I ± dI) to E * I is (E + dE) * (I + dI).
+    """
     if window.o_g is None:
         return None
     systematic_j, systematic = _systematic_j(window), None
     if systematic_j is not None and window.joules:
         of_grid = _half(window.grid, window.grid_low, window.grid_high)
-        relative = systematic_j / window.joules + (of_grid / window.grid if of_grid and window.grid else 0.0)
-        systematic = window.o_g * relative
+        of_energy, of_factor = systematic_j / window.joules, of_grid / window.grid if of_grid and window.grid else 0.0
+        systematic = window.o_g * ((1 + of_energy) * (1 + of_factor) - 1)
     return _Amount(window.o_g, window.o_low_g, window.o_high_g, systematic)
 
 

@@ -15,7 +15,7 @@ from deployments import energy_log, flights, window_writer
 from deployments.energy import Label
 from deployments.energy_sources import Unreadable
 from registry.errors import BudgetUsed
-from registry.reconcile import LeaseGrant
+from registry.reconcile import LeaseGrant, StartedFor
 from registry.state import EnergyWindow, WindowKind
 from tests.fake_counters import FakeCounter, PowerCurve, Ticks
 from tests.meter_bench import EMBODIED, LEASE, OTHER, UTC_S, WATTS, Bench, detail, of_kind
@@ -83,6 +83,26 @@ async def test_record_of_a_prompt(make: Make) -> None:
     assert found["methods"] == {"E": "simulated", "I": "sourced", "M": "sourced", "R": "measured"}
     assert (window.total_j, window.o_g, window.m_g) == (found["energy"]["total_j"], found["o_g"], found["m_g"])
     assert window.label == "simulated"
+
+
+async def test_start_names_the_request_that_it_is_for(make: Make) -> None:
+    """A load for request-9 and a wake for request-8 name these; a preload of 2 s and 200 J names no request."""
+    made = make()
+    with made.meter.load("org/tiny", StartedFor("request-9", 4)):
+        made.passes(5.0)
+    with made.meter.load("org/other", StartedFor("request-8", 3)) as start:
+        made.passes(1.0)
+        start.woken = True
+    with made.meter.load("org/tiny"):
+        made.passes(2.0)
+    windows = await made.windows()
+    first, preload = of_kind(windows, WindowKind.LOAD)
+    (wake,) = of_kind(windows, WindowKind.WAKE)
+    assert (first.request_id, first.measurement_id) == ("request-9", 4)
+    assert (wake.request_id, wake.measurement_id) == ("request-8", 3)
+    assert (preload.request_id, preload.measurement_id) == (None, None)
+    assert preload.total_j == pytest.approx(200, rel=0.05)
+    assert detail(first)["ids"]["request_id"] == "request-9"
 
 
 async def test_start_is_charged_to_the_deployment(make: Make) -> None:
