@@ -32,7 +32,7 @@ class Scorer:
         if parts.alone and had is None:
             energy = self.meter.window(flight.start_s, flight.end_s, estimate_short=True, final=for_good)
         else:
-            energy = self.meter.share(parts, before=had and had.shares, final=for_good)
+            energy = self.meter.share(parts, before=None if had is None else had.shares, final=for_good)
         reserved_s = parts.reserved_s + (0.0 if had is None else had.shares.reserved_s)
         flags = [
             *(("tokens_unknown",) if flight.tokens is None else ()),
