@@ -223,7 +223,8 @@ def test_counter_that_disagrees_is_no_measurement() -> None:
     gpu.run(60, 700)
     energy = gpu.meter.window(gpu.clock.now_s - 12, gpu.clock.now_s - 2)
     assert (energy.label, energy.counter_label) == (Label.MODELED, Label.MEASURED)
-    assert (energy.total_j, energy.low_j) == (pytest.approx(4600, rel=0.02), pytest.approx(4600, rel=0.02))
+    assert energy.total_j == pytest.approx(4600, rel=0.02)
+    assert energy.low_j == pytest.approx(4600, rel=0.02)
     assert energy.high_j == pytest.approx(4600 * 600 / 360 * 1.05, rel=0.03)
     assert energy.systematic_j is not None
     assert energy.systematic_j >= 7000 - 4600
