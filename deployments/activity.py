@@ -46,6 +46,11 @@ class Activity:
         if not self._running:
             self._ends_s[-1] = at_s
 
+    @property
+    def working(self) -> bool:
+        """Whether there is work now."""
+        return self._running > 0
+
     def busy_s(self, start_s: float, end_s: float) -> float:
         """Return for how many seconds between two times there was any work."""
         begins_s, ends_s = self._begins_s, self._ends_s

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
 from operator import add, mul, sub
@@ -115,6 +115,21 @@ def counted(
         systematic_j=min(max(more.high - mid.mid, mid.mid - less.low), max(high.high - mid.mid, mid.mid - low.low)),
         counter_label=source.counter_label,
         flags=(*flags, "too_short") if too_short else flags,
+    )
+
+
+def doubted(part: Component, doubt: tuple[float, float]) -> Component:
+    """Return a component of a counter whose joules may have to be multiplied with so much, at least and at most."""
+    if part.joules is None or part.low_j is None or part.high_j is None or part.systematic_j is None:
+        return part
+    least, most = doubt
+    error_j = part.joules * max(1 - least, most - 1)
+    return replace(
+        part,
+        label=worst((part.label, Label.MODELED)),
+        low_j=part.low_j * least,
+        high_j=part.high_j * most,
+        systematic_j=part.systematic_j + error_j,
     )
 
 

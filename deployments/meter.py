@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Final
 
 from deployments.activity import Activity
-from deployments.attribution import Flow, Parts, Shares, counted, shared, together, unknown, widened
+from deployments.attribution import Flow, Parts, Shares, counted, doubted, shared, together, unknown, widened
 from deployments.contention import PERIOD_S, Contention, Look, at_once
 from deployments.counter_check import Check, CounterCheck
 from deployments.edge_check import EdgeCheck
@@ -48,6 +48,10 @@ class _Channel:
     readings: int = 0
     failures: int = 0
     error: str | None = None
+
+    def doubted(self, part: Component) -> Component:
+        """Return a component; modelled, with bounds that contain what the power told, if the counter disagreed."""
+        return part if self.check is None or not self.check.disagrees else doubted(part, self.check.doubt)
 
 
 class Meter:
@@ -196,8 +200,10 @@ class Meter:
                 channel.track.lost(lost.flag)
                 channel.error = lost.flag
         else:
-            if channel.check is not None and channel.check.wants_power(asked_s):
-                channel.check.add(asked_s, units, source.power_w())
+            if channel.check is not None:
+                working = self._activity.working
+                power_w = source.power_w() if channel.check.wants_power(asked_s, working=working) else None
+                channel.check.add(asked_s, units, power_w, working=working)
             with self._lock:
                 channel.track.max_rate = source.max_rate
                 channel.track.add(asked_s, answered_s, units)
@@ -261,12 +267,14 @@ class Meter:
         parts = [
             unknown(channel.source, units)
             if isinstance(units, str)
-            else counted(
-                channel.source,
-                flow.duration_s,
-                units,
-                citable=flow.longest_s >= (channel.track.citable_s or 0.0),
-                estimate_short=estimate_short,
+            else channel.doubted(
+                counted(
+                    channel.source,
+                    flow.duration_s,
+                    units,
+                    citable=flow.longest_s >= (channel.track.citable_s or 0.0),
+                    estimate_short=estimate_short,
+                )
             )
             for channel, units in zip(self._channels, flow.units, strict=True)
         ]
@@ -286,7 +294,9 @@ class Meter:
         """
         found = self.shares(parts, final=final) if before is None else before + self.shares(parts, final=final)
         components = [
-            unknown(channel.source, share) if isinstance(share, str) else shared(channel.source, found, share)
+            unknown(channel.source, share)
+            if isinstance(share, str)
+            else channel.doubted(shared(channel.source, found, share))
             for channel, share in zip(self._channels, found.counters, strict=True)
         ]
         end_s = parts.times_s[-1]

@@ -276,7 +276,7 @@ async def test_long_prompt_beside_more_than_is_remembered(make: Make, monkeypatc
         made.passes(0.5)
         made.prompt(0.5, (second % 7, 1 + second % 5))
         if second % 5 == 0:
-            windows = await made.windows()
+            await made.windows()
             remembered.append(len(made.meter._flights))
     made.end(long, (100, 3000))
     made.passes(2.0)
