@@ -247,7 +247,11 @@ def _sum(windows: Sequence[WindowReport], name: str) -> float | None:
 
 
 def _hole(request: Request, kept: Sequence[KeptWindow], windows: Sequence[WindowReport]) -> Hole | None:
-    """Return the time of a lease that is in none of its windows; until its last window if it still runs."""
+    """Return the time of a lease that is in none of its windows.
+
+    Of a lease that runs only what is over counts, until the end of its last idle or lease window: idle time is written
+    down when a stretch of it closes, so the pauses after that are still to come.
+    """
     own = [
         (each.window, window)
         for each, window in zip(kept, windows, strict=True)
@@ -255,7 +259,11 @@ def _hole(request: Request, kept: Sequence[KeptWindow], windows: Sequence[Window
     ]
     begun_s, ended_s = request.deployed_s, request.ended_s
     if ended_s is None:
-        ended_s = max((window.ended_s for window, _ in own), default=None)
+        closing = {WindowKind.IDLE, WindowKind.LEASE}
+        ended_s = max((window.ended_s for window, _ in own if window.kind in closing), default=0.0)
+        own = [(window, told) for window, told in own if window.begun_s < ended_s]
+        if not own:
+            return None
     if begun_s is None or ended_s is None:
         return None
     covered_s = 0.0
