@@ -11,6 +11,7 @@ import pytest
 from deployments.cpu_quota import cpus_here
 from deployments.cpu_time import TICKS_PER_S
 from deployments.machine_cpu import MachineCPU
+from deployments.machine_share import CPUPart, MachineShare
 from deployments.meter import Meter
 from tests.fake_counters import FakeCounter, ManualClock, end_process, write_busy, write_process
 
@@ -170,3 +171,22 @@ def test_quota_of_a_container_counts(tmp_path: Path, files: dict[str, str], cpus
 def test_cpus_of_this_process() -> None:
     """Without a quota it is what the process may run on; there is always some."""
     assert 0 < cpus_here() <= len(os.sched_getaffinity(0))
+
+
+# --- shares ------------------------------------------------------------------------------------------------
+
+
+def test_all_counters_of_a_poll_are_divided_alike(proc: Path, use: Use) -> None:
+    """Two zones of 100 J a poll are read 20 ms apart, and CPU time goes on in between: both are divided alike.
+
+    We use 3 of 4 CPU-seconds, so by reservation (1/2) and CPU time (3/4) our share is 62.5 J of each.
+    """
+    part = CPUPart(MachineCPU(ME, others=lambda: {OTHER: 100}, proc_root=proc), on_machine=2)
+    zones = [MachineShare(FakeCounter(lambda now_s: 100 * now_s), part, "mean") for _ in range(2)]
+    for zone in zones:
+        zone.read(1000.0)
+    use(me_s=3.0, other_s=1.0)
+    first = zones[0].read(1001.0)
+    use(other_s=9.0)
+    second = zones[1].read(1001.02)
+    assert (first, second) == pytest.approx((62.5, 62.5 * 1.02))
