@@ -21,6 +21,9 @@ from registry.totals import Total, spent_total, total_of
 PAGE = 1000
 """Windows that are read at once: some 20 ms in which the registry decides nothing."""
 
+COSTS_REMEMBERED = 4096
+"""Requests whose costs are remembered: more than a registry has at once."""
+
 _STARTS = frozenset({WindowKind.LOAD, WindowKind.WAKE})
 
 
@@ -129,9 +132,13 @@ class Accounts:
         Raises:
             StoreUnavailable: the database does not answer.
         """
-        if request_id not in self._costs:
-            self._costs[request_id] = self._store.costs_of_request(request_id)
-        return self._costs[request_id]
+        found = self._costs.pop(request_id, None)
+        if found is None:
+            found = self._store.costs_of_request(request_id)
+            if len(self._costs) >= COSTS_REMEMBERED:
+                del self._costs[next(iter(self._costs))]  # that which was asked for longest ago
+        self._costs[request_id] = found
+        return found
 
     def used(self, request_id: str) -> tuple[float, float]:
         """What the lease of a request is known to have used so far, J and gCO2eq: its prompts, and its idle time.
