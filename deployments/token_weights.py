@@ -71,8 +71,8 @@ class _Sums(NamedTuple):
 class TokenWeight:
     """Learns the weight of one LLM on one machine; a new LLM needs a new one.
 
-    Least squares of joules by the costs of a prompt, of a prompt token and of an output token, all three >= 0, from sums
-    of products. What each prompt costs, however long it is, would else be taken for a cost of its tokens.
+    Least squares of joules by the costs of a prompt, of a prompt token and of an output token, all three >= 0, from
+    sums of products. What each prompt costs, however long it is, would else be taken for a cost of its tokens.
     """
 
     def __init__(self) -> None:

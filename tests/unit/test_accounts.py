@@ -30,7 +30,9 @@ def test_costs_are_remembered_of_so_many_requests_only(monkeypatch: pytest.Monke
     """Of three requests two are remembered: those that were asked for last. The third one is read anew."""
     monkeypatch.setattr(accounts, "COSTS_REMEMBERED", 2)
     store = CountingStore()
-    kept = Accounts(cast(Store, store), cast(Allocator, None), budgets={}, now_s=lambda: 0.0, on_kept=lambda _: None)
+    kept = Accounts(
+        cast("Store", store), cast("Allocator", None), budgets={}, now_s=lambda: 0.0, on_kept=lambda _: None
+    )
     for request_id in ("a", "b", "a", "c", "a", "b"):
         assert kept.costs(request_id) == {}
     assert store.asked == ["a", "b", "c", "b"]
