@@ -36,7 +36,8 @@ class Scorer:
             *(("tokens_unknown",) if flight.tokens is None else ()),
             *(("share_estimated",) if assumed else ()),
         ]
-        return energy, self.score(energy, parts.reserved_s, self.units(flight), flags)
+        range_s = parts.reserved_low_s, parts.reserved_high_s
+        return energy, self.score(energy, parts.reserved_s, self.units(flight), flags, range_s)
 
     def units(self, flight: Flight) -> int | None:
         """The functional units of a prompt, None if they are not known. One that gave no answer is no request."""
@@ -51,9 +52,24 @@ class Scorer:
             case "word":
                 return flight.words
 
-    def score(self, energy: Energy, duration_s: float, units: int | None, flags: Sequence[str] = ()) -> Score:
-        """Score an energy, and a time for which the hardware was reserved [s]."""
-        return score(energy, duration_s=duration_s, units=units, settings=self._settings, grid=self._grid, flags=flags)
+    def score(
+        self,
+        energy: Energy,
+        duration_s: float,
+        units: int | None,
+        flags: Sequence[str] = (),
+        duration_range_s: tuple[float, float] | None = None,
+    ) -> Score:
+        """Score an energy, and a time for which the hardware was reserved [s], with its range where it is a share."""
+        return score(
+            energy,
+            duration_s=duration_s,
+            units=units,
+            settings=self._settings,
+            grid=self._grid,
+            flags=flags,
+            duration_range_s=duration_range_s,
+        )
 
     def summed(self, flow: Flow | None, times: Sequence[Sequence[Interval]], *, final: bool = False) -> Flow | None:
         """Add what flowed in these times to a flow; None where there was no time. ``final`` is as for `Meter.flow`."""
