@@ -19,6 +19,7 @@ from starlette.types import Message, Send
 from deployments.flights import Flight, Tokens
 from deployments.prompt_meter import PromptMeter, tokens_of
 from registry.errors import InvalidField
+from registry.state import MAX_PROMPT_ID
 
 ENERGY_HEADER = b"x-greenprompt-energy"
 ENERGY_FIELD = b"greenprompt"
@@ -26,7 +27,6 @@ WARMUP_HEADER = "X-GreenPrompt-Warmup"
 """Marks a prompt as a warm-up (``true``): its record says so, and it is no part of what is counted."""
 PROMPT_HEADER = "X-GreenPrompt-Prompt"
 """The client's own name of a prompt, percent-encoded; the same for the same question in every lease."""
-PROMPT_ID_LIMIT = 1024
 EVENT_STREAM = b"text/event-stream"
 
 _USAGE = b'"usage":{'
@@ -137,11 +137,11 @@ def prompt_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
     """Return the client's own name of a prompt, from its headers (as ASGI has them); None without one.
 
     Raises:
-        InvalidField: it has more than PROMPT_ID_LIMIT characters.
+        InvalidField: it has more than MAX_PROMPT_ID characters.
     """
     value = next((value for name, value in headers if name == PROMPT_HEADER.lower().encode()), b"")
-    if len(value) > PROMPT_ID_LIMIT:
-        raise InvalidField(PROMPT_HEADER, f"needs at most {PROMPT_ID_LIMIT} characters")
+    if len(value) > MAX_PROMPT_ID:
+        raise InvalidField(PROMPT_HEADER, f"needs at most {MAX_PROMPT_ID} characters")
     return unquote(value.decode("ascii", errors="replace")) or None
 
 

@@ -27,6 +27,7 @@ from deployments.ingress import IngressConfig
 from deployments.llm_args import map_llmconfig
 from deployments.local_ray import RAY_FOLDER, keep_logs
 from deployments.models import ModelSources
+from deployments.steady_clock import SteadyClock
 from registry.actor import ACTOR_NAME, NAMESPACE, RegistryActor
 from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed, in_one_line
 from registry.logs import REGISTRY_LOG, configure_logging
@@ -83,7 +84,7 @@ def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[
         settings,
         Store.open(settings.store_url),
         RayCluster(settings, sources),
-        now_s=time.time,
+        now_s=SteadyClock(),
         new_token=lambda: secrets.token_urlsafe(32),
         homes=home_llms(settings),
         on_fatal=on_fatal,

@@ -18,6 +18,9 @@ import structlog
 WALL_S: Final = 20.0
 """How long the trial may take, seconds; that of a large tokenizer takes one or two."""
 
+IMPORT_S: Final = 120.0
+"""How much longer, where the process has to import vLLM first, seconds."""
+
 CPU_S: Final = 20
 """How much processor time it may take, seconds."""
 
@@ -94,23 +97,29 @@ def _stamp(folder: str) -> tuple[tuple[str, int], ...]:
         return ()
 
 
+def _limit(cpu_s: int, memory_bytes: int) -> None:
+    """Let the kernel end this process, or refuse it memory, when it takes so much more than it has taken."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    last_s = int(used.ru_utime + used.ru_stime) + cpu_s
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    most_bytes = pages * os.sysconf("SC_PAGE_SIZE") + memory_bytes
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (last_s, last_s))
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+
+
 def attempt(tokenizer: Tokenizer, cpu_s: int, memory_bytes: int) -> str | None:
     """In the process with limits: load the tokenizer, write a chat with its template, and split that into tokens.
 
     Returns None if all of it ends, also with an error of its own: vLLM, or the first prompt, will tell that better.
     """
-    in_use = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + memory_bytes, in_use + memory_bytes))
-    from transformers import AutoTokenizer
+    from vllm.tokenizers import get_tokenizer
 
+    _limit(cpu_s, memory_bytes)
     try:
-        loaded = AutoTokenizer.from_pretrained(
-            tokenizer.folder, revision=tokenizer.revision, trust_remote_code=tokenizer.own_code
-        )
+        loaded: Any = get_tokenizer(tokenizer.folder, revision=tokenizer.revision, trust_remote_code=tokenizer.own_code)
         text = _CHAT[0]["content"]
-        if loaded.chat_template:
+        if getattr(loaded, "chat_template", None):
             text = loaded.apply_chat_template(_CHAT, tokenize=False, add_generation_prompt=True)
         loaded.encode(text)
     except MemoryError:

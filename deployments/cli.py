@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -117,41 +118,62 @@ def measure(
     experiment: Annotated[
         Path | None, typer.Argument(help="Experiment (YAML); options go over what it says.", show_default=False)
     ] = None,
-    llm: Annotated[
+    llms: Annotated[
         list[str] | None, typer.Option("--llm", "-m", help="LLM to ask (hub id or path); repeatable.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", "-p", help='Prompts: JSONL, a line each: {"question": "…"}.')
+        str | None, typer.Option("--prompts", "-p", metavar="<path>", help="Prompts: JSONL or a JSON array.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results.")] = None,
+    question_field: Annotated[str | None, typer.Option(help="Which field of a prompt is the question.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="<path>", help="Folder of the results.")
+    ] = None,
     repetitions: Annotated[int | None, typer.Option(help="How often each LLM is asked each prompt.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Prompts in flight at once.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Prompts of each lease before those that count.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the order of the LLMs, and of the intervals.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of the LLMs.")] = None,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option("--arg", help="Of prompting, for each LLM: word=value, as in max_new_tokens=64; repeatable."),
+    ] = None,
+    deployment_arg: Annotated[
+        list[str] | None, typer.Option("--deployment-arg", help="Of deployment, likewise, as in max_model_len=2048.")
+    ] = None,
+    modeltyp: Annotated[str | None, typer.Option(help="What the LLMs do, as in text-generation.")] = None,
+    uses_chat_template: Annotated[
+        bool | None, typer.Option("--chat-template/--no-chat-template", help="Whether questions are put into it.")
+    ] = None,
+    measurement_id: Annotated[int | None, typer.Option(help="The measurementId, instead of a new one.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose turn in the queue it takes.")] = None,
+    priority: Annotated[str | None, typer.Option(help="low, normal or high, among the tenant's own.")] = None,
     grade: Annotated[str | None, typer.Option(help="'measurement': the registry sees to a quiet machine.")] = None,
     gpu_type: Annotated[str | None, typer.Option(help="GPUs that the machine must have, as in H100.")] = None,
+    like: Annotated[str | None, typer.Option(help="Id of an earlier request: the same LLM and machine again.")] = None,
+    max_joules: Annotated[float | None, typer.Option(help="Energy that each lease may use, J.")] = None,
+    max_gco2eq: Annotated[float | None, typer.Option(help="Emissions that each lease may cause, g.")] = None,
+    prompt_timeout_s: Annotated[
+        float | None, typer.Option("--prompt-timeout", help="Longest wait for an answer, s.")
+    ] = None,
     url: Annotated[str | None, typer.Option(help="Base URL of the registry.", envvar="GREENPROMPT_URL")] = None,
 ) -> None:
     """Have LLMs answer prompts, and sum up what that cost; the same command goes on where a run was ended.
 
-    Exit status 1: some answers are missing, since an LLM could not be had. 130: Ctrl-C.
+    Prompts, LLMs and repetitions may be added to a run.
+
+    Exit status 1: some answers are missing, or an LLM has refused every prompt. 130: Ctrl-C.
     """
-    from deployments.experiment import load_plan
+    given = locals()
+    from deployments.experiment import argument, load_plan
     from deployments.measure import run_measure
 
-    given = {
-        "llms": llm,
-        "prompts": prompts,
-        "output": output,
-        "repetitions": repetitions,
-        "concurrency": concurrency,
-        "warmup": warmup,
-        "seed": seed,
-        "grade": grade,
-        "gpu_type": gpu_type,
-        "url": url,
-    }
-    plan = load_plan(experiment, **{name: value for name, value in given.items() if value is not None and value != []})
+    fields = {name: value for name, value in given.items() if value is not None and value != []}
+    fields.pop("experiment", None)
+    plan = load_plan(
+        experiment,
+        prompting_args=dict(map(argument, fields.pop("arg", []))),
+        deployment_args=dict(map(argument, fields.pop("deployment_arg", []))),
+        **fields,
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by a scheduler, it gives its LLMs back, too
     try:
         complete = run_measure(plan, console)
@@ -267,6 +289,9 @@ def exit_status(error: RegistryError | httpx.TransportError) -> int:
 def main() -> None:
     """Entry point: every expected error is one line on standard error, and an exit status that tells its kind."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # where it can't show a character it shows another, and goes on
+            stream.reconfigure(errors="replace")
     stamina.instrumentation.set_on_retry_hooks(())  # calls are repeated silently; the last error is shown
     try:
         app()

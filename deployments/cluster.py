@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments import wrapper as wrapper_module
 from deployments.engine_rest import REST_LIMIT_S
 from deployments.models import ModelSources
+from deployments.probe import PROBE_MAX_S
 from deployments.wrapper import WrapperConfig
 from registry.errors import RegistryError, WrapperUnheard, WrapperUnreachable, in_one_line
 from registry.reconcile import (
@@ -164,7 +165,7 @@ class RayCluster:
     async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
         """Let a lease's token in. Raises StaleEpoch, EngineNotReady."""
         settle_s = self._settings.energy.settle_max_s if grant.grade == Grade.MEASUREMENT else 0.0
-        limit_s = self._last_prompt_s + REST_LIMIT_S + settle_s + COMMAND_TIMEOUT_S
+        limit_s = self._last_prompt_s + REST_LIMIT_S + PROBE_MAX_S + settle_s + COMMAND_TIMEOUT_S
         over: HandOver = await self._ask(wrapper_id, "bind", epoch, grant, timeout_s=limit_s)
         return over
 

@@ -68,9 +68,11 @@ class Contention:
         """Look for others; takes milliseconds, for the poller. Times never go back."""
         answers = [self._answer(index, now_s) for index in range(len(self._looks))]
         with self._lock:
-            self._looked_s = now_s
+            last_s, self._looked_s = self._looked_s, now_s
             for kept, kind in ((self._seen, True), (self._unknown, None)):
                 found_s = [since_s for answer, since_s in answers if answer is kind]
+                if kind is None and 2 * PERIOD_S < now_s - last_s < math.inf:
+                    found_s.append(last_s)  # of the time in between nobody can tell
                 if found_s:
                     kept.append((min(found_s), now_s))
 
@@ -90,14 +92,17 @@ class Contention:
             return self._looked_s >= time_s
 
     def seen(self, start_s: float, end_s: float) -> bool:
-        """Whether others were seen at work between two times. After the last look its answer holds."""
+        """Whether others were seen at work between two times. For a period after the last look its answer holds."""
         with self._lock:
-            return _any_in(self._seen, min(start_s, self._looked_s), end_s)
+            return _any_in(self._seen, self._begun(start_s), end_s)
 
     def unknown(self, start_s: float, end_s: float) -> bool:
         """Whether for a part of that time it could not be told."""
         with self._lock:
-            return _any_in(self._unknown, min(start_s, self._looked_s), end_s)
+            return _any_in(self._unknown, self._begun(start_s), end_s)
+
+    def _begun(self, start_s: float) -> float:
+        return self._looked_s if self._looked_s < start_s <= self._looked_s + PERIOD_S else start_s
 
 
 def _any_in(times: deque[Interval], first_s: float, last_s: float) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+INHERITED_S = 0.5
+"""A process that is gone may show in the time of its parent so much later: /proc is no picture of one moment."""
 
 
 class ProcessStat(NamedTuple):
@@ -57,7 +60,7 @@ class CPUTimeTree:
     """CPU-seconds of a process tree. Not thread-safe.
 
     A child's time moves to its parent when that reaps it. Parents are read before their children, so what a child
-    takes along shows in its parent in this look or in the next one, where it is counted once. What is not inherited
+    takes along shows in its parent in this look or in one of the next, where it is counted once. What is not inherited
     (a parent that ignores its children, or that died first) is kept from the last look. A descendant whose parent dies
     stays in the tree. Only what a process did between the last look and its unreaped end is missed.
 
@@ -90,6 +93,7 @@ class CPUTimeTree:
         self._scanned_s: float | None = None
         self._read_s: float | None = None
         self._ended_ticks = 0
+        self._inherited_until_s = -math.inf
         self._total_ticks = 0.0
         self._spare_ticks = 0.0
 
@@ -145,10 +149,14 @@ class CPUTimeTree:
                 reaped += max(stat.reaped_ticks - last.reaped_ticks, 0)
                 self._known[pid] = stat
         # Time that was counted already while those who took it along lived.
-        reaped -= min(self._ended_ticks, reaped)
-        self._ended_ticks = max(ended - reaped, 0)
-        reaped -= min(ended, reaped)
-        self._count(now_s, own + reaped)
+        if ended:
+            self._inherited_until_s = now_s + INHERITED_S
+        elif now_s > self._inherited_until_s:
+            self._ended_ticks = 0
+        self._ended_ticks += ended
+        inherited = min(self._ended_ticks, reaped)
+        self._ended_ticks -= inherited
+        self._count(now_s, own + reaped - inherited)
         return self._total_ticks / TICKS_PER_S
 
     def _count(self, now_s: float, ticks: int) -> None:

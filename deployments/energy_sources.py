@@ -12,7 +12,7 @@ from pathlib import Path
 from deployments.cpu_model import CPUModelSource
 from deployments.cpu_quota import cpus_here
 from deployments.energy import SCISettings
-from deployments.gpu_counters import GPUCounter, GPUPower, probe_gpu
+from deployments.gpu_counters import GPUCounter, GPUPower, GPUPowerAtMost, probe_gpu
 from deployments.gpu_info import driver_version, gpu_memory, gpu_settings, gpu_uuids
 from deployments.machine_cpu import MachineCPU
 from deployments.machine_share import CPUPart, shares
@@ -71,7 +71,11 @@ def probe_sources(
         on_machine: How many wrappers share the machine, this one included.
     """
     machine = machine or MachineCPU(pid, proc_root=proc_root)
-    gpus = [probe_gpu(uuid, machine.tree) for uuid in gpu_uuids]
+    gpus: list[Source | Unreadable] = []
+    for uuid in gpu_uuids:
+        gpus.append(gpu := probe_gpu(uuid, machine.tree))
+        if isinstance(gpu, GPUPower):
+            gpus.append(GPUPowerAtMost(gpu))
     if any(isinstance(gpu, Source) and gpu.covers_cpu for gpu in gpus):
         return [*gpus, Unreadable("cpu", "the energy counter of the GPU's module has the CPU and its memory in it")]
     estimates = settings.allow_estimates or not gpus
@@ -91,5 +95,13 @@ def probe_sources(
         found.append(Unreadable("cpu-model", "energy.allow_estimates is false, and GPUs are counted without it"))
     else:
         machine.look_often()
+        found = [_in_model(source) for source in found]
         found.append(CPUModelSource(settings.cpu_model, machine.tree, cpus=cpus_here() if cpus is None else cpus))
     return found
+
+
+def _in_model(source: Source | Unreadable) -> Source | Unreadable:
+    """A source, but none for main memory: the model of the CPU has its memory in it."""
+    if isinstance(source, Source) and source.name.startswith("dram-"):
+        return Unreadable(source.name, "energy.cpu_model has the memory in it, and no package can be read")
+    return source

@@ -30,10 +30,11 @@ import psutil
 from pydantic import ValidationError
 
 from deployments import process_tree
-from deployments.checkpoint_trial import WALL_S, CheckpointTrial, TrialFailed, tokenizer_of
+from deployments.checkpoint_trial import IMPORT_S, WALL_S, CheckpointTrial, TrialFailed, tokenizer_of
 from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, log_handlers_kept
 from deployments.gpu_memory import GPUMemory
 from deployments.heartbeat import Heartbeat, Work
+from deployments.our_words import in_our_words
 from deployments.out_of_memory import OOMKills
 from deployments.sleep_mode import SleepMode
 from deployments.token_count import counted
@@ -493,7 +494,7 @@ class EngineHost:
                         reason, permanent = str(problem), True
                     elif oom_kills.happened:
                         reason, permanent = f"main memory ran out, and the kernel ended a process; {reason}", False
-                    raise EngineStartFailed(order.model, reason, permanent) from problem
+                    raise EngineStartFailed(order.model, in_our_words(reason), permanent) from problem
                 raise
             finally:
                 following.cancel()
@@ -566,8 +567,12 @@ class EngineHost:
         if tokenizer is None:
             return
         # A fork of the forkserver has all that is needed imported; else it is, while the engine starts as slowly.
-        context = multiprocessing.get_context("spawn") if self._forkserver is None else self._forkserver.context
-        self._trial.passes(tokenizer, lambda function: run_apart(context, function, WALL_S))
+        context: multiprocessing.context.BaseContext
+        if self._forkserver is not None:
+            context, limit_s = self._forkserver.context, WALL_S
+        else:
+            context, limit_s = multiprocessing.get_context("spawn"), WALL_S + IMPORT_S
+        self._trial.passes(tokenizer, lambda function: run_apart(context, function, limit_s))
 
     def _arguments(self, order: _Order) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -646,9 +651,9 @@ class EngineHost:
         self._pronounce_dead(llm, f"process {pid} ended by itself" + (f": {words}" if words else ""))
 
     async def _on_hang(self, llm: RunningLLM) -> None:
-        def ask() -> Awaitable[object]:
+        async def ask() -> object:
             llm.oom_kills.look()  # what the kernel has done so far has nothing to do with a death to come
-            return llm.engine.is_sleeping()
+            return await llm.engine.is_sleeping()
 
         heartbeat = Heartbeat(ask, llm.work, llm.processes, stall_s=self._stall_s)
         self._pronounce_dead(llm, await heartbeat.until_hung())

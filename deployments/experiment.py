@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,23 +14,43 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
-    StrictStr,
-    StringConstraints,
+    StrictFloat,
+    StrictInt,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
 
-from registry.api import MAX_LLMS_PER_REQUEST, GpuType, LLMArgs, LLMConfig, NonEmpty
+from deployments.llm_args import TASKS
+from deployments.prompt_files import Prompt, load_prompts, read_text
+from registry.api import (
+    MAX_ID,
+    MAX_LLMS_PER_REQUEST,
+    Budget,
+    GpuType,
+    LLMArgs,
+    LLMConfig,
+    NonEmpty,
+    TenantName,
+)
 from registry.errors import BadSettings
-from registry.state import canonical_json
-from registry.strict_yaml import load_json, load_yaml
+from registry.http import base_url_of
+from registry.state import Grade, Priority, canonical_json
+from registry.strict_yaml import load_yaml
 
 MAX_CONCURRENCY = 1024
 """Most prompts at once: a thread each."""
+
+MAX_REPETITIONS = 10_000
+MAX_WARMUP = 10_000
+MAX_PROMPT_TIMEOUT_S = 7 * 86_400.0
+
+GROWS = ("llms", "prompts", "repetitions")
+"""What may be added to an experiment that has been begun. Everything else of its identity stays."""
 
 
 def _all_different(llms: tuple[LLMConfig, ...]) -> tuple[LLMConfig, ...]:
@@ -39,6 +58,40 @@ def _all_different(llms: tuple[LLMConfig, ...]) -> tuple[LLMConfig, ...]:
         if llm in llms[:n]:
             raise ValueError(f"{llm.model} is there twice with the same args; repetitions ask an LLM again")
     return llms
+
+
+def _writes_text(llm: LLMConfig) -> LLMConfig:
+    task = TASKS.get(llm.modeltyp)
+    if task is not None and not task.generates:
+        raise ValueError(f"{llm.modeltyp} writes no text: greenprompt measure asks for answers to prompts")
+    return llm
+
+
+def _a_path(value: Any) -> Any:
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        raise ValueError("give a path that is not empty")
+    return value
+
+
+def _sendable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a character, which can't be sent") from None
+    return text
+
+
+def _a_base_url(text: str) -> str:
+    try:
+        base_url_of(text)
+    except BadSettings as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+_Name = Annotated[NonEmpty, AfterValidator(_sendable)]
+_LLM = Annotated[LLMConfig, AfterValidator(_writes_text)]
+_Path = Annotated[Path, BeforeValidator(_a_path)]
 
 
 class Experiment(BaseModel):
@@ -50,29 +103,40 @@ class Experiment(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    modeltyp: NonEmpty = "text-generation"
+    modeltyp: _Name = "text-generation"
     uses_chat_template: StrictBool = True
     args: LLMArgs = LLMArgs(prompting={}, deployment={})
     llms: Annotated[
-        tuple[LLMConfig, ...], Field(min_length=1, max_length=MAX_LLMS_PER_REQUEST), AfterValidator(_all_different)
+        tuple[_LLM, ...], Field(min_length=1, max_length=MAX_LLMS_PER_REQUEST), AfterValidator(_all_different)
     ]
-    prompts: Path = Field(description='JSONL, a line each: {"id": optional, "question"}')
-    output: Path = Field(description="Folder of the results; the same experiment goes on there")
-    repetitions: int = Field(1, ge=1, description="How often each LLM is asked each prompt, by a lease of its own")
-    concurrency: int = Field(
+    prompts: _Path = Field(description='JSONL or a JSON array of {"id": optional, "question", …}, or of texts')
+    question_field: NonEmpty = Field("question", description="Which field of a prompt is the question")
+    output: _Path = Field(description="Folder of the results; the same experiment goes on there")
+    repetitions: StrictInt = Field(
+        1, ge=1, le=MAX_REPETITIONS, description="How often each LLM is asked each prompt, by a lease of its own"
+    )
+    concurrency: StrictInt = Field(
         1,
         ge=1,
         le=MAX_CONCURRENCY,
         description="Prompts in flight; the joules of one of several at once are its share, an estimate",
     )
-    warmup: int = Field(2, ge=0, description="Prompts of each lease before those that count")
-    seed: int = Field(1, description="Of the order of LLMs")
+    warmup: StrictInt = Field(2, ge=0, le=MAX_WARMUP, description="Prompts of each lease before those that count")
+    seed: StrictInt = Field(1, ge=0, le=MAX_ID, description="Of the order of LLMs")
+    measurement_id: StrictInt | None = Field(None, gt=0, le=MAX_ID, description="null: a new one")
+    tenant: TenantName | None = Field(None, description="Whose turn in the queue it takes; null: default")
+    priority: Priority | None = Field(None, description="low, normal or high among this tenant's; null: normal")
     gpu_type: GpuType | None = Field(None, description="GPUs that the machine must have; null: any or none")
-    grade: NonEmpty | None = Field(
-        None, description="measurement: the registry sees to a quiet machine; null: not said"
+    grade: Grade | None = Field(None, description="measurement: the registry sees to a quiet machine; null: not said")
+    like: _Name | None = Field(None, description="Id of an earlier request, whose LLM and machine are to be the same")
+    max_joules: Budget | None = Field(None, description="Energy that each lease may use; null: no limit")
+    max_gco2eq: Budget | None = Field(None, description="Emissions that each lease may cause, grams; null: no limit")
+    prompt_timeout_s: StrictInt | StrictFloat = Field(
+        900, gt=0, le=MAX_PROMPT_TIMEOUT_S, description="Longest wait for an answer, longer than prompt_max_s"
     )
-    prompt_timeout_s: float = Field(900, gt=0, description="Longest wait for an answer, longer than prompt_max_s")
-    url: str = Field("http://127.0.0.1:8000", description="Base URL of the registry")
+    url: Annotated[str, AfterValidator(_a_base_url)] = Field(
+        "http://127.0.0.1:8000", description="Base URL of the registry"
+    )
 
     @field_validator("llms", mode="before")
     @classmethod
@@ -85,22 +149,17 @@ class Experiment(BaseModel):
         return [shared | llm if isinstance(llm, dict) else llm for llm in own]
 
 
-class Prompt(BaseModel):
-    """One line of a prompts file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
-
-    id: Annotated[str, StringConstraints(min_length=1)]
-    question: Annotated[StrictStr, StringConstraints(min_length=1)]
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An experiment with its prompts. ``llms`` are its llmconfigs by name: the model, numbered where there are more."""
+    """An experiment with its prompts. ``llms`` are its llmconfigs by name: the model, numbered where there are more.
+
+    ``orders`` are those of repetitions that an earlier run has begun.
+    """
 
     experiment: Experiment
     prompts: tuple[Prompt, ...]
     llms: Mapping[str, dict[str, Any]]
+    orders: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
     @property
     def answers(self) -> int:
@@ -108,64 +167,105 @@ class Plan:
         return len(self.llms) * len(self.prompts) * self.experiment.repetitions
 
     def order(self, repetition: int) -> list[str]:
-        """The LLMs of a repetition (from 1) in the order in which they are asked for: shuffled, by the seed alone."""
+        """Return the LLMs of a repetition (from 1) in the order in which they are asked for: shuffled, by the seed.
+
+        One that has been begun keeps its order; LLMs that were added come after the others.
+        """
         names = sorted(self.llms)
         random.Random(f"{self.experiment.seed}/{repetition}").shuffle(names)
-        return names
+        begun = [name for name in self.orders.get(repetition, ()) if name in self.llms]
+        return begun + [name for name in names if name not in begun]
+
+    def going_on(self, llms: Mapping[str, Mapping[str, Any]], orders: Mapping[int, Sequence[str]]) -> Plan:
+        """Return the plan with the names and the orders that an earlier run gave."""
+        return replace(self, llms=_named(self.experiment.llms, llms), orders=orders)
 
     def identity(self) -> dict[str, Any]:
-        """All that makes it this experiment and no other, as plain JSON; where it runs and writes is no part of it."""
+        """Return all that makes it this experiment, as plain JSON; where it runs and writes is no part of it."""
         said = self.experiment.model_dump(
-            mode="json", include={"repetitions", "concurrency", "warmup", "seed", "gpu_type", "grade"}
+            mode="json", include={"repetitions", "concurrency", "warmup", "seed", "gpu_type", "grade", "like"}
         )
-        asked = canonical_json({prompt.id: prompt.question for prompt in self.prompts})
-        prompts = {"count": len(self.prompts), "sha256": hashlib.sha256(asked.encode(errors="replace")).hexdigest()}
-        return {"llms": dict(self.llms), "prompts": prompts, **said}
+        questions = {prompt.id: prompt.question for prompt in self.prompts}
+        sha256 = hashlib.sha256(canonical_json(questions).encode()).hexdigest()
+        return {"llms": dict(self.llms), "prompts": {"count": len(questions), "sha256": sha256}, **said}
 
 
-def load_plan(path: Path | None, **overrides: Any) -> Plan:
-    """The experiment of a file (None: of the overrides alone), with fields put over those of the file, and its prompts.
+def load_plan(
+    path: Path | None,
+    *,
+    prompting_args: Mapping[str, Any] | None = None,
+    deployment_args: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Plan:
+    """Return the experiment of a file (None: of the overrides alone), with fields put over its own, and its prompts.
+
+    ``prompting_args`` and ``deployment_args`` go over the ``args`` of every LLM, word by word.
 
     Raises:
         BadSettings: the experiment or its prompts can't be used; it names the file and the field or line.
     """
     source = "the experiment" if path is None else str(path)
-    data = {} if path is None else _yaml(path)
+    data = ({} if path is None else _yaml(path)) | overrides
+    for section, values in (("prompting", prompting_args), ("deployment", deployment_args)):
+        if values:
+            data["args"] = _with_args(data.get("args", {"prompting": {}, "deployment": {}}), section, values)
+            if isinstance(data.get("llms"), list):
+                data["llms"] = [_llm_with_args(llm, section, values) for llm in data["llms"]]
     try:
-        experiment = Experiment.model_validate(data | overrides)
+        experiment = Experiment.model_validate(data)
     except ValidationError as error:
         raise BadSettings(source, _first(error)) from None
-    return Plan(experiment, load_prompts(experiment.prompts), _named(experiment.llms))
+    prompts = load_prompts(experiment.prompts, experiment.question_field)
+    return Plan(experiment, prompts, _named(experiment.llms))
 
 
-def load_prompts(path: Path) -> tuple[Prompt, ...]:
-    """The prompts of a JSONL file; without an ``id`` a prompt has the number of its line. Raises BadSettings."""
-    prompts: dict[str, Prompt] = {}
-    # Not splitlines(): it also ends lines at characters that JSON has inside of texts.
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            data = load_json(line)
-            prompt = Prompt.model_validate({"id": str(number), **data} if isinstance(data, dict) else data)
-        except ValidationError as error:
-            raise BadSettings(str(path), f"line {number}: {_first(error)}") from None
-        except ValueError as error:
-            raise BadSettings(str(path), f"line {number} is not JSON: {error}") from None
-        if prompt.id in prompts:
-            raise BadSettings(str(path), f"line {number}: id: {prompt.id!r} is another prompt's, too")
-        prompts[prompt.id] = prompt
-    if not prompts:
-        raise BadSettings(str(path), "holds no prompts")
-    return tuple(prompts.values())
+def _with_args(args: Any, section: str, values: Mapping[str, Any]) -> Any:
+    """Return args with values in one of their two sections; what has another form is left to validation."""
+    if isinstance(args, LLMArgs):
+        args = args.model_dump()
+    if not isinstance(args, dict) or not isinstance(args.get(section, {}), dict):
+        return args
+    return args | {section: args.get(section, {}) | values}
+
+
+def _llm_with_args(llm: Any, section: str, values: Mapping[str, Any]) -> Any:
+    return llm | {"args": _with_args(llm["args"], section, values)} if isinstance(llm, dict) and "args" in llm else llm
+
+
+def argument(text: str) -> tuple[str, Any]:
+    """Return the word and the value of ``word=value``; the value is read as YAML. Raises BadSettings."""
+    word, equals, value = text.partition("=")
+    if not word or not equals:
+        raise BadSettings(text, "give an argument as word=value, as in max_new_tokens=64")
+    try:
+        return word, load_yaml(value)
+    except yaml.YAMLError as error:
+        raise BadSettings(text, getattr(error, "problem", None) or " ".join(str(error).split())) from None
+
+
+def growth(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what has been added to an experiment that has been begun, in words."""
+    for name in GROWS:
+        old, new = there.get(name), asked.get(name)
+        if name == "llms":
+            old, new = len(old or ()), len(new or ())
+        if name == "prompts":
+            old, new = (old or {}).get("count"), (new or {}).get("count")
+        if old != new:
+            yield f"{name}: {old} → {new}"
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """In which fields two identities differ, and how, in words."""
+    """Yield in which fields two identities differ, and how, in words; what may grow and has grown is no difference."""
     for name in sorted({*there, *asked}):
         old, new = there.get(name), asked.get(name)
+        if within == "llms." and name not in there:
+            continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from differences(old, new, f"{within}{name}.")
+        elif not within and name == "repetitions" and isinstance(old, int) and isinstance(new, int):
+            if new < old:
+                yield f"repetitions is {old} there and {new} here"
         elif old != new or (name in there) != (name in asked):
             yield f"{within}{name} is {_said(there, name)} there and {_said(asked, name)} here"
 
@@ -174,34 +274,34 @@ def _said(identity: Mapping[str, Any], name: str) -> str:
     return json.dumps(identity[name]) if name in identity else "absent"
 
 
-def _named(llms: Sequence[LLMConfig]) -> dict[str, dict[str, Any]]:
-    often = Counter(llm.model for llm in llms)
-    seen: Counter[str] = Counter()
-    named = {}
+def _named(
+    llms: Sequence[LLMConfig], known: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return llmconfigs by name. One that is known keeps its name; a second of the same model is called ``model#2``."""
+    known = known or {}
+    named: dict[str, dict[str, Any]] = {}
     for llm in llms:
-        seen[llm.model] += 1
-        name = llm.model if often[llm.model] == 1 else f"{llm.model}#{seen[llm.model]}"
-        named[name] = llm.model_dump(mode="json")
+        config = llm.model_dump(mode="json")
+        name = next((name for name, other in known.items() if other == config), None)
+        number = 1
+        while name is None:
+            tried = llm.model if number == 1 else f"{llm.model}#{number}"
+            name = None if tried in named or tried in known else tried
+            number += 1
+        named[name] = config
     return named
 
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        data = load_yaml(_text(path))
+        data = load_yaml(read_text(path))
     except yaml.YAMLError as error:
         raise BadSettings(str(path), f"is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise BadSettings(str(path), "must be a mapping of fields")
+    if odd := [name for name in data if not isinstance(name, str)]:
+        raise BadSettings(str(path), f"{odd[0]!r} is no name of a field")
     return data
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadSettings(str(path), f"can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise BadSettings(str(path), f"is not UTF-8: {error}") from None
 
 
 def _first(error: ValidationError) -> str:

@@ -31,8 +31,8 @@ class LLMSummary:
     """What an experiment found out about one LLM.
 
     Of its ``answers`` ``provisional`` ones have no final window yet, and are in no figure. ``errors`` are prompts that
-    were refused, ``missing`` ones that were never answered. ``figures`` are made of all final windows of its leases, as
-    in the report: for each machine apart.
+    were refused, ``refusal`` says why the first of them was; ``missing`` ones were never answered. ``figures`` are made
+    of all final windows of its leases, as in the report: for each machine apart.
     """
 
     llm: str
@@ -40,12 +40,13 @@ class LLMSummary:
     errors: int
     missing: int
     provisional: int
+    refusal: str | None
     figures: tuple[MachineFigures, ...]
 
     @property
     def complete(self) -> bool:
-        """Whether everything is answered and every figure is final."""
-        return not self.missing and not self.provisional
+        """Whether everything is answered, not all of it refused, and every figure is final."""
+        return bool(self.answers) and not self.missing and not self.provisional
 
 
 def summarized(
@@ -60,6 +61,7 @@ def summarized(
         errors=len(counted) - len(answers),
         missing=expected - len(counted),
         provisional=len(without_window(answers, windows)),
+        refusal=next((line["error"].get("message") for line in counted if line["error"] is not None), None),
         figures=figures_of(windows),
     )
 

@@ -130,7 +130,11 @@ class GPUPower(_GPU):
         super().__init__(uuid, handle, tree)
         self._instant = instant
         self._last: tuple[float, float] | None = None
-        self._joules = 0.0
+        self.joules_so_far = 0.0
+        self.problem: ReadFailed | CounterLost | None = None
+        self.sampling_j = 0.0
+        """By how much those may be wrong. A change of power shows in a sample between at once and a refresh and a gap
+        between samples later; in the middle of that it is right."""
         # The mean of a time lies between the power at its begin and at its end, so the integral is as old as that.
         self.max_age_s = (_REFRESHED_S if instant else _AVERAGED_S) + _MAX_SAMPLE_GAP_S
         what = "of the moment" if instant else "each the mean of a second"
@@ -138,6 +142,15 @@ class GPUPower(_GPU):
 
     def read(self, now_s: float) -> float:
         """Joules since the first sample."""
+        try:
+            self._sample(now_s)
+        except (ReadFailed, CounterLost) as problem:
+            self.problem = problem
+            raise
+        self.problem = None
+        return self.joules_so_far
+
+    def _sample(self, now_s: float) -> None:
         try:
             power_w = _instant_w(self._handle) if self._instant else _power_w(self._handle)
         except pynvml.NVMLError as error:
@@ -149,8 +162,29 @@ class GPUPower(_GPU):
         if last is not None:
             if now_s - last[0] > _MAX_SAMPLE_GAP_S:
                 raise CounterLost("undersampled")
-            self._joules += (now_s - last[0]) * (last[1] + power_w) / 2
-        return self._joules
+            gap_s = now_s - last[0]
+            self.joules_so_far += gap_s * (last[1] + power_w) / 2
+            self.sampling_j += abs(power_w - last[1]) * (_REFRESHED_S + gap_s) / 2
+
+
+class GPUPowerAtMost(Source):
+    """The most that power samples can stand for: what they were integrated to, and by how much that may be wrong.
+
+    It is read after these samples. `machine_share.joined` makes one component of both.
+    """
+
+    method = GPUPower.method
+    label = Label.MEASURED_SAMPLED
+
+    def __init__(self, samples: GPUPower) -> None:
+        self.name, self.origin, self.max_age_s = samples.name, samples.origin, samples.max_age_s
+        self._samples = samples
+
+    def read(self, now_s: float) -> float:
+        """Joules since the first sample, at most."""
+        if self._samples.problem is not None:
+            raise self._samples.problem
+        return self._samples.joules_so_far + self._samples.sampling_j
 
 
 def _power_w(handle: Any) -> float:

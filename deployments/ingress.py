@@ -12,6 +12,7 @@ import json
 import pathlib
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from deployments.checkpoints import Checkpoints, checkpoints_anywhere
 from deployments.error_answers import RETRY_AFTER_S, error_answer, fastapi_detail, registry_error
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
+from deployments.polls import Polls
 from deployments.prompting_service import TITLE, JSONWhateverItsType, root_router
 from deployments.report_csv import windows_csv
 from deployments.surroundings import disk_problem
@@ -39,6 +41,7 @@ from registry.actor import ACTOR_NAME, NAMESPACE
 from registry.api import (
     MAX_EVENTS,
     MAX_ID,
+    MAX_REQUESTS,
     MAX_WAIT_S,
     MAX_WINDOWS,
     AcceptedRequest,
@@ -63,7 +66,11 @@ RETRY_FOR_S = 10.0
 """How long a call is repeated while the registry actor does not answer, seconds."""
 
 CALL_TIMEOUT_S = 30.0
-"""Longest wait for one answer of the actor beyond what the client asked to wait, seconds."""
+"""Longest wait for one answer of the actor beyond what it was asked to wait, seconds."""
+
+AT_ONCE = {"state": 64, "events": 8, "measurement": 4, "windows": 4, "report": 2, "machines": 4, "llms": 4}
+"""How many calls of a method that reads may be in flight. The actor takes all calls in their order, so that control and
+health wait behind so many at most. (Ray's concurrency groups are no way: each is a thread with a loop of its own.)"""
 
 DESCRIPTION = """
 Hands LLMs out exclusively. Ask with `POST /promptingservice/request`, poll the `link` of each request until its
@@ -99,6 +106,7 @@ class RegistryClient:
     def __init__(self, state_dir: pathlib.Path) -> None:
         self._state_dir = state_dir
         self._actor: Any = None
+        self._lanes = {method: asyncio.Semaphore(most) for method, most in AT_ONCE.items()}
 
     async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
         """The answer of a method of the actor.
@@ -112,7 +120,8 @@ class RegistryClient:
                 on=(RayActorError, _NoActor), attempts=None, timeout=RETRY_FOR_S, wait_initial=0.05, wait_max=0.5
             ):
                 with attempt:
-                    return await self._once(method, args, wait_s)
+                    async with self._lanes.get(method, nullcontext()):
+                        return await self._once(method, args, wait_s)
         except (RayError, _NoActor) as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, RegistryError):
@@ -154,7 +163,7 @@ def build_app(
     ``checkpoints`` tell how much memory LLMs take; without them that is not known.
     """
     app = FastAPI(title=TITLE, description=DESCRIPTION, version=version("greenprompt-llm-registry"))
-    withdrawals = Withdrawals(call)
+    withdrawals, polls = Withdrawals(call), Polls(call)
     errors: dict[int | str, dict[str, Any]] = {422: {"model": ErrorAnswer}, 503: {"model": ErrorAnswer}}
     unknown: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer}, **errors}
 
@@ -197,7 +206,7 @@ def build_app(
         A request that is `deployed`, or has ended, is answered at once: nobody waits for it. To wait for the end of
         a lease say `seen=deployed`.
         """
-        return _json_response(await call("state", request_id, wait, seen, wait_s=wait))
+        return _json_response(await polls.state(request_id, wait, seen))
 
     @app.get("/promptingservice/request/{request_id}/events", response_model=list[EventState], responses=unknown)
     async def request_events(
@@ -269,10 +278,13 @@ def _add_measurements(
 
     @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=unknown)
     async def measurement(
-        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)], x_tenant: Annotated[TenantName, Header()] = "default"
+        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
+        after: Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the page before")] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_REQUESTS, description="Requests in a page")] = MAX_REQUESTS,
+        x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """A measurement of the caller's tenant with all its requests, in their order."""
-        return _json_response(await call("measurement", (x_tenant, measurement_id)))
+        """A measurement of the caller's tenant with its requests, a page at a time, in their order."""
+        return _json_response(await call("measurement", (x_tenant, measurement_id), after, limit))
 
     @app.get(
         "/measurements/{measurement_id}/report",

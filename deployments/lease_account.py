@@ -90,6 +90,7 @@ class Counted:
 class LeaseAccount:
     """One lease, from its bind to its end, in the meter's clock.
 
+    ``writes_text``: its LLM answers with text; one that embeds or scores gives out no tokens.
     ``flow`` and ``idle`` are those of its stretches that are written down. ``before_j`` and ``before_g`` are what it
     used under an earlier process; the registry may say that again when it is in the windows of this one, too.
     ``units`` sums up the functional units of its prompts, but for ``units_unknown`` of them; ``tokens`` (prompt,
@@ -100,6 +101,7 @@ class LeaseAccount:
     grant: LeaseGrant
     begun_s: float
     model: str | None
+    writes_text: bool = True
     flow: Flow | None = None
     idle: Flow | None = None
     unwritten: int = 0

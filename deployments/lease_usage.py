@@ -76,7 +76,7 @@ class LeaseUsage:
         if flow is None:
             return self._meter.nothing(), None
         energy = self._meter.energy(flow, estimate_short=True)
-        return energy, self._scorer.score(energy, flow.duration_s, account.units)
+        return energy, self._scorer.score(energy, flow.duration_s, account.units, account=account)
 
     def _idle(self, account: LeaseAccount) -> Flow | None:
         gaps = [stretch.gaps for stretch in self._unwritten(account)]

@@ -42,6 +42,9 @@ LEFTOVERS_LIMIT_S = 20.0
 
 POLL_S = 0.1
 
+LOCK = "up.lock"
+"""Name of the file in ``state_dir`` that the running registry holds locked; it has the number of its process."""
+
 DISK_POLL_S = 5.0
 """How often a registry in the foreground looks whether its disk is full, seconds."""
 
@@ -187,16 +190,16 @@ def end(settings: Settings, *, say: Say) -> None:
         app.stop(settings)
         say("The registry of the cluster is down.")
         return
-    state = _read_record(settings)
-    if not _is_held(settings) or "pid" not in state:
+    pid = _holder(settings)
+    if pid is None:
         say(f"No registry runs from {settings.state_dir}.")
         return
     with suppress(ProcessLookupError):  # it has ended just now
-        os.kill(state["pid"], signal.SIGTERM)
+        os.kill(pid, signal.SIGTERM)
     deadline_s = time.monotonic() + DOWN_LIMIT_S
     while _is_held(settings):
         if time.monotonic() > deadline_s:
-            raise StartFailed(f"process {state['pid']} has not ended within {DOWN_LIMIT_S:g} s")
+            raise StartFailed(f"process {pid} has not ended within {DOWN_LIMIT_S:g} s")
         time.sleep(POLL_S)
     say("Everything is down.")
 
@@ -210,7 +213,7 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
     """
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True)
-        lock = (settings.state_dir / "up.lock").open("w")
+        lock = (settings.state_dir / LOCK).open("a+")
     except OSError as error:
         raise BadSettings("state_dir", f"{settings.state_dir} can't be written ({error.strerror})") from error
     with lock:
@@ -218,6 +221,9 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _runs_already(settings) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         _remove_leftovers(settings)
         path = settings.state_dir / "up.json"
 
@@ -236,24 +242,37 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
 
 
 def _runs_already(settings: Settings) -> BadSettings:
-    pid = _read_record(settings).get("pid", "unknown")
-    return BadSettings("state_dir", f"a registry runs from {settings.state_dir} (process {pid})")
+    return BadSettings(
+        "state_dir", f"a registry runs from {settings.state_dir} (process {_holder(settings) or 'unknown'})"
+    )
 
 
 def _is_held(settings: Settings) -> bool:
-    path = settings.state_dir / "up.lock"
+    return _holder(settings) is not None
+
+
+def _holder(settings: Settings) -> int | None:
+    """The process that holds the lock of ``state_dir``, None if there is none. The lock says it, whatever up.json does.
+
+    Raises:
+        BadSettings: the folder can't be read, or the lock is held and does not say by whom.
+    """
+    path = settings.state_dir / LOCK
     try:
         lock = path.open("r")
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return None
     except OSError as error:
         raise BadSettings("state_dir", f"{settings.state_dir} can't be read ({error.strerror})") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return True
-    return False
+            pid = lock.read() or str(_read_record(settings).get("pid", ""))
+            if not pid.isdigit():
+                raise BadSettings("state_dir", f"{path} is held, and does not say by which process") from None
+            return int(pid)
+    return None
 
 
 def _read_record(settings: Settings) -> dict[str, Any]:

@@ -19,7 +19,17 @@ from deployments.llm_args_table import DEPLOYMENT, PROMPTING, TASKS, Task
 from registry.errors import InvalidField
 from registry.state import LLMSpec, canonical_json
 
-__all__ = ["JSON", "TASKS", "LLMArgs", "MappedArgs", "as_markdown", "map_deployment", "map_llmconfig", "map_prompting"]
+__all__ = [
+    "JSON",
+    "TASKS",
+    "LLMArgs",
+    "MappedArgs",
+    "as_markdown",
+    "map_deployment",
+    "map_llmconfig",
+    "map_prompting",
+    "task_of",
+]
 
 _DOCS = "docs/llm-args.md"
 _TABLES: Mapping[str, Mapping[str, Rule]] = {"prompting": PROMPTING, "deployment": DEPLOYMENT}
@@ -44,6 +54,12 @@ class LLMArgs:
     uses_chat_template: bool
     prompting: Mapping[str, JSON]
     notes: tuple[str, ...] = ()
+
+
+def task_of(llmconfig: Mapping[str, object]) -> Task:
+    """Return what vLLM does for an llmconfig that the ingress has accepted; text generation if it does not say."""
+    modeltyp = llmconfig.get("modeltyp")
+    return TASKS[modeltyp] if isinstance(modeltyp, str) else TASKS["text-generation"]
 
 
 def map_prompting(args: Mapping[str, object], *, uses_chat_template: bool = True) -> MappedArgs:

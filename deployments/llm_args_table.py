@@ -371,16 +371,20 @@ class Task:
 
     ``name`` is the same for modeltyps that one engine serves. ``engine`` are the engine arguments that it takes.
     ``generates``: the LLM answers with text (else with an embedding or with scores, and sampling means nothing).
+    ``paths`` are those of vLLM's API that it is asked by.
     """
 
     name: str
     engine: tuple[tuple[str, str], ...]
     generates: bool
+    paths: tuple[str, ...]
 
 
-_GENERATE = Task("text-generation", (("runner", "generate"),), generates=True)
-_EMBED = Task("feature-extraction", (("runner", "pooling"), ("convert", "embed")), generates=False)
-_CLASSIFY = Task("text-classification", (("runner", "pooling"), ("convert", "classify")), generates=False)
+_GENERATE = Task("text-generation", (("runner", "generate"),), True, ("/v1/chat/completions", "/v1/completions"))
+_EMBED = Task("feature-extraction", (("runner", "pooling"), ("convert", "embed")), False, ("/v1/embeddings",))
+_CLASSIFY = Task(
+    "text-classification", (("runner", "pooling"), ("convert", "classify")), False, ("/classify", "/score", "/rerank")
+)
 
 # No text2text-generation: vLLM 0.32 has no encoder-decoder LLM for text (T5, BART) any more.
 TASKS: Mapping[str, Task] = {

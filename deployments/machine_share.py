@@ -134,10 +134,13 @@ def joined(parts: Iterable[Component]) -> list[Component]:
 
 def _pair(mean: Component, larger: Component) -> Component:
     flags = tuple(sorted({*mean.flags, *larger.flags}))
-    if mean.joules is None or mean.low_j is None or larger.high_j is None:
+    if mean.joules is None or mean.low_j is None or mean.high_j is None or larger.high_j is None:
         return replace(mean, flags=flags)
     if larger.joules is None:
         return replace(larger, flags=flags)
+    if mean.counter_label is Label.MEASURED_SAMPLED:  # power samples, and the most that they can stand for
+        off_j = max(larger.joules - mean.joules, 0.0)
+        return replace(mean, low_j=max(mean.low_j - off_j, 0.0), high_j=mean.high_j + off_j, flags=flags)
     high_j = max(larger.high_j, mean.joules)
     low_j = min(max(2 * mean.low_j - high_j, 0.0), mean.joules)
     return replace(

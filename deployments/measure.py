@@ -1,8 +1,8 @@
 """``greenprompt measure``: an experiment from its file to its figures, over HTTP only, as a Prompting Service works.
 
 Each repetition asks for all its LLMs in one POST, uses one after another as they are handed over, and gives them back.
-Every answer is on disk before it counts (`results`), so that a run that was ended, in whatever way, is gone on with by
-the next: it gives back what the dead one held, and asks only what has no answer yet.
+Every answer is on disk before it counts (`results`), so that an interrupted run is resumed by the next: it gives back
+what the dead one held, and asks only what has no answer yet. Prompts, LLMs and repetitions may be added.
 
 What an answer says of its energy is provisional. Figures are made of the final windows, which the registry has some
 seconds later: they are looked for after each lease, and waited for at the end.
@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from deployments.experiment import Plan, Prompt
+from deployments.experiment import Plan
 from deployments.figures import LLMSummary, as_csv, summarized, without_window
 from deployments.measure_table import notes, results_table
 from deployments.notation import phase_words
+from deployments.prompt_files import Prompt
 from deployments.report_csv import windows_csv
 from deployments.results import Results
 from registry.api import MeasurementState, RequestState
@@ -40,6 +41,9 @@ from registry.window_report import WindowReport
 
 MAX_BARREN_LEASES = 3
 """How many leases of an LLM in a row may end without an answer, before a run gives it up."""
+
+OF_REQUEST = ("priority", "gpu_type", "grade", "like", "max_joules", "max_gco2eq")
+"""Fields of an experiment that go into each POST, beside its LLMs and the measurementId."""
 
 LEASE_LOST = (RequestEnded, AnswerError, httpx.TransportError)
 """What ends the use of a lease. The LLM is asked for anew; if that fails too, it ends the run."""
@@ -56,7 +60,16 @@ NOT_THE_PROMPTS_FAULT = frozenset(
         HTTPStatus.SERVICE_UNAVAILABLE,
     }
 )
-"""Errors of a prompt that tell something of its lease. Others are its own, and are kept as its answer."""
+"""Errors of a prompt that tell something of its lease, which is lost then."""
+
+OWN_ERRORS = frozenset({"prompt_too_long"})
+"""Codes of errors of the server that are the prompt's own all the same: it was answered for too long."""
+
+PROMPT_TRIES = 3
+"""How often a prompt is asked when its server, or a proxy, fails (500, 504): that is no answer, and may pass."""
+
+MAX_UNANSWERED = 3
+"""How many prompts in a row may go without an answer before their lease is given up."""
 
 WINDOWS_WAIT_S = 60.0
 """Longest wait for the final windows, when all is answered, seconds."""
@@ -69,7 +82,10 @@ SPEED_OVER_S = 3600.0
 
 
 def run_measure(plan: Plan, console: Console) -> bool:
-    """Run an experiment, or go on with it; False when answers or final windows are missing. Shows how it goes.
+    """Run an experiment, or go on with it. Shows how it goes.
+
+    Returns:
+        False when answers or final windows are missing, or an LLM has refused every prompt.
 
     Whatever ends it, Ctrl-C included: LLMs are given back, and the folder has the figures of what was answered.
 
@@ -80,9 +96,10 @@ def run_measure(plan: Plan, console: Console) -> bool:
     """
     experiment = plan.experiment
     with (
-        Results(experiment.output, plan, measurement_id=time.time_ns() // 1000) as results,
-        RegistryClient(experiment.url) as registry,
+        RegistryClient(experiment.url, tenant=experiment.tenant) as registry,
+        Results(experiment.output, plan, measurement_id=experiment.measurement_id or new_id()) as results,
     ):
+        plan = results.plan
         run = _Run(plan, results, registry, console)
         try:
             run.all()
@@ -97,7 +114,7 @@ def run_measure(plan: Plan, console: Console) -> bool:
         for line in notes(found, run.measurement):
             console.print(line, style="dim", markup=False, highlight=False)
         console.print(f"Results: {experiment.output}", markup=False, highlight=False, soft_wrap=True)
-        return not missing and not provisional
+        return all(each.complete for each in found)
 
 
 class _Run:
@@ -110,6 +127,7 @@ class _Run:
         self._registry = registry
         self._console = console
         self._barren: dict[str, int] = dict.fromkeys(plan.llms, 0)
+        self._unanswered: set[tuple[str, int, str]] = set()  # left to the next run
         self._progress = Progress(
             TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             BarColumn(bar_width=16),
@@ -126,7 +144,7 @@ class _Run:
     def all(self) -> None:
         """Have everything answered that is not yet, as far as its LLM can be had."""
         with self._progress, _retries_told(self._say):
-            if self._results.resumed:
+            if self._results.begun:
                 self._end_dead_run()
             for repetition in range(1, self._experiment.repetitions + 1):
                 while llms := self._to_do(repetition):
@@ -179,13 +197,11 @@ class _Run:
         A lease that failed lost its wrapper, and has no window of its own.
         """
         windows = self._results.windows()
-        open_ = {line["request_id"] for line in without_window(self._answered(), windows)}
+        answered = [line for line in self._results.answers() if line["error"] is None]
+        open_ = {line["request_id"] for line in without_window(answered, windows)}
         ended = {window.requestId for window in of_kind(windows, WindowKind.LEASE)}
-        leases = dict.fromkeys(line["requestId"] for line in self._results.leases())
+        leases = self._results.current_leases()
         return [each for each in leases if each in open_ or (each not in ended and each not in failed)]
-
-    def _answered(self) -> list[dict[str, Any]]:
-        return [line for line in self._results.answers() if line["error"] is None]
 
     def _fetch(self, request_ids: Sequence[str]) -> bool:
         """Keep the windows of these leases that the registry has by now; False if it does not tell."""
@@ -203,8 +219,22 @@ class _Run:
         held = [] if measurement is None else [each for each in measurement.requests if each.status not in ENDED]
         for state in held:
             self._registry.release(state.requestId)
+        if not self._results.resumed:
+            return
         given_back = f"; {len(held)} requests of the last run were given back" if held else ""
         self._print(f"Goes on: {self._results.done} of {self._plan.answers} answers are there{given_back}.")
+        if self._results.grown:
+            self._print(f"Added: {', '.join(self._results.grown)}.")
+        if measurement is None and (self._results.done < self._plan.answers or self._results.without_window()):
+            self._go_on_without(self._results.measurement_id)
+
+    def _go_on_without(self, lost: int) -> None:
+        """Take another measurementId, since the registry knows nothing of the last one."""
+        again = self._results.begin_measurement(new_id())
+        self._progress.update(self._bar, completed=self._results.done)
+        asked = f"; {again} answers are asked for again, since their final windows were lost" if again else ""
+        now = self._results.measurement_id
+        self._print(f"The registry knows nothing of measurement {lost}: goes on as measurement {now}{asked}.")
 
     def _measurement(self) -> MeasurementState | None:
         """What the registry knows of all of this, None if nothing (yet, or any more)."""
@@ -221,18 +251,22 @@ class _Run:
         return [llm for llm in order if self._barren[llm] < MAX_BARREN_LEASES and self._open(llm, repetition)]
 
     def _open(self, llm: str, repetition: int) -> list[Prompt]:
-        return [each for each in self._plan.prompts if not self._results.has(llm, repetition, each.id)]
+        return [
+            each
+            for each in self._plan.prompts
+            if not self._results.has(llm, repetition, each.id) and (llm, repetition, each.id) not in self._unanswered
+        ]
 
     def _use_in_turn(self, llms: Sequence[str], repetition: int) -> None:
         """Ask for LLMs and use one after another; when one is lost the rest is given back, so as to keep the order."""
         waiting = self._registry.request(
             self._results.measurement_id,
             [self._plan.llms[llm] for llm in llms],
-            gpu_type=self._experiment.gpu_type,
-            grade=self._experiment.grade,
+            **self._experiment.model_dump(mode="json", include=set(OF_REQUEST)),
             idempotency_key=uuid.uuid4().hex,
         )
         try:
+            self._results.accept()
             for llm in llms:
                 if not self._use(llm, waiting.pop(0), repetition):
                     break
@@ -260,30 +294,50 @@ class _Run:
             what = "is given up" if self._barren[llm] == MAX_BARREN_LEASES else "is asked for again"
             self._print(f"{title}: {what}: {str(error) or type(error).__name__}")
             return False
-        self._barren[llm] = 0
+        asked_in_vain = self._results.done == done
+        self._barren[llm] = self._barren[llm] + 1 if asked_in_vain else 0
         self._print(f"{title}: {self._results.done - done} answers, {time.monotonic() - begun_s:.1f} s with the wait")
         return True
 
     def _warmup(self) -> list[Prompt]:
         """The first prompts, told apart in their first word: the engine is to know no beginning of those that count."""
         first = self._plan.prompts[: self._experiment.warmup]
-        return [each.model_copy(update={"question": f"({n}) {each.question}"}) for n, each in enumerate(first, 1)]
+        return [replace(each, question=f"({n}) {each.question}") for n, each in enumerate(first, 1)]
 
     def _ask(self, lease: HeldLease, llm: str, repetition: int, prompts: Sequence[Prompt], *, warmup: bool) -> None:
-        """Put prompts to an LLM, as many at once as the experiment says; each answer is kept as it comes."""
+        """Put prompts to an LLM, as many at once as the experiment says; each answer is kept as it comes.
+
+        Raises LEASE_LOST, also after MAX_UNANSWERED prompts in a row without an answer.
+        """
         same = {"llm": llm, "repetition": repetition, "warmup": warmup}
         same |= {"request_id": lease.state.requestId, "machine": lease.state.machine}
         pool = ThreadPoolExecutor(self._experiment.concurrency)
+        in_vain = 0
         try:
-            answers: list[Future[dict[str, Any]]] = [
-                pool.submit(_answer, lease, each, self._experiment.prompt_timeout_s, warmup=warmup) for each in prompts
-            ]
-            for answer in as_completed(answers):
+            asked: dict[Future[dict[str, Any]], Prompt] = {
+                pool.submit(_answer, lease, each, self._experiment.prompt_timeout_s, warmup=warmup): each
+                for each in prompts
+            }
+            for answer in as_completed(asked):
+                prompt, failed = asked[answer], answer.exception()
+                if isinstance(failed, _Unanswered):
+                    in_vain += 1
+                    self._unanswered_by(llm, repetition, prompt, failed, warmup=warmup)
+                    if in_vain == MAX_UNANSWERED:
+                        raise failed.error
+                    continue
+                in_vain = 0
                 self._results.add({**same, **answer.result(), **same})
                 self._progress.update(self._bar, completed=self._results.done)
         finally:
             # Those in flight end with the lease, which is given back next: not waited for, so that it is at once.
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _unanswered_by(self, llm: str, repetition: int, prompt: Prompt, failed: _Unanswered, *, warmup: bool) -> None:
+        """Leave a prompt to the next run."""
+        if not warmup:
+            self._unanswered.add((llm, repetition, prompt.id))
+            self._print(f"{llm}, repetition {repetition}: prompt {prompt.id} is not answered: {failed.error}")
 
     def _say(self, what: str) -> None:
         self._progress.update(self._bar, description=what)
@@ -292,22 +346,54 @@ class _Run:
         self._console.print(what, markup=False, highlight=False, soft_wrap=True)
 
 
+class _Unanswered(Exception):
+    """A prompt's server, or a proxy before it, failed each time: that says nothing of the prompt, and is no answer."""
+
+    def __init__(self, error: AnswerError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _is_own_error(refused: AnswerError) -> bool:
+    """Whether an error says that this prompt can't be answered, by this LLM."""
+    return refused.status < HTTPStatus.INTERNAL_SERVER_ERROR or refused.answer_code in OWN_ERRORS
+
+
+def _may_pass(error: Exception) -> bool:
+    return (
+        isinstance(error, AnswerError)
+        and not (error.passing or error.status in NOT_THE_PROMPTS_FAULT)
+        and not _is_own_error(error)
+    )
+
+
 def _answer(lease: HeldLease, prompt: Prompt, timeout_s: float, *, warmup: bool) -> dict[str, Any]:
-    """What an LLM says to a prompt, with what it cost; or the prompt's own error in its place. Raises LEASE_LOST."""
+    """Return what an LLM says to a prompt, with what it cost; or the prompt's own error in its place.
+
+    Raises:
+        _Unanswered: it was asked PROMPT_TRIES times, and there is neither.
+        LEASE_LOST: as it says.
+    """
     asked_at, begun_s = _now(), time.monotonic()
     answer: dict[str, Any] = {"answer": None}
     error = None
     try:
-        answer = lease.prompt(prompt.question, timeout_s=timeout_s, prompt_id=prompt.id, warmup=warmup)
+        for attempt in stamina.retry_context(_may_pass, attempts=PROMPT_TRIES, timeout=None):
+            with attempt:
+                asked_at, begun_s = _now(), time.monotonic()
+                answer = lease.prompt(prompt.question, timeout_s=timeout_s, prompt_id=prompt.id, warmup=warmup)
     except AnswerError as refused:
         if refused.passing or refused.status in NOT_THE_PROMPTS_FAULT:
             raise
+        if not _is_own_error(refused):
+            raise _Unanswered(refused) from None
         error = {"status": refused.status, "code": refused.answer_code, "message": refused.message}
     except httpx.ReadTimeout:
         error = {"status": None, "code": "no_answer", "message": f"no answer within {timeout_s:g} s"}
     line = {
         "prompt": prompt.id,
         "question": prompt.question,
+        "fields": prompt.fields,
         "asked_at": asked_at,
         "answered_at": _now(),
         "duration_s": time.monotonic() - begun_s,
@@ -346,6 +432,11 @@ def said(state: RequestState) -> str:
     if state.phase is not None:
         words.append(phase_words(state.phase, state.progress, state.bytesTotal))
     return ", ".join(words)
+
+
+def new_id() -> int:
+    """Return a measurementId that no other run has: microseconds since 1970."""
+    return time.time_ns() // 1000
 
 
 def _now() -> str:

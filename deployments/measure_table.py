@@ -28,7 +28,9 @@ def notes(summaries: Sequence[LLMSummary], measurement: MeasurementState | None)
         if each.provisional:
             lack = f"{each.provisional} of {each.answers} answers have no final window yet, and are in no figure"
             yield f"{name}: provisional: {lack}."
-        if each.errors:
+        if each.errors and not each.answers:
+            yield f"{name}: refused all of {each.errors} prompts, the first of them with: {each.refusal}"
+        elif each.errors:
             yield f"{name}: refused prompts: {each.errors}; answers.jsonl says why."
         if each.missing:
             yield f"{name}: answers still missing: {each.missing}."

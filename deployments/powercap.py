@@ -92,7 +92,8 @@ class DiePackage(Source):
     """A package whose dies have a zone each: separate counters on Intel, one and the same on some AMD processors.
 
     Which of both is found out by the counters: if what the others show always lies between two readings of the first,
-    while that moves, they show one counter, and it is counted once. Until that is known nothing is read.
+    or is no older than a zone's reading can be, while that moves, they show one counter, and it is counted once. Until
+    that is known nothing is read.
 
     Source: Linux, drivers/powercap/intel_rapl_common.c names zones by die; AMD's counters are per package.
     """
@@ -131,7 +132,8 @@ class DiePackage(Source):
         before_uj = first.shown_uj()
         shown_uj = [die.shown_uj() for die in others]
         after_uj = first.shown_uj()
-        if before_uj <= after_uj and not all(before_uj <= uj <= after_uj for uj in shown_uj):
+        oldest_uj = before_uj - self.max_age_s * (first.max_rate or 0.0) * 1e6
+        if before_uj <= after_uj and not all(oldest_uj <= uj <= after_uj for uj in shown_uj):
             self._counted = self._dies
             return
         self._moves += self._shown_uj is not None and before_uj != self._shown_uj

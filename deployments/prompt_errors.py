@@ -34,6 +34,20 @@ class NoSuchPath(RegistryError):
         return f"{self.method} {self.path}: {known}"
 
 
+class WritesNoText(RegistryError):
+    """``process_prompt`` at an LLM that answers with vectors or scores."""
+
+    code = "writes_no_text"
+    http_status = 422
+
+    def __init__(self, modeltyp: str, paths: str) -> None:
+        super().__init__(modeltyp, paths)
+        self.modeltyp, self.paths = modeltyp, paths
+
+    def __str__(self) -> str:
+        return f"this LLM is for {self.modeltyp} and writes no text; POST to {self.paths} of its url"
+
+
 class NotJSON(RegistryError):
     """A body for vLLM's own API has another Content-Type than JSON's, or none."""
 

@@ -48,17 +48,20 @@ class PromptMeter:
         process: str = "",
         utc_s: Callable[[], float] = time.time,
         neighbours: Neighbours | None = None,
+        writes_text: Callable[[str], bool] = lambda _llmconfig: True,
     ) -> None:
         """Probe this machine's counters by real calls.
 
         ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many CPUs are its own, None for all of the machine;
         ``on_machine``: how many wrappers share it.
         ``process`` is the wrapper's, ``utc_s`` the clock that records are dated by. ``neighbours`` are told when
-        prompts and starts begin and end, and flag the windows in which others work.
+        prompts and starts begin and end, and flag the windows in which others work. ``writes_text`` says of an
+        llmconfig (JSON) whether its LLM answers with text.
 
         Raises:
             BadSettings: the grid zone is unknown, or a figure of the CPU model is out of range.
         """
+        self._writes_text = writes_text
         self._sci = sci_settings(settings)
         self._grid = grid_of(settings)
         self._grid_json = None if self._grid is None else asdict(self._grid)
@@ -115,7 +118,10 @@ class PromptMeter:
             self._timeline.stay()
             return
         at_s = min(at_s, self._meter.mark())
-        self._timeline.hand_over(None if grant is None else LeaseAccount(grant, at_s, self._writer.model), at_s)
+        account = None
+        if grant is not None:
+            account = LeaseAccount(grant, at_s, self._writer.model, self._writes_text(grant.llmconfig))
+        self._timeline.hand_over(account, at_s)
 
     @contextmanager
     def load(self, model: str = "") -> Iterator[Start]:

@@ -13,7 +13,7 @@ import asyncio
 import json
 import math
 import traceback
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Annotated, Any, TypedDict
@@ -22,7 +22,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, StrictStr, StringConstraints, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of, is_warmup, prompt_id_of
 from deployments.engine import RunningLLM, public_path
@@ -34,8 +34,10 @@ from deployments.error_answers import (
     registry_error,
 )
 from deployments.lease_gate import LeaseGate
-from deployments.llm_args import map_prompting
-from deployments.prompt_errors import EngineFailed, NoSuchPath, NotJSON, PromptTooLong
+from deployments.llm_args import task_of
+from deployments.native_call import call, native_prompt, problem_of
+from deployments.our_words import ErrorsInOurWords
+from deployments.prompt_errors import EngineFailed, NoSuchPath, NotJSON, PromptTooLong, WritesNoText
 from deployments.prompt_meter import PromptMeter
 from deployments.token_count import counting_tokens
 from registry.errors import EngineNotReady, RegistryError, RegistryUnheard, TooManyPrompts
@@ -216,7 +218,7 @@ class PromptGate:
         running = self._running()
         inner = dict(scope, path=path, raw_path=path.encode(), root_path="")
         if scope["method"] == "GET" or path in WITHOUT_THE_LLM:
-            await running.asgi(inner, exchange.receive, exchange.send)
+            await running.asgi(inner, exchange.receive, ErrorsInOurWords(exchange.send).send)
             return
 
         async def send(message: Message) -> None:
@@ -225,7 +227,8 @@ class PromptGate:
             await answer.send(message)
 
         flight = self._meter.begin(path, **_marks(scope))
-        answer = AccountedAnswer(self._meter, flight, exchange.send, given_up=lambda: exchange.given_up)
+        errors = ErrorsInOurWords(exchange.send)
+        answer = AccountedAnswer(self._meter, flight, errors.send, given_up=lambda: exchange.given_up)
         with counting_tokens() as count:
             try:
                 await running.asgi(inner, exchange.receive, send)
@@ -254,17 +257,14 @@ class PromptGate:
         await response(scope, exchange.receive, exchange.send)
 
     async def _answer(self, grant: LeaseGrant, question: str, exchange: _Exchange, marks: _Marks) -> JSONResponse:
-        running = self._running()
-        llmconfig = json.loads(grant.llmconfig)
-        body: dict[str, Any] = {"model": running.served_model_name, **_prompting(llmconfig)}
-        chat = bool(llmconfig["uses_chat_template"])
-        if chat:
-            path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": question}]
-        else:
-            path, body["prompt"] = "/v1/completions", question
+        running, llmconfig = self._running(), json.loads(grant.llmconfig)
+        task = task_of(llmconfig)
+        if not task.generates:
+            raise WritesNoText(llmconfig["modeltyp"], " or ".join(task.paths))
+        path, body = native_prompt(running.served_model_name, llmconfig, question)
         flight = self._meter.begin(**marks)
         try:
-            status, answer = await _call(running.asgi, path, body, exchange)
+            status, answer = await call(running.asgi, path, body, exchange)
         finally:
             self._meter.end(flight)
             if exchange.given_up:
@@ -273,10 +273,10 @@ class PromptGate:
         if status != HTTPStatus.OK:
             if status in REFUSED:
                 self._meter.refused(flight)
-            return error_answer(status, "prompt_refused", _problem(answer))
+            return error_answer(status, "prompt_refused", problem_of(answer))
         answered = json.loads(answer)
         choice, usage = answered["choices"][0], answered["usage"]
-        text = (choice["message"]["content"] if chat else choice["text"]) or ""
+        text = (choice["message"]["content"] if "message" in choice else choice["text"]) or ""
         flight.answer_id = answered.get("id")
         energy = self._meter.account(flight, usage=usage, answer=text)
         return JSONResponse({"answer": text, "finish_reason": choice["finish_reason"], "usage": usage, **energy})
@@ -292,21 +292,6 @@ def _require_json(scope: Scope) -> None:
 def _marks(scope: Scope) -> _Marks:
     """Return what the headers of a prompt say of it. Raises InvalidField."""
     return {"warmup": is_warmup(scope["headers"]), "prompt_id": prompt_id_of(scope["headers"])}
-
-
-def _prompting(llmconfig: dict[str, Any]) -> Mapping[str, Any]:
-    return map_prompting(llmconfig["args"]["prompting"], uses_chat_template=llmconfig["uses_chat_template"]).values
-
-
-def _problem(answer: bytes) -> str:
-    """What an error of the engine's app says: OpenAI's form, any other JSON, or plain text."""
-    try:
-        problem = json.loads(answer)
-    except ValueError:
-        return answer.decode(errors="replace")
-    if isinstance(problem, dict):
-        problem = problem.get("error", problem)
-    return str(problem.get("message", problem)) if isinstance(problem, dict) else str(problem)
 
 
 class _Exchange:
@@ -398,49 +383,6 @@ async def _ended(tasks: Iterable[asyncio.Task[None]]) -> None:
     waited_for = set(tasks)
     if waited_for:
         await asyncio.wait(waited_for)
-
-
-async def _call(app: ASGIApp, path: str, body: Mapping[str, Any], exchange: _Exchange) -> tuple[int, bytes]:
-    """POST JSON to an ASGI app in this process, on behalf of a client; status and body of the answer."""
-    content = json.dumps(body).encode()
-    request: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
-    status, answer = 0, bytearray()
-
-    async def receive() -> Message:
-        return request.pop() if request else await exchange.receive()
-
-    async def send(message: Message) -> None:
-        nonlocal status
-        status = message.get("status", status)
-        answer.extend(message.get("body", b""))
-
-    scope: Scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": [
-            (b"host", b"engine"),
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-        ],
-        "client": None,
-        "server": ("engine", 80),
-    }
-    try:
-        await app(scope, receive, send)
-    except Exception:
-        if not status:
-            raise
-        # An app raises what it could not handle after it has answered it, for its server's log.
-    if exchange.given_up:
-        raise asyncio.CancelledError  # what the app says to nobody is no answer
-    return status, bytes(answer)
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -57,12 +57,16 @@ class RecordDates:
         self._looked_s = now_s
         self._steps: list[_Step] = [_Step(now_s, now_s, utc_now_s - now_s)]
 
-    def look(self) -> None:
-        """Compare with the wall clock; dates of times from now on follow it. To be called every few seconds."""
+    def look(self) -> float | None:
+        """Compare with the wall clock; dates of times from now on follow it. To be called every few seconds.
+
+        Returns by how many seconds the wall clock was set since the last look, None if it was not.
+        """
         now_s = self._clock()
         utc_now_s = self._utc_s()
-        offset_s = utc_now_s - now_s
+        offset_s, step_s = utc_now_s - now_s, None
         if abs(offset_s - self._steps[-1].offset_s) > TOLERANCE_S:
+            step_s = offset_s - self._steps[-1].offset_s
             self._steps.append(_Step(self._looked_s, now_s, offset_s))
             del self._steps[:-_MAX_STEPS]
         self._looked_s = now_s
@@ -70,7 +74,7 @@ class RecordDates:
         error_s = utc_now_s - dated_s
         wanted = 1.0 if abs(error_s) < _NOISE_S else 1.0 + math.copysign(MAX_RATE, error_s)
         if rate == wanted == 1.0:
-            return
+            return step_s
         while self._pieces[-1].from_s > now_s:
             self._pieces.pop()
         if rate != wanted:
@@ -79,6 +83,7 @@ class RecordDates:
             takes_s = abs(error_s) / MAX_RATE
             self._pieces.append(_Piece(now_s + takes_s, dated_s + wanted * takes_s, 1.0))
         del self._pieces[:-_MAX_PIECES]
+        return step_s
 
     def utc_s(self, at_s: float) -> float:
         """The UTC second of a monotonic time. Later times have later dates, whatever the wall clock does."""

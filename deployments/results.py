@@ -1,9 +1,11 @@
 """The folder of an experiment's results: what it was, and every answer from the moment that it came.
 
-``experiment.yaml`` is the experiment as it was resolved; ``answers.jsonl`` has a line for every answer,
-``leases.jsonl`` one for every LLM that was handed over, ``windows.jsonl`` one for every final energy window of them;
-``windows.csv``, ``summary.json`` and ``summary.csv`` are made of these whenever a run ends. A process may be killed at
-any moment: what is there is whole, but for a last line that the next run drops.
+``experiment.yaml`` is the experiment as it was resolved, ``prompts.jsonl`` its prompts; ``answers.jsonl`` has a line
+for every answer, ``leases.jsonl`` one for every LLM that was handed over, ``windows.jsonl`` one for every final energy
+window of them; ``windows.csv``, ``summary.json`` and ``summary.csv`` are made of these whenever a run ends. A process
+may be killed at any moment: what is there is whole, but for a last line that the next run drops.
+
+An experiment is bound to its folder once the registry has accepted it (``accept``). It may grow; answers stay.
 """
 
 from __future__ import annotations
@@ -21,19 +23,26 @@ from typing import IO, Any, Self
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.experiment import Plan, differences
+from deployments.experiment import GROWS, Plan, differences, growth
+from deployments.figures import without_window
+from deployments.prompt_files import Prompt, load_prompts
 from registry.errors import BadSettings
 from registry.state import canonical_json
 from registry.window_report import WindowReport
 
 _WINDOW = TypeAdapter(WindowReport)
+MAX_DIFFERENCES = 10
+"""How many differences between two experiments are told."""
+
 HEADER = "# Made by `greenprompt measure`; the same command goes on with it. Don't change it.\n"
 
 
 class Results:
     """The results of one experiment, open to one process at a time.
 
-    ``resumed`` says that another run began it; ``measurement_id`` is its own for all of them.
+    ``plan`` is the caller's with the names and orders of the run that began the folder. ``begun`` says that another run
+    was here, ``resumed`` that the registry had accepted it, ``grown`` what has been added since, in words.
+    ``measurement_id`` is the current one; another takes its place when the registry has lost its state.
     """
 
     def __init__(self, folder: Path, plan: Plan, *, measurement_id: int) -> None:
@@ -55,14 +64,21 @@ class Results:
                 raise BadSettings(str(folder), "another `greenprompt measure` is at work there") from None
             except OSError as error:
                 raise BadSettings(str(folder), f"can't be written: {error.strerror}") from None
+            self.begun = (folder / "experiment.yaml").exists()
+            if _whole_lines(self._answers) and not self.begun:
+                raise BadSettings(str(folder), "has answers, but no experiment.yaml that tells to what")
             answers = self.answers()
             _whole_lines(self._leases)
             self._windows = {window.window: window for window in self._read_windows()}
-            self.resumed = (folder / "experiment.yaml").exists()
-            if answers and not self.resumed:
-                raise BadSettings(str(folder), "has answers, but no experiment.yaml that tells to what")
-            self.measurement_id = self._known(plan) if self.resumed else self._begin(plan, measurement_id)
-            self._done = {_key(line) for line in answers if not line["warmup"]}
+            first: dict[str, Any] = {"measurement_id": measurement_id, "accepted": False}
+            self._told = self._read_experiment() if self.begun else first
+            self.resumed = bool(self._told.get("accepted", True))
+            self.grown: tuple[str, ...] = ()
+            self.plan = self._same_or_grown(plan) if self.resumed else plan
+            self._require_measurement(plan.experiment.measurement_id)
+            if not self.resumed:
+                self._write_experiment(accepted=False)  # whatever is accepted of it from now on is found again
+            self._done = self._settled(answers)
             self._files = files.pop_all()
 
     def __enter__(self) -> Self:
@@ -74,8 +90,47 @@ class Results:
         self._files.close()
 
     def answers(self) -> list[dict[str, Any]]:
-        """All lines of ``answers.jsonl``, as they are on disk: an interrupted ``add`` may have written its own."""
-        return _whole_lines(self._answers)
+        """Return the lines of ``answers.jsonl`` as they are on disk; of a prompt that was asked again, the last."""
+        lines = _whole_lines(self._answers)
+        try:
+            last = {_key(line): number for number, line in enumerate(lines) if not line["warmup"]}
+        except (KeyError, TypeError):
+            raise BadSettings(self._answers.name, "holds a line that is no answer") from None
+        return [line for number, line in enumerate(lines) if line["warmup"] or last[_key(line)] == number]
+
+    @property
+    def measurement_id(self) -> int:
+        """The measurementId under which the registry is asked."""
+        return int(self._told["measurement_id"])
+
+    def accept(self) -> None:
+        """Bind the folder to the experiment, as far as that is new: the registry has accepted it. Idempotent."""
+        if self._told.get("accepted") and self._told["experiment"] == self.plan.identity():
+            return
+        self.write("prompts.jsonl", "".join(json.dumps(_prompt_line(each)) + "\n" for each in self.plan.prompts))
+        self._write_experiment(accepted=True)
+
+    def begin_measurement(self, measurement_id: int) -> int:
+        """Go on under another measurementId, since the registry has lost what it knew of the last one.
+
+        Returns:
+            How many answers are asked for again: their final windows were lost with it.
+        """
+        earlier = [*self._told.get("earlier_measurement_ids", ()), self.measurement_id]
+        self._told |= {"measurement_id": measurement_id, "earlier_measurement_ids": earlier}
+        self._write_experiment(accepted=True)
+        before, self._done = self._done, self._settled(self.answers())
+        return len(before - self._done)
+
+    def current_leases(self) -> list[str]:
+        """Return the requestIds of leases of the current measurement: only their windows can still come."""
+        ids = (line["requestId"] for line in self.leases() if line.get("measurementId") == self.measurement_id)
+        return list(dict.fromkeys(ids))
+
+    def without_window(self) -> list[Mapping[str, Any]]:
+        """Return the answers that count and whose final window is not there."""
+        answered = [line for line in self.answers() if line["error"] is None and not line["warmup"]]
+        return without_window(answered, self.windows())
 
     @property
     def done(self) -> int:
@@ -146,32 +201,77 @@ class Results:
         except OSError as error:
             raise BadSettings(str(self.folder), f"can't be written: {error.strerror}") from error
 
-    def _begin(self, plan: Plan, measurement_id: int) -> int:
-        identity = plan.identity()
-        orders = {number: plan.order(number) for number in range(1, plan.experiment.repetitions + 1)}
-        told = {
+    def _write_experiment(self, *, accepted: bool) -> None:
+        identity = self.plan.identity()
+        orders = {number: self.plan.order(number) for number in range(1, self.plan.experiment.repetitions + 1)}
+        self._told |= {
+            "accepted": accepted,
             "sha256": sha256(canonical_json(identity).encode()).hexdigest(),
-            "measurement_id": measurement_id,
             "experiment": identity,
             "order": orders,
         }
-        self.write("experiment.yaml", HEADER + yaml.safe_dump(told, sort_keys=False))
-        return measurement_id
+        self.write("experiment.yaml", HEADER + yaml.safe_dump(self._told, sort_keys=False))
 
-    def _known(self, plan: Plan) -> int:
+    def _read_experiment(self) -> dict[str, Any]:
         path = self.folder / "experiment.yaml"
         try:
-            told = yaml.safe_load(path.read_text(encoding="utf-8"))
-            there, measurement_id = dict(told["experiment"]), int(told["measurement_id"])
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            told: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+            told |= {"experiment": dict(told["experiment"]), "measurement_id": int(told["measurement_id"])}
+            told["order"] = {int(number): list(order) for number, order in told["order"].items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
             raise BadSettings(str(path), "is no experiment that `greenprompt measure` has begun") from None
-        if found := list(differences(there, plan.identity())):
-            raise BadSettings(str(self.folder), f"holds another experiment: {'; '.join(found)}. Use another folder")
-        return measurement_id
+        return told
+
+    def _same_or_grown(self, plan: Plan) -> Plan:
+        """Return the plan as the folder's goes on. Raises BadSettings if it is another experiment."""
+        there = self._told["experiment"]
+        plan = plan.going_on(there["llms"], self._told["order"])
+        asked = plan.identity()
+        known = self._prompts_there()
+        found = []
+        if known is not None:
+            here = {prompt.id: prompt.question for prompt in plan.prompts}
+            found += [f"prompt {id_!r} is another one here" for id_ in known if here.get(id_, known[id_]) != known[id_]]
+            found += [f"prompt {id_!r} is absent here" for id_ in known if id_ not in here]
+        same_prompts = {"prompts": asked["prompts"]} if known is not None else {}
+        found += differences(there | same_prompts, asked)
+        if found:
+            what = f"holds another experiment: {'; '.join(found[:MAX_DIFFERENCES])}"
+            more = f" (and {len(found) - MAX_DIFFERENCES} more)" if len(found) > MAX_DIFFERENCES else ""
+            raise BadSettings(str(self.folder), f"{what}{more}. {', '.join(GROWS)} may grow; else use another folder")
+        self.grown = tuple(growth(there, asked))
+        return plan
+
+    def _prompts_there(self) -> dict[str, str] | None:
+        """Return the questions of the accepted experiment by id; None if the folder does not have them."""
+        path = self.folder / "prompts.jsonl"
+        return {each.id: each.question for each in load_prompts(path)} if path.exists() else None
+
+    def _require_measurement(self, wanted: int | None) -> None:
+        there = {self.measurement_id, *self._told.get("earlier_measurement_ids", ())}
+        if wanted is not None and wanted not in there:
+            problem = f"measurement_id is {self.measurement_id} there and {wanted} here. Use another folder"
+            raise BadSettings(str(self.folder), problem)
+
+    def _settled(self, answers: Iterable[Mapping[str, Any]]) -> set[tuple[str, int, str]]:
+        """Return what need not be asked again.
+
+        These are the answers, but for those whose final window was lost with an earlier measurement, and the refusals
+        of LLMs that have answered something: one that has refused every prompt may have been mended.
+        """
+        counted = [line for line in answers if not line["warmup"]]
+        usable = {line["llm"] for line in counted if line["error"] is None}
+        current = set(self.current_leases())
+        lost = {_key(line) for line in self.without_window() if line["request_id"] not in current}
+        return {_key(line) for line in counted if line["llm"] in usable} - lost
 
 
 def _key(line: Mapping[str, Any]) -> tuple[str, int, str]:
     return line["llm"], line["repetition"], line["prompt"]
+
+
+def _prompt_line(prompt: Prompt) -> dict[str, Any]:
+    return {"id": prompt.id, "question": prompt.question, "fields": prompt.fields}
 
 
 def _whole_lines(file: IO[bytes]) -> list[dict[str, Any]]:

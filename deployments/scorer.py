@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from deployments.attribution import Flow
 from deployments.energy import Energy, GridIntensity, SCISettings
 from deployments.flights import Flight, Flights
+from deployments.lease_account import LeaseAccount
 from deployments.meter import Meter
 from deployments.sci import Score, score
 from deployments.timeline import Interval
@@ -19,6 +21,9 @@ class Scorer:
         self.meter = meter
         self._flights = flights
         self._settings = settings
+        # An embedding has no output: its input is what was worked on.
+        of_output = settings.functional_unit in ("output_token", "word")
+        self._without_text = replace(settings, functional_unit="token") if of_output else settings
         self._grid = grid
 
     def prompt(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score]:
@@ -37,12 +42,13 @@ class Scorer:
             *(("share_estimated",) if assumed else ()),
         ]
         range_s = parts.reserved_low_s, parts.reserved_high_s
-        return energy, self.score(energy, parts.reserved_s, self.units(flight), flags, range_s)
+        units, account = self.units(flight), flight.account
+        return energy, self.score(energy, parts.reserved_s, units, flags, account=account, duration_range_s=range_s)
 
     def units(self, flight: Flight) -> int | None:
         """The functional units of a prompt, None if they are not known. One that gave no answer is no request."""
         tokens = flight.tokens
-        match self._settings.functional_unit:
+        match self._settings_of(flight.account).functional_unit:
             case "output_token":
                 return None if tokens is None else tokens.output
             case "token":
@@ -58,18 +64,27 @@ class Scorer:
         duration_s: float,
         units: int | None,
         flags: Sequence[str] = (),
+        *,
+        account: LeaseAccount | None = None,
         duration_range_s: tuple[float, float] | None = None,
     ) -> Score:
-        """Score an energy, and a time for which the hardware was reserved [s], with its range where it is a share."""
+        """Score an energy, and a time for which the hardware was reserved [s]; ``account`` is the lease's, if any.
+
+        ``duration_range_s`` is that of the time where it is a share.
+        """
         return score(
             energy,
             duration_s=duration_s,
             units=units,
-            settings=self._settings,
+            settings=self._settings_of(account),
             grid=self._grid,
             flags=flags,
             duration_range_s=duration_range_s,
         )
+
+    def _settings_of(self, account: LeaseAccount | None) -> SCISettings:
+        """The operator's choices; of an LLM that writes no text the functional unit is a token of its input."""
+        return self._settings if account is None or account.writes_text else self._without_text
 
     def summed(self, flow: Flow | None, times: Sequence[Sequence[Interval]], *, final: bool = False) -> Flow | None:
         """Add what flowed in these times to a flow; None where there was no time. ``final`` is as for `Meter.flow`."""

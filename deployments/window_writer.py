@@ -12,7 +12,7 @@ from deployments.attribution import Flow
 from deployments.energy import Energy
 from deployments.energy_log import EnergyLog, Record, as_iso
 from deployments.flights import Flight, Flights, Tokens
-from deployments.lease_account import Counted, LeaseAccount
+from deployments.lease_account import LeaseAccount
 from deployments.record_dates import CLOCK_STEPPED, RecordDates
 from deployments.sci import Score
 from deployments.scorer import Scorer
@@ -158,14 +158,15 @@ class WindowWriter:
             "words": account.words,
             "units": account.units,
             "units_unknown_prompts": account.units_unknown,
-            "counted": self._counted(account.counted),
+            "counted": self._counted(account),
         }
         units = None if account.units_unknown else account.units  # part of them gives no score
         times = (account.begun_s, end_s)
         self._record(WindowKind.LEASE, account, times, flow, more, units, flags=sorted(account.flags))
 
-    def _counted(self, counted: Counted) -> dict[str, Any] | None:
+    def _counted(self, account: LeaseAccount) -> dict[str, Any] | None:
         """The counted stretch of a lease as one window of the counters; None without a prompt in it."""
+        counted = account.counted
         flow, begun_s, ended_s = counted.flow, counted.begun_s, counted.ended_s
         if flow is None or begun_s is None or ended_s is None:
             return None
@@ -177,7 +178,8 @@ class WindowWriter:
             "tokens_unknown": counted.tokens_unknown > 0,
             CLOCK_STEPPED: self._dates.stepped(begun_s, ended_s),
         }
-        found = self._scorer.score(energy, flow.duration_s, units, [flag for flag, holds in flags.items() if holds])
+        told = [flag for flag, holds in flags.items() if holds]
+        found = self._scorer.score(energy, flow.duration_s, units, told, account=account)
         return {
             "begun": as_iso(self._dates.utc_s(begun_s)),
             "ended": as_iso(self._dates.utc_s(ended_s)),
@@ -212,7 +214,7 @@ class WindowWriter:
         flags: Sequence[str] = (),
     ) -> None:
         energy = self._meter.energy(flow, estimate_short=True)
-        found = self._scorer.score(energy, flow.duration_s, units, flags)
+        found = self._scorer.score(energy, flow.duration_s, units, flags, account=account)
         self._write_record(kind, account, times, energy, found, more)
 
     def _write_record(

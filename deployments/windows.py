@@ -204,9 +204,10 @@ class _Run:
     def _inside(self, left: int, time_s: float) -> tuple[float, float]:
         """E(t) between an edge and the next, and its systematic error.
 
-        An edge that is taken to be up to w/2 too late, or too early, moves on average P w² / 8T past the begin or the
-        end of work of power P, T being the time between edges. A straight line adds a sixth of T times the change of
-        the power.
+        An edge is taken to be up to w/2 too late, or too early. Where it lies in w is chance, if edges are T > w apart:
+        on average it moves P w² / 8T past the begin or the end of work of power P. Edges that are nearer are those of a
+        counter that is always by the same time too late, up to w/2, at the begin and the end alike: a window is wrong
+        by P w / 2, half of it at either end. A straight line adds a sixth of T times the change of the power.
         """
         start_s, end_s = self._mid_s(left), self._mid_s(left + 1)
         flowed = self.units[left + 1] - self.units[left]
@@ -220,18 +221,19 @@ class _Run:
         if busy_s <= 0 or flowed <= 0:
             return line, 0.0
         late_s = max(self.seen_s[index] - self.before_s[index] for index in (left, left + 1))
-        blur_s = late_s**2 / (8 * max(span_s, late_s))
+        blur_s = late_s**2 / (8 * span_s) if span_s > late_s else late_s / 4
+        near = max(round(late_s / span_s), 1)  # edges to either side that work at this time shows in
         if idle_s <= 0:
-            change = abs(self._power(left - 1, left, 0.0) - self._power(left + 1, left + 2, 0.0))
+            change = abs(self._power(left - near, left, 0.0) - self._power(left + 1, left + 1 + near, 0.0))
             return line, change * (span_s / 6 + blur_s)
         idle = self._idle.before(activity.next_begin_s(start_s), self, activity)
         if idle is None:  # it can't be less than none at all
-            return line, self._power(left - 1, left + 2, 0.0) * (span_s / 6 + blur_s)
+            return line, self._power(left - near, left + 1 + near, 0.0) * (span_s / 6 + blur_s)
         busy_before_s = activity.busy_s(start_s, time_s)
         idle_before_s = time_s - start_s - busy_before_s
         idle_rate = min(idle.rate, flowed / idle_s)
         mid = self.units[left] + idle_rate * idle_before_s + (flowed - idle_rate * idle_s) * (busy_before_s / busy_s)
-        blur = self._power(left - 1, left + 2, idle.rate) * blur_s
+        blur = self._power(left - near, left + 1 + near, idle.rate) * blur_s
         return mid, blur + idle.error * abs(idle_before_s - idle_s * (busy_before_s / busy_s))
 
     def _power(self, first: int, last: int, idle_rate: float) -> float:

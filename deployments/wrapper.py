@@ -30,12 +30,14 @@ from deployments.engine import EngineHost, RunningLLM, StopReport
 from deployments.engine_env import Phase
 from deployments.engine_rest import EngineRest
 from deployments.lease_gate import LeaseGate
+from deployments.llm_args import task_of
 from deployments.machine_memory import gpu_memory_bytes, main_memory
 from deployments.meter import CONTENDED
 from deployments.model_cache import LocalModel, ModelCache
 from deployments.models import ModelSources
 from deployments.neighbours import Neighbours
 from deployments.out_of_memory import ENGINE_OUT_OF_MEMORY, WRAPPER_SCORE, raise_score
+from deployments.probe import Probe
 from deployments.prompt_meter import PromptMeter
 from deployments.prompts import PromptGate
 from deployments.provenance import cpu_here, gpus_here, provenance
@@ -123,6 +125,7 @@ class LLMWrapper:
             wrapper_id=config.wrapper_id,
             process=process,
             neighbours=Neighbours(locks_dir / "wrappers", config.wrapper_id),
+            writes_text=_writes_text,
         )
         self._gate = LeaseGate(
             time.monotonic, fence_s=config.settings.fence_s, process=process, on_change=self._on_lease_change
@@ -145,6 +148,7 @@ class LLMWrapper:
             finish=config.finish_prompts,
         )
         self._rest = EngineRest(self._prompts.over, self._host.give_up)
+        self._probe = Probe()
         self._checkpoints = checkpoints_here()
         self._versions = versions_here(config.gpus)
         self._cpu = cpu_here()
@@ -259,6 +263,7 @@ class LLMWrapper:
         """Accept this lease's token and no other, once the last prompt of the lease before it is over and forgotten.
 
         For measurement grade, also once the LLM is warm and the machine at rest, or after ``energy.settle_max_s``.
+        An LLM that refuses every prompt of the request is not handed over: then ``refusal`` says why.
 
         Raises:
             StaleEpoch: a newer command has come, before or meanwhile.
@@ -274,6 +279,10 @@ class LLMWrapper:
             await self._end_lease("released")
         await self._prompts.over()  # outside: a newer command need not wait
         await self._rest.reached(self._living())
+        refusal = await self._refusal(grant)
+        if refusal is not None:
+            async with self._command(epoch):
+                return HandOver(self._revision, (), None, refusal)
         flags = await self._settled(epoch, grant) if grant.grade == Grade.MEASUREMENT else ()
         running = self._living()
         if running is not None:
@@ -349,6 +358,14 @@ class LLMWrapper:
         if ended is not None:
             self._gate.unbind(how)
             await self._prompts.cut(ended.request_id)
+
+    async def _refusal(self, grant: LeaseGrant) -> str | None:
+        """Why the LLM can't serve a request that it is about to be handed to; None if it can."""
+        running = self._living()
+        if running is None or grant.handed_over_s is not None or not _writes_text(grant.llmconfig):
+            return None  # one that was handed over before has been prompted
+        with self._meter.at_work():
+            return await self._probe.refusal(running, grant.llmconfig)
 
     async def _settled(self, epoch: int, grant: LeaseGrant) -> tuple[str, ...]:
         """Settle for a lease, or join who does so already; its flags. Raises StaleEpoch for a newer command."""
@@ -596,6 +613,10 @@ class LLMWrapper:
             return None, f"being started ({self._phase or 'waiting'})"
         dead = self._host.running
         return None, (dead.death_reason if dead is not None else self._died) or "no LLM is deployed"
+
+
+def _writes_text(llmconfig: str) -> bool:
+    return task_of(json.loads(llmconfig)).generates
 
 
 def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -> serve.Application:

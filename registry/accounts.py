@@ -6,23 +6,23 @@ Nothing here decides who gets an LLM, but for the refusal of a request whose ten
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from registry.allocator import Allocator
+from registry.archive import Archive
 from registry.budgets import CHARGED, month_begin_s, warnings
-from registry.errors import UnknownRequest
 from registry.reconcile import Moment, WrapperReport
 from registry.settings import TenantBudget
 from registry.state import EnergyWindow, KeptWindow, MeasurementKey, WindowKind
 from registry.store import Store, WindowPlace
-from registry.totals import Total, spent_total, total_of
+from registry.totals import Total, spent_total, sum_of, total_of
 
 PAGE = 1000
 """Windows that are read at once: some 20 ms in which the registry decides nothing."""
 
-COSTS_REMEMBERED = 4096
-"""Requests whose costs are remembered: more than a registry has at once."""
+REMEMBERED_COSTS = 10_000
+"""Requests whose costs are remembered: those that are asked for often."""
 
 _STARTS = frozenset({WindowKind.LOAD, WindowKind.WAKE})
 
@@ -37,6 +37,7 @@ class Accounts:
         self,
         store: Store,
         allocator: Allocator,
+        archive: Archive,
         *,
         budgets: Mapping[str, TenantBudget],
         now_s: Callable[[], float],
@@ -44,11 +45,12 @@ class Accounts:
     ) -> None:
         self._store = store
         self._allocator = allocator
+        self._archive = archive
         self._budgets = budgets
         self._now_s = now_s
         self._on_kept = on_kept
         self._kept: dict[str, tuple[str, int]] = {}
-        self._costs: dict[str, Mapping[WindowKind, Total]] = {}
+        self._costs: dict[str, dict[WindowKind, Total]] = {}
 
     # --- windows ----------------------------------------------------------------------------------------
 
@@ -63,9 +65,8 @@ class Accounts:
         rows = [self._row(wrapper_id, window) for window in report.windows]
         new = self._store.keep_windows(rows)
         for row in rows:
-            if row.window.request_id is not None:
-                self._costs.pop(row.window.request_id, None)
             if row.window.window_id in new:
+                self._add_cost(row.window)
                 self._on_kept(row)
         newest = report.windows[-1].number
         self._kept[wrapper_id] = report.moment.process, max(newest, self.kept(wrapper_id, report.moment))
@@ -92,10 +93,8 @@ class Accounts:
         )
 
     def _tenant_of(self, request_id: str) -> str | None:
-        try:
-            return self._allocator.request(request_id).tenant
-        except UnknownRequest:  # forgotten meanwhile
-            return None
+        request = self._archive.find_request(request_id)
+        return None if request is None else request.tenant  # None: forgotten meanwhile
 
     async def windows(self, key: MeasurementKey) -> tuple[KeptWindow, ...]:
         """The windows of a measurement, in the order in which they began. Others are let in between pages of them.
@@ -125,20 +124,29 @@ class Accounts:
         return self._store.windows(key, request_id=request_id, after=after, limit=limit)
 
     def costs(self, request_id: str) -> Mapping[WindowKind, Total]:
-        """What a request has cost so far, by kind of window.
+        """What a request has cost so far, by kind of window. As for ``costs_of``."""
+        return self.costs_of([request_id])[request_id]
 
-        Remembered until more of it comes: a status is asked for often, and windows come seldom.
+    def costs_of(self, request_ids: Sequence[str]) -> dict[str, Mapping[WindowKind, Total]]:
+        """What each of these requests has cost so far, by kind of window.
+
+        Remembered for the last REMEMBERED_COSTS of them, and added to as windows come.
 
         Raises:
             StoreUnavailable: the database does not answer.
         """
-        found = self._costs.pop(request_id, None)
-        if found is None:
-            found = self._store.costs_of_request(request_id)
-            if len(self._costs) >= COSTS_REMEMBERED:
-                del self._costs[next(iter(self._costs))]  # that which was asked for longest ago
-        self._costs[request_id] = found
+        if unknown := [request_id for request_id in request_ids if request_id not in self._costs]:
+            self._costs.update(self._store.costs_of_requests(unknown))
+        found: dict[str, Mapping[WindowKind, Total]] = {each: self._costs[each] for each in request_ids}
+        while len(self._costs) > REMEMBERED_COSTS:
+            del self._costs[next(iter(self._costs))]
         return found
+
+    def _add_cost(self, window: EnergyWindow) -> None:
+        costs = self._costs.get(window.request_id or "")
+        if costs is not None:
+            figures = sum_of([window.total_j]), sum_of([window.o_g]), sum_of([window.m_g])
+            costs[window.kind] = total_of((costs.get(window.kind, Total()), Total(*figures, window.label)))
 
     def used(self, request_id: str) -> tuple[float, float]:
         """What the lease of a request is known to have used so far, J and gCO2eq: its prompts, and its idle time.
@@ -150,9 +158,10 @@ class Accounts:
         known = total_of(costs[kind] for kind in (WindowKind.PROMPT, WindowKind.IDLE) if kind in costs)
         return known.joules.of_known, known.o_g.of_known + known.m_g.of_known
 
-    def forget(self) -> None:
-        """The database has forgotten: what is remembered of it is read anew."""
-        self._costs.clear()
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """The database has forgotten these requests."""
+        for request_id in request_ids:
+            self._costs.pop(request_id, None)
 
     # --- budgets ----------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 
 import ray
@@ -17,9 +18,10 @@ from pydantic import BaseModel
 
 from registry import views
 from registry.errors import RegistryError
+from registry.news import CHANGES_WAIT_S
 from registry.service import Idempotency, Service
 from registry.settings import Settings
-from registry.state import Grade, MeasurementKey, NewRequest, Priority, RequestStatus
+from registry.state import Grade, MeasurementKey, NewRequest, Priority
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""
@@ -44,6 +46,7 @@ class RegistryActor:
     ) -> None:
         """``build`` wires a service; it is called again, with the same settings, after a restart."""
         self._settings = settings
+        self._life = uuid.uuid4().hex
         try:
             self._service = build(settings, _fail_stop)
         except RegistryError as error:
@@ -91,11 +94,19 @@ class RegistryActor:
         )
         return _json([views.request_state(self._service, each) for each in await self._service.granted(requests)])
 
-    async def state(self, request_id: str, wait_s: float = 0.0, seen: RequestStatus | None = None) -> str:
-        """JSON RequestState, once the status is another than ``seen`` or after ``wait_s`` seconds."""
+    async def state(self, request_id: str) -> str:
+        """JSON RequestState as it is now."""
         await self.ready()
-        request = await self._service.wait_for_change(request_id, wait_s, seen)
-        return views.request_state(self._service, request).model_dump_json()
+        return views.request_state(self._service, self._service.known(request_id)).model_dump_json()
+
+    async def changes(self, life: str, place: int | None) -> tuple[str, int, list[str] | None]:
+        """Return which requests have changed since a place that this process (``life``) has given, and the place now.
+
+        Waits up to CHANGES_WAIT_S for a change. None if that is not known, as after a restart.
+        """
+        await self.ready()
+        known = place if life == self._life else None
+        return self._life, *await self._service.news.after(known, CHANGES_WAIT_S)
 
     async def events(self, request_id: str, after: int, limit: int) -> str:
         """JSON list of EventState of a request, at most ``limit`` with a number above ``after``."""
@@ -124,27 +135,29 @@ class RegistryActor:
         assert url is not None  # leased
         return url
 
-    async def measurement(self, key: MeasurementKey) -> str:
-        """JSON MeasurementState."""
+    async def measurement(self, key: MeasurementKey, after_seq: int, limit: int) -> str:
+        """JSON MeasurementState, with a page of its requests."""
         await self.ready()
-        return views.measurement_state(self._service, key).model_dump_json()
+        state = views.measurement_state(self._service, key, after_seq=after_seq, limit=limit)
+        return state.model_dump_json()
 
     async def report(self, key: MeasurementKey) -> str:
         """JSON MeasurementReport. What takes long of it holds nobody up."""
         await self.ready()
-        allocator = self._service.allocator
-        measurement, requests = allocator.measurement(key), allocator.requests_of(key)
+        measurement = self._service.archive.measurement(key)
+        requests = await self._service.archive.all_requests_of(key)
         windows = await self._service.accounts.windows(key)
         return await asyncio.to_thread(views.report_json, measurement, requests, windows)
 
     async def windows(self, key: MeasurementKey, request_id: str | None, after: str | None, limit: int) -> str:
         """JSON WindowsPage: one page of the database, written as JSON in a thread."""
         await self.ready()
-        place, allocator = views.place_of(after), self._service.allocator
-        requests = allocator.requests_of(key)
+        place, archive = views.place_of(after), self._service.archive
+        archive.measurement(key)
         if request_id is not None:
-            requests = (allocator.request(request_id),)
+            archive.request(request_id)
         page = self._service.accounts.page(key, request_id=request_id, after=place, limit=limit)
+        requests = archive.find_requests({each.window.request_id or "" for each in page})
         return await asyncio.to_thread(views.windows_json, requests, page, limit)
 
     async def machines(self) -> str:

@@ -11,7 +11,7 @@ that is not for the lease which is bound there, end that lease; a wrapper whose 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -32,6 +32,7 @@ from registry.state import (
     Lease,
     LeaseBound,
     LeaseFlagged,
+    LeaseLapsed,
     LeaseReleased,
     LeaseRequested,
     LeaseUsed,
@@ -79,13 +80,14 @@ class Allocator:
         self._new_token = new_token
         self.load(Snapshot())
 
-    def load(self, snapshot: Snapshot) -> None:
+    def load(self, snapshot: Snapshot, next_seq: int = 1) -> None:
         """Take over what the store knew, in place of everything. Has no effects by itself; the next event may.
 
-        Turns of tenants are not stored: they start anew.
+        ``next_seq``: number of the next request, above those of the requests that are in the store alone. Turns of
+        tenants are not stored: they start anew.
         """
         self._ledger = Ledger(self._limits)
-        self._ledger.load(snapshot)
+        self._ledger.load(snapshot, next_seq)
         self._endings = Endings(self._ledger, self._limits)
         self._pins = Pins(self._ledger, self._limits)
         self._dispatcher = Dispatcher(self._ledger, self._limits, self._new_token)
@@ -96,6 +98,26 @@ class Allocator:
     def snapshot(self) -> Snapshot:
         """Everything that is known, as ``load`` takes it."""
         return self._ledger.snapshot()
+
+    def recall(self, measurement: Measurement, requests: Sequence[Request]) -> None:
+        """Take over again what had ended: a measurement and some of its requests. What is known stays as it is."""
+        self._ledger.recall(measurement, requests)
+
+    def drop_request(self, request_id: str) -> Request | None:
+        """Keep an ended request in the store alone. Return what was known of it; idempotent."""
+        return self._ledger.drop_request(request_id)
+
+    def drop_measurement(self, key: MeasurementKey) -> None:
+        """Keep a measurement that is over in the store alone, with its requests."""
+        self._ledger.drop_measurement(key)
+
+    def knows(self, key: MeasurementKey) -> bool:
+        """True when a measurement is in memory."""
+        return key in self._ledger.measurements
+
+    def is_over(self, key: MeasurementKey) -> bool:
+        """True when a measurement is known and nothing of it is unfinished. O(1)."""
+        return key in self._ledger.measurements and self._ledger.head(key) is None
 
     def handle(self, event: Event, now_s: float) -> Decision:
         """Decide what an event at ``now_s`` (UTC seconds) changes and brings about.
@@ -112,6 +134,8 @@ class Allocator:
                 self._on_requested(event, now_s)
             case LeaseReleased(request_id):
                 self._on_released(self._ledger.request(request_id), now_s)
+            case LeaseLapsed(request_id):
+                self._on_lapsed(self._ledger.request(request_id), now_s)
             case LeaseUsed(request_id, at_s):
                 self._on_used(self._ledger.request(request_id), min(at_s, now_s))
             case LeaseBound():
@@ -182,11 +206,9 @@ class Allocator:
         """The measurement with this key. Raises UnknownMeasurement."""
         return self._ledger.measurement(key)
 
-    def requests_of(self, key: MeasurementKey) -> tuple[Request, ...]:
-        """All requests of a measurement, ended ones too, in order of arrival. Raises UnknownMeasurement."""
-        self._ledger.measurement(key)
-        ids = self._ledger.by_request.of.get(key, ())
-        return tuple(self._ledger.requests[request_id] for _, request_id in ids)
+    def head(self, key: MeasurementKey) -> Request | None:
+        """The first request of a measurement that has not ended: the one that is served, or next. O(1)."""
+        return self._ledger.head(key)
 
     def lease_of(self, request_id: str) -> Lease | None:
         """The lease of a request, None when it has none."""
@@ -221,12 +243,20 @@ class Allocator:
         """The wrappers of a machine, by id."""
         return tuple(self._ledger.on_machine(machine_id))
 
+    def count_wrappers(self, statuses: Iterable[WrapperStatus]) -> int:
+        """How many wrappers are in one of these statuses. O(statuses)."""
+        return sum(self._ledger.by_wrapper.statuses[status] for status in statuses)
+
+    def deploying_count(self) -> int:
+        """How many requests wait for a wrapper to run their LLM. O(1)."""
+        return self._ledger.by_wrapper.held - len(self._ledger.leases)
+
     def queued_count(self) -> int:
         """How many requests are queued."""
         return self._ledger.by_request.queued_count
 
     def queue_position(self, request_id: str) -> int | None:
-        """How many requests are served until this one is, itself included; None when it is not queued. O(tenants).
+        """How many requests are served until this one is, itself included; None when it is not queued. O(log n).
 
         Assumes that all tenants go on asking and that every wrapper suits everyone; warm matches, pins and sizes
         can change the order.
@@ -235,15 +265,9 @@ class Allocator:
         if request is None or request.status is not RequestStatus.QUEUED:
             return None
         measurement = self._ledger.measurements[request.measurement_key]
-        queued = self._ledger.by_request.queued
-        before = queued[measurement.tenant].index((rank(measurement, request), request.seq, request_id))
-        turns = self._ledger.queue.turns
-        others = sum(
-            min(len(theirs), turns.served_before(measurement.tenant, other, before))
-            for other, theirs in queued.items()
-            if other != measurement.tenant
-        )
-        return before + others + 1
+        queued = self._ledger.by_request.queued[request.tenant]
+        index = queued.index((rank(measurement, request), request.seq, request_id))
+        return self._ledger.positions.before(request.tenant, index) + 1
 
     def misfit(self, request_id: str) -> str | None:
         """Why no wrapper that is known can serve a queued request, None if one can or none is known.
@@ -413,6 +437,11 @@ class Allocator:
         lease = self._ledger.leases.get(request.request_id)
         if lease is not None:
             self._ledger.put_lease(replace(lease, last_active_s=max(lease.last_active_s, at_s)))
+
+    def _on_lapsed(self, request: Request, now_s: float) -> None:
+        if request.status is RequestStatus.DEPLOYED:
+            reason = "its wrapper ended it: its time was over, or it was not used"
+            self._endings.end(request, RequestStatus.EXPIRED, "expired", reason, now_s)
 
     def _on_time_passed(self, asked: tuple[str, ...] | None, now_s: float) -> None:
         self._pins.end(now_s)

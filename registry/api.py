@@ -38,6 +38,9 @@ MAX_WAIT_S = 60.0
 MAX_EVENTS = 1000
 """Most events that one GET answers."""
 
+MAX_REQUESTS = 100
+"""Most requests of a measurement that one GET answers."""
+
 MAX_WINDOWS = 1000
 """Most energy windows that one GET answers."""
 
@@ -69,8 +72,8 @@ def _can_be_answered(args: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"is nested deeper than {MAX_ARGS_DEPTH} levels")
     try:
         json.dumps(args, allow_nan=False, ensure_ascii=False).encode()
-    except ValueError:
-        raise ValueError("holds NaN, an infinity or half a character, which are not JSON") from None
+    except (TypeError, ValueError):
+        raise ValueError("holds NaN, an infinity, half a character or a date, which are not JSON") from None
     return args
 
 
@@ -233,7 +236,8 @@ class MeasurementState(_Answered):
     versions: dict[str, str] | None = Field(
         None, description="Of the software that its latest LLM was handed over with; null: none was yet, or not known"
     )
-    requests: list[RequestState]
+    requests: list[RequestState] = Field(description="A page of its requests, in their order")
+    next: int | None = Field(None, description="`after` of the next page; null: this is the last one")
 
 
 class MachineState(_Answered):

@@ -48,6 +48,9 @@ RETRY_FOR_S = 30.0
 LOOK_S = 1.0
 """How often a machine that is being drained is looked at, seconds."""
 
+TENANT_HEADER = "X-Tenant"
+"""Who asks; a name, not a proof."""
+
 WARMUP_HEADER = "X-GreenPrompt-Warmup"
 """``true``: the prompt is a warm-up, and counts in no figure."""
 
@@ -133,13 +136,16 @@ class HeldLease:
 class RegistryClient:
     """Calls to one registry. Not for use by several threads at once, but for the prompts of a lease."""
 
-    def __init__(self, base_url: str, *, timeout_s: float = 60.0) -> None:
+    def __init__(self, base_url: str, *, tenant: str | None = None, timeout_s: float = 60.0) -> None:
         """Make a client of the ingress at ``base_url``, as in ``http://127.0.0.1:8000``; nothing is sent yet.
+
+        ``tenant`` is whose turn in the queue its requests take; None: the registry's ``default``.
 
         Raises:
             BadSettings: that is no URL, or the environment names certificates or a proxy that can't be used.
         """
-        self._http = http_client(base_url, timeout_s=timeout_s)
+        headers = {} if tenant is None else {TENANT_HEADER: tenant}
+        self._http = http_client(base_url, timeout_s=timeout_s, headers=headers)
 
     def __enter__(self) -> Self:
         return self
@@ -158,11 +164,12 @@ class RegistryClient:
         measurement_id: int,
         llms: Sequence[Mapping[str, Any]],
         *,
+        priority: str | None = None,
         gpu_type: str | None = None,
         grade: str | None = None,
         like: str | None = None,
-        max_j: float | None = None,
-        max_g: float | None = None,
+        max_joules: float | None = None,
+        max_gco2eq: float | None = None,
         idempotency_key: str | None = None,
     ) -> list[str]:
         """Ask for LLMs (llmconfigs); their request ids, in order.
@@ -172,11 +179,12 @@ class RegistryClient:
         Args:
             measurement_id: > 0; yours to choose.
             llms: llmconfigs.
+            priority: ``low``, ``normal`` or ``high`` among the measurements of the same tenant; None: ``normal``.
             gpu_type: None: it does not matter.
             grade: ``measurement`` for a machine at rest; None: the registry's own choice.
             like: id of an earlier request that is to be repeated.
-            max_j: what each of the leases may use up, J; None: no limit.
-            max_g: the same in gCO2eq.
+            max_joules: what each of the leases may use up, J; None: no limit.
+            max_gco2eq: the same in gCO2eq.
             idempotency_key: yours to choose, another one for each request; None: a random one. Give one to be able to
                 ask for the same requests again after this call failed.
 
@@ -184,7 +192,13 @@ class RegistryClient:
             AnswerError: the request was refused: 422 for what can't be served here, with the field and the figures.
             httpx.HTTPError: the registry could not be reached.
         """
-        options = {"gpuType": gpu_type, "grade": grade, "like": like, "maxJoules": max_j, "maxGco2eq": max_g}
+        options: dict[str, str | float | None] = {
+            "priority": priority,
+            "gpuType": gpu_type,
+            "grade": grade,
+            "like": like,
+        }
+        options |= {"maxJoules": max_joules, "maxGco2eq": max_gco2eq}
         body: dict[str, Any] = {"measurementId": measurement_id, "llms": list(llms)}
         body |= {name: value for name, value in options.items() if value is not None}
         headers = {"Idempotency-Key": uuid.uuid4().hex if idempotency_key is None else idempotency_key}
@@ -299,7 +313,13 @@ class RegistryClient:
 
     def measurement(self, measurement_id: int) -> MeasurementState:
         """A measurement with all its requests. Repeated like ``status``. Raises AnswerError (404: there is none)."""
-        return _read(MeasurementState, self._insist("GET", f"/measurements/{measurement_id}", {}, 60))
+        path, requests, after = f"/measurements/{measurement_id}", list[RequestState](), 0
+        while True:
+            page = _read(MeasurementState, self._insist("GET", path, {"after": after}, 60))
+            requests += page.requests
+            if page.next is None:
+                return page.model_copy(update={"requests": requests})
+            after = page.next
 
     def health(self) -> HealthState:
         """How the registry is, also where it can serve nobody at the moment."""

@@ -142,6 +142,21 @@ class QueueFull(RegistryError):
         return f"the queue of {self.scope} is full ({self.limit} requests); try again {when}"
 
 
+class TooManyPolls(RegistryError):
+    """As many GETs as allowed wait for a change of status (``wait``)."""
+
+    code = "too_many_polls"
+    http_status = 429
+    retryable = True
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"{self.limit} GETs wait for a change of status already; try again in a few seconds, or without `wait`"
+
+
 class TenantBudgetUsed(RegistryError):
     """A tenant has used up what it may use in this month. ``until`` is when the next one begins."""
 

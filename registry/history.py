@@ -50,7 +50,8 @@ def log_fields(row: EventRow) -> dict[str, object]:
     """A row as the fields of a line in the log; what it does not say is left out."""
     ids = {name: getattr(row, name) for name in ("request_id", "measurement_id", "wrapper_id", "cause_id")}
     known = {name: value for name, value in ids.items() if value is not None}
-    return {"kind": row.kind} | known | json.loads(row.detail)
+    detail: dict[str, object] = json.loads(row.detail)
+    return {"kind": row.kind} | known | detail
 
 
 def _state_of(request: Request) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import httpx
@@ -14,7 +15,19 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 """Hosts that are this machine: no proxy is asked for them, whatever the environment says."""
 
 
-def http_client(base_url: str, *, timeout_s: float) -> httpx.Client:
+def base_url_of(text: str) -> httpx.URL:
+    """Return a base URL. Raises BadSettings if that is none."""
+    try:
+        urlsplit(text)  # stricter than httpx with brackets
+        url = httpx.URL(text)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise BadSettings(text, f"is no base URL: {error}") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise BadSettings(text, "is no base URL: it needs a scheme and a host, as in http://127.0.0.1:8000")
+    return url
+
+
+def http_client(base_url: str, *, timeout_s: float, headers: Mapping[str, str] | None = None) -> httpx.Client:
     """Make a client of the server at ``base_url``; nothing is sent yet. Close it.
 
     It has no limit of its own to the number of connections: how many requests are in flight is the caller's choice.
@@ -23,13 +36,11 @@ def http_client(base_url: str, *, timeout_s: float) -> httpx.Client:
         BadSettings: ``base_url`` is none, or a variable of the environment names certificates or a proxy that can't be
             used; the text names it.
     """
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadSettings(base_url, "is no base URL: it needs a scheme and a host, as in http://127.0.0.1:8000")
-    own = parts.hostname in LOOPBACK
+    own = base_url_of(base_url).host in LOOPBACK
     try:
         return httpx.Client(
             base_url=base_url.rstrip("/"),
+            headers=headers,
             timeout=timeout_s,
             limits=httpx.Limits(),
             trust_env=not own,

@@ -142,6 +142,9 @@ class WrapperIndex:
         """Wrappers that are not LOST."""
         self.usable: Counter[Size] = Counter()
         """Wrappers that are not LOST, FAILED or OFF."""
+        self.statuses: Counter[WrapperStatus] = Counter()
+        self.held = 0
+        """Wrappers that a request has, or waits for."""
 
     def free_sizes(self) -> set[Size]:
         """The sizes of wrappers that a request may be given."""
@@ -150,6 +153,8 @@ class WrapperIndex:
     def add(self, wrapper: Wrapper, size: Size) -> None:
         """Index a wrapper of this size."""
         self.on_machine.setdefault(wrapper.machine_id, SortedSet()).add(wrapper.wrapper_id)
+        self.statuses[wrapper.status] += 1
+        self.held += wrapper.request_id is not None
         for counter in self._counters(wrapper):
             counter[size] += 1
         for pool in self._pools(wrapper):
@@ -161,6 +166,8 @@ class WrapperIndex:
         on_machine.remove(wrapper.wrapper_id)
         if not on_machine:
             del self.on_machine[wrapper.machine_id]
+        self.statuses[wrapper.status] -= 1
+        self.held -= wrapper.request_id is not None
         for counter in self._counters(wrapper):
             counter[size] -= 1
             if not counter[size]:
@@ -237,7 +244,10 @@ class RequestIndex:
     def remove(self, request: Request, needs: Needs, rank: Rank) -> None:
         """Forget a request, given as it was indexed."""
         entry = request.seq, request.request_id
-        self.of[request.measurement_key].remove(entry)
+        of = self.of[request.measurement_key]
+        of.remove(entry)
+        if not of:
+            del self.of[request.measurement_key]
         if not request.status.ended:
             unfinished, needed = self.unfinished[request.measurement_key], self.needs[request.measurement_key]
             unfinished.remove(entry)

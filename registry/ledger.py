@@ -6,7 +6,7 @@ commands to wrappers are here too, since each is a change of a record and an eff
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Final
@@ -15,6 +15,7 @@ from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.fit import ANY_GPU_TYPE, SIZE_STEP_BYTES, Needs, Size, fitting, needs_of
 from registry.indices import Queue, RequestIndex, SortedSet, WrapperIndex, is_free, is_usable
 from registry.policy import Place, Turns, rank
+from registry.positions import Positions
 from registry.state import (
     BindLease,
     Changes,
@@ -56,6 +57,7 @@ class Ledger:
         self.by_wrapper = WrapperIndex()
         self.by_request = RequestIndex()
         self.queue = Queue(Turns(limits.tenant_weights))
+        self.positions = Positions(self.queue.turns)
         self.deadlines: SortedSet[tuple[float, str]] = SortedSet()
         self.pins: SortedSet[tuple[float, MeasurementKey]] = SortedSet()
         """When a measurement that went on is no longer bound to the machine of before, by time and key."""
@@ -67,6 +69,7 @@ class Ledger:
         self._pinned_to: dict[str, set[MeasurementKey]] = {}
         self._displaced: set[MeasurementKey] = set()
         self._sizes: frozenset[Size] = frozenset()
+        self._usable: frozenset[Size] = frozenset()
         self._forget_changes()
 
     # --- reading ----------------------------------------------------------------------------------------
@@ -189,8 +192,9 @@ class Ledger:
 
     # --- writing ----------------------------------------------------------------------------------------
 
-    def load(self, snapshot: Snapshot) -> None:
-        """Take over what the store knew; into an empty ledger."""
+    def load(self, snapshot: Snapshot, next_seq: int = 1) -> None:
+        """Take over what the store knew; into an empty ledger. ``next_seq``: of the next request, or less."""
+        self.next_seq = next_seq
         self.machines = {machine.machine_id: machine for machine in snapshot.machines}
         for measurement in snapshot.measurements:
             self._store_measurement(measurement)
@@ -200,9 +204,34 @@ class Ledger:
             self._store_lease(lease)
         for wrapper in snapshot.wrappers:
             self._store_wrapper(wrapper)
-        self._sizes = frozenset(self.by_wrapper.sizes)
+        self._sizes, self._usable = frozenset(self.by_wrapper.sizes), frozenset(self.by_wrapper.usable)
         for key in self.measurements:
             self._requeue(key)
+
+    def recall(self, measurement: Measurement, requests: Iterable[Request]) -> None:
+        """Take over an ended measurement and ended requests of it again; what is known already stays as it is."""
+        if measurement.key not in self.measurements:
+            self._store_measurement(measurement)
+        for request in requests:
+            if request.request_id not in self.requests:
+                self._store_request(request)
+
+    def drop_request(self, request_id: str) -> Request | None:
+        """Keep an ended request in the store alone. Return what was known of it."""
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return None
+        key = request.measurement_key
+        self.by_request.remove(request, self.needs(request), rank(self.measurements[key], request))
+        if self._served_on.get(key, (0, "", ""))[2] == request_id:
+            del self._served_on[key]
+        return request
+
+    def drop_measurement(self, key: MeasurementKey) -> None:
+        """Keep a measurement of which nothing is unfinished, and its requests, in the store alone."""
+        for _, request_id in list(self.by_request.of.get(key, ())):
+            self.drop_request(request_id)
+        del self.measurements[key]
 
     def snapshot(self) -> Snapshot:
         """Everything that is known."""
@@ -371,13 +400,18 @@ class Ledger:
         self._displaced.discard(key)
         if head is None or head.status is not RequestStatus.QUEUED:
             self.queue.put(key, None)
+            self._count_queued(key[0])
             return
         place = self.place_of(measurement, head)
         self.queue.put(key, (place, rank(measurement, head)))
+        self._count_queued(key[0])
         if place.machine_id is not None:
             self.touched.add(place.machine_id)
         elif measurement.machine_id is not None:
             self._displaced.add(key)
+
+    def _count_queued(self, tenant: str) -> None:
+        self.positions.put(tenant, len(self.by_request.queued.get(tenant, ())))
 
     def _requeue_if_sizes_changed(self) -> None:
         """The first wrapper of a size came, or the last one went: places are made of sizes, so all are made anew.
@@ -390,8 +424,16 @@ class Ledger:
                 self._requeue(key)
 
     def _requeue_pinned(self, machine_id: str) -> None:
-        """A wrapper of this machine came, went or changed size: that can move those bound to a machine."""
-        for key in self._displaced | self._pinned_to.get(machine_id, set()):
+        """A wrapper of this machine came, went or changed size: that can move those bound to a machine.
+
+        Those who wait elsewhere because theirs can't be used move only when the first usable wrapper of a size comes,
+        or the last one goes: so a thousand machines that are lost cost O(n), not O(n²).
+        """
+        keys = self._pinned_to.get(machine_id, set())
+        if self.by_wrapper.usable.keys() != self._usable:
+            self._usable = frozenset(self.by_wrapper.usable)
+            keys = keys | self._displaced
+        for key in list(keys):
             self._requeue(key)
 
 

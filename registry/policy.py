@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -108,6 +107,15 @@ class Turns:
         """Sort key of a tenant that waits: the smallest is next. Changes only when the tenant is charged."""
         return (*self._waiting[tenant], tenant)
 
+    def find(self, tenant: str) -> tuple[float, int, str] | None:
+        """Sort key of a tenant, None if it does not wait."""
+        return self.key(tenant) if tenant in self._waiting else None
+
+    @property
+    def served_at(self) -> float:
+        """Where the latest turn that was given began."""
+        return self._served_at
+
     def charge(self, tenant: str) -> None:
         """A tenant that waits got something."""
         self._served_at = self.start(tenant)
@@ -124,23 +132,3 @@ class Turns:
     def step(self, tenant: str) -> float:
         """How far one grant moves the tenant."""
         return 1.0 / self._weights.get(tenant, 1.0)
-
-    def served_before(self, tenant: str, other: str, index: int) -> int:
-        """How many turns ``other`` has before the ``index``-th (0 = next) turn of ``tenant``, if both always ask."""
-        begins = self.start(tenant) + index * self.step(tenant)
-        turns = round((begins - self.start(other)) / self.step(other), 6)  # sums of 1/weight are a hair off
-        if turns < 0:
-            return 0
-        if turns != math.floor(turns):
-            return math.floor(turns) + 1
-        return int(turns) + self._is_before(other, int(turns), tenant, index)
-
-    def _is_before(self, other: str, theirs: int, tenant: str, own: int) -> bool:
-        """Of two turns that begin at the same time: True when that of ``other`` comes first.
-
-        That is who has waited longer for it: since the turn before, or since now if there is none.
-        """
-        if theirs and own and self.step(other) != self.step(tenant):
-            return self.step(other) > self.step(tenant)
-        theirs, own = theirs - min(theirs, own), own - min(theirs, own)
-        return own > 0 if theirs or own else self.key(other) < self.key(tenant)

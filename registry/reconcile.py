@@ -95,11 +95,13 @@ class HandOver:
 
     ``model_revision`` is the commit of the LLM, None if it has none. ``flags`` tell what is not as a measurement wants
     it (deployments.settling). ``provenance`` is the wrapper's part of what a Request keeps, None: it does not tell.
+    With a ``refusal`` the lease does not begin: the LLM can't serve its request, and that is why.
     """
 
     model_revision: str | None = None
     flags: tuple[str, ...] = ()
     provenance: Mapping[str, object] | None = None
+    refusal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

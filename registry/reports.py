@@ -76,7 +76,7 @@ class Reports:
         first = request.deployed_s is None
         if first:
             request = replace(request, provenance=event.provenance)
-            why_not = self._unlike_what_it_asks(request)
+            why_not = event.refusal or self._unlike_what_it_asks(request)
             if why_not is not None:  # nobody has been told the address yet
                 self._endings.end(request, RequestStatus.FAILED, "failed", why_not, now_s)
                 return

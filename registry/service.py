@@ -22,6 +22,7 @@ import structlog
 from registry.accounts import Accounts
 from registry.allocator import Allocator
 from registry.api import MAX_WAIT_S
+from registry.archive import KEPT, Archive
 from registry.errors import (
     EngineNotReady,
     EngineStartFailed,
@@ -31,15 +32,14 @@ from registry.errors import (
     LeaseEnded,
     NoSuchLease,
     RegistryError,
-    RequestForgotten,
     ShuttingDown,
     StaleEpoch,
     StoreUnavailable,
-    UnknownRequest,
     WrapperUnheard,
     WrapperUnreachable,
 )
 from registry.history import ids_of, log_fields, rows_of
+from registry.news import News
 from registry.reconcile import (
     Belief,
     Cluster,
@@ -65,6 +65,7 @@ from registry.state import (
     Lease,
     LeaseBound,
     LeaseFlagged,
+    LeaseLapsed,
     LeaseReleased,
     LeaseRequested,
     LeaseUsed,
@@ -110,6 +111,12 @@ STOP_MARGIN_S = 10.0
 """How much longer than an LLM may take to stop a shutdown waits for it, seconds."""
 
 DAY_S = 86_400.0
+
+FORGET_AT_ONCE = 200
+"""Rows of each kind that are forgotten in one transaction: some 20 ms in which the registry decides nothing."""
+
+FORGET_PAUSE_S = 0.05
+"""Pause between two such transactions, seconds: the rest of the time is for others."""
 
 _WATCHED = frozenset(
     {WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED, WrapperStatus.STOPPING}
@@ -157,12 +164,15 @@ class Service:
         homes: Mapping[str, LLMSpec],
         on_fatal: Callable[[RegistryError], None],
         on_energy: Callable[[KeptWindow], None] = lambda _: None,
+        ended_kept: int = KEPT,
     ) -> None:
         self.settings = settings
         self.allocator = Allocator(settings.limits, new_token)
+        self.archive = Archive(store, self.allocator, ended_kept)
         self.accounts = Accounts(
-            store, self.allocator, budgets=settings.budgets.tenants, now_s=now_s, on_kept=on_energy
+            store, self.allocator, self.archive, budgets=settings.budgets.tenants, now_s=now_s, on_kept=on_energy
         )
+        self.news = News()
         self.reports: dict[str, WrapperReport] = {}
         self.heard_s: dict[str, float] = {}
         """When each wrapper has last reported to this process, UTC seconds."""
@@ -190,39 +200,46 @@ class Service:
         self._stopping = False
         self._closed = False
         self._forget_next_s = 0.0
+        self._begun_s = self._before_s = 0.0
+        """When this process began, and when the one before it last wrote something, UTC seconds."""
 
     # --- life -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Load the database and begin to watch. Returns at once; machines and wrappers come in by themselves."""
-        self._forget()
-        stored = self._store.load()
-        self.allocator.load(stored)
+        self._begun_s = self._now_s()
+        newest_s = self._store.newest_event_s()
+        self._before_s = self._begun_s if newest_s is None else min(newest_s, self._begun_s)
+        stored = self._store.load(ended=False)
+        self.allocator.load(stored, self._store.next_seq())
         self._remember_tokens(stored.leases)
         self._spawn(self._watch_cluster())
         self._spawn(self._watch_time())
 
-    def _forget(self) -> int:
-        """Have the database forget what ended more than ``keep_days`` ago; how many requests that were."""
-        now_s = self._now_s()
-        self._forget_next_s = now_s + DAY_S
-        return self._store.forget(ended_before_s=now_s - self.settings.keep_days * DAY_S)
+    async def _forget(self) -> None:
+        await self._guarded("what ended long ago could not be forgotten", self._forget_in_parts())
 
-    def _forget_daily(self) -> None:
-        """Forget, in memory too: between two events it holds what the database does, so it is loaded anew.
+    async def _forget_in_parts(self) -> None:
+        """Forget what ended more than ``keep_days`` ago, in small parts. Others are let in between them.
 
-        Nothing else is lost but whose turn it was among the tenants. Blocks for as long as loading does.
+        The time in which no registry ran is not counted, as a clock that is wrong at the start would forget everything.
         """
-        try:
-            forgotten = self._forget()
-            self.accounts.forget()
-            self._answered_again.clear()
-            if forgotten:
-                self.allocator.load(self._store.load())
-        except StoreUnavailable as error:
-            self._on_fatal(error)
-            raise
-        log.info("requests were forgotten", count=forgotten, keep_days=self.settings.keep_days)
+        seen_s = self._before_s + self._now_s() - self._begun_s
+        before_s, count = seen_s - self.settings.keep_days * DAY_S, 0
+        while not self._closed:
+            try:
+                part = self._store.forget(ended_before_s=before_s, limit=FORGET_AT_ONCE)
+                self.archive.forgotten(part.request_ids)
+            except StoreUnavailable as error:
+                self._on_fatal(error)
+                raise
+            self.accounts.forget(part.request_ids)
+            self._answered_again.difference_update(part.request_ids)
+            count += len(part.request_ids)
+            if not part.more:
+                log.info("requests were forgotten", count=count, keep_days=self.settings.keep_days)
+                return
+            await asyncio.sleep(FORGET_PAUSE_S)
 
     async def shutdown(self) -> None:
         """Stop every LLM and every wrapper, then close the database. Takes no new requests from the first moment.
@@ -287,6 +304,8 @@ class Service:
             QueueFull, LLMNeverFits, InvalidField, TenantBudgetUsed, ShuttingDown: nothing was accepted.
             IdempotencyConflict: the key was used with another body.
         """
+        if self._closed:
+            raise ShuttingDown
         if idempotency is not None:
             known = self._store.idempotent_request_ids(tenant, idempotency.key)
             if known is not None:
@@ -294,15 +313,17 @@ class Service:
                     raise IdempotencyConflict(idempotency.key)
                 if known[1][0] != llms[0].request_id:
                     self._answered_again.add(known[1][0])
-                return tuple(self.allocator.request(request_id) for request_id in known[1])
+                return tuple(self.known(request_id) for request_id in known[1])
         ids = tuple(request.request_id for request in llms)
         if self._knows(ids[0]):
-            return tuple(self.allocator.request(request_id) for request_id in ids)
+            return tuple(self.known(request_id) for request_id in ids)
         row = None
         if idempotency is not None:
             row = IdempotencyRow(tenant, idempotency.key, idempotency.body_sha256, ids, self._now_s())
         notes = self.accounts.notes(tenant)
         llms = [replace(llm, notes=(*llm.notes, *notes)) for llm in llms]
+        self.archive.recall((tenant, measurement_id))
+        self.archive.recall_request(like_request_id)
         asked = LeaseRequested(measurement_id, tuple(llms), tenant, priority, gpu_type, grade, like_request_id)
         self._apply(asked, idempotency=row)
         return tuple(self.allocator.request(request_id) for request_id in ids)
@@ -313,8 +334,8 @@ class Service:
         Raises:
             UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
         """
-        self._known(request_id)
-        self._apply(LeaseReleased(request_id))
+        if not self.known(request_id).status.ended:
+            self._apply(LeaseReleased(request_id))
 
     def withdraw(self, request_ids: Sequence[str], *, tenant: str, key: str | None) -> None:
         """Release the requests of a POST that was not answered: nobody has their ids. Idempotent.
@@ -335,7 +356,7 @@ class Service:
                 self._on_fatal(error)
                 raise
         for request_id in known:
-            self._apply(LeaseReleased(request_id))
+            self.release(request_id)
 
     def leased_with(self, token: str) -> str:
         """Return the id of the request whose lease has this token.
@@ -347,7 +368,7 @@ class Service:
         request_id = self._tokens.get(token)
         if request_id is None:
             raise NoSuchLease
-        lease, status = self.allocator.lease_of(request_id), self._known(request_id).status
+        lease, status = self.allocator.lease_of(request_id), self.known(request_id).status
         if lease is None or lease.token != token:
             raise LeaseEnded(status.value if status.ended else "replaced")
         return request_id
@@ -368,7 +389,7 @@ class Service:
         wrapper = None if first.wrapper_id is None else self.allocator.wrapper(first.wrapper_id)
         if wrapper is not None and wrapper.status is WrapperStatus.LEASED:
             await self.wait_for_change(first.request_id, GRANT_WAIT_S, RequestStatus.DEPLOYING)
-        return tuple(self.allocator.request(request.request_id) for request in requests)
+        return tuple(self.known(request.request_id) for request in requests)
 
     async def keep_alive(self, request_id: str) -> Request:
         """The client still needs its LLM: its idle time starts anew, unless the wrapper has just ended its lease.
@@ -379,13 +400,14 @@ class Service:
             UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
             WrapperUnreachable: the wrapper could not be told; the lease stands as it was.
         """
-        request = self._known(request_id)
+        request = self.known(request_id)
         lease = self.allocator.lease_of(request_id)
         if lease is not None:
             stands = await self._cluster.touch(lease.wrapper_id, request_id)
-            if stands or self.allocator.request(request_id).status is RequestStatus.DEPLOYING:
+            held = self.allocator.lease_of(request_id) is not None  # still, after the call
+            if held and (stands or self.allocator.request(request_id).status is RequestStatus.DEPLOYING):
                 self._apply(LeaseUsed(request_id, self._now_s()))
-            request = self.allocator.request(request_id)
+            request = self.known(request_id)
         return request
 
     def drain(self, machine_id: str) -> None:
@@ -430,18 +452,18 @@ class Service:
         Raises:
             UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
         """
-        request = self._known(request_id)
+        request = self.known(request_id)
         if seen is None and request.status is not RequestStatus.DEPLOYED:
             seen = request.status
         if wait_s <= 0 or request.status is not seen or request.status.ended:
             return request
         try:
             async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
-                while self._known(request_id).status is seen:
+                while self.known(request_id).status is seen:
                     await self._next_change(request_id)
         except TimeoutError:
             pass  # nothing changed: the answer is the state as it is
-        return self._known(request_id)
+        return self.known(request_id)
 
     def history(self, request_id: str, *, after: int = 0, limit: int = 1000) -> tuple[StoredEvent, ...]:
         """What has happened to a request: the oldest ``limit`` (> 0) events with a number above ``after``, in order.
@@ -450,7 +472,7 @@ class Service:
             UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
             StoreUnavailable: the database does not answer.
         """
-        self._known(request_id)
+        self.known(request_id)
         return self._store.events(after=after, limit=limit, request_id=request_id)
 
     async def _next_change(self, request_id: str) -> None:
@@ -524,6 +546,8 @@ class Service:
 
     def _wake(self, changes: Changes) -> None:
         self._remember_tokens(changes.leases)
+        self.archive.note(changes)
+        self.news.add(request.request_id for request in changes.requests)
         for request in changes.requests:
             for future in self._waiters.pop(request.request_id, ()):
                 if not future.done():
@@ -607,6 +631,8 @@ class Service:
                     over = await _insist(lambda: self._cluster.bind(wrapper_id, epoch, grant))
                 except EngineNotReady as error:
                     return LLMDied(wrapper_id, epoch, error.reason)
+                if (bound := self.archive.find_request(request_id)) is not None:
+                    self.archive.recall_request(bound.like_request_id)  # which it is compared with
                 return LeaseBound(
                     wrapper_id,
                     epoch,
@@ -614,6 +640,7 @@ class Service:
                     self._versions_of(wrapper_id),
                     over.flags,
                     self._provenance(wrapper_id, over),
+                    over.refusal,
                 )
             case UnbindLease(wrapper_id, epoch, request_id, how):
                 await _insist(lambda: self._cluster.unbind(wrapper_id, epoch, request_id, how))
@@ -700,8 +727,7 @@ class Service:
             for machine in observed.machines
         }
         steps = plan(known, self.allocator.wrappers(), observed, wanted)
-        for event in steps.events:
-            self._apply(event)
+        await self._apply_all(steps.events)
         if steps.switch_off:
             self._switching_off.update(steps.switch_off)
             self._spawn(self._switch_off(steps.switch_off))
@@ -709,8 +735,7 @@ class Service:
             await self._cluster.remove(steps.remove)
         if steps.create:
             await self._cluster.create(steps.create)
-        for event in steps.created:
-            self._apply(event)
+        await self._apply_all(steps.created)
         present = {wrapper.wrapper_id for wrapper in self.allocator.wrappers()}
         watched = {wrapper_id for wrapper_id, task in self._watchers.items() if not task.done()}
         for wrapper_id in sorted(present - watched):  # in an order that a simulation can repeat
@@ -720,6 +745,12 @@ class Service:
             self._watchers.pop(wrapper_id).cancel()
             self.reports.pop(wrapper_id, None)
             self.heard_s.pop(wrapper_id, None)
+
+    async def _apply_all(self, events: Sequence[Event]) -> None:
+        """Apply what the watching has found. Others are let in between: a thousand machines may join at once."""
+        for event in events:
+            self._apply(event)
+            await asyncio.sleep(0)
 
     async def _switch_off(self, wrapper_ids: Sequence[str]) -> None:
         """Remove wrappers of drained machines, unless prompts of a lease that has expired are being finished there.
@@ -816,6 +847,8 @@ class Service:
             self._apply(WrapperStarted(wrapper_id, report.epoch, report.running))
         elif report.died is not None and has_llm:
             self._apply(LLMDied(wrapper_id, report.epoch, report.died, report.death_flags))
+        elif wrapper.status is WrapperStatus.LEASED and report.bound is None and wrapper.request_id is not None:
+            self._apply(LeaseLapsed(wrapper.request_id))
 
     def _note_activity(self, report: WrapperReport, *, grain: float) -> None:
         if report.bound is None or report.idle_for_s is None:
@@ -885,9 +918,10 @@ class Service:
             await self._guarded("leases could not be ended", self._pass_time())
 
     async def _pass_time(self) -> None:
-        if self._now_s() >= self._forget_next_s and not self._stopping:
-            self._forget_daily()
         now_s = self._now_s()
+        if now_s >= self._forget_next_s and not self._stopping:
+            self._forget_next_s = now_s + DAY_S
+            self._spawn(self._forget())
         due = self.allocator.leases_due(now_s)
         for lease in due:
             if lease.deadline_s > now_s and lease.request_id not in self._asked:
@@ -915,20 +949,11 @@ class Service:
         self._apply(TimePassed(asked=(lease.request_id,)))
 
     def _knows(self, request_id: str) -> bool:
-        try:
-            self.allocator.request(request_id)
-        except UnknownRequest:
-            return False
-        return True
+        return self.archive.find_request(request_id) is not None
 
-    def _known(self, request_id: str) -> Request:
+    def known(self, request_id: str) -> Request:
         """The request with this id. Raises UnknownRequest, RequestForgotten."""
-        try:
-            return self.allocator.request(request_id)
-        except UnknownRequest:
-            if self._store.was_forgotten(request_id):
-                raise RequestForgotten(request_id) from None
-            raise
+        return self.archive.request(request_id)
 
 
 async def _insist(send: Callable[[], Awaitable[T]]) -> T:

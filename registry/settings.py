@@ -47,6 +47,13 @@ class HTTPSettings(Section):
     public_url: str | None = Field(None, description="Base URL that clients use, if not http://host:port")
     haproxy: bool = Field(True, description="Serve through HAProxy: several times the requests per second")
 
+    @model_validator(mode="after")
+    def _haproxy_and_ipv6(self) -> HTTPSettings:
+        # Serve 2.60 writes IPv6 addresses without brackets where it asks HAProxy whether it is there.
+        if self.haproxy and ":" in self.host:
+            raise ValueError("host can't be an IPv6 address with HAProxy: use 127.0.0.1 or 0.0.0.0, or haproxy: false")
+        return self
+
     @field_validator("public_url")
     @classmethod
     def _is_base_url(cls, url: str | None) -> str | None:

@@ -49,6 +49,10 @@ class WrapperStatus(StrEnum):
     OFF = "off"
 
 
+MAX_PROMPT_ID = 1024
+"""Longest name of a prompt that a client may give, characters as it is sent: percent-encoded."""
+
+
 class Priority(StrEnum):
     """Rank of a measurement inside its tenant's queue."""
 
@@ -364,6 +368,13 @@ class LeaseReleased:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseLapsed:
+    """The wrapper says that the lease of a request, which was handed over there, has ended."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseUsed:
     """A prompt or keep-alive of a lease was seen at ``at_s``."""
 
@@ -376,7 +387,8 @@ class LeaseBound:
     """The wrapper accepts the lease's token from now on. ``model_revision``: the commit of the LLM that it runs.
 
     ``versions``: of the software there, as a measurement keeps them; None: not known. ``flags`` are the measurement's
-    from now on, ``provenance`` is as in a Request.
+    from now on, ``provenance`` is as in a Request. With a ``refusal`` it accepts nothing, since the LLM can't
+    serve the request.
     """
 
     wrapper_id: str
@@ -385,6 +397,7 @@ class LeaseBound:
     versions: str | None = None
     flags: tuple[str, ...] = ()
     provenance: str | None = None
+    refusal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -529,6 +542,7 @@ class ShutdownBegun:
 Event = (
     LeaseRequested
     | LeaseReleased
+    | LeaseLapsed
     | LeaseUsed
     | LeaseBound
     | LeaseFlagged

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
@@ -24,10 +24,12 @@ from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import (
     URL,
+    Column,
     ColumnElement,
     Connection,
     Delete,
     Insert,
+    Select,
     Table,
     and_,
     bindparam,
@@ -110,6 +112,8 @@ _PG_OWNER = text(
 )
 
 _INSERT_EVENT = insert(EVENTS)
+_SEQ = REQUESTS.c.measurement_id, REQUESTS.c.tenant, REQUESTS.c.seq
+_WAS_SERVED = and_(REQUESTS.c.deployed_s.is_not(None), REQUESTS.c.machine_id.is_not(None))
 
 # --- what goes with the records -----------------------------------------------------------------------------
 
@@ -153,6 +157,13 @@ class IdempotencyRow:
     created_s: float
 
 
+class Forgotten(NamedTuple):
+    """A part of what was to be forgotten: these requests, and whether there is more."""
+
+    request_ids: tuple[str, ...]
+    more: bool
+
+
 class WindowPlace(NamedTuple):
     """The place of an energy window among those of its measurement, in the order in which they began."""
 
@@ -192,20 +203,89 @@ class Store:
             _upgrade(connection)
             return cls(connection, owned.pop_all())
 
-    def load(self) -> Snapshot:
+    def load(self, *, ended: bool = True) -> Snapshot:
         """Everything that was committed.
+
+        ``ended`` False: of the requests only those that have not ended, and of each measurement that has such ones the
+        request that was handed over last; no measurement that is over. Costs nothing for the rest.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        rows, of_requests, of_measurements = REQUESTS.c, select(REQUESTS), select(MEASUREMENTS)
+        if not ended:
+            unfinished = rows.ended_s.is_(None)
+            live = select(rows.measurement_id, rows.tenant).where(unfinished)
+            last = (
+                select(rows.measurement_id, rows.tenant, func.max(rows.seq).label("seq"))
+                .where(_WAS_SERVED, tuple_(rows.measurement_id, rows.tenant).in_(live))
+                .group_by(rows.measurement_id, rows.tenant)
+            )
+            of_requests = of_requests.where(or_(unfinished, tuple_(*_SEQ).in_(last)))
+            of_measurements = of_measurements.where(
+                tuple_(MEASUREMENTS.c.measurement_id, MEASUREMENTS.c.tenant).in_(live)
+            )
+        with self._transaction() as connection:
+            return Snapshot(
+                machines=_read(connection, Machine, select(MACHINES)),
+                wrappers=_read(connection, Wrapper, select(WRAPPERS)),
+                measurements=_read(connection, Measurement, of_measurements),
+                requests=_read(connection, Request, of_requests),
+                leases=_read(connection, Lease, select(LEASES)),
+            )
+
+    def next_seq(self) -> int:
+        """A number above the ``seq`` of each request, at least 1.
 
         Raises:
             StoreUnavailable: the database does not answer.
         """
         with self._transaction() as connection:
-            return Snapshot(
-                machines=_read(connection, Machine, MACHINES),
-                wrappers=_read(connection, Wrapper, WRAPPERS),
-                measurements=_read(connection, Measurement, MEASUREMENTS),
-                requests=_read(connection, Request, REQUESTS),
-                leases=_read(connection, Lease, LEASES),
-            )
+            return int(connection.scalar(select(func.max(REQUESTS.c.seq))) or 0) + 1
+
+    def requests(self, request_ids: Iterable[str]) -> tuple[Request, ...]:
+        """The requests with these ids, those that there are.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        # Ids can be what a client made up; PostgreSQL refuses to look for some of it.
+        ids = [request_id for request_id in request_ids if request_id.isprintable()]
+        with self._transaction() as connection:
+            return _read(connection, Request, select(REQUESTS).where(REQUESTS.c.request_id.in_(ids)))
+
+    def measurement(self, key: MeasurementKey) -> Measurement | None:
+        """The measurement with this key, None if there is none.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        rows = MEASUREMENTS.c
+        wanted = select(MEASUREMENTS).where(rows.tenant == key[0], rows.measurement_id == key[1])
+        with self._transaction() as connection:
+            found = _read(connection, Measurement, wanted)
+        return found[0] if found else None
+
+    def requests_of(self, key: MeasurementKey, *, after_seq: int = 0, limit: int | None = None) -> tuple[Request, ...]:
+        """The first ``limit`` (None: all) requests of a measurement with a ``seq`` above ``after_seq``, in order.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        wanted = _of_measurement(key).where(REQUESTS.c.seq > after_seq).order_by(REQUESTS.c.seq).limit(limit)
+        with self._transaction() as connection:
+            return _read(connection, Request, wanted)
+
+    def last_served(self, key: MeasurementKey) -> Request | None:
+        """The request of a measurement that was handed over last, None if none was.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        wanted = _of_measurement(key).where(_WAS_SERVED).order_by(REQUESTS.c.seq.desc()).limit(1)
+        with self._transaction() as connection:
+            found = _read(connection, Request, wanted)
+        return found[0] if found else None
 
     def commit(
         self, changes: Changes, *, events: Sequence[EventRow] = (), idempotency: IdempotencyRow | None = None
@@ -248,6 +328,16 @@ class Store:
             wanted = wanted.where(EVENTS.c.request_id == request_id)
         with self._transaction() as connection:
             return tuple(StoredEvent(event_id, EventRow(*row)) for event_id, *row in connection.execute(wanted))
+
+    def newest_event_s(self) -> float | None:
+        """The UTC second of the newest event, None without any.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        with self._transaction() as connection:
+            newest: float | None = connection.scalar(select(func.max(EVENTS.c.at_s)))
+        return newest
 
     def idempotent_request_ids(self, tenant: str, key: str) -> tuple[str, tuple[str, ...]] | None:
         """(body_sha256, request_ids) of the first use of this key by this tenant; None: never used.
@@ -314,13 +404,16 @@ class Store:
             rows = connection.execute(wanted).all()
         return tuple(KeptWindow(EnergyWindow(*row[:-2]), *row[-2:]) for row in rows)
 
-    def costs_of_request(self, request_id: str) -> dict[WindowKind, Total]:
-        """What the windows of a request cost, by kind; a kind without any is left out.
+    def costs_of_requests(self, request_ids: Sequence[str]) -> dict[str, dict[WindowKind, Total]]:
+        """What the windows of each of these requests cost, by kind; a kind without any is left out.
 
         Raises:
             StoreUnavailable: the database does not answer.
         """
-        return self._costs(WINDOWS.c.request_id == request_id)
+        costs: dict[str, dict[WindowKind, Total]] = {request_id: {} for request_id in request_ids}
+        for request_id, kind, part in self._costs(WINDOWS.c.request_id, WINDOWS.c.request_id.in_(request_ids)):
+            costs[request_id][kind] = total_of((costs[request_id].get(kind, Total()), part))
+        return costs
 
     def costs_of_tenant(self, tenant: str, kinds: Sequence[WindowKind], since_s: float) -> dict[WindowKind, Total]:
         """What the windows of these kinds that count for a tenant, and ended at a UTC second or later, cost, by kind.
@@ -329,18 +422,23 @@ class Store:
             StoreUnavailable: the database does not answer.
         """
         rows = WINDOWS.c
-        return self._costs(and_(rows.tenant == tenant, rows.kind.in_(kinds), rows.ended_s >= since_s))
+        which = and_(rows.tenant == tenant, rows.kind.in_(kinds), rows.ended_s >= since_s)
+        costs: dict[WindowKind, Total] = {}
+        for _, kind, part in self._costs(rows.tenant, which):
+            costs[kind] = total_of((costs.get(kind, Total()), part))
+        return costs
 
-    def _costs(self, which: ColumnElement[bool]) -> dict[WindowKind, Total]:
+    def _costs(self, by: Column[str], which: ColumnElement[bool]) -> Iterator[tuple[str, WindowKind, Total]]:
+        """Sums of the windows of ``which``, by a column, kind and label."""
         rows = WINDOWS.c
         figures = [each for of in (rows.total_j, rows.o_g, rows.m_g) for each in (func.count(of), func.sum(of))]
-        wanted = select(rows.kind, rows.label, func.count(), *figures).where(which).group_by(rows.kind, rows.label)
-        costs: dict[WindowKind, Total] = {}
+        groups = by, rows.kind, rows.label
+        wanted = select(*groups, func.count(), *figures).where(which).group_by(*groups)
         with self._transaction() as connection:
-            for kind, label, n, known_j, j, known_o, o, known_m, m in connection.execute(wanted):
-                part = Total(Sum(n, known_j, j or 0.0), Sum(n, known_o, o or 0.0), Sum(n, known_m, m or 0.0), label)
-                costs[kind] = total_of((costs.get(kind, Total()), part))
-        return costs
+            found = connection.execute(wanted).all()
+        for whose, kind, label, n, known_j, j, known_o, o, known_m, m in found:
+            sums = Sum(n, known_j, j or 0.0), Sum(n, known_o, o or 0.0), Sum(n, known_m, m or 0.0)
+            yield whose, kind, Total(*sums, label)
 
     def deployed_for(self, wrapper_id: str, begun_s: float, ended_s: float) -> tuple[str, int] | None:
         """(request_id, measurement_id) of the request for which a wrapper started an LLM at that time; None: nobody's.
@@ -360,32 +458,36 @@ class Store:
             row = connection.execute(wanted).one_or_none()
         return None if row is None else (row.request_id, row.measurement_id)
 
-    def forget(self, *, ended_before_s: float) -> int:
-        """Remove what ended before this UTC second: requests, then measurements that have none left.
+    def forget(self, *, ended_before_s: float, limit: int) -> Forgotten:
+        """Remove a part of what ended before this UTC second: at most ``limit`` (> 0) rows of each kind.
 
-        Events, energy windows and idempotency keys of before go too; of a request its id stays, for ``was_forgotten``.
-        Whoever has loaded remembers more than the database from then on, and loads again.
-
-        Returns:
-            How many requests were removed.
+        Energy windows, events and idempotency keys of before go first, then requests, of which the id stays for
+        ``was_forgotten``, and with the last of its requests a measurement.
 
         Raises:
-            StoreUnavailable: as for ``commit``.
+            StoreUnavailable: as for ``commit``; of this part nothing was removed, or (connection lost) all.
         """
-        rows = REQUESTS.c
-        of_measurement = and_(
-            rows.tenant == MEASUREMENTS.c.tenant, rows.measurement_id == MEASUREMENTS.c.measurement_id
-        )
+        requests = REQUESTS.c
         with self._transaction() as connection:
-            connection.execute(delete(EVENTS).where(EVENTS.c.at_s < ended_before_s))
-            connection.execute(delete(IDEMPOTENCY_KEYS).where(IDEMPOTENCY_KEYS.c.created_s < ended_before_s))
-            connection.execute(delete(WINDOWS).where(WINDOWS.c.ended_s < ended_before_s))
-            ended = REQUESTS.c.ended_s < ended_before_s
-            ids = select(REQUESTS.c.request_id).where(ended)
-            connection.execute(insert(FORGOTTEN_REQUESTS).from_select(["request_id"], ids))
-            forgotten = connection.execute(delete(REQUESTS).where(ended))
-            connection.execute(delete(MEASUREMENTS).where(~exists().where(of_measurement)))
-            return forgotten.rowcount
+            removed = [
+                _remove_some(connection, table, at_s < ended_before_s, limit)
+                for table, at_s in (
+                    (WINDOWS, WINDOWS.c.ended_s),
+                    (EVENTS, EVENTS.c.at_s),
+                    (IDEMPOTENCY_KEYS, IDEMPOTENCY_KEYS.c.created_s),
+                )
+            ]
+            if limit in removed:
+                return Forgotten((), more=True)
+            wanted = select(requests.request_id, requests.measurement_id, requests.tenant)
+            ended = connection.execute(wanted.where(requests.ended_s < ended_before_s).limit(limit)).all()
+            if ended:
+                ids = [row.request_id for row in ended]
+                connection.execute(insert(FORGOTTEN_REQUESTS), [{"request_id": request_id} for request_id in ids])
+                _remove(connection, REQUESTS, ids)
+                keys = {(row.measurement_id, row.tenant) for row in ended}
+                connection.execute(_DELETE_EMPTY, [{"id": number, "of": tenant} for number, tenant in keys])
+            return Forgotten(tuple(row.request_id for row in ended), more=len(ended) == limit)
 
     def was_forgotten(self, request_id: str) -> bool:
         """True when there was a request with this id, and ``forget`` removed it.
@@ -440,13 +542,33 @@ def _cells(record: DataclassInstance) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
-def _read(connection: Connection, record: type[R], table: Table) -> tuple[R, ...]:
-    return tuple(starmap(record, connection.execute(select(table))))
+def _read(connection: Connection, record: type[R], rows: Select[Any]) -> tuple[R, ...]:
+    return tuple(starmap(record, connection.execute(rows)))
+
+
+def _of_measurement(key: MeasurementKey) -> Select[Any]:
+    return select(REQUESTS).where(REQUESTS.c.tenant == key[0], REQUESTS.c.measurement_id == key[1])
 
 
 def _remove(connection: Connection, table: Table, ids: Sequence[str]) -> None:
     if ids:
         connection.execute(_delete(table), [{"id": row_id} for row_id in ids])
+
+
+def _remove_some(connection: Connection, table: Table, which: ColumnElement[bool], limit: int) -> int:
+    """Remove at most ``limit`` rows of a table; how many those were."""
+    key = list(table.primary_key)
+    some = select(*key).where(which).limit(limit)
+    return connection.execute(delete(table).where(tuple_(*key).in_(some))).rowcount
+
+
+_DELETE_EMPTY = delete(MEASUREMENTS).where(
+    MEASUREMENTS.c.measurement_id == bindparam("id"),
+    MEASUREMENTS.c.tenant == bindparam("of"),
+    ~exists().where(
+        REQUESTS.c.measurement_id == MEASUREMENTS.c.measurement_id, REQUESTS.c.tenant == MEASUREMENTS.c.tenant
+    ),
+)
 
 
 @cache

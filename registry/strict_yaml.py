@@ -66,16 +66,11 @@ def load_yaml(text: str) -> Any:
         yaml.YAMLError: it is not YAML, holds more than data, or has an ambiguous value or a key twice. A problem that
             has a line is a MarkedYAMLError, whose ``problem`` quotes no more than the value.
     """
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-
-
-def load_json(text: str | bytes) -> Any:
-    """Read JSON.
-
-    Raises:
-        ValueError: it is not JSON, or has a key twice in one object.
-    """
-    return json.loads(text, object_pairs_hook=_each_once)
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # What PyYAML's constructors fail with, as for `!!int x`, a date 2024-13-01 with its tag, or deep nesting.
+        raise yaml.YAMLError(f"a value can't be read: {str(error) or type(error).__name__}") from error
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,3 +79,11 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for n, (name, _) in enumerate(pairs) if name in dict(pairs[:n]))
         raise ValueError(f"the key {twice!r} is there twice")
     return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+STRICT_JSON: Final = json.JSONDecoder(object_pairs_hook=_each_once, parse_constant=_no_number)
+"""Raises ValueError for what is not JSON to the letter (NaN), or has a key twice in one object."""

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from registry.api import (
+    MAX_REQUESTS,
     EnergyState,
     EventState,
     HealthState,
@@ -69,21 +70,27 @@ def lease_url(service: Service, request_id: str) -> str | None:
 
 
 def request_state(service: Service, request: Request) -> RequestState:
-    """A request as its client sees it."""
+    """A request as its client sees it. Costs O(log n), however many wait."""
+    costs = {} if request.deployed_s is None else service.accounts.costs(request.request_id)
+    return _request_state(service, request, service.archive.measurement(request.measurement_key), costs)
+
+
+def _request_state(
+    service: Service, request: Request, measurement: Measurement, costs: Mapping[WindowKind, Total]
+) -> RequestState:
     allocator = service.allocator
     lease = allocator.lease_of(request.request_id)
     deployed = request.status is RequestStatus.DEPLOYED
     base_url = service.settings.base_url
     url = lease_url(service, request.request_id) if deployed else None
     queued = request.status is RequestStatus.QUEUED
-    measurement = allocator.measurement(request.measurement_key)
     phase, download = _phase(service, request)
     return RequestState(
         requestId=request.request_id,
         llmconfig=json.loads(request.llmconfig),
         status=request.status.value,
         measurementId=request.measurement_id,
-        tenant=measurement.tenant,
+        tenant=request.tenant,
         url=url,
         address=None if url is None or lease is None else old_address(base_url, lease.token),
         link=link_of(service, request.request_id),
@@ -107,7 +114,7 @@ def request_state(service: Service, request: Request) -> RequestState:
         idleAfter=_iso(lease.ends_s) if deployed and lease is not None else None,
         maxJoules=request.max_j,
         maxGco2eq=request.max_g,
-        energy=None if request.deployed_s is None else _energy_state(service.accounts.costs(request.request_id)),
+        energy=_energy_state(costs),
     )
 
 
@@ -146,10 +153,17 @@ def event_states(events: Sequence[StoredEvent]) -> list[EventState]:
     ]
 
 
-def measurement_state(service: Service, key: MeasurementKey) -> MeasurementState:
-    """A measurement with its requests in their order. Raises UnknownMeasurement."""
-    measurement = service.allocator.measurement(key)
-    requests = service.allocator.requests_of(key)
+def measurement_state(
+    service: Service, key: MeasurementKey, *, after_seq: int = 0, limit: int = MAX_REQUESTS
+) -> MeasurementState:
+    """A measurement with a page of its requests in their order: at most ``limit`` above ``after_seq``. O(limit).
+
+    Raises:
+        UnknownMeasurement: there is none with this key.
+    """
+    measurement = service.archive.measurement(key)
+    requests = service.archive.requests_of(key, after_seq=after_seq, limit=limit)
+    costs = service.accounts.costs_of([each.request_id for each in requests if each.deployed_s is not None])
     return MeasurementState(
         measurementId=measurement.measurement_id,
         machine=measurement.machine_id,
@@ -157,7 +171,8 @@ def measurement_state(service: Service, key: MeasurementKey) -> MeasurementState
         flags=list(measurement.flags),
         createdAt=_iso(measurement.created_s),
         versions=None if measurement.versions is None else json.loads(measurement.versions),
-        requests=[request_state(service, request) for request in requests],
+        requests=[_request_state(service, each, measurement, costs.get(each.request_id, {})) for each in requests],
+        next=requests[-1].seq if len(requests) == limit else None,
     )
 
 
@@ -264,18 +279,15 @@ def llm_states(service: Service) -> list[LLMState]:
 
 def health_state(service: Service) -> HealthState:
     """``ok`` when at least one wrapper can serve, else ``starting`` (none has yet) or ``degraded``."""
-    wrappers = service.allocator.wrappers()
-    usable = sum(wrapper.status in USABLE for wrapper in wrappers)
-    starting = not wrappers or any(wrapper.status is WrapperStatus.STARTING for wrapper in wrappers)
+    allocator = service.allocator
+    wrappers, usable = allocator.count_wrappers(WrapperStatus), allocator.count_wrappers(USABLE)
+    starting = not wrappers or allocator.count_wrappers([WrapperStatus.STARTING])
     return HealthState(
         status="ok" if usable else "starting" if starting else "degraded",
-        wrappers=len(wrappers),
+        wrappers=wrappers,
         usable=usable,
-        queued=service.allocator.queued_count(),
-        deploying=sum(
-            wrapper.request_id is not None and service.allocator.lease_by_wrapper(wrapper.wrapper_id) is None
-            for wrapper in wrappers
-        ),
+        queued=allocator.queued_count(),
+        deploying=allocator.deploying_count(),
         version=version("greenprompt-llm-registry"),
     )
 
@@ -322,15 +334,15 @@ def _phase(service: Service, request: Request) -> tuple[str | None, Download | N
 
 def _waits_for(service: Service, request: Request) -> str:
     allocator = service.allocator
-    before = [r for r in allocator.requests_of(request.measurement_key) if r.seq < request.seq and not r.status.ended]
-    if before:
-        return f"its measurement's request {before[0].request_id} comes first and is {before[0].status.value}"
+    head = allocator.head(request.measurement_key)
+    if head is not None and head.request_id != request.request_id:
+        return f"its measurement's request {head.request_id} comes first and is {head.status.value}"
     pin = allocator.measurement(request.measurement_key).machine_id
     bound = pin is not None and not allocator.known_machine(pin).draining
     drained = () if bound else allocator.fits_only_drained(request.request_id)
     if drained:
         return f"every LLM Machine that it fits on is drained: {', '.join(drained)}"
-    if not any(wrapper.status in USABLE for wrapper in allocator.wrappers()):
+    if not allocator.count_wrappers(USABLE):
         return "no LLM Machine is ready yet"
     if bound:
         until_s = allocator.measurement(request.measurement_key).pinned_until_s

@@ -9,9 +9,10 @@ from pydantic import TypeAdapter
 
 from registry.api import EventState, HealthState, LLMState, MachineState, MeasurementState, RequestState, WrapperState
 from registry.errors import LeaseEnded, NoSuchLease, UnknownMachine, UnknownMeasurement, UnknownRequest
+from registry.news import News
 from registry.report import MeasurementReport
 from registry.service import Idempotency
-from registry.state import Grade, MeasurementKey, NewRequest, Priority, RequestStatus
+from registry.state import Grade, MeasurementKey, NewRequest, Priority
 from registry.views import place_of
 from registry.window_report import WindowsPage
 from tests.energy_windows import an_experiment
@@ -33,11 +34,14 @@ class FakeRegistry:
         self.health = "ok"
         self.draining = False
         self.requests: dict[str, RequestState] = {}
+        self.news = News()
 
     async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
         self.calls.append((method, args, wait_s))
         if self.error is not None:
             raise self.error
+        if method == "changes":
+            return await self._changes(str(args[0]), None if args[1] is None else int(str(args[1])))
         return getattr(self, f"_{method}")(*args)
 
     def _request(
@@ -71,10 +75,18 @@ class FakeRegistry:
         self.requests |= {state.requestId: state for state in states}
         return json.dumps([state.model_dump(mode="json") for state in states])
 
-    def _state(self, request_id: str, _wait_s: float = 0.0, _seen: RequestStatus | None = None) -> str:
+    def _state(self, request_id: str) -> str:
         if request_id not in self.requests:
             raise UnknownRequest(request_id)
         return self.requests[request_id].model_dump_json()
+
+    async def _changes(self, life: str, place: int | None) -> tuple[str, int, list[str] | None]:
+        return "life", *await self.news.after(place if life == "life" else None, 60.0)
+
+    def change(self, request_id: str, **fields: Any) -> None:
+        """A request changes."""
+        self.requests[request_id] = self.requests[request_id].model_copy(update=fields)
+        self.news.add([request_id])
 
     def _events(self, request_id: str, after: int, limit: int) -> str:
         self._state(request_id)
@@ -98,7 +110,7 @@ class FakeRegistry:
             raise NoSuchLease
         return f"{BASE}/wrappers/a-0/{TOKEN}"
 
-    def _measurement(self, key: MeasurementKey) -> str:
+    def _measurement(self, key: MeasurementKey, _after_seq: int = 0, _limit: int = 1) -> str:
         measurement_id = key[1]
         requests = [state for state in self.requests.values() if (state.tenant, state.measurementId) == key]
         if not requests:

@@ -83,6 +83,7 @@ class HttpRegistry:
         self.window: Callable[[WindowReport], WindowReport] = lambda window: window
         self.given_back = threading.Event()
         self._lock = threading.Lock()
+        self._forgotten = 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -139,11 +140,19 @@ class HttpRegistry:
         """Requests that have not ended."""
         return [state for state in self.requests.values() if state.status not in ENDED]
 
+    def forget(self) -> None:
+        """Lose all state, as a registry whose database was lost; ids are never used again."""
+        self._forgotten += 1000
+        self.requests.clear()
+        self.windows.clear()
+
     def end(self, request_id: str, status: str, reason: str | None = None) -> RequestState:
         """End a request, as the registry does by itself."""
         state = self.requests[request_id]
         if state.status == "deployed" and status != "failed":
-            self._measured(record(len(self.windows), WindowKind.LEASE, request_id=request_id, joules=90.0))
+            self._measured(
+                record(self._forgotten + len(self.windows), WindowKind.LEASE, request_id=request_id, joules=90.0)
+            )
         self.requests[request_id] = state.model_copy(update={"status": status, "url": None, "reason": reason})
         return self.requests[request_id]
 
@@ -170,7 +179,7 @@ class HttpRegistry:
             wanted = PromptingRequest.model_validate({k: v for k, v in wanted.items() if k != "grade"})
             made = [
                 RequestState(
-                    requestId=f"r{len(self.requests) + n}",
+                    requestId=f"r{self._forgotten + len(self.requests) + n}",
                     llmconfig=llm.model_dump(),
                     status="queued",
                     measurementId=wanted.measurementId,
@@ -231,7 +240,7 @@ class HttpRegistry:
         with self._lock:
             refused, named = reply[0] != 200, headers.get("X-GreenPrompt-Prompt")
             window = record(
-                len(self.windows),
+                self._forgotten + len(self.windows),
                 request_id=state.requestId,
                 joules=20.0,
                 units=0 if refused else 10,

@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any
 
 from registry import views
+from registry.archive import KEPT
 from registry.errors import RegistryError
 from registry.service import Service
 from registry.settings import Settings
@@ -74,6 +75,8 @@ class World:
         self.energy: list[KeptWindow] = []
         """The energy windows that were told of when they were kept."""
         self.expected_problems: list[str] = []
+        self.ended_kept = KEPT
+        """Measurements that are over and stay in memory."""
         self.service: ObservedService = None  # type: ignore[assignment]  # made by start()
         self.store: Store = None  # type: ignore[assignment]  # same
 
@@ -93,6 +96,7 @@ class World:
             on_fatal=self.fatal.append,
             on_energy=self.energy.append,
             changed=self._changed,
+            ended_kept=self.ended_kept,
         )
         await self.service.start()
 
@@ -132,7 +136,7 @@ class World:
         return [request.request_id for request in self.service.request(measurement_id, llms, **more)]
 
     def request(self, request_id: str) -> Request:
-        return self.service.allocator.request(request_id)
+        return self.service.known(request_id)
 
     def wrapper(self, wrapper_id: str = "a-0") -> FakeWrapper:
         return self.cluster.wrappers[wrapper_id]

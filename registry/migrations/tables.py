@@ -217,7 +217,9 @@ REQUESTS = Table(
     _may("provenance", Text),
     _must("tenant", Text),
     ForeignKeyConstraint(["measurement_id", "tenant"], ["measurements.measurement_id", "measurements.tenant"]),
-    Index(None, "measurement_id"),
+    Index(None, "measurement_id", "tenant", "seq"),
+    Index(None, "ended_s"),
+    Index(None, "seq"),
     Index(None, "wrapper_id"),
 )
 # unique: whatever the code above believes, no wrapper is leased twice.
@@ -245,6 +247,7 @@ EVENTS = Table(
     _may("cause_id", Text),
     _must("detail", Text),
     Index(None, "request_id", "event_id"),
+    Index(None, "at_s"),
     sqlite_autoincrement=True,
 )
 # What wrappers have measured. ``tenant`` is whose budget it counts for, None: nobody's. A window outlives its wrapper,
@@ -266,9 +269,10 @@ WINDOWS = Table(
     _must("detail", Text),
     _may("machine_id", Text),
     _may("tenant", Text),
-    Index(None, "measurement_id"),
+    Index(None, "measurement_id", "begun_s", "window_id"),
     Index(None, "request_id"),
     Index(None, "tenant", "kind", "ended_s"),
+    Index(None, "ended_s"),
 )
 # Nothing but their ids: who still has the link of one is told that it was, not that it never was.
 FORGOTTEN_REQUESTS = Table("forgotten_requests", METADATA, _must("request_id", Text, primary_key=True))
@@ -280,4 +284,5 @@ IDEMPOTENCY_KEYS = Table(
     _must("body_sha256", Text),
     _must("request_ids", _Strings),
     _must("created_s", Float),
+    Index(None, "created_s"),
 )

@@ -262,15 +262,24 @@ def test_the_openai_package_chats_streams_and_calls_tools(registry: Registry, ll
 
 
 def test_the_openai_package_embeds(registry: Registry, llm: LLM, measurement_id: int) -> None:
-    """An LLM that was requested to embed does so at its address, and generates nothing."""
+    """An LLM that was requested to embed does so, is scored per token of its input, and generates nothing."""
     config = llm("b") | {"modeltyp": "feature-extraction"}
     config["args"] = {"prompting": {}, "deployment": config["args"]["deployment"]}
     (request_id,) = registry.post(measurement_id, config)
     address = registry.until(request_id, "deployed")["url"]
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=60) as client:
-        answer = client.embeddings.create(model=config["model"], input=["one", "two"], encoding_format="float")
+        raw = client.embeddings.with_raw_response.create(
+            model=config["model"], input=["one", "two"], encoding_format="float"
+        )
+        answer = raw.parse()
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model=config["model"], prompt="one")
+    told = json.loads(raw.headers["x-greenprompt-energy"])
+    assert told["unit"] == "token"
+    assert told["sci_score"] == pytest.approx((told["o_g"] + told["m_g"]) / answer.usage.prompt_tokens)
+    refused = httpx.post(f"{address}/process_prompt", json={"question": "one"}, timeout=60)
+    assert (refused.status_code, refused.json()["code"]) == (422, "writes_no_text")
+    assert "/v1/embeddings" in refused.json()["message"]
     first, second = (entry.embedding for entry in answer.data)
     assert len(first) == len(second)
     assert first != second

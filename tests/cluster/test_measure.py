@@ -80,3 +80,43 @@ def test_killed_and_resumed_experiment_has_every_prompt_once(
     assert len({json.loads(line)["window"] for line in windows}) == len(windows)
     measurement = httpx.get(f"{registry.url}/measurements/{summary['measurement_id']}", timeout=30).json()
     assert all(request["endedAt"] for request in measurement["requests"])
+
+
+def test_experiment_grows(registry: Registry, llm: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Two LLMs, two repetitions; then one more prompt and one more LLM: only these are asked, on the same machine.
+
+    2 x 3 x 2 = 12 answers; 3 x 4 x 2 = 24 with the new ones.
+    """
+    prompts, folder = tmp_path / "prompts.json", tmp_path / "out"
+    questions = [{"instruction": f"What is {n}?", "topic": "numbers"} for n in range(3)]
+
+    def measure(*llms: dict[str, Any]) -> str:
+        prompts.write_bytes(b"\xef\xbb\xbf" + json.dumps(questions, indent=2).replace("\n", "\r\n").encode())
+        experiment = tmp_path / "experiment.yaml"
+        experiment.write_text(yaml.safe_dump({"llms": list(llms), "prompts": str(prompts), "output": str(folder)}))
+        command = [sys.executable, "-m", "deployments.cli", "measure", str(experiment), "--url", registry.url]
+        command += ["--repetitions", "2", "--question-field", "instruction", "--warmup", "1"]
+        command += ["--arg", "max_new_tokens=8", "--tenant", "growing", "--priority", "high"]
+        wide = os.environ | {"COLUMNS": "200"}
+        run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=LIMIT_S, env=wide)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout
+
+    measure(llm("a"), llm("b"))
+    before = (folder / "answers.jsonl").read_bytes()
+    assert set(counted(folder / "answers.jsonl").values()) == {2}
+    assert counted(folder / "answers.jsonl").total() == 12
+    questions.append({"instruction": "And one more?", "topic": "growth"})
+    shown = measure(llm("a", temperature=0.5), llm("a"), llm("b"))
+    assert "Goes on: 12 of 24 answers are there." in shown
+    assert "Added: llms: 2 → 3, prompts: 3 → 4." in shown
+    after = (folder / "answers.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert set(counted(folder / "answers.jsonl").values()) == {2}
+    assert counted(folder / "answers.jsonl").total() == 24
+    last = json.loads(after.splitlines()[-1])
+    assert last["fields"]["topic"] in {"numbers", "growth"}
+    assert last["usage"]["completion_tokens"] <= 8
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["complete"]
+    assert [(each["answers"], len(each["figures"])) for each in summary["llms"]] == [(8, 1)] * 3

@@ -372,18 +372,78 @@ def test_what_ended_long_ago_is_forgotten(store: Store):
     store.commit(Changes(), events=(EventRow("Kept", 10.0),), idempotency=IdempotencyRow("t", "kept", "", (), 10.0))
     last = store.events()[-1]
 
-    assert store.forget(ended_before_s=10.0) == 2
+    part = store.forget(ended_before_s=10.0, limit=10)
+    assert (sorted(part.request_ids), part.more) == (["also old", "old"], False)
     assert as_sets(store.load()) == as_sets(replace(SMALL, requests=(REQUEST, kept)))
     assert store.events() == (last,)
     assert store.idempotent_request_ids("t", "old") is None
     assert store.idempotent_request_ids("t", "kept") is not None
 
 
+def test_forgetting_takes_parts(store: Store):
+    """No part removes more than ``limit`` rows of a kind: 5 windows, 5 events and 3 requests go in 5 parts of 2.
+
+    Parts 1 to 3 take 2, 2 and 1 windows and events; the third one, with room left, begins with the requests.
+    """
+    old = [replace(REQUEST, request_id=f"r-{n}", status=RequestStatus.RELEASED, ended_s=1.0) for n in range(3)]
+    events = [EventRow("Old", 1.0)] * 5
+    store.commit(replace(changes(SMALL), requests=tuple(old), leases=()), events=events)
+    store.keep_windows([KeptWindow(window(n, begun_s=1.0, seconds=0.5), "m", "default") for n in range(5)])
+    left = []
+    for _ in range(5):
+        part = store.forget(ended_before_s=10.0, limit=2)
+        left.append((len(store.windows(("default", 7))), len(store.events()), len(store.load().requests), part.more))
+    assert left == [(3, 3, 3, True), (1, 1, 3, True), (0, 0, 1, True), (0, 0, 0, False), (0, 0, 0, False)]
+    assert store.load().measurements == ()
+
+
+def test_what_is_unfinished_is_loaded_alone(store: Store):
+    """Of 3 measurements one has something unfinished: it is loaded with that and the request it was last served with.
+
+    The next number is above those of all requests, also those that are not loaded.
+    """
+    served = replace(REQUEST, status=RequestStatus.RELEASED, deployed_s=1.0, ended_s=2.0, machine_id="m-1")
+    requests = [
+        replace(served, request_id="first", seq=2),
+        replace(served, request_id="last", seq=3),
+        replace(REQUEST, request_id="cancelled", seq=4, status=RequestStatus.CANCELLED, ended_s=2.0),
+        replace(REQUEST, request_id="waits", seq=5),
+        replace(served, request_id="over", measurement_id=8, seq=9),
+        replace(served, request_id="another's", tenant="another", seq=8),
+    ]
+    more = (replace(MEASUREMENT, measurement_id=8), replace(MEASUREMENT, tenant="another"))
+    store.commit(Changes(measurements=(MEASUREMENT, *more), requests=tuple(requests)))
+    loaded = store.load(ended=False)
+    assert loaded.measurements == (MEASUREMENT,)
+    assert {request.request_id for request in loaded.requests} == {"last", "waits"}
+    assert store.next_seq() == 10
+
+
+def test_requests_of_a_measurement_come_in_pages(store: Store):
+    """In their order, from a number on; those of another tenant's measurement with the same id are not among them."""
+    requests = tuple(replace(REQUEST, request_id=f"r-{n}", seq=n) for n in (3, 1, 2, 4))
+    other = replace(REQUEST, request_id="other", seq=5, tenant="another")
+    store.commit(
+        Changes(measurements=(MEASUREMENT, replace(MEASUREMENT, tenant="another")), requests=(*requests, other))
+    )
+    key = ("default", 7)
+    assert [each.seq for each in store.requests_of(key)] == [1, 2, 3, 4]
+    assert [each.seq for each in store.requests_of(key, after_seq=1, limit=2)] == [2, 3]
+    assert store.requests_of(key, after_seq=4) == ()
+    assert set(store.requests(["r-1", "none", "other", "a\0"])) == {requests[1], other}
+    assert store.last_served(key) is None
+    served = replace(requests[0], deployed_s=1.0, machine_id="m-1")
+    store.commit(Changes(requests=(served, replace(requests[1], deployed_s=1.0, machine_id="m-1"))))
+    assert store.last_served(key) == served
+    assert store.measurement(key) == MEASUREMENT
+    assert store.measurement(("default", 8)) is None
+
+
 def test_an_event_number_is_never_used_twice(store: Store, database_url: str):
     """Who reads the log from a number on misses nothing, even when the events before it were forgotten."""
     store.commit(Changes(), events=(EventRow("Old", 1.0),))
     (old,) = store.events()
-    store.forget(ended_before_s=2.0)
+    store.forget(ended_before_s=2.0, limit=10)
     store.close()
     again = Store.open(database_url)
     again.commit(Changes(), events=(EventRow("New", 3.0),))
@@ -482,10 +542,10 @@ def test_a_window_is_written_once(store: Store):
 
 def test_costs_are_summed_by_kind(store: Store):
     """Sums of a request's windows know what is missing, and carry the worst label."""
-    assert store.costs_of_request("r-1") == {}
+    assert store.costs_of_requests(["r-1"]) == {"r-1": {}}
     windows = window(1, joules=1.0), window(2, joules=2.0, label="modeled"), window(3, WindowKind.IDLE, joules=None)
     store.keep_windows([KeptWindow(each, "m", "ann") for each in (*windows, window(4, request_id="r-2"))])
-    costs = store.costs_of_request("r-1")
+    costs = store.costs_of_requests(["r-1", "r-3"])["r-1"]
     assert costs.keys() == {WindowKind.PROMPT, WindowKind.IDLE}
     assert (costs[WindowKind.PROMPT].joules.value, costs[WindowKind.PROMPT].label) == (3.0, "modeled")
     assert costs[WindowKind.PROMPT].m_g.value == sum(each.m_g or 0 for each in windows[:2])
@@ -519,5 +579,5 @@ def test_old_windows_are_forgotten(store: Store):
     """What ended before the given second goes, what ended then stays."""
     old, new = window(1, begun_s=10.0, seconds=2), window(2, begun_s=11.0, seconds=2)
     store.keep_windows([KeptWindow(old, None, "default"), KeptWindow(new, None, "default")])
-    store.forget(ended_before_s=13.0)
+    store.forget(ended_before_s=13.0, limit=10)
     assert [row.window.window_id for row in store.windows(("default", 7))] == [new.window_id]

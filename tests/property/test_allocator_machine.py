@@ -453,7 +453,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         return {measurement.key for measurement in self.allocator.snapshot().measurements}
 
     def unfinished(self, key: MeasurementKey) -> list[Request]:
-        return [request for request in self.allocator.requests_of(key) if not request.status.ended]
+        return [request for request in self.requests() if request.measurement_key == key and not request.status.ended]
 
     def heads(self) -> list[Request]:
         """The first unfinished request of each measurement, where that is queued."""

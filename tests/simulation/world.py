@@ -238,7 +238,7 @@ class World:
 
     def _request(self, request_id: str) -> Request:
         assert self.service is not None
-        return self.service.allocator.request(request_id)
+        return self.service.known(request_id)
 
     async def _watch(self) -> None:
         while True:
@@ -253,7 +253,7 @@ class World:
             self.service.allocator.check()
         except Exception as error:
             self.fail(f"{type(error).__name__}: {error}")
-        if (differs := _difference(self.service._store.load(), self.service.allocator.snapshot())) is not None:
+        if (differs := _difference(self.service._store, self.service.allocator.snapshot())) is not None:
             self.fail(f"database and memory differ: {differs}")
         for request_id in self.accepted:
             try:
@@ -294,7 +294,7 @@ class World:
         if self.service is not None:
             return
         store = Store(_connection(), ExitStack())
-        if self._last is not None and (differs := _difference(store.load(), self._last)) is not None:
+        if self._last is not None and (differs := _difference(store, self._last)) is not None:
             self.fail(f"what the last one knew was not written: {differs}")
         self.service = WatchedService(
             self,
@@ -305,6 +305,7 @@ class World:
             new_token=lambda: f"token-{next(self._tokens)}",
             homes=self._homes,
             on_fatal=self._on_fatal,
+            ended_kept=2,
         )
         self.note("the registry starts")
         start = self.service.start()
@@ -476,7 +477,7 @@ class World:
             beside = _is_cut_off(known) or (bool(known) and (serve is None or random.random() < 0.5))
             process = known[-1] if beside else serve
             if not _is_cut_off(known):
-                request = await self._ask(lambda service: service._known(request_id))
+                request = await self._ask(lambda service: service.known(request_id))
                 self._see(request)
                 if request.status.ended and not known:
                     return False
@@ -508,7 +509,7 @@ class World:
 
     async def _release(self, request_id: str) -> None:
         await self._ask(lambda service: service.release(request_id))
-        self._see(await self._ask(lambda service: service._known(request_id)), must_have_ended=True)
+        self._see(await self._ask(lambda service: service.known(request_id)), must_have_ended=True)
 
     def _see(self, request: Request, *, must_have_ended: bool = False) -> None:
         if request.status.ended:
@@ -866,11 +867,14 @@ def _parts(snapshot: Snapshot) -> dict[str, dict[Any, Any]]:
     }
 
 
-def _difference(written: Snapshot, known: Snapshot) -> str | None:
-    """The first record that a database and a memory don't agree in, None when they agree."""
-    for kind, records in _parts(written).items():
-        others = _parts(known)[kind]
-        for key in records.keys() | others.keys():
-            if records.get(key) != others.get(key):
-                return f"{kind} {key}: {records.get(key)} is written, {others.get(key)} is known"
+def _difference(store: Store, known: Snapshot) -> str | None:
+    """The first record in which a database and a memory differ, None when they agree.
+
+    All that is in memory is written, and what is unfinished is in memory.
+    """
+    written, needed = _parts(store.load()), _parts(store.load(ended=False))
+    for kind, records in _parts(known).items():
+        for key in records.keys() | needed[kind].keys():
+            if records.get(key) != written[kind].get(key):
+                return f"{kind} {key}: {written[kind].get(key)} is written, {records.get(key)} is known"
     return None

@@ -9,6 +9,7 @@ from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown,
 from registry.state import (
     BindLease,
     DeployLLM,
+    LeaseLapsed,
     LeaseReleased,
     LeaseRequested,
     LeaseUsed,
@@ -193,7 +194,10 @@ def test_a_second_post_joins_the_measurement():
     before = scene.measurement(1, "lab")
     scene.ask(1, "B", tenant="lab")
     assert scene.measurement(1, "lab") == before
-    assert [request.request_id for request in scene.allocator.requests_of(("lab", 1))] == ["1a", "1b"]
+    assert [request.request_id for request in scene.allocator.snapshot().requests if request.tenant == "lab"] == [
+        "1a",
+        "1b",
+    ]
     scene.hand_over()
     scene.release("1a")
     assert (scene.status("1b"), scene.status("2a")) == (R.QUEUED, R.DEPLOYING)  # lab had its turn
@@ -208,10 +212,9 @@ def test_two_tenants_may_choose_the_same_id():
     scene.ask(1, "C", tenant="other", priority=Priority.HIGH)
     assert [scene.request(request_id).machine_id for request_id in ("1a", "1b", "1c")] == ["a", None, "b"]
     assert [scene.measurement(1, tenant).tenant for tenant in ("lab", "other")] == ["lab", "other"]
-    assert [request.request_id for request in scene.allocator.requests_of(("other", 1))] == ["1c"]
     assert (scene.request("1a").tenant, scene.request("1c").tenant) == ("lab", "other")
     with pytest.raises(UnknownMeasurement):
-        scene.allocator.requests_of(("default", 1))
+        scene.allocator.measurement(("default", 1))
 
 
 @pytest.mark.parametrize("begun", [Priority.HIGH, Priority.NORMAL])
@@ -554,6 +557,75 @@ def test_a_restart_knows_everything_and_does_nothing_by_itself():
     assert scene.status("1b") is R.DEPLOYING
 
 
+def test_what_has_ended_can_be_dropped_and_recalled():
+    """A measurement that is over leaves memory whole, and comes back with the request that it was last served with."""
+    scene = handed_over()
+    scene.release("1a")
+    measurement, request, key = scene.measurement(1), scene.request("1a"), ("default", 1)
+    assert scene.allocator.is_over(key)
+    scene.allocator.drop_measurement(key)
+    scene.allocator.check()
+    assert (scene.allocator.knows(key), scene.allocator.is_over(key)) == (False, False)
+    with pytest.raises(UnknownRequest):
+        scene.request("1a")
+    assert scene.allocator.drop_request("1a") is None
+    scene.allocator.recall(measurement, [request])
+    scene.allocator.recall(measurement, [request])  # idempotent
+    scene.allocator.check()
+    assert (scene.measurement(1), scene.request("1a")) == (measurement, request)
+    scene.ask(1, "A")
+    assert scene.measurement(1).created_s == measurement.created_s
+
+
+def test_a_dropped_request_is_no_longer_the_last_one_that_was_served():
+    """Without it nothing is known of the machine that its measurement ran on."""
+    scene = handed_over()
+    scene.ask(1, "B")
+    scene.release("1a")
+    assert scene.allocator.drop_request("1a") is not None
+    scene.allocator.check()
+    assert scene.status("1b") is R.DEPLOYING
+
+
+def test_numbers_go_on_above_those_of_what_is_not_in_memory():
+    """The next request comes after all that were made before, also those that only the store knows."""
+    scene = handed_over()
+    scene.allocator.load(scene.allocator.snapshot(), next_seq=77)
+    scene.ask(2, "A")
+    assert scene.request("2a").seq == 77
+
+
+def test_a_lease_that_its_wrapper_has_ended_is_ended():
+    """It is expired, its wrapper is free, and the next one is served. Said again it changes nothing."""
+    scene = handed_over()
+    scene.ask(1, "B")
+    scene.tell(LeaseLapsed("1b"))
+    assert scene.status("1b") is R.QUEUED
+    scene.tell(LeaseLapsed("1a"))
+    assert (scene.status("1a"), scene.request("1a").reason) == (
+        R.EXPIRED,
+        "its wrapper ended it: its time was over, or it was not used",
+    )
+    assert scene.status("1b") is R.DEPLOYING
+    assert scene.tell(LeaseLapsed("1a")).changes.empty
+
+
+def test_a_request_behind_its_own_measurement_has_a_position():
+    """Its tenant has no turn yet; it is told a place all the same: after those who wait."""
+    scene = handed_over()
+    scene.ask(1, "B")
+    scene.ask(2, "C", tenant="other")
+    assert [scene.allocator.queue_position(each) for each in ("1b", "2a")] == [2, 1]
+
+
+def test_wrappers_are_counted_by_status():
+    """Health asks for counts, not for every wrapper."""
+    scene = handed_over()
+    assert scene.allocator.count_wrappers([W.LEASED]) == 1
+    assert scene.allocator.count_wrappers(W) == len(scene.allocator.wrappers())
+    assert scene.allocator.count_wrappers([W.LOST, W.OFF]) == 0
+
+
 def test_a_restart_grants_what_could_be_granted():
     """The first event after a start serves those who wait, also those bound to a machine."""
     scene = handed_over()
@@ -599,8 +671,6 @@ def test_reads_of_what_is_not_there():
         allocator.request("x")
     with pytest.raises(UnknownMeasurement):
         allocator.measurement(("default", 1))
-    with pytest.raises(UnknownMeasurement):
-        allocator.requests_of(("default", 1))
     assert allocator.wrapper("x") is None
     assert allocator.machine("x") is None
     assert allocator.lease_of("x") is None

@@ -681,3 +681,13 @@ def test_a_request_waits_while_everything_is_lost():
     assert scene.status("1a") is R.QUEUED
     scene.machine("m")
     assert scene.status("1a") is R.FAILED
+
+
+def test_an_llm_that_refuses_a_request_fails_it() -> None:
+    """The request has failed with the reason, and the LLM is there for others: their arguments may suit it."""
+    scene = deploying()
+    scene.runs()
+    scene.tell(LeaseBound("m-0", scene.wrapper().epoch, refusal="it refuses every prompt of this request: why"))
+    request = scene.request("1a")
+    assert (request.status, request.reason) == (R.FAILED, "it refuses every prompt of this request: why")
+    assert scene.wrapper().status is W.READY

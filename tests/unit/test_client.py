@@ -120,7 +120,7 @@ def test_budgets_are_sent_if_there_are_any(registry: Make) -> None:
     """What each lease may use goes along in the contract's words; without it the fields are left out."""
     answer = httpx.Response(201, json={"requests": []})
     client, script = registry(answer, answer)
-    client.request(7, [{}], max_j=5.0, max_g=0.5)
+    client.request(7, [{}], max_joules=5.0, max_gco2eq=0.5)
     client.request(7, [{}])
     with_budgets, without = (json.loads(request.content) for request in script.requests)
     assert (with_budgets["maxJoules"], with_budgets["maxGco2eq"]) == (5.0, 0.5)
@@ -440,17 +440,18 @@ def test_wait_for_a_drain_has_an_end(registry: Make) -> None:
 
 
 def test_measurement(registry: Make) -> None:
-    """A measurement comes with its requests."""
+    """A measurement comes with the requests of all its pages."""
     measurement = {
         "measurementId": 7,
         "machine": "a",
         "flags": [],
         "createdAt": STATE["createdAt"],
-        "requests": [STATE],
     }
-    client, script = registry(httpx.Response(503, json=BUSY), measurement)
-    assert [state.requestId for state in client.measurement(7).requests] == ["r1"]
-    assert set(script.asked) == {"GET /measurements/7"}
+    pages = measurement | {"requests": [STATE], "next": 4}, measurement | {"requests": [STATE], "next": None}
+    client, script = registry(httpx.Response(503, json=BUSY), *pages)
+    found = client.measurement(7)
+    assert ([state.requestId for state in found.requests], found.next) == (["r1", "r1"], None)
+    assert script.asked == ["GET /measurements/7?after=0"] * 2 + ["GET /measurements/7?after=4"]
 
 
 def test_health_is_told_when_it_is_bad(registry: Make) -> None:

@@ -213,6 +213,7 @@ async def test_settling_is_waited_for(serve: FakeServe, monkeypatch: pytest.Monk
     monkeypatch.setattr("ray.serve.get_app_handle", lambda _name: Silent())
     monkeypatch.setattr(cluster_module, "COMMAND_TIMEOUT_S", 0.01)
     monkeypatch.setattr(cluster_module, "REST_LIMIT_S", 0.0)
+    monkeypatch.setattr(cluster_module, "PROBE_MAX_S", 0.0)
     settings = Settings.model_validate({"energy": {"settle_max_s": 0.05}})
     cluster = RayCluster(settings, ModelSources(True, (), Path("/")))
     grant = LeaseGrant("r1", 1, "token", "{}", ends_in_s=60.0, idle_limit_s=60.0)

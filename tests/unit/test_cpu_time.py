@@ -60,6 +60,19 @@ def test_reaped_child_counts_once(tree: CPUTimeTree, proc: Path) -> None:
     assert ticks(tree, 0.05) == 4
 
 
+def test_time_that_its_parent_shows_some_looks_later_counts_once(tree: CPUTimeTree, proc: Path) -> None:
+    """A child of 7 ticks is gone at 0.05 s, and its parent shows them at 0.15 s only, with 4 that nobody saw: 4 count.
+
+    What a parent inherits half a second after that is of others: 5 more ticks count in full.
+    """
+    end_process(proc, GRANDCHILD)
+    assert [ticks(tree, now_s) for now_s in (0.05, 0.10)] == [0, 0]
+    write_process(proc, CHILD, ROOT, ticks=(50, 0, 7 + 4, 0))
+    assert ticks(tree, 0.15) == 4
+    write_process(proc, CHILD, ROOT, ticks=(50, 0, 7 + 4 + 5, 0))
+    assert ticks(tree, 0.70) == 9
+
+
 class Racing(ProcessTable):
     """A proc in which something happens just before a certain process is read."""
 

@@ -172,6 +172,15 @@ def test_dies_that_mirror_one_counter_are_counted_once(tmp_path: Path) -> None:
     assert energy.boundary == ("package-0",)
 
 
+def test_a_mirror_that_shows_the_counter_of_a_moment_ago_is_counted_once(tmp_path: Path) -> None:
+    """The second die shows what the first did 1 ms before, 34 mJ less: still 680 J in 20 s, and not 1,360 J."""
+    package, show = dies(tmp_path, lambda now_s: 34e6 * (now_s - 0.001))
+    meter = polled(package, show, every_50_ms(1000, 1021))
+    energy = meter.window(1000.5, 1020.5)
+    assert energy.total_j == pytest.approx(680, rel=0.001)
+    assert "counted once" in energy.components[0].source
+
+
 def test_dies_with_counters_of_their_own_are_both_counted(tmp_path: Path) -> None:
     """34 W and 10 W for 20 s are 880 J, from the first reading on, though both counters move."""
     package, show = dies(tmp_path, lambda now_s: 10e6 * now_s)

@@ -56,7 +56,7 @@ def probe(proc: Path, powercap: Path) -> Probe:
 
 
 def gpu_source(found: list[Source | Unreadable]) -> Source | Unreadable:
-    [source] = [source for source in found if source.name.startswith("gpu:")]
+    source, *_ = [source for source in found if source.name.startswith("gpu:")]
     return source
 
 
@@ -323,6 +323,15 @@ def test_half_the_packages_are_none(probe: Probe, powercap: Path) -> None:
     found = probe()
     assert zones(found) == ["dram-0"]
     assert any(isinstance(s, Unreadable) and s.name == "package-1" and "No such file" in s.why for s in found)
+
+
+def test_memory_is_not_counted_beside_a_model_that_has_it(probe: Probe, powercap: Path) -> None:
+    """Packages can't be read, so the CPU is estimated with its memory: its own counter would count that twice."""
+    (write_zone(powercap, "intel-rapl:0", "package-0") / "max_energy_range_uj").unlink()
+    write_zone(powercap, "intel-rapl:0:0", "dram")
+    found = probe(cpu_model=MODEL)
+    assert [s.name for s in found if isinstance(s, Source)] == ["cpu-model"]
+    assert any(isinstance(s, Unreadable) and s.name == "dram-0" and "has the memory in it" in s.why for s in found)
 
 
 def test_zone_that_fails_later(probe: Probe, powercap: Path) -> None:

@@ -59,7 +59,8 @@ async def test_an_engine_at_rest_is_handed_over_in_milliseconds() -> None:
     await scene.first_lease()
     scene.rest.begin(scene.llm)
     await scene.rest.reached(scene.llm)
-    assert (scene.looked, scene.now_s) == (LOOKS, pytest.approx(0.002))
+    assert scene.looked == LOOKS
+    assert scene.now_s == pytest.approx(0.002)
     await scene.rest.reached(scene.llm)
     assert scene.looked == LOOKS
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from deployments.experiment import Plan, differences, load_plan, load_prompts
+from deployments.cli import measure
+from deployments.experiment import Experiment, Plan, argument, differences, growth, load_plan
+from deployments.measure import OF_REQUEST
+from registry.api import PromptingRequest
+from registry.client import RegistryClient
 from registry.errors import BadSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +66,7 @@ def test_overrides_go_over_the_file() -> None:
 def test_same_model_twice_is_numbered() -> None:
     """A model with different args is several LLMs, each with a name of its own."""
     hot = "{model: org/a, args: {prompting: {temperature: 1}, deployment: {}}}"
-    assert list(plan(f"llms: [org/a, org/b, {hot}]").llms) == ["org/a#1", "org/b", "org/a#2"]
+    assert list(plan(f"llms: [org/a, org/b, {hot}]").llms) == ["org/a", "org/b", "org/a#2"]
 
 
 @pytest.mark.parametrize(
@@ -93,38 +102,6 @@ def test_experiment_that_is_no_mapping() -> None:
         load_plan(None)
 
 
-# --- prompts -----------------------------------------------------------------------------------------------
-
-
-def test_ids_default_to_line_numbers() -> None:
-    """A prompt is called what its line says, else by the number of the line; empty lines are no prompts."""
-    odd = json.dumps({"question": "one\u2028prompt"}, ensure_ascii=False)
-    Path("p.jsonl").write_text(
-        f'{{"question": "a"}}\n\n{{"id": "x", "question": "b"}}\n{odd}\n{{"id": 7, "question": "c"}}'
-    )
-    assert [prompt.id for prompt in load_prompts(Path("p.jsonl"))] == ["1", "x", "4", "7"]
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"", "holds no prompts"),
-        (b'{"question": "a"}\n{"id": 1, "question": "b"}', "line 2: id: '1' is another prompt's, too"),
-        (b'{"question": "a"}\nwhat', "line 2 is not JSON"),
-        (b'{"question": ""}', "line 1: question: String should have at least 1 character"),
-        (b'{"query": "a"}', "line 1: question: Field required (and 1 more)"),
-        (b"[1]", "line 1: Input should be a valid dictionary"),
-        (b"\xff", "is not UTF-8"),
-    ],
-)
-def test_unusable_prompts_name_the_line(content: bytes, problem: str) -> None:
-    """What can't be used is told with the file, the line and the field."""
-    Path("p.jsonl").write_bytes(content)
-    with pytest.raises(BadSettings) as caught:
-        load_prompts(Path("p.jsonl"))
-    assert str(caught.value).startswith(f"p.jsonl: {problem}")
-
-
 # --- the same, or not --------------------------------------------------------------------------------------
 
 
@@ -133,6 +110,14 @@ def test_where_it_runs_is_no_part_of_it() -> None:
     Path("same.jsonl").write_text('\n{"id": "1", "question": "Why?"}')
     other = plan("llms: [org/a]", url="http://x", output="y", prompt_timeout_s=1, prompts="same.jsonl")
     assert other.identity() == plan("llms: [org/a]").identity()
+
+
+def test_what_may_grow_is_no_difference() -> None:
+    """More repetitions and LLMs are none; fewer are."""
+    small, large = plan("llms: [org/a]").identity(), plan("llms: [org/a, org/b]\nrepetitions: 2").identity()
+    assert list(differences(small, large)) == []
+    assert list(growth(small, large)) == ["llms: 1 → 2", "repetitions: 1 → 2"]
+    assert "repetitions is 2 there and 1 here" in list(differences(large, small))
 
 
 def test_differences_are_told_by_field() -> None:
@@ -154,3 +139,135 @@ def test_order_depends_on_the_seed_alone() -> None:
     assert forth.order(1) == back.order(1)
     assert forth.order(1) != forth.order(2)
     assert forth.order(1) != plan(llms=names, seed=2).order(1)
+
+
+# --- every field, and nothing else -------------------------------------------------------------------------
+
+
+def test_every_field_of_a_request_can_be_said_everywhere() -> None:
+    """Each field of PromptingRequest is one of an experiment, an argument of the client, and an option.
+
+    ``gpuType`` of the wire is ``gpu_type`` there, and ``--gpu-type`` on the command line.
+    """
+    names = {re.sub(r"([A-Z])", r"_\1", name).lower() for name in PromptingRequest.model_fields}
+    assert names <= Experiment.model_fields.keys()
+    assert names <= inspect.signature(RegistryClient.request).parameters.keys()
+    assert {*OF_REQUEST, "llms", "measurement_id"} == names
+    assert names <= inspect.signature(measure).parameters.keys()
+
+
+def test_every_field_of_an_experiment_has_an_option() -> None:
+    """Options alone are enough: each field has one, and those of ``args`` are --arg and --deployment-arg."""
+    options = inspect.signature(measure).parameters.keys() - {"experiment"}
+    assert options == Experiment.model_fields.keys() - {"args"} | {"arg", "deployment_arg"}
+
+
+def test_args_go_over_those_of_each_llm() -> None:
+    """--arg and --deployment-arg change single words, of LLMs with args of their own, too."""
+    own = "llms: [org/a, {model: org/b, args: {prompting: {top_k: 1, seed: 3}, deployment: {}}}]"
+    text = f"args: {{prompting: {{top_k: 5}}, deployment: {{}}}}\n{own}"
+    llms = plan(text, prompting_args={"top_k": 9}, deployment_args={"dtype": "float16"}).llms
+    assert llms["org/a"]["args"] == {"prompting": {"top_k": 9}, "deployment": {"dtype": "float16"}}
+    assert llms["org/b"]["args"] == {"prompting": {"top_k": 9, "seed": 3}, "deployment": {"dtype": "float16"}}
+    alone = load_plan(None, llms=["org/a"], prompts="prompts.jsonl", output="o", prompting_args={"top_k": 1})
+    assert alone.llms["org/a"]["args"] == {"prompting": {"top_k": 1}, "deployment": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("max_new_tokens=64", 64),
+        ("do_sample=true", True),
+        ("temperature=0.5", 0.5),
+        ("stop=['a', b]", ["a", "b"]),
+        ("torch_dtype=torch.bfloat16", "torch.bfloat16"),
+        ("x=a=b", "a=b"),
+        ("x=", None),
+    ],
+)
+def test_argument_is_read_as_yaml(text: str, value: Any) -> None:
+    """What stands after the first = is a value as in an experiment's file."""
+    assert argument(text) == (text.partition("=")[0], value)
+
+
+@pytest.mark.parametrize("text", ["max_new_tokens", "=1", "x=[1", "x=NO"])
+def test_unusable_argument_is_told(text: str) -> None:
+    """No value, no word, no YAML, or YAML that can be read in two ways."""
+    with pytest.raises(BadSettings):
+        argument(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("seed: -1", "seed: Input should be greater than or equal to 0"),
+        ("repetitions: true", "repetitions: Input should be a valid integer"),
+        ("prompt_timeout_s: 1.0e+300", "prompt_timeout_s: Input should be less than or equal to"),
+        ("prompt_timeout_s: .nan", "prompt_timeout_s: Input should be greater than 0"),
+        ("url: 'http://[x'", "url: Value error, http://[x: is no base URL"),
+        ("url: localhost:8000", "url: Value error, localhost:8000: is no base URL"),
+        ("priority: soon", "priority: Input should be 'low', 'normal' or 'high'"),
+        ("tenant: a b", "tenant: String should match pattern"),
+        ("grade: best", "grade: Input should be 'standard' or 'measurement'"),
+        ("max_joules: 0", "max_joules"),
+        ('like: "\\ud800"', "like"),
+        ("modeltyp: feature-extraction", "llms.0: Value error, feature-extraction writes no text"),
+        ("args: {prompting: {a: !!timestamp 2024-01-01}, deployment: {}}", "args.prompting: Value error, holds NaN"),
+        ("7: 1", "7 is no name of a field"),
+        ("seed: !!int x", "is not YAML"),
+    ],
+)
+def test_every_field_is_checked_when_it_is_loaded(text: str, problem: str) -> None:
+    """A value that would fail later, when all prompts are answered, is refused at once, by name."""
+    with pytest.raises(BadSettings) as caught:
+        plan(f"llms: [org/a]\n{text}")
+    assert str(caught.value).startswith(f"experiment.yaml: {problem}")
+
+
+@pytest.mark.parametrize("name", ["output", "prompts"])
+@pytest.mark.parametrize("path", ["", " ", "a\0b"])
+def test_unusable_path_is_told(name: str, path: str) -> None:
+    """An empty path is not the current directory."""
+    with pytest.raises(BadSettings, match=f"{name}: Value error, give a path that is not empty"):
+        plan("llms: [org/a]", **{name: path})
+
+
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**400, -1, 0, 1, 2**63, float("nan"), float("inf"), 1e308])
+    | st.floats()
+    | st.text(st.characters())
+    | st.sampled_from(["prompts.jsonl", "org/a", "http://x", "http://[", "a\0", "\ud800", "measurement", "high"])
+    | st.binary()
+    | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.sampled_from(sorted(Experiment.model_fields)), VALUES, max_size=6),
+    st.dictionaries(st.text(), VALUES, max_size=2),
+)
+def test_any_experiment_is_loaded_or_told(fields: dict[str, Any], args: dict[str, Any]) -> None:
+    """Whatever the fields hold: a plan that can be run, posted and written, or one error of ours; no other."""
+    usable = {"llms": ["org/a"], "prompts": "prompts.jsonl", "output": "out"}
+    try:
+        found = load_plan(None, prompting_args=args, **usable | fields)
+    except BadSettings:
+        return
+    assert found.order(1)
+    yaml.safe_dump({"experiment": found.identity(), "order": found.order(1)})
+    json.dumps(list(found.llms.values()), allow_nan=False, ensure_ascii=False).encode()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text() | st.text("[]{}:,-!&*|>'\"#\n a1.~?%@`"))
+def test_any_file_is_loaded_or_told(text: str) -> None:
+    """Whatever is in an experiment's file: one error of ours at worst."""
+    Path("any.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(BadSettings):
+        load_plan(Path("any.yaml"))

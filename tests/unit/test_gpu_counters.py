@@ -89,6 +89,31 @@ def test_instant_power_is_preferred(gpu: FakeGPU) -> None:
     assert "of the moment" in energy.components[0].source
 
 
+def test_errors_of_samples_add_up_and_are_in_the_bounds(gpu: FakeGPU, tmp_path: Path) -> None:
+    """100 times 120 ms at 600 W and 130 ms at 100 W are 8,500 J. Of samples that each came too late, 20 ms are missing.
+
+    Power rises by 500 W: that shows in a sample at once, or up to a refresh (100 ms) and a gap (50 ms) later, so each
+    change may be wrong by 500 W · 75 ms = 37.5 J, and 200 changes by 7,500 J. Here rises show 40 ms too late and falls
+    at once, so about 100 · 500 W · 40 ms = 2,000 J are missing, much more than the samples' age says.
+    """
+    clock = ManualClock(1000.0)
+    meter = Meter(probe_sources_of(gpu), clock=clock)
+    for tick in range(20 * 30):
+        clock.now_s = 1000 + tick / 20
+        in_turn_s = (tick * 0.05) % 0.25
+        busy = 1002 <= clock.now_s < 1027 and 0.049 < in_turn_s < 0.12
+        gpu.power_mw = gpu.instant_mw = 600_000 if busy else 100_000
+        meter.poll_once()
+    energy = meter.window(1001.9, 1027.1)
+    true_j = 100 * (600 * 0.12 + 100 * 0.13) + 0.2 * 100
+    assert energy.label is Label.MEASURED_SAMPLED
+    assert energy.total_j is not None
+    assert energy.low_j is not None
+    assert energy.high_j is not None
+    assert energy.total_j < true_j - 500
+    assert energy.low_j <= true_j <= energy.high_j
+
+
 def test_sample_beyond_the_limit_is_no_power(gpu: FakeGPU) -> None:
     """A sample of 10 kW from a GPU of 700 W is a hole, not 500 J in 50 ms."""
     [source] = [source for source in probe_sources_of(gpu) if isinstance(source, GPUPower)]

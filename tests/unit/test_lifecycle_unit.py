@@ -283,6 +283,21 @@ def test_only_one_at_a_time(settings: Settings, app: FakeApp, owner: Callable[[]
     assert app.calls == []
 
 
+def test_a_spoiled_record_does_not_hide_a_registry(
+    settings: Settings, owner: Callable[[], subprocess.Popen[str]]
+) -> None:
+    """The lock says which process holds it: ``down`` ends that one, though up.json is cut short."""
+    process = owner()
+    (settings.state_dir / "up.lock").write_text(str(process.pid))
+    (settings.state_dir / "up.json").write_text('{"pid": 1, "fol')
+    said: list[str] = []
+    end(settings, say=said.append)
+    assert process.wait(5) == 0
+    assert said == ["Everything is down."]
+    end(settings, say=said.append)
+    assert said[1:] == [f"No registry runs from {settings.state_dir}."]
+
+
 def test_folder_that_can_not_be_written_is_named(settings: Settings, app: FakeApp) -> None:
     """A state_dir that can't be made is an error with its name and the reason."""
     settings.state_dir.parent.mkdir(exist_ok=True)

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from deployments import measure as measure_module
 from deployments.experiment import load_plan
-from deployments.measure import MAX_BARREN_LEASES, run_measure, said
+from deployments.measure import MAX_BARREN_LEASES, PROMPT_TRIES, run_measure, said
 from registry.api import RequestState
 from registry.client import AnswerError
 from registry.errors import BadSettings
@@ -358,16 +358,16 @@ def test_llm_that_can_not_be_had_is_given_up(measure: Measure, registry: HttpReg
     assert every_prompt_once(tmp_path / "out", repetitions=2)
 
 
-def test_refused_experiment_ends_at_once(measure: Measure, registry: HttpRegistry) -> None:
-    """What the registry refuses as a whole is told in its words; nothing is asked again."""
+def test_refused_experiment_ends_at_once(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """What the registry refuses as a whole is told in its words, nothing is asked again, and the folder stays free."""
     registry.on_post = lambda: error(422, "llm_never_fits")
     with pytest.raises(AnswerError, match="it says llm_never_fits"):
         measure()
     assert len(registry.keys) == 1
     assert "the same command goes on" in measure.shown
     registry.on_post = lambda: None
-    assert measure()  # the registry knows nothing of a run before, and nothing is given back
-    assert "Goes on: 0 of 10 answers are there." in measure.shown
+    assert measure(llms=["org/a", "org/c"])  # corrected: the refused one does not bind the folder
+    assert every_prompt_once(tmp_path / "out", ["org/a", "org/c"])
 
 
 def test_no_answer_in_time_is_an_error(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
@@ -386,6 +386,73 @@ def test_no_answer_in_time_is_an_error(measure: Measure, registry: HttpRegistry,
         free.set()
     late = next(line for line in lines(tmp_path / "out") if line["prompt"] == "1")
     assert late["error"] == {"status": None, "code": "no_answer", "message": "no answer within 0.2 s"}
+
+
+@pytest.mark.parametrize("failure", [error(500, "engine_failed"), error(504, "gateway_timeout", True), (504, {})])
+def test_failure_of_a_server_is_no_answer(
+    measure: Measure, registry: HttpRegistry, tmp_path: Path, failure: Reply
+) -> None:
+    """A 500, or a proxy's 504, is asked again up to PROMPT_TRIES times; what then has no answer is missing.
+
+    Five prompts, of which the second fails twice and the fourth always: 1 + 3 + 1 + 3 + 1 = 9 are sent, four answers
+    are there, and the next run asks the fourth alone.
+    """
+    left = {QUESTIONS[1]: 2, QUESTIONS[3]: 100}
+
+    def fail(_state: RequestState, question: str) -> Reply | None:
+        left[question] = left.get(question, 0) - 1
+        return failure if left[question] >= 0 else None
+
+    registry.on_prompt = fail
+    assert not measure(llms=["org/a"], warmup=0)
+    assert len(registry.prompted) == 9
+    assert {prompt for _, _, prompt in counted(tmp_path / "out")} == {"1", "2", "3", "5"}
+    assert "prompt 4 is not answered" in measure.shown
+    (llm,) = summary_of(tmp_path / "out")["llms"]
+    assert (llm["answers"], llm["errors"], llm["missing"]) == (4, 0, 1)
+    left.clear()
+    assert measure(llms=["org/a"], warmup=0)
+    assert every_prompt_once(tmp_path / "out", ["org/a"])
+    assert len(registry.prompted) == 10
+
+
+def test_server_that_always_fails_is_given_up(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """A lease that leaves MAX_UNANSWERED prompts in a row without an answer is lost; the others are asked on another.
+
+    Five prompts: three on the first lease, two on the second, each PROMPT_TRIES times.
+    """
+    registry.on_prompt = lambda _state, _question: error(500, "engine_failed")
+    assert not measure(llms=["org/a"], warmup=0)
+    assert Counter(registry.prompted).keys() == {("org/a", question) for question in QUESTIONS}
+    assert min(Counter(registry.prompted).values()) >= PROMPT_TRIES  # one in flight is asked again by the next lease
+    assert len(registry.requests) == 2
+    assert counted(tmp_path / "out") == Counter()
+    assert summary_of(tmp_path / "out")["llms"][0]["missing"] == 5
+
+
+def test_prompt_that_took_too_long_keeps_its_error(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """The wrapper's own 504 says that the prompt takes longer than prompts may: it is not asked again."""
+    registry.on_prompt = lambda _state, question: error(504, "prompt_too_long") if question == QUESTIONS[0] else None
+    assert measure(llms=["org/a"], warmup=0)
+    assert len(registry.prompted) == 5
+    assert lines(tmp_path / "out")[0]["error"]["code"] == "prompt_too_long"
+
+
+def test_llm_that_refuses_every_prompt(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """It is not complete, the reason is told, and the next run asks again: the LLM may have been mended."""
+
+    def refuse(state: RequestState, _question: str) -> Reply | None:
+        return error(400, "prompt_refused") if state.llmconfig["model"] == "org/b" else None
+
+    registry.on_prompt = refuse
+    assert not measure(warmup=0)
+    assert not summary_of(tmp_path / "out")["complete"]
+    assert "org/b: refused all of 5 prompts, the first of them with: it says prompt_refused" in measure.shown
+    registry.on_prompt = lambda _state, _question: None
+    assert measure(warmup=0)
+    assert [llm["errors"] for llm in summary_of(tmp_path / "out")["llms"]] == [0, 0]
+    assert [llm["answers"] for llm in summary_of(tmp_path / "out")["llms"]] == [5, 5]
+    assert len(registry.prompted) == 15
 
 
 # --- going on ----------------------------------------------------------------------------------------------
@@ -494,17 +561,104 @@ def test_finished_experiment_asks_nothing(measure: Measure, registry: HttpRegist
 
 
 def test_other_experiment_is_refused(measure: Measure, registry: HttpRegistry, prompts: Path, tmp_path: Path) -> None:
-    """A folder goes on with its own experiment only; what differs is told field by field."""
+    """A folder goes on with its own experiment only, which may grow but not shrink; what differs is told by field."""
     measure(repetitions=2)
     prompts.write_text(json.dumps({"question": "Another?"}) + "\n")
     with pytest.raises(BadSettings) as caught:
-        measure(repetitions=3, llms=["org/a"])
+        measure(repetitions=1, llms=["org/a"], concurrency=2)
     text = str(caught.value)
-    assert "repetitions is 2 there and 3 here" in text
-    assert "prompts.count is 5 there and 1 here" in text
+    assert "prompt '1' is another one here; prompt '2' is absent here" in text
+    assert "concurrency is 1 there and 2 here" in text
+    assert "repetitions is 2 there and 1 here" in text
+    assert "llms, prompts, repetitions may grow; else use another folder" in text
     assert "llms.org/b is {" in text
     assert "there and absent here" in text
     assert every_prompt_once(tmp_path / "out", repetitions=2)
+
+
+def test_experiment_may_grow(measure: Measure, registry: HttpRegistry, prompts: Path, tmp_path: Path) -> None:
+    """More prompts, LLMs and repetitions are asked alone; what is answered stays, and so does the order of before.
+
+    2 LLMs x 5 prompts x 2 repetitions are 20; 3 x 6 x 3 are 54.
+    """
+    out = tmp_path / "out"
+    assert measure(repetitions=2, warmup=0)
+    first = (out / "answers.jsonl").read_text()
+    order = yaml.safe_load((out / "experiment.yaml").read_text())["order"]
+    with prompts.open("a") as file:
+        file.write(json.dumps({"question": "One more?"}) + "\n")
+    assert measure(repetitions=3, llms=["org/c", "org/b", "org/a"], warmup=0)
+    assert "Goes on: 20 of 54 answers are there." in measure.shown
+    assert "Added: llms: 2 → 3, prompts: 5 → 6, repetitions: 2 → 3." in measure.shown
+    assert (out / "answers.jsonl").read_text().startswith(first)
+    assert set(counted(out).values()) == {1}
+    assert len(counted(out)) == len(registry.prompted) == 54
+    grown = yaml.safe_load((out / "experiment.yaml").read_text())
+    assert grown["order"][1] == [*order[1], "org/c"]
+    assert grown["order"][2] == [*order[2], "org/c"]
+    assert sorted(grown["order"][3]) == ["org/a", "org/b", "org/c"]
+    assert len({body["measurementId"] for body in registry.posted}) == 1
+    with pytest.raises(BadSettings, match="repetitions is 3 there and 2 here"):
+        measure(repetitions=2, llms=["org/c", "org/b", "org/a"], warmup=0)
+
+
+def test_refused_growth_leaves_the_folder_as_it_was(measure: Measure, registry: HttpRegistry) -> None:
+    """An LLM that is added and refused does not bind the folder: the experiment of before is still complete."""
+    assert measure(llms=["org/a"])
+    registry.on_post = lambda: error(422, "llm_never_fits")
+    with pytest.raises(AnswerError, match="it says llm_never_fits"):
+        measure(llms=["org/a", "org/huge"])
+    assert measure(llms=["org/a"])
+
+
+def test_same_model_with_other_args_may_be_added(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """Names of LLMs stay when another of the same model is put before them."""
+    hot = {"model": "org/a", "args": {"prompting": {"temperature": 1}, "deployment": {}}}
+    assert measure(llms=["org/a"], warmup=0)
+    assert measure(llms=[hot, "org/a"], warmup=0)
+    assert every_prompt_once(tmp_path / "out", ["org/a", "org/a#2"])
+
+
+def test_registry_that_has_lost_its_state(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
+    """The run goes on as another measurement, which is told; what has an answer and its window is not asked again."""
+    registry.on_prompt = lambda _state, question: error(500, "x") if question in QUESTIONS[3:] else None
+    assert not measure(llms=["org/a"], warmup=0)
+    registry.forget()
+    registry.on_prompt = lambda _state, _question: None
+    assert measure(llms=["org/a"], warmup=0)
+    first, second = (body["measurementId"] for body in registry.posted)
+    assert first != second
+    assert f"The registry knows nothing of measurement {first}: goes on as measurement {second}." in measure.shown
+    told = yaml.safe_load((tmp_path / "out" / "experiment.yaml").read_text())
+    assert (told["measurement_id"], told["earlier_measurement_ids"]) == (second, [first])
+    assert every_prompt_once(tmp_path / "out", ["org/a"])
+    assert len(registry.prompted) == 3 + 2 * PROMPT_TRIES + 2
+
+
+def test_answers_whose_windows_were_lost_are_asked_again(
+    measure: Measure, registry: HttpRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its final window an answer is in no figure: when that can't come any more, it is asked again."""
+    monkeypatch.setattr(measure_module, "WINDOWS_WAIT_S", 0.0)
+    registry.on_windows = lambda windows: windows[:2]
+    assert not measure(llms=["org/a"], warmup=0)
+    registry.forget()
+    registry.on_windows = lambda windows: windows
+    assert measure(llms=["org/a"], warmup=0)
+    assert "3 answers are asked for again, since their final windows were lost" in measure.shown
+    (llm,) = summary_of(tmp_path / "out")["llms"]
+    assert (llm["answers"], llm["provisional"], llm["figures"][0]["prompts"]) == (5, 0, 5)
+    assert measure(llms=["org/a"], warmup=0)
+    assert len(registry.posted) == 2
+
+
+def test_fields_of_a_data_set_are_carried_along(measure: Measure, prompts: Path, tmp_path: Path) -> None:
+    """What else a prompt's line says is in the line of its answer; it is no part of the experiment."""
+    prompts.write_text('{"question": "Why?", "topic": "water", "level": 3}\n')
+    assert measure(llms=["org/a"])
+    assert lines(tmp_path / "out")[-1]["fields"] == {"topic": "water", "level": 3}
+    prompts.write_text('{"question": "Why?", "topic": "air"}\n')
+    assert measure(llms=["org/a"])
 
 
 def test_folder_is_for_one_process(measure: Measure, registry: HttpRegistry) -> None:

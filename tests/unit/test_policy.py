@@ -148,22 +148,3 @@ def test_leaving_and_coming_back_gains_nothing():
             turns.end(tenant)
             turns.begin(tenant)
     assert taken.count("leaves") == 10
-
-
-@pytest.mark.parametrize("grants_before", [0, 1, 2, 3])
-@pytest.mark.parametrize("weights", [(), (("a", 2.0),), (("b", 4.0),), (("a", 0.5), ("b", 2.0))])
-def test_the_forecast_of_turns_comes_true(weights, grants_before):
-    """``served_before`` says how many turns another tenant takes before the n-th of one's own."""
-    turns = waiting("a", "b", weights=weights)
-    turns_taken(turns, ["a", "b"], grants_before)
-    forecast = [turns.served_before("a", "b", index) for index in range(4)]
-    taken = turns_taken(turns, ["a", "b"], 40)
-    own = [at for at, tenant in enumerate(taken) if tenant == "a"]
-    assert forecast == [taken[:at].count("b") for at in own[:4]]
-
-
-def test_a_tenant_that_has_had_more_is_not_served_before():
-    """Turns of another tenant that begin later than one's own don't count."""
-    turns = waiting("a", "b")
-    turns_taken(turns, ["b"], 3)
-    assert turns.served_before("a", "b", 0) == 0

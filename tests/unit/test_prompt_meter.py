@@ -138,6 +138,34 @@ def test_functional_unit_is_the_operators(bench: Callable[..., Bench], unit: str
     assert account["sci_score"] * units == pytest.approx(whole)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "unit", "units"),
+    [("output_token", "token", 6), ("word", "token", 6), ("token", "token", 6), ("request", "request", 1)],
+)
+async def test_llm_that_writes_no_text_is_scored_by_its_input(
+    monkeypatch: pytest.MonkeyPatch, chosen: str, unit: str, units: int
+) -> None:
+    """An embedding of 6 tokens has no output: it counts 6 tokens, in its answer, its record and its lease's alike."""
+    bench = WindowBench(monkeypatch, functional_unit=chosen)
+    bench.meter._writes_text = lambda llmconfig: llmconfig != "{}"
+    bench.bind(LEASE)
+    bench.passes(1.0)
+    flight = bench.meter.begin("/v1/embeddings")
+    bench.passes(1.0)
+    bench.meter.end(flight)
+    told = bench.meter.brief(flight, usage={"prompt_tokens": 6, "total_tokens": 6}, answer=None)
+    assert told["unit"] == unit
+    assert told["sci_score"] == pytest.approx((told["o_g"] + told["m_g"]) / units)
+    bench.bind(None)
+    bench.passes(5.0)
+    windows = await bench.windows()
+    for kind in (WindowKind.PROMPT, WindowKind.LEASE):
+        (window,) = of_kind(windows, kind)
+        assert (detail(window)["unit"], detail(window)["units"]) == (unit, units)
+    idle = [detail(window) for window in of_kind(windows, WindowKind.IDLE) if window.request_id == "request-1"]
+    assert {each["unit"] for each in idle} == {unit}
+
+
 def test_score_of_nothing_is_none(bench: Callable[..., Bench]) -> None:
     """A prompt that brought no units has its energy, and no score: not zero and not infinite."""
     made = bench()

@@ -77,6 +77,7 @@ def test_values_of_the_file_are_taken(write) -> None:
         ("energy: {grid: {zone: NO}}", "NO can be read in two ways: write true or false, or put it in quotes"),
         ("http: {public_url: head.example:8000}", "http.public_url: Value error, needs a scheme and a host"),
         ("http: {public_url: 'http://'}", "http.public_url"),
+        ("http: {host: '::1'}", "http: Value error, host can't be an IPv6 address with HAProxy"),
         ("http: {public_url: 'http://x/?a=b'}", "must end before any ? or #"),
         ("leases: {max_s: 0}", "leases.max_s"),
         ("leases: {max_s: .inf}", "leases.max_s"),
@@ -231,7 +232,7 @@ def test_database_of_a_folder_with_any_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("host", "url"), [("::1", "http://[::1]:8000"), ("127.0.0.1", "http://127.0.0.1:8000")])
 def test_base_url_of_a_host(host: str, url: str) -> None:
     """An IPv6 address stands in brackets."""
-    assert Settings.model_validate({"http": {"host": host}}).base_url == url
+    assert Settings.model_validate({"http": {"host": host, "haproxy": False}}).base_url == url
 
 
 # --- the object --------------------------------------------------------------------------------------------

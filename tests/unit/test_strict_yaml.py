@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from registry.strict_yaml import load_json, load_yaml
+from registry.strict_yaml import STRICT_JSON, load_yaml
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,6 @@ def test_a_key_that_is_there_twice_is_refused() -> None:
     with pytest.raises(yaml.MarkedYAMLError, match="port is there twice"):
         load_yaml("http: {port: 1, host: a, port: 2}")
     with pytest.raises(ValueError, match="'a' is there twice"):
-        load_json('{"x": {"a": 1, "b": 2, "a": 3}}')
+        STRICT_JSON.decode('{"x": {"a": 1, "b": 2, "a": 3}}')
     assert load_yaml("base: &b {a: 1}\nc: {<<: *b, a: 2}")["c"] == {"a": 2}
-    assert load_json('{"a": {"a": 1}, "b": {"a": 1}}') == {"a": {"a": 1}, "b": {"a": 1}}
+    assert STRICT_JSON.decode('{"a": {"a": 1}, "b": {"a": 1}}') == {"a": {"a": 1}, "b": {"a": 1}}

@@ -75,10 +75,10 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
         free_first: Sequence[int] = (),
         **settings: Any,
     ) -> LLMWrapper:
+        free = iter(free_first)
         CountingHost.started, CountingHost.stopped = [], 0
         monkeypatch.setattr(wrapper_module, "EngineHost", CountingHost)
         monkeypatch.setattr(wrapper_module, "main_memory", lambda: MainMemory(16 * GIB, next(free, available)))
-        free = iter(free_first)
         monkeypatch.setattr(wrapper_module, "gpu_memory_bytes", lambda gpus: gpu_memory_bytes if gpus else None)
         sources = ModelSources(True, (tmp_path / "llms",), tmp_path)
         config = WrapperConfig(

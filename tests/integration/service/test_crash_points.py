@@ -299,7 +299,7 @@ async def lived_through(scenario: Scenario, database: Path, plug: Plug) -> None:
         for request_id, status in ends.items():
             await world.come_to(request_id, status)
         await world.come(lambda: _at_rest(world))
-        assert {r.request_id: r.status for r in world.service.allocator.snapshot().requests} == ends
+        assert {request_id: world.request(request_id).status for request_id in ends} == ends
         assert world.service.allocator.snapshot().leases == ()
         world.service.allocator.check()
         kept = world.store.load()

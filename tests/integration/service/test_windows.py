@@ -83,7 +83,7 @@ async def test_windows_of_what_was_forgotten_are_nobodys(world: World) -> None:
     """A window of a measurement that is not known any more is kept, and counts for no tenant."""
     await told(world, window(1, measurement_id=99, request_id="gone"))
     assert world.store.windows(("default", 99)) == ()
-    assert world.store.costs_of_request("gone")[WindowKind.PROMPT].joules.count == 1
+    assert world.store.costs_of_requests(["gone"])["gone"][WindowKind.PROMPT].joules.count == 1
 
 
 async def test_a_lease_shows_its_cost_so_far(world: World) -> None:
@@ -142,7 +142,7 @@ async def test_the_report_has_all_windows(world: World, monkeypatch: pytest.Monk
     allocator = world.service.allocator
     seven = ("default", 7)
     kept = await world.service.accounts.windows(seven)
-    report = json.loads(views.report_json(allocator.measurement(seven), allocator.requests_of(seven), kept))
+    report = json.loads(views.report_json(allocator.measurement(seven), world.store.requests_of(seven), kept))
     assert report["machines"] == ["a"]
     assert [each["window"] for each in report["windows"]] == [each.window_id for each in windows]
     assert report["llms"][0]["figures"][0]["joules_per_token"]["value"] > 0
@@ -167,7 +167,7 @@ async def test_windows_come_page_by_page(world: World, limit: int) -> None:
                 ("default", 7), request_id=request_id, after=views.place_of(after), limit=limit
             )
             assert len(page) <= limit
-            told = json.loads(views.windows_json(world.service.allocator.requests_of(key), page, limit))
+            told = json.loads(views.windows_json(world.store.requests_of(key), page, limit))
             assert all("detail" not in each and each["llm"] == TINY.model for each in told["windows"])
             found += [each["window"] for each in told["windows"]]
             after = told["next"]

@@ -1,0 +1,89 @@
+"""``process_prompt`` as a call of vLLM's own OpenAI app in this process: its body, the call, and what an error says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from starlette.types import ASGIApp, Message, Scope
+
+from deployments.llm_args import map_prompting
+from deployments.our_words import in_our_words
+
+
+class Caller(Protocol):
+    """The client on whose behalf a call is made."""
+
+    async def receive(self) -> Message:
+        """Return when it has hung up."""
+        ...
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it has hung up, or was cut."""
+        ...
+
+
+def native_prompt(model: str, llmconfig: Mapping[str, Any], question: str) -> tuple[str, dict[str, Any]]:
+    """Return path and body of vLLM's API that a question becomes, by an llmconfig that the ingress has accepted."""
+    chat = bool(llmconfig["uses_chat_template"])
+    body = {"model": model, **map_prompting(llmconfig["args"]["prompting"], uses_chat_template=chat).values}
+    if chat:
+        return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": question}]}
+    return "/v1/completions", {**body, "prompt": question}
+
+
+def problem_of(answer: bytes) -> str:
+    """Return what an error of the engine's app says: OpenAI's form, any other JSON, or plain text; in our words."""
+    try:
+        problem = json.loads(answer)
+    except ValueError:
+        return in_our_words(answer.decode(errors="replace"))
+    if isinstance(problem, dict):
+        problem = problem.get("error", problem)
+    return in_our_words(str(problem.get("message", problem)) if isinstance(problem, dict) else str(problem))
+
+
+async def call(app: ASGIApp, path: str, body: Mapping[str, Any], caller: Caller) -> tuple[int, bytes]:
+    """POST JSON to an ASGI app in this process, on behalf of a client; status and body of the answer."""
+    content = json.dumps(body).encode()
+    request: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+    status, answer = 0, bytearray()
+
+    async def receive() -> Message:
+        return request.pop() if request else await caller.receive()
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        answer.extend(message.get("body", b""))
+
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [
+            (b"host", b"engine"),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+        ],
+        "client": None,
+        "server": ("engine", 80),
+    }
+    try:
+        await app(scope, receive, send)
+    except Exception:
+        if not status:
+            raise
+        # An app raises what it could not handle after it has answered it, for its server's log.
+    if caller.given_up:
+        raise asyncio.CancelledError  # what the app says to nobody is no answer
+    return status, bytes(answer)

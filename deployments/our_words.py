@@ -1,0 +1,65 @@
+"""vLLM's texts for people who do not start it: its command-line options become the words of an llmconfig."""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+
+from starlette.types import Message, Send
+
+from deployments.llm_args_rules import Mapped
+from deployments.llm_args_table import DEPLOYMENT
+
+_OPTION = re.compile(r"`?(?<![\w-])--([a-z][a-z0-9]*(?:[-_][a-z0-9]+)*)`?")
+_SAME_AS = {"enable_auto_tool_choice": "tool_call_parser"}
+"""Options that follow from a word of ours."""
+_OPERATORS = frozenset(
+    {"allowed_local_media_path", "enable_prompt_embeds", "trust_request_chat_template", "enable_log_requests"}
+)
+"""Options that the texts name and that no llmconfig has."""
+
+
+def in_our_words(text: str) -> str:
+    """Return a text of vLLM's that names no command-line option: ``--max-model-len`` is args.deployment.max_model_len.
+
+    An option that is not for clients is named as vLLM's. What only looks like an option is left as it is.
+    """
+    said = _OPTION.sub(_word, text)
+    return re.sub(r"(args\.deployment\.\w+) and \1", r"\1", said)
+
+
+def _word(option: re.Match[str]) -> str:
+    name = option[1].replace("-", "_")
+    name = _SAME_AS.get(name, name)
+    rule = DEPLOYMENT.get(name)
+    if isinstance(rule, Mapped):
+        return f"args.deployment.{name}"
+    if rule is not None or name in _OPERATORS:
+        return f"vLLM's {name}, which is not for clients,"
+    return option[0]
+
+
+class ErrorsInOurWords:
+    """Passes an answer of vLLM's app on; an error is held back until it is whole, and then said in our words."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._held: Message | None = None
+        self._body = bytearray()
+
+    async def send(self, message: Message) -> None:
+        """Pass on a part of the answer."""
+        if message["type"] == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
+            self._held = message
+        elif self._held is None:
+            await self._send(message)
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._send_error(self._held)
+
+    async def _send_error(self, start: Message) -> None:
+        body = in_our_words(self._body.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+        headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+        await self._send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,103 @@
+"""Long polls, held in the ingress: they end with their client, and cost the registry nothing while nothing happens.
+
+The registry's actor is asked for a request when its poll begins, when that request has changed,
+and when the poll ends. One call, repeated for as long as there are polls, says which requests have
+changed. Ray goes on with a call whose caller was cancelled, so a poll that waited in the actor would
+stay there after its client has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+
+from registry.errors import RegistryError, TooManyPolls
+from registry.news import CHANGES_WAIT_S
+from registry.state import RequestStatus
+
+MOST_POLLS = 8000
+"""Polls that may wait at once in one ingress. The rest of Serve's ``max_ongoing_requests`` is for control."""
+
+RETRY_S = 1.0
+"""Pause before the changes are asked for again when the registry did not answer, seconds."""
+
+log = structlog.get_logger("deployments.polls")
+
+
+class Polls:
+    """Waits for changes of requests. ``call(method, *args, wait_s=…)`` reaches the registry actor."""
+
+    def __init__(self, call: Callable[..., Awaitable[Any]], *, most: int = MOST_POLLS) -> None:
+        self._call = call
+        self._most = most
+        self._count = 0
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._following: asyncio.Task[None] | None = None
+
+    async def state(self, request_id: str, wait_s: float, seen: RequestStatus | None) -> str:
+        """Return the JSON RequestState of a request, once its status is another than ``seen`` or after ``wait_s`` s.
+
+        With ``seen`` None: once it is deployed, or another than now. At once for a request that has ended.
+
+        Raises:
+            TooManyPolls: as many as allowed wait already.
+            RegistryError: what the registry says.
+        """
+        if wait_s <= 0:
+            return str(await self._call("state", request_id))
+        if self._count >= self._most:
+            raise TooManyPolls(self._most)
+        deadline_s = asyncio.get_running_loop().time() + wait_s
+        with self._watched(request_id) as changed:
+            while True:
+                changed.clear()
+                text = str(await self._call("state", request_id))
+                status = RequestStatus(json.loads(text)["status"])
+                if seen is None and status is not RequestStatus.DEPLOYED:
+                    seen = status
+                if status is not seen or status.ended:
+                    return text
+                try:
+                    async with asyncio.timeout_at(deadline_s):
+                        await changed.wait()
+                except TimeoutError:
+                    return str(await self._call("state", request_id))
+
+    @contextmanager
+    def _watched(self, request_id: str) -> Iterator[asyncio.Event]:
+        """Watch a request; the event is set when it may have changed."""
+        changed = asyncio.Event()
+        self._count += 1
+        self._waiting.setdefault(request_id, set()).add(changed)
+        if self._following is None or self._following.done():
+            self._following = asyncio.get_running_loop().create_task(self._follow())
+        try:
+            yield changed
+        finally:
+            self._count -= 1
+            events = self._waiting[request_id]
+            events.discard(changed)
+            if not events:
+                del self._waiting[request_id]
+
+    async def _follow(self) -> None:
+        """Wake the polls of what has changed, for as long as there are polls.
+
+        The first answer, and that of another registry process, wakes all: what changed before is not known then.
+        """
+        life, place = "", None
+        while self._waiting:
+            try:
+                life, place, changed = await self._call("changes", life, place, wait_s=CHANGES_WAIT_S)
+            except RegistryError as error:
+                log.warning("changes of requests are not known at the moment", reason=str(error))
+                await asyncio.sleep(RETRY_S)
+                continue
+            for request_id in list(self._waiting) if changed is None else changed:
+                for event in self._waiting.get(request_id, ()):
+                    event.set()
