@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 from registry.estimate import MIN_PROMPTS, Estimate, Sample, estimate
 from registry.state import WindowKind
 from registry.totals import LABELS, sum_of, worst
-from registry.window_report import WindowReport, process_of, worst_method
+from registry.window_report import WindowReport, held_windows, worst_method
 
 ANSWERED: Final = (None, "answered")
 """``status`` of prompts that have an answer; None: a record of an earlier version, which does not say."""
@@ -183,9 +183,8 @@ def _score(
         if known is not None and known.windows:
             found = replace(found, known=replace(known, of=len(windows)))
             of_joules = "" if known.joules is None else f"{known.joules:.4g} J, "
-            refused += (
-                f"; {known.windows} windows are known: {of_joules}{known.amount:.4g} gCO2eq, {known.units:g} units"
-            )
+            grams_and_units = f"{known.amount:.4g} gCO2eq, {known.units:g} units"
+            refused += f"; known of {known.windows} of {len(windows)}: {of_joules}{grams_and_units}"
     return found if refused is None else _without_value(found, refused)
 
 
@@ -282,31 +281,11 @@ def _reason(
 
 def _with_idle(windows: Sequence[WindowReport], unit: str | None) -> Figure:
     """Return gCO2eq per functional unit of leases, each of which is one sample."""
-    held = _held(windows)
+    held = held_windows(windows)
     figure = _score(held, unit, _lease_names(held))
     if figure.too_few is None or figure.leases >= MIN_PROMPTS:
         return figure
     return replace(figure, too_few=f"too few leases: {figure.leases} (at least {MIN_PROMPTS})")
-
-
-def _held(windows: Sequence[WindowReport]) -> list[WindowReport]:
-    """Return the windows of leases with their idle time: their lease windows, else their prompts and idle windows.
-
-    A counter tells little of a short idle window, and enough of the lease that it is in. The lease window is that of one
-    process: it stands for the lease if there was no other.
-    """
-    of_lease: dict[str | None, list[WindowReport]] = {}
-    for window in windows:
-        if window.kind in {WindowKind.PROMPT, WindowKind.IDLE, WindowKind.LEASE}:
-            of_lease.setdefault(window.requestId, []).append(window)
-    held = []
-    for own in of_lease.values():
-        leases = of_kind(own, WindowKind.LEASE)
-        processes = {process_of(window.window) for window in own}
-        known = len(leases) == 1 and leases[0].joules is not None and leases[0].units is not None
-        whole = known and len(processes) == 1
-        held += leases if whole else of_kind(own, WindowKind.PROMPT) + of_kind(own, WindowKind.IDLE)
-    return held
 
 
 def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:

@@ -307,9 +307,12 @@ def test_look_that_fails_is_not_known(clock: ManualClock) -> None:
 
 def test_source_that_raises_anything_stops_no_other(clock: ManualClock) -> None:
     """A driver's own exception, in a reading or in a power limit, costs that source an edge; others are read on."""
-    broken, whole = steady(100.0, name="gpu:x"), steady(100.0)
-    broken.value = lambda _: ZeroDivisionError("of a driver")
-    broken.read_limit = broken.value.__call__  # type: ignore[method-assign,assignment]
+
+    class Broken(FakeCounter):
+        def read_limit(self) -> None:
+            raise ZeroDivisionError
+
+    broken, whole = Broken(lambda _: ZeroDivisionError("of a driver"), name="gpu:x"), steady(100.0)
     meter = Meter([broken, whole], clock=clock)
     poll(meter, clock, 12.0)
     told = meter.describe()["sources"]

@@ -866,7 +866,7 @@ async def test_reports_bring_energy_windows(make: Make) -> None:
     await client.wrapper.unbind(3, "request-1", "released")
     moment = client.wrapper._gate.moment
     async with asyncio.timeout(10):  # final when a look for others has been made, which is once a second
-        while not (report := await client.wrapper.report(Belief(3, None, moment))).windows:
+        while not (report := await client.wrapper.report(Belief(3, None, moment))).windows:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     assert {window.wrapper_id for window in report.windows} == {"a-0"}
     assert [window.number for window in report.windows] == [*range(1, len(report.windows) + 1)]
