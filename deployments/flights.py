@@ -361,7 +361,7 @@ def _mean(times_s: Sequence[float], places: Sequence[_Place]) -> float:
 
 
 def _hull(own: Rate, mid: Sequence[float], places: Sequence[_Place], weight: Weight) -> tuple[list[float], list[float]]:
-    """The least and the most that a prompt's part can be at each place.
+    """The least and the most that a prompt's part is at each place, by these divisions and no others.
 
     That is the hull of the divisions by equal parts, by the weight's low and by its high, with the tokens that may have
     been cached counted and not. A prompt that has not told its tokens can have nothing or all. The weight is that of a

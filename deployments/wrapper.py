@@ -208,6 +208,14 @@ class LLMWrapper:
             lease_flags=self._lease_flags(),
         )
 
+    def check_health(self) -> None:
+        """Called by Serve, which starts a wrapper again whose check fails.
+
+        Raises:
+            RuntimeError: its energy is not counted any more.
+        """
+        self._meter.meter.check()
+
     async def deploy(
         self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None, started_for: StartedFor | None = None
     ) -> None:

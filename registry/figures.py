@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 from registry.estimate import MIN_PROMPTS, Estimate, Sample, estimate
 from registry.state import WindowKind
 from registry.totals import LABELS, sum_of, worst
-from registry.window_report import WindowReport, worst_method
+from registry.window_report import WindowReport, held_windows, worst_method
 
 ANSWERED: Final = (None, "answered")
 """``status`` of prompts that have an answer; None: a record of an earlier version, which does not say."""
@@ -25,13 +25,28 @@ WARMUP_INSIDE: Final = "warmup_inside"
 """Flag of a counted stretch in which a warm-up was in flight: the counters have read its joules, too."""
 
 
+@dataclass(frozen=True, slots=True)
+class KnownPart:
+    """What is known of a figure's windows, also where that is not enough for a value: so many of so many windows.
+
+    ``amount`` is in joules or gCO2eq, as in the unit of the figure; ``joules`` is None if one of them has none.
+    """
+
+    windows: int
+    of: int
+    joules: float | None
+    amount: float
+    units: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure(Estimate):
     """An estimate with what is needed to cite it.
 
     ``bound_low`` and ``bound_high`` enclose the value of these very windows, whatever their counters and factors have
     done; None if not known. ``label`` is the worst of what is in it. ``left_out`` windows are not: their amount or
-    their units are not known; ``reason`` says why, also of a value that is not known at all.
+    their units are not known; ``reason`` says why, also of a value that is not known at all. ``known`` is then the part
+    that is known: the sum of the windows that may be told.
     """
 
     unit: str
@@ -40,6 +55,7 @@ class Figure(Estimate):
     bound_high: float | None
     left_out: int
     reason: str | None
+    known: KnownPart | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +130,6 @@ def _of_machine(machine: str | None, windows: Sequence[WindowReport]) -> Machine
     counted = [prompt for prompt in prompts if not prompt.warmup]
     answered = [prompt for prompt in counted if prompt.status in ANSWERED]
     names = _prompt_names(counted)
-    held = prompts + of_kind(windows, WindowKind.IDLE)
     unit = _unit_of(prompts)
     return MachineFigures(
         machine=machine,
@@ -129,7 +144,7 @@ def _of_machine(machine: str | None, windows: Sequence[WindowReport]) -> Machine
         joules_per_token=_figure(counted, "J/output_token", _joules, _tokens, names),
         joules_per_prompt=_figure(counted, "J/prompt", _joules, _answers, names),
         seconds_per_prompt=_figure(answered, "s/prompt", _seconds, _answers, names, measured=True),
-        with_idle=_score(held, unit, _lease_names(held)),
+        with_idle=_with_idle(windows, unit),
         batch=_batch(of_kind(windows, WindowKind.LEASE)),
         flags=dict(Counter(flag for prompt in counted for flag in prompt.flags).most_common()),
     )
@@ -159,8 +174,17 @@ def _score(
     windows: Sequence[WindowReport], unit: str | None, names: Mapping[str, str], amount_of: _AmountOf | None = None
 ) -> Figure:
     """Return gCO2eq per functional unit. No value if the operator allows no estimates and there are some."""
-    found = _figure(windows, f"gCO2eq/{unit or 'unit'}", amount_of or _grams, _units_of(unit), names, sci=True)
+    told, amount_of, units_of = f"gCO2eq/{unit or 'unit'}", amount_of or _grams, _units_of(unit)
+    found = _figure(windows, told, amount_of, units_of, names, sci=True)
     refused = why(windows, lambda window: NOT_ALLOWED in window.flags, "are estimates, which are not allowed")
+    if refused is not None:
+        allowed = [window for window in windows if NOT_ALLOWED not in window.flags]
+        known = _figure(allowed, told, amount_of, units_of, names, sci=True).known
+        if known is not None and known.windows:
+            found = replace(found, known=replace(known, of=len(windows)))
+            of_joules = "" if known.joules is None else f"{known.joules:.4g} J, "
+            grams_and_units = f"{known.amount:.4g} gCO2eq, {known.units:g} units"
+            refused += f"; known of {known.windows} of {len(windows)}: {of_joules}{grams_and_units}"
     return found if refused is None else _without_value(found, refused)
 
 
@@ -222,6 +246,13 @@ def _figure(
     return Figure(
         **asdict(found),
         unit=unit,
+        known=KnownPart(
+            windows=len(known),
+            of=len(windows),
+            joules=sum_of(window.joules for window in used).value,
+            amount=fsum(amount.value for _, amount, _ in known),
+            units=units,
+        ),
         label=LABELS[-1] if found.value is None else label,
         bound_low=_per_unit(lows, units),
         bound_high=_per_unit(highs, units),
@@ -246,6 +277,15 @@ def _reason(
     )
     found = "; ".join(reason for reason in reasons if reason is not None)
     return found or ("no unit was produced" if value is None else None)
+
+
+def _with_idle(windows: Sequence[WindowReport], unit: str | None) -> Figure:
+    """Return gCO2eq per functional unit of leases, each of which is one sample."""
+    held = held_windows(windows)
+    figure = _score(held, unit, _lease_names(held))
+    if figure.too_few is None or figure.leases >= MIN_PROMPTS:
+        return figure
+    return replace(figure, too_few=f"too few leases: {figure.leases} (at least {MIN_PROMPTS})")
 
 
 def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:

@@ -277,9 +277,11 @@ def _sum(windows: Sequence[WindowReport], name: str) -> float | None:
 
 
 def _hole(request: Request, kept: Sequence[KeptWindow], windows: Sequence[WindowReport]) -> Hole | None:
-    """Return the time of a lease that is in none of its windows; until its last window if it still runs.
+    """Return the time of a lease that is in none of its windows.
 
-    The process of a wrapper that has died took its last windows with it: a lease of several always has a hole.
+    Of a lease that runs only what is over counts, until the end of its last idle or lease window: idle time is written
+    down when a stretch of it closes, so the pauses after that are still to come. The process of a wrapper that has died
+    took its last windows with it: a lease of several always has a hole.
     """
     own = [
         (each.window, window)
@@ -288,6 +290,9 @@ def _hole(request: Request, kept: Sequence[KeptWindow], windows: Sequence[Window
     ]
     held = [(window, told) for window, told in own if window.kind in {WindowKind.PROMPT, WindowKind.IDLE}]
     leases = [(window, told) for window, told in own if window.kind is WindowKind.LEASE]
+    if request.ended_s is None:
+        closing = [window.ended_s for window, _ in held + leases if window.kind is not WindowKind.PROMPT]
+        held = [(window, told) for window, told in held if window.begun_s < max(closing, default=0.0)]
     length_s = _length_s(request, held, leases)
     if length_s is None:
         return None

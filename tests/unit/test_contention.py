@@ -4,7 +4,7 @@ from deployments.contention import Contention, at_once
 
 
 def test_strangers_in_a_gap_of_the_poller_are_seen_in_all_of_it() -> None:
-    """The poller stood still from 2 s to 13 s while strangers worked: every window of the gap has them."""
+    """The poller stood still from 2 s to 13 s. CPU time tells of strangers since 2 s: in every window of the gap."""
     contention = Contention([lambda now_s: (now_s == 13.0, 2.0 if now_s == 13.0 else now_s)])
     for now_s in (0.0, 1.0, 2.0, 13.0):
         contention.look(now_s)

@@ -124,7 +124,10 @@ def test_estimates_that_are_not_allowed_make_no_score() -> None:
     shares = [record(n, label="modeled", flags=("estimates_not_allowed",)) for n in (1, 2)]
     found = figures(*shares, record(3)).gco2eq_per_unit
     assert (found.value, found.low, found.bound_high, found.label) == (None, None, None, "unavailable")
-    assert found.reason == "2 of 3 windows are estimates, which are not allowed (estimates_not_allowed)"
+    assert found.reason is not None
+    assert found.reason.startswith(
+        "2 of 3 windows are estimates, which are not allowed (estimates_not_allowed); known of"
+    )
     assert figures(*shares).joules_per_token.label == "modeled"
 
 
@@ -332,3 +335,37 @@ def test_without_a_finished_lease_there_is_no_batch() -> None:
     found = batch(stretch(1, 1200.0, 6000, counted={"in_flight": None, "output_tokens": None, "flags": None}))
     assert (found.in_flight_max, found.in_flight_mean, found.output_tokens) == (None, None, None)
     assert found.joules_per_token.value is None
+
+
+# --- what is known in production --------------------------------------------------------------------------------
+
+
+def refused(number: int, kind: WindowKind = WindowKind.PROMPT, **more: Any) -> EnergyWindow:
+    """A short window where the operator allows no estimates."""
+    return record(number, kind, label="modeled", flags=("too_short", "estimates_not_allowed"), **more)
+
+
+def test_short_idle_windows_are_in_the_lease() -> None:
+    """Two prompts of 100 J and 50 units, two short idle windows of 1 J: the lease window of 202 J tells all of them.
+
+    Without it, or with a second process in the lease, the short windows are estimates, which are not allowed.
+    """
+    short = [refused(n, WindowKind.IDLE, joules=1.0, seconds=0.01) for n in (3, 4)]
+    parts = [record(1), record(2), *short]
+    lease = record(5, WindowKind.LEASE, joules=202.0, seconds=4.02, units=100)
+    found = figures(*parts, lease).with_idle
+    assert found.value == pytest.approx((202 / 3.6e6 * 329.7 + 37.5 * 4.02 / 3600) / 100)
+    assert found.too_few == "too few leases: 1 (at least 10)"
+    assert figures(*parts).with_idle.value is None
+    assert figures(*parts, lease, record(1, process="process 2")).with_idle.value is None
+
+
+def test_known_part_is_shown_beside_an_estimate_that_is_not_allowed() -> None:
+    """One of three prompts is too short: no score, by chance picked; but 200 J for 100 units are known of 2 of 3."""
+    found = figures(record(1), record(2), refused(3)).gco2eq_per_unit
+    assert (found.value, found.label) == (None, "unavailable")
+    assert found.known is not None
+    assert (found.known.windows, found.known.of, found.known.joules, found.known.units) == (2, 3, 200.0, 100)
+    assert found.reason is not None
+    assert "1 of 3 windows are estimates, which are not allowed (estimates_not_allowed, too_short)" in found.reason
+    assert "known of 2 of 3: 200 J, 0.05998 gCO2eq, 100 units" in found.reason

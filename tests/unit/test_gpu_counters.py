@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from deployments.energy import CPUModel, Energy, Label, SCISettings
 from deployments.energy_sources import probe_sources
 from deployments.gpu_counters import GPUPower
 from deployments.meter import Meter
-from deployments.source import CounterLost, Source, Unreadable
+from deployments.source import CounterLost, ReadFailed, Source, Unreadable
 from tests.fake_counters import UUID, FakeGPU, FakeNVML, ManualClock, PowerCurve, install_nvml, write_zone
 
 IDLE_W, BUSY_W = 100.0, 600.0
@@ -198,3 +199,30 @@ def test_other_gpus_are_no_modules(gpu: FakeGPU, tmp_path: Path, name: str) -> N
     write_zone(tmp_path / "powercap", "intel-rapl:0", "package-0")
     names = [source.name for source in probed(tmp_path) if isinstance(source, Source)]
     assert names == [f"gpu:{UUID}", "package-0"]
+
+
+@pytest.mark.parametrize(("second_mj", "joules"), [(5_000_000, 4.0), (9_000_000, 8.0)])
+def test_two_gpus_of_one_module_are_counted_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, second_mj: int, joules: float
+) -> None:
+    """Two GPUs of a GB200 show one counter, which rises by 1 J a poll: 4 J, not 8 J, and it is told.
+
+    Where the second shows another counter, it is that of another module: both are counted.
+    """
+    gpus = FakeGPU(), FakeGPU("GPU-2")
+    for gpu in gpus:
+        gpu.name = "NVIDIA GB200"
+    gpus[1].energy_mj = second_mj
+    install_nvml(monkeypatch, FakeNVML(*gpus))
+    settings = SCISettings(1.0, "output_token", allow_estimates=False)
+    found = probe_sources([gpu.uuid for gpu in gpus], pid=1, settings=settings, powercap_root=tmp_path)
+    [source] = [source for source in found if isinstance(source, Source)]
+    told = []
+    for _ in range(8):
+        with suppress(ReadFailed):
+            told.append(source.read(0.0))
+        for gpu in gpus:
+            gpu.energy_mj = (gpu.energy_mj or 0) + 1000
+    assert told[-1] - told[-5] == pytest.approx(joules)
+    assert ("counted once" in source.origin) is (joules == 4.0)
+    assert source.covers_cpu

@@ -101,6 +101,31 @@ def test_everything_is_asked_once(measure: Measure, registry: HttpRegistry, tmp_
     assert all(registry.keys)
 
 
+def test_the_next_repetition_is_asked_for_before_the_last_llm_is_given_back(
+    measure: Measure, registry: HttpRegistry, tmp_path: Path
+) -> None:
+    """A measurement that always holds or waits for something keeps its machine and its place in the queue."""
+    statuses: list[list[str]] = []
+    registry.on_post = lambda: statuses.append([state.status for state in registry.requests.values()])
+    assert measure(repetitions=3)
+    held = ["released", "deployed"]
+    assert statuses == [[], held, ["released", "released", *held]]
+    assert every_prompt_once(tmp_path / "out", repetitions=3)
+    assert [state.status for state in registry.requests.values()] == ["released"] * 6
+
+
+def test_a_repetition_that_is_refused_ahead_is_asked_for_later(
+    measure: Measure, registry: HttpRegistry, tmp_path: Path
+) -> None:
+    """A full queue in the middle costs nothing that was answered: the next repetition is asked for once more."""
+    refusals = iter([None, error(409, "not_now"), None])
+    registry.on_post = lambda: next(refusals)
+    assert measure(repetitions=2)
+    assert "Repetition 2 is asked for later" in measure.shown
+    assert every_prompt_once(tmp_path / "out", repetitions=2)
+    assert [state.status for state in registry.requests.values()] == ["released"] * 4
+
+
 def test_line_has_all_that_is_known(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
     """A line tells what was asked of whom, when, by which lease and where, and all that the wrapper answered."""
     measure(llms=["org/a"])

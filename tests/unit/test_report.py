@@ -190,14 +190,22 @@ def test_a_lease_that_expires_ends_when_its_wrapper_says() -> None:
 
 
 def test_a_lease_that_runs_has_no_end_to_lack() -> None:
-    """It is told that it runs; only what is lost before its last window is a hole. A start under it is no hole."""
+    """It is told that it runs. A pause of 6 s after a prompt is no hole: its idle window comes when the stretch closes.
+
+    What is missing before the end of the last idle window is a hole: of 16 s 4 + 1 + 5 are there, 6 s are lost, however
+    many prompts came after. A start under the lease is no hole.
+    """
     begun = record(1, seconds=4)
     assert reported(begun, requests=lease(0, RequestStatus.DEPLOYED)).running == ("r-1",)
     assert reported(begun, requests=lease(0, RequestStatus.DEPLOYED)).holes == ()
     load = record(2, WindowKind.LOAD, begun_s=BEGUN_S + 4, seconds=6)
     late = record(3, begun_s=BEGUN_S + 10, seconds=1)
     assert reported(begun, load, late, requests=lease(0, RequestStatus.DEPLOYED)).holes == ()
-    lost = reported(begun, late, requests=lease(0, RequestStatus.DEPLOYED))
+    assert reported(begun, late, requests=lease(0, RequestStatus.DEPLOYED)).holes == ()
+    idle = record(4, WindowKind.IDLE, begun_s=BEGUN_S + 11, seconds=5)
+    assert reported(begun, load, late, idle, requests=lease(0, RequestStatus.DEPLOYED)).holes == ()
+    newer = record(5, begun_s=BEGUN_S + 16, seconds=9)
+    lost = reported(begun, late, idle, newer, requests=lease(0, RequestStatus.DEPLOYED))
     assert lost.holes == (Hole("r-1", 6.0, "windows_missing"),)
     assert reported(requests=lease(0, RequestStatus.DEPLOYED)).holes == ()
     assert reported(begun).running == ()
