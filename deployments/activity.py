@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 KEPT_INTERVALS = 50_000
@@ -46,6 +46,11 @@ class Activity:
         if not self._running:
             self._ends_s[-1] = at_s
 
+    @property
+    def working(self) -> bool:
+        """Whether there is work now."""
+        return self._running > 0
+
     def busy_s(self, start_s: float, end_s: float) -> float:
         """Return for how many seconds between two times there was any work."""
         begins_s, ends_s = self._begins_s, self._ends_s
@@ -56,10 +61,28 @@ class Activity:
             index += 1
         return busy_s
 
+    def lengths_s(self, start_s: float, end_s: float) -> Iterator[float]:
+        """Yield the lengths of the busy intervals that overlap a time or touch it; infinite while one goes on."""
+        for index in range(bisect_left(self._ends_s, start_s), bisect_right(self._begins_s, end_s)):
+            yield self._ends_s[index] - self._begins_s[index]
+
     def next_begin_s(self, time_s: float) -> float:
         """Return when the work of this time, or the next after it, began; infinite if there is none."""
         index = bisect_right(self._ends_s, time_s)
         return self._begins_s[index] if index < len(self._begins_s) else math.inf
+
+    def gaps(self, start_s: float, end_s: float) -> Iterator[tuple[float, float]]:
+        """Yield the intervals without work that overlap a time, whole.
+
+        The end of the last one is infinite as long as no work has begun after it.
+        """
+        for index in range(bisect_right(self._ends_s, start_s), len(self._begins_s) + 1):
+            gap_begin_s = self._ends_s[index - 1] if index else self.known_from_s
+            if gap_begin_s >= end_s:
+                return
+            gap_end_s = self._begins_s[index] if index < len(self._begins_s) else math.inf
+            if gap_end_s > start_s:
+                yield gap_begin_s, gap_end_s
 
     def idle(self, after_s: float, until_s: float) -> Iterator[tuple[float, float]]:
         """Yield the intervals without work that end after one time, and at or before another."""

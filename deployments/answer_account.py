@@ -18,15 +18,12 @@ from starlette.types import Message, Send
 
 from deployments.flights import Flight, Tokens
 from deployments.prompt_meter import PromptMeter, tokens_of
+from registry.api import PROMPT_HEADER, WARMUP_HEADER
 from registry.errors import InvalidField
 from registry.state import MAX_PROMPT_ID
 
 ENERGY_HEADER = b"x-greenprompt-energy"
 ENERGY_FIELD = b"greenprompt"
-WARMUP_HEADER = "X-GreenPrompt-Warmup"
-"""Marks a prompt as a warm-up (``true``): its record says so, and it is no part of what is counted."""
-PROMPT_HEADER = "X-GreenPrompt-Prompt"
-"""The client's own name of a prompt, percent-encoded; the same for the same question in every lease."""
 EVENT_STREAM = b"text/event-stream"
 
 _USAGE = b'"usage":{'

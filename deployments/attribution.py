@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import mul, sub
+from itertools import repeat
+from operator import add, mul, sub
+from typing import NamedTuple
 
 from deployments.energy import Component, Label, worst
 from deployments.energy_sources import POWER_HEADROOM, Source
@@ -116,6 +118,21 @@ def counted(
     )
 
 
+def doubted(part: Component, doubt: tuple[float, float]) -> Component:
+    """Return a component of a counter whose joules may have to be multiplied with so much, at least and at most."""
+    if part.joules is None or part.low_j is None or part.high_j is None or part.systematic_j is None:
+        return part
+    least, most = doubt
+    error_j = part.joules * max(1 - least, most - 1)
+    return replace(
+        part,
+        label=worst((part.label, Label.MODELED)),
+        low_j=part.low_j * least,
+        high_j=part.high_j * most,
+        systematic_j=part.systematic_j + error_j,
+    )
+
+
 def _implausible(source: Source, duration_s: float, flow: Level) -> bool:
     """Whether the counter proves more than the hardware can take."""
     if source.limit_w is None:
@@ -135,6 +152,12 @@ def together(flows: Iterable[Level]) -> Level:
         provisional=any(part.provisional for part in parts),
         systematic=math.fsum(part.systematic for part in parts),
     )
+
+
+def widened(flow: Level, error: float) -> Level:
+    """Return a flow that may be wrong by so much more, wherever the same happens."""
+    low, mid, high, provisional, systematic = flow
+    return Level(max(low - error, 0.0), mid, high + error, provisional, systematic + error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,26 +182,100 @@ class Flow:
         return Flow(self.duration_s + other.duration_s, longest_s, tuple(units), self.flags | other.flags)
 
 
-def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
-    """A prompt's share of what flowed while it was in flight with others; ``levels`` are those at the parts' times.
+class Share(NamedTuple):
+    """A prompt's share of what one counter counted in a time, in its units; those of several times can be added up.
+
+    ``whole`` is what flowed. ``least`` and ``most`` are by the bounds of the parts, the others errors of the levels.
+    """
+
+    whole: Level
+    units: float
+    least: float
+    most: float
+    in_low: float
+    in_mid: float
+    in_high: float
+    blur: float
+
+    def widened(self, error: float) -> Share:
+        """Return the same share of a counter that may be wrong by so much more."""
+        if not error:
+            return self
+        return Share(widened(self.whole, error), self.units, self.least, self.most, *(one + error for one in self[4:]))
+
+    def plus(self, other: Share) -> Share:
+        """Return the share of both times."""
+        return Share(together((self.whole, other.whole)), *map(add, self[1:], other[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """A prompt's share of the machine's seconds in a time, and of its sources' counters in their order.
+
+    The flag stands in place of a counter that can't tell. Those of times that follow each other can be added up.
+    """
+
+    duration_s: float
+    reserved_low_s: float
+    reserved_s: float
+    reserved_high_s: float
+    counters: tuple[Share | str, ...]
+
+    @classmethod
+    def of(cls, parts: Parts, levels: Iterable[Sequence[Level] | str], errors: Iterable[float] = repeat(0.0)) -> Shares:
+        """Return the shares by a prompt's parts.
+
+        ``levels`` are each counter's at the times of the parts, ``errors`` by how much more it may be wrong over them.
+        """
+        both = zip(levels, errors, strict=False)
+        counters = tuple(one if isinstance(one, str) else _share(parts, one).widened(error) for one, error in both)
+        duration_s = parts.times_s[-1] - parts.times_s[0]
+        return cls(duration_s, parts.reserved_low_s, parts.reserved_s, parts.reserved_high_s, counters)
+
+    def __add__(self, other: Shares) -> Shares:
+        counters = [
+            a if isinstance(a, str) else b if isinstance(b, str) else a.plus(b)
+            for a, b in zip(self.counters, other.counters, strict=True)
+        ]
+        return Shares(
+            self.duration_s + other.duration_s,
+            self.reserved_low_s + other.reserved_low_s,
+            self.reserved_s + other.reserved_s,
+            self.reserved_high_s + other.reserved_high_s,
+            tuple(counters),
+        )
+
+
+def _share(parts: Parts, levels: Sequence[Level]) -> Share:
+    flowed = _between([level.mid for level in levels])
+    errors = [max(mid - low, high - mid) for low, mid, high, _, _ in levels]
+    in_low, in_mid, in_high = (_of(changes, errors) for changes in parts.changes)
+    return Share(
+        whole=between(levels[0], levels[-1]),
+        units=_of(parts.mid, flowed),
+        least=_of(parts.low, flowed),
+        most=_of(parts.high, flowed),
+        in_low=in_low,
+        in_mid=in_mid,
+        in_high=in_high,
+        blur=_of(parts.changes[1], [level.systematic for level in levels]),
+    )
+
+
+def shared(source: Source, shares: Shares, found: Share) -> Component:
+    """What a prompt's share of a counter means in joules, while it was in flight with others.
 
     Its bounds are those of the parts, and the counter's own resolution besides.
     """
-    if _implausible(source, parts.times_s[-1] - parts.times_s[0], between(levels[0], levels[-1])):
+    if _implausible(source, shares.duration_s, found.whole):
         return unknown(source, "implausible_power")
-    flowed = _between([level.mid for level in levels])
-    units = _of(parts.mid, flowed)
-    share = source.joules(parts.reserved_s, units)
+    share = source.joules(shares.reserved_s, found.units)
     if share.mid <= 0:
         return unknown(source, "too_short")
-    least, most = _of(parts.low, flowed), _of(parts.high, flowed)
-    errors = [max(mid - low, high - mid) for low, mid, high, _, _ in levels]
-    in_low, in_mid, in_high = (_of(changes, errors) for changes in parts.changes)
-    blur = _of(parts.changes[1], [level.systematic for level in levels])
-    low_j = min(source.joules(parts.reserved_low_s, max(least - in_low, 0.0)).low, share.mid)
-    high_j = max(source.joules(parts.reserved_high_s, most + in_high).high, share.mid)
-    less_j = source.joules(parts.reserved_low_s, max(least - blur, 0.0)).low
-    more_j = source.joules(parts.reserved_high_s, most + blur).high
+    low_j = min(source.joules(shares.reserved_low_s, max(found.least - found.in_low, 0.0)).low, share.mid)
+    high_j = max(source.joules(shares.reserved_high_s, found.most + found.in_high).high, share.mid)
+    less_j = source.joules(shares.reserved_low_s, max(found.least - found.blur, 0.0)).low
+    more_j = source.joules(shares.reserved_high_s, found.most + found.blur).high
     return Component(
         name=source.name,
         source=source.origin,
@@ -186,7 +283,7 @@ def shared(source: Source, parts: Parts, levels: Sequence[Level]) -> Component:
         joules=share.mid,
         low_j=low_j,
         high_j=high_j,
-        resolution_j=source.joules(parts.reserved_s, units + in_mid).mid - share.mid,
+        resolution_j=source.joules(shares.reserved_s, found.units + found.in_mid).mid - share.mid,
         systematic_j=min(max(share.mid - less_j, more_j - share.mid, 0.0), max(share.mid - low_j, high_j - share.mid)),
         counter_label=source.counter_label,
         flags=("shared",),

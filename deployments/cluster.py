@@ -27,6 +27,7 @@ from registry.reconcile import (
     HandOver,
     LeaseGrant,
     Observation,
+    StartedFor,
     WrapperPlan,
     WrapperReport,
 )
@@ -151,11 +152,18 @@ class RayCluster:
         report: WrapperReport = await self._ask(wrapper_id, "report", belief, timeout_s=limit_s)
         return report
 
-    async def deploy(self, wrapper_id: str, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
+    async def deploy(
+        self,
+        wrapper_id: str,
+        epoch: int,
+        spec: LLMSpec,
+        grant: LeaseGrant | None,
+        started_for: StartedFor | None = None,
+    ) -> None:
         """Run an LLM. Raises EngineStartFailed, StaleEpoch."""
         wrappers = self._settings.wrappers
         limit_s = self._last_prompt_s + wrappers.deploy_timeout_s + wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
-        await self._ask(wrapper_id, "deploy", epoch, spec, grant, timeout_s=limit_s)
+        await self._ask(wrapper_id, "deploy", epoch, spec, grant, started_for, timeout_s=limit_s)
 
     async def stop(self, wrapper_id: str, epoch: int) -> None:
         """Empty a wrapper. Raises StaleEpoch."""

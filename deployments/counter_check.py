@@ -18,6 +18,9 @@ LOAD_FACTOR = 1.5
 """So many times the idle power is load: a counter that is right when idle may be wrong then."""
 PROBE_S = 10.0
 """How often the power is looked at between checks. That costs one reading of it."""
+POWER_ERROR = 0.05
+"""So far NVML's power may be off. Source: NVML API, nvmlDeviceGetPowerUsage."""
+_MOST_DOUBT = 20.0
 AGAIN_S, AGAIN_AFTER_DISAGREEMENT_S = 86_400.0, 600.0
 """How long a finding holds."""
 
@@ -49,14 +52,70 @@ class _Finding:
         return now_s - self.at_s >= (AGAIN_AFTER_DISAGREEMENT_S if self.check.agrees is False else AGAIN_S)
 
 
+class _Loads:
+    """Sums up short pieces of work, with the second after each in which the power still shows it.
+
+    A piece reaches from the counter's last step before it to the first step after that second.
+    """
+
+    def __init__(self) -> None:
+        self._step: tuple[float, float] | None = None
+        self._begun: tuple[float, float] | None = None
+        """The counter's last step, and that before the piece that is going on: when, and its joules."""
+        self._last: tuple[float, float, bool] | None = None
+        self._piece_j = self._piece_loaded_s = self._until_s = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was summed up."""
+        self.seconds = self.loaded_s = self.counter_j = self.power_j = 0.0
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the piece that is going on, and the last step: the counter's history has a hole."""
+        self._step = self._begun = self._last = None
+
+    @property
+    def going_on(self) -> bool:
+        """Whether a piece has begun and is not summed up yet."""
+        return self._begun is not None
+
+    def add(self, now_s: float, joules: float, power_w: float | None, *, working: bool) -> None:
+        """Take a reading, with the power at the same time if it was wanted."""
+        stepped = self._step is None or joules != self._step[1]
+        if power_w is None:
+            self._begun = None
+        elif self._begun is not None and self._last is not None:
+            last_s, last_w, worked = self._last
+            self._piece_j += (now_s - last_s) * (last_w + power_w) / 2
+            self._piece_loaded_s += (now_s - last_s) * worked
+            self._until_s = now_s + SMEAR_S if working else self._until_s
+            if stepped and (now_s > self._until_s or self._piece_loaded_s >= LOADED_CHECK_S):
+                self.seconds += now_s - self._begun[0]
+                self.loaded_s += self._piece_loaded_s
+                self.counter_j += joules - self._begun[1]
+                self.power_j += self._piece_j
+                self._begun = None
+        elif working and self._step is not None:
+            self._begun, self._until_s = self._step, now_s + SMEAR_S
+            self._piece_j, self._piece_loaded_s = (now_s - self._step[0]) * power_w, 0.0
+        self._last = None if power_w is None else (now_s, power_w, working)
+        if stepped:
+            self._step = (now_s, joules)
+
+
 class CounterCheck:
-    """Watches one counter: at first, after each hole in its history, under load, and again every day."""
+    """Watches one counter: at first, after each hole in its history, under load, and again every day.
+
+    Under load that is when a probe finds it for long enough, and else over several short pieces of work.
+    """
 
     def __init__(self, source: str) -> None:
         self._source = source
         self._findings: dict[bool, _Finding] = {}
         self._idle_w: float | None = None
         self._probe_due_s = 0.0
+        self._loads = _Loads()
         self.restart()
 
     @property
@@ -69,10 +128,31 @@ class CounterCheck:
         """Whether the counter counted other joules than the power told, the last time that it was watched."""
         return any(check.agrees is False for check in self.found)
 
+    @property
+    def doubt(self) -> tuple[float, float]:
+        """What the counter's joules have to be multiplied with, at least and at most, to be what the power told.
+
+        By all that it counted, and by what it counted above the idle power: it may be right when idle. 1 to 1 where it
+        does not disagree.
+        """
+        factors = [1.0]
+        for check in self.found:
+            if check.agrees is False and check.counter_j is not None and check.power_j is not None:
+                idle_j = (self._idle_w or 0.0) * check.seconds
+                for shown_j, told_j in (
+                    (check.counter_j, check.power_j),
+                    (check.counter_j - idle_j, check.power_j - idle_j),
+                ):
+                    if told_j > POWER_ERROR * check.power_j:
+                        factors.append(min(told_j / max(shown_j, told_j / _MOST_DOUBT), _MOST_DOUBT))
+        least, most = min(factors), max(factors)
+        return least if least == 1 else least * (1 - POWER_ERROR), most if most == 1 else most * (1 + POWER_ERROR)
+
     def restart(self) -> None:
         """Begin to watch: the counter is new, or its history has a hole."""
         self._watch_s: float | None = CHECK_S
         self._begun_s: float | None = None
+        self._loads.drop()
         self._forget()
 
     def _forget(self) -> None:
@@ -82,12 +162,21 @@ class CounterCheck:
         self._power_j = 0.0
         self._power_told = True
 
-    def wants_power(self, now_s: float) -> bool:
+    def wants_power(self, now_s: float, *, working: bool = False) -> bool:
         """Whether the next reading needs the power beside it: with every one while it watches, else now and then."""
-        return self._watch_s is not None or now_s >= self._probe_due_s
+        loads = (working or self._loads.going_on) and self._load_is_due(now_s)
+        return loads or self._watch_s is not None or now_s >= self._probe_due_s
 
-    def add(self, now_s: float, joules: float, power_w: float | None) -> None:
-        """Take a reading, and the power at the same time, None if it is not told or was not wanted."""
+    def _load_is_due(self, now_s: float) -> bool:
+        finding = self._findings.get(True)
+        return self._idle_w is not None and (finding is None or finding.is_due(now_s))
+
+    def add(self, now_s: float, joules: float, power_w: float | None, *, working: bool = False) -> None:
+        """Take a reading, and the power at the same time, None if it is not told or was not wanted.
+
+        ``working``: the hardware is known to be at work.
+        """
+        self._sum_loads(now_s, joules, power_w, working=working)
         if self._watch_s is None:
             self._probe(now_s, power_w)
             return
@@ -105,6 +194,17 @@ class CounterCheck:
                 self._steps.append((now_s, joules, self._power_j))
         if now_s - self._begun_s >= self._watch_s:
             self._conclude(now_s, self._watch_s)
+
+    def _sum_loads(self, now_s: float, joules: float, power_w: float | None, *, working: bool) -> None:
+        loads = self._loads
+        loads.add(now_s, joules, power_w, working=working)
+        if loads.loaded_s < LOADED_CHECK_S or loads.power_j <= 0:
+            return
+        agrees = abs(loads.counter_j / loads.power_j - 1) <= TOLERANCE
+        check = Check(self._source, loads.seconds, None, loads.counter_j, loads.power_j, agrees, loaded=True)
+        if self._load_is_due(now_s):
+            self._findings[True] = _Finding(check, now_s)
+        loads.restart()
 
     def _probe(self, now_s: float, power_w: float | None) -> None:
         """Begin to watch if nothing is known of a counter at this power, or it was found too long ago."""

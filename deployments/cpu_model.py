@@ -44,11 +44,17 @@ class CPUModelSource(Source):
             raise ReadFailed(str(error)) from error
 
     def joules(self, duration_s: float, units: float) -> Joules:
-        """The modelled energy, with the range of the estimate."""
+        """The modelled energy, with the range of the estimate.
+
+        Where more CPUs are used than are reserved, more idle power means fewer joules: its high belongs to the low.
+        """
         model = self._model
-        pairs = (
-            (model.idle_low_w_per_cpu, model.busy_low_w_per_cpu),
-            (model.idle_w_per_cpu, model.busy_w_per_cpu),
-            (model.idle_high_w_per_cpu, model.busy_high_w_per_cpu),
+        idle_s = self._cpus * duration_s - units
+        lowest_w, highest_w = model.idle_low_w_per_cpu, model.idle_high_w_per_cpu
+        if idle_s < 0:
+            lowest_w, highest_w = highest_w, lowest_w
+        return Joules(
+            max(lowest_w * idle_s + model.busy_low_w_per_cpu * units, 0.0),
+            model.idle_w_per_cpu * idle_s + model.busy_w_per_cpu * units,
+            highest_w * idle_s + model.busy_high_w_per_cpu * units,
         )
-        return Joules(*(idle_w * self._cpus * duration_s + (busy_w - idle_w) * units for idle_w, busy_w in pairs))

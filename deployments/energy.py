@@ -56,7 +56,9 @@ class Component:
         source: How the figure came about, in words.
         label: Where the figure is from; never sourced.
         joules: The estimate, J.
-        low_j, high_j: Hard bounds, J: the truth is between them as long as the counter is honest.
+        low_j, high_j: Bounds, J, as long as the counter is honest. Hard for what a counter counts alone. Those of a
+            prompt's share contain every division by the rules in `flights`, not any division that could be thought of.
+            Those of a wrapper's part of a machine hold where power grows linearly with CPU time (`machine_share`).
         resolution_j: Bounds the error that is due to the steps of the counter, J; None if only the bounds say it.
         systematic_j: The part of the error that has the same sign in windows that are alike, J, >= 0. The mean of
             many windows does not shrink it.

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from deployments.energy import Embodied, Energy, GridIntensity
 from deployments.sci import Score
-from registry.reconcile import LeaseGrant
+from registry.reconcile import LeaseGrant, StartedFor
 from registry.state import EnergyWindow, WindowKind
 
 SCHEMA = 2
@@ -29,12 +29,13 @@ class Record:
     """A finished window, as it is before it has a number.
 
     ``window_id`` is None if it has none yet. Begin and end are UTC seconds, ``duration_s`` is by the monotonic clock.
+    ``payer`` is the lease, or the request that an LLM was started for, None without one.
     ``more`` is what its kind has besides, and in place of what all have: tokens, words, endpoint, model.
     """
 
     kind: WindowKind
     window_id: str | None
-    grant: LeaseGrant | None
+    payer: LeaseGrant | StartedFor | None
     begun_s: float
     ended_s: float
     duration_s: float
@@ -98,10 +99,10 @@ class EnergyLog:
             self._windows.popleft()
 
     def _window(self, record: Record, number: int) -> EnergyWindow:
-        grant, score = record.grant, record.score
+        payer, score = record.payer, record.score
         window_id = record.window_id or f"{self.process}-{number}"
-        request_id = None if grant is None else grant.request_id
-        measurement_id = None if grant is None else grant.measurement_id
+        request_id = None if payer is None else payer.request_id
+        measurement_id = None if payer is None else payer.measurement_id
         detail = {
             **self._given,
             "schema": SCHEMA,

@@ -100,6 +100,14 @@ def problems(rows: Sequence[Row]) -> Iterator[str]:
             if found.reason is not None:
                 known = "is not known" if found.value is None else f"leaves out {found.left_out}"
                 yield f"{name}: {what} {known}: {found.reason}"
+        if figures.batch is not None:
+            batch = figures.batch
+            if batch.joules_per_token.value is None or batch.gco2eq_per_unit.value is None:
+                said = {batch.joules_per_token.reason, batch.gco2eq_per_unit.reason} - {None}
+                yield from (f"{name}: all prompts as one: not known: {reason}" for reason in sorted(map(str, said)))
+            if batch.flags:
+                flags = ", ".join(f"{flag} ({count})" for flag, count in batch.flags.items())
+                yield f"{name}: all prompts as one: flags: {flags}"
         reasons = {found.too_few for found in (figures.gco2eq_per_unit, figures.joules_per_token)} - {None}
         yield from (f"{name}: no 95 % interval: {reason}" for reason in sorted(map(str, reasons)))
         if figures.unmarked:

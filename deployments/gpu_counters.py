@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import pynvml
@@ -135,6 +136,7 @@ class GPUPower(_GPU):
         self.sampling_j = 0.0
         """By how much those may be wrong. A change of power shows in a sample between at once and a refresh and a gap
         between samples later; in the middle of that it is right."""
+        self._longest_gap_s = 0.0
         # The mean of a time lies between the power at its begin and at its end, so the integral is as old as that.
         self.max_age_s = (_REFRESHED_S if instant else _AVERAGED_S) + _MAX_SAMPLE_GAP_S
         what = "of the moment" if instant else "each the mean of a second"
@@ -165,6 +167,21 @@ class GPUPower(_GPU):
             gap_s = now_s - last[0]
             self.joules_so_far += gap_s * (last[1] + power_w) / 2
             self.sampling_j += abs(power_w - last[1]) * (_REFRESHED_S + gap_s) / 2
+            self._longest_gap_s = max(self._longest_gap_s, gap_s)
+
+    @property
+    def unseen_s(self) -> float:
+        """The power of a moment is renewed now and then, and read now and then."""
+        return _REFRESHED_S + self._longest_gap_s if self._instant else 0.0
+
+    def unseen(self, lengths_s: Iterable[float]) -> float:
+        """Return the joules by which samples of the moment may be wrong for pieces of work of these lengths.
+
+        One that is longer than twice the time between two samples shows in them, and so does its error: ``sampling_j``
+        has that. A shorter one may be missed, whatever its power.
+        """
+        period_s = self.unseen_s
+        return period_s * (self.max_rate or 0.0) * sum(length_s < 2 * period_s for length_s in lengths_s)
 
 
 class GPUPowerAtMost(Source):

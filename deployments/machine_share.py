@@ -15,29 +15,30 @@ from deployments.energy import Component, Label, worst
 from deployments.machine_cpu import MachineCPU
 from deployments.source import CounterLost, Source, Unreadable
 
-_FRESH_S = 0.01
-"""Zones that are read one after the other in one poll are divided alike."""
-
 
 class CPUPart:
-    """Tells which part of the wrappers' CPU time since the last poll was this wrapper's. Not thread-safe."""
+    """Tells which part of the wrappers' CPU time since the last poll was this wrapper's. Not thread-safe.
+
+    All counters of one poll are divided alike, however long their reads take: a poll is over when a reader asks again.
+    """
 
     def __init__(self, cpu: MachineCPU, on_machine: int) -> None:
         self.on_machine = on_machine
         self._cpu = cpu
-        self._at_s: float | None = None
+        self._told: set[object] = set()
         self._last: tuple[float, float] | None = None
         self._part: float | None = None
 
-    def since_last(self, now_s: float) -> float | None:
-        """0 to 1; 1/n while no wrapper works; None if that can't be told."""
-        if self._at_s is None or now_s - self._at_s >= _FRESH_S:
+    def since_last(self, now_s: float, reader: object) -> float | None:
+        """0 to 1; 1/n while no wrapper works; None if that can't be told. Each reader asks once in a poll."""
+        if not self._told or reader in self._told:
             last, self._last = self._last, self._cpu.wrappers_s(now_s)
-            self._at_s = now_s
+            self._told.clear()
             self._part = None
             if last is not None and self._last is not None:
                 own_s, others_s = self._last[0] - last[0], self._last[1] - last[1]
                 self._part = own_s / (own_s + others_s) if own_s + others_s > 0 else 1 / self.on_machine
+        self._told.add(reader)
         return self._part
 
 
@@ -77,7 +78,7 @@ class MachineShare(Source):
 
     def read(self, now_s: float) -> float:
         """Joules of the share since the first reading."""
-        part = self._cpu.since_last(now_s)
+        part = self._cpu.since_last(now_s, self)
         try:
             joules = self._counter.read(now_s)
         except CounterLost:

@@ -33,7 +33,7 @@ from deployments.notation import phase_words
 from deployments.prompt_files import Prompt
 from deployments.report_csv import windows_csv
 from deployments.results import Results
-from registry.api import MeasurementState, RequestState
+from registry.api import LLMConfig, MeasurementState, RequestState
 from registry.client import ENDED, AnswerError, HeldLease, RegistryClient, RequestEnded
 from registry.figures import of_kind
 from registry.state import WindowKind
@@ -128,6 +128,7 @@ class _Run:
         self._console = console
         self._barren: dict[str, int] = dict.fromkeys(plan.llms, 0)
         self._unanswered: set[tuple[str, int, str]] = set()  # left to the next run
+        self._ahead: list[tuple[str, str]] = []  # LLMs of the next repetition, with their request ids
         self._progress = Progress(
             TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             BarColumn(bar_width=16),
@@ -146,10 +147,14 @@ class _Run:
         with self._progress, _retries_told(self._say):
             if self._results.begun:
                 self._end_dead_run()
-            for repetition in range(1, self._experiment.repetitions + 1):
-                while llms := self._to_do(repetition):
-                    self._use_in_turn(llms, repetition)
+            try:
+                for repetition in range(1, self._experiment.repetitions + 1):
+                    while llms := self._to_do(repetition):
+                        self._use_in_turn(llms, repetition)
+            finally:
+                self._give_back(self._ahead)
             self.measurement = self._measurement()
+            self._note_leases(self.measurement)
             self._wait_for_windows()
 
     def summarize(self) -> list[LLMSummary]:
@@ -236,6 +241,15 @@ class _Run:
         now = self._results.measurement_id
         self._print(f"The registry knows nothing of measurement {lost}: goes on as measurement {now}{asked}.")
 
+    def _note_leases(self, measurement: MeasurementState | None) -> None:
+        """Keep the leases that the registry knows and a dead run had no time to note: they are in its report, too."""
+        noted = {line["requestId"] for line in self._results.leases()}
+        names = {LLMConfig.model_validate(config).model_dump_json(): llm for llm, config in self._plan.llms.items()}
+        for state in () if measurement is None else measurement.requests:
+            llm = names.get(LLMConfig.model_validate(state.llmconfig).model_dump_json())
+            if llm is not None and state.deployedAt is not None and state.requestId not in noted:
+                self._results.add_lease(_lease_line(llm, None, state))
+
     def _measurement(self) -> MeasurementState | None:
         """What the registry knows of all of this, None if nothing (yet, or any more)."""
         try:
@@ -259,23 +273,49 @@ class _Run:
 
     def _use_in_turn(self, llms: Sequence[str], repetition: int) -> None:
         """Ask for LLMs and use one after another; when one is lost the rest is given back, so as to keep the order."""
-        waiting = self._registry.request(
+        if [llm for llm, _ in self._ahead] == list(llms):
+            waiting, self._ahead = self._ahead, []
+        else:  # the first repetition, or another than was thought of
+            self._give_back(self._ahead)
+            waiting = self._request(llms)
+        try:
+            self._results.accept()
+            while waiting:
+                (llm, request_id), *waiting = waiting
+                if not self._use(llm, request_id, repetition, last=not waiting):
+                    break
+        finally:
+            self._give_back(waiting)
+
+    def _request(self, llms: Sequence[str]) -> list[tuple[str, str]]:
+        """Ask for LLMs; each with its request id."""
+        ids = self._registry.request(
             self._results.measurement_id,
             [self._plan.llms[llm] for llm in llms],
             **self._experiment.model_dump(mode="json", include=set(OF_REQUEST)),
             idempotency_key=uuid.uuid4().hex,
         )
-        try:
-            self._results.accept()
-            for llm in llms:
-                if not self._use(llm, waiting.pop(0), repetition):
-                    break
-        finally:
-            for request_id in waiting:
-                self._registry.release(request_id)
+        return list(zip(llms, ids, strict=True))
 
-    def _use(self, llm: str, request_id: str, repetition: int) -> bool:
-        """Have an LLM answer what is open, once it is ours; False when it was lost before it had answered all."""
+    def _give_back(self, requests: list[tuple[str, str]]) -> None:
+        """Release requests that are not wanted any more, and forget them."""
+        while requests:
+            _, request_id = requests.pop()
+            self._registry.release(request_id)
+
+    def _ask_ahead(self, repetition: int) -> None:
+        """Ask for the next repetition while the last LLM of this one is held: the measurement keeps its machine."""
+        if repetition < self._experiment.repetitions and (llms := self._to_do(repetition + 1)):
+            try:
+                self._ahead = self._request(llms)
+            except LEASE_LOST as error:
+                self._print(f"Repetition {repetition + 1} is asked for later: {str(error) or type(error).__name__}")
+
+    def _use(self, llm: str, request_id: str, repetition: int, *, last: bool) -> bool:
+        """Have an LLM answer what is open, once it is ours; False when it was lost before it had answered all.
+
+        Before the ``last`` one of a repetition is given back, those of the next are asked for.
+        """
         title = f"{llm}, repetition {repetition} of {self._experiment.repetitions}"
         done = self._results.done
         begun_s = time.monotonic()
@@ -288,6 +328,8 @@ class _Run:
                 self._ask(lease, llm, repetition, self._warmup(), warmup=True)
                 self._say(title)
                 self._ask(lease, llm, repetition, self._open(llm, repetition), warmup=False)
+                if last:
+                    self._ask_ahead(repetition)
             self._fetch([request_id])
         except LEASE_LOST as error:
             self._barren[llm] = 0 if self._results.done > done else self._barren[llm] + 1
@@ -420,7 +462,7 @@ def _named(windows: Sequence[WindowReport], lines: Sequence[dict[str, Any]]) -> 
         yield replace(window, prompt=names.get(window.window, window.prompt))
 
 
-def _lease_line(llm: str, repetition: int, state: RequestState) -> dict[str, Any]:
+def _lease_line(llm: str, repetition: int | None, state: RequestState) -> dict[str, Any]:
     return {"llm": llm, "repetition": repetition, **state.model_dump(mode="json", exclude={"url", "address"})}
 
 

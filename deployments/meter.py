@@ -10,13 +10,15 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Final
 
+import structlog
+
 from deployments.activity import Activity
-from deployments.attribution import Flow, Parts, counted, shared, together, unknown
-from deployments.contention import PERIOD_S, Contention, Look, at_once
+from deployments.attribution import Flow, Parts, Shares, counted, doubted, shared, together, unknown, widened
+from deployments.contention import PERIOD_S, Contention, Look, at_once, since_asked
 from deployments.counter_check import Check, CounterCheck
 from deployments.edge_check import EdgeCheck
 from deployments.energy import Component, Energy, Label, total, worst
@@ -25,6 +27,8 @@ from deployments.machine_share import joined
 from deployments.timeline import Interval
 from deployments.windows import Level, NoWindow, Track, between
 from registry.errors import BadSettings
+
+log = structlog.get_logger("deployments.meter")
 
 _STALE_S = 0.5
 """A window may end this long after the last edge of a counter (or three polls, if that is longer)."""
@@ -48,6 +52,11 @@ class _Channel:
     readings: int = 0
     failures: int = 0
     error: str | None = None
+    told: set[type[Exception]] = field(default_factory=set)
+
+    def doubted(self, part: Component) -> Component:
+        """Return a component; modelled, with bounds that contain what the power told, if the counter disagreed."""
+        return part if self.check is None or not self.check.disagrees else doubted(part, self.check.doubt)
 
 
 class Meter:
@@ -117,7 +126,7 @@ class Meter:
         self._contention = Contention(
             [
                 *(at_once(channel.source.contended) for channel in self._channels),
-                at_once(lambda _: others_worked()),
+                since_asked(others_worked),
                 *(() if strangers is None else (strangers,)),
             ]
         )
@@ -169,7 +178,10 @@ class Meter:
             self._limits_due_s = now_s + _LIMITS_PERIOD_S
             self._read_limits()
         for channel in self._channels:
-            self._poll(channel)
+            try:
+                self._poll(channel)
+            except Exception as error:  # whatever a driver raises, the other counters have to be read on
+                self._failed(channel, error)
         if self._clock() >= self._contention_due_s:
             self._contention_due_s = self._clock() + PERIOD_S
             self._contention.look(self._clock())
@@ -183,11 +195,6 @@ class Meter:
             if not channel.edges.plausible(answered_s, units, source.max_rate):
                 source.read_limit()  # it may have been raised just now
             channel.edges.add(asked_s, answered_s, units, source.max_rate)
-        except ReadFailed as error:
-            # A counter goes on counting, so this costs an edge and no joule; it shows in describe().
-            with self._lock:
-                channel.failures += 1
-                channel.error = str(error)
         except CounterLost as lost:
             channel.edges.restart()
             if channel.check is not None:
@@ -196,16 +203,39 @@ class Meter:
                 channel.track.lost(lost.flag)
                 channel.error = lost.flag
         else:
-            if channel.check is not None and channel.check.wants_power(asked_s):
-                channel.check.add(asked_s, units, source.power_w())
+            if channel.check is not None:
+                working = self._activity.working
+                power_w = source.power_w() if channel.check.wants_power(asked_s, working=working) else None
+                channel.check.add(asked_s, units, power_w, working=working)
             with self._lock:
                 channel.track.max_rate = source.max_rate
                 channel.track.add(asked_s, answered_s, units)
                 channel.readings += 1
 
+    def _failed(self, channel: _Channel, error: Exception) -> None:
+        """A counter goes on counting, so this costs an edge and no joule. It shows in describe()."""
+        with self._lock:
+            channel.failures += 1
+            channel.error = str(error) if isinstance(error, ReadFailed) else repr(error)
+        if not isinstance(error, ReadFailed) and type(error) not in channel.told:
+            channel.told.add(type(error))
+            log.error("meter.source_failed", source=channel.source.name, exc_info=error)
+
     def _read_limits(self) -> None:
         for channel in self._channels:
-            channel.source.read_limit()
+            try:
+                channel.source.read_limit()
+            except Exception as error:  # as above
+                self._failed(channel, error)
+
+    def check(self) -> None:
+        """For health checks: without the poller every figure would be unknown for good.
+
+        Raises:
+            RuntimeError: It was started, is not to stop, and does not live.
+        """
+        if self._thread is not None and not self._stop.is_set() and not self._thread.is_alive():
+            raise RuntimeError("the thread that polls the energy counters has died")
 
     # --- windows ----------------------------------------------------------------------------------------
 
@@ -224,9 +254,10 @@ class Meter:
             self._activity.end(at_s)
 
     def settled(self, time_s: float) -> bool:
-        """Whether windows that end at this time are final. Until then they are flagged ``provisional``."""
+        """Whether windows that end at this time are final: all counters have moved on, and others were looked for."""
         with self._lock:
-            return all(channel.track.settled(time_s) for channel in self._channels)
+            counted = all(channel.track.settled(time_s) for channel in self._channels)
+        return counted and self._contention.looked(time_s)
 
     def window(self, start_s: float, end_s: float, *, estimate_short: bool = False, final: bool = False) -> Energy:
         """The energy between two times; with ``estimate_short`` modelled where they are too close for a counter.
@@ -247,8 +278,10 @@ class Meter:
         """
         times_s = list(chain.from_iterable(intervals))
         units = [
-            levels if isinstance(levels, str) else together(map(between, levels[::2], levels[1::2]))
-            for _, levels in self._levels(times_s, final=final)
+            levels
+            if isinstance(levels, str)
+            else widened(together(map(between, levels[::2], levels[1::2])), self._unseen(source, intervals))
+            for source, levels in self._levels(times_s, final=final)
         ]
         lengths_s = [b - a for a, b in intervals]
         flags = frozenset(self._flags(times_s[0], times_s[-1]))
@@ -259,12 +292,14 @@ class Meter:
         parts = [
             unknown(channel.source, units)
             if isinstance(units, str)
-            else counted(
-                channel.source,
-                flow.duration_s,
-                units,
-                citable=flow.longest_s >= (channel.track.citable_s or 0.0),
-                estimate_short=estimate_short,
+            else channel.doubted(
+                counted(
+                    channel.source,
+                    flow.duration_s,
+                    units,
+                    citable=flow.longest_s >= (channel.track.citable_s or 0.0),
+                    estimate_short=estimate_short,
+                )
             )
             for channel, units in zip(self._channels, flow.units, strict=True)
         ]
@@ -274,17 +309,44 @@ class Meter:
         """The energy of no time at all: not known, and flagged ``too_short``."""
         return self.energy(Flow(0.0, 0.0, ("too_short",) * len(self._channels), frozenset()))
 
-    def share(self, parts: Parts, *, final: bool = False) -> Energy:
+    def share(self, parts: Parts, *, before: Shares | None = None, final: bool = False) -> Energy:
         """A prompt's share of what flowed while it was in flight with others: modelled, with its range.
+
+        ``before`` is what it had of the time before its parts.
 
         Raises:
             ValueError: It does not end after its begin.
         """
-        shares = [
-            unknown(source, levels) if isinstance(levels, str) else shared(source, parts, levels)
-            for source, levels in self._levels(parts.times_s, final=final)
+        found = self.shares(parts, final=final) if before is None else before + self.shares(parts, final=final)
+        components = [
+            unknown(channel.source, share)
+            if isinstance(share, str)
+            else channel.doubted(shared(channel.source, found, share))
+            for channel, share in zip(self._channels, found.counters, strict=True)
         ]
-        return total([*joined(shares), *self._holes()], self._flags(parts.times_s[0], parts.times_s[-1]))
+        end_s = parts.times_s[-1]
+        return total([*joined(components), *self._holes()], self._flags(end_s - found.duration_s, end_s))
+
+    def shares(self, parts: Parts, *, final: bool = False) -> Shares:
+        """A prompt's share of what each counter counted in the time of its parts, to be added up.
+
+        Raises:
+            ValueError: It does not end after its begin.
+        """
+        found = self._levels(parts.times_s, final=final)
+        time = [(parts.times_s[0], parts.times_s[-1])]
+        return Shares.of(parts, [levels for _, levels in found], [self._unseen(source, time) for source, _ in found])
+
+    def _unseen(self, source: Source, intervals: Sequence[Interval]) -> float:
+        """By how much a source's readings may be wrong in these intervals, as they miss changes of the power."""
+        near_s = source.unseen_s
+        if not near_s:
+            return 0.0
+        with self._lock:
+            lengths_s = [
+                length_s for a, b in intervals for length_s in self._activity.lengths_s(a - near_s, b + near_s)
+            ]
+            return source.unseen(lengths_s)
 
     def _levels(self, times_s: Sequence[float], *, final: bool) -> list[tuple[Source, list[Level] | str]]:
         """Every counter at these times, all looked up at one moment; or the flag that says why it can't be told.
@@ -313,7 +375,7 @@ class Meter:
         ]
 
     def contended(self, start_s: float, end_s: float) -> bool:
-        """Whether others were seen at work in a window, or up to a second before: so seldom it is looked for them."""
+        """Whether others were seen at work between two looks for them, a second apart, that a window has a part of."""
         return self._contention.seen(start_s, end_s)
 
     @property

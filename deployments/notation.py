@@ -6,7 +6,9 @@ same place. A figure without an interval has three digits.
 
 from __future__ import annotations
 
-from math import floor, log10
+from collections.abc import Callable
+from decimal import Decimal
+from math import ceil, floor, log10
 
 from registry.figures import Figure
 
@@ -41,15 +43,22 @@ def in_range(value: float | None, low: float | None, high: float | None, label: 
     """Return a figure with its range, if it has one: ``~1.23 (1.10 to 1.40)``."""
     if value is None or low is None or high is None:
         return figure(value, label)
-    middle, least, most = (rounded(each, (high - low) / 2) for each in (value, low, high))
+    half = (high - low) / 2
+    middle, least, most = rounded(value, half), rounded(low, half, floor), rounded(high, half, ceil)
     return f"{mark(label)}{middle}" if least == most else f"{mark(label)}{middle} ({least} to {most})"
 
 
-def rounded(value: float, half: float) -> str:
-    """Return a number to the place of the second digit of ``half``, half the width of its interval."""
+def rounded(value: float, half: float, way: Callable[[Decimal], int] = round) -> str:
+    """Return a number to the place of the second digit of ``half``, half the width of its interval.
+
+    ``way`` rounds: bounds are rounded outwards, ``floor`` for the low and ``ceil`` for the high one, so that what is
+    printed contains what was found.
+    """
     if not half > 0:
         return number(value)
-    return f"{round(value, 1 - floor(log10(half))):,.12g}"
+    place = floor(log10(half)) - 1
+    # Of the shortest decimal of the float: 0.3 is three tenths, and not a little less.
+    return f"{float(way(Decimal(repr(value)).scaleb(-place)) * Decimal(10) ** place):,.15g}"
 
 
 def estimate_text(found: Figure, scale: float = 1.0) -> str:

@@ -29,7 +29,7 @@ from deployments.timeline import Timeline
 from deployments.window_writer import Start, WindowWriter
 from deployments.zeus_source import zeus_gpus
 from registry.errors import BadSettings
-from registry.reconcile import Belief, LeaseGrant
+from registry.reconcile import Belief, LeaseGrant, StartedFor
 from registry.settings import EnergySettings
 from registry.state import EnergyWindow
 
@@ -124,9 +124,9 @@ class PromptMeter:
         self._timeline.hand_over(account, at_s)
 
     @contextmanager
-    def load(self, model: str = "") -> Iterator[Start]:
-        """The start of an LLM: charged to its deployment, to no prompt and no lease."""
-        start = Start(model, self._meter.mark())
+    def load(self, model: str = "", started_for: StartedFor | None = None) -> Iterator[Start]:
+        """The start of an LLM: charged to the request that it is for, None: to none, and to no prompt and no lease."""
+        start = Start(model, self._meter.mark(), started_for=started_for)
         self._timeline.pause(start.start_s)
         self._meter.work_begins(start.start_s)
         try:

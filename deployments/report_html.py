@@ -165,7 +165,7 @@ def _shares(labels: Sequence[str], llms: Sequence[LLMReport]) -> Figure:
             if joules is not None:
                 axes.barh(row, joules, left=left_j, color=_USES[use], height=0.6)
                 left_j += joules
-        lacks = [use for use in shown if llm.costs[use].missing]
+        lacks = [use for use in shown if llm.costs[use].missing or llm.costs[use].lost]
         if lacks:
             axes.annotate(f" not all is known: {', '.join(lacks)}", (left_j, row), va="center", color="#777777")
     for use in shown:

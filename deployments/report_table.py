@@ -66,7 +66,7 @@ def unfinished(report: MeasurementReport) -> Iterator[str]:
     if report.running:
         yield f"Not finished: {len(report.running)} lease(s) still run, more will come: {', '.join(report.running)}"
     for hole in report.holes:
-        yield f"Lost: {hole.seconds:.3g} s of request {hole.requestId} are in no window ({hole.reason})"
+        yield f"Lost: {hole.text}"
 
 
 def missing(report: MeasurementReport) -> Iterator[str]:
@@ -86,7 +86,7 @@ def cost_cells(cost: Cost) -> tuple[str, ...]:
     joules = in_range(cost.joules, cost.low_j, cost.high_j, cost.label)
     energy_g = in_range(cost.o_g, cost.o_low_g, cost.o_high_g, **sourced)
     embodied_g = in_range(cost.m_g, cost.m_low_g, cost.m_high_g, **sourced)
-    marks = (cost.missing or cost.missing_s, cost.missing_g or cost.missing_s, 0)
+    marks = (cost.missing or cost.lost, cost.missing_g or cost.lost, cost.lost)
     known = zip((joules, energy_g, embodied_g), marks, strict=True)
     return tuple(f"≥ {text}" if lacks and text != UNKNOWN else text for text, lacks in known)
 

@@ -85,7 +85,7 @@ class Score:
     flags: tuple[str, ...]
 
 
-class _Grams(NamedTuple):
+class _Three(NamedTuple):
     low: float
     mid: float
     high: float
@@ -99,6 +99,7 @@ def score(
     settings: SCISettings,
     grid: GridIntensity | None,
     flags: Sequence[str] = (),
+    duration_range_s: tuple[float, float] | None = None,
 ) -> Score:
     """Score a window.
 
@@ -109,18 +110,20 @@ def score(
         settings: The operator's choices.
         grid: Carbon intensity; None if not configured, and then there is no score.
         flags: What is to be said of the window besides.
+        duration_range_s: The least and the most that the duration can be, of a share of a time; None: it is exact.
 
     Raises:
         ValueError: A duration or a number of units that can't be.
     """
     if duration_s <= 0 or (units is not None and units < 0):
         raise ValueError(f"can't score {units} units in {duration_s} s")
+    least_s, most_s = (duration_s, duration_s) if duration_range_s is None else duration_range_s
     operational = _operational(energy, grid, settings.pue)
-    embodied = _embodied(settings.embodied, duration_s)
+    embodied = _embodied(settings.embodied, _Three(min(least_s, duration_s), duration_s, max(most_s, duration_s)))
     may_be_told = settings.allow_estimates or energy.label in {Label.MEASURED, Label.MEASURED_SAMPLED}
     per_unit = None
     if operational is not None and embodied is not None and units and may_be_told:
-        per_unit = _Grams(*((o + m) / units for o, m in zip(operational, embodied, strict=True)))
+        per_unit = _Three(*((o + m) / units for o, m in zip(operational, embodied, strict=True)))
     methods = {
         "E": energy.label,
         "I": Label.UNAVAILABLE if grid is None else Label.SOURCED,
@@ -158,20 +161,20 @@ def score(
     )
 
 
-def _operational(energy: Energy, grid: GridIntensity | None, pue: float) -> _Grams | None:
+def _operational(energy: Energy, grid: GridIntensity | None, pue: float) -> _Three | None:
     if grid is None or energy.total_j is None or energy.low_j is None or energy.high_j is None:
         return None
     low, high = grid.range
-    return _Grams(
+    return _Three(
         kwh(energy.low_j) * pue * low, kwh(energy.total_j) * pue * grid.gco2eq_per_kwh, kwh(energy.high_j) * pue * high
     )
 
 
-def _embodied(embodied: Embodied | None, duration_s: float) -> _Grams | None:
+def _embodied(embodied: Embodied | None, duration_s: _Three) -> _Three | None:
     if embodied is None:
         return None
-    hours = duration_s / 3600
-    return _Grams(embodied.low_g_per_hour * hours, embodied.g_per_hour * hours, embodied.high_g_per_hour * hours)
+    per_hour = (embodied.low_g_per_hour, embodied.g_per_hour, embodied.high_g_per_hour)
+    return _Three(*(grams * seconds / 3600 for grams, seconds in zip(per_hour, duration_s, strict=True)))
 
 
 def _implausible(energy: Energy, units: int | None, settings: SCISettings) -> bool:

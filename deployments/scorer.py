@@ -33,15 +33,21 @@ class Scorer:
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
         parts, assumed = self._flights.parts(flight, for_good=for_good)
-        if parts.alone:
+        had = flight.had
+        if parts.alone and had is None:
             energy = self.meter.window(flight.start_s, flight.end_s, estimate_short=True, final=for_good)
         else:
-            energy = self.meter.share(parts, final=for_good)
+            energy = self.meter.share(parts, before=None if had is None else had.shares, final=for_good)
+        reserved_s = parts.reserved_s + (0.0 if had is None else had.shares.reserved_s)
         flags = [
             *(("tokens_unknown",) if flight.tokens is None else ()),
             *(("share_estimated",) if assumed else ()),
         ]
-        return energy, self.score(energy, parts.reserved_s, self.units(flight), flags, account=flight.account)
+        range_s = parts.reserved_low_s, parts.reserved_high_s
+        if had is not None:
+            range_s = range_s[0] + had.shares.reserved_low_s, range_s[1] + had.shares.reserved_high_s
+        units, account = self.units(flight), flight.account
+        return energy, self.score(energy, reserved_s, units, flags, account=account, duration_range_s=range_s)
 
     def units(self, flight: Flight) -> int | None:
         """The functional units of a prompt, None if they are not known. One that gave no answer is no request."""
@@ -64,10 +70,21 @@ class Scorer:
         flags: Sequence[str] = (),
         *,
         account: LeaseAccount | None = None,
+        duration_range_s: tuple[float, float] | None = None,
     ) -> Score:
-        """Score an energy, and a time for which the hardware was reserved [s]; ``account`` is the lease's, if any."""
-        settings = self._settings_of(account)
-        return score(energy, duration_s=duration_s, units=units, settings=settings, grid=self._grid, flags=flags)
+        """Score an energy, and a time for which the hardware was reserved [s]; ``account`` is the lease's, if any.
+
+        ``duration_range_s`` is that of the time where it is a share.
+        """
+        return score(
+            energy,
+            duration_s=duration_s,
+            units=units,
+            settings=self._settings_of(account),
+            grid=self._grid,
+            flags=flags,
+            duration_range_s=duration_range_s,
+        )
 
     def _settings_of(self, account: LeaseAccount | None) -> SCISettings:
         """The operator's choices; of an LLM that writes no text the functional unit is a token of its input."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,6 +80,15 @@ class Source(ABC):
             ReadFailed: Not this time.
             CounterLost: The history of the counter has a hole here; the next reading begins a new one.
         """
+
+    @property
+    def unseen_s(self) -> float:
+        """For how long the hardware's power may change without a trace in the readings, seconds; 0 for a counter."""
+        return 0.0
+
+    def unseen(self, lengths_s: Iterable[float]) -> float:
+        """Units by which readings may be wrong for pieces of work of these lengths, whatever time they lie in."""
+        return 0.0
 
     def joules(self, duration_s: float, units: float) -> Joules:
         """The energy of a time in which the counter went up by so many units."""

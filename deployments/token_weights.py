@@ -9,9 +9,11 @@ from deployments.energy import Energy
 FEWEST_PROMPTS = 10
 """With fewer prompts the weight is not known."""
 LEAST_SPREAD = 0.05
-"""1 - cos² of prompt and output tokens over all prompts: below it they rise together and can't be told apart."""
+"""1 - r² of prompt and output tokens over all prompts: below it they rise together and can't be told apart."""
 _ERRORS = 2.0
 """The range of a weight is so many standard errors to either side."""
+_ROUNDING = 1e-9
+"""What is left of sums of equal numbers after their mean is taken is smaller than this part of them."""
 _UNFIT = frozenset({"shared", "too_short", "provisional", "contended"})
 
 
@@ -27,15 +29,56 @@ UNKNOWN = Weight(0.0, 0.5, 1.0)
 """Before it is known: from output tokens only to all tokens alike, and their middle."""
 
 
+class _Sums(NamedTuple):
+    """Sums of products of prompt tokens (x), output tokens (y) and joules (j)."""
+
+    xx: float = 0.0
+    xy: float = 0.0
+    yy: float = 0.0
+    xj: float = 0.0
+    yj: float = 0.0
+    jj: float = 0.0
+
+    def plus(self, x: float, y: float, j: float, *, times: float = 1.0) -> _Sums:
+        more = (x * x, x * y, y * y, x * j, y * j, j * j)
+        return _Sums(*(old + times * product for old, product in zip(self, more, strict=True)))
+
+    @property
+    def _determinant(self) -> float:
+        return self.xx * self.yy - self.xy * self.xy
+
+    def told_apart(self, whole: _Sums) -> bool:
+        """Whether both kinds of tokens vary, and not together; ``whole`` are the sums before the means were taken."""
+        vary = self.xx > _ROUNDING * whole.xx and self.yy > _ROUNDING * whole.yy
+        return vary and self._determinant >= LEAST_SPREAD * self.xx * self.yy
+
+    def costs(self) -> tuple[float, float]:
+        """Joules per prompt token and per output token."""
+        return (
+            (self.yy * self.xj - self.xy * self.yj) / self._determinant,
+            (self.xx * self.yj - self.xy * self.xj) / self._determinant,
+        )
+
+    def rest(self, per_x: float, per_y: float) -> float:
+        """The squares that these costs leave."""
+        return self.jj - per_x * self.xj - per_y * self.yj
+
+    def spread(self, weight: float) -> float:
+        """The variance of the ratio of both costs, to first order, in units of that of a prompt."""
+        return max(self.yy + 2 * weight * self.xy + weight * weight * self.xx, 0.0) / self._determinant
+
+
 class TokenWeight:
     """Learns the weight of one LLM on one machine; a new LLM needs a new one.
 
-    Least squares of joules over prompt and output tokens, both of whose costs are >= 0, by the sums of their products.
+    Least squares of joules by the costs of a prompt, of a prompt token and of an output token, all three >= 0, from
+    sums of products. What each prompt costs, however long it is, would else be taken for a cost of its tokens.
     """
 
     def __init__(self) -> None:
         self._prompts = 0
-        self._xx = self._xy = self._yy = self._xj = self._yj = self._jj = 0.0
+        self._x = self._y = self._j = 0.0
+        self._sums = _Sums()
 
     def learn(self, computed: int, output: int, energy: Energy) -> None:
         """Take a prompt: how many of its tokens were computed, how many came out, and what it cost.
@@ -46,29 +89,27 @@ class TokenWeight:
         if joules is None or _UNFIT.intersection(energy.flags):
             return
         self._prompts += 1
-        self._xx += computed * computed
-        self._xy += computed * output
-        self._yy += output * output
-        self._xj += computed * joules
-        self._yj += output * joules
-        self._jj += joules * joules
+        self._x += computed
+        self._y += output
+        self._j += joules
+        self._sums = self._sums.plus(computed, output, joules)
 
     @property
     def weight(self) -> Weight:
         """The weight as far as it is known; `UNKNOWN` as long as the prompts tell no more than that."""
-        size = self._xx * self._yy
-        determinant = size - self._xy * self._xy
-        if self._prompts < FEWEST_PROMPTS or determinant < LEAST_SPREAD * size or size <= 0:
+        if self._prompts < FEWEST_PROMPTS:
             return UNKNOWN
-        per_prompt_token = (self._yy * self._xj - self._xy * self._yj) / determinant
-        per_output_token = (self._xx * self._yj - self._xy * self._xj) / determinant
+        free = self._sums.plus(self._x, self._y, self._j, times=-1 / self._prompts)  # about the means
+        if not free.told_apart(self._sums):
+            return UNKNOWN
+        costs = per_prompt_token, per_output_token = free.costs()
+        if self._j < per_prompt_token * self._x + per_output_token * self._y:  # it costs nothing, rather than less
+            per_prompt_token, per_output_token = self._sums.costs()
         if per_output_token <= 0:
             return UNKNOWN
-        rest = self._jj - per_prompt_token * self._xj - per_output_token * self._yj
-        variance = max(rest, 0.0) / (self._prompts - 2)
+        # How sure it is depends on the fit in which all three are free.
+        variance = max(free.rest(*costs), 0.0) / (self._prompts - 3)
         weight = per_prompt_token / per_output_token
-        # Of a ratio of two estimates, to first order.
-        spread = (self._yy + 2 * weight * self._xy + weight * weight * self._xx) / determinant
-        error = _ERRORS * (variance * max(spread, 0.0)) ** 0.5 / per_output_token
+        error = _ERRORS * (variance * free.spread(weight)) ** 0.5 / per_output_token
         known = Weight(max(weight - error, 0.0), max(weight, 0.0), max(weight + error, 0.0))
         return known if known.high - known.low < UNKNOWN.high - UNKNOWN.low else UNKNOWN

@@ -18,22 +18,28 @@ from deployments.sci import Score
 from deployments.scorer import Scorer
 from deployments.timeline import STRETCH_S, Interval, Timeline
 from deployments.token_weights import UNKNOWN, TokenWeight
+from registry.figures import WARMUP_INSIDE
+from registry.reconcile import LeaseGrant, StartedFor
 from registry.state import WindowKind
 
 SETTLE_S = 30.0
 """How long a window waits for its counters to go on, seconds; then what they don't tell is not known."""
+LLM_STARTED_INSIDE = "llm_started_inside"
+_NOT_CLEAN = frozenset({WARMUP_INSIDE, LLM_STARTED_INSIDE})
+"""Flags of a counted stretch that its lease window has, too; it has the others of its own."""
 SHARES_S = 30.0
 """How long a prompt's record waits for the end of those it shares with, seconds."""
 
 
 @dataclass(slots=True)
 class Start:
-    """The start of an LLM that is going on; ``woken`` is for whoever starts it to say."""
+    """The start of an LLM that is going on. Who starts it sets ``woken``; ``started_for`` pays, None: no request."""
 
     model: str
     start_s: float
     end_s: float = 0.0
     woken: bool = False
+    started_for: StartedFor | None = None
 
 
 class WindowWriter:
@@ -72,6 +78,9 @@ class WindowWriter:
             for _ in iter(write, False):
                 await asyncio.sleep(0)  # prompts go on in between
         self._flights.forget()
+        # Nothing that is older waits for anything but the end of the prompts that it is a part of.
+        old_s = self._meter.mark() - SETTLE_S - SHARES_S
+        self._flights.sum_up(old_s, self._meter.settled, lambda parts: self._meter.shares(parts, final=True))
 
     def _settled(self, end_s: float) -> bool:
         return self._meter.settled(end_s) or self._meter.mark() >= end_s + SETTLE_S
@@ -82,7 +91,7 @@ class WindowWriter:
         start = self._starts.popleft()
         kind = WindowKind.WAKE if start.woken else WindowKind.LOAD
         flow = self._meter.flow([(start.start_s, start.end_s)], final=True)
-        self._record(kind, None, (start.start_s, start.end_s), flow, {"model": start.model})
+        self._record(kind, start.started_for, (start.start_s, start.end_s), flow, {"model": start.model})
         return True
 
     def _write_prompt(self) -> bool:
@@ -116,7 +125,8 @@ class WindowWriter:
             "in_flight": {"max": most, "mean": mean},
         }
         times = (flight.start_s, flight.end_s)
-        self._write_record(WindowKind.PROMPT, account, times, energy, found, more, window_id=flight.window_id)
+        payer = None if account is None else account.grant
+        self._write_record(WindowKind.PROMPT, payer, times, energy, found, more, window_id=flight.window_id)
         return True
 
     def _write_stretch(self) -> bool:
@@ -131,7 +141,9 @@ class WindowWriter:
         if stretch.gaps:
             idle = self._meter.flow(stretch.gaps, final=True)
             times, more = (stretch.gaps[0][0], stretch.gaps[-1][1]), {"model": account and account.model}
-            self._record(WindowKind.IDLE, account, times, idle, more)
+            self._record(
+                WindowKind.IDLE, None if account is None else account.grant, times, idle, more, account=account
+            )
             if account is not None:
                 account.idle = idle if account.idle is None else account.idle + idle
         if account is not None:
@@ -147,6 +159,8 @@ class WindowWriter:
 
     def _record_lease(self, account: LeaseAccount, end_s: float, flow: Flow) -> None:
         begun_s = account.handed_over_s
+        counted = self._counted(account)
+        flags = account.flags.union(() if counted is None else _NOT_CLEAN.intersection(counted["flags"]))
         more = {
             "model": account.model,
             "process": self._log.process,
@@ -158,11 +172,11 @@ class WindowWriter:
             "words": account.words,
             "units": account.units,
             "units_unknown_prompts": account.units_unknown,
-            "counted": self._counted(account),
+            "counted": counted,
         }
         units = None if account.units_unknown else account.units  # part of them gives no score
         times = (account.begun_s, end_s)
-        self._record(WindowKind.LEASE, account, times, flow, more, units, flags=sorted(account.flags))
+        self._record(WindowKind.LEASE, account.grant, times, flow, more, units, account=account, flags=sorted(flags))
 
     def _counted(self, account: LeaseAccount) -> dict[str, Any] | None:
         """The counted stretch of a lease as one window of the counters; None without a prompt in it."""
@@ -173,8 +187,8 @@ class WindowWriter:
         energy = self._meter.energy(flow, estimate_short=True)
         units = None if counted.units_unknown else counted.units
         flags = {
-            "warmup_inside": counted.warmed_up,
-            "llm_started_inside": flow.duration_s < (ended_s - begun_s) * (1 - 1e-9),
+            WARMUP_INSIDE: counted.warmed_up,
+            LLM_STARTED_INSIDE: flow.duration_s < (ended_s - begun_s) * (1 - 1e-9),
             "tokens_unknown": counted.tokens_unknown > 0,
             CLOCK_STEPPED: self._dates.stepped(begun_s, ended_s),
         }
@@ -205,22 +219,23 @@ class WindowWriter:
     def _record(
         self,
         kind: WindowKind,
-        account: LeaseAccount | None,
+        payer: LeaseGrant | StartedFor | None,
         times: Interval,
         flow: Flow,
         more: Mapping[str, Any],
         units: int | None = 0,
         *,
+        account: LeaseAccount | None = None,
         flags: Sequence[str] = (),
     ) -> None:
         energy = self._meter.energy(flow, estimate_short=True)
         found = self._scorer.score(energy, flow.duration_s, units, flags, account=account)
-        self._write_record(kind, account, times, energy, found, more)
+        self._write_record(kind, payer, times, energy, found, more)
 
     def _write_record(
         self,
         kind: WindowKind,
-        account: LeaseAccount | None,
+        payer: LeaseGrant | StartedFor | None,
         times: Interval,
         energy: Energy,
         found: Score,
@@ -232,7 +247,7 @@ class WindowWriter:
             Record(
                 kind=kind,
                 window_id=window_id,
-                grant=None if account is None else account.grant,
+                payer=payer,
                 begun_s=self._dates.utc_s(times[0]),
                 ended_s=self._dates.utc_s(times[1]),
                 duration_s=times[1] - times[0],

@@ -8,8 +8,9 @@ reached. So E(before) <= units <= E(seen) whatever the counter's period is, and 
 that hold: old history can be thinned out without becoming wrong.
 
 Between two edges E(t) is estimated. Where the hardware was idle for a part of that time, this part is given the power
-of the nearest earlier idle edges, and the time at work gets the rest; else E(t) is a straight line. All windows use
-this one E(t), and it is fixed once the later edge is seen, so windows that follow each other add up exactly.
+of the edges just before the work, or just after it, and the time at work gets the rest; else E(t) is a straight line.
+All windows use this one E(t). It is fixed once the counter was watched for a while after the later edge, so windows
+that follow each other add up exactly.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _IDLE_S = 0.5
 _IDLE_MOST_S = 2.0
 """Of a longer idle stretch only its end counts, which is nearest to the work that comes after."""
 _IDLE_KEPT = 4096
+_AFTER_S = 0.5
+"""So long after a piece of work the counter is watched before the power after the work counts as known."""
 _BIN_S = 0.005
 _BINS = 400
 _USUAL = 0.99
@@ -53,7 +56,7 @@ class NoWindow(Exception):
 class Level(NamedTuple):
     """A counter's reading at a time, or the difference of two: the truth is within low and high, mid is the estimate.
 
-    ``provisional``: no edge after that time has been seen yet, so it is extrapolated and a later look is sharper.
+    ``provisional``: too little after that time has been seen yet, so a later look is sharper.
     ``systematic`` is the part of the error that has the same sign wherever the same happens.
     """
 
@@ -92,8 +95,8 @@ class _Idle:
         self._rates: list[_IdleRate] = []
         self._seen_until_s = -math.inf
 
-    def before(self, time_s: float, run: _Run, activity: Activity) -> _IdleRate | None:
-        """Return the rate of the last idle stretch that ended before this time, None if there is none.
+    def before(self, time_s: float, run: _Run, activity: Activity) -> tuple[float, _IdleRate] | None:
+        """Return when the last idle stretch before this time ended, and its rate; None if there is none.
 
         Every edge before that time must have been seen: then the answer is the same for ever.
         """
@@ -106,13 +109,24 @@ class _Idle:
         if len(self._rates) > 2 * _IDLE_KEPT:
             del self._until_s[:_IDLE_KEPT], self._rates[:_IDLE_KEPT]
         index = bisect_right(self._until_s, time_s)
-        return self._rates[index - 1] if index else None
+        return (self._until_s[index - 1], self._rates[index - 1]) if index else None
 
 
 class _Run:
     """Edges of a counter between two breaks, in order of time."""
 
-    __slots__ = ("_activity", "_final", "_idle", "_provisional", "_thinned", "before_s", "seen_s", "units", "why")
+    __slots__ = (
+        "_activity",
+        "_final",
+        "_idle",
+        "_provisional",
+        "_thinned",
+        "before_s",
+        "looked_s",
+        "seen_s",
+        "units",
+        "why",
+    )
 
     def __init__(self, why: str, activity: Activity) -> None:
         self.why = why
@@ -125,17 +139,21 @@ class _Run:
         self.seen_s = array("d")
         self.units = array("d")
         self._thinned = 0
+        self.looked_s = -math.inf
+
+    def looked(self, at_s: float) -> None:
+        """Note that the counter was read; infinite: it will not be any more in this run."""
+        self.looked_s = at_s
+        self._provisional.clear()
 
     def append(self, before_s: float, seen_s: float, units: float) -> None:
         self.before_s.append(before_s)
         self.seen_s.append(seen_s)
         self.units.append(units)
-        self._provisional.clear()
 
     def stay(self, before_s: float, seen_s: float) -> None:
         """The last edge was the last of a flat stretch, which went on until now."""
         self.before_s[-1], self.seen_s[-1] = before_s, seen_s
-        self._provisional.clear()
 
     def thin(self, history_s: float) -> None:
         """Forget what is older than the history, and most edges of what is older than `_FINE_S`."""
@@ -183,9 +201,7 @@ class _Run:
         last = len(self.units) - 1
         floor = bisect_right(self.seen_s, time_s) - 1
         ceiling = bisect_left(self.before_s, time_s)
-        left = floor
-        while left < last and self._mid_s(left + 1) <= time_s:
-            left += 1
+        left = self._left(floor, time_s)
         systematic = 0.0
         if left < last:
             mid, systematic = self._inside(left, time_s)
@@ -199,7 +215,27 @@ class _Run:
             high = self.units[last] + step + rate * (time_s - self.before_s[last])
         mid = max(low, min(mid, high))
         systematic = min(systematic, max(high - mid, mid - low))
-        return Level(low, mid, high, provisional=ceiling > last, systematic=systematic)
+        return Level(low, mid, high, provisional=not self.settled(time_s), systematic=systematic)
+
+    def _left(self, floor: int, time_s: float) -> int:
+        """The last edge whose middle is not after this time; ``floor`` is one that it is not before."""
+        left, last = floor, len(self.units) - 1
+        while left < last and self._mid_s(left + 1) <= time_s:
+            left += 1
+        return left
+
+    def settled(self, time_s: float) -> bool:
+        """Whether the level at this time stays what it is.
+
+        An edge after it has been seen, and where work begins or ends near it the power after the work has, too.
+        """
+        if not self.before_s or self.before_s[-1] < time_s:
+            return False
+        left = self._left(max(bisect_right(self.seen_s, time_s) - 1, 0), time_s)
+        if left + 1 >= len(self.units):
+            return True
+        start_s, end_s = self._mid_s(left), self._mid_s(left + 1)
+        return self.looked_s >= end_s + _AFTER_S or not 0 < self._activity.busy_s(start_s, end_s) < end_s - start_s
 
     def _inside(self, left: int, time_s: float) -> tuple[float, float]:
         """E(t) between an edge and the next, and its systematic error.
@@ -229,12 +265,51 @@ class _Run:
         idle = self._idle.before(activity.next_begin_s(start_s), self, activity)
         if idle is None:  # it can't be less than none at all
             return line, self._power(left - near, left + 1 + near, 0.0) * (span_s / 6 + blur_s)
-        busy_before_s = activity.busy_s(start_s, time_s)
-        idle_before_s = time_s - start_s - busy_before_s
-        idle_rate = min(idle.rate, flowed / idle_s)
-        mid = self.units[left] + idle_rate * idle_before_s + (flowed - idle_rate * idle_s) * (busy_before_s / busy_s)
-        blur = self._power(left - near, left + 1 + near, idle.rate) * blur_s
-        return mid, blur + idle.error * abs(idle_before_s - idle_s * (busy_before_s / busy_s))
+        power = self._power(left - near, left + 1 + near, idle[1].rate)
+        rest, busy_part = flowed, activity.busy_s(start_s, time_s) / busy_s
+        mid, error = self.units[left], power * blur_s
+        gaps = [(gap, self._gap_rate(left, gap, idle, power)) for gap in activity.gaps(start_s, end_s)]
+        most = sum(rate.rate * _overlap_s(gap, start_s, end_s) for gap, rate in gaps)
+        scale = min(1.0, flowed / most) if most > 0 else 1.0
+        for gap, rate in gaps:
+            gap_s, passed_s = _overlap_s(gap, start_s, end_s), _overlap_s(gap, start_s, time_s)
+            mid += scale * rate.rate * passed_s
+            rest -= scale * rate.rate * gap_s
+            error += rate.error * abs(passed_s - gap_s * busy_part)
+        return mid + max(rest, 0.0) * busy_part, error
+
+    def _gap_rate(self, left: int, gap: tuple[float, float], idle: tuple[float, _IdleRate], power: float) -> _IdleRate:
+        """The rate of an idle time that lies wholly or partly between an edge and the next.
+
+        It is told by the nearest whole ticks of the same idle time. Power that is still changing there may have been
+        further off before by as much as it changes from one tick to the next. Without such a tick it can be anything
+        from that of the last idle stretch to the ``power`` of the work.
+        """
+        until_s, long = idle
+        if until_s == gap[1]:
+            return long
+        if gap[0] <= self._mid_s(left):
+            near = self._ticks(left - 1, -1, gap)
+        else:
+            near = self._ticks(left + 1, 1, (gap[0], min(gap[1], self._mid_s(left + 1) + _AFTER_S)))
+        if not near:
+            return _IdleRate(long.rate, long.error + abs(power - long.rate))
+        return _IdleRate(near[0], abs(near[0] - (near[1] if len(near) > 1 else long.rate)))
+
+    def _ticks(self, first: int, step: int, gap: tuple[float, float]) -> list[float]:
+        """Rates of up to two ticks that follow each other inside an idle time; the nearest first.
+
+        A flat stretch counts however long it goes on: its last edge moves until it is over.
+        """
+        rates: list[float] = []
+        for left in (first, first + step):
+            if left < 0 or left + 1 >= len(self.units):
+                break
+            flowed, start_s, end_s = self.units[left + 1] - self.units[left], self._mid_s(left), self._mid_s(left + 1)
+            if flowed > 0 and (start_s < gap[0] or end_s > gap[1]):
+                break
+            rates.append(flowed / (end_s - start_s))
+        return rates
 
     def _power(self, first: int, last: int, idle_rate: float) -> float:
         """Units per second of the time at work between two edges, as far as there are any."""
@@ -253,6 +328,10 @@ class _Run:
         flowed = self.units[last] - self.units[first]
         rate = flowed / (self._mid_s(last) - self._mid_s(first))
         return _IdleRate(rate, flowed / (self.before_s[last] - self.seen_s[first]) - rate)
+
+
+def _overlap_s(gap: tuple[float, float], start_s: float, end_s: float) -> float:
+    return max(min(gap[1], end_s) - max(gap[0], start_s), 0.0)
 
 
 class Track:
@@ -301,6 +380,7 @@ class Track:
             self.lost("counter_reset")
             last = None
         run = self._runs[-1]
+        run.looked(asked_s)
         if self._max_age_s is not None:
             # Known to be fresh, so a flat stretch is knowledge too: keep its first and its last reading.
             self._waits_for(asked_s - self._max_age_s, answered_s)
@@ -338,14 +418,15 @@ class Track:
 
     def lost(self, why: str) -> None:
         """The counter's continuity is broken: nothing is known of windows that span this moment."""
+        self._runs[-1].looked(math.inf)
         self._runs.append(_Run(why, self._activity))
         self._last_units = None
         self._edges_s.clear()
         self._thin_at = 0
 
     def settled(self, time_s: float) -> bool:
-        """Whether an edge after this time has been seen, so that a window that ends then will not get any sharper."""
-        return any(bool(run.before_s) and run.before_s[-1] >= time_s for run in self._runs)
+        """Whether a window that ends at this time will not get any sharper."""
+        return any(run.settled(time_s) for run in self._runs)
 
     def levels(self, times_s: Sequence[float]) -> list[Level]:
         """The counter at each of these times (one or more, in any order).

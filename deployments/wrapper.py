@@ -47,7 +47,7 @@ from deployments.weights_hash import WeightsHash
 from registry.errors import EngineStartFailed, InvalidField, StaleEpoch, WrapperUnreachable
 from registry.fit import ENGINE_BYTES, GIB, HOST_SHARE, Size, host_bytes, needs_of, why_no_room, why_too_large
 from registry.provenance import PENDING
-from registry.reconcile import SETTLING, Belief, Download, HandOver, LeaseGrant, WrapperReport
+from registry.reconcile import SETTLING, Belief, Download, HandOver, LeaseGrant, StartedFor, WrapperReport
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
 from registry.state import Grade, Limits, LLMSpec
 
@@ -208,11 +208,22 @@ class LLMWrapper:
             lease_flags=self._lease_flags(),
         )
 
-    async def deploy(self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
+    def check_health(self) -> None:
+        """Called by Serve, which starts a wrapper again whose check fails.
+
+        Raises:
+            RuntimeError: its energy is not counted any more.
+        """
+        self._meter.meter.check()
+
+    async def deploy(
+        self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None, started_for: StartedFor | None = None
+    ) -> None:
         """Run this LLM instead of any other; returns when it answers.
 
         An LLM that runs already, or is being started already, is not started again. ``grant`` is the lease that
         waits for its LLM to come back: its holder is told to try again meanwhile. Without it no lease stays.
+        ``started_for`` pays for the start that this command begins, None: no request does.
 
         Raises:
             StaleEpoch: a newer command has come, before or meanwhile.
@@ -227,7 +238,8 @@ class LLMWrapper:
                 await self._cancel_start()
                 self._spec = spec
                 self._died = None
-                self._start = asyncio.create_task(self._swap(spec, None if grant is None else grant.model_revision))
+                revision = None if grant is None else grant.model_revision
+                self._start = asyncio.create_task(self._swap(spec, revision, started_for))
             start = self._start
         if start is not None:
             await asyncio.wait({start})  # a caller that goes away does not end the start
@@ -431,7 +443,7 @@ class LLMWrapper:
             start.cancel()
             await asyncio.wait({start})
 
-    async def _swap(self, spec: LLMSpec, revision: str | None) -> None:
+    async def _swap(self, spec: LLMSpec, revision: str | None, started_for: StartedFor | None) -> None:
         config = self._config
         try:
             self._phase = "finishing_prompts"
@@ -440,7 +452,10 @@ class LLMWrapper:
                 self._phase = "stopping"
                 # Making room for an LLM is charged to it, as its start is. Its weights are read ahead from now on, and
                 # not before, when that would cost a lease of somebody else's.
-                with self._meter.load(spec.model) as start, read_ahead(await self._weights(spec, revision)):
+                with (
+                    self._meter.load(spec.model, started_for) as start,
+                    read_ahead(await self._weights(spec, revision)),
+                ):
                     self._require_empty(await self._host.vacate(wanted_next=spec.model))
                     await self._start_llm(spec, revision)
                     running = self._host.running

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from registry.allocator import Allocator
 from registry.archive import Archive
@@ -23,8 +22,6 @@ PAGE = 1000
 
 REMEMBERED_COSTS = 10_000
 """Requests whose costs are remembered: those that are asked for often."""
-
-_STARTS = frozenset({WindowKind.LOAD, WindowKind.WAKE})
 
 
 class Accounts:
@@ -80,11 +77,7 @@ class Accounts:
         return number if as_of is not None and as_of.process == process else 0
 
     def _row(self, wrapper_id: str, window: EnergyWindow) -> KeptWindow:
-        """A window with what only the registry knows: for whom an LLM was started, on which machine, and who pays."""
-        if window.request_id is None and window.kind in _STARTS:
-            started_for = self._store.deployed_for(wrapper_id, window.begun_s, window.ended_s)
-            if started_for is not None:
-                window = replace(window, request_id=started_for[0], measurement_id=started_for[1])
+        """A window with what only the registry knows: the machine that it is of, and the tenant that pays."""
         wrapper = self._allocator.wrapper(wrapper_id)
         return KeptWindow(
             window,

@@ -44,6 +44,12 @@ MAX_REQUESTS = 100
 MAX_WINDOWS = 1000
 """Most energy windows that one GET answers."""
 
+WARMUP_HEADER = "X-GreenPrompt-Warmup"
+"""Marks a prompt as a warm-up (``true``): its record says so, and it is no part of what is counted."""
+
+PROMPT_HEADER = "X-GreenPrompt-Prompt"
+"""The client's own name of a prompt, percent-encoded; the same for the same question in every lease."""
+
 MAX_ARGS_DEPTH = 32
 """How deep lists and objects in args may be nested."""
 

@@ -25,6 +25,8 @@ from pydantic import TypeAdapter
 from registry.api import (
     MAX_WAIT_S,
     MAX_WINDOWS,
+    PROMPT_HEADER,
+    WARMUP_HEADER,
     ErrorAnswer,
     HealthState,
     MachineState,
@@ -50,12 +52,6 @@ LOOK_S = 1.0
 
 TENANT_HEADER = "X-Tenant"
 """Who asks; a name, not a proof."""
-
-WARMUP_HEADER = "X-GreenPrompt-Warmup"
-"""``true``: the prompt is a warm-up, and counts in no figure."""
-
-PROMPT_HEADER = "X-GreenPrompt-Prompt"
-"""The client's own name of a prompt, percent-encoded."""
 
 _PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
 """Answers after which a call is repeated, if they say so; not 504, after which it would wait as long again."""

@@ -14,12 +14,29 @@ from typing import Any, Final, NamedTuple
 from registry.estimate import MIN_PROMPTS, Estimate, Sample, estimate
 from registry.state import WindowKind
 from registry.totals import LABELS, sum_of, worst
-from registry.window_report import WindowReport, worst_method
+from registry.window_report import WindowReport, held_windows, worst_method
 
 ANSWERED: Final = (None, "answered")
 """``status`` of prompts that have an answer; None: a record of an earlier version, which does not say."""
 
 NOT_ALLOWED: Final = "estimates_not_allowed"
+
+WARMUP_INSIDE: Final = "warmup_inside"
+"""Flag of a counted stretch in which a warm-up was in flight: the counters have read its joules, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPart:
+    """What is known of a figure's windows, also where that is not enough for a value: so many of so many windows.
+
+    ``amount`` is in joules or gCO2eq, as in the unit of the figure; ``joules`` is None if one of them has none.
+    """
+
+    windows: int
+    of: int
+    joules: float | None
+    amount: float
+    units: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +45,8 @@ class Figure(Estimate):
 
     ``bound_low`` and ``bound_high`` enclose the value of these very windows, whatever their counters and factors have
     done; None if not known. ``label`` is the worst of what is in it. ``left_out`` windows are not: their amount or
-    their units are not known; ``reason`` says why, also of a value that is not known at all.
+    their units are not known; ``reason`` says why, also of a value that is not known at all. ``known`` is then the part
+    that is known: the sum of the windows that may be told.
     """
 
     unit: str
@@ -37,6 +55,7 @@ class Figure(Estimate):
     bound_high: float | None
     left_out: int
     reason: str | None
+    known: KnownPart | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +63,8 @@ class BatchFigures:
     """What the counted stretches of leases cost: each read as one window of the counters, without shares.
 
     A stretch goes from the begin of the first prompt after the warm-up to the end of the last one. ``in_flight_max``
-    and ``in_flight_mean`` say how many prompts were answered at once.
+    and ``in_flight_mean`` say how many prompts were answered at once. ``flags`` say how many stretches have which. No
+    figure has a value if a warm-up was in flight in a stretch.
     """
 
     leases: int
@@ -55,6 +75,7 @@ class BatchFigures:
     in_flight_mean: float | None
     joules_per_token: Figure
     gco2eq_per_unit: Figure
+    flags: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +130,6 @@ def _of_machine(machine: str | None, windows: Sequence[WindowReport]) -> Machine
     counted = [prompt for prompt in prompts if not prompt.warmup]
     answered = [prompt for prompt in counted if prompt.status in ANSWERED]
     names = _prompt_names(counted)
-    held = prompts + of_kind(windows, WindowKind.IDLE)
     unit = _unit_of(prompts)
     return MachineFigures(
         machine=machine,
@@ -124,7 +144,7 @@ def _of_machine(machine: str | None, windows: Sequence[WindowReport]) -> Machine
         joules_per_token=_figure(counted, "J/output_token", _joules, _tokens, names),
         joules_per_prompt=_figure(counted, "J/prompt", _joules, _answers, names),
         seconds_per_prompt=_figure(answered, "s/prompt", _seconds, _answers, names, measured=True),
-        with_idle=_score(held, unit, _lease_names(held)),
+        with_idle=_with_idle(windows, unit),
         batch=_batch(of_kind(windows, WindowKind.LEASE)),
         flags=dict(Counter(flag for prompt in counted for flag in prompt.flags).most_common()),
     )
@@ -154,12 +174,24 @@ def _score(
     windows: Sequence[WindowReport], unit: str | None, names: Mapping[str, str], amount_of: _AmountOf | None = None
 ) -> Figure:
     """Return gCO2eq per functional unit. No value if the operator allows no estimates and there are some."""
-    found = _figure(windows, f"gCO2eq/{unit or 'unit'}", amount_of or _grams, _units_of(unit), names, sci=True)
+    told, amount_of, units_of = f"gCO2eq/{unit or 'unit'}", amount_of or _grams, _units_of(unit)
+    found = _figure(windows, told, amount_of, units_of, names, sci=True)
     refused = why(windows, lambda window: NOT_ALLOWED in window.flags, "are estimates, which are not allowed")
-    if refused is None:
-        return found
+    if refused is not None:
+        allowed = [window for window in windows if NOT_ALLOWED not in window.flags]
+        known = _figure(allowed, told, amount_of, units_of, names, sci=True).known
+        if known is not None and known.windows:
+            found = replace(found, known=replace(known, of=len(windows)))
+            of_joules = "" if known.joules is None else f"{known.joules:.4g} J, "
+            grams_and_units = f"{known.amount:.4g} gCO2eq, {known.units:g} units"
+            refused += f"; known of {known.windows} of {len(windows)}: {of_joules}{grams_and_units}"
+    return found if refused is None else _without_value(found, refused)
+
+
+def _without_value(figure: Figure, reason: str) -> Figure:
+    """Return a figure that must not be cited, with the reason why not."""
     return replace(
-        found,
+        figure,
         value=None,
         mean_of_ratios=None,
         median=None,
@@ -172,7 +204,7 @@ def _score(
         bound_low=None,
         bound_high=None,
         label=LABELS[-1],
-        reason=refused,
+        reason=reason,
     )
 
 
@@ -214,6 +246,13 @@ def _figure(
     return Figure(
         **asdict(found),
         unit=unit,
+        known=KnownPart(
+            windows=len(known),
+            of=len(windows),
+            joules=sum_of(window.joules for window in used).value,
+            amount=fsum(amount.value for _, amount, _ in known),
+            units=units,
+        ),
         label=LABELS[-1] if found.value is None else label,
         bound_low=_per_unit(lows, units),
         bound_high=_per_unit(highs, units),
@@ -240,6 +279,15 @@ def _reason(
     return found or ("no unit was produced" if value is None else None)
 
 
+def _with_idle(windows: Sequence[WindowReport], unit: str | None) -> Figure:
+    """Return gCO2eq per functional unit of leases, each of which is one sample."""
+    held = held_windows(windows)
+    figure = _score(held, unit, _lease_names(held))
+    if figure.too_few is None or figure.leases >= MIN_PROMPTS:
+        return figure
+    return replace(figure, too_few=f"too few leases: {figure.leases} (at least {MIN_PROMPTS})")
+
+
 def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:
     stretches = [_stretch(lease, lease.counted) for lease in leases if lease.counted]
     if not stretches:
@@ -255,13 +303,20 @@ def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:
         seconds=seconds,
         in_flight_max=max(most, default=None),
         in_flight_mean=None if mean is None or not seconds else mean / seconds,
-        joules_per_token=_of_leases(_figure(stretches, "J/output_token", _joules, _tokens, names)),
-        gco2eq_per_unit=_of_leases(_score(stretches, _unit_of(stretches), names)),
+        joules_per_token=_of_leases(_figure(stretches, "J/output_token", _joules, _tokens, names), stretches),
+        gco2eq_per_unit=_of_leases(_score(stretches, _unit_of(stretches), names), stretches),
+        flags=dict(Counter(flag for stretch in stretches for flag in stretch.flags).most_common()),
     )
 
 
-def _of_leases(figure: Figure) -> Figure:
-    """Return a figure of which each lease is one sample, with the reason for no interval in these words."""
+def _of_leases(figure: Figure, stretches: Sequence[WindowReport]) -> Figure:
+    """Return a figure of which each lease is one sample, with the reason for no interval in these words.
+
+    No value if a warm-up was in flight in a stretch: its joules are in it, and its tokens are not.
+    """
+    unclean = sum(WARMUP_INSIDE in stretch.flags for stretch in stretches)
+    if unclean:
+        return _without_value(figure, f"a warm-up was in flight in {unclean} of {len(stretches)} leases")
     if figure.too_few is None:
         return figure
     return replace(figure, too_few=f"too few leases: {figure.leases} (at least {MIN_PROMPTS})")
@@ -318,14 +373,17 @@ def _systematic_j(window: WindowReport) -> float | None:
 
 
 def _operational(window: WindowReport) -> _Amount | None:
-    """Return the emissions of the energy. The error of the grid's factor has the same sign in all windows."""
+    """Return the emissions of the energy. The error of the grid's factor has the same sign in all windows.
+
+    Both factors may be wrong at once: the larger distance from (E ± dE) * (I ± dI) to E * I is (E + dE) * (I + dI).
+    """
     if window.o_g is None:
         return None
     systematic_j, systematic = _systematic_j(window), None
     if systematic_j is not None and window.joules:
         of_grid = _half(window.grid, window.grid_low, window.grid_high)
-        relative = systematic_j / window.joules + (of_grid / window.grid if of_grid and window.grid else 0.0)
-        systematic = window.o_g * relative
+        of_energy, of_factor = systematic_j / window.joules, of_grid / window.grid if of_grid and window.grid else 0.0
+        systematic = window.o_g * ((1 + of_energy) * (1 + of_factor) - 1)
     return _Amount(window.o_g, window.o_low_g, window.o_high_g, systematic)
 
 

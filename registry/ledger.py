@@ -457,7 +457,7 @@ def deploy(ledger: Ledger, wrapper: Wrapper, spec: LLMSpec, request_id: str | No
         wrapper, status=WrapperStatus.DEPLOYING, spec=spec, request_id=request_id, epoch=wrapper.epoch + 1
     )
     ledger.put_wrapper(wrapper)
-    ledger.emit(DeployLLM(wrapper.wrapper_id, wrapper.epoch, spec))
+    ledger.emit(DeployLLM(wrapper.wrapper_id, wrapper.epoch, spec, request_id))
 
 
 def bind(ledger: Ledger, wrapper: Wrapper, request_id: str) -> None:

@@ -63,6 +63,14 @@ class Belief:
 
 
 @dataclass(frozen=True, slots=True)
+class StartedFor:
+    """The request that an LLM is started for. It pays for the start, also if it is cancelled meanwhile."""
+
+    request_id: str
+    measurement_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseGrant:
     """What a wrapper needs to know to serve one lease. Durations count from the moment it is received.
 
@@ -210,10 +218,18 @@ class Cluster(Protocol):
     async def report(self, wrapper_id: str, belief: Belief) -> WrapperReport:
         """What the wrapper says of itself, within seconds, having been told what the registry believes."""
 
-    async def deploy(self, wrapper_id: str, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
+    async def deploy(
+        self,
+        wrapper_id: str,
+        epoch: int,
+        spec: LLMSpec,
+        grant: LeaseGrant | None,
+        started_for: StartedFor | None = None,
+    ) -> None:
         """Run this LLM, instead of any other; returns when it answers. Raises EngineStartFailed.
 
-        ``grant`` is the lease that waits for the LLM to come back, and stays bound meanwhile.
+        ``grant`` is the lease that waits for the LLM to come back, and stays bound meanwhile. ``started_for`` pays for
+        the start that this command begins, None: no request does. A start in progress keeps its own.
         """
 
     async def stop(self, wrapper_id: str, epoch: int) -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from registry.figures import MachineFigures, figures_of, of_kind, why
-from registry.state import KeptWindow, Measurement, Request, RequestStatus, WindowKind
+from registry.state import EnergyWindow, KeptWindow, Measurement, Request, RequestStatus, WindowKind
 from registry.totals import same, sum_of, worst
-from registry.window_report import WindowReport, number, part_of, process_of, window_report, worst_method
+from registry.window_report import WindowReport, number, part_of, window_report, worst_method
 
 HOW: Final = "computed with the SCI formula: ((E * I) + M) per R"
 SCOPE: Final = (
@@ -27,11 +27,15 @@ COUNTED: Final = {"active": WindowKind.PROMPT} | {
 }
 """Kinds of costs, by their names in a report. Lease is active and idle together; load and wake are apart."""
 
-HOLE_S: Final = 1.0
-"""Shortest hole that is reported, seconds: the hand-over itself takes some time that no window covers."""
+CLOCK_S: Final = 0.1
+"""Shortest hole that is reported of a lease that has ended, seconds: its begin and end are read at two machines."""
 
-HOLE_SHARE: Final = 0.01
-"""The same as a share of the lease: clocks of two machines differ a little."""
+DRIFT: Final = 1e-4
+"""By this share of a lease the clocks of two machines may differ besides."""
+
+RUNNING_S: Final = 1.0
+RUNNING_SHARE: Final = 0.01
+"""The same of a lease that runs, seconds or its share: some of its windows have not come yet."""
 
 WRAPPER_DIED: Final = "wrapper_died"
 END_NOT_RECORDED: Final = "end_not_recorded"
@@ -46,6 +50,7 @@ class Cost:
 
     ``missing`` windows, which took ``missing_s`` seconds together with the holes, have no known joules, and
     ``missing_g`` no known emissions: with them it would be more.
+    ``lost``: some of it is in no window at all (`Hole`), so that joules and emissions are the known part, and no total.
     ``low_j`` to ``m_high_g`` are the bounds of what is known. ``label`` is the worst of its joules. ``seconds`` is the
     time that the windows had for their own, those with unknown joules included.
     """
@@ -66,6 +71,7 @@ class Cost:
     missing_s: float
     missing_g: int
     reason: str | None
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,13 @@ class Hole:
     requestId: str
     seconds: float
     reason: str
+
+    @property
+    def text(self) -> str:
+        """What is lost, in words."""
+        if self.seconds < CLOCK_S:
+            return f"some of {self.requestId} may be in no window ({self.reason})"
+        return f"{self.seconds:.3g} s of {self.requestId} are in no window ({self.reason})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,28 +220,45 @@ def _cost(windows: Sequence[WindowReport]) -> Cost:
 
 
 def _lease_cost(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> Cost:
-    """Return the sum of prompts and idle time. Lease windows that hold the same joules have sharper bounds."""
-    cost = _cost(of_kind(windows, WindowKind.PROMPT) + of_kind(windows, WindowKind.IDLE))
-    leases = of_kind(windows, WindowKind.LEASE)
-    if same(cost.joules, _sum(leases, "joules")) and not cost.missing:
-        cost = replace(
-            cost,
-            low_j=_sum(leases, "low_j"),
-            high_j=_sum(leases, "high_j"),
-            o_low_g=_sum(leases, "o_low_g"),
-            o_high_g=_sum(leases, "o_high_g"),
-            m_low_g=_sum(leases, "m_low_g"),
-            m_high_g=_sum(leases, "m_high_g"),
-            label=worst(lease.label for lease in leases),
-        )
-    if not holes:
-        return cost
-    lost = "; ".join(f"{hole.seconds:.3g} s of {hole.requestId} are in no window ({hole.reason})" for hole in holes)
+    """Return the sum of prompts and idle time; of leases without a hole with the bounds of their lease windows."""
+    parts = _held(windows)
+    cost = _cost(parts)
+    with_holes = {hole.requestId for hole in holes}
+    by_request: dict[str | None, list[WindowReport]] = {}
+    for window in parts + of_kind(windows, WindowKind.LEASE):
+        by_request.setdefault(window.requestId, []).append(window)
+    sharpest = [
+        window
+        for request_id, own in by_request.items()
+        for window in (_held(own) if request_id in with_holes else _sharpest(own))
+    ]
+    lost = [hole.text for hole in holes]
     return replace(
-        cost,
+        _cost(sharpest),
+        windows=cost.windows,
+        seconds=cost.seconds,
+        missing=cost.missing,
         missing_s=cost.missing_s + sum(hole.seconds for hole in holes),
-        reason=f"{cost.reason}; {lost}" if cost.reason else lost,
+        missing_g=cost.missing_g,
+        lost=bool(holes),
+        reason="; ".join([cost.reason, *lost] if cost.reason else lost) or None,
     )
+
+
+def _held(windows: Sequence[WindowReport]) -> list[WindowReport]:
+    return of_kind(windows, WindowKind.PROMPT) + of_kind(windows, WindowKind.IDLE)
+
+
+def _sharpest(own: Sequence[WindowReport]) -> Sequence[WindowReport]:
+    """Return the lease window if it holds all prompts and idle time of a lease, and nothing else; else these parts.
+
+    Its bounds are sharper: it is read as one window of the counters, without shares.
+    """
+    parts, leases = _held(own), of_kind(own, WindowKind.LEASE)
+    if len(leases) != 1 or any(_lacks(window) for window in leases):
+        return parts
+    one_process = {part.process for part in parts} == {leases[0].process}
+    return leases if one_process and same(_sum(parts, "joules"), leases[0].joules) else parts
 
 
 def _lacks(window: WindowReport) -> bool:
@@ -247,33 +277,69 @@ def _sum(windows: Sequence[WindowReport], name: str) -> float | None:
 
 
 def _hole(request: Request, kept: Sequence[KeptWindow], windows: Sequence[WindowReport]) -> Hole | None:
-    """Return the time of a lease that is in none of its windows; until its last window if it still runs."""
+    """Return the time of a lease that is in none of its windows.
+
+    Of a lease that runs only what is over counts, until the end of its last idle or lease window: idle time is written
+    down when a stretch of it closes, so the pauses after that are still to come. The process of a wrapper that has died
+    took its last windows with it: a lease of several always has a hole.
+    """
     own = [
         (each.window, window)
         for each, window in zip(kept, windows, strict=True)
         if each.window.request_id == request.request_id
     ]
-    begun_s, ended_s = request.deployed_s, request.ended_s
-    if ended_s is None:
-        ended_s = max((window.ended_s for window, _ in own), default=None)
-    if begun_s is None or ended_s is None:
+    held = [(window, told) for window, told in own if window.kind in {WindowKind.PROMPT, WindowKind.IDLE}]
+    leases = [(window, told) for window, told in own if window.kind is WindowKind.LEASE]
+    if request.ended_s is None:
+        closing = [window.ended_s for window, _ in held + leases if window.kind is not WindowKind.PROMPT]
+        held = [(window, told) for window, told in held if window.begun_s < max(closing, default=0.0)]
+    length_s = _length_s(request, held, leases)
+    if length_s is None:
         return None
-    covered_s = 0.0
-    for window, told in own:
-        if window.kind in {WindowKind.PROMPT, WindowKind.IDLE}:
-            covered_s += _own_s(told)
-        elif window.kind is not WindowKind.LEASE:  # the engine was started again under the lease
-            covered_s += max(0.0, min(window.ended_s, ended_s) - max(window.begun_s, begun_s))
-    seconds = ended_s - begun_s - covered_s
-    if seconds <= max(HOLE_S, HOLE_SHARE * (ended_s - begun_s)):
+    seconds = length_s - sum(_own_s(told) for _, told in held) - _restarted_s(own, held)
+    died = len({told.process for _, told in held + leases}) > 1 or not all(_from_hand_over(told) for _, told in leases)
+    least_s = CLOCK_S + DRIFT * length_s if request.status.ended else max(RUNNING_S, RUNNING_SHARE * length_s)
+    if seconds <= least_s and not died:
         return None
-    processes = {process_of(window.window_id) for window, _ in own}
     reason = WINDOWS_MISSING
-    if len(processes) > 1 or request.status is RequestStatus.FAILED:
+    if died or request.status is RequestStatus.FAILED:
         reason = WRAPPER_DIED
-    elif request.status.ended and not any(window.kind is WindowKind.LEASE for window, _ in own):
+    elif request.status.ended and not leases:
         reason = END_NOT_RECORDED
-    return Hole(request.request_id, seconds, reason)
+    return Hole(request.request_id, max(0.0, seconds), reason)
+
+
+_Told = Sequence[tuple[EnergyWindow, WindowReport]]
+
+
+def _length_s(request: Request, held: _Told, leases: _Told) -> float | None:
+    """Return how long a lease was, None if it has not begun.
+
+    A wrapper ends a lease that expires itself, and the registry hears of it later.
+    """
+    if request.deployed_s is None:
+        return None
+    if request.ended_s is None:
+        last_s = max((window.ended_s for window, _ in held), default=None)
+        return None if last_s is None else last_s - request.deployed_s
+    length_s = request.ended_s - request.deployed_s
+    if request.status is RequestStatus.EXPIRED and leases and all(_from_hand_over(told) for _, told in leases):
+        return min(length_s, sum(told.seconds for _, told in leases))
+    return length_s
+
+
+def _from_hand_over(lease: WindowReport) -> bool:
+    """Return whether the process that has written a lease window had the lease from its hand-over on."""
+    detail = lease.detail or {}
+    return detail.get("lease_begun") in (None, detail.get("begun"))
+
+
+def _restarted_s(own: _Told, held: _Told) -> float:
+    """Return the time in which an LLM was started again under its lease. All times are of the wrapper's clock."""
+    begun_s = min((window.begun_s for window, _ in held), default=0.0)
+    ended_s = max((window.ended_s for window, _ in held), default=0.0)
+    starts = [window for window, _ in own if window.kind in {WindowKind.LOAD, WindowKind.WAKE}]
+    return sum(max(0.0, min(start.ended_s, ended_s) - max(start.begun_s, begun_s)) for start in starts)
 
 
 # --- LLMs ---------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from registry.reconcile import (
     HandOver,
     LeaseGrant,
     Moment,
+    StartedFor,
     WrapperPlan,
     WrapperReport,
     plan,
@@ -608,11 +609,11 @@ class Service:
 
     async def _outcome(self, effect: Effect) -> Event | None:
         match effect:
-            case DeployLLM(wrapper_id, epoch, spec):
+            case DeployLLM(wrapper_id, epoch, spec, request_id):
                 try:
                     lease = self.allocator.lease_by_wrapper(wrapper_id)
                     grant = None if lease is None else self._grant(lease.request_id)
-                    await self._cluster.deploy(wrapper_id, epoch, spec, grant)
+                    await self._cluster.deploy(wrapper_id, epoch, spec, grant, self._started_for(request_id))
                 except EngineStartFailed as error:
                     return LLMDeployFailed(wrapper_id, epoch, str(error), error.permanent)
                 except InvalidField as error:  # allowed by the ingress, but not there: a link that leads elsewhere
@@ -648,6 +649,11 @@ class Service:
             case RestartWrapper(wrapper_id, _):
                 await self._cluster.restart(wrapper_id)
                 return await self._await_wrapper(wrapper_id, effect)
+
+    def _started_for(self, request_id: str | None) -> StartedFor | None:
+        if request_id is None:
+            return None
+        return StartedFor(request_id, self.allocator.request(request_id).measurement_id)
 
     def _versions_of(self, wrapper_id: str) -> str | None:
         report = self.reports.get(wrapper_id)

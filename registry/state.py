@@ -569,11 +569,15 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class DeployLLM:
-    """Make the wrapper run this LLM instead of any other. Answer: LLMDeployed, LLMDeployFailed."""
+    """Make the wrapper run this LLM instead of any other. Answer: LLMDeployed, LLMDeployFailed.
+
+    ``request_id`` is the request that causes the start, and pays for it; None for a preload.
+    """
 
     wrapper_id: str
     epoch: int
     spec: LLMSpec
+    request_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -440,24 +440,6 @@ class Store:
             sums = Sum(n, known_j, j or 0.0), Sum(n, known_o, o or 0.0), Sum(n, known_m, m or 0.0)
             yield whose, kind, Total(*sums, label)
 
-    def deployed_for(self, wrapper_id: str, begun_s: float, ended_s: float) -> tuple[str, int] | None:
-        """(request_id, measurement_id) of the request for which a wrapper started an LLM at that time; None: nobody's.
-
-        Raises:
-            StoreUnavailable: the database does not answer.
-        """
-        rows = REQUESTS.c
-        wanted = (
-            select(rows.request_id, rows.measurement_id)
-            .where(rows.wrapper_id == wrapper_id, rows.deploying_s <= ended_s)
-            .where(or_(rows.ended_s.is_(None), rows.ended_s > begun_s))
-            .order_by(rows.deploying_s.desc())
-            .limit(1)
-        )
-        with self._transaction() as connection:
-            row = connection.execute(wanted).one_or_none()
-        return None if row is None else (row.request_id, row.measurement_id)
-
     def forget(self, *, ended_before_s: float, limit: int) -> Forgotten:
         """Remove a part of what ended before this UTC second: at most ``limit`` (> 0) rows of each kind.
 

@@ -18,8 +18,8 @@ SPENT: Final = (WindowKind.PROMPT, WindowKind.IDLE, WindowKind.LOAD, WindowKind.
 """Kinds of windows that add up: each joule is in one of them. A lease window holds its process' prompts and idle time
 once more, and is there only if that process lived until the lease's end."""
 
-_SAME: Final = 1e-3
-"""Up to this relative difference two sums are the same joules."""
+_SAME: Final = 1e-9
+"""Up to this relative difference, which is rounding of floats, two sums are the same joules."""
 
 _RANK: Final = {label: rank for rank, label in enumerate(LABELS)}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from registry.state import KeptWindow, Request
+from registry.state import KeptWindow, Request, WindowKind
 from registry.totals import LABELS, SPENT, sum_of
 
 _PARTS: Final = {"gpu_j": ("gpu:",), "cpu_j": ("package-", "cpu-"), "dram_j": ("dram-",)}
@@ -185,3 +185,22 @@ def _parts(energy: Mapping[str, Any]) -> dict[str, float | None]:
         kind = next((name for name, begins in _PARTS.items() if component["name"].startswith(begins)), "other_j")
         parts[kind].append(component.get("joules"))
     return {name: sum_of(joules).value for name, joules in parts.items()}
+
+
+def held_windows(windows: Iterable[WindowReport]) -> list[WindowReport]:
+    """Return the windows of leases with their idle time: their lease windows, else their prompts and idle windows.
+
+    A counter tells little of a short idle window, and enough of the lease that it is in. The lease window is that of
+    one process: it stands for the lease if there was no other.
+    """
+    of_lease: dict[str | None, list[WindowReport]] = {}
+    for window in windows:
+        if window.kind in {WindowKind.PROMPT, WindowKind.IDLE, WindowKind.LEASE}:
+            of_lease.setdefault(window.requestId, []).append(window)
+    held = []
+    for own in of_lease.values():
+        leases = [window for window in own if window.kind == WindowKind.LEASE]
+        known = len(leases) == 1 and leases[0].joules is not None and leases[0].units is not None
+        whole = known and len({process_of(window.window) for window in own}) == 1
+        held += leases if whole else [window for window in own if window.kind != WindowKind.LEASE]
+    return held

@@ -15,7 +15,7 @@ from itertools import count
 
 from deployments.lease_gate import LeaseGate
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
-from registry.reconcile import Belief, HandOver, LeaseGrant, Observation, WrapperPlan, WrapperReport
+from registry.reconcile import Belief, HandOver, LeaseGrant, Observation, StartedFor, WrapperPlan, WrapperReport
 from registry.state import EnergyWindow, LLMSpec, Machine
 from tests.fake_counters import ManualClock
 
@@ -64,6 +64,8 @@ class FakeWrapper:
     idle_for_s: float = 0.0
     in_flight: int = 0
     starts: int = 0
+    started_for: StartedFor | None = None
+    """The request that the last start was begun for."""
     phase: str | None = None
     bind_flags: tuple[str, ...] = ()
     """What is not as it should be when a lease is bound here."""
@@ -198,7 +200,14 @@ class FakeCluster:
         await self._called(wrapper_id, "report")
         return report
 
-    async def deploy(self, wrapper_id: str, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
+    async def deploy(
+        self,
+        wrapper_id: str,
+        epoch: int,
+        spec: LLMSpec,
+        grant: LeaseGrant | None,
+        started_for: StartedFor | None = None,
+    ) -> None:
         wrapper = self._take(wrapper_id, epoch)
         if grant is None:
             self._end_lease(wrapper, "released")
@@ -207,6 +216,7 @@ class FakeCluster:
         if wrapper.spec != spec or (wrapper.start is None and not wrapper.runs):
             self._cancel_start(wrapper)
             wrapper.spec, wrapper.runs, wrapper.died = spec, False, None
+            wrapper.started_for = started_for
             wrapper.start = asyncio.create_task(self._start(wrapper, spec))
         start = wrapper.start
         if start is None:

@@ -209,7 +209,7 @@ class HttpRegistry:
             if last not in self.requests:
                 return error(404, "unknown_request")
             if self.requests[last].status == "queued" and self.open[0].requestId == last:
-                update = {"status": "deployed", "url": f"{self.url}/wrappers/{last}"}
+                update = {"status": "deployed", "url": f"{self.url}/wrappers/{last}", "deployedAt": CREATED}
                 self.requests[last] = self.requests[last].model_copy(update=update)
             self.requests[last] = self.on_poll(self.requests[last])
             return 200, self.requests[last].model_dump()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deployments import meter as meter_module
 from deployments import prompt_meter
 from deployments.energy import Label
 from deployments.energy_sources import Source, Unreadable
@@ -35,6 +36,7 @@ class Bench:
         self.stepped_s = 0.0
         """By how much the wall clock was set since."""
         found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:GPU-x", label=Label.SIMULATED),)
+        monkeypatch.setattr(meter_module, "PERIOD_S", 0.0)  # others are looked for with each poll
         monkeypatch.setattr(prompt_meter, "_sources", lambda *_: list(found))
         monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
         chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}

@@ -74,7 +74,7 @@ class SimulatedWrapper:
             case UnbindLease():
                 self.token = None
                 return []
-            case DeployLLM(wrapper_id, epoch, spec):
+            case DeployLLM(wrapper_id, epoch, spec, _):
                 # A lease that waits for its LLM to come back stays; its holder is told to try again.
                 self.token = None if lease is None else lease.token
                 if self.running == spec:

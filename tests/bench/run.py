@@ -17,6 +17,7 @@ PARTS = {
     "engine": "tests.bench.engine",
     "kills": "tests.bench.kills",
     "meter": "tests.bench.meter_overhead",
+    "reads": "tests.bench.reads",
     "simulation": "tests.bench.simulation",
 }
 

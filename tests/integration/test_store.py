@@ -563,18 +563,6 @@ def test_costs_of_a_tenant(store: Store):
     assert {kind: total.joules.value for kind, total in costs.items()} == {WindowKind.LEASE: 1100.0}
 
 
-def test_for_whom_an_llm_was_started(store: Store):
-    """The latest request that the wrapper was deploying for before the start was over, unless it had ended before."""
-    begun = [replace(REQUEST, request_id=f"r-{n}", wrapper_id="w-1", deploying_s=10.0 * n) for n in (1, 2, 3)]
-    ended = replace(begun[2], request_id="r-4", deploying_s=35.0, ended_s=40.0)
-    store.commit(Changes(measurements=(MEASUREMENT,), requests=(*begun, ended)))
-    assert store.deployed_for("w-1", 20.5, 29.0) == ("r-2", 7)
-    assert store.deployed_for("w-1", 36.0, 39.0) == ("r-4", 7)
-    assert store.deployed_for("w-1", 41.0, 49.0) == ("r-3", 7)
-    assert store.deployed_for("w-1", 1.0, 9.0) is None
-    assert store.deployed_for("w-2", 20.5, 29.0) is None
-
-
 def test_old_windows_are_forgotten(store: Store):
     """What ended before the given second goes, what ended then stays."""
     old, new = window(1, begun_s=10.0, seconds=2), window(2, begun_s=11.0, seconds=2)

@@ -23,7 +23,7 @@ from registry.errors import (
     WrapperUnheard,
     WrapperUnreachable,
 )
-from registry.reconcile import Belief, HandOver, LeaseGrant, Observation, WrapperPlan, WrapperReport
+from registry.reconcile import Belief, HandOver, LeaseGrant, Observation, StartedFor, WrapperPlan, WrapperReport
 from registry.settings import Settings
 from registry.state import LLMSpec, Machine
 
@@ -122,7 +122,9 @@ class Process:
             moment=self.gate.moment,
         )
 
-    async def deploy(self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
+    async def deploy(
+        self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None, started_for: StartedFor | None = None
+    ) -> None:
         """As LLMWrapper.deploy."""
         async with self._command(epoch):
             if grant is None:
@@ -440,10 +442,17 @@ class SimulatedCluster:
         report: WrapperReport = await self._ask(wrapper_id, "report", belief, limit_s=limit_s)
         return report
 
-    async def deploy(self, wrapper_id: str, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
+    async def deploy(
+        self,
+        wrapper_id: str,
+        epoch: int,
+        spec: LLMSpec,
+        grant: LeaseGrant | None,
+        started_for: StartedFor | None = None,
+    ) -> None:
         wrappers = self.settings.wrappers
         limit_s = self._last_prompt_s + wrappers.deploy_timeout_s + wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
-        await self._ask(wrapper_id, "deploy", epoch, spec, grant, limit_s=limit_s)
+        await self._ask(wrapper_id, "deploy", epoch, spec, grant, started_for, limit_s=limit_s)
 
     async def stop(self, wrapper_id: str, epoch: int) -> None:
         await self._ask(

@@ -63,3 +63,28 @@ def test_memory_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert activity.known_from_s == 9.5
     assert activity.busy_s(9.5, 30.0) == pytest.approx(11 * 0.5)
     assert next(activity.idle(-math.inf, 10.0)) == (9.5, 10.0)
+
+
+def test_gaps_are_told_whole() -> None:
+    """Work from 2 to 3 s and from 5 to 6 s: from 2.5 to 5.5 s there is one gap, of 3 to 5 s; the last has no end."""
+    activity = Activity()
+    for begin_s in (2.0, 5.0):
+        activity.begin(begin_s)
+        activity.end(begin_s + 1)
+    assert list(activity.gaps(2.5, 5.5)) == [(3.0, 5.0)]
+    assert list(activity.gaps(1.0, 2.5)) == [(-math.inf, 2.0)]
+    assert list(activity.gaps(4.0, 7.0)) == [(3.0, 5.0), (6.0, math.inf)]
+    assert list(activity.gaps(2.1, 2.9)) == []
+    activity.begin(8.0)
+    assert list(activity.gaps(7.0, 9.0)) == [(6.0, 8.0)]
+
+
+def test_lengths_of_the_work_near_a_time() -> None:
+    """Work from 2 to 3 s, and from 5 s on: what overlaps a time or touches it is told by its whole length."""
+    activity = Activity()
+    activity.begin(2.0)
+    activity.end(3.0)
+    activity.begin(5.0)
+    assert list(activity.lengths_s(3.0, 4.0)) == [1.0]
+    assert list(activity.lengths_s(3.1, 4.9)) == []
+    assert list(activity.lengths_s(0.0, 9.0)) == [1.0, math.inf]

@@ -58,7 +58,7 @@ def test_a_request_is_granted_in_the_decision_that_accepts_it():
     scene = Scene()
     scene.machine()
     scene.ask(1, "A", "B")
-    assert [*scene.effects] == [DeployLLM("m-0", 1, llm("A"))]
+    assert [*scene.effects] == [DeployLLM("m-0", 1, llm("A"), "1a")]
     assert (scene.status("1a"), scene.status("1b")) == (R.DEPLOYING, R.QUEUED)
     assert scene.request("1a").machine_id == scene.measurement(1).machine_id == "m"
 

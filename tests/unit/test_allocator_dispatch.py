@@ -179,7 +179,7 @@ def test_4_the_least_recently_used_llm_is_evicted():
     scene.leave_ready("A", "m-0", 1)
     scene.leave_ready("B", "m-1", 2)
     scene.ask(3, "C")
-    assert [*scene.effects] == [DeployLLM("m-0", 4, llm("C"))]
+    assert [*scene.effects] == [DeployLLM("m-0", 4, llm("C"), "3a")]
 
 
 def test_4_an_llm_that_somebody_in_the_queue_wants_is_spared():
@@ -219,7 +219,7 @@ def test_5_a_start_for_nobody_is_cut_short_at_last():
     scene.ask(1, "A")
     scene.release("1a")
     scene.ask(2, "B")
-    assert [*scene.effects] == [DeployLLM("m-0", 2, llm("B"))]
+    assert [*scene.effects] == [DeployLLM("m-0", 2, llm("B"), "2a")]
     assert scene.request_on("m-0") == "2a"
 
 

@@ -202,7 +202,7 @@ def test_an_llm_that_dies_under_a_lease_is_started_again_for_it():
     before = scene.allocator.lease_of("1a")
     assert before is not None
     scene.tell(LLMDied("m-0", scene.wrapper().epoch, "killed"))
-    assert [*scene.effects] == [DeployLLM("m-0", 3, llm("A"))]
+    assert [*scene.effects] == [DeployLLM("m-0", 3, llm("A"), "1a")]
     assert (scene.status("1a"), scene.request("1a").reason) == (R.DEPLOYING, "killed")
     assert scene.measurement(1).flags == ("engine_restarted",)
     scene.now_s += 50
@@ -275,7 +275,7 @@ def test_a_new_wrapper_serves_once_it_has_started():
     assert (wrapper.status, wrapper.url, wrapper.gpus, wrapper.machine_id) == (W.STARTING, "http://w", 2, "m")
     assert scene.status("1a") is R.QUEUED
     scene.tell(WrapperStarted("w", 7))
-    assert [*scene.effects] == [DeployLLM("w", 8, llm("A"))]
+    assert [*scene.effects] == [DeployLLM("w", 8, llm("A"), "1a")]
 
 
 def test_a_wrapper_with_nothing_to_do_gets_its_home_llm():
@@ -293,7 +293,7 @@ def test_those_who_wait_go_before_the_home_llm():
     scene = Scene()
     scene.ask(1, "A")
     scene.machine(home=llm("H"))
-    assert [*scene.effects] == [DeployLLM("m-0", 1, llm("A"))]
+    assert [*scene.effects] == [DeployLLM("m-0", 1, llm("A"), "1a")]
 
 
 def test_a_home_llm_that_does_not_fit_is_not_tried():
@@ -410,7 +410,7 @@ def test_commands_are_newer_than_anything_the_wrapper_has_seen():
     """A wrapper that knows a later epoch than the record gets a later one still."""
     scene = deploying()
     scene.tell(WrapperStarted("m-0", 40, None))
-    assert [*scene.effects] == [DeployLLM("m-0", 41, llm("A"))]
+    assert [*scene.effects] == [DeployLLM("m-0", 41, llm("A"), "1a")]
 
 
 # --- wrappers that are created anew ------------------------------------------------------------------------
@@ -425,7 +425,7 @@ def test_a_wrapper_created_anew_keeps_its_lease():
     assert (scene.status("1a"), scene.request("1a").reason) == (R.DEPLOYING, "wrapper m-0 is created anew")
     assert scene.measurement(1).flags == ("engine_restarted",)
     scene.tell(WrapperStarted("m-0"))
-    assert [*scene.effects] == [DeployLLM("m-0", 3, llm("A"))]
+    assert [*scene.effects] == [DeployLLM("m-0", 3, llm("A"), "1a")]
     scene.hand_over()
     assert scene.status("1a") is R.DEPLOYED
     assert scene.allocator.lease_of("1a") == lease

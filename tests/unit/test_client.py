@@ -13,10 +13,8 @@ import stamina
 from pydantic import TypeAdapter
 
 from registry import client as client_module
-from registry.api import MAX_WAIT_S, RequestState
+from registry.api import MAX_WAIT_S, PROMPT_HEADER, WARMUP_HEADER, RequestState
 from registry.client import (
-    PROMPT_HEADER,
-    WARMUP_HEADER,
     AnswerError,
     HeldLease,
     RegistryClient,

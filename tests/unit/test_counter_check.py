@@ -148,6 +148,11 @@ class Hardware:
             self.joules += step_s * (min(watts, 100) + self.part * max(watts - 100, 0))
             self.meter.poll_once()
 
+    def prompt(self, seconds: float, watts: float) -> None:
+        self.meter.work_begins(self.clock.now_s)
+        self.run(seconds, watts)
+        self.meter.work_ends(self.clock.now_s)
+
     @property
     def checks(self) -> list[Any]:
         found: Any = self.meter.describe()["checks"]
@@ -172,6 +177,57 @@ def test_counter_that_is_wrong_under_load_is_found() -> None:
     assert (idle["agrees"], idle["loaded"]) == (True, False)
     assert (loaded["agrees"], loaded["loaded"]) == (False, True)
     assert loaded["counter_j"] / loaded["power_j"] == pytest.approx(460 / 700, rel=0.01)
+
+
+def test_counter_that_is_wrong_in_short_prompts_is_found() -> None:
+    """A prompt of 1 s every minute: the power is looked at beside each, and after 30 of them it is found.
+
+    Each takes 700 J, and the counter counts 460 J. Until its step after the next second it counts 1.1 s more of 100 W:
+    570 J. The power told 700 J, 40 J while it fell within a step, and 100 J: 840 J.
+    """
+    gpu = Hardware()
+    gpu.part = 0.6
+    gpu.run(60, 100)
+    for prompt in range(31):
+        assert not (gpu.disagrees() and prompt < 30)
+        gpu.prompt(1, 700)
+        gpu.run(59, 100)
+    assert gpu.disagrees()
+    loaded = gpu.checks[-1]
+    assert loaded["loaded"]
+    assert loaded["counter_j"] / loaded["power_j"] == pytest.approx(570 / 840, rel=0.01)
+
+
+def test_short_prompts_of_a_right_counter_agree() -> None:
+    """The same prompts with a counter that is right: no disagreement, and the power is not looked at any more."""
+    gpu = Hardware()
+    gpu.run(60, 100)
+    for _ in range(31):
+        gpu.prompt(1, 700)
+        gpu.run(59, 100)
+    assert gpu.checks[-1]["loaded"]
+    assert not gpu.disagrees()
+    asked = gpu.asked
+    gpu.prompt(5, 700)
+    assert gpu.asked - asked <= 1
+
+
+def test_counter_that_disagrees_is_no_measurement() -> None:
+    """A counter that counted 460 W of 700 W: a window of 10 s is modelled, and its bounds contain 7,000 J.
+
+    4,600 J are told. The power says 7,000 of 4,600, or, if the counter is right when idle, 600 of 360 above 100 W.
+    """
+    gpu = Hardware()
+    gpu.part = 0.6
+    gpu.run(60, 100)
+    gpu.run(60, 700)
+    energy = gpu.meter.window(gpu.clock.now_s - 12, gpu.clock.now_s - 2)
+    assert (energy.label, energy.counter_label) == (Label.MODELED, Label.MEASURED)
+    assert energy.total_j == pytest.approx(4600, rel=0.02)
+    assert energy.low_j == pytest.approx(4600, rel=0.02)
+    assert energy.high_j == pytest.approx(4600 * 600 / 360 * 1.05, rel=0.03)
+    assert energy.systematic_j is not None
+    assert energy.systematic_j >= 7000 - 4600
 
 
 def test_disagreement_holds_at_rest_until_load_tells_otherwise() -> None:

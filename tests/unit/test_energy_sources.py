@@ -374,6 +374,19 @@ def test_model_is_idle_share_plus_cpu_time(probe: Probe) -> None:
     assert "a data sheet" in source.origin
 
 
+def test_model_of_more_cpus_than_are_reserved(probe: Probe) -> None:
+    """4 CPUs are reserved and 8 are used for 10 s; 1 to 9 W idle, 10 W busy. Idle time is 40 - 80 = -40 CPU-seconds.
+
+    So 800 J - 40 s of idle power: 440 J with 9 W, 600 J with 5 W, 760 J with 1 W.
+    """
+    model = CPUModel(5.0, 10.0, 1.0, 9.0, 10.0, 10.0, "a data sheet")
+    [source] = [s for s in probe(cpu_model=model) if isinstance(s, CPUModelSource)]
+    assert source.joules(10.0, 80.0) == pytest.approx((440.0, 600.0, 760.0))
+    unlike = CPUModel(5.0, 10.0, 1.0, 9.0, 2.0, 10.0, "a data sheet")
+    [source] = [s for s in probe(cpu_model=unlike) if isinstance(s, CPUModelSource)]
+    assert source.joules(10.0, 80.0).low == 0.0
+
+
 def test_model_reads_the_process_tree(probe: Probe, proc: Path) -> None:
     """The model's units are the CPU-seconds of the wrapper's processes."""
     [source] = [s for s in probe(cpu_model=MODEL) if isinstance(s, CPUModelSource)]

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deployments import energy_log, window_writer
+from deployments import energy_log, flights, window_writer
 from deployments.energy import Label
 from deployments.energy_sources import Unreadable
 from registry.errors import BudgetUsed
-from registry.reconcile import LeaseGrant
+from registry.reconcile import LeaseGrant, StartedFor
 from registry.state import EnergyWindow, WindowKind
 from tests.fake_counters import FakeCounter, PowerCurve, Ticks
 from tests.meter_bench import EMBODIED, LEASE, OTHER, UTC_S, WATTS, Bench, detail, of_kind
@@ -83,6 +83,26 @@ async def test_record_of_a_prompt(make: Make) -> None:
     assert found["methods"] == {"E": "simulated", "I": "sourced", "M": "sourced", "R": "measured"}
     assert (window.total_j, window.o_g, window.m_g) == (found["energy"]["total_j"], found["o_g"], found["m_g"])
     assert window.label == "simulated"
+
+
+async def test_start_names_the_request_that_it_is_for(make: Make) -> None:
+    """A load for request-9 and a wake for request-8 name these; a preload of 2 s and 200 J names no request."""
+    made = make()
+    with made.meter.load("org/tiny", StartedFor("request-9", 4)):
+        made.passes(5.0)
+    with made.meter.load("org/other", StartedFor("request-8", 3)) as start:
+        made.passes(1.0)
+        start.woken = True
+    with made.meter.load("org/tiny"):
+        made.passes(2.0)
+    windows = await made.windows()
+    first, preload = of_kind(windows, WindowKind.LOAD)
+    (wake,) = of_kind(windows, WindowKind.WAKE)
+    assert (first.request_id, first.measurement_id) == ("request-9", 4)
+    assert (wake.request_id, wake.measurement_id) == ("request-8", 3)
+    assert (preload.request_id, preload.measurement_id) == (None, None)
+    assert preload.total_j == pytest.approx(200, rel=0.05)
+    assert detail(first)["ids"]["request_id"] == "request-9"
 
 
 async def test_start_is_charged_to_the_deployment(make: Make) -> None:
@@ -235,6 +255,43 @@ async def test_cached_tokens_that_one_prompt_does_not_tell(make: Make) -> None:
     cached = [detail(window)["tokens"]["cached"] for window in of_kind(windows, WindowKind.PROMPT)]
     [lease] = of_kind(windows, WindowKind.LEASE)
     assert (cached, detail(lease)["tokens"]) == ([0, None], {"prompt": 12, "cached": None, "output": 8})
+
+
+async def test_long_prompt_beside_more_than_is_remembered(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and idle time add up to their lease however many come and go beside a long prompt.
+
+    100 W that rise to 400 W in the middle of 180 s. One prompt takes 150 s, beside a short one every second: 300
+    changes, of which 100 are remembered. What the long one had of the others is summed up before it is forgotten.
+    """
+    monkeypatch.setattr(flights, "REMEMBERED_CHANGES", 100)
+    made = make(
+        FakeCounter(lambda now_s: 100 * now_s + 300 * max(now_s - 1090, 0), name="gpu:x", label=Label.SIMULATED)
+    )
+    made.bind(LEASE)
+    made.passes(2.0)
+    long = made.meter.begin()
+    remembered: list[int] = []
+    windows: tuple[EnergyWindow, ...] = ()
+    for second in range(150):
+        made.passes(0.5)
+        made.prompt(0.5, (second % 7, 1 + second % 5))
+        if second % 5 == 0:
+            await made.windows()
+            remembered.append(len(made.meter._flights))
+    made.end(long, (100, 3000))
+    made.passes(2.0)
+    made.bind(None)
+    made.passes(31.0)
+    windows = await made.windows()
+    [lease] = of_kind(windows, WindowKind.LEASE)
+    prompts = of_kind(windows, WindowKind.PROMPT)
+    parts_j = [w.total_j for w in windows if w.request_id and w.kind in (WindowKind.PROMPT, WindowKind.IDLE)]
+    assert None not in parts_j
+    assert sum(part_j or 0 for part_j in parts_j) == pytest.approx(lease.total_j, rel=1e-9)
+    assert max(remembered) <= 2 * 100
+    [kept] = [detail(prompt) for prompt in prompts if detail(prompt)["tokens"]["output"] == 3000]
+    assert kept["in_flight"]["max"] == 2
+    assert kept["in_flight"]["mean"] == pytest.approx(1 + 150 * 0.5 / kept["duration_s"], rel=1e-3)
 
 
 async def test_without_counters_nothing_is_measured(make: Make) -> None:
@@ -408,6 +465,7 @@ async def test_lease_and_start_shorter_than_the_counter(make: Make) -> None:
     made.bind(LEASE)
     made.prompt(0.1)
     made.bind(None)
+    made.passes(0.5)  # until the power after the prompt is known
     windows = await made.windows()
     [load], [lease], [prompt] = (
         of_kind(windows, kind) for kind in (WindowKind.LOAD, WindowKind.LEASE, WindowKind.PROMPT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from deployments.energy import CPUModel, Energy, Label, SCISettings
 from deployments.energy_sources import probe_sources
 from deployments.gpu_counters import GPUPower
 from deployments.meter import Meter
-from deployments.source import CounterLost, Source, Unreadable
+from deployments.source import CounterLost, ReadFailed, Source, Unreadable
 from tests.fake_counters import UUID, FakeGPU, FakeNVML, ManualClock, PowerCurve, install_nvml, write_zone
 
 IDLE_W, BUSY_W = 100.0, 600.0
@@ -49,8 +50,11 @@ def sampled(gpu: FakeGPU, busy_for_s: float, *, instant: bool) -> Callable[[floa
     [source] = [source for source in probe_sources_of(gpu) if isinstance(source, GPUPower)]
     meter = Meter([source], clock=clock)
     for clock.now_s in [1001 + tick / 20 for tick in range(600)]:
+        if clock.now_s == BUSY_S:
+            meter.work_begins(BUSY_S)
         show()
         meter.poll_once()
+    meter.work_ends(BUSY_S + busy_for_s)
     return meter.window
 
 
@@ -114,6 +118,37 @@ def test_errors_of_samples_add_up_and_are_in_the_bounds(gpu: FakeGPU, tmp_path: 
     assert energy.low_j <= true_j <= energy.high_j
 
 
+@pytest.mark.parametrize(("length_s", "gap_s"), [(0.06, 0.04), (0.5, 0.33)])
+def test_power_of_the_moment_is_missed_between_two_samples(gpu: FakeGPU, length_s: float, gap_s: float) -> None:
+    """A GPU's power is renewed every 100 ms and read every 50: hard bounds hold for what falls between, too.
+
+    Prompts of 60 ms at 600 W every 100 ms lie between two renewals: all samples say 100 W, so 6 J of a true 36 J. They
+    may be wrong by the limit of 1.2 · 700 W for 0.15 s, 126 J: `too_short`. One of 0.5 s is seen, and may be told for
+    0.15 s too long or too short, 500 W · 0.15 s = 75 J.
+    """
+    clock, steps = ManualClock(1000.0), [(1.07, IDLE_W)]
+    prompts = [1001.07 + number * (length_s + gap_s) for number in range(40)]
+    steps += [(length_s, BUSY_W), (gap_s, IDLE_W)] * 40
+    curve = PowerCurve(1000.0, [*steps, (5.0, IDLE_W)])
+    gpu.power_mw = gpu.instant_mw = 100_000
+    [source] = [source for source in probe_sources_of(gpu) if isinstance(source, GPUPower)]
+    meter = Meter([source], clock=clock)
+    changes = [(at_s, begins) for begin_s in prompts for at_s, begins in ((begin_s, 1), (begin_s + length_s, 0))]
+    for clock.now_s in [1000.0 + tick / 20 for tick in range(round((prompts[-1] - 998) * 20))]:
+        while changes and changes[0][0] <= clock.now_s:
+            at_s, begins = changes.pop(0)
+            (meter.work_begins if begins else meter.work_ends)(at_s)
+        renewed_s = 1000.05 + round((clock.now_s - 1000.05) * 10 - 0.49) / 10
+        gpu.instant_mw = round((curve.joules(renewed_s) - curve.joules(renewed_s - 1e-4)) * 1e7)
+        meter.poll_once()
+    for begin_s in prompts[1:]:
+        energy = meter.window(begin_s, begin_s + length_s, estimate_short=True)
+        assert energy.low_j is not None
+        assert energy.high_j is not None
+        assert energy.low_j <= BUSY_W * length_s <= energy.high_j
+        assert ("too_short" in energy.flags) == (length_s < 0.1)
+
+
 def test_sample_beyond_the_limit_is_no_power(gpu: FakeGPU) -> None:
     """A sample of 10 kW from a GPU of 700 W is a hole, not 500 J in 50 ms."""
     [source] = [source for source in probe_sources_of(gpu) if isinstance(source, GPUPower)]
@@ -164,3 +199,30 @@ def test_other_gpus_are_no_modules(gpu: FakeGPU, tmp_path: Path, name: str) -> N
     write_zone(tmp_path / "powercap", "intel-rapl:0", "package-0")
     names = [source.name for source in probed(tmp_path) if isinstance(source, Source)]
     assert names == [f"gpu:{UUID}", "package-0"]
+
+
+@pytest.mark.parametrize(("second_mj", "joules"), [(5_000_000, 4.0), (9_000_000, 8.0)])
+def test_two_gpus_of_one_module_are_counted_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, second_mj: int, joules: float
+) -> None:
+    """Two GPUs of a GB200 show one counter, which rises by 1 J a poll: 4 J, not 8 J, and it is told.
+
+    Where the second shows another counter, it is that of another module: both are counted.
+    """
+    gpus = FakeGPU(), FakeGPU("GPU-2")
+    for gpu in gpus:
+        gpu.name = "NVIDIA GB200"
+    gpus[1].energy_mj = second_mj
+    install_nvml(monkeypatch, FakeNVML(*gpus))
+    settings = SCISettings(1.0, "output_token", allow_estimates=False)
+    found = probe_sources([gpu.uuid for gpu in gpus], pid=1, settings=settings, powercap_root=tmp_path)
+    [source] = [source for source in found if isinstance(source, Source)]
+    told = []
+    for _ in range(8):
+        with suppress(ReadFailed):
+            told.append(source.read(0.0))
+        for gpu in gpus:
+            gpu.energy_mj = (gpu.energy_mj or 0) + 1000
+    assert told[-1] - told[-5] == pytest.approx(joules)
+    assert ("counted once" in source.origin) is (joules == 4.0)
+    assert source.covers_cpu

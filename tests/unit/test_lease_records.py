@@ -183,14 +183,16 @@ async def test_a_start_is_not_inside_the_counted_stretch(make: Make) -> None:
 
 
 async def test_counted_stretch_that_is_not_clean_says_so(make: Make) -> None:
-    """A warm-up inside is flagged, and a prompt of unknown tokens leaves its tokens unknown, not its joules."""
+    """A warm-up inside is flagged, also at the lease; a prompt of unknown tokens has known joules."""
     made = make()
     made.bind(LEASE)
     made.prompt(1.0)
     made.prompt(1.0, warmup=True)
     made.prompt(1.0, tokens=None)
     made.bind(None)
-    counted = lease_of(await made.windows())["counted"]
+    lease = lease_of(await made.windows())
+    counted = lease["counted"]
+    assert {"warmup_inside", "tokens_unknown"} <= set(lease["flags"])
     assert (counted["output_tokens"], counted["units"], counted["prompts"]) == (None, None, 2)
     assert counted["total_j"] == pytest.approx(300.0)
     assert {"warmup_inside", "tokens_unknown"} <= set(counted["flags"])

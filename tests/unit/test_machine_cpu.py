@@ -11,6 +11,7 @@ import pytest
 from deployments.cpu_quota import cpus_here
 from deployments.cpu_time import TICKS_PER_S
 from deployments.machine_cpu import MachineCPU
+from deployments.machine_share import CPUPart, MachineShare
 from deployments.meter import Meter
 from tests.fake_counters import FakeCounter, ManualClock, end_process, write_busy, write_process
 
@@ -78,7 +79,7 @@ def test_new_processes_of_a_wrapper_are_no_strangers(proc: Path, use: Use) -> No
 def test_load_of_others_flags_the_windows_in_it(proc: Path, use: Use) -> None:
     """A load of 72 on 2 cores was never seen. Windows in the seconds of a stranger's work are contended, others not.
 
-    The first look has nothing to compare with, so it says that it does not know.
+    The first look has nothing to compare with, so it does not know what was before; the second knows what was since.
     """
     clock = ManualClock()
     source = FakeCounter(lambda now_s: 100 * now_s)
@@ -91,7 +92,8 @@ def test_load_of_others_flags_the_windows_in_it(proc: Path, use: Use) -> None:
     assert "contended" in meter.window(1002.0, 1009.0).flags
     assert "contended" not in meter.window(1001.5, 1003.0).flags
     assert "contended" not in meter.window(1007.5, 1009.0).flags
-    assert "contention_unknown" in meter.window(1000.1, 1000.9).flags
+    assert "contention_unknown" in meter.window(1000.0, 1000.9).flags
+    assert "contention_unknown" not in meter.window(1000.1, 1000.9).flags
     assert "contention_unknown" not in meter.window(1002.5, 1009.0).flags
 
 
@@ -170,3 +172,22 @@ def test_quota_of_a_container_counts(tmp_path: Path, files: dict[str, str], cpus
 def test_cpus_of_this_process() -> None:
     """Without a quota it is what the process may run on; there is always some."""
     assert 0 < cpus_here() <= len(os.sched_getaffinity(0))
+
+
+# --- shares ------------------------------------------------------------------------------------------------
+
+
+def test_all_counters_of_a_poll_are_divided_alike(proc: Path, use: Use) -> None:
+    """Two zones of 100 J a poll are read 20 ms apart, and CPU time goes on in between: both are divided alike.
+
+    We use 3 of 4 CPU-seconds, so by reservation (1/2) and CPU time (3/4) our share is 62.5 J of each.
+    """
+    part = CPUPart(MachineCPU(ME, others=lambda: {OTHER: 100}, proc_root=proc), on_machine=2)
+    zones = [MachineShare(FakeCounter(lambda now_s: 100 * now_s), part, "mean") for _ in range(2)]
+    for zone in zones:
+        zone.read(1000.0)
+    use(me_s=3.0, other_s=1.0)
+    first = zones[0].read(1001.0)
+    use(other_s=9.0)
+    second = zones[1].read(1001.02)
+    assert (first, second) == pytest.approx((62.5, 62.5 * 1.02))

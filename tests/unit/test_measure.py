@@ -24,11 +24,14 @@ from rich.console import Console
 from deployments import measure as measure_module
 from deployments.experiment import load_plan
 from deployments.measure import MAX_BARREN_LEASES, PROMPT_TRIES, run_measure, said
+from deployments.results import Results
 from registry.api import RequestState
 from registry.client import AnswerError
 from registry.errors import BadSettings
 from registry.figures import figures_of
+from registry.state import WindowKind
 from registry.window_report import WindowReport
+from tests.energy_windows import record
 from tests.fake_registry_http import CREATED, HttpRegistry, Reply, error
 
 LIMIT_S = 60
@@ -96,6 +99,31 @@ def test_everything_is_asked_once(measure: Measure, registry: HttpRegistry, tmp_
     assert [len(body["llms"]) for body in registry.posted] == [2, 2]
     assert len({body["measurementId"] for body in registry.posted}) == 1
     assert all(registry.keys)
+
+
+def test_the_next_repetition_is_asked_for_before_the_last_llm_is_given_back(
+    measure: Measure, registry: HttpRegistry, tmp_path: Path
+) -> None:
+    """A measurement that always holds or waits for something keeps its machine and its place in the queue."""
+    statuses: list[list[str]] = []
+    registry.on_post = lambda: statuses.append([state.status for state in registry.requests.values()])
+    assert measure(repetitions=3)
+    held = ["released", "deployed"]
+    assert statuses == [[], held, ["released", "released", *held]]
+    assert every_prompt_once(tmp_path / "out", repetitions=3)
+    assert [state.status for state in registry.requests.values()] == ["released"] * 6
+
+
+def test_a_repetition_that_is_refused_ahead_is_asked_for_later(
+    measure: Measure, registry: HttpRegistry, tmp_path: Path
+) -> None:
+    """A full queue in the middle costs nothing that was answered: the next repetition is asked for once more."""
+    refusals = iter([None, error(409, "not_now"), None])
+    registry.on_post = lambda: next(refusals)
+    assert measure(repetitions=2)
+    assert "Repetition 2 is asked for later" in measure.shown
+    assert every_prompt_once(tmp_path / "out", repetitions=2)
+    assert [state.status for state in registry.requests.values()] == ["released"] * 4
 
 
 def test_line_has_all_that_is_known(measure: Measure, registry: HttpRegistry, tmp_path: Path) -> None:
@@ -221,6 +249,31 @@ def test_the_summary_is_that_of_the_final_windows(
     assert found == asdict(report.joules_per_token)
     assert figures["gco2eq_per_unit"] == asdict(report.gco2eq_per_unit)
     assert (found["leases"], found["prompts"], figures["warmups"], llm["provisional"]) == (2, 5, 4, 0)
+
+
+def test_a_lease_that_a_dead_run_did_not_note_is_in_the_summary(
+    measure: Measure, registry: HttpRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run dies between a hand-over and its note of it; the lease idles, 30 kJ. The next run ends it and counts it.
+
+    The report has 30,100 J per 50 tokens with idle time: 5 prompts of 20 J and 10 tokens. So has the summary.
+    """
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, "add_lease", dies)
+        with pytest.raises(KeyboardInterrupt):
+            measure(llms=["org/a"])
+    registry._measured(record(1000, WindowKind.IDLE, request_id="r0", joules=30e3))
+    assert measure(llms=["org/a"])
+    (llm,) = summary_of(tmp_path / "out")["llms"]
+    (figures,) = llm["figures"]
+    (report,) = figures_of(registry.windows)
+    assert figures["with_idle"] == asdict(report.with_idle)
+    assert figures["with_idle"]["leases"] == 2
+    assert [line["requestId"] for line in lines(tmp_path / "out", "leases.jsonl")] == ["r1", "r0"]
 
 
 def test_windows_are_kept_once_with_the_name_of_their_prompt(

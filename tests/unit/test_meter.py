@@ -161,7 +161,7 @@ def test_counter_that_falls_silent(run: Run, clock: ManualClock) -> None:
 
 
 def test_provisional_until_settled(run: Run, clock: ManualClock) -> None:
-    """A window that ends now is told at once, provisionally; later it is final and sharper."""
+    """A window that ends now is told at once, provisionally; later it is sharper, and final after a look for others."""
     meter = run(steady(100.0, limit_w=400.0))
     end_s = meter.mark()
     now = meter.window(1001.0, end_s)
@@ -169,6 +169,7 @@ def test_provisional_until_settled(run: Run, clock: ManualClock) -> None:
     assert "provisional" in now.flags
     poll(meter, clock, 0.2)
     later = meter.window(1001.0, end_s)
+    poll(meter, clock, 1.0)
     assert meter.settled(end_s)
     assert "provisional" not in later.flags
     assert now.total_j == pytest.approx(400.0)
@@ -266,8 +267,72 @@ def test_contended(run: Run, clock: ManualClock) -> None:
     poll(meter, clock, 3.0)
     assert "contended" in meter.window(1001.0, 1004.5).flags
     assert "contended" in meter.window(1003.4, 1003.9).flags
-    assert "contended" not in meter.window(1000.1, 1001.5).flags
+    assert "contended" not in meter.window(1000.1, 1000.9).flags
     assert "contended" not in meter.window(1005.5, 1006.5).flags
+
+
+def test_final_windows_know_of_others_at_work(run: Run, clock: ManualClock) -> None:
+    """While others work all the time every final window says so: it is final only after a look for others.
+
+    They are looked for each second, and the counter moves on with each poll.
+    """
+    source = steady(100.0, name="gpu:x")
+    meter = run(source, seconds=0.5)
+    poll(meter, clock, 1.0)
+    source.others = True
+    waiting: list[float] = []
+    final = 0
+    for _ in range(60):
+        waiting.append(clock.now_s)
+        poll(meter, clock, 0.1)
+        while waiting and meter.settled(waiting[0]):
+            end_s = waiting.pop(0)
+            assert "contended" in meter.window(end_s - 0.04, end_s, final=True).flags
+            final += 1
+    assert final > 40
+
+
+def test_look_that_fails_is_not_known(clock: ManualClock) -> None:
+    """No file descriptors left for a look at others: then it can't be told, and counters are read on."""
+
+    def no_files() -> bool:
+        raise OSError(24, "Too many open files")
+
+    meter = Meter([steady(100.0)], clock=clock, others_worked=no_files)
+    poll(meter, clock, 3.0)
+    energy = meter.window(1000.5, 2.0 + 1000.0)
+    assert energy.total_j == pytest.approx(150.0, rel=0.1)
+    assert "contention_unknown" in energy.flags
+
+
+def test_source_that_raises_anything_stops_no_other(clock: ManualClock) -> None:
+    """A driver's own exception, in a reading or in a power limit, costs that source an edge; others are read on."""
+
+    class Broken(FakeCounter):
+        def read_limit(self) -> None:
+            raise ZeroDivisionError
+
+    broken, whole = Broken(lambda _: ZeroDivisionError("of a driver"), name="gpu:x"), steady(100.0)
+    meter = Meter([broken, whole], clock=clock)
+    poll(meter, clock, 12.0)
+    told = meter.describe()["sources"]
+    assert told[0]["failures"] > 200  # type: ignore[index]
+    assert "ZeroDivisionError" in told[0]["last_error"]  # type: ignore[index]
+    assert told[1]["failures"] == 0  # type: ignore[index]
+
+
+def test_poller_that_died_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A health check passes before the start, while it polls and after a stop; not when the poller has died."""
+    meter = Meter([FakeCounter(lambda now_s: now_s)], poll_s=0.001)
+    meter.check()
+    monkeypatch.setattr(meter, "_run", lambda: None)
+    meter.start()
+    assert meter._thread is not None
+    meter._thread.join()
+    with pytest.raises(RuntimeError, match="has died"):
+        meter.check()
+    meter.stop()
+    meter.check()
 
 
 def test_contention_unknown(run: Run) -> None:

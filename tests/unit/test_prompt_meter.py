@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from deployments import meter as meter_module
 from deployments import prompt_meter
 from deployments.energy import GridIntensity, Label, worst
 from deployments.energy_sources import ReadFailed, Source, Unreadable
@@ -46,6 +47,7 @@ class Bench:
         monkeypatch.setattr(prompt_meter, "_sources", lambda *_: list(found))
         monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
         chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}
+        monkeypatch.setattr(meter_module, "PERIOD_S", 0.0)  # others are looked for with each poll
         self.meter = PromptMeter(EnergySettings.model_validate(chosen), gpus=1)
         self.meter._meter.poll_once()
 

@@ -64,11 +64,14 @@ def test_a_figure_that_is_no_total_says_so() -> None:
         (1.0, 0.5, 2.0, "modeled", "~1 (0.5 to 2)"),
         (1.0, None, None, "measured", "1"),
         (None, 1.0, 2.0, "measured", "-"),
-        (1.94567, 1.87123, 2.04321, "measured", "1.946 (1.871 to 2.043)"),
+        (1.94567, 1.87123, 2.04321, "measured", "1.946 (1.871 to 2.044)"),
         (1.94567, 1.2, 3.7, "measured", "1.9 (1.2 to 3.7)"),
         (12345.6, 11100.0, 13400.0, "measured", "12,300 (11,100 to 13,400)"),
         (1.3456e-05, 1.21e-05, 1.49e-05, "sourced", "~1.35e-05 (1.21e-05 to 1.49e-05)"),
         (2.0, 2.0, 2.0, "measured", "2"),
+        (100.0, 99.951, 100.049, "measured", "100 (99.951 to 100.049)"),
+        (100.0, 87.4, 113.6, "measured", "100 (87 to 114)"),
+        (-1.0, -12.4, 10.4, "measured", "-1 (-13 to 11)"),
     ],
 )
 def test_a_figure_has_the_digits_that_its_interval_allows(
@@ -76,7 +79,8 @@ def test_a_figure_has_the_digits_that_its_interval_allows(
 ) -> None:
     """Half the interval has two digits, and the figure as many places; what has no interval is shown alone.
 
-    Of 1.87 to 2.04 half is 0.086: three places. Of 1.2 to 3.7 it is 1.25: one place.
+    Of 1.87 to 2.04 half is 0.086: three places. Of 1.2 to 3.7 it is 1.25: one place. Bounds are rounded outwards: of
+    87.4 to 113.6 half is 13.1, no place, and 87 to 114 contain them, where 12.4 below 0 would be printed as 12.
     """
     assert in_range(value, low, high, label) == text
 
@@ -145,7 +149,7 @@ def test_what_is_not_finished_is_said() -> None:
     report = report_of(Measurement(7, 1), [running, dead], kept(record(1, warmup=True)), iso)
     for text in (shown(report), report_html(report)):
         assert "Not finished: 1 lease(s) still run, more will come: r-1" in text
-        assert "Lost: 5 s of request r-2 are in no window (wrapper_died)" in text
+        assert "Lost: 5 s of r-2 are in no window (wrapper_died)" in text
         assert "0 prompt(s) and 1 warm-up(s)" in text
     assert "org/tiny: no prompt has a final window." in shown(report)
 

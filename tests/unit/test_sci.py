@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,13 @@ def test_range_of_everything() -> None:
     assert (found.o_low_g, found.o_g, found.o_high_g) == pytest.approx((0.54, 0.8, 1.1))
     assert (found.m_low_g, found.m_g, found.m_high_g) == pytest.approx((0.5, 1.0, 2.0))
     assert (found.low, found.sci_score, found.high) == pytest.approx((0.52, 0.9, 1.55))
+
+
+def test_embodied_part_of_a_share_has_the_range_of_the_share() -> None:
+    """A share of 2 s that may be 1 to 3 s, at 3,600 (1,800 to 7,200) g an hour: 2 g, 0.5 to 6 g."""
+    settings = replace(SETTINGS, embodied=Embodied(3600.0, 1800.0, 7200.0, "a test"))
+    found = score(gpu(9.0), duration_s=2.0, duration_range_s=(1.0, 3.0), units=1, settings=settings, grid=DEU)
+    assert (found.m_low_g, found.m_g, found.m_high_g) == pytest.approx((0.5, 2.0, 6.0))
 
 
 def test_grams_have_a_range_without_a_score() -> None:

@@ -85,6 +85,75 @@ def test_idle_power_of_the_nearest_stretch() -> None:
     assert level.mid == pytest.approx(units[25] + 90 * 0.05)
 
 
+def test_power_after_the_work_is_not_that_before_it() -> None:
+    """Clocks stay up after a prompt: 50 W before, 400 W from 1.05 to 1.25 s, 150 W from then on; 80 J.
+
+    The tick of 1.0 to 1.1 s holds 2.5 J and 20 J, that of 1.2 to 1.3 s 20 J and 7.5 J. With the 50 W of before, the end
+    would get 27.5 - 2.5 = 25 J: the prompt 85 J, and so would every other one. The ticks after it tell 150 W.
+    """
+    power = [50.0] * 10 + [225.0, 400.0, 275.0] + [150.0] * 7
+    activity = Activity()
+    activity.begin(1.05)
+    activity.end(1.25)
+    units = [sum(power[:index]) / 10 for index in range(len(power) + 1)]
+    begin, end = ticked(*units, activity=activity).levels([1.05, 1.25])
+    assert end.mid - begin.mid == pytest.approx(80.0)
+    assert begin.systematic + end.systematic == pytest.approx(0.0, abs=1e-9)
+
+
+def test_power_that_falls_after_the_work_is_in_the_systematic_error() -> None:
+    """400 W from 1.05 to 1.25 s, then 250 W until 1.4 s, then 50 W: 80 J, and the tail is told by whole ticks.
+
+    The tick of 1.2 to 1.3 s holds 20 J and 12.5 J; the next one is 250 W, the one after it 50 W. The power may have
+    been 200 W off for the 0.05 s after the end: 10 J.
+    """
+    power = [50.0] * 10 + [225.0, 400.0, 325.0, 250.0] + [50.0] * 6
+    activity = Activity()
+    activity.begin(1.05)
+    activity.end(1.25)
+    units = [sum(power[:index]) / 10 for index in range(len(power) + 1)]
+    begin, end = ticked(*units, activity=activity).levels([1.05, 1.25])
+    assert end.mid - begin.mid == pytest.approx(80.0)
+    assert end.systematic == pytest.approx(10.0)
+
+
+def test_gap_without_a_tick_of_its_own_may_take_any_power() -> None:
+    """A gap of 0.05 s between two prompts, inside one tick: its power is between that at rest and that at work.
+
+    400 W from 1.0 to 1.22 s and from 1.27 to 1.5 s; the hardware stays at 400 W between. 50 W · 0.05 s are taken for
+    the gap of a true 20 J, so the first prompt ends at 37.5 · 0.02/0.05 = 15 J of its 40 J tick for a true 8 J.
+    By the three ticks around, work takes (120 - 2.5) J / 0.25 s = 470 W: the error is 420 W · 0.05 s · 0.4 = 8.4 J.
+    """
+    power = [50.0] * 10 + [400.0] * 5 + [50.0] * 6
+    activity = Activity()
+    for begin_s, end_s in ((1.0, 1.22), (1.27, 1.5)):
+        activity.begin(begin_s)
+        activity.end(end_s)
+    units = [sum(power[:index]) / 10 for index in range(len(power) + 1)]
+    [level] = ticked(*units, activity=activity).levels([1.22])
+    assert level.mid - units[12] == pytest.approx(15.0)
+    assert level.systematic == pytest.approx(8.4)
+
+
+def test_level_after_work_waits_for_the_power_after_it() -> None:
+    """A prompt ends at 1.22 s, in a tick that ends at 1.25 s: that is final when the counter is read after 1.75 s.
+
+    A counter that breaks off is final at once: no more will be known of it.
+    """
+    for broken in (False, True):
+        activity = Activity()
+        activity.begin(1.05)
+        activity.end(1.22)
+        track = Track(max_age_s=None, step=0.0, max_rate=None, history_s=60.0, stale_s=0.5, activity=activity)
+        settled = []
+        for index in range(21):
+            track.add(index / 10, index / 10, 5.0 * index)
+            if broken and index == 14:
+                track.lost("counter_reset")
+            settled.append(track.settled(1.22))
+        assert settled.index(True) == (14 if broken else 18)
+
+
 def test_idle_power_never_exceeds_what_flowed() -> None:
     """A tick with less than the idle power for its idle time gives all of it to that time, and no level goes back."""
     activity = Activity()

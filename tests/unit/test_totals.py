@@ -62,5 +62,6 @@ def test_shares_of_a_measured_lease_add_up_to_a_measured_one() -> None:
     whole = lease_total(shares | {WindowKind.LEASE: cost(120.0)})
     assert (whole.joules.value, whole.label) == (120.0, "measured")
     assert lease_total(shares | {WindowKind.LEASE: cost(50.0)}).label == "modeled"  # of the last process only
+    assert lease_total(shares | {WindowKind.LEASE: cost(119.9)}).label == "modeled"  # the first lived for 0.1 J
     assert lease_total(shares | {WindowKind.LEASE: cost(None)}).label == "modeled"
     assert lease_total({}) == Total()

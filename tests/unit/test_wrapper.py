@@ -865,6 +865,8 @@ async def test_reports_bring_energy_windows(make: Make) -> None:
     assert status["energy"].keys() >= {"total_j", "idle_j", "label", "o_g", "m_g", "max_j", "max_g", "flags"}
     await client.wrapper.unbind(3, "request-1", "released")
     moment = client.wrapper._gate.moment
+    meter = client.wrapper._meter.meter
+    meter._contention.look(meter.mark())  # the poller is stopped here: what is written has to have been looked at
     report = await client.wrapper.report(Belief(3, None, moment))
     assert {window.wrapper_id for window in report.windows} == {"a-0"}
     assert [window.number for window in report.windows] == [*range(1, len(report.windows) + 1)]

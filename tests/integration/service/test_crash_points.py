@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import EngineStartFailed
-from registry.reconcile import HandOver, LeaseGrant, WrapperPlan
+from registry.reconcile import HandOver, LeaseGrant, StartedFor, WrapperPlan
 from registry.state import Changes, LLMSpec, NewRequest, RequestStatus, WrapperStatus
 from registry.store import EventRow, IdempotencyRow
 from tests.fake_cluster import FakeCluster
@@ -90,9 +90,16 @@ class PluggedCluster(FakeCluster):
         finally:
             self._changed()
 
-    async def deploy(self, wrapper_id: str, epoch: int, spec: LLMSpec, grant: LeaseGrant | None) -> None:
+    async def deploy(
+        self,
+        wrapper_id: str,
+        epoch: int,
+        spec: LLMSpec,
+        grant: LeaseGrant | None,
+        started_for: StartedFor | None = None,
+    ) -> None:
         async with self._moments_of("deploy"):
-            await super().deploy(wrapper_id, epoch, spec, grant)
+            await super().deploy(wrapper_id, epoch, spec, grant, started_for)
 
     async def stop(self, wrapper_id: str, epoch: int) -> None:
         async with self._moments_of("stop"):

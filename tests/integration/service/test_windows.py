@@ -12,6 +12,7 @@ import pytest
 from registry import accounts, views
 from registry.api import EnergyState
 from registry.errors import StoreUnavailable, TenantBudgetUsed
+from registry.reconcile import StartedFor
 from registry.settings import TenantBudget
 from registry.state import EnergyWindow, NewRequest, RequestStatus, WindowKind, WrapperStatus
 from registry.store import Store
@@ -67,16 +68,40 @@ async def test_a_new_process_counts_anew(world: World) -> None:
     assert kept(world, 7)[7:] == [each.window_id for each in more]
 
 
-async def test_a_start_is_charged_to_whom_it_was_for(world: World) -> None:
-    """A wrapper does not know who waits for the LLM that it starts; the registry does. A preload is nobody's."""
+async def test_the_request_that_caused_a_start_pays_for_it(world: World) -> None:
+    """Ann's start of 120 s and 60 kJ goes on after she has cancelled; Bob gets the wrapper: Ann pays, Bob does not.
+
+    The deploy command names her request, and the wrapper's window says it back, so no clock is asked.
+    """
+    gate = world.cluster.hold("a-0", "deploy")
+    (anns,) = world.ask(1, TINY, tenant="ann")
+    await world.until_status(anns, RequestStatus.DEPLOYING)
+    await world.until(lambda: world.wrapper().started_for is not None)
+    started_for = world.wrapper().started_for
+    assert started_for == StartedFor(anns, 1)
+    world.clock.now_s += 120
+    world.service.release(anns)
+    (bobs,) = world.ask(2, TINY, tenant="bob")
+    gate.open()
+    await world.until_status(bobs, RequestStatus.DEPLOYED)
+    assert world.wrapper().started_for == started_for  # Bob's request has adopted the start
+    about: dict[str, Any] = {"begun_s": world.clock() - 120, "seconds": 120.5, "joules": 60e3}
+    await told(world, window(1, WindowKind.LOAD, request_id=anns, measurement_id=1, **about))
+    assert world.store.costs_of_tenant("ann", (WindowKind.LOAD,), 0)[WindowKind.LOAD].joules.value == 60e3
+    assert world.store.costs_of_tenant("bob", (WindowKind.LOAD,), 0) == {}
+    assert world.store.windows(("bob", 2)) == ()
+
+
+async def test_a_start_for_no_request_is_charged_to_no_request(world: World) -> None:
+    """A window of a start that names no request, a preload's or an older wrapper's, counts for no tenant.
+
+    Its wrapper's clock may differ by seconds, and a request that was deployed at that time did not cause it.
+    """
     request_id = await world.deployed(7)
-    now_s = world.clock()
-    start = window(1, WindowKind.LOAD, request_id=None, measurement_id=None, begun_s=now_s)
-    before = window(2, WindowKind.LOAD, request_id=None, measurement_id=None, begun_s=now_s - 60)
-    idle = window(3, WindowKind.IDLE, request_id=None, measurement_id=None, begun_s=now_s)
-    await told(world, start, before, idle)
-    (row,) = world.store.windows(("default", 7))
-    assert (row.window.window_id, row.window.request_id, row.tenant) == (start.window_id, request_id, "default")
+    start = window(1, WindowKind.LOAD, request_id=None, measurement_id=None, begun_s=world.clock())
+    await told(world, start)
+    assert world.store.windows(("default", 7)) == ()
+    assert world.store.costs_of_requests([request_id]) == {request_id: {}}
 
 
 async def test_windows_of_what_was_forgotten_are_nobodys(world: World) -> None:

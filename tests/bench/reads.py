@@ -1,0 +1,349 @@
+"""What reads, forgetting and crowds cost everybody else: how long the registry's one thread is held, and a real one.
+
+``python -m tests.bench.reads [--in-process | --cluster]``. In process: the service over SQLite, without Ray, beside a
+task that wants its turn every 2 ms and notes how late it gets it. On a cluster: a real ``greenprompt up``, whose
+``/healthz`` is asked again and again, beside prompts, while thousands of clients hang up or sit on idle connections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import structlog
+
+from deployments.tiny_llm import make_tiny_llm
+from registry import views
+from registry.errors import RegistryError
+from registry.reconcile import Cluster, Observation
+from registry.service import Service
+from registry.settings import Settings
+from registry.state import (
+    Changes,
+    Event,
+    KeptWindow,
+    LLMSpec,
+    Machine,
+    MachineJoined,
+    MachineLost,
+    Measurement,
+    NewRequest,
+    Request,
+    RequestStatus,
+    WrapperAdded,
+    WrapperStarted,
+)
+from registry.store import EventRow, Store
+from tests.bench.control import llmconfig
+from tests.bench.report import OUTPUT, Result, counted, measured, percentile, publish
+from tests.bench.wire import Connection
+from tests.cluster.conftest import start, stop
+from tests.energy_windows import record
+
+PART = "reads"
+NOW_S = 1_800_000_000.0
+DAY_S = 86_400.0
+LLMS, TENANTS, ENDED, WINDOWS, MACHINES = 15_000, 10_000, 100_000, 500_000, 1_000
+HANG_UPS, AT_ONCE, IDLE = 11_500, 500, 2_000
+SPEC = LLMSpec("org/tiny", "text-generation")
+TARGETS = {
+    "page_of_15000_ms": "≤ 50",
+    "place_of_10000_ms": "≤ 1",
+    "held_by_forgetting_p99_ms": "≤ 50",
+    "held_by_lost_machines_p99_ms": "≤ 50",
+    "healthz_p99_ms.hang_ups": "≤ 50",
+    "healthz_p99_ms.idle": "≤ 50",
+}
+p99 = percentile(0.99)
+
+
+class Nothing:
+    """A cluster without machines, in which commands never end."""
+
+    async def observe(self) -> Observation:
+        return Observation((), frozenset())
+
+    async def remove(self, _wrapper_ids: Sequence[str]) -> None:
+        return None
+
+    async def deploy(self, *_: object) -> None:
+        await asyncio.Event().wait()
+
+    async def report(self, *_: object) -> None:
+        await asyncio.Event().wait()
+
+
+def service_over(store: Store) -> Service:
+    """A service that is not started."""
+
+    def fatal(error: RegistryError) -> None:
+        raise error
+
+    settings = Settings()
+    tokens = iter(range(10**9))
+    return Service(
+        settings,
+        store,
+        cast("Cluster", Nothing()),
+        now_s=lambda: NOW_S,
+        new_token=lambda: f"token-{next(tokens)}",
+        homes={},
+        on_fatal=fatal,
+    )
+
+
+@contextlib.asynccontextmanager
+async def beside(late_ms: list[float]) -> AsyncIterator[None]:
+    """Want a turn every 2 ms, and note how late it comes, ms."""
+
+    async def beat() -> None:
+        while True:
+            due_s = time.perf_counter() + 0.002
+            await asyncio.sleep(0.002)
+            late_ms.append(1000 * (time.perf_counter() - due_s))
+
+    task = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        await asyncio.sleep(0.004)
+        task.cancel()
+
+
+def held(name: str, late_ms: list[float]) -> list[Result]:
+    return [measured(PART, f"held_by_{name}_p99_ms", late_ms, "ms", pick=p99)]
+
+
+def took_ms(repeat: int, work: Any) -> list[float]:
+    times = []
+    for _ in range(repeat):
+        begun_s = time.perf_counter()
+        work()
+        times.append(1000 * (time.perf_counter() - begun_s))
+    return times
+
+
+# --- in process -------------------------------------------------------------------------------------------------
+
+
+def pages(store: Store) -> list[Result]:
+    """A measurement of many LLMs, and the status of one of many tenants' requests."""
+    service = service_over(store)
+    for first in range(0, LLMS, 1000):
+        new = [NewRequest(f"l{n}", SPEC, "{}") for n in range(first, min(first + 1000, LLMS))]
+        service.request(1, new)
+    for n in range(TENANTS):
+        service.request(1, [NewRequest(f"t{n}", SPEC, "{}")], tenant=f"tenant-{n}")
+    key = "default", 1
+    middle = service.archive.requests_of(key, limit=LLMS // 2)[-1].seq
+    last = service.known(f"t{TENANTS - 1}")
+    return [
+        measured(PART, "page_of_15000_ms", took_ms(20, lambda: views.measurement_state(service, key)), "ms"),
+        measured(
+            PART,
+            "page_in_the_middle_ms",
+            took_ms(20, lambda: views.measurement_state(service, key, after_seq=middle)),
+            "ms",
+        ),
+        measured(PART, "place_of_10000_ms", took_ms(100, lambda: views.request_state(service, last)), "ms"),
+    ]
+
+
+def fill(store: Store) -> None:
+    """What has ended long ago: requests of many measurements, their events, and their windows."""
+    old_s = NOW_S - 100 * DAY_S
+    for first in range(0, ENDED, 5000):
+        numbers = range(first, first + 5000)
+        ended = [
+            Request(f"o{n}", n, n, SPEC, "{}", RequestStatus.RELEASED, created_s=old_s, deployed_s=old_s, ended_s=old_s)
+            for n in numbers
+        ]
+        store.commit(
+            Changes(measurements=tuple(Measurement(n, n) for n in numbers), requests=tuple(ended)),
+            events=[EventRow("LeaseReleased", old_s, request_id=f"o{n}") for n in numbers],
+        )
+        some = [
+            replace(record(n * 5 + k, request_id=f"o{n}", begun_s=old_s - 60), measurement_id=n)
+            for n in numbers
+            for k in range(WINDOWS // ENDED)
+        ]
+        store.keep_windows([KeptWindow(each, "m", "default") for each in some])
+    store.commit(Changes(), events=[EventRow("TimePassed", NOW_S)])  # the registry has run since
+
+
+async def forgetting(store: Store) -> list[Result]:
+    """The start on a long history, and forgetting it."""
+    service = service_over(store)
+    begun_s = time.perf_counter()
+    await service.start()
+    started_ms = 1000 * (time.perf_counter() - begun_s)
+    late_ms: list[float] = []
+    begun_s = time.perf_counter()
+    async with beside(late_ms):
+        await service._forget()
+    took_s = time.perf_counter() - begun_s
+    await service._cancel_tasks()
+    assert store.requests(["o0"]) == ()
+    return [
+        counted(PART, "start_on_100000_ended_ms", started_ms, "ms", of=ENDED),
+        counted(PART, "forgetting_s", took_s, "s", of=ENDED + WINDOWS),
+        *held("forgetting", late_ms),
+    ]
+
+
+async def machines(store: Store) -> list[Result]:
+    """Many machines join at once, each serves a measurement that has one more LLM to wait for, and all are lost."""
+    service = service_over(store)
+    events: list[Event] = [MachineJoined(Machine(f"m{n}", f"n{n}", "10.0.0.1")) for n in range(MACHINES)]
+    events += [WrapperAdded(f"m{n}-0", f"m{n}", "http://m", 0, None) for n in range(MACHINES)]
+    events += [WrapperStarted(f"m{n}-0", 0, None) for n in range(MACHINES)]
+    joining_ms: list[float] = []
+    async with beside(joining_ms):
+        await service._apply_all(events)
+    for n in range(MACHINES):
+        service.request(n + 1, [NewRequest(f"{n}{k}", SPEC, "{}") for k in "ab"])
+    losing_ms: list[float] = []
+    begun_s = time.perf_counter()
+    async with beside(losing_ms):
+        await service._apply_all([MachineLost(f"m{n}", "gone") for n in range(MACHINES)])
+    lost_s = time.perf_counter() - begun_s
+    await service._cancel_tasks()
+    return [
+        *held("joining_machines", joining_ms),
+        counted(PART, "losing_1000_machines_s", lost_s, "s", of=MACHINES),
+        *held("lost_machines", losing_ms),
+    ]
+
+
+async def in_process(folder: Path) -> list[Result]:
+    """All that needs no cluster."""
+    results: list[Result] = []
+    for name in ("pages", "forgetting", "machines"):
+        store = Store.open(f"sqlite:///{folder}/{name}.db")
+        if name == "pages":
+            results += pages(store)
+        elif name == "forgetting":
+            fill(store)
+            results += await forgetting(store)
+        else:
+            results += await machines(store)
+        store.close()
+    return results
+
+
+# --- on a cluster -----------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def asking(url: str, lease: str, health_ms: list[float], prompt_ms: list[float]) -> AsyncIterator[None]:
+    """Ask for the health every 20 ms, and prompt one after another, on connections of their own."""
+
+    async def often(server: str, method: str, path: str, body: bytes, times: list[float], pause_s: float) -> None:
+        async with Connection(server) as http:
+            while True:
+                begun_s = time.perf_counter()
+                status, answer = await http.call(method, path, body)
+                assert status == 200, answer
+                times.append(1000 * (time.perf_counter() - begun_s))
+                await asyncio.sleep(pause_s)
+
+    prompt = b'{"prompt": "why?", "config": {}}'
+    path = f"{urlsplit(lease).path}/process_prompt"
+    tasks = [
+        asyncio.create_task(often(url, "GET", "/healthz", b"", health_ms, 0.02)),
+        asyncio.create_task(often(url, "POST", path, prompt, prompt_ms, 0.05)),
+    ]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        failed = [each for each in done if not isinstance(each, asyncio.CancelledError)]
+        if failed:
+            raise RuntimeError(f"health or prompts failed: {failed}")
+
+
+async def hang_up(url: str, request_id: str) -> None:
+    """Poll HANG_UPS times, and hang up each time."""
+    parts = urlsplit(url)
+    head = f"GET /promptingservice/request/{request_id}?wait=60 HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+    for _ in range(HANG_UPS // AT_ONCE):
+        streams = await asyncio.gather(*(asyncio.open_connection(parts.hostname, parts.port) for _ in range(AT_ONCE)))
+        for _, writer in streams:
+            writer.write(head)
+        await asyncio.sleep(0.5)
+        for _, writer in streams:
+            writer.close()
+
+
+async def on_a_cluster(url: str, llm: dict[str, Any]) -> list[Result]:
+    """Clients that hang up, and idle ones, beside prompts and control."""
+    async with Connection(url) as http:
+        (first,) = (await http.json("POST", "/promptingservice/request", {"measurementId": 1, "llms": [llm]}))[
+            "requests"
+        ]
+        state: dict[str, Any] = {"status": ""}
+        while state["status"] != "deployed":
+            state = await http.json("GET", f"/promptingservice/request/{first['requestId']}?wait=10")
+        (waits,) = (await http.json("POST", "/promptingservice/request", {"measurementId": 2, "llms": [llm]}))[
+            "requests"
+        ]
+    results: list[Result] = []
+
+    async def phase(name: str, seconds: float, work: Any = None) -> None:
+        health_ms: list[float] = []
+        prompt_ms: list[float] = []
+        async with asking(url, state["url"], health_ms, prompt_ms):
+            if work is not None:
+                await work
+            await asyncio.sleep(seconds)
+        results.append(measured(PART, f"healthz_p99_ms.{name}", health_ms, "ms", pick=p99))
+        results.append(measured(PART, f"prompt_p50_ms.{name}", prompt_ms, "ms"))
+
+    await phase("quiet", 10)
+    await phase("hang_ups", 10, hang_up(url, waits["requestId"]))
+    parts = urlsplit(url)
+    idle = await asyncio.gather(*(asyncio.open_connection(parts.hostname, parts.port) for _ in range(IDLE)))
+    await phase("idle", 20)
+    for _, writer in idle:
+        writer.close()
+    return results
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--in-process", action="store_true", help="only what needs no cluster")
+    only.add_argument("--cluster", action="store_true", help="only what needs one")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    chosen = parser.parse_args(arguments)
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="gprompt-bench-") as scratch:
+        folder = Path(scratch)
+        if not chosen.cluster:
+            structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+            results += asyncio.run(in_process(folder))
+        if not chosen.in_process:
+            llm = llmconfig(make_tiny_llm(folder / "llms" / "a", seed=0))
+            registry = start(folder)
+            try:
+                results += asyncio.run(on_a_cluster(registry.url, llm))
+            finally:
+                stop(registry)
+    publish(results, output=chosen.output, targets=TARGETS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
