@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from tests.energy_world.driver import drive
-from tests.energy_world.judge import Finding, Judge, Wrong
+from tests.energy_world.judge import EqualPrompt, Finding, Judge, Wrong
 from tests.energy_world.machine import KINDS, RARE_KINDS
 from tests.energy_world.world import World
 
@@ -64,6 +64,7 @@ class Tally:
     by_machine: dict[tuple[str, ...], Cell] = field(default_factory=lambda: defaultdict(Cell))
     wrong: list[tuple[int, Wrong]] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
+    equal: list[EqualPrompt] = field(default_factory=list)
 
     def add(self, seed: int, kind: str | None = None, horizon_s: float | None = None) -> None:
         """Drive one more history; its kind of machine and its length are random if they are not given."""
@@ -74,6 +75,7 @@ class Tally:
             for finding in judge.findings:
                 self.by_figure[finding.figure, finding.label].add(finding)
                 self.by_machine[world.kind, finding.label].add(finding)
+            self.equal += [p for prompts in judge.equal_prompts().values() for p in prompts if p.label == "measured"]
             self.wrong += [(seed, wrong) for wrong in judge.wrong()]
 
     def too_low(self) -> list[tuple[str, ...]]:
@@ -82,6 +84,14 @@ class Tally:
         return [
             name for name, cell in cells.items() if cell.held + cell.missed >= 20 and (cell.coverage or 0.0) < WANTED
         ]
+
+    def bias(self) -> tuple[float, float, float]:
+        """Return by how much all measured equal prompts together are wrong, their systematic terms, and chance [J].
+
+        Chance: 4 times the standard error of a sum of independent errors.
+        """
+        errors = [p.joules - p.truth_j for p in self.equal]
+        return sum(errors), sum(p.systematic_j for p in self.equal), 4 * sum(e * e for e in errors) ** 0.5
 
     def tables(self) -> Iterator[str]:
         """Yield the lines of the tables."""
@@ -110,13 +120,20 @@ def main() -> int:
     for seed in range(chosen.first_seed, chosen.first_seed + chosen.histories):
         tally.add(seed, chosen.kind)
     print("\n".join(tally.tables()))
+    error_j, systematic_j, chance_j = tally.bias()
+    true_j = sum(p.truth_j for p in tally.equal)
+    print(
+        f"\n{len(tally.equal):,} measured equal prompts, {true_j:,.0f} J: wrong by {error_j:+.1f} J,"
+        f" systematic {systematic_j:.1f} J, chance {chance_j:.1f} J."
+    )
     faults = ", ".join(f"{kind} in {count}" for kind, count in tally.faults.most_common())
     print(f"\n{tally.histories} histories; faults of counters: {faults or 'none'}.")
     for seed, wrong in tally.wrong:
         print(f"WRONG in history {seed}: {wrong.what} ({wrong.name})", file=sys.stderr)
     for name in tally.too_low():
         print(f"TOO SELDOM: {', '.join(name)}", file=sys.stderr)
-    return 1 if tally.wrong or tally.too_low() else 0
+    biased = abs(error_j) > systematic_j + chance_j
+    return 1 if tally.wrong or tally.too_low() or biased else 0
 
 
 if __name__ == "__main__":

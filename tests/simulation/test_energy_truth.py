@@ -21,6 +21,8 @@ LENGTH_S = 90.0
 def judged(tally: Tally) -> None:
     assert not tally.wrong
     assert not tally.too_low()
+    error_j, systematic_j, chance_j = tally.bias()
+    assert abs(error_j) <= systematic_j + chance_j
 
 
 @pytest.mark.timeout(1200)
@@ -36,6 +38,7 @@ def test_published_figures_contain_the_truth() -> None:
         for seed in range(3):
             tally.add(seed, kind, LENGTH_S)
     judged(tally)
+    assert len(tally.equal) > 200
     for figure in ("prompt", "idle", "lease", "load", "batch J/token"):
         assert tally.by_figure[figure, "measured"].held > 50  # what is never known is never wrong
 
