@@ -16,8 +16,8 @@ Row = tuple[str, MachineFigures]
 """The name of an LLM, with its machine where it has several, and its figures."""
 
 READING = (
-    "A figure is the sum over all prompts divided by the sum of their units, with its 95 % interval below it. Warm-ups are "
-    'not in it, but for "with idle time", which is of whole leases.'
+    "A figure is the sum over all prompts divided by the sum of their units, with its 95 % interval below it. "
+    'Warm-ups are not in it, except in "with idle time", which is that of whole leases.'
 )
 
 _PREFIXES = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
@@ -38,7 +38,7 @@ def rows_of(llms: Sequence[tuple[str, Sequence[MachineFigures]]]) -> list[Row]:
 def prompts_table(rows: Sequence[Row]) -> Table:
     """Return what prompts cost: per unit (and the mean of the prompts' own), per output token and per prompt."""
     scale, unit = _scale([figures.gco2eq_per_unit for _, figures in rows])
-    columns = ("with idle time", "mean of prompts", "J per output token", "J per prompt", "seconds", "joules")
+    columns = ("with idle time", "mean of prompts", "J per output token", "J per prompt", "seconds", "label")
     table = _table("LLM", "prompts", unit, *columns)
     for name, figures in rows:
         score, joules = figures.gco2eq_per_unit, figures.joules_per_prompt

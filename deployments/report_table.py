@@ -100,7 +100,7 @@ def coefficient_text(coefficient: Coefficient) -> str:
 
 
 def _costs(report: MeasurementReport) -> Table:
-    table = _table("time", "windows", "seconds", "joules", "gCO2eq, energy", "gCO2eq, embodied", "joules are")
+    table = _table("time", "windows", "seconds", "joules", "gCO2eq, energy", "gCO2eq, embodied", "label")
     for what, cost in report.costs.items():
         if cost.windows:
             cells = cost_cells(cost)
