@@ -68,7 +68,7 @@ class ModuleCounter(Source):
         return self.name in (self._modules.redundant or ())
 
     @property
-    def origin(self) -> str:  # type: ignore[override] - it is found out while the counters are read
+    def origin(self) -> str:  # type: ignore[override]  # it is found out later
         """How the figure comes about, in words."""
         mirrors = ", ".join(sorted(self._modules.redundant or ()))
         return (
