@@ -15,7 +15,10 @@ from registry.figures import Figure, MachineFigures
 Row = tuple[str, MachineFigures]
 """The name of an LLM, with its machine where it has several, and its figures."""
 
-READING = "Sums over all prompts by sums of their units, below them 95 % intervals. Warm-ups are not in them."
+READING = (
+    "A figure is the sum over all prompts divided by the sum of their units, with its 95 % interval below it. Warm-ups are "
+    'not in it, but for "with idle time", which is of whole leases.'
+)
 
 _PREFIXES = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 _WORDS = {"modeled": "estimate", "measured_sampled": "measured (sampled)", "unavailable": "unknown"}

