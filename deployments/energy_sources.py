@@ -16,7 +16,7 @@ from deployments.gpu_counters import GPUCounter, GPUPower, GPUPowerAtMost, probe
 from deployments.gpu_info import driver_version, gpu_memory, gpu_settings, gpu_uuids
 from deployments.machine_cpu import MachineCPU
 from deployments.machine_share import CPUPart, shares
-from deployments.module_counters import ModuleCounters
+from deployments.module_counters import module_counters
 from deployments.powercap import PowercapZone, probe_powercap
 from deployments.source import POWER_HEADROOM, CounterLost, Joules, ReadFailed, Source, Unreadable
 
@@ -80,7 +80,7 @@ def probe_sources(
     modules = [gpu for gpu in gpus if isinstance(gpu, GPUCounter) and gpu.covers_cpu]
     if modules:
         if len(modules) > 1:
-            gpus = [*(gpu for gpu in gpus if gpu not in modules), ModuleCounters(modules)]
+            gpus = [*(gpu for gpu in gpus if gpu not in modules), *module_counters(modules)]
         return [*gpus, Unreadable("cpu", "the energy counter of the GPU's module has the CPU and its memory in it")]
     estimates = settings.allow_estimates or not gpus
     zones = probe_powercap(powercap_root)

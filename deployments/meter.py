@@ -302,6 +302,7 @@ class Meter:
                 )
             )
             for channel, units in zip(self._channels, flow.units, strict=True)
+            if not channel.source.redundant
         ]
         return total([*joined(parts), *self._holes()], flow.flags)
 
@@ -323,6 +324,7 @@ class Meter:
             if isinstance(share, str)
             else channel.doubted(shared(channel.source, found, share))
             for channel, share in zip(self._channels, found.counters, strict=True)
+            if not channel.source.redundant
         ]
         end_s = parts.times_s[-1]
         return total([*joined(components), *self._holes()], self._flags(end_s - found.duration_s, end_s))

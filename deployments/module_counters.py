@@ -6,41 +6,34 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from deployments.energy import Label
-from deployments.gpu_counters import MODULE_LIMIT_W, GPUCounter
+from deployments.gpu_counters import GPUCounter
 from deployments.source import ReadFailed, Source
 
 _MOVES_TO_TELL = 3
 
 
-class ModuleCounters(Source):
-    """The counters of GPUs that each show a whole module, every counter once.
+class _Modules:
+    """Finds out which GPUs show one counter, by reading all of them twice.
 
-    Which GPUs show one counter is found out by reading all of them twice: what one counter shows never falls from one
-    reading to the next, whichever GPU it is asked of, while it moves. Until that is known nothing is told.
+    What one counter shows never falls from one reading to the next, whichever GPU it is asked of, while it moves.
     """
 
-    method = GPUCounter.method
-    label = Label.MEASURED
-    covers_cpu = True
-
     def __init__(self, gpus: Sequence[GPUCounter]) -> None:
-        self.name = "gpu:" + "+".join(gpu.name.removeprefix("gpu:") for gpu in gpus)
-        self.step = sum(gpu.step for gpu in gpus)
-        self.default_limit_w = MODULE_LIMIT_W * len(gpus)
-        self.origin = f"NVML energy counters of the modules of {len(gpus)} GPUs: GPUs, CPUs and the memory of both"
+        self.redundant: frozenset[str] | None = None
+        """Names of the GPUs that show the counter of an earlier one; None: not known yet."""
         self._gpus = gpus
-        self._counted: Sequence[GPUCounter] = ()
         self._alike = set(combinations(range(len(gpus)), 2))
         self._shown: list[float] | None = None
         self._moves = [0] * len(gpus)
 
-    def read(self, now_s: float) -> float:
-        """Joules since the driver was loaded, of every counter once."""
-        if not self._counted:
-            self._look(now_s)
-        return sum(gpu.read(now_s) for gpu in self._counted)
+    def look(self, now_s: float) -> None:
+        """Read all counters until it is known.
 
-    def _look(self, now_s: float) -> None:
+        Raises:
+            ReadFailed: It is not known yet.
+        """
+        if self.redundant is not None:
+            return
         first, again = ([gpu.read(now_s) for gpu in self._gpus] for _ in range(2))
         self._alike = {(i, j) for i, j in self._alike if first[i] <= first[j] <= again[i] <= again[j]}
         if self._shown is not None:
@@ -48,24 +41,61 @@ class ModuleCounters(Source):
         self._shown = first
         if any(self._moves[i] < _MOVES_TO_TELL for i, _ in self._alike):
             raise ReadFailed("not known yet whether GPUs show one counter of their module")
-        mirrors = {j for _, j in self._alike}
-        self._counted = [gpu for index, gpu in enumerate(self._gpus) if index not in mirrors]
-        if mirrors:
-            names = ", ".join(self._gpus[index].name for index in sorted(mirrors))
-            self.origin += f"; counted once: {names} show the counter of another GPU of their module"
+        self.redundant = frozenset(self._gpus[j].name for _, j in self._alike)
+
+
+class ModuleCounter(Source):
+    """The counter of one GPU that shows its whole module; redundant if another GPU shows the same counter.
+
+    Each is a source of its own, because each steps at times of its own. Until it is known which of them show one
+    counter nothing is told.
+    """
+
+    method = GPUCounter.method
+    label = Label.MEASURED
+    step = GPUCounter.step
+    covers_cpu = True
+
+    def __init__(self, gpu: GPUCounter, modules: _Modules) -> None:
+        self.name = gpu.name
+        self.default_limit_w = gpu.default_limit_w
+        self._gpu = gpu
+        self._modules = modules
+
+    @property
+    def redundant(self) -> bool:
+        """Whether another source has what this one counts."""
+        return self.name in (self._modules.redundant or ())
+
+    @property
+    def origin(self) -> str:  # type: ignore[override]  # it is found out later
+        """How the figure comes about, in words."""
+        mirrors = ", ".join(sorted(self._modules.redundant or ()))
+        return (
+            f"{self._gpu.origin}; counted once: {mirrors} show the counter of another GPU"
+            if mirrors
+            else self._gpu.origin
+        )
+
+    def read(self, now_s: float) -> float:
+        """Joules since the driver was loaded."""
+        self._modules.look(now_s)
+        return self._gpu.read(now_s)
 
     def power_w(self) -> float | None:
-        """Watts of the modules that are counted; None if one tells none."""
-        told_w = [gpu.power_w() for gpu in self._counted]
-        known_w = [power_w for power_w in told_w if power_w is not None]
-        return sum(known_w) if known_w and len(known_w) == len(told_w) else None
+        """Watts of the module; None if it tells none."""
+        return self._gpu.power_w()
 
     def contended(self, now_s: float) -> bool | None:
-        """Whether other compute processes run on one of the GPUs; None: can't be told."""
-        answers = [gpu.contended(now_s) for gpu in self._gpus]
-        return True if True in answers else None if None in answers else False
+        """Whether other compute processes run on the GPU; None: can't be told."""
+        return self._gpu.contended(now_s)
 
     def close(self) -> None:
         """Give NVML back."""
-        for gpu in self._gpus:
-            gpu.close()
+        self._gpu.close()
+
+
+def module_counters(gpus: Sequence[GPUCounter]) -> list[Source]:
+    """Return the sources for GPUs that each show a whole module, two or more."""
+    modules = _Modules(gpus)
+    return [ModuleCounter(gpu, modules) for gpu in gpus]

@@ -59,6 +59,11 @@ class Source(ABC):
         return self.label
 
     @property
+    def redundant(self) -> bool:
+        """Whether another source counts the same joules: then this one is in no figure."""
+        return False
+
+    @property
     def late(self) -> float:
         """Units that may show at once though they came before."""
         return 0.0

@@ -43,13 +43,17 @@ def test_published_figures_contain_the_truth() -> None:
         assert tally.by_figure[figure, "measured"].held > 50  # what is never known is never wrong
 
 
-def test_counter_that_shows_too_little_is_flagged(tmp_path: Path) -> None:
-    """No interval can contain the truth if the GPU's counter shows half of the power under load: windows say so."""
+def test_counter_that_shows_too_little_measures_nothing(tmp_path: Path) -> None:
+    """The GPU's counter shows 50 to 70 % of the power under load: once that was found no lease is `measured`.
+
+    Leases from then on are flagged, and their bounds contain the truth.
+    """
     with World(3, "low_counter", horizon_s=240.0) as world:
-        judge = Judge(drive(world, tmp_path))
-    late = [finding for finding in judge.findings if finding.figure == "lease"][-1:]
-    assert [finding.holds for finding in late] == [False]
-    assert all("counter_disagrees" in finding.flags for finding in late)
+        leases = [finding for finding in Judge(drive(world, tmp_path)).findings if finding.figure == "lease"]
+    found = ["counter_disagrees" in lease.flags for lease in leases]
+    later = leases[found.index(True) + 1 :]
+    assert len(later) >= 3
+    assert all("counter_disagrees" in lease.flags and lease.label == "modeled" and lease.holds for lease in later)
 
 
 @pytest.mark.long

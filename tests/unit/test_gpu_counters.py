@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from deployments.energy import CPUModel, Energy, Label, SCISettings
 from deployments.energy_sources import probe_sources
 from deployments.gpu_counters import GPUPower
 from deployments.meter import Meter
-from deployments.source import CounterLost, ReadFailed, Source, Unreadable
+from deployments.source import CounterLost, Source, Unreadable
 from tests.fake_counters import UUID, FakeGPU, FakeNVML, ManualClock, PowerCurve, install_nvml, write_zone
 
 IDLE_W, BUSY_W = 100.0, 600.0
@@ -216,13 +215,41 @@ def test_two_gpus_of_one_module_are_counted_once(
     install_nvml(monkeypatch, FakeNVML(*gpus))
     settings = SCISettings(1.0, "output_token", allow_estimates=False)
     found = probe_sources([gpu.uuid for gpu in gpus], pid=1, settings=settings, powercap_root=tmp_path)
-    [source] = [source for source in found if isinstance(source, Source)]
-    told = []
-    for _ in range(8):
-        with suppress(ReadFailed):
-            told.append(source.read(0.0))
+    clock = ManualClock(1000.0)
+    meter = Meter(found, clock=clock)
+    for _ in range(40):
+        clock.now_s += 0.05
+        meter.poll_once()
         for gpu in gpus:
             gpu.energy_mj = (gpu.energy_mj or 0) + 1000
-    assert told[-1] - told[-5] == pytest.approx(joules)
-    assert ("counted once" in source.origin) is (joules == 4.0)
-    assert source.covers_cpu
+    energy = meter.window(1001.0, 1001.2)
+    assert energy.total_j == pytest.approx(joules)
+    assert ("counted once" in energy.components[0].source) is (joules == 4.0)
+    assert "cpu_not_covered" not in energy.flags
+
+
+def test_counters_of_two_modules_step_at_times_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two modules of 300 W; the counter of one stands still for 3 s while the other's steps every 50 ms.
+
+    In one second of that 600 J flowed, but 300 J of them show later.
+    The bounds contain 600 J, as the edges of the one counter tell nothing of the other.
+    """
+    gpus = FakeGPU(), FakeGPU("GPU-2")
+    gpus[1].energy_mj = 9_000_000
+    for gpu in gpus:
+        gpu.name = "NVIDIA GH200 480GB"
+    install_nvml(monkeypatch, FakeNVML(*gpus))
+    settings = SCISettings(1.0, "output_token", allow_estimates=False)
+    found = probe_sources([gpu.uuid for gpu in gpus], pid=1, settings=settings, powercap_root=tmp_path)
+    clock = ManualClock(1000.0)
+    meter = Meter(found, clock=clock)
+    for poll in range(200):
+        clock.now_s = 1000 + poll / 20
+        gpus[0].energy_mj = 5_000_000 + 15_000 * poll
+        if not 80 < poll < 140:
+            gpus[1].energy_mj = 9_000_000 + 15_000 * poll
+        meter.poll_once()
+    energy = meter.window(1004.5, 1005.5, estimate_short=True)
+    assert energy.low_j is not None
+    assert energy.high_j is not None
+    assert energy.low_j <= 600 <= energy.high_j
