@@ -484,6 +484,7 @@ class EngineHost:
                 await llm.warm_up()
             except BaseException as problem:
                 order.given_up = True
+                await _to_the_end(_ended(trial))
                 await _to_the_end(self._clear_away(launching, before))
                 if isinstance(problem, Exception):
                     reason = environment.last_words() or _text_of(problem)
@@ -572,7 +573,11 @@ class EngineHost:
             context, limit_s = self._forkserver.context, WALL_S
         else:
             context, limit_s = multiprocessing.get_context("spawn"), WALL_S + IMPORT_S
-        self._trial.passes(tokenizer, lambda function: run_apart(context, function, limit_s))
+
+        def run(function: Callable[[], str | None]) -> str | None:
+            return run_apart(context, function, limit_s, given_up=lambda: order.given_up)
+
+        self._trial.passes(tokenizer, run)
 
     def _arguments(self, order: _Order) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -829,6 +834,13 @@ async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
         with suppress(asyncio.CancelledError):
             await asyncio.shield(task)
     task.result()
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    """Wait until a task is over, and take note of its error, which is told elsewhere or is no news."""
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
 
 
 async def _abort_all(engine: AsyncLLM) -> None:

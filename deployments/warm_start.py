@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import inspect
+import math
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,7 @@ import platform
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
@@ -29,6 +31,9 @@ from typing import Any, TypeVar
 from deployments.out_of_memory import ENGINE_SCORE, raise_score
 
 T = TypeVar("T")
+
+LOOK_S = 0.05
+"""How often it is looked whether a process that runs apart is given up, seconds."""
 
 PRELOAD = "deployments.engine_preload"
 OWNER_PID = "GREENPROMPT_ENGINE_OWNER_PID"
@@ -238,16 +243,23 @@ class WarmForkserver:
             resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
 
-def run_apart(context: Any, function: Callable[[], T], timeout_s: float | None = None) -> T:
+def run_apart(
+    context: Any,
+    function: Callable[[], T],
+    timeout_s: float | None = None,
+    *,
+    given_up: Callable[[], bool] = lambda: False,
+) -> T:
     """Call ``function`` in a process of this multiprocessing context and return what it returns. Blocks until it has.
 
     Args:
         context: Makes the process.
         function: What cloudpickle can pickle, a lambda too.
         timeout_s: Seconds ≥ 0 after which the process is killed; None: no limit.
+        given_up: Asked every LOOK_S seconds; the process is killed when it is true.
 
     Raises:
-        TimeoutError: It did not answer in time.
+        TimeoutError: It did not answer in time, or was given up.
         RuntimeError: It raised (the text holds what), or its process ended without an answer.
     """
     import cloudpickle  # type: ignore[import-untyped]  # comes with vLLM; a lambda is pickled by it alone
@@ -259,9 +271,11 @@ def run_apart(context: Any, function: Callable[[], T], timeout_s: float | None =
             process = context.Process(target=_answer, args=arguments, name="EngineErrand", daemon=True)
             process.start()
         try:
-            if not reader.poll(timeout_s):
-                process.kill()
-                raise TimeoutError
+            until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+            while not reader.poll(max(min(until_s - time.monotonic(), LOOK_S), 0.0)):
+                if given_up() or time.monotonic() >= until_s:
+                    process.kill()
+                    raise TimeoutError
             succeeded, value = pickle.loads(reader.recv_bytes())
         except EOFError:
             process.join()
