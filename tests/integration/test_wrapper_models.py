@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from deployments import wrapper as wrapper_module
 from deployments.engine import StopReport
@@ -27,6 +28,9 @@ LLMCONFIG = json.dumps({"uses_chat_template": False, "args": {"prompting": {}, "
 
 class RunningFake:
     unfinished = 0
+    processes: tuple[int, ...] = ()
+    served_model_name = "fake"
+    failed = False
 
     def __init__(self) -> None:
         self.weights = None
@@ -37,6 +41,10 @@ class RunningFake:
 
     async def forget_prompts(self) -> bool:
         return True
+
+    async def asgi(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
 
 
 class FakeHost:
@@ -66,6 +74,9 @@ class FakeHost:
 
     async def stop_asleep(self) -> None:
         pass
+
+    def give_up(self, llm: RunningFake, reason: str) -> None:
+        raise AssertionError(f"nothing of {llm} computes: {reason}")
 
 
 class UndyingWrapper(LLMWrapper):

@@ -671,5 +671,6 @@ def usable(wrapper: Wrapper) -> bool:
     return wrapper.status not in (W.LOST, W.FAILED, W.OFF)
 
 
-TestAllocatorMachine = AllocatorMachine.TestCase
+# Two minutes on an idle machine, more on one that does something else.
+TestAllocatorMachine = pytest.mark.timeout(1500)(AllocatorMachine.TestCase)
 TestAllocatorMachine.settings = settings(stateful_step_count=200)
