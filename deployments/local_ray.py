@@ -21,6 +21,7 @@ import structlog
 
 from deployments.haproxy import haproxy_environment
 from registry.errors import BadSettings
+from registry.http import LOOPBACK
 from registry.settings import Settings
 
 log = structlog.get_logger("deployments.local_ray")
@@ -49,9 +50,6 @@ RAY_ENVIRONMENT = {
 Nothing is reported to anybody, engines count as much as any other program, the head does not grow, no proxy lies
 between machines of the cluster, and where memory runs out no part of ours goes before an engine.
 """
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""Hosts that only this machine reaches."""
 
 ACCESS_FILE = "ray-token"
 """Name of the file in ``state_dir`` with the access token of a local cluster, while it runs."""

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from deployments.local_ray import LOOPBACK, free_ports, require_free_port
+from deployments.local_ray import free_ports, require_free_port
 from registry.errors import BadSettings
+from registry.http import LOOPBACK
 from registry.settings import Settings, url_host
 
 HAPROXY_OPEN_FILES = 10_276

@@ -11,7 +11,7 @@ import httpx
 
 from registry.errors import BadSettings
 
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts that are this machine: no proxy is asked for them, whatever the environment says."""
 
 
