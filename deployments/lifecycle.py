@@ -37,6 +37,9 @@ Say = Callable[[str], Any]
 DOWN_LIMIT_S = 180.0
 """Longest wait of 'down' until the process it told to end is gone, seconds."""
 
+HOLDER_LIMIT_S = 1.0
+"""Longest wait for the number of a process that has just taken the lock, seconds."""
+
 LEFTOVERS_LIMIT_S = 20.0
 """Longest wait for what a killed registry left running, seconds."""
 
@@ -248,30 +251,42 @@ def _runs_already(settings: Settings) -> BadSettings:
 
 
 def _is_held(settings: Settings) -> bool:
-    return _holder(settings) is not None
-
-
-def _holder(settings: Settings) -> int | None:
-    """The process that holds the lock of ``state_dir``, None if there is none. The lock says it, whatever up.json does.
+    """Whether a process holds the lock of ``state_dir``.
 
     Raises:
-        BadSettings: the folder can't be read, or the lock is held and does not say by whom.
+        BadSettings: the folder can't be read.
     """
-    path = settings.state_dir / LOCK
     try:
-        lock = path.open("r")
+        lock = (settings.state_dir / LOCK).open("r")
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return False
     except OSError as error:
         raise BadSettings("state_dir", f"{settings.state_dir} can't be read ({error.strerror})") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = lock.read() or str(_read_record(settings).get("pid", ""))
-            if not pid.isdigit():
-                raise BadSettings("state_dir", f"{path} is held, and does not say by which process") from None
+            return True
+    return False
+
+
+def _holder(settings: Settings) -> int | None:
+    """The process that holds the lock of ``state_dir``, None if there is none. The lock says it, whatever up.json does.
+
+    A process takes the lock just before it writes its number there, so an empty one is read again for a second.
+
+    Raises:
+        BadSettings: the folder can't be read, or the lock is held and does not say by which process.
+    """
+    path = settings.state_dir / LOCK
+    deadline_s = time.monotonic() + HOLDER_LIMIT_S
+    while _is_held(settings):
+        pid = path.read_text(encoding="utf-8") or str(_read_record(settings).get("pid", ""))
+        if pid.isdigit():
             return int(pid)
+        if time.monotonic() > deadline_s:
+            raise BadSettings("state_dir", f"{path} is held, and does not say by which process")
+        time.sleep(POLL_S)
     return None
 
 

@@ -30,6 +30,8 @@ import fcntl, json, os, pathlib, signal, sys
 state = pathlib.Path(sys.argv[1])
 lock = open(state / "up.lock", "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
+lock.write(str(os.getpid()))
+lock.flush()
 record = state / "up.json"
 record.with_suffix(".tmp").write_text(json.dumps({"pid": os.getpid(), "url": "http://x", "dashboard": "http://d"}))
 signal.signal(signal.SIGTERM, lambda *_: (record.unlink(), sys.exit(0)))
@@ -427,6 +429,45 @@ def test_end_waits_until_it_is_gone(settings: Settings, owner: Callable[[], subp
     end(settings, say=says)
     assert process.wait() == 0
     assert says.lines == ["Everything is down."]
+
+
+def test_end_of_an_owner_that_has_removed_its_record(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner removes its record before it lets the lock go: it is waited for, whatever the lock says by then."""
+
+    def forget(_pid: int, _number: int) -> None:
+        (settings.state_dir / "up.json").unlink()
+        lock.truncate(0)
+
+    settings.state_dir.mkdir()
+    (settings.state_dir / "up.json").write_text(json.dumps({"pid": 1}))
+    monkeypatch.setattr(lifecycle, "os", SimpleNamespace(kill=forget))
+    with (settings.state_dir / "up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _s: fcntl.flock(lock, fcntl.LOCK_UN))
+        monkeypatch.setattr(lifecycle, "time", clock)
+        says = Says()
+        end(settings, say=says)
+    assert says.lines == ["Everything is down."]
+
+
+def test_end_of_an_owner_that_has_just_taken_the_lock(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner writes its number just after it took the lock: the number is waited for, and that process is told."""
+    told: list[int] = []
+
+    def sleep(_s: float) -> None:
+        if told:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        else:
+            lock.write("4711")
+            lock.flush()
+
+    settings.state_dir.mkdir()
+    monkeypatch.setattr(lifecycle, "os", SimpleNamespace(kill=lambda pid, _number: told.append(pid)))
+    monkeypatch.setattr(lifecycle, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
+    with (settings.state_dir / "up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        end(settings, say=Says())
+    assert told == [4711]
 
 
 @pytest.mark.parametrize("left", ["nothing", "a lock", "a record"])
