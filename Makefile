@@ -19,16 +19,21 @@ env: ## the environment in .venv, made anew only when the locks or pyproject.tom
 demo: env ## a whole registry on this machine, without a GPU (ARGS="…" go to `greenprompt demo`)
 	@$(BIN)/greenprompt demo $(ARGS)
 
+# The cheap tests share the processors, a file of tests at a time; those that start vLLM, Ray or hosts have the machine
+# for themselves.
+SHARED := -n logical --maxprocesses 4 --dist loadfile
+ALONE := tests/engine tests/cluster tests/hosts
 test: lint ## linters, types, import contracts and all tests but the long ones, with coverage
 	@mkdir -p build
-	$(BIN)/pytest --cov --cov-report= 2>&1 | tee build/pytest.log
+	$(BIN)/pytest $(SHARED) $(ALONE:%=--ignore=%) --cov --cov-report= 2>&1 | tee build/pytest.log
+	$(BIN)/pytest $(ALONE) --cov --cov-append --cov-report= 2>&1 | tee -a build/pytest.log
 	$(BIN)/coverage report
 	@echo "Every branch of the pure files:"
 	$(BIN)/coverage report --include=$(PURE_FILES) --fail-under=100
-	@grep -E '^=+ .* in [0-9.]+s.* =+$$' build/pytest.log | tail -n 1
+	@grep -E '^=+ .* in [0-9.]+s.* =+$$' build/pytest.log
 
 test-unit: env ## the tests that need neither Ray nor vLLM
-	$(BIN)/pytest -m "not cluster and not vllm and not fault and not hosts and not long"
+	$(BIN)/pytest $(SHARED) -m "not cluster and not vllm and not fault and not hosts and not long"
 
 test-cluster: env ## a cluster of several hosts, made of network namespaces (root; iproute2, nftables, openssh-server, rsync)
 	$(BIN)/pytest -s -m "hosts and not soak" tests/hosts

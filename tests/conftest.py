@@ -1,13 +1,25 @@
-"""For all tests: the cheap ones go first, so that a fault shows soon and a running cluster disturbs no other test."""
+"""For all tests: the cheap ones go first, so that a fault shows soon and a running cluster disturbs no other test.
+
+HYPOTHESIS_PROFILE says how many examples Hypothesis makes: ``default`` or ``long`` (a hundred times as many).
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.fake_hub import FakeHub
+
+EXAMPLES = 100
+
+# No deadline: how long an example takes says how busy the machine is.
+settings.register_profile("default", max_examples=EXAMPLES, deadline=None, print_blob=True)
+settings.register_profile("long", max_examples=100 * EXAMPLES, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ORDER = ("unit", "property", "integration", "simulation", "engine", "cluster", "hosts")
 
