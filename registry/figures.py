@@ -293,7 +293,7 @@ def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:
     if not stretches:
         return None
     names = _lease_names(stretches)
-    seconds = sum(stretch.seconds for stretch in stretches)
+    seconds = fsum(stretch.seconds for stretch in stretches)
     most = [stretch.in_flight_max for stretch in stretches if stretch.in_flight_max is not None]
     mean = sum_of(None if s.in_flight_mean is None else s.in_flight_mean * s.seconds for s in stretches).value
     return BatchFigures(

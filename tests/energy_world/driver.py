@@ -98,6 +98,8 @@ class Run:
     windows: list[KeptWindow] = field(default_factory=list)
     prompts: dict[str, Prompt] = field(default_factory=dict)
     """Window id → prompt."""
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Window id → what the answer to its prompt says of the moment."""
     processes: dict[str, Process] = field(default_factory=dict)
 
     def process_of(self, kept: KeptWindow) -> Process:
@@ -293,7 +295,7 @@ class _Driver:
         elif isinstance(what, Load):
             self._load(process, what, began=event.kind == "load_began")
         elif event.kind == "prompt_began":
-            process.flights[what.id] = process.meter.begin(warmup=what.warm_up)
+            process.flights[what.id] = process.meter.begin(warmup=what.warm_up, prompt_id=what.name)
         elif event.kind == "prompt_ended":
             self._ended(process, what)
 
@@ -347,7 +349,7 @@ class _Driver:
         usage: dict[str, Any] = {"prompt_tokens": prompt.prompt_tokens, "completion_tokens": prompt.output_tokens}
         if self.tells_cached:
             usage["prompt_tokens_details"] = {"cached_tokens": prompt.cached_tokens}
-        meter.account(flight, usage=usage, answer="so many words")
+        self.made.answers[flight.window_id] = meter.account(flight, usage=usage, answer="so many words")
 
 
 def _result(coroutine: Coroutine[Any, Any, T]) -> T:
