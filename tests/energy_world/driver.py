@@ -41,7 +41,7 @@ READY_S = 1.0
 """A wrapper starts its work when its meter is ready, or after so long."""
 AFTER_S = 1.5
 """For so long the counters go on after the end of the history."""
-MEASUREMENT = 1
+MEASUREMENT, TENANT = 1, "tenant"
 GRID = {"gco2eq_per_kwh": 400.0, "source": "made up", "date": "2026", "low_gco2eq_per_kwh": 350.0}
 GRID["high_gco2eq_per_kwh"] = 450.0
 EMBODIED = {"g_per_hour": 37.5, "low_g_per_hour": 16.7, "high_g_per_hour": 49.0, "source": "made up"}
@@ -273,7 +273,9 @@ class _Driver:
         windows = _result(process.meter.windows(Belief(1, None, moment, windows_kept=process.kept)))
         if windows:
             process.kept = windows[-1].number
-            self.made.windows += [KeptWindow(window, "machine", "tenant") for window in windows]
+            self.made.windows += [
+                KeptWindow(each, "machine", None if each.request_id is None else TENANT) for each in windows
+            ]
 
     # --- what happens -----------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from registry.store import Store
 from registry.views import report_json
 from registry.window_report import WindowReport, window_report
 from tests.energy_windows import iso, request
-from tests.energy_world.driver import MEASUREMENT, Run, drive
+from tests.energy_world.driver import MEASUREMENT, TENANT, Run, drive
 from tests.energy_world.experiment import Experiment
 from tests.energy_world.judge import Judge
 from tests.energy_world.machine import KINDS
@@ -67,7 +67,7 @@ class Measured:
     def report(self) -> dict[str, Any]:
         """What GET /measurements/…/report answers."""
         requests = [request(lease.id, lease.llm, n) for n, lease in enumerate(self.run.world.history.leases, 1)]
-        windows = self.store.windows(("tenant", MEASUREMENT))
+        windows = self.store.windows((TENANT, MEASUREMENT))
         told: dict[str, Any] = json.loads(report_json(Measurement(MEASUREMENT, 1), requests, windows))
         return told
 
