@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 BIN := .venv/bin
-PURE := errors state fit skew totals estimate transitions policy positions provenance indices ledger endings dispatch pins reports invariants allocator reconcile report figures window_report
+PURE := errors state fit skew totals estimate transitions policy positions provenance indices ledger endings dispatch pins reports invariants allocator reconcile report figures amounts window_report
 comma := ,
 empty :=
 PURE_FILES := $(subst $(empty) $(empty),$(comma),$(PURE:%=registry/%.py))

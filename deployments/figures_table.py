@@ -113,6 +113,8 @@ def problems(rows: Sequence[Row]) -> Iterator[str]:
                 yield f"{name}: all prompts as one: flags: {flags}"
         reasons = {found.too_few for found in (figures.gco2eq_per_unit, figures.joules_per_token)} - {None}
         yield from (f"{name}: no 95 % interval: {reason}" for reason in sorted(map(str, reasons)))
+        if figures.with_idle.value is not None and figures.with_idle.too_few not in {None, *reasons}:
+            yield f"{name}: score with idle time: no 95 % interval: {figures.with_idle.too_few}"
         if figures.unmarked:
             yield f"{name}: {figures.unmarked} prompts don't say whether they are warm-ups, and count."
     machines = sorted({figures.machine or "an unknown one" for _, figures in rows})

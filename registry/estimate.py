@@ -16,6 +16,11 @@ the two variances are. On top of it come three corrections, because prompts are 
 * The side to which the prompts are skewed is widened by Johnson's term.
 * The interval is symmetric in the logarithm, so it never contains an amount below 0.
 
+**Systematic errors** have the same sign in all samples, so that no number of samples makes them smaller. They may be
+larger on one side: energy that was not measured well is still not less than its lower bound. The interval goes from
+the low end that it would have if every amount was too high by all of its systematic error, to the high end that it
+would have if every amount was too low by all of it. So it starts at 0 only if the amounts may be 0.
+
 Nothing is drawn by chance: equal samples, in any order, give equal digits.
 
 ``docs/measurements.md`` shows how often the interval contains the truth, and the limits below are
@@ -51,15 +56,17 @@ class Sample:
 
     ``lease`` and ``prompt`` say which answers belong together: the same text has the same name in
     every lease. ``amount`` and ``units`` are 0 or more. The amount of a prompt with 0 units (refused,
-    cut off) is added like any other. ``systematic`` (0 or more) is half the width of that error of
-    ``amount`` which has the same sign in all samples.
+    cut off) is added like any other. By an error that has the same sign in all samples, the true amount
+    may be less by up to ``systematic_low`` (what is less than 0 counts as 0), or more by up to ``systematic_high``;
+    both are 0 or more.
     """
 
     lease: str
     prompt: str
     amount: float
     units: float
-    systematic: float = 0.0
+    systematic_low: float = 0.0
+    systematic_high: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +75,9 @@ class Estimate:
 
     ``n`` samples of so many prompts and leases. ``value``, the headline, is the ratio of the sums.
     ``mean_of_ratios``, ``median`` and ``stdev`` (n - 1) are those of the single ratios, of samples
-    with units. ``low`` and ``high`` are ``statistical_low`` and ``statistical_high``, moved apart by
-    ``systematic`` on both sides, and not below 0. Without an interval ``too_few`` says why.
+    with units. ``statistical_low`` and ``statistical_high`` are the interval of the amounts as they are, ``low`` and
+    ``high`` that with systematic errors: because of these alone ``value`` may be less by ``systematic_low``, or more by
+    ``systematic_high``. Without an interval ``too_few`` says why.
     """
 
     n: int
@@ -83,7 +91,8 @@ class Estimate:
     high: float | None
     statistical_low: float | None
     statistical_high: float | None
-    systematic: float | None
+    systematic_low: float | None
+    systematic_high: float | None
     too_few: str | None
 
 
@@ -98,23 +107,27 @@ class _Sum:
 def estimate(samples: Sequence[Sample]) -> Estimate:
     """Estimate the amount per unit.
 
-    Samples may be missing: not every lease has to ask every prompt. Takes some 0.1 s for 50,000.
+    Samples may be missing: not every lease has to ask every prompt. Takes some 0.3 s for 50,000.
 
     Raises:
         ValueError: if an amount, a number of units or a systematic error is below 0 or not finite.
     """
-    if not all(0 <= s.amount < inf and 0 <= s.units < inf and 0 <= s.systematic < inf for s in samples):
+    if not all(0 <= each < inf for s in samples for each in (s.amount, s.units, s.systematic_low, s.systematic_high)):
         raise ValueError("amounts, units and systematic errors must be finite, and 0 or more")
     ratios = [s.amount / s.units for s in samples if s.units]
     units = fsum(s.units for s in samples)
-    value = fsum(s.amount for s in samples) / units if units else None
-    systematic = fsum(s.systematic for s in samples) / units if units else None
-    prompts = _sums((s.prompt, s) for s in samples)
-    leases = _sums((s.lease, s) for s in samples)
-    too_few = _too_few(prompts, leases)
-    low = high = None
+    amounts = [s.amount for s in samples]
+    less = [max(0.0, s.amount - s.systematic_low) for s in samples]
+    more = [s.amount + s.systematic_high for s in samples]
+    value, least, most = (fsum(each) / units if units else None for each in (amounts, less, more))
+    prompts, leases = _groups(s.prompt for s in samples), _groups(s.lease for s in samples)
+    too_few = _too_few(_sums(samples, amounts, prompts), _sums(samples, amounts, leases))
+    low = high = lowest = highest = None
     if value is not None and too_few is None:
-        low, high = _interval(value, prompts, leases)
+        (low, high), (lowest, _), (_, highest) = (
+            _interval(_sums(samples, each, prompts), _sums(samples, each, leases)) for each in (amounts, less, more)
+        )
+        lowest, highest = min(low, lowest), max(high, highest)
     return Estimate(
         n=len(samples),
         prompts=len(prompts),
@@ -123,20 +136,27 @@ def estimate(samples: Sequence[Sample]) -> Estimate:
         mean_of_ratios=fsum(ratios) / len(ratios) if ratios else None,
         median=median(ratios) if ratios else None,
         stdev=_stdev(ratios) if len(ratios) > 1 else None,
-        low=None if low is None or systematic is None else max(0.0, low - systematic),
-        high=None if high is None or systematic is None else high + systematic,
+        low=lowest,
+        high=highest,
         statistical_low=low,
         statistical_high=high,
-        systematic=systematic,
+        systematic_low=None if value is None or least is None else value - least,
+        systematic_high=None if value is None or most is None else most - value,
         too_few=too_few,
     )
 
 
-def _sums(named: Iterable[tuple[str, Sample]]) -> list[_Sum]:
-    groups: dict[str, list[Sample]] = {}
-    for name, sample in named:
-        groups.setdefault(name, []).append(sample)
-    return [_Sum(fsum(s.amount for s in group), fsum(s.units for s in group)) for group in groups.values()]
+def _groups(names: Iterable[str]) -> list[list[int]]:
+    """Return which samples have the same name."""
+    groups: dict[str, list[int]] = {}
+    for at, name in enumerate(names):
+        groups.setdefault(name, []).append(at)
+    return list(groups.values())
+
+
+def _sums(samples: Sequence[Sample], amounts: Sequence[float], groups: Iterable[Sequence[int]]) -> list[_Sum]:
+    """Return the sums of groups, with these amounts in place of the samples' own."""
+    return [_Sum(fsum(amounts[at] for at in group), fsum(samples[at].units for at in group)) for group in groups]
 
 
 def _too_few(prompts: Sequence[_Sum], leases: Sequence[_Sum]) -> str | None:
@@ -146,8 +166,9 @@ def _too_few(prompts: Sequence[_Sum], leases: Sequence[_Sum]) -> str | None:
     return "; ".join(f"too few {name}: {n} (at least {least})" for name, n, least in known if n < least) or None
 
 
-def _interval(value: float, prompts: Sequence[_Sum], leases: Sequence[_Sum]) -> tuple[float, float]:
-    """Return the 95 % interval, from the sums of the same samples by prompt and by lease."""
+def _interval(prompts: Sequence[_Sum], leases: Sequence[_Sum]) -> tuple[float, float]:
+    """Return the 95 % interval, from the sums of the same samples, with units, by prompt and by lease."""
+    value = fsum(each.amount for each in prompts) / fsum(each.units for each in prompts)
     if not value:
         return 0.0, 0.0
     by_prompt = _deviations(value, prompts)

@@ -9,15 +9,26 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import fsum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
+from registry.amounts import (
+    ANSWERED,
+    AmountOf,
+    UnitsOf,
+    answers_of,
+    embodied_of,
+    grams_of,
+    joules_of,
+    operational_of,
+    seconds_of,
+    tokens_of,
+    unit_of,
+    units_in,
+)
 from registry.estimate import MIN_PROMPTS, Estimate, Sample, estimate
 from registry.state import WindowKind
 from registry.totals import LABELS, sum_of, worst
 from registry.window_report import WindowReport, held_windows, worst_method
-
-ANSWERED: Final = (None, "answered")
-"""``status`` of prompts that have an answer; None: a record of an earlier version, which does not say."""
 
 NOT_ALLOWED: Final = "estimates_not_allowed"
 
@@ -104,19 +115,6 @@ class MachineFigures:
     flags: Mapping[str, int]
 
 
-class _Amount(NamedTuple):
-    """Joules, grams or seconds of a window. ``systematic`` is half a width; None: not known."""
-
-    value: float
-    low: float | None
-    high: float | None
-    systematic: float | None
-
-
-_AmountOf = Callable[[WindowReport], _Amount | None]
-_UnitsOf = Callable[[WindowReport], float | None]
-
-
 def figures_of(windows: Sequence[WindowReport]) -> tuple[MachineFigures, ...]:
     """Return the figures of one LLM from all its windows, for each machine apart: machines are not averaged over."""
     by_machine: dict[str | None, list[WindowReport]] = {}
@@ -130,7 +128,7 @@ def _of_machine(machine: str | None, windows: Sequence[WindowReport]) -> Machine
     counted = [prompt for prompt in prompts if not prompt.warmup]
     answered = [prompt for prompt in counted if prompt.status in ANSWERED]
     names = _prompt_names(counted)
-    unit = _unit_of(prompts)
+    unit = unit_of(prompts)
     return MachineFigures(
         machine=machine,
         prompts=len(counted),
@@ -139,11 +137,11 @@ def _of_machine(machine: str | None, windows: Sequence[WindowReport]) -> Machine
         units=_known_sum(prompt.units for prompt in counted),
         output_tokens=_known_sum(prompt.output_tokens for prompt in counted),
         gco2eq_per_unit=_score(counted, unit, names),
-        operational_per_unit=_score(counted, unit, names, _operational),
-        embodied_per_unit=_score(counted, unit, names, _embodied),
-        joules_per_token=_figure(counted, "J/output_token", _joules, _tokens, names),
-        joules_per_prompt=_figure(counted, "J/prompt", _joules, _answers, names),
-        seconds_per_prompt=_figure(answered, "s/prompt", _seconds, _answers, names, measured=True),
+        operational_per_unit=_score(counted, unit, names, operational_of),
+        embodied_per_unit=_score(counted, unit, names, embodied_of),
+        joules_per_token=_figure(counted, "J/output_token", joules_of, tokens_of, names),
+        joules_per_prompt=_figure(counted, "J/prompt", joules_of, answers_of, names),
+        seconds_per_prompt=_figure(answered, "s/prompt", seconds_of, answers_of, names, measured=True),
         with_idle=_with_idle(windows, unit),
         batch=_batch(of_kind(windows, WindowKind.LEASE)),
         flags=dict(Counter(flag for prompt in counted for flag in prompt.flags).most_common()),
@@ -171,10 +169,10 @@ def why(
 
 
 def _score(
-    windows: Sequence[WindowReport], unit: str | None, names: Mapping[str, str], amount_of: _AmountOf | None = None
+    windows: Sequence[WindowReport], unit: str | None, names: Mapping[str, str], amount_of: AmountOf | None = None
 ) -> Figure:
     """Return gCO2eq per functional unit. No value if the operator allows no estimates and there are some."""
-    told, amount_of, units_of = f"gCO2eq/{unit or 'unit'}", amount_of or _grams, _units_of(unit)
+    told, amount_of, units_of = f"gCO2eq/{unit or 'unit'}", amount_of or grams_of, units_in(unit)
     found = _figure(windows, told, amount_of, units_of, names, sci=True)
     refused = why(windows, lambda window: NOT_ALLOWED in window.flags, "are estimates, which are not allowed")
     if refused is not None:
@@ -200,7 +198,8 @@ def _without_value(figure: Figure, reason: str) -> Figure:
         high=None,
         statistical_low=None,
         statistical_high=None,
-        systematic=None,
+        systematic_low=None,
+        systematic_high=None,
         bound_low=None,
         bound_high=None,
         label=LABELS[-1],
@@ -211,8 +210,8 @@ def _without_value(figure: Figure, reason: str) -> Figure:
 def _figure(
     windows: Sequence[WindowReport],
     unit: str,
-    amount_of: _AmountOf,
-    units_of: _UnitsOf,
+    amount_of: AmountOf,
+    units_of: UnitsOf,
     names: Mapping[str, str],
     *,
     sci: bool = False,
@@ -229,14 +228,22 @@ def _figure(
             known.append((window, amount, units))
     found = estimate(
         [
-            Sample(window.requestId or "", names[window.window], amount.value, units, amount.systematic or 0.0)
+            Sample(
+                window.requestId or "",
+                names[window.window],
+                amount.value,
+                units,
+                amount.less or 0.0,
+                amount.more or 0.0,
+            )
             for window, amount, units in known
         ]
     )
-    unsaid = sum(amount.systematic is None for _, amount, _ in known)
+    unsaid = sum(None in (amount.less, amount.more) for _, amount, _ in known)
     if unsaid:
         said = f"{unsaid} of {len(known)} windows don't say how wrong their counters may be"
-        found = replace(found, low=None, high=None, systematic=None, too_few=found.too_few or said)
+        found = replace(found, low=None, high=None, systematic_low=None, systematic_high=None)
+        found = replace(found, too_few=found.too_few or said)
     units = fsum(units for _, _, units in known)
     lows, highs = ([amount[at] for _, amount, _ in known] for at in (1, 2))
     used = [window for window, _, _ in known]
@@ -266,9 +273,7 @@ def _per_unit(amounts: Sequence[float | None], units: float) -> float | None:
     return fsum(known) / units if units and len(known) == len(amounts) else None
 
 
-def _reason(
-    windows: Sequence[WindowReport], amount_of: _AmountOf, units_of: _UnitsOf, value: float | None
-) -> str | None:
+def _reason(windows: Sequence[WindowReport], amount_of: AmountOf, units_of: UnitsOf, value: float | None) -> str | None:
     if not windows:
         return "there are no such windows"
     reasons = (
@@ -293,7 +298,7 @@ def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:
     if not stretches:
         return None
     names = _lease_names(stretches)
-    seconds = sum(stretch.seconds for stretch in stretches)
+    seconds = fsum(stretch.seconds for stretch in stretches)
     most = [stretch.in_flight_max for stretch in stretches if stretch.in_flight_max is not None]
     mean = sum_of(None if s.in_flight_mean is None else s.in_flight_mean * s.seconds for s in stretches).value
     return BatchFigures(
@@ -303,8 +308,8 @@ def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:
         seconds=seconds,
         in_flight_max=max(most, default=None),
         in_flight_mean=None if mean is None or not seconds else mean / seconds,
-        joules_per_token=_of_leases(_figure(stretches, "J/output_token", _joules, _tokens, names), stretches),
-        gco2eq_per_unit=_of_leases(_score(stretches, _unit_of(stretches), names), stretches),
+        joules_per_token=_of_leases(_figure(stretches, "J/output_token", joules_of, tokens_of, names), stretches),
+        gco2eq_per_unit=_of_leases(_score(stretches, unit_of(stretches), names), stretches),
         flags=dict(Counter(flag for stretch in stretches for flag in stretch.flags).most_common()),
     )
 
@@ -353,89 +358,6 @@ def _stretch(lease: WindowReport, counted: Mapping[str, Any]) -> WindowReport:
         in_flight_mean=in_flight.get("mean"),
         flags=tuple(sorted(flags)),
     )
-
-
-# --- what a window counts as ----------------------------------------------------------------------------------
-
-
-def _joules(window: WindowReport) -> _Amount | None:
-    if window.joules is None:
-        return None
-    return _Amount(window.joules, window.low_j, window.high_j, _systematic_j(window))
-
-
-def _systematic_j(window: WindowReport) -> float | None:
-    """Return the part of the error that a mean keeps. Where a record does not say it, all of the error may be kept."""
-    if window.systematic_j is not None:
-        return window.systematic_j
-    half = _half(window.joules, window.low_j, window.high_j)
-    return window.resolution_j if half is None else half
-
-
-def _operational(window: WindowReport) -> _Amount | None:
-    """Return the emissions of the energy. The error of the grid's factor has the same sign in all windows.
-
-    Both factors may be wrong at once: the larger distance from (E ± dE) * (I ± dI) to E * I is (E + dE) * (I + dI).
-    """
-    if window.o_g is None:
-        return None
-    systematic_j, systematic = _systematic_j(window), None
-    if systematic_j is not None and window.joules:
-        of_grid = _half(window.grid, window.grid_low, window.grid_high)
-        of_energy, of_factor = systematic_j / window.joules, of_grid / window.grid if of_grid and window.grid else 0.0
-        systematic = window.o_g * ((1 + of_energy) * (1 + of_factor) - 1)
-    return _Amount(window.o_g, window.o_low_g, window.o_high_g, systematic)
-
-
-def _embodied(window: WindowReport) -> _Amount | None:
-    """Return the embodied emissions, of which all error has the same sign in all windows."""
-    if window.m_g is None:
-        return None
-    half = _half(window.m_g, window.m_low_g, window.m_high_g)
-    return _Amount(window.m_g, window.m_low_g, window.m_high_g, half)
-
-
-def _grams(window: WindowReport) -> _Amount | None:
-    """Return operational and embodied emissions together."""
-    o_g, m_g = _operational(window), _embodied(window)
-    if o_g is None or m_g is None:
-        return None
-    rest = [sum_of(each).value for each in zip(o_g[1:], m_g[1:], strict=True)]
-    return _Amount(o_g.value + m_g.value, *rest)
-
-
-def _seconds(window: WindowReport) -> _Amount:
-    return _Amount(window.seconds, window.seconds, window.seconds, 0.0)
-
-
-def _half(value: float | None, low: float | None, high: float | None) -> float | None:
-    """Return the larger distance of a value from its bounds; None if they are not known."""
-    return None if value is None or low is None or high is None else max(high - value, value - low)
-
-
-def _tokens(window: WindowReport) -> float | None:
-    return window.output_tokens
-
-
-def _answers(window: WindowReport) -> float:
-    return 1.0 if window.status in ANSWERED else 0.0
-
-
-def _units_of(unit: str | None) -> _UnitsOf:
-    """Return the units of a window; None where it has none in this unit. Idle time has no units, which is known."""
-
-    def units(window: WindowReport) -> float | None:
-        if window.kind == WindowKind.IDLE:
-            return 0.0
-        return window.units if window.unit == unit else None
-
-    return units
-
-
-def _unit_of(windows: Sequence[WindowReport]) -> str | None:
-    """Return the functional unit of these windows, None if it is not always the same."""
-    units = {window.unit for window in windows if window.unit is not None}
-    return units.pop() if len(units) == 1 else None
 
 
 def _prompt_names(prompts: Sequence[WindowReport]) -> dict[str, str]:

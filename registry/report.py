@@ -191,7 +191,28 @@ def _once(names: Iterable[str | None]) -> tuple[str, ...]:
 def _costs(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> dict[str, Cost]:
     costs = {name: _cost(of_kind(windows, kind)) for name, kind in COUNTED.items() if kind is not WindowKind.LEASE}
     lease = _lease_cost(windows, holes)
+    active, idle = costs["active"], costs["idle"]
+    costs |= {"active": _inside(active, idle, lease), "idle": _inside(idle, active, lease)}
     return {name: costs.get(name, lease) for name in COUNTED}
+
+
+def _inside(part: Cost, rest: Cost, lease: Cost) -> Cost:
+    """Return the cost of a part of leases with bounds no wider than those of the leases leave it beside the rest.
+
+    A counter tells more of a lease than of a short time in it, and the two parts are the lease.
+    """
+    bounds: dict[str, Any] = {}
+    for name, low, high in (
+        ("joules", "low_j", "high_j"),
+        ("o_g", "o_low_g", "o_high_g"),
+        ("m_g", "m_low_g", "m_high_g"),
+    ):
+        mine, others, whole = ([getattr(cost, each) for each in (name, low, high)] for cost in (part, rest, lease))
+        if None in (*mine, *others, *whole) or not same(mine[0] + others[0], whole[0]):
+            continue
+        bounds[low] = max(mine[1], min(mine[0], whole[1] - others[2]))
+        bounds[high] = min(mine[2], max(mine[0], whole[2] - others[1]))
+    return replace(part, **bounds)
 
 
 def _cost(windows: Sequence[WindowReport]) -> Cost:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import isclose
+from math import fsum, isclose
 from typing import Final
 
 from registry.state import WindowKind
@@ -47,10 +47,10 @@ class Sum:
 
 
 def sum_of(figures: Iterable[float | None]) -> Sum:
-    """These figures, summed up."""
+    """These figures, summed up: the same digits in any order."""
     every = list(figures)
     known = [figure for figure in every if figure is not None]
-    return Sum(len(every), len(known), sum(known))
+    return Sum(len(every), len(known), fsum(known))
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,9 +65,10 @@ class HttpRegistry:
     """Listens on a free port of this machine while it is entered.
 
     ``posted`` are the bodies of all POSTs, ``prompted`` the (model, question) of all prompts. ``on_prompt`` may answer
-    in place of the LLM, ``on_poll`` change a request before it is answered, ``on_post`` refuse. ``given_back`` is set
-    once nothing is held any more. ``windows`` are the final windows, a prompt's from its answer on and a lease's from
-    its end on; ``on_windows`` may hold some back, ``window`` change one. PAGE of them are in a page.
+    in place of the LLM, and name the answer's window; ``on_poll`` change a request before it is answered, ``on_post``
+    refuse. ``given_back`` is set once nothing is held any more. ``windows`` are the final windows, a prompt's from its
+    answer on and a lease's from its end on; ``on_windows`` may hold some back, or have others; ``window`` change one.
+    PAGE of them are in a page.
     """
 
     def __init__(self) -> None:
@@ -249,4 +250,4 @@ class HttpRegistry:
                 prompt_id=named and unquote(named),
             )
             self._measured(window)
-        return reply if refused else (200, reply[1] | {"window": window.window_id})
+        return reply if refused else (200, {"window": window.window_id} | reply[1])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -41,6 +43,13 @@ class Cell:
         if finding.value and finding.low is not None and finding.high is not None:
             self.widths.append((finding.high - finding.low) / 2 / finding.value)
 
+    def merge(self, other: Cell) -> None:
+        """Add what another has counted."""
+        self.held += other.held
+        self.missed += other.missed
+        self.unknown += other.unknown
+        self.widths += other.widths
+
     @property
     def coverage(self) -> float | None:
         """Part of the known intervals that contain the truth; None without any."""
@@ -60,8 +69,8 @@ class Tally:
     """What was found in many histories."""
 
     histories: int = 0
-    by_figure: dict[tuple[str, ...], Cell] = field(default_factory=lambda: defaultdict(Cell))
-    by_machine: dict[tuple[str, ...], Cell] = field(default_factory=lambda: defaultdict(Cell))
+    by_figure: dict[tuple[str, ...], Cell] = field(default_factory=partial(defaultdict, Cell))
+    by_machine: dict[tuple[str, ...], Cell] = field(default_factory=partial(defaultdict, Cell))
     wrong: list[tuple[int, Wrong]] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     equal: list[EqualPrompt] = field(default_factory=list)
@@ -77,6 +86,16 @@ class Tally:
                 self.by_machine[world.kind, finding.label].add(finding)
             self.equal += [p for prompts in judge.equal_prompts().values() for p in prompts if p.label == "measured"]
             self.wrong += [(seed, wrong) for wrong in judge.wrong()]
+
+    def merge(self, other: Tally) -> None:
+        """Add what another has counted."""
+        self.histories += other.histories
+        for mine, theirs in ((self.by_figure, other.by_figure), (self.by_machine, other.by_machine)):
+            for name, cell in theirs.items():
+                mine[name].merge(cell)
+        self.wrong += other.wrong
+        self.faults.update(other.faults)
+        self.equal += other.equal
 
     def too_low(self) -> list[tuple[str, ...]]:
         """Return the sorts of figures whose intervals contain the truth too seldom, of those with 20 or more."""
@@ -109,16 +128,27 @@ def _rows(cells: Iterable[tuple[tuple[str, ...], Cell]]) -> Iterator[str]:
         yield cell.row(*name)
 
 
+def _tally(kind: str | None, seed: int) -> Tally:
+    tally = Tally()
+    tally.add(seed, kind)
+    return tally
+
+
 def main() -> int:
-    """Drive histories one after the other; 1 if a figure breaks its promise."""
+    """Drive histories; 1 if a figure breaks its promise."""
     parser = argparse.ArgumentParser(prog="python -m tests.energy_world", description=__doc__)
     parser.add_argument("--histories", type=int, default=100)
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--kind", choices=[*KINDS, *RARE_KINDS], help="all histories on this kind of machine")
+    parser.add_argument("--processes", type=int, default=1, help="histories at one time")
     chosen = parser.parse_args()
     tally = Tally()
-    for seed in range(chosen.first_seed, chosen.first_seed + chosen.histories):
-        tally.add(seed, chosen.kind)
+    seeds = range(chosen.first_seed, chosen.first_seed + chosen.histories)
+    with multiprocessing.Pool(chosen.processes, maxtasksperchild=50) as pool:
+        for number, one in enumerate(pool.imap(partial(_tally, chosen.kind), seeds), start=1):
+            tally.merge(one)
+            if number % 100 == 0:
+                print(f"{number} histories, {len(tally.wrong)} broken rules", file=sys.stderr, flush=True)
     print("\n".join(tally.tables()))
     error_j, systematic_j, chance_j = tally.bias()
     true_j = sum(p.truth_j for p in tally.equal)

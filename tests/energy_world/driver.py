@@ -41,7 +41,7 @@ READY_S = 1.0
 """A wrapper starts its work when its meter is ready, or after so long."""
 AFTER_S = 1.5
 """For so long the counters go on after the end of the history."""
-MEASUREMENT = 1
+MEASUREMENT, TENANT = 1, "tenant"
 GRID = {"gco2eq_per_kwh": 400.0, "source": "made up", "date": "2026", "low_gco2eq_per_kwh": 350.0}
 GRID["high_gco2eq_per_kwh"] = 450.0
 EMBODIED = {"g_per_hour": 37.5, "low_g_per_hour": 16.7, "high_g_per_hour": 49.0, "source": "made up"}
@@ -98,6 +98,8 @@ class Run:
     windows: list[KeptWindow] = field(default_factory=list)
     prompts: dict[str, Prompt] = field(default_factory=dict)
     """Window id → prompt."""
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Window id → what the answer to its prompt says of the moment."""
     processes: dict[str, Process] = field(default_factory=dict)
 
     def process_of(self, kept: KeptWindow) -> Process:
@@ -271,7 +273,9 @@ class _Driver:
         windows = _result(process.meter.windows(Belief(1, None, moment, windows_kept=process.kept)))
         if windows:
             process.kept = windows[-1].number
-            self.made.windows += [KeptWindow(window, "machine", "tenant") for window in windows]
+            self.made.windows += [
+                KeptWindow(each, "machine", None if each.request_id is None else TENANT) for each in windows
+            ]
 
     # --- what happens -----------------------------------------------------------------------------------
 
@@ -293,7 +297,7 @@ class _Driver:
         elif isinstance(what, Load):
             self._load(process, what, began=event.kind == "load_began")
         elif event.kind == "prompt_began":
-            process.flights[what.id] = process.meter.begin(warmup=what.warm_up)
+            process.flights[what.id] = process.meter.begin(warmup=what.warm_up, prompt_id=what.name)
         elif event.kind == "prompt_ended":
             self._ended(process, what)
 
@@ -347,7 +351,7 @@ class _Driver:
         usage: dict[str, Any] = {"prompt_tokens": prompt.prompt_tokens, "completion_tokens": prompt.output_tokens}
         if self.tells_cached:
             usage["prompt_tokens_details"] = {"cached_tokens": prompt.cached_tokens}
-        meter.account(flight, usage=usage, answer="so many words")
+        self.made.answers[flight.window_id] = meter.account(flight, usage=usage, answer="so many words")
 
 
 def _result(coroutine: Coroutine[Any, Any, T]) -> T:

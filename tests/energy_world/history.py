@@ -17,6 +17,7 @@ class Prompt:
     """One prompt: prefill from ``begin_s`` to ``prefill_end_s``, then decode at a steady rate to ``end_s``.
 
     A refused prompt reaches no engine and takes no energy. One that died ended with its wrapper's process.
+    ``name`` is the client's, the same for the same text in every lease.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Prompt:
     output_tokens: int
     outcome: Outcome = "ok"
     warm_up: bool = False
+    name: str | None = None
 
     @property
     def ran(self) -> bool:

@@ -11,6 +11,7 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -50,9 +51,15 @@ class World:
     """A simulated machine: the same for the same arguments."""
 
     def __init__(
-        self, seed: int, kind: str | None = None, *, horizon_s: float | None = None, wrappers: int | None = None
+        self,
+        seed: int,
+        kind: str | None = None,
+        *,
+        horizon_s: float | None = None,
+        wrappers: int | None = None,
+        history: Callable[[Random, Machine], History] | None = None,
     ) -> None:
-        """Take a seed and, if they are not to be random, a kind, a length [s] and a number of wrappers.
+        """Take a seed and, if they are not to be random, a kind, a length [s], a number of wrappers and a history.
 
         Raises ValueError for an unknown kind.
         """
@@ -61,8 +68,12 @@ class World:
         self.seed, self.kind = seed, kind or drawn_kind
         length_s = horizon_s or drawn_s
         self.machine: Machine = random_machine(rng, self.kind, length_s, wrappers)
-        calm = self.kind == "calm"
-        self.history: History = random_history(Random(f"{seed}:history"), self.machine, length_s, calm=calm)
+        happens = Random(f"{seed}:history")
+        self.history: History = (
+            random_history(happens, self.machine, length_s, calm=self.kind == "calm")
+            if history is None
+            else history(happens, self.machine)
+        )
         self.horizon_s = self.history.horizon_s
         self.truth = Truth(self.history)
         self.clock = Clock()

@@ -9,7 +9,7 @@ import pytest
 
 from deployments.figures_table import problems
 from registry.estimate import Sample, estimate
-from registry.figures import BatchFigures, MachineFigures, figures_of
+from registry.figures import BatchFigures, Figure, MachineFigures, figures_of
 from registry.state import EnergyWindow, WindowKind
 from registry.window_report import WindowReport, window_report
 from tests.energy_windows import BEGUN_S, EMBODIED, FULL_GRID, iso, kept, record, request, window
@@ -167,15 +167,11 @@ def test_the_interval_is_the_estimators() -> None:
         lease, prompt = f"r-{n % 3}", f"p{n // 3}"
         joules = 90.0 + n // 3 + 2 * (n % 3)
         windows.append(named(n, prompt, request_id=lease, joules=joules))
-        samples.append(Sample(lease, prompt, joules, 50, 0.5))
+        samples.append(Sample(lease, prompt, joules, 50, 0.5, 0.5))
     found, wanted = figures(*windows).joules_per_token, estimate(samples)
     assert wanted.low is not None
-    assert (found.value, found.low, found.high, found.systematic) == (
-        wanted.value,
-        wanted.low,
-        wanted.high,
-        wanted.systematic,
-    )
+    names = ("value", "low", "high", "systematic_low", "systematic_high")
+    assert [getattr(found, name) for name in names] == [getattr(wanted, name) for name in names]
     assert (found.prompts, found.leases, found.too_few) == (12, 3, None)
 
 
@@ -191,30 +187,68 @@ def test_prompts_without_a_name_have_their_place_in_the_lease() -> None:
     assert figures(*windows).joules_per_token.prompts == 2
 
 
+def errors(figure: Figure) -> tuple[float | None, float | None]:
+    return figure.systematic_low, figure.systematic_high
+
+
 def test_the_error_that_does_not_average_out_is_in_the_interval() -> None:
-    """100 J with a systematic 10 J, O of 9.16e-3 g ± 15 % by the grid, M of 20.8e-3 g ± 11.6e-3 g, by hand.
+    """100 J with a systematic 10 J, O of 9.16e-3 g -15 + 15 % by the grid, M of 20.8e-3 g -11.6e-3 + 6.4e-3 g, by hand.
 
     o = 100 / 3.6e6 · 329.7 = 9.158e-3 g; 10 % by the counter and (380 - 329.7) / 329.7 = 15.26 % by the grid multiply:
-    1.1 · 1.1526 - 1 = 26.78 %, 2.453e-3 g. m = 37.5 · 2 / 3600 = 20.83e-3 g, at most
-    20.8 · 2 / 3600 = 11.56e-3 g away. Of 50 tokens: 2.802e-4 g.
+    1.1 · 1.1526 - 1 = 26.78 %, 2.453e-3 g more; less: 1 - 0.9 · 280 / 329.7 = 23.57 %, 2.158e-3 g.
+    m = 37.5 · 2 / 3600 = 20.83e-3 g, at most 20.8 · 2 / 3600 = 11.56e-3 g less, 11.5 · 2 / 3600 = 6.389e-3 g more.
+    Of 50 tokens: 2.743e-4 g less, 1.768e-4 g more.
     """
-    found = figures(record(1, systematic_j=10.0))
-    assert found.joules_per_token.systematic == pytest.approx(0.2)
-    assert found.gco2eq_per_unit.systematic == pytest.approx(2.802e-4, rel=1e-3)
+    found = figures(record(1, systematic_j=10.0, resolution_j=20.0))
+    assert errors(found.joules_per_token) == pytest.approx((0.2, 0.2))
+    assert errors(found.gco2eq_per_unit) == pytest.approx((2.743e-4, 1.768e-4), rel=1e-3)
     unranged = FULL_GRID | {"low": None, "high": None}
-    without = figures(record(1, systematic_j=10.0, grid=unranged)).gco2eq_per_unit.systematic
-    assert without == pytest.approx((0.9158e-3 + 11.556e-3) / 50, rel=1e-3)
+    without = figures(record(1, systematic_j=10.0, resolution_j=20.0, grid=unranged)).gco2eq_per_unit
+    assert errors(without) == pytest.approx(((0.9158e-3 + 11.556e-3) / 50, (0.9158e-3 + 6.389e-3) / 50), rel=1e-3)
+
+
+def test_the_error_that_does_not_average_out_is_inside_the_bounds() -> None:
+    """A share of 100 J, between 90 and 400 J, with a systematic 80 J may be 10 J less, and 80 J more.
+
+    So no interval begins below what its bounds leave of it: not at 0.
+    """
+    shares = [
+        record(10 * lease + n, request_id=f"r-{lease}", begun_s=BEGUN_S + n, energy=energy_of(100.0, 90.0, 400.0, 80.0))
+        for lease in range(3)
+        for n in range(12)
+    ]
+    found = figures(*shares).joules_per_token
+    assert errors(found) == pytest.approx((0.2, 1.6))
+    assert (found.low, found.high) == pytest.approx((1.8, 3.6))
+    assert (found.bound_low, found.bound_high) == pytest.approx((1.8, 8.0))
+
+
+def energy_of(joules: float, low_j: float, high_j: float, systematic_j: float | None) -> dict[str, Any]:
+    return {"total_j": joules, "low_j": low_j, "high_j": high_j, "systematic_j": systematic_j}
+
+
+def test_a_prompt_that_took_nothing_has_an_error_all_the_same() -> None:
+    """A prompt that was refused while others were in flight took 0 J: it takes no other's interval away."""
+    many = [record(n, request_id=f"r-{n % 3}", begun_s=BEGUN_S + n) for n in range(36)]
+    refused = record(
+        36, request_id="r-0", begun_s=BEGUN_S + 36, joules=0.0, resolution_j=0.0, units=0, status="refused"
+    )
+    found = figures(*many, refused).gco2eq_per_unit
+    assert found.too_few is None
+    assert found.low is not None
 
 
 def test_a_record_that_does_not_say_its_systematic_error_may_keep_all_of_it() -> None:
     """Old records: the range of a model, else the steps of the counter, else it is not known, and no interval is."""
     ranged = window(1, energy={"low_j": 50.0, "high_j": 180.0})
-    assert figures(ranged).joules_per_token.systematic == pytest.approx(80 / 50)
+    assert errors(figures(ranged).joules_per_token) == pytest.approx((50 / 50, 80 / 50))
     stepped = window(1, energy={"resolution_j": 5.0})
-    assert figures(stepped).joules_per_token.systematic == pytest.approx(5 / 50)
+    assert errors(figures(stepped).joules_per_token) == pytest.approx((5 / 50, 5 / 50))
+    unranged = window(1, energy={"systematic_j": 5.0})
+    assert errors(figures(unranged).joules_per_token) == pytest.approx((5 / 50, 5 / 50))
     many = [window(n, request_id=f"r-{n % 3}", begun_s=float(n)) for n in range(36)]
     found = figures(*many).joules_per_token
-    assert (found.value, found.low, found.high, found.systematic) == (2.0, None, None, None)
+    assert (found.value, found.low, found.high, *errors(found)) == (2.0, None, None, None, None)
     assert found.too_few == "36 of 36 windows don't say how wrong their counters may be"
     assert (
         figures(many[0]).joules_per_token.too_few == "too few prompts: 1 (at least 10); too few leases: 1 (at least 2)"
@@ -285,8 +319,7 @@ def test_relative_errors_of_energy_and_grid_multiply() -> None:
     grid = FULL_GRID | {"value": 300.0, "low": 100.0, "high": 600.0}
     about: dict[str, Any] = {
         "joules": 30e3,
-        "systematic_j": 45e3,
-        "resolution_j": 20e3,
+        "energy": energy_of(30e3, 0.0, 75e3, 45e3),
         "grid": grid,
         "label": "modeled",
     }
@@ -322,7 +355,7 @@ def test_a_batch_over_many_leases_has_an_interval() -> None:
     """Twelve leases: each is one sample of the estimator."""
     leases = [stretch(n, 1200.0 + n, 6000) for n in range(12)]
     found = batch(*leases)
-    wanted = estimate([Sample(f"r-{n}", f"r-{n}", 1200.0 + n, 6000, 0.5) for n in range(12)])
+    wanted = estimate([Sample(f"r-{n}", f"r-{n}", 1200.0 + n, 6000, 0.5, 0.5) for n in range(12)])
     assert wanted.low is not None
     assert (found.joules_per_token.low, found.joules_per_token.high) == (wanted.low, wanted.high)
     assert found.joules_per_token.too_few is None

@@ -52,16 +52,68 @@ def test_systematic_error_does_not_shrink_with_more_samples() -> None:
     Statistically there is no error: all are equal. The systematic one is 20 · 2 J / (20 · 50) = 0.04 J per token.
     """
     for leases in (2, 20):
-        found = estimate(grid(10, leases, lambda *_: 100, systematic=2))
-        assert (found.value, found.systematic, found.stdev) == (2, 0.04, 0)
+        found = estimate(grid(10, leases, lambda *_: 100, systematic_low=2, systematic_high=2))
+        assert (found.value, found.stdev) == (2, 0)
+        assert (found.systematic_low, found.systematic_high) == pytest.approx((0.04, 0.04))
         assert limits(found) == (2, 2)
         assert (found.low, found.high) == pytest.approx((1.96, 2.04))
 
 
+def test_systematic_error_may_be_larger_on_one_side() -> None:
+    """100 J that may be 90 to 180, of 50 tokens: 2 J per token, 1.8 to 3.6."""
+    found = estimate(grid(10, 2, lambda *_: 100, systematic_low=10, systematic_high=80))
+    assert (found.systematic_low, found.systematic_high) == pytest.approx((0.2, 1.6))
+    assert (found.low, found.high) == pytest.approx((1.8, 3.6))
+
+
 def test_systematic_error_leads_to_no_negative_amount() -> None:
     """1 ± 3 J for 50 tokens are 0.02 J per token, 0 to 0.08: energy is not negative."""
-    found = estimate(grid(10, 2, lambda *_: 1, systematic=3))
+    found = estimate(grid(10, 2, lambda *_: 1, systematic_low=3, systematic_high=3))
     assert (found.low, found.high) == pytest.approx((0, 0.08))
+
+
+def test_interval_with_systematic_errors_by_hand() -> None:
+    """Five prompts cost 90 J and five 110 J for 50 tokens, in both leases; each may be 80 J less, or 80 J more.
+
+    At least 10 and 30 J: 0.4 J per token. Each prompt adds ±20 / 400 = ±0.05 of it: variance 10/9 · 10 · 0.05² =
+    0.02778, standard error 0.16667. The effective number of prompts is 400² / (5 · 20² + 5 · 60²) = 8; t for 7 degrees
+    of freedom is 2.3646. So it begins at 0.4 · e^-0.3941 = 0.2697, and not at 0: 1.8545 - 1.6 J had left 0.2545.
+    At most 170 and 190 J: 3.6 J per token, ±20 / 3600 each: standard error 0.01852, effectively 9.969 prompts, t for
+    8.969 is 2.2634. It ends at 3.6 · e^0.04192 = 3.7541.
+    """
+    found = estimate(
+        grid(10, 2, lambda prompt, _: (90, 110)[prompt % 2], systematic_low=80, systematic_high=80),
+    )
+    assert (found.low, found.high) == pytest.approx((0.2697, 3.7541), abs=1e-4)
+    assert limits(found) == pytest.approx((1.8545, 2.1569), abs=1e-4)
+
+
+@given(st.integers(0, 2**32))
+def test_without_systematic_errors_the_interval_is_the_statistical_one(seed: int) -> None:
+    """What the tables of coverage are made of: samples without systematic errors have one interval, to the digit."""
+    chance = random.Random(seed)
+    found = estimate(grid(12, 3, lambda *_: chance.lognormvariate(3, 1)))
+    assert (found.low, found.high) == limits(found)
+    assert (found.systematic_low, found.systematic_high) == (0, 0)
+
+
+@pytest.mark.parametrize("part", [-1.0, 1.0])
+@pytest.mark.parametrize("of_amount", [True, False], ids=["in proportion", "the same for all"])
+def test_interval_contains_the_truth_whatever_the_systematic_error_is(part: float, *, of_amount: bool) -> None:
+    """What is published is wrong by up to all of its systematic term, 40 % of it or 20 J: 93 % contain the truth."""
+    joules, units = World("token", 0.5, "random").draw(np.random.default_rng(7), 300, 20, 3)
+    truth, covered = World("token", 0.5, "random").truth, 0
+    for amounts, tokens in zip(joules, units, strict=True):
+        samples = []
+        for (prompt, lease), true in np.ndenumerate(amounts):
+            term = 0.4 * true if of_amount else 20.0
+            told = max(true + part * term, 0.0)
+            samples.append(Sample(f"l{lease}", f"p{prompt}", told, float(tokens[prompt, lease]), term, term))
+        found = estimate(samples)
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= truth <= found.high
+    assert covered / 300 >= LEAST
 
 
 def test_interval_of_two_leases_that_differ() -> None:
@@ -109,7 +161,7 @@ def test_nothing_known_is_none() -> None:
         found = estimate(samples)
         assert found.n == len(samples)
         unknown = (found.value, found.mean_of_ratios, found.median, found.stdev, found.low, found.high)
-        assert {*unknown, found.systematic} == {None}
+        assert {*unknown, found.systematic_low, found.systematic_high} == {None}
         assert found.too_few == "too few prompts: 0 (at least 10); too few leases: 0 (at least 2)"
 
 
@@ -129,11 +181,12 @@ def test_all_amounts_zero_are_known() -> None:
 )
 def test_too_few_prompts_or_leases_have_no_interval(prompts: int, leases: int, why: str | None) -> None:
     """At the least numbers there is an interval; below, its place is taken by the reason."""
-    found = estimate(grid(prompts, leases, lambda prompt, lease: 100 + prompt + lease, systematic=1))
+    found = estimate(grid(prompts, leases, lambda prompt, lease: 100 + prompt + lease, systematic_low=1))
     assert found.too_few == why
     assert (found.low is None) == (found.high is None) == (found.statistical_low is None) == (why is not None)
     assert found.value is not None
-    assert found.systematic == pytest.approx(0.02)
+    assert found.systematic_low == pytest.approx(0.02)
+    assert found.systematic_high == 0
 
 
 def test_prompts_and_leases_without_units_are_not_counted() -> None:
@@ -161,9 +214,18 @@ def test_aborted_lease_weighs_little() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [(-1, 1, 0), (1, -1, 0), (1, 1, -1), (math.nan, 1, 0), (1, math.nan, 0), (math.inf, 1, 0)]
+    "bad",
+    [
+        (-1, 1, 0, 0),
+        (1, -1, 0, 0),
+        (1, 1, -1, 0),
+        (1, 1, 0, -1),
+        (math.nan, 1, 0, 0),
+        (1, math.nan, 0, 0),
+        (math.inf, 1),
+    ],
 )
-def test_impossible_samples_are_refused(bad: tuple[float, float, float]) -> None:
+def test_impossible_samples_are_refused(bad: tuple[float, ...]) -> None:
     """Negative amounts, units and errors, and what is not finite, are a mistake of the caller."""
     with pytest.raises(ValueError, match="0 or more"):
         estimate([Sample("a", "p", *bad)])
@@ -177,7 +239,8 @@ def test_impossible_samples_are_refused(bad: tuple[float, float, float]) -> None
             prompt=st.sampled_from("0123456789ABCDEF"),
             amount=st.floats(0, 1e9),
             units=st.integers(0, 100_000),
-            systematic=st.floats(0, 10),
+            systematic_low=st.floats(0, 10),
+            systematic_high=st.floats(0, 10),
         ),
         max_size=80,
     ),

@@ -84,6 +84,27 @@ def test_lease_windows_tell_label_and_bounds_of_the_same_joules() -> None:
     assert whole.windows == 2
 
 
+def test_parts_of_a_lease_are_inside_its_bounds() -> None:
+    """60 J (5 to 115) of a prompt and 40 J (0 to 140) idle are a lease of 100 ± 2 J: of 140 J idle 97 J are left.
+
+    102 J less the 5 J that the prompt took at least; the prompt took at most 102 J. Without the lease nothing is known
+    of that. In grams it is the same, at 280 to 380 gCO2eq/kWh.
+    """
+    idle_j = {"total_j": 40.0, "low_j": 0.0, "high_j": 140.0}
+    parts = [
+        record(1, joules=60.0, resolution_j=55.0, label="modeled"),
+        record(2, WindowKind.IDLE, joules=40.0, resolution_j=100.0, energy=idle_j),
+    ]
+    alone = reported(*parts).costs
+    assert (alone["idle"].low_j, alone["idle"].high_j, alone["active"].high_j) == (0.0, 140.0, 115.0)
+    report = reported(*parts, record(3, WindowKind.LEASE, joules=100.0, seconds=4.0))
+    active, idle = report.costs["active"], report.costs["idle"]
+    assert (active.joules, active.low_j, active.high_j) == (60.0, 5.0, 102.0)
+    assert (idle.joules, idle.low_j, idle.high_j) == (40.0, 0.0, 97.0)
+    assert idle.o_high_g == pytest.approx((102 * 380 - 5 * 280) / 3.6e6)
+    assert report.llms[0].costs["idle"] == idle
+
+
 def test_time_is_counted_once() -> None:
     """Of two prompts at the same time each has its share of it; a wrapper that tells no share had all of it."""
     together = window(1, seconds=4, reserved_s=2.0), window(2, seconds=4, reserved_s=2.0)

@@ -101,6 +101,7 @@ def test_terminal() -> None:
     assert "org/large: score leaves out 1: 1 of 9 windows have no known amount (too_short)" in text
     assert "active: 1 of 17 windows lack joules or gCO2eq (too_short); 2 s without joules" in text
     assert "org/small: no 95 % interval: too few prompts: 8 (at least 10)" in text
+    assert "org/small: score with idle time: no 95 % interval: too few leases: 1 (at least 10)" in text
     assert "~ is not measured" in text
 
 

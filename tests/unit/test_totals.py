@@ -28,6 +28,11 @@ def test_a_hole_is_no_zero() -> None:
     assert (sum_of([1.0]) + sum_of([None])).value is None
 
 
+def test_sums_have_the_same_digits_in_any_order() -> None:
+    """A client and a registry that add up the same windows in different orders say the same to the last digit."""
+    assert sum_of([1e16, 1.0, 1.0]) == sum_of([1.0, 1.0, 1e16]) == Sum(3, 3, 1e16 + 2)
+
+
 def test_totals_add_up() -> None:
     """Parts are added one by one, and one that is empty does not make the label worse."""
     one = Total(sum_of([1.0]), sum_of([2.0]), sum_of([3.0]), "measured")

@@ -1,0 +1,231 @@
+"""``greenprompt measure`` over simulated machines and the real meter: its summary against windows and the truth."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import fsum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stamina
+from pydantic import TypeAdapter
+from rich.console import Console, RenderableType
+
+from deployments.experiment import Plan, load_plan
+from deployments.figures_table import READING
+from deployments.measure import run_measure
+from deployments.report_table import report_table
+from registry.api import RequestState
+from registry.report import MeasurementReport
+from registry.state import KeptWindow, Measurement, WindowKind
+from registry.store import Store
+from registry.views import report_json
+from registry.window_report import WindowReport, window_report
+from tests.energy_windows import iso, request
+from tests.energy_world.driver import MEASUREMENT, TENANT, Run, drive
+from tests.energy_world.experiment import Experiment
+from tests.energy_world.judge import Judge
+from tests.energy_world.machine import KINDS
+from tests.energy_world.world import World
+from tests.fake_registry_http import HttpRegistry, Reply, answer
+
+LLMS = ("alpha-8b", "gamma-1b")
+PROMPTS, REPETITIONS, WARMUPS = 20, 2, 2
+WIDTH = 200
+
+
+@dataclass
+class Measured:
+    """An experiment that was measured, and what really happened.
+
+    ``run`` is what the meter wrote down, ``store`` the registry's database with it, ``folder`` the results of
+    ``greenprompt measure`` and ``shown`` what it showed.
+    """
+
+    plan: Plan
+    run: Run
+    store: Store
+    folder: Path
+    shown: str
+
+    @cached_property
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """The figures of ``summary.json``, by LLM."""
+        told = json.loads((self.folder / "summary.json").read_text())
+        assert told["complete"]
+        return {each["llm"]: each["figures"][0] for each in told["llms"]}
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """What GET /measurements/…/report answers."""
+        requests = [request(lease.id, lease.llm, n) for n, lease in enumerate(self.run.world.history.leases, 1)]
+        windows = self.store.windows((TENANT, MEASUREMENT))
+        told: dict[str, Any] = json.loads(report_json(Measurement(MEASUREMENT, 1), requests, windows))
+        return told
+
+    def counted(self, llm: str) -> list[KeptWindow]:
+        """The final windows of the prompts that count."""
+        prompts = self.run.prompts
+        own = [each for each in self.run.windows if each.window.kind is WindowKind.PROMPT]
+        return [e for e in own if (p := prompts[e.window.window_id]).llm == llm and not p.warm_up]
+
+
+def measured(seed: int, kind: str, in_flight: int, folder: Path) -> Measured:
+    """Let an experiment happen on a simulated machine, then ``greenprompt measure`` ask what that came to."""
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"id": f"q{n}", "question": f"Question {n}?"}) + "\n" for n in range(PROMPTS))
+    )
+    with HttpRegistry() as registry, stamina.set_testing(True, attempts=3):
+        plan = load_plan(
+            None,
+            llms=list(LLMS),
+            prompts=prompts,
+            output=folder / "out",
+            url=registry.url,
+            repetitions=REPETITIONS,
+            concurrency=in_flight,
+            warmup=WARMUPS,
+            measurement_id=MEASUREMENT,
+        )
+        turns = [llm for repetition in range(1, REPETITIONS + 1) for llm in plan.order(repetition)]
+        leases = {f"r{n}": llm for n, llm in enumerate(turns)}
+        experiment = Experiment(leases, [each.id for each in plan.prompts], WARMUPS, in_flight)
+        with World(seed, kind, wrappers=1, history=experiment.history) as world:
+            (folder / "machine").mkdir()
+            run = drive(world, folder / "machine")
+        answer_as(registry, run)
+        store = Store.open(f"sqlite:///{folder}/registry.db")
+        store.keep_windows(run.windows)
+        shown = io.StringIO()
+        assert run_measure(plan, Console(file=shown, width=WIDTH))
+    return Measured(plan, run, store, folder / "out", shown.getvalue())
+
+
+def answer_as(registry: HttpRegistry, run: Run) -> None:
+    """Let a registry answer with what the meter has said of each prompt, and have the windows that it has written."""
+    windows: dict[str | None, list[WindowReport]] = {}
+    for kept in run.windows:
+        told = replace(window_report(kept, None, iso), detail=None)
+        windows.setdefault(told.requestId, []).append(told)
+    open_ = {
+        (prompt.lease_id, f"Question {(prompt.name or '')[1:]}?", prompt.warm_up): window_id
+        for window_id, prompt in run.prompts.items()
+    }
+
+    def reply(state: RequestState, question: str) -> Reply:
+        number, warm_up, text = question.partition(") ")
+        name = (state.requestId, text, True) if warm_up else (state.requestId, number, False)
+        return 200, answer() | run.answers[open_[name]]
+
+    registry.on_prompt = reply
+    registry.on_windows = lambda found: windows[found[0].requestId] if found else []
+
+
+@contextmanager
+def measured_anew(seed: int, kind: str, in_flight: int) -> Iterator[Measured]:
+    """The same in a folder of its own, which is deleted."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = measured(seed, kind, in_flight, Path(folder))
+        try:
+            yield found
+        finally:
+            found.store.close()
+
+
+def judged(made: Measured) -> None:
+    """Hold all figures of an experiment against its final windows, the truth and the report."""
+    for llm, figures in made.summary.items():
+        if any(each.window.total_j is not None for each in made.counted(llm)):
+            sums_of_final_windows(made, llm, figures)
+            truth(made, llm, figures)
+        else:  # a counter can't be read
+            assert figures["joules_per_token"]["value"] is None
+        report = next(each for each in made.report["llms"] if each["llm"] == llm)
+        assert report["figures"] == [figures]
+    tables = report_table(TypeAdapter(MeasurementReport).validate_python(made.report))
+    in_report = {line.rstrip() for line in printed(tables).splitlines()}
+    assert [line for line in shown_tables(made) if line not in in_report] == []
+
+
+def sums_of_final_windows(made: Measured, llm: str, figures: dict[str, Any]) -> None:
+    """The figures of a summary, in JSON and in CSV, are sums of the final windows. What answers said is not in them."""
+    known = [each.window for each in made.counted(llm) if each.window.total_j is not None]
+    tokens = sum(made.run.prompts[each.window_id].output_tokens for each in known)
+    joules = fsum(each.total_j or 0.0 for each in known)
+    assert figures["joules_per_token"]["value"] == pytest.approx(joules / tokens, rel=1e-9)
+    assert figures["joules_per_prompt"]["value"] == pytest.approx(joules / len(known), rel=1e-9)
+    grams = fsum((each.o_g or 0.0) + (each.m_g or 0.0) for each in known)
+    if figures["gco2eq_per_unit"]["value"] is not None:  # else there are estimates, which the operator does not allow
+        assert figures["gco2eq_per_unit"]["value"] == pytest.approx(grams / tokens, rel=1e-9)
+    with (made.folder / "summary.csv").open(newline="") as file:
+        [row] = [each for each in csv.DictReader(file) if each["llm"] == llm]
+    assert float(row["joules_per_token_value"]) == figures["joules_per_token"]["value"]
+    with (made.folder / "windows.csv").open(newline="") as file:
+        of_csv = {each["window"]: each["joules"] for each in csv.DictReader(file)}
+    assert fsum(float(of_csv[each.window_id]) for each in known) == pytest.approx(joules, rel=1e-9)
+    of_moment = fsum(made.run.answers[each.window_id]["energy"]["total_j"] or 0.0 for each in known)
+    assert of_moment != pytest.approx(joules, rel=1e-9)
+
+
+def truth(made: Measured, llm: str, figures: dict[str, Any]) -> None:
+    """Bounds and the interval contain the truth; the figure is off by its systematic terms at most.
+
+    Errors of shares cancel in their sum: with all windows known it is as right as the counters over the whole stretch.
+    """
+    judge, found, batch = Judge(made.run), figures["joules_per_token"], figures["batch"]["joules_per_token"]
+    details = {each.window.window_id: json.loads(each.window.detail) for each in made.run.windows}
+    known = [each for each in made.counted(llm) if each.window.total_j is not None]
+    tokens = sum(made.run.prompts[each.window.window_id].output_tokens for each in known)
+    true = fsum(judge.truth_j(each, details[each.window.window_id]) for each in known) / tokens
+    assert found["bound_low"] <= true <= found["bound_high"]
+    assert found["value"] - found["systematic_low"] <= true <= found["value"] + found["systematic_high"]
+    if not found["left_out"] and batch["value"] is not None:
+        assert abs(found["value"] / true - 1) <= (batch["bound_high"] - batch["bound_low"]) / 2 / batch["value"]
+
+
+def printed(tables: RenderableType) -> str:
+    """Return tables as a terminal shows them."""
+    text = io.StringIO()
+    Console(file=text, width=WIDTH).print(tables)
+    return text.getvalue()
+
+
+def shown_tables(made: Measured) -> list[str]:
+    """Return the lines of the tables that ``greenprompt measure`` has shown."""
+    lines = [line.rstrip() for line in made.shown.splitlines()]
+    begin, end = (next(n for n, line in enumerate(lines) if line.startswith(word)) for word in ("LLM ", READING))
+    assert len(LLMS) * 4 <= end - begin  # a value and its interval, of prompts and of all as one
+    return lines[begin:end]
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "kind"),
+    [(1, "calm"), (1, "gh200"), (4, "h100_intel"), (4, "sampled"), (16, "calm"), (16, "h200_amd")],
+)
+def test_the_summary_is_the_truth(in_flight: int, kind: str) -> None:
+    """1, 4 and 16 prompts in flight: the summary is the sum of the final windows to 1e-9, and the truth is in it.
+
+    The report of the registry has the same digits, in its JSON and as a table.
+    """
+    with measured_anew(1, kind, in_flight) as made:
+        judged(made)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_summary_is_the_truth_on_every_machine(kind: str) -> None:
+    """The same on every kind of machine, for five more seeds each."""
+    for seed in range(2, 7):
+        for in_flight in (1, 4, 16):
+            with measured_anew(seed, kind, in_flight) as made:
+                judged(made)
