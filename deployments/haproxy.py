@@ -43,6 +43,9 @@ KEEP_ALIVE_S = 30
 MOST_PER_SOURCE = 2048
 """Connections that one address may have: half of what HAProxy takes (4096), so that others have the rest."""
 
+CROWDED, FEW_PER_SOURCE = 3072, 256
+"""With CROWDED connections in all, an address with FEW_PER_SOURCE gets no more: several crowds don't fill HAProxy."""
+
 MOST_POLLS = 1500
 """GETs with ``wait`` that HAProxy lets in at once: there is always room for prompts and control beside them."""
 
@@ -139,6 +142,7 @@ s#^([[:space:]]*timeout http-keep-alive )[0-9]+s#\1{keep_alive}s#
     stick-table type ipv6 size 100k expire 1m store conn_cur # greenprompt limit\
     tcp-request connection track-sc0 src # greenprompt limit\
     tcp-request connection reject if { sc0_conn_cur gt {per_source} } # greenprompt limit\
+    tcp-request connection reject if { fe_conn gt {crowded} } { sc0_conn_cur gt {few} } # greenprompt limit\
     acl is_poll path_beg /promptingservice/request/ # greenprompt limit\
     acl waits url_param(wait) -m found # greenprompt limit\
     http-request track-sc1 int(1) table greenprompt_polls if is_poll waits # greenprompt limit\
@@ -279,7 +283,7 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
     )
     wanted = _NO_LOG + _NO_SPLICE + _WRAPPERS_HEAR_HANG_UPS + _OWN_ANSWERS + _LIMITS
     figures = {"keep_alive": KEEP_ALIVE_S, "request": REQUEST_S, "polls": MOST_POLLS}
-    figures |= {"per_source": MOST_PER_SOURCE}
+    figures |= {"per_source": MOST_PER_SOURCE, "crowded": CROWDED, "few": FEW_PER_SOURCE}
     wanted = _filled(wanted, {"folder": home, **figures})
     changes.write_text((_LOOPBACK if local_only else "") + wanted, encoding="ascii")
     parts = {

@@ -183,3 +183,16 @@ def test_one_source_leaves_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert last.recv(4096).startswith(b"HTTP/1.1 200")
         haproxy.ask("/", source="127.0.0.2")
         haproxy.heard()
+
+
+def test_several_crowds_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CROWDED connections in all, an address with FEW_PER_SOURCE gets no more, and one with fewer still does."""
+    monkeypatch.setattr("deployments.haproxy.CROWDED", 3)
+    monkeypatch.setattr("deployments.haproxy.FEW_PER_SOURCE", 1)
+    with Limited(tmp_path) as haproxy:
+        for source in ("127.0.0.2", "127.0.0.2", "127.0.0.3"):
+            haproxy.ask("/", source=source)
+            haproxy.heard()
+        assert haproxy.refuses("127.0.0.3")
+        haproxy.ask("/", source="127.0.0.4")
+        haproxy.heard()
