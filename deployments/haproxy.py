@@ -49,13 +49,13 @@ CROWDED, FEW_PER_SOURCE = 3072, 256
 MOST_POLLS = 1500
 """GETs with ``wait`` that HAProxy lets in at once: there is always room for prompts and control beside them."""
 
-POLLS_PER_S = 200
+POLLS_PER_S = 100
 """New GETs with ``wait`` that reach the ingress in a second. More wait in HAProxy, where that costs little."""
 
-POLLS_BURST = 20
+POLLS_BURST = 10
 """New GETs with ``wait`` that reach the ingress at one moment, after a time with few of them."""
 
-POLL_TURN_S = 3
+POLL_TURN_S = 5
 """Longest wait of a GET with ``wait`` for its turn, seconds; then it is a 429."""
 
 # Stands in front of HAProxy and changes the configuration that Serve wrote for it. Serve's manager ends HAProxy when it
@@ -125,7 +125,7 @@ core.register_action("greenprompt_turn", { "http-req" }, function(txn)
   local until_s = now_s() + {turn}
   while not take() do
     if now_s() > until_s then return end
-    core.msleep(50 + math.random(100))
+    core.msleep(100 + math.random(200))
   end
   txn:set_var("txn.in_turn", true)
 end, 0)
