@@ -10,7 +10,7 @@ import json
 import re
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -43,8 +43,20 @@ KEEP_ALIVE_S = 30
 MOST_PER_SOURCE = 2048
 """Connections that one address may have: half of what HAProxy takes (4096), so that others have the rest."""
 
+CROWDED, FEW_PER_SOURCE = 3072, 256
+"""With CROWDED connections in all, an address with FEW_PER_SOURCE gets no more: several crowds don't fill HAProxy."""
+
 MOST_POLLS = 1500
 """GETs with ``wait`` that HAProxy lets in at once: there is always room for prompts and control beside them."""
+
+POLLS_PER_S = 100
+"""New GETs with ``wait`` that reach the ingress in a second. More wait in HAProxy, where that costs little."""
+
+POLLS_BURST = 10
+"""New GETs with ``wait`` that reach the ingress at one moment, after a time with few of them."""
+
+POLL_TURN_S = 5
+"""Longest wait of a GET with ``wait`` for its turn, seconds; then it is a 429."""
 
 # Stands in front of HAProxy and changes the configuration that Serve wrote for it. Serve's manager ends HAProxy when it
 # is shut down; when it is killed the kernel does. Else it would hold the port and answer for servers that are gone.
@@ -53,11 +65,14 @@ previous=
 for argument in "$@"; do
     if [ "$previous" = "-f" ]; then
         sed -i -E -f "{changes}" "$argument"
+        "{haproxy}" -q -c -f "$argument" > /dev/null || "{haproxy}" -c -f "$argument" || exit 1
     fi
     previous=$argument
 done
-exec "{python}" -IS -c '{die_with_parent}' $PPID "{haproxy}" "$@"
+exec "{python}" -IS -c '{die_with_parent}' $PPID "{haproxy}" -q "$@"
 """
+# -q: else it writes a line for each client that hangs up while it waits for its turn. Faults of the configuration are
+# said by the check before.
 _DIE_WITH_PARENT = (
     "import ctypes, os, signal, sys; "
     "ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) == 0 or sys.exit(1); "  # 1: PR_SET_PDEATHSIG
@@ -88,6 +103,34 @@ s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503
 /^frontend http_frontend/a \
 http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }
 """
+# Lets polls in at a rate, in no order. Each takes some of the one process that also answers health and control, so a
+# crowd at one moment would hold those up. HAProxy does not always notice at once that a client that waits has gone.
+_TURNS = """local tokens, since_s = {burst}, 0
+
+local function now_s()
+  local now = core.now()
+  return now.sec + now.usec / 1e6
+end
+
+local function take()
+  local now = now_s()
+  tokens = math.min({burst}, tokens + (now - since_s) * {rate})
+  since_s = now
+  if tokens < 1 then return false end
+  tokens = tokens - 1
+  return true
+end
+
+core.register_action("greenprompt_turn", { "http-req" }, function(txn)
+  local until_s = now_s() + {turn}
+  while not take() do
+    if now_s() > until_s then return end
+    core.msleep(100 + math.random(200))
+  end
+  txn:set_var("txn.in_turn", true)
+end, 0)
+"""
+
 # Each line has the mark by which it is taken out again, as HAProxy may be started several times with one file.
 _LIMITS = r"""/# greenprompt limit$/d
 s#^([[:space:]]*timeout http-keep-alive )[0-9]+s#\1{keep_alive}s#
@@ -99,17 +142,23 @@ s#^([[:space:]]*timeout http-keep-alive )[0-9]+s#\1{keep_alive}s#
     stick-table type ipv6 size 100k expire 1m store conn_cur # greenprompt limit\
     tcp-request connection track-sc0 src # greenprompt limit\
     tcp-request connection reject if { sc0_conn_cur gt {per_source} } # greenprompt limit\
+    tcp-request connection reject if { fe_conn gt {crowded} } { sc0_conn_cur gt {few} } # greenprompt limit\
     acl is_poll path_beg /promptingservice/request/ # greenprompt limit\
     acl waits url_param(wait) -m found # greenprompt limit\
     http-request track-sc1 int(1) table greenprompt_polls if is_poll waits # greenprompt limit\
     acl is_full sc1_conn_cur(greenprompt_polls) gt {polls} # greenprompt limit\
-    http-request deny deny_status 429 if is_poll waits is_full # greenprompt limit
+    http-request deny deny_status 429 if is_poll waits is_full # greenprompt limit\
+    http-request lua.greenprompt_turn if is_poll waits # greenprompt limit\
+    http-request deny deny_status 429 if is_poll waits !{ var(txn.in_turn) -m found } # greenprompt limit
+/^global/a \
+    lua-load {folder}/turns.lua # greenprompt limit
 /^frontend http_frontend/i \
 backend greenprompt_polls # greenprompt limit\
     stick-table type integer size 1 store conn_cur # greenprompt limit
 """
 
 _RELIED_ON = (
+    r'^(HAPROXY_CONFIG_TEMPLATE = """)?global$',
     r"^defaults$",
     r"^frontend http_frontend$",
     r"^    log .* local0 info$",
@@ -200,6 +249,13 @@ def _serves_template() -> str:
     return "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
+def _filled(text: str, values: Mapping[str, object]) -> str:
+    """The text with each ``{name}`` replaced by its value; other braces stay."""
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    return text
+
+
 def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bool = False) -> dict[str, str]:
     """What Ray's processes need to run HAProxy with its files in ``home``, which is made, and may be there already.
 
@@ -222,10 +278,13 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
     changes, script = home / "changes.sed", home / "haproxy"
     for status, answer in _ANSWERS.items():
         (home / f"{status}.http").write_text(_answer_file(status, answer), encoding="ascii", newline="")
+    (home / "turns.lua").write_text(
+        _filled(_TURNS, {"rate": POLLS_PER_S, "burst": POLLS_BURST, "turn": POLL_TURN_S}), encoding="ascii"
+    )
     wanted = _NO_LOG + _NO_SPLICE + _WRAPPERS_HEAR_HANG_UPS + _OWN_ANSWERS + _LIMITS
-    figures = {"keep_alive": KEEP_ALIVE_S, "request": REQUEST_S, "per_source": MOST_PER_SOURCE, "polls": MOST_POLLS}
-    for name, value in {"folder": home, **figures}.items():
-        wanted = wanted.replace(f"{{{name}}}", str(value))
+    figures = {"keep_alive": KEEP_ALIVE_S, "request": REQUEST_S, "polls": MOST_POLLS}
+    figures |= {"per_source": MOST_PER_SOURCE, "crowded": CROWDED, "few": FEW_PER_SOURCE}
+    wanted = _filled(wanted, {"folder": home, **figures})
     changes.write_text((_LOOPBACK if local_only else "") + wanted, encoding="ascii")
     parts = {
         "changes": changes,
@@ -233,10 +292,7 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
         "die_with_parent": _DIE_WITH_PARENT,
         "haproxy": get_haproxy_binary(),
     }
-    wrapped = _HAPROXY
-    for name, value in parts.items():
-        wrapped = wrapped.replace(f"{{{name}}}", str(value))
-    script.write_text(wrapped, encoding="utf-8")
+    script.write_text(_filled(_HAPROXY, parts), encoding="utf-8")
     script.chmod(stat.S_IRWXU)
     port_names = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
     return SERVE_ENVIRONMENT | {

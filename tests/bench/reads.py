@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+import psutil
 import structlog
 
 from deployments.tiny_llm import make_tiny_llm
@@ -53,7 +57,8 @@ PART = "reads"
 NOW_S = 1_800_000_000.0
 DAY_S = 86_400.0
 LLMS, TENANTS, ENDED, WINDOWS, MACHINES = 15_000, 10_000, 100_000, 500_000, 1_000
-HANG_UPS, AT_ONCE, IDLE = 11_500, 500, 2_000
+IDLE_S = 20.0
+"""How long the crowd of idle connections stays, seconds."""
 SPEC = LLMSpec("org/tiny", "text-generation")
 TARGETS = {
     "page_of_15000_ms": "≤ 50",
@@ -245,22 +250,26 @@ async def in_process(folder: Path) -> list[Result]:
 
 @contextlib.asynccontextmanager
 async def asking(url: str, lease: str, health_ms: list[float], prompt_ms: list[float]) -> AsyncIterator[None]:
-    """Ask for the health every 20 ms, and prompt one after another, on connections of their own."""
+    """Ask for the health every 20 ms, each time on a new connection, and prompt one after another on one connection."""
 
-    async def often(server: str, method: str, path: str, body: bytes, times: list[float], pause_s: float) -> None:
+    async def often(
+        server: str, method: str, path: str, body: bytes, times: list[float], pause_s: float, anew: bool
+    ) -> None:
         async with Connection(server) as http:
             while True:
                 begun_s = time.perf_counter()
                 status, answer = await http.call(method, path, body)
                 assert status == 200, answer
                 times.append(1000 * (time.perf_counter() - begun_s))
+                if anew:
+                    http.close()
                 await asyncio.sleep(pause_s)
 
     prompt = b'{"question": "why?"}'
     path = f"{urlsplit(lease).path}/process_prompt"
     tasks = [
-        asyncio.create_task(often(url, "GET", "/healthz", b"", health_ms, 0.02)),
-        asyncio.create_task(often(url, "POST", path, prompt, prompt_ms, 0.05)),
+        asyncio.create_task(often(url, "GET", "/healthz", b"", health_ms, 0.02, anew=True)),
+        asyncio.create_task(often(url, "POST", path, prompt, prompt_ms, 0.05, anew=False)),
     ]
     try:
         yield
@@ -273,20 +282,35 @@ async def asking(url: str, lease: str, health_ms: list[float], prompt_ms: list[f
             raise RuntimeError(f"health or prompts failed: {failed}")
 
 
-async def hang_up(url: str, request_id: str) -> None:
-    """Poll HANG_UPS times, and hang up each time."""
-    parts = urlsplit(url)
-    head = f"GET /promptingservice/request/{request_id}?wait=60 HTTP/1.1\r\nHost: a\r\n\r\n".encode()
-    for _ in range(HANG_UPS // AT_ONCE):
-        streams = await asyncio.gather(*(asyncio.open_connection(parts.hostname, parts.port) for _ in range(AT_ONCE)))
-        for _, writer in streams:
-            writer.write(head)
-        await asyncio.sleep(0.5)
-        for _, writer in streams:
-            writer.close()
+def parts_of(registry: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
+    """The processes that a read goes through, by name."""
+    found: dict[str, psutil.Process] = {}
+    for process in psutil.Process(registry.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            line = " ".join(process.cmdline())
+            for name, word in {"ingress": ":Ingress", "actor": "ray::RegistryActor", "haproxy": "haproxy.cfg"}.items():
+                if word in line:
+                    found[name] = process
+    return found
 
 
-async def on_a_cluster(url: str, llm: dict[str, Any]) -> list[Result]:
+def cpu_s(process: psutil.Process) -> float:
+    """CPU time that a process has used, seconds."""
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+async def crowd(*arguments: str) -> dict[str, float]:
+    """Run the crowd in a process of its own; what it says that it did."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.bench.crowd", *arguments, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    said: dict[str, float] = json.loads(output)
+    return said
+
+
+async def on_a_cluster(url: str, llm: dict[str, Any], registry: subprocess.Popen[bytes]) -> list[Result]:
     """Clients that hang up, and idle ones, beside prompts and control."""
     async with Connection(url) as http:
         (first,) = (await http.json("POST", "/promptingservice/request", {"measurementId": 1, "llms": [llm]}))[
@@ -300,23 +324,35 @@ async def on_a_cluster(url: str, llm: dict[str, Any]) -> list[Result]:
         ]
     results: list[Result] = []
 
-    async def phase(name: str, seconds: float, work: Any = None) -> None:
+    async def phase(name: str, seconds: float, *arguments: str) -> None:
         health_ms: list[float] = []
         prompt_ms: list[float] = []
+        parts = parts_of(registry)
+        before = {part: (cpu_s(process), process.memory_info().rss) for part, process in parts.items()}
+        begun_s = time.perf_counter()
         async with asking(url, state["url"], health_ms, prompt_ms):
-            if work is not None:
-                await work
+            if arguments:
+                did = await crowd(*arguments)
+                results.extend(counted(PART, f"crowd_{key}.{name}", value, "", of=1) for key, value in did.items())
             await asyncio.sleep(seconds)
+        took_s = time.perf_counter() - begun_s
         results.append(measured(PART, f"healthz_p99_ms.{name}", health_ms, "ms", pick=p99))
         results.append(measured(PART, f"prompt_p50_ms.{name}", prompt_ms, "ms"))
+        replaced = [part for part, process in parts_of(registry).items() if process != parts[part]]
+        results.append(counted(PART, f"replaced_processes.{name}", len(replaced), " ".join(replaced), of=len(parts)))
+        for part, (used_s, rss) in before.items():
+            if part in replaced:
+                continue
+            share = 100 * (cpu_s(parts[part]) - used_s) / took_s
+            now = parts[part].memory_info().rss
+            results.append(counted(PART, f"{part}_cpu_percent.{name}", share, "%", of=1))
+            results.append(counted(PART, f"{part}_rss_mb.{name}", now / 1e6, "MB", of=1, baseline=rss / 1e6))
+        load, _, _ = os.getloadavg()
+        results.append(counted(PART, f"load.{name}", load, "", of=1))
 
     await phase("quiet", 10)
-    await phase("hang_ups", 10, hang_up(url, waits["requestId"]))
-    parts = urlsplit(url)
-    idle = await asyncio.gather(*(asyncio.open_connection(parts.hostname, parts.port) for _ in range(IDLE)))
-    await phase("idle", 20)
-    for _, writer in idle:
-        writer.close()
+    await phase("hang_ups", 5, "hang-ups", url, waits["requestId"])
+    await phase("idle", 1, "idle", url, str(IDLE_S))
     return results
 
 
@@ -338,7 +374,7 @@ def main(arguments: list[str]) -> int:
             llm = llmconfig(make_tiny_llm(folder / "llms" / "a", seed=0))
             registry = start(folder)
             try:
-                results += asyncio.run(on_a_cluster(registry.url, llm))
+                results += asyncio.run(on_a_cluster(registry.url, llm, registry.process))
             finally:
                 stop(registry)
     publish(results, output=chosen.output, targets=TARGETS)
