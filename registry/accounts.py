@@ -5,7 +5,6 @@ Nothing here decides who gets an LLM, but for the refusal of a request whose ten
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from registry.allocator import Allocator
@@ -16,9 +15,6 @@ from registry.settings import TenantBudget
 from registry.state import EnergyWindow, KeptWindow, MeasurementKey, WindowKind
 from registry.store import Store, WindowPlace
 from registry.totals import Total, spent_total, sum_of, total_of
-
-PAGE = 1000
-"""Windows that are read at once: some 20 ms in which the registry decides nothing."""
 
 REMEMBERED_COSTS = 10_000
 """Requests whose costs are remembered: those that are asked for often."""
@@ -88,21 +84,6 @@ class Accounts:
     def _tenant_of(self, request_id: str) -> str | None:
         request = self._archive.find_request(request_id)
         return None if request is None else request.tenant  # None: forgotten meanwhile
-
-    async def windows(self, key: MeasurementKey) -> tuple[KeptWindow, ...]:
-        """The windows of a measurement, in the order in which they began. Others are let in between pages of them.
-
-        Raises:
-            StoreUnavailable: the database does not answer.
-        """
-        found: list[KeptWindow] = []
-        while True:
-            after = WindowPlace(found[-1].window.begun_s, found[-1].window.window_id) if found else None
-            page = self._store.windows(key, after=after, limit=PAGE)
-            found += page
-            if len(page) < PAGE:
-                return tuple(found)
-            await asyncio.sleep(0)
 
     def page(
         self, key: MeasurementKey, *, request_id: str | None, after: WindowPlace | None, limit: int
