@@ -44,6 +44,9 @@ class Accounts:
         self._on_kept = on_kept
         self._kept: dict[str, tuple[str, int]] = {}
         self._costs: dict[str, dict[WindowKind, Total]] = {}
+        self._used: dict[str, dict[WindowKind, Total]] = {}
+        """By tenant with a budget: what the windows that ended in or after the month of ``_used_since_s`` cost."""
+        self._used_since_s = 0.0
 
     # --- windows ----------------------------------------------------------------------------------------
 
@@ -60,6 +63,7 @@ class Accounts:
         for row in rows:
             if row.window.window_id in new:
                 self._add_cost(row.window)
+                self._add_used(row)
                 self._on_kept(row)
         newest = report.windows[-1].number
         self._kept[wrapper_id] = report.moment.process, max(newest, self.kept(wrapper_id, report.moment))
@@ -119,8 +123,12 @@ class Accounts:
     def _add_cost(self, window: EnergyWindow) -> None:
         costs = self._costs.get(window.request_id or "")
         if costs is not None:
-            figures = sum_of([window.total_j]), sum_of([window.o_g]), sum_of([window.m_g])
-            costs[window.kind] = total_of((costs.get(window.kind, Total()), Total(*figures, window.label)))
+            _add(costs, window)
+
+    def _add_used(self, row: KeptWindow) -> None:
+        used = self._used.get(row.tenant or "")
+        if used is not None and row.window.kind in CHARGED and row.window.ended_s >= self._used_since_s:
+            _add(used, row.window)
 
     def used(self, request_id: str) -> tuple[float, float]:
         """What the lease of a request is known to have used so far, J and gCO2eq: its prompts, and its idle time.
@@ -149,5 +157,26 @@ class Accounts:
         if tenant not in self._budgets:
             return ()
         now_s = self._now_s()
-        used = self._store.costs_of_tenant(tenant, CHARGED, month_begin_s(now_s))
-        return tuple(warnings(tenant, self._budgets[tenant], spent_total(used), now_s))
+        return tuple(warnings(tenant, self._budgets[tenant], spent_total(self.used_in_month(tenant)), now_s))
+
+    def used_in_month(self, tenant: str) -> Mapping[WindowKind, Total]:
+        """What the windows that count for a tenant, and ended in this calendar month (UTC), cost, by kind.
+
+        Summed up in the database once a month and tenant, and again after a restart; else added to as windows come.
+        Where there are budgets, windows are not forgotten within a month (``keep_days``).
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        begin_s = month_begin_s(self._now_s())
+        if begin_s != self._used_since_s:
+            self._used.clear()
+            self._used_since_s = begin_s
+        if tenant not in self._used:
+            self._used[tenant] = self._store.costs_of_tenant(tenant, CHARGED, begin_s)
+        return self._used[tenant]
+
+
+def _add(costs: dict[WindowKind, Total], window: EnergyWindow) -> None:
+    figures = sum_of([window.total_j]), sum_of([window.o_g]), sum_of([window.m_g])
+    costs[window.kind] = total_of((costs.get(window.kind, Total()), Total(*figures, window.label)))
