@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -205,6 +206,8 @@ def report(
 
     with RegistryClient(url) as registry:
         found = registry.report(measurement)
+        if html or csv or json:
+            found = replace(found, windows=tuple(registry.windows(measurement, detail=json is not None)))
     console.print(report_table(found))
     for path in write_report(found, html=html, csv=csv, json=json):
         console.print(f"Written: {path}", markup=False, highlight=False, soft_wrap=True)

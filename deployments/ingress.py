@@ -11,7 +11,7 @@ import hashlib
 import json
 import pathlib
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -22,6 +22,7 @@ import ray
 import stamina
 from fastapi import APIRouter, FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
 from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -29,12 +30,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from deployments.checkpoints import Checkpoints, checkpoints_anywhere
+from deployments.energy_pages import EnergyPages
 from deployments.error_answers import RETRY_AFTER_S, error_answer, fastapi_detail, registry_error
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
 from deployments.polls import Polls
 from deployments.prompting_service import TITLE, JSONWhateverItsType, root_router
-from deployments.report_csv import windows_csv
 from deployments.surroundings import disk_problem
 from deployments.withdrawals import Withdrawals
 from registry.actor import ACTOR_NAME, NAMESPACE
@@ -68,7 +69,7 @@ RETRY_FOR_S = 10.0
 CALL_TIMEOUT_S = 30.0
 """Longest wait for one answer of the actor beyond what it was asked to wait, seconds."""
 
-AT_ONCE = {"state": 64, "events": 8, "measurement": 4, "windows": 4, "report": 2, "machines": 4, "llms": 4}
+AT_ONCE = {"state": 64, "events": 8, "measurement": 4, "measured": 4, "windows": 4, "machines": 4, "llms": 4}
 """How many calls of a method that reads may be in flight. The actor takes all calls in their order, so that control and
 health wait behind so many at most. (Ray's concurrency groups are no way: each is a thread with a loop of its own.)"""
 
@@ -275,6 +276,7 @@ def _add_measurements(
     app: FastAPI, call: Callable[..., Awaitable[Any]], unknown: dict[int | str, dict[str, Any]]
 ) -> None:
     """Add the pages about what a measurement is and what it cost."""
+    energy = EnergyPages(call)
 
     @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=unknown)
     async def measurement(
@@ -300,11 +302,13 @@ def _add_measurements(
         accept: Annotated[str, Header()] = "*/*",
         x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """What a measurement of the caller's tenant cost, by LLM and by window, with all that is needed to check it."""
-        text = await call("report", (x_tenant, measurement_id))
+        """What a measurement of the caller's tenant cost, by LLM. Windows are in pages of their own, and in the CSV."""
+        key = x_tenant, measurement_id
         if as_ == "csv" or (as_ is None and "text/csv" in accept):
-            return Response(await asyncio.to_thread(_as_csv, text), media_type="text/csv")
-        return _json_response(text)
+            parts = energy.csv(key)
+            first = await anext(parts)  # there is no such measurement: an error answer, as nothing is sent yet
+            return StreamingResponse(_joined(first, parts), media_type="text/csv")
+        return _json_response(await energy.report(key))
 
     @app.get("/measurements/{measurement_id}/windows", response_model=WindowsPage, responses=unknown)
     async def windows(
@@ -312,13 +316,15 @@ def _add_measurements(
         after: Annotated[str | None, Query(max_length=1024, description="`next` of the page before")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_WINDOWS)] = MAX_WINDOWS,
         request: Annotated[str | None, Query(max_length=255, description="requestId: of its lease only")] = None,
+        detail: Annotated[bool, Query(description="Whether the records of wrappers go along, all of them")] = False,
         x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
         """The final energy windows of the caller's measurement, a page at a time, in the order in which they began.
 
         A window comes some seconds after its prompt. Look again from the first page for those that were late.
         """
-        return _json_response(await call("windows", (x_tenant, measurement_id), request, after, limit))
+        page = await energy.windows((x_tenant, measurement_id), request, after, limit, detail=detail)
+        return _json_response(page)
 
 
 async def _mapped_llms(
@@ -404,8 +410,10 @@ def _field_of(location: Sequence[int | str]) -> str:
     return name if name and not name.isdigit() else "body"
 
 
-def _as_csv(report: str) -> str:
-    return windows_csv(json.loads(report)["windows"])
+async def _joined(first: str, others: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for each in others:
+        yield each
 
 
 def _json_response(text: str, *, status: int = 200) -> Response:

@@ -178,7 +178,7 @@ class _Run:
             },
         )
         self._results.write("summary.csv", as_csv(figures))
-        self._results.write("windows.csv", windows_csv(map(asdict, _named(windows, lines))))
+        self._results.write("windows.csv", windows_csv(_named(windows, lines)))
         return figures
 
     def _wait_for_windows(self) -> None:

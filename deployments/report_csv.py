@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
 
 from registry.window_report import WindowReport
 
 COLUMNS = tuple(field.name for field in fields(WindowReport) if field.name not in {"detail", "counted"})
 
 
-def windows_csv(windows: Iterable[Mapping[str, Any]]) -> str:
-    """Return windows, as the report's JSON has them, as CSV with a heading.
+def windows_csv(windows: Iterable[WindowReport], *, heading: bool = True) -> str:
+    """Return windows as CSV, with a heading unless they follow others.
 
     What is not known is an empty cell, never 0. Rows with ``adds_up`` true add up to the whole; others hold them again.
     """
     out = io.StringIO(newline="")
-    table = csv.DictWriter(out, COLUMNS, extrasaction="ignore")
-    table.writeheader()
-    table.writerows({**window, "flags": " ".join(window["flags"])} for window in windows)
+    table = csv.writer(out)
+    if heading:
+        table.writerow(COLUMNS)
+    for window in windows:
+        cells = (getattr(window, name) for name in COLUMNS)
+        table.writerow(" ".join(cell) if isinstance(cell, tuple) else cell for cell in cells)
     return out.getvalue()

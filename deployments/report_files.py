@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -16,7 +15,7 @@ from registry.report import MeasurementReport
 def write_report(
     report: MeasurementReport, *, html: Path | None = None, csv: Path | None = None, json: Path | None = None
 ) -> Iterator[Path]:
-    """Write a report to those files that are named; yields each when it is written.
+    """Write a report, with its windows, to those files that are named; yields each when it is written.
 
     Raises:
         BadSettings: a file can't be written.
@@ -24,7 +23,7 @@ def write_report(
     if json is not None:
         yield _written(json, TypeAdapter(MeasurementReport).dump_json(report, indent=2).decode())
     if csv is not None:
-        yield _written(csv, windows_csv(asdict(window) for window in report.windows))
+        yield _written(csv, windows_csv(report.windows))
     if html is not None:
         from deployments.report_html import report_html  # matplotlib takes a second to load
 

@@ -5,7 +5,6 @@ Nothing here decides who gets an LLM, but for the refusal of a request whose ten
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from registry.allocator import Allocator
@@ -16,9 +15,6 @@ from registry.settings import TenantBudget
 from registry.state import EnergyWindow, KeptWindow, MeasurementKey, WindowKind
 from registry.store import Store, WindowPlace
 from registry.totals import Total, spent_total, sum_of, total_of
-
-PAGE = 1000
-"""Windows that are read at once: some 20 ms in which the registry decides nothing."""
 
 REMEMBERED_COSTS = 10_000
 """Requests whose costs are remembered: those that are asked for often."""
@@ -48,6 +44,9 @@ class Accounts:
         self._on_kept = on_kept
         self._kept: dict[str, tuple[str, int]] = {}
         self._costs: dict[str, dict[WindowKind, Total]] = {}
+        self._used: dict[str, dict[WindowKind, Total]] = {}
+        """By tenant with a budget: what the windows that ended in or after the month of ``_used_since_s`` cost."""
+        self._used_since_s = 0.0
 
     # --- windows ----------------------------------------------------------------------------------------
 
@@ -64,6 +63,7 @@ class Accounts:
         for row in rows:
             if row.window.window_id in new:
                 self._add_cost(row.window)
+                self._add_used(row)
                 self._on_kept(row)
         newest = report.windows[-1].number
         self._kept[wrapper_id] = report.moment.process, max(newest, self.kept(wrapper_id, report.moment))
@@ -88,21 +88,6 @@ class Accounts:
     def _tenant_of(self, request_id: str) -> str | None:
         request = self._archive.find_request(request_id)
         return None if request is None else request.tenant  # None: forgotten meanwhile
-
-    async def windows(self, key: MeasurementKey) -> tuple[KeptWindow, ...]:
-        """The windows of a measurement, in the order in which they began. Others are let in between pages of them.
-
-        Raises:
-            StoreUnavailable: the database does not answer.
-        """
-        found: list[KeptWindow] = []
-        while True:
-            after = WindowPlace(found[-1].window.begun_s, found[-1].window.window_id) if found else None
-            page = self._store.windows(key, after=after, limit=PAGE)
-            found += page
-            if len(page) < PAGE:
-                return tuple(found)
-            await asyncio.sleep(0)
 
     def page(
         self, key: MeasurementKey, *, request_id: str | None, after: WindowPlace | None, limit: int
@@ -138,8 +123,12 @@ class Accounts:
     def _add_cost(self, window: EnergyWindow) -> None:
         costs = self._costs.get(window.request_id or "")
         if costs is not None:
-            figures = sum_of([window.total_j]), sum_of([window.o_g]), sum_of([window.m_g])
-            costs[window.kind] = total_of((costs.get(window.kind, Total()), Total(*figures, window.label)))
+            _add(costs, window)
+
+    def _add_used(self, row: KeptWindow) -> None:
+        used = self._used.get(row.tenant or "")
+        if used is not None and row.window.kind in CHARGED and row.window.ended_s >= self._used_since_s:
+            _add(used, row.window)
 
     def used(self, request_id: str) -> tuple[float, float]:
         """What the lease of a request is known to have used so far, J and gCO2eq: its prompts, and its idle time.
@@ -168,5 +157,26 @@ class Accounts:
         if tenant not in self._budgets:
             return ()
         now_s = self._now_s()
-        used = self._store.costs_of_tenant(tenant, CHARGED, month_begin_s(now_s))
-        return tuple(warnings(tenant, self._budgets[tenant], spent_total(used), now_s))
+        return tuple(warnings(tenant, self._budgets[tenant], spent_total(self.used_in_month(tenant)), now_s))
+
+    def used_in_month(self, tenant: str) -> Mapping[WindowKind, Total]:
+        """What the windows that count for a tenant, and ended in this calendar month (UTC), cost, by kind.
+
+        Summed up in the database once a month and tenant, and again after a restart; else added to as windows come.
+        Where there are budgets, windows are not forgotten within a month (``keep_days``).
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        begin_s = month_begin_s(self._now_s())
+        if begin_s != self._used_since_s:
+            self._used.clear()
+            self._used_since_s = begin_s
+        if tenant not in self._used:
+            self._used[tenant] = self._store.costs_of_tenant(tenant, CHARGED, begin_s)
+        return self._used[tenant]
+
+
+def _add(costs: dict[WindowKind, Total], window: EnergyWindow) -> None:
+    figures = sum_of([window.total_j]), sum_of([window.o_g]), sum_of([window.m_g])
+    costs[window.kind] = total_of((costs.get(window.kind, Total()), Total(*figures, window.label)))

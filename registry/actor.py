@@ -21,7 +21,8 @@ from registry.errors import RegistryError
 from registry.news import CHANGES_WAIT_S
 from registry.service import Idempotency, Service
 from registry.settings import Settings
-from registry.state import Grade, MeasurementKey, NewRequest, Priority
+from registry.state import Grade, KeptWindow, Measurement, MeasurementKey, NewRequest, Priority, Request
+from registry.store import WindowPlace
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""
@@ -141,24 +142,25 @@ class RegistryActor:
         state = views.measurement_state(self._service, key, after_seq=after_seq, limit=limit)
         return state.model_dump_json()
 
-    async def report(self, key: MeasurementKey) -> str:
-        """JSON MeasurementReport. What takes long of it holds nobody up."""
+    async def measured(
+        self, key: MeasurementKey, after_seq: int, limit: int
+    ) -> tuple[Measurement, tuple[Request, ...]]:
+        """Return a measurement, and at most ``limit`` of its requests with a ``seq`` above ``after_seq``."""
         await self.ready()
-        measurement = self._service.archive.measurement(key)
-        requests = await self._service.archive.all_requests_of(key)
-        windows = await self._service.accounts.windows(key)
-        return await asyncio.to_thread(views.report_json, measurement, requests, windows)
+        archive = self._service.archive
+        return archive.measurement(key), archive.requests_of(key, after_seq=after_seq, limit=limit)
 
-    async def windows(self, key: MeasurementKey, request_id: str | None, after: str | None, limit: int) -> str:
-        """JSON WindowsPage: one page of the database, written as JSON in a thread."""
+    async def windows(
+        self, key: MeasurementKey, request_id: str | None, after: WindowPlace | None, limit: int
+    ) -> tuple[tuple[Request, ...], tuple[KeptWindow, ...]]:
+        """Return at most ``limit`` energy windows that come after a place, and the requests that they are of."""
         await self.ready()
-        place, archive = views.place_of(after), self._service.archive
+        archive = self._service.archive
         archive.measurement(key)
         if request_id is not None:
             archive.request(request_id)
-        page = self._service.accounts.page(key, request_id=request_id, after=place, limit=limit)
-        requests = archive.find_requests({each.window.request_id or "" for each in page})
-        return await asyncio.to_thread(views.windows_json, requests, page, limit)
+        page = self._service.accounts.page(key, request_id=request_id, after=after, limit=limit)
+        return archive.find_requests({each.window.request_id or "" for each in page}), page
 
     async def machines(self) -> str:
         """JSON list of MachineState."""

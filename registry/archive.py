@@ -5,7 +5,6 @@ So memory and start-up cost what is unfinished, however long the history is.
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -13,9 +12,6 @@ from registry.allocator import Allocator
 from registry.errors import RequestForgotten, UnknownMeasurement, UnknownRequest
 from registry.state import Changes, Measurement, MeasurementKey, Request
 from registry.store import Store
-
-PAGE = 500
-"""Requests that are read at once: some 20 ms in which the registry decides nothing."""
 
 KEPT = 1000
 """Measurements that are over and still in memory: most questions are about those that ended last."""
@@ -69,14 +65,6 @@ class Archive:
         Every decision is written down before it is answered, so what the store says is as true as memory.
         """
         return self._store.requests_of(key, after_seq=after_seq, limit=limit)
-
-    async def all_requests_of(self, key: MeasurementKey) -> tuple[Request, ...]:
-        """All requests of a measurement, in order. Others are let in between pages of them."""
-        found: list[Request] = []
-        while page := self.requests_of(key, after_seq=found[-1].seq if found else 0, limit=PAGE):
-            found += page
-            await asyncio.sleep(0)
-        return tuple(found)
 
     def _find_measurement(self, key: MeasurementKey) -> Measurement | None:
         try:

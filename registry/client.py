@@ -326,18 +326,23 @@ class RegistryClient:
             return _read(HealthState, _checked(response))
 
     def report(self, measurement_id: int) -> MeasurementReport:
-        """What a measurement cost, by LLM and by window. Raises AnswerError, httpx.HTTPError."""
+        """What a measurement cost, by LLM; for its windows see ``windows``. Raises AnswerError, httpx.HTTPError."""
         path = f"/measurements/{measurement_id}/report"
         return _read(MeasurementReport, _checked(self._http.get(path)))
 
-    def windows(self, measurement_id: int, *, request_id: str | None = None) -> Iterator[WindowReport]:
+    def windows(
+        self, measurement_id: int, *, request_id: str | None = None, detail: bool = False
+    ) -> Iterator[WindowReport]:
         """Yield the final energy windows of a measurement, or of one of its leases, that are written down by now.
 
-        Repeated like ``status``. Raises AnswerError (404: there is no such measurement), httpx.HTTPError.
+        With ``detail`` each has its whole record. Repeated like ``status``. Raises AnswerError (404: there is no such
+        measurement), httpx.HTTPError.
         """
         params: dict[str, float | str] = {"limit": MAX_WINDOWS}
         if request_id is not None:
             params["request"] = request_id
+        if detail:
+            params["detail"] = "true"
         while True:
             page = _read(WindowsPage, self._insist("GET", f"/measurements/{measurement_id}/windows", params, 60))
             yield from page.windows

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from registry.figures import MachineFigures, figures_of, of_kind, why
-from registry.state import EnergyWindow, KeptWindow, Measurement, Request, RequestStatus, WindowKind
-from registry.totals import same, sum_of, worst
+from registry.state import KeptWindow, Measurement, Request, RequestStatus, WindowKind
+from registry.totals import LABELS, same, sum_of, worst
 from registry.window_report import WindowReport, number, part_of, window_report, worst_method
 
 HOW: Final = "computed with the SCI formula: ((E * I) + M) per R"
@@ -123,6 +123,7 @@ class MeasurementReport:
     """Answer of GET /measurements/{measurementId}/report.
 
     ``running`` are the requests whose lease has not ended: more of them will come. ``holes`` are what is lost.
+    ``windows`` are in no answer, as there may be many: GET /measurements/{measurementId}/windows has them, in pages.
     ``boundary`` names the parts whose energy is inside, ``not_covered`` those that nothing counts. ``methods`` say of
     E, I, M and R whether they are measured, modeled, sourced or unavailable, the worst of all windows. ``flags`` are
     the measurement's own, ``window_flags`` say how many windows have which.
@@ -145,39 +146,83 @@ class MeasurementReport:
     coefficients: tuple[Coefficient, ...]
     llms: tuple[LLMReport, ...]
     costs: Mapping[str, Cost]
-    windows: tuple[WindowReport, ...]
+    windows: tuple[WindowReport, ...] = ()
+
+
+class _Row(NamedTuple):
+    """A window and its exact times, UTC seconds: those that clients see are rounded.
+
+    ``from_hand_over``: the process that has written a lease window had the lease from its hand-over on.
+    """
+
+    begun_s: float
+    ended_s: float
+    told: WindowReport
+    from_hand_over: bool
+
+
+class Gathered:
+    """What a report needs of the windows of a measurement, which are given a page at a time.
+
+    A window's row is kept, some 1.5 KB, because intervals are made of single prompts. Its record, which is ten times
+    as large in memory, is not.
+    """
+
+    def __init__(self, requests: Iterable[Request], iso: Callable[[float], str]) -> None:
+        """``requests`` are all of the measurement, ``iso`` writes a UTC second."""
+        self.rows: list[_Row] = []
+        self.boundary: dict[str, None] = {}
+        self.gpu_uuids: dict[str, None] = {}
+        self.methods: dict[str, str] = {}
+        self.coefficients: dict[Coefficient, None] = {}
+        self._requests = {request.request_id: request for request in requests}
+        self._iso = iso
+
+    def add(self, kept: Iterable[KeptWindow]) -> None:
+        """Add the next page of windows, in the order in which they began."""
+        for each in kept:
+            told = window_report(each, self._requests.get(each.window.request_id or ""), self._iso)
+            detail = told.detail or {}
+            self.boundary |= dict.fromkeys(detail.get("boundary") or ())
+            self.gpu_uuids |= dict.fromkeys(detail.get("gpus") or ())
+            self.coefficients |= dict.fromkeys(_coefficients(detail))
+            methods = part_of(detail, "methods")
+            for letter in "EIMR":
+                so_far = self.methods.get(letter, LABELS[0])
+                self.methods[letter] = worst_method((so_far, methods.get(letter)))
+            from_hand_over = detail.get("lease_begun") in (None, detail.get("begun"))
+            self.rows.append(_Row(each.window.begun_s, each.window.ended_s, replace(told, detail=None), from_hand_over))
 
 
 def report_of(
-    measurement: Measurement, requests: Sequence[Request], kept: Sequence[KeptWindow], iso: Callable[[float], str]
+    measurement: Measurement, requests: Sequence[Request], gathered: Gathered, iso: Callable[[float], str]
 ) -> MeasurementReport:
-    """The report of a measurement from its windows (in the order in which they began). ``iso`` writes a UTC second."""
-    by_id = {request.request_id: request for request in requests}
-    windows = tuple(window_report(each, by_id.get(each.window.request_id or ""), iso) for each in kept)
+    """Return the report of a measurement, without its windows. ``iso`` writes a UTC second."""
+    windows = [row.told for row in gathered.rows]
     flags = Counter(flag for window in windows for flag in window.flags)
-    details = [window.detail or {} for window in windows]
-    holes = tuple(hole for request in requests if (hole := _hole(request, kept, windows)) is not None)
+    rows_of: dict[str | None, list[_Row]] = {}
+    for row in gathered.rows:
+        rows_of.setdefault(row.told.requestId, []).append(row)
+    found = (_hole(request, rows_of.get(request.request_id, ())) for request in requests)
+    holes = tuple(hole for hole in found if hole is not None)
     return MeasurementReport(
         measurementId=measurement.measurement_id,
         how=HOW,
         scope=SCOPE,
         createdAt=iso(measurement.created_s),
         machines=_once(window.machine for window in windows) or _once(request.machine_id for request in requests),
-        gpu_uuids=_once(uuid for detail in details for uuid in detail.get("gpus") or ()),
+        gpu_uuids=tuple(gathered.gpu_uuids),
         flags=measurement.flags,
         window_flags=dict(flags.most_common()),
         versions=None if measurement.versions is None else json.loads(measurement.versions),
         running=tuple(request.request_id for request in requests if request.status is RequestStatus.DEPLOYED),
         holes=holes,
-        boundary=_once(name for detail in details for name in detail.get("boundary") or ()),
+        boundary=tuple(gathered.boundary),
         not_covered=tuple(sorted(flag.removesuffix(_NOT_COVERED) for flag in flags if flag.endswith(_NOT_COVERED))),
-        methods={
-            letter: worst_method(part_of(detail, "methods").get(letter) for detail in details) for letter in "EIMR"
-        },
-        coefficients=_coefficients(details),
+        methods={letter: gathered.methods.get(letter, LABELS[-1]) for letter in "EIMR"},
+        coefficients=tuple(gathered.coefficients),
         llms=_llms(requests, windows, holes),
         costs=_costs(windows, holes),
-        windows=windows,
     )
 
 
@@ -297,28 +342,23 @@ def _sum(windows: Sequence[WindowReport], name: str) -> float | None:
 # --- what is lost -------------------------------------------------------------------------------------------
 
 
-def _hole(request: Request, kept: Sequence[KeptWindow], windows: Sequence[WindowReport]) -> Hole | None:
+def _hole(request: Request, own: Sequence[_Row]) -> Hole | None:
     """Return the time of a lease that is in none of its windows.
 
     Of a lease that runs only what is over counts, until the end of its last idle or lease window: idle time is written
     down when a stretch of it closes, so the pauses after that are still to come. The process of a wrapper that has died
     took its last windows with it: a lease of several always has a hole.
     """
-    own = [
-        (each.window, window)
-        for each, window in zip(kept, windows, strict=True)
-        if each.window.request_id == request.request_id
-    ]
-    held = [(window, told) for window, told in own if window.kind in {WindowKind.PROMPT, WindowKind.IDLE}]
-    leases = [(window, told) for window, told in own if window.kind is WindowKind.LEASE]
+    held = [row for row in own if row.told.kind in {WindowKind.PROMPT, WindowKind.IDLE}]
+    leases = [row for row in own if row.told.kind == WindowKind.LEASE]
     if request.ended_s is None:
-        closing = [window.ended_s for window, _ in held + leases if window.kind is not WindowKind.PROMPT]
-        held = [(window, told) for window, told in held if window.begun_s < max(closing, default=0.0)]
+        closing = max((row.ended_s for row in held + leases if row.told.kind != WindowKind.PROMPT), default=0.0)
+        held = [row for row in held if row.begun_s < closing]
     length_s = _length_s(request, held, leases)
     if length_s is None:
         return None
-    seconds = length_s - sum(_own_s(told) for _, told in held) - _restarted_s(own, held)
-    died = len({told.process for _, told in held + leases}) > 1 or not all(_from_hand_over(told) for _, told in leases)
+    seconds = length_s - sum(_own_s(row.told) for row in held) - _restarted_s(own, held)
+    died = len({row.told.process for row in held + leases}) > 1 or not all(row.from_hand_over for row in leases)
     least_s = CLOCK_S + DRIFT * length_s if request.status.ended else max(RUNNING_S, RUNNING_SHARE * length_s)
     if seconds <= least_s and not died:
         return None
@@ -330,10 +370,7 @@ def _hole(request: Request, kept: Sequence[KeptWindow], windows: Sequence[Window
     return Hole(request.request_id, max(0.0, seconds), reason)
 
 
-_Told = Sequence[tuple[EnergyWindow, WindowReport]]
-
-
-def _length_s(request: Request, held: _Told, leases: _Told) -> float | None:
+def _length_s(request: Request, held: Sequence[_Row], leases: Sequence[_Row]) -> float | None:
     """Return how long a lease was, None if it has not begun.
 
     A wrapper ends a lease that expires itself, and the registry hears of it later.
@@ -341,25 +378,19 @@ def _length_s(request: Request, held: _Told, leases: _Told) -> float | None:
     if request.deployed_s is None:
         return None
     if request.ended_s is None:
-        last_s = max((window.ended_s for window, _ in held), default=None)
+        last_s = max((row.ended_s for row in held), default=None)
         return None if last_s is None else last_s - request.deployed_s
     length_s = request.ended_s - request.deployed_s
-    if request.status is RequestStatus.EXPIRED and leases and all(_from_hand_over(told) for _, told in leases):
-        return min(length_s, sum(told.seconds for _, told in leases))
+    if request.status is RequestStatus.EXPIRED and leases and all(row.from_hand_over for row in leases):
+        return min(length_s, sum(row.told.seconds for row in leases))
     return length_s
 
 
-def _from_hand_over(lease: WindowReport) -> bool:
-    """Return whether the process that has written a lease window had the lease from its hand-over on."""
-    detail = lease.detail or {}
-    return detail.get("lease_begun") in (None, detail.get("begun"))
-
-
-def _restarted_s(own: _Told, held: _Told) -> float:
+def _restarted_s(own: Sequence[_Row], held: Sequence[_Row]) -> float:
     """Return the time in which an LLM was started again under its lease. All times are of the wrapper's clock."""
-    begun_s = min((window.begun_s for window, _ in held), default=0.0)
-    ended_s = max((window.ended_s for window, _ in held), default=0.0)
-    starts = [window for window, _ in own if window.kind in {WindowKind.LOAD, WindowKind.WAKE}]
+    begun_s = min((row.begun_s for row in held), default=0.0)
+    ended_s = max((row.ended_s for row in held), default=0.0)
+    starts = [row for row in own if row.told.kind in {WindowKind.LOAD, WindowKind.WAKE}]
     return sum(max(0.0, min(start.ended_s, ended_s) - max(start.begun_s, begun_s)) for start in starts)
 
 
@@ -371,39 +402,41 @@ def _llms(requests: Sequence[Request], windows: Sequence[WindowReport], holes: S
     alike: dict[str, list[Request]] = {}
     for request in requests:
         alike.setdefault(request.llmconfig, []).append(request)
-    return tuple(_llm(group, windows, holes) for group in alike.values())
+    llmconfigs = {request.request_id: request.llmconfig for request in requests}
+    windows_of: dict[str | None, list[WindowReport]] = {}
+    for window in windows:
+        windows_of.setdefault(llmconfigs.get(window.requestId or ""), []).append(window)
+    holes_of: dict[str, list[Hole]] = {}
+    for hole in holes:
+        holes_of.setdefault(llmconfigs[hole.requestId], []).append(hole)
+    return tuple(_llm(group, windows_of.get(llm, ()), holes_of.get(llm, ())) for llm, group in alike.items())
 
 
-def _llm(requests: Sequence[Request], windows: Sequence[WindowReport], holes: Sequence[Hole]) -> LLMReport:
-    ids = {request.request_id for request in requests}
-    own = [window for window in windows if window.requestId in ids]
+def _llm(requests: Sequence[Request], own: Sequence[WindowReport], holes: Sequence[Hole]) -> LLMReport:
     return LLMReport(
         llm=requests[0].spec.model,
         requestIds=tuple(request.request_id for request in requests),
         modelRevisions=_once(request.model_revision for request in requests),
         llmconfig=json.loads(requests[0].llmconfig),
         figures=figures_of(own),
-        costs=_costs(own, [hole for hole in holes if hole.requestId in ids]),
+        costs=_costs(own, holes),
     )
 
 
 # --- how it was done ----------------------------------------------------------------------------------------
 
 
-def _coefficients(details: Iterable[Mapping[str, Any]]) -> tuple[Coefficient, ...]:
-    """The factors that the windows were reckoned with, each different one once."""
-    found = []
-    for detail in details:
-        grid, embodied = part_of(detail, "grid"), part_of(detail, "embodied")
-        if grid:
-            words = ("source", "dataset", "version", "zone", "year")
-            dated = " ".join(str(grid[name]) for name in words if grid.get(name) is not None)
-            low, high = number(grid, "low"), number(grid, "high")
-            found.append(Coefficient("I: grid intensity", number(grid, "value"), "gCO2eq/kWh", dated, low, high))
-        if detail.get("pue") is not None:
-            found.append(Coefficient("E: PUE", number(detail, "pue"), "1", "the operator's configuration"))
-        if embodied:
-            low, high = number(embodied, "low_g_per_hour"), number(embodied, "high_g_per_hour")
-            per_hour, source = number(embodied, "g_per_hour"), embodied.get("source")
-            found.append(Coefficient("M: embodied carbon", per_hour, "gCO2eq/h reserved", source, low, high))
-    return tuple(dict.fromkeys(found))
+def _coefficients(detail: Mapping[str, Any]) -> Iterator[Coefficient]:
+    """Yield the factors that a window was reckoned with."""
+    grid, embodied = part_of(detail, "grid"), part_of(detail, "embodied")
+    if grid:
+        words = ("source", "dataset", "version", "zone", "year")
+        dated = " ".join(str(grid[name]) for name in words if grid.get(name) is not None)
+        low, high = number(grid, "low"), number(grid, "high")
+        yield Coefficient("I: grid intensity", number(grid, "value"), "gCO2eq/kWh", dated, low, high)
+    if detail.get("pue") is not None:
+        yield Coefficient("E: PUE", number(detail, "pue"), "1", "the operator's configuration")
+    if embodied:
+        low, high = number(embodied, "low_g_per_hour"), number(embodied, "high_g_per_hour")
+        per_hour, source = number(embodied, "g_per_hour"), embodied.get("source")
+        yield Coefficient("M: embodied carbon", per_hour, "gCO2eq/h reserved", source, low, high)

@@ -25,7 +25,7 @@ from registry.api import (
 from registry.errors import InvalidField
 from registry.old_address import old_address, old_address_problems
 from registry.reconcile import SETTLING, Download
-from registry.report import MeasurementReport, report_of
+from registry.report import Gathered, MeasurementReport, report_of
 from registry.service import Service
 from registry.skew import differences, joined
 from registry.state import (
@@ -176,9 +176,15 @@ def measurement_state(
     )
 
 
-def report_json(measurement: Measurement, requests: Sequence[Request], windows: Sequence[KeptWindow]) -> str:
-    """JSON MeasurementReport. Takes its time with many windows, needs nothing of the service: for a thread."""
-    return _REPORT.dump_json(report_of(measurement, requests, windows, _iso)).decode()
+def gathered(requests: Sequence[Request]) -> Gathered:
+    """Return what collects the windows of these requests for their report."""
+    return Gathered(requests, _iso)
+
+
+def report_json(measurement: Measurement, requests: Sequence[Request], windows: Gathered) -> str:
+    """JSON MeasurementReport, without its windows. Takes some seconds for 50,000."""
+    report = report_of(measurement, requests, windows, _iso)
+    return _REPORT.dump_json(report, exclude={"windows"}).decode()
 
 
 def place_of(after: str | None) -> WindowPlace | None:
@@ -191,13 +197,17 @@ def place_of(after: str | None) -> WindowPlace | None:
     return WindowPlace(float(begun_s), window_id)
 
 
-def windows_json(requests: Sequence[Request], windows: Sequence[KeptWindow], limit: int) -> str:
-    """Return a page of at most ``limit`` windows as JSON WindowsPage. Needs nothing of the service: for a thread."""
+def windows_page(requests: Sequence[Request], windows: Sequence[KeptWindow], limit: int) -> WindowsPage:
+    """Return a page of at most ``limit`` windows of these requests as clients see it, with the windows' records."""
     by_id = {request.request_id: request for request in requests}
     told = tuple(window_report(each, by_id.get(each.window.request_id or ""), _iso) for each in windows)
     last = windows[-1].window if len(windows) == limit else None
-    page = WindowsPage(told, None if last is None else f"{last.begun_s!r}_{last.window_id}")
-    return _PAGE.dump_json(page, exclude={"windows": {"__all__": {"detail"}}}).decode()
+    return WindowsPage(told, None if last is None else f"{last.begun_s!r}_{last.window_id}")
+
+
+def windows_json(page: WindowsPage, *, detail: bool = False) -> str:
+    """JSON WindowsPage; the windows' records are in it if ``detail``. Takes some 0.1 s for 1,000."""
+    return _PAGE.dump_json(page, exclude=None if detail else {"windows": {"__all__": {"detail"}}}).decode()
 
 
 def machine_states(service: Service) -> list[MachineState]:

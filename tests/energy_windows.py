@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
 from typing import Any
 
-from registry.report import MeasurementReport, report_of
+from registry import report
+from registry.report import Gathered, MeasurementReport
 from registry.state import EnergyWindow, KeptWindow, LLMSpec, Measurement, Request, WindowKind, canonical_json
+from registry.window_report import window_report
 
 BEGUN_S = 1_800_000_000.0
 GRID = {"value": 329.7, "unit": "gCO2eq/kWh", "zone": "DEU", "dataset": "ecologits", "version": "0.11.1"}
@@ -296,7 +299,23 @@ def request(request_id: str, model: str, seq: int = 1, **more: Any) -> Request:
     return Request(request_id, 7, seq, LLMSpec(model, "text-generation"), llmconfig, machine_id="gpu-1", **more)
 
 
+def report_of(
+    measurement: Measurement, requests: Sequence[Request], windows: Sequence[KeptWindow], iso: Callable[[float], str]
+) -> MeasurementReport:
+    """The report of a measurement with all its windows, as a client has it that has read all their pages."""
+    gathered = Gathered(requests, iso)
+    gathered.add(windows)
+    by_id = {each.request_id: each for each in requests}
+    told = tuple(window_report(each, by_id.get(each.window.request_id or ""), iso) for each in windows)
+    return replace(report.report_of(measurement, requests, gathered, iso), windows=told)
+
+
 def an_experiment(measurement_id: int = 7) -> MeasurementReport:
+    """The report of ``experiment_rows``, with all windows."""
+    return report_of(*experiment_rows(measurement_id), iso)
+
+
+def experiment_rows(measurement_id: int = 7) -> tuple[Measurement, list[Request], list[KeptWindow]]:
     """Two LLMs on one machine: of the first all was measured, of the second the CPU is an estimate; and one hole."""
     numbers, at_s = count(1), BEGUN_S
     windows = []
@@ -318,4 +337,4 @@ def an_experiment(measurement_id: int = 7) -> MeasurementReport:
         windows.append(window(next(numbers), WindowKind.LEASE, joules=lease_j, **about))
     windows.append(window(next(numbers), request_id="r-2", begun_s=at_s, joules=None, flags=("too_short",)))
     requests = [request("r-1", "org/small"), request("r-2", "org/large", 2)]
-    return report_of(Measurement(measurement_id, 1, created_s=BEGUN_S), requests, kept(*windows), iso)
+    return Measurement(measurement_id, 1, created_s=BEGUN_S), requests, list(kept(*windows))

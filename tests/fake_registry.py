@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from registry.api import EventState, HealthState, LLMState, MachineState, MeasurementState, RequestState, WrapperState
 from registry.errors import LeaseEnded, NoSuchLease, UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.news import News
-from registry.report import MeasurementReport
 from registry.service import Idempotency
-from registry.state import Grade, MeasurementKey, NewRequest, Priority
-from registry.views import place_of
-from registry.window_report import WindowsPage
-from tests.energy_windows import an_experiment
+from registry.state import Grade, KeptWindow, Measurement, MeasurementKey, NewRequest, Priority, Request
+from registry.store import WindowPlace
+from tests.energy_windows import experiment_rows
 
 CREATED = "2026-01-01T00:00:00.000Z"
 BASE = "http://127.0.0.1:8000"
@@ -119,15 +115,23 @@ class FakeRegistry:
             measurementId=measurement_id, machine=None, flags=[], createdAt=CREATED, requests=requests
         ).model_dump_json()
 
-    def _report(self, key: MeasurementKey) -> str:
+    def _measured(self, key: MeasurementKey, after_seq: int, limit: int) -> tuple[Measurement, list[Request]]:
         self._measurement(key)
-        return TypeAdapter(MeasurementReport).dump_json(an_experiment(key[1])).decode()
+        measurement, requests, _ = experiment_rows(key[1])
+        return measurement, [each for each in requests if each.seq > after_seq][:limit]
 
-    def _windows(self, key: MeasurementKey, request_id: str | None, after: str | None, limit: int) -> str:
+    def _windows(
+        self, key: MeasurementKey, request_id: str | None, after: WindowPlace | None, limit: int
+    ) -> tuple[list[Request], list[KeptWindow]]:
         self._measurement(key)
-        place_of(after)
-        windows = an_experiment(key[1]).windows[:limit]
-        return TypeAdapter(WindowsPage).dump_json(WindowsPage(windows, None)).decode()
+        _, requests, windows = experiment_rows(key[1])
+        found = [
+            each
+            for each in windows
+            if (after is None or WindowPlace(each.window.begun_s, each.window.window_id) > after)
+            and request_id in (None, each.window.request_id)
+        ]
+        return requests, sorted(found, key=lambda each: (each.window.begun_s, each.window.window_id))[:limit]
 
     def _machines(self) -> str:
         return f"[{self._machine('a')}]"

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection as ConnectionOf
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -25,12 +27,14 @@ from urllib.parse import urlsplit
 import psutil
 import structlog
 
+from deployments.energy_pages import EnergyPages
 from deployments.tiny_llm import make_tiny_llm
 from registry import views
+from registry.accounts import Accounts
 from registry.errors import RegistryError
 from registry.reconcile import Cluster, Observation
 from registry.service import Service
-from registry.settings import Settings
+from registry.settings import Settings, TenantBudget
 from registry.state import (
     Changes,
     Event,
@@ -40,6 +44,7 @@ from registry.state import (
     MachineJoined,
     MachineLost,
     Measurement,
+    MeasurementKey,
     NewRequest,
     Request,
     RequestStatus,
@@ -57,12 +62,15 @@ PART = "reads"
 NOW_S = 1_800_000_000.0
 DAY_S = 86_400.0
 LLMS, TENANTS, ENDED, WINDOWS, MACHINES = 15_000, 10_000, 100_000, 500_000, 1_000
+REPORTED = 50_000
 IDLE_S = 20.0
 """How long the crowd of idle connections stays, seconds."""
 SPEC = LLMSpec("org/tiny", "text-generation")
 TARGETS = {
     "page_of_15000_ms": "≤ 50",
     "place_of_10000_ms": "≤ 1",
+    "held_by_report_p99_ms": "≤ 50",
+    "budget_of_50000_ms": "≤ 1",
     "held_by_forgetting_p99_ms": "≤ 50",
     "held_by_lost_machines_p99_ms": "≤ 50",
     "healthz_p99_ms.hang_ups": "≤ 50",
@@ -229,13 +237,74 @@ async def machines(store: Store) -> list[Result]:
     ]
 
 
+def ingress(calls: ConnectionOf[Any, Any], key: MeasurementKey) -> None:
+    """Make a report as the ingress does, in a process of its own. Sends each call, at last the answer and its time."""
+
+    async def call(*asked: object) -> Any:
+        await asyncio.to_thread(calls.send, asked)
+        return await asyncio.to_thread(calls.recv)
+
+    async def report() -> tuple[int, float]:
+        begun_s = time.perf_counter()
+        text = await EnergyPages(call).report(key)
+        return len(text), time.perf_counter() - begun_s
+
+    calls.send(asyncio.run(report()))
+
+
+async def reports(store: Store) -> list[Result]:
+    """The report of a measurement of many windows: how long it takes, and how long it holds the registry's thread."""
+    key, service = ("default", 7), service_over(store)
+    asked = Request("r-1", 7, 1, SPEC, "{}", RequestStatus.RELEASED, deployed_s=NOW_S, ended_s=NOW_S + 1)
+    store.commit(Changes(measurements=(Measurement(7, 1),), requests=(asked,)))
+    for first in range(0, REPORTED, 1000):
+        some = [record(n, begun_s=NOW_S + n, status="answered", warmup=False) for n in range(first, first + 1000)]
+        store.keep_windows([KeptWindow(each, "m", "default") for each in some])
+    ours, its = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=ingress, args=(its, key))
+    late_ms: list[float] = []
+    process.start()
+    asked_of = await asyncio.to_thread(ours.recv)
+    async with beside(late_ms):
+        while isinstance(asked_of[0], str):
+            method, _, *how = asked_of
+            if method == "measured":
+                after_seq, limit = how
+                ours.send(
+                    (
+                        service.archive.measurement(key),
+                        service.archive.requests_of(key, after_seq=after_seq, limit=limit),
+                    )
+                )
+            else:
+                request_id, after, limit = how
+                page = service.accounts.page(key, request_id=request_id, after=after, limit=limit)
+                ours.send((service.archive.find_requests({each.window.request_id or "" for each in page}), page))
+            asked_of = await asyncio.to_thread(ours.recv)
+    process.join()
+    size_bytes, took_s = asked_of
+    budgets = {"default": TenantBudget(max_joules_per_month=1e15)}
+    parts = store, service.allocator, service.archive
+    accounts = Accounts(*parts, budgets=budgets, now_s=lambda: NOW_S, on_kept=lambda _: None)
+    first_ms = took_ms(1, lambda: accounts.notes("default"))
+    return [
+        counted(PART, "report_of_50000_s", took_s, "s", of=REPORTED),
+        counted(PART, "report_of_50000_kb", size_bytes / 1000, "kB", of=REPORTED),
+        *held("report", late_ms),
+        counted(PART, "first_budget_of_50000_ms", first_ms[0], "ms", of=REPORTED),
+        measured(PART, "budget_of_50000_ms", took_ms(100, lambda: accounts.notes("default")), "ms"),
+    ]
+
+
 async def in_process(folder: Path) -> list[Result]:
     """All that needs no cluster."""
     results: list[Result] = []
-    for name in ("pages", "forgetting", "machines"):
+    for name in ("pages", "reports", "forgetting", "machines"):
         store = Store.open(f"sqlite:///{folder}/{name}.db")
         if name == "pages":
             results += pages(store)
+        elif name == "reports":
+            results += await reports(store)
         elif name == "forgetting":
             fill(store)
             results += await forgetting(store)

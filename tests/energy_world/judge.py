@@ -12,10 +12,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from registry.figures import Figure, figures_of
-from registry.report import COUNTED, report_of
+from registry.report import COUNTED
 from registry.state import KeptWindow, Measurement, RequestStatus, WindowKind
 from registry.window_report import WindowReport, window_report
-from tests.energy_windows import iso, request
+from tests.energy_windows import iso, report_of, request
 from tests.energy_world.covered import Covered, Span, kinds_of, without
 from tests.energy_world.driver import MEASUREMENT, Process, Run
 

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.budgets import CHARGED
-from registry.report import report_of
 from registry.state import EnergyWindow, KeptWindow, Measurement, WindowKind
 from registry.store import Store
 from registry.totals import SPENT, lease_total, spent_total
-from tests.energy_windows import BEGUN_S, iso, record, request
+from tests.energy_windows import BEGUN_S, iso, record, report_of, request
 
 DAY_S = 86_400.0
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import csv
 import hashlib
+import io
 import json
 import math
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +20,10 @@ import httpx
 import pytest
 import ray
 import stamina
+from pydantic import TypeAdapter
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from deployments import ingress
+from deployments import energy_pages, ingress
 from deployments.checkpoints import checkpoints_here
 from deployments.ingress import IngressConfig, RegistryClient, build_app
 from deployments.llm_args import map_llmconfig
@@ -36,9 +40,12 @@ from registry.errors import (
     StoreUnavailable,
     UnknownRequest,
 )
+from registry.report import MeasurementReport
 from registry.service import Idempotency
 from registry.state import Priority, RequestStatus
+from registry.window_report import WindowReport
 from tests.checkpoint_files import LLAMA, write_checkpoint
+from tests.energy_windows import an_experiment
 from tests.fake_registry import FakeRegistry
 
 CONFIG = IngressConfig(ModelSources(True, (Path("/llms"),), Path("/")), allow_remote_code=("org/codes",))
@@ -161,6 +168,7 @@ async def test_report_is_json_or_csv(http: httpx.AsyncClient) -> None:
     answer = await http.get(path)
     assert answer.headers["content-type"] == "application/json"
     assert answer.json()["measurementId"] == 1234
+    assert "windows" not in answer.json()
     for query, accept in (("", "text/csv"), ("?format=csv", "*/*"), ("?format=csv", "application/json")):
         answer = await http.get(path + query, headers={"accept": accept})
         assert answer.headers["content-type"] == "text/csv; charset=utf-8"
@@ -169,6 +177,28 @@ async def test_report_is_json_or_csv(http: httpx.AsyncClient) -> None:
     assert answer.headers["content-type"] == "application/json"
     assert (await http.get("/measurements/99/report?format=csv")).status_code == 404
     assert (await http.get(f"{path}?format=xml")).json()["field"] == "format"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 37, 38, 1000])
+async def test_the_registry_reads_a_few_windows_at_a_time(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, registry: FakeRegistry, size: int
+) -> None:
+    """However few are read at once, report, CSV and pages are those of all windows; no call wants more than that."""
+    await http.post(REQUEST, json=BODY)
+    monkeypatch.setattr(energy_pages, "PAGE", size)
+    path, whole = "/measurements/1234", an_experiment(1234)
+    report = TypeAdapter(MeasurementReport).validate_python((await http.get(f"{path}/report")).json())
+    assert report == replace(whole, windows=())
+    in_order = sorted(whole.windows, key=lambda each: (each.begunAt, each.window))
+    rows = list(csv.DictReader(io.StringIO((await http.get(f"{path}/report?format=csv")).text)))
+    assert [row["window"] for row in rows] == [each.window for each in in_order]
+    pages = [(await http.get(f"{path}/windows", params={"limit": 20, "detail": True})).json()]
+    while pages[-1]["next"] is not None:
+        about = {"limit": 20, "detail": True, "after": pages[-1]["next"]}
+        pages.append((await http.get(f"{path}/windows", params=about)).json())
+    told = [WindowReport(**each | {"flags": tuple(each["flags"])}) for page in pages for each in page["windows"]]
+    assert told == in_order
+    assert all(args[-1] <= size for method, args, _ in registry.calls if method in {"windows", "measured"})
 
 
 async def test_windows_come_in_pages(http: httpx.AsyncClient, registry: FakeRegistry) -> None:
@@ -181,7 +211,7 @@ async def test_windows_come_in_pages(http: httpx.AsyncClient, registry: FakeRegi
     await http.get(path, params={"request": "r1", "after": "1800000000.5_process 1-p3", "limit": 7})
     passed_on = [args for method, args, _ in registry.calls if method == "windows"]
     key = ("default", 1234)
-    assert passed_on == [(key, None, None, 1000), (key, "r1", "1800000000.5_process 1-p3", 7)]
+    assert passed_on == [(key, None, None, 250), (key, "r1", (1800000000.5, "process 1-p3"), 7)]
     for params, field in (({"limit": 1001}, "limit"), ({"limit": 0}, "limit"), ({"after": "x"}, "after")):
         answer = await http.get(path, params=params)
         assert (answer.status_code, answer.json()["field"]) == (422, field)

@@ -9,9 +9,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from deployments.report_table import cost_cells
-from registry.report import Hole, MeasurementReport, report_of
+from registry.report import Hole, MeasurementReport
 from registry.state import EnergyWindow, KeptWindow, Measurement, Request, RequestStatus, WindowKind
-from tests.energy_windows import BEGUN_S, FULL_GRID, GPU, an_experiment, iso, kept, record, request, window
+from tests.energy_windows import BEGUN_S, FULL_GRID, GPU, an_experiment, iso, kept, record, report_of, request, window
 
 MEASUREMENT = Measurement(7, 1, created_s=BEGUN_S, flags=("engine_restarted",), versions='{"vllm":"0.32.0"}')
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,9 +22,10 @@ from deployments.report_files import write_report
 from deployments.report_html import POINTS_SHOWN, ROWS_SHOWN, plots, report_html
 from deployments.report_table import names, report_table
 from registry.errors import BadSettings
-from registry.report import MeasurementReport, report_of
+from registry.report import MeasurementReport
 from registry.state import EnergyWindow, KeptWindow, Measurement, Request, RequestStatus, WindowKind
-from tests.energy_windows import BEGUN_S, an_experiment, iso, kept, record, request, window
+from registry.window_report import WindowReport
+from tests.energy_windows import BEGUN_S, an_experiment, iso, kept, record, report_of, request, window
 
 NOTHING = report_of(Measurement(7, 1), [request("r-1", "org/tiny")], [], iso)
 
@@ -262,7 +263,7 @@ def test_time_has_a_fitting_unit(seconds: float, unit: str) -> None:
 
 def test_csv() -> None:
     """One row per window, with a heading; what is not known is an empty cell, never 0."""
-    rows = list(csv.DictReader(io.StringIO(windows_csv(map(asdict, an_experiment().windows)))))
+    rows = list(csv.DictReader(io.StringIO(windows_csv(an_experiment().windows))))
     assert len(rows) == len(an_experiment().windows)
     assert tuple(rows[0]) == COLUMNS
     assert rows[1]["joules"] == "90.0"
@@ -276,7 +277,7 @@ def test_csv_can_be_added_up() -> None:
         record(1, joules=60.0), record(2, WindowKind.IDLE, joules=20.0), record(3, WindowKind.LEASE, joules=80.0)
     )
     report = report_of(Measurement(7, 1), [request("r-1", "org/tiny")], windows, iso)
-    rows = list(csv.DictReader(io.StringIO(windows_csv(map(asdict, report.windows)))))
+    rows = list(csv.DictReader(io.StringIO(windows_csv(report.windows))))
     assert sum(float(row["joules"]) for row in rows if row["adds_up"] == "True") == 80.0
     assert (rows[0]["gpu_j"], rows[0]["low_j"], rows[0]["systematic_j"], rows[0]["warmup"]) == (
         "54.0",
@@ -312,7 +313,11 @@ class StandIn:
     def __exit__(self, *error: object) -> None: ...
 
     def report(self, measurement_id: int) -> MeasurementReport:
-        return an_experiment(measurement_id)
+        return replace(an_experiment(measurement_id), windows=())
+
+    def windows(self, measurement_id: int, *, detail: bool) -> Iterator[WindowReport]:
+        for each in an_experiment(measurement_id).windows:
+            yield each if detail else replace(each, detail=None)
 
 
 @pytest.fixture
