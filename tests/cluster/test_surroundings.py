@@ -50,7 +50,9 @@ REFUSED = {
     "typo in a variable": Case("did you mean GREENPROMPT_STATE_DIR", {"GREENPROMPT_STATEDIR": "x"}),
     "one underscore": Case("did you mean GREENPROMPT_HTTP__PORT", {"GREENPROMPT_HTTP_PORT": "1"}),
     "empty variable": Case("GREENPROMPT_STATE_DIR: is empty", {"GREENPROMPT_STATE_DIR": ""}),
-    "variable of the wrong type": Case("GREENPROMPT_WRAPPERS__PER_MACHINE", {"GREENPROMPT_WRAPPERS__PER_MACHINE": "x"}),
+    "variable of the wrong type": Case(
+        "GREENPROMPT_WRAPPERS__PER_MACHINE: wrappers.per_machine", {"GREENPROMPT_WRAPPERS__PER_MACHINE": "x"}
+    ),
     "list that is no JSON": Case("given as JSON", {"GREENPROMPT_MODELS__LOCAL_ROOTS": "a:b"}),
     "key twice": Case("port is there twice", config="http: {port: 1, port: 2}"),
     "Norway": Case("NO can be read in two ways", config="energy: {grid: {zone: NO}}"),
@@ -63,13 +65,13 @@ REFUSED = {
     "IPv6 and HAProxy": Case("use 127.0.0.1 or 0.0.0.0", config="http: {host: '::1'}"),
     "unknown zone": Case("zone", config="energy: {grid: {zone: DE}}"),
     "CPU model upside down": Case(
-        "energy.cpu_model",
-        config="energy: {cpu_model: {idle_w_per_cpu: 5, busy_w_per_cpu: 1, low_factor: 0.5, high_factor: 2, "
-        "source: x}}",
+        "needs low <= middle <= high",
+        config="energy: {cpu_model: {idle_w_per_cpu: 5, idle_low_w_per_cpu: 9, idle_high_w_per_cpu: 4, "
+        "busy_w_per_cpu: 20, busy_low_w_per_cpu: 10, busy_high_w_per_cpu: 30, source: x}}",
     ),
     "embodied upside down": Case(
-        "energy.embodied",
-        config="energy: {embodied: {g_per_hour: 5, low_g_per_hour: 9, high_g_per_hour: 4, source: x}}",
+        "needs low_g_per_hour <= g_per_hour",
+        config="energy: {embodied: {g_per_hour: 5, low_g_per_hour: 9, high_g_per_hour: 4, per: machine, source: x}}",
     ),
     "forbidden LLM": Case(
         "deploy",
@@ -122,8 +124,8 @@ def other(tmp_path: Path) -> Iterator[Path]:
     state = tmp_path / "other"
     state.mkdir()
     code = (
-        "import fcntl, json, os, pathlib, signal; state = pathlib.Path('.'); lock = open('up.lock', 'w'); "
-        "fcntl.flock(lock, fcntl.LOCK_EX); "
+        "import fcntl, json, os, pathlib, signal; lock = open('up.lock', 'a+'); fcntl.flock(lock, fcntl.LOCK_EX); "
+        "lock.write(str(os.getpid())); lock.flush(); "
         "pathlib.Path('up.json').write_text(json.dumps({'pid': os.getpid()})); print('up', flush=True); signal.pause()"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=state, stdout=subprocess.PIPE, text=True) as process:
