@@ -18,7 +18,7 @@ from rich.console import Console
 
 from deployments.overview import drain_note, overview
 from registry.api import MachineState
-from registry.client import UNEXPECTED, AnswerError, RegistryClient
+from registry.client import CONNECT_FOR_S, UNEXPECTED, AnswerError, RegistryClient
 from registry.errors import RegistryError
 from registry.settings import Settings, load_settings
 
@@ -186,7 +186,7 @@ def measure(
 @app.command()
 def status(url: URLOption = DEFAULT_URL) -> None:
     """Show machines, wrappers and LLMs of a running registry, and how many requests wait."""
-    with RegistryClient(url) as registry:
+    with _registry(url) as registry:
         health, machines = registry.health(), registry.machines()
     console.print(overview(health, machines, datetime.now(UTC)))
 
@@ -203,7 +203,7 @@ def report(
     from deployments.report_files import write_report
     from deployments.report_table import report_table
 
-    with RegistryClient(url) as registry:
+    with _registry(url) as registry:
         found = registry.report(measurement)
     console.print(report_table(found))
     for path in write_report(found, html=html, csv=csv, json=json):
@@ -220,7 +220,7 @@ def drain(
     url: URLOption = DEFAULT_URL,
 ) -> None:
     """Hand out no more LLMs on a machine; when those in use were given back, its wrappers are removed."""
-    with RegistryClient(url) as registry:
+    with _registry(url) as registry:
         state = registry.drain(machine)
         if wait:
             state = _wait_until_drained(registry, machine, timeout)
@@ -233,7 +233,7 @@ def undrain(
     url: URLOption = DEFAULT_URL,
 ) -> None:
     """Use a machine again that was drained; its wrappers come back."""
-    with RegistryClient(url) as registry:
+    with _registry(url) as registry:
         registry.undrain(machine)
     console.print(f"{machine} is used again", markup=False, highlight=False, soft_wrap=True)
 
@@ -241,8 +241,13 @@ def undrain(
 @app.command()
 def release(request_id: str, url: URLOption = DEFAULT_URL) -> None:
     """Give back, or cancel, a request."""
-    with RegistryClient(url) as registry:
+    with _registry(url) as registry:
         registry.release(request_id)
+
+
+def _registry(url: str) -> RegistryClient:
+    """Return a client for somebody who waits at a terminal: that nothing listens at ``url`` is said within seconds."""
+    return RegistryClient(url, connect_for_s=CONNECT_FOR_S)
 
 
 def _wait_until_drained(registry: RegistryClient, machine: str, timeout_s: float | None) -> MachineState:
