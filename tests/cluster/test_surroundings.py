@@ -6,11 +6,14 @@ registry touched.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -20,7 +23,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from deployments.local_ray import free_ports
+from deployments.local_ray import FOLDER_PREFIX, TEMPORARY, free_ports
 from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S
 
 pytestmark = pytest.mark.cluster
@@ -47,6 +50,9 @@ REFUSED = {
     "state_dir below a file": Case("state_dir", {"GREENPROMPT_STATE_DIR": "@/file/x"}, before="touch @/file"),
     "cache_dir in proc": Case("cache_dir", {"GREENPROMPT_CACHE_DIR": "/proc/nope"}),
     "few open files": Case("ulimit -n: at most 4096 open files", before="ulimit -n 4096"),
+    "two typos in variables": Case(
+        "GREENPROMPT_HTTP__PROT: there is no field", {"GREENPROMPT_HTPP__PORT": "1", "GREENPROMPT_HTTP__PROT": "1"}
+    ),
     "typo in a variable": Case("did you mean GREENPROMPT_STATE_DIR", {"GREENPROMPT_STATEDIR": "x"}),
     "one underscore": Case("did you mean GREENPROMPT_HTTP__PORT", {"GREENPROMPT_HTTP_PORT": "1"}),
     "empty variable": Case("GREENPROMPT_STATE_DIR: is empty", {"GREENPROMPT_STATE_DIR": ""}),
@@ -54,6 +60,7 @@ REFUSED = {
         "GREENPROMPT_WRAPPERS__PER_MACHINE: wrappers.per_machine", {"GREENPROMPT_WRAPPERS__PER_MACHINE": "x"}
     ),
     "list that is no JSON": Case("given as JSON", {"GREENPROMPT_MODELS__LOCAL_ROOTS": "a:b"}),
+    "key twice in a variable": Case("port' is there twice", {"GREENPROMPT_HTTP": '{"port": 1, "port": 2}'}),
     "key twice": Case("port is there twice", config="http: {port: 1, port: 2}"),
     "Norway": Case("NO can be read in two ways", config="energy: {grid: {zone: NO}}"),
     "octal": Case("010 can be read in two ways", config="http: {port: 010}"),
@@ -207,6 +214,23 @@ def test_ready_in_spite_of_all(tmp_path: Path, other: Path) -> None:
     cases = [READY[name] for name in TOGETHER]
     environment = {name: value for case in cases for name, value in case.environment.items()}
     _is_ready_and_goes(Case("", environment, before="; ".join(case.before for case in cases)), tmp_path)
+
+
+def test_processes_of_a_killed_registry_go_first(tmp_path: Path, other: Path) -> None:
+    """What a registry left that was killed, a process and its folder, goes before anything is started or refused."""
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))
+    (folder / TEMPORARY).mkdir()
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "up.json").write_text(json.dumps({"pid": 2**22 + 1, "folder": str(folder)}))
+    with subprocess.Popen(["sleep", "infinity"], env={**os.environ, "TMPDIR": str(folder / TEMPORARY)}) as left:
+        try:
+            up = greenprompt(tmp_path, REFUSED["few open files"], "up", limit_s=REFUSED_LIMIT_S)
+            assert up.returncode == 2
+            assert REFUSED["few open files"].told in up.stderr
+            assert left.poll() == -signal.SIGKILL
+            assert not folder.exists()
+        finally:
+            left.kill()
 
 
 @pytest.mark.long
