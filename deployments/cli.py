@@ -19,7 +19,7 @@ from rich.console import Console
 
 from deployments.overview import drain_note, overview
 from registry.api import MachineState
-from registry.client import UNEXPECTED, AnswerError, RegistryClient
+from registry.client import CONNECT_FOR_S, UNEXPECTED, AnswerError, RegistryClient
 from registry.errors import RegistryError
 from registry.settings import Settings, load_settings
 
@@ -187,7 +187,7 @@ def measure(
 @app.command()
 def status(url: URLOption = DEFAULT_URL) -> None:
     """Show machines, wrappers and LLMs of a running registry, and how many requests wait."""
-    with RegistryClient(url) as registry:
+    with _registry(url) as registry:
         health, machines = registry.health(), registry.machines()
     console.print(overview(health, machines, datetime.now(UTC)))
 
@@ -204,7 +204,7 @@ def report(
     from deployments.report_files import write_report
     from deployments.report_table import report_table
 
-    with RegistryClient(url) as registry:
+    with _registry(url) as registry:
         found = registry.report(measurement)
         if html or csv or json:
             found = replace(found, windows=tuple(registry.windows(measurement, detail=json is not None)))
@@ -223,7 +223,7 @@ def drain(
     url: URLOption = DEFAULT_URL,
 ) -> None:
     """Hand out no more LLMs on a machine; when those in use were given back, its wrappers are removed."""
-    with RegistryClient(url) as registry:
+    with _registry(url) as registry:
         state = registry.drain(machine)
         if wait:
             state = _wait_until_drained(registry, machine, timeout)
@@ -236,7 +236,7 @@ def undrain(
     url: URLOption = DEFAULT_URL,
 ) -> None:
     """Use a machine again that was drained; its wrappers come back."""
-    with RegistryClient(url) as registry:
+    with _registry(url) as registry:
         registry.undrain(machine)
     console.print(f"{machine} is used again", markup=False, highlight=False, soft_wrap=True)
 
@@ -244,8 +244,13 @@ def undrain(
 @app.command()
 def release(request_id: str, url: URLOption = DEFAULT_URL) -> None:
     """Give back, or cancel, a request."""
-    with RegistryClient(url) as registry:
+    with _registry(url) as registry:
         registry.release(request_id)
+
+
+def _registry(url: str) -> RegistryClient:
+    """Return a client for somebody who waits at a terminal: that nothing listens at ``url`` is said within seconds."""
+    return RegistryClient(url, connect_for_s=CONNECT_FOR_S)
 
 
 def _wait_until_drained(registry: RegistryClient, machine: str, timeout_s: float | None) -> MachineState:

@@ -35,7 +35,7 @@ from deployments.error_answers import RETRY_AFTER_S, error_answer, fastapi_detai
 from deployments.llm_args import map_llmconfig
 from deployments.models import ModelSources
 from deployments.polls import Polls
-from deployments.prompting_service import TITLE, JSONWhateverItsType, root_router
+from deployments.prompting_service import TITLE, JSONBody, root_router
 from deployments.surroundings import disk_problem
 from deployments.withdrawals import Withdrawals
 from registry.actor import ACTOR_NAME, NAMESPACE
@@ -168,7 +168,7 @@ def build_app(
     errors: dict[int | str, dict[str, Any]] = {422: {"model": ErrorAnswer}, 503: {"model": ErrorAnswer}}
     unknown: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer}, **errors}
 
-    prompting = APIRouter(route_class=JSONWhateverItsType)
+    prompting = APIRouter(route_class=JSONBody)
 
     @prompting.post(
         "/promptingservice/request",
@@ -380,7 +380,7 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if error.status_code == 400:  # what FastAPI says of bytes that are no text
+    if error.status_code == 400:  # a body that can't be read
         return error_answer(422, "invalid_field", f"body: {error.detail}", field="body")
     if error.status_code == HTTPStatus.UNAUTHORIZED:  # credentials that can't be read
         return registry_error(NoCredentials())

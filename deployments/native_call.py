@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
 
+from deployments.json_bodies import with_body
 from deployments.llm_args import map_prompting
 from deployments.our_words import in_our_words
 
@@ -49,11 +50,7 @@ def problem_of(answer: bytes) -> str:
 async def call(app: ASGIApp, path: str, body: Mapping[str, Any], caller: Caller) -> tuple[int, bytes]:
     """POST JSON to an ASGI app in this process, on behalf of a client; status and body of the answer."""
     content = json.dumps(body).encode()
-    request: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
     status, answer = 0, bytearray()
-
-    async def receive() -> Message:
-        return request.pop() if request else await caller.receive()
 
     async def send(message: Message) -> None:
         nonlocal status
@@ -79,7 +76,7 @@ async def call(app: ASGIApp, path: str, body: Mapping[str, Any], caller: Caller)
         "server": ("engine", 80),
     }
     try:
-        await app(scope, receive, send)
+        await app(scope, with_body(content, caller.receive), send)
     except Exception:
         if not status:
             raise

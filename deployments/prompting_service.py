@@ -7,12 +7,13 @@ from http import HTTPStatus
 from importlib.metadata import version
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
+from deployments.json_bodies import read_json
 from registry.api import ErrorAnswer
-from registry.errors import NoCredentials
+from registry.errors import InvalidField, NoCredentials
 
 TITLE = "GreenPrompt LLM Registry"
 
@@ -20,8 +21,28 @@ _BASIC = HTTPBasic(auto_error=False, description="User name `lease`, password th
 Credentials = Annotated[HTTPBasicCredentials | None, Depends(_BASIC)]
 
 
-class JSONWhateverItsType(APIRoute):
-    """A route that takes its body for JSON: the Prompting Service's own client names no type, curl a wrong one."""
+class _StrictRequest(Request):
+    """A request whose JSON is read to the letter."""
+
+    async def json(self) -> Any:
+        """Return the body's value.
+
+        Raises:
+            JSONDecodeError: it is not JSON, for which FastAPI has an answer of its own.
+            HTTPException: it has a key twice, or NaN.
+        """
+        await super().json()
+        try:
+            return read_json(await self.body())
+        except InvalidField as error:
+            raise HTTPException(HTTPStatus.BAD_REQUEST, error.problem) from None
+
+
+class JSONBody(APIRoute):
+    """A route that takes its body for JSON: the Prompting Service's own client names no type, curl a wrong one.
+
+    Every route with a body is one of these: a key that is there twice is refused.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the route's handler, for requests that are said to be JSON."""
@@ -30,7 +51,7 @@ class JSONWhateverItsType(APIRoute):
         async def as_json(request: Request) -> Response:
             headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
             headers.append((b"content-type", b"application/json"))
-            return await handle(Request({**request.scope, "headers": headers}, request.receive))
+            return await handle(_StrictRequest({**request.scope, "headers": headers}, request.receive))
 
         return as_json
 

@@ -1,7 +1,8 @@
 """The HTTP side of a wrapper, for the holder of its lease: ``/<token>/get_status``, ``/process_prompt``, ``/v1/…``.
 
 An ASGI app. Every request passes the lease gate, is counted while it is in flight, and is cut when the lease
-ends. ``/v1/…`` is vLLM's own OpenAI app, untouched; ``process_prompt`` goes the same way inside.
+ends. ``/v1/…`` is vLLM's own OpenAI app, untouched, but for bodies that are not JSON or have a key twice;
+``process_prompt`` goes the same way inside.
 
 vLLM aborts a generation when it hears that its client has gone, and only then: a request of its app that is merely
 cancelled goes on in the engine. So a prompt is cut by telling the app that the client hung up.
@@ -33,6 +34,7 @@ from deployments.error_answers import (
     openai_problem,
     registry_error,
 )
+from deployments.json_bodies import read_json, with_body
 from deployments.lease_gate import LeaseGate
 from deployments.llm_args import task_of
 from deployments.native_call import call, native_prompt, problem_of
@@ -215,10 +217,15 @@ class PromptGate:
         return running
 
     async def _native(self, path: str, scope: Scope, exchange: _Exchange) -> None:
+        receive: Receive = exchange.receive
+        if scope["method"] == "POST":
+            body = await Request(scope, receive).body()
+            read_json(body)
+            receive = with_body(body, receive)
         running = self._running()
         inner = dict(scope, path=path, raw_path=path.encode(), root_path="")
         if scope["method"] == "GET" or path in WITHOUT_THE_LLM:
-            await running.asgi(inner, exchange.receive, ErrorsInOurWords(exchange.send).send)
+            await running.asgi(inner, receive, ErrorsInOurWords(exchange.send).send)
             return
 
         async def send(message: Message) -> None:
@@ -231,7 +238,7 @@ class PromptGate:
         answer = AccountedAnswer(self._meter, flight, errors.send, given_up=lambda: exchange.given_up)
         with counting_tokens() as count:
             try:
-                await running.asgi(inner, exchange.receive, send)
+                await running.asgi(inner, receive, send)
             finally:
                 answer.close(count.tokens)
 
@@ -244,7 +251,7 @@ class PromptGate:
 
     async def _process_prompt(self, grant: LeaseGrant, scope: Scope, exchange: _Exchange) -> None:
         try:
-            question = Question.model_validate_json(await Request(scope, exchange.receive).body())
+            question = Question.model_validate(read_json(await Request(scope, exchange.receive).body()))
         except ValidationError as error:
             found = error.errors(include_url=False)
             field, message = ".".join(map(str, found[0]["loc"])) or "body", found[0]["msg"]

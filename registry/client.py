@@ -47,6 +47,10 @@ WAIT_S = 20.0
 RETRY_FOR_S = 30.0
 """How long a call that may be repeated is repeated while the registry restarts, seconds."""
 
+CONNECT_FOR_S = 5.0
+"""How long a command that a person typed tries to reach a registry that has not answered it yet, seconds: as long as
+Serve's proxy is away when it is started again."""
+
 LOOK_S = 1.0
 """How often a machine that is being drained is looked at, seconds."""
 
@@ -132,16 +136,25 @@ class HeldLease:
 class RegistryClient:
     """Calls to one registry. Not for use by several threads at once, but for the prompts of a lease."""
 
-    def __init__(self, base_url: str, *, tenant: str | None = None, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        tenant: str | None = None,
+        timeout_s: float = 60.0,
+        connect_for_s: float = RETRY_FOR_S,
+    ) -> None:
         """Make a client of the ingress at ``base_url``, as in ``http://127.0.0.1:8000``; nothing is sent yet.
 
-        ``tenant`` is whose turn in the queue its requests take; None: the registry's ``default``.
+        ``tenant`` is whose turn in the queue its requests take; None: the registry's ``default``. ``connect_for_s`` is
+        how long a call tries to connect, seconds, until the registry has answered for the first time.
 
         Raises:
             BadSettings: that is no URL, or the environment names certificates or a proxy that can't be used.
         """
         headers = {} if tenant is None else {TENANT_HEADER: tenant}
-        self._http = http_client(base_url, timeout_s=timeout_s, headers=headers)
+        self._connect_for_s = connect_for_s
+        self._http = http_client(base_url, timeout_s=timeout_s, connect_s=connect_for_s, headers=headers)
 
     def __enter__(self) -> Self:
         return self
@@ -216,11 +229,24 @@ class RegistryClient:
         """Give an LLM back, or cancel a request. Repeated like ``status``; releasing twice is no error."""
         self._insist("DELETE", _path(request_id), {}, 60)
 
-    @stamina.retry(on=lambda error: _is_passing(error), attempts=None, timeout=RETRY_FOR_S)
     def _insist(
         self, method: str, path: str, params: Mapping[str, float | str], timeout_s: float, **content: Any
     ) -> httpx.Response:
-        return _checked(self._http.request(method, path, params=params, timeout=timeout_s, **content))
+        """Call until there is an answer that is no passing error, for up to RETRY_FOR_S seconds."""
+        begun_s = time.monotonic()
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, self._connect_for_s))
+
+        def passes(error: Exception) -> bool:
+            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+                return time.monotonic() - begun_s < self._connect_for_s
+            return _is_passing(error)
+
+        for attempt in stamina.retry_context(passes, attempts=None, timeout=RETRY_FOR_S):
+            with attempt:
+                response = self._http.request(method, path, params=params, timeout=timeout, **content)
+                self._connect_for_s = RETRY_FOR_S  # it is there: it will come back
+                return _checked(response)
+        raise AssertionError("unreachable")
 
     def wait_until_deployed(
         self,

@@ -27,10 +27,13 @@ def base_url_of(text: str) -> httpx.URL:
     return url
 
 
-def http_client(base_url: str, *, timeout_s: float, headers: Mapping[str, str] | None = None) -> httpx.Client:
+def http_client(
+    base_url: str, *, timeout_s: float, connect_s: float | None = None, headers: Mapping[str, str] | None = None
+) -> httpx.Client:
     """Make a client of the server at ``base_url``; nothing is sent yet. Close it.
 
-    It has no limit of its own to the number of connections: how many requests are in flight is the caller's choice.
+    A connection may take ``connect_s`` seconds (None: ``timeout_s``), everything else ``timeout_s``. The number of
+    connections has no limit: how many requests are in flight is the caller's choice.
 
     Raises:
         BadSettings: ``base_url`` is none, or a variable of the environment names certificates or a proxy that can't be
@@ -41,7 +44,7 @@ def http_client(base_url: str, *, timeout_s: float, headers: Mapping[str, str] |
         return httpx.Client(
             base_url=base_url.rstrip("/"),
             headers=headers,
-            timeout=timeout_s,
+            timeout=httpx.Timeout(timeout_s, connect=timeout_s if connect_s is None else min(connect_s, timeout_s)),
             limits=httpx.Limits(),
             trust_env=not own,
         )

@@ -7,7 +7,7 @@ unusable field is an error that names it. Relative paths are relative to the cur
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,22 +15,21 @@ from urllib.parse import quote, urlsplit
 
 import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from registry.api import LLMConfig, TenantName
 from registry.energy_settings import EnergySettings, Section, SiteEnergySettings
+from registry.environment import ENV_PREFIX, StrictVariables, fields_of, problems_of, variables
 from registry.errors import BadSettings
 from registry.state import Limits
 from registry.strict_yaml import load_yaml
 
 __all__ = ["EnergySettings", "Settings", "differing", "forwarded_environment", "load_settings", "url_host"]
 
-ENV_PREFIX = "GREENPROMPT_"
-
-NOT_SETTINGS = ("URL", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_PRELOAD")
-"""Variables with our prefix that are no settings: the command line's, and those that a wrapper gives its engine."""
-
 LONGEST_MONTH_DAYS = 31
+
+MOST_PROBLEMS = 8
+"""How many problems of a configuration are told at once."""
 
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 """Read in capital and in small letters."""
@@ -228,14 +227,14 @@ class Settings(BaseSettings):
     @classmethod
     def settings_customise_sources(
         cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic-settings gives it
+        settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic-settings gives it
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The environment goes before the file; nothing else is read."""
-        return env_settings, init_settings
+        return StrictVariables(settings_cls), init_settings
 
     @model_validator(mode="after")
     def _absolute_paths(self) -> Settings:
@@ -329,8 +328,6 @@ def load_settings(path: Path, **overrides: Any) -> Settings:
         return Settings(**data)
     except ValidationError as error:
         raise _unusable(path, error) from error
-    except SettingsError as error:
-        raise BadSettings(f"{ENV_PREFIX}…", f"{error}; lists and sections are given as JSON") from error
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -352,52 +349,57 @@ def _read(path: Path) -> dict[Any, Any]:
 
 
 def _unusable(path: Path, error: ValidationError) -> BadSettings:
-    """The first problem, with its field, and the variable or the file that the value is from."""
-    first = error.errors()[0]
-    names = [str(part) for part in first["loc"]]
-    field = ".".join(names) or "configuration"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    source = next((name for name, parts in _variables(os.environ) if names[: len(parts)] == parts), str(path))
-    return BadSettings(source, f"{field}: {first['msg']}{more}")
+    """What pydantic has found, with its fields, and the variables or the file that the values are from."""
+    problems = []
+    for each in error.errors():
+        where = each["loc"][:-1] if each["type"] == "missing" else each["loc"]
+        problems.append((_source(path, where), _in_our_words(each["type"], each["loc"], each["msg"])))
+    return _all_of(problems)
 
 
-def _variables(environment: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """Variables that are settings, each with the field that it sets: ``GREENPROMPT_HTTP__PORT``, ``[http, port]``."""
-    for name in environment:
-        # Names are taken in small letters, too, as pydantic does.
-        if name.upper().startswith(ENV_PREFIX) and name.upper().removeprefix(ENV_PREFIX) not in NOT_SETTINGS:
-            yield name, name[len(ENV_PREFIX) :].lower().split("__")
+def _source(path: Path, field: Sequence[int | str]) -> str:
+    """Where the value of a field is from: the variable, or the file with the variables that set parts of it."""
+    names = [str(part) for part in field]
+    for name, parts in variables(os.environ):
+        if names[: len(parts)] == parts:
+            return name
+    return " and ".join(
+        [str(path), *(name for name, parts in variables(os.environ) if names and parts[: len(names)] == names)]
+    )
+
+
+def _in_our_words(kind: str, field: Sequence[int | str], message: str) -> str:
+    names = [str(part) for part in field]
+    said = message.removeprefix("Value error, ")
+    if kind == "missing":
+        said = "is missing"
+    elif kind == "extra_forbidden":
+        close = get_close_matches(names[-1], fields_of(Settings, names[:-1]), n=1, cutoff=0.7)
+        said = "there is no such field" + (f"; did you mean {close[0]}?" if close else "")
+    return f"{'.'.join(names) or 'configuration'}: {said}"
+
+
+def _all_of(problems: Sequence[tuple[str, str]]) -> BadSettings:
+    """One error for (source, problem), which names the first MOST_PROBLEMS of them."""
+    (source, said), *others = problems[:MOST_PROBLEMS]
+    said = "; ".join([said, *(problem if other == source else f"{other}: {problem}" for other, problem in others)])
+    more = len(problems) - MOST_PROBLEMS
+    return BadSettings(source, f"{said} (and {more} more)" if more > 0 else said)
 
 
 def _require_known(path: Path, data: dict[Any, Any]) -> None:
-    """Refuse a section that there is not, in the file or in the environment, and a variable that is empty.
+    """Refuse sections that there are not in the file, and variables that can't be settings.
 
-    Pydantic would take some names of the file for arguments of its own, and pass over unknown variables: a typo in one
-    would start, or end, another registry than the one that was meant.
+    Pydantic would take some names of the file for arguments of its own.
 
     Raises:
-        BadSettings: with the name.
+        BadSettings: with the names of all of them.
     """
-    sections = Settings.model_fields
-    for key in data:
-        if key not in sections:
-            raise BadSettings(str(path), f"{key}: there is no such section; there are {', '.join(sections)}")
-    for name, (section, *_) in _variables(os.environ):
-        if section not in sections:
-            close = get_close_matches(name.upper(), _known_variables(), n=1, cutoff=0.7)
-            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sections)}"
-            raise BadSettings(name, f"there is no section {section!r}{hint}")
-        if not os.environ[name].strip():
-            raise BadSettings(name, "is empty; unset it, or give it a value")
-
-
-def _known_variables() -> list[str]:
-    """The names of all variables of one field."""
-    names = []
-    for name, field in Settings.model_fields.items():
-        inner = getattr(field.annotation, "model_fields", None) or ()
-        names += [f"{ENV_PREFIX}{name}__{each}".upper() for each in inner] or [f"{ENV_PREFIX}{name}".upper()]
-    return names
+    there = f"there is no such section; there are {', '.join(Settings.model_fields)}"
+    problems = [(str(path), f"{key}: {there}") for key in data if key not in Settings.model_fields]
+    problems += problems_of(Settings, os.environ)
+    if problems:
+        raise _all_of(problems)
 
 
 def url_host(host: str) -> str:

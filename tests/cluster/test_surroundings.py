@@ -6,11 +6,14 @@ registry touched.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -20,7 +23,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from deployments.local_ray import free_ports
+from deployments.local_ray import FOLDER_PREFIX, TEMPORARY, free_ports
 from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S
 
 pytestmark = pytest.mark.cluster
@@ -47,11 +50,17 @@ REFUSED = {
     "state_dir below a file": Case("state_dir", {"GREENPROMPT_STATE_DIR": "@/file/x"}, before="touch @/file"),
     "cache_dir in proc": Case("cache_dir", {"GREENPROMPT_CACHE_DIR": "/proc/nope"}),
     "few open files": Case("ulimit -n: at most 4096 open files", before="ulimit -n 4096"),
+    "two typos in variables": Case(
+        "GREENPROMPT_HTTP__PROT: there is no field", {"GREENPROMPT_HTPP__PORT": "1", "GREENPROMPT_HTTP__PROT": "1"}
+    ),
     "typo in a variable": Case("did you mean GREENPROMPT_STATE_DIR", {"GREENPROMPT_STATEDIR": "x"}),
     "one underscore": Case("did you mean GREENPROMPT_HTTP__PORT", {"GREENPROMPT_HTTP_PORT": "1"}),
     "empty variable": Case("GREENPROMPT_STATE_DIR: is empty", {"GREENPROMPT_STATE_DIR": ""}),
-    "variable of the wrong type": Case("GREENPROMPT_WRAPPERS__PER_MACHINE", {"GREENPROMPT_WRAPPERS__PER_MACHINE": "x"}),
+    "variable of the wrong type": Case(
+        "GREENPROMPT_WRAPPERS__PER_MACHINE: wrappers.per_machine", {"GREENPROMPT_WRAPPERS__PER_MACHINE": "x"}
+    ),
     "list that is no JSON": Case("given as JSON", {"GREENPROMPT_MODELS__LOCAL_ROOTS": "a:b"}),
+    "key twice in a variable": Case("port' is there twice", {"GREENPROMPT_HTTP": '{"port": 1, "port": 2}'}),
     "key twice": Case("port is there twice", config="http: {port: 1, port: 2}"),
     "Norway": Case("NO can be read in two ways", config="energy: {grid: {zone: NO}}"),
     "octal": Case("010 can be read in two ways", config="http: {port: 010}"),
@@ -63,13 +72,13 @@ REFUSED = {
     "IPv6 and HAProxy": Case("use 127.0.0.1 or 0.0.0.0", config="http: {host: '::1'}"),
     "unknown zone": Case("zone", config="energy: {grid: {zone: DE}}"),
     "CPU model upside down": Case(
-        "energy.cpu_model",
-        config="energy: {cpu_model: {idle_w_per_cpu: 5, busy_w_per_cpu: 1, low_factor: 0.5, high_factor: 2, "
-        "source: x}}",
+        "needs low <= middle <= high",
+        config="energy: {cpu_model: {idle_w_per_cpu: 5, idle_low_w_per_cpu: 9, idle_high_w_per_cpu: 4, "
+        "busy_w_per_cpu: 20, busy_low_w_per_cpu: 10, busy_high_w_per_cpu: 30, source: x}}",
     ),
     "embodied upside down": Case(
-        "energy.embodied",
-        config="energy: {embodied: {g_per_hour: 5, low_g_per_hour: 9, high_g_per_hour: 4, source: x}}",
+        "needs low_g_per_hour <= g_per_hour",
+        config="energy: {embodied: {g_per_hour: 5, low_g_per_hour: 9, high_g_per_hour: 4, per: machine, source: x}}",
     ),
     "forbidden LLM": Case(
         "deploy",
@@ -122,8 +131,8 @@ def other(tmp_path: Path) -> Iterator[Path]:
     state = tmp_path / "other"
     state.mkdir()
     code = (
-        "import fcntl, json, os, pathlib, signal; state = pathlib.Path('.'); lock = open('up.lock', 'w'); "
-        "fcntl.flock(lock, fcntl.LOCK_EX); "
+        "import fcntl, json, os, pathlib, signal; lock = open('up.lock', 'a+'); fcntl.flock(lock, fcntl.LOCK_EX); "
+        "lock.write(str(os.getpid())); lock.flush(); "
         "pathlib.Path('up.json').write_text(json.dumps({'pid': os.getpid()})); print('up', flush=True); signal.pause()"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=state, stdout=subprocess.PIPE, text=True) as process:
@@ -205,6 +214,23 @@ def test_ready_in_spite_of_all(tmp_path: Path, other: Path) -> None:
     cases = [READY[name] for name in TOGETHER]
     environment = {name: value for case in cases for name, value in case.environment.items()}
     _is_ready_and_goes(Case("", environment, before="; ".join(case.before for case in cases)), tmp_path)
+
+
+def test_processes_of_a_killed_registry_go_first(tmp_path: Path, other: Path) -> None:
+    """What a registry left that was killed, a process and its folder, goes before anything is started or refused."""
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))
+    (folder / TEMPORARY).mkdir()
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "up.json").write_text(json.dumps({"pid": 2**22 + 1, "folder": str(folder)}))
+    with subprocess.Popen(["sleep", "infinity"], env={**os.environ, "TMPDIR": str(folder / TEMPORARY)}) as left:
+        try:
+            up = greenprompt(tmp_path, REFUSED["few open files"], "up", limit_s=REFUSED_LIMIT_S)
+            assert up.returncode == 2
+            assert REFUSED["few open files"].told in up.stderr
+            assert left.poll() == -signal.SIGKILL
+            assert not folder.exists()
+        finally:
+            left.kill()
 
 
 @pytest.mark.long

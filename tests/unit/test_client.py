@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from registry import client as client_module
 from registry.api import MAX_WAIT_S, PROMPT_HEADER, WARMUP_HEADER, RequestState
 from registry.client import (
+    RETRY_FOR_S,
     AnswerError,
     HeldLease,
     RegistryClient,
@@ -24,6 +25,7 @@ from registry.client import (
 from registry.report import MeasurementReport
 from registry.window_report import WindowReport
 from tests.energy_windows import an_experiment
+from tests.fake_counters import ManualClock
 
 STATE: dict[str, Any] = {
     "requestId": "r1",
@@ -69,8 +71,10 @@ def registry() -> Iterator[Callable[..., tuple[RegistryClient, Script]]]:
     """Makes a client and the script that answers it; at the end every reply must have been asked for."""
     made: list[tuple[RegistryClient, Script]] = []
 
-    def make(*replies: Reply, base_url: str = "http://registry:8000") -> tuple[RegistryClient, Script]:
-        script, client = Script(*replies), RegistryClient(base_url)
+    def make(
+        *replies: Reply, base_url: str = "http://registry:8000", connect_for_s: float = RETRY_FOR_S
+    ) -> tuple[RegistryClient, Script]:
+        script, client = Script(*replies), RegistryClient(base_url, connect_for_s=connect_for_s)
         client._http.close()
         client._http = httpx.Client(base_url=client._http.base_url, transport=httpx.MockTransport(script))
         made.append((client, script))
@@ -277,6 +281,34 @@ def test_patience_ends(registry: Make) -> None:
         client.status("r1")
 
 
+CALLS: dict[str, Callable[[RegistryClient], object]] = {
+    "status": lambda client: client.status("r1"),
+    "release": lambda client: client.release("r1"),
+    "drain": lambda client: client.drain("a"),
+    "undrain": lambda client: client.undrain("a"),
+    "measurement": lambda client: client.measurement(7),
+    "request": lambda client: client.request(7, [{"model": "a"}]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("trouble", [httpx.ConnectError("refused"), httpx.ConnectTimeout("no answer")], ids=repr)
+def test_time_to_connect_ends_first(registry: Make, call: Callable[[RegistryClient], object], trouble: Reply) -> None:
+    """Where nothing listens a call ends after ``connect_for_s``; neither one connection nor all of them take longer."""
+    client, script = registry(trouble, connect_for_s=0)
+    with pytest.raises(httpx.TransportError):
+        call(client)
+    assert [request.extensions["timeout"]["connect"] for request in script.requests] == [0]
+
+
+def test_a_registry_that_has_answered_is_waited_for(registry: Make) -> None:
+    """A command that has been answered once, as a long ``drain --wait``, outlasts a restart as any client does."""
+    client, script = registry(STATE, httpx.ConnectError("refused"), STATE, connect_for_s=0)
+    client.status("r1")
+    client.status("r1")
+    assert len(script.requests) == 3
+
+
 @pytest.mark.parametrize("status", [404, 410, 422, 429, 500])
 def test_other_errors_are_not_asked_again(registry: Make, status: int) -> None:
     """What another try can't change is told at once: a budget that is used up is a 429, too."""
@@ -313,11 +345,15 @@ def test_request_that_ended_is_not_waited_for(registry: Make, status: str) -> No
 
 def test_wait_has_an_end(registry: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """After its time the wait ends with a TimeoutError, and no poll is longer than what is left."""
-    now_s = iter([0.0, 1.0, 4.5, 5.0])  # the start, then before each poll
-    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: next(now_s)))
+    clock, answered_s = ManualClock(0.0), iter([1.0, 4.5, 5.0])
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=clock))
     client, script = registry(STATE, STATE, STATE)
+
+    def move_clock(_: RequestState) -> None:
+        clock.now_s = next(answered_s)
+
     with pytest.raises(TimeoutError, match=r"still queued after 5\.0 s"):
-        client.wait_until_deployed("r1", timeout_s=5.0, poll_s=2.0)
+        client.wait_until_deployed("r1", timeout_s=5.0, poll_s=2.0, on_change=move_clock)
     assert [request.url.params.get("wait") for request in script.requests] == [None, "2.0", "0.5"]
 
 

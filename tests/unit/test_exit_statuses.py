@@ -13,7 +13,7 @@ import stamina
 from rich.console import Console
 
 from deployments import cli
-from registry.client import RegistryClient
+from registry.client import CONNECT_FOR_S, RegistryClient
 
 Run = Callable[..., tuple[int, list[str]]]
 
@@ -30,8 +30,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
             return answer
 
         class Client(RegistryClient):
-            def __init__(self, url: str) -> None:
-                super().__init__(url)
+            def __init__(self, url: str, *, connect_for_s: float) -> None:
+                assert connect_for_s == CONNECT_FOR_S, "somebody waits at a terminal"
+                super().__init__(url, connect_for_s=connect_for_s)
                 self._http.close()
                 self._http = httpx.Client(base_url=url, transport=httpx.MockTransport(answered))
 

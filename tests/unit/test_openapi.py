@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
@@ -24,3 +27,39 @@ def test_every_answer_is_documented(case: schemathesis.Case[Any]) -> None:
     """Whatever is sent, the answer has a documented status and body: no 500, nothing wrong accepted."""
     # The document can't say which models and arguments there are: some of what it allows is refused, with a reason.
     case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+
+WITH_A_BODY = [
+    (method, re.sub(r"\{[^}]+\}", "1", path))
+    for path, item in APP.openapi()["paths"].items()
+    for method, operation in item.items()
+    if "requestBody" in operation
+]
+AMBIGUOUS = {
+    "a key twice": (b'{"model": 1, "other": 2, "model": 3}', "the key 'model' is there twice"),
+    "a key twice, with the same value": (b'{"model": 1, "model": 1}', "the key 'model' is there twice"),
+    "a key twice, within": (b'{"llms": [{"args": {"top_k": 1, "top_k": 2}}]}', "the key 'top_k' is there twice"),
+    "a key twice, escaped": (b'{"model": 1, "m\\u006fdel": 2}', "the key 'model' is there twice"),
+    "no number": (b'{"measurementId": NaN}', "NaN is no number in JSON"),
+}
+
+
+def test_there_are_routes_with_a_body() -> None:
+    """The document says which routes take a body."""
+    assert ("post", "/promptingservice/request") in WITH_A_BODY
+
+
+@pytest.mark.parametrize(("method", "path"), WITH_A_BODY)
+@pytest.mark.parametrize("content_type", [None, "application/json", "text/plain"])
+@pytest.mark.parametrize("name", AMBIGUOUS)
+async def test_what_can_be_read_in_two_ways_is_refused(
+    method: str, path: str, content_type: str | None, name: str
+) -> None:
+    """Every route with a body refuses a key that is there twice, at any depth, and names it; nothing is asked for."""
+    body, told = AMBIGUOUS[name]
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=APP), base_url="http://registry") as http:
+        answer = await http.request(method, path, content=body, headers=headers)
+    assert answer.status_code == 422
+    assert (answer.json()["field"], answer.json()["message"]) == ("body", f"body: {told}")
+    assert answer.json()["detail"][0]["loc"] == ["body"]

@@ -16,7 +16,7 @@ import structlog
 from starlette.types import Message
 
 from deployments import prompts
-from deployments.engine import RunningLLM
+from deployments.engine import _PUBLIC, RunningLLM
 from deployments.flights import Flight, Tokens
 from deployments.lease_gate import LeaseGate
 from deployments.prompt_meter import PromptMeter, tokens_of
@@ -362,6 +362,28 @@ async def test_wrong_type_is_named(wrapper: Wrapper, path: str, content_type: st
     assert (answer.status, answer.code) == (415, "unsupported_media_type")
     assert (content_type or "no Content-Type") in answer.body.decode()
     assert wrapper.meter.begun == []
+
+
+@pytest.mark.parametrize("path", ["/process_prompt", *sorted(path for method, path in _PUBLIC if method == "POST")])
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b'{"question": "Why?", "question": "How?"}', "body: the key 'question' is there twice"),
+        (b'{"messages": [{"role": "user", "role": "system"}]}', "body: the key 'role' is there twice"),
+        (b'{"temperature": NaN}', "body: NaN is no number in JSON"),
+        (b'{"question": ', "body: is not JSON: "),
+        (b"\xff", "body: is not JSON: "),
+        (b"[" * 100_000, "body: is nested too deeply"),
+    ],
+    ids=["twice", "twice within", "NaN", "cut off", "no text", "deep"],
+)
+async def test_body_is_json_to_the_letter(wrapper: Wrapper, path: str, body: bytes, told: str) -> None:
+    """A body that is not JSON, or has a key twice, is refused on every path: no engine sees it, nothing is counted."""
+    answer = await wrapper.call("POST", path, body).done()
+    assert (answer.status, answer.code) == (422, "invalid_field")
+    assert answer.message.startswith(told)
+    assert wrapper.meter.begun == []
+    assert wrapper.engine.bodies == []
 
 
 async def test_type_may_have_parameters(wrapper: Wrapper) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from sqlalchemy import make_url
 
 from registry.errors import BadSettings
@@ -75,9 +77,9 @@ def test_values_of_the_file_are_taken(write) -> None:
         ("http: 8000", "http"),
         ("http: {port: 1, port: 2}", "port is there twice, in line 1"),
         ("energy: {grid: {zone: NO}}", "NO can be read in two ways: write true or false, or put it in quotes"),
-        ("http: {public_url: head.example:8000}", "http.public_url: Value error, needs a scheme and a host"),
+        ("http: {public_url: head.example:8000}", "http.public_url: needs a scheme and a host"),
         ("http: {public_url: 'http://'}", "http.public_url"),
-        ("http: {host: '::1'}", "http: Value error, host can't be an IPv6 address with HAProxy"),
+        ("http: {host: '::1'}", "http: host can't be an IPv6 address with HAProxy"),
         ("http: {public_url: 'http://x/?a=b'}", "must end before any ? or #"),
         ("leases: {max_s: 0}", "leases.max_s"),
         ("leases: {max_s: .inf}", "leases.max_s"),
@@ -137,10 +139,30 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         load_settings(tmp_path)
 
 
-def test_errors_count_the_others(write) -> None:
-    """The first of several errors is told, and how many more there are."""
-    with pytest.raises(BadSettings, match="and 1 more"):
-        load_settings(write("http: {port: 0}\nleases: {max_s: 0}\n"))
+def test_all_problems_are_named(write) -> None:
+    """Several errors are told on one line, each with its field and in our words; of very many the first eight."""
+    path = write("http: {port: 0, hots: a}\nleases: {max_s: 0}\nenergy: {grid: {zone: DE}}\n")
+    with pytest.raises(BadSettings) as caught:
+        load_settings(path)
+    problems = caught.value.problem.split("; ")
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "http.port",
+        "http.hots",
+        "did you mean host?",
+        "leases.max_s",
+        "energy.grid",
+        "did you mean DEU?",
+    ]
+    assert "http.hots: there is no such field" in problems
+    with pytest.raises(BadSettings, match=r"a7: there is no such field \(and 3 more\)"):
+        load_settings(write("http: {" + ", ".join(f"a{n}: 1" for n in range(11)) + "}\n"))
+
+
+def test_all_unknown_sections_are_named(write) -> None:
+    """Two sections that there are not are both named."""
+    with pytest.raises(BadSettings, match=r"htpp: .*; lease: ") as caught:
+        load_settings(write("htpp: {}\nlease: {}\n"))
+    assert "\n" not in str(caught.value)
 
 
 def test_overrides_go_into_sections(write) -> None:
@@ -185,8 +207,8 @@ def test_environment_goes_before_the_command_line(write, monkeypatch: pytest.Mon
         ("GREENPROMPT_NONSENSE", "1", "there is no section 'nonsense'"),
         ("GREENPROMPT_STATE_DIR", "", "GREENPROMPT_STATE_DIR"),
         ("GREENPROMPT_DATABASE_URL", " ", "is empty; unset it, or give it a value"),
-        ("GREENPROMPT_HTTP", "no json", "http"),
-        ("GREENPROMPT_MODELS__LOCAL_ROOTS", "no json", "models"),
+        ("GREENPROMPT_HTTP", "no json", "given as JSON: "),
+        ("GREENPROMPT_MODELS__LOCAL_ROOTS", "no json", "given as JSON: "),
     ],
 )
 def test_unusable_variables_are_named(
@@ -197,6 +219,76 @@ def test_unusable_variables_are_named(
     with pytest.raises(BadSettings) as caught:
         load_settings(write(""))
     assert named in str(caught.value)
+
+
+def test_all_typos_in_variables_are_named(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typos of every kind are told at once, each with the name of its variable and the one that was meant."""
+    typos = {
+        "GREENPROMPT_HTPP__PORT": "did you mean GREENPROMPT_HTTP__PORT?",
+        "GREENPROMPT_HTTP__PROT": "there is no field 'http.prot'; did you mean GREENPROMPT_HTTP__PORT?",
+        "GREENPROMPT_ENERGY__GRID__ZON": "did you mean GREENPROMPT_ENERGY__GRID__ZONE?",
+        "GREENPROMPT_STATE_DIR__X": "there is no field 'state_dir.x'",
+        "GREENPROMPT_STATEDIR": "did you mean GREENPROMPT_STATE_DIR?",
+        "GREENPROMPT_LEASES__MAX_S": "is empty",
+        "GREENPROMPT_HTTP": "given as JSON: the key 'port' is there twice",
+    }
+    for name in typos:
+        monkeypatch.setenv(name, {"GREENPROMPT_LEASES__MAX_S": " "}.get(name, '{"port": 1, "port": 2}'))
+    with pytest.raises(BadSettings) as caught:
+        load_settings(write(""))
+    for name, told in typos.items():
+        assert f"{name}: " in str(caught.value)
+        assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unusable_values_name_all_their_variables(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two values that can't be used are told with a variable each; of what a section says, its variables beside it."""
+    monkeypatch.setenv("GREENPROMPT_HTTP__PORT", "many")
+    monkeypatch.setenv("GREENPROMPT_LEASES__MAX_S", "long")
+    with pytest.raises(BadSettings, match=r"^GREENPROMPT_HTTP__PORT: .*; GREENPROMPT_LEASES__MAX_S: leases\.max_s: "):
+        load_settings(write(""))
+    monkeypatch.setenv("GREENPROMPT_HTTP__PORT", "1")
+    monkeypatch.setenv("GREENPROMPT_LEASES__MAX_S", "1")
+    monkeypatch.setenv("GREENPROMPT_HTTP__HOST", "::1")
+    with pytest.raises(BadSettings, match=r"yaml and GREENPROMPT_HTTP__.*GREENPROMPT_HTTP__HOST.*: http: host can't"):
+        load_settings(write(""))
+
+
+def fields(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """The names of the variables of all fields of the settings, and of all sections."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}".upper()
+        for kind in get_args(field.annotation) or (field.annotation,):
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and get_origin(field.annotation) is not dict:
+                yield from fields(kind, f"{prefix}{name}__")
+
+
+def refusal(path: Path) -> str | None:
+    """What is said of a configuration that is refused."""
+    try:
+        load_settings(path)
+    except BadSettings as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", list(fields(Settings, "GREENPROMPT_")))
+def test_every_variable_is_taken_or_named(write, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What is no JSON, or has a key twice, is refused by one line with the variable's name, or is a plain text."""
+    path = write("")
+    for value in ("no json {", '{"a": 1, "a": 2}', "[" * 100_000):
+        monkeypatch.setenv(name, value)
+        told = refusal(path)
+        if told is None:
+            section = Settings()
+            *names, last = name.removeprefix("GREENPROMPT_").lower().split("__")
+            for each in names:
+                section = getattr(section, each)
+            assert isinstance(getattr(section, last), str | Path | None)
+        else:
+            assert name in told
+            assert "\n" not in told
 
 
 def test_other_variables_of_ours_are_no_settings(write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from deployments.experiment import argument, load_plan
+from deployments.prompt_files import load_prompts
+from registry.errors import BadSettings
+from registry.settings import load_settings
 from registry.strict_yaml import STRICT_JSON, load_yaml
 
 
@@ -66,3 +72,26 @@ def test_a_key_that_is_there_twice_is_refused() -> None:
         STRICT_JSON.decode('{"x": {"a": 1, "b": 2, "a": 3}}')
     assert load_yaml("base: &b {a: 1}\nc: {<<: *b, a: 2}")["c"] == {"a": 2}
     assert STRICT_JSON.decode('{"a": {"a": 1}, "b": {"a": 1}}') == {"a": {"a": 1}, "b": {"a": 1}}
+
+
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "settings": ("http: {port: 1, port: 2}", load_settings),
+    "settings in JSON": ('{"http": {"port": 1, "port": 2}}', load_settings),
+    "LLM of the settings": ("deploy: [{llm: {model: a, modeltyp: b, model: c}}]", load_settings),
+    "experiment": ("repetitions: 1\nrepetitions: 2", load_plan),
+    "experiment in JSON": ('{"llms": [], "llms": []}', load_plan),
+    "LLM of an experiment": ("llms: [{model: a, args: {prompting: {top_k: 1, top_k: 2}}}]", load_plan),
+    "prompts, a line each": ('{"question": "a", "question": "b"}', load_prompts),
+    "prompts, an array": ('[{"question": "a", "more": {"x": 1, "x": 2}}]', load_prompts),
+    "argument": ("word={a: 1, a: 2}", lambda path: argument(path.read_text())),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_file_refuses_a_key_that_is_there_twice(name: str, tmp_path: Path) -> None:
+    """Whatever people write, file or argument, at any depth: the second key is refused by name."""
+    text, read = READERS[name]
+    path = tmp_path / "file"
+    path.write_text(text)
+    with pytest.raises(BadSettings, match="is there twice"):
+        read(path)

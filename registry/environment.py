@@ -1,0 +1,115 @@
+"""Variables of the environment that are settings, ``GREENPROMPT_<SECTION>__<FIELD>``: which there are, their JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from types import UnionType
+from typing import Any, Final, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_settings import EnvSettingsSource
+
+from registry.strict_yaml import STRICT_JSON
+
+ENV_PREFIX: Final = "GREENPROMPT_"
+
+NOT_SETTINGS: Final = ("URL", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_PRELOAD")
+"""Variables with our prefix that are no settings: the command line's, and those that a wrapper gives its engine."""
+
+_COLLECTIONS: Final = (dict, frozenset, list, set, tuple)
+
+
+class StrictVariables(EnvSettingsSource):
+    """Reads sections and lists as JSON in which no key is there twice."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """Return the value of a variable. Raises ValueError."""
+        return STRICT_JSON.decode(value)
+
+
+def variables(environment: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """Variables that are settings, each with the field that it sets: ``GREENPROMPT_HTTP__PORT``, ``[http, port]``."""
+    for name in environment:
+        # Names are taken in small letters, too, as pydantic does.
+        if name.upper().startswith(ENV_PREFIX) and name.upper().removeprefix(ENV_PREFIX) not in NOT_SETTINGS:
+            yield name, name[len(ENV_PREFIX) :].lower().split("__")
+
+
+def problems_of(settings: type[BaseModel], environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield each variable that names no field, is empty, or is not the JSON that its field needs, and what is wrong.
+
+    Pydantic would pass over unknown sections: a typo in one would start, or end, another registry than was meant.
+    """
+    for name, parts in variables(environment):
+        value = environment[name]
+        if not _is_there(settings, parts):
+            yield name, f"there is no {_what(settings, parts)}{_hint(settings, name)}"
+        elif not value.strip():
+            yield name, "is empty; unset it, or give it a value"
+        elif _takes_json(settings, parts):
+            try:
+                STRICT_JSON.decode(value)
+            except (RecursionError, ValueError) as error:
+                yield name, f"lists and sections are given as JSON: {error}"
+
+
+def fields_of(settings: type[BaseModel], parts: Sequence[object]) -> tuple[str, ...]:
+    """Return the names of the fields of the section that is found by these names; none if it has no fixed ones."""
+    found = _annotation(settings, parts)
+    model = _model(found)
+    return () if model is None else tuple(model.model_fields)
+
+
+def _is_there(settings: type[BaseModel], parts: Sequence[str]) -> bool:
+    return _annotation(settings, parts) is not None
+
+
+def _takes_json(settings: type[BaseModel], parts: Sequence[str]) -> bool:
+    found = _annotation(settings, parts)
+    return _model(found) is not None or any(get_origin(choice) in _COLLECTIONS for choice in _choices(found))
+
+
+def _annotation(settings: type[BaseModel], parts: Sequence[object]) -> Any:
+    """The type of the field that is found by these names, ``Any`` below a mapping, None if there is no such field."""
+    found: Any = settings
+    for part in parts:
+        model = _model(found)
+        if model is not None:
+            field = model.model_fields.get(str(part))
+            found = None if field is None else field.annotation
+        elif any(get_origin(choice) is dict for choice in _choices(found)) or found is Any:
+            found = Any
+        else:
+            return None
+    return found
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    kinds = (choice for choice in _choices(annotation) if isinstance(choice, type))
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _what(settings: type[BaseModel], parts: Sequence[str]) -> str:
+    section, *rest = parts
+    return f"field {'.'.join(parts)!r}" if rest and section in settings.model_fields else f"section {section!r}"
+
+
+def _hint(settings: type[BaseModel], name: str) -> str:
+    close = get_close_matches(name.upper(), list(_names(settings, ENV_PREFIX)), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(settings.model_fields)}"
+
+
+def _names(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """The names of all variables of single fields."""
+    for name, field in model.model_fields.items():
+        inner = _model(field.annotation)
+        if inner is None:
+            yield f"{prefix}{name}".upper()
+        else:
+            yield from _names(inner, f"{prefix}{name}__")
