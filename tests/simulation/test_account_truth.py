@@ -13,7 +13,7 @@ from random import Random
 import pytest
 
 from registry.budgets import CHARGED, month_begin_s
-from registry.report import report_of
+from registry.report import Gathered, report_of
 from registry.state import KeptWindow, Measurement
 from registry.store import Store
 from registry.totals import SPENT, Total, spent_total
@@ -78,7 +78,9 @@ def test_sums_of_the_accounts_are_those_of_the_windows(kind: str, tmp_path: Path
         assert joules(spent_total(costs[request_id])) == pytest.approx(of_known(own), rel=1e-6, abs=1e-6)
     assert sum(joules(spent_total(each)) for each in costs.values()) == pytest.approx(of_known(spent), rel=1e-6)
     asked = [request(lease.id, lease.llm, n) for n, lease in enumerate(world.history.leases, 1)]
-    report = report_of(Measurement(MEASUREMENT, 1), asked, store.windows((TENANT, MEASUREMENT)), iso)
+    gathered = Gathered(asked, iso)
+    gathered.add(store.windows((TENANT, MEASUREMENT)))
+    report = report_of(Measurement(MEASUREMENT, 1), asked, gathered, iso)
     reported = [each.joules or 0.0 for name, each in report.costs.items() if name != "lease"]
     assert sum(reported) == pytest.approx(of_known(spent), rel=1e-6)
     store.close()

@@ -27,7 +27,7 @@ from registry.api import RequestState
 from registry.report import MeasurementReport
 from registry.state import KeptWindow, Measurement, WindowKind
 from registry.store import Store
-from registry.views import report_json
+from registry.views import gathered, report_json
 from registry.window_report import WindowReport, window_report
 from tests.energy_windows import iso, request
 from tests.energy_world.driver import MEASUREMENT, TENANT, Run, drive
@@ -67,7 +67,8 @@ class Measured:
     def report(self) -> dict[str, Any]:
         """What GET /measurements/…/report answers."""
         requests = [request(lease.id, lease.llm, n) for n, lease in enumerate(self.run.world.history.leases, 1)]
-        windows = self.store.windows((TENANT, MEASUREMENT))
+        windows = gathered(requests)
+        windows.add(self.store.windows((TENANT, MEASUREMENT)))
         told: dict[str, Any] = json.loads(report_json(Measurement(MEASUREMENT, 1), requests, windows))
         return told
 
