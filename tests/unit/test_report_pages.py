@@ -304,8 +304,8 @@ def test_files(tmp_path: Path) -> None:
 class StandIn:
     """A client of a registry that has one measurement."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, *, connect_for_s: float) -> None:
+        self.url, self.connect_for_s = url, connect_for_s
 
     def __enter__(self) -> Self:
         return self
