@@ -258,7 +258,7 @@ async def test_detail_is_what_fastapi_says() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [b"1e999", b'"\\ud800"', b"[" * 900 + b"]" * 900], ids=["infinity", "half a character", "deep"]
+    "value", [b"1e999", b'"\\ud800"', b"[" * 600 + b"]" * 600], ids=["infinity", "half a character", "deep"]
 )
 async def test_detail_leaves_out_what_json_can_not_hold(http: httpx.AsyncClient, value: bytes) -> None:
     """An input that no JSON can carry back is left out of ``detail``: the answer is a 422, not a 500."""
