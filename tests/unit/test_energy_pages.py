@@ -1,17 +1,22 @@
-"""What the ingress makes of energy windows at the same time has a limit, whatever clients do."""
+"""What the ingress makes of energy windows when clients hang up, many ask at once, or the registry is away."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from threading import Event, Lock, Semaphore
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
 from deployments import energy_pages
 from deployments.energy_pages import PAGES_AT_ONCE, REPORTS_AT_ONCE, EnergyPages
+from deployments.ingress import IngressConfig, build_app
+from deployments.models import ModelSources
 from registry import views
 from registry.api import RequestState
+from registry.errors import RegistryUnavailable
 from tests.fake_registry import BASE, CREATED, FakeRegistry
 
 KEY = "default", 7
@@ -97,3 +102,32 @@ async def test_pages_of_windows_have_a_limit(registry: FakeRegistry, monkeypatch
     found = await asyncio.gather(*(page() for _ in range(5 * PAGES_AT_ONCE)))
     assert len(set(found)) == 1
     assert most == PAGES_AT_ONCE
+
+
+async def test_a_csv_that_ends_early_is_not_whole(registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the registry is away after the first part, the answer has no end: the server breaks the connection then."""
+    monkeypatch.setattr(energy_pages, "PAGE", 5)
+    sent: list[Message] = []
+
+    async def call(method: str, *args: Any) -> Any:
+        if args[2] is not None:  # after the first part
+            raise RegistryUnavailable("no answer within 30 s")
+        return await registry.call(method, *args)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "method": "GET",
+        "path": "/measurements/7/report",
+        "query_string": b"format=csv",
+        "headers": [],
+    }
+    app = build_app(IngressConfig(ModelSources(True, (), Path("/")), ()), call)
+    with pytest.raises(RuntimeError, match="response already started"):
+        await app(scope, asyncio.Queue[Message]().get, send)
+    assert [message.get("status") for message in sent][:1] == [200]
+    assert [message["more_body"] for message in sent[1:]] == [True]
+    assert sent[1]["body"].count(b"\r\n") == 1 + 5
