@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from deployments.report_csv import windows_csv
@@ -21,22 +22,28 @@ PAGE = 250
 REPORTS_AT_ONCE = 2
 """Reports that are made at the same time; each takes some 2 KB of memory for each of its windows."""
 
+PAGES_AT_ONCE = 4
+"""Pages that are made at the same time: each has all of its windows in memory, with their records."""
+
 
 class EnergyPages:
     """Answers of one ingress around ``call(method, *args)`` of the registry. Every method raises what that raises."""
 
     def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
         self._call = call
-        self._turns = asyncio.Semaphore(REPORTS_AT_ONCE)
+        self._reports, self._windows = asyncio.Semaphore(REPORTS_AT_ONCE), asyncio.Semaphore(PAGES_AT_ONCE)
+        # A thread goes on when its client hangs up, so that turns alone would not keep to REPORTS_AT_ONCE.
+        self._threads = ThreadPoolExecutor(REPORTS_AT_ONCE, thread_name_prefix="report")
 
     async def report(self, key: MeasurementKey) -> str:
         """JSON MeasurementReport, without its windows."""
-        async with self._turns:
+        async with self._reports:
             measurement, requests = await self._measured(key)
             windows = views.gathered(requests)
             async for _, page in self._pages(key):
                 await asyncio.to_thread(windows.add, page)
-            return await asyncio.to_thread(views.report_json, measurement, requests, windows)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, views.report_json, measurement, requests, windows)
 
     async def windows(
         self, key: MeasurementKey, request_id: str | None, after: str | None, limit: int, *, detail: bool
@@ -45,14 +52,16 @@ class EnergyPages:
 
         ``after`` is the ``next`` of the page before. Raises InvalidField if it is not.
         """
+        place = views.place_of(after)
         requests: list[Request] = []
         windows: list[KeptWindow] = []
-        async for some, page in self._pages(key, request_id, views.place_of(after), limit):
-            requests += some
-            windows += page
-        return await asyncio.to_thread(
-            lambda: views.windows_json(views.windows_page(requests, windows, limit), detail=detail)
-        )
+        async with self._windows:
+            async for some, page in self._pages(key, request_id, place, limit):
+                requests += some
+                windows += page
+            return await asyncio.to_thread(
+                lambda: views.windows_json(views.windows_page(requests, windows, limit), detail=detail)
+            )
 
     async def csv(self, key: MeasurementKey) -> AsyncIterator[str]:
         """Yield all windows as CSV, in parts: the heading with the first windows, then the others."""
