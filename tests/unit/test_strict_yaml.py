@@ -52,6 +52,10 @@ def test_plain_values(text: str, value: Any) -> None:
         ("-08", "leave the 0 out"),
         ("1:30", "put it in quotes"),
         ("12:30:45.5", "put it in quotes"),
+        ("8_001", "plain digits"),
+        ("1_000.5", "plain digits"),
+        ("0b101", "plain digits"),
+        ("0o17", "plain digits"),
     ],
 )
 def test_ambiguous_values_are_refused(text: str, remedy: str) -> None:
