@@ -327,8 +327,12 @@ def load_settings(path: Path, **overrides: Any) -> Settings:
 
     Raises:
         BadSettings: the file can't be read, is not YAML, or has an unknown or unusable field; or a variable of the
-            environment has. The text names the field, and the file or the variable that it is from.
+            environment has; or the current directory is gone. The text names the field, and where it is from.
     """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise BadSettings("current directory", f"can't be used ({error.strerror}): change to another one") from error
     data = _read(path)
     _require_known(path, data)
     for key, value in overrides.items():

@@ -153,6 +153,17 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         load_settings(tmp_path)
 
 
+def test_a_current_directory_that_is_gone_is_said(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths mean nothing then: one line says so, whatever the configuration has."""
+    path = write("{state_dir: /a, cache_dir: /b}")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(BadSettings, match=r"current directory: can't be used \(No such file or directory\): change to"):
+        load_settings(path)
+
+
 def test_all_problems_are_named(write) -> None:
     """Several errors are told on one line, each with its field and in our words; of very many the first eight."""
     path = write("http: {port: 0, hots: a}\nleases: {max_s: 0}\nenergy: {grid: {zone: DE}}\n")
