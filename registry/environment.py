@@ -122,7 +122,8 @@ def _what(settings: type[BaseModel], parts: Sequence[str]) -> str:
 
 
 def _hint(settings: type[BaseModel], name: str) -> str:
-    close = get_close_matches(name.upper(), list(_names(settings, ENV_PREFIX)), n=1, cutoff=0.7)
+    names = [f"{ENV_PREFIX}URL", *_names(settings, ENV_PREFIX)]
+    close = get_close_matches(name.upper(), names, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(settings.model_fields)}"
 
 

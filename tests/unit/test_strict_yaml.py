@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.experiment import argument, load_plan
+from deployments.experiment import argument, arguments, load_plan
 from deployments.prompt_files import load_prompts
 from registry.errors import BadSettings
 from registry.settings import load_settings
@@ -88,6 +88,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "prompts, a line each": ('{"question": "a", "question": "b"}', load_prompts),
     "prompts, an array": ('[{"question": "a", "more": {"x": 1, "x": 2}}]', load_prompts),
     "argument": ("word={a: 1, a: 2}", lambda path: argument(path.read_text())),
+    "arguments": ("word=1 other=2 word=3", lambda path: arguments(path.read_text().split())),
 }
 
 
