@@ -200,13 +200,14 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write a page with plots to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the windows to this file, one row each.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose measurement it is, if not the default tenant's.")] = None,
     url: URLOption = DEFAULT_URL,
 ) -> None:
     """Show what a measurement cost: energy and carbon by LLM, how they were found, and what is not known."""
     from deployments.report_files import write_report
     from deployments.report_table import report_table
 
-    with _registry(url) as registry:
+    with _registry(url, tenant) as registry:
         found = registry.report(measurement)
         if html or csv or json:
             found = replace(found, windows=tuple(registry.windows(measurement, detail=json is not None)))
@@ -250,10 +251,10 @@ def release(request_id: str, url: URLOption = DEFAULT_URL) -> None:
         registry.release(request_id)
 
 
-def _registry(url: str) -> RegistryClient:
+def _registry(url: str, tenant: str | None = None) -> RegistryClient:
     """Return a client for somebody who waits at a terminal: that nothing listens at ``url`` is said within seconds."""
     _require_known_variables()
-    return RegistryClient(url, connect_for_s=CONNECT_FOR_S)
+    return RegistryClient(url, tenant=tenant, connect_for_s=CONNECT_FOR_S)
 
 
 def _require_known_variables() -> None:

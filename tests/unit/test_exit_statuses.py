@@ -30,9 +30,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
             return answer
 
         class Client(RegistryClient):
-            def __init__(self, url: str, *, connect_for_s: float) -> None:
+            def __init__(self, url: str, *, tenant: str | None, connect_for_s: float) -> None:
                 assert connect_for_s == CONNECT_FOR_S, "somebody waits at a terminal"
-                super().__init__(url, connect_for_s=connect_for_s)
+                super().__init__(url, tenant=tenant, connect_for_s=connect_for_s)
                 self._http.close()
                 self._http = httpx.Client(base_url=url, transport=httpx.MockTransport(answered))
 
