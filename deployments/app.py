@@ -133,10 +133,13 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     _start_registry(settings)
-    application = serve.status().applications.get(INGRESS_APP)
-    if application is None or application.status is not ApplicationStatus.RUNNING:
-        config = IngressConfig(model_sources(settings), settings.models.allow_remote_code, settings.state_dir)
-        serve.run_many([serve.RunTarget(ingress.deployment(config), name=INGRESS_APP, route_prefix="/")])
+    try:
+        application = serve.status().applications.get(INGRESS_APP)
+        if application is None or application.status is not ApplicationStatus.RUNNING:
+            config = IngressConfig(model_sources(settings), settings.models.allow_remote_code, settings.state_dir)
+            serve.run_many([serve.RunTarget(ingress.deployment(config), name=INGRESS_APP, route_prefix="/")])
+    except Exception as error:
+        raise _start_failed("The ingress", error, settings, ray_folder) from error
     _wait_until_ready(settings, usable=settings.ray.address is None)
     return Running(settings.base_url, dashboard)
 

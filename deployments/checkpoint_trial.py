@@ -27,7 +27,17 @@ CPU_S: Final = 20
 MEMORY_BYTES: Final = 4 * 2**30
 """How much memory it may take beyond what its process begins with."""
 
-_CHAT: Final = [{"role": "user", "content": "What does a prompt cost?"}]
+_USER: Final = {"role": "user", "content": "What does a prompt cost?"}
+_SYSTEM: Final = {"role": "system", "content": "Be brief."}
+_ASSISTANT: Final = {"role": "assistant", "content": "Some joules."}
+_TOOL: Final = {"type": "function", "function": {"name": "joules", "parameters": {"type": "object", "properties": {}}}}
+_CHATS: Final = (
+    ([_USER], None),
+    ([_SYSTEM, _USER], None),
+    ([_USER, _ASSISTANT, _USER], None),
+    ([_USER], [_TOOL]),
+)
+"""What clients send most: a template may have a branch for each, (messages, tools)."""
 _SUFFIXES: Final = (".json", ".jinja", ".model", ".txt", ".py")
 
 log = structlog.get_logger("deployments.checkpoint_trial")
@@ -109,7 +119,7 @@ def _limit(cpu_s: int, memory_bytes: int) -> None:
 
 
 def attempt(tokenizer: Tokenizer, cpu_s: int, memory_bytes: int) -> str | None:
-    """In the process with limits: load the tokenizer, write a chat with its template, and split that into tokens.
+    """In the process with limits: load the tokenizer, write chats with its template, and split them into tokens.
 
     Returns None if all of it ends, also with an error of its own: vLLM, or the first prompt, will tell that better.
     """
@@ -118,12 +128,23 @@ def attempt(tokenizer: Tokenizer, cpu_s: int, memory_bytes: int) -> str | None:
     _limit(cpu_s, memory_bytes)
     try:
         loaded: Any = get_tokenizer(tokenizer.folder, revision=tokenizer.revision, trust_remote_code=tokenizer.own_code)
-        text = _CHAT[0]["content"]
-        if getattr(loaded, "chat_template", None):
-            text = loaded.apply_chat_template(_CHAT, tokenize=False, add_generation_prompt=True)
-        loaded.encode(text)
+        loaded.encode(_USER["content"])
+        for messages, tools in _CHATS if getattr(loaded, "chat_template", None) else ():
+            _write(loaded, messages, tools)
     except MemoryError:
         return f"take more than {memory_bytes / 2**30:g} GiB of memory"
     except Exception as error:
         log.info("a tokenizer's trial ended with an error", folder=tokenizer.folder, reason=str(error))
     return None
+
+
+def _write(tokenizer: Any, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None) -> None:
+    """Write one chat, and split it into tokens. A template that refuses it may take others. Raises MemoryError."""
+    try:
+        tokenizer.encode(
+            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        )
+    except MemoryError:
+        raise
+    except Exception as error:
+        log.info("a chat template refuses a chat", roles=[each["role"] for each in messages], reason=str(error))

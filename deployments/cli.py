@@ -20,7 +20,8 @@ from rich.console import Console
 from deployments.overview import drain_note, overview
 from registry.api import MachineState
 from registry.client import CONNECT_FOR_S, UNEXPECTED, AnswerError, RegistryClient
-from registry.errors import RegistryError
+from registry.environment import ENV_PREFIX, problems_of
+from registry.errors import BadSettings, RegistryError
 from registry.settings import Settings, load_settings
 
 EXIT_NOT_YET = 1
@@ -164,15 +165,16 @@ def measure(
     Exit status 1: some answers are missing, or an LLM has refused every prompt. 130: Ctrl-C.
     """
     given = locals()
-    from deployments.experiment import argument, load_plan
+    from deployments.experiment import arguments, load_plan
     from deployments.measure import run_measure
 
+    _require_known_variables()
     fields = {name: value for name, value in given.items() if value is not None and value != []}
     fields.pop("experiment", None)
     plan = load_plan(
         experiment,
-        prompting_args=dict(map(argument, fields.pop("arg", []))),
-        deployment_args=dict(map(argument, fields.pop("deployment_arg", []))),
+        prompting_args=arguments(fields.pop("arg", [])),
+        deployment_args=arguments(fields.pop("deployment_arg", [])),
         **fields,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by a scheduler, it gives its LLMs back, too
@@ -198,13 +200,14 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write a page with plots to this file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the windows to this file, one row each.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose measurement it is, if not the default tenant's.")] = None,
     url: URLOption = DEFAULT_URL,
 ) -> None:
     """Show what a measurement cost: energy and carbon by LLM, how they were found, and what is not known."""
     from deployments.report_files import write_report
     from deployments.report_table import report_table
 
-    with _registry(url) as registry:
+    with _registry(url, tenant) as registry:
         found = registry.report(measurement)
         if html or csv or json:
             found = replace(found, windows=tuple(registry.windows(measurement, detail=json is not None)))
@@ -248,9 +251,19 @@ def release(request_id: str, url: URLOption = DEFAULT_URL) -> None:
         registry.release(request_id)
 
 
-def _registry(url: str) -> RegistryClient:
+def _registry(url: str, tenant: str | None = None) -> RegistryClient:
     """Return a client for somebody who waits at a terminal: that nothing listens at ``url`` is said within seconds."""
-    return RegistryClient(url, connect_for_s=CONNECT_FOR_S)
+    _require_known_variables()
+    return RegistryClient(url, tenant=tenant, connect_for_s=CONNECT_FOR_S)
+
+
+def _require_known_variables() -> None:
+    """Raise BadSettings for a variable of ours that is empty or a typo: the command would reach another registry."""
+    url = f"{ENV_PREFIX}URL"
+    if not os.environ.get(url, url).strip():
+        raise BadSettings(url, "is empty; unset it, or give it a value")
+    for name, problem in problems_of(Settings, os.environ):
+        raise BadSettings(name, problem)
 
 
 def _wait_until_drained(registry: RegistryClient, machine: str, timeout_s: float | None) -> MachineState:
@@ -274,6 +287,8 @@ def _say(line: str) -> None:
 
 
 def _settings(config: Path, address: str | None) -> Settings:
+    if address is not None and not address.strip():
+        raise BadSettings("--address", "is empty; leave it out, or give it a value")
     return load_settings(config, **({"ray": {"address": address}} if address else {}))
 
 

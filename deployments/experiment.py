@@ -232,6 +232,16 @@ def _llm_with_args(llm: Any, section: str, values: Mapping[str, Any]) -> Any:
     return llm | {"args": _with_args(llm["args"], section, values)} if isinstance(llm, dict) and "args" in llm else llm
 
 
+def arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """Return what several ``word=value`` say. Raises BadSettings, also for a word that is there twice."""
+    said: dict[str, Any] = {}
+    for word, value in map(argument, texts):
+        if word in said:
+            raise BadSettings(word, "is there twice")
+        said[word] = value
+    return said
+
+
 def argument(text: str) -> tuple[str, Any]:
     """Return the word and the value of ``word=value``; the value is read as YAML. Raises BadSettings."""
     word, equals, value = text.partition("=")

@@ -143,8 +143,8 @@ s#^([[:space:]]*timeout http-keep-alive )[0-9]+s#\1{keep_alive}s#
     tcp-request connection track-sc0 src # greenprompt limit\
     tcp-request connection reject if { sc0_conn_cur gt {per_source} } # greenprompt limit\
     tcp-request connection reject if { fe_conn gt {crowded} } { sc0_conn_cur gt {few} } # greenprompt limit\
-    acl is_poll path_beg /promptingservice/request/ # greenprompt limit\
-    acl waits url_param(wait) -m found # greenprompt limit\
+    acl is_poll path,url_dec -m beg /promptingservice/request/ # greenprompt limit\
+    acl waits query,url_dec -m reg (^|&)wait= # greenprompt limit\
     http-request track-sc1 int(1) table greenprompt_polls if is_poll waits # greenprompt limit\
     acl is_full sc1_conn_cur(greenprompt_polls) gt {polls} # greenprompt limit\
     http-request deny deny_status 429 if is_poll waits is_full # greenprompt limit\

@@ -162,7 +162,11 @@ def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
     if _is_held(settings):
         raise _runs_already(settings)
     log_path = settings.state_dir / "up.log"
-    with log_path.open("w", encoding="utf-8") as log:
+    try:
+        log = log_path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise BadSettings("state_dir", f"{log_path} can't be written ({error.strerror})") from error
+    with log:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -241,7 +245,8 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
         try:
             yield record
         finally:
-            path.unlink(missing_ok=True)
+            if path.is_file():
+                path.unlink()
 
 
 def _runs_already(settings: Settings) -> BadSettings:
@@ -293,11 +298,7 @@ def _holder(settings: Settings) -> int | None:
 def _read_record(settings: Settings) -> dict[str, Any]:
     try:
         state = json.loads((settings.state_dir / "up.json").read_bytes())
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        ValueError,
-    ):  # none, or cut short by a power failure: as good as none
+    except (OSError, ValueError):  # none, or cut short by a power failure, or no file: as good as none
         return {}
     return state if isinstance(state, dict) else {}
 

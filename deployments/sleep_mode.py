@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import psutil
 
 from deployments import process_tree
+from deployments.machine_memory import main_memory
 
 SLEEP_TIMEOUT_S = 120.0
 """For copying the weights to host memory, or back: 100 GiB take half a minute, most of it for pinning the memory."""
@@ -23,7 +24,7 @@ GPU_BACK_S = 5.0
 RESIDUE_BYTES = 2 * 2**30
 """What a sleeping LLM may keep of a GPU's memory: its CUDA context, NCCL's buffers, CUDA graphs."""
 HOST_RESERVE = 0.1
-"""The share of the machine's memory that stays free, whatever the budget."""
+"""The share of the machine's memory, or of our control group's, that stays free, whatever the budget."""
 MIND_S = 5.0
 """How often the machine's free memory is looked at while an LLM sleeps."""
 
@@ -107,13 +108,13 @@ class SleepMode(Generic[Sleeper]):
             return "what its weights take is not known"
         if not self._gpus.known:
             return "what the GPUs' memory is used for is not known"
-        memory = psutil.virtual_memory()
+        memory = main_memory()
         giving_way = who_gives_way(
             [other.weights_bytes or 0 for other in self._asleep],
             [other.served_model_name != spare for other in self._asleep],
             need,
             budget=self._budget_bytes,
-            free=memory.available - int(HOST_RESERVE * memory.total),
+            free=memory.available_bytes - int(HOST_RESERVE * memory.total_bytes),
         )
         if giving_way is None:
             return f"{need / 2**30:.1f} GiB of host memory are not to be had for it"
@@ -173,8 +174,8 @@ class SleepMode(Generic[Sleeper]):
 
     def relieve(self) -> None:
         """Kill the oldest that lives when the machine's memory runs short; its death is told as any other is."""
-        memory = psutil.virtual_memory()
-        if memory.available >= HOST_RESERVE * memory.total:
+        memory = main_memory()
+        if memory.available_bytes >= HOST_RESERVE * memory.total_bytes:
             return
         # One that is dead stays among the sleepers until the host's lock is free, and a start may hold that for long.
         oldest = next((llm for llm in self._asleep if process_tree.alive(llm.processes)), None)

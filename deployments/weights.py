@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from deployments.machine_memory import main_memory
 
 _FORMATS = ("*.safetensors", "*.bin", "*.pt")  # vLLM takes the first of them that a folder has
 _DUPLICATE = "consolidated"  # Mistral's models come in two forms, of which vLLM reads the other one
@@ -51,7 +51,7 @@ def read_ahead(weights: Weights | None) -> Iterator[None]:
 
     Weights that don't fit into the memory that is free are left alone: they would push one another out.
     """
-    if weights is None or weights.size_bytes > psutil.virtual_memory().available:
+    if weights is None or weights.size_bytes > main_memory().available_bytes:
         yield
         return
     over = threading.Event()

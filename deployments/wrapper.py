@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
@@ -44,7 +44,7 @@ from deployments.provenance import cpu_here, gpus_here, provenance
 from deployments.settling import NOT_STEADY, SLICE_S, SLICES, at_rest, forgotten, warmed_up
 from deployments.weights import Weights, read_ahead, weights_of
 from deployments.weights_hash import WeightsHash
-from registry.errors import EngineStartFailed, InvalidField, StaleEpoch, WrapperUnreachable
+from registry.errors import EngineNotReady, EngineStartFailed, InvalidField, StaleEpoch, WrapperUnreachable
 from registry.fit import ENGINE_BYTES, GIB, HOST_SHARE, Size, host_bytes, needs_of, why_no_room, why_too_large
 from registry.provenance import PENDING
 from registry.reconcile import SETTLING, Belief, Download, HandOver, LeaseGrant, StartedFor, WrapperReport
@@ -450,6 +450,8 @@ class LLMWrapper:
             await self._prompts.over()
             async with self._engine_lock:
                 self._phase = "stopping"
+                with suppress(EngineNotReady):  # it is ended then, and so does not sleep
+                    await self._rest.reached(self._host.running)
                 # Making room for an LLM is charged to it, as its start is. Its weights are read ahead from now on, and
                 # not before, when that would cost a lease of somebody else's.
                 with (

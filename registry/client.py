@@ -382,7 +382,7 @@ class RegistryClient:
 
 
 def _path(request_id: str) -> str:
-    return f"/promptingservice/request/{request_id}"
+    return f"/promptingservice/request/{quote(request_id, safe='')}"
 
 
 def _machine_path(machine_id: str) -> str:

@@ -18,6 +18,8 @@ ENV_PREFIX: Final = "GREENPROMPT_"
 NOT_SETTINGS: Final = ("URL", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_PRELOAD")
 """Variables with our prefix that are no settings: the command line's, and those that a wrapper gives its engine."""
 
+EMPTY: Final = "is empty; leave it out, or give it a value"
+
 _COLLECTIONS: Final = (dict, frozenset, list, set, tuple)
 
 
@@ -50,9 +52,28 @@ def problems_of(settings: type[BaseModel], environment: Mapping[str, str]) -> It
             yield name, "is empty; unset it, or give it a value"
         elif _takes_json(settings, parts):
             try:
-                STRICT_JSON.decode(value)
+                given = STRICT_JSON.decode(value)
             except (RecursionError, ValueError) as error:
                 yield name, f"lists and sections are given as JSON: {error}"
+            else:
+                yield from ((name, f"{field}: {EMPTY}") for field in empty_values(given, tuple(parts)))
+
+
+def empty_values(value: object, field: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the names of the fields below ``field`` that are a text of nothing but spaces.
+
+    An empty path would be the current directory. What an LLM of ``deploy`` is given is its own affair.
+    """
+    if field[:1] == ("deploy",):
+        return
+    if isinstance(value, str) and not value.strip():
+        yield ".".join(field)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from empty_values(inner, (*field, str(name)))
+    elif isinstance(value, list):
+        for n, inner in enumerate(value):
+            yield from empty_values(inner, (*field, str(n)))
 
 
 def fields_of(settings: type[BaseModel], parts: Sequence[object]) -> tuple[str, ...]:
@@ -101,7 +122,8 @@ def _what(settings: type[BaseModel], parts: Sequence[str]) -> str:
 
 
 def _hint(settings: type[BaseModel], name: str) -> str:
-    close = get_close_matches(name.upper(), list(_names(settings, ENV_PREFIX)), n=1, cutoff=0.7)
+    names = [f"{ENV_PREFIX}URL", *_names(settings, ENV_PREFIX)]
+    close = get_close_matches(name.upper(), names, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(settings.model_fields)}"
 
 

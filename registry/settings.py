@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from registry.api import LLMConfig, TenantName
 from registry.energy_settings import EnergySettings, Section, SiteEnergySettings
-from registry.environment import ENV_PREFIX, StrictVariables, fields_of, problems_of, variables
+from registry.environment import EMPTY, ENV_PREFIX, StrictVariables, empty_values, fields_of, problems_of, variables
 from registry.errors import BadSettings
 from registry.state import Limits
 from registry.strict_yaml import load_yaml
@@ -58,9 +58,15 @@ class HTTPSettings(Section):
     def _is_base_url(cls, url: str | None) -> str | None:
         if url is None:
             return None
+        if any(character.isspace() for character in url):
+            raise ValueError("has a space in it")
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("needs a scheme and a host, as in http://head.example:8000")
+        if parts.port == 0:  # to ask for it raises ValueError where it is none
+            raise ValueError("port 0 can't be reached")
+        if parts.username is not None:
+            raise ValueError("must have no user name: clients are handed it with their own")
         if parts.query or parts.fragment:
             raise ValueError("must end before any ? or #: paths are added to it")
         return url
@@ -125,6 +131,16 @@ class ModelSettings(Section):
     cache_max_gib: float | None = Field(
         None, gt=0, description="What cache_dir may hold: the models used least recently go; null: no limit"
     )
+
+    @field_validator("local_roots")
+    @classmethod
+    def _absolute_roots(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(Path(os.path.normpath(_absolute(root))) for root in roots)
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _absolute_cache(cls, path: Path | None) -> Path | None:
+        return None if path is None else _absolute(path)
 
     @model_validator(mode="after")
     def _limits_its_own(self) -> ModelSettings:
@@ -208,8 +224,12 @@ class Settings(BaseSettings):
         nested_model_default_partial_update=True,
     )
 
-    state_dir: Path = Field(Path("build/state"), description="Database, logs and pid file of this registry")
-    cache_dir: Path = Field(Path("build/cache"), description="Compile caches, on local disk of every machine")
+    state_dir: Path = Field(
+        Path("build/state"), validate_default=True, description="Database, logs and pid file of this registry"
+    )
+    cache_dir: Path = Field(
+        Path("build/cache"), validate_default=True, description="Compile caches, on local disk of every machine"
+    )
     database_url: str | None = Field(None, description="SQLAlchemy URL; null: SQLite in state_dir")
     keep_days: float = Field(90, gt=0, description="Ended requests and events are forgotten after so many days")
     http: HTTPSettings = HTTPSettings()
@@ -236,18 +256,10 @@ class Settings(BaseSettings):
         """The environment goes before the file; nothing else is read."""
         return StrictVariables(settings_cls), init_settings
 
-    @model_validator(mode="after")
-    def _absolute_paths(self) -> Settings:
-        # The parts run with other current directories: fix what relative paths mean now.
-        for name in ("state_dir", "cache_dir"):
-            object.__setattr__(self, name, _absolute(getattr(self, name)))
-        paths: dict[str, object] = {
-            "local_roots": tuple(Path(os.path.normpath(_absolute(root))) for root in self.models.local_roots)
-        }
-        if self.models.cache_dir is not None:
-            paths["cache_dir"] = _absolute(self.models.cache_dir)
-        object.__setattr__(self, "models", self.models.model_copy(update=paths))
-        return self
+    @field_validator("state_dir", "cache_dir")
+    @classmethod
+    def _absolute_path(cls, path: Path) -> Path:
+        return _absolute(path)
 
     @model_validator(mode="after")
     def _fence_behind_the_watch(self) -> Settings:
@@ -315,8 +327,12 @@ def load_settings(path: Path, **overrides: Any) -> Settings:
 
     Raises:
         BadSettings: the file can't be read, is not YAML, or has an unknown or unusable field; or a variable of the
-            environment has. The text names the field, and the file or the variable that it is from.
+            environment has; or the current directory is gone. The text names the field, and where it is from.
     """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise BadSettings("current directory", f"can't be used ({error.strerror}): change to another one") from error
     data = _read(path)
     _require_known(path, data)
     for key, value in overrides.items():
@@ -388,7 +404,7 @@ def _all_of(problems: Sequence[tuple[str, str]]) -> BadSettings:
 
 
 def _require_known(path: Path, data: dict[Any, Any]) -> None:
-    """Refuse sections that there are not in the file, and variables that can't be settings.
+    """Refuse sections that there are not in the file, empty texts, and variables that can't be settings.
 
     Pydantic would take some names of the file for arguments of its own.
 
@@ -397,6 +413,7 @@ def _require_known(path: Path, data: dict[Any, Any]) -> None:
     """
     there = f"there is no such section; there are {', '.join(Settings.model_fields)}"
     problems = [(str(path), f"{key}: {there}") for key in data if key not in Settings.model_fields]
+    problems += ((str(path), f"{name}: {EMPTY}") for name in empty_values(data))
     problems += problems_of(Settings, os.environ)
     if problems:
         raise _all_of(problems)
@@ -408,7 +425,9 @@ def url_host(host: str) -> str:
 
 
 def _absolute(path: Path) -> Path:
-    """The path as seen from the current directory, ``~`` resolved."""
+    """The path as seen from the current directory, ``~`` resolved: the parts run with other current directories."""
+    if "\0" in str(path):
+        raise ValueError("a path can't have the character 0 in it")
     try:
         return path.expanduser().absolute()
     except RuntimeError as error:

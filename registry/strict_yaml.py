@@ -18,6 +18,11 @@ _REFUSED: Final[tuple[tuple[str, str, str], ...]] = (
     (r"(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)", "yYnNoO", "write true or false, or put it in quotes"),
     (r"[-+]?0[0-9_]+", "-+0", "a number that begins with 0 may mean octal: leave the 0 out, or put it in quotes"),
     (r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?", "-+0123456789", "put it in quotes: YAML reads it as base 60"),
+    (
+        r"[-+]?(?:0[bo][0-9_]+|[0-9][0-9.]*_[0-9_.]*)",
+        "-+0123456789",
+        "write the number in plain digits, or put it in quotes",
+    ),
 )
 """(pattern, first characters, remedy) of plain values that versions of YAML read in different ways."""
 

@@ -107,8 +107,12 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{{ range(99999) | 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
-    [(LOOP, "more than 2 s of processor time"), ("{{ ('a' * 6000000000) | length }}", "more than 4 GiB of memory")],
-    ids=["a loop", "memory"],
+    [
+        (LOOP, "more than 2 s of processor time"),
+        ("{% if tools %}" + LOOP + "{% endif %}", "more than 2 s of processor time"),
+        ("{{ ('a' * 6000000000) | length }}", "more than 4 GiB of memory"),
+    ],
+    ids=["a loop", "a loop for tools", "memory"],
 )
 async def test_a_chat_template_that_never_ends_is_the_llms_fault(
     host: EngineHost, llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str

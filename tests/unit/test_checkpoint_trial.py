@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from deployments import checkpoint_trial
 from deployments.checkpoint_trial import CheckpointTrial, Tokenizer, TrialFailed, tokenizer_of
 
 
@@ -54,6 +57,36 @@ def test_what_has_passed_is_not_tried_again_until_it_changes(tmp_path: Path) -> 
     os.utime(template, ns=(1, 1))
     trial.passes(tokenizer, runs)
     assert runs.count == 3
+
+
+def test_each_kind_of_chat_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One turn, a system's word, several turns, tools: also where the template refuses those before."""
+    seen: list[tuple[list[str], bool]] = []
+
+    class Loaded:
+        chat_template = "{{ messages }}"
+
+        def apply_chat_template(self, messages: list[dict[str, str]], *, tools: object, **_: object) -> str:
+            seen.append(([each["role"] for each in messages], tools is not None))
+            raise error
+
+        def encode(self, _text: str) -> None:
+            pass
+
+    tokenizers = SimpleNamespace(get_tokenizer=lambda *_, **__: Loaded())
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(tokenizers=tokenizers))
+    monkeypatch.setitem(sys.modules, "vllm.tokenizers", tokenizers)
+    monkeypatch.setattr(checkpoint_trial, "_limit", lambda *_: None)
+    error: Exception = ValueError("no system role")
+    assert checkpoint_trial.attempt(Tokenizer("org/llm"), 1, 2**30) is None
+    assert seen == [
+        (["user"], False),
+        (["system", "user"], False),
+        (["user", "assistant", "user"], False),
+        (["user"], True),
+    ]
+    error = MemoryError()
+    assert checkpoint_trial.attempt(Tokenizer("org/llm"), 1, 2**30) == "take more than 1 GiB of memory"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -100,6 +101,15 @@ def test_request_gives_ids_in_order(registry: Make) -> None:
     assert client.request(7, [{"model": "a"}, {"model": "b"}]) == ["r2", "r1"]
     assert script.asked == ["POST /promptingservice/request"]
     assert json.loads(script.requests[0].content) == {"measurementId": 7, "llms": [{"model": "a"}, {"model": "b"}]}
+
+
+@pytest.mark.parametrize("odd", ["a/b", "a?b=c", "a#b", "ä b"])
+def test_odd_ids_stay_one_part_of_the_path(registry: Make, odd: str) -> None:
+    """Whatever is given for an id, no other path than that of a request with this id is called."""
+    client, script = registry(httpx.Response(204))
+    client.release(odd)
+    (request,) = script.requests
+    assert request.url.raw_path.decode() == f"/promptingservice/request/{quote(odd, safe='')}"
 
 
 def test_each_request_has_a_key_of_its_own(registry: Make) -> None:

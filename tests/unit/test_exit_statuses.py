@@ -30,9 +30,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
             return answer
 
         class Client(RegistryClient):
-            def __init__(self, url: str, *, connect_for_s: float) -> None:
+            def __init__(self, url: str, *, tenant: str | None, connect_for_s: float) -> None:
                 assert connect_for_s == CONNECT_FOR_S, "somebody waits at a terminal"
-                super().__init__(url, connect_for_s=connect_for_s)
+                super().__init__(url, tenant=tenant, connect_for_s=connect_for_s)
                 self._http.close()
                 self._http = httpx.Client(base_url=url, transport=httpx.MockTransport(answered))
 
@@ -96,6 +96,31 @@ def test_what_is_no_registry_is_one_line(run: Run, command: str, body: str) -> N
 def test_wrong_usage_is_2(run: Run, arguments: str) -> None:
     """A command line that can't be understood has a status of its own, and asks no registry."""
     assert run(arguments)[0] == 2
+
+
+@pytest.mark.parametrize("command", ["status", "drain a", "release r1", "report 7", "measure"])
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("GREENPROMPT_URL", "", "GREENPROMPT_URL: is empty"),
+        ("GREENPROMPT_URI", "http://other:8000", "did you mean GREENPROMPT_URL?"),
+        ("GREENPROMPT_STATEDIR", "x", "did you mean GREENPROMPT_STATE_DIR?"),
+    ],
+)
+def test_no_other_registry_is_asked_for_a_typo(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, name: str, value: str, told: str
+) -> None:
+    """An empty or unknown variable of ours is refused: the registry that is meant is not the one at the default URL."""
+    monkeypatch.setenv(name, value)
+    ended, lines = run(command)
+    assert (ended, len(lines)) == (2, 1)
+    assert told in lines[0]
+
+
+@pytest.mark.parametrize("command", ["up", "up --detach", "down"])
+def test_an_empty_address_is_no_local_registry(run: Run, command: str) -> None:
+    """``down --address "$CLUSTER"`` without that variable does not end the registry of this machine."""
+    assert run(f"{command} --address= ") == (2, ["greenprompt: --address: is empty; leave it out, or give it a value"])
 
 
 def test_help_lists_the_statuses(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

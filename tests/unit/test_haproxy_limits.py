@@ -115,6 +115,26 @@ def test_polls_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == "too_many_polls"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/promptingservice/request/2?seen=queued&wait=60",
+        "/promptingservice/request/2?w%61it=60",
+        "/prompting%73ervice/request/2?wait=60",
+        "/%70romptingservice%2Frequest%2f2?seen=queued&%77ait=60",
+    ],
+)
+def test_a_poll_is_one_however_it_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """The ingress decodes paths and parameters, so the limit on long polls holds for all of their spellings."""
+    monkeypatch.setattr("deployments.haproxy.MOST_POLLS", 1)
+    with Limited(tmp_path) as haproxy:
+        haproxy.ask("/promptingservice/request/1?wait=60")
+        haproxy.heard()
+        haproxy.ask("/promptingservice/request/1?seen=wait")
+        haproxy.heard()
+        assert haproxy.ask(path).recv(4096).startswith(b"HTTP/1.1 429 ")
+
+
 def test_a_burst_of_polls_is_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many polls that come at one moment POLLS_BURST reach the ingress at once: health and reads go past the rest.
 

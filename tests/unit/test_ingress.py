@@ -686,6 +686,25 @@ async def test_unforeseen_errors_are_told_as_such(find: Callable[..., list[str]]
     assert len(actor.state.calls) == 1
 
 
+async def test_reads_wait_for_one_another_and_nothing_waits_for_them(find: Callable[..., list[str]]) -> None:
+    """Of each kind of read only so many are in flight at the registry; control and health go past those that wait."""
+    answered = asyncio.Event()
+    actor = FakeActor(*[answered.wait] * 200)
+    find(actor)
+    for method in ("request", "release", "health", *ingress.AT_ONCE):
+        setattr(actor, method, FakeMethod([answered.wait] * 200))
+    client = RegistryClient(Path("/"))
+    reads = [asyncio.create_task(client.call(method, "x")) for method in ingress.AT_ONCE for _ in range(100)]
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(client.call(method, "x")) for method in ("request", "release", "health")]
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert {method: len(getattr(actor, method).calls) for method in ingress.AT_ONCE} == ingress.AT_ONCE
+    assert [len(getattr(actor, method).calls) for method in ("request", "release", "health")] == [1, 1, 1]
+    answered.set()
+    assert all(await asyncio.gather(*reads, *others))
+
+
 async def test_call_has_a_time_limit(find: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """An actor that does not answer is unavailable after the limit, plus what the client asked to wait."""
     monkeypatch.setattr(ingress, "CALL_TIMEOUT_S", 0.0)

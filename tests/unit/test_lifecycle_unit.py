@@ -308,6 +308,24 @@ def test_folder_that_can_not_be_written_is_named(settings: Settings, app: FakeAp
         run_in_foreground(settings, say=Says())
 
 
+def test_a_log_that_can_not_be_written_is_named(settings: Settings) -> None:
+    """A folder in the place of up.log is an error of one line; nothing is started."""
+    (settings.state_dir / "up.log").mkdir(parents=True)
+    with pytest.raises(BadSettings, match=r"state_dir: .*up\.log can't be written \(Is a directory\)"):
+        run_detached(settings, ["/nowhere/to/be/found"], say=Says())
+
+
+def test_a_folder_in_the_place_of_the_record_is_named(settings: Settings, app: FakeApp) -> None:
+    """A folder in the place of up.json is an error of one line for a start, and no registry for an end."""
+    (settings.state_dir / "up.json").mkdir(parents=True)
+    with pytest.raises(BadSettings, match=r"state_dir: .*up\.json can't be written"):
+        run_in_foreground(settings, say=Says())
+    assert app.calls == []
+    said: list[str] = []
+    end(settings, say=said.append)
+    assert said == [f"No registry runs from {settings.state_dir}."]
+
+
 @pytest.mark.parametrize(
     "text", ['{"pid": 1, "folder": "@"}', '{"pid": 1, "folder": null}', "{}", '{"pid": 1', "", "[]"]
 )

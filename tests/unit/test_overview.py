@@ -131,7 +131,7 @@ class FakeClient:
     drains: ClassVar[list[tuple[str | None, int]]] = []
     asked: ClassVar[list[str]] = []
 
-    def __init__(self, _url: str, *, connect_for_s: float) -> None:
+    def __init__(self, _url: str, *, tenant: str | None, connect_for_s: float) -> None:
         pass
 
     def __enter__(self) -> Self:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pytest
 from pydantic import TypeAdapter
@@ -304,8 +304,12 @@ def test_files(tmp_path: Path) -> None:
 class StandIn:
     """A client of a registry that has one measurement."""
 
-    def __init__(self, url: str, *, connect_for_s: float) -> None:
+    asked_for: ClassVar[list[str | None]] = []
+    """The tenants in whose name it was asked."""
+
+    def __init__(self, url: str, *, tenant: str | None, connect_for_s: float) -> None:
         self.url, self.connect_for_s = url, connect_for_s
+        self.asked_for.append(tenant)
 
     def __enter__(self) -> Self:
         return self
@@ -334,6 +338,13 @@ def test_command(run: Callable[..., Any], tmp_path: Path) -> None:
     assert "Measurement 42 on gpu-1" in result.output
     assert f"Written: {page}" in result.output
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_command_of_another_tenant(run: Callable[..., Any]) -> None:
+    """Measurements are known by tenant and id: the report of another tenant's is asked for in its name."""
+    StandIn.asked_for.clear()
+    assert run(42, "--tenant", "lab").exit_code == run(42).exit_code == 0
+    assert StandIn.asked_for == ["lab", None]
 
 
 def test_command_wants_an_id(run: Callable[..., Any]) -> None:

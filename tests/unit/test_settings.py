@@ -81,6 +81,19 @@ def test_values_of_the_file_are_taken(write) -> None:
         ("http: {public_url: 'http://'}", "http.public_url"),
         ("http: {host: '::1'}", "http: host can't be an IPv6 address with HAProxy"),
         ("http: {public_url: 'http://x/?a=b'}", "must end before any ? or #"),
+        ("http: {public_url: 'http://head:99999'}", "http.public_url: Port out of range"),
+        ("http: {public_url: 'http://head:x'}", "http.public_url: Port could not be cast"),
+        ("http: {public_url: 'http://head:0'}", "http.public_url: port 0"),
+        ("http: {public_url: ' http://head:8000'}", "http.public_url: has a space"),
+        ("http: {public_url: 'http://u:p@head:8000'}", "http.public_url: must have no user name"),
+        ("http: {host: ''}", "http.host: is empty"),
+        ("state_dir: ''", "state_dir: is empty"),
+        ("cache_dir: ' '", "cache_dir: is empty"),
+        ("database_url: ''", "database_url: is empty"),
+        ("ray: {address: ''}", "ray.address: is empty"),
+        ("models: {cache_dir: ''}", "models.cache_dir: is empty"),
+        ("models: {local_roots: [a, '']}", "models.local_roots.1: is empty"),
+        ('state_dir: "a\\0b"', "state_dir: a path can't have the character 0"),
         ("leases: {max_s: 0}", "leases.max_s"),
         ("leases: {max_s: .inf}", "leases.max_s"),
         ("leases: {idle_s: .nan}", "leases.idle_s"),
@@ -97,7 +110,8 @@ def test_values_of_the_file_are_taken(write) -> None:
         ("energy: {grid: {}}", "energy.grid"),
         ("energy: {grid: {zone: DEU, gco2eq_per_kwh: 3}}", "energy.grid"),
         ("energy: {grid: {gco2eq_per_kwh: 3}}", "energy.grid"),
-        ("state_dir: ~nobody-has-this-name/x", "~nobody-has-this-name"),
+        ("state_dir: ~nobody-has-this-name/x", "state_dir: ~nobody-has-this-name"),
+        ("models: {local_roots: [~nobody-has-this-name]}", "models.local_roots: ~nobody-has-this-name"),
     ],
 )
 def test_unusable_fields_are_named(write, text: str, named: str) -> None:
@@ -137,6 +151,17 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         load_settings(tmp_path / "nowhere.yaml")
     with pytest.raises(BadSettings, match="Is a directory"):
         load_settings(tmp_path)
+
+
+def test_a_current_directory_that_is_gone_is_said(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths mean nothing then: one line says so, whatever the configuration has."""
+    path = write("{state_dir: /a, cache_dir: /b}")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(BadSettings, match=r"current directory: can't be used \(No such file or directory\): change to"):
+        load_settings(path)
 
 
 def test_all_problems_are_named(write) -> None:
@@ -209,6 +234,9 @@ def test_environment_goes_before_the_command_line(write, monkeypatch: pytest.Mon
         ("GREENPROMPT_DATABASE_URL", " ", "is empty; unset it, or give it a value"),
         ("GREENPROMPT_HTTP", "no json", "given as JSON: "),
         ("GREENPROMPT_MODELS__LOCAL_ROOTS", "no json", "given as JSON: "),
+        ("GREENPROMPT_MODELS__LOCAL_ROOTS", '[""]', "GREENPROMPT_MODELS__LOCAL_ROOTS: models.local_roots.0: is empty"),
+        ("GREENPROMPT_HTTP", '{"host": ""}', "GREENPROMPT_HTTP: http.host: is empty"),
+        ("GREENPROMPT_STATE_DIR", "~nobody-has-this-name", "GREENPROMPT_STATE_DIR: state_dir: ~nobody"),
     ],
 )
 def test_unusable_variables_are_named(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments import process_tree, sleep_mode
+from deployments.machine_memory import MainMemory
 from deployments.sleep_mode import RESIDUE_BYTES, SleepMode, who_gives_way
 
 GIB = 2**30
@@ -75,18 +75,14 @@ class GPUs:
 
 
 class Night:
-    """A sleep mode on a machine of 1000 GiB, ``free_gib`` of which are free; ``ended`` are the LLMs that were ended."""
+    """A sleep mode that may use 1000 GiB, ``free_gib`` of which are free; ``ended`` are the LLMs that were ended."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, budget_gib: float) -> None:
         self.gpus = GPUs()
         self.ended: list[str] = []
         self.free_gib = 900.0
         self.mode: SleepMode[LLM] = SleepMode(int(budget_gib * GIB), self.gpus, self._end)
-        monkeypatch.setattr(
-            psutil,
-            "virtual_memory",
-            lambda: SimpleNamespace(total=1000 * GIB, available=int(self.free_gib * GIB)),
-        )
+        monkeypatch.setattr(sleep_mode, "main_memory", lambda: MainMemory(1000 * GIB, int(self.free_gib * GIB)))
 
     async def _end(self, llm: LLM) -> None:
         self.ended.append(llm.served_model_name)

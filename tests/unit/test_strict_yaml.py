@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.experiment import argument, load_plan
+from deployments.experiment import argument, arguments, load_plan
 from deployments.prompt_files import load_prompts
 from registry.errors import BadSettings
 from registry.settings import load_settings
@@ -52,6 +52,10 @@ def test_plain_values(text: str, value: Any) -> None:
         ("-08", "leave the 0 out"),
         ("1:30", "put it in quotes"),
         ("12:30:45.5", "put it in quotes"),
+        ("8_001", "plain digits"),
+        ("1_000.5", "plain digits"),
+        ("0b101", "plain digits"),
+        ("0o17", "plain digits"),
     ],
 )
 def test_ambiguous_values_are_refused(text: str, remedy: str) -> None:
@@ -91,6 +95,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "prompts, a line each": ('{"question": "a", "question": "b"}', load_prompts),
     "prompts, an array": ('[{"question": "a", "more": {"x": 1, "x": 2}}]', load_prompts),
     "argument": ("word={a: 1, a: 2}", lambda path: argument(path.read_text())),
+    "arguments": ("word=1 other=2 word=3", lambda path: arguments(path.read_text().split())),
 }
 
 

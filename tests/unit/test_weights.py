@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from deployments import weights
+from deployments.machine_memory import MainMemory
 from deployments.weights import read_ahead, weights_of
 
 
@@ -99,7 +98,7 @@ def test_weights_that_are_removed_meanwhile(tmp_path: Path) -> None:
 
 def test_too_large_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that would push one another out of memory, or that nobody knows, are left alone."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2))
+    monkeypatch.setattr(weights, "main_memory", lambda: MainMemory(total_bytes=9, available_bytes=2))
     monkeypatch.setattr(threading, "Thread", None)
     with read_ahead(weights_of(str(make(tmp_path, a_safetensors=3)))), read_ahead(None):
         pass

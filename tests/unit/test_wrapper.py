@@ -672,6 +672,29 @@ async def test_an_engine_that_a_lease_leaves_at_work_is_ended_before_the_next_ha
     assert (await client.prompt("token-2")).status_code == 200
 
 
+async def test_an_engine_that_a_lease_leaves_at_work_does_not_sleep(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asleep it would go on working beside the leases of others, and be handed over like that when it wakes."""
+    monkeypatch.setattr(engine_rest, "REST_LIMIT_S", 0.01)
+    client = await make(finish=False)
+    engine, host = client.engine, client.wrapper._host
+    vacate, ended = host.vacate, list[bool]()
+
+    async def vacate_seen(*, wanted_next: str) -> StopReport:
+        ended.append(engine.died.is_set())
+        return await vacate(wanted_next=wanted_next)
+
+    monkeypatch.setattr(host, "vacate", vacate_seen)
+    monkeypatch.setattr(client.wrapper._rest, "_is_working", lambda _: client.engine is engine)
+    monkeypatch.setattr(client.wrapper._rest, "_tells", True)
+    await client.wrapper.unbind(3, "request-1", "released")
+    await client.wrapper.deploy(4, OTHER_SPEC, None)
+    assert ended == [True]
+    report = await client.wrapper.report(UNTOLD)
+    assert (report.running, report.died) == (OTHER_SPEC.fingerprint, None)
+
+
 async def test_death_of_an_llm_that_is_being_replaced(make: Make) -> None:
     """An LLM that dies while it finishes its prompts for the next one is none of the next one's business."""
     client = await make(finish=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 from sqlalchemy import event
 
 from registry import views
 from registry.errors import UnknownMeasurement
-from registry.state import RequestStatus, TimePassed, WrapperStatus
+from registry.state import Event, MachineJoined, MachineLost, RequestStatus, WrapperAdded, WrapperStatus
 from tests.service_world import OTHER, TINY, World
 
 Status = RequestStatus
@@ -120,27 +123,42 @@ async def test_a_lease_that_its_wrapper_has_ended_is_ended(world: World) -> None
     assert "its wrapper ended it" in ((await world.until_status(request_id, Status.EXPIRED)).reason or "")
 
 
+def _have_come(turns_of: Mapping[type, Sequence[int]], kinds: Sequence[type], count: int) -> bool:
+    return all(len(turns_of.get(kind, ())) >= count for kind in kinds)
+
+
 async def test_a_thousand_machines_hold_nobody_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between any two events of machines that join or go, others have their turn."""
-    turns = 0
-
-    async def others() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    beside = asyncio.create_task(others())
-    before, applied = turns, 0
+    """Between any two events of machines that join, come back on other nodes, or go, others have their turn."""
+    turn, turns_of = 0, dict[type, list[int]]()
     apply = world.service._apply
 
-    def counted(event: object, **more: object) -> None:
-        nonlocal applied
-        applied += 1
-        apply(event, **more)  # type: ignore[arg-type]
+    async def others() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
 
-    monkeypatch.setattr(world.service, "_apply", counted)
-    await world.service._apply_all([TimePassed(asked=())] * 100)
+    def noted(event: Event, **more: Any) -> None:
+        turns_of.setdefault(type(event), []).append(turn)
+        apply(event, **more)
+
+    monkeypatch.setattr(world.service, "_apply", noted)
+    beside = asyncio.create_task(others())
+    names = [f"m{n}" for n in range(100)]
+
+    def renew(name: str) -> None:
+        machine = world.cluster.machines[name]
+        world.cluster.machines[name] = replace(machine, node_id=f"new-{machine.node_id}")
+
+    for change, kinds, count in (
+        (world.cluster.join, (MachineJoined, WrapperAdded), 100),
+        (renew, (MachineJoined, WrapperAdded), 200),
+        (world.cluster.leave, (MachineLost,), 200),
+    ):
+        for name in names:
+            change(name)
+        await world.until(partial(_have_come, turns_of, kinds, count))
     beside.cancel()
-    assert applied == 100
-    assert turns - before >= 99
+    for kind in (MachineJoined, WrapperAdded, MachineLost):
+        turns = turns_of[kind]
+        assert len(turns) == len(set(turns)), f"{kind.__name__}: several came in one turn"
