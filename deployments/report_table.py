@@ -85,8 +85,8 @@ def cost_cells(cost: Cost) -> tuple[str, ...]:
     """Return joules and grams of a cost. Grams rest on published factors, so they are never measured."""
     return (
         in_range(cost.joules, cost.low_j, cost.high_j, cost.label, missing=cost.missing or cost.lost),
-        in_range(cost.o_g, cost.o_low_g, cost.o_high_g, "sourced", missing=cost.missing_g or cost.lost),
-        in_range(cost.m_g, cost.m_low_g, cost.m_high_g, "sourced", missing=cost.lost),
+        in_range(cost.o_g, cost.o_low_g, cost.o_high_g, "sourced", missing=cost.missing_o or cost.lost),
+        in_range(cost.m_g, cost.m_low_g, cost.m_high_g, "sourced", missing=cost.missing_m or cost.lost),
     )
 
 

@@ -49,6 +49,17 @@ def test_joules_without_a_grid() -> None:
     assert report.coefficients == report.coefficients[:1]
 
 
+def test_embodied_carbon_that_one_machine_does_not_tell() -> None:
+    """Of two prompts of 100 J and 2 s one is of a machine without an embodied figure: 37.5 g/h · 2 s are not all.
+
+    9.16e-3 g of each are 18.3e-3 g, all of it; 20.8e-3 g are embodied in the first, and at least in both.
+    """
+    unknown = replace(window(2), m_g=None)
+    cost = reported(window(1), unknown).costs["active"]
+    assert (cost.missing, cost.missing_g, cost.missing_o, cost.missing_m) == (0, 1, 0, 1)
+    assert cost_cells(cost) == ("200", "~0.0183", "≥ ~0.0208")
+
+
 def test_nothing_yet() -> None:
     """A measurement without any window has a report in which nothing is known."""
     report = reported()
