@@ -323,7 +323,8 @@ async def test_a_lease_over_the_end_of_a_month_is_charged_to_both(ann: World) ->
     """What ended before midnight counts for January, the rest for February, and the lease window of both for neither.
 
     900 J until 23:59:58, 120 J of a prompt from then to 00:00:03, 30 J idle: 150 J of February's 1000 J. The lease
-    window of 1,050 J, which ends in February, adds nothing: it would be more than the 1000 J.
+    window of 1,090 J, which ends in February, adds nothing: it would be more than the 1000 J. Neither do 40 J and 1 J of
+    January that come late.
     """
     midnight_s = datetime(2027, 2, 1, tzinfo=UTC).timestamp()
     ann.clock.now_s = midnight_s - 60
@@ -336,8 +337,11 @@ async def test_a_lease_over_the_end_of_a_month_is_charged_to_both(ann: World) ->
         ann,
         window(2, joules=120.0, request_id=first, begun_s=midnight_s - 2, seconds=5.0),
         window(3, WindowKind.IDLE, joules=30.0, request_id=first, begun_s=midnight_s + 3, seconds=2.0),
-        window(4, WindowKind.LEASE, joules=1050.0, request_id=first, begun_s=midnight_s - 12, seconds=17.0),
+        window(4, WindowKind.LEASE, joules=1090.0, request_id=first, begun_s=midnight_s - 20, seconds=25.0),
+        window(5, WindowKind.IDLE, joules=40.0, request_id=first, begun_s=midnight_s - 20, seconds=8.0),
     )
+    assert spent_total(ann.service.accounts.used_in_month("ann")).joules.value == 150.0
+    await told(ann, window(6, WindowKind.IDLE, joules=1.0, request_id=first, begun_s=midnight_s - 22, seconds=1.0))
     assert spent_total(ann.service.accounts.used_in_month("ann")).joules.value == 150.0
     (more,) = ann.ask(8, TINY, tenant="ann")
     assert ann.request(more).notes == ()
