@@ -218,7 +218,7 @@ def report_of(
         flags=measurement.flags,
         window_flags=dict(flags.most_common()),
         versions=None if measurement.versions is None else json.loads(measurement.versions),
-        running=tuple(request.request_id for request in requests if request.status is RequestStatus.DEPLOYED),
+        running=tuple(each.request_id for each in requests if each.deployed_s is not None and not each.status.ended),
         holes=holes,
         boundary=tuple(gathered.boundary),
         not_covered=tuple(sorted(flag.removesuffix(_NOT_COVERED) for flag in flags if flag.endswith(_NOT_COVERED))),

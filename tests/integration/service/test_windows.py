@@ -323,8 +323,8 @@ async def test_a_lease_over_the_end_of_a_month_is_charged_to_both(ann: World) ->
     """What ended before midnight counts for January, the rest for February, and the lease window of both for neither.
 
     900 J until 23:59:58, 120 J of a prompt from then to 00:00:03, 30 J idle: 150 J of February's 1000 J. The lease
-    window of 1,090 J, which ends in February, adds nothing: it would be more than the 1000 J. Neither do 40 J and 1 J of
-    January that come late.
+    window of 1,090 J, which ends in February, adds nothing: it would be more than the 1000 J. Neither do 41 J
+    of January that come late.
     """
     midnight_s = datetime(2027, 2, 1, tzinfo=UTC).timestamp()
     ann.clock.now_s = midnight_s - 60
