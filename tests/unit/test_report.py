@@ -250,7 +250,7 @@ def test_a_lease_whose_llm_is_started_again_runs() -> None:
     """
     again = reported(record(1, seconds=4), requests=lease(0, RequestStatus.DEPLOYING))
     assert (again.costs["lease"].joules, again.running) == (100.0, ("r-1",))
-    assert reported(requests=[request("r-1", "org/tiny", status=RequestStatus.DEPLOYING)]).running == ()
+    assert reported(requests=(request("r-1", "org/tiny", status=RequestStatus.DEPLOYING),)).running == ()
 
 
 def test_a_hole_beside_windows_without_a_figure() -> None:

@@ -305,8 +305,9 @@ async def test_a_tenant_is_charged_for_all_processes_of_a_wrapper(ann: World) ->
     """
     (first,) = ann.ask(7, TINY, tenant="ann")
     await ann.until_status(first, RequestStatus.DEPLOYED)
+    about: dict[str, Any] = {"request_id": first, "begun_s": ann.clock()}
     for number, (prompt_j, idle_j) in enumerate([(609.0, 200.0), (40.0, 13.6), (5.0, 5.0)], 1):
-        about: dict[str, Any] = {"request_id": first, "begun_s": ann.clock(), "process": f"process {number}"}
+        about["process"] = f"process {number}"
         await told(ann, window(1, joules=prompt_j, **about), window(2, WindowKind.IDLE, joules=idle_j, **about))
         if number < 3:
             ann.cluster.kill_process("a-0")
