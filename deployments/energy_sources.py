@@ -13,7 +13,7 @@ from deployments.cpu_model import CPUModelSource
 from deployments.cpu_quota import cpus_here
 from deployments.energy import SCISettings
 from deployments.gpu_counters import GPUCounter, GPUPower, GPUPowerAtMost, probe_gpu
-from deployments.gpu_info import driver_version, gpu_memory, gpu_settings, gpu_uuids
+from deployments.gpu_info import all_gpu_uuids, driver_version, gpu_memory, gpu_settings, gpu_uuids
 from deployments.machine_cpu import MachineCPU
 from deployments.machine_share import CPUPart, shares
 from deployments.module_counters import module_counters
@@ -58,8 +58,8 @@ def probe_sources(
     counted by hardware where it can be, else by the operator's model; but where GPUs are measured and estimates are
     not allowed it is left out, because a sum with an estimate is one: the figure is then measured, and flagged
     ``cpu_not_covered``. Where the counter of a GPU is that of its module, with the CPU in it (Grace Hopper, Grace
-    Blackwell), nothing else is counted. Of what counters of the whole machine count, each of several wrappers has a
-    share, which is an estimate.
+    Blackwell), nothing else is counted, and nothing is told where that of another wrapper's GPU is the same. Of what
+    counters of the whole machine count, each of several wrappers has a share, which is an estimate.
 
     Args:
         gpu_uuids: The wrapper's GPUs, empty for none.
@@ -79,8 +79,7 @@ def probe_sources(
             gpus.append(GPUPowerAtMost(gpu))
     modules = [gpu for gpu in gpus if isinstance(gpu, GPUCounter) and gpu.covers_cpu]
     if modules:
-        if len(modules) > 1:
-            gpus = [*(gpu for gpu in gpus if gpu not in modules), *module_counters(modules)]
+        gpus = [*(gpu for gpu in gpus if gpu not in modules), *_told_apart(modules, machine, on_machine)]
         return [*gpus, Unreadable("cpu", "the energy counter of the GPU's module has the CPU and its memory in it")]
     estimates = settings.allow_estimates or not gpus
     zones = probe_powercap(powercap_root)
@@ -102,6 +101,23 @@ def probe_sources(
         found = [_in_model(source) for source in found]
         found.append(CPUModelSource(settings.cpu_model, machine.tree, cpus=cpus_here() if cpus is None else cpus))
     return found
+
+
+def _told_apart(modules: Sequence[GPUCounter], machine: MachineCPU, on_machine: int) -> Sequence[Source | Unreadable]:
+    """The counters of modules, each once, and none that is that of another wrapper's GPU, too."""
+    others: list[GPUCounter] = []
+    try:
+        for uuid in all_gpu_uuids() if on_machine > 1 else ():
+            gpu = probe_gpu(uuid, machine.tree)
+            if isinstance(gpu, GPUCounter) and gpu.covers_cpu and gpu.name not in {own.name for own in modules}:
+                others.append(gpu)
+            elif isinstance(gpu, Source):
+                gpu.close()
+    except ReadFailed as error:  # then nobody can say whose counters these are
+        for own in modules:
+            own.close()
+        return [Unreadable(own.name, str(error), in_boundary=True) for own in modules]
+    return module_counters(modules, others) if len(modules) + len(others) > 1 else modules
 
 
 def _in_model(source: Source | Unreadable) -> Source | Unreadable:

@@ -223,8 +223,13 @@ def _field_w(handle: Any, field: int, scope: int) -> float:
 
 
 def probe_gpu(uuid: str, tree: CPUTimeTree) -> Source | Unreadable:
-    """The best that a GPU offers. MIG slices and many vGPUs offer nothing."""
+    """The best that a GPU offers. MIG slices and many vGPUs offer nothing.
+
+    A slice is not asked: what a driver told of it would be its whole GPU's, which other wrappers may use as well.
+    """
     name = f"gpu:{uuid}"
+    if uuid.startswith("MIG-"):
+        return Unreadable(name, "a slice of a GPU (MIG) has no energy counter of its own", in_boundary=True)
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:

@@ -43,6 +43,23 @@ def gpu_uuids(visible_devices: str) -> tuple[str, ...]:
         raise ReadFailed(f"CUDA_VISIBLE_DEVICES={visible_devices}: {error}") from error
 
 
+def all_gpu_uuids() -> tuple[str, ...]:
+    """The UUIDs of all GPUs that NVML sees on this machine, whoever has them.
+
+    Raises:
+        ReadFailed: NVML can't be used.
+    """
+    try:
+        pynvml.nvmlInit()
+        try:
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            return tuple(str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles)
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise ReadFailed(f"the GPUs of this machine: {error}") from error
+
+
 def gpu_memory(visible_devices: str) -> Mapping[str, tuple[int, int]]:
     """Bytes in use, and all there are, of the GPUs that a CUDA_VISIBLE_DEVICES names, by UUID.
 

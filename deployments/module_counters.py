@@ -7,9 +7,12 @@ from itertools import combinations
 
 from deployments.energy import Label
 from deployments.gpu_counters import GPUCounter
-from deployments.source import ReadFailed, Source
+from deployments.source import CounterLost, ReadFailed, Source
 
 _MOVES_TO_TELL = 3
+
+SHARED_MODULE = "module_shared"
+"""Flag: the counter is that of another wrapper's GPU, too. Which part of it is whose nobody can say."""
 
 
 class _Modules:
@@ -18,13 +21,16 @@ class _Modules:
     What one counter shows never falls from one reading to the next, whichever GPU it is asked of, while it moves.
     """
 
-    def __init__(self, gpus: Sequence[GPUCounter]) -> None:
+    def __init__(self, gpus: Sequence[GPUCounter], others: Sequence[GPUCounter]) -> None:
         self.redundant: frozenset[str] | None = None
         """Names of the GPUs that show the counter of an earlier one; None: not known yet."""
-        self._gpus = gpus
-        self._alike = set(combinations(range(len(gpus)), 2))
+        self.shared: frozenset[str] = frozenset()
+        """Names of the GPUs that show the counter of one of the others."""
+        self._own = len(gpus)
+        self._gpus = [*gpus, *others]
+        self._alike = {(i, j) for i, j in combinations(range(len(self._gpus)), 2) if i < self._own}
         self._shown: list[float] | None = None
-        self._moves = [0] * len(gpus)
+        self._moves = [0] * len(self._gpus)
 
     def look(self, now_s: float) -> None:
         """Read all counters until it is known.
@@ -41,7 +47,8 @@ class _Modules:
         self._shown = first
         if any(self._moves[i] < _MOVES_TO_TELL for i, _ in self._alike):
             raise ReadFailed("not known yet whether GPUs show one counter of their module")
-        self.redundant = frozenset(self._gpus[j].name for _, j in self._alike)
+        self.redundant = frozenset(self._gpus[j].name for _, j in self._alike if j < self._own)
+        self.shared = frozenset(self._gpus[i].name for i, j in self._alike if j >= self._own)
 
 
 class ModuleCounter(Source):
@@ -56,11 +63,12 @@ class ModuleCounter(Source):
     step = GPUCounter.step
     covers_cpu = True
 
-    def __init__(self, gpu: GPUCounter, modules: _Modules) -> None:
+    def __init__(self, gpu: GPUCounter, modules: _Modules, closes: Sequence[GPUCounter]) -> None:
         self.name = gpu.name
         self.default_limit_w = gpu.default_limit_w
         self._gpu = gpu
         self._modules = modules
+        self._closes = closes
 
     @property
     def redundant(self) -> bool:
@@ -80,6 +88,8 @@ class ModuleCounter(Source):
     def read(self, now_s: float) -> float:
         """Joules since the driver was loaded."""
         self._modules.look(now_s)
+        if self.name in self._modules.shared:
+            raise CounterLost(SHARED_MODULE)
         return self._gpu.read(now_s)
 
     def power_w(self) -> float | None:
@@ -92,10 +102,14 @@ class ModuleCounter(Source):
 
     def close(self) -> None:
         """Give NVML back."""
-        self._gpu.close()
+        for gpu in (self._gpu, *self._closes):
+            gpu.close()
 
 
-def module_counters(gpus: Sequence[GPUCounter]) -> list[Source]:
-    """Return the sources for GPUs that each show a whole module, two or more."""
-    modules = _Modules(gpus)
-    return [ModuleCounter(gpu, modules) for gpu in gpus]
+def module_counters(gpus: Sequence[GPUCounter], others: Sequence[GPUCounter] = ()) -> list[Source]:
+    """Return the sources for GPUs that each show a whole module.
+
+    ``others`` are the GPUs of other wrappers on the machine: a counter that is also theirs tells nothing of ours alone.
+    """
+    modules = _Modules(gpus, others)
+    return [ModuleCounter(gpu, modules, () if index else others) for index, gpu in enumerate(gpus)]

@@ -23,10 +23,11 @@ def figure(value: float | None, label: str, *, missing: int = 0) -> str:
     """Return a figure to three digits: ``1,230``, or ``~1.23e-05`` if it is not measured.
 
     ``missing``: of so many parts nothing is known, so that it is the known part of a sum, ``≥ 1,230``, and no total.
+    That is a lower bound, and is rounded down.
     """
     if value is None:
         return UNKNOWN
-    return f"{'≥ ' if missing else ''}{mark(label)}{number(value)}"
+    return f"≥ {mark(label)}{number(value, floor)}" if missing else f"{mark(label)}{number(value)}"
 
 
 def mark(label: str) -> str:
@@ -34,18 +35,23 @@ def mark(label: str) -> str:
     return "" if label in MEASURED else "~"
 
 
-def number(value: float) -> str:
-    """Return a number to three digits."""
-    return f"{float(f'{value:.3g}'):,.12g}"
+def number(value: float, way: Callable[[Decimal], int] = round) -> str:
+    """Return a number to three digits. ``way`` rounds, as in `rounded`."""
+    place = floor(log10(abs(value))) - 2 if value else 0
+    return _to_place(value, place, way)
 
 
-def in_range(value: float | None, low: float | None, high: float | None, label: str) -> str:
-    """Return a figure with its range, if it has one: ``~1.23 (1.10 to 1.40)``."""
+def in_range(
+    value: float | None, low: float | None, high: float | None, label: str, *, missing: int | bool = False
+) -> str:
+    """Return a figure with its range, if it has one: ``~1.23 (1.10 to 1.40)``. ``missing`` as in `figure`."""
     if value is None or low is None or high is None:
-        return figure(value, label)
+        return figure(value, label, missing=missing)
     half = (high - low) / 2
-    middle, least, most = rounded(value, half), rounded(low, half, floor), rounded(high, half, ceil)
-    return f"{mark(label)}{middle}" if least == most else f"{mark(label)}{middle} ({least} to {most})"
+    middle = rounded(value, half, floor if missing else round)
+    least, most = rounded(low, half, floor), rounded(high, half, ceil)
+    text = f"{'≥ ' if missing else ''}{mark(label)}{middle}"
+    return text if least == most else f"{text} ({least} to {most})"
 
 
 def rounded(value: float, half: float, way: Callable[[Decimal], int] = round) -> str:
@@ -55,8 +61,11 @@ def rounded(value: float, half: float, way: Callable[[Decimal], int] = round) ->
     printed contains what was found.
     """
     if not half > 0:
-        return number(value)
-    place = floor(log10(half)) - 1
+        return number(value, way)
+    return _to_place(value, floor(log10(half)) - 1, way)
+
+
+def _to_place(value: float, place: int, way: Callable[[Decimal], int]) -> str:
     # Of the shortest decimal of the float: 0.3 is three tenths, and not a little less.
     return f"{float(way(Decimal(repr(value)).scaleb(-place)) * Decimal(10) ** place):,.15g}"
 

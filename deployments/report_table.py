@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil, floor
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -82,20 +83,18 @@ def missing(report: MeasurementReport) -> Iterator[str]:
 
 def cost_cells(cost: Cost) -> tuple[str, ...]:
     """Return joules and grams of a cost. Grams rest on published factors, so they are never measured."""
-    sourced = {"label": "sourced"}
-    joules = in_range(cost.joules, cost.low_j, cost.high_j, cost.label)
-    energy_g = in_range(cost.o_g, cost.o_low_g, cost.o_high_g, **sourced)
-    embodied_g = in_range(cost.m_g, cost.m_low_g, cost.m_high_g, **sourced)
-    marks = (cost.missing or cost.lost, cost.missing_g or cost.lost, cost.lost)
-    known = zip((joules, energy_g, embodied_g), marks, strict=True)
-    return tuple(f"≥ {text}" if lacks and text != UNKNOWN else text for text, lacks in known)
+    return (
+        in_range(cost.joules, cost.low_j, cost.high_j, cost.label, missing=cost.missing or cost.lost),
+        in_range(cost.o_g, cost.o_low_g, cost.o_high_g, "sourced", missing=cost.missing_o or cost.lost),
+        in_range(cost.m_g, cost.m_low_g, cost.m_high_g, "sourced", missing=cost.missing_m or cost.lost),
+    )
 
 
 def coefficient_text(coefficient: Coefficient) -> str:
     """Return a coefficient with its range and unit. It is an assumption, so that a ``~`` stands before it."""
     value = figure(coefficient.value, "sourced")
     if coefficient.low is not None and coefficient.high is not None:
-        value += f" ({number(coefficient.low)} to {number(coefficient.high)})"
+        value += f" ({number(coefficient.low, floor)} to {number(coefficient.high, ceil)})"
     return value if coefficient.unit == "1" else f"{value} {coefficient.unit}"
 
 

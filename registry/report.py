@@ -49,7 +49,8 @@ class Cost:
     """What the windows of one kind cost together, as far as it is known; None where nothing of it is.
 
     ``missing`` windows, which took ``missing_s`` seconds together with the holes, have no known joules, and
-    ``missing_g`` no known emissions: with them it would be more.
+    ``missing_g`` no known emissions: with them it would be more. Of these ``missing_o`` lack those of their energy, and
+    ``missing_m`` their embodied ones; either may be known without the other.
     ``lost``: some of it is in no window at all (`Hole`), so that joules and emissions are the known part, and no total.
     ``low_j`` to ``m_high_g`` are the bounds of what is known. ``label`` is the worst of its joules. ``seconds`` is the
     time that the windows had for their own, those with unknown joules included.
@@ -72,6 +73,8 @@ class Cost:
     missing_g: int
     reason: str | None
     lost: bool = False
+    missing_o: int = 0
+    missing_m: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +218,7 @@ def report_of(
         flags=measurement.flags,
         window_flags=dict(flags.most_common()),
         versions=None if measurement.versions is None else json.loads(measurement.versions),
-        running=tuple(request.request_id for request in requests if request.status is RequestStatus.DEPLOYED),
+        running=tuple(each.request_id for each in requests if each.deployed_s is not None and not each.status.ended),
         holes=holes,
         boundary=tuple(gathered.boundary),
         not_covered=tuple(sorted(flag.removesuffix(_NOT_COVERED) for flag in flags if flag.endswith(_NOT_COVERED))),
@@ -282,6 +285,8 @@ def _cost(windows: Sequence[WindowReport]) -> Cost:
         missing_s=sum(_own_s(window) for window in windows if window.joules is None),
         missing_g=sum(None in (window.o_g, window.m_g) for window in windows),
         reason=reason,
+        missing_o=len(windows) - len(known_o),
+        missing_m=len(windows) - len(known_m),
     )
 
 
@@ -306,6 +311,8 @@ def _lease_cost(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> Cost:
         missing=cost.missing,
         missing_s=cost.missing_s + sum(hole.seconds for hole in holes),
         missing_g=cost.missing_g,
+        missing_o=cost.missing_o,
+        missing_m=cost.missing_m,
         lost=bool(holes),
         reason="; ".join([cost.reason, *lost] if cost.reason else lost) or None,
     )

@@ -170,6 +170,11 @@ class FakeNVML:
             self._raise(pynvml.NVML_ERROR_INVALID_ARGUMENT)
         return self._gpus[index]
 
+    def nvmlDeviceGetCount(self) -> int:
+        if "nvmlDeviceGetCount" in self._missing:
+            self._raise(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        return len(self._gpus)
+
     def nvmlDeviceGetUUID(self, gpu: FakeGPU) -> str:
         return gpu.uuid
 

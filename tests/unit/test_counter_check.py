@@ -244,7 +244,11 @@ def test_disagreement_holds_at_rest_until_load_tells_otherwise() -> None:
 
 
 def test_counter_is_checked_again_every_day_and_after_a_reset() -> None:
-    """A counter that goes wrong is found at the next daily check; a reset brings one at once."""
+    """A counter that goes wrong is found at the next daily check; a reset brings one at once.
+
+    At 60 W it then counts twice as much, 1,200 J in 10 s where the power tells 600 J. From 0 on it is right again:
+    within 10 s of the reset it counts the 600 J that the power tells.
+    """
     gpu = Hardware()
     gpu.run(20, 50)
     gpu.watts, gpu.part = 100.0, 1.0

@@ -125,7 +125,7 @@ def test_wrap_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("range_uj", [AMD_UJ, INTEL_UJ])
 def test_poller_that_stopped_makes_no_figure(tmp_path: Path, range_uj: int) -> None:
-    """A zone without a limit, not read for 300 s may have wrapped: 1.8 kW fill 65.5 kJ in 37 s, 262 kJ in 146 s.
+    """A zone without a limit, not read for 300 s may have wrapped: 1.8 kW fill 65.5 kJ in 36 s, 262 kJ in 146 s.
 
     So nothing is known of that time, whatever it shows afterwards.
     """

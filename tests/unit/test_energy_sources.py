@@ -107,7 +107,7 @@ def test_sampling_gap_is_a_hole(monkeypatch: pytest.MonkeyPatch, probe: Probe) -
 
 
 def test_gpu_that_offers_nothing(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
-    """A GPU without counter and power reading (MIG, vGPU) is listed with both reasons, inside the boundary."""
+    """A GPU without counter and power reading (vGPU) is listed with both reasons, inside the boundary."""
     gpu = FakeGPU()
     gpu.energy_mj = gpu.power_mw = None
     nvml = install_nvml(monkeypatch, FakeNVML(gpu))
@@ -116,6 +116,19 @@ def test_gpu_that_offers_nothing(monkeypatch: pytest.MonkeyPatch, probe: Probe) 
     assert source.in_boundary
     assert "no energy counter (Not Supported)" in source.why
     assert "no power reading (Not Supported)" in source.why
+    assert nvml.opened == 0
+
+
+@pytest.mark.parametrize("uuid", ["MIG-4e4b1c5a-0000-4000-8000-000000000003", "MIG-GPU-4e4b1c5a/1/0"])
+def test_slice_of_a_gpu_is_not_charged_the_whole(monkeypatch: pytest.MonkeyPatch, probe: Probe, uuid: str) -> None:
+    """Two wrappers on slices of a GPU of 400 W, which a driver tells of each: 1,600 J in 2 s of 800 J. None is told."""
+    gpu = FakeGPU(uuid)
+    gpu.power_mw = gpu.instant_mw = 400_000
+    nvml = install_nvml(monkeypatch, FakeNVML(gpu))
+    source = gpu_source(probe(uuid))
+    assert isinstance(source, Unreadable)
+    assert source.in_boundary
+    assert "MIG" in source.why
     assert nvml.opened == 0
 
 

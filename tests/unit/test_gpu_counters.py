@@ -65,6 +65,7 @@ def probe_sources_of(gpu: FakeGPU) -> list[Source | Unreadable]:
 def test_half_a_second_of_averaged_power_is_too_short(gpu: FakeGPU) -> None:
     """0.5 s at 600 W are 300 J. Power that is the mean of a second shows 112.5 J of them by their end.
 
+    After 0.5 s half of the second was at 600 W: 350 W. From 100 W to 350 W that is 225 W in the mean, 112.5 J.
     The bounds of what it shows contain nothing for certain, so there is no measured figure: it is too short.
     """
     energy = sampled(gpu, 0.5, instant=False)(BUSY_S, BUSY_S + 0.5)
@@ -165,7 +166,10 @@ def test_sample_beyond_the_limit_is_no_power(gpu: FakeGPU) -> None:
 
 @pytest.mark.parametrize("name", ["NVIDIA GH200 480GB", "NVIDIA GH200 144G HBM3e", "NVIDIA GB200", "GB300"])
 def test_counter_of_a_module_has_the_cpu_in_it(gpu: FakeGPU, tmp_path: Path, name: str) -> None:
-    """A Grace module of 900 W is counted once: by NVML, without RAPL or a model on top, and nothing is missing."""
+    """A Grace module of 900 W is counted once: by NVML, without RAPL or a model on top, and nothing is missing.
+
+    In 2 s that is 900 W · 2 s = 1,800 J, whatever a package zone beside it may show.
+    """
     gpu.name, gpu.energy_mj = name, 0
     write_zone(tmp_path / "powercap", "intel-rapl:0", "package-0")
     clock = ManualClock()
@@ -226,6 +230,53 @@ def test_two_gpus_of_one_module_are_counted_once(
     assert energy.total_j == pytest.approx(joules)
     assert ("counted once" in energy.components[0].source) is (joules == 4.0)
     assert "cpu_not_covered" not in energy.flags
+
+
+@pytest.mark.parametrize(("other_mj", "joules"), [(5_000_000, None), (9_000_000, 4.0)])
+def test_module_of_two_wrappers_is_charged_to_neither(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other_mj: int, joules: float | None
+) -> None:
+    """Two wrappers have a GPU each of one GB200: its counter rises by 1 J a poll, and both would say 4 J of 4 J: 8 J.
+
+    Which part is whose nobody can say: no figure, and a flag. Where the other GPU is one of another module, all 4 J are
+    the wrapper's. NVML is given back as often as it was opened.
+    """
+    gpus = FakeGPU(), FakeGPU("GPU-2")
+    for gpu in gpus:
+        gpu.name = "NVIDIA GB200"
+    gpus[1].energy_mj = other_mj
+    nvml = install_nvml(monkeypatch, FakeNVML(*gpus))
+    settings = SCISettings(1.0, "output_token", allow_estimates=True)
+    found = probe_sources([UUID], pid=1, settings=settings, powercap_root=tmp_path, on_machine=2)
+    clock = ManualClock(1000.0)
+    meter = Meter(found, clock=clock)
+    for _ in range(40):
+        clock.now_s += 0.05
+        meter.poll_once()
+        for gpu in gpus:
+            gpu.energy_mj = (gpu.energy_mj or 0) + 1000
+    energy = meter.window(1001.0, 1001.2)
+    assert energy.total_j == (None if joules is None else pytest.approx(joules))
+    assert ("module_shared" in energy.flags) is (joules is None)
+    assert energy.boundary == (f"gpu:{UUID}",)
+    assert meter.stop()
+    assert nvml.opened == 0
+
+
+def test_module_whose_neighbours_are_not_told_is_a_hole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where NVML does not list the machine's GPUs one of several wrappers can't tell whose counter its GPU shows.
+
+    900 W for 2 s may be its own 1,800 J, or those of two: no figure, with NVML's words.
+    """
+    gpu = FakeGPU()
+    gpu.name = "NVIDIA GB200"
+    nvml = install_nvml(monkeypatch, FakeNVML(gpu, missing=["nvmlDeviceGetCount"]))
+    settings = SCISettings(1.0, "output_token", allow_estimates=True)
+    [hole, _] = probe_sources([UUID], pid=1, settings=settings, powercap_root=tmp_path, on_machine=2)
+    assert isinstance(hole, Unreadable)
+    assert (hole.name, hole.in_boundary) == (f"gpu:{UUID}", True)
+    assert "Function Not Found" in hole.why
+    assert nvml.opened == 0
 
 
 def test_counters_of_two_modules_step_at_times_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

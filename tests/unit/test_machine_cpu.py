@@ -62,7 +62,11 @@ def looks(cpu: MachineCPU, use: Use, **used_s: float) -> bool | None:
     ],
 )
 def test_strangers_are_seen_by_what_they_use(proc: Path, use: Use, used_s: dict[str, float], strangers: bool) -> None:
-    """More than half a core that neither this wrapper nor another one used in a second was used by strangers."""
+    """More than half a core that neither this wrapper nor another one used in a second was used by strangers.
+
+    Of 1.9 CPU-seconds that are ours, or another wrapper's, nothing is left. Of 0.8 + 0.8 + 0.3 s the 0.3 s left are
+    less than 0.5; 0.6 s, and 1.0 s of 0.9 + 1.0 s, are more.
+    """
     cpu = MachineCPU(ME, others=lambda: {OTHER: 100}, proc_root=proc)
     assert looks(cpu, use, **used_s) is strangers
 
@@ -79,6 +83,8 @@ def test_new_processes_of_a_wrapper_are_no_strangers(proc: Path, use: Use) -> No
 def test_load_of_others_flags_the_windows_in_it(proc: Path, use: Use) -> None:
     """A load of 72 on 2 cores was never seen. Windows in the seconds of a stranger's work are contended, others not.
 
+    Each 50 ms we use 50 ms of CPU time, and a stranger as much from 1004 to 1006 s: of 2 CPU-seconds in each of these
+    seconds 1 is ours and 1 is left, more than half a core. In any other second nothing is left.
     The first look has nothing to compare with, so it does not know what was before; the second knows what was since.
     """
     clock = ManualClock()

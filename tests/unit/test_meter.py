@@ -504,7 +504,11 @@ def test_stop_without_start() -> None:
 
 
 def test_start_waits_for_the_first_step_of_every_counter() -> None:
-    """A window may begin as soon as the meter was started, even where a counter tells something at its steps only."""
+    """A window may begin as soon as the meter was started, even where a counter tells something at its steps only.
+
+    It shows 0 for four readings, then 1, 2, 3 J for four each: until its first step, the fifth reading, it is not
+    known of any time. The start waits for that, and what follows has no unknown begin.
+    """
     reads = iter(range(10_000))
     counter = FakeCounter(lambda now_s: float(next(reads) // 4), name="gpu:x", max_age_s=None)
     meter = Meter([counter], poll_s=0.001)

@@ -25,7 +25,7 @@ def reported(*windows: EnergyWindow, requests: tuple[Request, ...] = TINY) -> Me
 
 def lease(seconds: float, status: RequestStatus = RequestStatus.RELEASED) -> tuple[Request, ...]:
     """A request whose lease took so long."""
-    ended_s = None if status is RequestStatus.DEPLOYED else BEGUN_S + seconds
+    ended_s = BEGUN_S + seconds if status.ended else None
     return (request("r-1", "org/tiny", deployed_s=BEGUN_S, ended_s=ended_s, status=status),)
 
 
@@ -47,6 +47,17 @@ def test_joules_without_a_grid() -> None:
     cost = report.costs["active"]
     assert (cost.joules, cost.missing, cost.o_g, cost.missing_g) == (100.0, 0, None, 1)
     assert report.coefficients == report.coefficients[:1]
+
+
+def test_embodied_carbon_that_one_machine_does_not_tell() -> None:
+    """Of two prompts of 100 J and 2 s one is of a machine without an embodied figure: 37.5 g/h · 2 s are not all.
+
+    9.16e-3 g of each are 18.3e-3 g, all of it; 20.8e-3 g are embodied in the first, and at least in both.
+    """
+    unknown = replace(window(2), m_g=None)
+    cost = reported(window(1), unknown).costs["active"]
+    assert (cost.missing, cost.missing_g, cost.missing_o, cost.missing_m) == (0, 1, 0, 1)
+    assert cost_cells(cost) == ("200", "~0.0183", "≥ ~0.0208")
 
 
 def test_nothing_yet() -> None:
@@ -230,6 +241,16 @@ def test_a_lease_that_runs_has_no_end_to_lack() -> None:
     assert lost.holes == (Hole("r-1", 6.0, "windows_missing"),)
     assert reported(requests=lease(0, RequestStatus.DEPLOYED)).holes == ()
     assert reported(begun).running == ()
+
+
+def test_a_lease_whose_llm_is_started_again_runs() -> None:
+    """An engine dies after 100 J of a lease: 100 J are not its last word, though it is not `deployed` until it is back.
+
+    A request that still waits for its first LLM has no lease that could run.
+    """
+    again = reported(record(1, seconds=4), requests=lease(0, RequestStatus.DEPLOYING))
+    assert (again.costs["lease"].joules, again.running) == (100.0, ("r-1",))
+    assert reported(requests=(request("r-1", "org/tiny", status=RequestStatus.DEPLOYING),)).running == ()
 
 
 def test_a_hole_beside_windows_without_a_figure() -> None:

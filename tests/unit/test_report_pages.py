@@ -20,9 +20,9 @@ from deployments.notation import figure, in_range
 from deployments.report_csv import COLUMNS, windows_csv
 from deployments.report_files import write_report
 from deployments.report_html import POINTS_SHOWN, ROWS_SHOWN, plots, report_html
-from deployments.report_table import names, report_table
+from deployments.report_table import coefficient_text, names, report_table
 from registry.errors import BadSettings
-from registry.report import MeasurementReport
+from registry.report import Coefficient, MeasurementReport
 from registry.state import EnergyWindow, KeptWindow, Measurement, Request, RequestStatus, WindowKind
 from registry.window_report import WindowReport
 from tests.energy_windows import BEGUN_S, an_experiment, iso, kept, record, report_of, request, window
@@ -55,8 +55,22 @@ def test_figures(value: float | None, label: str, text: str) -> None:
 
 
 def test_a_figure_that_is_no_total_says_so() -> None:
-    """The known part of a sum is marked as such."""
+    """The known part of a sum is marked as such, and rounded down: of 81.66 J it is at least 81.6, and not 81.7.
+
+    With bounds of 80.4 to 82.9 half is 1.25, one place: 81.6, too.
+    """
     assert figure(1234.5, "modeled", missing=2) == "≥ ~1,230"
+    assert figure(81.66, "measured", missing=1) == "≥ 81.6"
+    assert in_range(81.66, 80.4, 82.9, "measured", missing=1) == "≥ 81.6 (80.4 to 82.9)"
+    assert in_range(None, None, None, "measured", missing=1) == "-"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"), [(16.74, 49.01, "~37.5 (16.7 to 49.1) g"), (16.7, 49.0, "~37.5 (16.7 to 49) g")]
+)
+def test_the_range_of_a_coefficient_is_rounded_outwards(low: float, high: float, text: str) -> None:
+    """Of 16.74 to 49.01 three digits are 16.7 to 49.1; rounded to the nearest, 49.01 would lie outside of 49."""
+    assert coefficient_text(Coefficient("embodied", 37.5, "g", None, low, high)) == text
 
 
 @pytest.mark.parametrize(

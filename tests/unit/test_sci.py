@@ -51,6 +51,22 @@ def test_worked_example_france() -> None:
     assert found.m_g / found.o_g == pytest.approx(1.98, abs=5e-3)
 
 
+def test_worked_example_of_a_score_that_is_mostly_sourced() -> None:
+    """A prompt of 2 s and 100 J in France: 95 % of its score are sourced embodied carbon, so it is no measurement.
+
+    O = 100 J / 3.6e6 · 41.44 g = 1.151e-3 g; M = 37.5 g · 2 / 3600 = 20.83e-3 g, of 21.98e-3 g in all. Its energy is
+    measured to 2 J; the range of M, 16.7 to 49 g an hour, makes 9.3e-3 to 27.2e-3 g of it: 10.4e-3 to 28.4e-3 g.
+    """
+    plain = SCISettings(1.0, "request", allow_estimates=False, embodied=H100)
+    found = score(gpu(100.0, low_j=98.0, high_j=102.0), duration_s=2.0, units=1, settings=plain, grid=FRA)
+    assert found.o_g == pytest.approx(1.151e-3, rel=1e-3)
+    assert found.sci_score == pytest.approx(21.98e-3, rel=1e-3)
+    assert (found.m_g or 0) / (found.sci_score or 1) == pytest.approx(0.948, abs=1e-3)
+    assert found.low == pytest.approx(10.406e-3, rel=1e-3)
+    assert found.high == pytest.approx(28.396e-3, rel=1e-3)
+    assert (found.method, found.methods["E"]) == ("sourced", "measured")
+
+
 def test_worked_example_idle_seconds() -> None:
     """58 idle seconds at 205 W emit 18 times what a prompt of 2 s at 380 W does: the lease counts, not the prompt."""
     prompt = score(gpu(2 * 380.0), duration_s=2.0, units=1, settings=SETTINGS, grid=DEU)

@@ -16,6 +16,7 @@ from registry.reconcile import StartedFor
 from registry.settings import TenantBudget
 from registry.state import EnergyWindow, NewRequest, RequestStatus, WindowKind, WrapperStatus
 from registry.store import Store
+from registry.totals import spent_total
 from tests.energy_windows import window
 from tests.integration.service.conftest import Make
 from tests.service_world import TINY, World
@@ -295,6 +296,56 @@ async def test_a_tenant_is_warned_and_then_refused(ann: World) -> None:
     await ann.until_status(second, RequestStatus.DEPLOYED)
     known = [NewRequest(warned, TINY, "{}")]
     assert ann.service.request(9, known, tenant="ann")[0].request_id == warned  # asked again, not asked anew
+
+
+async def test_a_tenant_is_charged_for_all_processes_of_a_wrapper(ann: World) -> None:
+    """A wrapper dies twice under a lease: ann is charged for all three processes, and not for the last one alone.
+
+    609 + 200 J, then 40 + 13.6 J, then 5 + 5 J and the lease window of these 10 J: 872.6 J of the 1000 J.
+    """
+    (first,) = ann.ask(7, TINY, tenant="ann")
+    await ann.until_status(first, RequestStatus.DEPLOYED)
+    about: dict[str, Any] = {"request_id": first, "begun_s": ann.clock()}
+    for number, (prompt_j, idle_j) in enumerate([(609.0, 200.0), (40.0, 13.6), (5.0, 5.0)], 1):
+        about["process"] = f"process {number}"
+        await told(ann, window(1, joules=prompt_j, **about), window(2, WindowKind.IDLE, joules=idle_j, **about))
+        if number < 3:
+            ann.cluster.kill_process("a-0")
+    await told(ann, window(3, WindowKind.LEASE, joules=10.0, **about))
+    state = views.request_state(ann.service, ann.request(first)).energy
+    assert state is not None
+    assert state.joules == pytest.approx(872.6)
+    assert state.idle_share == pytest.approx(218.6 / 872.6)
+    (warned,) = ann.ask(8, TINY, tenant="ann")
+    assert ann.request(warned).notes == ("tenant 'ann' has used 872.6 J of the 1000 J that it may use in this month",)
+
+
+async def test_a_lease_over_the_end_of_a_month_is_charged_to_both(ann: World) -> None:
+    """What ended before midnight counts for January, the rest for February, and the lease window of both for neither.
+
+    900 J until 23:59:58, 120 J of a prompt from then to 00:00:03, 30 J idle: 150 J of February's 1000 J. The lease
+    window of 1,090 J, which ends in February, adds nothing: it would be more than the 1000 J. Neither do 41 J
+    of January that come late.
+    """
+    midnight_s = datetime(2027, 2, 1, tzinfo=UTC).timestamp()
+    ann.clock.now_s = midnight_s - 60
+    (first,) = ann.ask(7, TINY, tenant="ann")
+    await ann.until_status(first, RequestStatus.DEPLOYED)
+    await told(ann, window(1, joules=900.0, request_id=first, begun_s=midnight_s - 12, seconds=10.0))
+    assert spent_total(ann.service.accounts.used_in_month("ann")).joules.value == 900.0
+    ann.clock.now_s = midnight_s + 10
+    await told(
+        ann,
+        window(2, joules=120.0, request_id=first, begun_s=midnight_s - 2, seconds=5.0),
+        window(3, WindowKind.IDLE, joules=30.0, request_id=first, begun_s=midnight_s + 3, seconds=2.0),
+        window(4, WindowKind.LEASE, joules=1090.0, request_id=first, begun_s=midnight_s - 20, seconds=25.0),
+        window(5, WindowKind.IDLE, joules=40.0, request_id=first, begun_s=midnight_s - 20, seconds=8.0),
+    )
+    assert spent_total(ann.service.accounts.used_in_month("ann")).joules.value == 150.0
+    await told(ann, window(6, WindowKind.IDLE, joules=1.0, request_id=first, begun_s=midnight_s - 22, seconds=1.0))
+    assert spent_total(ann.service.accounts.used_in_month("ann")).joules.value == 150.0
+    (more,) = ann.ask(8, TINY, tenant="ann")
+    assert ann.request(more).notes == ()
 
 
 async def test_a_budget_begins_anew_with_the_month(ann: World) -> None:
