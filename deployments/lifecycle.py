@@ -247,6 +247,7 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
         finally:
             if path.is_file():
                 path.unlink()
+            lock.truncate(0)  # else the next one has our number there for a moment, and 'down' tells a stranger to end
 
 
 def _runs_already(settings: Settings) -> BadSettings:

@@ -192,6 +192,7 @@ def test_foreground_runs_until_a_signal(settings: Settings, app: FakeApp, number
     assert records[1] == {**records[0], "url": "http://registry", "dashboard": "http://dashboard"}
     assert says.lines[-1] == "Everything is down."
     assert not (settings.state_dir / "up.json").exists()
+    assert (settings.state_dir / "up.lock").read_text() == ""
     assert app.folder is not None
     assert not app.folder.exists()
 
