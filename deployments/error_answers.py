@@ -15,8 +15,8 @@ from typing import Any
 from fastapi.encoders import jsonable_encoder
 from starlette.responses import JSONResponse
 
-from registry.api import ErrorAnswer
 from registry.errors import RegistryError
+from registry.wire.schemas import ErrorAnswer
 
 RETRY_AFTER_S = 1
 """What a client is told to wait when it may try again and nothing else is known, seconds."""

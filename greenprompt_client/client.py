@@ -22,7 +22,11 @@ import httpx
 import stamina
 from pydantic import TypeAdapter
 
-from registry.api import (
+from registry.accounting.report import MeasurementReport
+from registry.accounting.window_report import WindowReport, WindowsPage
+from registry.errors import RegistryError
+from registry.wire.http import http_client
+from registry.wire.schemas import (
     MAX_WAIT_S,
     MAX_WINDOWS,
     PROMPT_HEADER,
@@ -34,10 +38,6 @@ from registry.api import (
     PromptingAnswer,
     RequestState,
 )
-from registry.errors import RegistryError
-from registry.http import http_client
-from registry.report import MeasurementReport
-from registry.window_report import WindowReport, WindowsPage
 
 T = TypeVar("T")
 

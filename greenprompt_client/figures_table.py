@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from deployments.notation import UNKNOWN, bounded_text, estimate_text, figure, number
-from registry.figures import Figure, MachineFigures
+from greenprompt_client.notation import UNKNOWN, bounded_text, estimate_text, figure, number
+from registry.accounting.figures import Figure, MachineFigures
 
 Row = tuple[str, MachineFigures]
 """The name of an LLM, with its machine where it has several, and its figures."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from math import ceil, floor, log10
 
-from registry.figures import Figure
+from registry.accounting.figures import Figure
 
 MEASURED = frozenset({"measured", "measured_sampled"})
 """Labels of figures that hardware has measured. All others get a ``~``."""

@@ -17,12 +17,12 @@ import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from registry.api import LLMConfig, TenantName
+from registry.core.records import Limits
 from registry.energy_settings import EnergySettings, Section, SiteEnergySettings
 from registry.environment import EMPTY, ENV_PREFIX, StrictVariables, empty_values, fields_of, problems_of, variables
 from registry.errors import BadSettings
-from registry.state import Limits
 from registry.strict_yaml import load_yaml
+from registry.wire.schemas import LLMConfig, TenantName
 
 __all__ = ["EnergySettings", "Settings", "differing", "forwarded_environment", "load_settings", "url_host"]
 

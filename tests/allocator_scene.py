@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import count
 
-from registry.allocator import Allocator
-from registry.fit import GIB
-from registry.state import (
+from registry.core.allocator import Allocator
+from registry.core.fit import GIB
+from registry.core.records import (
     Changes,
     Decision,
     Effect,

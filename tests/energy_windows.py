@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from itertools import count
 from typing import Any
 
-from registry import report
-from registry.report import Gathered, MeasurementReport
-from registry.state import EnergyWindow, KeptWindow, LLMSpec, Measurement, Request, WindowKind, canonical_json
-from registry.window_report import window_report
+from registry.accounting import report
+from registry.accounting.report import Gathered, MeasurementReport
+from registry.accounting.window_report import window_report
+from registry.core.records import EnergyWindow, KeptWindow, LLMSpec, Measurement, Request, WindowKind, canonical_json
 
 BEGUN_S = 1_800_000_000.0
 GRID = {"value": 329.7, "unit": "gCO2eq/kWh", "zone": "DEU", "dataset": "ecologits", "version": "0.11.1"}

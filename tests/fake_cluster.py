@@ -1,8 +1,9 @@
 """Machines and wrappers for the registry's service: they keep the ``Cluster`` protocol, and misbehave when told to.
 
-A wrapper follows ``deployments.wrapper``: it refuses older epochs, a new command ends what the older one began, and a
-start goes on though its caller has gone. A test can *hold* a method of a wrapper (calls wait until the gate is opened
-or fails), let it *fail*, kill a wrapper's engine or process, and add or take machines. Nothing here waits for time.
+A wrapper follows ``deployments.wrapper.llm_wrapper``: it refuses older epochs, a new command ends what the older one
+began, and a start goes on though its caller has gone. A test can *hold* a method of a wrapper (calls wait until the
+gate is opened or fails), let it *fail*, kill a wrapper's engine or process, and add or take machines. Nothing here
+waits for time.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from deployments.lease_gate import LeaseGate
+from deployments.wrapper.lease_gate import LeaseGate
+from registry.contract.messages import Belief, HandOver, LeaseGrant, Observation, StartedFor, WrapperPlan, WrapperReport
+from registry.core.records import EnergyWindow, LLMSpec, Machine
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
-from registry.reconcile import Belief, HandOver, LeaseGrant, Observation, StartedFor, WrapperPlan, WrapperReport
-from registry.state import EnergyWindow, LLMSpec, Machine
 from tests.fake_counters import ManualClock
 
 FENCE_S = 30.0

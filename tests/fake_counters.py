@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from deployments import gpu_counters, gpu_info
-from deployments.energy import Label
-from deployments.energy_sources import Source
+from deployments.energy.counters import nvml as gpu_counters
+from deployments.energy.counters.probe import Source
+from deployments.energy.figures import Label
+from deployments.machine import gpus as gpu_info
 
 UUID = "GPU-4e4b1c5a-0000-4000-8000-000000000001"
 OTHER_UUID = "GPU-4e4b1c5a-0000-4000-8000-000000000002"

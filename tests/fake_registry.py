@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from registry.api import EventState, HealthState, LLMState, MachineState, MeasurementState, RequestState, WrapperState
+from registry.core.records import Grade, KeptWindow, Measurement, MeasurementKey, NewRequest, Priority, Request
 from registry.errors import LeaseEnded, NoSuchLease, UnknownMachine, UnknownMeasurement, UnknownRequest
-from registry.news import News
-from registry.service import Idempotency
-from registry.state import Grade, KeptWindow, Measurement, MeasurementKey, NewRequest, Priority, Request
-from registry.store import WindowPlace
+from registry.service.news import News
+from registry.service.service import Idempotency
+from registry.store.store import WindowPlace
+from registry.wire.schemas import (
+    EventState,
+    HealthState,
+    LLMState,
+    MachineState,
+    MeasurementState,
+    RequestState,
+    WrapperState,
+)
 from tests.energy_windows import experiment_rows
 
 CREATED = "2026-01-01T00:00:00.000Z"

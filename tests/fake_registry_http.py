@@ -15,7 +15,10 @@ from urllib.parse import parse_qsl, unquote
 
 from pydantic import TypeAdapter
 
-from registry.api import (
+from greenprompt_client.client import ENDED
+from registry.accounting.window_report import WindowReport, WindowsPage, window_report
+from registry.core.records import EnergyWindow, KeptWindow, LLMSpec, Request, WindowKind
+from registry.wire.schemas import (
     AcceptedRequest,
     ErrorAnswer,
     MeasurementState,
@@ -23,9 +26,6 @@ from registry.api import (
     PromptingRequest,
     RequestState,
 )
-from registry.client import ENDED
-from registry.state import EnergyWindow, KeptWindow, LLMSpec, Request, WindowKind
-from registry.window_report import WindowReport, WindowsPage, window_report
 from tests.energy_windows import iso, record
 
 PAGE = 3

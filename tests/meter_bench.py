@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from deployments import meter as meter_module
-from deployments import prompt_meter
-from deployments.energy import Label
-from deployments.energy_sources import Source, Unreadable
-from deployments.flights import Flight
-from deployments.meter import Meter
-from deployments.prompt_meter import PromptMeter
-from registry.reconcile import Belief, LeaseGrant, Moment
+from deployments.energy import meter as meter_module
+from deployments.energy import prompt_meter
+from deployments.energy.counters.probe import Source, Unreadable
+from deployments.energy.figures import Label
+from deployments.energy.flights import Flight
+from deployments.energy.meter import Meter
+from deployments.energy.prompt_meter import PromptMeter
+from registry.contract.messages import Belief, LeaseGrant, Moment
+from registry.core.records import EnergyWindow, WindowKind
 from registry.settings import EnergySettings
-from registry.state import EnergyWindow, WindowKind
 from tests.fake_counters import FakeCounter, ManualClock
 
 GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}

@@ -7,13 +7,22 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from registry import views
-from registry.archive import KEPT
+from registry.core.records import (
+    Event,
+    KeptWindow,
+    LLMSpec,
+    NewRequest,
+    Request,
+    RequestStatus,
+    WrapperStatus,
+    canonical_json,
+)
 from registry.errors import RegistryError
-from registry.service import Service
+from registry.service import views
+from registry.service.archive import KEPT
+from registry.service.service import Service
 from registry.settings import Settings
-from registry.state import Event, KeptWindow, LLMSpec, NewRequest, Request, RequestStatus, WrapperStatus, canonical_json
-from registry.store import Store
+from registry.store.store import Store
 from tests.fake_cluster import FakeCluster, FakeWrapper
 from tests.fake_counters import ManualClock
 

@@ -1,7 +1,7 @@
 """Wrappers that do what they are told, late, in any order, or not at all; and the registry's shell around them.
 
-The wrappers follow ``deployments.wrapper``, the shell ``registry.service``: commands and answers lie in lists until a
-test lets one happen. Nothing here looks into the allocator's indices.
+The wrappers follow ``deployments.wrapper.llm_wrapper``, the shell ``registry.service.service``: commands and answers
+lie in lists until a test lets one happen. Nothing here looks into the allocator's indices.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from registry.allocator import Allocator
-from registry.state import (
+from registry.core.allocator import Allocator
+from registry.core.records import (
     BindLease,
     DeployLLM,
     Effect,

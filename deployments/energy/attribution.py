@@ -13,9 +13,9 @@ from itertools import repeat
 from operator import add, mul, sub
 from typing import NamedTuple
 
-from deployments.energy import Component, Label, worst
-from deployments.energy_sources import POWER_HEADROOM, Source
-from deployments.windows import Level, between
+from deployments.energy.counters.base import POWER_HEADROOM, Source
+from deployments.energy.counters.history import Level, between
+from deployments.energy.figures import Component, Label, worst
 
 
 @dataclass(frozen=True)

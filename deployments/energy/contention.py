@@ -11,7 +11,7 @@ from operator import itemgetter
 
 import structlog
 
-from deployments.timeline import Interval
+from deployments.energy.timeline import Interval
 
 PERIOD_S = 1.0
 """How often others are looked for, seconds."""
@@ -19,7 +19,7 @@ PERIOD_S = 1.0
 Look = Callable[[float], tuple[bool | None, float]]
 """Tells whether others were at work (None: can't be told), and since when that holds; its argument is the time now."""
 
-log = structlog.get_logger("deployments.contention")
+log = structlog.get_logger("deployments.energy.contention")
 
 
 def since_asked(look: Callable[[], bool | None]) -> Look:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import Literal, NamedTuple
 
-from deployments.attribution import Parts, Shares
-from deployments.lease_account import LeaseAccount
-from deployments.token_weights import UNKNOWN, Weight
+from deployments.energy.attribution import Parts, Shares
+from deployments.energy.lease_account import LeaseAccount
+from deployments.energy.token_weights import UNKNOWN, Weight
 
 REMEMBERED_CHANGES = 16_384
 """Begins and ends of prompts that are kept at least, to share out the energy of those that they lie in."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from deployments.attribution import Flow
-from deployments.timeline import Interval
+from deployments.energy.attribution import Flow
+from deployments.energy.timeline import Interval
+from registry.contract.messages import LeaseGrant
 from registry.errors import BudgetUsed
-from registry.reconcile import LeaseGrant
 
 NEARLY_USED = 0.8
 """The part of a budget from which on answers warn."""

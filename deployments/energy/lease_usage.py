@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from deployments.attribution import Flow
-from deployments.energy import Energy
-from deployments.lease_account import Budget, LeaseAccount
-from deployments.sci import Score
-from deployments.scorer import Scorer
-from deployments.timeline import Stretch, Timeline
+from deployments.energy.attribution import Flow
+from deployments.energy.figures import Energy
+from deployments.energy.lease_account import Budget, LeaseAccount
+from deployments.energy.sci import Score
+from deployments.energy.scorer import Scorer
+from deployments.energy.timeline import Stretch, Timeline
 
 
 class LeaseUsage:

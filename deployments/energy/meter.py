@@ -16,19 +16,19 @@ from typing import Final
 
 import structlog
 
-from deployments.activity import Activity
-from deployments.attribution import Flow, Parts, Shares, counted, doubted, shared, together, unknown, widened
-from deployments.contention import PERIOD_S, Contention, Look, at_once, since_asked
-from deployments.counter_check import Check, CounterCheck
-from deployments.edge_check import EdgeCheck
-from deployments.energy import Component, Energy, Label, total, worst
-from deployments.energy_sources import CounterLost, GPUPower, ReadFailed, Source, Unreadable
-from deployments.machine_share import joined
-from deployments.timeline import Interval
-from deployments.windows import Level, NoWindow, Track, between
+from deployments.energy.attribution import Flow, Parts, Shares, counted, doubted, shared, together, unknown, widened
+from deployments.energy.contention import PERIOD_S, Contention, Look, at_once, since_asked
+from deployments.energy.counters.activity import Activity
+from deployments.energy.counters.counter_check import Check, CounterCheck
+from deployments.energy.counters.edge_check import EdgeCheck
+from deployments.energy.counters.history import Level, NoWindow, Track, between
+from deployments.energy.counters.machine_share import joined
+from deployments.energy.counters.probe import CounterLost, GPUPower, ReadFailed, Source, Unreadable
+from deployments.energy.figures import Component, Energy, Label, total, worst
+from deployments.energy.timeline import Interval
 from registry.errors import BadSettings
 
-log = structlog.get_logger("deployments.meter")
+log = structlog.get_logger("deployments.energy.meter")
 
 _STALE_S = 0.5
 """A window may end this long after the last edge of a counter (or three polls, if that is longer)."""

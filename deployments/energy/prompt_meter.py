@@ -13,25 +13,25 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
-from deployments.energy import CPUModel, Embodied, Energy, GridIntensity, SCISettings
-from deployments.energy_log import EnergyLog, as_json
-from deployments.energy_sources import ReadFailed, Unreadable, gpu_uuids, probe_sources
-from deployments.flights import Flight, Flights, Tokens
-from deployments.lease_account import LeaseAccount
-from deployments.lease_usage import LeaseUsage
-from deployments.machine_cpu import MachineCPU
-from deployments.meter import Meter
-from deployments.neighbours import Neighbours
-from deployments.record_dates import RecordDates
-from deployments.sci import Score, grid_intensity
-from deployments.scorer import Scorer
-from deployments.timeline import Timeline
-from deployments.window_writer import Start, WindowWriter
-from deployments.zeus_source import zeus_gpus
+from deployments.energy.counters.probe import ReadFailed, Unreadable, gpu_uuids, probe_sources
+from deployments.energy.counters.zeus import zeus_gpus
+from deployments.energy.figures import CPUModel, Embodied, Energy, GridIntensity, SCISettings
+from deployments.energy.flights import Flight, Flights, Tokens
+from deployments.energy.lease_account import LeaseAccount
+from deployments.energy.lease_usage import LeaseUsage
+from deployments.energy.meter import Meter
+from deployments.energy.record_dates import RecordDates
+from deployments.energy.sci import Score, grid_intensity
+from deployments.energy.scorer import Scorer
+from deployments.energy.timeline import Timeline
+from deployments.energy.window_log import EnergyLog, as_json
+from deployments.energy.window_writer import Start, WindowWriter
+from deployments.machine.machine_cpu import MachineCPU
+from deployments.machine.neighbours import Neighbours
+from registry.contract.messages import Belief, LeaseGrant, StartedFor
+from registry.core.records import EnergyWindow
 from registry.errors import BadSettings
-from registry.reconcile import Belief, LeaseGrant, StartedFor
 from registry.settings import EnergySettings
-from registry.state import EnergyWindow
 
 
 class PromptMeter:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import NamedTuple
 
-from deployments.energy import Embodied, Energy, GridIntensity, Label, SCISettings, worst
+from deployments.energy.figures import Embodied, Energy, GridIntensity, Label, SCISettings, worst
 from registry.grid_mixes import DATA_FILE, DATASET, zone_intensity
 
 J_PER_KWH = 3_600_000.0

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from deployments.attribution import Flow
-from deployments.energy import Energy, GridIntensity, SCISettings
-from deployments.flights import Flight, Flights
-from deployments.lease_account import LeaseAccount
-from deployments.meter import Meter
-from deployments.sci import Score, score
-from deployments.timeline import Interval
+from deployments.energy.attribution import Flow
+from deployments.energy.figures import Energy, GridIntensity, SCISettings
+from deployments.energy.flights import Flight, Flights
+from deployments.energy.lease_account import LeaseAccount
+from deployments.energy.meter import Meter
+from deployments.energy.sci import Score, score
+from deployments.energy.timeline import Interval
 
 
 class Scorer:

@@ -12,8 +12,8 @@ from typing import Final
 
 import structlog
 
-from deployments.energy import Label
-from deployments.meter import CONTENDED, Meter
+from deployments.energy.figures import Label
+from deployments.energy.meter import CONTENDED, Meter
 from registry.settings import EnergySettings
 
 NOT_STEADY: Final = "not_steady"
@@ -36,7 +36,7 @@ LOOK_S = 0.5
 
 _COUNTED = frozenset({Label.MEASURED, Label.MEASURED_SAMPLED, Label.SIMULATED})
 
-log = structlog.get_logger("deployments.settling")
+log = structlog.get_logger("deployments.energy.settling")
 
 
 async def warmed_up(warm_up: Callable[[], Awaitable[None]], *, max_s: float) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from deployments.energy import Energy
+from deployments.energy.figures import Energy
 
 FEWEST_PROMPTS = 10
 """With fewer prompts the weight is not known."""

@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from deployments.energy import Embodied, Energy, GridIntensity
-from deployments.sci import Score
-from registry.reconcile import LeaseGrant, StartedFor
-from registry.state import EnergyWindow, WindowKind
+from deployments.energy.figures import Embodied, Energy, GridIntensity
+from deployments.energy.sci import Score
+from registry.contract.messages import LeaseGrant, StartedFor
+from registry.core.records import EnergyWindow, WindowKind
 
 SCHEMA = 2
 """Of the records; 1 is that of records without this key."""

@@ -8,19 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.attribution import Flow
-from deployments.energy import Energy
-from deployments.energy_log import EnergyLog, Record, as_iso
-from deployments.flights import Flight, Flights, Tokens
-from deployments.lease_account import LeaseAccount
-from deployments.record_dates import CLOCK_STEPPED, RecordDates
-from deployments.sci import Score
-from deployments.scorer import Scorer
-from deployments.timeline import STRETCH_S, Interval, Timeline
-from deployments.token_weights import UNKNOWN, TokenWeight
-from registry.figures import WARMUP_INSIDE
-from registry.reconcile import LeaseGrant, StartedFor
-from registry.state import WindowKind
+from deployments.energy.attribution import Flow
+from deployments.energy.figures import Energy
+from deployments.energy.flights import Flight, Flights, Tokens
+from deployments.energy.lease_account import LeaseAccount
+from deployments.energy.record_dates import CLOCK_STEPPED, RecordDates
+from deployments.energy.sci import Score
+from deployments.energy.scorer import Scorer
+from deployments.energy.timeline import STRETCH_S, Interval, Timeline
+from deployments.energy.token_weights import UNKNOWN, TokenWeight
+from deployments.energy.window_log import EnergyLog, Record, as_iso
+from registry.accounting.figures import WARMUP_INSIDE
+from registry.contract.messages import LeaseGrant, StartedFor
+from registry.core.records import WindowKind
 
 SETTLE_S = 30.0
 """How long a window waits for its counters to go on, seconds; then what they don't tell is not known."""

@@ -40,7 +40,7 @@ _CHATS: Final = (
 """What clients send most: a template may have a branch for each, (messages, tools)."""
 _SUFFIXES: Final = (".json", ".jinja", ".model", ".txt", ".py")
 
-log = structlog.get_logger("deployments.checkpoint_trial")
+log = structlog.get_logger("deployments.engine.checkpoint_trial")
 
 Run = Callable[[Callable[[], str | None]], str | None]
 """Calls a function in a process of its own, for WALL_S at most, and returns its answer.

@@ -16,7 +16,7 @@ from enum import StrEnum
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from deployments.warm_start import PHASE_FILE, forkserver_variables
+from deployments.engine.warm.forkserver import PHASE_FILE, forkserver_variables
 
 _PREFIX = "gp-engine-"
 _LOCK, _SHARED_MEMORY = "owner.lock", "shared_memory"

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-from deployments.energy_sources import ReadFailed, gpu_memory
+from deployments.energy.counters.probe import ReadFailed, gpu_memory
 
 TOLERANCE_BYTES = 256 * 2**20
 """What a driver's own use goes up and down by; the smallest engine takes more for its CUDA context alone."""

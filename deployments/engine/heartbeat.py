@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from deployments import process_tree
+from deployments.machine import process_tree
 
 BEAT_S = 2.0
 """How often an engine is looked at, seconds; twice as often as ``stall_s`` where that is shorter."""

@@ -29,17 +29,17 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import psutil
 from pydantic import ValidationError
 
-from deployments import process_tree
-from deployments.checkpoint_trial import IMPORT_S, WALL_S, CheckpointTrial, TrialFailed, tokenizer_of
-from deployments.engine_env import EngineEnvironment, Phase, PhaseClock, log_handlers_kept
-from deployments.gpu_memory import GPUMemory
-from deployments.heartbeat import Heartbeat, Work
-from deployments.our_words import in_our_words
-from deployments.out_of_memory import OOMKills
-from deployments.sleep_mode import SleepMode
-from deployments.token_count import counted
-from deployments.warm_start import WarmForkserver, run_apart, shape_problem, spawn_mortals
-from deployments.weights import Weights, weights_of
+from deployments.engine.checkpoint_trial import IMPORT_S, WALL_S, CheckpointTrial, TrialFailed, tokenizer_of
+from deployments.engine.environment import EngineEnvironment, Phase, PhaseClock, log_handlers_kept
+from deployments.engine.gpu_memory import GPUMemory
+from deployments.engine.heartbeat import Heartbeat, Work
+from deployments.engine.our_words import in_our_words
+from deployments.engine.sleep_mode import SleepMode
+from deployments.engine.token_count import counted
+from deployments.engine.warm.forkserver import WarmForkserver, run_apart, shape_problem, spawn_mortals
+from deployments.machine import process_tree
+from deployments.machine.out_of_memory import OOMKills
+from deployments.models.weights import Weights, weights_of
 from registry.errors import EngineNotReady, EngineStartFailed
 
 if TYPE_CHECKING:

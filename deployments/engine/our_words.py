@@ -7,8 +7,8 @@ from http import HTTPStatus
 
 from starlette.types import Message, Send
 
-from deployments.llm_args_rules import Mapped
-from deployments.llm_args_table import DEPLOYMENT
+from deployments.models.args.rules import Mapped
+from deployments.models.args.table import DEPLOYMENT
 
 _OPTION = re.compile(r"`?(?<![\w-])--([a-z][a-z0-9]*(?:[-_][a-z0-9]+)*)`?")
 _SAME_AS = {"enable_auto_tool_choice": "tool_call_parser"}

@@ -25,7 +25,7 @@ REST_LIMIT_S: Final = 5.0
 LOOKS, LOOK_S, POLL_S = 3, 0.001, 0.05
 """At rest is what does nothing in three looks in a row, 1 ms apart; what works is looked at again after 50 ms."""
 
-log = structlog.get_logger("deployments.engine_rest")
+log = structlog.get_logger("deployments.engine.rest")
 
 
 class LLM(Protocol):

@@ -14,8 +14,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import psutil
 
-from deployments import process_tree
-from deployments.machine_memory import main_memory
+from deployments.machine import process_tree
+from deployments.machine.memory import main_memory
 
 SLEEP_TIMEOUT_S = 120.0
 """For copying the weights to host memory, or back: 100 GiB take half a minute, most of it for pinning the memory."""

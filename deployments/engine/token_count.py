@@ -11,7 +11,7 @@ from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from deployments.flights import Tokens
+from deployments.energy.flights import Tokens
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
 

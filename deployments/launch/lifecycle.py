@@ -17,10 +17,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deployments import process_tree, surroundings
-from deployments.engine_env import remove_shared_memory
-from deployments.haproxy import SERVE_ENVIRONMENT
-from deployments.local_ray import (
+from deployments.engine.environment import remove_shared_memory
+from deployments.launch import surroundings
+from deployments.launch.haproxy import SERVE_ENVIRONMENT
+from deployments.launch.local_ray import (
     ACCESS_FILE,
     FOLDER_PREFIX,
     RAY_ENVIRONMENT,
@@ -29,6 +29,7 @@ from deployments.local_ray import (
     remove_folder,
     require_free_port,
 )
+from deployments.machine import process_tree
 from registry.errors import BadSettings, StartFailed
 from registry.settings import Settings
 
@@ -74,7 +75,7 @@ class _StopWanted(BaseException):
 def _run(settings: Settings, folder: Path | None, record: Callable[..., None], say: Say) -> None:
     _heed_signals()
     try:
-        from deployments import app  # seconds: it imports Ray
+        from deployments.serve import app  # seconds: it imports Ray
 
         app.check(settings)
         say("Starting Ray, Serve and a wrapper (it imports vLLM once, about half a minute) …")
@@ -144,7 +145,7 @@ def start_on_cluster(settings: Settings, *, say: Say) -> None:
     A registry that runs there already is left as it is. Raises RegistryError.
     """
     os.environ.update(driver_environment(settings))
-    from deployments import app
+    from deployments.serve import app
 
     for line in ready_lines(settings, app.start(settings, None)._asdict()):
         say(line)
@@ -191,7 +192,7 @@ def end(settings: Settings, *, say: Say) -> None:
     """End the registry of this ``state_dir`` and wait until its process is gone. Raises RegistryError."""
     if settings.ray.address is not None and not _is_held(settings):
         os.environ.update(driver_environment(settings))
-        from deployments import app
+        from deployments.serve import app
 
         app.join_ray(settings, None)
         app.stop(settings)

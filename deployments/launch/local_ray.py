@@ -19,12 +19,12 @@ from random import Random
 
 import structlog
 
-from deployments.haproxy import haproxy_environment
+from deployments.launch.haproxy import haproxy_environment
 from registry.errors import BadSettings
-from registry.http import LOOPBACK
 from registry.settings import Settings
+from registry.wire.http import LOOPBACK
 
-log = structlog.get_logger("deployments.local_ray")
+log = structlog.get_logger("deployments.launch.local_ray")
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -35,8 +35,8 @@ RAY_ENVIRONMENT = {
     # Ray's workers, and so the engines in them, would run at niceness 15 and come last wherever something else runs.
     "RAY_worker_niceness": "0",
     # Above 95 % of the machine's memory, whoever uses it, Ray would end the registry, proxies and wrappers; it knows
-    # nothing of engines. The kernel ends engines first (deployments.out_of_memory), if Ray does not put its workers in
-    # front of all others.
+    # nothing of engines. The kernel ends engines first (deployments.machine.out_of_memory), if Ray does not put its
+    # workers in front of all others.
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_worker_oom_score_adjustment": "0",
     # Calls of the last minutes that the dashboard can show. With Ray's own 100,000 the head grew by 8 MiB a minute.

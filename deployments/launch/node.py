@@ -20,8 +20,8 @@ import psutil
 
 import deployments
 import registry
-from deployments.haproxy import haproxy_environment
-from deployments.local_ray import RAY_ENVIRONMENT
+from deployments.launch.haproxy import haproxy_environment
+from deployments.launch.local_ray import RAY_ENVIRONMENT
 from registry.errors import BadSettings, StartFailed
 from registry.settings import forwarded_environment
 
@@ -119,7 +119,7 @@ def _for_the_monitor(options: Sequence[str]) -> Sequence[str]:
     """On the head: with a configuration by which no machine is given up."""
     if not any(option.startswith("--autoscaling-config") for option in options):
         return options
-    from deployments.launcher import with_machines  # which imports Ray
+    from deployments.launch.launcher import with_machines  # which imports Ray
 
     return with_machines(options)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import psutil
 
-from deployments.local_ray import free_ports, require_free_port
+from deployments.launch.local_ray import free_ports, require_free_port
 from registry.errors import BadSettings
-from registry.http import LOOPBACK
 from registry.settings import Settings, url_host
+from registry.wire.http import LOOPBACK
 
 HAPROXY_OPEN_FILES = 10_276
 """Files that HAProxy opens at most with the configuration that Serve writes (``maxconn 4096``); it refuses to start

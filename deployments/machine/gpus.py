@@ -7,7 +7,7 @@ from typing import Any
 
 import pynvml
 
-from deployments.source import ReadFailed
+from deployments.energy.counters.base import ReadFailed
 
 _NVML_CLOCK_SM, _NVML_CLOCK_MEM = 1, 2
 """NVML's nvmlClockType_t."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from deployments.cpu_time import TICKS_PER_S, CPUTimeTree, ProcessTable
+from deployments.machine.cpu_time import TICKS_PER_S, CPUTimeTree, ProcessTable
 
 _FIND_S = 1.0
 """How often other wrappers are looked for, seconds."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import psutil
 
-from deployments.energy_sources import ReadFailed, gpu_memory
+from deployments.energy.counters.probe import ReadFailed, gpu_memory
 
 CGROUPS = Path("/sys/fs/cgroup")
 """Where the kernel's control groups are mounted."""

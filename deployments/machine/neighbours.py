@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deployments.cpu_time import ProcessTable
+from deployments.machine.cpu_time import ProcessTable
 
 _FLOCK = "hhqqi"
 """``struct flock``: type, whence, start, length, process. Source: fcntl(2), "Open file description locks"."""

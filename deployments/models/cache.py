@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from deployments.model_download import DownloadFailed, DownloadOrder, cached, commit_of, find, lock_of, try_lock
+from deployments.models.download import DownloadFailed, DownloadOrder, cached, commit_of, find, lock_of, try_lock
+from registry.contract.messages import Download
 from registry.errors import EngineStartFailed
-from registry.reconcile import Download
 
 LOCK_POLL_S = 0.05
 """How often a model that is just being removed is looked at again, seconds."""
@@ -133,7 +133,7 @@ async def _download(order: DownloadOrder, on_progress: Callable[[Download], obje
         DownloadFailed: in its own words.
     """
     process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's own needs a child watcher, which not every loop has
-        [sys.executable, "-m", "deployments.model_download", json.dumps(asdict(order))],
+        [sys.executable, "-m", "deployments.models.download", json.dumps(asdict(order))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

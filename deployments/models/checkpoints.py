@@ -17,9 +17,9 @@ import structlog
 from huggingface_hub import HfApi, get_local_safetensors_metadata, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
 
-from deployments.llm_memory import Checkpoint, memory_of, part_of
+from deployments.models.memory_need import Checkpoint, memory_of, part_of
+from registry.core.records import LLMMemory, LLMSpec
 from registry.errors import in_one_line
-from registry.state import LLMMemory, LLMSpec
 
 if TYPE_CHECKING:
     from huggingface_hub.utils._safetensors import SafetensorsRepoMetadata
@@ -38,7 +38,7 @@ HUB_TIMEOUT_S = 10.0
 
 _KEPT = 1024
 
-log = structlog.get_logger("deployments.checkpoints")
+log = structlog.get_logger("deployments.models.checkpoints")
 
 
 class Checkpoints:

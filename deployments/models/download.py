@@ -1,6 +1,6 @@
 """The download of a model from the Hugging Face hub: a program of its own, so that one that hangs can be ended.
 
-``python -m deployments.model_download '{…}'`` takes a ``DownloadOrder`` and prints lines of JSON: how many bytes are
+``python -m deployments.models.download '{…}'`` takes a ``DownloadOrder`` and prints lines of JSON: how many bytes are
 there, and last the folder, or what went wrong. Files that were complete before an end stay, and the next one goes on
 from there. The folder is a snapshot in the hub's own cache: one that was filled by other means serves as well.
 """
@@ -22,7 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
-from deployments.warm_start import die_with
+from deployments.engine.warm.forkserver import die_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from registry.state import LLMMemory
+from registry.core.records import LLMMemory
 
 GPU_SHARE: Final = 0.92
 """What vLLM 0.32 takes of a GPU's memory unless told otherwise (``CacheConfig.gpu_memory_utilization``)."""
@@ -82,7 +82,7 @@ def memory_of(
 
     Args:
         checkpoint: What it says of itself.
-        engine_args: As ``deployments.llm_args`` makes them.
+        engine_args: As ``deployments.models.args.mapping`` makes them.
         generates: It writes text: it has its head and keeps keys and values.
         gpus: GPUs of the wrapper that it is to run on; None: that is not decided yet.
     """

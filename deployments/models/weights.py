@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from deployments.machine_memory import main_memory
+from deployments.machine.memory import main_memory
 
 _FORMATS = ("*.safetensors", "*.bin", "*.pt")  # vLLM takes the first of them that a folder has
 _DUPLICATE = "consolidated"  # Mistral's models come in two forms, of which vLLM reads the other one

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import structlog
 
-from deployments.weights import Weights
+from deployments.models.weights import Weights
 
 _CHUNK_BYTES = 4 * 2**20
 
-log = structlog.get_logger("deployments.weights_hash")
+log = structlog.get_logger("deployments.models.weights_hash")
 
 
 class WeightsHash:

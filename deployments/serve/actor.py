@@ -16,13 +16,13 @@ import ray
 import structlog
 from pydantic import BaseModel
 
-from registry import views
+from registry.core.records import Grade, KeptWindow, Measurement, MeasurementKey, NewRequest, Priority, Request
 from registry.errors import RegistryError
-from registry.news import CHANGES_WAIT_S
-from registry.service import Idempotency, Service
+from registry.service import views
+from registry.service.news import CHANGES_WAIT_S
+from registry.service.service import Idempotency, Service
 from registry.settings import Settings
-from registry.state import Grade, KeptWindow, Measurement, MeasurementKey, NewRequest, Priority, Request
-from registry.store import WindowPlace
+from registry.store.store import WindowPlace
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""
@@ -36,7 +36,7 @@ EXIT_FAILED = 70
 RETRY_PAUSE_S = 1.0
 """Pause of a restarted registry that can't start, until it is restarted again, seconds."""
 
-log = structlog.get_logger("registry.actor")
+log = structlog.get_logger("deployments.serve.actor")
 
 
 class RegistryActor:

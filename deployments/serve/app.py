@@ -20,21 +20,21 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import ActorUnavailableError, RayError
 from ray.serve.schema import ApplicationStatus
 
-from deployments import ingress
-from deployments.cluster import RayCluster
-from deployments.energy_metrics import EnergyMetrics
-from deployments.ingress import IngressConfig
-from deployments.llm_args import map_llmconfig
-from deployments.local_ray import RAY_FOLDER, keep_logs
-from deployments.models import ModelSources
-from deployments.steady_clock import SteadyClock
-from registry.actor import ACTOR_NAME, NAMESPACE, RegistryActor
+from deployments.launch.local_ray import RAY_FOLDER, keep_logs
+from deployments.models.args.mapping import map_llmconfig
+from deployments.models.sources import ModelSources
+from deployments.serve import ingress
+from deployments.serve.actor import ACTOR_NAME, NAMESPACE, RegistryActor
+from deployments.serve.cluster import RayCluster
+from deployments.serve.energy_metrics import EnergyMetrics
+from deployments.serve.ingress import IngressConfig
+from deployments.serve.logs import REGISTRY_LOG, configure_logging
+from deployments.serve.steady_clock import SteadyClock
+from registry.core.records import LLMSpec
 from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed, in_one_line
-from registry.logs import REGISTRY_LOG, configure_logging
-from registry.service import Service
+from registry.service.service import Service
 from registry.settings import Settings, differing, url_host
-from registry.state import LLMSpec
-from registry.store import Store, parse_url
+from registry.store.store import Store, parse_url
 
 INGRESS_APP = "registry"
 """Name of the ingress among Serve's applications."""

@@ -15,13 +15,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments import wrapper as wrapper_module
-from deployments.engine_rest import REST_LIMIT_S
-from deployments.models import ModelSources
-from deployments.probe import PROBE_MAX_S
-from deployments.wrapper import WrapperConfig
-from registry.errors import RegistryError, WrapperUnheard, WrapperUnreachable, in_one_line
-from registry.reconcile import (
+from deployments.engine.rest import REST_LIMIT_S
+from deployments.models.sources import ModelSources
+from deployments.wrapper import llm_wrapper as wrapper_module
+from deployments.wrapper.llm_wrapper import WrapperConfig
+from deployments.wrapper.probe import PROBE_MAX_S
+from registry.contract.messages import (
     NODE_ID_DIGITS,
     Belief,
     HandOver,
@@ -31,10 +30,11 @@ from registry.reconcile import (
     WrapperPlan,
     WrapperReport,
 )
+from registry.core.records import Grade, LLMSpec, Machine
+from registry.errors import RegistryError, WrapperUnheard, WrapperUnreachable, in_one_line
 from registry.settings import Settings, forwarded_environment
-from registry.state import Grade, LLMSpec, Machine
 
-log = structlog.get_logger("deployments.cluster")
+log = structlog.get_logger("deployments.serve.cluster")
 
 APP_PREFIX = "wrapper-"
 """Serve applications of this prefix are wrappers."""
@@ -65,7 +65,7 @@ SERVE_NAMESPACE = "serve"
 
 
 class RayCluster:
-    """``registry.reconcile.Cluster`` over Ray and Serve. Used on the registry actor's event loop."""
+    """``registry.contract.messages.Cluster`` over Ray and Serve. Used on the registry actor's event loop."""
 
     def __init__(self, settings: Settings, sources: ModelSources) -> None:
         self._settings = settings

@@ -6,9 +6,9 @@ import json
 
 from ray.util.metrics import Counter
 
-from deployments.notation import MEASURED
-from registry.state import EnergyWindow, KeptWindow
-from registry.totals import SPENT
+from greenprompt_client.notation import MEASURED
+from registry.accounting.totals import SPENT
+from registry.core.records import EnergyWindow, KeptWindow
 
 _TAGS = ("machine", "kind")
 

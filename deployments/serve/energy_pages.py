@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from deployments.report_csv import windows_csv
-from registry import views
-from registry.state import KeptWindow, Measurement, MeasurementKey, Request
-from registry.store import WindowPlace
+from registry.accounting.report_csv import windows_csv
+from registry.core.records import KeptWindow, Measurement, MeasurementKey, Request
+from registry.service import views
+from registry.store.store import WindowPlace
 
 PAGE = 250
 """Records that the registry reads at once: some 10 ms in which it decides nothing."""

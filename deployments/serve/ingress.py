@@ -29,17 +29,22 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from deployments.checkpoints import Checkpoints, checkpoints_anywhere
-from deployments.energy_pages import EnergyPages
 from deployments.error_answers import RETRY_AFTER_S, error_answer, fastapi_detail, registry_error
-from deployments.llm_args import map_llmconfig
-from deployments.models import ModelSources
-from deployments.polls import Polls
-from deployments.prompting_service import TITLE, JSONBody, root_router
-from deployments.surroundings import disk_problem
-from deployments.withdrawals import Withdrawals
-from registry.actor import ACTOR_NAME, NAMESPACE
-from registry.api import (
+from deployments.launch.surroundings import disk_problem
+from deployments.models.args.mapping import map_llmconfig
+from deployments.models.checkpoints import Checkpoints, checkpoints_anywhere
+from deployments.models.sources import ModelSources
+from deployments.serve.actor import ACTOR_NAME, NAMESPACE
+from deployments.serve.energy_pages import EnergyPages
+from deployments.serve.polls import Polls
+from deployments.serve.prompting_service import TITLE, JSONBody, root_router
+from deployments.serve.withdrawals import Withdrawals
+from registry.accounting.report import MeasurementReport
+from registry.accounting.window_report import WindowsPage
+from registry.core.records import LLMSpec, NewRequest, RequestStatus, canonical_json
+from registry.errors import InternalError, NoCredentials, RegistryError, RegistryUnavailable
+from registry.service.service import Idempotency
+from registry.wire.schemas import (
     MAX_EVENTS,
     MAX_ID,
     MAX_REQUESTS,
@@ -57,11 +62,6 @@ from registry.api import (
     RequestState,
     TenantName,
 )
-from registry.errors import InternalError, NoCredentials, RegistryError, RegistryUnavailable
-from registry.report import MeasurementReport
-from registry.service import Idempotency
-from registry.state import LLMSpec, NewRequest, RequestStatus, canonical_json
-from registry.window_report import WindowsPage
 
 RETRY_FOR_S = 10.0
 """How long a call is repeated while the registry actor does not answer, seconds."""

@@ -16,9 +16,9 @@ from typing import Any
 
 import structlog
 
+from registry.core.records import RequestStatus
 from registry.errors import RegistryError, TooManyPolls
-from registry.news import CHANGES_WAIT_S
-from registry.state import RequestStatus
+from registry.service.news import CHANGES_WAIT_S
 
 MOST_POLLS = 8000
 """Polls that may wait at once in one ingress. The rest of Serve's ``max_ongoing_requests`` is for control."""
@@ -26,7 +26,7 @@ MOST_POLLS = 8000
 RETRY_S = 1.0
 """Pause before the changes are asked for again when the registry did not answer, seconds."""
 
-log = structlog.get_logger("deployments.polls")
+log = structlog.get_logger("deployments.serve.polls")
 
 
 class Polls:

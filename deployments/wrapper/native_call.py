@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
 
-from deployments.json_bodies import with_body
-from deployments.llm_args import map_prompting
-from deployments.our_words import in_our_words
+from deployments.engine.our_words import in_our_words
+from deployments.models.args.mapping import map_prompting
+from deployments.wrapper.json_bodies import with_body
 
 
 class Caller(Protocol):

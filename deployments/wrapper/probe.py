@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 import structlog
 from starlette.types import Message
 
-from deployments.engine import RunningLLM
-from deployments.native_call import call, native_prompt, problem_of
-from registry.state import canonical_json
+from deployments.engine.host import RunningLLM
+from deployments.wrapper.native_call import call, native_prompt, problem_of
+from registry.core.records import canonical_json
 
-log = structlog.get_logger("deployments.probe")
+log = structlog.get_logger("deployments.wrapper.probe")
 
 QUESTION: Final = "What does a prompt cost the climate?"
 

@@ -25,8 +25,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from deployments.answer_account import EVENT_STREAM, REFUSED, AccountedAnswer, content_type_of, is_warmup, prompt_id_of
-from deployments.engine import RunningLLM, public_path
+from deployments.energy.prompt_meter import PromptMeter
+from deployments.engine.host import RunningLLM, public_path
+from deployments.engine.our_words import ErrorsInOurWords
+from deployments.engine.token_count import counting_tokens
 from deployments.error_answers import (
     RETRY_AFTER_S,
     error_answer,
@@ -34,18 +36,23 @@ from deployments.error_answers import (
     openai_problem,
     registry_error,
 )
-from deployments.json_bodies import read_json, with_body
-from deployments.lease_gate import LeaseGate
-from deployments.llm_args import task_of
-from deployments.native_call import call, native_prompt, problem_of
-from deployments.our_words import ErrorsInOurWords
-from deployments.prompt_errors import EngineFailed, NoSuchPath, NotJSON, PromptTooLong, WritesNoText
-from deployments.prompt_meter import PromptMeter
-from deployments.token_count import counting_tokens
+from deployments.models.args.mapping import task_of
+from deployments.wrapper.answer_account import (
+    EVENT_STREAM,
+    REFUSED,
+    AccountedAnswer,
+    content_type_of,
+    is_warmup,
+    prompt_id_of,
+)
+from deployments.wrapper.json_bodies import read_json, with_body
+from deployments.wrapper.lease_gate import LeaseGate
+from deployments.wrapper.native_call import call, native_prompt, problem_of
+from deployments.wrapper.prompt_errors import EngineFailed, NoSuchPath, NotJSON, PromptTooLong, WritesNoText
+from registry.contract.messages import LeaseGrant
 from registry.errors import EngineNotReady, RegistryError, RegistryUnheard, TooManyPrompts
-from registry.reconcile import LeaseGrant
 
-log = structlog.get_logger("deployments.prompts")
+log = structlog.get_logger("deployments.wrapper.prompt_gate")
 
 MAX_QUESTION_CHARS = 4_000_000
 """Longest question of process_prompt; the LLM's own context length is far below it."""

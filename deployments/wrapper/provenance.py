@@ -1,4 +1,4 @@
-"""What an LLM runs on and as what, for the record of a request: the wrapper's part of registry.provenance."""
+"""What an LLM runs on and as what, for the record of a request: the wrapper's part of registry.core.provenance."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import structlog
 
-from deployments.energy_sources import ReadFailed, gpu_settings
+from deployments.energy.counters.probe import ReadFailed, gpu_settings
 
 CPUINFO = Path("/proc/cpuinfo")
 
-log = structlog.get_logger("deployments.provenance")
+log = structlog.get_logger("deployments.wrapper.provenance")
 
 
 def cpu_here(cpuinfo: Path = CPUINFO) -> dict[str, object]:

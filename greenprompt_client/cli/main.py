@@ -17,12 +17,12 @@ import stamina
 import typer
 from rich.console import Console
 
-from deployments.overview import drain_note, overview
-from registry.api import MachineState
-from registry.client import CONNECT_FOR_S, UNEXPECTED, AnswerError, RegistryClient
+from greenprompt_client.cli.status import drain_note, overview
+from greenprompt_client.client import CONNECT_FOR_S, UNEXPECTED, AnswerError, RegistryClient
 from registry.environment import ENV_PREFIX, problems_of
 from registry.errors import BadSettings, RegistryError
 from registry.settings import Settings, load_settings
+from registry.wire.schemas import MachineState
 
 EXIT_NOT_YET = 1
 """Exit status when what was waited for did not come about."""
@@ -47,7 +47,7 @@ EXIT_STATUSES = (
     "3 no registry answers; 4 it does not know what was named; 5 it refuses; 130 Ctrl-C."
 )
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
+DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "local.yaml"
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 app = typer.Typer(
@@ -75,7 +75,7 @@ def up(
 
     On a cluster that runs ('--address') a detached registry belongs to the cluster; doing it again changes nothing.
     """
-    from deployments import lifecycle
+    from deployments.launch import lifecycle
 
     settings = _settings(config, address)
     if detach and settings.ray.address is not None:
@@ -89,7 +89,7 @@ def up(
 @app.command()
 def down(config: ConfigOption = DEFAULT_CONFIG, address: AddressOption = None) -> None:
     """End a registry that was started with 'up'; returns when everything is gone."""
-    from deployments import lifecycle
+    from deployments.launch import lifecycle
 
     lifecycle.end(_settings(config, address), say=_say)
 
@@ -97,7 +97,7 @@ def down(config: ConfigOption = DEFAULT_CONFIG, address: AddressOption = None) -
 @app.command("ray-start", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def ray_start(context: typer.Context) -> None:
     """Make this machine a node of a cluster: 'ray start' with these options and what the registry needs; once."""
-    from deployments.node import start_ray
+    from deployments.launch.node import start_ray
 
     console.print("Ray was started." if start_ray(context.args) else "Ray runs here already, with these options.")
 
@@ -110,7 +110,7 @@ def demo(
     config: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
     """Start everything, act as a Prompting Service over HTTP, show what came out, and end everything."""
-    from deployments.demo import run_demo
+    from greenprompt_client.demo.demo import run_demo
 
     run_demo(config, model or [], console)
 
@@ -165,8 +165,8 @@ def measure(
     Exit status 1: some answers are missing, or an LLM has refused every prompt. 130: Ctrl-C.
     """
     given = locals()
-    from deployments.experiment import arguments, load_plan
-    from deployments.measure import run_measure
+    from greenprompt_client.measure.experiment import arguments, load_plan
+    from greenprompt_client.measure.run import run_measure
 
     _require_known_variables()
     fields = {name: value for name, value in given.items() if value is not None and value != []}
@@ -204,8 +204,8 @@ def report(
     url: URLOption = DEFAULT_URL,
 ) -> None:
     """Show what a measurement cost: energy and carbon by LLM, how they were found, and what is not known."""
-    from deployments.report_files import write_report
-    from deployments.report_table import report_table
+    from greenprompt_client.report.files import write_report
+    from greenprompt_client.report.table import report_table
 
     with _registry(url, tenant) as registry:
         found = registry.report(measurement)
@@ -293,7 +293,7 @@ def _settings(config: Path, address: str | None) -> Settings:
 
 
 def _up_command(config: Path, address: str | None) -> list[str]:
-    command = [sys.executable, "-m", "deployments.cli", "up", "--config", str(config.absolute())]
+    command = [sys.executable, "-m", "greenprompt_client.cli.main", "up", "--config", str(config.absolute())]
     return [*command, "--address", address] if address else command
 
 

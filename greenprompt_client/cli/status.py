@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deployments.notation import phase_words
-from registry.api import HealthState, MachineState, WrapperState
+from greenprompt_client.notation import phase_words
+from registry.wire.schemas import HealthState, MachineState, WrapperState
 
 
 def overview(health: HealthState, machines: Sequence[MachineState], now: datetime) -> RenderableType:

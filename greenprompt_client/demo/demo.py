@@ -26,17 +26,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deployments.figures_table import label_words
-from deployments.local_ray import free_ports
-from deployments.notation import LEGEND, bounded_text, estimate_text, phase_words
-from deployments.tiny_llm import make_tiny_llm
-from registry.api import RequestState
-from registry.client import HeldLease, RegistryClient, RequestEnded
+from deployments.launch.local_ray import free_ports
+from greenprompt_client.client import HeldLease, RegistryClient, RequestEnded
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
+from greenprompt_client.figures_table import label_words
+from greenprompt_client.notation import LEGEND, bounded_text, estimate_text, phase_words
+from registry.accounting.figures import MachineFigures, figures_of, of_kind
+from registry.accounting.window_report import WindowReport
+from registry.core.records import WindowKind
 from registry.errors import StartFailed
-from registry.figures import MachineFigures, figures_of, of_kind
 from registry.settings import load_settings
-from registry.state import WindowKind
-from registry.window_report import WindowReport
+from registry.wire.schemas import RequestState
 
 MEASUREMENT_ID = 1
 WINDOWS_WAIT_S = 30.0
@@ -194,7 +194,7 @@ def _registry(config: Path, console: Console) -> Iterator[str]:
             "GREENPROMPT_HTTP__PORT": str(port),
             "GREENPROMPT_RAY__DASHBOARD_PORT": str(dashboard_port),
         }
-        command = [sys.executable, "-m", "deployments.cli", "up", "--config", str(config.absolute())]
+        command = [sys.executable, "-m", "greenprompt_client.cli.main", "up", "--config", str(config.absolute())]
         log = Path(folder) / "up.log"
         console.print("$ greenprompt up", style="bold")
         with log.open("w", encoding="utf-8") as output:

@@ -1,8 +1,8 @@
 """Made-up LLMs that fit anywhere: the demo and the tests run on them, without a download.
 
 A tiny LLM is a Llama of about 0.15 million random parameters with a byte-level tokenizer of its own. It answers
-any text with nonsense, but goes through every step that a real one goes through. ``python -m deployments.tiny_llm
-DIRECTORY …`` makes some.
+any text with nonsense, but goes through every step that a real one goes through.
+``python -m greenprompt_client.demo.tiny_llm DIRECTORY …`` makes some.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _write_json(path: Path, value: object) -> None:
 def main(paths: list[str]) -> int:
     """Make a tiny LLM at every path; each gets the seed that its name stands for, whatever the order."""
     if not paths:
-        print("usage: python -m deployments.tiny_llm DIRECTORY …", file=sys.stderr)
+        print("usage: python -m greenprompt_client.demo.tiny_llm DIRECTORY …", file=sys.stderr)
         return 2
     for path in paths:
         print(make_tiny_llm(path, seed=zlib.crc32(Path(path).name.encode())))

@@ -25,9 +25,13 @@ from pydantic import (
     field_validator,
 )
 
-from deployments.llm_args import TASKS
-from deployments.prompt_files import Prompt, load_prompts, read_text
-from registry.api import (
+from deployments.models.args.mapping import TASKS
+from greenprompt_client.measure.prompt_files import Prompt, load_prompts, read_text
+from registry.core.records import Grade, Priority, canonical_json
+from registry.errors import BadSettings
+from registry.strict_yaml import load_yaml
+from registry.wire.http import base_url_of
+from registry.wire.schemas import (
     MAX_ID,
     MAX_LLMS_PER_REQUEST,
     Budget,
@@ -37,10 +41,6 @@ from registry.api import (
     NonEmpty,
     TenantName,
 )
-from registry.errors import BadSettings
-from registry.http import base_url_of
-from registry.state import Grade, Priority, canonical_json
-from registry.strict_yaml import load_yaml
 
 MAX_CONCURRENCY = 1024
 """Most prompts at once: a thread each."""

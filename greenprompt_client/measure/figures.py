@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from registry.figures import Figure, MachineFigures, figures_of, of_kind
-from registry.state import WindowKind
-from registry.window_report import WindowReport
+from registry.accounting.figures import Figure, MachineFigures, figures_of, of_kind
+from registry.accounting.window_report import WindowReport
+from registry.core.records import WindowKind
 
 FIGURES = (
     "gco2eq_per_unit",

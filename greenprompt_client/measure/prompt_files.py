@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from registry.core.records import MAX_PROMPT_ID
 from registry.errors import BadSettings
-from registry.state import MAX_PROMPT_ID
 from registry.strict_yaml import STRICT_JSON
 
 _SPACE = " \t\r\n"

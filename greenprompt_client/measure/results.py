@@ -23,12 +23,12 @@ from typing import IO, Any, Self
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.experiment import GROWS, Plan, differences, growth
-from deployments.figures import without_window
-from deployments.prompt_files import Prompt, load_prompts
+from greenprompt_client.measure.experiment import GROWS, Plan, differences, growth
+from greenprompt_client.measure.figures import without_window
+from greenprompt_client.measure.prompt_files import Prompt, load_prompts
+from registry.accounting.window_report import WindowReport
+from registry.core.records import canonical_json
 from registry.errors import BadSettings
-from registry.state import canonical_json
-from registry.window_report import WindowReport
 
 _WINDOW = TypeAdapter(WindowReport)
 MAX_DIFFERENCES = 10

@@ -26,18 +26,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from deployments.experiment import Plan
-from deployments.figures import LLMSummary, as_csv, summarized, without_window
-from deployments.measure_table import notes, results_table
-from deployments.notation import phase_words
-from deployments.prompt_files import Prompt
-from deployments.report_csv import windows_csv
-from deployments.results import Results
-from registry.api import LLMConfig, MeasurementState, RequestState
-from registry.client import ENDED, AnswerError, HeldLease, RegistryClient, RequestEnded
-from registry.figures import of_kind
-from registry.state import WindowKind
-from registry.window_report import WindowReport
+from greenprompt_client.client import ENDED, AnswerError, HeldLease, RegistryClient, RequestEnded
+from greenprompt_client.measure.experiment import Plan
+from greenprompt_client.measure.figures import LLMSummary, as_csv, summarized, without_window
+from greenprompt_client.measure.prompt_files import Prompt
+from greenprompt_client.measure.results import Results
+from greenprompt_client.measure.table import notes, results_table
+from greenprompt_client.notation import phase_words
+from registry.accounting.figures import of_kind
+from registry.accounting.report_csv import windows_csv
+from registry.accounting.window_report import WindowReport
+from registry.core.records import WindowKind
+from registry.wire.schemas import LLMConfig, MeasurementState, RequestState
 
 MAX_BARREN_LEASES = 3
 """How many leases of an LLM in a row may end without an answer, before a run gives it up."""

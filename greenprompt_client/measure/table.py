@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 
-from deployments.figures import LLMSummary
-from deployments.figures_table import READING, batch_table, parts, problems, prompts_table, rows_of, short_name
-from deployments.notation import LEGEND
-from registry.api import MeasurementState
+from greenprompt_client.figures_table import READING, batch_table, parts, problems, prompts_table, rows_of, short_name
+from greenprompt_client.measure.figures import LLMSummary
+from greenprompt_client.notation import LEGEND
+from registry.wire.schemas import MeasurementState
 
 
 def results_table(summaries: Sequence[LLMSummary]) -> RenderableType:

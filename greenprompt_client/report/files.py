@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from deployments.report_csv import windows_csv
+from registry.accounting.report import MeasurementReport
+from registry.accounting.report_csv import windows_csv
 from registry.errors import BadSettings
-from registry.report import MeasurementReport
 
 
 def write_report(
@@ -25,7 +25,7 @@ def write_report(
     if csv is not None:
         yield _written(csv, windows_csv(report.windows))
     if html is not None:
-        from deployments.report_html import report_html  # matplotlib takes a second to load
+        from greenprompt_client.report.html import report_html  # matplotlib takes a second to load
 
         yield _written(html, report_html(report))
 

@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from deployments.figures_table import READING, label_words
-from deployments.notation import LEGEND, MEASURED, bounded_text, estimate_text, figure, number
-from deployments.power import Curve, powers
-from deployments.report_table import (
+from greenprompt_client.figures_table import READING, label_words
+from greenprompt_client.notation import LEGEND, MEASURED, bounded_text, estimate_text, figure, number
+from greenprompt_client.report.power import Curve, powers
+from greenprompt_client.report.table import (
     coefficient_text,
     cost_cells,
     figure_rows,
@@ -27,8 +27,8 @@ from deployments.report_table import (
     names,
     unfinished,
 )
-from registry import figures
-from registry.report import COUNTED, LLMReport, MeasurementReport
+from registry.accounting import figures
+from registry.accounting.report import COUNTED, LLMReport, MeasurementReport
 
 ROWS_SHOWN = 500
 """Most windows that the page lists; CSV and JSON have all."""
@@ -65,7 +65,7 @@ def report_html(report: MeasurementReport) -> str:
         label_words=label_words,
         measured=MEASURED,
     )
-    text = resources.files("deployments").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    text = resources.files("greenprompt_client.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(text).render(
         report=report,
         headline=headline(report),

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from registry.figures import of_kind
-from registry.state import WindowKind
-from registry.totals import Sum, sum_of
-from registry.window_report import WindowReport
+from registry.accounting.figures import of_kind
+from registry.accounting.totals import Sum, sum_of
+from registry.accounting.window_report import WindowReport
+from registry.core.records import WindowKind
 
 Curve = tuple[list[datetime], list[float]]
 """Times, and the power [W] from each on; NaN where it is not known."""

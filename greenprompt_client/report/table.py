@@ -9,11 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deployments.figures_table import READING, Row, batch_table, label_words, problems, prompts_table, rows_of
-from deployments.figures_table import parts as score_parts
-from deployments.notation import LEGEND, UNKNOWN, figure, in_range, number
-from registry.figures import MachineFigures
-from registry.report import Coefficient, Cost, MeasurementReport
+from greenprompt_client.figures_table import READING, Row, batch_table, label_words, problems, prompts_table, rows_of
+from greenprompt_client.figures_table import parts as score_parts
+from greenprompt_client.notation import LEGEND, UNKNOWN, figure, in_range, number
+from registry.accounting.figures import MachineFigures
+from registry.accounting.report import Coefficient, Cost, MeasurementReport
 
 
 def report_table(report: MeasurementReport) -> RenderableType:

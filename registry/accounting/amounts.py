@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from registry.state import WindowKind
-from registry.totals import sum_of
-from registry.window_report import WindowReport
+from registry.accounting.totals import sum_of
+from registry.accounting.window_report import WindowReport
+from registry.core.records import WindowKind
 
 ANSWERED: Final = (None, "answered")
 """``status`` of prompts that have an answer; None: a record of an earlier version, which does not say."""

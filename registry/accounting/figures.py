@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from math import fsum
 from typing import Any, Final
 
-from registry.amounts import (
+from registry.accounting.amounts import (
     ANSWERED,
     AmountOf,
     UnitsOf,
@@ -25,10 +25,10 @@ from registry.amounts import (
     unit_of,
     units_in,
 )
-from registry.estimate import MIN_PROMPTS, Estimate, Sample, estimate
-from registry.state import WindowKind
-from registry.totals import LABELS, sum_of, worst
-from registry.window_report import WindowReport, held_windows, worst_method
+from registry.accounting.estimate import MIN_PROMPTS, Estimate, Sample, estimate
+from registry.accounting.totals import LABELS, sum_of, worst
+from registry.accounting.window_report import WindowReport, held_windows, worst_method
+from registry.core.records import WindowKind
 
 NOT_ALLOWED: Final = "estimates_not_allowed"
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
-from registry.figures import MachineFigures, figures_of, of_kind, why
-from registry.state import KeptWindow, Measurement, Request, RequestStatus, WindowKind
-from registry.totals import LABELS, same, sum_of, worst
-from registry.window_report import WindowReport, number, part_of, window_report, worst_method
+from registry.accounting.figures import MachineFigures, figures_of, of_kind, why
+from registry.accounting.totals import LABELS, same, sum_of, worst
+from registry.accounting.window_report import WindowReport, number, part_of, window_report, worst_method
+from registry.core.records import KeptWindow, Measurement, Request, RequestStatus, WindowKind
 
 HOW: Final = "computed with the SCI formula: ((E * I) + M) per R"
 SCOPE: Final = (

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import fields
 
-from registry.window_report import WindowReport
+from registry.accounting.window_report import WindowReport
 
 COLUMNS = tuple(field.name for field in fields(WindowReport) if field.name not in {"detail", "counted"})
 

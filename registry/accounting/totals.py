@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from math import fsum, isclose
 from typing import Final
 
-from registry.state import WindowKind
+from registry.core.records import WindowKind
 
 LABELS: Final = ("measured", "measured_sampled", "sourced", "modeled", "simulated", "unavailable")
-"""Where a figure is from, best first: the words of ``deployments.energy.Label``, which a wrapper says.
+"""Where a figure is from, best first: the words of ``deployments.energy.figures.Label``, which a wrapper says.
 
 ``sourced``, from a published factor, is a label of emissions and scores, never of energy."""
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from registry.state import KeptWindow, Request, WindowKind
-from registry.totals import LABELS, SPENT, sum_of
+from registry.accounting.totals import LABELS, SPENT, sum_of
+from registry.core.records import KeptWindow, Request, WindowKind
 
 _PARTS: Final = {"gpu_j": ("gpu:",), "cpu_j": ("package-", "cpu-"), "dram_j": ("dram-",)}
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from registry.state import (
+from registry.core.records import (
     EnergyWindow,
     Event,
     LLMSpec,
@@ -102,8 +102,8 @@ class HandOver:
     """What a lease begins with.
 
     ``model_revision`` is the commit of the LLM, None if it has none. ``flags`` tell what is not as a measurement wants
-    it (deployments.settling). ``provenance`` is the wrapper's part of what a Request keeps, None: it does not tell.
-    With a ``refusal`` the lease does not begin: the LLM can't serve its request, and that is why.
+    it (deployments.energy.settling). ``provenance`` is the wrapper's part of what a Request keeps, None: it does not
+    tell. With a ``refusal`` the lease does not begin: the LLM can't serve its request, and that is why.
     """
 
     model_revision: str | None = None

@@ -15,18 +15,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from registry.dispatch import Dispatcher
-from registry.endings import Endings
-from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown
-from registry.fit import ANY_GPU_TYPE, Size, is_gpu_type, needs_of, why_too_large
-from registry.indices import is_usable
-from registry.invariants import check_ledger
-from registry.ledger import Ledger, stop
-from registry.pins import Pins
-from registry.policy import rank
-from registry.provenance import unlike
-from registry.reports import Reports
-from registry.state import (
+from registry.core.dispatch import Dispatcher
+from registry.core.endings import Endings
+from registry.core.fit import ANY_GPU_TYPE, Size, is_gpu_type, needs_of, why_too_large
+from registry.core.indices import is_usable
+from registry.core.invariants import check_ledger
+from registry.core.ledger import Ledger, stop
+from registry.core.pins import Pins
+from registry.core.policy import rank
+from registry.core.provenance import unlike
+from registry.core.records import (
     Decision,
     Event,
     Lease,
@@ -63,7 +61,9 @@ from registry.state import (
     WrapperStatus,
     WrapperSwitchedOff,
 )
-from registry.transitions import InvariantBroken
+from registry.core.transitions import InvariantBroken
+from registry.core.wrapper_events import Reports
+from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown
 
 __all__ = ["Allocator", "InvariantBroken"]
 

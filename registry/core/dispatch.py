@@ -20,10 +20,10 @@ from dataclasses import replace
 from itertools import islice
 from typing import Final
 
-from registry.indices import Pool, is_free
-from registry.ledger import Ledger, bind, deploy
-from registry.policy import LOOK_AHEAD, Place, Rank, may_be_overtaken, victim
-from registry.state import (
+from registry.core.indices import Pool, is_free
+from registry.core.ledger import Ledger, bind, deploy
+from registry.core.policy import LOOK_AHEAD, Place, Rank, may_be_overtaken, victim
+from registry.core.records import (
     Lease,
     Limits,
     Measurement,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from registry.ledger import Ledger, deploy, unbind
-from registry.state import Limits, Request, RequestStatus, WrapperStatus
+from registry.core.ledger import Ledger, deploy, unbind
+from registry.core.records import Limits, Request, RequestStatus, WrapperStatus
 
 
 class Endings:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from registry.state import Limits, LLMMemory, LLMSpec
+from registry.core.records import Limits, LLMMemory, LLMSpec
 
 GIB: Final = 2**30
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
-from registry.fit import Needs, Size
-from registry.policy import LOOK_AHEAD, PRIORITIES, PRIORITY_TURNS, Place, Rank, Turns
-from registry.state import MeasurementKey, Request, RequestStatus, Wrapper, WrapperStatus
+from registry.core.fit import Needs, Size
+from registry.core.policy import LOOK_AHEAD, PRIORITIES, PRIORITY_TURNS, Place, Rank, Turns
+from registry.core.records import MeasurementKey, Request, RequestStatus, Wrapper, WrapperStatus
 
 T = TypeVar("T", bound="tuple[Any, ...] | str")
 

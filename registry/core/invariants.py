@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from registry.indices import is_free
-from registry.ledger import Ledger
-from registry.state import Limits, MeasurementKey, Request, RequestStatus, Wrapper, WrapperStatus
-from registry.transitions import InvariantBroken
+from registry.core.indices import is_free
+from registry.core.ledger import Ledger
+from registry.core.records import Limits, MeasurementKey, Request, RequestStatus, Wrapper, WrapperStatus
+from registry.core.transitions import InvariantBroken
 
 _HOLDS = (WrapperStatus.LEASED, WrapperStatus.DEPLOYING, WrapperStatus.STARTING, WrapperStatus.RESTARTING)
 """A wrapper can be held in these statuses, and only in these."""

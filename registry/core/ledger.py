@@ -11,12 +11,11 @@ from dataclasses import replace
 from functools import reduce
 from typing import Final
 
-from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
-from registry.fit import ANY_GPU_TYPE, SIZE_STEP_BYTES, Needs, Size, fitting, needs_of
-from registry.indices import Queue, RequestIndex, SortedSet, WrapperIndex, is_free, is_usable
-from registry.policy import Place, Turns, rank
-from registry.positions import Positions
-from registry.state import (
+from registry.core.fit import ANY_GPU_TYPE, SIZE_STEP_BYTES, Needs, Size, fitting, needs_of
+from registry.core.indices import Queue, RequestIndex, SortedSet, WrapperIndex, is_free, is_usable
+from registry.core.policy import Place, Turns, rank
+from registry.core.positions import Positions
+from registry.core.records import (
     BindLease,
     Changes,
     Decision,
@@ -37,7 +36,8 @@ from registry.state import (
     Wrapper,
     WrapperStatus,
 )
-from registry.transitions import check_request_transition, check_wrapper_transition
+from registry.core.transitions import check_request_transition, check_wrapper_transition
+from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
 
 NAMES_SHOWN: Final = 20
 """Most machines that one sentence lists."""

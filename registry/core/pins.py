@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from registry.fit import ANY_GPU_TYPE, is_gpu_type, needs_of
-from registry.indices import is_usable
-from registry.ledger import Ledger
-from registry.state import Limits, Measurement, MeasurementKey, NewRequest, RequestStatus
+from registry.core.fit import ANY_GPU_TYPE, is_gpu_type, needs_of
+from registry.core.indices import is_usable
+from registry.core.ledger import Ledger
+from registry.core.records import Limits, Measurement, MeasurementKey, NewRequest, RequestStatus
 
 
 class Pins:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from registry.fit import Size
-from registry.state import Limits, Measurement, Priority, Request, Wrapper
+from registry.core.fit import Size
+from registry.core.records import Limits, Measurement, Priority, Request, Wrapper
 
 LOOK_AHEAD: Final = 16
 """How many places down a line a choice looks. Bounds what one decision costs and how many rows it changes: a warm

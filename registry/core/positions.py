@@ -11,8 +11,8 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
-from registry.indices import SortedSet
-from registry.policy import Turns
+from registry.core.indices import SortedSet
+from registry.core.policy import Turns
 
 _EPS = 1e-6
 """Sums of 1/weight are a hair off; turns that begin so close together begin at the same time."""

@@ -1,6 +1,7 @@
 """What an LLM was handed over with, and how that of two requests differs. Pure.
 
-A provenance is a JSON object. The wrapper makes it (deployments.provenance), the registry adds machine and wrapper::
+A provenance is a JSON object. The wrapper makes it (deployments.wrapper.provenance), the registry adds machine and
+wrapper::
 
     {"machine": "gpu-1", "wrapper": "gpu-1-0",
      "cpu": {"model": "…", "logical": 64},
@@ -18,8 +19,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from registry.fit import is_gpu_type
-from registry.state import Grade, LeaseRequested, LLMSpec, Request
+from registry.core.fit import is_gpu_type
+from registry.core.records import Grade, LeaseRequested, LLMSpec, Request
 
 PENDING: Final = "pending"
 """The hash of weights that were not read to the end in time."""

@@ -181,7 +181,7 @@ class Request:
     None: not yet, or a local model, which has none. ``max_j`` [J] and ``max_g`` [gCO2eq] are what its lease may use
     up, None: no limit.
     ``like_request_id`` is the earlier request whose LLM, software and hardware it must get again, None: any will do.
-    ``provenance`` is what its LLM was handed over with (canonical JSON, see registry.provenance), None: not yet.
+    ``provenance`` is what its LLM was handed over with (canonical JSON, see registry.core.provenance), None: not yet.
     """
 
     request_id: str
@@ -292,7 +292,7 @@ class EnergyWindow:
     of its process, from 1, without holes; 0 in a window that was read back from the database.
     ``request_id`` and ``measurement_id`` are those of the lease, None without one. Times are UTC seconds.
     ``total_j`` [J], ``o_g`` and ``m_g`` [gCO2eq] are None where they are not known; ``label`` is the label of the
-    energy (deployments.energy.Label). ``detail`` is the whole record, as canonical JSON.
+    energy (deployments.energy.figures.Label). ``detail`` is the whole record, as canonical JSON.
     """
 
     window_id: str

@@ -10,12 +10,12 @@ from dataclasses import replace
 from functools import reduce
 from typing import Final
 
-from registry.dispatch import Dispatcher, with_flag
-from registry.endings import Endings
-from registry.indices import is_usable
-from registry.ledger import Ledger, bind, deploy, restart, stop, unbind
-from registry.provenance import differences
-from registry.state import (
+from registry.core.dispatch import Dispatcher, with_flag
+from registry.core.endings import Endings
+from registry.core.indices import is_usable
+from registry.core.ledger import Ledger, bind, deploy, restart, stop, unbind
+from registry.core.provenance import differences
+from registry.core.records import (
     LeaseBound,
     Limits,
     LLMDeployFailed,

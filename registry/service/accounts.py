@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from registry.allocator import Allocator
-from registry.archive import Archive
-from registry.budgets import CHARGED, month_begin_s, warnings
-from registry.reconcile import Moment, WrapperReport
+from registry.accounting.totals import Total, spent_total, sum_of, total_of
+from registry.contract.messages import Moment, WrapperReport
+from registry.core.allocator import Allocator
+from registry.core.records import EnergyWindow, KeptWindow, MeasurementKey, WindowKind
+from registry.service.archive import Archive
+from registry.service.budgets import CHARGED, month_begin_s, warnings
 from registry.settings import TenantBudget
-from registry.state import EnergyWindow, KeptWindow, MeasurementKey, WindowKind
-from registry.store import Store, WindowPlace
-from registry.totals import Total, spent_total, sum_of, total_of
+from registry.store.store import Store, WindowPlace
 
 REMEMBERED_COSTS = 10_000
 """Requests whose costs are remembered: those that are asked for often."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from registry.allocator import Allocator
+from registry.core.allocator import Allocator
+from registry.core.records import Changes, Measurement, MeasurementKey, Request
 from registry.errors import RequestForgotten, UnknownMeasurement, UnknownRequest
-from registry.state import Changes, Measurement, MeasurementKey, Request
-from registry.store import Store
+from registry.store.store import Store
 
 KEPT = 1000
 """Measurements that are over and still in memory: most questions are about those that ended last."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
+from registry.accounting.totals import SPENT, Sum, Total
+from registry.core.records import WindowKind
 from registry.errors import TenantBudgetUsed
 from registry.settings import TenantBudget
-from registry.state import WindowKind
-from registry.totals import SPENT, Sum, Total
 
 CHARGED = (*SPENT, WindowKind.LEASE)
 """Kinds of windows that a tenant's sum is made of; lease windows add nothing to it but their label."""

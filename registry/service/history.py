@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from registry.state import Changes, Effect, Event, LeaseUsed, Request
-from registry.store import EventRow
+from registry.core.records import Changes, Effect, Event, LeaseUsed, Request
+from registry.store.store import EventRow
 
 
 def ids_of(event: Event | Effect) -> dict[str, object]:

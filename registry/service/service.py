@@ -19,28 +19,7 @@ from typing import TypeVar
 
 import structlog
 
-from registry.accounts import Accounts
-from registry.allocator import Allocator
-from registry.api import MAX_WAIT_S
-from registry.archive import KEPT, Archive
-from registry.errors import (
-    EngineNotReady,
-    EngineStartFailed,
-    IdempotencyConflict,
-    InternalError,
-    InvalidField,
-    LeaseEnded,
-    NoSuchLease,
-    RegistryError,
-    ShuttingDown,
-    StaleEpoch,
-    StoreUnavailable,
-    WrapperUnheard,
-    WrapperUnreachable,
-)
-from registry.history import ids_of, log_fields, rows_of
-from registry.news import News
-from registry.reconcile import (
+from registry.contract.messages import (
     Belief,
     Cluster,
     HandOver,
@@ -53,8 +32,8 @@ from registry.reconcile import (
     wanted_wrappers,
     with_known_ids,
 )
-from registry.settings import Settings
-from registry.state import (
+from registry.core.allocator import Allocator
+from registry.core.records import (
     BindLease,
     Changes,
     Decision,
@@ -95,9 +74,30 @@ from registry.state import (
     WrapperSwitchedOff,
     canonical_json,
 )
-from registry.store import IdempotencyRow, Store, StoredEvent
+from registry.errors import (
+    EngineNotReady,
+    EngineStartFailed,
+    IdempotencyConflict,
+    InternalError,
+    InvalidField,
+    LeaseEnded,
+    NoSuchLease,
+    RegistryError,
+    ShuttingDown,
+    StaleEpoch,
+    StoreUnavailable,
+    WrapperUnheard,
+    WrapperUnreachable,
+)
+from registry.service.accounts import Accounts
+from registry.service.archive import KEPT, Archive
+from registry.service.history import ids_of, log_fields, rows_of
+from registry.service.news import News
+from registry.settings import Settings
+from registry.store.store import IdempotencyRow, Store, StoredEvent
+from registry.wire.schemas import MAX_WAIT_S
 
-log = structlog.get_logger("registry.service")
+log = structlog.get_logger("registry.service.service")
 
 T = TypeVar("T")
 

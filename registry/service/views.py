@@ -11,24 +11,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from registry.api import (
-    MAX_REQUESTS,
-    EnergyState,
-    EventState,
-    HealthState,
-    LLMState,
-    MachineState,
-    MeasurementState,
-    RequestState,
-    WrapperState,
-)
-from registry.errors import InvalidField
-from registry.old_address import old_address, old_address_problems
-from registry.reconcile import SETTLING, Download
-from registry.report import Gathered, MeasurementReport, report_of
-from registry.service import Service
-from registry.skew import differences, joined
-from registry.state import (
+from registry.accounting.report import Gathered, MeasurementReport, report_of
+from registry.accounting.totals import LABELS, Total, lease_total
+from registry.accounting.window_report import WindowsPage, window_report
+from registry.contract.messages import SETTLING, Download
+from registry.core.records import (
     KeptWindow,
     Machine,
     Measurement,
@@ -39,9 +26,22 @@ from registry.state import (
     Wrapper,
     WrapperStatus,
 )
-from registry.store import StoredEvent, WindowPlace
-from registry.totals import LABELS, Total, lease_total
-from registry.window_report import WindowsPage, window_report
+from registry.errors import InvalidField
+from registry.service.old_address import old_address, old_address_problems
+from registry.service.service import Service
+from registry.service.version_skew import differences, joined
+from registry.store.store import StoredEvent, WindowPlace
+from registry.wire.schemas import (
+    MAX_REQUESTS,
+    EnergyState,
+    EventState,
+    HealthState,
+    LLMState,
+    MachineState,
+    MeasurementState,
+    RequestState,
+    WrapperState,
+)
 
 USABLE = frozenset({WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
 """States in which a wrapper serves, or can serve, a request."""

@@ -1,7 +1,7 @@
 """The registry's memory: one database, one owner, one transaction per decision.
 
-The only file that knows the database; its tables and their revisions are in ``registry/migrations``. SQLite (embedded)
-and PostgreSQL keep the same promises.
+The only file that knows the database; its tables and their revisions are in ``registry/store/migrations``. SQLite
+(embedded) and PostgreSQL keep the same promises.
 """
 
 from __future__ import annotations
@@ -50,19 +50,8 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.sql.dml import ReturningInsert
 
-from registry.errors import BadSettings, StoreUnavailable
-from registry.migrations.tables import (
-    EVENTS,
-    FORGOTTEN_REQUESTS,
-    IDEMPOTENCY_KEYS,
-    LEASES,
-    MACHINES,
-    MEASUREMENTS,
-    REQUESTS,
-    WINDOWS,
-    WRAPPERS,
-)
-from registry.state import (
+from registry.accounting.totals import Sum, Total, total_of
+from registry.core.records import (
     Changes,
     EnergyWindow,
     KeptWindow,
@@ -75,7 +64,18 @@ from registry.state import (
     WindowKind,
     Wrapper,
 )
-from registry.totals import Sum, Total, total_of
+from registry.errors import BadSettings, StoreUnavailable
+from registry.store.migrations.tables import (
+    EVENTS,
+    FORGOTTEN_REQUESTS,
+    IDEMPOTENCY_KEYS,
+    LEASES,
+    MACHINES,
+    MEASUREMENTS,
+    REQUESTS,
+    WINDOWS,
+    WRAPPERS,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -680,7 +680,7 @@ def _retried(attempt: Callable[[], bool], wait_s: float) -> bool:
 def migration_config(connection: Connection) -> Config:
     """Alembic's configuration for our revisions and an open connection, whose transaction stays the caller's."""
     config = Config()
-    config.set_main_option("script_location", str(resources.files("registry") / "migrations").replace("%", "%%"))
+    config.set_main_option("script_location", str(resources.files("registry.store") / "migrations").replace("%", "%%"))
     config.attributes["connection"] = connection
     return config
 

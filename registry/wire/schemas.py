@@ -21,7 +21,7 @@ from pydantic import (
     StringConstraints,
 )
 
-from registry.state import Grade, Priority
+from registry.core.records import Grade, Priority
 
 MAX_ID = 2**63 - 1
 """Largest measurementId: what a signed 64-bit column holds."""

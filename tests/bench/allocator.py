@@ -20,9 +20,9 @@ from typing import TypeVar
 
 from rich.table import Table
 
-from registry.allocator import Allocator
-from registry.fit import GIB
-from registry.state import (
+from registry.core.allocator import Allocator
+from registry.core.fit import GIB
+from registry.core.records import (
     BindLease,
     Decision,
     DeployLLM,

@@ -21,8 +21,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deployments.local_ray import free_ports
-from deployments.tiny_llm import make_tiny_llm
+from deployments.launch.local_ray import free_ports
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from tests.bench.report import OUTPUT, Result, counted, measured, percentile, publish
 from tests.bench.wire import Connection
 from tests.cluster.conftest import start, stop

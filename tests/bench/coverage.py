@@ -1,4 +1,6 @@
-"""How often the 95 % intervals of ``registry/estimate.py`` contain the truth: ``python -m tests.bench.coverage``.
+"""How often the 95 % intervals of ``registry/accounting/estimate.py`` contain the truth.
+
+``python -m tests.bench.coverage`` tells it.
 
 Experiments with a known truth are simulated, and the intervals that the product prints for them are compared with it.
 ``--tables FILE`` writes all tables as Markdown; docs/measurements.md has those of the default arguments.
@@ -20,8 +22,8 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from registry import estimate as product
-from registry.estimate import Sample, estimate, student_975
+from registry.accounting import estimate as product
+from registry.accounting.estimate import Sample, estimate, student_975
 from tests.bench.report import OUTPUT, counted, publish
 
 PART = "coverage"

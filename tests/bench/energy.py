@@ -21,17 +21,18 @@ from typing import Any, cast
 
 import httpx
 
-from deployments import gpu_counters, gpu_info
-from deployments.cpu_time import CPUTimeTree
-from deployments.energy import CPUModel
-from deployments.energy_sources import CPUModelSource, GPUCounter, PowercapZone, Source
-from deployments.engine import RunningLLM
-from deployments.flights import Flight, Tokens
-from deployments.lease_gate import LeaseGate
-from deployments.meter import Meter
-from deployments.prompt_meter import PromptMeter
-from deployments.prompts import PromptGate
-from registry.reconcile import LeaseGrant
+from deployments.energy.counters import nvml as gpu_counters
+from deployments.energy.counters.probe import CPUModelSource, GPUCounter, PowercapZone, Source
+from deployments.energy.figures import CPUModel
+from deployments.energy.flights import Flight, Tokens
+from deployments.energy.meter import Meter
+from deployments.energy.prompt_meter import PromptMeter
+from deployments.engine.host import RunningLLM
+from deployments.machine import gpus as gpu_info
+from deployments.machine.cpu_time import CPUTimeTree
+from deployments.wrapper.lease_gate import LeaseGate
+from deployments.wrapper.prompt_gate import PromptGate
+from registry.contract.messages import LeaseGrant
 from registry.settings import EnergySettings
 from tests.bench.report import OUTPUT, Result, counted, measured, publish
 from tests.fake_counters import FakeCounter, FakeGPU, FakeNVML, ManualClock, PowerCurve, Ticks, set_energy, write_zone

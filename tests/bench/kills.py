@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from deployments.tiny_llm import make_tiny_llm
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from tests.bench.control import REQUEST, llmconfig
 from tests.bench.report import OUTPUT, Result, counted, measured, publish
 from tests.bench.wire import Connection

@@ -13,11 +13,11 @@ import time
 import timeit
 from pathlib import Path
 
-from deployments.cpu_time import CPUTimeTree
-from deployments.energy import CPUModel, SCISettings
-from deployments.energy_sources import CPUModelSource, PowercapZone, Source, probe_sources
-from deployments.flights import Flight, Flights, Tokens
-from deployments.meter import Meter
+from deployments.energy.counters.probe import CPUModelSource, PowercapZone, Source, probe_sources
+from deployments.energy.figures import CPUModel, SCISettings
+from deployments.energy.flights import Flight, Flights, Tokens
+from deployments.energy.meter import Meter
+from deployments.machine.cpu_time import CPUTimeTree
 from tests.fake_counters import ManualClock, write_zone
 
 MODEL = CPUModel(0.74, 3.5, 0.37, 1.85, 1.75, 8.75, "bench")

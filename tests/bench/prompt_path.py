@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from deployments.tiny_llm import make_tiny_llm
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from tests.bench.report import Result, measured, percentile
 from tests.bench.wire import Connection
 from tests.bench.yardstick import VllmServe

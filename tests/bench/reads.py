@@ -27,15 +27,10 @@ from urllib.parse import urlsplit
 import psutil
 import structlog
 
-from deployments.energy_pages import EnergyPages
-from deployments.tiny_llm import make_tiny_llm
-from registry import views
-from registry.accounts import Accounts
-from registry.errors import RegistryError
-from registry.reconcile import Cluster, Observation
-from registry.service import Service
-from registry.settings import Settings, TenantBudget
-from registry.state import (
+from deployments.serve.energy_pages import EnergyPages
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
+from registry.contract.messages import Cluster, Observation
+from registry.core.records import (
     Changes,
     Event,
     KeptWindow,
@@ -51,7 +46,12 @@ from registry.state import (
     WrapperAdded,
     WrapperStarted,
 )
-from registry.store import EventRow, Store
+from registry.errors import RegistryError
+from registry.service import views
+from registry.service.accounts import Accounts
+from registry.service.service import Service
+from registry.settings import Settings, TenantBudget
+from registry.store.store import EventRow, Store
 from tests.bench.control import llmconfig
 from tests.bench.report import OUTPUT, Result, counted, measured, percentile, publish
 from tests.bench.wire import Connection

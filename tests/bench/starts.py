@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 import psutil
 
-from deployments import process_tree
-from deployments.engine import EngineHost, RunningLLM
-from deployments.tiny_llm import make_tiny_llm
+from deployments.engine.host import EngineHost, RunningLLM
+from deployments.machine import process_tree
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from tests.bench.report import Result, counted, measured
 from tests.bench.yardstick import FIRST_PROMPT, LIMIT_S, VllmServe
 

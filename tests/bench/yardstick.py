@@ -15,10 +15,10 @@ from typing import Self
 import httpx
 import psutil
 
-from deployments import process_tree
+from deployments.machine import process_tree
 
 FIRST_PROMPT = " ".join(["one"] * 64)
-"""No single word: of one, vLLM's own server dies on a processor with AMX (deployments.warm_start.allow_amx)."""
+"""No single word: of one, vLLM's own server dies on a processor with AMX (``allow_amx`` of warm/forkserver)."""
 
 LIMIT_S = 600.0
 """Longest start of a server, seconds."""

@@ -18,8 +18,8 @@ import psutil
 import pytest
 import yaml
 
-from deployments.local_ray import free_ports
-from deployments.tiny_llm import make_tiny_llm
+from deployments.launch.local_ray import free_ports
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
 
 UP_LIMIT_S = 240
 DOWN_LIMIT_S = 150
@@ -131,7 +131,7 @@ def start(folder: Path, environment: dict[str, str] | None = None, /, **override
     for section, values in overrides.items():
         config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    command = [sys.executable, "-m", "deployments.cli", "up", "--config", str(path)]
+    command = [sys.executable, "-m", "greenprompt_client.cli.main", "up", "--config", str(path)]
     return run(folder, command, f"http://127.0.0.1:{port}", environment or {})
 
 

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from registry.fit import shown_bytes
+from registry.core.fit import shown_bytes
 from tests.checkpoint_files import LLAMA, write_checkpoint
 from tests.cluster.conftest import Registry
 from tests.tool_calls import NAMED, TOOL

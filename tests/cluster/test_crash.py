@@ -19,8 +19,8 @@ import httpx
 import psutil
 import pytest
 
-from deployments import process_tree
-from deployments.tiny_llm import make_tiny_llm
+from deployments.machine import process_tree
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from tests.cluster.conftest import Registry, start, stop
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments import process_tree
+from deployments.machine import process_tree
 from tests.cluster.conftest import Registry
 
 pytestmark = pytest.mark.cluster
@@ -21,7 +21,7 @@ OFF_LIMIT_S = 90
 
 def greenprompt(registry: Registry, *words: str) -> subprocess.Popen[str]:
     """The command, spoken to this registry."""
-    command = [sys.executable, "-m", "deployments.cli", *words, "--url", registry.url]
+    command = [sys.executable, "-m", "greenprompt_client.cli.main", *words, "--url", registry.url]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -19,9 +19,9 @@ import psutil
 import pytest
 import yaml
 
-from deployments.haproxy import haproxy_environment
-from deployments.local_ray import free_ports
-from deployments.tiny_llm import make_tiny_llm
+from deployments.launch.haproxy import haproxy_environment
+from deployments.launch.local_ray import free_ports
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from tests.cluster.conftest import DOWN_LIMIT_S, REPOSITORY, UP_LIMIT_S, start, stop
 
 pytestmark = pytest.mark.cluster
@@ -36,7 +36,7 @@ deploy:
 def greenprompt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "deployments.cli", *arguments],
+        [sys.executable, "-m", "greenprompt_client.cli.main", *arguments],
         cwd=REPOSITORY,
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
         capture_output=True,

@@ -41,7 +41,7 @@ def test_killed_and_resumed_experiment_has_every_prompt_once(
     llms = [llm("a"), llm("b")]
     experiment.write_text(yaml.safe_dump({"llms": llms, "prompts": str(prompts), "output": str(folder)}))
 
-    command = [sys.executable, "-m", "deployments.cli", "measure", str(experiment), "--url", registry.url]
+    command = [sys.executable, "-m", "greenprompt_client.cli.main", "measure", str(experiment), "--url", registry.url]
     killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while counted(folder / "answers.jsonl").total() < KILLED_AFTER:
         with suppress(subprocess.TimeoutExpired):
@@ -94,7 +94,15 @@ def test_experiment_grows(registry: Registry, llm: Callable[..., dict[str, Any]]
         prompts.write_bytes(b"\xef\xbb\xbf" + json.dumps(questions, indent=2).replace("\n", "\r\n").encode())
         experiment = tmp_path / "experiment.yaml"
         experiment.write_text(yaml.safe_dump({"llms": list(llms), "prompts": str(prompts), "output": str(folder)}))
-        command = [sys.executable, "-m", "deployments.cli", "measure", str(experiment), "--url", registry.url]
+        command = [
+            sys.executable,
+            "-m",
+            "greenprompt_client.cli.main",
+            "measure",
+            str(experiment),
+            "--url",
+            registry.url,
+        ]
         command += ["--repetitions", "2", "--question-field", "instruction", "--warmup", "1"]
         command += ["--arg", "max_new_tokens=8", "--tenant", "growing", "--priority", "high"]
         wide = os.environ | {"COLUMNS": "200"}

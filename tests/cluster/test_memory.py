@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments import process_tree
-from deployments.machine_memory import CGROUPS
+from deployments.machine import process_tree
+from deployments.machine.memory import CGROUPS
 from tests.cluster.conftest import Registry, start, stop
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]

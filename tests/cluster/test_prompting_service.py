@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from registry.client import ENDED
+from greenprompt_client.client import ENDED
 from tests.cluster.conftest import DEPLOY_LIMIT_S, Registry
 from tests.prompting_service_client import PromptingServiceClient
 

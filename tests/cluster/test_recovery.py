@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments import process_tree
+from deployments.machine import process_tree
 from tests.cluster.conftest import Registry
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from deployments.local_ray import FOLDER_PREFIX, TEMPORARY, free_ports
+from deployments.launch.local_ray import FOLDER_PREFIX, TEMPORARY, free_ports
 from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S
 
 pytestmark = pytest.mark.cluster
@@ -153,7 +153,7 @@ def greenprompt(tmp_path: Path, case: Case, *words: str, limit_s: float) -> subp
         own["GREENPROMPT_HTTP__PORT"] = str(free_ports(1)[0])
     if "GREENPROMPT_STATEDIR" in spoiled:
         own.pop("GREENPROMPT_STATE_DIR")
-    command = shlex.join([sys.executable, "-m", "deployments.cli", *words, "--config", str(config)])
+    command = shlex.join([sys.executable, "-m", "greenprompt_client.cli.main", *words, "--config", str(config)])
     shell = f"cd {shlex.quote(str(REPOSITORY))}; {case.before.replace('@', str(tmp_path))}\nexec {command}"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("GREENPROMPT_")}
     return subprocess.run(

@@ -18,16 +18,18 @@ from typing import Any, TypeVar
 
 import pytest
 
-from deployments import gpu_counters, gpu_info, prompt_meter
-from deployments.energy_sources import probe_sources
-from deployments.flights import Flight, Tokens
-from deployments.machine_cpu import MachineCPU
-from deployments.meter import Meter
-from deployments.neighbours import Neighbours
-from deployments.prompt_meter import PromptMeter
+from deployments.energy import prompt_meter
+from deployments.energy.counters import nvml as gpu_counters
+from deployments.energy.counters.probe import probe_sources
+from deployments.energy.flights import Flight, Tokens
+from deployments.energy.meter import Meter
+from deployments.energy.prompt_meter import PromptMeter
+from deployments.machine import gpus as gpu_info
+from deployments.machine.machine_cpu import MachineCPU
+from deployments.machine.neighbours import Neighbours
+from registry.contract.messages import Belief, LeaseGrant, Moment
+from registry.core.records import KeptWindow
 from registry.energy_settings import EnergySettings
-from registry.reconcile import Belief, LeaseGrant, Moment
-from registry.state import KeptWindow
 from tests.energy_world.history import Event, Lease, Life, Load, Prompt
 from tests.energy_world.tree import HERTZ, UPTIME_S
 from tests.energy_world.world import World

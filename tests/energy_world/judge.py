@@ -11,10 +11,10 @@ from math import isclose
 from statistics import fmean, stdev
 from typing import Any
 
-from registry.figures import Figure, figures_of
-from registry.report import COUNTED
-from registry.state import KeptWindow, Measurement, RequestStatus, WindowKind
-from registry.window_report import WindowReport, window_report
+from registry.accounting.figures import Figure, figures_of
+from registry.accounting.report import COUNTED
+from registry.accounting.window_report import WindowReport, window_report
+from registry.core.records import KeptWindow, Measurement, RequestStatus, WindowKind
 from tests.energy_windows import iso, report_of, request
 from tests.energy_world.covered import Covered, Span, kinds_of, without
 from tests.energy_world.driver import MEASUREMENT, Process, Run

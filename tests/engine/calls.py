@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import psutil
 
-from deployments import process_tree
-from deployments.engine import RunningLLM
-from deployments.lease_gate import LeaseGate
-from deployments.prompt_meter import PromptMeter
-from deployments.prompts import PromptGate
-from registry.reconcile import LeaseGrant
+from deployments.energy.prompt_meter import PromptMeter
+from deployments.engine.host import RunningLLM
+from deployments.machine import process_tree
+from deployments.wrapper.lease_gate import LeaseGate
+from deployments.wrapper.prompt_gate import PromptGate
+from registry.contract.messages import LeaseGrant
 from registry.settings import EnergySettings
 
 FAST = {"enforce_eager": True, "max_model_len": 512}

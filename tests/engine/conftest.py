@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.tiny_llm import make_tiny_llm
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
 
 
 @pytest.fixture(scope="package")

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from deployments import process_tree
-from deployments.engine import EngineHost
-from deployments.engine_env import Phase
+from deployments.engine.environment import Phase
+from deployments.engine.host import EngineHost
+from deployments.machine import process_tree
 from tests.engine.calls import FAST, complete, still_running
 
 pytestmark = pytest.mark.vllm

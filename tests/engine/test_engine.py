@@ -17,15 +17,17 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from deployments import checkpoint_trial, engine, process_tree
-from deployments.engine import EngineHost, RunningLLM, StopReport, _Order, public_path
-from deployments.engine_env import Phase, remove_orphans
-from deployments.engine_rest import EngineRest
-from deployments.gpu_memory import GPUMemory
-from deployments.out_of_memory import ENGINE_SCORE
-from deployments.prompt_meter import tokens_of
-from deployments.sleep_mode import SleepMode
-from deployments.tiny_llm import make_tiny_llm
+from deployments.energy.prompt_meter import tokens_of
+from deployments.engine import checkpoint_trial
+from deployments.engine import host as engine
+from deployments.engine.environment import Phase, remove_orphans
+from deployments.engine.gpu_memory import GPUMemory
+from deployments.engine.host import EngineHost, RunningLLM, StopReport, _Order, public_path
+from deployments.engine.rest import EngineRest
+from deployments.engine.sleep_mode import SleepMode
+from deployments.machine import process_tree
+from deployments.machine.out_of_memory import ENGINE_SCORE
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from registry.errors import EngineNotReady, EngineStartFailed
 from tests.engine.calls import FAST, Stream, at_the_gate, client, complete, has_ended, still_running
 
@@ -740,8 +742,10 @@ async def test_dead_engine_is_told_to_its_prompts(host: EngineHost, llms: Path, 
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from deployments import checkpoint_trial, engine, process_tree
-from deployments.engine import EngineHost
+from deployments.engine import checkpoint_trial
+from deployments.engine import host as engine
+from deployments.machine import process_tree
+from deployments.engine.host import EngineHost
 
 async def main():
     host = EngineHost(gpus=0, kv_cache_gib=0.125, cache_dir=Path(sys.argv[2]), preload=())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.engine_env import (
+from deployments.engine.environment import (
     EngineEnvironment,
     Phase,
     PhaseClock,

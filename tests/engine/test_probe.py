@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from deployments.engine import EngineHost, RunningLLM
-from deployments.native_call import native_prompt
-from deployments.probe import Probe
+from deployments.engine.host import EngineHost, RunningLLM
+from deployments.wrapper.native_call import native_prompt
+from deployments.wrapper.probe import Probe
 from registry.errors import EngineStartFailed
 from tests.engine.calls import FAST, at_the_gate, client
 from tests.tool_calls import NAMED, TOOL

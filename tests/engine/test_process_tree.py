@@ -12,7 +12,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from deployments import process_tree
+from deployments.machine import process_tree
 
 FAMILY = """
 import subprocess, sys

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from deployments.tiny_llm import make_tiny_llm
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from tests.hosts import hosts
 from tests.hosts.hosts import HOME, INSTALLED, Host, Network
 

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import URL, Connection, NullPool, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
-from registry.store import Store
+from registry.store.store import Store
 
 POSTGRES_URL = os.environ.get("REGISTRY_TEST_POSTGRES_URL", "postgresql+psycopg://root@127.0.0.1:5432/test")
 

@@ -11,10 +11,10 @@ import huggingface_hub.constants
 import psutil
 import pytest
 
-from deployments import model_cache
-from deployments.model_cache import LocalModel, ModelCache
+from deployments.models import cache as model_cache
+from deployments.models.cache import LocalModel, ModelCache
+from registry.contract.messages import Download
 from registry.errors import EngineStartFailed
-from registry.reconcile import Download
 from tests import fake_hub
 from tests.fake_hub import FILES, WEIGHTS, FakeHub
 
@@ -36,7 +36,7 @@ def cache(tmp_path: Path) -> Cache:
 def downloads() -> list[psutil.Process]:
     """The processes that download for this one."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if "deployments.model_download" in child.cmdline()]
+    return [child for child in children if "deployments.models.download" in child.cmdline()]
 
 
 def holds(model: LocalModel) -> dict[str, bytes]:
@@ -126,7 +126,7 @@ async def test_a_download_that_hangs_can_be_ended(hub: FakeHub, cache: Cache, tm
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from deployments.model_cache import ModelCache
+from deployments.models.cache import ModelCache
 asyncio.run(ModelCache(Path(sys.argv[1]), Path(sys.argv[1]) / ".greenprompt").fetch("org/tiny"))
 """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deployments.report_html import report_html
+from greenprompt_client.report.html import report_html
 from tests.energy_windows import an_experiment
 
 WIDTH, HEIGHT = 1100, 2400

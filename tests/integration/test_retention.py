@@ -10,11 +10,8 @@ from typing import cast
 import pytest
 from sqlalchemy import NullPool, create_engine
 
-from registry.errors import RegistryError, RequestForgotten, StoreUnavailable, UnknownMeasurement, UnknownRequest
-from registry.reconcile import Cluster, Observation
-from registry.service import DAY_S, Idempotency, Service
-from registry.settings import Settings, WatchSettings
-from registry.state import (
+from registry.contract.messages import Cluster, Observation
+from registry.core.records import (
     Lease,
     LLMSpec,
     Machine,
@@ -27,7 +24,10 @@ from registry.state import (
     Wrapper,
     WrapperStatus,
 )
-from registry.store import Store
+from registry.errors import RegistryError, RequestForgotten, StoreUnavailable, UnknownMeasurement, UnknownRequest
+from registry.service.service import DAY_S, Idempotency, Service
+from registry.settings import Settings, WatchSettings
+from registry.store.store import Store
 from tests.fake_counters import ManualClock
 
 DATA = Path(__file__).resolve().parents[1] / "data"

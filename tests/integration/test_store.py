@@ -16,9 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import NullPool, Table, create_engine, text
 
-from registry.errors import BadSettings, StoreUnavailable
-from registry.migrations import tables
-from registry.state import (
+from registry.core.records import (
     Changes,
     Grade,
     KeptWindow,
@@ -35,7 +33,9 @@ from registry.state import (
     Wrapper,
     WrapperStatus,
 )
-from registry.store import EventRow, IdempotencyRow, Store, StoredEvent
+from registry.errors import BadSettings, StoreUnavailable
+from registry.store.migrations import tables
+from registry.store.store import EventRow, IdempotencyRow, Store, StoredEvent
 from tests.energy_windows import window
 
 BIGGEST = 2**63 - 1

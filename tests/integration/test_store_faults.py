@@ -16,16 +16,16 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.pool import NullPool
 
+from registry.core.records import Changes, LLMSpec, Machine, Measurement, Request
 from registry.errors import BadSettings, StoreUnavailable
-from registry.state import Changes, LLMSpec, Machine, Measurement, Request
-from registry.store import EventRow, Store
+from registry.store.store import EventRow, Store
 
 SECRET = "hunter2-s3cret"
 
 COMMITTER = """
 import itertools, sys
-from registry.state import Changes, LLMSpec, Measurement, Request
-from registry.store import EventRow, Store
+from registry.core.records import Changes, LLMSpec, Measurement, Request
+from registry.store.store import EventRow, Store
 
 store = Store.open(sys.argv[1])
 for n in itertools.count():
@@ -37,7 +37,7 @@ for n in itertools.count():
 
 HOLDER = """
 import sys
-from registry.store import Store
+from registry.store.store import Store
 
 store = Store.open(sys.argv[1])
 print("open", flush=True)
@@ -123,7 +123,7 @@ def test_the_successor_of_a_killed_registry_waits_for_its_end(database_url: str,
             waits.append(seconds)
             pause(seconds)
 
-        monkeypatch.setattr("registry.store.time.sleep", kill_while_waiting)
+        monkeypatch.setattr("registry.store.store.time.sleep", kill_while_waiting)
         store = Store.open(database_url)
         store.commit(machine(1))
         store.close()

@@ -11,15 +11,15 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.accounts import Accounts
-from registry.allocator import Allocator
-from registry.archive import Archive
-from registry.budgets import CHARGED, month_begin_s
-from registry.reconcile import Moment, WrapperReport
+from registry.accounting.totals import Sum
+from registry.contract.messages import Moment, WrapperReport
+from registry.core.allocator import Allocator
+from registry.core.records import Changes, Limits, LLMSpec, Measurement, Request, WindowKind
+from registry.service.accounts import Accounts
+from registry.service.archive import Archive
+from registry.service.budgets import CHARGED, month_begin_s
 from registry.settings import TenantBudget
-from registry.state import Changes, Limits, LLMSpec, Measurement, Request, WindowKind
-from registry.store import Store
-from registry.totals import Sum
+from registry.store.store import Store
 from tests.energy_windows import window
 
 TENANTS = "ann", "bob"

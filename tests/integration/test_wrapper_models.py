@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from deployments import wrapper as wrapper_module
-from deployments.engine import StopReport
-from deployments.models import ModelSources
-from deployments.wrapper import LLMWrapper, WrapperConfig
+from deployments.engine.host import StopReport
+from deployments.models.sources import ModelSources
+from deployments.wrapper import llm_wrapper as wrapper_module
+from deployments.wrapper.llm_wrapper import LLMWrapper, WrapperConfig
+from registry.contract.messages import LeaseGrant
+from registry.core.records import LLMSpec
 from registry.errors import EngineStartFailed, StaleEpoch
-from registry.reconcile import LeaseGrant
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
-from registry.state import LLMSpec
 from tests.fake_cluster import UNTOLD
 from tests.fake_hub import FILES, FakeHub
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.energy import Energy
-from deployments.flights import Flight, Flights, Tokens
-from deployments.meter import Meter
-from deployments.token_weights import UNKNOWN, Weight
+from deployments.energy.figures import Energy
+from deployments.energy.flights import Flight, Flights, Tokens
+from deployments.energy.meter import Meter
+from deployments.energy.token_weights import UNKNOWN, Weight
 from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
 
 START_S = 1000.0

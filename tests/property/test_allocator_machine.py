@@ -11,11 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from registry.allocator import Allocator
-from registry.errors import InvalidField, LLMNeverFits, UnknownMachine, UnknownRequest
-from registry.fit import GIB
-from registry.policy import PRIORITY_TURNS
-from registry.state import (
+from registry.core.allocator import Allocator
+from registry.core.fit import GIB
+from registry.core.policy import PRIORITY_TURNS
+from registry.core.records import (
     BindLease,
     DeployLLM,
     Event,
@@ -43,6 +42,7 @@ from registry.state import (
     WrapperStatus,
     WrapperSwitchedOff,
 )
+from registry.errors import InvalidField, LLMNeverFits, UnknownMachine, UnknownRequest
 from tests.allocator_scene import Memory, llm
 from tests.simulated_cluster import SimulatedCluster
 

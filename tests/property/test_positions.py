@@ -7,8 +7,8 @@ import copy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.policy import Turns
-from registry.positions import Positions
+from registry.core.policy import Turns
+from registry.core.positions import Positions
 
 WEIGHTS = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 0.5, "e": 3.0, "f": 1.0, "g": 1.0, "h": 0.3}
 TENANTS = sorted(WEIGHTS)

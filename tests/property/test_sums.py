@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.budgets import CHARGED
-from registry.state import EnergyWindow, KeptWindow, Measurement, WindowKind
-from registry.store import Store
-from registry.totals import SPENT, lease_total, spent_total
+from registry.accounting.totals import SPENT, lease_total, spent_total
+from registry.core.records import EnergyWindow, KeptWindow, Measurement, WindowKind
+from registry.service.budgets import CHARGED
+from registry.store.store import Store
 from tests.energy_windows import BEGUN_S, iso, record, report_of, request
 
 DAY_S = 86_400.0

@@ -1,7 +1,7 @@
 """Machines, Ray and Serve as the registry's service meets them, in virtual time: slow, cut off, dead, back again.
 
-A ``Process`` follows ``deployments.wrapper``, over the real lease gate. What happens to messages: they take time, come
-late, twice, in another order, or when a cut heals, long after their sender has given up.
+A ``Process`` follows ``deployments.wrapper.llm_wrapper``, over the real lease gate. What happens to messages: they take
+time, come late, twice, in another order, or when a cut heals, long after their sender has given up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from itertools import count
 from random import Random
 from typing import Any
 
-from deployments.lease_gate import LeaseGate
+from deployments.wrapper.lease_gate import LeaseGate
+from registry.contract.messages import Belief, HandOver, LeaseGrant, Observation, StartedFor, WrapperPlan, WrapperReport
+from registry.core.records import LLMSpec, Machine
 from registry.errors import (
     EngineNotReady,
     EngineStartFailed,
@@ -23,12 +25,10 @@ from registry.errors import (
     WrapperUnheard,
     WrapperUnreachable,
 )
-from registry.reconcile import Belief, HandOver, LeaseGrant, Observation, StartedFor, WrapperPlan, WrapperReport
 from registry.settings import Settings
-from registry.state import LLMSpec, Machine
 
 COMMAND_TIMEOUT_S, APPS_BELIEVED_S = 10.0, 30.0
-"""As in ``deployments.cluster``."""
+"""As in ``deployments.serve.cluster``."""
 
 LONGEST_DELAY_S = 60.0
 """How late a message can come, a cut apart."""
@@ -319,7 +319,7 @@ class Process:
 
 
 class SimulatedCluster:
-    """``registry.reconcile.Cluster`` over all of that. It outlives the registries that use it.
+    """``registry.contract.messages.Cluster`` over all of that. It outlives the registries that use it.
 
     ``on_prompt`` is called when a prompt is let in, ``on_call`` when a call is on its way to a wrapper. ``broken`` are
     models that no machine can start.

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from registry.state import Changes, LLMSpec, Measurement, MeasurementKey, Request, RequestStatus, Wrapper, WrapperStatus
+from registry.core.records import (
+    Changes,
+    LLMSpec,
+    Measurement,
+    MeasurementKey,
+    Request,
+    RequestStatus,
+    Wrapper,
+    WrapperStatus,
+)
 from tests.simulation.machines import Node
 
 BROKEN = (WrapperStatus.LOST, WrapperStatus.FAILED, WrapperStatus.OFF)

@@ -12,11 +12,11 @@ from random import Random
 
 import pytest
 
-from registry.budgets import CHARGED, month_begin_s
-from registry.report import Gathered, report_of
-from registry.state import KeptWindow, Measurement
-from registry.store import Store
-from registry.totals import SPENT, Total, spent_total
+from registry.accounting.report import Gathered, report_of
+from registry.accounting.totals import SPENT, Total, spent_total
+from registry.core.records import KeptWindow, Measurement
+from registry.service.budgets import CHARGED, month_begin_s
+from registry.store.store import Store
 from tests.energy_windows import iso, request
 from tests.energy_world.driver import MEASUREMENT, TENANT, drive
 from tests.energy_world.expected import DAY_S

@@ -19,16 +19,16 @@ import stamina
 from pydantic import TypeAdapter
 from rich.console import Console, RenderableType
 
-from deployments.experiment import Plan, load_plan
-from deployments.figures_table import READING
-from deployments.measure import run_measure
-from deployments.report_table import report_table
-from registry.api import RequestState
-from registry.report import MeasurementReport
-from registry.state import KeptWindow, Measurement, WindowKind
-from registry.store import Store
-from registry.views import gathered, report_json
-from registry.window_report import WindowReport, window_report
+from greenprompt_client.figures_table import READING
+from greenprompt_client.measure.experiment import Plan, load_plan
+from greenprompt_client.measure.run import run_measure
+from greenprompt_client.report.table import report_table
+from registry.accounting.report import MeasurementReport
+from registry.accounting.window_report import WindowReport, window_report
+from registry.core.records import KeptWindow, Measurement, WindowKind
+from registry.service.views import gathered, report_json
+from registry.store.store import Store
+from registry.wire.schemas import RequestState
 from tests.energy_windows import iso, request
 from tests.energy_world.driver import MEASUREMENT, TENANT, Run, drive
 from tests.energy_world.experiment import Experiment

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from deployments.lease_gate import LeaseGate
-from registry.dispatch import Dispatcher
-from registry.endings import Endings
-from registry.ledger import Ledger
-from registry.pins import Pins
-from registry.reconcile import Moment
-from registry.state import Request, RequestStatus
-from registry.store import Store
+from deployments.wrapper.lease_gate import LeaseGate
+from registry.contract.messages import Moment
+from registry.core.dispatch import Dispatcher
+from registry.core.endings import Endings
+from registry.core.ledger import Ledger
+from registry.core.pins import Pins
+from registry.core.records import Request, RequestStatus
+from registry.store.store import Store
 from tests.simulation.machines import Process, Weather
 from tests.simulation.virtual_time import Stuck, VirtualLoop
 from tests.simulation.world import (

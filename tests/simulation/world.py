@@ -25,6 +25,19 @@ from typing import Any, TypeVar
 import structlog
 from sqlalchemy import Connection, delete
 
+from registry.contract.messages import LeaseGrant
+from registry.core.records import (
+    Changes,
+    Decision,
+    Event,
+    LLMSpec,
+    NewRequest,
+    Priority,
+    Request,
+    RequestStatus,
+    Snapshot,
+    canonical_json,
+)
 from registry.errors import (
     EngineNotReady,
     InvalidField,
@@ -39,24 +52,11 @@ from registry.errors import (
     UnknownRequest,
     WrapperUnreachable,
 )
-from registry.history import ids_of
-from registry.migrations.tables import METADATA
-from registry.reconcile import LeaseGrant
-from registry.service import Service
+from registry.service.history import ids_of
+from registry.service.service import Service
 from registry.settings import Settings
-from registry.state import (
-    Changes,
-    Decision,
-    Event,
-    LLMSpec,
-    NewRequest,
-    Priority,
-    Request,
-    RequestStatus,
-    Snapshot,
-    canonical_json,
-)
-from registry.store import IdempotencyRow, Store
+from registry.store.migrations.tables import METADATA
+from registry.store.store import IdempotencyRow, Store
 from tests.simulation.machines import CALM, Node, Process, SimulatedCluster, Weather
 from tests.simulation.moves import Moves
 from tests.simulation.virtual_time import Stuck, VirtualLoop

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from deployments.energy import Label
+from deployments.energy.figures import Label
 
 POWER_HEADROOM = 1.2
 """Power above this many times the limit is no plausible reading."""

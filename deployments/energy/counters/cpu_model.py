@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from deployments.cpu_time import TICKS_PER_S, CPUTimeTree
-from deployments.energy import CPUModel, Label
-from deployments.source import Joules, ReadFailed, Source
+from deployments.energy.counters.base import Joules, ReadFailed, Source
+from deployments.energy.figures import CPUModel, Label
+from deployments.machine.cpu_time import TICKS_PER_S, CPUTimeTree
 
 
 class CPUModelSource(Source):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deployments.source import CounterLost
+from deployments.energy.counters.base import CounterLost
 
 
 class EdgeCheck:

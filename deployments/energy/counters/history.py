@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from deployments.activity import Activity
+from deployments.energy.counters.activity import Activity
 
 _FINE_S = 600.0
 """Every edge of the last ten minutes is kept, of older times one a second."""

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from deployments.energy import Component, Label, worst
-from deployments.machine_cpu import MachineCPU
-from deployments.source import CounterLost, Source, Unreadable
+from deployments.energy.counters.base import CounterLost, Source, Unreadable
+from deployments.energy.figures import Component, Label, worst
+from deployments.machine.machine_cpu import MachineCPU
 
 
 class CPUPart:

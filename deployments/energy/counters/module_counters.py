@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from deployments.energy import Label
-from deployments.gpu_counters import GPUCounter
-from deployments.source import CounterLost, ReadFailed, Source
+from deployments.energy.counters.base import CounterLost, ReadFailed, Source
+from deployments.energy.counters.nvml import GPUCounter
+from deployments.energy.figures import Label
 
 _MOVES_TO_TELL = 3
 

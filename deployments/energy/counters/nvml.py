@@ -8,10 +8,10 @@ from typing import Any
 
 import pynvml
 
-from deployments.cpu_time import CPUTimeTree
-from deployments.energy import Label
-from deployments.gpu_info import power_limit_w
-from deployments.source import CounterLost, ReadFailed, Source, Unreadable
+from deployments.energy.counters.base import CounterLost, ReadFailed, Source, Unreadable
+from deployments.energy.figures import Label
+from deployments.machine.cpu_time import CPUTimeTree
+from deployments.machine.gpus import power_limit_w
 
 _MAX_SAMPLE_GAP_S = 0.2
 """Longest time between two power samples that are integrated; the label promises 10 a second."""

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from deployments.energy import Label
-from deployments.source import CounterLost, ReadFailed, Source, Unreadable
+from deployments.energy.counters.base import CounterLost, ReadFailed, Source, Unreadable
+from deployments.energy.figures import Label
 
 PACKAGE_LIMIT_W = 1500.0
 """Limit for a package that tells none. The largest server processors are made for 500 W (AMD EPYC 9005, Intel Xeon

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from deployments.cpu_model import CPUModelSource
-from deployments.cpu_quota import cpus_here
-from deployments.energy import SCISettings
-from deployments.gpu_counters import GPUCounter, GPUPower, GPUPowerAtMost, probe_gpu
-from deployments.gpu_info import all_gpu_uuids, driver_version, gpu_memory, gpu_settings, gpu_uuids
-from deployments.machine_cpu import MachineCPU
-from deployments.machine_share import CPUPart, shares
-from deployments.module_counters import module_counters
-from deployments.powercap import PowercapZone, probe_powercap
-from deployments.source import POWER_HEADROOM, CounterLost, Joules, ReadFailed, Source, Unreadable
+from deployments.energy.counters.base import POWER_HEADROOM, CounterLost, Joules, ReadFailed, Source, Unreadable
+from deployments.energy.counters.cpu_model import CPUModelSource
+from deployments.energy.counters.machine_share import CPUPart, shares
+from deployments.energy.counters.module_counters import module_counters
+from deployments.energy.counters.nvml import GPUCounter, GPUPower, GPUPowerAtMost, probe_gpu
+from deployments.energy.counters.powercap import PowercapZone, probe_powercap
+from deployments.energy.figures import SCISettings
+from deployments.machine.cpu_quota import cpus_here
+from deployments.machine.gpus import all_gpu_uuids, driver_version, gpu_memory, gpu_settings, gpu_uuids
+from deployments.machine.machine_cpu import MachineCPU
 
 __all__ = [
     "POWER_HEADROOM",

@@ -10,9 +10,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from deployments.energy import Label
-from deployments.energy_sources import ReadFailed, Source, Unreadable
-from deployments.gpu_counters import GPU_LIMIT_W
+from deployments.energy.counters.nvml import GPU_LIMIT_W
+from deployments.energy.counters.probe import ReadFailed, Source, Unreadable
+from deployments.energy.figures import Label
 from registry.errors import in_one_line
 
 

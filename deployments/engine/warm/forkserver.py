@@ -28,14 +28,14 @@ from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deployments.out_of_memory import ENGINE_SCORE, raise_score
+from deployments.machine.out_of_memory import ENGINE_SCORE, raise_score
 
 T = TypeVar("T")
 
 LOOK_S = 0.05
 """How often it is looked whether a process that runs apart is given up, seconds."""
 
-PRELOAD = "deployments.engine_preload"
+PRELOAD = "deployments.engine.warm.preload"
 OWNER_PID = "GREENPROMPT_ENGINE_OWNER_PID"
 PHASE_FILE = "GREENPROMPT_ENGINE_PHASE_FILE"
 PRELOAD_EXTRA = "GREENPROMPT_ENGINE_PRELOAD"
@@ -102,7 +102,7 @@ def allow_amx() -> None:
 
 def forkserver_variables(preload: Sequence[str]) -> Mapping[str, str]:
     """The environment that a forkserver of this process needs, to import ``preload`` besides what it always does."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[3])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != root]
     return {
         "PYTHONPATH": os.pathsep.join([root, *paths]),  # it knows nothing of this process' sys.path

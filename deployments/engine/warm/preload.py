@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deployments.engine_wait import be_patient
-from deployments.out_of_memory import ENGINE_SCORE, raise_score
-from deployments.warm_start import (
+from deployments.engine.warm.forkserver import (
     OWNER_PID,
     PHASE_FILE,
     PRELOAD_EXTRA,
@@ -26,6 +24,8 @@ from deployments.warm_start import (
     fork_context,
     shape_problem,
 )
+from deployments.engine.warm.spin_wait import be_patient
+from deployments.machine.out_of_memory import ENGINE_SCORE, raise_score
 
 _ALWAYS = (
     "vllm.v1.engine.async_llm",

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from deployments.llm_args_rules import JSON, Dropped, Kind, Mapped, Refused, Rule
-from deployments.llm_args_table import DEPLOYMENT, PROMPTING, TASKS, Task
+from deployments.models.args.rules import JSON, Dropped, Kind, Mapped, Refused, Rule
+from deployments.models.args.table import DEPLOYMENT, PROMPTING, TASKS, Task
+from registry.core.records import LLMSpec, canonical_json
 from registry.errors import InvalidField
-from registry.state import LLMSpec, canonical_json
 
 __all__ = [
     "JSON",
@@ -313,7 +313,7 @@ def _shown(value: object) -> str:
 
 
 def as_markdown() -> str:
-    """docs/llm-args.md, from the tables. ``python -m deployments.llm_args > docs/llm-args.md`` writes it."""
+    """docs/llm-args.md, from the tables. ``python -m deployments.models.args.mapping > docs/llm-args.md`` writes it."""
     parts = [_INTRODUCTION]
     parts += ["## modeltyp\n", "| modeltyp | served as | engine arguments |", "|---|---|---|"]
     parts += [
@@ -337,7 +337,7 @@ def as_markdown() -> str:
 _INTRODUCTION = """\
 # What may stand in the args of an llmconfig
 
-Made from `deployments/llm_args_table.py` by `python -m deployments.llm_args`; a test keeps it current.
+Made from `deployments/models/args/table.py` by `python -m deployments.models.args.mapping`; a test keeps it current.
 
 Args are written in the words of Hugging Face transformers or in vLLM's own (0.32). `null` is the same as leaving a word
 out. A word that is not listed here is refused, with the nearest that is.

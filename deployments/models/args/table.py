@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deployments.llm_args_rules import (
+from deployments.models.args.rules import (
     BAD_WORDS,
     DTYPE,
     FLAG,

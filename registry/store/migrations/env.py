@@ -14,7 +14,7 @@ from alembic import context
 from alembic.autogenerate.api import AutogenContext
 from sqlalchemy.types import TypeDecorator
 
-from registry.migrations.tables import METADATA
+from registry.store.migrations.tables import METADATA
 
 
 def _plain_type(kind: str, item: object, _: AutogenContext) -> str | Literal[False]:

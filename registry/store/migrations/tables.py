@@ -1,7 +1,7 @@
 """The tables as the newest revision leaves them, and how a record's fields become cells.
 
-Every record of ``registry.state`` has a table whose columns are the record's fields, by name and in their order. Only
-``registry.store`` and the revisions beside this file know of them.
+Every record of ``registry.core.records`` has a table whose columns are the record's fields, by name and in their order.
+Only ``registry.store.store`` and the revisions beside this file know of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from registry.state import (
+from registry.core.records import (
     Grade,
     LLMMemory,
     LLMSpec,

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import structlog
 
-from registry import service as service_module
-from registry.state import WrapperStatus
-from registry.store import Store
+from registry.core.records import WrapperStatus
+from registry.service import service as service_module
+from registry.store.store import Store
 from tests.service_world import World
 
 

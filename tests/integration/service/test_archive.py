@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from registry import views
+from registry.core.records import Event, MachineJoined, MachineLost, RequestStatus, WrapperAdded, WrapperStatus
 from registry.errors import UnknownMeasurement
-from registry.state import Event, MachineJoined, MachineLost, RequestStatus, WrapperAdded, WrapperStatus
+from registry.service import views
 from tests.service_world import OTHER, TINY, World
 
 Status = RequestStatus

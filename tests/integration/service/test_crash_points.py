@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from registry.contract.messages import HandOver, LeaseGrant, StartedFor, WrapperPlan
+from registry.core.records import Changes, LLMSpec, NewRequest, RequestStatus, WrapperStatus
 from registry.errors import EngineStartFailed
-from registry.reconcile import HandOver, LeaseGrant, StartedFor, WrapperPlan
-from registry.state import Changes, LLMSpec, NewRequest, RequestStatus, WrapperStatus
-from registry.store import EventRow, IdempotencyRow
+from registry.store.store import EventRow, IdempotencyRow
 from tests.fake_cluster import FakeCluster
 from tests.service_world import OTHER, THIRD, TINY, World, config_of
 

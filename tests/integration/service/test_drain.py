@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from registry import views
+from registry.core.records import RequestStatus as Status
+from registry.core.records import WrapperStatus
 from registry.errors import UnknownMachine, WrapperUnreachable
-from registry.state import RequestStatus as Status
-from registry.state import WrapperStatus
+from registry.service import views
 from tests.service_world import BIG, OTHER, TINY, World
 
 Make = Callable[..., World]

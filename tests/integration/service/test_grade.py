@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from registry import views
-from registry.api import RequestState
+from registry.core.records import Grade, RequestStatus, WrapperStatus
 from registry.errors import InvalidField
-from registry.state import Grade, RequestStatus, WrapperStatus
+from registry.service import views
+from registry.wire.schemas import RequestState
 from tests.service_world import OTHER, TINY, World
 
 RAN_ON: dict[str, object] = {"cpu": {"model": "Xeon"}, "versions": {"vllm": "0.32.0"}}

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from registry import views
+from registry.core.records import LLMMemory, MachineJoined, NewRequest, Priority, WrapperStatus
+from registry.core.records import RequestStatus as Status
 from registry.errors import (
     EngineStartFailed,
     IdempotencyConflict,
@@ -17,9 +18,8 @@ from registry.errors import (
     UnknownRequest,
     WrapperUnreachable,
 )
-from registry.service import Idempotency
-from registry.state import LLMMemory, MachineJoined, NewRequest, Priority, WrapperStatus
-from registry.state import RequestStatus as Status
+from registry.service import views
+from registry.service.service import Idempotency
 from tests.service_world import BIG, LIMIT_S, OTHER, THIRD, TINY, World, config_of
 
 Make = Callable[..., World]
@@ -450,7 +450,7 @@ async def test_a_warm_llm_is_ours_in_the_answer(world: World) -> None:
 
 async def test_a_cold_llm_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the start of an LLM nor a busy wrapper holds the answer to a POST back."""
-    monkeypatch.setattr("registry.service.GRANT_WAIT_S", 2 * LIMIT_S)
+    monkeypatch.setattr("registry.service.service.GRANT_WAIT_S", 2 * LIMIT_S)
     starts = world.cluster.hold("a-0", "deploy")
     async with asyncio.timeout(LIMIT_S):
         (first,) = await world.service.granted([world.request(request_id) for request_id in world.ask(1, TINY)])
@@ -461,7 +461,7 @@ async def test_a_cold_llm_is_not_waited_for(world: World, monkeypatch: pytest.Mo
 
 async def test_a_wrapper_that_is_slow_does_not_hold_the_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer to a POST goes out without the LLM when its wrapper does not take the lease soon."""
-    monkeypatch.setattr("registry.service.GRANT_WAIT_S", 0.01)
+    monkeypatch.setattr("registry.service.service.GRANT_WAIT_S", 0.01)
     world.service.release(await world.deployed(1))
     binding = world.cluster.hold("a-0", "bind")
     (request,) = await world.service.granted([world.request(request_id) for request_id in world.ask(2, TINY)])

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from registry import views
+from registry.core.records import RequestStatus as Status
+from registry.core.records import WrapperFailed, WrapperStarted, WrapperStatus
 from registry.errors import (
     EngineStartFailed,
     InvalidField,
     WrapperUnheard,
     WrapperUnreachable,
 )
-from registry.state import RequestStatus as Status
-from registry.state import WrapperFailed, WrapperStarted, WrapperStatus
+from registry.service import views
 from tests.service_world import OTHER, TINY, World
 
 Make = Callable[..., World]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from registry import service as service_module
-from registry import views
+from registry.contract.messages import WrapperReport
+from registry.core.records import Event, Lease, WrapperFailed, WrapperStarted, WrapperStatus
+from registry.core.records import RequestStatus as Status
 from registry.errors import (
     InternalError,
     ShuttingDown,
@@ -18,10 +19,9 @@ from registry.errors import (
     UnknownMeasurement,
     WrapperUnreachable,
 )
-from registry.reconcile import WrapperReport
+from registry.service import service as service_module
+from registry.service import views
 from registry.settings import Settings
-from registry.state import Event, Lease, WrapperFailed, WrapperStarted, WrapperStatus
-from registry.state import RequestStatus as Status
 from tests.service_world import LIMIT_S, OTHER, THIRD, TINY, World
 
 Make = Callable[..., World]

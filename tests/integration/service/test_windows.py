@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from registry import views
-from registry.api import EnergyState
+from registry.accounting.totals import spent_total
+from registry.contract.messages import StartedFor
+from registry.core.records import EnergyWindow, NewRequest, RequestStatus, WindowKind, WrapperStatus
 from registry.errors import StoreUnavailable, TenantBudgetUsed
-from registry.reconcile import StartedFor
+from registry.service import views
 from registry.settings import TenantBudget
-from registry.state import EnergyWindow, NewRequest, RequestStatus, WindowKind, WrapperStatus
-from registry.store import Store
-from registry.totals import spent_total
+from registry.store.store import Store
+from registry.wire.schemas import EnergyState
 from tests.energy_windows import window
 from tests.integration.service.conftest import Make
 from tests.service_world import TINY, World

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from deployments.contention import Contention, at_once
+from deployments.energy.contention import Contention, at_once
 
 
 def test_strangers_in_a_gap_of_the_poller_are_seen_in_all_of_it() -> None:

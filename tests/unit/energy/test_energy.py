@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.energy import Component, Label, total, worst
+from deployments.energy.figures import Component, Label, total, worst
 
 
 def part(joules: float | None, label: Label = Label.MEASURED, **more: object) -> Component:

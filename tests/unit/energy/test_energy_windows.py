@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deployments import energy_log, flights, window_writer
-from deployments.energy import Label
-from deployments.energy_sources import Unreadable
+from deployments.energy import flights, window_writer
+from deployments.energy import window_log as energy_log
+from deployments.energy.counters.probe import Unreadable
+from deployments.energy.figures import Label
+from registry.contract.messages import LeaseGrant, StartedFor
+from registry.core.records import EnergyWindow, WindowKind
 from registry.errors import BudgetUsed
-from registry.reconcile import LeaseGrant, StartedFor
-from registry.state import EnergyWindow, WindowKind
 from tests.fake_counters import FakeCounter, PowerCurve, Ticks
 from tests.meter_bench import EMBODIED, LEASE, OTHER, UTC_S, WATTS, Bench, detail, of_kind
 

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from deployments import flights as flights_module
-from deployments.attribution import Parts, Share, Shares
-from deployments.flights import Flight, Flights, Tokens
-from deployments.token_weights import Weight
-from deployments.windows import Level
+from deployments.energy import flights as flights_module
+from deployments.energy.attribution import Parts, Share, Shares
+from deployments.energy.counters.history import Level
+from deployments.energy.flights import Flight, Flights, Tokens
+from deployments.energy.token_weights import Weight
 
 
 def began(flights: Flights, at_s: float) -> Flight:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deployments.flights import Flight
-from registry.state import EnergyWindow, WindowKind
+from deployments.energy.flights import Flight
+from registry.core.records import EnergyWindow, WindowKind
 from tests.energy_windows import record
 from tests.meter_bench import LEASE, UTC_S, WATTS, Bench, detail, of_kind
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from deployments import meter as meter_module
-from deployments.attribution import Parts
-from deployments.energy import CPUModel, Label
-from deployments.energy_sources import CounterLost, CPUModelSource, GPUPower, ReadFailed, Source, Unreadable
-from deployments.meter import Meter
+from deployments.energy import meter as meter_module
+from deployments.energy.attribution import Parts
+from deployments.energy.counters.probe import CounterLost, CPUModelSource, GPUPower, ReadFailed, Source, Unreadable
+from deployments.energy.figures import CPUModel, Label
+from deployments.energy.meter import Meter
 from registry.errors import BadSettings
 from tests.fake_counters import FakeCounter, FakeGPU, FakeNVML, ManualClock, install_nvml
 

@@ -13,16 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from deployments import meter as meter_module
-from deployments import prompt_meter
-from deployments.energy import GridIntensity, Label, worst
-from deployments.energy_sources import ReadFailed, Source, Unreadable
-from deployments.flights import Flight
-from deployments.meter import Meter
-from deployments.prompt_meter import PromptMeter, grid_of, sci_settings
+from deployments.energy import meter as meter_module
+from deployments.energy import prompt_meter
+from deployments.energy.counters.probe import ReadFailed, Source, Unreadable
+from deployments.energy.figures import GridIntensity, Label, worst
+from deployments.energy.flights import Flight
+from deployments.energy.meter import Meter
+from deployments.energy.prompt_meter import PromptMeter, grid_of, sci_settings
+from registry.core.records import WindowKind
 from registry.errors import BadSettings
 from registry.settings import EnergySettings, load_settings
-from registry.state import WindowKind
 from tests.fake_counters import FakeCounter, ManualClock
 from tests.meter_bench import LEASE, detail, of_kind
 from tests.meter_bench import Bench as WindowBench
@@ -349,7 +349,7 @@ def test_simulated_sources_are_refused_outside_tests(monkeypatch: pytest.MonkeyP
 
 def test_production_takes_nothing_simulated(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     """The production configuration refuses a simulated source, and where a test forces one in there is no score."""
-    site = load_settings(Path(__file__).parents[2] / "configs" / "production.yaml").energy
+    site = load_settings(Path(__file__).parents[3] / "configs" / "production.yaml").energy
     production = site.of_wrapper(machine="a", gpu_type=None, zone=None, gpus=1, on_machine=1)
     made = bench(**production.model_dump(exclude={"grid", "embodied"}))
     account = made.account(made.prompt(1.0))

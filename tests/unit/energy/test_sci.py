@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deployments.energy import Component, Embodied, Energy, GridIntensity, Label, SCISettings, total
-from deployments.sci import embodied_g_per_hour, grid_intensity, kwh, score
+from deployments.energy.figures import Component, Embodied, Energy, GridIntensity, Label, SCISettings, total
+from deployments.energy.sci import embodied_g_per_hour, grid_intensity, kwh, score
 from registry import grid_mixes
 from registry.errors import BadSettings
 
@@ -312,9 +312,9 @@ def test_data_set_not_installed(monkeypatch: pytest.MonkeyPatch, no_mixes: None)
 def test_importing_the_meter_is_cheap() -> None:
     """Neither the package of the data set nor anything of an engine is imported for the meter and a look-up."""
     code = (
-        "import sys; from deployments import meter, sci; sci.grid_intensity('DEU');"
+        "import sys; from deployments.energy import meter, sci; sci.grid_intensity('DEU');"
         "print(sorted({'ecologits', 'vllm', 'torch', 'ray', 'pydantic'} & set(sys.modules)))"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"

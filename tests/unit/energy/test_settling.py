@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from deployments.energy import Label
-from deployments.energy_sources import Unreadable
-from deployments.meter import Meter
-from deployments.settling import at_rest, warmed_up
+from deployments.energy.counters.probe import Unreadable
+from deployments.energy.figures import Label
+from deployments.energy.meter import Meter
+from deployments.energy.settling import at_rest, warmed_up
 from registry.settings import EnergySettings
 from tests.fake_counters import FakeCounter, ManualClock
 

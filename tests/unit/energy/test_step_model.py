@@ -7,11 +7,11 @@ from statistics import fmean, stdev
 
 import pytest
 
-from deployments.activity import Activity
-from deployments.energy import CPUModel, Energy, Label
-from deployments.energy_sources import CPUModelSource, Source
-from deployments.meter import Meter
-from deployments.windows import Track
+from deployments.energy.counters.activity import Activity
+from deployments.energy.counters.history import Track
+from deployments.energy.counters.probe import CPUModelSource, Source
+from deployments.energy.figures import CPUModel, Energy, Label
+from deployments.energy.meter import Meter
 from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
 
 START_S = 1000.0

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.timeline import MOST_GAPS, STRETCH_S, Stretch, Timeline
+from deployments.energy.timeline import MOST_GAPS, STRETCH_S, Stretch, Timeline
 
 steps = st.lists(
     st.tuples(st.sampled_from(["hand over", "nobody", "begin", "end", "cut", "pause", "resume"]), st.floats(-5, 200)),

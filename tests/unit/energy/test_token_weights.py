@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from deployments.energy import Component, Energy, Label, total
-from deployments.token_weights import FEWEST_PROMPTS, UNKNOWN, TokenWeight
+from deployments.energy.figures import Component, Energy, Label, total
+from deployments.energy.token_weights import FEWEST_PROMPTS, UNKNOWN, TokenWeight
 
 
 def cost(joules: float, *flags: str) -> Energy:

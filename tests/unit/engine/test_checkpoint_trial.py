@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from deployments import checkpoint_trial
-from deployments.checkpoint_trial import CheckpointTrial, Tokenizer, TrialFailed, tokenizer_of
+from deployments.engine import checkpoint_trial
+from deployments.engine.checkpoint_trial import CheckpointTrial, Tokenizer, TrialFailed, tokenizer_of
 
 
 class Runs:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.engine import EngineHost
+from deployments.engine.host import EngineHost
 from registry.errors import EngineStartFailed
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import structlog
 
-from deployments.engine_rest import LOOKS, REST_LIMIT_S, EngineRest, works
+from deployments.engine.rest import LOOKS, REST_LIMIT_S, EngineRest, works
 from registry.errors import EngineNotReady
 
 

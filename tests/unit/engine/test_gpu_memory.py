@@ -5,9 +5,9 @@ import asyncio
 import pynvml
 import pytest
 
-from deployments import gpu_memory
-from deployments.engine import StopReport
-from deployments.gpu_memory import TOLERANCE_BYTES, GPUMemory
+from deployments.engine import gpu_memory
+from deployments.engine.gpu_memory import TOLERANCE_BYTES, GPUMemory
+from deployments.engine.host import StopReport
 from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
 
 GIB = 2**30

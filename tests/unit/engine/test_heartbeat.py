@@ -9,7 +9,7 @@ from typing import cast
 import psutil
 import pytest
 
-from deployments.heartbeat import BEAT_S, Heartbeat, Work
+from deployments.engine.heartbeat import BEAT_S, Heartbeat, Work
 
 STALL_S = 60.0
 STALL_BEATS = int(STALL_S / BEAT_S)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deployments.our_words import ErrorsInOurWords, in_our_words
+from deployments.engine.our_words import ErrorsInOurWords, in_our_words
 
 
 @pytest.mark.parametrize(

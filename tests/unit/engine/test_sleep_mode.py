@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments import process_tree, sleep_mode
-from deployments.machine_memory import MainMemory
-from deployments.sleep_mode import RESIDUE_BYTES, SleepMode, who_gives_way
+from deployments.engine import sleep_mode
+from deployments.engine.sleep_mode import RESIDUE_BYTES, SleepMode, who_gives_way
+from deployments.machine import process_tree
+from deployments.machine.memory import MainMemory
 
 GIB = 2**30
 

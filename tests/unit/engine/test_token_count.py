@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from deployments.flights import Tokens
-from deployments.token_count import counted, counting_tokens
+from deployments.energy.flights import Tokens
+from deployments.engine.token_count import counted, counting_tokens
 
 DELTA, CUMULATIVE = (SimpleNamespace(output_kind=SimpleNamespace(name=name)) for name in ("DELTA", "CUMULATIVE"))
 

@@ -14,17 +14,17 @@ import pytest
 import stamina
 from pydantic import TypeAdapter
 
-from registry import client as client_module
-from registry.api import MAX_WAIT_S, PROMPT_HEADER, WARMUP_HEADER, RequestState
-from registry.client import (
+from greenprompt_client import client as client_module
+from greenprompt_client.client import (
     RETRY_FOR_S,
     AnswerError,
     HeldLease,
     RegistryClient,
     RequestEnded,
 )
-from registry.report import MeasurementReport
-from registry.window_report import WindowReport
+from registry.accounting.report import MeasurementReport
+from registry.accounting.window_report import WindowReport
+from registry.wire.schemas import MAX_WAIT_S, PROMPT_HEADER, WARMUP_HEADER, RequestState
 from tests.energy_windows import an_experiment
 from tests.fake_counters import ManualClock
 

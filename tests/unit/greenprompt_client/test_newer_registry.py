@@ -11,12 +11,12 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
-from deployments import cli
-from registry.client import AnswerError, RegistryClient
+from greenprompt_client.cli import main as cli
+from greenprompt_client.client import AnswerError, RegistryClient
 
 NEWER = "newIn99"
 ANSWERS: dict[str, Any] = json.loads(
-    (Path(__file__).parents[1] / "data" / "newer_registry.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[2] / "data" / "newer_registry.json").read_text(encoding="utf-8")
 )
 """By method and path, what a newer registry answers."""
 

@@ -18,10 +18,10 @@ import pytest
 from ray.serve._private.constants import SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-from deployments.haproxy import haproxy_environment, require_known_template
-from deployments.local_ray import free_ports
-from registry.api import ErrorAnswer
+from deployments.launch.haproxy import haproxy_environment, require_known_template
+from deployments.launch.local_ray import free_ports
 from registry.errors import BadSettings
+from registry.wire.schemas import ErrorAnswer
 
 
 def test_ports_are_ours_or_serves(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_configuration_that_is_wrong_is_said(tmp_path: Path) -> None:
 def test_ray_is_not_imported_before_its_environment_is_there(tmp_path: Path) -> None:
     """Ray reads RAY_ variables, and so its token, when it is imported: preparing them must not import it."""
     program = (
-        "import sys; from pathlib import Path; from deployments.haproxy import haproxy_environment; "
+        "import sys; from pathlib import Path; from deployments.launch.haproxy import haproxy_environment; "
         f"haproxy_environment(Path({str(tmp_path)!r})); sys.exit('ray' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -14,7 +14,7 @@ from typing import IO, Self
 import pytest
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-from deployments.haproxy import haproxy_environment
+from deployments.launch.haproxy import haproxy_environment
 
 
 class Limited:
@@ -81,7 +81,7 @@ def test_idle_connections_end_and_answers_do_not(tmp_path: Path, monkeypatch: py
 
     One that waits for its answer is not, nor one in the middle of a stream, though that takes longer than all limits.
     """
-    monkeypatch.setattr("deployments.haproxy.REQUEST_S", 1)
+    monkeypatch.setattr("deployments.launch.haproxy.REQUEST_S", 1)
     with Limited(tmp_path, client_s=1) as haproxy:
         prompt = haproxy.ask("/wrappers/a-0/t0ken/v1/completions")
         server = haproxy.heard()
@@ -105,7 +105,7 @@ def _until_end(client: socket.socket) -> bytes:
 
 def test_polls_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of long polls at most MOST_POLLS are let in at once; others are let in beside them."""
-    monkeypatch.setattr("deployments.haproxy.MOST_POLLS", 2)
+    monkeypatch.setattr("deployments.launch.haproxy.MOST_POLLS", 2)
     with Limited(tmp_path) as haproxy:
         for path in ["/promptingservice/request/1?wait=60"] * 2 + ["/promptingservice/request/1", "/healthz"]:
             haproxy.ask(path)
@@ -126,7 +126,7 @@ def test_polls_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_a_poll_is_one_however_it_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """The ingress decodes paths and parameters, so the limit on long polls holds for all of their spellings."""
-    monkeypatch.setattr("deployments.haproxy.MOST_POLLS", 1)
+    monkeypatch.setattr("deployments.launch.haproxy.MOST_POLLS", 1)
     with Limited(tmp_path) as haproxy:
         haproxy.ask("/promptingservice/request/1?wait=60")
         haproxy.heard()
@@ -140,9 +140,9 @@ def test_a_burst_of_polls_is_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     Those that don't get their turn in time are told to try again.
     """
-    monkeypatch.setattr("deployments.haproxy.POLLS_BURST", 2)
-    monkeypatch.setattr("deployments.haproxy.POLLS_PER_S", 0.001)
-    monkeypatch.setattr("deployments.haproxy.POLL_TURN_S", 1)
+    monkeypatch.setattr("deployments.launch.haproxy.POLLS_BURST", 2)
+    monkeypatch.setattr("deployments.launch.haproxy.POLLS_PER_S", 0.001)
+    monkeypatch.setattr("deployments.launch.haproxy.POLL_TURN_S", 1)
     with Limited(tmp_path) as haproxy:
         polls = [haproxy.ask("/promptingservice/request/1?wait=60") for _ in range(5)]
         for _ in range(2):
@@ -161,9 +161,9 @@ def test_a_burst_of_polls_is_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_burst_of_polls_is_served_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Polls that wait for their turn get it, while the rate allows it, and are then answered as any other."""
-    monkeypatch.setattr("deployments.haproxy.POLLS_BURST", 1)
-    monkeypatch.setattr("deployments.haproxy.POLLS_PER_S", 50)
-    monkeypatch.setattr("deployments.haproxy.POLL_TURN_S", 60)
+    monkeypatch.setattr("deployments.launch.haproxy.POLLS_BURST", 1)
+    monkeypatch.setattr("deployments.launch.haproxy.POLLS_PER_S", 50)
+    monkeypatch.setattr("deployments.launch.haproxy.POLL_TURN_S", 60)
     with Limited(tmp_path) as haproxy:
         polls = [haproxy.ask("/promptingservice/request/1?wait=60") for _ in range(6)]
         for _ in polls:
@@ -173,9 +173,9 @@ def test_a_burst_of_polls_is_served_in_the_end(tmp_path: Path, monkeypatch: pyte
 
 def test_hang_ups_before_their_turn_are_not_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that hang up while they wait for their turn don't reach the ingress, and no line is written for them."""
-    monkeypatch.setattr("deployments.haproxy.POLLS_BURST", 1)
-    monkeypatch.setattr("deployments.haproxy.POLLS_PER_S", 0.001)
-    monkeypatch.setattr("deployments.haproxy.POLL_TURN_S", 1)
+    monkeypatch.setattr("deployments.launch.haproxy.POLLS_BURST", 1)
+    monkeypatch.setattr("deployments.launch.haproxy.POLLS_PER_S", 0.001)
+    monkeypatch.setattr("deployments.launch.haproxy.POLL_TURN_S", 1)
     with (tmp_path / "haproxy.err").open("wb") as errors, Limited(tmp_path, errors=errors) as haproxy:
         held, *waiting = [haproxy.ask("/promptingservice/request/1?wait=60") for _ in range(20)]
         haproxy.heard()
@@ -191,7 +191,7 @@ def test_hang_ups_before_their_turn_are_not_logged(tmp_path: Path, monkeypatch: 
 
 def test_one_source_leaves_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One address has at most MOST_PER_SOURCE connections: one more is closed at once, the others go on."""
-    monkeypatch.setattr("deployments.haproxy.MOST_PER_SOURCE", 3)
+    monkeypatch.setattr("deployments.launch.haproxy.MOST_PER_SOURCE", 3)
     with Limited(tmp_path) as haproxy:
         for _ in range(2):
             haproxy.ask("/")
@@ -207,8 +207,8 @@ def test_one_source_leaves_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_several_crowds_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With CROWDED connections in all, an address with FEW_PER_SOURCE gets no more, and one with fewer still does."""
-    monkeypatch.setattr("deployments.haproxy.CROWDED", 3)
-    monkeypatch.setattr("deployments.haproxy.FEW_PER_SOURCE", 1)
+    monkeypatch.setattr("deployments.launch.haproxy.CROWDED", 3)
+    monkeypatch.setattr("deployments.launch.haproxy.FEW_PER_SOURCE", 1)
     with Limited(tmp_path) as haproxy:
         for source in ("127.0.0.2", "127.0.0.2", "127.0.0.3"):
             haproxy.ask("/", source=source)

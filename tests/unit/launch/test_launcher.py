@@ -19,13 +19,13 @@ from ray.autoscaler._private.local import node_provider
 from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS
 
-from deployments.launcher import Machines, with_machines
+from deployments.launch.launcher import Machines, with_machines
 from registry.errors import BadSettings
 
 # Ray leaves the files of its record and its configuration to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning:ray.autoscaler")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HEAD, FIRST, SECOND = "192.0.2.10", "192.0.2.11", "192.0.2.12"
 WORKERS = {TAG_RAY_NODE_KIND: "worker"}
 
@@ -101,7 +101,7 @@ def ours(path: Path) -> Path:
 
 
 def test_ray_alone_tries_a_machine_once(config: Path) -> None:
-    """Why this is needed; where Ray does otherwise some day, deployments/launcher.py can go."""
+    """Why this is needed; where Ray does otherwise some day, deployments/launch/launcher.py can go."""
     monitor = Monitor(config)
     monitor.ssh.broken = {FIRST}
     monitor.look(4)

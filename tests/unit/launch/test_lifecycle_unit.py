@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-import deployments
-from deployments import lifecycle, process_tree
-from deployments.lifecycle import end, ready_lines, run_detached, run_in_foreground, start_on_cluster
-from deployments.local_ray import FOLDER_PREFIX, free_ports
+import deployments.serve
+from deployments.launch import lifecycle
+from deployments.launch.lifecycle import end, ready_lines, run_detached, run_in_foreground, start_on_cluster
+from deployments.launch.local_ray import FOLDER_PREFIX, free_ports
+from deployments.machine import process_tree
 from registry.errors import BadSettings, StartFailed
 from registry.settings import RaySettings, Settings
 
@@ -93,7 +94,7 @@ class Ready(NamedTuple):
 
 
 class FakeApp:
-    """Stands in for deployments.app: notes what it was told; ``failure`` is raised in place of a start."""
+    """Stands in for deployments.serve.app: notes what it was told; ``failure`` is raised in place of a start."""
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
@@ -126,8 +127,8 @@ class FakeApp:
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch) -> FakeApp:
     fake = FakeApp()
-    monkeypatch.setitem(sys.modules, "deployments.app", fake)
-    monkeypatch.setattr(deployments, "app", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "deployments.serve.app", fake)
+    monkeypatch.setattr(deployments.serve, "app", fake, raising=False)
     return fake
 
 

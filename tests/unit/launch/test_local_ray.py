@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import structlog
 
-from deployments import local_ray
-from deployments.haproxy import SERVE_ENVIRONMENT
-from deployments.local_ray import (
+from deployments.launch import local_ray
+from deployments.launch.haproxy import SERVE_ENVIRONMENT
+from deployments.launch.local_ray import (
     FOLDER_PREFIX,
     RAY_ENVIRONMENT,
     free_ports,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from deployments import node
-from deployments.node import node_environment, start_ray
+from deployments.launch import node
+from deployments.launch.node import node_environment, start_ray
 from registry.errors import BadSettings, StartFailed
 
 OPTIONS = ["--address=192.0.2.10:6390"]
@@ -68,7 +68,7 @@ def test_one_at_a_time(ran: Callable[[], list[list[str]]]) -> None:
 
 
 def test_a_head_gives_no_machine_up(ran: Callable[[], list[list[str]]], tmp_path: Path) -> None:
-    """Its monitor gets the launcher's configuration with our provider of machines (deployments/launcher.py)."""
+    """Its monitor gets the launcher's configuration with our provider of machines (deployments/launch/launcher.py)."""
     config = tmp_path / "bootstrap.yaml"
     config.write_text('{"cluster_name": "x", "provider": {"type": "local", "head_ip": "192.0.2.1", "worker_ips": []}}')
     assert start_ray(["--head", f"--autoscaling-config={config}"])

@@ -10,8 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from deployments import surroundings
-from deployments.surroundings import dashboard_port, disk_problem, require_open_files, require_writable, without_proxies
+from deployments.launch import surroundings
+from deployments.launch.surroundings import (
+    dashboard_port,
+    disk_problem,
+    require_open_files,
+    require_writable,
+    without_proxies,
+)
 from registry.errors import BadSettings
 from registry.settings import RaySettings, Settings
 

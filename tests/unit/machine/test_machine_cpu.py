@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from deployments.cpu_quota import cpus_here
-from deployments.cpu_time import TICKS_PER_S
-from deployments.machine_cpu import MachineCPU
-from deployments.machine_share import CPUPart, MachineShare
-from deployments.meter import Meter
+from deployments.energy.counters.machine_share import CPUPart, MachineShare
+from deployments.energy.meter import Meter
+from deployments.machine.cpu_quota import cpus_here
+from deployments.machine.cpu_time import TICKS_PER_S
+from deployments.machine.machine_cpu import MachineCPU
 from tests.fake_counters import FakeCounter, ManualClock, end_process, write_busy, write_process
 
 ME, OTHER, STRANGER = 100, 200, 300

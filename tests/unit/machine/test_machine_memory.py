@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from deployments import energy_sources
-from deployments.machine_memory import MainMemory, gpu_memory_bytes, main_memory
+from deployments.energy.counters import probe as energy_sources
+from deployments.machine.memory import MainMemory, gpu_memory_bytes, main_memory
 from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
 
 GIB = 2**30

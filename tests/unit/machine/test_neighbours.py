@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from deployments.cpu_time import ProcessTable
-from deployments.neighbours import Neighbours
+from deployments.machine.cpu_time import ProcessTable
+from deployments.machine.neighbours import Neighbours
 
 WORKER = """
 import sys
 from pathlib import Path
-from deployments.neighbours import Neighbours
+from deployments.machine.neighbours import Neighbours
 Neighbours(Path(sys.argv[1]), "b-0").begin()
 print("works", flush=True)
 sys.stdin.read()

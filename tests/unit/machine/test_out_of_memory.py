@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deployments import process_tree
-from deployments.local_ray import RAY_ENVIRONMENT
-from deployments.out_of_memory import ENGINE_SCORE, WRAPPER_SCORE, OOMKills, raise_score
+from deployments.launch.local_ray import RAY_ENVIRONMENT
+from deployments.machine import process_tree
+from deployments.machine.out_of_memory import ENGINE_SCORE, WRAPPER_SCORE, OOMKills, raise_score
 
 
 @pytest.mark.parametrize(("before", "after"), [("0", "900"), ("200", "900"), ("1000", "1000"), ("-17", "900")])
@@ -25,7 +25,7 @@ def test_a_score_is_only_raised(tmp_path: Path, before: str, after: str) -> None
 def test_a_process_may_raise_its_own() -> None:
     """The kernel takes it, and what is started later inherits it."""
     code = (
-        "import subprocess; from deployments.out_of_memory import *; raise_score(WRAPPER_SCORE);"
+        "import subprocess; from deployments.machine.out_of_memory import *; raise_score(WRAPPER_SCORE);"
         "print(subprocess.check_output(['cat', '/proc/self/oom_score_adj'], text=True))"
     )
     assert int(subprocess.check_output([sys.executable, "-c", code], text=True)) >= WRAPPER_SCORE

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from huggingface_hub import get_local_safetensors_metadata
 
-from deployments import checkpoints as checkpoints_module
-from deployments.checkpoints import (
+from deployments.models import checkpoints as checkpoints_module
+from deployments.models.checkpoints import (
     KEPT_S,
     READ_LIMIT_S,
     UNKNOWN_KEPT_S,
@@ -21,9 +21,9 @@ from deployments.checkpoints import (
     read_hub,
     read_local,
 )
-from deployments.llm_memory import Checkpoint
-from deployments.tiny_llm import make_tiny_llm
-from registry.state import LLMSpec
+from deployments.models.memory_need import Checkpoint
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
+from registry.core.records import LLMSpec
 from tests.checkpoint_files import LLAMA, write_checkpoint
 from tests.fake_counters import ManualClock
 

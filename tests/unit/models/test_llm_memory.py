@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from deployments.llm_memory import GPU_SHARE, Checkpoint, memory_of, part_of
-from registry.state import LLMMemory
+from deployments.models.memory_need import GPU_SHARE, Checkpoint, memory_of, part_of
+from registry.core.records import LLMMemory
 
 GIB = 2**30
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.model_download import wanted_files
+from deployments.models.download import wanted_files
 
 TEXTS = [
     "config.json",

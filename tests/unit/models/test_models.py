@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.models import ModelSources
+from deployments.models.sources import ModelSources
 from registry.errors import InvalidField
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deployments import weights
-from deployments.machine_memory import MainMemory
-from deployments.weights import read_ahead, weights_of
+from deployments.machine.memory import MainMemory
+from deployments.models import weights
+from deployments.models.weights import read_ahead, weights_of
 
 
 def make(folder: Path, **files: int) -> Path:

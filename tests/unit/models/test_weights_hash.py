@@ -7,9 +7,9 @@ import hashlib
 import os
 from pathlib import Path
 
-from deployments import weights_hash
-from deployments.weights import Weights, weights_of
-from deployments.weights_hash import WeightsHash
+from deployments.models import weights_hash
+from deployments.models.weights import Weights, weights_of
+from deployments.models.weights_hash import WeightsHash
 
 
 def checkpoint(folder: Path, **files: bytes) -> Weights:

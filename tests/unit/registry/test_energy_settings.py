@@ -15,7 +15,7 @@ from registry.errors import BadSettings
 from registry.grid_mixes import grid_mixes
 from registry.settings import load_settings
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PER_GPU = {"per": "gpu", "g_per_hour": 37.5, "low_g_per_hour": 16.7, "high_g_per_hour": 49.0, "source": "a sheet"}
 PER_MACHINE = {"per": "machine", "g_per_hour": 6.0, "low_g_per_hour": 4.0, "high_g_per_hour": 10.0, "source": "a sheet"}
 CPU_MODEL = {

@@ -12,12 +12,12 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import make_url
 
+from registry.core.records import Limits
 from registry.errors import BadSettings
 from registry.settings import Settings, differing, forwarded_environment, load_settings
-from registry.state import Limits
-from registry.store import Store
+from registry.store.store import Store
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.experiment import argument, arguments, load_plan
-from deployments.prompt_files import load_prompts
+from greenprompt_client.measure.experiment import argument, arguments, load_plan
+from greenprompt_client.measure.prompt_files import load_prompts
 from registry.errors import BadSettings
 from registry.settings import load_settings
 from registry.strict_yaml import STRICT_JSON, load_yaml

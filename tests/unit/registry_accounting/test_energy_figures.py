@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from deployments.figures_table import problems
-from registry.estimate import Sample, estimate
-from registry.figures import BatchFigures, Figure, MachineFigures, figures_of
-from registry.state import EnergyWindow, WindowKind
-from registry.window_report import WindowReport, window_report
+from greenprompt_client.figures_table import problems
+from registry.accounting.estimate import Sample, estimate
+from registry.accounting.figures import BatchFigures, Figure, MachineFigures, figures_of
+from registry.accounting.window_report import WindowReport, window_report
+from registry.core.records import EnergyWindow, WindowKind
 from tests.energy_windows import BEGUN_S, EMBODIED, FULL_GRID, iso, kept, record, request, window
 
 SOURCED = {"E": "measured", "I": "sourced", "M": "sourced", "R": "measured"}

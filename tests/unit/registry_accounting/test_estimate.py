@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.estimate import MIN_LEASES, MIN_PROMPTS, Estimate, Sample, estimate, student_975
+from registry.accounting.estimate import MIN_LEASES, MIN_PROMPTS, Estimate, Sample, estimate, student_975
 from tests.bench import coverage
 from tests.bench.coverage import World
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from registry.state import WindowKind
-from registry.window_report import WindowReport, window_report, worst_method
+from registry.accounting.window_report import WindowReport, window_report, worst_method
+from registry.core.records import WindowKind
 from tests.energy_windows import iso, kept, record, request, window
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.reconcile import Observation, Plan, WrapperPlan, plan, wanted_wrappers
-from registry.state import (
+from registry.contract.messages import Observation, Plan, WrapperPlan, plan, wanted_wrappers
+from registry.core.records import (
     LLMSpec,
     Machine,
     MachineJoined,

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from registry.allocator import Allocator, InvariantBroken
-from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown, UnknownMeasurement, UnknownRequest
-from registry.state import (
+from registry.core.allocator import Allocator, InvariantBroken
+from registry.core.records import (
     BindLease,
     DeployLLM,
     LeaseLapsed,
@@ -30,6 +29,7 @@ from registry.state import (
     WrapperStarted,
     WrapperStatus,
 )
+from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown, UnknownMeasurement, UnknownRequest
 from tests.allocator_scene import Scene, llm
 
 R, W = RequestStatus, WrapperStatus

@@ -2,7 +2,7 @@
 
 import pytest
 
-from registry.state import (
+from registry.core.records import (
     BindLease,
     DeployLLM,
     Limits,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from registry.errors import InvalidField, LLMNeverFits, UnknownMachine
-from registry.state import (
+from registry.core.records import (
     BindLease,
     Changes,
     DeployLLM,
@@ -24,6 +23,7 @@ from registry.state import (
     WrapperStatus,
     WrapperSwitchedOff,
 )
+from registry.errors import InvalidField, LLMNeverFits, UnknownMachine
 from tests.allocator_scene import Scene, llm
 
 R, W = RequestStatus, WrapperStatus

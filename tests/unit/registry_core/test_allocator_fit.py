@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from registry.errors import InvalidField, LLMNeverFits
-from registry.fit import GIB
-from registry.state import (
+from registry.core.fit import GIB
+from registry.core.records import (
     LeaseReleased,
     LeaseRequested,
     Limits,
@@ -18,6 +17,7 @@ from registry.state import (
     NewRequest,
     RequestStatus,
 )
+from registry.errors import InvalidField, LLMNeverFits
 from tests.allocator_scene import Scene, llm
 
 R = RequestStatus

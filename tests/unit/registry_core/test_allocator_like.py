@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from registry.errors import InvalidField
-from registry.state import (
+from registry.core.records import (
     Grade,
     LeaseBound,
     LeaseFlagged,
@@ -18,6 +17,7 @@ from registry.state import (
     WrapperStatus,
     canonical_json,
 )
+from registry.errors import InvalidField
 from tests.allocator_scene import Scene, llm
 
 GPU = {"uuid": "GPU-1", "name": "H100", "power_limit_w": 700.0}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from registry.errors import LLMNeverFits
-from registry.fit import GIB
-from registry.state import (
+from registry.core.fit import GIB
+from registry.core.records import (
     Limits,
     LLMMemory,
     MachineDrained,
@@ -14,6 +13,7 @@ from registry.state import (
     RequestStatus,
     TimePassed,
 )
+from registry.errors import LLMNeverFits
 from tests.allocator_scene import Scene, llm
 
 R = RequestStatus

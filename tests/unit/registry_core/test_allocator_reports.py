@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from registry.state import (
+from registry.core.records import (
     BindLease,
     DeployLLM,
     LeaseBound,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.fit import (
+from registry.core.fit import (
     ANY_GPU_TYPE,
     ENGINE_BYTES,
     GIB,
@@ -22,7 +22,7 @@ from registry.fit import (
     why_no_room,
     why_too_large,
 )
-from registry.state import Limits, LLMMemory, LLMSpec
+from registry.core.records import Limits, LLMMemory, LLMSpec
 
 H100 = Size(1, "H100", 80 * GIB)
 FOUR_L4 = Size(4, "L4", 24 * GIB)

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from registry.fit import Needs, Size
-from registry.indices import Pool, Queue, RequestIndex
-from registry.ledger import Ledger
-from registry.policy import PRIORITY_TURNS, Place, Turns
-from registry.state import Limits, LLMSpec, Machine, Measurement, Request, RequestStatus, Wrapper
-from registry.transitions import InvariantBroken
+from registry.core.fit import Needs, Size
+from registry.core.indices import Pool, Queue, RequestIndex
+from registry.core.ledger import Ledger
+from registry.core.policy import PRIORITY_TURNS, Place, Turns
+from registry.core.records import Limits, LLMSpec, Machine, Measurement, Request, RequestStatus, Wrapper
+from registry.core.transitions import InvariantBroken
 from tests.allocator_scene import Scene
 
 SPEC = LLMSpec("a", "text-generation")

@@ -3,9 +3,9 @@ from itertools import pairwise
 
 import pytest
 
-from registry.fit import Size
-from registry.policy import Place, Turns, may_be_overtaken, rank, victim
-from registry.state import Limits, LLMSpec, Measurement, Priority, Request, Wrapper
+from registry.core.fit import Size
+from registry.core.policy import Place, Turns, may_be_overtaken, rank, victim
+from registry.core.records import Limits, LLMSpec, Measurement, Priority, Request, Wrapper
 
 
 def wrapper(wrapper_id: str, *, gpus: int = 0, machine_id: str = "m") -> Wrapper:

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from registry.state import RequestStatus, WrapperStatus
-from registry.transitions import (
+from registry.core.records import RequestStatus, WrapperStatus
+from registry.core.transitions import (
     REQUEST_TRANSITIONS,
     WRAPPER_TRANSITIONS,
     InvariantBroken,
@@ -12,7 +12,7 @@ from registry.transitions import (
     check_wrapper_transition,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_tables_name_every_status():

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 import pytest
 
 from deployments.error_answers import registry_error
-from registry.budgets import month_begin_s, warnings
+from registry.accounting.totals import Sum, Total, sum_of
 from registry.errors import TenantBudgetUsed
+from registry.service.budgets import month_begin_s, warnings
 from registry.settings import Settings, TenantBudget
-from registry.totals import Sum, Total, sum_of
 
 NOW_S = datetime(2026, 12, 15, 12, tzinfo=UTC).timestamp()
 BUDGET = TenantBudget(max_joules_per_month=1000, max_gco2eq_per_month=10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from registry.news import News
+from registry.service.news import News
 
 
 async def test_a_reader_gets_what_changed_since_its_place() -> None:

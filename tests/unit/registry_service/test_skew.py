@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from registry.skew import differences, joined
+from registry.service.version_skew import differences, joined
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from registry import api
-from registry.api import (
+from registry.core.records import Priority, RequestStatus
+from registry.wire import schemas as api
+from registry.wire.schemas import (
     MAX_ARGS_DEPTH,
     MAX_ID,
     MAX_LLMS_PER_REQUEST,
@@ -26,7 +27,6 @@ from registry.api import (
     RequestState,
     WrapperState,
 )
-from registry.state import Priority, RequestStatus
 
 LLM: dict[str, Any] = {
     "modeltyp": "text-generation",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import BadSettings
-from registry.http import http_client
+from registry.wire.http import http_client
 
 
 class _Says(BaseHTTPRequestHandler):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from registry.actor import EXIT_FAILED, RegistryActor
+from deployments.serve.actor import EXIT_FAILED, RegistryActor
 from registry.errors import StoreUnavailable
 from registry.settings import Settings
 

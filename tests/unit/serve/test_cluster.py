@@ -13,13 +13,13 @@ import pytest
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from deployments import cluster as cluster_module
-from deployments.cluster import APPS_BELIEVED_S, RayCluster
-from deployments.models import ModelSources
+from deployments.models.sources import ModelSources
+from deployments.serve import cluster as cluster_module
+from deployments.serve.cluster import APPS_BELIEVED_S, RayCluster
+from registry.contract.messages import LeaseGrant, wanted_wrappers
+from registry.core.records import Machine
 from registry.errors import WrapperUnheard, WrapperUnreachable
-from registry.reconcile import LeaseGrant, wanted_wrappers
 from registry.settings import Settings
-from registry.state import Machine
 from tests.fake_cluster import UNTOLD
 from tests.fake_counters import ManualClock
 
@@ -230,7 +230,7 @@ async def test_a_wrapper_gets_the_energy_settings_of_its_machine(monkeypatch: py
     energy = {"machines": [{"match": match, "pue": 1.4, "embodied": embodied}]}
     targets: list[Any] = []
     monkeypatch.setattr("ray.serve.run_many", lambda some, **_: targets.extend(some))
-    monkeypatch.setattr("deployments.wrapper.deployment", lambda config, **_: config)
+    monkeypatch.setattr("deployments.wrapper.llm_wrapper.deployment", lambda config, **_: config)
     monkeypatch.setattr("ray.serve.RunTarget", lambda config, **_: config)
     machine = Machine("gpu-1", "n", "10.0.0.1", gpus=4, gpu_type="NVIDIA H100 80GB", zone="eu-1a")
     plans = wanted_wrappers(machine, per_machine=2, gpus_per_wrapper=None, base_url="http://x", homes={})

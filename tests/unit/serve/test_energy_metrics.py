@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 from ray.util.metrics import Counter as RayCounter
 
-from deployments import energy_metrics
-from deployments.energy_metrics import EnergyMetrics
-from registry.state import EnergyWindow, KeptWindow, WindowKind
+from deployments.serve import energy_metrics
+from deployments.serve.energy_metrics import EnergyMetrics
+from registry.core.records import EnergyWindow, KeptWindow, WindowKind
 from tests.energy_windows import record, window
 
 COUNTED: Counter[tuple[str, str, str]] = Counter()

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from deployments import energy_pages
-from deployments.energy_pages import PAGES_AT_ONCE, REPORTS_AT_ONCE, EnergyPages
-from deployments.ingress import IngressConfig, build_app
-from deployments.models import ModelSources
-from registry import views
-from registry.api import RequestState
+from deployments.models.sources import ModelSources
+from deployments.serve import energy_pages
+from deployments.serve.energy_pages import PAGES_AT_ONCE, REPORTS_AT_ONCE, EnergyPages
+from deployments.serve.ingress import IngressConfig, build_app
 from registry.errors import RegistryUnavailable
+from registry.service import views
+from registry.wire.schemas import RequestState
 from tests.fake_registry import BASE, CREATED, FakeRegistry
 
 KEY = "default", 7

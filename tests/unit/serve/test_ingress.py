@@ -23,12 +23,14 @@ import stamina
 from pydantic import TypeAdapter
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from deployments import energy_pages, ingress
-from deployments.checkpoints import checkpoints_here
-from deployments.ingress import IngressConfig, RegistryClient, build_app
-from deployments.llm_args import map_llmconfig
-from deployments.models import ModelSources
-from registry.api import MAX_ID, MAX_WAIT_S, PromptingAnswer, RequestState
+from deployments.models.args.mapping import map_llmconfig
+from deployments.models.checkpoints import checkpoints_here
+from deployments.models.sources import ModelSources
+from deployments.serve import energy_pages, ingress
+from deployments.serve.ingress import IngressConfig, RegistryClient, build_app
+from registry.accounting.report import MeasurementReport
+from registry.accounting.window_report import WindowReport
+from registry.core.records import Priority, RequestStatus
 from registry.errors import (
     IdempotencyConflict,
     InternalError,
@@ -40,10 +42,8 @@ from registry.errors import (
     StoreUnavailable,
     UnknownRequest,
 )
-from registry.report import MeasurementReport
-from registry.service import Idempotency
-from registry.state import Priority, RequestStatus
-from registry.window_report import WindowReport
+from registry.service.service import Idempotency
+from registry.wire.schemas import MAX_ID, MAX_WAIT_S, PromptingAnswer, RequestState
 from tests.checkpoint_files import LLAMA, write_checkpoint
 from tests.energy_windows import an_experiment
 from tests.fake_registry import FakeRegistry

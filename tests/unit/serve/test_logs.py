@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import structlog
 
-from registry import logs
-from registry.history import log_fields, rows_of
-from registry.logs import REGISTRY_LOG, configure_logging
-from registry.state import Changes, LeaseBound, Request, RequestStatus
+from deployments.serve import logs
+from deployments.serve.logs import REGISTRY_LOG, configure_logging
+from registry.core.records import Changes, LeaseBound, Request, RequestStatus
+from registry.service.history import log_fields, rows_of
 from tests.allocator_scene import Scene
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.cluster import machines_of
-from registry.reconcile import with_known_ids
-from registry.state import Machine
+from deployments.serve.cluster import machines_of
+from registry.contract.messages import with_known_ids
+from registry.core.records import Machine
 
 
 def node(node_id: str, **more: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from deployments.ingress import IngressConfig, build_app
-from deployments.models import ModelSources
+from deployments.models.sources import ModelSources
+from deployments.serve.ingress import IngressConfig, build_app
 from tests.fake_registry import FakeRegistry
 
 REGISTRY = FakeRegistry()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from deployments.polls import Polls
-from registry.api import RequestState
+from deployments.serve.polls import Polls
+from registry.core.records import RequestStatus
 from registry.errors import RegistryUnavailable, TooManyPolls, UnknownRequest
-from registry.state import RequestStatus
+from registry.wire.schemas import RequestState
 from tests.fake_registry import BASE, CREATED, FakeRegistry
 
 
@@ -131,7 +131,7 @@ async def test_too_many_polls_are_refused() -> None:
 
 async def test_polls_outlive_a_registry_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """While nothing is known of changes polls wait; then each asks again, for what changed meanwhile is not known."""
-    monkeypatch.setattr("deployments.polls.RETRY_S", 0.0)
+    monkeypatch.setattr("deployments.serve.polls.RETRY_S", 0.0)
     registry = registry_of("a")
     polls = Polls(registry.call)
     poll = asyncio.create_task(polls.state("a", 60.0, None))

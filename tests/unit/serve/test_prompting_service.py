@@ -15,10 +15,10 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
-from deployments.app import told_to_clients
-from deployments.ingress import IngressConfig, build_app
-from deployments.models import ModelSources
-from registry.old_address import old_address, old_address_problems
+from deployments.models.sources import ModelSources
+from deployments.serve.app import told_to_clients
+from deployments.serve.ingress import IngressConfig, build_app
+from registry.service.old_address import old_address, old_address_problems
 from registry.settings import Settings
 from tests.fake_registry import BASE, ENDED, TOKEN, FakeRegistry
 from tests.prompting_service_client import prompt_url
@@ -244,7 +244,7 @@ async def test_detail_is_what_fastapi_says() -> None:
         async def post(body: Plain) -> None:
             pass
 
-    from deployments.ingress import _on_invalid
+    from deployments.serve.ingress import _on_invalid
 
     ours.exception_handler(RequestValidationError)(_on_invalid)
     for content in (b"", b"{", b"[]", b'{"number": "x", "names": [1, {"deep": null}]}', b'{"names": "a"}'):

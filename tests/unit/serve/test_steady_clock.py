@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 from structlog.testing import capture_logs
 
-from deployments.record_dates import MAX_RATE
-from deployments.steady_clock import SteadyClock
+from deployments.energy.record_dates import MAX_RATE
+from deployments.serve.steady_clock import SteadyClock
 from tests.fake_counters import ManualClock
 
 UTC_S = 1_800_000_000.0

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.ingress import IngressConfig, build_app
-from deployments.models import ModelSources
+from deployments.models.sources import ModelSources
+from deployments.serve.ingress import IngressConfig, build_app
 from registry.errors import BadSettings, QueueFull
 from registry.settings import Settings, load_settings
 from tests.fake_registry import FakeRegistry

@@ -11,9 +11,9 @@ import pytest
 import stamina
 from structlog.testing import capture_logs
 
-from deployments.ingress import IngressConfig, build_app
-from deployments.models import ModelSources
-from deployments.withdrawals import Withdrawals
+from deployments.models.sources import ModelSources
+from deployments.serve.ingress import IngressConfig, build_app
+from deployments.serve.withdrawals import Withdrawals
 from registry.errors import InternalError, QueueFull, RegistryError, RegistryUnavailable, StoreUnavailable
 from tests.fake_registry import BASE, FakeRegistry
 

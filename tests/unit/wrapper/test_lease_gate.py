@@ -9,10 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from deployments import lease_gate
-from deployments.lease_gate import LeaseGate
+from deployments.wrapper import lease_gate
+from deployments.wrapper.lease_gate import LeaseGate
+from registry.contract.messages import LeaseGrant, Moment
 from registry.errors import EngineNotReady, LeaseEnded, NoSuchLease, RegistryUnheard
-from registry.reconcile import LeaseGrant, Moment
 from tests.fake_counters import ManualClock
 
 GRANT = LeaseGrant("request-1", 1, "token-1", "{}", ends_in_s=100.0, idle_limit_s=10.0)

@@ -15,14 +15,14 @@ import pytest
 import structlog
 from starlette.types import Message
 
-from deployments import prompts
-from deployments.engine import _PUBLIC, RunningLLM
-from deployments.flights import Flight, Tokens
-from deployments.lease_gate import LeaseGate
-from deployments.prompt_meter import PromptMeter, tokens_of
-from deployments.prompts import PromptGate
+from deployments.energy.flights import Flight, Tokens
+from deployments.energy.prompt_meter import PromptMeter, tokens_of
+from deployments.engine.host import _PUBLIC, RunningLLM
+from deployments.wrapper import prompt_gate as prompts
+from deployments.wrapper.lease_gate import LeaseGate
+from deployments.wrapper.prompt_gate import PromptGate
+from registry.contract.messages import LeaseGrant
 from registry.errors import BudgetUsed, LeaseEnded
-from registry.reconcile import LeaseGrant
 from tests.fake_counters import ManualClock
 from tests.fake_engine import USAGE, FakeEngine
 

@@ -9,10 +9,10 @@ from typing import Any
 import pynvml
 import pytest
 
-from deployments.energy_sources import ReadFailed, gpu_settings
-from deployments.provenance import cpu_here, gpus_here, provenance
-from registry.provenance import PENDING, differences, unlike
-from registry.state import Grade, LeaseRequested, LLMSpec, NewRequest, Request, canonical_json
+from deployments.energy.counters.probe import ReadFailed, gpu_settings
+from deployments.wrapper.provenance import cpu_here, gpus_here, provenance
+from registry.core.provenance import PENDING, differences, unlike
+from registry.core.records import Grade, LeaseRequested, LLMSpec, NewRequest, Request, canonical_json
 from tests.fake_counters import UUID, FakeGPU, FakeNVML, install_nvml
 
 GPU = {

@@ -16,20 +16,22 @@ import httpx
 import pytest
 import structlog
 
-from deployments import engine_rest, probe, settling
-from deployments import wrapper as wrapper_module
-from deployments.engine import StopReport
-from deployments.machine_cpu import MachineCPU
-from deployments.model_cache import LocalModel
-from deployments.models import ModelSources
-from deployments.neighbours import Neighbours
-from deployments.weights import Weights, weights_of
-from deployments.weights_hash import WeightsHash
-from deployments.wrapper import LLMWrapper, WrapperConfig, versions_here
+from deployments.energy import settling
+from deployments.engine import rest as engine_rest
+from deployments.engine.host import StopReport
+from deployments.machine.machine_cpu import MachineCPU
+from deployments.machine.neighbours import Neighbours
+from deployments.models.cache import LocalModel
+from deployments.models.sources import ModelSources
+from deployments.models.weights import Weights, weights_of
+from deployments.models.weights_hash import WeightsHash
+from deployments.wrapper import llm_wrapper as wrapper_module
+from deployments.wrapper import probe
+from deployments.wrapper.llm_wrapper import LLMWrapper, WrapperConfig, versions_here
+from registry.contract.messages import Belief, HandOver, LeaseGrant
+from registry.core.records import LLMSpec
 from registry.errors import EngineNotReady, InvalidField, StaleEpoch, WrapperUnreachable
-from registry.reconcile import Belief, HandOver, LeaseGrant
 from registry.settings import EnergySettings, WrapperSettings
-from registry.state import LLMSpec
 from tests.fake_cluster import UNTOLD
 from tests.fake_counters import FakeNVML, ManualClock, install_nvml
 from tests.fake_engine import FakeEngine

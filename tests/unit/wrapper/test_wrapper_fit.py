@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from deployments import wrapper as wrapper_module
-from deployments.engine import StopReport
-from deployments.machine_memory import MainMemory
-from deployments.models import ModelSources
-from deployments.wrapper import LLMWrapper, WrapperConfig
+from deployments.engine.host import StopReport
+from deployments.machine.memory import MainMemory
+from deployments.models.sources import ModelSources
+from deployments.wrapper import llm_wrapper as wrapper_module
+from deployments.wrapper.llm_wrapper import LLMWrapper, WrapperConfig
+from registry.core.records import LLMSpec
 from registry.errors import EngineStartFailed
 from registry.settings import EnergySettings, WrapperSettings
-from registry.state import LLMSpec
 from tests.checkpoint_files import LLAMA, write_checkpoint
 from tests.fake_cluster import UNTOLD
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from deployments import activity as activity_module
-from deployments.activity import Activity
+from deployments.energy.counters import activity as activity_module
+from deployments.energy.counters.activity import Activity
 
 
 def of(*intervals: tuple[float, float]) -> Activity:

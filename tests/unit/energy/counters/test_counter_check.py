@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from deployments import prompt_meter, zeus_source
-from deployments.counter_check import CHECK_S, Check, CounterCheck
-from deployments.energy import Label
-from deployments.energy_sources import CounterLost, ReadFailed, Source, Unreadable
-from deployments.meter import Meter
-from deployments.prompt_meter import sci_settings
-from deployments.zeus_source import zeus_gpus
+from deployments.energy import prompt_meter
+from deployments.energy.counters import zeus as zeus_source
+from deployments.energy.counters.counter_check import CHECK_S, Check, CounterCheck
+from deployments.energy.counters.probe import CounterLost, ReadFailed, Source, Unreadable
+from deployments.energy.counters.zeus import zeus_gpus
+from deployments.energy.figures import Label
+from deployments.energy.meter import Meter
+from deployments.energy.prompt_meter import sci_settings
 from registry.settings import EnergySettings
 from tests.fake_counters import FakeCounter, ManualClock
 

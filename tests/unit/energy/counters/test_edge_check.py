@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from deployments.edge_check import EdgeCheck
-from deployments.meter import Meter
-from deployments.powercap import DiePackage, PowercapZone, probe_powercap
-from deployments.source import CounterLost, Source
+from deployments.energy.counters.base import CounterLost, Source
+from deployments.energy.counters.edge_check import EdgeCheck
+from deployments.energy.counters.powercap import DiePackage, PowercapZone, probe_powercap
+from deployments.energy.meter import Meter
 from tests.fake_counters import FakeCounter, ManualClock, set_energy, write_zone
 
 INTEL_UJ, AMD_UJ = 262_143_328_850, 65_532_610_987

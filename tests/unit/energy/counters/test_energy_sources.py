@@ -8,9 +8,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from deployments.cpu_time import CPUTimeTree
-from deployments.energy import CPUModel, Label, SCISettings
-from deployments.energy_sources import (
+from deployments.energy.counters.probe import (
     CounterLost,
     CPUModelSource,
     GPUCounter,
@@ -22,6 +20,8 @@ from deployments.energy_sources import (
     gpu_uuids,
     probe_sources,
 )
+from deployments.energy.figures import CPUModel, Label, SCISettings
+from deployments.machine.cpu_time import CPUTimeTree
 from registry.errors import BadSettings
 from registry.settings import load_settings
 from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml, set_energy, write_process, write_zone

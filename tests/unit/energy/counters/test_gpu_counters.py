@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from deployments.energy import CPUModel, Energy, Label, SCISettings
-from deployments.energy_sources import probe_sources
-from deployments.gpu_counters import GPUPower
-from deployments.meter import Meter
-from deployments.source import CounterLost, Source, Unreadable
+from deployments.energy.counters.base import CounterLost, Source, Unreadable
+from deployments.energy.counters.nvml import GPUPower
+from deployments.energy.counters.probe import probe_sources
+from deployments.energy.figures import CPUModel, Energy, Label, SCISettings
+from deployments.energy.meter import Meter
 from tests.fake_counters import UUID, FakeGPU, FakeNVML, ManualClock, PowerCurve, install_nvml, write_zone
 
 IDLE_W, BUSY_W = 100.0, 600.0

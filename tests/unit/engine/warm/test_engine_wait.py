@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.engine_wait import AWAKE_S, LONGEST_SLEEP_S, POLL_S, SHORTEST_SLEEP_S, Patience, be_patient
+from deployments.engine.warm.spin_wait import AWAKE_S, LONGEST_SLEEP_S, POLL_S, SHORTEST_SLEEP_S, Patience, be_patient
 
 LOOK_S = 0.000_02
 """How long a look takes that finds nothing, and giving way."""

@@ -12,8 +12,8 @@ import pytest
 import stamina
 from rich.console import Console
 
-from deployments import cli
-from registry.client import CONNECT_FOR_S, RegistryClient
+from greenprompt_client.cli import main as cli
+from greenprompt_client.client import CONNECT_FOR_S, RegistryClient
 
 Run = Callable[..., tuple[int, list[str]]]
 

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from deployments import cli
-from deployments.overview import overview
-from registry.api import HealthState, MachineState, WrapperState
+from greenprompt_client.cli import main as cli
+from greenprompt_client.cli.status import overview
+from registry.wire.schemas import HealthState, MachineState, WrapperState
 
 NOW = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 HEALTH = HealthState(status="ok", wrappers=1, usable=1, queued=0, version="0.1.0")

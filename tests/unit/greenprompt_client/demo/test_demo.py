@@ -14,13 +14,13 @@ import httpx
 import pytest
 from rich.console import Console, RenderableType
 
-from deployments import demo
-from deployments.demo import Row
-from deployments.llm_args import map_llmconfig
-from registry.api import LLMConfig, RequestState
+from deployments.models.args.mapping import map_llmconfig
+from greenprompt_client.demo import demo
+from greenprompt_client.demo.demo import Row
+from registry.accounting.window_report import WindowReport, window_report
+from registry.core.records import WindowKind
 from registry.errors import StartFailed
-from registry.state import WindowKind
-from registry.window_report import WindowReport, window_report
+from registry.wire.schemas import LLMConfig, RequestState
 from tests.energy_windows import iso, kept, record
 
 

@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from deployments.tiny_llm import main, make_tiny_llm
+from greenprompt_client.demo.tiny_llm import main, make_tiny_llm
 
 
 def files_of(llm: Path) -> dict[str, bytes]:

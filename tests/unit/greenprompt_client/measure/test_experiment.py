@@ -13,14 +13,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deployments.cli import measure
-from deployments.experiment import Experiment, Plan, argument, differences, growth, load_plan
-from deployments.measure import OF_REQUEST
-from registry.api import PromptingRequest
-from registry.client import RegistryClient
+from greenprompt_client.cli.main import measure
+from greenprompt_client.client import RegistryClient
+from greenprompt_client.measure.experiment import Experiment, Plan, argument, differences, growth, load_plan
+from greenprompt_client.measure.run import OF_REQUEST
 from registry.errors import BadSettings
+from registry.wire.schemas import PromptingRequest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 EXPERIMENTS = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
 
 

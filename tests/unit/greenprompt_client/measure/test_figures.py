@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from deployments.figures import LLMSummary, as_csv, summarized
-from deployments.measure_table import notes, results_table
-from registry.api import MeasurementState
-from registry.state import EnergyWindow, WindowKind
-from registry.window_report import WindowReport, window_report
+from greenprompt_client.measure.figures import LLMSummary, as_csv, summarized
+from greenprompt_client.measure.table import notes, results_table
+from registry.accounting.window_report import WindowReport, window_report
+from registry.core.records import EnergyWindow, WindowKind
+from registry.wire.schemas import MeasurementState
 from tests.energy_windows import iso, kept, record, request
 from tests.fake_registry_http import CREATED, answer
 

@@ -21,16 +21,16 @@ import stamina
 import yaml
 from rich.console import Console
 
-from deployments import measure as measure_module
-from deployments.experiment import load_plan
-from deployments.measure import MAX_BARREN_LEASES, PROMPT_TRIES, run_measure, said
-from deployments.results import Results
-from registry.api import RequestState
-from registry.client import AnswerError
+from greenprompt_client.client import AnswerError
+from greenprompt_client.measure import run as measure_module
+from greenprompt_client.measure.experiment import load_plan
+from greenprompt_client.measure.results import Results
+from greenprompt_client.measure.run import MAX_BARREN_LEASES, PROMPT_TRIES, run_measure, said
+from registry.accounting.figures import figures_of
+from registry.accounting.window_report import WindowReport
+from registry.core.records import WindowKind
 from registry.errors import BadSettings
-from registry.figures import figures_of
-from registry.state import WindowKind
-from registry.window_report import WindowReport
+from registry.wire.schemas import RequestState
 from tests.energy_windows import record
 from tests.fake_registry_http import CREATED, HttpRegistry, Reply, error
 
@@ -520,7 +520,7 @@ def command(registry: HttpRegistry, prompts: Path, tmp_path: Path) -> Iterator[C
         words = ["measure", "--llm", "org/a", "--llm", "org/b", "--prompts", str(prompts), "--repetitions", "2"]
         words += ["--output", str(tmp_path / "out"), "--url", registry.url]
         process = subprocess.Popen(
-            [sys.executable, "-m", "deployments.cli", *words],
+            [sys.executable, "-m", "greenprompt_client.cli.main", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.prompt_files import Prompt, load_prompts
+from greenprompt_client.measure.prompt_files import Prompt, load_prompts
 from registry.errors import BadSettings
 
 

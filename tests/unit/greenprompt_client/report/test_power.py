@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from deployments.power import powers
-from registry.state import EnergyWindow, WindowKind
-from registry.window_report import WindowReport, window_report
+from greenprompt_client.report.power import powers
+from registry.accounting.window_report import WindowReport, window_report
+from registry.core.records import EnergyWindow, WindowKind
 from tests.energy_windows import iso, kept, window
 
 

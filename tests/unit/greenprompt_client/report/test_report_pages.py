@@ -15,16 +15,16 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from typer.testing import CliRunner
 
-from deployments import cli
-from deployments.notation import figure, in_range
-from deployments.report_csv import COLUMNS, windows_csv
-from deployments.report_files import write_report
-from deployments.report_html import POINTS_SHOWN, ROWS_SHOWN, plots, report_html
-from deployments.report_table import coefficient_text, names, report_table
+from greenprompt_client.cli import main as cli
+from greenprompt_client.notation import figure, in_range
+from greenprompt_client.report.files import write_report
+from greenprompt_client.report.html import POINTS_SHOWN, ROWS_SHOWN, plots, report_html
+from greenprompt_client.report.table import coefficient_text, names, report_table
+from registry.accounting.report import Coefficient, MeasurementReport
+from registry.accounting.report_csv import COLUMNS, windows_csv
+from registry.accounting.window_report import WindowReport
+from registry.core.records import EnergyWindow, KeptWindow, Measurement, Request, RequestStatus, WindowKind
 from registry.errors import BadSettings
-from registry.report import Coefficient, MeasurementReport
-from registry.state import EnergyWindow, KeptWindow, Measurement, Request, RequestStatus, WindowKind
-from registry.window_report import WindowReport
 from tests.energy_windows import BEGUN_S, an_experiment, iso, kept, record, report_of, request, window
 
 NOTHING = report_of(Measurement(7, 1), [request("r-1", "org/tiny")], [], iso)

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.llm_args import TASKS, as_markdown, map_deployment, map_llmconfig, map_prompting
-from deployments.llm_args_rules import Dropped, Mapped, Refused
-from deployments.llm_args_table import DEPLOYMENT, PROMPTING
-from deployments.tiny_llm import make_tiny_llm
+from deployments.models.args.mapping import TASKS, as_markdown, map_deployment, map_llmconfig, map_prompting
+from deployments.models.args.rules import Dropped, Mapped, Refused
+from deployments.models.args.table import DEPLOYMENT, PROMPTING
+from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from registry.errors import InvalidField
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 R = typing.TypeVar("R", Mapped, Dropped, Refused)
 
 
@@ -631,7 +631,7 @@ def test_mapping_again_changes_nothing(prompting):
 
 
 def test_docs_are_current():
-    """docs/llm-args.md says what the tables say; `python -m deployments.llm_args > docs/llm-args.md` rewrites it."""
+    """docs/llm-args.md says what the tables say; `python -m deployments.models.args.mapping` prints it."""
     assert (ROOT / "docs/llm-args.md").read_text() == as_markdown()
 
 
@@ -645,9 +645,9 @@ def test_docs_name_every_word():
 
 def test_import_is_light():
     """The ingress can import the mapping without vLLM, torch or transformers."""
-    code = "import deployments.llm_args, sys; print([m for m in ('vllm', 'torch', 'transformers') if m in sys.modules])"
+    code = "import deployments.models.args.mapping, sys; print({'vllm', 'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"
 
 
 # --- against the installed packages ------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Joules: meter, attribution, accounts."""

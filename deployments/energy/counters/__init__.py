@@ -1,0 +1,1 @@
+"""What counts energy on a machine, and whether it can be believed."""

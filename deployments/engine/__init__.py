@@ -1,0 +1,1 @@
+"""The engine: vLLM in processes of its own."""

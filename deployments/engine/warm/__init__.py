@@ -1,0 +1,1 @@
+"""Engines that start without importing anything."""

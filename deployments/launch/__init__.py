@@ -1,0 +1,1 @@
+"""Up, down, and the nodes of a cluster."""

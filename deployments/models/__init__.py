@@ -1,0 +1,1 @@
+"""What is deployed: where models come from, what they need."""

@@ -1,0 +1,1 @@
+"""The args of an llmconfig, as arguments of vLLM."""

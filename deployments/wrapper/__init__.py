@@ -1,0 +1,1 @@
+"""One lease, one LLM: the wrapper of an LLM Machine."""

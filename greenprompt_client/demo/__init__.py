@@ -1,0 +1,1 @@
+"""``greenprompt demo``, and the LLMs that it and the tests make."""

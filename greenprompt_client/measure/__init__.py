@@ -1,0 +1,1 @@
+"""``greenprompt measure``: experiments, their folders, and their figures."""

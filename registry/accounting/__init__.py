@@ -1,0 +1,1 @@
+"""Sums and reports of what was used. Pure."""

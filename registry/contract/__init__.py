@@ -1,0 +1,1 @@
+"""What the registry and the wrappers say to each other. Pure."""

@@ -1,0 +1,1 @@
+"""What goes over HTTP: the bodies, and the client that fetches them."""
