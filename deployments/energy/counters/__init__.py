@@ -1,1 +1,1 @@
-"""What counts energy on a machine, and whether it can be believed."""
+"""Energy sources of a machine, and checks of their counters."""

@@ -1,6 +1,6 @@
 """When a wrapper's hardware was at work: busy intervals in order of time. Pure.
 
-What is known of a time that has passed does not change any more: work is noted when it begins and when it ends.
+Work is noted when it begins and when it ends, so what is known of a past time never changes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 KEPT_INTERVALS = 50_000
-"""Busy intervals that are kept at least."""
+"""At least this many of the latest busy intervals are kept."""
 
 
 class Activity:
-    """The times in which prompts were in flight, or an LLM was starting. Not thread-safe: its owner locks.
+    """The times in which prompts were in flight or an LLM was starting. Not thread-safe: its owner locks.
 
-    ``known_from_s``: of earlier times nothing is known any more.
+    ``known_from_s``: nothing is known of earlier times.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Activity:
         self._ends_s = array("d")
 
     def begin(self, at_s: float) -> None:
-        """Note that a piece of work begins; times never go back."""
+        """Note that a piece of work begins. Times must not decrease."""
         self._running += 1
         if self._running > 1:
             return
@@ -52,7 +52,7 @@ class Activity:
         return self._running > 0
 
     def busy_s(self, start_s: float, end_s: float) -> float:
-        """Return for how many seconds between two times there was any work."""
+        """Return the seconds with any work between two times."""
         begins_s, ends_s = self._begins_s, self._ends_s
         busy_s = 0.0
         index = bisect_right(ends_s, start_s)
@@ -62,19 +62,19 @@ class Activity:
         return busy_s
 
     def lengths_s(self, start_s: float, end_s: float) -> Iterator[float]:
-        """Yield the lengths of the busy intervals that overlap a time or touch it; infinite while one goes on."""
+        """Yield the lengths of the busy intervals that overlap or touch a time; infinite for one in progress."""
         for index in range(bisect_left(self._ends_s, start_s), bisect_right(self._begins_s, end_s)):
             yield self._ends_s[index] - self._begins_s[index]
 
     def next_begin_s(self, time_s: float) -> float:
-        """Return when the work of this time, or the next after it, began; infinite if there is none."""
+        """Return when the work in progress at this time began, or else the next work; infinite if there is none."""
         index = bisect_right(self._ends_s, time_s)
         return self._begins_s[index] if index < len(self._begins_s) else math.inf
 
     def gaps(self, start_s: float, end_s: float) -> Iterator[tuple[float, float]]:
-        """Yield the intervals without work that overlap a time, whole.
+        """Yield the idle intervals that overlap a time, at full length.
 
-        The end of the last one is infinite as long as no work has begun after it.
+        The last one ends at infinity until work begins after it.
         """
         for index in range(bisect_right(self._ends_s, start_s), len(self._begins_s) + 1):
             gap_begin_s = self._ends_s[index - 1] if index else self.known_from_s
@@ -85,6 +85,6 @@ class Activity:
                 yield gap_begin_s, gap_end_s
 
     def idle(self, after_s: float, until_s: float) -> Iterator[tuple[float, float]]:
-        """Yield the intervals without work that end after one time, and at or before another."""
+        """Yield the idle intervals that end after ``after_s``, and at or before ``until_s``."""
         for index in range(bisect_right(self._begins_s, after_s), bisect_right(self._begins_s, until_s)):
             yield (self._ends_s[index - 1] if index else self.known_from_s), self._begins_s[index]

@@ -1,4 +1,4 @@
-"""What a source of energy figures is: a cumulative counter, how exact it is, and how it fails."""
+"""The interface of an energy source: a cumulative counter, its accuracy, and how it fails."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import NamedTuple
 from deployments.energy.figures import Label
 
 POWER_HEADROOM = 1.2
-"""Power above this many times the limit is no plausible reading."""
+"""Power above the limit times this is implausible."""
 
 
 class ReadFailed(Exception):
-    """A source could not be read this time; its counter goes on counting."""
+    """The source could not be read this time; its counter keeps counting."""
 
 
 class CounterLost(Exception):
-    """What the counter did since the last reading can't be told; ``flag`` says why."""
+    """The counter's change since the last reading is unknown; ``flag`` says why."""
 
     def __init__(self, flag: str) -> None:
         super().__init__(flag)
@@ -34,13 +34,19 @@ class Joules(NamedTuple):
 
 
 class Source(ABC):
-    """A cumulative counter of energy, or of what energy follows from. Used by one thread at a time.
+    """A cumulative counter of energy, or of a quantity that energy is computed from. Used by one thread at a time.
 
-    ``name`` is that of the component, ``method`` how it is read, ``origin`` says both in words. ``max_age_s``,
-    ``step`` and ``max_rate`` (units a second) are as `windows.Track` wants them. ``limit_w`` is the highest average
-    power that the hardware has been set to since it is read, None if not known; ``default_limit_w`` stands for it then:
-    more than any hardware of the kind takes. ``covers_cpu``: a GPU's counter has the CPU and all memory in it. The
-    units are joules unless the class says otherwise.
+    Its units are joules unless the class says otherwise.
+
+    Attributes:
+        name: The component's name.
+        method: How the counter is read.
+        label: The label of figures from this source.
+        origin: What is read and how, in words.
+        max_age_s, step, max_rate: See `history.Track`.
+        limit_w: The highest average power that the hardware was set to since reading began, W; None if unknown.
+        default_limit_w: Used while ``limit_w`` is None, W: more than any hardware of this kind takes.
+        covers_cpu: Whether the counter of a GPU also counts the CPU and all memory.
     """
 
     name: str
@@ -55,65 +61,65 @@ class Source(ABC):
 
     @property
     def counter_label(self) -> Label:
-        """The label of the counter that is read; another than ``label`` where its reading is divided."""
+        """The label of the counter itself; it differs from ``label`` if the reading is divided."""
         return self.label
 
     @property
     def redundant(self) -> bool:
-        """Whether another source counts the same joules: then this one is in no figure."""
+        """Whether another source counts the same joules; then no figure includes this one."""
         return False
 
     @property
     def late(self) -> float:
-        """Units that may show at once though they came before."""
+        """Units that may show up late, all at once."""
         return 0.0
 
     @property
     def max_rate(self) -> float | None:
-        """More units a second can't be; None if there is no such bound."""
+        """Upper bound, units per second; None if there is none."""
         limit_w = self.default_limit_w if self.limit_w is None else self.limit_w
         return None if limit_w is None else POWER_HEADROOM * limit_w
 
     def read_limit(self) -> None:  # noqa: B027 - a model has none
-        """Read the power limit again. It only rises: steps from before it was lowered have to be explained, too."""
+        """Read the power limit again. It only rises: steps from before it was lowered must stay plausible."""
 
     @abstractmethod
     def read(self, now_s: float) -> float:
-        """Units since some fixed moment, never less than before unless the hardware's counter was reset.
+        """Return the units since a fixed moment. They fall only if the hardware's counter was reset.
 
         Raises:
-            ReadFailed: Not this time.
-            CounterLost: The history of the counter has a hole here; the next reading begins a new one.
+            ReadFailed: The read failed this time.
+            CounterLost: The counter's history has a gap here; the next reading begins a new history.
         """
 
     @property
     def unseen_s(self) -> float:
-        """For how long the hardware's power may change without a trace in the readings, seconds; 0 for a counter."""
+        """How long the hardware's power may change without showing in the readings, seconds; 0 for a counter."""
         return 0.0
 
     def unseen(self, lengths_s: Iterable[float]) -> float:
-        """Units by which readings may be wrong for pieces of work of these lengths, whatever time they lie in."""
+        """Return by how many units the readings may be wrong for busy intervals of these lengths, seconds."""
         return 0.0
 
     def joules(self, duration_s: float, units: float) -> Joules:
-        """The energy of a time in which the counter went up by so many units."""
+        """Return the energy of a time in which the counter rose by ``units``."""
         return Joules(units, units, units)
 
     def power_w(self) -> float | None:
-        """Watts that the hardware tells by other means than this counter, to check it by; None if it tells none."""
+        """Return the power by other means than this counter, W, to check the counter; None if there are none."""
         return None
 
     def contended(self, now_s: float) -> bool | None:
-        """Whether processes that are not ours use the hardware; None: can't be told. May take milliseconds."""
+        """Whether processes of others use the hardware; None if unknown. May take milliseconds."""
         return False
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to give back
-        """Give back what was opened. The source is not read any more."""
+    def close(self) -> None:  # noqa: B027 - most have nothing to release
+        """Release what was opened. The source is not read afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """What was looked for and can't be read, and why. ``in_boundary``: no total is known without it."""
+    """Hardware that can't be read, and why. ``in_boundary``: no total is known without it."""
 
     name: str
     why: str

@@ -1,4 +1,4 @@
-"""Whether an energy counter can be believed: its joules against the power that the hardware tells. Pure."""
+"""Checks an energy counter against the power that the hardware reports. Pure."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 CHECK_S = 10.0
-"""How long a counter is watched at first; over this time steps of 100 ms are 1 %."""
+"""How long a counter is watched at first, seconds; steps of 100 ms are 1 % of this."""
 LOADED_CHECK_S = 30.0
-"""How long under load: power that is smeared over a second and comes and goes may be wrong by half a second of it."""
+"""How long it is watched under load, seconds: power averaged over 1 s may be off by half a second's worth."""
 TOLERANCE = 0.10
-"""Counter and integrated power may differ by this part: NVML's power is good to 5 %, and smeared over a second."""
+"""Accepted relative difference of counter and integrated power: NVML's power is accurate to 5 %, averaged over 1 s."""
 SMEAR_S = 1.0
-"""NVML's power is the mean of so long. Source: NVML API, nvmlDeviceGetPowerUsage."""
+"""NVML's power is the mean of this many seconds. Source: NVML API, nvmlDeviceGetPowerUsage."""
 LOAD_FACTOR = 1.5
-"""So many times the idle power is load: a counter that is right when idle may be wrong then."""
+"""Power of this many times the idle power is load. A counter that is right when idle may be wrong under load."""
 PROBE_S = 10.0
-"""How often the power is looked at between checks. That costs one reading of it."""
+"""How often the power is read between checks, seconds."""
 POWER_ERROR = 0.05
-"""So far NVML's power may be off. Source: NVML API, nvmlDeviceGetPowerUsage."""
+"""Relative error of NVML's power. Source: NVML API, nvmlDeviceGetPowerUsage."""
 _MOST_DOUBT = 20.0
 AGAIN_S, AGAIN_AFTER_DISAGREEMENT_S = 86_400.0, 600.0
-"""How long a finding holds."""
+"""How long a finding holds, seconds; the second if the counter disagreed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was found of a counter.
+    """The result of checking a counter.
 
-    ``period_s`` is the median time between two of its steps as the poller sees them, None if it never made two.
-    ``counter_j`` and ``power_j`` are its own joules and those of the power samples over the same ``seconds``;
-    ``agrees`` is None where no power is told. ``loaded``: the hardware was at work.
+    ``period_s`` is the median time between two of its steps as the poller sees them, None if there were not two.
+    ``counter_j`` and ``power_j`` are the joules of the counter and of the power samples over the same ``seconds``.
+    ``agrees`` is None if no power is reported. ``loaded``: the hardware was at work.
     """
 
     source: str
@@ -53,15 +53,15 @@ class _Finding:
 
 
 class _Loads:
-    """Sums up short pieces of work, with the second after each in which the power still shows it.
+    """Sums up short pieces of work, each with the second after it in which the averaged power still shows it.
 
-    A piece reaches from the counter's last step before it to the first step after that second.
+    A piece reaches from the counter's last step before it to its first step after that second.
     """
 
     def __init__(self) -> None:
         self._step: tuple[float, float] | None = None
         self._begun: tuple[float, float] | None = None
-        """The counter's last step, and that before the piece that is going on: when, and its joules."""
+        """The counter's last step, and the last step before the piece in progress: time and joules of each."""
         self._last: tuple[float, float, bool] | None = None
         self._piece_j = self._piece_loaded_s = self._until_s = 0.0
         self.restart()
@@ -72,7 +72,7 @@ class _Loads:
         self.drop()
 
     def drop(self) -> None:
-        """Forget the piece that is going on, and the last step: the counter's history has a hole."""
+        """Forget the piece in progress and the last step, after a gap in the counter's history."""
         self._step = self._begun = self._last = None
 
     @property
@@ -81,7 +81,7 @@ class _Loads:
         return self._begun is not None
 
     def add(self, now_s: float, joules: float, power_w: float | None, *, working: bool) -> None:
-        """Take a reading, with the power at the same time if it was wanted."""
+        """Add a reading, and the power at the same time if it was requested."""
         stepped = self._step is None or joules != self._step[1]
         if power_w is None:
             self._begun = None
@@ -105,9 +105,9 @@ class _Loads:
 
 
 class CounterCheck:
-    """Watches one counter: at first, after each hole in its history, under load, and again every day.
+    """Checks one counter: at first, after each gap in its history, under load, and once a day.
 
-    Under load that is when a probe finds it for long enough, and else over several short pieces of work.
+    The check under load runs when a probe finds load that lasts long enough, or over several short pieces of work.
     """
 
     def __init__(self, source: str) -> None:
@@ -120,20 +120,20 @@ class CounterCheck:
 
     @property
     def found(self) -> list[Check]:
-        """The newest findings, that of the idle hardware before that under load; none before the first."""
+        """The newest findings, idle before loaded; empty before the first."""
         return [self._findings[loaded].check for loaded in sorted(self._findings)]
 
     @property
     def disagrees(self) -> bool:
-        """Whether the counter counted other joules than the power told, the last time that it was watched."""
+        """Whether the counter disagreed with the power in its newest findings."""
         return any(check.agrees is False for check in self.found)
 
     @property
     def doubt(self) -> tuple[float, float]:
-        """What the counter's joules have to be multiplied with, at least and at most, to be what the power told.
+        """The least and the greatest factor by which the counter's joules must be multiplied to match the power.
 
-        By all that it counted, and by what it counted above the idle power: it may be right when idle. 1 to 1 where it
-        does not disagree.
+        Both all joules and those above the idle power are compared, since the counter may be right when idle. 1 to 1 if
+        it does not disagree.
         """
         factors = [1.0]
         for check in self.found:
@@ -149,7 +149,7 @@ class CounterCheck:
         return least if least == 1 else least * (1 - POWER_ERROR), most if most == 1 else most * (1 + POWER_ERROR)
 
     def restart(self) -> None:
-        """Begin to watch: the counter is new, or its history has a hole."""
+        """Begin a check: the counter is new, or its history has a gap."""
         self._watch_s: float | None = CHECK_S
         self._begun_s: float | None = None
         self._loads.drop()
@@ -163,7 +163,7 @@ class CounterCheck:
         self._power_told = True
 
     def wants_power(self, now_s: float, *, working: bool = False) -> bool:
-        """Whether the next reading needs the power beside it: with every one while it watches, else now and then."""
+        """Whether the next reading needs the power too: always during a check, else every `PROBE_S`."""
         loads = (working or self._loads.going_on) and self._load_is_due(now_s)
         return loads or self._watch_s is not None or now_s >= self._probe_due_s
 
@@ -172,7 +172,7 @@ class CounterCheck:
         return self._idle_w is not None and (finding is None or finding.is_due(now_s))
 
     def add(self, now_s: float, joules: float, power_w: float | None, *, working: bool = False) -> None:
-        """Take a reading, and the power at the same time, None if it is not told or was not wanted.
+        """Add a reading, and the power at the same time, None if it is not reported or was not requested.
 
         ``working``: the hardware is known to be at work.
         """
@@ -207,7 +207,7 @@ class CounterCheck:
         loads.restart()
 
     def _probe(self, now_s: float, power_w: float | None) -> None:
-        """Begin to watch if nothing is known of a counter at this power, or it was found too long ago."""
+        """Begin a check if there is no valid finding at this power."""
         if now_s < self._probe_due_s:
             return
         self._probe_due_s = now_s + PROBE_S
@@ -222,7 +222,7 @@ class CounterCheck:
         return power_w is not None and self._idle_w is not None and power_w >= LOAD_FACTOR * self._idle_w
 
     def _conclude(self, now_s: float, watched_s: float) -> None:
-        """Keep what was found, unless the power changed by too much to tell: then it is tried again soon."""
+        """Keep the finding, unless the power changed too much to compare: then try again soon."""
         self._watch_s = None
         self._probe_due_s = now_s + PROBE_S
         powers_w = self._powers_w

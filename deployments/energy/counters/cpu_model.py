@@ -1,4 +1,4 @@
-"""The energy of the CPU where nothing counts it: a model of the operator's, driven by CPU time."""
+"""The CPU's energy where nothing counts it: a model with the operator's figures, driven by CPU time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from deployments.machine.cpu_time import TICKS_PER_S, CPUTimeTree
 
 
 class CPUModelSource(Source):
-    """The CPU's energy estimated from the CPU time of our processes; its units are CPU-seconds.
+    """The CPU's energy, estimated from the CPU time of our processes. Its units are CPU-seconds.
 
-    Idle watts of all the CPUs we have reserved, for all of the time, and (busy - idle) watts for every CPU-second.
+    The estimate is idle watts for all reserved CPUs all the time, plus (busy - idle) watts per CPU-second.
     """
 
     name = "cpu-model"
@@ -28,25 +28,25 @@ class CPUModelSource(Source):
 
     @property
     def max_rate(self) -> float:
-        """No more CPU-seconds a second than the machine has CPUs, whatever is reserved."""
+        """Upper bound, CPU-seconds per second: all CPUs of the machine, whatever is reserved."""
         return max(self._cpus, os.cpu_count() or 1)
 
     @property
     def late(self) -> float:
-        """A process is found up to a second after its birth, and counted from then on."""
+        """CPU-seconds that may show up late: a process is found up to a second after it started."""
         return self.max_rate * 1.0
 
     def read(self, now_s: float) -> float:
-        """CPU-seconds since the first reading."""
+        """Return the CPU-seconds since the first reading."""
         try:
             return self._tree.read_s(now_s)
         except (OSError, ValueError) as error:
             raise ReadFailed(str(error)) from error
 
     def joules(self, duration_s: float, units: float) -> Joules:
-        """The modelled energy, with the range of the estimate.
+        """Return the modelled energy with its range.
 
-        Where more CPUs are used than are reserved, more idle power means fewer joules: its high belongs to the low.
+        If more CPUs are used than reserved, the idle term is negative: the high idle power gives the low bound.
         """
         model = self._model
         idle_s = self._cpus * duration_s - units

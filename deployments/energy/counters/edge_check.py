@@ -1,4 +1,4 @@
-"""Proves each step of a counter by its own power. Pure."""
+"""Checks that the power of each step of a counter is plausible. Pure."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from deployments.energy.counters.base import CounterLost
 
 
 class EdgeCheck:
-    """Compares what one counter goes up by with the time that this can have taken.
+    """Compares each rise of a counter with what the hardware can take in that time.
 
-    A step that no hardware can explain is no energy: a counter that jumps, falls or was reset has a hole in its
-    history there, and no window over the hole gets a figure.
+    A fall or an impossible rise (a jump, a reset) makes a gap in the counter's history. Windows across the gap get no
+    figure.
 
     Args:
-        max_age_s: How old a reading can be, seconds; None if not known, and then a step began after the last reading
-            before the step before it.
+        max_age_s: Maximum age of a reading, seconds; None if unknown: then a step may have begun at the last reading
+            before the previous step.
         step: The counter's smallest step, in its units.
     """
 
@@ -23,21 +23,21 @@ class EdgeCheck:
         self.restart()
 
     def restart(self) -> None:
-        """Begin again with the next reading: the counter's history has a hole."""
+        """Begin again with the next reading, after a gap in the counter's history."""
         self._last: float | None = None
         self._since_s: float | None = None
         self._asked_s = 0.0
 
     def plausible(self, answered_s: float, units: float, max_rate: float | None) -> bool:
-        """Whether a reading that was answered at this time is no more above the last than ``max_rate`` explains."""
+        """Whether the rise to a reading that was answered at this time is no more than ``max_rate`` explains."""
         if self._last is None or self._since_s is None or max_rate is None:
             return True
         return units - self._last <= max_rate * (answered_s - self._since_s) + self._step
 
     def add(self, asked_s: float, answered_s: float, units: float, max_rate: float | None) -> None:
-        """Take a reading that was asked for and answered at these times.
+        """Add a reading and the times when it was requested and answered.
 
-        More than ``max_rate`` units a second can't be; if that is None, not known, only a fall is refused.
+        ``max_rate`` is the upper bound, units per second; if it is None (unknown), only a fall is refused.
 
         Raises:
             CounterLost: ``counter_reset`` if it fell, ``implausible_power`` if it rose by too much. The next reading

@@ -1,16 +1,16 @@
-"""The mathematics of counters that tick: a history of edges, and what a window between them holds.
+"""The history of a stepping counter: its edges, and what a window between them holds. Pure: times are arguments.
 
-Pure: the times come in as arguments. Units are those of the counter: joules, or CPU-seconds for a CPU model.
+Units are the counter's: joules, or CPU-seconds for the CPU model.
 
-A counter is a staircase under the true curve E(t), which only rises. Each edge is kept with the two times that
-enclose it: ``before``, when it had certainly not ticked yet, and ``seen``, when its value had certainly been
-reached. So E(before) <= units <= E(seen) whatever the counter's period is, and any subset of the edges gives bounds
-that hold: old history can be thinned out without becoming wrong.
+A counter is a staircase under the true curve E(t), which never falls. Each edge is kept with two times that enclose
+it: ``before``, when the counter had certainly not stepped yet, and ``seen``, when its value had certainly been reached.
+So E(before) <= units <= E(seen), whatever the counter's period is. Any subset of the edges gives valid bounds, so old
+edges can be dropped.
 
-Between two edges E(t) is estimated. Where the hardware was idle for a part of that time, this part is given the power
-of the edges just before the work, or just after it, and the time at work gets the rest; else E(t) is a straight line.
-All windows use this one E(t). It is fixed once the counter was watched for a while after the later edge, so windows
-that follow each other add up exactly.
+Between two edges E(t) is estimated. If the hardware was idle for a part of that time, this part gets the power of the
+edges just before or just after the work, and the busy time gets the rest. Otherwise E(t) is a straight line. All
+windows use the same E(t). It becomes final when the counter was watched for a while after the later edge, so successive
+windows add up exactly.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from typing import NamedTuple
 from deployments.energy.counters.activity import Activity
 
 _FINE_S = 600.0
-"""Every edge of the last ten minutes is kept, of older times one a second."""
+"""Every edge of the last ten minutes is kept; of older ones, one per second."""
 _COARSE_S = 1.0
 _TREND_S = 0.3
-"""How far back the slope is taken from which the time since the last edge is estimated."""
+"""The slope after the last edge is that of this long before it, seconds."""
 _MAX_RUNS = 16
 _LEVELS_KEPT = 8192
 _IDLE_S = 0.5
-"""The power of a shorter idle stretch is not told well enough by edges that are seen late."""
+"""Shortest idle time whose power is known, seconds: edges are seen late, which blurs shorter ones."""
 _IDLE_MOST_S = 2.0
-"""Of a longer idle stretch only its end counts, which is nearest to the work that comes after."""
+"""Only this long at the end of an idle time counts, seconds: it is nearest to the next work."""
 _IDLE_KEPT = 4096
 _AFTER_S = 0.5
-"""So long after a piece of work the counter is watched before the power after the work counts as known."""
+"""How long the counter is watched after work before the power after it counts as known, seconds."""
 _BIN_S = 0.005
 _BINS = 400
 _USUAL = 0.99
-"""So much of the edges do not come later than usual."""
+"""The part of the edges that arrive within the usual time."""
 
 
 class NoWindow(Exception):
-    """The history can't tell what a window holds; ``flag`` is the reason in one word."""
+    """The history does not tell what a window holds; ``flag`` is the reason in one word."""
 
     def __init__(self, flag: str) -> None:
         super().__init__(flag)
@@ -54,10 +54,10 @@ class NoWindow(Exception):
 
 
 class Level(NamedTuple):
-    """A counter's reading at a time, or the difference of two: the truth is within low and high, mid is the estimate.
+    """A counter's reading at a time, or the difference of two: ``mid`` is the estimate, the truth is in low to high.
 
-    ``provisional``: too little after that time has been seen yet, so a later look is sharper.
-    ``systematic`` is the part of the error that has the same sign wherever the same happens.
+    ``provisional``: too little has been seen after that time; a later estimate is sharper.
+    ``systematic``: the part of the error that has the same sign in similar windows.
     """
 
     low: float
@@ -68,7 +68,7 @@ class Level(NamedTuple):
 
 
 def between(start: Level, end: Level) -> Level:
-    """What flowed from one level to a later one; never negative."""
+    """Return how much the counter rose from one level to a later one; never negative."""
     return Level(
         low=max(end.low - start.high, 0.0),
         mid=max(end.mid - start.mid, 0.0),
@@ -79,14 +79,14 @@ def between(start: Level, end: Level) -> Level:
 
 
 class _IdleRate(NamedTuple):
-    """Units per second of an idle stretch, and by how much that may be wrong."""
+    """Units per second while idle, and the error of that."""
 
     rate: float
     error: float
 
 
 class _Idle:
-    """What a counter did while the hardware was idle, in order of time."""
+    """A counter's rates while the hardware was idle, in order of time."""
 
     __slots__ = ("_rates", "_seen_until_s", "_until_s")
 
@@ -96,9 +96,9 @@ class _Idle:
         self._seen_until_s = -math.inf
 
     def before(self, time_s: float, run: _Run, activity: Activity) -> tuple[float, _IdleRate] | None:
-        """Return when the last idle stretch before this time ended, and its rate; None if there is none.
+        """Return when the last idle time before ``time_s`` ended, and its rate; None if there is none.
 
-        Every edge before that time must have been seen: then the answer is the same for ever.
+        Every edge before ``time_s`` must have been seen: then the answer never changes.
         """
         for start_s, end_s in activity.idle(self._seen_until_s, time_s):
             self._seen_until_s = end_s
@@ -113,7 +113,7 @@ class _Idle:
 
 
 class _Run:
-    """Edges of a counter between two breaks, in order of time."""
+    """Edges of a counter between two gaps in its history, in order of time."""
 
     __slots__ = (
         "_activity",
@@ -132,7 +132,7 @@ class _Run:
         self.why = why
         self._activity = activity
         self._idle = _Idle()
-        # Prompts in flight together ask for the same times, over and over.
+        # Prompts in flight together look up the same times again and again.
         self._final: dict[float, Level] = {}
         self._provisional: dict[float, Level] = {}
         self.before_s = array("d")
@@ -142,7 +142,7 @@ class _Run:
         self.looked_s = -math.inf
 
     def looked(self, at_s: float) -> None:
-        """Note that the counter was read; infinite: it will not be any more in this run."""
+        """Note that the counter was read; infinite if it will not be read again in this run."""
         self.looked_s = at_s
         self._provisional.clear()
 
@@ -152,11 +152,11 @@ class _Run:
         self.units.append(units)
 
     def stay(self, before_s: float, seen_s: float) -> None:
-        """The last edge was the last of a flat stretch, which went on until now."""
+        """Extend the flat stretch that ends with the last edge until now."""
         self.before_s[-1], self.seen_s[-1] = before_s, seen_s
 
     def thin(self, history_s: float) -> None:
-        """Forget what is older than the history, and most edges of what is older than `_FINE_S`."""
+        """Drop edges older than the history, and most of those older than `_FINE_S`."""
         now_s = self.seen_s[-1]
         fine = bisect_left(self.seen_s, now_s - _FINE_S)
         kept: list[int] = []
@@ -178,14 +178,14 @@ class _Run:
         return (self.before_s[index] + self.seen_s[index]) / 2
 
     def _trend(self) -> float:
-        """Units per second just before the last edge."""
+        """Return the units per second just before the last edge."""
         last = len(self.units) - 1
         first = min(bisect_left(self.seen_s, self.seen_s[last] - _TREND_S), last - 1)
         elapsed_s = self._mid_s(last) - self._mid_s(first)
         return (self.units[last] - self.units[first]) / elapsed_s if elapsed_s > 0 else 0.0
 
     def levels(self, times_s: Sequence[float], step: float, max_rate: float | None) -> list[Level]:
-        """The counter at times not before the first edge. Takes at least two edges."""
+        """Return the counter at times not before the first edge. Needs at least two edges."""
         final, provisional = self._final.get, self._provisional.get
         return [final(time_s) or provisional(time_s) or self._looked_up(time_s, step, max_rate) for time_s in times_s]
 
@@ -218,16 +218,16 @@ class _Run:
         return Level(low, mid, high, provisional=not self.settled(time_s), systematic=systematic)
 
     def _left(self, floor: int, time_s: float) -> int:
-        """The last edge whose middle is not after this time; ``floor`` is one that it is not before."""
+        """Return the last edge whose middle is not after this time. ``floor`` is an edge where the search can begin."""
         left, last = floor, len(self.units) - 1
         while left < last and self._mid_s(left + 1) <= time_s:
             left += 1
         return left
 
     def settled(self, time_s: float) -> bool:
-        """Whether the level at this time stays what it is.
+        """Whether the level at this time is final.
 
-        An edge after it has been seen, and where work begins or ends near it the power after the work has, too.
+        It is when a later edge was seen and, if work begins or ends near that time, also the power after the work.
         """
         if not self.before_s or self.before_s[-1] < time_s:
             return False
@@ -238,12 +238,15 @@ class _Run:
         return self.looked_s >= end_s + _AFTER_S or not 0 < self._activity.busy_s(start_s, end_s) < end_s - start_s
 
     def _inside(self, left: int, time_s: float) -> tuple[float, float]:
-        """E(t) between an edge and the next, and its systematic error.
+        """Return E(t) between an edge and the next, and its systematic error.
 
-        An edge is taken to be up to w/2 too late, or too early. Where it lies in w is chance, if edges are T > w apart:
-        on average it moves P w² / 8T past the begin or the end of work of power P. Edges that are nearer are those of a
-        counter that is always by the same time too late, up to w/2, at the begin and the end alike: a window is wrong
-        by P w / 2, half of it at either end. A straight line adds a sixth of T times the change of the power.
+        An edge is only known to lie in a time w (seen - before). Its middle is used: up to w/2 too late or too early.
+
+        - If edges are T > w apart, their places in w are random. On average P w² / 8T moves past the begin or the end
+          of work of power P.
+        - If edges are closer, the counter is always late by the same time, up to w/2, at begin and end alike. A window
+          is wrong by P w / 2, half of it at either end.
+        - A straight line adds a sixth of T times the change of the power.
         """
         start_s, end_s = self._mid_s(left), self._mid_s(left + 1)
         flowed = self.units[left + 1] - self.units[left]
@@ -258,12 +261,12 @@ class _Run:
             return line, 0.0
         late_s = max(self.seen_s[index] - self.before_s[index] for index in (left, left + 1))
         blur_s = late_s**2 / (8 * span_s) if span_s > late_s else late_s / 4
-        near = max(round(late_s / span_s), 1)  # edges to either side that work at this time shows in
+        near = max(round(late_s / span_s), 1)  # edges to either side in which work at this time shows
         if idle_s <= 0:
             change = abs(self._power(left - near, left, 0.0) - self._power(left + 1, left + 1 + near, 0.0))
             return line, change * (span_s / 6 + blur_s)
         idle = self._idle.before(activity.next_begin_s(start_s), self, activity)
-        if idle is None:  # it can't be less than none at all
+        if idle is None:  # idle power is unknown, but at least 0
             return line, self._power(left - near, left + 1 + near, 0.0) * (span_s / 6 + blur_s)
         power = self._power(left - near, left + 1 + near, idle[1].rate)
         rest, busy_part = flowed, activity.busy_s(start_s, time_s) / busy_s
@@ -279,11 +282,11 @@ class _Run:
         return mid + max(rest, 0.0) * busy_part, error
 
     def _gap_rate(self, left: int, gap: tuple[float, float], idle: tuple[float, _IdleRate], power: float) -> _IdleRate:
-        """The rate of an idle time that lies wholly or partly between an edge and the next.
+        """Return the rate of an idle time that lies wholly or partly between an edge and the next.
 
-        It is told by the nearest whole ticks of the same idle time. Power that is still changing there may have been
-        further off before by as much as it changes from one tick to the next. Without such a tick it can be anything
-        from that of the last idle stretch to the ``power`` of the work.
+        It is that of the nearest whole tick of the same idle time. If the power is still changing there, the rate may
+        be off by as much as it changes from one tick to the next. Without such a tick it can be anything between that
+        of the last idle time and the ``power`` of the work.
         """
         until_s, long = idle
         if until_s == gap[1]:
@@ -297,9 +300,9 @@ class _Run:
         return _IdleRate(near[0], abs(near[0] - (near[1] if len(near) > 1 else long.rate)))
 
     def _ticks(self, first: int, step: int, gap: tuple[float, float]) -> list[float]:
-        """Rates of up to two ticks that follow each other inside an idle time; the nearest first.
+        """Return the rates of up to two successive ticks inside an idle time, the nearest first.
 
-        A flat stretch counts however long it goes on: its last edge moves until it is over.
+        A flat stretch counts even where it reaches outside: its last edge moves until the stretch is over.
         """
         rates: list[float] = []
         for left in (first, first + step):
@@ -312,7 +315,7 @@ class _Run:
         return rates
 
     def _power(self, first: int, last: int, idle_rate: float) -> float:
-        """Units per second of the time at work between two edges, as far as there are any."""
+        """Return the units per second of the busy time between two edges; 0 if there is none."""
         first, last = max(first, 0), min(last, len(self.units) - 1)
         start_s, end_s = self._mid_s(first), self._mid_s(last)
         busy_s = self._activity.busy_s(start_s, end_s)
@@ -320,7 +323,7 @@ class _Run:
         return max(flowed, 0.0) / busy_s if busy_s > 0 else 0.0
 
     def rate_between(self, start_s: float, end_s: float) -> _IdleRate | None:
-        """Units per second by the edges that lie wholly between two times; None if that tells too little."""
+        """Return the units per second by the edges wholly between two times; None if these span too little time."""
         first = bisect_left(self.before_s, start_s)
         last = bisect_right(self.seen_s, end_s) - 1
         if last <= first or self.before_s[last] - self.seen_s[first] < _IDLE_S:
@@ -338,13 +341,12 @@ class Track:
     """The bounded history of one counter. Not thread-safe: its owner locks.
 
     Args:
-        max_age_s: How old a reading of the counter can be; None if not known, and then only a change of it tells
-            something.
-        step: The counter's smallest step, in its units: readings are rounded down by less than this.
-        max_rate: More units a second can't be; None if not known, and then twice the last rate stands for it.
+        max_age_s: Maximum age of a reading, seconds; None if unknown, and then only a changed reading makes an edge.
+        step: The counter's smallest step, units: readings are rounded down by less than this.
+        max_rate: Upper bound, units per second; None if unknown, and then twice the last rate is used.
         history_s: How far back windows can reach, seconds.
         stale_s: How long after the last edge a window may end, seconds.
-        activity: When the hardware was at work, as far as that is known; its owner keeps it up to date.
+        activity: When the hardware was at work; its owner keeps it up to date.
     """
 
     def __init__(
@@ -374,7 +376,7 @@ class Track:
         self._citable_at = 0
 
     def add(self, asked_s: float, answered_s: float, units: float) -> None:
-        """Take a reading that was asked for and answered at these times. A fall of it breaks the history."""
+        """Add a reading and the times when it was requested and answered. A lower reading breaks the history."""
         last = self._last_units
         if last is not None and units < last:
             self.lost("counter_reset")
@@ -382,7 +384,7 @@ class Track:
         run = self._runs[-1]
         run.looked(asked_s)
         if self._max_age_s is not None:
-            # Known to be fresh, so a flat stretch is knowledge too: keep its first and its last reading.
+            # Known to be fresh, so a flat stretch is information too: keep its first and its last reading.
             self._waits_for(asked_s - self._max_age_s, answered_s)
             if len(run.units) > 1 and run.units[-2] == run.units[-1] == units:
                 run.stay(asked_s - self._max_age_s, answered_s)
@@ -394,21 +396,20 @@ class Track:
         self._last_units, self._last_asked_s = units, asked_s
         if len(run.units) > self._thin_at and len(run.units) > 1:
             run.thin(self._history_s)
-            # Thin again when as much has come as was left: a constant cost per reading.
+            # Thin again after half as many new edges: a constant cost per reading.
             self._thin_at = len(run.units) + max(len(run.units) // 2, 1000)
 
     def _waits_for(self, before_s: float, seen_s: float) -> None:
         self._edges_s.append(before_s)
-        if len(self._edges_s) == 3:  # a window that begins just after the first of them misses the second
+        if len(self._edges_s) == 3:  # a window that begins just after the first edge misses the second
             self._waits[min(int((seen_s - self._edges_s[0]) / _BIN_S), _BINS - 1)] += 1
             self._waited += 1
 
     @property
     def citable_s(self) -> float | None:
-        """How long a window has to be so that this counter proves a part of it wherever it begins, seconds.
+        """How long a window must be for this counter to prove a part of it wherever it begins, seconds.
 
-        That is two of the counter's usual periods, as they are seen with the usual time between two readings. None:
-        not known yet.
+        That is two of the counter's usual periods, as the poller sees them. None if not known yet.
         """
         if self._waited >= self._citable_at and self._waited:
             usual = bisect_left(list(accumulate(self._waits)), _USUAL * self._waited)
@@ -417,7 +418,7 @@ class Track:
         return self._citable_s
 
     def lost(self, why: str) -> None:
-        """The counter's continuity is broken: nothing is known of windows that span this moment."""
+        """Break the history: windows that span this moment are unknown, with the flag ``why``."""
         self._runs[-1].looked(math.inf)
         self._runs.append(_Run(why, self._activity))
         self._last_units = None
@@ -425,11 +426,11 @@ class Track:
         self._thin_at = 0
 
     def settled(self, time_s: float) -> bool:
-        """Whether a window that ends at this time will not get any sharper."""
+        """Whether a window that ends at this time is final."""
         return any(run.settled(time_s) for run in self._runs)
 
     def levels(self, times_s: Sequence[float]) -> list[Level]:
-        """The counter at each of these times (one or more, in any order).
+        """Return the counter at each of these times (one or more, in any order).
 
         Raises:
             NoWindow: They are not all inside one unbroken stretch of the history.
@@ -441,7 +442,7 @@ class Track:
                 break
             why = run.why
         else:
-            # A counter that answers and never moves is worth its own word.
+            # A counter that answers but never moves has its own flag.
             raise NoWindow("no_edge" if len(self._runs) == 1 and not run.seen_s else why)
         if run is not self._runs[-1] and last_s > run.before_s[-1]:
             raise NoWindow(why)

@@ -1,8 +1,8 @@
-"""One wrapper's share of what counters of the whole machine count, where several wrappers are on it.
+"""One wrapper's share of machine-wide counters, for machines with several wrappers.
 
-What a machine takes is partly there whoever works (idle power), and partly goes with the work. So for any machine whose
-power grows linearly with CPU time, a wrapper's part lies between its share by reservation, 1/n of n wrappers, and its
-share of the wrappers' CPU time. Both shares, and so their mean, add up to the machine over all wrappers.
+Part of a machine's power is there without any work (idle power); the rest depends on the work. For any machine whose
+power grows linearly with CPU time, a wrapper's share lies between its share by reservation (1/n for n wrappers) and its
+share of the wrappers' CPU time. Over all wrappers, either kind of share adds up to the whole, and so does their mean.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from deployments.machine.machine_cpu import MachineCPU
 
 
 class CPUPart:
-    """Tells which part of the wrappers' CPU time since the last poll was this wrapper's. Not thread-safe.
+    """This wrapper's part of the CPU time of all wrappers since the last poll. Not thread-safe.
 
-    All counters of one poll are divided alike, however long their reads take: a poll is over when a reader asks again.
+    All counters get the same part in one poll, even if their reads take long: a poll ends when a reader asks again.
     """
 
     def __init__(self, cpu: MachineCPU, on_machine: int) -> None:
@@ -30,7 +30,7 @@ class CPUPart:
         self._part: float | None = None
 
     def since_last(self, now_s: float, reader: object) -> float | None:
-        """0 to 1; 1/n while no wrapper works; None if that can't be told. Each reader asks once in a poll."""
+        """Return a part from 0 to 1; 1/n while no wrapper works; None if unknown. Each reader asks once per poll."""
         if not self._told or reader in self._told:
             last, self._last = self._last, self._cpu.wrappers_s(now_s)
             self._told.clear()
@@ -43,9 +43,9 @@ class CPUPart:
 
 
 class MachineShare(Source):
-    """A wrapper's share of one counter of the whole machine: the mean of both shares, or the larger one.
+    """A wrapper's share of one machine-wide counter: the mean of both shares, or the larger one.
 
-    A meter has both as sources of one name, and `joined` makes one component of them. Each reads a counter of its own.
+    The meter has a source for each, with the same name and its own reader of the counter. `joined` merges the two.
     """
 
     label = Label.MODELED
@@ -61,7 +61,7 @@ class MachineShare(Source):
 
     @property
     def counter_label(self) -> Label:
-        """The label of what is divided."""
+        """The label of the counter that is divided."""
         return self._counter.label
 
     def _tell_origin(self) -> None:
@@ -72,12 +72,12 @@ class MachineShare(Source):
         self.limit_w, self.default_limit_w = self._counter.limit_w, self._counter.default_limit_w
 
     def read_limit(self) -> None:
-        """Read the power limit of the whole again."""
+        """Read the counter's power limit again."""
         self._counter.read_limit()
         self._told_limit()
 
     def read(self, now_s: float) -> float:
-        """Joules of the share since the first reading."""
+        """Return the joules of the share since the first reading."""
         part = self._cpu.since_last(now_s, self)
         try:
             joules = self._counter.read(now_s)
@@ -85,7 +85,7 @@ class MachineShare(Source):
             self._last = None
             raise
         if self._last is None:
-            self._tell_origin()  # that of dies is known with their first reading
+            self._tell_origin()  # a DiePackage knows its origin only after its first readings
         else:
             if joules < self._last:
                 self._last = None
@@ -101,14 +101,14 @@ class MachineShare(Source):
         return 1.0 if by_cpu_time is None else max(by_reservation, by_cpu_time)
 
     def close(self) -> None:
-        """Give the counter back."""
+        """Close the counter."""
         self._counter.close()
 
 
 def shares(
     counters: Sequence[Source | Unreadable], again: Sequence[Source | Unreadable], cpu: CPUPart
 ) -> list[Source | Unreadable]:
-    """The two sources for each counter of the whole machine, which was probed twice: each has a reader of its own."""
+    """Return two sources per machine-wide counter, from the results of two probes: each has a reader of its own."""
     found: list[Source | Unreadable] = []
     for one, other in zip(counters, again, strict=True):
         if isinstance(one, Unreadable) or isinstance(other, Unreadable):
@@ -119,9 +119,10 @@ def shares(
 
 
 def joined(parts: Iterable[Component]) -> list[Component]:
-    """Components, those of a mean and of the larger share (of one name, one after the other) as one of them.
+    """Merge each pair of successive components of one name: figure and upper bound.
 
-    The mean is the figure. As it lies in the middle, the smaller share is as far below it as the larger is above.
+    A pair is the mean and the larger share, or `GPUPower` and `GPUPowerAtMost`. The figure is that of the first. The
+    mean lies midway between both shares, so the smaller share is as far below it as the larger is above it.
     """
     found: list[Component] = []
     for part in parts:
@@ -138,7 +139,7 @@ def _pair(mean: Component, larger: Component) -> Component:
         return replace(mean, flags=flags)
     if larger.joules is None:
         return replace(larger, flags=flags)
-    if mean.counter_label is Label.MEASURED_SAMPLED:  # power samples, and the most that they can stand for
+    if mean.counter_label is Label.MEASURED_SAMPLED:  # GPUPower and GPUPowerAtMost
         off_j = max(larger.joules - mean.joules, 0.0)
         return replace(mean, low_j=max(mean.low_j - off_j, 0.0), high_j=mean.high_j + off_j, flags=flags)
     high_j = max(larger.high_j, mean.joules)

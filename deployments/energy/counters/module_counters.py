@@ -1,4 +1,4 @@
-"""The energy of several modules of GPUs and CPUs, whose GPUs may show one counter (two of a GB200 do, if it is its)."""
+"""Energy counters of modules of GPUs and CPUs, where GPUs of one module (e.g. of a GB200) may show the same counter."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from deployments.energy.figures import Label
 _MOVES_TO_TELL = 3
 
 SHARED_MODULE = "module_shared"
-"""Flag: the counter is that of another wrapper's GPU, too. Which part of it is whose nobody can say."""
+"""Flag: another wrapper's GPU has the same counter, so this wrapper's part of it is unknown."""
 
 
 class _Modules:
-    """Finds out which GPUs show one counter, by reading all of them twice.
+    """Finds out which GPUs show the same counter, by reading all of them twice.
 
-    What one counter shows never falls from one reading to the next, whichever GPU it is asked of, while it moves.
+    Alternating readings of GPUs that show one counter never fall, however often the counter moves.
     """
 
     def __init__(self, gpus: Sequence[GPUCounter], others: Sequence[GPUCounter]) -> None:
         self.redundant: frozenset[str] | None = None
-        """Names of the GPUs that show the counter of an earlier one; None: not known yet."""
+        """Names of the GPUs that show the counter of an earlier one; None until known."""
         self.shared: frozenset[str] = frozenset()
-        """Names of the GPUs that show the counter of one of the others."""
+        """Names of the GPUs that show the counter of one of the ``others``."""
         self._own = len(gpus)
         self._gpus = [*gpus, *others]
         self._alike = {(i, j) for i, j in combinations(range(len(self._gpus)), 2) if i < self._own}
@@ -33,10 +33,10 @@ class _Modules:
         self._moves = [0] * len(self._gpus)
 
     def look(self, now_s: float) -> None:
-        """Read all counters until it is known.
+        """Read all counters, unless the answer is known already.
 
         Raises:
-            ReadFailed: It is not known yet.
+            ReadFailed: It is not known yet, or a counter can't be read.
         """
         if self.redundant is not None:
             return
@@ -52,10 +52,10 @@ class _Modules:
 
 
 class ModuleCounter(Source):
-    """The counter of one GPU that shows its whole module; redundant if another GPU shows the same counter.
+    """The counter of one GPU that counts its whole module; redundant if another GPU shows the same counter.
 
-    Each is a source of its own, because each steps at times of its own. Until it is known which of them show one
-    counter nothing is told.
+    Each GPU has its own source because its reading steps at its own times. Reads fail until it is known which GPUs
+    show the same counter.
     """
 
     method = GPUCounter.method
@@ -72,12 +72,12 @@ class ModuleCounter(Source):
 
     @property
     def redundant(self) -> bool:
-        """Whether another source has what this one counts."""
+        """Whether another source counts the same joules."""
         return self.name in (self._modules.redundant or ())
 
     @property
-    def origin(self) -> str:  # type: ignore[override]  # it is found out later
-        """How the figure comes about, in words."""
+    def origin(self) -> str:  # type: ignore[override]  # known only after the first readings
+        """What is read and how, in words."""
         mirrors = ", ".join(sorted(self._modules.redundant or ()))
         return (
             f"{self._gpu.origin}; counted once: {mirrors} show the counter of another GPU"
@@ -86,30 +86,30 @@ class ModuleCounter(Source):
         )
 
     def read(self, now_s: float) -> float:
-        """Joules since the driver was loaded."""
+        """Return the joules since the driver was loaded."""
         self._modules.look(now_s)
         if self.name in self._modules.shared:
             raise CounterLost(SHARED_MODULE)
         return self._gpu.read(now_s)
 
     def power_w(self) -> float | None:
-        """Watts of the module; None if it tells none."""
+        """Return the power of the module, W; None if it is not reported."""
         return self._gpu.power_w()
 
     def contended(self, now_s: float) -> bool | None:
-        """Whether other compute processes run on the GPU; None: can't be told."""
+        """Whether other compute processes run on the GPU; None if unknown."""
         return self._gpu.contended(now_s)
 
     def close(self) -> None:
-        """Give NVML back."""
+        """Release NVML."""
         for gpu in (self._gpu, *self._closes):
             gpu.close()
 
 
 def module_counters(gpus: Sequence[GPUCounter], others: Sequence[GPUCounter] = ()) -> list[Source]:
-    """Return the sources for GPUs that each show a whole module.
+    """Return the sources for GPUs whose counters each count a whole module.
 
-    ``others`` are the GPUs of other wrappers on the machine: a counter that is also theirs tells nothing of ours alone.
+    ``others`` are the GPUs of other wrappers on the machine: a counter that is also theirs gives no figure.
     """
     modules = _Modules(gpus, others)
     return [ModuleCounter(gpu, modules, () if index else others) for index, gpu in enumerate(gpus)]

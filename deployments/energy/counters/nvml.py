@@ -1,4 +1,4 @@
-"""The energy of NVIDIA's GPUs: NVML's energy counters, or its power samples where a GPU has none."""
+"""Energy of NVIDIA GPUs: NVML's energy counter, or its power samples if a GPU has none."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from deployments.machine.cpu_time import CPUTimeTree
 from deployments.machine.gpus import power_limit_w
 
 _MAX_SAMPLE_GAP_S = 0.2
-"""Longest time between two power samples that are integrated; the label promises 10 a second."""
+"""Longest time between two power samples that are integrated, seconds; the label promises 10 samples per second."""
 
 _AVERAGED_S = 1.0
-"""NVML's plain power reading is the mean of so long a time before it was taken, on Ampere (but GA100) and newer.
+"""NVML's plain power reading is the mean of this many seconds before it, on Ampere (except GA100) and newer.
 Source: NVML API, nvmlDeviceGetPowerUsage."""
 _REFRESHED_S = 0.1
-"""NVML's readings are renewed every 20 to 100 ms. Source: Yang et al. 2024, "Part-time Power Measurements:
+"""NVML refreshes its readings every 20 to 100 ms. Source: Yang et al. 2024, "Part-time Power Measurements:
 nvidia-smi's Lack of Attention" (arXiv 2312.02741), table 1."""
 _MODULE = re.compile(r"\bG[HB][23]00\b")
-"""Names of GPUs whose energy counter is that of their module, with its Grace CPU and all memory (GH200, GB200, GB300).
-Source: Zeus, pull request 172 (measured on GH200). For GB200 it is assumed; `CounterCheck` compares with the module's
-power, so a counter of the GPU alone is flagged there."""
+"""Names of GPUs whose energy counter counts their module, with its Grace CPU and all memory (GH200, GB200, GB300).
+Source: Zeus, pull request 172 (measured on GH200). For GB200 it is assumed. If its counter counts the GPU alone, it is
+flagged: `CounterCheck` compares it with the module's power."""
 MODULE_LIMIT_W = 4000.0
-"""Limit for a module, whose own limit NVML does not tell: GB200 and GB300, 2,700 W for two GPUs and a CPU, and half as
-much again for moments (NVIDIA's data sheets)."""
+"""Power limit assumed for a module, W, as NVML reports none: GB200 and GB300, 2,700 W for two GPUs and a CPU, plus half
+of that for short peaks (NVIDIA's data sheets)."""
 GPU_LIMIT_W = 3000.0
-"""Limit for a GPU that tells none: twice the 1,400 W of the largest ones (NVIDIA B300, by its data sheet)."""
+"""Power limit assumed for a GPU that reports none, W: twice the 1,400 W of the largest (NVIDIA B300, data sheet)."""
 
 _SCAN_S = 1.0
-"""A process on the GPU that is not known is looked for among our descendants no more often."""
+"""Minimum time between two searches among our descendants for an unknown process on the GPU, seconds."""
 
 
 class _GPU(Source):
-    """A GPU by its UUID. Each one holds NVML open until it is closed."""
+    """A GPU by its UUID. Each object holds NVML open until it is closed."""
 
     default_limit_w = GPU_LIMIT_W
 
@@ -48,35 +48,35 @@ class _GPU(Source):
         self.read_limit()
 
     def read_limit(self) -> None:
-        """Read the power limit that is enforced again."""
+        """Read the enforced power limit again."""
         told_w = power_limit_w(self._handle)
         if told_w is not None:
             self.limit_w = max(told_w, self.limit_w or 0.0)
 
     def contended(self, now_s: float) -> bool | None:
-        """Whether other compute processes run on the GPU, as far as they are of our pid namespace."""
+        """Whether other compute processes run on the GPU; None if NVML does not tell, or tells pids of a host."""
         try:
             users = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)}
         except pynvml.NVMLError:
             return None
         if users <= self._tree.pids():
-            return False  # without a look at every process of the machine, which takes milliseconds
+            return False  # without looking at every process of the machine, which takes milliseconds
         self._tree.refresh(now_s, _SCAN_S)
         strangers = users - self._tree.pids()
-        # In a container the driver tells the host's process ids: those can't be compared with ours.
+        # In a container the driver reports pids of the host, which can't be compared with ours.
         if not all(self._tree.exists(pid) for pid in strangers):
             return None
         return bool(strangers)
 
     def close(self) -> None:
-        """Give NVML back."""
+        """Release NVML."""
         pynvml.nvmlShutdown()
 
 
 class GPUCounter(_GPU):
-    """The driver's energy counter, mJ since it was loaded; steps every 20 to 100 ms.
+    """The driver's energy counter, mJ since the driver was loaded; it steps every 20 to 100 ms.
 
-    ``covers_cpu``: the counter is that of a module, with the CPU and all memory in it.
+    ``covers_cpu``: it counts the whole module, with the CPU and all memory.
 
     Source: NVML API, nvmlDeviceGetTotalEnergyConsumption (Volta or newer).
     """
@@ -94,19 +94,19 @@ class GPUCounter(_GPU):
             self.default_limit_w = MODULE_LIMIT_W
 
     def read_limit(self) -> None:
-        """Read the limit that is enforced again. That of a GPU says nothing of its module."""
+        """Read the enforced limit again; not for a module, whose limit differs from its GPU's."""
         if not self.covers_cpu:
             super().read_limit()
 
     def read(self, now_s: float) -> float:
-        """Joules since the driver was loaded."""
+        """Return the joules since the driver was loaded."""
         try:
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
         except pynvml.NVMLError as error:
             raise ReadFailed(str(error)) from error
 
     def power_w(self) -> float | None:
-        """Watts by NVML's power reading, of the module if that is what the counter counts."""
+        """Return NVML's power reading, W; of the module if the counter counts the module. None if there is none."""
         try:
             if self.covers_cpu:
                 return _field_w(self._handle, pynvml.NVML_FI_DEV_POWER_AVERAGE, pynvml.NVML_POWER_SCOPE_MODULE)
@@ -118,8 +118,8 @@ class GPUCounter(_GPU):
 class GPUPower(_GPU):
     """Power samples, integrated by the trapezoid rule, for GPUs without an energy counter.
 
-    With ``instant`` samples of the power at a moment, else of its mean over the last second: the joules are then those
-    of up to a second ago, and what a shorter time took can't be told.
+    With ``instant`` a sample is the power at a moment, else the mean of the last second. Joules from means lag by up to
+    a second, so a shorter window can't be resolved.
 
     Source: NVML API, NVML_FI_DEV_POWER_INSTANT and nvmlDeviceGetPowerUsage: mW of the GPU and its memory.
     """
@@ -134,16 +134,16 @@ class GPUPower(_GPU):
         self.joules_so_far = 0.0
         self.problem: ReadFailed | CounterLost | None = None
         self.sampling_j = 0.0
-        """By how much those may be wrong. A change of power shows in a sample between at once and a refresh and a gap
-        between samples later; in the middle of that it is right."""
+        """Possible error of ``joules_so_far``, J. A change of power shows in a sample at once, or up to a refresh and a
+        gap between samples later. The integral is exact for the middle of that."""
         self._longest_gap_s = 0.0
-        # The mean of a time lies between the power at its begin and at its end, so the integral is as old as that.
+        # A mean of a time lies between the powers at its begin and end, so the integral is at most as old as that time.
         self.max_age_s = (_REFRESHED_S if instant else _AVERAGED_S) + _MAX_SAMPLE_GAP_S
         what = "of the moment" if instant else "each the mean of a second"
         self.origin = f"NVML power samples of the GPU and its memory, {what}, integrated"
 
     def read(self, now_s: float) -> float:
-        """Joules since the first sample."""
+        """Return the joules since the first sample."""
         try:
             self._sample(now_s)
         except (ReadFailed, CounterLost) as problem:
@@ -171,23 +171,23 @@ class GPUPower(_GPU):
 
     @property
     def unseen_s(self) -> float:
-        """The power of a moment is renewed now and then, and read now and then."""
+        """How long the power may change unseen, seconds: the refresh time plus the longest gap between samples."""
         return _REFRESHED_S + self._longest_gap_s if self._instant else 0.0
 
     def unseen(self, lengths_s: Iterable[float]) -> float:
-        """Return the joules by which samples of the moment may be wrong for pieces of work of these lengths.
+        """Return the joules by which instant samples may be wrong for busy intervals of these lengths, seconds.
 
-        One that is longer than twice the time between two samples shows in them, and so does its error: ``sampling_j``
-        has that. A shorter one may be missed, whatever its power.
+        An interval longer than twice ``unseen_s`` shows in the samples; ``sampling_j`` has its error. A shorter one may
+        be missed, whatever its power.
         """
         period_s = self.unseen_s
         return period_s * (self.max_rate or 0.0) * sum(length_s < 2 * period_s for length_s in lengths_s)
 
 
 class GPUPowerAtMost(Source):
-    """The most that power samples can stand for: what they were integrated to, and by how much that may be wrong.
+    """The upper bound of power samples: their integral plus its possible error.
 
-    It is read after these samples. `machine_share.joined` makes one component of both.
+    Read it after the samples. `machine_share.joined` merges both into one component.
     """
 
     method = GPUPower.method
@@ -198,24 +198,24 @@ class GPUPowerAtMost(Source):
         self._samples = samples
 
     def read(self, now_s: float) -> float:
-        """Joules since the first sample, at most."""
+        """Return the most joules since the first sample."""
         if self._samples.problem is not None:
             raise self._samples.problem
         return self._samples.joules_so_far + self._samples.sampling_j
 
 
 def _power_w(handle: Any) -> float:
-    """NVML's plain power reading. Raises NVMLError."""
+    """Return NVML's plain power reading, W. Raises NVMLError."""
     return float(pynvml.nvmlDeviceGetPowerUsage(handle)) / 1000
 
 
 def _instant_w(handle: Any) -> float:
-    """The power at this moment. Raises NVMLError."""
+    """Return the power at this moment, W. Raises NVMLError."""
     return _field_w(handle, pynvml.NVML_FI_DEV_POWER_INSTANT, pynvml.NVML_POWER_SCOPE_GPU)
 
 
 def _field_w(handle: Any, field: int, scope: int) -> float:
-    """A field of NVML in mW. Raises NVMLError if the GPU or its driver does not have it."""
+    """Return a power field of NVML, W. Raises NVMLError if the GPU or its driver does not have it."""
     [value] = pynvml.nvmlDeviceGetFieldValues(handle, [(field, scope)])
     if value.nvmlReturn != pynvml.NVML_SUCCESS:
         raise pynvml.NVMLError(value.nvmlReturn)
@@ -223,9 +223,9 @@ def _field_w(handle: Any, field: int, scope: int) -> float:
 
 
 def probe_gpu(uuid: str, tree: CPUTimeTree) -> Source | Unreadable:
-    """The best that a GPU offers. MIG slices and many vGPUs offer nothing.
+    """Return the best source that a GPU offers, or why it offers none (MIG slices and many vGPUs).
 
-    A slice is not asked: what a driver told of it would be its whole GPU's, which other wrappers may use as well.
+    A MIG slice is not tried: the driver's figures would be those of the whole GPU, which other wrappers may use, too.
     """
     name = f"gpu:{uuid}"
     if uuid.startswith("MIG-"):

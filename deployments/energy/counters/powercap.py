@@ -1,4 +1,4 @@
-"""The energy of CPUs and main memory by the kernel's powercap zones (RAPL)."""
+"""Energy of CPUs and main memory by the kernel's powercap zones (RAPL)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from deployments.energy.counters.base import CounterLost, ReadFailed, Source, Un
 from deployments.energy.figures import Label
 
 PACKAGE_LIMIT_W = 1500.0
-"""Limit for a package that tells none. The largest server processors are made for 500 W (AMD EPYC 9005, Intel Xeon
-6900P: thermal design power, by their data sheets), and run at up to twice that for moments."""
+"""Power limit assumed for a package that reports none, W. The largest server processors are made for 500 W (AMD EPYC
+9005, Intel Xeon 6900P: thermal design power, data sheets), with short peaks of up to twice that."""
 DRAM_LIMIT_W = 500.0
-"""Limit for the memory of a package that tells none: 24 modules of 20 W."""
+"""Power limit assumed for the memory of a package that reports none, W: 24 modules of 20 W."""
 UNLIMITED_W = 4095.0
-"""A limit of so much is none: the register's field is full. Source: Intel SDM 3B, 15.10.3: 15 bits of 1/8 W."""
+"""A limit of this many watts means no limit: the register's field is full. Source: Intel SDM 3B, 15.10.3: 15 bits of
+1/8 W."""
 _LONGEST_WRAP_S = 2.0
-"""After so long without a reading a fall can't be told from a reset, even if a wrap would explain it."""
+"""After this many seconds without a reading, a wrap can't be told from a reset."""
 _WRAP_SLACK_S = 0.25
-"""The counter is read so much later than the time of a reading says, at most, when a fall is taken for a wrap. How much
-it rose is checked with the exact times afterwards, like every step."""
+"""When a fall is checked for a wrap: how much later than its noted time the counter may have been read, seconds. The
+rise itself is then checked with exact times, like every step."""
 _MOVES_TO_TELL = 3
 _DIE = re.compile(r"(package-\d+)-die-\d+")
 
 
 class PowercapZone(Source):
-    """A package or dram zone of Intel's or AMD's RAPL, µJ, wrapping at max_energy_range_uj; steps every ~1 ms.
+    """A package or dram zone of RAPL (Intel, AMD): µJ, wraps at max_energy_range_uj, steps every ~1 ms.
 
     Source: Linux, Documentation/power/powercap; Intel SDM 3B, 14.10 (counters are updated every ~1 ms).
     """
@@ -38,7 +39,7 @@ class PowercapZone(Source):
     step = 1e-3
 
     def __init__(self, name: str, zone: Path) -> None:
-        """Raises OSError or ValueError when the zone can't be read."""
+        """Raises OSError or ValueError if the zone can't be read."""
         self.name = name
         self.origin = f"powercap energy counter {zone.name} of the whole machine"
         self.default_limit_w = DRAM_LIMIT_W if name.startswith("dram") else PACKAGE_LIMIT_W
@@ -57,10 +58,10 @@ class PowercapZone(Source):
             self.limit_w = max(told_w, self.limit_w or 0.0)
 
     def shown_uj(self) -> int:
-        """What the zone shows now, µJ, wraps and all.
+        """Return the zone's raw counter, µJ, not corrected for wraps.
 
         Raises:
-            ReadFailed: Not this time.
+            ReadFailed: The read failed this time.
         """
         try:
             return _read_int(self._path)
@@ -68,7 +69,7 @@ class PowercapZone(Source):
             raise ReadFailed(str(error)) from error
 
     def read(self, now_s: float) -> float:
-        """Joules since the first reading, over all wraps."""
+        """Return the joules since the first reading, corrected for wraps."""
         now_uj = self.shown_uj()
         last_s, last_uj = self._last_s, self._last_uj
         self._last_s, self._last_uj = now_s, now_uj
@@ -89,11 +90,10 @@ class PowercapZone(Source):
 
 
 class DiePackage(Source):
-    """A package whose dies have a zone each: separate counters on Intel, one and the same on some AMD processors.
+    """A package with one zone per die: separate counters on Intel, a single one on some AMD processors.
 
-    Which of both is found out by the counters: if what the others show always lies between two readings of the first,
-    or is no older than a zone's reading can be, while that moves, they show one counter, and it is counted once. Until
-    that is known nothing is read.
+    The readings show which. It is a single counter if, while it moves, all other dies show values between two readings
+    of the first die, or no older than a zone's reading can be. It is then counted once. Reads fail until this is known.
 
     Source: Linux, drivers/powercap/intel_rapl_common.c names zones by die; AMD's counters are per package.
     """
@@ -113,7 +113,7 @@ class DiePackage(Source):
         self.read_limit()
 
     def read_limit(self) -> None:
-        """Read the power limits of all dies again; the package's is their sum, unknown if one is."""
+        """Read the power limits of all dies again. The package's is their sum; None if one is unknown."""
         for die in self._dies:
             die.read_limit()
         limits_w = [die.limit_w for die in self._dies]
@@ -122,7 +122,7 @@ class DiePackage(Source):
         self.default_limit_w = PACKAGE_LIMIT_W * len(self._dies)
 
     def read(self, now_s: float) -> float:
-        """Joules since the first reading."""
+        """Return the joules since the first reading."""
         if not self._counted:
             self._look()
         return sum(die.read(now_s) for die in self._counted)
@@ -145,7 +145,7 @@ class DiePackage(Source):
 
 
 def _read_int(path: str) -> int:
-    """A file of one number. A third of what Path.read_text takes, 20 times a second."""
+    """Return the number in a file. Three times as fast as Path.read_text; called 20 times a second."""
     fd = os.open(path, os.O_RDONLY)
     try:
         return int(os.read(fd, 32))
@@ -154,7 +154,7 @@ def _read_int(path: str) -> int:
 
 
 def _zone_limit_w(zone: Path) -> float | None:
-    """The highest of a zone's power limits (long and short term, and the maximum); None where it tells none."""
+    """Return the highest of a zone's power limits (long and short term, maximum), W; None if it reports none."""
     limits = []
     for path in (*zone.glob("constraint_*_power_limit_uw"), *zone.glob("constraint_*_max_power_uw")):
         try:
@@ -165,7 +165,7 @@ def _zone_limit_w(zone: Path) -> float | None:
 
 
 def probe_powercap(root: Path) -> list[Source | Unreadable]:
-    """All packages and all memory zones, or the reasons. A kind with an unreadable zone is left out altogether."""
+    """Return all package and memory zones, or the reasons. A kind with an unreadable zone is left out entirely."""
     if not root.is_dir():
         return [Unreadable("powercap", f"{root} does not exist")]
     found: dict[str, list[PowercapZone | Unreadable]] = {"package": [], "dram": []}
@@ -189,7 +189,7 @@ def probe_powercap(root: Path) -> list[Source | Unreadable]:
 
 
 def _by_package(zones: Sequence[PowercapZone]) -> list[Source]:
-    """The zones, those of the dies of one package together."""
+    """Return the zones, with the dies of each package joined."""
     dies: dict[str, list[PowercapZone]] = {}
     for zone in zones:
         die = _DIE.fullmatch(zone.name)

@@ -1,7 +1,7 @@
-"""Where joules come from: NVIDIA's energy counters, the kernel's powercap zones, a model of the CPU.
+"""Finds a machine's energy sources: NVIDIA's energy counters, the kernel's powercap zones, a model of the CPU.
 
-`probe_sources` finds out, by real calls, what a machine has. A source that can't be read is not an error: it is
-listed as `Unreadable` with the reason, so that people can see it and a figure is never made up.
+`probe_sources` tries each with real calls. A source that can't be read is no error: it is listed as `Unreadable` with
+the reason, and no figure is made up for it.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ def probe_sources(
     machine: MachineCPU | None = None,
     on_machine: int = 1,
 ) -> list[Source | Unreadable]:
-    """What there is to count the energy of these GPUs and of this machine's CPUs, each tried by a real call.
+    """Return the sources for these GPUs and this machine's CPUs, each tried with a real call.
 
-    A GPU that can't be read is inside the boundary all the same, so that no total is known without it. The CPU is
-    counted by hardware where it can be, else by the operator's model; but where GPUs are measured and estimates are
-    not allowed it is left out, because a sum with an estimate is one: the figure is then measured, and flagged
-    ``cpu_not_covered``. Where the counter of a GPU is that of its module, with the CPU in it (Grace Hopper, Grace
-    Blackwell), nothing else is counted, and nothing is told where that of another wrapper's GPU is the same. Of what
-    counters of the whole machine count, each of several wrappers has a share, which is an estimate.
+    - A GPU that can't be read stays inside the boundary, so no total is known.
+    - The CPU is counted by hardware if possible, else by the operator's model. If there are GPUs and estimates are not
+      allowed, the model is left out, as it would make every total an estimate: figures are flagged ``cpu_not_covered``.
+    - If a GPU's counter counts its module with the CPU (Grace Hopper, Grace Blackwell), nothing else is counted. If
+      another wrapper's GPU has the same counter, there is no figure.
+    - With several wrappers on the machine, each gets a share of the machine-wide counters, which is an estimate.
 
     Args:
         gpu_uuids: The wrapper's GPUs, empty for none.
-        pid: The process whose tree does the work.
-        settings: The operator's choices; the CPU model is taken from them.
+        pid: The root of the process tree that does the work.
+        settings: The operator's choices, with the CPU model.
         powercap_root: Where the kernel shows its powercap zones.
         proc_root: Where proc is mounted.
         cpus: How many CPUs are reserved, for the model; None: all that this process may use.
-        machine: The CPU time on the machine; None: only this process' tree is known.
+        machine: The CPU time on the machine; None: only the tree of ``pid`` is known.
         on_machine: How many wrappers share the machine, this one included.
     """
     machine = machine or MachineCPU(pid, proc_root=proc_root)
@@ -104,7 +104,7 @@ def probe_sources(
 
 
 def _told_apart(modules: Sequence[GPUCounter], machine: MachineCPU, on_machine: int) -> Sequence[Source | Unreadable]:
-    """The counters of modules, each once, and none that is that of another wrapper's GPU, too."""
+    """Return sources that count each module's counter once, and none that another wrapper's GPU shares."""
     others: list[GPUCounter] = []
     try:
         for uuid in all_gpu_uuids() if on_machine > 1 else ():
@@ -113,7 +113,7 @@ def _told_apart(modules: Sequence[GPUCounter], machine: MachineCPU, on_machine: 
                 others.append(gpu)
             elif isinstance(gpu, Source):
                 gpu.close()
-    except ReadFailed as error:  # then nobody can say whose counters these are
+    except ReadFailed as error:  # then it is unknown whose counters these are
         for own in modules:
             own.close()
         return [Unreadable(own.name, str(error), in_boundary=True) for own in modules]
@@ -121,7 +121,7 @@ def _told_apart(modules: Sequence[GPUCounter], machine: MachineCPU, on_machine: 
 
 
 def _in_model(source: Source | Unreadable) -> Source | Unreadable:
-    """A source, but none for main memory: the model of the CPU has its memory in it."""
+    """Return the source, but no source of main memory: the CPU model includes memory."""
     if isinstance(source, Source) and source.name.startswith("dram-"):
         return Unreadable(source.name, "energy.cpu_model has the memory in it, and no package can be read")
     return source

@@ -1,6 +1,6 @@
-"""GPUs that NVML does not know (AMD), by the optional package zeus. Nothing of it is imported unless it is asked for.
+"""GPUs that NVML does not support (AMD), through the optional package zeus, which is imported only when needed.
 
-Only `zeus.device` is used: it reads counters. Zeus' own windows tell 0 J where they can't measure.
+Only `zeus.device` is used: it reads counters. Zeus' own windows return 0 J where they can't measure.
 """
 
 from __future__ import annotations
@@ -34,33 +34,34 @@ class ZeusGPU(Source):
         self.read_limit()
 
     def read_limit(self) -> None:
-        """Read the power limit again; it stays as it was if the GPU does not tell it."""
+        """Read the power limit again; it stays unchanged if the GPU does not report it."""
         with suppress(Exception):  # zeus raises errors of the vendors' libraries
             self.limit_w = max(float(self._gpu.get_power_management_limit()) / 1000, self.limit_w or 0.0)
 
     def read(self, now_s: float) -> float:
-        """Joules since the driver was loaded."""
+        """Return the joules since the driver was loaded."""
         try:
             return float(self._gpu.get_total_energy_consumption()) / 1000
         except Exception as error:
             raise ReadFailed(in_one_line(error)) from error
 
     def power_w(self) -> float | None:
-        """Watts at this moment."""
+        """Return the power at this moment, W; None if the read fails."""
         try:
             return float(self._gpu.get_instant_power_usage()) / 1000
         except Exception:
             return None
 
     def contended(self, now_s: float) -> bool | None:
-        """Can't be told."""
+        """Return None: unknown."""
         return None
 
 
 def zeus_gpus(count: int) -> list[Source | Unreadable]:
-    """All the GPUs that a wrapper holds, by zeus, which goes by the vendor's own variables; a hole for each other one.
+    """Return all GPUs of a wrapper, found by zeus through the vendor's environment variables.
 
-    Empty where zeus is not installed.
+    A GPU that can't be read is `Unreadable`; if not all ``count`` GPUs are found, the result is a single `Unreadable`.
+    Empty if zeus is not installed.
     """
     if find_spec("zeus") is None:
         return []
