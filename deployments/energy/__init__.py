@@ -1,1 +1,1 @@
-"""Joules: meter, attribution, accounts."""
+"""Energy accounting: the meter, attribution to prompts, lease accounts."""

@@ -1,6 +1,6 @@
-"""From what a counter says to the figures of windows, and of the prompts that share one. Pure.
+"""Turns counter readings into the figures of windows, and of prompts that share a window. Pure.
 
-Levels are those of one source's counter at the times that matter; components are its part of each figure.
+Levels are readings of one source's counter at the relevant times; components are its part of each figure.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from deployments.energy.figures import Component, Label, worst
 
 @dataclass(frozen=True)
 class Parts:
-    """A prompt's part (0 < part <= 1) of what flows, from its begin to its end, while others are in flight with it.
+    """A prompt's part (0 < part <= 1) of the energy, from its begin to its end, while others are in flight with it.
 
-    ``times_s`` has those two times and all between them at which that changed: one more than there are parts. ``mid``
-    is one division of the whole: the parts of all prompts in flight are 1 at any time. ``low`` and ``high`` are the
-    least and the most that the part can be.
+    ``times_s`` are these two times and all times in between at which the part changes: one more than there are parts.
+    ``mid`` is one division of the whole: at any time the parts of all prompts in flight add up to 1. ``low`` and
+    ``high`` are the least and the most that the part can be.
     """
 
     times_s: Sequence[float]
@@ -39,9 +39,9 @@ class Parts:
 
     @cached_property
     def reserved_s(self) -> float:
-        """Its share of the machine's seconds, divided as the energy is.
+        """Its share of the machine's seconds, divided like the energy.
 
-        Together with the seconds without a prompt the shares of all are the seconds that went by.
+        The shares of all prompts, plus the seconds without a prompt, are all seconds that passed.
         """
         return _of(self.mid, self._seconds)
 
@@ -63,7 +63,7 @@ class Parts:
     def changes(self) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
         """By how much low, mid and high change at each of the times.
 
-        What a level has too much before it, it has too little after it: so its error counts by the change of the part.
+        A level's error adds energy on one side of its time and removes it on the other: it counts by that change.
         """
         return _changes(self.low), _changes(self.mid), _changes(self.high)
 
@@ -82,17 +82,17 @@ def _changes(parts: Sequence[float]) -> list[float]:
 
 
 def unknown(source: Source, flag: str) -> Component:
-    """A source's component where it can't tell."""
+    """Return the component of a source that is unavailable, with the flag that says why."""
     return Component(source.name, source.origin, Label.UNAVAILABLE, flags=(flag,))
 
 
 def counted(
     source: Source, duration_s: float, flow: Level, *, citable: bool = True, estimate_short: bool = False
 ) -> Component:
-    """What a counter's flow over a time means in joules.
+    """Return the joules of a counter's flow over a time.
 
-    Unavailable and flagged ``too_short`` when the time is too short to be ``citable``, or when the counter does not
-    prove a single joule; with ``estimate_short`` it is then modelled, with the counter's bounds.
+    Unavailable and flagged ``too_short`` if the time is too short to be ``citable``, or if the counter does not prove
+    any energy. With ``estimate_short`` it is then modelled, with the counter's bounds, unless the estimate is 0.
     ``implausible_power``: more than 1.2 times the hardware's limit.
     """
     low, mid, high = (source.joules(duration_s, units) for units in (flow.low, flow.mid, flow.high))
@@ -119,7 +119,7 @@ def counted(
 
 
 def doubted(part: Component, doubt: tuple[float, float]) -> Component:
-    """Return a component of a counter whose joules may have to be multiplied with so much, at least and at most."""
+    """Return a component whose joules may have to be multiplied by ``doubt``: a least and a greatest factor."""
     if part.joules is None or part.low_j is None or part.high_j is None or part.systematic_j is None:
         return part
     least, most = doubt
@@ -134,14 +134,14 @@ def doubted(part: Component, doubt: tuple[float, float]) -> Component:
 
 
 def _implausible(source: Source, duration_s: float, flow: Level) -> bool:
-    """Whether the counter proves more than the hardware can take."""
+    """Whether the counter proves more power than the hardware can take."""
     if source.limit_w is None:
         return False
     return source.joules(duration_s, flow.low).mid > POWER_HEADROOM * source.limit_w * duration_s
 
 
 def together(flows: Iterable[Level]) -> Level:
-    """What flowed in several times."""
+    """Return the flow of several times together."""
     parts = list(flows)
     if len(parts) == 1:
         return parts[0]
@@ -155,17 +155,17 @@ def together(flows: Iterable[Level]) -> Level:
 
 
 def widened(flow: Level, error: float) -> Level:
-    """Return a flow that may be wrong by so much more, wherever the same happens."""
+    """Return a flow that may be wrong by ``error`` more, with the same sign in similar windows."""
     low, mid, high, provisional, systematic = flow
     return Level(max(low - error, 0.0), mid, high + error, provisional, systematic + error)
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What the counters went up by in a time, before it is told in joules.
+    """How much the counters rose in a time, in their units. Flows of several times can be added up.
 
-    Flows of several times can be added up. ``longest_s`` is the longest time in one piece. ``units`` are those of the
-    sources in their order, the flag in place of one that can't tell.
+    ``longest_s`` is the longest time in one piece. ``units`` are those of each source, in order; for an unknown one the
+    flag that says why.
     """
 
     duration_s: float
@@ -183,9 +183,10 @@ class Flow:
 
 
 class Share(NamedTuple):
-    """A prompt's share of what one counter counted in a time, in its units; those of several times can be added up.
+    """A prompt's share of what one counter counted in a time, in its units. Shares of several times can be added up.
 
-    ``whole`` is what flowed. ``least`` and ``most`` are by the bounds of the parts, the others errors of the levels.
+    ``whole`` is all that was counted. ``units`` is the share, ``least`` and ``most`` by the bounds of the parts. The
+    others are errors due to the levels.
     """
 
     whole: Level
@@ -198,21 +199,21 @@ class Share(NamedTuple):
     blur: float
 
     def widened(self, error: float) -> Share:
-        """Return the same share of a counter that may be wrong by so much more."""
+        """Return the same share of a counter that may be wrong by ``error`` more."""
         if not error:
             return self
         return Share(widened(self.whole, error), self.units, self.least, self.most, *(one + error for one in self[4:]))
 
     def plus(self, other: Share) -> Share:
-        """Return the share of both times."""
+        """Return the share of both times together."""
         return Share(together((self.whole, other.whole)), *map(add, self[1:], other[1:]))
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """A prompt's share of the machine's seconds in a time, and of its sources' counters in their order.
+    """A prompt's share of the machine's seconds in a time, and of each source's counter, in order.
 
-    The flag stands in place of a counter that can't tell. Those of times that follow each other can be added up.
+    An unknown counter has the flag that says why. Shares of successive times can be added up.
     """
 
     duration_s: float
@@ -223,9 +224,9 @@ class Shares:
 
     @classmethod
     def of(cls, parts: Parts, levels: Iterable[Sequence[Level] | str], errors: Iterable[float] = repeat(0.0)) -> Shares:
-        """Return the shares by a prompt's parts.
+        """Return the shares for a prompt's parts.
 
-        ``levels`` are each counter's at the times of the parts, ``errors`` by how much more it may be wrong over them.
+        ``levels`` are each counter's at the times of the parts, ``errors`` its additional error over them, in units.
         """
         both = zip(levels, errors, strict=False)
         counters = tuple(one if isinstance(one, str) else _share(parts, one).widened(error) for one, error in both)
@@ -263,9 +264,9 @@ def _share(parts: Parts, levels: Sequence[Level]) -> Share:
 
 
 def shared(source: Source, shares: Shares, found: Share) -> Component:
-    """What a prompt's share of a counter means in joules, while it was in flight with others.
+    """Return the joules of a prompt's share of a counter, while it was in flight with others.
 
-    Its bounds are those of the parts, and the counter's own resolution besides.
+    The bounds are those of the parts, widened by the counter's resolution.
     """
     if _implausible(source, shares.duration_s, found.whole):
         return unknown(source, "implausible_power")

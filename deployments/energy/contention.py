@@ -1,4 +1,4 @@
-"""When others were at work on the hardware of a wrapper, as far as that can be told."""
+"""When others were at work on a wrapper's hardware, as far as this is known."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import structlog
 from deployments.energy.timeline import Interval
 
 PERIOD_S = 1.0
-"""How often others are looked for, seconds."""
+"""How often to look for others, seconds."""
 
 Look = Callable[[float], tuple[bool | None, float]]
-"""Tells whether others were at work (None: can't be told), and since when that holds; its argument is the time now."""
+"""Takes the time now; returns whether others were at work (None if unknown), and since when that answer holds."""
 
 log = structlog.get_logger("deployments.energy.contention")
 
 
 def since_asked(look: Callable[[], bool | None]) -> Look:
-    """A look that sees whether others were at work since it was last asked."""
+    """Turn a function that says whether others were at work since its last call into a look."""
     asked_s: float | None = None
 
     def since_last(now_s: float) -> tuple[bool | None, float]:
@@ -36,7 +36,7 @@ def since_asked(look: Callable[[], bool | None]) -> Look:
 
 
 def at_once(look: Callable[[float], bool | None]) -> Look:
-    """A look that sees a moment only: between two such moments others were at work if they were at one of them."""
+    """Turn a function that sees only the present into a look: others were at work if they were at either end."""
     before: bool | None = False
     before_s: float | None = None
 
@@ -51,9 +51,9 @@ def at_once(look: Callable[[float], bool | None]) -> Look:
 
 
 class Contention:
-    """Keeps the times between two looks in which others were seen, and those of which it can't be told. Thread-safe.
+    """Keeps the times between looks in which others were seen, and those for which it is unknown. Thread-safe.
 
-    A look that fails can't tell.
+    A look that fails counts as unknown.
     """
 
     def __init__(self, looks: Iterable[Look]) -> None:
@@ -65,21 +65,21 @@ class Contention:
         self._failures: set[tuple[int, type[Exception]]] = set()
 
     def look(self, now_s: float) -> None:
-        """Look for others; takes milliseconds, for the poller. Times never go back."""
+        """Look for others; takes milliseconds, in the poller. Times must not decrease."""
         answers = [self._answer(index, now_s) for index in range(len(self._looks))]
         with self._lock:
             last_s, self._looked_s = self._looked_s, now_s
             for kept, kind in ((self._seen, True), (self._unknown, None)):
                 found_s = [since_s for answer, since_s in answers if answer is kind]
                 if kind is None and 2 * PERIOD_S < now_s - last_s < math.inf:
-                    found_s.append(last_s)  # of the time in between nobody can tell
+                    found_s.append(last_s)  # the time in between is unknown
                 if found_s:
                     kept.append((min(found_s), now_s))
 
     def _answer(self, index: int, now_s: float) -> tuple[bool | None, float]:
         try:
             return self._looks[index](now_s)
-        except Exception as error:  # whatever it is, the counters have to be read on
+        except Exception as error:  # whatever it is, the counters must be read
             kind = (index, type(error))
             if kind not in self._failures:
                 self._failures.add(kind)
@@ -87,17 +87,17 @@ class Contention:
             return None, now_s if self._looked_s == -math.inf else self._looked_s
 
     def looked(self, time_s: float) -> bool:
-        """Whether others were looked for since this time: what is told of the time before is final."""
+        """Whether others were looked for since this time; then answers about earlier times are final."""
         with self._lock:
             return self._looked_s >= time_s
 
     def seen(self, start_s: float, end_s: float) -> bool:
-        """Whether others were seen at work between two times. For a period after the last look its answer holds."""
+        """Whether others were seen at work between two times. The last look's answer holds for one period after it."""
         with self._lock:
             return _any_in(self._seen, self._begun(start_s), end_s)
 
     def unknown(self, start_s: float, end_s: float) -> bool:
-        """Whether for a part of that time it could not be told."""
+        """Whether this is unknown for a part of that time."""
         with self._lock:
             return _any_in(self._unknown, self._begun(start_s), end_s)
 
@@ -106,6 +106,6 @@ class Contention:
 
 
 def _any_in(times: deque[Interval], first_s: float, last_s: float) -> bool:
-    """Whether one of these intervals, which are in order, has a time in common with this one."""
+    """Whether one of these intervals, which are in order, overlaps the time from ``first_s`` to ``last_s``."""
     index = bisect_left(times, first_s, key=itemgetter(1))
     return index < len(times) and times[index][0] <= last_s

@@ -1,7 +1,7 @@
-"""The words of the energy account: labels, figures and the operator's coefficients. Reads no hardware.
+"""The terms of energy accounting: labels, figures and the operator's coefficients. Reads no hardware.
 
-A figure is a number of joules with a label that says where it is from. What is not known is ``None``: a figure of
-0 J can't be made, so "don't know" never looks like "costs nothing".
+A figure is a number of joules with a label that says where it comes from. An unknown figure is ``None``. A figure of
+0 J can't be made, so "unknown" never looks like "costs nothing".
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ FunctionalUnit = Literal["output_token", "token", "request", "word"]
 
 
 class Label(StrEnum):
-    """Where a figure is from, best first.
+    """Where a figure comes from, best first.
 
-    measured: an energy counter of the hardware. measured_sampled: power samples of the hardware, 10 or more a
+    measured: an energy counter of the hardware. measured_sampled: power samples of the hardware, at least 10 per
     second. sourced: a factor from a published source; for scores and grams, never for joules. modeled: an estimate
-    with low and high. simulated: a test double's. unavailable: there is no figure.
+    with low and high. simulated: from a test double. unavailable: there is no figure.
     """
 
     MEASURED = "measured"
@@ -37,36 +37,36 @@ _RANK = {label: rank for rank, label in enumerate(Label)}
 
 
 def worst(labels: Iterable[Label]) -> Label:
-    """The label of a sum: that of its worst part; unavailable for a sum of nothing."""
+    """Return the label of a sum: the worst of its parts; unavailable for a sum of nothing."""
     return max(labels, key=_RANK.__getitem__, default=Label.UNAVAILABLE)
 
 
 _ROUNDING = 1e-9
-"""Sums of floats may miss their bounds by this part of them."""
+"""Relative amount by which rounded sums may miss their bounds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """The energy of one part of the machine in a window, or the reason why it is not known.
+    """The energy of one part of the machine in a window, or why it is unknown.
 
-    ``joules`` is > 0, or None exactly when the label is unavailable. The other amounts are known whenever it is.
+    ``joules`` is > 0, or None exactly if the label is unavailable. The other amounts are known whenever it is.
 
     Attributes:
         name: ``gpu:<uuid>``, ``package-<n>``, ``dram-<n>`` or ``cpu-model``.
-        source: How the figure came about, in words.
-        label: Where the figure is from; never sourced.
+        source: How the figure was obtained, in words.
+        label: Where the figure comes from; never sourced.
         joules: The estimate, J.
-        low_j, high_j: Bounds, J, as long as the counter is honest. Hard for what a counter counts alone. Those of a
-            prompt's share contain every division by the rules in `flights`, not any division that could be thought of.
-            Those of a wrapper's part of a machine hold where power grows linearly with CPU time (`machine_share`).
-        resolution_j: Bounds the error that is due to the steps of the counter, J; None if only the bounds say it.
-        systematic_j: The part of the error that has the same sign in windows that are alike, J, >= 0. The mean of
-            many windows does not shrink it.
-        counter_label: The label of the counter that was read, before its reading was divided or split.
+        low_j, high_j: Bounds, J, if the counter is right. They are certain for what a counter counts alone. For a
+            prompt's share they contain every division by the rules in `flights`, not every conceivable division. For a
+            wrapper's part of a machine they hold if power grows linearly with CPU time (`machine_share`).
+        resolution_j: Bound of the error due to the counter's steps, J; None if only low and high include it.
+        systematic_j: The part of the error that has the same sign in similar windows, J, >= 0. The mean of many
+            windows does not reduce it.
+        counter_label: The label of the counter that was read, before its reading was divided.
         flags: What is wrong or unusual (``too_short``, ``provisional``, ``counter_reset`` …).
 
     Raises:
-        ValueError: A label, a figure and its bounds that do not fit together.
+        ValueError: Label, figure and bounds do not fit together.
     """
 
     name: str
@@ -101,10 +101,9 @@ class Component:
 class Energy:
     """The energy of a window: the sum of its components, with the worst of their labels. Made by `total`.
 
-    ``total_j`` is None as soon as one component is unavailable: a sum with a hole is no total. The other amounts are
-    the sums of those of the components, and known whenever it is (``resolution_j`` may be None). ``flags`` are those of
-    all components and the window's own, among them ``cpu_not_covered`` and ``dram_not_covered`` for what nothing here
-    counts.
+    ``total_j`` is None if any component is unavailable. The other amounts are sums over the components, known whenever
+    ``total_j`` is (``resolution_j`` may be None). ``flags`` are those of all components and of the window, among them
+    ``cpu_not_covered`` and ``dram_not_covered`` for hardware that nothing counts.
     """
 
     total_j: float | None
@@ -119,7 +118,7 @@ class Energy:
 
     @property
     def boundary(self) -> tuple[str, ...]:
-        """Names of the parts that are inside, whether their figure is known or not."""
+        """Names of the parts inside the boundary, whether their figure is known or not."""
         return tuple(part.name for part in self.components)
 
 
@@ -152,9 +151,9 @@ def _sum_if_known(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class CPUModel:
-    """A model of the CPU's power for machines without counters, W per logical CPU when idle and when fully used.
+    """A model of the CPU's power for machines without counters: W per logical CPU when idle and when fully used.
 
-    Idle and busy have ranges of their own: processors differ more when idle. ``source`` is where the figures are from;
+    Idle and busy have separate ranges: processors differ more when idle. ``source`` says where the figures come from;
     there are no defaults.
 
     Raises:
@@ -190,10 +189,10 @@ class Embodied:
 
 @dataclass(frozen=True, slots=True)
 class GridIntensity:
-    """Carbon intensity of the electricity, gCO2eq/kWh: a zone of a data set, or the operator's own (zone None).
+    """Carbon intensity of the electricity, gCO2eq/kWh: of a zone in a data set, or the operator's own (zone None).
 
-    ``dataset`` and ``version`` are the data set's, or the operator's source and date. ``year`` is the year that the
-    value holds for, ``source`` where the data set has it from, ``low`` and ``high`` its range; None where unknown.
+    ``dataset`` and ``version`` name the data set, or the operator's source and date. ``year`` is the year that the
+    value holds for, ``source`` where the data set has it from, ``low`` and ``high`` its range; None if unknown.
 
     Raises:
         BadSettings: The value is not within its range.
@@ -215,18 +214,18 @@ class GridIntensity:
 
     @property
     def range(self) -> tuple[float, float]:
-        """Low and high, gCO2eq/kWh; the value itself where there is no range."""
+        """Low and high, gCO2eq/kWh; both the value itself if there is no range."""
         value = self.gco2eq_per_kwh
         return value if self.low is None else self.low, value if self.high is None else self.high
 
 
 @dataclass(frozen=True, slots=True)
 class SCISettings:
-    """The operator's choices for the account.
+    """The operator's settings for scores.
 
-    ``pue`` ≥ 1: power usage effectiveness of the site. ``allow_estimates``: whether a score may be computed from
-    anything but measured energy. ``embodied`` None: not known, so there is no score. ``cpu_model`` None: the CPU
-    is counted by hardware counters or not at all.
+    ``pue`` ≥ 1: power usage effectiveness of the site. ``allow_estimates``: whether energy that is not measured may
+    give a score. ``embodied`` None: unknown, so there is no score. ``cpu_model`` None: the CPU is counted by hardware
+    counters or not at all.
     """
 
     pue: float

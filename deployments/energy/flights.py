@@ -1,13 +1,15 @@
-"""The prompts of a wrapper: when they began and ended, their tokens, and which of them were in flight together.
+"""The prompts of a wrapper: when they began and ended, their tokens, and which were in flight together.
 
-Prompts that are in flight together share what flows by the rates at which their tokens are processed, a prompt token
-counting less than an output token, or more, by its weight. Once a rate has gone into a figure that is kept it stays,
-also where it was only assumed: so the shares are one division of the whole. Their range is the hull of the divisions by
-equal parts and by the weight's low and high, and of those in which prompts are computed one by one before their answers
-are together; what is not known of a prompt can be anything.
+Prompts that are in flight together share the energy by the rates at which their tokens are processed. A prompt token
+counts as much as its weight says, an output token as 1. A rate that was used for a stored figure is fixed, even if it
+was assumed, so that the shares add up to the whole. The range of a share is the hull of these divisions:
 
-Every prompt waits for its own parts, so what can be summed up when somebody comes or goes is. In lists: numpy's arrays
-take longer for so few numbers as prompts are in flight, on a processor that has just done something else.
+- by equal parts, and by the weight's low and high;
+- those of an engine that computes prompts one by one before their answers run together;
+- any part at all, if a prompt's tokens are unknown.
+
+Answers wait for their parts, so sums are updated whenever a prompt begins or ends. They are lists: for as few numbers
+as there are prompts in flight, and with a cold cache, numpy's arrays are slower.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from deployments.energy.lease_account import LeaseAccount
 from deployments.energy.token_weights import UNKNOWN, Weight
 
 REMEMBERED_CHANGES = 16_384
-"""Begins and ends of prompts that are kept at least, to share out the energy of those that they lie in."""
+"""At least this many begins and ends of prompts are kept, to divide the energy of the prompts that span them."""
 
 
 class Tokens(NamedTuple):
     """Tokens of a prompt, as vLLM counts them.
 
-    ``cached`` are those of the prompt that were not computed again; None if that was not told.
+    ``cached`` are prompt tokens that were not computed again; None if unknown.
     """
 
     prompt: int
@@ -40,16 +42,16 @@ class Tokens(NamedTuple):
 
     @property
     def computed(self) -> int | None:
-        """Tokens of the prompt that were computed; None if that was not told."""
+        """Prompt tokens that were computed; None if unknown."""
         return None if self.cached is None else self.prompt - self.cached
 
 
 class Rate(NamedTuple):
-    """How many tokens a second were processed for a prompt.
+    """Tokens per second that were processed for a prompt.
 
-    ``per_s`` is by the weight of that time, and is what its share goes by. Its range goes by the other three: prompt
-    tokens that were certainly computed, those that may have been, and output tokens. ``told``: 1, or 0 where the rate
-    was only assumed, and then those three are 0.
+    ``per_s`` is by the weight of that time and gives the prompt's share. The other three give its range: prompt tokens
+    that were certainly computed, those that may have been, and output tokens. ``told``: 1, or 0 if the rate was only
+    assumed; then those three are 0.
     """
 
     per_s: float
@@ -61,7 +63,7 @@ class Rate(NamedTuple):
 
 @dataclass(slots=True)
 class _Place:
-    """What is in flight from one change to the next: how many prompts, of how many the rate is known, and its sums."""
+    """The time from one change to the next: prompts in flight, how many rates are known, and sums of the rates."""
 
     count: int = 0
     known: int = 0
@@ -72,7 +74,7 @@ class _Place:
     told: int = 0
     tokens: int = 0
     arrived: int = 0
-    """Prompt tokens of all that are in flight, and of those that begin here, as far as they are told."""
+    """``tokens``: prompt tokens of all prompts in flight; ``arrived``: of those that begin here; as far as known."""
 
     def add(self, rate: Rate) -> None:
         self.known += 1
@@ -86,7 +88,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class Had:
-    """What a prompt had before a time, summed up: its shares, and with how many others it was in flight.
+    """What a prompt had before a time, summed up: its shares, and how many prompts were in flight with it.
 
     ``until_with`` is the number of the change at that time.
     """
@@ -100,14 +102,13 @@ class Had:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One prompt, in the meter's clock. ``tokens`` and ``words`` are None until, and unless, they are known.
+    """One prompt, in the meter's clock. ``tokens``, ``words`` and ``rate`` are None while unknown.
 
-    ``rate`` is None if it is not known, or not yet.
-    ``begun_with`` and ``ended_with`` are the numbers of the changes that its begin and its end were, and ``company`` is
-    how many were in flight, itself among them, when it ended.
+    ``begun_with`` and ``ended_with`` are the numbers of the changes at its begin and its end. ``company`` is how many
+    prompts were in flight when it ended, itself included.
     ``window_id`` is that of its record, ``prompt_id`` the client's own name of the prompt. ``status`` is answered,
     refused (by the engine, before anything was computed), cut (its lease ended, it took too long, or its client hung
-    up) or failed. ``had`` is the part of a long one that is summed up already.
+    up) or failed. ``had`` is the part of a long prompt that is summed up already.
     """
 
     start_s: float
@@ -129,9 +130,9 @@ class Flight:
 
 
 class Flights:
-    """The prompts that are in flight, those that are not written down yet, and how they came and went.
+    """The prompts that are in flight or not written yet, and the changes: begins and ends of prompts.
 
-    ``weight`` is that of a prompt token, for its owner to set.
+    ``weight`` is that of a prompt token; the owner sets it.
     """
 
     def __init__(self) -> None:
@@ -139,25 +140,25 @@ class Flights:
         self.unwritten: deque[Flight] = deque()
         self._in_flight: dict[Flight, None] = {}
         self._unrated: dict[Flight, None] = {}
-        """Of those in flight and those not written down: whose rate is not known. In the order in which they began."""
+        """Prompts in flight or not written whose rate is unknown, in the order in which they began."""
         self._rated_in_flight: dict[Flight, Rate] = {}
         self._times_s: list[float] = [-math.inf]
-        """When prompts began and ended: the changes, and before them the last that is forgotten. From each to the next
-        there is one place in the list below."""
+        """Times of the changes, and before them that of the last forgotten one. The place after each is in
+        ``_places``."""
         self._places: list[_Place] = [_Place()]
         self._forgotten = 0
 
     def __len__(self) -> int:
-        """How many begins and ends of prompts are remembered."""
+        """How many changes (begins and ends of prompts) are remembered."""
         return len(self._times_s) - 1
 
     def begin(self, flight: Flight) -> None:
-        """It is in flight from now on."""
+        """Note that a prompt is in flight from now on."""
         self._in_flight[flight] = self._unrated[flight] = None
         flight.begun_with = self._changed(flight.start_s)
 
     def end(self, flight: Flight, at_s: float) -> bool:
-        """It is over; False if it was before."""
+        """Note that a prompt is over; False if it was before."""
         if flight.end_s is not None:
             return False
         flight.end_s = max(at_s, math.nextafter(flight.start_s, math.inf))
@@ -170,17 +171,17 @@ class Flights:
         return True
 
     def counted(self, flight: Flight, tokens: Tokens) -> None:
-        """Its tokens are known."""
+        """Note the tokens of a prompt."""
         flight.tokens = tokens
         self._rate(flight)
 
     def company_has_ended(self, flight: Flight) -> bool:
-        """Whether all prompts that were in flight with one that has ended have, too: rates are as known as they get."""
+        """Whether all prompts that were in flight with an ended one have ended: their rates are final."""
         oldest = next(iter(self._in_flight), None)
         return oldest is None or oldest.begun_with > flight.ended_with
 
     def _changed(self, time_s: float) -> int:
-        """The number of this change."""
+        """Add a change at this time; return its number."""
         self._times_s.append(time_s)
         place = _Place(len(self._in_flight))
         for rate in self._rated_in_flight.values():
@@ -191,7 +192,7 @@ class Flights:
         return self._forgotten + len(self)
 
     def _rate(self, flight: Flight) -> None:
-        """Once its tokens and its end are known, so is its rate. One without any counts as one with a single token."""
+        """Set the rate of a prompt once its tokens and its end are known. No tokens count as a single one."""
         tokens = flight.tokens
         if flight.rate is not None or flight.end_s is None or tokens is None:
             return
@@ -221,16 +222,17 @@ class Flights:
             self._places[first].arrived += prompt
 
     def _lay_between(self, flight: Flight) -> tuple[int, int]:
-        """Where in the lists a prompt is that has ended, or that is in flight until now, as far as is remembered."""
+        """Return the range of list indices (begin, end) that a prompt spans, until now if it is in flight."""
         end = self._forgotten + len(self) + 1 if flight.end_s is None else flight.ended_with
         return max(flight.begun_with - self._forgotten, 0), max(end - self._forgotten, 0)
 
     def parts(self, flight: Flight, *, for_good: bool = False) -> tuple[Parts, bool]:
-        """The parts of a prompt that has ended, after what is summed up, and whether a rate was assumed for them.
+        """Return the parts of an ended prompt, after what is summed up, and whether a rate was assumed for them.
 
-        A rate that is not known is taken to be this prompt's, and this one's to be the mean of the others', over the
-        time that they were known in. With ``for_good`` all of these rates stay what they are. What was forgotten is
-        taken to have been as it was then; where that is all of it, as when the prompt ended, all at the same rate.
+        Another prompt's unknown rate is assumed to be this prompt's. Its own, if unknown, is assumed to be the mean of
+        the known rates, over the time in which they are known. With ``for_good`` the assumed rates become final.
+        Forgotten times count like the first remembered one. If all are forgotten, the parts are equal, among as many
+        prompts as were in flight when this one ended.
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
         first, last = self._lay_between(flight)
@@ -255,7 +257,7 @@ class Flights:
     def _divided(
         self, flight: Flight, own: Rate, times_s: Sequence[float], places: Sequence[_Place]
     ) -> tuple[list[float], list[float], list[float]]:
-        """The parts of a prompt of this rate, and the least and the most that they can be."""
+        """Return the parts of a prompt of this rate, and the least and the most that they can be."""
         per_s = own.per_s
         mid = [per_s / (place.per_s + per_s * (place.count - place.known)) for place in places]
         low, high = _hull(own, mid, places, self.weight)
@@ -264,10 +266,10 @@ class Flights:
         return mid, low, high
 
     def sum_up(self, old_s: float, settled: Callable[[float], bool], shares: Callable[[Parts], Shares]) -> None:
-        """Sum up what each prompt had before a time, and forget the changes before it.
+        """Sum up what each prompt had before ``old_s``, and forget the changes before it.
 
-        Changes stay as long as a rate that divides them is not known, up to `REMEMBERED_CHANGES`: then it is assumed,
-        if the counters have ``settled`` there. ``shares`` tells what parts are of what flowed.
+        Changes stay while a rate that divides them is unknown, up to `REMEMBERED_CHANGES`. Beyond that the rate is
+        assumed if the counters have ``settled`` there. ``shares`` computes the shares that parts have of the counters.
         """
         old = bisect_right(self._times_s, old_s) - 1
         unknown = (at for at, place in enumerate(self._places[: max(old, 0)]) if place.known < place.count > 1)
@@ -292,7 +294,7 @@ class Flights:
     def _sum_up_one(self, flight: Flight, first: int, last: int, shares: Callable[[Parts], Shares]) -> None:
         begin_s, begun_with = _not_summed(flight)
         if begun_with < self._forgotten:
-            return  # a part of it is lost, and the rest can't be told from it
+            return  # a part of it is forgotten, so its sum would be incomplete
         places = self._places[first:last]
         times_s = (begin_s, *self._times_s[first + 1 : last + 1])
         found = shares(Parts(times_s, *self._divided(flight, flight.rate or Rate(1.0), times_s, places)))
@@ -303,9 +305,9 @@ class Flights:
         flight.had = Had(times_s[-1], self._forgotten + last, found, most, prompt_s)
 
     def in_flight(self, flight: Flight) -> tuple[int, float]:
-        """How many prompts were in flight while one that has ended was: at most, and the mean over its time.
+        """Return how many prompts were in flight during an ended one: the most, and the mean over its time.
 
-        What was forgotten is taken to have been as it was then.
+        Forgotten times count like the first remembered one.
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
         first, last = self._lay_between(flight)
@@ -318,17 +320,17 @@ class Flights:
         return most, prompt_s / (flight.end_s - flight.start_s)
 
     def _assume(self, flight: Flight, rate: Rate) -> None:
-        """Let this be the rate of it, and of those beside it, whose own is not known."""
+        """Let this be the rate of the prompt, and of those in flight with it, where their own is unknown."""
         for one in list(takewhile(lambda other: other.begun_with < flight.ended_with, self._unrated)):
             if one.end_s is None or one.ended_with > flight.begun_with:
                 self._rated(one, rate)
 
     def written(self) -> None:
-        """The first of those that were not written down is."""
+        """Note that the first of the unwritten prompts is written."""
         self._unrated.pop(self.unwritten.popleft(), None)
 
     def forget(self) -> None:
-        """Forget what no prompt needs any more."""
+        """Forget the changes that no prompt needs any more."""
         needed = min(
             (flight.begun_with for flights in (self._in_flight, self.unwritten) for flight in flights),
             default=self._forgotten + len(self) + 1,
@@ -342,18 +344,18 @@ class Flights:
 
 
 def _not_summed(flight: Flight) -> tuple[float, int]:
-    """Since when nothing is summed up of a prompt, and the number of the change at that time."""
+    """Return since when a prompt is not summed up, and the number of the change at that time."""
     return (flight.start_s, flight.begun_with) if flight.had is None else (flight.had.until_s, flight.had.until_with)
 
 
 def _counts(times_s: Sequence[float], places: Sequence[_Place]) -> tuple[int, float]:
-    """How many prompts were in flight at most, and their seconds in flight together."""
+    """Return the most prompts in flight, and the sum of their seconds in flight."""
     lengths = zip(places, pairwise(times_s), strict=True)
     return max(place.count for place in places), sum(place.count * (end - begin) for place, (begin, end) in lengths)
 
 
 def _mean(times_s: Sequence[float], places: Sequence[_Place]) -> float:
-    """The mean of the rates that are known, over the time in which they are; 1 if there are none."""
+    """Return the mean of the known rates, over the time in which they are known; 1 if there are none."""
     seconds = [end_s - start_s for start_s, end_s in pairwise(times_s)]
     known_s = sum(place.known * length_s for place, length_s in zip(places, seconds, strict=True))
     tokens = sum(place.per_s * length_s for place, length_s in zip(places, seconds, strict=True))
@@ -361,12 +363,12 @@ def _mean(times_s: Sequence[float], places: Sequence[_Place]) -> float:
 
 
 def _hull(own: Rate, mid: Sequence[float], places: Sequence[_Place], weight: Weight) -> tuple[list[float], list[float]]:
-    """The least and the most that a prompt's part is at each place, by these divisions and no others.
+    """Return the least and the greatest part of a prompt at each place, over these divisions and no others.
 
-    That is the hull of the divisions by equal parts, by the weight's low and by its high, with the tokens that may have
-    been cached counted and not. A prompt that has not told its tokens can have nothing or all. The weight is that of a
-    prompt alone: n together share the cost of a step, so an output token may cost as little as an nth, and a prompt
-    token weighs up to n times as much.
+    That is the hull of equal parts, of the weight's low and of its high, with the tokens that may have been cached
+    counted and not. A prompt of unknown tokens can have nothing or all. The weight is that of a prompt alone. n prompts
+    together share the cost of a step, so an output token may cost as little as an nth, and a prompt token weigh up to
+    n times as much.
     """
     if not own.told:
         return [0.0 if place.count > 1 else 1.0 for place in places], [1.0] * len(places)
@@ -381,7 +383,7 @@ def _hull(own: Rate, mid: Sequence[float], places: Sequence[_Place], weight: Wei
 
 
 def _by_weight(own: Rate, one: float, place: _Place) -> tuple[float, float]:
-    """The least and the most of a place by this weight of a prompt token."""
+    """Return the least and the greatest part at a place by this weight of a prompt token."""
     unsure = one * own.unsure
     least = one * own.computed + own.output
     all_least = one * (place.computed + place.unsure) + place.output - unsure
@@ -390,7 +392,7 @@ def _by_weight(own: Rate, one: float, place: _Place) -> tuple[float, float]:
 
 
 def _most_computed(flight: Flight) -> int:
-    """Prompt tokens of a prompt that may have been computed; 0 if that is not told."""
+    """Return the prompt tokens that may have been computed; 0 if unknown."""
     tokens = flight.tokens
     if tokens is None:
         return 0
@@ -406,11 +408,11 @@ def _one_by_one(
     low: list[float],
     high: list[float],
 ) -> None:
-    """Widen the range of a prompt's parts to where an engine computes prompts one by one, while all answers wait.
+    """Widen the range of a prompt's parts for an engine that computes prompts one by one, while all answers wait.
 
-    A step of all answers costs no less than that of one alone, and every output token of a prompt takes one. So its own
-    prompt tokens are at most such a part of what flows as they are of a prompt alone; and those of all that are in
-    flight with it leave it at least its part of its own steps.
+    A step of all answers costs no less than a step of one, and every output token of a prompt takes one step. So its
+    own prompt tokens take at most the part of the energy that they take of a prompt alone. The prompt tokens of all
+    prompts in flight with it leave it at least its part of its own steps.
     """
     seconds = [end_s - start_s for start_s, end_s in pairwise(times_s)]
     shared_s = sum(length_s for place, length_s in zip(places, seconds, strict=True) if place.count > 1)

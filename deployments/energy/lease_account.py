@@ -1,4 +1,4 @@
-"""What a lease has used so far, idle time included, and what of its budget is left. Pure."""
+"""What a lease has used so far, idle time included, and what is left of its budget. Pure."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from registry.contract.messages import LeaseGrant
 from registry.errors import BudgetUsed
 
 NEARLY_USED = 0.8
-"""The part of a budget from which on answers warn."""
+"""From this part of a budget on answers warn."""
 
 
 @dataclass(slots=True, eq=False)
 class Counted:
     """The counted stretch of a lease: from the begin of its first prompt that is no warm-up to the end of the last.
 
-    Its time is ``intervals``, without starts of an LLM in between, and what is summed up in ``flow`` already.
-    ``most`` prompts were in flight at once; ``prompt_s`` are the seconds of all prompts in it, warm-ups included.
-    ``warmed_up``: a warm-up was in flight in it. All of this is as it was at ``ended_s``, None before there is an end.
+    Its time, without LLM starts, is what ``flow`` sums up and the ``intervals`` that are not summed up yet.
+    ``most``: most prompts in flight at once. ``prompt_s``: seconds of all prompts in it, warm-ups included.
+    ``warmed_up``: a warm-up was in flight in it. These three are as of ``ended_s``, which is None before the first end.
     """
 
     begun_s: float | None = None
@@ -41,7 +41,7 @@ class Counted:
     """``most``, ``prompt_s`` and ``warmed_up`` until now."""
 
     def begin(self, at_s: float, *, warmup: bool) -> None:
-        """A prompt of the lease begins."""
+        """Note that a prompt of the lease begins."""
         self._pass(at_s)
         self._in_flight += 1
         self._warmups += warmup
@@ -52,7 +52,7 @@ class Counted:
         self._so_far = max(most, self._in_flight), prompt_s, warmed_up or self._warmups > 0
 
     def end(self, at_s: float, *, warmup: bool) -> None:
-        """A prompt of the lease is over."""
+        """Note that a prompt of the lease ends."""
         self._pass(at_s)
         self._in_flight -= 1
         self._warmups -= warmup
@@ -66,7 +66,7 @@ class Counted:
         self._at_s = at_s
 
     def add(self, start_s: float, end_s: float) -> None:
-        """Take a time of the lease, later than those before."""
+        """Add a time of the lease, later than those before."""
         if self.begun_s is None or end_s <= max(start_s, self.begun_s):
             return
         start_s = max(start_s, self.begun_s)
@@ -75,7 +75,7 @@ class Counted:
         self.intervals.append((start_s, end_s))
 
     def take(self, at_least_s: float) -> list[Interval]:
-        """The times up to the end that are to be summed up now; none while they are less than so many seconds."""
+        """Take out the times up to ``ended_s``, to be summed up; none if they total less than ``at_least_s``."""
         if self.ended_s is None:
             return []
         ended_s = self.ended_s
@@ -90,12 +90,12 @@ class Counted:
 class LeaseAccount:
     """One lease, from its bind to its end, in the meter's clock.
 
-    ``writes_text``: its LLM answers with text; one that embeds or scores gives out no tokens.
-    ``flow`` and ``idle`` are those of its stretches that are written down. ``before_j`` and ``before_g`` are what it
-    used under an earlier process; the registry may say that again when it is in the windows of this one, too.
-    ``units`` sums up the functional units of its prompts, but for ``units_unknown`` of them; ``tokens`` (prompt,
-    cached, output) likewise, but for ``tokens_unknown``, where ``cached`` is None once that of one is not known.
-    ``words`` is None once those of one are not known. ``unwritten`` prompts are in flight, or not written down.
+    ``writes_text``: its LLM answers with text; an LLM that embeds or scores has no output tokens.
+    ``flow`` and ``idle`` are sums over its written stretches. ``before_j`` and ``before_g`` are what it used under an
+    earlier process. They are taken from the first grant only: a later one may include windows of this process.
+    ``units`` sums the functional units of all but ``units_unknown`` prompts; ``tokens`` (prompt, cached, output) those
+    of all but ``tokens_unknown``. ``cached``, and ``words``, are None once a prompt's are unknown.
+    ``unwritten``: prompts that are in flight or not written.
     """
 
     grant: LeaseGrant
@@ -115,7 +115,7 @@ class LeaseAccount:
     counted: Counted = field(default_factory=Counted)
     flags: set[str] = field(default_factory=set)
     handed_over_s: float | None = field(init=False)
-    """UTC second at which the lease was handed over to an earlier process of the wrapper, None if it was to this."""
+    """UTC second at which an earlier process of the wrapper was given the lease; None if this process was."""
     before_j: float = field(init=False)
     before_g: float = field(init=False)
 
@@ -125,13 +125,13 @@ class LeaseAccount:
 
     @property
     def has_budget(self) -> bool:
-        """Whether there is a limit to what it may use."""
+        """Whether the lease has a limit."""
         return self.grant.max_j is not None or self.grant.max_g is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a lease may use and has used, in J or gCO2eq; ``used`` is None where it can't be told."""
+    """A lease's limit and what it has used, in J or gCO2eq; ``used`` is None if unknown."""
 
     unit: str
     limit: float
@@ -139,12 +139,12 @@ class Budget:
 
     @property
     def flag(self) -> str | None:
-        """What answers have to say of it: that it is nearly used, or that nobody can tell."""
+        """The flag for answers: the budget is nearly used, or the use is unknown; else None."""
         if self.used is None:
             return "budget_not_enforced"
         return "budget_nearly_used" if self.used >= NEARLY_USED * self.limit else None
 
     def require(self) -> None:
-        """Raise BudgetUsed if nothing of it is left. What can't be told can't be enforced."""
+        """Raise BudgetUsed if nothing of it is left. If the use is unknown, the limit is not enforced."""
         if self.used is not None and self.used >= self.limit:
             raise BudgetUsed(self.unit, float(f"{self.used:.6g}"), self.limit)

@@ -1,4 +1,4 @@
-"""What the lease on a wrapper has used until now, and whether its budget allows another prompt."""
+"""What the current lease has used so far, and whether its budget allows another prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deployments.energy.timeline import Stretch, Timeline
 
 
 class LeaseUsage:
-    """The usage of the lease that holds a timeline, from its begin under this process. Not thread-safe."""
+    """The usage of the lease that holds a timeline, since its begin in this process. Not thread-safe."""
 
     def __init__(self, scorer: Scorer, timeline: Timeline[LeaseAccount]) -> None:
         self._scorer = scorer
@@ -21,9 +21,9 @@ class LeaseUsage:
         self._timeline = timeline
 
     def so_far(self) -> dict[str, Any] | None:
-        """What the lease has cost so far, idle time included, and its budget, as JSON; None without a lease.
+        """Return what the lease has used so far, idle time included, and its budget, as JSON; None without a lease.
 
-        ``before_j`` and ``before_g`` are not inside: what is known from before the wrapper was started anew.
+        ``before_j`` and ``before_g``, what it used before the wrapper was restarted, are not included in the others.
         """
         account = self._timeline.holder
         if account is None:
@@ -46,12 +46,12 @@ class LeaseUsage:
         }
 
     def require_budget(self) -> None:
-        """Raise BudgetUsed if the lease has used up what it may."""
+        """Raise BudgetUsed if the lease has used up its budget."""
         for budget in self._budgets(self._timeline.holder):
             budget.require()
 
     def budget_flags(self, account: LeaseAccount | None) -> list[str]:
-        """What answers have to say of the budget of a lease; its record will say so, too."""
+        """Return the flags about the budget for answers of a lease, and note them for its record."""
         flags = [flag for budget in self._budgets(account) if (flag := budget.flag) is not None]
         if account is not None:
             account.flags.update(flags)
@@ -62,14 +62,14 @@ class LeaseUsage:
             return []
         energy, found = self._used(account)
         if found is None:
-            return []  # it has had no time to use anything
+            return []  # no time has passed, so nothing is used
         used_j = None if energy.total_j is None else account.before_j + energy.total_j
         used_g = None if found.o_g is None or found.m_g is None else account.before_g + found.o_g + found.m_g
         limits = (("J", account.grant.max_j, used_j), ("gCO2eq", account.grant.max_g, used_g))
         return [Budget(unit, limit, used) for unit, limit, used in limits if limit is not None]
 
     def _used(self, account: LeaseAccount) -> tuple[Energy, Score | None]:
-        """What a lease that has not ended has used; no score before it has any time."""
+        """Return what a lease in progress has used; no score before any time has passed."""
         now_s = self._meter.mark()
         stretches = [[(stretch.start_s, stretch.end_s)] for stretch in self._unwritten(account)]
         flow = self._scorer.summed(account.flow, [*stretches, self._timeline.open(now_s)[0]])

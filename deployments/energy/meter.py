@@ -1,7 +1,7 @@
-"""The meter of a wrapper: polls what counts energy, and tells what any window between two times took.
+"""The meter of a wrapper: polls the energy counters, and computes the energy between any two times.
 
-One thread polls the counters and keeps their edges; a window is computed from them when somebody asks, so the
-prompt path only notes two timestamps. No window is ever 0 J: what can't be resolved is unavailable, with a flag.
+One thread polls the counters and keeps their edges. A window is computed from them on request, so the prompt path only
+notes two timestamps. No window is ever 0 J: what can't be resolved is unavailable, with a flag.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from registry.errors import BadSettings
 log = structlog.get_logger("deployments.energy.meter")
 
 _STALE_S = 0.5
-"""A window may end this long after the last edge of a counter (or three polls, if that is longer)."""
+"""How long after a counter's last edge a window may end, seconds (or three polls, if that is longer)."""
 CONTENDED: Final = "contended"
-"""Flag: something else was at work on the hardware, or on the machine."""
+"""Flag: something else was at work on the hardware or on the machine."""
 _LIMITS_PERIOD_S = 10.0
-"""How often power limits are read: operators change them while GPUs run."""
+"""How often power limits are read, seconds: operators change them while GPUs run."""
 _FIRST_EDGES_S = 1.0
-"""How long a start waits for the first step of every counter."""
+"""How long `Meter.start` waits for the first step of every counter, seconds."""
 _JOIN_TIMEOUT_S = 2.0
 
 
 @dataclass(slots=True)
 class _Channel:
-    """A source and what has been heard from it."""
+    """A source, its history and its checks."""
 
     source: Source
     track: Track
@@ -55,28 +55,27 @@ class _Channel:
     told: set[type[Exception]] = field(default_factory=set)
 
     def doubted(self, part: Component) -> Component:
-        """Return a component; modelled, with bounds that contain what the power told, if the counter disagreed."""
+        """Return a component; if the counter disagreed with the power, modelled, with bounds that contain the power."""
         return part if self.check is None or not self.check.disagrees else doubted(part, self.check.doubt)
 
 
 class Meter:
-    """Counts the energy of one machine's part that a wrapper holds.
+    """Measures the energy of a wrapper's part of a machine.
 
     `window`, `flow`, `energy`, `share`, `settled` and `describe` may be called from any thread; none blocks for
     longer than a dictionary look-up in the poller.
 
     Args:
-        sources: What `energy_sources.probe_sources` found; the meter owns it from now on.
+        sources: The result of `probe_sources`; the meter owns it from now on.
         clock: Monotonic seconds; all times of windows are in this clock.
-        poll_s: Time between two looks at the counters, 0 to 1 s.
-        history_s: How far back windows can reach, seconds; older than 10 minutes at one edge a second.
+        poll_s: Time between two polls of the counters, 0 to 1 s.
+        history_s: How far back windows can reach, seconds; beyond 10 minutes one edge per second is kept.
         allow_simulated: For tests only.
-        others_worked: Whether another wrapper on the machine is at work, or was since this was last asked; None: can't
-            be told.
-        strangers: Whether anything but wrappers was at work on the CPUs; None: it is not looked for.
+        others_worked: Whether another wrapper on the machine is at work, or was since the last call; None if unknown.
+        strangers: Whether processes other than wrappers used the CPUs; None: not looked for.
 
     Raises:
-        BadSettings: A period that can't be used with these sources, or a simulated source outside tests.
+        BadSettings: ``poll_s`` does not suit these sources, or a source is simulated outside tests.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class Meter:
                     activity=self._activity,
                 ),
                 EdgeCheck(source.max_age_s, source.step + source.late),
-                # One whose period nobody tells is watched at the start.
+                # A counter of unknown period is checked at the start.
                 None if source.max_age_s is not None else CounterCheck(source.name),
             )
             for source in found
@@ -137,10 +136,10 @@ class Meter:
     # --- polling ----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Read every counter until each has told a first time, and go on in a daemon thread of our own.
+        """Poll until every counter has an edge, then go on in a daemon thread.
 
-        Windows can begin as soon as this returns. Blocks for as long as a counter needs for its first step (100 ms or
-        so), at most about a second.
+        Windows can begin as soon as this returns. Blocks until the counters have made their first step (about 100 ms),
+        1 s at most.
 
         Raises:
             RuntimeError: It was started before.
@@ -155,7 +154,7 @@ class Meter:
         self._thread.start()
 
     def stop(self) -> bool:
-        """End polling and give the counters back; waits at most two seconds. False if a read hangs for longer."""
+        """Stop polling and close the sources; waits at most two seconds. False if a read hangs for longer."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(_JOIN_TIMEOUT_S)
@@ -172,7 +171,7 @@ class Meter:
             self.poll_once()
 
     def poll_once(self) -> None:
-        """Read every counter once. For the poller, and for tests that have no thread."""
+        """Read every counter once. For the poller, and for tests without a thread."""
         now_s = self._clock()
         if now_s >= self._limits_due_s:
             self._limits_due_s = now_s + _LIMITS_PERIOD_S
@@ -180,7 +179,7 @@ class Meter:
         for channel in self._channels:
             try:
                 self._poll(channel)
-            except Exception as error:  # whatever a driver raises, the other counters have to be read on
+            except Exception as error:  # whatever a driver raises, the other counters must be read
                 self._failed(channel, error)
         if self._clock() >= self._contention_due_s:
             self._contention_due_s = self._clock() + PERIOD_S
@@ -213,7 +212,7 @@ class Meter:
                 channel.readings += 1
 
     def _failed(self, channel: _Channel, error: Exception) -> None:
-        """A counter goes on counting, so this costs an edge and no joule. It shows in describe()."""
+        """Record a failed read for `describe`. The counter keeps counting, so this costs an edge but no joules."""
         with self._lock:
             channel.failures += 1
             channel.error = str(error) if isinstance(error, ReadFailed) else repr(error)
@@ -229,10 +228,10 @@ class Meter:
                 self._failed(channel, error)
 
     def check(self) -> None:
-        """For health checks: without the poller every figure would be unknown for good.
+        """Check the polling thread, for health checks: without it every figure would be unknown.
 
         Raises:
-            RuntimeError: It was started, is not to stop, and does not live.
+            RuntimeError: The thread was started and not stopped, but is dead.
         """
         if self._thread is not None and not self._stop.is_set() and not self._thread.is_alive():
             raise RuntimeError("the thread that polls the energy counters has died")
@@ -240,41 +239,41 @@ class Meter:
     # --- windows ----------------------------------------------------------------------------------------
 
     def mark(self) -> float:
-        """Now, in the meter's clock. All that the prompt path has to do at the start and the end of a prompt."""
+        """Return the time now in the meter's clock. The prompt path needs only this, at a prompt's start and end."""
         return self._clock()
 
     def work_begins(self, at_s: float) -> None:
-        """Note that a prompt, or the start of an LLM, begins. Times never go back."""
+        """Note that a prompt or an LLM start begins. Times must not decrease."""
         with self._lock:
             self._activity.begin(at_s)
 
     def work_ends(self, at_s: float) -> None:
-        """Note that it ends. The time from its begin is what the hardware was at work in."""
+        """Note that a prompt or an LLM start ends. The hardware counts as busy in between."""
         with self._lock:
             self._activity.end(at_s)
 
     def settled(self, time_s: float) -> bool:
-        """Whether windows that end at this time are final: all counters have moved on, and others were looked for."""
+        """Whether windows that end at this time are final: all counters and the look for others are past it."""
         with self._lock:
             counted = all(channel.track.settled(time_s) for channel in self._channels)
         return counted and self._contention.looked(time_s)
 
     def window(self, start_s: float, end_s: float, *, estimate_short: bool = False, final: bool = False) -> Energy:
-        """The energy between two times; with ``estimate_short`` modelled where they are too close for a counter.
+        """Return the energy between two times; with ``estimate_short`` modelled if they are too close for a counter.
 
-        Unavailable, and flagged, when a counter can't resolve it: ``too_short``, ``stale``, ``out_of_history``,
-        ``counter_reset``, ``undersampled``, ``implausible_power`` … With ``final`` it is ``stale``, too, where a later
-        look would tell more.
+        Unavailable, with a flag, if a counter can't resolve it: ``too_short``, ``stale``, ``out_of_history``,
+        ``counter_reset``, ``undersampled``, ``implausible_power`` … With ``final`` it is also ``stale`` if a later call
+        would return a sharper figure.
 
         Raises:
-            ValueError: It does not end after its start.
+            ValueError: The window does not end after its start.
         """
         return self.energy(self.flow([(start_s, end_s)], final=final), estimate_short=estimate_short)
 
     def flow(self, intervals: Sequence[Interval], *, final: bool = False) -> Flow:
-        """What the counters went up by in these intervals (one or more, in order of time), to be told by `energy`.
+        """Return how much the counters rose in these intervals (one or more, in order of time), for `energy`.
 
-        Final figures add up: what flowed in the parts of a time is what flowed in all of it.
+        Final flows add up: the flows of the parts of a time sum to the flow of all of it.
         """
         times_s = list(chain.from_iterable(intervals))
         units = [
@@ -288,7 +287,7 @@ class Meter:
         return Flow(sum(lengths_s), max(lengths_s), tuple(units), flags)
 
     def energy(self, flow: Flow, *, estimate_short: bool = False) -> Energy:
-        """A flow in joules; with ``estimate_short`` modelled where it is too short for a counter."""
+        """Return a flow in joules; with ``estimate_short`` modelled if it is too short for a counter."""
         parts = [
             unknown(channel.source, units)
             if isinstance(units, str)
@@ -307,16 +306,16 @@ class Meter:
         return total([*joined(parts), *self._holes()], flow.flags)
 
     def nothing(self) -> Energy:
-        """The energy of no time at all: not known, and flagged ``too_short``."""
+        """Return the energy of no time: unavailable, flagged ``too_short``."""
         return self.energy(Flow(0.0, 0.0, ("too_short",) * len(self._channels), frozenset()))
 
     def share(self, parts: Parts, *, before: Shares | None = None, final: bool = False) -> Energy:
-        """A prompt's share of what flowed while it was in flight with others: modelled, with its range.
+        """Return a prompt's share of the energy while it was in flight with others: modelled, with its range.
 
-        ``before`` is what it had of the time before its parts.
+        ``before`` are its shares of the time before ``parts``.
 
         Raises:
-            ValueError: It does not end after its begin.
+            ValueError: ``parts`` do not end after their begin.
         """
         found = self.shares(parts, final=final) if before is None else before + self.shares(parts, final=final)
         components = [
@@ -330,17 +329,17 @@ class Meter:
         return total([*joined(components), *self._holes()], self._flags(end_s - found.duration_s, end_s))
 
     def shares(self, parts: Parts, *, final: bool = False) -> Shares:
-        """A prompt's share of what each counter counted in the time of its parts, to be added up.
+        """Return a prompt's share of what each counter counted in the time of its parts, to be added up.
 
         Raises:
-            ValueError: It does not end after its begin.
+            ValueError: ``parts`` do not end after their begin.
         """
         found = self._levels(parts.times_s, final=final)
         time = [(parts.times_s[0], parts.times_s[-1])]
         return Shares.of(parts, [levels for _, levels in found], [self._unseen(source, time) for source, _ in found])
 
     def _unseen(self, source: Source, intervals: Sequence[Interval]) -> float:
-        """By how much a source's readings may be wrong in these intervals, as they miss changes of the power."""
+        """Return by how much a source's readings may be wrong in these intervals because they miss changes of power."""
         near_s = source.unseen_s
         if not near_s:
             return 0.0
@@ -351,9 +350,9 @@ class Meter:
             return source.unseen(lengths_s)
 
     def _levels(self, times_s: Sequence[float], *, final: bool) -> list[tuple[Source, list[Level] | str]]:
-        """Every counter at these times, all looked up at one moment; or the flag that says why it can't be told.
+        """Return every counter's levels at these times, all from one moment, or the flag that says why not.
 
-        The first and the last are those of a window.
+        The first and the last time are those of a window.
         """
         if times_s[-1] <= times_s[0]:
             raise ValueError(f"a window can't end at {times_s[-1]} when it starts at {times_s[0]}")
@@ -369,7 +368,7 @@ class Meter:
         return found
 
     def _holes(self) -> list[Component]:
-        """What is inside the boundary and can't be read at all."""
+        """Return a component for each source inside the boundary that can't be read."""
         return [
             Component(hole.name, hole.why, Label.UNAVAILABLE, flags=("unreadable",))
             for hole in self._unreadable
@@ -377,12 +376,12 @@ class Meter:
         ]
 
     def contended(self, start_s: float, end_s: float) -> bool:
-        """Whether others were seen at work between two looks for them, a second apart, that a window has a part of."""
+        """Whether others were seen at work in any 1 s look that overlaps the window."""
         return self._contention.seen(start_s, end_s)
 
     @property
     def labels(self) -> tuple[Label, ...]:
-        """The label of the counter of each source."""
+        """The label of each source's counter."""
         return tuple(channel.source.counter_label for channel in self._channels)
 
     def _flags(self, start_s: float, end_s: float) -> tuple[str, ...]:
@@ -400,7 +399,7 @@ class Meter:
         return [check for channel in self._channels if channel.check is not None for check in channel.check.found]
 
     def describe(self) -> dict[str, object]:
-        """What is counted and how, what is not and why, how counters did when checked; JSON, for /machines."""
+        """Return what is counted and how, what is not and why, and results of counter checks, as JSON for /machines."""
         with self._lock:
             return {
                 "polling": self._thread is not None and self._thread.is_alive(),
@@ -429,7 +428,7 @@ class Meter:
 
 
 def _not_covered(sources: Sequence[Source]) -> Iterable[str]:
-    """Flags for the kinds of hardware that nothing counts. A model of whole servers' CPUs has their memory in it."""
+    """Yield a flag for each kind of hardware that nothing counts. The CPU model includes memory."""
     names = [source.name for source in sources]
     both = "cpu-model" in names or any(source.covers_cpu for source in sources)
     if not both and not any(name.startswith("package-") for name in names):

@@ -1,7 +1,7 @@
-"""What a wrapper's time cost: notes what it is used for, and turns the meter's windows into accounts and records.
+"""The energy accounting of a wrapper: notes what its time is used for, and turns windows into accounts and records.
 
 Every moment of a wrapper is charged once: to a prompt, to the idle time of a lease or of the machine, or to the start
-of an LLM. While a prompt is answered nothing is written down: that is done when a window will not get any sharper.
+of an LLM. Answering a prompt writes no record: a record is written when its window is final.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from registry.settings import EnergySettings
 
 
 class PromptMeter:
-    """The meter of a wrapper, as its prompts, its leases and its LLMs see it. Not thread-safe."""
+    """The meter of a wrapper for its prompts, leases and LLM starts. Not thread-safe."""
 
     def __init__(
         self,
@@ -50,13 +50,12 @@ class PromptMeter:
         neighbours: Neighbours | None = None,
         writes_text: Callable[[str], bool] = lambda _llmconfig: True,
     ) -> None:
-        """Probe this machine's counters by real calls.
+        """Probe this machine's counters with real calls.
 
         ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many CPUs are its own, None for all of the machine;
-        ``on_machine``: how many wrappers share it.
-        ``process`` is the wrapper's, ``utc_s`` the clock that records are dated by. ``neighbours`` are told when
-        prompts and starts begin and end, and flag the windows in which others work. ``writes_text`` says of an
-        llmconfig (JSON) whether its LLM answers with text.
+        ``on_machine``: how many wrappers share it. ``process``: id of the wrapper's process. ``utc_s``: the clock that
+        dates records. ``neighbours`` learn when prompts and starts begin and end, and tell when others work.
+        ``writes_text``: whether the LLM of an llmconfig (JSON) answers with text.
 
         Raises:
             BadSettings: the grid zone is unknown, or a figure of the CPU model is out of range.
@@ -87,20 +86,20 @@ class PromptMeter:
 
     @property
     def counts_words(self) -> bool:
-        """Whether the functional unit is words, so that answers have to be read."""
+        """Whether the functional unit is words, so that answers must be read."""
         return self._sci.functional_unit == "word"
 
     def start(self) -> None:
-        """Begin to poll the counters. The wrapper's time begins when they can tell of it: within a second."""
+        """Start polling the counters. The wrapper's time begins when this returns, within a second."""
         self._meter.start()
         self._timeline.resume(self._meter.mark())
 
     def stop(self) -> None:
-        """End polling."""
+        """Stop polling."""
         self._meter.stop()
 
     def describe(self) -> dict[str, object]:
-        """What is counted and how, what is not and why; the energy of the last start of an LLM. Plain JSON."""
+        """Return what is counted and how, what is not and why, and the energy of the last LLM start, as plain JSON."""
         load = None if self._load is None else as_json(self._load)
         windows = {"kept": len(self._log), "dropped": self._log.dropped}
         return {**self._meter.describe(), "last_load": load, "windows": windows}
@@ -108,9 +107,9 @@ class PromptMeter:
     # --- what the wrapper is used for -------------------------------------------------------------------
 
     def hand_over(self, grant: LeaseGrant | None, at_s: float) -> None:
-        """The wrapper is this lease's from now on, None: nobody's. The same lease again only brings its new limits.
+        """Charge the wrapper's time to this lease from now on, None: to no lease. The same lease only gets new limits.
 
-        ``at_s`` is the time by `time.monotonic`; the lease before ends when its last prompt is over.
+        ``at_s`` is by `time.monotonic`. The previous lease ends when its last prompt is over.
         """
         holder = self._timeline.holder
         if holder is not None and grant is not None and holder.grant.request_id == grant.request_id:
@@ -125,7 +124,7 @@ class PromptMeter:
 
     @contextmanager
     def load(self, model: str = "", started_for: StartedFor | None = None) -> Iterator[Start]:
-        """The start of an LLM: charged to the request that it is for, None: to none, and to no prompt and no lease."""
+        """Charge an LLM start to the request in ``started_for``, or to none; never to a prompt or a lease."""
         start = Start(model, self._meter.mark(), started_for=started_for)
         self._timeline.pause(start.start_s)
         self._meter.work_begins(start.start_s)
@@ -144,15 +143,15 @@ class PromptMeter:
 
     @property
     def meter(self) -> Meter:
-        """The meter itself."""
+        """The underlying meter."""
         return self._meter
 
     def at_work(self) -> AbstractContextManager[None]:
-        """What is done meanwhile disturbs the measurements of other wrappers."""
+        """Return a context for work that disturbs the measurements of other wrappers."""
         return nullcontext() if self._neighbours is None else self._neighbours.busy()
 
     def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False, prompt_id: str | None = None) -> Flight:
-        """A prompt begins now. A ``warmup`` is not part of the counted stretch of its lease."""
+        """Note that a prompt begins. A ``warmup`` does not belong to the counted stretch of its lease."""
         if self._neighbours is not None:
             self._neighbours.begin()
         self._begun += 1
@@ -168,7 +167,7 @@ class PromptMeter:
         return flight
 
     def end(self, flight: Flight) -> None:
-        """A prompt is over, answered or not. Idempotent."""
+        """Note that a prompt is over, answered or not. Idempotent."""
         now_s = self._meter.mark()
         if self._flights.end(flight, now_s):
             self._meter.work_ends(now_s)
@@ -179,28 +178,28 @@ class PromptMeter:
                 self._neighbours.end()
 
     def counted(self, flight: Flight, tokens: Tokens) -> None:
-        """A prompt's tokens are known."""
+        """Note a prompt's tokens."""
         self._flights.counted(flight, tokens)
 
     def refused(self, flight: Flight) -> None:
-        """The engine has refused a prompt before it computed anything: it has brought nothing, and that is known."""
+        """Note that the engine refused a prompt before computing anything: no tokens and no words."""
         flight.status, flight.words = "refused", 0
         self._flights.counted(flight, Tokens(0, 0, 0))
 
     # --- what it costs ----------------------------------------------------------------------------------
 
     def account(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
-        """The part of an answer that tells what it cost.
+        """Return the energy and carbon of a prompt, for its answer.
 
         Args:
             flight: a prompt that has ended.
             usage: vLLM's own account: ``prompt_tokens``, ``completion_tokens``.
-            answer: the text that was generated, None if it was not looked at.
+            answer: the generated text, None if it was not read.
 
         Returns:
             ``sci_score`` (gCO2eq per unit, or None), ``sci_method``, ``sci_low``, ``sci_high``, ``unit``, ``energy``,
             ``carbon``, ``methods``, ``flags``; the id of the ``window`` that will have the final figures, and
-            ``final``: false, as these are of the moment.
+            ``final``: false, as these are provisional.
         """
         energy, found, flags = self._told(flight, usage, answer)
         return {
@@ -219,7 +218,7 @@ class PromptMeter:
         }
 
     def brief(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
-        """The same for a header, and for the end of a stream."""
+        """Return the same in short, for a header or the end of a stream."""
         energy, found, flags = self._told(flight, usage, answer)
         return {
             "window": flight.window_id,
@@ -248,19 +247,19 @@ class PromptMeter:
         return energy, found, [*found.flags, *self._usage.budget_flags(flight.account)]
 
     def use(self) -> dict[str, Any] | None:
-        """What the lease has cost so far, idle time included, and its budget; None without a lease."""
+        """Return what the lease has used so far, idle time included, and its budget; None without a lease."""
         return self._usage.so_far()
 
     def require_budget(self) -> None:
-        """Raise BudgetUsed if the lease has used up what it may."""
+        """Raise BudgetUsed if the lease has used up its budget."""
         self._usage.require_budget()
 
     # --- what is written down ---------------------------------------------------------------------------
 
     async def windows(self, belief: Belief) -> tuple[EnergyWindow, ...]:
-        """The oldest finished windows that the registry has not written down yet.
+        """Return the oldest finished windows that the registry has not stored yet.
 
-        What it believes of a process before this one says nothing of these.
+        Windows that it has stored are dropped first; a ``belief`` about an earlier process is ignored.
         """
         if belief.as_of is not None and belief.as_of.process == self._process:
             self._log.confirm(belief.windows_kept)
@@ -269,15 +268,15 @@ class PromptMeter:
         return self._log.oldest()
 
     async def write(self) -> None:
-        """Write down every window that will not get any sharper, or has waited for long enough.
+        """Write every window that is final or has waited long enough.
 
-        What is written is final: prompts and idle time add up to their lease. What is not known in time is unavailable.
+        Records never change: prompts and idle time add up to their lease. What is not known in time is unavailable.
         """
         await self._writer.write()
 
 
 def sci_settings(settings: EnergySettings) -> SCISettings:
-    """The operator's choices as the formula takes them. Raises BadSettings."""
+    """Return the operator's settings for the SCI formula. Raises BadSettings."""
     embodied = None if settings.embodied is None else Embodied(**settings.embodied.model_dump())
     cpu_model = None if settings.cpu_model is None else CPUModel(**settings.cpu_model.model_dump())
     return SCISettings(
@@ -290,7 +289,7 @@ def sci_settings(settings: EnergySettings) -> SCISettings:
 
 
 def grid_of(settings: EnergySettings) -> GridIntensity | None:
-    """The configured carbon intensity, None if none is. Raises BadSettings for an unknown zone."""
+    """Return the configured carbon intensity, None if there is none. Raises BadSettings for an unknown zone."""
     grid = settings.grid
     if grid is None:
         return None
@@ -315,17 +314,17 @@ def _sources(
             if len(uuids) != gpus:
                 raise ReadFailed(f"CUDA_VISIBLE_DEVICES={visible} names {len(uuids)} GPUs, not the {gpus} reserved")
         except ReadFailed as error:
-            # Inside the boundary all the same: without all of them no total is known. Zeus may know them.
+            # Inside the boundary nevertheless: without all GPUs no total is known. Zeus may know them.
             others = zeus_gpus(gpus) or [Unreadable(f"gpu:{visible}", str(error), in_boundary=True)]
     probed = probe_sources(uuids, pid=os.getpid(), settings=settings, cpus=cpus, machine=machine, on_machine=on_machine)
     return [*probed, *others]
 
 
 def tokens_of(usage: Mapping[str, Any]) -> Tokens:
-    """Tokens as one of vLLM's APIs tells them: OpenAI's chats and completions, or its responses, or Anthropic's.
+    """Return the tokens reported by one of vLLM's APIs: OpenAI's chats and completions, its responses, or Anthropic's.
 
     Raises:
-        KeyError: it tells none.
+        KeyError: none are reported.
     """
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     cached = details.get("cached_tokens")
@@ -333,7 +332,7 @@ def tokens_of(usage: Mapping[str, Any]) -> Tokens:
         prompt, output = usage["prompt_tokens"], usage.get("completion_tokens")
     else:
         prompt, output = usage["input_tokens"], usage.get("output_tokens")
-        if "cache_read_input_tokens" in usage:  # Anthropic's input tokens are those that no cache has to do with
+        if "cache_read_input_tokens" in usage:  # Anthropic's input tokens exclude those read from or put in a cache
             cached = usage["cache_read_input_tokens"]
             prompt += (cached or 0) + (usage.get("cache_creation_input_tokens") or 0)
     return Tokens(prompt, cached, output or 0)

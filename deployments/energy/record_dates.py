@@ -1,7 +1,7 @@
-"""UTC dates for the records of one process: steps of the wall clock don't make them jump or overlap. Pure.
+"""UTC dates for the records of one process, which do not jump or overlap when the wall clock is set. Pure.
 
-The monotonic clock is read for all times. UTC is anchored to it once, when the process starts, and follows a wall clock
-that says something else at no more than `MAX_RATE`. A date, once given, stays: the same time has the same date always.
+All times are read from the monotonic clock. UTC is tied to it when the process starts, and then follows the wall clock
+at no more than `MAX_RATE`. A date never changes: the same time always has the same date.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from typing import Final
 
 CLOCK_STEPPED: Final = "clock_stepped"
-"""Flag: the wall clock was set while the window was open, or its dates are not yet those of the wall clock."""
+"""Flag: the wall clock was set during the window, or the window's dates still differ from it."""
 MAX_RATE = 500e-6
-"""How fast dates follow the wall clock, seconds a second: as fast as the kernel itself slews a clock."""
+"""How fast dates follow the wall clock, seconds per second: as fast as the kernel slews a clock."""
 TOLERANCE_S = 0.25
-"""A larger change between two looks is a step."""
+"""A larger change of the wall clock between two looks is a step, seconds."""
 _NOISE_S = 0.01
-"""Two clocks can't be read at one moment; a smaller difference is not followed."""
+"""A smaller difference is not followed, seconds: two clocks can't be read at one moment."""
 _MAX_PIECES = 4096
 _MAX_STEPS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """From this monotonic time on: a UTC second, and how many of those pass in one of ours."""
+    """From a monotonic time on: the UTC second at that time, and UTC seconds per monotonic second."""
 
     from_s: float
     utc_s: float
@@ -35,7 +35,7 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """The wall clock was set between two monotonic times; from then on it is so much ahead of ours."""
+    """The wall clock was set between two monotonic times; since then it is ``offset_s`` ahead of the monotonic."""
 
     before_s: float
     after_s: float
@@ -43,9 +43,9 @@ class _Step:
 
 
 class RecordDates:
-    """Turns monotonic seconds into UTC seconds.
+    """Turns monotonic seconds into UTC seconds. Not thread-safe.
 
-    ``clock`` gives monotonic seconds, ``utc_s`` those of the wall clock. Not thread-safe.
+    ``clock`` returns monotonic seconds, ``utc_s`` seconds of the wall clock.
     """
 
     def __init__(self, clock: Callable[[], float], utc_s: Callable[[], float]) -> None:
@@ -58,9 +58,9 @@ class RecordDates:
         self._steps: list[_Step] = [_Step(now_s, now_s, utc_now_s - now_s)]
 
     def look(self) -> float | None:
-        """Compare with the wall clock; dates of times from now on follow it. To be called every few seconds.
+        """Compare with the wall clock, which the dates of later times then follow. Call this every few seconds.
 
-        Returns by how many seconds the wall clock was set since the last look, None if it was not.
+        Returns by how many seconds the wall clock was set since the last call, None if it was not.
         """
         now_s = self._clock()
         utc_now_s = self._utc_s()
@@ -79,19 +79,19 @@ class RecordDates:
             self._pieces.pop()
         if rate != wanted:
             self._pieces.append(_Piece(now_s, dated_s, wanted))
-        if wanted != 1.0:  # until it has caught up, also when nobody looks again
+        if wanted != 1.0:  # until it has caught up, even if there is no further look
             takes_s = abs(error_s) / MAX_RATE
             self._pieces.append(_Piece(now_s + takes_s, dated_s + wanted * takes_s, 1.0))
         del self._pieces[:-_MAX_PIECES]
         return step_s
 
     def utc_s(self, at_s: float) -> float:
-        """The UTC second of a monotonic time. Later times have later dates, whatever the wall clock does."""
+        """Return the UTC second of a monotonic time. Later times have later dates, whatever the wall clock does."""
         piece = self._piece(at_s)
         return piece.utc_s + (at_s - piece.from_s) * piece.rate
 
     def stepped(self, begun_s: float, ended_s: float) -> bool:
-        """Whether the wall clock was set in a window between two monotonic times, or its dates are still off for it."""
+        """Whether the wall clock was set between two monotonic times, or the dates between still differ from it."""
         if any(step.before_s < ended_s and begun_s < step.after_s for step in self._steps[1:]):
             return True
         before = [step for step in self._steps if step.after_s <= ended_s] or self._steps[:1]

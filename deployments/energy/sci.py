@@ -1,7 +1,7 @@
 """Software Carbon Intensity: from joules to gCO2eq per functional unit. "Computed with the SCI formula", no more.
 
-``SCI = (O + M) per R``: O = E · I, the operational emissions of all hardware that was reserved (times PUE), M the
-embodied ones for the time of the reservation, R the functional unit.
+``SCI = (O + M) per R``: O = E · I, the operational emissions of all reserved hardware (times PUE), M the embodied
+emissions for the reserved time, R the functional unit.
 
 Source: Green Software Foundation, Software Carbon Intensity specification 1.1 (ISO/IEC 21031:2024).
 """
@@ -18,23 +18,23 @@ from registry.grid_mixes import DATA_FILE, DATASET, zone_intensity
 
 J_PER_KWH = 3_600_000.0
 PLAUSIBLE_J_PER_TOKEN = (0.03, 10.0)
-"""Output tokens of LLMs on GPUs cost between these, from a full batch to one prompt at a time."""
+"""J per output token of LLMs on GPUs, from a full batch to one prompt at a time."""
 
 
 def kwh(joules: float) -> float:
-    """Joules (W·s) in kWh."""
+    """Return joules (W·s) in kWh."""
     return joules / J_PER_KWH
 
 
 def embodied_g_per_hour(te_g: float, lifespan_h: float, share: float = 1.0) -> float:
-    """M of an hour's reservation: TE · (1 h / EL) · (RR / ToR); grams and hours > 0, share of the machine 0 to 1."""
+    """Return M of one reserved hour, g: TE · (1 h / EL) · (RR / ToR). Grams and hours > 0, share of machine 0 to 1."""
     return te_g / lifespan_h * share
 
 
 def grid_intensity(zone: str) -> GridIntensity:
-    """Mean carbon intensity of a zone's electricity, location-based.
+    """Return the mean carbon intensity of a zone's electricity, location-based.
 
-    Its year is not known: the data set's file does not say it.
+    Its year is unknown: the data set's file does not state it.
 
     Args:
         zone: ISO 3166 alpha-3 code, or WOR for the world.
@@ -48,22 +48,22 @@ def grid_intensity(zone: str) -> GridIntensity:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """An SCI score, gCO2eq per functional unit, and how it came about.
+    """An SCI score, gCO2eq per functional unit, with its parts and their methods.
 
-    What is not known is None. Low and high are known whenever their value is.
+    Unknown values are None. Low and high are known whenever their value is.
 
     Attributes:
-        sci_score: None when a part is not known, when nothing was produced, or when the energy is an estimate and
-            estimates are not allowed.
-        low, high: Its range: those of the energy (the counter's resolution included), of the grid and of the embodied
-            carbon together. What has no range of its own counts as exact.
+        sci_score: None if a part is unknown, if nothing was produced, or if the energy is an estimate and estimates
+            are not allowed.
+        low, high: Its range, from the ranges of the energy (with the counter's resolution), the grid and the embodied
+            carbon together. A value without a range counts as exact.
         o_g, o_low_g, o_high_g: Operational emissions, gCO2eq.
         m_g, m_low_g, m_high_g: Embodied emissions, gCO2eq.
-        duration_s: The time that was reserved, seconds.
+        duration_s: The reserved time, seconds.
         unit, units: The functional unit, and how many of them were produced.
-        method: The worst of ``methods``, whether there is a score or not.
+        method: The worst of ``methods``, even without a score.
         methods: Labels of E, I, M and R.
-        boundary: Names of the parts whose energy is inside.
+        boundary: Names of the parts whose energy is included.
         flags: What is wrong or unusual.
     """
 
@@ -101,19 +101,19 @@ def score(
     flags: Sequence[str] = (),
     duration_range_s: tuple[float, float] | None = None,
 ) -> Score:
-    """Score a window.
+    """Return the score of a window.
 
     Args:
-        energy: The window's.
+        energy: The window's energy.
         duration_s: How long the hardware was reserved, seconds > 0.
-        units: Functional units (``settings.functional_unit``) produced in it, ≥ 0; None: not known.
-        settings: The operator's choices.
-        grid: Carbon intensity; None if not configured, and then there is no score.
-        flags: What is to be said of the window besides.
-        duration_range_s: The least and the most that the duration can be, of a share of a time; None: it is exact.
+        units: Functional units (``settings.functional_unit``) produced in it, ≥ 0; None if unknown.
+        settings: The operator's settings.
+        grid: Carbon intensity; None if not configured: then there is no score.
+        flags: Further flags of the window.
+        duration_range_s: The least and the most that the duration can be, if it is a share; None: exact.
 
     Raises:
-        ValueError: A duration or a number of units that can't be.
+        ValueError: The duration is not > 0, or ``units`` is < 0.
     """
     if duration_s <= 0 or (units is not None and units < 0):
         raise ValueError(f"can't score {units} units in {duration_s} s")

@@ -1,4 +1,4 @@
-"""From prompts and flows to energies and scores: joules by the meter, grams by the SCI formula."""
+"""Energies and scores of prompts and flows: joules by the meter, grams by the SCI formula."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from deployments.energy.timeline import Interval
 
 
 class Scorer:
-    """Scores what flowed by the operator's choices. Not thread-safe."""
+    """Scores energy by the operator's settings. Not thread-safe."""
 
     def __init__(self, meter: Meter, flights: Flights, settings: SCISettings, grid: GridIntensity | None) -> None:
         self.meter = meter
         self._flights = flights
         self._settings = settings
-        # An embedding has no output: its input is what was worked on.
+        # An embedding has no output: its input tokens count instead.
         of_output = settings.functional_unit in ("output_token", "word")
         self._without_text = replace(settings, functional_unit="token") if of_output else settings
         self._grid = grid
 
     def prompt(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score]:
-        """A prompt's share of what flowed while it was in flight, and of the time that the machine was reserved.
+        """Return a prompt's share of the energy while it was in flight, and the score for its share of reserved time.
 
-        With ``for_good`` the rates that had to be assumed for it stay what they are.
+        With ``for_good`` the rates that had to be assumed for it become final.
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
         parts, assumed = self._flights.parts(flight, for_good=for_good)
@@ -50,7 +50,7 @@ class Scorer:
         return energy, self.score(energy, reserved_s, units, flags, account=account, duration_range_s=range_s)
 
     def units(self, flight: Flight) -> int | None:
-        """The functional units of a prompt, None if they are not known. One that gave no answer is no request."""
+        """Return the functional units of a prompt, None if unknown. A prompt without an answer is no request."""
         tokens = flight.tokens
         match self._settings_of(flight.account).functional_unit:
             case "output_token":
@@ -72,9 +72,9 @@ class Scorer:
         account: LeaseAccount | None = None,
         duration_range_s: tuple[float, float] | None = None,
     ) -> Score:
-        """Score an energy, and a time for which the hardware was reserved [s]; ``account`` is the lease's, if any.
+        """Score an energy and the time that the hardware was reserved, seconds; ``account`` is the lease's, if any.
 
-        ``duration_range_s`` is that of the time where it is a share.
+        ``duration_range_s`` is the range of that time if it is a share.
         """
         return score(
             energy,
@@ -87,11 +87,11 @@ class Scorer:
         )
 
     def _settings_of(self, account: LeaseAccount | None) -> SCISettings:
-        """The operator's choices; of an LLM that writes no text the functional unit is a token of its input."""
+        """Return the operator's settings; for an LLM that writes no text the functional unit is a token."""
         return self._settings if account is None or account.writes_text else self._without_text
 
     def summed(self, flow: Flow | None, times: Sequence[Sequence[Interval]], *, final: bool = False) -> Flow | None:
-        """Add what flowed in these times to a flow; None where there was no time. ``final`` is as for `Meter.flow`."""
+        """Add what flowed in these intervals to ``flow``; None if there is neither. ``final``: see `Meter.flow`."""
         for intervals in times:
             if intervals:
                 more = self.meter.flow(intervals, final=final)

@@ -1,6 +1,7 @@
-"""Before a lease: the LLM's caches empty; for measurement grade also the LLM warm and the machine at rest. In time.
+"""Prepares an LLM and its machine for a lease, within a time limit.
 
-What can't be had in time is told by a flag, and the LLM is handed over all the same.
+The LLM's caches are emptied. For measurement grade the LLM also answers a warm-up, and the machine comes to rest. What
+is not reached in time gets a flag, and the LLM is handed over all the same.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from deployments.energy.meter import CONTENDED, Meter
 from registry.settings import EnergySettings
 
 NOT_STEADY: Final = "not_steady"
-"""Flag: the power of the idle machine did not become steady in time, or the LLM did not answer."""
+"""Flag: the idle machine's power did not become steady in time, or the LLM did not answer."""
 
 STEADINESS_UNKNOWN: Final = "steadiness_unknown"
-"""Flag: nothing on the machine counts energy, so that nobody knows whether its power was steady."""
+"""Flag: nothing on the machine counts energy, so it is unknown whether its power was steady."""
 
 PREFIX_CACHE_KEPT: Final = "prefix_cache_kept"
-"""Flag: the LLM may still have prompts of an earlier lease in its caches."""
+"""Flag: the LLM's caches may still hold prompts of an earlier lease."""
 
 SLICES, SLICE_S = 5, 1.0
-"""How many slices of time are compared, and how long each is, seconds: NVML's counter steps every 100 ms or so."""
+"""Number of time slices that are compared, and their length, seconds: NVML's counter steps about every 100 ms."""
 
 LAG_S = 0.5
-"""How old the newest slice is, seconds: counters that step tell of a moment a little later."""
+"""Age of the newest slice, seconds: counters that step are a little late."""
 
 LOOK_S = 0.5
-"""How often it is looked, seconds."""
+"""Time between two checks, seconds."""
 
 _COUNTED = frozenset({Label.MEASURED, Label.MEASURED_SAMPLED, Label.SIMULATED})
 
@@ -40,21 +41,21 @@ log = structlog.get_logger("deployments.energy.settling")
 
 
 async def warmed_up(warm_up: Callable[[], Awaitable[None]], *, max_s: float) -> bool:
-    """Have an LLM answer once; False if it failed, or took longer than ``max_s``."""
+    """Have an LLM answer once; return False if it failed or took longer than ``max_s`` seconds."""
     try:
         async with asyncio.timeout(max_s):
             await warm_up()
-    except Exception as error:  # the engine's death is told in its own way
+    except Exception as error:  # a dead engine is reported elsewhere
         log.warning("an LLM did not warm up for its lease", reason=f"{type(error).__name__}: {error}")
         return False
     return True
 
 
 async def forgotten(forget_prompts: Callable[[], Awaitable[bool]]) -> tuple[str, ...]:
-    """Have an LLM's caches emptied; the flag PREFIX_CACHE_KEPT if that failed, or was not done in time."""
+    """Empty an LLM's caches; return the flag PREFIX_CACHE_KEPT if that failed or took too long."""
     try:
         empty = await forget_prompts()
-    except Exception as error:  # the engine's death is told in its own way
+    except Exception as error:  # a dead engine is reported elsewhere
         log.warning("the caches of an LLM were not emptied", reason=f"{type(error).__name__}: {error}")
         empty = False
     return () if empty else (PREFIX_CACHE_KEPT,)
@@ -68,17 +69,17 @@ async def at_rest(
     given_up: Callable[[], bool],
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> tuple[str, ...]:
-    """Wait until nothing else has worked on the machine, and its power has been steady, for SLICES * SLICE_S seconds.
+    """Wait until the machine had no other work, and its power was steady, for SLICES * SLICE_S seconds.
 
     Args:
-        meter: What counts the machine's energy, and knows of others on it.
-        settings: Their ``settle_max_s`` and ``steady_cv``.
-        begun_s: When the settling began, in the meter's clock; the limit counts from then.
-        given_up: True when there is nothing to wait for any more.
+        meter: Counts the machine's energy, and knows of other work on it.
+        settings: Has ``settle_max_s`` and ``steady_cv``.
+        begun_s: When settling began, in the meter's clock; the limit counts from then.
+        given_up: Returns True if there is nothing to wait for any more.
         pause: How to wait.
 
     Returns:
-        No flag, or those that say what was not so in time. Where nothing counts energy only the others are waited for.
+        Flags for what was not reached in time. If nothing counts energy, only the end of other work is waited for.
     """
     quiet_since_s = meter.mark()
     known = any(label in _COUNTED for label in meter.labels)
@@ -94,7 +95,7 @@ async def at_rest(
 
 
 def _unrest(meter: Meter, since_s: float, steady_cv: float | None) -> str | None:
-    """The flag for a machine that is not at rest, or was not looked at for long enough since ``since_s``; else None."""
+    """Return the flag for a machine that is not at rest, or was watched too briefly since ``since_s``; else None."""
     now_s = meter.mark()
     if meter.contended(max(since_s, now_s - SLICES * SLICE_S - LAG_S), now_s):
         return CONTENDED
@@ -110,7 +111,7 @@ def _unrest(meter: Meter, since_s: float, steady_cv: float | None) -> str | None
 
 
 def _power_w(meter: Meter, start_s: float) -> float | None:
-    """Mean power of all that is counted by hardware in one slice, None if some of it is not known."""
+    """Return the mean power of all that hardware counts in one slice, W; None if a part of it is unknown."""
     parts = meter.window(start_s, start_s + SLICE_S).components
     known = [part.joules for part in parts if part.counter_label in _COUNTED and part.joules is not None]
     unknown = any(part.label is Label.UNAVAILABLE for part in parts)

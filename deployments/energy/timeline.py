@@ -1,7 +1,7 @@
-"""Who had a wrapper when: its time as stretches that follow each other, each of one holder. Pure.
+"""Which lease had a wrapper when: its time as successive stretches, each of one holder. Pure.
 
-At every moment a wrapper belongs to its holder (a lease, or nobody) or, while it is paused, to the start of an LLM. So
-whatever is summed up over stretches and starts is counted once, and nothing is left out.
+At every moment a wrapper belongs to its holder (a lease, or None) or, while paused, to the start of an LLM. So sums
+over stretches and starts count every moment exactly once.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ Interval = tuple[float, float]
 Holder = TypeVar("Holder")
 
 STRETCH_S = 300.0
-"""Longest stretch: while a window of it is looked up, the meter still has every edge."""
+"""Longest stretch, seconds: the meter still has every edge when its window is computed."""
 MOST_GAPS = 256
-"""Times without a prompt in one stretch; then it is cut, so that none takes long to add up."""
+"""Most prompt-free times in one stretch: it is cut then, so that none takes long to add up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch(Generic[Holder]):
-    """A time of one holder's (None: nobody's), and the times in it without a prompt. ``last``: the holder's has ended.
+    """A time of one holder (None: no lease), with its prompt-free ``gaps``. ``last``: the holder has ended.
 
-    Only one that is the last may be empty (it ends when it begins).
+    Only a last stretch may be empty (end when it begins).
     """
 
     holder: Holder | None
@@ -34,9 +34,9 @@ class Stretch(Generic[Holder]):
 
 
 class Timeline(Generic[Holder]):
-    """The stretches of a wrapper; ``closed`` are those that are over, for its owner to take. Times never go back.
+    """The stretches of a wrapper; the owner takes the finished ones from ``closed``. Times must not decrease.
 
-    A holder with a prompt in flight stays until that is over, whoever comes next.
+    A holder with a prompt in flight stays until no prompt is in flight, even if the wrapper is handed over.
     """
 
     def __init__(self, now_s: float) -> None:
@@ -50,7 +50,7 @@ class Timeline(Generic[Holder]):
         self._in_flight = 0
 
     def hand_over(self, holder: Holder | None, at_s: float) -> None:
-        """From this time on the wrapper is this holder's."""
+        """Give the wrapper to this holder from this time on."""
         if self._in_flight:
             self._next = [holder]
             return
@@ -58,17 +58,17 @@ class Timeline(Generic[Holder]):
         self.holder = holder
 
     def stay(self) -> None:
-        """The holder keeps it, though its end has been told already."""
+        """Keep the holder: cancel a hand-over that waits for its prompts."""
         self._next.clear()
 
     def begin(self, at_s: float) -> None:
-        """A prompt begins."""
+        """Note that a prompt begins."""
         if not self._in_flight:
             self._end_gap(at_s)
         self._in_flight += 1
 
     def end(self, at_s: float) -> None:
-        """A prompt is over."""
+        """Note that a prompt ends."""
         self._in_flight -= 1
         if self._in_flight:
             return
@@ -79,12 +79,12 @@ class Timeline(Generic[Holder]):
             self._close(at_s)
 
     def pause(self, at_s: float) -> None:
-        """From this time on the wrapper is an LLM's that is being started."""
+        """From this time on the wrapper belongs to the start of an LLM."""
         self._close(at_s)
         self._start_s = None
 
     def resume(self, at_s: float) -> None:
-        """The start is over."""
+        """Note that the start of the LLM is over."""
         self._start_s = self._gap_s = self._at_s = max(at_s, self._at_s)
         self._gaps.clear()
 
@@ -94,7 +94,7 @@ class Timeline(Generic[Holder]):
             self._close(now_s)
 
     def open(self, now_s: float) -> tuple[list[Interval], list[Interval]]:
-        """The holder's stretch that is not closed, and the gaps in it, until now; nothing while it is paused."""
+        """Return the holder's open stretch and its gaps until now; nothing while the wrapper is paused."""
         if self._start_s is None or now_s <= self._start_s:
             return [], []
         gap = [] if self._in_flight or now_s <= self._gap_s else [(self._gap_s, now_s)]

@@ -1,4 +1,4 @@
-"""What a prompt token costs relative to an output token: learned from prompts that were alone. Pure."""
+"""The cost of a prompt token relative to an output token, learned from prompts that ran alone. Pure."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import NamedTuple
 from deployments.energy.figures import Energy
 
 FEWEST_PROMPTS = 10
-"""With fewer prompts the weight is not known."""
+"""With fewer prompts the weight is unknown."""
 LEAST_SPREAD = 0.05
-"""1 - r² of prompt and output tokens over all prompts: below it they rise together and can't be told apart."""
+"""Least 1 - r² of prompt and output tokens over all prompts: below it they rise together and can't be separated."""
 _ERRORS = 2.0
-"""The range of a weight is so many standard errors to either side."""
+"""The range of a weight is this many standard errors to either side."""
 _ROUNDING = 1e-9
-"""What is left of sums of equal numbers after their mean is taken is smaller than this part of them."""
+"""Relative rounding error of sums of equal numbers after their mean is taken."""
 _UNFIT = frozenset({"shared", "too_short", "provisional", "contended"})
 
 
 class Weight(NamedTuple):
-    """The cost of a prompt token that was computed, relative to an output token: an estimate and its range, >= 0."""
+    """The cost of a computed prompt token relative to an output token: an estimate and its range, >= 0."""
 
     low: float
     mid: float
@@ -26,7 +26,7 @@ class Weight(NamedTuple):
 
 
 UNKNOWN = Weight(0.0, 0.5, 1.0)
-"""Before it is known: from output tokens only to all tokens alike, and their middle."""
+"""Used until it is known: from output tokens only to all tokens alike, and the middle of both."""
 
 
 class _Sums(NamedTuple):
@@ -53,18 +53,18 @@ class _Sums(NamedTuple):
         return vary and self._determinant >= LEAST_SPREAD * self.xx * self.yy
 
     def costs(self) -> tuple[float, float]:
-        """Joules per prompt token and per output token."""
+        """Return joules per prompt token and per output token."""
         return (
             (self.yy * self.xj - self.xy * self.yj) / self._determinant,
             (self.xx * self.yj - self.xy * self.xj) / self._determinant,
         )
 
     def rest(self, per_x: float, per_y: float) -> float:
-        """The squares that these costs leave."""
+        """Return the sum of squared residuals that these costs leave."""
         return self.jj - per_x * self.xj - per_y * self.yj
 
     def spread(self, weight: float) -> float:
-        """The variance of the ratio of both costs, to first order, in units of that of a prompt."""
+        """Return the variance of the ratio of both costs, to first order, for residual variance 1 and output cost 1."""
         return max(self.yy + 2 * weight * self.xy + weight * weight * self.xx, 0.0) / self._determinant
 
 
@@ -72,7 +72,7 @@ class TokenWeight:
     """Learns the weight of one LLM on one machine; a new LLM needs a new one.
 
     Least squares of joules by the costs of a prompt, of a prompt token and of an output token, all three >= 0, from
-    sums of products. What each prompt costs, however long it is, would else be taken for a cost of its tokens.
+    sums of products. Without the first, a prompt's fixed cost would be charged to its tokens.
     """
 
     def __init__(self) -> None:
@@ -81,9 +81,9 @@ class TokenWeight:
         self._sums = _Sums()
 
     def learn(self, computed: int, output: int, energy: Energy) -> None:
-        """Take a prompt: how many of its tokens were computed, how many came out, and what it cost.
+        """Learn from a prompt: its computed prompt tokens, its output tokens and its energy.
 
-        One whose energy is not known, or is not its own alone, is passed over.
+        A prompt whose energy is unknown, or not its own alone, is ignored.
         """
         joules = energy.total_j
         if joules is None or _UNFIT.intersection(energy.flags):
@@ -96,18 +96,18 @@ class TokenWeight:
 
     @property
     def weight(self) -> Weight:
-        """The weight as far as it is known; `UNKNOWN` as long as the prompts tell no more than that."""
+        """The weight; `UNKNOWN` while the prompts do not narrow its range."""
         if self._prompts < FEWEST_PROMPTS:
             return UNKNOWN
         free = self._sums.plus(self._x, self._y, self._j, times=-1 / self._prompts)  # about the means
         if not free.told_apart(self._sums):
             return UNKNOWN
         costs = per_prompt_token, per_output_token = free.costs()
-        if self._j < per_prompt_token * self._x + per_output_token * self._y:  # it costs nothing, rather than less
+        if self._j < per_prompt_token * self._x + per_output_token * self._y:  # its cost would be < 0: take 0
             per_prompt_token, per_output_token = self._sums.costs()
         if per_output_token <= 0:
             return UNKNOWN
-        # How sure it is depends on the fit in which all three are free.
+        # The uncertainty is that of the fit in which all three are free.
         variance = max(free.rest(*costs), 0.0) / (self._prompts - 3)
         weight = per_prompt_token / per_output_token
         error = _ERRORS * (variance * free.spread(weight)) ** 0.5 / per_output_token

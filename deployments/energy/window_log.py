@@ -1,4 +1,4 @@
-"""The energy windows of a wrapper's process: numbered, and kept until the registry has written them down."""
+"""The energy windows of a wrapper process: numbered, and kept until the registry has stored them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from registry.contract.messages import LeaseGrant, StartedFor
 from registry.core.records import EnergyWindow, WindowKind
 
 SCHEMA = 2
-"""Of the records; 1 is that of records without this key."""
+"""Version of the records; records without this key are version 1."""
 KEPT_WINDOWS = 20_000
-"""Windows that wait for the registry; older ones are dropped, counted and told. Some 2 kB each."""
+"""Windows that can wait for the registry, about 2 kB each; older ones are dropped, counted and reported."""
 WINDOWS_A_REPORT = 500
-"""With a report a second: as many prompts a second can go on for ever, and none of their records is lost."""
+"""With one report per second: as many prompts per second can go on for ever without loss of a record."""
 _DETAIL = TypeAdapter(dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """A finished window, as it is before it has a number.
+    """A finished window before it gets a number.
 
     ``window_id`` is None if it has none yet. Begin and end are UTC seconds, ``duration_s`` is by the monotonic clock.
-    ``payer`` is the lease, or the request that an LLM was started for, None without one.
-    ``more`` is what its kind has besides, and in place of what all have: tokens, words, endpoint, model.
+    ``payer`` is the lease, or the request that an LLM was started for; None if there is none.
+    ``more`` adds or replaces what depends on the kind: tokens, words, endpoint, model.
     """
 
     kind: WindowKind
@@ -46,9 +46,9 @@ class Record:
 
 
 class EnergyLog:
-    """The windows of one process, in the order of their numbers. ``dropped`` counts those that nobody fetched in time.
+    """The windows of one process, in the order of their numbers. ``dropped`` counts those not fetched in time.
 
-    What is the same in all of them (grid, embodied carbon, PUE) is given once.
+    Values that all windows have in common (grid, embodied carbon, PUE) are given once.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class EnergyLog:
         return len(self._windows)
 
     def write(self, record: Record) -> None:
-        """Give a window its number, and keep it."""
+        """Number a window and keep it."""
         self._last += 1
         self._windows.append(self._window(record, self._last))
         if len(self._windows) > KEPT_WINDOWS:
@@ -89,11 +89,11 @@ class EnergyLog:
             self.dropped += 1
 
     def oldest(self) -> tuple[EnergyWindow, ...]:
-        """Those that are to be written down next."""
+        """Return the windows that the registry must store next, at most WINDOWS_A_REPORT."""
         return tuple(self._windows[index] for index in range(min(len(self._windows), WINDOWS_A_REPORT)))
 
     def confirm(self, number: int) -> None:
-        """All windows up to this number are written down. Again, or an older one: no difference."""
+        """Drop all windows up to this number: the registry has stored them. Idempotent; a lower one has no effect."""
         first = self._last - len(self._windows) + 1
         for _ in range(min(number, self._last) - first + 1):
             self._windows.popleft()
@@ -148,12 +148,12 @@ class EnergyLog:
             m_g=score.m_g,
             label=record.energy.label.value,
             number=number,
-            detail=_DETAIL.dump_json(detail).decode(),  # a seventh of the time that json takes, which prompts wait for
+            detail=_DETAIL.dump_json(detail).decode(),  # seven times as fast as json; prompts wait for it
         )
 
 
 def as_json(energy: Energy) -> dict[str, Any]:
-    """An energy with its components, in plain JSON."""
+    """Return an energy with its components as plain JSON."""
     return {
         "total_j": energy.total_j,
         "low_j": energy.low_j,
@@ -175,11 +175,11 @@ def as_json(energy: Energy) -> dict[str, Any]:
                 "systematic_j": part.systematic_j,
                 "flags": list(part.flags),
             }
-            for part in energy.components  # by hand: asdict takes longer than the prompt path should
+            for part in energy.components  # by hand: asdict is too slow for the prompt path
         ],
     }
 
 
 def as_iso(time_s: float) -> str:
-    """A UTC second as ISO 8601."""
+    """Return a UTC second as ISO 8601."""
     return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="microseconds")

@@ -1,4 +1,4 @@
-"""Writes down the windows of a wrapper when they will not get any sharper: starts, prompts, idle time and leases."""
+"""Writes the windows of a wrapper (LLM starts, prompts, idle time, leases) when they are final."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from registry.contract.messages import LeaseGrant, StartedFor
 from registry.core.records import WindowKind
 
 SETTLE_S = 30.0
-"""How long a window waits for its counters to go on, seconds; then what they don't tell is not known."""
+"""How long a window waits for its counters to go on, seconds; what they miss by then is unavailable."""
 LLM_STARTED_INSIDE = "llm_started_inside"
 _NOT_CLEAN = frozenset({WARMUP_INSIDE, LLM_STARTED_INSIDE})
-"""Flags of a counted stretch that its lease window has, too; it has the others of its own."""
+"""Flags that a lease window takes over from its counted stretch; the others it has on its own."""
 SHARES_S = 30.0
-"""How long a prompt's record waits for the end of those it shares with, seconds."""
+"""How long a prompt's record waits for the end of the prompts that ran with it, seconds."""
 
 
 @dataclass(slots=True)
 class Start:
-    """The start of an LLM that is going on. Who starts it sets ``woken``; ``started_for`` pays, None: no request."""
+    """An LLM start in progress. Its caller sets ``woken``; ``started_for`` pays, None: no request does."""
 
     model: str
     start_s: float
@@ -43,7 +43,7 @@ class Start:
 
 
 class WindowWriter:
-    """Turns what is over into records of a log. ``model`` is the LLM that the wrapper has."""
+    """Turns finished windows into records of a log. ``model`` is the LLM that was started last."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class WindowWriter:
         self.model: str | None = None
 
     def started(self, start: Start) -> None:
-        """The start of an LLM is over: what a token costs has to be learned again, but for the same one that woke."""
+        """Note that an LLM start is over. Token weights are learned again, unless the same LLM woke from sleep."""
         if not start.woken or start.model != self.model:
             self._weight, self._flights.weight = TokenWeight(), UNKNOWN
         self.model = start.model
@@ -72,13 +72,13 @@ class WindowWriter:
             self._starts.append(start)
 
     async def write(self) -> None:
-        """Write down every window that will not get any sharper, or has waited for long enough."""
+        """Write every window that is final or has waited long enough."""
         self._dates.look()
         for write in (self._write_start, self._write_prompt, self._write_stretch):
             for _ in iter(write, False):
-                await asyncio.sleep(0)  # prompts go on in between
+                await asyncio.sleep(0)  # lets prompts run in between
         self._flights.forget()
-        # Nothing that is older waits for anything but the end of the prompts that it is a part of.
+        # Older changes wait for nothing but the end of the prompts that span them.
         old_s = self._meter.mark() - SETTLE_S - SHARES_S
         self._flights.sum_up(old_s, self._meter.settled, lambda parts: self._meter.shares(parts, final=True))
 
@@ -130,7 +130,7 @@ class WindowWriter:
         return True
 
     def _write_stretch(self) -> bool:
-        """The idle time in a stretch; after the last stretch of a lease, and all of its prompts, the lease."""
+        """Write the idle time of a stretch and, after the last stretch and all prompts of a lease, the lease."""
         closed = self._timeline.closed
         if not closed or not self._settled(closed[0].end_s):
             return False
@@ -174,12 +174,12 @@ class WindowWriter:
             "units_unknown_prompts": account.units_unknown,
             "counted": counted,
         }
-        units = None if account.units_unknown else account.units  # part of them gives no score
+        units = None if account.units_unknown else account.units  # a part of the units gives no score
         times = (account.begun_s, end_s)
         self._record(WindowKind.LEASE, account.grant, times, flow, more, units, account=account, flags=sorted(flags))
 
     def _counted(self, account: LeaseAccount) -> dict[str, Any] | None:
-        """The counted stretch of a lease as one window of the counters; None without a prompt in it."""
+        """Return the counted stretch of a lease as one window of the counters; None if it has no prompt."""
         counted = account.counted
         flow, begun_s, ended_s = counted.flow, counted.begun_s, counted.ended_s
         if flow is None or begun_s is None or ended_s is None:
@@ -260,7 +260,7 @@ class WindowWriter:
 
 
 def _add(account: LeaseAccount, flight: Flight, found: Score) -> None:
-    """Sum up a prompt of a lease; what is not known of it is counted apart."""
+    """Add a prompt to the sums of its lease; unknown figures are counted separately."""
     tokens, units, counted = flight.tokens, found.units, account.counted
     account.unwritten -= 1
     account.prompts += 1
