@@ -1,1 +1,1 @@
-"""One lease, one LLM: the wrapper of an LLM Machine."""
+"""The wrapper of an LLM Machine: one LLM and one lease at a time."""

@@ -1,7 +1,7 @@
-"""Between vLLM's app and a client: reads in passing what an answer says of its tokens, and adds what it cost.
+"""Passes vLLM's answers on to the client, reads their token counts, and adds their energy.
 
-An answer that is one piece of JSON gets a header. A stream that tells its usage at the end gets one more field in that
-chunk. Nothing else is changed or held back, and of a stream only the pieces that speak of usage are looked into.
+A JSON answer gets a header. A stream that reports its usage at the end gets one more field in that chunk. Nothing else
+is changed or held back, and of a stream only chunks with usage are parsed.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ ENERGY_FIELD = b"greenprompt"
 EVENT_STREAM = b"text/event-stream"
 
 _USAGE = b'"usage":{'
-"""As a key only: inside a string of JSON its quotes would be escaped."""
+"""Matches keys only: inside a JSON string the quotes would be escaped."""
 _ID = re.compile(rb'"id":"([\w.-]+)"')
 _WHERE_IDS_ARE = 200
 _LONGEST_USAGE = 1000
 _LAST_CHUNK = b'"choices":[]'
 _STREAMED_ERROR = (b'data: {"error":', b"event: error", b"event: response.failed")
-"""How vLLM's APIs end a stream that the engine failed in; the status has been sent by then."""
+"""How vLLM's APIs end a stream when the engine fails; the HTTP status has been sent by then."""
 REFUSED = range(400, 500)
 _DECODER = json.JSONDecoder()
 _BRIEF = TypeAdapter(dict[str, Any])
 
 
 class AccountedAnswer:
-    """The answer to one prompt, on its way to the client. ``close`` it when the app has returned, whatever happened."""
+    """The answer to one prompt, on its way to the client. Call ``close`` when the app has returned or raised."""
 
     def __init__(self, meter: PromptMeter, flight: Flight, send: Send, *, given_up: Callable[[], bool]) -> None:
-        """``given_up`` says whether the client has gone, or is taken for gone: nobody hears the rest then."""
+        """``given_up``: whether the client has hung up or was cut; then the rest of the answer is not sent."""
         self._meter = meter
         self._given_up = given_up
         self._flight = flight
@@ -63,7 +63,7 @@ class AccountedAnswer:
             elif message["status"] == HTTPStatus.OK:
                 self._status = "answered"
                 if content_type.startswith(b"application/json"):
-                    self._held = message  # its body tells what it cost
+                    self._held = message  # its header is made from the body
                     return
             self._streams = content_type.startswith(EVENT_STREAM)
             await self._send(message)
@@ -82,7 +82,7 @@ class AccountedAnswer:
         await self._send(message)
 
     def close(self, counted: Tokens | None = None) -> None:
-        """The prompt is over. ``counted`` are its tokens as the engine gave them out, for an answer that tells none."""
+        """End the prompt. ``counted``: its tokens as the engine produced them, for an answer that reports none."""
         if self._flight.status != "refused":
             self._flight.status = self._status if self._complete else "cut" if self._given_up() else "failed"
         tokens = None if self._usage_piece is None else _tokens(_usage_in(self._usage_piece))
@@ -119,10 +119,10 @@ class AccountedAnswer:
 
 
 def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Whether a prompt's headers (as ASGI has them) mark it as a warm-up.
+    """Whether a prompt's headers (as in ASGI) mark it as a warm-up.
 
     Raises:
-        InvalidField: the header says neither true nor false.
+        InvalidField: the header is neither true nor false.
     """
     values = [value for name, value in headers if name == WARMUP_HEADER.lower().encode()]
     if any(value not in {b"true", b"false"} for value in values) or len(set(values)) > 1:
@@ -131,10 +131,10 @@ def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def prompt_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """Return the client's own name of a prompt, from its headers (as ASGI has them); None without one.
+    """Return the client's own name of a prompt from its headers (as in ASGI); None without one.
 
     Raises:
-        InvalidField: it has more than MAX_PROMPT_ID characters.
+        InvalidField: the header has more than MAX_PROMPT_ID characters.
     """
     value = next((value for name, value in headers if name == PROMPT_HEADER.lower().encode()), b"")
     if len(value) > MAX_PROMPT_ID:
@@ -143,12 +143,12 @@ def prompt_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 def content_type_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Of an answer's headers as ASGI has them, names in small letters; empty if there is none."""
+    """Return the content type from an answer's headers (as in ASGI, names in lower case); empty if there is none."""
     return next((value for name, value in headers if name == b"content-type"), b"")
 
 
 def _usage_in(body: bytes) -> Mapping[str, Any]:
-    """The last object of this name in a piece of JSON, without reading the rest; empty if there is none."""
+    """Return the last usage object in a piece of JSON without parsing the rest; empty if there is none."""
     at = body.rfind(_USAGE)
     if at < 0:
         return {}
@@ -168,6 +168,6 @@ def _tokens(usage: Mapping[str, Any]) -> Tokens | None:
 
 
 def _text_of(answer: Mapping[str, Any]) -> str:
-    """All that an answer of chats or completions says, its choices one after another."""
+    """Return the text of all choices of a chat or completion, separated by spaces."""
     choices = answer.get("choices", ())
     return " ".join(choice.get("text") or choice.get("message", {}).get("content") or "" for choice in choices)

@@ -1,4 +1,4 @@
-"""Bodies of requests, read as JSON to the letter by the ingress and the wrappers."""
+"""Reads request bodies as strict JSON, for the ingress and the wrappers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from registry.strict_yaml import STRICT_JSON
 
 
 def read_json(body: bytes) -> Any:
-    """Return the value of a body, in whichever Unicode encoding JSON may have.
+    """Return the value of a body, in any Unicode encoding that JSON allows.
 
     Raises:
-        InvalidField: ``body`` is not JSON, is nested too deeply, or has a key twice in one object, which other readers
-            take for the last one without a word.
+        InvalidField: ``body`` is not JSON, is nested too deeply, or has a key twice in one object, of which other
+            readers silently take the last.
     """
     try:
         return STRICT_JSON.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
@@ -31,7 +31,7 @@ def read_json(body: bytes) -> Any:
 
 
 def with_body(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` that gives a body which has been read already, and then what ``receive`` gives."""
+    """Return a ``receive`` that first returns this body, which was read already, and then calls ``receive``."""
     request: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:

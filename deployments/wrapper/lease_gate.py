@@ -1,8 +1,8 @@
-"""Who may prompt: one token at a time, for as long as its lease lasts. No I/O; the clock is an argument.
+"""Decides who may prompt: one token at a time, until its lease ends. No I/O; the clock is an argument.
 
-The wrapper asks the gate for every prompt, so that a lease ends here even when the registry is not there. Where that
-is not heard for long, it may have ended the lease and nobody here would know: the gate is shut then, for new prompts,
-until the registry is heard again (the fence).
+The wrapper checks every prompt here, so a lease ends even if the registry is down. If the wrapper has not heard from
+the registry for long, the registry may have ended the lease. The gate then refuses new prompts until it hears from the
+registry again (the fence).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from registry.contract.messages import LeaseGrant, Moment
 from registry.errors import EngineNotReady, LeaseEnded, NoSuchLease, RegistryUnheard
 
 REMEMBERED_TOKENS = 1000
-"""Ended leases of which the gate still knows how they ended."""
+"""Number of ended leases for which the gate remembers how they ended."""
 
 
 class LeaseGate:
     """The lease that is bound to a wrapper. ``clock`` gives monotonic seconds, of this ``process`` alone.
 
-    New prompts are let in for ``fence_s`` seconds after the last moment at which the registry is known to have believed
-    in the lease. ``commanded`` is False until the registry has said anything: then an unknown token may be a good one.
-    ``on_change`` is told who has the wrapper, None for nobody, and since when: at each bind, and when a lease ends.
+    New prompts are accepted for ``fence_s`` seconds after the last time at which the registry is known to have
+    confirmed the lease. ``commanded`` is False until the registry's first command: an unknown token may be valid then.
+    ``on_change`` is called with the new lease, or None, and the time of the change: at each bind and each end.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class LeaseGate:
 
     @property
     def moment(self) -> Moment:
-        """Now."""
+        """The time now."""
         return Moment(self._process, self._clock())
 
     @property
     def grant(self) -> LeaseGrant | None:
-        """The bound lease, None once it has ended."""
+        """The bound lease; None if it has ended."""
         self._end_if_over()
         return self._grant
 
@@ -73,12 +73,12 @@ class LeaseGate:
 
     @property
     def in_flight(self) -> int:
-        """Prompts that are being answered."""
+        """The number of prompts being answered."""
         return self._in_flight
 
     def bind(self, grant: LeaseGrant) -> None:
         """Accept this lease's token and no other. Binding the same lease again only renews its times."""
-        current = self.grant  # one that is over has expired, whatever comes now
+        current = self.grant  # an expired lease ends as expired, whatever comes now
         if current is not None and current.token != grant.token:
             self._end("released")
         self.commanded = True
@@ -90,9 +90,9 @@ class LeaseGate:
         self._tell(grant, self._clock())
 
     def believe(self, request_id: str | None, as_of: Moment | None) -> None:
-        """The registry said that this request (None: nobody) has the lease, as of a moment of this process, or later.
+        """Note that the registry said that this request (None: no request) has the lease, as of a moment or later.
 
-        Not of now: the word may have been on its way for long. One as of a moment of another process says nothing.
+        Its message may be old, so ``as_of`` counts, not the time now. A moment of another process is ignored.
         """
         if as_of is None or as_of.process != self._process:
             return
@@ -101,7 +101,7 @@ class LeaseGate:
         self._believed_in = request_id
 
     def require_heard(self) -> None:
-        """Raise RegistryUnheard when the registry may have ended the bound lease, and nobody here have heard of it."""
+        """Raise RegistryUnheard if the registry may have ended the bound lease without this wrapper knowing."""
         if self._grant is None:
             return
         if self._believed_in != self._grant.request_id:
@@ -111,20 +111,20 @@ class LeaseGate:
             raise RegistryUnheard(f"this wrapper has not heard from the registry for {unheard_s:.0f} s")
 
     def unbind(self, how: str) -> None:
-        """Refuse the bound lease's token from now on, and say ``how`` it ended. Nothing bound: nothing to do."""
+        """Refuse the bound lease's token from now on, and remember ``how`` it ended. No effect without a lease."""
         if self.grant is not None:
             self._end(how)
 
     def touch(self) -> None:
-        """The lease was used now."""
+        """Note that the lease is used now."""
         self._last_used_s = self._clock()
 
     def check(self, token: str) -> LeaseGrant:
-        """The lease of this token.
+        """Return the lease of this token.
 
         Raises:
-            LeaseEnded: it had one that was released or has expired.
-            NoSuchLease: it never had one here, as far as is remembered.
+            LeaseEnded: its lease was released or has expired.
+            NoSuchLease: no lease that the gate remembers had this token.
             EngineNotReady: nothing is remembered, because no command of the registry has come yet.
         """
         self._end_if_over()
@@ -139,12 +139,12 @@ class LeaseGate:
         raise NoSuchLease
 
     def enter(self) -> None:
-        """A prompt of the bound lease begins."""
+        """Note that a prompt of the bound lease begins."""
         self._in_flight += 1
         self.touch()
 
     def leave(self, grant: LeaseGrant) -> None:
-        """A prompt of this lease, which had begun, is over. It does not extend a lease that came after."""
+        """Note that a prompt of this lease is over. This does not extend a lease that was bound later."""
         self._in_flight -= 1
         if self._grant is not None and self._grant.token == grant.token:
             self.touch()

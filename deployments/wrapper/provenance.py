@@ -1,4 +1,4 @@
-"""What an LLM runs on and as what, for the record of a request: the wrapper's part of registry.core.provenance."""
+"""The hardware, software and model that an LLM runs with, for a request's record (see registry.core.provenance)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = structlog.get_logger("deployments.wrapper.provenance")
 
 
 def cpu_here(cpuinfo: Path = CPUINFO) -> dict[str, object]:
-    """The machine's CPU by its own name (None: it tells none), and how many logical ones there are.
+    """Return the machine's CPU name (None if not reported) and its number of logical CPUs.
 
-    Source: proc_cpuinfo(5); ``model name`` is what x86 has, others have no such line.
+    Source: proc_cpuinfo(5); only x86 has lines with ``model name``.
     """
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -27,7 +27,7 @@ def cpu_here(cpuinfo: Path = CPUINFO) -> dict[str, object]:
 
 
 def gpus_here(gpus: int) -> list[dict[str, Any]] | None:
-    """How this process' GPUs are set now; an empty list without any, None where NVML does not tell."""
+    """Return the current settings of this process' GPUs; empty without GPUs, None if NVML does not report them."""
     if not gpus:
         return []
     try:
@@ -47,7 +47,7 @@ def provenance(
     weights_sha256: str | None,
     engine_args: Mapping[str, Any],
 ) -> dict[str, object]:
-    """What an LLM is handed over with, as plain JSON."""
+    """Return the record of what an LLM runs with, as plain JSON."""
     return {
         "cpu": dict(cpu),
         "gpus": gpus,
