@@ -1,6 +1,6 @@
 """Turns counter readings into the figures of windows, and of prompts that share a window. Pure.
 
-Levels are readings of one source's counter at the relevant times; components are its part of each figure.
+Levels are readings of one source's counter at the relevant times. Components are a source's part of each figure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deployments.energy.figures import Component, Label, worst
 
 @dataclass(frozen=True)
 class Parts:
-    """A prompt's part (0 < part <= 1) of the energy, from its begin to its end, while others are in flight with it.
+    """A prompt's part (0 < part <= 1) of the energy, from its start to its end, while others are in flight with it.
 
     ``times_s`` are these two times and all times in between at which the part changes: one more than there are parts.
     ``mid`` is one division of the whole: at any time the parts of all prompts in flight add up to 1. ``low`` and
@@ -41,7 +41,7 @@ class Parts:
     def reserved_s(self) -> float:
         """Its share of the machine's seconds, divided like the energy.
 
-        The shares of all prompts, plus the seconds without a prompt, are all seconds that passed.
+        The shares of all prompts, and the seconds without a prompt, add up to the time that passed.
         """
         return _of(self.mid, self._seconds)
 
@@ -63,7 +63,8 @@ class Parts:
     def changes(self) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
         """By how much low, mid and high change at each of the times.
 
-        A level's error adds energy on one side of its time and removes it on the other: it counts by that change.
+        The error of a level moves energy from one side of its time to the other, so its effect is that error times this
+        change.
         """
         return _changes(self.low), _changes(self.mid), _changes(self.high)
 
@@ -82,7 +83,7 @@ def _changes(parts: Sequence[float]) -> list[float]:
 
 
 def unknown(source: Source, flag: str) -> Component:
-    """Return the component of a source that is unavailable, with the flag that says why."""
+    """Return an unavailable component for a source; ``flag`` says why."""
     return Component(source.name, source.origin, Label.UNAVAILABLE, flags=(flag,))
 
 
@@ -119,7 +120,7 @@ def counted(
 
 
 def doubted(part: Component, doubt: tuple[float, float]) -> Component:
-    """Return a component whose joules may have to be multiplied by ``doubt``: a least and a greatest factor."""
+    """Widen the bounds of a component whose joules may be wrong by a factor, from the least to the greatest."""
     if part.joules is None or part.low_j is None or part.high_j is None or part.systematic_j is None:
         return part
     least, most = doubt
@@ -164,8 +165,8 @@ def widened(flow: Level, error: float) -> Level:
 class Flow:
     """How much the counters rose in a time, in their units. Flows of several times can be added up.
 
-    ``longest_s`` is the longest time in one piece. ``units`` are those of each source, in order; for an unknown one the
-    flag that says why.
+    ``longest_s`` is the longest time in one piece. ``units`` has each source's rise, in order, or the flag that says
+    why it is unknown.
     """
 
     duration_s: float
@@ -185,8 +186,8 @@ class Flow:
 class Share(NamedTuple):
     """A prompt's share of what one counter counted in a time, in its units. Shares of several times can be added up.
 
-    ``whole`` is all that was counted. ``units`` is the share, ``least`` and ``most`` by the bounds of the parts. The
-    others are errors due to the levels.
+    ``whole`` is all that was counted. ``units`` is the estimate of the share, ``least`` and ``most`` are its bounds by
+    those of the parts. The others are errors due to the levels.
     """
 
     whole: Level
@@ -213,7 +214,7 @@ class Share(NamedTuple):
 class Shares:
     """A prompt's share of the machine's seconds in a time, and of each source's counter, in order.
 
-    An unknown counter has the flag that says why. Shares of successive times can be added up.
+    If a counter is unknown, the flag that says why is in its place. Shares of successive times can be added up.
     """
 
     duration_s: float
@@ -226,7 +227,7 @@ class Shares:
     def of(cls, parts: Parts, levels: Iterable[Sequence[Level] | str], errors: Iterable[float] = repeat(0.0)) -> Shares:
         """Return the shares for a prompt's parts.
 
-        ``levels`` are each counter's at the times of the parts, ``errors`` its additional error over them, in units.
+        ``levels`` has each counter's levels at the times of the parts, ``errors`` its additional error, units.
         """
         both = zip(levels, errors, strict=False)
         counters = tuple(one if isinstance(one, str) else _share(parts, one).widened(error) for one, error in both)

@@ -23,7 +23,7 @@ log = structlog.get_logger("deployments.energy.contention")
 
 
 def since_asked(look: Callable[[], bool | None]) -> Look:
-    """Turn a function that says whether others were at work since its last call into a look."""
+    """Make a look from a function that says whether others were at work since its last call."""
     asked_s: float | None = None
 
     def since_last(now_s: float) -> tuple[bool | None, float]:
@@ -36,7 +36,10 @@ def since_asked(look: Callable[[], bool | None]) -> Look:
 
 
 def at_once(look: Callable[[float], bool | None]) -> Look:
-    """Turn a function that sees only the present into a look: others were at work if they were at either end."""
+    """Make a look from a function that sees only the present.
+
+    If it sees others at either end of the time between two looks, they count for that time.
+    """
     before: bool | None = False
     before_s: float | None = None
 
@@ -97,7 +100,7 @@ class Contention:
             return _any_in(self._seen, self._begun(start_s), end_s)
 
     def unknown(self, start_s: float, end_s: float) -> bool:
-        """Whether this is unknown for a part of that time."""
+        """Whether it is unknown, for a part of this time, if others were at work."""
         with self._lock:
             return _any_in(self._unknown, self._begun(start_s), end_s)
 

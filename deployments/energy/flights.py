@@ -2,14 +2,12 @@
 
 Prompts that are in flight together share the energy by the rates at which their tokens are processed. A prompt token
 counts as much as its weight says, an output token as 1. A rate that was used for a stored figure is fixed, even if it
-was assumed, so that the shares add up to the whole. The range of a share is the hull of these divisions:
+was assumed, so that the shares add up to the whole. The range of a share is the hull of the divisions by equal parts,
+by the weight's low and high, and by an engine that computes prompts one by one before their answers run together. The
+share of a prompt whose tokens are unknown can be anything.
 
-- by equal parts, and by the weight's low and high;
-- those of an engine that computes prompts one by one before their answers run together;
-- any part at all, if a prompt's tokens are unknown.
-
-Answers wait for their parts, so sums are updated whenever a prompt begins or ends. They are lists: for as few numbers
-as there are prompts in flight, and with a cold cache, numpy's arrays are slower.
+An answer waits for its parts, so sums are updated whenever a prompt begins or ends. They are in lists: numpy's arrays
+are slower for as few numbers as there are prompts in flight, with a cold cache.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from deployments.energy.lease_account import LeaseAccount
 from deployments.energy.token_weights import UNKNOWN, Weight
 
 REMEMBERED_CHANGES = 16_384
-"""At least this many begins and ends of prompts are kept, to divide the energy of the prompts that span them."""
+"""At least this many starts and ends of prompts are kept, to divide the energy of the prompts that span them."""
 
 
 class Tokens(NamedTuple):
@@ -49,9 +47,9 @@ class Tokens(NamedTuple):
 class Rate(NamedTuple):
     """Tokens per second that were processed for a prompt.
 
-    ``per_s`` is by the weight of that time and gives the prompt's share. The other three give its range: prompt tokens
-    that were certainly computed, those that may have been, and output tokens. ``told``: 1, or 0 if the rate was only
-    assumed; then those three are 0.
+    ``per_s`` uses the weight known at that time and gives the prompt's share. The next three give its range: prompt
+    tokens that were certainly computed, those that may have been, and output tokens. ``told``: 1, or 0 if the rate was
+    only assumed; then those three are 0.
     """
 
     per_s: float
@@ -104,9 +102,9 @@ class Had:
 class Flight:
     """One prompt, in the meter's clock. ``tokens``, ``words`` and ``rate`` are None while unknown.
 
-    ``begun_with`` and ``ended_with`` are the numbers of the changes at its begin and its end. ``company`` is how many
+    ``begun_with`` and ``ended_with`` are the numbers of the changes at its start and its end. ``company`` is how many
     prompts were in flight when it ended, itself included.
-    ``window_id`` is that of its record, ``prompt_id`` the client's own name of the prompt. ``status`` is answered,
+    ``window_id`` is the id of its record, ``prompt_id`` the client's name for the prompt. ``status`` is answered,
     refused (by the engine, before anything was computed), cut (its lease ended, it took too long, or its client hung
     up) or failed. ``had`` is the part of a long prompt that is summed up already.
     """
@@ -130,9 +128,9 @@ class Flight:
 
 
 class Flights:
-    """The prompts that are in flight or not written yet, and the changes: begins and ends of prompts.
+    """The prompts that are in flight or not written yet, and the changes: starts and ends of prompts.
 
-    ``weight`` is that of a prompt token; the owner sets it.
+    ``weight`` is the weight of a prompt token; the owner sets it.
     """
 
     def __init__(self) -> None:
@@ -149,7 +147,7 @@ class Flights:
         self._forgotten = 0
 
     def __len__(self) -> int:
-        """How many changes (begins and ends of prompts) are remembered."""
+        """How many changes (starts and ends of prompts) are remembered."""
         return len(self._times_s) - 1
 
     def begin(self, flight: Flight) -> None:
@@ -176,7 +174,7 @@ class Flights:
         self._rate(flight)
 
     def company_has_ended(self, flight: Flight) -> bool:
-        """Whether all prompts that were in flight with an ended one have ended: their rates are final."""
+        """Whether all prompts that were in flight with an ended one have ended, too: their rates are final then."""
         oldest = next(iter(self._in_flight), None)
         return oldest is None or oldest.begun_with > flight.ended_with
 
@@ -192,7 +190,7 @@ class Flights:
         return self._forgotten + len(self)
 
     def _rate(self, flight: Flight) -> None:
-        """Set the rate of a prompt once its tokens and its end are known. No tokens count as a single one."""
+        """Set a prompt's rate once its tokens and its end are known. Without any token, it counts as one token."""
         tokens = flight.tokens
         if flight.rate is not None or flight.end_s is None or tokens is None:
             return
@@ -268,8 +266,8 @@ class Flights:
     def sum_up(self, old_s: float, settled: Callable[[float], bool], shares: Callable[[Parts], Shares]) -> None:
         """Sum up what each prompt had before ``old_s``, and forget the changes before it.
 
-        Changes stay while a rate that divides them is unknown, up to `REMEMBERED_CHANGES`. Beyond that the rate is
-        assumed if the counters have ``settled`` there. ``shares`` computes the shares that parts have of the counters.
+        Changes are kept while the rate of a prompt in flight there is unknown, up to `REMEMBERED_CHANGES`. Beyond that
+        the rate is assumed, if the counters have ``settled``. ``shares`` computes the shares that parts are of them.
         """
         old = bisect_right(self._times_s, old_s) - 1
         unknown = (at for at, place in enumerate(self._places[: max(old, 0)]) if place.known < place.count > 1)
@@ -349,7 +347,7 @@ def _not_summed(flight: Flight) -> tuple[float, int]:
 
 
 def _counts(times_s: Sequence[float], places: Sequence[_Place]) -> tuple[int, float]:
-    """Return the most prompts in flight, and the sum of their seconds in flight."""
+    """Return the maximum number of prompts in flight, and the sum of their seconds in flight."""
     lengths = zip(places, pairwise(times_s), strict=True)
     return max(place.count for place in places), sum(place.count * (end - begin) for place, (begin, end) in lengths)
 
@@ -365,10 +363,10 @@ def _mean(times_s: Sequence[float], places: Sequence[_Place]) -> float:
 def _hull(own: Rate, mid: Sequence[float], places: Sequence[_Place], weight: Weight) -> tuple[list[float], list[float]]:
     """Return the least and the greatest part of a prompt at each place, over these divisions and no others.
 
-    That is the hull of equal parts, of the weight's low and of its high, with the tokens that may have been cached
-    counted and not. A prompt of unknown tokens can have nothing or all. The weight is that of a prompt alone. n prompts
-    together share the cost of a step, so an output token may cost as little as an nth, and a prompt token weigh up to
-    n times as much.
+    They are: ``mid``, equal parts, the weight's low and the weight's high, with and without the tokens that may have
+    been cached. A prompt of unknown tokens can have nothing or all. The weight was learned from prompts that ran alone.
+    n prompts together share the cost of a step, so an output token may cost as little as 1/n, and a prompt token may
+    weigh up to n times as much.
     """
     if not own.told:
         return [0.0 if place.count > 1 else 1.0 for place in places], [1.0] * len(places)
@@ -410,9 +408,9 @@ def _one_by_one(
 ) -> None:
     """Widen the range of a prompt's parts for an engine that computes prompts one by one, while all answers wait.
 
-    A step of all answers costs no less than a step of one, and every output token of a prompt takes one step. So its
-    own prompt tokens take at most the part of the energy that they take of a prompt alone. The prompt tokens of all
-    prompts in flight with it leave it at least its part of its own steps.
+    A step for all answers costs no less than a step for one, and every output token of a prompt takes one step. So a
+    prompt's own prompt tokens take at most the part of the energy that they take when it runs alone. The prompt tokens
+    of all prompts in flight with it leave it at least its part of its own steps.
     """
     seconds = [end_s - start_s for start_s, end_s in pairwise(times_s)]
     shared_s = sum(length_s for place, length_s in zip(places, seconds, strict=True) if place.count > 1)

@@ -10,14 +10,14 @@ from registry.contract.messages import LeaseGrant
 from registry.errors import BudgetUsed
 
 NEARLY_USED = 0.8
-"""From this part of a budget on answers warn."""
+"""Answers warn when this part of a budget is used."""
 
 
 @dataclass(slots=True, eq=False)
 class Counted:
-    """The counted stretch of a lease: from the begin of its first prompt that is no warm-up to the end of the last.
+    """The counted stretch of a lease: from the start of its first prompt that is no warm-up to the end of the last.
 
-    Its time, without LLM starts, is what ``flow`` sums up and the ``intervals`` that are not summed up yet.
+    ``flow`` sums up its time without LLM starts, except for ``intervals``, which are not summed up yet.
     ``most``: most prompts in flight at once. ``prompt_s``: seconds of all prompts in it, warm-ups included.
     ``warmed_up``: a warm-up was in flight in it. These three are as of ``ended_s``, which is None before the first end.
     """
@@ -94,7 +94,7 @@ class LeaseAccount:
     ``flow`` and ``idle`` are sums over its written stretches. ``before_j`` and ``before_g`` are what it used under an
     earlier process. They are taken from the first grant only: a later one may include windows of this process.
     ``units`` sums the functional units of all but ``units_unknown`` prompts; ``tokens`` (prompt, cached, output) those
-    of all but ``tokens_unknown``. ``cached``, and ``words``, are None once a prompt's are unknown.
+    of all but ``tokens_unknown``. ``cached`` and ``words`` are None once they are unknown for one prompt.
     ``unwritten``: prompts that are in flight or not written.
     """
 

@@ -13,7 +13,7 @@ from deployments.energy.timeline import Stretch, Timeline
 
 
 class LeaseUsage:
-    """The usage of the lease that holds a timeline, since its begin in this process. Not thread-safe."""
+    """The usage of the lease that holds a timeline, since its start in this process. Not thread-safe."""
 
     def __init__(self, scorer: Scorer, timeline: Timeline[LeaseAccount]) -> None:
         self._scorer = scorer

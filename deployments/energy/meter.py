@@ -55,7 +55,7 @@ class _Channel:
     told: set[type[Exception]] = field(default_factory=set)
 
     def doubted(self, part: Component) -> Component:
-        """Return a component; if the counter disagreed with the power, modelled, with bounds that contain the power."""
+        """Return the component, as modelled and with wider bounds if the counter disagreed with the power."""
         return part if self.check is None or not self.check.disagrees else doubted(part, self.check.doubt)
 
 
@@ -253,7 +253,7 @@ class Meter:
             self._activity.end(at_s)
 
     def settled(self, time_s: float) -> bool:
-        """Whether windows that end at this time are final: all counters and the look for others are past it."""
+        """Whether windows that end at this time are final: counters have moved, and others were looked for, since."""
         with self._lock:
             counted = all(channel.track.settled(time_s) for channel in self._channels)
         return counted and self._contention.looked(time_s)
@@ -315,7 +315,7 @@ class Meter:
         ``before`` are its shares of the time before ``parts``.
 
         Raises:
-            ValueError: ``parts`` do not end after their begin.
+            ValueError: ``parts`` do not end after their start.
         """
         found = self.shares(parts, final=final) if before is None else before + self.shares(parts, final=final)
         components = [
@@ -332,7 +332,7 @@ class Meter:
         """Return a prompt's share of what each counter counted in the time of its parts, to be added up.
 
         Raises:
-            ValueError: ``parts`` do not end after their begin.
+            ValueError: ``parts`` do not end after their start.
         """
         found = self._levels(parts.times_s, final=final)
         time = [(parts.times_s[0], parts.times_s[-1])]
@@ -350,9 +350,10 @@ class Meter:
             return source.unseen(lengths_s)
 
     def _levels(self, times_s: Sequence[float], *, final: bool) -> list[tuple[Source, list[Level] | str]]:
-        """Return every counter's levels at these times, all from one moment, or the flag that says why not.
+        """Return every counter's levels at these times, all from one moment, or the flag that says why it has none.
 
-        The first and the last time are those of a window.
+        Raises:
+            ValueError: The last time is not after the first.
         """
         if times_s[-1] <= times_s[0]:
             raise ValueError(f"a window can't end at {times_s[-1]} when it starts at {times_s[0]}")
@@ -376,7 +377,7 @@ class Meter:
         ]
 
     def contended(self, start_s: float, end_s: float) -> bool:
-        """Whether others were seen at work in any 1 s look that overlaps the window."""
+        """Whether others were seen at work in a period between two looks (1 s) that overlaps this time."""
         return self._contention.seen(start_s, end_s)
 
     @property

@@ -90,7 +90,7 @@ class PromptMeter:
         return self._sci.functional_unit == "word"
 
     def start(self) -> None:
-        """Start polling the counters. The wrapper's time begins when this returns, within a second."""
+        """Start polling the counters. Accounting begins when this returns, within a second."""
         self._meter.start()
         self._timeline.resume(self._meter.mark())
 
@@ -107,9 +107,10 @@ class PromptMeter:
     # --- what the wrapper is used for -------------------------------------------------------------------
 
     def hand_over(self, grant: LeaseGrant | None, at_s: float) -> None:
-        """Charge the wrapper's time to this lease from now on, None: to no lease. The same lease only gets new limits.
+        """Charge the wrapper's time to this lease from now on, None: to no lease.
 
-        ``at_s`` is by `time.monotonic`. The previous lease ends when its last prompt is over.
+        If it is the same lease, only its limits are updated. ``at_s`` is by `time.monotonic`. The previous lease ends
+        when its last prompt is over.
         """
         holder = self._timeline.holder
         if holder is not None and grant is not None and holder.grant.request_id == grant.request_id:
@@ -124,7 +125,7 @@ class PromptMeter:
 
     @contextmanager
     def load(self, model: str = "", started_for: StartedFor | None = None) -> Iterator[Start]:
-        """Charge an LLM start to the request in ``started_for``, or to none; never to a prompt or a lease."""
+        """Charge the time in this context, an LLM start, to ``started_for``, or to no request; never to a lease."""
         start = Start(model, self._meter.mark(), started_for=started_for)
         self._timeline.pause(start.start_s)
         self._meter.work_begins(start.start_s)
@@ -270,7 +271,7 @@ class PromptMeter:
     async def write(self) -> None:
         """Write every window that is final or has waited long enough.
 
-        Records never change: prompts and idle time add up to their lease. What is not known in time is unavailable.
+        Records never change, and prompts and idle time add up to their lease. What is unknown in time is unavailable.
         """
         await self._writer.write()
 
@@ -321,7 +322,7 @@ def _sources(
 
 
 def tokens_of(usage: Mapping[str, Any]) -> Tokens:
-    """Return the tokens reported by one of vLLM's APIs: OpenAI's chats and completions, its responses, or Anthropic's.
+    """Return the tokens that one of vLLM's APIs reports: OpenAI's chats, completions or responses, or Anthropic's.
 
     Raises:
         KeyError: none are reported.

@@ -35,7 +35,7 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """The wall clock was set between two monotonic times; since then it is ``offset_s`` ahead of the monotonic."""
+    """A step of the wall clock between two monotonic times, to ``offset_s`` ahead of the monotonic clock."""
 
     before_s: float
     after_s: float
@@ -58,7 +58,7 @@ class RecordDates:
         self._steps: list[_Step] = [_Step(now_s, now_s, utc_now_s - now_s)]
 
     def look(self) -> float | None:
-        """Compare with the wall clock, which the dates of later times then follow. Call this every few seconds.
+        """Let the dates of later times follow the wall clock. Call this every few seconds.
 
         Returns by how many seconds the wall clock was set since the last call, None if it was not.
         """
@@ -91,7 +91,7 @@ class RecordDates:
         return piece.utc_s + (at_s - piece.from_s) * piece.rate
 
     def stepped(self, begun_s: float, ended_s: float) -> bool:
-        """Whether the wall clock was set between two monotonic times, or the dates between still differ from it."""
+        """Whether the wall clock was set between two monotonic times, or the later one's date still differs from it."""
         if any(step.before_s < ended_s and begun_s < step.after_s for step in self._steps[1:]):
             return True
         before = [step for step in self._steps if step.after_s <= ended_s] or self._steps[:1]

@@ -1,4 +1,4 @@
-"""Software Carbon Intensity: from joules to gCO2eq per functional unit. "Computed with the SCI formula", no more.
+"""Software Carbon Intensity, gCO2eq per functional unit: "computed with the SCI formula", more is not claimed.
 
 ``SCI = (O + M) per R``: O = E · I, the operational emissions of all reserved hardware (times PUE), M the embodied
 emissions for the reserved time, R the functional unit.
@@ -18,7 +18,7 @@ from registry.grid_mixes import DATA_FILE, DATASET, zone_intensity
 
 J_PER_KWH = 3_600_000.0
 PLAUSIBLE_J_PER_TOKEN = (0.03, 10.0)
-"""J per output token of LLMs on GPUs, from a full batch to one prompt at a time."""
+"""Plausible range for LLMs on GPUs, J per output token, from a full batch to one prompt at a time."""
 
 
 def kwh(joules: float) -> float:

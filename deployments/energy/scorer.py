@@ -27,9 +27,9 @@ class Scorer:
         self._grid = grid
 
     def prompt(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score]:
-        """Return a prompt's share of the energy while it was in flight, and the score for its share of reserved time.
+        """Return a prompt's share of the energy while it was in flight, and its score.
 
-        With ``for_good`` the rates that had to be assumed for it become final.
+        The score includes its share of the reserved time. With ``for_good`` the rates that were assumed become final.
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
         parts, assumed = self._flights.parts(flight, for_good=for_good)
@@ -50,7 +50,7 @@ class Scorer:
         return energy, self.score(energy, reserved_s, units, flags, account=account, duration_range_s=range_s)
 
     def units(self, flight: Flight) -> int | None:
-        """Return the functional units of a prompt, None if unknown. A prompt without an answer is no request."""
+        """Return the functional units of a prompt, None if unknown. A prompt without an answer is 0 requests."""
         tokens = flight.tokens
         match self._settings_of(flight.account).functional_unit:
             case "output_token":
@@ -91,7 +91,7 @@ class Scorer:
         return self._settings if account is None or account.writes_text else self._without_text
 
     def summed(self, flow: Flow | None, times: Sequence[Sequence[Interval]], *, final: bool = False) -> Flow | None:
-        """Add what flowed in these intervals to ``flow``; None if there is neither. ``final``: see `Meter.flow`."""
+        """Return ``flow`` plus what flowed in these intervals; None if there is neither. ``final``: see `Meter`."""
         for intervals in times:
             if intervals:
                 more = self.meter.flow(intervals, final=final)

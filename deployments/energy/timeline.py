@@ -16,7 +16,7 @@ Holder = TypeVar("Holder")
 STRETCH_S = 300.0
 """Longest stretch, seconds: the meter still has every edge when its window is computed."""
 MOST_GAPS = 256
-"""Most prompt-free times in one stretch: it is cut then, so that none takes long to add up."""
+"""Most prompt-free times in one stretch: it is cut then, so that adding them up never takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Timeline(Generic[Holder]):
         self._in_flight = 0
 
     def hand_over(self, holder: Holder | None, at_s: float) -> None:
-        """Give the wrapper to this holder from this time on."""
+        """Give the wrapper to this holder from this time on, or from when no prompt is in flight any more."""
         if self._in_flight:
             self._next = [holder]
             return

@@ -96,14 +96,14 @@ class TokenWeight:
 
     @property
     def weight(self) -> Weight:
-        """The weight; `UNKNOWN` while the prompts do not narrow its range."""
+        """The weight; `UNKNOWN` until the prompts give a narrower range."""
         if self._prompts < FEWEST_PROMPTS:
             return UNKNOWN
         free = self._sums.plus(self._x, self._y, self._j, times=-1 / self._prompts)  # about the means
         if not free.told_apart(self._sums):
             return UNKNOWN
         costs = per_prompt_token, per_output_token = free.costs()
-        if self._j < per_prompt_token * self._x + per_output_token * self._y:  # its cost would be < 0: take 0
+        if self._j < per_prompt_token * self._x + per_output_token * self._y:  # a prompt's cost is < 0: take 0
             per_prompt_token, per_output_token = self._sums.costs()
         if per_output_token <= 0:
             return UNKNOWN

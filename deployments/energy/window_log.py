@@ -28,9 +28,9 @@ _DETAIL = TypeAdapter(dict[str, Any])
 class Record:
     """A finished window before it gets a number.
 
-    ``window_id`` is None if it has none yet. Begin and end are UTC seconds, ``duration_s`` is by the monotonic clock.
+    ``window_id`` is None if it has none yet. Start and end are UTC seconds, ``duration_s`` is by the monotonic clock.
     ``payer`` is the lease, or the request that an LLM was started for; None if there is none.
-    ``more`` adds or replaces what depends on the kind: tokens, words, endpoint, model.
+    ``more`` has what its kind adds to a record, or replaces in it: tokens, words, endpoint, model.
     """
 
     kind: WindowKind

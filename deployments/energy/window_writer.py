@@ -23,7 +23,7 @@ from registry.contract.messages import LeaseGrant, StartedFor
 from registry.core.records import WindowKind
 
 SETTLE_S = 30.0
-"""How long a window waits for its counters to go on, seconds; what they miss by then is unavailable."""
+"""How long a window waits for counter readings after its end, seconds; without them a figure is unavailable."""
 LLM_STARTED_INSIDE = "llm_started_inside"
 _NOT_CLEAN = frozenset({WARMUP_INSIDE, LLM_STARTED_INSIDE})
 """Flags that a lease window takes over from its counted stretch; the others it has on its own."""
@@ -33,7 +33,7 @@ SHARES_S = 30.0
 
 @dataclass(slots=True)
 class Start:
-    """An LLM start in progress. Its caller sets ``woken``; ``started_for`` pays, None: no request does."""
+    """An LLM start in progress. The code that starts it sets ``woken``. ``started_for`` pays; None: no request."""
 
     model: str
     start_s: float

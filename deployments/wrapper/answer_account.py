@@ -43,7 +43,7 @@ class AccountedAnswer:
     """The answer to one prompt, on its way to the client. Call ``close`` when the app has returned or raised."""
 
     def __init__(self, meter: PromptMeter, flight: Flight, send: Send, *, given_up: Callable[[], bool]) -> None:
-        """``given_up``: whether the client has hung up or was cut; then the rest of the answer is not sent."""
+        """``given_up``: whether the client has hung up or was cut; then the answer counts as incomplete."""
         self._meter = meter
         self._given_up = given_up
         self._flight = flight

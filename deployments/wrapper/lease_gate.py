@@ -90,9 +90,9 @@ class LeaseGate:
         self._tell(grant, self._clock())
 
     def believe(self, request_id: str | None, as_of: Moment | None) -> None:
-        """Note that the registry said that this request (None: no request) has the lease, as of a moment or later.
+        """Note that the registry, at ``as_of`` or later, believed this request (None: no request) to have the lease.
 
-        Its message may be old, so ``as_of`` counts, not the time now. A moment of another process is ignored.
+        Its message may be old, so the time now does not count. A moment of another process is ignored.
         """
         if as_of is None or as_of.process != self._process:
             return

@@ -176,7 +176,7 @@ class LLMWrapper:
     # --- the registry's commands ------------------------------------------------------------------------
 
     async def report(self, belief: Belief) -> WrapperReport:
-        """Take in what the registry believes, and return the wrapper's state; never waits for the engine."""
+        """Process what the registry believes, and return the wrapper's state; never waits for the engine."""
         await self._hear(belief)
         self._show_warm(self._host.warm)
         windows = await self._meter.windows(belief)
@@ -300,7 +300,7 @@ class LLMWrapper:
             return over
 
     async def unbind(self, epoch: int, request_id: str, how: str) -> None:
-        """End any bound lease. This request's prompts in flight are cut, unless they expired and may finish.
+        """End any bound lease. This request's prompts in flight are cut, unless the lease expired and they may finish.
 
         Raises:
             StaleEpoch: a newer command has come.
@@ -323,13 +323,11 @@ class LLMWrapper:
     # --- inside -----------------------------------------------------------------------------------------
 
     async def _hear(self, belief: Belief) -> None:
-        """Take in which lease the registry believes to be bound.
+        """Process which lease the registry believes to be bound.
 
-        - Older epoch: ignore it, a command has superseded it.
-        - Same epoch: end a bound lease that the registry does not know. It was lost, with its machine or its wrapper,
-          while this wrapper could not hear of it.
-        - Newer epoch: it counts as well. If it names another lease, the command that ends the bound one is on its way,
-          and the gate is shut until then.
+        Older epoch: ignore it, a command has superseded it. Same epoch: end a bound lease that the registry does not
+        know; it was lost, with its machine or its wrapper, while this wrapper could not hear of it. Newer epoch: accept
+        it. If it names another lease, the command that ends the bound one is on its way; the gate is shut until then.
         """
         if belief.epoch < self._epoch:
             return
@@ -360,7 +358,7 @@ class LLMWrapper:
             self._rest.begin(self._living())
 
     async def _end_lease(self, how: str) -> None:
-        """End the bound lease and cut its prompts. A lease that expired by itself may have prompts to finish."""
+        """End the bound lease and cut its prompts. No effect on an expired one, whose prompts may finish."""
         ended = self._gate.grant
         if ended is not None:
             self._gate.unbind(how)
@@ -414,7 +412,7 @@ class LLMWrapper:
         await self._weights_hash.known(within_s=within_s)
 
     async def _provenance(self, grant: LeaseGrant) -> Mapping[str, object] | None:
-        """Return what the LLM runs with; None if it has died. Weights are included for measurement grade only."""
+        """Return what the LLM runs with; None if it has died. The weights' hash is for measurement grade only."""
         running, spec, hashed = self._living(), self._spec, self._weights_hash
         if running is None or spec is None:
             return None
@@ -572,11 +570,7 @@ class LLMWrapper:
         self._revision = None
 
     async def _empty(self) -> None:
-        """Stop the engine. If it leaves something behind, memory stays in use: only a new wrapper or an operator helps.
-
-        Raises:
-            WrapperUnreachable: it left something behind.
-        """
+        """Stop the engine. Raises WrapperUnreachable if memory stays used: only a new wrapper or an operator helps."""
         self._require_empty(await self._host.stop())
 
     def _require_empty(self, report: StopReport) -> None:

@@ -28,7 +28,7 @@ class Caller(Protocol):
 
 
 def native_prompt(model: str, llmconfig: Mapping[str, Any], question: str) -> tuple[str, dict[str, Any]]:
-    """Return path and body of vLLM's API for a question, by an llmconfig that the ingress has accepted."""
+    """Return the path and body of vLLM's API for a question, with an llmconfig that the ingress has accepted."""
     chat = bool(llmconfig["uses_chat_template"])
     body = {"model": model, **map_prompting(llmconfig["args"]["prompting"], uses_chat_template=chat).values}
     if chat:
@@ -37,7 +37,7 @@ def native_prompt(model: str, llmconfig: Mapping[str, Any], question: str) -> tu
 
 
 def problem_of(answer: bytes) -> str:
-    """Return the message of an error of the engine's app (OpenAI's form, other JSON, or plain text), in our words."""
+    """Return the message in an error of the engine's app (OpenAI's form, other JSON, or text); see `in_our_words`."""
     try:
         problem = json.loads(answer)
     except ValueError:
@@ -51,7 +51,7 @@ async def call(app: ASGIApp, path: str, body: Mapping[str, Any], caller: Caller)
     """POST JSON to an ASGI app in this process, on behalf of a client; return the answer's status and body.
 
     Raises:
-        asyncio.CancelledError: the client has hung up or was cut, so the answer is incomplete.
+        asyncio.CancelledError: the client has hung up or was cut.
     """
     content = json.dumps(body).encode()
     status, answer = 0, bytearray()
@@ -84,7 +84,7 @@ async def call(app: ASGIApp, path: str, body: Mapping[str, Any], caller: Caller)
     except Exception:
         if not status:
             raise
-        # After it has answered, an app raises its error once more for its server's log.
+        # An app that fails after it has answered raises its error again, for its server's log.
     if caller.given_up:
         raise asyncio.CancelledError  # what an app sends after its client has gone is no answer
     return status, bytes(answer)

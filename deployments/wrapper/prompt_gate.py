@@ -68,7 +68,7 @@ CUT_GRACE_S = 1.0
 
 
 DEATH_GRACE_S = 1.0
-"""How long to wait for the notice that an engine has died, after vLLM has noticed it, seconds."""
+"""How long this wrapper may take to notice the death of an engine after vLLM has, seconds."""
 
 
 class _Marks(TypedDict):
@@ -344,7 +344,7 @@ class _Exchange:
         return self._task
 
     def cut(self) -> asyncio.Task[None]:
-        """End the task: at once if it listens for the client, else after CUT_GRACE_S seconds. Idempotent."""
+        """End the task: at once if it waits for a message of the client, else after CUT_GRACE_S. Idempotent."""
         task = self.task
         if not self._was_cut and not task.done():
             self._was_cut = True

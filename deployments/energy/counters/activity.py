@@ -52,7 +52,7 @@ class Activity:
         return self._running > 0
 
     def busy_s(self, start_s: float, end_s: float) -> float:
-        """Return the seconds with any work between two times."""
+        """Return the busy seconds between two times."""
         begins_s, ends_s = self._begins_s, self._ends_s
         busy_s = 0.0
         index = bisect_right(ends_s, start_s)
@@ -62,7 +62,7 @@ class Activity:
         return busy_s
 
     def lengths_s(self, start_s: float, end_s: float) -> Iterator[float]:
-        """Yield the lengths of the busy intervals that overlap or touch a time; infinite for one in progress."""
+        """Yield the lengths of the busy intervals that overlap or touch this time; infinite for one in progress."""
         for index in range(bisect_left(self._ends_s, start_s), bisect_right(self._begins_s, end_s)):
             yield self._ends_s[index] - self._begins_s[index]
 
@@ -72,9 +72,9 @@ class Activity:
         return self._begins_s[index] if index < len(self._begins_s) else math.inf
 
     def gaps(self, start_s: float, end_s: float) -> Iterator[tuple[float, float]]:
-        """Yield the idle intervals that overlap a time, at full length.
+        """Yield, at full length, the idle intervals that overlap the time from ``start_s`` to ``end_s``.
 
-        The last one ends at infinity until work begins after it.
+        The end of the last one is infinite until new work begins.
         """
         for index in range(bisect_right(self._ends_s, start_s), len(self._begins_s) + 1):
             gap_begin_s = self._ends_s[index - 1] if index else self.known_from_s

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from deployments.energy.figures import Label
 
 POWER_HEADROOM = 1.2
-"""Power above the limit times this is implausible."""
+"""Power above this multiple of the limit is implausible."""
 
 
 class ReadFailed(Exception):
@@ -71,7 +71,7 @@ class Source(ABC):
 
     @property
     def late(self) -> float:
-        """Units that may show up late, all at once."""
+        """Units that may appear in one step, later than they were used."""
         return 0.0
 
     @property
@@ -81,7 +81,7 @@ class Source(ABC):
         return None if limit_w is None else POWER_HEADROOM * limit_w
 
     def read_limit(self) -> None:  # noqa: B027 - a model has none
-        """Read the power limit again. It only rises: steps from before it was lowered must stay plausible."""
+        """Read the power limit again. ``limit_w`` never falls: steps from before a lower limit must stay plausible."""
 
     @abstractmethod
     def read(self, now_s: float) -> float:
@@ -98,7 +98,7 @@ class Source(ABC):
         return 0.0
 
     def unseen(self, lengths_s: Iterable[float]) -> float:
-        """Return by how many units the readings may be wrong for busy intervals of these lengths, seconds."""
+        """Return the possible error of the readings, units, for busy intervals of these lengths, seconds."""
         return 0.0
 
     def joules(self, duration_s: float, units: float) -> Joules:

@@ -9,7 +9,8 @@ from itertools import pairwise
 CHECK_S = 10.0
 """How long a counter is watched at first, seconds; steps of 100 ms are 1 % of this."""
 LOADED_CHECK_S = 30.0
-"""How long it is watched under load, seconds: power averaged over 1 s may be off by half a second's worth."""
+"""How long it is watched under load, seconds: power averaged over 1 s, of load that comes and goes, may be wrong by the
+energy of half a second."""
 TOLERANCE = 0.10
 """Accepted relative difference of counter and integrated power: NVML's power is accurate to 5 %, averaged over 1 s."""
 SMEAR_S = 1.0
@@ -22,7 +23,7 @@ POWER_ERROR = 0.05
 """Relative error of NVML's power. Source: NVML API, nvmlDeviceGetPowerUsage."""
 _MOST_DOUBT = 20.0
 AGAIN_S, AGAIN_AFTER_DISAGREEMENT_S = 86_400.0, 600.0
-"""How long a finding holds, seconds; the second if the counter disagreed."""
+"""How long a finding holds, seconds; the second value is for a counter that disagreed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class _Loads:
     def __init__(self) -> None:
         self._step: tuple[float, float] | None = None
         self._begun: tuple[float, float] | None = None
-        """The counter's last step, and the last step before the piece in progress: time and joules of each."""
+        """``_step``: the counter's last step; ``_begun``: the last before the piece in progress. Time and joules."""
         self._last: tuple[float, float, bool] | None = None
         self._piece_j = self._piece_loaded_s = self._until_s = 0.0
         self.restart()
@@ -132,8 +133,8 @@ class CounterCheck:
     def doubt(self) -> tuple[float, float]:
         """The least and the greatest factor by which the counter's joules must be multiplied to match the power.
 
-        Both all joules and those above the idle power are compared, since the counter may be right when idle. 1 to 1 if
-        it does not disagree.
+        The factors come from all joules, and from those above the idle power: the counter may be right when idle. Both
+        are 1 without a disagreement.
         """
         factors = [1.0]
         for check in self.found:

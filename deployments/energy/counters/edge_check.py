@@ -29,7 +29,7 @@ class EdgeCheck:
         self._asked_s = 0.0
 
     def plausible(self, answered_s: float, units: float, max_rate: float | None) -> bool:
-        """Whether the rise to a reading that was answered at this time is no more than ``max_rate`` explains."""
+        """Whether ``max_rate`` explains the rise to this reading, which was answered at ``answered_s``."""
         if self._last is None or self._since_s is None or max_rate is None:
             return True
         return units - self._last <= max_rate * (answered_s - self._since_s) + self._step

@@ -1,11 +1,9 @@
 """The history of a stepping counter: its edges, and what a window between them holds. Pure: times are arguments.
 
-Units are the counter's: joules, or CPU-seconds for the CPU model.
-
-A counter is a staircase under the true curve E(t), which never falls. Each edge is kept with two times that enclose
-it: ``before``, when the counter had certainly not stepped yet, and ``seen``, when its value had certainly been reached.
-So E(before) <= units <= E(seen), whatever the counter's period is. Any subset of the edges gives valid bounds, so old
-edges can be dropped.
+A counter is a staircase under the true curve E(t), which never falls, in joules (CPU-seconds for the CPU model). Each
+edge is kept with two times that enclose it: ``before``, when the counter had certainly not stepped yet, and ``seen``,
+when its value had certainly been reached. So E(before) <= units <= E(seen), whatever the counter's period is. Any
+subset of the edges gives valid bounds, so old edges can be dropped.
 
 Between two edges E(t) is estimated. If the hardware was idle for a part of that time, this part gets the power of the
 edges just before or just after the work, and the busy time gets the rest. Otherwise E(t) is a straight line. All
@@ -33,7 +31,7 @@ _TREND_S = 0.3
 _MAX_RUNS = 16
 _LEVELS_KEPT = 8192
 _IDLE_S = 0.5
-"""Shortest idle time whose power is known, seconds: edges are seen late, which blurs shorter ones."""
+"""Shortest idle time whose power is known, seconds: edges are seen late, so that of shorter ones is too inaccurate."""
 _IDLE_MOST_S = 2.0
 """Only this long at the end of an idle time counts, seconds: it is nearest to the next work."""
 _IDLE_KEPT = 4096
@@ -42,11 +40,11 @@ _AFTER_S = 0.5
 _BIN_S = 0.005
 _BINS = 400
 _USUAL = 0.99
-"""The part of the edges that arrive within the usual time."""
+"""The quantile of the times between edges that counts as the usual time."""
 
 
 class NoWindow(Exception):
-    """The history does not tell what a window holds; ``flag`` is the reason in one word."""
+    """The history is not enough to compute a window; ``flag`` is the reason in one word."""
 
     def __init__(self, flag: str) -> None:
         super().__init__(flag)
@@ -54,7 +52,7 @@ class NoWindow(Exception):
 
 
 class Level(NamedTuple):
-    """A counter's reading at a time, or the difference of two: ``mid`` is the estimate, the truth is in low to high.
+    """A counter's reading at a time, or the difference of two: an estimate ``mid``, and bounds of the true value.
 
     ``provisional``: too little has been seen after that time; a later estimate is sharper.
     ``systematic``: the part of the error that has the same sign in similar windows.
@@ -142,7 +140,7 @@ class _Run:
         self.looked_s = -math.inf
 
     def looked(self, at_s: float) -> None:
-        """Note that the counter was read; infinite if it will not be read again in this run."""
+        """Note that the counter was read; ``at_s`` is infinite if it will not be read again in this run."""
         self.looked_s = at_s
         self._provisional.clear()
 
@@ -227,7 +225,7 @@ class _Run:
     def settled(self, time_s: float) -> bool:
         """Whether the level at this time is final.
 
-        It is when a later edge was seen and, if work begins or ends near that time, also the power after the work.
+        It is once a later edge was seen and, if work begins or ends near it, the power after the work is known.
         """
         if not self.before_s or self.before_s[-1] < time_s:
             return False
@@ -242,9 +240,9 @@ class _Run:
 
         An edge is only known to lie in a time w (seen - before). Its middle is used: up to w/2 too late or too early.
 
-        - If edges are T > w apart, their places in w are random. On average P w² / 8T moves past the begin or the end
+        - Edges T > w apart have random places in w. On average P w² / 8T lies on the wrong side of the start or the end
           of work of power P.
-        - If edges are closer, the counter is always late by the same time, up to w/2, at begin and end alike. A window
+        - If edges are closer, the counter is always late by the same time, up to w/2, at start and end alike. A window
           is wrong by P w / 2, half of it at either end.
         - A straight line adds a sixth of T times the change of the power.
         """
@@ -302,7 +300,7 @@ class _Run:
     def _ticks(self, first: int, step: int, gap: tuple[float, float]) -> list[float]:
         """Return the rates of up to two successive ticks inside an idle time, the nearest first.
 
-        A flat stretch counts even where it reaches outside: its last edge moves until the stretch is over.
+        A flat stretch counts even if it reaches beyond the idle time: its last edge moves until the stretch is over.
         """
         rates: list[float] = []
         for left in (first, first + step):
@@ -401,13 +399,13 @@ class Track:
 
     def _waits_for(self, before_s: float, seen_s: float) -> None:
         self._edges_s.append(before_s)
-        if len(self._edges_s) == 3:  # a window that begins just after the first edge misses the second
+        if len(self._edges_s) == 3:  # a window that begins just after the first edge is only proven by the third
             self._waits[min(int((seen_s - self._edges_s[0]) / _BIN_S), _BINS - 1)] += 1
             self._waited += 1
 
     @property
     def citable_s(self) -> float | None:
-        """How long a window must be for this counter to prove a part of it wherever it begins, seconds.
+        """How long a window must be so that this counter proves some of its energy, wherever it begins, seconds.
 
         That is two of the counter's usual periods, as the poller sees them. None if not known yet.
         """

@@ -43,9 +43,10 @@ class CPUPart:
 
 
 class MachineShare(Source):
-    """A wrapper's share of one machine-wide counter: the mean of both shares, or the larger one.
+    """A wrapper's share of one machine-wide counter: the mean, or the larger, of those by reservation and by CPU time.
 
-    The meter has a source for each, with the same name and its own reader of the counter. `joined` merges the two.
+    If CPU time is unknown, they are the share by reservation and the whole. The meter has a source for each, with the
+    same name and its own reader of the counter. `joined` merges the two.
     """
 
     label = Label.MODELED
@@ -119,10 +120,10 @@ def shares(
 
 
 def joined(parts: Iterable[Component]) -> list[Component]:
-    """Merge each pair of successive components of one name: figure and upper bound.
+    """Merge successive components of one name into one: the first has the figure, the second its upper bound.
 
-    A pair is the mean and the larger share, or `GPUPower` and `GPUPowerAtMost`. The figure is that of the first. The
-    mean lies midway between both shares, so the smaller share is as far below it as the larger is above it.
+    They are the mean and the larger share, or `GPUPower` and `GPUPowerAtMost`. The mean lies midway between both
+    shares, so the smaller share is as far below it as the larger is above it.
     """
     found: list[Component] = []
     for part in parts:

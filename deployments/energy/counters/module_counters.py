@@ -18,7 +18,7 @@ SHARED_MODULE = "module_shared"
 class _Modules:
     """Finds out which GPUs show the same counter, by reading all of them twice.
 
-    Alternating readings of GPUs that show one counter never fall, however often the counter moves.
+    If two GPUs show one counter, alternating readings of them never fall while the counter moves.
     """
 
     def __init__(self, gpus: Sequence[GPUCounter], others: Sequence[GPUCounter]) -> None:
@@ -36,7 +36,7 @@ class _Modules:
         """Read all counters, unless the answer is known already.
 
         Raises:
-            ReadFailed: It is not known yet, or a counter can't be read.
+            ReadFailed: The answer is not known yet, or a counter can't be read.
         """
         if self.redundant is not None:
             return

@@ -54,7 +54,7 @@ class _GPU(Source):
             self.limit_w = max(told_w, self.limit_w or 0.0)
 
     def contended(self, now_s: float) -> bool | None:
-        """Whether other compute processes run on the GPU; None if NVML does not tell, or tells pids of a host."""
+        """Whether other compute processes run on the GPU; None if NVML fails or reports pids that are unknown here."""
         try:
             users = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)}
         except pynvml.NVMLError:
@@ -74,7 +74,7 @@ class _GPU(Source):
 
 
 class GPUCounter(_GPU):
-    """The driver's energy counter, mJ since the driver was loaded; it steps every 20 to 100 ms.
+    """The driver's energy counter, which counts mJ since the driver was loaded and steps every 20 to 100 ms.
 
     ``covers_cpu``: it counts the whole module, with the CPU and all memory.
 
@@ -134,10 +134,10 @@ class GPUPower(_GPU):
         self.joules_so_far = 0.0
         self.problem: ReadFailed | CounterLost | None = None
         self.sampling_j = 0.0
-        """Possible error of ``joules_so_far``, J. A change of power shows in a sample at once, or up to a refresh and a
-        gap between samples later. The integral is exact for the middle of that."""
+        """Possible error of ``joules_so_far``, J. A change of power shows in the samples after 0 s to one refresh plus
+        one sampling gap; the integral is right for half of that."""
         self._longest_gap_s = 0.0
-        # A mean of a time lies between the powers at its begin and end, so the integral is at most as old as that time.
+        # A mean of a time lies between the powers at its start and end, so the integral is at most as old as that time.
         self.max_age_s = (_REFRESHED_S if instant else _AVERAGED_S) + _MAX_SAMPLE_GAP_S
         what = "of the moment" if instant else "each the mean of a second"
         self.origin = f"NVML power samples of the GPU and its memory, {what}, integrated"
@@ -198,7 +198,7 @@ class GPUPowerAtMost(Source):
         self._samples = samples
 
     def read(self, now_s: float) -> float:
-        """Return the most joules since the first sample."""
+        """Return the upper bound of the joules since the first sample."""
         if self._samples.problem is not None:
             raise self._samples.problem
         return self._samples.joules_so_far + self._samples.sampling_j

@@ -21,8 +21,8 @@ UNLIMITED_W = 4095.0
 _LONGEST_WRAP_S = 2.0
 """After this many seconds without a reading, a wrap can't be told from a reset."""
 _WRAP_SLACK_S = 0.25
-"""When a fall is checked for a wrap: how much later than its noted time the counter may have been read, seconds. The
-rise itself is then checked with exact times, like every step."""
+"""How much later than noted a reading may have been made, seconds, when a fall is checked for a wrap. The rise itself
+is checked afterwards with exact times, like every step."""
 _MOVES_TO_TELL = 3
 _DIE = re.compile(r"(package-\d+)-die-\d+")
 

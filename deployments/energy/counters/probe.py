@@ -56,7 +56,8 @@ def probe_sources(
 
     - A GPU that can't be read stays inside the boundary, so no total is known.
     - The CPU is counted by hardware if possible, else by the operator's model. If there are GPUs and estimates are not
-      allowed, the model is left out, as it would make every total an estimate: figures are flagged ``cpu_not_covered``.
+      allowed, the model is left out: it would make every total an estimate. Figures are then flagged
+      ``cpu_not_covered``.
     - If a GPU's counter counts its module with the CPU (Grace Hopper, Grace Blackwell), nothing else is counted. If
       another wrapper's GPU has the same counter, there is no figure.
     - With several wrappers on the machine, each gets a share of the machine-wide counters, which is an estimate.
@@ -104,7 +105,7 @@ def probe_sources(
 
 
 def _told_apart(modules: Sequence[GPUCounter], machine: MachineCPU, on_machine: int) -> Sequence[Source | Unreadable]:
-    """Return sources that count each module's counter once, and none that another wrapper's GPU shares."""
+    """Return sources that count each module's counter once, and not at all if another wrapper's GPU has it, too."""
     others: list[GPUCounter] = []
     try:
         for uuid in all_gpu_uuids() if on_machine > 1 else ():
