@@ -420,7 +420,7 @@ class EngineHost:
             engine_args: vLLM's own engine arguments, and ``tool_call_parser``; they override those derived from the
                 host and ``modeltyp``.
             modeltyp: The Hugging Face task (``text-generation``, ``feature-extraction`` …).
-            on_phase: Called in the event loop at the begin of each phase.
+            on_phase: Called in the event loop when a phase begins.
             timeout_s: Seconds > 0 after which the start is aborted.
 
         Raises:
