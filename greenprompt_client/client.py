@@ -403,7 +403,7 @@ def _read(kind: type[T], response: httpx.Response) -> T:
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether a retry may help: a refused connection (the registry or proxy restarts), or an answer that says so."""
+    """Whether a retry may help: the connection failed (the registry or proxy restarts), or the answer says so."""
     return isinstance(error, httpx.TransportError) or (isinstance(error, AnswerError) and error.passing)
 
 

@@ -54,7 +54,7 @@ def in_range(
 
 
 def rounded(value: float, half: float, way: Callable[[Decimal], int] = round) -> str:
-    """Return a number rounded to the second digit of ``half``, half the width of its interval.
+    """Return a number rounded to the place of the second digit of ``half``, half the width of its interval.
 
     ``way`` is the rounding function: ``floor`` for low bounds and ``ceil`` for high ones, so that the printed range
     contains the true one.

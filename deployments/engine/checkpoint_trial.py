@@ -1,7 +1,7 @@
 """Tries a checkpoint's tokenizer and chat template in a process with limits, before they are used for prompts.
 
-Both are code by the checkpoint's author that runs in the wrapper itself; code that never ends would block the wrapper
-and its lease. The trial checks only that they return, not what they return.
+Both contain code by the checkpoint's author that runs in the wrapper's process; code that never ends would block the
+wrapper and its lease. The trial checks only that they return, not what they return.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _stamp(folder: str) -> tuple[tuple[str, int], ...]:
 
 
 def _limit(cpu_s: int, memory_bytes: int) -> None:
-    """Limit this process's further processor time (the kernel kills it beyond that) and further memory."""
+    """Limit the processor time (then the kernel kills this process) and the memory that it may use from now on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     last_s = int(used.ru_utime + used.ru_stime) + cpu_s
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from deployments.energy.counters.probe import ReadFailed, gpu_memory
 
 TOLERANCE_BYTES = 256 * 2**20
-"""Above the variation of a driver's own use, below the smallest engine's CUDA context."""
+"""Largest excess that is ignored: more than a driver's own use varies, less than any engine's CUDA context."""
 _POLL_S = 0.1
 
 _log = logging.getLogger(__name__)

@@ -90,7 +90,7 @@ _ELSEWHERE_OR_LATER = re.compile(
     re.IGNORECASE,
 )
 _WARM_UP_ID = "warm-up"
-_OF_THE_API = ("tool_call_parser",)  # deployment arguments that are not the engine's
+_OF_THE_API = ("tool_call_parser",)  # arguments for vLLM's API, not for its engine
 _STOP_TIMEOUT_S = 5.0  # for vLLM's own shutdown; remaining processes are then killed
 _GONE_TIMEOUT_S = 10.0  # for the kernel to remove a killed process, and for a GPU's memory to be freed
 FORGET_TIMEOUT_S: Final = 5.0
@@ -247,7 +247,7 @@ class RunningLLM:
     async def forget_prompts(self) -> bool:
         """Empty the caches that one lease would leave to the next: prefixes, images and audio.
 
-        Waits until the engine has nothing in flight, because vLLM does not empty its prefix cache before.
+        Waits until the engine has nothing in flight, because vLLM can't empty its prefix cache while a request runs.
 
         Returns:
             False if earlier prompts may still be cached: the engine was still busy after FORGET_TIMEOUT_S.
@@ -321,7 +321,7 @@ class EngineHost:
         self._trial = CheckpointTrial()
         self._defaults: Namespace | None = None
         # All blocking vLLM calls run in this one thread. It lives as long as the host, because the kernel kills the
-        # processes that a thread started when that thread ends.
+        # processes that a thread has started when that thread ends.
         self._thread = _engine_thread()
 
     # --- getting ready -----------------------------------------------------------------------------------------
@@ -329,8 +329,8 @@ class EngineHost:
     async def prepare(self) -> None:
         """Import vLLM here and in the warm forkserver, in parallel: 15 to 50 seconds, once.
 
-        If a warm start is not possible, engines will start cold, and a warning is logged. Cancelling this call does not
-        stop the import.
+        If a warm start is not possible, a warning is logged, and engines start cold. Cancelling this call does not stop
+        the import.
 
         Raises:
             ImportError: vLLM is not installed, or can't be imported here.
@@ -864,9 +864,7 @@ def _pids(processes: Iterable[psutil.Process]) -> tuple[int, ...]:
 def _text_of(problem: BaseException) -> str:
     """Return the message of a vLLM exception as text for people."""
     if isinstance(problem, ValidationError):
-        texts: dict[
-            tuple[int | str, ...], str
-        ] = {}  # by field; where several types would do, the first one's complaint is enough
+        texts: dict[tuple[int | str, ...], str] = {}  # by field; for a union of types the first message is enough
         for error in problem.errors():
             texts.setdefault(error["loc"][:1], str(error["msg"]).removeprefix("Value error, "))
         return "; ".join(f"{field[0]}: {text}" if field else text for field, text in texts.items())

@@ -22,7 +22,7 @@ _OPERATORS = frozenset(
 def in_our_words(text: str) -> str:
     """Return a vLLM message with command-line options replaced: ``--max-model-len`` is args.deployment.max_model_len.
 
-    Options that are not for clients are named as vLLM's. Text that only looks like an option is kept.
+    Options that clients can't set are called vLLM's. Text that only looks like an option is kept.
     """
     said = _OPTION.sub(_word, text)
     return re.sub(r"(args\.deployment\.\w+) and \1", r"\1", said)

@@ -1,7 +1,7 @@
 """Checks that an engine becomes idle after a lease; one that does not is ended before the next lease.
 
 A grammar (JSON schema, regular expression) is compiled in a thread of the engine, and vLLM does not stop that when the
-client disconnects. It would use the next lease's time and energy, and delay its structured output.
+client disconnects. The compilation would use the next lease's time and energy, and delay its structured output.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class EngineRest:
         self._look = None if llm is None else asyncio.create_task(self._watch(llm), name="engine at rest?")
 
     async def reached(self, llm: LLM | None) -> None:
-        """Return when this LLM is idle; at once if it has been since its last lease, or if it is None.
+        """Return when this LLM is idle. Returns at once if it was found idle after its last lease, or is None.
 
         An LLM that was never seen idle, not even before its first lease, has threads that always run: it is not ended.
 

@@ -60,7 +60,7 @@ class Machines(LocalNodeProvider):
         return str(super().external_ip(_machine(node_id)))
 
     def terminate_node(self, node_id: str) -> None:
-        """Give a node up; its machine may be used again at any moment, even by another thread."""
+        """Terminate a node; its machine may be used again at any moment, even by another thread."""
         if self._is_now(node_id):
             super().terminate_node(_machine(node_id))
             self._given_up[_machine(node_id)] += 1

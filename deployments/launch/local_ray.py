@@ -1,6 +1,6 @@
 """A private Ray cluster on this machine, reachable only from here: its environment and its folder.
 
-Enter it before ``ray`` is imported, because Serve reads its settings from the environment at import.
+Enter ``local_ray_environment`` before ``ray`` is imported: Serve reads its settings from the environment then.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def keep_logs(folder: Path, kept: Path) -> Path:
-    """Copy the logs of a cluster that did not start from its folder, which is removed; replaces earlier copies."""
+    """Copy a failed cluster's logs out of its folder, which will be removed; replaces earlier copies."""
     shutil.rmtree(kept, ignore_errors=True)
     for logs in folder.glob(f"{RAY_FOLDER}/session_2*/logs"):
         shutil.copytree(logs, kept, dirs_exist_ok=True)
@@ -158,7 +158,7 @@ def keep_logs(folder: Path, kept: Path) -> Path:
 
 
 def require_free_port(host: str, port: int, setting: str) -> None:
-    """Raise BadSettings, naming the setting, if the port is in use."""
+    """Raise BadSettings, naming the setting, if the port can't be used."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port), family=family).close()

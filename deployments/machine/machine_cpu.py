@@ -37,7 +37,7 @@ class _Look(NamedTuple):
 
 
 class MachineCPU:
-    """CPU time by user. Not thread-safe.
+    """CPU time of this wrapper, of other wrappers and of strangers. Not thread-safe.
 
     Args:
         pid: This wrapper's process.

@@ -54,7 +54,7 @@ def _uses(process: psutil.Process, folder: Path) -> bool:
 
 
 def ended_by(pid: int, proc_root: Path = Path("/proc")) -> int | None:
-    """Return the signal that ended a zombie, 0 if it exited; None if the process runs or was already reaped.
+    """Return the signal that ended a process, 0 if it exited; None if it runs or its parent has reaped it.
 
     Source: proc_pid_stat(5), exit_code.
     """

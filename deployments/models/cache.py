@@ -49,7 +49,7 @@ class ModelCache:
 
     ``directory``: the cache; None: the one that the environment names (HF_HUB_CACHE, HF_HOME). ``locks_dir``: lock
     files that show which models are in use and when they were last used. ``max_gib``: size limit of the cache in GiB;
-    models that nobody uses are removed to keep it. None: no limit, and nothing is ever removed.
+    unused models are removed to keep to it. None: no limit, and nothing is ever removed.
     """
 
     def __init__(self, directory: Path | None, locks_dir: Path, max_gib: float | None = None) -> None:
@@ -119,7 +119,7 @@ class ModelCache:
         self._locks_dir.mkdir(parents=True, exist_ok=True)
         lock = lock_of(model, self._locks_dir).open("a+", encoding="utf-8")
         try:
-            while not try_lock(lock, fcntl.LOCK_SH):  # noqa: ASYNC110 - who holds it is another process
+            while not try_lock(lock, fcntl.LOCK_SH):  # noqa: ASYNC110 - another process holds it
                 await asyncio.sleep(LOCK_POLL_S)
             _touch(lock)
             yield lock

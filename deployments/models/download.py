@@ -42,7 +42,7 @@ _SMALL = 50 * 2**20  # other files larger than this are useless for an LLM
 
 
 class DownloadFailed(Exception):
-    """The text says why, for people; ``permanent``: it would also fail on another machine."""
+    """A download failed; the text says why. ``permanent``: it would also fail on another machine."""
 
     def __init__(self, problem: str, permanent: bool = False) -> None:
         super().__init__(problem, permanent)
@@ -133,7 +133,7 @@ def commit_of(model: str, revision: str | None, cache_dir: str | None) -> str:
 
 
 def cached(model: str, revision: str | None, cache_dir: str | None) -> str | None:
-    """Return the folder of a branch, tag or commit (None: the default branch) on this machine; None if there is none.
+    """Return this machine's folder of a branch, tag or commit (None: the default branch); None if there is none.
 
     Does not ask the hub: a branch may have moved since the last request, and files may be missing.
     """
@@ -149,7 +149,7 @@ def cached(model: str, revision: str | None, cache_dir: str | None) -> str | Non
 
 
 def find(order: DownloadOrder) -> str | None:
-    """Return the folder of this commit if all its files are certainly on this machine; else None. Reads only files.
+    """Return the folder of this commit if all its files are certainly on this machine; else None. Uses no network.
 
     Raises:
         DownloadFailed: Files are missing, and HF_HUB_OFFLINE forbids to download them.
@@ -314,7 +314,7 @@ def _in_use(lock: Path) -> bool:
 
 
 def try_lock(file: IO[str], kind: int) -> bool:
-    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``) until it is closed; return False if another lock forbids."""
+    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``) until it is closed; return False if others' locks forbid."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -387,7 +387,7 @@ def _progress_bar(report: Callable[[int], None]) -> Any:
 
 
 def main(argument: str) -> int:
-    """Run one order; return 0 as the exit status if it succeeded, else 1."""
+    """Run one order; return the exit status: 0 if it succeeded, else 1."""
     order = DownloadOrder(**json.loads(argument))
     if order.owner_pid is not None:
         die_with(order.owner_pid)

@@ -1,7 +1,7 @@
 """Estimates the least memory an LLM needs from its checkpoint: weights, and the KV cache of one sequence.
 
-Counted as vLLM 0.32 does, as a lower bound: activations, CUDA graphs and rounding to blocks are added. Anything that
-the checkpoint does not determine is None: unknown.
+Counted as vLLM 0.32 does, as a lower bound: activations, CUDA graphs and rounding to blocks are not included. None
+means unknown: the checkpoint alone does not determine the value.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PLAIN_ATTENTION: Final = frozenset(
         "stablelm", "starcoder2",
     }
 )  # fmt: skip
-"""``model_type`` of LLMs that cache keys and values of every layer, and nothing else; others are not assumed to."""
+"""``model_type`` of LLMs that cache keys and values of every layer, and nothing else. Other caches are unknown."""
 
 _LATENT_ATTENTION: Final = frozenset({"deepseek_v2", "deepseek_v3", "kimi_k2"})
 """``model_type`` of LLMs that cache one latent vector per layer (MLA), whole on each GPU of a tensor-parallel group."""

@@ -14,7 +14,7 @@ from deployments.machine.memory import main_memory
 _FORMATS = ("*.safetensors", "*.bin", "*.pt")  # vLLM uses the first format that a folder has
 _DUPLICATE = "consolidated"  # Mistral's models come in two formats, and vLLM reads the other one
 _CHUNK_BYTES = 128 * 1024
-"""One call reads at most the disk's own read-ahead (mm/readahead.c, force_page_cache_ra), which is usually this."""
+"""Bytes per call; the kernel reads at most a disk's read-ahead, usually this (mm/readahead.c, force_page_cache_ra)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class WeightsHash:
         self._pieces = self._read()
 
     async def known(self, *, within_s: float) -> str | None:
-        """Read on for at most ``within_s`` seconds; return the hash, or None if it is unfinished."""
+        """Continue reading for at most ``within_s`` seconds; return the hash, or None if it is unfinished."""
         over = threading.Event()
         reading = asyncio.ensure_future(asyncio.to_thread(self._go_on, over))
         try:

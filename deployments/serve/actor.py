@@ -105,10 +105,10 @@ class RegistryActor:
         return views.request_state(self._service, self._service.known(request_id)).model_dump_json()
 
     async def changes(self, life: str, place: int | None) -> tuple[str, int, list[str] | None]:
-        """Return this process's id, the current position, and the requests that have changed since ``place``.
+        """Return this process's id, its current position, and the ids of the requests changed since ``place``.
 
-        Waits up to CHANGES_WAIT_S for a change. The list is None if the changes are unknown: ``place`` is None or comes
-        from another process than ``life``, as after a restart.
+        Waits up to CHANGES_WAIT_S for a change. ``life`` is the id of the process that returned ``place``. The list is
+        None if ``place`` is None or from another process, as after a restart: what changed is unknown then.
         """
         await self.ready()
         known = place if life == self._life else None

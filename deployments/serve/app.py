@@ -40,7 +40,7 @@ INGRESS_APP = "registry"
 """Name of the ingress among Serve's applications."""
 
 LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Hosts that mean "all interfaces", which are no usable client address, with their loopback address."""
+"""Loopback addresses for hosts that mean "all interfaces" and that clients can't connect to."""
 
 READY_POLL_S = 0.2
 
@@ -212,7 +212,7 @@ def join_ray(settings: Settings, folder: Path | None) -> str:
 
 
 def _start_failed(what: str, error: Exception, settings: Settings, folder: Path | None) -> StartFailed:
-    """Return an error with one line of Ray's or Serve's own error. A local cluster's logs are kept for inspection."""
+    """Return a StartFailed with Ray's or Serve's error in one line. A local cluster's logs are kept for inspection."""
     kept = "" if folder is None else f"; logs: {keep_logs(folder, settings.state_dir / 'ray-logs')}"
     return StartFailed(f"{what} does not start: {in_one_line(error)}{kept}")
 

@@ -1,4 +1,4 @@
-"""The machines and wrappers, from Ray and Serve: the only file that asks them about nodes and applications."""
+"""Reads and controls machines and wrappers through Ray and Serve; no other file asks them about nodes and apps."""
 
 from __future__ import annotations
 
@@ -249,8 +249,8 @@ def machines_of(nodes: Sequence[dict[str, Any]]) -> tuple[Machine, ...]:
     """Return Ray's living nodes as machines, the head first, then by node id.
 
     A machine's id is its node's name (its address unless ``ray start --node-name`` sets another). If several nodes
-    share a name, as on one host, the later ones also get the first digits of their node id; ``with_known_ids`` decides
-    which are later. Zone and region are the node's labels (``ray start --labels``). The amount of memory comes from the
+    share a name, as on one host, all but one also get the first digits of their node id; ``with_known_ids`` keeps these
+    names stable. Zone and region are the node's labels (``ray start --labels``). The amount of memory comes from the
     wrappers, because Ray's own ``memory`` is only what was free when the raylet started.
 
     Source: Ray's documentation, "Use labels to control scheduling", default node labels.

@@ -1,7 +1,7 @@
 """The ingress's answers about energy; reads the registry's windows in small pages.
 
-The answers are built in threads of the ingress. The registry only reads its database: a computing thread beside it
-would take turns with it every 5 ms, and SQLite needs such a turn for each row.
+The answers are built in threads of the ingress, not of the registry: Python switches between a computing thread and the
+registry's reads only every 5 ms, and SQLite needs a switch for each row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class EnergyPages:
     def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
         self._call = call
         self._reports, self._windows = asyncio.Semaphore(REPORTS_AT_ONCE), asyncio.Semaphore(PAGES_AT_ONCE)
-        # A thread continues after its client hangs up, so the semaphore alone would not limit them to REPORTS_AT_ONCE.
+        # A thread continues after its client hangs up, so the semaphore alone would allow more than REPORTS_AT_ONCE.
         self._threads = ThreadPoolExecutor(REPORTS_AT_ONCE, thread_name_prefix="report")
 
     async def report(self, key: MeasurementKey) -> str:

@@ -70,7 +70,7 @@ CALL_TIMEOUT_S = 30.0
 """Longest wait for one answer of the actor, beyond the wait that was requested, seconds."""
 
 AT_ONCE = {"state": 64, "events": 8, "measurement": 4, "measured": 4, "windows": 4, "machines": 4, "llms": 4}
-"""Limits of concurrent calls of each reading method.
+"""Most concurrent calls of each method that only reads.
 
 The actor handles all calls in order, so control and health calls wait behind at most this many. (Ray's concurrency
 groups don't help: each is a thread with its own event loop.)
@@ -151,7 +151,7 @@ class RegistryClient:
             raise
 
     def _unavailable(self, reason: str) -> RegistryUnavailable:
-        """Return the error with what can be seen from here: a full disk ends the registry and prevents its restart."""
+        """Return the error, naming a full disk as its cause: that ends the registry and prevents its restart."""
         return RegistryUnavailable("; ".join(filter(None, (reason, disk_problem(self._state_dir)))))
 
 
@@ -435,7 +435,7 @@ class Ingress:
 
 
 def deployment(config: IngressConfig) -> serve.Application:
-    """Return the Serve application of the ingress, for the head: no LLM Machine's failure or energy affects it."""
+    """Return the Serve application of the ingress, for the head: it is not lost or measured with an LLM Machine."""
     serve_deployment: Any = serve.deployment(serve.ingress()(Ingress))
     application: serve.Application = serve_deployment.options(
         name="Ingress",

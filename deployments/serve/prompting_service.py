@@ -39,7 +39,7 @@ class _StrictRequest(Request):
 
 
 class JSONBody(APIRoute):
-    """A route that reads its body as JSON whatever its Content-Type: the real client sends none, curl a wrong one.
+    """A route that reads any body as JSON: the Prompting Service's client sends no Content-Type, curl a wrong one.
 
     Every route with a body uses this class, so duplicate keys are always refused.
     """

@@ -73,8 +73,7 @@ def up(
 ) -> None:
     """Start the registry and its cluster; run in the foreground until Ctrl-C.
 
-    With '--address' and '--detach' the registry runs on that cluster, independent of this command; repeating it changes
-    nothing.
+    With '--address' and '--detach' it stays on that cluster after this command; repeating it changes nothing.
     """
     from deployments.launch import lifecycle
 
@@ -259,7 +258,7 @@ def _registry(url: str, tenant: str | None = None) -> RegistryClient:
 
 
 def _require_known_variables() -> None:
-    """Raise BadSettings for an empty or misspelt variable of ours: the command would reach another registry."""
+    """Raise BadSettings for an empty or misspelt GREENPROMPT_… variable: the command could use a wrong registry."""
     url = f"{ENV_PREFIX}URL"
     if not os.environ.get(url, url).strip():
         raise BadSettings(url, "is empty; unset it, or give it a value")

@@ -144,7 +144,7 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _save_tokenizer(directory: Path, seed: int) -> None:
-    """Save a byte-level BPE tokenizer: any UTF-8 text is decoded unchanged."""
+    """Save a byte-level BPE tokenizer: encoding and decoding any UTF-8 text leaves it unchanged."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -175,7 +175,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def main(paths: list[str]) -> int:
-    """Make a tiny LLM at every path, with a seed from its name, independent of their order."""
+    """Make a tiny LLM at every path; its seed is computed from the last part of the path."""
     if not paths:
         print("usage: python -m greenprompt_client.demo.tiny_llm DIRECTORY …", file=sys.stderr)
         return 2

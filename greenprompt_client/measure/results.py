@@ -5,8 +5,8 @@
 ``summary.json`` and ``summary.csv`` are made of these whenever a run ends. A process may be killed at any moment: the
 files stay intact, except for an incomplete last line, which the next run removes.
 
-A folder belongs to one experiment once the registry has accepted that (``accept``). The experiment may grow; answers
-are kept.
+A folder belongs to one experiment once the registry has accepted it (``accept``). The experiment may grow; answers are
+kept.
 """
 
 from __future__ import annotations

@@ -312,7 +312,7 @@ class _Run:
                 self._print(f"Repetition {repetition + 1} is asked for later: {str(error) or type(error).__name__}")
 
     def _use(self, llm: str, request_id: str, repetition: int, *, last: bool) -> bool:
-        """Let an LLM answer its open prompts once it is deployed; return False if it was lost before the last.
+        """Let an LLM answer its open prompts once it is deployed; return False if it was lost before the last answer.
 
         If it is the ``last`` LLM of a repetition, the next repetition is requested before it is released.
         """
@@ -342,7 +342,10 @@ class _Run:
         return True
 
     def _warmup(self) -> list[Prompt]:
-        """Return the first prompts with a changed start: the engine must not have cached a prefix of counted ones."""
+        """Return the warm-up prompts: the first prompts, each with a changed beginning.
+
+        Otherwise the engine's prefix cache would hold beginnings of the counted prompts.
+        """
         first = self._plan.prompts[: self._experiment.warmup]
         return [replace(each, question=f"({n}) {each.question}") for n, each in enumerate(first, 1)]
 

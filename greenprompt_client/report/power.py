@@ -22,7 +22,10 @@ Curve = tuple[list[datetime], list[float]]
 
 SLACK_S = 0.005
 SLACK_SHARE = 0.02
-"""Tolerance between an idle window's gaps and its own idle time: times are rounded to milliseconds."""
+"""Tolerance between an idle window's gaps and its idle time: SLACK_S per edge plus SLACK_SHARE of that time.
+
+Times are rounded to milliseconds.
+"""
 
 
 class _Piece(NamedTuple):

@@ -43,8 +43,8 @@ _PR_SET_PDEATHSIG = 1
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
 
 _MESSAGES = "vllm.distributed.device_communicators.shm_broadcast"
-# (module, attribute that it must have, names that the attribute's code must use: modules import `get_mp_context` by
-# name)
+# (module, required attribute, names that its code must look up in the module). Several modules import `get_mp_context`
+# by name, so replacing it in one module is not enough.
 _SHAPE = (
     ("vllm.v1.engine.utils", "CoreEngineProcManager.__init__", ("get_mp_context", "Process")),
     ("vllm.v1.executor.multiproc_executor", "MultiprocExecutor._init_executor", ("get_mp_context",)),
@@ -131,7 +131,7 @@ class _WarmContext(context.ForkServerContext):
 
 
 class MortalProcess(context.SpawnProcess):
-    """A spawned process that the kernel kills when its parent dies; so are all processes that it spawns."""
+    """A spawned process that the kernel kills when its parent dies. The same holds for its own spawned processes."""
 
     def __reduce__(self) -> Any:
         # Create the object before its state is unpickled, because that imports vLLM.

@@ -55,7 +55,7 @@ class Patience:
         """Wait because no message is there yet."""
         begins, since_s = self._since_s is None, self.begin()
         asleep_s = min(min(self._lately_s, default=0.0) / 2, LONGEST_SLEEP_S) if begins else 0.0
-        self._overslept = asleep_s >= SHORTEST_SLEEP_S  # unless there is another pause
+        self._overslept = asleep_s >= SHORTEST_SLEEP_S  # reset if another pause follows
         if self._overslept:
             self._sleep(asleep_s)
         elif self._clock() - since_s < AWAKE_S:
@@ -74,7 +74,7 @@ class Patience:
 
 
 def be_patient(condition: type[Any]) -> None:
-    """Patch vLLM's ``SpinCondition``: readers of its shared memory wait by ``Patience`` while they would poll."""
+    """Patch vLLM's ``SpinCondition`` so that readers of its shared memory pause by ``Patience`` instead of polling."""
     make, wait, record_read = condition.__init__, condition.wait, condition.record_read
 
     def patient_make(self: Any, *args: Any, **kwargs: Any) -> None:

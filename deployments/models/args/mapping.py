@@ -118,9 +118,9 @@ def map_llmconfig(
 ) -> LLMArgs:
     """Translate a whole llmconfig. Equal meanings give equal results.
 
-    So the spec's fingerprint does not depend on order or spelling. ``field`` is the place of the llmconfig in the
-    client's body (``llms[0]``). ``allow_remote_code`` names the models that may bring their own code. ``spec.gpus`` is
-    the number of GPUs that the parallel sizes need, 0 if they need at most one: the LLM then uses all GPUs of its
+    The spec's fingerprint therefore does not depend on order or spelling. ``field`` is the place of the llmconfig in
+    the client's body (``llms[0]``). ``allow_remote_code`` names the models that may bring their own code. ``spec.gpus``
+    is the number of GPUs that the parallel sizes need, 0 if they need at most one: the LLM then uses all GPUs of its
     wrapper. Whether the model's source is allowed is not checked here.
 
     Raises:

@@ -191,12 +191,12 @@ def own(kinds: Mapping[str, Kind], *, chat_only: bool = False) -> dict[str, Rule
 
 
 def dropped(why: str, *words: str) -> dict[str, Rule]:
-    """Return one rule for words that are dropped for the same reason."""
+    """Return a table of words that are dropped for the same reason."""
     return dict.fromkeys(words, Dropped(why))
 
 
 def refused(why: str, *words: str, neutral: Iterable[JSON] = ()) -> dict[str, Rule]:
-    """Return one rule for words that are refused for the same reason; ``neutral``: values without effect."""
+    """Return a table of words that are refused for the same reason; ``neutral``: values without effect."""
     return dict.fromkeys(words, Refused(why, tuple(neutral)))
 
 
