@@ -1,1 +1,1 @@
-"""What runs on the LLM Machines and what wires it: ingress, wrapper, engine, meter, cluster."""
+"""Everything that runs on the LLM Machines, and the code that connects it: ingress, wrapper, engine, meter, cluster."""

@@ -1,6 +1,6 @@
-"""Errors → HTTP, in one place for the ingress and the wrappers: status, stable code, sentence, Retry-After.
+"""Turns errors into HTTP responses, for the ingress and the wrappers: status, stable code, message, Retry-After.
 
-Two shapes: OpenAI's below ``/v1``, which its clients understand, and ours everywhere else.
+There are two formats: OpenAI's below ``/v1``, which OpenAI clients understand, and ours everywhere else.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from registry.errors import RegistryError
 from registry.wire.schemas import ErrorAnswer
 
 RETRY_AFTER_S = 1
-"""What a client is told to wait when it may try again and nothing else is known, seconds."""
+"""The default Retry-After of a retryable error, seconds."""
 
 LONGEST_RETRY_AFTER_S = 300
-"""The most that a client is told to wait, seconds: an estimate of the far future is none."""
+"""The longest Retry-After, seconds; estimates beyond this are unreliable."""
 
 
 def error_answer(
@@ -36,9 +36,9 @@ def error_answer(
     errors: list[dict[str, str]] | None = None,
     detail: list[dict[str, Any]] | None = None,
 ) -> JSONResponse:
-    """Return an error in our own shape; ``Retry-After`` where trying again can help.
+    """Return an error in our own format, with ``Retry-After`` if it is retryable.
 
-    A 422 has FastAPI's ``detail`` list in any case: without one it is made of ``field`` and ``message``.
+    A 422 always has FastAPI's ``detail`` list; by default it is built from ``field`` and ``message``.
     """
     if status == HTTPStatus.UNPROCESSABLE_ENTITY and detail is None:
         detail = [{"type": "value_error", "loc": ["body", *_location(field)], "msg": message}]
@@ -59,20 +59,20 @@ def openai_error(
     retryable: bool = False,
     retry_after_s: float | None = None,
 ) -> JSONResponse:
-    """Return an error in OpenAI's shape; ``code`` is the same stable code as elsewhere."""
+    """Return an error in OpenAI's format, with the same stable code."""
     body = {"error": openai_problem(status, code, message, field=field)}
     return JSONResponse(body, status_code=status, headers=_headers(status, retryable, retry_after_s))
 
 
 def openai_problem(status: int, code: str, message: str, *, field: str | None = None) -> dict[str, Any]:
-    """Return the ``error`` object of OpenAI's shape."""
+    """Return the ``error`` object of OpenAI's format."""
     kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
     kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(status, kind)
     return {"message": message, "type": kind, "param": field, "code": code}
 
 
 def registry_error(error: RegistryError, *, openai: bool = False) -> JSONResponse:
-    """Return the answer that an error of ours becomes, in OpenAI's shape if asked for."""
+    """Return the response for an error of ours, in OpenAI's format if ``openai``."""
     shape = openai_error if openai else error_answer
     return shape(
         error.http_status,
@@ -85,9 +85,9 @@ def registry_error(error: RegistryError, *, openai: bool = False) -> JSONRespons
 
 
 def fastapi_detail(problems: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the ``detail`` list of a 422 as FastAPI makes it of pydantic's errors.
+    """Return the ``detail`` list of a 422, as FastAPI builds it from pydantic's errors.
 
-    An ``input`` that no JSON can hold (NaN, half a character, nested too deep) is left out, where FastAPI would fail.
+    An ``input`` that JSON can't represent (NaN, a lone surrogate, too deep nesting) is left out; FastAPI would fail.
     """
     return [_detail_of(problem) for problem in problems]
 
@@ -102,7 +102,7 @@ def _detail_of(problem: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _location(field: str | None) -> Sequence[str | int]:
-    """``llms[0].model`` → ``llms``, 0, ``model``."""
+    """Convert ``llms[0].model`` to ``llms``, 0, ``model``."""
     if field is None or field == "body":
         return ()
     return [int(n) if n else name for n, name in re.findall(r"\[(\d+)\]|([^.\[\]]+)", field)]

@@ -1,1 +1,1 @@
-"""What a Prompting Service or a person uses: a client over HTTP, the command line, experiments, reports."""
+"""For Prompting Services and people: an HTTP client, the command line, experiments, reports."""

@@ -1,4 +1,4 @@
-"""A client of the registry over HTTP: what a Prompting Service does, in a few calls.
+"""An HTTP client of the registry, for a Prompting Service in a few calls.
 
 with RegistryClient("http://127.0.0.1:8000") as registry:
     for request_id in registry.request(measurement_id=1, llms=[llmconfig]):
@@ -45,23 +45,25 @@ WAIT_S = 20.0
 """How long one poll waits for a change, seconds."""
 
 RETRY_FOR_S = 30.0
-"""How long a call that may be repeated is repeated while the registry restarts, seconds."""
+"""How long a retryable call is retried while the registry restarts, seconds."""
 
 CONNECT_FOR_S = 5.0
-"""How long a command that a person typed tries to reach a registry that has not answered it yet, seconds: as long as
-Serve's proxy is away when it is started again."""
+"""How long an interactive command tries to reach a registry before its first answer, seconds.
+
+Serve's proxy needs this long to restart.
+"""
 
 LOOK_S = 1.0
-"""How often a machine that is being drained is looked at, seconds."""
+"""Seconds between checks of a machine that is being drained."""
 
 TENANT_HEADER = "X-Tenant"
-"""Who asks; a name, not a proof."""
+"""Names the tenant; it is not authenticated."""
 
 _PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
-"""Answers after which a call is repeated, if they say so; not 504, after which it would wait as long again."""
+"""Statuses after which a call is retried if the answer allows it; not 504, because a retry would take as long again."""
 
 UNEXPECTED = "unexpected_answer"
-"""``answer_code`` of an answer that is not a registry's."""
+"""``answer_code`` of an answer that does not come from a registry."""
 
 ENDED = frozenset({"released", "expired", "cancelled", "failed"})
 
@@ -69,7 +71,7 @@ ENDED = frozenset({"released", "expired", "cancelled", "failed"})
 class AnswerError(RegistryError):
     """The registry or a wrapper answered with an error. ``answer_code`` is its stable code.
 
-    ``passing``: the same call can succeed in a while, without any change.
+    ``passing``: the same call may succeed later without any change.
     """
 
     code = "answer_error"
@@ -97,7 +99,7 @@ class RequestEnded(RegistryError):
 
 @dataclass(frozen=True, slots=True)
 class HeldLease:
-    """An LLM that is ours until we give it back."""
+    """An LLM that is reserved for us until we release it."""
 
     state: RequestState
     url: str
@@ -106,24 +108,25 @@ class HeldLease:
     def prompt(
         self, question: str, *, timeout_s: float = 600.0, prompt_id: str | None = None, warmup: bool = False
     ) -> dict[str, Any]:
-        """The wrapper's answer to a question: ``answer``, ``sci_score``, ``usage`` and more.
+        """Return the wrapper's answer to a question: ``answer``, ``sci_score``, ``usage`` and more.
 
-        What it says of energy is provisional; ``window`` names the final energy window, see ``windows``. That tells
-        ``prompt_id``, the same for the same question in every lease, and whether it was a ``warmup``, which counts in
-        no figure.
+        Its energy figures are provisional; ``window`` names the final energy window, see ``windows``. That window
+        contains ``prompt_id``, which should be the same for the same question in every lease, and ``warmup``, which
+        excludes the prompt from all figures.
 
-        Asks again for up to RETRY_FOR_S seconds while the LLM has too many prompts or is being restarted, but never
-        after ``timeout_s`` seconds without an answer. Several threads may prompt at once.
+        Retries for up to RETRY_FOR_S seconds while the LLM has too many prompts or is being restarted, but never after
+        ``timeout_s`` seconds without an answer. Several threads may prompt at once.
 
         Raises:
-            AnswerError: the lease has ended (410), the LLM is not back yet (503), or the engine refused.
-            httpx.HTTPError: the wrapper could not be reached, or took longer than ``timeout_s`` seconds.
+            AnswerError: The lease has ended (410), the LLM is still unavailable (503), or the engine refused the
+                prompt.
+            httpx.HTTPError: The wrapper could not be reached, or took longer than ``timeout_s`` seconds.
         """
         url, body = f"{self.url}/process_prompt", {"question": question}
         headers = {WARMUP_HEADER: "true"} if warmup else {}
         if prompt_id is not None:
             headers[PROMPT_HEADER] = quote(prompt_id, safe="")
-        # No decorator: what is repeated would be logged with its arguments, and the URL is the key.
+        # Not the decorator: it would log the arguments of retried calls, and the URL contains the lease's token.
         for attempt in stamina.retry_context(_may_ask_again, attempts=None, timeout=RETRY_FOR_S):
             with attempt:
                 answer: dict[str, Any] = _checked(
@@ -134,7 +137,7 @@ class HeldLease:
 
 
 class RegistryClient:
-    """Calls to one registry. Not for use by several threads at once, but for the prompts of a lease."""
+    """Calls to one registry. Not thread-safe, except for the prompts of a lease."""
 
     def __init__(
         self,
@@ -144,13 +147,13 @@ class RegistryClient:
         timeout_s: float = 60.0,
         connect_for_s: float = RETRY_FOR_S,
     ) -> None:
-        """Make a client of the ingress at ``base_url``, as in ``http://127.0.0.1:8000``; nothing is sent yet.
+        """Create a client of the ingress at ``base_url``, e.g. ``http://127.0.0.1:8000``; sends nothing yet.
 
-        ``tenant`` is whose turn in the queue its requests take; None: the registry's ``default``. ``connect_for_s`` is
-        how long a call tries to connect, seconds, until the registry has answered for the first time.
+        Its requests are queued as ``tenant``'s; None: the registry's ``default``. ``connect_for_s`` is how long a call
+        tries to connect, seconds, until the registry has answered for the first time.
 
         Raises:
-            BadSettings: that is no URL, or the environment names certificates or a proxy that can't be used.
+            BadSettings: The URL is invalid, or the environment names unusable certificates or an unusable proxy.
         """
         headers = {} if tenant is None else {TENANT_HEADER: tenant}
         self._connect_for_s = connect_for_s
@@ -181,25 +184,26 @@ class RegistryClient:
         max_gco2eq: float | None = None,
         idempotency_key: str | None = None,
     ) -> list[str]:
-        """Ask for LLMs (llmconfigs); their request ids, in order.
+        """Request LLMs (llmconfigs); return their request ids, in order.
 
-        Repeated like ``status``: by its key the registry knows a request that it has seen.
+        Retried like ``status``: the registry recognises a repeated request by its key.
 
         Args:
-            measurement_id: > 0; yours to choose.
+            measurement_id: > 0; chosen by the caller.
             llms: llmconfigs.
             priority: ``low``, ``normal`` or ``high`` among the measurements of the same tenant; None: ``normal``.
-            gpu_type: None: it does not matter.
-            grade: ``measurement`` for a machine at rest; None: the registry's own choice.
-            like: id of an earlier request that is to be repeated.
-            max_joules: what each of the leases may use up, J; None: no limit.
-            max_gco2eq: the same in gCO2eq.
-            idempotency_key: yours to choose, another one for each request; None: a random one. Give one to be able to
-                ask for the same requests again after this call failed.
+            gpu_type: Required GPU type; None: any.
+            grade: ``measurement`` for an idle machine; None: the registry's default.
+            like: Id of an earlier request to be repeated.
+            max_joules: Energy limit of each lease, J; None: no limit.
+            max_gco2eq: Emission limit of each lease, gCO2eq; None: no limit.
+            idempotency_key: Chosen by the caller, a different one for each request; None: a random one. Set it to be
+                able to repeat the same request after this call failed.
 
         Raises:
-            AnswerError: the request was refused: 422 for what can't be served here, with the field and the figures.
-            httpx.HTTPError: the registry could not be reached.
+            AnswerError: The request was refused: 422 if it can't be served here; the text names the field and the
+                figures.
+            httpx.HTTPError: The registry could not be reached.
         """
         options: dict[str, str | float | None] = {
             "priority": priority,
@@ -215,10 +219,10 @@ class RegistryClient:
         return [accepted.requestId for accepted in _read(PromptingAnswer, response).requests]
 
     def status(self, request_id: str, *, wait_s: float = 0.0, seen: str | None = None) -> RequestState:
-        """Where a request stands, once its status is another than ``seen`` or after ``wait_s`` seconds (at most 60).
+        """Return a request's state once its status differs from ``seen``, or after ``wait_s`` seconds (at most 60).
 
-        Without ``seen`` a deployed request is answered at once, and others when their status changes.
-        Asks again for up to RETRY_FOR_S seconds while the registry restarts. Raises AnswerError, httpx.HTTPError.
+        Without ``seen``: at once for a deployed request, for others when the status changes. Retries for up to
+        RETRY_FOR_S seconds while the registry restarts. Raises AnswerError, httpx.HTTPError.
         """
         params: dict[str, float | str] = {"wait": min(wait_s, MAX_WAIT_S)} if wait_s else {}
         if seen is not None:
@@ -226,13 +230,13 @@ class RegistryClient:
         return _read(RequestState, self._insist("GET", _path(request_id), params, wait_s + 60))
 
     def release(self, request_id: str) -> None:
-        """Give an LLM back, or cancel a request. Repeated like ``status``; releasing twice is no error."""
+        """Release an LLM, or cancel a request. Retried like ``status``. Idempotent."""
         self._insist("DELETE", _path(request_id), {}, 60)
 
     def _insist(
         self, method: str, path: str, params: Mapping[str, float | str], timeout_s: float, **content: Any
     ) -> httpx.Response:
-        """Call until there is an answer that is no passing error, for up to RETRY_FOR_S seconds."""
+        """Retry a call until its answer is not a temporary error, for up to RETRY_FOR_S seconds."""
         begun_s = time.monotonic()
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, self._connect_for_s))
 
@@ -244,7 +248,7 @@ class RegistryClient:
         for attempt in stamina.retry_context(passes, attempts=None, timeout=RETRY_FOR_S):
             with attempt:
                 response = self._http.request(method, path, params=params, timeout=timeout, **content)
-                self._connect_for_s = RETRY_FOR_S  # it is there: it will come back
+                self._connect_for_s = RETRY_FOR_S  # it exists, so it will come back
                 return _checked(response)
         raise AssertionError("unreachable")
 
@@ -256,11 +260,11 @@ class RegistryClient:
         on_change: Callable[[RequestState], None] | None = None,
         poll_s: float = WAIT_S,
     ) -> RequestState:
-        """Poll until the LLM is ours. ``on_change`` is told of every answer, at least each ``poll_s`` seconds.
+        """Poll until the LLM is deployed. ``on_change`` gets every answer, at least every ``poll_s`` seconds.
 
         Raises:
-            RequestEnded: it failed, was cancelled or expired.
-            TimeoutError: ``timeout_s`` seconds have passed; the request still stands.
+            RequestEnded: It failed, was cancelled or expired.
+            TimeoutError: ``timeout_s`` seconds have passed; the request remains.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         state = self.status(request_id)
@@ -284,25 +288,25 @@ class RegistryClient:
         timeout_s: float | None = None,
         on_change: Callable[[RequestState], None] | None = None,
     ) -> Iterator[HeldLease]:
-        """Wait for an LLM as ``wait_until_deployed`` does, hold it for the block, and give it back whatever happens."""
+        """Wait for an LLM like ``wait_until_deployed``, hold it during the block, and release it in any case."""
         try:
             state = self.wait_until_deployed(request_id, timeout_s=timeout_s, on_change=on_change)
-            assert state.url is not None  # deployed
+            assert state.url is not None  # deployed requests have a URL
             yield HeldLease(state, state.url, self._http)
         finally:
             self.release(request_id)
 
     def drain(self, machine_id: str) -> MachineState:
-        """Have no more LLMs handed out on a machine. Repeated like ``status``; again is no error.
+        """Assign no more LLMs to a machine. Retried like ``status``. Idempotent.
 
         Raises:
-            AnswerError: no machine has this id; the text names those that there are.
-            httpx.HTTPError: the registry could not be reached.
+            AnswerError: No machine has this id; the text names the existing ones.
+            httpx.HTTPError: The registry could not be reached.
         """
         return _read(MachineState, self._insist("POST", f"{_machine_path(machine_id)}/drain", {}, 60))
 
     def undrain(self, machine_id: str) -> MachineState:
-        """Have a machine used again. Repeated, and raises, like ``drain``."""
+        """Use a machine again. Retried, and raises, like ``drain``."""
         return _read(MachineState, self._insist("DELETE", f"{_machine_path(machine_id)}/drain", {}, 60))
 
     def wait_until_drained(
@@ -313,10 +317,10 @@ class RegistryClient:
         on_look: Callable[[MachineState], None] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> MachineState:
-        """Look at a machine until it is ``drained``, or is not being drained any more. ``on_look`` is told each time.
+        """Wait until a machine is ``drained`` or no longer draining. ``on_look`` gets the state at each check.
 
         Raises:
-            TimeoutError: ``timeout_s`` seconds have passed; the draining goes on.
+            TimeoutError: ``timeout_s`` seconds have passed; the draining continues.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -330,11 +334,11 @@ class RegistryClient:
             sleep(LOOK_S)
 
     def machines(self) -> list[MachineState]:
-        """All machines that the registry knows, with their wrappers."""
+        """Return all known machines, with their wrappers."""
         return _read(list[MachineState], _checked(self._http.get("/machines")))
 
     def measurement(self, measurement_id: int) -> MeasurementState:
-        """A measurement with all its requests. Repeated like ``status``. Raises AnswerError (404: there is none)."""
+        """Return a measurement with all its requests. Retried like ``status``. Raises AnswerError (404: unknown)."""
         path, requests, after = f"/measurements/{measurement_id}", list[RequestState](), 0
         while True:
             page = _read(MeasurementState, self._insist("GET", path, {"after": after}, 60))
@@ -344,7 +348,7 @@ class RegistryClient:
             after = page.next
 
     def health(self) -> HealthState:
-        """How the registry is, also where it can serve nobody at the moment."""
+        """Return the registry's health, even if it can't serve requests at the moment."""
         response = self._http.get("/healthz")
         try:
             return _read(HealthState, response)
@@ -352,16 +356,16 @@ class RegistryClient:
             return _read(HealthState, _checked(response))
 
     def report(self, measurement_id: int) -> MeasurementReport:
-        """What a measurement cost, by LLM; for its windows see ``windows``. Raises AnswerError, httpx.HTTPError."""
+        """Return a measurement's energy and carbon by LLM, without windows. Raises AnswerError, httpx.HTTPError."""
         path = f"/measurements/{measurement_id}/report"
         return _read(MeasurementReport, _checked(self._http.get(path)))
 
     def windows(
         self, measurement_id: int, *, request_id: str | None = None, detail: bool = False
     ) -> Iterator[WindowReport]:
-        """Yield the final energy windows of a measurement, or of one of its leases, that are written down by now.
+        """Yield the final energy windows so far of a measurement, or of one of its leases.
 
-        With ``detail`` each has its whole record. Repeated like ``status``. Raises AnswerError (404: there is no such
+        With ``detail``, each has its complete record. Retried like ``status``. Raises AnswerError (404: unknown
         measurement), httpx.HTTPError.
         """
         params: dict[str, float | str] = {"limit": MAX_WINDOWS}
@@ -377,7 +381,7 @@ class RegistryClient:
             params["after"] = page.next
 
     def get(self, path: str) -> Any:
-        """The JSON of one of the information pages: /healthz, /machines, /llms, /measurements/{id}."""
+        """Return the JSON of an information page: /healthz, /machines, /llms, /measurements/{id}."""
         return _checked(self._http.get(path)).json()
 
 
@@ -390,7 +394,7 @@ def _machine_path(machine_id: str) -> str:
 
 
 def _read(kind: type[T], response: httpx.Response) -> T:
-    """The body of an answer. Raises AnswerError when it is not what a registry answers."""
+    """Return the body of an answer. Raises AnswerError if it is not a registry's answer."""
     try:
         return TypeAdapter(kind).validate_json(response.content)
     except ValueError:
@@ -399,12 +403,12 @@ def _read(kind: type[T], response: httpx.Response) -> T:
 
 
 def _is_passing(error: Exception) -> bool:
-    """A refused connection passes, as the registry or its proxy is being restarted; of an answer it says so itself."""
+    """Whether a retry may help: the connection failed (the registry or proxy restarts), or the answer says so."""
     return isinstance(error, httpx.TransportError) or (isinstance(error, AnswerError) and error.passing)
 
 
 def _may_ask_again(error: Exception) -> bool:
-    """As ``_is_passing``; but who got no answer in all the time there was would wait as long again."""
+    """Like ``_is_passing``, except for read timeouts: a retry would only wait as long again."""
     return _is_passing(error) and not isinstance(error, httpx.ReadTimeout)
 
 
@@ -415,7 +419,7 @@ def _checked(response: httpx.Response) -> httpx.Response:
         answer = ErrorAnswer.model_validate_json(response.content)
     except ValueError:
         text = response.text.strip().partition("\n")[0][:200] or response.reason_phrase
-        # A proxy's, whose server is being restarted.
+        # From a proxy whose server is being restarted.
         passing = response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
         raise AnswerError(response.status_code, UNEXPECTED, text, passing) from None
     passing = answer.retryable and response.status_code in _PASSING

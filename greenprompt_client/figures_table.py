@@ -1,4 +1,4 @@
-"""The figures of LLMs as tables, the same for `greenprompt measure` and `greenprompt report`."""
+"""The figures of LLMs as tables, for both `greenprompt measure` and `greenprompt report`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from greenprompt_client.notation import UNKNOWN, bounded_text, estimate_text, fi
 from registry.accounting.figures import Figure, MachineFigures
 
 Row = tuple[str, MachineFigures]
-"""The name of an LLM, with its machine where it has several, and its figures."""
+"""The name of an LLM (with its machine, if it has several) and its figures."""
 
 READING = (
     "A figure is the sum over all prompts divided by the sum of their units, with its 95 % interval below it. "
@@ -36,7 +36,7 @@ def rows_of(llms: Sequence[tuple[str, Sequence[MachineFigures]]]) -> list[Row]:
 
 
 def prompts_table(rows: Sequence[Row]) -> Table:
-    """Return what prompts cost: per unit (and the mean of the prompts' own), per output token and per prompt."""
+    """Return the table of prompts: carbon per unit (overall and mean), joules per output token and per prompt."""
     scale, unit = _scale([figures.gco2eq_per_unit for _, figures in rows])
     columns = ("with idle time", "mean of prompts", "J per output token", "J per prompt", "seconds", "label")
     table = _table("LLM", "prompts", unit, *columns)
@@ -58,7 +58,7 @@ def prompts_table(rows: Sequence[Row]) -> Table:
 
 
 def batch_table(rows: Sequence[Row]) -> Table | None:
-    """Return what the counted stretches of leases cost, without shares; None if no lease has one."""
+    """Return the table of leases' counted stretches, without shares of prompts; None if no lease has one."""
     batches = [(name, figures.batch) for name, figures in rows if figures.batch is not None]
     if not batches:
         return None
@@ -79,7 +79,7 @@ def batch_table(rows: Sequence[Row]) -> Table | None:
 
 
 def parts(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield of each score what its energy and its embodied carbon are, with the bounds of each."""
+    """Yield for each score its energy part and its embodied carbon part, with their bounds."""
     scale, _ = _scale([figures.gco2eq_per_unit for _, figures in rows])
     for name, figures in rows:
         if figures.gco2eq_per_unit.value is not None:
@@ -90,7 +90,7 @@ def parts(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def problems(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield what has to be known of the figures besides: what is left out and why there is no interval."""
+    """Yield what else is needed to read the figures: what is left out, and why an interval is missing."""
     for name, figures in rows:
         if not figures.prompts:
             yield f"{name}: no prompt has a final window."
@@ -123,18 +123,18 @@ def problems(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def label_words(label: str) -> str:
-    """Return a label in words."""
+    """Return a label as words."""
     return _WORDS.get(label, label)
 
 
 def short_name(llm: str) -> str:
-    """Return a path by its end, an id of the hub in full."""
+    """Return the last two parts of a path, or a hub id unchanged."""
     path = Path(llm)
     return f"{path.parent.name}/{path.name}" if path.is_absolute() else llm
 
 
 def _scale(scores: Sequence[Figure]) -> tuple[float, str]:
-    """Return the part of a gram in which the largest score needs no exponent, and the unit's name."""
+    """Return a fraction of a gram in which the largest score needs no exponent, and the unit's name."""
     largest = max((score.value for score in scores if score.value), default=1.0)
     scale, prefix = next(((s, prefix) for s, prefix in _PREFIXES if largest >= s), _PREFIXES[-1])
     units = {score.unit for score in scores}
@@ -148,7 +148,7 @@ def _cell(found: Figure, scale: float = 1.0) -> Text:
 
 
 def _batch_cell(found: Figure, scale: float = 1.0) -> Text:
-    """A value with its bounds and, over enough leases, the interval."""
+    """Return a value with its bounds and, if there are enough leases, its interval."""
     lines = bounded_text(found, scale).replace(" (", "\nwithin ").removesuffix(")")
     if found.low is not None and found.high is not None:
         lines += "\n95 %: " + estimate_text(found, scale).partition(" (")[2].removesuffix(")")

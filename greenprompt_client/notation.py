@@ -1,7 +1,7 @@
-"""Figures as people see them: a ``~`` before what is not measured, a dash for what is not known.
+"""Formats figures for people: ``~`` marks values that are not measured, a dash unknown ones.
 
-A figure has the digits that its interval allows: half of the interval is shown to two digits, and the figure to the
-same place. A figure without an interval has three digits.
+The interval determines the digits: half of its width is shown with two digits, and the figure to the same decimal
+place. A figure without an interval has three digits.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from math import ceil, floor, log10
 from registry.accounting.figures import Figure
 
 MEASURED = frozenset({"measured", "measured_sampled"})
-"""Labels of figures that hardware has measured. All others get a ``~``."""
+"""Labels of figures measured by hardware. All others get a ``~``."""
 
 UNKNOWN = "-"
 LEGEND = "~ is not measured: an estimate, or made with a published factor; ≥ is the part that is known; - is not known"
 
 
 def figure(value: float | None, label: str, *, missing: int = 0) -> str:
-    """Return a figure to three digits: ``1,230``, or ``~1.23e-05`` if it is not measured.
+    """Return a figure with three digits: ``1,230``, or ``~1.23e-05`` if it is not measured.
 
-    ``missing``: of so many parts nothing is known, so that it is the known part of a sum, ``≥ 1,230``, and no total.
-    That is a lower bound, and is rounded down.
+    ``missing``: number of unknown parts of a sum. If > 0, the figure is a lower bound, rounded down: ``≥ 1,230``.
     """
     if value is None:
         return UNKNOWN
@@ -31,12 +30,12 @@ def figure(value: float | None, label: str, *, missing: int = 0) -> str:
 
 
 def mark(label: str) -> str:
-    """Return what stands before a figure with this label."""
+    """Return the mark before a figure with this label."""
     return "" if label in MEASURED else "~"
 
 
 def number(value: float, way: Callable[[Decimal], int] = round) -> str:
-    """Return a number to three digits. ``way`` rounds, as in `rounded`."""
+    """Return a number with three digits. ``way`` is the rounding function, as in `rounded`."""
     place = floor(log10(abs(value))) - 2 if value else 0
     return _to_place(value, place, way)
 
@@ -55,10 +54,10 @@ def in_range(
 
 
 def rounded(value: float, half: float, way: Callable[[Decimal], int] = round) -> str:
-    """Return a number to the place of the second digit of ``half``, half the width of its interval.
+    """Return a number rounded to the place of the second digit of ``half``, half the width of its interval.
 
-    ``way`` rounds: bounds are rounded outwards, ``floor`` for the low and ``ceil`` for the high one, so that what is
-    printed contains what was found.
+    ``way`` is the rounding function: ``floor`` for low bounds and ``ceil`` for high ones, so that the printed range
+    contains the true one.
     """
     if not half > 0:
         return number(value, way)
@@ -66,12 +65,12 @@ def rounded(value: float, half: float, way: Callable[[Decimal], int] = round) ->
 
 
 def _to_place(value: float, place: int, way: Callable[[Decimal], int]) -> str:
-    # Of the shortest decimal of the float: 0.3 is three tenths, and not a little less.
+    # Uses the shortest decimal of the float, so that 0.3 counts as three tenths and not a little less.
     return f"{float(way(Decimal(repr(value)).scaleb(-place)) * Decimal(10) ** place):,.15g}"
 
 
 def estimate_text(found: Figure, scale: float = 1.0) -> str:
-    """Return a figure in ``scale`` with its 95 % interval; without one, with the digits that its bounds allow."""
+    """Return a figure divided by ``scale``, with its 95 % interval; without one, rounded according to its bounds."""
     value = None if found.value is None else found.value / scale
     if value is None or found.low is None or found.high is None:
         text = bounded_text(found, scale).partition(" (")[0]
@@ -81,7 +80,7 @@ def estimate_text(found: Figure, scale: float = 1.0) -> str:
 
 
 def bounded_text(found: Figure, scale: float = 1.0) -> str:
-    """Return a figure in ``scale`` with the bounds of what its counters and factors allow."""
+    """Return a figure divided by ``scale``, with the bounds from its counters and factors."""
     value, low, high = (
         None if each is None else each / scale for each in (found.value, found.bound_low, found.bound_high)
     )
@@ -89,7 +88,7 @@ def bounded_text(found: Figure, scale: float = 1.0) -> str:
 
 
 def phase_words(phase: str, progress: float | None, total_bytes: int | None) -> str:
-    """A phase, and how much of it is done: ``downloading 43% of 5.2 GB``."""
+    """Return a phase and its progress: ``downloading 43% of 5.2 GB``."""
     words = [phase]
     if progress is not None:
         words.append(f"{progress:.0%}")

@@ -1,1 +1,1 @@
-"""The engine: vLLM in processes of its own."""
+"""The engine: vLLM in separate processes."""

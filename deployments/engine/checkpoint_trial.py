@@ -1,7 +1,7 @@
-"""Tries a checkpoint's tokenizer and chat template in a process with limits, before prompts meet them.
+"""Tries a checkpoint's tokenizer and chat template in a process with limits, before they are used for prompts.
 
-Both are programs of the checkpoint's maker that run in the wrapper itself: one that never ends would take the wrapper,
-with its lease, along. What they say to a short chat does not matter here, only that they come back.
+Both contain code by the checkpoint's author that runs in the wrapper's process; code that never ends would block the
+wrapper and its lease. The trial checks only that they return, not what they return.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 WALL_S: Final = 20.0
-"""How long the trial may take, seconds; that of a large tokenizer takes one or two."""
+"""Time limit of the trial, seconds; a large tokenizer takes one or two."""
 
 IMPORT_S: Final = 120.0
-"""How much longer, where the process has to import vLLM first, seconds."""
+"""Added to the limit if the process has to import vLLM first, seconds."""
 
 CPU_S: Final = 20
-"""How much processor time it may take, seconds."""
+"""Limit of processor time, seconds."""
 
 MEMORY_BYTES: Final = 4 * 2**30
-"""How much memory it may take beyond what its process begins with."""
+"""Limit of memory beyond what the process uses at its start."""
 
 _USER: Final = {"role": "user", "content": "What does a prompt cost?"}
 _SYSTEM: Final = {"role": "system", "content": "Be brief."}
@@ -37,13 +37,13 @@ _CHATS: Final = (
     ([_USER, _ASSISTANT, _USER], None),
     ([_USER], [_TOOL]),
 )
-"""What clients send most: a template may have a branch for each, (messages, tools)."""
+"""The most common kinds of chat, as (messages, tools); a template may have a branch for each."""
 _SUFFIXES: Final = (".json", ".jinja", ".model", ".txt", ".py")
 
 log = structlog.get_logger("deployments.engine.checkpoint_trial")
 
 Run = Callable[[Callable[[], str | None]], str | None]
-"""Calls a function in a process of its own, for WALL_S at most, and returns its answer.
+"""Calls a function in a separate process, for at most WALL_S seconds, and returns its result.
 
 Raises:
     TimeoutError: It did not end in time.
@@ -56,7 +56,7 @@ class TrialFailed(Exception):
 
 
 class Tokenizer(NamedTuple):
-    """Which tokenizer an LLM has: the one in ``folder``, at ``revision``. ``own_code``: it may bring its own."""
+    """The tokenizer in ``folder``, at ``revision``. ``own_code``: it may bring its own Python code."""
 
     folder: str
     revision: str | None = None
@@ -64,7 +64,7 @@ class Tokenizer(NamedTuple):
 
 
 def tokenizer_of(model: str, revision: str | None, engine_args: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer of an LLM with these engine arguments of vLLM's; None if nothing of the checkpoint runs for it."""
+    """Return the tokenizer for these vLLM engine arguments; None if no code of the checkpoint runs for it."""
     if engine_args.get("skip_tokenizer_init") or engine_args.get("tokenizer_mode") == "mistral":
         return None
     own_code = bool(engine_args.get("trust_remote_code"))
@@ -72,7 +72,7 @@ def tokenizer_of(model: str, revision: str | None, engine_args: Mapping[str, Any
 
 
 class CheckpointTrial:
-    """Tries each tokenizer once, and again when its files have changed."""
+    """Tries each tokenizer once, and again if its files have changed."""
 
     def __init__(self) -> None:
         self._passed: set[tuple[Tokenizer, tuple[tuple[str, int], ...]]] = set()
@@ -99,7 +99,7 @@ class CheckpointTrial:
 
 
 def _stamp(folder: str) -> tuple[tuple[str, int], ...]:
-    """Name and time of change of the files that a tokenizer may be made of; empty for what is no folder."""
+    """Return name and modification time of the files that may belong to a tokenizer; empty if this is not a folder."""
     try:
         files = [file for file in Path(folder).iterdir() if file.suffix in _SUFFIXES]
         return tuple(sorted((file.name, file.stat().st_mtime_ns) for file in files))
@@ -108,7 +108,7 @@ def _stamp(folder: str) -> tuple[tuple[str, int], ...]:
 
 
 def _limit(cpu_s: int, memory_bytes: int) -> None:
-    """Let the kernel end this process, or refuse it memory, when it takes so much more than it has taken."""
+    """Limit the processor time (then the kernel kills this process) and the memory that it may use from now on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     last_s = int(used.ru_utime + used.ru_stime) + cpu_s
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
@@ -119,9 +119,10 @@ def _limit(cpu_s: int, memory_bytes: int) -> None:
 
 
 def attempt(tokenizer: Tokenizer, cpu_s: int, memory_bytes: int) -> str | None:
-    """In the process with limits: load the tokenizer, write chats with its template, and split them into tokens.
+    """Load the tokenizer, render chats with its template and tokenize them; runs in the process with limits.
 
-    Returns None if all of it ends, also with an error of its own: vLLM, or the first prompt, will tell that better.
+    Returns:
+        None if all of it ends, even with an exception: vLLM or the first prompt reports that better. Else the problem.
     """
     from vllm.tokenizers import get_tokenizer
 
@@ -139,7 +140,7 @@ def attempt(tokenizer: Tokenizer, cpu_s: int, memory_bytes: int) -> str | None:
 
 
 def _write(tokenizer: Any, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None) -> None:
-    """Write one chat, and split it into tokens. A template that refuses it may take others. Raises MemoryError."""
+    """Render one chat and tokenize it. A template may reject one kind of chat and accept others. Raises MemoryError."""
     try:
         tokenizer.encode(
             tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)

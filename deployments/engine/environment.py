@@ -1,4 +1,4 @@
-"""The surroundings of a wrapper's engines: variables, a directory for what is short-lived, phases and last words."""
+"""The environment of a wrapper's engines: variables, a temporary directory, phases, log and errors."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ _PREFIX = "gp-engine-"
 _LOCK, _SHARED_MEMORY = "owner.lock", "shared_memory"
 _LAST_LINES = 8
 _LINE_CHARS = 300
-_RECORD, _FIELD = "\x1e", "\x1f"  # what no error message holds
+_RECORD, _FIELD = "\x1e", "\x1f"  # characters that no error message contains
 _TRACEBACK = "Traceback (most recent call last):"
 _TOLD_BY_TYPE = ("ValueError", "RuntimeError", "Exception", "OSError", "ValidationError")
 
 
 class Phase(StrEnum):
-    """How far the start of an LLM is. A cold start can't tell when its engine warms up, or compiles: LOADING there."""
+    """The phases of an LLM's start. A cold start does not announce warm-up or compilation: it stays in LOADING."""
 
     IMPORTING = "importing"  # vLLM itself, once per wrapper
     CONFIGURING = "configuring"  # the LLM's configuration and tokenizer
-    WAKING = "waking"  # in place of those before and after, if it slept
+    WAKING = "waking"  # replaces the phases before and after it if the LLM slept
     LOADING = "loading"  # its weights
     WARMING_UP = "warming_up"  # KV cache, first run, first answer
-    COMPILING = "compiling"  # amid the warming up, once for each part that has to be
+    COMPILING = "compiling"  # within the warm-up, once for each part that must be compiled
     READY = "ready"
 
 
 class PhaseClock:
-    """Tells phases as they begin, and how long each took. Lives in the event loop."""
+    """Reports each phase when it begins and measures how long it takes. Lives in the event loop."""
 
     def __init__(self, on_phase: Callable[[Phase], object]) -> None:
-        """``took_s`` holds the seconds of each phase that is over."""
+        """``took_s`` holds the seconds of each completed phase."""
         self.phase: Phase | None = None
         self.took_s: dict[str, float] = {}
         self._on_phase = on_phase
         self._since_s = 0.0
 
     def enter(self, phase: Phase) -> None:
-        """A phase begins, and the one before ends. Again: no difference."""
+        """End the current phase and begin this one. Idempotent."""
         if phase is self.phase:
             return
         now_s = time.monotonic()
@@ -60,7 +60,7 @@ class PhaseClock:
         self._on_phase(phase)
 
     def enter_threadsafe(self) -> Callable[[Phase], object]:
-        """``enter`` for another thread."""
+        """Return ``enter`` for use in another thread."""
         loop = asyncio.get_running_loop()
         return lambda phase: loop.call_soon_threadsafe(self.enter, phase)
 
@@ -76,21 +76,21 @@ class PhaseClock:
 
 
 class EngineEnvironment:
-    """What every engine of a wrapper finds around it; all of it is gone after ``close``, except the caches.
+    """The environment that all engines of a wrapper share; ``close`` removes all of it except the caches.
 
-    ``directory`` holds sockets and short-lived files. It is locked as long as its owner lives, so that a later owner
-    can remove what a killed one left behind.
+    ``directory`` holds sockets and temporary files. Its owner keeps it locked, so that a later owner can recognise and
+    remove the directory of a killed one.
     """
 
     def __init__(
         self, cache_dir: Path, *, cpu_threads: int | None, preload: Sequence[str] = (), without: Sequence[str] = ()
     ) -> None:
-        """Make the directory and set the variables in this process, from which the engines inherit them.
+        """Create the directory and set the variables in this process; the engines inherit them.
 
         Args:
-            cache_dir: Directory for compiled kernels and the like, which stays.
-            cpu_threads: Threads of an engine that computes on the CPU; None for one that does not.
-            preload: Modules for the forkserver to import besides those that every engine needs.
+            cache_dir: Directory for compiled kernels and similar caches, which is kept.
+            cpu_threads: Threads of an engine that computes on the CPU; None for one on GPUs.
+            preload: Modules for the forkserver to import in addition to those that every engine needs.
             without: Variables that must not be set.
         """
         remove_orphans()
@@ -118,10 +118,10 @@ class EngineEnvironment:
             PHASE_FILE: str(self._phases),
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
-            # An engine lives on one machine: nothing of it has to be reachable from outside.
+            # All processes of an engine run on one machine, so none needs to be reachable from outside.
             "VLLM_HOST_IP": "127.0.0.1",
         }
-        # An operator's own choice stands.
+        # Values set by the operator are kept.
         defaults = {
             "GLOO_SOCKET_IFNAME": "lo",
             "NCCL_SOCKET_IFNAME": "lo",
@@ -136,7 +136,7 @@ class EngineEnvironment:
         return chosen | {name: value for name, value in defaults.items() if name not in os.environ}
 
     def _logging(self) -> Mapping[str, object]:
-        """The operator's logging configuration for vLLM, or a plain one, and files for last words and lines."""
+        """Return the operator's logging configuration for vLLM, or a default, plus files for errors and log lines."""
         own = os.environ.get("VLLM_LOGGING_CONFIG_PATH")
         level = os.environ.get("VLLM_LOGGING_LEVEL", "INFO")
         config: dict[str, dict[str, object]] = (
@@ -170,9 +170,9 @@ class EngineEnvironment:
         return {"version": 1, "disable_existing_loggers": False} | config
 
     def begin_start(self, *, alone: bool = True) -> None:
-        """Forget phases and words of the engine before, and remove what it left behind if it was killed.
+        """Clear the phases and logs of the previous engine, and remove the files that it left if it was killed.
 
-        Where another engine lives (not ``alone``) nothing is removed: it can't be told whose it is.
+        If another engine exists (not ``alone``), no file is removed, because its owner can't be determined.
         """
         if alone:
             _remove_shared_memory(self.directory)
@@ -183,29 +183,29 @@ class EngineEnvironment:
         self._log.write_text("", encoding="utf-8")
 
     def remember_shared_memory(self, files: Iterable[Path]) -> None:
-        """These belong to the engine: whoever outlives it removes them if it can't do so itself."""
+        """Record the engine's shared memory files, to be removed later if it can't remove them itself."""
         with (self.directory / _SHARED_MEMORY).open("a", encoding="utf-8") as list_:
             list_.writelines(f"{file}\n" for file in files)
 
     def remove_shared_memory(self) -> None:
-        """Remove what an engine that was killed could not remove itself. None of its processes runs any more."""
+        """Remove the files that a killed engine could not remove. None of its processes may run any more."""
         _remove_shared_memory(self.directory)
 
     def phases(self) -> Sequence[Phase]:
-        """What the engine's processes have announced so far, in order."""
+        """Return the phases that the engine's processes have announced so far, in order."""
         return [Phase(word) for word in self._phases.read_text(encoding="utf-8").split()]
 
     def last_words(self) -> str | None:
-        """The error that ended the engine, as it was raised where it happened; None when it left no words."""
+        """Return the error that ended the engine, as it was raised at its origin; None if none was logged."""
         return root_cause(self._errors.read_text(encoding="utf-8", errors="replace"))
 
     def last_lines(self) -> str:
-        """The end of the engine's log, for an engine that left no words; empty when there is none."""
+        """Return the last lines of the engine's log, for an engine that logged no error; empty if there are none."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(line[:_LINE_CHARS] for line in lines[-_LAST_LINES:])
 
     def close(self) -> None:
-        """Remove the directory and put the variables back."""
+        """Remove the directory and restore the variables."""
         _set(self._before)
         _remove_shared_memory(self.directory)
         shutil.rmtree(self.directory)
@@ -213,13 +213,13 @@ class EngineEnvironment:
 
 
 def root_cause(errors: str) -> str | None:
-    """The first cause among logged errors: vLLM's later ones only say that an earlier process failed.
+    """Return the first cause among logged errors; vLLM's later errors only say that an earlier process failed.
 
     Args:
-        errors: Records as ``EngineEnvironment`` has them written: separator, message, separator, traceback.
+        errors: Records in ``EngineEnvironment``'s format: separator, message, separator, traceback.
 
     Returns:
-        The message of the exception, with its type where that tells something; None when there is no traceback.
+        The message of the exception, with its type if that is informative; None if there is no traceback.
     """
     causes = []
     for record in errors.split(_RECORD)[1:]:
@@ -232,7 +232,7 @@ def root_cause(errors: str) -> str | None:
 
 
 def _exception_text(traceback: str) -> str:
-    """What stands behind the last frame of a traceback."""
+    """Return the text after the last frame of a traceback."""
     lines = traceback.rstrip().splitlines()
     last_frame = max(index for index, line in enumerate(lines) if line.startswith("  File ") or _TRACEBACK in line)
     words = [line for line in lines[last_frame + 1 :] if not line.startswith("    ")]
@@ -251,7 +251,10 @@ def _set(variables: Mapping[str, str | None]) -> None:
 
 
 def _base() -> Path:
-    """Where temporary files go, if that is short: the path of a Unix socket has 107 characters, of which we need 58."""
+    """Return the usual temporary folder if its path is short, else /tmp.
+
+    A Unix socket's path has at most 107 characters, of which we need 58.
+    """
     usual = Path(tempfile.gettempdir())
     return usual if len(os.fsencode(usual)) < 49 else Path("/tmp")  # noqa: S108 - what is made there has a random name
 
@@ -266,11 +269,11 @@ def _remove_shared_memory(directory: Path) -> None:
 
 @contextmanager
 def log_handlers_kept() -> Iterator[None]:
-    """Handlers that pass on to others go on doing so, whatever a library does about logging meanwhile.
+    """Restore the targets of all ``MemoryHandler`` objects after a library has reconfigured logging.
 
-    ``logging.config.dictConfig``, which vLLM calls before it makes an engine, closes every handler of the process.
-    Those of Serve's replicas (``MemoryHandler``) lose their file by that, and a controller of Serve's that comes back
-    takes a replica which can't name its log file for a broken one, and ends it.
+    vLLM calls ``logging.config.dictConfig`` before it creates an engine, and that closes every handler of the process.
+    The handlers of Serve replicas then lose their file. A restarted Serve controller takes a replica that can't name
+    its log file for broken and ends it.
     """
     known = logging.root.manager.loggerDict.values()
     loggers = [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]
@@ -290,7 +293,7 @@ def remove_shared_memory(base: Path) -> None:
 
 
 def remove_orphans() -> None:
-    """Remove what owners that were killed left behind: nobody holds their lock any more."""
+    """Remove the directories of killed owners; their locks are free."""
     for directory in _base().glob(f"{_PREFIX}*"):
         try:
             with (directory / _LOCK).open("r+") as lock:
@@ -298,4 +301,4 @@ def remove_orphans() -> None:
                 _remove_shared_memory(directory)
                 shutil.rmtree(directory)
         except (FileNotFoundError, NotADirectoryError, PermissionError, BlockingIOError):
-            continue  # being made, not ours, or in use
+            continue  # being created, owned by another user, or in use

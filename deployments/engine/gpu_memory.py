@@ -1,4 +1,4 @@
-"""Whether GPUs have their memory back after an LLM was stopped, by NVML's account of all that is in use on them."""
+"""Checks that GPU memory is free again after an LLM was stopped, by NVML's count of all memory in use on each GPU."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from collections.abc import Mapping
 from deployments.energy.counters.probe import ReadFailed, gpu_memory
 
 TOLERANCE_BYTES = 256 * 2**20
-"""What a driver's own use goes up and down by; the smallest engine takes more for its CUDA context alone."""
+"""Largest excess that is ignored: more than a driver's own use varies, less than any engine's CUDA context."""
 _POLL_S = 0.1
 
 _log = logging.getLogger(__name__)
 
 
 class GPUMemory:
-    """The base line of this process' GPUs (CUDA_VISIBLE_DEVICES): the least that was in use while no engine ran.
+    """Baseline of this process's GPUs (CUDA_VISIBLE_DEVICES): the least memory in use while no engine ran.
 
-    Others' use counts, since the driver can't tell whose it is in a container. Where NVML can't say, nothing is known,
-    and nothing is found fault with. Without GPUs it does nothing.
+    Includes memory of other processes, because in a container the driver can't tell whose it is. If NVML can't be read,
+    nothing is reported. Without GPUs this does nothing.
     """
 
     def __init__(self, gpus: int) -> None:
-        """Read nothing yet; ``gpus``: how many there are."""
+        """Read nothing yet; ``gpus``: the number of GPUs."""
         self._gpus = gpus
         self._base_bytes: dict[str, int] = {}
 
     @property
     def known(self) -> bool:
-        """Whether there is a base line of every GPU."""
+        """Whether every GPU has a baseline."""
         return len(self._base_bytes) == self._gpus
 
     def note(self) -> None:
-        """No engine runs now, and one is about to start: what is in use is no engine's."""
+        """Lower the baseline to the memory in use now. Call this before an engine starts, while none runs."""
         for uuid, (used, _) in self._memory().items():
             self._base_bytes[uuid] = min(used, self._base_bytes.get(uuid, used))
 
     async def excess(self, timeout_s: float, kept_bytes: int = 0) -> Mapping[str, int]:
-        """Wait until the base line is reached, for at most ``timeout_s`` seconds ≥ 0.
+        """Wait up to ``timeout_s`` seconds ≥ 0 until memory use is back at the baseline.
 
-        ``kept_bytes`` is what LLMs that sleep may keep of each GPU.
+        ``kept_bytes`` is the memory that sleeping LLMs may keep on each GPU.
 
         Returns:
-            By UUID, the bytes that a GPU still holds beyond that, where they exceed TOLERANCE_BYTES.
+            By UUID, the bytes in use beyond baseline and ``kept_bytes``, for GPUs where these exceed TOLERANCE_BYTES.
         """
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
@@ -60,11 +60,11 @@ class GPUMemory:
             await asyncio.sleep(_POLL_S)
 
     def lack(self, share: float, kept_bytes: int = 0) -> bool:
-        """Whether less than this share (0 to 1) of some GPU is free, ``kept_bytes`` of each counted as free."""
+        """Whether on any GPU less than this share (0 to 1) is free; ``kept_bytes`` of each count as free."""
         return any(total - used + kept_bytes < share * total for used, total in self._memory().values())
 
     def _memory(self) -> Mapping[str, tuple[int, int]]:
-        """Bytes in use, and all there are, by UUID; nothing when that can't be told of all of them."""
+        """Return bytes in use and total bytes by UUID; empty if any GPU can't be read."""
         if not self._gpus:
             return {}
         try:

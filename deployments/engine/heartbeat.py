@@ -1,14 +1,14 @@
-"""Whether an engine still moves. It may hang or be stopped without any of its processes ending. Knows no vLLM.
+"""Detects an engine that hangs or is stopped although all its processes exist. Does not depend on vLLM.
 
-An engine answers questions between two steps of its loop. So it is asked one every few seconds, off the path of the
-prompts: an answer means that the loop turns. Three things are no life:
+An engine answers calls between two steps of its loop. Every few seconds it gets a call that is independent of prompts;
+an answer shows that the loop runs. An engine counts as hung when:
 
-1. a process of it is stopped (SIGSTOP);
-2. it does not answer: for ``stall_s``, since a step may take long, or for 6 s where no step can be the reason;
-3. it answers, but no token comes for ``stall_s``, while it has prompts and none of them is so long that it is still
-   being read: then each step of reading may take that long.
+1. one of its processes is stopped (SIGSTOP);
+2. it has not answered for ``stall_s``, since a step may take long, or for 6 s if it has no work;
+3. it answers, but no prompt in flight has got a token for ``stall_s``; while prompts are still in prefill, for
+   ``stall_s`` times the steps that the longest prefill takes.
 
-Only time in which the own event loop ran is counted, so that nobody else's pause is taken for the engine's.
+Only time in which our own event loop ran is counted, so that a pause of this process does not count against the engine.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import psutil
 from deployments.machine import process_tree
 
 BEAT_S = 2.0
-"""How often an engine is looked at, seconds; twice as often as ``stall_s`` where that is shorter."""
+"""Seconds between two checks of an engine; ``stall_s / 2`` if that is shorter."""
 _BEATS_STOPPED = 2
 _BEATS_IDLE = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What an engine has been given.
+    """The current work of an engine.
 
-    ``calls`` grows with everything that is asked of it. ``tokens``: how many each prompt in flight has got, by its id.
-    ``steps``: how many steps reading the longest of those takes that have got none yet; 0 when all have.
+    ``calls``: a counter of all calls to it. ``tokens``: for each prompt in flight its id and its number of generated
+    tokens. ``steps``: steps that the longest pending prefill takes; 0 if none is pending.
     """
 
     calls: int
@@ -41,7 +41,7 @@ class Work:
 
 
 class Heartbeat:
-    """Watches one engine. ``ask`` returns when it has answered, and raises if it can't any more."""
+    """Watches one engine. ``ask`` returns when the engine has answered, and raises if it no longer can."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Heartbeat:
         self._beat_s = min(BEAT_S, stall_s / 2)
 
     async def until_hung(self) -> str:
-        """Return, as soon as the engine counts as hung, why it does. Cancel this to end watching."""
+        """Return the reason as soon as the engine counts as hung. Cancel this to end watching."""
         question: asyncio.Future[object] | None = None
         try:
             asked, idle = self._work(), True
@@ -69,8 +69,8 @@ class Heartbeat:
             while True:
                 work = self._work()
                 if question is None or question.done():
-                    # Whatever came before the question that was answered is over: only what came later can delay the
-                    # next answer, and so can what was in flight, also if it has been given up since.
+                    # Work that ended before the answered call can't delay the next answer. Later work can, and so can
+                    # work that was in flight at that call, even if it has been aborted since.
                     idle = not asked.tokens and work.calls == asked.calls
                     asked, silent_s = work, 0.0
                     question = asyncio.ensure_future(self._ask())

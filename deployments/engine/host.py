@@ -1,6 +1,6 @@
-"""vLLM inside a wrapper: start an LLM, serve it as an ASGI app, notice its death, stop it without a trace.
+"""Runs vLLM inside a wrapper: starts an LLM, serves it as an ASGI app, detects its death, stops it completely.
 
-The only file that knows vLLM's serving API; what it needs of vLLM's internals for a fast start is in ``warm_start``.
+The only file that uses vLLM's serving API; the changes to vLLM's internals for a fast start are in ``engine.warm``.
 Works in any asyncio program on Linux, with or without Ray.
 """
 
@@ -90,22 +90,22 @@ _ELSEWHERE_OR_LATER = re.compile(
     re.IGNORECASE,
 )
 _WARM_UP_ID = "warm-up"
-_OF_THE_API = ("tool_call_parser",)  # deployment arguments that are not the engine's
-_STOP_TIMEOUT_S = 5.0  # for vLLM's own way of stopping; what is left then is killed
-_GONE_TIMEOUT_S = 10.0  # for the kernel to take a killed process away, and for a GPU to have its memory back
+_OF_THE_API = ("tool_call_parser",)  # arguments for vLLM's API, not for its engine
+_STOP_TIMEOUT_S = 5.0  # for vLLM's own shutdown; remaining processes are then killed
+_GONE_TIMEOUT_S = 10.0  # for the kernel to remove a killed process, and for a GPU's memory to be freed
 FORGET_TIMEOUT_S: Final = 5.0
-"""How long a hand-over waits for the engine to be at rest, so that its caches can be emptied, seconds."""
+"""How long a hand-over waits for the engine to finish its work, so that its caches can be emptied, seconds."""
 _FORGET_POLL_S = 0.02
 _STALL_GPU_S, _STALL_CPU_S = 60.0, 300.0  # a step of a large LLM takes minutes on a CPU; vLLM's own limit is 300 s
 
 
 @dataclass(frozen=True, slots=True)
 class StopReport:
-    """What became of an engine's processes.
+    """The result of stopping an engine.
 
-    ``killed``: pids that vLLM did not end. ``leftover``: pids that live on although they were killed; their memory is
-    not back. ``gpu_excess_bytes``: what GPUs, by UUID, hold beyond what they held before the first start; without those
-    of which it is not known. ``took_s``: seconds.
+    ``killed``: pids that had to be killed. ``leftover``: pids that still live after the kill, so their memory is not
+    free. ``gpu_excess_bytes``: by GPU UUID, the bytes in use beyond those in use before the first start; GPUs whose use
+    is unknown are missing. ``took_s``: seconds.
     """
 
     killed: tuple[int, ...] = ()
@@ -115,7 +115,7 @@ class StopReport:
 
     @property
     def problem(self) -> str | None:
-        """What is not as it was before, in words; None when everything is."""
+        """What was not cleaned up, as text; None if everything was."""
         problems = [f"{uuid} holds {excess / 2**20:.0f} MiB too much" for uuid, excess in self.gpu_excess_bytes.items()]
         if self.leftover:
             problems.insert(0, f"engine processes {', '.join(map(str, self.leftover))} can't be ended")
@@ -123,23 +123,23 @@ class StopReport:
 
 
 def public_path(method: str, path: str) -> bool:
-    """Whether the holder of a lease may call this on the LLM's app. Everything else there is the operator's."""
+    """Whether the holder of a lease may call this path of the LLM's app. All others are for operators only."""
     return (method.upper(), path) in _PUBLIC
 
 
 class RunningLLM:
-    """An LLM that answers. Made by ``EngineHost.start``; useless after ``EngineHost.stop``.
+    """An LLM that answers prompts. Made by ``EngineHost.start``; unusable after ``EngineHost.stop``.
 
-    ``asgi`` is vLLM's own OpenAI app (check ``public_path`` first). ``phases`` holds the seconds that each phase of
-    the start took, or of the wake if it slept; ``started_s`` is their sum. ``pids`` are all its processes. ``died`` is
-    set as soon as one of them ends by itself, or the engine counts as hung; then ``death_reason`` says why, and
-    ``out_of_memory`` whether the kernel has ended it since memory had run out.
-    ``engine_args`` are vLLM's arguments that it was started with, but for those that say which model; all others are
-    vLLM's defaults. ``weights`` are its weights as files, None if they are not known.
+    ``asgi`` is vLLM's own OpenAI app (check ``public_path`` first). ``phases`` holds the seconds of each phase of the
+    start, or of the wake-up if it slept; ``started_s`` is their sum. ``pids`` are all its processes.
+    ``died`` is set when one of them ends unexpectedly or the engine counts as hung; ``death_reason`` then gives the
+    reason, and ``out_of_memory`` is True if the kernel killed a process because main memory ran out.
+    ``engine_args`` are the arguments that vLLM was started with, except those that name the model; all others have
+    vLLM's defaults. ``weights`` are its weight files, None if unknown.
     """
 
     def __init__(self, engine: AsyncLLM, asgi: ASGIApp, order: _Order, processes: Iterable[psutil.Process]) -> None:
-        """For ``EngineHost``."""
+        """Internal: called by ``EngineHost``."""
         self.engine = engine
         self.app = asgi
         self._calls = 0
@@ -160,7 +160,7 @@ class RunningLLM:
 
     @property
     def started_s(self) -> float:
-        """Seconds that the start took, or the wake."""
+        """How long the start or the wake-up took, seconds."""
         return sum(self.phases.values())
 
     @property
@@ -174,23 +174,23 @@ class RunningLLM:
         receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
         send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
     ) -> None:
-        """One request to vLLM's app."""
+        """Pass one request to vLLM's app."""
         self._calls += 1
         await self.app(scope, receive, send)
 
     @property
     def failed(self) -> bool:
-        """Whether vLLM itself knows that the engine is dead; ``died`` is set at about the same time."""
+        """Whether vLLM itself reports the engine as dead; ``died`` is set at about the same time."""
         return self.died.is_set() or self.engine.errored
 
     @property
     def unfinished(self) -> int:
-        """Prompts that the engine has not finished: those that wait in it, too."""
+        """Number of prompts that the engine has not finished, including those in its queue."""
         count: int = self.engine.get_num_unfinished_requests()
         return count
 
     def work(self) -> Work:
-        """What it has been given to do, and how far that is."""
+        """Return the engine's current work and its progress."""
         prompts = self.engine.output_processor.request_states.values()
         unread = max((prompt.prompt_len for prompt in prompts if prompt.is_prefilling), default=0)
         return Work(
@@ -203,10 +203,10 @@ class RunningLLM:
         )
 
     async def healthy(self, timeout_s: float = 30.0) -> None:
-        """Return when the engine has answered.
+        """Return once the engine has answered.
 
         Raises:
-            EngineNotReady: It is dead, or has not answered for ``timeout_s`` seconds > 0.
+            EngineNotReady: It is dead, or has not answered within ``timeout_s`` seconds > 0.
         """
         if self.died.is_set():
             raise EngineNotReady(self.death_reason or "it died")
@@ -218,12 +218,12 @@ class RunningLLM:
             raise EngineNotReady(f"it failed: {_text_of(problem)}") from problem
 
     async def abort_all(self) -> None:
-        """End every generation in flight; their callers get what there is, with finish_reason "abort"."""
+        """Abort every generation in flight; each returns its tokens so far with finish_reason "abort"."""
         self._calls += 1
         await _abort_all(self.engine)
 
     async def warm_up(self) -> None:
-        """Have it answer once, with one token or one embedding, as its first client would.
+        """Process one prompt, as for a first client: generate one token or compute one embedding.
 
         Raises whatever vLLM fails with.
         """
@@ -245,12 +245,12 @@ class RunningLLM:
             pass
 
     async def forget_prompts(self) -> bool:
-        """Empty the caches that one lease would leave to the next: of prefixes, and of images and sounds.
+        """Empty the caches that one lease would leave to the next: prefixes, images and audio.
 
-        Waits until the engine has nothing in flight, since it forgets nothing before.
+        Waits until the engine has nothing in flight, because vLLM can't empty its prefix cache while a request runs.
 
         Returns:
-            False if prompts of before may still be cached: the engine was not at rest within FORGET_TIMEOUT_S.
+            False if earlier prompts may still be cached: the engine was still busy after FORGET_TIMEOUT_S.
 
         Raises whatever vLLM fails with.
         """
@@ -268,10 +268,10 @@ class RunningLLM:
 
 
 class EngineHost:
-    """Runs one LLM at a time, in processes of its own; others may sleep. One per process; use it from one event loop.
+    """Runs one LLM at a time in separate processes; others may be asleep. One per process; use it from one event loop.
 
-    ``warm`` says whether engines are forked from a warm forkserver; if not, ``cold_reason`` says why, and a start
-    takes as long as "vllm serve".
+    ``warm`` says whether engines are forked from a warm forkserver; if not, ``cold_reason`` says why, and a start takes
+    as long as "vllm serve".
     """
 
     def __init__(
@@ -285,18 +285,18 @@ class EngineHost:
         stall_s: float | None = None,
         sleep_host_gib: float = 0.0,
     ) -> None:
-        """Do nothing yet; ``prepare`` does.
+        """Create the host without starting anything; ``prepare`` does that.
 
         Args:
-            gpus: How many GPUs an LLM is spread over, ≥ 0; which ones, CUDA_VISIBLE_DEVICES says. 0: the CPU.
-            cache_dir: Directory for compiled kernels and the like, which outlives the host.
-            kv_cache_gib: Size of the KV cache on the CPU in GiB; None leaves it to vLLM. Without effect on GPUs.
-            cpu_threads: Threads of an engine on the CPU; None: one fewer than there are cores. Without effect on GPUs.
-            preload: Modules to import ahead, beside those that every engine needs: the usual LLMs' own. One that can't
-                be imported is passed over, with a warning.
-            stall_s: Seconds > 0 that a step of an engine may take before it counts as hung; None: 60 with GPUs, 300
-                without, where a step of a large LLM takes that long.
-            sleep_host_gib: GiB ≥ 0 of host memory for LLMs that sleep; 0: none does. Without effect on the CPU, where
+            gpus: Number of GPUs that an LLM is spread over, ≥ 0; CUDA_VISIBLE_DEVICES selects them. 0: use the CPU.
+            cache_dir: Directory for compiled kernels and similar caches; it is kept after the host is closed.
+            kv_cache_gib: Size of the KV cache on the CPU in GiB; None leaves it to vLLM. No effect on GPUs.
+            cpu_threads: Threads of an engine on the CPU; None: number of cores minus one. No effect on GPUs.
+            preload: Modules to import in advance, in addition to those that every engine needs; by default those of
+                common LLMs. One that can't be imported is skipped with a warning.
+            stall_s: Seconds > 0 that one step of an engine may take before the engine counts as hung; None: 60 with
+                GPUs, 300 without, where a step of a large LLM can take that long.
+            sleep_host_gib: GiB ≥ 0 of host memory for sleeping LLMs; 0: sleep mode is off. No effect on the CPU, where
                 vLLM has no sleep mode.
         """
         self.running: RunningLLM | None = None
@@ -320,16 +320,17 @@ class EngineHost:
         self._sleep = SleepMode(int(sleep_host_gib * 2**30) if gpus else 0, self._gpu_memory, self._end_at_once)
         self._trial = CheckpointTrial()
         self._defaults: Namespace | None = None
-        # Everything of vLLM that blocks runs in this one thread, which lives as long as the host: the kernel ends
-        # processes that it starts together with it.
+        # All blocking vLLM calls run in this one thread. It lives as long as the host, because the kernel kills the
+        # processes that a thread has started when that thread ends.
         self._thread = _engine_thread()
 
     # --- getting ready -----------------------------------------------------------------------------------------
 
     async def prepare(self) -> None:
-        """Import vLLM here and in the warm forkserver, side by side: 15 to 50 seconds, once.
+        """Import vLLM here and in the warm forkserver, in parallel: 15 to 50 seconds, once.
 
-        Where a warm start is not possible the normal way is taken, with a warning. Cancelling this does not stop it.
+        If a warm start is not possible, a warning is logged, and engines start cold. Cancelling this call does not stop
+        the import.
 
         Raises:
             ImportError: vLLM is not installed, or can't be imported here.
@@ -346,7 +347,7 @@ class EngineHost:
             self._cache_dir,
             cpu_threads=None if self._gpus else self._cpu_threads,
             preload=self._preload,
-            # Would win over ours, and knows whole GiB only.
+            # It would override our size, and allows only whole GiB.
             without=() if self._kv_cache_gib is None else ("VLLM_CPU_KVCACHE_SPACE",),
         )
         self._forkserver = WarmForkserver(self._environment.directory)
@@ -370,22 +371,22 @@ class EngineHost:
         spawn_mortals()
 
     def _import(self) -> None:
-        """In the engine thread."""
+        """Import vLLM's serving modules; runs in the engine thread."""
         with log_handlers_kept():
             for module in _SERVING:
                 importlib.import_module(module)
             from vllm.config.logging import LoggingConfig
             from vllm.logger import configure_logging_if_needed
 
-            configure_logging_if_needed(LoggingConfig())  # here, so that no engine does it later
+            configure_logging_if_needed(LoggingConfig())  # now, so that no engine start does it later
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         self._defaults = make_arg_parser(FlexibleArgumentParser()).parse_args([])
         gc.collect()
-        gc.freeze()  # what was imported stays for good; searching it for garbage at every stop would take half a second
-        # A prompt leaves next to no garbage that has to be searched for. Python's own 700 searches what prompts in
-        # flight hold some 20 times a second, for 7 % of the process's CPU time at 32 of them.
+        gc.freeze()  # imported objects stay; scanning them in the garbage collection of each stop would take 0.5 s
+        # A prompt leaves almost no cyclic garbage. With Python's default threshold of 700, the objects of prompts in
+        # flight are scanned about 20 times a second: 7 % of this process's CPU time with 32 prompts.
         gc.set_threshold(10_000, 10, 10)
 
     def _why_cold(self) -> str | None:
@@ -410,22 +411,22 @@ class EngineHost:
         on_phase: Callable[[Phase], object] = lambda _phase: None,
         timeout_s: float = 600.0,
     ) -> RunningLLM:
-        """Start an LLM and return when it answers. Cancelling this, at any time, leaves no process behind.
+        """Start an LLM and return when it answers. If cancelled at any time, no process remains.
 
         Args:
             model: Hugging Face id, or directory.
-            served_model_name: What clients call it; None: ``model``.
+            served_model_name: The name that clients use; None: ``model``.
             revision: Branch, tag or commit; None: the default one.
-            engine_args: vLLM's own engine arguments, and ``tool_call_parser``; they win over those that follow from
+            engine_args: vLLM's own engine arguments, and ``tool_call_parser``; they override those derived from the
                 host and ``modeltyp``.
             modeltyp: The Hugging Face task (``text-generation``, ``feature-extraction`` …).
-            on_phase: Called in the event loop with each phase as it begins.
-            timeout_s: Seconds > 0 after which the start is given up.
+            on_phase: Called in the event loop when a phase begins.
+            timeout_s: Seconds > 0 after which the start is aborted.
 
         Raises:
-            EngineStartFailed: vLLM refused the LLM or failed (the reason is the first error that it met), took too
-                long, or ``stop`` was called meanwhile.
-            RuntimeError: An LLM runs or starts already, or the host is closed.
+            EngineStartFailed: vLLM rejected the LLM or failed (the reason is its first error), the start took too long,
+                or ``stop`` was called meanwhile.
+            RuntimeError: An LLM is running or starting already, or the host is closed.
         """
         if self.running is not None or self._starting is not None:
             raise RuntimeError("another LLM runs or starts; stop it first")
@@ -452,7 +453,7 @@ class EngineHost:
             self._starting = None
 
     async def _stop_late(self, starting: asyncio.Task[RunningLLM]) -> None:
-        """The LLM was ready in the very moment in which its start was given up."""
+        """Stop an LLM that became ready at the moment when its start was aborted."""
         if not starting.cancelled() and starting.exception() is None:
             await _to_the_end(self._stop())
 
@@ -477,7 +478,7 @@ class EngineHost:
                 if trial.done():
                     trial.result()
                 engine = await asyncio.shield(launching)
-                await trial  # before anything of the checkpoint runs for a prompt
+                await trial  # before code of the checkpoint runs for a prompt
                 asgi = await self._serve(engine, order)
                 llm = RunningLLM(engine, asgi, order, self._candidates() - before)
                 clock.enter(Phase.WARMING_UP)
@@ -513,7 +514,10 @@ class EngineHost:
         return llm
 
     async def _wake(self, order: _Order, clock: PhaseClock) -> RunningLLM | None:
-        """The LLM that was ordered, if it sleeps and wakes; else it has to be started, and what slept is ended."""
+        """Wake the ordered LLM and return it; None if it is not asleep or failed to wake, so that it must be started.
+
+        One that failed to wake has been killed.
+        """
         llm = next((llm for llm in self._sleep.asleep if llm.order == order), None)
         if llm is None:
             return None
@@ -533,19 +537,19 @@ class EngineHost:
         return self._ready(llm, clock)
 
     def _gpu_share(self, order: _Order) -> float:
-        """The share of each GPU's memory that vLLM wants to find free."""
+        """Return the share of each GPU's memory that vLLM requires to be free, 0 to 1."""
         share: float = order.engine_args.get("gpu_memory_utilization", self._defaults.gpu_memory_utilization)  # type: ignore[union-attr]
         return share
 
     def _with_last_lines(self, reason: str) -> str:
-        """A reason that is not the engine's own, and what the engine said last: that has to tell the rest."""
+        """Append the engine's last log lines to a reason that does not come from the engine itself."""
         assert self._environment is not None
         lines = self._environment.last_lines()
         return f"{reason}; the engine said last:\n{lines}" if lines else reason
 
     @log_handlers_kept()
     def _launch(self, order: _Order, enter: Callable[[Phase], object]) -> AsyncLLM:
-        """In the engine thread: from arguments to an engine that is loaded and warm."""
+        """Create an engine from the arguments, load its weights and warm it up; runs in the engine thread."""
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -563,11 +567,12 @@ class EngineHost:
         )
 
     def _try_checkpoint(self, order: _Order) -> None:
-        """In a thread: the tokenizer and chat template in a process of its own. Raises TrialFailed."""
+        """Try the tokenizer and chat template in a separate process. Blocks. Raises TrialFailed."""
         tokenizer = tokenizer_of(order.model, order.revision, order.engine_args)
         if tokenizer is None:
             return
-        # A fork of the forkserver has all that is needed imported; else it is, while the engine starts as slowly.
+        # A fork of the forkserver has vLLM imported. A spawned process must import it, but a cold engine start takes
+        # as long.
         context: multiprocessing.context.BaseContext
         if self._forkserver is not None:
             context, limit_s = self._forkserver.context, WALL_S
@@ -604,23 +609,23 @@ class EngineHost:
         args = Namespace(**vars(self._defaults))
         args.model, args.served_model_name = order.model, [order.name]
         args.disable_fastapi_docs = args.disable_log_stats = True
-        args.enable_prompt_tokens_details = True  # else an answer does not say how much of its prompt was cached
+        args.enable_prompt_tokens_details = True  # else answers do not say how many prompt tokens were cached
         args.tool_call_parser = order.engine_args.get("tool_call_parser")
         args.enable_auto_tool_choice = args.tool_call_parser is not None
         tasks = await engine.get_supported_tasks()
         app: Starlette = await self._in_thread(build_app, args, tasks, engine.model_config)
-        # They count HTTP requests for a /metrics that is not served here, for 3 to 6 % of this process's time.
+        # It counts HTTP requests for a /metrics endpoint that is not served here, at 3 to 6 % of this process's time.
         unused = "PrometheusInstrumentatorMiddleware"
         app.user_middleware = [one for one in app.user_middleware if getattr(one.cls, "__name__", None) != unused]
-        app.middleware_stack = None  # it was built of all of them; so it is built anew
+        app.middleware_stack = None  # built with the removed middleware; Starlette rebuilds it
         engine.generate = counted(engine.generate)
         await init_app_state(engine, app.state, args, tasks)
-        # Where vLLM would end its own server because the engine has died; here others see to that.
+        # vLLM sets this to end its own server when the engine dies; here the death watch handles that.
         app.state.server = Namespace(should_exit=False)
         return app
 
     async def _clear_away(self, launching: asyncio.Future[AsyncLLM], before: set[psutil.Process]) -> None:
-        """After a failed or cancelled start: no process, no socket and no shared memory of it stays."""
+        """Remove all processes, sockets and shared memory of a failed or cancelled start."""
         assert self._environment is not None
         deadline_s = time.monotonic() + _GONE_TIMEOUT_S
         while not launching.done() and time.monotonic() < deadline_s:
@@ -629,7 +634,7 @@ class EngineHost:
             process_tree.kill(processes)
             await asyncio.wait([launching], timeout=0.05)
         if not launching.done():
-            # Hangs where nothing can be killed, most likely on the network. It starts no process any more.
+            # The thread hangs where no process can be killed, probably on the network. It starts no more processes.
             launching.add_done_callback(lambda late: late.cancelled() or late.exception())
             self._thread.shutdown(wait=False)
             self._thread = _engine_thread()
@@ -640,7 +645,7 @@ class EngineHost:
         gc.collect()
 
     def _candidates(self) -> set[psutil.Process]:
-        """Processes that are an engine's, or could be."""
+        """Return all processes that belong, or may belong, to an engine."""
         if self._forkserver is not None and self._forkserver.pid is not None:
             return process_tree.descendants(self._forkserver.pid)
         tracker = WarmForkserver.tracker_pid()
@@ -657,7 +662,7 @@ class EngineHost:
 
     async def _on_hang(self, llm: RunningLLM) -> None:
         async def ask() -> object:
-            llm.oom_kills.look()  # what the kernel has done so far has nothing to do with a death to come
+            llm.oom_kills.look()  # kills by the kernel until now can't be the cause of a later death
             return await llm.engine.is_sleeping()
 
         heartbeat = Heartbeat(ask, llm.work, llm.processes, stall_s=self._stall_s)
@@ -668,13 +673,13 @@ class EngineHost:
             llm.death_reason = f"the engine of {llm.served_model_name} is dead: {reason}"
             _log.error("%s", llm.death_reason)
             llm.died.set()
-            if llm in self._sleep.asleep:  # nobody else notices
+            if llm in self._sleep.asleep:  # no other task notices the death of a sleeping LLM
                 funeral = asyncio.create_task(self._bury(llm))
                 self._funerals.add(funeral)
                 funeral.add_done_callback(self._funerals.discard)
 
     def give_up(self, llm: RunningLLM, reason: str) -> None:
-        """Take an LLM for dead that runs or sleeps, as if it had died by itself; ``stop`` then kills it."""
+        """Mark a running or sleeping LLM as dead, as if its process had ended; ``stop`` then kills it."""
         self._pronounce_dead(llm, reason)
 
     async def _bury(self, llm: RunningLLM) -> None:
@@ -684,32 +689,32 @@ class EngineHost:
     # --- stopping ----------------------------------------------------------------------------------------------
 
     async def stop(self) -> StopReport:
-        """Stop the LLM that runs or starts, if any; return when its processes are gone and their memory is back.
+        """Stop the running or starting LLM, if any; return when its processes are gone and their memory is free.
 
-        Where they don't go, or the memory of a GPU does not come back, the report says so, and so does that of every
-        later call until they do.
+        If processes or GPU memory remain, the report says so, and so does the report of each later call until they are
+        gone.
         """
         if self._starting is not None:
             self._starting.cancel()
         return await self._stop()
 
     async def vacate(self, *, wanted_next: str | None = None) -> StopReport:
-        """Have the LLM that runs, if any, leave the GPUs: it sleeps if it can, else it is stopped.
+        """Free the GPUs of the running LLM, if any: put it to sleep if possible, else stop it.
 
-        ``wanted_next`` is the name of the LLM that is started next: if that one sleeps, it gives way to none.
+        ``wanted_next`` is the name of the LLM to be started next: if it is asleep, it is not ended to make room.
         """
         if self._starting is not None:
             self._starting.cancel()
         return await self._stop(may_sleep=True, wanted_next=wanted_next)
 
     async def stop_asleep(self) -> None:
-        """End all LLMs that sleep; what is left of them the report of the next ``stop`` tells."""
+        """End all sleeping LLMs; the next ``stop`` reports what remains of them."""
         async with self._busy:
             await self._sleep.close()
 
     @property
     def asleep(self) -> Sequence[str]:
-        """Names of the LLMs that sleep, oldest first."""
+        """Names of the sleeping LLMs, oldest first."""
         return [llm.served_model_name for llm in self._sleep.asleep]
 
     async def _stop(self, *, may_sleep: bool = False, wanted_next: str | None = None) -> StopReport:
@@ -728,18 +733,18 @@ class EngineHost:
             return StopReport(_pids(killed), _pids(self._unended), excess, time.monotonic() - begun_s)
 
     async def _lay_down(self, llm: RunningLLM, wanted_next: str | None) -> bool:
-        """Put an LLM to sleep; False if it can't be, and has to be stopped."""
+        """Put an LLM to sleep; return False if that is impossible and it has to be stopped."""
         if llm.died.is_set() or not self._sleep.allowed:
             return False
         assert llm.heart is not None
-        llm.heart.cancel()  # it may be long in answering; that it dies is noticed all the same
+        llm.heart.cancel()  # it may answer late while it falls asleep; the death watch stays active
         problem = await self._sleep.lay_down(llm, spare=wanted_next)
         if problem is not None:
             _log.info("%s is stopped and does not sleep: %s", llm.served_model_name, problem)
         return problem is None
 
     async def _end(self, llm: RunningLLM, *, at_once: bool = False) -> set[psutil.Process]:
-        """Stop an LLM, or kill it; returns those of its processes that had to be killed."""
+        """Stop or kill an LLM; return those of its processes that had to be killed."""
         assert llm.watch is not None
         assert llm.heart is not None
         llm.watch.close()
@@ -747,7 +752,7 @@ class EngineHost:
         processes = llm.processes.union(*(process_tree.descendants(pid) for pid in llm.pids))
         self._unended |= processes
         killed = set()
-        if at_once or llm.died.is_set():  # a dead one can't stop by itself any more
+        if at_once or llm.died.is_set():  # a dead engine can't stop itself
             killed = process_tree.alive(processes)
             process_tree.kill(killed)
         await self._shut_down(llm.engine)
@@ -757,7 +762,7 @@ class EngineHost:
         return killed | remaining
 
     async def _end_at_once(self, llm: RunningLLM) -> None:
-        """Kill an LLM that sleeps, or is between sleeping and waking; cancelled, it is done first."""
+        """Kill an LLM that sleeps, falls asleep or wakes. Completes even if cancelled."""
         ending = asyncio.create_task(self._end(llm, at_once=True))
         try:
             await asyncio.shield(ending)
@@ -765,17 +770,16 @@ class EngineHost:
             await _to_the_end(asyncio.wait([ending]))
 
     async def _shut_down(self, engine: AsyncLLM) -> None:
-        """Let vLLM stop an engine in its own way; what is in flight is aborted."""
-        with suppress(Exception):  # an engine that is dead or hangs: what is in flight fails with it
+        """Stop an engine by vLLM's own shutdown; requests in flight are aborted."""
+        with suppress(Exception):  # the engine is dead or hangs: its requests in flight fail with it
             if engine.get_num_unfinished_requests():
                 await asyncio.wait_for(_abort_all(engine), 1.0)
             if engine.output_handler is not None and not engine.get_num_unfinished_requests():
-                engine.output_handler.cancel()  # or it reports the end of the engine as an error
+                engine.output_handler.cancel()  # else it logs the end of the engine as an error
         stopping = asyncio.ensure_future(self._in_thread(engine.shutdown, _STOP_TIMEOUT_S))
         pokes = []
         while not (await asyncio.wait([stopping], timeout=0.2))[0]:
-            # A signal that arrives just before the engine's main thread goes to sleep is not seen until something
-            # wakes it: a question does.
+            # The engine's main thread misses a signal that arrives just before it goes to sleep; any call wakes it.
             pokes.append(asyncio.create_task(engine.is_sleeping()))
         for poke in pokes:
             poke.cancel()
@@ -787,14 +791,14 @@ class EngineHost:
             await self._in_thread(messages.destroy, 0)
 
     async def close(self) -> None:
-        """Stop, end the forkserver, remove temporary files. The host can't be used any more. Idempotent."""
+        """Stop everything, end the forkserver and remove temporary files. The host is unusable then. Idempotent."""
         if self._closed:
             return
         self._closed = True
         if self._preparing is not None:
             await asyncio.wait([self._preparing])  # an import can't be interrupted
         if self._starting is not None:
-            self._starting.cancel()  # it holds the lock that ending the sleepers needs
+            self._starting.cancel()  # it holds the lock that ``stop_asleep`` needs
         await self.stop_asleep()
         await self.stop()
         async with self._busy:
@@ -807,9 +811,9 @@ class EngineHost:
 
 @dataclass(slots=True)
 class _Order:
-    """What is to be started, and how far that is, as the event loop and the engine thread share it.
+    """The LLM to start, and the progress of the start; shared by the event loop and the engine thread.
 
-    Equal to another if both make the same LLM of the same weights.
+    Two orders are equal if they produce the same LLM from the same weights.
     """
 
     model: str
@@ -818,8 +822,8 @@ class _Order:
     engine_args: Mapping[str, Any]
     modeltyp: str
     weights: Weights | None = None
-    given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # what vLLM was given in the end
-    accepted: bool = field(default=False, compare=False)  # vLLM found nothing wrong with it
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the arguments that vLLM finally received
+    accepted: bool = field(default=False, compare=False)  # vLLM has validated the arguments
     given_up: bool = field(default=False, compare=False)
 
 
@@ -837,7 +841,7 @@ async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
 
 
 async def _ended(task: asyncio.Task[Any]) -> None:
-    """Wait until a task is over, and take note of its error, which is told elsewhere or is no news."""
+    """Wait until a task is done and retrieve its error, which is reported elsewhere or already known."""
     await asyncio.wait({task})
     if not task.cancelled():
         task.exception()
@@ -849,7 +853,7 @@ async def _abort_all(engine: AsyncLLM) -> None:
 
 
 async def _stopped(*_args: object) -> None:
-    """Stands in for the app of an LLM that was stopped, so that nothing keeps the app alive."""
+    """Replaces the app of a stopped LLM, so that no reference keeps the app alive."""
     raise EngineNotReady("it was stopped")
 
 
@@ -858,11 +862,9 @@ def _pids(processes: Iterable[psutil.Process]) -> tuple[int, ...]:
 
 
 def _text_of(problem: BaseException) -> str:
-    """What an exception of vLLM says to people."""
+    """Return the message of a vLLM exception as text for people."""
     if isinstance(problem, ValidationError):
-        texts: dict[
-            tuple[int | str, ...], str
-        ] = {}  # by field; where several types would do, the first one's complaint is enough
+        texts: dict[tuple[int | str, ...], str] = {}  # by field; for a union of types the first message is enough
         for error in problem.errors():
             texts.setdefault(error["loc"][:1], str(error["msg"]).removeprefix("Value error, "))
         return "; ".join(f"{field[0]}: {text}" if field else text for field, text in texts.items())

@@ -1,4 +1,4 @@
-"""vLLM's texts for people who do not start it: its command-line options become the words of an llmconfig."""
+"""Rewrites vLLM's messages for clients: replaces its command-line options with the names in an llmconfig."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from deployments.models.args.table import DEPLOYMENT
 
 _OPTION = re.compile(r"`?(?<![\w-])--([a-z][a-z0-9]*(?:[-_][a-z0-9]+)*)`?")
 _SAME_AS = {"enable_auto_tool_choice": "tool_call_parser"}
-"""Options that follow from a word of ours."""
+"""Options that are set by an llmconfig argument of another name."""
 _OPERATORS = frozenset(
     {"allowed_local_media_path", "enable_prompt_embeds", "trust_request_chat_template", "enable_log_requests"}
 )
-"""Options that the texts name and that no llmconfig has."""
+"""Options that vLLM's messages name and that no llmconfig has."""
 
 
 def in_our_words(text: str) -> str:
-    """Return a text of vLLM's that names no command-line option: ``--max-model-len`` is args.deployment.max_model_len.
+    """Return a vLLM message with command-line options replaced: ``--max-model-len`` is args.deployment.max_model_len.
 
-    An option that is not for clients is named as vLLM's. What only looks like an option is left as it is.
+    Options that clients can't set are called vLLM's. Text that only looks like an option is kept.
     """
     said = _OPTION.sub(_word, text)
     return re.sub(r"(args\.deployment\.\w+) and \1", r"\1", said)
@@ -40,7 +40,7 @@ def _word(option: re.Match[str]) -> str:
 
 
 class ErrorsInOurWords:
-    """Passes an answer of vLLM's app on; an error is held back until it is whole, and then said in our words."""
+    """Forwards an answer of vLLM's app; an error answer is buffered until complete, then its options are renamed."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -48,7 +48,7 @@ class ErrorsInOurWords:
         self._body = bytearray()
 
     async def send(self, message: Message) -> None:
-        """Pass on a part of the answer."""
+        """Forward one part of the answer."""
         if message["type"] == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
             self._held = message
         elif self._held is None:

@@ -1,7 +1,7 @@
-"""Whether an engine is at rest after a lease. One that is not is ended before the next lease has it.
+"""Checks that an engine becomes idle after a lease; one that does not is ended before the next lease.
 
-A grammar (JSON schema, regular expression) is compiled in a thread of the engine, which vLLM does not stop when the
-client has gone. It would take the next lease's time and energy, and its structured output would wait behind it.
+A grammar (JSON schema, regular expression) is compiled in a thread of the engine, and vLLM does not stop that when the
+client disconnects. The compilation would use the next lease's time and energy, and delay its structured output.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ REST_LIMIT_S: Final = 5.0
 """How long an engine may go on working after a lease, seconds."""
 
 LOOKS, LOOK_S, POLL_S = 3, 0.001, 0.05
-"""At rest is what does nothing in three looks in a row, 1 ms apart; what works is looked at again after 50 ms."""
+"""An engine is idle if three checks in a row, 1 ms apart, find no work; a busy one is checked again after 50 ms."""
 
 log = structlog.get_logger("deployments.engine.rest")
 
 
 class LLM(Protocol):
-    """An LLM that runs."""
+    """A running LLM."""
 
     served_model_name: str
     processes: Any
@@ -38,16 +38,16 @@ class LLM(Protocol):
 
 
 def works(processes: Iterable[psutil.Process], proc_root: Path = Path("/proc")) -> bool:
-    """Whether any thread of these processes computes, or would if it had a processor; their first ones don't count.
+    """Whether any thread of these processes, except the first of each, is running or runnable.
 
-    The first threads take prompts and carry them out: whether they do is known without this, and after a prompt they
-    look out for the next one for a moment. Takes 10 µs a thread.
+    The first threads handle the prompts: whether they work is known otherwise, and after a prompt they poll briefly for
+    the next. Takes 10 µs per thread.
 
     Source: proc_pid_stat(5), state R.
     """
     for process in processes:
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            for thread in os.listdir(f"{proc_root}/{process.pid}/task"):  # noqa: PTH208 - Path costs more than the look
+        with suppress(FileNotFoundError, ProcessLookupError):  # the process has ended meanwhile
+            for thread in os.listdir(f"{proc_root}/{process.pid}/task"):  # noqa: PTH208 - Path costs more than the read
                 if thread != str(process.pid) and _state(proc_root, process.pid, thread) == "R":
                     return True
     return False
@@ -55,7 +55,7 @@ def works(processes: Iterable[psutil.Process], proc_root: Path = Path("/proc")) 
 
 def _state(proc_root: Path, pid: int, thread: str) -> str | None:
     try:
-        fd = os.open(f"{proc_root}/{pid}/task/{thread}/stat", os.O_RDONLY)  # Path costs as much again
+        fd = os.open(f"{proc_root}/{pid}/task/{thread}/stat", os.O_RDONLY)  # Path would double the cost
     except (FileNotFoundError, ProcessLookupError):
         return None
     try:
@@ -68,7 +68,7 @@ def _state(proc_root: Path, pid: int, thread: str) -> str | None:
 
 
 class EngineRest:
-    """Looks after each lease whether its LLM comes to rest. For one event loop."""
+    """Checks after each lease that its LLM becomes idle. For one event loop."""
 
     def __init__(
         self,
@@ -83,9 +83,9 @@ class EngineRest:
 
         Args:
             prompts_over: Returns when the lease's prompts have ended.
-            give_up: Ends the engine of an LLM, for a reason.
+            give_up: Ends the engine of an LLM, with a reason.
             clock: Monotonic, seconds.
-            pause: Waits for some seconds.
+            pause: Waits for a number of seconds.
             is_working: Whether any of an LLM's processes computes.
         """
         self._prompts_over = prompts_over
@@ -98,7 +98,7 @@ class EngineRest:
         self._tells = False
 
     def begin(self, llm: LLM | None) -> None:
-        """A lease of this LLM has ended: look in the background whether it comes to rest."""
+        """Start a background check that this LLM becomes idle after its lease."""
         if self._llm is not llm:
             self._llm, self._tells = llm, False
         if self._look is not None:
@@ -106,12 +106,12 @@ class EngineRest:
         self._look = None if llm is None else asyncio.create_task(self._watch(llm), name="engine at rest?")
 
     async def reached(self, llm: LLM | None) -> None:
-        """Return when this LLM is at rest, or None; at once if it has been so since its last lease.
+        """Return when this LLM is idle. Returns at once if it was found idle after its last lease, or is None.
 
-        An LLM that was at rest at no time, before its first lease either, has threads that never are: it is left alone.
+        An LLM that was never seen idle, not even before its first lease, has threads that always run: it is not ended.
 
         Raises:
-            EngineNotReady: It did not come to rest within REST_LIMIT_S, and is ended.
+            EngineNotReady: It was still busy after REST_LIMIT_S and was ended, or it died.
         """
         if llm is None:
             return

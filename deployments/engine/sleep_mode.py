@@ -1,8 +1,8 @@
-"""LLMs that sleep: their weights wait in host memory, and they are back on the GPUs in seconds.
+"""Puts LLMs to sleep: their weights stay in host memory and return to the GPUs within seconds.
 
-vLLM's sleep mode at level 1. Level 2 would keep the process alone and read the weights from disk again when it wakes
-(``reload_weights``): what that saves over a warm start is little, so an LLM that may not sleep at level 1 is stopped.
-A sleeping LLM that has to go is killed; it has nothing to lose.
+Uses vLLM's sleep mode at level 1. Level 2 would keep only the process and read the weights from disk on waking
+(``reload_weights``), which saves little over a warm start; so an LLM that can't sleep at level 1 is stopped. A sleeping
+LLM that must go is killed; it has no state to lose.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from deployments.machine import process_tree
 from deployments.machine.memory import main_memory
 
 SLEEP_TIMEOUT_S = 120.0
-"""For copying the weights to host memory, or back: 100 GiB take half a minute, most of it for pinning the memory."""
+"""Limit for copying the weights to or from host memory: 100 GiB take 30 s, mostly for pinning the memory."""
 GPU_BACK_S = 5.0
-"""For the driver to have the memory of an LLM that has gone to sleep."""
+"""Limit for the driver to free the memory of an LLM that went to sleep."""
 RESIDUE_BYTES = 2 * 2**30
-"""What a sleeping LLM may keep of a GPU's memory: its CUDA context, NCCL's buffers, CUDA graphs."""
+"""GPU memory that a sleeping LLM may keep: its CUDA context, NCCL's buffers, CUDA graphs."""
 HOST_RESERVE = 0.1
-"""The share of the machine's memory, or of our control group's, that stays free, whatever the budget."""
+"""Share of the memory of the machine, or of our control group, that stays free whatever the budget is."""
 MIND_S = 5.0
-"""How often the machine's free memory is looked at while an LLM sleeps."""
+"""Seconds between checks of the machine's free memory while an LLM sleeps."""
 
 _log = logging.getLogger(__name__)
 
 
 class LLM(Protocol):
-    """What an LLM has to have to sleep. ``weights_bytes``: what its weights take, None if not known."""
+    """What sleep mode needs of an LLM. ``weights_bytes``: the size of its weights, None if unknown."""
 
     engine: Any
     processes: frozenset[psutil.Process]
@@ -45,29 +45,29 @@ class GPUs(Protocol):
 
     @property
     def known(self) -> bool:
-        """Whether it can be read."""
+        """Whether every GPU has a baseline."""
 
     async def excess(self, timeout_s: float, kept_bytes: int = 0) -> Mapping[str, int]:
-        """What GPUs hold beyond their base line and ``kept_bytes`` each, after waiting for it to go."""
+        """Wait for memory to be freed; return the bytes in use beyond the baseline and ``kept_bytes`` of each GPU."""
 
     def lack(self, share: float, kept_bytes: int = 0) -> bool:
-        """Whether less than this share of a GPU's memory is free, ``kept_bytes`` counted as free."""
+        """Whether on any GPU less than this share is free; ``kept_bytes`` count as free."""
 
 
 Sleeper = TypeVar("Sleeper", bound=LLM)
 
 
 class SleepMode(Generic[Sleeper]):
-    """The LLMs of one engine host that sleep, oldest first. For its event loop, under its lock.
+    """The sleeping LLMs of one engine host, oldest first. Use it in the host's event loop, under its lock.
 
-    The oldest ones give way: to a younger one that needs their share of the budget, to an LLM that needs what they keep
-    of a GPU, and to whatever else on the machine needs memory.
+    The oldest are ended first: for a younger one that needs their share of the budget, for an LLM that needs the memory
+    that they keep on a GPU, or when the machine's memory runs short.
     """
 
     def __init__(self, budget_bytes: int, gpus: GPUs, end: Callable[[Sleeper], Awaitable[object]]) -> None:
-        """``budget_bytes`` ≥ 0: what weights may take of the host's memory; 0: no LLM sleeps.
+        """``budget_bytes`` ≥ 0: host memory for the weights of sleeping LLMs; 0: no LLM sleeps.
 
-        ``end`` kills an LLM, asleep or not, and returns when its processes are gone; cancelled, it does so first.
+        ``end`` kills an LLM, asleep or not, and returns when its processes are gone, even if cancelled.
         """
         self._budget_bytes = budget_bytes
         self._gpus = gpus
@@ -82,24 +82,23 @@ class SleepMode(Generic[Sleeper]):
 
     @property
     def asleep(self) -> Sequence[Sleeper]:
-        """Those that sleep, oldest first."""
+        """The sleeping LLMs, oldest first."""
         return tuple(self._asleep)
 
     @property
     def kept_bytes(self) -> int:
-        """What the sleeping LLMs may keep of each GPU's memory."""
+        """GPU memory that the sleeping LLMs may keep on each GPU, bytes."""
         return RESIDUE_BYTES * len(self._asleep)
 
     async def lay_down(self, llm: Sleeper, *, spare: str | None = None) -> str | None:
-        """Put an LLM to sleep that runs and that nobody uses.
+        """Put a running, unused LLM to sleep. If cancelled, end it.
 
         Args:
             llm: The LLM.
-            spare: Name of one that has not to give way to it: the LLM that is wanted next.
+            spare: Name of a sleeping LLM that must not be ended for it: the one wanted next.
 
         Returns:
-            None when it sleeps, and the GPUs have their memory back; else why it does not, and then it has to be ended.
-            Cancelled, it ends the LLM.
+            None if it sleeps and the GPU memory is free; else the reason why not, and the caller has to end it.
         """
         if not self.allowed:
             return "no LLM may sleep here"
@@ -136,7 +135,7 @@ class SleepMode(Generic[Sleeper]):
         return None
 
     async def wake(self, llm: Sleeper) -> bool:
-        """Wake one that sleeps; False when it could not, and then it is ended. Cancelled, it ends the LLM, too."""
+        """Wake a sleeping LLM; return False if it failed, after ending it. If cancelled, end it as well."""
         self._asleep.remove(llm)
         try:
             async with asyncio.timeout(SLEEP_TIMEOUT_S):
@@ -152,7 +151,7 @@ class SleepMode(Generic[Sleeper]):
         return bool(awake)
 
     async def make_room(self, share: float, waking: Sleeper | None = None) -> None:
-        """Let sleeping LLMs go, oldest first, until an engine finds that share of every GPU free; not ``waking``."""
+        """End sleeping LLMs except ``waking``, oldest first, until this share (0 to 1) of every GPU is free."""
         own_bytes = 0 if waking is None else RESIDUE_BYTES
         for llm in self.asleep:
             if not self._gpus.lack(share, own_bytes):
@@ -162,22 +161,22 @@ class SleepMode(Generic[Sleeper]):
                 await self._gpus.excess(GPU_BACK_S, self.kept_bytes)
 
     async def forget(self, llm: Sleeper) -> None:
-        """One that sleeps has died: nothing of it stays."""
+        """End a sleeping LLM that has died."""
         if llm in self._asleep:
             await self._drop([llm], "it died")
 
     async def close(self) -> None:
-        """End all that sleep."""
+        """End all sleeping LLMs."""
         await self._drop(self.asleep, "everything is stopped")
         if self._mind is not None:
             self._mind.cancel()
 
     def relieve(self) -> None:
-        """Kill the oldest that lives when the machine's memory runs short; its death is told as any other is."""
+        """Kill the oldest living one if the machine's memory runs short; its death is then reported as any other."""
         memory = main_memory()
         if memory.available_bytes >= HOST_RESERVE * memory.total_bytes:
             return
-        # One that is dead stays among the sleepers until the host's lock is free, and a start may hold that for long.
+        # A dead one stays in the list until the host's lock is free, and a start may hold that for long.
         oldest = next((llm for llm in self._asleep if process_tree.alive(llm.processes)), None)
         if oldest is not None:
             _log.warning("%s sleeps no longer: the machine's memory runs short", oldest.served_model_name)
@@ -198,17 +197,17 @@ class SleepMode(Generic[Sleeper]):
 def who_gives_way(
     sizes: Sequence[int], may_go: Sequence[bool], need: int, *, budget: int, free: int
 ) -> Sequence[int] | None:
-    """Which of some sleeping LLMs make room for another, the fewest that do, oldest first.
+    """Choose the sleeping LLMs to end for another one: the oldest first, as few as are enough.
 
     Args:
         sizes: Bytes of host memory of each, oldest first.
-        may_go: Of each, whether it may give way.
-        need: Bytes that the other one takes.
-        budget: Bytes that all together may take.
-        free: Bytes of the machine's memory that may still be taken; negative when too much is.
+        may_go: For each, whether it may be ended.
+        need: Bytes that the other one needs.
+        budget: Bytes that all may use together.
+        free: Bytes of the machine's memory that may still be used; negative if too much is in use.
 
     Returns:
-        Their indices; None when it would not be enough if all of them went, and then nobody should.
+        Their indices; None if ending all of them would not be enough, and then none should be ended.
     """
     gone: list[int] = []
     candidates = iter([index for index, may in enumerate(may_go) if may])

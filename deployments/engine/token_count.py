@@ -1,7 +1,6 @@
-"""Counts the tokens of prompts where the engine gives them out, for those whose answer does not tell them.
+"""Counts the tokens of prompts at the engine's output, for answers that do not report usage.
 
-A plain stream says nothing of its usage, and one that breaks off never gets to it. What the engine has given out until
-then is known here. Nothing of an answer is changed.
+A plain stream reports no usage, and one that breaks off never reaches it. The answers are not changed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ Generate = Callable[..., AsyncGenerator[Any, None]]
 
 
 class TokenCount:
-    """What the engine has given out so far for one prompt of a client, which can be several to the engine."""
+    """Tokens that the engine has produced so far for one client prompt, which can be several engine prompts."""
 
     def __init__(self) -> None:
         self._prompts: dict[str, tuple[int, int | None]] = {}
@@ -25,7 +24,7 @@ class TokenCount:
 
     @property
     def tokens(self) -> Tokens | None:
-        """The tokens until now; None before the engine has given out anything."""
+        """The tokens so far; None before the engine's first output."""
         if not self._prompts:
             return None
         cached = [of_one for _, of_one in self._prompts.values()]
@@ -36,7 +35,7 @@ class TokenCount:
         )
 
     def add(self, output: Any, *, delta: bool) -> None:
-        """Take one of vLLM's ``RequestOutput``; ``delta``: it has only the tokens since the one before."""
+        """Add one vLLM ``RequestOutput``; ``delta``: it has only the tokens since the previous one."""
         self._prompts[output.request_id] = len(output.prompt_token_ids or ()), output.num_cached_tokens
         for one in output.outputs:
             key = output.request_id, one.index
@@ -48,7 +47,7 @@ _COUNT: ContextVar[TokenCount | None] = ContextVar("token_count", default=None)
 
 @contextmanager
 def counting_tokens() -> Iterator[TokenCount]:
-    """Count what the engine gives out for the prompt that is answered within, in this task and in those it makes."""
+    """Count the engine's output for the prompt that is answered in this context, in this task and its child tasks."""
     count = TokenCount()
     token = _COUNT.set(count)
     try:
@@ -58,7 +57,7 @@ def counting_tokens() -> Iterator[TokenCount]:
 
 
 def counted(generate: Generate) -> Generate:
-    """Return vLLM's ``AsyncLLM.generate`` so that it counts for whoever is counting."""
+    """Return vLLM's ``AsyncLLM.generate``, wrapped to count tokens where ``counting_tokens`` is active."""
 
     def generate_counted(prompt: Any, sampling_params: Any, *args: Any, **more: Any) -> AsyncGenerator[Any, None]:
         outputs = generate(prompt, sampling_params, *args, **more)

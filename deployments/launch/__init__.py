@@ -1,1 +1,1 @@
-"""Up, down, and the nodes of a cluster."""
+"""Starting and stopping a registry, and the nodes of a cluster."""

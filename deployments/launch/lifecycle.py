@@ -1,7 +1,7 @@
-"""The life of a registry that ``greenprompt up`` started: foreground, detached, and its end.
+"""Starts and ends a registry for ``greenprompt up`` and ``down``: in the foreground or detached.
 
-One process owns a local cluster: while it lives it holds a lock in ``state_dir`` and everything it started ends
-with it, however it ends. Detached means the same process in the background.
+One process owns a local cluster: while it lives it holds a lock in ``state_dir``, and everything it started ends with
+it, however it ends. "Detached" means the same process in the background.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from registry.settings import Settings
 Say = Callable[[str], Any]
 
 DOWN_LIMIT_S = 180.0
-"""Longest wait of 'down' until the process it told to end is gone, seconds."""
+"""Longest wait of 'down' for the registry's process to end, seconds."""
 
 HOLDER_LIMIT_S = 1.0
-"""Longest wait for the number of a process that has just taken the lock, seconds."""
+"""Longest wait for a process that has just taken the lock to write its pid, seconds."""
 
 LEFTOVERS_LIMIT_S = 20.0
-"""Longest wait for what a killed registry left running, seconds."""
+"""Longest wait for the remaining processes of a killed registry to end, seconds."""
 
 POLL_S = 0.1
 
 LOCK = "up.lock"
-"""Name of the file in ``state_dir`` that the running registry holds locked; it has the number of its process."""
+"""Name of the file in ``state_dir`` that a running registry keeps locked; it contains the pid."""
 
 DISK_POLL_S = 5.0
-"""How often a registry in the foreground looks whether its disk is full, seconds."""
+"""Seconds between a foreground registry's checks whether its disk is full."""
 
 
 def run_in_foreground(settings: Settings, *, say: Say) -> None:
-    """Start, say where it is, wait for SIGINT or SIGTERM, shut down. Raises RegistryError."""
+    """Start, print the addresses, wait for SIGINT or SIGTERM, shut down. Raises RegistryError."""
     with _only_one(settings) as record:
         local = settings.ray.address is None
         if local:
@@ -69,18 +69,18 @@ def run_in_foreground(settings: Settings, *, say: Say) -> None:
 
 
 class _StopWanted(BaseException):
-    """SIGINT or SIGTERM: no error, and not for handlers of errors."""
+    """SIGINT or SIGTERM. Not an Exception, so that error handlers do not catch it."""
 
 
 def _run(settings: Settings, folder: Path | None, record: Callable[..., None], say: Say) -> None:
     _heed_signals()
     try:
-        from deployments.serve import app  # seconds: it imports Ray
+        from deployments.serve import app  # takes seconds, because it imports Ray
 
         app.check(settings)
         say("Starting Ray, Serve and a wrapper (it imports vLLM once, about half a minute) …")
         try:
-            running = app.start(settings, folder, on_joined=_heed_signals)  # Ray has put its own handlers in place
+            running = app.start(settings, folder, on_joined=_heed_signals)  # Ray has installed its own handlers
             ready = running._asdict()
             record(pid=os.getpid(), folder=str(folder) if folder else None, **ready)
             for line in ready_lines(settings, ready):
@@ -90,15 +90,15 @@ def _run(settings: Settings, folder: Path | None, record: Callable[..., None], s
             _ignore_signals()
             say("Shutting down: stopping LLMs, wrappers and the registry …")
         finally:
-            _ignore_signals()  # one was enough: each step of the way down has a time limit
+            _ignore_signals()  # one signal is enough: each step of the shutdown has a time limit
             app.stop(settings)
-    except _StopWanted:  # before there was anything to stop
+    except _StopWanted:  # nothing was started yet
         _ignore_signals()
     say("Everything is down.")
 
 
 def _heed_signals() -> None:
-    """Let SIGINT and SIGTERM end what the main thread does, at once, also while it starts things."""
+    """Make SIGINT and SIGTERM interrupt the main thread at once, even during the start."""
 
     def stop(*_: object) -> None:
         raise _StopWanted
@@ -113,7 +113,7 @@ def _ignore_signals() -> None:
 
 
 def _watch_disk(folder: Path, say: Say) -> NoReturn:
-    """Say when the disk of a folder is full, and when it is not any more, until a signal comes."""
+    """Print a message when the disk of a folder becomes full and when it has space again, until a signal comes."""
     problem: str | None = None
     while True:
         time.sleep(DISK_POLL_S)
@@ -129,7 +129,7 @@ def _with_dashboard_port(settings: Settings, port: int) -> Settings:
 
 
 def ready_lines(settings: Settings, ready: dict[str, Any]) -> list[str]:
-    """What a person is told when the registry is ready."""
+    """Return the lines to print when the registry is ready."""
     lines = [
         f"Registry ready:  {ready['url']}   (API: {ready['url']}/docs)",
         f"Ray dashboard:   {ready['dashboard']}",
@@ -140,9 +140,9 @@ def ready_lines(settings: Settings, ready: dict[str, Any]) -> list[str]:
 
 
 def start_on_cluster(settings: Settings, *, say: Say) -> None:
-    """Start the registry on the cluster of ``ray.address``, which keeps it when this process ends.
+    """Start the registry on the cluster of ``ray.address``; it keeps running when this process ends.
 
-    A registry that runs there already is left as it is. Raises RegistryError.
+    If one runs there already, it is not changed. Raises RegistryError.
     """
     os.environ.update(driver_environment(settings))
     from deployments.serve import app
@@ -153,7 +153,7 @@ def start_on_cluster(settings: Settings, *, say: Say) -> None:
 
 
 def driver_environment(settings: Settings) -> dict[str, str]:
-    """What a process needs that talks to a cluster which runs already."""
+    """Return the environment that a process needs to connect to a running cluster."""
     return RAY_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {})
 
 
@@ -202,7 +202,7 @@ def end(settings: Settings, *, say: Say) -> None:
     if pid is None:
         say(f"No registry runs from {settings.state_dir}.")
         return
-    with suppress(ProcessLookupError):  # it has ended just now
+    with suppress(ProcessLookupError):  # it has just ended
         os.kill(pid, signal.SIGTERM)
     deadline_s = time.monotonic() + DOWN_LIMIT_S
     while _is_held(settings):
@@ -214,10 +214,10 @@ def end(settings: Settings, *, say: Say) -> None:
 
 @contextmanager
 def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
-    """Hold the lock of ``state_dir``; yields a function that writes down what runs.
+    """Hold the lock of ``state_dir``; yield a function that records what runs.
 
     Raises:
-        BadSettings: another process holds it, or the folder can't be written.
+        BadSettings: Another process holds it, or the folder can't be written.
     """
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
         finally:
             if path.is_file():
                 path.unlink()
-            lock.truncate(0)  # else the next one has our number there for a moment, and 'down' tells a stranger to end
+            lock.truncate(0)  # else the next holder's file briefly has our pid, and 'down' would use it
 
 
 def _runs_already(settings: Settings) -> BadSettings:
@@ -261,7 +261,7 @@ def _is_held(settings: Settings) -> bool:
     """Whether a process holds the lock of ``state_dir``.
 
     Raises:
-        BadSettings: the folder can't be read.
+        BadSettings: The folder can't be read.
     """
     try:
         lock = (settings.state_dir / LOCK).open("r")
@@ -278,12 +278,13 @@ def _is_held(settings: Settings) -> bool:
 
 
 def _holder(settings: Settings) -> int | None:
-    """The process that holds the lock of ``state_dir``, None if there is none. The lock says it, whatever up.json does.
+    """Return the pid of the process that holds the lock of ``state_dir``, None if none does.
 
-    A process takes the lock just before it writes its number there, so an empty one is read again for a second.
+    The lock file's pid comes before that in up.json. A process writes its pid just after it takes the lock, so if
+    neither is there, they are read again for up to a second.
 
     Raises:
-        BadSettings: the folder can't be read, or the lock is held and does not say by which process.
+        BadSettings: The folder can't be read, or the lock is held and no pid is known.
     """
     path = settings.state_dir / LOCK
     deadline_s = time.monotonic() + HOLDER_LIMIT_S
@@ -300,18 +301,18 @@ def _holder(settings: Settings) -> int | None:
 def _read_record(settings: Settings) -> dict[str, Any]:
     try:
         state = json.loads((settings.state_dir / "up.json").read_bytes())
-    except (OSError, ValueError):  # none, or cut short by a power failure, or no file: as good as none
+    except (OSError, ValueError):  # missing, truncated by a power failure, or not a file: treat as missing
         return {}
     return state if isinstance(state, dict) else {}
 
 
 def _remove_leftovers(settings: Settings) -> None:
-    """An owner that was killed could neither end the last of its cluster's processes nor remove its folder.
+    """End the remaining processes of a killed registry's cluster and remove its folder.
 
-    Nearly all of them end with it, by the kernel's hand; Ray's agents look for their parent once a minute.
+    Most exit with their parent (PR_SET_PDEATHSIG); Ray's agents check for their parent only once a minute.
 
     Raises:
-        StartFailed: some of them do not end.
+        StartFailed: Some of them do not end.
     """
     folder = _read_record(settings).get("folder")
     if folder is None or not Path(folder).name.startswith(FOLDER_PREFIX):

@@ -1,6 +1,6 @@
-"""A Ray cluster of our own on this machine, reachable from this machine only: its environment and its folder.
+"""A private Ray cluster on this machine, reachable only from here: its environment and its folder.
 
-Must be entered before ``ray`` is imported: Serve reads its settings from the environment when it is.
+Enter ``local_ray_environment`` before ``ray`` is imported: Serve reads its settings from the environment then.
 """
 
 from __future__ import annotations
@@ -30,55 +30,58 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    # Ray's hint about accelerators of zero-GPU workers; we ask for GPUs explicitly.
+    # Silences Ray's hint about accelerators of zero-GPU workers; we request GPUs explicitly.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray's workers, and so the engines in them, would run at niceness 15 and come last wherever something else runs.
+    # Ray's workers, and so their engines, would run at niceness 15 and yield to every other program.
     "RAY_worker_niceness": "0",
-    # Above 95 % of the machine's memory, whoever uses it, Ray would end the registry, proxies and wrappers; it knows
-    # nothing of engines. The kernel ends engines first (deployments.machine.out_of_memory), if Ray does not put its
-    # workers in front of all others.
+    # If the machine's memory is more than 95 % full, no matter by what, Ray would kill the registry, proxies and
+    # wrappers; it does not know engines. The kernel kills engines first (deployments.machine.out_of_memory), provided
+    # that Ray does not raise the score of its workers.
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_worker_oom_score_adjustment": "0",
-    # Calls of the last minutes that the dashboard can show. With Ray's own 100,000 the head grew by 8 MiB a minute.
+    # Recent calls that the dashboard can show. With Ray's default of 100,000 the head grew by 8 MiB a minute.
     "RAY_task_events_max_num_task_in_gcs": "10000",
-    # gRPC, by which the registry's commands reach a wrapper, asks the proxy of the environment even for the machine
-    # itself: no wrapper was ever ready (Ray 2.60). All that it connects to here are machines of the cluster.
+    # gRPC, which carries the registry's commands to wrappers, uses the environment's proxy even for the machine
+    # itself, so no wrapper ever became ready (Ray 2.60). All its connections here are to machines of the cluster.
     "no_grpc_proxy": "0.0.0.0/0,::/0",
 }
-"""What every process of Ray is told.
+"""Environment of all Ray processes.
 
-Nothing is reported to anybody, engines count as much as any other program, the head does not grow, no proxy lies
-between machines of the cluster, and where memory runs out no part of ours goes before an engine.
+No usage reports are sent, engines run at normal priority, the head does not grow, no proxy is used inside the cluster,
+and if memory runs out, the kernel kills an engine before any other part.
 """
 
 ACCESS_FILE = "ray-token"
 """Name of the file in ``state_dir`` with the access token of a local cluster, while it runs."""
 
 FOLDER_PREFIX = "gprompt-"
-"""How a local cluster's folder in /tmp begins. Short, and not in a longer TMPDIR: HAProxy allows its socket paths,
-which hold a node id of 56 digits, 97 characters."""
+"""Prefix of a local cluster's folder in /tmp.
+
+Short, and not in a longer TMPDIR: HAProxy allows 97 characters for its socket paths, which contain a node id of 56
+digits.
+"""
 
 RAY_LAST_WORKER_PORT = 19_999
-"""Ray's workers listen on ports up to this one unless told otherwise."""
+"""Default for the highest port of Ray's workers."""
 
 REMOVE_TIMEOUT_S = 5.0
-"""How long a cluster's folder may resist being removed, seconds."""
+"""Longest time for removing a cluster's folder, seconds."""
 
 RAY_FOLDER = "r"
-"""Folder below it for Ray, which lets everybody write to a folder that it is given: the one above lets nobody in."""
+"""Subfolder for Ray, which makes its folder writable for all users; the folder above it admits only its owner."""
 
 TEMPORARY = "t"
-"""Folder below it for temporary files of everything that belongs to the cluster."""
+"""Subfolder for temporary files of all parts of the cluster."""
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 @contextmanager
 def local_ray_environment(settings: Settings) -> Iterator[Path]:
-    """Prepare this process's environment for a local cluster; yields the cluster's own folder.
+    """Prepare this process's environment for a local cluster; yield the cluster's folder.
 
-    The folder holds Ray's session (logs, sockets) and HAProxy's files, and is removed at the end.
-    The access token is made anew for each cluster and lies in ``state_dir/ray-token``, readable by its owner.
+    The folder holds Ray's session (logs, sockets) and HAProxy's files, and is removed at the end. Each cluster gets a
+    new access token in ``state_dir/ray-token``, readable by its owner.
 
     Raises:
         BadSettings: HAProxy is wanted and not installed.
@@ -92,7 +95,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
             **RAY_ENVIRONMENT,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
-            # What the parts leave behind when they are killed lies here, and goes with the folder.
+            # Files that killed processes leave are in here and are removed with the folder.
             "TMPDIR": str(temporary),
         }
         if settings.http.haproxy:
@@ -115,13 +118,13 @@ def _write_token(state_dir: Path) -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on at the moment, all different.
+    """Return different free ports of the loopback interface.
 
-    None is one that the kernel or Ray gives out by itself (their own ranges), so that they are still free when they are
-    wanted, a few seconds later.
+    They are outside of the ranges from which the kernel and Ray assign ports, so that they are still free when they are
+    used a few seconds later.
 
     Raises:
-        OSError: there are no so many.
+        OSError: There are not that many.
     """
     lowest_ephemeral = int(_EPHEMERAL.read_text(encoding="ascii").split()[0])
     candidates = list(range(RAY_LAST_WORKER_PORT + 1, max(lowest_ephemeral, 2 * RAY_LAST_WORKER_PORT)))
@@ -130,14 +133,14 @@ def free_ports(count: int) -> list[int]:
     for port in candidates:
         if len(free) == count:
             return free
-        with suppress(OSError):  # somebody listens there
+        with suppress(OSError):  # the port is in use
             socket.create_server(("127.0.0.1", port)).close()
             free.append(port)
     raise OSError(f"there are no {count} free ports above {RAY_LAST_WORKER_PORT}")
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a cluster's folder, into which the last of its processes may still write for a moment."""
+    """Remove a cluster's folder, into which its last processes may still write for a moment."""
     give_up_s = time.monotonic() + REMOVE_TIMEOUT_S
     while folder.exists() and time.monotonic() < give_up_s:
         shutil.rmtree(folder, ignore_errors=True)
@@ -147,7 +150,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def keep_logs(folder: Path, kept: Path) -> Path:
-    """Copy the logs of a cluster that did not start out of its folder, which is removed; replaces those kept before."""
+    """Copy a failed cluster's logs out of its folder, which will be removed; replaces earlier copies."""
     shutil.rmtree(kept, ignore_errors=True)
     for logs in folder.glob(f"{RAY_FOLDER}/session_2*/logs"):
         shutil.copytree(logs, kept, dirs_exist_ok=True)
@@ -155,7 +158,7 @@ def keep_logs(folder: Path, kept: Path) -> Path:
 
 
 def require_free_port(host: str, port: int, setting: str) -> None:
-    """Raise BadSettings, naming the setting, when something listens on the port."""
+    """Raise BadSettings, naming the setting, if the port can't be used."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port), family=family).close()

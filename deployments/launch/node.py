@@ -1,7 +1,7 @@
-"""A machine's part in a Ray cluster of several: ``ray start`` with the environment that the registry needs, once.
+"""Makes a machine a node of a Ray cluster: runs ``ray start`` once, with the environment that the registry needs.
 
-Starting again what runs already changes nothing: so ``ray up`` can be repeated, and a head that comes back lets the
-machines, and the leases on them, alone.
+Repeating it changes nothing if Ray already runs with the same options. So ``ray up`` can be repeated, and a restarted
+head leaves the machines and their leases alone.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from deployments.launch.local_ray import RAY_ENVIRONMENT
 from registry.errors import BadSettings, StartFailed
 from registry.settings import forwarded_environment
 
-HAPROXY_HOME = Path("/tmp/gp-haproxy")  # noqa: S108 - HAProxy allows its socket paths 97 characters
-"""Where HAProxy has its files on a node."""
+HAPROXY_HOME = Path("/tmp/gp-haproxy")  # noqa: S108 - HAProxy's socket paths have at most 97 characters
+"""Folder of HAProxy's files on a node."""
 
-RECORD = Path("/tmp/gp-node.json")  # noqa: S108 - it is to go when the machine is started anew, as what it tells of
-"""What was started on this machine, and how."""
+RECORD = Path("/tmp/gp-node.json")  # noqa: S108 - must vanish at a reboot, as the processes that it describes
+"""Record of what was started on this machine, and how."""
 
 RAY_LIMIT_S = 120
-"""Longest ``ray start`` and ``ray stop``, seconds."""
+"""Time limit of ``ray start`` and ``ray stop``, seconds."""
 
-# A machine that dies, or is cut off, is found by Ray after some 5 s in place of 65: it is asked every second, may take
-# 2 s to answer, and is dead after 3 misses. Source: ray_config_def.h, health_check_*.
+# Ray detects a machine that died or was cut off after about 5 s instead of 65: it is checked every second, has 2 s to
+# answer, and counts as dead after 3 failures. Source: ray_config_def.h, health_check_*.
 _FOUND_SOON = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
@@ -43,33 +43,34 @@ _FOUND_SOON = {
     "RAY_health_check_failure_threshold": "3",
 }
 
-# How long nodes and wrappers outlive a head that is being restarted, seconds; Ray's own is 60.
+# How long nodes and wrappers survive while the head restarts, seconds; Ray's default is 60.
 _OUTLIVE_THE_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
 
-# Ray's autoscaler v2 takes a head of one's own for one of the machines, and leaves the last of them out (Ray 2.60).
+# Ray's autoscaler v2 counts an on-premise head as one of the machines, and then omits the last machine (Ray 2.60).
 _KNOWS_THE_HEAD = {"RAY_enable_autoscaler_v2": "0"}
 
-# It passes on to drivers what workers print, which none of ours wants, and outlives a head that is gone for good.
+# The log monitor forwards workers' output to drivers, which we don't need, and survives a head that is gone for good.
 _NO_LOG_MONITOR = "--include-log-monitor=false"
 
-# What an operator sets for Ray in cluster.yaml: where the head's state is kept.
+# Prefix of the variables that an operator sets for Ray in cluster.yaml: where the head's state is stored.
 _RAYS_STORE = "RAY_REDIS_"
 
-# The cluster launcher's: the engines on machines without GPU would have one thread each.
+# Set by the cluster launcher; with them, engines on machines without GPU would have one thread each.
 _NOT_OURS = ("OMP_NUM_THREADS", "PYTHONWARNINGS")
 
 
 def start_ray(options: Sequence[str]) -> bool:
-    """Run ``ray start`` with these options, in place of what Ray runs here; False when that is the very same already.
+    """Run ``ray start`` with these options, replacing a running Ray; return False if the same already runs.
 
-    One at a time on a machine: whoever comes while another does waits, some minutes at most, and then finds what runs.
+    Only one call runs at a time on a machine: a second one waits, some minutes at most.
 
     Raises:
-        BadSettings: HAProxy's package is not installed, there is no token in ~/.ray/auth_token, or the autoscaling
-            configuration can't be read.
-        StartFailed: Ray does not start; its own words are on standard output.
+        BadSettings: HAProxy's package is not installed, ~/.ray/auth_token is missing, or the autoscaling configuration
+            can't be read.
+        StartFailed: Ray does not start; its own message is on standard output.
     """
-    # A launcher that has lost the connection tries again, while what it began here goes on: there would be two raylets.
+    # If a launcher loses its connection, it retries while its first command still runs here: without the lock there
+    # would be two raylets.
     with RECORD.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return _start_ray(_for_the_monitor(options))
@@ -84,7 +85,7 @@ def _start_ray(options: Sequence[str]) -> bool:
     if running and _record() == {"wanted": wanted, "running": running}:
         return False
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for Ray's processes, which inherit it
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # inherited by Ray's processes
     for command in (["stop"], ["start", _NO_LOG_MONITOR, *options]):
         try:
             done = subprocess.run(
@@ -102,12 +103,12 @@ def _start_ray(options: Sequence[str]) -> bool:
 
 
 def node_environment() -> dict[str, str]:
-    """What Ray's processes on a node need; HAProxy's files are written. Raises BadSettings."""
+    """Return the environment of Ray's processes on a node; writes HAProxy's files. Raises BadSettings."""
     if not (Path.home() / ".ray" / "auth_token").exists():
         raise BadSettings("~/.ray/auth_token", "is missing; `ray get-auth-token --generate` makes one for all nodes")
     return {
         **RAY_ENVIRONMENT,
-        "RAY_AUTH_MODE": "token",  # Ray's ports run code for whoever reaches them
+        "RAY_AUTH_MODE": "token",  # Ray's ports run code for anyone who can reach them
         **_FOUND_SOON,
         **_OUTLIVE_THE_HEAD,
         **_KNOWS_THE_HEAD,
@@ -116,16 +117,16 @@ def node_environment() -> dict[str, str]:
 
 
 def _for_the_monitor(options: Sequence[str]) -> Sequence[str]:
-    """On the head: with a configuration by which no machine is given up."""
+    """On the head, replace the autoscaling configuration by one that gives up no machine."""
     if not any(option.startswith("--autoscaling-config") for option in options):
         return options
-    from deployments.launch.launcher import with_machines  # which imports Ray
+    from deployments.launch.launcher import with_machines  # late, because it imports Ray
 
     return with_machines(options)
 
 
 def _code() -> str:
-    """A hash of our own code, which the wrappers of a node run."""
+    """Return a hash of our own code, which the wrappers of a node run."""
     digest = hashlib.sha256()
     for package in (registry, deployments):
         for path in sorted(Path(package.__path__[0]).rglob("*.py")):
@@ -134,7 +135,7 @@ def _code() -> str:
 
 
 def _ray_processes() -> list[list[object]]:
-    """Name, pid and start of what a node can't do without."""
+    """Return name, pid and start time of the processes that a node needs."""
     needed = (process for process in psutil.process_iter(["name"]) if process.info["name"] in ("gcs_server", "raylet"))
     return sorted([process.info["name"], process.pid, process.create_time()] for process in needed)
 
@@ -142,5 +143,5 @@ def _ray_processes() -> list[list[object]]:
 def _record() -> object:
     try:
         return json.loads(RECORD.read_bytes())
-    except (FileNotFoundError, ValueError):  # none, or cut short by a crash: as good as none
+    except (FileNotFoundError, ValueError):  # missing, or truncated by a crash: treat as missing
         return None

@@ -1,6 +1,6 @@
-"""What a local start needs of this machine, checked before anything is started.
+"""Checks what a local start needs of this machine, before anything is started.
 
-Each check raises an error of one line that names what is wrong and what to do.
+Each check raises a one-line error that names the problem and the remedy.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from registry.settings import Settings, url_host
 from registry.wire.http import LOOPBACK
 
 HAPROXY_OPEN_FILES = 10_276
-"""Files that HAProxy opens at most with the configuration that Serve writes (``maxconn 4096``); it refuses to start
-where it may not. Seen with HAProxy 2.8 and Ray 2.60."""
+"""The most files that HAProxy opens with Serve's configuration (``maxconn 4096``).
+
+It refuses to start if it may open fewer. Measured with HAProxy 2.8 and Ray 2.60.
+"""
 
 LEAST_FREE_BYTES = 64 * 2**20
-"""Free space without which the database, Ray's session and logs can't be written for long."""
+"""Least free space; with less, the database, Ray's session and the logs soon can't be written."""
 
 DASHBOARD_PORT = 8265
-"""Ray's own choice for its dashboard."""
+"""Ray's default port for its dashboard."""
 
 
 def require_open_files(needed: int = HAPROXY_OPEN_FILES) -> None:
-    """Let this process, and those it starts, open as many files as the system allows.
+    """Raise the limit of open files for this process and its children to the system's maximum.
 
     Raises:
-        BadSettings: that is fewer than ``needed``.
+        BadSettings: The maximum is less than ``needed``.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -48,10 +50,10 @@ def require_open_files(needed: int = HAPROXY_OPEN_FILES) -> None:
 
 
 def require_writable(folder: Path, setting: str) -> None:
-    """Make a folder, and try to write into it.
+    """Create a folder and test that it can be written.
 
     Raises:
-        BadSettings: it can't be made or written, or its disk is full; names the setting.
+        BadSettings: It can't be created or written, or its disk is full; names the setting.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,7 @@ def require_writable(folder: Path, setting: str) -> None:
 
 
 def disk_problem(folder: Path) -> str | None:
-    """What is wrong with the disk of a folder, None if there is enough space on it."""
+    """Return the problem with the disk of a folder; None if it has enough free space."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
@@ -74,10 +76,10 @@ def disk_problem(folder: Path) -> str | None:
 
 
 def dashboard_port(settings: Settings) -> int:
-    """The port of a local cluster's dashboard: the configured one, else Ray's own, else a free one.
+    """Return the port of a local cluster's dashboard: the configured one, else Ray's default, else a free one.
 
     Raises:
-        BadSettings: the configured one can't be used.
+        BadSettings: The configured one can't be used.
     """
     wanted = settings.ray.dashboard_port
     if wanted is not None:
@@ -91,9 +93,9 @@ def dashboard_port(settings: Settings) -> int:
 
 
 def without_proxies(environment: MutableMapping[str, str], *hosts: str) -> None:
-    """Have programs reach this machine and these hosts directly, whatever proxy the environment names.
+    """Make programs connect to this machine and these hosts directly, whatever proxy the environment names.
 
-    Adds them to NO_PROXY and no_proxy; some programs read the one, some the other.
+    Adds them to both NO_PROXY and no_proxy, because some programs read only one of them.
     """
     own = [*LOOPBACK, socket.gethostname(), *_own_addresses(), *map(url_host, hosts)]
     said = [environment.get(name, "") for name in ("no_proxy", "NO_PROXY")]
@@ -108,10 +110,10 @@ def _own_addresses() -> list[str]:
 
 
 def check(settings: Settings) -> None:
-    """Check what a local start needs, and set what its processes inherit. Raises BadSettings."""
+    """Check what a local start needs and set what its processes inherit. Raises BadSettings."""
     for folder, setting in ((settings.state_dir, "state_dir"), (settings.cache_dir, "cache_dir")):
         require_writable(folder, setting)
-    require_writable(Path("/tmp"), "/tmp")  # noqa: S108 - where Ray's sockets are short enough
+    require_writable(Path("/tmp"), "/tmp")  # noqa: S108 - Ray's socket paths must be short
     if settings.http.haproxy:
         require_open_files()
     without_proxies(os.environ, settings.http.host)

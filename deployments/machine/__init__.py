@@ -1,1 +1,1 @@
-"""Facts of this host."""
+"""Reads this machine's state: processes, CPU time, memory, GPUs."""

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: those that it may run on, or fewer if its container has a quota of CPU time."""
+"""The number of CPUs that this process may use: its CPU affinity, or less if its container has a CPU quota."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def cpus_here(cgroup_root: Path = Path("/sys/fs/cgroup"), affinity: int | None = None) -> float:
-    """CPUs that this process may use, > 0, maybe a fraction.
+    """Return the number of CPUs that this process may use, > 0, possibly a fraction.
 
-    In a container the cgroup's root is its own. Outside of one there is no quota there.
+    In a container the cgroup root is the container's own. Outside of one, the root has no quota.
 
     Source: Linux, Documentation/admin-guide/cgroup-v2 (cpu.max) and scheduler/sched-bwc (cpu.cfs_quota_us).
     """
@@ -19,7 +19,7 @@ def cpus_here(cgroup_root: Path = Path("/sys/fs/cgroup"), affinity: int | None =
 
 
 def _quota(folder: Path, *names: str) -> float | None:
-    """CPU time over its period, both in microseconds; None where there is no limit (``max``, or -1) or no such file."""
+    """Return quota divided by period (both in µs); None if there is no limit (``max`` or -1) or no such file."""
     try:
         quota_us, period_us = " ".join((folder / name).read_text() for name in names).split()
         return int(quota_us) / int(period_us) if int(quota_us) > 0 and int(period_us) > 0 else None

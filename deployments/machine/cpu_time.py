@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 INHERITED_S = 0.5
-"""A process that is gone may show in the time of its parent so much later: /proc is no picture of one moment."""
+"""A dead process's time may appear in its parent this much later: reading /proc is not atomic."""
 
 
 class ProcessStat(NamedTuple):
@@ -22,7 +22,7 @@ class ProcessStat(NamedTuple):
 
 
 class ProcessTable:
-    """The processes of a machine as /proc shows them. Several trees share one, so that it is listed once for all."""
+    """The processes of a machine, from /proc. Several trees share one table, so that /proc is listed once for all."""
 
     def __init__(self, proc_root: Path = Path("/proc")) -> None:
         self.root = proc_root
@@ -30,7 +30,7 @@ class ProcessTable:
         self._listed: dict[int, ProcessStat] = {}
 
     def stat(self, pid: int) -> ProcessStat | None:
-        """One process; None if there is no such process (any more)."""
+        """Return one process; None if it does not exist (any more)."""
         try:
             # os.open costs a third of Path.read_bytes, and this runs for every process 20 times a second.
             fd = os.open(f"{self.root}/{pid}/stat", os.O_RDONLY)
@@ -42,13 +42,13 @@ class ProcessTable:
             return None
         finally:
             os.close(fd)
-        # The second field is the program's name in parentheses and may hold anything, so count from its end.
+        # The second field, the program's name in parentheses, may contain any characters, so start after its end.
         fields = text[text.rindex(b")") + 2 :].split()
         own, reaped = (int(fields[first]) + int(fields[first + 1]) for first in (11, 13))
         return ProcessStat(int(fields[1]), int(fields[19]), own, reaped)
 
     def listed(self, now_s: float) -> dict[int, ProcessStat]:
-        """All processes, as of this time. Takes milliseconds where there are many."""
+        """Return all processes. Calls with the same time share one listing, which may take milliseconds."""
         if self._listed_s != now_s:
             names = [path.name for path in self.root.iterdir() if path.name.isdigit()]
             self._listed = {int(name): stat for name in names if (stat := self.stat(int(name))) is not None}
@@ -59,19 +59,19 @@ class ProcessTable:
 class CPUTimeTree:
     """CPU-seconds of a process tree. Not thread-safe.
 
-    A child's time moves to its parent when that reaps it. Parents are read before their children, so what a child
-    takes along shows in its parent in this look or in one of the next, where it is counted once. What is not inherited
-    (a parent that ignores its children, or that died first) is kept from the last look. A descendant whose parent dies
-    stays in the tree. Only what a process did between the last look and its unreaped end is missed.
+    When a parent reaps a child, the child's time is added to the parent's. Parents are read before their children, so a
+    dead child's time appears in its parent at this reading or a later one, and is counted once. Time that no parent
+    inherits (the parent ignores its children, or died first) is kept from the last reading. A descendant whose parent
+    dies stays in the tree. Only the time between the last reading and an unreaped end is missed.
 
-    No time grows by more than ``processors`` explain: of anything above that the rest is dropped.
+    The total grows by at most what ``processors`` allow; anything above that is dropped.
 
     Args:
         pid: The root of the tree.
-        proc_root: Where proc is mounted.
-        rescan_s: How often new descendants are looked for, seconds; reading the known ones is cheaper.
-        table: The machine's processes, where others read them, too.
-        processors: How many CPUs there are; None: those of this machine.
+        proc_root: Mount point of proc.
+        rescan_s: Seconds between searches for new descendants; reading the known ones is cheaper.
+        table: The machine's processes, if other trees read them as well.
+        processors: Number of CPUs; None: that of this machine.
 
     Source: proc_pid_stat(5): ppid, utime, stime, cutime, cstime, starttime.
     """
@@ -98,7 +98,7 @@ class CPUTimeTree:
         self._spare_ticks = 0.0
 
     def _scan(self, now_s: float) -> None:
-        """Add descendants that are new. The known stay, whoever their parent is by now."""
+        """Add new descendants. Known ones stay, whatever their parent is now."""
         stats = self._table.listed(now_s)
         children: dict[int, list[int]] = {}
         for pid, stat in stats.items():
@@ -113,22 +113,22 @@ class CPUTimeTree:
         known, self._known = self._known, {}
         for pid in sorted(found, key=lambda pid: _depth(pid, stats)):
             new = stats[pid]
-            # What is new counts from its birth, but for what was there at the first look.
+            # New processes count from their start, except those that existed at the first scan.
             self._known[pid] = known.pop(
                 pid, new if self._read_s is None else new._replace(own_ticks=0, reaped_ticks=0)
             )
-        self._known |= known  # those that have ended since: the next reading sees to them
+        self._known |= known  # those that have ended; the next reading handles them
 
     def pids(self) -> frozenset[int]:
-        """The processes of the tree, as of the last scan."""
+        """Return the pids of the tree at the last scan."""
         return frozenset(self._known)
 
     def exists(self, pid: int) -> bool:
-        """Whether this process can be seen from here."""
+        """Whether this process is visible from here."""
         return self._table.stat(pid) is not None
 
     def refresh(self, now_s: float, older_than_s: float | None = None) -> None:
-        """Look for new descendants, if the last look is so long ago; None: ``rescan_s``."""
+        """Search for new descendants if the last search is at least ``older_than_s`` ago; None: ``rescan_s``."""
         if older_than_s is None:
             older_than_s = self.rescan_s
         if self._scanned_s is None or now_s - self._scanned_s >= older_than_s:
@@ -136,7 +136,7 @@ class CPUTimeTree:
             self._scanned_s = now_s
 
     def read_s(self, now_s: float) -> float:
-        """CPU-seconds since the first call, ≥ 0 and never less than before."""
+        """Return the CPU-seconds since the first call, ≥ 0 and never decreasing."""
         self.refresh(now_s)
         own = reaped = ended = 0
         for pid, last in list(self._known.items()):
@@ -148,7 +148,7 @@ class CPUTimeTree:
                 own += max(stat.own_ticks - last.own_ticks, 0)
                 reaped += max(stat.reaped_ticks - last.reaped_ticks, 0)
                 self._known[pid] = stat
-        # Time that was counted already while those who took it along lived.
+        # Time of ended processes was counted while they lived, so what their parents inherit of it is not new.
         if ended:
             self._inherited_until_s = now_s + INHERITED_S
         elif now_s > self._inherited_until_s:
@@ -160,7 +160,7 @@ class CPUTimeTree:
         return self._total_ticks / TICKS_PER_S
 
     def _count(self, now_s: float, ticks: int) -> None:
-        """Add CPU time, no more than the processors had since the last reading and one look for new processes."""
+        """Add CPU time, limited to what the processors could do since the last reading plus one scan interval."""
         per_s = self.processors * TICKS_PER_S
         if self._read_s is None:
             self._spare_ticks = per_s * self.rescan_s
@@ -173,7 +173,7 @@ class CPUTimeTree:
 
 
 def _depth(pid: int, stats: dict[int, ProcessStat]) -> int:
-    """How many ancestors a process has."""
+    """Return the number of a process's ancestors."""
     depth = 0
     while (stat := stats.get(pid)) is not None and depth < len(stats):
         pid, depth = stat.parent, depth + 1

@@ -1,4 +1,4 @@
-"""What NVML tells of GPUs besides their energy: which there are, their memory, clocks, power limits and driver."""
+"""Reads GPU data other than energy from NVML: which GPUs there are, their memory, clocks, power limits and driver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NVML_CLOCK_SM, _NVML_CLOCK_MEM = 1, 2
 
 
 def power_limit_w(handle: Any) -> float | None:
-    """The power that a GPU is limited to now, W; None if it does not tell."""
+    """Return the power limit that is enforced on a GPU now, W; None if NVML does not report it."""
     try:
         return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)) / 1000
     except pynvml.NVMLError:
@@ -22,10 +22,10 @@ def power_limit_w(handle: Any) -> float | None:
 
 
 def gpu_uuids(visible_devices: str) -> tuple[str, ...]:
-    """The UUIDs of the GPUs that a CUDA_VISIBLE_DEVICES names, by UUID or by NVML's index, as Ray writes it.
+    """Return the UUIDs of the GPUs in a CUDA_VISIBLE_DEVICES value, which has UUIDs or, as Ray writes it, NVML indices.
 
     Raises:
-        ReadFailed: NVML can't be used or knows no such index.
+        ReadFailed: NVML can't be used or has no such index.
     """
     names = [name.strip() for name in visible_devices.split(",") if name.strip()]
     if not any(name.isdigit() for name in names):
@@ -44,7 +44,7 @@ def gpu_uuids(visible_devices: str) -> tuple[str, ...]:
 
 
 def all_gpu_uuids() -> tuple[str, ...]:
-    """The UUIDs of all GPUs that NVML sees on this machine, whoever has them.
+    """Return the UUIDs of all GPUs that NVML reports on this machine, no matter which process uses them.
 
     Raises:
         ReadFailed: NVML can't be used.
@@ -61,12 +61,12 @@ def all_gpu_uuids() -> tuple[str, ...]:
 
 
 def gpu_memory(visible_devices: str) -> Mapping[str, tuple[int, int]]:
-    """Bytes in use, and all there are, of the GPUs that a CUDA_VISIBLE_DEVICES names, by UUID.
+    """Return bytes in use and total bytes, by UUID, of the GPUs in a CUDA_VISIBLE_DEVICES value.
 
-    Source: NVML API, nvmlDeviceGetMemoryInfo: ``total`` is the physical memory, what the driver keeps included.
+    Source: NVML API, nvmlDeviceGetMemoryInfo: ``total`` is the physical memory, including what the driver reserves.
 
     Raises:
-        ReadFailed: NVML can't be used, or does not tell of all of them.
+        ReadFailed: NVML can't be used, or does not report all of them.
     """
     uuids = gpu_uuids(visible_devices)
     try:
@@ -81,9 +81,9 @@ def gpu_memory(visible_devices: str) -> Mapping[str, tuple[int, int]]:
 
 
 def gpu_settings(visible_devices: str) -> list[dict[str, Any]]:
-    """How the GPUs that a CUDA_VISIBLE_DEVICES names are set, in its order: power limit [W] and clocks [MHz].
+    """Return the settings of the GPUs in a CUDA_VISIBLE_DEVICES value, in its order: power limit [W] and clocks [MHz].
 
-    What a GPU does not tell is None.
+    Values that a GPU does not report are None.
 
     Source: NVML API, nvmlDeviceGetName, nvmlDeviceGetClockInfo, nvmlDeviceGetMaxClockInfo.
 
@@ -122,7 +122,7 @@ def _clocks_mhz(handle: Any, read: Callable[[Any, int], int]) -> dict[str, int |
 
 
 def driver_version() -> str:
-    """Version of the GPUs' driver.
+    """Return the version of the GPU driver.
 
     Source: NVML API, nvmlSystemGetDriverVersion.
 

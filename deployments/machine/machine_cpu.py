@@ -1,4 +1,4 @@
-"""The CPU time of a machine: this wrapper's, that of the other wrappers there, and that of strangers."""
+"""Splits a machine's CPU time into that of this wrapper, of other wrappers and of all other processes ("strangers")."""
 
 from __future__ import annotations
 
@@ -9,38 +9,42 @@ from typing import NamedTuple
 from deployments.machine.cpu_time import TICKS_PER_S, CPUTimeTree, ProcessTable
 
 _FIND_S = 1.0
-"""How often other wrappers are looked for, seconds."""
+"""Seconds between searches for other wrappers."""
 _SELDOM_S = 10.0
-"""How often new descendants of wrappers are looked for, seconds, where nothing but strangers depends on it. It takes
-milliseconds where there are many processes."""
+"""Seconds between searches for new descendants of wrappers, while only the detection of strangers needs them.
+
+A search takes milliseconds if there are many processes.
+"""
 STRANGERS_CORES = 0.5
 STRANGERS_PART = 0.01
-"""Strangers are at work when they use more than half a core, and more than 1 % of the machine: Ray's own processes,
-the registry, proxies and the system's services take less, up to some tenths of a core, and grow with the machine.
-Half a core is 1 to 4 W (configs/local.yaml: 1.69 to 8.96 W per busy processor)."""
+"""Strangers count as active above half a core and 1 % of the machine.
+
+Ray's own processes, the registry, proxies and system services use less: up to some tenths of a core, more on larger
+machines. Half a core is 1 to 4 W (configs/local.yaml: 1.69 to 8.96 W per busy processor).
+"""
 
 
 class _Look(NamedTuple):
-    """CPU-seconds at a time: of the whole machine, and of all wrappers."""
+    """CPU-seconds at time ``at_s``: of the whole machine, and of all wrappers."""
 
     at_s: float
     busy_s: float
     wrappers_s: float
 
     def strange_to(self, last: _Look) -> float:
-        """CPU-seconds since an earlier look that no wrapper used."""
+        """Return the CPU-seconds that no wrapper used since an earlier look."""
         return self.busy_s - last.busy_s - (self.wrappers_s - last.wrappers_s)
 
 
 class MachineCPU:
-    """CPU time by who uses it. Not thread-safe.
+    """CPU time of this wrapper, of other wrappers and of strangers. Not thread-safe.
 
     Args:
         pid: This wrapper's process.
-        others: The processes of the other wrappers on the machine, each with its start (ticks since boot); None if
-            that can't be told.
-        proc_root: Where proc is mounted. In a container /proc/stat is the host's, so processes outside are strangers.
-        processors: How many CPUs there are; None: those of this machine.
+        others: Returns the processes of the machine's other wrappers, each with its start (ticks since boot); None if
+            unknown.
+        proc_root: Mount point of proc. In a container /proc/stat is the host's, so processes outside are strangers.
+        processors: Number of CPUs; None: that of this machine.
 
     Source: proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal.
     """
@@ -66,14 +70,14 @@ class MachineCPU:
         self._looked_s: float | None = None
 
     def look_often(self) -> None:
-        """Look for new descendants of wrappers every second: figures depend on their CPU time."""
+        """Search for new descendants of wrappers every second, because energy figures depend on their CPU time."""
         self._rescan_s = self.tree.rescan_s = _FIND_S
 
     def _tree(self, pid: int) -> CPUTimeTree:
         return CPUTimeTree(pid, table=self._table, rescan_s=self._rescan_s, processors=self._processors)
 
     def wrappers_s(self, now_s: float) -> tuple[float, float] | None:
-        """CPU-seconds of this wrapper, and of all others, since the first call; None if one of those can't be seen."""
+        """Return the CPU-seconds of this wrapper and of all others since the first call; None if one can't be read."""
         try:
             if self._found_s is None or now_s - self._found_s >= _FIND_S:
                 self._found_s = now_s
@@ -91,7 +95,7 @@ class MachineCPU:
         for pid, started in living.items():
             stat = self._table.stat(pid)
             if stat is None or stat.started != started:
-                self._unseen = True  # it lives in another pid namespace
+                self._unseen = True  # it runs in another pid namespace
             elif (pid, started) not in self._others:
                 self._others[pid, started] = self._tree(pid)
         if found is not None:
@@ -99,7 +103,7 @@ class MachineCPU:
                 self._gone_s += self._others.pop(gone).read_s(now_s)
 
     def strangers(self, now_s: float) -> tuple[bool | None, float]:
-        """Whether anything but wrappers has used the CPUs since the last call; None: can't be told. And since when."""
+        """Return whether strangers were active since the last call (None: unknown), and the time of that call."""
         busy_s, ours = self._busy_s(), self.wrappers_s(now_s)
         last, since_s = self._last, now_s if self._looked_s is None else self._looked_s
         self._looked_s, self._last = now_s, None
@@ -111,7 +115,7 @@ class MachineCPU:
         strange = self._last.strange_to(last) / (now_s - last.at_s)
         most = max(STRANGERS_CORES, STRANGERS_PART * self.tree.processors)
         if strange > most:
-            # Or they are descendants of wrappers that are not known yet: those count from their birth.
+            # They may be unknown descendants of wrappers, whose time counts from their start: search before deciding.
             for tree in (self.tree, *self._others.values()):
                 tree.refresh(now_s, 0.0)
             found = self.wrappers_s(now_s)
@@ -119,15 +123,15 @@ class MachineCPU:
                 return None, since_s
             self._last = self._last._replace(wrappers_s=sum(found))
             strange = self._last.strange_to(last) / (now_s - last.at_s)
-        # Wrappers that have used more than the machine did: these can't be figures of the same machine.
+        # If wrappers used more than the whole machine, the two readings can't be of the same machine.
         return None if strange < -most else strange > most, since_s
 
     def _busy_s(self) -> float | None:
-        """CPU-seconds that the machine has worked since boot, steal included; None if it does not tell."""
+        """Return the machine's busy CPU-seconds since boot, including steal; None if unknown."""
         try:
             with (self._table.root / "stat").open(encoding="ascii") as file:
                 user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
         except (OSError, ValueError):
             return None
-        # Sandboxes show zeros.
+        # Sandboxes report zeros.
         return (user + nice + system + irq + softirq + steal) / TICKS_PER_S or None

@@ -1,4 +1,4 @@
-"""How much memory this machine has and has left: main memory as the kernel allows it to us, and that of our GPUs."""
+"""Reads how much memory is installed and available: main memory within our container's limit, and GPU memory."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import psutil
 from deployments.energy.counters.probe import ReadFailed, gpu_memory
 
 CGROUPS = Path("/sys/fs/cgroup")
-"""Where the kernel's control groups are mounted."""
+"""Mount point of the kernel's control groups."""
 
 OWN_CGROUPS = Path("/proc/self/cgroup")
-"""The groups that this process is in."""
+"""Lists the groups of this process."""
 
 
 class MainMemory(NamedTuple):
-    """Main memory, bytes. ``available_bytes``: what processes can still get, caches included."""
+    """Main memory, bytes. ``available_bytes``: what processes can still allocate, including reclaimable caches."""
 
     total_bytes: int
     available_bytes: int
 
 
 def main_memory(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> MainMemory:
-    """Main memory of the machine, or of the tightest control group (container) around this process."""
+    """Return the main memory of the machine, or of the tightest control group (container) around this process."""
     machine = psutil.virtual_memory()
     total, available = int(machine.total), int(machine.available)
     for folder, limit, usage in _groups(cgroups, own):
         try:
-            limit_bytes = int((folder / limit).read_text())  # "max": there is none
+            limit_bytes = int((folder / limit).read_text())  # "max" means no limit
             used_bytes = int((folder / usage).read_text()) - _reclaimable_bytes(folder)
         except (OSError, ValueError):
             continue
@@ -41,7 +41,7 @@ def main_memory(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> MainMemory:
 
 
 def _groups(cgroups: Path, own: Path) -> Iterator[tuple[Path, str, str]]:
-    """The folders of our groups that may limit memory, with their files for the limit and for what is used."""
+    """Yield the folders of our groups that may limit memory, with the names of their limit and usage files."""
     for line in own.read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -51,24 +51,24 @@ def _groups(cgroups: Path, own: Path) -> Iterator[tuple[Path, str, str]]:
         else:
             continue
         group = root / path.lstrip("/")
-        for folder in (group, *group.parents):  # in a container the path may be the host's: only the root is there
+        for folder in (group, *group.parents):  # in a container the path may be the host's: only the root exists
             yield folder, *files
             if folder == root:
                 break
 
 
 def _reclaimable_bytes(folder: Path) -> int:
-    """What a group uses for files that can be read again."""
+    """Return the bytes that a group uses for file pages that can be read again."""
     fields = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
     return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
 
 
 def gpu_memory_bytes(gpus: int) -> int | None:
-    """Memory of each of our GPUs, the smallest if they differ; None: there is none, or NVML does not tell."""
+    """Return the memory of each of our GPUs, the smallest if they differ; None if there are none or NVML fails."""
     if not gpus:
         return None
     try:
         memory = gpu_memory(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     except ReadFailed:
-        return None  # which /machines shows; the meter says what NVML said
+        return None  # /machines shows None; the meter logs NVML's error
     return min((total for _, total in memory.values()), default=None)

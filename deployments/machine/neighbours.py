@@ -1,4 +1,4 @@
-"""What the wrappers of a machine know of one another: their processes, and whether any of them is at work."""
+"""Shares state between the wrappers of a machine: their processes, and whether one of them is working."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from pathlib import Path
 from deployments.machine.cpu_time import ProcessTable
 
 _FLOCK = "hhqqi"
-"""``struct flock``: type, whence, start, length, process. Source: fcntl(2), "Open file description locks"."""
+"""``struct flock``: type, whence, start, length, pid. Source: fcntl(2), "Open file description locks"."""
 _WORKS, _LIVES = 0, 1
-"""Which byte of its file a wrapper locks while it works, and which for as long as it lives. The locks are
-shared, so that a wrapper that takes the place of one that still ends is not refused."""
+"""The bytes of its file that a wrapper locks: the first while it works, the second while it lives.
+
+The locks are shared, so that a new wrapper can lock the file while its predecessor still ends.
+"""
 
 
 class Neighbours:
     """One of the wrappers of a machine, which share ``directory``.
 
-    Each locks a file of its own while it starts an LLM or answers, so that one that is killed is at work no more, and
-    changes the file's time when it begins, so that what is over before anybody looks is seen, too. Nobody ever waits
-    for such a lock: others ask the kernel whether it is held.
+    Each wrapper locks a byte of its own file while it starts an LLM or answers; the kernel releases the lock if it is
+    killed. It also updates the file's time when work begins, so that work which ends before the next check is seen. No
+    process waits for such a lock; the others ask the kernel whether it is held.
     """
 
     def __init__(self, directory: Path, wrapper_id: str, *, process: tuple[int, int] | None = None) -> None:
-        """Join the others; ``process`` is this wrapper's, its pid and its start (ticks since boot)."""
+        """Join the others; ``process`` is this wrapper's pid and its start (ticks since boot), by default our own."""
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._own = directory / wrapper_id
-        self._file = os.open(self._own, os.O_RDWR | os.O_CREAT, 0o644)  # for as long as the process lives
+        self._file = os.open(self._own, os.O_RDWR | os.O_CREAT, 0o644)  # stays open for the life of the process
         pid, started = process or (os.getpid(), _started(os.getpid()))
         text = f"{pid} {started}\n".encode()
         os.pwrite(self._file, text, 0)
@@ -42,7 +44,7 @@ class Neighbours:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """This wrapper is at work for as long as this lasts."""
+        """Mark this wrapper as working until the context ends."""
         self.begin()
         try:
             yield
@@ -50,27 +52,27 @@ class Neighbours:
             self.end()
 
     def begin(self) -> None:
-        """This wrapper begins one more piece of work. Costs a few microseconds, and never waits."""
+        """Begin one more piece of work of this wrapper. Takes a few microseconds and never waits."""
         self._works += 1
         if self._works == 1:
             os.utime(self._file)
             self._lock(fcntl.F_RDLCK, _WORKS)
 
     def end(self) -> None:
-        """A piece of its work is over."""
+        """End one piece of work."""
         self._works -= 1
         if not self._works:
             self._lock(fcntl.F_UNLCK, _WORKS)
 
     def others_worked(self) -> bool | None:
-        """Whether any of the others works, or has since this was last asked; None: can't be told. For one thread."""
+        """Return whether another wrapper works or has worked since the last call; None if unknown. For one thread."""
         try:
-            return any([self._worked(path) for path in self._others()])  # noqa: C419 - each has to be looked at
+            return any([self._worked(path) for path in self._others()])  # noqa: C419 - every call has a side effect
         except OSError:
-            return None  # somebody has tidied up the directory
+            return None  # a file was removed
 
     def processes(self) -> dict[int, int] | None:
-        """The processes of the others that live, each with its start (ticks since boot); None: can't be told."""
+        """Return the processes of the other living wrappers with their starts (ticks since boot); None if unknown."""
         found = {}
         try:
             for path in self._others():

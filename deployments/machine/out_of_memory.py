@@ -1,7 +1,7 @@
-"""The kernel's out-of-memory killer: which processes it ends first, and whether it has ended one.
+"""The kernel's out-of-memory killer: which processes it kills first, and whether it has killed one.
 
-An engine holds most of a machine's memory and can be started again, so it goes first; a wrapper goes next. What Ray
-runs beside them (the registry, proxies, its own daemons) keeps the score that it was started with.
+An engine uses most of a machine's memory and can be restarted, so it is killed first, then a wrapper. Ray's other
+processes (the registry, proxies, its daemons) keep the score that they were started with.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ WRAPPER_SCORE: Final = 500
 ENGINE_SCORE: Final = 900
 
 ENGINE_OUT_OF_MEMORY: Final = "engine_out_of_memory"
-"""Flag: the kernel ended an engine during the measurement, since memory had run out."""
+"""Flag: the kernel killed an engine during the measurement because memory had run out."""
 
 _SCORE: Final = Path("/proc/self/oom_score_adj")
 _COUNTERS: Final = Path("/proc/vmstat")
 
 
 def raise_score(score: int, file: Path = _SCORE) -> None:
-    """Have the kernel prefer this process, and those that it starts later, when memory runs out.
+    """Make the kernel prefer this process, and its later children, as victims when memory runs out.
 
-    A score that is higher already stays: only root may lower one. Idempotent.
+    A higher score is kept, because only root may lower it. Idempotent.
 
     Source: proc(5), oom_score_adj, from -1000 (never) to 1000.
     """
@@ -31,24 +31,24 @@ def raise_score(score: int, file: Path = _SCORE) -> None:
 
 
 class OOMKills:
-    """Tells whether the kernel has ended a process for want of memory since the last look."""
+    """Detects whether the kernel has killed a process for lack of memory since the last look."""
 
     def __init__(self, counters: Path = _COUNTERS) -> None:
         self._counters = counters
         self._seen = self._count()
 
     def look(self) -> None:
-        """Take what has happened so far as known."""
+        """Ignore all kills until now."""
         self._seen = self._count()
 
     @property
     def happened(self) -> bool:
-        """Whether a process was ended since the last look; False where the kernel does not count them."""
+        """Whether a process was killed since the last look; False if the kernel does not count kills."""
         now = self._count()
         return now is not None and self._seen is not None and now > self._seen
 
     def _count(self) -> int | None:
-        """Processes that were ended since the machine's start, those of control groups included (Linux 4.13)."""
+        """Return the number of kills since boot, including those of control groups (Linux 4.13); None if unknown."""
         for line in self._counters.read_text(encoding="ascii").splitlines():
             name, _, value = line.partition(" ")
             if name == "oom_kill":

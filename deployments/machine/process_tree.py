@@ -1,4 +1,4 @@
-"""Processes that must not be forgotten: find them, watch them, see them gone."""
+"""Finds processes, watches them, kills them and waits for their end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 
 
 def descendants(pid: int) -> set[psutil.Process]:
-    """Children, children's children … of a process; none if it does not exist. A reused pid is another process."""
+    """Return all descendants of a process; none if it does not exist. A reused pid counts as another process."""
     try:
         return set(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
@@ -20,7 +20,7 @@ def descendants(pid: int) -> set[psutil.Process]:
 
 
 def alive(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
-    """Those that still run; one that ended and only waits to be reaped (a zombie) does not."""
+    """Return those that still run; a zombie does not."""
     found = set()
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -30,10 +30,10 @@ def alive(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
 
 
 def users_of(folder: Path) -> set[psutil.Process]:
-    """This user's living processes that were told to keep their temporary files (``TMPDIR``) in or below a folder.
+    """Return this user's living processes whose ``TMPDIR`` is in or below a folder.
 
-    That is who descends from the process that said so, whoever their parent is by now. Some write their title over
-    their environment (Ray's agents): of those, the ones that have files open there.
+    They inherited it from the process that set it, whatever their parent is now. Some overwrite their environment with
+    a title (Ray's agents): these count if they have files open there.
     """
     mine = (process for process in psutil.process_iter(["uids"]) if _uid(process) == os.getuid())
     return {process for process in mine if _uses(process, folder)}
@@ -48,13 +48,13 @@ def _uses(process: psutil.Process, folder: Path) -> bool:
     try:
         environment = process.environ()
         used = [environment.get("TMPDIR", "/")] if environment else [file.path for file in process.open_files()]
-    except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended, or somebody else's after all
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or belongs to another user after all
         return False
     return any(Path(path).is_relative_to(folder) for path in used)
 
 
 def ended_by(pid: int, proc_root: Path = Path("/proc")) -> int | None:
-    """The signal that has ended a process, 0 if none has; None: it runs, or its parent has fetched that already.
+    """Return the signal that ended a process, 0 if it exited; None if it runs or its parent has reaped it.
 
     Source: proc_pid_stat(5), exit_code.
     """
@@ -62,12 +62,12 @@ def ended_by(pid: int, proc_root: Path = Path("/proc")) -> int | None:
         text = (proc_root / str(pid) / "stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = text[text.rindex(b")") + 2 :].split()  # the second field may hold anything
+    fields = text[text.rindex(b")") + 2 :].split()  # the second field may contain any characters
     return int(fields[-1]) & 0x7F if fields[0] == b"Z" else None
 
 
 def stopped(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
-    """Those that somebody has stopped (SIGSTOP) and nobody has let go on."""
+    """Return those that are stopped (SIGSTOP) and not continued."""
     found = set()
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -77,7 +77,7 @@ def stopped(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
 
 
 def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
-    """Files in shared memory that these processes have in use and that have a name, so that they outlive them."""
+    """Return the named shared memory files that these processes use; such files outlive their processes."""
     found = set()
     for process in processes:
         with suppress(OSError):
@@ -89,14 +89,14 @@ def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """SIGKILL; those that are gone already are none of our business any more."""
+    """Send SIGKILL; skip processes that are gone."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 async def ended(processes: Iterable[psutil.Process], timeout_s: float) -> set[psutil.Process]:
-    """Wait until all of them have ended, at most ``timeout_s`` seconds ≥ 0. Returns those that have not."""
+    """Wait up to ``timeout_s`` seconds ≥ 0 until all of them have ended; return those that have not."""
     waiting = {process.pid: process for process in alive(processes)}
     all_ended = asyncio.Event()
 
@@ -115,13 +115,13 @@ async def ended(processes: Iterable[psutil.Process], timeout_s: float) -> set[ps
 
 
 class DeathWatch:
-    """Calls back, in the event loop, as soon as one of some processes ends. Linux only (pidfd)."""
+    """Calls back in the event loop as soon as one of the processes ends. Linux only (pidfd)."""
 
     def __init__(self, processes: Iterable[psutil.Process], on_death: Callable[[int], None]) -> None:
         """Start watching; ``on_death`` gets the pid, at most once per process. Needs a running loop."""
         self._loop = asyncio.get_running_loop()
         self._on_death = on_death
-        self._fds: dict[int, int | None] = {}  # by pid; None for a process that had ended before
+        self._fds: dict[int, int | None] = {}  # by pid; None for a process that had already ended
         for process in processes:
             try:
                 self._fds[process.pid] = fd = os.pidfd_open(process.pid)
@@ -143,6 +143,6 @@ class DeathWatch:
             os.close(fd)
 
     def close(self) -> None:
-        """Stop watching; nothing is called back after this."""
+        """Stop watching; there are no callbacks after this."""
         for pid in list(self._fds):
             self._forget(pid)

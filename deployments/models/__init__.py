@@ -1,1 +1,1 @@
-"""What is deployed: where models come from, what they need."""
+"""Models: where they come from, and which memory and arguments they need."""

@@ -1,4 +1,4 @@
-"""The models of a machine: fetched before an engine starts, kept in a cache of limited size, locked while in use."""
+"""The models of a machine: downloaded before an engine starts, kept in a cache of limited size, locked while in use."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from registry.contract.messages import Download
 from registry.errors import EngineStartFailed
 
 LOCK_POLL_S = 0.05
-"""How often a model that is just being removed is looked at again, seconds."""
+"""Seconds between attempts to lock a model that is being removed."""
 
 
 @dataclass(slots=True)
 class LocalModel:
-    """A model on this machine, which stays there until ``release``.
+    """A model on this machine that is not removed before ``release``.
 
-    ``path`` is what the engine loads. ``revision`` is the commit of its files, None for a folder of the operator's own:
-    nothing there says what it holds.
+    ``path`` is loaded by the engine. ``revision`` is the commit of its files; None for an operator's own folder, whose
+    revision is unknown.
     """
 
     path: str
@@ -37,7 +37,7 @@ class LocalModel:
     _lock: IO[str] | None = None
 
     def release(self) -> None:
-        """It is not in use any more, as far as this wrapper is concerned. Again is not an error."""
+        """Mark the model as no longer used by this wrapper. Idempotent."""
         if self._lock is not None:
             _touch(self._lock)
             self._lock.close()
@@ -45,11 +45,11 @@ class LocalModel:
 
 
 class ModelCache:
-    """Models from the Hugging Face hub. Every wrapper of a machine has one, over the same directories.
+    """Models from the Hugging Face hub. Every wrapper of a machine has one; they share the directories.
 
-    ``directory``: the cache, None for the one that the environment names (HF_HUB_CACHE, HF_HOME); nothing is ever
-    removed from that. ``locks_dir``: where it is noted which models are in use, and when they were last. ``max_gib``:
-    what the cache may hold; None: no limit.
+    ``directory``: the cache; None: the one that the environment names (HF_HUB_CACHE, HF_HOME). ``locks_dir``: lock
+    files that show which models are in use and when they were last used. ``max_gib``: size limit of the cache in GiB;
+    unused models are removed to keep to it. None: no limit, and nothing is ever removed.
     """
 
     def __init__(self, directory: Path | None, locks_dir: Path, max_gib: float | None = None) -> None:
@@ -66,17 +66,19 @@ class ModelCache:
         weights: bool = True,
         on_progress: Callable[[Download], object] = lambda _download: None,
     ) -> LocalModel:
-        """Have a model on this machine. Cancelling this ends a download at once; the next one goes on from there.
+        """Return a model on this machine; download what is missing.
+
+        Cancelling this ends the download; the next one resumes it.
 
         Args:
             model: Hugging Face id, or the absolute path of a folder.
             revision: Branch, tag or commit; None: the default branch.
             load_format: vLLM's engine argument.
             weights: False: only configuration and tokenizer.
-            on_progress: Called in the event loop with how far the download is, if there has to be one.
+            on_progress: Called in the event loop with the progress of a download, if one is needed.
 
         Raises:
-            EngineStartFailed: It can't be had; the reason says why, and what to do.
+            EngineStartFailed: It can't be provided; the reason says why and what to do.
         """
         if Path(model).is_absolute():
             if not await asyncio.to_thread(os.path.isdir, model):
@@ -98,11 +100,11 @@ class ModelCache:
                 folder = await asyncio.to_thread(find, order) or await _download(order, on_progress)
             except DownloadFailed as failed:
                 raise EngineStartFailed(model, failed.problem, failed.permanent) from None
-            lock.truncate(0)  # what it was promised room for is there
+            lock.truncate(0)  # the space reserved for it is now used
             return LocalModel(folder, order.commit, lock)
 
     async def here(self, model: str, *, revision: str | None = None) -> str | None:
-        """The folder of what is on this machine of a model; None: nothing is. Nobody is asked, and nothing locked."""
+        """Return the folder of a model's files on this machine, None if there are none. Uses no network and no lock."""
         if Path(model).is_absolute():
             return model
         return await asyncio.to_thread(cached, model, revision, self._cache_dir)
@@ -113,11 +115,11 @@ class ModelCache:
 
     @asynccontextmanager
     async def _in_use(self, model: str) -> AsyncIterator[IO[str]]:
-        """Keep others from removing a model: for good, or until what is done meanwhile fails."""
+        """Keep other processes from removing a model, until the returned lock is closed or the body fails."""
         self._locks_dir.mkdir(parents=True, exist_ok=True)
         lock = lock_of(model, self._locks_dir).open("a+", encoding="utf-8")
         try:
-            while not try_lock(lock, fcntl.LOCK_SH):  # noqa: ASYNC110 - who holds it is another process
+            while not try_lock(lock, fcntl.LOCK_SH):  # noqa: ASYNC110 - another process holds it
                 await asyncio.sleep(LOCK_POLL_S)
             _touch(lock)
             yield lock
@@ -127,10 +129,10 @@ class ModelCache:
 
 
 async def _download(order: DownloadOrder, on_progress: Callable[[Download], object]) -> str:
-    """Run the download in a process of its own, which ends with this task, or with this process; its folder.
+    """Run the download in a separate process and return its folder. The process ends with this task or this process.
 
     Raises:
-        DownloadFailed: in its own words.
+        DownloadFailed: The download's own error, or the process ended without a result.
     """
     process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's own needs a child watcher, which not every loop has
         [sys.executable, "-m", "deployments.models.download", json.dumps(asdict(order))],
@@ -163,7 +165,7 @@ async def _download(order: DownloadOrder, on_progress: Callable[[Download], obje
 
 
 def _touch(lock: IO[str]) -> None:
-    """The model of this lock is used now, by a finer clock than the file system's own."""
+    """Set the last use of this lock's model to now, with a clock finer than the file system's."""
     os.utime(lock.fileno(), ns=(time.time_ns(), time.time_ns()))
 
 

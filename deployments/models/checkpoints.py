@@ -1,6 +1,6 @@
-"""Reads what checkpoints say of themselves: in folders, in the local cache of the Hugging Face hub, on the hub.
+"""Reads checkpoint metadata: from folders, from the local Hugging Face cache, from the hub.
 
-Only headers are read, never weights. Without torch, so that the ingress can use it.
+Reads only headers, never weights. Does not need torch, so that the ingress can use it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from huggingface_hub.utils._safetensors import SafetensorsRepoMetadata
 
 KEPT_S = 600.0
-"""How long what a checkpoint says is taken as true: a branch of the hub moves, a folder may be replaced."""
+"""How long a checkpoint's data are used, seconds: a branch on the hub can move, a folder can be replaced."""
 
 UNKNOWN_KEPT_S = 30.0
-"""How long a checkpoint that could not be read is not looked at again."""
+"""How long an unreadable checkpoint is not read again, seconds."""
 
 READ_LIMIT_S = 3.0
-"""Longest wait for a checkpoint; what comes later serves those who ask later."""
+"""Longest wait for a checkpoint, seconds; data that arrive later serve later calls."""
 
 HUB_TIMEOUT_S = 10.0
-"""Longest wait for one answer of the hub."""
+"""Longest wait for one response of the hub, seconds."""
 
 _KEPT = 1024
 
@@ -42,21 +42,22 @@ log = structlog.get_logger("deployments.models.checkpoints")
 
 
 class Checkpoints:
-    """Checkpoints by model and revision, each read once in a while. Used from one event loop."""
+    """Checkpoints by model and revision; each is read again only after a while. Used from one event loop."""
 
     def __init__(self, read: Callable[[str, str | None], Checkpoint | None], now_s: Callable[[], float]) -> None:
-        """``read`` blocks, in a thread; ``now_s`` is a monotonic clock."""
+        """``read`` may block; it runs in a thread. ``now_s`` is a monotonic clock."""
         self._read = read
         self._now_s = now_s
         self._kept: OrderedDict[tuple[str, str | None], tuple[asyncio.Future[Checkpoint | None], float]] = OrderedDict()
 
     async def memory(self, model: str, spec: LLMSpec, *, gpus: int | None = None) -> LLMMemory | None:
-        """The least memory that an LLM takes, None if it is not known; within ``READ_LIMIT_S``.
+        """Return the least memory that an LLM needs, None if unknown. Waits up to ``READ_LIMIT_S``.
 
-        ``model`` is where it lies: a hub id or an absolute folder. ``gpus``: those of the wrapper that is to run it.
+        ``model`` is its location: a hub id or an absolute folder. ``gpus``: number of GPUs of the wrapper that will run
+        it.
         """
         reading, begun_s = self._reading(model, spec.revision)
-        left_s = begun_s + READ_LIMIT_S - self._now_s()  # who comes later does not wait for a hub that hangs
+        left_s = begun_s + READ_LIMIT_S - self._now_s()  # later callers do not wait again for a hub that hangs
         await asyncio.wait({reading}, timeout=max(left_s, 0))
         checkpoint = reading.result() if reading.done() else None
         if checkpoint is None:
@@ -65,7 +66,7 @@ class Checkpoints:
         return memory_of(checkpoint, json.loads(spec.engine_args), generates=generates, gpus=gpus)
 
     def _reading(self, model: str, revision: str | None) -> tuple[asyncio.Future[Checkpoint | None], float]:
-        """The reading of a checkpoint, over or under way, and when it began."""
+        """Return the task that reads a checkpoint, done or running, and when it began."""
         known = self._kept.pop((model, revision), None)
         if known is not None:
             reading, begun_s = known
@@ -80,7 +81,7 @@ class Checkpoints:
         return known
 
     def _read_once(self, model: str, revision: str | None) -> Checkpoint | None:
-        """In a thread. Whatever is wrong with a checkpoint, or on the way to it, the engine will tell more of it."""
+        """Read a checkpoint in a thread; None if that fails, because the engine reports problems in more detail."""
         try:
             return self._read(model, revision)
         except Exception as error:
@@ -89,17 +90,17 @@ class Checkpoints:
 
 
 def checkpoints_here() -> Checkpoints:
-    """What lies on this machine: folders, and the local cache of the hub."""
+    """Return the checkpoints on this machine: folders and the local cache of the hub."""
     return Checkpoints(read_local, time.monotonic)
 
 
 def checkpoints_anywhere() -> Checkpoints:
-    """What lies on this machine, else what the hub tells."""
+    """Return the checkpoints on this machine; those that are not here are read from the hub."""
     return Checkpoints(lambda model, revision: read_local(model, revision) or read_hub(model, revision), time.monotonic)
 
 
 def read_local(model: str, revision: str | None) -> Checkpoint | None:
-    """A checkpoint that lies on this machine; None: it does not, or not as a whole. May block on a slow disk."""
+    """Read a checkpoint on this machine; None if it is not here or incomplete. May block on a slow disk."""
     folder = Path(model)
     if not folder.is_absolute():
         cached = try_to_load_from_cache(model, "config.json", revision=revision)
@@ -114,14 +115,14 @@ def read_local(model: str, revision: str | None) -> Checkpoint | None:
 
 
 def read_hub(model: str, revision: str | None) -> Checkpoint | None:
-    """A checkpoint on the Hugging Face hub; None for a folder. Raises what its client raises.
+    """Read a checkpoint from the Hugging Face hub; None for a folder. Raises the exceptions of the hub's client.
 
-    May block for minutes where the network swallows what is sent.
+    May block for minutes if the network drops packets.
     """
     if Path(model).is_absolute():
         return None
     api = HfApi()
-    # First, since it does not try again and again where there is no network. All that follows is of one commit.
+    # First, because this call does not retry without a network. All later calls use the commit it returns.
     commit = api.model_info(model, revision=revision, timeout=HUB_TIMEOUT_S).sha
     config_file = api.hf_hub_download(model, "config.json", revision=commit, etag_timeout=HUB_TIMEOUT_S)
     config = json.loads(Path(config_file).read_text(encoding="utf-8"))
@@ -129,7 +130,7 @@ def read_hub(model: str, revision: str | None) -> Checkpoint | None:
 
 
 def _checkpoint(config: Any, weights: SafetensorsRepoMetadata) -> Checkpoint:
-    """The sizes of all tensors that are loaded, by part and type. Raises TypeError or KeyError for nonsense."""
+    """Sum the sizes of all tensors that are loaded, by part and type. Raises TypeError or KeyError for invalid data."""
     if not isinstance(config, Mapping):
         raise TypeError("config.json holds no object")
     sizes: dict[str | None, Counter[str]] = {"body": Counter(), "head": Counter(), None: Counter()}

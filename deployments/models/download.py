@@ -1,8 +1,9 @@
-"""The download of a model from the Hugging Face hub: a program of its own, so that one that hangs can be ended.
+"""Downloads a model from the Hugging Face hub in a separate program, so that a hanging download can be killed.
 
-``python -m deployments.models.download '{…}'`` takes a ``DownloadOrder`` and prints lines of JSON: how many bytes are
-there, and last the folder, or what went wrong. Files that were complete before an end stay, and the next one goes on
-from there. The folder is a snapshot in the hub's own cache: one that was filled by other means serves as well.
+``python -m deployments.models.download '{…}'`` takes a ``DownloadOrder`` and prints lines of JSON: the bytes present so
+far, and at the end the folder or the problem. Files that were complete before an interruption stay, and the next
+download resumes from there. The folder is a snapshot in the hub's own cache format, so a cache that was filled by other
+tools works as well.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo
 
 TELL_EVERY_S = 0.2
-"""Progress is told at least this often while there is any, and with each hundredth, seconds."""
+"""Longest time between two progress messages while bytes arrive, seconds; each percent is also reported."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".py", ".yaml", ".yml")
 _TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 _INDICES = ("model.safetensors.index.json", "consolidated.safetensors.index.json")
 _SENTENCE_TRANSFORMERS_PART = re.compile(r"\d+_\w+")
-_SMALL = 50 * 2**20  # what is no weight file and larger than this is of no use to an LLM
+_SMALL = 50 * 2**20  # other files larger than this are useless for an LLM
 
 
 class DownloadFailed(Exception):
-    """The text says why, for people; ``permanent``: another machine would fare no better."""
+    """A download failed; the text says why. ``permanent``: it would also fail on another machine."""
 
     def __init__(self, problem: str, permanent: bool = False) -> None:
         super().__init__(problem, permanent)
@@ -50,10 +51,10 @@ class DownloadFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DownloadOrder:
-    """What to download: a ``commit`` of a model.
+    """The ``commit`` of a model to download.
 
-    ``cache_dir``: a cache in the hub's layout, None for the one that the environment names. ``locks_dir``: where the
-    locks of models in use are (``lock_of``). ``max_bytes``: what the cache may hold, None for no limit.
+    ``cache_dir``: a cache in the hub's layout, None for the one that the environment names. ``locks_dir``: folder of
+    the lock files of models in use (``lock_of``). ``max_bytes``: size limit of the cache, None for no limit.
     ``load_format``: vLLM's engine argument. ``weights``: False leaves them out.
     """
 
@@ -68,13 +69,13 @@ class DownloadOrder:
 
 
 def wanted_files(sizes: Mapping[str, int], *, load_format: str = "auto", weights: bool = True) -> list[str]:
-    """Which of a repository's files vLLM reads, in order of their names.
+    """Return the files of a repository that vLLM reads, sorted by name.
 
     Weights are taken in the one format that vLLM would choose (its ``DefaultModelLoader._prepare_weights``), and only
-    from the repository's top and from the parts of a sentence-transformers model: copies elsewhere are left out.
+    from the top folder and the parts of a sentence-transformers model; copies elsewhere are left out.
 
     Args:
-        sizes: bytes of each file, by its path in the repository.
+        sizes: Bytes of each file, by its path in the repository.
         load_format: ``auto``, ``safetensors`` or ``mistral``.
         weights: False: only configuration and tokenizer.
     """
@@ -95,7 +96,7 @@ def _in_place(file: str) -> bool:
 
 
 def _weights(files: Iterable[str], load_format: str) -> list[str]:
-    """Of the weight files in one folder those that vLLM loads: the first pattern that there is one for."""
+    """Return the weight files of one folder that vLLM loads: those of the first pattern that matches any."""
     mistral = load_format in ("auto", "mistral")
     for pattern in (*(["consolidated*.safetensors"] if mistral else []), "*.safetensors", "*.bin", "*.pt"):
         if found := [file for file in files if fnmatch(PurePosixPath(file).name, pattern)]:
@@ -104,7 +105,7 @@ def _weights(files: Iterable[str], load_format: str) -> list[str]:
 
 
 def lock_of(model: str, locks_dir: Path) -> Path:
-    """The lock file of a model: shared by all who use it, and last changed when it was last used."""
+    """Return a model's lock file: shared by all its users; its modification time is the time of the last use."""
     return locks_dir / _folder_of(model)
 
 
@@ -113,13 +114,12 @@ def _folder_of(model: str) -> str:
 
 
 def commit_of(model: str, revision: str | None, cache_dir: str | None) -> str:
-    """The commit that a branch or tag (None: the default branch) is at; a commit is itself.
+    """Return the commit of a branch or tag (None: the default branch); a commit is returned unchanged.
 
-    Asks the hub, and believes the cache where that can't be reached or must not be asked (HF_HUB_OFFLINE). Blocks for
-    one short request.
+    Asks the hub; uses the cache if the hub can't be reached or HF_HUB_OFFLINE is set. Blocks for one short request.
 
     Raises:
-        DownloadFailed: nobody knows; the text says why.
+        DownloadFailed: Neither knows the commit; the text says why.
     """
     from huggingface_hub import HfApi, constants
 
@@ -133,9 +133,9 @@ def commit_of(model: str, revision: str | None, cache_dir: str | None) -> str:
 
 
 def cached(model: str, revision: str | None, cache_dir: str | None) -> str | None:
-    """The folder of what is on this machine of a branch, tag or commit (None: the default branch); None: nothing is.
+    """Return this machine's folder of a branch, tag or commit (None: the default branch); None if there is none.
 
-    Asks nobody: a branch is where it was when it was asked for last, and files may be missing.
+    Does not ask the hub: a branch may have moved since the last request, and files may be missing.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -149,17 +149,17 @@ def cached(model: str, revision: str | None, cache_dir: str | None) -> str | Non
 
 
 def find(order: DownloadOrder) -> str | None:
-    """The folder of this commit, if all files of it are on this machine for certain; else None. Reads files only.
+    """Return the folder of this commit if all its files are certainly on this machine; else None. Uses no network.
 
     Raises:
-        DownloadFailed: they are not, and the hub must not be asked for them (HF_HUB_OFFLINE).
+        DownloadFailed: Files are missing, and HF_HUB_OFFLINE forbids to download them.
     """
     from huggingface_hub import constants
 
     folder = cached(order.model, order.commit, order.cache_dir)
     listed = _listed(order)
     if folder is not None and listed is None and constants.HF_HUB_OFFLINE:
-        return folder  # filled by other means: what it holds is what there is
+        return folder  # filled by other tools: take its files as complete
     missing = _missing(folder, _plan(order, folder, listed)) if folder is not None and listed is not None else None
     if missing == []:
         return folder
@@ -170,13 +170,13 @@ def find(order: DownloadOrder) -> str | None:
 
 
 def download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
-    """Have the commit on this machine, and return its folder.
+    """Bring the commit to this machine and return its folder.
 
-    Blocks for as long as it takes; ``tell`` is called with the bytes that are there, and that have to be. Models that
-    nobody uses are removed to make room.
+    Blocks until done; ``tell`` is called with the bytes present and the bytes needed. Unused models are removed to make
+    room.
 
     Raises:
-        DownloadFailed: the hub can't be reached or refuses, or there is no room; the text says why.
+        DownloadFailed: The hub can't be reached or refuses, or there is no room; the text says why.
     """
     try:
         with _locked(Path(order.locks_dir) / f"download-{_folder_of(order.model)}"):  # one at a time
@@ -192,7 +192,7 @@ def _download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
 
     if order.cache_dir is not None:
         for leftover in (Path(order.cache_dir) / _folder_of(order.model) / "blobs").glob("*.incomplete"):
-            leftover.unlink()  # of a download that was killed: the hub's library gives each a new name
+            leftover.unlink()  # from a killed download: the hub's library gives each a new name
     folder = snapshot_download(
         order.model,
         revision=order.commit,
@@ -202,7 +202,7 @@ def _download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
     )
     listed = _listed(order)
     if listed is None:
-        return folder  # the hub is not there, and somebody else has filled the cache: what it holds is what there is
+        return folder  # no hub, and other tools filled the cache: take its files as complete
     wanted = _plan(order, folder, listed)
     missing = _missing(folder, wanted)
     to_load, total = (sum(listed[file] for file in files) for files in (missing, wanted))
@@ -221,7 +221,7 @@ def _download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
 
 
 def _listed(order: DownloadOrder) -> Mapping[str, int] | None:
-    """All files of the commit with their sizes, as the hub listed them; None if it never did."""
+    """Return all files of the commit with their sizes, as listed by the hub; None if it was never listed."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -233,7 +233,7 @@ def _listed(order: DownloadOrder) -> Mapping[str, int] | None:
 
 
 def _plan(order: DownloadOrder, folder: str, listed: Mapping[str, int]) -> list[str]:
-    """The files that vLLM reads, less the weights that the repository's own index does not name."""
+    """Return the files that vLLM reads, without weights that the repository's own index does not name."""
     wanted = wanted_files(listed, load_format=order.load_format, weights=order.weights)
     for name in _INDICES:
         index = Path(folder) / name
@@ -256,7 +256,7 @@ def _some(files: Sequence[str]) -> str:
 
 
 def _make_room(order: DownloadOrder, to_load: int) -> None:
-    """Remove the models that were used least recently, and that nobody uses, until ``to_load`` bytes more fit."""
+    """Remove unused models, least recently used first, until ``to_load`` more bytes fit."""
     if order.max_bytes is None:
         return
     locks = Path(order.locks_dir)
@@ -269,11 +269,11 @@ def _make_room(order: DownloadOrder, to_load: int) -> None:
                     f"{_gib(used)} are in use (models.cache_max_gib)",
                     permanent=to_load > order.max_bytes,
                 )
-        mine.write_text(str(to_load), encoding="utf-8")  # so that others leave the room to us
+        mine.write_text(str(to_load), encoding="utf-8")  # reserves the room, so that others leave it free
 
 
 def _used(order: DownloadOrder, mine: Path) -> int:
-    """Bytes that the cache holds, and will hold when the downloads of others are over."""
+    """Return the bytes that the cache holds, plus those reserved by running downloads of others."""
     info = _scan(order)
     promised = sum(
         int(lock.read_text(encoding="utf-8") or 0)
@@ -284,7 +284,7 @@ def _used(order: DownloadOrder, mine: Path) -> int:
 
 
 def _remove_oldest(order: DownloadOrder, mine: Path) -> bool:
-    """Remove one model; False if none can be."""
+    """Remove the least recently used model; return False if none can be removed."""
     cache = _scan(order)
     assert cache.cache_dir is not None
     whole = {repo.repo_path: repo for repo in cache.repos}
@@ -303,7 +303,7 @@ def _remove_oldest(order: DownloadOrder, mine: Path) -> bool:
                 continue  # in use
             if model in whole:
                 cache.delete_revisions(*(revision.commit_hash for revision in whole[model].revisions)).execute()
-            shutil.rmtree(model, ignore_errors=True)  # what the hub's library does not know of
+            shutil.rmtree(model, ignore_errors=True)  # files that the hub's library does not know
             return True
     return False
 
@@ -314,7 +314,7 @@ def _in_use(lock: Path) -> bool:
 
 
 def try_lock(file: IO[str], kind: int) -> bool:
-    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``) until it is closed; False when another's lock forbids it."""
+    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``) until it is closed; return False if others' locks forbid."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -343,7 +343,7 @@ def _gib(size: int) -> str:
 
 
 def _in_words(revision: str | None, problem: Exception) -> DownloadFailed:
-    """What went wrong, for people. The hub's own texts are long, and speak of Python."""
+    """Describe a problem for people. The hub's own texts are long and refer to Python."""
     from huggingface_hub import errors
 
     where = "where the registry and Ray are started"
@@ -370,7 +370,7 @@ def _short(problem: BaseException) -> str:
 
 
 def _progress_bar(report: Callable[[int], None]) -> Any:
-    """A class of progress bars for the hub's library, which show nothing and report the bytes that they count."""
+    """Return a class of progress bars for the hub's library that show nothing and report the counted bytes."""
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -387,7 +387,7 @@ def _progress_bar(report: Callable[[int], None]) -> Any:
 
 
 def main(argument: str) -> int:
-    """Carry out one order; the exit status says whether it succeeded."""
+    """Run one order; return the exit status: 0 if it succeeded, else 1."""
     order = DownloadOrder(**json.loads(argument))
     if order.owner_pid is not None:
         die_with(order.owner_pid)
@@ -399,7 +399,7 @@ def main(argument: str) -> int:
 
     def tell(done: int, total: int) -> None:
         nonlocal told_s, told, most
-        most = max(most, done)  # of the hub's library several bars count, one ahead of the other
+        most = max(most, done)  # the hub's library has several bars, one ahead of the other
         if done == total or most > told + total / 100 or time.monotonic() >= told_s + TELL_EVERY_S:
             told_s, told = time.monotonic(), most
             say(done=most, total=total)
@@ -414,4 +414,4 @@ def main(argument: str) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1]))  # the hub's library may have threads that wait for something that never comes
+    os._exit(main(sys.argv[1]))  # the hub's library may have threads that never end

@@ -1,7 +1,7 @@
-"""How much memory an LLM takes at least, from what its checkpoint says: weights, and the KV cache of one sequence.
+"""Estimates the least memory an LLM needs from its checkpoint: weights, and the KV cache of one sequence.
 
-Counted as vLLM 0.32 does, and always downwards: activations, CUDA graphs and rounding to blocks come on top. What a
-checkpoint does not tell, or what depends on more than it tells, is None: not known.
+Counted as vLLM 0.32 does, as a lower bound: activations, CUDA graphs and rounding to blocks are not included. None
+means unknown: the checkpoint alone does not determine the value.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 from registry.core.records import LLMMemory
 
 GPU_SHARE: Final = 0.92
-"""What vLLM 0.32 takes of a GPU's memory unless told otherwise (``CacheConfig.gpu_memory_utilization``)."""
+"""Share of a GPU's memory that vLLM 0.32 uses by default (``CacheConfig.gpu_memory_utilization``)."""
 
 _FLOAT_BYTES: Final[Mapping[str, int]] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Types that vLLM converts to the LLM's dtype when it loads a checkpoint that is not quantized."""
@@ -34,21 +34,21 @@ _PLAIN_ATTENTION: Final = frozenset(
         "stablelm", "starcoder2",
     }
 )  # fmt: skip
-"""``model_type`` of LLMs that keep keys and values of every layer, and nothing else; others may do otherwise."""
+"""``model_type`` of LLMs that cache keys and values of every layer, and nothing else. Other caches are unknown."""
 
 _LATENT_ATTENTION: Final = frozenset({"deepseek_v2", "deepseek_v3", "kimi_k2"})
-"""``model_type`` of LLMs that keep one latent vector per layer (MLA), whole on each GPU of a tensor-parallel group."""
+"""``model_type`` of LLMs that cache one latent vector per layer (MLA), whole on each GPU of a tensor-parallel group."""
 
 _WINDOW_PATTERN: Final[Mapping[str, int]] = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
-"""Every n-th layer looks at the whole context, where ``config.json`` leaves the number to transformers' default."""
+"""Every n-th layer attends to the whole context; used if ``config.json`` leaves n to transformers' default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint says of itself.
+    """A checkpoint's metadata.
 
-    ``config`` is its ``config.json``. ``body`` and ``head`` are bytes by safetensors' type (``BF16`` …): of the
-    weights that are always loaded, and of the language-modelling head, which some LLMs do without.
+    ``config`` is its ``config.json``. ``body`` and ``head`` are bytes by safetensors type (``BF16`` …): of the weights
+    that are always loaded, and of the language-modelling head, which some LLMs do not need.
     """
 
     config: Mapping[str, Any]
@@ -57,18 +57,18 @@ class Checkpoint:
 
     @property
     def text(self) -> Mapping[str, Any]:
-        """The part of the config that describes the text LLM of a multimodal one, else all of it."""
+        """The part of the config that describes the text LLM of a multimodal model, else the whole config."""
         return text_config(self.config)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a ``config.json`` that describes the text LLM."""
+    """Return the part of a ``config.json`` that describes the text LLM, else all of it."""
     text = config.get("text_config")
     return text if isinstance(text, Mapping) else config
 
 
 def part_of(tensor: str, config: Mapping[str, Any]) -> str | None:
-    """Where a tensor belongs: ``body``, ``head``, or None, since vLLM loads it for speculative decoding only."""
+    """Return the part of a tensor: ``body``, ``head``, or None if vLLM loads it only for speculative decoding."""
     if _HEAD.match(tensor):
         return "head"
     layer, layers = _LAYER.match(tensor), text_config(config).get("num_hidden_layers")
@@ -78,13 +78,13 @@ def part_of(tensor: str, config: Mapping[str, Any]) -> str | None:
 def memory_of(
     checkpoint: Checkpoint, engine_args: Mapping[str, Any], *, generates: bool = True, gpus: int | None = None
 ) -> LLMMemory | None:
-    """The least memory that an LLM takes with these engine arguments of vLLM's, None if it is not known.
+    """Return the least memory that an LLM needs with these vLLM engine arguments, None if unknown.
 
     Args:
-        checkpoint: What it says of itself.
+        checkpoint: Its metadata.
         engine_args: As ``deployments.models.args.mapping`` makes them.
-        generates: It writes text: it has its head and keeps keys and values.
-        gpus: GPUs of the wrapper that it is to run on; None: that is not decided yet.
+        generates: It generates text, so it needs its head and a KV cache.
+        gpus: Number of GPUs of the wrapper that will run it; None: not decided yet.
     """
     weights_bytes = _weights_bytes(checkpoint, engine_args, generates)
     if weights_bytes is None:
@@ -93,8 +93,8 @@ def memory_of(
     if parallel is None and gpus is not None:
         parallel = max(1, gpus // stages)
     spread = None if parallel is None else stages * parallel
-    if "kv_cache_memory_bytes" in engine_args:  # goes before the share, and is as large as the client likes
-        reserved_bytes = engine_args["kv_cache_memory_bytes"] * (spread or 1)  # of each GPU
+    if "kv_cache_memory_bytes" in engine_args:  # takes precedence over the share; the client may choose any size
+        reserved_bytes = engine_args["kv_cache_memory_bytes"] * (spread or 1)  # per GPU
         return LLMMemory(weights_bytes, gpus=spread, kv_reserved_bytes=reserved_bytes)
     tokens = _context_tokens(checkpoint.text, engine_args) if generates else None
     kv_cache_bytes = None if tokens is None else _kv_cache_bytes(checkpoint, engine_args, tokens, parallel or 1)
@@ -114,9 +114,9 @@ def _weights_bytes(checkpoint: Checkpoint, engine_args: Mapping[str, Any], gener
     multimodal = checkpoint.text is not checkpoint.config
     if (
         not checkpoint.body
-        or engine_args.get("load_format") == "mistral"  # other files than those that were looked at
-        or engine_args.get("cpu_offload_gb")  # not all of it is on the GPUs
-        or (engine_args.get("quantization") and not _is_quantized(checkpoint))  # vLLM makes it smaller
+        or engine_args.get("load_format") == "mistral"  # uses other files than those that were read
+        or engine_args.get("cpu_offload_gb")  # part of it is in host memory
+        or (engine_args.get("quantization") and not _is_quantized(checkpoint))  # vLLM quantizes it while loading
         or (multimodal and (engine_args.get("language_model_only") or engine_args.get("limit_mm_per_prompt")))
     ):
         return None
@@ -136,7 +136,7 @@ def _is_quantized(checkpoint: Checkpoint) -> bool:
 
 
 def _dtype_bytes(checkpoint: Checkpoint, engine_args: Mapping[str, Any]) -> int:
-    """Bytes of a number of the LLM's dtype: as asked, else its own, where vLLM takes 16 bits in place of 32."""
+    """Return the bytes per number of the requested dtype, else of the LLM's own (vLLM loads 32-bit types as 16-bit)."""
     asked = _DTYPE_BYTES.get(str(engine_args.get("dtype")))
     if asked is not None:
         return asked
@@ -149,7 +149,7 @@ def _dtype_bytes(checkpoint: Checkpoint, engine_args: Mapping[str, Any]) -> int:
 
 
 def _context_tokens(text: Mapping[str, Any], engine_args: Mapping[str, Any]) -> int | None:
-    """How long a sequence may get; None: not known, or vLLM makes it as long as memory allows."""
+    """Return the longest possible sequence in tokens; None if unknown, or if vLLM fits it to the memory."""
     asked = engine_args.get("max_model_len")
     if asked is not None:
         return asked if isinstance(asked, int) and asked > 0 else None
@@ -161,7 +161,7 @@ def _context_tokens(text: Mapping[str, Any], engine_args: Mapping[str, Any]) -> 
 
 
 def _kv_cache_bytes(checkpoint: Checkpoint, engine_args: Mapping[str, Any], tokens: int, parallel: int) -> int | None:
-    """What one sequence of so many tokens fills, on all GPUs of a tensor-parallel group together."""
+    """Return the bytes of one sequence of ``tokens`` tokens, on all GPUs of a tensor-parallel group together."""
     text = checkpoint.text
     layers, number_bytes = _count(text.get("num_hidden_layers")), _kv_number_bytes(checkpoint, engine_args)
     if layers is None or number_bytes is None:
@@ -176,14 +176,14 @@ def _kv_cache_bytes(checkpoint: Checkpoint, engine_args: Mapping[str, Any], toke
     full = _full_layers(text, layers)
     if text.get("model_type") not in _PLAIN_ATTENTION or heads is None or head_size is None or full is None:
         return None
-    # More GPUs than heads: each GPU has one, so that some are there several times.
+    # With more GPUs than heads each GPU has one head, so some heads exist several times.
     per_token = 2 * max(heads, parallel) * head_size * number_bytes
     window = _count(text.get("sliding_window")) or tokens
     return per_token * (full * tokens + (layers - full) * min(tokens, window))
 
 
 def _kv_number_bytes(checkpoint: Checkpoint, engine_args: Mapping[str, Any]) -> int | None:
-    """Bytes of a number in the KV cache; None: a quantized checkpoint may bring a type of its own."""
+    """Return the bytes per number in the KV cache; None if a quantized checkpoint may define its own type."""
     asked = engine_args.get("kv_cache_dtype", "auto")
     if asked != "auto":
         return _KV_DTYPE_BYTES.get(asked)
@@ -200,7 +200,7 @@ def _head_size(text: Mapping[str, Any]) -> int | None:
 
 
 def _full_layers(text: Mapping[str, Any], layers: int) -> int | None:
-    """How many layers keep the whole sequence; the others keep a window of it. At least, where it is not told."""
+    """Return how many layers cache the whole sequence; the others cache a window. If unknown, a lower bound."""
     kinds = text.get("layer_types")
     if kinds is not None:
         known = isinstance(kinds, list) and set(kinds) <= {"full_attention", "sliding_attention"}
@@ -214,5 +214,5 @@ def _full_layers(text: Mapping[str, Any], layers: int) -> int | None:
 
 
 def _count(value: object) -> int | None:
-    """A number that can be counted with, else None."""
+    """Return ``value`` if it is an int > 0, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -1,4 +1,4 @@
-"""A model's weights as files: how large they are, whether they have changed, and reading them ahead of the engine."""
+"""A model's weight files: their size, whether they have changed, and reading them ahead of the engine."""
 
 from __future__ import annotations
 
@@ -11,31 +11,28 @@ from pathlib import Path
 
 from deployments.machine.memory import main_memory
 
-_FORMATS = ("*.safetensors", "*.bin", "*.pt")  # vLLM takes the first of them that a folder has
-_DUPLICATE = "consolidated"  # Mistral's models come in two forms, of which vLLM reads the other one
+_FORMATS = ("*.safetensors", "*.bin", "*.pt")  # vLLM uses the first format that a folder has
+_DUPLICATE = "consolidated"  # Mistral's models come in two formats, and vLLM reads the other one
 _CHUNK_BYTES = 128 * 1024
-"""One call reads no more ahead than a disk's own read-ahead (mm/readahead.c, force_page_cache_ra), usually this."""
+"""Bytes per call; the kernel reads at most a disk's read-ahead, usually this (mm/readahead.c, force_page_cache_ra)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The files that hold a model's weights: path, bytes, time of the last change (ns). Equal while nothing changes."""
+    """A model's weight files: path, bytes, modification time (ns). Equal as long as the files do not change."""
 
     files: tuple[tuple[Path, int, int], ...]
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk, and about what the LLM takes in memory: less, if it is quantised when it is loaded."""
+        """Bytes on disk; about the LLM's size in memory, which is less if it is quantised while loading."""
         return sum(size for _, size, _ in self.files)
 
 
 def weights_of(model: str) -> Weights | None:
-    """The weights of a model in a folder of this machine; None if there is no such folder, or one that can't be read.
-
-    Reads no weights.
-    """
+    """Return the weight files in a model's folder; None if it has none or can't be read. Does not read the weights."""
     folder = Path(model)
-    with suppress(OSError):  # a link that leads nowhere, say: what is wrong with it the engine tells
+    with suppress(OSError):  # e.g. a broken link: the engine reports such problems
         for pattern in _FORMATS:
             found = sorted(folder.glob(pattern))
             if found:
@@ -47,9 +44,9 @@ def weights_of(model: str) -> Weights | None:
 
 @contextmanager
 def read_ahead(weights: Weights | None) -> Iterator[None]:
-    """Have the kernel read the weights into its page cache for as long as this lasts, at the most.
+    """Let the kernel read the weights into its page cache, at most until this context ends.
 
-    Weights that don't fit into the memory that is free are left alone: they would push one another out.
+    Weights that exceed the available memory are not read: they would evict one another.
     """
     if weights is None or weights.size_bytes > main_memory().available_bytes:
         yield
@@ -66,7 +63,7 @@ def read_ahead(weights: Weights | None) -> Iterator[None]:
 
 def _read(weights: Weights, over: threading.Event) -> None:
     for file, size, _ in weights.files:
-        # One that is being removed, or can't be read: what is wrong with it the engine tells.
+        # A file that is being removed or is unreadable: the engine reports that.
         with suppress(OSError), file.open("rb") as opened:
             for offset in range(0, size, _CHUNK_BYTES):
                 if over.is_set():

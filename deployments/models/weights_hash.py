@@ -1,6 +1,6 @@
-"""The SHA-256 of a model's weights: of gigabytes, so once, and only while nobody is measured.
+"""The SHA-256 of a model's weights. Hashing gigabytes takes long, so it runs once and only while nothing is measured.
 
-It is that of ``sha256sum`` over the files in the order of their names: ``sha256sum *.safetensors | sha256sum``.
+The value is that of ``sha256sum *.safetensors | sha256sum``, with the files sorted by name.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ log = structlog.get_logger("deployments.models.weights_hash")
 
 
 class WeightsHash:
-    """The hash of some weights, worked out piece by piece. ``sha256`` is None until it is known.
+    """Hashes weights piece by piece. ``sha256`` is None until it is known.
 
-    What is known of a file is kept in ``directory``, under its path, size and time of change: a file that changes is
-    read anew.
+    The hash of each file is stored in ``directory`` under its path, size and modification time, so a changed file is
+    read again.
     """
 
     def __init__(self, weights: Weights, directory: Path) -> None:
@@ -36,14 +36,14 @@ class WeightsHash:
         self._pieces = self._read()
 
     async def known(self, *, within_s: float) -> str | None:
-        """The hash, read for at most ``within_s`` seconds more; the next call goes on from there. None: not yet."""
+        """Continue reading for at most ``within_s`` seconds; return the hash, or None if it is unfinished."""
         over = threading.Event()
         reading = asyncio.ensure_future(asyncio.to_thread(self._go_on, over))
         try:
             await asyncio.wait({reading}, timeout=within_s)
         finally:
             over.set()
-            await asyncio.wait({reading})  # it ends with the piece that it reads, and may be asked to go on then
+            await asyncio.wait({reading})  # the thread ends after its current piece, and can be started again then
         return self.sha256
 
     def _go_on(self, over: threading.Event) -> None:
@@ -71,7 +71,7 @@ class WeightsHash:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all: other wrappers of the machine read and write it, too."""
+    """Write a file atomically, because other wrappers of the machine read and write it as well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(text, encoding="ascii")

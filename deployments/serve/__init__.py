@@ -1,1 +1,1 @@
-"""What is Ray Serve: the composition root, the registry actor, the ingress."""
+"""The Ray Serve side: the composition root, the registry actor, the ingress."""

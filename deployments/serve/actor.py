@@ -1,6 +1,7 @@
-"""The registry actor: named, detached, restarted by Ray; the one owner of the registry's state.
+"""The registry actor: named, detached, restarted by Ray; the only owner of the registry's state.
 
-Every method is one line around the service. Answers are JSON text, so that the ingress only passes them on.
+Every method is a thin wrapper around the service. Results are JSON text, so that the ingress can pass them on
+unchanged.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ NAMESPACE = "greenprompt"
 """Ray namespace of everything that the registry starts."""
 
 EXIT_FAILED = 70
-"""Exit status of the actor's process when its database or a decision failed; Ray starts it again."""
+"""Exit status of the actor's process after a failure of its database or of a decision; Ray restarts it."""
 
 RETRY_PAUSE_S = 1.0
-"""Pause of a restarted registry that can't start, until it is restarted again, seconds."""
+"""Pause before a restarted registry that can't start ends and is restarted again, seconds."""
 
 log = structlog.get_logger("deployments.serve.actor")
 
 
 class RegistryActor:
-    """The service in a Ray actor. Runs on one event loop, on which every method is called."""
+    """The service in a Ray actor. All methods run on one event loop."""
 
     def __init__(
         self, settings: Settings, build: Callable[[Settings, Callable[[RegistryError], None]], Service]
     ) -> None:
-        """``build`` wires a service; it is called again, with the same settings, after a restart."""
+        """``build`` creates a service; it is called again, with the same settings, after a restart."""
         self._settings = settings
         self._life = uuid.uuid4().hex
         try:
@@ -63,11 +64,11 @@ class RegistryActor:
             raise
 
     async def settings(self) -> Settings:
-        """What it was made with."""
+        """Return the settings that the actor was created with."""
         return self._settings
 
     async def ready(self) -> None:
-        """Returns when the database is loaded and the watching has begun; raises what prevented it."""
+        """Return when the database is loaded and watching has begun; raise the error that prevented it."""
         await asyncio.shield(self._started)
 
     async def request(
@@ -81,7 +82,10 @@ class RegistryActor:
         grade: Grade = Grade.STANDARD,
         like_request_id: str | None = None,
     ) -> str:
-        """Accept requests for LLMs; JSON list of RequestState, the first deployed if its LLM was warm and free."""
+        """Accept requests for LLMs; return a JSON list of RequestState.
+
+        The first one is deployed already if its LLM was warm and free.
+        """
         await self.ready()
         requests = self._service.request(
             measurement_id,
@@ -96,26 +100,27 @@ class RegistryActor:
         return _json([views.request_state(self._service, each) for each in await self._service.granted(requests)])
 
     async def state(self, request_id: str) -> str:
-        """JSON RequestState as it is now."""
+        """Return the current JSON RequestState."""
         await self.ready()
         return views.request_state(self._service, self._service.known(request_id)).model_dump_json()
 
     async def changes(self, life: str, place: int | None) -> tuple[str, int, list[str] | None]:
-        """Return which requests have changed since a place that this process (``life``) has given, and the place now.
+        """Return this process's id, its current position, and the ids of the requests changed since ``place``.
 
-        Waits up to CHANGES_WAIT_S for a change. None if that is not known, as after a restart.
+        Waits up to CHANGES_WAIT_S for a change. ``life`` is the id of the process that returned ``place``. The list is
+        None if ``place`` is None or from another process, as after a restart: what changed is unknown then.
         """
         await self.ready()
         known = place if life == self._life else None
         return self._life, *await self._service.news.after(known, CHANGES_WAIT_S)
 
     async def events(self, request_id: str, after: int, limit: int) -> str:
-        """JSON list of EventState of a request, at most ``limit`` with a number above ``after``."""
+        """Return a JSON list of EventState of a request, at most ``limit`` with a number above ``after``."""
         await self.ready()
         return _json(views.event_states(self._service.history(request_id, after=after, limit=limit)))
 
     async def keep_alive(self, request_id: str) -> str:
-        """JSON RequestState with the new times."""
+        """Extend the lease; return the JSON RequestState with the new times."""
         await self.ready()
         return views.request_state(self._service, await self._service.keep_alive(request_id)).model_dump_json()
 
@@ -130,14 +135,14 @@ class RegistryActor:
         self._service.withdraw(request_ids, tenant=tenant, key=key)
 
     async def lease_url(self, token: str) -> str:
-        """The base URL of the lease with this token."""
+        """Return the base URL of the lease with this token."""
         await self.ready()
         url = views.lease_url(self._service, self._service.leased_with(token))
-        assert url is not None  # leased
+        assert url is not None  # leases have a URL
         return url
 
     async def measurement(self, key: MeasurementKey, after_seq: int, limit: int) -> str:
-        """JSON MeasurementState, with a page of its requests."""
+        """Return a JSON MeasurementState with a page of its requests."""
         await self.ready()
         state = views.measurement_state(self._service, key, after_seq=after_seq, limit=limit)
         return state.model_dump_json()
@@ -153,7 +158,7 @@ class RegistryActor:
     async def windows(
         self, key: MeasurementKey, request_id: str | None, after: WindowPlace | None, limit: int
     ) -> tuple[tuple[Request, ...], tuple[KeptWindow, ...]]:
-        """Return at most ``limit`` energy windows that come after a place, and the requests that they are of."""
+        """Return at most ``limit`` energy windows after a position, and their requests."""
         await self.ready()
         archive = self._service.archive
         archive.measurement(key)
@@ -163,39 +168,39 @@ class RegistryActor:
         return archive.find_requests({each.window.request_id or "" for each in page}), page
 
     async def machines(self) -> str:
-        """JSON list of MachineState."""
+        """Return a JSON list of MachineState."""
         await self.ready()
         return _json(views.machine_states(self._service))
 
     async def machine(self, machine_id: str) -> str:
-        """JSON MachineState."""
+        """Return a JSON MachineState."""
         await self.ready()
         return views.machine_state(self._service, machine_id).model_dump_json()
 
     async def drain(self, machine_id: str) -> str:
-        """Hand out no more LLMs on a machine; its JSON MachineState."""
+        """Assign no more LLMs to a machine; return its JSON MachineState."""
         await self.ready()
         self._service.drain(machine_id)
         return views.machine_state(self._service, machine_id).model_dump_json()
 
     async def undrain(self, machine_id: str) -> str:
-        """Use a machine again; its JSON MachineState."""
+        """Use a drained machine again; return its JSON MachineState."""
         await self.ready()
         self._service.undrain(machine_id)
         return views.machine_state(self._service, machine_id).model_dump_json()
 
     async def llms(self) -> str:
-        """JSON list of LLMState."""
+        """Return a JSON list of LLMState."""
         await self.ready()
         return _json(views.llm_states(self._service))
 
     async def health(self) -> str:
-        """JSON HealthState."""
+        """Return a JSON HealthState."""
         await self.ready()
         return views.health_state(self._service).model_dump_json()
 
     async def shutdown(self) -> None:
-        """Stop every LLM and wrapper and close the database; the actor is to be killed afterwards."""
+        """Stop every LLM and wrapper and close the database; the caller then kills the actor."""
         await self._service.shutdown()
 
 
@@ -204,10 +209,10 @@ def _json(states: Sequence[BaseModel]) -> str:
 
 
 def _try_again_later(error: RegistryError) -> None:
-    """End a registry that Ray has restarted and that can't start: its database is not back yet.
+    """End a registry that Ray has restarted and that can't start, because its database is not back yet.
 
-    An actor whose constructor raises is dead for good; one whose process ends is restarted, as often as it takes. Where
-    nothing has run yet this returns, so that whoever starts the registry is told what is wrong.
+    An actor whose constructor raises is never restarted; one whose process exits is, any number of times. On the first
+    start this function returns, so that the error reaches the process that starts the registry.
     """
     if ray.get_runtime_context().was_current_actor_reconstructed:
         log.critical("the registry can't start yet and tries again", reason=str(error))
@@ -216,6 +221,6 @@ def _try_again_later(error: RegistryError) -> None:
 
 
 def _fail_stop(error: RegistryError) -> None:
-    # What was decided and not written must not be answered: end at once, and load what is written.
+    # A decision that was not written must not be answered: exit at once and load the written state.
     log.critical("the registry can't go on and restarts", reason=str(error))
     os._exit(EXIT_FAILED)

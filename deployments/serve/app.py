@@ -1,4 +1,4 @@
-"""The composition root: settings → Ray, Serve, the registry actor, the ingress; and the way down again."""
+"""The composition root: starts Ray, Serve, the registry actor and the ingress from the settings, and stops them."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ INGRESS_APP = "registry"
 """Name of the ingress among Serve's applications."""
 
 LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Hosts that mean every interface, which no client can use as an address, and what reaches them from here."""
+"""Loopback addresses for hosts that mean "all interfaces" and that clients can't connect to."""
 
 READY_POLL_S = 0.2
 
 READY_LIMIT_S = 60
-"""Longest wait for the registry actor to have read its database, seconds."""
+"""Longest wait for the registry actor to load its database, seconds."""
 
 
 class Running(NamedTuple):
-    """Where a registry that was started is reached: its base URL, and Ray's dashboard."""
+    """The addresses of a running registry: its base URL and Ray's dashboard."""
 
     url: str
     dashboard: str
 
 
 def model_sources(settings: Settings) -> ModelSources:
-    """Which models may be deployed, from the settings of the process that started the registry."""
+    """Return the allowed models, from the settings of the process that starts the registry."""
     return ModelSources(settings.models.huggingface, settings.models.local_roots, Path.cwd())
 
 
 def home_llms(settings: Settings) -> dict[str, LLMSpec]:
-    """The LLMs that the configuration names, by machine id or ``*``. Raises BadSettings that names the entry."""
+    """Return the LLMs named in the configuration, by machine id or ``*``. Raises BadSettings that names the entry."""
     homes: dict[str, LLMSpec] = {}
     sources = model_sources(settings)
     for number, entry in enumerate(settings.deploy):
@@ -78,7 +78,7 @@ def home_llms(settings: Settings) -> dict[str, LLMSpec]:
 
 
 def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[[RegistryError], None]) -> Service:
-    """A service over the real database and the real cluster. Raises StoreUnavailable, BadSettings."""
+    """Return a service with the real database and cluster. Raises StoreUnavailable, BadSettings."""
     configure_logging(settings.state_dir / REGISTRY_LOG)
     return Service(
         settings,
@@ -93,13 +93,13 @@ def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[
 
 
 def require_engine() -> None:
-    """Raise BadSettings when vLLM is not installed."""
+    """Raise BadSettings if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise BadSettings("vllm", "is not installed; install greenprompt-llm-registry with the extra cpu or gpu")
 
 
 def check(settings: Settings) -> None:
-    """Check what needs no cluster to be checked. Raises BadSettings."""
+    """Check everything that can be checked without a cluster. Raises BadSettings."""
     require_engine()
     home_llms(settings)
     parse_url(settings.store_url)
@@ -109,14 +109,14 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
     """Start everything.
 
     Args:
-        settings: with ``ray.address`` None a local cluster is started in ``ray_folder``, and LLMs can be requested
-            when this returns. Else that cluster is joined, where machines may still be missing: the registry answers
-            then. One that runs there already, with the same settings, is kept as it is.
-        ray_folder: folder for a local cluster's files; its environment is prepared.
-        on_joined: called when Ray runs, which has then replaced the handlers of signals.
+        settings: If ``ray.address`` is None, a local cluster is started in ``ray_folder``, and LLMs can be requested on
+            return. Otherwise that cluster is joined; on return the registry answers, but machines may still be missing.
+            A registry that already runs there with the same settings is kept.
+        ray_folder: Folder for a local cluster's files; its environment is prepared.
+        on_joined: Called when Ray runs; by then Ray has replaced the signal handlers.
 
     Raises:
-        BadSettings: something in the configuration can't work here, or a registry runs there with other settings.
+        BadSettings: A setting can't work here, or a registry runs there with other settings.
         StartFailed: Ray or Serve does not start, no wrapper was ready in time, or the registry does not answer.
     """
     check(settings)
@@ -128,7 +128,7 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
     settings = told_to_clients(settings, ray.util.get_node_ip_address())
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": settings.http.host, "port": settings.http.port})
-    except Exception as error:  # Serve has no error of its own
+    except Exception as error:  # Serve has no exception class for this
         raise _start_failed("Serve", error, settings, ray_folder) from error
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -145,7 +145,7 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
 
 
 def told_to_clients(settings: Settings, address: str) -> Settings:
-    """The settings with a base URL that clients can use: this machine's ``address`` where Serve listens everywhere."""
+    """Return settings whose base URL clients can use: with this machine's ``address`` if Serve listens everywhere."""
     if settings.http.public_url is not None or settings.http.host not in LOOPBACK_OF:
         return settings
     http = settings.http.model_copy(update={"public_url": f"http://{url_host(address)}:{settings.http.port}"})
@@ -153,12 +153,12 @@ def told_to_clients(settings: Settings, address: str) -> Settings:
 
 
 def stop(settings: Settings) -> None:
-    """The documented shutdown: LLMs stopped, wrappers down, registry stopped, database closed, cluster left.
+    """Shut down as documented: stop LLMs, wrappers and registry, close the database, leave the cluster.
 
-    Every step has a time limit; a local cluster's processes end with this one in any case.
+    Every step has a time limit; a local cluster's processes end with this process in any case.
 
     Raises:
-        StartFailed: the registry of a cluster that runs on could not be shut down; it is left there, as it is.
+        StartFailed: The registry of a cluster that keeps running could not be shut down; it is left unchanged.
     """
     if not ray.is_initialized():
         return
@@ -181,7 +181,7 @@ def stop(settings: Settings) -> None:
 
 
 def join_ray(settings: Settings, folder: Path | None) -> str:
-    """Connect to the configured cluster, or start a local one in ``folder``; its dashboard. Raises BadSettings."""
+    """Connect to the configured cluster or start one in ``folder``; return its dashboard. Raises BadSettings."""
     if settings.ray.address is not None:
         try:
             context = ray.init(
@@ -190,12 +190,12 @@ def join_ray(settings: Settings, folder: Path | None) -> str:
         except (ConnectionError, RayError) as error:
             raise BadSettings("ray.address", f"no cluster at {settings.ray.address!r}: {error}") from error
     else:
-        assert folder is not None  # the environment of a local cluster has one
+        assert folder is not None  # local clusters always have a folder
         try:
             context = ray.init(
                 address="local",
                 namespace=NAMESPACE,
-                # Logical CPUs only gate actors' admission; ours ask for none.
+                # Ray's CPUs only limit how many actors start; ours request none.
                 num_cpus=max(4, os.cpu_count() or 1),
                 num_gpus=settings.ray.num_gpus,
                 include_dashboard=True,
@@ -206,19 +206,19 @@ def join_ray(settings: Settings, folder: Path | None) -> str:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder / RAY_FOLDER),
             )
-        except Exception as error:  # Ray raises whatever stood in its way
+        except Exception as error:  # Ray raises many kinds of exceptions here
             raise _start_failed("Ray", error, settings, folder) from error
     return f"http://{context.dashboard_url}"
 
 
 def _start_failed(what: str, error: Exception, settings: Settings, folder: Path | None) -> StartFailed:
-    """One line for an error of Ray's or Serve's own. A local cluster's logs are kept, for a look at the whole."""
+    """Return a StartFailed with Ray's or Serve's error in one line. A local cluster's logs are kept for inspection."""
     kept = "" if folder is None else f"; logs: {keep_logs(folder, settings.state_dir / 'ray-logs')}"
     return StartFailed(f"{what} does not start: {in_one_line(error)}{kept}")
 
 
 def _start_registry(settings: Settings) -> None:
-    """The registry actor, ready. One that is there already is never ended, whatever is wrong with it."""
+    """Make sure that the registry actor runs and is ready. An existing one is never ended, even if it is broken."""
     running = _running_registry()
     if running is not None:
         try:
@@ -241,7 +241,7 @@ def _start_registry(settings: Settings) -> None:
             max_restarts=-1,
             max_concurrency=10_000,
             num_cpus=0,
-            # Its database may be a file: it stays with the head node.
+            # The database may be a file, so the actor must stay on the head node.
             resources={HEAD_NODE_RESOURCE_NAME: 0.001},
         )
         .remote(settings, lambda s, on_fatal: build_service(s, sources, on_fatal))
@@ -254,35 +254,35 @@ def _start_registry(settings: Settings) -> None:
 
 
 def _running_registry() -> Any:
-    """The cluster's registry actor, None if there is none."""
+    """Return the cluster's registry actor, None if there is none."""
     try:
         return ray.get_actor(ACTOR_NAME, NAMESPACE)
     except ValueError:
         return None
 
 
-@stamina.retry(on=ActorUnavailableError, attempts=None, timeout=READY_LIMIT_S)  # Ray is starting it anew
+@stamina.retry(on=ActorUnavailableError, attempts=None, timeout=READY_LIMIT_S)  # Ray is restarting it
 def _settings_once_ready(registry: Any) -> Settings:
-    """What the cluster's registry runs with, when it has read its database. Raises RayError."""
+    """Return the settings of the cluster's registry once it has loaded its database. Raises RayError."""
     settings: Settings
     settings, _ = ray.get([registry.settings.remote(), registry.ready.remote()], timeout=READY_LIMIT_S)
     return settings
 
 
 def _reason(error: RayError) -> str:
-    """The last line of what an actor's method failed with."""
+    """Return the last line of the error of an actor's method."""
     return str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
 
 
 def _wait_until_ready(settings: Settings, *, usable: bool) -> None:
-    """Wait for the ingress to say how the registry is; if asked for, that a wrapper is ``usable``."""
+    """Wait until the ingress reports the registry's health; if ``usable``, until a wrapper is usable."""
     host = LOOPBACK_OF.get(settings.http.host, settings.http.host)
     url = f"http://{url_host(host)}:{settings.http.port}/healthz"
     limit_s = settings.wrappers.start_timeout_s
     deadline_s = time.monotonic() + limit_s
     while True:
         try:
-            answer = httpx.get(url, timeout=10, trust_env=False)  # no proxy lies between this machine and itself
+            answer = httpx.get(url, timeout=10, trust_env=False)  # no proxy for connections to this machine
             if answer.is_success or (not usable and "status" in answer.json()):
                 return
             problem = answer.text

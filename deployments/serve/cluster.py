@@ -1,4 +1,4 @@
-"""The machines and wrappers as Ray and Serve know them: the only file that asks either about nodes and apps."""
+"""Reads and controls machines and wrappers through Ray and Serve; no other file asks them about nodes and apps."""
 
 from __future__ import annotations
 
@@ -37,35 +37,35 @@ from registry.settings import Settings, forwarded_environment
 log = structlog.get_logger("deployments.serve.cluster")
 
 APP_PREFIX = "wrapper-"
-"""Serve applications of this prefix are wrappers."""
+"""Prefix of the Serve applications that are wrappers."""
 
 COMMAND_TIMEOUT_S = 10.0
-"""Longest wait for a command that is done in an instant (bind, unbind, touch)."""
+"""Longest wait for a command that completes at once (bind, unbind, touch), seconds."""
 
 REMOVE_TIMEOUT_S = 60.0
-"""Longest wait until deleted wrappers are gone."""
+"""Longest wait until deleted wrappers are gone, seconds."""
 
 RECOVERING = "RECOVERING"
-"""State of a replica that a new controller of Serve's has heard of and not yet found."""
+"""State of a replica that a restarted Serve controller has recorded but not yet found."""
 
 REMOVE_POLL_S = 0.2
-"""How often Serve is asked whether deleted wrappers are gone, seconds."""
+"""Seconds between checks whether deleted wrappers are gone."""
 
 APPS_BELIEVED_S = 30.0
-"""How long Serve's list of applications is believed while every wrapper answers, seconds.
+"""How long Serve's list of applications is reused while every wrapper answers, seconds.
 
-Serve unpickles the configuration of every deployment each time it is asked: once a second that is 3 % of a core here
-and as much in its controller, on a machine whose energy is measured.
+Serve unpickles the configuration of every deployment at each call: once a second, that costs 3 % of a core here and as
+much in its controller, on a machine whose energy is measured.
 """
 
 SERVE_TIMEOUT_S = 2.0
-"""How long Serve's controller may take to say how a wrapper is that did not answer, seconds."""
+"""Longest wait for Serve's controller to report on a wrapper that did not answer, seconds."""
 
 SERVE_NAMESPACE = "serve"
 
 
 class RayCluster:
-    """``registry.contract.messages.Cluster`` over Ray and Serve. Used on the registry actor's event loop."""
+    """``registry.contract.messages.Cluster`` on Ray and Serve. Used on the registry actor's event loop."""
 
     def __init__(self, settings: Settings, sources: ModelSources) -> None:
         self._settings = settings
@@ -77,7 +77,7 @@ class RayCluster:
         self._asking: asyncio.Task[Any] | None = None
 
     async def observe(self) -> Observation:
-        """Nodes that are alive, and the wrappers that Serve has. Raises WrapperUnreachable when Ray does not answer."""
+        """Return the nodes that are alive and Serve's wrappers. Raises WrapperUnreachable if Ray does not answer."""
         nodes = await self._in_thread("cluster", ray.nodes)
         if self._apps is None or time.monotonic() >= self._apps_until_s:
             status = await self._in_thread("cluster", serve.status)
@@ -94,7 +94,7 @@ class RayCluster:
         return Observation(machines_of(nodes), self._apps, self._leaving)
 
     async def create(self, wrappers: Sequence[WrapperPlan]) -> None:
-        """Deploy these wrappers, all at once; returns when Serve has accepted them."""
+        """Deploy these wrappers together; return when Serve has accepted them."""
         targets = [
             serve.RunTarget(
                 wrapper_module.deployment(
@@ -133,7 +133,7 @@ class RayCluster:
         )
 
     async def remove(self, wrapper_ids: Sequence[str]) -> None:
-        """Delete these wrappers and wait until they are gone. However many they are, they keep one thread busy."""
+        """Delete these wrappers and wait until they are gone. Uses one thread, however many there are."""
         self._forget(wrapper_ids)
         names = {APP_PREFIX + wrapper_id for wrapper_id in wrapper_ids}
 
@@ -147,7 +147,7 @@ class RayCluster:
                 await asyncio.sleep(REMOVE_POLL_S)
 
     async def report(self, wrapper_id: str, belief: Belief) -> WrapperReport:
-        """The wrapper's own account."""
+        """Return the wrapper's report."""
         limit_s = self._settings.watch.report_timeout_s
         report: WrapperReport = await self._ask(wrapper_id, "report", belief, timeout_s=limit_s)
         return report
@@ -166,40 +166,40 @@ class RayCluster:
         await self._ask(wrapper_id, "deploy", epoch, spec, grant, started_for, timeout_s=limit_s)
 
     async def stop(self, wrapper_id: str, epoch: int) -> None:
-        """Empty a wrapper. Raises StaleEpoch."""
+        """Stop the LLM of a wrapper. Raises StaleEpoch."""
         limit_s = 2 * self._settings.wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
         await self._ask(wrapper_id, "stop", epoch, timeout_s=limit_s)
 
     async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
-        """Let a lease's token in. Raises StaleEpoch, EngineNotReady."""
+        """Admit a lease's token. Raises StaleEpoch, EngineNotReady."""
         settle_s = self._settings.energy.settle_max_s if grant.grade == Grade.MEASUREMENT else 0.0
         limit_s = self._last_prompt_s + REST_LIMIT_S + PROBE_MAX_S + settle_s + COMMAND_TIMEOUT_S
         over: HandOver = await self._ask(wrapper_id, "bind", epoch, grant, timeout_s=limit_s)
         return over
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
-        """Keep a lease's token out. Raises StaleEpoch."""
+        """Refuse a lease's token from now on. Raises StaleEpoch."""
         await self._ask(wrapper_id, "unbind", epoch, request_id, how)
 
     async def touch(self, wrapper_id: str, request_id: str) -> bool:
-        """A keep-alive; False when the lease is not bound there."""
+        """Keep a lease alive; return False if it is not bound there."""
         bound: bool = await self._ask(wrapper_id, "touch", request_id)
         return bound
 
     async def restart(self, wrapper_id: str) -> None:
-        """Kill the wrapper's replica; Serve starts another."""
+        """Kill the wrapper's replica; Serve starts a new one."""
         self._forget([wrapper_id])
         await self._in_thread(wrapper_id, lambda: _kill_replicas(APP_PREFIX + wrapper_id))
 
     def _forget(self, wrapper_ids: Iterable[str]) -> None:
-        """What was known of these wrappers, and of which there are, is out of date."""
+        """Discard the cached handles of these wrappers and the list of applications."""
         self._apps = None
         for wrapper_id in wrapper_ids:
             self._handles.pop(wrapper_id, None)
 
     @property
     def _last_prompt_s(self) -> float:
-        """How long a wrapper may have to wait for the prompts of a lease that has expired."""
+        """How long a wrapper may have to wait for the prompts of an expired lease, seconds."""
         return self._settings.wrappers.prompt_max_s if self._settings.leases.at_expiry == "finish" else 0.0
 
     async def _ask(self, wrapper_id: str, method: str, *args: object, timeout_s: float = COMMAND_TIMEOUT_S) -> Any:
@@ -212,7 +212,7 @@ class RayCluster:
                     self._handles[wrapper_id] = handle
                 return await getattr(handle, method).remote(*args)
         except TimeoutError as error:
-            self._apps = None  # it may be gone
+            self._apps = None  # the wrapper may be gone
             problem = f"no answer to {method} within {timeout_s:g} s"
             if await self._serve_is_mended(wrapper_id):
                 raise WrapperUnheard(wrapper_id, f"{problem}; Serve's controller is being restarted") from error
@@ -227,8 +227,8 @@ class RayCluster:
             raise WrapperUnreachable(wrapper_id, f"{method}: {in_one_line(error)}") from error
 
     async def _serve_is_mended(self, wrapper_id: str) -> bool:
-        """Whether calls find no way to a wrapper since Serve's controller is away, or looks for its replicas itself."""
-        if self._asking is None or self._asking.done():  # one at a time: while the controller is away it takes a thread
+        """Whether a wrapper is unreachable because Serve's controller is down or still looks for its replicas."""
+        if self._asking is None or self._asking.done():  # one at a time: it blocks a thread while no controller runs
             self._asking = asyncio.create_task(self._in_thread("cluster", serve.status))
         await asyncio.wait({self._asking}, timeout=SERVE_TIMEOUT_S)
         if not self._asking.done() or self._asking.exception() is not None:
@@ -238,7 +238,7 @@ class RayCluster:
         return any(RECOVERING in deployment.replica_states for deployment in deployments)
 
     async def _in_thread(self, what: str, call: Any) -> Any:
-        """A blocking Ray call, off the event loop."""
+        """Run a blocking Ray call in a thread."""
         try:
             return await asyncio.to_thread(call)
         except (RayError, RayServeException, TimeoutError, ConnectionError) as error:
@@ -246,13 +246,12 @@ class RayCluster:
 
 
 def machines_of(nodes: Sequence[dict[str, Any]]) -> tuple[Machine, ...]:
-    """Ray's living nodes as machines, in the order of their ids.
+    """Return Ray's living nodes as machines, the head first, then by node id.
 
-    A machine's id is its node's name (its address unless ``ray start --node-name`` said otherwise); where several
-    nodes share a name, as on one host, the later ones carry the first digits of their node id too; which of them is the
-    later one ``with_known_ids`` knows. Zone and region are
-    what the node's labels say (``ray start --labels``). How much memory there is its wrappers tell: Ray's own
-    ``memory`` is what was left of it when the raylet started.
+    A machine's id is its node's name (its address unless ``ray start --node-name`` sets another). If several nodes
+    share a name, as on one host, all but one also get the first digits of their node id; ``with_known_ids`` keeps these
+    names stable. Zone and region are the node's labels (``ray start --labels``). The amount of memory comes from the
+    wrappers, because Ray's own ``memory`` is only what was free when the raylet started.
 
     Source: Ray's documentation, "Use labels to control scheduling", default node labels.
     """

@@ -1,4 +1,4 @@
-"""What was used, for Prometheus: measured and modelled joules under names of their own."""
+"""Energy counters for Prometheus, with measured and modelled joules in separate metrics."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _TAGS = ("machine", "kind")
 
 
 class EnergyMetrics:
-    """Counters since the registry was started, by machine and by kind: prompt, idle, load, wake. The kinds add up.
+    """Counters since the registry's start, by machine and kind: prompt, idle, load, wake. The kinds can be added up.
 
-    A prompt's share of measured joules counts as measured: all shares together are what the counter has measured. What
-    is not known is counted in windows, and adds no joules.
+    A prompt's share of measured joules counts as measured, because all shares together equal the measured total.
+    Unknown energy is counted in windows and adds no joules.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class EnergyMetrics:
         self._unknown = Counter("greenprompt_energy_unknown_windows", "Windows without a figure", tag_keys=_TAGS)
 
     def count(self, kept: KeptWindow) -> None:
-        """Add a window. A lease window holds others once more, and adds nothing."""
+        """Add a window. A lease window repeats the energy of other windows, so it adds nothing."""
         window = kept.window
         if window.kind not in SPENT:
             return

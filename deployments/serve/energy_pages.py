@@ -1,7 +1,7 @@
-"""What measurements cost, as the ingress answers it: read from the registry a few windows at a time.
+"""The ingress's answers about energy; reads the registry's windows in small pages.
 
-Answers are made here, in threads of the ingress. The registry only reads its database: a thread that computes beside it
-takes turns with it every 5 ms, and SQLite wants a turn for each row.
+The answers are built in threads of the ingress, not of the registry: Python switches between a computing thread and the
+registry's reads only every 5 ms, and SQLite needs a switch for each row.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from registry.service import views
 from registry.store.store import WindowPlace
 
 PAGE = 250
-"""Records that the registry reads at once: some 10 ms in which it decides nothing."""
+"""Records that the registry reads per call: about 10 ms in which it makes no decision."""
 
 REPORTS_AT_ONCE = 2
-"""Reports that are made at the same time; each takes some 2 KB of memory for each of its windows."""
+"""Reports that are built at the same time; each takes about 2 KB of memory per window."""
 
 PAGES_AT_ONCE = 4
-"""Pages that are made at the same time: each has all of its windows in memory, with their records."""
+"""Pages that are built at the same time; each holds all its windows, with their records, in memory."""
 
 
 class EnergyPages:
-    """Answers of one ingress around ``call(method, *args)`` of the registry. Every method raises what that raises."""
+    """The energy answers of one ingress, based on ``call(method, *args)`` of the registry. Methods raise its errors."""
 
     def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
         self._call = call
         self._reports, self._windows = asyncio.Semaphore(REPORTS_AT_ONCE), asyncio.Semaphore(PAGES_AT_ONCE)
-        # A thread goes on when its client hangs up, so that turns alone would not keep to REPORTS_AT_ONCE.
+        # A thread continues after its client hangs up, so the semaphore alone would allow more than REPORTS_AT_ONCE.
         self._threads = ThreadPoolExecutor(REPORTS_AT_ONCE, thread_name_prefix="report")
 
     async def report(self, key: MeasurementKey) -> str:
-        """JSON MeasurementReport, without its windows."""
+        """Return a JSON MeasurementReport, without its windows."""
         async with self._reports:
             measurement, requests = await self._measured(key)
             windows = views.gathered(requests)
@@ -48,9 +48,9 @@ class EnergyPages:
     async def windows(
         self, key: MeasurementKey, request_id: str | None, after: str | None, limit: int, *, detail: bool
     ) -> str:
-        """JSON WindowsPage of at most ``limit`` windows, or of those of one request, with their records if ``detail``.
+        """Return a JSON WindowsPage of at most ``limit`` windows, of one request if given, with records if ``detail``.
 
-        ``after`` is the ``next`` of the page before. Raises InvalidField if it is not.
+        ``after`` is the ``next`` of the previous page. Raises InvalidField if it is not.
         """
         place = views.place_of(after)
         requests: list[Request] = []
@@ -64,14 +64,14 @@ class EnergyPages:
             )
 
     async def csv(self, key: MeasurementKey) -> AsyncIterator[str]:
-        """Yield all windows as CSV, in parts: the heading with the first windows, then the others."""
+        """Yield all windows as CSV, in parts; the first part begins with the header."""
         heading = True
         async for requests, page in self._pages(key):
             yield await asyncio.to_thread(_csv, requests, page, heading=heading)
             heading = False
 
     async def _measured(self, key: MeasurementKey) -> tuple[Measurement, list[Request]]:
-        """A measurement and all its requests."""
+        """Return a measurement and all its requests."""
         found: list[Request] = []
         while True:
             measurement, page = await self._call("measured", key, found[-1].seq if found else 0, PAGE)
@@ -86,7 +86,7 @@ class EnergyPages:
         after: WindowPlace | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[tuple[Sequence[Request], Sequence[KeptWindow]]]:
-        """Yield pages of ``limit`` (None: all) windows with the requests that they are of; at least one page."""
+        """Yield pages of windows with their requests, ``limit`` (None: all) windows in total; at least one page."""
         while True:
             wanted = PAGE if limit is None else min(PAGE, limit)
             requests, page = await self._call("windows", key, request_id, after, wanted)

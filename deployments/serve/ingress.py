@@ -1,7 +1,7 @@
-"""The HTTP ingress: validates, maps llmconfigs, passes on to the registry actor, turns errors into answers.
+"""The HTTP ingress: validates requests, maps llmconfigs, calls the registry actor, turns errors into responses.
 
-It keeps nothing: any number of replicas may run. The registry actor may be restarting; calls are repeated for a
-few seconds, safely, because the ids of new requests are made here.
+It is stateless, so any number of replicas may run. While the registry actor restarts, calls are retried for a few
+seconds; that is safe because the ids of new requests are created here.
 """
 
 from __future__ import annotations
@@ -64,14 +64,17 @@ from registry.wire.schemas import (
 )
 
 RETRY_FOR_S = 10.0
-"""How long a call is repeated while the registry actor does not answer, seconds."""
+"""How long a call is retried while the registry actor does not answer, seconds."""
 
 CALL_TIMEOUT_S = 30.0
-"""Longest wait for one answer of the actor beyond what it was asked to wait, seconds."""
+"""Longest wait for one answer of the actor, beyond the wait that was requested, seconds."""
 
 AT_ONCE = {"state": 64, "events": 8, "measurement": 4, "measured": 4, "windows": 4, "machines": 4, "llms": 4}
-"""How many calls of a method that reads may be in flight. The actor takes all calls in their order, so that control and
-health wait behind so many at most. (Ray's concurrency groups are no way: each is a thread with a loop of its own.)"""
+"""Most concurrent calls of each method that only reads.
+
+The actor handles all calls in order, so control and health calls wait behind at most this many. (Ray's concurrency
+groups don't help: each is a thread with its own event loop.)
+"""
 
 DESCRIPTION = """
 Hands LLMs out exclusively. Ask with `POST /promptingservice/request`, poll the `link` of each request until its
@@ -94,7 +97,7 @@ IDEMPOTENCY_KEY = (
 
 @dataclass(frozen=True, slots=True)
 class IngressConfig:
-    """What the ingress has to know of the settings. ``state_dir`` is looked at when the registry does not answer."""
+    """The settings that the ingress needs. ``state_dir`` is checked if the registry does not answer."""
 
     sources: ModelSources
     allow_remote_code: tuple[str, ...]
@@ -102,7 +105,7 @@ class IngressConfig:
 
 
 class RegistryClient:
-    """Calls to the registry actor that outlast its restarts."""
+    """Calls the registry actor and survives its restarts."""
 
     def __init__(self, state_dir: pathlib.Path) -> None:
         self._state_dir = state_dir
@@ -110,11 +113,11 @@ class RegistryClient:
         self._lanes = {method: asyncio.Semaphore(most) for method, most in AT_ONCE.items()}
 
     async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
-        """The answer of a method of the actor.
+        """Return the result of a method of the actor.
 
         Raises:
-            RegistryError: what the registry itself raised.
-            RegistryUnavailable: it did not answer for RETRY_FOR_S seconds.
+            RegistryError: Raised by the registry itself.
+            RegistryUnavailable: It did not answer for RETRY_FOR_S seconds.
         """
         try:
             async for attempt in stamina.retry_context(
@@ -148,7 +151,7 @@ class RegistryClient:
             raise
 
     def _unavailable(self, reason: str) -> RegistryUnavailable:
-        """Say why, as far as can be seen from here: a registry that can't write ends, and can't start again."""
+        """Return the error, naming a full disk as its cause: that ends the registry and prevents its restart."""
         return RegistryUnavailable("; ".join(filter(None, (reason, disk_problem(self._state_dir)))))
 
 
@@ -159,9 +162,9 @@ class _NoActor(Exception):
 def build_app(
     config: IngressConfig, call: Callable[..., Awaitable[Any]], checkpoints: Checkpoints | None = None
 ) -> FastAPI:
-    """The FastAPI app around ``call(method, *args, wait_s=…)`` of the registry.
+    """Return the FastAPI app around ``call(method, *args, wait_s=…)`` of the registry.
 
-    ``checkpoints`` tell how much memory LLMs take; without them that is not known.
+    ``checkpoints`` estimates the memory of LLMs; None leaves it unknown.
     """
     app = FastAPI(title=TITLE, description=DESCRIPTION, version=version("greenprompt-llm-registry"))
     withdrawals, polls = Withdrawals(call), Polls(call)
@@ -183,7 +186,7 @@ def build_app(
         ] = None,
         x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """Ask for one or more LLMs of a measurement; they are handed out one after another, on one machine."""
+        """Request one or more LLMs for a measurement; they are handed out one after another, on one machine."""
         llms = await _mapped_llms(body, config, checkpoints)
         with withdrawals.unless_answered([llm.request_id for llm in llms], x_tenant, idempotency_key):
             idempotency = None if idempotency_key is None else Idempotency(idempotency_key, _sha256(body))
@@ -202,10 +205,10 @@ def build_app(
             RequestStatus | None, Query(description="The status that you know: any other is news, at once")
         ] = None,
     ) -> Response:
-        """Where a request stands; with ``wait``, when its status changes or that many seconds have passed.
+        """Return the state of a request; with ``wait``, once its status changes or that many seconds have passed.
 
-        A request that is `deployed`, or has ended, is answered at once: nobody waits for it. To wait for the end of
-        a lease say `seen=deployed`.
+        A request that is `deployed` or has ended is answered at once. To wait for the end of a lease, add
+        `seen=deployed`.
         """
         return _json_response(await polls.state(request_id, wait, seen))
 
@@ -215,50 +218,50 @@ def build_app(
         after: Annotated[int, Query(ge=0, le=MAX_ID)] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = MAX_EVENTS,
     ) -> Response:
-        """What has happened to a request, oldest first; ``after`` is the number of the last event seen."""
+        """Return the events of a request, oldest first; ``after`` is the number of the last event seen."""
         return _json_response(await call("events", request_id, after, limit))
 
     @app.delete("/promptingservice/request/{request_id}", status_code=204, responses=unknown)
     async def release_llm(request_id: str) -> Response:
-        """The client is done with the LLM, or no longer wants it. Again is not an error."""
+        """Release the LLM, or cancel a request that is still waiting. Idempotent."""
         await call("release", request_id)
         return Response(status_code=204)
 
     @app.post("/promptingservice/request/{request_id}/keepalive", response_model=RequestState, responses=unknown)
     async def keep_alive(request_id: str) -> Response:
-        """The client still needs its LLM: the idle time of its lease starts anew."""
+        """Keep the lease alive: restart its idle time."""
         return _json_response(await call("keep_alive", request_id))
 
     _add_measurements(app, call, unknown)
 
     @app.get("/machines", response_model=list[MachineState], responses=errors)
     async def machines() -> Response:
-        """Every LLM Machine, its wrappers and what they run."""
+        """Return every LLM Machine, its wrappers and their LLMs."""
         return _json_response(await call("machines"))
 
     @app.get("/machines/{machine_id}", response_model=MachineState, responses=unknown)
     async def machine(machine_id: str) -> Response:
-        """One LLM Machine."""
+        """Return one LLM Machine."""
         return _json_response(await call("machine", machine_id))
 
     @app.post("/machines/{machine_id}/drain", response_model=MachineState, responses=unknown)
     async def drain(machine_id: str) -> Response:
-        """Hand out no more LLMs there. What is used goes on, then the wrappers go. Again is no error."""
+        """Assign no more LLMs to the machine. Running leases go on; then its wrappers are removed. Idempotent."""
         return _json_response(await call("drain", machine_id))
 
     @app.delete("/machines/{machine_id}/drain", response_model=MachineState, responses=unknown)
     async def undrain(machine_id: str) -> Response:
-        """Use the machine again: its wrappers come back. Again is no error."""
+        """Use the machine again; its wrappers are recreated. Idempotent."""
         return _json_response(await call("undrain", machine_id))
 
     @app.get("/llms", response_model=list[LLMState], responses=errors)
     async def llms() -> Response:
-        """Every LLM that runs or is being started."""
+        """Return every LLM that is running or starting."""
         return _json_response(await call("llms"))
 
     @app.get("/healthz", response_model=HealthState, responses={503: {"model": HealthState | ErrorAnswer}})
     async def health() -> Response:
-        """Whether requests can be served; 503 while no wrapper is usable."""
+        """Return whether requests can be served; 503 while no wrapper is usable."""
         text = await call("health")
         if json.loads(text)["status"] == "ok":
             return _json_response(text)
@@ -275,7 +278,7 @@ def build_app(
 def _add_measurements(
     app: FastAPI, call: Callable[..., Awaitable[Any]], unknown: dict[int | str, dict[str, Any]]
 ) -> None:
-    """Add the pages about what a measurement is and what it cost."""
+    """Add the routes for measurements and their energy."""
     energy = EnergyPages(call)
 
     @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=unknown)
@@ -285,7 +288,7 @@ def _add_measurements(
         limit: Annotated[int, Query(ge=1, le=MAX_REQUESTS, description="Requests in a page")] = MAX_REQUESTS,
         x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """A measurement of the caller's tenant with its requests, a page at a time, in their order."""
+        """Return a measurement of the caller's tenant with a page of its requests, in order."""
         return _json_response(await call("measurement", (x_tenant, measurement_id), after, limit))
 
     @app.get(
@@ -302,11 +305,11 @@ def _add_measurements(
         accept: Annotated[str, Header()] = "*/*",
         x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """What a measurement of the caller's tenant cost, by LLM. Windows are in pages of their own, and in the CSV."""
+        """Return the energy of a measurement of the caller's tenant, by LLM. Windows: see `/windows`, or the CSV."""
         key = x_tenant, measurement_id
         if as_ == "csv" or (as_ is None and "text/csv" in accept):
             parts = energy.csv(key)
-            first = await anext(parts)  # there is no such measurement: an error answer, as nothing is sent yet
+            first = await anext(parts)  # raises here, before anything is sent, if there is no such measurement
             return StreamingResponse(_joined(first, parts), media_type="text/csv")
         return _json_response(await energy.report(key))
 
@@ -319,9 +322,9 @@ def _add_measurements(
         detail: Annotated[bool, Query(description="Whether the records of wrappers go along, all of them")] = False,
         x_tenant: Annotated[TenantName, Header()] = "default",
     ) -> Response:
-        """The final energy windows of the caller's measurement, a page at a time, in the order in which they began.
+        """Return the final energy windows of the caller's measurement, a page at a time, ordered by start time.
 
-        A window comes some seconds after its prompt. Look again from the first page for those that were late.
+        A window appears some seconds after its prompt. To get late ones, start again from the first page.
         """
         page = await energy.windows((x_tenant, measurement_id), request, after, limit, detail=detail)
         return _json_response(page)
@@ -330,7 +333,7 @@ def _add_measurements(
 async def _mapped_llms(
     body: PromptingRequest, config: IngressConfig, checkpoints: Checkpoints | None
 ) -> list[NewRequest]:
-    """The LLMs of a POST under ids of their own, in the engine's words, with what is known of the memory they take."""
+    """Return a POST's LLMs with new ids, as engine arguments, with an estimate of their memory."""
     llms = [
         NewRequest(
             uuid.uuid4().hex,
@@ -348,12 +351,12 @@ async def _mapped_llms(
 
 
 def _sha256(body: PromptingRequest) -> str:
-    """The same for bodies that differ only in spaces, escapes, and the order of fields."""
+    """Return a hash that ignores spaces, escapes and the order of fields."""
     return hashlib.sha256(canonical_json(body.model_dump(mode="json", exclude_unset=True)).encode()).hexdigest()
 
 
 def mapped(config: IngressConfig, llmconfig: dict[str, Any], field: str) -> tuple[LLMSpec, str, tuple[str, ...]]:
-    """An llmconfig as (spec, its own JSON, notes). Raises InvalidField that names the field below ``field``."""
+    """Return an llmconfig as (spec, its own JSON, notes). Raises InvalidField that names the field below ``field``."""
     config.sources.locate(llmconfig["model"], field=f"{field}.model")
     args = map_llmconfig(llmconfig, field=field, allow_remote_code=config.allow_remote_code)
     return args.spec, canonical_json(llmconfig), args.notes
@@ -380,9 +383,9 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if error.status_code == 400:  # a body that can't be read
+    if error.status_code == 400:  # an unreadable body
         return error_answer(422, "invalid_field", f"body: {error.detail}", field="body")
-    if error.status_code == HTTPStatus.UNAUTHORIZED:  # credentials that can't be read
+    if error.status_code == HTTPStatus.UNAUTHORIZED:  # unreadable credentials
         return registry_error(NoCredentials())
     code = {404: "no_such_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     answer = error_answer(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
@@ -392,18 +395,18 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> list[str]:
-    """What may be done with a path: FastAPI itself names only the methods of the first function for it."""
+    """Return all methods of a path; FastAPI itself names only those of its first route."""
     routes = [route for route in request.app.routes if isinstance(route, Route)]
     there = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
     return sorted({method for route in there for method in route.methods or ()})
 
 
 async def _on_fault(_request: Request, error: Exception) -> Response:
-    return registry_error(InternalError(type(error).__name__))  # the server logs it with its traceback
+    return registry_error(InternalError(type(error).__name__))  # the server logs the traceback
 
 
 def _field_of(location: Sequence[int | str]) -> str:
-    """``("body", "llms", 0, "model")`` → ``llms[0].model``; a body that is no JSON is called ``body``."""
+    """Convert ``("body", "llms", 0, "model")`` to ``llms[0].model``; a body that is not JSON is ``body``."""
     name = ""
     for part in location[1:] if location[0] in ("body", "query", "path", "header") else location:
         name += f"[{part}]" if isinstance(part, int) and name else f".{part}" if name else str(part)
@@ -421,7 +424,7 @@ def _json_response(text: str, *, status: int = 200) -> Response:
 
 
 class Ingress:
-    """The Serve deployment around the app."""
+    """The Serve deployment of the app."""
 
     def __init__(self, config: IngressConfig) -> None:
         """``config`` is fixed for the life of the replica."""
@@ -432,7 +435,7 @@ class Ingress:
 
 
 def deployment(config: IngressConfig) -> serve.Application:
-    """The Serve application of the ingress, on the head: no LLM Machine takes it along, or measures what it takes."""
+    """Return the Serve application of the ingress, for the head: it is not lost or measured with an LLM Machine."""
     serve_deployment: Any = serve.deployment(serve.ingress()(Ingress))
     application: serve.Application = serve_deployment.options(
         name="Ingress",

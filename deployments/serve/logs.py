@@ -1,7 +1,7 @@
-"""How the parts log: one JSON object a line on standard error, which Ray keeps per process. No secrets in it.
+"""Logging of all parts: one JSON object per line on standard error, which Ray stores per process. No secrets.
 
-The registry also writes its lines to a file that stays when Ray's folder is gone. Every line about a request has its
-``request_id`` and ``measurement_id``, so that what became of it can be read from one file.
+The registry also logs to a file that outlives Ray's folder. Every line about a request has its ``request_id`` and
+``measurement_id``, so that its history can be read from one file.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ OLDER_FILES: Final = 4
 
 
 def configure_logging(file: Path | None = None) -> None:
-    """Set structlog up for this process; the last call counts.
+    """Configure structlog for this process; the last call wins.
 
     Args:
-        file: Where the lines go besides standard error, readable by its owner only. It is replaced when it holds
-            FILE_BYTES; OLDER_FILES of those before it are kept. A disk that is full keeps lines out and nobody up.
+        file: Log file in addition to standard error, readable by its owner only. It is rotated when it holds
+            FILE_BYTES; OLDER_FILES older files are kept. If the disk is full, its lines are dropped without an error.
     """
     before = structlog.get_config()["logger_factory"]
     if isinstance(before, _Both):
@@ -50,14 +50,14 @@ def configure_logging(file: Path | None = None) -> None:
 class _OwnFile(RotatingFileHandler):
     def _open(self) -> io.TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        return open(descriptor, "a", encoding="utf-8")  # noqa: PTH123 - of a descriptor
+        return open(descriptor, "a", encoding="utf-8")  # noqa: PTH123 - opens a descriptor
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - as logging calls it
-        """The line is on standard error all the same."""
+        """Ignore the error: the line is also on standard error."""
 
 
 class _Both:
-    """A factory of structlog loggers, and the one that it makes: to standard error and to a file."""
+    """Factory of structlog loggers and the logger itself; writes to standard error and to a file."""
 
     def __init__(self, file: Path) -> None:
         self._file = _OwnFile(file, maxBytes=FILE_BYTES, backupCount=OLDER_FILES, delay=True)

@@ -1,9 +1,8 @@
-"""Long polls, held in the ingress: they end with their client, and cost the registry nothing while nothing happens.
+"""Long polls, held in the ingress. They end with their client, and cost the registry nothing while nothing changes.
 
-The registry's actor is asked for a request when its poll begins, when that request has changed,
-and when the poll ends. One call, repeated for as long as there are polls, says which requests have
-changed. Ray goes on with a call whose caller was cancelled, so a poll that waited in the actor would
-stay there after its client has gone.
+The registry actor is asked about a request when its poll begins, when the request has changed, and when the poll ends.
+One repeated call, made while there are polls, returns the requests that have changed. A poll must not wait in the
+actor: Ray continues a call whose caller was cancelled, so it would stay there after its client left.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from registry.errors import RegistryError, TooManyPolls
 from registry.service.news import CHANGES_WAIT_S
 
 MOST_POLLS = 8000
-"""Polls that may wait at once in one ingress. The rest of Serve's ``max_ongoing_requests`` is for control."""
+"""Polls that may wait at once in one ingress. The rest of Serve's ``max_ongoing_requests`` is for control calls."""
 
 RETRY_S = 1.0
-"""Pause before the changes are asked for again when the registry did not answer, seconds."""
+"""Pause before the next call for changes if the registry did not answer, seconds."""
 
 log = structlog.get_logger("deployments.serve.polls")
 
@@ -40,13 +39,13 @@ class Polls:
         self._following: asyncio.Task[None] | None = None
 
     async def state(self, request_id: str, wait_s: float, seen: RequestStatus | None) -> str:
-        """Return the JSON RequestState of a request, once its status is another than ``seen`` or after ``wait_s`` s.
+        """Return a request's JSON RequestState once its status differs from ``seen``, or after ``wait_s`` seconds.
 
-        With ``seen`` None: once it is deployed, or another than now. At once for a request that has ended.
+        With ``seen`` None: once it is deployed or its status changes. Returns at once for a request that has ended.
 
         Raises:
-            TooManyPolls: as many as allowed wait already.
-            RegistryError: what the registry says.
+            TooManyPolls: The limit of waiting polls is reached.
+            RegistryError: Raised by the registry.
         """
         if wait_s <= 0:
             return str(await self._call("state", request_id))
@@ -86,9 +85,9 @@ class Polls:
                 del self._waiting[request_id]
 
     async def _follow(self) -> None:
-        """Wake the polls of what has changed, for as long as there are polls.
+        """Wake the polls of changed requests, while there are polls.
 
-        The first answer, and that of another registry process, wakes all: what changed before is not known then.
+        The first answer, and the first of a new registry process, wakes all, because earlier changes are unknown then.
         """
         life, place = "", None
         while self._waiting:

@@ -1,4 +1,4 @@
-"""What the Prompting Service's own client needs of the ingress: JSON without a type, and prompts sent to the root."""
+"""Routes for the Prompting Service's own client, which sends JSON without a Content-Type and prompts to the root."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Credentials = Annotated[HTTPBasicCredentials | None, Depends(_BASIC)]
 
 
 class _StrictRequest(Request):
-    """A request whose JSON is read to the letter."""
+    """A request whose JSON is parsed strictly."""
 
     async def json(self) -> Any:
         """Return the body's value.
 
         Raises:
-            JSONDecodeError: it is not JSON, for which FastAPI has an answer of its own.
-            HTTPException: it has a key twice, or NaN.
+            JSONDecodeError: It is not JSON; FastAPI answers that.
+            HTTPException: It has a duplicate key, or NaN.
         """
         await super().json()
         try:
@@ -39,13 +39,13 @@ class _StrictRequest(Request):
 
 
 class JSONBody(APIRoute):
-    """A route that takes its body for JSON: the Prompting Service's own client names no type, curl a wrong one.
+    """A route that reads any body as JSON: the Prompting Service's client sends no Content-Type, curl a wrong one.
 
-    Every route with a body is one of these: a key that is there twice is refused.
+    Every route with a body uses this class, so duplicate keys are always refused.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the route's handler, for requests that are said to be JSON."""
+        """Return the route's handler, with the Content-Type set to JSON."""
         handle = super().get_route_handler()
 
         async def as_json(request: Request) -> Response:
@@ -57,10 +57,10 @@ class JSONBody(APIRoute):
 
 
 def root_router(call: Callable[..., Awaitable[Any]]) -> APIRouter:
-    """The paths at the root: what is served here, and the two that the Prompting Service's own client calls.
+    """Return the routes at the root: this service's index, and the two paths that the Prompting Service's client calls.
 
     That client builds its URLs from ``address``, whose userinfo is the lease's token. It is redirected to the lease's
-    ``url``, with method and body; nothing is proxied.
+    ``url`` with method and body; nothing is proxied.
     """
     router = APIRouter()
     answers: dict[int | str, dict[str, Any]] = {307: {"description": "To the same path below the `url`"}}
@@ -68,7 +68,7 @@ def root_router(call: Callable[..., Awaitable[Any]]) -> APIRouter:
 
     @router.get("/", response_model=dict[str, str])
     async def root() -> dict[str, str]:
-        """What this is, and where its parts are."""
+        """Return the name of this service and the paths of its parts."""
         return {
             "service": TITLE,
             "version": version("greenprompt-llm-registry"),
@@ -83,17 +83,17 @@ def root_router(call: Callable[..., Awaitable[Any]]) -> APIRouter:
             raise NoCredentials
         url = await call("lease_url", credentials.password)
         async for _ in request.stream():
-            pass  # a body that nobody has read would cost the connection
+            pass  # an unread body would close the connection
         return Response(status_code=HTTPStatus.TEMPORARY_REDIRECT, headers={"location": url + request.url.path})
 
     @router.get("/get_status", status_code=307, response_class=Response, responses=answers)
     async def get_status(request: Request, credentials: Credentials) -> Response:
-        """The status of the LLM whose lease has this token: a redirect to its ``url``."""
+        """Redirect to the ``url`` of the lease with this token, for the LLM's status."""
         return await to_lease(request, credentials)
 
     @router.post("/process_prompt", status_code=307, response_class=Response, responses=answers)
     async def process_prompt(request: Request, credentials: Credentials) -> Response:
-        """Prompt the LLM whose lease has this token: a redirect to its ``url``."""
+        """Redirect to the ``url`` of the lease with this token, to prompt its LLM."""
         return await to_lease(request, credentials)
 
     return router

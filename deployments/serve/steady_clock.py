@@ -1,4 +1,4 @@
-"""The registry's clock: UTC seconds in which a lease of an hour takes an hour, whatever is done to the wall clock."""
+"""The registry's clock: UTC seconds that advance at the true rate, even if the wall clock is changed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import structlog
 from deployments.energy.record_dates import RecordDates
 
 LOOK_EVERY_S = 1.0
-"""How often the wall clock is looked at, seconds; the registry asks for the time more often than that."""
+"""Seconds between checks of the wall clock; the registry reads the time more often than that."""
 
 log = structlog.get_logger("deployments.serve.steady_clock")
 
 
 class SteadyClock:
-    """UTC seconds, anchored to the monotonic clock when it is made. Follows the wall clock slowly, and never jumps.
+    """UTC seconds, anchored to the monotonic clock at creation. Follows the wall clock slowly and never jumps.
 
-    A wall clock that is set is logged, and taken over by the next start of the registry. ``clock`` gives
-    monotonic seconds, ``utc_s`` those of the wall clock. Not thread-safe.
+    If the wall clock is set, that is logged; the next start of the registry uses the new time. ``clock`` returns
+    monotonic seconds, ``utc_s`` wall clock seconds. Not thread-safe.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, utc_s: Callable[[], float] = time.time) -> None:
@@ -28,7 +28,7 @@ class SteadyClock:
         self._looked_s = clock()
 
     def __call__(self) -> float:
-        """Return the UTC second of now. Later calls return no earlier one."""
+        """Return the current UTC time in seconds; it never decreases."""
         now_s = self._clock()
         if now_s - self._looked_s >= LOOK_EVERY_S:
             self._looked_s = now_s

@@ -14,7 +14,7 @@ import structlog
 from registry.errors import RegistryError
 
 WITHDRAW_FOR_S = 300.0
-"""How long a withdrawal is tried while the registry does not answer, seconds."""
+"""How long a withdrawal is retried while the registry does not answer, seconds."""
 
 log = structlog.get_logger("deployments.serve.withdrawals")
 
@@ -22,7 +22,7 @@ log = structlog.get_logger("deployments.serve.withdrawals")
 class Withdrawals:
     """Withdraws requests in the background. ``call(method, *args)`` reaches the registry actor.
 
-    What can't be withdrawn within WITHDRAW_FOR_S is logged; the idle limit of its lease ends it.
+    A withdrawal that fails for WITHDRAW_FOR_S is logged; the idle limit of the lease then ends it.
     """
 
     def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
@@ -31,9 +31,9 @@ class Withdrawals:
 
     @contextmanager
     def unless_answered(self, request_ids: Sequence[str], tenant: str, key: str | None) -> Iterator[None]:
-        """Withdraw these requests when the block fails, or is cancelled because the client hung up.
+        """Withdraw these requests if the block fails, or is cancelled because the client hung up.
 
-        A refusal (4xx) is an answer: nothing was accepted then.
+        A refusal (4xx) is an answer: it means that nothing was accepted.
         """
         try:
             yield
@@ -50,7 +50,7 @@ class Withdrawals:
         task.add_done_callback(self._tasks.discard)
 
     async def over(self) -> None:
-        """Return when all withdrawals that have begun are over."""
+        """Return when all withdrawals so far are complete."""
         await asyncio.gather(*self._tasks)
 
     async def _withdraw(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
@@ -62,6 +62,6 @@ class Withdrawals:
                     await self._call("withdraw", request_ids, tenant, key)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            log.error("requests without an answer could not be withdrawn", request_ids=request_ids, reason=reason)  # noqa: TRY400 - a traceback of Ray's says no more
+            log.error("requests without an answer could not be withdrawn", request_ids=request_ids, reason=reason)  # noqa: TRY400 - Ray's traceback adds nothing
         else:
             log.info("requests without an answer were withdrawn", request_ids=request_ids)

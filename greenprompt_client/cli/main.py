@@ -25,22 +25,22 @@ from registry.settings import Settings, load_settings
 from registry.wire.schemas import MachineState
 
 EXIT_NOT_YET = 1
-"""Exit status when what was waited for did not come about."""
+"""Exit status if the awaited result did not occur."""
 
 EXIT_UNUSABLE = 2
-"""Exit status when the command line, the configuration or the surroundings don't allow the command."""
+"""Exit status if the command line, the configuration or the environment does not allow the command."""
 
 EXIT_UNREACHABLE = 3
-"""Exit status when no registry answers, or it can't at the moment."""
+"""Exit status if no registry answers, or it is temporarily unavailable."""
 
 EXIT_NOT_FOUND = 4
-"""Exit status when the registry does not know what the command names, or has forgotten it."""
+"""Exit status if the registry does not know an id or name in the command, or has forgotten it."""
 
 EXIT_REFUSED = 5
-"""Exit status when the registry refuses the command."""
+"""Exit status if the registry refuses the command."""
 
 EXIT_INTERRUPTED = 130
-"""Exit status after Ctrl-C, as a shell gives it."""
+"""Exit status after Ctrl-C, as in a shell."""
 
 EXIT_STATUSES = (
     "Exit status: 0 done; 1 what was waited for did not come about; 2 wrong usage or configuration; "
@@ -71,9 +71,9 @@ def up(
     address: AddressOption = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready; end it with 'down'.")] = False,
 ) -> None:
-    """Start the registry with its cluster, in the foreground until Ctrl-C.
+    """Start the registry and its cluster; run in the foreground until Ctrl-C.
 
-    On a cluster that runs ('--address') a detached registry belongs to the cluster; doing it again changes nothing.
+    With '--address' and '--detach' it stays on that cluster after this command; repeating it changes nothing.
     """
     from deployments.launch import lifecycle
 
@@ -88,7 +88,7 @@ def up(
 
 @app.command()
 def down(config: ConfigOption = DEFAULT_CONFIG, address: AddressOption = None) -> None:
-    """End a registry that was started with 'up'; returns when everything is gone."""
+    """Stop a registry that was started with 'up', and wait until everything has ended."""
     from deployments.launch import lifecycle
 
     lifecycle.end(_settings(config, address), say=_say)
@@ -96,7 +96,7 @@ def down(config: ConfigOption = DEFAULT_CONFIG, address: AddressOption = None) -
 
 @app.command("ray-start", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def ray_start(context: typer.Context) -> None:
-    """Make this machine a node of a cluster: 'ray start' with these options and what the registry needs; once."""
+    """Make this machine a node of a cluster: run 'ray start' with these options, unless it runs already."""
     from deployments.launch.node import start_ray
 
     console.print("Ray was started." if start_ray(context.args) else "Ray runs here already, with these options.")
@@ -109,7 +109,7 @@ def demo(
     ] = None,
     config: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
-    """Start everything, act as a Prompting Service over HTTP, show what came out, and end everything."""
+    """Start a registry, use it over HTTP as a Prompting Service would, show the results, stop everything."""
     from greenprompt_client.demo.demo import run_demo
 
     run_demo(config, model or [], console)
@@ -158,7 +158,7 @@ def measure(
     ] = None,
     url: Annotated[str | None, typer.Option(help="Base URL of the registry.", envvar="GREENPROMPT_URL")] = None,
 ) -> None:
-    """Have LLMs answer prompts, and sum up what that cost; the same command goes on where a run was ended.
+    """Run prompts on LLMs and sum up energy and carbon; repeat the command to resume an interrupted run.
 
     Prompts, LLMs and repetitions may be added to a run.
 
@@ -177,7 +177,7 @@ def measure(
         deployment_args=arguments(fields.pop("deployment_arg", [])),
         **fields,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by a scheduler, it gives its LLMs back, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by a scheduler, it releases its LLMs, too
     try:
         complete = run_measure(plan, console)
     except KeyboardInterrupt:
@@ -188,7 +188,7 @@ def measure(
 
 @app.command()
 def status(url: URLOption = DEFAULT_URL) -> None:
-    """Show machines, wrappers and LLMs of a running registry, and how many requests wait."""
+    """Show the machines, wrappers and LLMs of a running registry, and how many requests wait."""
     with _registry(url) as registry:
         health, machines = registry.health(), registry.machines()
     console.print(overview(health, machines, datetime.now(UTC)))
@@ -203,7 +203,7 @@ def report(
     tenant: Annotated[str | None, typer.Option(help="Whose measurement it is, if not the default tenant's.")] = None,
     url: URLOption = DEFAULT_URL,
 ) -> None:
-    """Show what a measurement cost: energy and carbon by LLM, how they were found, and what is not known."""
+    """Show the energy and carbon of a measurement by LLM, how they were determined, and what is unknown."""
     from greenprompt_client.report.files import write_report
     from greenprompt_client.report.table import report_table
 
@@ -225,7 +225,7 @@ def drain(
     ] = None,
     url: URLOption = DEFAULT_URL,
 ) -> None:
-    """Hand out no more LLMs on a machine; when those in use were given back, its wrappers are removed."""
+    """Assign no more LLMs to a machine; once its leases have ended, its wrappers are removed."""
     with _registry(url) as registry:
         state = registry.drain(machine)
         if wait:
@@ -238,7 +238,7 @@ def undrain(
     machine: Annotated[str, typer.Argument(help="Name of the machine, as 'status' shows it.")],
     url: URLOption = DEFAULT_URL,
 ) -> None:
-    """Use a machine again that was drained; its wrappers come back."""
+    """Use a drained machine again; its wrappers are recreated."""
     with _registry(url) as registry:
         registry.undrain(machine)
     console.print(f"{machine} is used again", markup=False, highlight=False, soft_wrap=True)
@@ -246,19 +246,19 @@ def undrain(
 
 @app.command()
 def release(request_id: str, url: URLOption = DEFAULT_URL) -> None:
-    """Give back, or cancel, a request."""
+    """Release an LLM, or cancel a waiting request."""
     with _registry(url) as registry:
         registry.release(request_id)
 
 
 def _registry(url: str, tenant: str | None = None) -> RegistryClient:
-    """Return a client for somebody who waits at a terminal: that nothing listens at ``url`` is said within seconds."""
+    """Return a client for interactive use: if nothing listens at ``url``, it fails within seconds."""
     _require_known_variables()
     return RegistryClient(url, tenant=tenant, connect_for_s=CONNECT_FOR_S)
 
 
 def _require_known_variables() -> None:
-    """Raise BadSettings for a variable of ours that is empty or a typo: the command would reach another registry."""
+    """Raise BadSettings for an empty or misspelt GREENPROMPT_… variable: the command could use a wrong registry."""
     url = f"{ENV_PREFIX}URL"
     if not os.environ.get(url, url).strip():
         raise BadSettings(url, "is empty; unset it, or give it a value")
@@ -267,7 +267,7 @@ def _require_known_variables() -> None:
 
 
 def _wait_until_drained(registry: RegistryClient, machine: str, timeout_s: float | None) -> MachineState:
-    """Wait with a line that shows how far it is; exit status 1 when it takes too long, or somebody undrains it."""
+    """Wait and show the progress; exit with status 1 on timeout, or if the machine is undrained meanwhile."""
     with console.status(f"{machine} …") as line:
         try:
             state = registry.wait_until_drained(
@@ -298,7 +298,7 @@ def _up_command(config: Path, address: str | None) -> list[str]:
 
 
 def exit_status(error: RegistryError | httpx.TransportError) -> int:
-    """Return the exit status of a command that failed with this error."""
+    """Return the exit status for a command that failed with this error."""
     if isinstance(error, httpx.TransportError):
         return EXIT_UNREACHABLE
     if not isinstance(error, AnswerError):
@@ -310,12 +310,12 @@ def exit_status(error: RegistryError | httpx.TransportError) -> int:
 
 
 def main() -> None:
-    """Entry point: every expected error is one line on standard error, and an exit status that tells its kind."""
+    """Run the command line: every expected error is one line on standard error, with an exit status for its kind."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # where it can't show a character it shows another, and goes on
+        if isinstance(stream, io.TextIOWrapper):  # replaces characters that the terminal can't show
             stream.reconfigure(errors="replace")
-    stamina.instrumentation.set_on_retry_hooks(())  # calls are repeated silently; the last error is shown
+    stamina.instrumentation.set_on_retry_hooks(())  # calls are retried silently; the last error is shown
     try:
         app()
     except RegistryError as error:

@@ -1,4 +1,4 @@
-"""What an operator sees of a registry: its machines, and what is not as usual with each of them."""
+"""Shows operators the state of a registry: its machines, and what is unusual about each of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from registry.wire.schemas import HealthState, MachineState, WrapperState
 
 
 def overview(health: HealthState, machines: Sequence[MachineState], now: datetime) -> RenderableType:
-    """A line on the registry, a line on its machines, and a table with a row for each wrapper."""
+    """Return a line about the registry, a line about its machines, and a table with a row per wrapper."""
     lines = [Text(f"Registry {health.version} is {health.status}: {queue(health, machines)}")]
     if not machines:
         return Group(*lines, Text("No LLM Machine has joined yet."))
@@ -24,7 +24,7 @@ def overview(health: HealthState, machines: Sequence[MachineState], now: datetim
     for column in table.columns[:3]:
         column.no_wrap = True
     for column in table.columns:
-        column.overflow = "fold"  # a cut name can't be copied
+        column.overflow = "fold"  # a truncated name can't be copied
     for machine in machines:
         rows: list[WrapperState | None] = [*machine.wrappers] or [None]
         for n, wrapper in enumerate(rows):
@@ -40,14 +40,14 @@ def overview(health: HealthState, machines: Sequence[MachineState], now: datetim
 
 
 def queue(health: HealthState, machines: Sequence[MachineState]) -> str:
-    """How much is used, how much is being deployed for somebody (if anything is), and how many wait."""
+    """Return how many LLMs are in use and being deployed (if any), and how many requests wait."""
     leases = sum(machine.leases for machine in machines)
     deploying = f", {health.deploying} being deployed" if health.deploying else ""
     return f"{_count(leases, 'LLM')} in use{deploying}, {_count(health.queued, 'request')} waiting"
 
 
 def summary(machines: Sequence[MachineState]) -> str:
-    """How many machines there are, by how they are."""
+    """Return the number of machines, by state."""
     states = Counter(map(_state_of, machines))
     return (
         f"{_count(len(machines), 'machine')}: {', '.join(f'{states[each]} {each}' for each in _ORDER if states[each])}"
@@ -64,13 +64,13 @@ def _state_of(machine: MachineState) -> str:
 
 
 def gpus_of(machine: MachineState, wrapper: WrapperState | None) -> str:
-    """How many GPUs a wrapper has, and of which type: ``8 H100``."""
+    """Return the number of a wrapper's GPUs and their type: ``8 H100``."""
     gpus = machine.gpus if wrapper is None else wrapper.gpus
     return f"{gpus} {machine.gpuType}" if gpus and machine.gpuType else str(gpus)
 
 
 def machine_notes(machine: MachineState, now: datetime) -> Iterator[str]:
-    """What is not as usual with a machine, in words."""
+    """Yield what is unusual about a machine, as text."""
     if not machine.alive:
         yield "it left the cluster"
     elif machine.gpus and not machine.wrappers and machine.drain is None:
@@ -83,7 +83,7 @@ def machine_notes(machine: MachineState, now: datetime) -> Iterator[str]:
 
 
 def drain_note(machine: MachineState) -> str:
-    """How far the draining of a machine is."""
+    """Return the progress of draining a machine."""
     if machine.drain != "draining":
         return machine.drain or "not drained"
     if machine.leases:
@@ -92,7 +92,7 @@ def drain_note(machine: MachineState) -> str:
 
 
 def wrapper_notes(wrapper: WrapperState) -> Iterator[str]:
-    """What a wrapper is doing, or what is wrong with it."""
+    """Yield what a wrapper is doing, or what is wrong with it."""
     if wrapper.phase is not None:
         yield phase_words(wrapper.phase, wrapper.progress, wrapper.bytesTotal)
     if wrapper.reason is not None:
@@ -102,7 +102,7 @@ def wrapper_notes(wrapper: WrapperState) -> Iterator[str]:
 
 
 def _ago(duration: timedelta) -> str:
-    """A duration for people, to the second, minute or hour."""
+    """Return a duration as text, in seconds, minutes or hours."""
     seconds = max(0, round(duration.total_seconds()))
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= size:

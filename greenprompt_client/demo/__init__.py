@@ -1,1 +1,1 @@
-"""``greenprompt demo``, and the LLMs that it and the tests make."""
+"""``greenprompt demo``, and the tiny LLMs for it and the tests."""

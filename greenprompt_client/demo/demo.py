@@ -1,7 +1,7 @@
-"""``greenprompt demo``: a Prompting Service in small, over HTTP only, against a registry of its own.
+"""``greenprompt demo``: a small Prompting Service, over HTTP only, with its own registry.
 
-Starts ``greenprompt up`` as its own process with a temporary state folder, asks for the LLMs of one measurement,
-watches them come, prompts them, gives them back, shows what it cost, and ends everything it started.
+Starts ``greenprompt up`` as a separate process with a temporary state folder, requests the LLMs of one measurement,
+shows their progress, prompts and releases them, shows energy and carbon, and ends everything it started.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ POLL_S = 0.25
 
 @dataclass
 class Row:
-    """What the demo learned about one LLM."""
+    """The demo's results for one LLM."""
 
     model: str
     request_id: str = ""
@@ -69,7 +69,7 @@ class Row:
     note: str = ""
 
     def heard(self, state: RequestState) -> None:
-        """Take in what the link says."""
+        """Record a state of the request."""
         now_s = time.monotonic()
         if state.status in ("deploying", "deployed") and self.deploying_s is None:
             self.deploying_s = now_s
@@ -79,7 +79,7 @@ class Row:
 
 
 def run_demo(config: Path, models: list[str], console: Console) -> None:
-    """The whole demo. Raises RegistryError with what went wrong; everything it started has ended by then."""
+    """Run the whole demo. Raises RegistryError with the reason of a failure, after all started processes have ended."""
     if not models:
         models = [str(path.absolute()) for path in (TINY_LLMS / "a", TINY_LLMS / "b")]
         for number, path in enumerate(models):
@@ -123,7 +123,7 @@ def _use(registry: RegistryClient, http: httpx.Client, row: Row, rows: list[Row]
 
     try:
         state = registry.wait_until_deployed(row.request_id, on_change=show, poll_s=POLL_S)
-        assert state.url is not None  # deployed
+        assert state.url is not None  # deployed requests have a URL
         lease = HeldLease(state, state.url, http)
         for question in QUESTIONS:
             row.note = f"prompt {len(row.answers) + 1} of {len(QUESTIONS)}"
@@ -142,7 +142,7 @@ def _use(registry: RegistryClient, http: httpx.Client, row: Row, rows: list[Row]
 
 
 def _await_windows(registry: RegistryClient, rows: list[Row]) -> None:
-    """Fetch the final windows of all rows, for WINDOWS_WAIT_S seconds at most."""
+    """Fetch the final windows of all rows; wait for at most WINDOWS_WAIT_S seconds."""
     until_s = time.monotonic() + WINDOWS_WAIT_S
     while True:
         windows = list(registry.windows(MEASUREMENT_ID))
@@ -154,7 +154,7 @@ def _await_windows(registry: RegistryClient, rows: list[Row]) -> None:
 
 
 def _stream(http: httpx.Client, url: str, model: str) -> int:
-    """Stream one chat completion by vLLM's own API; how many pieces came."""
+    """Stream one chat completion from vLLM's own API; return the number of chunks."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": QUESTIONS[0]}],
@@ -186,7 +186,7 @@ def _llmconfig(model: str) -> dict[str, Any]:
 
 @contextmanager
 def _registry(config: Path, console: Console) -> Iterator[str]:
-    """A registry of our own on free ports, as another process; yields its URL and ends it afterwards."""
+    """Start a separate registry process on free ports, yield its URL, and end it afterwards."""
     port, dashboard_port = free_ports(2)
     with tempfile.TemporaryDirectory(prefix="greenprompt-demo-") as folder:
         environment = os.environ | {
@@ -239,7 +239,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(END_LIMIT_S)
     except subprocess.TimeoutExpired:
-        process.kill()  # everything it started ends with it
+        process.kill()  # all its child processes end with it
         process.wait()
         raise StartFailed(f"it did not shut down within {END_LIMIT_S:g} s and was killed") from None
 
@@ -308,7 +308,7 @@ def _legend(rows: list[Row]) -> Text:
 
 
 def _figures(row: Row) -> MachineFigures | None:
-    """Return what the prompts of a row cost, None before there is a final window of them."""
+    """Return the figures of a row's prompts, None before their first final window."""
     return next((found for found in figures_of(row.windows) if found.prompts), None)
 
 

@@ -1,8 +1,8 @@
-"""Made-up LLMs that fit anywhere: the demo and the tests run on them, without a download.
+"""Makes tiny LLMs that run anywhere, for the demo and the tests, without a download.
 
-A tiny LLM is a Llama of about 0.15 million random parameters with a byte-level tokenizer of its own. It answers
-any text with nonsense, but goes through every step that a real one goes through.
-``python -m greenprompt_client.demo.tiny_llm DIRECTORY …`` makes some.
+A tiny LLM is a Llama with about 0.15 million random parameters and its own byte-level tokenizer. It answers any text
+with nonsense, but passes through every step of a real LLM. ``python -m greenprompt_client.demo.tiny_llm DIRECTORY …``
+makes some.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-_MARK = "tiny_llm.json"  # written last: a directory that holds it is whole
-_FORMAT = 1  # raise it when a change below makes other files
+_MARK = "tiny_llm.json"  # written last: a directory that has it is complete
+_FORMAT = 1  # increase it if a change below changes the files
 _VOCABULARY, _CONTEXT, _HIDDEN, _INNER, _LAYERS, _HEADS = 512, 2048, 64, 128, 2, 2
 _PAD, _BOS, _EOS = "<pad>", "<s>", "</s>"  # tokens 0, 1 and 2
 _CONFIG: dict[str, object] = {
@@ -56,20 +56,20 @@ _SENTENCES = (
 
 
 def make_tiny_llm(path: str | Path, *, seed: int = 0) -> Path:
-    """Make the tiny LLM of this seed at ``path``, unless it is there already.
+    """Make the tiny LLM of this seed at ``path``, unless it exists already.
 
-    The same seed gives the same files; other seeds give other weights and another tokenizer. A directory that an
-    interrupted run, or another seed, left at ``path`` is replaced as a whole. Blocks for about a second.
+    The same seed gives the same files; other seeds give other weights and another tokenizer. A directory of an
+    interrupted run or another seed at ``path`` is replaced. Blocks for about a second.
 
     Args:
-        path: Directory to make; its parents are made too.
+        path: Directory to create, with its parents.
         seed: Any integer ≥ 0.
 
     Returns:
         ``path``, as a Path.
 
     Raises:
-        FileExistsError: ``path`` exists and is not a tiny LLM, so that replacing it could destroy something.
+        FileExistsError: ``path`` exists and is not a tiny LLM, so replacing it could destroy something.
     """
     target = Path(path)
     wanted = {"format": _FORMAT, "seed": seed}
@@ -95,7 +95,7 @@ def _mark_of(target: Path) -> object:
 
 
 def _check_ours(target: Path) -> None:
-    """Refuse to replace what holds anything but files that a tiny LLM has."""
+    """Refuse to replace a directory with other files than those of a tiny LLM."""
     ours = {
         _MARK, "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -105,11 +105,11 @@ def _check_ours(target: Path) -> None:
 
 
 def _save(directory: Path, seed: int) -> None:
-    # Written without torch and transformers: importing those takes ten times as long as everything here.
+    # Does not use torch and transformers: importing them takes ten times as long as everything here.
     directory.mkdir()
     random = np.random.default_rng(seed)
-    # Ten times the usual spread: with it random weights prefer some tokens clearly, so that a greedy answer is the
-    # same at any batch size.
+    # Ten times the usual standard deviation: random weights then clearly prefer some tokens, so that a greedy answer
+    # is the same at any batch size.
     weights = {
         name: np.ones(shape, np.float32)
         if name.endswith("norm.weight")
@@ -125,7 +125,7 @@ def _save(directory: Path, seed: int) -> None:
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor, in a fixed order."""
+    """Return name and shape of every tensor, in a fixed order."""
     layer = {
         "self_attn.q_proj": (_HIDDEN, _HIDDEN),
         "self_attn.k_proj": (_HIDDEN, _HIDDEN),
@@ -144,7 +144,7 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _save_tokenizer(directory: Path, seed: int) -> None:
-    """Byte-level BPE: any UTF-8 goes in and comes out unchanged."""
+    """Save a byte-level BPE tokenizer: encoding and decoding any UTF-8 text leaves it unchanged."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -175,7 +175,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def main(paths: list[str]) -> int:
-    """Make a tiny LLM at every path; each gets the seed that its name stands for, whatever the order."""
+    """Make a tiny LLM at every path; its seed is computed from the last part of the path."""
     if not paths:
         print("usage: python -m greenprompt_client.demo.tiny_llm DIRECTORY …", file=sys.stderr)
         return 2

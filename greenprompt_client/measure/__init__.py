@@ -1,1 +1,1 @@
-"""``greenprompt measure``: experiments, their folders, and their figures."""
+"""``greenprompt measure``: experiments, their result folders and their figures."""

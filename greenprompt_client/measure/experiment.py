@@ -1,4 +1,4 @@
-"""What ``greenprompt measure`` is to do: the experiment's file, its prompts, and the order of its LLMs."""
+"""The plan of ``greenprompt measure``: the experiment's file, its prompts, and the order of its LLMs."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from registry.wire.schemas import (
 )
 
 MAX_CONCURRENCY = 1024
-"""Most prompts at once: a thread each."""
+"""Most concurrent prompts: each needs a thread."""
 
 MAX_REPETITIONS = 10_000
 MAX_WARMUP = 10_000
 MAX_PROMPT_TIMEOUT_S = 7 * 86_400.0
 
 GROWS = ("llms", "prompts", "repetitions")
-"""What may be added to an experiment that has been begun. Everything else of its identity stays."""
+"""Fields that may grow in an experiment that has begun. All others of its identity must stay the same."""
 
 
 def _all_different(llms: tuple[LLMConfig, ...]) -> tuple[LLMConfig, ...]:
@@ -95,9 +95,9 @@ _Path = Annotated[Path, BeforeValidator(_a_path)]
 
 
 class Experiment(BaseModel):
-    """Every LLM is asked every prompt, in each repetition. Paths are relative to the current directory.
+    """Every LLM answers every prompt in each repetition. Paths are relative to the current directory.
 
-    An LLM is a model's name, or an llmconfig of the API; what it does not say is taken from ``modeltyp``,
+    An LLM is a model name or an llmconfig of the API; missing fields are taken from ``modeltyp``,
     ``uses_chat_template`` and ``args``.
     """
 
@@ -141,7 +141,7 @@ class Experiment(BaseModel):
     @field_validator("llms", mode="before")
     @classmethod
     def _complete(cls, llms: Any, info: ValidationInfo) -> Any:
-        """Each LLM with what it does not say itself."""
+        """Complete each LLM with the shared fields."""
         if not isinstance(llms, list):
             return llms
         shared = {name: info.data[name] for name in ("modeltyp", "uses_chat_template", "args") if name in info.data}
@@ -151,9 +151,10 @@ class Experiment(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An experiment with its prompts. ``llms`` are its llmconfigs by name: the model, numbered where there are more.
+    """An experiment with its prompts.
 
-    ``orders`` are those of repetitions that an earlier run has begun.
+    ``llms`` maps names (the model, numbered if it occurs several times) to llmconfigs. ``orders`` are the LLM orders of
+    repetitions that an earlier run has begun.
     """
 
     experiment: Experiment
@@ -163,13 +164,13 @@ class Plan:
 
     @property
     def answers(self) -> int:
-        """How many answers count when all is done."""
+        """Number of counted answers when everything is done."""
         return len(self.llms) * len(self.prompts) * self.experiment.repetitions
 
     def order(self, repetition: int) -> list[str]:
-        """Return the LLMs of a repetition (from 1) in the order in which they are asked for: shuffled, by the seed.
+        """Return the LLMs of a repetition (from 1) in the order of their use: shuffled by the seed.
 
-        One that has been begun keeps its order; LLMs that were added come after the others.
+        A repetition that has begun keeps its order; added LLMs follow at its end.
         """
         names = sorted(self.llms)
         random.Random(f"{self.experiment.seed}/{repetition}").shuffle(names)
@@ -177,11 +178,11 @@ class Plan:
         return begun + [name for name in names if name not in begun]
 
     def going_on(self, llms: Mapping[str, Mapping[str, Any]], orders: Mapping[int, Sequence[str]]) -> Plan:
-        """Return the plan with the names and the orders that an earlier run gave."""
+        """Return the plan with the names and orders of an earlier run."""
         return replace(self, llms=_named(self.experiment.llms, llms), orders=orders)
 
     def identity(self) -> dict[str, Any]:
-        """Return all that makes it this experiment, as plain JSON; where it runs and writes is no part of it."""
+        """Return everything that defines the experiment, as plain JSON; not where it runs and writes."""
         said = self.experiment.model_dump(
             mode="json", include={"repetitions", "concurrency", "warmup", "seed", "gpu_type", "grade", "like"}
         )
@@ -197,12 +198,12 @@ def load_plan(
     deployment_args: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Plan:
-    """Return the experiment of a file (None: of the overrides alone), with fields put over its own, and its prompts.
+    """Return the experiment of a file (None: only the overrides), with ``overrides`` applied, and its prompts.
 
-    ``prompting_args`` and ``deployment_args`` go over the ``args`` of every LLM, word by word.
+    ``prompting_args`` and ``deployment_args`` override the ``args`` of every LLM, word by word.
 
     Raises:
-        BadSettings: the experiment or its prompts can't be used; it names the file and the field or line.
+        BadSettings: The experiment or its prompts are invalid; names the file and the field or line.
     """
     source = "the experiment" if path is None else str(path)
     data = ({} if path is None else _yaml(path)) | overrides
@@ -220,7 +221,7 @@ def load_plan(
 
 
 def _with_args(args: Any, section: str, values: Mapping[str, Any]) -> Any:
-    """Return args with values in one of their two sections; what has another form is left to validation."""
+    """Return args with values added to one of their two sections; args of another form are left to validation."""
     if isinstance(args, LLMArgs):
         args = args.model_dump()
     if not isinstance(args, dict) or not isinstance(args.get(section, {}), dict):
@@ -233,7 +234,7 @@ def _llm_with_args(llm: Any, section: str, values: Mapping[str, Any]) -> Any:
 
 
 def arguments(texts: Sequence[str]) -> dict[str, Any]:
-    """Return what several ``word=value`` say. Raises BadSettings, also for a word that is there twice."""
+    """Return the values of several ``word=value`` texts. Raises BadSettings, also for a duplicate word."""
     said: dict[str, Any] = {}
     for word, value in map(argument, texts):
         if word in said:
@@ -243,7 +244,7 @@ def arguments(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def argument(text: str) -> tuple[str, Any]:
-    """Return the word and the value of ``word=value``; the value is read as YAML. Raises BadSettings."""
+    """Return the word and the value of ``word=value``; the value is parsed as YAML. Raises BadSettings."""
     word, equals, value = text.partition("=")
     if not word or not equals:
         raise BadSettings(text, "give an argument as word=value, as in max_new_tokens=64")
@@ -254,7 +255,7 @@ def argument(text: str) -> tuple[str, Any]:
 
 
 def growth(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what has been added to an experiment that has been begun, in words."""
+    """Yield what was added to an experiment that has begun, as text."""
     for name in GROWS:
         old, new = there.get(name), asked.get(name)
         if name == "llms":
@@ -266,7 +267,7 @@ def growth(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """Yield in which fields two identities differ, and how, in words; what may grow and has grown is no difference."""
+    """Yield the differences between two identities, as text; growth that is allowed is no difference."""
     for name in sorted({*there, *asked}):
         old, new = there.get(name), asked.get(name)
         if within == "llms." and name not in there:
@@ -287,7 +288,7 @@ def _said(identity: Mapping[str, Any], name: str) -> str:
 def _named(
     llms: Sequence[LLMConfig], known: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return llmconfigs by name. One that is known keeps its name; a second of the same model is called ``model#2``."""
+    """Return llmconfigs by name. Known ones keep their names; a second one of the same model is called ``model#2``."""
     known = known or {}
     named: dict[str, dict[str, Any]] = {}
     for llm in llms:
@@ -315,7 +316,7 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _first(error: ValidationError) -> str:
-    """The first problem, with its field."""
+    """Return the first problem, with its field."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

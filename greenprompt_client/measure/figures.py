@@ -1,4 +1,4 @@
-"""Answers and final windows → the summary of an experiment, by LLM. What is not known is counted, never taken for 0."""
+"""Summarises an experiment by LLM from its answers and final windows. Unknown values are counted, never taken as 0."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _ABOUT_BATCH = ("leases", "prompts", "output_tokens", "seconds", "in_flight_max"
 
 @dataclass(frozen=True, slots=True)
 class LLMSummary:
-    """What an experiment found out about one LLM.
+    """The results of an experiment for one LLM.
 
-    Of its ``answers`` ``provisional`` ones have no final window yet, and are in no figure. ``errors`` are prompts that
-    were refused, ``refusal`` says why the first of them was; ``missing`` ones were never answered. ``figures`` are made
-    of all final windows of its leases, as in the report: for each machine apart.
+    ``answers``: answered prompts; ``provisional`` of them have no final window yet and are in no figure. ``errors``:
+    refused prompts; ``refusal`` is the first reason. ``missing``: prompts without answer or error. ``figures`` use all
+    final windows of its leases, as in the report, separately for each machine.
     """
 
     llm: str
@@ -45,14 +45,14 @@ class LLMSummary:
 
     @property
     def complete(self) -> bool:
-        """Whether everything is answered, not all of it refused, and every figure is final."""
+        """Whether all prompts are answered, not all of them refused, and all figures are final."""
         return bool(self.answers) and not self.missing and not self.provisional
 
 
 def summarized(
     llm: str, lines: Sequence[Mapping[str, Any]], windows: Sequence[WindowReport], *, expected: int
 ) -> LLMSummary:
-    """Sum up the answers of an LLM, ``expected`` of them when all is done, and the final windows of its leases."""
+    """Summarise the answers of an LLM (``expected`` in total) and the final windows of its leases."""
     counted = [line for line in lines if line["llm"] == llm and not line["warmup"]]
     answers = [line for line in counted if line["error"] is None]
     return LLMSummary(
@@ -67,9 +67,10 @@ def summarized(
 
 
 def without_window(answers: Sequence[Mapping[str, Any]], windows: Sequence[WindowReport]) -> list[Mapping[str, Any]]:
-    """Return the answers whose final window is not there.
+    """Return the answers without a final window.
 
-    An answer that does not name its window has one once that of its lease is there, which is written last.
+    An answer that does not name its window counts as having one once its lease's window exists, because that is written
+    last.
     """
     there = {window.window for window in windows}
     ended = {window.requestId for window in of_kind(windows, WindowKind.LEASE)}
@@ -81,7 +82,7 @@ def without_window(answers: Sequence[Mapping[str, Any]], windows: Sequence[Windo
 
 
 def as_csv(summaries: Sequence[LLMSummary]) -> str:
-    """Return a row per LLM and machine; what is not known is empty."""
+    """Return a CSV row per LLM and machine; unknown values are empty."""
     text = io.StringIO()
     plain = ("llm", "answers", "errors", "missing", "provisional")
     names = Figure.__dataclass_fields__

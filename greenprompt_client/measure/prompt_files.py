@@ -1,4 +1,4 @@
-"""Data sets of prompts as they are found: JSONL or one JSON array, with or without a BOM, lines ended by LF or CRLF."""
+"""Reads prompts from JSONL or a JSON array, with or without a BOM, with LF or CRLF."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SPACE = " \t\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question with its id. ``fields`` are what else its data set says of it; they are carried along."""
+    """A question with its id. ``fields`` are its other fields; they are copied to the results."""
 
     id: str
     question: str
@@ -27,10 +27,10 @@ class Prompt:
 def load_prompts(path: Path, question_field: str = "question") -> tuple[Prompt, ...]:
     """Return the prompts of a file: objects with the question and optionally an ``id``, or plain texts.
 
-    Without an ``id`` a prompt of a JSONL file has the number of its line, one of an array its number in it.
+    Without an ``id``, a prompt's id is its line number in JSONL, or its position (from 1) in an array.
 
     Raises:
-        BadSettings: the file can't be read, or a prompt can't be used: the text names the line.
+        BadSettings: The file can't be read, or a prompt is invalid: the text names the line.
     """
     prompts: dict[str, Prompt] = {}
     text = read_text(path)
@@ -67,12 +67,12 @@ class _Unusable(Exception):
 
 
 def _entries(text: str) -> Iterator[tuple[int, int, Any]]:
-    """Yield (line, number, value): the number is that of the line in JSONL, that of the element in an array."""
+    """Yield (line, number, value): the number is the line in JSONL, the position in an array."""
     begin = _skip(text, 0)
     if text.startswith("[", begin):
         yield from _of_array(text, begin)
         return
-    # Not splitlines(): it also ends lines at characters that JSON has inside of texts.
+    # Not splitlines(): it also splits at characters that JSON texts may contain.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             value, end = _value(line, _skip(line, 0), number)
@@ -103,7 +103,7 @@ def _of_array(text: str, begin: int) -> Iterator[tuple[int, int, Any]]:
 
 
 def _value(text: str, at: int, line: int) -> tuple[Any, int]:
-    """Return the JSON value that begins at ``at``, which is in this line, and where it ends."""
+    """Return the JSON value at position ``at``, which is in line ``line``, and the position after it."""
     try:
         return STRICT_JSON.raw_decode(text, at)
     except RecursionError:
@@ -143,12 +143,12 @@ def _has_half_a_character(text: str) -> bool:
 
 
 def _skip(text: str, at: int) -> int:
-    """Return where the next character is that is no space."""
+    """Return the position of the next character that is not white space."""
     while at < len(text) and text[at] in _SPACE:
         at += 1
     return at
 
 
 def _line(text: str, begin: int, end: int, line: int) -> int:
-    """Return the line of ``end``, where ``begin`` is in this line."""
+    """Return the line number of ``end``, if ``begin`` is in line ``line``."""
     return line + text.count("\n", begin, end)

@@ -1,11 +1,12 @@
-"""The folder of an experiment's results: what it was, and every answer from the moment that it came.
+"""The folder of an experiment's results: the experiment, and every answer as soon as it arrives.
 
-``experiment.yaml`` is the experiment as it was resolved, ``prompts.jsonl`` its prompts; ``answers.jsonl`` has a line
-for every answer, ``leases.jsonl`` one for every LLM that was handed over, ``windows.jsonl`` one for every final energy
-window of them; ``windows.csv``, ``summary.json`` and ``summary.csv`` are made of these whenever a run ends. A process
-may be killed at any moment: what is there is whole, but for a last line that the next run drops.
+``experiment.yaml`` is the resolved experiment, ``prompts.jsonl`` its prompts. ``answers.jsonl`` has a line per answer,
+``leases.jsonl`` one per LLM that was handed over, ``windows.jsonl`` one per final energy window. ``windows.csv``,
+``summary.json`` and ``summary.csv`` are made of these whenever a run ends. A process may be killed at any moment: the
+files stay intact, except for an incomplete last line, which the next run removes.
 
-An experiment is bound to its folder once the registry has accepted it (``accept``). It may grow; answers stay.
+A folder belongs to one experiment once the registry has accepted it (``accept``). The experiment may grow; answers are
+kept.
 """
 
 from __future__ import annotations
@@ -32,25 +33,25 @@ from registry.errors import BadSettings
 
 _WINDOW = TypeAdapter(WindowReport)
 MAX_DIFFERENCES = 10
-"""How many differences between two experiments are told."""
+"""Most differences between two experiments that an error lists."""
 
 HEADER = "# Made by `greenprompt measure`; the same command goes on with it. Don't change it.\n"
 
 
 class Results:
-    """The results of one experiment, open to one process at a time.
+    """The results of one experiment, opened by one process at a time.
 
-    ``plan`` is the caller's with the names and orders of the run that began the folder. ``begun`` says that another run
-    was here, ``resumed`` that the registry had accepted it, ``grown`` what has been added since, in words.
-    ``measurement_id`` is the current one; another takes its place when the registry has lost its state.
+    ``plan`` is the caller's, with the names and orders of the run that began the folder. ``begun``: an earlier run used
+    the folder. ``resumed``: the registry had accepted that run. ``grown``: what was added since, as texts.
+    ``measurement_id`` is the current one; it is replaced if the registry has lost its state.
     """
 
     def __init__(self, folder: Path, plan: Plan, *, measurement_id: int) -> None:
-        """Begin in a folder with this measurementId, or go on with what is there.
+        """Begin in a folder with this measurementId, or resume from its contents.
 
         Raises:
-            BadSettings: the folder can't be written, holds another experiment (the text says what differs) or something
-                that is none, or another process is at work there.
+            BadSettings: The folder can't be written, holds another experiment (the text lists the differences) or
+                something else, or another process uses it.
         """
         self.folder = folder
         with ExitStack() as files:
@@ -77,7 +78,7 @@ class Results:
             self.plan = self._same_or_grown(plan) if self.resumed else plan
             self._require_measurement(plan.experiment.measurement_id)
             if not self.resumed:
-                self._write_experiment(accepted=False)  # whatever is accepted of it from now on is found again
+                self._write_experiment(accepted=False)  # before the registry can accept anything of it
             self._done = self._settled(answers)
             self._files = files.pop_all()
 
@@ -90,7 +91,7 @@ class Results:
         self._files.close()
 
     def answers(self) -> list[dict[str, Any]]:
-        """Return the lines of ``answers.jsonl`` as they are on disk; of a prompt that was asked again, the last."""
+        """Return the lines of ``answers.jsonl``; if a prompt was asked again, only the last line."""
         lines = _whole_lines(self._answers)
         try:
             last = {_key(line): number for number, line in enumerate(lines) if not line["warmup"]}
@@ -100,21 +101,21 @@ class Results:
 
     @property
     def measurement_id(self) -> int:
-        """The measurementId under which the registry is asked."""
+        """The measurementId for the registry."""
         return int(self._told["measurement_id"])
 
     def accept(self) -> None:
-        """Bind the folder to the experiment, as far as that is new: the registry has accepted it. Idempotent."""
+        """Bind the folder to the experiment or its growth, once the registry has accepted it. Idempotent."""
         if self._told.get("accepted") and self._told["experiment"] == self.plan.identity():
             return
         self.write("prompts.jsonl", "".join(json.dumps(_prompt_line(each)) + "\n" for each in self.plan.prompts))
         self._write_experiment(accepted=True)
 
     def begin_measurement(self, measurement_id: int) -> int:
-        """Go on under another measurementId, since the registry has lost what it knew of the last one.
+        """Continue with a new measurementId, because the registry has lost the previous one.
 
         Returns:
-            How many answers are asked for again: their final windows were lost with it.
+            The number of answers to be asked for again, because their final windows were lost with it.
         """
         earlier = [*self._told.get("earlier_measurement_ids", ()), self.measurement_id]
         self._told |= {"measurement_id": measurement_id, "earlier_measurement_ids": earlier}
@@ -123,44 +124,44 @@ class Results:
         return len(before - self._done)
 
     def current_leases(self) -> list[str]:
-        """Return the requestIds of leases of the current measurement: only their windows can still come."""
+        """Return the requestIds of the current measurement's leases: only their windows can still arrive."""
         ids = (line["requestId"] for line in self.leases() if line.get("measurementId") == self.measurement_id)
         return list(dict.fromkeys(ids))
 
     def without_window(self) -> list[Mapping[str, Any]]:
-        """Return the answers that count and whose final window is not there."""
+        """Return the counted answers without a final window."""
         answered = [line for line in self.answers() if line["error"] is None and not line["warmup"]]
         return without_window(answered, self.windows())
 
     @property
     def done(self) -> int:
-        """How many answers that count are there."""
+        """Number of counted answers so far."""
         return len(self._done)
 
     def has(self, llm: str, repetition: int, prompt: str) -> bool:
-        """Whether this answer is there, or the error in its place."""
+        """Whether this answer exists, or an error in its place."""
         return (llm, repetition, prompt) in self._done
 
     def add(self, line: dict[str, Any]) -> None:
-        """Keep an answer; durable when this returns. Raises BadSettings when the disk is full."""
+        """Append an answer; durable on return. Raises BadSettings if the disk is full."""
         self._append(self._answers, line)
         if not line["warmup"]:
             self._done.add(_key(line))
 
     def add_lease(self, line: dict[str, Any]) -> None:
-        """Keep what is known of an LLM that was handed over; as ``add``."""
+        """Append the data of an LLM that was handed over, like ``add``."""
         self._append(self._leases, line)
 
     def leases(self) -> list[dict[str, Any]]:
-        """All lines of ``leases.jsonl``."""
+        """Return all lines of ``leases.jsonl``."""
         return _whole_lines(self._leases)
 
     def windows(self) -> list[WindowReport]:
-        """The final energy windows that are there, each once, in the order in which they began."""
+        """Return the final energy windows so far, without duplicates, ordered by start time."""
         return sorted(self._windows.values(), key=lambda window: (window.begunAt, window.window))
 
     def add_windows(self, windows: Iterable[WindowReport]) -> None:
-        """Keep those that are not there yet; durable when this returns. Raises BadSettings when the disk is full."""
+        """Append the new ones of these windows; durable on return. Raises BadSettings if the disk is full."""
         new = {window.window: window for window in windows if window.window not in self._windows}
         if new:
             self._append(self._windows_file, *(_WINDOW.dump_python(window, mode="json") for window in new.values()))
@@ -173,7 +174,7 @@ class Results:
             raise BadSettings(self._windows_file.name, "holds a line that is no energy window") from None
 
     def write(self, name: str, text: str) -> None:
-        """Write a file whole, in place of one that may be there. Raises BadSettings when the disk is full."""
+        """Write or replace a file atomically. Raises BadSettings if the disk is full."""
         written = self.folder / f".{name}"
         try:
             with written.open("w", encoding="utf-8", newline="") as file:
@@ -190,7 +191,7 @@ class Results:
             raise BadSettings(str(self.folder / name), f"can't be written: {error.strerror}") from error
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """As ``write``, of an object."""
+        """Write an object as JSON, like ``write``."""
         self.write(name, json.dumps(value, indent=2) + "\n")
 
     def _append(self, file: IO[bytes], *lines: Mapping[str, Any]) -> None:
@@ -223,7 +224,7 @@ class Results:
         return told
 
     def _same_or_grown(self, plan: Plan) -> Plan:
-        """Return the plan as the folder's goes on. Raises BadSettings if it is another experiment."""
+        """Return the plan as a continuation of the folder's. Raises BadSettings if it is another experiment."""
         there = self._told["experiment"]
         plan = plan.going_on(there["llms"], self._told["order"])
         asked = plan.identity()
@@ -243,7 +244,7 @@ class Results:
         return plan
 
     def _prompts_there(self) -> dict[str, str] | None:
-        """Return the questions of the accepted experiment by id; None if the folder does not have them."""
+        """Return the questions of the accepted experiment by id; None if the folder has none."""
         path = self.folder / "prompts.jsonl"
         return {each.id: each.question for each in load_prompts(path)} if path.exists() else None
 
@@ -254,10 +255,10 @@ class Results:
             raise BadSettings(str(self.folder), problem)
 
     def _settled(self, answers: Iterable[Mapping[str, Any]]) -> set[tuple[str, int, str]]:
-        """Return what need not be asked again.
+        """Return the prompts that need not be asked again.
 
-        These are the answers, but for those whose final window was lost with an earlier measurement, and the refusals
-        of LLMs that have answered something: one that has refused every prompt may have been mended.
+        These are the answered ones, except those whose final window was lost with an earlier measurement, and the
+        refused ones of LLMs that have answered at least one prompt: an LLM that refused all may have been repaired.
         """
         counted = [line for line in answers if not line["warmup"]]
         usable = {line["llm"] for line in counted if line["error"] is None}
@@ -275,7 +276,7 @@ def _prompt_line(prompt: Prompt) -> dict[str, Any]:
 
 
 def _whole_lines(file: IO[bytes]) -> list[dict[str, Any]]:
-    """The lines of a file, which then ends with the last whole one. Raises BadSettings for one that is not ours."""
+    """Return the complete lines of a file and truncate the rest. Raises BadSettings for a line that is not JSON."""
     file.seek(0)
     content = file.read()
     whole = content.rfind(b"\n") + 1

@@ -1,11 +1,11 @@
-"""``greenprompt measure``: an experiment from its file to its figures, over HTTP only, as a Prompting Service works.
+"""``greenprompt measure``: runs an experiment from file to figures, over HTTP only, as a Prompting Service does.
 
-Each repetition asks for all its LLMs in one POST, uses one after another as they are handed over, and gives them back.
-Every answer is on disk before it counts (`results`), so that an interrupted run is resumed by the next: it gives back
-what the dead one held, and asks only what has no answer yet. Prompts, LLMs and repetitions may be added.
+Each repetition requests all its LLMs in one POST, uses one after another as they are handed over, and releases them.
+Every answer is on disk before it counts (`results`), so that the next run can resume an interrupted one: it releases
+the interrupted run's LLMs and asks only prompts without an answer. Prompts, LLMs and repetitions may be added.
 
-What an answer says of its energy is provisional. Figures are made of the final windows, which the registry has some
-seconds later: they are looked for after each lease, and waited for at the end.
+The energy in an answer is provisional. Figures are made from the final windows, which the registry has some seconds
+later: the run fetches them after each lease and waits for the rest at the end.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from registry.core.records import WindowKind
 from registry.wire.schemas import LLMConfig, MeasurementState, RequestState
 
 MAX_BARREN_LEASES = 3
-"""How many leases of an LLM in a row may end without an answer, before a run gives it up."""
+"""A run stops using an LLM after this many leases in a row without an answer."""
 
 OF_REQUEST = ("priority", "gpu_type", "grade", "like", "max_joules", "max_gco2eq")
-"""Fields of an experiment that go into each POST, beside its LLMs and the measurementId."""
+"""Fields of an experiment that are added to each POST, besides its LLMs and the measurementId."""
 
 LEASE_LOST = (RequestEnded, AnswerError, httpx.TransportError)
-"""What ends the use of a lease. The LLM is asked for anew; if that fails too, it ends the run."""
+"""Errors that end the use of a lease. The LLM is requested again; if that fails too, the run ends."""
 
 NOT_THE_PROMPTS_FAULT = frozenset(
     {
@@ -60,39 +60,39 @@ NOT_THE_PROMPTS_FAULT = frozenset(
         HTTPStatus.SERVICE_UNAVAILABLE,
     }
 )
-"""Errors of a prompt that tell something of its lease, which is lost then."""
+"""Statuses of a prompt's error that concern its lease, which is then lost."""
 
 OWN_ERRORS = frozenset({"prompt_too_long"})
-"""Codes of errors of the server that are the prompt's own all the same: it was answered for too long."""
+"""Codes of server errors that are nevertheless caused by the prompt: its answer took too long."""
 
 PROMPT_TRIES = 3
-"""How often a prompt is asked when its server, or a proxy, fails (500, 504): that is no answer, and may pass."""
+"""How often a prompt is tried if its server or a proxy fails (500, 504), which may be temporary."""
 
 MAX_UNANSWERED = 3
-"""How many prompts in a row may go without an answer before their lease is given up."""
+"""Prompts in a row without an answer after which their lease is given up."""
 
 WINDOWS_WAIT_S = 60.0
-"""Longest wait for the final windows, when all is answered, seconds."""
+"""Longest wait for the final windows after the last answer, seconds."""
 
 WINDOWS_POLL_S = 1.0
-"""How often they are looked for meanwhile, seconds."""
+"""Seconds between attempts to fetch them."""
 
 SPEED_OVER_S = 3600.0
-"""The time left is guessed from the speed of so many seconds: starts of LLMs are part of it."""
+"""Period for the speed that the remaining time is computed from, seconds: long enough to include starts of LLMs."""
 
 
 def run_measure(plan: Plan, console: Console) -> bool:
-    """Run an experiment, or go on with it. Shows how it goes.
+    """Run or resume an experiment, and show its progress.
+
+    However it ends, even by Ctrl-C: LLMs are released, and the folder has the figures of all answers so far.
 
     Returns:
-        False when answers or final windows are missing, or an LLM has refused every prompt.
-
-    Whatever ends it, Ctrl-C included: LLMs are given back, and the folder has the figures of what was answered.
+        False if answers or final windows are missing, or an LLM has refused every prompt.
 
     Raises:
-        BadSettings: the folder can't be used.
-        AnswerError: the registry refuses the experiment.
-        httpx.TransportError: the registry could not be reached for RETRY_FOR_S seconds.
+        BadSettings: The folder can't be used.
+        AnswerError: The registry refuses the experiment.
+        httpx.TransportError: The registry could not be reached for RETRY_FOR_S seconds.
     """
     experiment = plan.experiment
     with (
@@ -118,7 +118,7 @@ def run_measure(plan: Plan, console: Console) -> bool:
 
 
 class _Run:
-    """One run of ``greenprompt measure``. ``measurement`` is what the registry says of it all, None until the end."""
+    """One run of ``greenprompt measure``. ``measurement`` is its state in the registry, None until the end."""
 
     def __init__(self, plan: Plan, results: Results, registry: RegistryClient, console: Console) -> None:
         self._plan = plan
@@ -143,7 +143,7 @@ class _Run:
         self.measurement: MeasurementState | None = None
 
     def all(self) -> None:
-        """Have everything answered that is not yet, as far as its LLM can be had."""
+        """Get all missing answers, as far as their LLMs are available."""
         with self._progress, _retries_told(self._say):
             if self._results.begun:
                 self._end_dead_run()
@@ -158,7 +158,7 @@ class _Run:
             self._wait_for_windows()
 
     def summarize(self) -> list[LLMSummary]:
-        """The figures by LLM, as the experiment lists them; written to the folder, too."""
+        """Return the figures by LLM, in the experiment's order, and write them to the folder."""
         each = len(self._plan.prompts) * self._experiment.repetitions
         lines, windows = self._results.answers(), self._results.windows()
         of_llm = {line["requestId"]: line["llm"] for line in self._results.leases()}
@@ -182,7 +182,7 @@ class _Run:
         return figures
 
     def _wait_for_windows(self) -> None:
-        """Fetch the final windows of all leases, for WINDOWS_WAIT_S seconds at most."""
+        """Fetch the final windows of all leases; wait for at most WINDOWS_WAIT_S seconds."""
         until_s = time.monotonic() + WINDOWS_WAIT_S
         failed = (
             {each.requestId for each in self.measurement.requests if each.status == "failed"}
@@ -197,9 +197,9 @@ class _Run:
                 time.sleep(WINDOWS_POLL_S)
 
     def _leases_without_windows(self, failed: Collection[str]) -> list[str]:
-        """Leases of which some windows are not there: those of answers, and the lease's own, which is written last.
+        """Return the leases with missing windows: an answer's, or the lease's own, which is written last.
 
-        A lease that failed lost its wrapper, and has no window of its own.
+        A failed lease lost its wrapper and has no window of its own.
         """
         windows = self._results.windows()
         answered = [line for line in self._results.answers() if line["error"] is None]
@@ -209,7 +209,7 @@ class _Run:
         return [each for each in leases if each in open_ or (each not in ended and each not in failed)]
 
     def _fetch(self, request_ids: Sequence[str]) -> bool:
-        """Keep the windows of these leases that the registry has by now; False if it does not tell."""
+        """Store the windows of these leases that the registry has so far; return False if that fails."""
         try:
             for request_id in request_ids:
                 self._results.add_windows(self._registry.windows(self._results.measurement_id, request_id=request_id))
@@ -219,7 +219,7 @@ class _Run:
         return True
 
     def _end_dead_run(self) -> None:
-        """Give back what the run before this one holds or waits for, if it could not do so itself."""
+        """Release what the previous run still holds or waits for."""
         measurement = self._measurement()
         held = [] if measurement is None else [each for each in measurement.requests if each.status not in ENDED]
         for state in held:
@@ -234,7 +234,7 @@ class _Run:
             self._go_on_without(self._results.measurement_id)
 
     def _go_on_without(self, lost: int) -> None:
-        """Take another measurementId, since the registry knows nothing of the last one."""
+        """Continue with a new measurementId, because the registry does not know the previous one."""
         again = self._results.begin_measurement(new_id())
         self._progress.update(self._bar, completed=self._results.done)
         asked = f"; {again} answers are asked for again, since their final windows were lost" if again else ""
@@ -242,7 +242,7 @@ class _Run:
         self._print(f"The registry knows nothing of measurement {lost}: goes on as measurement {now}{asked}.")
 
     def _note_leases(self, measurement: MeasurementState | None) -> None:
-        """Keep the leases that the registry knows and a dead run had no time to note: they are in its report, too."""
+        """Record leases that an interrupted run did not record; the registry's report includes them."""
         noted = {line["requestId"] for line in self._results.leases()}
         names = {LLMConfig.model_validate(config).model_dump_json(): llm for llm, config in self._plan.llms.items()}
         for state in () if measurement is None else measurement.requests:
@@ -251,7 +251,7 @@ class _Run:
                 self._results.add_lease(_lease_line(llm, None, state))
 
     def _measurement(self) -> MeasurementState | None:
-        """What the registry knows of all of this, None if nothing (yet, or any more)."""
+        """Return the registry's state of the measurement, None if it does not know it (yet, or any more)."""
         try:
             return self._registry.measurement(self._results.measurement_id)
         except AnswerError as error:
@@ -260,7 +260,7 @@ class _Run:
             return None
 
     def _to_do(self, repetition: int) -> list[str]:
-        """The LLMs of a repetition that have prompts to answer, in their order, without those that were given up."""
+        """Return the LLMs of a repetition that have open prompts, in their order, without those given up."""
         order = self._plan.order(repetition)
         return [llm for llm in order if self._barren[llm] < MAX_BARREN_LEASES and self._open(llm, repetition)]
 
@@ -272,10 +272,10 @@ class _Run:
         ]
 
     def _use_in_turn(self, llms: Sequence[str], repetition: int) -> None:
-        """Ask for LLMs and use one after another; when one is lost the rest is given back, so as to keep the order."""
+        """Request LLMs and use one after another; if one is lost, release the rest to keep the order."""
         if [llm for llm, _ in self._ahead] == list(llms):
             waiting, self._ahead = self._ahead, []
-        else:  # the first repetition, or another than was thought of
+        else:  # the first repetition, or the open LLMs have changed since
             self._give_back(self._ahead)
             waiting = self._request(llms)
         try:
@@ -288,7 +288,7 @@ class _Run:
             self._give_back(waiting)
 
     def _request(self, llms: Sequence[str]) -> list[tuple[str, str]]:
-        """Ask for LLMs; each with its request id."""
+        """Request LLMs; return each with its request id."""
         ids = self._registry.request(
             self._results.measurement_id,
             [self._plan.llms[llm] for llm in llms],
@@ -298,13 +298,13 @@ class _Run:
         return list(zip(llms, ids, strict=True))
 
     def _give_back(self, requests: list[tuple[str, str]]) -> None:
-        """Release requests that are not wanted any more, and forget them."""
+        """Release requests that are no longer wanted, and remove them from the list."""
         while requests:
             _, request_id = requests.pop()
             self._registry.release(request_id)
 
     def _ask_ahead(self, repetition: int) -> None:
-        """Ask for the next repetition while the last LLM of this one is held: the measurement keeps its machine."""
+        """Request the next repetition while this one's last LLM is held, so that the measurement keeps its machine."""
         if repetition < self._experiment.repetitions and (llms := self._to_do(repetition + 1)):
             try:
                 self._ahead = self._request(llms)
@@ -312,9 +312,9 @@ class _Run:
                 self._print(f"Repetition {repetition + 1} is asked for later: {str(error) or type(error).__name__}")
 
     def _use(self, llm: str, request_id: str, repetition: int, *, last: bool) -> bool:
-        """Have an LLM answer what is open, once it is ours; False when it was lost before it had answered all.
+        """Let an LLM answer its open prompts once it is deployed; return False if it was lost before the last answer.
 
-        Before the ``last`` one of a repetition is given back, those of the next are asked for.
+        If it is the ``last`` LLM of a repetition, the next repetition is requested before it is released.
         """
         title = f"{llm}, repetition {repetition} of {self._experiment.repetitions}"
         done = self._results.done
@@ -342,12 +342,15 @@ class _Run:
         return True
 
     def _warmup(self) -> list[Prompt]:
-        """The first prompts, told apart in their first word: the engine is to know no beginning of those that count."""
+        """Return the warm-up prompts: the first prompts, each with a changed beginning.
+
+        Otherwise the engine's prefix cache would hold beginnings of the counted prompts.
+        """
         first = self._plan.prompts[: self._experiment.warmup]
         return [replace(each, question=f"({n}) {each.question}") for n, each in enumerate(first, 1)]
 
     def _ask(self, lease: HeldLease, llm: str, repetition: int, prompts: Sequence[Prompt], *, warmup: bool) -> None:
-        """Put prompts to an LLM, as many at once as the experiment says; each answer is kept as it comes.
+        """Send prompts to an LLM with the experiment's concurrency; store each answer as it arrives.
 
         Raises LEASE_LOST, also after MAX_UNANSWERED prompts in a row without an answer.
         """
@@ -372,7 +375,7 @@ class _Run:
                 self._results.add({**same, **answer.result(), **same})
                 self._progress.update(self._bar, completed=self._results.done)
         finally:
-            # Those in flight end with the lease, which is given back next: not waited for, so that it is at once.
+            # Not waited for: prompts in flight end with the lease, which is released next.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _unanswered_by(self, llm: str, repetition: int, prompt: Prompt, failed: _Unanswered, *, warmup: bool) -> None:
@@ -389,7 +392,7 @@ class _Run:
 
 
 class _Unanswered(Exception):
-    """A prompt's server, or a proxy before it, failed each time: that says nothing of the prompt, and is no answer."""
+    """A prompt's server, or a proxy before it, failed each time; that says nothing about the prompt."""
 
     def __init__(self, error: AnswerError) -> None:
         super().__init__(error)
@@ -397,7 +400,7 @@ class _Unanswered(Exception):
 
 
 def _is_own_error(refused: AnswerError) -> bool:
-    """Whether an error says that this prompt can't be answered, by this LLM."""
+    """Whether an error means that this LLM can't answer this prompt."""
     return refused.status < HTTPStatus.INTERNAL_SERVER_ERROR or refused.answer_code in OWN_ERRORS
 
 
@@ -410,11 +413,11 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _answer(lease: HeldLease, prompt: Prompt, timeout_s: float, *, warmup: bool) -> dict[str, Any]:
-    """Return what an LLM says to a prompt, with what it cost; or the prompt's own error in its place.
+    """Return an LLM's answer to a prompt with its energy, or the prompt's own error in its place.
 
     Raises:
-        _Unanswered: it was asked PROMPT_TRIES times, and there is neither.
-        LEASE_LOST: as it says.
+        _Unanswered: Neither was obtained in PROMPT_TRIES attempts.
+        LEASE_LOST: The lease can't be used any more.
     """
     asked_at, begun_s = _now(), time.monotonic()
     answer: dict[str, Any] = {"answer": None}
@@ -446,7 +449,7 @@ def _answer(lease: HeldLease, prompt: Prompt, timeout_s: float, *, warmup: bool)
 
 @contextmanager
 def _retries_told(say: Callable[[str], None]) -> Iterator[None]:
-    """Say that a call is repeated, in place of stamina's lines in the log."""
+    """Report retries to the user instead of stamina's log lines."""
     before = stamina.instrumentation.get_on_retry_hooks()
     stamina.instrumentation.set_on_retry_hooks([lambda retry: say(f"asks again: {retry.caused_by}")])
     try:
@@ -456,7 +459,7 @@ def _retries_told(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _named(windows: Sequence[WindowReport], lines: Sequence[dict[str, Any]]) -> Iterator[WindowReport]:
-    """Yield windows with the client's name of their prompt, which its answer tells."""
+    """Yield windows with the client's id of their prompt, taken from the answers."""
     names = {line["window"]: line["prompt"] for line in lines if line.get("window")}
     for window in windows:
         yield replace(window, prompt=names.get(window.window, window.prompt))
@@ -467,7 +470,7 @@ def _lease_line(llm: str, repetition: int | None, state: RequestState) -> dict[s
 
 
 def said(state: RequestState) -> str:
-    """Where a request stands, in a few words."""
+    """Return a request's state in a few words."""
     words = [state.status]
     if state.position is not None:
         words.append(f"{state.position}. in the queue")
@@ -477,7 +480,7 @@ def said(state: RequestState) -> str:
 
 
 def new_id() -> int:
-    """Return a measurementId that no other run has: microseconds since 1970."""
+    """Return a new measurementId: microseconds since 1970."""
     return time.time_ns() // 1000
 
 

@@ -1,4 +1,4 @@
-"""What people see of an experiment: its figures as tables, and what has to be known to read them."""
+"""Shows an experiment to people: its figures as tables, and notes for reading them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from registry.wire.schemas import MeasurementState
 
 
 def results_table(summaries: Sequence[LLMSummary]) -> RenderableType:
-    """Return the figures of prompts and, where there are some, those of all prompts as one."""
+    """Return the table of prompts and, if there are any, that of leases' counted stretches."""
     rows = rows_of([(each.llm, each.figures) for each in summaries])
     tables = prompts_table(rows), batch_table(rows)
     return Group(*(table for table in tables if table is not None))
 
 
 def notes(summaries: Sequence[LLMSummary], measurement: MeasurementState | None) -> Iterator[str]:
-    """Yield what has to be known to read the tables: a sentence each."""
+    """Yield the notes for reading the tables, one sentence each."""
     yield READING
     yield f"{LEGEND}."
     for each in summaries:

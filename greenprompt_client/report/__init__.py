@@ -1,1 +1,1 @@
-"""The report of a measurement as people get it."""
+"""The report of a measurement for people: on a terminal, as HTML, as files."""

@@ -1,4 +1,4 @@
-"""The report of a measurement as files."""
+"""Writes the report of a measurement to files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from registry.errors import BadSettings
 def write_report(
     report: MeasurementReport, *, html: Path | None = None, csv: Path | None = None, json: Path | None = None
 ) -> Iterator[Path]:
-    """Write a report, with its windows, to those files that are named; yields each when it is written.
+    """Write a report with its windows to the given files; yield each path once it is written.
 
     Raises:
-        BadSettings: a file can't be written.
+        BadSettings: A file can't be written.
     """
     if json is not None:
         yield _written(json, TypeAdapter(MeasurementReport).dump_json(report, indent=2).decode())

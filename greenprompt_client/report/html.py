@@ -1,4 +1,4 @@
-"""The report of a measurement as one HTML page: no script, and nothing that is loaded from anywhere."""
+"""The report of a measurement as one HTML page, without scripts and external resources."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ ROWS_SHOWN = 500
 """Most windows that the page lists; CSV and JSON have all."""
 
 NAME_SHOWN = 32
-"""Most characters of an LLM's name beside its row of a plot; of a longer one the end is shown."""
+"""Most characters of an LLM's name beside a plot's row; of a longer name, the end is shown."""
 
 POINTS_SHOWN = 300
-"""Most prompts of an LLM that a plot shows as points; of more, some at even distances."""
+"""Most prompts of an LLM that a plot shows as points; of more, an even selection."""
 
 _TIME_UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
 _USES = {"active": "#2e7d5b", "idle": "#d9a441", "load": "#5b7db1", "wake": "#9a6fb0"}
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be found, copied and read aloud
+    "svg.fonttype": "none",  # text stays text: searchable, copyable, and readable for screen readers
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -53,7 +53,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def report_html(report: MeasurementReport) -> str:
-    """The whole page."""
+    """Return the whole page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(
         figure=figure,
@@ -80,7 +80,7 @@ def report_html(report: MeasurementReport) -> str:
 
 
 def plots(report: MeasurementReport) -> Iterator[tuple[str, str, str]]:
-    """(name, what it shows, SVG) of each plot for which anything is known."""
+    """Yield (name, description, SVG) of each plot that has data."""
     rows = [
         (name, llm, of_machine)
         for name, llm in zip(names(report), report.llms, strict=True)
@@ -103,7 +103,7 @@ def plots(report: MeasurementReport) -> Iterator[tuple[str, str, str]]:
 
 
 def _of_prompts(report: MeasurementReport, llm: LLMReport, machine: str | None, what: str) -> list[float]:
-    """Return the figures of an LLM's prompts on a machine that are known, without warm-ups."""
+    """Return the known figures of an LLM's prompts on a machine, without warm-ups."""
     found = []
     for window in report.windows:
         if window.kind != COUNTED["active"] or window.requestId not in llm.requestIds or window.machine != machine:
@@ -117,7 +117,7 @@ def _of_prompts(report: MeasurementReport, llm: LLMReport, machine: str | None, 
 
 
 def _spreads(labels: Sequence[str], estimates: Sequence[figures.Figure], points: Sequence[Sequence[float]]) -> Figure:
-    """A row for each LLM: its prompts as points, the value of all, and its 95 % interval where there is one."""
+    """Return a plot with a row per LLM: its prompts as points, the overall value, and its 95 % interval if known."""
     plot, axes = _rows(labels, [found.value is not None and found.label not in MEASURED for found in estimates])
     for row, (found, of_prompts) in enumerate(zip(estimates, points, strict=True)):
         if found.value is None:
@@ -135,7 +135,7 @@ def _spreads(labels: Sequence[str], estimates: Sequence[figures.Figure], points:
 
 
 def _power(curves: Mapping[str | None, Curve], report: MeasurementReport) -> Figure:
-    """A line for each machine."""
+    """Return a plot with a line per machine."""
     plot, axes = _axes(height=2.6)
     first, last = min(times[0] for times, _ in curves.values()), max(times[-1] for times, _ in curves.values())
     whole_s = (last - first).total_seconds()
@@ -154,7 +154,7 @@ def _power(curves: Mapping[str | None, Curve], report: MeasurementReport) -> Fig
 
 
 def _shares(labels: Sequence[str], llms: Sequence[LLMReport]) -> Figure:
-    """A bar for each LLM, of what its prompts, its idle time and its starts took."""
+    """Return a plot with a bar per LLM: the energy of its prompts, its idle time and its starts."""
     shown = [use for use in _USES if any(llm.costs[use].windows for llm in llms)]
     known = [[llm.costs[use] for use in shown if llm.costs[use].joules is not None] for llm in llms]
     plot, axes = _rows(labels, [any(cost.label not in MEASURED for cost in costs) for costs in known])
@@ -176,7 +176,7 @@ def _shares(labels: Sequence[str], llms: Sequence[LLMReport]) -> Figure:
 
 
 def _rows(labels: Sequence[str], estimates: Sequence[bool]) -> tuple[Figure, Axes]:
-    """An empty plot with a row for each of these, the first at the top; which of them are estimates is told."""
+    """Return an empty plot with a row per label, the first at the top; estimates are marked."""
     plot, axes = _axes(height=1.1 + 0.5 * len(labels))
     short = [label if len(label) <= NAME_SHOWN else f"…{label[1 - NAME_SHOWN :]}" for label in labels]
     told = [f"{label}\n~ estimate" if estimate else label for label, estimate in zip(short, estimates, strict=True)]
@@ -186,7 +186,7 @@ def _rows(labels: Sequence[str], estimates: Sequence[bool]) -> tuple[Figure, Axe
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:
-    """An empty plot, its height in inches."""
+    """Return an empty plot; ``height`` is in inches."""
     with rc_context(_STYLE):
         plot = Figure(figsize=(8.5, height), layout="constrained")
         return plot, plot.add_subplot()
@@ -194,7 +194,7 @@ def _axes(height: float) -> tuple[Figure, Axes]:
 
 def _plot(name: str, shows: str, plot: Figure) -> tuple[str, str, str]:
     svg = io.StringIO()
-    with rc_context({**_STYLE, "svg.hashsalt": name}):  # ids of several plots on one page must differ
+    with rc_context({**_STYLE, "svg.hashsalt": name}):  # the ids of several plots on a page must differ
         plot.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = svg.getvalue()
     return name, shows, text[text.index("<svg") :]

@@ -1,8 +1,8 @@
-"""The power of machines over time, from energy windows whose times overlap. Pure.
+"""Computes the power of machines over time from overlapping energy windows. Pure.
 
-At a moment a wrapper is busy (prompts are in flight), idle, or starting an LLM. Shares of prompts that overlap tell
-nothing of the moments inside, but all shares of a busy time are all of its joules: its mean power is known. An idle
-window lies around the busy times between its gaps: its power is that of its gaps.
+At any moment a wrapper is busy (prompts are in flight), idle, or starting an LLM. The shares of overlapping prompts say
+nothing about single moments, but all shares of a busy time add up to its joules, so its mean power is known. An idle
+window contains busy times; its power applies to the gaps between them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from registry.accounting.window_report import WindowReport
 from registry.core.records import WindowKind
 
 Curve = tuple[list[datetime], list[float]]
-"""Times, and the power [W] from each on; NaN where it is not known."""
+"""Times, and the power [W] from each time on; NaN if unknown."""
 
 SLACK_S = 0.005
 SLACK_SHARE = 0.02
-"""How far the gaps of an idle window may be from the time that it says it had: times are told in milliseconds."""
+"""Tolerance between an idle window's gaps and its idle time: SLACK_S per edge plus SLACK_SHARE of that time.
+
+Times are rounded to milliseconds.
+"""
 
 
 class _Piece(NamedTuple):
-    """A time with the same power, None: not known."""
+    """A time with constant power, None if unknown."""
 
     begun: datetime
     ended: datetime
@@ -38,7 +41,7 @@ class _Piece(NamedTuple):
 
 
 def powers(windows: Sequence[WindowReport]) -> Mapping[str | None, Curve]:
-    """Return the power of each machine: the sum over its wrappers. Unknown as soon as one of them is not known."""
+    """Return the power of each machine: the sum over its wrappers. Unknown while that of one wrapper is unknown."""
     by_wrapper: dict[tuple[str | None, str], list[WindowReport]] = {}
     for window in windows:
         if window.seconds > 0:
@@ -50,7 +53,7 @@ def powers(windows: Sequence[WindowReport]) -> Mapping[str | None, Curve]:
 
 
 def _pieces(windows: Sequence[WindowReport]) -> list[_Piece]:
-    """Return the times of one wrapper."""
+    """Return the pieces of one wrapper."""
     busy = _busy(of_kind(windows, WindowKind.PROMPT))
     starts = [_whole(window) for kind in (WindowKind.LOAD, WindowKind.WAKE) for window in of_kind(windows, kind)]
     taken = _united([*busy, *starts])
@@ -59,7 +62,7 @@ def _pieces(windows: Sequence[WindowReport]) -> list[_Piece]:
 
 
 def _busy(prompts: Sequence[WindowReport]) -> list[_Piece]:
-    """Return the times in which prompts follow or overlap each other, each with the mean power of all its prompts."""
+    """Return the times with prompts in flight, each with the mean power of all its prompts."""
     periods: list[tuple[datetime, datetime, Sum]] = []
     for prompt in sorted(prompts, key=lambda each: each.begunAt):
         begun, ended = _times(prompt)
@@ -72,7 +75,7 @@ def _busy(prompts: Sequence[WindowReport]) -> list[_Piece]:
 
 
 def _gaps(idle: WindowReport, taken: Sequence[_Piece]) -> list[_Piece]:
-    """Return the pieces of an idle window. Its power is not known if a window between its gaps is missing."""
+    """Return the pieces of an idle window. Their power is unknown if a window between its gaps is missing."""
     begun, ended = _times(idle)
     gaps = []
     for piece in taken:
@@ -91,7 +94,7 @@ def _gaps(idle: WindowReport, taken: Sequence[_Piece]) -> list[_Piece]:
 
 
 def _united(pieces: Iterable[_Piece]) -> list[_Piece]:
-    """Return the times that are in any of these, in order."""
+    """Return the union of these times, in order."""
     found: list[_Piece] = []
     for piece in sorted(pieces, key=lambda each: each.begun):
         if found and piece.begun <= found[-1].ended:
@@ -102,7 +105,7 @@ def _united(pieces: Iterable[_Piece]) -> list[_Piece]:
 
 
 def _curve(pieces: Sequence[_Piece]) -> Curve:
-    """Return the sum of pieces at each moment."""
+    """Return the sum of the pieces over time."""
     steps: list[tuple[datetime, float, int, int]] = []
     for begun, ended, watts in pieces:
         known = 0 if watts is None else 1

@@ -1,4 +1,4 @@
-"""The report of a measurement on a terminal."""
+"""The report of a measurement for a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from registry.accounting.report import Coefficient, Cost, MeasurementReport
 
 
 def report_table(report: MeasurementReport) -> RenderableType:
-    """Return what each LLM cost, what the measurement's time was used for, how that was found, what is not known."""
+    """Return the energy and carbon of each LLM and each kind of time, the methods used, and what is unknown."""
     rows = figure_rows(report)
     parts: list[RenderableType] = [Text(headline(report)), Text(f"Figures are {report.how}.")]
     parts += [Text(warning, style="bold") for warning in unfinished(report)]
@@ -34,7 +34,7 @@ def report_table(report: MeasurementReport) -> RenderableType:
 
 
 def headline(report: MeasurementReport) -> str:
-    """Return which measurement, where, and how much of it there is."""
+    """Return the measurement's id, machines, and numbers of LLMs and prompts."""
     where = f" on {', '.join(report.machines)}" if report.machines else ""
     prompts = sum(figures.prompts for llm in report.llms for figures in llm.figures)
     warmups = sum(figures.warmups for llm in report.llms for figures in llm.figures)
@@ -44,7 +44,7 @@ def headline(report: MeasurementReport) -> str:
 
 
 def names(report: MeasurementReport) -> list[str]:
-    """Return a name for each LLM that no other has: those that differ in their arguments only are numbered."""
+    """Return a unique name for each LLM: those that differ only in their arguments are numbered."""
     models = [llm.llm for llm in report.llms]
     seen: dict[str, int] = {}
     found = []
@@ -55,7 +55,7 @@ def names(report: MeasurementReport) -> list[str]:
 
 
 def figure_rows(report: MeasurementReport) -> list[Row]:
-    """Return the figures by LLM and machine. An LLM without any window is in none of the rows."""
+    """Return the figures by LLM and machine. An LLM without any window has no row."""
     figures: list[tuple[str, tuple[MachineFigures, ...]]] = [
         (name, llm.figures) for name, llm in zip(names(report), report.llms, strict=True)
     ]
@@ -63,7 +63,7 @@ def figure_rows(report: MeasurementReport) -> list[Row]:
 
 
 def unfinished(report: MeasurementReport) -> Iterator[str]:
-    """Yield in which way the report is not the last word: leases that still run, and time that is in no window."""
+    """Yield why the report is not final: leases that still run, and time that is in no window."""
     if report.running:
         yield f"Not finished: {len(report.running)} lease(s) still run, more will come: {', '.join(report.running)}"
     for hole in report.holes:
@@ -71,7 +71,7 @@ def unfinished(report: MeasurementReport) -> Iterator[str]:
 
 
 def missing(report: MeasurementReport) -> Iterator[str]:
-    """Yield what is not known or left out, and why, in words."""
+    """Yield what is unknown or left out, and why, as text."""
     for name, llm in zip(names(report), report.llms, strict=True):
         if not llm.figures:
             yield f"{name}: there are no windows"
@@ -82,7 +82,7 @@ def missing(report: MeasurementReport) -> Iterator[str]:
 
 
 def cost_cells(cost: Cost) -> tuple[str, ...]:
-    """Return joules and grams of a cost. Grams rest on published factors, so they are never measured."""
+    """Return a cost in joules and grams. Grams depend on published factors, so they are never marked as measured."""
     return (
         in_range(cost.joules, cost.low_j, cost.high_j, cost.label, missing=cost.missing or cost.lost),
         in_range(cost.o_g, cost.o_low_g, cost.o_high_g, "sourced", missing=cost.missing_o or cost.lost),
@@ -91,7 +91,7 @@ def cost_cells(cost: Cost) -> tuple[str, ...]:
 
 
 def coefficient_text(coefficient: Coefficient) -> str:
-    """Return a coefficient with its range and unit. It is an assumption, so that a ``~`` stands before it."""
+    """Return a coefficient with its range and unit, marked with ``~`` because it is an assumption."""
     value = figure(coefficient.value, "sourced")
     if coefficient.low is not None and coefficient.high is not None:
         value += f" ({number(coefficient.low, floor)} to {number(coefficient.high, ceil)})"
@@ -124,5 +124,5 @@ def _basis(report: MeasurementReport) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for column in table.columns:
-        column.overflow = "fold"  # a cut figure is a wrong one
+        column.overflow = "fold"  # a truncated figure would be wrong
     return table

@@ -1,1 +1,1 @@
-"""Engines that start without importing anything."""
+"""Fast engine starts: forks of a process that has imported vLLM."""

@@ -1,12 +1,12 @@
-"""Engine processes that start without importing anything, and that never outlive their owner.
+"""Starts engine processes without imports, and lets none outlive its owner.
 
-Importing vLLM takes longer than loading a small LLM. So a *forkserver* imports it once, beside the wrapper's own
-import, and every engine process is a fork of that. vLLM has no setting for it inside a Ray actor, therefore this
-file replaces two names inside vLLM: `get_mp_context` where engine processes are launched, and `_run_in_subprocess`
-where an LLM's class is inspected. ``shape_problem`` tells whether vLLM still has the shape that this needs.
+Importing vLLM takes longer than loading a small LLM. So a *forkserver* imports it once, in parallel with the wrapper's
+own import, and every engine process is a fork of it. vLLM has no setting for this inside a Ray actor, so this file
+replaces two names in vLLM: `get_mp_context` where engine processes are launched, and `_run_in_subprocess` where an
+LLM's class is inspected. ``shape_problem`` checks that vLLM still has the structure that this needs.
 
-The kernel ends the whole chain owner → forkserver → engine → worker with its owner (PR_SET_PDEATHSIG), also when
-the owner is killed without a chance to clean up.
+The kernel kills the whole chain owner → forkserver → engine → worker with its owner (PR_SET_PDEATHSIG), even if the
+owner is killed and can't clean up.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from deployments.machine.out_of_memory import ENGINE_SCORE, raise_score
 T = TypeVar("T")
 
 LOOK_S = 0.05
-"""How often it is looked whether a process that runs apart is given up, seconds."""
+"""How often ``given_up`` is checked while a process runs apart, seconds."""
 
 PRELOAD = "deployments.engine.warm.preload"
 OWNER_PID = "GREENPROMPT_ENGINE_OWNER_PID"
@@ -43,7 +43,8 @@ _PR_SET_PDEATHSIG = 1
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
 
 _MESSAGES = "vllm.distributed.device_communicators.shm_broadcast"
-# (module, what must be in it, names that its code must look up in the module: who holds `get_mp_context` by name)
+# (module, required attribute, names that its code must look up in the module). Several modules import `get_mp_context`
+# by name, so replacing it in one module is not enough.
 _SHAPE = (
     ("vllm.v1.engine.utils", "CoreEngineProcManager.__init__", ("get_mp_context", "Process")),
     ("vllm.v1.executor.multiproc_executor", "MultiprocExecutor._init_executor", ("get_mp_context",)),
@@ -60,11 +61,11 @@ _SHAPE = (
 
 
 class WarmStartUnavailable(Exception):
-    """Engines have to be started the normal, slow way; the text says why."""
+    """A warm start is not possible, so engines must start cold; the text says why."""
 
 
 def shape_problem() -> str | None:
-    """What is missing in the installed vLLM for a warm start, in words; None when nothing is. Imports vLLM."""
+    """Return what the installed vLLM lacks for a warm start, as text; None if nothing. Imports vLLM."""
     for module_name, path, names in _SHAPE:
         try:
             found: Any = importlib.import_module(module_name)
@@ -80,7 +81,7 @@ def shape_problem() -> str | None:
 
 
 def die_with(parent_pid: int) -> None:
-    """Make the kernel kill this process when the thread that started it ends, and end now if it has ended already."""
+    """Let the kernel kill this process when the thread that started it ends; exit now if that has already happened."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
@@ -89,30 +90,30 @@ def die_with(parent_pid: int) -> None:
 
 
 def allow_amx() -> None:
-    """Ask the kernel for the tile registers of Intel's AMX, for this process and its forks; elsewhere do nothing.
+    """Request permission for Intel AMX tile registers, for this process and its forks; do nothing on other processors.
 
-    vLLM 0.32 uses them in its attention without asking. Where no matrix product of torch has asked before, as with an
-    eager LLM whose first prompt is short, its worker is killed by SIGILL.
+    vLLM 0.32 uses them in its attention without a request. Where no matrix product of torch has requested them before,
+    as with an eager LLM whose first prompt is short, its worker is killed by SIGILL.
 
     Source: Linux, Documentation/arch/x86/xstate.rst.
     """
-    if platform.machine() == "x86_64":  # a system call of its own; refused where the processor has no AMX
+    if platform.machine() == "x86_64":  # a raw system call; it fails harmlessly if the processor has no AMX
         ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA)
 
 
 def forkserver_variables(preload: Sequence[str]) -> Mapping[str, str]:
-    """The environment that a forkserver of this process needs, to import ``preload`` besides what it always does."""
+    """Return the environment for a forkserver of this process that imports ``preload`` and its standard modules."""
     root = str(Path(__file__).resolve().parents[3])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != root]
     return {
-        "PYTHONPATH": os.pathsep.join([root, *paths]),  # it knows nothing of this process' sys.path
+        "PYTHONPATH": os.pathsep.join([root, *paths]),  # the forkserver does not inherit this process's sys.path
         OWNER_PID: str(os.getpid()),
         PRELOAD_EXTRA: ",".join(preload),
     }
 
 
 class EngineProcess(context.ForkServerProcess):
-    """A fork of the warm forkserver that has the owner's environment of the moment it is started in."""
+    """A fork of the warm forkserver, with the environment that the owner had when this object was created."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -130,10 +131,10 @@ class _WarmContext(context.ForkServerContext):
 
 
 class MortalProcess(context.SpawnProcess):
-    """A spawned process that dies with its owner from its first moment on, and so do all that it spawns."""
+    """A spawned process that the kernel kills when its parent dies. The same holds for its own spawned processes."""
 
     def __reduce__(self) -> Any:
-        # Revived first, and only then given its state, whose unpickling imports vLLM.
+        # Create the object before its state is unpickled, because that imports vLLM.
         return (_revive_mortal, (os.getpid(),), self.__dict__)
 
 
@@ -146,12 +147,12 @@ def _revive_mortal(parent_pid: int) -> MortalProcess:
 
 
 def spawn_mortals() -> None:
-    """From now on whatever this process spawns through multiprocessing dies with it."""
+    """Make every process that this one spawns through multiprocessing die with it, from now on."""
     context.SpawnContext.Process = MortalProcess
 
 
 class WarmForkserver:
-    """The process whose forks are the engines. One per owner, because multiprocessing has one forkserver."""
+    """The process from which engines are forked. One per owner, because multiprocessing has one forkserver."""
 
     def __init__(self, directory: Path) -> None:
         """Do nothing yet; ``directory`` is for its socket."""
@@ -161,12 +162,12 @@ class WarmForkserver:
         self._keeper: threading.Thread | None = None
         self._replaced: list[tuple[Any, str, Any]] = []
         self.not_preloaded: list[str] = []
-        """What was to be imported ahead and could not be, with the reason; known after ``start``."""
+        """Modules that could not be preloaded, with the reason; known after ``start``."""
         self._had_tracker = resource_tracker._resource_tracker._fd is not None  # type: ignore[attr-defined]
 
     @staticmethod
     def tracker_pid() -> int | None:
-        """Process id of multiprocessing's resource tracker, which is nobody's engine; None while it does not run."""
+        """Process id of multiprocessing's resource tracker, which is no engine process; None while it does not run."""
         return resource_tracker._resource_tracker._pid  # type: ignore[attr-defined,no-any-return]
 
     @property
@@ -175,9 +176,9 @@ class WarmForkserver:
         return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined,no-any-return]
 
     def start(self) -> None:
-        """Start the forkserver and wait until it has imported everything. Blocks for as long as that takes.
+        """Start the forkserver and wait until it has imported everything. Blocks for 15 to 50 s.
 
-        It finds what ``forkserver_variables`` gives, and all else that it needs, in the environment.
+        It reads the values of ``forkserver_variables`` and all other settings from the environment.
 
         Raises:
             WarmStartUnavailable: It could not be started, or lacks something that a warm engine needs.
@@ -186,7 +187,7 @@ class WarmForkserver:
         ready = threading.Event()
 
         def keep() -> None:
-            # The kernel kills the forkserver when the *thread* that started it ends: this one stays.
+            # The kernel kills the forkserver when the *thread* that started it ends, so this thread stays.
             config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
             before = config.get("tempdir")
             try:
@@ -214,7 +215,7 @@ class WarmForkserver:
             raise WarmStartUnavailable(problem)
 
     def install(self) -> None:
-        """Make vLLM, in this process, start its engines and inspect LLM classes in forks of the forkserver."""
+        """Make vLLM in this process start engines and inspect LLM classes in forks of the forkserver."""
         self._replace("vllm.v1.engine.utils", "get_mp_context", lambda: self.context)
         self._replace("vllm.model_executor.models.registry", "_run_in_subprocess", self.run)
 
@@ -224,16 +225,16 @@ class WarmForkserver:
         setattr(module, name, new)
 
     def run(self, function: Callable[[], T]) -> T:
-        """Call ``function`` in a fork of the forkserver and return what it returns; see ``run_apart``."""
+        """Call ``function`` in a fork of the forkserver and return its result; see ``run_apart``."""
         return run_apart(self.context, function)
 
     def stop(self) -> None:
-        """End the forkserver and what it started, and put vLLM's own names back. Returns when they are gone."""
+        """End the forkserver and its children, and restore vLLM's own names. Returns when they are gone."""
         for module, name, old in reversed(self._replaced):
             setattr(module, name, old)
         self._replaced.clear()
         if self.pid is not None:
-            os.kill(self.pid, signal.SIGKILL)  # its children hold its pipe open, so a polite request may not reach it
+            os.kill(self.pid, signal.SIGKILL)  # its children keep its pipe open, so it may not see a stop request
             forkserver._forkserver._stop()  # type: ignore[attr-defined]
         self._closing.set()
         if self._keeper is not None:
@@ -250,19 +251,19 @@ def run_apart(
     *,
     given_up: Callable[[], bool] = lambda: False,
 ) -> T:
-    """Call ``function`` in a process of this multiprocessing context and return what it returns. Blocks until it has.
+    """Call ``function`` in a separate process and return its result. Blocks until then.
 
     Args:
-        context: Makes the process.
-        function: What cloudpickle can pickle, a lambda too.
+        context: The multiprocessing context that creates the process.
+        function: Anything that cloudpickle can pickle, including a lambda.
         timeout_s: Seconds ≥ 0 after which the process is killed; None: no limit.
-        given_up: Asked every LOOK_S seconds; the process is killed when it is true.
+        given_up: Checked every LOOK_S seconds; the process is killed when it returns True.
 
     Raises:
-        TimeoutError: It did not answer in time, or was given up.
-        RuntimeError: It raised (the text holds what), or its process ended without an answer.
+        TimeoutError: It did not answer in time, or ``given_up`` returned True.
+        RuntimeError: It raised (the text says what), or its process ended without an answer.
     """
-    import cloudpickle  # type: ignore[import-untyped]  # comes with vLLM; a lambda is pickled by it alone
+    import cloudpickle  # type: ignore[import-untyped]  # comes with vLLM; plain pickle refuses lambdas
 
     reader, writer = context.Pipe(duplex=False)
     with reader:
@@ -289,7 +290,7 @@ def run_apart(
 
 
 def _answer(pickled: bytes, writer: Any) -> None:
-    """The errand's side of ``WarmForkserver.run``."""
+    """Run the function and send its result; the child's side of ``run_apart``."""
     try:
         outcome = (True, pickle.loads(pickled)())
     except Exception as problem:
@@ -299,7 +300,7 @@ def _answer(pickled: bytes, writer: Any) -> None:
 
 
 def _preload_outcome() -> tuple[str | None, list[str]]:
-    """In a fork of the forkserver: why it can't serve as an engine (None when it can), and what it has not imported."""
+    """Return why a fork of the forkserver can't be an engine (None if it can), and the modules not preloaded."""
     preload = sys.modules.get(PRELOAD)
     if preload is None:
         return f"the forkserver could not import {PRELOAD}", []
@@ -307,5 +308,5 @@ def _preload_outcome() -> tuple[str | None, list[str]]:
 
 
 def fork_context() -> Any:
-    """What `get_mp_context` gives inside an engine process: its workers are forks of it."""
+    """Return the replacement for `get_mp_context` in an engine process: its workers are forks of it."""
     return multiprocessing.get_context("fork")

@@ -1,6 +1,6 @@
-"""What the warm forkserver imports: everything an engine process needs, so that a fork of it starts at once.
+"""Imports everything an engine process needs; the warm forkserver runs this, so that its forks start at once.
 
-Nobody else imports this module: doing so changes the process for good.
+Import it nowhere else: it changes the process permanently.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1
 _GPU = ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner")
 _parent_pid = os.getpid()
 not_preloaded: list[str] = []
-"""What was to be imported ahead and could not be, with the reason."""
+"""Modules that could not be preloaded, with the reason."""
 
 
 def _before_fork() -> None:
-    global _parent_pid  # noqa: PLW0603 - the child has to know who forked it
+    global _parent_pid  # noqa: PLW0603 - the child needs its parent's pid
     _parent_pid = os.getpid()
 
 
@@ -57,7 +57,7 @@ def _in_child() -> None:
 
 
 def _preload() -> str | None:
-    """Import everything; what keeps a fork of this process from being an engine, in words."""
+    """Import everything; return why a fork of this process can't be an engine, or None."""
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
     from vllm.utils.platform_utils import cuda_is_initialized
@@ -78,8 +78,8 @@ def _preload() -> str | None:
         return problem
     _take_over()
     allow_amx()
-    # What was imported stays for good. Every engine and worker would search all of it for garbage when it starts and
-    # when it ends, which takes as long as everything else, and would copy the memory that the forks share.
+    # Imported objects stay. Without this, every engine and worker would scan all of them for garbage at its start and
+    # end, which takes as long as everything else and copies the memory that forks share.
     gc.collect()
     gc.freeze()
     gc.unfreeze = lambda: None
@@ -87,7 +87,7 @@ def _preload() -> str | None:
 
 
 def _take_over() -> None:
-    """Let engine processes fork their workers, wait for them asleep, and tell their owner how far they are."""
+    """Patch vLLM: engines fork their workers, sleep while they wait for messages, and announce their phases."""
     from vllm.compilation import decorators
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.platforms import current_platform
@@ -96,12 +96,12 @@ def _take_over() -> None:
     from vllm.v1.executor import multiproc_executor
 
     normal = multiproc_executor.get_mp_context
-    # A process that has used CUDA can't be forked: then, and only then, vLLM's own way.
+    # A process that has used CUDA can't be forked; only then use vLLM's own method.
     multiproc_executor.get_mp_context = lambda: normal() if cuda_is_initialized() else fork_context()
     be_patient(SpinCondition)
     EngineCore._initialize_kv_caches = _announced("warming_up", EngineCore._initialize_kv_caches)  # noqa: SLF001
     decorators.monitor_torch_compile = _announced_within("compiling", decorators.monitor_torch_compile, "warming_up")
-    # Each worker would go through all modules for this; done once here, every fork has it.
+    # Each worker would go through all modules for this; done here, every fork inherits it.
     current_platform.register_triton_kernel_overrides()
     current_platform.register_triton_kernel_overrides = lambda: None
 
@@ -121,7 +121,10 @@ def _announced(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _announced_within(phase: str, context: Callable[..., Any], after: str) -> Callable[..., Any]:
-    """A context of vLLM's in which the start is in this phase, unless vLLM only looks whether it need be."""
+    """Wrap a vLLM context manager to announce ``phase`` on entry and ``after`` on exit.
+
+    Nothing is announced when vLLM only checks whether the work is needed (``announce_start`` False).
+    """
 
     @contextmanager
     @functools.wraps(context)
@@ -138,7 +141,7 @@ def _announced_within(phase: str, context: Callable[..., Any], after: str) -> Ca
 
 die_with(int(os.environ[OWNER_PID]))
 os.register_at_fork(before=_before_fork, after_in_child=_in_child)
-# An engine needs nothing of its owner's main module, and inside a Ray worker importing that is neither quick nor safe.
+# An engine does not need its owner's main module, and in a Ray worker importing it is slow and unsafe.
 multiprocessing.spawn._fixup_main_from_name = lambda _name: None  # type: ignore[attr-defined]  # noqa: SLF001
 multiprocessing.spawn._fixup_main_from_path = lambda _path: None  # type: ignore[attr-defined]  # noqa: SLF001
 try:

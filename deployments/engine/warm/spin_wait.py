@@ -1,8 +1,8 @@
-"""How an engine's processes wait for one another: asleep while nothing can have come yet, awake when it is about to.
+"""Makes engine processes sleep while no message is due, instead of polling all the time.
 
-vLLM's look for a message over and over, for a second after the last one. So an engine takes two processors for the
-work of one, and where processors are few the process that takes the prompts waits for them; all of it is measured as
-what prompts cost. Messages come at intervals that are much alike: those of the steps of a batch.
+vLLM's readers poll without pause for a second after the last message. So one engine keeps two processors busy, and
+where processors are few the process that takes prompts waits for them; all of it is measured as energy of prompts.
+Messages come at similar intervals: the step times of a batch.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from collections.abc import Callable
 from typing import Any
 
 SHORTEST_SLEEP_S = 0.0001
-"""Shorter sleeps are not worth it: waking up takes half of that."""
+"""Shorter sleeps do not pay: waking up takes half of this."""
 LONGEST_SLEEP_S = 0.01
-"""So that no message is late by more, whatever came before it."""
+"""Limits how late a message can be noticed because of a sleep."""
 AWAKE_S = 0.1
-"""Whoever waits for longer than the steps of most batches looks every POLL_S seconds only."""
+"""After this time without a message, longer than most steps, poll every POLL_S."""
 POLL_S = 0.0005
 _REMEMBERED = 8
 
 
 class Patience:
-    """How long one reader waits before it looks for its next message again; ``pause`` it is, until it ``came``.
+    """Decides how long one reader pauses between its checks for the next message.
 
-    The first pause of a wait is half of the shortest of the last waits, LONGEST_SLEEP_S at most, so that it ends before
-    the message comes. After one that did not there is none for as many waits as are remembered.
+    Call ``pause`` after a check without a message and ``came`` after one with a message. The first pause of a wait is
+    half of the shortest recent wait, at most LONGEST_SLEEP_S, so that it ends before the message comes. If the message
+    comes during that pause, the next waits, as many as are remembered, have no first pause.
     """
 
     def __init__(
@@ -45,16 +46,16 @@ class Patience:
         self._lately_s: deque[float] = deque(maxlen=_REMEMBERED)
 
     def begin(self) -> float:
-        """A wait begins, unless it has; when it did."""
+        """Begin a wait, unless one has begun; return its start time, monotonic seconds."""
         if self._since_s is None:
             self._since_s = self._clock()
         return self._since_s
 
     def pause(self) -> None:
-        """Nothing is there yet."""
+        """Wait because no message is there yet."""
         begins, since_s = self._since_s is None, self.begin()
         asleep_s = min(min(self._lately_s, default=0.0) / 2, LONGEST_SLEEP_S) if begins else 0.0
-        self._overslept = asleep_s >= SHORTEST_SLEEP_S  # unless there is another pause
+        self._overslept = asleep_s >= SHORTEST_SLEEP_S  # reset if another pause follows
         if self._overslept:
             self._sleep(asleep_s)
         elif self._clock() - since_s < AWAKE_S:
@@ -63,7 +64,7 @@ class Patience:
             self._sleep(POLL_S)
 
     def came(self) -> None:
-        """The message is there."""
+        """Record that the message is there."""
         waited_s = 0.0
         if self._since_s is not None and not self._overslept:
             waited_s = self._clock() - self._since_s
@@ -73,7 +74,7 @@ class Patience:
 
 
 def be_patient(condition: type[Any]) -> None:
-    """Let the readers of vLLM's shared memory, whose ``SpinCondition`` this is, wait so while they would look."""
+    """Patch vLLM's ``SpinCondition`` so that readers of its shared memory pause by ``Patience`` instead of polling."""
     make, wait, record_read = condition.__init__, condition.wait, condition.record_read
 
     def patient_make(self: Any, *args: Any, **kwargs: Any) -> None:

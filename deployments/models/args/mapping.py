@@ -1,8 +1,8 @@
-"""The args of an llmconfig, written in Hugging Face's words or vLLM's own, as arguments of vLLM.
+"""Maps the args of an llmconfig, written in Hugging Face's words or vLLM's own, to arguments of vLLM.
 
-What has an equal is translated, what has no meaning is dropped and noted, everything else is refused by name. The
-decisions are in ``llm_args_table``; here they are carried out. Knows vLLM's words but does not import it, so that the
-ingress can check an llmconfig at once. Null is the same as not giving a word, as in transformers.
+Words with an equivalent are translated, words without meaning on vLLM are dropped with a note, all others are refused
+by name. The rules are in ``args.table``; this file applies them. It does not import vLLM, so that the ingress can check
+an llmconfig at once. Null is the same as leaving a word out, as in transformers.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = [
 _DOCS = "docs/llm-args.md"
 _TABLES: Mapping[str, Mapping[str, Rule]] = {"prompting": PROMPTING, "deployment": DEPLOYMENT}
 _GPU_FACTORS = ("tensor_parallel_size", "pipeline_parallel_size")
-# vLLM raises what is between 0 (greedy) and this to this (sampling_params._MAX_TEMP).
+# vLLM raises values between 0 (greedy) and this to this (sampling_params._MAX_TEMP).
 _LOWEST_TEMPERATURE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class MappedArgs:
-    """Arguments in vLLM's words, and in ``notes`` what of the client's own was translated or dropped."""
+    """Arguments in vLLM's words; ``notes`` says which of the client's words were translated or dropped."""
 
     values: Mapping[str, JSON]
     notes: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class MappedArgs:
 
 @dataclass(frozen=True, slots=True)
 class LLMArgs:
-    """An llmconfig for vLLM: ``spec`` is what has to run, ``prompting`` goes into the body of every prompt."""
+    """An llmconfig for vLLM: ``spec`` is the LLM to run, ``prompting`` is added to the body of every prompt."""
 
     spec: LLMSpec
     uses_chat_template: bool
@@ -57,18 +57,18 @@ class LLMArgs:
 
 
 def task_of(llmconfig: Mapping[str, object]) -> Task:
-    """Return what vLLM does for an llmconfig that the ingress has accepted; text generation if it does not say."""
+    """Return vLLM's task for an llmconfig that the ingress has accepted; text generation if it has no modeltyp."""
     modeltyp = llmconfig.get("modeltyp")
     return TASKS[modeltyp] if isinstance(modeltyp, str) else TASKS["text-generation"]
 
 
 def map_prompting(args: Mapping[str, object], *, uses_chat_template: bool = True) -> MappedArgs:
-    """``args.prompting`` as fields of the body of vLLM's /v1/completions and /v1/chat/completions.
+    """Translate ``args.prompting`` to body fields of vLLM's /v1/completions and /v1/chat/completions.
 
-    With ``uses_chat_template`` false, words that only the latter knows are refused.
+    If ``uses_chat_template`` is False, words that only the chat endpoint supports are refused.
 
     Raises:
-        InvalidField: a word is unknown or can't be done on vLLM, or a value is not allowed.
+        InvalidField: A word is unknown or can't be done on vLLM, or a value is not allowed.
     """
     values, notes = _translate("prompting", args)
     for word in sorted(args):
@@ -94,12 +94,12 @@ def map_prompting(args: Mapping[str, object], *, uses_chat_template: bool = True
 
 
 def map_deployment(args: Mapping[str, object], *, remote_code: bool = False) -> MappedArgs:
-    """``args.deployment`` as fields of vLLM's EngineArgs, ``revision`` among them.
+    """Translate ``args.deployment`` to fields of vLLM's EngineArgs, including ``revision``.
 
     ``remote_code``: the operator allows this LLM to bring its own code (``trust_remote_code``).
 
     Raises:
-        InvalidField: a word is unknown or not for clients, or a value is not allowed.
+        InvalidField: A word is unknown or not for clients, or a value is not allowed.
     """
     values, notes = _translate("deployment", args)
     if values.get("trust_remote_code") and not remote_code:
@@ -116,14 +116,15 @@ def map_deployment(args: Mapping[str, object], *, remote_code: bool = False) -> 
 def map_llmconfig(
     llmconfig: Mapping[str, object], *, field: str = "", allow_remote_code: Collection[str] = ()
 ) -> LLMArgs:
-    """A whole llmconfig. Equal results for equal meaning: the spec's fingerprint depends on no order and no spelling.
+    """Translate a whole llmconfig. Equal meanings give equal results.
 
-    ``field`` is where the llmconfig stands in the client's body (``llms[0]``). ``allow_remote_code`` names the
-    models that may bring their own code. ``spec.gpus`` is how many GPUs the parallel sizes ask for, 0 when they ask
-    for no more than one: then the LLM takes what its wrapper has. Where models may come from is not checked here.
+    The spec's fingerprint therefore does not depend on order or spelling. ``field`` is the place of the llmconfig in
+    the client's body (``llms[0]``). ``allow_remote_code`` names the models that may bring their own code. ``spec.gpus``
+    is the number of GPUs that the parallel sizes need, 0 if they need at most one: the LLM then uses all GPUs of its
+    wrapper. Whether the model's source is allowed is not checked here.
 
     Raises:
-        InvalidField: a field is missing or has a value that can't be used; names it below ``field``.
+        InvalidField: A field is missing or has an invalid value; its name begins with ``field``.
     """
     try:
         return _llm_args(llmconfig, allow_remote_code)
@@ -172,7 +173,7 @@ def _task(modeltyp: object) -> Task:
 
 def _model(model: object) -> str:
     good = isinstance(model, str) and 0 < len(model) <= 512 and model.isprintable() and model == model.strip()
-    # vLLM would take an address like s3://… and load from there.
+    # vLLM would accept an address like s3://… and load from there.
     if not isinstance(model, str) or not good or "://" in model:
         raise InvalidField(
             "model", f"is {_shown(model)}; give the id of an LLM, like TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -187,7 +188,7 @@ def _object(field: str, value: object) -> Mapping[str, object]:
 
 
 def _without_meaning(prompting: MappedArgs, task: Task) -> MappedArgs:
-    """No prompting arguments, and a note for each that there was: this LLM writes no text."""
+    """Return no prompting arguments, with a note if there were any: this LLM generates no text."""
     notes = (f"args.prompting was dropped: {task.name} writes no text",) if prompting.values else ()
     return MappedArgs({}, notes)
 
@@ -196,7 +197,7 @@ def _without_meaning(prompting: MappedArgs, task: Task) -> MappedArgs:
 
 
 def _translate(section: str, args: Mapping[str, object]) -> tuple[dict[str, JSON], list[str]]:
-    """The words of a section by their rules; the same for every order of ``args``."""
+    """Translate the words of a section by their rules; the result does not depend on the order of ``args``."""
     values: dict[str, JSON] = {}
     source: dict[str, str] = {}
     notes: list[str] = []
@@ -229,7 +230,7 @@ def _translate(section: str, args: Mapping[str, object]) -> tuple[dict[str, JSON
 
 
 def _given(section: str, args: Mapping[str, object]) -> Iterator[tuple[str, Rule, object]]:
-    """Known words that are not null with their rules, in an order of our own; the refused ones last."""
+    """Yield the words that are not null with their rules, in a fixed order; refused words last."""
     table = _TABLES[section]
     if unknown := [str(word) for word in args if not isinstance(word, str) or word not in table]:
         raise _unknown(section, min(unknown))
@@ -255,7 +256,7 @@ def _read(field: str, kind: Kind, value: object) -> JSON:
 
 
 def _unquoted(kind: Kind, text: str) -> bool:
-    """Whether ``text`` would be allowed as the number, true or false that it spells."""
+    """Whether ``text`` spells a number, true or false that would be allowed."""
     try:
         return len(text) <= 40 and kind.read(json.loads(text.lower())) is not None
     except (ValueError, RecursionError):
@@ -272,7 +273,7 @@ def _check_order(section: str, args: Mapping[str, object], values: Mapping[str, 
 
 
 def _word_for(to: str, section: str, args: Mapping[str, object]) -> str:
-    """The client's own word (one of them) for an argument of vLLM."""
+    """Return a word of the client that was translated to vLLM's ``to``."""
     rules = _TABLES[section]
     return next(word for word in sorted(args) if isinstance(rule := rules[word], Mapped) and rule.to == to)
 
@@ -287,7 +288,7 @@ def _nearest(value: object, words: Collection[str]) -> str:
 
 
 def _shown(value: object) -> str:
-    """A client's value for people: on one line, and never long."""
+    """Return a client's value as a short text on one line."""
     match value:
         case None:
             return "missing or null"
@@ -313,7 +314,7 @@ def _shown(value: object) -> str:
 
 
 def as_markdown() -> str:
-    """docs/llm-args.md, from the tables. ``python -m deployments.models.args.mapping > docs/llm-args.md`` writes it."""
+    """Return docs/llm-args.md; ``python -m deployments.models.args.mapping > docs/llm-args.md`` writes it."""
     parts = [_INTRODUCTION]
     parts += ["## modeltyp\n", "| modeltyp | served as | engine arguments |", "|---|---|---|"]
     parts += [
@@ -370,7 +371,7 @@ def _refusal(rule: Refused) -> str:
 
 
 def _grouped(reasons: Mapping[str, str]) -> list[str]:
-    """One row for each reason, with all its words."""
+    """Return one table row for each reason, with all its words."""
     words: dict[str, list[str]] = {}
     for word, reason in reasons.items():
         words.setdefault(reason, []).append(f"`{word}`")

@@ -1,4 +1,4 @@
-"""What the tables of llm_args_table are made of: the values that a word may have, and what becomes of a word."""
+"""The kinds of values and rules that ``args.table`` consists of."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ INT64_MAX = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A set of values.
+    """A set of allowed values.
 
-    ``allowed`` says in words which. ``read`` gives the one spelling of a value, or None when it is not allowed;
-    it takes anything and never raises. ``words`` are the values that are words, to suggest the nearest from.
+    ``allowed`` describes them for people. ``read`` returns the normalised value, or None if it is not allowed; it
+    accepts any object and never raises. ``words`` are the values that are words, for suggestions.
     """
 
     allowed: str
@@ -31,14 +31,14 @@ class Kind:
 
 
 def _whole_number(value: object) -> int | None:
-    """``value`` as an int. 50.0 is one too (data frames write it so), true and "50" are not."""
+    """Return ``value`` as an int, else None. 50.0 counts (data frames write it so); true and "50" do not."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def whole(low: int, high: int = _INT32_MAX, *, also: Mapping[int | str, int] | None = None) -> Kind:
-    """Whole numbers from low to high, and the words or numbers in ``also``, which stand for one."""
+    """Whole numbers from low to high, plus the words or numbers in ``also``, each of which stands for a number."""
     others = also or {}
 
     def read(value: object) -> JSON:
@@ -54,7 +54,7 @@ def whole(low: int, high: int = _INT32_MAX, *, also: Mapping[int | str, int] | N
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Kind:
-    """Finite numbers from low to high; without low itself when ``above``."""
+    """Finite numbers from low to high; ``above`` excludes low itself."""
 
     def read(value: object) -> JSON:
         if isinstance(value, bool) or not isinstance(value, int | float) or not -INT64_MAX <= value <= INT64_MAX:
@@ -66,7 +66,7 @@ def number(low: float, high: float = math.inf, *, above: bool = False) -> Kind:
 
 
 def one_of(*words: str, aliases: Mapping[str, str] | None = None) -> Kind:
-    """One of the words, or an alias of one, which is read as that word."""
+    """One of the words, or an alias, which is read as its word."""
     spellings = {word: word for word in words} | dict(aliases or {})
 
     def read(value: object) -> JSON:
@@ -108,7 +108,7 @@ def _read_logit_bias(value: object) -> JSON:
 def _read_template_words(value: object) -> JSON:
     if not isinstance(value, dict) or not value or not all(isinstance(word, str) for word in value):
         return None
-    # "chat_template" would replace the LLM's own template, and with it what is measured.
+    # "chat_template" would replace the LLM's own template and so change what is measured.
     plain = all(isinstance(item, bool | str) or _finite(item) is not None for item in value.values())
     return dict(value) if plain and "chat_template" not in value else None
 
@@ -127,7 +127,7 @@ def _read_revision(value: object) -> JSON:
 
 FLAG = Kind("true or false", _read_flag)
 TOKEN_IDS = Kind("a token id (a whole number of at least 0) or a list of them", _read_ids)
-# vLLM's own limits: VLLM_MAX_STOP_STRINGS and VLLM_MAX_NUM_BAD_WORDS. A word can become two token sequences.
+# vLLM's limits: VLLM_MAX_STOP_STRINGS and VLLM_MAX_NUM_BAD_WORDS. A bad word can become two token sequences.
 STOP_TEXTS = Kind("a text that is not empty, or a list of 1 to 4 of them", _read_texts(4))
 BAD_WORDS = Kind("a text that is not empty, or a list of 1 to 64 of them", _read_texts(64))
 LOGIT_BIAS = Kind('an object of token ids in quotes and numbers from -100 to 100, like {"42": -100}', _read_logit_bias)
@@ -147,10 +147,10 @@ MAMBA_DTYPE = one_of("auto", "bfloat16", "float16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """The word goes to vLLM as ``to``.
+    """The word is passed to vLLM as ``to``.
 
-    ``same_as_absent`` is the value that asks for nothing, if there is one. ``caveat`` is told with the translation.
-    ``chat_only``: only the chat endpoint of vLLM knows it.
+    ``same_as_absent`` is a value that has no effect, if there is one. ``caveat`` is added to the note about the
+    translation. ``chat_only``: only vLLM's chat endpoint supports it.
     """
 
     to: str
@@ -162,16 +162,16 @@ class Mapped:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """The word has no meaning on vLLM, for the reason in ``why``; the LLM answers as it would have without it."""
+    """The word has no meaning on vLLM, for the reason in ``why``; the LLM answers as it would without it."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """vLLM can't do it, or a client may not ask for it; ``why`` says so and what to do instead.
+    """vLLM can't do it, or clients may not set it; ``why`` gives the reason and what to do instead.
 
-    A value in ``neutral`` asks for nothing and is dropped; so is any value when ``unless`` (a word of vLLM) was given.
+    A value in ``neutral`` has no effect and is dropped; so is any value if ``unless`` (a word of vLLM) was given.
     """
 
     why: str
@@ -183,7 +183,7 @@ Rule: TypeAlias = Mapped | Dropped | Refused
 
 
 def own(kinds: Mapping[str, Kind], *, chat_only: bool = False) -> dict[str, Rule]:
-    """Words of vLLM, which go there under their own name; "auto" is the same as not giving one."""
+    """Return rules for vLLM's words, which keep their names; "auto" is the same as leaving a word out."""
     return {
         word: Mapped(word, kind, same_as_absent="auto" if "auto" in kind.words else None, chat_only=chat_only)
         for word, kind in kinds.items()
@@ -191,17 +191,17 @@ def own(kinds: Mapping[str, Kind], *, chat_only: bool = False) -> dict[str, Rule
 
 
 def dropped(why: str, *words: str) -> dict[str, Rule]:
-    """Words that are dropped for the same reason."""
+    """Return a table of words that are dropped for the same reason."""
     return dict.fromkeys(words, Dropped(why))
 
 
 def refused(why: str, *words: str, neutral: Iterable[JSON] = ()) -> dict[str, Rule]:
-    """Words that are refused for the same reason; ``neutral`` are values of them that ask for nothing."""
+    """Return a table of words that are refused for the same reason; ``neutral``: values without effect."""
     return dict.fromkeys(words, Refused(why, tuple(neutral)))
 
 
 def joined(*tables: Mapping[str, Rule]) -> dict[str, Rule]:
-    """All tables as one; a word may stand in one of them only."""
+    """Return all tables as one; each word may be in one of them only."""
     table = {word: rule for part in tables for word, rule in part.items()}
     assert len(table) == sum(map(len, tables)), "a word is decided twice"
     return table

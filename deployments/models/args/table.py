@@ -1,9 +1,9 @@
-"""Every word that may stand in an llmconfig's args, and what becomes of it on vLLM 0.32.
+"""The rule for every word in an llmconfig's args on vLLM 0.32.
 
 Each word of transformers (``GenerationConfig``, ``from_pretrained``, ``pipeline``) and of vLLM (``EngineArgs``,
-``SamplingParams``, the bodies of its OpenAI API) is decided here once: translated, dropped or refused. Tests compare
-the tables with the installed packages, so that a word of a new release can't slip through unseen. What is refused is
-refused by default: vLLM's engine arguments can run code, read files and open ports, and args come from clients.
+``SamplingParams``, the bodies of its OpenAI API) has one rule: translated, dropped or refused. Tests compare the tables
+with the installed packages, so that a new word of a release is noticed. Words that are not known to be safe are
+refused: vLLM's engine arguments can run code, read files and open ports, and args come from clients.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PROMPTING: Mapping[str, Rule] = joined(
         "max_new_tokens": Mapped("max_tokens", _TOKENS),
         "max_completion_tokens": Mapped("max_tokens", _TOKENS),
         "min_new_tokens": Mapped("min_tokens", whole(0)),
-        # Taken out again by map_prompting, which turns false into temperature 0.
+        # map_prompting removes it again and turns false into temperature 0.
         "do_sample": Mapped("do_sample", FLAG),
         "stop_strings": Mapped("stop", STOP_TEXTS, caveat="the answer ends before the stop string, not after it"),
         "eos_token_id": Mapped("stop_token_ids", TOKEN_IDS, caveat="the LLM's own end tokens end the answer as well"),
@@ -197,7 +197,7 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
         "trust_remote_code": Mapped("trust_remote_code", FLAG, same_as_absent=False),
         "pipeline_parallel_size": Mapped("pipeline_parallel_size", whole(1, 1024), same_as_absent=1),
         "limit_mm_per_prompt": Mapped("limit_mm_per_prompt", MEDIA),
-        # -1: as long as the GPU's memory allows. Not the same as leaving it out, which is the LLM's own length.
+        # -1: as long as the GPU's memory allows. Leaving it out means the LLM's own length.
         "max_model_len": Mapped("max_model_len", whole(1, also={-1: -1, "auto": -1})),
     },
     own(
@@ -210,7 +210,7 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
             "kv_cache_dtype": one_of("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"),
             "mamba_cache_dtype": MAMBA_DTYPE,
             "mamba_ssm_cache_dtype": MAMBA_DTYPE,
-            # set_random_seed hands it to numpy, which takes 32 bits.
+            # set_random_seed passes it to numpy, which accepts 32 bits.
             "seed": whole(0, 2**32 - 1),
             "tensor_parallel_size": whole(1, 1024),
             "enable_expert_parallel": FLAG,
@@ -234,12 +234,12 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
             "tokenizer_mode": one_of("auto", "hf", "mistral"),
             "config_format": one_of("auto", "hf", "mistral"),
             "load_format": one_of("auto", "safetensors", "mistral"),
-            # vLLM takes a folder as well, and reads it.
+            # vLLM also accepts a folder and reads it.
             "generation_config": one_of("auto", "vllm"),
             "max_logprobs": whole(0, 1000),
             "logprobs_mode": one_of("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"),
             "use_fp64_gumbel": FLAG,
-            # Not the engine's but its API's: how the LLM writes the calls that it makes of its own accord.
+            # Not an engine argument but one of the API: the format of the LLM's own tool calls.
             "tool_call_parser": one_of(*_TOOL_CALL_PARSERS),
         }
     ),
@@ -367,11 +367,11 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What vLLM does for a modeltyp.
+    """vLLM's task for a modeltyp.
 
-    ``name`` is the same for modeltyps that one engine serves. ``engine`` are the engine arguments that it takes.
-    ``generates``: the LLM answers with text (else with an embedding or with scores, and sampling means nothing).
-    ``paths`` are those of vLLM's API that it is asked by.
+    ``name`` is the same for modeltyps that one engine serves. ``engine`` are the engine arguments that it needs.
+    ``generates``: the LLM answers with text; else with an embedding or scores, and sampling arguments have no meaning.
+    ``paths`` are the paths of vLLM's API for its prompts.
     """
 
     name: str
@@ -386,7 +386,7 @@ _CLASSIFY = Task(
     "text-classification", (("runner", "pooling"), ("convert", "classify")), False, ("/classify", "/score", "/rerank")
 )
 
-# No text2text-generation: vLLM 0.32 has no encoder-decoder LLM for text (T5, BART) any more.
+# No text2text-generation: vLLM 0.32 no longer supports encoder-decoder LLMs for text (T5, BART).
 TASKS: Mapping[str, Task] = {
     "text-generation": _GENERATE,
     "conversational": _GENERATE,
