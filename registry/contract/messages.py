@@ -239,7 +239,7 @@ class Cluster(Protocol):
         """Stop the LLM, if any; returns when the wrapper has verified that it is empty."""
 
     async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
-        """Accept only this lease's token from now on; for measurement grade, first wait for the machine to be at rest."""
+        """Accept only this lease's token from now on; for measurement grade, once the machine is at rest."""
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
         """Refuse the request's token from now on and end its prompts in flight; clients get ``how`` (it ended)."""
