@@ -1,4 +1,4 @@
-"""Settings for measuring and scoring energy: of the whole site, and derived from these, of one wrapper."""
+"""Settings for measuring and scoring energy: for the whole site, and derived from them, for one wrapper."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from registry.strict_yaml import STRICT_JSON
 ENV_PREFIX: Final = "GREENPROMPT_"
 
 NOT_SETTINGS: Final = ("URL", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_PRELOAD")
-"""Variables with our prefix that are no settings: of the command line, and of wrappers for their engines."""
+"""Variables with our prefix that are no settings: read by the command line, or set by wrappers for their engines."""
 
 EMPTY: Final = "is empty; leave it out, or give it a value"
 

@@ -157,7 +157,7 @@ class TooManyPolls(RegistryError):
 
 
 class TenantBudgetUsed(RegistryError):
-    """A tenant has used up its budget for this month. ``until``: begin of the next month (ISO 8601 UTC)."""
+    """A tenant has used up its budget for this month. ``until``: start of the next month (ISO 8601 UTC)."""
 
     code = "tenant_budget_used"
     http_status = 429
@@ -322,7 +322,7 @@ class TooManyPrompts(RegistryError):
 
 
 class BudgetUsed(RegistryError):
-    """A lease has used up its budget, with prompts and idle time."""
+    """A lease has used up its budget, idle time included."""
 
     code = "budget_used"
     http_status = 429

@@ -10,7 +10,7 @@ from registry.accounting.window_report import WindowReport
 from registry.core.records import WindowKind
 
 ANSWERED: Final = (None, "answered")
-"""``status`` of prompts that have an answer; None: in records of earlier versions, without a status."""
+"""``status`` of prompts that have an answer; None: a record of an earlier version, which has no status."""
 
 
 class Amount(NamedTuple):
@@ -42,7 +42,7 @@ def joules_of(window: WindowReport) -> Amount | None:
 
 
 def _systematic_j(window: WindowReport) -> _Errors:
-    """Return the systematic error, which averaging does not reduce, limited to the distance of the bounds.
+    """Return the systematic error (lower, higher), J, which averaging does not reduce; at most up to the bounds.
 
     If a record does not state it, the whole error counts as systematic.
     """

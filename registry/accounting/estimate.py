@@ -151,7 +151,7 @@ def _groups(names: Iterable[str]) -> list[list[int]]:
 
 
 def _sums(samples: Sequence[Sample], amounts: Sequence[float], groups: Iterable[Sequence[int]]) -> list[_Sum]:
-    """Return the sums of groups of samples, with ``amounts`` in place of the samples' amounts."""
+    """Return the sums of the groups, with ``amounts`` in place of the samples' own."""
     return [_Sum(fsum(amounts[at] for at in group), fsum(samples[at].units for at in group)) for group in groups]
 
 

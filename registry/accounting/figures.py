@@ -73,7 +73,7 @@ class Figure(Estimate):
 class BatchFigures:
     """Figures of the leases' counted stretches, each read from the counters as one window, without sharing.
 
-    A stretch lasts from the begin of the first prompt after the warm-up to the end of the last prompt.
+    A stretch lasts from the start of the first prompt after the warm-up to the end of the last prompt.
     ``in_flight_max``, ``in_flight_mean``: number of prompts answered at the same time. ``flags``: number of stretches
     with each flag. The figures have no value if a warm-up was in flight during a stretch.
     """
@@ -95,7 +95,7 @@ class MachineFigures:
 
     ``warmups``: number of warm-ups. ``unmarked``: number of prompts that don't say whether they are warm-ups; they are
     included. ``gco2eq_per_unit`` is ``operational_per_unit`` plus ``embodied_per_unit``. ``with_idle``: gCO2eq per unit
-    including the leases' idle time. ``batch``: None without a finished lease. ``flags``: number of prompts with each.
+    including the leases' idle time. ``batch``: None without a finished lease. ``flags``: number of prompts per flag.
     """
 
     machine: str | None
@@ -171,7 +171,7 @@ def why(
 def _score(
     windows: Sequence[WindowReport], unit: str | None, names: Mapping[str, str], amount_of: AmountOf | None = None
 ) -> Figure:
-    """Return gCO2eq per functional unit. No value if the operator forbids estimates and a window is one."""
+    """Return gCO2eq per functional unit. No value if a window is an estimate and the operator forbids estimates."""
     told, amount_of, units_of = f"gCO2eq/{unit or 'unit'}", amount_of or grams_of, units_in(unit)
     found = _figure(windows, told, amount_of, units_of, names, sci=True)
     refused = why(windows, lambda window: NOT_ALLOWED in window.flags, "are estimates, which are not allowed")
@@ -187,7 +187,7 @@ def _score(
 
 
 def _without_value(figure: Figure, reason: str) -> Figure:
-    """Return the figure without its values, which must not be cited, and with the reason."""
+    """Return the figure with a reason in place of its values, which must not be cited."""
     return replace(
         figure,
         value=None,

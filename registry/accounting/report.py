@@ -28,15 +28,14 @@ COUNTED: Final = {"active": WindowKind.PROMPT} | {
 """Kinds of costs, by their names in a report. Lease is active plus idle, without load and wake."""
 
 CLOCK_S: Final = 0.1
-"""Shortest hole reported of an ended lease, s: its begin and end are read from the clocks of two machines."""
+"""Shortest hole reported of an ended lease, s: its times are read from the clocks of two machines."""
 
 DRIFT: Final = 1e-4
 """Allowed drift between these clocks, as a fraction of the lease's length; added to CLOCK_S."""
 
 RUNNING_S: Final = 1.0
 RUNNING_SHARE: Final = 0.01
-"""Shortest hole reported of a running lease, s or as a fraction of its length, whichever is more: its latest windows
-have not arrived yet."""
+"""The longer of both is the shortest hole reported of a running lease, whose latest windows have not arrived yet."""
 
 WRAPPER_DIED: Final = "wrapper_died"
 END_NOT_RECORDED: Final = "end_not_recorded"
@@ -127,7 +126,6 @@ class MeasurementReport:
     """Answer of GET /measurements/{measurementId}/report.
 
     * ``running``: requests whose lease has not ended, so that more windows will come.
-    * ``holes``: time that is in no window.
     * ``windows``: empty in answers, as there may be many; GET /measurements/{measurementId}/windows returns them.
     * ``boundary``: parts whose energy is included; ``not_covered``: parts without an energy counter.
     * ``methods``: label of E, I, M and R (measured, modeled, sourced, unavailable), the worst of all windows.
@@ -184,7 +182,7 @@ class Gathered:
         self._iso = iso
 
     def add(self, kept: Iterable[KeptWindow]) -> None:
-        """Add the next page of windows, sorted by begin."""
+        """Add the next page of windows, sorted by start time."""
         for each in kept:
             told = window_report(each, self._requests.get(each.window.request_id or ""), self._iso)
             detail = told.detail or {}
@@ -247,9 +245,9 @@ def _costs(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> dict[str, 
 
 
 def _inside(part: Cost, rest: Cost, lease: Cost) -> Cost:
-    """Return the cost of a part of the leases with its bounds narrowed by those of the leases and of the rest.
+    """Return the cost of a part of the leases, with bounds narrowed to what leases minus the rest allow.
 
-    Part and rest together are the leases, and counters are more exact for a whole lease than for short times in it.
+    Counters are more exact for a whole lease than for its short parts, and part plus rest is the lease.
     """
     bounds: dict[str, Any] = {}
     for name, low, high in (

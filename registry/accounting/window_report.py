@@ -21,8 +21,8 @@ class WindowReport:
     """One window; None: not known or not applicable.
 
     * ``adds_up``: False for a lease window, which repeats its prompts and idle time; only the others may be added.
-    * ``seconds``: from begin to end. ``reserved_s``: its share of that time. Prompts in flight together share it, and
-      prompts are left out of idle time.
+    * ``seconds``: from start to end. ``reserved_s``: its share of that time. Prompts in flight at the same time divide
+      it among them; idle windows leave out the prompts in between.
     * ``joules`` lie between ``low_j`` and ``high_j``. ``systematic_j``: half the width of the error that has the same
       sign in similar windows. ``gpu_j``, ``cpu_j``, ``dram_j``, ``other_j``: their parts.
     * ``label``: label of the joules; ``counter_label``: label of the counters, before any sharing.
@@ -30,7 +30,7 @@ class WindowReport:
     * ``status``: answered, refused, cut or failed.
     * ``in_flight_max``, ``in_flight_mean``: number of prompts answered at the same time.
     * ``prompt``: the client's id of the prompt; ``answer_id``: vLLM's id of the answer.
-    * ``counted``: in lease windows, the use from the begin of the first prompt after the warm-up to the end of the
+    * ``counted``: in lease windows, the use from the start of the first prompt after the warm-up to the end of the
       last prompt, read from the counters as one window.
     * ``detail``: the whole record of the wrapper; None in a page of windows.
     """
@@ -96,7 +96,7 @@ class WindowReport:
 class WindowsPage:
     """Answer of GET /measurements/{measurementId}/windows. ``next``: the ``after`` of the next page, None: last page.
 
-    Sorted by begin. The window of a long prompt is stored late, so it may appear on an earlier page afterwards.
+    Sorted by start time. The window of a long prompt is stored late, so it may appear on an earlier page afterwards.
     """
 
     windows: tuple[WindowReport, ...]

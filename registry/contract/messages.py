@@ -100,8 +100,8 @@ class LeaseGrant:
 class HandOver:
     """The state in which a wrapper hands over an LLM.
 
-    ``model_revision``: commit of the LLM, None if it has none. ``flags``: what a measurement-grade lease did not get
-    (deployments.energy.settling). ``provenance``: the wrapper's part of ``Request.provenance``, None: not reported.
+    ``model_revision``: commit of the LLM, None if it has none. ``flags``: which conditions of measurement grade are not
+    met (deployments.energy.settling). ``provenance``: the wrapper's part of ``Request.provenance``, None: not reported.
     ``refusal``: why the LLM can't serve its request; the lease then does not begin.
     """
 
@@ -242,7 +242,7 @@ class Cluster(Protocol):
         """Accept only this lease's token from now on; for measurement grade, once the machine is at rest."""
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
-        """Refuse the request's token from now on and end its prompts in flight; clients get ``how`` (it ended)."""
+        """Refuse the request's token from now on and end its prompts in flight; tell the client ``how`` it ended."""
 
     async def touch(self, wrapper_id: str, request_id: str) -> bool:
         """Keep the request's lease alive. Returns False if it is not bound there."""

@@ -1,7 +1,7 @@
 """The allocator: turns an event into changed records and effects. Pure; the registry's service owns the only instance.
 
-Only ``handle`` changes state after loading. An event is validated before the first change, so an event that raises has
-changed nothing. Outdated reports (older epoch, unexpected status, removed wrapper) are ignored without an error.
+All decisions are made by ``handle``. It validates an event before the first change, so an event that raises has changed
+nothing. Outdated reports (older epoch, unexpected status, removed wrapper) are ignored without an error.
 
 Every command to a wrapper carries an epoch and supersedes all older ones. At the wrapper, StopLLM ends the bound lease,
 and so does a DeployLLM for anything but that lease. A new wrapper process has no lease.
@@ -223,7 +223,7 @@ class Allocator:
         return self._ledger.wrappers.get(wrapper_id)
 
     def wrappers(self) -> tuple[Wrapper, ...]:
-        """All wrappers."""
+        """Return all wrappers."""
         return tuple(self._ledger.wrappers.values())
 
     def machine(self, machine_id: str) -> Machine | None:
@@ -271,7 +271,7 @@ class Allocator:
     def misfit(self, request_id: str) -> str | None:
         """Return why no known wrapper can serve a queued request; None if one can, or if none is known.
 
-        Possible if it was accepted before any wrapper was known, or its machine has left. Raises UnknownRequest.
+        This happens if it was accepted before any wrapper was known, or its machine left. Raises UnknownRequest.
         """
         request = self._ledger.request(request_id)
         measurement = self._ledger.measurements[request.measurement_key]

@@ -6,8 +6,8 @@ The next request (tenants in turn, then priority, then arrival) gets the first o
 2. an IDLE wrapper: the fewest GPUs that fit, then the least memory, then the least recently used;
 3. a wrapper that is starting its LLM for no request: wait for that one;
 4. a READY wrapper whose LLM is evicted: the least recently used that no queued request wants, or if all are wanted, the
-   one wanted latest in the queue. First (4a): if a later request wants exactly this LLM, it is served before, unless a
-   request that it would overtake has been overtaken too often or has waited too long;
+   one wanted latest in the queue. But (4a) if a later request wants exactly this LLM, that request is served first,
+   unless one that it would overtake has been overtaken too often or has waited too long;
 5. a wrapper that is starting another LLM for no request: start this LLM there instead.
 
 Otherwise it waits, without delaying requests that can be served elsewhere.
@@ -122,7 +122,7 @@ class Dispatcher:
         self._grant(head, preempted, now_s)
 
     def _in_front(self, wrapper: Wrapper, head: Request, now_s: float) -> tuple[list[Request], Request]:
-        """Return the overtaken requests and the winner of a READY wrapper for which ``head`` is next."""
+        """Return the requests that are overtaken, and the one that gets a READY wrapper for which ``head`` is next."""
         assert wrapper.spec is not None
         ledger, overtaken = self._ledger, list[Request]()
         size = ledger.size(wrapper)
@@ -196,7 +196,7 @@ class Dispatcher:
             ledger.put_wrapper(replace(wrapper, request_id=request.request_id))
 
     def _flags(self, measurement: Measurement, machine_id: str) -> tuple[str, ...]:
-        """Return the measurement's flags, with those for a change of machine if this is another one than before."""
+        """Return the measurement's flags, plus those for a change of machine if it was served on another one before."""
         ledger = self._ledger
         before = ledger.served_on(measurement.key)
         if before is None or before == machine_id:

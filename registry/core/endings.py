@@ -18,7 +18,7 @@ class Endings:
     def end(self, request: Request, status: RequestStatus, how: str, reason: str | None, now_s: float) -> None:
         """End a request in this status; end its lease and free its wrapper. Unpin a measurement that is finished.
 
-        ``how``: what prompts to the lease's address are told. ``reason``: stored with the request.
+        ``how``: what prompts to the address of the ended lease are answered. ``reason``: stored with the request.
         """
         ledger = self._ledger
         self._let_go(request, how, now_s)

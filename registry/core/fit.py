@@ -31,7 +31,7 @@ _NOWHERE_BYTES: Final = 2**70
 
 
 class Size(NamedTuple):
-    """The hardware of a wrapper. Choices treat wrappers of equal size alike; their cost grows with the number of sizes.
+    """The hardware of a wrapper. Choices treat wrappers of equal size alike, and take longer the more sizes there are.
 
     ``memory_bytes``: memory of each GPU, or without GPUs the wrapper's share of main memory; None: not known.
     ``draining``: its machine gets no new leases.

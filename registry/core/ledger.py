@@ -468,9 +468,9 @@ def bind(ledger: Ledger, wrapper: Wrapper, request_id: str) -> None:
 
 
 def unbind(ledger: Ledger, wrapper: Wrapper, request: Request, how: str) -> Wrapper:
-    """Command a wrapper to end the lease of this request. Return the wrapper's new record; the caller has to store it.
+    """Command a wrapper to end the lease of this request; tell the client ``how`` it ended.
 
-    ``how``: what the client is told about the end.
+    Return the wrapper's new record, which the caller has to store.
     """
     wrapper = replace(wrapper, epoch=wrapper.epoch + 1)
     ledger.emit(UnbindLease(wrapper.wrapper_id, wrapper.epoch, request.request_id, how))

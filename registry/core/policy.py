@@ -63,10 +63,10 @@ def may_be_overtaken(request: Request, limits: Limits, now_s: float) -> bool:
 
 
 def victim(candidates: Iterable[Wrapper], wanted: Callable[[Wrapper], Rank | None]) -> Wrapper | None:
-    """Return the wrapper whose LLM is evicted: the first candidate (least recently used) that no queued request wants.
+    """Return the wrapper whose LLM is evicted: the first (least recently used) that no queued request wants.
 
     If all are wanted, the one that is wanted latest, so that requests served earlier still find their LLM. ``wanted``
-    returns the best rank that wants a wrapper's LLM. None without candidates.
+    returns the best rank among the requests that want a wrapper's LLM. None without candidates.
     """
     last: tuple[Rank, Wrapper] | None = None
     for wrapper in candidates:
@@ -85,8 +85,8 @@ class Turns:
     smallest turn is next; among equals, the tenant that has waited longer. Tenants that don't wait are forgotten, so
     turns can't be saved up and a new name gives no advantage.
 
-    Bound: between two consecutive turns of a tenant that it can use (or between its begin to wait and its first turn),
-    another tenant with w times its weight has at most floor(w) + 1 turns; none if it came later and is not heavier.
+    Bound: from the time when a tenant begins to wait, or has a turn, until its next turn that it can use, another
+    tenant with w times its weight has at most floor(w) + 1 turns; none if it came later and is not heavier.
     """
 
     def __init__(self, weights: Iterable[tuple[str, float]]) -> None:

@@ -172,14 +172,17 @@ class Wrapper:
 class Request:
     """A client's request for one LLM.
 
-    ``seq`` is the order of arrival. ``llmconfig`` is the client's object as canonical JSON, returned unchanged;
-    ``notes`` lists which parts of it were translated or dropped. ``failed_on``: wrappers on which its LLM could not be
-    started or died. ``overtaken``: how many later requests were served first because their LLM was already running.
-    ``memory``: minimum memory of its LLM, None if not known. ``model_revision``: commit of the LLM that was handed
-    over; None: not yet handed over, or a local model. ``max_j`` [J] and ``max_g`` [gCO2eq]: budget of its lease,
-    None: no limit. ``like_request_id``: an earlier request whose LLM, software and hardware this one must get, None:
-    any. ``provenance``: LLM, software and hardware at the hand-over (canonical JSON, see registry.core.provenance),
-    None: not yet handed over.
+    * ``seq``: number in the order of arrival.
+    * ``llmconfig``: the client's object as canonical JSON, returned unchanged; ``notes``: what of it was translated or
+      dropped.
+    * ``failed_on``: wrappers on which its LLM could not be started or died, once for each time.
+    * ``overtaken``: how many requests behind it were served first because their LLM was already running.
+    * ``memory``: minimum memory of its LLM, None if not known.
+    * ``model_revision``: commit of the LLM; None: not handed over yet, or a local model.
+    * ``max_j`` [J], ``max_g`` [gCO2eq]: budget of its lease, None: no limit.
+    * ``like_request_id``: earlier request whose LLM, software and hardware it must get, None: any.
+    * ``provenance``: LLM, software and hardware at the hand-over (canonical JSON, see registry.core.provenance), None:
+      not handed over yet.
     """
 
     request_id: str
@@ -217,15 +220,15 @@ class Request:
 class Measurement:
     """Requests that belong together: served one after another, on one machine.
 
-    ``measurement_id`` is unique within a tenant only.
-
-    ``seq``: number of the request with which it began, or with which it was resumed after all earlier ones had ended.
-    ``machine_id``: the machine that it is pinned to; set by the first grant, None once all its requests have ended.
-    A measurement that is resumed soon after its last LLM was released is pinned to its previous machine until
-    ``pinned_until_s`` (UTC s); None: not pinned, or served there since, so that the pin does not expire.
-    ``flags`` say what makes its figures hard to compare (``machine_changed`` …). ``gpu_type``: GPU type that its
-    machine must have, None: any. ``versions``: software versions of its latest hand-over (name → version, canonical
-    JSON), None: no hand-over yet, or not reported by the wrapper.
+    * ``measurement_id``: unique within a tenant only.
+    * ``seq``: number of the request that began it, or that resumed it after all earlier ones had ended.
+    * ``machine_id``: the machine that it is pinned to; set by the first grant, None once all its requests have ended.
+    * ``pinned_until_s``: a measurement that is resumed soon after its last LLM was released is pinned to its previous
+      machine until then (UTC s). None: not pinned, or served there since, so that the pin does not expire.
+    * ``flags``: what makes its figures hard to compare (``machine_changed`` …).
+    * ``gpu_type``: GPU type that its machine must have, None: any.
+    * ``versions``: software versions of its latest hand-over (name → version, canonical JSON), None: no hand-over yet,
+      or not reported by the wrapper.
     """
 
     measurement_id: int
@@ -285,11 +288,14 @@ class WindowKind(StrEnum):
 class EnergyWindow:
     """Energy and emissions of a time window on a wrapper, measured by the wrapper.
 
-    ``window_id`` is ``<process>-<number>``, or ``<process>-p<n>`` for the n-th prompt of the wrapper's process, known
-    at its start, so that the answer can name it. ``number``: position in the log of its process, from 1, without gaps;
-    0 if the window was read back from the database. ``request_id`` and ``measurement_id``: those of the lease, None
-    without one. Times are UTC seconds. ``total_j`` [J], ``o_g`` and ``m_g`` [gCO2eq] are None if not known; ``label``:
-    label of the energy (deployments.energy.figures.Label). ``detail``: the whole record, canonical JSON.
+    * ``window_id``: ``<process>-<number>``, or ``<process>-p<n>`` for the n-th prompt of the wrapper's process; that is
+      known when the prompt starts, so that the answer can contain it.
+    * ``number``: position in the log of its process, from 1, without gaps; 0 if read back from the database.
+    * ``request_id``, ``measurement_id``: those of the lease, None without one.
+    * ``begun_s``, ``ended_s``: UTC seconds.
+    * ``total_j`` [J], ``o_g`` and ``m_g`` [gCO2eq]: None if not known.
+    * ``label``: label of the energy (deployments.energy.figures.Label).
+    * ``detail``: the whole record, canonical JSON.
     """
 
     window_id: str
@@ -524,8 +530,8 @@ class MachineUndrained:
 class TimePassed:
     """Time has passed: end the leases and pins that are over.
 
-    ``asked``: only these requests' leases may end for idleness, because their wrappers were asked whether they are in
-    use; None: all.
+    ``asked``: only the leases of these requests may end for idleness, since their wrappers were asked for their last
+    use; None: all leases.
     """
 
     asked: tuple[str, ...] | None = None
@@ -596,7 +602,7 @@ class BindLease:
 
 @dataclass(frozen=True, slots=True)
 class UnbindLease:
-    """Refuse the token from now on and end its prompts in flight; the client gets ``how`` (it ended). No answer."""
+    """Refuse the token from now on and end its prompts in flight; tell the client ``how`` it ended. No answer."""
 
     wrapper_id: str
     epoch: int
@@ -671,7 +677,7 @@ class Limits:
     """Settings that decisions depend on.
 
     * ``lease_max_s``, ``lease_idle_s``: maximum length of a lease, and of its idle time; seconds > 0.
-    * ``deploy_attempts``: on how many wrappers a failing LLM is tried, ≥ 1.
+    * ``deploy_attempts``: after so many failed starts, or deaths during its lease, of its LLM a request fails, ≥ 1.
     * ``wrapper_attempts``: consecutive failures after which a wrapper is given up, ≥ 1.
     * ``max_overtakes``, ``max_overtake_s``: how often, and for how many seconds after its arrival, a request may be
       overtaken by requests whose LLM is already running.

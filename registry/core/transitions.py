@@ -1,4 +1,4 @@
-"""The transition tables: which status may follow which, and because of what; and the functions that check them."""
+"""The transition tables: which status may follow which, and why; and the functions that check them."""
 
 from __future__ import annotations
 

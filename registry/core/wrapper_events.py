@@ -178,7 +178,7 @@ class Reports:
             self._endings.lose(request, reason, now_s)
 
     def on_wrapper_started(self, event: WrapperStarted, now_s: float) -> None:
-        """A wrapper answers: compare what it runs with what it should run, and command the difference."""
+        """A wrapper answers: compare what it runs with what it should run, and send the commands needed."""
         ledger = self._ledger
         wrapper = ledger.wrappers.get(event.wrapper_id)
         if wrapper is None or wrapper.status is WrapperStatus.OFF:
@@ -215,7 +215,7 @@ class Reports:
         return True
 
     def _started_free(self, wrapper: Wrapper, empty: bool, as_told: bool, missed: bool, now_s: float) -> None:
-        """Command what a started wrapper that no request holds should do."""
+        """Mark a started wrapper that no request holds READY or IDLE, or send it the next command."""
         match wrapper.status:
             case WrapperStatus.DEPLOYING if wrapper.spec is not None and (empty or as_told):
                 if as_told and not missed:

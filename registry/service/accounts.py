@@ -87,14 +87,14 @@ class Accounts:
 
     def _tenant_of(self, request_id: str) -> str | None:
         request = self._archive.find_request(request_id)
-        return None if request is None else request.tenant  # None: forgotten meanwhile
+        return None if request is None else request.tenant  # None: deleted meanwhile
 
     def page(
         self, key: MeasurementKey, *, request_id: str | None, after: WindowPlace | None, limit: int
     ) -> tuple[KeptWindow, ...]:
-        """Return at most ``limit`` windows of a measurement, or of one of its requests, after a place; sorted by begin.
+        """Return the first ``limit`` windows after a place, of a measurement or of one of its requests.
 
-        A window that is stored later may belong before that place.
+        Sorted by start time, so a window that is stored later may belong before that place.
 
         Raises:
             StoreUnavailable: the database does not answer.

@@ -20,7 +20,7 @@ _MEASURED = frozenset({"measured", "measured_sampled"})
 
 
 def month_begin_s(now_s: float) -> float:
-    """Return the begin of the calendar month (UTC) that contains ``now_s``, UTC seconds."""
+    """Return the start of the calendar month (UTC) that contains ``now_s``, UTC seconds."""
     return _month(now_s).timestamp()
 
 

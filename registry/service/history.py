@@ -21,8 +21,8 @@ def rows_of(
     """Return a row for each request that an event changed, or one row without a request if it changed none.
 
     ``request_of`` returns a request as it is after the event. ``cause``: number of the event whose command this one
-    answers; None: it has an external cause (a client, the clock, the watching). An event can change requests that it
-    does not name: a release may start the next request in the queue. LeaseUsed gives no rows: it happens every few
+    answers; None: it has an external cause (a client, the clock, a periodic check). An event can change requests that
+    it does not name: a release may start the next request in the queue. LeaseUsed gives no rows: it happens every few
     seconds, and the lease itself stores its last use.
     """
     if isinstance(event, LeaseUsed):

@@ -3,8 +3,8 @@
 One object owns the state. Every event goes through ``_apply``. There is no await between decision and commit, so no
 other event can interleave. Then the effects run, each in a task of its own; their results come back as events. A
 command supersedes all older ones of its wrapper, by its epoch, so effects need no order. If a decision or a commit
-fails, the process ends: loading the database at the restart is simpler than rolling memory back. Any other failure
-ends nothing, and the watching continues.
+fails, the process ends: loading the database at the restart is simpler than rolling memory back. Any other failure is
+logged, and the service continues.
 """
 
 from __future__ import annotations
@@ -565,7 +565,7 @@ class Service:
             log.error("a task of the registry ended with an error", exc_info=error)
 
     async def _guarded(self, what: str, work: Awaitable[None]) -> None:
-        """Await background work and log its errors, so that the watching continues. Raises StoreUnavailable."""
+        """Await background work and log its errors, so that the caller can continue. Raises StoreUnavailable."""
         try:
             await work
         except StoreUnavailable:
@@ -760,8 +760,8 @@ class Service:
     async def _switch_off(self, wrapper_ids: Sequence[str]) -> None:
         """Remove wrappers of drained machines, unless they still answer prompts of an expired lease.
 
-        A task of its own, because Serve may take long to end a replica. If it is interrupted (crash, error, undrain),
-        the next reconciliation finds out.
+        Runs in a task of its own, because Serve may take long to end a replica. If it is interrupted (crash, error,
+        undrain), the next reconciliation repairs the rest.
         """
         await self._guarded("wrappers could not be switched off", self._remove_unless_used(wrapper_ids))
         self._switching_off.difference_update(wrapper_ids)
@@ -827,7 +827,7 @@ class Service:
     async def _report(self, wrapper_id: str, own: Effect | None = None) -> tuple[WrapperReport, bool]:
         """Return a wrapper's report, and whether its status may be applied.
 
-        False if a command other than ``own`` was in progress: the report may be older than the outcome of the command.
+        False if a command other than ``own`` was in progress: the report may be older than that command's outcome.
         """
         quiet = self._quiet_turn(wrapper_id, own)
         report = await self._cluster.report(wrapper_id, self._belief(wrapper_id))
@@ -895,8 +895,8 @@ class Service:
     async def _await_wrapper(self, wrapper_id: str, own: Effect | None = None) -> Event | None:
         """Wait until a starting wrapper answers, at most ``wrappers.start_timeout_s``. Return the resulting event.
 
-        The timeout restarts whenever another command is sent. None: ``own``, the command that is waiting, was
-        superseded.
+        The timeout restarts whenever another command is sent. ``own``: the command that waits; None is returned if it
+        is superseded.
         """
         clock, limit_s = asyncio.get_running_loop().time, self.settings.wrappers.start_timeout_s
         deadline_s = clock() + limit_s

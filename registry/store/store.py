@@ -165,7 +165,7 @@ class Forgotten(NamedTuple):
 
 
 class WindowPlace(NamedTuple):
-    """Sort key of an energy window among those of its measurement: by begin (UTC s), then by id."""
+    """Sort key of the energy windows of a measurement: start time (UTC s), then id."""
 
     begun_s: float
     window_id: str
@@ -304,7 +304,7 @@ class Store:
             _put(connection, WRAPPERS, changes.wrappers)
             _put(connection, MEASUREMENTS, changes.measurements)
             _put(connection, REQUESTS, changes.requests)
-            # Leases end before others begin on the same wrapper, and before their wrapper goes.
+            # Order matters for the constraints: end leases before a new one on the same wrapper, or its removal.
             _remove(connection, LEASES, changes.ended_leases)
             _remove(connection, WRAPPERS, changes.removed_wrappers)
             _put(connection, LEASES, changes.leases)
@@ -386,7 +386,7 @@ class Store:
         after: WindowPlace | None = None,
         limit: int | None = None,
     ) -> tuple[KeptWindow, ...]:
-        """Return the first ``limit`` (None: all) energy windows of a measurement, sorted by begin.
+        """Return the first ``limit`` (None: all) energy windows of a measurement, sorted by start time.
 
         Optionally only those of one request, and only those after ``after``.
 
@@ -429,7 +429,7 @@ class Store:
         return costs
 
     def _costs(self, by: Column[str], which: ColumnElement[bool]) -> Iterator[tuple[str, WindowKind, Total]]:
-        """Yield the sums of the windows in ``which``, grouped by a column, kind and label."""
+        """Yield the sums of the windows that match ``which``, grouped by a column, kind and label."""
         rows = WINDOWS.c
         figures = [each for of in (rows.total_j, rows.o_g, rows.m_g) for each in (func.count(of), func.sum(of))]
         groups = by, rows.kind, rows.label
@@ -668,7 +668,7 @@ def _open_postgresql(url: URL, lock_wait_s: float, owned: ExitStack) -> Connecti
 
 
 def _retried(attempt: Callable[[], bool], wait_s: float) -> bool:
-    """Repeat an attempt until it succeeds (True), or has failed after ``wait_s`` seconds (False). Blocks."""
+    """Repeat an attempt until it succeeds. Return False if it still fails after ``wait_s`` seconds. Blocks."""
     give_up = time.monotonic() + wait_s
     while not attempt():
         if time.monotonic() >= give_up:
