@@ -514,7 +514,7 @@ class MachineLost:
 
 @dataclass(frozen=True, slots=True)
 class MachineDrained:
-    """An operator wants no new leases on a machine; existing leases go on."""
+    """An operator wants no new leases on a machine; existing leases continue."""
 
     machine_id: str
 

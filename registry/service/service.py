@@ -461,7 +461,7 @@ class Service:
                 while self.known(request_id).status is seen:
                     await self._next_change(request_id)
         except TimeoutError:
-            pass  # nothing changed: the answer is the state as it is
+            pass  # nothing changed: return the current state
         return self.known(request_id)
 
     def history(self, request_id: str, *, after: int = 0, limit: int = 1000) -> tuple[StoredEvent, ...]:
