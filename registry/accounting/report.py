@@ -99,7 +99,7 @@ class Hole:
 
 @dataclass(frozen=True, slots=True)
 class Coefficient:
-    """A factor of the formula that was not measured. ``source``: its origin, as configured by the operator."""
+    """A factor of the formula that was not measured. ``source``: its origin, e.g. the operator's or a data set's."""
 
     name: str
     value: float | None

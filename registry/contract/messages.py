@@ -100,8 +100,8 @@ class LeaseGrant:
 class HandOver:
     """The state in which a wrapper hands over an LLM.
 
-    ``model_revision``: commit of the LLM, None if it has none. ``flags``: which conditions of measurement grade are not
-    met (deployments.energy.settling). ``provenance``: the wrapper's part of ``Request.provenance``, None: not reported.
+    ``model_revision``: commit of the LLM, None if it has none. ``flags``: conditions for a measurement that are not met
+    (deployments.energy.settling). ``provenance``: the wrapper's part of ``Request.provenance``, None: not reported.
     ``refusal``: why the LLM can't serve its request; the lease then does not begin.
     """
 
