@@ -1,1 +1,1 @@
-"""GreenPrompt LLM Registry: hands LLMs out exclusively and keeps an honest account of their energy."""
+"""GreenPrompt LLM Registry: leases LLMs exclusively and accounts for their energy."""

@@ -1,4 +1,4 @@
-"""The client under its old name: it lives in ``greenprompt_client.client``."""
+"""The old import path of ``greenprompt_client.client``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How energy is counted and scored: what an operator says of the whole site, and what of it holds for one wrapper."""
+"""Settings for measuring and scoring energy: for the whole site, and derived from them, for one wrapper."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from registry.grid_mixes import zone_intensity
 
 
 class Section(BaseModel):
-    """A part of the settings: frozen, without unknown fields, NaN or infinity."""
+    """Base of all sections: frozen; refuses unknown fields, NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class GridSettings(Section):
-    """Carbon intensity of the electricity: a zone of the data set, or the operator's own value with its source."""
+    """Carbon intensity of the grid: a zone of the data set, or the operator's own value with its source."""
 
     zone: str | None = Field(None, description="ISO 3166 alpha-3 zone (DEU, FRA …), or WOR for the world's mean")
     gco2eq_per_kwh: float | None = Field(None, gt=0)
@@ -56,7 +56,7 @@ class GridSettings(Section):
 
 
 class EmbodiedSettings(Section):
-    """Embodied carbon of what one wrapper reserves, grams CO2eq per hour of reservation, with its source."""
+    """Embodied carbon of the hardware that one wrapper reserves, gCO2eq per reserved hour, with its source."""
 
     g_per_hour: float = Field(gt=0)
     low_g_per_hour: float = Field(gt=0)
@@ -71,14 +71,14 @@ class EmbodiedSettings(Section):
 
 
 class SiteEmbodiedSettings(EmbodiedSettings):
-    """Embodied carbon of hardware: of a whole machine, or of each of its GPUs with its share of the rest."""
+    """Embodied carbon of a whole machine, or of each GPU including its share of the rest of the machine."""
 
     per: Literal["machine", "gpu"]
 
     def of_wrapper(self, *, gpus: int, on_machine: int) -> EmbodiedSettings | None:
-        """Return the part of one wrapper with this many GPUs, of ``on_machine`` wrappers that share its machine.
+        """Return the share of a wrapper with ``gpus`` GPUs, on a machine with ``on_machine`` wrappers.
 
-        None if it is not known: the figure is per GPU, and the wrapper has none.
+        None if not known: the figure is per GPU, and the wrapper has none.
         """
         share = gpus if self.per == "gpu" else 1 / on_machine
         if not share:
@@ -94,7 +94,7 @@ class SiteEmbodiedSettings(EmbodiedSettings):
 class CPUModelSettings(Section):
     """A model of the CPU's power for machines without counters: watts per logical CPU, idle and fully used.
 
-    Each with its range, low to high: where the processor is not known, those of all that it may be.
+    Each value has a range, low to high. If the processor is not known, the range covers all possible ones.
     """
 
     idle_w_per_cpu: float = Field(ge=0)
@@ -127,7 +127,7 @@ class CPUModelSettings(Section):
 
 
 class EnergySettings(Section):
-    """How energy is counted and scored on one wrapper. Without grid or embodied no score is computed."""
+    """How energy is measured and scored on one wrapper. Without ``grid`` or ``embodied`` there is no score."""
 
     allow_estimates: bool = Field(False, description="Whether sci_score may be a modelled figure (labelled as one)")
     functional_unit: Literal["output_token", "token", "request", "word"] = "output_token"
@@ -145,7 +145,7 @@ class EnergySettings(Section):
 
 
 class MachineMatch(Section):
-    """Which machines: all that is given must fit. ``*`` and ``?`` stand for any characters; letters' case counts."""
+    """Selects machines: all given fields must match. Case-sensitive patterns with ``*`` and ``?``."""
 
     machine: str | None = Field(None, description="The machine's id")
     gpu_type: str | None = Field(None, description="The type of its GPUs, as `greenprompt status` shows it")
@@ -158,13 +158,13 @@ class MachineMatch(Section):
         return self
 
     def fits(self, *, machine: str, gpu_type: str | None, zone: str | None) -> bool:
-        """Return True for a machine with these. What is not known of it fits nothing, not even ``*``."""
+        """True when a machine with these values matches. An unknown value matches no pattern, not even ``*``."""
         pairs = ((self.machine, machine), (self.gpu_type, gpu_type), (self.zone, zone))
         return all(pattern is None or (value is not None and fnmatchcase(value, pattern)) for pattern, value in pairs)
 
 
 class MachineEnergySettings(Section):
-    """What is not as on the other machines. A field that is left out is as there; null: not known."""
+    """Settings of some machines that differ from the site's. A missing field: as on the site; null: not known."""
 
     match: MachineMatch
     pue: float = Field(1.0, ge=1.0)
@@ -174,7 +174,7 @@ class MachineEnergySettings(Section):
 
 
 class SiteEnergySettings(EnergySettings):
-    """How energy is counted and scored, on all machines and on some. Of ``machines`` the first that fits counts."""
+    """How energy is measured and scored on the site. For a machine, the first match in ``machines`` applies."""
 
     embodied: SiteEmbodiedSettings | None = None
     machines: tuple[MachineEnergySettings, ...] = ()
@@ -182,7 +182,7 @@ class SiteEnergySettings(EnergySettings):
     def of_wrapper(
         self, *, machine: str, gpu_type: str | None, zone: str | None, gpus: int, on_machine: int
     ) -> EnergySettings:
-        """Return what holds for one wrapper.
+        """Return the settings of one wrapper.
 
         Args:
             machine: Its machine's id.

@@ -1,4 +1,4 @@
-"""Variables of the environment that are settings, ``GREENPROMPT_<SECTION>__<FIELD>``: which there are, their JSON."""
+"""Finds, parses and checks environment variables that are settings: ``GREENPROMPT_<SECTION>__<FIELD>``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from registry.strict_yaml import STRICT_JSON
 ENV_PREFIX: Final = "GREENPROMPT_"
 
 NOT_SETTINGS: Final = ("URL", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_PRELOAD")
-"""Variables with our prefix that are no settings: the command line's, and those that a wrapper gives its engine."""
+"""Variables with our prefix that are no settings: read by the command line, or set by wrappers for their engines."""
 
 EMPTY: Final = "is empty; leave it out, or give it a value"
 
@@ -24,25 +24,25 @@ _COLLECTIONS: Final = (dict, frozenset, list, set, tuple)
 
 
 class StrictVariables(EnvSettingsSource):
-    """Reads sections and lists as JSON in which no key is there twice."""
+    """Reads sections and lists as strict JSON, without duplicate keys."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        """Return the value of a variable. Raises ValueError."""
+        """Parse the value of a variable. Raises ValueError if it is not strict JSON."""
         return STRICT_JSON.decode(value)
 
 
 def variables(environment: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """Variables that are settings, each with the field that it sets: ``GREENPROMPT_HTTP__PORT``, ``[http, port]``."""
+    """Yield the variables that are settings, with the field they set: ``GREENPROMPT_HTTP__PORT``, ``[http, port]``."""
     for name in environment:
-        # Names are taken in small letters, too, as pydantic does.
+        # Lower-case names are accepted, as by pydantic.
         if name.upper().startswith(ENV_PREFIX) and name.upper().removeprefix(ENV_PREFIX) not in NOT_SETTINGS:
             yield name, name[len(ENV_PREFIX) :].lower().split("__")
 
 
 def problems_of(settings: type[BaseModel], environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield each variable that names no field, is empty, or is not the JSON that its field needs, and what is wrong.
+    """Yield (variable, problem) for each variable that names no field, is empty, or is not the JSON its field needs.
 
-    Pydantic would pass over unknown sections: a typo in one would start, or end, another registry than was meant.
+    Pydantic ignores unknown sections: with a typo in one, a command could start or end the wrong registry.
     """
     for name, parts in variables(environment):
         value = environment[name]
@@ -60,9 +60,9 @@ def problems_of(settings: type[BaseModel], environment: Mapping[str, str]) -> It
 
 
 def empty_values(value: object, field: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the names of the fields below ``field`` that are a text of nothing but spaces.
+    """Yield the names of the fields in ``value``, below ``field``, that are empty or blank text.
 
-    An empty path would be the current directory. What an LLM of ``deploy`` is given is its own affair.
+    An empty path would mean the current directory. The LLMs of ``deploy`` are not checked.
     """
     if field[:1] == ("deploy",):
         return
@@ -77,7 +77,7 @@ def empty_values(value: object, field: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def fields_of(settings: type[BaseModel], parts: Sequence[object]) -> tuple[str, ...]:
-    """Return the names of the fields of the section that is found by these names; none if it has no fixed ones."""
+    """Return the field names of the section at this path; empty if it has no fixed fields."""
     found = _annotation(settings, parts)
     model = _model(found)
     return () if model is None else tuple(model.model_fields)
@@ -93,7 +93,7 @@ def _takes_json(settings: type[BaseModel], parts: Sequence[str]) -> bool:
 
 
 def _annotation(settings: type[BaseModel], parts: Sequence[object]) -> Any:
-    """The type of the field that is found by these names, ``Any`` below a mapping, None if there is no such field."""
+    """Return the type of the field at this path: ``Any`` below a mapping, None if there is no such field."""
     found: Any = settings
     for part in parts:
         model = _model(found)
@@ -128,7 +128,7 @@ def _hint(settings: type[BaseModel], name: str) -> str:
 
 
 def _names(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """The names of all variables of single fields."""
+    """Yield the names of the variables of all single fields."""
     for name, field in model.model_fields.items():
         inner = _model(field.annotation)
         if inner is None:

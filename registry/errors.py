@@ -1,7 +1,7 @@
-"""The one error tree: what went wrong, the HTTP status it becomes, and whether trying again can help.
+"""All errors of the project, each with its code, HTTP status, and whether a retry can help.
 
-Fields are positional and go to ``super().__init__`` unchanged, so that every error survives pickling
-across a Ray actor; the text for people is made in ``__str__``: what, which id, what to do.
+Fields are positional and go to ``super().__init__`` unchanged, so that every error can be pickled across Ray actors.
+``__str__`` makes the text for people: what, which id, what to do.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from typing import ClassVar
 
 
 def in_one_line(error: BaseException) -> str:
-    """What a library's error says, for a sentence of ours: its type, and the first line of its text."""
+    """Return a library's error as one line: its type, and the first line of its text."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 class RegistryError(Exception):
     """Base of every error that this project raises on purpose.
 
-    ``code`` is stable and unique, for programs; ``http_status`` is what the ingress answers;
-    ``retryable`` says whether the same call can succeed later without any change, and ``retry_after_s`` after how many
-    seconds at the earliest, None where nothing tells.
+    ``code``: stable and unique, for programs. ``http_status``: status of the answer. ``retryable``: whether the same
+    call can succeed later. ``retry_after_s``: seconds until the earliest retry, None if not known.
     """
 
     code: ClassVar[str] = "registry_error"
@@ -29,7 +28,7 @@ class RegistryError(Exception):
 
 
 class InvalidField(RegistryError):
-    """A field of a request body or a setting is missing or has a value that can't be used."""
+    """A field of a request body or a setting is missing or invalid."""
 
     code = "invalid_field"
     http_status = 422
@@ -57,7 +56,7 @@ class LLMNeverFits(RegistryError):
 
 
 class UnknownRequest(RegistryError):
-    """There is no request with this id."""
+    """No request has this id."""
 
     code = "unknown_request"
     http_status = 404
@@ -71,7 +70,7 @@ class UnknownRequest(RegistryError):
 
 
 class RequestForgotten(RegistryError):
-    """There was a request with this id; it ended so long ago that nothing is kept of it (``keep_days``)."""
+    """The request with this id ended more than ``keep_days`` ago and was deleted."""
 
     code = "request_forgotten"
     http_status = 410
@@ -85,7 +84,7 @@ class RequestForgotten(RegistryError):
 
 
 class UnknownMeasurement(RegistryError):
-    """There is no measurement with this id."""
+    """No measurement has this id."""
 
     code = "unknown_measurement"
     http_status = 404
@@ -99,7 +98,7 @@ class UnknownMeasurement(RegistryError):
 
 
 class UnknownMachine(RegistryError):
-    """There is no machine with this id. ``there`` says which there are."""
+    """No machine has this id. ``there``: text that lists the known ones."""
 
     code = "unknown_machine"
     http_status = 404
@@ -113,7 +112,7 @@ class UnknownMachine(RegistryError):
 
 
 class IdempotencyConflict(RegistryError):
-    """The same Idempotency-Key came with another body."""
+    """The Idempotency-Key was used before with another body."""
 
     code = "idempotency_conflict"
     http_status = 409
@@ -127,7 +126,7 @@ class IdempotencyConflict(RegistryError):
 
 
 class QueueFull(RegistryError):
-    """A cap on queued requests is reached."""
+    """The limit of queued requests is reached."""
 
     code = "queue_full"
     http_status = 429
@@ -143,7 +142,7 @@ class QueueFull(RegistryError):
 
 
 class TooManyPolls(RegistryError):
-    """As many GETs as allowed wait for a change of status (``wait``)."""
+    """The limit of GETs that wait for a change of status (``wait``) is reached."""
 
     code = "too_many_polls"
     http_status = 429
@@ -158,7 +157,7 @@ class TooManyPolls(RegistryError):
 
 
 class TenantBudgetUsed(RegistryError):
-    """A tenant has used up what it may use in this month. ``until`` is when the next one begins."""
+    """A tenant has used up its budget for this month. ``until``: start of the next month (ISO 8601 UTC)."""
 
     code = "tenant_budget_used"
     http_status = 429
@@ -175,7 +174,7 @@ class TenantBudgetUsed(RegistryError):
 
 
 class ShuttingDown(RegistryError):
-    """The registry takes no new requests because it is being shut down."""
+    """The registry is shutting down and takes no new requests."""
 
     code = "shutting_down"
     http_status = 503
@@ -186,7 +185,7 @@ class ShuttingDown(RegistryError):
 
 
 class RegistryUnavailable(RegistryError):
-    """The registry actor does not answer (yet); Ray restarts it."""
+    """The registry actor does not answer, e.g. because Ray is restarting it."""
 
     code = "registry_unavailable"
     http_status = 503
@@ -201,7 +200,7 @@ class RegistryUnavailable(RegistryError):
 
 
 class InternalError(RegistryError):
-    """Something failed that should not: a bug of ours. The log has the whole story."""
+    """A bug in this project. The log has the details."""
 
     code = "internal_error"
 
@@ -242,7 +241,7 @@ class StoreUnavailable(RegistryError):
 
 
 class NoCredentials(RegistryError):
-    """A prompt came to the root of the registry without the token of a lease, or with one that can't be read."""
+    """A prompt to the root of the registry has no lease token, or one that can't be read."""
 
     code = "no_credentials"
     http_status = 401
@@ -255,7 +254,7 @@ class NoCredentials(RegistryError):
 
 
 class NoSuchLease(RegistryError):
-    """The URL carries a token that was never handed out."""
+    """The URL contains an unknown lease token."""
 
     code = "no_such_lease"
     http_status = 403
@@ -279,7 +278,7 @@ class LeaseEnded(RegistryError):
 
 
 class EngineStartFailed(RegistryError):
-    """vLLM could not start the LLM. ``permanent``: the same LLM fails everywhere in the same way."""
+    """vLLM could not start the LLM. ``permanent``: it would fail the same way on every machine."""
 
     code = "engine_start_failed"
     http_status = 502
@@ -293,7 +292,7 @@ class EngineStartFailed(RegistryError):
 
 
 class EngineNotReady(RegistryError):
-    """The lease is good, but its LLM is not running at the moment (being restarted)."""
+    """The lease is valid, but its LLM is not running at the moment (e.g. it is being restarted)."""
 
     code = "engine_not_ready"
     http_status = 503
@@ -308,7 +307,7 @@ class EngineNotReady(RegistryError):
 
 
 class TooManyPrompts(RegistryError):
-    """As many prompts as allowed are in flight on this wrapper."""
+    """The limit of prompts in flight on this wrapper is reached."""
 
     code = "too_many_prompts"
     http_status = 429
@@ -323,7 +322,7 @@ class TooManyPrompts(RegistryError):
 
 
 class BudgetUsed(RegistryError):
-    """A lease has used up what it may: its prompts and its idle time together."""
+    """A lease has used up its budget, idle time included."""
 
     code = "budget_used"
     http_status = 429
@@ -340,7 +339,7 @@ class BudgetUsed(RegistryError):
 
 
 class RegistryUnheard(RegistryError):
-    """The lease may be good, but its wrapper has not heard so from the registry for too long."""
+    """The lease may be valid, but its wrapper has not heard from the registry for too long."""
 
     code = "registry_unheard"
     http_status = 503
@@ -355,7 +354,7 @@ class RegistryUnheard(RegistryError):
 
 
 class StaleEpoch(RegistryError):
-    """A command to a wrapper is older than one that it has already taken."""
+    """A command to a wrapper is older than one that it has already accepted."""
 
     code = "stale_epoch"
     http_status = 409
@@ -384,7 +383,7 @@ class WrapperUnreachable(RegistryError):
 
 
 class WrapperUnheard(WrapperUnreachable):
-    """A wrapper did not answer in time, and nothing can be concluded: the way to it is being mended."""
+    """A wrapper did not answer in time, but may be well: the connection to it is being restored."""
 
     code = "wrapper_unheard"
 

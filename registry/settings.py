@@ -1,7 +1,7 @@
 """Settings: one YAML file, overridden by the environment, as one frozen object.
 
-``GREENPROMPT_<SECTION>__<FIELD>`` overrides a field, e.g. ``GREENPROMPT_HTTP__PORT=8001``. An unknown or
-unusable field is an error that names it. Relative paths are relative to the current directory.
+``GREENPROMPT_<SECTION>__<FIELD>`` overrides a field, e.g. ``GREENPROMPT_HTTP__PORT=8001``. An unknown or invalid field
+is an error that names it. Relative paths are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ __all__ = ["EnergySettings", "Settings", "differing", "forwarded_environment", "
 LONGEST_MONTH_DAYS = 31
 
 MOST_PROBLEMS = 8
-"""How many problems of a configuration are told at once."""
+"""Maximum number of a configuration's problems in one error."""
 
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
-"""Read in capital and in small letters."""
+"""Proxy variables, in upper or lower case."""
 
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-"""Where the certificates lie that a client trusts."""
+"""Variables with the paths of trusted certificates."""
 
 
 class HTTPSettings(Section):
-    """Where the ingress and the wrappers are reached."""
+    """How the ingress and the wrappers are reached over HTTP."""
 
     host: str = Field("127.0.0.1", description="Interface that Serve's proxy listens on")
     port: int = Field(8000, ge=1, le=65535)
@@ -48,7 +48,7 @@ class HTTPSettings(Section):
 
     @model_validator(mode="after")
     def _haproxy_and_ipv6(self) -> HTTPSettings:
-        # Serve 2.60 writes IPv6 addresses without brackets where it asks HAProxy whether it is there.
+        # Serve 2.60 omits the brackets of IPv6 addresses in its health check of HAProxy.
         if self.haproxy and ":" in self.host:
             raise ValueError("host can't be an IPv6 address with HAProxy: use 127.0.0.1 or 0.0.0.0, or haproxy: false")
         return self
@@ -63,7 +63,7 @@ class HTTPSettings(Section):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("needs a scheme and a host, as in http://head.example:8000")
-        if parts.port == 0:  # to ask for it raises ValueError where it is none
+        if parts.port == 0:  # reading an invalid port raises ValueError
             raise ValueError("port 0 can't be reached")
         if parts.username is not None:
             raise ValueError("must have no user name: clients are handed it with their own")
@@ -73,7 +73,7 @@ class HTTPSettings(Section):
 
 
 class RaySettings(Section):
-    """The Ray cluster: of our own (address null), or one that runs."""
+    """The Ray cluster: a local one of our own (address null), or a running one."""
 
     address: str | None = Field(None, description="Address of a running cluster, or 'auto'; null starts a local one")
     dashboard_port: int | None = Field(
@@ -83,7 +83,7 @@ class RaySettings(Section):
 
 
 class WrapperSettings(Section):
-    """How wrappers are laid over machines, and their limits."""
+    """How many wrappers a machine has, and their limits."""
 
     per_machine: int = Field(1, ge=1, le=64)
     on_head: bool = Field(True, description="Whether the head of the Ray cluster is an LLM Machine, too")
@@ -150,7 +150,7 @@ class ModelSettings(Section):
 
 
 class LeaseSettings(Section):
-    """How long leases last, and what becomes of the prompts that are in flight when one expires."""
+    """How long leases last, and what happens to prompts in flight when one expires."""
 
     max_s: float = Field(3600, gt=0)
     idle_s: float = Field(600, gt=0)
@@ -161,7 +161,7 @@ class LeaseSettings(Section):
 
 
 class QueueSettings(Section):
-    """How requests wait."""
+    """Limits and weights of the queue."""
 
     max_queued: int = Field(100_000, ge=1)
     max_queued_per_tenant: int = Field(100_000, ge=1)
@@ -175,7 +175,7 @@ class QueueSettings(Section):
 
 
 class MeasurementSettings(Section):
-    """What holds for measurements, beyond their single leases."""
+    """Settings of whole measurements."""
 
     sticky_s: float = Field(
         600,
@@ -186,7 +186,7 @@ class MeasurementSettings(Section):
 
 
 class WatchSettings(Section):
-    """How closely wrappers and machines are watched, seconds."""
+    """How often wrappers and machines are checked; times in seconds."""
 
     period_s: float = Field(1.0, gt=0)
     report_timeout_s: float = Field(5.0, gt=0)
@@ -194,27 +194,27 @@ class WatchSettings(Section):
 
 
 class MachineLLM(Section):
-    """An LLM that is deployed on a machine at start. ``machine`` ``*`` means every machine."""
+    """An LLM that is deployed on a machine at start. ``machine``: an id, or ``*`` for every machine."""
 
     machine: str = "*"
     llm: LLMConfig
 
 
 class TenantBudget(Section):
-    """What a tenant may use in a calendar month (UTC): leases from hand-over to release, and starts of LLMs for it."""
+    """A tenant's budget per calendar month (UTC) for its leases (hand-over to release) and the starts of its LLMs."""
 
     max_joules_per_month: float | None = Field(None, gt=0)
     max_gco2eq_per_month: float | None = Field(None, gt=0)
 
 
 class BudgetSettings(Section):
-    """Limits on what is used; warned of above 80 %, and new requests are refused above 100 %."""
+    """Budgets of tenants. From 80 % on, answers contain a warning; from 100 % on, new requests are refused."""
 
     tenants: dict[TenantName, TenantBudget] = Field({})
 
 
 class Settings(BaseSettings):
-    """Everything an operator can choose."""
+    """All settings."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -253,7 +253,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment goes before the file; nothing else is read."""
+        """Use the environment first, then the file, and nothing else."""
         return StrictVariables(settings_cls), init_settings
 
     @field_validator("state_dir", "cache_dir")
@@ -263,7 +263,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fence_behind_the_watch(self) -> Settings:
-        # A wrapper is asked anew after each report that it missed: none is to shut its gate before it has failed.
+        # A wrapper must not refuse prompts (fence) before it counts as failed, after ``failures`` missed reports.
         watch = self.watch
         least_s = watch.failures * (watch.period_s + watch.report_timeout_s)
         if self.wrappers.fence_s < least_s:
@@ -283,18 +283,18 @@ class Settings(BaseSettings):
 
     @property
     def base_url(self) -> str:
-        """Base URL of the ingress as clients see it, without a slash at the end."""
+        """Base URL of the ingress for clients, without a trailing slash."""
         return (self.http.public_url or f"http://{url_host(self.http.host)}:{self.http.port}").rstrip("/")
 
     @property
     def store_url(self) -> str:
         """SQLAlchemy URL of the registry's database."""
-        # % and ? of a path would be read as an escape and as the begin of a query.
+        # In a URL, % and ? of a path would mean an escape and a query.
         return self.database_url or f"sqlite:///{quote(str(self.state_dir / 'registry.db'))}"
 
     @property
     def limits(self) -> Limits:
-        """The part that the allocator decides by."""
+        """The settings that the allocator needs."""
         return Limits(
             lease_max_s=self.leases.max_s,
             lease_idle_s=self.leases.idle_s,
@@ -307,7 +307,7 @@ class Settings(BaseSettings):
 
 
 def differing(one: BaseModel, other: BaseModel) -> list[str]:
-    """Names of the fields that are not the same in two settings of one class, with a dot below a section."""
+    """Return the names of the fields that differ in two settings of one class: ``section.field``."""
     names = []
     for name in type(one).model_fields:
         a, b = getattr(one, name), getattr(other, name)
@@ -322,12 +322,12 @@ def load_settings(path: Path, **overrides: Any) -> Settings:
     """Read a configuration file.
 
     Args:
-        path: YAML file; an empty one means all defaults.
+        path: YAML file; empty: all defaults.
         overrides: top-level sections or fields that replace those of the file (merged one level deep).
 
     Raises:
-        BadSettings: the file can't be read, is not YAML, or has an unknown or unusable field; or a variable of the
-            environment has; or the current directory is gone. The text names the field, and where it is from.
+        BadSettings: the file can't be read or is not YAML; the file or the environment has an unknown or invalid field;
+            or the current directory does not exist. The text names the field and its source.
     """
     try:
         Path.cwd()
@@ -352,7 +352,7 @@ def _read(path: Path) -> dict[Any, Any]:
     except OSError as error:
         raise BadSettings(str(path), f"can't be read ({error.strerror})") from error
     except yaml.MarkedYAMLError as error:
-        # Not its whole text, which quotes the line: that may hold the database's password.
+        # The error's own text quotes the line, which may contain the database's password.
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise BadSettings(str(path), f"is not YAML: {error.problem}, in line {line}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -365,7 +365,7 @@ def _read(path: Path) -> dict[Any, Any]:
 
 
 def _unusable(path: Path, error: ValidationError) -> BadSettings:
-    """What pydantic has found, with its fields, and the variables or the file that the values are from."""
+    """Convert pydantic's errors to one BadSettings, with the fields and their sources."""
     problems = []
     for each in error.errors():
         where = each["loc"][:-1] if each["type"] == "missing" else each["loc"]
@@ -374,7 +374,7 @@ def _unusable(path: Path, error: ValidationError) -> BadSettings:
 
 
 def _source(path: Path, field: Sequence[int | str]) -> str:
-    """Where the value of a field is from: the variable, or the file with the variables that set parts of it."""
+    """Return the source of a field's value: a variable, or the file and the variables that set parts of it."""
     names = [str(part) for part in field]
     for name, parts in variables(os.environ):
         if names[: len(parts)] == parts:
@@ -396,7 +396,7 @@ def _in_our_words(kind: str, field: Sequence[int | str], message: str) -> str:
 
 
 def _all_of(problems: Sequence[tuple[str, str]]) -> BadSettings:
-    """One error for (source, problem), which names the first MOST_PROBLEMS of them."""
+    """Return one error for all (source, problem); its text contains the first MOST_PROBLEMS."""
     (source, said), *others = problems[:MOST_PROBLEMS]
     said = "; ".join([said, *(problem if other == source else f"{other}: {problem}" for other, problem in others)])
     more = len(problems) - MOST_PROBLEMS
@@ -404,12 +404,12 @@ def _all_of(problems: Sequence[tuple[str, str]]) -> BadSettings:
 
 
 def _require_known(path: Path, data: dict[Any, Any]) -> None:
-    """Refuse sections that there are not in the file, empty texts, and variables that can't be settings.
+    """Refuse unknown sections and empty texts in the file, and variables that are no valid settings.
 
-    Pydantic would take some names of the file for arguments of its own.
+    Pydantic would treat some section names as its own arguments.
 
     Raises:
-        BadSettings: with the names of all of them.
+        BadSettings: names these sections, fields and variables.
     """
     there = f"there is no such section; there are {', '.join(Settings.model_fields)}"
     problems = [(str(path), f"{key}: {there}") for key in data if key not in Settings.model_fields]
@@ -420,12 +420,12 @@ def _require_known(path: Path, data: dict[Any, Any]) -> None:
 
 
 def url_host(host: str) -> str:
-    """A host as it stands in a URL: IPv6 addresses in brackets."""
+    """Return a host as in a URL: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def _absolute(path: Path) -> Path:
-    """The path as seen from the current directory, ``~`` resolved: the parts run with other current directories."""
+    """Return the absolute path, with ``~`` resolved: other processes have other current directories."""
     if "\0" in str(path):
         raise ValueError("a path can't have the character 0 in it")
     try:
@@ -435,9 +435,9 @@ def _absolute(path: Path) -> Path:
 
 
 def forwarded_environment() -> dict[str, str]:
-    """Variables that a Ray worker needs to load models as the operator's own shell would.
+    """Return the variables that Ray workers need to load models as in the operator's shell.
 
-    Those of proxies and certificates in all their spellings: each program reads others.
+    Proxy variables are included in every spelling, since programs read different ones.
     """
     prefixes = ("HF_", "HUGGING_FACE_", "VLLM_", "TRANSFORMERS_", "OMP_", "CUDA_DEVICE_ORDER")
     return {

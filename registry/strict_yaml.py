@@ -1,7 +1,7 @@
-"""Reads YAML and JSON files that people write, and refuses what can be read in two ways.
+"""Reads YAML and JSON written by people, and refuses ambiguous values.
 
-YAML 1.1, which PyYAML reads, takes ``NO`` for false, ``010`` for eight and ``1:30`` for ninety. Each is an error here
-that says what to write. So is a key that is there twice. Dates are texts, and ``1e-1`` is a number.
+PyYAML follows YAML 1.1, in which ``NO`` is false, ``010`` is eight and ``1:30`` is ninety. Here each is an error that
+says what to write, and so is a duplicate key. Dates are text, and ``1e-1`` is a number.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _REFUSED: Final[tuple[tuple[str, str, str], ...]] = (
         "write the number in plain digits, or put it in quotes",
     ),
 )
-"""(pattern, first characters, remedy) of plain values that versions of YAML read in different ways."""
+"""(pattern, first characters, remedy) of plain values that YAML versions interpret differently."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, stricter."""
+    """A stricter version of PyYAML's safe loader."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping. Raises MarkedYAMLError for a key that is there twice."""
+        """Build a mapping. Raises MarkedYAMLError for a duplicate key."""
         seen = set()
         for key_node, _ in node.value:
             key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
@@ -47,7 +47,7 @@ def _refuse(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> None:
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """PyYAML's table of plain values, without dates, with ours before its own."""
+    """Return PyYAML's resolvers of plain values, without dates, and with ours first."""
     table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items():
         table[first] = [kind for kind in kinds if kind[0] != "tag:yaml.org,2002:timestamp"]
@@ -68,13 +68,13 @@ def load_yaml(text: str) -> Any:
     """Read one YAML document as plain data; None for an empty one.
 
     Raises:
-        yaml.YAMLError: it is not YAML, holds more than data, or has an ambiguous value or a key twice. A problem that
-            has a line is a MarkedYAMLError, whose ``problem`` quotes no more than the value.
+        yaml.YAMLError: it is not YAML, contains more than plain data, an ambiguous value or a duplicate key. A problem
+            with a known line is a MarkedYAMLError, whose ``problem`` quotes only the value.
     """
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        # What PyYAML's constructors fail with, as for `!!int x`, a date 2024-13-01 with its tag, or deep nesting.
+        # Errors of PyYAML's constructors, e.g. for `!!int x`, a tagged date 2024-13-01, or deep nesting.
         raise yaml.YAMLError(f"a value can't be read: {str(error) or type(error).__name__}") from error
 
 
@@ -94,4 +94,4 @@ def _no_number(name: str) -> None:
 
 
 STRICT_JSON: Final = json.JSONDecoder(object_pairs_hook=_each_once, parse_constant=_no_number)
-"""Raises ValueError for what is not JSON to the letter (NaN), or has a key twice in one object."""
+"""Raises ValueError for text that is not strict JSON (e.g. NaN), and for duplicate keys in an object."""

@@ -1,1 +1,1 @@
-"""Sums and reports of what was used. Pure."""
+"""Sums and reports of energy and emissions. Pure."""

@@ -1,4 +1,4 @@
-"""What one energy window counts as in a figure: its joules, grams or seconds with their errors, and its units. Pure."""
+"""The contribution of an energy window to a figure: joules, grams or seconds with their errors, and units. Pure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from registry.accounting.window_report import WindowReport
 from registry.core.records import WindowKind
 
 ANSWERED: Final = (None, "answered")
-"""``status`` of prompts that have an answer; None: a record of an earlier version, which does not say."""
+"""``status`` of prompts that have an answer; None: a record of an earlier version, which has no status."""
 
 
 class Amount(NamedTuple):
     """Joules, grams or seconds of a window, with their bounds; None: not known.
 
-    By its error of the same sign in all windows the truth is less by up to ``less``, or more by up to ``more``.
+    ``less`` and ``more``, ≥ 0: by how much the true value may be lower or higher because of systematic errors, which
+    have the same sign in all windows.
     """
 
     value: float
@@ -30,20 +31,20 @@ AmountOf = Callable[[WindowReport], Amount | None]
 UnitsOf = Callable[[WindowReport], float | None]
 
 _Errors = tuple[float | None, float | None]
-"""How much less, and how much more, the truth may be."""
+"""By how much the true value may be lower, and higher; None: not known."""
 
 
 def joules_of(window: WindowReport) -> Amount | None:
-    """Return the energy."""
+    """Return the energy, J; None if not known."""
     if window.joules is None:
         return None
     return Amount(window.joules, window.low_j, window.high_j, *_systematic_j(window))
 
 
 def _systematic_j(window: WindowReport) -> _Errors:
-    """Return the part of the error that a mean keeps, which is not more than the bounds allow on each side.
+    """Return the systematic error (lower, higher), J, which averaging does not reduce; at most up to the bounds.
 
-    Where a record does not say it, all of the error may be kept.
+    If a record does not state it, the whole error counts as systematic.
     """
     distances = _distances(window.joules, window.low_j, window.high_j)
     if window.systematic_j is None:
@@ -53,10 +54,10 @@ def _systematic_j(window: WindowReport) -> _Errors:
 
 
 def operational_of(window: WindowReport) -> Amount | None:
-    """Return the emissions of the energy. The error of the grid's factor has the same sign in all windows.
+    """Return the operational emissions, gCO2eq; None if not known. The grid intensity's error is systematic.
 
     Both factors may be wrong at once: E * I is at least (E - dE) * (I - dI), and at most (E + dE) * (I + dI).
-    Without joules, as of a prompt that was refused while others were in flight, all of the error is kept.
+    Without joules (e.g. a prompt refused while others were in flight) the whole error counts as systematic.
     """
     if window.o_g is None:
         return None
@@ -74,7 +75,7 @@ def operational_of(window: WindowReport) -> Amount | None:
 
 
 def embodied_of(window: WindowReport) -> Amount | None:
-    """Return the embodied emissions, of which all error has the same sign in all windows."""
+    """Return the embodied emissions, gCO2eq; None if not known. Their whole error is systematic."""
     if window.m_g is None:
         return None
     errors = _distances(window.m_g, window.m_low_g, window.m_high_g)
@@ -82,7 +83,7 @@ def embodied_of(window: WindowReport) -> Amount | None:
 
 
 def grams_of(window: WindowReport) -> Amount | None:
-    """Return operational and embodied emissions together."""
+    """Return operational plus embodied emissions, gCO2eq; None if one is not known."""
     o_g, m_g = operational_of(window), embodied_of(window)
     if o_g is None or m_g is None:
         return None
@@ -91,29 +92,29 @@ def grams_of(window: WindowReport) -> Amount | None:
 
 
 def seconds_of(window: WindowReport) -> Amount:
-    """Return the time from begin to end."""
+    """Return the duration, s, without error."""
     return Amount(window.seconds, window.seconds, window.seconds, 0.0, 0.0)
 
 
 def _distances(value: float | None, low: float | None, high: float | None) -> _Errors:
-    """Return how far a value is from its bounds; None if they are not known."""
+    """Return the distances, ≥ 0, of a value from its bounds; (None, None) if one is not known."""
     if value is None or low is None or high is None:
         return None, None
     return max(0.0, value - low), max(0.0, high - value)
 
 
 def tokens_of(window: WindowReport) -> float | None:
-    """Return the output tokens."""
+    """Return the number of output tokens, None if not known."""
     return window.output_tokens
 
 
 def answers_of(window: WindowReport) -> float:
-    """Return how many answers it is: 1 or 0."""
+    """Return the number of answers: 1 or 0."""
     return 1.0 if window.status in ANSWERED else 0.0
 
 
 def units_in(unit: str | None) -> UnitsOf:
-    """Return the units of a window; None where it has none in this unit. Idle time has no units, which is known."""
+    """Return a function for the units of a window: None if not known in this unit, 0 for idle windows."""
 
     def units(window: WindowReport) -> float | None:
         if window.kind == WindowKind.IDLE:
@@ -124,6 +125,6 @@ def units_in(unit: str | None) -> UnitsOf:
 
 
 def unit_of(windows: Sequence[WindowReport]) -> str | None:
-    """Return the functional unit of these windows, None if it is not always the same."""
+    """Return the functional unit of these windows, None if there is none or more than one."""
     units = {window.unit for window in windows if window.unit is not None}
     return units.pop() if len(units) == 1 else None

@@ -1,30 +1,28 @@
 """Estimates an amount per unit (joules per token …) and its 95 % interval from single prompts. Pure.
 
-**What is estimated.** The total amount over the total units: the expectation over prompts of this
-kind, and over leases of this LLM on this machine. ``value`` is the ratio of the sums, not the mean
-of the ratios: long answers count for more, as they do on the electricity bill.
+**What is estimated.** The total amount over the total units, as expected for prompts of this kind and leases of this
+LLM on this machine. ``value`` is the ratio of the sums, not the mean of the ratios: long answers weigh more, as they do
+on the electricity bill.
 
-**The interval.** Prompts differ, and so do leases (temperature, clock rates, placement). Each lease
-asks the same prompts, so answers are not independent: they are summed up by prompt and, once more,
-by lease. Each of the two sets of sums gives a variance of ``value``, and each variance has a
-Student's t with its own degrees of freedom. Half the width of the interval is ``sqrt((t_prompts ·
-s_prompts)² + (t_leases · s_leases)²)``, which covers at least 95 % of normal deviations whatever
-the two variances are. On top of it come three corrections, because prompts are skewed:
+**The interval.** Prompts differ, and so do leases (temperature, clock rates, placement). Every lease asks the same
+prompts, so answers are not independent. They are therefore summed in two ways: by prompt and by lease. Each gives a
+variance of ``value``, and a Student's t with its own degrees of freedom. Half the width of the interval is
+``sqrt((t_prompts · s_prompts)² + (t_leases · s_leases)²)``, which covers at least 95 % of normal deviations whatever
+the two variances are. Three corrections follow, because prompts are skewed:
 
-* The degrees of freedom are those of the *effective* number of prompts: ten of which one is as long
-  as the others together are effectively four.
+* The degrees of freedom come from the *effective* number of prompts: ten prompts of which one is as long as the others
+  together count as four.
 * The side to which the prompts are skewed is widened by Johnson's term.
 * The interval is symmetric in the logarithm, so it never contains an amount below 0.
 
-**Systematic errors** have the same sign in all samples, so that no number of samples makes them smaller. They may be
-larger on one side: energy that was not measured well is still not less than its lower bound. The interval goes from
-the low end that it would have if every amount was too high by all of its systematic error, to the high end that it
-would have if every amount was too low by all of it. So it starts at 0 only if the amounts may be 0.
+**Systematic errors** have the same sign in all samples, so more samples don't reduce them. They may be larger on one
+side: energy that was measured badly still has its lower bound. The interval's low end is the one it would have if every
+amount were too high by its whole systematic error; its high end, if every amount were too low. So it starts at 0 only
+if the amounts may be 0.
 
-Nothing is drawn by chance: equal samples, in any order, give equal digits.
+The result is deterministic: equal samples, in any order, give equal digits.
 
-``docs/measurements.md`` shows how often the interval contains the truth, and the limits below are
-read off there.
+``docs/measurements.md`` shows how often the interval contains the true value; the limits below come from there.
 
 Source: S. Banerjee, "Approximate confidence interval for linear functions of means of k populations
 when the population variances are not equal", Sankhyā A 22 (1960), for the sum of two t's; N. J.
@@ -41,24 +39,22 @@ from statistics import median
 from typing import Final
 
 MIN_PROMPTS: Final = 10
-"""Fewest prompts with an interval: with fewer, some contain the truth in less than 93 % of cases."""
+"""Minimum number of prompts for an interval: with fewer, it may contain the true value in less than 93 % of cases."""
 
 MIN_LEASES: Final = 2
-"""Fewest leases with an interval: one lease says nothing about how leases differ."""
+"""Minimum number of leases for an interval: one lease does not show how leases differ."""
 
 _SKEW_WEIGHT: Final = 1.5
-"""Factor of Johnson's term. 1 is right for the true skewness, but few prompts show too little of it."""
+"""Factor of Johnson's term. 1 would be right for the true skewness, but few prompts underestimate it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one prompt cost: an ``amount`` (joules, grams, seconds …) for its ``units`` (tokens …).
+    """The ``amount`` ≥ 0 (joules, grams, seconds …) and the ``units`` ≥ 0 (tokens …) of one prompt.
 
-    ``lease`` and ``prompt`` say which answers belong together: the same text has the same name in
-    every lease. ``amount`` and ``units`` are 0 or more. The amount of a prompt with 0 units (refused,
-    cut off) is added like any other. By an error that has the same sign in all samples, the true amount
-    may be less by up to ``systematic_low`` (what is less than 0 counts as 0), or more by up to ``systematic_high``;
-    both are 0 or more.
+    ``lease`` and ``prompt`` group the samples: the same text has the same ``prompt`` in every lease. The amount of a
+    prompt with 0 units (refused, cut off) is added like any other. ``systematic_low``, ``systematic_high``, ≥ 0: by how
+    much the true amount may be lower (but not below 0) or higher because of errors with the same sign in all samples.
     """
 
     lease: str
@@ -71,13 +67,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """An amount per unit with its 95 % interval ``low`` to ``high``; None where it is not known.
+    """An amount per unit with its 95 % interval ``low`` to ``high``; None: not known.
 
-    ``n`` samples of so many prompts and leases. ``value``, the headline, is the ratio of the sums.
-    ``mean_of_ratios``, ``median`` and ``stdev`` (n - 1) are those of the single ratios, of samples
-    with units. ``statistical_low`` and ``statistical_high`` are the interval of the amounts as they are, ``low`` and
-    ``high`` that with systematic errors: because of these alone ``value`` may be less by ``systematic_low``, or more by
-    ``systematic_high``. Without an interval ``too_few`` says why.
+    ``n``, ``prompts``, ``leases``: number of samples, and of their prompts and leases. ``value``: ratio of the sums.
+    ``mean_of_ratios``, ``median``, ``stdev`` (n - 1): of the ratios of single samples with units. ``low``, ``high``
+    include systematic errors; ``statistical_low``, ``statistical_high`` do not. ``systematic_low``,
+    ``systematic_high``: by how much ``value`` may be too high or too low because of systematic errors alone.
+    ``too_few``: why there is no interval.
     """
 
     n: int
@@ -98,7 +94,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _Sum:
-    """The samples of one prompt, or of one lease, added up."""
+    """The sum of the samples of one prompt, or of one lease."""
 
     amount: float
     units: float
@@ -107,10 +103,10 @@ class _Sum:
 def estimate(samples: Sequence[Sample]) -> Estimate:
     """Estimate the amount per unit.
 
-    Samples may be missing: not every lease has to ask every prompt. Takes some 0.3 s for 50,000.
+    Not every lease has to ask every prompt. Takes some 0.3 s for 50,000 samples.
 
     Raises:
-        ValueError: if an amount, a number of units or a systematic error is below 0 or not finite.
+        ValueError: an amount, a number of units or a systematic error is below 0 or not finite.
     """
     if not all(0 <= each < inf for s in samples for each in (s.amount, s.units, s.systematic_low, s.systematic_high)):
         raise ValueError("amounts, units and systematic errors must be finite, and 0 or more")
@@ -147,7 +143,7 @@ def estimate(samples: Sequence[Sample]) -> Estimate:
 
 
 def _groups(names: Iterable[str]) -> list[list[int]]:
-    """Return which samples have the same name."""
+    """Return the positions of the samples, grouped by name."""
     groups: dict[str, list[int]] = {}
     for at, name in enumerate(names):
         groups.setdefault(name, []).append(at)
@@ -155,19 +151,19 @@ def _groups(names: Iterable[str]) -> list[list[int]]:
 
 
 def _sums(samples: Sequence[Sample], amounts: Sequence[float], groups: Iterable[Sequence[int]]) -> list[_Sum]:
-    """Return the sums of groups, with these amounts in place of the samples' own."""
+    """Return the sums of the groups, with ``amounts`` in place of the samples' own."""
     return [_Sum(fsum(amounts[at] for at in group), fsum(samples[at].units for at in group)) for group in groups]
 
 
 def _too_few(prompts: Sequence[_Sum], leases: Sequence[_Sum]) -> str | None:
-    """Return why there is no interval. A prompt or lease without any units is not counted."""
+    """Return why there is no interval, None if there is one. Prompts and leases without units are not counted."""
     counts = (("prompts", prompts, MIN_PROMPTS), ("leases", leases, MIN_LEASES))
     known = [(name, sum(each.units > 0 for each in sums), least) for name, sums, least in counts]
     return "; ".join(f"too few {name}: {n} (at least {least})" for name, n, least in known if n < least) or None
 
 
 def _interval(prompts: Sequence[_Sum], leases: Sequence[_Sum]) -> tuple[float, float]:
-    """Return the 95 % interval, from the sums of the same samples, with units, by prompt and by lease."""
+    """Return the 95 % interval, from the sums of the same samples by prompt and by lease."""
     value = fsum(each.amount for each in prompts) / fsum(each.units for each in prompts)
     if not value:
         return 0.0, 0.0
@@ -182,20 +178,20 @@ def _interval(prompts: Sequence[_Sum], leases: Sequence[_Sum]) -> tuple[float, f
     of_leases = _lease_error(value, leases)
     down = sqrt(((t + widened) if skewness < 0 else t) ** 2 * variance + of_leases**2)
     up = sqrt(((t + widened) if skewness > 0 else t) ** 2 * variance + of_leases**2)
-    return value * exp(-down), value * exp(min(up, 500.0))  # a float ends at e^709
+    return value * exp(-down), value * exp(min(up, 500.0))  # floats overflow at e^709
 
 
 def _deviations(value: float, sums: Sequence[_Sum]) -> list[float]:
-    """Return what each of the sums adds to ``value`` beyond its share of the units, as a part of it."""
+    """Return each sum's amount beyond its share of the units, relative to the total amount."""
     amount = fsum(each.amount for each in sums)
     return [(each.amount - value * each.units) / amount for each in sums]
 
 
 def _lease_error(value: float, leases: Sequence[_Sum]) -> float:
-    """Return t times the relative standard error that differences between leases give ``value``.
+    """Return t times the relative standard error of ``value`` that comes from differences between leases.
 
-    The variance is unbiased for leases of any size (one that was aborted weighs little) whose
-    amounts per unit have the same variance. For equal leases its factor is n / (n - 1).
+    The variance is unbiased for leases of any size (an aborted one weighs little) if their amounts per unit have the
+    same variance. For equal leases its factor is n / (n - 1).
     """
     units = fsum(lease.units for lease in leases)
     weights = [lease.units / units for lease in leases]
@@ -207,7 +203,7 @@ def _lease_error(value: float, leases: Sequence[_Sum]) -> float:
 
 
 def _effective(sizes: Sequence[float]) -> float:
-    """Return the number of equal parts that are as uneven as these: n if all are equal, 1 if one is all.
+    """Return the effective number of parts: n if all are equal, 1 if one part is everything.
 
     For example 3.6 for one part of 9 and nine parts of 1: 18² / (81 + 9).
     """
@@ -240,7 +236,7 @@ def student_975(degrees: float) -> float:
     half = sqrt(pi) / 2 * exp(lgamma(degrees / 2) - lgamma((degrees + 1) / 2))
     wanted = 0.95 * half
     angle, change = 0.0, 1.0
-    while change > 1e-7 * angle:  # the change after such a one would be about its square
+    while change > 1e-7 * angle:  # convergence is quadratic: the next change would be about the square of this one
         step = angle / 64
         inner = [cos(k * step) ** power for k in range(65)]
         area = step / 3 * (inner[0] + 4 * fsum(inner[1:64:2]) + 2 * fsum(inner[2:64:2]) + inner[64])

@@ -1,6 +1,6 @@
-"""Energy windows → the figures of an LLM on a machine, with their intervals. Pure.
+"""Computes the figures of an LLM on a machine, with their intervals, from energy windows. Pure.
 
-`greenprompt measure` and the report make their figures here, of the same windows: both say the same digits.
+Both `greenprompt measure` and the report use this module, so their digits agree.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from registry.core.records import WindowKind
 NOT_ALLOWED: Final = "estimates_not_allowed"
 
 WARMUP_INSIDE: Final = "warmup_inside"
-"""Flag of a counted stretch in which a warm-up was in flight: the counters have read its joules, too."""
+"""Flag of a counted stretch with a warm-up in flight: its joules are in the counters' readings too."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownPart:
-    """What is known of a figure's windows, also where that is not enough for a value: so many of so many windows.
+    """The known part of a figure: ``windows`` of its ``of`` windows. It may exist even if the figure has no value.
 
-    ``amount`` is in joules or gCO2eq, as in the unit of the figure; ``joules`` is None if one of them has none.
+    ``amount`` is in the numerator of the figure's unit (J, gCO2eq or s); ``joules`` is None if a window has none.
     """
 
     windows: int
@@ -52,12 +52,12 @@ class KnownPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure(Estimate):
-    """An estimate with what is needed to cite it.
+    """An estimate with everything needed to cite it.
 
-    ``bound_low`` and ``bound_high`` enclose the value of these very windows, whatever their counters and factors have
-    done; None if not known. ``label`` is the worst of what is in it. ``left_out`` windows are not: their amount or
-    their units are not known; ``reason`` says why, also of a value that is not known at all. ``known`` is then the part
-    that is known: the sum of the windows that may be told.
+    ``bound_low``, ``bound_high``: hard bounds of the value of exactly these windows, whatever the errors of counters
+    and factors; None if not known. ``label``: the worst label of its windows. ``left_out``: number of windows whose
+    amount or units are not known. ``reason``: why windows are left out, or why there is no value. ``known``: sum of the
+    windows that may be shown.
     """
 
     unit: str
@@ -71,11 +71,11 @@ class Figure(Estimate):
 
 @dataclass(frozen=True, slots=True)
 class BatchFigures:
-    """What the counted stretches of leases cost: each read as one window of the counters, without shares.
+    """Figures of the leases' counted stretches, each read from the counters as one window, without sharing.
 
-    A stretch goes from the begin of the first prompt after the warm-up to the end of the last one. ``in_flight_max``
-    and ``in_flight_mean`` say how many prompts were answered at once. ``flags`` say how many stretches have which. No
-    figure has a value if a warm-up was in flight in a stretch.
+    A stretch lasts from the start of the first prompt after the warm-up to the end of the last prompt.
+    ``in_flight_max``, ``in_flight_mean``: number of prompts answered at the same time. ``flags``: number of stretches
+    with each flag. The figures have no value if a warm-up was in flight during a stretch.
     """
 
     leases: int
@@ -91,11 +91,11 @@ class BatchFigures:
 
 @dataclass(frozen=True, slots=True)
 class MachineFigures:
-    """What an LLM's prompts cost on one machine. Warm-ups are counted, and are in no figure but ``with_idle``.
+    """Figures of an LLM's prompts on one machine. Warm-ups are excluded from all figures but ``with_idle``.
 
-    ``operational_per_unit`` and ``embodied_per_unit`` are the two parts of ``gco2eq_per_unit``.
-    ``unmarked`` prompts don't say whether they are a warm-up, and count. ``with_idle`` is gCO2eq per unit with the idle
-    time of the leases in it. ``batch`` is None without a finished lease.
+    ``warmups``: number of warm-ups. ``unmarked``: number of prompts that don't say whether they are warm-ups; they are
+    included. ``gco2eq_per_unit`` is ``operational_per_unit`` plus ``embodied_per_unit``. ``with_idle``: gCO2eq per unit
+    including the leases' idle time. ``batch``: None without a finished lease. ``flags``: number of prompts per flag.
     """
 
     machine: str | None
@@ -116,7 +116,7 @@ class MachineFigures:
 
 
 def figures_of(windows: Sequence[WindowReport]) -> tuple[MachineFigures, ...]:
-    """Return the figures of one LLM from all its windows, for each machine apart: machines are not averaged over."""
+    """Return the figures of one LLM from all its windows, one per machine: machines are not averaged."""
     by_machine: dict[str | None, list[WindowReport]] = {}
     for window in windows:
         by_machine.setdefault(window.machine, []).append(window)
@@ -149,14 +149,14 @@ def _of_machine(machine: str | None, windows: Sequence[WindowReport]) -> Machine
 
 
 def of_kind(windows: Iterable[WindowReport], kind: WindowKind) -> list[WindowReport]:
-    """Return the windows of a kind."""
+    """Return the windows of this kind."""
     return [window for window in windows if window.kind == kind]
 
 
 def why(
     windows: Sequence[WindowReport], lacks: Callable[[WindowReport], bool], what: str, noun: str = "windows"
 ) -> str | None:
-    """Return how many windows lack something, with their flags, in words; None if none does."""
+    """Return a text with the number of windows for which ``lacks`` is true and their flags; None if there are none."""
     holes = [window for window in windows if lacks(window)]
     if not holes:
         return None
@@ -171,7 +171,7 @@ def why(
 def _score(
     windows: Sequence[WindowReport], unit: str | None, names: Mapping[str, str], amount_of: AmountOf | None = None
 ) -> Figure:
-    """Return gCO2eq per functional unit. No value if the operator allows no estimates and there are some."""
+    """Return gCO2eq per functional unit. No value if a window is an estimate and the operator forbids estimates."""
     told, amount_of, units_of = f"gCO2eq/{unit or 'unit'}", amount_of or grams_of, units_in(unit)
     found = _figure(windows, told, amount_of, units_of, names, sci=True)
     refused = why(windows, lambda window: NOT_ALLOWED in window.flags, "are estimates, which are not allowed")
@@ -187,7 +187,7 @@ def _score(
 
 
 def _without_value(figure: Figure, reason: str) -> Figure:
-    """Return a figure that must not be cited, with the reason why not."""
+    """Return the figure with a reason in place of its values, which must not be cited."""
     return replace(
         figure,
         value=None,
@@ -217,9 +217,10 @@ def _figure(
     sci: bool = False,
     measured: bool = False,
 ) -> Figure:
-    """Return the amount per unit of these windows; ``names`` say which prompt each of them is.
+    """Return the amount per unit of these windows; ``names`` maps each window to its prompt.
 
-    The label is the windows' ``sci_method`` or that of their joules; ``measured``: it is no energy at all.
+    The label is the worst label of their joules, or with ``sci`` the worst ``sci_method``. ``measured``: the label is
+    ``measured``, because the amount is no energy.
     """
     known = []
     for window in windows:
@@ -285,7 +286,7 @@ def _reason(windows: Sequence[WindowReport], amount_of: AmountOf, units_of: Unit
 
 
 def _with_idle(windows: Sequence[WindowReport], unit: str | None) -> Figure:
-    """Return gCO2eq per functional unit of leases, each of which is one sample."""
+    """Return gCO2eq per functional unit with idle time; each lease is one sample."""
     held = held_windows(windows)
     figure = _score(held, unit, _lease_names(held))
     if figure.too_few is None or figure.leases >= MIN_PROMPTS:
@@ -315,9 +316,9 @@ def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:
 
 
 def _of_leases(figure: Figure, stretches: Sequence[WindowReport]) -> Figure:
-    """Return a figure of which each lease is one sample, with the reason for no interval in these words.
+    """Return a figure with one sample per lease, with ``too_few`` in terms of leases.
 
-    No value if a warm-up was in flight in a stretch: its joules are in it, and its tokens are not.
+    No value if a warm-up was in flight during a stretch: its joules are included, its tokens are not.
     """
     unclean = sum(WARMUP_INSIDE in stretch.flags for stretch in stretches)
     if unclean:
@@ -328,7 +329,7 @@ def _of_leases(figure: Figure, stretches: Sequence[WindowReport]) -> Figure:
 
 
 def _stretch(lease: WindowReport, counted: Mapping[str, Any]) -> WindowReport:
-    """Return the counted stretch of a lease as a window of its own."""
+    """Return the counted stretch of a lease as a window."""
     label, in_flight = counted["label"], counted.get("in_flight") or {}
     flags = set(counted.get("flags") or ())
     if label not in LABELS[:2] and NOT_ALLOWED in lease.flags:
@@ -361,7 +362,7 @@ def _stretch(lease: WindowReport, counted: Mapping[str, Any]) -> WindowReport:
 
 
 def _prompt_names(prompts: Sequence[WindowReport]) -> dict[str, str]:
-    """Return which prompt each window is of: the client's name of it, else its place among those of its lease."""
+    """Map each window to its prompt: the client's id, or else its position in its lease."""
     seen: Counter[str | None] = Counter()
     names = {}
     for prompt in sorted(prompts, key=lambda each: (each.begunAt, each.window)):

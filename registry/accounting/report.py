@@ -1,7 +1,7 @@
-"""The report of a measurement, in the shape of the Green Software Foundation's: score, boundary, methods … Pure.
+"""The report of a measurement, structured as the Green Software Foundation asks: score, boundary, methods … Pure.
 
-The records are the wire as it is (``GET /measurements/{id}/report``): names as in its JSON, times ISO 8601 UTC. What is
-not known is None, and a ``reason`` beside it says why. Energy is in joules, emissions in gCO2eq.
+The records have the shape of the JSON of ``GET /measurements/{id}/report``; times are ISO 8601 UTC. Unknown values are
+None, with a ``reason`` beside them. Energy is in joules, emissions in gCO2eq.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ SCOPE: Final = (
 COUNTED: Final = {"active": WindowKind.PROMPT} | {
     kind.value: kind for kind in (WindowKind.IDLE, WindowKind.LEASE, WindowKind.LOAD, WindowKind.WAKE)
 }
-"""Kinds of costs, by their names in a report. Lease is active and idle together; load and wake are apart."""
+"""Kinds of costs, by their names in a report. Lease is active plus idle, without load and wake."""
 
 CLOCK_S: Final = 0.1
-"""Shortest hole that is reported of a lease that has ended, seconds: its begin and end are read at two machines."""
+"""Shortest hole reported of an ended lease, s: its times are read from the clocks of two machines."""
 
 DRIFT: Final = 1e-4
-"""By this share of a lease the clocks of two machines may differ besides."""
+"""Allowed drift between these clocks, as a fraction of the lease's length; added to CLOCK_S."""
 
 RUNNING_S: Final = 1.0
 RUNNING_SHARE: Final = 0.01
-"""The same of a lease that runs, seconds or its share: some of its windows have not come yet."""
+"""The longer of both is the shortest hole reported of a running lease, whose latest windows have not arrived yet."""
 
 WRAPPER_DIED: Final = "wrapper_died"
 END_NOT_RECORDED: Final = "end_not_recorded"
@@ -46,14 +46,14 @@ _NOT_COVERED: Final = "_not_covered"
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What the windows of one kind cost together, as far as it is known; None where nothing of it is.
+    """Sum of the known cost of all windows of one kind; None if nothing is known.
 
-    ``missing`` windows, which took ``missing_s`` seconds together with the holes, have no known joules, and
-    ``missing_g`` no known emissions: with them it would be more. Of these ``missing_o`` lack those of their energy, and
-    ``missing_m`` their embodied ones; either may be known without the other.
-    ``lost``: some of it is in no window at all (`Hole`), so that joules and emissions are the known part, and no total.
-    ``low_j`` to ``m_high_g`` are the bounds of what is known. ``label`` is the worst of its joules. ``seconds`` is the
-    time that the windows had for their own, those with unknown joules included.
+    * ``seconds``: sum of the windows' shares of time, including those with unknown joules.
+    * ``low_j`` … ``m_high_g``: bounds of the known part. ``label``: worst label of the known joules.
+    * ``missing``: number of windows without known joules; ``missing_s``: seconds of these and of the holes.
+    * ``missing_g``: number of windows without known emissions; ``missing_o`` lack the operational, ``missing_m`` the
+      embodied ones, and a window may lack only one of the two.
+    * ``lost``: some time is in no window (`Hole`), so joules and emissions are only the known part, not a total.
     """
 
     windows: int
@@ -79,10 +79,10 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """Time of a lease that is in no window: what was used in it is lost.
+    """Time of a lease that is in no window: its energy is unknown.
 
-    ``reason``: ``wrapper_died``; ``end_not_recorded``: its wrapper died, or its last windows have not come yet;
-    ``windows_missing``: they were dropped.
+    ``reason``: ``wrapper_died``; ``end_not_recorded``: the wrapper died, or its last windows have not arrived yet;
+    ``windows_missing``: windows were dropped.
     """
 
     requestId: str
@@ -91,7 +91,7 @@ class Hole:
 
     @property
     def text(self) -> str:
-        """What is lost, in words."""
+        """Describes what is lost."""
         if self.seconds < CLOCK_S:
             return f"some of {self.requestId} may be in no window ({self.reason})"
         return f"{self.seconds:.3g} s of {self.requestId} are in no window ({self.reason})"
@@ -99,7 +99,7 @@ class Hole:
 
 @dataclass(frozen=True, slots=True)
 class Coefficient:
-    """A factor of the formula that was not measured here. ``source`` is where it is from, as the operator says it."""
+    """A factor of the formula that was not measured. ``source``: its origin, e.g. the operator's or a data set's."""
 
     name: str
     value: float | None
@@ -111,7 +111,7 @@ class Coefficient:
 
 @dataclass(frozen=True, slots=True)
 class LLMReport:
-    """One LLM with one set of arguments. ``figures`` are for each machine apart, as they don't compare."""
+    """One LLM with one set of arguments. ``figures``: one per machine, since machines don't compare."""
 
     llm: str
     requestIds: tuple[str, ...]
@@ -125,11 +125,11 @@ class LLMReport:
 class MeasurementReport:
     """Answer of GET /measurements/{measurementId}/report.
 
-    ``running`` are the requests whose lease has not ended: more of them will come. ``holes`` are what is lost.
-    ``windows`` are in no answer, as there may be many: GET /measurements/{measurementId}/windows has them, in pages.
-    ``boundary`` names the parts whose energy is inside, ``not_covered`` those that nothing counts. ``methods`` say of
-    E, I, M and R whether they are measured, modeled, sourced or unavailable, the worst of all windows. ``flags`` are
-    the measurement's own, ``window_flags`` say how many windows have which.
+    * ``running``: requests whose lease has not ended, so that more windows will come.
+    * ``windows``: empty in answers, as there may be many; GET /measurements/{measurementId}/windows returns them.
+    * ``boundary``: parts whose energy is included; ``not_covered``: parts without an energy counter.
+    * ``methods``: label of E, I, M and R (measured, modeled, sourced, unavailable), the worst of all windows.
+    * ``flags``: those of the measurement; ``window_flags``: number of windows with each flag.
     """
 
     measurementId: int
@@ -153,9 +153,9 @@ class MeasurementReport:
 
 
 class _Row(NamedTuple):
-    """A window and its exact times, UTC seconds: those that clients see are rounded.
+    """A window (``told``) and its exact times, UTC seconds: those that clients see are rounded.
 
-    ``from_hand_over``: the process that has written a lease window had the lease from its hand-over on.
+    ``from_hand_over``: the process that wrote a lease window had the lease since its hand-over.
     """
 
     begun_s: float
@@ -165,14 +165,14 @@ class _Row(NamedTuple):
 
 
 class Gathered:
-    """What a report needs of the windows of a measurement, which are given a page at a time.
+    """Collects what a report needs of a measurement's windows, page by page.
 
-    A window's row is kept, some 1.5 KB, because intervals are made of single prompts. Its record, which is ten times
-    as large in memory, is not.
+    Keeps a row of some 1.5 KB per window, because intervals need single prompts, but not the record, which takes ten
+    times as much memory.
     """
 
     def __init__(self, requests: Iterable[Request], iso: Callable[[float], str]) -> None:
-        """``requests`` are all of the measurement, ``iso`` writes a UTC second."""
+        """``requests``: all requests of the measurement. ``iso`` formats UTC seconds."""
         self.rows: list[_Row] = []
         self.boundary: dict[str, None] = {}
         self.gpu_uuids: dict[str, None] = {}
@@ -182,7 +182,7 @@ class Gathered:
         self._iso = iso
 
     def add(self, kept: Iterable[KeptWindow]) -> None:
-        """Add the next page of windows, in the order in which they began."""
+        """Add the next page of windows, sorted by start time."""
         for each in kept:
             told = window_report(each, self._requests.get(each.window.request_id or ""), self._iso)
             detail = told.detail or {}
@@ -200,7 +200,7 @@ class Gathered:
 def report_of(
     measurement: Measurement, requests: Sequence[Request], gathered: Gathered, iso: Callable[[float], str]
 ) -> MeasurementReport:
-    """Return the report of a measurement, without its windows. ``iso`` writes a UTC second."""
+    """Return the report of a measurement, without its windows. ``iso`` formats UTC seconds."""
     windows = [row.told for row in gathered.rows]
     flags = Counter(flag for window in windows for flag in window.flags)
     rows_of: dict[str | None, list[_Row]] = {}
@@ -245,9 +245,9 @@ def _costs(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> dict[str, 
 
 
 def _inside(part: Cost, rest: Cost, lease: Cost) -> Cost:
-    """Return the cost of a part of leases with bounds no wider than those of the leases leave it beside the rest.
+    """Return the cost of a part of the leases, with bounds narrowed to what leases minus the rest allow.
 
-    A counter tells more of a lease than of a short time in it, and the two parts are the lease.
+    Counters are more exact for a whole lease than for its short parts, and part plus rest is the lease.
     """
     bounds: dict[str, Any] = {}
     for name, low, high in (
@@ -291,7 +291,7 @@ def _cost(windows: Sequence[WindowReport]) -> Cost:
 
 
 def _lease_cost(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> Cost:
-    """Return the sum of prompts and idle time; of leases without a hole with the bounds of their lease windows."""
+    """Return the cost of prompts plus idle time; leases without a hole get the bounds of their lease windows."""
     parts = _held(windows)
     cost = _cost(parts)
     with_holes = {hole.requestId for hole in holes}
@@ -323,9 +323,9 @@ def _held(windows: Sequence[WindowReport]) -> list[WindowReport]:
 
 
 def _sharpest(own: Sequence[WindowReport]) -> Sequence[WindowReport]:
-    """Return the lease window if it holds all prompts and idle time of a lease, and nothing else; else these parts.
+    """Return the lease window if it holds exactly the prompts and idle time of a lease; else these parts.
 
-    Its bounds are sharper: it is read as one window of the counters, without shares.
+    Its bounds are narrower: it is read from the counters as one window, without sharing.
     """
     parts, leases = _held(own), of_kind(own, WindowKind.LEASE)
     if len(leases) != 1 or any(_lacks(window) for window in leases):
@@ -350,11 +350,11 @@ def _sum(windows: Sequence[WindowReport], name: str) -> float | None:
 
 
 def _hole(request: Request, own: Sequence[_Row]) -> Hole | None:
-    """Return the time of a lease that is in none of its windows.
+    """Return the time of a lease that is in none of its windows, None if there is none.
 
-    Of a lease that runs only what is over counts, until the end of its last idle or lease window: idle time is written
-    down when a stretch of it closes, so the pauses after that are still to come. The process of a wrapper that has died
-    took its last windows with it: a lease of several always has a hole.
+    A running lease counts only until the end of its last idle or lease window: idle time is recorded when a stretch of
+    it ends, so the pauses after that will still arrive. The last windows of a wrapper process that died are lost, so a
+    lease with several processes always has a hole.
     """
     held = [row for row in own if row.told.kind in {WindowKind.PROMPT, WindowKind.IDLE}]
     leases = [row for row in own if row.told.kind == WindowKind.LEASE]
@@ -378,9 +378,9 @@ def _hole(request: Request, own: Sequence[_Row]) -> Hole | None:
 
 
 def _length_s(request: Request, held: Sequence[_Row], leases: Sequence[_Row]) -> float | None:
-    """Return how long a lease was, None if it has not begun.
+    """Return the length of a lease so far, seconds; None if it has not begun, or runs without windows yet.
 
-    A wrapper ends a lease that expires itself, and the registry hears of it later.
+    A wrapper ends an expired lease by itself, earlier than the registry records it.
     """
     if request.deployed_s is None:
         return None
@@ -394,7 +394,7 @@ def _length_s(request: Request, held: Sequence[_Row], leases: Sequence[_Row]) ->
 
 
 def _restarted_s(own: Sequence[_Row], held: Sequence[_Row]) -> float:
-    """Return the time in which an LLM was started again under its lease. All times are of the wrapper's clock."""
+    """Return the seconds in which the LLM was restarted during its lease, by the wrapper's clock."""
     begun_s = min((row.begun_s for row in held), default=0.0)
     ended_s = max((row.ended_s for row in held), default=0.0)
     starts = [row for row in own if row.told.kind in {WindowKind.LOAD, WindowKind.WAKE}]
@@ -405,7 +405,7 @@ def _restarted_s(own: Sequence[_Row], held: Sequence[_Row]) -> float:
 
 
 def _llms(requests: Sequence[Request], windows: Sequence[WindowReport], holes: Sequence[Hole]) -> tuple[LLMReport, ...]:
-    """One report for each different llmconfig, in the order in which they were asked for."""
+    """Return one report per llmconfig, in the order of the first request for it."""
     alike: dict[str, list[Request]] = {}
     for request in requests:
         alike.setdefault(request.llmconfig, []).append(request)
@@ -434,7 +434,7 @@ def _llm(requests: Sequence[Request], own: Sequence[WindowReport], holes: Sequen
 
 
 def _coefficients(detail: Mapping[str, Any]) -> Iterator[Coefficient]:
-    """Yield the factors that a window was reckoned with."""
+    """Yield the factors that a window was computed with."""
     grid, embodied = part_of(detail, "grid"), part_of(detail, "embodied")
     if grid:
         words = ("source", "dataset", "version", "zone", "year")

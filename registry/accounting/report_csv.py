@@ -13,9 +13,9 @@ COLUMNS = tuple(field.name for field in fields(WindowReport) if field.name not i
 
 
 def windows_csv(windows: Iterable[WindowReport], *, heading: bool = True) -> str:
-    """Return windows as CSV, with a heading unless they follow others.
+    """Return windows as CSV, by default with a heading.
 
-    What is not known is an empty cell, never 0. Rows with ``adds_up`` true add up to the whole; others hold them again.
+    An unknown value is an empty cell, never 0. Only rows with ``adds_up`` true may be added; the others repeat them.
     """
     out = io.StringIO(newline="")
     table = csv.writer(out)

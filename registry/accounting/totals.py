@@ -1,4 +1,4 @@
-"""Sums of what windows cost, in which "don't know" stays "don't know". Pure."""
+"""Sums of energy windows; a sum with an unknown part is unknown. Pure."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Final
 from registry.core.records import WindowKind
 
 LABELS: Final = ("measured", "measured_sampled", "sourced", "modeled", "simulated", "unavailable")
-"""Where a figure is from, best first: the words of ``deployments.energy.figures.Label``, which a wrapper says.
+"""Origin of a figure, best first: the values of ``deployments.energy.figures.Label``, as wrappers report them.
 
-``sourced``, from a published factor, is a label of emissions and scores, never of energy."""
+``sourced`` (from a published factor) is used for emissions and scores, never for energy."""
 
 SPENT: Final = (WindowKind.PROMPT, WindowKind.IDLE, WindowKind.LOAD, WindowKind.WAKE)
-"""Kinds of windows that add up: each joule is in one of them. A lease window holds its process' prompts and idle time
-once more, and is there only if that process lived until the lease's end."""
+"""Kinds of windows that may be added: each joule is in exactly one of them. A lease window repeats the prompts and idle
+time of its process, and exists only if that process lived until the end of the lease."""
 
 _SAME: Final = 1e-9
-"""Up to this relative difference, which is rounding of floats, two sums are the same joules."""
+"""Two sums are equal up to this relative difference, which comes from rounding."""
 
 _RANK: Final = {label: rank for rank, label in enumerate(LABELS)}
 
 
 def worst(labels: Iterable[str]) -> str:
-    """The label of a sum: that of its worst part, ``unavailable`` for none. A word that is not known is the worst."""
+    """Return the worst of these labels, ``unavailable`` if there are none. Unknown words are worse than all labels."""
     return max(labels, key=lambda label: _RANK.get(label, len(LABELS)), default=LABELS[-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A sum of figures that may have holes: of ``count`` figures ``known`` are known, and add up to ``of_known``."""
+    """A sum of ``count`` figures, of which ``known`` are known and add up to ``of_known``."""
 
     count: int = 0
     known: int = 0
@@ -39,7 +39,7 @@ class Sum:
 
     @property
     def value(self) -> float | None:
-        """The sum; None as soon as a part is not known, or without any: a sum with a hole is no total."""
+        """The sum; None if a figure is not known, or there are none."""
         return self.of_known if self.known == self.count and self.count else None
 
     def __add__(self, other: Sum) -> Sum:
@@ -47,7 +47,7 @@ class Sum:
 
 
 def sum_of(figures: Iterable[float | None]) -> Sum:
-    """These figures, summed up: the same digits in any order."""
+    """Return the sum of these figures; the order does not change its digits."""
     every = list(figures)
     known = [figure for figure in every if figure is not None]
     return Sum(len(every), len(known), fsum(known))
@@ -55,7 +55,7 @@ def sum_of(figures: Iterable[float | None]) -> Sum:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """What windows cost together: energy [J], operational and embodied emissions [gCO2eq], the worst of the labels."""
+    """Sum over windows: energy [J], operational and embodied emissions [gCO2eq], and the worst label."""
 
     joules: Sum = Sum()
     o_g: Sum = Sum()
@@ -64,7 +64,7 @@ class Total:
 
 
 def total_of(parts: Iterable[Total]) -> Total:
-    """These totals, summed up."""
+    """Return the sum of these totals; those without windows are ignored."""
     every = [part for part in parts if part.joules.count]
     return Total(
         joules=sum((part.joules for part in every), Sum()),
@@ -75,10 +75,10 @@ def total_of(parts: Iterable[Total]) -> Total:
 
 
 def lease_total(costs: Mapping[WindowKind, Total]) -> Total:
-    """Return what leases cost: their prompts and idle time under all processes of their wrappers.
+    """Return the cost of leases: prompts plus idle time, of all processes of their wrappers.
 
-    The label is that of the lease windows where these hold the same joules: a share of a measured total is modeled, and
-    the sum of all shares is measured.
+    If the lease windows hold the same joules, their label is used: single prompts may be ``modeled`` shares of a total
+    that is measured.
     """
     parts = total_of(costs.get(kind, Total()) for kind in (WindowKind.PROMPT, WindowKind.IDLE))
     whole = costs.get(WindowKind.LEASE, Total())
@@ -86,11 +86,11 @@ def lease_total(costs: Mapping[WindowKind, Total]) -> Total:
 
 
 def spent_total(costs: Mapping[WindowKind, Total]) -> Total:
-    """Return what leases and the starts of their LLMs cost, each joule once."""
+    """Return the cost of leases and of the starts of their LLMs, each joule once."""
     starts = (costs.get(kind, Total()) for kind in (WindowKind.LOAD, WindowKind.WAKE))
     return total_of((lease_total(costs), *starts))
 
 
 def same(one: float | None, other: float | None) -> bool:
-    """Return whether two sums are known and hold the same joules."""
+    """True when two sums are known and equal up to rounding."""
     return one is not None and other is not None and isclose(one, other, rel_tol=_SAME)

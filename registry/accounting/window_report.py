@@ -1,6 +1,6 @@
-"""One energy window as clients see it: flat, so that it is a row of a table as well. Pure.
+"""One energy window as clients see it: flat, so that it also fits a row of a table. Pure.
 
-Records of earlier versions are read, too: what they don't say is None.
+Records of earlier versions are accepted; fields that they lack are None.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ _PARTS: Final = {"gpu_j": ("gpu:",), "cpu_j": ("package-", "cpu-"), "dram_j": ("
 
 @dataclass(frozen=True, slots=True)
 class WindowReport:
-    """One window. ``detail`` is the whole record, as its wrapper made it; None in a page of windows.
+    """One window; None: not known or not applicable.
 
-    ``adds_up`` is False for a lease window, which holds its prompts and idle time once more: the others add up.
-    ``seconds`` is from its begin to its end, ``reserved_s`` its own share of that time: prompts at the same time share
-    theirs, and idle time has prompts in between.
-    ``joules`` lie between ``low_j`` and ``high_j``; ``systematic_j`` is half the width of the error that has the same
-    sign in windows that are alike. ``label`` is that of the joules, ``counter_label`` that of the counters before any
-    sharing. ``gpu_j``, ``cpu_j``, ``dram_j`` and ``other_j`` are its parts. ``sci_method`` is the worst of E, I, M, R.
-    ``status`` is answered, refused, cut or failed. ``in_flight_max`` and ``in_flight_mean`` count the prompts that were
-    answered at the same time. ``prompt`` is the client's name of the prompt, ``answer_id`` vLLM's of the answer.
-    ``counted`` is in lease windows: what was used from the begin of the first prompt after the warm-up to the end of
-    the last, read as one window of the counters.
+    * ``adds_up``: False for a lease window, which repeats its prompts and idle time; only the others may be added.
+    * ``seconds``: from start to end. ``reserved_s``: its share of that time. Prompts in flight at the same time divide
+      it among them; idle windows leave out the prompts in between.
+    * ``joules`` lie between ``low_j`` and ``high_j``. ``systematic_j``: half the width of the error that has the same
+      sign in similar windows. ``gpu_j``, ``cpu_j``, ``dram_j``, ``other_j``: their parts.
+    * ``label``: label of the joules; ``counter_label``: label of the counters, before any sharing.
+    * ``sci_method``: worst label of the SCI terms E, I, M and R.
+    * ``status``: answered, refused, cut or failed.
+    * ``in_flight_max``, ``in_flight_mean``: number of prompts answered at the same time.
+    * ``prompt``: the client's id of the prompt; ``answer_id``: vLLM's id of the answer.
+    * ``counted``: in lease windows, the use from the start of the first prompt after the warm-up to the end of the
+      last prompt, read from the counters as one window.
+    * ``detail``: the whole record of the wrapper; None in a page of windows.
     """
 
     window: str
@@ -85,15 +88,15 @@ class WindowReport:
 
     @property
     def process(self) -> str:
-        """The wrapper's process that has measured it."""
+        """The wrapper process that measured it."""
         return process_of(self.window)
 
 
 @dataclass(frozen=True, slots=True)
 class WindowsPage:
-    """Answer of GET /measurements/{measurementId}/windows. ``next`` is the ``after`` of the next page, None: no more.
+    """Answer of GET /measurements/{measurementId}/windows. ``next``: the ``after`` of the next page, None: last page.
 
-    In the order in which windows began. A long prompt's is written down late: it may belong on a page before.
+    Sorted by start time. The window of a long prompt is stored late, so it may appear on an earlier page afterwards.
     """
 
     windows: tuple[WindowReport, ...]
@@ -101,7 +104,7 @@ class WindowsPage:
 
 
 def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[float], str]) -> WindowReport:
-    """Return a window as clients see it. ``request`` is whose it is, ``iso`` writes a UTC second."""
+    """Return a window as clients see it. ``request``: its request, if any. ``iso`` formats UTC seconds."""
     window = kept.window
     detail = json.loads(window.detail)
     energy, score, tokens, grid = (part_of(detail, name) for name in ("energy", "score", "tokens", "grid"))
@@ -158,28 +161,28 @@ def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[floa
 
 
 def process_of(window_id: str) -> str:
-    """Return the process of a wrapper that has given this id to a window."""
+    """Return the id of the wrapper process that created this window."""
     return window_id.rpartition("-")[0]
 
 
 def worst_method(words: Iterable[str | None]) -> str:
-    """Return the worst of these words; ``unavailable`` for none, and for one that says nothing."""
+    """Return the worst of these labels; ``unavailable`` if there are none, or if one is unknown."""
     return max((word if word in LABELS else LABELS[-1] for word in words), key=LABELS.index, default=LABELS[-1])
 
 
 def part_of(detail: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return an object inside a record, empty where the wrapper had nothing to say."""
+    """Return an object inside a record, empty if it is missing."""
     return detail.get(name) or {}
 
 
 def number(detail: Mapping[str, Any], name: str) -> float | None:
-    """Return a number of a record, None where there is none."""
+    """Return a number of a record, None if it is missing."""
     value = detail.get(name)
     return None if value is None else float(value)
 
 
 def _parts(energy: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the joules of each kind of component; None if one is not known, or there is none."""
+    """Return the joules by kind of component; None if there is none, or one of them is not known."""
     parts: dict[str, list[float | None]] = {name: [] for name in (*_PARTS, "other_j")}
     for component in energy.get("components") or ():
         kind = next((name for name, begins in _PARTS.items() if component["name"].startswith(begins)), "other_j")
@@ -188,10 +191,10 @@ def _parts(energy: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def held_windows(windows: Iterable[WindowReport]) -> list[WindowReport]:
-    """Return the windows of leases with their idle time: their lease windows, else their prompts and idle windows.
+    """Return for each lease the lease window if it is complete, else its prompt and idle windows.
 
-    A counter tells little of a short idle window, and enough of the lease that it is in. The lease window is that of
-    one process: it stands for the lease if there was no other.
+    Counters are inexact for short idle windows but not for a whole lease. A lease window covers a single process, so it
+    is complete only if the lease had one process.
     """
     of_lease: dict[str | None, list[WindowReport]] = {}
     for window in windows:

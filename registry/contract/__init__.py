@@ -1,1 +1,1 @@
-"""What the registry and the wrappers say to each other. Pure."""
+"""The messages between the registry and the wrappers. Pure."""

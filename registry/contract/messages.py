@@ -1,7 +1,7 @@
-"""What should be on the machines against what is there, and the protocol of whoever acts on it. Pure.
+"""The messages between registry and wrappers, the ``Cluster`` protocol, and the reconciliation of both. Pure.
 
-``plan`` compares the machines and wrappers that the registry knows with what was observed and says what
-happened (events, for the allocator) and what to do (wrappers to create and remove).
+``plan`` compares the known machines and wrappers with the observed ones. It returns what happened (events for the
+allocator) and what to do (wrappers to create and remove).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from registry.core.records import (
 )
 
 _ABSENT = (WrapperStatus.LOST, WrapperStatus.OFF)
-"""A wrapper that is there again after these is new to the registry."""
+"""After these statuses, a wrapper that is observed again counts as new."""
 
 
 SETTLING: Final = "settling"
-"""Phase of a wrapper that brings its machine to rest before it hands an LLM over."""
+"""Phase of a wrapper that waits until its machine is at rest before it hands over an LLM."""
 
 
 NODE_ID_DIGITS: Final = 6
-"""Of a node's id as many digits are part of its machine's id where nodes share a name."""
+"""Number of digits of the node id that are appended to a machine id if nodes share a name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A moment in the life of a wrapper's process, seconds of a clock of its own, which nobody else can read.
+    """A timestamp of a wrapper process's own monotonic clock, seconds.
 
-    The registry gives back the last one that it has heard of: what it says with it was true then, or later, however
-    long it has been on its way.
+    The registry echoes the last one it has received: what it sends with it was true at that time or later, however long
+    the message takes.
     """
 
     process: str
@@ -49,11 +49,11 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Belief:
-    """What the registry tells a wrapper of whom it asks for a report.
+    """The registry's view of a wrapper, sent with each request for a report.
 
-    ``epoch`` is that of the newest command to this wrapper, ``request_id`` the request whose lease is on it, None
-    without one. ``as_of`` is the wrapper's own moment at which that was so at the earliest, None before it told one.
-    ``windows_kept`` is the number of the last energy window of this process that the registry has written down.
+    ``epoch``: of the newest command to this wrapper. ``request_id``: the request that has a lease on it, None without
+    one. ``as_of``: the wrapper's own timestamp at or after which this was true, None before it has sent one.
+    ``windows_kept``: number of the last energy window of this process that the registry has stored.
     """
 
     epoch: int
@@ -64,7 +64,7 @@ class Belief:
 
 @dataclass(frozen=True, slots=True)
 class StartedFor:
-    """The request that an LLM is started for. It pays for the start, also if it is cancelled meanwhile."""
+    """The request that the start of an LLM is charged to, even if it is cancelled meanwhile."""
 
     request_id: str
     measurement_id: int
@@ -72,13 +72,12 @@ class StartedFor:
 
 @dataclass(frozen=True, slots=True)
 class LeaseGrant:
-    """What a wrapper needs to know to serve one lease. Durations count from the moment it is received.
+    """What a wrapper needs to serve one lease. Durations [s] count from its receipt.
 
-    ``model_revision`` is the commit that the lease has begun with, None before it has: an engine that has to be started
-    again for it gets the same one. ``as_of`` is as in a Belief. ``grade`` is ``standard`` or ``measurement``.
-    ``max_j`` [J] and ``max_g`` [gCO2eq] are what the lease may use up, None: no limit. ``used_j`` and ``used_g`` are
-    what it is known to have used before, under processes of the wrapper that are gone. ``handed_over_s`` is the UTC
-    second at which the lease began, None before it has.
+    ``model_revision``: commit of the LLM at the start of the lease, None before; a restarted engine gets the same one.
+    ``as_of``: as in Belief. ``grade``: ``standard`` or ``measurement``. ``max_j`` [J] and ``max_g`` [gCO2eq]: budget of
+    the lease, None: no limit. ``used_j`` and ``used_g``: known use by earlier processes of the wrapper.
+    ``handed_over_s``: UTC second at which the lease began, None before.
     """
 
     request_id: str
@@ -99,11 +98,11 @@ class LeaseGrant:
 
 @dataclass(frozen=True, slots=True)
 class HandOver:
-    """What a lease begins with.
+    """The state in which a wrapper hands over an LLM.
 
-    ``model_revision`` is the commit of the LLM, None if it has none. ``flags`` tell what is not as a measurement wants
-    it (deployments.energy.settling). ``provenance`` is the wrapper's part of what a Request keeps, None: it does not
-    tell. With a ``refusal`` the lease does not begin: the LLM can't serve its request, and that is why.
+    ``model_revision``: commit of the LLM, None if it has none. ``flags``: conditions for a measurement that are not met
+    (deployments.energy.settling). ``provenance``: the wrapper's part of ``Request.provenance``, None: not reported.
+    ``refusal``: why the LLM can't serve its request; the lease then does not begin.
     """
 
     model_revision: str | None = None
@@ -114,33 +113,34 @@ class HandOver:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """How far a model's download is: bytes that are there, of all, once the hub has told how many those are."""
+    """Progress of a model's download. ``total_bytes`` is 0 until the hub has reported the size."""
 
     done_bytes: int
     total_bytes: int
 
     @property
     def share(self) -> float:
-        """The same from 0 to 1."""
+        """Progress from 0 to 1; 1.0 if the total is 0."""
         return self.done_bytes / self.total_bytes if self.total_bytes else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class WrapperReport:
-    """A wrapper's own account of itself.
+    """A wrapper's report about itself.
 
-    ``epoch`` is that of the last command taken; ``running`` the fingerprint of the LLM that answers prompts,
-    ``starting`` that of the one being started. ``revision`` is the commit of either, None where there is none to know.
-    ``died`` is why the LLM ended by itself, if it did, and ``death_flags`` what its measurement is flagged with for it.
-    ``idle_for_s`` is how long ago the lease was last used (0.0 while a prompt is in flight), None without a lease.
-    ``download`` is how far that is, None in any other ``phase``.
-    ``bound`` is the request whose token it accepts, or will once it has settled for it. ``in_flight`` counts the
-    prompts that are being answered, ``unfinished`` those that the engine itself has not finished, None without one.
-    ``starts`` counts the LLMs it has started. ``memory_bytes`` is the main memory of its machine, ``gpu_memory_bytes``
-    the memory of each of its GPUs; None: it can't tell. ``warm`` says whether it starts LLMs without importing the
-    engine anew, ``cold_reason`` why it does not. ``moment`` is when it says so. ``windows`` are the oldest of the
-    energy windows that are finished and that the registry has not written down yet, in the order of their numbers.
-    ``lease_flags`` tell what has happened during the lease that makes its figures hard to compare.
+    * ``epoch``: of the last command accepted. ``moment``: time of the report.
+    * ``running``, ``starting``: fingerprint of the LLM that answers prompts, or is being started; ``revision``: its
+      commit, None if not known. ``starts``: number of LLMs started so far.
+    * ``died``: why the LLM ended by itself, if it did; ``death_flags``: flags for its measurement because of that.
+    * ``bound``: the request whose token is accepted, or will be once the machine is at rest. ``idle_for_s``: seconds
+      since the lease was last used (0.0 while a prompt is in flight), None without a lease. ``lease_flags``: what
+      happened during the lease that makes its figures hard to compare.
+    * ``download``: its progress, None in any other ``phase``.
+    * ``in_flight``: prompts being answered. ``unfinished``: prompts that the engine has not finished, None without an
+      engine.
+    * ``memory_bytes``: main memory of its machine. ``gpu_memory_bytes``: memory of each of its GPUs. None: not known.
+    * ``warm``: whether LLMs start without a new import of the engine; ``cold_reason``: why not.
+    * ``windows``: the oldest finished energy windows that the registry has not stored yet, by number.
     """
 
     epoch: int
@@ -169,10 +169,10 @@ class WrapperReport:
 
 @dataclass(frozen=True, slots=True)
 class WrapperPlan:
-    """A wrapper that should exist: ``gpus`` of the GPUs of the machine, its Serve application and its base URL.
+    """A wrapper that should exist, with its number of GPUs, base URL and ``home`` LLM (None: none).
 
-    ``on_machine``: how many wrappers share that machine, this one included. ``gpu_type`` and ``zone`` are the
-    machine's, None if not known.
+    ``on_machine``: number of wrappers on its machine, including this one. ``gpu_type`` and ``zone`` are the machine's,
+    None if not known.
     """
 
     wrapper_id: str
@@ -188,9 +188,9 @@ class WrapperPlan:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What the cluster shows: machines that are alive, and ids of the wrappers that are deployed.
+    """The observed state of the cluster: machines that are alive, and ids of the deployed wrappers.
 
-    ``leaving`` are those that are being removed and not gone yet; they count as deployed no more.
+    ``leaving``: wrappers that are being removed; they are not in ``wrapper_ids``.
     """
 
     machines: tuple[Machine, ...]
@@ -199,15 +199,18 @@ class Observation:
 
 
 class Cluster(Protocol):
-    """The machines and the wrappers on them. Every call ends within its own time limit.
+    """The machines and their wrappers. Every call has a time limit of its own.
 
-    A wrapper that can't be reached raises WrapperUnreachable, or WrapperUnheard where that says nothing about it; a
-    command older than one that the wrapper has taken raises StaleEpoch. A command supersedes every older one: a deploy
-    in progress is cancelled, a lease ended.
+    A command supersedes every older one: a deploy in progress is cancelled, a lease ended.
+
+    Raises:
+        WrapperUnreachable: the wrapper can't be reached.
+        WrapperUnheard: the same, for a reason that may have nothing to do with the wrapper.
+        StaleEpoch: the wrapper has accepted a newer command.
     """
 
     async def observe(self) -> Observation:
-        """Machines and wrappers as they are now. Raises WrapperUnreachable when the cluster does not answer."""
+        """Return the current machines and wrappers. Raises WrapperUnreachable if the cluster does not answer."""
 
     async def create(self, wrappers: Sequence[WrapperPlan]) -> None:
         """Deploy these wrappers; returns when they were accepted, not when they answer."""
@@ -216,7 +219,7 @@ class Cluster(Protocol):
         """Delete these wrappers; returns when they are gone."""
 
     async def report(self, wrapper_id: str, belief: Belief) -> WrapperReport:
-        """What the wrapper says of itself, within seconds, having been told what the registry believes."""
+        """Send the registry's view to a wrapper and return the wrapper's report. Takes seconds at most."""
 
     async def deploy(
         self,
@@ -226,23 +229,23 @@ class Cluster(Protocol):
         grant: LeaseGrant | None,
         started_for: StartedFor | None = None,
     ) -> None:
-        """Run this LLM, instead of any other; returns when it answers. Raises EngineStartFailed.
+        """Run this LLM instead of any other; returns when it answers. Raises EngineStartFailed.
 
-        ``grant`` is the lease that waits for the LLM to come back, and stays bound meanwhile. ``started_for`` pays for
-        the start that this command begins, None: no request does. A start in progress keeps its own.
+        ``grant``: the lease whose LLM is being restarted; it stays bound. ``started_for``: the request that a start
+        begun by this command is charged to, None: no request. A start in progress keeps its own.
         """
 
     async def stop(self, wrapper_id: str, epoch: int) -> None:
-        """Stop whatever runs; returns when the wrapper is verified to be empty."""
+        """Stop the LLM, if any; returns when the wrapper has verified that it is empty."""
 
     async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
-        """Accept this lease's token, and no other, from now on; for measurement grade once the machine is at rest."""
+        """Accept only this lease's token from now on; for measurement grade, once the machine is at rest."""
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
-        """Accept no token of this request from now on and end what it has in flight."""
+        """Refuse the request's token from now on and end its prompts in flight; tell the client ``how`` it ended."""
 
     async def touch(self, wrapper_id: str, request_id: str) -> bool:
-        """The lease was used now (a keep-alive). False: it is not bound there, or not any more."""
+        """Keep the request's lease alive. Returns False if it is not bound there."""
 
     async def restart(self, wrapper_id: str) -> None:
         """Replace the wrapper's process; returns when the old one is gone."""
@@ -250,10 +253,10 @@ class Cluster(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Outcome of a comparison: events that happened, wrappers to create, wrappers to remove.
+    """Result of ``plan``: events that happened, wrappers to create, wrappers to remove.
 
-    ``created``: events that have happened once the wrappers are created. ``switch_off``: wrappers of drained machines,
-    which are to be removed once nobody uses them.
+    ``created``: events that happen once the wrappers are created. ``switch_off``: wrappers of draining machines that no
+    request holds, to be removed.
     """
 
     events: tuple[Event, ...] = ()
@@ -271,12 +274,14 @@ def wanted_wrappers(
     base_url: str,
     homes: Mapping[str, LLMSpec],
 ) -> tuple[WrapperPlan, ...]:
-    """The wrappers that a machine should carry.
+    """Return the wrappers that a machine should have.
 
-    ``gpus_per_wrapper`` None divides all GPUs of the machine evenly among ``per_machine`` wrappers, or fewer if it has
-    fewer GPUs: Ray hides no GPU from a wrapper that asks for none. A number makes as many wrappers as fit, none where
-    the machine has fewer GPUs. A machine without any carries ``per_machine`` wrappers.
-    ``homes`` maps a machine id, or ``*``, to the LLM for the machine's first wrapper.
+    * Without GPUs: ``per_machine`` wrappers.
+    * ``gpus_per_wrapper`` given: as many wrappers as fit; none if the machine has fewer GPUs.
+    * ``gpus_per_wrapper`` None: its GPUs are divided evenly among ``per_machine`` wrappers, but no more wrappers than
+      GPUs, since Ray hides no GPU from a wrapper that asks for none.
+
+    ``homes`` maps a machine id, or ``*``, to the LLM of the machine's first wrapper.
     """
     if not machine.gpus:
         count, gpus = per_machine, 0
@@ -303,10 +308,10 @@ def wanted_wrappers(
 
 
 def with_known_ids(observed: Sequence[Machine], known: Sequence[Machine]) -> tuple[Machine, ...]:
-    """Return the observed machines, each under the id that its node has already.
+    """Return the observed machines, with the machine ids under which their nodes are known.
 
-    A node that joins with the name of a machine that is there gets an id of its own, with the first digits of its node
-    id, so that it never takes over the other one's wrappers and leases.
+    If a new node has the name of another machine that is there, the first digits of its node id are appended, so that
+    it does not take over the other machine's wrappers and leases.
     """
     ids = {machine.node_id: machine.machine_id for machine in known if machine.alive}
     taken = {ids[machine.node_id] for machine in observed if machine.node_id in ids}
@@ -327,13 +332,14 @@ def plan(
     observed: Observation,
     wanted: Mapping[str, tuple[WrapperPlan, ...]],
 ) -> Plan:
-    """Compare what is known with what is there.
+    """Compare known with observed machines and wrappers.
 
-    ``wanted`` has the wrappers of every observed machine. Machines first, so that a wrapper's machine is known
-    before the wrapper is; what is lost before what is new, so that nothing is granted on a machine that is gone.
-    A wrapper that is leaving is left alone until it is gone; a drained machine wants only the wrappers that are held.
-    An old wrapper on a new node, or of another size, can't be told from the one that should be there: until that was
-    created, what it takes the place of stays known, so that a look which is cut short is made up for by the next one.
+    ``wanted``: the wrappers of every observed machine. Events of machines come first, so that a wrapper's machine is
+    known before the wrapper; losses come before additions, so that nothing is granted on a lost machine.
+
+    A wrapper that is leaving is ignored until it is gone. A draining machine keeps only wrappers that requests hold.
+    An old wrapper on a new node, or of another size, looks like the wanted one. Its record therefore stays until the
+    new one was created (``created``): if that is interrupted, the next comparison repeats it.
     """
     events: list[Event] = []
     created: list[Event] = []
@@ -383,7 +389,7 @@ def plan(
 
 
 def _as_told(observed: Machine, known: Machine | None) -> Machine:
-    """A machine with what its wrappers (memory) and its operator (draining) have told: Ray does not know it."""
+    """Add to a machine what Ray does not know: memory (from its wrappers) and draining (from the operator)."""
     if known is None:
         return observed
     return replace(

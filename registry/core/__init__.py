@@ -1,1 +1,1 @@
-"""What the registry decides, and what it decides on. Pure."""
+"""The registry's decisions, and the records they are based on. Pure."""

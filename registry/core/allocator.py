@@ -1,11 +1,10 @@
-"""The allocator: an event in, changed records and effects out. Pure; the registry's service owns the only one.
+"""The allocator: turns an event into changed records and effects. Pure; the registry's service owns the only instance.
 
-``handle`` is the only way to change anything. Whatever can be wrong with an event is found before the first change,
-so an event that raises has changed nothing. Reports of wrappers that are out of date (an older epoch, another status,
-a wrapper that is gone) are no errors: they change nothing.
+All decisions are made by ``handle``. It validates an event before the first change, so an event that raises has changed
+nothing. Outdated reports (older epoch, unexpected status, removed wrapper) are ignored without an error.
 
-Every command to a wrapper carries an epoch and supersedes all older ones. At the wrapper a StopLLM, and a DeployLLM
-that is not for the lease which is bound there, end that lease; a wrapper whose process is new knows of none.
+Every command to a wrapper carries an epoch and supersedes all older ones. At the wrapper, StopLLM ends the bound lease,
+and so does a DeployLLM for anything but that lease. A new wrapper process has no lease.
 """
 
 from __future__ import annotations
@@ -69,11 +68,11 @@ __all__ = ["Allocator", "InvariantBroken"]
 
 
 _DEPARTURES = 32
-"""How many requests that left the queue an estimate goes by."""
+"""Number of latest departures from the queue that the waiting time is estimated from."""
 
 
 class Allocator:
-    """The state of the registry and the only one who changes it. ``new_token`` makes unguessable lease tokens."""
+    """Holds and changes the registry's state. ``new_token`` makes unguessable lease tokens."""
 
     def __init__(self, limits: Limits, new_token: Callable[[], str]) -> None:
         self._limits = limits
@@ -81,10 +80,10 @@ class Allocator:
         self.load(Snapshot())
 
     def load(self, snapshot: Snapshot, next_seq: int = 1) -> None:
-        """Take over what the store knew, in place of everything. Has no effects by itself; the next event may.
+        """Replace all state by that of the store. Causes no effects; the next event may.
 
-        ``next_seq``: number of the next request, above those of the requests that are in the store alone. Turns of
-        tenants are not stored: they start anew.
+        ``next_seq``: number of the next request, above those of all requests that only the store has. The tenants'
+        turns are not stored and start from zero.
         """
         self._ledger = Ledger(self._limits)
         self._ledger.load(snapshot, next_seq)
@@ -96,19 +95,19 @@ class Allocator:
         self._departures_s: deque[float] = deque(maxlen=_DEPARTURES)
 
     def snapshot(self) -> Snapshot:
-        """Everything that is known, as ``load`` takes it."""
+        """Return all records, in the form that ``load`` takes."""
         return self._ledger.snapshot()
 
     def recall(self, measurement: Measurement, requests: Sequence[Request]) -> None:
-        """Take over again what had ended: a measurement and some of its requests. What is known stays as it is."""
+        """Load an ended measurement and ended requests of it back into memory. Those in memory stay unchanged."""
         self._ledger.recall(measurement, requests)
 
     def drop_request(self, request_id: str) -> Request | None:
-        """Keep an ended request in the store alone. Return what was known of it; idempotent."""
+        """Drop an ended request from memory, not from the store. Return it, or None if not in memory. Idempotent."""
         return self._ledger.drop_request(request_id)
 
     def drop_measurement(self, key: MeasurementKey) -> None:
-        """Keep a measurement that is over in the store alone, with its requests."""
+        """Drop a finished measurement and its requests from memory, not from the store."""
         self._ledger.drop_measurement(key)
 
     def knows(self, key: MeasurementKey) -> bool:
@@ -116,17 +115,17 @@ class Allocator:
         return key in self._ledger.measurements
 
     def is_over(self, key: MeasurementKey) -> bool:
-        """True when a measurement is known and nothing of it is unfinished. O(1)."""
+        """True when a measurement is in memory and all its requests have ended. O(1)."""
         return key in self._ledger.measurements and self._ledger.head(key) is None
 
     def handle(self, event: Event, now_s: float) -> Decision:
-        """Decide what an event at ``now_s`` (UTC seconds) changes and brings about.
+        """Return the changes and effects of an event at ``now_s`` (UTC seconds).
 
         Raises:
-            QueueFull, LLMNeverFits, InvalidField, ShuttingDown: a LeaseRequested that is refused; nothing has changed.
-            UnknownRequest: LeaseReleased, LeaseUsed or LeaseFlagged of an id that was never seen; nothing has changed.
-            UnknownMachine: MachineDrained or MachineUndrained of one; nothing has changed.
-            InvariantBroken: the program is at fault; the allocator must not be used any more.
+            QueueFull, LLMNeverFits, InvalidField, ShuttingDown: a LeaseRequested is refused; nothing has changed.
+            UnknownRequest: a LeaseReleased, LeaseLapsed, LeaseUsed or LeaseFlagged has an unknown id; nothing changed.
+            UnknownMachine: a MachineDrained or MachineUndrained has an unknown id; nothing has changed.
+            InvariantBroken: a bug; the allocator must not be used any more.
         """
         reports, queued = self._reports, self.queued_count()
         match event:
@@ -180,86 +179,86 @@ class Allocator:
         return self._ledger.take_decision()
 
     def check(self) -> None:
-        """Raise InvariantBroken unless every rule that the registry promises holds. Costs O(n log n): for tests."""
+        """Check all invariants, in O(n log n): for tests. Raises InvariantBroken if one does not hold."""
         check_ledger(self._ledger, self._limits, serving=self._settled and not self._reports.shutting_down)
 
     def next_deadline_s(self) -> float | None:
-        """When the next TimePassed is due, UTC seconds: the end of a lease, or of a pin. None when nothing is timed."""
+        """Return when the next lease or pin ends and TimePassed is due, UTC seconds; None if there is none."""
         return min((timed.first[0] for timed in (self._ledger.deadlines, self._ledger.pins) if timed), default=None)
 
     def leases_due(self, now_s: float) -> tuple[Lease, ...]:
-        """The leases that the next TimePassed ends if they are not used before, the oldest first. O(their number)."""
+        """Return the leases that are over at ``now_s``, earliest end first. O(their number)."""
         due = takewhile(lambda entry: entry[0] <= now_s, self._ledger.deadlines)
         return tuple(self._ledger.leases[request_id] for _, request_id in due)
 
     def pins_due(self, now_s: float) -> tuple[MeasurementKey, ...]:
-        """The measurements that the next TimePassed no longer binds to the machine of before. O(their number)."""
+        """Return the measurements whose pin to their previous machine is over at ``now_s``. O(their number)."""
         return self._pins.due(now_s)
 
     # --- reading ----------------------------------------------------------------------------------------
 
     def request(self, request_id: str) -> Request:
-        """The request with this id. Raises UnknownRequest."""
+        """Return the request with this id. Raises UnknownRequest."""
         return self._ledger.request(request_id)
 
     def measurement(self, key: MeasurementKey) -> Measurement:
-        """The measurement with this key. Raises UnknownMeasurement."""
+        """Return the measurement with this key. Raises UnknownMeasurement."""
         return self._ledger.measurement(key)
 
     def head(self, key: MeasurementKey) -> Request | None:
-        """The first request of a measurement that has not ended: the one that is served, or next. O(1)."""
+        """Return the first request of a measurement that has not ended, None if all have. O(1)."""
         return self._ledger.head(key)
 
     def lease_of(self, request_id: str) -> Lease | None:
-        """The lease of a request, None when it has none."""
+        """Return the lease of a request, None if it has none."""
         return self._ledger.leases.get(request_id)
 
     def lease_by_wrapper(self, wrapper_id: str) -> Lease | None:
-        """The lease on a wrapper, None when there is none."""
+        """Return the lease on a wrapper, None if there is none."""
         wrapper = self._ledger.wrappers.get(wrapper_id)
         return None if wrapper is None or wrapper.request_id is None else self._ledger.leases.get(wrapper.request_id)
 
     def wrapper(self, wrapper_id: str) -> Wrapper | None:
-        """The wrapper with this id, None when there is none. O(1)."""
+        """Return the wrapper with this id, None if unknown. O(1)."""
         return self._ledger.wrappers.get(wrapper_id)
 
     def wrappers(self) -> tuple[Wrapper, ...]:
-        """All wrappers."""
+        """Return all wrappers."""
         return tuple(self._ledger.wrappers.values())
 
     def machine(self, machine_id: str) -> Machine | None:
-        """The machine with this id, None when there is none. O(1)."""
+        """Return the machine with this id, None if unknown. O(1)."""
         return self._ledger.machines.get(machine_id)
 
     def known_machine(self, machine_id: str) -> Machine:
-        """The machine with this id. Raises UnknownMachine, which names those that there are."""
+        """Return the machine with this id. Raises UnknownMachine, which lists the known ones."""
         return self._ledger.machine(machine_id)
 
     def machines(self) -> tuple[Machine, ...]:
-        """All machines, lost ones too."""
+        """Return all machines, including lost ones."""
         return tuple(self._ledger.machines.values())
 
     def wrappers_on(self, machine_id: str) -> tuple[Wrapper, ...]:
-        """The wrappers of a machine, by id."""
+        """Return the wrappers of a machine, sorted by id."""
         return tuple(self._ledger.on_machine(machine_id))
 
     def count_wrappers(self, statuses: Iterable[WrapperStatus]) -> int:
-        """How many wrappers are in one of these statuses. O(statuses)."""
+        """Return how many wrappers are in one of these statuses. O(statuses)."""
         return sum(self._ledger.by_wrapper.statuses[status] for status in statuses)
 
     def deploying_count(self) -> int:
-        """How many requests wait for a wrapper to run their LLM. O(1)."""
+        """Return how many requests have a wrapper but no lease yet. O(1)."""
         return self._ledger.by_wrapper.held - len(self._ledger.leases)
 
     def queued_count(self) -> int:
-        """How many requests are queued."""
+        """Return how many requests are queued."""
         return self._ledger.by_request.queued_count
 
     def queue_position(self, request_id: str) -> int | None:
-        """How many requests are served until this one is, itself included; None when it is not queued. O(log n).
+        """Return the place of a request in the queue, from 1; None if it is not queued. O(log n).
 
-        Assumes that all tenants go on asking and that every wrapper suits everyone; warm matches, pins and sizes
-        can change the order.
+        Assumes that every tenant keeps requests queued and every wrapper fits every request. Requests whose LLM is
+        already running, pins and sizes can change the order.
         """
         request = self._ledger.requests.get(request_id)
         if request is None or request.status is not RequestStatus.QUEUED:
@@ -270,9 +269,9 @@ class Allocator:
         return self._ledger.positions.before(request.tenant, index) + 1
 
     def misfit(self, request_id: str) -> str | None:
-        """Why no wrapper that is known can serve a queued request, None if one can or none is known.
+        """Return why no known wrapper can serve a queued request; None if one can, or if none is known.
 
-        Such a request was accepted before that was known, or the machine for it has left. Raises UnknownRequest.
+        This happens if it was accepted before any wrapper was known, or its machine left. Raises UnknownRequest.
         """
         request = self._ledger.request(request_id)
         measurement = self._ledger.measurements[request.measurement_key]
@@ -287,7 +286,7 @@ class Allocator:
         return None
 
     def fits_only_drained(self, request_id: str) -> tuple[str, ...]:
-        """The drained machines that a queued request fits on, if it fits on no other. Raises UnknownRequest."""
+        """Return the drained machines that a queued request fits on; () if it fits on others. Raises UnknownRequest."""
         ledger, request = self._ledger, self._ledger.request(request_id)
         asked = ledger.measurements[request.measurement_key].gpu_type or ANY_GPU_TYPE
         needs = ledger.needs_together(request.measurement_key)
@@ -351,12 +350,12 @@ class Allocator:
             )
 
     def _made_like(self, event: LeaseRequested, request_id: str, *, live: bool) -> LeaseRequested:
-        """The event with what has to be asked for so that its LLMs are what an earlier request was given.
+        """Return the event with the revision and GPU type of an earlier request filled in.
 
-        A measurement that is ``live`` has its GPU type already.
+        ``live``: the measurement is running, so its GPU type is fixed already.
 
         Raises:
-            InvalidField: that can't be, and why.
+            InvalidField: the earlier request is unknown or was never handed over, or the event differs from it.
         """
         model = self._ledger.requests.get(request_id)
         if model is None:
@@ -379,21 +378,21 @@ class Allocator:
         if self.queued_count() + count > limits.max_queued:
             raise QueueFull("this registry", limits.max_queued, self._next_departure_s(now_s))
         if len(queued.get(tenant, ())) + count > limits.max_queued_per_tenant:
-            # Tenants take turns, so the next one to leave is seldom this one's.
+            # Tenants take turns, so the next departure is seldom this tenant's.
             own_s = self._next_departure_s(now_s)
             raise QueueFull(
                 f"tenant {tenant!r}", limits.max_queued_per_tenant, None if own_s is None else own_s * len(queued)
             )
 
     def _next_departure_s(self, now_s: float) -> float | None:
-        """Estimate the seconds until a request leaves the queue, by the last that did; None without two of them."""
+        """Estimate the seconds until the next request leaves the queue; None before two have left."""
         left_s = self._departures_s
         if len(left_s) < 2:
             return None
         return (max(now_s, left_s[-1]) - left_s[0]) / (len(left_s) - 1)
 
     def _check_fits(self, requests: Sequence[NewRequest], measurement: Measurement) -> None:
-        """Refuse what no wrapper that is known can run; as long as none is, everything is accepted."""
+        """Refuse an LLM that no known wrapper can run. While no wrapper is known, every LLM is accepted."""
         ledger, limits, named = self._ledger, self._limits, measurement.measurement_id
         sizes = self._sizes_for(measurement)
         if ledger.by_wrapper.present and not sizes:
@@ -417,7 +416,7 @@ class Allocator:
                 raise LLMNeverFits(field, model, f"{_not_together(named)}; use another measurementId")
 
     def _sizes_for(self, measurement: Measurement) -> list[Size]:
-        """The sizes of the wrappers that have the GPU type of a measurement; those that are LOST don't count."""
+        """Return the sizes of the wrappers with a measurement's GPU type, except LOST ones."""
         asked = measurement.gpu_type or ANY_GPU_TYPE
         return [size for size in self._ledger.by_wrapper.present if is_gpu_type(asked, size.gpu_type)]
 
@@ -462,7 +461,7 @@ class Allocator:
             wrapper = ledger.wrappers[wrapper_id]
             request = None if wrapper.request_id is None else ledger.requests[wrapper.request_id]
             if wrapper.status is WrapperStatus.DEPLOYING:
-                stop(ledger, replace(wrapper, request_id=None))  # which ends a lease that waits for its LLM as well
+                stop(ledger, replace(wrapper, request_id=None))  # also ends a lease that waits for its LLM
             if request is not None and request.deployed_s is not None:
                 self._endings.end(request, RequestStatus.EXPIRED, "shutdown", reason, now_s)
             elif request is not None:
@@ -477,7 +476,7 @@ def _not_together(measurement_id: int) -> str:
 
 
 def _check_same_type(measurement: Measurement, gpu_type: str | None) -> None:
-    """All LLMs of a measurement run on one machine: refuse another GPU type than it was begun with."""
+    """Refuse a GPU type that differs from the measurement's: all its LLMs run on one machine."""
     same = is_gpu_type(gpu_type, measurement.gpu_type) or is_gpu_type(measurement.gpu_type, gpu_type)
     if gpu_type is not None and not same:
         begun = f"with {measurement.gpu_type!r}" if measurement.gpu_type is not None else "without one"
@@ -489,7 +488,7 @@ def _check_same_type(measurement: Measurement, gpu_type: str | None) -> None:
 
 
 def _check_same_priority(measurement: Measurement, priority: Priority | None) -> None:
-    """The LLMs of a measurement wait at one place in the queue: refuse another priority than it was begun with."""
+    """Refuse a priority that differs from the measurement's: all its LLMs share one place in the queue."""
     if priority not in (None, measurement.priority):
         raise InvalidField(
             "priority",

@@ -1,16 +1,16 @@
-"""Gives wrappers to waiting requests. Runs at the end of every event; when it returns, nobody waits for a free wrapper.
+"""Gives free wrappers to waiting requests. Runs after every event, until no request waits for a free wrapper.
 
-For the request that is next (tenants in turn, then priority, then arrival), in this order:
+The next request (tenants in turn, then priority, then arrival) gets the first of these:
 
-1. a READY wrapper with its LLM that nobody uses: lease it at once;
+1. a READY wrapper that runs its LLM: leased at once;
 2. an IDLE wrapper: the fewest GPUs that fit, then the least memory, then the least recently used;
-3. a wrapper that is starting its LLM for nobody: wait for that one;
-4. evict the LLM of a READY wrapper that nobody uses: the least recently used that nobody in the queue wants, or where
-   all are wanted, the one that is wanted last. Before that, (4a) somebody further down the line who wants just this
-   LLM is let in front, as long as those who are overtaken have not been overtaken too often or for too long;
-5. a wrapper that is starting another LLM for nobody: start this one there instead.
+3. a wrapper that is starting its LLM for no request: wait for that one;
+4. a READY wrapper whose LLM is evicted: the least recently used that no queued request wants, or if all are wanted, the
+   one wanted latest in the queue. But (4a) if a later request wants exactly this LLM, that request is served first,
+   unless one that it would overtake has been overtaken too often or has waited too long;
+5. a wrapper that is starting another LLM for no request: start this LLM there instead.
 
-Otherwise it waits, and holds up nobody who could be served elsewhere.
+Otherwise it waits, without delaying requests that can be served elsewhere.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from registry.core.records import (
 )
 
 MACHINE_CHANGED: Final = "machine_changed"
-"""Flag of a measurement that went on on another machine with the same type of GPU."""
+"""Flag of a measurement that continued on another machine with the same GPU type."""
 
 MACHINE_TYPE_CHANGED: Final = "machine_type_changed"
-"""Flag of a measurement that went on on a machine with another type of GPU."""
+"""Flag of a measurement that continued on a machine with another GPU type."""
 
 MACHINE_DRAINED: Final = "machine_drained"
-"""Flag of a measurement that went on elsewhere because its machine was being drained."""
+"""Flag of a measurement that continued on another machine while its previous machine was draining."""
 
 
 class Dispatcher:
-    """Decides who gets what. ``new_token`` makes the unguessable token of a lease."""
+    """Assigns wrappers to requests. ``new_token`` makes the unguessable token of a lease."""
 
     def __init__(self, ledger: Ledger, limits: Limits, new_token: Callable[[], str]) -> None:
         self._ledger = ledger
@@ -53,11 +53,11 @@ class Dispatcher:
         self._new_token = new_token
 
     def run(self, now_s: float) -> None:
-        """Grant until nobody waits for a wrapper that is free."""
+        """Grant until no request waits for a free wrapper."""
         ledger = self._ledger
         while True:
             free = ledger.by_wrapper.free_sizes()
-            # Everyone bound to an untouched machine was looked at when that machine last changed.
+            # Measurements pinned to other machines were checked when their machine last changed.
             places = [
                 place
                 for place in (ledger.queue.places(ledger.touched) if free else ())
@@ -70,7 +70,7 @@ class Dispatcher:
         ledger.touched.clear()
 
     def lease(self, wrapper: Wrapper, request_id: str, now_s: float) -> None:
-        """Make the lease of a request whose LLM runs on this wrapper. Its full length starts at the hand-over."""
+        """Create and bind the lease of a request whose LLM runs on this wrapper. Its time starts at the hand-over."""
         self._ledger.put_lease(
             Lease(
                 request_id=request_id,
@@ -87,27 +87,27 @@ class Dispatcher:
     # --- the choice -------------------------------------------------------------------------------------
 
     def _any_free(self, place: Place) -> bool:
-        """True when there is a free wrapper for a place, for which there are free ones of the right size somewhere."""
+        """True when the place has a free wrapper. Assumes that a free wrapper of one of its sizes exists."""
         if place.machine_id is None and not place.not_on:
             return True
         free = self._ledger.by_wrapper
         return any(next(self._among(pool, place), None) for pool in (free.idle, free.ready, free.ownerless))
 
     def _serve(self, key: MeasurementKey, place: Place, now_s: float) -> None:
-        """Give a wrapper to the next request of this measurement, or to one that may go before it."""
+        """Give a wrapper to the next request of this measurement, or to one that may overtake it."""
         free = self._ledger.by_wrapper
         head = self._ledger.head(key)
         assert head is not None
         fingerprint = head.spec.fingerprint
 
-        # 1-3: nobody is in the way.
+        # 1-3: no LLM has to go.
         for pool in (free.ready_with.get(fingerprint), free.idle, free.ownerless_with.get(fingerprint)):
             wrapper = None if pool is None else self._smallest(pool, place)
             if wrapper is not None:
                 self._grant(head, wrapper, now_s)
                 return
 
-        # 4: an LLM that nobody uses has to go, unless (4a) somebody further down the line wants just that.
+        # 4: evict an unused LLM, unless (4a) a later request wants exactly this one.
         evicted = victim(self._few(free.ready, place), self._wanted)
         if evicted is not None:
             overtaken, winner = self._in_front(evicted, head, now_s)
@@ -116,13 +116,13 @@ class Dispatcher:
             self._grant(winner, evicted, now_s)
             return
 
-        # 5: nobody waits any more for the LLM that is being started there.
+        # 5: no request waits for the LLM that is being started there.
         preempted = victim(self._few(free.ownerless, place), self._wanted)
         assert preempted is not None  # something is free for this place
         self._grant(head, preempted, now_s)
 
     def _in_front(self, wrapper: Wrapper, head: Request, now_s: float) -> tuple[list[Request], Request]:
-        """Who gets a READY wrapper for which ``head`` is next in line, and who is overtaken by that."""
+        """Return the requests that are overtaken, and the one that gets a READY wrapper for which ``head`` is next."""
         assert wrapper.spec is not None
         ledger, overtaken = self._ledger, list[Request]()
         size = ledger.size(wrapper)
@@ -131,7 +131,7 @@ class Dispatcher:
             request = ledger.head(key)
             assert request is not None
             if n == 0 and request is not head:
-                break  # it is the turn of the oldest, whatever its priority
+                break  # priorities are ignored in this turn: it goes to the tenant's oldest request
             if request.spec == wrapper.spec:
                 return overtaken, request
             if not may_be_overtaken(request, self._limits, now_s):
@@ -140,7 +140,7 @@ class Dispatcher:
         return [], head
 
     def _wanted(self, wrapper: Wrapper) -> Rank | None:
-        """The best rank in the queue that wants a wrapper's LLM, None if nobody does."""
+        """Return the best rank among queued requests for a wrapper's LLM, None if there are none."""
         assert wrapper.spec is not None
         queued = self._ledger.by_request.queued_for.get(wrapper.spec.fingerprint)
         return None if queued is None else queued.first[0]
@@ -155,7 +155,7 @@ class Dispatcher:
         return islice(self._among(pool, place), LOOK_AHEAD)
 
     def _among(self, pool: Pool, place: Place) -> Iterator[Wrapper]:
-        """The wrappers of a pool that are for this place, least recently used first."""
+        """Yield the wrappers of a pool that belong to this place, least recently used first."""
         ledger = self._ledger
         if place.machine_id is None:
             return (ledger.wrappers[wrapper_id] for wrapper_id in pool.oldest(place))
@@ -196,7 +196,7 @@ class Dispatcher:
             ledger.put_wrapper(replace(wrapper, request_id=request.request_id))
 
     def _flags(self, measurement: Measurement, machine_id: str) -> tuple[str, ...]:
-        """Say so when a measurement goes on on another machine than before."""
+        """Return the measurement's flags, plus those for a change of machine if it was served on another one before."""
         ledger = self._ledger
         before = ledger.served_on(measurement.key)
         if before is None or before == machine_id:
@@ -207,5 +207,5 @@ class Dispatcher:
 
 
 def with_flag(flags: tuple[str, ...], flag: str) -> tuple[str, ...]:
-    """The flags with this one among them, once."""
+    """Return the flags with this one added, unless it is there already."""
     return flags if flag in flags else (*flags, flag)

@@ -1,4 +1,4 @@
-"""How a request loses what it holds: it ends, or it goes back to the queue to be tried elsewhere."""
+"""Ends requests, or puts them back into the queue, and frees what they hold."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Endings:
         self._limits = limits
 
     def end(self, request: Request, status: RequestStatus, how: str, reason: str | None, now_s: float) -> None:
-        """End a request in this status, and with it its lease, its hold on a wrapper and, if it is the last, the pin.
+        """End a request in this status; end its lease and free its wrapper. Unpin a measurement that is finished.
 
-        ``how`` is what the holder of the lease is told, ``reason`` what everybody else reads.
+        ``how``: what prompts to the address of the ended lease are answered. ``reason``: stored with the request.
         """
         ledger = self._ledger
         self._let_go(request, how, now_s)
@@ -28,10 +28,10 @@ class Endings:
             ledger.put_measurement(replace(measurement, machine_id=None, pinned_until_s=None))
 
     def requeue(self, request: Request, reason: str, how: str, now_s: float) -> None:
-        """Let a request that was not handed over wait again, at its old place.
+        """Queue a request that was not handed over again, at its old place.
 
-        Its measurement stays bound to the machine on which an earlier request of it was served, if there was one. If
-        that was before it went on, only as long as it is pinned for that.
+        Its measurement stays pinned to the machine that has served it since it began or was resumed. If none has, it
+        stays pinned only until ``pinned_until_s``.
         """
         ledger = self._ledger
         self._let_go(request, how, now_s)
@@ -54,7 +54,10 @@ class Endings:
     def try_elsewhere(
         self, request: Request, wrapper_id: str, reason: str, now_s: float, *, permanent: bool = False
     ) -> None:
-        """Queue a request again whose LLM failed on this wrapper; fail it when it makes no sense to go on."""
+        """Queue a request whose LLM failed on this wrapper again.
+
+        Fail it instead if the failure is ``permanent``, after ``deploy_attempts`` failures, or if no wrapper is left.
+        """
         request = replace(request, failed_on=(*request.failed_on, wrapper_id))
         self.requeue(request, reason, "failed", now_s)
         request = self._ledger.requests[request.request_id]
@@ -63,21 +66,21 @@ class Endings:
             self.end(request, RequestStatus.FAILED, "failed", reason, now_s)
 
     def lose(self, request: Request, reason: str, now_s: float) -> None:
-        """A request's wrapper is gone: it fails if it had been handed over, else it waits again."""
+        """A request's wrapper is gone: fail the request if it was handed over, else queue it again."""
         if request.deployed_s is not None:
             self.end(request, RequestStatus.FAILED, "failed", reason, now_s)
         else:
             self.requeue(request, reason, "failed", now_s)
 
     def fail_exhausted(self, now_s: float) -> None:
-        """Fail the requests that have been tried on every wrapper that is left."""
+        """Fail the queued requests whose LLM has failed on every wrapper that is left."""
         for request_id in sorted(self._ledger.by_request.retried):
             request = self._ledger.requests[request_id]
             if self._ledger.is_exhausted(request):
                 self.end(request, RequestStatus.FAILED, "failed", request.reason, now_s)
 
     def _let_go(self, request: Request, how: str, now_s: float) -> None:
-        """End a request's lease and free its wrapper, as far as it holds any. An LLM that is starting goes on."""
+        """End a request's lease and free its wrapper, if it has them. An LLM that is starting continues to start."""
         ledger = self._ledger
         lease = ledger.leases.get(request.request_id)
         if lease is not None:
@@ -90,10 +93,10 @@ class Endings:
             case WrapperStatus.LEASED:
                 ledger.put_wrapper(replace(unbind(ledger, free, request, how), status=WrapperStatus.READY))
             case WrapperStatus.DEPLOYING if lease is not None:
-                # The wrapper keeps the lease while its LLM is started again. Telling it makes the deploy that is under
-                # way out of date, so it is commanded anew: the wrapper joins the start that is in progress.
+                # The wrapper keeps the lease while its LLM is restarted. The UnbindLease supersedes the deploy in
+                # progress, so a new DeployLLM follows: the wrapper joins the start that is in progress.
                 deploy(ledger, unbind(ledger, free, request, how), request.spec, None)
             case WrapperStatus.DEPLOYING:
                 ledger.put_wrapper(free)
             case _:
-                ledger.put_wrapper(replace(free, spec=None))  # its process is new, or about to be replaced
+                ledger.put_wrapper(replace(free, spec=None))  # its process is new or will be replaced

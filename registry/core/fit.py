@@ -1,7 +1,7 @@
-"""What an LLM needs against what a wrapper has: GPUs, their type, memory. Pure.
+"""Checks whether an LLM fits on a wrapper: number of GPUs, GPU type, memory. Pure.
 
-Needs are the least that is known for certain, and sizes the most, so that nothing is refused which might run; the
-wrapper, which knows the figures to the byte, has the last word before it starts an engine.
+Needs are lower bounds and sizes upper bounds, so that no LLM is refused that might run. The wrapper knows the exact
+figures and checks again before it starts an engine.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from registry.core.records import Limits, LLMMemory, LLMSpec
 GIB: Final = 2**30
 
 HOST_SHARE: Final = 0.9
-"""The share of main memory that may be in use once an LLM runs; the rest is kept for everything else on a machine."""
+"""Fraction of main memory that may be in use once an LLM runs; the rest is left to everything else on the machine."""
 
 ENGINE_BYTES: Final = 256 * 2**20
-"""Main memory that an engine's processes take at least beside weights and KV cache: 220 MiB with vLLM 0.32 on a CPU."""
+"""Minimum main memory of an engine's processes without weights and KV cache: 220 MiB with vLLM 0.32 on a CPU."""
 
 SIZE_STEP_BYTES: Final = 64 * 2**20
-"""Memory of machines is rounded up to a multiple of this, so that machines of one kind are of one size."""
+"""A machine's memory is rounded up to a multiple of this, so that machines of the same kind have the same Size."""
 
 ANY_GPU_TYPE: Final = "*"
-"""Stands for "no matter which" where a GPU type is named; None is a type of its own (not known, or no GPU)."""
+"""Means any GPU type; None means not known or no GPU."""
 
 _NOWHERE_BYTES: Final = 2**70
-"""More memory than there is anywhere."""
+"""More memory than any machine has."""
 
 
 class Size(NamedTuple):
-    """What a wrapper has. Wrappers of one size are alike to every choice, so there had better be few sizes.
+    """The hardware of a wrapper. Choices treat wrappers of equal size alike, and take longer the more sizes there are.
 
-    ``memory_bytes`` is the memory of each GPU, or without GPU its share of main memory; None: not known.
-    ``draining``: its machine is handed to nobody.
+    ``memory_bytes``: memory of each GPU, or without GPUs the wrapper's share of main memory; None: not known.
+    ``draining``: its machine gets no new leases.
     """
 
     gpus: int
@@ -44,9 +44,9 @@ class Size(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a wrapper must have at least; 0 is no condition.
+    """What a wrapper must have at least; 0: no condition.
 
-    ``bytes_per_gpu`` on each GPU, ``gpu_bytes`` on all GPUs together, ``main_bytes`` of main memory where it has none.
+    Memory: ``bytes_per_gpu`` on each GPU, ``gpu_bytes`` on all GPUs together, ``main_bytes`` if it has no GPU.
     """
 
     gpus: int = 0
@@ -65,12 +65,12 @@ class Needs(NamedTuple):
         return size.memory_bytes >= self.bytes_per_gpu and size.gpus * size.memory_bytes >= self.gpu_bytes
 
     def joined_with(self, other: Needs) -> Needs:
-        """What a wrapper must have that is to run both, one after the other."""
+        """Return what a wrapper must have to run both, one after the other."""
         return Needs(*map(max, self, other))
 
 
 def needs_of(spec: LLMSpec, memory: LLMMemory | None, limits: Limits) -> Needs:
-    """What an LLM needs, as far as it is known."""
+    """Return what an LLM needs, as far as known."""
     if memory is None:
         return Needs(spec.gpus)
     kv_cache_bytes = memory.kv_reserved_bytes or memory.kv_cache_bytes or 0
@@ -84,12 +84,12 @@ def needs_of(spec: LLMSpec, memory: LLMMemory | None, limits: Limits) -> Needs:
 
 
 def host_bytes(memory: LLMMemory | None, limits: Limits) -> int:
-    """Main memory that an LLM takes without GPU: weights, the KV cache as it is reserved, and its processes' own."""
+    """Return the main memory that an LLM takes without GPUs: weights, reserved KV cache, and its processes; bytes."""
     if memory is None:
         return ENGINE_BYTES
     kv_cache_bytes = memory.kv_reserved_bytes
     if kv_cache_bytes is None:
-        # Where the checkpoint tells nothing of a KV cache there may be none.
+        # A checkpoint that says nothing about a KV cache may have none.
         known = memory.kv_cache_bytes is not None
         kv_cache_bytes = max(memory.kv_cache_bytes or 0, limits.kv_cache_bytes or 0) if known else 0
     return memory.weights_bytes + kv_cache_bytes + ENGINE_BYTES
@@ -103,7 +103,10 @@ def why_too_large(
     *,
     where: str = "the largest wrapper",
 ) -> str:
-    """The figures, in words: what the LLM needs, what the largest of these wrappers has, and what can be done."""
+    """Return a text: what the LLM needs, what the largest of these wrappers has, and what the client can do.
+
+    ``sizes`` must not be empty.
+    """
     sizes = tuple(sizes)
     most_gpus = max(size.gpus for size in sizes)
     if most_gpus < spec.gpus or memory is None:
@@ -120,7 +123,7 @@ def why_too_large(
 
 
 def words_of(memory: LLMMemory, *, on_gpus: bool) -> str:
-    """What an LLM needs, for people: ``its weights take 15.0 GiB and …``."""
+    """Return what an LLM needs as text: ``its weights take 15.0 GiB and …``."""
     words = f"its weights take {shown_bytes(memory.weights_bytes)}"
     if memory.kv_reserved_bytes is not None:
         words += f" and its KV cache {shown_bytes(memory.kv_reserved_bytes)} (kv_cache_memory_bytes)"
@@ -134,7 +137,7 @@ def words_of(memory: LLMMemory, *, on_gpus: bool) -> str:
 
 
 def why_no_room(need_bytes: int, free_bytes: int, total_bytes: int) -> str:
-    """Why an LLM is not started on a machine whose memory others use: what it needs, and what is free."""
+    """Return a text: the LLM is not started because it needs more main memory than is free on the machine."""
     return (
         f"it needs {shown_bytes(need_bytes)} of main memory, and of the machine's {shown_bytes(total_bytes)} only "
         f"{shown_bytes(max(0, free_bytes))} are free, of which a tenth of all has to stay free"
@@ -142,13 +145,13 @@ def why_no_room(need_bytes: int, free_bytes: int, total_bytes: int) -> str:
 
 
 def advice_for(memory: LLMMemory) -> str:
-    """What a client can do about an LLM that is too large."""
+    """Return advice for a client whose LLM is too large."""
     shorter = "a smaller max_model_len, " if memory.kv_cache_bytes is not None else ""
     return f"ask for {shorter}a smaller dtype, a quantized LLM or a smaller one"
 
 
 def shown_bytes(size_bytes: int) -> str:
-    """An amount of memory for people."""
+    """Return an amount of memory as text, in GiB or MiB."""
     return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB / 10 else f"{size_bytes / 2**20:.1f} MiB"
 
 
@@ -158,17 +161,17 @@ def _s(count: int) -> str:
 
 @lru_cache(maxsize=4096)
 def fitting(sizes: frozenset[Size], needs: Needs, gpu_type: str | None) -> frozenset[Size]:
-    """Those sizes of wrappers that may be handed out, are large enough, and have GPUs of this type."""
+    """Return the sizes that are not draining, are large enough, and have GPUs of this type."""
     return frozenset(
         size for size in sizes if not size.draining and needs.met_by(size) and is_gpu_type(gpu_type, size.gpu_type)
     )
 
 
 def is_gpu_type(asked: str | None, has: str | None) -> bool:
-    """True when GPUs of type ``has`` (as Ray calls them: ``H100``) are what was asked for.
+    """True when GPUs of type ``has`` (Ray's name, e.g. ``H100``) match the type asked for.
 
-    Case, spaces and hyphens don't matter, and a product's full name will do: ``NVIDIA H100 80GB HBM3`` asks for
-    ``H100``. Ray knows no more than that: memory and form of the board are not told apart.
+    Case, spaces and hyphens are ignored, and a full product name matches too: ``NVIDIA H100 80GB HBM3`` matches
+    ``H100``. Memory size and board type are not compared, since Ray does not report them.
     """
     if asked in (ANY_GPU_TYPE, has):
         return True

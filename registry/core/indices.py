@@ -1,7 +1,7 @@
-"""Sorted indices over the records, so that a decision costs O(log n): who is free, who waits, who is next.
+"""Sorted indices of free wrappers and waiting requests, so that a decision costs O(log n).
 
 Sorted lists with bisect: an insertion moves pointers (some 20 µs at 100,000 entries), and unlike heaps with lazy
-deletion nothing in them is ever out of date.
+deletion they never contain outdated entries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T", bound="tuple[Any, ...] | str")
 
 
 class SortedSet(Generic[T]):
-    """A set that is iterated in order. Not changed while it is being iterated."""
+    """A set that iterates in sorted order. Must not change during iteration."""
 
     __slots__ = ("_items",)
 
@@ -40,37 +40,37 @@ class SortedSet(Generic[T]):
     __hash__ = None  # type: ignore[assignment]
 
     def add(self, item: T) -> None:
-        """Put an item that is not there yet."""
+        """Add an item that is not in the set."""
         insort(self._items, item)
 
     def remove(self, item: T) -> None:
-        """Take out an item that is there."""
+        """Remove an item that is in the set."""
         at = bisect_left(self._items, item)
         assert self._items[at] == item
         del self._items[at]
 
     def index(self, item: T) -> int:
-        """How many items are before this one."""
+        """Return how many items are smaller than this one."""
         return bisect_left(self._items, item)
 
     @property
     def first(self) -> T:
-        """The smallest item. Raises IndexError when empty."""
+        """The smallest item. Raises IndexError if empty."""
         return self._items[0]
 
     @property
     def last(self) -> T:
-        """The largest item. Raises IndexError when empty."""
+        """The largest item. Raises IndexError if empty."""
         return self._items[-1]
 
     def first_from(self, item: Any) -> T | None:
-        """The smallest item that is not before ``item``, which may be the begin of a tuple; None if there is none."""
+        """Return the smallest item ≥ ``item``, which may be a tuple prefix; None if there is none."""
         at = bisect_left(self._items, item)
         return self._items[at] if at < len(self._items) else None
 
 
 class Pool:
-    """Wrappers that are free in the same way, sorted by size and by when they were last used."""
+    """Free wrappers of one kind (e.g. idle), by size and last use."""
 
     def __init__(self) -> None:
         self._by_size: dict[Size, SortedSet[tuple[float, str]]] = {}
@@ -88,12 +88,12 @@ class Pool:
         return wrapper.wrapper_id in self._ids
 
     def add(self, wrapper: Wrapper, size: Size) -> None:
-        """Put a wrapper in."""
+        """Add a wrapper."""
         self._by_size.setdefault(size, SortedSet()).add((wrapper.last_used_s, wrapper.wrapper_id))
         self._ids.add(wrapper.wrapper_id)
 
     def remove(self, wrapper: Wrapper, size: Size) -> None:
-        """Take a wrapper out, given as it was put in."""
+        """Remove a wrapper; the arguments must equal those of ``add``."""
         entries = self._by_size[size]
         entries.remove((wrapper.last_used_s, wrapper.wrapper_id))
         self._ids.remove(wrapper.wrapper_id)
@@ -106,9 +106,9 @@ class Pool:
         return self._by_size
 
     def smallest(self, place: Place) -> str | None:
-        """The wrapper of this place with the fewest GPUs, then the least memory, then the least recently used.
+        """Return the wrapper of this place with the fewest GPUs, then least memory, then least recently used.
 
-        Not for one machine.
+        None if there is none. Ignores ``place.machine_id``.
         """
         sizes: dict[tuple[int, int], list[Size]] = {}
         for size in self._by_size:
@@ -118,7 +118,7 @@ class Pool:
         return next(found, None)
 
     def oldest(self, place: Place) -> Iterator[str]:
-        """The wrappers of this place, least recently used first. Not for one machine."""
+        """Yield the wrappers of this place, least recently used first. Ignores ``place.machine_id``."""
         return self._oldest(place, [size for size in self._by_size if place.takes(size)])
 
     def _oldest(self, place: Place, sizes: Iterable[Size]) -> Iterator[str]:
@@ -127,7 +127,7 @@ class Pool:
 
 
 class WrapperIndex:
-    """Wrappers by machine, by size, and, where they are free, by how and with which LLM."""
+    """Wrappers by machine and by size; free ones also by kind and LLM."""
 
     def __init__(self) -> None:
         self.on_machine: dict[str, SortedSet[str]] = {}
@@ -137,21 +137,21 @@ class WrapperIndex:
         self.ownerless = Pool()
         self.ownerless_with: dict[str, Pool] = {}
         self.sizes: Counter[Size] = Counter()
-        """All wrappers: what a machine had that is LOST is not forgotten as long as its wrappers are not."""
+        """Sizes of all wrappers, including LOST ones."""
         self.present: Counter[Size] = Counter()
-        """Wrappers that are not LOST."""
+        """Sizes of wrappers that are not LOST."""
         self.usable: Counter[Size] = Counter()
-        """Wrappers that are not LOST, FAILED or OFF."""
+        """Sizes of wrappers that are not LOST, FAILED or OFF."""
         self.statuses: Counter[WrapperStatus] = Counter()
         self.held = 0
-        """Wrappers that a request has, or waits for."""
+        """Number of wrappers that a request holds or waits for."""
 
     def free_sizes(self) -> set[Size]:
-        """The sizes of wrappers that a request may be given."""
+        """Return the sizes of the free wrappers."""
         return {*self.idle.sizes, *self.ready.sizes, *self.ownerless.sizes}
 
     def add(self, wrapper: Wrapper, size: Size) -> None:
-        """Index a wrapper of this size."""
+        """Add a wrapper of this size."""
         self.on_machine.setdefault(wrapper.machine_id, SortedSet()).add(wrapper.wrapper_id)
         self.statuses[wrapper.status] += 1
         self.held += wrapper.request_id is not None
@@ -161,7 +161,7 @@ class WrapperIndex:
             pool.add(wrapper, size)
 
     def remove(self, wrapper: Wrapper, size: Size) -> None:
-        """Forget a wrapper, given as it was indexed."""
+        """Remove a wrapper; the arguments must equal those of ``add``."""
         on_machine = self.on_machine[wrapper.machine_id]
         on_machine.remove(wrapper.wrapper_id)
         if not on_machine:
@@ -199,12 +199,12 @@ class WrapperIndex:
 
 
 def is_usable(wrapper: Wrapper) -> bool:
-    """True when the wrapper serves, or is on its way to."""
+    """True unless the wrapper is LOST, FAILED or OFF."""
     return wrapper.status not in (WrapperStatus.LOST, WrapperStatus.FAILED, WrapperStatus.OFF)
 
 
 def is_free(wrapper: Wrapper) -> bool:
-    """True when a request may be given this wrapper: nobody uses it, and it takes a deploy or a lease."""
+    """True when a request may get this wrapper: no request holds it, and it accepts a deploy or a lease."""
     free = wrapper.status in (WrapperStatus.IDLE, WrapperStatus.READY, WrapperStatus.DEPLOYING)
     return free and wrapper.request_id is None
 
@@ -214,21 +214,21 @@ class RequestIndex:
 
     def __init__(self) -> None:
         self.of: dict[MeasurementKey, SortedSet[tuple[int, str]]] = {}
-        """All of a measurement, in order of arrival."""
+        """All requests of a measurement, in order of arrival."""
         self.unfinished: dict[MeasurementKey, SortedSet[tuple[int, str]]] = {}
-        """Those of a measurement that have not ended; the first is served, or next."""
+        """The requests of a measurement that have not ended; the first one is served now or next."""
         self.needs: dict[MeasurementKey, Counter[Needs]] = {}
-        """What the unfinished requests of a measurement need."""
+        """Needs of a measurement's unfinished requests, with their number."""
         self.queued: dict[str, SortedSet[tuple[Rank, int, str]]] = {}
-        """The queued ones of a tenant, in order of service."""
+        """The queued requests of a tenant, in order of service."""
         self.queued_for: dict[str, SortedSet[tuple[Rank, int, str]]] = {}
-        """The queued ones that want the LLM of this fingerprint, in order of rank."""
+        """The queued requests for the LLM with this fingerprint, by rank."""
         self.retried: set[str] = set()
-        """Queued requests whose LLM has failed somewhere."""
+        """Queued requests whose LLM has failed on a wrapper."""
         self.queued_count = 0
 
     def add(self, request: Request, needs: Needs, rank: Rank) -> None:
-        """Index a request with these needs and this rank."""
+        """Add a request with these needs and this rank."""
         entry = request.seq, request.request_id
         self.of.setdefault(request.measurement_key, SortedSet()).add(entry)
         if not request.status.ended:
@@ -242,7 +242,7 @@ class RequestIndex:
                 self.retried.add(request.request_id)
 
     def remove(self, request: Request, needs: Needs, rank: Rank) -> None:
-        """Forget a request, given as it was indexed."""
+        """Remove a request; the arguments must equal those of ``add``."""
         entry = request.seq, request.request_id
         of = self.of[request.measurement_key]
         of.remove(entry)
@@ -266,11 +266,11 @@ class RequestIndex:
 
 
 Line = dict[str, SortedSet[Rank]]
-"""Waiting measurements of one place, by tenant."""
+"""The measurements that wait for one place, by tenant."""
 
 
 class Queue:
-    """Measurements whose next request waits, by the place it may go to, by tenant and by rank."""
+    """Measurements whose next request is queued, by place, tenant and rank."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
@@ -280,16 +280,16 @@ class Queue:
         self._tenants: SortedSet[tuple[float, int, str]] = SortedSet()
         self._waiting: Counter[str] = Counter()
         self._by_priority: Counter[str] = Counter()
-        """Turns in a row of a tenant that waits which did not go to its oldest request that could be served."""
+        """Consecutive turns of a waiting tenant that did not go to its oldest request that could be served."""
         self._oldest: tuple[str, Rank] | None = None
         """The tenant whose turn it is, and its oldest request that can be served."""
 
     def contents(self) -> dict[MeasurementKey, tuple[Place, Rank]]:
-        """Place and rank of every waiting measurement."""
+        """Return place and rank of every waiting measurement."""
         return dict(self._entries)
 
     def put(self, key: MeasurementKey, entry: tuple[Place, Rank] | None) -> None:
-        """Let a measurement wait with this place and rank; None: it does not wait."""
+        """Queue a measurement with this place and rank; None removes it."""
         old = self._entries.get(key)
         if old == entry:
             return
@@ -333,21 +333,21 @@ class Queue:
         return self._on_machine.setdefault(place.machine_id, {})
 
     def charge(self, key: MeasurementKey) -> None:
-        """The request that is next of a waiting measurement is granted: it is some other tenant's turn."""
+        """Charge the turn of a measurement's next request, which is being granted, to its tenant."""
         tenant, (_, rank) = key[0], self._entries[key]
-        if self._oldest is not None and self._oldest[0] == tenant:  # else it was let in front, which has its own bound
+        if self._oldest is not None and self._oldest[0] == tenant:  # else it overtook, which has its own limits
             self._by_priority[tenant] = self._by_priority[tenant] + 1 if rank[1] > self._oldest[1][1] else 0
         self._tenants.remove(self.turns.key(tenant))
         self.turns.charge(tenant)
         self._tenants.add(self.turns.key(tenant))
 
     def places(self, machine_ids: Iterable[str]) -> list[Place]:
-        """The places somebody waits for: those on no machine in particular, and those on these machines."""
+        """Return the places that measurements wait for: those without a machine, and those on these machines."""
         pinned = [place for machine_id in machine_ids for place in self._on_machine.get(machine_id, ())]
         return [*self._anywhere, *pinned]
 
     def next(self, places: Iterable[Place]) -> tuple[MeasurementKey, Place] | None:
-        """Which of the measurements that wait for these places is next, and for which; None: nobody waits."""
+        """Return the next measurement that waits for these places, with its place; None if none waits."""
         waiting = [(place, self._lines(place)[place]) for place in places]
         for _, _, tenant in self._tenants:
             lines = [(line[tenant], place) for place, line in waiting if tenant in line]
@@ -361,7 +361,7 @@ class Queue:
         return None
 
     def line(self, places: Iterable[Place]) -> Iterator[MeasurementKey]:
-        """The measurements that wait for these places, in the order in which they would be served; a few of them."""
+        """Yield the first ``LOOK_AHEAD + 1`` measurements that wait for these places, in order of service."""
         lines = [self._lines(place)[place] for place in places]
         tenants: list[tuple[str, Iterator[Rank]]] = []
         for _, _, tenant in self._tenants:
@@ -386,7 +386,7 @@ class Queue:
 
 
 def _oldest(line: SortedSet[Rank]) -> Rank:
-    """The rank in a line, which is not empty, that has waited longest, whatever its priority."""
+    """Return the rank with the earliest arrival in a line that is not empty, whatever its priority."""
     if line.first[0] == line.last[0]:
         return line.first
     heads = (line.first_from((priority,)) for priority in PRIORITIES)

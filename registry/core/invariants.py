@@ -1,4 +1,4 @@
-"""What must hold after every event. For tests: it looks at everything."""
+"""Checks that must hold after every event. For tests: they read all records."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from registry.core.records import Limits, MeasurementKey, Request, RequestStatus
 from registry.core.transitions import InvariantBroken
 
 _HOLDS = (WrapperStatus.LEASED, WrapperStatus.DEPLOYING, WrapperStatus.STARTING, WrapperStatus.RESTARTING)
-"""A wrapper can be held in these statuses, and only in these."""
+"""Only in these statuses can a request hold a wrapper."""
 
 _RUNS = (WrapperStatus.LEASED, WrapperStatus.READY, WrapperStatus.DEPLOYING)
-"""A wrapper always has an LLM in these."""
+"""In these statuses a wrapper always has an LLM."""
 
 
 def check_ledger(ledger: Ledger, limits: Limits, *, serving: bool) -> None:
-    """Raise InvariantBroken unless everything fits together. ``serving``: requests are being granted."""
+    """Check all records and indices. Raises InvariantBroken if they contradict each other.
+
+    ``serving``: requests are being granted, so none may wait for a free wrapper.
+    """
     for wrapper in ledger.wrappers.values():
         _check_wrapper(ledger, wrapper)
     for request in ledger.requests.values():

@@ -1,7 +1,7 @@
-"""The records and their indices, kept in step: every change of a record goes through one of the ``put_`` methods.
+"""The records and their indices. Every change of a record goes through a method of ``Ledger``.
 
-They check the change against the transition table, keep the indices true and note what the store has to write. The
-commands to wrappers are here too, since each is a change of a record and an effect in one.
+These methods check the transition table, update the indices and collect what the store has to write. The functions for
+commands to wrappers are here too: each changes a record and emits an effect.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from registry.core.transitions import check_request_transition, check_wrapper_tr
 from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
 
 NAMES_SHOWN: Final = 20
-"""Most machines that one sentence lists."""
+"""Maximum number of machines listed in an error text."""
 
 
 class Ledger:
-    """Everything that is known, and what has changed since ``take_decision`` was last called."""
+    """Holds all records, and what has changed since ``take_decision`` was last called."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -60,10 +60,10 @@ class Ledger:
         self.positions = Positions(self.queue.turns)
         self.deadlines: SortedSet[tuple[float, str]] = SortedSet()
         self.pins: SortedSet[tuple[float, MeasurementKey]] = SortedSet()
-        """When a measurement that went on is no longer bound to the machine of before, by time and key."""
+        """(UTC s, key): when the pin of a resumed measurement expires."""
         self.next_seq = 1
         self.touched: set[str] = set()
-        """Machines on which a wrapper became free, or for which somebody began to wait."""
+        """Machines on which a wrapper became free, or for which a pinned measurement waits, since the last dispatch."""
 
         self._served_on: dict[MeasurementKey, tuple[int, str, str]] = {}
         self._pinned_to: dict[str, set[MeasurementKey]] = {}
@@ -75,43 +75,43 @@ class Ledger:
     # --- reading ----------------------------------------------------------------------------------------
 
     def request(self, request_id: str) -> Request:
-        """The request with this id. Raises UnknownRequest."""
+        """Return the request with this id. Raises UnknownRequest."""
         try:
             return self.requests[request_id]
         except KeyError:
             raise UnknownRequest(request_id) from None
 
     def machine(self, machine_id: str) -> Machine:
-        """The machine with this id. Raises UnknownMachine."""
+        """Return the machine with this id. Raises UnknownMachine."""
         try:
             return self.machines[machine_id]
         except KeyError:
             raise UnknownMachine(machine_id, _which_there_are(sorted(self.machines))) from None
 
     def measurement(self, key: MeasurementKey) -> Measurement:
-        """The measurement with this key. Raises UnknownMeasurement."""
+        """Return the measurement with this key. Raises UnknownMeasurement."""
         try:
             return self.measurements[key]
         except KeyError:
             raise UnknownMeasurement(key[1]) from None
 
     def head(self, key: MeasurementKey) -> Request | None:
-        """The first request of a measurement that has not ended: the one that is served, or next."""
+        """Return the first request of a measurement that has not ended, None if all have."""
         unfinished = self.by_request.unfinished.get(key)
         return None if unfinished is None else self.requests[unfinished.first[1]]
 
     def gpu_type(self, machine_id: str) -> str | None:
-        """The GPU type of a machine, None when it has none or nobody knows."""
+        """Return the GPU type of a machine, None if it has no GPU or the type is not known."""
         machine = self.machines.get(machine_id)
         return None if machine is None else machine.gpu_type
 
     def is_draining(self, machine_id: str) -> bool:
-        """True when no LLM is to be handed out on a machine."""
+        """True when a machine gets no new leases."""
         machine = self.machines.get(machine_id)
         return machine is not None and machine.draining
 
     def size(self, wrapper: Wrapper) -> Size:
-        """What a wrapper has, as far as it is known."""
+        """Return a wrapper's GPUs and memory, as far as known."""
         machine = self.machines.get(wrapper.machine_id)
         if machine is None:
             return Size(wrapper.gpus)
@@ -124,39 +124,39 @@ class Ledger:
         return Size(wrapper.gpus, machine.gpu_type, has_bytes, machine.draining)
 
     def needs(self, request: Request) -> Needs:
-        """What the LLM of a request needs, as far as it is known."""
+        """Return what the LLM of a request needs, as far as known."""
         return needs_of(request.spec, request.memory, self._limits)
 
     def needs_together(self, key: MeasurementKey) -> Needs:
-        """What all unfinished requests of a measurement need, since they run on one machine."""
+        """Return what a wrapper needs to run all unfinished requests of a measurement, one after another."""
         return reduce(Needs.joined_with, self.by_request.needs.get(key, ()), Needs())
 
     def on_machine(self, machine_id: str) -> list[Wrapper]:
-        """The wrappers of a machine, by id."""
+        """Return the wrappers of a machine, sorted by id."""
         return [self.wrappers[wrapper_id] for wrapper_id in self.by_wrapper.on_machine.get(machine_id, ())]
 
     def served_on(self, key: MeasurementKey) -> str | None:
-        """The machine on which a request of the measurement was last handed over."""
+        """Return the machine of the measurement's latest request that was handed over, None if there is none."""
         served = self._served_on.get(key)
         return None if served is None else served[1]
 
     def last_served(self, key: MeasurementKey) -> Request | None:
-        """The request of a measurement that was handed over last, of all that are kept."""
+        """Return the measurement's latest request that was handed over; None if there is none in memory."""
         served = self._served_on.get(key)
         return None if served is None else self.requests[served[2]]
 
     def pin_without(self, key: MeasurementKey) -> str | None:
-        """The machine that a measurement stays bound to when its latest grant came to nothing."""
+        """Return the machine that a measurement stays pinned to when its latest grant failed, None if none."""
         served = self._served_on.get(key)
         this_time = served is not None and served[0] >= self.measurements[key].seq
         return served[1] if served is not None and this_time else None
 
     def place_of(self, measurement: Measurement, request: Request) -> Place:
-        """Where this request, the next of its measurement, may go.
+        """Return the wrappers that may serve this request, the next of its measurement.
 
-        A measurement that was not handed anything yet needs a machine that is large enough for all that it waits for.
-        A pin holds while a wrapper of its machine serves, or is on its way to, and the machine is not drained; then one
-        of the same GPU type does, and at last any, unless the measurement names a type.
+        * Without a pin: wrappers large enough for all unfinished requests of the measurement.
+        * Pinned: its machine, as long as that is not draining and has a usable wrapper that is large enough.
+        * Otherwise: wrappers of the machine's GPU type; if none is usable, any, within the type that was asked for.
         """
         not_on = frozenset(request.failed_on)
         needs = self.needs_together(measurement.key)
@@ -172,11 +172,11 @@ class Ledger:
         return anywhere if alike.sizes.isdisjoint(self.by_wrapper.usable) else alike
 
     def allows(self, place: Place, wrapper: Wrapper) -> bool:
-        """True when this wrapper is one for that place."""
+        """True when this wrapper belongs to that place."""
         return place.allows(wrapper, self.size(wrapper))
 
     def is_exhausted(self, request: Request) -> bool:
-        """True when there are wrappers for a queued request and its LLM has failed on every one of them."""
+        """True when there are wrappers for a queued request and its LLM has failed on all of them."""
         place = self.place_of(self.measurements[request.measurement_key], request)
         anew = replace(place, not_on=frozenset())
         if place.machine_id is not None:
@@ -193,7 +193,7 @@ class Ledger:
     # --- writing ----------------------------------------------------------------------------------------
 
     def load(self, snapshot: Snapshot, next_seq: int = 1) -> None:
-        """Take over what the store knew; into an empty ledger. ``next_seq``: of the next request, or less."""
+        """Load the store's records into an empty ledger. ``next_seq``: lower bound for the next request's number."""
         self.next_seq = next_seq
         self.machines = {machine.machine_id: machine for machine in snapshot.machines}
         for measurement in snapshot.measurements:
@@ -209,7 +209,7 @@ class Ledger:
             self._requeue(key)
 
     def recall(self, measurement: Measurement, requests: Iterable[Request]) -> None:
-        """Take over an ended measurement and ended requests of it again; what is known already stays as it is."""
+        """Load an ended measurement and ended requests of it back into memory. Those in memory stay unchanged."""
         if measurement.key not in self.measurements:
             self._store_measurement(measurement)
         for request in requests:
@@ -217,7 +217,7 @@ class Ledger:
                 self._store_request(request)
 
     def drop_request(self, request_id: str) -> Request | None:
-        """Keep an ended request in the store alone. Return what was known of it."""
+        """Drop an ended request from memory, not from the store. Return it, None if not in memory."""
         request = self.requests.pop(request_id, None)
         if request is None:
             return None
@@ -228,13 +228,13 @@ class Ledger:
         return request
 
     def drop_measurement(self, key: MeasurementKey) -> None:
-        """Keep a measurement of which nothing is unfinished, and its requests, in the store alone."""
+        """Drop a finished measurement and its requests from memory, not from the store."""
         for _, request_id in list(self.by_request.of.get(key, ())):
             self.drop_request(request_id)
         del self.measurements[key]
 
     def snapshot(self) -> Snapshot:
-        """Everything that is known."""
+        """Return all records."""
         return Snapshot(
             machines=tuple(self.machines.values()),
             wrappers=tuple(self.wrappers.values()),
@@ -258,7 +258,7 @@ class Ledger:
         self._machines[machine.machine_id] = machine
 
     def put_wrapper(self, wrapper: Wrapper) -> None:
-        """Add or change a wrapper. Raises InvariantBroken when its status can't follow the one it has."""
+        """Add or change a wrapper. Raises InvariantBroken if the transition table forbids the change of status."""
         old = self.wrappers.get(wrapper.wrapper_id)
         if old == wrapper:
             return
@@ -273,7 +273,7 @@ class Ledger:
         self._wrappers[wrapper.wrapper_id] = wrapper
 
     def remove_wrapper(self, wrapper: Wrapper) -> None:
-        """Forget a wrapper."""
+        """Remove a wrapper."""
         self._unindex_wrapper(wrapper)
         del self.wrappers[wrapper.wrapper_id]
         self._requeue_if_sizes_changed()
@@ -282,7 +282,7 @@ class Ledger:
         self._removed_wrappers[wrapper.wrapper_id] = None
 
     def put_measurement(self, measurement: Measurement) -> None:
-        """Add or change a measurement. Its priority and seq change only while nothing of it is unfinished."""
+        """Add or change a measurement. Its priority and seq may change only while all its requests have ended."""
         old = self.measurements.get(measurement.key)
         if old == measurement:
             return
@@ -298,7 +298,7 @@ class Ledger:
         self._measurements[measurement.key] = measurement
 
     def put_request(self, request: Request) -> None:
-        """Add or change a request. Raises InvariantBroken when its status can't follow the one it has."""
+        """Add or change a request. Raises InvariantBroken if the transition table forbids the change of status."""
         old = self.requests.get(request.request_id)
         if old == request:
             return
@@ -311,7 +311,7 @@ class Ledger:
         self._requests[request.request_id] = request
 
     def count_overtaken(self, request: Request) -> None:
-        """Count one more warm match that went before a queued request. Nothing by which it is found changes."""
+        """Count that a queued request was overtaken once more. Its index entries stay the same."""
         request = replace(request, overtaken=request.overtaken + 1)
         self.requests[request.request_id] = self._requests[request.request_id] = request
 
@@ -327,18 +327,18 @@ class Ledger:
         self._leases[lease.request_id] = lease
 
     def end_lease(self, lease: Lease) -> None:
-        """Forget a lease."""
+        """Remove a lease."""
         self.deadlines.remove((lease.ends_s, lease.request_id))
         del self.leases[lease.request_id]
         self._leases.pop(lease.request_id, None)
         self._ended_leases[lease.request_id] = None
 
     def emit(self, effect: Effect) -> None:
-        """Have something done once the changes are written."""
+        """Add an effect, which is run after the changes are stored."""
         self._effects.append(effect)
 
     def take_decision(self) -> Decision:
-        """What has changed since the last time, and what is to be done."""
+        """Return the changes and effects since the last call, and forget them."""
         changes = Changes(
             machines=tuple(self._machines.values()),
             wrappers=tuple(self._wrappers.values()),
@@ -394,7 +394,7 @@ class Ledger:
         self.deadlines.add((lease.ends_s, lease.request_id))
 
     def _requeue(self, key: MeasurementKey) -> None:
-        """Let a measurement wait, for the right place, exactly when its next request is queued."""
+        """Queue the measurement under its place if its next request is queued, else remove it from the queue."""
         measurement = self.measurements[key]
         head = self.head(key)
         self._displaced.discard(key)
@@ -414,9 +414,9 @@ class Ledger:
         self.positions.put(tenant, len(self.by_request.queued.get(tenant, ())))
 
     def _requeue_if_sizes_changed(self) -> None:
-        """The first wrapper of a size came, or the last one went: places are made of sizes, so all are made anew.
+        """Compute all places again if the set of wrapper sizes has changed, since places consist of sizes.
 
-        Costs O(n) of those who wait, but there are few kinds of hardware, and a lost machine's is not forgotten.
+        O(waiting measurements), but rare: there are few kinds of hardware, and the sizes of lost wrappers are kept.
         """
         if self.by_wrapper.sizes.keys() != self._sizes:
             self._sizes = frozenset(self.by_wrapper.sizes)
@@ -424,10 +424,10 @@ class Ledger:
                 self._requeue(key)
 
     def _requeue_pinned(self, machine_id: str) -> None:
-        """A wrapper of this machine came, went or changed size: that can move those bound to a machine.
+        """Compute the places of pinned measurements again after a change of this machine's wrappers.
 
-        Those who wait elsewhere because theirs can't be used move only when the first usable wrapper of a size comes,
-        or the last one goes: so a thousand machines that are lost cost O(n), not O(n²).
+        Measurements that wait elsewhere because their machine can't be used are included only if the set of usable
+        sizes has changed. So the loss of n machines costs O(n), not O(n²).
         """
         keys = self._pinned_to.get(machine_id, set())
         if self.by_wrapper.usable.keys() != self._usable:
@@ -448,11 +448,11 @@ def _standing(wrapper: Wrapper) -> tuple[bool, int]:
     return is_usable(wrapper), wrapper.gpus
 
 
-# --- commands to wrappers: one effect with a new epoch each, and the record as it is from then on -------------
+# --- commands to wrappers: each emits an effect with a new epoch and changes the record -----------------------
 
 
 def deploy(ledger: Ledger, wrapper: Wrapper, spec: LLMSpec, request_id: str | None) -> None:
-    """Have a wrapper run this LLM, for a request or (None) for whoever comes."""
+    """Command a wrapper to run this LLM, for a request or (None) as a preload."""
     wrapper = replace(
         wrapper, status=WrapperStatus.DEPLOYING, spec=spec, request_id=request_id, epoch=wrapper.epoch + 1
     )
@@ -461,28 +461,31 @@ def deploy(ledger: Ledger, wrapper: Wrapper, spec: LLMSpec, request_id: str | No
 
 
 def bind(ledger: Ledger, wrapper: Wrapper, request_id: str) -> None:
-    """Have a wrapper accept the lease of this request."""
+    """Command a wrapper to accept the lease of this request."""
     wrapper = replace(wrapper, status=WrapperStatus.LEASED, request_id=request_id, epoch=wrapper.epoch + 1)
     ledger.put_wrapper(wrapper)
     ledger.emit(BindLease(wrapper.wrapper_id, wrapper.epoch, request_id))
 
 
 def unbind(ledger: Ledger, wrapper: Wrapper, request: Request, how: str) -> Wrapper:
-    """Have a wrapper end the lease of this request, and say ``how``; what it does next is the caller's to write."""
+    """Command a wrapper to end the lease of this request; tell the client ``how`` it ended.
+
+    Return the wrapper's new record, which the caller has to store.
+    """
     wrapper = replace(wrapper, epoch=wrapper.epoch + 1)
     ledger.emit(UnbindLease(wrapper.wrapper_id, wrapper.epoch, request.request_id, how))
     return wrapper
 
 
 def stop(ledger: Ledger, wrapper: Wrapper) -> None:
-    """Have a wrapper emptied."""
+    """Command a wrapper to stop its LLM."""
     wrapper = replace(wrapper, status=WrapperStatus.STOPPING, spec=None, epoch=wrapper.epoch + 1)
     ledger.put_wrapper(wrapper)
     ledger.emit(StopLLM(wrapper.wrapper_id, wrapper.epoch))
 
 
 def restart(ledger: Ledger, wrapper: Wrapper) -> None:
-    """Have a wrapper's process replaced."""
+    """Command a new process for a wrapper."""
     wrapper = replace(wrapper, status=WrapperStatus.RESTARTING, epoch=wrapper.epoch + 1)
     ledger.put_wrapper(wrapper)
     ledger.emit(RestartWrapper(wrapper.wrapper_id, wrapper.epoch))

@@ -1,4 +1,4 @@
-"""A measurement that goes on: for a while it waits for the machine that it was served on, also when others are free."""
+"""Pins a resumed measurement to its previous machine: for a while it waits for that, even when others are free."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from registry.core.records import Limits, Measurement, MeasurementKey, NewReques
 
 
 class Pins:
-    """Binds measurements that go on to a machine, for ``sticky_s`` after their last LLM was given back.
+    """Pins resumed measurements to their previous machine, until ``sticky_s`` after their last LLM was released.
 
-    What is known of that is in the requests and in ``Measurement.pinned_until_s``, so it survives a restart. A pin does
-    not keep anything free: others use the machine meanwhile.
+    The state is stored (in the requests and ``Measurement.pinned_until_s``) and survives a restart. A pin reserves
+    nothing: others may use the machine meanwhile.
     """
 
     def __init__(self, ledger: Ledger, limits: Limits) -> None:
@@ -24,9 +24,9 @@ class Pins:
         self._limits = limits
 
     def begin(self, measurement: Measurement, requests: Sequence[NewRequest], now_s: float) -> Measurement:
-        """Return a measurement that goes on with these requests, pinned to the machine that it was served on last.
+        """Return a measurement that is resumed with these requests, pinned to its previous machine.
 
-        Unchanged if that was too long ago, if that machine can't be used now, or if it lacks what is asked for.
+        Unchanged if ``sticky_s`` is over, or if that machine is draining or can't run one of the LLMs.
         """
         ledger, last = self._ledger, self._ledger.last_served(measurement.key)
         if last is None or last.ended_s is None or last.machine_id is None or ledger.is_draining(last.machine_id):
@@ -37,9 +37,9 @@ class Pins:
         return replace(measurement, machine_id=last.machine_id, pinned_until_s=until_s)
 
     def kept(self, measurement: Measurement, requests: Sequence[NewRequest]) -> Measurement:
-        """Return a measurement to which these requests are added: no longer pinned if they don't fit there.
+        """Return a running measurement to which these requests are added: unpinned if they don't fit on its machine.
 
-        Only while it waits for the machine of before. Once it was given one, that stays.
+        Unchanged unless it was resumed and still waits for its previous machine.
         """
         head, pin = self._ledger.head(measurement.key), measurement.machine_id
         waits = head is not None and head.status is RequestStatus.QUEUED and measurement.pinned_until_s is not None
@@ -48,12 +48,12 @@ class Pins:
         return replace(measurement, machine_id=None, pinned_until_s=None)
 
     def due(self, now_s: float) -> tuple[MeasurementKey, ...]:
-        """Return the measurements whose pin is over. O(their number)."""
+        """Return the measurements whose pin is over at ``now_s``. O(their number)."""
         over = takewhile(lambda entry: entry[0] <= now_s, self._ledger.pins)
         return tuple(key for _, key in over)
 
     def end(self, now_s: float) -> None:
-        """End the pins that are over. A measurement that still waits may be served anywhere from now on."""
+        """End the pins that are over. Measurements that still wait may be served on any machine from now on."""
         ledger = self._ledger
         for key in self.due(now_s):
             measurement, head = ledger.measurements[key], ledger.head(key)
@@ -62,7 +62,7 @@ class Pins:
             ledger.put_measurement(replace(measurement, machine_id=machine_id, pinned_until_s=None))
 
     def _all_fit(self, machine_id: str, measurement: Measurement, requests: Sequence[NewRequest]) -> bool:
-        """True when each LLM can run on a wrapper of a machine, and that has the measurement's type of GPU."""
+        """True when each LLM fits on a usable wrapper of the machine with the measurement's GPU type."""
         ledger, asked = self._ledger, measurement.gpu_type or ANY_GPU_TYPE
         there = [ledger.size(wrapper) for wrapper in ledger.on_machine(machine_id) if is_usable(wrapper)]
         suitable = [size for size in there if is_gpu_type(asked, size.gpu_type)]

@@ -1,4 +1,4 @@
-"""Pure choices: where a request may go, who is next, whom a warm match may overtake, whose LLM is evicted."""
+"""Pure choices: where a request may go, which is next, which may be overtaken, which LLM is evicted."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from registry.core.fit import Size
 from registry.core.records import Limits, Measurement, Priority, Request, Wrapper
 
 LOOK_AHEAD: Final = 16
-"""How many places down a line a choice looks. Bounds what one decision costs and how many rows it changes: a warm
-match overtakes at most so many requests at once, and a victim is one of so many least recently used wrappers."""
+"""Maximum number of candidates that a choice looks at. Limits the cost of a decision and the rows it changes: at most
+so many requests are overtaken at once, and so many least recently used wrappers considered for eviction."""
 
 PRIORITY_TURNS: Final = 8
-"""Of so many turns of a tenant in a row, one more goes to its oldest request that can be served, whatever its priority:
-so ``low`` is served, too, within PRIORITY_TURNS + 1 turns for each request of its tenant that is older."""
+"""After so many consecutive turns of a tenant by priority, one goes to its oldest request that can be served. So a
+``low`` request waits at most PRIORITY_TURNS + 1 turns for each older request of its tenant, and as many for itself."""
 
 Rank = tuple[int, int, int]
 """Order of measurements inside a tenant, smallest first: priority, arrival of the next request, measurementId."""
 
 PRIORITIES: Final = range(3)
-"""What the first part of a Rank can be."""
+"""Possible values of the first part of a Rank."""
 
 _PRIORITY_ORDER: Final[Mapping[Priority, int]] = {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the next request of a measurement may go.
+    """The wrappers that may serve the next request of a measurement.
 
-    ``sizes``: of those wrappers that are large enough and have the right GPUs. So there are few places, however many
-    needs there are. ``machine_id``: only there (None: anywhere). ``not_on``: wrappers on which its LLM has failed.
+    ``sizes``: sizes that are large enough and have the right GPUs; sizes rather than needs, so that there are few
+    places. ``machine_id``: only on this machine (None: any). ``not_on``: wrappers on which its LLM has failed.
     """
 
     sizes: frozenset[Size]
@@ -39,34 +39,34 @@ class Place:
     not_on: frozenset[str] = frozenset()
 
     def takes(self, size: Size) -> bool:
-        """True when a wrapper of this size is large and alike enough."""
+        """True when wrappers of this size are allowed."""
         return size in self.sizes
 
     def allows(self, wrapper: Wrapper, size: Size) -> bool:
-        """True when this very wrapper, which has this size, may serve the request."""
+        """True when this wrapper, which has this size, may serve the request."""
         return (
             self.takes(size) and self.machine_id in (None, wrapper.machine_id) and wrapper.wrapper_id not in self.not_on
         )
 
 
 def rank(measurement: Measurement, request: Request) -> Rank:
-    """The place of a measurement's request in its tenant's line: priority first, then first come, first served.
+    """Return the rank of a request among those of its tenant: by priority, then by arrival of the request itself.
 
-    It is the request's own arrival: a measurement that keeps adding LLMs does not hold the line.
+    The arrival of its measurement does not count: adding LLMs to an old measurement gives no advantage.
     """
     return _PRIORITY_ORDER[measurement.priority], request.seq, measurement.measurement_id
 
 
 def may_be_overtaken(request: Request, limits: Limits, now_s: float) -> bool:
-    """True when a waiting request can let one more warm match go before it: neither too often nor for too long."""
+    """True when a waiting request may be overtaken once more: neither too often nor too long after its arrival."""
     return request.overtaken < limits.max_overtakes and now_s - request.created_s < limits.max_overtake_s
 
 
 def victim(candidates: Iterable[Wrapper], wanted: Callable[[Wrapper], Rank | None]) -> Wrapper | None:
-    """Whose LLM is given up: the first (least recently used) that nobody in the queue wants.
+    """Return the wrapper whose LLM is evicted: the first (least recently used) that no queued request wants.
 
-    Where all are wanted, that of which the best rank that wants it (``wanted``) is the lowest: who is served earlier
-    finds his LLM still there.
+    If all are wanted, the one that is wanted latest, so that requests served earlier still find their LLM. ``wanted``
+    returns the best rank among the requests that want a wrapper's LLM. None without candidates.
     """
     last: tuple[Rank, Wrapper] | None = None
     for wrapper in candidates:
@@ -79,14 +79,14 @@ def victim(candidates: Iterable[Wrapper], wanted: Callable[[Wrapper], Rank | Non
 
 
 class Turns:
-    """Tenants in turn by weight: start-time fair queueing over grants, without a clock.
+    """Weighted turns of tenants: start-time fair queueing over grants, without a clock.
 
-    A tenant that begins to wait has its turn 1/weight after the latest one that was given, and each grant moves it on
-    by as much. Who is furthest behind is next; of equals, who has waited longer. Nothing is kept of a tenant that does
-    not wait, so that nobody saves up turns, and new names gain nothing.
+    When a tenant begins to wait, its turn is 1/weight after the latest turn granted; each grant adds 1/weight. The
+    smallest turn is next; among equals, the tenant that has waited longer. Tenants that don't wait are forgotten, so
+    turns can't be saved up and a new name gives no advantage.
 
-    Bound: from the moment at which a tenant begins to wait, or gets something, until it gets its next turn that it can
-    use, another one with w times its weight has at most floor(w) + 1 turns; if it came later and is no heavier: none.
+    Bound: from the time when a tenant begins to wait, or has a turn, until its next turn that it can use, another
+    tenant with w times its weight has at most floor(w) + 1 turns; none if it came later and is not heavier.
     """
 
     def __init__(self, weights: Iterable[tuple[str, float]]) -> None:
@@ -96,28 +96,28 @@ class Turns:
         self._moves = 0
 
     def begin(self, tenant: str) -> None:
-        """The tenant waits from now on."""
+        """Add a tenant that begins to wait."""
         self._move(tenant, self._served_at)
 
     def end(self, tenant: str) -> None:
-        """The tenant waits for nothing more."""
+        """Remove a tenant that no longer waits."""
         del self._waiting[tenant]
 
     def key(self, tenant: str) -> tuple[float, int, str]:
-        """Sort key of a tenant that waits: the smallest is next. Changes only when the tenant is charged."""
+        """Return the sort key of a waiting tenant: the smallest is next. Changes only in ``charge``."""
         return (*self._waiting[tenant], tenant)
 
     def find(self, tenant: str) -> tuple[float, int, str] | None:
-        """Sort key of a tenant, None if it does not wait."""
+        """Return the sort key of a tenant, None if it does not wait."""
         return self.key(tenant) if tenant in self._waiting else None
 
     @property
     def served_at(self) -> float:
-        """Where the latest turn that was given began."""
+        """Start of the latest turn granted, in grants of a tenant of weight 1."""
         return self._served_at
 
     def charge(self, tenant: str) -> None:
-        """A tenant that waits got something."""
+        """Count a grant to a waiting tenant."""
         self._served_at = self.start(tenant)
         self._move(tenant, self._served_at)
 
@@ -126,9 +126,9 @@ class Turns:
         self._waiting[tenant] = from_ + self.step(tenant), self._moves
 
     def start(self, tenant: str) -> float:
-        """Where the next turn of a tenant that waits begins, in grants of a tenant of weight 1."""
+        """Return the start of a waiting tenant's next turn, in grants of a tenant of weight 1."""
         return max(self._waiting[tenant][0], self._served_at)
 
     def step(self, tenant: str) -> float:
-        """How far one grant moves the tenant."""
+        """Return how far one grant moves the tenant: 1/weight."""
         return 1.0 / self._weights.get(tenant, 1.0)

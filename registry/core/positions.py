@@ -1,8 +1,8 @@
-"""Places in the queue, found without a look at every tenant.
+"""Computes places in the queue without visiting every tenant.
 
-Tenants take turns (``policy.Turns``). Those with equally many queued requests, and equal weights, stand in one
-group, sorted by when their next turn begins. Of n queued requests there are at most sqrt(2n) such groups for each
-weight, and in each the turns before a moment are counted by bisection.
+Tenants take turns (``policy.Turns``). Tenants with equal weight and equally many queued requests form a group, sorted
+by the start of their next turn. n queued requests make at most sqrt(2n) groups per weight; in each group, the turns
+before a given one are counted by bisection.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from registry.core.indices import SortedSet
 from registry.core.policy import Turns
 
 _EPS = 1e-6
-"""Sums of 1/weight are a hair off; turns that begin so close together begin at the same time."""
+"""Turns whose starts differ by less count as simultaneous: sums of 1/weight have rounding errors."""
 
 _LAST = chr(0x10FFFF)
-"""A name after all names of tenants."""
+"""Sorts after all tenant names."""
 
 Key = tuple[float, float, str]
-"""When the next turn of a tenant begins, how long it has waited for it (less is longer), and its name."""
+"""Start of a tenant's next turn; since when it has waited for it (smaller is longer); its name."""
 
 
 class _Group(NamedTuple):
-    """Tenants with so many queued requests, whose turns are so far apart."""
+    """Tenants with ``queued`` requests each, whose turns are ``step`` apart."""
 
     step: float
     queued: int
 
 
 class Positions:
-    """How many requests are served before one, if all tenants go on asking and every wrapper suits everyone.
+    """Counts the requests that are served before a given one.
 
-    Exact where weights are equal. Else within one turn of each other tenant: whose turn is first of those that
-    begin at the same time depends on the turns before.
+    Assumes that every tenant keeps requests queued and every wrapper fits every request. Exact for equal weights.
+    Otherwise the error is at most one turn per other tenant, since the order of simultaneous turns depends on the turns
+    before them.
     """
 
     def __init__(self, turns: Turns) -> None:
@@ -43,10 +44,10 @@ class Positions:
         self._entries: dict[str, tuple[_Group, Key | None]] = {}
         self._waiting: dict[_Group, SortedSet[Key]] = {}
         self._blocked: Counter[_Group] = Counter()
-        """Tenants whose queued requests all wait for others of their own measurements: they have no turn yet."""
+        """Number of tenants without a turn yet: all their queued requests wait for others of their own measurements."""
 
     def put(self, tenant: str, queued: int) -> None:
-        """A tenant has so many requests in the queue, or its turn has changed. O(log n)."""
+        """Update a tenant after a change of its turn or of its number of queued requests. O(log n)."""
         entry = (_Group(self._turns.step(tenant), queued), self._turns.find(tenant)) if queued else None
         old = self._entries.get(tenant)
         if entry == old:
@@ -74,12 +75,12 @@ class Positions:
             del self._waiting[group]
 
     def before(self, tenant: str, index: int) -> int:
-        """How many requests are served before the ``index``-th (0: next) of those that a tenant has queued.
+        """Return how many requests are served before a tenant's ``index``-th queued one (0: its next).
 
-        O(log n) for each of the groups, which are few.
+        O(log n) per group.
         """
         group, key = self._entries[tenant]
-        if key is None:  # it begins to wait after all that wait now
+        if key is None:  # its turn will start after those of all that wait now
             key = self._turns.served_at + group.step, math.inf, tenant
         turn = _Turn(max(key[0], self._turns.served_at) + index * group.step, index, key, group.step)
         served = sum(self._served_before(each, keys, turn) for each, keys in self._waiting.items())
@@ -89,11 +90,11 @@ class Positions:
         return served
 
     def _served_before(self, group: _Group, keys: SortedSet[Key], turn: _Turn) -> int:
-        """How many turns the tenants of a group, each as often as it has queued requests, have before a turn."""
+        """Return how many turns a group's tenants, each with ``queued`` turns, have before ``turn``."""
         last_s = max(keys.last[0], self._turns.served_at)
         whole = min(max(math.ceil((turn.begins - _EPS - last_s) / group.step), 0), group.queued)
         count = whole * len(keys)
-        for round_ in range(whole, group.queued):  # no turn is further than one step away: a few rounds
+        for round_ in range(whole, group.queued):  # few rounds: no turn is further than one step away
             begins = turn.begins - round_ * group.step
             if begins < self._turns.served_at - _EPS:
                 break
@@ -112,9 +113,9 @@ class _Turn(NamedTuple):
     step: float
 
     def ties_before(self, keys: SortedSet[Key], first: int, count: int, step: float, round_: int) -> int:
-        """Of ``count`` others from ``first`` on, whose turn of this round begins at the same time: how many are before.
+        """Return how many of ``count`` simultaneous turns of this round, from index ``first`` on, come before this one.
 
-        Those who have waited longer for it: since the turn before, or since now if there is none.
+        The tenant that has waited longer since its previous turn is first. First turns keep their current order.
         """
         if round_ and self.number and step != self.step:
             return count if step > self.step else 0

@@ -1,6 +1,6 @@
-"""What an LLM was handed over with, and how that of two requests differs. Pure.
+"""Compares the provenance of requests: LLM, software and hardware at the hand-over. Pure.
 
-A provenance is a JSON object. The wrapper makes it (deployments.wrapper.provenance), the registry adds machine and
+A provenance is a JSON object, made by the wrapper (deployments.wrapper.provenance); the registry adds machine and
 wrapper::
 
     {"machine": "gpu-1", "wrapper": "gpu-1-0",
@@ -10,7 +10,7 @@ wrapper::
      "model": {"name": "…", "revision": "…", "weights_sha256": "…"},
      "engine_args": {…}}
 
-What is not known is null. ``weights_sha256`` is ``pending`` where it was wanted and not known in time.
+null: not known. ``weights_sha256`` is ``pending`` if the hash was wanted but not ready in time.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from registry.core.fit import is_gpu_type
 from registry.core.records import Grade, LeaseRequested, LLMSpec, Request
 
 PENDING: Final = "pending"
-"""The hash of weights that were not read to the end in time."""
+"""Stands for the hash of weights that was not ready in time."""
 
 _THIS_ONE: Final = ("machine", "wrapper", "uuid", "clocks_mhz")
-"""What tells one machine from another of its kind, and one moment from another: no difference between two runs."""
+"""Fields that identify a single device or moment; ignored when two runs are compared."""
 
 
 def unlike(model: Request, gpu_type: str | None, asked: LeaseRequested) -> list[str]:
-    """How what is asked differs from an earlier request, as far as it can be told at once: ``field: was X, is Y``.
+    """Return how new requests differ from an earlier one, before any hand-over: ``field: was X, is Y``.
 
-    ``gpu_type`` is that of the earlier one's machine. A revision that is not named is no difference.
+    ``gpu_type``: GPU type of the earlier request's machine. A revision or GPU type that is not given does not differ.
     """
     found = []
     if gpu_type is not None and asked.gpu_type is not None and not is_gpu_type(asked.gpu_type, gpu_type):
@@ -50,9 +50,9 @@ def unlike(model: Request, gpu_type: str | None, asked: LeaseRequested) -> list[
 
 
 def differences(was: str | None, now: str | None) -> list[str]:
-    """How two provenances (JSON; None: not known) differ in what decides figures: ``field: was X, is Y``.
+    """Return how two provenances (JSON; None: not known) differ in what affects figures: ``field: was X, is Y``.
 
-    Weights count where the hash of the first is known.
+    The hash of the weights is compared only if the first one is known.
     """
     if now is None:
         return ["nothing is known of what it would run on"]
@@ -64,12 +64,12 @@ def differences(was: str | None, now: str | None) -> list[str]:
 
 
 def _facts(provenance: str | None) -> dict[str, object]:
-    """What counts of a provenance, by dotted name."""
+    """Return the compared values of a provenance, by dotted name."""
     return {} if provenance is None else dict(_leaves("", json.loads(provenance)))
 
 
 def _leaves(prefix: str, value: Any) -> list[tuple[str, object]]:
-    # The engine's arguments are compared as they are: a list of them is one value.
+    # Only lists of objects (GPUs) are expanded: a list among the engine's arguments is one value.
     if isinstance(value, list) and all(isinstance(item, dict) for item in value) and value:
         value = {str(n): item for n, item in enumerate(value)}
     if not isinstance(value, dict):

@@ -1,8 +1,8 @@
 """The records, events and effects that the registry's decisions are made of. Pure: no clock, no I/O.
 
-Records are what is (and what the store keeps), events are what happened (past tense), effects are what is
-to be done about it (imperative). ``Allocator.handle(event, now_s)`` turns an event into changed records and
-effects. Times are UTC seconds since the epoch, written by the registry actor alone.
+Records are the current state (the store keeps them), events say what happened (past tense), effects say what to do
+(imperative). ``Allocator.handle(event, now_s)`` turns an event into changed records and effects. Times are UTC seconds
+since the epoch; only the registry actor writes them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from enum import StrEnum
 
 
 class RequestStatus(StrEnum):
-    """The life of one request for one LLM; also the ``status`` word on the wire."""
+    """The status of a request for one LLM; also the ``status`` word on the wire."""
 
     QUEUED = "queued"
     DEPLOYING = "deploying"
@@ -27,7 +27,7 @@ class RequestStatus(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """True when the request holds nothing and never will again."""
+        """True when the request holds nothing and its status can't change any more."""
         return self in _ENDED
 
 
@@ -35,7 +35,7 @@ _ENDED = frozenset({RequestStatus.RELEASED, RequestStatus.EXPIRED, RequestStatus
 
 
 class WrapperStatus(StrEnum):
-    """What a wrapper is doing, as the registry knows it."""
+    """The registry's view of what a wrapper is doing."""
 
     STARTING = "starting"
     IDLE = "idle"
@@ -50,7 +50,7 @@ class WrapperStatus(StrEnum):
 
 
 MAX_PROMPT_ID = 1024
-"""Longest name of a prompt that a client may give, characters as it is sent: percent-encoded."""
+"""Maximum length of a prompt id that a client chooses, in characters after percent-encoding."""
 
 
 class Priority(StrEnum):
@@ -62,9 +62,9 @@ class Priority(StrEnum):
 
 
 class Grade(StrEnum):
-    """How much is done for the figures of a lease.
+    """How carefully a lease is prepared for measuring energy.
 
-    measurement: its LLM is handed over warm, on a machine at rest. The prefix cache is empty for every grade.
+    measurement: the LLM is handed over warmed up, on a machine at rest. Every grade starts with an empty prefix cache.
     """
 
     STANDARD = "standard"
@@ -72,17 +72,16 @@ class Grade(StrEnum):
 
 
 def canonical_json(value: Mapping[str, object]) -> str:
-    """The one spelling of a JSON object: sorted keys, no spaces. Equal objects give equal text."""
+    """Return a JSON object as text with sorted keys and no spaces. Equal objects give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
 class LLMSpec:
-    """What has to run: everything that changes the deployed engine, and nothing that does not.
+    """Identifies an LLM to run: everything that changes the deployed engine, and nothing else.
 
-    ``engine_args`` is canonical JSON of vLLM's own engine arguments. Prompting arguments (temperature …)
-    are not here: two requests that differ in them share a running LLM.
-    ``gpus`` is how many GPUs the LLM needs (0: it can run without any).
+    ``engine_args`` is canonical JSON of vLLM's own engine arguments. Prompting arguments (temperature …) are left out:
+    requests that differ only in those can use the same running LLM. ``gpus``: GPUs that the LLM needs (0: none).
     """
 
     model: str
@@ -93,19 +92,19 @@ class LLMSpec:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits; equal exactly when the same engine serves both."""
+        """16 hex digits, equal for two specs exactly when the same engine can serve both."""
         text = "\0".join((self.model, self.modeltyp, self.revision or "", self.engine_args, str(self.gpus)))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
 class LLMMemory:
-    """The least memory that an LLM takes, as far as its checkpoint tells; bytes, on all its GPUs together.
+    """The minimum memory of an LLM, worked out from its checkpoint; bytes, sum over all its GPUs.
 
-    ``kv_cache_bytes`` is what one sequence of ``context_tokens`` fills; both None where that is not known.
-    ``kv_reserved_bytes`` is the KV cache as the client has sized it, None if it has not.
-    ``gpu_share`` of a GPU's memory may be used (0 < share ≤ 1). It is spread over ``gpus`` GPUs (None: over all that
-    its wrapper has).
+    ``kv_cache_bytes``: KV cache of one sequence of ``context_tokens``; both None if not known.
+    ``kv_reserved_bytes``: size of the KV cache that the client has set, None if it has not.
+    ``gpu_share``: fraction of each GPU's memory that may be used (0 < share ≤ 1).
+    ``gpus``: number of GPUs that the LLM is spread over (None: all of its wrapper).
     """
 
     weights_bytes: int
@@ -117,18 +116,18 @@ class LLMMemory:
 
 
 MeasurementKey = tuple[str, int]
-"""What a measurement is known by: its tenant and the measurementId that this tenant chose."""
+"""Identifies a measurement: its tenant, and the measurementId that this tenant chose."""
 
 # --- records -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """An LLM Machine: a node of the Ray cluster that carries wrappers.
+    """An LLM Machine: a node of the Ray cluster that runs wrappers.
 
-    ``machine_id`` is stable over restarts of the node's raylet; ``node_id`` is Ray's id of the moment.
-    ``memory_bytes`` is main memory, ``gpu_memory_bytes`` the memory of each GPU, ``zone`` and ``region`` are where it
-    stands; None means not known. ``draining``: an operator wants no LLM handed out there any more, until he says so.
+    ``machine_id`` survives restarts of the node's raylet; ``node_id`` is Ray's current id of the node.
+    ``memory_bytes`` is main memory, ``gpu_memory_bytes`` the memory of each GPU, ``zone`` and ``region`` its location;
+    None means not known. ``draining``: no new leases on this machine until an operator undrains it.
     """
 
     machine_id: str
@@ -148,12 +147,11 @@ class Machine:
 class Wrapper:
     """An LLMWrapper on a machine, and the LLM inside it.
 
-    ``url`` is the base of the addresses that its leases get. ``epoch`` grows with every command to the
-    wrapper; a report that carries an older one is out of date and changes nothing. ``spec`` is the LLM that
-    runs (READY, LEASED) or is being started (DEPLOYING). ``request_id`` is the request that holds the wrapper
-    (LEASED) or for whom it is deploying (DEPLOYING; None: nobody waits for it any more, or a preload).
-    ``home`` is the LLM that the configuration names for it. ``failures`` counts failures in a row,
-    ``reason`` is the last one in words.
+    ``url`` is the base of its leases' addresses. ``epoch`` grows with every command to the wrapper; reports with an
+    older epoch are ignored. ``spec`` is the LLM that runs (READY, LEASED) or is being started (DEPLOYING).
+    ``request_id`` is the request that holds the wrapper (LEASED) or waits for its LLM (DEPLOYING; None: no request
+    waits, or a preload). ``home`` is the LLM that the configuration assigns to it. ``failures`` counts consecutive
+    failures, ``reason`` describes the last one.
     """
 
     wrapper_id: str
@@ -172,16 +170,19 @@ class Wrapper:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One LLM asked for by one client.
+    """A client's request for one LLM.
 
-    ``seq`` is the order of arrival. ``llmconfig`` is the client's own object as canonical JSON, handed back
-    unchanged; ``notes`` says what of it was translated or dropped. ``failed_on`` are the wrappers on which
-    its LLM could not be started. ``overtaken`` counts warm matches that went before it. ``memory`` is what its LLM
-    takes at least, None where that is not known. ``model_revision`` is the commit of the LLM that it was given;
-    None: not yet, or a local model, which has none. ``max_j`` [J] and ``max_g`` [gCO2eq] are what its lease may use
-    up, None: no limit.
-    ``like_request_id`` is the earlier request whose LLM, software and hardware it must get again, None: any will do.
-    ``provenance`` is what its LLM was handed over with (canonical JSON, see registry.core.provenance), None: not yet.
+    * ``seq``: number in the order of arrival.
+    * ``llmconfig``: the client's object as canonical JSON, returned unchanged; ``notes``: what of it was translated or
+      dropped.
+    * ``failed_on``: wrappers on which its LLM could not be started or died, once for each time.
+    * ``overtaken``: how many requests behind it were served first because their LLM was already running.
+    * ``memory``: minimum memory of its LLM, None if not known.
+    * ``model_revision``: commit of the LLM; None: not handed over yet, or a local model.
+    * ``max_j`` [J], ``max_g`` [gCO2eq]: budget of its lease, None: no limit.
+    * ``like_request_id``: earlier request whose LLM, software and hardware it must get, None: any.
+    * ``provenance``: LLM, software and hardware at the hand-over (canonical JSON, see registry.core.provenance), None:
+      not handed over yet.
     """
 
     request_id: str
@@ -211,7 +212,7 @@ class Request:
 
     @property
     def measurement_key(self) -> MeasurementKey:
-        """The key of its measurement."""
+        """Identifies its measurement."""
         return self.tenant, self.measurement_id
 
 
@@ -219,15 +220,15 @@ class Request:
 class Measurement:
     """Requests that belong together: served one after another, on one machine.
 
-    ``measurement_id`` is its tenant's choice: another tenant's with the same one is another measurement.
-
-    ``seq`` is when it began, or went on: the arrival of the first of its requests that had not ended when the
-    latest was added. ``machine_id`` is the pin: set by the first grant, None again once nothing of it is left.
-    A measurement that goes on soon after its last LLM was given back is pinned to the machine of before until
-    ``pinned_until_s`` (UTC); None: it is not pinned, or has been served there since, and the pin has no end.
-    ``flags`` tell what makes its figures hard to compare (``machine_changed`` …). ``gpu_type`` is the type that its
-    machine must have, None: any. ``versions`` is what its latest LLM was handed over with (name → version, as canonical
-    JSON), None: nothing was yet, or its wrapper did not say.
+    * ``measurement_id``: unique within a tenant only.
+    * ``seq``: number of the request that began it, or that resumed it after all earlier ones had ended.
+    * ``machine_id``: the machine that it is pinned to; set by the first grant, None once all its requests have ended.
+    * ``pinned_until_s``: a measurement that is resumed soon after its last LLM was released is pinned to its previous
+      machine until then (UTC s). None: not pinned, or served there since, so that the pin does not expire.
+    * ``flags``: what makes its figures hard to compare (``machine_changed`` …).
+    * ``gpu_type``: GPU type that its machine must have, None: any.
+    * ``versions``: software versions of its latest hand-over (name → version, canonical JSON), None: no hand-over yet,
+      or not reported by the wrapper.
     """
 
     measurement_id: int
@@ -243,7 +244,7 @@ class Measurement:
 
     @property
     def key(self) -> MeasurementKey:
-        """What it is known by."""
+        """Identifies it."""
         return self.tenant, self.measurement_id
 
 
@@ -251,8 +252,8 @@ class Measurement:
 class Lease:
     """The exclusive right of one request to one wrapper; held while ``now_s < ends_s``.
 
-    ``token`` is unguessable and part of the address. ``deadline_s`` is when the lease ends whatever happens,
-    ``idle_limit_s`` how long it may go without a prompt or keep-alive, counted from ``last_active_s``.
+    ``token`` is unguessable and part of the address. The lease ends at ``deadline_s`` at the latest, and
+    ``idle_limit_s`` seconds after ``last_active_s``, its last prompt or keep-alive.
     """
 
     request_id: str
@@ -265,15 +266,15 @@ class Lease:
 
     @property
     def ends_s(self) -> float:
-        """UTC second at which the lease ends unless it is used before."""
+        """UTC second at which the lease ends unless it is used earlier."""
         return min(self.deadline_s, self.last_active_s + self.idle_limit_s)
 
 
 class WindowKind(StrEnum):
-    """What a window of time was used for.
+    """What a wrapper did during an energy window.
 
-    prompt: one prompt of a lease. lease: all of a lease. idle: the time of a lease without any prompt, or of a machine
-    that nobody had. load, wake: the start, or the waking, of an LLM, warm-up included, charged to its deployment.
+    prompt: one prompt of a lease. lease: a whole lease. idle: the time of a lease without prompts, or of a machine
+    without a lease. load, wake: the start of an LLM, or its waking from sleep, with warm-up; charged to its deployment.
     """
 
     PROMPT = "prompt"
@@ -285,14 +286,16 @@ class WindowKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EnergyWindow:
-    """What a window of time on a wrapper cost, as the wrapper has measured it.
+    """Energy and emissions of a time window on a wrapper, measured by the wrapper.
 
-    ``window_id`` is ``<process>-<number>``. That of a prompt is ``<process>-p<n>``: it is given when the n-th prompt
-    of the wrapper's process begins, so that the answer can name it. ``number`` is the place of the window in the log
-    of its process, from 1, without holes; 0 in a window that was read back from the database.
-    ``request_id`` and ``measurement_id`` are those of the lease, None without one. Times are UTC seconds.
-    ``total_j`` [J], ``o_g`` and ``m_g`` [gCO2eq] are None where they are not known; ``label`` is the label of the
-    energy (deployments.energy.figures.Label). ``detail`` is the whole record, as canonical JSON.
+    * ``window_id``: ``<process>-<number>``, or ``<process>-p<n>`` for the n-th prompt of the wrapper's process; that is
+      known when the prompt starts, so that the answer can contain it.
+    * ``number``: position in the log of its process, from 1, without gaps; 0 if read back from the database.
+    * ``request_id``, ``measurement_id``: those of the lease, None without one.
+    * ``begun_s``, ``ended_s``: UTC seconds.
+    * ``total_j`` [J], ``o_g`` and ``m_g`` [gCO2eq]: None if not known.
+    * ``label``: label of the energy (deployments.energy.figures.Label).
+    * ``detail``: the whole record, canonical JSON.
     """
 
     window_id: str
@@ -312,9 +315,9 @@ class EnergyWindow:
 
 @dataclass(frozen=True, slots=True)
 class KeptWindow:
-    """An energy window that is written down, the machine that it was measured on, and the tenant that it counts for.
+    """A stored energy window, the machine that it was measured on, and the tenant that it is charged to.
 
-    None: the machine was not known any more; it is nobody's.
+    ``machine_id`` None: the machine was no longer known. ``tenant`` None: charged to no tenant.
     """
 
     window: EnergyWindow
@@ -340,10 +343,10 @@ class NewRequest:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRequested:
-    """A client asked for one or more LLMs of a measurement, in this order. ``gpu_type`` None: it does not matter.
+    """A client asked for one or more LLMs of a measurement, in this order. ``gpu_type`` None: any.
 
-    ``priority`` None: the one that the measurement has, normal for a new one. ``like_request_id``: each of them must be
-    what that request was given.
+    ``priority`` None: that of the measurement, normal if it is new. ``like_request_id``: each request must get the same
+    as that earlier request.
     """
 
     measurement_id: int
@@ -356,7 +359,7 @@ class LeaseRequested:
 
     @property
     def measurement_key(self) -> MeasurementKey:
-        """The key of the measurement."""
+        """Identifies the measurement."""
         return self.tenant, self.measurement_id
 
 
@@ -369,14 +372,14 @@ class LeaseReleased:
 
 @dataclass(frozen=True, slots=True)
 class LeaseLapsed:
-    """The wrapper says that the lease of a request, which was handed over there, has ended."""
+    """A wrapper reports that the lease of a request, handed over there, has ended."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseUsed:
-    """A prompt or keep-alive of a lease was seen at ``at_s``."""
+    """A lease had a prompt or keep-alive at ``at_s`` (UTC s)."""
 
     request_id: str
     at_s: float
@@ -384,11 +387,10 @@ class LeaseUsed:
 
 @dataclass(frozen=True, slots=True)
 class LeaseBound:
-    """The wrapper accepts the lease's token from now on. ``model_revision``: the commit of the LLM that it runs.
+    """The wrapper accepts the lease's token from now on. ``model_revision``: commit of the LLM that it runs.
 
-    ``versions``: of the software there, as a measurement keeps them; None: not known. ``flags`` are the measurement's
-    from now on, ``provenance`` is as in a Request. With a ``refusal`` it accepts nothing, since the LLM can't
-    serve the request.
+    ``versions``: software versions as in Measurement, None: not known. ``flags`` are added to the measurement's.
+    ``provenance`` is as in Request. ``refusal``: why the LLM can't serve the request; the token is then not accepted.
     """
 
     wrapper_id: str
@@ -402,7 +404,7 @@ class LeaseBound:
 
 @dataclass(frozen=True, slots=True)
 class LeaseFlagged:
-    """Something happened during a lease that makes its figures hard to compare; ``flags`` say what."""
+    """Something during a lease makes its figures hard to compare; ``flags`` say what."""
 
     request_id: str
     flags: tuple[str, ...]
@@ -410,7 +412,7 @@ class LeaseFlagged:
 
 @dataclass(frozen=True, slots=True)
 class LLMDeployed:
-    """The LLM of this epoch's DeployLLM runs and answers."""
+    """The LLM of the DeployLLM with this epoch runs and answers."""
 
     wrapper_id: str
     epoch: int
@@ -418,9 +420,9 @@ class LLMDeployed:
 
 @dataclass(frozen=True, slots=True)
 class LLMDeployFailed:
-    """The LLM of this epoch's DeployLLM could not be started; the wrapper is empty and usable.
+    """The LLM of the DeployLLM with this epoch could not be started; the wrapper is empty and usable.
 
-    ``permanent``: it would fail in the same way on every machine.
+    ``permanent``: it would fail the same way on every machine.
     """
 
     wrapper_id: str
@@ -431,7 +433,7 @@ class LLMDeployFailed:
 
 @dataclass(frozen=True, slots=True)
 class LLMStopped:
-    """The wrapper is empty after this epoch's StopLLM."""
+    """The wrapper is empty after the StopLLM with this epoch."""
 
     wrapper_id: str
     epoch: int
@@ -439,9 +441,9 @@ class LLMStopped:
 
 @dataclass(frozen=True, slots=True)
 class LLMDied:
-    """The running LLM of a wrapper ended by itself (crash, kill, hang); the wrapper is empty and usable.
+    """A wrapper's running LLM crashed, was killed or hung; the wrapper is empty and usable.
 
-    ``epoch`` is that of the last command the wrapper had taken. ``flags`` are for the measurement whose lease it ran.
+    ``epoch``: of the last command that the wrapper accepted. ``flags`` are added to the measurement that held it.
     """
 
     wrapper_id: str
@@ -452,7 +454,7 @@ class LLMDied:
 
 @dataclass(frozen=True, slots=True)
 class WrapperAdded:
-    """A machine has a (new) wrapper, which is starting."""
+    """A wrapper was created, or created again, on a machine and is starting."""
 
     wrapper_id: str
     machine_id: str
@@ -463,9 +465,9 @@ class WrapperAdded:
 
 @dataclass(frozen=True, slots=True)
 class WrapperStarted:
-    """A wrapper answers. ``running`` is the fingerprint of the LLM that it runs, None when it is empty.
+    """A wrapper answers. ``running``: fingerprint of the LLM that it runs, None if it is empty.
 
-    ``epoch`` is that of the last command it had taken (0 for a fresh one).
+    ``epoch``: of the last command that the wrapper accepted (0 in a new process).
     """
 
     wrapper_id: str
@@ -475,7 +477,7 @@ class WrapperStarted:
 
 @dataclass(frozen=True, slots=True)
 class WrapperFailed:
-    """A wrapper does not answer, or answered a command with an error that is not the LLM's fault."""
+    """A wrapper does not answer, or a command failed for a reason other than the LLM."""
 
     wrapper_id: str
     reason: str
@@ -483,28 +485,28 @@ class WrapperFailed:
 
 @dataclass(frozen=True, slots=True)
 class WrapperRemoved:
-    """A wrapper is gone for good (its machine left, or the configuration no longer has it)."""
+    """A wrapper was removed permanently: its machine left, or the configuration no longer has it."""
 
     wrapper_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class WrapperSwitchedOff:
-    """The wrapper of a machine that is being drained is removed from it, unless somebody holds it by now."""
+    """A wrapper of a draining machine is to be removed; ignored if a request holds it by now."""
 
     wrapper_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class MachineJoined:
-    """A machine is there (again), or what is known of it changed; but not whether it is draining."""
+    """A machine joined or came back, or its properties changed; ``machine.draining`` is ignored."""
 
     machine: Machine
 
 
 @dataclass(frozen=True, slots=True)
 class MachineLost:
-    """A machine is gone, and with it all its wrappers."""
+    """A machine was lost with all its wrappers."""
 
     machine_id: str
     reason: str
@@ -512,7 +514,7 @@ class MachineLost:
 
 @dataclass(frozen=True, slots=True)
 class MachineDrained:
-    """An operator wants no more leases on a machine; those that there are end as they would."""
+    """An operator wants no new leases on a machine; existing leases continue."""
 
     machine_id: str
 
@@ -526,9 +528,10 @@ class MachineUndrained:
 
 @dataclass(frozen=True, slots=True)
 class TimePassed:
-    """Nothing but time: ends the leases that are over.
+    """Time has passed: end the leases and pins that are over.
 
-    With ``asked``, of those that were not used for too long only these requests': their wrappers have been asked.
+    ``asked``: only the leases of these requests may end for idleness, since their wrappers were asked for their last
+    use; None: all leases.
     """
 
     asked: tuple[str, ...] | None = None
@@ -536,7 +539,7 @@ class TimePassed:
 
 @dataclass(frozen=True, slots=True)
 class ShutdownBegun:
-    """No new requests, no new grants; every LLM is to be stopped."""
+    """The registry shuts down: no new requests, no new grants, every LLM is stopped."""
 
 
 Event = (
@@ -571,7 +574,7 @@ Event = (
 class DeployLLM:
     """Make the wrapper run this LLM instead of any other. Answer: LLMDeployed, LLMDeployFailed.
 
-    ``request_id`` is the request that causes the start, and pays for it; None for a preload.
+    ``request_id``: the request that the start is charged to; None for a preload.
     """
 
     wrapper_id: str
@@ -582,7 +585,7 @@ class DeployLLM:
 
 @dataclass(frozen=True, slots=True)
 class StopLLM:
-    """Empty the wrapper. Answer: LLMStopped."""
+    """Stop the wrapper's LLM. Answer: LLMStopped."""
 
     wrapper_id: str
     epoch: int
@@ -590,7 +593,7 @@ class StopLLM:
 
 @dataclass(frozen=True, slots=True)
 class BindLease:
-    """Let the holder of the lease's token, and nobody else, prompt. Answer: LeaseBound."""
+    """Accept prompts with the lease's token, and no others. Answer: LeaseBound."""
 
     wrapper_id: str
     epoch: int
@@ -599,7 +602,7 @@ class BindLease:
 
 @dataclass(frozen=True, slots=True)
 class UnbindLease:
-    """Refuse the token from now on and end what it has in flight; ``how`` is told to its holder. No answer."""
+    """Refuse the token from now on and end its prompts in flight; tell the client ``how`` it ended. No answer."""
 
     wrapper_id: str
     epoch: int
@@ -623,7 +626,7 @@ Effect = DeployLLM | StopLLM | BindLease | UnbindLease | RestartWrapper
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything the registry knows, as the store loads it. Order within a kind means nothing."""
+    """All records, as the store loads them. The order within each tuple has no meaning."""
 
     machines: tuple[Machine, ...] = ()
     wrappers: tuple[Wrapper, ...] = ()
@@ -634,7 +637,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Records as they are after one event: put these, remove those. Each record appears at most once.
+    """What one event changed: records to write, ids to remove. Each record appears at most once.
 
     ``ended_leases`` are request ids, ``removed_wrappers`` wrapper ids.
     """
@@ -649,7 +652,7 @@ class Changes:
 
     @property
     def empty(self) -> bool:
-        """True when nothing is to be written."""
+        """True when there is nothing to write."""
         return not (
             self.machines
             or self.wrappers
@@ -671,16 +674,18 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The operator's choices that decisions depend on.
+    """Settings that decisions depend on.
 
-    ``lease_max_s``/``lease_idle_s``: length of a lease and how long it may idle, seconds > 0.
-    ``deploy_attempts``: on how many wrappers a failing LLM is tried, ≥ 1. ``wrapper_attempts``: restarts of a
-    failing wrapper in a row before it is given up, ≥ 1. ``max_overtakes``/``max_overtake_s``: how often, and
-    for how long after its arrival, a request may be overtaken by warm matches. ``max_queued`` and
-    ``max_queued_per_tenant``: caps on requests that wait. ``tenant_weights``: (tenant, weight > 0); 1 if absent.
-    ``wrappers_per_machine`` wrappers share the main memory of a machine without GPU, ≥ 1, and each has
-    ``kv_cache_bytes`` for the KV cache (None: no limit of its own). ``sticky_s`` (>= 0): how long after its last LLM
-    was given back a measurement still waits for the machine that it was served on, seconds.
+    * ``lease_max_s``, ``lease_idle_s``: maximum length of a lease, and of its idle time; seconds > 0.
+    * ``deploy_attempts``: after so many failed starts, or deaths during its lease, of its LLM a request fails, ≥ 1.
+    * ``wrapper_attempts``: consecutive failures after which a wrapper is given up, ≥ 1.
+    * ``max_overtakes``, ``max_overtake_s``: how often, and for how many seconds after its arrival, a request may be
+      overtaken by requests whose LLM is already running.
+    * ``max_queued``, ``max_queued_per_tenant``: maximum number of queued requests.
+    * ``tenant_weights``: (tenant, weight > 0); 1 if absent.
+    * ``wrappers_per_machine``: wrappers that share the main memory of a machine without GPUs, ≥ 1.
+    * ``kv_cache_bytes``: KV cache of each of these wrappers, None: no separate limit.
+    * ``sticky_s``: how many seconds (≥ 0) after its last release a measurement still waits for its previous machine.
     """
 
     lease_max_s: float = 3600.0

@@ -1,4 +1,4 @@
-"""The transition table: which status may follow which, and what brings it about. Data, and one check of it."""
+"""The transition tables: which status may follow which, and why; and the functions that check them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from registry.core.records import WrapperStatus as W
 
 
 class InvariantBroken(AssertionError):
-    """The registry's own rules do not hold: a fault of the program, never of a client."""
+    """The registry's own rules do not hold: a bug, never a client's fault."""
 
 
 FIRST_REQUEST_STATUS: Final = R.QUEUED
@@ -41,7 +41,7 @@ REQUEST_TRANSITIONS: Final[Mapping[R, Mapping[R, str]]] = {
     R.CANCELLED: {},
     R.FAILED: {},
 }
-"""From each status of a request: to which, and why."""
+"""For each status of a request: the possible next statuses, with their causes."""
 
 _GONE: Final[Mapping[W, str]] = {
     W.STARTING: "WrapperAdded again",
@@ -122,13 +122,13 @@ WRAPPER_TRANSITIONS: Final[Mapping[W, Mapping[W, str]]] = {
         W.LOST: "MachineLost",
     },
 }
-"""From each status of a wrapper: to which, and why. A wrapper can be removed in every status."""
+"""For each status of a wrapper: the possible next statuses, with their causes. It can be removed in every status."""
 
 
 def check_request_transition(request_id: str, old: R | None, new: R) -> None:
-    """Raise InvariantBroken unless a request may go from ``old`` (None: it is new) to ``new``.
+    """Check that a request may go from ``old`` (None: new) to ``new``. Raises InvariantBroken if not.
 
-    Staying in a status is allowed until it has ended.
+    It may stay in a status unless it has ended.
     """
     allowed = new is FIRST_REQUEST_STATUS if old is None else new in REQUEST_TRANSITIONS[old]
     if not allowed and (old is not new or new.ended):
@@ -136,14 +136,14 @@ def check_request_transition(request_id: str, old: R | None, new: R) -> None:
 
 
 def check_wrapper_transition(wrapper_id: str, old: W | None, new: W) -> None:
-    """Raise InvariantBroken unless a wrapper may go from ``old`` (None: it is new) to ``new``, or stays."""
+    """Check that a wrapper may go from ``old`` (None: new) to ``new``, or stays. Raises InvariantBroken if not."""
     allowed = new is FIRST_WRAPPER_STATUS if old is None else new is old or new in WRAPPER_TRANSITIONS[old]
     if not allowed:
         raise InvariantBroken(f"wrapper {wrapper_id} can't go from {old} to {new}")
 
 
 def as_markdown() -> str:
-    """The tables as ``registry/DESIGN.md`` shows them, between its marks for states."""
+    """Return the tables as Markdown, for the states section of ``registry/DESIGN.md``."""
     lines = []
     for kind, table in (("a request", REQUEST_TRANSITIONS), ("a wrapper", WRAPPER_TRANSITIONS)):
         lines += ["", f"| {kind} that is | can become |", "|---|---|"]

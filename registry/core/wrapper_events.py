@@ -1,7 +1,7 @@
-"""What wrappers and machines report, and what follows from it.
+"""Handles the reports of wrappers and machines.
 
-A report that is out of date changes nothing: it carries an older epoch than the wrapper's, it does not match what the
-wrapper is doing (a second copy of an earlier one), or its wrapper is gone.
+An outdated report is ignored: its epoch is older than the wrapper's, it does not match the wrapper's status (e.g. a
+duplicate), or its wrapper was removed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from registry.core.records import (
 )
 
 ENGINE_RESTARTED: Final = "engine_restarted"
-"""Flag of a measurement during one of whose leases the LLM had to be started again."""
+"""Flag of a measurement whose LLM had to be restarted during a lease."""
 
 VERSION_CHANGED: Final = "version_changed"
-"""Flag of a measurement whose LLMs did not all run on the same versions of the software."""
+"""Flag of a measurement whose LLMs ran on different software versions."""
 
 
 class Reports:
@@ -54,16 +54,16 @@ class Reports:
     # --- LLMs -------------------------------------------------------------------------------------------
 
     def on_llm_deployed(self, wrapper_id: str, epoch: int, now_s: float) -> None:
-        """The LLM runs: hand it over, or keep it for whoever comes."""
+        """The LLM runs: hand it over to the request that waits, or keep it ready."""
         wrapper = self._current(wrapper_id, epoch, WrapperStatus.DEPLOYING)
         if wrapper is not None:
             self._llm_runs(wrapper, now_s)
 
     def on_lease_bound(self, event: LeaseBound, now_s: float) -> None:
-        """The request has its LLM. The lease's time starts now: waiting for the hand-over costs its holder nothing.
+        """The request has its LLM: the lease's time starts, or the request fails.
 
-        Only the first hand-over starts it. After a restart of the engine the deadline stays, and the idle time is
-        counted from now.
+        It fails if the wrapper refuses it, or if it is not like its ``like_request_id``. After a restart of the engine
+        the deadline stays, and only the idle time starts again.
         """
         ledger = self._ledger
         wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.LEASED)
@@ -77,7 +77,7 @@ class Reports:
         if first:
             request = replace(request, provenance=event.provenance)
             why_not = event.refusal or self._unlike_what_it_asks(request)
-            if why_not is not None:  # nobody has been told the address yet
+            if why_not is not None:  # the client does not have the address yet
                 self._endings.end(request, RequestStatus.FAILED, "failed", why_not, now_s)
                 return
         ledger.put_request(
@@ -92,7 +92,7 @@ class Reports:
         deadline_s = now_s + self._limits.lease_max_s if first else lease.deadline_s
         ledger.put_lease(replace(lease, last_active_s=now_s, deadline_s=deadline_s))
         measurement = ledger.measurements[request.measurement_key]
-        ledger.put_measurement(replace(measurement, pinned_until_s=None))  # served there now: the pin has no end
+        ledger.put_measurement(replace(measurement, pinned_until_s=None))  # served there: the pin stays
         if event.versions is not None:
             measurement = ledger.measurements[request.measurement_key]
             same = measurement.versions in (None, event.versions)
@@ -101,12 +101,12 @@ class Reports:
         self.on_lease_flagged(request, event.flags)
 
     def on_lease_flagged(self, request: Request, flags: tuple[str, ...]) -> None:
-        """The measurement of a request carries these flags from now on."""
+        """Add these flags to the measurement of a request."""
         measurement = self._ledger.measurements[request.measurement_key]
         self._ledger.put_measurement(replace(measurement, flags=reduce(with_flag, flags, measurement.flags)))
 
     def on_llm_deploy_failed(self, event: LLMDeployFailed, now_s: float) -> None:
-        """The wrapper is empty again; the request is tried elsewhere, or has failed."""
+        """The wrapper is empty: try the request elsewhere, or fail it."""
         ledger = self._ledger
         wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.DEPLOYING)
         if wrapper is None:
@@ -116,7 +116,7 @@ class Reports:
         if request is None:
             ledger.put_wrapper(empty)
         elif request.request_id in ledger.leases:
-            # Its holder has an address on this wrapper, so that another one can't take over.
+            # The client has an address on this wrapper, so no other wrapper can take over.
             ledger.put_wrapper(unbind(ledger, empty, request, "failed"))
             self._endings.end(request, RequestStatus.FAILED, "failed", event.reason, now_s)
         else:
@@ -124,14 +124,14 @@ class Reports:
             self._endings.try_elsewhere(request, event.wrapper_id, event.reason, now_s, permanent=event.permanent)
 
     def on_llm_stopped(self, wrapper_id: str, epoch: int) -> None:
-        """The wrapper is empty."""
+        """The wrapper is empty: it may be used again."""
         wrapper = self._current(wrapper_id, epoch, WrapperStatus.STOPPING)
         if wrapper is not None:
             self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.IDLE))
             self._came_up_empty.append(wrapper_id)
 
     def on_llm_died(self, event: LLMDied, now_s: float) -> None:
-        """Nobody's LLM is gone; that of a lease is started again for it."""
+        """The LLM is gone: start it again if it was leased, unless that has failed too often."""
         wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.READY, WrapperStatus.LEASED)
         if wrapper is None:
             return
@@ -148,7 +148,7 @@ class Reports:
     # --- wrappers ---------------------------------------------------------------------------------------
 
     def on_wrapper_added(self, event: WrapperAdded, now_s: float) -> None:
-        """A wrapper is being created; a request that holds an older one of this id keeps it, if it still fits."""
+        """A wrapper is being created. A request that held one with this id keeps it if machine and GPUs still fit."""
         ledger = self._ledger
         known = ledger.wrappers.get(event.wrapper_id)
         if known is None:
@@ -178,14 +178,14 @@ class Reports:
             self._endings.lose(request, reason, now_s)
 
     def on_wrapper_started(self, event: WrapperStarted, now_s: float) -> None:
-        """A wrapper answers: bring what it runs and what it should run together."""
+        """A wrapper answers: compare what it runs with what it should run, and send the commands needed."""
         ledger = self._ledger
         wrapper = ledger.wrappers.get(event.wrapper_id)
         if wrapper is None or wrapper.status is WrapperStatus.OFF:
             return
         if wrapper.status is WrapperStatus.LOST and not self._is_alive(wrapper.machine_id):
             return
-        # Commands get newer epochs than any that the wrapper can have seen.
+        # New commands need newer epochs than any that the wrapper can have seen.
         missed = event.epoch != wrapper.epoch
         wrapper = replace(wrapper, epoch=max(wrapper.epoch, event.epoch))
         as_told = wrapper.spec is not None and event.running == wrapper.spec.fingerprint
@@ -193,17 +193,17 @@ class Reports:
         if request is not None and self._started_for(request, wrapper, as_told, now_s):
             return
         if request is not None:
-            wrapper = ledger.wrappers[wrapper.wrapper_id]  # the request has failed and let go of it
+            wrapper = ledger.wrappers[wrapper.wrapper_id]  # the request has failed and released it
         self._started_free(wrapper, event.running is None, as_told, missed, now_s)
-        # Not as soon as it was added: after a loss of many machines the others are added a moment later.
+        # Not in on_wrapper_added: when many machines were lost, other wrappers are added shortly afterwards.
         self._endings.fail_exhausted(now_s)
 
     def _started_for(self, request: Request, wrapper: Wrapper, as_told: bool, now_s: float) -> bool:
-        """Serve the request that holds a wrapper; False if it has failed instead."""
+        """Serve the request that holds a wrapper. Return False if it has failed instead."""
         assert wrapper.spec is not None
         if wrapper.status is WrapperStatus.LEASED:
             if as_told:
-                bind(self._ledger, wrapper, request.request_id)  # it may not know, if it was told by nobody who lives
+                bind(self._ledger, wrapper, request.request_id)  # the BindLease may be lost with an earlier registry
                 return True
             self._ledger.put_wrapper(wrapper)
             if not self._outlives_engine(request, "the LLM is gone from its wrapper", now_s):
@@ -215,7 +215,7 @@ class Reports:
         return True
 
     def _started_free(self, wrapper: Wrapper, empty: bool, as_told: bool, missed: bool, now_s: float) -> None:
-        """Settle a wrapper that nobody holds."""
+        """Mark a started wrapper that no request holds READY or IDLE, or send it the next command."""
         match wrapper.status:
             case WrapperStatus.DEPLOYING if wrapper.spec is not None and (empty or as_told):
                 if as_told and not missed:
@@ -224,8 +224,8 @@ class Reports:
                     deploy(self._ledger, wrapper, wrapper.spec, None)
             case WrapperStatus.READY if wrapper.spec is not None and as_told:
                 if missed:
-                    # The end of a lease was lost with the registry that commanded it. A deploy of what runs already
-                    # takes no time and ends the lease as well.
+                    # The UnbindLease may be lost with an earlier registry. Deploying the running LLM again takes no
+                    # time and ends the lease too.
                     deploy(self._ledger, wrapper, wrapper.spec, None)
             case WrapperStatus.STOPPING:
                 stop(self._ledger, wrapper)
@@ -236,7 +236,7 @@ class Reports:
                 stop(self._ledger, wrapper)
 
     def on_wrapper_failed(self, event: WrapperFailed, now_s: float) -> None:
-        """Restart a wrapper, or give it up when that has not helped a few times."""
+        """Restart a wrapper, or give it up after ``wrapper_attempts`` failures in a row or during a shutdown."""
         wrapper = self._ledger.wrappers.get(event.wrapper_id)
         if wrapper is None or not is_usable(wrapper):
             return
@@ -269,7 +269,7 @@ class Reports:
                 self._waits_for_wrapper(request, reason)
 
     def on_wrapper_removed(self, event: WrapperRemoved, now_s: float) -> None:
-        """A wrapper is gone for good."""
+        """A wrapper was removed permanently."""
         wrapper = self._ledger.wrappers.get(event.wrapper_id)
         if wrapper is None:
             return
@@ -280,7 +280,7 @@ class Reports:
         self._endings.fail_exhausted(now_s)
 
     def on_wrapper_switched_off(self, event: WrapperSwitchedOff) -> None:
-        """A wrapper that nobody holds goes, and stays known: so does what its machine has, and that it comes back."""
+        """Mark a wrapper OFF if no request holds it and its machine is draining. It stays known with its size."""
         wrapper = self._ledger.wrappers.get(event.wrapper_id)
         if wrapper is not None and wrapper.request_id is None and self._ledger.is_draining(wrapper.machine_id):
             self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.OFF, spec=None, failures=0, reason=None))
@@ -288,11 +288,11 @@ class Reports:
     # --- machines ---------------------------------------------------------------------------------------
 
     def on_machine_joined(self, machine: Machine) -> None:
-        """A machine is there. One that was drained stays so, also when it comes back."""
+        """Add or change a machine. A draining machine stays draining, even when it left and comes back."""
         self._ledger.put_machine(replace(machine, draining=self._ledger.is_draining(machine.machine_id)))
 
     def on_machine_drained(self, machine: Machine, now_s: float) -> None:
-        """No more leases there: who waits for the start of an LLM there waits elsewhere."""
+        """Allow no new leases there; requests whose LLM is being started there are queued again."""
         ledger = self._ledger
         ledger.put_machine(replace(machine, draining=True))
         for wrapper in ledger.on_machine(machine.machine_id):
@@ -302,13 +302,13 @@ class Reports:
         self._endings.fail_exhausted(now_s)
 
     def on_machine_undrained(self, machine: Machine) -> None:
-        """A machine may be used again; its wrappers that are empty get the LLM that is meant for them."""
+        """Use a machine again; its empty wrappers are preloaded with their ``home`` LLM."""
         ledger = self._ledger
         ledger.put_machine(replace(machine, draining=False))
         self._came_up_empty += [wrapper.wrapper_id for wrapper in ledger.on_machine(machine.machine_id)]
 
     def on_machine_lost(self, event: MachineLost, now_s: float) -> None:
-        """A machine is gone with all its wrappers; requests that it served fail, others wait again."""
+        """A machine is lost with all its wrappers: requests that were handed over fail, others are queued again."""
         ledger = self._ledger
         machine = ledger.machines.get(event.machine_id)
         if machine is not None:
@@ -324,7 +324,7 @@ class Reports:
     # --- the end of an event ----------------------------------------------------------------------------
 
     def preload_homes(self) -> None:
-        """Have wrappers that came up empty, and that no request has taken, run the LLM that is meant for them."""
+        """Deploy its ``home`` LLM on every wrapper that became empty and is still IDLE."""
         for wrapper_id in self._came_up_empty:
             wrapper = self._ledger.wrappers[wrapper_id]
             home = wrapper.home
@@ -336,14 +336,14 @@ class Reports:
     # --- inside -----------------------------------------------------------------------------------------
 
     def _current(self, wrapper_id: str, epoch: int, *statuses: WrapperStatus) -> Wrapper | None:
-        """The wrapper that a report is about, None when the report is out of date."""
+        """Return the wrapper that a report is about, None if the report is outdated."""
         wrapper = self._ledger.wrappers.get(wrapper_id)
         if wrapper is None or epoch < wrapper.epoch or wrapper.status not in statuses:
             return None
         return wrapper
 
     def _unlike_what_it_asks(self, request: Request) -> str | None:
-        """Why a request may not be handed over: it is to be like an earlier one, and is not; else None."""
+        """Return how a request differs from its ``like_request_id``; None if it does not, or has none."""
         if request.like_request_id is None:
             return None
         model = self._ledger.requests.get(request.like_request_id)
@@ -369,9 +369,9 @@ class Reports:
             self._dispatcher.lease(wrapper, wrapper.request_id, now_s)
 
     def _outlives_engine(self, request: Request, reason: str, now_s: float) -> bool:
-        """Keep a lease whose LLM is gone, unless that has happened too often: then its request fails.
+        """Keep a lease whose LLM is gone. After ``deploy_attempts`` times on this wrapper, fail the request instead.
 
-        Each death is noted in ``failed_on``, so that the count survives the registry.
+        Returns False if the request has failed. ``failed_on`` counts the times, so the count survives a restart.
         """
         assert request.wrapper_id is not None
         request = replace(request, failed_on=(*request.failed_on, request.wrapper_id))
@@ -382,7 +382,7 @@ class Reports:
         return True
 
     def _waits_for_wrapper(self, request: Request, reason: str) -> None:
-        """A request stays with a wrapper that has to run its LLM again first."""
+        """Set a request to DEPLOYING: it keeps its wrapper, which has to run its LLM again first."""
         ledger = self._ledger
         ledger.put_request(replace(request, status=RequestStatus.DEPLOYING, reason=reason))
         if request.request_id in ledger.leases:

@@ -1,1 +1,1 @@
-"""The registry's shell: decide, commit, act, and what people see of it."""
+"""Runs the registry: decides, commits, acts; and prepares what clients see."""

@@ -1,6 +1,6 @@
-"""What was used, by whom: the windows that wrappers have measured, written down once each, and the budgets of tenants.
+"""Stores the energy windows that wrappers have measured, once each, and checks the budgets of tenants.
 
-Nothing here decides who gets an LLM, but for the refusal of a request whose tenant has used up its budget.
+Its only influence on allocation: a request whose tenant has used up its budget is refused.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from registry.settings import TenantBudget
 from registry.store.store import Store, WindowPlace
 
 REMEMBERED_COSTS = 10_000
-"""Requests whose costs are remembered: those that are asked for often."""
+"""Maximum number of requests whose costs are cached."""
 
 
 class Accounts:
-    """The energy windows of a registry. Used by its service alone, which ends the process when a commit fails.
+    """The energy windows of a registry. Used only by its service, which ends the process if a commit fails.
 
-    ``budgets`` are by tenant; ``now_s`` gives UTC seconds. ``on_kept`` is told of each window once, when it is kept.
+    ``budgets``: by tenant. ``now_s`` returns UTC seconds. ``on_kept`` is called once for each window that is stored.
     """
 
     def __init__(
@@ -45,16 +45,16 @@ class Accounts:
         self._kept: dict[str, tuple[str, int]] = {}
         self._costs: dict[str, dict[WindowKind, Total]] = {}
         self._used: dict[str, dict[WindowKind, Total]] = {}
-        """By tenant with a budget: what the windows that ended in or after the month of ``_used_since_s`` cost."""
+        """By tenant with a budget: cost of the windows that ended at ``_used_since_s`` or later."""
         self._used_since_s = 0.0
 
     # --- windows ----------------------------------------------------------------------------------------
 
     def keep(self, wrapper_id: str, report: WrapperReport) -> None:
-        """Write down what a wrapper has measured, durable when this returns. What is there already stays as it is.
+        """Store the energy windows of a report, durably when this returns. Windows already stored stay unchanged.
 
         Raises:
-            StoreUnavailable: nothing was written.
+            StoreUnavailable: nothing was stored.
         """
         if not report.windows or report.moment is None:
             return
@@ -69,15 +69,15 @@ class Accounts:
         self._kept[wrapper_id] = report.moment.process, max(newest, self.kept(wrapper_id, report.moment))
 
     def kept(self, wrapper_id: str, as_of: Moment | None) -> int:
-        """The number of the last window that is written down of a wrapper's process, as far as this registry knows.
+        """Return the number of the last stored window of a wrapper's process.
 
-        0: none, or this registry was restarted since. The wrapper then sends again what it has not heard to be kept.
+        0: none, or this registry was restarted since; the wrapper then sends its unconfirmed windows again.
         """
         process, number = self._kept.get(wrapper_id, (None, 0))
         return number if as_of is not None and as_of.process == process else 0
 
     def _row(self, wrapper_id: str, window: EnergyWindow) -> KeptWindow:
-        """A window with what only the registry knows: the machine that it is of, and the tenant that pays."""
+        """Add to a window what only the registry knows: its machine, and the tenant that it is charged to."""
         wrapper = self._allocator.wrapper(wrapper_id)
         return KeptWindow(
             window,
@@ -87,14 +87,14 @@ class Accounts:
 
     def _tenant_of(self, request_id: str) -> str | None:
         request = self._archive.find_request(request_id)
-        return None if request is None else request.tenant  # None: forgotten meanwhile
+        return None if request is None else request.tenant  # None: deleted meanwhile
 
     def page(
         self, key: MeasurementKey, *, request_id: str | None, after: WindowPlace | None, limit: int
     ) -> tuple[KeptWindow, ...]:
-        """Return at most ``limit`` windows of a measurement, or of one of its requests, that come after a place.
+        """Return the first ``limit`` windows after a place, of a measurement or of one of its requests.
 
-        In the order in which they began: a window that is written down later may come before that place.
+        Sorted by start time, so a window that is stored later may belong before that place.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -102,13 +102,13 @@ class Accounts:
         return self._store.windows(key, request_id=request_id, after=after, limit=limit)
 
     def costs(self, request_id: str) -> Mapping[WindowKind, Total]:
-        """What a request has cost so far, by kind of window. As for ``costs_of``."""
+        """Return the cost of one request so far, as ``costs_of`` does."""
         return self.costs_of([request_id])[request_id]
 
     def costs_of(self, request_ids: Sequence[str]) -> dict[str, Mapping[WindowKind, Total]]:
-        """What each of these requests has cost so far, by kind of window.
+        """Return the cost of each of these requests so far, by kind of window.
 
-        Remembered for the last REMEMBERED_COSTS of them, and added to as windows come.
+        Cached for REMEMBERED_COSTS requests, and updated as windows arrive.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -131,7 +131,7 @@ class Accounts:
             _add(used, row.window)
 
     def used(self, request_id: str) -> tuple[float, float]:
-        """What the lease of a request is known to have used so far, J and gCO2eq: its prompts, and its idle time.
+        """Return the known use of a request's lease so far, (J, gCO2eq): prompts and idle time.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -141,17 +141,17 @@ class Accounts:
         return known.joules.of_known, known.o_g.of_known + known.m_g.of_known
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """The database has forgotten these requests."""
+        """Drop cached costs of requests that were deleted from the database."""
         for request_id in request_ids:
             self._costs.pop(request_id, None)
 
     # --- budgets ----------------------------------------------------------------------------------------
 
     def notes(self, tenant: str) -> tuple[str, ...]:
-        """What is to be told of the budget that new requests of a tenant count for.
+        """Return the budget warnings for new requests of a tenant, empty if there are none.
 
         Raises:
-            TenantBudgetUsed: it is used up for this month.
+            TenantBudgetUsed: the budget is used up for this month.
             StoreUnavailable: the database does not answer.
         """
         if tenant not in self._budgets:
@@ -160,10 +160,10 @@ class Accounts:
         return tuple(warnings(tenant, self._budgets[tenant], spent_total(self.used_in_month(tenant)), now_s))
 
     def used_in_month(self, tenant: str) -> Mapping[WindowKind, Total]:
-        """What the windows that count for a tenant, and ended in this calendar month (UTC), cost, by kind.
+        """Return the cost, by kind, of a tenant's windows that ended in this calendar month (UTC).
 
-        Summed up in the database once a month and tenant, and again after a restart; else added to as windows come.
-        Where there are budgets, windows are not forgotten within a month (``keep_days``).
+        Summed in the database once per month and tenant, and after a restart; then updated as windows arrive. If there
+        are budgets, ``keep_days`` is long enough that no window is deleted within its month.
 
         Raises:
             StoreUnavailable: the database does not answer.

@@ -1,6 +1,6 @@
-"""What has ended is in the store; memory holds what is unfinished, and what ended last.
+"""Keeps ended requests and measurements in the store, and only unfinished and recently ended ones in memory.
 
-So memory and start-up cost what is unfinished, however long the history is.
+So memory and start-up time depend on what is unfinished, not on the length of the history.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from registry.errors import RequestForgotten, UnknownMeasurement, UnknownRequest
 from registry.store.store import Store
 
 KEPT = 1000
-"""Measurements that are over and still in memory: most questions are about those that ended last."""
+"""Maximum number of finished measurements in memory: most queries are about recent ones."""
 
 
 class Archive:
-    """Reads requests and measurements, wherever they are, and keeps memory small. Each method may ask the store.
+    """Reads requests and measurements from memory or the store, and keeps memory small.
 
-    Every method raises StoreUnavailable when the database does not answer.
+    Every method may read the store, and raises StoreUnavailable if the database does not answer.
     """
 
     def __init__(self, store: Store, allocator: Allocator, kept: int = KEPT) -> None:
@@ -28,12 +28,12 @@ class Archive:
         self._allocator = allocator
         self._kept = kept
         self._over: OrderedDict[MeasurementKey, None] = OrderedDict()
-        """Measurements in memory of which nothing is unfinished, those that ended first in front."""
+        """Finished measurements in memory, by when they were last changed, oldest first."""
 
     # --- reading ----------------------------------------------------------------------------------------
 
     def request(self, request_id: str) -> Request:
-        """The request with this id. Raises UnknownRequest, RequestForgotten."""
+        """Return the request with this id. Raises UnknownRequest, or RequestForgotten if it was deleted."""
         request = self.find_request(request_id)
         if request is not None:
             return request
@@ -42,27 +42,27 @@ class Archive:
         raise UnknownRequest(request_id)
 
     def find_request(self, request_id: str) -> Request | None:
-        """The request with this id, None if there is none."""
+        """Return the request with this id, None if there is none."""
         try:
             return self._allocator.request(request_id)
         except UnknownRequest:
             return next(iter(self._store.requests([request_id])), None)
 
     def find_requests(self, request_ids: Iterable[str]) -> tuple[Request, ...]:
-        """The requests with these ids, those that there are."""
+        """Return the requests with these ids; unknown ids are ignored."""
         return self._store.requests(request_ids)
 
     def measurement(self, key: MeasurementKey) -> Measurement:
-        """The measurement with this key. Raises UnknownMeasurement."""
+        """Return the measurement with this key. Raises UnknownMeasurement."""
         measurement = self._find_measurement(key)
         if measurement is None:
             raise UnknownMeasurement(key[1])
         return measurement
 
     def requests_of(self, key: MeasurementKey, *, after_seq: int = 0, limit: int | None = None) -> tuple[Request, ...]:
-        """The first ``limit`` requests of a measurement with a ``seq`` above ``after_seq``, in order. O(limit).
+        """Return the first ``limit`` (None: all) requests of a measurement with ``seq`` > ``after_seq``. O(limit).
 
-        Every decision is written down before it is answered, so what the store says is as true as memory.
+        Reads the store, which is as current as memory: every decision is committed before it is answered.
         """
         return self._store.requests_of(key, after_seq=after_seq, limit=limit)
 
@@ -75,27 +75,27 @@ class Archive:
     # --- memory -----------------------------------------------------------------------------------------
 
     def recall(self, key: MeasurementKey) -> None:
-        """Have in memory what a decision about a measurement needs to know, if there is such a measurement."""
+        """Load a measurement, and its last request that was handed over, into memory, if they exist."""
         if not self._allocator.knows(key) and (measurement := self._store.measurement(key)) is not None:
             last = self._store.last_served(key)
             self._allocator.recall(measurement, () if last is None else (last,))
             self._note([key])
 
     def recall_request(self, request_id: str | None) -> None:
-        """Have an ended request in memory, if there is one with this id, until the next event."""
+        """Load an ended request into memory, if there is one with this id, until the next event at least."""
         request = None if request_id is None else self.find_request(request_id)
         if request is not None:
             self.recall(request.measurement_key)
             self._allocator.recall(self.measurement(request.measurement_key), (request,))
 
     def note(self, changes: Changes) -> None:
-        """An event has changed something: drop from memory what ended earlier than the last KEPT measurements."""
+        """Handle an event's changes: drop all finished measurements from memory but the latest KEPT."""
         self._note(dict.fromkeys(request.measurement_key for request in changes.requests))
         while len(self._over) > self._kept:
             self._allocator.drop_measurement(self._over.popitem(last=False)[0])
 
     def forgotten(self, request_ids: Iterable[str]) -> None:
-        """The store has forgotten ended requests. Drop them, and measurements of which it has none any more."""
+        """Drop requests from memory that the store has deleted, and measurements of which no request is left."""
         for request_id in request_ids:
             request = self._allocator.drop_request(request_id)
             if request is None:

@@ -1,4 +1,4 @@
-"""What a tenant may use in a month, against what it has used."""
+"""Compares a tenant's use in a month with its budget."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from registry.errors import TenantBudgetUsed
 from registry.settings import TenantBudget
 
 CHARGED = (*SPENT, WindowKind.LEASE)
-"""Kinds of windows that a tenant's sum is made of; lease windows add nothing to it but their label."""
+"""Kinds of windows that a tenant's sum is made of; lease windows only contribute their label."""
 
 WARN_SHARE = 0.8
-"""From this share of a budget on, answers warn of its end."""
+"""From this fraction of a budget on, answers contain a warning."""
 
 _MEASURED = frozenset({"measured", "measured_sampled"})
 
 
 def month_begin_s(now_s: float) -> float:
-    """When the calendar month (UTC) of a UTC second began, UTC seconds."""
+    """Return the start of the calendar month (UTC) that contains ``now_s``, UTC seconds."""
     return _month(now_s).timestamp()
 
 
 def warnings(tenant: str, budget: TenantBudget, used: Total, now_s: float) -> Iterator[str]:
-    """What to tell a tenant of its budget, if there is anything. ``used``: in this month, until now.
+    """Yield warnings about a tenant's budget. ``used``: its use in this month so far.
 
-    What is not known of it does not count, and is told.
+    Windows with unknown use do not count; a warning says how many there are.
 
     Raises:
-        TenantBudgetUsed: it is used up.
+        TenantBudgetUsed: the budget is used up.
     """
     grams = Sum(used.o_g.count, min(used.o_g.known, used.m_g.known), used.o_g.of_known + used.m_g.of_known)
     about = "" if used.label in _MEASURED else "~"

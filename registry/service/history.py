@@ -1,4 +1,4 @@
-"""What the log of events keeps of a decision: for every request that it changed, what happened, when, and why."""
+"""Makes the rows of the event log: for every request that a decision changed, what happened, when, and why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from registry.store.store import EventRow
 
 
 def ids_of(event: Event | Effect) -> dict[str, object]:
-    """What an event is about, by name; what it does not say is left out. Never a token."""
+    """Return the ids, epoch and reason of an event or effect, by name, as far as it has them. Never a token."""
     names = ("wrapper_id", "request_id", "measurement_id", "machine_id", "epoch", "reason")
     return {name: value for name in names if (value := getattr(event, name, None)) is not None}
 
@@ -18,12 +18,12 @@ def ids_of(event: Event | Effect) -> dict[str, object]:
 def rows_of(
     event: Event, changes: Changes, request_of: Callable[[str], Request], now_s: float, cause: int | None
 ) -> tuple[EventRow, ...]:
-    """One row for each request that an event changed, or one that is about none.
+    """Return a row for each request that an event changed, or one row without a request if it changed none.
 
-    ``request_of`` gives the request with an id, as it is after the event. ``cause`` is the number of the event whose
-    command this one answers; None: it came from outside (a client, the clock, the watching). An event can change
-    requests that it does not name: who releases an LLM hands it to the next in line. That a lease was used is not
-    kept: it happens every few seconds, and the lease itself says when it was last.
+    ``request_of`` returns a request as it is after the event. ``cause``: number of the event whose command this one
+    answers; None: it has an external cause (a client, the clock, a periodic check). An event can change requests that
+    it does not name: a release may start the next request in the queue. LeaseUsed gives no rows: it happens every few
+    seconds, and the lease itself stores its last use.
     """
     if isinstance(event, LeaseUsed):
         return ()
@@ -47,7 +47,7 @@ def rows_of(
 
 
 def log_fields(row: EventRow) -> dict[str, object]:
-    """A row as the fields of a line in the log; what it does not say is left out."""
+    """Return a row as fields of a log line, without those that are missing."""
     ids = {name: getattr(row, name) for name in ("request_id", "measurement_id", "wrapper_id", "cause_id")}
     known = {name: value for name, value in ids.items() if value is not None}
     detail: dict[str, object] = json.loads(row.detail)

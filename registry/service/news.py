@@ -1,4 +1,4 @@
-"""Which requests have changed, in order, for readers that keep their place. Plain asyncio, no Ray."""
+"""A feed of the ids of changed requests, for readers that remember their position. Plain asyncio, no Ray."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import suppress
 from itertools import islice
 
 CHANGES_WAIT_S = 10.0
-"""Longest time that a reader waits in the registry for a change of any request, seconds."""
+"""Maximum time that a reader waits in the registry for a change of any request, seconds."""
 
 KEPT = 10_000
-"""Changes that a reader may be behind before it has to look at everything again."""
+"""Number of changes kept: a reader that is further behind has to read all requests again."""
 
 
 class News:
-    """The ids of the last KEPT requests that have changed. Used in one event loop.
+    """The ids of changed requests, of the last KEPT changes. Used in one event loop.
 
-    A reader's place is the number of changes that it knows. A place of another process's means nothing here.
+    A reader's place is the number of changes that it has seen. A place is valid in one process only.
     """
 
     def __init__(self, kept: int = KEPT) -> None:
@@ -27,7 +27,7 @@ class News:
         self._readers: set[asyncio.Future[None]] = set()
 
     def add(self, request_ids: Iterable[str]) -> None:
-        """Requests have changed."""
+        """Add changed requests and wake the readers."""
         before = self._count
         for request_id in request_ids:
             self._changed.append(request_id)
@@ -39,9 +39,9 @@ class News:
             self._readers.clear()
 
     async def after(self, place: int | None, wait_s: float) -> tuple[int, list[str] | None]:
-        """Return the place now, and what has changed since another one: as soon as anything has, or after ``wait_s``.
+        """Wait for changes after ``place``, at most ``wait_s`` seconds. Return the current place and the changed ids.
 
-        None at once if that is not known: for a place that is too old, or None.
+        The ids are None, at once, if they are not known: the place is too old, invalid or None.
         """
         if place == self._count:
             with suppress(TimeoutError):

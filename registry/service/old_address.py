@@ -1,7 +1,7 @@
-"""Pure: the form of a lease's address from which the Prompting Service's own client builds its URLs.
+"""The ``address`` of a lease, from which the Prompting Service's own client builds its URLs. Pure.
 
-That client sends its prompts to ``"http://" + address + ":8000/process_prompt"``. So ``address`` has neither scheme nor
-port nor path; the lease's token is its userinfo, which HTTP clients send as Basic credentials. At that URL the ingress
+That client sends its prompts to ``"http://" + address + ":8000/process_prompt"``. So ``address`` has no scheme, port or
+path. The lease's token is its userinfo, which HTTP clients send as Basic credentials. At that URL, the ingress
 redirects to the lease's real one.
 """
 
@@ -13,11 +13,11 @@ OLD_PORT = 8000
 """The port that the Prompting Service's client always uses."""
 
 OLD_USER = "lease"
-"""User name of the credentials; the token alone says which lease."""
+"""User name of the credentials; only the token identifies the lease."""
 
 
 def old_address(base_url: str, token: str) -> str:
-    """Return ``lease:<token>@<host>``, with the host by which clients reach the registry.
+    """Return ``lease:<token>@<host>``, with the host of the registry's base URL.
 
     ``http://[fd00::1]:8000`` and the token ``t`` give ``lease:t@[fd00::1]``.
     """
@@ -26,7 +26,7 @@ def old_address(base_url: str, token: str) -> str:
 
 
 def old_address_problems(base_url: str) -> tuple[str, ...]:
-    """Say why clients that build their URL from ``address`` can't reach the registry; empty if they can."""
+    """Return why clients that build their URL from ``address`` can't reach the registry; empty if they can."""
     parts = urlsplit(base_url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     if parts.scheme != "http":

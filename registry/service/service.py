@@ -1,11 +1,10 @@
-"""The registry's shell: decide (allocator) → commit (store) → act (cluster). Plain asyncio, no Ray.
+"""Runs the registry: decide (allocator) → commit (store) → act (cluster). Plain asyncio, no Ray.
 
-One object owns the state. Every event goes through ``_apply``: the decision and its commit happen without an
-await in between, so no other event can come in; only then do effects run, each as a task of its own. What an
-effect brings about comes back as an event. A command supersedes all older ones of its wrapper (its epoch says
-so), therefore effects need no order among themselves. A commit or a decision that fails ends the process: its
-restart loads the database, which is simpler than rolling memory back. Whatever else fails ends nothing: the
-watching goes on.
+One object owns the state. Every event goes through ``_apply``. There is no await between decision and commit, so no
+other event can interleave. Then the effects run, each in a task of its own; their results come back as events. A
+command supersedes all older ones of its wrapper, by its epoch, so effects need no order. If a decision or a commit
+fails, the process ends: loading the database at the restart is simpler than rolling memory back. Any other failure is
+logged, and the service continues.
 """
 
 from __future__ import annotations
@@ -102,56 +101,56 @@ log = structlog.get_logger("registry.service.service")
 T = TypeVar("T")
 
 FAILED_RETRY_S = 30.0
-"""How often a wrapper that was given up is looked at again, seconds."""
+"""Interval at which a FAILED wrapper is checked again, seconds."""
 
 ACTIVITY_GRAIN = 0.05
-"""While a lease is used its activity is written down when it is newer by this share of the idle limit than what is
-known: each time is a commit. Before a lease is ended its wrapper is asked, so it costs no lease a second."""
+"""A lease's activity is stored if it is newer than the stored one by this fraction of the idle limit: each time takes a
+commit. No lease ends early because of that, since its wrapper is asked first."""
 
 STOP_MARGIN_S = 10.0
-"""How much longer than an LLM may take to stop a shutdown waits for it, seconds."""
+"""A shutdown waits this much longer than an LLM may take to stop, seconds."""
 
 DAY_S = 86_400.0
 
 FORGET_AT_ONCE = 200
-"""Rows of each kind that are forgotten in one transaction: some 20 ms in which the registry decides nothing."""
+"""Maximum number of rows of each kind deleted in one transaction, which blocks the registry for some 20 ms."""
 
 FORGET_PAUSE_S = 0.05
-"""Pause between two such transactions, seconds: the rest of the time is for others."""
+"""Pause between two such transactions, so that other work runs, seconds."""
 
 _WATCHED = frozenset(
     {WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED, WrapperStatus.STOPPING}
 )
-"""States in which a wrapper that does not answer has failed."""
+"""Statuses in which a wrapper that does not answer has failed."""
 
 _UNWATCHED = frozenset({WrapperStatus.LOST, WrapperStatus.OFF, WrapperStatus.RESTARTING})
-"""States in which a wrapper is not asked how it is."""
+"""Statuses in which a wrapper is not asked for reports."""
 
 GRANT_WAIT_S = 0.25
-"""How long the answer to a POST is held back for an LLM that is warm and free, seconds; it takes milliseconds."""
+"""Maximum time that a POST's answer waits for the hand-over of a running free LLM, seconds; it takes milliseconds."""
 
 RESEND_DELAYS_S = (0.1, 0.5, 2.0)
-"""Pauses before a lease command is sent again to a wrapper that did not take it, seconds."""
+"""Pauses before a lease command is sent again to a wrapper that did not answer, seconds."""
 
 
 REMEMBERED_TOKENS = 10_000
-"""Leases whose tokens the registry still knows, ended ones included."""
+"""Number of latest leases whose tokens are remembered, including ended ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Idempotency:
-    """A client's Idempotency-Key and the SHA-256 of the body it came with, as canonical JSON."""
+    """A client's Idempotency-Key and the SHA-256 of its request body (as canonical JSON)."""
 
     key: str
     body_sha256: str
 
 
 class Service:
-    """The registry's judgement, memory and hands.
+    """Owns the registry's state: decides on events, commits, runs the effects, and watches the wrappers.
 
-    Must be made, started and used in one event loop. ``now_s`` gives UTC seconds, ``new_token`` unguessable
-    lease tokens, ``homes`` the LLM for a machine id or ``*``; ``on_fatal`` is called
-    when the database or a decision fails and must end the process, ``on_energy`` for each energy window that is kept.
+    Must be created, started and used in one event loop. ``now_s`` returns UTC seconds, ``new_token`` unguessable lease
+    tokens; ``homes`` maps a machine id or ``*`` to an LLM. ``on_fatal`` is called when the database or a decision
+    fails, and must end the process; ``on_energy`` is called for each stored energy window.
     """
 
     def __init__(
@@ -176,7 +175,7 @@ class Service:
         self.news = News()
         self.reports: dict[str, WrapperReport] = {}
         self.heard_s: dict[str, float] = {}
-        """When each wrapper has last reported to this process, UTC seconds."""
+        """By wrapper: when this process got its last report, UTC seconds."""
         self._store = store
         self._cluster = cluster
         self._now_s = now_s
@@ -185,29 +184,29 @@ class Service:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._under_way: dict[str, Effect] = {}
-        """The newest command to each wrapper while it is under way; none that was given before it was created anew."""
+        """By wrapper: its newest command, while in progress; dropped when the wrapper is created again."""
         self._turns: dict[str, int] = {}
-        """How often each wrapper was commanded or created anew."""
+        """By wrapper: number of times it was commanded or created."""
         self._misses: dict[str, int] = {}
         self._deployed: frozenset[str] | None = None
         self._switching_off: set[str] = set()
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._tokens: OrderedDict[str, str] = OrderedDict()
-        """Request ids by lease token, of the last REMEMBERED_TOKENS leases, ended ones included."""
+        """Request ids by lease token, of the last REMEMBERED_TOKENS leases, including ended ones."""
         self._answered_again: set[str] = set()
-        """First request ids of POSTs that were answered once more by their Idempotency-Key."""
+        """First request ids of POSTs that were repeated with the same Idempotency-Key and answered again."""
         self._asked: set[str] = set()
         self._idle = asyncio.Event()
         self._stopping = False
         self._closed = False
         self._forget_next_s = 0.0
         self._begun_s = self._before_s = 0.0
-        """When this process began, and when the one before it last wrote something, UTC seconds."""
+        """UTC seconds: when this process began, and the last event stored by the previous process."""
 
     # --- life -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Load the database and begin to watch. Returns at once; machines and wrappers come in by themselves."""
+        """Load the database and start watching. Does not wait for machines or wrappers."""
         self._begun_s = self._now_s()
         newest_s = self._store.newest_event_s()
         self._before_s = self._begun_s if newest_s is None else min(newest_s, self._begun_s)
@@ -221,9 +220,9 @@ class Service:
         await self._guarded("what ended long ago could not be forgotten", self._forget_in_parts())
 
     async def _forget_in_parts(self) -> None:
-        """Forget what ended more than ``keep_days`` ago, in small parts. Others are let in between them.
+        """Delete what ended more than ``keep_days`` ago, in small parts, with other work in between.
 
-        The time in which no registry ran is not counted, as a clock that is wrong at the start would forget everything.
+        Time in which no registry ran is not counted: otherwise a clock that is wrong at the start could delete all.
         """
         seen_s = self._before_s + self._now_s() - self._begun_s
         before_s, count = seen_s - self.settings.keep_days * DAY_S, 0
@@ -243,10 +242,9 @@ class Service:
             await asyncio.sleep(FORGET_PAUSE_S)
 
     async def shutdown(self) -> None:
-        """Stop every LLM and every wrapper, then close the database. Takes no new requests from the first moment.
+        """Stop every LLM and every wrapper, then close the database. New requests are refused at once.
 
-        Waits for each step at most as long as the settings allow; queued requests stay queued for the next start.
-        Again is not an error.
+        The settings limit how long each step may take. Queued requests stay queued for the next start. Idempotent.
         """
         if self._closed:
             return
@@ -270,7 +268,7 @@ class Service:
         self._store.close()
 
     async def _hear_out(self, wrapper: Wrapper) -> None:
-        """What a wrapper has measured of its last lease is written down before it is removed."""
+        """Store the energy windows of a wrapper's last lease before the wrapper is removed."""
         if wrapper.status in _WATCHED:
             with suppress(WrapperUnreachable):
                 await self._report(wrapper.wrapper_id)
@@ -296,10 +294,9 @@ class Service:
         grade: Grade = Grade.STANDARD,
         like_request_id: str | None = None,
     ) -> tuple[Request, ...]:
-        """Accept requests for LLMs, durable when this returns; in the order given.
+        """Accept requests for LLMs, and return them in the order given. They are stored when this returns.
 
-        Ids come from the caller, so that it can safely ask again when it did not get the answer: the same ids
-        are the same requests.
+        The caller chooses the ids, so a retry is safe: known ids return the existing requests.
 
         Raises:
             QueueFull, LLMNeverFits, InvalidField, TenantBudgetUsed, ShuttingDown: nothing was accepted.
@@ -330,19 +327,20 @@ class Service:
         return tuple(self.allocator.request(request_id) for request_id in ids)
 
     def release(self, request_id: str) -> None:
-        """The client is done with the LLM, or no longer wants it. Again is not an error.
+        """Release or cancel a request. Idempotent.
 
         Raises:
-            UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
+            UnknownRequest: no request has this id.
+            RequestForgotten: the request was deleted after ``keep_days``.
         """
         if not self.known(request_id).status.ended:
             self._apply(LeaseReleased(request_id))
 
     def withdraw(self, request_ids: Sequence[str], *, tenant: str, key: str | None) -> None:
-        """Release the requests of a POST that was not answered: nobody has their ids. Idempotent.
+        """Release the requests of a POST whose answer did not reach the client, which has no ids of them. Idempotent.
 
-        Its Idempotency-Key is forgotten, so that the client's next attempt makes new requests. Nothing happens if that
-        attempt came first and was given these requests, or if they were never accepted.
+        Its Idempotency-Key is deleted, so that a retry creates new requests. Nothing happens if a retry has got these
+        requests already, or if they were never accepted.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -363,8 +361,8 @@ class Service:
         """Return the id of the request whose lease has this token.
 
         Raises:
-            LeaseEnded: the lease has ended, as far as that is remembered: not from before the last restart.
-            NoSuchLease: no lease has, or had, this token.
+            LeaseEnded: the lease has ended. Only the last REMEMBERED_TOKENS leases since the last restart are known.
+            NoSuchLease: no known lease has, or had, this token.
         """
         request_id = self._tokens.get(token)
         if request_id is None:
@@ -382,9 +380,9 @@ class Service:
             self._tokens.popitem(last=False)
 
     async def granted(self, requests: Sequence[Request]) -> tuple[Request, ...]:
-        """The requests of one POST, the first handed over if its LLM was warm and free.
+        """Return the current requests of a POST. If the first one's LLM was running and free, wait for its hand-over.
 
-        Only the wrapper's word is missing then, which is waited for, at most GRANT_WAIT_S.
+        Waits at most GRANT_WAIT_S, for the wrapper's confirmation.
         """
         first = requests[0]
         wrapper = None if first.wrapper_id is None else self.allocator.wrapper(first.wrapper_id)
@@ -393,13 +391,13 @@ class Service:
         return tuple(self.known(request.request_id) for request in requests)
 
     async def keep_alive(self, request_id: str) -> Request:
-        """The client still needs its LLM: its idle time starts anew, unless the wrapper has just ended its lease.
+        """Restart the idle time of a request's lease, unless the wrapper has just ended the lease. Return the request.
 
-        While its LLM is being started again the wrapper may not know of the lease yet, which stands all the same.
+        While the LLM is being restarted, the wrapper may not know the lease yet; the idle time restarts all the same.
 
         Raises:
-            UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
-            WrapperUnreachable: the wrapper could not be told; the lease stands as it was.
+            UnknownRequest, RequestForgotten: as for ``release``.
+            WrapperUnreachable: the wrapper did not answer; the lease is unchanged.
         """
         request = self.known(request_id)
         lease = self.allocator.lease_of(request_id)
@@ -412,7 +410,7 @@ class Service:
         return request
 
     def drain(self, machine_id: str) -> None:
-        """Hand out no more LLMs on a machine; when what is used there has ended, its wrappers go. Again is no error.
+        """Allow no new leases on a machine, and remove its wrappers once their leases have ended. Idempotent.
 
         Raises:
             UnknownMachine: no machine has this id.
@@ -421,7 +419,7 @@ class Service:
         self._apply(MachineDrained(machine_id))
 
     def undrain(self, machine_id: str) -> None:
-        """Use a machine again; its wrappers come back. Again is no error.
+        """Use a machine again, and create its wrappers again. Idempotent.
 
         Raises:
             UnknownMachine, ShuttingDown: as for ``drain``.
@@ -429,7 +427,7 @@ class Service:
         self._apply(MachineUndrained(machine_id))
 
     def is_off(self, machine_id: str) -> bool:
-        """True when a drained machine has no wrapper any more: its GPUs are free, and it may be switched off."""
+        """True when a drained machine has no wrapper left: its GPUs are free, and it may be switched off."""
         machine, deployed = self.allocator.known_machine(machine_id), self._deployed
         wrappers = self.allocator.wrappers_on(machine_id)
         gone = {WrapperStatus.OFF} if machine.alive else {WrapperStatus.OFF, WrapperStatus.LOST}
@@ -441,17 +439,17 @@ class Service:
         )
 
     def misses_reports(self, wrapper_id: str) -> bool:
-        """True when a wrapper did not answer when it was last asked."""
+        """True when a wrapper did not answer the last request for a report."""
         return wrapper_id in self._misses
 
     async def wait_for_change(self, request_id: str, wait_s: float, seen: RequestStatus | None = None) -> Request:
-        """The request, as soon as its status is another than ``seen`` or after ``wait_s`` (at most MAX_WAIT_S) seconds.
+        """Wait until a request's status differs from ``seen``, at most ``wait_s`` (≤ MAX_WAIT_S) seconds; return it.
 
-        Who does not say what it has seen waits for its LLM: ``deployed`` is news then, whatever else only when it
-        differs from now. Nobody waits for a request that has ended.
+        With ``seen=None``: return at once if it is ``deployed``, else wait for the next change of status. Requests that
+        have ended return at once.
 
         Raises:
-            UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
+            UnknownRequest, RequestForgotten: as for ``release``.
         """
         request = self.known(request_id)
         if seen is None and request.status is not RequestStatus.DEPLOYED:
@@ -463,14 +461,14 @@ class Service:
                 while self.known(request_id).status is seen:
                     await self._next_change(request_id)
         except TimeoutError:
-            pass  # nothing changed: the answer is the state as it is
+            pass  # nothing changed: return the current state
         return self.known(request_id)
 
     def history(self, request_id: str, *, after: int = 0, limit: int = 1000) -> tuple[StoredEvent, ...]:
-        """What has happened to a request: the oldest ``limit`` (> 0) events with a number above ``after``, in order.
+        """Return the oldest ``limit`` (> 0) events of a request with a number above ``after``, in order.
 
         Raises:
-            UnknownRequest, RequestForgotten: no request has this id, or none has it any more.
+            UnknownRequest, RequestForgotten: as for ``release``.
             StoreUnavailable: the database does not answer.
         """
         self.known(request_id)
@@ -491,7 +489,7 @@ class Service:
     # --- decide, commit, act ----------------------------------------------------------------------------
 
     def _apply(self, event: Event, *, cause: int | None = None, idempotency: IdempotencyRow | None = None) -> None:
-        """Let an event happen. ``cause``: the number of the event whose command it answers."""
+        """Decide on an event, commit, start the effects. ``cause``: number of the event whose command it answers."""
         if self._closed:
             raise ShuttingDown
         now_s = self._now_s()
@@ -508,12 +506,12 @@ class Service:
                 and effect.how == "released"
                 and effect.epoch < newest[effect.wrapper_id]
             ):
-                continue  # whatever comes next for this wrapper ends the lease before it, too
+                continue  # the next command to this wrapper ends the released lease as well
             self._turn(effect.wrapper_id, effect)
             self._spawn(self._run(effect, number))
 
     def _turn(self, wrapper_id: str, effect: Effect | None) -> None:
-        """A wrapper is commanded or (None) created anew: what was commanded before says nothing of it any more."""
+        """Record a new command to a wrapper, or (None) its creation: results of earlier commands are outdated now."""
         self._turns[wrapper_id] = self._turns.get(wrapper_id, 0) + 1
         if effect is None:
             self._under_way.pop(wrapper_id, None)
@@ -524,8 +522,8 @@ class Service:
         try:
             return self.allocator.handle(event, now_s)
         except RegistryError:
-            raise  # refused, and nothing has changed
-        except Exception as error:  # half changed, perhaps: as bad as a commit that failed
+            raise  # refused; nothing has changed
+        except Exception as error:  # memory may be half changed: as bad as a failed commit
             log.exception("a decision failed", kind=type(event).__name__, **ids_of(event))
             self._on_fatal(InternalError(f"{type(event).__name__}: {error}"))
             raise
@@ -567,18 +565,18 @@ class Service:
             log.error("a task of the registry ended with an error", exc_info=error)
 
     async def _guarded(self, what: str, work: Awaitable[None]) -> None:
-        """Await background work. What goes wrong ends this piece of it and no more, so that the watching goes on."""
+        """Await background work and log its errors, so that the caller can continue. Raises StoreUnavailable."""
         try:
             await work
         except StoreUnavailable:
-            raise  # on_fatal was told: the process ends
+            raise  # on_fatal was called: the process ends
         except RegistryError as error:
             log.warning(what, reason=str(error))
         except Exception:
             log.exception(what)
 
     async def _run(self, effect: Effect, cause: int | None) -> None:
-        """Carry an effect out and report what came of it, unless newer commands have made it meaningless."""
+        """Run an effect and apply the resulting event. A failure is ignored if a newer command has superseded it."""
         log.info("effect", kind=type(effect).__name__, cause_id=cause, **ids_of(effect))
         try:
             event = await self._outcome(effect)
@@ -601,9 +599,10 @@ class Service:
         return self._under_way.get(effect.wrapper_id) is effect
 
     def _quiet_turn(self, wrapper_id: str, own: Effect | None) -> int | None:
-        """A wrapper's turn while no command but ``own`` is under way to it, else None: two equal ones, and none was.
+        """Return the wrapper's command count, or None while a command other than ``own`` is in progress.
 
-        One that was superseded does not count: its outcome changes nothing, and it may end long after.
+        If equal before and after a call, no other command was in progress in between. Superseded commands are ignored:
+        they may end long afterwards, and their outcome changes nothing.
         """
         return self._turns.get(wrapper_id, 0) if self._under_way.get(wrapper_id) in (None, own) else None
 
@@ -616,14 +615,14 @@ class Service:
                     await self._cluster.deploy(wrapper_id, epoch, spec, grant, self._started_for(request_id))
                 except EngineStartFailed as error:
                     return LLMDeployFailed(wrapper_id, epoch, str(error), error.permanent)
-                except InvalidField as error:  # allowed by the ingress, but not there: a link that leads elsewhere
+                except InvalidField as error:  # allowed by the ingress, not on the machine: e.g. a link leads elsewhere
                     return LLMDeployFailed(wrapper_id, epoch, str(error))
                 return LLMDeployed(wrapper_id, epoch)
             case StopLLM(wrapper_id, epoch):
                 await self._cluster.stop(wrapper_id, epoch)
                 return LLMStopped(wrapper_id, epoch)
             case BindLease(wrapper_id, epoch, request_id):
-                if wrapper_id not in self.reports:  # just loaded: the grant needs a moment of the wrapper's
+                if wrapper_id not in self.reports:  # after a restart: the grant needs a timestamp of the wrapper
                     await self._report(wrapper_id)
                 grant = self._grant(request_id)
                 if grant is None:
@@ -633,7 +632,7 @@ class Service:
                 except EngineNotReady as error:
                     return LLMDied(wrapper_id, epoch, error.reason)
                 if (bound := self.archive.find_request(request_id)) is not None:
-                    self.archive.recall_request(bound.like_request_id)  # which it is compared with
+                    self.archive.recall_request(bound.like_request_id)  # needed for the comparison
                 return LeaseBound(
                     wrapper_id,
                     epoch,
@@ -660,7 +659,7 @@ class Service:
         return None if report is None or report.versions is None else canonical_json(report.versions)
 
     def _provenance(self, wrapper_id: str, over: HandOver) -> str | None:
-        """What a wrapper tells of a hand-over, and where it is."""
+        """Return the provenance of a hand-over with machine and wrapper as JSON; None if the wrapper reported none."""
         wrapper = self.allocator.wrapper(wrapper_id)
         if over.provenance is None or wrapper is None:
             return None
@@ -668,10 +667,10 @@ class Service:
 
     def _grant(self, request_id: str) -> LeaseGrant | None:
         lease = self.allocator.lease_of(request_id)
-        if lease is None:  # released between the decision and now
+        if lease is None:  # released since the decision
             return None
         request = self.allocator.request(request_id)
-        handed_over = request.deployed_s is not None  # its time begins then, however long that takes
+        handed_over = request.deployed_s is not None  # the lease's time starts at the hand-over
         used_j, used_g = self.accounts.used(request_id) if handed_over else (0.0, 0.0)
         return LeaseGrant(
             request_id=request_id,
@@ -701,14 +700,14 @@ class Service:
         )
 
     def _heard_at(self, wrapper_id: str) -> Moment | None:
-        """The moment of a wrapper's last report: whatever is known now was so then, or later."""
+        """Return the timestamp of a wrapper's last report: what is known now was true then or later."""
         report = self.reports.get(wrapper_id)
         return None if report is None else report.moment
 
     # --- watching ---------------------------------------------------------------------------------------
 
     async def _watch_cluster(self) -> None:
-        """Keep machines and wrappers as they should be, for ever; no error ends it."""
+        """Reconcile machines and wrappers periodically until the shutdown; errors don't end it."""
         while not self._stopping:
             await self._guarded("the cluster could not be reconciled", self._reconcile())
             await asyncio.sleep(self.settings.watch.period_s)
@@ -744,7 +743,7 @@ class Service:
         await self._apply_all(steps.created)
         present = {wrapper.wrapper_id for wrapper in self.allocator.wrappers()}
         watched = {wrapper_id for wrapper_id, task in self._watchers.items() if not task.done()}
-        for wrapper_id in sorted(present - watched):  # in an order that a simulation can repeat
+        for wrapper_id in sorted(present - watched):  # sorted, so that simulations are repeatable
             self._watchers[wrapper_id] = asyncio.create_task(self._watch_wrapper(wrapper_id))
             self._watchers[wrapper_id].add_done_callback(self._ended)
         for wrapper_id in self._watchers.keys() - present:
@@ -753,16 +752,16 @@ class Service:
             self.heard_s.pop(wrapper_id, None)
 
     async def _apply_all(self, events: Sequence[Event]) -> None:
-        """Apply what the watching has found. Others are let in between: a thousand machines may join at once."""
+        """Apply events one by one, with other work in between: a thousand machines may join at once."""
         for event in events:
             self._apply(event)
             await asyncio.sleep(0)
 
     async def _switch_off(self, wrapper_ids: Sequence[str]) -> None:
-        """Remove wrappers of drained machines, unless prompts of a lease that has expired are being finished there.
+        """Remove wrappers of drained machines, unless they still answer prompts of an expired lease.
 
-        Beside the watching, since it takes as long as Serve takes to end a replica. What comes in between (a crash, an
-        error, an undrain) is found by the next look at the cluster.
+        Runs in a task of its own, because Serve may take long to end a replica. If it is interrupted (crash, error,
+        undrain), the next reconciliation repairs the rest.
         """
         await self._guarded("wrappers could not be switched off", self._remove_unless_used(wrapper_ids))
         self._switching_off.difference_update(wrapper_ids)
@@ -785,7 +784,7 @@ class Service:
             return False
 
     async def _watch_wrapper(self, wrapper_id: str) -> None:
-        """Follow one wrapper for as long as it exists. One that hangs holds up nobody but itself."""
+        """Watch one wrapper as long as it exists. Each has a task of its own, so one that hangs delays no other."""
         problem = f"wrapper {wrapper_id} could not be looked after"
         known = self.allocator.wrapper(wrapper_id)
         if known is not None and known.status is not WrapperStatus.OFF:
@@ -810,7 +809,7 @@ class Service:
         try:
             report, is_news = await self._report(wrapper_id)
         except WrapperUnheard:
-            return  # which says nothing about the wrapper
+            return  # the cause may not be the wrapper
         except WrapperUnreachable as error:
             self._missed(wrapper_id, error.reason)
             return
@@ -818,7 +817,7 @@ class Service:
         self._take_report(wrapper_id, report, is_news)
 
     def _missed(self, wrapper_id: str, reason: str) -> None:
-        """A report did not come; several in a row mean that the wrapper has failed."""
+        """Count a missing report; ``watch.failures`` in a row mean that the wrapper has failed."""
         misses = self._misses[wrapper_id] = self._misses.get(wrapper_id, 0) + 1
         wrapper = self.allocator.wrapper(wrapper_id)
         if misses >= self.settings.watch.failures and wrapper is not None and wrapper.status in _WATCHED:
@@ -826,10 +825,9 @@ class Service:
             self._apply(WrapperFailed(wrapper_id, reason))
 
     async def _report(self, wrapper_id: str, own: Effect | None = None) -> tuple[WrapperReport, bool]:
-        """A wrapper's report, and whether it is news.
+        """Return a wrapper's report, and whether its status may be applied.
 
-        It is none where a command was under way, besides the caller's ``own``: it may have been made before the wrapper
-        took that command, and come after its outcome, which says more.
+        False if a command other than ``own`` was in progress: the report may be older than that command's outcome.
         """
         quiet = self._quiet_turn(wrapper_id, own)
         report = await self._cluster.report(wrapper_id, self._belief(wrapper_id))
@@ -848,8 +846,8 @@ class Service:
         has_llm = wrapper.status in (WrapperStatus.READY, WrapperStatus.LEASED)
         replaced = report.epoch < wrapper.epoch or (has_llm and not report.starts)
         if wrapper.status is WrapperStatus.FAILED or replaced:
-            # It was given up and answers again, or its process is new and has forgotten everything. A command that was
-            # meant for the old one may have given the new one an epoch, but not the LLM.
+            # It was given up and answers again, or its process is new and empty. A command to the old process may have
+            # given the new one its epoch, but no LLM: hence the check of ``starts``.
             self._apply(WrapperStarted(wrapper_id, report.epoch, report.running))
         elif report.died is not None and has_llm:
             self._apply(LLMDied(wrapper_id, report.epoch, report.died, report.death_flags))
@@ -872,7 +870,7 @@ class Service:
             self._apply(LeaseFlagged(report.bound, report.lease_flags))
 
     def _note_memory(self, wrapper_id: str, report: WrapperReport) -> None:
-        """What a wrapper says of its machine's memory; what it can't tell stays as it was."""
+        """Update the machine's memory from a wrapper's report; values that are missing stay unchanged."""
         wrapper = self.allocator.wrapper(wrapper_id)
         machine = None if wrapper is None else self.allocator.machine(wrapper.machine_id)
         if machine is None:
@@ -895,9 +893,10 @@ class Service:
             raise
 
     async def _await_wrapper(self, wrapper_id: str, own: Effect | None = None) -> Event | None:
-        """Wait until a starting wrapper answers, for at most ``wrappers.start_timeout_s`` in which nobody commands it.
+        """Wait until a starting wrapper answers, at most ``wrappers.start_timeout_s``. Return the resulting event.
 
-        Who commands it meanwhile is told how it is. None: ``own``, the command whose outcome this is, was superseded.
+        The timeout restarts whenever another command is sent. ``own``: the command that waits; None is returned if it
+        is superseded.
         """
         clock, limit_s = asyncio.get_running_loop().time, self.settings.wrappers.start_timeout_s
         deadline_s = clock() + limit_s
@@ -918,7 +917,7 @@ class Service:
         return None
 
     async def _watch_time(self) -> None:
-        """End leases that are over, and forget once a day what ended long ago, for ever."""
+        """Until the shutdown: end leases that are over, and once a day delete what ended long ago."""
         while not self._stopping:
             await asyncio.sleep(min(self.settings.watch.period_s, 1.0))
             await self._guarded("leases could not be ended", self._pass_time())
@@ -940,9 +939,9 @@ class Service:
         await self._guarded("a lease could not be ended", self._end_unless_used(lease))
 
     async def _end_unless_used(self, lease: Lease) -> None:
-        """A prompt of the last moment, which no report has told of yet, still extends its lease.
+        """Ask the wrapper whether an idle lease was used since the last report, and end the lease if it was not.
 
-        A wrapper that does not answer keeps no lease, and one that hangs holds up the end of no other.
+        It also ends if the wrapper does not answer.
         """
         try:
             report = await self._cluster.report(lease.wrapper_id, self._belief(lease.wrapper_id))
@@ -958,15 +957,15 @@ class Service:
         return self.archive.find_request(request_id) is not None
 
     def known(self, request_id: str) -> Request:
-        """The request with this id. Raises UnknownRequest, RequestForgotten."""
+        """Return the request with this id. Raises UnknownRequest, RequestForgotten."""
         return self.archive.request(request_id)
 
 
 async def _insist(send: Callable[[], Awaitable[T]]) -> T:
-    """Send a lease command, and again after short pauses while the wrapper does not answer. Returns its answer.
+    """Send a lease command, with retries after RESEND_DELAYS_S if the wrapper does not answer. Return its answer.
 
     Raises:
-        WrapperUnreachable: it did not answer the last time either.
+        WrapperUnreachable: the last attempt was not answered either.
     """
     for delay_s in RESEND_DELAYS_S:
         try:

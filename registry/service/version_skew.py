@@ -1,6 +1,6 @@
-"""Which machines run other versions of the software than the others do. Pure.
+"""Finds machines whose software versions differ from those of most machines. Pure.
 
-Figures of different versions don't compare, so an operator should know.
+Figures from different versions don't compare, so operators should know.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from collections import Counter
 from collections.abc import Mapping
 
 Versions = Mapping[str, str]
-"""Version by name of the software."""
+"""Versions by name of the software."""
 
 
 def joined(reports: list[Versions]) -> dict[str, str]:
-    """The versions of a machine, as its wrappers tell: where those differ (``0.31.0 and 0.32.0``), both."""
+    """Return a machine's versions, joined from its wrappers' reports; both if they differ (``0.31.0 and 0.32.0``)."""
     names = sorted({name for versions in reports for name in versions})
     return {name: " and ".join(sorted({v[name] for v in reports if name in v})) for name in names}
 
 
 def differences(machines: Mapping[str, Versions]) -> dict[str, list[str]]:
-    """For each machine, what it has in another version than most machines: ``vllm 0.31.0, elsewhere 0.32.0``.
+    """Return by machine the software whose version is not the majority's: ``vllm 0.31.0, elsewhere 0.32.0``.
 
-    Most are more than half of those that have it at all: what a machine lacks is no difference (a driver, where there
-    is no GPU), and where no version has such a majority all of them differ.
+    The majority is more than half of the machines that have the software; without one, all of these differ. Missing
+    software (e.g. a driver without a GPU) is no difference.
     """
     counts: dict[str, Counter[str]] = {}
     for versions in machines.values():
@@ -39,5 +39,5 @@ def differences(machines: Mapping[str, Versions]) -> dict[str, list[str]]:
 
 
 def _others(counted: Counter[str], version: str) -> list[str]:
-    """All versions but this one, the most frequent first."""
+    """Return all versions but this one, most frequent first."""
     return [other for other, _ in sorted(counted.items(), key=lambda each: (-each[1], each[0])) if other != version]

@@ -1,4 +1,4 @@
-"""Records → wire: how the registry's knowledge looks to clients. Reads only."""
+"""Converts records into the answers that clients get. Read-only."""
 
 from __future__ import annotations
 
@@ -44,33 +44,33 @@ from registry.wire.schemas import (
 )
 
 USABLE = frozenset({WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
-"""States in which a wrapper serves, or can serve, a request."""
+"""Statuses in which a wrapper serves, or can serve, a request."""
 
 _PLACE = re.compile(r"[0-9]{1,12}(\.[0-9]{1,20})?")
 _REPORT = TypeAdapter(MeasurementReport)
 _PAGE = TypeAdapter(WindowsPage)
 
 _WELL = frozenset({WrapperStatus.STARTING, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
-"""States of a wrapper in which it does, or is being made to do, what it should."""
+"""Statuses in which a wrapper works or is being started as intended."""
 
 _UNWELL = frozenset({WrapperStatus.FAILED, WrapperStatus.RESTARTING, WrapperStatus.LOST})
-"""States of a wrapper in which something is wrong with its machine."""
+"""Statuses of a wrapper that make its machine unhealthy."""
 
 
 def link_of(service: Service, request_id: str) -> str:
-    """The temporary link on which a client polls its request."""
+    """Return the temporary link at which a client polls its request."""
     return f"{service.settings.base_url}/promptingservice/request/{request_id}"
 
 
 def lease_url(service: Service, request_id: str) -> str | None:
-    """The base URL at which the holder of a request's lease prompts; None without a lease."""
+    """Return the base URL for prompts of a request's lease; None without a lease."""
     lease = service.allocator.lease_of(request_id)
     wrapper = None if lease is None else service.allocator.wrapper(lease.wrapper_id)
     return None if lease is None or wrapper is None else f"{wrapper.url}/{lease.token}"
 
 
 def request_state(service: Service, request: Request) -> RequestState:
-    """A request as its client sees it. Costs O(log n), however many wait."""
+    """Return a request as its client sees it. O(log n) in the number of queued requests."""
     costs = {} if request.deployed_s is None else service.accounts.costs(request.request_id)
     return _request_state(service, request, service.archive.measurement(request.measurement_key), costs)
 
@@ -119,7 +119,7 @@ def _request_state(
 
 
 def _energy_state(costs: Mapping[WindowKind, Total]) -> EnergyState | None:
-    """Return what a lease has cost so far: its prompts and its idle time, under all processes of its wrapper."""
+    """Return the cost of a lease so far: prompts and idle time, of all processes of its wrapper."""
     idle, lease = costs.get(WindowKind.IDLE, Total()), lease_total(costs)
     if not lease.joules.count:
         return None
@@ -137,7 +137,7 @@ def _energy_state(costs: Mapping[WindowKind, Total]) -> EnergyState | None:
 
 
 def event_states(events: Sequence[StoredEvent]) -> list[EventState]:
-    """What happened to a request, as its client sees it."""
+    """Return a request's events as its client sees them."""
     return [
         EventState(
             event=stored.event_id,
@@ -156,7 +156,7 @@ def event_states(events: Sequence[StoredEvent]) -> list[EventState]:
 def measurement_state(
     service: Service, key: MeasurementKey, *, after_seq: int = 0, limit: int = MAX_REQUESTS
 ) -> MeasurementState:
-    """A measurement with a page of its requests in their order: at most ``limit`` above ``after_seq``. O(limit).
+    """Return a measurement with a page of its requests: at most ``limit`` with ``seq`` > ``after_seq``. O(limit).
 
     Raises:
         UnknownMeasurement: there is none with this key.
@@ -177,18 +177,18 @@ def measurement_state(
 
 
 def gathered(requests: Sequence[Request]) -> Gathered:
-    """Return what collects the windows of these requests for their report."""
+    """Return a collector for the windows of these requests, for ``report_json``."""
     return Gathered(requests, _iso)
 
 
 def report_json(measurement: Measurement, requests: Sequence[Request], windows: Gathered) -> str:
-    """JSON MeasurementReport, without its windows. Takes some seconds for 50,000."""
+    """Return a MeasurementReport without its windows, as JSON. Takes some seconds for 50,000 windows."""
     report = report_of(measurement, requests, windows, _iso)
     return _REPORT.dump_json(report, exclude={"windows"}).decode()
 
 
 def place_of(after: str | None) -> WindowPlace | None:
-    """Return the place that ``next`` of a page of windows names. Raises InvalidField."""
+    """Parse ``next`` of a page of windows. Raises InvalidField."""
     if after is None:
         return None
     begun_s, _, window_id = after.partition("_")
@@ -198,7 +198,7 @@ def place_of(after: str | None) -> WindowPlace | None:
 
 
 def windows_page(requests: Sequence[Request], windows: Sequence[KeptWindow], limit: int) -> WindowsPage:
-    """Return a page of at most ``limit`` windows of these requests as clients see it, with the windows' records."""
+    """Return a page of these windows, with their records. ``next`` is set if there are ``limit`` windows."""
     by_id = {request.request_id: request for request in requests}
     told = tuple(window_report(each, by_id.get(each.window.request_id or ""), _iso) for each in windows)
     last = windows[-1].window if len(windows) == limit else None
@@ -206,18 +206,18 @@ def windows_page(requests: Sequence[Request], windows: Sequence[KeptWindow], lim
 
 
 def windows_json(page: WindowsPage, *, detail: bool = False) -> str:
-    """JSON WindowsPage; the windows' records are in it if ``detail``. Takes some 0.1 s for 1,000."""
+    """Return a WindowsPage as JSON, with the windows' records if ``detail``. Takes some 0.1 s for 1,000 windows."""
     return _PAGE.dump_json(page, exclude=None if detail else {"windows": {"__all__": {"detail"}}}).decode()
 
 
 def machine_states(service: Service) -> list[MachineState]:
-    """Every machine that is known, with its wrappers."""
+    """Return all known machines with their wrappers."""
     differs = _differences(service)
     return [_machine_state(service, machine, differs) for machine in service.allocator.machines()]
 
 
 def machine_state(service: Service, machine_id: str) -> MachineState:
-    """One machine. Raises UnknownMachine."""
+    """Return one machine with its wrappers. Raises UnknownMachine."""
     return _machine_state(service, service.allocator.known_machine(machine_id), _differences(service))
 
 
@@ -248,7 +248,10 @@ def _machine_state(service: Service, machine: Machine, differs: Mapping[str, lis
 
 
 def _is_healthy(service: Service, machine: Machine, wrappers: Sequence[Wrapper]) -> bool | None:
-    """False: gone, or a wrapper has failed or does not answer. None: no wrapper has had a chance to answer yet."""
+    """Return True if all wrappers answer; False if the machine is lost, or a wrapper failed or does not answer.
+
+    None: it has no wrapper, or not all have answered yet.
+    """
     statuses = {wrapper.status for wrapper in wrappers}
     if not machine.alive or not statuses.isdisjoint(_UNWELL):
         return False
@@ -260,7 +263,7 @@ def _is_healthy(service: Service, machine: Machine, wrappers: Sequence[Wrapper])
 
 
 def _differences(service: Service) -> dict[str, list[str]]:
-    """By machine, which versions are not those of most machines, as far as their wrappers have told."""
+    """Return by machine which reported versions differ from those of most machines."""
     told: dict[str, list[Mapping[str, str]]] = {}
     for wrapper_id, report in service.reports.items():
         wrapper = service.allocator.wrapper(wrapper_id)
@@ -270,7 +273,7 @@ def _differences(service: Service) -> dict[str, list[str]]:
 
 
 def llm_states(service: Service) -> list[LLMState]:
-    """Every LLM that runs or is being started, where, and whether it is free."""
+    """Return every LLM that runs or is being started, with its machine and its wrapper's status."""
     return [
         LLMState(
             model=wrapper.spec.model,
@@ -288,7 +291,10 @@ def llm_states(service: Service) -> list[LLMState]:
 
 
 def health_state(service: Service) -> HealthState:
-    """``ok`` when at least one wrapper can serve, else ``starting`` (none has yet) or ``degraded``."""
+    """Return the registry's health: ``ok`` if a wrapper can serve, else ``starting`` if one starts or none exists yet.
+
+    Otherwise ``degraded``.
+    """
     allocator = service.allocator
     wrappers, usable = allocator.count_wrappers(WrapperStatus), allocator.count_wrappers(USABLE)
     starting = not wrappers or allocator.count_wrappers([WrapperStatus.STARTING])
@@ -317,7 +323,7 @@ def _wrapper_state(service: Service, wrapper: Wrapper) -> WrapperState:
         **_progress(report.download if report is not None else None),
         warm=report.warm if report is not None else None,
         coldReason=report.cold_reason if report is not None else None,
-        # What is being started well has left its last failure behind.
+        # The reason is that of the last failure, which no longer matters once the wrapper works again.
         reason=None if wrapper.status in _WELL else wrapper.reason,
         meter=dict(report.meter) if report is not None and report.meter is not None else None,
         versions=dict(report.versions) if report is not None and report.versions is not None else None,
@@ -325,14 +331,14 @@ def _wrapper_state(service: Service, wrapper: Wrapper) -> WrapperState:
 
 
 def _progress(download: Download | None) -> dict[str, Any]:
-    """How far a download is, in the words of the wire."""
+    """Return a download's progress as fields of an answer; empty without a download."""
     if download is None:
         return {}
     return {"progress": download.share, "bytesDone": download.done_bytes, "bytesTotal": download.total_bytes}
 
 
 def _phase(service: Service, request: Request) -> tuple[str | None, Download | None]:
-    """What is being done for a request, and how far a download is, as far as its wrapper says so."""
+    """Return the phase of a deploying request and its download, None each if not reported."""
     if request.status is not RequestStatus.DEPLOYING or request.wrapper_id is None:
         return None, None
     report = service.reports.get(request.wrapper_id)

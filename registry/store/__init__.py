@@ -1,1 +1,1 @@
-"""The database: the only place that knows it."""
+"""The database; no other code accesses it."""

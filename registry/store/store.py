@@ -1,7 +1,7 @@
-"""The registry's memory: one database, one owner, one transaction per decision.
+"""Stores the registry's records: one database, one owner, one transaction per decision.
 
-The only file that knows the database; its tables and their revisions are in ``registry/store/migrations``. SQLite
-(embedded) and PostgreSQL keep the same promises.
+The only file that accesses the database; tables and revisions are in ``registry/store/migrations``. SQLite (embedded)
+and PostgreSQL give the same guarantees.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ if TYPE_CHECKING:
     R = TypeVar("R", bound=DataclassInstance)
 
 SQLITE_BUSY_S = 5
-"""How long a commit waits for another program that holds SQLite's write lock (a backup, a shell)."""
+"""How long a commit waits for another program (a backup, a shell) that holds SQLite's write lock, seconds."""
 
-# A server that vanished is noticed after seconds (libpq would wait for hours), and so is a vanished registry by the
-# server, which then frees the lock. The URL's own query wins over the first.
+# Detect a lost server within seconds (libpq's default: hours). The session settings let the server detect a lost
+# registry and free the lock. The URL's query takes precedence over _PG_CONNECT.
 _PG_CONNECT: Mapping[str, Any] = {
     "application_name": "greenprompt-registry",
     "connect_timeout": 5,
@@ -102,7 +102,7 @@ _PG_SESSION = (
     "tcp_keepalives_interval = 5",
     "tcp_keepalives_count = 3",
 )
-# The owner's lock lives in this session, which may be idle for days. Servers before 14 have no such limit.
+# The lock belongs to this session, which may be idle for days. Servers before 14 don't have this setting.
 _PG_IDLE_LIMIT = text("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'")
 _PG_OWNER = text(
     "SELECT pid, coalesce(host(client_addr), 'a local client') AS client "
@@ -115,15 +115,15 @@ _INSERT_EVENT = insert(EVENTS)
 _SEQ = REQUESTS.c.measurement_id, REQUESTS.c.tenant, REQUESTS.c.seq
 _WAS_SERVED = and_(REQUESTS.c.deployed_s.is_not(None), REQUESTS.c.machine_id.is_not(None))
 
-# --- what goes with the records -----------------------------------------------------------------------------
+# --- rows without a record in registry.core -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class EventRow:
-    """One line of the log of what happened, written with the changes that it caused.
+    """A row of the event log, written in one transaction with the changes that the event caused.
 
-    ``kind`` is the event's class name, ``at_s`` UTC seconds, ``cause_id`` the number of the event that led to this
-    one. ``detail`` is a JSON object without secrets.
+    ``kind``: the event's class name. ``at_s``: UTC seconds. ``cause_id``: number of the event that led to this one.
+    ``detail``: a JSON object without secrets.
     """
 
     kind: str
@@ -137,7 +137,7 @@ class EventRow:
 
 @dataclass(frozen=True, slots=True)
 class StoredEvent:
-    """An EventRow and its place in the log: ``event_id`` > 0 grows with every commit and is never used twice."""
+    """An EventRow and its number: ``event_id`` > 0 grows with every event and is never used twice."""
 
     event_id: int
     event: EventRow
@@ -145,9 +145,9 @@ class StoredEvent:
 
 @dataclass(frozen=True, slots=True)
 class IdempotencyRow:
-    """The answer that an Idempotency-Key of a tenant got: ``request_ids``, in the order of the body's llms.
+    """The answer to a tenant's Idempotency-Key: ``request_ids``, in the order of the body's llms.
 
-    ``key`` has at most 1024 characters (PostgreSQL refuses index entries over 2.7 kB), ``body_sha256`` is hexadecimal.
+    ``key``: at most 1024 characters (PostgreSQL refuses index entries over 2.7 kB). ``body_sha256``: hexadecimal.
     """
 
     tenant: str
@@ -158,14 +158,14 @@ class IdempotencyRow:
 
 
 class Forgotten(NamedTuple):
-    """A part of what was to be forgotten: these requests, and whether there is more."""
+    """Result of ``Store.forget``: the ids of deleted requests, and whether there is more to delete."""
 
     request_ids: tuple[str, ...]
     more: bool
 
 
 class WindowPlace(NamedTuple):
-    """The place of an energy window among those of its measurement, in the order in which they began."""
+    """Sort key of the energy windows of a measurement: start time (UTC s), then id."""
 
     begun_s: float
     window_id: str
@@ -177,7 +177,7 @@ class WindowPlace(NamedTuple):
 class Store:
     """The database of one registry, which is its only user while the store is open.
 
-    Not thread-safe: one thread uses it, the registry actor's. Every method blocks until the database answers.
+    Not thread-safe: only the registry actor's thread uses it. Every method blocks until the database answers.
     """
 
     def __init__(self, connection: Connection, owned: ExitStack) -> None:
@@ -186,15 +186,15 @@ class Store:
 
     @classmethod
     def open(cls, url: str, *, lock_wait_s: float = 5.0) -> Store:
-        """Take the database for this process alone, make it if need be, and bring its tables up to date.
+        """Lock the database for this process, create it if needed, and migrate its tables.
 
-        ``url``: ``sqlite:////absolute/path.db`` (its directory is made) or ``postgresql+psycopg://…`` (straight to the
-        server or through a pooler of whole sessions: the lock belongs to the session). ``lock_wait_s``: how long to
-        wait for a predecessor that is still dying, seconds ≥ 0.
+        ``url``: ``sqlite:////absolute/path.db`` (its directory is created) or ``postgresql+psycopg://…`` (directly or
+        through a session pooler: the lock belongs to the session). ``lock_wait_s``: how long to wait for the lock of an
+        earlier registry that is still ending, seconds ≥ 0.
 
         Raises:
             BadSettings: the URL can't be used, or a newer version of the registry has changed the tables.
-            StoreUnavailable: another registry has the database, or the database does not answer.
+            StoreUnavailable: another registry uses the database, or the database does not answer.
         """
         parsed = parse_url(url)
         with ExitStack() as owned, _told_once():
@@ -204,10 +204,10 @@ class Store:
             return cls(connection, owned.pop_all())
 
     def load(self, *, ended: bool = True) -> Snapshot:
-        """Everything that was committed.
+        """Return all committed records.
 
-        ``ended`` False: of the requests only those that have not ended, and of each measurement that has such ones the
-        request that was handed over last; no measurement that is over. Costs nothing for the rest.
+        With ``ended=False``: only unfinished measurements and requests, plus each such measurement's last request that
+        was handed over. The rest is not read.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -235,7 +235,7 @@ class Store:
             )
 
     def next_seq(self) -> int:
-        """A number above the ``seq`` of each request, at least 1.
+        """Return a number above the ``seq`` of every request, at least 1.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -244,18 +244,18 @@ class Store:
             return int(connection.scalar(select(func.max(REQUESTS.c.seq))) or 0) + 1
 
     def requests(self, request_ids: Iterable[str]) -> tuple[Request, ...]:
-        """The requests with these ids, those that there are.
+        """Return the requests with these ids; unknown ids are ignored.
 
         Raises:
             StoreUnavailable: the database does not answer.
         """
-        # Ids can be what a client made up; PostgreSQL refuses to look for some of it.
+        # Clients can send any text as an id, and PostgreSQL refuses some characters.
         ids = [request_id for request_id in request_ids if request_id.isprintable()]
         with self._transaction() as connection:
             return _read(connection, Request, select(REQUESTS).where(REQUESTS.c.request_id.in_(ids)))
 
     def measurement(self, key: MeasurementKey) -> Measurement | None:
-        """The measurement with this key, None if there is none.
+        """Return the measurement with this key, None if there is none.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -267,7 +267,7 @@ class Store:
         return found[0] if found else None
 
     def requests_of(self, key: MeasurementKey, *, after_seq: int = 0, limit: int | None = None) -> tuple[Request, ...]:
-        """The first ``limit`` (None: all) requests of a measurement with a ``seq`` above ``after_seq``, in order.
+        """Return the first ``limit`` (None: all) requests of a measurement with ``seq`` > ``after_seq``, in order.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -277,7 +277,7 @@ class Store:
             return _read(connection, Request, wanted)
 
     def last_served(self, key: MeasurementKey) -> Request | None:
-        """The request of a measurement that was handed over last, None if none was.
+        """Return the measurement's latest request that was handed over, None if none was.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -290,21 +290,21 @@ class Store:
     def commit(
         self, changes: Changes, *, events: Sequence[EventRow] = (), idempotency: IdempotencyRow | None = None
     ) -> int | None:
-        """Write all of it in one transaction. When this returns, it survives a power cut.
+        """Write everything in one transaction. When this returns, it survives a power failure.
 
         Returns:
-            The number of the first of the events, None when there are none.
+            The number of the first event, None if there are no events.
 
         Raises:
-            StoreUnavailable: nothing of it was written, or (connection lost while committing) all of it: only a new
-                ``open`` and ``load`` can tell.
+            StoreUnavailable: nothing was written, or everything (connection lost while committing): only a new ``open``
+                and ``load`` show which.
         """
         with self._transaction() as connection:
             _put(connection, MACHINES, changes.machines)
             _put(connection, WRAPPERS, changes.wrappers)
             _put(connection, MEASUREMENTS, changes.measurements)
             _put(connection, REQUESTS, changes.requests)
-            # Leases end before others begin on the same wrapper, and before their wrapper goes.
+            # Order matters for the constraints: end leases before a new one on the same wrapper, or its removal.
             _remove(connection, LEASES, changes.ended_leases)
             _remove(connection, WRAPPERS, changes.removed_wrappers)
             _put(connection, LEASES, changes.leases)
@@ -318,7 +318,7 @@ class Store:
             return None if number is None else int(number[0])
 
     def events(self, *, after: int = 0, limit: int = 1000, request_id: str | None = None) -> tuple[StoredEvent, ...]:
-        """The oldest ``limit`` (> 0) events with an ``event_id`` above ``after``, of one request or of all, in order.
+        """Return the oldest ``limit`` (> 0) events with ``event_id`` > ``after``, of one request or all, in order.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -330,7 +330,7 @@ class Store:
             return tuple(StoredEvent(event_id, EventRow(*row)) for event_id, *row in connection.execute(wanted))
 
     def newest_event_s(self) -> float | None:
-        """The UTC second of the newest event, None without any.
+        """Return the UTC second of the newest event, None if there is none.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -340,7 +340,7 @@ class Store:
         return newest
 
     def idempotent_request_ids(self, tenant: str, key: str) -> tuple[str, tuple[str, ...]] | None:
-        """(body_sha256, request_ids) of the first use of this key by this tenant; None: never used.
+        """Return (body_sha256, request_ids) of this tenant's first use of this key, None if unused.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -352,7 +352,7 @@ class Store:
         return None if row is None else (row.body_sha256, row.request_ids)
 
     def forget_idempotency_key(self, tenant: str, key: str) -> None:
-        """Remove a key of a tenant, which may be used for another request then. Idempotent.
+        """Remove a tenant's key, so that it can be used again. Idempotent.
 
         Raises:
             StoreUnavailable: as for ``commit``.
@@ -362,10 +362,10 @@ class Store:
             connection.execute(delete(IDEMPOTENCY_KEYS).where(rows.tenant == tenant, rows.key == key))
 
     def keep_windows(self, rows: Sequence[KeptWindow]) -> frozenset[str]:
-        """Write energy windows in one transaction. One that is there already stays as it is.
+        """Store energy windows in one transaction. Windows already stored stay unchanged.
 
         Returns:
-            The ids of those that were not there.
+            The ids of the new windows.
 
         Raises:
             StoreUnavailable: as for ``commit``.
@@ -374,7 +374,7 @@ class Store:
             return frozenset()
         cells = [_cells(row.window) | {"machine_id": row.machine_id, "tenant": row.tenant} for row in rows]
         for row in cells:
-            del row["number"]  # the log's own; the record has it, too
+            del row["number"]  # only for the wrapper's log; ``detail`` contains it
         with self._transaction() as connection:
             return frozenset(connection.scalars(_insert_once(WINDOWS, connection.dialect.name), cells))
 
@@ -386,9 +386,9 @@ class Store:
         after: WindowPlace | None = None,
         limit: int | None = None,
     ) -> tuple[KeptWindow, ...]:
-        """The first ``limit`` (None: all) energy windows of a measurement, in the order in which they began.
+        """Return the first ``limit`` (None: all) energy windows of a measurement, sorted by start time.
 
-        Those of one request only, and those that come after ``after`` in that order, if these are given.
+        Optionally only those of one request, and only those after ``after``.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -405,7 +405,7 @@ class Store:
         return tuple(KeptWindow(EnergyWindow(*row[:-2]), *row[-2:]) for row in rows)
 
     def costs_of_requests(self, request_ids: Sequence[str]) -> dict[str, dict[WindowKind, Total]]:
-        """What the windows of each of these requests cost, by kind; a kind without any is left out.
+        """Return the cost of the windows of each of these requests, by kind; kinds without windows are left out.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -416,7 +416,7 @@ class Store:
         return costs
 
     def costs_of_tenant(self, tenant: str, kinds: Sequence[WindowKind], since_s: float) -> dict[WindowKind, Total]:
-        """What the windows of these kinds that count for a tenant, and ended at a UTC second or later, cost, by kind.
+        """Return the cost, by kind, of a tenant's windows of these kinds that ended at ``since_s`` (UTC s) or later.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -429,7 +429,7 @@ class Store:
         return costs
 
     def _costs(self, by: Column[str], which: ColumnElement[bool]) -> Iterator[tuple[str, WindowKind, Total]]:
-        """Sums of the windows of ``which``, by a column, kind and label."""
+        """Yield the sums of the windows that match ``which``, grouped by a column, kind and label."""
         rows = WINDOWS.c
         figures = [each for of in (rows.total_j, rows.o_g, rows.m_g) for each in (func.count(of), func.sum(of))]
         groups = by, rows.kind, rows.label
@@ -441,13 +441,13 @@ class Store:
             yield whose, kind, Total(*sums, label)
 
     def forget(self, *, ended_before_s: float, limit: int) -> Forgotten:
-        """Remove a part of what ended before this UTC second: at most ``limit`` (> 0) rows of each kind.
+        """Delete part of what ended before this UTC second: at most ``limit`` (> 0) rows of each kind.
 
-        Energy windows, events and idempotency keys of before go first, then requests, of which the id stays for
-        ``was_forgotten``, and with the last of its requests a measurement.
+        Energy windows, events and idempotency keys are deleted first, then requests (whose ids stay for
+        ``was_forgotten``), and measurements with their last request.
 
         Raises:
-            StoreUnavailable: as for ``commit``; of this part nothing was removed, or (connection lost) all.
+            StoreUnavailable: as for ``commit``; nothing of this part was deleted, or (connection lost) all of it.
         """
         requests = REQUESTS.c
         with self._transaction() as connection:
@@ -472,29 +472,29 @@ class Store:
             return Forgotten(tuple(row.request_id for row in ended), more=len(ended) == limit)
 
     def was_forgotten(self, request_id: str) -> bool:
-        """True when there was a request with this id, and ``forget`` removed it.
+        """True when ``forget`` has deleted a request with this id.
 
         Raises:
             StoreUnavailable: the database does not answer.
         """
         if not request_id.isprintable():
-            return False  # what a client made up; PostgreSQL refuses to look for some of it
+            return False  # clients can send any text, and PostgreSQL refuses some characters
         wanted = select(FORGOTTEN_REQUESTS).where(FORGOTTEN_REQUESTS.c.request_id == request_id)
         with self._transaction() as connection:
             return connection.execute(wanted).first() is not None
 
     def close(self) -> None:
-        """Let go of the database; SQLite's log is folded into its one file. Closing twice is no error.
+        """Close and unlock the database; SQLite's log is merged into the database file. Idempotent.
 
         Raises:
-            StoreUnavailable: the database does not answer; it is let go of all the same.
+            StoreUnavailable: the database does not answer; it is unlocked all the same.
         """
         with _told_once():
             self._owned.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        # SQLAlchemy would connect again by itself, but the lock went with the old connection.
+        # SQLAlchemy would reconnect, but the lock was lost with the old connection.
         if self._connection.invalidated:
             raise StoreUnavailable("the connection was lost, and another registry may have the database by now")
         with _told_once(), self._connection.begin():
@@ -506,7 +506,7 @@ def _put(connection: Connection, table: Table, records: Sequence[DataclassInstan
         connection.execute(_upsert(table, connection.dialect.name), [_cells(record) for record in records])
 
 
-@cache  # to make a statement takes longer than to run it
+@cache  # building a statement takes longer than running it
 def _upsert(table: Table, dialect: str) -> Insert:
     new = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
     columns = {column.name: new.excluded[column.name] for column in table.columns if not column.primary_key}
@@ -538,7 +538,7 @@ def _remove(connection: Connection, table: Table, ids: Sequence[str]) -> None:
 
 
 def _remove_some(connection: Connection, table: Table, which: ColumnElement[bool], limit: int) -> int:
-    """Remove at most ``limit`` rows of a table; how many those were."""
+    """Delete at most ``limit`` matching rows of a table. Return their number."""
     key = list(table.primary_key)
     some = select(*key).where(which).limit(limit)
     return connection.execute(delete(table).where(tuple_(*key).in_(some))).rowcount
@@ -561,13 +561,13 @@ def _delete(table: Table) -> Delete:
 
 @contextmanager
 def _told_once() -> Iterator[None]:
-    """The driver's errors become StoreUnavailable, in the driver's words.
+    """Convert the driver's errors to StoreUnavailable, with the first line of the driver's text.
 
-    Only in their first line, and not as its cause: PostgreSQL's further ones quote the row, with a lease's token in it.
+    Later lines and the cause are dropped: PostgreSQL quotes the row there, with a lease's token in it.
     """
     try:
         yield
-    except (SQLAlchemyError, UnicodeError, OverflowError) as error:  # SQLAlchemy leaves the last two as they are
+    except (SQLAlchemyError, UnicodeError, OverflowError) as error:  # SQLAlchemy does not wrap the last two
         cause = error.orig if isinstance(error, DBAPIError) else error
         raise StoreUnavailable(f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}") from None
 
@@ -576,11 +576,11 @@ def _told_once() -> Iterator[None]:
 
 
 def parse_url(url: str) -> URL:
-    """Read the URL of a database. Raises BadSettings for one that can't be used, without quoting it."""
+    """Parse the URL of a database. Raises BadSettings, which does not quote it, if it can't be used."""
     try:
         parsed = make_url(url)
     except (SQLAlchemyError, ValueError):
-        # The parser's own text quotes what it took for a port, which may be half a password.
+        # The parser's text quotes what it took for the port, which may be part of a password.
         raise BadSettings(
             "database URL", "can't be read; write special characters as %40 (@), %2F (/), %3A (:)"
         ) from None
@@ -602,7 +602,7 @@ def _open_sqlite(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
     except OSError as error:
         raise StoreUnavailable(f"{path}: {error.strerror}") from error
     connection = owned.enter_context(create_engine(url, poolclass=NullPool, hide_parameters=True).connect())
-    # The driver would begin a transaction by itself for INSERT and the like but not for CREATE TABLE: begin all here.
+    # The driver begins transactions by itself for INSERT etc. but not for CREATE TABLE, so all are begun here.
     driver: Any = connection.connection.driver_connection
     driver.isolation_level = None
     for pragma in (f"busy_timeout = {SQLITE_BUSY_S * 1000}", "synchronous = FULL", "foreign_keys = ON"):
@@ -615,10 +615,10 @@ def _open_sqlite(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
 
 
 def _own_file(path: Path, lock_wait_s: float, owned: ExitStack) -> None:
-    """Make the database's file, and hold the lock beside it for as long as the process lives."""
+    """Create the database file, and lock a file beside it for the life of the process."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    owned.callback(os.close, lock)  # the kernel does it too, whatever the process dies of
+    owned.callback(os.close, lock)  # the kernel does it too, however the process dies
 
     def flock() -> bool:
         try:
@@ -631,7 +631,7 @@ def _own_file(path: Path, lock_wait_s: float, owned: ExitStack) -> None:
         raise StoreUnavailable(f"{path} is in use by process {os.pread(lock, 20, 0).decode() or 'unknown'}")
     os.truncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # leases' tokens are for nobody else to read
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # other users must not read the leases' tokens
 
 
 def _open_postgresql(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
@@ -668,7 +668,7 @@ def _open_postgresql(url: URL, lock_wait_s: float, owned: ExitStack) -> Connecti
 
 
 def _retried(attempt: Callable[[], bool], wait_s: float) -> bool:
-    """True as soon as an attempt succeeds, False when the last one, after ``wait_s``, did not."""
+    """Repeat an attempt until it succeeds. Return False if it still fails after ``wait_s`` seconds. Blocks."""
     give_up = time.monotonic() + wait_s
     while not attempt():
         if time.monotonic() >= give_up:
@@ -678,7 +678,7 @@ def _retried(attempt: Callable[[], bool], wait_s: float) -> bool:
 
 
 def migration_config(connection: Connection) -> Config:
-    """Alembic's configuration for our revisions and an open connection, whose transaction stays the caller's."""
+    """Return Alembic's configuration for our revisions and an open connection; the caller owns the transaction."""
     config = Config()
     config.set_main_option("script_location", str(resources.files("registry.store") / "migrations").replace("%", "%%"))
     config.attributes["connection"] = connection

@@ -1,1 +1,1 @@
-"""What goes over HTTP: the bodies, and the client that fetches them."""
+"""JSON bodies, and the HTTP client that fetches them."""

@@ -1,4 +1,4 @@
-"""The HTTP client that our own programs use for a registry: proxies and certificates as the environment names them."""
+"""The HTTP client of GreenPrompt's programs; proxies and certificates are taken from the environment."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import httpx
 from registry.errors import BadSettings
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""Hosts that are this machine: no proxy is asked for them, whatever the environment says."""
+"""Hosts that are this machine: never contacted through a proxy, whatever the environment says."""
 
 
 def base_url_of(text: str) -> httpx.URL:
-    """Return a base URL. Raises BadSettings if that is none."""
+    """Parse a base URL. Raises BadSettings if it has no http(s) scheme or no host, or is invalid."""
     try:
-        urlsplit(text)  # stricter than httpx with brackets
+        urlsplit(text)  # stricter than httpx about brackets
         url = httpx.URL(text)
     except (httpx.InvalidURL, ValueError) as error:
         raise BadSettings(text, f"is no base URL: {error}") from None
@@ -30,14 +30,14 @@ def base_url_of(text: str) -> httpx.URL:
 def http_client(
     base_url: str, *, timeout_s: float, connect_s: float | None = None, headers: Mapping[str, str] | None = None
 ) -> httpx.Client:
-    """Make a client of the server at ``base_url``; nothing is sent yet. Close it.
+    """Return a client of the server at ``base_url``, which the caller has to close. Sends nothing yet.
 
-    A connection may take ``connect_s`` seconds (None: ``timeout_s``), everything else ``timeout_s``. The number of
-    connections has no limit: how many requests are in flight is the caller's choice.
+    Timeouts: ``connect_s`` seconds for connecting (None: ``timeout_s``, which is also the maximum), ``timeout_s`` for
+    everything else. The number of connections is not limited.
 
     Raises:
-        BadSettings: ``base_url`` is none, or a variable of the environment names certificates or a proxy that can't be
-            used; the text names it.
+        BadSettings: ``base_url`` is invalid, or the environment names certificates or a proxy that can't be used; the
+            text names the variable.
     """
     own = base_url_of(base_url).host in LOOPBACK
     try:
@@ -51,7 +51,7 @@ def http_client(
     except (OSError, ssl.SSLError) as error:
         names = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
         raise BadSettings(" and ".join(names) or "certificates", f"can't be used: {error}") from error
-    except ValueError as error:  # httpx' words for a proxy URL that is none
+    except ValueError as error:  # raised by httpx for an invalid proxy URL
         raise BadSettings("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY", str(error)) from error
-    except ImportError as error:  # a SOCKS proxy takes another package
+    except ImportError as error:  # a SOCKS proxy needs another package
         raise BadSettings("ALL_PROXY", str(error)) from error

@@ -1,7 +1,7 @@
-"""The wire: every JSON body that the ingress takes and gives, shared by the ingress and the clients.
+"""All JSON bodies of the ingress, shared by the ingress and the clients.
 
-The Prompting Service's contract (field names, status codes, order) never changes. Requests are strict: an unknown field
-is a 422. Answers are open: a later release may add fields, and clients ignore those that they don't know.
+The Prompting Service's contract (field names, status codes, order) never changes. In requests, an unknown field is an
+error (422). In answers, later releases may add fields, and clients ignore unknown ones.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from pydantic import (
 from registry.core.records import Grade, Priority
 
 MAX_ID = 2**63 - 1
-"""Largest measurementId: what a signed 64-bit column holds."""
+"""Largest measurementId: the maximum of a signed 64-bit column."""
 
 MAX_BUDGET = 1e15
-"""Largest budget of a lease, joules or grams: some 280 GWh, or all of the world's emissions in ten days."""
+"""Largest budget of a lease, joules or grams: some 280 GWh, or the world's emissions of ten days."""
 
 MAX_LLMS_PER_REQUEST = 1000
-"""Most LLMs that one POST may ask for."""
+"""Maximum number of LLMs in one POST."""
 
 MAX_WAIT_S = 60.0
-"""Longest time that one GET may wait for a change of status."""
+"""Longest time that a GET may wait for a change of status, seconds."""
 
 MAX_EVENTS = 1000
-"""Most events that one GET answers."""
+"""Maximum number of events in one answer."""
 
 MAX_REQUESTS = 100
-"""Most requests of a measurement that one GET answers."""
+"""Maximum number of a measurement's requests in one answer."""
 
 MAX_WINDOWS = 1000
-"""Most energy windows that one GET answers."""
+"""Maximum number of energy windows in one answer."""
 
 WARMUP_HEADER = "X-GreenPrompt-Warmup"
-"""Marks a prompt as a warm-up (``true``): its record says so, and it is no part of what is counted."""
+"""Header that marks a prompt as a warm-up (``true``); warm-ups are not counted in figures."""
 
 PROMPT_HEADER = "X-GreenPrompt-Prompt"
-"""The client's own name of a prompt, percent-encoded; the same for the same question in every lease."""
+"""Header with the client's id of a prompt, percent-encoded; the same question has the same id in every lease."""
 
 MAX_ARGS_DEPTH = 32
-"""How deep lists and objects in args may be nested."""
+"""Maximum nesting of lists and objects in args."""
 
 TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-"""Who asks, as the header X-Tenant says it: tenants take turns in the queue. It is no proof of anything."""
+"""The tenant named in the header X-Tenant. Tenants take turns in the queue. The header is not authenticated."""
 
 GpuType = Annotated[StrictStr, StringConstraints(pattern=r"^[A-Za-z0-9][ -~]*$", max_length=128)]
-"""A type of GPU as Ray names it (``gpuType`` of GET /machines), or as its maker does."""
+"""A GPU type by Ray's name (``gpuType`` of GET /machines) or the vendor's full product name."""
 
 Budget = Annotated[StrictInt | StrictFloat, Field(gt=0, le=MAX_BUDGET, allow_inf_nan=False)]
 
@@ -65,7 +65,7 @@ NonEmpty = Annotated[StrictStr, StringConstraints(min_length=1, max_length=1024)
 
 
 def _can_be_answered(args: dict[str, Any]) -> dict[str, Any]:
-    """An llmconfig comes back in every answer, so it must be JSON to the letter: Python's parser takes more."""
+    """Check that args are strict JSON, since answers contain them: Python's parser accepts more. Raises ValueError."""
     level: list[Any] = [args]
     for _ in range(MAX_ARGS_DEPTH):
         level = [
@@ -87,26 +87,26 @@ Args = Annotated[dict[str, Any], AfterValidator(_can_be_answered)]
 
 
 class _Asked(BaseModel):
-    """A part of a request: a field that is not known is an error, since it would have no effect."""
+    """Part of a request: an unknown field is an error, because it would have no effect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class _Answered(BaseModel):
-    """A part of an answer: a newer registry may add fields, which an older client ignores."""
+    """Part of an answer: an older client ignores fields that a newer registry adds."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", json_schema_extra={"additionalProperties": True})
 
 
 class LLMArgs(_Asked):
-    """Arguments in Hugging Face words or vLLM's own; both objects are required and may be empty."""
+    """Arguments with Hugging Face's or vLLM's names; both objects are required and may be empty."""
 
     prompting: Args = Field(description="How to answer: max_new_tokens, do_sample, temperature …")
     deployment: Args = Field(description="How to run the LLM: torch_dtype, max_model_len …")
 
 
 class LLMConfig(_Asked):
-    """One LLM as the client describes it."""
+    """The client's description of one LLM."""
 
     modeltyp: NonEmpty = Field(description="What the LLM does, e.g. text-generation")
     model: NonEmpty = Field(description="A Hugging Face id or a path below a configured root")
@@ -132,12 +132,12 @@ class PromptingRequest(_Asked):
 
     @property
     def priority_given(self) -> Priority | None:
-        """The priority if the client has said one, else None: the one that the measurement has."""
+        """The priority if the body contains one, else None: the measurement's priority applies."""
         return self.priority if "priority" in self.model_fields_set else None
 
 
 class AcceptedRequest(_Answered):
-    """One accepted LLM of a POST; ``link`` is where its status is polled."""
+    """One accepted LLM of a POST; poll its status at ``link``."""
 
     requestId: str
     llmconfig: dict[str, Any]
@@ -149,15 +149,15 @@ class AcceptedRequest(_Answered):
 
 
 class PromptingAnswer(_Answered):
-    """Answer of POST /promptingservice/request: one entry per LLM, in the order asked."""
+    """Answer of POST /promptingservice/request: one entry per LLM, in the order of the body."""
 
     requests: list[AcceptedRequest]
 
 
 class EnergyState(_Answered):
-    """What a lease has cost so far, by the energy windows that are written down: they come some time after the fact.
+    """What a lease has used so far, according to the energy windows stored, which arrive with some delay.
 
-    A figure that is null is not known, or a part of it is not.
+    null: not known, in whole or in part.
     """
 
     joules: float | None
@@ -173,8 +173,8 @@ class EnergyState(_Answered):
 class RequestState(_Answered):
     """Answer of GET /promptingservice/request/{requestId}.
 
-    ``url`` and ``address`` are null until ``status`` is ``deployed`` and again after the lease ended. Times are ISO
-    8601 UTC, durations seconds.
+    ``url`` and ``address`` are null until ``status`` is ``deployed``, and after the lease has ended. Times are ISO 8601
+    UTC, durations seconds.
     """
 
     requestId: str
@@ -219,7 +219,7 @@ class RequestState(_Answered):
 class EventState(_Answered):
     """One entry of GET /promptingservice/request/{requestId}/events: what happened to the request, when, and why.
 
-    ``what`` is the registry's own word: LeaseRequested, LLMDeployed, LLMDeployFailed, LeaseBound, TimePassed …
+    ``what`` is the name of an event: LeaseRequested, LLMDeployed, LLMDeployFailed, LeaseBound, TimePassed …
     """
 
     event: int = Field(description="Its number; numbers grow with time and are never used twice")
@@ -275,7 +275,7 @@ class MachineState(_Answered):
 
 
 class WrapperState(_Answered):
-    """One wrapper of a machine; ``meter`` tells which energy counters were found there."""
+    """One wrapper of a machine; ``meter`` lists the energy counters found there."""
 
     wrapper: str
     status: str
@@ -297,7 +297,7 @@ class WrapperState(_Answered):
 
 
 class LLMState(_Answered):
-    """One LLM of GET /llms: an LLM that runs or is being started somewhere."""
+    """One LLM of GET /llms, which runs or is being started."""
 
     model: str
     modeltyp: str
@@ -321,7 +321,7 @@ class HealthState(_Answered):
 
 
 class ErrorAnswer(_Answered):
-    """Body of every error outside ``/v1``: a stable ``code`` and a sentence; ``field`` where one is to blame."""
+    """Body of every error outside ``/v1``: a stable ``code`` and a sentence; ``field``: the invalid field, if any."""
 
     code: str
     message: str

@@ -1,11 +1,11 @@
-"""Alembic's entry point. The connection comes from the store, which owns the transaction; logging is left alone.
+"""Alembic's entry point. The connection and its transaction belong to the store; logging is not configured.
 
-A new revision is written against a database that has all older ones::
+Create a new revision with a database that has all older ones::
 
     with create_engine(url).connect() as connection:
         command.revision(migration_config(connection), message="what changes", autogenerate=True, rev_id="0002")
 
-and then read, corrected, and tested: ``tests/integration/test_store.py`` compares its result with the tables.
+Then read, correct and test it: ``tests/integration/test_store.py`` compares its result with the tables.
 """
 
 from typing import Literal
@@ -18,7 +18,7 @@ from registry.store.migrations.tables import METADATA
 
 
 def _plain_type(kind: str, item: object, _: AutogenContext) -> str | Literal[False]:
-    """A revision must go on working when the code changes, so it names none of our column types."""
+    """Write plain types instead of ours: a revision must still work when the code changes."""
     if kind == "type" and isinstance(item, TypeDecorator):
         return f"sa.{item.impl_instance!r}"
     return False
@@ -27,7 +27,7 @@ def _plain_type(kind: str, item: object, _: AutogenContext) -> str | Literal[Fal
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=METADATA,
-    render_as_batch=True,  # SQLite can't alter most of a table; batches copy it instead
+    render_as_batch=True,  # SQLite can't alter most parts of a table; batches copy it instead
     render_item=_plain_type,
 )
 with context.begin_transaction():

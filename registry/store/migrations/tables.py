@@ -1,7 +1,7 @@
-"""The tables as the newest revision leaves them, and how a record's fields become cells.
+"""The tables of the newest revision, and the column types that store the fields of records.
 
-Every record of ``registry.core.records`` has a table whose columns are the record's fields, by name and in their order.
-Only ``registry.store.store`` and the revisions beside this file know of them.
+Every record of ``registry.core.records`` has a table; its columns are the record's fields, with their names and order.
+Only ``registry.store.store`` and the revisions use them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from registry.core.records import (
 
 
 class _Spec(TypeDecorator[LLMSpec]):
-    """An LLMSpec as a JSON object. Equal specs come back as one object: thousands of requests share a few."""
+    """Stores an LLMSpec as a JSON object. Equal specs are loaded as one object: thousands of requests share a few."""
 
     impl = Text
     cache_ok = True
@@ -62,7 +62,7 @@ def _spec(cell: str) -> LLMSpec:
 
 
 class _Memory(TypeDecorator[LLMMemory]):
-    """An LLMMemory as a JSON object."""
+    """Stores an LLMMemory as a JSON object."""
 
     impl = Text
     cache_ok = True
@@ -75,7 +75,7 @@ class _Memory(TypeDecorator[LLMMemory]):
 
 
 class _Strings(TypeDecorator[tuple[str, ...]]):
-    """A tuple of strings as a JSON array. Equal ones come back as one object, too."""
+    """Stores a tuple of strings as a JSON array. Equal tuples are loaded as one object."""
 
     impl = Text
     cache_ok = True
@@ -93,7 +93,7 @@ def _strings(cell: str) -> tuple[str, ...]:
 
 
 class _Word(TypeDecorator[StrEnum]):
-    """A StrEnum as its word."""
+    """Stores a StrEnum as its value."""
 
     impl = Text
     cache_ok = True
@@ -110,9 +110,9 @@ class _Word(TypeDecorator[StrEnum]):
 
 
 class _Prose(TypeDecorator[str]):
-    """Words for people, from anywhere (an engine's last output). What no database can hold is replaced.
+    """Stores text for people from any source (e.g. an engine's output); replaces characters that databases refuse.
 
-    A commit must not fail for the sake of a NUL byte in somebody's error message.
+    A commit must not fail because of a NUL byte in an error message.
     """
 
     impl = Text
@@ -188,7 +188,7 @@ MEASUREMENTS = Table(
     _may("versions", Text),
     _may("pinned_until_s", Float),
 )
-# A request outlives its wrapper and its machine: those two are names here, not foreign keys.
+# A request outlives its wrapper and machine, so these are plain ids, not foreign keys.
 REQUESTS = Table(
     "requests",
     METADATA,
@@ -222,7 +222,7 @@ REQUESTS = Table(
     Index(None, "seq"),
     Index(None, "wrapper_id"),
 )
-# unique: whatever the code above believes, no wrapper is leased twice.
+# unique: even with a bug in the code above, no wrapper is leased twice.
 LEASES = Table(
     "leases",
     METADATA,
@@ -237,7 +237,7 @@ LEASES = Table(
 EVENTS = Table(
     "events",
     METADATA,
-    # SQLite counts only columns that are called INTEGER; AUTOINCREMENT never hands a number out twice.
+    # SQLite assigns numbers only to INTEGER columns; AUTOINCREMENT never reuses a number.
     _must("event_id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     _must("kind", Text),
     _must("at_s", Float),
@@ -250,8 +250,7 @@ EVENTS = Table(
     Index(None, "at_s"),
     sqlite_autoincrement=True,
 )
-# What wrappers have measured. ``tenant`` is whose budget it counts for, None: nobody's. A window outlives its wrapper,
-# and some belong to no request.
+# ``tenant``: charged with the window, None: no tenant. A window outlives its wrapper, and may belong to no request.
 WINDOWS = Table(
     "windows",
     METADATA,
@@ -274,7 +273,7 @@ WINDOWS = Table(
     Index(None, "tenant", "kind", "ended_s"),
     Index(None, "ended_s"),
 )
-# Nothing but their ids: who still has the link of one is told that it was, not that it never was.
+# Only ids, so that the link of a deleted request answers "deleted" and not "unknown".
 FORGOTTEN_REQUESTS = Table("forgotten_requests", METADATA, _must("request_id", Text, primary_key=True))
 IDEMPOTENCY_KEYS = Table(
     "idempotency_keys",

@@ -1,4 +1,4 @@
-"""The ids of requests that ended so long ago that nothing else is kept of them."""
+"""Adds the ids of requests that were deleted because they ended long ago."""
 
 from __future__ import annotations
 

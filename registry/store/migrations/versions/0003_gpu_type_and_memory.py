@@ -1,4 +1,4 @@
-"""The GPU type that a measurement asks for, and what is known of the memory that an LLM takes."""
+"""Adds the GPU type that a measurement asks for, and the memory that an LLM needs, as far as known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commit of the LLM that a request was given."""
+"""Adds the commit of the LLM that a request got."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machines that are drained, and where they stand; the versions that a measurement's latest LLM ran on."""
+"""Adds draining, zone and region of machines, and the software versions of a measurement's latest hand-over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What wrappers have measured, and what a lease may use up."""
+"""Adds energy windows, and the budgets of leases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The grade of a request, what its LLM was handed over with, and which earlier one it must be like."""
+"""Adds a request's grade, its provenance, and the earlier request that it must be like."""
 
 from __future__ import annotations
 

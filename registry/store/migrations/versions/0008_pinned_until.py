@@ -1,4 +1,4 @@
-"""Until when a measurement that goes on is bound to the machine that it was served on."""
+"""Adds until when a resumed measurement is pinned to its previous machine."""
 
 from __future__ import annotations
 

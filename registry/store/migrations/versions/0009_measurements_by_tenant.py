@@ -1,4 +1,4 @@
-"""A measurement is known by its tenant and its id: two tenants may choose the same one."""
+"""Makes a measurement's id unique within its tenant only: two tenants may choose the same one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KEY = ["measurement_id", "tenant"]
 
 
 def upgrade() -> None:
-    # SQLite copies a table to change its keys and drops the old one, which rows that refer to it would prevent.
+    # SQLite copies a table to change its keys and drops the old one, which foreign keys of other rows would prevent.
     op.execute("CREATE TEMPORARY TABLE kept_leases AS SELECT * FROM leases")
     op.execute("DELETE FROM leases")
     with op.batch_alter_table("requests") as batch_op:

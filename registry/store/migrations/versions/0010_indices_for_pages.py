@@ -1,4 +1,4 @@
-"""Indices: pages of a measurement, what is unfinished, and what is to be forgotten are found without a scan."""
+"""Adds indices, so that pages of a measurement, unfinished rows and rows to delete are found without a scan."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The revisions, in files that no code imports by name: Alembic finds them."""
+"""The revisions. Alembic finds the files; no code imports them by name."""
