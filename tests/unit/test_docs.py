@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.docs.flags import flags_of_the_code, flags_of_the_page
-from tests.docs.pages import OTHER_ERRORS, PAGES, REFERENCE, errors, modules
+from tests.docs.pages import OTHER_ERRORS, PAGES, REFERENCE, ROOT, errors, modules
 from tests.docs.settings_page import parts
+
+README_LINES = 150
+"""A stranger reads no more."""
+
+PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -44,3 +51,49 @@ def test_every_error_code_is_explained() -> None:
         if isinstance(text, ast.Constant) and isinstance(text.value, str)
     }
     assert literal - known == set()
+
+
+def test_readme_is_short() -> None:
+    """The README has few enough lines to be read to its end."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def test_links_lead_somewhere() -> None:
+    """Each relative link of the README and of docs/ leads to a file, and to a heading of it that is there."""
+    broken = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in PROSE
+        for link in links(page)
+        if not leads_somewhere(page, *link.partition("#")[::2])
+    ]
+    assert broken == []
+
+
+def test_index_names_every_page() -> None:
+    """docs/index.md links to each page but the decisions and itself."""
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / link.partition("#")[0]).resolve() for link in links(index)}
+    pages = {page for page in PROSE if page.is_relative_to(index.parent) and "decisions" not in page.parts}
+    assert pages - linked - {index} == set()
+
+
+def links(page: Path) -> Iterator[str]:
+    """The relative links of a page, outside of code."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    return (link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link)
+
+
+def leads_somewhere(page: Path, path: str, heading: str) -> bool:
+    """Whether a link of a page has its end."""
+    end = (page.parent / path).resolve() if path else page
+    return end.exists() and (not heading or heading in {slug(each) for each in headings(end)})
+
+
+def headings(page: Path) -> list[str]:
+    """The headings of a page."""
+    return re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+
+
+def slug(heading: str) -> str:
+    """How a heading is called in a link."""
+    return re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading.strip().lower())).replace(" ", "-")
