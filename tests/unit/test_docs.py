@@ -6,12 +6,15 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from tests.docs.flags import flags_of_the_code, flags_of_the_page
 from tests.docs.pages import OTHER_ERRORS, PAGES, REFERENCE, ROOT, errors, modules
 from tests.docs.settings_page import parts
+from tests.docs.site import on_config
 
 README_LINES = 150
 """A stranger reads no more."""
@@ -75,6 +78,15 @@ def test_index_names_every_page() -> None:
     linked = {(index.parent / link.partition("#")[0]).resolve() for link in links(index)}
     pages = {page for page in PROSE if page.is_relative_to(index.parent) and "decisions" not in page.parts}
     assert pages - linked - {index} == set()
+
+
+def test_site_has_every_page() -> None:
+    """The site's navigation has each page of docs/; the decisions are added to it when it is built."""
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    config = SimpleNamespace(docs_dir=str(ROOT / "docs"), nav=site["nav"])
+    assert site["hooks"] == ["tests/docs/site.py"]
+    named = re.findall(r"[\w/-]+\.md", str(on_config(config).nav))
+    assert sorted(named) == sorted(str(page.relative_to(ROOT / "docs")) for page in PROSE[1:])
 
 
 def links(page: Path) -> Iterator[str]:

@@ -21,6 +21,7 @@ LOCKS = sorted((ROOT / "locks").glob("*.txt"))
 MADE_BY_TOOLS = {
     ".git",
     ".venv",
+    ".venv-docs",
     ".venv-eval",
     ".venv-gpu",
     "build",
