@@ -8,7 +8,7 @@ comma := ,
 empty :=
 PURE_FILES := $(subst $(empty) $(empty),$(comma),$(PURE))
 
-.PHONY: help env demo test test-unit test-cluster soak test-long eval-check lint tiny-llms bench bench-gpu locks clean
+.PHONY: help env demo test test-unit test-cluster soak test-long eval-check docs lint tiny-llms bench bench-gpu locks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,18 @@ test-long: env .venv-eval/.installed ## all tests, the long ones too, with many 
 eval-check: env .venv-eval/.installed ## lm_eval on a tiny task over the address of a lease, from an environment of its own
 	$(BIN)/pytest -m long tests/cluster/test_lm_eval.py
 
+.venv-docs/.installed: locks/docs.txt | env
+	@rm -rf .venv-docs
+	@$(BIN)/python -m venv .venv-docs
+	@$(BIN)/uv pip install --quiet --python .venv-docs/bin/python --no-deps --require-hashes -r locks/docs.txt
+	@touch $@
+
+docs: env .venv-docs/.installed ## the pages made from the code, and the site of docs/ in build/docs; a warning is an error
+	$(BIN)/python -m tests.docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	@! grep -rE '<(script|img)[^>]* src="https?:|<link[^>]* href="https?:' build/docs --include='*.html'
+	@echo "made: build/docs/index.html"
+
 lint: env ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,8 +91,9 @@ locks: env ## the locks anew, with the newest versions that pyproject.toml allow
 	    --override locks/cpu.overrides $(foreach p,torch torchvision torchaudio torchcodec,--no-emit-package $(p)) \
 	    -o locks/cpu.txt
 	$(COMPILE) --upgrade --python-version 3.11 locks/eval.in -o locks/eval.txt
+	$(COMPILE) --upgrade --python-version 3.11 locks/docs.in -o locks/docs.txt
 	$(COMPILE) --upgrade --python-version 3.12 pyproject.toml --extra gpu --extra postgres -o locks/gpu.txt
 
 clean: ## away with everything that can be made again
-	rm -rf .venv .venv-eval .venv-gpu build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-docs .venv-eval .venv-gpu build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find greenprompt_client registry deployments tests -name __pycache__ -type d -exec rm -rf {} +

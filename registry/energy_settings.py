@@ -21,9 +21,9 @@ class GridSettings(Section):
     """Carbon intensity of the grid: a zone of the data set, or the operator's own value with its source."""
 
     zone: str | None = Field(None, description="ISO 3166 alpha-3 zone (DEU, FRA …), or WOR for the world's mean")
-    gco2eq_per_kwh: float | None = Field(None, gt=0)
-    source: str | None = None
-    date: str | None = None
+    gco2eq_per_kwh: float | None = Field(None, gt=0, description="The operator's own value, in place of a zone")
+    source: str | None = Field(None, description="Where gco2eq_per_kwh is from")
+    date: str | None = Field(None, description="The day or time that gco2eq_per_kwh holds for")
     year: int | None = Field(None, ge=1990, le=2100, description="The year that the value is the mean of")
     low_gco2eq_per_kwh: float | None = Field(None, ge=0, description="The value is certainly no lower")
     high_gco2eq_per_kwh: float | None = Field(None, gt=0, description="The value is certainly no higher")
@@ -58,10 +58,10 @@ class GridSettings(Section):
 class EmbodiedSettings(Section):
     """Embodied carbon of the hardware that one wrapper reserves, gCO2eq per reserved hour, with its source."""
 
-    g_per_hour: float = Field(gt=0)
-    low_g_per_hour: float = Field(gt=0)
-    high_g_per_hour: float = Field(gt=0)
-    source: str
+    g_per_hour: float = Field(gt=0, description="Grams CO2eq per hour of reservation")
+    low_g_per_hour: float = Field(gt=0, description="It is certainly no lower")
+    high_g_per_hour: float = Field(gt=0, description="It is certainly no higher")
+    source: str = Field(description="Where these are from")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -73,7 +73,7 @@ class EmbodiedSettings(Section):
 class SiteEmbodiedSettings(EmbodiedSettings):
     """Embodied carbon of a whole machine, or of each GPU including its share of the rest of the machine."""
 
-    per: Literal["machine", "gpu"]
+    per: Literal["machine", "gpu"] = Field(description="Whether the figures are of a machine or of each GPU")
 
     def of_wrapper(self, *, gpus: int, on_machine: int) -> EmbodiedSettings | None:
         """Return the share of a wrapper with ``gpus`` GPUs, on a machine with ``on_machine`` wrappers.
@@ -97,13 +97,13 @@ class CPUModelSettings(Section):
     Each value has a range, low to high. If the processor is not known, the range covers all possible ones.
     """
 
-    idle_w_per_cpu: float = Field(ge=0)
-    idle_low_w_per_cpu: float = Field(ge=0)
-    idle_high_w_per_cpu: float = Field(ge=0)
-    busy_w_per_cpu: float = Field(gt=0)
-    busy_low_w_per_cpu: float = Field(gt=0)
-    busy_high_w_per_cpu: float = Field(gt=0)
-    source: str
+    idle_w_per_cpu: float = Field(ge=0, description="Power of an idle logical CPU, watts")
+    idle_low_w_per_cpu: float = Field(ge=0, description="It is certainly no lower")
+    idle_high_w_per_cpu: float = Field(ge=0, description="It is certainly no higher")
+    busy_w_per_cpu: float = Field(gt=0, description="Power of a fully used logical CPU, watts")
+    busy_low_w_per_cpu: float = Field(gt=0, description="It is certainly no lower")
+    busy_high_w_per_cpu: float = Field(gt=0, description="It is certainly no higher")
+    source: str = Field(description="Where these are from")
 
     @model_validator(mode="before")
     @classmethod
@@ -130,18 +130,20 @@ class EnergySettings(Section):
     """How energy is measured and scored on one wrapper. Without ``grid`` or ``embodied`` there is no score."""
 
     allow_estimates: bool = Field(False, description="Whether sci_score may be a modelled figure (labelled as one)")
-    functional_unit: Literal["output_token", "token", "request", "word"] = "output_token"
-    pue: float = Field(1.0, ge=1.0)
-    poll_s: float = Field(0.05, gt=0, le=1.0)
+    functional_unit: Literal["output_token", "token", "request", "word"] = Field(
+        "output_token", description="What sci_score is per; token: of prompt and answer"
+    )
+    pue: float = Field(1.0, ge=1.0, description="Power usage effectiveness of the site; energy is multiplied by it")
+    poll_s: float = Field(0.05, gt=0, le=1.0, description="How often energy counters are read, seconds")
     settle_max_s: float = Field(
         60, gt=0, description="Longest wait, before a lease of measurement grade, for the machine to be at rest"
     )
     steady_cv: float = Field(
         0.05, gt=0, description="At rest: power in 1 s slices varies by no more, as standard deviation over mean"
     )
-    grid: GridSettings | None = None
-    embodied: EmbodiedSettings | None = None
-    cpu_model: CPUModelSettings | None = None
+    grid: GridSettings | None = Field(None, description="null: not known, and no score is computed")
+    embodied: EmbodiedSettings | None = Field(None, description="null: not known, and no score is computed")
+    cpu_model: CPUModelSettings | None = Field(None, description="null: CPUs without a counter are not covered")
 
 
 class MachineMatch(Section):
@@ -166,18 +168,18 @@ class MachineMatch(Section):
 class MachineEnergySettings(Section):
     """Settings of some machines that differ from the site's. A missing field: as on the site; null: not known."""
 
-    match: MachineMatch
-    pue: float = Field(1.0, ge=1.0)
-    grid: GridSettings | None = None
-    embodied: SiteEmbodiedSettings | None = None
-    cpu_model: CPUModelSettings | None = None
+    match: MachineMatch = Field(description="Which machines")
+    pue: float = Field(1.0, ge=1.0, description="Of these machines")
+    grid: GridSettings | None = Field(None, description="Of these machines")
+    embodied: SiteEmbodiedSettings | None = Field(None, description="Of these machines")
+    cpu_model: CPUModelSettings | None = Field(None, description="Of these machines")
 
 
 class SiteEnergySettings(EnergySettings):
     """How energy is measured and scored on the site. For a machine, the first match in ``machines`` applies."""
 
-    embodied: SiteEmbodiedSettings | None = None
-    machines: tuple[MachineEnergySettings, ...] = ()
+    embodied: SiteEmbodiedSettings | None = Field(None, description="null: not known, and no score is computed")
+    machines: tuple[MachineEnergySettings, ...] = Field((), description="What is not so on some machines")
 
     def of_wrapper(
         self, *, machine: str, gpu_type: str | None, zone: str | None, gpus: int, on_machine: int

@@ -42,7 +42,7 @@ class HTTPSettings(Section):
     """How the ingress and the wrappers are reached over HTTP."""
 
     host: str = Field("127.0.0.1", description="Interface that Serve's proxy listens on")
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(8000, ge=1, le=65535, description="Port that Serve's proxy listens on")
     public_url: str | None = Field(None, description="Base URL that clients use, if not http://host:port")
     haproxy: bool = Field(True, description="Serve through HAProxy: several times the requests per second")
 
@@ -85,7 +85,7 @@ class RaySettings(Section):
 class WrapperSettings(Section):
     """How many wrappers a machine has, and their limits."""
 
-    per_machine: int = Field(1, ge=1, le=64)
+    per_machine: int = Field(1, ge=1, le=64, description="How many wrappers share a machine")
     on_head: bool = Field(True, description="Whether the head of the Ray cluster is an LLM Machine, too")
     gpus_per_wrapper: int | None = Field(None, ge=1, description="null: all GPUs of the machine, divided evenly")
     deploy_timeout_s: float = Field(1800, gt=0, description="Longest start of an LLM")
@@ -152,8 +152,8 @@ class ModelSettings(Section):
 class LeaseSettings(Section):
     """How long leases last, and what happens to prompts in flight when one expires."""
 
-    max_s: float = Field(3600, gt=0)
-    idle_s: float = Field(600, gt=0)
+    max_s: float = Field(3600, gt=0, description="Longest lease, seconds")
+    idle_s: float = Field(600, gt=0, description="Longest time without a prompt or a keep-alive, seconds")
     at_expiry: Literal["cut", "finish"] = Field(
         "cut",
         description="Prompts in flight are cut, or finished before the wrapper is handed on; none begins any more",
@@ -163,12 +163,12 @@ class LeaseSettings(Section):
 class QueueSettings(Section):
     """Limits and weights of the queue."""
 
-    max_queued: int = Field(100_000, ge=1)
-    max_queued_per_tenant: int = Field(100_000, ge=1)
-    max_overtakes: int = Field(4, ge=0)
-    max_overtake_s: float = Field(60, ge=0)
-    deploy_attempts: int = Field(2, ge=1)
-    wrapper_attempts: int = Field(3, ge=1)
+    max_queued: int = Field(100_000, ge=1, description="Most requests that wait; more are answered 429")
+    max_queued_per_tenant: int = Field(100_000, ge=1, description="Most requests of one tenant that wait")
+    max_overtakes: int = Field(4, ge=0, description="How often a request may be overtaken by one whose LLM is running")
+    max_overtake_s: float = Field(60, ge=0, description="How long after its arrival it may be overtaken, seconds")
+    deploy_attempts: int = Field(2, ge=1, description="On how many wrappers an LLM that does not start is tried")
+    wrapper_attempts: int = Field(3, ge=1, description="Restarts of a wrapper in a row before it counts as failed")
     tenant_weights: dict[TenantName, Annotated[float, Field(gt=0)]] = Field(
         {}, description="Turns of a tenant in the queue, relative to 1 of those that are not named"
     )
@@ -188,29 +188,29 @@ class MeasurementSettings(Section):
 class WatchSettings(Section):
     """How often wrappers and machines are checked; times in seconds."""
 
-    period_s: float = Field(1.0, gt=0)
-    report_timeout_s: float = Field(5.0, gt=0)
+    period_s: float = Field(1.0, gt=0, description="How often each wrapper is asked for a report, seconds")
+    report_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a report, seconds")
     failures: int = Field(3, ge=1, description="Reports missed in a row until a wrapper counts as failed")
 
 
 class MachineLLM(Section):
     """An LLM that is deployed on a machine at start. ``machine``: an id, or ``*`` for every machine."""
 
-    machine: str = "*"
-    llm: LLMConfig
+    machine: str = Field("*", description="Name of the machine, or `*`")
+    llm: LLMConfig = Field(description="The llmconfig, as in a POST")
 
 
 class TenantBudget(Section):
     """A tenant's budget per calendar month (UTC) for its leases (hand-over to release) and the starts of its LLMs."""
 
-    max_joules_per_month: float | None = Field(None, gt=0)
-    max_gco2eq_per_month: float | None = Field(None, gt=0)
+    max_joules_per_month: float | None = Field(None, gt=0, description="Joules; null: no limit")
+    max_gco2eq_per_month: float | None = Field(None, gt=0, description="Grams CO2eq; null: no limit")
 
 
 class BudgetSettings(Section):
     """Budgets of tenants. From 80 % on, answers contain a warning; from 100 % on, new requests are refused."""
 
-    tenants: dict[TenantName, TenantBudget] = Field({})
+    tenants: dict[TenantName, TenantBudget] = Field({}, description="Budgets by name; other tenants have no limit")
 
 
 class Settings(BaseSettings):

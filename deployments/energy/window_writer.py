@@ -25,6 +25,7 @@ from registry.core.records import WindowKind
 SETTLE_S = 30.0
 """How long a window waits for counter readings after its end, seconds; without them a figure is unavailable."""
 LLM_STARTED_INSIDE = "llm_started_inside"
+"""Flag of a counted stretch in which the LLM was started again; the time of the start is left out of it."""
 _NOT_CLEAN = frozenset({WARMUP_INSIDE, LLM_STARTED_INSIDE})
 """Flags that a lease window takes over from its counted stretch; the others it has on its own."""
 SHARES_S = 30.0

@@ -118,7 +118,7 @@ def demo(
 @app.command()
 def measure(
     experiment: Annotated[
-        Path | None, typer.Argument(help="Experiment (YAML); options go over what it says.", show_default=False)
+        Path | None, typer.Argument(help="Experiment (YAML); options override its fields.", show_default=False)
     ] = None,
     llms: Annotated[
         list[str] | None, typer.Option("--llm", "-m", help="LLM to ask (hub id or path); repeatable.")
@@ -132,23 +132,24 @@ def measure(
     ] = None,
     repetitions: Annotated[int | None, typer.Option(help="How often each LLM is asked each prompt.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Prompts in flight at once.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Prompts of each lease before those that count.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the order of the LLMs.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Warm-up prompts of each lease (not counted).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed: the order of the LLMs.")] = None,
     arg: Annotated[
         list[str] | None,
-        typer.Option("--arg", help="Of prompting, for each LLM: word=value, as in max_new_tokens=64; repeatable."),
+        typer.Option("--arg", help="Prompting argument for all LLMs, as in max_new_tokens=64; repeatable."),
     ] = None,
     deployment_arg: Annotated[
-        list[str] | None, typer.Option("--deployment-arg", help="Of deployment, likewise, as in max_model_len=2048.")
+        list[str] | None, typer.Option("--deployment-arg", help="Deployment argument, as in max_model_len=2048.")
     ] = None,
     modeltyp: Annotated[str | None, typer.Option(help="What the LLMs do, as in text-generation.")] = None,
     uses_chat_template: Annotated[
-        bool | None, typer.Option("--chat-template/--no-chat-template", help="Whether questions are put into it.")
+        bool | None,
+        typer.Option("--chat-template/--no-chat-template", help="Whether questions are put into the chat template."),
     ] = None,
     measurement_id: Annotated[int | None, typer.Option(help="The measurementId, instead of a new one.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Whose turn in the queue it takes.")] = None,
     priority: Annotated[str | None, typer.Option(help="low, normal or high, among the tenant's own.")] = None,
-    grade: Annotated[str | None, typer.Option(help="'measurement': the registry sees to a quiet machine.")] = None,
+    grade: Annotated[str | None, typer.Option(help="'measurement': warm LLM, machine at rest.")] = None,
     gpu_type: Annotated[str | None, typer.Option(help="GPUs that the machine must have, as in H100.")] = None,
     like: Annotated[str | None, typer.Option(help="Id of an earlier request: the same LLM and machine again.")] = None,
     max_joules: Annotated[float | None, typer.Option(help="Energy that each lease may use, J.")] = None,
@@ -245,7 +246,9 @@ def undrain(
 
 
 @app.command()
-def release(request_id: str, url: URLOption = DEFAULT_URL) -> None:
+def release(
+    request_id: Annotated[str, typer.Argument(help="Id of the request.")], url: URLOption = DEFAULT_URL
+) -> None:
     """Release an LLM, or cancel a waiting request."""
     with _registry(url) as registry:
         registry.release(request_id)

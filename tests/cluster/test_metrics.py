@@ -1,4 +1,4 @@
-"""Ray's metrics of a registry: what the README names is exported under just that name."""
+"""Ray's metrics of a registry: what docs/reference/metrics.md names is exported under just that name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cluster.conftest import Registry
 
 pytestmark = pytest.mark.cluster
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "metrics.md"
 LIMIT_S = 90
 """Ray's agents collect metrics every 10 s, and a window is written down some seconds after the fact."""
 
@@ -36,16 +36,16 @@ def exported(registry: Registry) -> dict[str, set[str]]:
     return found
 
 
-def test_metrics_have_the_names_of_the_readme(
+def test_metrics_have_the_names_of_the_page(
     registry: Registry, llm: Callable[..., dict[str, Any]], measurement_id: int
 ) -> None:
-    """After a lease with a prompt, each metric that the README names is there, with its kinds of use."""
+    """After a lease with a prompt, each metric that the page names is there, with its kinds of use."""
     (request_id,) = registry.post(measurement_id, llm("a"))
     url = registry.until(request_id, "deployed")["url"]
     httpx.post(f"{url}/process_prompt", json={"question": "Why?"}, timeout=60).raise_for_status()
     registry.delete(request_id)
     # The local configuration has estimates; measured joules need a counter, and unknown windows a failure.
-    named = set(re.findall(r"`(ray_greenprompt_\w+)`", README.read_text()))
+    named = set(re.findall(r"`(ray_greenprompt_\w+)`", PAGE.read_text()))
     assert len(named) == 4
     wanted = {name for name in named if "measured" not in name and "unknown" not in name}
     deadline_s = time.monotonic() + LIMIT_S

@@ -21,6 +21,7 @@ LOCKS = sorted((ROOT / "locks").glob("*.txt"))
 MADE_BY_TOOLS = {
     ".git",
     ".venv",
+    ".venv-docs",
     ".venv-eval",
     ".venv-gpu",
     "build",
@@ -255,5 +256,5 @@ def test_makefile_targets_are_explained() -> None:
 
 def test_every_config_is_explained() -> None:
     """Each file in configs/ is named in the README or in a page of docs/."""
-    pages = "".join(page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-    assert [c.name for c in sorted((ROOT / "configs").glob("*.yaml")) if c.name not in pages] == []
+    pages = "".join(page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+    assert [c.name for c in sorted((ROOT / "configs").rglob("*.yaml")) if c.name not in pages] == []

@@ -1,0 +1,18 @@
+"""``python -m tests.docs`` writes the pages of docs/reference that are made from the code."""
+
+from __future__ import annotations
+
+from tests.docs.pages import PAGES, REFERENCE
+
+
+def main() -> None:
+    """Write every page, and name those that have changed."""
+    for name, page in PAGES.items():
+        path, text = REFERENCE / name, page()
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+            print(f"written: docs/reference/{name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The pages of docs/reference that are made from the code, by name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from typer.main import get_command
+
+import deployments.wrapper.prompt_errors  # noqa: F401 - its errors are listed
+from deployments.launch.haproxy import _ANSWERS
+from greenprompt_client.cli.main import EXIT_STATUSES, app
+from registry.errors import RegistryError
+from tests.docs.http_page import http_page
+from tests.docs.markdown import MADE, cell, code, sentence, table, text
+from tests.docs.settings_page import settings_page
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+REFERENCE: Final = ROOT / "docs" / "reference"
+HOUSES: Final = ("registry", "deployments", "greenprompt_client")
+
+OTHER_ERRORS: Final[Mapping[str, tuple[str, str, str]]] = {
+    "method_not_allowed": ("405", "no", "The path does not take this method; the header `Allow` names those it takes."),
+    "http_error": ("4xx", "no", "Another error of HTTP itself; the text says which."),
+    "prompt_refused": ("4xx", "no", "vLLM refuses the prompt; the text is its own."),
+}
+"""Codes that belong to no error of the tree: HTTP status, whether to try again, meaning."""
+
+
+class Metric(NamedTuple):
+    """A metric as the code makes it: ``name`` without Ray's prefix."""
+
+    kind: str
+    name: str
+    meaning: str
+    tags: tuple[str, ...]
+
+
+def modules() -> Iterator[tuple[Path, ast.Module]]:
+    """Every product file, parsed."""
+    for house in HOUSES:
+        for path in sorted((ROOT / house).rglob("*.py")):
+            yield path, ast.parse(path.read_text())
+
+
+def errors() -> list[type[RegistryError]]:
+    """Every error that the registry or a wrapper raises, by HTTP status and code."""
+    found, todo = list[type[RegistryError]](), [RegistryError]
+    while todo:
+        below = todo.pop().__subclasses__()
+        todo += below
+        found += [error for error in below if not error.__module__.startswith("greenprompt_client")]
+    return sorted(found, key=lambda error: (error.http_status, error.code))
+
+
+def errors_page() -> str:
+    """Return the page of error codes."""
+    head = ("code", "HTTP", "try again", "meaning")
+    raised = [
+        (code(error.code), str(error.http_status), "yes" if error.retryable else "no", sentence(error.__doc__))
+        for error in errors()
+        if "tests." not in error.__module__
+    ]
+    other = [(code(name), *told) for name, told in OTHER_ERRORS.items()]
+    proxy = [
+        (code(answer.code), str(status), "yes" if answer.retryable else "no", cell(answer.message))
+        for status, answer in _ANSWERS.items()
+    ]
+    return (
+        f"""\
+# Errors
+
+{MADE}
+Every error is `{{"code", "message", "retryable"}}`, with `field` if one is to blame. `code` never changes its meaning;
+`message` is for people. A 422 also has `errors`, a list of all invalid fields, or FastAPI's own list, `detail`.
+
+Where "try again" is yes, the same call can succeed later without any change. `Retry-After` says after how many
+seconds. Other errors need a change first. So do `budget_used` and `tenant_budget_used`, though they are 429.
+
+Below `/v1` of a lease's `url` errors have OpenAI's form, `{{"error": {{"message", "type", "param", "code"}}}}`, with
+the same codes.
+
+## Of the registry and the wrappers
+
+{table(head, raised)}\
+## Of HTTP and of vLLM
+
+{table(head, other)}\
+## Of the proxy
+
+The proxy in front of registry and wrappers answers these itself.
+
+{table(head, proxy)}""".rstrip()
+        + "\n"
+    )
+
+
+def metrics() -> Iterator[Metric]:
+    """Every metric that the code makes for Ray."""
+    for _, tree in modules():
+        constants = {
+            target.id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                continue
+            if node.func.id in ("Counter", "Gauge", "Histogram") and len(node.args) == 2:
+                tags = next((word.value for word in node.keywords if word.arg == "tag_keys"), ast.Tuple([]))
+                if isinstance(tags, ast.Name):
+                    tags = constants[tags.id]
+                name, meaning = map(ast.literal_eval, node.args)
+                yield Metric(node.func.id, name, meaning, ast.literal_eval(tags))
+
+
+def metrics_page() -> str:
+    """Return the page of metrics."""
+    rows = [
+        (
+            code(f"ray_{metric.name}" + ("_total" if metric.kind == "Counter" else "")),
+            metric.kind.lower(),
+            ", ".join(map(code, metric.tags)),
+            cell(metric.meaning),
+        )
+        for metric in sorted(metrics(), key=lambda metric: metric.name)
+    ]
+    return f"""\
+# Metrics
+
+{MADE}
+Ray exports these for Prometheus on each node, besides its own metrics. [Monitor a registry](../how-to/monitor.md)
+says at which port.
+
+{table(("name", "type", "labels", "meaning"), rows)}\
+Counters begin at 0 when the registry starts. `kind` is the use of the energy: `prompt`, `idle`, `load` or `wake`; the
+kinds add up. Measured and modeled joules have names of their own, so that no sum mixes them by accident. A prompt's
+share of measured joules counts as measured.
+"""
+
+
+def command_line_page() -> str:
+    """Return the page of commands."""
+    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    page = f"""\
+# Command line
+
+{MADE}
+`greenprompt --help` and `greenprompt <command> --help` say the same. {EXIT_STATUSES}
+More in [Exit statuses](exit-statuses.md).
+
+"""
+    for name, command in commands.items():
+        usage = [f"<{each.name}>" for each in command.params if each.param_type_name == "argument"]
+        page += f"## greenprompt {name}\n\n```\ngreenprompt {' '.join([name, *usage, '[options]'])}\n```\n\n"
+        page += f"{text(command.help)}\n\n"
+        rows = [
+            (_names(each), _default(each), cell(each.help) + _variable(each))
+            for each in command.params
+            if each.name != "help"
+        ]
+        page += table(("argument or option", "default", "meaning"), rows) if rows else ""
+    return page.rstrip() + "\n"
+
+
+def _names(param: Any) -> str:
+    if param.param_type_name == "argument":
+        return code(f"<{param.name}>")
+    names = ", ".join(map(code, (*param.opts, *param.secondary_opts)))
+    kind = str(getattr(param.type_descriptor.annotation, "__name__", "text")).lower()
+    value = {"str": "text", "list": "text", "int": "integer", "float": "number"}.get(kind, kind)
+    return names if param.is_flag else f"{names} {code(param.metavar or f'<{value}>')}"
+
+
+def _default(param: Any) -> str:
+    default = param.default
+    if param.required:
+        return "required"
+    if default is None or default is False or default == [] or "Sentinel" in type(default).__name__:
+        return ""
+    return code(str(default.relative_to(ROOT) if isinstance(default, Path) else default))
+
+
+def _variable(param: Any) -> str:
+    return f" Variable: {code(param.envvar)}." if param.envvar else ""
+
+
+PAGES: Final[Mapping[str, Callable[[], str]]] = {
+    "settings.md": settings_page,
+    "errors.md": errors_page,
+    "metrics.md": metrics_page,
+    "command-line.md": command_line_page,
+    "http.md": http_page,
+}
+"""How each generated page of docs/reference is made."""
