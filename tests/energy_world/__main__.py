@@ -141,6 +141,7 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--kind", choices=[*KINDS, *RARE_KINDS], help="all histories on this kind of machine")
     parser.add_argument("--processes", type=int, default=1, help="histories at one time")
+    parser.add_argument("--output", type=Path, help="file for the tables, written anew after each hundred histories")
     chosen = parser.parse_args()
     tally = Tally()
     seeds = range(chosen.first_seed, chosen.first_seed + chosen.histories)
@@ -149,6 +150,10 @@ def main() -> int:
             tally.merge(one)
             if number % 100 == 0:
                 print(f"{number} histories, {len(tally.wrong)} broken rules", file=sys.stderr, flush=True)
+                if chosen.output is not None:
+                    chosen.output.write_text(
+                        "\n".join([f"{number} histories", "", *tally.tables(), ""]), encoding="utf-8"
+                    )
     print("\n".join(tally.tables()))
     error_j, systematic_j, chance_j = tally.bias()
     true_j = sum(p.truth_j for p in tally.equal)
