@@ -147,6 +147,13 @@ def test_a_refusal_tells_the_figures() -> None:
     )
 
 
+def test_a_refusal_tells_the_kv_cache_as_it_was_asked_for() -> None:
+    """A KV cache whose bytes the request sets is told with the argument that sets them."""
+    asked = replace(memory(140), kv_reserved_bytes=8 * GIB)
+    why = why_too_large(spec(), asked, [MAIN], Limits())
+    assert why.startswith("its weights take 140.0 GiB and its KV cache 8.0 GiB (kv_cache_memory_bytes), and")
+
+
 def test_a_refusal_counts_only_wrappers_with_the_gpus_that_are_asked_for() -> None:
     """An LLM for one GPU is told of one GPU; without a KV cache that is known, there is none to make smaller."""
     why = why_too_large(spec(1), memory(140, gpus=1), [Size(2, "T4", None), H100, MAIN], Limits())
