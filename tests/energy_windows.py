@@ -307,7 +307,7 @@ def report_of(
     gathered.add(windows)
     by_id = {each.request_id: each for each in requests}
     told = tuple(window_report(each, by_id.get(each.window.request_id or ""), iso) for each in windows)
-    return replace(report.report_of(measurement, requests, gathered, iso), windows=told)
+    return replace(report.report_of(measurement, gathered), windows=told)
 
 
 def an_experiment(measurement_id: int = 7) -> MeasurementReport:

@@ -43,7 +43,7 @@ class EnergyPages:
             async for _, page in self._pages(key):
                 await asyncio.to_thread(windows.add, page)
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, views.report_json, measurement, requests, windows)
+            return await loop.run_in_executor(self._threads, views.report_json, measurement, windows)
 
     async def windows(
         self, key: MeasurementKey, request_id: str | None, after: str | None, limit: int, *, detail: bool

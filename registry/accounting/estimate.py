@@ -117,13 +117,16 @@ def estimate(samples: Sequence[Sample]) -> Estimate:
     more = [s.amount + s.systematic_high for s in samples]
     value, least, most = (fsum(each) / units if units else None for each in (amounts, less, more))
     prompts, leases = _groups(s.prompt for s in samples), _groups(s.lease for s in samples)
-    too_few = _too_few(_sums(samples, amounts, prompts), _sums(samples, amounts, leases))
+
+    def summed(each: Sequence[float]) -> tuple[list[_Sum], list[_Sum]]:
+        return _sums(samples, each, prompts), _sums(samples, each, leases)
+
+    sums = summed(amounts)
+    too_few = _too_few(*sums)
     low = high = lowest = highest = None
     if value is not None and too_few is None:
-        (low, high), (lowest, _), (_, highest) = (
-            _interval(_sums(samples, each, prompts), _sums(samples, each, leases)) for each in (amounts, less, more)
-        )
-        lowest, highest = min(low, lowest), max(high, highest)
+        low, high = _interval(*sums)
+        lowest, highest = min(low, _interval(*summed(less))[0]), max(high, _interval(*summed(more))[1])
     return Estimate(
         n=len(samples),
         prompts=len(prompts),

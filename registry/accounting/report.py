@@ -178,13 +178,13 @@ class Gathered:
         self.gpu_uuids: dict[str, None] = {}
         self.methods: dict[str, str] = {}
         self.coefficients: dict[Coefficient, None] = {}
-        self._requests = {request.request_id: request for request in requests}
-        self._iso = iso
+        self.requests = {request.request_id: request for request in requests}
+        self.iso = iso
 
     def add(self, kept: Iterable[KeptWindow]) -> None:
         """Add the next page of windows, sorted by start time."""
         for each in kept:
-            told = window_report(each, self._requests.get(each.window.request_id or ""), self._iso)
+            told = window_report(each, self.requests.get(each.window.request_id or ""), self.iso)
             detail = told.detail or {}
             self.boundary |= dict.fromkeys(detail.get("boundary") or ())
             self.gpu_uuids |= dict.fromkeys(detail.get("gpus") or ())
@@ -197,10 +197,9 @@ class Gathered:
             self.rows.append(_Row(each.window.begun_s, each.window.ended_s, replace(told, detail=None), from_hand_over))
 
 
-def report_of(
-    measurement: Measurement, requests: Sequence[Request], gathered: Gathered, iso: Callable[[float], str]
-) -> MeasurementReport:
-    """Return the report of a measurement, without its windows. ``iso`` formats UTC seconds."""
+def report_of(measurement: Measurement, gathered: Gathered) -> MeasurementReport:
+    """Return the report of a measurement, without its windows."""
+    requests = tuple(gathered.requests.values())
     windows = [row.told for row in gathered.rows]
     flags = Counter(flag for window in windows for flag in window.flags)
     rows_of: dict[str | None, list[_Row]] = {}
@@ -212,7 +211,7 @@ def report_of(
         measurementId=measurement.measurement_id,
         how=HOW,
         scope=SCOPE,
-        createdAt=iso(measurement.created_s),
+        createdAt=gathered.iso(measurement.created_s),
         machines=_once(window.machine for window in windows) or _once(request.machine_id for request in requests),
         gpu_uuids=tuple(gathered.gpu_uuids),
         flags=measurement.flags,

@@ -181,9 +181,9 @@ def gathered(requests: Sequence[Request]) -> Gathered:
     return Gathered(requests, _iso)
 
 
-def report_json(measurement: Measurement, requests: Sequence[Request], windows: Gathered) -> str:
+def report_json(measurement: Measurement, windows: Gathered) -> str:
     """Return a MeasurementReport without its windows, as JSON. Takes some seconds for 50,000 windows."""
-    report = report_of(measurement, requests, windows, _iso)
+    report = report_of(measurement, windows)
     return _REPORT.dump_json(report, exclude={"windows"}).decode()
 
 

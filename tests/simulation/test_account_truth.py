@@ -80,7 +80,7 @@ def test_sums_of_the_accounts_are_those_of_the_windows(kind: str, tmp_path: Path
     asked = [request(lease.id, lease.llm, n) for n, lease in enumerate(world.history.leases, 1)]
     gathered = Gathered(asked, iso)
     gathered.add(store.windows((TENANT, MEASUREMENT)))
-    report = report_of(Measurement(MEASUREMENT, 1), asked, gathered, iso)
+    report = report_of(Measurement(MEASUREMENT, 1), gathered)
     reported = [each.joules or 0.0 for name, each in report.costs.items() if name != "lease"]
     assert sum(reported) == pytest.approx(of_known(spent), rel=1e-6)
     store.close()

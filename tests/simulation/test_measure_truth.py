@@ -69,7 +69,7 @@ class Measured:
         requests = [request(lease.id, lease.llm, n) for n, lease in enumerate(self.run.world.history.leases, 1)]
         windows = gathered(requests)
         windows.add(self.store.windows((TENANT, MEASUREMENT)))
-        told: dict[str, Any] = json.loads(report_json(Measurement(MEASUREMENT, 1), requests, windows))
+        told: dict[str, Any] = json.loads(report_json(Measurement(MEASUREMENT, 1), windows))
         return told
 
     def counted(self, llm: str) -> list[KeptWindow]:

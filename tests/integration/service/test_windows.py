@@ -166,7 +166,7 @@ async def test_the_report_is_made_of_what_was_kept(world: World) -> None:
     requests = world.store.requests_of(seven)
     gathered = views.gathered(requests)
     gathered.add(world.service.accounts.page(seven, request_id=None, after=None, limit=1000))
-    report = json.loads(views.report_json(world.service.allocator.measurement(seven), requests, gathered))
+    report = json.loads(views.report_json(world.service.allocator.measurement(seven), gathered))
     assert report["machines"] == ["a"]
     assert report["costs"]["active"]["windows"] == 3
     assert "windows" not in report
