@@ -31,10 +31,10 @@ class _StrictRequest(Request):
             JSONDecodeError: It is not JSON; FastAPI answers that.
             HTTPException: It has a duplicate key, or NaN.
         """
-        await super().json()
         try:
             return read_json(await self.body())
         except InvalidField as error:
+            await super().json()
             raise HTTPException(HTTPStatus.BAD_REQUEST, error.problem) from None
 
 
