@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Final, Union, get_args, get_origin
@@ -19,6 +19,7 @@ NOT_SETTINGS: Final = ("URL", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_P
 """Variables with our prefix that are no settings: read by the command line, or set by wrappers for their engines."""
 
 EMPTY: Final = "is empty; leave it out, or give it a value"
+EMPTY_VARIABLE: Final = "is empty; unset it, or give it a value"
 
 _COLLECTIONS: Final = (dict, frozenset, list, set, tuple)
 
@@ -49,7 +50,7 @@ def problems_of(settings: type[BaseModel], environment: Mapping[str, str]) -> It
         if not _is_there(settings, parts):
             yield name, f"there is no {_what(settings, parts)}{_hint(settings, name)}"
         elif not value.strip():
-            yield name, "is empty; unset it, or give it a value"
+            yield name, EMPTY_VARIABLE
         elif _takes_json(settings, parts):
             try:
                 given = STRICT_JSON.decode(value)
@@ -74,6 +75,12 @@ def empty_values(value: object, field: tuple[str, ...] = ()) -> Iterator[str]:
     elif isinstance(value, list):
         for n, inner in enumerate(value):
             yield from empty_values(inner, (*field, str(n)))
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return the end of a message that suggests the most similar of ``names``; empty if none is similar."""
+    close = get_close_matches(name, list(names), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def fields_of(settings: type[BaseModel], parts: Sequence[object]) -> tuple[str, ...]:
@@ -123,8 +130,7 @@ def _what(settings: type[BaseModel], parts: Sequence[str]) -> str:
 
 def _hint(settings: type[BaseModel], name: str) -> str:
     names = [f"{ENV_PREFIX}URL", *_names(settings, ENV_PREFIX)]
-    close = get_close_matches(name.upper(), names, n=1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(settings.model_fields)}"
+    return did_you_mean(name.upper(), names) or f"; there are {', '.join(settings.model_fields)}"
 
 
 def _names(model: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
@@ -19,7 +18,16 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from registry.core.records import Limits
 from registry.energy_settings import EnergySettings, Section, SiteEnergySettings
-from registry.environment import EMPTY, ENV_PREFIX, StrictVariables, empty_values, fields_of, problems_of, variables
+from registry.environment import (
+    EMPTY,
+    ENV_PREFIX,
+    StrictVariables,
+    did_you_mean,
+    empty_values,
+    fields_of,
+    problems_of,
+    variables,
+)
 from registry.errors import BadSettings
 from registry.strict_yaml import load_yaml
 from registry.wire.schemas import LLMConfig, TenantName
@@ -390,8 +398,7 @@ def _in_our_words(kind: str, field: Sequence[int | str], message: str) -> str:
     if kind == "missing":
         said = "is missing"
     elif kind == "extra_forbidden":
-        close = get_close_matches(names[-1], fields_of(Settings, names[:-1]), n=1, cutoff=0.7)
-        said = "there is no such field" + (f"; did you mean {close[0]}?" if close else "")
+        said = "there is no such field" + did_you_mean(names[-1], fields_of(Settings, names[:-1]))
     return f"{'.'.join(names) or 'configuration'}: {said}"
 
 

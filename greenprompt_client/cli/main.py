@@ -19,7 +19,7 @@ from rich.console import Console
 
 from greenprompt_client.cli.status import drain_note, overview
 from greenprompt_client.client import CONNECT_FOR_S, UNEXPECTED, AnswerError, RegistryClient
-from registry.environment import ENV_PREFIX, problems_of
+from registry.environment import EMPTY, EMPTY_VARIABLE, ENV_PREFIX, problems_of
 from registry.errors import BadSettings, RegistryError
 from registry.settings import Settings, load_settings
 from registry.wire.schemas import MachineState
@@ -264,7 +264,7 @@ def _require_known_variables() -> None:
     """Raise BadSettings for an empty or misspelt GREENPROMPT_… variable: the command could use a wrong registry."""
     url = f"{ENV_PREFIX}URL"
     if not os.environ.get(url, url).strip():
-        raise BadSettings(url, "is empty; unset it, or give it a value")
+        raise BadSettings(url, EMPTY_VARIABLE)
     for name, problem in problems_of(Settings, os.environ):
         raise BadSettings(name, problem)
 
@@ -291,7 +291,7 @@ def _say(line: str) -> None:
 
 def _settings(config: Path, address: str | None) -> Settings:
     if address is not None and not address.strip():
-        raise BadSettings("--address", "is empty; leave it out, or give it a value")
+        raise BadSettings("--address", EMPTY)
     return load_settings(config, **({"ray": {"address": address}} if address else {}))
 
 
