@@ -88,8 +88,8 @@ _DIE_WITH_PARENT = (
     "os.execv(sys.argv[2], sys.argv[2:])"
 )
 
-# HAProxy's statistics and metrics listen on all interfaces, whatever Serve is told (Ray 2.60). Restrict them to
-# loopback.
+# HAProxy's statistics and metrics listen on all interfaces, regardless of Serve's settings (Ray 2.60). Restrict
+# them to loopback.
 _LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/" + "\n"
 
 # HAProxy sends a line per request to syslog. It contains the path and so the lease's token, and nothing needs it.
@@ -272,7 +272,7 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
     Args:
         home: An absolute path of at most about 20 characters, see FOLDER_PREFIX of local_ray.
         ports: For metrics, statistics and Serve's fallback proxy; empty: Serve's own (9101, 8404, 8500).
-        local_only: Metrics and statistics listen on the loopback interface, whatever Serve is told.
+        local_only: Metrics and statistics listen on the loopback interface only.
 
     Raises:
         BadSettings: Its package is not installed, or this version of Ray writes an unknown configuration.

@@ -19,7 +19,7 @@ UNLIMITED_W = 4095.0
 """A limit of this many watts means no limit: the register's field is full. Source: Intel SDM 3B, 15.10.3: 15 bits of
 1/8 W."""
 _LONGEST_WRAP_S = 2.0
-"""After this many seconds without a reading, a wrap can't be told from a reset."""
+"""Longest gap between two readings, in seconds, after which a falling counter may still be a wrap, not a reset."""
 _WRAP_SLACK_S = 0.25
 """How much later than noted a reading may have been made, seconds, when a fall is checked for a wrap. The rise itself
 is checked afterwards with exact times, like every step."""
