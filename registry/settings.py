@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from registry.core.records import Limits
+from registry.core.decision import Limits
 from registry.energy_settings import EnergySettings, Section, SiteEnergySettings
 from registry.environment import (
     EMPTY,

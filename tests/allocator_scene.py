@@ -6,35 +6,32 @@ from dataclasses import replace
 from itertools import count
 
 from registry.core.allocator import Allocator
-from registry.core.fit import GIB
-from registry.core.records import (
-    Changes,
-    Decision,
-    Effect,
+from registry.core.commands import Effect
+from registry.core.decision import Changes, Decision, Limits, Snapshot
+from registry.core.events import (
     Event,
-    Grade,
     LeaseBound,
     LeaseReleased,
     LeaseRequested,
-    Limits,
     LLMDeployed,
     LLMDeployFailed,
+    MachineJoined,
+    NewRequest,
+    WrapperAdded,
+    WrapperStarted,
+)
+from registry.core.fit import GIB
+from registry.core.records import (
     LLMMemory,
     LLMSpec,
     Machine,
-    MachineJoined,
     Measurement,
     MeasurementKey,
-    NewRequest,
-    Priority,
     Request,
-    RequestStatus,
-    Snapshot,
     Wrapper,
-    WrapperAdded,
-    WrapperStarted,
     WrapperStatus,
 )
+from registry.wire.words import Grade, Priority, RequestStatus
 
 
 def llm(model: str, gpus: int = 0) -> LLMSpec:

@@ -11,7 +11,10 @@ from typing import Any
 from registry.accounting import report
 from registry.accounting.report import Gathered, MeasurementReport
 from registry.accounting.window_report import window_report
-from registry.core.records import EnergyWindow, KeptWindow, LLMSpec, Measurement, Request, WindowKind, canonical_json
+from registry.accounting.windows import KeptWindow
+from registry.contract.windows import EnergyWindow
+from registry.core.records import LLMSpec, Measurement, Request
+from registry.wire.words import WindowKind, canonical_json
 
 BEGUN_S = 1_800_000_000.0
 GRID = {"value": 329.7, "unit": "gCO2eq/kWh", "zone": "DEU", "dataset": "ecologits", "version": "0.11.1"}

@@ -16,7 +16,8 @@ from itertools import count
 
 from deployments.wrapper.lease_gate import LeaseGate
 from registry.contract.messages import Belief, HandOver, LeaseGrant, Observation, StartedFor, WrapperPlan, WrapperReport
-from registry.core.records import EnergyWindow, LLMSpec, Machine
+from registry.contract.windows import EnergyWindow
+from registry.core.records import LLMSpec, Machine
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
 from tests.fake_counters import ManualClock
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from registry.core.records import Grade, KeptWindow, Measurement, MeasurementKey, NewRequest, Priority, Request
+from registry.accounting.windows import KeptWindow
+from registry.core.events import NewRequest
+from registry.core.records import Measurement, MeasurementKey, Request
 from registry.errors import LeaseEnded, NoSuchLease, UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.service.news import News
 from registry.service.service import Idempotency
@@ -19,6 +21,7 @@ from registry.wire.schemas import (
     RequestState,
     WrapperState,
 )
+from registry.wire.words import Grade, Priority
 from tests.energy_windows import experiment_rows
 
 CREATED = "2026-01-01T00:00:00.000Z"

@@ -17,7 +17,9 @@ from pydantic import TypeAdapter
 
 from greenprompt_client.client import ENDED
 from registry.accounting.window_report import WindowReport, WindowsPage, window_report
-from registry.core.records import EnergyWindow, KeptWindow, LLMSpec, Request, WindowKind
+from registry.accounting.windows import KeptWindow
+from registry.contract.windows import EnergyWindow
+from registry.core.records import LLMSpec, Request
 from registry.wire.schemas import (
     AcceptedRequest,
     ErrorAnswer,
@@ -26,6 +28,7 @@ from registry.wire.schemas import (
     PromptingRequest,
     RequestState,
 )
+from registry.wire.words import WindowKind
 from tests.energy_windows import iso, record
 
 PAGE = 3

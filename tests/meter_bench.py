@@ -16,8 +16,9 @@ from deployments.energy.flights import Flight
 from deployments.energy.meter import Meter
 from deployments.energy.prompt_meter import PromptMeter
 from registry.contract.messages import Belief, LeaseGrant, Moment
-from registry.core.records import EnergyWindow, WindowKind
+from registry.contract.windows import EnergyWindow
 from registry.settings import EnergySettings
+from registry.wire.words import WindowKind
 from tests.fake_counters import FakeCounter, ManualClock
 
 GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}

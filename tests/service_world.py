@@ -7,22 +7,16 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from registry.core.records import (
-    Event,
-    KeptWindow,
-    LLMSpec,
-    NewRequest,
-    Request,
-    RequestStatus,
-    WrapperStatus,
-    canonical_json,
-)
+from registry.accounting.windows import KeptWindow
+from registry.core.events import Event, NewRequest
+from registry.core.records import LLMSpec, Request, WrapperStatus
 from registry.errors import RegistryError
 from registry.service import views
 from registry.service.archive import KEPT
 from registry.service.service import Service
 from registry.settings import Settings
 from registry.store.store import Store
+from registry.wire.words import RequestStatus, canonical_json
 from tests.fake_cluster import FakeCluster, FakeWrapper
 from tests.fake_counters import ManualClock
 

@@ -10,24 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from registry.core.allocator import Allocator
-from registry.core.records import (
-    BindLease,
-    DeployLLM,
-    Effect,
+from registry.core.commands import BindLease, DeployLLM, Effect, RestartWrapper, StopLLM, UnbindLease
+from registry.core.events import (
     Event,
     LeaseBound,
     LLMDeployed,
     LLMDeployFailed,
     LLMDied,
-    LLMSpec,
     LLMStopped,
-    RestartWrapper,
-    StopLLM,
-    UnbindLease,
     WrapperFailed,
     WrapperStarted,
-    WrapperStatus,
 )
+from registry.core.records import LLMSpec, WrapperStatus
 
 Answer = Callable[[Allocator], Event | None]
 """What comes back of a command, made at the moment at which the registry hears it."""

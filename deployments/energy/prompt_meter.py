@@ -29,7 +29,7 @@ from deployments.energy.window_writer import Start, WindowWriter
 from deployments.machine.machine_cpu import MachineCPU
 from deployments.machine.neighbours import Neighbours
 from registry.contract.messages import Belief, LeaseGrant, StartedFor
-from registry.core.records import EnergyWindow
+from registry.contract.windows import EnergyWindow
 from registry.errors import BadSettings
 from registry.settings import EnergySettings
 

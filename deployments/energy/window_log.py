@@ -13,7 +13,8 @@ from pydantic import TypeAdapter
 from deployments.energy.figures import Embodied, Energy, GridIntensity
 from deployments.energy.sci import Score
 from registry.contract.messages import LeaseGrant, StartedFor
-from registry.core.records import EnergyWindow, WindowKind
+from registry.contract.windows import EnergyWindow
+from registry.wire.words import WindowKind
 
 SCHEMA = 2
 """Version of the records; records without this key are version 1."""

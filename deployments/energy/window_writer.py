@@ -20,7 +20,7 @@ from deployments.energy.token_weights import UNKNOWN, TokenWeight
 from deployments.energy.window_log import EnergyLog, Record, as_iso
 from registry.accounting.figures import WARMUP_INSIDE
 from registry.contract.messages import LeaseGrant, StartedFor
-from registry.core.records import WindowKind
+from registry.wire.words import WindowKind
 
 SETTLE_S = 30.0
 """How long a window waits for counter readings after its end, seconds; without them a figure is unavailable."""

@@ -17,13 +17,16 @@ import ray
 import structlog
 from pydantic import BaseModel
 
-from registry.core.records import Grade, KeptWindow, Measurement, MeasurementKey, NewRequest, Priority, Request
+from registry.accounting.windows import KeptWindow
+from registry.core.events import NewRequest
+from registry.core.records import Measurement, MeasurementKey, Request
 from registry.errors import RegistryError
 from registry.service import views
 from registry.service.news import CHANGES_WAIT_S
 from registry.service.service import Idempotency, Service
 from registry.settings import Settings
 from registry.store.store import WindowPlace
+from registry.wire.words import Grade, Priority
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""

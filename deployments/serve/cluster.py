@@ -30,9 +30,10 @@ from registry.contract.messages import (
     WrapperPlan,
     WrapperReport,
 )
-from registry.core.records import Grade, LLMSpec, Machine
+from registry.core.records import LLMSpec, Machine
 from registry.errors import RegistryError, WrapperUnheard, WrapperUnreachable, in_one_line
 from registry.settings import Settings, forwarded_environment
+from registry.wire.words import Grade
 
 log = structlog.get_logger("deployments.serve.cluster")
 

@@ -8,7 +8,8 @@ from ray.util.metrics import Counter
 
 from greenprompt_client.notation import MEASURED
 from registry.accounting.totals import SPENT
-from registry.core.records import EnergyWindow, KeptWindow
+from registry.accounting.windows import KeptWindow
+from registry.contract.windows import EnergyWindow
 
 _TAGS = ("machine", "kind")
 

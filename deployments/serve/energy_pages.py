@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from registry.accounting.report_csv import windows_csv
-from registry.core.records import KeptWindow, Measurement, MeasurementKey, Request
+from registry.accounting.windows import KeptWindow
+from registry.core.records import Measurement, MeasurementKey, Request
 from registry.service import views
 from registry.store.store import WindowPlace
 

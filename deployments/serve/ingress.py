@@ -41,7 +41,8 @@ from deployments.serve.prompting_service import TITLE, JSONBody, root_router
 from deployments.serve.withdrawals import Withdrawals
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowsPage
-from registry.core.records import LLMSpec, NewRequest, RequestStatus, canonical_json
+from registry.core.events import NewRequest
+from registry.core.records import LLMSpec
 from registry.errors import InternalError, NoCredentials, RegistryError, RegistryUnavailable
 from registry.service.service import Idempotency
 from registry.wire.schemas import (
@@ -62,6 +63,7 @@ from registry.wire.schemas import (
     RequestState,
     TenantName,
 )
+from registry.wire.words import RequestStatus, canonical_json
 
 RETRY_FOR_S = 10.0
 """How long a call is retried while the registry actor does not answer, seconds."""

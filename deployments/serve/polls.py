@@ -15,9 +15,9 @@ from typing import Any
 
 import structlog
 
-from registry.core.records import RequestStatus
 from registry.errors import RegistryError, TooManyPolls
 from registry.service.news import CHANGES_WAIT_S
+from registry.wire.words import RequestStatus
 
 MOST_POLLS = 8000
 """Polls that may wait at once in one ingress. The rest of Serve's ``max_ongoing_requests`` is for control calls."""

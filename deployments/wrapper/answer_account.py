@@ -18,9 +18,9 @@ from starlette.types import Message, Send
 
 from deployments.energy.flights import Flight, Tokens
 from deployments.energy.prompt_meter import PromptMeter, tokens_of
-from registry.core.records import MAX_PROMPT_ID
 from registry.errors import InvalidField
 from registry.wire.schemas import PROMPT_HEADER, WARMUP_HEADER
+from registry.wire.words import MAX_PROMPT_ID
 
 ENERGY_HEADER = b"x-greenprompt-energy"
 ENERGY_FIELD = b"greenprompt"

@@ -45,11 +45,13 @@ from deployments.wrapper.probe import Probe
 from deployments.wrapper.prompt_gate import PromptGate
 from deployments.wrapper.provenance import cpu_here, gpus_here, provenance
 from registry.contract.messages import SETTLING, Belief, Download, HandOver, LeaseGrant, StartedFor, WrapperReport
+from registry.core.decision import Limits
 from registry.core.fit import ENGINE_BYTES, GIB, HOST_SHARE, Size, host_bytes, needs_of, why_no_room, why_too_large
 from registry.core.provenance import PENDING
-from registry.core.records import Grade, Limits, LLMSpec
+from registry.core.records import LLMSpec
 from registry.errors import EngineNotReady, EngineStartFailed, InvalidField, StaleEpoch, WrapperUnreachable
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
+from registry.wire.words import Grade
 
 log = structlog.get_logger("deployments.wrapper.llm_wrapper")
 

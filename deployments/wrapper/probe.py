@@ -18,7 +18,7 @@ from starlette.types import Message
 
 from deployments.engine.host import RunningLLM
 from deployments.wrapper.native_call import call, native_prompt, problem_of
-from registry.core.records import canonical_json
+from registry.wire.words import canonical_json
 
 log = structlog.get_logger("deployments.wrapper.probe")
 

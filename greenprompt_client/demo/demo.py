@@ -33,10 +33,10 @@ from greenprompt_client.figures_table import label_words
 from greenprompt_client.notation import LEGEND, bounded_text, estimate_text, phase_words
 from registry.accounting.figures import MachineFigures, figures_of, of_kind
 from registry.accounting.window_report import WindowReport
-from registry.core.records import WindowKind
 from registry.errors import StartFailed
 from registry.settings import load_settings
 from registry.wire.schemas import RequestState
+from registry.wire.words import WindowKind
 
 MEASUREMENT_ID = 1
 WINDOWS_WAIT_S = 30.0

@@ -27,7 +27,6 @@ from pydantic import (
 
 from deployments.models.args.mapping import TASKS
 from greenprompt_client.measure.prompt_files import Prompt, load_prompts, read_text
-from registry.core.records import Grade, Priority, canonical_json
 from registry.errors import BadSettings
 from registry.strict_yaml import load_yaml
 from registry.wire.http import base_url_of
@@ -41,6 +40,7 @@ from registry.wire.schemas import (
     NonEmpty,
     TenantName,
 )
+from registry.wire.words import Grade, Priority, canonical_json
 
 MAX_CONCURRENCY = 1024
 """Most concurrent prompts: each needs a thread."""

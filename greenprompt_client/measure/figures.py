@@ -10,7 +10,7 @@ from typing import Any
 
 from registry.accounting.figures import Figure, MachineFigures, figures_of, of_kind
 from registry.accounting.window_report import WindowReport
-from registry.core.records import WindowKind
+from registry.wire.words import WindowKind
 
 FIGURES = (
     "gco2eq_per_unit",

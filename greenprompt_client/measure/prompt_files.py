@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from registry.core.records import MAX_PROMPT_ID
 from registry.errors import BadSettings
 from registry.strict_yaml import STRICT_JSON
+from registry.wire.words import MAX_PROMPT_ID
 
 _SPACE = " \t\r\n"
 

@@ -28,8 +28,8 @@ from greenprompt_client.measure.experiment import GROWS, Plan, differences, grow
 from greenprompt_client.measure.figures import without_window
 from greenprompt_client.measure.prompt_files import Prompt, load_prompts
 from registry.accounting.window_report import WindowReport
-from registry.core.records import canonical_json
 from registry.errors import BadSettings
+from registry.wire.words import canonical_json
 
 _WINDOW = TypeAdapter(WindowReport)
 MAX_DIFFERENCES = 10

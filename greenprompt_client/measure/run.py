@@ -36,8 +36,8 @@ from greenprompt_client.notation import phase_words
 from registry.accounting.figures import of_kind
 from registry.accounting.report_csv import windows_csv
 from registry.accounting.window_report import WindowReport
-from registry.core.records import WindowKind
 from registry.wire.schemas import LLMConfig, MeasurementState, RequestState
+from registry.wire.words import WindowKind
 
 MAX_BARREN_LEASES = 3
 """A run stops using an LLM after this many leases in a row without an answer."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from registry.accounting.figures import of_kind
 from registry.accounting.totals import Sum, sum_of
 from registry.accounting.window_report import WindowReport
-from registry.core.records import WindowKind
+from registry.wire.words import WindowKind
 
 Curve = tuple[list[datetime], list[float]]
 """Times, and the power [W] from each time on; NaN if unknown."""

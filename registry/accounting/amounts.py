@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from registry.accounting.totals import sum_of
 from registry.accounting.window_report import WindowReport
-from registry.core.records import WindowKind
+from registry.wire.words import WindowKind
 
 ANSWERED: Final = (None, "answered")
 """``status`` of prompts that have an answer; None: a record of an earlier version, which has no status."""

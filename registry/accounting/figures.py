@@ -28,7 +28,7 @@ from registry.accounting.amounts import (
 from registry.accounting.estimate import MIN_PROMPTS, Estimate, Sample, estimate
 from registry.accounting.totals import LABELS, sum_of, worst
 from registry.accounting.window_report import WindowReport, held_windows, worst_method
-from registry.core.records import WindowKind
+from registry.wire.words import WindowKind
 
 NOT_ALLOWED: Final = "estimates_not_allowed"
 

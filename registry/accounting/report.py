@@ -15,7 +15,9 @@ from typing import Any, Final, NamedTuple
 from registry.accounting.figures import MachineFigures, figures_of, of_kind, why
 from registry.accounting.totals import LABELS, same, sum_of, worst
 from registry.accounting.window_report import WindowReport, number, part_of, window_report, worst_method
-from registry.core.records import KeptWindow, Measurement, Request, RequestStatus, WindowKind
+from registry.accounting.windows import KeptWindow
+from registry.core.records import Measurement, Request
+from registry.wire.words import RequestStatus, WindowKind
 
 HOW: Final = "computed with the SCI formula: ((E * I) + M) per R"
 SCOPE: Final = (

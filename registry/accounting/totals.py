@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import fsum, isclose
 from typing import Final
 
-from registry.core.records import WindowKind
+from registry.wire.words import WindowKind
 
 LABELS: Final = ("measured", "measured_sampled", "sourced", "modeled", "simulated", "unavailable")
 """Origin of a figure, best first: the values of ``deployments.energy.figures.Label``, as wrappers report them.

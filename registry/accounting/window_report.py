@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from registry.accounting.totals import LABELS, SPENT, sum_of
-from registry.core.records import KeptWindow, Request, WindowKind
+from registry.accounting.windows import KeptWindow
+from registry.core.records import Request
+from registry.wire.words import WindowKind
 
 _PARTS: Final = {"gpu_j": ("gpu:",), "cpu_j": ("package-", "cpu-"), "dram_j": ("dram-",)}
 

@@ -10,18 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from registry.core.records import (
-    EnergyWindow,
-    Event,
-    LLMSpec,
-    Machine,
-    MachineJoined,
-    MachineLost,
-    Wrapper,
-    WrapperAdded,
-    WrapperRemoved,
-    WrapperStatus,
-)
+from registry.contract.windows import EnergyWindow
+from registry.core.events import Event, MachineJoined, MachineLost, WrapperAdded, WrapperRemoved
+from registry.core.records import LLMSpec, Machine, Wrapper, WrapperStatus
 
 _ABSENT = (WrapperStatus.LOST, WrapperStatus.OFF)
 """After these statuses, a wrapper that is observed again counts as new."""

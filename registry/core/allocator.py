@@ -14,8 +14,34 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
+from registry.core.decision import Decision, Limits, Snapshot
 from registry.core.dispatch import Dispatcher
 from registry.core.endings import Endings
+from registry.core.events import (
+    Event,
+    LeaseBound,
+    LeaseFlagged,
+    LeaseLapsed,
+    LeaseReleased,
+    LeaseRequested,
+    LeaseUsed,
+    LLMDeployed,
+    LLMDeployFailed,
+    LLMDied,
+    LLMStopped,
+    MachineDrained,
+    MachineJoined,
+    MachineLost,
+    MachineUndrained,
+    NewRequest,
+    ShutdownBegun,
+    TimePassed,
+    WrapperAdded,
+    WrapperFailed,
+    WrapperRemoved,
+    WrapperStarted,
+    WrapperSwitchedOff,
+)
 from registry.core.fit import ANY_GPU_TYPE, Size, is_gpu_type, needs_of, why_too_large
 from registry.core.indices import is_usable
 from registry.core.invariants import check_ledger
@@ -23,46 +49,11 @@ from registry.core.ledger import Ledger, stop
 from registry.core.pins import Pins
 from registry.core.policy import rank
 from registry.core.provenance import unlike
-from registry.core.records import (
-    Decision,
-    Event,
-    Lease,
-    LeaseBound,
-    LeaseFlagged,
-    LeaseLapsed,
-    LeaseReleased,
-    LeaseRequested,
-    LeaseUsed,
-    Limits,
-    LLMDeployed,
-    LLMDeployFailed,
-    LLMDied,
-    LLMStopped,
-    Machine,
-    MachineDrained,
-    MachineJoined,
-    MachineLost,
-    MachineUndrained,
-    Measurement,
-    MeasurementKey,
-    NewRequest,
-    Priority,
-    Request,
-    RequestStatus,
-    ShutdownBegun,
-    Snapshot,
-    TimePassed,
-    Wrapper,
-    WrapperAdded,
-    WrapperFailed,
-    WrapperRemoved,
-    WrapperStarted,
-    WrapperStatus,
-    WrapperSwitchedOff,
-)
+from registry.core.records import Lease, Machine, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
 from registry.core.transitions import InvariantBroken
 from registry.core.wrapper_events import Reports
 from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown
+from registry.wire.words import Priority, RequestStatus
 
 __all__ = ["Allocator", "InvariantBroken"]
 

@@ -20,19 +20,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import Final
 
+from registry.core.decision import Limits
 from registry.core.indices import Pool, is_free
 from registry.core.ledger import Ledger, bind, deploy
 from registry.core.policy import LOOK_AHEAD, Place, Rank, may_be_overtaken, victim
-from registry.core.records import (
-    Lease,
-    Limits,
-    Measurement,
-    MeasurementKey,
-    Request,
-    RequestStatus,
-    Wrapper,
-    WrapperStatus,
-)
+from registry.core.records import Lease, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
+from registry.wire.words import RequestStatus
 
 MACHINE_CHANGED: Final = "machine_changed"
 """Flag of a measurement that continued on another machine with the same GPU type."""

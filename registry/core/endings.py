@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from registry.core.decision import Limits
 from registry.core.ledger import Ledger, deploy, unbind
-from registry.core.records import Limits, Request, RequestStatus, WrapperStatus
+from registry.core.records import Request, WrapperStatus
+from registry.wire.words import RequestStatus
 
 
 class Endings:

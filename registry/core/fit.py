@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from registry.core.records import Limits, LLMMemory, LLMSpec
+from registry.core.decision import Limits
+from registry.core.records import LLMMemory, LLMSpec
 
 GIB: Final = 2**30
 

@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 
 from registry.core.fit import Needs, Size
 from registry.core.policy import LOOK_AHEAD, PRIORITIES, PRIORITY_TURNS, Place, Rank, Turns
-from registry.core.records import MeasurementKey, Request, RequestStatus, Wrapper, WrapperStatus
+from registry.core.records import MeasurementKey, Request, Wrapper, WrapperStatus
+from registry.wire.words import RequestStatus
 
 T = TypeVar("T", bound="tuple[Any, ...] | str")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from registry.core.decision import Limits
 from registry.core.indices import is_free
 from registry.core.ledger import Ledger
-from registry.core.records import Limits, MeasurementKey, Request, RequestStatus, Wrapper, WrapperStatus
+from registry.core.records import MeasurementKey, Request, Wrapper, WrapperStatus
 from registry.core.transitions import InvariantBroken
+from registry.wire.words import RequestStatus
 
 _HOLDS = (WrapperStatus.LEASED, WrapperStatus.DEPLOYING, WrapperStatus.STARTING, WrapperStatus.RESTARTING)
 """Only in these statuses can a request hold a wrapper."""

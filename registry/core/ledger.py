@@ -11,33 +11,16 @@ from dataclasses import replace
 from functools import reduce
 from typing import Final
 
+from registry.core.commands import BindLease, DeployLLM, Effect, RestartWrapper, StopLLM, UnbindLease
+from registry.core.decision import Changes, Decision, Limits, Snapshot
 from registry.core.fit import ANY_GPU_TYPE, SIZE_STEP_BYTES, Needs, Size, fitting, needs_of
 from registry.core.indices import Queue, RequestIndex, SortedSet, WrapperIndex, is_free, is_usable
 from registry.core.policy import Place, Turns, rank
 from registry.core.positions import Positions
-from registry.core.records import (
-    BindLease,
-    Changes,
-    Decision,
-    DeployLLM,
-    Effect,
-    Lease,
-    Limits,
-    LLMSpec,
-    Machine,
-    Measurement,
-    MeasurementKey,
-    Request,
-    RequestStatus,
-    RestartWrapper,
-    Snapshot,
-    StopLLM,
-    UnbindLease,
-    Wrapper,
-    WrapperStatus,
-)
+from registry.core.records import Lease, LLMSpec, Machine, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
 from registry.core.transitions import check_request_transition, check_wrapper_transition
 from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
+from registry.wire.words import RequestStatus
 
 NAMES_SHOWN: Final = 20
 """Maximum number of machines listed in an error text."""

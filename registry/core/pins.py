@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 
+from registry.core.decision import Limits
+from registry.core.events import NewRequest
 from registry.core.fit import ANY_GPU_TYPE, is_gpu_type, needs_of
 from registry.core.indices import is_usable
 from registry.core.ledger import Ledger
-from registry.core.records import Limits, Measurement, MeasurementKey, NewRequest, RequestStatus
+from registry.core.records import Measurement, MeasurementKey
+from registry.wire.words import RequestStatus
 
 
 class Pins:

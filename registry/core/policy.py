@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from registry.core.decision import Limits
 from registry.core.fit import Size
-from registry.core.records import Limits, Measurement, Priority, Request, Wrapper
+from registry.core.records import Measurement, Request, Wrapper
+from registry.wire.words import Priority
 
 LOOK_AHEAD: Final = 16
 """Maximum number of candidates that a choice looks at. Limits the cost of a decision and the rows it changes: at most

@@ -19,8 +19,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from registry.core.events import LeaseRequested
 from registry.core.fit import is_gpu_type
-from registry.core.records import Grade, LeaseRequested, LLMSpec, Request
+from registry.core.records import LLMSpec, Request
+from registry.wire.words import Grade
 
 PENDING: Final = "pending"
 """Stands for the hash of weights that was not ready in time."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from registry.core.records import RequestStatus as R
 from registry.core.records import WrapperStatus as W
+from registry.wire.words import RequestStatus as R
 
 
 class InvariantBroken(AssertionError):

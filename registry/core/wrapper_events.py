@@ -10,28 +10,25 @@ from dataclasses import replace
 from functools import reduce
 from typing import Final
 
+from registry.core.decision import Limits
 from registry.core.dispatch import Dispatcher, with_flag
 from registry.core.endings import Endings
-from registry.core.indices import is_usable
-from registry.core.ledger import Ledger, bind, deploy, restart, stop, unbind
-from registry.core.provenance import differences
-from registry.core.records import (
+from registry.core.events import (
     LeaseBound,
-    Limits,
     LLMDeployFailed,
     LLMDied,
-    Machine,
     MachineLost,
-    Request,
-    RequestStatus,
-    Wrapper,
     WrapperAdded,
     WrapperFailed,
     WrapperRemoved,
     WrapperStarted,
-    WrapperStatus,
     WrapperSwitchedOff,
 )
+from registry.core.indices import is_usable
+from registry.core.ledger import Ledger, bind, deploy, restart, stop, unbind
+from registry.core.provenance import differences
+from registry.core.records import Machine, Request, Wrapper, WrapperStatus
+from registry.wire.words import RequestStatus
 
 ENGINE_RESTARTED: Final = "engine_restarted"
 """Flag of a measurement whose LLM had to be restarted during a lease."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from registry.accounting.totals import Total, spent_total, sum_of, total_of
+from registry.accounting.windows import KeptWindow
 from registry.contract.messages import Moment, WrapperReport
+from registry.contract.windows import EnergyWindow
 from registry.core.allocator import Allocator
-from registry.core.records import EnergyWindow, KeptWindow, MeasurementKey, WindowKind
+from registry.core.records import MeasurementKey
 from registry.service.archive import Archive
 from registry.service.budgets import CHARGED, month_begin_s, warnings
 from registry.settings import TenantBudget
 from registry.store.store import Store, WindowPlace
+from registry.wire.words import WindowKind
 
 REMEMBERED_COSTS = 10_000
 """Maximum number of requests whose costs are cached."""

@@ -9,7 +9,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from registry.core.allocator import Allocator
-from registry.core.records import Changes, Measurement, MeasurementKey, Request
+from registry.core.decision import Changes
+from registry.core.records import Measurement, MeasurementKey, Request
 from registry.errors import RequestForgotten, UnknownMeasurement, UnknownRequest
 from registry.store.store import Store
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from registry.accounting.totals import SPENT, Sum, Total
-from registry.core.records import WindowKind
 from registry.errors import TenantBudgetUsed
 from registry.settings import TenantBudget
+from registry.wire.words import WindowKind
 
 CHARGED = (*SPENT, WindowKind.LEASE)
 """Kinds of windows that a tenant's sum is made of; lease windows only contribute their label."""

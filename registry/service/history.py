@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from registry.core.records import Changes, Effect, Event, LeaseUsed, Request
+from registry.core.commands import Effect
+from registry.core.decision import Changes
+from registry.core.events import Event, LeaseUsed
+from registry.core.records import Request
 from registry.store.store import EventRow
 
 

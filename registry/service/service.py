@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import structlog
 
+from registry.accounting.windows import KeptWindow
 from registry.contract.messages import (
     Belief,
     Cluster,
@@ -32,16 +33,10 @@ from registry.contract.messages import (
     with_known_ids,
 )
 from registry.core.allocator import Allocator
-from registry.core.records import (
-    BindLease,
-    Changes,
-    Decision,
-    DeployLLM,
-    Effect,
+from registry.core.commands import BindLease, DeployLLM, Effect, RestartWrapper, StopLLM, UnbindLease
+from registry.core.decision import Changes, Decision
+from registry.core.events import (
     Event,
-    Grade,
-    KeptWindow,
-    Lease,
     LeaseBound,
     LeaseFlagged,
     LeaseLapsed,
@@ -51,28 +46,19 @@ from registry.core.records import (
     LLMDeployed,
     LLMDeployFailed,
     LLMDied,
-    LLMSpec,
     LLMStopped,
     MachineDrained,
     MachineJoined,
     MachineUndrained,
     NewRequest,
-    Priority,
-    Request,
-    RequestStatus,
-    RestartWrapper,
     ShutdownBegun,
-    StopLLM,
     TimePassed,
-    UnbindLease,
-    Wrapper,
     WrapperAdded,
     WrapperFailed,
     WrapperStarted,
-    WrapperStatus,
     WrapperSwitchedOff,
-    canonical_json,
 )
+from registry.core.records import Lease, LLMSpec, Request, Wrapper, WrapperStatus
 from registry.errors import (
     EngineNotReady,
     EngineStartFailed,
@@ -95,6 +81,7 @@ from registry.service.news import News
 from registry.settings import Settings
 from registry.store.store import IdempotencyRow, Store, StoredEvent
 from registry.wire.schemas import MAX_WAIT_S
+from registry.wire.words import Grade, Priority, RequestStatus, canonical_json
 
 log = structlog.get_logger("registry.service.service")
 

@@ -14,18 +14,9 @@ from pydantic import TypeAdapter
 from registry.accounting.report import Gathered, MeasurementReport, report_of
 from registry.accounting.totals import LABELS, Total, lease_total
 from registry.accounting.window_report import WindowsPage, window_report
+from registry.accounting.windows import KeptWindow
 from registry.contract.messages import SETTLING, Download
-from registry.core.records import (
-    KeptWindow,
-    Machine,
-    Measurement,
-    MeasurementKey,
-    Request,
-    RequestStatus,
-    WindowKind,
-    Wrapper,
-    WrapperStatus,
-)
+from registry.core.records import Machine, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
 from registry.errors import InvalidField
 from registry.service.old_address import old_address, old_address_problems
 from registry.service.service import Service
@@ -42,6 +33,7 @@ from registry.wire.schemas import (
     RequestState,
     WrapperState,
 )
+from registry.wire.words import RequestStatus, WindowKind
 
 USABLE = frozenset({WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
 """Statuses in which a wrapper serves, or can serve, a request."""

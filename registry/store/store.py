@@ -51,19 +51,10 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.sql.dml import ReturningInsert
 
 from registry.accounting.totals import Sum, Total, total_of
-from registry.core.records import (
-    Changes,
-    EnergyWindow,
-    KeptWindow,
-    Lease,
-    Machine,
-    Measurement,
-    MeasurementKey,
-    Request,
-    Snapshot,
-    WindowKind,
-    Wrapper,
-)
+from registry.accounting.windows import KeptWindow
+from registry.contract.windows import EnergyWindow
+from registry.core.decision import Changes, Snapshot
+from registry.core.records import Lease, Machine, Measurement, MeasurementKey, Request, Wrapper
 from registry.errors import BadSettings, StoreUnavailable
 from registry.store.migrations.tables import (
     EVENTS,
@@ -76,6 +67,7 @@ from registry.store.migrations.tables import (
     WINDOWS,
     WRAPPERS,
 )
+from registry.wire.words import WindowKind
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

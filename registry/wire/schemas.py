@@ -21,7 +21,7 @@ from pydantic import (
     StringConstraints,
 )
 
-from registry.core.records import Grade, Priority
+from registry.wire.words import Grade, Priority
 
 MAX_ID = 2**63 - 1
 """Largest measurementId: the maximum of a signed 64-bit column."""

@@ -21,29 +21,24 @@ from typing import TypeVar
 from rich.table import Table
 
 from registry.core.allocator import Allocator
-from registry.core.fit import GIB
-from registry.core.records import (
-    BindLease,
-    Decision,
-    DeployLLM,
+from registry.core.commands import BindLease, DeployLLM
+from registry.core.decision import Decision, Limits
+from registry.core.events import (
     Event,
     LeaseBound,
     LeaseReleased,
     LeaseRequested,
     LeaseUsed,
-    Limits,
     LLMDeployed,
-    LLMMemory,
-    LLMSpec,
-    Machine,
     MachineJoined,
     NewRequest,
-    Priority,
-    RequestStatus,
     TimePassed,
     WrapperAdded,
     WrapperStarted,
 )
+from registry.core.fit import GIB
+from registry.core.records import LLMMemory, LLMSpec, Machine
+from registry.wire.words import Priority, RequestStatus
 from tests.bench.report import OUTPUT, Result, console, counted, measured, percentile, publish
 
 PART = "allocator"

@@ -29,29 +29,18 @@ import structlog
 
 from deployments.serve.energy_pages import EnergyPages
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
+from registry.accounting.windows import KeptWindow
 from registry.contract.messages import Cluster, Observation
-from registry.core.records import (
-    Changes,
-    Event,
-    KeptWindow,
-    LLMSpec,
-    Machine,
-    MachineJoined,
-    MachineLost,
-    Measurement,
-    MeasurementKey,
-    NewRequest,
-    Request,
-    RequestStatus,
-    WrapperAdded,
-    WrapperStarted,
-)
+from registry.core.decision import Changes
+from registry.core.events import Event, MachineJoined, MachineLost, NewRequest, WrapperAdded, WrapperStarted
+from registry.core.records import LLMSpec, Machine, Measurement, MeasurementKey, Request
 from registry.errors import RegistryError
 from registry.service import views
 from registry.service.accounts import Accounts
 from registry.service.service import Service
 from registry.settings import Settings, TenantBudget
 from registry.store.store import EventRow, Store
+from registry.wire.words import RequestStatus
 from tests.bench.control import llmconfig
 from tests.bench.report import OUTPUT, Result, counted, measured, percentile, publish
 from tests.bench.wire import Connection

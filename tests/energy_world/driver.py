@@ -27,8 +27,8 @@ from deployments.energy.prompt_meter import PromptMeter
 from deployments.machine import gpus as gpu_info
 from deployments.machine.machine_cpu import MachineCPU
 from deployments.machine.neighbours import Neighbours
+from registry.accounting.windows import KeptWindow
 from registry.contract.messages import Belief, LeaseGrant, Moment
-from registry.core.records import KeptWindow
 from registry.energy_settings import EnergySettings
 from tests.energy_world.history import Event, Lease, Life, Load, Prompt
 from tests.energy_world.tree import HERTZ, UPTIME_S

@@ -14,7 +14,9 @@ from typing import Any
 from registry.accounting.figures import Figure, figures_of
 from registry.accounting.report import COUNTED
 from registry.accounting.window_report import WindowReport, window_report
-from registry.core.records import KeptWindow, Measurement, RequestStatus, WindowKind
+from registry.accounting.windows import KeptWindow
+from registry.core.records import Measurement
+from registry.wire.words import RequestStatus, WindowKind
 from tests.energy_windows import iso, report_of, request
 from tests.energy_world.covered import Covered, Span, kinds_of, without
 from tests.energy_world.driver import MEASUREMENT, Process, Run

@@ -11,23 +11,14 @@ import pytest
 from sqlalchemy import NullPool, create_engine
 
 from registry.contract.messages import Cluster, Observation
-from registry.core.records import (
-    Lease,
-    LLMSpec,
-    Machine,
-    Measurement,
-    NewRequest,
-    Priority,
-    Request,
-    RequestStatus,
-    Snapshot,
-    Wrapper,
-    WrapperStatus,
-)
+from registry.core.decision import Snapshot
+from registry.core.events import NewRequest
+from registry.core.records import Lease, LLMSpec, Machine, Measurement, Request, Wrapper, WrapperStatus
 from registry.errors import RegistryError, RequestForgotten, StoreUnavailable, UnknownMeasurement, UnknownRequest
 from registry.service.service import DAY_S, Idempotency, Service
 from registry.settings import Settings, WatchSettings
 from registry.store.store import Store
+from registry.wire.words import Priority, RequestStatus
 from tests.fake_counters import ManualClock
 
 DATA = Path(__file__).resolve().parents[1] / "data"

@@ -16,26 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import NullPool, Table, create_engine, text
 
-from registry.core.records import (
-    Changes,
-    Grade,
-    KeptWindow,
-    Lease,
-    LLMMemory,
-    LLMSpec,
-    Machine,
-    Measurement,
-    Priority,
-    Request,
-    RequestStatus,
-    Snapshot,
-    WindowKind,
-    Wrapper,
-    WrapperStatus,
-)
+from registry.accounting.windows import KeptWindow
+from registry.core.decision import Changes, Snapshot
+from registry.core.records import Lease, LLMMemory, LLMSpec, Machine, Measurement, Request, Wrapper, WrapperStatus
 from registry.errors import BadSettings, StoreUnavailable
 from registry.store.migrations import tables
 from registry.store.store import EventRow, IdempotencyRow, Store, StoredEvent
+from registry.wire.words import Grade, Priority, RequestStatus, WindowKind
 from tests.energy_windows import window
 
 BIGGEST = 2**63 - 1

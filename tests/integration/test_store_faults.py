@@ -16,7 +16,8 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.pool import NullPool
 
-from registry.core.records import Changes, LLMSpec, Machine, Measurement, Request
+from registry.core.decision import Changes
+from registry.core.records import LLMSpec, Machine, Measurement, Request
 from registry.errors import BadSettings, StoreUnavailable
 from registry.store.store import EventRow, Store
 

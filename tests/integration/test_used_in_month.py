@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from registry.accounting.totals import Sum
 from registry.contract.messages import Moment, WrapperReport
 from registry.core.allocator import Allocator
-from registry.core.records import Changes, Limits, LLMSpec, Measurement, Request, WindowKind
+from registry.core.decision import Changes, Limits
+from registry.core.records import LLMSpec, Measurement, Request
 from registry.service.accounts import Accounts
 from registry.service.archive import Archive
 from registry.service.budgets import CHARGED, month_begin_s
 from registry.settings import TenantBudget
 from registry.store.store import Store
+from registry.wire.words import WindowKind
 from tests.energy_windows import window
 
 TENANTS = "ann", "bob"

@@ -12,37 +12,30 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from registry.core.allocator import Allocator
-from registry.core.fit import GIB
-from registry.core.policy import PRIORITY_TURNS
-from registry.core.records import (
-    BindLease,
-    DeployLLM,
+from registry.core.commands import BindLease, DeployLLM
+from registry.core.decision import Limits
+from registry.core.events import (
     Event,
     LeaseReleased,
     LeaseRequested,
     LeaseUsed,
-    Limits,
-    LLMMemory,
-    Machine,
     MachineDrained,
     MachineJoined,
     MachineLost,
     MachineUndrained,
-    MeasurementKey,
     NewRequest,
-    Priority,
-    Request,
-    RequestStatus,
     ShutdownBegun,
     TimePassed,
-    Wrapper,
     WrapperAdded,
     WrapperFailed,
     WrapperRemoved,
-    WrapperStatus,
     WrapperSwitchedOff,
 )
+from registry.core.fit import GIB
+from registry.core.policy import PRIORITY_TURNS
+from registry.core.records import LLMMemory, Machine, MeasurementKey, Request, Wrapper, WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, UnknownMachine, UnknownRequest
+from registry.wire.words import Priority, RequestStatus
 from tests.allocator_scene import Memory, llm
 from tests.simulated_cluster import SimulatedCluster
 

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.accounting.totals import SPENT, lease_total, spent_total
-from registry.core.records import EnergyWindow, KeptWindow, Measurement, WindowKind
+from registry.accounting.windows import KeptWindow
+from registry.contract.windows import EnergyWindow
+from registry.core.records import Measurement
 from registry.service.budgets import CHARGED
 from registry.store.store import Store
+from registry.wire.words import WindowKind
 from tests.energy_windows import BEGUN_S, iso, record, report_of, request
 
 DAY_S = 86_400.0

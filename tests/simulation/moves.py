@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from registry.core.records import (
-    Changes,
-    LLMSpec,
-    Measurement,
-    MeasurementKey,
-    Request,
-    RequestStatus,
-    Wrapper,
-    WrapperStatus,
-)
+from registry.core.decision import Changes
+from registry.core.records import LLMSpec, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
+from registry.wire.words import RequestStatus
 from tests.simulation.machines import Node
 
 BROKEN = (WrapperStatus.LOST, WrapperStatus.FAILED, WrapperStatus.OFF)

@@ -14,7 +14,8 @@ import pytest
 
 from registry.accounting.report import Gathered, report_of
 from registry.accounting.totals import SPENT, Total, spent_total
-from registry.core.records import KeptWindow, Measurement
+from registry.accounting.windows import KeptWindow
+from registry.core.records import Measurement
 from registry.service.budgets import CHARGED, month_begin_s
 from registry.store.store import Store
 from tests.energy_windows import iso, request

@@ -25,10 +25,12 @@ from greenprompt_client.measure.run import run_measure
 from greenprompt_client.report.table import report_table
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport, window_report
-from registry.core.records import KeptWindow, Measurement, WindowKind
+from registry.accounting.windows import KeptWindow
+from registry.core.records import Measurement
 from registry.service.views import gathered, report_json
 from registry.store.store import Store
 from registry.wire.schemas import RequestState
+from registry.wire.words import WindowKind
 from tests.energy_windows import iso, request
 from tests.energy_world.driver import MEASUREMENT, TENANT, Run, drive
 from tests.energy_world.experiment import Experiment

@@ -21,8 +21,9 @@ from registry.core.dispatch import Dispatcher
 from registry.core.endings import Endings
 from registry.core.ledger import Ledger
 from registry.core.pins import Pins
-from registry.core.records import Request, RequestStatus
+from registry.core.records import Request
 from registry.store.store import Store
+from registry.wire.words import RequestStatus
 from tests.simulation.machines import Process, Weather
 from tests.simulation.virtual_time import Stuck, VirtualLoop
 from tests.simulation.world import (

@@ -26,18 +26,9 @@ import structlog
 from sqlalchemy import Connection, delete
 
 from registry.contract.messages import LeaseGrant
-from registry.core.records import (
-    Changes,
-    Decision,
-    Event,
-    LLMSpec,
-    NewRequest,
-    Priority,
-    Request,
-    RequestStatus,
-    Snapshot,
-    canonical_json,
-)
+from registry.core.decision import Changes, Decision, Snapshot
+from registry.core.events import Event, NewRequest
+from registry.core.records import LLMSpec, Request
 from registry.errors import (
     EngineNotReady,
     InvalidField,
@@ -57,6 +48,7 @@ from registry.service.service import Service
 from registry.settings import Settings
 from registry.store.migrations.tables import METADATA
 from registry.store.store import IdempotencyRow, Store
+from registry.wire.words import Priority, RequestStatus, canonical_json
 from tests.simulation.machines import CALM, Node, Process, SimulatedCluster, Weather
 from tests.simulation.moves import Moves
 from tests.simulation.virtual_time import Stuck, VirtualLoop

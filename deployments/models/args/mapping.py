@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from deployments.models.args.rules import JSON, Dropped, Kind, Mapped, Refused, Rule
 from deployments.models.args.table import DEPLOYMENT, PROMPTING, TASKS, Task
-from registry.core.records import LLMSpec, canonical_json
+from registry.core.records import LLMSpec
 from registry.errors import InvalidField
+from registry.wire.words import canonical_json
 
 __all__ = [
     "JSON",

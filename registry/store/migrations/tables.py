@@ -29,16 +29,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from registry.core.records import (
-    Grade,
-    LLMMemory,
-    LLMSpec,
-    Priority,
-    RequestStatus,
-    WindowKind,
-    WrapperStatus,
-    canonical_json,
-)
+from registry.core.records import LLMMemory, LLMSpec, WrapperStatus
+from registry.wire.words import Grade, Priority, RequestStatus, WindowKind, canonical_json
 
 # --- column types: how a field becomes a cell, and back -------------------------------------------------------
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from registry.core.records import Event, MachineJoined, MachineLost, RequestStatus, WrapperAdded, WrapperStatus
+from registry.core.events import Event, MachineJoined, MachineLost, WrapperAdded
+from registry.core.records import WrapperStatus
 from registry.errors import UnknownMeasurement
 from registry.service import views
+from registry.wire.words import RequestStatus
 from tests.service_world import OTHER, TINY, World
 
 Status = RequestStatus

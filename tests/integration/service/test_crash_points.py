@@ -19,9 +19,12 @@ from pathlib import Path
 import pytest
 
 from registry.contract.messages import HandOver, LeaseGrant, StartedFor, WrapperPlan
-from registry.core.records import Changes, LLMSpec, NewRequest, RequestStatus, WrapperStatus
+from registry.core.decision import Changes
+from registry.core.events import NewRequest
+from registry.core.records import LLMSpec, WrapperStatus
 from registry.errors import EngineStartFailed
 from registry.store.store import EventRow, IdempotencyRow
+from registry.wire.words import RequestStatus
 from tests.fake_cluster import FakeCluster
 from tests.service_world import OTHER, THIRD, TINY, World, config_of
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from registry.core.records import RequestStatus as Status
 from registry.core.records import WrapperStatus
 from registry.errors import UnknownMachine, WrapperUnreachable
 from registry.service import views
+from registry.wire.words import RequestStatus as Status
 from tests.service_world import BIG, OTHER, TINY, World
 
 Make = Callable[..., World]

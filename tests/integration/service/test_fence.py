@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from registry.core.records import RequestStatus as Status
 from registry.core.records import WrapperStatus
 from registry.errors import RegistryUnheard, WrapperUnreachable
+from registry.wire.words import RequestStatus as Status
 from tests.fake_cluster import FENCE_S, FakeWrapper
 from tests.service_world import TINY, World
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from registry.core.records import Grade, RequestStatus, WrapperStatus
+from registry.core.records import WrapperStatus
 from registry.errors import InvalidField
 from registry.service import views
 from registry.wire.schemas import RequestState
+from registry.wire.words import Grade, RequestStatus
 from tests.service_world import OTHER, TINY, World
 
 RAN_ON: dict[str, object] = {"cpu": {"model": "Xeon"}, "versions": {"vllm": "0.32.0"}}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from registry.core.records import RequestStatus as Status
 from registry.errors import EngineStartFailed, UnknownRequest
 from registry.service import views
+from registry.wire.words import RequestStatus as Status
 from tests.service_world import OTHER, TINY, World
 
 

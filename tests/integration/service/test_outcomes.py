@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.core.records import RequestStatus as Status
+from registry.wire.words import RequestStatus as Status
 from tests.service_world import TINY, World
 
 DESIGN = Path(__file__).resolve().parents[3] / "registry" / "DESIGN.md"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from registry.core.records import LLMMemory, MachineJoined, NewRequest, Priority, WrapperStatus
-from registry.core.records import RequestStatus as Status
+from registry.core.events import MachineJoined, NewRequest
+from registry.core.records import LLMMemory, WrapperStatus
 from registry.errors import (
     EngineStartFailed,
     IdempotencyConflict,
@@ -20,6 +20,8 @@ from registry.errors import (
 )
 from registry.service import views
 from registry.service.service import Idempotency
+from registry.wire.words import Priority
+from registry.wire.words import RequestStatus as Status
 from tests.service_world import BIG, LIMIT_S, OTHER, THIRD, TINY, World, config_of
 
 Make = Callable[..., World]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from registry.core.records import RequestStatus as Status
-from registry.core.records import WrapperFailed, WrapperStarted, WrapperStatus
+from registry.core.events import WrapperFailed, WrapperStarted
+from registry.core.records import WrapperStatus
 from registry.errors import (
     EngineStartFailed,
     InvalidField,
@@ -14,6 +14,7 @@ from registry.errors import (
     WrapperUnreachable,
 )
 from registry.service import views
+from registry.wire.words import RequestStatus as Status
 from tests.service_world import OTHER, TINY, World
 
 Make = Callable[..., World]

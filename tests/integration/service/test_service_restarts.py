@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from registry.contract.messages import WrapperReport
-from registry.core.records import Event, Lease, WrapperFailed, WrapperStarted, WrapperStatus
-from registry.core.records import RequestStatus as Status
+from registry.core.events import Event, WrapperFailed, WrapperStarted
+from registry.core.records import Lease, WrapperStatus
 from registry.errors import (
     InternalError,
     ShuttingDown,
@@ -22,6 +22,7 @@ from registry.errors import (
 from registry.service import service as service_module
 from registry.service import views
 from registry.settings import Settings
+from registry.wire.words import RequestStatus as Status
 from tests.service_world import LIMIT_S, OTHER, THIRD, TINY, World
 
 Make = Callable[..., World]

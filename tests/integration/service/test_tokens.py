@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from registry.core.records import RequestStatus as Status
 from registry.errors import LeaseEnded, NoSuchLease
 from registry.service import views
 from registry.service.service import Idempotency
+from registry.wire.words import RequestStatus as Status
 from tests.service_world import OTHER, TINY, World
 
 

@@ -11,12 +11,15 @@ import pytest
 
 from registry.accounting.totals import spent_total
 from registry.contract.messages import StartedFor
-from registry.core.records import EnergyWindow, NewRequest, RequestStatus, WindowKind, WrapperStatus
+from registry.contract.windows import EnergyWindow
+from registry.core.events import NewRequest
+from registry.core.records import WrapperStatus
 from registry.errors import StoreUnavailable, TenantBudgetUsed
 from registry.service import views
 from registry.settings import TenantBudget
 from registry.store.store import Store
 from registry.wire.schemas import EnergyState
+from registry.wire.words import RequestStatus, WindowKind
 from tests.energy_windows import window
 from tests.integration.service.conftest import Make
 from tests.service_world import TINY, World

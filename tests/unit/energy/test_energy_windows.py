@@ -16,8 +16,9 @@ from deployments.energy import window_log as energy_log
 from deployments.energy.counters.probe import Unreadable
 from deployments.energy.figures import Label
 from registry.contract.messages import LeaseGrant, StartedFor
-from registry.core.records import EnergyWindow, WindowKind
+from registry.contract.windows import EnergyWindow
 from registry.errors import BudgetUsed
+from registry.wire.words import WindowKind
 from tests.fake_counters import FakeCounter, PowerCurve, Ticks
 from tests.meter_bench import EMBODIED, LEASE, OTHER, UTC_S, WATTS, Bench, detail, of_kind
 

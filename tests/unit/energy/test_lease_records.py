@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deployments.energy.flights import Flight
-from registry.core.records import EnergyWindow, WindowKind
+from registry.contract.windows import EnergyWindow
+from registry.wire.words import WindowKind
 from tests.energy_windows import record
 from tests.meter_bench import LEASE, UTC_S, WATTS, Bench, detail, of_kind
 

@@ -20,9 +20,9 @@ from deployments.energy.figures import GridIntensity, Label, worst
 from deployments.energy.flights import Flight
 from deployments.energy.meter import Meter
 from deployments.energy.prompt_meter import PromptMeter, grid_of, sci_settings
-from registry.core.records import WindowKind
 from registry.errors import BadSettings
 from registry.settings import EnergySettings, load_settings
+from registry.wire.words import WindowKind
 from tests.fake_counters import FakeCounter, ManualClock
 from tests.meter_bench import LEASE, detail, of_kind
 from tests.meter_bench import Bench as WindowBench

@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import make_url
 
-from registry.core.records import Limits
+from registry.core.decision import Limits
 from registry.errors import BadSettings
 from registry.settings import Settings, differing, forwarded_environment, load_settings
 from registry.store.store import Store

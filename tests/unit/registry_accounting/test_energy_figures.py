@@ -11,7 +11,8 @@ from greenprompt_client.figures_table import problems
 from registry.accounting.estimate import Sample, estimate
 from registry.accounting.figures import BatchFigures, Figure, MachineFigures, figures_of
 from registry.accounting.window_report import WindowReport, window_report
-from registry.core.records import EnergyWindow, WindowKind
+from registry.contract.windows import EnergyWindow
+from registry.wire.words import WindowKind
 from tests.energy_windows import BEGUN_S, EMBODIED, FULL_GRID, iso, kept, record, request, window
 
 SOURCED = {"E": "measured", "I": "sourced", "M": "sourced", "R": "measured"}

@@ -10,7 +10,10 @@ from pydantic import TypeAdapter
 
 from greenprompt_client.report.table import cost_cells
 from registry.accounting.report import Hole, MeasurementReport
-from registry.core.records import EnergyWindow, KeptWindow, Measurement, Request, RequestStatus, WindowKind
+from registry.accounting.windows import KeptWindow
+from registry.contract.windows import EnergyWindow
+from registry.core.records import Measurement, Request
+from registry.wire.words import RequestStatus, WindowKind
 from tests.energy_windows import BEGUN_S, FULL_GRID, GPU, an_experiment, iso, kept, record, report_of, request, window
 
 MEASUREMENT = Measurement(7, 1, created_s=BEGUN_S, flags=("engine_restarted",), versions='{"vllm":"0.32.0"}')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deployments.energy.figures import Label
 from registry.accounting.totals import LABELS, Sum, Total, lease_total, spent_total, sum_of, total_of, worst
-from registry.core.records import WindowKind
+from registry.wire.words import WindowKind
 
 
 def test_labels_are_those_of_the_wrappers() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from registry.accounting.window_report import WindowReport, window_report, worst_method
-from registry.core.records import WindowKind
+from registry.wire.words import WindowKind
 from tests.energy_windows import iso, kept, record, request, window
 
 

@@ -9,16 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.contract.messages import Observation, Plan, WrapperPlan, plan, wanted_wrappers
-from registry.core.records import (
-    LLMSpec,
-    Machine,
-    MachineJoined,
-    MachineLost,
-    Wrapper,
-    WrapperAdded,
-    WrapperRemoved,
-    WrapperStatus,
-)
+from registry.core.events import MachineJoined, MachineLost, WrapperAdded, WrapperRemoved
+from registry.core.records import LLMSpec, Machine, Wrapper, WrapperStatus
 
 HOME = LLMSpec("org/home", "text-generation")
 OTHER_HOME = LLMSpec("org/other", "text-generation")

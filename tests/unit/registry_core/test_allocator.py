@@ -5,31 +5,26 @@ from dataclasses import replace
 import pytest
 
 from registry.core.allocator import Allocator, InvariantBroken
-from registry.core.records import (
-    BindLease,
-    DeployLLM,
+from registry.core.commands import BindLease, DeployLLM, StopLLM, UnbindLease
+from registry.core.decision import Limits, Snapshot
+from registry.core.events import (
     LeaseLapsed,
     LeaseReleased,
     LeaseRequested,
     LeaseUsed,
-    Limits,
     LLMDied,
     LLMStopped,
     MachineLost,
     NewRequest,
-    Priority,
-    RequestStatus,
     ShutdownBegun,
-    Snapshot,
-    StopLLM,
     TimePassed,
-    UnbindLease,
     WrapperAdded,
     WrapperFailed,
     WrapperStarted,
-    WrapperStatus,
 )
+from registry.core.records import WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown, UnknownMeasurement, UnknownRequest
+from registry.wire.words import Priority, RequestStatus
 from tests.allocator_scene import Scene, llm
 
 R, W = RequestStatus, WrapperStatus

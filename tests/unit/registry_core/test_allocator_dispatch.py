@@ -2,19 +2,11 @@
 
 import pytest
 
-from registry.core.records import (
-    BindLease,
-    DeployLLM,
-    Limits,
-    LLMDied,
-    MachineLost,
-    Priority,
-    RequestStatus,
-    TimePassed,
-    WrapperAdded,
-    WrapperStarted,
-    WrapperStatus,
-)
+from registry.core.commands import BindLease, DeployLLM
+from registry.core.decision import Limits
+from registry.core.events import LLMDied, MachineLost, TimePassed, WrapperAdded, WrapperStarted
+from registry.core.records import WrapperStatus
+from registry.wire.words import Priority, RequestStatus
 from tests.allocator_scene import Scene, llm
 
 R, W = RequestStatus, WrapperStatus

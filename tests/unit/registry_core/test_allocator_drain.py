@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from registry.core.records import (
-    BindLease,
-    Changes,
-    DeployLLM,
+from registry.core.commands import BindLease, DeployLLM, RestartWrapper
+from registry.core.decision import Changes
+from registry.core.events import (
     LeaseBound,
     LLMDeployed,
-    Machine,
     MachineDrained,
     MachineJoined,
     MachineLost,
     MachineUndrained,
-    RequestStatus,
-    RestartWrapper,
     WrapperAdded,
     WrapperFailed,
     WrapperStarted,
-    WrapperStatus,
     WrapperSwitchedOff,
 )
+from registry.core.records import Machine, WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, UnknownMachine
+from registry.wire.words import RequestStatus
 from tests.allocator_scene import Scene, llm
 
 R, W = RequestStatus, WrapperStatus

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from registry.core.decision import Limits
+from registry.core.events import LeaseReleased, LeaseRequested, MachineJoined, MachineLost, NewRequest
 from registry.core.fit import GIB
-from registry.core.records import (
-    LeaseReleased,
-    LeaseRequested,
-    Limits,
-    LLMMemory,
-    LLMSpec,
-    Machine,
-    MachineJoined,
-    MachineLost,
-    NewRequest,
-    RequestStatus,
-)
+from registry.core.records import LLMMemory, LLMSpec, Machine
 from registry.errors import InvalidField, LLMNeverFits
+from registry.wire.words import RequestStatus
 from tests.allocator_scene import Scene, llm
 
 R = RequestStatus

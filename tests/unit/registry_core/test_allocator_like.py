@@ -6,18 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from registry.core.records import (
-    Grade,
-    LeaseBound,
-    LeaseFlagged,
-    LLMDied,
-    LLMSpec,
-    RequestStatus,
-    UnbindLease,
-    WrapperStatus,
-    canonical_json,
-)
+from registry.core.commands import UnbindLease
+from registry.core.events import LeaseBound, LeaseFlagged, LLMDied
+from registry.core.records import LLMSpec, WrapperStatus
 from registry.errors import InvalidField
+from registry.wire.words import Grade, RequestStatus, canonical_json
 from tests.allocator_scene import Scene, llm
 
 GPU = {"uuid": "GPU-1", "name": "H100", "power_limit_w": 700.0}

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from registry.core.decision import Limits
+from registry.core.events import MachineDrained, MachineLost, TimePassed
 from registry.core.fit import GIB
-from registry.core.records import (
-    Limits,
-    LLMMemory,
-    MachineDrained,
-    MachineLost,
-    RequestStatus,
-    TimePassed,
-)
+from registry.core.records import LLMMemory
 from registry.errors import LLMNeverFits
+from registry.wire.words import RequestStatus
 from tests.allocator_scene import Scene, llm
 
 R = RequestStatus

@@ -4,29 +4,24 @@ from itertools import product
 
 import pytest
 
-from registry.core.records import (
-    BindLease,
-    DeployLLM,
+from registry.core.commands import BindLease, DeployLLM, RestartWrapper, StopLLM, UnbindLease
+from registry.core.decision import Limits
+from registry.core.events import (
     LeaseBound,
-    Limits,
     LLMDeployed,
     LLMDeployFailed,
     LLMDied,
     LLMStopped,
-    Machine,
     MachineJoined,
     MachineLost,
-    RequestStatus,
-    RestartWrapper,
-    StopLLM,
     TimePassed,
-    UnbindLease,
     WrapperAdded,
     WrapperFailed,
     WrapperRemoved,
     WrapperStarted,
-    WrapperStatus,
 )
+from registry.core.records import Machine, WrapperStatus
+from registry.wire.words import RequestStatus
 from tests.allocator_scene import Scene, llm
 
 R, W = RequestStatus, WrapperStatus

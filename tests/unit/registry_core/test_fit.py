@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from registry.core.decision import Limits
 from registry.core.fit import (
     ANY_GPU_TYPE,
     ENGINE_BYTES,
@@ -22,7 +23,7 @@ from registry.core.fit import (
     why_no_room,
     why_too_large,
 )
-from registry.core.records import Limits, LLMMemory, LLMSpec
+from registry.core.records import LLMMemory, LLMSpec
 
 H100 = Size(1, "H100", 80 * GIB)
 FOUR_L4 = Size(4, "L4", 24 * GIB)

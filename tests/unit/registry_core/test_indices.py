@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from registry.core.decision import Limits
 from registry.core.fit import Needs, Size
 from registry.core.indices import Pool, Queue, RequestIndex
 from registry.core.ledger import Ledger
 from registry.core.policy import PRIORITY_TURNS, Place, Turns
-from registry.core.records import Limits, LLMSpec, Machine, Measurement, Request, RequestStatus, Wrapper
+from registry.core.records import LLMSpec, Machine, Measurement, Request, Wrapper
 from registry.core.transitions import InvariantBroken
+from registry.wire.words import RequestStatus
 from tests.allocator_scene import Scene
 
 SPEC = LLMSpec("a", "text-generation")

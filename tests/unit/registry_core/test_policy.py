@@ -3,9 +3,11 @@ from itertools import pairwise
 
 import pytest
 
+from registry.core.decision import Limits
 from registry.core.fit import Size
 from registry.core.policy import Place, Turns, may_be_overtaken, rank, victim
-from registry.core.records import Limits, LLMSpec, Measurement, Priority, Request, Wrapper
+from registry.core.records import LLMSpec, Measurement, Request, Wrapper
+from registry.wire.words import Priority
 
 
 def wrapper(wrapper_id: str, *, gpus: int = 0, machine_id: str = "m") -> Wrapper:

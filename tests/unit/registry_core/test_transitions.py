@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.core.records import RequestStatus, WrapperStatus
+from registry.core.records import WrapperStatus
 from registry.core.transitions import (
     REQUEST_TRANSITIONS,
     WRAPPER_TRANSITIONS,
@@ -11,6 +11,7 @@ from registry.core.transitions import (
     check_request_transition,
     check_wrapper_transition,
 )
+from registry.wire.words import RequestStatus
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from registry.core.records import Priority, RequestStatus
 from registry.wire import schemas as api
 from registry.wire.schemas import (
     MAX_ARGS_DEPTH,
@@ -27,6 +26,7 @@ from registry.wire.schemas import (
     RequestState,
     WrapperState,
 )
+from registry.wire.words import Priority, RequestStatus
 
 LLM: dict[str, Any] = {
     "modeltyp": "text-generation",

@@ -9,7 +9,9 @@ from ray.util.metrics import Counter as RayCounter
 
 from deployments.serve import energy_metrics
 from deployments.serve.energy_metrics import EnergyMetrics
-from registry.core.records import EnergyWindow, KeptWindow, WindowKind
+from registry.accounting.windows import KeptWindow
+from registry.contract.windows import EnergyWindow
+from registry.wire.words import WindowKind
 from tests.energy_windows import record, window
 
 COUNTED: Counter[tuple[str, str, str]] = Counter()

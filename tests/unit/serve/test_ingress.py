@@ -30,7 +30,6 @@ from deployments.serve import energy_pages, ingress
 from deployments.serve.ingress import IngressConfig, RegistryClient, build_app
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport
-from registry.core.records import Priority, RequestStatus
 from registry.errors import (
     IdempotencyConflict,
     InternalError,
@@ -44,6 +43,7 @@ from registry.errors import (
 )
 from registry.service.service import Idempotency
 from registry.wire.schemas import MAX_ID, MAX_WAIT_S, PromptingAnswer, RequestState
+from registry.wire.words import Priority, RequestStatus
 from tests.checkpoint_files import LLAMA, write_checkpoint
 from tests.energy_windows import an_experiment
 from tests.fake_registry import FakeRegistry

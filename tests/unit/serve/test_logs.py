@@ -12,8 +12,11 @@ import structlog
 
 from deployments.serve import logs
 from deployments.serve.logs import REGISTRY_LOG, configure_logging
-from registry.core.records import Changes, LeaseBound, Request, RequestStatus
+from registry.core.decision import Changes
+from registry.core.events import LeaseBound
+from registry.core.records import Request
 from registry.service.history import log_fields, rows_of
+from registry.wire.words import RequestStatus
 from tests.allocator_scene import Scene
 
 

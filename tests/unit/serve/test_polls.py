@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from deployments.serve.polls import Polls
-from registry.core.records import RequestStatus
 from registry.errors import RegistryUnavailable, TooManyPolls, UnknownRequest
 from registry.wire.schemas import RequestState
+from registry.wire.words import RequestStatus
 from tests.fake_registry import BASE, CREATED, FakeRegistry
 
 

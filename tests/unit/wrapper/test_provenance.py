@@ -11,8 +11,10 @@ import pytest
 
 from deployments.energy.counters.probe import ReadFailed, gpu_settings
 from deployments.wrapper.provenance import cpu_here, gpus_here, provenance
+from registry.core.events import LeaseRequested, NewRequest
 from registry.core.provenance import PENDING, differences, unlike
-from registry.core.records import Grade, LeaseRequested, LLMSpec, NewRequest, Request, canonical_json
+from registry.core.records import LLMSpec, Request
+from registry.wire.words import Grade, canonical_json
 from tests.fake_counters import UUID, FakeGPU, FakeNVML, install_nvml
 
 GPU = {

@@ -18,9 +18,9 @@ from deployments.models.args.mapping import map_llmconfig
 from greenprompt_client.demo import demo
 from greenprompt_client.demo.demo import Row
 from registry.accounting.window_report import WindowReport, window_report
-from registry.core.records import WindowKind
 from registry.errors import StartFailed
 from registry.wire.schemas import LLMConfig, RequestState
+from registry.wire.words import WindowKind
 from tests.energy_windows import iso, kept, record
 
 

@@ -12,8 +12,9 @@ from rich.console import Console
 from greenprompt_client.measure.figures import LLMSummary, as_csv, summarized
 from greenprompt_client.measure.table import notes, results_table
 from registry.accounting.window_report import WindowReport, window_report
-from registry.core.records import EnergyWindow, WindowKind
+from registry.contract.windows import EnergyWindow
 from registry.wire.schemas import MeasurementState
+from registry.wire.words import WindowKind
 from tests.energy_windows import iso, kept, record, request
 from tests.fake_registry_http import CREATED, answer
 

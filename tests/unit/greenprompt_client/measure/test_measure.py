@@ -28,9 +28,9 @@ from greenprompt_client.measure.results import Results
 from greenprompt_client.measure.run import MAX_BARREN_LEASES, PROMPT_TRIES, run_measure, said
 from registry.accounting.figures import figures_of
 from registry.accounting.window_report import WindowReport
-from registry.core.records import WindowKind
 from registry.errors import BadSettings
 from registry.wire.schemas import RequestState
+from registry.wire.words import WindowKind
 from tests.energy_windows import record
 from tests.fake_registry_http import CREATED, HttpRegistry, Reply, error
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from greenprompt_client.report.power import powers
 from registry.accounting.window_report import WindowReport, window_report
-from registry.core.records import EnergyWindow, WindowKind
+from registry.contract.windows import EnergyWindow
+from registry.wire.words import WindowKind
 from tests.energy_windows import iso, kept, window
 
 

@@ -23,8 +23,11 @@ from greenprompt_client.report.table import coefficient_text, names, report_tabl
 from registry.accounting.report import Coefficient, MeasurementReport
 from registry.accounting.report_csv import COLUMNS, windows_csv
 from registry.accounting.window_report import WindowReport
-from registry.core.records import EnergyWindow, KeptWindow, Measurement, Request, RequestStatus, WindowKind
+from registry.accounting.windows import KeptWindow
+from registry.contract.windows import EnergyWindow
+from registry.core.records import Measurement, Request
 from registry.errors import BadSettings
+from registry.wire.words import RequestStatus, WindowKind
 from tests.energy_windows import BEGUN_S, an_experiment, iso, kept, record, report_of, request, window
 
 NOTHING = report_of(Measurement(7, 1), [request("r-1", "org/tiny")], [], iso)

@@ -1,0 +1,68 @@
+"""The words of the registry's HTTP bodies: statuses, priorities, grades, kinds of energy window."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class RequestStatus(StrEnum):
+    """The status of a request for one LLM; also the ``status`` word on the wire."""
+
+    QUEUED = "queued"
+    DEPLOYING = "deploying"
+    DEPLOYED = "deployed"
+    RELEASED = "released"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        """True when the request holds nothing and its status can't change any more."""
+        return self in _ENDED
+
+
+_ENDED = frozenset({RequestStatus.RELEASED, RequestStatus.EXPIRED, RequestStatus.CANCELLED, RequestStatus.FAILED})
+
+
+MAX_PROMPT_ID = 1024
+"""Maximum length of a prompt id that a client chooses, in characters after percent-encoding."""
+
+
+class Priority(StrEnum):
+    """Rank of a measurement inside its tenant's queue."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+
+class Grade(StrEnum):
+    """How carefully a lease is prepared for measuring energy.
+
+    measurement: the LLM is handed over warmed up, on a machine at rest. Every grade starts with an empty prefix cache.
+    """
+
+    STANDARD = "standard"
+    MEASUREMENT = "measurement"
+
+
+def canonical_json(value: Mapping[str, object]) -> str:
+    """Return a JSON object as text with sorted keys and no spaces. Equal objects give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+class WindowKind(StrEnum):
+    """What a wrapper did during an energy window.
+
+    prompt: one prompt of a lease. lease: a whole lease. idle: the time of a lease without prompts, or of a machine
+    without a lease. load, wake: the start of an LLM, or its waking from sleep, with warm-up; charged to its deployment.
+    """
+
+    PROMPT = "prompt"
+    LEASE = "lease"
+    IDLE = "idle"
+    LOAD = "load"
+    WAKE = "wake"
