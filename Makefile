@@ -87,12 +87,12 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annot
 locks: export UV_FIND_LINKS =
 locks: env ## the locks anew, with the newest versions that pyproject.toml allows
 	$(COMPILE) --upgrade --python-version 3.11 locks/installer.in -o locks/installer.txt
-	$(COMPILE) --upgrade --python-version 3.11 pyproject.toml locks/cpu.in --extra cpu --extra postgres --extra dev \
+	$(COMPILE) --upgrade --python-version 3.11 pyproject.toml locks/cpu.in $(foreach e,server report cpu postgres dev,--extra $(e)) \
 	    --override locks/cpu.overrides $(foreach p,torch torchvision torchaudio torchcodec,--no-emit-package $(p)) \
 	    -o locks/cpu.txt
 	$(COMPILE) --upgrade --python-version 3.11 locks/eval.in -o locks/eval.txt
 	$(COMPILE) --upgrade --python-version 3.11 locks/docs.in -o locks/docs.txt
-	$(COMPILE) --upgrade --python-version 3.12 pyproject.toml --extra gpu --extra postgres -o locks/gpu.txt
+	$(COMPILE) --upgrade --python-version 3.12 pyproject.toml $(foreach e,server report gpu postgres,--extra $(e)) -o locks/gpu.txt
 
 clean: ## away with everything that can be made again
 	rm -rf .venv .venv-docs .venv-eval .venv-gpu build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,9 +11,7 @@ from decimal import Decimal
 from math import ceil, floor, log10
 
 from registry.accounting.figures import Figure
-
-MEASURED = frozenset({"measured", "measured_sampled"})
-"""Labels of figures measured by hardware. All others get a ``~``."""
+from registry.wire.labels import MEASURED
 
 UNKNOWN = "-"
 LEGEND = "~ is not measured: an estimate, or made with a published factor; ≥ is the part that is known; - is not known"

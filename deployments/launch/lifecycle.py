@@ -30,6 +30,7 @@ from deployments.launch.local_ray import (
     require_free_port,
 )
 from deployments.machine import process_tree
+from deployments.machine.disk import disk_problem
 from registry.errors import BadSettings, StartFailed
 from registry.settings import Settings
 
@@ -117,7 +118,7 @@ def _watch_disk(folder: Path, say: Say) -> NoReturn:
     problem: str | None = None
     while True:
         time.sleep(DISK_POLL_S)
-        before, problem = problem, surroundings.disk_problem(folder)
+        before, problem = problem, disk_problem(folder)
         if problem is not None and before is None:
             say(f"Warning: {problem}; the registry can accept nothing until there is space again.")
         elif problem is None and before is not None:

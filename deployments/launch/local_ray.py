@@ -67,9 +67,6 @@ RAY_LAST_WORKER_PORT = 19_999
 REMOVE_TIMEOUT_S = 5.0
 """Longest time for removing a cluster's folder, seconds."""
 
-RAY_FOLDER = "r"
-"""Subfolder for Ray, which makes its folder writable for all users; the folder above it admits only its owner."""
-
 TEMPORARY = "t"
 """Subfolder for temporary files of all parts of the cluster."""
 
@@ -147,14 +144,6 @@ def remove_folder(folder: Path) -> None:
         time.sleep(0.05)
     if folder.exists():
         log.warning("the cluster's folder could not be removed", folder=str(folder))
-
-
-def keep_logs(folder: Path, kept: Path) -> Path:
-    """Copy a failed cluster's logs out of its folder, which will be removed; replaces earlier copies."""
-    shutil.rmtree(kept, ignore_errors=True)
-    for logs in folder.glob(f"{RAY_FOLDER}/session_2*/logs"):
-        shutil.copytree(logs, kept, dirs_exist_ok=True)
-    return kept
 
 
 def require_free_port(host: str, port: int, setting: str) -> None:

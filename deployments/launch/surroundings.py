@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import socket
 import tempfile
 from collections.abc import MutableMapping
@@ -16,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from deployments.launch.local_ray import free_ports, require_free_port
+from deployments.machine.disk import disk_problem
 from registry.errors import BadSettings
 from registry.settings import Settings, url_host
 from registry.wire.http import LOOPBACK
@@ -25,9 +25,6 @@ HAPROXY_OPEN_FILES = 10_276
 
 It refuses to start if it may open fewer. Measured with HAProxy 2.8 and Ray 2.60.
 """
-
-LEAST_FREE_BYTES = 64 * 2**20
-"""Least free space; with less, the database, Ray's session and the logs soon can't be written."""
 
 DASHBOARD_PORT = 8265
 """Ray's default port for its dashboard."""
@@ -64,15 +61,6 @@ def require_writable(folder: Path, setting: str) -> None:
         raise BadSettings(setting, f"{folder} can't be written ({error.strerror})") from error
     if (full := disk_problem(folder)) is not None:
         raise BadSettings(setting, full)
-
-
-def disk_problem(folder: Path) -> str | None:
-    """Return the problem with the disk of a folder; None if it has enough free space."""
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        return f"{folder} can't be read ({error.strerror})"
-    return None if free >= LEAST_FREE_BYTES else f"the disk of {folder} is full ({free / 2**20:.0f} MiB are free)"
 
 
 def dashboard_port(settings: Settings) -> int:

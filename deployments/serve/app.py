@@ -20,7 +20,6 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import ActorUnavailableError, RayError
 from ray.serve.schema import ApplicationStatus
 
-from deployments.launch.local_ray import RAY_FOLDER, keep_logs
 from deployments.models.args.mapping import map_llmconfig
 from deployments.models.sources import ModelSources
 from deployments.serve import ingress
@@ -29,6 +28,7 @@ from deployments.serve.cluster import RayCluster
 from deployments.serve.energy_metrics import EnergyMetrics
 from deployments.serve.ingress import IngressConfig
 from deployments.serve.logs import REGISTRY_LOG, configure_logging
+from deployments.serve.ray_folder import RAY_FOLDER, keep_logs
 from deployments.serve.steady_clock import SteadyClock
 from registry.core.records import LLMSpec
 from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed, in_one_line

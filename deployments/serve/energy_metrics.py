@@ -6,10 +6,10 @@ import json
 
 from ray.util.metrics import Counter
 
-from greenprompt_client.notation import MEASURED
 from registry.accounting.totals import SPENT
 from registry.accounting.windows import KeptWindow
 from registry.contract.windows import EnergyWindow
+from registry.wire.labels import MEASURED
 
 _TAGS = ("machine", "kind")
 

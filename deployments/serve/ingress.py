@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from deployments.error_answers import RETRY_AFTER_S, error_answer, fastapi_detail, registry_error
-from deployments.launch.surroundings import disk_problem
+from deployments.machine.disk import disk_problem
 from deployments.models.args.mapping import map_llmconfig
 from deployments.models.checkpoints import Checkpoints, checkpoints_anywhere
 from deployments.models.sources import ModelSources

@@ -15,104 +15,30 @@ from typing import Annotated
 import httpx
 import stamina
 import typer
-from rich.console import Console
 
+from greenprompt_client.cli import server
+from greenprompt_client.cli.app import (
+    DEFAULT_URL,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_FOUND,
+    EXIT_NOT_YET,
+    EXIT_REFUSED,
+    EXIT_UNREACHABLE,
+    EXIT_UNUSABLE,
+    URLOption,
+    app,
+    console,
+    needs,
+    problems,
+)
 from greenprompt_client.cli.status import drain_note, overview
 from greenprompt_client.client import CONNECT_FOR_S, UNEXPECTED, AnswerError, RegistryClient
-from registry.environment import EMPTY, EMPTY_VARIABLE, ENV_PREFIX, problems_of
+from registry.environment import EMPTY_VARIABLE, ENV_PREFIX, problems_of
 from registry.errors import BadSettings, RegistryError
-from registry.settings import Settings, load_settings
+from registry.settings import Settings
 from registry.wire.schemas import MachineState
 
-EXIT_NOT_YET = 1
-"""Exit status if the awaited result did not occur."""
-
-EXIT_UNUSABLE = 2
-"""Exit status if the command line, the configuration or the environment does not allow the command."""
-
-EXIT_UNREACHABLE = 3
-"""Exit status if no registry answers, or it is temporarily unavailable."""
-
-EXIT_NOT_FOUND = 4
-"""Exit status if the registry does not know an id or name in the command, or has forgotten it."""
-
-EXIT_REFUSED = 5
-"""Exit status if the registry refuses the command."""
-
-EXIT_INTERRUPTED = 130
-"""Exit status after Ctrl-C, as in a shell."""
-
-EXIT_STATUSES = (
-    "Exit status: 0 done; 1 what was waited for did not come about; 2 wrong usage or configuration; "
-    "3 no registry answers; 4 it does not know what was named; 5 it refuses; 130 Ctrl-C."
-)
-
-DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "local.yaml"
-DEFAULT_URL = "http://127.0.0.1:8000"
-
-app = typer.Typer(
-    help="GreenPrompt LLM Registry: hands LLMs out exclusively, with an honest account of their energy.",
-    epilog=EXIT_STATUSES,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-console = Console()
-problems = Console(stderr=True, soft_wrap=True)
-
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (YAML).")]
-AddressOption = Annotated[str | None, typer.Option(help="Join this running Ray cluster ('auto': the local one).")]
-URLOption = Annotated[str, typer.Option("--url", help="Base URL of a running registry.", envvar="GREENPROMPT_URL")]
-
-
-@app.command()
-def up(
-    config: ConfigOption = DEFAULT_CONFIG,
-    address: AddressOption = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready; end it with 'down'.")] = False,
-) -> None:
-    """Start the registry and its cluster; run in the foreground until Ctrl-C.
-
-    With '--address' and '--detach' it stays on that cluster after this command; repeating it changes nothing.
-    """
-    from deployments.launch import lifecycle
-
-    settings = _settings(config, address)
-    if detach and settings.ray.address is not None:
-        lifecycle.start_on_cluster(settings, say=_say)
-    elif detach:
-        lifecycle.run_detached(settings, _up_command(config, address), say=_say)
-    else:
-        lifecycle.run_in_foreground(settings, say=_say)
-
-
-@app.command()
-def down(config: ConfigOption = DEFAULT_CONFIG, address: AddressOption = None) -> None:
-    """Stop a registry that was started with 'up', and wait until everything has ended."""
-    from deployments.launch import lifecycle
-
-    lifecycle.end(_settings(config, address), say=_say)
-
-
-@app.command("ray-start", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def ray_start(context: typer.Context) -> None:
-    """Make this machine a node of a cluster: run 'ray start' with these options, unless it runs already."""
-    from deployments.launch.node import start_ray
-
-    console.print("Ray was started." if start_ray(context.args) else "Ray runs here already, with these options.")
-
-
-@app.command()
-def demo(
-    model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="LLM to try (hub id or path); repeatable.")
-    ] = None,
-    config: ConfigOption = DEFAULT_CONFIG,
-) -> None:
-    """Start a registry, use it over HTTP as a Prompting Service would, show the results, stop everything."""
-    from greenprompt_client.demo.demo import run_demo
-
-    run_demo(config, model or [], console)
+__all__ = ["app", "main", "server"]
 
 
 @app.command()
@@ -213,7 +139,9 @@ def report(
         if html or csv or json:
             found = replace(found, windows=tuple(registry.windows(measurement, detail=json is not None)))
     console.print(report_table(found))
-    for path in write_report(found, html=html, csv=csv, json=json):
+    with needs("report"):
+        written = write_report(found, html=html, csv=csv, json=json)
+    for path in written:
         console.print(f"Written: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -283,21 +211,6 @@ def _wait_until_drained(registry: RegistryClient, machine: str, timeout_s: float
         problems.print(f"greenprompt: {machine} was undrained meanwhile", markup=False, highlight=False)
         raise typer.Exit(EXIT_NOT_YET)
     return state
-
-
-def _say(line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _settings(config: Path, address: str | None) -> Settings:
-    if address is not None and not address.strip():
-        raise BadSettings("--address", EMPTY)
-    return load_settings(config, **({"ray": {"address": address}} if address else {}))
-
-
-def _up_command(config: Path, address: str | None) -> list[str]:
-    command = [sys.executable, "-m", "greenprompt_client.cli.main", "up", "--config", str(config.absolute())]
-    return [*command, "--address", address] if address else command
 
 
 def exit_status(error: RegistryError | httpx.TransportError) -> int:

@@ -25,7 +25,6 @@ from pydantic import (
     field_validator,
 )
 
-from deployments.models.args.mapping import TASKS
 from greenprompt_client.measure.prompt_files import Prompt, load_prompts, read_text
 from registry.errors import BadSettings
 from registry.strict_yaml import load_yaml
@@ -40,7 +39,7 @@ from registry.wire.schemas import (
     NonEmpty,
     TenantName,
 )
-from registry.wire.words import Grade, Priority, canonical_json
+from registry.wire.words import POOLING_TYPES, Grade, Priority, canonical_json
 
 MAX_CONCURRENCY = 1024
 """Most concurrent prompts: each needs a thread."""
@@ -61,8 +60,7 @@ def _all_different(llms: tuple[LLMConfig, ...]) -> tuple[LLMConfig, ...]:
 
 
 def _writes_text(llm: LLMConfig) -> LLMConfig:
-    task = TASKS.get(llm.modeltyp)
-    if task is not None and not task.generates:
+    if llm.modeltyp in POOLING_TYPES:
         raise ValueError(f"{llm.modeltyp} writes no text: greenprompt measure asks for answers to prompts")
     return llm
 

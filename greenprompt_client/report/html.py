@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from greenprompt_client.figures_table import READING, label_words
-from greenprompt_client.notation import LEGEND, MEASURED, bounded_text, estimate_text, figure, number
+from greenprompt_client.notation import LEGEND, bounded_text, estimate_text, figure, number
 from greenprompt_client.report.power import Curve, powers
 from greenprompt_client.report.table import (
     coefficient_text,
@@ -29,6 +29,7 @@ from greenprompt_client.report.table import (
 )
 from registry.accounting import figures
 from registry.accounting.report import COUNTED, LLMReport, MeasurementReport
+from registry.wire.labels import MEASURED
 
 ROWS_SHOWN = 500
 """Most windows that the page lists; CSV and JSON have all."""

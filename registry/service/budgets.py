@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from registry.accounting.totals import SPENT, Sum, Total
 from registry.errors import TenantBudgetUsed
 from registry.settings import TenantBudget
+from registry.wire.labels import MEASURED
 from registry.wire.words import WindowKind
 
 CHARGED = (*SPENT, WindowKind.LEASE)
@@ -15,8 +16,6 @@ CHARGED = (*SPENT, WindowKind.LEASE)
 
 WARN_SHARE = 0.8
 """From this fraction of a budget on, answers contain a warning."""
-
-_MEASURED = frozenset({"measured", "measured_sampled"})
 
 
 def month_begin_s(now_s: float) -> float:
@@ -33,7 +32,7 @@ def warnings(tenant: str, budget: TenantBudget, used: Total, now_s: float) -> It
         TenantBudgetUsed: the budget is used up.
     """
     grams = Sum(used.o_g.count, min(used.o_g.known, used.m_g.known), used.o_g.of_known + used.m_g.of_known)
-    about = "" if used.label in _MEASURED else "~"
+    about = "" if used.label in MEASURED else "~"
     for unit, figure, limit in (
         ("J", used.joules, budget.max_joules_per_month),
         ("gCO2eq", grams, budget.max_gco2eq_per_month),

@@ -49,6 +49,12 @@ class Grade(StrEnum):
     MEASUREMENT = "measurement"
 
 
+POOLING_TYPES = frozenset(
+    {"feature-extraction", "embedding", "sentence-similarity", "text-classification", "text-ranking", "score"}
+)
+"""Values of an llmconfig's ``modeltyp`` whose LLMs answer with numbers, not with text."""
+
+
 def canonical_json(value: Mapping[str, object]) -> str:
     """Return a JSON object as text with sorted keys and no spaces. Equal objects give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

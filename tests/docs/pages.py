@@ -11,7 +11,8 @@ from typer.main import get_command
 
 import deployments.wrapper.prompt_errors  # noqa: F401 - its errors are listed
 from deployments.launch.haproxy import _ANSWERS
-from greenprompt_client.cli.main import EXIT_STATUSES, app
+from greenprompt_client.cli.app import EXIT_STATUSES
+from greenprompt_client.cli.main import app
 from registry.errors import RegistryError
 from tests.docs.http_page import http_page
 from tests.docs.markdown import MADE, cell, code, sentence, table, text
@@ -180,6 +181,8 @@ def _default(param: Any) -> str:
     default = param.default
     if param.required:
         return "required"
+    if isinstance(param.show_default, str):
+        return code(param.show_default)
     if default is None or default is False or default == [] or "Sentinel" in type(default).__name__:
         return ""
     return code(str(default.relative_to(ROOT) if isinstance(default, Path) else default))

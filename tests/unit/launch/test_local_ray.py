@@ -22,6 +22,7 @@ from deployments.launch.local_ray import (
     local_ray_environment,
     require_free_port,
 )
+from deployments.serve.ray_folder import RAY_FOLDER
 from registry.errors import BadSettings
 from registry.settings import Settings
 
@@ -57,7 +58,7 @@ def test_nobody_else_gets_into_the_folder(tmp_path: Path) -> None:
     with local_ray_environment(settings_of(tmp_path)) as folder:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         session = "session_2026-11-29_13-28-05_123456_1234567"
-        longest = folder / local_ray.RAY_FOLDER / session / "sockets" / "plasma_store.12345"
+        longest = folder / RAY_FOLDER / session / "sockets" / "plasma_store.12345"
         assert len(str(longest)) < 108  # of a Unix socket
 
 

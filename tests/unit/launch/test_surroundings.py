@@ -13,11 +13,11 @@ import pytest
 from deployments.launch import surroundings
 from deployments.launch.surroundings import (
     dashboard_port,
-    disk_problem,
     require_open_files,
     require_writable,
     without_proxies,
 )
+from deployments.machine.disk import disk_problem
 from registry.errors import BadSettings
 from registry.settings import RaySettings, Settings
 

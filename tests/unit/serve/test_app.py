@@ -10,8 +10,8 @@ import stamina
 from ray import serve
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from deployments.launch.local_ray import RAY_FOLDER
 from deployments.serve import app
+from deployments.serve.ray_folder import RAY_FOLDER
 from registry.errors import BadSettings, StartFailed
 from registry.settings import Settings
 

@@ -1,0 +1,17 @@
+"""Where Ray keeps its files in the folder of a local cluster, and a copy of its logs for later."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+RAY_FOLDER = "r"
+"""Subfolder for Ray, which makes its folder writable for all users; the folder above it admits only its owner."""
+
+
+def keep_logs(folder: Path, kept: Path) -> Path:
+    """Copy a failed cluster's logs out of its folder, which will be removed; replaces earlier copies."""
+    shutil.rmtree(kept, ignore_errors=True)
+    for logs in folder.glob(f"{RAY_FOLDER}/session_2*/logs"):
+        shutil.copytree(logs, kept, dirs_exist_ok=True)
+    return kept

@@ -1,0 +1,75 @@
+"""What all commands share: the typer application, its consoles, its exit statuses, and which extra a command needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+EXIT_NOT_YET = 1
+"""Exit status if the awaited result did not occur."""
+
+EXIT_UNUSABLE = 2
+"""Exit status if the command line, the configuration or the environment does not allow the command."""
+
+EXIT_UNREACHABLE = 3
+"""Exit status if no registry answers, or it is temporarily unavailable."""
+
+EXIT_NOT_FOUND = 4
+"""Exit status if the registry does not know an id or name in the command, or has forgotten it."""
+
+EXIT_REFUSED = 5
+"""Exit status if the registry refuses the command."""
+
+EXIT_INTERRUPTED = 130
+"""Exit status after Ctrl-C, as in a shell."""
+
+EXIT_STATUSES = (
+    "Exit status: 0 done; 1 what was waited for did not come about; 2 wrong usage or configuration; "
+    "3 no registry answers; 4 it does not know what was named; 5 it refuses; 130 Ctrl-C."
+)
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+DISTRIBUTION = "greenprompt-llm-registry"
+_OWN = ("greenprompt_client", "registry", "deployments")
+
+app = typer.Typer(
+    help="GreenPrompt LLM Registry: hands LLMs out exclusively, with an honest account of their energy.",
+    epilog=EXIT_STATUSES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+problems = Console(stderr=True, soft_wrap=True)
+
+URLOption = Annotated[str, typer.Option("--url", help="Base URL of a running registry.", envvar="GREENPROMPT_URL")]
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around imports of what only an extra installs (``[server]``): end the command with one line if it is missing.
+
+    Raises:
+        typer.Exit: A package that is not ours can't be imported; standard error says what to install.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in _OWN:
+            raise
+        problems.print(
+            f"greenprompt: this command needs {error.name}: pip install '{DISTRIBUTION}[{extra}]'",
+            markup=False,
+            highlight=False,
+        )
+        raise typer.Exit(EXIT_UNUSABLE) from None
+
+
+def say(line: str) -> None:
+    """Print a line as it is, without markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
