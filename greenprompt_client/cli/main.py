@@ -30,6 +30,7 @@ from greenprompt_client.cli.app import (
     console,
     needs,
     problems,
+    say,
 )
 from greenprompt_client.cli.status import drain_note, overview
 from greenprompt_client.client import CONNECT_FOR_S, UNEXPECTED, AnswerError, RegistryClient
@@ -140,9 +141,8 @@ def report(
             found = replace(found, windows=tuple(registry.windows(measurement, detail=json is not None)))
     console.print(report_table(found))
     with needs("report"):
-        written = write_report(found, html=html, csv=csv, json=json)
-    for path in written:
-        console.print(f"Written: {path}", markup=False, highlight=False, soft_wrap=True)
+        for path in write_report(found, html=html, csv=csv, json=json):
+            say(f"Written: {path}")
 
 
 @app.command()
