@@ -76,9 +76,10 @@ class AnswerError(RegistryError):
 
     code = "answer_error"
 
-    def __init__(self, status: int, answer_code: str, message: str, passing: bool = False) -> None:
-        super().__init__(status, answer_code, message, passing)
-        self.status, self.answer_code, self.message, self.passing = status, answer_code, message, passing
+    status: int
+    answer_code: str
+    message: str
+    passing: bool = False
 
     def __str__(self) -> str:
         return f"{self.message} (HTTP {self.status}, {self.answer_code})"
@@ -89,9 +90,9 @@ class RequestEnded(RegistryError):
 
     code = "request_ended"
 
-    def __init__(self, request_id: str, status: str, reason: str | None) -> None:
-        super().__init__(request_id, status, reason)
-        self.request_id, self.status, self.reason = request_id, status, reason
+    request_id: str
+    status: str
+    reason: str | None
 
     def __str__(self) -> str:
         return f"request {self.request_id} is {self.status}" + (f": {self.reason}" if self.reason else "")

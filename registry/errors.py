@@ -1,12 +1,13 @@
 """All errors of the project, each with its code, HTTP status, and whether a retry can help.
 
-Fields are positional and go to ``super().__init__`` unchanged, so that every error can be pickled across Ray actors.
-``__str__`` makes the text for people: what, which id, what to do.
+An error's annotated names are its fields, as in a dataclass. ``__str__`` makes the text for people: what, which id,
+what to do.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, dataclass_transform
 
 
 def in_one_line(error: BaseException) -> str:
@@ -14,8 +15,9 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
+@dataclass_transform(eq_default=False)
 class RegistryError(Exception):
-    """Base of every error that this project raises on purpose.
+    """Base of every error that this project raises on purpose; its subclasses are dataclasses.
 
     ``code``: stable and unique, for programs. ``http_status``: status of the answer. ``retryable``: whether the same
     call can succeed later. ``retry_after_s``: seconds until the earliest retry, None if not known.
@@ -25,6 +27,15 @@ class RegistryError(Exception):
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
     retry_after_s: float | None = None
+    __match_args__: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        """Make ``__init__`` from the fields."""
+        dataclass(eq=False, repr=False)(cls)
+
+    def __post_init__(self) -> None:
+        # pickle, and with it Ray, makes an error anew from its args.
+        super().__init__(*(getattr(self, name) for name in self.__match_args__))
 
 
 class InvalidField(RegistryError):
@@ -33,9 +44,8 @@ class InvalidField(RegistryError):
     code = "invalid_field"
     http_status = 422
 
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(field, problem)
-        self.field, self.problem = field, problem
+    field: str
+    problem: str
 
     def __str__(self) -> str:
         return f"{self.field}: {self.problem}"
@@ -47,9 +57,9 @@ class LLMNeverFits(RegistryError):
     code = "llm_never_fits"
     http_status = 422
 
-    def __init__(self, field: str, model: str, reason: str) -> None:
-        super().__init__(field, model, reason)
-        self.field, self.model, self.reason = field, model, reason
+    field: str
+    model: str
+    reason: str
 
     def __str__(self) -> str:
         return f"{self.field}: LLM {self.model!r} fits on no machine: {self.reason}"
@@ -61,9 +71,7 @@ class UnknownRequest(RegistryError):
     code = "unknown_request"
     http_status = 404
 
-    def __init__(self, request_id: str) -> None:
-        super().__init__(request_id)
-        self.request_id = request_id
+    request_id: str
 
     def __str__(self) -> str:
         return f"no request has the id {self.request_id!r}; POST /promptingservice/request makes one"
@@ -75,9 +83,7 @@ class RequestForgotten(RegistryError):
     code = "request_forgotten"
     http_status = 410
 
-    def __init__(self, request_id: str) -> None:
-        super().__init__(request_id)
-        self.request_id = request_id
+    request_id: str
 
     def __str__(self) -> str:
         return f"request {self.request_id} ended long ago, and nothing is kept of it any more; make a new one"
@@ -89,9 +95,7 @@ class UnknownMeasurement(RegistryError):
     code = "unknown_measurement"
     http_status = 404
 
-    def __init__(self, measurement_id: int) -> None:
-        super().__init__(measurement_id)
-        self.measurement_id = measurement_id
+    measurement_id: int
 
     def __str__(self) -> str:
         return f"no request was made with the measurementId {self.measurement_id}"
@@ -103,9 +107,8 @@ class UnknownMachine(RegistryError):
     code = "unknown_machine"
     http_status = 404
 
-    def __init__(self, machine_id: str, there: str) -> None:
-        super().__init__(machine_id, there)
-        self.machine_id, self.there = machine_id, there
+    machine_id: str
+    there: str
 
     def __str__(self) -> str:
         return f"no machine has the id {self.machine_id!r}; {self.there}"
@@ -117,9 +120,7 @@ class IdempotencyConflict(RegistryError):
     code = "idempotency_conflict"
     http_status = 409
 
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
+    key: str
 
     def __str__(self) -> str:
         return f"Idempotency-Key {self.key!r} was used before with another body; use a new key"
@@ -132,9 +133,9 @@ class QueueFull(RegistryError):
     http_status = 429
     retryable = True
 
-    def __init__(self, scope: str, limit: int, retry_after_s: float | None = None) -> None:
-        super().__init__(scope, limit, retry_after_s)
-        self.scope, self.limit, self.retry_after_s = scope, limit, retry_after_s
+    scope: str
+    limit: int
+    retry_after_s: float | None = None
 
     def __str__(self) -> str:
         when = "when some were served" if self.retry_after_s is None else f"in {self.retry_after_s:.3g} s or so"
@@ -148,9 +149,7 @@ class TooManyPolls(RegistryError):
     http_status = 429
     retryable = True
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self.limit = limit
+    limit: int
 
     def __str__(self) -> str:
         return f"{self.limit} GETs wait for a change of status already; try again in a few seconds, or without `wait`"
@@ -162,9 +161,10 @@ class TenantBudgetUsed(RegistryError):
     code = "tenant_budget_used"
     http_status = 429
 
-    def __init__(self, tenant: str, used: str, limit: str, until: str) -> None:
-        super().__init__(tenant, used, limit, until)
-        self.tenant, self.used, self.limit, self.until = tenant, used, limit, until
+    tenant: str
+    used: str
+    limit: str
+    until: str
 
     def __str__(self) -> str:
         return (
@@ -191,9 +191,7 @@ class RegistryUnavailable(RegistryError):
     http_status = 503
     retryable = True
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    reason: str
 
     def __str__(self) -> str:
         return f"the registry does not answer at the moment ({self.reason}); try again in a few seconds"
@@ -204,9 +202,7 @@ class InternalError(RegistryError):
 
     code = "internal_error"
 
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self.what = what
+    what: str
 
     def __str__(self) -> str:
         return f"the registry made an error ({self.what}); its log tells more"
@@ -217,9 +213,7 @@ class StartFailed(RegistryError):
 
     code = "start_failed"
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    reason: str
 
     def __str__(self) -> str:
         return self.reason
@@ -232,9 +226,7 @@ class StoreUnavailable(RegistryError):
     http_status = 503
     retryable = True
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    reason: str
 
     def __str__(self) -> str:
         return f"the registry's database does not answer: {self.reason}"
@@ -269,9 +261,7 @@ class LeaseEnded(RegistryError):
     code = "lease_ended"
     http_status = 410
 
-    def __init__(self, how: str) -> None:
-        super().__init__(how)
-        self.how = how
+    how: str
 
     def __str__(self) -> str:
         return f"this lease has ended ({self.how}); request the LLM again"
@@ -283,9 +273,9 @@ class EngineStartFailed(RegistryError):
     code = "engine_start_failed"
     http_status = 502
 
-    def __init__(self, model: str, reason: str, permanent: bool = False) -> None:
-        super().__init__(model, reason, permanent)
-        self.model, self.reason, self.permanent = model, reason, permanent
+    model: str
+    reason: str
+    permanent: bool = False
 
     def __str__(self) -> str:
         return f"the engine could not start {self.model!r}: {self.reason}"
@@ -298,9 +288,7 @@ class EngineNotReady(RegistryError):
     http_status = 503
     retryable = True
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    reason: str
 
     def __str__(self) -> str:
         return f"the LLM is not ready: {self.reason}"
@@ -313,9 +301,7 @@ class TooManyPrompts(RegistryError):
     http_status = 429
     retryable = True
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self.limit = limit
+    limit: int
 
     def __str__(self) -> str:
         return f"{self.limit} prompts are in flight on this LLM; wait for some of them to end"
@@ -327,9 +313,9 @@ class BudgetUsed(RegistryError):
     code = "budget_used"
     http_status = 429
 
-    def __init__(self, unit: str, used: float, limit: float) -> None:
-        super().__init__(unit, used, limit)
-        self.unit, self.used, self.limit = unit, used, limit
+    unit: str
+    used: float
+    limit: float
 
     def __str__(self) -> str:
         return (
@@ -345,9 +331,7 @@ class RegistryUnheard(RegistryError):
     http_status = 503
     retryable = True
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    reason: str
 
     def __str__(self) -> str:
         return f"no new prompts at the moment: {self.reason}; try again in a few seconds"
@@ -359,9 +343,9 @@ class StaleEpoch(RegistryError):
     code = "stale_epoch"
     http_status = 409
 
-    def __init__(self, wrapper_id: str, given: int, known: int) -> None:
-        super().__init__(wrapper_id, given, known)
-        self.wrapper_id, self.given, self.known = wrapper_id, given, known
+    wrapper_id: str
+    given: int
+    known: int
 
     def __str__(self) -> str:
         return f"wrapper {self.wrapper_id}: command of epoch {self.given} came after one of epoch {self.known}"
@@ -374,9 +358,8 @@ class WrapperUnreachable(RegistryError):
     http_status = 503
     retryable = True
 
-    def __init__(self, wrapper_id: str, reason: str) -> None:
-        super().__init__(wrapper_id, reason)
-        self.wrapper_id, self.reason = wrapper_id, reason
+    wrapper_id: str
+    reason: str
 
     def __str__(self) -> str:
         return f"wrapper {self.wrapper_id} does not answer: {self.reason}"
@@ -387,9 +370,6 @@ class WrapperUnheard(WrapperUnreachable):
 
     code = "wrapper_unheard"
 
-    def __init__(self, wrapper_id: str, reason: str) -> None:
-        super().__init__(wrapper_id, reason)
-
 
 class BadSettings(RegistryError):
     """The configuration can't be used; the program ends with exit status 2."""
@@ -397,9 +377,8 @@ class BadSettings(RegistryError):
     code = "bad_settings"
     http_status = 500
 
-    def __init__(self, source: str, problem: str) -> None:
-        super().__init__(source, problem)
-        self.source, self.problem = source, problem
+    source: str
+    problem: str
 
     def __str__(self) -> str:
         return f"{self.source}: {self.problem}"

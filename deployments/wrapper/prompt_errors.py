@@ -11,9 +11,7 @@ class PromptTooLong(RegistryError):
     code = "prompt_too_long"
     http_status = 504
 
-    def __init__(self, limit_s: float) -> None:
-        super().__init__(limit_s)
-        self.limit_s = limit_s
+    limit_s: float
 
     def __str__(self) -> str:
         return f"the answer took longer than {self.limit_s} s and was cut; ask for fewer tokens"
@@ -25,9 +23,8 @@ class NoSuchPath(RegistryError):
     code = "no_such_path"
     http_status = 404
 
-    def __init__(self, method: str, path: str) -> None:
-        super().__init__(method, path)
-        self.method, self.path = method, path
+    method: str
+    path: str
 
     def __str__(self) -> str:
         known = "GET get_status, POST process_prompt and vLLM's /v1/… are served here"
@@ -40,9 +37,8 @@ class WritesNoText(RegistryError):
     code = "writes_no_text"
     http_status = 422
 
-    def __init__(self, modeltyp: str, paths: str) -> None:
-        super().__init__(modeltyp, paths)
-        self.modeltyp, self.paths = modeltyp, paths
+    modeltyp: str
+    paths: str
 
     def __str__(self) -> str:
         return f"this LLM is for {self.modeltyp} and writes no text; POST to {self.paths} of its url"
@@ -54,9 +50,7 @@ class NotJSON(RegistryError):
     code = "unsupported_media_type"
     http_status = 415
 
-    def __init__(self, content_type: str) -> None:
-        super().__init__(content_type)
-        self.content_type = content_type
+    content_type: str
 
     def __str__(self) -> str:
         given = f"Content-Type {self.content_type!r} is not served here" if self.content_type else "no Content-Type"
@@ -69,9 +63,7 @@ class EngineFailed(RegistryError):
     code = "engine_failed"
     http_status = 500
 
-    def __init__(self, kind: str) -> None:
-        super().__init__(kind)
-        self.kind = kind
+    kind: str
 
     def __str__(self) -> str:
         return f"the engine failed: {self.kind}"

@@ -44,11 +44,14 @@ def all_errors() -> list[type[RegistryError]]:
 
 def example(error: type[RegistryError]) -> RegistryError:
     """An error of this class with a value for every field."""
-    if error.__init__ is Exception.__init__ or "__init__" not in vars(error):
-        return error()
-    fields = list(signature(error.__init__).parameters.values())[1:]
+    return error(*(EXAMPLES[str(field.annotation)] for field in fields_of(error)))
+
+
+def fields_of(error: type[RegistryError]) -> list[Parameter]:
+    """What the class is made with."""
+    fields = [] if error is RegistryError else list(signature(error).parameters.values())
     assert all(field.kind is Parameter.POSITIONAL_OR_KEYWORD for field in fields)
-    return error(*(EXAMPLES[str(field.annotation)] for field in fields))
+    return fields
 
 
 ERRORS = all_errors()
@@ -63,6 +66,14 @@ def test_errors_survive_pickling(kind: type[RegistryError]) -> None:
     assert str(copy) == str(error)
     assert vars(copy) == vars(error)
     assert copy.args == error.args
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
+def test_errors_by_keyword_survive_pickling(kind: type[RegistryError]) -> None:
+    """An error that is made with named fields crosses a process whole, too."""
+    error = kind(**{field.name: EXAMPLES[str(field.annotation)] for field in fields_of(kind)})
+    copy = pickle.loads(pickle.dumps(error))
+    assert (vars(copy), copy.args) == (vars(error), example(kind).args)
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
