@@ -198,3 +198,9 @@ class Scene:
 
     def measurement(self, measurement_id: int, tenant: str = "default") -> Measurement:
         return self.allocator.measurement((tenant, measurement_id))
+
+
+def next_deadline_s(allocator: Allocator) -> float | None:
+    """When the next lease or pin is over, UTC seconds; None if there is none."""
+    ledger = allocator._ledger
+    return min((timed.first[0] for timed in (ledger.deadlines, ledger.pins) if timed), default=None)

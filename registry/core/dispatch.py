@@ -22,9 +22,10 @@ from typing import Final
 
 from registry.core.decision import Limits
 from registry.core.indices import Pool, is_free
-from registry.core.ledger import Ledger, bind, deploy
+from registry.core.ledger import Ledger
 from registry.core.policy import LOOK_AHEAD, Place, Rank, may_be_overtaken, victim
 from registry.core.records import Lease, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
+from registry.core.wrapper_commands import bind, deploy
 from registry.wire.words import RequestStatus
 
 MACHINE_CHANGED: Final = "machine_changed"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from registry.core.decision import Limits
-from registry.core.ledger import Ledger, deploy, unbind
+from registry.core.ledger import Ledger
 from registry.core.records import Request, WrapperStatus
+from registry.core.wrapper_commands import deploy, unbind
 from registry.wire.words import RequestStatus
 
 

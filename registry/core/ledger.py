@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import takewhile
 from typing import Final
 
-from registry.core.commands import BindLease, DeployLLM, Effect, RestartWrapper, StopLLM, UnbindLease
+from registry.core.commands import Effect
 from registry.core.decision import Changes, Decision, Limits, Snapshot
 from registry.core.fit import ANY_GPU_TYPE, SIZE_STEP_BYTES, Needs, Size, fitting, needs_of
 from registry.core.indices import Queue, RequestIndex, SortedSet, WrapperIndex, is_free, is_usable
 from registry.core.policy import Place, Turns, rank
 from registry.core.positions import Positions
-from registry.core.records import Lease, LLMSpec, Machine, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
+from registry.core.records import Lease, Machine, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
 from registry.core.transitions import check_request_transition, check_wrapper_transition
 from registry.errors import UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.wire.words import RequestStatus
@@ -45,6 +46,8 @@ class Ledger:
         self.pins: SortedSet[tuple[float, MeasurementKey]] = SortedSet()
         """(UTC s, key): when the pin of a resumed measurement expires."""
         self.next_seq = 1
+        self.shutting_down = False
+        """True after ShutdownBegun: no request is accepted and no LLM is started any more."""
         self.touched: set[str] = set()
         """Machines on which a wrapper became free, or for which a pinned measurement waits, since the last dispatch."""
 
@@ -316,6 +319,11 @@ class Ledger:
         self._leases.pop(lease.request_id, None)
         self._ended_leases[lease.request_id] = None
 
+    def leases_due(self, now_s: float) -> tuple[Lease, ...]:
+        """Return the leases that are over at ``now_s``, earliest end first. O(their number)."""
+        due = takewhile(lambda entry: entry[0] <= now_s, self.deadlines)
+        return tuple(self.leases[request_id] for _, request_id in due)
+
     def emit(self, effect: Effect) -> None:
         """Add an effect, which is run after the changes are stored."""
         self._effects.append(effect)
@@ -432,43 +440,3 @@ def _standing(wrapper: Wrapper) -> tuple[bool, int]:
 
 
 # --- commands to wrappers: each emits an effect with a new epoch and changes the record -----------------------
-
-
-def deploy(ledger: Ledger, wrapper: Wrapper, spec: LLMSpec, request_id: str | None) -> None:
-    """Command a wrapper to run this LLM, for a request or (None) as a preload."""
-    wrapper = replace(
-        wrapper, status=WrapperStatus.DEPLOYING, spec=spec, request_id=request_id, epoch=wrapper.epoch + 1
-    )
-    ledger.put_wrapper(wrapper)
-    ledger.emit(DeployLLM(wrapper.wrapper_id, wrapper.epoch, spec, request_id))
-
-
-def bind(ledger: Ledger, wrapper: Wrapper, request_id: str) -> None:
-    """Command a wrapper to accept the lease of this request."""
-    wrapper = replace(wrapper, status=WrapperStatus.LEASED, request_id=request_id, epoch=wrapper.epoch + 1)
-    ledger.put_wrapper(wrapper)
-    ledger.emit(BindLease(wrapper.wrapper_id, wrapper.epoch, request_id))
-
-
-def unbind(ledger: Ledger, wrapper: Wrapper, request: Request, how: str) -> Wrapper:
-    """Command a wrapper to end the lease of this request; tell the client ``how`` it ended.
-
-    Return the wrapper's new record, which the caller has to store.
-    """
-    wrapper = replace(wrapper, epoch=wrapper.epoch + 1)
-    ledger.emit(UnbindLease(wrapper.wrapper_id, wrapper.epoch, request.request_id, how))
-    return wrapper
-
-
-def stop(ledger: Ledger, wrapper: Wrapper) -> None:
-    """Command a wrapper to stop its LLM."""
-    wrapper = replace(wrapper, status=WrapperStatus.STOPPING, spec=None, epoch=wrapper.epoch + 1)
-    ledger.put_wrapper(wrapper)
-    ledger.emit(StopLLM(wrapper.wrapper_id, wrapper.epoch))
-
-
-def restart(ledger: Ledger, wrapper: Wrapper) -> None:
-    """Command a new process for a wrapper."""
-    wrapper = replace(wrapper, status=WrapperStatus.RESTARTING, epoch=wrapper.epoch + 1)
-    ledger.put_wrapper(wrapper)
-    ledger.emit(RestartWrapper(wrapper.wrapper_id, wrapper.epoch))

@@ -25,9 +25,10 @@ from registry.core.events import (
     WrapperSwitchedOff,
 )
 from registry.core.indices import is_usable
-from registry.core.ledger import Ledger, bind, deploy, restart, stop, unbind
+from registry.core.ledger import Ledger
 from registry.core.provenance import differences
 from registry.core.records import Machine, Request, Wrapper, WrapperStatus
+from registry.core.wrapper_commands import bind, deploy, restart, stop, unbind
 from registry.wire.words import RequestStatus
 
 ENGINE_RESTARTED: Final = "engine_restarted"
@@ -37,7 +38,7 @@ VERSION_CHANGED: Final = "version_changed"
 """Flag of a measurement whose LLMs ran on different software versions."""
 
 
-class Reports:
+class WrapperEvents:
     """Handles the events about wrappers and machines, one method each."""
 
     def __init__(self, ledger: Ledger, limits: Limits, endings: Endings, dispatcher: Dispatcher) -> None:
@@ -45,7 +46,6 @@ class Reports:
         self._limits = limits
         self._endings = endings
         self._dispatcher = dispatcher
-        self.shutting_down = False
         self._came_up_empty: list[str] = []
 
     # --- LLMs -------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class Reports:
         if wrapper is None or not is_usable(wrapper):
             return
         wrapper = replace(wrapper, failures=wrapper.failures + 1, reason=event.reason)
-        if self.shutting_down or wrapper.failures >= self._limits.wrapper_attempts:
+        if self._ledger.shutting_down or wrapper.failures >= self._limits.wrapper_attempts:
             self._give_up(wrapper, event.reason, now_s)
         else:
             self._restart(wrapper, event.reason, now_s)

@@ -39,6 +39,7 @@ from registry.core.events import (
 from registry.core.fit import GIB
 from registry.core.records import LLMMemory, LLMSpec, Machine
 from registry.wire.words import Priority, RequestStatus
+from tests.allocator_scene import next_deadline_s
 from tests.bench.report import OUTPUT, Result, console, counted, measured, percentile, publish
 
 PART = "allocator"
@@ -148,7 +149,7 @@ class Load:
             return ("deploy done" if isinstance(answer, LLMDeployed) else "bound"), answer
         chance = self.random.random()
         if chance < 0.05:
-            due_s = self.allocator.next_deadline_s()
+            due_s = next_deadline_s(self.allocator)
             if due_s is not None:
                 self.now_s = max(self.now_s, due_s)
                 return "expiry", TimePassed()

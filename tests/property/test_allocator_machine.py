@@ -36,7 +36,7 @@ from registry.core.policy import PRIORITY_TURNS
 from registry.core.records import LLMMemory, Machine, MeasurementKey, Request, Wrapper, WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, UnknownMachine, UnknownRequest
 from registry.wire.words import Priority, RequestStatus
-from tests.allocator_scene import Memory, llm
+from tests.allocator_scene import Memory, llm, next_deadline_s
 from tests.simulated_cluster import SimulatedCluster
 
 R, W = RequestStatus, WrapperStatus
@@ -270,7 +270,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(step_s=st.sampled_from([0.001, 1.0, 5.0, 10.0, 30.0, 200.0, -20.0]))
     def clock_moves(self, step_s: float) -> None:
         self.now_s += step_s
-        due_s = self.allocator.next_deadline_s()
+        due_s = next_deadline_s(self.allocator)
         if due_s is not None and due_s <= self.now_s:
             self.tell(TimePassed(asked=()))
             assert all(lease.deadline_s > self.now_s for lease in self.allocator.snapshot().leases)

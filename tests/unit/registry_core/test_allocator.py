@@ -25,7 +25,7 @@ from registry.core.events import (
 from registry.core.records import WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown, UnknownMeasurement, UnknownRequest
 from registry.wire.words import Priority, RequestStatus
-from tests.allocator_scene import Scene, llm
+from tests.allocator_scene import Scene, llm, next_deadline_s
 
 R, W = RequestStatus, WrapperStatus
 
@@ -307,7 +307,7 @@ def test_the_lease_begins_with_the_hand_over():
     lease = scene.allocator.lease_of("1a")
     assert lease is not None
     assert (lease.deadline_s, lease.last_active_s, lease.ends_s) == (2105.0, 2005.0, 2015.0)
-    assert scene.allocator.next_deadline_s() == 2015.0
+    assert next_deadline_s(scene.allocator) == 2015.0
     assert (scene.status("1a"), scene.request("1a").deployed_s) == (R.DEPLOYED, 2005.0)
     assert scene.allocator.lease_by_wrapper("m-0") == lease
 
@@ -332,7 +332,7 @@ def test_a_lease_is_held_while_now_is_before_its_end():
     assert scene.request("1a").reason == "it was not used for 10 s"
     assert [*scene.effects] == [UnbindLease("m-0", 3, "1a", "expired")]
     assert scene.wrapper().status is W.READY
-    assert scene.allocator.next_deadline_s() is None
+    assert next_deadline_s(scene.allocator) is None
 
 
 def test_a_lease_ends_at_its_deadline_however_much_it_is_used():

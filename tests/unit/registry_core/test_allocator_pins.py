@@ -10,7 +10,7 @@ from registry.core.fit import GIB
 from registry.core.records import LLMMemory
 from registry.errors import LLMNeverFits
 from registry.wire.words import RequestStatus
-from tests.allocator_scene import Scene, llm
+from tests.allocator_scene import Scene, llm, next_deadline_s
 
 R = RequestStatus
 
@@ -67,7 +67,7 @@ def test_it_waits_no_longer_than_it_should() -> None:
     """600 s after its last LLM was given back (at 1010) it is served elsewhere, at 1610 and not before, and flagged."""
     scene = served_on_a()
     scene.ask(1, "A")
-    assert scene.allocator.next_deadline_s() == 1610.0
+    assert next_deadline_s(scene.allocator) == 1610.0
     scene.now_s = 1609.0
     scene.tell(TimePassed(asked=()))
     assert scene.status("1b") is R.QUEUED

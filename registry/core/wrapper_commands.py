@@ -1,0 +1,53 @@
+"""Gives a wrapper a command: changes its record, with a new epoch, and emits the effect."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from registry.core.commands import BindLease, DeployLLM, RestartWrapper, StopLLM, UnbindLease
+from registry.core.ledger import Ledger
+from registry.core.records import LLMSpec, Request, Wrapper, WrapperStatus
+
+NAMES_SHOWN: Final = 20
+"""Maximum number of machines listed in an error text."""
+
+
+def deploy(ledger: Ledger, wrapper: Wrapper, spec: LLMSpec, request_id: str | None) -> None:
+    """Command a wrapper to run this LLM, for a request or (None) as a preload."""
+    wrapper = replace(
+        wrapper, status=WrapperStatus.DEPLOYING, spec=spec, request_id=request_id, epoch=wrapper.epoch + 1
+    )
+    ledger.put_wrapper(wrapper)
+    ledger.emit(DeployLLM(wrapper.wrapper_id, wrapper.epoch, spec, request_id))
+
+
+def bind(ledger: Ledger, wrapper: Wrapper, request_id: str) -> None:
+    """Command a wrapper to accept the lease of this request."""
+    wrapper = replace(wrapper, status=WrapperStatus.LEASED, request_id=request_id, epoch=wrapper.epoch + 1)
+    ledger.put_wrapper(wrapper)
+    ledger.emit(BindLease(wrapper.wrapper_id, wrapper.epoch, request_id))
+
+
+def unbind(ledger: Ledger, wrapper: Wrapper, request: Request, how: str) -> Wrapper:
+    """Command a wrapper to end the lease of this request; tell the client ``how`` it ended.
+
+    Return the wrapper's new record, which the caller has to store.
+    """
+    wrapper = replace(wrapper, epoch=wrapper.epoch + 1)
+    ledger.emit(UnbindLease(wrapper.wrapper_id, wrapper.epoch, request.request_id, how))
+    return wrapper
+
+
+def stop(ledger: Ledger, wrapper: Wrapper) -> None:
+    """Command a wrapper to stop its LLM."""
+    wrapper = replace(wrapper, status=WrapperStatus.STOPPING, spec=None, epoch=wrapper.epoch + 1)
+    ledger.put_wrapper(wrapper)
+    ledger.emit(StopLLM(wrapper.wrapper_id, wrapper.epoch))
+
+
+def restart(ledger: Ledger, wrapper: Wrapper) -> None:
+    """Command a new process for a wrapper."""
+    wrapper = replace(wrapper, status=WrapperStatus.RESTARTING, epoch=wrapper.epoch + 1)
+    ledger.put_wrapper(wrapper)
+    ledger.emit(RestartWrapper(wrapper.wrapper_id, wrapper.epoch))
