@@ -26,7 +26,7 @@ from deployments.serve import ingress
 from deployments.serve.actor import ACTOR_NAME, NAMESPACE, RegistryActor
 from deployments.serve.cluster import RayCluster
 from deployments.serve.energy_metrics import EnergyMetrics
-from deployments.serve.ingress import IngressConfig
+from deployments.serve.http_app import IngressConfig
 from deployments.serve.logs import REGISTRY_LOG, configure_logging
 from deployments.serve.ray_folder import RAY_FOLDER, keep_logs
 from deployments.serve.steady_clock import SteadyClock

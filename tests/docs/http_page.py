@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.models.sources import ModelSources
-from deployments.serve.ingress import IngressConfig, build_app
+from deployments.serve.http_app import IngressConfig, build_app
 from tests.docs.markdown import MADE, cell, code, table, text
 
 _INTRODUCTION = f"""\

@@ -13,7 +13,7 @@ from starlette.types import Message
 from deployments.models.sources import ModelSources
 from deployments.serve import energy_pages
 from deployments.serve.energy_pages import PAGES_AT_ONCE, REPORTS_AT_ONCE, EnergyPages
-from deployments.serve.ingress import IngressConfig, build_app
+from deployments.serve.http_app import IngressConfig, build_app
 from registry.errors import RegistryUnavailable
 from registry.service import views
 from registry.wire.schemas import RequestState

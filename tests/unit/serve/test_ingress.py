@@ -26,8 +26,9 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from deployments.models.args.mapping import map_llmconfig
 from deployments.models.checkpoints import checkpoints_here
 from deployments.models.sources import ModelSources
-from deployments.serve import energy_pages, ingress
-from deployments.serve.ingress import IngressConfig, RegistryClient, build_app
+from deployments.serve import actor_calls, energy_pages
+from deployments.serve.actor_calls import ActorCalls
+from deployments.serve.http_app import IngressConfig, build_app
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport
 from registry.errors import (
@@ -638,7 +639,7 @@ async def test_actor_is_found_once(find: Callable[..., list[str]]) -> None:
     """The actor is looked up by name for the first call and kept."""
     actor = FakeActor("one", "two")
     searches = find(actor)
-    client = RegistryClient(Path("/"))
+    client = ActorCalls(Path("/"))
     assert [await client.call("state", "x", 1.0, wait_s=1.0), await client.call("state", "y")] == ["one", "two"]
     assert searches == ["greenprompt-registry"]
     assert actor.state.calls == [("x", 1.0), ("y",)]
@@ -648,7 +649,7 @@ async def test_call_outlasts_a_restart(find: Callable[..., list[str]]) -> None:
     """An actor that dies, is not there for a moment and comes back answers the same call, with the same arguments."""
     old, new = FakeActor(ActorUnavailableError("restarting", None), ActorDiedError()), FakeActor("answer")
     find(old, old, ValueError("no such actor"), new)
-    assert await RegistryClient(Path("/")).call("state", "x") == "answer"
+    assert await ActorCalls(Path("/")).call("state", "x") == "answer"
     assert [*old.state.calls, *new.state.calls] == [("x",)] * 3
 
 
@@ -656,7 +657,7 @@ async def test_actor_that_stays_away_is_unavailable(find: Callable[..., list[str
     """An actor that does not come back is a RegistryUnavailable, which clients may try again."""
     find(*[ValueError("no such actor")] * 5)
     with pytest.raises(RegistryUnavailable):
-        await RegistryClient(Path("/")).call("state", "x")
+        await ActorCalls(Path("/")).call("state", "x")
 
 
 async def test_a_full_disk_is_said(find: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -664,7 +665,7 @@ async def test_a_full_disk_is_said(find: Callable[..., list[str]], monkeypatch: 
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=0))
     find(*[ValueError("no such actor")] * 5)
     with pytest.raises(RegistryUnavailable, match=r"\(_NoActor; the disk of /state is full \(0 MiB are free\)\)"):
-        await RegistryClient(Path("/state")).call("healthz")
+        await ActorCalls(Path("/state")).call("healthz")
 
 
 async def test_errors_of_the_registry_come_through(find: Callable[..., list[str]]) -> None:
@@ -672,7 +673,7 @@ async def test_errors_of_the_registry_come_through(find: Callable[..., list[str]
     actor = FakeActor(task_error(UnknownRequest("x")), "never")
     find(actor)
     with pytest.raises(UnknownRequest) as caught:
-        await RegistryClient(Path("/")).call("state", "x")
+        await ActorCalls(Path("/")).call("state", "x")
     assert type(caught.value) is UnknownRequest
     assert len(actor.state.calls) == 1
 
@@ -682,7 +683,7 @@ async def test_unforeseen_errors_are_told_as_such(find: Callable[..., list[str]]
     actor = FakeActor(task_error(ZeroDivisionError("boom")), "never")
     find(actor)
     with pytest.raises(InternalError, match="ZeroDivisionError"):
-        await RegistryClient(Path("/")).call("state", "x")
+        await ActorCalls(Path("/")).call("state", "x")
     assert len(actor.state.calls) == 1
 
 
@@ -691,15 +692,15 @@ async def test_reads_wait_for_one_another_and_nothing_waits_for_them(find: Calla
     answered = asyncio.Event()
     actor = FakeActor(*[answered.wait] * 200)
     find(actor)
-    for method in ("request", "release", "health", *ingress.AT_ONCE):
+    for method in ("request", "release", "health", *actor_calls.AT_ONCE):
         setattr(actor, method, FakeMethod([answered.wait] * 200))
-    client = RegistryClient(Path("/"))
-    reads = [asyncio.create_task(client.call(method, "x")) for method in ingress.AT_ONCE for _ in range(100)]
+    client = ActorCalls(Path("/"))
+    reads = [asyncio.create_task(client.call(method, "x")) for method in actor_calls.AT_ONCE for _ in range(100)]
     await asyncio.sleep(0)
     others = [asyncio.create_task(client.call(method, "x")) for method in ("request", "release", "health")]
     for _ in range(10):
         await asyncio.sleep(0)
-    assert {method: len(getattr(actor, method).calls) for method in ingress.AT_ONCE} == ingress.AT_ONCE
+    assert {method: len(getattr(actor, method).calls) for method in actor_calls.AT_ONCE} == actor_calls.AT_ONCE
     assert [len(getattr(actor, method).calls) for method in ("request", "release", "health")] == [1, 1, 1]
     answered.set()
     assert all(await asyncio.gather(*reads, *others))
@@ -707,10 +708,10 @@ async def test_reads_wait_for_one_another_and_nothing_waits_for_them(find: Calla
 
 async def test_call_has_a_time_limit(find: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """An actor that does not answer is unavailable after the limit, plus what the client asked to wait."""
-    monkeypatch.setattr(ingress, "CALL_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(actor_calls, "CALL_TIMEOUT_S", 0.0)
     find(FakeActor(asyncio.Event().wait))
     with pytest.raises(RegistryUnavailable, match=r"no answer within 0\.01 s"):
-        await RegistryClient(Path("/")).call("state", "x", wait_s=0.01)
+        await ActorCalls(Path("/")).call("state", "x", wait_s=0.01)
 
 
 # --- machines ----------------------------------------------------------------------------------------------

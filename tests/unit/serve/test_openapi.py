@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from deployments.models.sources import ModelSources
-from deployments.serve.ingress import IngressConfig, build_app
+from deployments.serve.http_app import IngressConfig, build_app
 from tests.fake_registry import FakeRegistry
 
 REGISTRY = FakeRegistry()

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from deployments.models.sources import ModelSources
 from deployments.serve.app import told_to_clients
-from deployments.serve.ingress import IngressConfig, build_app
+from deployments.serve.http_app import IngressConfig, build_app
 from registry.service.old_address import old_address, old_address_problems
 from registry.settings import Settings
 from tests.fake_registry import BASE, ENDED, TOKEN, FakeRegistry
@@ -244,7 +244,7 @@ async def test_detail_is_what_fastapi_says() -> None:
         async def post(body: Plain) -> None:
             pass
 
-    from deployments.serve.ingress import _on_invalid
+    from deployments.serve.http_errors import _on_invalid
 
     ours.exception_handler(RequestValidationError)(_on_invalid)
     for content in (b"", b"{", b"[]", b'{"number": "x", "names": [1, {"deep": null}]}', b'{"names": "a"}'):

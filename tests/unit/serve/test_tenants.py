@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from deployments.models.sources import ModelSources
-from deployments.serve.ingress import IngressConfig, build_app
+from deployments.serve.http_app import IngressConfig, build_app
 from registry.errors import BadSettings, QueueFull
 from registry.settings import Settings, load_settings
 from tests.fake_registry import FakeRegistry

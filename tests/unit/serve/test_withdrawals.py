@@ -12,7 +12,7 @@ import stamina
 from structlog.testing import capture_logs
 
 from deployments.models.sources import ModelSources
-from deployments.serve.ingress import IngressConfig, build_app
+from deployments.serve.http_app import IngressConfig, build_app
 from deployments.serve.withdrawals import Withdrawals
 from registry.errors import InternalError, QueueFull, RegistryError, RegistryUnavailable, StoreUnavailable
 from tests.fake_registry import BASE, FakeRegistry

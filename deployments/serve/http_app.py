@@ -1,0 +1,306 @@
+"""The HTTP app: validates requests, maps llmconfigs, calls the registry actor.
+
+It is stateless, so any number of replicas may run. While the registry actor restarts, calls are retried for a few
+seconds; that is safe because the ids of new requests are created here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import pathlib
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, FastAPI, Header, Path, Query, Response
+from fastapi.responses import StreamingResponse
+
+from deployments.error_answers import RETRY_AFTER_S
+from deployments.models.args.mapping import map_llmconfig
+from deployments.models.checkpoints import Checkpoints
+from deployments.models.sources import ModelSources
+from deployments.serve.energy_pages import EnergyPages
+from deployments.serve.http_errors import add_error_handlers
+from deployments.serve.polls import Polls
+from deployments.serve.prompting_service import TITLE, JSONBody, root_router
+from deployments.serve.withdrawals import Withdrawals
+from registry.accounting.report import MeasurementReport
+from registry.accounting.window_report import WindowsPage
+from registry.core.events import NewRequest
+from registry.core.records import LLMSpec
+from registry.service.service import Idempotency
+from registry.wire.schemas import (
+    MAX_EVENTS,
+    MAX_ID,
+    MAX_REQUESTS,
+    MAX_WAIT_S,
+    MAX_WINDOWS,
+    AcceptedRequest,
+    ErrorAnswer,
+    EventState,
+    HealthState,
+    LLMState,
+    MachineState,
+    MeasurementState,
+    PromptingAnswer,
+    PromptingRequest,
+    RequestState,
+    TenantName,
+)
+from registry.wire.words import RequestStatus, canonical_json
+
+DESCRIPTION = """
+Hands LLMs out exclusively. Ask with `POST /promptingservice/request`, poll the `link` of each request until its
+status is `deployed`, prompt the LLM at `url`, and give it back with `DELETE`.
+
+Status words: `queued` → `deploying` → `deployed` → `released`; or `expired` (the lease ran out), `cancelled`
+(released before it was handed over), `failed` (see `reason`).
+
+Send an `Idempotency-Key` with each POST: it can then be repeated safely when its answer was lost.
+
+Errors have one shape, `ErrorAnswer`; below `/v1` of an LLM's `url` they have OpenAI's, `{"error": {…}}`.
+"""
+
+IDEMPOTENCY_KEY = (
+    "Yours to choose, another one for each request, e.g. a UUID. The same key with the same JSON (whatever its spaces "
+    "and the order of its fields) is answered with the requests that it made the first time; with another body it is a "
+    "409. Keys belong to the tenant and are kept as long as their requests."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class IngressConfig:
+    """The settings that the ingress needs. ``state_dir`` is checked if the registry does not answer."""
+
+    sources: ModelSources
+    allow_remote_code: tuple[str, ...]
+    state_dir: pathlib.Path = pathlib.Path("/")
+
+
+Call = Callable[..., Awaitable[Any]]
+"""``call(method, *args, wait_s=…)`` of the registry actor; the result is JSON text."""
+
+Responses = dict[int | str, dict[str, Any]]
+
+ERRORS: Responses = {422: {"model": ErrorAnswer}, 503: {"model": ErrorAnswer}}
+UNKNOWN: Responses = {404: {"model": ErrorAnswer}, **ERRORS}
+
+
+def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None = None) -> FastAPI:
+    """Return the FastAPI app around ``call`` of the registry.
+
+    ``checkpoints`` estimates the memory of LLMs; None leaves it unknown.
+    """
+    app = FastAPI(title=TITLE, description=DESCRIPTION, version=version("greenprompt-llm-registry"))
+    _add_post(app, config, call, checkpoints)
+    _add_requests(app, call)
+    _add_measurements(app, call)
+    _add_machines(app, call)
+    app.include_router(root_router(call))
+    add_error_handlers(app)
+    return app
+
+
+def _add_post(app: FastAPI, config: IngressConfig, call: Call, checkpoints: Checkpoints | None) -> None:
+    """Add the route that requests LLMs."""
+    withdrawals, prompting = Withdrawals(call), APIRouter(route_class=JSONBody)
+
+    @prompting.post(
+        "/promptingservice/request",
+        status_code=201,
+        response_model=PromptingAnswer,
+        responses={409: {"model": ErrorAnswer}, 429: {"model": ErrorAnswer}, **ERRORS},
+    )
+    async def request_llms(
+        body: PromptingRequest,
+        idempotency_key: Annotated[
+            str | None, Header(min_length=1, max_length=255, description=IDEMPOTENCY_KEY)
+        ] = None,
+        x_tenant: Annotated[TenantName, Header()] = "default",
+    ) -> Response:
+        """Request one or more LLMs for a measurement; they are handed out one after another, on one machine."""
+        llms = await _mapped_llms(body, config, checkpoints)
+        with withdrawals.unless_answered([llm.request_id for llm in llms], x_tenant, idempotency_key):
+            idempotency = None if idempotency_key is None else Idempotency(idempotency_key, _sha256(body))
+            wanted = body.measurementId, llms, x_tenant, body.priority_given, body.gpuType, idempotency
+            states = json.loads(await call("request", *wanted, body.grade, body.like))
+        accepted = [AcceptedRequest.model_validate(state) for state in states]
+        return _json_response(PromptingAnswer(requests=accepted).model_dump_json(), status=201)
+
+    app.include_router(prompting)
+
+
+def _add_requests(app: FastAPI, call: Call) -> None:
+    """Add the routes of one request."""
+    polls = Polls(call)
+
+    @app.get("/promptingservice/request/{request_id}", response_model=RequestState, responses=UNKNOWN)
+    async def request_status(
+        request_id: str,
+        wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for news")] = 0.0,
+        seen: Annotated[
+            RequestStatus | None, Query(description="The status that you know: any other is news, at once")
+        ] = None,
+    ) -> Response:
+        """Return the state of a request; with ``wait``, once its status changes or that many seconds have passed.
+
+        A request that is `deployed` or has ended is answered at once. To wait for the end of a lease, add
+        `seen=deployed`.
+        """
+        return _json_response(await polls.state(request_id, wait, seen))
+
+    @app.get("/promptingservice/request/{request_id}/events", response_model=list[EventState], responses=UNKNOWN)
+    async def request_events(
+        request_id: str,
+        after: Annotated[int, Query(ge=0, le=MAX_ID)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = MAX_EVENTS,
+    ) -> Response:
+        """Return the events of a request, oldest first; ``after`` is the number of the last event seen."""
+        return _json_response(await call("events", request_id, after, limit))
+
+    @app.delete("/promptingservice/request/{request_id}", status_code=204, responses=UNKNOWN)
+    async def release_llm(request_id: str) -> Response:
+        """Release the LLM, or cancel a request that is still waiting. Idempotent."""
+        await call("release", request_id)
+        return Response(status_code=204)
+
+    @app.post("/promptingservice/request/{request_id}/keepalive", response_model=RequestState, responses=UNKNOWN)
+    async def keep_alive(request_id: str) -> Response:
+        """Keep the lease alive: restart its idle time."""
+        return _json_response(await call("keep_alive", request_id))
+
+
+def _add_measurements(app: FastAPI, call: Call) -> None:
+    """Add the routes for measurements and their energy."""
+    energy = EnergyPages(call)
+
+    @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=UNKNOWN)
+    async def measurement(
+        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
+        after: Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the page before")] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_REQUESTS, description="Requests in a page")] = MAX_REQUESTS,
+        x_tenant: Annotated[TenantName, Header()] = "default",
+    ) -> Response:
+        """Return a measurement of the caller's tenant with a page of its requests, in order."""
+        return _json_response(await call("measurement", (x_tenant, measurement_id), after, limit))
+
+    @app.get(
+        "/measurements/{measurement_id}/report",
+        response_model=MeasurementReport,
+        responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}, **UNKNOWN},
+    )
+    async def report(
+        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
+        as_: Annotated[
+            Literal["json", "csv"] | None,
+            Query(alias="format", description="csv: one row per window; the same by Accept: text/csv"),
+        ] = None,
+        accept: Annotated[str, Header()] = "*/*",
+        x_tenant: Annotated[TenantName, Header()] = "default",
+    ) -> Response:
+        """Return the energy of a measurement of the caller's tenant, by LLM. Windows: see `/windows`, or the CSV."""
+        key = x_tenant, measurement_id
+        if as_ == "csv" or (as_ is None and "text/csv" in accept):
+            parts = energy.csv(key)
+            first = await anext(parts)  # raises here, before anything is sent, if there is no such measurement
+            return StreamingResponse(_joined(first, parts), media_type="text/csv")
+        return _json_response(await energy.report(key))
+
+    @app.get("/measurements/{measurement_id}/windows", response_model=WindowsPage, responses=UNKNOWN)
+    async def windows(
+        measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
+        after: Annotated[str | None, Query(max_length=1024, description="`next` of the page before")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_WINDOWS)] = MAX_WINDOWS,
+        request: Annotated[str | None, Query(max_length=255, description="requestId: of its lease only")] = None,
+        detail: Annotated[bool, Query(description="Whether the records of wrappers go along, all of them")] = False,
+        x_tenant: Annotated[TenantName, Header()] = "default",
+    ) -> Response:
+        """Return the final energy windows of the caller's measurement, a page at a time, ordered by start time.
+
+        A window appears some seconds after its prompt. To get late ones, start again from the first page.
+        """
+        page = await energy.windows((x_tenant, measurement_id), request, after, limit, detail=detail)
+        return _json_response(page)
+
+
+def _add_machines(app: FastAPI, call: Call) -> None:
+    """Add the routes of the cluster: machines, LLMs, health."""
+
+    @app.get("/machines", response_model=list[MachineState], responses=ERRORS)
+    async def machines() -> Response:
+        """Return every LLM Machine, its wrappers and their LLMs."""
+        return _json_response(await call("machines"))
+
+    @app.get("/machines/{machine_id}", response_model=MachineState, responses=UNKNOWN)
+    async def machine(machine_id: str) -> Response:
+        """Return one LLM Machine."""
+        return _json_response(await call("machine", machine_id))
+
+    @app.post("/machines/{machine_id}/drain", response_model=MachineState, responses=UNKNOWN)
+    async def drain(machine_id: str) -> Response:
+        """Assign no more LLMs to the machine. Running leases go on; then its wrappers are removed. Idempotent."""
+        return _json_response(await call("drain", machine_id))
+
+    @app.delete("/machines/{machine_id}/drain", response_model=MachineState, responses=UNKNOWN)
+    async def undrain(machine_id: str) -> Response:
+        """Use the machine again; its wrappers are recreated. Idempotent."""
+        return _json_response(await call("undrain", machine_id))
+
+    @app.get("/llms", response_model=list[LLMState], responses=ERRORS)
+    async def llms() -> Response:
+        """Return every LLM that is running or starting."""
+        return _json_response(await call("llms"))
+
+    @app.get("/healthz", response_model=HealthState, responses={503: {"model": HealthState | ErrorAnswer}})
+    async def health() -> Response:
+        """Return whether requests can be served; 503 while no wrapper is usable."""
+        text = await call("health")
+        if json.loads(text)["status"] == "ok":
+            return _json_response(text)
+        return Response(text, 503, {"retry-after": str(RETRY_AFTER_S)}, media_type="application/json")
+
+
+async def _mapped_llms(
+    body: PromptingRequest, config: IngressConfig, checkpoints: Checkpoints | None
+) -> list[NewRequest]:
+    """Return a POST's LLMs with new ids, as engine arguments, with an estimate of their memory."""
+    llms = [
+        NewRequest(
+            uuid.uuid4().hex,
+            *mapped(config, llm.model_dump(), f"llms[{n}]"),
+            max_j=body.maxJoules,
+            max_g=body.maxGco2eq,
+        )
+        for n, llm in enumerate(body.llms)
+    ]
+    if checkpoints is not None:
+        places = (config.sources.locate(llm.spec.model) for llm in llms)
+        memory = await asyncio.gather(*map(checkpoints.memory, places, (llm.spec for llm in llms)))
+        llms = [replace(llm, memory=takes) for llm, takes in zip(llms, memory, strict=True)]
+    return llms
+
+
+def _sha256(body: PromptingRequest) -> str:
+    """Return a hash that ignores spaces, escapes and the order of fields."""
+    return hashlib.sha256(canonical_json(body.model_dump(mode="json", exclude_unset=True)).encode()).hexdigest()
+
+
+def mapped(config: IngressConfig, llmconfig: dict[str, Any], field: str) -> tuple[LLMSpec, str, tuple[str, ...]]:
+    """Return an llmconfig as (spec, its own JSON, notes). Raises InvalidField that names the field below ``field``."""
+    config.sources.locate(llmconfig["model"], field=f"{field}.model")
+    args = map_llmconfig(llmconfig, field=field, allow_remote_code=config.allow_remote_code)
+    return args.spec, canonical_json(llmconfig), args.notes
+
+
+async def _joined(first: str, others: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for each in others:
+        yield each
+
+
+def _json_response(text: str, *, status: int = 200) -> Response:
+    return Response(text, status_code=status, media_type="application/json")
