@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
@@ -26,10 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from greenprompt_client.client import ENDED, AnswerError, HeldLease, RegistryClient, RequestEnded
+from greenprompt_client.client import ENDED, AnswerError, HeldLease, RegistryClient
 from greenprompt_client.measure.experiment import Plan
 from greenprompt_client.measure.figures import LLMSummary, as_csv, summarized, without_window
 from greenprompt_client.measure.prompt_files import Prompt
+from greenprompt_client.measure.prompting import LEASE_LOST, Unanswered, answer_of
 from greenprompt_client.measure.results import Results
 from greenprompt_client.measure.table import notes, results_table
 from greenprompt_client.notation import phase_words
@@ -44,29 +44,6 @@ MAX_BARREN_LEASES = 3
 
 OF_REQUEST = ("priority", "gpu_type", "grade", "like", "max_joules", "max_gco2eq")
 """Fields of an experiment that are added to each POST, besides its LLMs and the measurementId."""
-
-LEASE_LOST = (RequestEnded, AnswerError, httpx.TransportError)
-"""Errors that end the use of a lease. The LLM is requested again; if that fails too, the run ends."""
-
-NOT_THE_PROMPTS_FAULT = frozenset(
-    {
-        HTTPStatus.UNAUTHORIZED,
-        HTTPStatus.FORBIDDEN,
-        HTTPStatus.NOT_FOUND,
-        HTTPStatus.CONFLICT,
-        HTTPStatus.GONE,
-        HTTPStatus.TOO_MANY_REQUESTS,
-        HTTPStatus.BAD_GATEWAY,
-        HTTPStatus.SERVICE_UNAVAILABLE,
-    }
-)
-"""Statuses of a prompt's error that concern its lease, which is then lost."""
-
-OWN_ERRORS = frozenset({"prompt_too_long"})
-"""Codes of server errors that are nevertheless caused by the prompt: its answer took too long."""
-
-PROMPT_TRIES = 3
-"""How often a prompt is tried if its server or a proxy fails (500, 504), which may be temporary."""
 
 MAX_UNANSWERED = 3
 """Prompts in a row without an answer after which their lease is given up."""
@@ -360,12 +337,12 @@ class _Run:
         in_vain = 0
         try:
             asked: dict[Future[dict[str, Any]], Prompt] = {
-                pool.submit(_answer, lease, each, self._experiment.prompt_timeout_s, warmup=warmup): each
+                pool.submit(answer_of, lease, each, self._experiment.prompt_timeout_s, warmup=warmup): each
                 for each in prompts
             }
             for answer in as_completed(asked):
                 prompt, failed = asked[answer], answer.exception()
-                if isinstance(failed, _Unanswered):
+                if isinstance(failed, Unanswered):
                     in_vain += 1
                     self._unanswered_by(llm, repetition, prompt, failed, warmup=warmup)
                     if in_vain == MAX_UNANSWERED:
@@ -378,7 +355,7 @@ class _Run:
             # Not waited for: prompts in flight end with the lease, which is released next.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _unanswered_by(self, llm: str, repetition: int, prompt: Prompt, failed: _Unanswered, *, warmup: bool) -> None:
+    def _unanswered_by(self, llm: str, repetition: int, prompt: Prompt, failed: Unanswered, *, warmup: bool) -> None:
         """Leave a prompt to the next run."""
         if not warmup:
             self._unanswered.add((llm, repetition, prompt.id))
@@ -389,62 +366,6 @@ class _Run:
 
     def _print(self, what: str) -> None:
         self._console.print(what, markup=False, highlight=False, soft_wrap=True)
-
-
-class _Unanswered(Exception):
-    """A prompt's server, or a proxy before it, failed each time; that says nothing about the prompt."""
-
-    def __init__(self, error: AnswerError) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-def _is_own_error(refused: AnswerError) -> bool:
-    """Whether an error means that this LLM can't answer this prompt."""
-    return refused.status < HTTPStatus.INTERNAL_SERVER_ERROR or refused.answer_code in OWN_ERRORS
-
-
-def _may_pass(error: Exception) -> bool:
-    return (
-        isinstance(error, AnswerError)
-        and not (error.passing or error.status in NOT_THE_PROMPTS_FAULT)
-        and not _is_own_error(error)
-    )
-
-
-def _answer(lease: HeldLease, prompt: Prompt, timeout_s: float, *, warmup: bool) -> dict[str, Any]:
-    """Return an LLM's answer to a prompt with its energy, or the prompt's own error in its place.
-
-    Raises:
-        _Unanswered: Neither was obtained in PROMPT_TRIES attempts.
-        LEASE_LOST: The lease can't be used any more.
-    """
-    asked_at, begun_s = _now(), time.monotonic()
-    answer: dict[str, Any] = {"answer": None}
-    error = None
-    try:
-        for attempt in stamina.retry_context(_may_pass, attempts=PROMPT_TRIES, timeout=None):
-            with attempt:
-                asked_at, begun_s = _now(), time.monotonic()
-                answer = lease.prompt(prompt.question, timeout_s=timeout_s, prompt_id=prompt.id, warmup=warmup)
-    except AnswerError as refused:
-        if refused.passing or refused.status in NOT_THE_PROMPTS_FAULT:
-            raise
-        if not _is_own_error(refused):
-            raise _Unanswered(refused) from None
-        error = {"status": refused.status, "code": refused.answer_code, "message": refused.message}
-    except httpx.ReadTimeout:
-        error = {"status": None, "code": "no_answer", "message": f"no answer within {timeout_s:g} s"}
-    line = {
-        "prompt": prompt.id,
-        "question": prompt.question,
-        "fields": prompt.fields,
-        "asked_at": asked_at,
-        "answered_at": _now(),
-        "duration_s": time.monotonic() - begun_s,
-        "error": error,
-    }
-    return line | answer | line
 
 
 @contextmanager
@@ -482,7 +403,3 @@ def said(state: RequestState) -> str:
 def new_id() -> int:
     """Return a new measurementId: microseconds since 1970."""
     return time.time_ns() // 1000
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -24,8 +24,9 @@ from rich.console import Console
 from greenprompt_client.client import AnswerError
 from greenprompt_client.measure import run as measure_module
 from greenprompt_client.measure.experiment import load_plan
+from greenprompt_client.measure.prompting import PROMPT_TRIES
 from greenprompt_client.measure.results import Results
-from greenprompt_client.measure.run import MAX_BARREN_LEASES, PROMPT_TRIES, run_measure, said
+from greenprompt_client.measure.run import MAX_BARREN_LEASES, run_measure, said
 from registry.accounting.figures import figures_of
 from registry.accounting.window_report import WindowReport
 from registry.errors import BadSettings
