@@ -42,37 +42,43 @@ from registry.wire.schemas import MachineState
 __all__ = ["app", "main", "server"]
 
 
+ExperimentFile = Annotated[
+    Path | None, typer.Argument(help="Experiment (YAML); options override its fields.", show_default=False)
+]
+LLMs = Annotated[list[str] | None, typer.Option("--llm", "-m", help="LLM to ask (hub id or path); repeatable.")]
+PromptFile = Annotated[
+    str | None, typer.Option("--prompts", "-p", metavar="<path>", help="Prompts: JSONL or a JSON array.")
+]
+OutputFolder = Annotated[str | None, typer.Option("--output", "-o", metavar="<path>", help="Folder of the results.")]
+PromptingArgs = Annotated[
+    list[str] | None,
+    typer.Option("--arg", help="Prompting argument for all LLMs, as in max_new_tokens=64; repeatable."),
+]
+DeploymentArgs = Annotated[
+    list[str] | None, typer.Option("--deployment-arg", help="Deployment argument, as in max_model_len=2048.")
+]
+ChatTemplate = Annotated[
+    bool | None,
+    typer.Option("--chat-template/--no-chat-template", help="Whether questions are put into the chat template."),
+]
+PromptTimeout = Annotated[float | None, typer.Option("--prompt-timeout", help="Longest wait for an answer, s.")]
+
+
 @app.command()
 def measure(
-    experiment: Annotated[
-        Path | None, typer.Argument(help="Experiment (YAML); options override its fields.", show_default=False)
-    ] = None,
-    llms: Annotated[
-        list[str] | None, typer.Option("--llm", "-m", help="LLM to ask (hub id or path); repeatable.")
-    ] = None,
-    prompts: Annotated[
-        str | None, typer.Option("--prompts", "-p", metavar="<path>", help="Prompts: JSONL or a JSON array.")
-    ] = None,
+    experiment: ExperimentFile = None,
+    llms: LLMs = None,
+    prompts: PromptFile = None,
     question_field: Annotated[str | None, typer.Option(help="Which field of a prompt is the question.")] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="<path>", help="Folder of the results.")
-    ] = None,
+    output: OutputFolder = None,
     repetitions: Annotated[int | None, typer.Option(help="How often each LLM is asked each prompt.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Prompts in flight at once.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Warm-up prompts of each lease (not counted).")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed: the order of the LLMs.")] = None,
-    arg: Annotated[
-        list[str] | None,
-        typer.Option("--arg", help="Prompting argument for all LLMs, as in max_new_tokens=64; repeatable."),
-    ] = None,
-    deployment_arg: Annotated[
-        list[str] | None, typer.Option("--deployment-arg", help="Deployment argument, as in max_model_len=2048.")
-    ] = None,
+    arg: PromptingArgs = None,
+    deployment_arg: DeploymentArgs = None,
     modeltyp: Annotated[str | None, typer.Option(help="What the LLMs do, as in text-generation.")] = None,
-    uses_chat_template: Annotated[
-        bool | None,
-        typer.Option("--chat-template/--no-chat-template", help="Whether questions are put into the chat template."),
-    ] = None,
+    uses_chat_template: ChatTemplate = None,
     measurement_id: Annotated[int | None, typer.Option(help="The measurementId, instead of a new one.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Whose turn in the queue it takes.")] = None,
     priority: Annotated[str | None, typer.Option(help="low, normal or high, among the tenant's own.")] = None,
@@ -81,9 +87,7 @@ def measure(
     like: Annotated[str | None, typer.Option(help="Id of an earlier request: the same LLM and machine again.")] = None,
     max_joules: Annotated[float | None, typer.Option(help="Energy that each lease may use, J.")] = None,
     max_gco2eq: Annotated[float | None, typer.Option(help="Emissions that each lease may cause, g.")] = None,
-    prompt_timeout_s: Annotated[
-        float | None, typer.Option("--prompt-timeout", help="Longest wait for an answer, s.")
-    ] = None,
+    prompt_timeout_s: PromptTimeout = None,
     url: Annotated[str | None, typer.Option(help="Base URL of the registry.", envvar="GREENPROMPT_URL")] = None,
 ) -> None:
     """Run prompts on LLMs and sum up energy and carbon; repeat the command to resume an interrupted run.
