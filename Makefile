@@ -8,7 +8,7 @@ comma := ,
 empty :=
 PURE_FILES := $(subst $(empty) $(empty),$(comma),$(PURE))
 
-.PHONY: help env demo test test-unit test-cluster soak test-long eval-check docs lint tiny-llms bench bench-gpu locks clean
+.PHONY: help env demo check test test-unit test-cluster soak test-long eval-check docs lint tiny-llms bench bench-gpu locks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,12 @@ test: lint ## linters, types, import contracts and all tests but the long ones, 
 	@echo "Every branch of the pure files:"
 	$(BIN)/coverage report --include='$(PURE_FILES)' --fail-under=100
 	@grep -E '^=+ .* in [0-9.]+s.* =+$$' build/pytest.log
+
+check: env ## what a developer runs after each change: linters, and the tests that need no Ray, vLLM or database
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest -q $(SHARED) tests/unit tests/property tests/simulation
 
 test-unit: env ## the tests that need neither Ray nor vLLM
 	$(BIN)/pytest $(SHARED) -m "not cluster and not vllm and not fault and not hosts and not long"
