@@ -16,6 +16,7 @@ from typing import NamedTuple
 from deployments.energy.counters.base import POWER_HEADROOM, Source
 from deployments.energy.counters.history import Level, between
 from deployments.energy.figures import Component, Label, worst
+from registry.wire.flags import Flag
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _changes(parts: Sequence[float]) -> list[float]:
     return list(map(abs, map(sub, (*parts, 0.0), (0.0, *parts))))
 
 
-def unknown(source: Source, flag: str) -> Component:
+def unknown(source: Source, flag: Flag) -> Component:
     """Return an unavailable component for a source; ``flag`` says why."""
     return Component(source.name, source.origin, Label.UNAVAILABLE, flags=(flag,))
 
@@ -97,12 +98,12 @@ def counted(
     ``implausible_power``: more than 1.2 times the hardware's limit.
     """
     low, mid, high = (source.joules(duration_s, units) for units in (flow.low, flow.mid, flow.high))
-    flags = ("provisional",) if flow.provisional else ()
+    flags = (Flag.PROVISIONAL,) if flow.provisional else ()
     if _implausible(source, duration_s, flow):
-        return unknown(source, "implausible_power")
+        return unknown(source, Flag.IMPLAUSIBLE_POWER)
     too_short = low.mid <= 0 or not citable
     if mid.mid <= 0 or (too_short and not estimate_short):
-        return unknown(source, "too_short")
+        return unknown(source, Flag.TOO_SHORT)
     modeled = too_short or low.low < low.mid or high.mid < high.high
     less, more = (source.joules(duration_s, max(flow.mid + error, 0)) for error in (-flow.systematic, flow.systematic))
     return Component(
@@ -115,7 +116,7 @@ def counted(
         resolution_j=max(high.mid - mid.mid, mid.mid - low.mid),
         systematic_j=min(max(more.high - mid.mid, mid.mid - less.low), max(high.high - mid.mid, mid.mid - low.low)),
         counter_label=source.counter_label,
-        flags=(*flags, "too_short") if too_short else flags,
+        flags=(*flags, Flag.TOO_SHORT) if too_short else flags,
     )
 
 
@@ -171,12 +172,12 @@ class Flow:
 
     duration_s: float
     longest_s: float
-    units: tuple[Level | str, ...]
-    flags: frozenset[str]
+    units: tuple[Level | Flag, ...]
+    flags: frozenset[Flag]
 
     def __add__(self, other: Flow) -> Flow:
         units = [
-            a if isinstance(a, str) else b if isinstance(b, str) else together((a, b))
+            a if isinstance(a, Flag) else b if isinstance(b, Flag) else together((a, b))
             for a, b in zip(self.units, other.units, strict=True)
         ]
         longest_s = max(self.longest_s, other.longest_s)
@@ -236,7 +237,7 @@ class Shares:
 
     def __add__(self, other: Shares) -> Shares:
         counters = [
-            a if isinstance(a, str) else b if isinstance(b, str) else a.plus(b)
+            a if isinstance(a, Flag) else b if isinstance(b, Flag) else a.plus(b)
             for a, b in zip(self.counters, other.counters, strict=True)
         ]
         return Shares(
@@ -270,10 +271,10 @@ def shared(source: Source, shares: Shares, found: Share) -> Component:
     The bounds are those of the parts, widened by the counter's resolution.
     """
     if _implausible(source, shares.duration_s, found.whole):
-        return unknown(source, "implausible_power")
+        return unknown(source, Flag.IMPLAUSIBLE_POWER)
     share = source.joules(shares.reserved_s, found.units)
     if share.mid <= 0:
-        return unknown(source, "too_short")
+        return unknown(source, Flag.TOO_SHORT)
     low_j = min(source.joules(shares.reserved_low_s, max(found.least - found.in_low, 0.0)).low, share.mid)
     high_j = max(source.joules(shares.reserved_high_s, found.most + found.in_high).high, share.mid)
     less_j = source.joules(shares.reserved_low_s, max(found.least - found.blur, 0.0)).low
@@ -288,5 +289,5 @@ def shared(source: Source, shares: Shares, found: Share) -> Component:
         resolution_j=source.joules(shares.reserved_s, found.units + found.in_mid).mid - share.mid,
         systematic_j=min(max(share.mid - less_j, more_j - share.mid, 0.0), max(share.mid - low_j, high_j - share.mid)),
         counter_label=source.counter_label,
-        flags=("shared",),
+        flags=(Flag.SHARED,),
     )

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Literal
 
 from registry.errors import BadSettings
+from registry.wire.flags import Flag
 
 FunctionalUnit = Literal["output_token", "token", "request", "word"]
 
@@ -126,7 +127,7 @@ def total(components: Iterable[Component], flags: Iterable[str] = ()) -> Energy:
     """Sum up components; without any, the energy is unavailable and flagged ``no_source``."""
     parts = tuple(components)
     all_flags = tuple(
-        sorted({*flags, *chain.from_iterable(part.flags for part in parts), *(() if parts else ("no_source",))})
+        sorted({*flags, *chain.from_iterable(part.flags for part in parts), *(() if parts else (Flag.NO_SOURCE,))})
     )
     label = worst([part.label for part in parts])
     if label is Label.UNAVAILABLE:

@@ -8,6 +8,7 @@ from deployments.energy.attribution import Flow
 from deployments.energy.timeline import Interval
 from registry.contract.messages import LeaseGrant
 from registry.errors import BudgetUsed
+from registry.wire.flags import Flag
 
 NEARLY_USED = 0.8
 """Answers warn when this part of a budget is used."""
@@ -138,11 +139,11 @@ class Budget:
     used: float | None
 
     @property
-    def flag(self) -> str | None:
+    def flag(self) -> Flag | None:
         """The flag for answers: the budget is nearly used, or the use is unknown; else None."""
         if self.used is None:
-            return "budget_not_enforced"
-        return "budget_nearly_used" if self.used >= NEARLY_USED * self.limit else None
+            return Flag.BUDGET_NOT_ENFORCED
+        return Flag.BUDGET_NEARLY_USED if self.used >= NEARLY_USED * self.limit else None
 
     def require(self) -> None:
         """Raise BudgetUsed if nothing of it is left. If the use is unknown, the limit is not enforced."""

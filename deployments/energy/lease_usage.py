@@ -10,6 +10,7 @@ from deployments.energy.lease_account import Budget, LeaseAccount
 from deployments.energy.sci import Score
 from deployments.energy.scorer import Scorer
 from deployments.energy.timeline import Stretch, Timeline
+from registry.wire.flags import Flag
 
 
 class LeaseUsage:
@@ -50,7 +51,7 @@ class LeaseUsage:
         for budget in self._budgets(self._timeline.holder):
             budget.require()
 
-    def budget_flags(self, account: LeaseAccount | None) -> list[str]:
+    def budget_flags(self, account: LeaseAccount | None) -> list[Flag]:
         """Return the flags about the budget for answers of a lease, and note them for its record."""
         flags = [flag for budget in self._budgets(account) if (flag := budget.flag) is not None]
         if account is not None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from typing import Final
 
 import structlog
 
@@ -27,13 +26,12 @@ from deployments.energy.counters.probe import CounterLost, GPUPower, ReadFailed,
 from deployments.energy.figures import Component, Energy, Label, total, worst
 from deployments.energy.timeline import Interval
 from registry.errors import BadSettings
+from registry.wire.flags import Flag
 
 log = structlog.get_logger("deployments.energy.meter")
 
 _STALE_S = 0.5
 """How long after a counter's last edge a window may end, seconds (or three polls, if that is longer)."""
-CONTENDED: Final = "contended"
-"""Flag: something else was at work on the hardware or on the machine."""
 _LIMITS_PERIOD_S = 10.0
 """How often power limits are read, seconds: operators change them while GPUs run."""
 _FIRST_EDGES_S = 1.0
@@ -307,7 +305,7 @@ class Meter:
 
     def nothing(self) -> Energy:
         """Return the energy of no time: unavailable, flagged ``too_short``."""
-        return self.energy(Flow(0.0, 0.0, ("too_short",) * len(self._channels), frozenset()))
+        return self.energy(Flow(0.0, 0.0, (Flag.TOO_SHORT,) * len(self._channels), frozenset()))
 
     def share(self, parts: Parts, *, before: Shares | None = None, final: bool = False) -> Energy:
         """Return a prompt's share of the energy while it was in flight with others: modelled, with its range.
@@ -349,7 +347,7 @@ class Meter:
             ]
             return source.unseen(lengths_s)
 
-    def _levels(self, times_s: Sequence[float], *, final: bool) -> list[tuple[Source, list[Level] | str]]:
+    def _levels(self, times_s: Sequence[float], *, final: bool) -> list[tuple[Source, list[Level] | Flag]]:
         """Return every counter's levels at these times, all from one moment, or the flag that says why it has none.
 
         Raises:
@@ -357,13 +355,13 @@ class Meter:
         """
         if times_s[-1] <= times_s[0]:
             raise ValueError(f"a window can't end at {times_s[-1]} when it starts at {times_s[0]}")
-        found: list[tuple[Source, list[Level] | str]] = []
+        found: list[tuple[Source, list[Level] | Flag]] = []
         with self._lock:
             for channel in self._channels:
                 try:
                     levels = channel.track.levels(times_s)
                     provisional = final and any(level.provisional for level in levels)
-                    found.append((channel.source, "stale" if provisional else levels))
+                    found.append((channel.source, Flag.STALE if provisional else levels))
                 except NoWindow as no_window:
                     found.append((channel.source, no_window.flag))
         return found
@@ -371,7 +369,7 @@ class Meter:
     def _holes(self) -> list[Component]:
         """Return a component for each source inside the boundary that can't be read."""
         return [
-            Component(hole.name, hole.why, Label.UNAVAILABLE, flags=("unreadable",))
+            Component(hole.name, hole.why, Label.UNAVAILABLE, flags=(Flag.UNREADABLE,))
             for hole in self._unreadable
             if hole.in_boundary
         ]
@@ -385,15 +383,15 @@ class Meter:
         """The label of each source's counter."""
         return tuple(channel.source.counter_label for channel in self._channels)
 
-    def _flags(self, start_s: float, end_s: float) -> tuple[str, ...]:
+    def _flags(self, start_s: float, end_s: float) -> tuple[Flag, ...]:
         contended = self._contention.seen(start_s, end_s)
         unknown = self._contention.unknown(start_s, end_s)
         disagree = any(channel.check is not None and channel.check.disagrees for channel in self._channels)
         return (
             *self._not_covered,
-            *((CONTENDED,) if contended else ()),
-            *(("contention_unknown",) if unknown else ()),
-            *(("counter_disagrees",) if disagree else ()),
+            *((Flag.CONTENDED,) if contended else ()),
+            *((Flag.CONTENTION_UNKNOWN,) if unknown else ()),
+            *((Flag.COUNTER_DISAGREES,) if disagree else ()),
         )
 
     def _checks(self) -> list[Check]:
@@ -428,11 +426,11 @@ class Meter:
             }
 
 
-def _not_covered(sources: Sequence[Source]) -> Iterable[str]:
+def _not_covered(sources: Sequence[Source]) -> Iterable[Flag]:
     """Yield a flag for each kind of hardware that nothing counts. The CPU model includes memory."""
     names = [source.name for source in sources]
     both = "cpu-model" in names or any(source.covers_cpu for source in sources)
     if not both and not any(name.startswith("package-") for name in names):
-        yield "cpu_not_covered"
+        yield Flag.CPU_NOT_COVERED
     if not both and not any(name.startswith("dram-") for name in names):
-        yield "dram_not_covered"
+        yield Flag.DRAM_NOT_COVERED

@@ -10,10 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
-CLOCK_STEPPED: Final = "clock_stepped"
-"""Flag: the wall clock was set during the window, or the window's dates still differ from it."""
 MAX_RATE = 500e-6
 """How fast dates follow the wall clock, seconds per second: as fast as the kernel slews a clock."""
 TOLERANCE_S = 0.25

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from deployments.energy.figures import Embodied, Energy, GridIntensity, Label, SCISettings, worst
 from registry.grid_mixes import DATA_FILE, DATASET, zone_intensity
+from registry.wire.flags import Flag
 
 J_PER_KWH = 3_600_000.0
 PLAUSIBLE_J_PER_TOKEN = (0.03, 10.0)
@@ -131,12 +132,12 @@ def score(
         "R": Label.UNAVAILABLE if units is None else Label.MEASURED,
     }
     problems = {
-        "no_grid": grid is None,
-        "no_embodied": embodied is None,
-        "no_units": units == 0,
-        "units_unknown": units is None,
-        "estimates_not_allowed": not may_be_told and energy.total_j is not None,
-        "implausible_j_per_token": _implausible(energy, units, settings),
+        Flag.NO_GRID: grid is None,
+        Flag.NO_EMBODIED: embodied is None,
+        Flag.NO_UNITS: units == 0,
+        Flag.UNITS_UNKNOWN: units is None,
+        Flag.ESTIMATES_NOT_ALLOWED: not may_be_told and energy.total_j is not None,
+        Flag.IMPLAUSIBLE_J_PER_TOKEN: _implausible(energy, units, settings),
     }
     low, sci_score, high = per_unit or (None, None, None)
     o_low_g, o_g, o_high_g = operational or (None, None, None)

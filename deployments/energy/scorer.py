@@ -12,6 +12,7 @@ from deployments.energy.lease_account import LeaseAccount
 from deployments.energy.meter import Meter
 from deployments.energy.sci import Score, score
 from deployments.energy.timeline import Interval
+from registry.wire.flags import Flag
 
 
 class Scorer:
@@ -40,8 +41,8 @@ class Scorer:
             energy = self.meter.share(parts, before=None if had is None else had.shares, final=for_good)
         reserved_s = parts.reserved_s + (0.0 if had is None else had.shares.reserved_s)
         flags = [
-            *(("tokens_unknown",) if flight.tokens is None else ()),
-            *(("share_estimated",) if assumed else ()),
+            *((Flag.TOKENS_UNKNOWN,) if flight.tokens is None else ()),
+            *((Flag.SHARE_ESTIMATED,) if assumed else ()),
         ]
         range_s = parts.reserved_low_s, parts.reserved_high_s
         if had is not None:

@@ -9,22 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from statistics import fmean, pstdev
-from typing import Final
 
 import structlog
 
 from deployments.energy.figures import Label
-from deployments.energy.meter import CONTENDED, Meter
+from deployments.energy.meter import Meter
 from registry.settings import EnergySettings
-
-NOT_STEADY: Final = "not_steady"
-"""Flag: the idle machine's power did not become steady in time, or the LLM did not answer."""
-
-STEADINESS_UNKNOWN: Final = "steadiness_unknown"
-"""Flag: nothing on the machine counts energy, so it is unknown whether its power was steady."""
-
-PREFIX_CACHE_KEPT: Final = "prefix_cache_kept"
-"""Flag: the LLM's caches may still hold prompts of an earlier lease."""
+from registry.wire.flags import Flag
 
 SLICES, SLICE_S = 5, 1.0
 """Number of time slices that are compared, and their length, seconds: NVML's counter steps about every 100 ms."""
@@ -51,14 +42,14 @@ async def warmed_up(warm_up: Callable[[], Awaitable[None]], *, max_s: float) -> 
     return True
 
 
-async def forgotten(forget_prompts: Callable[[], Awaitable[bool]]) -> tuple[str, ...]:
-    """Empty an LLM's caches; return the flag PREFIX_CACHE_KEPT if that failed or took too long."""
+async def forgotten(forget_prompts: Callable[[], Awaitable[bool]]) -> tuple[Flag, ...]:
+    """Empty an LLM's caches; return the flag ``prefix_cache_kept`` if that failed or took too long."""
     try:
         empty = await forget_prompts()
     except Exception as error:  # a dead engine is reported elsewhere
         log.warning("the caches of an LLM were not emptied", reason=f"{type(error).__name__}: {error}")
         empty = False
-    return () if empty else (PREFIX_CACHE_KEPT,)
+    return () if empty else (Flag.PREFIX_CACHE_KEPT,)
 
 
 async def at_rest(
@@ -68,7 +59,7 @@ async def at_rest(
     begun_s: float,
     given_up: Callable[[], bool],
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
-) -> tuple[str, ...]:
+) -> tuple[Flag, ...]:
     """Wait until the machine had no other work, and its power was steady, for SLICES * SLICE_S seconds.
 
     Args:
@@ -91,23 +82,24 @@ async def at_rest(
         await pause(LOOK_S)
     if known:
         return () if flag is None else (flag,)
-    return (CONTENDED, STEADINESS_UNKNOWN) if flag == CONTENDED else (STEADINESS_UNKNOWN,)
+    contended = (Flag.CONTENDED,) if flag is Flag.CONTENDED else ()
+    return (*contended, Flag.STEADINESS_UNKNOWN)
 
 
-def _unrest(meter: Meter, since_s: float, steady_cv: float | None) -> str | None:
+def _unrest(meter: Meter, since_s: float, steady_cv: float | None) -> Flag | None:
     """Return the flag for a machine that is not at rest, or was watched too briefly since ``since_s``; else None."""
     now_s = meter.mark()
     if meter.contended(max(since_s, now_s - SLICES * SLICE_S - LAG_S), now_s):
-        return CONTENDED
+        return Flag.CONTENDED
     first_s = now_s - LAG_S - SLICES * SLICE_S
     if first_s < since_s:
-        return NOT_STEADY
+        return Flag.NOT_STEADY
     if steady_cv is None:
         return None
     watts = [_power_w(meter, first_s + n * SLICE_S) for n in range(SLICES)]
     known_w = [power_w for power_w in watts if power_w is not None]
     steady = len(known_w) == SLICES and pstdev(known_w) <= steady_cv * fmean(known_w)
-    return None if steady else NOT_STEADY
+    return None if steady else Flag.NOT_STEADY
 
 
 def _power_w(meter: Meter, start_s: float) -> float | None:

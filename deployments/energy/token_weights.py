@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from deployments.energy.figures import Energy
+from registry.wire.flags import Flag
 
 FEWEST_PROMPTS = 10
 """With fewer prompts the weight is unknown."""
@@ -14,7 +15,7 @@ _ERRORS = 2.0
 """The range of a weight is this many standard errors to either side."""
 _ROUNDING = 1e-9
 """Relative rounding error of sums of equal numbers after their mean is taken."""
-_UNFIT = frozenset({"shared", "too_short", "provisional", "contended"})
+_UNFIT = frozenset({Flag.SHARED, Flag.TOO_SHORT, Flag.PROVISIONAL, Flag.CONTENDED})
 
 
 class Weight(NamedTuple):

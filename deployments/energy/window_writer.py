@@ -12,21 +12,19 @@ from deployments.energy.attribution import Flow
 from deployments.energy.figures import Energy
 from deployments.energy.flights import Flight, Flights, Tokens
 from deployments.energy.lease_account import LeaseAccount
-from deployments.energy.record_dates import CLOCK_STEPPED, RecordDates
+from deployments.energy.record_dates import RecordDates
 from deployments.energy.sci import Score
 from deployments.energy.scorer import Scorer
 from deployments.energy.timeline import STRETCH_S, Interval, Timeline
 from deployments.energy.token_weights import UNKNOWN, TokenWeight
 from deployments.energy.window_log import EnergyLog, Record, as_iso
-from registry.accounting.figures import WARMUP_INSIDE
 from registry.contract.messages import LeaseGrant, StartedFor
+from registry.wire.flags import Flag
 from registry.wire.words import WindowKind
 
 SETTLE_S = 30.0
 """How long a window waits for counter readings after its end, seconds; without them a figure is unavailable."""
-LLM_STARTED_INSIDE = "llm_started_inside"
-"""Flag of a counted stretch in which the LLM was started again; the time of the start is left out of it."""
-_NOT_CLEAN = frozenset({WARMUP_INSIDE, LLM_STARTED_INSIDE})
+_NOT_CLEAN = frozenset({Flag.WARMUP_INSIDE, Flag.LLM_STARTED_INSIDE})
 """Flags that a lease window takes over from its counted stretch; the others it has on its own."""
 SHARES_S = 30.0
 """How long a prompt's record waits for the end of the prompts that ran with it, seconds."""
@@ -188,10 +186,10 @@ class WindowWriter:
         energy = self._meter.energy(flow, estimate_short=True)
         units = None if counted.units_unknown else counted.units
         flags = {
-            WARMUP_INSIDE: counted.warmed_up,
-            LLM_STARTED_INSIDE: flow.duration_s < (ended_s - begun_s) * (1 - 1e-9),
-            "tokens_unknown": counted.tokens_unknown > 0,
-            CLOCK_STEPPED: self._dates.stepped(begun_s, ended_s),
+            Flag.WARMUP_INSIDE: counted.warmed_up,
+            Flag.LLM_STARTED_INSIDE: flow.duration_s < (ended_s - begun_s) * (1 - 1e-9),
+            Flag.TOKENS_UNKNOWN: counted.tokens_unknown > 0,
+            Flag.CLOCK_STEPPED: self._dates.stepped(begun_s, ended_s),
         }
         told = [flag for flag, holds in flags.items() if holds]
         found = self._scorer.score(energy, flow.duration_s, units, told, account=account)
@@ -254,7 +252,7 @@ class WindowWriter:
                 duration_s=times[1] - times[0],
                 energy=energy,
                 score=found,
-                flags=(*found.flags, *((CLOCK_STEPPED,) if self._dates.stepped(*times) else ())),
+                flags=(*found.flags, *((Flag.CLOCK_STEPPED,) if self._dates.stepped(*times) else ())),
                 more=more,
             )
         )
@@ -274,7 +272,7 @@ def _add(account: LeaseAccount, flight: Flight, found: Score) -> None:
         prompt, cached, output = account.tokens
         cached = None if cached is None or tokens.cached is None else cached + tokens.cached
         account.tokens = (prompt + tokens.prompt, cached, output + tokens.output)
-    account.flags.update({"share_estimated", "tokens_unknown"}.intersection(found.flags))
+    account.flags.update({Flag.SHARE_ESTIMATED, Flag.TOKENS_UNKNOWN}.intersection(found.flags))
     if not flight.warmup:
         counted.prompts += 1
         counted.units += units or 0

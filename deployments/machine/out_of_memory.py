@@ -12,9 +12,6 @@ from typing import Final
 WRAPPER_SCORE: Final = 500
 ENGINE_SCORE: Final = 900
 
-ENGINE_OUT_OF_MEMORY: Final = "engine_out_of_memory"
-"""Flag: the kernel killed an engine during the measurement because memory had run out."""
-
 _SCORE: Final = Path("/proc/self/oom_score_adj")
 _COUNTERS: Final = Path("/proc/vmstat")
 

@@ -24,16 +24,15 @@ from ray.util.metrics import Gauge
 from starlette.types import ASGIApp
 
 from deployments.energy.counters.probe import ReadFailed, driver_version
-from deployments.energy.meter import CONTENDED
 from deployments.energy.prompt_meter import PromptMeter
-from deployments.energy.settling import NOT_STEADY, SLICE_S, SLICES, at_rest, forgotten, warmed_up
+from deployments.energy.settling import SLICE_S, SLICES, at_rest, forgotten, warmed_up
 from deployments.engine.environment import Phase
 from deployments.engine.host import EngineHost, RunningLLM, StopReport
 from deployments.engine.rest import EngineRest
 from deployments.machine.cpu_quota import cpus_here
 from deployments.machine.memory import gpu_memory_bytes, main_memory
 from deployments.machine.neighbours import Neighbours
-from deployments.machine.out_of_memory import ENGINE_OUT_OF_MEMORY, WRAPPER_SCORE, raise_score
+from deployments.machine.out_of_memory import WRAPPER_SCORE, raise_score
 from deployments.models.args.mapping import task_of
 from deployments.models.cache import LocalModel, ModelCache
 from deployments.models.checkpoints import checkpoints_here
@@ -51,6 +50,7 @@ from registry.core.provenance import PENDING
 from registry.core.records import LLMSpec
 from registry.errors import EngineNotReady, EngineStartFailed, InvalidField, StaleEpoch, WrapperUnreachable
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
+from registry.wire.flags import Flag
 from registry.wire.words import Grade
 
 log = structlog.get_logger("deployments.wrapper.llm_wrapper")
@@ -394,10 +394,10 @@ class LLMWrapper:
         begun_s = meter.mark()
         try:
             if running is None:
-                return (NOT_STEADY,)
+                return (Flag.NOT_STEADY,)
             with self._meter.at_work():
                 if not await warmed_up(running.warm_up, max_s=energy.settle_max_s):
-                    return (NOT_STEADY,)
+                    return (Flag.NOT_STEADY,)
                 left_s = begun_s + energy.settle_max_s - SLICES * SLICE_S - meter.mark()
                 await self._hash_weights(running, within_s=max(0.0, left_s))
             return await at_rest(meter, energy, begun_s=begun_s, given_up=running.died.is_set)
@@ -437,7 +437,7 @@ class LLMWrapper:
         meter, since_s = self._meter.meter, self._measured_since_s
         if self._gate.grant is None or since_s is None:
             return ()
-        return (CONTENDED,) if meter.contended(since_s, meter.mark()) else ()
+        return (Flag.CONTENDED,) if meter.contended(since_s, meter.mark()) else ()
 
     async def _cancel_start(self) -> None:
         start, self._start = self._start, None
@@ -603,7 +603,7 @@ class LLMWrapper:
             log.error("the engine died", wrapper_id=self._config.wrapper_id, reason=reason)
             if self._start is None and self._spec is not None:  # else another LLM is wanted by now, or none
                 self._died, self._spec = reason, None
-                self._death_flags = (ENGINE_OUT_OF_MEMORY,) if running.out_of_memory else ()
+                self._death_flags = (Flag.ENGINE_OUT_OF_MEMORY,) if running.out_of_memory else ()
             await self._prompts.cut_all()
             try:
                 await self._empty()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import fsum
-from typing import Any, Final
+from typing import Any
 
 from registry.accounting.amounts import (
     ANSWERED,
@@ -28,12 +28,8 @@ from registry.accounting.amounts import (
 from registry.accounting.estimate import MIN_PROMPTS, Estimate, Sample, estimate
 from registry.accounting.totals import LABELS, sum_of, worst
 from registry.accounting.window_report import WindowReport, held_windows, worst_method
+from registry.wire.flags import Flag
 from registry.wire.words import WindowKind
-
-NOT_ALLOWED: Final = "estimates_not_allowed"
-
-WARMUP_INSIDE: Final = "warmup_inside"
-"""Flag of a counted stretch with a warm-up in flight: its joules are in the counters' readings too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +170,11 @@ def _score(
     """Return gCO2eq per functional unit. No value if a window is an estimate and the operator forbids estimates."""
     told, amount_of, units_of = f"gCO2eq/{unit or 'unit'}", amount_of or grams_of, units_in(unit)
     found = _figure(windows, told, amount_of, units_of, names, sci=True)
-    refused = why(windows, lambda window: NOT_ALLOWED in window.flags, "are estimates, which are not allowed")
+    refused = why(
+        windows, lambda window: Flag.ESTIMATES_NOT_ALLOWED in window.flags, "are estimates, which are not allowed"
+    )
     if refused is not None:
-        allowed = [window for window in windows if NOT_ALLOWED not in window.flags]
+        allowed = [window for window in windows if Flag.ESTIMATES_NOT_ALLOWED not in window.flags]
         known = _figure(allowed, told, amount_of, units_of, names, sci=True).known
         if known is not None and known.windows:
             found = replace(found, known=replace(known, of=len(windows)))
@@ -320,7 +318,7 @@ def _of_leases(figure: Figure, stretches: Sequence[WindowReport]) -> Figure:
 
     No value if a warm-up was in flight during a stretch: its joules are included, its tokens are not.
     """
-    unclean = sum(WARMUP_INSIDE in stretch.flags for stretch in stretches)
+    unclean = sum(Flag.WARMUP_INSIDE in stretch.flags for stretch in stretches)
     if unclean:
         return _without_value(figure, f"a warm-up was in flight in {unclean} of {len(stretches)} leases")
     if figure.too_few is None:
@@ -332,8 +330,8 @@ def _stretch(lease: WindowReport, counted: Mapping[str, Any]) -> WindowReport:
     """Return the counted stretch of a lease as a window."""
     label, in_flight = counted["label"], counted.get("in_flight") or {}
     flags = set(counted.get("flags") or ())
-    if label not in LABELS[:2] and NOT_ALLOWED in lease.flags:
-        flags.add(NOT_ALLOWED)
+    if label not in LABELS[:2] and Flag.ESTIMATES_NOT_ALLOWED in lease.flags:
+        flags.add(Flag.ESTIMATES_NOT_ALLOWED)
     return replace(
         lease,
         seconds=counted["seconds"],

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Final
 
 from registry.core.decision import Limits
 from registry.core.indices import Pool, is_free
@@ -26,16 +25,8 @@ from registry.core.ledger import Ledger
 from registry.core.policy import LOOK_AHEAD, Place, Rank, may_be_overtaken, victim
 from registry.core.records import Lease, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
 from registry.core.wrapper_commands import bind, deploy
+from registry.wire.flags import Flag
 from registry.wire.words import RequestStatus
-
-MACHINE_CHANGED: Final = "machine_changed"
-"""Flag of a measurement that continued on another machine with the same GPU type."""
-
-MACHINE_TYPE_CHANGED: Final = "machine_type_changed"
-"""Flag of a measurement that continued on a machine with another GPU type."""
-
-MACHINE_DRAINED: Final = "machine_drained"
-"""Flag of a measurement that continued on another machine while its previous machine was draining."""
 
 
 class Dispatcher:
@@ -196,8 +187,8 @@ class Dispatcher:
         if before is None or before == machine_id:
             return measurement.flags
         alike = ledger.gpu_type(before) == ledger.gpu_type(machine_id)
-        flags = with_flag(measurement.flags, MACHINE_CHANGED if alike else MACHINE_TYPE_CHANGED)
-        return with_flag(flags, MACHINE_DRAINED) if ledger.is_draining(before) else flags
+        flags = with_flag(measurement.flags, Flag.MACHINE_CHANGED if alike else Flag.MACHINE_TYPE_CHANGED)
+        return with_flag(flags, Flag.MACHINE_DRAINED) if ledger.is_draining(before) else flags
 
 
 def with_flag(flags: tuple[str, ...], flag: str) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import reduce
-from typing import Final
 
 from registry.core.decision import Limits
 from registry.core.dispatch import Dispatcher, with_flag
@@ -29,13 +28,8 @@ from registry.core.ledger import Ledger
 from registry.core.provenance import differences
 from registry.core.records import Machine, Request, Wrapper, WrapperStatus
 from registry.core.wrapper_commands import bind, deploy, restart, stop, unbind
+from registry.wire.flags import Flag
 from registry.wire.words import RequestStatus
-
-ENGINE_RESTARTED: Final = "engine_restarted"
-"""Flag of a measurement whose LLM had to be restarted during a lease."""
-
-VERSION_CHANGED: Final = "version_changed"
-"""Flag of a measurement whose LLMs ran on different software versions."""
 
 
 class WrapperEvents:
@@ -93,7 +87,7 @@ class WrapperEvents:
         if event.versions is not None:
             measurement = ledger.measurements[request.measurement_key]
             same = measurement.versions in (None, event.versions)
-            flags = measurement.flags if same else with_flag(measurement.flags, VERSION_CHANGED)
+            flags = measurement.flags if same else with_flag(measurement.flags, Flag.VERSION_CHANGED)
             ledger.put_measurement(replace(measurement, versions=event.versions, flags=flags))
         self.on_lease_flagged(request, event.flags)
 
@@ -384,4 +378,4 @@ class WrapperEvents:
         ledger.put_request(replace(request, status=RequestStatus.DEPLOYING, reason=reason))
         if request.request_id in ledger.leases:
             measurement = ledger.measurements[request.measurement_key]
-            ledger.put_measurement(replace(measurement, flags=with_flag(measurement.flags, ENGINE_RESTARTED)))
+            ledger.put_measurement(replace(measurement, flags=with_flag(measurement.flags, Flag.ENGINE_RESTARTED)))

@@ -1,8 +1,7 @@
-"""The flags that the code can put on a figure or a measurement, found in its source.
+"""Where the product sets flags, found in its source: by the enum `registry.wire.flags.Flag`, or wrongly by a text.
 
-Flags are words in snake case. They are found where the code makes them: as constants whose docstring begins with
-"Flag", as values of what is called ``flags``, in functions that return flags, and as arguments of the calls
-that say why a counter can't tell.
+A place that sets a flag is a constant whose docstring begins with "Flag", a value of what is called ``flags``, what a
+function that returns flags returns, or an argument of a call that says why a counter can't tell.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from tests.docs.pages import REFERENCE, modules
+from registry.wire.flags import CHECK, ESTIMATE, KEPT, UNKNOWN, Flag
+from tests.docs.markdown import MADE, cell, code, table
+from tests.docs.modules import ROOT, modules
 
 _SAYS_WHY: Final = {"unknown", "lost", "CounterLost", "NoWindow", "_Run"}
 """Functions and classes whose text argument is a flag."""
@@ -28,19 +29,52 @@ _COLLECTIONS: Final = {"dict", "frozenset", "list", "set", "sorted", "tuple"}
 _WORD: Final = re.compile(r"[a-z]+(_[a-z0-9]+)*")
 
 
-def flags_of_the_code() -> set[str]:
-    """Every flag that the product can set."""
+def flags_as_texts() -> list[str]:
+    """Return each place outside of the enum that sets a flag by a text, or has a flag's word as a text."""
+    found = list[str]()
+    for path, tree in modules():
+        house, *folders = path.relative_to(ROOT).parts
+        if (house, *folders) == ("registry", "wire", "flags.py"):
+            continue
+        set_here = set(_flags_of(tree, _HOLDS | {"problems"} if "energy" in folders else _HOLDS))
+        if house != "greenprompt_client":  # which reads them, and has columns named like some
+            set_here |= {*_constants(tree)} & {*Flag}
+        found += [f"{path.name}: {word}" for word in sorted(set_here) if _WORD.fullmatch(word)]
+    return found
+
+
+def flags_used() -> set[str]:
+    """Return the names of the members of `Flag` that the product uses."""
     return {
-        flag
-        for path, tree in modules()
-        for flag in _flags_of(tree, _HOLDS | {"problems"} if "energy" in path.parts else _HOLDS)
-        if _WORD.fullmatch(flag)
+        node.attr
+        for _, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == Flag.__name__
     }
 
 
-def flags_of_the_page() -> list[str]:
-    """The flags of docs/reference/flags.md, in its order."""
-    return re.findall(r"^\| `(\w+)` \|", (REFERENCE / "flags.md").read_text(), re.MULTILINE)
+def flags_page() -> str:
+    """Return the page of flags."""
+    page = f"""\
+# Flags
+
+{MADE}
+A flag is a word that says what is unusual about a figure. Flags stand in `flags` of answers, energy
+windows, requests, measurements and reports.
+
+"Figure" says what becomes of a figure with this flag: **{KEPT}** means that it counts, **{UNKNOWN}**
+that it is `null`, **{ESTIMATE}** that it is `modeled`, and **{CHECK}** that you should look at it
+before you cite it.
+
+"""
+    for group in dict.fromkeys(flag.about for flag in Flag):
+        rows = [(code(flag), cell(flag.meaning), cell(flag.figure)) for flag in Flag if flag.about == group]
+        page += f"## {group}\n\n{table(('flag', 'meaning', 'figure'), rows)}"
+    return page.rstrip() + "\n"
+
+
+def _constants(tree: ast.Module) -> Iterator[str]:
+    return (each.value for each in ast.walk(tree) if isinstance(each, ast.Constant) and isinstance(each.value, str))
 
 
 def _flags_of(tree: ast.Module, holds: frozenset[str]) -> Iterator[str]:

@@ -14,13 +14,13 @@ from deployments.launch.haproxy import _ANSWERS
 from greenprompt_client.cli.app import EXIT_STATUSES
 from greenprompt_client.cli.main import app
 from registry.errors import RegistryError
+from tests.docs.flags import flags_page
 from tests.docs.http_page import http_page
 from tests.docs.markdown import MADE, cell, code, sentence, table, text
+from tests.docs.modules import ROOT, modules
 from tests.docs.settings_page import settings_page
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 REFERENCE: Final = ROOT / "docs" / "reference"
-HOUSES: Final = ("registry", "deployments", "greenprompt_client")
 
 OTHER_ERRORS: Final[Mapping[str, tuple[str, str, str]]] = {
     "method_not_allowed": ("405", "no", "The path does not take this method; the header `Allow` names those it takes."),
@@ -37,13 +37,6 @@ class Metric(NamedTuple):
     name: str
     meaning: str
     tags: tuple[str, ...]
-
-
-def modules() -> Iterator[tuple[Path, ast.Module]]:
-    """Every product file, parsed."""
-    for house in HOUSES:
-        for path in sorted((ROOT / house).rglob("*.py")):
-            yield path, ast.parse(path.read_text())
 
 
 def errors() -> list[type[RegistryError]]:
@@ -195,6 +188,7 @@ def _variable(param: Any) -> str:
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "settings.md": settings_page,
     "errors.md": errors_page,
+    "flags.md": flags_page,
     "metrics.md": metrics_page,
     "command-line.md": command_line_page,
     "http.md": http_page,

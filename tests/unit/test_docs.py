@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from tests.docs.flags import flags_of_the_code, flags_of_the_page
-from tests.docs.pages import OTHER_ERRORS, PAGES, REFERENCE, ROOT, errors, modules
+from registry.wire.flags import Flag
+from tests.docs.flags import flags_as_texts, flags_used
+from tests.docs.modules import ROOT, modules
+from tests.docs.pages import OTHER_ERRORS, PAGES, REFERENCE, errors
 from tests.docs.settings_page import parts
 from tests.docs.site import on_config
 
@@ -35,11 +37,10 @@ def test_every_setting_is_explained() -> None:
     assert [each for each in settings if (each.variable is None) != bool(re.search(r"\[\]|<", each.section))] == []
 
 
-def test_every_flag_is_explained() -> None:
-    """docs/reference/flags.md explains each flag that the code can set, once, and no other."""
-    explained = flags_of_the_page()
-    assert sorted(set(explained)) == sorted(explained)
-    assert set(explained) == flags_of_the_code()
+def test_flags_are_set_by_the_enum_only() -> None:
+    """No code sets a flag by a text, which could be missing on the page of flags; and each flag is used."""
+    assert flags_as_texts() == []
+    assert {flag.name for flag in Flag} - flags_used() == set()
 
 
 def test_every_error_code_is_explained() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deployments.energy.figures import Label
+from registry.wire.flags import Flag
 
 POWER_HEADROOM = 1.2
 """Power above this multiple of the limit is implausible."""
@@ -20,7 +21,7 @@ class ReadFailed(Exception):
 class CounterLost(Exception):
     """The counter's change since the last reading is unknown; ``flag`` says why."""
 
-    def __init__(self, flag: str) -> None:
+    def __init__(self, flag: Flag) -> None:
         super().__init__(flag)
         self.flag = flag
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deployments.energy.counters.base import CounterLost
+from registry.wire.flags import Flag
 
 
 class EdgeCheck:
@@ -46,10 +47,10 @@ class EdgeCheck:
         last = self._last
         if last is not None and units < last:
             self.restart()
-            raise CounterLost("counter_reset")
+            raise CounterLost(Flag.COUNTER_RESET)
         if not self.plausible(answered_s, units, max_rate):
             self.restart()
-            raise CounterLost("implausible_power")
+            raise CounterLost(Flag.IMPLAUSIBLE_POWER)
         if self._max_age_s is not None:
             self._since_s = asked_s - self._max_age_s
         elif last is not None and units > last:

@@ -22,6 +22,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from deployments.energy.counters.activity import Activity
+from registry.wire.flags import Flag
 
 _FINE_S = 600.0
 """Every edge of the last ten minutes is kept; of older ones, one per second."""
@@ -46,7 +47,7 @@ _USUAL = 0.99
 class NoWindow(Exception):
     """The history is not enough to compute a window; ``flag`` is the reason in one word."""
 
-    def __init__(self, flag: str) -> None:
+    def __init__(self, flag: Flag) -> None:
         super().__init__(flag)
         self.flag = flag
 
@@ -126,7 +127,7 @@ class _Run:
         "why",
     )
 
-    def __init__(self, why: str, activity: Activity) -> None:
+    def __init__(self, why: Flag, activity: Activity) -> None:
         self.why = why
         self._activity = activity
         self._idle = _Idle()
@@ -363,7 +364,7 @@ class Track:
         self._history_s = history_s
         self._stale_s = stale_s
         self._activity = Activity() if activity is None else activity
-        self._runs: deque[_Run] = deque([_Run("out_of_history", self._activity)], maxlen=_MAX_RUNS)
+        self._runs: deque[_Run] = deque([_Run(Flag.OUT_OF_HISTORY, self._activity)], maxlen=_MAX_RUNS)
         self._last_units: float | None = None
         self._last_asked_s = 0.0
         self._thin_at = 0
@@ -377,7 +378,7 @@ class Track:
         """Add a reading and the times when it was requested and answered. A lower reading breaks the history."""
         last = self._last_units
         if last is not None and units < last:
-            self.lost("counter_reset")
+            self.lost(Flag.COUNTER_RESET)
             last = None
         run = self._runs[-1]
         run.looked(asked_s)
@@ -415,7 +416,7 @@ class Track:
             self._citable_at = self._waited + max(self._waited // 16, 1)
         return self._citable_s
 
-    def lost(self, why: str) -> None:
+    def lost(self, why: Flag) -> None:
         """Break the history: windows that span this moment are unknown, with the flag ``why``."""
         self._runs[-1].looked(math.inf)
         self._runs.append(_Run(why, self._activity))
@@ -434,18 +435,18 @@ class Track:
             NoWindow: They are not all inside one unbroken stretch of the history.
         """
         first_s, last_s = min(times_s), max(times_s)
-        why = "out_of_history"
+        why = Flag.OUT_OF_HISTORY
         for run in reversed(self._runs):
             if run.seen_s and run.seen_s[0] <= first_s:
                 break
             why = run.why
         else:
             # A counter that answers but never moves has its own flag.
-            raise NoWindow("no_edge" if len(self._runs) == 1 and not run.seen_s else why)
+            raise NoWindow(Flag.NO_EDGE if len(self._runs) == 1 and not run.seen_s else why)
         if run is not self._runs[-1] and last_s > run.before_s[-1]:
             raise NoWindow(why)
         if len(run.units) < 2:
-            raise NoWindow("no_edge")
+            raise NoWindow(Flag.NO_EDGE)
         if last_s > run.seen_s[-1] + self._stale_s:
-            raise NoWindow("stale")
+            raise NoWindow(Flag.STALE)
         return run.levels(times_s, self._step, self.max_rate)

@@ -14,6 +14,7 @@ from typing import Literal
 from deployments.energy.counters.base import CounterLost, Source, Unreadable
 from deployments.energy.figures import Component, Label, worst
 from deployments.machine.machine_cpu import MachineCPU
+from registry.wire.flags import Flag
 
 
 class CPUPart:
@@ -90,7 +91,7 @@ class MachineShare(Source):
         else:
             if joules < self._last:
                 self._last = None
-                raise CounterLost("counter_reset")
+                raise CounterLost(Flag.COUNTER_RESET)
             self._share += self._part(part) * (joules - self._last)
         self._last = joules
         return self._share

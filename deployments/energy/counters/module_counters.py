@@ -8,11 +8,9 @@ from itertools import combinations
 from deployments.energy.counters.base import CounterLost, ReadFailed, Source
 from deployments.energy.counters.nvml import GPUCounter
 from deployments.energy.figures import Label
+from registry.wire.flags import Flag
 
 _MOVES_TO_TELL = 3
-
-SHARED_MODULE = "module_shared"
-"""Flag: another wrapper's GPU has the same counter, so this wrapper's part of it is unknown."""
 
 
 class _Modules:
@@ -89,7 +87,7 @@ class ModuleCounter(Source):
         """Return the joules since the driver was loaded."""
         self._modules.look(now_s)
         if self.name in self._modules.shared:
-            raise CounterLost(SHARED_MODULE)
+            raise CounterLost(Flag.MODULE_SHARED)
         return self._gpu.read(now_s)
 
     def power_w(self) -> float | None:

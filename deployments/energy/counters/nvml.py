@@ -12,6 +12,7 @@ from deployments.energy.counters.base import CounterLost, ReadFailed, Source, Un
 from deployments.energy.figures import Label
 from deployments.machine.cpu_time import CPUTimeTree
 from deployments.machine.gpus import power_limit_w
+from registry.wire.flags import Flag
 
 _MAX_SAMPLE_GAP_S = 0.2
 """Longest time between two power samples that are integrated, seconds; the label promises 10 samples per second."""
@@ -160,10 +161,10 @@ class GPUPower(_GPU):
         last, self._last = self._last, (now_s, power_w)
         if self.max_rate is not None and power_w > self.max_rate:
             self._last = None
-            raise CounterLost("implausible_power")
+            raise CounterLost(Flag.IMPLAUSIBLE_POWER)
         if last is not None:
             if now_s - last[0] > _MAX_SAMPLE_GAP_S:
-                raise CounterLost("undersampled")
+                raise CounterLost(Flag.UNDERSAMPLED)
             gap_s = now_s - last[0]
             self.joules_so_far += gap_s * (last[1] + power_w) / 2
             self.sampling_j += abs(power_w - last[1]) * (_REFRESHED_S + gap_s) / 2

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deployments.energy.counters.base import CounterLost, ReadFailed, Source, Unreadable
 from deployments.energy.figures import Label
+from registry.wire.flags import Flag
 
 PACKAGE_LIMIT_W = 1500.0
 """Power limit assumed for a package that reports none, W. The largest server processors are made for 500 W (AMD EPYC
@@ -77,14 +78,14 @@ class PowercapZone(Source):
             return self._total_uj / 1e6
         most_uj_s = (self.max_rate or 0.0) * 1e6
         if (now_s - last_s) * most_uj_s >= self._range_uj:
-            raise CounterLost("poll_gap")  # it may have wrapped more than once
+            raise CounterLost(Flag.POLL_GAP)  # it may have wrapped more than once
         delta_uj = now_uj - last_uj
         if delta_uj < 0:
             delta_uj += self._range_uj
             if delta_uj > min(self._range_uj / 2, (now_s - last_s + _WRAP_SLACK_S) * most_uj_s):
-                raise CounterLost("counter_reset")  # backwards, and not by wrapping
+                raise CounterLost(Flag.COUNTER_RESET)  # backwards, and not by wrapping
             if now_s - last_s > _LONGEST_WRAP_S:
-                raise CounterLost("poll_gap")
+                raise CounterLost(Flag.POLL_GAP)
         self._total_uj += delta_uj
         return self._total_uj / 1e6
 
