@@ -1,4 +1,8 @@
-"""Events: what happened, in the past tense. Each is one input of ``Allocator.handle``."""
+"""Events: what happened, in the past tense. Each is one input of ``Allocator.handle``.
+
+The names of these classes never change: they are stored in the log of events, and clients read them. The test
+tests/unit/registry_core/test_events.py lists them.
+"""
 
 from __future__ import annotations
 
