@@ -64,6 +64,7 @@ def openai_error(
     return JSONResponse(body, status_code=status, headers=_headers(status, retryable, retry_after_s))
 
 
+# D78: below /v1 errors have OpenAI's shape
 def openai_problem(status: int, code: str, message: str, *, field: str | None = None) -> dict[str, Any]:
     """Return the ``error`` object of OpenAI's format."""
     kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"

@@ -47,6 +47,7 @@ WAIT_S = 20.0
 RETRY_FOR_S = 30.0
 """How long a retryable call is retried while the registry restarts, seconds."""
 
+# D99: commands do not wait long for a connection
 CONNECT_FOR_S = 5.0
 """How long an interactive command tries to reach a registry before its first answer, seconds.
 

@@ -70,6 +70,7 @@ class EmbodiedSettings(Section):
         return self
 
 
+# D72: coefficients of single machines
 class SiteEmbodiedSettings(EmbodiedSettings):
     """Embodied carbon of a whole machine, or of each GPU including its share of the rest of the machine."""
 

@@ -93,5 +93,6 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
 
 
+# D100: a key that is there twice is refused
 STRICT_JSON: Final = json.JSONDecoder(object_pairs_hook=_each_once, parse_constant=_no_number)
 """Raises ValueError for text that is not strict JSON (e.g. NaN), and for duplicate keys in an object."""

@@ -222,16 +222,18 @@ class Shares:
     reserved_low_s: float
     reserved_s: float
     reserved_high_s: float
-    counters: tuple[Share | str, ...]
+    counters: tuple[Share | Flag, ...]
 
     @classmethod
-    def of(cls, parts: Parts, levels: Iterable[Sequence[Level] | str], errors: Iterable[float] = repeat(0.0)) -> Shares:
+    def of(
+        cls, parts: Parts, levels: Iterable[Sequence[Level] | Flag], errors: Iterable[float] = repeat(0.0)
+    ) -> Shares:
         """Return the shares for a prompt's parts.
 
         ``levels`` has each counter's levels at the times of the parts, ``errors`` its additional error, units.
         """
         both = zip(levels, errors, strict=False)
-        counters = tuple(one if isinstance(one, str) else _share(parts, one).widened(error) for one, error in both)
+        counters = tuple(one if isinstance(one, Flag) else _share(parts, one).widened(error) for one, error in both)
         duration_s = parts.times_s[-1] - parts.times_s[0]
         return cls(duration_s, parts.reserved_low_s, parts.reserved_s, parts.reserved_high_s, counters)
 

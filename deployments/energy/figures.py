@@ -81,6 +81,7 @@ class Component:
     counter_label: Label = Label.UNAVAILABLE
     flags: tuple[str, ...] = ()
 
+    # D58: every figure has hard bounds
     def __post_init__(self) -> None:
         unknown = self.label is Label.UNAVAILABLE
         if self.label is Label.SOURCED or (self.joules is None) != unknown:

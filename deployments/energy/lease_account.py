@@ -14,6 +14,7 @@ NEARLY_USED = 0.8
 """Answers warn when this part of a budget is used."""
 
 
+# D64: the counted stretch
 @dataclass(slots=True, eq=False)
 class Counted:
     """The counted stretch of a lease: from the start of its first prompt that is no warm-up to the end of the last.

@@ -276,7 +276,7 @@ class Meter:
         times_s = list(chain.from_iterable(intervals))
         units = [
             levels
-            if isinstance(levels, str)
+            if isinstance(levels, Flag)
             else widened(together(map(between, levels[::2], levels[1::2])), self._unseen(source, intervals))
             for source, levels in self._levels(times_s, final=final)
         ]
@@ -288,7 +288,7 @@ class Meter:
         """Return a flow in joules; with ``estimate_short`` modelled if it is too short for a counter."""
         parts = [
             unknown(channel.source, units)
-            if isinstance(units, str)
+            if isinstance(units, Flag)
             else channel.doubted(
                 counted(
                     channel.source,
@@ -318,7 +318,7 @@ class Meter:
         found = self.shares(parts, final=final) if before is None else before + self.shares(parts, final=final)
         components = [
             unknown(channel.source, share)
-            if isinstance(share, str)
+            if isinstance(share, Flag)
             else channel.doubted(shared(channel.source, found, share))
             for channel, share in zip(self._channels, found.counters, strict=True)
             if not channel.source.redundant

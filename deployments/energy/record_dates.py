@@ -39,6 +39,7 @@ class _Step:
     offset_s: float
 
 
+# D62: dates don't jump
 class RecordDates:
     """Turns monotonic seconds into UTC seconds. Not thread-safe.
 

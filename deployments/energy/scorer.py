@@ -87,6 +87,7 @@ class Scorer:
             duration_range_s=duration_range_s,
         )
 
+    # D90: an LLM that writes no text is scored per token
     def _settings_of(self, account: LeaseAccount | None) -> SCISettings:
         """Return the operator's settings; for an LLM that writes no text the functional unit is a token."""
         return self._settings if account is None or account.writes_text else self._without_text

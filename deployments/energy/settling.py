@@ -42,6 +42,7 @@ async def warmed_up(warm_up: Callable[[], Awaitable[None]], *, max_s: float) -> 
     return True
 
 
+# D71: caches are emptied at every hand-over
 async def forgotten(forget_prompts: Callable[[], Awaitable[bool]]) -> tuple[Flag, ...]:
     """Empty an LLM's caches; return the flag ``prefix_cache_kept`` if that failed or took too long."""
     try:
@@ -52,6 +53,7 @@ async def forgotten(forget_prompts: Callable[[], Awaitable[bool]]) -> tuple[Flag
     return () if empty else (Flag.PREFIX_CACHE_KEPT,)
 
 
+# D40: measurement grade settles the machine
 async def at_rest(
     meter: Meter,
     settings: EnergySettings,

@@ -33,6 +33,7 @@ class Stretch(Generic[Holder]):
     last: bool
 
 
+# D36: every moment is charged once
 class Timeline(Generic[Holder]):
     """The stretches of a wrapper; the owner takes the finished ones from ``closed``. Times must not decrease.
 

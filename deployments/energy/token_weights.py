@@ -69,6 +69,7 @@ class _Sums(NamedTuple):
         return max(self.yy + 2 * weight * self.xy + weight * weight * self.xx, 0.0) / self._determinant
 
 
+# D60: the weight of a prompt token is learned
 class TokenWeight:
     """Learns the weight of one LLM on one machine; a new LLM needs a new one.
 

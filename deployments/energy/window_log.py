@@ -93,6 +93,7 @@ class EnergyLog:
         """Return the windows that the registry must store next, at most WINDOWS_A_REPORT."""
         return tuple(self._windows[index] for index in range(min(len(self._windows), WINDOWS_A_REPORT)))
 
+    # D38: windows are sent until they are stored
     def confirm(self, number: int) -> None:
         """Drop all windows up to this number: the registry has stored them. Idempotent; a lower one has no effect."""
         first = self._last - len(self._windows) + 1

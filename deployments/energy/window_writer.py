@@ -22,6 +22,7 @@ from registry.contract.messages import LeaseGrant, StartedFor
 from registry.wire.flags import Flag
 from registry.wire.words import WindowKind
 
+# D61: a window is written once it is final
 SETTLE_S = 30.0
 """How long a window waits for counter readings after its end, seconds; without them a figure is unavailable."""
 _NOT_CLEAN = frozenset({Flag.WARMUP_INSIDE, Flag.LLM_STARTED_INSIDE})

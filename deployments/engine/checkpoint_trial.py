@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import structlog
 
+# D85: a checkpoint is tried within limits
 WALL_S: Final = 20.0
 """Time limit of the trial, seconds; a large tokenizer takes one or two."""
 

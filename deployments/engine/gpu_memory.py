@@ -16,6 +16,7 @@ _POLL_S = 0.1
 _log = logging.getLogger(__name__)
 
 
+# D24: memory that stays used costs the wrapper a restart
 class GPUMemory:
     """Baseline of this process's GPUs (CUDA_VISIBLE_DEVICES): the least memory in use while no engine ran.
 

@@ -40,6 +40,7 @@ class Work:
     steps: int = 0
 
 
+# D23: an engine that does not move counts as dead
 class Heartbeat:
     """Watches one engine. ``ask`` returns when the engine has answered, and raises if it no longer can."""
 

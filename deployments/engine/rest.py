@@ -19,6 +19,7 @@ import structlog
 
 from registry.errors import EngineNotReady
 
+# D86: an engine that a lease leaves at work is ended
 REST_LIMIT_S: Final = 5.0
 """How long an engine may go on working after a lease, seconds."""
 

@@ -57,6 +57,7 @@ class GPUs(Protocol):
 Sleeper = TypeVar("Sleeper", bound=LLM)
 
 
+# D28: an evicted LLM can sleep on GPUs
 class SleepMode(Generic[Sleeper]):
     """The sleeping LLMs of one engine host, oldest first. Use it in the host's event loop, under its lock.
 

@@ -15,6 +15,7 @@ from deployments.energy.flights import Tokens
 Generate = Callable[..., AsyncGenerator[Any, None]]
 
 
+# D63: few prompts have unknown tokens
 class TokenCount:
     """Tokens that the engine has produced so far for one client prompt, which can be several engine prompts."""
 

@@ -23,6 +23,7 @@ SERVE_ENVIRONMENT = {
     # A deleted wrapper was emptied before, so there is nothing to drain.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
     # Interval of the controller's loop; Serve's default of 0.1 s uses 3 % of a core without benefit.
+    # D22: a registry at rest uses little CPU time
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # HAProxy is restarted after three unanswered checks; with Serve's default of 10 s that takes half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
@@ -38,6 +39,7 @@ SERVE_ENVIRONMENT = {
 Needed on every node of a cluster and by every process that deploys to it.
 """
 
+# D82: limits of idle connections, sources and polls
 REQUEST_S = 10
 """Longest time from connecting until the head of the request is complete, seconds."""
 
@@ -47,6 +49,7 @@ KEEP_ALIVE_S = 30
 MOST_PER_SOURCE = 2048
 """Connections allowed per source address: half of HAProxy's maximum (4096), so that others have the rest."""
 
+# D95: several crowds leave room
 CROWDED, FEW_PER_SOURCE = 3072, 256
 """Above CROWDED connections in total, an address with FEW_PER_SOURCE gets no more.
 
@@ -81,6 +84,7 @@ exec "{python}" -IS -c '{die_with_parent}' $PPID "{haproxy}" -q "$@"
 """
 # -q: otherwise it writes a line for each client that hangs up while it waits for its turn. Errors in the configuration
 # are printed by the check before.
+# D8: all processes end with their owner
 _DIE_WITH_PARENT = (
     "import ctypes, os, signal, sys; "
     "ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) == 0 or sys.exit(1); "  # 1: PR_SET_PDEATHSIG
@@ -90,11 +94,14 @@ _DIE_WITH_PARENT = (
 
 # HAProxy's statistics and metrics listen on all interfaces, regardless of Serve's settings (Ray 2.60). Restrict
 # them to loopback.
+# D9: loopback means loopback
 _LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/" + "\n"
 
+# D44: nothing slows prompts down
 # HAProxy sends a line per request to syslog. It contains the path and so the lease's token, and nothing needs it.
 _NO_LOG = r"/^[[:space:]]*log [^[:space:]]+ local0 info$/d" + "\n"
 
+# D45: no spliced requests
 # If HAProxy 2.8 may splice requests, it stops reading after a body that arrived later than its head, as Python's
 # clients may send it. Then it does not forward a hang-up, and uses a whole core until the answer comes.
 _NO_SPLICE = r"/^[[:space:]]*option splice-request$/d" + "\n"
@@ -112,6 +119,7 @@ s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503
 /^frontend http_frontend/a \
 http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }
 """
+# D94: polls come in turn
 # Admits polls at a limited rate, in no particular order. The one process that serves polls also answers health and
 # control calls, so many polls at once would delay those. HAProxy may notice late that a waiting client has gone.
 _TURNS = """local tokens, since_s = {burst}, 0
@@ -184,6 +192,7 @@ _RELIED_ON = (
 )
 """Patterns that must exist in Serve's template for the changes above and below."""
 
+# D48: a prompt leaves no garbage
 # Serve watches for hang-ups with two tasks per request. A wrapper does that itself.
 _WRAPPERS_HEAR_HANG_UPS = r"""/http-request set-header x-request-disconnect-disabled/d
 /^frontend http_frontend/a \

@@ -307,6 +307,7 @@ def _read_record(settings: Settings) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
+# D8: all processes end with their owner
 def _remove_leftovers(settings: Settings) -> None:
     """End the remaining processes of a killed registry's cluster and remove its folder.
 

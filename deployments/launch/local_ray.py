@@ -32,6 +32,7 @@ RAY_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     # Silences Ray's hint about accelerators of zero-GPU workers; we request GPUs explicitly.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # D44: nothing slows prompts down
     # Ray's workers, and so their engines, would run at niceness 15 and yield to every other program.
     "RAY_worker_niceness": "0",
     # If the machine's memory is more than 95 % full, no matter by what, Ray would kill the registry, proxies and
@@ -106,6 +107,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
         (settings.state_dir / ACCESS_FILE).unlink(missing_ok=True)
 
 
+# D9: loopback means loopback
 def _write_token(state_dir: Path) -> Path:
     path = state_dir / ACCESS_FILE
     path.unlink(missing_ok=True)

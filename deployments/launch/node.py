@@ -43,6 +43,7 @@ _FOUND_SOON = {
     "RAY_health_check_failure_threshold": "3",
 }
 
+# D51: also while Redis restarts
 # How long nodes and wrappers survive while the head restarts, seconds; Ray's default is 60.
 _OUTLIVE_THE_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
 
@@ -82,6 +83,7 @@ def _start_ray(options: Sequence[str]) -> bool:
     started_with = [item for item in sorted((told | environment).items()) if item[0] not in _NOT_OURS]
     wanted = hashlib.sha256(json.dumps([_code(), started_with, *options]).encode()).hexdigest()
     running = _ray_processes()
+    # D35: a node is started once
     if running and _record() == {"wanted": wanted, "running": running}:
         return False
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

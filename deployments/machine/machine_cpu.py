@@ -15,6 +15,7 @@ _SELDOM_S = 10.0
 
 A search takes milliseconds if there are many processes.
 """
+# D56: strangers are seen by the CPU time that is left
 STRANGERS_CORES = 0.5
 STRANGERS_PART = 0.01
 """Strangers count as active above half a core and 1 % of the machine.

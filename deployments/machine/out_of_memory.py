@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+# D84: engines go first when memory runs out
 WRAPPER_SCORE: Final = 500
 ENGINE_SCORE: Final = 900
 

@@ -104,6 +104,7 @@ def _weights(files: Iterable[str], load_format: str) -> list[str]:
     return []
 
 
+# D27: who uses a model holds its lock
 def lock_of(model: str, locks_dir: Path) -> Path:
     """Return a model's lock file: shared by all its users; its modification time is the time of the last use."""
     return locks_dir / _folder_of(model)
@@ -169,6 +170,7 @@ def find(order: DownloadOrder) -> str | None:
     return None
 
 
+# D25: a process of its own downloads, so it can be ended
 def download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
     """Bring the commit to this machine and return its folder.
 

@@ -42,6 +42,7 @@ def weights_of(model: str) -> Weights | None:
     return None
 
 
+# D29: read ahead from the swap on, not before
 @contextmanager
 def read_ahead(weights: Weights | None) -> Iterator[None]:
     """Let the kernel read the weights into its page cache, at most until this context ends.

@@ -224,6 +224,7 @@ def _try_again_later(error: RegistryError) -> None:
 
 
 def _fail_stop(error: RegistryError) -> None:
+    # D4: fail-stop
     # A decision that was not written must not be answered: exit at once and load the written state.
     log.critical("the registry can't go on and restarts", reason=str(error))
     os._exit(EXIT_FAILED)

@@ -226,6 +226,7 @@ def _start_registry(settings: Settings) -> None:
         except RayError as error:
             problem = f"the registry of this cluster, which goes on trying, does not answer: {_reason(error)}"
             raise StartFailed(problem) from error
+        # D49: `up` neither replaces nor ends a running registry
         if fields := differing(theirs, settings):
             remedy = "to change that, end it first: greenprompt down --address auto (leases end, what is queued stays)"
             raise BadSettings(", ".join(fields), f"the registry of this cluster runs with another value; {remedy}")

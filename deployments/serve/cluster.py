@@ -52,6 +52,7 @@ RECOVERING = "RECOVERING"
 REMOVE_POLL_S = 0.2
 """Seconds between checks whether deleted wrappers are gone."""
 
+# D22: a registry at rest uses little CPU time
 APPS_BELIEVED_S = 30.0
 """How long Serve's list of applications is reused while every wrapper answers, seconds.
 

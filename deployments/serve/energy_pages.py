@@ -27,6 +27,7 @@ PAGES_AT_ONCE = 4
 """Pages that are built at the same time; each holds all its windows, with their records, in memory."""
 
 
+# D96: reports are made in the ingress
 class EnergyPages:
     """The energy answers of one ingress, based on ``call(method, *args)`` of the registry. Methods raise its errors."""
 

@@ -270,7 +270,7 @@ async def _mapped_llms(
     """Return a POST's LLMs with new ids, as engine arguments, with an estimate of their memory."""
     llms = [
         NewRequest(
-            uuid.uuid4().hex,
+            uuid.uuid4().hex,  # D5: ids are made here, so the call can be repeated
             *mapped(config, llm.model_dump(), f"llms[{n}]"),
             max_j=body.maxJoules,
             max_g=body.maxGco2eq,

@@ -28,7 +28,7 @@ def deployment(config: IngressConfig) -> serve.Application:
     """Return the Serve application of the ingress, for the head: it is not lost or measured with an LLM Machine."""
     serve_deployment: Any = serve.deployment(serve.ingress()(Ingress))
     application: serve.Application = serve_deployment.options(
-        name="Ingress",
+        name="Ingress",  # D50: it is on the head
         num_replicas=1,
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}},

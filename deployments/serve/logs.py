@@ -16,6 +16,7 @@ from typing import Final
 
 import structlog
 
+# D87: the registry keeps its own log
 REGISTRY_LOG: Final = "registry.jsonl"
 """Name of the registry's own file in ``state_dir``; older lines are in ``registry.jsonl.1`` and so on."""
 

@@ -28,6 +28,7 @@ RETRY_S = 1.0
 log = structlog.get_logger("deployments.serve.polls")
 
 
+# D79: long polls wait here, not in the actor
 class Polls:
     """Waits for changes of requests. ``call(method, *args, wait_s=…)`` reaches the registry actor."""
 
@@ -57,6 +58,7 @@ class Polls:
                 changed.clear()
                 text = str(await self._call("state", request_id))
                 status = RequestStatus(json.loads(text)["status"])
+                # D17: a poll waits for what its client does not know
                 if seen is None and status is not RequestStatus.DEPLOYED:
                     seen = status
                 if status is not seen or status.ended:

@@ -15,6 +15,7 @@ LOOK_EVERY_S = 1.0
 log = structlog.get_logger("deployments.serve.steady_clock")
 
 
+# D81: the registry's clock does not jump
 class SteadyClock:
     """UTC seconds, anchored to the monotonic clock at creation. Follows the wall clock slowly and never jumps.
 

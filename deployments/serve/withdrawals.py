@@ -19,6 +19,7 @@ WITHDRAW_FOR_S = 300.0
 log = structlog.get_logger("deployments.serve.withdrawals")
 
 
+# D77: requests of an unanswered POST are withdrawn
 class Withdrawals:
     """Withdraws requests in the background. ``call(method, *args)`` reaches the registry actor.
 

@@ -147,6 +147,7 @@ def content_type_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     return next((value for name, value in headers if name == b"content-type"), b"")
 
 
+# D37: an answer is read, not rewritten
 def _usage_in(body: bytes) -> Mapping[str, Any]:
     """Return the last usage object in a piece of JSON without parsing the rest; empty if there is none."""
     at = body.rfind(_USAGE)

@@ -100,6 +100,7 @@ class LeaseGate:
         self._believed_at_s = max(self._believed_at_s, as_of.at_s) if same else as_of.at_s
         self._believed_in = request_id
 
+    # D33: the fence
     def require_heard(self) -> None:
         """Raise RegistryUnheard if the registry may have ended the bound lease without this wrapper knowing."""
         if self._grant is None:
@@ -128,6 +129,7 @@ class LeaseGate:
             EngineNotReady: nothing is remembered, because no command of the registry has come yet.
         """
         self._end_if_over()
+        # D7: the token is a part of the address
         given = token.encode()
         if self._grant is not None and hmac.compare_digest(self._grant.token.encode(), given):
             return self._grant
@@ -149,6 +151,7 @@ class LeaseGate:
         if self._grant is not None and self._grant.token == grant.token:
             self.touch()
 
+    # D3: a lease ends by the wrapper's own clock
     def _end_if_over(self) -> None:
         if self._grant is None:
             return

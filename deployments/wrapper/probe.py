@@ -30,6 +30,7 @@ PROBE_MAX_S: Final = 30.0
 _GRACE_S: Final = 1.0
 
 
+# D89: one real prompt before the hand-over
 class Probe:
     """Probes the LLMs of one wrapper, and remembers the results."""
 

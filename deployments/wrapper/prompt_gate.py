@@ -203,6 +203,7 @@ class PromptGate:
         limit_s = loop.time() + self._prompt_max_s
         while not task.done():
             left_s = limit_s - loop.time()
+            # D15: at the deadline prompts are cut or finished
             lease_left_s = math.inf if self._finish else self._gate.left_s(grant)
             if min(left_s, lease_left_s) <= 0:
                 await asyncio.wait({exchange.cut()})
@@ -369,6 +370,7 @@ class _Exchange:
             return {"type": "http.disconnect"}
         finally:
             self._listening.discard(listening)
+            # D48: a prompt leaves no garbage
             del listening  # it refers to its task; a cancelled task keeps its traceback, and so this whole prompt
         self.client_gone = received["type"] == "http.disconnect"
         return received

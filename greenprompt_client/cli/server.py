@@ -35,6 +35,7 @@ def up(
     With '--address' and '--detach' it stays on that cluster after this command; repeating it changes nothing.
     """
     with needs("server"):
+        # D10: imported late: most commands need no server
         from deployments.launch import lifecycle
 
     settings = _settings(config, address)

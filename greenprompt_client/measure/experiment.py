@@ -48,6 +48,7 @@ MAX_REPETITIONS = 10_000
 MAX_WARMUP = 10_000
 MAX_PROMPT_TIMEOUT_S = 7 * 86_400.0
 
+# D88: an experiment may grow
 GROWS = ("llms", "prompts", "repetitions")
 """Fields that may grow in an experiment that has begun. All others of its identity must stay the same."""
 

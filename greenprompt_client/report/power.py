@@ -40,6 +40,7 @@ class _Piece(NamedTuple):
         return (self.ended - self.begun).total_seconds()
 
 
+# D70: busy times and the gaps between them
 def powers(windows: Sequence[WindowReport]) -> Mapping[str | None, Curve]:
     """Return the power of each machine: the sum over its wrappers. Unknown while that of one wrapper is unknown."""
     by_wrapper: dict[tuple[str | None, str], list[WindowReport]] = {}

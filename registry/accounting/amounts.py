@@ -13,6 +13,7 @@ ANSWERED: Final = (None, "answered")
 """``status`` of prompts that have an answer; None: a record of an earlier version, which has no status."""
 
 
+# D91: errors of either side
 class Amount(NamedTuple):
     """Joules, grams or seconds of a window, with their bounds; None: not known.
 

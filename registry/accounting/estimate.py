@@ -38,6 +38,7 @@ from math import cos, exp, fsum, inf, lgamma, pi, sqrt, tan
 from statistics import median
 from typing import Final
 
+# D66: no interval below these
 MIN_PROMPTS: Final = 10
 """Minimum number of prompts for an interval: with fewer, it may contain the true value in less than 93 % of cases."""
 
@@ -100,6 +101,7 @@ class _Sum:
     units: float
 
 
+# D65: one estimate for every published mean
 def estimate(samples: Sequence[Sample]) -> Estimate:
     """Estimate the amount per unit.
 

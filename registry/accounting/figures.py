@@ -111,6 +111,7 @@ class MachineFigures:
     flags: Mapping[str, int]
 
 
+# D67: figures are made of final windows, here only
 def figures_of(windows: Sequence[WindowReport]) -> tuple[MachineFigures, ...]:
     """Return the figures of one LLM from all its windows, one per machine: machines are not averaged."""
     by_machine: dict[str | None, list[WindowReport]] = {}
@@ -205,6 +206,7 @@ def _without_value(figure: Figure, reason: str) -> Figure:
     )
 
 
+# D69: what a figure leaves out
 def _figure(
     windows: Sequence[WindowReport],
     unit: str,

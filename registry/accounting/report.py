@@ -245,7 +245,7 @@ def _costs(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> dict[str, 
     return {name: costs.get(name, lease) for name in COUNTED}
 
 
-def _inside(part: Cost, rest: Cost, lease: Cost) -> Cost:
+def _inside(part: Cost, rest: Cost, lease: Cost) -> Cost:  # D92: parts of a lease are inside its bounds
     """Return the cost of a part of the leases, with bounds narrowed to what leases minus the rest allow.
 
     Counters are more exact for a whole lease than for its short parts, and part plus rest is the lease.

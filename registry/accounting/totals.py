@@ -14,6 +14,7 @@ LABELS: Final = ("measured", "measured_sampled", "sourced", "modeled", "simulate
 
 ``sourced`` (from a published factor) is used for emissions and scores, never for energy."""
 
+# D68: a lease is the sum of these
 SPENT: Final = (WindowKind.PROMPT, WindowKind.IDLE, WindowKind.LOAD, WindowKind.WAKE)
 """Kinds of windows that may be added: each joule is in exactly one of them. A lease window repeats the prompts and idle
 time of its process, and exists only if that process lived until the end of the lease."""

@@ -364,6 +364,7 @@ def plan(
         known = wrappers.get(want.wrapper_id)
         deployed = want.wrapper_id in observed.wrapper_ids
         held = known is not None and known.request_id is not None and want.machine_id not in moved
+        # D31: a drained machine is emptied
         if there[want.machine_id].draining and not held:
             if deployed or (known is not None and known.status is not WrapperStatus.OFF):
                 switch_off.append(want.wrapper_id)

@@ -54,6 +54,7 @@ class Endings:
             )
         )
 
+    # D11: a failed start is the LLM's fault until shown otherwise
     def try_elsewhere(
         self, request: Request, wrapper_id: str, reason: str, now_s: float, *, permanent: bool = False
     ) -> None:

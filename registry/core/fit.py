@@ -44,6 +44,7 @@ class Size(NamedTuple):
     draining: bool = False
 
 
+# D19: needs are a lower bound, sizes an upper one
 class Needs(NamedTuple):
     """What a wrapper must have at least; 0: no condition.
 
@@ -168,6 +169,7 @@ def fitting(sizes: frozenset[Size], needs: Needs, gpu_type: str | None) -> froze
     )
 
 
+# D20: a GPU type belongs to the measurement
 def is_gpu_type(asked: str | None, has: str | None) -> bool:
     """True when GPUs of type ``has`` (Ray's name, e.g. ``H100``) match the type asked for.
 

@@ -15,6 +15,7 @@ from registry.core.records import Measurement, MeasurementKey
 from registry.wire.words import RequestStatus
 
 
+# D73: a measurement that continues stays on its machine
 class Pins:
     """Pins resumed measurements to their previous machine, until ``sticky_s`` after their last LLM was released.
 

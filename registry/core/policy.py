@@ -64,6 +64,7 @@ def may_be_overtaken(request: Request, limits: Limits, now_s: float) -> bool:
     return request.overtaken < limits.max_overtakes and now_s - request.created_s < limits.max_overtake_s
 
 
+# D21: the least recently used that no waiting request wants
 def victim(candidates: Iterable[Wrapper], wanted: Callable[[Wrapper], Rank | None]) -> Wrapper | None:
     """Return the wrapper whose LLM is evicted: the first (least recently used) that no queued request wants.
 

@@ -31,6 +31,7 @@ class _Group(NamedTuple):
     queued: int
 
 
+# D83: places from an index
 class Positions:
     """Counts the requests that are served before a given one.
 

@@ -51,6 +51,7 @@ def unlike(model: Request, gpu_type: str | None, asked: LeaseRequested) -> list[
     return found
 
 
+# D41: compared at the hand-over
 def differences(was: str | None, now: str | None) -> list[str]:
     """Return how two provenances (JSON; None: not known) differ in what affects figures: ``field: was X, is Y``.
 

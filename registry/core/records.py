@@ -68,6 +68,7 @@ class LLMMemory:
     kv_reserved_bytes: int | None = None
 
 
+# D74: known by its tenant and its id
 MeasurementKey = tuple[str, int]
 """Identifies a measurement: its tenant, and the measurementId that this tenant chose."""
 

@@ -132,6 +132,7 @@ class RequestEvents:
             request = self._ledger.requests[lease.request_id]
             self._endings.end(request, RequestStatus.EXPIRED, "expired", reason, now_s)
 
+    # D13: leases end, the queue stays
     def on_shutdown_begun(self, now_s: float) -> None:
         """Accept no request any more, end all leases, stop all LLMs."""
         ledger, reason = self._ledger, "the registry was shut down"

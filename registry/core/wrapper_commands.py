@@ -12,7 +12,10 @@ from registry.core.records import LLMSpec, Request, Wrapper, WrapperStatus
 NAMES_SHOWN: Final = 20
 """Maximum number of machines listed in an error text."""
 
+# D1: each command has a newer epoch, which supersedes all older commands
 
+
+# D6: one command swaps an LLM
 def deploy(ledger: Ledger, wrapper: Wrapper, spec: LLMSpec, request_id: str | None) -> None:
     """Command a wrapper to run this LLM, for a request or (None) as a preload."""
     wrapper = replace(

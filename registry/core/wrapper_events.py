@@ -50,6 +50,7 @@ class WrapperEvents:
         if wrapper is not None:
             self._llm_runs(wrapper, now_s)
 
+    # D2: deployed once the wrapper has confirmed
     def on_lease_bound(self, event: LeaseBound, now_s: float) -> None:
         """The request has its LLM: the lease's time starts, or the request fails.
 
@@ -77,6 +78,7 @@ class WrapperEvents:
                 status=RequestStatus.DEPLOYED,
                 reason=None,
                 deployed_s=now_s if first else request.deployed_s,
+                # D26: the commit is noted at the hand-over
                 model_revision=event.model_revision or request.model_revision,
             )
         )
@@ -121,6 +123,7 @@ class WrapperEvents:
             self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.IDLE))
             self._came_up_empty.append(wrapper_id)
 
+    # D12: an engine is started again for its lease
     def on_llm_died(self, event: LLMDied, now_s: float) -> None:
         """The LLM is gone: start it again if it was leased, unless that has failed too often."""
         wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.READY, WrapperStatus.LEASED)
@@ -282,6 +285,7 @@ class WrapperEvents:
         """Add or change a machine. A draining machine stays draining, even when it left and comes back."""
         self._ledger.put_machine(replace(machine, draining=self._ledger.is_draining(machine.machine_id)))
 
+    # D31: a drained machine is used by its leases only
     def on_machine_drained(self, machine: Machine, now_s: float) -> None:
         """Allow no new leases there; requests whose LLM is being started there are queued again."""
         ledger = self._ledger

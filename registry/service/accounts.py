@@ -128,6 +128,7 @@ class Accounts:
         if costs is not None:
             _add(costs, window)
 
+    # D97: what was used in a month is added up in memory
     def _add_used(self, row: KeptWindow) -> None:
         used = self._used.get(row.tenant or "")
         if used is not None and row.window.kind in CHARGED and row.window.ended_s >= self._used_since_s:

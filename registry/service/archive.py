@@ -18,6 +18,7 @@ KEPT = 1000
 """Maximum number of finished measurements in memory: most queries are about recent ones."""
 
 
+# D80: what has ended is read from the store
 class Archive:
     """Reads requests and measurements from memory or the store, and keeps memory small.
 

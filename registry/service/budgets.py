@@ -23,6 +23,7 @@ def month_begin_s(now_s: float) -> float:
     return _month(now_s).timestamp()
 
 
+# D39: budgets are checked when requests are accepted
 def warnings(tenant: str, budget: TenantBudget, used: Total, now_s: float) -> Iterator[str]:
     """Yield warnings about a tenant's budget. ``used``: its use in this month so far.
 

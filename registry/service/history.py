@@ -18,6 +18,7 @@ def ids_of(event: Event | Effect) -> dict[str, object]:
     return {name: value for name in names if (value := getattr(event, name, None)) is not None}
 
 
+# D16: the log is kept by request
 def rows_of(
     event: Event, changes: Changes, request_of: Callable[[str], Request], now_s: float, cause: int | None
 ) -> tuple[EventRow, ...]:

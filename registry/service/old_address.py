@@ -16,6 +16,7 @@ OLD_USER = "lease"
 """User name of the credentials; only the token identifies the lease."""
 
 
+# D75: reached by a redirect
 def old_address(base_url: str, token: str) -> str:
     """Return ``lease:<token>@<host>``, with the host of the registry's base URL.
 

@@ -497,6 +497,7 @@ class Service:
             self._turn(effect.wrapper_id, effect)
             self._spawn(self._run(effect, number))
 
+    # D47: nothing is known of a wrapper from before it was created
     def _turn(self, wrapper_id: str, effect: Effect | None) -> None:
         """Record a new command to a wrapper, or (None) its creation: results of earlier commands are outdated now."""
         self._turns[wrapper_id] = self._turns.get(wrapper_id, 0) + 1

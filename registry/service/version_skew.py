@@ -18,6 +18,7 @@ def joined(reports: list[Versions]) -> dict[str, str]:
     return {name: " and ".join(sorted({v[name] for v in reports if name in v})) for name in names}
 
 
+# D32: versions are told, and decide nothing
 def differences(machines: Mapping[str, Versions]) -> dict[str, list[str]]:
     """Return by machine the software whose version is not the majority's: ``vllm 0.31.0, elsewhere 0.32.0``.
 

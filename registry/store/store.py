@@ -432,6 +432,7 @@ class Store:
             sums = Sum(n, known_j, j or 0.0), Sum(n, known_o, o or 0.0), Sum(n, known_m, m or 0.0)
             yield whose, kind, Total(*sums, label)
 
+    # D14: what has ended is forgotten, its ids are not
     def forget(self, *, ended_before_s: float, limit: int) -> Forgotten:
         """Delete part of what ended before this UTC second: at most ``limit`` (> 0) rows of each kind.
 
@@ -606,6 +607,7 @@ def _open_sqlite(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
     return connection
 
 
+# D34: the registry that can write is the one that acts
 def _own_file(path: Path, lock_wait_s: float, owned: ExitStack) -> None:
     """Create the database file, and lock a file beside it for the life of the process."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -647,6 +649,7 @@ def _open_postgresql(url: URL, lock_wait_s: float, owned: ExitStack) -> Connecti
         raise BadSettings("database URL", f"the database keeps {encoding}; make one with ENCODING 'UTF8'")
     key = int.from_bytes(hashlib.sha256(f"greenprompt registry {schema}".encode()).digest()[:8], signed=True)
 
+    # D34: the registry that can write is the one that acts
     def lock() -> bool:
         with connection.begin():
             return bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}))

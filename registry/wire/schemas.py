@@ -92,6 +92,7 @@ class _Asked(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# D76: requests are strict, answers are open
 class _Answered(BaseModel):
     """Part of an answer: an older client ignores fields that a newer registry adds."""
 

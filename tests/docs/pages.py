@@ -1,4 +1,4 @@
-"""The pages of docs/reference that are made from the code, by name."""
+"""The pages of docs/ that are made from the code and from other files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from deployments.launch.haproxy import _ANSWERS
 from greenprompt_client.cli.app import EXIT_STATUSES
 from greenprompt_client.cli.main import app
 from registry.errors import RegistryError
+from tests.docs.decisions import decisions_page
 from tests.docs.flags import flags_page
 from tests.docs.http_page import http_page
 from tests.docs.markdown import MADE, cell, code, sentence, table, text
 from tests.docs.modules import ROOT, modules
 from tests.docs.settings_page import settings_page
 
-REFERENCE: Final = ROOT / "docs" / "reference"
+DOCS: Final = ROOT / "docs"
 
 OTHER_ERRORS: Final[Mapping[str, tuple[str, str, str]]] = {
     "method_not_allowed": ("405", "no", "The path does not take this method; the header `Allow` names those it takes."),
@@ -186,11 +187,12 @@ def _variable(param: Any) -> str:
 
 
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
-    "settings.md": settings_page,
-    "errors.md": errors_page,
-    "flags.md": flags_page,
-    "metrics.md": metrics_page,
-    "command-line.md": command_line_page,
-    "http.md": http_page,
+    "reference/settings.md": settings_page,
+    "reference/errors.md": errors_page,
+    "reference/flags.md": flags_page,
+    "reference/metrics.md": metrics_page,
+    "reference/command-line.md": command_line_page,
+    "reference/http.md": http_page,
+    "decisions/index.md": decisions_page,
 }
-"""How each generated page of docs/reference is made."""
+"""How each generated page is made, by its path in docs/."""

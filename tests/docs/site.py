@@ -1,4 +1,4 @@
-"""A hook of MkDocs (``make docs``): adds the decisions to the navigation, in the order of their numbers."""
+"""A hook of MkDocs (``make docs``): adds the decisions to the navigation: their list, then each by its number."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 def on_config(config: Any) -> Any:
     """Add every page of docs/decisions to the navigation."""
     docs = Path(config.docs_dir)
-    pages = [str(page.relative_to(docs)) for page in sorted((docs / "decisions").glob("*.md"))]
+    index, decisions = docs / "decisions" / "index.md", sorted((docs / "decisions").glob("[0-9]*.md"))
+    pages = [str(page.relative_to(docs)) for page in (index, *decisions)]
     config.nav.append({"Decisions": pages})
     return config

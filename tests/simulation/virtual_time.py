@@ -12,6 +12,7 @@ class Stuck(AssertionError):
     """Nothing will ever happen any more, or time does not pass."""
 
 
+# D43: the whole registry is simulated
 class VirtualLoop(asyncio.BaseEventLoop):
     """Runs coroutines in virtual time, which starts at 0 s. More than ``most_steps`` in a second are a livelock."""
 

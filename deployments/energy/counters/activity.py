@@ -14,6 +14,7 @@ KEPT_INTERVALS = 50_000
 """At least this many of the latest busy intervals are kept."""
 
 
+# D59: ticks are divided by known begins and ends
 class Activity:
     """The times in which prompts were in flight or an LLM was starting. Not thread-safe: its owner locks.
 

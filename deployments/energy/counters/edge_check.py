@@ -48,6 +48,7 @@ class EdgeCheck:
         if last is not None and units < last:
             self.restart()
             raise CounterLost(Flag.COUNTER_RESET)
+        # D53: steps prove their own power
         if not self.plausible(answered_s, units, max_rate):
             self.restart()
             raise CounterLost(Flag.IMPLAUSIBLE_POWER)

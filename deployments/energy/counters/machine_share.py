@@ -96,6 +96,7 @@ class MachineShare(Source):
         self._last = joules
         return self._share
 
+    # D55: the mean of both shares, with the larger as bound
     def _part(self, by_cpu_time: float | None) -> float:
         by_reservation = 1 / self._cpu.on_machine
         if self._which == "mean":

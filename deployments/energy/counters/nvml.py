@@ -17,12 +17,14 @@ from registry.wire.flags import Flag
 _MAX_SAMPLE_GAP_S = 0.2
 """Longest time between two power samples that are integrated, seconds; the label promises 10 samples per second."""
 
+# D54: sampled power is as old as it is averaged
 _AVERAGED_S = 1.0
 """NVML's plain power reading is the mean of this many seconds before it, on Ampere (except GA100) and newer.
 Source: NVML API, nvmlDeviceGetPowerUsage."""
 _REFRESHED_S = 0.1
 """NVML refreshes its readings every 20 to 100 ms. Source: Yang et al. 2024, "Part-time Power Measurements:
 nvidia-smi's Lack of Attention" (arXiv 2312.02741), table 1."""
+# D57: modules count GPU, CPU and memory
 _MODULE = re.compile(r"\bG[HB][23]00\b")
 """Names of GPUs whose energy counter counts their module, with its Grace CPU and all memory (GH200, GB200, GB300).
 Source: Zeus, pull request 172 (measured on GH200). For GB200 it is assumed. If its counter counts the GPU alone, it is

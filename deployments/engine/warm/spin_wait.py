@@ -23,6 +23,7 @@ POLL_S = 0.0005
 _REMEMBERED = 8
 
 
+# D52: engines wait asleep
 class Patience:
     """Decides how long one reader pauses between its checks for the next message.
 

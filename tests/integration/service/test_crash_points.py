@@ -44,6 +44,7 @@ KINDS = {
 """Moments that each scenario must have: one between each pair of decide, commit, effect and answer."""
 
 
+# D18: the registry dies at every moment
 class Killed(asyncio.CancelledError):
     """The process that this happens to is no more: nothing in it may catch it, or do anything afterwards."""
 

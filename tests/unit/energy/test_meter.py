@@ -12,6 +12,7 @@ from deployments.energy.counters.probe import CounterLost, CPUModelSource, GPUPo
 from deployments.energy.figures import CPUModel, Label
 from deployments.energy.meter import Meter
 from registry.errors import BadSettings
+from registry.wire.flags import Flag
 from tests.fake_counters import FakeCounter, FakeGPU, FakeNVML, ManualClock, install_nvml
 
 HOLE = Unreadable("gpu:y", "no energy counter and no power reading", in_boundary=True)
@@ -190,7 +191,7 @@ def test_counter_going_backwards(run: Run, clock: ManualClock) -> None:
 
 def test_lost_counter_tells_why(run: Run, clock: ManualClock) -> None:
     """A source's own reason for a hole in its history is the flag of windows over it."""
-    source = FakeCounter(lambda now_s: CounterLost("poll_gap") if 1001.98 < now_s < 1002.03 else 100.0 * now_s)
+    source = FakeCounter(lambda now_s: CounterLost(Flag.POLL_GAP) if 1001.98 < now_s < 1002.03 else 100.0 * now_s)
     meter = run(source)
     energy = meter.window(1001.0, 1003.0)
     assert energy.total_j is None

@@ -12,6 +12,7 @@ from deployments.energy.counters.history import Track
 from deployments.energy.counters.probe import CPUModelSource, Source
 from deployments.energy.figures import CPUModel, Energy, Label
 from deployments.energy.meter import Meter
+from registry.wire.flags import Flag
 from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
 
 START_S = 1000.0
@@ -149,7 +150,7 @@ def test_level_after_work_waits_for_the_power_after_it() -> None:
         for index in range(21):
             track.add(index / 10, index / 10, 5.0 * index)
             if broken and index == 14:
-                track.lost("counter_reset")
+                track.lost(Flag.COUNTER_RESET)
             settled.append(track.settled(1.22))
         assert settled.index(True) == (14 if broken else 18)
 

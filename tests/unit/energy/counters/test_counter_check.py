@@ -17,6 +17,7 @@ from deployments.energy.figures import Label
 from deployments.energy.meter import Meter
 from deployments.energy.prompt_meter import sci_settings
 from registry.settings import EnergySettings
+from registry.wire.flags import Flag
 from tests.fake_counters import FakeCounter, ManualClock
 
 WATTS = 100.0
@@ -107,7 +108,7 @@ def test_counters_of_known_period_are_not_watched() -> None:
 
 def test_a_hole_begins_the_watching_anew() -> None:
     """What was seen before a counter was lost is not compared with what came after."""
-    clock, lost = ManualClock(), CounterLost("counter_reset")
+    clock, lost = ManualClock(), CounterLost(Flag.COUNTER_RESET)
     source = ToldPower(lambda now_s: lost if now_s == 1005.0 else now_s * WATTS, name="gpu:x", max_age_s=None)
     meter = Meter([source], clock=clock)
     for tick in range(60):
