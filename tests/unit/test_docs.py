@@ -21,7 +21,11 @@ from tests.docs.site import on_config
 README_LINES = 150
 """A stranger reads no more."""
 
+DESIGN_LINES = 250
+"""A map is looked at as a whole."""
+
 PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DESIGN = ROOT / "registry" / "DESIGN.md"
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -62,11 +66,16 @@ def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 
 
+def test_design_is_a_map() -> None:
+    """registry/DESIGN.md is short: decisions, explanations and figures have pages of their own."""
+    assert len(DESIGN.read_text().splitlines()) <= DESIGN_LINES
+
+
 def test_links_lead_somewhere() -> None:
-    """Each relative link of the README and of docs/ leads to a file, and to a heading of it that is there."""
+    """Each relative link of the README, the design and docs/ leads to a file, and to a heading that is there."""
     broken = [
         f"{page.relative_to(ROOT)}: {link}"
-        for page in PROSE
+        for page in [*PROSE, DESIGN]
         for link in links(page)
         if not leads_somewhere(page, *link.partition("#")[::2])
     ]
