@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
 
 from registry.core.commands import BindLease, DeployLLM, RestartWrapper, StopLLM, UnbindLease
 from registry.core.ledger import Ledger
 from registry.core.records import LLMSpec, Request, Wrapper, WrapperStatus
-
-NAMES_SHOWN: Final = 20
-"""Maximum number of machines listed in an error text."""
 
 # D1: each command has a newer epoch, which supersedes all older commands
 
