@@ -32,18 +32,12 @@ from registry.errors import BadSettings
 from registry.strict_yaml import load_yaml
 from registry.wire.schemas import LLMConfig, TenantName
 
-__all__ = ["EnergySettings", "Settings", "differing", "forwarded_environment", "load_settings", "url_host"]
+__all__ = ["EnergySettings", "Settings", "differing", "load_settings", "url_host"]
 
 LONGEST_MONTH_DAYS = 31
 
 MOST_PROBLEMS = 8
 """Maximum number of a configuration's problems in one error."""
-
-PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
-"""Proxy variables, in upper or lower case."""
-
-CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-"""Variables with the paths of trusted certificates."""
 
 
 class HTTPSettings(Section):
@@ -439,16 +433,3 @@ def _absolute(path: Path) -> Path:
         return path.expanduser().absolute()
     except RuntimeError as error:
         raise ValueError(f"{path}: there is no such home directory") from error
-
-
-def forwarded_environment() -> dict[str, str]:
-    """Return the variables that Ray workers need to load models as in the operator's shell.
-
-    Proxy variables are included in every spelling, since programs read different ones.
-    """
-    prefixes = ("HF_", "HUGGING_FACE_", "VLLM_", "TRANSFORMERS_", "OMP_", "CUDA_DEVICE_ORDER")
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(prefixes) or name.upper() in PROXY_VARIABLES or name in CERTIFICATE_VARIABLES
-    }

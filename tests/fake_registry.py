@@ -11,7 +11,7 @@ from registry.core.records import Measurement, MeasurementKey, Request
 from registry.errors import LeaseEnded, NoSuchLease, UnknownMachine, UnknownMeasurement, UnknownRequest
 from registry.service.news import News
 from registry.service.service import Idempotency
-from registry.store.store import WindowPlace
+from registry.store.rows import WindowPlace
 from registry.wire.schemas import (
     EventState,
     HealthState,

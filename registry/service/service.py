@@ -9,79 +9,95 @@ logged, and the service continues.
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable
+from collections.abc import Callable
+from collections.abc import Coroutine
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import TypeVar
-
-import structlog
-
+from dataclasses import dataclass
+from dataclasses import replace
 from registry.accounting.windows import KeptWindow
-from registry.contract.messages import (
-    Belief,
-    Cluster,
-    HandOver,
-    LeaseGrant,
-    Moment,
-    StartedFor,
-    WrapperPlan,
-    WrapperReport,
-    plan,
-    wanted_wrappers,
-    with_known_ids,
-)
+from registry.contract.messages import Belief
+from registry.contract.messages import Cluster
+from registry.contract.messages import HandOver
+from registry.contract.messages import LeaseGrant
+from registry.contract.messages import Moment
+from registry.contract.messages import StartedFor
+from registry.contract.messages import WrapperPlan
+from registry.contract.messages import WrapperReport
+from registry.contract.messages import plan
+from registry.contract.messages import wanted_wrappers
+from registry.contract.messages import with_known_ids
 from registry.core.allocator import Allocator
-from registry.core.commands import BindLease, DeployLLM, Effect, RestartWrapper, StopLLM, UnbindLease
-from registry.core.decision import Changes, Decision
-from registry.core.events import (
-    Event,
-    LeaseBound,
-    LeaseFlagged,
-    LeaseLapsed,
-    LeaseReleased,
-    LeaseRequested,
-    LeaseUsed,
-    LLMDeployed,
-    LLMDeployFailed,
-    LLMDied,
-    LLMStopped,
-    MachineDrained,
-    MachineJoined,
-    MachineUndrained,
-    NewRequest,
-    ShutdownBegun,
-    TimePassed,
-    WrapperAdded,
-    WrapperFailed,
-    WrapperStarted,
-    WrapperSwitchedOff,
-)
-from registry.core.records import Lease, LLMSpec, Request, Wrapper, WrapperStatus
-from registry.errors import (
-    EngineNotReady,
-    EngineStartFailed,
-    IdempotencyConflict,
-    InternalError,
-    InvalidField,
-    LeaseEnded,
-    NoSuchLease,
-    RegistryError,
-    ShuttingDown,
-    StaleEpoch,
-    StoreUnavailable,
-    WrapperUnheard,
-    WrapperUnreachable,
-)
+from registry.core.commands import BindLease
+from registry.core.commands import DeployLLM
+from registry.core.commands import Effect
+from registry.core.commands import RestartWrapper
+from registry.core.commands import StopLLM
+from registry.core.commands import UnbindLease
+from registry.core.decision import Changes
+from registry.core.decision import Decision
+from registry.core.events import Event
+from registry.core.events import LLMDeployFailed
+from registry.core.events import LLMDeployed
+from registry.core.events import LLMDied
+from registry.core.events import LLMStopped
+from registry.core.events import LeaseBound
+from registry.core.events import LeaseFlagged
+from registry.core.events import LeaseLapsed
+from registry.core.events import LeaseReleased
+from registry.core.events import LeaseRequested
+from registry.core.events import LeaseUsed
+from registry.core.events import MachineDrained
+from registry.core.events import MachineJoined
+from registry.core.events import MachineUndrained
+from registry.core.events import NewRequest
+from registry.core.events import ShutdownBegun
+from registry.core.events import TimePassed
+from registry.core.events import WrapperAdded
+from registry.core.events import WrapperFailed
+from registry.core.events import WrapperStarted
+from registry.core.events import WrapperSwitchedOff
+from registry.core.records import LLMSpec
+from registry.core.records import Lease
+from registry.core.records import Request
+from registry.core.records import Wrapper
+from registry.core.records import WrapperStatus
+from registry.errors import EngineNotReady
+from registry.errors import EngineStartFailed
+from registry.errors import IdempotencyConflict
+from registry.errors import InternalError
+from registry.errors import InvalidField
+from registry.errors import LeaseEnded
+from registry.errors import NoSuchLease
+from registry.errors import RegistryError
+from registry.errors import ShuttingDown
+from registry.errors import StaleEpoch
+from registry.errors import StoreUnavailable
+from registry.errors import WrapperUnheard
+from registry.errors import WrapperUnreachable
 from registry.service.accounts import Accounts
-from registry.service.archive import KEPT, Archive
-from registry.service.history import ids_of, log_fields, rows_of
+from registry.service.archive import Archive
+from registry.service.archive import KEPT
+from registry.service.history import ids_of
+from registry.service.history import log_fields
+from registry.service.history import rows_of
 from registry.service.news import News
 from registry.settings import Settings
-from registry.store.store import IdempotencyRow, Store, StoredEvent
+from registry.store.rows import IdempotencyRow
+from registry.store.rows import StoredEvent
+from registry.store.store import Store
 from registry.wire.schemas import MAX_WAIT_S
-from registry.wire.words import Grade, Priority, RequestStatus, canonical_json
+from registry.wire.words import Grade
+from registry.wire.words import Priority
+from registry.wire.words import RequestStatus
+from registry.wire.words import canonical_json
+from typing import TypeVar
+import asyncio
+import structlog
+
 
 log = structlog.get_logger("registry.service.service")
 

@@ -21,7 +21,7 @@ from registry.errors import InvalidField
 from registry.service.old_address import old_address, old_address_problems
 from registry.service.service import Service
 from registry.service.version_skew import differences, joined
-from registry.store.store import StoredEvent, WindowPlace
+from registry.store.rows import StoredEvent, WindowPlace
 from registry.wire.schemas import (
     MAX_REQUESTS,
     EnergyState,

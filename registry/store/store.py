@@ -1,61 +1,23 @@
 """Stores the registry's records: one database, one owner, one transaction per decision.
 
-The only file that accesses the database; tables and revisions are in ``registry/store/migrations``. SQLite (embedded)
-and PostgreSQL give the same guarantees.
+Only this package accesses the database: ``database`` opens it, ``statements`` builds its SQL, ``migrations`` has the
+tables and revisions. SQLite (embedded) and PostgreSQL give the same guarantees.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
-from functools import cache
-from importlib import resources
-from itertools import starmap
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from alembic import command
-from alembic.config import Config
-from alembic.util import CommandError
-from sqlalchemy import (
-    URL,
-    Column,
-    ColumnElement,
-    Connection,
-    Delete,
-    Insert,
-    Select,
-    Table,
-    and_,
-    bindparam,
-    create_engine,
-    delete,
-    event,
-    exists,
-    func,
-    insert,
-    make_url,
-    or_,
-    select,
-    text,
-    tuple_,
-)
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
-from sqlalchemy.sql.dml import ReturningInsert
+from sqlalchemy import Column, ColumnElement, Connection, and_, delete, func, insert, or_, select, tuple_
 
 from registry.accounting.totals import Sum, Total, total_of
 from registry.accounting.windows import KeptWindow
 from registry.contract.windows import EnergyWindow
 from registry.core.decision import Changes, Snapshot
 from registry.core.records import Lease, Machine, Measurement, MeasurementKey, Request, Wrapper
-from registry.errors import BadSettings, StoreUnavailable
+from registry.errors import StoreUnavailable
+from registry.store.database import converted_errors, open_database
 from registry.store.migrations.tables import (
     EVENTS,
     FORGOTTEN_REQUESTS,
@@ -67,103 +29,22 @@ from registry.store.migrations.tables import (
     WINDOWS,
     WRAPPERS,
 )
+from registry.store.rows import EventRow, Forgotten, IdempotencyRow, StoredEvent, WindowPlace
+from registry.store.statements import (
+    DELETE_EMPTY_MEASUREMENT,
+    INSERT_EVENT,
+    WAS_SERVED,
+    cells_of,
+    insert_once,
+    put,
+    read,
+    remove,
+    remove_some,
+    requests_of_measurement,
+)
 from registry.wire.words import WindowKind
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-    R = TypeVar("R", bound=DataclassInstance)
-
-SQLITE_BUSY_S = 5
-"""How long a commit waits for another program (a backup, a shell) that holds SQLite's write lock, seconds."""
-
-# Detect a lost server within seconds (libpq's default: hours). The session settings let the server detect a lost
-# registry and free the lock. The URL's query takes precedence over _PG_CONNECT.
-_PG_CONNECT: Mapping[str, Any] = {
-    "application_name": "greenprompt-registry",
-    "connect_timeout": 5,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 25_000,
-}
-_PG_SESSION = (
-    "synchronous_commit = on",
-    "statement_timeout = '60s'",
-    "tcp_keepalives_idle = 10",
-    "tcp_keepalives_interval = 5",
-    "tcp_keepalives_count = 3",
-)
-# The lock belongs to this session, which may be idle for days. Servers before 14 don't have this setting.
-_PG_IDLE_LIMIT = text("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'")
-_PG_OWNER = text(
-    "SELECT pid, coalesce(host(client_addr), 'a local client') AS client "
-    "FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory' AND objsubid = 1 AND granted "
-    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-    "AND (classid::bigint << 32) | objid::bigint = :key"
-)
-
-_INSERT_EVENT = insert(EVENTS)
 _SEQ = REQUESTS.c.measurement_id, REQUESTS.c.tenant, REQUESTS.c.seq
-_WAS_SERVED = and_(REQUESTS.c.deployed_s.is_not(None), REQUESTS.c.machine_id.is_not(None))
-
-# --- rows without a record in registry.core -----------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class EventRow:
-    """A row of the event log, written in one transaction with the changes that the event caused.
-
-    ``kind``: the event's class name. ``at_s``: UTC seconds. ``cause_id``: number of the event that led to this one.
-    ``detail``: a JSON object without secrets.
-    """
-
-    kind: str
-    at_s: float
-    wrapper_id: str | None = None
-    request_id: str | None = None
-    measurement_id: int | None = None
-    cause_id: str | None = None
-    detail: str = "{}"
-
-
-@dataclass(frozen=True, slots=True)
-class StoredEvent:
-    """An EventRow and its number: ``event_id`` > 0 grows with every event and is never used twice."""
-
-    event_id: int
-    event: EventRow
-
-
-@dataclass(frozen=True, slots=True)
-class IdempotencyRow:
-    """The answer to a tenant's Idempotency-Key: ``request_ids``, in the order of the body's llms.
-
-    ``key``: at most 1024 characters (PostgreSQL refuses index entries over 2.7 kB). ``body_sha256``: hexadecimal.
-    """
-
-    tenant: str
-    key: str
-    body_sha256: str
-    request_ids: tuple[str, ...]
-    created_s: float
-
-
-class Forgotten(NamedTuple):
-    """Result of ``Store.forget``: the ids of deleted requests, and whether there is more to delete."""
-
-    request_ids: tuple[str, ...]
-    more: bool
-
-
-class WindowPlace(NamedTuple):
-    """Sort key of the energy windows of a measurement: start time (UTC s), then id."""
-
-    begun_s: float
-    window_id: str
-
-
-# --- the store ------------------------------------------------------------------------------------------------
 
 
 class Store:
@@ -188,11 +69,8 @@ class Store:
             BadSettings: the URL can't be used, or a newer version of the registry has changed the tables.
             StoreUnavailable: another registry uses the database, or the database does not answer.
         """
-        parsed = parse_url(url)
-        with ExitStack() as owned, _told_once():
-            opened = _open_sqlite if parsed.get_backend_name() == "sqlite" else _open_postgresql
-            connection = opened(parsed, lock_wait_s, owned)
-            _upgrade(connection)
+        with ExitStack() as owned:
+            connection = open_database(url, lock_wait_s, owned)
             return cls(connection, owned.pop_all())
 
     def load(self, *, ended: bool = True) -> Snapshot:
@@ -210,7 +88,7 @@ class Store:
             live = select(rows.measurement_id, rows.tenant).where(unfinished)
             last = (
                 select(rows.measurement_id, rows.tenant, func.max(rows.seq).label("seq"))
-                .where(_WAS_SERVED, tuple_(rows.measurement_id, rows.tenant).in_(live))
+                .where(WAS_SERVED, tuple_(rows.measurement_id, rows.tenant).in_(live))
                 .group_by(rows.measurement_id, rows.tenant)
             )
             of_requests = of_requests.where(or_(unfinished, tuple_(*_SEQ).in_(last)))
@@ -219,11 +97,11 @@ class Store:
             )
         with self._transaction() as connection:
             return Snapshot(
-                machines=_read(connection, Machine, select(MACHINES)),
-                wrappers=_read(connection, Wrapper, select(WRAPPERS)),
-                measurements=_read(connection, Measurement, of_measurements),
-                requests=_read(connection, Request, of_requests),
-                leases=_read(connection, Lease, select(LEASES)),
+                machines=read(connection, Machine, select(MACHINES)),
+                wrappers=read(connection, Wrapper, select(WRAPPERS)),
+                measurements=read(connection, Measurement, of_measurements),
+                requests=read(connection, Request, of_requests),
+                leases=read(connection, Lease, select(LEASES)),
             )
 
     def next_seq(self) -> int:
@@ -244,7 +122,7 @@ class Store:
         # Clients can send any text as an id, and PostgreSQL refuses some characters.
         ids = [request_id for request_id in request_ids if request_id.isprintable()]
         with self._transaction() as connection:
-            return _read(connection, Request, select(REQUESTS).where(REQUESTS.c.request_id.in_(ids)))
+            return read(connection, Request, select(REQUESTS).where(REQUESTS.c.request_id.in_(ids)))
 
     def measurement(self, key: MeasurementKey) -> Measurement | None:
         """Return the measurement with this key, None if there is none.
@@ -255,7 +133,7 @@ class Store:
         rows = MEASUREMENTS.c
         wanted = select(MEASUREMENTS).where(rows.tenant == key[0], rows.measurement_id == key[1])
         with self._transaction() as connection:
-            found = _read(connection, Measurement, wanted)
+            found = read(connection, Measurement, wanted)
         return found[0] if found else None
 
     def requests_of(self, key: MeasurementKey, *, after_seq: int = 0, limit: int | None = None) -> tuple[Request, ...]:
@@ -264,9 +142,9 @@ class Store:
         Raises:
             StoreUnavailable: the database does not answer.
         """
-        wanted = _of_measurement(key).where(REQUESTS.c.seq > after_seq).order_by(REQUESTS.c.seq).limit(limit)
+        wanted = requests_of_measurement(key).where(REQUESTS.c.seq > after_seq).order_by(REQUESTS.c.seq).limit(limit)
         with self._transaction() as connection:
-            return _read(connection, Request, wanted)
+            return read(connection, Request, wanted)
 
     def last_served(self, key: MeasurementKey) -> Request | None:
         """Return the measurement's latest request that was handed over, None if none was.
@@ -274,9 +152,9 @@ class Store:
         Raises:
             StoreUnavailable: the database does not answer.
         """
-        wanted = _of_measurement(key).where(_WAS_SERVED).order_by(REQUESTS.c.seq.desc()).limit(1)
+        wanted = requests_of_measurement(key).where(WAS_SERVED).order_by(REQUESTS.c.seq.desc()).limit(1)
         with self._transaction() as connection:
-            found = _read(connection, Request, wanted)
+            found = read(connection, Request, wanted)
         return found[0] if found else None
 
     def commit(
@@ -292,21 +170,21 @@ class Store:
                 and ``load`` show which.
         """
         with self._transaction() as connection:
-            _put(connection, MACHINES, changes.machines)
-            _put(connection, WRAPPERS, changes.wrappers)
-            _put(connection, MEASUREMENTS, changes.measurements)
-            _put(connection, REQUESTS, changes.requests)
+            put(connection, MACHINES, changes.machines)
+            put(connection, WRAPPERS, changes.wrappers)
+            put(connection, MEASUREMENTS, changes.measurements)
+            put(connection, REQUESTS, changes.requests)
             # Order matters for the constraints: end leases before a new one on the same wrapper, or its removal.
-            _remove(connection, LEASES, changes.ended_leases)
-            _remove(connection, WRAPPERS, changes.removed_wrappers)
-            _put(connection, LEASES, changes.leases)
+            remove(connection, LEASES, changes.ended_leases)
+            remove(connection, WRAPPERS, changes.removed_wrappers)
+            put(connection, LEASES, changes.leases)
             if idempotency is not None:
-                connection.execute(insert(IDEMPOTENCY_KEYS), _cells(idempotency))
+                connection.execute(insert(IDEMPOTENCY_KEYS), cells_of(idempotency))
             if not events:
                 return None
-            number = connection.execute(_INSERT_EVENT, _cells(events[0])).inserted_primary_key
+            number = connection.execute(INSERT_EVENT, cells_of(events[0])).inserted_primary_key
             if len(events) > 1:
-                connection.execute(_INSERT_EVENT, [_cells(event) for event in events[1:]])
+                connection.execute(INSERT_EVENT, [cells_of(event) for event in events[1:]])
             return None if number is None else int(number[0])
 
     def events(self, *, after: int = 0, limit: int = 1000, request_id: str | None = None) -> tuple[StoredEvent, ...]:
@@ -364,11 +242,11 @@ class Store:
         """
         if not rows:
             return frozenset()
-        cells = [_cells(row.window) | {"machine_id": row.machine_id, "tenant": row.tenant} for row in rows]
+        cells = [cells_of(row.window) | {"machine_id": row.machine_id, "tenant": row.tenant} for row in rows]
         for row in cells:
             del row["number"]  # only for the wrapper's log; ``detail`` contains it
         with self._transaction() as connection:
-            return frozenset(connection.scalars(_insert_once(WINDOWS, connection.dialect.name), cells))
+            return frozenset(connection.scalars(insert_once(WINDOWS, connection.dialect.name), cells))
 
     def windows(
         self,
@@ -445,7 +323,7 @@ class Store:
         requests = REQUESTS.c
         with self._transaction() as connection:
             removed = [
-                _remove_some(connection, table, at_s < ended_before_s, limit)
+                remove_some(connection, table, at_s < ended_before_s, limit)
                 for table, at_s in (
                     (WINDOWS, WINDOWS.c.ended_s),
                     (EVENTS, EVENTS.c.at_s),
@@ -459,9 +337,9 @@ class Store:
             if ended:
                 ids = [row.request_id for row in ended]
                 connection.execute(insert(FORGOTTEN_REQUESTS), [{"request_id": request_id} for request_id in ids])
-                _remove(connection, REQUESTS, ids)
+                remove(connection, REQUESTS, ids)
                 keys = {(row.measurement_id, row.tenant) for row in ended}
-                connection.execute(_DELETE_EMPTY, [{"id": number, "of": tenant} for number, tenant in keys])
+                connection.execute(DELETE_EMPTY_MEASUREMENT, [{"id": number, "of": tenant} for number, tenant in keys])
             return Forgotten(tuple(row.request_id for row in ended), more=len(ended) == limit)
 
     def was_forgotten(self, request_id: str) -> bool:
@@ -482,7 +360,7 @@ class Store:
         Raises:
             StoreUnavailable: the database does not answer; it is unlocked all the same.
         """
-        with _told_once():
+        with converted_errors():
             self._owned.close()
 
     @contextmanager
@@ -490,199 +368,5 @@ class Store:
         # SQLAlchemy would reconnect, but the lock was lost with the old connection.
         if self._connection.invalidated:
             raise StoreUnavailable("the connection was lost, and another registry may have the database by now")
-        with _told_once(), self._connection.begin():
+        with converted_errors(), self._connection.begin():
             yield self._connection
-
-
-def _put(connection: Connection, table: Table, records: Sequence[DataclassInstance]) -> None:
-    if records:
-        connection.execute(_upsert(table, connection.dialect.name), [_cells(record) for record in records])
-
-
-@cache  # building a statement takes longer than running it
-def _upsert(table: Table, dialect: str) -> Insert:
-    new = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
-    columns = {column.name: new.excluded[column.name] for column in table.columns if not column.primary_key}
-    return new.on_conflict_do_update(index_elements=list(table.primary_key), set_=columns)
-
-
-@cache
-def _insert_once(table: Table, dialect: str) -> ReturningInsert[Any]:
-    new = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
-    (key,) = table.primary_key
-    return new.on_conflict_do_nothing(index_elements=[key]).returning(key)
-
-
-def _cells(record: DataclassInstance) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in fields(record)}
-
-
-def _read(connection: Connection, record: type[R], rows: Select[Any]) -> tuple[R, ...]:
-    return tuple(starmap(record, connection.execute(rows)))
-
-
-def _of_measurement(key: MeasurementKey) -> Select[Any]:
-    return select(REQUESTS).where(REQUESTS.c.tenant == key[0], REQUESTS.c.measurement_id == key[1])
-
-
-def _remove(connection: Connection, table: Table, ids: Sequence[str]) -> None:
-    if ids:
-        connection.execute(_delete(table), [{"id": row_id} for row_id in ids])
-
-
-def _remove_some(connection: Connection, table: Table, which: ColumnElement[bool], limit: int) -> int:
-    """Delete at most ``limit`` matching rows of a table. Return their number."""
-    key = list(table.primary_key)
-    some = select(*key).where(which).limit(limit)
-    return connection.execute(delete(table).where(tuple_(*key).in_(some))).rowcount
-
-
-_DELETE_EMPTY = delete(MEASUREMENTS).where(
-    MEASUREMENTS.c.measurement_id == bindparam("id"),
-    MEASUREMENTS.c.tenant == bindparam("of"),
-    ~exists().where(
-        REQUESTS.c.measurement_id == MEASUREMENTS.c.measurement_id, REQUESTS.c.tenant == MEASUREMENTS.c.tenant
-    ),
-)
-
-
-@cache
-def _delete(table: Table) -> Delete:
-    (key,) = table.primary_key
-    return delete(table).where(key == bindparam("id"))
-
-
-@contextmanager
-def _told_once() -> Iterator[None]:
-    """Convert the driver's errors to StoreUnavailable, with the first line of the driver's text.
-
-    Later lines and the cause are dropped: PostgreSQL quotes the row there, with a lease's token in it.
-    """
-    try:
-        yield
-    except (SQLAlchemyError, UnicodeError, OverflowError) as error:  # SQLAlchemy does not wrap the last two
-        cause = error.orig if isinstance(error, DBAPIError) else error
-        raise StoreUnavailable(f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}") from None
-
-
-# --- opening --------------------------------------------------------------------------------------------------
-
-
-def parse_url(url: str) -> URL:
-    """Parse the URL of a database. Raises BadSettings, which does not quote it, if it can't be used."""
-    try:
-        parsed = make_url(url)
-    except (SQLAlchemyError, ValueError):
-        # The parser's text quotes what it took for the port, which may be part of a password.
-        raise BadSettings(
-            "database URL", "can't be read; write special characters as %40 (@), %2F (/), %3A (:)"
-        ) from None
-    if parsed.drivername in {"sqlite", "sqlite+pysqlite"}:
-        if not parsed.database or not Path(parsed.database).is_absolute():
-            raise BadSettings(
-                "database URL", "SQLite needs an absolute path: sqlite:////var/lib/greenprompt/registry.db"
-            )
-        return parsed
-    if parsed.drivername in {"postgresql", "postgresql+psycopg"}:
-        return parsed.set(drivername="postgresql+psycopg")
-    raise BadSettings("database URL", f"{parsed.drivername!r} is neither sqlite nor postgresql+psycopg")
-
-
-def _open_sqlite(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
-    path = Path(str(url.database))
-    try:
-        _own_file(path, lock_wait_s, owned)
-    except OSError as error:
-        raise StoreUnavailable(f"{path}: {error.strerror}") from error
-    connection = owned.enter_context(create_engine(url, poolclass=NullPool, hide_parameters=True).connect())
-    # The driver begins transactions by itself for INSERT etc. but not for CREATE TABLE, so all are begun here.
-    driver: Any = connection.connection.driver_connection
-    driver.isolation_level = None
-    for pragma in (f"busy_timeout = {SQLITE_BUSY_S * 1000}", "synchronous = FULL", "foreign_keys = ON"):
-        connection.exec_driver_sql(f"PRAGMA {pragma}")
-    if connection.exec_driver_sql("PRAGMA journal_mode = WAL").scalar() != "wal":
-        raise BadSettings("database URL", f"{path} is on a file system that can't share memory; use a local disk")
-    connection.commit()
-    event.listen(connection, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
-    return connection
-
-
-# D34: the registry that can write is the one that acts
-def _own_file(path: Path, lock_wait_s: float, owned: ExitStack) -> None:
-    """Create the database file, and lock a file beside it for the life of the process."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    owned.callback(os.close, lock)  # the kernel does it too, however the process dies
-
-    def flock() -> bool:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    if not _retried(flock, lock_wait_s):
-        raise StoreUnavailable(f"{path} is in use by process {os.pread(lock, 20, 0).decode() or 'unknown'}")
-    os.truncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # other users must not read the leases' tokens
-
-
-def _open_postgresql(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
-    defaults = {name: value for name, value in _PG_CONNECT.items() if name not in url.query}
-    try:
-        engine = create_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=defaults)
-        connection = owned.enter_context(engine.connect())
-    except ModuleNotFoundError as error:
-        raise BadSettings("database URL", "PostgreSQL needs psycopg: install the extra [postgres]") from error
-    except ProgrammingError as error:
-        raise BadSettings("database URL", str(error.orig)) from error
-    with connection.begin():
-        for setting in _PG_SESSION:
-            connection.execute(text(f"SET {setting}"))
-        connection.execute(_PG_IDLE_LIMIT)
-        encoding = connection.scalar(text("SHOW server_encoding"))
-        schema = connection.scalar(text("SELECT current_schema()"))
-    if schema is None:
-        raise BadSettings("database URL", "no schema of its search_path is there")
-    if encoding != "UTF8":
-        raise BadSettings("database URL", f"the database keeps {encoding}; make one with ENCODING 'UTF8'")
-    key = int.from_bytes(hashlib.sha256(f"greenprompt registry {schema}".encode()).digest()[:8], signed=True)
-
-    # D34: the registry that can write is the one that acts
-    def lock() -> bool:
-        with connection.begin():
-            return bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}))
-
-    if not _retried(lock, lock_wait_s):
-        with connection.begin():
-            owner = connection.execute(_PG_OWNER, {"key": key}).first()
-        holder = f"process {owner.pid} of the server, for {owner.client}" if owner else "a registry that just ended"
-        raise StoreUnavailable(f"schema {schema} of the database is in use by {holder}")
-    return connection
-
-
-def _retried(attempt: Callable[[], bool], wait_s: float) -> bool:
-    """Repeat an attempt until it succeeds. Return False if it still fails after ``wait_s`` seconds. Blocks."""
-    give_up = time.monotonic() + wait_s
-    while not attempt():
-        if time.monotonic() >= give_up:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def migration_config(connection: Connection) -> Config:
-    """Return Alembic's configuration for our revisions and an open connection; the caller owns the transaction."""
-    config = Config()
-    config.set_main_option("script_location", str(resources.files("registry.store") / "migrations").replace("%", "%%"))
-    config.attributes["connection"] = connection
-    return config
-
-
-def _upgrade(connection: Connection) -> None:
-    try:
-        with connection.begin():
-            command.upgrade(migration_config(connection), "head")
-    except CommandError as error:
-        raise BadSettings("database", f"was last used by another version of the registry ({error})") from error

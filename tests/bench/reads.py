@@ -39,7 +39,8 @@ from registry.service import views
 from registry.service.accounts import Accounts
 from registry.service.service import Service
 from registry.settings import Settings, TenantBudget
-from registry.store.store import EventRow, Store
+from registry.store.rows import EventRow
+from registry.store.store import Store
 from registry.wire.words import RequestStatus
 from tests.bench.control import llmconfig
 from tests.bench.report import OUTPUT, Result, counted, measured, percentile, publish

@@ -21,7 +21,8 @@ from registry.core.decision import Changes, Snapshot
 from registry.core.records import Lease, LLMMemory, LLMSpec, Machine, Measurement, Request, Wrapper, WrapperStatus
 from registry.errors import BadSettings, StoreUnavailable
 from registry.store.migrations import tables
-from registry.store.store import EventRow, IdempotencyRow, Store, StoredEvent
+from registry.store.rows import EventRow, IdempotencyRow, StoredEvent
+from registry.store.store import Store
 from registry.wire.words import Grade, Priority, RequestStatus, WindowKind
 from tests.energy_windows import window
 

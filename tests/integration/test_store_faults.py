@@ -19,14 +19,16 @@ from sqlalchemy.pool import NullPool
 from registry.core.decision import Changes
 from registry.core.records import LLMSpec, Machine, Measurement, Request
 from registry.errors import BadSettings, StoreUnavailable
-from registry.store.store import EventRow, Store
+from registry.store.rows import EventRow
+from registry.store.store import Store
 
 SECRET = "hunter2-s3cret"
 
 COMMITTER = """
 import itertools, sys
 from registry.core.records import Changes, LLMSpec, Measurement, Request
-from registry.store.store import EventRow, Store
+from registry.store.rows import EventRow
+from registry.store.store import Store
 
 store = Store.open(sys.argv[1])
 for n in itertools.count():
@@ -124,7 +126,7 @@ def test_the_successor_of_a_killed_registry_waits_for_its_end(database_url: str,
             waits.append(seconds)
             pause(seconds)
 
-        monkeypatch.setattr("registry.store.store.time.sleep", kill_while_waiting)
+        monkeypatch.setattr("registry.store.database.time.sleep", kill_while_waiting)
         store = Store.open(database_url)
         store.commit(machine(1))
         store.close()

@@ -47,7 +47,8 @@ from registry.service.history import ids_of
 from registry.service.service import Service
 from registry.settings import Settings
 from registry.store.migrations.tables import METADATA
-from registry.store.store import IdempotencyRow, Store
+from registry.store.rows import IdempotencyRow
+from registry.store.store import Store
 from registry.wire.words import Priority, RequestStatus, canonical_json
 from tests.simulation.machines import CALM, Node, Process, SimulatedCluster, Weather
 from tests.simulation.moves import Moves

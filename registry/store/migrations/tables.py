@@ -1,7 +1,7 @@
 """The tables of the newest revision, and the column types that store the fields of records.
 
 Every record of ``registry.core.records`` has a table; its columns are the record's fields, with their names and order.
-Only ``registry.store.store`` and the revisions use them.
+Only ``registry.store`` uses them.
 """
 
 from __future__ import annotations

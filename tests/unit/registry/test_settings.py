@@ -14,7 +14,7 @@ from sqlalchemy import make_url
 
 from registry.core.decision import Limits
 from registry.errors import BadSettings
-from registry.settings import Settings, differing, forwarded_environment, load_settings
+from registry.settings import Settings, differing, load_settings
 from registry.store.store import Store
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
@@ -323,20 +323,6 @@ def test_other_variables_of_ours_are_no_settings(write, monkeypatch: pytest.Monk
     """GREENPROMPT_URL tells the command line where a registry is; it does not disturb the settings."""
     monkeypatch.setenv("GREENPROMPT_URL", "http://x")
     assert load_settings(write("")) == Settings()
-
-
-def test_workers_get_what_loading_models_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Variables for model downloads and vLLM go to the workers, and nothing else of the operator's shell."""
-    for name in os.environ:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_HOME", "/cache")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    assert forwarded_environment() == {"HF_HOME": "/cache", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    spellings = {"https_proxy": "http://p:1", "ALL_PROXY": "http://p:2", "no_proxy": "x", "SSL_CERT_FILE": "/ca.pem"}
-    for name, value in spellings.items():
-        monkeypatch.setenv(name, value)
-    assert spellings.items() <= forwarded_environment().items()
 
 
 def test_database_of_a_folder_with_any_name(tmp_path: Path) -> None:

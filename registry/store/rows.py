@@ -1,0 +1,59 @@
+"""Rows of the database that have no record in ``registry.core``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """A row of the event log, written in one transaction with the changes that the event caused.
+
+    ``kind``: the event's class name. ``at_s``: UTC seconds. ``cause_id``: number of the event that led to this one.
+    ``detail``: a JSON object without secrets.
+    """
+
+    kind: str
+    at_s: float
+    wrapper_id: str | None = None
+    request_id: str | None = None
+    measurement_id: int | None = None
+    cause_id: str | None = None
+    detail: str = "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEvent:
+    """An EventRow and its number: ``event_id`` > 0 grows with every event and is never used twice."""
+
+    event_id: int
+    event: EventRow
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotencyRow:
+    """The answer to a tenant's Idempotency-Key: ``request_ids``, in the order of the body's llms.
+
+    ``key``: at most 1024 characters (PostgreSQL refuses index entries over 2.7 kB). ``body_sha256``: hexadecimal.
+    """
+
+    tenant: str
+    key: str
+    body_sha256: str
+    request_ids: tuple[str, ...]
+    created_s: float
+
+
+class Forgotten(NamedTuple):
+    """Result of ``Store.forget``: the ids of deleted requests, and whether there is more to delete."""
+
+    request_ids: tuple[str, ...]
+    more: bool
+
+
+class WindowPlace(NamedTuple):
+    """Sort key of the energy windows of a measurement: start time (UTC s), then id."""
+
+    begun_s: float
+    window_id: str
