@@ -13,6 +13,7 @@ from registry.core.records import LLMSpec, Request, WrapperStatus
 from registry.errors import RegistryError
 from registry.service import views
 from registry.service.archive import KEPT
+from registry.service.loop import Observer
 from registry.service.service import Service
 from registry.settings import Settings
 from registry.store.store import Store
@@ -33,26 +34,22 @@ def config_of(spec: LLMSpec) -> str:
     return canonical_json({"model": spec.model})
 
 
-class ObservedService(Service):
-    """The service, with its events written down. ``changed`` is set after every event."""
+class Journal(Observer):
+    """Writes down the events of a world's service, and wakes those who wait for a change."""
 
-    def __init__(self, *args: Any, changed: asyncio.Event, **more: Any) -> None:
-        super().__init__(*args, **more)
+    def __init__(self, world: World) -> None:
         self.events: list[Event] = []
-        self.was: dict[str, list[WrapperStatus]] = {}
+        self.statuses: dict[str, list[WrapperStatus]] = {}
         """The statuses that each wrapper has had, in order."""
-        self.changed = changed
+        self._world = world
 
-    def _apply(self, event: Event, **more: Any) -> None:
-        try:
-            super()._apply(event, **more)
-        finally:
-            self.events.append(event)
-            for wrapper in self.allocator.wrappers():
-                was = self.was.setdefault(wrapper.wrapper_id, [])
-                if was[-1:] != [wrapper.status]:
-                    was.append(wrapper.status)
-            self.changed.set()
+    def handled(self, event: Event) -> None:
+        self.events.append(event)
+        for wrapper in self._world.service.allocator.wrappers():
+            had = self.statuses.setdefault(wrapper.wrapper_id, [])
+            if had[-1:] != [wrapper.status]:
+                had.append(wrapper.status)
+        self._world.changed.set()
 
 
 class World:
@@ -62,7 +59,7 @@ class World:
         self._url = url
         self._logs = logs
         self._numbers = count(1)
-        self._changed = asyncio.Event()
+        self.changed = asyncio.Event()
         self.settings = Settings.model_validate(
             {
                 "watch": {"period_s": 0.002, "failures": 2},
@@ -72,7 +69,7 @@ class World:
             }
         )
         self.clock = ManualClock(1_800_000_000.0)
-        self.cluster = FakeCluster(self._changed.set)
+        self.cluster = FakeCluster(self.changed.set)
         self.homes: dict[str, LLMSpec] = {}
         self.fatal: list[RegistryError] = []
         self.energy: list[KeptWindow] = []
@@ -80,7 +77,9 @@ class World:
         self.expected_problems: list[str] = []
         self.ended_kept = KEPT
         """Measurements that are over and stay in memory."""
-        self.service: ObservedService = None  # type: ignore[assignment]  # made by start()
+        self.service: Service = None  # type: ignore[assignment]  # made by start()
+        self.journal = Journal(self)
+        """Of the current process of the registry."""
         self.store: Store = None  # type: ignore[assignment]  # same
 
     async def start(self) -> None:
@@ -89,7 +88,8 @@ class World:
         # Nobody pulls the plug in a test: don't wait for the disk.
         driver: Any = self.store._connection.connection.driver_connection
         driver.execute("PRAGMA synchronous = OFF")
-        self.service = ObservedService(
+        self.journal = Journal(self)
+        self.service = Service(
             self.settings,
             self.store,
             self.cluster,
@@ -98,15 +98,15 @@ class World:
             homes=self.homes,
             on_fatal=self.fatal.append,
             on_energy=self.energy.append,
-            changed=self._changed,
             ended_kept=self.ended_kept,
+            observer=self.journal,
         )
         await self.service.start()
 
     async def crash(self) -> None:
         """The registry's process ends without a word; wrappers go on."""
         self.service.allocator.check()
-        await self.service._cancel_tasks()
+        await self.service._tasks.stop()
         self.store.close()
 
     async def restart(self) -> None:
@@ -118,13 +118,13 @@ class World:
         """Return as soon as the condition holds; it is looked at after everything that happens."""
         async with asyncio.timeout(LIMIT_S):
             while not condition():
-                self._changed.clear()
-                await self._changed.wait()
+                self.changed.clear()
+                await self.changed.wait()
 
     async def close(self) -> None:
         if not self.fatal:
             self.service.allocator.check()
-        await self.service._cancel_tasks()
+        await self.service._tasks.stop()
         await self.cluster.close()
         self.store.close()
         problems = [entry for entry in self._logs if entry["log_level"] in ("error", "critical")]

@@ -6,24 +6,24 @@ head leaves the machines and their leases alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from deployments.launch.haproxy import haproxy_environment
-from deployments.launch.local_ray import RAY_ENVIRONMENT
-from deployments.machine.worker_environment import forwarded_environment
-from pathlib import Path
-from registry.errors import BadSettings
-from registry.errors import StartFailed
-import deployments
 import fcntl
 import hashlib
 import json
 import os
-import psutil
-import registry
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+import psutil
+
+import deployments
+import registry
+from deployments.launch.haproxy import haproxy_environment
+from deployments.launch.local_ray import RAY_ENVIRONMENT
+from deployments.machine.worker_environment import forwarded_environment
+from registry.errors import BadSettings, StartFailed
 
 HAPROXY_HOME = Path("/tmp/gp-haproxy")  # noqa: S108 - HAProxy's socket paths have at most 97 characters
 """Folder of HAProxy's files on a node."""

@@ -6,31 +6,27 @@ unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence
-from pydantic import BaseModel
-from registry.accounting.windows import KeptWindow
-from registry.core.events import NewRequest
-from registry.core.records import Measurement
-from registry.core.records import MeasurementKey
-from registry.core.records import Request
-from registry.errors import RegistryError
-from registry.service import views
-from registry.service.news import CHANGES_WAIT_S
-from registry.service.service import Idempotency
-from registry.service.service import Service
-from registry.settings import Settings
-from registry.store.rows import WindowPlace
-from registry.wire.words import Grade
-from registry.wire.words import Priority
 import asyncio
 import json
 import os
-import ray
-import structlog
 import time
 import uuid
+from collections.abc import Callable, Sequence
 
+import ray
+import structlog
+from pydantic import BaseModel
+
+from registry.accounting.windows import KeptWindow
+from registry.core.events import NewRequest
+from registry.core.records import Measurement, MeasurementKey, Request
+from registry.errors import RegistryError
+from registry.service import views
+from registry.service.news import CHANGES_WAIT_S
+from registry.service.service import Idempotency, Service
+from registry.settings import Settings
+from registry.store.rows import WindowPlace
+from registry.wire.words import Grade, Priority
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""

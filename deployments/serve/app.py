@@ -2,51 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from deployments.models.args.mapping import map_llmconfig
-from deployments.models.sources import ModelSources
-from deployments.serve import ingress
-from deployments.serve.actor import ACTOR_NAME
-from deployments.serve.actor import NAMESPACE
-from deployments.serve.actor import RegistryActor
-from deployments.serve.cluster import RayCluster
-from deployments.serve.energy_metrics import EnergyMetrics
-from deployments.serve.http_app import IngressConfig
-from deployments.serve.logs import REGISTRY_LOG
-from deployments.serve.logs import configure_logging
-from deployments.serve.ray_folder import RAY_FOLDER
-from deployments.serve.ray_folder import keep_logs
-from deployments.serve.steady_clock import SteadyClock
-from pathlib import Path
-from ray import serve
-from ray._common.constants import HEAD_NODE_RESOURCE_NAME
-from ray.exceptions import ActorUnavailableError
-from ray.exceptions import RayError
-from ray.serve.schema import ApplicationStatus
-from registry.core.records import LLMSpec
-from registry.errors import BadSettings
-from registry.errors import InvalidField
-from registry.errors import RegistryError
-from registry.errors import StartFailed
-from registry.errors import in_one_line
-from registry.service.service import Service
-from registry.settings import Settings
-from registry.settings import differing
-from registry.settings import url_host
-from registry.store.database import parse_url
-from registry.store.store import Store
-from typing import Any
-from typing import NamedTuple
-import httpx
 import importlib.util
 import logging
 import os
-import ray
 import secrets
-import stamina
 import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import httpx
+import ray
+import stamina
+from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray.exceptions import ActorUnavailableError, RayError
+from ray.serve.schema import ApplicationStatus
+
+from deployments.models.args.mapping import map_llmconfig
+from deployments.models.sources import ModelSources
+from deployments.serve import ingress
+from deployments.serve.actor import ACTOR_NAME, NAMESPACE, RegistryActor
+from deployments.serve.cluster import RayCluster
+from deployments.serve.energy_metrics import EnergyMetrics
+from deployments.serve.http_app import IngressConfig
+from deployments.serve.logs import REGISTRY_LOG, configure_logging
+from deployments.serve.ray_folder import RAY_FOLDER, keep_logs
+from deployments.serve.steady_clock import SteadyClock
+from registry.core.records import LLMSpec
+from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed, in_one_line
+from registry.service.service import Service
+from registry.settings import Settings, differing, url_host
+from registry.store.database import parse_url
+from registry.store.store import Store
 
 INGRESS_APP = "registry"
 """Name of the ingress among Serve's applications."""

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ray
+import structlog
+from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
 from deployments.engine.rest import REST_LIMIT_S
 from deployments.machine.worker_environment import forwarded_environment
 from deployments.models.sources import ModelSources
 from deployments.wrapper import llm_wrapper as wrapper_module
 from deployments.wrapper.llm_wrapper import WrapperConfig
 from deployments.wrapper.probe import PROBE_MAX_S
-from ray import serve
-from ray._common.constants import HEAD_NODE_RESOURCE_NAME
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
-from registry.contract.messages import Belief
-from registry.contract.messages import HandOver
-from registry.contract.messages import LeaseGrant
-from registry.contract.messages import NODE_ID_DIGITS
-from registry.contract.messages import Observation
-from registry.contract.messages import StartedFor
-from registry.contract.messages import WrapperPlan
-from registry.contract.messages import WrapperReport
-from registry.core.records import LLMSpec
-from registry.core.records import Machine
-from registry.errors import RegistryError
-from registry.errors import WrapperUnheard
-from registry.errors import WrapperUnreachable
-from registry.errors import in_one_line
+from registry.contract.messages import (
+    NODE_ID_DIGITS,
+    Belief,
+    HandOver,
+    LeaseGrant,
+    Observation,
+    StartedFor,
+    WrapperPlan,
+    WrapperReport,
+)
+from registry.core.records import LLMSpec, Machine
+from registry.errors import RegistryError, WrapperUnheard, WrapperUnreachable, in_one_line
 from registry.settings import Settings
 from registry.wire.words import Grade
-from typing import Any
-import asyncio
-import ray
-import structlog
-import time
-
 
 log = structlog.get_logger("deployments.serve.cluster")
 

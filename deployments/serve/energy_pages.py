@@ -6,21 +6,16 @@ registry's reads only every 5 ms, and SQLite needs a switch for each row.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from collections.abc import Awaitable
-from collections.abc import Callable
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 from registry.accounting.report_csv import windows_csv
 from registry.accounting.windows import KeptWindow
-from registry.core.records import Measurement
-from registry.core.records import MeasurementKey
-from registry.core.records import Request
+from registry.core.records import Measurement, MeasurementKey, Request
 from registry.service import views
 from registry.store.rows import WindowPlace
-from typing import Any
-import asyncio
-
 
 PAGE = 250
 """Records that the registry reads per call: about 10 ms in which it makes no decision."""

@@ -5,29 +5,20 @@ Its only influence on allocation: a request whose tenant has used up its budget 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from registry.accounting.totals import Total
-from registry.accounting.totals import spent_total
-from registry.accounting.totals import sum_of
-from registry.accounting.totals import total_of
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from registry.accounting.totals import Total, spent_total, sum_of, total_of
 from registry.accounting.windows import KeptWindow
-from registry.contract.messages import Moment
-from registry.contract.messages import WrapperReport
+from registry.contract.messages import Moment, WrapperReport
 from registry.contract.windows import EnergyWindow
 from registry.core.allocator import Allocator
 from registry.core.records import MeasurementKey
 from registry.service.archive import Archive
-from registry.service.budgets import CHARGED
-from registry.service.budgets import month_begin_s
-from registry.service.budgets import warnings
+from registry.service.budgets import CHARGED, month_begin_s, warnings
 from registry.settings import TenantBudget
 from registry.store.rows import WindowPlace
 from registry.store.store import Store
 from registry.wire.words import WindowKind
-
 
 REMEMBERED_COSTS = 10_000
 """Maximum number of requests whose costs are cached."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+
 from registry.core.commands import Effect
 from registry.core.decision import Changes
-from registry.core.events import Event
-from registry.core.events import LeaseUsed
+from registry.core.events import Event, LeaseUsed
 from registry.core.records import Request
 from registry.store.rows import EventRow
-import json
 
 
 def ids_of(event: Event | Effect) -> dict[str, object]:

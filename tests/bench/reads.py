@@ -192,9 +192,9 @@ async def forgetting(store: Store) -> list[Result]:
     late_ms: list[float] = []
     begun_s = time.perf_counter()
     async with beside(late_ms):
-        await service._forget()
+        await service._retention.forget()
     took_s = time.perf_counter() - begun_s
-    await service._cancel_tasks()
+    await service._tasks.stop()
     assert store.requests(["o0"]) == ()
     return [
         counted(PART, "start_on_100000_ended_ms", started_ms, "ms", of=ENDED),
@@ -211,15 +211,15 @@ async def machines(store: Store) -> list[Result]:
     events += [WrapperStarted(f"m{n}-0", 0, None) for n in range(MACHINES)]
     joining_ms: list[float] = []
     async with beside(joining_ms):
-        await service._apply_all(events)
+        await service._loop.apply_all(events)
     for n in range(MACHINES):
         service.request(n + 1, [NewRequest(f"{n}{k}", SPEC, "{}") for k in "ab"])
     losing_ms: list[float] = []
     begun_s = time.perf_counter()
     async with beside(losing_ms):
-        await service._apply_all([MachineLost(f"m{n}", "gone") for n in range(MACHINES)])
+        await service._loop.apply_all([MachineLost(f"m{n}", "gone") for n in range(MACHINES)])
     lost_s = time.perf_counter() - begun_s
-    await service._cancel_tasks()
+    await service._tasks.stop()
     return [
         *held("joining_machines", joining_ms),
         counted(PART, "losing_1000_machines_s", lost_s, "s", of=MACHINES),

@@ -15,7 +15,8 @@ from registry.core.decision import Snapshot
 from registry.core.events import NewRequest
 from registry.core.records import Lease, LLMSpec, Machine, Measurement, Request, Wrapper, WrapperStatus
 from registry.errors import RegistryError, RequestForgotten, StoreUnavailable, UnknownMeasurement, UnknownRequest
-from registry.service.service import DAY_S, Idempotency, Service
+from registry.service.retention import DAY_S
+from registry.service.service import Idempotency, Service
 from registry.settings import Settings, WatchSettings
 from registry.store.store import Store
 from registry.wire.words import Priority, RequestStatus

@@ -26,7 +26,7 @@ import structlog
 from sqlalchemy import Connection, delete
 
 from registry.contract.messages import LeaseGrant
-from registry.core.decision import Changes, Decision, Snapshot
+from registry.core.decision import Changes, Snapshot
 from registry.core.events import Event, NewRequest
 from registry.core.records import LLMSpec, Request
 from registry.errors import (
@@ -44,10 +44,10 @@ from registry.errors import (
     WrapperUnreachable,
 )
 from registry.service.history import ids_of
+from registry.service.loop import Observer
 from registry.service.service import Service
 from registry.settings import Settings
 from registry.store.migrations.tables import METADATA
-from registry.store.rows import IdempotencyRow
 from registry.store.store import Store
 from registry.wire.words import Priority, RequestStatus, canonical_json
 from tests.simulation.machines import CALM, Node, Process, SimulatedCluster, Weather
@@ -98,32 +98,22 @@ SPECS = tuple(LLMSpec(f"org/llm-{n}", "text-generation", gpus=gpus) for n, gpus 
 BROKEN = "org/broken"
 
 
-class WatchedService(Service):
-    """The service, some of whose commits are its last. ``committed`` is told of each."""
+class Judge(Observer):
+    """Measures and judges each decision of a world's service; some commits are its last."""
 
-    def __init__(self, world: World, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
+    def __init__(self, world: World) -> None:
         self._world = world
-        self._decided_ns = 0
+        self._begun_ns = 0
 
-    def _decide(self, event: Event, now_s: float) -> Decision:
-        begun_ns = time.thread_time_ns()
-        decision = super()._decide(event, now_s)
-        self._decided_ns = time.thread_time_ns() - begun_ns
-        return decision
+    def deciding(self, event: Event) -> None:
+        self._begun_ns = time.thread_time_ns()
 
-    def _commit(
-        self, event: Event, changes: Changes, now_s: float, cause: int | None, idempotency: IdempotencyRow | None
-    ) -> int | None:
-        writes = not changes.empty or idempotency is not None
-        if writes:
-            self._world.before_commit()
-        begun_ns = time.thread_time_ns()
-        number = super()._commit(event, changes, now_s, cause, idempotency)
-        if writes:
-            self._world.took_ns.append(self._decided_ns + time.thread_time_ns() - begun_ns)
-            self._world.after_commit(event, changes)
-        return number
+    def committing(self, event: Event, changes: Changes) -> None:
+        self._world.before_commit()
+
+    def committed(self, event: Event, changes: Changes) -> None:
+        self._world.took_ns.append(time.thread_time_ns() - self._begun_ns)
+        self._world.after_commit(event, changes)
 
 
 class World:
@@ -139,7 +129,7 @@ class World:
         self.decisions = 0
         self.grants = 0
         self.faults = 0
-        self.service: WatchedService | None = None
+        self.service: Service | None = None
         self._loop = loop
         loop.set_exception_handler(self._on_problem)
         self._broken = asyncio.Event()
@@ -240,7 +230,7 @@ class World:
 
     def _check(self) -> None:
         """Everything that must hold at any moment at which the registry is there."""
-        if self.service is None or self.service._closed:
+        if self.service is None or self.service._loop.closed:
             return
         try:
             self.service.allocator.check()
@@ -289,8 +279,7 @@ class World:
         store = Store(_connection(), ExitStack())
         if self._last is not None and (differs := _difference(store, self._last)) is not None:
             self.fail(f"what the last one knew was not written: {differs}")
-        self.service = WatchedService(
-            self,
+        self.service = Service(
             self.shape.settings,
             store,
             self.cluster,
@@ -299,6 +288,7 @@ class World:
             homes=self._homes,
             on_fatal=self._on_fatal,
             ended_kept=2,
+            observer=Judge(self),
         )
         self.note("the registry starts")
         start = self.service.start()
@@ -315,8 +305,9 @@ class World:
         self.service = None
         self._is_up.clear()
         self._last = service.allocator.snapshot() if certain else None
-        service._closed = True
-        for task in (*service._tasks, *service._watchers.values(), *self._calls):
+        service._loop.closed = True
+        service._tasks.cancel()
+        for task in self._calls:
             task.cancel()
         service._store.close()
         self._dies_after_calls = self._dies_after_commits = self._commit_fails = None
@@ -512,7 +503,7 @@ class World:
         elif must_have_ended or request.request_id in self._seen_end:
             self.fail(f"{request.request_id} has ended and is {request.status} again")
 
-    async def _ask(self, what: Callable[[WatchedService], T]) -> T:
+    async def _ask(self, what: Callable[[Service], T]) -> T:
         """What the registry answers at once; it is asked again when it dies over it. Raises its other errors."""
         while True:
             await self._is_up.wait()
@@ -523,7 +514,7 @@ class World:
                     pass
             await asyncio.sleep(self.random.uniform(0.1, 2.0))
 
-    async def _wait(self, what: Callable[[WatchedService], Coroutine[Any, Any, T]]) -> T:
+    async def _wait(self, what: Callable[[Service], Coroutine[Any, Any, T]]) -> T:
         """What the registry answers in the end; as ``_ask``."""
         while True:
             await self._is_up.wait()

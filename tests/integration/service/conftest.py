@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from registry.core.records import WrapperStatus
-from registry.service import service as service_module
+from registry.service import commands, watch
 from registry.store.store import Store
 from tests.service_world import World
 
@@ -19,8 +19,8 @@ from tests.service_world import World
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for seconds in life waits for a moment here."""
-    monkeypatch.setattr(service_module, "RESEND_DELAYS_S", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(service_module, "FAILED_RETRY_S", 0.005)
+    monkeypatch.setattr(commands, "RESEND_DELAYS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(watch, "FAILED_RETRY_S", 0.005)
 
 
 @pytest.fixture

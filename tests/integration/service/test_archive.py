@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 from sqlalchemy import event
@@ -132,7 +131,6 @@ def _have_come(turns_of: Mapping[type, Sequence[int]], kinds: Sequence[type], co
 async def test_a_thousand_machines_hold_nobody_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between any two events of machines that join, come back on other nodes, or go, others have their turn."""
     turn, turns_of = 0, dict[type, list[int]]()
-    apply = world.service._apply
 
     async def others() -> None:
         nonlocal turn
@@ -140,11 +138,10 @@ async def test_a_thousand_machines_hold_nobody_up(world: World, monkeypatch: pyt
             turn += 1
             await asyncio.sleep(0)
 
-    def noted(event: Event, **more: Any) -> None:
+    def noted(event: Event) -> None:
         turns_of.setdefault(type(event), []).append(turn)
-        apply(event, **more)
 
-    monkeypatch.setattr(world.service, "_apply", noted)
+    monkeypatch.setattr(world.journal, "deciding", noted)
     beside = asyncio.create_task(others())
     names = [f"m{n}" for n in range(100)]
 

@@ -8,36 +8,25 @@ twice, no address changes, and nothing is left behind.
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 from collections import Counter
-from collections.abc import AsyncIterator
-from collections.abc import Awaitable
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
-from registry.contract.messages import HandOver
-from registry.contract.messages import LeaseGrant
-from registry.contract.messages import StartedFor
-from registry.contract.messages import WrapperPlan
+
+import pytest
+
+from registry.contract.messages import HandOver, LeaseGrant, StartedFor, WrapperPlan
 from registry.core.decision import Changes
 from registry.core.events import NewRequest
-from registry.core.records import LLMSpec
-from registry.core.records import WrapperStatus
+from registry.core.records import LLMSpec, WrapperStatus
 from registry.errors import EngineStartFailed
-from registry.store.rows import EventRow
-from registry.store.rows import IdempotencyRow
+from registry.store.rows import EventRow, IdempotencyRow
 from registry.wire.words import RequestStatus
 from tests.fake_cluster import FakeCluster
-from tests.service_world import OTHER
-from tests.service_world import THIRD
-from tests.service_world import TINY
-from tests.service_world import World
-from tests.service_world import config_of
-import asyncio
-import pytest
-import shutil
-
+from tests.service_world import OTHER, THIRD, TINY, World, config_of
 
 S = RequestStatus
 BROKEN = LLMSpec("org/broken", "text-generation")

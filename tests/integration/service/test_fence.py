@@ -64,7 +64,7 @@ async def test_a_lost_machine_that_lives_on_serves_its_old_lease_to_nobody(two: 
     cut_off = (await two.until_status(first, Status.DEPLOYED)).machine_id
     assert cut_off is not None
     wrapper, machine = two.wrapper(f"{cut_off}-0"), two.cluster.machines.pop(cut_off)
-    known = two.service._belief(f"{cut_off}-0")
+    known = two.service._reports.belief(f"{cut_off}-0")
     two.cluster.hold("cluster", "remove").fail(WrapperUnreachable("cluster", "there is no way to it"))
     await two.until_status(first, Status.FAILED)
     assert (await two.until_status(second, Status.DEPLOYED)).machine_id != cut_off

@@ -83,7 +83,7 @@ async def test_a_machine_that_is_not_at_rest_is_flagged(world: World) -> None:
     world.wrapper().lease_flags = ("contended",)
     await world.until(lambda: len(state(world, request_id).flags) == 2)
     await world.looked()
-    assert sum(type(event).__name__ == "LeaseFlagged" for event in world.service.events) == 1
+    assert sum(type(event).__name__ == "LeaseFlagged" for event in world.journal.events) == 1
     world.service.release(request_id)
     await world.looked()
     assert state(world, request_id).flags == ["steadiness_unknown", "contended"]

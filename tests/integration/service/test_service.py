@@ -487,7 +487,7 @@ async def test_wait_returns_on_a_change(world: World) -> None:
     async with asyncio.timeout(LIMIT_S):
         answers = await asyncio.gather(*waits)
     assert {answer.status for answer in answers} == {Status.DEPLOYED}
-    assert world.service._waiters == {}
+    assert world.service._waiters._by_request == {}
 
 
 async def test_wait_ends_without_a_change(world: World) -> None:
@@ -495,7 +495,7 @@ async def test_wait_ends_without_a_change(world: World) -> None:
     await world.deployed(1)
     (request_id,) = world.ask(2, OTHER)
     assert (await world.service.wait_for_change(request_id, 0.01)).status is Status.QUEUED
-    assert world.service._waiters == {}
+    assert world.service._waiters._by_request == {}
 
 
 async def test_wait_is_for_the_status(make: Make) -> None:
@@ -532,7 +532,7 @@ async def test_deployed_is_what_a_client_waits_for(world: World) -> None:
     async with asyncio.timeout(LIMIT_S):
         assert (await world.service.wait_for_change(request_id, 60.0)).status is Status.DEPLOYED
         assert (await world.service.wait_for_change(request_id, 60.0, Status.DEPLOYING)).status is Status.DEPLOYED
-    assert world.service._waiters == {}
+    assert world.service._waiters._by_request == {}
 
 
 async def test_who_has_seen_a_status_waits_for_another(world: World) -> None:
@@ -559,7 +559,7 @@ async def test_waiter_that_goes_away_leaves_nothing(world: World) -> None:
     await world.looked()
     gone.cancel()
     await asyncio.gather(gone, return_exceptions=True)
-    assert len(world.service._waiters[request_id]) == 1
+    assert len(world.service._waiters._by_request[request_id]) == 1
     world.service.release(held)
     async with asyncio.timeout(LIMIT_S):
         assert (await stays).status is Status.DEPLOYING
@@ -627,7 +627,7 @@ async def test_wrappers_tell_how_much_memory_their_machine_has(world: World) -> 
     await world.restart()
     assert views.machine_states(world.service)[0].memoryBytes == 24 * 2**30
     await world.looked(times=3)
-    assert not [event for event in world.service.events if isinstance(event, MachineJoined)]
+    assert not [event for event in world.journal.events if isinstance(event, MachineJoined)]
     del world.cluster.memory_bytes["a"]
     await world.looked(times=3)
     assert views.machine_states(world.service)[0].memoryBytes == 24 * 2**30

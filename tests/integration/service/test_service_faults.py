@@ -246,7 +246,7 @@ async def test_restart_that_fails_counts(world: World) -> None:
     """A restart that does not succeed is a failure of the wrapper too: in the end it is given up."""
     world.cluster.fail("a-0", "restart", *[WrapperUnreachable("a-0", "Ray does not answer")] * 2)
     world.cluster.fail("a-0", "report", *[WrapperUnreachable("a-0", "no answer")] * 2)
-    await world.until(lambda: WrapperStatus.FAILED in world.service.was["a-0"])
+    await world.until(lambda: WrapperStatus.FAILED in world.journal.statuses["a-0"])
     await world.until_wrapper(WrapperStatus.IDLE)
 
 
@@ -265,7 +265,7 @@ async def test_wrapper_that_never_starts_is_given_up(make: Make) -> None:
 async def test_restart_that_is_superseded_holds_up_nobody(world: World) -> None:
     """A wrapper that has to be restarted while an earlier restart waits for it comes back: none waits for the other."""
     for reason in ("it hangs", "it hangs again"):
-        world.service._apply(WrapperFailed("a-0", reason))
+        world.service._loop.apply(WrapperFailed("a-0", reason))
     await world.until_wrapper(WrapperStatus.IDLE)
     await world.deployed(1)
 
@@ -286,7 +286,7 @@ async def test_wrapper_that_is_commanded_is_not_said_not_to_start(world: World) 
     world.cluster.hold("a-0", "report").open()
     deploy.open()
     await world.until_status(request_id, Status.DEPLOYED)
-    assert [event for event in world.service.events if isinstance(event, WrapperFailed)] == []
+    assert [event for event in world.journal.events if isinstance(event, WrapperFailed)] == []
 
 
 async def test_late_report_disturbs_no_lease(world: World) -> None:
@@ -295,11 +295,11 @@ async def test_late_report_disturbs_no_lease(world: World) -> None:
     late = world.cluster.hold("a-0", "report")
     await world.until(lambda: late.arrived)  # it says: epoch 0, nothing runs
     request_id = await world.deployed(1)
-    seen = len(world.service.events)
+    seen = len(world.journal.events)
     world.cluster.hold("a-0", "report").open()
     late.open()
     await world.looked(times=4)
-    assert [event for event in world.service.events[seen:] if isinstance(event, WrapperStarted)] == []
+    assert [event for event in world.journal.events[seen:] if isinstance(event, WrapperStarted)] == []
     assert world.request(request_id).status is Status.DEPLOYED
     assert world.wrapper().starts == 1
     assert views.request_state(world.service, world.request(request_id)).flags == []
@@ -363,7 +363,7 @@ async def test_machine_that_returns_is_not_held_up_by_what_was_commanded_before(
     await world.until_status(request_id, Status.DEPLOYED)
     before.fail(WrapperUnreachable("a-0", "no answer to bind"))
     await world.looked()
-    assert [event for event in world.service.events if isinstance(event, WrapperFailed)] == []
+    assert [event for event in world.journal.events if isinstance(event, WrapperFailed)] == []
     assert world.request(request_id).status is Status.DEPLOYED
 
 
@@ -379,7 +379,7 @@ async def test_fewer_wrappers_after_a_restart(make: Make) -> None:
     )
     await world.start()
     await world.until(lambda: "a-1" in world.cluster.removed)
-    await world.until(lambda: "a-1" not in world.service._watchers)
+    await world.until(lambda: "a-1" not in world.service._watches._watches)
     assert world.status_of("a-1") is None
     await world.deployed(1)
 

@@ -39,7 +39,7 @@ async def test_lease_survives_the_registry(world: World) -> None:
     await world.restart()
     assert world.url(request_id) == before
     assert world.service.allocator.lease_of(request_id) == lease
-    await world.until(lambda: any(isinstance(event, WrapperStarted) for event in world.service.events))
+    await world.until(lambda: any(isinstance(event, WrapperStarted) for event in world.journal.events))
     await world.looked()
     assert world.request(request_id).status is Status.DEPLOYED
     assert world.wrapper().grant is not None
@@ -56,7 +56,7 @@ async def test_half_done_start_goes_on(world: World) -> None:
     await world.until(lambda: gate.arrived)
     await world.restart()
     assert world.request(request_id).status is Status.DEPLOYING
-    await world.until(lambda: any(isinstance(event, WrapperStarted) for event in world.service.events))
+    await world.until(lambda: any(isinstance(event, WrapperStarted) for event in world.journal.events))
     gate.open()
     await world.until_status(request_id, Status.DEPLOYED)
     assert world.wrapper().starts == 1
@@ -241,7 +241,7 @@ async def test_commit_that_fails_is_fatal_and_answers_nothing(world: World, monk
             world.ask(1, TINY)
         assert world.fatal == [error]
         assert world.cluster.calls["a-0", "deploy"] == 0
-        await world.service._cancel_tasks()
+        await world.service._tasks.stop()
     world.store.close()
     world.fatal.clear()
     await world.start()
@@ -298,9 +298,9 @@ async def test_start_of_the_watching_survives_too(make: Make) -> None:
 
 async def test_watcher_that_ended_is_replaced(world: World) -> None:
     """A wrapper whose watcher has ended, for whatever reason, gets another one."""
-    world.service._watchers["a-0"].cancel()
+    world.service._watches._watches["a-0"][1].cancel()
     await world.looked(times=3)
-    assert not world.service._watchers["a-0"].done()
+    assert not world.service._watches._watches["a-0"][1].done()
 
 
 async def test_expiry_survives_what_nobody_foresaw(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,8 +327,8 @@ async def test_command_that_fails_as_nobody_foresaw(world: World, method: str) -
     world.expected_problems = ["a command failed"]
     world.cluster.fail("a-0", method, ZeroDivisionError("boom"))
     (request_id,) = world.ask(1, TINY)
-    await world.until(lambda: any(isinstance(event, WrapperFailed) for event in world.service.events))
-    (failed,) = [event for event in world.service.events if isinstance(event, WrapperFailed)]
+    await world.until(lambda: any(isinstance(event, WrapperFailed) for event in world.journal.events))
+    (failed,) = [event for event in world.journal.events if isinstance(event, WrapperFailed)]
     assert failed == WrapperFailed("a-0", "internal error: ZeroDivisionError: boom")
     await world.until_status(request_id, Status.DEPLOYED)
     assert world.cluster.calls["a-0", "restart"] == 1
