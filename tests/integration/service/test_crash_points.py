@@ -136,7 +136,7 @@ class PluggedWorld(World):
     def __init__(self, url: str, plug: Plug) -> None:
         super().__init__(url, [])
         self.plug = plug
-        self.cluster = PluggedCluster(self._changed.set, plug)
+        self.cluster = PluggedCluster(self.changed.set, plug)
         self.addresses: dict[str, str] = {}
 
     async def start(self) -> None:
@@ -267,7 +267,7 @@ async def a_night(world: PluggedWorld) -> dict[str, RequestStatus]:
     await world.insist(ask(world, 2, waits=OTHER))
     await world.insist(ask(world, 3, later=THIRD))
     shutdown = asyncio.create_task(world.service.shutdown())
-    shutdown.add_done_callback(lambda _: world._changed.set())
+    shutdown.add_done_callback(lambda _: world.changed.set())
     await world.until(lambda: shutdown.done() or world.plug.dead)
     shutdown.cancel()
     await asyncio.wait({shutdown})
