@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import structlog
 
-from registry.contract.messages import Cluster, Observation, WrapperPlan, plan, wanted_wrappers, with_known_ids
+from registry.contract.messages import Cluster, Observation, WrapperPlan
 from registry.core.events import WrapperSwitchedOff
 from registry.core.records import LLMSpec, Machine, WrapperStatus
 from registry.errors import WrapperUnreachable
 from registry.service.loop import Loop
+from registry.service.reconcile import plan, wanted_wrappers, with_known_ids
 from registry.service.tasks import Tasks, guarded
 from registry.service.watch import Watches
 from registry.service.wrapper_reports import WrapperReports
@@ -117,7 +118,7 @@ class Reconciler:
         if off:
             await self._cluster.remove(off)
         for wrapper_id in off:
-            self._reports.latest.pop(wrapper_id, None)
+            self._reports.latest.pop(wrapper_id, None)  # when it was last heard stays known
 
     async def _is_prompted(self, wrapper_id: str) -> bool:
         try:

@@ -16,9 +16,10 @@ from ray.serve.schema import ApplicationStatus
 from deployments.models.sources import ModelSources
 from deployments.serve import cluster as cluster_module
 from deployments.serve.cluster import APPS_BELIEVED_S, RayCluster
-from registry.contract.messages import LeaseGrant, wanted_wrappers
+from registry.contract.messages import LeaseGrant
 from registry.core.records import Machine
 from registry.errors import WrapperUnheard, WrapperUnreachable
+from registry.service.reconcile import wanted_wrappers
 from registry.settings import Settings
 from tests.fake_cluster import UNTOLD
 from tests.fake_counters import ManualClock

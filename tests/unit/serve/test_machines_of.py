@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.serve.cluster import machines_of
-from registry.contract.messages import with_known_ids
 from registry.core.records import Machine
+from registry.service.reconcile import with_known_ids
 
 
 def node(node_id: str, **more: Any) -> dict[str, Any]:

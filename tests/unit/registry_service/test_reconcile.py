@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.contract.messages import Observation, Plan, WrapperPlan, plan, wanted_wrappers
+from registry.contract.messages import Observation, WrapperPlan
 from registry.core.events import MachineJoined, MachineLost, WrapperAdded, WrapperRemoved
 from registry.core.records import LLMSpec, Machine, Wrapper, WrapperStatus
+from registry.service.reconcile import Steps, plan, wanted_wrappers
 
 HOME = LLMSpec("org/home", "text-generation")
 OTHER_HOME = LLMSpec("org/other", "text-generation")
@@ -132,21 +133,21 @@ def test_nothing_to_do_when_all_is_as_it_should_be(status: WrapperStatus) -> Non
     """A wrapper that is there and known is left alone whatever it is doing, given up ones included."""
     wants = wanted(A)
     wrapper = known(wants["a"][0], status)
-    assert plan([A], [wrapper], Observation((A,), frozenset({"a-0"})), wants) == Plan()
+    assert plan([A], [wrapper], Observation((A,), frozenset({"a-0"})), wants) == Steps()
 
 
 def test_restarted_registry_finds_its_wrappers() -> None:
     """A wrapper that is deployed but not known (the database is new) is added and not created again."""
     wants = wanted(A)
     steps = plan([A], [], Observation((A,), frozenset({"a-0"})), wants)
-    assert steps == Plan(events=(added(wants["a"][0]),))
+    assert steps == Steps(events=(added(wants["a"][0]),))
 
 
 def test_wrapper_that_vanished_is_created_again() -> None:
     """A wrapper that somebody deleted in Serve is created anew, and what was known of it no longer holds."""
     wants = wanted(A)
     steps = plan([A], [known(wants["a"][0], WrapperStatus.LEASED)], Observation((A,), frozenset()), wants)
-    assert steps == Plan(events=(added(wants["a"][0]),), create=wants["a"])
+    assert steps == Steps(events=(added(wants["a"][0]),), create=wants["a"])
 
 
 def test_machine_that_leaves_is_lost_once() -> None:
@@ -156,7 +157,7 @@ def test_machine_that_leaves_is_lost_once() -> None:
     assert steps.events == (MachineLost("a", "it left the Ray cluster"),)
     assert steps.remove == ("a-0",)
     lost = replace(wrapper, status=WrapperStatus.LOST)
-    assert plan([replace(A, alive=False)], [lost], Observation((), frozenset()), {}) == Plan()
+    assert plan([replace(A, alive=False)], [lost], Observation((), frozenset()), {}) == Steps()
 
 
 def test_machine_that_returns_gets_its_wrapper_back() -> None:
@@ -164,7 +165,7 @@ def test_machine_that_returns_gets_its_wrapper_back() -> None:
     wants = wanted(A)
     lost = known(wants["a"][0], WrapperStatus.LOST)
     steps = plan([replace(A, alive=False)], [lost], Observation((A,), frozenset()), wants)
-    assert steps == Plan(events=(MachineJoined(A), added(wants["a"][0])), create=wants["a"])
+    assert steps == Steps(events=(MachineJoined(A), added(wants["a"][0])), create=wants["a"])
 
 
 def test_lost_wrapper_that_is_still_deployed_is_added_only() -> None:
@@ -172,7 +173,7 @@ def test_lost_wrapper_that_is_still_deployed_is_added_only() -> None:
     wants = wanted(A)
     lost = known(wants["a"][0], WrapperStatus.LOST)
     steps = plan([replace(A, alive=False)], [lost], Observation((A,), frozenset({"a-0"})), wants)
-    assert steps == Plan(events=(MachineJoined(A), added(wants["a"][0])))
+    assert steps == Steps(events=(MachineJoined(A), added(wants["a"][0])))
 
 
 def test_new_node_of_a_machine_loses_what_ran_there() -> None:
@@ -192,14 +193,14 @@ def test_new_node_of_a_dead_machine_is_not_lost_twice() -> None:
     lost = known(wanted(A)["a"][0], WrapperStatus.LOST)
     for deployed in (frozenset({"a-0"}), frozenset[str]()):
         steps = plan([replace(A, alive=False)], [lost], Observation((new,), deployed), wanted(new))
-        assert steps == Plan(create=wanted(new)["a"], created=(MachineJoined(new), added(wanted(new)["a"][0])))
+        assert steps == Steps(create=wanted(new)["a"], created=(MachineJoined(new), added(wanted(new)["a"][0])))
 
 
 def test_machine_that_changed_joins_again() -> None:
     """What is newly known of a machine is told; its wrapper stays as it is."""
     more = replace(A, gpu_type="H100")
     steps = plan([A], [known(wanted(A)["a"][0])], Observation((more,), frozenset({"a-0"})), wanted(more))
-    assert steps == Plan(events=(MachineJoined(more),))
+    assert steps == Steps(events=(MachineJoined(more),))
 
 
 def test_wrapper_that_is_no_longer_wanted_is_removed() -> None:
@@ -224,25 +225,25 @@ def test_drained_machine_wants_no_wrapper(status: WrapperStatus) -> None:
     drained = replace(A, draining=True)
     wrapper = known(wanted(A)["a"][0], status)
     for deployed in (frozenset({"a-0"}), frozenset[str]()):
-        assert plan([drained], [wrapper], Observation((A,), deployed), wanted(A)) == Plan(switch_off=("a-0",))
+        assert plan([drained], [wrapper], Observation((A,), deployed), wanted(A)) == Steps(switch_off=("a-0",))
 
 
 def test_drained_machine_keeps_what_is_held() -> None:
     """A wrapper that is in use stays, and is made anew if it vanished."""
     drained, (want,) = replace(A, draining=True), wanted(A)["a"]
     wrapper = replace(known(want, WrapperStatus.LEASED), request_id="r", spec=HOME)
-    assert plan([drained], [wrapper], Observation((A,), frozenset({"a-0"})), wanted(A)) == Plan()
+    assert plan([drained], [wrapper], Observation((A,), frozenset({"a-0"})), wanted(A)) == Steps()
     vanished = plan([drained], [wrapper], Observation((A,), frozenset()), wanted(A))
-    assert vanished == Plan(events=(added(want),), create=(want,))
+    assert vanished == Steps(events=(added(want),), create=(want,))
 
 
 def test_drained_machine_that_is_off_is_left_alone() -> None:
     """Nothing is to be done once its wrappers are gone; one that is still deployed (a crash came between) goes."""
     drained, (want,) = replace(A, draining=True), wanted(A)["a"]
     off = known(want, WrapperStatus.OFF)
-    assert plan([drained], [off], Observation((A,), frozenset()), wanted(A)) == Plan()
-    assert plan([drained], [], Observation((A,), frozenset()), wanted(A)) == Plan()
-    assert plan([drained], [off], Observation((A,), frozenset({"a-0"})), wanted(A)) == Plan(switch_off=("a-0",))
+    assert plan([drained], [off], Observation((A,), frozenset()), wanted(A)) == Steps()
+    assert plan([drained], [], Observation((A,), frozenset()), wanted(A)) == Steps()
+    assert plan([drained], [off], Observation((A,), frozenset({"a-0"})), wanted(A)) == Steps(switch_off=("a-0",))
 
 
 def test_drained_machine_with_a_new_node_gets_nothing() -> None:
@@ -252,22 +253,22 @@ def test_drained_machine_with_a_new_node_gets_nothing() -> None:
     steps = plan([drained], [wrapper], Observation((new,), frozenset({"a-0"})), wanted(new))
     joined = MachineJoined(replace(new, draining=True))
     lost = MachineLost("a", "its Ray node was replaced")
-    assert steps == Plan(events=(lost,), created=(joined,), switch_off=("a-0",))
+    assert steps == Steps(events=(lost,), created=(joined,), switch_off=("a-0",))
 
 
 def test_undrained_machine_gets_its_wrapper_back() -> None:
     """A wrapper that was switched off is created; one that was not gone yet is taken on again as it is."""
     (want,) = wanted(A)["a"]
     off = known(want, WrapperStatus.OFF)
-    assert plan([A], [off], Observation((A,), frozenset()), wanted(A)) == Plan(events=(added(want),), create=(want,))
-    assert plan([A], [off], Observation((A,), frozenset({"a-0"})), wanted(A)) == Plan(events=(added(want),))
+    assert plan([A], [off], Observation((A,), frozenset()), wanted(A)) == Steps(events=(added(want),), create=(want,))
+    assert plan([A], [off], Observation((A,), frozenset({"a-0"})), wanted(A)) == Steps(events=(added(want),))
 
 
 @pytest.mark.parametrize("machine", [A, replace(A, draining=True)])
 def test_wrapper_that_is_leaving_is_left_alone(machine: Machine) -> None:
     """Neither taken on nor made anew while its old deployment is on its way out, whatever is wanted."""
     off = known(wanted(A)["a"][0], WrapperStatus.OFF)
-    assert plan([machine], [off], Observation((A,), frozenset(), frozenset({"a-0"})), wanted(A)) == Plan()
+    assert plan([machine], [off], Observation((A,), frozenset(), frozenset({"a-0"})), wanted(A)) == Steps()
 
 
 def test_new_base_url_is_told() -> None:
@@ -275,7 +276,7 @@ def test_new_base_url_is_told() -> None:
     old = known(wanted(A, base_url="http://old")["a"][0])
     wants = wanted(A, base_url="http://new")
     steps = plan([A], [old], Observation((A,), frozenset({"a-0"})), wants)
-    assert steps == Plan(events=(added(wants["a"][0]),))
+    assert steps == Steps(events=(added(wants["a"][0]),))
 
 
 def test_wrapper_of_another_size_is_made_anew() -> None:
@@ -284,14 +285,14 @@ def test_wrapper_of_another_size_is_made_anew() -> None:
     wants = wanted(A, per_machine=2)
     steps = plan([A], [old], Observation((A,), frozenset({"a-0"})), wants)
     resized, new = map(added, wants["a"])
-    assert steps == Plan(events=(new,), create=wants["a"], created=(resized,))
+    assert steps == Steps(events=(new,), create=wants["a"], created=(resized,))
 
 
 def test_memory_that_wrappers_told_is_kept() -> None:
     """Ray does not know it: that it says nothing is no news, and what it does say goes on with what was told."""
     told = replace(A, memory_bytes=2**40, gpu_memory_bytes=2**36)
     wrapper = known(wanted(A)["a"][0])
-    assert plan([told], [wrapper], Observation((A,), frozenset({"a-0"})), wanted(A)) == Plan()
+    assert plan([told], [wrapper], Observation((A,), frozenset({"a-0"})), wanted(A)) == Steps()
     elsewhere = replace(A, address="10.0.0.9")
     steps = plan([told], [wrapper], Observation((elsewhere,), frozenset({"a-0"})), wanted(A))
     assert steps.events == (MachineJoined(replace(told, address="10.0.0.9")),)
