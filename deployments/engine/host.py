@@ -36,8 +36,9 @@ from deployments.engine.heartbeat import Heartbeat, Work
 from deployments.engine.our_words import in_our_words
 from deployments.engine.sleep_mode import SleepMode
 from deployments.engine.token_count import counted
-from deployments.engine.warm.forkserver import WarmForkserver, run_apart, shape_problem, spawn_mortals
+from deployments.engine.warm.forkserver import WarmForkserver, run_apart, shape_problem
 from deployments.machine import process_tree
+from deployments.machine.child_processes import bind_spawned_processes
 from deployments.machine.out_of_memory import OOMKills
 from deployments.models.weights import Weights, weights_of
 from registry.errors import EngineNotReady, EngineStartFailed
@@ -368,7 +369,7 @@ class EngineHost:
         _log.warning("LLMs will start slowly, since the warm start is not available: %s", self.cold_reason)
         await asyncio.to_thread(self._forkserver.stop)
         self._forkserver = None
-        spawn_mortals()
+        bind_spawned_processes()
 
     def _import(self) -> None:
         """Import vLLM's serving modules; runs in the engine thread."""

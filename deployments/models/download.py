@@ -23,7 +23,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
-from deployments.engine.warm.forkserver import die_with
+from deployments.machine.child_processes import die_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -392,7 +392,7 @@ def main(argument: str) -> int:
     """Run one order; return the exit status: 0 if it succeeded, else 1."""
     order = DownloadOrder(**json.loads(argument))
     if order.owner_pid is not None:
-        die_with(order.owner_pid)
+        die_with_parent(order.owner_pid)
     told_s, told, most = 0.0, 0, 0
 
     def say(**what: object) -> None:

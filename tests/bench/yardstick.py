@@ -18,7 +18,7 @@ import psutil
 from deployments.machine import process_tree
 
 FIRST_PROMPT = " ".join(["one"] * 64)
-"""No single word: of one, vLLM's own server dies on a processor with AMX (``allow_amx`` of warm/forkserver)."""
+"""No single word: of one, vLLM's own server dies on a processor with AMX (``allow_amx`` of machine/child_processes)."""
 
 LIMIT_S = 600.0
 """Longest start of a server, seconds."""

@@ -11,14 +11,12 @@ owner is killed and can't clean up.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import inspect
 import math
 import multiprocessing
 import os
 import pickle
-import platform
 import signal
 import sys
 import threading
@@ -27,8 +25,6 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
-
-from deployments.machine.out_of_memory import ENGINE_SCORE, raise_score
 
 T = TypeVar("T")
 
@@ -39,8 +35,6 @@ PRELOAD = "deployments.engine.warm.preload"
 OWNER_PID = "GREENPROMPT_ENGINE_OWNER_PID"
 PHASE_FILE = "GREENPROMPT_ENGINE_PHASE_FILE"
 PRELOAD_EXTRA = "GREENPROMPT_ENGINE_PRELOAD"
-_PR_SET_PDEATHSIG = 1
-_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
 
 _MESSAGES = "vllm.distributed.device_communicators.shm_broadcast"
 # (module, required attribute, names that its code must look up in the module). Several modules import `get_mp_context`
@@ -80,27 +74,6 @@ def shape_problem() -> str | None:
     return None
 
 
-def die_with(parent_pid: int) -> None:
-    """Let the kernel kill this process when the thread that started it ends; exit now if that has already happened."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent_pid:
-        os._exit(1)
-
-
-def allow_amx() -> None:
-    """Request permission for Intel AMX tile registers, for this process and its forks; do nothing on other processors.
-
-    vLLM 0.32 uses them in its attention without a request. Where no matrix product of torch has requested them before,
-    as with an eager LLM whose first prompt is short, its worker is killed by SIGILL.
-
-    Source: Linux, Documentation/arch/x86/xstate.rst.
-    """
-    if platform.machine() == "x86_64":  # a raw system call; it fails harmlessly if the processor has no AMX
-        ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA)
-
-
 def forkserver_variables(preload: Sequence[str]) -> Mapping[str, str]:
     """Return the environment for a forkserver of this process that imports ``preload`` and its standard modules."""
     root = str(Path(__file__).resolve().parents[3])
@@ -128,27 +101,6 @@ class EngineProcess(context.ForkServerProcess):
 
 class _WarmContext(context.ForkServerContext):
     Process = EngineProcess
-
-
-class MortalProcess(context.SpawnProcess):
-    """A spawned process that the kernel kills when its parent dies. The same holds for its own spawned processes."""
-
-    def __reduce__(self) -> Any:
-        # Create the object before its state is unpickled, because that imports vLLM.
-        return (_revive_mortal, (os.getpid(),), self.__dict__)
-
-
-def _revive_mortal(parent_pid: int) -> MortalProcess:
-    die_with(parent_pid)
-    raise_score(ENGINE_SCORE)
-    spawn_mortals()
-    allow_amx()
-    return MortalProcess.__new__(MortalProcess)
-
-
-def spawn_mortals() -> None:
-    """Make every process that this one spawns through multiprocessing die with it, from now on."""
-    context.SpawnContext.Process = MortalProcess
 
 
 class WarmForkserver:

@@ -19,12 +19,11 @@ from deployments.engine.warm.forkserver import (
     OWNER_PID,
     PHASE_FILE,
     PRELOAD_EXTRA,
-    allow_amx,
-    die_with,
     fork_context,
     shape_problem,
 )
 from deployments.engine.warm.spin_wait import be_patient
+from deployments.machine.child_processes import allow_amx, die_with_parent
 from deployments.machine.out_of_memory import ENGINE_SCORE, raise_score
 
 _ALWAYS = (
@@ -52,7 +51,7 @@ def _before_fork() -> None:
 
 
 def _in_child() -> None:
-    die_with(_parent_pid)
+    die_with_parent(_parent_pid)
     raise_score(ENGINE_SCORE)
 
 
@@ -139,7 +138,7 @@ def _announced_within(phase: str, context: Callable[..., Any], after: str) -> Ca
     return within
 
 
-die_with(int(os.environ[OWNER_PID]))
+die_with_parent(int(os.environ[OWNER_PID]))
 os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 # An engine does not need its owner's main module, and in a Ray worker importing it is slow and unsafe.
 multiprocessing.spawn._fixup_main_from_name = lambda _name: None  # type: ignore[attr-defined]  # noqa: SLF001
