@@ -23,25 +23,10 @@ from typing import Literal, NamedTuple
 from deployments.energy.attribution import Parts, Shares
 from deployments.energy.lease_account import LeaseAccount
 from deployments.energy.token_weights import UNKNOWN, Weight
+from deployments.tokens import Tokens
 
 REMEMBERED_CHANGES = 16_384
 """At least this many starts and ends of prompts are kept, to divide the energy of the prompts that span them."""
-
-
-class Tokens(NamedTuple):
-    """Tokens of a prompt, as vLLM counts them.
-
-    ``cached`` are prompt tokens that were not computed again; None if unknown.
-    """
-
-    prompt: int
-    cached: int | None
-    output: int
-
-    @property
-    def computed(self) -> int | None:
-        """Prompt tokens that were computed; None if unknown."""
-        return None if self.cached is None else self.prompt - self.cached
 
 
 class Rate(NamedTuple):

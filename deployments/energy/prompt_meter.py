@@ -16,7 +16,7 @@ from typing import Any
 from deployments.energy.counters.probe import ReadFailed, Unreadable, gpu_uuids, probe_sources
 from deployments.energy.counters.zeus import zeus_gpus
 from deployments.energy.figures import CPUModel, Embodied, Energy, GridIntensity, SCISettings
-from deployments.energy.flights import Flight, Flights, Tokens
+from deployments.energy.flights import Flight, Flights
 from deployments.energy.lease_account import LeaseAccount
 from deployments.energy.lease_usage import LeaseUsage
 from deployments.energy.meter import Meter
@@ -28,6 +28,7 @@ from deployments.energy.window_log import EnergyLog, as_json
 from deployments.energy.window_writer import Start, WindowWriter
 from deployments.machine.machine_cpu import MachineCPU
 from deployments.machine.neighbours import Neighbours
+from deployments.tokens import Tokens
 from registry.contract.messages import Belief, LeaseGrant, StartedFor
 from registry.contract.windows import EnergyWindow
 from registry.errors import BadSettings

@@ -10,7 +10,7 @@ from typing import Any
 
 from deployments.energy.attribution import Flow
 from deployments.energy.figures import Energy
-from deployments.energy.flights import Flight, Flights, Tokens
+from deployments.energy.flights import Flight, Flights
 from deployments.energy.lease_account import LeaseAccount
 from deployments.energy.record_dates import RecordDates
 from deployments.energy.sci import Score
@@ -18,6 +18,7 @@ from deployments.energy.scorer import Scorer
 from deployments.energy.timeline import STRETCH_S, Interval, Timeline
 from deployments.energy.token_weights import UNKNOWN, TokenWeight
 from deployments.energy.window_log import EnergyLog, Record, as_iso
+from deployments.tokens import Tokens
 from registry.contract.messages import LeaseGrant, StartedFor
 from registry.wire.flags import Flag
 from registry.wire.words import WindowKind

@@ -10,7 +10,7 @@ from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from deployments.energy.flights import Tokens
+from deployments.tokens import Tokens
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
 

@@ -16,8 +16,9 @@ from urllib.parse import unquote
 from pydantic import TypeAdapter
 from starlette.types import Message, Send
 
-from deployments.energy.flights import Flight, Tokens
+from deployments.energy.flights import Flight
 from deployments.energy.prompt_meter import PromptMeter, tokens_of
+from deployments.tokens import Tokens
 from registry.errors import InvalidField
 from registry.wire.schemas import PROMPT_HEADER, WARMUP_HEADER
 from registry.wire.words import MAX_PROMPT_ID

@@ -24,12 +24,13 @@ import httpx
 from deployments.energy.counters import nvml as gpu_counters
 from deployments.energy.counters.probe import CPUModelSource, GPUCounter, PowercapZone, Source
 from deployments.energy.figures import CPUModel
-from deployments.energy.flights import Flight, Tokens
+from deployments.energy.flights import Flight
 from deployments.energy.meter import Meter
 from deployments.energy.prompt_meter import PromptMeter
 from deployments.engine.host import RunningLLM
 from deployments.machine import gpus as gpu_info
 from deployments.machine.cpu_time import CPUTimeTree
+from deployments.tokens import Tokens
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.prompt_gate import PromptGate
 from registry.contract.messages import LeaseGrant

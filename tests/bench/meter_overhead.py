@@ -15,9 +15,10 @@ from pathlib import Path
 
 from deployments.energy.counters.probe import CPUModelSource, PowercapZone, Source, probe_sources
 from deployments.energy.figures import CPUModel, SCISettings
-from deployments.energy.flights import Flight, Flights, Tokens
+from deployments.energy.flights import Flight, Flights
 from deployments.energy.meter import Meter
 from deployments.machine.cpu_time import CPUTimeTree
+from deployments.tokens import Tokens
 from tests.fake_counters import ManualClock, write_zone
 
 MODEL = CPUModel(0.74, 3.5, 0.37, 1.85, 1.75, 8.75, "bench")

@@ -21,12 +21,13 @@ import pytest
 from deployments.energy import prompt_meter
 from deployments.energy.counters import nvml as gpu_counters
 from deployments.energy.counters.probe import probe_sources
-from deployments.energy.flights import Flight, Tokens
+from deployments.energy.flights import Flight
 from deployments.energy.meter import Meter
 from deployments.energy.prompt_meter import PromptMeter
 from deployments.machine import gpus as gpu_info
 from deployments.machine.machine_cpu import MachineCPU
 from deployments.machine.neighbours import Neighbours
+from deployments.tokens import Tokens
 from registry.accounting.windows import KeptWindow
 from registry.contract.messages import Belief, LeaseGrant, Moment
 from registry.energy_settings import EnergySettings

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.energy.figures import Energy
-from deployments.energy.flights import Flight, Flights, Tokens
+from deployments.energy.flights import Flight, Flights
 from deployments.energy.meter import Meter
 from deployments.energy.token_weights import UNKNOWN, Weight
+from deployments.tokens import Tokens
 from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
 
 START_S = 1000.0

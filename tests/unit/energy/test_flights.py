@@ -5,8 +5,9 @@ import pytest
 from deployments.energy import flights as flights_module
 from deployments.energy.attribution import Parts, Share, Shares
 from deployments.energy.counters.history import Level
-from deployments.energy.flights import Flight, Flights, Tokens
+from deployments.energy.flights import Flight, Flights
 from deployments.energy.token_weights import Weight
+from deployments.tokens import Tokens
 
 
 def began(flights: Flights, at_s: float) -> Flight:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from deployments.energy.flights import Tokens
 from deployments.engine.token_count import counted, counting_tokens
+from deployments.tokens import Tokens
 
 DELTA, CUMULATIVE = (SimpleNamespace(output_kind=SimpleNamespace(name=name)) for name in ("DELTA", "CUMULATIVE"))
 

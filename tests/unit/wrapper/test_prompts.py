@@ -15,9 +15,10 @@ import pytest
 import structlog
 from starlette.types import Message
 
-from deployments.energy.flights import Flight, Tokens
+from deployments.energy.flights import Flight
 from deployments.energy.prompt_meter import PromptMeter, tokens_of
 from deployments.engine.host import _PUBLIC, RunningLLM
+from deployments.tokens import Tokens
 from deployments.wrapper import prompt_gate as prompts
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.prompt_gate import PromptGate
