@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
-from deployments.energy.counters.probe import ReadFailed, Unreadable, gpu_uuids, probe_sources
+from deployments.energy.counters.probe import Unreadable, probe_sources
 from deployments.energy.counters.zeus import zeus_gpus
 from deployments.energy.figures import CPUModel, Embodied, Energy, GridIntensity, SCISettings
 from deployments.energy.flights import Flight, Flights
@@ -26,6 +26,7 @@ from deployments.energy.scorer import Scorer
 from deployments.energy.timeline import Timeline
 from deployments.energy.window_log import EnergyLog, as_json
 from deployments.energy.window_writer import Start, WindowWriter
+from deployments.machine.gpus import ReadFailed, gpu_uuids
 from deployments.machine.machine_cpu import MachineCPU
 from deployments.machine.neighbours import Neighbours
 from deployments.tokens import Tokens

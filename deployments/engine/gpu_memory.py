@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-from deployments.energy.counters.probe import ReadFailed, gpu_memory
+from deployments.machine.gpus import ReadFailed, gpu_memory
 
 TOLERANCE_BYTES = 256 * 2**20
 """Largest excess that is ignored: more than a driver's own use varies, less than any engine's CUDA context."""

@@ -7,10 +7,12 @@ from typing import Any
 
 import pynvml
 
-from deployments.energy.counters.base import ReadFailed
-
 _NVML_CLOCK_SM, _NVML_CLOCK_MEM = 1, 2
 """NVML's nvmlClockType_t."""
+
+
+class ReadFailed(Exception):
+    """A value of the hardware could not be read this time; its counter, if it has one, keeps counting."""
 
 
 def power_limit_w(handle: Any) -> float | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import psutil
 
-from deployments.energy.counters.probe import ReadFailed, gpu_memory
+from deployments.machine.gpus import ReadFailed, gpu_memory
 
 CGROUPS = Path("/sys/fs/cgroup")
 """Mount point of the kernel's control groups."""

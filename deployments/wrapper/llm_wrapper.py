@@ -23,13 +23,13 @@ from ray import serve
 from ray.util.metrics import Gauge
 from starlette.types import ASGIApp
 
-from deployments.energy.counters.probe import ReadFailed, driver_version
 from deployments.energy.prompt_meter import PromptMeter
 from deployments.energy.settling import SLICE_S, SLICES, at_rest, forgotten, warmed_up
 from deployments.engine.environment import Phase
 from deployments.engine.host import EngineHost, RunningLLM, StopReport
 from deployments.engine.rest import EngineRest
 from deployments.machine.cpu_quota import cpus_here
+from deployments.machine.gpus import ReadFailed, driver_version
 from deployments.machine.memory import gpu_memory_bytes, main_memory
 from deployments.machine.neighbours import Neighbours
 from deployments.machine.out_of_memory import WRAPPER_SCORE, raise_score

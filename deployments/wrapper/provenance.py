@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from deployments.energy.counters.probe import ReadFailed, gpu_settings
+from deployments.machine.gpus import ReadFailed, gpu_settings
 
 CPUINFO = Path("/proc/cpuinfo")
 

@@ -14,10 +14,6 @@ POWER_HEADROOM = 1.2
 """Power above this multiple of the limit is implausible."""
 
 
-class ReadFailed(Exception):
-    """The source could not be read this time; its counter keeps counting."""
-
-
 class CounterLost(Exception):
     """The counter's change since the last reading is unknown; ``flag`` says why."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-from deployments.energy.counters.base import Joules, ReadFailed, Source
+from deployments.energy.counters.base import Joules, Source
 from deployments.energy.figures import CPUModel, Label
 from deployments.machine.cpu_time import TICKS_PER_S, CPUTimeTree
+from deployments.machine.gpus import ReadFailed
 
 
 class CPUModelSource(Source):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from deployments.energy.counters.base import CounterLost, ReadFailed, Source
+from deployments.energy.counters.base import CounterLost, Source
 from deployments.energy.counters.nvml import GPUCounter
 from deployments.energy.figures import Label
+from deployments.machine.gpus import ReadFailed
 from registry.wire.flags import Flag
 
 _MOVES_TO_TELL = 3

@@ -8,10 +8,10 @@ from typing import Any
 
 import pynvml
 
-from deployments.energy.counters.base import CounterLost, ReadFailed, Source, Unreadable
+from deployments.energy.counters.base import CounterLost, Source, Unreadable
 from deployments.energy.figures import Label
 from deployments.machine.cpu_time import CPUTimeTree
-from deployments.machine.gpus import power_limit_w
+from deployments.machine.gpus import ReadFailed, power_limit_w
 from registry.wire.flags import Flag
 
 _MAX_SAMPLE_GAP_S = 0.2

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from deployments.energy.counters.base import CounterLost, ReadFailed, Source, Unreadable
+from deployments.energy.counters.base import CounterLost, Source, Unreadable
 from deployments.energy.figures import Label
+from deployments.machine.gpus import ReadFailed
 from registry.wire.flags import Flag
 
 PACKAGE_LIMIT_W = 1500.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from deployments.energy.counters.base import POWER_HEADROOM, CounterLost, Joules, ReadFailed, Source, Unreadable
+from deployments.energy.counters.base import POWER_HEADROOM, CounterLost, Joules, Source, Unreadable
 from deployments.energy.counters.cpu_model import CPUModelSource
 from deployments.energy.counters.machine_share import CPUPart, shares
 from deployments.energy.counters.module_counters import module_counters
@@ -17,7 +17,7 @@ from deployments.energy.counters.nvml import GPUCounter, GPUPower, GPUPowerAtMos
 from deployments.energy.counters.powercap import PowercapZone, probe_powercap
 from deployments.energy.figures import SCISettings
 from deployments.machine.cpu_quota import cpus_here
-from deployments.machine.gpus import all_gpu_uuids, driver_version, gpu_memory, gpu_settings, gpu_uuids
+from deployments.machine.gpus import ReadFailed, all_gpu_uuids
 from deployments.machine.machine_cpu import MachineCPU
 
 __all__ = [
@@ -28,13 +28,8 @@ __all__ = [
     "GPUPower",
     "Joules",
     "PowercapZone",
-    "ReadFailed",
     "Source",
     "Unreadable",
-    "driver_version",
-    "gpu_memory",
-    "gpu_settings",
-    "gpu_uuids",
     "probe_sources",
 ]
 

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from deployments.energy.counters.nvml import GPU_LIMIT_W
-from deployments.energy.counters.probe import ReadFailed, Source, Unreadable
+from deployments.energy.counters.probe import Source, Unreadable
 from deployments.energy.figures import Label
+from deployments.machine.gpus import ReadFailed
 from registry.errors import in_one_line
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pynvml
 import pytest
 
-from deployments.energy.counters.probe import ReadFailed, gpu_settings
+from deployments.machine.gpus import ReadFailed, gpu_settings
 from deployments.wrapper.provenance import cpu_here, gpus_here, provenance
 from registry.core.events import LeaseRequested, NewRequest
 from registry.core.provenance import PENDING, differences, unlike

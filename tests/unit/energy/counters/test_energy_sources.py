@@ -14,14 +14,13 @@ from deployments.energy.counters.probe import (
     GPUCounter,
     GPUPower,
     PowercapZone,
-    ReadFailed,
     Source,
     Unreadable,
-    gpu_uuids,
     probe_sources,
 )
 from deployments.energy.figures import CPUModel, Label, SCISettings
 from deployments.machine.cpu_time import CPUTimeTree
+from deployments.machine.gpus import ReadFailed, gpu_uuids
 from registry.errors import BadSettings
 from registry.settings import load_settings
 from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml, set_energy, write_process, write_zone
