@@ -1,78 +1,26 @@
-"""The environment of a wrapper's engines: variables, a temporary directory, phases, log and errors."""
+"""The environment of a wrapper's engines: variables, a temporary directory, the files of its log and errors."""
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import json
 import logging
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from deployments.engine.phases import Phase
+from deployments.engine.root_cause import ERROR_FORMAT, root_cause
 from deployments.engine.warm.forkserver import PHASE_FILE, forkserver_variables
 
 _PREFIX = "gp-engine-"
 _LOCK, _SHARED_MEMORY = "owner.lock", "shared_memory"
 _LAST_LINES = 8
 _LINE_CHARS = 300
-_RECORD, _FIELD = "\x1e", "\x1f"  # characters that no error message contains
-_TRACEBACK = "Traceback (most recent call last):"
-_TOLD_BY_TYPE = ("ValueError", "RuntimeError", "Exception", "OSError", "ValidationError")
-
-
-class Phase(StrEnum):
-    """The phases of an LLM's start. A cold start does not announce warm-up or compilation: it stays in LOADING."""
-
-    IMPORTING = "importing"  # vLLM itself, once per wrapper
-    CONFIGURING = "configuring"  # the LLM's configuration and tokenizer
-    WAKING = "waking"  # replaces the phases before and after it if the LLM slept
-    LOADING = "loading"  # its weights
-    WARMING_UP = "warming_up"  # KV cache, first run, first answer
-    COMPILING = "compiling"  # within the warm-up, once for each part that must be compiled
-    READY = "ready"
-
-
-class PhaseClock:
-    """Reports each phase when it begins and measures how long it takes. Lives in the event loop."""
-
-    def __init__(self, on_phase: Callable[[Phase], object]) -> None:
-        """``took_s`` holds the seconds of each completed phase."""
-        self.phase: Phase | None = None
-        self.took_s: dict[str, float] = {}
-        self._on_phase = on_phase
-        self._since_s = 0.0
-
-    def enter(self, phase: Phase) -> None:
-        """End the current phase and begin this one. Idempotent."""
-        if phase is self.phase:
-            return
-        now_s = time.monotonic()
-        if self.phase is not None:
-            self.took_s[self.phase.value] = self.took_s.get(self.phase.value, 0.0) + now_s - self._since_s
-        self.phase, self._since_s = phase, now_s
-        self._on_phase(phase)
-
-    def enter_threadsafe(self) -> Callable[[Phase], object]:
-        """Return ``enter`` for use in another thread."""
-        loop = asyncio.get_running_loop()
-        return lambda phase: loop.call_soon_threadsafe(self.enter, phase)
-
-    async def follow(self, phases: Callable[[], Sequence[Phase]]) -> None:
-        """Enter the phases that engine processes announce, until cancelled."""
-        seen = 0
-        while True:
-            announced = phases()
-            for phase in announced[seen:]:
-                self.enter(phase)
-            seen = len(announced)
-            await asyncio.sleep(0.05)
 
 
 class EngineEnvironment:
@@ -148,25 +96,25 @@ class EngineEnvironment:
                 "loggers": {"vllm": {"handlers": ["stderr"], "level": level, "propagate": False}},
             }
         )
-        config.setdefault("formatters", {})["words"] = {"format": f"{_RECORD}%(message)s{_FIELD}"}
-        config.setdefault("handlers", {})["words"] = {
+        config.setdefault("formatters", {})["greenprompt_errors"] = {"format": ERROR_FORMAT}
+        config.setdefault("handlers", {})["greenprompt_errors"] = {
             "class": "logging.FileHandler",
             "filename": str(self._errors),
-            "formatter": "words",
+            "formatter": "greenprompt_errors",
             "level": "ERROR",
             "delay": True,
         }
-        config["formatters"]["lines"] = {"format": "%(levelname)s %(message)s"}
-        config["handlers"]["lines"] = {
+        config["formatters"]["greenprompt_lines"] = {"format": "%(levelname)s %(message)s"}
+        config["handlers"]["greenprompt_lines"] = {
             "class": "logging.FileHandler",
             "filename": str(self._log),
-            "formatter": "lines",
+            "formatter": "greenprompt_lines",
             "level": "INFO",
             "delay": True,
         }
         logger = config.setdefault("loggers", {}).setdefault("vllm", {})
         assert isinstance(logger, dict)
-        logger["handlers"] = [*logger.get("handlers", []), "words", "lines"]
+        logger["handlers"] = [*logger.get("handlers", []), "greenprompt_errors", "greenprompt_lines"]
         return {"version": 1, "disable_existing_loggers": False} | config
 
     def begin_start(self, *, alone: bool = True) -> None:
@@ -195,7 +143,7 @@ class EngineEnvironment:
         """Return the phases that the engine's processes have announced so far, in order."""
         return [Phase(word) for word in self._phases.read_text(encoding="utf-8").split()]
 
-    def last_words(self) -> str | None:
+    def first_error(self) -> str | None:
         """Return the error that ended the engine, as it was raised at its origin; None if none was logged."""
         return root_cause(self._errors.read_text(encoding="utf-8", errors="replace"))
 
@@ -210,35 +158,6 @@ class EngineEnvironment:
         _remove_shared_memory(self.directory)
         shutil.rmtree(self.directory)
         self._lock.close()
-
-
-def root_cause(errors: str) -> str | None:
-    """Return the first cause among logged errors; vLLM's later errors only say that an earlier process failed.
-
-    Args:
-        errors: Records in ``EngineEnvironment``'s format: separator, message, separator, traceback.
-
-    Returns:
-        The message of the exception, with its type if that is informative; None if there is no traceback.
-    """
-    causes = []
-    for record in errors.split(_RECORD)[1:]:
-        message, _, traceback = record.partition(_FIELD)
-        if _TRACEBACK in traceback:
-            causes.append(("failed to start" in message, _exception_text(traceback)))
-    if not causes:
-        return None
-    return next((text for decisive, text in causes if decisive), causes[0][1])
-
-
-def _exception_text(traceback: str) -> str:
-    """Return the text after the last frame of a traceback."""
-    lines = traceback.rstrip().splitlines()
-    last_frame = max(index for index, line in enumerate(lines) if line.startswith("  File ") or _TRACEBACK in line)
-    words = [line for line in lines[last_frame + 1 :] if not line.startswith("    ")]
-    kind, separator, text = "\n".join(words).partition(": ")
-    name = kind.rpartition(".")[2]
-    return text if separator and name in _TOLD_BY_TYPE else name + separator + text
 
 
 def _set(variables: Mapping[str, str | None]) -> None:

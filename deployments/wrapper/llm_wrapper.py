@@ -25,9 +25,11 @@ from starlette.types import ASGIApp
 
 from deployments.energy.prompt_meter import PromptMeter
 from deployments.energy.settling import SLICE_S, SLICES, at_rest, forgotten, warmed_up
-from deployments.engine.environment import Phase
-from deployments.engine.host import EngineHost, RunningLLM, StopReport
+from deployments.engine.host import EngineHost
+from deployments.engine.order import StopReport
+from deployments.engine.phases import Phase
 from deployments.engine.rest import EngineRest
+from deployments.engine.vllm_api import RunningLLM
 from deployments.machine.cpu_quota import cpus_here
 from deployments.machine.gpus import ReadFailed, driver_version
 from deployments.machine.memory import gpu_memory_bytes, main_memory

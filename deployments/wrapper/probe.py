@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import structlog
 from starlette.types import Message
 
-from deployments.engine.host import RunningLLM
+from deployments.engine.vllm_api import RunningLLM
 from deployments.wrapper.native_call import call, native_prompt, problem_of
 from registry.wire.words import canonical_json
 

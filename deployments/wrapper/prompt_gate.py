@@ -26,16 +26,10 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from deployments.energy.prompt_meter import PromptMeter
-from deployments.engine.host import RunningLLM, public_path
 from deployments.engine.our_words import ErrorsInOurWords
 from deployments.engine.token_count import counting_tokens
-from deployments.error_answers import (
-    RETRY_AFTER_S,
-    error_answer,
-    fastapi_detail,
-    openai_problem,
-    registry_error,
-)
+from deployments.engine.vllm_api import RunningLLM, public_path
+from deployments.error_answers import RETRY_AFTER_S, error_answer, fastapi_detail, openai_problem, registry_error
 from deployments.models.args.mapping import task_of
 from deployments.wrapper.answer_account import (
     EVENT_STREAM,

@@ -27,7 +27,7 @@ from deployments.energy.figures import CPUModel
 from deployments.energy.flights import Flight
 from deployments.energy.meter import Meter
 from deployments.energy.prompt_meter import PromptMeter
-from deployments.engine.host import RunningLLM
+from deployments.engine.vllm_api import RunningLLM
 from deployments.machine import gpus as gpu_info
 from deployments.machine.cpu_time import CPUTimeTree
 from deployments.tokens import Tokens

@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from deployments.engine.host import EngineHost, RunningLLM
+from deployments.engine.host import EngineHost
+from deployments.engine.vllm_api import RunningLLM
 from deployments.machine import process_tree
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from tests.bench.report import Result, counted, measured

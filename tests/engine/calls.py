@@ -11,7 +11,7 @@ import httpx
 import psutil
 
 from deployments.energy.prompt_meter import PromptMeter
-from deployments.engine.host import RunningLLM
+from deployments.engine.vllm_api import RunningLLM
 from deployments.machine import process_tree
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.prompt_gate import PromptGate

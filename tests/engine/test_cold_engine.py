@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from deployments.engine.environment import Phase
 from deployments.engine.host import EngineHost
+from deployments.engine.phases import Phase
 from deployments.machine import process_tree
 from tests.engine.calls import FAST, complete, still_running
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import ANY
@@ -18,13 +19,15 @@ import pytest
 import pytest_asyncio
 
 from deployments.energy.prompt_meter import tokens_of
-from deployments.engine import checkpoint_trial
-from deployments.engine import host as engine
-from deployments.engine.environment import Phase, remove_orphans
+from deployments.engine import checkpoint_trial, vllm_api
+from deployments.engine.environment import remove_orphans
 from deployments.engine.gpu_memory import GPUMemory
-from deployments.engine.host import EngineHost, RunningLLM, StopReport, _Order, public_path
+from deployments.engine.host import EngineHost
+from deployments.engine.order import Order, StopReport
+from deployments.engine.phases import Phase
 from deployments.engine.rest import EngineRest
 from deployments.engine.sleep_mode import SleepMode
+from deployments.engine.vllm_api import RunningLLM, public_path
 from deployments.machine import process_tree
 from deployments.machine.out_of_memory import ENGINE_SCORE
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
@@ -62,9 +65,9 @@ async def empty_afterwards(host: EngineHost) -> AsyncIterator[None]:
 
 def engines_of(host: EngineHost) -> set[int]:
     """Pids of everything that the host's forkserver has forked and that still runs."""
-    assert host._forkserver is not None
-    assert host._forkserver.pid is not None
-    return {process.pid for process in process_tree.alive(process_tree.descendants(host._forkserver.pid))}
+    assert host._prepared.forkserver is not None
+    assert host._prepared.forkserver.pid is not None
+    return {process.pid for process in process_tree.alive(process_tree.descendants(host._prepared.forkserver.pid))}
 
 
 class Brake:
@@ -99,8 +102,8 @@ async def test_prepared_host_is_warm(host: EngineHost) -> None:
 
 async def test_what_can_not_be_preloaded_is_passed_over(host: EngineHost) -> None:
     """A wrong name among the LLMs to import ahead costs a warning, not the warm start."""
-    assert host._forkserver is not None
-    (problem,) = host._forkserver.not_preloaded
+    assert host._prepared.forkserver is not None
+    (problem,) = host._prepared.forkserver.not_preloaded
     assert problem.startswith("no.such.llm: ModuleNotFoundError")
 
 
@@ -148,7 +151,7 @@ async def test_a_grammar_that_nobody_waits_for_is_ended_before_the_next_lease(ho
     inner = {f"q{n}": {"type": "string", "maxLength": 200} for n in range(100)}
     schema = {"type": "object", "properties": {f"p{n}": {"type": "object", "properties": inner} for n in range(300)}}
     llm = await start(host, llms / "a")
-    rest = EngineRest(llm.abort_all, host.give_up)
+    rest = EngineRest(partial(vllm_api.abort_all, llm.engine), host.give_up)
     await rest.reached(llm)
     asked = asyncio.create_task(complete(llm, structured_outputs={"json": schema}))
     while not llm.unfinished:
@@ -254,13 +257,10 @@ async def test_streamed_chat(host: EngineHost, llms: Path) -> None:
     assert [model["id"] for model in models] == ["tiny"]
 
 
-async def test_healthy(host: EngineHost, llms: Path) -> None:
-    """A running LLM is healthy, and a stopped one says that it is not."""
+async def test_a_stopped_llm_answers_nobody(host: EngineHost, llms: Path) -> None:
+    """A prompt to an LLM that was stopped fails, and says that the engine is not ready."""
     llm = await start(host, llms / "a")
-    await llm.healthy()
     await host.stop()
-    with pytest.raises(EngineNotReady):
-        await llm.healthy(timeout_s=1)
     with pytest.raises(EngineNotReady):
         await complete(llm)
 
@@ -328,9 +328,9 @@ async def test_forgetting_waits_for_the_engine_to_be_at_rest(
     running = asyncio.create_task(long.run())
     await long.begun.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "FORGET_TIMEOUT_S", 0.05)
+        patch.setattr(vllm_api, "FORGET_TIMEOUT_S", 0.05)
         assert not await llm.forget_prompts()
-    await llm.abort_all()
+    await vllm_api.abort_all(llm.engine)
     await running
     assert await llm.forget_prompts()
     assert await cached_of(llm) == 0
@@ -342,7 +342,7 @@ async def test_abort_all(host: EngineHost, llms: Path) -> None:
     long = Stream(llm, max_tokens=500, ignore_eos=True)
     running = asyncio.create_task(long.run())
     await long.begun.wait()
-    await llm.abort_all()
+    await vllm_api.abort_all(llm.engine)
     await running
     assert '"finish_reason":"abort"' in long.text
     assert (await complete(llm))["choices"][0]["finish_reason"] == "length"
@@ -414,16 +414,18 @@ async def test_pooling_llms_warm_up(host: EngineHost, llms: Path, modeltyp: str)
 @pytest_asyncio.fixture(loop_scope="module")
 async def sleeping(host: EngineHost, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     """LLMs sleep, as they do on a GPU whose memory is back at once."""
-    monkeypatch.setattr(host, "_sleep", SleepMode(2**30, GPUMemory(0), host._end_at_once))
+    monkeypatch.setattr(host, "_sleep", SleepMode(2**30, GPUMemory(0), host._endings.end_at_once))
     yield
     await host.stop_asleep()
 
 
 async def test_sleep_mode_is_for_gpus(llms: Path, tmp_path: Path) -> None:
     """Only an engine on a GPU is made to sleep, and only where LLMs may."""
-    order = _Order(str(llms / "a"), "a", None, {}, "text-generation")
+    order = Order(str(llms / "a"), "a", None, {}, "text-generation")
     made = {
-        (gpus, gib): EngineHost(gpus=gpus, cache_dir=tmp_path, sleep_host_gib=gib)._arguments(order).enable_sleep_mode
+        (gpus, gib): EngineHost(gpus=gpus, cache_dir=tmp_path, sleep_host_gib=gib)
+        ._vllm.arguments(order)
+        .enable_sleep_mode
         for gpus in (0, 1)
         for gib in (0, 64)
     }
@@ -476,7 +478,7 @@ async def test_killed_in_its_sleep(host: EngineHost, llms: Path) -> None:
     os.kill(a.pids[0], signal.SIGKILL)
     async with asyncio.timeout(2):
         await a.died.wait()
-    await asyncio.gather(*host._funerals)
+    await asyncio.gather(*host._dead_sleepers)
     assert host.asleep == []
     assert still_running(a.pids) == set()
     assert not b.died.is_set()
@@ -643,8 +645,6 @@ async def test_killed_engine(host: EngineHost, llms: Path, victim: int) -> None:
         await llm.died.wait()
     assert llm.death_reason is not None
     assert str(llms / "a") in llm.death_reason
-    with pytest.raises(EngineNotReady):
-        await llm.healthy()
     report = await host.stop()
     assert report.leftover == ()
     assert still_running(llm.pids) == set()
@@ -672,7 +672,7 @@ async def test_engine_that_hangs_in_a_step(
     host: EngineHost, llms: Path, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine whose step never ends is found after ``stall_s``; its prompts are told, and nothing of it is left."""
-    monkeypatch.setattr(host, "_stall_s", 1.0)
+    monkeypatch.setattr(host._watch, "stall_s", 1.0)
     llm = await start(host, llms / "a")
     gate = at_the_gate(llm)
     brake.pull("hang")
@@ -693,7 +693,7 @@ async def test_slow_engine_is_no_hanging_one(
     host: EngineHost, llms: Path, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine that takes its time for each token, but gives them, goes on for longer than ``stall_s``."""
-    monkeypatch.setattr(host, "_stall_s", 2.0)
+    monkeypatch.setattr(host._watch, "stall_s", 2.0)
     llm = await start(host, llms / "a")
     brake.pull(0.3)
     assert (await complete(llm, max_tokens=20))["usage"]["completion_tokens"] == 20
@@ -742,9 +742,6 @@ async def test_dead_engine_is_told_to_its_prompts(host: EngineHost, llms: Path, 
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from deployments.engine import checkpoint_trial
-from deployments.engine import host as engine
-from deployments.machine import process_tree
 from deployments.engine.host import EngineHost
 
 async def main():

@@ -9,14 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from deployments.engine.environment import (
-    EngineEnvironment,
-    Phase,
-    PhaseClock,
-    log_handlers_kept,
-    remove_orphans,
-    root_cause,
-)
+from deployments.engine.environment import EngineEnvironment, log_handlers_kept, remove_orphans
+from deployments.engine.phases import Phase, PhaseClock
+from deployments.engine.root_cause import root_cause
 
 WORKER = """\x1eWorkerProc failed to start.\x1f
 Traceback (most recent call last):
@@ -88,19 +83,19 @@ def test_last_words_go_through_logging(temporary: Path) -> None:
     try:
         config = json.loads(Path(os.environ["VLLM_LOGGING_CONFIG_PATH"]).read_text())
         logging.config.dictConfig(config)
-        assert environment.last_words() is None
+        assert environment.first_error() is None
         try:
             raise RuntimeError("the weights are cursed")
         except RuntimeError:
             logger.exception("EngineCore failed to start.")
-        assert environment.last_words() == "the weights are cursed"
+        assert environment.first_error() == "the weights are cursed"
         logger.debug("too much")
         for number in range(20):
             logger.info("step %d", number)
         lines = environment.last_lines().splitlines()
         assert (lines[0], lines[-1]) == ("INFO step 12", "INFO step 19")
         environment.begin_start()
-        assert environment.last_words() is None
+        assert environment.first_error() is None
         assert environment.last_lines() == ""
     finally:
         for handler in logging.getLogger("vllm").handlers[:]:
@@ -125,7 +120,10 @@ def test_operators_logging_is_kept(temporary: Path, monkeypatch: pytest.MonkeyPa
     environment = EngineEnvironment(temporary / "cache", cpu_threads=None)
     used = json.loads(Path(os.environ["VLLM_LOGGING_CONFIG_PATH"]).read_text())
     environment.close()
-    assert used["loggers"]["vllm"] == {"handlers": ["null", "words", "lines"], "level": "ERROR"}
+    assert used["loggers"]["vllm"] == {
+        "handlers": ["null", "greenprompt_errors", "greenprompt_lines"],
+        "level": "ERROR",
+    }
     assert os.environ["VLLM_LOGGING_CONFIG_PATH"] == str(own)
 
 

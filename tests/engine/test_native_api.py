@@ -10,8 +10,9 @@ import openai
 import pytest
 import pytest_asyncio
 
-from deployments.engine.host import EngineHost, RunningLLM
+from deployments.engine.host import EngineHost
 from deployments.engine.token_count import counting_tokens
+from deployments.engine.vllm_api import RunningLLM
 from tests.engine.calls import FAST, at_the_gate, client
 from tests.tool_calls import GREEN, NAMED, TOOL
 

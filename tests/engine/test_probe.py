@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from deployments.engine.host import EngineHost, RunningLLM
+from deployments.engine.host import EngineHost
+from deployments.engine.vllm_api import RunningLLM
 from deployments.wrapper.native_call import native_prompt
 from deployments.wrapper.probe import Probe
 from registry.errors import EngineStartFailed

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from deployments.engine.host import StopReport
+from deployments.engine.order import StopReport
 from deployments.models.sources import ModelSources
 from deployments.wrapper import llm_wrapper as wrapper_module
 from deployments.wrapper.llm_wrapper import LLMWrapper, WrapperConfig

@@ -23,7 +23,7 @@ async def test_close_gives_up_a_start(tmp_path: Path, monkeypatch: pytest.Monkey
             starting.set()
             await asyncio.Event().wait()
 
-    monkeypatch.setattr(host, "_prepare", prepare)
+    monkeypatch.setattr(host._prepared, "prepare", prepare)
     monkeypatch.setattr(host, "_start", start)
     started = asyncio.create_task(host.start("org/tiny"))
     await starting.wait()

@@ -17,7 +17,7 @@ from starlette.types import Message
 
 from deployments.energy.flights import Flight
 from deployments.energy.prompt_meter import PromptMeter, tokens_of
-from deployments.engine.host import _PUBLIC, RunningLLM
+from deployments.engine.vllm_api import _PUBLIC, RunningLLM
 from deployments.tokens import Tokens
 from deployments.wrapper import prompt_gate as prompts
 from deployments.wrapper.lease_gate import LeaseGate

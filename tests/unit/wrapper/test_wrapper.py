@@ -18,7 +18,7 @@ import structlog
 
 from deployments.energy import settling
 from deployments.engine import rest as engine_rest
-from deployments.engine.host import StopReport
+from deployments.engine.order import StopReport
 from deployments.machine.machine_cpu import MachineCPU
 from deployments.machine.neighbours import Neighbours
 from deployments.models.cache import LocalModel

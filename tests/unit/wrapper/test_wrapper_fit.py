@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.engine.host import StopReport
+from deployments.engine.order import StopReport
 from deployments.machine.memory import MainMemory
 from deployments.models.sources import ModelSources
 from deployments.wrapper import llm_wrapper as wrapper_module

@@ -1,0 +1,106 @@
+"""Prepares a wrapper for engines: imports vLLM here and in the warm forkserver, sets the environment of engines."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from deployments.engine.environment import EngineEnvironment
+from deployments.engine.vllm_api import VLLM
+from deployments.engine.warm.forkserver import WarmForkserver, shape_problem
+from deployments.machine import process_tree
+from deployments.machine.child_processes import bind_spawned_processes
+
+_log = logging.getLogger(__name__)
+
+
+class Preparation:
+    """What all engines of a host share: the environment and, if a warm start is possible, the forkserver.
+
+    ``cold_reason`` says why engines start cold; None if they are forked from the warm forkserver.
+    """
+
+    def __init__(
+        self,
+        vllm: VLLM,
+        *,
+        gpus: int,
+        cache_dir: Path,
+        kv_cache_gib: float | None,
+        cpu_threads: int,
+        preload: Sequence[str],
+    ) -> None:
+        """Do nothing yet; see ``EngineHost`` for the arguments."""
+        self.cold_reason: str | None = "not prepared"
+        self.forkserver: WarmForkserver | None = None
+        self._vllm = vllm
+        self._gpus = gpus
+        self._cache_dir = cache_dir
+        self._kv_cache_gib = kv_cache_gib
+        self._cpu_threads = cpu_threads
+        self._preload = preload
+        self._environment: EngineEnvironment | None = None
+
+    @property
+    def environment(self) -> EngineEnvironment:
+        """The environment of the engines. There is one only after ``prepare`` has begun."""
+        assert self._environment is not None
+        return self._environment
+
+    @property
+    def begun(self) -> bool:
+        """Whether ``prepare`` has set the environment."""
+        return self._environment is not None
+
+    async def prepare(self) -> None:
+        """Import vLLM here and in the warm forkserver, in parallel; see ``EngineHost.prepare``. Call it once."""
+        self._environment = EngineEnvironment(
+            self._cache_dir,
+            cpu_threads=None if self._gpus else self._cpu_threads,
+            preload=self._preload,
+            # It would override our size, and allows only whole GiB.
+            without=() if self._kv_cache_gib is None else ("VLLM_CPU_KVCACHE_SPACE",),
+        )
+        self.forkserver = WarmForkserver(self._environment.directory)
+        warm, imported = await asyncio.gather(
+            asyncio.to_thread(self.forkserver.start),
+            self._vllm.in_thread(self._vllm.import_modules),
+            return_exceptions=True,
+        )
+        if isinstance(imported, BaseException):
+            raise imported
+        self.cold_reason = str(warm) if isinstance(warm, BaseException) else self._why_cold()
+        if self.cold_reason is None:
+            self.forkserver.install()
+            for problem in self.forkserver.not_preloaded:
+                _log.warning("LLMs that need it will start a little later: %s", problem)
+            return
+        _log.warning("LLMs will start slowly, since the warm start is not available: %s", self.cold_reason)
+        await asyncio.to_thread(self.forkserver.stop)
+        self.forkserver = None
+        bind_spawned_processes()
+
+    def _why_cold(self) -> str | None:
+        binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if not self._gpus and binding != "nobind":
+            return f"VLLM_CPU_OMP_THREADS_BIND={binding} binds threads, which only a fresh process can do"
+        return shape_problem()
+
+    def processes(self) -> set[psutil.Process]:
+        """Return all processes that belong, or may belong, to an engine."""
+        if self.forkserver is not None and self.forkserver.pid is not None:
+            return process_tree.descendants(self.forkserver.pid)
+        tracker = WarmForkserver.tracker_pid()
+        return {process for process in process_tree.descendants(os.getpid()) if process.pid != tracker}
+
+    async def close(self) -> None:
+        """End the forkserver and remove the environment; no engine may run any more."""
+        if self.forkserver is not None:
+            await asyncio.to_thread(self.forkserver.stop)
+        if self._environment is not None:
+            self._environment.close()

@@ -1,0 +1,64 @@
+"""Watches the engine of a running or sleeping LLM: whether its processes live and whether it hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import signal
+from collections.abc import Callable
+
+from deployments.engine.heartbeat import Heartbeat
+from deployments.engine.preparation import Preparation
+from deployments.engine.vllm_api import RunningLLM
+from deployments.machine import process_tree
+
+_log = logging.getLogger(__name__)
+
+
+class EngineWatch:
+    """Declares an LLM dead when one of its processes ends unexpectedly, or when it hangs. For one event loop."""
+
+    def __init__(self, prepared: Preparation, *, stall_s: float, on_dead: Callable[[RunningLLM], None]) -> None:
+        """Watch nothing yet.
+
+        Args:
+            prepared: Holds the errors that engines log.
+            stall_s: See ``Heartbeat``.
+            on_dead: Called once for each LLM that is declared dead.
+        """
+        self.stall_s = stall_s
+        self._prepared = prepared
+        self._on_dead = on_dead
+
+    def watch_processes(self, llm: RunningLLM) -> None:
+        """Watch the LLM's processes from now on, also while it sleeps."""
+        llm.watch = process_tree.DeathWatch(llm.processes, functools.partial(self._on_process_ended, llm))
+
+    def watch_for_hangs(self, llm: RunningLLM) -> None:
+        """Watch from now on whether the LLM's engine hangs, until ``llm.heart`` is cancelled."""
+        llm.heart = asyncio.create_task(self._until_hung(llm), name=f"heartbeat of {llm.order.model}")
+
+    def declare_dead(self, llm: RunningLLM, reason: str) -> None:
+        """Set ``died`` of an LLM and log the reason. Does nothing if it was declared dead before."""
+        if not llm.died.is_set():
+            llm.death_reason = f"the engine of {llm.served_model_name} is dead: {reason}"
+            _log.error("%s", llm.death_reason)
+            llm.died.set()
+            self._on_dead(llm)
+
+    def _on_process_ended(self, llm: RunningLLM, pid: int) -> None:
+        if process_tree.ended_by(pid) in (signal.SIGKILL, None) and llm.oom_kills.happened:
+            llm.out_of_memory = True
+            self.declare_dead(llm, f"main memory ran out, and the kernel ended its process {pid}")
+            return
+        error = self._prepared.environment.first_error()
+        self.declare_dead(llm, f"process {pid} ended by itself" + (f": {error}" if error else ""))
+
+    async def _until_hung(self, llm: RunningLLM) -> None:
+        async def ask() -> object:
+            llm.oom_kills.look()  # kills by the kernel until now can't be the cause of a later death
+            return await llm.engine.is_sleeping()
+
+        heartbeat = Heartbeat(ask, llm.work, llm.processes, stall_s=self.stall_s)
+        self.declare_dead(llm, await heartbeat.until_hung())
