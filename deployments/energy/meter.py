@@ -25,6 +25,7 @@ from deployments.energy.counters.machine_share import joined
 from deployments.energy.counters.probe import CounterLost, GPUPower, Source, Unreadable
 from deployments.energy.figures import Component, Energy, Label, total, worst
 from deployments.energy.timeline import Interval
+from deployments.machine.background import spawn_thread
 from deployments.machine.gpus import ReadFailed
 from registry.errors import BadSettings
 from registry.wire.flags import Flag
@@ -149,8 +150,7 @@ class Meter:
             self.poll_once()
             if all(channel.track.settled(-math.inf) for channel in self._channels) or self._stop.wait(self._poll_s):
                 break
-        self._thread = threading.Thread(target=self._run, name="energy-meter", daemon=True)
-        self._thread.start()
+        self._thread = spawn_thread("energy-meter", self._run)
 
     def stop(self) -> bool:
         """Stop polling and close the sources; waits at most two seconds. False if a read hangs for longer."""

@@ -14,6 +14,7 @@ import psutil
 from deployments.engine.preparation import Preparation
 from deployments.engine.vllm_api import VLLM, Engine, RunningLLM, stopped
 from deployments.machine import process_tree
+from deployments.machine.background import spawn_awaited
 
 GONE_TIMEOUT_S: Final = 10.0
 """Time for the kernel to remove a killed process, and for a GPU's memory to be freed, seconds."""
@@ -48,7 +49,7 @@ class Endings:
 
     async def end_at_once(self, llm: RunningLLM) -> None:
         """Kill an LLM that sleeps, falls asleep or wakes. Completes even if cancelled."""
-        ending = asyncio.create_task(self.end(llm, at_once=True))
+        ending = spawn_awaited("kill an LLM", self.end(llm, at_once=True))
         try:
             await asyncio.shield(ending)
         finally:
@@ -85,7 +86,7 @@ class Endings:
 
 async def to_the_end(work: Coroutine[Any, Any, object]) -> None:
     """Await ``work``, which ends soon, even if cancelled meanwhile."""
-    task = asyncio.create_task(work)
+    task = spawn_awaited("completes even if cancelled", work)
     while not task.done():
         with suppress(asyncio.CancelledError):
             await asyncio.shield(task)

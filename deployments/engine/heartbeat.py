@@ -14,12 +14,14 @@ Only time in which our own event loop ran is counted, so that a pause of this pr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
 from deployments.machine import process_tree
+from deployments.machine.background import spawn_awaited
 
 BEAT_S = 2.0
 """Seconds between two checks of an engine; ``stall_s / 2`` if that is shorter."""
@@ -46,7 +48,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        ask: Callable[[], Awaitable[object]],
+        ask: Callable[[], Coroutine[Any, Any, object]],
         work: Callable[[], Work],
         processes: Collection[psutil.Process],
         *,
@@ -63,7 +65,7 @@ class Heartbeat:
 
     async def until_hung(self) -> str:
         """Return the reason as soon as the engine counts as hung. Cancel this to end watching."""
-        question: asyncio.Future[object] | None = None
+        question: asyncio.Task[object] | None = None
         try:
             asked, idle = self._work(), True
             silent_s = still_s = stopped_s = 0.0
@@ -74,7 +76,7 @@ class Heartbeat:
                     # work that was in flight at that call, even if it has been aborted since.
                     idle = not asked.tokens and work.calls == asked.calls
                     asked, silent_s = work, 0.0
-                    question = asyncio.ensure_future(self._ask())
+                    question = spawn_awaited("ask an engine", self._ask())
                 await self._sleep(self._beat_s)
                 stopped = process_tree.stopped(self._processes)
                 stopped_s = stopped_s + self._beat_s if stopped else 0.0
@@ -82,6 +84,8 @@ class Heartbeat:
                     return f"process {min(process.pid for process in stopped)} was stopped (SIGSTOP)"
                 silent_s += self._beat_s
                 limit_s = min(_BEATS_IDLE * self._beat_s, self._stall_s) if idle else self._stall_s
+                if question.cancelled():  # by vLLM; ``exception`` would raise, as if this watch had been cancelled
+                    return "it can't be asked any more (vLLM cancelled the call)"
                 if question.done():
                     if (error := question.exception()) is not None:
                         return f"it can't be asked any more ({type(error).__name__}: {error})"

@@ -30,6 +30,7 @@ from deployments.engine.vllm_api import VLLM, RunningLLM, text_of
 from deployments.engine.warm.forkserver import run_apart
 from deployments.engine.watch import EngineWatch
 from deployments.machine import process_tree
+from deployments.machine.background import spawn, spawn_awaited
 from deployments.machine.out_of_memory import OOMKills
 from deployments.models.weights import weights_of
 from registry.errors import EngineStartFailed
@@ -123,7 +124,7 @@ class EngineHost:
         if self._closed:
             raise RuntimeError("the engine host is closed")
         if self._preparing is None:
-            self._preparing = asyncio.create_task(self._prepared.prepare(), name="prepare the engine host")
+            self._preparing = spawn_awaited("prepare the engine host", self._prepared.prepare())
         await asyncio.shield(self._preparing)
 
     # --- starting ----------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ class EngineHost:
             clock.enter(Phase.IMPORTING)
         await self.prepare()
         order = Order(model, served_model_name or model, revision, engine_args or {}, modeltyp)
-        self._starting = starting = asyncio.create_task(self._start(order, clock), name=f"start {model}")
+        self._starting = starting = spawn_awaited(f"start {model}", self._start(order, clock))
         try:
             async with asyncio.timeout(timeout_s):
                 return await starting
@@ -197,9 +198,11 @@ class EngineHost:
             self._gpu_memory.note()
             before = self._prepared.processes()
             oom_kills = OOMKills()
-            following = asyncio.create_task(clock.follow(environment.phases))
-            launching = asyncio.ensure_future(self._vllm.in_thread(self._vllm.launch, order, clock.enter_threadsafe()))
-            trial = asyncio.create_task(asyncio.to_thread(self._try_checkpoint, order))
+            following = spawn("follow the phases of a start", clock.follow(environment.phases))
+            launching = spawn_awaited(
+                "launch an engine", self._vllm.in_thread(self._vllm.launch, order, clock.enter_threadsafe())
+            )
+            trial = spawn_awaited("try a checkpoint", asyncio.to_thread(self._try_checkpoint, order))
             try:
                 await asyncio.wait({launching, trial}, return_when=asyncio.FIRST_EXCEPTION)
                 if trial.done():
@@ -299,7 +302,7 @@ class EngineHost:
 
     def _on_dead(self, llm: RunningLLM) -> None:
         if llm in self._sleep.asleep:  # no other task notices the death of a sleeping LLM
-            ending = asyncio.create_task(self._end_sleeper(llm))
+            ending = spawn("end a sleeping LLM that died", self._end_sleeper(llm))
             self._dead_sleepers.add(ending)
             ending.add_done_callback(self._dead_sleepers.discard)
 

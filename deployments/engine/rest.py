@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 import psutil
 import structlog
 
+from deployments.machine.background import reason_of, spawn
 from registry.errors import EngineNotReady
 
 # D86: an engine that a lease leaves at work is ended
@@ -104,7 +105,13 @@ class EngineRest:
             self._llm, self._tells = llm, False
         if self._look is not None:
             self._look.cancel()
-        self._look = None if llm is None else asyncio.create_task(self._watch(llm), name="engine at rest?")
+        self._look = None if llm is None else self._spawn_watch(llm)
+
+    def _spawn_watch(self, llm: LLM) -> asyncio.Task[None]:
+        def failed(error: BaseException) -> None:  # whether the engine is idle is unknown
+            self._give_up(llm, f"the check whether it is idle failed: {reason_of(error)}")
+
+        return spawn("check that an engine is idle", self._watch(llm), on_failure=failed)
 
     async def reached(self, llm: LLM | None) -> None:
         """Return when this LLM is idle. Returns at once if it was found idle after its last lease, or is None.

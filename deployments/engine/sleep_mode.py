@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import psutil
 
 from deployments.machine import process_tree
+from deployments.machine.background import reason_of, spawn
 from deployments.machine.memory import main_memory
 
 SLEEP_TIMEOUT_S = 120.0
@@ -25,7 +26,7 @@ RESIDUE_BYTES = 2 * 2**30
 """GPU memory that a sleeping LLM may keep: its CUDA context, NCCL's buffers, CUDA graphs."""
 HOST_RESERVE = 0.1
 """Share of the memory of the machine, or of our control group, that stays free whatever the budget is."""
-MIND_S = 5.0
+MEMORY_CHECK_S = 5.0
 """Seconds between checks of the machine's free memory while an LLM sleeps."""
 
 _log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class SleepMode(Generic[Sleeper]):
         self._gpus = gpus
         self._end = end
         self._asleep: list[Sleeper] = []
-        self._mind: asyncio.Task[None] | None = None
+        self._memory_watch: asyncio.Task[None] | None = None
 
     @property
     def allowed(self) -> bool:
@@ -131,8 +132,10 @@ class SleepMode(Generic[Sleeper]):
         if excess:
             return "; ".join(f"{uuid} still holds {held / 2**30:.1f} GiB too much" for uuid, held in excess.items())
         self._asleep.append(llm)
-        if self._mind is None or self._mind.done():
-            self._mind = asyncio.create_task(self._mind_memory(), name="mind the sleepers' memory")
+        if self._memory_watch is None or self._memory_watch.done():
+            self._memory_watch = spawn(
+                "watch the memory while LLMs sleep", self._watch_memory(), on_failure=self._kill_unwatched
+            )
         return None
 
     async def wake(self, llm: Sleeper) -> bool:
@@ -169,8 +172,8 @@ class SleepMode(Generic[Sleeper]):
     async def close(self) -> None:
         """End all sleeping LLMs."""
         await self._drop(self.asleep, "everything is stopped")
-        if self._mind is not None:
-            self._mind.cancel()
+        if self._memory_watch is not None:
+            self._memory_watch.cancel()
 
     def relieve(self) -> None:
         """Kill the oldest living one if the machine's memory runs short; its death is then reported as any other."""
@@ -183,10 +186,18 @@ class SleepMode(Generic[Sleeper]):
             _log.warning("%s sleeps no longer: the machine's memory runs short", oldest.served_model_name)
             process_tree.kill(oldest.processes)
 
-    async def _mind_memory(self) -> None:
+    def _kill_unwatched(self, error: BaseException) -> None:
+        """Kill all sleeping LLMs because nothing would end them when memory runs short; each then starts afresh."""
+        for llm in self._asleep:
+            _log.error(
+                "%s sleeps no longer: the watch of the memory failed: %s", llm.served_model_name, reason_of(error)
+            )
+            process_tree.kill(llm.processes)
+
+    async def _watch_memory(self) -> None:
         while self._asleep:
             self.relieve()
-            await asyncio.sleep(MIND_S)
+            await asyncio.sleep(MEMORY_CHECK_S)
 
     async def _drop(self, llms: Iterable[Sleeper], why: str) -> None:
         for llm in llms:

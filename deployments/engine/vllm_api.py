@@ -25,6 +25,7 @@ from deployments.engine.order import ASGIApp, Order, pids
 from deployments.engine.phases import Phase
 from deployments.engine.token_count import counted
 from deployments.machine import process_tree
+from deployments.machine.background import spawn_awaited
 from deployments.machine.out_of_memory import OOMKills
 from registry.errors import EngineNotReady
 
@@ -313,11 +314,11 @@ class VLLM:
                 await asyncio.wait_for(abort_all(engine), 1.0)
             if engine.output_handler is not None and not engine.get_num_unfinished_requests():
                 engine.output_handler.cancel()  # else it logs the end of the engine as an error
-        stopping = asyncio.ensure_future(self.in_thread(engine.shutdown, _STOP_TIMEOUT_S))
+        stopping = spawn_awaited("shut an engine down", self.in_thread(engine.shutdown, _STOP_TIMEOUT_S))
         pokes = []
         while not (await asyncio.wait([stopping], timeout=0.2))[0]:
             # The engine's main thread misses a signal that arrives just before it goes to sleep; any call wakes it.
-            pokes.append(asyncio.create_task(engine.is_sleeping()))
+            pokes.append(spawn_awaited("wake an engine's main thread", engine.is_sleeping()))
         for poke in pokes:
             poke.cancel()
         await asyncio.gather(*pokes, return_exceptions=True)

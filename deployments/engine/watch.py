@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 import signal
@@ -12,6 +11,7 @@ from deployments.engine.heartbeat import Heartbeat
 from deployments.engine.preparation import Preparation
 from deployments.engine.vllm_api import RunningLLM
 from deployments.machine import process_tree
+from deployments.machine.background import reason_of, spawn
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,11 @@ class EngineWatch:
 
     def watch_for_hangs(self, llm: RunningLLM) -> None:
         """Watch from now on whether the LLM's engine hangs, until ``llm.heart`` is cancelled."""
-        llm.heart = asyncio.create_task(self._until_hung(llm), name=f"heartbeat of {llm.order.model}")
+        llm.heart = spawn(
+            f"hang watch of {llm.order.model}",
+            self._until_hung(llm),
+            on_failure=lambda error: self.declare_dead(llm, f"its hang watch failed: {reason_of(error)}"),
+        )
 
     def declare_dead(self, llm: RunningLLM, reason: str) -> None:
         """Set ``died`` of an LLM and log the reason. Does nothing if it was declared dead before."""
@@ -48,12 +52,19 @@ class EngineWatch:
             self._on_dead(llm)
 
     def _on_process_ended(self, llm: RunningLLM, pid: int) -> None:
+        try:
+            reason = self._why_ended(llm, pid)
+        except Exception as error:  # dead it is, whatever keeps us from knowing why
+            _log.exception("why a process of %s ended is not known", llm.served_model_name)
+            reason = f"process {pid} ended by itself ({reason_of(error)})"
+        self.declare_dead(llm, reason)
+
+    def _why_ended(self, llm: RunningLLM, pid: int) -> str:
         if process_tree.ended_by(pid) in (signal.SIGKILL, None) and llm.oom_kills.happened:
             llm.out_of_memory = True
-            self.declare_dead(llm, f"main memory ran out, and the kernel ended its process {pid}")
-            return
+            return f"main memory ran out, and the kernel ended its process {pid}"
         error = self._prepared.environment.first_error()
-        self.declare_dead(llm, f"process {pid} ended by itself" + (f": {error}" if error else ""))
+        return f"process {pid} ended by itself" + (f": {error}" if error else "")
 
     async def _until_hung(self, llm: RunningLLM) -> None:
         async def ask() -> object:

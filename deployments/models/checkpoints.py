@@ -17,6 +17,7 @@ import structlog
 from huggingface_hub import HfApi, get_local_safetensors_metadata, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
 
+from deployments.machine.background import spawn_awaited
 from deployments.models.memory_need import Checkpoint, memory_of, part_of
 from registry.core.records import LLMMemory, LLMSpec
 from registry.errors import in_one_line
@@ -74,7 +75,8 @@ class Checkpoints:
             if self._now_s() - begun_s >= kept_s:
                 known = None
         if known is None:
-            known = asyncio.ensure_future(asyncio.to_thread(self._read_once, model, revision)), self._now_s()
+            reading = spawn_awaited("read a checkpoint", asyncio.to_thread(self._read_once, model, revision))
+            known = reading, self._now_s()
         self._kept[model, revision] = known
         if len(self._kept) > _KEPT:
             self._kept.popitem(last=False)

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from deployments.machine.background import spawn_thread
 from deployments.machine.memory import main_memory
 
 _FORMATS = ("*.safetensors", "*.bin", "*.pt")  # vLLM uses the first format that a folder has
@@ -53,8 +54,7 @@ def read_ahead(weights: Weights | None) -> Iterator[None]:
         yield
         return
     over = threading.Event()
-    reader = threading.Thread(target=_read, args=(weights, over), name="read-ahead", daemon=True)
-    reader.start()
+    reader = spawn_thread("read-ahead", lambda: _read(weights, over))
     try:
         yield
     finally:

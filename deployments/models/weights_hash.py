@@ -14,6 +14,7 @@ from pathlib import Path
 
 import structlog
 
+from deployments.machine.background import spawn_awaited
 from deployments.models.weights import Weights
 
 _CHUNK_BYTES = 4 * 2**20
@@ -38,7 +39,7 @@ class WeightsHash:
     async def known(self, *, within_s: float) -> str | None:
         """Continue reading for at most ``within_s`` seconds; return the hash, or None if it is unfinished."""
         over = threading.Event()
-        reading = asyncio.ensure_future(asyncio.to_thread(self._go_on, over))
+        reading = spawn_awaited("hash weights", asyncio.to_thread(self._go_on, over))
         try:
             await asyncio.wait({reading}, timeout=within_s)
         finally:

@@ -17,6 +17,7 @@ import ray
 import structlog
 from pydantic import BaseModel
 
+from deployments.machine.background import spawn_awaited
 from registry.accounting.windows import KeptWindow
 from registry.core.events import NewRequest
 from registry.core.records import Measurement, MeasurementKey, Request
@@ -57,7 +58,7 @@ class RegistryActor:
         except RegistryError as error:
             _try_again_later(error)
             raise
-        self._started = asyncio.get_running_loop().create_task(self._start())
+        self._started = spawn_awaited("start the registry", self._start())
 
     async def _start(self) -> None:
         try:

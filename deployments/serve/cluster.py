@@ -16,6 +16,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.engine.rest import REST_LIMIT_S
+from deployments.machine.background import spawn_awaited
 from deployments.machine.worker_environment import forwarded_environment
 from deployments.models.sources import ModelSources
 from deployments.wrapper import llm_wrapper as wrapper_module
@@ -232,7 +233,7 @@ class RayCluster:
     async def _serve_is_mended(self, wrapper_id: str) -> bool:
         """Whether a wrapper is unreachable because Serve's controller is down or still looks for its replicas."""
         if self._asking is None or self._asking.done():  # one at a time: it blocks a thread while no controller runs
-            self._asking = asyncio.create_task(self._in_thread("cluster", serve.status))
+            self._asking = spawn_awaited("ask Serve for its status", self._in_thread("cluster", serve.status))
         await asyncio.wait({self._asking}, timeout=SERVE_TIMEOUT_S)
         if not self._asking.done() or self._asking.exception() is not None:
             return True

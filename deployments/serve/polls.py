@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from deployments.machine.background import spawn
 from registry.errors import RegistryError, TooManyPolls
 from registry.service.news import CHANGES_WAIT_S
 from registry.wire.words import RequestStatus
@@ -76,7 +77,7 @@ class Polls:
         self._count += 1
         self._waiting.setdefault(request_id, set()).add(changed)
         if self._following is None or self._following.done():
-            self._following = asyncio.get_running_loop().create_task(self._follow())
+            self._following = spawn("follow the changes of requests", self._follow())
         try:
             yield changed
         finally:

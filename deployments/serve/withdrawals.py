@@ -11,6 +11,7 @@ from typing import Any
 import stamina
 import structlog
 
+from deployments.machine.background import spawn
 from registry.errors import RegistryError
 
 WITHDRAW_FOR_S = 300.0
@@ -46,7 +47,7 @@ class Withdrawals:
 
     def begin(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
         """Withdraw the requests of one POST, which came with this Idempotency-Key. Returns at once."""
-        task = asyncio.get_running_loop().create_task(self._withdraw(request_ids, tenant, key))
+        task = spawn("withdraw unanswered requests", self._withdraw(request_ids, tenant, key))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

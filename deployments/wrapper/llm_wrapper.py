@@ -30,6 +30,7 @@ from deployments.engine.order import StopReport
 from deployments.engine.phases import Phase
 from deployments.engine.rest import EngineRest
 from deployments.engine.vllm_api import RunningLLM
+from deployments.machine.background import reason_of, spawn, spawn_awaited
 from deployments.machine.cpu_quota import cpus_here
 from deployments.machine.gpus import ReadFailed, driver_version
 from deployments.machine.memory import gpu_memory_bytes, main_memory
@@ -243,7 +244,7 @@ class LLMWrapper:
                 self._spec = spec
                 self._died = None
                 revision = None if grant is None else grant.model_revision
-                self._start = asyncio.create_task(self._swap(spec, revision, started_for))
+                self._start = spawn_awaited("start an LLM", self._swap(spec, revision, started_for))
             start = self._start
         if start is not None:
             await asyncio.wait({start})  # cancelling this call does not end the start
@@ -382,7 +383,7 @@ class LLMWrapper:
             raise StaleEpoch(self._config.wrapper_id, epoch, self._epoch)
         if self._settling is None:
             self._settling_for = grant.request_id
-            self._settling = asyncio.create_task(self._settle())
+            self._settling = spawn_awaited("settle for a lease", self._settle())
         settling = self._settling
         await asyncio.wait({settling})  # cancelling this call does not end the settling
         if settling.cancelled():
@@ -473,7 +474,11 @@ class LLMWrapper:
                 log.info("the LLM is ready", wrapper_id=config.wrapper_id, model=spec.model, took_s=took_s)
                 if self._death_watch is not None:
                     self._death_watch.cancel()  # it watches an LLM that sleeps now, or was stopped
-                self._death_watch = asyncio.create_task(self._notice_death(running))
+                self._death_watch = spawn(
+                    "end an LLM that died",
+                    self._notice_death(running),
+                    on_failure=lambda error: self._death_watch_failed(running, error),
+                )
         except BaseException as problem:
             if isinstance(problem, EngineStartFailed):
                 reason = problem.reason
@@ -612,6 +617,12 @@ class LLMWrapper:
             except WrapperUnreachable as error:
                 if self._died is not None:
                     self._died = f"{self._died}; {error.reason}"
+
+    def _death_watch_failed(self, running: RunningLLM, error: BaseException) -> None:
+        """Report an LLM as dead whose end nobody would handle; the next command to start one ends it."""
+        self._host.give_up(running, f"its death watch failed: {reason_of(error)}")
+        if self._host.running is running and self._start is None and self._spec is not None:
+            self._died, self._spec = running.death_reason, None
 
     def _living(self) -> RunningLLM | None:
         """Return the running LLM; None if it died, or if none should run (e.g. it is being replaced)."""

@@ -17,6 +17,7 @@ import structlog
 from starlette.types import Message
 
 from deployments.engine.vllm_api import RunningLLM
+from deployments.machine.background import spawn_awaited
 from deployments.wrapper.native_call import call, native_prompt, problem_of
 from registry.wire.words import canonical_json
 
@@ -55,7 +56,7 @@ class Probe:
     async def _ask(self, running: RunningLLM, path: str, body: dict[str, object]) -> tuple[int, bytes] | None:
         """Return the answer's status and body; None if the LLM has died, is being stopped, or is too slow."""
         caller = _Caller()
-        asking = asyncio.create_task(call(running.asgi, path, body, caller))
+        asking = spawn_awaited("probe an LLM", call(running.asgi, path, body, caller))
         try:
             await asyncio.wait({asking}, timeout=PROBE_MAX_S)
             if running.failed or not asking.done() or asking.exception() is not None:  # the last: it is being stopped

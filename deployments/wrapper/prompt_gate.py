@@ -30,6 +30,7 @@ from deployments.engine.our_words import ErrorsInOurWords
 from deployments.engine.token_count import counting_tokens
 from deployments.engine.vllm_api import RunningLLM, public_path
 from deployments.error_answers import RETRY_AFTER_S, error_answer, fastapi_detail, openai_problem, registry_error
+from deployments.machine.background import spawn_awaited
 from deployments.models.args.mapping import task_of
 from deployments.wrapper.answer_account import (
     EVENT_STREAM,
@@ -335,7 +336,7 @@ class _Exchange:
 
     def run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start the task that answers."""
-        self._task = asyncio.create_task(work)
+        self._task = spawn_awaited("answer a prompt", work)
         return self._task
 
     def cut(self) -> asyncio.Task[None]:

@@ -26,6 +26,8 @@ from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deployments.machine.background import spawn_thread
+
 T = TypeVar("T")
 
 LOOK_S = 0.05
@@ -154,8 +156,7 @@ class WarmForkserver:
             ready.set()
             self._closing.wait()
 
-        self._keeper = threading.Thread(target=keep, name="engine-forkserver-keeper", daemon=True)
-        self._keeper.start()
+        self._keeper = spawn_thread("engine-forkserver-keeper", keep)
         ready.wait()
         if started[0] is not None:
             raise WarmStartUnavailable(f"the forkserver did not start: {started[0]}")

@@ -86,6 +86,20 @@ async def test_an_engine_that_goes_on_working_is_ended() -> None:
         await scene.rest.reached(scene.llm)
 
 
+async def test_an_engine_whose_check_fails_is_ended() -> None:
+    """Whether it is idle is not known then, so it is not handed over; the reason says so."""
+    scene = Scene(False)
+    await scene.first_lease()
+
+    def fails(_processes: object) -> bool:
+        raise PermissionError("/proc/77/task")
+
+    scene.rest._is_working = fails
+    scene.rest.begin(scene.llm)
+    with pytest.raises(EngineNotReady, match="the check whether it is idle failed: PermissionError: /proc/77/task"):
+        await scene.rest.reached(scene.llm)
+
+
 async def test_prompts_that_may_finish_are_no_unrest() -> None:
     """The limit counts from the last prompt's end."""
     scene = Scene(False)

@@ -174,6 +174,16 @@ async def test_engine_that_cannot_be_asked(engine: Engine) -> None:
     assert await engine.lives(1) == "it can't be asked any more (ConnectionError: closed)"
 
 
+async def test_engine_whose_call_vllm_cancels(engine: Engine) -> None:
+    """A call that is cancelled inside vLLM does not end the watch as if its owner had."""
+
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    engine.ask = cancelled  # type: ignore[method-assign]
+    assert await engine.lives(1) == "it can't be asked any more (vLLM cancelled the call)"
+
+
 async def test_short_limits_are_looked_at_more_often(engine: Engine) -> None:
     """Where a step may take less than the usual time between two looks, it is looked twice in that time."""
     engine.prompt()

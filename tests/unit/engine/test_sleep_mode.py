@@ -255,7 +255,7 @@ async def test_memory_runs_short(make: Make, monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_memory_is_minded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's free memory is looked at again and again, for as long as an LLM sleeps."""
-    monkeypatch.setattr(sleep_mode, "MIND_S", 0)
+    monkeypatch.setattr(sleep_mode, "MEMORY_CHECK_S", 0)
     looked, night, llm = asyncio.Event(), make(), LLM("a")
     llm.processes = frozenset({psutil.Process()})
     await night.sleeps(llm)
@@ -263,8 +263,26 @@ async def test_memory_is_minded(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     night.free_gib = 99
     await looked.wait()
     await night.mode.wake(llm)
-    assert night.mode._mind is not None
-    await night.mode._mind
+    assert night.mode._memory_watch is not None
+    await night.mode._memory_watch
+
+
+async def test_no_llm_sleeps_unwatched(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the watch of the memory fails, all sleeping LLMs are killed: one that is wanted starts from the beginning."""
+    killed: list[frozenset[psutil.Process]] = []
+    monkeypatch.setattr(process_tree, "kill", killed.append)
+    night, a, b = make(), LLM("a"), LLM("b")
+    a.processes = frozenset({psutil.Process()})
+    await night.sleeps(a, b)
+
+    def fails() -> MainMemory:
+        raise OSError("no /proc/meminfo")
+
+    monkeypatch.setattr(sleep_mode, "main_memory", fails)
+    assert night.mode._memory_watch is not None
+    await asyncio.wait({night.mode._memory_watch})
+    await asyncio.sleep(0)
+    assert killed == [a.processes, b.processes]
 
 
 async def test_dead_sleeper_is_forgotten(make: Make) -> None:

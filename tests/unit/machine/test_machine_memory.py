@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from deployments.energy.counters import probe as energy_sources
+from deployments.machine import gpus
 from deployments.machine.memory import MainMemory, gpu_memory_bytes, main_memory
 from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
 
@@ -56,11 +56,11 @@ def test_no_nvml_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_driver_is_named(nvml: FakeNVML, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its version is NVML's, which is given back; without NVML that is said, not guessed."""
-    assert energy_sources.driver_version() == "610.43.02"
+    assert gpus.driver_version() == "610.43.02"
     assert nvml.opened == 0
     install_nvml(monkeypatch, FakeNVML(init_error=9))
-    with pytest.raises(energy_sources.ReadFailed):
-        energy_sources.driver_version()
+    with pytest.raises(gpus.ReadFailed):
+        gpus.driver_version()
 
 
 MACHINE = MainMemory(16 * GIB, 10 * GIB)

@@ -636,6 +636,20 @@ async def test_death_of_the_engine_is_reported(make: Make, left: StopReport) -> 
     assert report.died in late.json()["message"]
 
 
+async def test_an_llm_whose_death_watch_fails_is_not_trusted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reported as dead, so that the registry restarts it; the report says why."""
+    client = await make(finish=False)
+
+    async def fails(*_: object) -> None:
+        raise AttributeError("no died")
+
+    monkeypatch.setattr(LLMWrapper, "_notice_death", fails)
+    await client.wrapper.deploy(3, OTHER_SPEC, None)
+    await asyncio.sleep(0.01)
+    report = await client.wrapper.report(UNTOLD)
+    assert (report.running, report.died) == (None, "its death watch failed: AttributeError: no died")
+
+
 @pytest.mark.parametrize(("out_of_memory", "flags"), [(True, ("engine_out_of_memory",)), (False, ())])
 async def test_an_engine_that_the_kernel_ended_for_memory_is_flagged(
     make: Make, out_of_memory: bool, flags: tuple[str, ...]

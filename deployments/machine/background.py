@@ -1,0 +1,73 @@
+"""Starts background tasks and threads whose failure is noticed: it is logged, and their owner is called.
+
+asyncio and threading drop an exception that nobody waits for, so a watch that fails would be off without a word. All
+tasks and threads of ``deployments`` are started here. Their owner keeps them, and awaits or cancels them at its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import structlog
+
+T = TypeVar("T")
+
+OnFailure = Callable[[BaseException], None]
+"""Called with the exception that ended a task or thread."""
+
+log = structlog.get_logger("deployments.machine.background")
+
+
+def spawn(name: str, work: Coroutine[Any, Any, T], *, on_failure: OnFailure | None = None) -> asyncio.Task[T]:
+    """Start a task whose result nobody waits for.
+
+    If it fails, that is logged and ``on_failure`` is called in the event loop. It fails by any exception, also by a
+    CancelledError that does not come from its owner's ``cancel``.
+    """
+    task = asyncio.create_task(work, name=name)
+
+    def ended(task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            if task.cancelling():
+                return
+            error: BaseException | None = asyncio.CancelledError("it was cancelled from inside")
+        else:
+            error = task.exception()
+        if error is not None:
+            _failed(name, error, on_failure)
+
+    task.add_done_callback(ended)
+    return task
+
+
+def spawn_awaited(name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Start a task whose owner awaits its result and handles its failure."""
+    return asyncio.create_task(work, name=name)
+
+
+def spawn_thread(name: str, work: Callable[[], None], *, on_failure: OnFailure | None = None) -> threading.Thread:
+    """Start a daemon thread. If it fails, that is logged and ``on_failure`` is called in the thread."""
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            _failed(name, error, on_failure)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _failed(name: str, error: BaseException, on_failure: OnFailure | None) -> None:
+    log.error("a background task failed", task=name, reason=reason_of(error), exc_info=error)
+    if on_failure is not None:
+        on_failure(error)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return type and text of an exception, for a log or a status."""
+    return f"{type(error).__name__}: {error}"
