@@ -15,7 +15,8 @@ from pathlib import Path
 
 from deployments.engine.phases import Phase
 from deployments.engine.root_cause import ERROR_FORMAT, root_cause
-from deployments.engine.warm.forkserver import PHASE_FILE, forkserver_variables
+from deployments.engine.warm.forkserver import forkserver_variables
+from deployments.engine.warm.patches import PHASE_FILE
 
 _PREFIX = "gp-engine-"
 _LOCK, _SHARED_MEMORY = "owner.lock", "shared_memory"

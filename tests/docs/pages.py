@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from typer.main import get_command
 
 import deployments.wrapper.prompt_errors  # noqa: F401 - its errors are listed
+from deployments.engine.warm.patches import PYTHON, VLLM
 from deployments.launch.haproxy import _ANSWERS
+from deployments.launch.patches import HAPROXY, RAY
+from deployments.patch import Patch
 from greenprompt_client.cli.app import EXIT_STATUSES
 from greenprompt_client.cli.main import app
 from registry.errors import RegistryError
@@ -138,6 +141,50 @@ share of measured joules counts as measured.
 """
 
 
+def patches_page() -> str:
+    """Return the page of what is replaced or privately read in other libraries."""
+    return (
+        f"""\
+# Patches
+
+{MADE}
+Parts of other libraries are replaced here, or read although they are private. A new version of such a library can
+change them without notice. So each has a guard, which is checked at a start.
+
+## vLLM and Python
+
+Checked when a wrapper starts. If a guard fails, LLMs start cold, and the log says which guard. An LLM whose hang watch
+fails while it runs is restarted.
+
+{_patches((*VLLM, *PYTHON))}\
+## HAProxy
+
+Serve writes HAProxy's configuration from a template. `greenprompt up` and each node check that the template has these
+lines; if one is missing, the command fails and says which. HAProxy does not start if its edited configuration would
+still log requests.
+
+{_patches(HAPROXY)}\
+## Ray
+
+{_patches(RAY)}""".rstrip()
+        + "\n"
+    )
+
+
+def _patches(patches: Iterable[Patch]) -> str:
+    rows = [
+        (
+            cell(f"{patch.library}: {patch.name}"),
+            patch.how.value,
+            cell(patch.why),
+            "; ".join(cell(str(guard)) for guard in patch.guards),
+            cell(patch.put_back),
+        )
+        for patch in patches
+    ]
+    return table(("what", "how", "why", "guard", "put back"), rows)
+
+
 def command_line_page() -> str:
     """Return the page of commands."""
     commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
@@ -193,6 +240,7 @@ PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "reference/metrics.md": metrics_page,
     "reference/command-line.md": command_line_page,
     "reference/http.md": http_page,
+    "reference/patches.md": patches_page,
     "decisions/index.md": decisions_page,
 }
 """How each generated page is made, by its path in docs/."""

@@ -1,9 +1,13 @@
 """A vLLM of another shape: engines start the normal way. And what is left of a host in the end: nothing."""
 
+import asyncio
+import importlib.util
 import os
+import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -47,6 +51,47 @@ async def test_cold_start(
         assert await complete(llm)
         report = await host.stop()
         assert (report.killed, report.leftover) == ((), ())
+        assert still_running(llm.pids) == set()
+    finally:
+        await host.close()
+
+
+ASYNC_LLM = "vllm.v1.engine.async_llm"
+
+
+def fill_with_renamed_internals(module: ModuleType) -> None:
+    """Make a module a copy of vLLM's ``async_llm`` in which ``AsyncLLM.output_processor`` has another name."""
+    spec = importlib.util.find_spec("vllm.v1.engine")
+    assert spec is not None
+    assert spec.origin is not None
+    file = Path(spec.origin).with_name("async_llm.py")
+    source = file.read_text().replace("self.output_processor", "self.outputs")
+    module.__dict__.update(__file__=str(file), __package__="vllm.v1.engine")
+    exec(compile(source, file, "exec"), module.__dict__)
+
+
+async def test_a_vllm_with_other_internals_is_not_left_unwatched(
+    llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With `output_processor` renamed in a copy of vLLM, LLMs start cold, and one without its hang watch is ended.
+
+    Both log lines name what was renamed.
+    """
+    monkeypatch.setitem(sys.modules, ASYNC_LLM, renamed := ModuleType(ASYNC_LLM))
+    fill_with_renamed_internals(renamed)
+    host = EngineHost(gpus=0, kv_cache_gib=0.125, cache_dir=tmp_path)
+    try:
+        await host.prepare()
+        assert host.cold_reason is not None
+        assert "AsyncLLM.__init__ no longer uses output_processor" in host.cold_reason
+        assert host.cold_reason in caplog.text
+        llm = await host.start(str(llms / "a"), engine_args=FAST)
+        await asyncio.wait_for(llm.died.wait(), 10)
+        assert llm.death_reason is not None
+        assert "its hang watch failed: AttributeError" in llm.death_reason
+        assert "output_processor" in llm.death_reason
+        assert llm.death_reason in caplog.text
+        assert (await host.stop()).problem is None
         assert still_running(llm.pids) == set()
     finally:
         await host.close()

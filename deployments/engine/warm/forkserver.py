@@ -1,9 +1,8 @@
 """Starts engine processes without imports, and lets none outlive its owner.
 
 Importing vLLM takes longer than loading a small LLM. So a *forkserver* imports it once, in parallel with the wrapper's
-own import, and every engine process is a fork of it. vLLM has no setting for this inside a Ray actor, so this file
-replaces two names in vLLM: `get_mp_context` where engine processes are launched, and `_run_in_subprocess` where an
-LLM's class is inspected. ``shape_problem`` checks that vLLM still has the structure that this needs.
+own import, and every engine process is a fork of it. vLLM has no setting for this inside a Ray actor, so some of its
+names are replaced; ``engine.warm.patches`` lists them and checks that vLLM still has them.
 
 The kernel kills the whole chain owner → forkserver → engine → worker with its owner (PR_SET_PDEATHSIG), even if the
 owner is killed and can't clean up.
@@ -12,7 +11,6 @@ owner is killed and can't clean up.
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 import multiprocessing
 import os
@@ -35,45 +33,11 @@ LOOK_S = 0.05
 
 PRELOAD = "deployments.engine.warm.preload"
 OWNER_PID = "GREENPROMPT_ENGINE_OWNER_PID"
-PHASE_FILE = "GREENPROMPT_ENGINE_PHASE_FILE"
 PRELOAD_EXTRA = "GREENPROMPT_ENGINE_PRELOAD"
-
-_MESSAGES = "vllm.distributed.device_communicators.shm_broadcast"
-# (module, required attribute, names that its code must look up in the module). Several modules import `get_mp_context`
-# by name, so replacing it in one module is not enough.
-_SHAPE = (
-    ("vllm.v1.engine.utils", "CoreEngineProcManager.__init__", ("get_mp_context", "Process")),
-    ("vllm.v1.executor.multiproc_executor", "MultiprocExecutor._init_executor", ("get_mp_context",)),
-    ("vllm.v1.executor.multiproc_executor", "WorkerProc.make_worker_process", ("get_mp_context", "Process")),
-    ("vllm.model_executor.models.registry", "_LazyRegisteredModel.inspect_model_cls", ("_run_in_subprocess",)),
-    ("vllm.v1.engine.core", "EngineCoreProc.run_engine_core", ()),
-    ("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ()),
-    (_MESSAGES, "SpinCondition.wait", ("last_read", "busy_loop_s")),
-    (_MESSAGES, "SpinCondition.record_read", ("last_read",)),
-    (_MESSAGES, "MessageQueue.acquire_read", ("_spin_condition", "wait", "record_read")),
-    ("vllm.compilation.decorators", "monitor_torch_compile", ("torch_compile_start_time",)),
-    ("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_worker", ("register_triton_kernel_overrides",)),
-)
 
 
 class WarmStartUnavailable(Exception):
     """A warm start is not possible, so engines must start cold; the text says why."""
-
-
-def shape_problem() -> str | None:
-    """Return what the installed vLLM lacks for a warm start, as text; None if nothing. Imports vLLM."""
-    for module_name, path, names in _SHAPE:
-        try:
-            found: Any = importlib.import_module(module_name)
-            for part in path.split("."):
-                found = getattr(found, part)
-            code = inspect.unwrap(found).__code__
-        except (ImportError, AttributeError) as problem:
-            return f"vLLM has no {module_name}.{path} ({problem})"
-        missing = [name for name in names if name not in code.co_names]
-        if missing:
-            return f"vLLM's {module_name}.{path} no longer uses {', '.join(missing)}"
-    return None
 
 
 def forkserver_variables(preload: Sequence[str]) -> Mapping[str, str]:
@@ -258,8 +222,3 @@ def _preload_outcome() -> tuple[str | None, list[str]]:
     if preload is None:
         return f"the forkserver could not import {PRELOAD}", []
     return preload.problem, preload.not_preloaded
-
-
-def fork_context() -> Any:
-    """Return the replacement for `get_mp_context` in an engine process: its workers are forks of it."""
-    return multiprocessing.get_context("fork")

@@ -5,24 +5,13 @@ Import it nowhere else: it changes the process permanently.
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib
 import multiprocessing.spawn
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-from deployments.engine.warm.forkserver import (
-    OWNER_PID,
-    PHASE_FILE,
-    PRELOAD_EXTRA,
-    fork_context,
-    shape_problem,
-)
-from deployments.engine.warm.spin_wait import be_patient
+from deployments.engine.warm.forkserver import OWNER_PID, PRELOAD_EXTRA
+from deployments.engine.warm.patches import patch_engine_processes, shape_problem
 from deployments.machine.child_processes import allow_amx, die_with_parent
 from deployments.machine.out_of_memory import ENGINE_SCORE, raise_score
 
@@ -75,7 +64,7 @@ def _preload() -> str | None:
     problem = shape_problem()
     if problem is not None:
         return problem
-    _take_over()
+    patch_engine_processes()
     allow_amx()
     # Imported objects stay. Without this, every engine and worker would scan all of them for garbage at its start and
     # end, which takes as long as everything else and copies the memory that forks share.
@@ -83,59 +72,6 @@ def _preload() -> str | None:
     gc.freeze()
     gc.unfreeze = lambda: None
     return None
-
-
-def _take_over() -> None:
-    """Patch vLLM: engines fork their workers, sleep while they wait for messages, and announce their phases."""
-    from vllm.compilation import decorators
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-    from vllm.platforms import current_platform
-    from vllm.utils.platform_utils import cuda_is_initialized
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.executor import multiproc_executor
-
-    normal = multiproc_executor.get_mp_context
-    # A process that has used CUDA can't be forked; only then use vLLM's own method.
-    multiproc_executor.get_mp_context = lambda: normal() if cuda_is_initialized() else fork_context()
-    be_patient(SpinCondition)
-    EngineCore._initialize_kv_caches = _announced("warming_up", EngineCore._initialize_kv_caches)  # noqa: SLF001
-    decorators.monitor_torch_compile = _announced_within("compiling", decorators.monitor_torch_compile, "warming_up")
-    # Each worker would go through all modules for this; done here, every fork inherits it.
-    current_platform.register_triton_kernel_overrides()
-    current_platform.register_triton_kernel_overrides = lambda: None
-
-
-def _announce(phase: str) -> None:
-    with Path(os.environ[PHASE_FILE]).open("a", encoding="utf-8") as file:
-        file.write(f"{phase}\n")
-
-
-def _announced(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def announce(*args: Any, **kwargs: Any) -> Any:
-        _announce(phase)
-        return function(*args, **kwargs)
-
-    return announce
-
-
-def _announced_within(phase: str, context: Callable[..., Any], after: str) -> Callable[..., Any]:
-    """Wrap a vLLM context manager to announce ``phase`` on entry and ``after`` on exit.
-
-    Nothing is announced when vLLM only checks whether the work is needed (``announce_start`` False).
-    """
-
-    @contextmanager
-    @functools.wraps(context)
-    def within(*args: Any, announce_start: bool = True, **kwargs: Any) -> Iterator[Any]:
-        if announce_start:
-            _announce(phase)
-        with context(*args, announce_start=announce_start, **kwargs) as entered:
-            yield entered
-        if announce_start:
-            _announce(after)
-
-    return within
 
 
 die_with_parent(int(os.environ[OWNER_PID]))

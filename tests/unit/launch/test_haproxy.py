@@ -163,6 +163,7 @@ def test_no_address_is_logged(tmp_path: Path, fake_haproxy: Path) -> None:
     """HAProxy logs no request to anybody: the path of a prompt has the token of its lease."""
     script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     template = HAPROXY_CONFIG_TEMPLATE.replace("{{ config.log_target }}", "127.0.0.1:514")
+    template = template.replace("{{ metrics_socket_path }}", "/metrics.sock")
     assert template.count("local0") == 1
     config = tmp_path / "haproxy.cfg"
     config.write_text(template)
@@ -245,6 +246,22 @@ def test_a_configuration_that_is_wrong_is_said(tmp_path: Path) -> None:
     done = subprocess.run([script, "-db", "-f", config], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "no-such-word" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["log /dev/log local0 notice", "log stdout format raw local0", "option  splice-request"]
+)
+def test_a_configuration_that_would_log_tokens_is_refused(tmp_path: Path, fake_haproxy: Path, line: str) -> None:
+    """A line that the changes no longer remove ends HAProxy's start, and is named; `log global` alone is harmless."""
+    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    config = tmp_path / "haproxy.cfg"
+    config.write_text("global\n    log /dev/log local0 info\ndefaults\n    log global\n")
+    assert subprocess.run([script, "-f", config], capture_output=True, check=False).returncode == 0
+    config.write_text(f"global\n    {line}\ndefaults\n    log global\n")
+    done = subprocess.run([script, "-f", config], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert line in done.stderr
+    assert done.stdout == ""
 
 
 def test_ray_is_not_imported_before_its_environment_is_there(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""A record of each thing of another library that is replaced here, or read although it is private.
+
+A new version of that library can change such a thing without notice. So each stands in a table with a guard that finds
+out; the check at a start and the page docs/reference/patches.md are made from these tables.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+
+class How(StrEnum):
+    """What is done with the thing."""
+
+    REPLACED = "replaced"
+    WRAPPED = "wrapped"
+    SUBCLASSED = "subclassed"
+    READ = "read"
+    EDITED = "edited"
+
+
+class Guard(Protocol):
+    """Something that must hold for a patch to work. Its text says what."""
+
+    def problem(self) -> str | None:
+        """Return what no longer holds, as text; None if it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Has:
+    """A module has an attribute (``path``, with dots) whose code uses some names. Checking it imports the module."""
+
+    module: str
+    path: str
+    uses: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        uses = f" uses {', '.join(f'`{name}`' for name in self.uses)}" if self.uses else " exists"
+        return f"`{self.module}.{self.path}`{uses}"
+
+    def problem(self) -> str | None:
+        """Return which attribute or name is missing, as text; None if none is."""
+        library = self.module.partition(".")[0]
+        try:
+            found: Any = importlib.import_module(self.module)
+            for part in self.path.split("."):
+                found = getattr(found, part)
+            used = inspect.unwrap(found).__code__.co_names if self.uses else ()
+        except (ImportError, AttributeError) as error:
+            return f"{library} has no {self.module}.{self.path} ({error})"
+        missing = [name for name in self.uses if name not in used]
+        if missing:
+            return f"{library}'s {self.module}.{self.path} no longer uses {', '.join(missing)}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One thing of another library.
+
+    ``put_back``: when the library has its own again; for what is only read, what else ends its use.
+    """
+
+    library: str
+    name: str
+    how: How
+    why: str
+    guards: tuple[Guard, ...]
+    put_back: str
+
+    def problem(self) -> str | None:
+        """Return why this patch does not work with the installed library, as text; None if it works."""
+        return next(filter(None, (guard.problem() for guard in self.guards)), None)
+
+
+def first_problem(patches: Sequence[Patch]) -> str | None:
+    """Return the first reason why a patch does not work, with what the patch is for; None if all work."""
+    for patch in patches:
+        problem = patch.problem()
+        if problem is not None:
+            return f"{problem}; needed: {patch.why}"
+    return None
