@@ -22,6 +22,7 @@ class How(StrEnum):
     SUBCLASSED = "subclassed"
     READ = "read"
     EDITED = "edited"
+    SET = "set"
 
 
 class Guard(Protocol):

