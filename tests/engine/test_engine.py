@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import ANY
@@ -151,7 +150,11 @@ async def test_a_grammar_that_nobody_waits_for_is_ended_before_the_next_lease(ho
     inner = {f"q{n}": {"type": "string", "maxLength": 200} for n in range(100)}
     schema = {"type": "object", "properties": {f"p{n}": {"type": "object", "properties": inner} for n in range(300)}}
     llm = await start(host, llms / "a")
-    rest = EngineRest(partial(vllm_api.abort_all, llm.engine), host.give_up)
+
+    async def cut() -> None:
+        await vllm_api.abort_all(llm.engine)
+
+    rest = EngineRest(cut, host.give_up)
     await rest.reached(llm)
     asked = asyncio.create_task(complete(llm, structured_outputs={"json": schema}))
     while not llm.unfinished:
