@@ -19,8 +19,8 @@ from deployments.engine.rest import REST_LIMIT_S
 from deployments.machine.background import spawn_awaited
 from deployments.machine.worker_environment import forwarded_environment
 from deployments.models.sources import ModelSources
-from deployments.wrapper import llm_wrapper as wrapper_module
-from deployments.wrapper.llm_wrapper import WrapperConfig
+from deployments.serve import wrapper_app
+from deployments.wrapper.config import WrapperConfig
 from deployments.wrapper.probe import PROBE_MAX_S
 from registry.contract.messages import (
     NODE_ID_DIGITS,
@@ -101,7 +101,7 @@ class RayCluster:
         """Deploy these wrappers together; return when Serve has accepted them."""
         targets = [
             serve.RunTarget(
-                wrapper_module.deployment(
+                wrapper_app.deployment(
                     WrapperConfig(
                         wrapper_id=want.wrapper_id,
                         gpus=want.gpus,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from starlette.types import ASGIApp, Message, Scope
 
 from deployments.engine.our_words import in_our_words
-from deployments.models.args.mapping import map_prompting
+from deployments.models.args.mapping import map_prompting, task_of
 from deployments.wrapper.json_bodies import with_body
 
 
@@ -25,6 +25,11 @@ class Caller(Protocol):
     def given_up(self) -> bool:
         """Whether the client has hung up or was cut."""
         ...
+
+
+def writes_text(llmconfig: str) -> bool:
+    """Whether the LLM of an llmconfig (JSON) answers with text."""
+    return task_of(json.loads(llmconfig)).generates
 
 
 def native_prompt(model: str, llmconfig: Mapping[str, Any], question: str) -> tuple[str, dict[str, Any]]:

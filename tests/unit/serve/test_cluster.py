@@ -231,7 +231,7 @@ async def test_a_wrapper_gets_the_energy_settings_of_its_machine(monkeypatch: py
     energy = {"machines": [{"match": match, "pue": 1.4, "embodied": embodied}]}
     targets: list[Any] = []
     monkeypatch.setattr("ray.serve.run_many", lambda some, **_: targets.extend(some))
-    monkeypatch.setattr("deployments.wrapper.llm_wrapper.deployment", lambda config, **_: config)
+    monkeypatch.setattr("deployments.serve.wrapper_app.deployment", lambda config, **_: config)
     monkeypatch.setattr("ray.serve.RunTarget", lambda config, **_: config)
     machine = Machine("gpu-1", "n", "10.0.0.1", gpus=4, gpu_type="NVIDIA H100 80GB", zone="eu-1a")
     plans = wanted_wrappers(machine, per_machine=2, gpus_per_wrapper=None, base_url="http://x", homes={})

@@ -26,8 +26,10 @@ from deployments.models.sources import ModelSources
 from deployments.models.weights import Weights, weights_of
 from deployments.models.weights_hash import WeightsHash
 from deployments.wrapper import llm_wrapper as wrapper_module
-from deployments.wrapper import probe
-from deployments.wrapper.llm_wrapper import LLMWrapper, WrapperConfig, versions_here
+from deployments.wrapper import probe, swap
+from deployments.wrapper.config import WrapperConfig
+from deployments.wrapper.llm_wrapper import LLMWrapper
+from deployments.wrapper.provenance import versions_here
 from registry.contract.messages import Belief, HandOver, LeaseGrant
 from registry.core.records import LLMSpec
 from registry.errors import EngineNotReady, InvalidField, StaleEpoch, WrapperUnreachable
@@ -35,6 +37,7 @@ from registry.settings import EnergySettings, WrapperSettings
 from tests.fake_cluster import UNTOLD
 from tests.fake_counters import FakeNVML, ManualClock, install_nvml
 from tests.fake_engine import FakeEngine
+from tests.support.undying_wrapper import started_wrapper
 
 LLMCONFIG = json.dumps({"uses_chat_template": False, "args": {"prompting": {}, "deployment": {}}})
 FIRST = LeaseGrant("request-1", 1, "token-1", LLMCONFIG, ends_in_s=60.0, idle_limit_s=60.0)
@@ -125,13 +128,6 @@ class FakeModels:
         return model
 
 
-class UndyingWrapper(LLMWrapper):
-    """Serve awaits a wrapper's end; Python's collector can't."""
-
-    def __del__(self) -> None:  # type: ignore[override]
-        pass
-
-
 class Client:
     """Prompts one wrapper over its own ASGI app."""
 
@@ -200,6 +196,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
         ends_in_s: float = 60.0,
         local_roots: tuple[Path, ...] = (),
         clock: Callable[[], float] = time.monotonic,
+        show_warm: Callable[[bool], None] = lambda _warm: None,
     ) -> Client:
         monkeypatch.setattr(wrapper_module, "time", SimpleNamespace(monotonic=clock))
         monkeypatch.setattr(wrapper_module, "EngineHost", FakeHost)
@@ -208,9 +205,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
         settings = WrapperSettings(prompt_max_s=5.0)
         sources = ModelSources(True, local_roots, tmp_path)
         config = WrapperConfig("a-0", 0, settings, EnergySettings(), sources, tmp_path, finish_prompts=finish)
-        wrapper = UndyingWrapper.__new__(UndyingWrapper)
-        await wrapper.__init__(config)  # type: ignore[misc]  # as Serve does it
-        wrapper._meter.stop()
+        wrapper = await started_wrapper(config, show_warm)
         await wrapper.deploy(1, SPEC, None)
         lease = LeaseGrant("request-1", 1, "token-1", LLMCONFIG, ends_in_s=ends_in_s, idle_limit_s=60.0)
         client = Client(wrapper)
@@ -221,32 +216,24 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
 
 
 async def test_metric_tells_whether_llms_start_warm(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The metric is 1 while LLMs start warm, 0 from the first report that says otherwise, and 0 after the end."""
-    shown: list[float] = []
-
-    class FakeGauge:
-        def __init__(self, name: str, *_: object, **__: object) -> None:
-            assert name == "greenprompt_wrapper_warm"
-
-        def set(self, value: float, tags: dict[str, str]) -> None:
-            assert tags == {"wrapper": "a-0"}
-            shown.append(value)
+    """The metric is true while LLMs start warm, false from the first report that says otherwise, and after the end."""
+    shown: list[bool] = []
 
     async def close(_host: object) -> None:
         pass
 
-    monkeypatch.setattr(wrapper_module, "Gauge", FakeGauge)
     monkeypatch.setattr(FakeHost, "close", close, raising=False)
-    client = await make(finish=False)
+    client = await make(finish=False, show_warm=shown.append)
+    assert shown == [True]
     await client.wrapper.report(UNTOLD)
-    assert shown[-1] == 1.0
+    assert shown[-1]
     monkeypatch.setattr(FakeHost, "warm", False)
     await client.wrapper.report(UNTOLD)
-    assert shown[-1] == 0.0
+    assert not shown[-1]
     monkeypatch.setattr(FakeHost, "warm", True)
     await client.wrapper.report(UNTOLD)
     await LLMWrapper.__del__(client.wrapper)
-    assert shown[-2:] == [1.0, 0.0]
+    assert shown[-2:] == [True, False]
 
 
 async def test_expired_prompts_are_cut(make: Make) -> None:
@@ -371,7 +358,7 @@ async def test_a_dead_llm_is_handed_over_as_what_it_is(make: Make) -> None:
     engine = client.engine
     bind = await settling_for(client, MEASURED)
     engine.die("killed")
-    client.wrapper._death_watch.cancel()  # type: ignore[union-attr]  # the registry has not asked yet
+    client.wrapper._commands._death_watch.cancel()  # type: ignore[union-attr]  # the registry has not asked yet
     engine.go.set()
     assert (await bind).flags == ("steadiness_unknown",)
     assert (await client.wrapper.bind(4, replace(MEASURED, request_id="r3", token="t3"))).flags == ("not_steady",)
@@ -627,8 +614,8 @@ async def test_death_of_the_engine_is_reported(make: Make, left: StopReport) -> 
     answer = await prompt
     assert (answer.status_code, answer.json()["code"]) == (503, "engine_not_ready")
     assert "it has not answered for 6 s" in answer.json()["message"]
-    assert client.wrapper._death_watch is not None
-    await asyncio.wait({client.wrapper._death_watch})
+    assert client.wrapper._commands._death_watch is not None
+    await asyncio.wait({client.wrapper._commands._death_watch})
     report = await client.wrapper.report(UNTOLD)
     assert report.died == "; ".join(filter(None, ["it has not answered for 6 s", left.problem]))
     assert (report.running, report.unfinished, report.bound) == (None, None, "request-1")
@@ -658,8 +645,8 @@ async def test_an_engine_that_the_kernel_ended_for_memory_is_flagged(
     client = await make(finish=False)
     client.engine.out_of_memory = out_of_memory
     client.engine.die("main memory ran out")
-    assert client.wrapper._death_watch is not None
-    await asyncio.wait({client.wrapper._death_watch})
+    assert client.wrapper._commands._death_watch is not None
+    await asyncio.wait({client.wrapper._commands._death_watch})
     assert (await client.wrapper.report(UNTOLD)).death_flags == flags
     await client.wrapper.deploy(3, SPEC, FIRST)
     assert (await client.wrapper.report(UNTOLD)).death_flags == ()
@@ -680,8 +667,8 @@ async def test_an_engine_that_a_lease_leaves_at_work_is_ended_before_the_next_ha
         await client.bind(4, SECOND)
     assert client.wrapper._gate.grant is None
     assert engine.forgot == 1  # for the first lease
-    assert client.wrapper._death_watch is not None
-    await asyncio.wait({client.wrapper._death_watch})
+    assert client.wrapper._commands._death_watch is not None
+    await asyncio.wait({client.wrapper._commands._death_watch})
     assert "still worked" in str((await client.wrapper.report(UNTOLD)).died)
     await client.wrapper.deploy(5, SPEC, None)
     await client.bind(6, SECOND)
@@ -804,7 +791,7 @@ async def test_a_start_is_given_up_for_a_command_that_goes_away(make: Make) -> N
     assert (await client.wrapper.report(UNTOLD)).running is None
     third = asyncio.create_task(client.wrapper.deploy(5, LLMSpec("org/third", "text-generation"), None))
     await asyncio.sleep(0)
-    assert client.wrapper._start is None
+    assert not client.wrapper._commands.is_starting
     third.cancel()
     with pytest.raises(StaleEpoch):
         await first
@@ -832,7 +819,7 @@ async def test_a_start_that_ends_late_leaves_the_next_one_alone(make: Make, monk
         await starting.wait()
     second = asyncio.create_task(client.wrapper.deploy(4, LLMSpec("org/third", "text-generation"), None))
     await asyncio.sleep(0)
-    assert client.wrapper._start is None
+    assert not client.wrapper._commands.is_starting
     second.cancel()
     third = asyncio.create_task(client.wrapper.deploy(5, SPEC, None))
     while (await client.wrapper.report(UNTOLD)).starting is None:
@@ -879,7 +866,7 @@ async def test_weights_are_read_ahead(
     (model / "model.safetensors").write_bytes(b"12345")
     client = await make(finish=False, local_roots=(tmp_path / "models",))
     host: Any = client.wrapper._host
-    monkeypatch.setattr(wrapper_module, "read_ahead", read_ahead)
+    monkeypatch.setattr(swap, "read_ahead", read_ahead)
     during: list[bool] = []
     vacate = host.vacate
 

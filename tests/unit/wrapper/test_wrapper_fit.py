@@ -12,12 +12,15 @@ from deployments.engine.order import StopReport
 from deployments.machine.memory import MainMemory
 from deployments.models.sources import ModelSources
 from deployments.wrapper import llm_wrapper as wrapper_module
-from deployments.wrapper.llm_wrapper import LLMWrapper, WrapperConfig
+from deployments.wrapper import swap
+from deployments.wrapper.config import WrapperConfig
+from deployments.wrapper.llm_wrapper import LLMWrapper
 from registry.core.records import LLMSpec
 from registry.errors import EngineStartFailed
 from registry.settings import EnergySettings, WrapperSettings
 from tests.checkpoint_files import LLAMA, write_checkpoint
 from tests.fake_cluster import UNTOLD
+from tests.support.undying_wrapper import started_wrapper
 
 GIB = 2**30
 
@@ -52,13 +55,6 @@ class CountingHost:
         return StopReport()
 
 
-class UndyingWrapper(LLMWrapper):
-    """Serve awaits a wrapper's end; Python's collector can't."""
-
-    def __del__(self) -> None:  # type: ignore[override]
-        pass
-
-
 Make = Callable[..., Awaitable[LLMWrapper]]
 
 
@@ -78,16 +74,13 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
         free = iter(free_first)
         CountingHost.started, CountingHost.stopped = [], 0
         monkeypatch.setattr(wrapper_module, "EngineHost", CountingHost)
-        monkeypatch.setattr(wrapper_module, "main_memory", lambda: MainMemory(16 * GIB, next(free, available)))
-        monkeypatch.setattr(wrapper_module, "gpu_memory_bytes", lambda gpus: gpu_memory_bytes if gpus else None)
+        monkeypatch.setattr(swap, "main_memory", lambda: MainMemory(16 * GIB, next(free, available)))
+        monkeypatch.setattr(swap, "gpu_memory_bytes", lambda gpus: gpu_memory_bytes if gpus else None)
         sources = ModelSources(True, (tmp_path / "llms",), tmp_path)
         config = WrapperConfig(
             "a-0", gpus, WrapperSettings(**settings), EnergySettings(), sources, tmp_path, on_machine=on_machine
         )
-        wrapper = UndyingWrapper.__new__(UndyingWrapper)
-        await wrapper.__init__(config)  # type: ignore[misc]  # as Serve does it
-        wrapper._meter.stop()
-        return wrapper
+        return await started_wrapper(config)
 
     return make
 

@@ -1,0 +1,49 @@
+"""The Serve application of one wrapper: where it runs, how it is checked and stopped, and its metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.util.metrics import Gauge
+
+from deployments.wrapper.config import WrapperConfig
+from deployments.wrapper.llm_wrapper import LLMWrapper
+
+
+class WrapperReplica(LLMWrapper):
+    """The wrapper as Serve runs it; its metric tells whether LLMs start warm."""
+
+    async def __init__(self, config: WrapperConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        """See ``LLMWrapper``."""
+        warm = Gauge("greenprompt_wrapper_warm", "1: LLMs start warm; 0: by the slow way", tag_keys=("wrapper",))
+        await super().__init__(config, lambda is_warm: warm.set(float(is_warm), {"wrapper": config.wrapper_id}))
+
+
+def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -> serve.Application:
+    """Return the Serve application of one wrapper, pinned to its node, with its GPUs reserved through Ray.
+
+    Control calls and prompts share the replica, so the wrapper's own limit on prompts applies back-pressure, not
+    Serve's.
+    """
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_gpus": config.gpus,
+        "label_selector": {"ray.io/node-id": node_id},
+        "runtime_env": {"env_vars": dict(env)},
+    }
+    serve_deployment: Any = serve.deployment(serve.ingress()(WrapperReplica))
+    application: serve.Application = serve_deployment.options(
+        name="LLMWrapper",
+        num_replicas=1,
+        max_ongoing_requests=100_000,
+        ray_actor_options=options,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=config.settings.stop_timeout_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        # Else Serve logs each prompt, which costs energy during the prompt, even if no log is kept.
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+    ).bind(config)
+    return application

@@ -1,0 +1,449 @@
+"""The registry's commands to one wrapper: which command is the newest, which lease is bound, which LLM should run.
+
+Every command carries an epoch and supersedes all commands of older epochs. Prompts, LLMs and hand-overs are reached
+through three ports, so that simulations run these commands as they are. This file knows no Ray, no vLLM and no clock
+other than the lease gate's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Generic, Protocol, TypeVar
+
+import structlog
+
+from deployments.wrapper.lease_gate import LeaseGate
+from registry.contract.messages import SETTLING, Belief, Download, HandOver, LeaseGrant, StartedFor, WrapperReport
+from registry.core.records import LLMSpec
+from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
+from registry.wire.flags import Flag
+from registry.wire.words import Grade
+
+log = structlog.get_logger("deployments.wrapper.commands")
+
+OnPhase = Callable[[str, Download | None], None]
+"""Is called with the phase of a start, and the progress of a download."""
+
+
+class LLM(Protocol):
+    """An LLM that was started."""
+
+    @property
+    def died(self) -> asyncio.Event:
+        """Is set when it ends by itself."""
+        ...
+
+    @property
+    def death_reason(self) -> str | None:
+        """Why it ended by itself, if it has."""
+        ...
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the kernel ended it because main memory ran out."""
+        ...
+
+
+L = TypeVar("L", bound=LLM)
+L_co = TypeVar("L_co", bound=LLM, covariant=True)
+L_contra = TypeVar("L_contra", bound=LLM, contravariant=True)
+T = TypeVar("T")
+
+
+class Prompts(Protocol):
+    """The prompts that the wrapper answers."""
+
+    async def cut(self, request_id: str) -> None:
+        """Cut the prompts of this request's lease; returns when they have ended."""
+
+    async def cut_all(self) -> None:
+        """Cut every prompt in flight; returns when all have ended."""
+
+    async def over(self) -> None:
+        """Return when every prompt now in flight has ended."""
+
+
+class LLMs(Protocol[L_co]):
+    """The one LLM that runs in the wrapper, and those that sleep. Called by one command at a time."""
+
+    @property
+    def running(self) -> L_co | None:
+        """The LLM that was started last, also if it has died; None once it was stopped."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of that LLM; None if it has none, or none runs."""
+        ...
+
+    async def replace(
+        self, spec: LLMSpec, revision: str | None, started_for: StartedFor | None, on_phase: OnPhase
+    ) -> L_co:
+        """Stop the running LLM, or put it to sleep, and start this one; returns when it answers.
+
+        ``revision``: the commit to run, None: the spec's. ``started_for`` pays for the start, None: no request.
+
+        Raises:
+            EngineStartFailed: with the engine's own reason.
+            WrapperUnreachable: as ``stop``.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """Stop the running LLM and those that sleep; returns when that is verified.
+
+        Raises:
+            WrapperUnreachable: something of them is left, which only a new process or an operator can remove.
+        """
+
+    async def clear_away(self) -> None:
+        """Remove what is left of the running LLM, which has died. Raises WrapperUnreachable as ``stop``."""
+
+
+class HandOvers(Protocol[L_contra]):
+    """What is done when an LLM is handed over to a lease."""
+
+    async def refusal(self, llm: L_contra | None, grant: LeaseGrant) -> str | None:
+        """Wait until the LLM has finished the work of the last lease; return why it can't serve the next one, if so.
+
+        Raises:
+            EngineNotReady: it has died, or is being ended because it does not finish.
+        """
+
+    async def settle(self, llm: L_contra | None) -> tuple[str, ...]:
+        """Prepare the LLM and the machine for a measurement; return flags for what was not reached in time."""
+        ...
+
+    async def forget_prompts(self, llm: L_contra) -> tuple[str, ...]:
+        """Empty the LLM's caches; return a flag if they may still hold prompts."""
+        ...
+
+    async def provenance(
+        self, llm: L_contra, spec: LLMSpec, revision: str | None, grant: LeaseGrant
+    ) -> Mapping[str, object] | None:
+        """Return what the LLM runs with; None: not reported."""
+
+    def begun(self, grant: LeaseGrant) -> None:
+        """Note that the LLM was handed over to this lease."""
+
+    def lease_flags(self) -> tuple[str, ...]:
+        """Return what has disturbed the lease since it was handed over."""
+        ...
+
+
+class Spawn(Protocol):
+    """Starts a background task."""
+
+    def __call__(self, work: Coroutine[Any, Any, T], /) -> asyncio.Task[T]:
+        """Return the task, which is running."""
+        ...
+
+
+class WrapperCommands(Generic[L]):
+    """The state of one wrapper, and the registry's commands that change it. For one event loop.
+
+    ``finish_prompts``: prompts in flight are not cut when their lease expires. ``spawn`` starts the tasks that go on
+    when the call that began them is cancelled.
+    """
+
+    def __init__(
+        self,
+        wrapper_id: str,
+        *,
+        gate: LeaseGate,
+        prompts: Prompts,
+        llms: LLMs[L],
+        hand_overs: HandOvers[L],
+        finish_prompts: bool,
+        spawn: Spawn = asyncio.create_task,
+    ) -> None:
+        self._wrapper_id = wrapper_id
+        self._gate = gate
+        self._prompts = prompts
+        self._llms = llms
+        self._hand_overs = hand_overs
+        self._finish_prompts = finish_prompts
+        self._spawn = spawn
+        self._epoch = 0
+        self._in_force = 0
+        self._spec: LLMSpec | None = None
+        self._died: str | None = None
+        self._death_flags: tuple[str, ...] = ()
+        self._phase: str | None = None
+        self._download: Download | None = None
+        self._start: asyncio.Task[None] | None = None
+        self._starts = 0
+        self._death_watch: asyncio.Task[None] | None = None
+        self._commands = asyncio.Lock()
+        self._engine_lock = asyncio.Lock()
+        self._settling: asyncio.Task[tuple[str, ...]] | None = None
+        self._settling_for: str | None = None
+        self._handed_over: tuple[str, HandOver] | None = None
+
+    # --- its state --------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> LLMSpec | None:
+        """The LLM that runs or is being started; None if none should run."""
+        return self._spec
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether an LLM is being started."""
+        return self._start is not None
+
+    def living(self) -> L | None:
+        """Return the running LLM; None if it died, or if none should run (e.g. it is being replaced)."""
+        running = self._llms.running
+        return None if self._spec is None or running is None or running.died.is_set() else running
+
+    def engine_state(self) -> tuple[L | None, str]:
+        """Return the LLM that answers prompts and "ready", else None and why there is none."""
+        running = self.living()
+        if running is not None and self._start is None:
+            return running, "ready"
+        if self._start is not None:
+            return None, f"being started ({self._phase or 'waiting'})"
+        dead = self._llms.running
+        return None, (dead.death_reason if dead is not None else self._died) or "no LLM is deployed"
+
+    def report(self) -> WrapperReport:
+        """Return the wrapper's state, as far as commands change it."""
+        grant, living = self._gate.grant, self.living()
+        meant = None if self._spec is None else self._spec.fingerprint
+        settles = grant is None and self._settling_for is not None
+        return WrapperReport(
+            epoch=self._epoch,
+            running=meant if living is not None and self._start is None else None,
+            starting=meant if self._start is not None else None,
+            revision=self._llms.revision,
+            died=self._died,
+            death_flags=self._death_flags if self._died is not None else (),
+            phase=self._phase,
+            download=self._download,
+            bound=grant.request_id if grant is not None else self._settling_for,
+            idle_for_s=0.0 if settles else self._gate.idle_for_s,
+            in_flight=self._gate.in_flight,
+            starts=self._starts,
+            moment=self._gate.moment,
+            lease_flags=self._hand_overs.lease_flags() if grant is not None else (),
+        )
+
+    # --- the registry's commands ------------------------------------------------------------------------
+
+    async def hear(self, belief: Belief) -> None:
+        """Process which lease the registry believes to be bound.
+
+        Older epoch: ignore it, a command has superseded it. Same epoch: end a bound lease that the registry does not
+        know; it was lost, with its machine or its wrapper, while this wrapper could not hear of it. Newer epoch: accept
+        it. If it names another lease, the command that ends the bound one is on its way; the gate is shut until then.
+        """
+        if belief.epoch < self._epoch:
+            return
+        self._gate.believe(belief.request_id, belief.as_of)
+        bound = self._gate.grant
+        if belief.epoch == self._in_force and bound is not None and bound.request_id != belief.request_id:
+            log.warning("a lease is withdrawn", wrapper_id=self._wrapper_id, request_id=bound.request_id)
+            await self._end_lease("withdrawn")
+
+    async def deploy(
+        self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None, started_for: StartedFor | None = None
+    ) -> None:
+        """Run this LLM instead of any other; returns when it answers.
+
+        An LLM that is running or starting is not started again. ``grant`` is the lease that waits for its LLM to come
+        back; its holder is asked to retry meanwhile. Without ``grant`` the bound lease ends. ``started_for`` pays for
+        the start that this command begins; None: no request pays.
+
+        Raises:
+            StaleEpoch: a newer command has come, before or during this one.
+            EngineStartFailed: with the engine's own reason; the wrapper is empty and usable.
+        """
+        async with self._command(epoch):
+            if grant is None:
+                await self._end_lease("released")
+            else:
+                self._gate.bind(grant)
+            if self._spec != spec or (self._start is None and self.living() is None):
+                await self._cancel_start()
+                self._spec = spec
+                self._died = None
+                revision = None if grant is None else grant.model_revision
+                self._start = self._spawn(self._swap(spec, revision, started_for))
+            start = self._start
+        if start is not None:
+            await asyncio.wait({start})  # cancelling this call does not end the start
+            if start.cancelled():
+                raise StaleEpoch(self._wrapper_id, epoch, self._epoch)
+            start.result()
+
+    async def stop(self, epoch: int) -> None:
+        """Stop any LLM that runs, starts or sleeps; returns when the wrapper is verified to be empty.
+
+        Raises:
+            StaleEpoch: a newer command has come.
+        """
+        async with self._command(epoch):
+            await self._end_lease("shutdown")
+            await self._prompts.cut_all()
+            await self._cancel_start()
+            async with self._engine_lock:
+                await self._llms.stop()
+                self._spec = None
+                self._died = None
+
+    async def bind(self, epoch: int, grant: LeaseGrant) -> HandOver:
+        """Accept this lease's token and no other, after the previous lease's last prompt has ended.
+
+        The LLM's caches are emptied first. For measurement grade this also waits until the LLM is warm and the machine
+        at rest. An LLM that refuses every prompt of the request is not handed over: then ``refusal`` says why.
+
+        Raises:
+            StaleEpoch: a newer command has come, before or during this one.
+            EngineNotReady: the LLM has died, or is being ended because it was still at work after the previous lease.
+        """
+        async with self._command(epoch):
+            current = self._gate.grant
+            if current is not None and current.request_id == grant.request_id:
+                self._gate.bind(grant)
+                if self._handed_over is not None and self._handed_over[0] == grant.request_id:
+                    return self._handed_over[1]
+                return HandOver(self._llms.revision, (), await self._provenance(grant))
+            await self._end_lease("released")
+        await self._prompts.over()  # without the lock: a newer command need not wait
+        refusal = await self._hand_overs.refusal(self.living(), grant)
+        if refusal is not None:
+            async with self._command(epoch):
+                return HandOver(self._llms.revision, (), None, refusal)
+        flags = await self._settled(epoch, grant) if grant.grade == Grade.MEASUREMENT else ()
+        running = self.living()
+        if running is not None:
+            flags += await self._hand_overs.forget_prompts(running)
+        over = HandOver(self._llms.revision, flags, await self._provenance(grant))
+        async with self._command(epoch):
+            self._gate.bind(grant)
+            self._handed_over = grant.request_id, over
+            self._hand_overs.begun(grant)
+            return over
+
+    async def unbind(self, epoch: int, request_id: str, how: str) -> None:
+        """End any bound lease. This request's prompts in flight are cut, unless the lease expired and they may finish.
+
+        Raises:
+            StaleEpoch: a newer command has come.
+        """
+        async with self._command(epoch):
+            bound = self._gate.grant
+            if bound is not None and bound.request_id != request_id:
+                await self._end_lease("released")  # its own end command was superseded by this one
+            self._gate.unbind(how)
+            if how != "expired" or not self._finish_prompts:
+                await self._prompts.cut(request_id)
+
+    def touch(self, request_id: str) -> bool:
+        """Keep this request's lease alive. Returns False, without effect, if it is not bound here."""
+        bound = self._gate.grant is not None and self._gate.grant.request_id == request_id
+        if bound:
+            self._gate.touch()
+        return bound
+
+    # --- inside -----------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _command(self, epoch: int) -> AsyncIterator[None]:
+        """Run commands one at a time, and none that a newer one has superseded, even while it waited for its turn."""
+        if epoch > self._epoch and self._settling is not None:
+            self._settling.cancel()
+            self._settling = self._settling_for = self._phase = None
+        if epoch >= self._epoch:
+            self._epoch = epoch
+            self._gate.commanded = True
+        async with self._commands:
+            if epoch < self._epoch:
+                raise StaleEpoch(self._wrapper_id, epoch, self._epoch)
+            self._in_force = epoch
+            yield
+
+    async def _end_lease(self, how: str) -> None:
+        """End the bound lease and cut its prompts. No effect on an expired one, whose prompts may finish."""
+        ended = self._gate.grant
+        if ended is not None:
+            self._gate.unbind(how)
+            await self._prompts.cut(ended.request_id)
+
+    async def _settled(self, epoch: int, grant: LeaseGrant) -> tuple[str, ...]:
+        """Settle for a lease, or wait for the settling in progress; return its flags. Raises StaleEpoch."""
+        if epoch < self._epoch:
+            raise StaleEpoch(self._wrapper_id, epoch, self._epoch)
+        if self._settling is None:
+            self._settling_for = grant.request_id
+            self._settling = self._spawn(self._settle())
+        settling = self._settling
+        await asyncio.wait({settling})  # cancelling this call does not end the settling
+        if settling.cancelled():
+            raise StaleEpoch(self._wrapper_id, epoch, self._epoch)
+        return settling.result()
+
+    async def _settle(self) -> tuple[str, ...]:
+        self._phase = SETTLING
+        try:
+            return await self._hand_overs.settle(self.living())
+        finally:
+            if self._settling is asyncio.current_task():
+                self._settling = self._settling_for = self._phase = None
+
+    async def _provenance(self, grant: LeaseGrant) -> Mapping[str, object] | None:
+        running, spec = self.living(), self._spec
+        if running is None or spec is None:
+            return None
+        return await self._hand_overs.provenance(running, spec, self._llms.revision, grant)
+
+    async def _cancel_start(self) -> None:
+        start, self._start = self._start, None
+        if start is not None:
+            self._spec = None  # at once: after the start it may belong to a newer command
+            start.cancel()
+            await asyncio.wait({start})
+
+    async def _swap(self, spec: LLMSpec, revision: str | None, started_for: StartedFor | None) -> None:
+        try:
+            self._phase = "finishing_prompts"
+            await self._prompts.over()
+            async with self._engine_lock:
+                self._phase = "stopping"
+                running = await self._llms.replace(spec, revision, started_for, self._set_phase)
+                self._starts += 1
+                if self._death_watch is not None:
+                    self._death_watch.cancel()  # it watches an LLM that sleeps now, or was stopped
+                self._death_watch = self._spawn(self._notice_death(running))
+        except BaseException as problem:
+            if isinstance(problem, EngineStartFailed):
+                reason = problem.reason
+                log.warning("the LLM did not start", wrapper_id=self._wrapper_id, model=spec.model, reason=reason)
+            if self._start is asyncio.current_task():  # else _spec belongs to a newer command
+                self._spec = None  # else an LLM that still runs would pass for the one that did not start
+            raise
+        finally:
+            self._phase = self._download = None
+            if self._start is asyncio.current_task():
+                self._start = None
+
+    def _set_phase(self, phase: str, download: Download | None) -> None:
+        self._phase, self._download = phase, download
+
+    async def _notice_death(self, running: L) -> None:
+        await running.died.wait()
+        async with self._engine_lock:
+            if self._llms.running is not running:
+                return
+            if self._start is None and self._spec is not None:  # else another LLM is wanted by now, or none
+                self._died, self._spec = running.death_reason, None
+                self._death_flags = (Flag.ENGINE_OUT_OF_MEMORY,) if running.out_of_memory else ()
+            await self._prompts.cut_all()
+            try:
+                await self._llms.clear_away()
+            except WrapperUnreachable as error:
+                if self._died is not None:
+                    self._died = f"{self._died}; {error.reason}"

@@ -1,0 +1,28 @@
+"""The configuration of a wrapper, set when it is created."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deployments.models.sources import ModelSources
+from registry.settings import EnergySettings, ModelSettings, WrapperSettings
+
+
+@dataclass(frozen=True, slots=True)
+class WrapperConfig:
+    """The configuration of a wrapper, set when it is created.
+
+    ``gpus``: how many GPUs Ray gives it. ``cache_dir`` is absolute. ``finish_prompts``: prompts in flight are not cut
+    when their lease expires. ``on_machine``: how many wrappers share its machine.
+    """
+
+    wrapper_id: str
+    gpus: int
+    settings: WrapperSettings
+    energy: EnergySettings
+    sources: ModelSources
+    cache_dir: Path
+    models: ModelSettings = field(default_factory=ModelSettings)
+    finish_prompts: bool = False
+    on_machine: int = 1

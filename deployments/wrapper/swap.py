@@ -1,0 +1,207 @@
+"""Swaps the LLM of a wrapper: makes room, fetches the model, checks that it fits, starts the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import suppress
+from typing import Any
+
+import structlog
+
+from deployments.energy.prompt_meter import PromptMeter
+from deployments.engine.environment import Phase
+from deployments.engine.host import EngineHost, RunningLLM, StopReport
+from deployments.engine.rest import EngineRest
+from deployments.machine.memory import gpu_memory_bytes, main_memory
+from deployments.models.cache import LocalModel, ModelCache
+from deployments.models.checkpoints import checkpoints_here
+from deployments.models.weights import Weights, read_ahead, weights_of
+from deployments.wrapper.commands import OnPhase
+from deployments.wrapper.config import WrapperConfig
+from registry.contract.messages import Download, StartedFor
+from registry.core.decision import Limits
+from registry.core.fit import ENGINE_BYTES, GIB, HOST_SHARE, Size, host_bytes, needs_of, why_no_room, why_too_large
+from registry.core.records import LLMSpec
+from registry.errors import EngineNotReady, EngineStartFailed, InvalidField, WrapperUnreachable
+
+log = structlog.get_logger("deployments.wrapper.swap")
+
+
+def _no_phase(phase: str, download: Download | None) -> None:
+    """Report a phase to nobody."""
+
+
+class LLMSwap:
+    """``LLMs`` (see commands) over the engine host. Used by one command at a time."""
+
+    def __init__(
+        self, config: WrapperConfig, *, host: EngineHost, models: ModelCache, meter: PromptMeter, rest: EngineRest
+    ) -> None:
+        self.memory_bytes = main_memory().total_bytes
+        self.gpu_memory_bytes = gpu_memory_bytes(config.gpus)
+        self._config = config
+        self._host = host
+        self._models = models
+        self._meter = meter
+        self._rest = rest
+        self._checkpoints = checkpoints_here()
+        self._in_use: list[LocalModel] = []
+        self._revision: str | None = None
+        self._download: Download | None = None
+        self._on_phase: OnPhase = _no_phase
+
+    @property
+    def running(self) -> RunningLLM | None:
+        """The LLM that was started last, also if it has died; None once it was stopped."""
+        return self._host.running
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of that LLM; None if it has none, or none runs."""
+        return self._revision
+
+    async def replace(
+        self, spec: LLMSpec, revision: str | None, started_for: StartedFor | None, on_phase: OnPhase
+    ) -> RunningLLM:
+        """See ``LLMs.replace``. The previous lease's work is waited for first."""
+        self._on_phase, self._download = on_phase, None
+        with suppress(EngineNotReady):  # it is ended then, so it can't be put to sleep
+            await self._rest.reached(self._host.running)
+        # Making room for an LLM is charged to it, like its start. Its weights are read ahead only from now on:
+        # earlier it would have disturbed the lease of another client.
+        with (
+            self._meter.load(spec.model, started_for) as start,
+            read_ahead(await self._weights(spec, revision)),
+        ):
+            self._require_empty(await self._host.vacate(wanted_next=spec.model))
+            await self._start_llm(spec, revision)
+            running = self._host.running
+            assert running is not None  # start() returned
+            start.woken = Phase.WAKING in running.phases and Phase.LOADING not in running.phases
+        took_s = {phase: round(seconds, 2) for phase, seconds in running.phases.items()}
+        log.info("the LLM is ready", wrapper_id=self._config.wrapper_id, model=spec.model, took_s=took_s)
+        return running
+
+    async def stop(self) -> None:
+        """Stop the running LLM and those that sleep. Raises WrapperUnreachable if something of them is left."""
+        await self._host.stop_asleep()
+        await self._empty()
+
+    async def clear_away(self) -> None:
+        """Remove what is left of an LLM that has died. Raises WrapperUnreachable if that is not possible."""
+        dead = self._host.running
+        reason = None if dead is None else dead.death_reason
+        log.error("the engine died", wrapper_id=self._config.wrapper_id, reason=reason)
+        await self._empty()
+
+    async def _check_fits(self, model: str, spec: LLMSpec) -> None:
+        """Raise EngineStartFailed if an LLM is certainly too large, or would nearly fill main memory.
+
+        The ingress has checked already, but may not have seen the checkpoint. It knows neither how many GPUs share the
+        KV cache nor the memory that others use. On another machine the LLM may run.
+        """
+        config, settings = self._config, self._config.settings
+        memory = await self._checkpoints.memory(model, spec, gpus=config.gpus)
+        kv_cache_bytes = None if settings.kv_cache_gib is None else settings.kv_cache_gib * GIB
+        has_bytes = self.gpu_memory_bytes if config.gpus else self.memory_bytes // config.on_machine
+        limits = Limits(kv_cache_bytes=kv_cache_bytes)
+        if memory is not None and has_bytes is not None:
+            size = Size(config.gpus, memory_bytes=has_bytes)
+            if not needs_of(spec, memory, limits).met_by(size):
+                raise EngineStartFailed(spec.model, why_too_large(spec, memory, [size], limits, where="this wrapper"))
+        if spec.model not in self._host.asleep:  # its weights are in main memory already
+            await self._make_room(spec, ENGINE_BYTES if config.gpus else host_bytes(memory, limits))
+
+    async def _make_room(self, spec: LLMSpec, need_bytes: int) -> None:
+        """Free enough main memory for an LLM, by stopping sleeping ones if needed. Raises EngineStartFailed."""
+        main = main_memory()
+        kept_bytes = int((1 - HOST_SHARE) * main.total_bytes)
+        if main.available_bytes - need_bytes < kept_bytes and self._host.asleep:
+            await self._host.stop_asleep()
+            main = main_memory()
+        if main.available_bytes - need_bytes < kept_bytes:
+            raise EngineStartFailed(spec.model, why_no_room(need_bytes, main.available_bytes, main.total_bytes))
+
+    async def _start_llm(self, spec: LLMSpec, revision: str | None) -> None:
+        """Start an LLM, its model's download included, within the deploy deadline; returns when it answers."""
+        limit_s = self._config.settings.deploy_timeout_s
+        ends_s = asyncio.get_running_loop().time() + limit_s
+        try:
+            try:
+                async with asyncio.timeout_at(ends_s):
+                    model, engine_args = await self._fetch(spec, revision)
+            except TimeoutError:
+                done = "" if self._download is None else f" ({self._download.share:.0%} is there)"
+                reason = f"its download was not over after {limit_s:g} s{done}; the next attempt goes on from there"
+                raise EngineStartFailed(spec.model, reason) from None
+            self._revision = model.revision
+            await self._check_fits(model.path, spec)
+            await self._host.start(
+                model.path,
+                served_model_name=spec.model,
+                revision=model.revision,
+                engine_args=engine_args,
+                modeltyp=spec.modeltyp,
+                on_phase=self._set_phase,
+                timeout_s=ends_s - asyncio.get_running_loop().time(),
+            )
+        except BaseException:
+            self._release_models()
+            raise
+
+    async def _fetch(self, spec: LLMSpec, revision: str | None) -> tuple[LocalModel, dict[str, Any]]:
+        """Return the model on this machine, and the engine arguments to start it with.
+
+        ``revision`` is the commit that the lease began with; None: the spec's revision, as of now.
+        """
+        located = self._config.sources.locate(spec.model)
+        engine_args = json.loads(spec.engine_args)
+
+        def downloading(download: Download) -> None:
+            self._download = download
+            self._on_phase("downloading", download)
+
+        self._on_phase("locating", None)
+        model = await self._models.fetch(
+            located,
+            revision=revision or spec.revision,
+            load_format=engine_args.get("load_format", "auto"),
+            on_progress=downloading,
+        )
+        self._in_use.append(model)
+        tokenizer_revision = engine_args.pop("tokenizer_revision", None)
+        if tokenizer_revision is not None:
+            # The engine gets a folder, which holds one revision only.
+            tokenizer = await self._models.fetch(located, revision=tokenizer_revision, weights=False)
+            self._in_use.append(tokenizer)
+            engine_args["tokenizer"] = tokenizer.path
+        return model, engine_args
+
+    def _release_models(self) -> None:
+        while self._in_use:
+            self._in_use.pop().release()
+        self._revision = None
+
+    async def _empty(self) -> None:
+        """Stop the engine. Raises WrapperUnreachable if memory stays used: only a new wrapper or an operator helps."""
+        self._require_empty(await self._host.stop())
+
+    def _require_empty(self, report: StopReport) -> None:
+        if report.problem is not None:
+            raise WrapperUnreachable(self._config.wrapper_id, report.problem)
+        self._release_models()
+
+    async def _weights(self, spec: LLMSpec, revision: str | None) -> Weights | None:
+        """Return what starting this LLM will read; None if it sleeps, or is not on this machine."""
+        if spec.model in self._host.asleep:
+            return None
+        try:
+            located = self._config.sources.locate(spec.model)
+        except InvalidField:  # a link now leads elsewhere: the start will fail with that
+            return None
+        folder = await self._models.here(located, revision=revision or spec.revision)
+        return None if folder is None else await asyncio.to_thread(weights_of, folder)
+
+    def _set_phase(self, phase: str) -> None:
+        self._on_phase(phase, None)

@@ -1,0 +1,41 @@
+"""The Serve application of a wrapper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.models.sources import ModelSources
+from deployments.serve import wrapper_app
+from deployments.serve.wrapper_app import WrapperReplica
+from deployments.wrapper.config import WrapperConfig
+from deployments.wrapper.llm_wrapper import LLMWrapper
+from registry.settings import EnergySettings, WrapperSettings
+
+
+async def test_metric_tells_whether_llms_start_warm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The metric has the wrapper's id as its tag, and is 1 while LLMs start warm, else 0."""
+    shown: list[tuple[str, float, dict[str, str]]] = []
+
+    class FakeGauge:
+        def __init__(self, name: str, *_: object, **__: object) -> None:
+            self.name = name
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            shown.append((self.name, value, tags))
+
+    async def init(_wrapper: LLMWrapper, _config: WrapperConfig, show_warm: Callable[[bool], None]) -> None:
+        show_warm(True)
+        show_warm(False)
+
+    monkeypatch.setattr(wrapper_app, "Gauge", FakeGauge)
+    monkeypatch.setattr(LLMWrapper, "__init__", init)
+    monkeypatch.delattr(LLMWrapper, "__del__")  # Serve awaits it, Python's collector can't
+    config = WrapperConfig("a-0", 0, WrapperSettings(), EnergySettings(), ModelSources(True, (), tmp_path), tmp_path)
+    replica: Any = WrapperReplica.__new__(WrapperReplica)
+    await replica.__init__(config)
+    name, tags = "greenprompt_wrapper_warm", {"wrapper": "a-0"}
+    assert shown == [(name, 1.0, tags), (name, 0.0, tags)]
