@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ray
@@ -15,35 +15,21 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.engine.rest import REST_LIMIT_S
 from deployments.machine.background import spawn_awaited
 from deployments.machine.worker_environment import forwarded_environment
 from deployments.models.sources import ModelSources
 from deployments.serve import wrapper_app
+from deployments.serve.cluster_calls import ClusterCalls
 from deployments.wrapper.config import WrapperConfig
-from deployments.wrapper.probe import PROBE_MAX_S
-from registry.contract.messages import (
-    NODE_ID_DIGITS,
-    Belief,
-    HandOver,
-    LeaseGrant,
-    Observation,
-    StartedFor,
-    WrapperPlan,
-    WrapperReport,
-)
-from registry.core.records import LLMSpec, Machine
+from registry.contract.messages import NODE_ID_DIGITS, WrapperPlan
+from registry.core.records import Machine
 from registry.errors import RegistryError, WrapperUnheard, WrapperUnreachable, in_one_line
 from registry.settings import Settings
-from registry.wire.words import Grade
 
 log = structlog.get_logger("deployments.serve.cluster")
 
 APP_PREFIX = "wrapper-"
 """Prefix of the Serve applications that are wrappers."""
-
-COMMAND_TIMEOUT_S = 10.0
-"""Longest wait for a command that completes at once (bind, unbind, touch), seconds."""
 
 REMOVE_TIMEOUT_S = 60.0
 """Longest wait until deleted wrappers are gone, seconds."""
@@ -54,48 +40,38 @@ RECOVERING = "RECOVERING"
 REMOVE_POLL_S = 0.2
 """Seconds between checks whether deleted wrappers are gone."""
 
-# D22: a registry at rest uses little CPU time
-APPS_BELIEVED_S = 30.0
-"""How long Serve's list of applications is reused while every wrapper answers, seconds.
-
-Serve unpickles the configuration of every deployment at each call: once a second, that costs 3 % of a core here and as
-much in its controller, on a machine whose energy is measured.
-"""
-
 SERVE_TIMEOUT_S = 2.0
 """Longest wait for Serve's controller to report on a wrapper that did not answer, seconds."""
 
 SERVE_NAMESPACE = "serve"
 
 
-class RayCluster:
+class RayCluster(ClusterCalls):
     """``registry.contract.messages.Cluster`` on Ray and Serve. Used on the registry actor's event loop."""
 
-    def __init__(self, settings: Settings, sources: ModelSources) -> None:
-        self._settings = settings
+    def __init__(
+        self, settings: Settings, sources: ModelSources, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(settings, clock)
         self._sources = sources
         self._handles: dict[str, DeploymentHandle[Any]] = {}
-        self._apps: frozenset[str] | None = None
-        self._leaving: frozenset[str] = frozenset()
-        self._apps_until_s = 0.0
         self._asking: asyncio.Task[Any] | None = None
 
-    async def observe(self) -> Observation:
-        """Return the nodes that are alive and Serve's wrappers. Raises WrapperUnreachable if Ray does not answer."""
+    async def _machines(self) -> tuple[Machine, ...]:
         nodes = await self._in_thread("cluster", ray.nodes)
-        if self._apps is None or time.monotonic() >= self._apps_until_s:
-            status = await self._in_thread("cluster", serve.status)
-            wrappers = {
-                name.removeprefix(APP_PREFIX): app.status
-                for name, app in status.applications.items()
-                if name.startswith(APP_PREFIX)
-            }
-            self._leaving = frozenset(name for name, app_status in wrappers.items() if app_status == "DELETING")
-            self._apps = frozenset(wrappers) - self._leaving
-            self._apps_until_s = time.monotonic() + (0.0 if self._leaving else APPS_BELIEVED_S)
         if not self._settings.wrappers.on_head:
             nodes = [node for node in nodes if not _is_head(node)]
-        return Observation(machines_of(nodes), self._apps, self._leaving)
+        return machines_of(nodes)
+
+    async def _applications(self) -> tuple[frozenset[str], frozenset[str]]:
+        status = await self._in_thread("cluster", serve.status)
+        wrappers = {
+            name.removeprefix(APP_PREFIX): app.status
+            for name, app in status.applications.items()
+            if name.startswith(APP_PREFIX)
+        }
+        leaving = frozenset(name for name, app_status in wrappers.items() if app_status == "DELETING")
+        return frozenset(wrappers) - leaving, leaving
 
     async def create(self, wrappers: Sequence[WrapperPlan]) -> None:
         """Deploy these wrappers together; return when Serve has accepted them."""
@@ -150,46 +126,6 @@ class RayCluster:
             while names & (await self._in_thread("cluster", serve.status)).applications.keys():  # noqa: ASYNC110 - no event
                 await asyncio.sleep(REMOVE_POLL_S)
 
-    async def report(self, wrapper_id: str, belief: Belief) -> WrapperReport:
-        """Return the wrapper's report."""
-        limit_s = self._settings.watch.report_timeout_s
-        report: WrapperReport = await self._ask(wrapper_id, "report", belief, timeout_s=limit_s)
-        return report
-
-    async def deploy(
-        self,
-        wrapper_id: str,
-        epoch: int,
-        spec: LLMSpec,
-        grant: LeaseGrant | None,
-        started_for: StartedFor | None = None,
-    ) -> None:
-        """Run an LLM. Raises EngineStartFailed, StaleEpoch."""
-        wrappers = self._settings.wrappers
-        limit_s = self._last_prompt_s + wrappers.deploy_timeout_s + wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
-        await self._ask(wrapper_id, "deploy", epoch, spec, grant, started_for, timeout_s=limit_s)
-
-    async def stop(self, wrapper_id: str, epoch: int) -> None:
-        """Stop the LLM of a wrapper. Raises StaleEpoch."""
-        limit_s = 2 * self._settings.wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
-        await self._ask(wrapper_id, "stop", epoch, timeout_s=limit_s)
-
-    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
-        """Admit a lease's token. Raises StaleEpoch, EngineNotReady."""
-        settle_s = self._settings.energy.settle_max_s if grant.grade == Grade.MEASUREMENT else 0.0
-        limit_s = self._last_prompt_s + REST_LIMIT_S + PROBE_MAX_S + settle_s + COMMAND_TIMEOUT_S
-        over: HandOver = await self._ask(wrapper_id, "bind", epoch, grant, timeout_s=limit_s)
-        return over
-
-    async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
-        """Refuse a lease's token from now on. Raises StaleEpoch."""
-        await self._ask(wrapper_id, "unbind", epoch, request_id, how)
-
-    async def touch(self, wrapper_id: str, request_id: str) -> bool:
-        """Keep a lease alive; return False if it is not bound there."""
-        bound: bool = await self._ask(wrapper_id, "touch", request_id)
-        return bound
-
     async def restart(self, wrapper_id: str) -> None:
         """Kill the wrapper's replica; Serve starts a new one."""
         self._forget([wrapper_id])
@@ -201,12 +137,7 @@ class RayCluster:
         for wrapper_id in wrapper_ids:
             self._handles.pop(wrapper_id, None)
 
-    @property
-    def _last_prompt_s(self) -> float:
-        """How long a wrapper may have to wait for the prompts of an expired lease, seconds."""
-        return self._settings.wrappers.prompt_max_s if self._settings.leases.at_expiry == "finish" else 0.0
-
-    async def _ask(self, wrapper_id: str, method: str, *args: object, timeout_s: float = COMMAND_TIMEOUT_S) -> Any:
+    async def _ask(self, wrapper_id: str, method: str, *args: object, timeout_s: float) -> Any:
         """Call a wrapper. Raises its own RegistryError, or WrapperUnreachable (WrapperUnheard) for everything else."""
         try:
             async with asyncio.timeout(timeout_s):

@@ -1,34 +1,31 @@
 """Machines, Ray and Serve as the registry's service meets them, in virtual time: slow, cut off, dead, back again.
 
-A ``Process`` follows ``deployments.wrapper.llm_wrapper``, over the real lease gate. What happens to messages: they take
-time, come late, twice, in another order, or when a cut heals, long after their sender has given up.
+A ``Process`` runs the real commands of a wrapper over the real lease gate; its engine and its prompts only take time.
+What happens to messages: they take time, come late, twice, in another order, or when a cut heals, long after their
+sender has given up.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
+from deployments.serve.cluster_calls import ClusterCalls
+from deployments.wrapper.commands import OnPhase, WrapperCommands
 from deployments.wrapper.lease_gate import LeaseGate
-from registry.contract.messages import Belief, HandOver, LeaseGrant, Observation, StartedFor, WrapperPlan, WrapperReport
+from registry.contract.messages import Belief, LeaseGrant, StartedFor, WrapperPlan, WrapperReport
 from registry.core.records import LLMSpec, Machine
-from registry.errors import (
-    EngineNotReady,
-    EngineStartFailed,
-    StaleEpoch,
-    WrapperUnheard,
-    WrapperUnreachable,
-)
+from registry.errors import EngineNotReady, EngineStartFailed, WrapperUnheard, WrapperUnreachable
 from registry.settings import Settings
+from tests.support.hand_overs import PlainHandOvers
 
-COMMAND_TIMEOUT_S, APPS_BELIEVED_S = 10.0, 30.0
-"""As in ``deployments.serve.cluster``."""
+T = TypeVar("T")
 
 LONGEST_DELAY_S = 60.0
 """How late a message can come, a cut apart."""
@@ -74,8 +71,95 @@ class Node:
         return self.powered and not self.cut
 
 
+@dataclass(eq=False)
+class SimulatedLLM:
+    """An LLM that was started."""
+
+    spec: LLMSpec
+    died: asyncio.Event = field(default_factory=asyncio.Event)
+    death_reason: str | None = None
+    out_of_memory: bool = False
+
+
+class SimulatedLLMs:
+    """The engine of a wrapper: starting and stopping take time, and a start can fail."""
+
+    def __init__(self, cluster: SimulatedCluster) -> None:
+        self.running: SimulatedLLM | None = None
+        self.revision: str | None = None
+        self._cluster = cluster
+
+    async def replace(
+        self, spec: LLMSpec, revision: str | None, started_for: StartedFor | None, on_phase: OnPhase
+    ) -> SimulatedLLM:
+        """As LLMSwap.replace."""
+        random, weather = self._cluster.random, self._cluster.weather
+        await self.stop()
+        await asyncio.sleep(random.uniform(*weather.engine_start_s))
+        broken = spec.model in self._cluster.broken
+        if broken or random.random() < weather.start_fails:
+            raise EngineStartFailed(spec.model, "it can't" if broken else "out of memory", permanent=broken)
+        self.revision = revision or self._cluster.commit
+        self.running = SimulatedLLM(spec)
+        return self.running
+
+    async def stop(self) -> None:
+        """As LLMSwap.stop."""
+        if self.running is not None:
+            self.running = None
+            await asyncio.sleep(self._cluster.random.uniform(0.1, 5.0))
+        self.revision = None
+
+    async def clear_away(self) -> None:
+        """As LLMSwap.clear_away."""
+        await self.stop()
+
+
+class SimulatedPrompts:
+    """The prompts in flight, each with its lease and what cuts it."""
+
+    def __init__(self) -> None:
+        self._in_flight: dict[asyncio.Future[None], tuple[LeaseGrant, asyncio.Future[None]]] = {}
+
+    @contextmanager
+    def one(self, grant: LeaseGrant) -> Iterator[asyncio.Future[None]]:
+        """A prompt is in flight in this context; the future is done when it is cut."""
+        loop = asyncio.get_running_loop()
+        cut, ended = loop.create_future(), loop.create_future()
+        self._in_flight[cut] = grant, ended
+        try:
+            yield cut
+        finally:
+            del self._in_flight[cut]
+            ended.set_result(None)
+
+    def break_off(self) -> None:
+        """Every client's connection breaks."""
+        for cut in self._in_flight:
+            if not cut.done():
+                cut.set_result(None)
+
+    async def cut(self, request_id: str) -> None:
+        """As PromptGate.cut."""
+        await self._cut({cut: each for cut, each in self._in_flight.items() if each[0].request_id == request_id})
+
+    async def cut_all(self) -> None:
+        """As PromptGate.cut_all."""
+        await self._cut(dict(self._in_flight))
+
+    async def over(self) -> None:
+        """As PromptGate.over."""
+        await _all_done([ended for _, ended in self._in_flight.values()])
+
+    async def _cut(self, prompts: dict[asyncio.Future[None], tuple[LeaseGrant, asyncio.Future[None]]]) -> None:
+        for cut in prompts:
+            if not cut.done():
+                cut.set_result(None)
+        await _all_done([ended for _, ended in prompts.values()])
+
+
 class Process:
-    """The process of a wrapper: its commands, its engine, its lease gate. ``clock`` is its own, monotonic."""
+    """The process of a wrapper: the real commands over the real lease gate. Its clock is its own, monotonic."""
 
     def __init__(self, cluster: SimulatedCluster, plan: WrapperPlan, node: Node, name: str) -> None:
         self.plan = plan
@@ -88,120 +172,55 @@ class Process:
         self.tasks: dict[asyncio.Task[Any], None] = {}
         loop, offset_s = asyncio.get_running_loop(), cluster.random.uniform(0, 1e5)
         self.gate = LeaseGate(lambda: loop.time() + offset_s, fence_s=cluster.settings.wrappers.fence_s, process=name)
-        self.running: LLMSpec | None = None
         self._cluster = cluster
         self._finish = cluster.settings.leases.at_expiry == "finish"
-        self._epoch = self._in_force = 0
-        self._spec: LLMSpec | None = None
-        self._died: str | None = None
-        self._start: asyncio.Task[None] | None = None
-        self._starts = 0
-        self._revision: str | None = None
-        self._commands = asyncio.Lock()
-        self._engine_lock = asyncio.Lock()
-        self._in_flight: dict[asyncio.Future[None], LeaseGrant] = {}
-        self._no_prompts = asyncio.Event()
-        self._no_prompts.set()
-
-    # --- the registry's commands ------------------------------------------------------------------------
-
-    def report(self, belief: Belief) -> WrapperReport:
-        """As LLMWrapper.report."""
-        self._hear(belief)
-        grant = self.gate.grant
-        return WrapperReport(
-            epoch=self._epoch,
-            running=None if self.running is None or self._spec is None else self._spec.fingerprint,
-            starting=self._spec.fingerprint if self._start is not None and self._spec is not None else None,
-            revision=self._revision,
-            died=self._died,
-            bound=None if grant is None else grant.request_id,
-            idle_for_s=self.gate.idle_for_s,
-            in_flight=self.gate.in_flight,
-            starts=self._starts,
-            moment=self.gate.moment,
+        self._llms = SimulatedLLMs(cluster)
+        self._prompts = SimulatedPrompts()
+        self.commands: WrapperCommands[SimulatedLLM] = WrapperCommands(
+            plan.wrapper_id,
+            gate=self.gate,
+            prompts=self._prompts,
+            llms=self._llms,
+            hand_overs=PlainHandOvers(),
+            finish_prompts=self._finish,
+            spawn=self.spawn,
         )
 
-    async def deploy(
-        self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None, started_for: StartedFor | None = None
-    ) -> None:
-        """As LLMWrapper.deploy."""
-        async with self._command(epoch):
-            if grant is None:
-                self._end_lease("released")
-            else:
-                self.gate.bind(grant)
-            if self._spec != spec or (self._start is None and self.running is None):
-                await self._cancel_start()
-                self._spec, self._died = spec, None
-                self._start = self.spawn(self._swap(spec, None if grant is None else grant.model_revision))
-            start = self._start
-        if start is not None:
-            await asyncio.wait({start})
-            if start.cancelled():
-                raise StaleEpoch(self.plan.wrapper_id, epoch, self._epoch)
-            start.result()
+    @property
+    def running(self) -> LLMSpec | None:
+        """The LLM that answers prompts."""
+        running, _ = self.commands.engine_state()
+        return None if running is None else running.spec
 
-    async def stop(self, epoch: int) -> None:
-        """As LLMWrapper.stop."""
-        async with self._command(epoch):
-            self._end_lease("shutdown")
-            self._cut_all()
-            await self._cancel_start()
-            async with self._engine_lock:
-                await self._empty()
-                self._spec = self._died = None
-
-    async def bind(self, epoch: int, grant: LeaseGrant) -> HandOver:
-        """As LLMWrapper.bind, of a lease that needs no settling."""
-        async with self._command(epoch):
-            current = self.gate.grant
-            if current is not None and current.request_id == grant.request_id:
-                self.gate.bind(grant)
-                return HandOver(self._revision)
-            self._end_lease("released")
-        await self._no_prompts.wait()
-        async with self._command(epoch):
-            self.gate.bind(grant)
-            return HandOver(self._revision)
-
-    async def unbind(self, epoch: int, request_id: str, how: str) -> None:
-        """As LLMWrapper.unbind."""
-        async with self._command(epoch):
-            bound = self.gate.grant
-            if bound is not None and bound.request_id != request_id:
-                self._end_lease("released")
-            self.gate.unbind(how)
-            if how != "expired" or not self._finish:
-                self._cut(request_id)
+    async def report(self, belief: Belief) -> WrapperReport:
+        """As LLMWrapper.report."""
+        await self.commands.hear(belief)
+        return self.commands.report()
 
     async def touch(self, request_id: str) -> bool:
         """As LLMWrapper.touch."""
-        bound = self.gate.grant is not None and self.gate.grant.request_id == request_id
-        if bound:
-            self.gate.touch()
-        return bound
+        return self.commands.touch(request_id)
 
-    # --- prompts ----------------------------------------------------------------------------------------
+    def call(self, method: str, *args: Any) -> asyncio.Task[Any]:
+        """What Serve calls by the name of its method."""
+        called = getattr(self if method in {"report", "touch"} else self.commands, method)
+        return self.spawn(called(*args))
 
     async def prompt(self, token: str, takes_s: float) -> None:
         """As a prompt at the wrapper's address. Raises what its client is told."""
         grant = self.gate.check(token)
         self.gate.require_heard()
-        cut: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._in_flight[cut] = grant
-        self._no_prompts.clear()
-        self.gate.enter()
-        try:
-            if self.running is None or self._start is not None:
-                raise EngineNotReady("no LLM is deployed")
-            self._cluster.on_prompt(self, grant)
-            await asyncio.wait({cut}, timeout=takes_s if self._finish else min(takes_s, self.gate.left_s(grant)))
-        finally:
-            del self._in_flight[cut]
-            self.gate.leave(grant)
-            if not self._in_flight:
-                self._no_prompts.set()
+        with self._prompts.one(grant) as cut:
+            self.gate.enter()
+            try:
+                running, state = self.commands.engine_state()
+                if running is None:
+                    raise EngineNotReady(state)
+                self._cluster.on_prompt(self, grant)
+                left_s = takes_s if self._finish else min(takes_s, self.gate.left_s(grant))
+                await asyncio.wait({cut}, timeout=left_s)
+            finally:
+                self.gate.leave(grant)
         if not self.alive:
             raise WrapperUnreachable(self.plan.wrapper_id, "the connection broke")
         if cut.done():
@@ -212,18 +231,17 @@ class Process:
 
     def kill_engine(self) -> None:
         """The LLM dies."""
-        if self.running is not None:
-            self.running = self._spec = self._revision = None
-            self._died = "its processes are gone"
-            self._cut_all()
+        if self._llms.running is not None:
+            self._llms.running.death_reason = "its processes are gone"
+            self._llms.running.died.set()
 
     def end(self) -> None:
         """The process dies, and everything in it."""
         self.alive = False
-        self.running = None
+        self._llms.running = None
         for task in list(self.tasks):
             task.cancel()
-        self._cut_all()
+        self._prompts.break_off()
         self.resume()
 
     def hang(self) -> None:
@@ -236,89 +254,20 @@ class Process:
         for call in held or ():
             call()
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def spawn(self, work: Coroutine[Any, Any, T], /) -> asyncio.Task[T]:
         """A task that dies with the process."""
         task = asyncio.get_running_loop().create_task(work)
         self.tasks[task] = None
         task.add_done_callback(self._over)
         return task
 
-    # --- inside -----------------------------------------------------------------------------------------
-
     def _over(self, task: asyncio.Task[Any]) -> None:
         del self.tasks[task]
         if not task.cancelled():
             task.exception()  # whoever waited for it has been told
 
-    def _hear(self, belief: Belief) -> None:
-        if belief.epoch < self._epoch:
-            return
-        self.gate.believe(belief.request_id, belief.as_of)
-        bound = self.gate.grant
-        if belief.epoch == self._in_force and bound is not None and bound.request_id != belief.request_id:
-            self._end_lease("withdrawn")
 
-    @asynccontextmanager
-    async def _command(self, epoch: int) -> AsyncIterator[None]:
-        if epoch >= self._epoch:
-            self._epoch = epoch
-            self.gate.commanded = True
-        async with self._commands:
-            if epoch < self._epoch:
-                raise StaleEpoch(self.plan.wrapper_id, epoch, self._epoch)
-            self._in_force = epoch
-            yield
-
-    def _end_lease(self, how: str) -> None:
-        ended = self.gate.grant
-        if ended is not None:
-            self.gate.unbind(how)
-            self._cut(ended.request_id)
-
-    async def _cancel_start(self) -> None:
-        start, self._start = self._start, None
-        if start is not None:
-            start.cancel()
-            await asyncio.wait({start})
-
-    async def _swap(self, spec: LLMSpec, revision: str | None) -> None:
-        random, weather = self._cluster.random, self._cluster.weather
-        try:
-            await self._no_prompts.wait()
-            async with self._engine_lock:
-                await self._empty()
-                await asyncio.sleep(random.uniform(*weather.engine_start_s))
-                broken = spec.model in self._cluster.broken
-                if broken or random.random() < weather.start_fails:
-                    raise EngineStartFailed(spec.model, "it can't" if broken else "out of memory", permanent=broken)
-                self._revision = revision or self._cluster.commit
-                self.running = spec
-                self._starts += 1
-        except EngineStartFailed:
-            self._spec = None
-            raise
-        finally:
-            if self._start is asyncio.current_task():
-                self._start = None
-
-    async def _empty(self) -> None:
-        if self.running is not None:
-            self.running = None
-            await asyncio.sleep(self._cluster.random.uniform(0.1, 5.0))
-        self._revision = None
-
-    def _cut_all(self) -> None:
-        for cut in self._in_flight:
-            if not cut.done():
-                cut.set_result(None)
-
-    def _cut(self, request_id: str) -> None:
-        for cut, grant in self._in_flight.items():
-            if grant.request_id == request_id and not cut.done():
-                cut.set_result(None)
-
-
-class SimulatedCluster:
+class SimulatedCluster(ClusterCalls):
     """``registry.contract.messages.Cluster`` over all of that. It outlives the registries that use it.
 
     ``on_prompt`` is called when a prompt is let in, ``on_call`` when a call is on its way to a wrapper. ``broken`` are
@@ -333,6 +282,7 @@ class SimulatedCluster:
         on_prompt: Callable[[Process, LeaseGrant], None],
         on_call: Callable[[], None],
     ) -> None:
+        super().__init__(settings, clock=lambda: asyncio.get_running_loop().time())
         self.settings = settings
         self.random = random
         self.on_prompt = on_prompt
@@ -346,8 +296,6 @@ class SimulatedCluster:
         self.apps: dict[str, WrapperPlan] = {}
         self.leaving: set[str] = set()
         self.controller_is_away = False
-        self._seen: tuple[frozenset[str], frozenset[str]] | None = None
-        self._seen_until_s = 0.0
         self._numbers = count(1)
 
     # --- what can happen --------------------------------------------------------------------------------
@@ -396,22 +344,20 @@ class SimulatedCluster:
 
     # --- the protocol -----------------------------------------------------------------------------------
 
-    async def observe(self) -> Observation:
+    async def _machines(self) -> tuple[Machine, ...]:
         await self._asked()
-        machines = tuple(
+        return tuple(
             Machine(node.machine_id, node.node_id, "10.0.0.1", gpus=node.gpus, gpu_type=node.gpu_type)
             for node in self.nodes.values()
             if node.known
         )
-        now_s = asyncio.get_running_loop().time()
-        if self._seen is None or now_s >= self._seen_until_s:
-            await self._asked()
-            self._seen = frozenset(self.apps), frozenset(self.leaving)
-            self._seen_until_s = now_s + (0.0 if self.leaving else APPS_BELIEVED_S)
-        return Observation(machines, *self._seen)
+
+    async def _applications(self) -> tuple[frozenset[str], frozenset[str]]:
+        await self._asked()
+        return frozenset(self.apps), frozenset(self.leaving)
 
     async def create(self, wrappers: Sequence[WrapperPlan]) -> None:
-        self._seen = None
+        self._apps = None
         await self._asked()
         for plan in wrappers:
             old = self.processes.get(plan.wrapper_id)
@@ -424,7 +370,7 @@ class SimulatedCluster:
         await self._asked()
 
     async def remove(self, wrapper_ids: Sequence[str]) -> None:
-        self._seen = None
+        self._apps = None
         await self._asked()
         longest_s = 0.0
         for wrapper_id in wrapper_ids:
@@ -435,44 +381,10 @@ class SimulatedCluster:
                 self.leaving.add(wrapper_id)
                 self._later(takes_s, partial(self._left, wrapper_id))
         await asyncio.sleep(longest_s + 0.2)
-        self._seen = None
-
-    async def report(self, wrapper_id: str, belief: Belief) -> WrapperReport:
-        limit_s = self.settings.watch.report_timeout_s
-        report: WrapperReport = await self._ask(wrapper_id, "report", belief, limit_s=limit_s)
-        return report
-
-    async def deploy(
-        self,
-        wrapper_id: str,
-        epoch: int,
-        spec: LLMSpec,
-        grant: LeaseGrant | None,
-        started_for: StartedFor | None = None,
-    ) -> None:
-        wrappers = self.settings.wrappers
-        limit_s = self._last_prompt_s + wrappers.deploy_timeout_s + wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
-        await self._ask(wrapper_id, "deploy", epoch, spec, grant, started_for, limit_s=limit_s)
-
-    async def stop(self, wrapper_id: str, epoch: int) -> None:
-        await self._ask(
-            wrapper_id, "stop", epoch, limit_s=2 * self.settings.wrappers.stop_timeout_s + COMMAND_TIMEOUT_S
-        )
-
-    async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
-        limit_s = self._last_prompt_s + COMMAND_TIMEOUT_S
-        handed_over: HandOver = await self._ask(wrapper_id, "bind", epoch, grant, limit_s=limit_s)
-        return handed_over
-
-    async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
-        await self._ask(wrapper_id, "unbind", epoch, request_id, how)
-
-    async def touch(self, wrapper_id: str, request_id: str) -> bool:
-        bound: bool = await self._ask(wrapper_id, "touch", request_id)
-        return bound
+        self._apps = None
 
     async def restart(self, wrapper_id: str) -> None:
-        self._seen = None
+        self._apps = None
         await self._asked()
         process = self.processes.get(wrapper_id)
         if process is not None and process.node.reached:
@@ -480,17 +392,13 @@ class SimulatedCluster:
 
     # --- messages ---------------------------------------------------------------------------------------
 
-    @property
-    def _last_prompt_s(self) -> float:
-        return self.settings.wrappers.prompt_max_s if self.settings.leases.at_expiry == "finish" else 0.0
-
     async def _asked(self) -> None:
         """Ray or Serve is asked something, and may not answer."""
         await asyncio.sleep(self.random.uniform(0.001, 0.2))
         if self.controller_is_away or self.random.random() < self.weather.call_fails:
             raise WrapperUnreachable("cluster", "it does not answer")
 
-    async def _ask(self, wrapper_id: str, method: str, *args: object, limit_s: float = COMMAND_TIMEOUT_S) -> Any:
+    async def _ask(self, wrapper_id: str, method: str, *args: object, timeout_s: float) -> Any:
         process = self.processes.get(wrapper_id)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if process is None:
@@ -498,12 +406,12 @@ class SimulatedCluster:
         self._later(self._delay_s(), partial(self._arrive, process, method, args, answer))
         if self.random.random() < self.weather.twice:
             self._later(self._delay_s(), partial(self._arrive, process, method, args, answer))
-        timer = self._later(limit_s, partial(self._give_up, wrapper_id, method, answer))
+        timer = self._later(timeout_s, partial(self._give_up, wrapper_id, method, answer))
         try:
             self.on_call()
             return await answer
         except WrapperUnreachable:
-            self._seen = None
+            self._apps = None
             raise
         finally:
             timer.cancel()
@@ -516,10 +424,8 @@ class SimulatedCluster:
             self._answer(process, answer, WrapperUnreachable(process.plan.wrapper_id, "its replica is not there"))
         elif process.held is not None:
             process.held.append(again)
-        elif method == "report":
-            self._answer(process, answer, process.report(*args))
         else:
-            task = process.spawn(getattr(process, method)(*args))
+            task = process.call(method, *args)
             task.add_done_callback(lambda task: self._done(process, answer, task))
 
     def _done(self, process: Process, answer: asyncio.Future[Any], task: asyncio.Task[Any]) -> None:
@@ -607,3 +513,8 @@ def _settle(answer: asyncio.Future[Any], outcome: object) -> None:
 
 def _number_of(node_id: str) -> int:
     return int(node_id.rpartition("-")[2])
+
+
+async def _all_done(futures: list[asyncio.Future[None]]) -> None:
+    if futures:
+        await asyncio.wait(futures)

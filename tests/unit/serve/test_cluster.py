@@ -15,7 +15,9 @@ from ray.serve.schema import ApplicationStatus
 
 from deployments.models.sources import ModelSources
 from deployments.serve import cluster as cluster_module
-from deployments.serve.cluster import APPS_BELIEVED_S, RayCluster
+from deployments.serve import cluster_calls
+from deployments.serve.cluster import RayCluster
+from deployments.serve.cluster_calls import APPS_BELIEVED_S
 from registry.contract.messages import LeaseGrant
 from registry.core.records import Machine
 from registry.errors import WrapperUnheard, WrapperUnreachable
@@ -66,17 +68,15 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
+def clock() -> ManualClock:
     """The clock that the cluster looks at."""
-    clock = ManualClock(100.0)
-    monkeypatch.setattr(cluster_module, "time", SimpleNamespace(monotonic=clock))
-    return clock
+    return ManualClock(100.0)
 
 
 @pytest.fixture
-def cluster() -> RayCluster:
+def cluster(clock: ManualClock) -> RayCluster:
     """The cluster of a registry."""
-    return RayCluster(Settings(), ModelSources(True, (), Path("/")))
+    return RayCluster(Settings(), ModelSources(True, (), Path("/")), clock=clock)
 
 
 async def test_applications_of_wrappers_are_observed(cluster: RayCluster, serve: FakeServe, clock: ManualClock) -> None:
@@ -212,9 +212,9 @@ async def test_settling_is_waited_for(serve: FakeServe, monkeypatch: pytest.Monk
     """A lease of measurement grade may take as long as its machine may need to come to rest, others may not."""
     serve.applications["wrapper-a-0"] = SimpleNamespace(deployments={})
     monkeypatch.setattr("ray.serve.get_app_handle", lambda _name: Silent())
-    monkeypatch.setattr(cluster_module, "COMMAND_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(cluster_module, "REST_LIMIT_S", 0.0)
-    monkeypatch.setattr(cluster_module, "PROBE_MAX_S", 0.0)
+    monkeypatch.setattr(cluster_calls, "COMMAND_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(cluster_calls, "REST_LIMIT_S", 0.0)
+    monkeypatch.setattr(cluster_calls, "PROBE_MAX_S", 0.0)
     settings = Settings.model_validate({"energy": {"settle_max_s": 0.05}})
     cluster = RayCluster(settings, ModelSources(True, (), Path("/")))
     grant = LeaseGrant("r1", 1, "token", "{}", ends_in_s=60.0, idle_limit_s=60.0)

@@ -226,10 +226,10 @@ async def test_metric_tells_whether_llms_start_warm(make: Make, monkeypatch: pyt
     client = await make(finish=False, show_warm=shown.append)
     assert shown == [True]
     await client.wrapper.report(UNTOLD)
-    assert shown[-1]
+    assert shown[-1:] == [True]
     monkeypatch.setattr(FakeHost, "warm", False)
     await client.wrapper.report(UNTOLD)
-    assert not shown[-1]
+    assert shown[-1:] == [False]
     monkeypatch.setattr(FakeHost, "warm", True)
     await client.wrapper.report(UNTOLD)
     await LLMWrapper.__del__(client.wrapper)
