@@ -1,25 +1,29 @@
 """Machines and wrappers for the registry's service: they keep the ``Cluster`` protocol, and misbehave when told to.
 
-A wrapper follows ``deployments.wrapper.llm_wrapper``: it refuses older epochs, a new command ends what the older one
-began, and a start goes on though its caller has gone. A test can *hold* a method of a wrapper (calls wait until the
-gate is opened or fails), let it *fail*, kill a wrapper's engine or process, and add or take machines. Nothing here
-waits for time.
+A wrapper runs the real commands, over an engine that is a fake. A test can *hold* a method of a wrapper (calls wait
+until the gate is opened or fails), let it *fail*, kill a wrapper's engine or process, and add or take machines. Nothing
+here waits for time.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any, TypeVar
 
+from deployments.wrapper.commands import LLM, OnPhase, WrapperCommands
 from deployments.wrapper.lease_gate import LeaseGate
 from registry.contract.messages import Belief, HandOver, LeaseGrant, Observation, StartedFor, WrapperPlan, WrapperReport
 from registry.contract.windows import EnergyWindow
 from registry.core.records import LLMSpec, Machine
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
 from tests.fake_counters import ManualClock
+from tests.support.wrapper_ports import NoPrompts, PlainHandOvers, StartedLLM
+
+T = TypeVar("T")
 
 FENCE_S = 30.0
 
@@ -51,38 +55,167 @@ class Gate:
         await asyncio.shield(self._outcome)
 
 
+class RecordingGate(LeaseGate):
+    """A lease gate that notes in ``endings`` which leases were ended by a command, and how."""
+
+    def __init__(self, clock: Callable[[], float], *, fence_s: float, process: str) -> None:
+        super().__init__(clock, fence_s=fence_s, process=process)
+        self.endings: list[tuple[str, str]] = []
+
+    def unbind(self, how: str) -> None:
+        if self.grant is not None:
+            self.endings.append((self.grant.request_id, how))
+        super().unbind(how)
+
+
 @dataclass
+class FakeLLMs:
+    """The engine of a wrapper. A test can hold its starts (``deploy``) and stops."""
+
+    cluster: FakeCluster
+    wrapper_id: str
+    running: StartedLLM | None = None
+    revision: str | None = None
+    started_for: StartedFor | None = None
+
+    async def replace(
+        self, spec: LLMSpec, revision: str | None, started_for: StartedFor | None, on_phase: OnPhase
+    ) -> StartedLLM:
+        """As LLMSwap.replace."""
+        self.running, self.started_for = None, started_for
+        on_phase("loading", None)
+        await self.cluster.called(self.wrapper_id, "deploy")
+        if spec.model in self.cluster.unusable:
+            raise self.cluster.unusable[spec.model]
+        self.revision = revision or self.cluster.commits.get(spec.model)
+        self.running = StartedLLM(spec)
+        return self.running
+
+    async def stop(self) -> None:
+        """As LLMSwap.stop."""
+        await self.cluster.called(self.wrapper_id, "stop")
+        await self.clear_away()
+
+    async def clear_away(self) -> None:
+        """As LLMSwap.clear_away."""
+        self.running = self.revision = None
+
+
+@dataclass
+class FakeHandOvers(PlainHandOvers):
+    """``bind_flags``: what is not as it should be when a lease is bound. ``flags``: what has disturbed it since."""
+
+    cluster: FakeCluster
+    machine_id: str
+    bind_flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+
+    async def forget_prompts(self, llm: LLM) -> tuple[str, ...]:
+        return self.bind_flags
+
+    async def provenance(
+        self, llm: LLM, spec: LLMSpec, revision: str | None, grant: LeaseGrant
+    ) -> Mapping[str, object] | None:
+        return self.cluster.provenances.get(self.machine_id)
+
+    def lease_flags(self) -> tuple[str, ...]:
+        return self.flags
+
+
 class FakeWrapper:
     """The process of a wrapper. ``idle_for_s`` is what it reports of its lease, ``in_flight`` of its prompts."""
 
-    plan: WrapperPlan
-    epoch: int = 0
-    spec: LLMSpec | None = None
-    runs: bool = False
-    start: asyncio.Task[None] | None = None
-    revision: str | None = None
-    died: str | None = None
-    death_flags: tuple[str, ...] = ()
-    idle_for_s: float = 0.0
-    in_flight: int = 0
-    starts: int = 0
-    started_for: StartedFor | None = None
-    """The request that the last start was begun for."""
-    phase: str | None = None
-    bind_flags: tuple[str, ...] = ()
-    """What is not as it should be when a lease is bound here."""
-    lease_flags: tuple[str, ...] = ()
-    """What has disturbed the lease that is bound here."""
-    ended: list[tuple[str, str]] = field(default_factory=list)
-    """Leases that were ended here: request id, and how."""
-    windows: list[EnergyWindow] = field(default_factory=list)
-    """What was measured here, and the registry has not said to have written down."""
-    gate: LeaseGate = field(kw_only=True)
+    def __init__(self, cluster: FakeCluster, plan: WrapperPlan, process: str) -> None:
+        self.plan = plan
+        self.gate = RecordingGate(cluster.clock, fence_s=cluster.fence_s, process=process)
+        self.llms = FakeLLMs(cluster, plan.wrapper_id)
+        self.hand_overs = FakeHandOvers(cluster, plan.machine_id)
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.idle_for_s = 0.0
+        self.in_flight = 0
+        self.phase: str | None = None
+        self.windows: list[EnergyWindow] = []
+        """What was measured here, and the registry has not said to have written down."""
+        self._cluster = cluster
+        self.commands: WrapperCommands[StartedLLM] = WrapperCommands(
+            plan.wrapper_id,
+            gate=self.gate,
+            prompts=NoPrompts(),
+            llms=self.llms,
+            hand_overs=self.hand_overs,
+            finish_prompts=False,
+            spawn=self._spawn,
+        )
 
     @property
     def grant(self) -> LeaseGrant | None:
         """The lease that is bound."""
         return self.gate.grant
+
+    @property
+    def spec(self) -> LLMSpec | None:
+        """The LLM that runs or is being started."""
+        return self.commands.spec
+
+    @property
+    def runs(self) -> bool:
+        """Whether an LLM answers prompts."""
+        return self.commands.engine_state()[0] is not None
+
+    @property
+    def starts(self) -> int:
+        """How many LLMs were started."""
+        return self.commands.report().starts
+
+    @property
+    def started_for(self) -> StartedFor | None:
+        """The request that the last start was begun for."""
+        return self.llms.started_for
+
+    @property
+    def ended(self) -> list[tuple[str, str]]:
+        """Leases that were ended here: request id, and how."""
+        return self.gate.endings
+
+    async def hear(self, belief: Belief) -> None:
+        """What the registry believes reaches the wrapper."""
+        if belief.as_of is not None and belief.as_of.process == self.gate.moment.process:
+            self.windows = [each for each in self.windows if each.number > belief.windows_kept]
+        await self.commands.hear(belief)
+
+    def report(self) -> WrapperReport:
+        """What it says of itself."""
+        report, machine_id = self.commands.report(), self.plan.machine_id
+        memory_bytes = self._cluster.memory_bytes.get(machine_id)
+        return replace(
+            report,
+            memory_bytes=None if self.plan.gpus else memory_bytes,
+            gpu_memory_bytes=memory_bytes if self.plan.gpus else None,
+            phase=report.phase or self.phase,
+            idle_for_s=None if self.grant is None else self.idle_for_s,
+            in_flight=self.in_flight,
+            versions=self._cluster.versions.get(machine_id),
+            windows=tuple(self.windows[:WINDOWS_TOLD]),
+        )
+
+    def end(self) -> None:
+        """The process ends, and everything in it."""
+        self.llms.running = None
+        for task in self.tasks:
+            task.cancel()
+        self.gate.unbind("its process has ended")
+
+    def _spawn(self, work: Coroutine[Any, Any, T], /) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._over)
+        return task
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited for it has been told
+        self._cluster.changed()
 
 
 class FakeCluster:
@@ -111,7 +244,8 @@ class FakeCluster:
         self._processes = count(1)
         self._gates: dict[tuple[str, str], Gate] = {}
         self._failures: dict[tuple[str, str], list[Exception]] = {}
-        self._changed = changed
+        self.changed = changed
+        self._created: list[FakeWrapper] = []
 
     # --- what a test can do -----------------------------------------------------------------------------
 
@@ -124,7 +258,7 @@ class FakeCluster:
         del self.machines[machine_id]
         for wrapper in self.wrappers.values():
             if wrapper.plan.machine_id == machine_id:
-                self._end_process(wrapper)
+                wrapper.end()
 
     def hold(self, wrapper_id: str, method: str) -> Gate:
         """Keep calls of this method waiting."""
@@ -135,71 +269,53 @@ class FakeCluster:
         """Let the next calls of this method fail, one after the other."""
         self._failures.setdefault((wrapper_id, method), []).extend(errors)
 
-    def kill_engine(self, wrapper_id: str, why: str = "its processes are gone", flags: tuple[str, ...] = ()) -> None:
+    def kill_engine(self, wrapper_id: str, why: str = "its processes are gone", *, out_of_memory: bool = False) -> None:
         """The LLM dies; the wrapper notices."""
-        wrapper = self.wrappers[wrapper_id]
-        wrapper.death_flags = flags
-        wrapper.runs, wrapper.spec, wrapper.died = False, None, why
+        llm = self.wrappers[wrapper_id].llms.running
+        if llm is not None:
+            llm.death_reason, llm.out_of_memory = why, out_of_memory
+            llm.died.set()
 
     def kill_process(self, wrapper_id: str) -> None:
         """The wrapper's process is replaced: it knows nothing."""
-        self._end_process(self.wrappers[wrapper_id])
+        self.wrappers[wrapper_id].end()
         self.wrappers[wrapper_id] = self._process(self.wrappers[wrapper_id].plan)
 
     async def close(self) -> None:
-        """End what is being started."""
-        starts = [wrapper.start for wrapper in self.wrappers.values() if wrapper.start is not None]
-        for start in starts:
-            start.cancel()
-        await asyncio.gather(*starts, return_exceptions=True)
+        """End what is going on in every process that there was."""
+        tasks = [task for wrapper in self._created for task in wrapper.tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # --- the protocol -----------------------------------------------------------------------------------
 
     async def observe(self) -> Observation:
-        await self._called("cluster", "observe")
+        await self.called("cluster", "observe")
         return Observation(tuple(self.machines.values()), frozenset(self.wrappers))
 
     async def create(self, wrappers: Sequence[WrapperPlan]) -> None:
-        await self._called("cluster", "create")
+        await self.called("cluster", "create")
         for plan in wrappers:
             if plan.wrapper_id in self.wrappers:
-                self._end_process(self.wrappers[plan.wrapper_id])
+                self.wrappers[plan.wrapper_id].end()
             self.wrappers[plan.wrapper_id] = self._process(plan)
 
     async def remove(self, wrapper_ids: Sequence[str]) -> None:
-        await self._called("cluster", "remove")
+        await self.called("cluster", "remove")
         for wrapper_id in wrapper_ids:
             self.removed.append(wrapper_id)
             if wrapper_id in self.cut_off:
                 del self.wrappers[wrapper_id]  # from Serve's list; its process is not told
             elif wrapper_id in self.wrappers:
-                self._end_process(self.wrappers.pop(wrapper_id))
+                self.wrappers.pop(wrapper_id).end()
 
     async def report(self, wrapper_id: str, belief: Belief) -> WrapperReport:
         # What it says is made when it is asked; the answer can take its time.
         wrapper = self._reached(wrapper_id)
-        self.hear(wrapper, belief)
-        memory_bytes = self.memory_bytes.get(wrapper.plan.machine_id)
-        report = WrapperReport(
-            memory_bytes=None if wrapper.plan.gpus else memory_bytes,
-            gpu_memory_bytes=memory_bytes if wrapper.plan.gpus else None,
-            epoch=wrapper.epoch,
-            running=wrapper.spec.fingerprint if wrapper.spec is not None and wrapper.runs else None,
-            starting=wrapper.spec.fingerprint if wrapper.spec is not None and not wrapper.runs else None,
-            revision=wrapper.revision,
-            died=wrapper.died,
-            death_flags=wrapper.death_flags,
-            phase="loading" if wrapper.start is not None else wrapper.phase,
-            bound=None if wrapper.grant is None else wrapper.grant.request_id,
-            idle_for_s=None if wrapper.grant is None else wrapper.idle_for_s,
-            in_flight=wrapper.in_flight,
-            starts=wrapper.starts,
-            versions=self.versions.get(wrapper.plan.machine_id),
-            moment=wrapper.gate.moment,
-            windows=tuple(wrapper.windows[:WINDOWS_TOLD]),
-            lease_flags=wrapper.lease_flags,
-        )
-        await self._called(wrapper_id, "report")
+        await wrapper.hear(belief)
+        report = wrapper.report()
+        await self.called(wrapper_id, "report")
         return report
 
     async def deploy(
@@ -210,77 +326,38 @@ class FakeCluster:
         grant: LeaseGrant | None,
         started_for: StartedFor | None = None,
     ) -> None:
-        wrapper = self._take(wrapper_id, epoch)
-        if grant is None:
-            self._end_lease(wrapper, "released")
-        else:
-            wrapper.gate.bind(grant)
-        if wrapper.spec != spec or (wrapper.start is None and not wrapper.runs):
-            self._cancel_start(wrapper)
-            wrapper.spec, wrapper.runs, wrapper.died = spec, False, None
-            wrapper.started_for = started_for
-            wrapper.start = asyncio.create_task(self._start(wrapper, spec))
-        start = wrapper.start
-        if start is None:
-            await self._called(wrapper_id, "deploy")
-            return
-        await asyncio.wait({start})  # a caller that goes away does not end the start
-        if self.wrappers.get(wrapper_id) is not wrapper:
-            raise WrapperUnreachable(wrapper_id, "the replica died")
-        if start.cancelled():
-            raise StaleEpoch(wrapper_id, epoch, wrapper.epoch)
-        start.result()
-
-    async def _start(self, wrapper: FakeWrapper, spec: LLMSpec) -> None:
+        wrapper = self._reached(wrapper_id)
+        runs_already = wrapper.runs and wrapper.spec == spec
         try:
-            await self._called(wrapper.plan.wrapper_id, "deploy")
-            if spec.model in self.unusable:
-                raise self.unusable[spec.model]
-        except BaseException:
-            if wrapper.start is asyncio.current_task():
-                wrapper.spec = None
+            await wrapper.commands.deploy(epoch, spec, grant, started_for)
+        except StaleEpoch:
+            if self.wrappers.get(wrapper_id) is not wrapper:
+                raise WrapperUnreachable(wrapper_id, "the replica died") from None
             raise
-        else:
-            begun_with = wrapper.grant.model_revision if wrapper.grant is not None else None
-            wrapper.revision = begun_with or self.commits.get(spec.model)
-            wrapper.runs = True
-            wrapper.starts += 1
-        finally:
-            if wrapper.start is asyncio.current_task():
-                wrapper.start = None
-            self._changed()
+        if runs_already:
+            await self.called(wrapper_id, "deploy")
 
     async def stop(self, wrapper_id: str, epoch: int) -> None:
-        wrapper = self._take(wrapper_id, epoch)
-        self._end_lease(wrapper, "shutdown")
-        self._cancel_start(wrapper)
-        await self._called(wrapper_id, "stop")
-        wrapper.spec, wrapper.runs, wrapper.died = None, False, None
+        await self._reached(wrapper_id).commands.stop(epoch)
 
     async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
-        await self._called(wrapper_id, "bind")
-        wrapper = self._take(wrapper_id, epoch)
-        if wrapper.grant is not None and wrapper.grant.token != grant.token:
-            self._end_lease(wrapper, "released")
-        wrapper.gate.bind(grant)
-        return HandOver(wrapper.revision, wrapper.bind_flags, self.provenances.get(wrapper.plan.machine_id))
+        await self.called(wrapper_id, "bind")
+        return await self._reached(wrapper_id).commands.bind(epoch, grant)
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
-        await self._called(wrapper_id, "unbind")
-        wrapper = self._take(wrapper_id, epoch)
-        if wrapper.grant is not None:
-            self._end_lease(wrapper, how if wrapper.grant.request_id == request_id else "released")
+        await self.called(wrapper_id, "unbind")
+        await self._reached(wrapper_id).commands.unbind(epoch, request_id, how)
 
     async def touch(self, wrapper_id: str, request_id: str) -> bool:
-        await self._called(wrapper_id, "touch")
+        await self.called(wrapper_id, "touch")
         wrapper = self._reached(wrapper_id)
-        bound = wrapper.grant is not None and wrapper.grant.request_id == request_id
+        bound = wrapper.commands.touch(request_id)
         if bound:
             wrapper.idle_for_s = 0.0
         return bound
 
     async def restart(self, wrapper_id: str) -> None:
-        await self._called(wrapper_id, "restart")
+        await self.called(wrapper_id, "restart")
         if wrapper_id in self.cut_off:
             raise WrapperUnreachable(wrapper_id, "there is no way to its machine")
         if wrapper_id in self.wrappers:
@@ -288,7 +365,8 @@ class FakeCluster:
 
     # --- inside -----------------------------------------------------------------------------------------
 
-    async def _called(self, wrapper_id: str, method: str) -> None:
+    async def called(self, wrapper_id: str, method: str) -> None:
+        """Count a call of a method, and let it wait or fail as a test has said."""
         self.calls[wrapper_id, method] += 1
         try:
             failures = self._failures.get((wrapper_id, method))
@@ -296,50 +374,18 @@ class FakeCluster:
                 raise failures.pop(0)
             if (gate := self._gates.get((wrapper_id, method))) is not None:
                 gate.arrived += 1
-                self._changed()
+                self.changed()
                 await gate.passes()
         finally:
-            self._changed()
+            self.changed()
 
     def _process(self, plan: WrapperPlan) -> FakeWrapper:
-        gate = LeaseGate(self.clock, fence_s=self.fence_s, process=f"process {next(self._processes)}")
-        return FakeWrapper(plan, gate=gate)
-
-    def hear(self, wrapper: FakeWrapper, belief: Belief) -> None:
-        """What the registry believes reaches a wrapper."""
-        if belief.epoch < wrapper.epoch:
-            return
-        if belief.as_of is not None and belief.as_of.process == wrapper.gate.moment.process:
-            wrapper.windows = [each for each in wrapper.windows if each.number > belief.windows_kept]
-        wrapper.gate.believe(belief.request_id, belief.as_of)
-        bound = wrapper.grant
-        if belief.epoch == wrapper.epoch and bound is not None and bound.request_id != belief.request_id:
-            self._end_lease(wrapper, "withdrawn")
+        wrapper = FakeWrapper(self, plan, f"process {next(self._processes)}")
+        self._created.append(wrapper)
+        return wrapper
 
     def _reached(self, wrapper_id: str) -> FakeWrapper:
         wrapper = self.wrappers.get(wrapper_id)
         if wrapper is None or wrapper.plan.machine_id not in self.machines or wrapper_id in self.cut_off:
             raise WrapperUnreachable(wrapper_id, "there is no such replica")
         return wrapper
-
-    def _take(self, wrapper_id: str, epoch: int) -> FakeWrapper:
-        wrapper = self._reached(wrapper_id)
-        if epoch < wrapper.epoch:
-            raise StaleEpoch(wrapper_id, epoch, wrapper.epoch)
-        wrapper.epoch = epoch
-        return wrapper
-
-    def _end_lease(self, wrapper: FakeWrapper, how: str) -> None:
-        if wrapper.grant is not None:
-            wrapper.ended.append((wrapper.grant.request_id, how))
-            wrapper.gate.unbind(how)
-
-    def _cancel_start(self, wrapper: FakeWrapper) -> None:
-        start, wrapper.start = wrapper.start, None
-        if start is not None:
-            start.cancel()
-
-    def _end_process(self, wrapper: FakeWrapper) -> None:
-        self._cancel_start(wrapper)
-        wrapper.spec, wrapper.runs = None, False
-        wrapper.gate.unbind("its process has ended")

@@ -23,7 +23,7 @@ from registry.contract.messages import Belief, LeaseGrant, StartedFor, WrapperPl
 from registry.core.records import LLMSpec, Machine
 from registry.errors import EngineNotReady, EngineStartFailed, WrapperUnheard, WrapperUnreachable
 from registry.settings import Settings
-from tests.support.hand_overs import PlainHandOvers
+from tests.support.wrapper_ports import PlainHandOvers, StartedLLM
 
 T = TypeVar("T")
 
@@ -71,27 +71,17 @@ class Node:
         return self.powered and not self.cut
 
 
-@dataclass(eq=False)
-class SimulatedLLM:
-    """An LLM that was started."""
-
-    spec: LLMSpec
-    died: asyncio.Event = field(default_factory=asyncio.Event)
-    death_reason: str | None = None
-    out_of_memory: bool = False
-
-
 class SimulatedLLMs:
     """The engine of a wrapper: starting and stopping take time, and a start can fail."""
 
     def __init__(self, cluster: SimulatedCluster) -> None:
-        self.running: SimulatedLLM | None = None
+        self.running: StartedLLM | None = None
         self.revision: str | None = None
         self._cluster = cluster
 
     async def replace(
         self, spec: LLMSpec, revision: str | None, started_for: StartedFor | None, on_phase: OnPhase
-    ) -> SimulatedLLM:
+    ) -> StartedLLM:
         """As LLMSwap.replace."""
         random, weather = self._cluster.random, self._cluster.weather
         await self.stop()
@@ -100,7 +90,7 @@ class SimulatedLLMs:
         if broken or random.random() < weather.start_fails:
             raise EngineStartFailed(spec.model, "it can't" if broken else "out of memory", permanent=broken)
         self.revision = revision or self._cluster.commit
-        self.running = SimulatedLLM(spec)
+        self.running = StartedLLM(spec)
         return self.running
 
     async def stop(self) -> None:
@@ -176,7 +166,7 @@ class Process:
         self._finish = cluster.settings.leases.at_expiry == "finish"
         self._llms = SimulatedLLMs(cluster)
         self._prompts = SimulatedPrompts()
-        self.commands: WrapperCommands[SimulatedLLM] = WrapperCommands(
+        self.commands: WrapperCommands[StartedLLM] = WrapperCommands(
             plan.wrapper_id,
             gate=self.gate,
             prompts=self._prompts,

@@ -92,7 +92,7 @@ class PluggedCluster(FakeCluster):
             yield
             self._plug.moment(f"{name} done, not heard of")
         finally:
-            self._changed()
+            self.changed()
 
     async def deploy(
         self,

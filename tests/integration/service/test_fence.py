@@ -72,13 +72,13 @@ async def test_a_lost_machine_that_lives_on_serves_its_old_lease_to_nobody(two: 
     two.cluster.clock.now_s += FENCE_S
     assert serves(wrapper) is None
 
-    two.cluster.hear(wrapper, known)  # a report of before, which the cut has held up
+    await wrapper.hear(known)  # a report of before, which the cut has held up
     assert serves(wrapper) is None
     two.cluster.machines[cut_off] = machine
     await two.until(lambda: serves(wrapper) is not None or wrapper.ended)
     assert wrapper.ended == [(first, "withdrawn")]
     assert two.wrapper(f"{cut_off}-0") is wrapper
-    two.cluster.hear(wrapper, known)
+    await wrapper.hear(known)
     assert serves(wrapper) is None
     await two.until(lambda: two.status_of(f"{cut_off}-0") in (WrapperStatus.IDLE, WrapperStatus.READY))
 

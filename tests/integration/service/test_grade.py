@@ -76,11 +76,11 @@ async def test_provenance_is_kept(world: World) -> None:
 async def test_a_machine_that_is_not_at_rest_is_flagged(world: World) -> None:
     """At the hand-over, and when something comes in between later; each flag once, and for good."""
     await world.until_wrapper(WrapperStatus.IDLE)
-    world.wrapper().bind_flags = ("steadiness_unknown",)
+    world.wrapper().hand_overs.bind_flags = ("steadiness_unknown",)
     (request_id,) = world.ask(1, TINY, grade=Grade.MEASUREMENT)
     await world.until_status(request_id, RequestStatus.DEPLOYED)
     assert state(world, request_id).flags == ["steadiness_unknown"]
-    world.wrapper().lease_flags = ("contended",)
+    world.wrapper().hand_overs.flags = ("contended",)
     await world.until(lambda: len(state(world, request_id).flags) == 2)
     await world.looked()
     assert sum(type(event).__name__ == "LeaseFlagged" for event in world.journal.events) == 1

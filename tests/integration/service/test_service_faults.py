@@ -7,12 +7,7 @@ from dataclasses import replace
 
 from registry.core.events import WrapperFailed, WrapperStarted
 from registry.core.records import WrapperStatus
-from registry.errors import (
-    EngineStartFailed,
-    InvalidField,
-    WrapperUnheard,
-    WrapperUnreachable,
-)
+from registry.errors import EngineStartFailed, InvalidField, WrapperUnheard, WrapperUnreachable
 from registry.service import views
 from registry.wire.words import RequestStatus as Status
 from tests.service_world import OTHER, TINY, World
@@ -116,7 +111,7 @@ async def test_an_engine_that_the_kernel_ended_is_told_with_that_reason(world: W
     """Status, events and flags say that memory ran out."""
     request_id = await world.deployed(1)
     gate = world.cluster.hold("a-0", "deploy")
-    world.cluster.kill_engine("a-0", "main memory ran out", ("engine_out_of_memory",))
+    world.cluster.kill_engine("a-0", "main memory ran out", out_of_memory=True)
     await world.until_status(request_id, Status.DEPLOYING)
     state = views.request_state(world.service, world.request(request_id))
     assert (state.reason, state.flags) == ("main memory ran out", ["engine_out_of_memory", "engine_restarted"])

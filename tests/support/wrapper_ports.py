@@ -1,12 +1,37 @@
-"""Hand-overs of an LLM in which there is nothing to do."""
+"""The ports of a wrapper's commands where nothing has to be done: an LLM, its hand-over, no prompts."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from deployments.wrapper.commands import LLM
 from registry.contract.messages import LeaseGrant
 from registry.core.records import LLMSpec
+
+
+@dataclass(eq=False)
+class StartedLLM:
+    """An LLM that was started."""
+
+    spec: LLMSpec
+    died: asyncio.Event = field(default_factory=asyncio.Event)
+    death_reason: str | None = None
+    out_of_memory: bool = False
+
+
+class NoPrompts:
+    """``Prompts`` of the commands: none is ever in flight."""
+
+    async def cut(self, request_id: str) -> None:
+        """Cut nothing."""
+
+    async def cut_all(self) -> None:
+        """Cut nothing."""
+
+    async def over(self) -> None:
+        """Return at once."""
 
 
 class PlainHandOvers:
