@@ -9,9 +9,9 @@ from deployments.energy.prompt_meter import PromptMeter
 from deployments.energy.settling import SLICE_S, SLICES, at_rest, forgotten, warmed_up
 from deployments.engine.host import RunningLLM
 from deployments.engine.rest import EngineRest
+from deployments.models.args.mapping import prompt_args
 from deployments.models.weights_hash import WeightsHash
 from deployments.wrapper.config import WrapperConfig
-from deployments.wrapper.native_call import writes_text
 from deployments.wrapper.probe import Probe
 from deployments.wrapper.provenance import cpu_here, gpus_here, provenance, versions_here
 from registry.contract.messages import LeaseGrant
@@ -37,10 +37,13 @@ class LLMHandOver:
     async def refusal(self, llm: RunningLLM | None, grant: LeaseGrant) -> str | None:
         """Wait until the LLM is idle; return why it can't serve the request that it is to be handed to, if so."""
         await self._rest.reached(llm)
-        if llm is None or grant.handed_over_s is not None or not writes_text(grant.llmconfig):
+        if llm is None or grant.handed_over_s is not None:
             return None  # one that was handed over before has answered prompts
+        args = prompt_args(grant.llmconfig)
+        if not args.task.generates:
+            return None
         with self._meter.at_work():
-            return await self._probe.refusal(llm, grant.llmconfig)
+            return await self._probe.refusal(llm, args)
 
     async def settle(self, llm: RunningLLM | None) -> tuple[str, ...]:
         """Warm up the LLM, hash its weights, wait for the machine to rest; return flags for what was late.

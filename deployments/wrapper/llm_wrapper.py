@@ -7,6 +7,7 @@ parts together.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,12 +22,12 @@ from deployments.engine.vllm_api import RunningLLM
 from deployments.machine.cpu_quota import cpus_here
 from deployments.machine.neighbours import Neighbours
 from deployments.machine.out_of_memory import WRAPPER_SCORE, raise_score
+from deployments.models.args.mapping import task_of
 from deployments.models.cache import ModelCache
 from deployments.wrapper.commands import WrapperCommands
 from deployments.wrapper.config import WrapperConfig
 from deployments.wrapper.hand_over import LLMHandOver
 from deployments.wrapper.lease_gate import LeaseGate
-from deployments.wrapper.native_call import writes_text
 from deployments.wrapper.prompt_gate import PromptGate
 from deployments.wrapper.swap import LLMSwap
 from registry.contract.messages import Belief, HandOver, LeaseGrant, StartedFor, WrapperReport
@@ -54,7 +55,7 @@ class LLMWrapper:
             wrapper_id=config.wrapper_id,
             process=process,
             neighbours=Neighbours(locks_dir / "wrappers", config.wrapper_id),
-            writes_text=writes_text,
+            writes_text=lambda llmconfig: task_of(json.loads(llmconfig)).generates,
         )
         self._gate = LeaseGate(
             time.monotonic, fence_s=config.settings.fence_s, process=process, on_change=self._on_lease_change
@@ -151,6 +152,7 @@ class LLMWrapper:
         return self._commands.touch(request_id)
 
     def _on_lease_change(self, grant: LeaseGrant | None, since_s: float) -> None:
+        self._prompts.lease_changed(grant)
         self._meter.hand_over(grant, since_s)
         if grant is None:
             self._rest.begin(self._commands.living())

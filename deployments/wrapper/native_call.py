@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from starlette.types import ASGIApp, Message, Scope
 
 from deployments.engine.our_words import in_our_words
-from deployments.models.args.mapping import map_prompting, task_of
+from deployments.models.args.mapping import PromptArgs
 from deployments.wrapper.json_bodies import with_body
 
 
@@ -27,16 +27,10 @@ class Caller(Protocol):
         ...
 
 
-def writes_text(llmconfig: str) -> bool:
-    """Whether the LLM of an llmconfig (JSON) answers with text."""
-    return task_of(json.loads(llmconfig)).generates
-
-
-def native_prompt(model: str, llmconfig: Mapping[str, Any], question: str) -> tuple[str, dict[str, Any]]:
-    """Return the path and body of vLLM's API for a question, with an llmconfig that the ingress has accepted."""
-    chat = bool(llmconfig["uses_chat_template"])
-    body = {"model": model, **map_prompting(llmconfig["args"]["prompting"], uses_chat_template=chat).values}
-    if chat:
+def native_prompt(model: str, args: PromptArgs, question: str) -> tuple[str, dict[str, Any]]:
+    """Return the path and body of vLLM's API for a question to an LLM that answers with text."""
+    body = {"model": model, **args.values}
+    if args.uses_chat_template:
         return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": question}]}
     return "/v1/completions", {**body, "prompt": question}
 

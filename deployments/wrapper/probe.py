@@ -8,7 +8,6 @@ of arguments.
 from __future__ import annotations
 
 import asyncio
-import json
 from http import HTTPStatus
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -18,6 +17,7 @@ from starlette.types import Message
 
 from deployments.engine.vllm_api import RunningLLM
 from deployments.machine.background import spawn_awaited
+from deployments.models.args.mapping import PromptArgs
 from deployments.wrapper.native_call import call, native_prompt, problem_of
 from registry.wire.words import canonical_json
 
@@ -38,9 +38,9 @@ class Probe:
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[RunningLLM, dict[str, str | None]] = WeakKeyDictionary()
 
-    async def refusal(self, running: RunningLLM, llmconfig: str) -> str | None:
-        """Return why an LLM that writes text can't serve an llmconfig (JSON); None if it can, or if this is unknown."""
-        path, body = native_prompt(running.served_model_name, json.loads(llmconfig), QUESTION)
+    async def refusal(self, running: RunningLLM, args: PromptArgs) -> str | None:
+        """Return why an LLM that writes text can't answer prompts with these arguments; None if it can, or unknown."""
+        path, body = native_prompt(running.served_model_name, args, QUESTION)
         body["max_tokens"] = 1  # its limit does not decide whether it is refused
         body.pop("min_tokens", None)
         known, key = self._known.setdefault(running, {}), canonical_json({"path": path, **body})

@@ -31,7 +31,7 @@ from deployments.engine.token_count import counting_tokens
 from deployments.engine.vllm_api import RunningLLM, public_path
 from deployments.error_answers import RETRY_AFTER_S, error_answer, fastapi_detail, openai_problem, registry_error
 from deployments.machine.background import spawn_awaited
-from deployments.models.args.mapping import task_of
+from deployments.models.args.mapping import PromptArgs, prompt_args
 from deployments.wrapper.answer_account import (
     EVENT_STREAM,
     REFUSED,
@@ -45,7 +45,7 @@ from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.native_call import call, native_prompt, problem_of
 from deployments.wrapper.prompt_errors import EngineFailed, NoSuchPath, NotJSON, PromptTooLong, WritesNoText
 from registry.contract.messages import LeaseGrant
-from registry.errors import EngineNotReady, RegistryError, RegistryUnheard, TooManyPrompts
+from registry.errors import EngineNotReady, InvalidField, RegistryError, RegistryUnheard, TooManyPrompts
 
 log = structlog.get_logger("deployments.wrapper.prompt_gate")
 
@@ -106,6 +106,21 @@ class PromptGate:
         self._prompt_max_s = prompt_max_s
         self._finish = finish
         self._in_flight: dict[_Exchange, LeaseGrant] = {}
+        self._llmconfig: str | None = None
+        self._args: PromptArgs | InvalidField | None = None
+        self.lease_changed(gate.grant)
+
+    def lease_changed(self, grant: LeaseGrant | None) -> None:
+        """Map the prompting arguments of the bound lease (None: there is none), once for all of its prompts.
+
+        Must be called whenever the lease gate binds a lease or ends one.
+        """
+        if grant is not None and grant.llmconfig != self._llmconfig:
+            self._llmconfig = grant.llmconfig
+            try:
+                self._args = prompt_args(grant.llmconfig)
+            except InvalidField as error:  # the lease is good for vLLM's own API
+                self._args = error
 
     async def cut_all(self) -> None:
         """Cut every prompt in flight: clients get an error or a broken stream. Returns when all have ended."""
@@ -139,7 +154,7 @@ class PromptGate:
                 case ("GET", "/get_status"):
                     await JSONResponse(self._status())(scope, receive, send)
                 case ("POST", "/process_prompt"):
-                    await self._tracked(grant, exchange, self._process_prompt(grant, scope, exchange))
+                    await self._tracked(grant, exchange, self._process_prompt(self._args_of(grant), scope, exchange))
                 case (method, inner) if public_path(method, inner):
                     _require_json(scope)
                     await self._tracked(grant, exchange, self._native(inner, scope, exchange))
@@ -213,6 +228,14 @@ class PromptGate:
         if exchange.given_up and not ended.cancelled() and (error := ended.exception()) is not None:
             log.info("a prompt that was given up ended with an error", error=type(error).__name__)
 
+    def _args_of(self, grant: LeaseGrant) -> PromptArgs:
+        """Return the prompting arguments of the bound lease. Raises InvalidField if they can't be mapped here."""
+        assert grant.llmconfig == self._llmconfig, "lease_changed is called at every bind"
+        assert self._args is not None  # set with it
+        if isinstance(self._args, InvalidField):
+            raise self._args
+        return self._args
+
     def _running(self) -> RunningLLM:
         running, state = self._engine()
         if running is None:
@@ -252,7 +275,7 @@ class PromptGate:
                 await asyncio.wait_for(running.died.wait(), DEATH_GRACE_S)
             raise EngineNotReady(self._engine()[1])
 
-    async def _process_prompt(self, grant: LeaseGrant, scope: Scope, exchange: _Exchange) -> None:
+    async def _process_prompt(self, args: PromptArgs, scope: Scope, exchange: _Exchange) -> None:
         try:
             question = Question.model_validate(read_json(await Request(scope, exchange.receive).body()))
         except ValidationError as error:
@@ -263,15 +286,14 @@ class PromptGate:
                 422, "invalid_field", f"{field}: {message}", field=field, detail=fastapi_detail(problems)
             )
         else:
-            response = await self._answer(grant, question.question, exchange, _marks(scope))
+            response = await self._answer(args, question.question, exchange, _marks(scope))
         await response(scope, exchange.receive, exchange.send)
 
-    async def _answer(self, grant: LeaseGrant, question: str, exchange: _Exchange, marks: _Marks) -> JSONResponse:
-        running, llmconfig = self._running(), json.loads(grant.llmconfig)
-        task = task_of(llmconfig)
-        if not task.generates:
-            raise WritesNoText(llmconfig["modeltyp"], " or ".join(task.paths))
-        path, body = native_prompt(running.served_model_name, llmconfig, question)
+    async def _answer(self, args: PromptArgs, question: str, exchange: _Exchange, marks: _Marks) -> JSONResponse:
+        running = self._running()
+        if not args.task.generates:
+            raise WritesNoText(args.modeltyp, " or ".join(args.task.paths))
+        path, body = native_prompt(running.served_model_name, args, question)
         flight = self._meter.begin(**marks)
         try:
             status, answer = await call(running.asgi, path, body, exchange)

@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from deployments.engine.host import EngineHost
 from deployments.engine.vllm_api import RunningLLM
+from deployments.models.args.mapping import PromptArgs, prompt_args
 from deployments.wrapper.native_call import native_prompt
 from deployments.wrapper.probe import Probe
 from registry.errors import EngineStartFailed
@@ -56,8 +57,9 @@ async def started(host: EngineHost, path: Path) -> RunningLLM:
     return await host.start(str(path), served_model_name="tiny", engine_args=FAST)
 
 
-def config(*, chat: bool = True, **prompting: Any) -> str:
-    return json.dumps({"uses_chat_template": chat, "args": {"prompting": prompting, "deployment": {}}})
+def config(*, chat: bool = True, **prompting: Any) -> PromptArgs:
+    args = {"prompting": prompting, "deployment": {}}
+    return prompt_args(json.dumps({"uses_chat_template": chat, "args": args}))
 
 
 async def test_llm_without_a_chat_template(host: EngineHost, spoiled: Spoiled) -> None:
@@ -81,7 +83,7 @@ async def test_what_the_first_prompt_says_is_what_all_are_told(host: EngineHost,
     llm, probe = await started(host, llms / "a"), Probe()
     for prompting in ({"logit_bias": {"99999": 1.0}}, {"eos_token_id": [99999]}, {"temperature": 0.5}, {}):
         told = await probe.refusal(llm, config(**prompting))
-        path, body = native_prompt("tiny", json.loads(config(max_new_tokens=4, **prompting)), "Is the grid green?")
+        path, body = native_prompt("tiny", config(max_new_tokens=4, **prompting), "Is the grid green?")
         async with client(llm) as http:
             answer = await http.post(path, json=body)
         assert (told is None) == (answer.status_code == 200), (prompting, told, answer.text)

@@ -25,10 +25,12 @@ __all__ = [
     "TASKS",
     "LLMArgs",
     "MappedArgs",
+    "PromptArgs",
     "as_markdown",
     "map_deployment",
     "map_llmconfig",
     "map_prompting",
+    "prompt_args",
     "task_of",
 ]
 
@@ -48,6 +50,16 @@ class MappedArgs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptArgs:
+    """What an llmconfig says about prompts: ``values`` are added to the body of each, if the LLM answers with text."""
+
+    modeltyp: str
+    task: Task
+    uses_chat_template: bool
+    values: Mapping[str, JSON]
+
+
+@dataclass(frozen=True, slots=True)
 class LLMArgs:
     """An llmconfig for vLLM: ``spec`` is the LLM to run, ``prompting`` is added to the body of every prompt."""
 
@@ -61,6 +73,18 @@ def task_of(llmconfig: Mapping[str, object]) -> Task:
     """Return vLLM's task for an llmconfig that the ingress has accepted; text generation if it has no modeltyp."""
     modeltyp = llmconfig.get("modeltyp")
     return TASKS[modeltyp] if isinstance(modeltyp, str) else TASKS["text-generation"]
+
+
+def prompt_args(llmconfig: str) -> PromptArgs:
+    """Return what an llmconfig (JSON) that the ingress has accepted says about prompts.
+
+    Raises:
+        InvalidField: the ingress was of another version, which accepts other words.
+    """
+    given = json.loads(llmconfig)
+    task, chat = task_of(given), bool(given.get("uses_chat_template"))
+    values = map_prompting(given["args"]["prompting"], uses_chat_template=chat).values if task.generates else {}
+    return PromptArgs(given.get("modeltyp", task.name), task, chat, values)
 
 
 def map_prompting(args: Mapping[str, object], *, uses_chat_template: bool = True) -> MappedArgs:

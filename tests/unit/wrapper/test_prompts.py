@@ -18,6 +18,7 @@ from starlette.types import Message
 from deployments.energy.flights import Flight
 from deployments.energy.prompt_meter import PromptMeter, tokens_of
 from deployments.engine.vllm_api import _PUBLIC, RunningLLM
+from deployments.models.args.mapping import PromptArgs, prompt_args
 from deployments.tokens import Tokens
 from deployments.wrapper import prompt_gate as prompts
 from deployments.wrapper.lease_gate import LeaseGate
@@ -197,7 +198,9 @@ class Wrapper:
 
     def __init__(self) -> None:
         self.clock = ManualClock()
-        self.gate = LeaseGate(self.clock, fence_s=FENCE_S, process="this")
+        self.gate = LeaseGate(
+            self.clock, fence_s=FENCE_S, process="this", on_change=lambda grant, _: self.app.lease_changed(grant)
+        )
         self.meter = FakeMeter()
         self.engine = FakeEngine()
         self.state: tuple[FakeEngine | None, str] = (self.engine, "ready")
@@ -434,6 +437,38 @@ async def test_raw_prompt_without_chat_template(wrapper: Wrapper) -> None:
     answer = await wrapper.prompt("Why?")
     assert answer.json["answer"] == "an answer"
     assert wrapper.engine.bodies == [("/v1/completions", {"model": "tiny", "prompt": "Why?", "top_k": 7})]
+
+
+async def test_arguments_are_mapped_when_the_lease_is_bound(wrapper: Wrapper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all prompts of a lease, also if it is bound again; another lease's arguments are its own."""
+    mapped: list[str] = []
+
+    def counted(llmconfig: str) -> PromptArgs:
+        mapped.append(llmconfig)
+        return prompt_args(llmconfig)
+
+    monkeypatch.setattr(prompts, "prompt_args", counted)
+    wrapper.gate.unbind("released")
+    config = json.dumps({**LLMCONFIG, "args": {"prompting": {"max_new_tokens": 9}, "deployment": {}}})
+    for _ in range(2):
+        wrapper.bind(replace(GRANT, token="token-2", llmconfig=config))
+        for _ in range(2):
+            assert (await wrapper.prompt(token="token-2")).status == 200
+    assert mapped == [config]
+    assert {body["max_tokens"] for _, body in wrapper.engine.bodies} == {9}
+    wrapper.bind(GRANT)
+    await wrapper.prompt()
+    assert wrapper.engine.bodies[-1][1]["max_tokens"] == 5
+
+
+async def test_arguments_that_cannot_be_mapped_are_refused_per_prompt(wrapper: Wrapper) -> None:
+    """A lease from an ingress of another version is bound all the same: vLLM's own API needs no arguments of ours."""
+    config = {**LLMCONFIG, "args": {"prompting": {"word_of_tomorrow": 1}, "deployment": {}}}
+    wrapper.bind(replace(GRANT, llmconfig=json.dumps(config)))
+    answer = await wrapper.prompt()
+    assert (answer.status, answer.json["field"]) == (422, "args.prompting.word_of_tomorrow")
+    native = await wrapper.call("POST", "/v1/completions", {"model": "tiny", "prompt": "Why?"}).done()
+    assert native.status == 200
 
 
 async def test_no_text_is_an_empty_answer(wrapper: Wrapper) -> None:
