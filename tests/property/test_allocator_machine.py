@@ -37,7 +37,7 @@ from registry.core.records import LLMMemory, Machine, MeasurementKey, Request, W
 from registry.errors import InvalidField, LLMNeverFits, UnknownMachine, UnknownRequest
 from registry.wire.words import Priority, RequestStatus
 from tests.allocator_scene import Memory, llm, next_deadline_s
-from tests.simulated_cluster import SimulatedCluster
+from tests.support.queued_cluster import QueuedCluster
 
 R, W = RequestStatus, WrapperStatus
 LLMS = {"A": llm("A"), "B": llm("B"), "C": llm("C", 1), "D": llm("D", 2), "E": llm("E"), "F": llm("F")}
@@ -88,7 +88,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.now_s = 1000.0
         self.tokens = count(1)
         self.ids = count(1)
-        self.cluster = SimulatedCluster()
+        self.cluster = QueuedCluster()
         self.memory = Memory()
         self.allocator = Allocator(LIMITS, self.new_token)
         self.shutting_down = False

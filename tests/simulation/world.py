@@ -101,7 +101,7 @@ BROKEN = "org/broken"
 class Judge(Observer):
     """Measures and judges each decision of a world's service; some commits are its last."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: SimulatedWorld) -> None:
         self._world = world
         self._begun_ns = 0
 
@@ -116,7 +116,7 @@ class Judge(Observer):
         self._world.after_commit(event, changes)
 
 
-class World:
+class SimulatedWorld:
     """One simulation. ``violations`` are the promises that were broken, ``story`` is what happened."""
 
     def __init__(self, shape: Shape, seed: int, loop: asyncio.AbstractEventLoop) -> None:
@@ -787,7 +787,7 @@ def run(shape: Shape, seed: int) -> Verdict:
     """Simulate a world to its end."""
     _forget_everything()
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        world = World(shape, seed, runner.get_loop())
+        world = SimulatedWorld(shape, seed, runner.get_loop())
         try:
             with _logs_to(world.on_log):
                 runner.run(world.run())

@@ -1,6 +1,6 @@
 """Wrappers that do what they are told, late, in any order, or not at all; and the registry's shell around them.
 
-The wrappers follow ``deployments.wrapper.llm_wrapper``, the shell ``registry.service.service``: commands and answers
+The wrappers follow ``deployments.wrapper.commands``, the shell ``registry.service.service``: commands and answers
 lie in lists until a test lets one happen. Nothing here looks into the allocator's indices.
 """
 
@@ -28,7 +28,7 @@ Answer = Callable[[Allocator], Event | None]
 
 
 @dataclass
-class SimulatedWrapper:
+class QueuedWrapper:
     """The process of one wrapper."""
 
     wrapper_id: str
@@ -126,11 +126,11 @@ def unreachable(wrapper_id: str, epoch: int) -> Answer:
     return outcome
 
 
-class SimulatedCluster:
+class QueuedCluster:
     """All wrappers, the commands that are under way to them and the answers that are under way back."""
 
     def __init__(self) -> None:
-        self.wrappers: dict[str, SimulatedWrapper] = {}
+        self.wrappers: dict[str, QueuedWrapper] = {}
         self.commands: list[Effect] = []
         self.answers: list[tuple[str, Answer]] = []
         self.unseen: set[str] = set()
@@ -138,7 +138,7 @@ class SimulatedCluster:
 
     def add(self, wrapper_id: str) -> None:
         """A wrapper is created; an older one of this name is gone."""
-        self.wrappers[wrapper_id] = SimulatedWrapper(wrapper_id)
+        self.wrappers[wrapper_id] = QueuedWrapper(wrapper_id)
 
     def remove(self, wrapper_id: str) -> None:
         """A wrapper's process is gone, and nobody takes its place."""
