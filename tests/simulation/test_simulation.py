@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from deployments.wrapper.commands import WrapperCommands
 from deployments.wrapper.lease_gate import LeaseGate
-from registry.contract.messages import Moment
+from registry.contract.messages import Belief, Moment
 from registry.core.dispatch import Dispatcher
 from registry.core.endings import Endings
 from registry.core.ledger import Ledger
@@ -24,7 +25,7 @@ from registry.core.pins import Pins
 from registry.core.records import Request
 from registry.store.store import Store
 from registry.wire.words import RequestStatus
-from tests.simulation.machines import Process, Weather
+from tests.simulation.machines import Weather
 from tests.simulation.virtual_time import Stuck, VirtualLoop
 from tests.simulation.world import (
     KINDS,
@@ -134,6 +135,10 @@ def nothing(*_: object, **__: object) -> None:
     """What a part does that does not do its work."""
 
 
+async def hear_nothing(_self: WrapperCommands[Any], _belief: Belief) -> None:
+    """``WrapperCommands.hear`` that does nothing."""
+
+
 def cut_world(seed: int) -> Shape:
     """A world whose machines are cut off again and again, for longer than its fence."""
     settings = settings_of(
@@ -197,7 +202,7 @@ def end_unless_expired(
         pytest.param(Store, "commit", nothing, id="nothing is written"),
         pytest.param(LeaseGate, "require_heard", nothing, id="no fence"),
         pytest.param(LeaseGate, "believe", believe_on_arrival, id="a late word counts as a new one"),
-        pytest.param(Process, "_hear", nothing, id="a wrapper does not listen"),
+        pytest.param(WrapperCommands, "hear", hear_nothing, id="a wrapper does not listen"),
         pytest.param(Ledger, "end_lease", nothing, id="leases never end"),
         pytest.param(Endings, "requeue", let_go, id="who has to wait again is forgotten"),
         pytest.param(Endings, "fail_exhausted", nothing, id="who was tried everywhere waits for ever"),
