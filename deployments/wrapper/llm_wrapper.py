@@ -60,15 +60,7 @@ class LLMWrapper:
         self._gate = LeaseGate(
             time.monotonic, fence_s=config.settings.fence_s, process=process, on_change=self._on_lease_change
         )
-        self._host = EngineHost(
-            gpus=config.gpus,
-            kv_cache_gib=config.settings.kv_cache_gib,
-            cache_dir=config.cache_dir,
-            cpu_threads=None if config.on_machine == 1 else max(1, int(cpus)),
-            stall_s=config.settings.stall_s,
-            preload=[f"vllm.model_executor.models.{name}" for name in config.settings.preload],
-            sleep_host_gib=(config.settings.sleep_host_gib or 0.0) / config.on_machine,
-        )
+        self._host = _engine_host(config, cpus)
         self._prompts = PromptGate(
             self._gate,
             self._meter,
@@ -156,3 +148,15 @@ class LLMWrapper:
         self._meter.hand_over(grant, since_s)
         if grant is None:
             self._rest.begin(self._commands.living())
+
+
+def _engine_host(config: WrapperConfig, cpus: float) -> EngineHost:
+    return EngineHost(
+        gpus=config.gpus,
+        kv_cache_gib=config.settings.kv_cache_gib,
+        cache_dir=config.cache_dir,
+        cpu_threads=None if config.on_machine == 1 else max(1, int(cpus)),
+        stall_s=config.settings.stall_s,
+        preload=[f"vllm.model_executor.models.{name}" for name in config.settings.preload],
+        sleep_host_gib=(config.settings.sleep_host_gib or 0.0) / config.on_machine,
+    )
