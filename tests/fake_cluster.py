@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, TypeVar
 
+from deployments.machine.background import OnFailure, spawn, spawn_awaited
 from deployments.wrapper.commands import LLM, OnPhase, WrapperCommands
 from deployments.wrapper.lease_gate import LeaseGate
 from registry.contract.messages import Belief, HandOver, LeaseGrant, Observation, StartedFor, WrapperPlan, WrapperReport
@@ -100,6 +101,10 @@ class FakeLLMs:
         """As LLMSwap.clear_away."""
         self.running = self.revision = None
 
+    def give_up(self, llm: StartedLLM, reason: str) -> None:
+        """As LLMSwap.give_up."""
+        llm.die(reason)
+
 
 @dataclass
 class FakeHandOvers(PlainHandOvers):
@@ -144,7 +149,7 @@ class FakeWrapper:
             llms=self.llms,
             hand_overs=self.hand_overs,
             finish_prompts=False,
-            spawn=self._spawn,
+            tasks=self,
         )
 
     @property
@@ -205,8 +210,15 @@ class FakeWrapper:
             task.cancel()
         self.gate.unbind("its process has ended")
 
-    def _spawn(self, work: Coroutine[Any, Any, T], /) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
+    def spawn(self, name: str, work: Coroutine[Any, Any, T], *, on_failure: OnFailure | None = None) -> asyncio.Task[T]:
+        """As ``background.spawn``: a task that ends with the process."""
+        return self._kept(spawn(name, work, on_failure=on_failure))
+
+    def spawn_awaited(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """As ``background.spawn_awaited``."""
+        return self._kept(spawn_awaited(name, work))
+
+    def _kept(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
         self.tasks.add(task)
         task.add_done_callback(self._over)
         return task

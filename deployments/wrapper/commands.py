@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
 
+from deployments.machine import background
 from deployments.wrapper.lease_gate import LeaseGate
 from registry.contract.messages import SETTLING, Belief, Download, HandOver, LeaseGrant, StartedFor, WrapperReport
 from registry.core.records import LLMSpec
@@ -47,7 +48,6 @@ class LLM(Protocol):
 
 
 L = TypeVar("L", bound=LLM)
-L_co = TypeVar("L_co", bound=LLM, covariant=True)
 L_contra = TypeVar("L_contra", bound=LLM, contravariant=True)
 T = TypeVar("T")
 
@@ -65,11 +65,11 @@ class Prompts(Protocol):
         """Return when every prompt now in flight has ended."""
 
 
-class LLMs(Protocol[L_co]):
+class LLMs(Protocol[L]):
     """The one LLM that runs in the wrapper, and those that sleep. Called by one command at a time."""
 
     @property
-    def running(self) -> L_co | None:
+    def running(self) -> L | None:
         """The LLM that was started last, also if it has died; None once it was stopped."""
         ...
 
@@ -80,7 +80,7 @@ class LLMs(Protocol[L_co]):
 
     async def replace(
         self, spec: LLMSpec, revision: str | None, started_for: StartedFor | None, on_phase: OnPhase
-    ) -> L_co:
+    ) -> L:
         """Stop the running LLM, or put it to sleep, and start this one; returns when it answers.
 
         ``revision``: the commit to run, None: the spec's. ``started_for`` pays for the start, None: no request.
@@ -100,6 +100,9 @@ class LLMs(Protocol[L_co]):
 
     async def clear_away(self) -> None:
         """Remove what is left of the running LLM, which has died. Raises WrapperUnreachable as ``stop``."""
+
+    def give_up(self, llm: L, reason: str) -> None:
+        """Mark an LLM as dead, as if its process had ended."""
 
 
 class HandOvers(Protocol[L_contra]):
@@ -133,18 +136,24 @@ class HandOvers(Protocol[L_contra]):
         ...
 
 
-class Spawn(Protocol):
-    """Starts a background task."""
+class Tasks(Protocol):
+    """Starts background tasks, as ``deployments.machine.background`` does."""
 
-    def __call__(self, work: Coroutine[Any, Any, T], /) -> asyncio.Task[T]:
-        """Return the task, which is running."""
+    def spawn(
+        self, name: str, work: Coroutine[Any, Any, T], *, on_failure: background.OnFailure | None = None
+    ) -> asyncio.Task[T]:
+        """Start a task whose result nobody waits for; a failure is logged and given to ``on_failure``."""
+        ...
+
+    def spawn_awaited(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task whose owner awaits its result and handles its failure."""
         ...
 
 
 class WrapperCommands(Generic[L]):
     """The state of one wrapper, and the registry's commands that change it. For one event loop.
 
-    ``finish_prompts``: prompts in flight are not cut when their lease expires. ``spawn`` starts the tasks that go on
+    ``finish_prompts``: prompts in flight are not cut when their lease expires. ``tasks`` starts the tasks that go on
     when the call that began them is cancelled.
     """
 
@@ -157,7 +166,7 @@ class WrapperCommands(Generic[L]):
         llms: LLMs[L],
         hand_overs: HandOvers[L],
         finish_prompts: bool,
-        spawn: Spawn = asyncio.create_task,
+        tasks: Tasks = background,
     ) -> None:
         self._wrapper_id = wrapper_id
         self._gate = gate
@@ -165,7 +174,7 @@ class WrapperCommands(Generic[L]):
         self._llms = llms
         self._hand_overs = hand_overs
         self._finish_prompts = finish_prompts
-        self._spawn = spawn
+        self._tasks = tasks
         self._epoch = 0
         self._in_force = 0
         self._spec: LLMSpec | None = None
@@ -271,7 +280,7 @@ class WrapperCommands(Generic[L]):
                 self._spec = spec
                 self._died = None
                 revision = None if grant is None else grant.model_revision
-                self._start = self._spawn(self._swap(spec, revision, started_for))
+                self._start = self._tasks.spawn_awaited("start an LLM", self._swap(spec, revision, started_for))
             start = self._start
         if start is not None:
             await asyncio.wait({start})  # cancelling this call does not end the start
@@ -379,7 +388,7 @@ class WrapperCommands(Generic[L]):
             raise StaleEpoch(self._wrapper_id, epoch, self._epoch)
         if self._settling is None:
             self._settling_for = grant.request_id
-            self._settling = self._spawn(self._settle())
+            self._settling = self._tasks.spawn_awaited("settle for a lease", self._settle())
         settling = self._settling
         await asyncio.wait({settling})  # cancelling this call does not end the settling
         if settling.cancelled():
@@ -417,7 +426,11 @@ class WrapperCommands(Generic[L]):
                 self._starts += 1
                 if self._death_watch is not None:
                     self._death_watch.cancel()  # it watches an LLM that sleeps now, or was stopped
-                self._death_watch = self._spawn(self._notice_death(running))
+                self._death_watch = self._tasks.spawn(
+                    "end an LLM that died",
+                    self._notice_death(running),
+                    on_failure=lambda error: self._death_watch_failed(running, error),
+                )
         except BaseException as problem:
             if isinstance(problem, EngineStartFailed):
                 reason = problem.reason
@@ -447,3 +460,9 @@ class WrapperCommands(Generic[L]):
             except WrapperUnreachable as error:
                 if self._died is not None:
                     self._died = f"{self._died}; {error.reason}"
+
+    def _death_watch_failed(self, running: L, error: BaseException) -> None:
+        """Report an LLM as dead whose end nobody would handle; the next command to start one ends it."""
+        self._llms.give_up(running, f"its death watch failed: {background.reason_of(error)}")
+        if self._llms.running is running and self._start is None and self._spec is not None:
+            self._died, self._spec = running.death_reason, None

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from deployments.energy.prompt_meter import PromptMeter
 from deployments.energy.settling import SLICE_S, SLICES, at_rest, forgotten, warmed_up
-from deployments.engine.host import RunningLLM
 from deployments.engine.rest import EngineRest
+from deployments.engine.vllm_api import RunningLLM
 from deployments.models.args.mapping import prompt_args
 from deployments.models.weights_hash import WeightsHash
 from deployments.wrapper.config import WrapperConfig

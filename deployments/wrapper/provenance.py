@@ -10,8 +10,7 @@ from typing import Any
 
 import structlog
 
-from deployments.energy.counters.probe import driver_version
-from deployments.machine.gpus import ReadFailed, gpu_settings
+from deployments.machine.gpus import ReadFailed, driver_version, gpu_settings
 
 CPUINFO = Path("/proc/cpuinfo")
 

@@ -10,9 +10,11 @@ from typing import Any
 import structlog
 
 from deployments.energy.prompt_meter import PromptMeter
-from deployments.engine.environment import Phase
-from deployments.engine.host import EngineHost, RunningLLM, StopReport
+from deployments.engine.host import EngineHost
+from deployments.engine.order import StopReport
+from deployments.engine.phases import Phase
 from deployments.engine.rest import EngineRest
+from deployments.engine.vllm_api import RunningLLM
 from deployments.machine.memory import gpu_memory_bytes, main_memory
 from deployments.models.cache import LocalModel, ModelCache
 from deployments.models.checkpoints import checkpoints_here
@@ -94,6 +96,10 @@ class LLMSwap:
         reason = None if dead is None else dead.death_reason
         log.error("the engine died", wrapper_id=self._config.wrapper_id, reason=reason)
         await self._empty()
+
+    def give_up(self, llm: RunningLLM, reason: str) -> None:
+        """Mark an LLM as dead, as if its process had ended."""
+        self._host.give_up(llm, reason)
 
     async def _check_fits(self, model: str, spec: LLMSpec) -> None:
         """Raise EngineStartFailed if an LLM is certainly too large, or would nearly fill main memory.

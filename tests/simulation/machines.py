@@ -16,6 +16,7 @@ from itertools import count
 from random import Random
 from typing import Any, TypeVar
 
+from deployments.machine.background import OnFailure, spawn, spawn_awaited
 from deployments.serve.cluster_calls import ClusterCalls
 from deployments.wrapper.commands import OnPhase, WrapperCommands
 from deployments.wrapper.lease_gate import LeaseGate
@@ -104,6 +105,10 @@ class SimulatedLLMs:
         """As LLMSwap.clear_away."""
         await self.stop()
 
+    def give_up(self, llm: StartedLLM, reason: str) -> None:
+        """As LLMSwap.give_up."""
+        llm.die(reason)
+
 
 class SimulatedPrompts:
     """The prompts in flight, each with its lease and what cuts it."""
@@ -173,7 +178,7 @@ class Process:
             llms=self._llms,
             hand_overs=PlainHandOvers(),
             finish_prompts=self._finish,
-            spawn=self.spawn,
+            tasks=self,
         )
 
     @property
@@ -194,7 +199,7 @@ class Process:
     def call(self, method: str, *args: Any) -> asyncio.Task[Any]:
         """What Serve calls by the name of its method."""
         called = getattr(self if method in {"report", "touch"} else self.commands, method)
-        return self.spawn(called(*args))
+        return self.spawn_awaited("a call", called(*args))
 
     async def prompt(self, token: str, takes_s: float) -> None:
         """As a prompt at the wrapper's address. Raises what its client is told."""
@@ -244,9 +249,15 @@ class Process:
         for call in held or ():
             call()
 
-    def spawn(self, work: Coroutine[Any, Any, T], /) -> asyncio.Task[T]:
-        """A task that dies with the process."""
-        task = asyncio.get_running_loop().create_task(work)
+    def spawn(self, name: str, work: Coroutine[Any, Any, T], *, on_failure: OnFailure | None = None) -> asyncio.Task[T]:
+        """As ``background.spawn``: a task that dies with the process."""
+        return self._kept(spawn(name, work, on_failure=on_failure))
+
+    def spawn_awaited(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """As ``background.spawn_awaited``."""
+        return self._kept(spawn_awaited(name, work))
+
+    def _kept(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
         self.tasks[task] = None
         task.add_done_callback(self._over)
         return task

@@ -20,6 +20,11 @@ class StartedLLM:
     death_reason: str | None = None
     out_of_memory: bool = False
 
+    def die(self, reason: str) -> None:
+        """End by itself, as an engine whose process has ended."""
+        self.death_reason = reason
+        self.died.set()
+
 
 class NoPrompts:
     """``Prompts`` of the commands: none is ever in flight."""

@@ -56,6 +56,9 @@ class HeldLLMs:
         if self.leftover is not None:
             raise WrapperUnreachable("a-0", self.leftover)
 
+    def give_up(self, llm: StartedLLM, reason: str) -> None:
+        llm.die(reason)
+
 
 class Wrapper:
     """A wrapper's commands and what they reach."""

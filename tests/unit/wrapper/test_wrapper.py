@@ -27,6 +27,7 @@ from deployments.models.weights import Weights, weights_of
 from deployments.models.weights_hash import WeightsHash
 from deployments.wrapper import llm_wrapper as wrapper_module
 from deployments.wrapper import probe, swap
+from deployments.wrapper.commands import WrapperCommands
 from deployments.wrapper.config import WrapperConfig
 from deployments.wrapper.llm_wrapper import LLMWrapper
 from deployments.wrapper.provenance import versions_here
@@ -630,7 +631,7 @@ async def test_an_llm_whose_death_watch_fails_is_not_trusted(make: Make, monkeyp
     async def fails(*_: object) -> None:
         raise AttributeError("no died")
 
-    monkeypatch.setattr(LLMWrapper, "_notice_death", fails)
+    monkeypatch.setattr(WrapperCommands, "_notice_death", fails)
     await client.wrapper.deploy(3, OTHER_SPEC, None)
     await asyncio.sleep(0.01)
     report = await client.wrapper.report(UNTOLD)
