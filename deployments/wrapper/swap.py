@@ -19,8 +19,8 @@ from deployments.machine.memory import gpu_memory_bytes, main_memory
 from deployments.models.cache import LocalModel, ModelCache
 from deployments.models.checkpoints import checkpoints_here
 from deployments.models.weights import Weights, read_ahead, weights_of
-from deployments.wrapper.commands import OnPhase
 from deployments.wrapper.config import WrapperConfig
+from deployments.wrapper.ports import OnPhase
 from registry.contract.messages import Download, StartedFor
 from registry.core.decision import Limits
 from registry.core.fit import ENGINE_BYTES, GIB, HOST_SHARE, Size, host_bytes, needs_of, why_no_room, why_too_large

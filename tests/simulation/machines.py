@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 from deployments.machine.background import OnFailure, spawn, spawn_awaited
 from deployments.serve.cluster_calls import ClusterCalls
-from deployments.wrapper.commands import OnPhase, WrapperCommands
+from deployments.wrapper.commands import WrapperCommands
 from deployments.wrapper.lease_gate import LeaseGate
+from deployments.wrapper.ports import OnPhase
 from registry.contract.messages import Belief, LeaseGrant, StartedFor, WrapperPlan, WrapperReport
 from registry.core.records import LLMSpec, Machine
 from registry.errors import EngineNotReady, EngineStartFailed, WrapperUnheard, WrapperUnreachable

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from deployments.wrapper.commands import LLM
+from deployments.wrapper.ports import LLM
 from registry.contract.messages import LeaseGrant
 from registry.core.records import LLMSpec
 

@@ -8,8 +8,9 @@ from typing import TypeVar
 
 import pytest
 
-from deployments.wrapper.commands import OnPhase, WrapperCommands
+from deployments.wrapper.commands import WrapperCommands
 from deployments.wrapper.lease_gate import LeaseGate
+from deployments.wrapper.ports import OnPhase
 from registry.contract.messages import Belief, Download, HandOver, LeaseGrant, StartedFor
 from registry.core.records import LLMSpec
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
