@@ -18,8 +18,8 @@ import pytest
 
 from deployments.energy.counters import nvml as gpu_counters
 from deployments.energy.counters.probe import Source
-from deployments.energy.figures import Label
 from deployments.machine import gpus as gpu_info
+from registry.wire.labels import Label
 
 UUID = "GPU-4e4b1c5a-0000-4000-8000-000000000001"
 OTHER_UUID = "GPU-4e4b1c5a-0000-4000-8000-000000000002"

@@ -11,13 +11,13 @@ import pytest
 from deployments.energy import meter as meter_module
 from deployments.energy import prompt_meter
 from deployments.energy.counters.probe import Source, Unreadable
-from deployments.energy.figures import Label
 from deployments.energy.flights import Flight
 from deployments.energy.meter import Meter
 from deployments.energy.prompt_meter import PromptMeter
 from registry.contract.messages import Belief, LeaseGrant, Moment
 from registry.contract.windows import EnergyWindow
 from registry.settings import EnergySettings
+from registry.wire.labels import Label
 from registry.wire.words import WindowKind
 from tests.fake_counters import FakeCounter, ManualClock
 

@@ -6,40 +6,18 @@ A figure is a number of joules with a label that says where it comes from. An un
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import chain
-from typing import Literal
-
 from registry.errors import BadSettings
 from registry.wire.flags import Flag
+from registry.wire.labels import Label
+from registry.wire.labels import worst
+from typing import Literal
+
 
 FunctionalUnit = Literal["output_token", "token", "request", "word"]
-
-
-class Label(StrEnum):
-    """Where a figure comes from, best first.
-
-    measured: an energy counter of the hardware. measured_sampled: power samples of the hardware, at least 10 per
-    second. sourced: a factor from a published source; for scores and grams, never for joules. modeled: an estimate
-    with low and high. simulated: from a test double. unavailable: there is no figure.
-    """
-
-    MEASURED = "measured"
-    MEASURED_SAMPLED = "measured_sampled"
-    SOURCED = "sourced"
-    MODELED = "modeled"
-    SIMULATED = "simulated"
-    UNAVAILABLE = "unavailable"
-
-
-_RANK = {label: rank for rank, label in enumerate(Label)}
-
-
-def worst(labels: Iterable[Label]) -> Label:
-    """Return the label of a sum: the worst of its parts; unavailable for a sum of nothing."""
-    return max(labels, key=_RANK.__getitem__, default=Label.UNAVAILABLE)
 
 
 _ROUNDING = 1e-9

@@ -23,12 +23,13 @@ from deployments.energy.counters.edge_check import EdgeCheck
 from deployments.energy.counters.history import Level, NoWindow, Track, between
 from deployments.energy.counters.machine_share import joined
 from deployments.energy.counters.probe import CounterLost, GPUPower, Source, Unreadable
-from deployments.energy.figures import Component, Energy, Label, total, worst
+from deployments.energy.figures import Component, Energy, total
 from deployments.energy.timeline import Interval
 from deployments.machine.background import spawn_thread
 from deployments.machine.gpus import ReadFailed
 from registry.errors import BadSettings
 from registry.wire.flags import Flag
+from registry.wire.labels import Label, worst
 
 log = structlog.get_logger("deployments.energy.meter")
 

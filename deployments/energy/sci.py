@@ -8,14 +8,22 @@ Source: Green Software Foundation, Software Carbon Intensity specification 1.1 (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from deployments.energy.figures import Embodied
+from deployments.energy.figures import Energy
+from deployments.energy.figures import GridIntensity
+from deployments.energy.figures import SCISettings
 from importlib.metadata import version
+from registry.grid_mixes import DATASET
+from registry.grid_mixes import DATA_FILE
+from registry.grid_mixes import zone_intensity
+from registry.wire.flags import Flag
+from registry.wire.labels import Label
+from registry.wire.labels import worst
 from typing import NamedTuple
 
-from deployments.energy.figures import Embodied, Energy, GridIntensity, Label, SCISettings, worst
-from registry.grid_mixes import DATA_FILE, DATASET, zone_intensity
-from registry.wire.flags import Flag
 
 J_PER_KWH = 3_600_000.0
 PLAUSIBLE_J_PER_TOKEN = (0.03, 10.0)

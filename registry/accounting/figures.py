@@ -6,30 +6,41 @@ Both `greenprompt measure` and the report use this module, so their digits agree
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import replace
 from math import fsum
-from typing import Any
-
-from registry.accounting.amounts import (
-    ANSWERED,
-    AmountOf,
-    UnitsOf,
-    answers_of,
-    embodied_of,
-    grams_of,
-    joules_of,
-    operational_of,
-    seconds_of,
-    tokens_of,
-    unit_of,
-    units_in,
-)
-from registry.accounting.estimate import MIN_PROMPTS, Estimate, Sample, estimate
-from registry.accounting.totals import LABELS, sum_of, worst
-from registry.accounting.window_report import WindowReport, held_windows, worst_method
+from registry.accounting.amounts import ANSWERED
+from registry.accounting.amounts import AmountOf
+from registry.accounting.amounts import UnitsOf
+from registry.accounting.amounts import answers_of
+from registry.accounting.amounts import embodied_of
+from registry.accounting.amounts import grams_of
+from registry.accounting.amounts import joules_of
+from registry.accounting.amounts import operational_of
+from registry.accounting.amounts import seconds_of
+from registry.accounting.amounts import tokens_of
+from registry.accounting.amounts import unit_of
+from registry.accounting.amounts import units_in
+from registry.accounting.estimate import Estimate
+from registry.accounting.estimate import MIN_PROMPTS
+from registry.accounting.estimate import Sample
+from registry.accounting.estimate import estimate
+from registry.accounting.totals import sum_of
+from registry.accounting.window_report import WindowReport
+from registry.accounting.window_report import held_windows
 from registry.wire.flags import Flag
+from registry.wire.labels import Label
+from registry.wire.labels import MEASURED
+from registry.wire.labels import label_of
+from registry.wire.labels import worst
+from registry.wire.labels import worst_word
 from registry.wire.words import WindowKind
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +212,7 @@ def _without_value(figure: Figure, reason: str) -> Figure:
         systematic_high=None,
         bound_low=None,
         bound_high=None,
-        label=LABELS[-1],
+        label=Label.UNAVAILABLE,
         reason=reason,
     )
 
@@ -248,9 +259,9 @@ def _figure(
     units = fsum(units for _, _, units in known)
     lows, highs = ([amount[at] for _, amount, _ in known] for at in (1, 2))
     used = [window for window, _, _ in known]
-    label = (
-        "measured" if measured else worst_method(w.sci_method for w in used) if sci else worst(w.label for w in used)
-    )
+    label: str = Label.MEASURED
+    if not measured:
+        label = worst_word(w.label for w in used) if not sci else worst(label_of(w.sci_method) for w in used)
     return Figure(
         **asdict(found),
         unit=unit,
@@ -261,7 +272,7 @@ def _figure(
             amount=fsum(amount.value for _, amount, _ in known),
             units=units,
         ),
-        label=LABELS[-1] if found.value is None else label,
+        label=Label.UNAVAILABLE if found.value is None else label,
         bound_low=_per_unit(lows, units),
         bound_high=_per_unit(highs, units),
         left_out=len(windows) - len(known),
@@ -332,7 +343,7 @@ def _stretch(lease: WindowReport, counted: Mapping[str, Any]) -> WindowReport:
     """Return the counted stretch of a lease as a window."""
     label, in_flight = counted["label"], counted.get("in_flight") or {}
     flags = set(counted.get("flags") or ())
-    if label not in LABELS[:2] and Flag.ESTIMATES_NOT_ALLOWED in lease.flags:
+    if label not in MEASURED and Flag.ESTIMATES_NOT_ALLOWED in lease.flags:
         flags.add(Flag.ESTIMATES_NOT_ALLOWED)
     return replace(
         lease,
@@ -354,7 +365,7 @@ def _stretch(lease: WindowReport, counted: Mapping[str, Any]) -> WindowReport:
         sci_score=None,
         sci_low=None,
         sci_high=None,
-        sci_method=worst_method((label, "sourced")),
+        sci_method=worst((label_of(label), Label.SOURCED)),
         in_flight_max=in_flight.get("max"),
         in_flight_mean=in_flight.get("mean"),
         flags=tuple(sorted(flags)),

@@ -6,18 +6,38 @@ None, with a ``reason`` beside them. Energy is in joules, emissions in gCO2eq.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
-
-from registry.accounting.figures import MachineFigures, figures_of, of_kind, why
-from registry.accounting.totals import LABELS, same, sum_of, worst
-from registry.accounting.window_report import WindowReport, number, part_of, window_report, worst_method
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
+from registry.accounting.figures import MachineFigures
+from registry.accounting.figures import figures_of
+from registry.accounting.figures import of_kind
+from registry.accounting.figures import why
+from registry.accounting.totals import same
+from registry.accounting.totals import sum_of
+from registry.accounting.window_report import WindowReport
+from registry.accounting.window_report import number
+from registry.accounting.window_report import part_of
+from registry.accounting.window_report import window_report
 from registry.accounting.windows import KeptWindow
-from registry.core.records import Measurement, Request
-from registry.wire.words import RequestStatus, WindowKind
+from registry.core.records import Measurement
+from registry.core.records import Request
+from registry.wire.labels import Label
+from registry.wire.labels import label_of
+from registry.wire.labels import worst
+from registry.wire.labels import worst_word
+from registry.wire.words import RequestStatus
+from registry.wire.words import WindowKind
+from typing import Any
+from typing import Final
+from typing import NamedTuple
+import json
+
 
 HOW: Final = "computed with the SCI formula: ((E * I) + M) per R"
 SCOPE: Final = (
@@ -178,7 +198,7 @@ class Gathered:
         self.rows: list[_Row] = []
         self.boundary: dict[str, None] = {}
         self.gpu_uuids: dict[str, None] = {}
-        self.methods: dict[str, str] = {}
+        self.methods: dict[str, Label] = {}
         self.coefficients: dict[Coefficient, None] = {}
         self.requests = {request.request_id: request for request in requests}
         self.iso = iso
@@ -193,8 +213,8 @@ class Gathered:
             self.coefficients |= dict.fromkeys(_coefficients(detail))
             methods = part_of(detail, "methods")
             for letter in "EIMR":
-                so_far = self.methods.get(letter, LABELS[0])
-                self.methods[letter] = worst_method((so_far, methods.get(letter)))
+                so_far = self.methods.get(letter, Label.MEASURED)
+                self.methods[letter] = worst((so_far, label_of(methods.get(letter))))
             from_hand_over = detail.get("lease_begun") in (None, detail.get("begun"))
             self.rows.append(_Row(each.window.begun_s, each.window.ended_s, replace(told, detail=None), from_hand_over))
 
@@ -223,7 +243,7 @@ def report_of(measurement: Measurement, gathered: Gathered) -> MeasurementReport
         holes=holes,
         boundary=tuple(gathered.boundary),
         not_covered=tuple(sorted(flag.removesuffix(_NOT_COVERED) for flag in flags if flag.endswith(_NOT_COVERED))),
-        methods={letter: gathered.methods.get(letter, LABELS[-1]) for letter in "EIMR"},
+        methods={letter: gathered.methods.get(letter, Label.UNAVAILABLE) for letter in "EIMR"},
         coefficients=tuple(gathered.coefficients),
         llms=_llms(requests, windows, holes),
         costs=_costs(windows, holes),
@@ -281,7 +301,7 @@ def _cost(windows: Sequence[WindowReport]) -> Cost:
         m_g=_sum(known_m, "m_g"),
         m_low_g=_sum(known_m, "m_low_g"),
         m_high_g=_sum(known_m, "m_high_g"),
-        label=worst(window.label for window in known_j),
+        label=worst_word(window.label for window in known_j),
         missing=len(windows) - len(known_j),
         missing_s=sum(_own_s(window) for window in windows if window.joules is None),
         missing_g=sum(None in (window.o_g, window.m_g) for window in windows),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from math import fsum, isclose
+from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace
+from math import fsum
+from math import isclose
+from registry.wire.labels import Label
+from registry.wire.labels import worst_word
+from registry.wire.words import WindowKind
 from typing import Final
 
-from registry.wire.words import WindowKind
-
-LABELS: Final = ("measured", "measured_sampled", "sourced", "modeled", "simulated", "unavailable")
-"""Origin of a figure, best first: the values of ``deployments.energy.figures.Label``, as wrappers report them.
-
-``sourced`` (from a published factor) is used for emissions and scores, never for energy."""
 
 # D68: a lease is the sum of these
 SPENT: Final = (WindowKind.PROMPT, WindowKind.IDLE, WindowKind.LOAD, WindowKind.WAKE)
@@ -21,13 +21,6 @@ time of its process, and exists only if that process lived until the end of the 
 
 _SAME: Final = 1e-9
 """Two sums are equal up to this relative difference, which comes from rounding."""
-
-_RANK: Final = {label: rank for rank, label in enumerate(LABELS)}
-
-
-def worst(labels: Iterable[str]) -> str:
-    """Return the worst of these labels, ``unavailable`` if there are none. Unknown words are worse than all labels."""
-    return max(labels, key=lambda label: _RANK.get(label, len(LABELS)), default=LABELS[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +54,7 @@ class Total:
     joules: Sum = Sum()
     o_g: Sum = Sum()
     m_g: Sum = Sum()
-    label: str = LABELS[-1]
+    label: str = Label.UNAVAILABLE
 
 
 def total_of(parts: Iterable[Total]) -> Total:
@@ -71,7 +64,7 @@ def total_of(parts: Iterable[Total]) -> Total:
         joules=sum((part.joules for part in every), Sum()),
         o_g=sum((part.o_g for part in every), Sum()),
         m_g=sum((part.m_g for part in every), Sum()),
-        label=worst(part.label for part in every),
+        label=worst_word(part.label for part in every),
     )
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from registry.accounting.totals import LABELS, SPENT, sum_of
+from registry.accounting.totals import SPENT, sum_of
 from registry.accounting.windows import KeptWindow
 from registry.core.records import Request
+from registry.wire.labels import Label, label_of, worst
 from registry.wire.words import WindowKind
 
 _PARTS: Final = {"gpu_j": ("gpu:",), "cpu_j": ("package-", "cpu-"), "dram_j": ("dram-",)}
@@ -53,7 +54,7 @@ class WindowReport:
     high_j: float | None = None
     resolution_j: float | None = None
     systematic_j: float | None = None
-    label: str = LABELS[-1]
+    label: str = Label.UNAVAILABLE
     counter_label: str | None = None
     gpu_j: float | None = None
     cpu_j: float | None = None
@@ -71,7 +72,7 @@ class WindowReport:
     sci_score: float | None = None
     sci_low: float | None = None
     sci_high: float | None = None
-    sci_method: str = LABELS[-1]
+    sci_method: str = Label.UNAVAILABLE
     unit: str | None = None
     units: int | None = None
     prompt_tokens: int | None = None
@@ -143,7 +144,7 @@ def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[floa
         sci_score=number(score, "value"),
         sci_low=number(score, "low"),
         sci_high=number(score, "high"),
-        sci_method=worst_method(methods.get(letter) for letter in "EIMR"),
+        sci_method=worst(label_of(methods.get(letter)) for letter in "EIMR"),
         unit=detail.get("unit"),
         units=detail.get("units"),
         prompt_tokens=tokens.get("prompt"),
@@ -165,11 +166,6 @@ def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[floa
 def process_of(window_id: str) -> str:
     """Return the id of the wrapper process that created this window."""
     return window_id.rpartition("-")[0]
-
-
-def worst_method(words: Iterable[str | None]) -> str:
-    """Return the worst of these labels; ``unavailable`` if there are none, or if one is unknown."""
-    return max((word if word in LABELS else LABELS[-1] for word in words), key=LABELS.index, default=LABELS[-1])
 
 
 def part_of(detail: Mapping[str, Any], name: str) -> Mapping[str, Any]:

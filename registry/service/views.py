@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from registry.accounting.report import Gathered, MeasurementReport, report_of
-from registry.accounting.totals import LABELS, Total, lease_total
+from registry.accounting.totals import Total, lease_total
 from registry.accounting.window_report import WindowsPage, window_report
 from registry.accounting.windows import KeptWindow
 from registry.contract.messages import SETTLING, Download
@@ -22,6 +22,7 @@ from registry.service.old_address import old_address, old_address_problems
 from registry.service.service import Service
 from registry.service.version_skew import differences, joined
 from registry.store.rows import StoredEvent, WindowPlace
+from registry.wire.labels import Label
 from registry.wire.schemas import (
     MAX_REQUESTS,
     EnergyState,
@@ -122,7 +123,7 @@ def _energy_state(costs: Mapping[WindowKind, Total]) -> EnergyState | None:
         idle_share=None if joules is None or idle_j is None else idle_j / joules,
         o_g=lease.o_g.value,
         m_g=lease.m_g.value,
-        label=lease.label if joules is not None else LABELS[-1],
+        label=lease.label if joules is not None else Label.UNAVAILABLE,
         known_j=lease.joules.of_known if lease.joules.known else None,
         unknown_windows=lease.joules.count - lease.joules.known,
     )

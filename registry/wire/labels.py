@@ -1,6 +1,44 @@
-"""Labels of figures: how an energy figure was determined."""
+"""Labels: where a figure comes from, as records, answers and reports say it. Pure."""
 
 from __future__ import annotations
 
-MEASURED = frozenset({"measured", "measured_sampled"})
-"""Labels of figures measured by hardware. All others are shown with a ``~``."""
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Final
+
+
+class Label(StrEnum):
+    """Where a figure comes from, best first.
+
+    measured: an energy counter of the hardware. measured_sampled: power samples of the hardware, at least 10 per
+    second. sourced: a factor from a published source; for scores and grams, never for joules. modeled: an estimate
+    with low and high. simulated: from a test double. unavailable: there is no figure.
+    """
+
+    MEASURED = "measured"
+    MEASURED_SAMPLED = "measured_sampled"
+    SOURCED = "sourced"
+    MODELED = "modeled"
+    SIMULATED = "simulated"
+    UNAVAILABLE = "unavailable"
+
+
+MEASURED: Final = frozenset({Label.MEASURED, Label.MEASURED_SAMPLED})
+"""Labels of figures that hardware measured."""
+
+_RANK: Final[dict[str, int]] = {label: rank for rank, label in enumerate(Label)}
+
+
+def worst(labels: Iterable[Label]) -> Label:
+    """Return the label of a sum: the worst of its parts; unavailable for a sum of nothing."""
+    return max(labels, key=_RANK.__getitem__, default=Label.UNAVAILABLE)
+
+
+def worst_word(words: Iterable[str]) -> str:
+    """Return the worst of the words in records; a word that is no label is worse than all labels."""
+    return max(words, key=lambda word: _RANK.get(word, len(_RANK)), default=Label.UNAVAILABLE)
+
+
+def label_of(word: str | None) -> Label:
+    """Return the label that a record names; unavailable if it names none, or one that is not known here."""
+    return Label(word) if word in _RANK else Label.UNAVAILABLE

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from deployments.energy.counters.base import Source, Unreadable
 from deployments.energy.counters.probe import probe_sources
-from deployments.energy.figures import CPUModel, Label, SCISettings
+from deployments.energy.figures import CPUModel, SCISettings
 from deployments.energy.meter import Meter
 from deployments.machine.cpu_time import TICKS_PER_S
 from deployments.machine.machine_cpu import MachineCPU
+from registry.wire.labels import Label
 from tests.fake_counters import ManualClock, set_energy, write_process, write_zone
 
 START_S, POLL_S = 1000.0, 0.05

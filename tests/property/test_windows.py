@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from deployments.energy.counters.history import NoWindow, Track, between
 from deployments.energy.counters.probe import CPUModelSource, PowercapZone
-from deployments.energy.figures import Component, CPUModel, Label, total, worst
+from deployments.energy.figures import Component, CPUModel, total
 from deployments.energy.flights import Flight, Flights
 from deployments.energy.meter import Meter
 from deployments.tokens import Tokens
+from registry.wire.labels import Label, worst
 from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks, set_energy, write_zone
 
 START_S = 1000.0

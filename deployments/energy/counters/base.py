@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from deployments.energy.figures import Label
 from registry.wire.flags import Flag
+from registry.wire.labels import Label
 
 POWER_HEADROOM = 1.2
 """Power above this multiple of the limit is implausible."""

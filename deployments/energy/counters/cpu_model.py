@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 from deployments.energy.counters.base import Joules, Source
-from deployments.energy.figures import CPUModel, Label
+from deployments.energy.figures import CPUModel
 from deployments.machine.cpu_time import TICKS_PER_S, CPUTimeTree
 from deployments.machine.gpus import ReadFailed
+from registry.wire.labels import Label
 
 
 class CPUModelSource(Source):

@@ -7,9 +7,9 @@ from itertools import combinations
 
 from deployments.energy.counters.base import CounterLost, Source
 from deployments.energy.counters.nvml import GPUCounter
-from deployments.energy.figures import Label
 from deployments.machine.gpus import ReadFailed
 from registry.wire.flags import Flag
+from registry.wire.labels import Label
 
 _MOVES_TO_TELL = 3
 

@@ -9,10 +9,10 @@ from typing import Any
 import pynvml
 
 from deployments.energy.counters.base import CounterLost, Source, Unreadable
-from deployments.energy.figures import Label
 from deployments.machine.cpu_time import CPUTimeTree
 from deployments.machine.gpus import ReadFailed, power_limit_w
 from registry.wire.flags import Flag
+from registry.wire.labels import Label
 
 _MAX_SAMPLE_GAP_S = 0.2
 """Longest time between two power samples that are integrated, seconds; the label promises 10 samples per second."""

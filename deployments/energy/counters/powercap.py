@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deployments.energy.counters.base import CounterLost, Source, Unreadable
-from deployments.energy.figures import Label
 from deployments.machine.gpus import ReadFailed
 from registry.wire.flags import Flag
+from registry.wire.labels import Label
 
 PACKAGE_LIMIT_W = 1500.0
 """Power limit assumed for a package that reports none, W. The largest server processors are made for 500 W (AMD EPYC

@@ -12,9 +12,9 @@ from typing import Any
 
 from deployments.energy.counters.nvml import GPU_LIMIT_W
 from deployments.energy.counters.probe import Source, Unreadable
-from deployments.energy.figures import Label
 from deployments.machine.gpus import ReadFailed
 from registry.errors import in_one_line
+from registry.wire.labels import Label
 
 
 class ZeusGPU(Source):

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.energy.figures import Component, Label, total, worst
+from deployments.energy.figures import Component, total
+from registry.wire.labels import Label, worst
 
 
 def part(joules: float | None, label: Label = Label.MEASURED, **more: object) -> Component:

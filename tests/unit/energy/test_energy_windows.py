@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from deployments.energy import flights, window_writer
 from deployments.energy import window_log as energy_log
 from deployments.energy.counters.probe import Unreadable
-from deployments.energy.figures import Label
 from registry.contract.messages import LeaseGrant, StartedFor
 from registry.contract.windows import EnergyWindow
 from registry.errors import BudgetUsed
+from registry.wire.labels import Label
 from registry.wire.words import WindowKind
 from tests.fake_counters import FakeCounter, PowerCurve, Ticks
 from tests.meter_bench import EMBODIED, LEASE, OTHER, UTC_S, WATTS, Bench, detail, of_kind

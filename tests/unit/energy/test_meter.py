@@ -9,11 +9,12 @@ import pytest
 from deployments.energy import meter as meter_module
 from deployments.energy.attribution import Parts
 from deployments.energy.counters.probe import CounterLost, CPUModelSource, GPUPower, Source, Unreadable
-from deployments.energy.figures import CPUModel, Label
+from deployments.energy.figures import CPUModel
 from deployments.energy.meter import Meter
 from deployments.machine.gpus import ReadFailed
 from registry.errors import BadSettings
 from registry.wire.flags import Flag
+from registry.wire.labels import Label
 from tests.fake_counters import FakeCounter, FakeGPU, FakeNVML, ManualClock, install_nvml
 
 HOLE = Unreadable("gpu:y", "no energy counter and no power reading", in_boundary=True)

@@ -16,13 +16,14 @@ from pydantic import ValidationError
 from deployments.energy import meter as meter_module
 from deployments.energy import prompt_meter
 from deployments.energy.counters.probe import Source, Unreadable
-from deployments.energy.figures import GridIntensity, Label, worst
+from deployments.energy.figures import GridIntensity
 from deployments.energy.flights import Flight
 from deployments.energy.meter import Meter
 from deployments.energy.prompt_meter import PromptMeter, grid_of, sci_settings
 from deployments.machine.gpus import ReadFailed
 from registry.errors import BadSettings
 from registry.settings import EnergySettings, load_settings
+from registry.wire.labels import Label, worst
 from registry.wire.words import WindowKind
 from tests.fake_counters import FakeCounter, ManualClock
 from tests.meter_bench import LEASE, detail, of_kind

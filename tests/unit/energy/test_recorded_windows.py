@@ -14,7 +14,8 @@ import pytest
 from deployments.energy.counters.probe import Unreadable
 from deployments.machine.machine_cpu import MachineCPU
 from registry.contract.messages import StartedFor
-from registry.core.records import EnergyWindow, WindowKind
+from registry.contract.windows import EnergyWindow
+from registry.wire.words import WindowKind
 from tests.meter_bench import LEASE, Bench
 
 RECORDED: Final = Path(__file__).with_name("recorded_windows.json")

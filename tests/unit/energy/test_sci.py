@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from deployments.energy.figures import Component, Embodied, Energy, GridIntensity, Label, SCISettings, total
+from deployments.energy.figures import Component, Embodied, Energy, GridIntensity, SCISettings, total
 from deployments.energy.sci import embodied_g_per_hour, grid_intensity, kwh, score
 from registry import grid_mixes
 from registry.errors import BadSettings
+from registry.wire.labels import Label
 
 H100 = Embodied(37.5, 16.7, 49.0, "GPU share of a server with eight H100 over three years")
 SETTINGS = SCISettings(pue=1.2, functional_unit="output_token", allow_estimates=False, embodied=H100)

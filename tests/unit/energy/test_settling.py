@@ -9,10 +9,10 @@ from collections.abc import Callable
 import pytest
 
 from deployments.energy.counters.probe import Unreadable
-from deployments.energy.figures import Label
 from deployments.energy.meter import Meter
 from deployments.energy.settling import at_rest, warmed_up
 from registry.settings import EnergySettings
+from registry.wire.labels import Label
 from tests.fake_counters import FakeCounter, ManualClock
 
 SETTINGS = EnergySettings(settle_max_s=20.0, steady_cv=0.05)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import random
-from statistics import fmean, stdev
-
-import pytest
-
 from deployments.energy.counters.activity import Activity
 from deployments.energy.counters.history import Track
-from deployments.energy.counters.probe import CPUModelSource, Source
-from deployments.energy.figures import CPUModel, Energy, Label
+from deployments.energy.counters.probe import CPUModelSource
+from deployments.energy.counters.probe import Source
+from deployments.energy.figures import CPUModel
+from deployments.energy.figures import Energy
 from deployments.energy.meter import Meter
 from registry.wire.flags import Flag
-from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
+from registry.wire.labels import Label
+from statistics import fmean
+from statistics import stdev
+from tests.fake_counters import FakeCounter
+from tests.fake_counters import ManualClock
+from tests.fake_counters import PowerCurve
+from tests.fake_counters import Ticks
+import pytest
+import random
+
 
 START_S = 1000.0
 TICK_S = 0.1

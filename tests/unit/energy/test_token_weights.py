@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from deployments.energy.figures import Component, Energy, Label, total
+from deployments.energy.figures import Component, Energy, total
 from deployments.energy.token_weights import FEWEST_PROMPTS, UNKNOWN, TokenWeight
+from registry.wire.labels import Label
 
 
 def cost(joules: float, *flags: str) -> Energy:

@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-from deployments.energy.figures import Label
-from registry.accounting.totals import LABELS, Sum, Total, lease_total, spent_total, sum_of, total_of, worst
+from registry.accounting.totals import Sum, Total, lease_total, spent_total, sum_of, total_of
 from registry.wire.words import WindowKind
-
-
-def test_labels_are_those_of_the_wrappers() -> None:
-    """The registry knows the words that wrappers label their energy with, in the same order."""
-    assert tuple(Label) == LABELS
-
-
-def test_worst_label() -> None:
-    """A sum has the worst label of its parts; of nothing it has no figure, and an unknown word is trusted least."""
-    assert worst(["measured", "modeled", "measured_sampled"]) == "modeled"
-    assert worst([]) == "unavailable"
-    assert worst(["unavailable", "guessed"]) == "guessed"
 
 
 def test_a_hole_is_no_zero() -> None:

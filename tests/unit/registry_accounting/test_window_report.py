@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from registry.accounting.window_report import WindowReport, window_report, worst_method
+from registry.accounting.window_report import WindowReport, window_report
 from registry.wire.words import WindowKind
 from tests.energy_windows import iso, kept, record, request, window
 
@@ -36,8 +36,7 @@ def test_a_score_is_as_good_as_its_worst_part() -> None:
     assert told(record(1)).sci_method == "sourced"
     assert told(window(1)).sci_method == "sourced"
     assert told(window(1, label="modeled")).sci_method == "modeled"
-    assert worst_method([]) == "unavailable"
-    assert worst_method(["measured", "a word of the future"]) == "unavailable"
+    assert told(record(1, methods={"E": "measured", "I": "a word of the future"})).sci_method == "unavailable"
 
 
 def test_lease_rows_do_not_add_up() -> None:

@@ -13,12 +13,12 @@ from deployments.energy.counters import zeus as zeus_source
 from deployments.energy.counters.counter_check import CHECK_S, Check, CounterCheck
 from deployments.energy.counters.probe import CounterLost, Source, Unreadable
 from deployments.energy.counters.zeus import zeus_gpus
-from deployments.energy.figures import Label
 from deployments.energy.meter import Meter
 from deployments.energy.prompt_meter import sci_settings
 from deployments.machine.gpus import ReadFailed
 from registry.settings import EnergySettings
 from registry.wire.flags import Flag
+from registry.wire.labels import Label
 from tests.fake_counters import FakeCounter, ManualClock
 
 WATTS = 100.0

@@ -18,11 +18,12 @@ from deployments.energy.counters.probe import (
     Unreadable,
     probe_sources,
 )
-from deployments.energy.figures import CPUModel, Label, SCISettings
+from deployments.energy.figures import CPUModel, SCISettings
 from deployments.machine.cpu_time import CPUTimeTree
 from deployments.machine.gpus import ReadFailed, gpu_uuids
 from registry.errors import BadSettings
 from registry.settings import load_settings
+from registry.wire.labels import Label
 from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml, set_energy, write_process, write_zone
 
 MODEL = CPUModel(0.5, 4.0, 0.25, 1.0, 2.0, 8.0, "a data sheet")

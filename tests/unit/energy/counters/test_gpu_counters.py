@@ -11,8 +11,9 @@ import pytest
 from deployments.energy.counters.base import CounterLost, Source, Unreadable
 from deployments.energy.counters.nvml import GPUPower
 from deployments.energy.counters.probe import probe_sources
-from deployments.energy.figures import CPUModel, Energy, Label, SCISettings
+from deployments.energy.figures import CPUModel, Energy, SCISettings
 from deployments.energy.meter import Meter
+from registry.wire.labels import Label
 from tests.fake_counters import UUID, FakeGPU, FakeNVML, ManualClock, PowerCurve, install_nvml, write_zone
 
 IDLE_W, BUSY_W = 100.0, 600.0
