@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from ray.util.metrics import Counter
 
 from registry.accounting.totals import SPENT
 from registry.accounting.windows import KeptWindow
-from registry.contract.windows import EnergyWindow
+from registry.contract.windows import EnergyWindow, detail_of
 from registry.wire.labels import MEASURED
 
 _TAGS = ("machine", "kind")
@@ -46,5 +44,4 @@ def _counter_label(window: EnergyWindow) -> str:
     """Return the label of the counters that a window's joules were read from, before any sharing."""
     if window.label in MEASURED:
         return window.label
-    energy = json.loads(window.detail).get("energy") or {}
-    return energy.get("counter_label") or window.label
+    return detail_of(window).energy.counter_label or window.label

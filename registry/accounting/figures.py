@@ -33,6 +33,8 @@ from registry.accounting.estimate import estimate
 from registry.accounting.totals import sum_of
 from registry.accounting.window_report import WindowReport
 from registry.accounting.window_report import held_windows
+from registry.contract.windows import CountedRecord
+from registry.contract.windows import read_counted
 from registry.wire.flags import Flag
 from registry.wire.labels import Label
 from registry.wire.labels import MEASURED
@@ -40,7 +42,6 @@ from registry.wire.labels import label_of
 from registry.wire.labels import worst
 from registry.wire.labels import worst_word
 from registry.wire.words import WindowKind
-from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,16 +307,17 @@ def _with_idle(windows: Sequence[WindowReport], unit: str | None) -> Figure:
 
 
 def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:
-    stretches = [_stretch(lease, lease.counted) for lease in leases if lease.counted]
-    if not stretches:
+    pairs = [(lease, read_counted(lease.counted)) for lease in leases if lease.counted]
+    if not pairs:
         return None
+    stretches = [_stretch(lease, counted) for lease, counted in pairs]
     names = _lease_names(stretches)
     seconds = fsum(stretch.seconds for stretch in stretches)
     most = [stretch.in_flight_max for stretch in stretches if stretch.in_flight_max is not None]
     mean = sum_of(None if s.in_flight_mean is None else s.in_flight_mean * s.seconds for s in stretches).value
     return BatchFigures(
         leases=len(stretches),
-        prompts=sum((lease.counted or {}).get("prompts") or 0 for lease in leases),
+        prompts=sum(counted.prompts or 0 for _, counted in pairs),
         output_tokens=_known_sum(stretch.output_tokens for stretch in stretches),
         seconds=seconds,
         in_flight_max=max(most, default=None),
@@ -339,35 +341,34 @@ def _of_leases(figure: Figure, stretches: Sequence[WindowReport]) -> Figure:
     return replace(figure, too_few=f"too few leases: {figure.leases} (at least {MIN_PROMPTS})")
 
 
-def _stretch(lease: WindowReport, counted: Mapping[str, Any]) -> WindowReport:
+def _stretch(lease: WindowReport, counted: CountedRecord) -> WindowReport:
     """Return the counted stretch of a lease as a window."""
-    label, in_flight = counted["label"], counted.get("in_flight") or {}
-    flags = set(counted.get("flags") or ())
-    if label not in MEASURED and Flag.ESTIMATES_NOT_ALLOWED in lease.flags:
+    flags = set(counted.flags)
+    if counted.label not in MEASURED and Flag.ESTIMATES_NOT_ALLOWED in lease.flags:
         flags.add(Flag.ESTIMATES_NOT_ALLOWED)
     return replace(
         lease,
-        seconds=counted["seconds"],
-        units=counted["units"],
-        output_tokens=counted["output_tokens"],
-        joules=counted["total_j"],
-        low_j=counted["low_j"],
-        high_j=counted["high_j"],
-        systematic_j=counted["systematic_j"],
+        seconds=counted.seconds,
+        units=counted.units,
+        output_tokens=counted.output_tokens,
+        joules=counted.total_j,
+        low_j=counted.low_j,
+        high_j=counted.high_j,
+        systematic_j=counted.systematic_j,
         resolution_j=None,
-        label=label,
-        o_g=counted["o_g"],
-        o_low_g=counted.get("o_low_g"),
-        o_high_g=counted.get("o_high_g"),
-        m_g=counted["m_g"],
-        m_low_g=counted.get("m_low_g"),
-        m_high_g=counted.get("m_high_g"),
+        label=counted.label,
+        o_g=counted.o_g,
+        o_low_g=counted.o_low_g,
+        o_high_g=counted.o_high_g,
+        m_g=counted.m_g,
+        m_low_g=counted.m_low_g,
+        m_high_g=counted.m_high_g,
         sci_score=None,
         sci_low=None,
         sci_high=None,
-        sci_method=worst((label_of(label), Label.SOURCED)),
-        in_flight_max=in_flight.get("max"),
-        in_flight_mean=in_flight.get("mean"),
+        sci_method=worst((label_of(counted.label), Label.SOURCED)),
+        in_flight_max=counted.in_flight.max,
+        in_flight_mean=counted.in_flight.mean,
         flags=tuple(sorted(flags)),
     )
 

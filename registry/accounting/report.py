@@ -21,10 +21,11 @@ from registry.accounting.figures import why
 from registry.accounting.totals import same
 from registry.accounting.totals import sum_of
 from registry.accounting.window_report import WindowReport
-from registry.accounting.window_report import number
-from registry.accounting.window_report import part_of
-from registry.accounting.window_report import window_report
+from registry.accounting.window_report import row_of
 from registry.accounting.windows import KeptWindow
+from registry.contract.windows import LeaseUse
+from registry.contract.windows import WindowDetail
+from registry.contract.windows import read_detail
 from registry.core.records import Measurement
 from registry.core.records import Request
 from registry.wire.labels import Label
@@ -206,17 +207,19 @@ class Gathered:
     def add(self, kept: Iterable[KeptWindow]) -> None:
         """Add the next page of windows, sorted by start time."""
         for each in kept:
-            told = window_report(each, self.requests.get(each.window.request_id or ""), self.iso)
-            detail = told.detail or {}
-            self.boundary |= dict.fromkeys(detail.get("boundary") or ())
-            self.gpu_uuids |= dict.fromkeys(detail.get("gpus") or ())
+            window = each.window
+            record = json.loads(window.detail)
+            detail = read_detail(window.kind, record)
+            request = self.requests.get(window.request_id or "")
+            told = row_of(each, detail, request, self.iso, counted=record.get("counted"))
+            self.boundary |= dict.fromkeys(detail.boundary)
+            self.gpu_uuids |= dict.fromkeys(detail.gpus)
             self.coefficients |= dict.fromkeys(_coefficients(detail))
-            methods = part_of(detail, "methods")
             for letter in "EIMR":
                 so_far = self.methods.get(letter, Label.MEASURED)
-                self.methods[letter] = worst((so_far, label_of(methods.get(letter))))
-            from_hand_over = detail.get("lease_begun") in (None, detail.get("begun"))
-            self.rows.append(_Row(each.window.begun_s, each.window.ended_s, replace(told, detail=None), from_hand_over))
+                self.methods[letter] = worst((so_far, label_of(detail.methods.get(letter))))
+            begun = detail.use.lease_begun if isinstance(detail.use, LeaseUse) else None
+            self.rows.append(_Row(window.begun_s, window.ended_s, told, begun in (None, detail.begun)))
 
 
 def report_of(measurement: Measurement, gathered: Gathered) -> MeasurementReport:
@@ -454,17 +457,15 @@ def _llm(requests: Sequence[Request], own: Sequence[WindowReport], holes: Sequen
 # --- how it was done ----------------------------------------------------------------------------------------
 
 
-def _coefficients(detail: Mapping[str, Any]) -> Iterator[Coefficient]:
+def _coefficients(detail: WindowDetail) -> Iterator[Coefficient]:
     """Yield the factors that a window was computed with."""
-    grid, embodied = part_of(detail, "grid"), part_of(detail, "embodied")
-    if grid:
-        words = ("source", "dataset", "version", "zone", "year")
-        dated = " ".join(str(grid[name]) for name in words if grid.get(name) is not None)
-        low, high = number(grid, "low"), number(grid, "high")
-        yield Coefficient("I: grid intensity", number(grid, "value"), "gCO2eq/kWh", dated, low, high)
-    if detail.get("pue") is not None:
-        yield Coefficient("E: PUE", number(detail, "pue"), "1", "the operator's configuration")
-    if embodied:
-        low, high = number(embodied, "low_g_per_hour"), number(embodied, "high_g_per_hour")
-        per_hour, source = number(embodied, "g_per_hour"), embodied.get("source")
-        yield Coefficient("M: embodied carbon", per_hour, "gCO2eq/h reserved", source, low, high)
+    grid, embodied = detail.grid, detail.embodied
+    if grid is not None:
+        words = (grid.source, grid.dataset, grid.version, grid.zone, grid.year)
+        dated = " ".join(str(word) for word in words if word is not None)
+        yield Coefficient("I: grid intensity", grid.value, "gCO2eq/kWh", dated, grid.low, grid.high)
+    if detail.pue is not None:
+        yield Coefficient("E: PUE", detail.pue, "1", "the operator's configuration")
+    if embodied is not None:
+        low, high = embodied.low_g_per_hour, embodied.high_g_per_hour
+        yield Coefficient("M: embodied carbon", embodied.g_per_hour, "gCO2eq/h reserved", embodied.source, low, high)

@@ -12,10 +12,13 @@ from typing import Any, Final
 
 from registry.accounting.totals import SPENT, sum_of
 from registry.accounting.windows import KeptWindow
+from registry.contract.windows import EnergyRecord, InFlight, PromptUse, TokensRecord, WindowDetail, read_detail
 from registry.core.records import Request
 from registry.wire.labels import Label, label_of, worst
 from registry.wire.words import WindowKind
 
+_NO_TOKENS: Final = TokensRecord(None, None, None)
+_NO_PROMPT: Final = PromptUse(None, None, None, None, None, None, None, InFlight(None, None))
 _PARTS: Final = {"gpu_j": ("gpu:",), "cpu_j": ("package-", "cpu-"), "dram_j": ("dram-",)}
 
 
@@ -108,10 +111,27 @@ class WindowsPage:
 
 def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[float], str]) -> WindowReport:
     """Return a window as clients see it. ``request``: its request, if any. ``iso`` formats UTC seconds."""
-    window = kept.window
-    detail = json.loads(window.detail)
-    energy, score, tokens, grid = (part_of(detail, name) for name in ("energy", "score", "tokens", "grid"))
-    in_flight, methods = part_of(detail, "in_flight"), part_of(detail, "methods")
+    record = json.loads(kept.window.detail)
+    detail = read_detail(kept.window.kind, record)
+    return row_of(kept, detail, request, iso, counted=record.get("counted"), record=record)
+
+
+def row_of(
+    kept: KeptWindow,
+    detail: WindowDetail,
+    request: Request | None,
+    iso: Callable[[float], str],
+    *,
+    counted: Mapping[str, Any] | None,
+    record: Mapping[str, Any] | None = None,
+) -> WindowReport:
+    """Return a window as clients see it, from its record.
+
+    ``counted``, ``record``: JSON objects that go along unchanged, because clients may know more of their keys.
+    """
+    window, energy, score, grid, use = kept.window, detail.energy, detail.score, detail.grid, detail.use
+    tokens = (None if use is None else use.tokens) or _NO_TOKENS
+    prompt = use if isinstance(use, PromptUse) else _NO_PROMPT
     return WindowReport(
         window=window.window_id,
         kind=window.kind.value,
@@ -123,43 +143,43 @@ def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[floa
         endedAt=iso(window.ended_s),
         seconds=window.ended_s - window.begun_s,
         adds_up=window.kind in SPENT,
-        reserved_s=number(detail, "reserved_s"),
+        reserved_s=detail.reserved_s,
         joules=window.total_j,
-        low_j=number(energy, "low_j"),
-        high_j=number(energy, "high_j"),
-        resolution_j=number(energy, "resolution_j"),
-        systematic_j=number(energy, "systematic_j"),
+        low_j=energy.low_j,
+        high_j=energy.high_j,
+        resolution_j=energy.resolution_j,
+        systematic_j=energy.systematic_j,
         label=window.label,
-        counter_label=energy.get("counter_label"),
+        counter_label=energy.counter_label,
         **_parts(energy),
         o_g=window.o_g,
-        o_low_g=number(detail, "o_low_g"),
-        o_high_g=number(detail, "o_high_g"),
+        o_low_g=detail.o_low_g,
+        o_high_g=detail.o_high_g,
         m_g=window.m_g,
-        m_low_g=number(detail, "m_low_g"),
-        m_high_g=number(detail, "m_high_g"),
-        grid=number(grid, "value"),
-        grid_low=number(grid, "low"),
-        grid_high=number(grid, "high"),
-        sci_score=number(score, "value"),
-        sci_low=number(score, "low"),
-        sci_high=number(score, "high"),
-        sci_method=worst(label_of(methods.get(letter)) for letter in "EIMR"),
-        unit=detail.get("unit"),
-        units=detail.get("units"),
-        prompt_tokens=tokens.get("prompt"),
-        cached_tokens=tokens.get("cached"),
-        output_tokens=tokens.get("output"),
-        words=detail.get("words"),
-        warmup=detail.get("warmup"),
-        status=detail.get("status"),
-        in_flight_max=in_flight.get("max"),
-        in_flight_mean=number(in_flight, "mean"),
-        prompt=detail.get("prompt_id"),
-        answer_id=detail.get("answer_id"),
-        flags=tuple(detail.get("flags") or ()),
-        counted=detail.get("counted"),
-        detail=detail,
+        m_low_g=detail.m_low_g,
+        m_high_g=detail.m_high_g,
+        grid=None if grid is None else grid.value,
+        grid_low=None if grid is None else grid.low,
+        grid_high=None if grid is None else grid.high,
+        sci_score=score.value,
+        sci_low=score.low,
+        sci_high=score.high,
+        sci_method=worst(label_of(detail.methods.get(letter)) for letter in "EIMR"),
+        unit=detail.unit,
+        units=detail.units,
+        prompt_tokens=tokens.prompt,
+        cached_tokens=tokens.cached,
+        output_tokens=tokens.output,
+        words=None if use is None else use.words,
+        warmup=prompt.warmup,
+        status=prompt.status,
+        in_flight_max=prompt.in_flight.max,
+        in_flight_mean=prompt.in_flight.mean,
+        prompt=prompt.prompt_id,
+        answer_id=prompt.answer_id,
+        flags=detail.flags,
+        counted=counted,
+        detail=record,
     )
 
 
@@ -168,23 +188,12 @@ def process_of(window_id: str) -> str:
     return window_id.rpartition("-")[0]
 
 
-def part_of(detail: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return an object inside a record, empty if it is missing."""
-    return detail.get(name) or {}
-
-
-def number(detail: Mapping[str, Any], name: str) -> float | None:
-    """Return a number of a record, None if it is missing."""
-    value = detail.get(name)
-    return None if value is None else float(value)
-
-
-def _parts(energy: Mapping[str, Any]) -> dict[str, float | None]:
+def _parts(energy: EnergyRecord) -> dict[str, float | None]:
     """Return the joules by kind of component; None if there is none, or one of them is not known."""
     parts: dict[str, list[float | None]] = {name: [] for name in (*_PARTS, "other_j")}
-    for component in energy.get("components") or ():
-        kind = next((name for name, begins in _PARTS.items() if component["name"].startswith(begins)), "other_j")
-        parts[kind].append(component.get("joules"))
+    for component in energy.components:
+        kind = next((name for name, begins in _PARTS.items() if component.name.startswith(begins)), "other_j")
+        parts[kind].append(component.joules)
     return {name: sum_of(joules).value for name, joules in parts.items()}
 
 

@@ -1,8 +1,18 @@
-"""Energy windows: what a wrapper measures and the registry keeps."""
+"""Energy windows: what a wrapper measured in a time, and the record of it. Pure.
+
+A wrapper writes the record once, as JSON. The registry stores and answers this text unchanged, so the fields below are
+the record's keys, in their order. Readers get the same types back (`read_detail`). Records of other versions are
+accepted: what they lack is None or empty, and what is not known here is ignored.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache, partial
+from types import NoneType
+from typing import Any, Final, get_args, get_origin, get_type_hints
 
 from registry.wire.words import WindowKind
 
@@ -17,8 +27,8 @@ class EnergyWindow:
     * ``request_id``, ``measurement_id``: those of the lease, None without one.
     * ``begun_s``, ``ended_s``: UTC seconds.
     * ``total_j`` [J], ``o_g`` and ``m_g`` [gCO2eq]: None if not known.
-    * ``label``: label of the energy (deployments.energy.figures.Label).
-    * ``detail``: the whole record, canonical JSON.
+    * ``label``: label of the energy (registry.wire.labels.Label).
+    * ``detail``: the whole record (`WindowDetail`), a JSON object.
     """
 
     window_id: str
@@ -34,3 +44,262 @@ class EnergyWindow:
     label: str
     detail: str
     number: int = field(default=0, compare=False)
+
+
+# --- the record of a window ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentRecord:
+    """The energy of one part of the machine, J, between its bounds; None: not known.
+
+    ``name``: ``gpu:<uuid>``, ``package-<n>``, ``dram-<n>`` or ``cpu-model``. ``source``: how it was obtained, in words.
+    ``counter_label``: label of the counter, before its reading was divided.
+    """
+
+    name: str
+    source: str | None = None
+    label: str | None = None
+    counter_label: str | None = None
+    joules: float | None = None
+    low_j: float | None = None
+    high_j: float | None = None
+    resolution_j: float | None = None
+    systematic_j: float | None = None
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyRecord:
+    """The energy of a window, J: the sum of its components, with the worst of their labels; None: not known."""
+
+    total_j: float | None = None
+    low_j: float | None = None
+    high_j: float | None = None
+    resolution_j: float | None = None
+    systematic_j: float | None = None
+    label: str | None = None
+    counter_label: str | None = None
+    components: tuple[ComponentRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GridRecord:
+    """The carbon intensity that was used: ``value`` in ``unit``, its range, and where it comes from."""
+
+    value: float | None
+    unit: str | None
+    zone: str | None
+    dataset: str | None
+    version: str | None
+    year: int | None
+    source: str | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbodiedRecord:
+    """The embodied carbon that was used, gCO2eq per hour of reservation, with its range and its source."""
+
+    g_per_hour: float | None
+    low_g_per_hour: float | None
+    high_g_per_hour: float | None
+    source: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRecord:
+    """The SCI score, gCO2eq per functional unit, with its range; ``method``: the worst label of its terms."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    method: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WindowIds:
+    """Who measured a window, for which request, and its ``number`` in the log of its process."""
+
+    window_id: str | None
+    wrapper_id: str | None
+    request_id: str | None
+    measurement_id: int | None
+    process: str | None
+    number: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokensRecord:
+    """Numbers of tokens; None: not known. ``cached``: prompt tokens that were not computed again."""
+
+    prompt: int | None
+    cached: int | None
+    output: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """How many prompts were answered at the same time: the most, and the mean over the window."""
+
+    max: int | None
+    mean: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CountedRecord:
+    """The counted stretch of a lease, as one window of the counters; ``begun`` and ``ended``: ISO 8601.
+
+    It lasts from the start of the first prompt that is no warm-up to the end of the last. ``seconds`` leaves out LLM
+    starts. ``prompts``, ``output_tokens``, ``units``: without warm-ups.
+    """
+
+    begun: str | None
+    ended: str | None
+    seconds: float
+    total_j: float | None
+    low_j: float | None
+    high_j: float | None
+    systematic_j: float | None
+    label: str
+    o_g: float | None
+    o_low_g: float | None
+    o_high_g: float | None
+    m_g: float | None
+    m_low_g: float | None
+    m_high_g: float | None
+    prompts: int | None
+    output_tokens: int | None
+    units: int | None
+    in_flight: InFlight
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptUse:
+    """What the record of a prompt window has besides `WindowDetail`.
+
+    ``answer_id``: vLLM's id of the answer. ``prompt_id``: the client's id of the prompt. ``words``: of the answer.
+    ``status``: answered, refused, cut or failed.
+    """
+
+    endpoint: str | None
+    answer_id: str | None
+    prompt_id: str | None
+    tokens: TokensRecord | None
+    words: int | None
+    warmup: bool | None
+    status: str | None
+    in_flight: InFlight
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseUse:
+    """What the record of a lease window has besides `WindowDetail`.
+
+    ``process``: that of the wrapper. ``lease_begun``: when the lease began, ISO 8601; earlier than the window if an
+    earlier process was given it. ``tokens`` and the units are sums over the prompts whose number is known.
+    """
+
+    process: str | None
+    lease_begun: str | None
+    prompts: int | None
+    warmups: int | None
+    tokens: TokensRecord | None
+    tokens_unknown_prompts: int | None
+    words: int | None
+    units_unknown_prompts: int | None
+    counted: CountedRecord | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowDetail:
+    """The record of a window. In JSON, the keys of ``use`` follow those of the window, on the same level.
+
+    * ``pue``: power usage effectiveness of the site. ``schema``: version of the record, None: version 1.
+    * ``begun``, ``ended``: ISO 8601. ``duration_s``: from start to end; ``reserved_s``: its share of that time.
+    * ``o_g`` … ``m_high_g``: operational and embodied emissions, gCO2eq, with their bounds.
+    * ``methods``: label of the SCI terms E, I, M and R.
+    * ``boundary``: names of the parts whose energy is included; ``gpus``: UUIDs of those that are GPUs.
+    * ``model``: the LLM. ``use``: what its kind adds; None for idle time and LLM starts.
+    """
+
+    grid: GridRecord | None
+    embodied: EmbodiedRecord | None
+    pue: float | None
+    schema: int | None
+    ids: WindowIds | None
+    kind: str | None
+    begun: str | None
+    ended: str | None
+    duration_s: float | None
+    reserved_s: float | None
+    energy: EnergyRecord
+    o_g: float | None
+    o_low_g: float | None
+    o_high_g: float | None
+    m_g: float | None
+    m_low_g: float | None
+    m_high_g: float | None
+    unit: str | None
+    units: int | None
+    score: ScoreRecord
+    methods: Mapping[str, str]
+    flags: tuple[str, ...]
+    boundary: tuple[str, ...]
+    gpus: tuple[str, ...]
+    model: str | None
+    use: PromptUse | LeaseUse | None = None
+
+
+# --- reading records ----------------------------------------------------------------------------------------
+
+_USES: Final = {WindowKind.PROMPT: PromptUse, WindowKind.LEASE: LeaseUse}
+
+
+def detail_of(window: EnergyWindow) -> WindowDetail:
+    """Return the record of a window."""
+    return read_detail(window.kind, json.loads(window.detail))
+
+
+def read_detail(kind: WindowKind, record: Mapping[str, Any]) -> WindowDetail:
+    """Return the record of a window of this kind from its JSON object."""
+    use = _USES.get(kind)
+    return WindowDetail(**_values(WindowDetail, record), use=None if use is None else use(**_values(use, record)))
+
+
+def read_counted(record: Mapping[str, Any]) -> CountedRecord:
+    """Return the counted stretch of a lease from its JSON object."""
+    return CountedRecord(**_values(CountedRecord, record))
+
+
+def _values(kind: type[object], record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: read(record.get(name)) for name, read in _readers(kind)}
+
+
+@cache
+def _readers(kind: type[object]) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
+    """Return for each key of a record how its JSON value is read; ``use`` is no key."""
+    hints = get_type_hints(kind)
+    return tuple((name, _reader(hint)) for name, hint in hints.items() if name != "use")
+
+
+def _reader(hint: Any) -> Callable[[Any], Any]:
+    """Return a function that reads a JSON value, None if it is missing, as the type of a field."""
+    parts = get_args(hint)
+    if float in (hint, *parts):
+        return lambda value: None if value is None else float(value)
+    if get_origin(hint) is tuple:
+        item = _reader(parts[0])
+        return lambda value: tuple(map(item, value or ()))
+    if get_origin(hint) is Mapping:
+        return lambda value: value or {}
+    for kind in (hint, *parts):
+        if is_dataclass(kind):
+            return partial(_read, kind, optional=NoneType in parts)
+    return lambda value: value
+
+
+def _read(kind: Callable[..., object], value: Mapping[str, Any] | None, *, optional: bool) -> object:
+    return kind(**_values(kind, value or {})) if value or not optional else None
