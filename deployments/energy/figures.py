@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from registry.contract.windows import ComponentRecord
+from registry.contract.windows import EnergyRecord
 from registry.errors import BadSettings
 from registry.wire.flags import Flag
 from registry.wire.labels import Label
@@ -25,8 +27,8 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Component:
-    """The energy of one part of the machine in a window, or why it is unknown.
+class Component(ComponentRecord):
+    """The energy of one part of the machine in a window, or why it is unknown. It goes into the record as it is.
 
     ``joules`` is > 0, or None exactly if the label is unavailable. The other amounts are known whenever it is.
 
@@ -48,16 +50,8 @@ class Component:
         ValueError: Label, figure and bounds do not fit together.
     """
 
-    name: str
-    source: str
-    label: Label
-    joules: float | None = None
-    low_j: float | None = None
-    high_j: float | None = None
-    resolution_j: float | None = None
-    systematic_j: float | None = None
+    label: Label = Label.UNAVAILABLE
     counter_label: Label = Label.UNAVAILABLE
-    flags: tuple[str, ...] = ()
 
     # D58: every figure has hard bounds
     def __post_init__(self) -> None:
@@ -78,23 +72,19 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True)
-class Energy:
+class Energy(EnergyRecord):
     """The energy of a window: the sum of its components, with the worst of their labels. Made by `total`.
 
     ``total_j`` is None if any component is unavailable. The other amounts are sums over the components, known whenever
     ``total_j`` is (``resolution_j`` may be None). ``flags`` are those of all components and of the window, among them
-    ``cpu_not_covered`` and ``dram_not_covered`` for hardware that nothing counts.
+    ``cpu_not_covered`` and ``dram_not_covered`` for hardware that nothing counts; a record has them for itself, so its
+    ``energy`` does not.
     """
 
-    total_j: float | None
-    low_j: float | None
-    high_j: float | None
-    resolution_j: float | None
-    systematic_j: float | None
-    label: Label
-    counter_label: Label
-    components: tuple[Component, ...]
-    flags: tuple[str, ...]
+    label: Label = Label.UNAVAILABLE
+    counter_label: Label = Label.UNAVAILABLE
+    components: tuple[Component, ...] = ()
+    flags: tuple[str, ...] = ()
 
     @property
     def boundary(self) -> tuple[str, ...]:
@@ -110,7 +100,7 @@ def total(components: Iterable[Component], flags: Iterable[str] = ()) -> Energy:
     )
     label = worst([part.label for part in parts])
     if label is Label.UNAVAILABLE:
-        return Energy(None, None, None, None, None, label, label, parts, all_flags)
+        return Energy(components=parts, flags=all_flags)
     return Energy(
         total_j=_sum_if_known([part.joules for part in parts]),
         low_j=_sum_if_known([part.low_j for part in parts]),

@@ -24,7 +24,7 @@ from deployments.energy.record_dates import RecordDates
 from deployments.energy.sci import Score, grid_intensity
 from deployments.energy.scorer import Scorer
 from deployments.energy.timeline import Timeline
-from deployments.energy.window_log import EnergyLog, as_json
+from deployments.energy.window_log import EnergyLog, energy_json
 from deployments.energy.window_writer import Start, WindowWriter
 from deployments.machine.gpus import ReadFailed, gpu_uuids
 from deployments.machine.machine_cpu import MachineCPU
@@ -80,7 +80,7 @@ class PromptMeter:
         self._timeline: Timeline[LeaseAccount] = Timeline(self._meter.mark())
         self._scorer = Scorer(self._meter, self._flights, self._sci, self._grid)
         self._usage = LeaseUsage(self._scorer, self._timeline)
-        self._log = EnergyLog(wrapper_id, process, grid=self._grid, embodied=self._sci.embodied, pue=self._sci.pue)
+        self._log = EnergyLog(wrapper_id, process)
         dates = RecordDates(self._meter.mark, utc_s)
         self._writer = WindowWriter(self._scorer, self._flights, self._timeline, self._log, dates)
         self._begun = 0
@@ -102,7 +102,7 @@ class PromptMeter:
 
     def describe(self) -> dict[str, object]:
         """Return what is counted and how, what is not and why, and the energy of the last LLM start, as plain JSON."""
-        load = None if self._load is None else as_json(self._load)
+        load = None if self._load is None else energy_json(self._load)
         windows = {"kept": len(self._log), "dropped": self._log.dropped}
         return {**self._meter.describe(), "last_load": load, "windows": windows}
 
@@ -214,7 +214,7 @@ class PromptMeter:
             "sci_high": found.high,
             "unit": found.unit,
             "units": found.units,
-            "energy": as_json(energy),
+            "energy": energy_json(energy),
             "carbon": {"o_g": found.o_g, "m_g": found.m_g, "grid": self._grid_json},
             "methods": dict(found.methods),
             "flags": flags,

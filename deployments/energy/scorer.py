@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from dataclasses import replace
-
 from deployments.energy.attribution import Flow
-from deployments.energy.figures import Energy, GridIntensity, SCISettings
-from deployments.energy.flights import Flight, Flights
+from deployments.energy.figures import Energy
+from deployments.energy.figures import GridIntensity
+from deployments.energy.figures import SCISettings
+from deployments.energy.flights import Flight
+from deployments.energy.flights import Flights
 from deployments.energy.lease_account import LeaseAccount
 from deployments.energy.meter import Meter
-from deployments.energy.sci import Score, score
+from deployments.energy.sci import Score
+from deployments.energy.sci import score
 from deployments.energy.timeline import Interval
+from registry.contract.windows import EmbodiedRecord
+from registry.contract.windows import GridRecord
 from registry.wire.flags import Flag
 
 
@@ -26,6 +32,35 @@ class Scorer:
         of_output = settings.functional_unit in ("output_token", "word")
         self._without_text = replace(settings, functional_unit="token") if of_output else settings
         self._grid = grid
+
+    @property
+    def grid(self) -> GridRecord | None:
+        """The carbon intensity that scores use, None if not configured."""
+        grid = self._grid
+        if grid is None:
+            return None
+        return GridRecord(
+            value=grid.gco2eq_per_kwh,
+            unit="gCO2eq/kWh",
+            zone=grid.zone,
+            dataset=grid.dataset,
+            version=grid.version,
+            year=grid.year,
+            source=grid.source,
+            low=grid.low,
+            high=grid.high,
+        )
+
+    @property
+    def embodied(self) -> EmbodiedRecord | None:
+        """The embodied carbon that scores use, None if not configured."""
+        embodied = self._settings.embodied
+        return None if embodied is None else EmbodiedRecord(*astuple(embodied))
+
+    @property
+    def pue(self) -> float:
+        """The power usage effectiveness that scores use."""
+        return self._settings.pue
 
     def prompt(self, flight: Flight, *, for_good: bool = False) -> tuple[Energy, Score]:
         """Return a prompt's share of the energy while it was in flight, and its score.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC
+from datetime import datetime
+from deployments.energy.figures import Energy
+from pydantic import TypeAdapter
+from registry.contract.messages import LeaseGrant
+from registry.contract.messages import StartedFor
+from registry.contract.windows import EnergyRecord
+from registry.contract.windows import EnergyWindow
+from registry.contract.windows import LeaseUse
+from registry.contract.windows import PromptUse
+from registry.contract.windows import WindowDetail
+from registry.contract.windows import WindowIds
+from registry.wire.words import WindowKind
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from deployments.energy.figures import Embodied, Energy, GridIntensity
-from deployments.energy.sci import Score
-from registry.contract.messages import LeaseGrant, StartedFor
-from registry.contract.windows import EnergyWindow
-from registry.wire.words import WindowKind
 
 SCHEMA = 2
 """Version of the records; records without this key are version 1."""
@@ -22,69 +25,58 @@ KEPT_WINDOWS = 20_000
 """Windows that can wait for the registry, about 2 kB each; older ones are dropped, counted and reported."""
 WINDOWS_A_REPORT = 500
 """With one report per second: as many prompts per second can go on for ever without loss of a record."""
-_DETAIL = TypeAdapter(dict[str, Any])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """A finished window before it gets a number.
-
-    ``window_id`` is None if it has none yet. Start and end are UTC seconds, ``duration_s`` is by the monotonic clock.
-    ``payer`` is the lease, or the request that an LLM was started for; None if there is none.
-    ``more`` has what its kind adds to a record, or replaces in it: tokens, words, endpoint, model.
-    """
-
-    kind: WindowKind
-    window_id: str | None
-    payer: LeaseGrant | StartedFor | None
-    begun_s: float
-    ended_s: float
-    duration_s: float
-    energy: Energy
-    score: Score
-    flags: Sequence[str]
-    more: Mapping[str, Any]
+_DETAIL = TypeAdapter(WindowDetail)
+_USE = TypeAdapter[PromptUse | LeaseUse](PromptUse | LeaseUse)
+_ENERGY = TypeAdapter(EnergyRecord)
 
 
 class EnergyLog:
-    """The windows of one process, in the order of their numbers. ``dropped`` counts those not fetched in time.
+    """The windows of one process, in the order of their numbers. ``dropped`` counts those not fetched in time."""
 
-    Values that all windows have in common (grid, embodied carbon, PUE) are given once.
-    """
-
-    def __init__(
-        self, wrapper_id: str, process: str, *, grid: GridIntensity | None, embodied: Embodied | None, pue: float
-    ) -> None:
+    def __init__(self, wrapper_id: str, process: str) -> None:
         self.dropped = 0
         self.process = process
         self._wrapper_id = wrapper_id
-        self._given = {
-            "grid": None
-            if grid is None
-            else {
-                "value": grid.gco2eq_per_kwh,
-                "unit": "gCO2eq/kWh",
-                "zone": grid.zone,
-                "dataset": grid.dataset,
-                "version": grid.version,
-                "year": grid.year,
-                "source": grid.source,
-                "low": grid.low,
-                "high": grid.high,
-            },
-            "embodied": None if embodied is None else asdict(embodied),
-            "pue": pue,
-        }
         self._last = 0
         self._windows: deque[EnergyWindow] = deque()
 
     def __len__(self) -> int:
         return len(self._windows)
 
-    def write(self, record: Record) -> None:
-        """Number a window and keep it."""
+    def next_ids(self, payer: LeaseGrant | StartedFor | None, window_id: str | None = None) -> WindowIds:
+        """Return the ids of the next window; ``window_id`` None: it has none yet.
+
+        ``payer``: the lease, or the request that an LLM was started for; None if there is none.
+        """
+        return WindowIds(
+            window_id=window_id or f"{self.process}-{self._last + 1}",
+            wrapper_id=self._wrapper_id,
+            request_id=None if payer is None else payer.request_id,
+            measurement_id=None if payer is None else payer.measurement_id,
+            process=self.process,
+            number=self._last + 1,
+        )
+
+    def write(self, kind: WindowKind, ids: WindowIds, detail: WindowDetail, begun_s: float, ended_s: float) -> None:
+        """Keep the window with the next ids; its start and end are UTC seconds."""
         self._last += 1
-        self._windows.append(self._window(record, self._last))
+        self._windows.append(
+            EnergyWindow(
+                window_id=ids.window_id,
+                kind=kind,
+                wrapper_id=ids.wrapper_id,
+                request_id=ids.request_id,
+                measurement_id=ids.measurement_id,
+                begun_s=begun_s,
+                ended_s=ended_s,
+                total_j=detail.energy.total_j,
+                o_g=detail.o_g,
+                m_g=detail.m_g,
+                label=detail.energy.label,
+                number=ids.number,
+                detail=detail_json(detail),
+            )
+        )
         if len(self._windows) > KEPT_WINDOWS:
             self._windows.popleft()
             self.dropped += 1
@@ -100,86 +92,19 @@ class EnergyLog:
         for _ in range(min(number, self._last) - first + 1):
             self._windows.popleft()
 
-    def _window(self, record: Record, number: int) -> EnergyWindow:
-        payer, score = record.payer, record.score
-        window_id = record.window_id or f"{self.process}-{number}"
-        request_id = None if payer is None else payer.request_id
-        measurement_id = None if payer is None else payer.measurement_id
-        detail = {
-            **self._given,
-            "schema": SCHEMA,
-            "ids": {
-                "window_id": window_id,
-                "wrapper_id": self._wrapper_id,
-                "request_id": request_id,
-                "measurement_id": measurement_id,
-                "process": self.process,
-                "number": number,
-            },
-            "kind": record.kind.value,
-            "begun": as_iso(record.begun_s),
-            "ended": as_iso(record.ended_s),
-            "duration_s": record.duration_s,
-            "reserved_s": score.duration_s,
-            "energy": as_json(record.energy),
-            "o_g": score.o_g,
-            "o_low_g": score.o_low_g,
-            "o_high_g": score.o_high_g,
-            "m_g": score.m_g,
-            "m_low_g": score.m_low_g,
-            "m_high_g": score.m_high_g,
-            "unit": score.unit,
-            "units": score.units,
-            "score": {"value": score.sci_score, "low": score.low, "high": score.high, "method": score.method.value},
-            "methods": dict(score.methods),
-            "flags": sorted(set(record.flags)),
-            "boundary": list(score.boundary),
-            "gpus": [name.removeprefix("gpu:") for name in score.boundary if name.startswith("gpu:")],
-            **record.more,
-        }
-        return EnergyWindow(
-            window_id=window_id,
-            kind=record.kind,
-            wrapper_id=self._wrapper_id,
-            request_id=request_id,
-            measurement_id=measurement_id,
-            begun_s=record.begun_s,
-            ended_s=record.ended_s,
-            total_j=record.energy.total_j,
-            o_g=score.o_g,
-            m_g=score.m_g,
-            label=record.energy.label.value,
-            number=number,
-            detail=_DETAIL.dump_json(detail).decode(),  # seven times as fast as json; prompts wait for it
-        )
+
+def detail_json(detail: WindowDetail) -> str:
+    """Return the record of a window as JSON. Pydantic is seven times as fast as ``json``; prompts wait for it."""
+    record = _DETAIL.dump_json(detail, exclude={"use"})
+    if detail.use is not None:
+        record = record[:-1] + b"," + _USE.dump_json(detail.use)[1:]
+    return record.decode()
 
 
-def as_json(energy: Energy) -> dict[str, Any]:
-    """Return an energy with its components as plain JSON."""
-    return {
-        "total_j": energy.total_j,
-        "low_j": energy.low_j,
-        "high_j": energy.high_j,
-        "resolution_j": energy.resolution_j,
-        "systematic_j": energy.systematic_j,
-        "label": energy.label.value,
-        "counter_label": energy.counter_label.value,
-        "components": [
-            {
-                "name": part.name,
-                "source": part.source,
-                "label": part.label.value,
-                "counter_label": part.counter_label.value,
-                "joules": part.joules,
-                "low_j": part.low_j,
-                "high_j": part.high_j,
-                "resolution_j": part.resolution_j,
-                "systematic_j": part.systematic_j,
-                "flags": list(part.flags),
-            }
-            for part in energy.components  # by hand: asdict is too slow for the prompt path
-        ],
-    }
+def energy_json(energy: Energy) -> dict[str, Any]:
+    """Return an energy as in records, as plain JSON."""
+    found: dict[str, Any] = _ENERGY.dump_python(energy, mode="json")
+    return found
 
 
 def as_iso(time_s: float) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from deployments.energy.attribution import Flow
 from deployments.energy.figures import Energy
@@ -17,9 +15,19 @@ from deployments.energy.sci import Score
 from deployments.energy.scorer import Scorer
 from deployments.energy.timeline import STRETCH_S, Interval, Timeline
 from deployments.energy.token_weights import UNKNOWN, TokenWeight
-from deployments.energy.window_log import EnergyLog, Record, as_iso
+from deployments.energy.window_log import SCHEMA, EnergyLog, as_iso
 from deployments.tokens import Tokens
 from registry.contract.messages import LeaseGrant, StartedFor
+from registry.contract.windows import (
+    CountedRecord,
+    InFlight,
+    LeaseUse,
+    PromptUse,
+    ScoreRecord,
+    TokensRecord,
+    WindowDetail,
+    WindowIds,
+)
 from registry.wire.flags import Flag
 from registry.wire.words import WindowKind
 
@@ -92,7 +100,7 @@ class WindowWriter:
         start = self._starts.popleft()
         kind = WindowKind.WAKE if start.woken else WindowKind.LOAD
         flow = self._meter.flow([(start.start_s, start.end_s)], final=True)
-        self._record(kind, start.started_for, (start.start_s, start.end_s), flow, {"model": start.model})
+        self._record(kind, start.started_for, (start.start_s, start.end_s), flow, start.model)
         return True
 
     def _write_prompt(self) -> bool:
@@ -114,20 +122,21 @@ class WindowWriter:
         account = flight.account
         if account is not None:
             _add(account, flight, found)
-        more = {
-            "model": self.model if account is None else account.model,
-            "endpoint": flight.endpoint,
-            "answer_id": flight.answer_id,
-            "prompt_id": flight.prompt_id,
-            "tokens": None if tokens is None else tokens._asdict(),
-            "words": flight.words,
-            "warmup": flight.warmup,
-            "status": flight.status,
-            "in_flight": {"max": most, "mean": mean},
-        }
-        times = (flight.start_s, flight.end_s)
-        payer = None if account is None else account.grant
-        self._write_record(WindowKind.PROMPT, payer, times, energy, found, more, window_id=flight.window_id)
+        use = PromptUse(
+            endpoint=flight.endpoint,
+            answer_id=flight.answer_id,
+            prompt_id=flight.prompt_id,
+            tokens=None if tokens is None else TokensRecord(*tokens),
+            words=flight.words,
+            warmup=flight.warmup,
+            status=flight.status,
+            in_flight=InFlight(most, mean),
+        )
+        model, payer = (self.model, None) if account is None else (account.model, account.grant)
+        ids = self._log.next_ids(payer, flight.window_id)
+        self._write_record(
+            WindowKind.PROMPT, ids, (flight.start_s, flight.end_s), energy, found, model, use, units=found.units
+        )
         return True
 
     def _write_stretch(self) -> bool:
@@ -141,10 +150,9 @@ class WindowWriter:
         closed.popleft()
         if stretch.gaps:
             idle = self._meter.flow(stretch.gaps, final=True)
-            times, more = (stretch.gaps[0][0], stretch.gaps[-1][1]), {"model": account and account.model}
-            self._record(
-                WindowKind.IDLE, None if account is None else account.grant, times, idle, more, account=account
-            )
+            times = (stretch.gaps[0][0], stretch.gaps[-1][1])
+            model, payer = (None, None) if account is None else (account.model, account.grant)
+            self._record(WindowKind.IDLE, payer, times, idle, model, account=account)
             if account is not None:
                 account.idle = idle if account.idle is None else account.idle + idle
         if account is not None:
@@ -161,25 +169,25 @@ class WindowWriter:
     def _record_lease(self, account: LeaseAccount, end_s: float, flow: Flow) -> None:
         begun_s = account.handed_over_s
         counted = self._counted(account)
-        flags = account.flags.union(() if counted is None else _NOT_CLEAN.intersection(counted["flags"]))
-        more = {
-            "model": account.model,
-            "process": self._log.process,
-            "lease_begun": as_iso(self._dates.utc_s(account.begun_s) if begun_s is None else begun_s),
-            "prompts": account.prompts,
-            "warmups": account.warmups,
-            "tokens": Tokens(*account.tokens)._asdict(),
-            "tokens_unknown_prompts": account.tokens_unknown,
-            "words": account.words,
-            "units": account.units,
-            "units_unknown_prompts": account.units_unknown,
-            "counted": counted,
-        }
+        flags = account.flags.union(() if counted is None else _NOT_CLEAN.intersection(counted.flags))
+        use = LeaseUse(
+            process=self._log.process,
+            lease_begun=as_iso(self._dates.utc_s(account.begun_s) if begun_s is None else begun_s),
+            prompts=account.prompts,
+            warmups=account.warmups,
+            tokens=TokensRecord(*account.tokens),
+            tokens_unknown_prompts=account.tokens_unknown,
+            words=account.words,
+            units_unknown_prompts=account.units_unknown,
+            counted=counted,
+        )
+        energy = self._meter.energy(flow, estimate_short=True)
         units = None if account.units_unknown else account.units  # a part of the units gives no score
-        times = (account.begun_s, end_s)
-        self._record(WindowKind.LEASE, account.grant, times, flow, more, units, account=account, flags=sorted(flags))
+        found = self._scorer.score(energy, flow.duration_s, units, sorted(flags), account=account)
+        ids, times = self._log.next_ids(account.grant), (account.begun_s, end_s)
+        self._write_record(WindowKind.LEASE, ids, times, energy, found, account.model, use, units=account.units)
 
-    def _counted(self, account: LeaseAccount) -> dict[str, Any] | None:
+    def _counted(self, account: LeaseAccount) -> CountedRecord | None:
         """Return the counted stretch of a lease as one window of the counters; None if it has no prompt."""
         counted = account.counted
         flow, begun_s, ended_s = counted.flow, counted.begun_s, counted.ended_s
@@ -195,27 +203,27 @@ class WindowWriter:
         }
         told = [flag for flag, holds in flags.items() if holds]
         found = self._scorer.score(energy, flow.duration_s, units, told, account=account)
-        return {
-            "begun": as_iso(self._dates.utc_s(begun_s)),
-            "ended": as_iso(self._dates.utc_s(ended_s)),
-            "seconds": flow.duration_s,
-            "total_j": energy.total_j,
-            "low_j": energy.low_j,
-            "high_j": energy.high_j,
-            "systematic_j": energy.systematic_j,
-            "label": energy.label.value,
-            "o_g": found.o_g,
-            "o_low_g": found.o_low_g,
-            "o_high_g": found.o_high_g,
-            "m_g": found.m_g,
-            "m_low_g": found.m_low_g,
-            "m_high_g": found.m_high_g,
-            "prompts": counted.prompts,
-            "output_tokens": None if counted.tokens_unknown else counted.output_tokens,
-            "units": units,
-            "in_flight": {"max": counted.most, "mean": min(counted.prompt_s / flow.duration_s, counted.most)},
-            "flags": sorted(set(found.flags)),
-        }
+        return CountedRecord(
+            begun=as_iso(self._dates.utc_s(begun_s)),
+            ended=as_iso(self._dates.utc_s(ended_s)),
+            seconds=flow.duration_s,
+            total_j=energy.total_j,
+            low_j=energy.low_j,
+            high_j=energy.high_j,
+            systematic_j=energy.systematic_j,
+            label=energy.label,
+            o_g=found.o_g,
+            o_low_g=found.o_low_g,
+            o_high_g=found.o_high_g,
+            m_g=found.m_g,
+            m_low_g=found.m_low_g,
+            m_high_g=found.m_high_g,
+            prompts=counted.prompts,
+            output_tokens=None if counted.tokens_unknown else counted.output_tokens,
+            units=units,
+            in_flight=InFlight(counted.most, min(counted.prompt_s / flow.duration_s, counted.most)),
+            flags=tuple(sorted(set(found.flags))),
+        )
 
     def _record(
         self,
@@ -223,41 +231,58 @@ class WindowWriter:
         payer: LeaseGrant | StartedFor | None,
         times: Interval,
         flow: Flow,
-        more: Mapping[str, Any],
-        units: int | None = 0,
+        model: str | None,
         *,
         account: LeaseAccount | None = None,
-        flags: Sequence[str] = (),
     ) -> None:
+        """Write the window of an LLM start or of idle time; ``account`` is the lease's, if any."""
         energy = self._meter.energy(flow, estimate_short=True)
-        found = self._scorer.score(energy, flow.duration_s, units, flags, account=account)
-        self._write_record(kind, payer, times, energy, found, more)
+        found = self._scorer.score(energy, flow.duration_s, 0, account=account)
+        self._write_record(kind, self._log.next_ids(payer), times, energy, found, model, units=0)
 
     def _write_record(
         self,
         kind: WindowKind,
-        payer: LeaseGrant | StartedFor | None,
+        ids: WindowIds,
         times: Interval,
         energy: Energy,
         found: Score,
-        more: Mapping[str, Any],
+        model: str | None,
+        use: PromptUse | LeaseUse | None = None,
         *,
-        window_id: str | None = None,
+        units: int | None,
     ) -> None:
-        self._log.write(
-            Record(
-                kind=kind,
-                window_id=window_id,
-                payer=payer,
-                begun_s=self._dates.utc_s(times[0]),
-                ended_s=self._dates.utc_s(times[1]),
-                duration_s=times[1] - times[0],
-                energy=energy,
-                score=found,
-                flags=(*found.flags, *((Flag.CLOCK_STEPPED,) if self._dates.stepped(*times) else ())),
-                more=more,
-            )
+        begun_s, ended_s = (self._dates.utc_s(at_s) for at_s in times)
+        stepped = (Flag.CLOCK_STEPPED,) if self._dates.stepped(*times) else ()
+        detail = WindowDetail(
+            grid=self._scorer.grid,
+            embodied=self._scorer.embodied,
+            pue=self._scorer.pue,
+            schema=SCHEMA,
+            ids=ids,
+            kind=kind,
+            begun=as_iso(begun_s),
+            ended=as_iso(ended_s),
+            duration_s=times[1] - times[0],
+            reserved_s=found.duration_s,
+            energy=energy,
+            o_g=found.o_g,
+            o_low_g=found.o_low_g,
+            o_high_g=found.o_high_g,
+            m_g=found.m_g,
+            m_low_g=found.m_low_g,
+            m_high_g=found.m_high_g,
+            unit=found.unit,
+            units=units,
+            score=ScoreRecord(found.sci_score, found.low, found.high, found.method),
+            methods=found.methods,
+            flags=tuple(sorted({*found.flags, *stepped})),
+            boundary=found.boundary,
+            gpus=tuple(name.removeprefix("gpu:") for name in found.boundary if name.startswith("gpu:")),
+            model=model,
+            use=use,
         )
+        self._log.write(kind, ids, detail, begun_s, ended_s)
 
 
 def _add(account: LeaseAccount, flight: Flight, found: Score) -> None:

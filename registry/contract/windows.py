@@ -122,12 +122,12 @@ class ScoreRecord:
 class WindowIds:
     """Who measured a window, for which request, and its ``number`` in the log of its process."""
 
-    window_id: str | None
-    wrapper_id: str | None
+    window_id: str
+    wrapper_id: str
     request_id: str | None
     measurement_id: int | None
-    process: str | None
-    number: int | None
+    process: str
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,12 +274,12 @@ def read_counted(record: Mapping[str, Any]) -> CountedRecord:
     return CountedRecord(**_values(CountedRecord, record))
 
 
-def _values(kind: type[object], record: Mapping[str, Any]) -> dict[str, Any]:
+def _values(kind: Callable[..., object], record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: read(record.get(name)) for name, read in _readers(kind)}
 
 
 @cache
-def _readers(kind: type[object]) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
+def _readers(kind: Callable[..., object]) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
     """Return for each key of a record how its JSON value is read; ``use`` is no key."""
     hints = get_type_hints(kind)
     return tuple((name, _reader(hint)) for name, hint in hints.items() if name != "use")
@@ -296,7 +296,7 @@ def _reader(hint: Any) -> Callable[[Any], Any]:
     if get_origin(hint) is Mapping:
         return lambda value: value or {}
     for kind in (hint, *parts):
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             return partial(_read, kind, optional=NoneType in parts)
     return lambda value: value
 

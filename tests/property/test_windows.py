@@ -272,7 +272,7 @@ components = st.builds(
             "x",
             "a test",
             label,
-            joules,
+            joules=joules,
             low_j=joules * (1 - spread),
             high_j=joules * (1 + spread),
             resolution_j=joules / 100,

@@ -11,7 +11,7 @@ def part(joules: float | None, label: Label = Label.MEASURED, **more: object) ->
     if joules is None:
         return Component("x", "a test", label, **more)  # type: ignore[arg-type]
     known: dict[str, object] = {"low_j": joules, "high_j": joules, "systematic_j": 0.0, "counter_label": label}
-    return Component("x", "a test", label, joules, **known | more)  # type: ignore[arg-type]
+    return Component("x", "a test", label, joules=joules, **known | more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("joules", [0.0, -1.0])

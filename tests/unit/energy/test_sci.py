@@ -26,7 +26,7 @@ def gpu(joules: float, label: Label = Label.MEASURED, **bounds: float) -> Energy
 def part(name: str, joules: float, label: Label = Label.MEASURED, **bounds: float) -> Component:
     """A component whose bounds are those given, else exact."""
     known: dict[str, float] = {"low_j": joules, "high_j": joules, "systematic_j": 0.0} | bounds
-    return Component(name, "a test", label, joules, counter_label=label, **known)  # type: ignore[arg-type]
+    return Component(name, "a test", label, joules=joules, counter_label=label, **known)  # type: ignore[arg-type]
 
 
 # --- the formula, worked through -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from registry.wire.labels import Label
 
 def cost(joules: float, *flags: str) -> Energy:
     part = Component(
-        "gpu:x", "a test", Label.MEASURED, joules, low_j=joules, high_j=joules, systematic_j=0.0,
+        "gpu:x", "a test", Label.MEASURED, joules=joules, low_j=joules, high_j=joules, systematic_j=0.0,
         counter_label=Label.MEASURED, flags=flags,
     )  # fmt: skip
     return total([part])
