@@ -11,9 +11,8 @@ import pytest
 from deployments.energy import meter as meter_module
 from deployments.energy import prompt_meter
 from deployments.energy.counters.probe import Source, Unreadable
-from deployments.energy.flights import Flight
 from deployments.energy.meter import Meter
-from deployments.energy.prompt_meter import PromptMeter
+from deployments.energy.prompt_meter import MeteredPrompt, PromptMeter
 from registry.contract.messages import Belief, LeaseGrant, Moment
 from registry.contract.windows import EnergyWindow
 from registry.settings import EnergySettings
@@ -38,7 +37,7 @@ class Bench:
         """By how much the wall clock was set since."""
         found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:GPU-x", label=Label.SIMULATED),)
         monkeypatch.setattr(meter_module, "PERIOD_S", 0.0)  # others are looked for with each poll
-        monkeypatch.setattr(prompt_meter, "_sources", lambda *_: list(found))
+        monkeypatch.setattr(prompt_meter, "sources_of", lambda *_: list(found))
         monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
         chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}
         self.meter = PromptMeter(
@@ -58,17 +57,17 @@ class Bench:
     def bind(self, grant: LeaseGrant | None) -> None:
         self.meter.hand_over(grant, self.clock.now_s)
 
-    def end(self, flight: Flight, tokens: tuple[int, int] | None = (6, 4)) -> None:
-        self.meter.end(flight)
+    def end(self, metered: MeteredPrompt, tokens: tuple[int, int] | None = (6, 4)) -> None:
+        metered.end()
         if tokens is not None:
             usage: dict[str, Any] = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
             usage["prompt_tokens_details"] = {"cached_tokens": 0}
-            self.meter.account(flight, usage=usage, answer="four words and no")
+            metered.account(usage=usage, answer="four words and no")
 
     def prompt(self, seconds: float, tokens: tuple[int, int] | None = (6, 4), *, warmup: bool = False) -> None:
-        flight = self.meter.begin(warmup=warmup)
+        metered = self.meter.prompt(warmup=warmup)
         self.passes(seconds)
-        self.end(flight, tokens)
+        self.end(metered, tokens)
 
     async def windows(self, kept: int = 0, *, process: str = "p") -> tuple[EnergyWindow, ...]:
         self.passes(0.2)

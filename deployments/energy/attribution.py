@@ -5,25 +5,19 @@ Levels are readings of one source's counter at the relevant times. Components ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
-from deployments.energy.counters.base import POWER_HEADROOM
-from deployments.energy.counters.base import Source
-from deployments.energy.counters.history import Level
-from deployments.energy.counters.history import between
-from deployments.energy.figures import Component
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
-from operator import add
-from operator import mul
-from operator import sub
-from registry.wire.flags import Flag
-from registry.wire.labels import Label
-from registry.wire.labels import worst
+from operator import add, mul, sub
 from typing import NamedTuple
-import math
+
+from deployments.energy.counters.base import POWER_HEADROOM, Source
+from deployments.energy.counters.history import Level, between
+from deployments.energy.figures import Component
+from registry.wire.flags import Flag
+from registry.wire.labels import Label, worst
 
 
 @dataclass(frozen=True)

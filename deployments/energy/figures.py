@@ -6,18 +6,15 @@ A figure is a number of joules with a label that says where it comes from. An un
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from registry.contract.windows import ComponentRecord
-from registry.contract.windows import EnergyRecord
-from registry.errors import BadSettings
-from registry.wire.flags import Flag
-from registry.wire.labels import Label
-from registry.wire.labels import worst
 from typing import Literal
 
+from registry.contract.windows import ComponentRecord, EnergyRecord
+from registry.errors import BadSettings
+from registry.wire.flags import Flag
+from registry.wire.labels import Label, worst
 
 FunctionalUnit = Literal["output_token", "token", "request", "word"]
 
@@ -50,6 +47,7 @@ class Component(ComponentRecord):
         ValueError: Label, figure and bounds do not fit together.
     """
 
+    source: str
     label: Label = Label.UNAVAILABLE
     counter_label: Label = Label.UNAVAILABLE
 

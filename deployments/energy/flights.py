@@ -248,17 +248,18 @@ class Flights:
             _one_by_one(flight, own, times_s, places, self.weight, low, high)
         return mid, low, high
 
-    def sum_up(self, old_s: float, settled: Callable[[float], bool], shares: Callable[[Parts], Shares]) -> None:
+    def sum_up(self, old_s: float, is_final: Callable[[float], bool], shares: Callable[[Parts], Shares]) -> None:
         """Sum up what each prompt had before ``old_s``, and forget the changes before it.
 
         Changes are kept while the rate of a prompt in flight there is unknown, up to `REMEMBERED_CHANGES`. Beyond that
-        the rate is assumed, if the counters have ``settled``. ``shares`` computes the shares that parts are of them.
+        the rate is assumed, if the counters' levels there are final. ``shares`` computes the shares that parts are of
+        them.
         """
         old = bisect_right(self._times_s, old_s) - 1
         unknown = (at for at, place in enumerate(self._places[: max(old, 0)]) if place.known < place.count > 1)
         old = next(unknown, old)
         many = len(self) - REMEMBERED_CHANGES
-        if many > old and settled(self._times_s[many]):
+        if many > old and is_final(self._times_s[many]):
             old = many
         if self.unwritten:  # the last part of a prompt is left for its record
             old = min(old, self.unwritten[0].ended_with - 1 - self._forgotten)

@@ -63,7 +63,7 @@ class _Channel:
 class Meter:
     """Measures the energy of a wrapper's part of a machine.
 
-    `window`, `flow`, `energy`, `share`, `settled` and `describe` may be called from any thread; none blocks for
+    `window`, `flow`, `energy`, `share`, `is_final` and `describe` may be called from any thread; none blocks for
     longer than a dictionary look-up in the poller.
 
     Args:
@@ -149,7 +149,7 @@ class Meter:
             raise RuntimeError("the meter was started before")
         for _ in range(math.ceil(_FIRST_EDGES_S / self._poll_s)):
             self.poll_once()
-            if all(channel.track.settled(-math.inf) for channel in self._channels) or self._stop.wait(self._poll_s):
+            if all(channel.track.is_final(-math.inf) for channel in self._channels) or self._stop.wait(self._poll_s):
                 break
         self._thread = spawn_thread("energy-meter", self._run)
 
@@ -252,10 +252,10 @@ class Meter:
         with self._lock:
             self._activity.end(at_s)
 
-    def settled(self, time_s: float) -> bool:
+    def is_final(self, time_s: float) -> bool:
         """Whether windows that end at this time are final: counters have moved, and others were looked for, since."""
         with self._lock:
-            counted = all(channel.track.settled(time_s) for channel in self._channels)
+            counted = all(channel.track.is_final(time_s) for channel in self._channels)
         return counted and self._contention.looked(time_s)
 
     def window(self, start_s: float, end_s: float, *, estimate_short: bool = False, final: bool = False) -> Energy:

@@ -10,29 +10,26 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Self
 
-from deployments.energy.counters.probe import Unreadable, probe_sources
-from deployments.energy.counters.zeus import zeus_gpus
-from deployments.energy.figures import CPUModel, Embodied, Energy, GridIntensity, SCISettings
+from deployments.energy.build import grid_of, sci_settings, sources_of
+from deployments.energy.figures import Energy
 from deployments.energy.flights import Flight, Flights
 from deployments.energy.lease_account import LeaseAccount
 from deployments.energy.lease_usage import LeaseUsage
 from deployments.energy.meter import Meter
 from deployments.energy.record_dates import RecordDates
-from deployments.energy.sci import Score, grid_intensity
+from deployments.energy.sci import Score
 from deployments.energy.scorer import Scorer
 from deployments.energy.timeline import Timeline
 from deployments.energy.window_log import EnergyLog, energy_json
 from deployments.energy.window_writer import Start, WindowWriter
-from deployments.machine.gpus import ReadFailed, gpu_uuids
 from deployments.machine.machine_cpu import MachineCPU
-from deployments.machine.neighbours import Neighbours
+from deployments.machine.wrapper_activity import WrapperActivity
 from deployments.tokens import Tokens
 from registry.contract.messages import Belief, LeaseGrant, StartedFor
 from registry.contract.windows import EnergyWindow
-from registry.errors import BadSettings
 from registry.settings import EnergySettings
 
 
@@ -49,14 +46,14 @@ class PromptMeter:
         wrapper_id: str = "",
         process: str = "",
         utc_s: Callable[[], float] = time.time,
-        neighbours: Neighbours | None = None,
+        wrapper_activity: WrapperActivity | None = None,
         writes_text: Callable[[str], bool] = lambda _llmconfig: True,
     ) -> None:
         """Probe this machine's counters with real calls.
 
         ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many CPUs are its own, None for all of the machine;
         ``on_machine``: how many wrappers share it. ``process``: id of the wrapper's process. ``utc_s``: the clock that
-        dates records. ``neighbours`` learn when prompts and starts begin and end, and tell when others work.
+        dates records. ``wrapper_activity`` learns when prompts and starts begin and end, and tells when others work.
         ``writes_text``: whether the LLM of an llmconfig (JSON) answers with text.
 
         Raises:
@@ -66,11 +63,11 @@ class PromptMeter:
         self._sci = sci_settings(settings)
         self._grid = grid_of(settings)
         self._grid_json = None if self._grid is None else asdict(self._grid)
-        self._neighbours = neighbours
-        others_worked = (lambda: False) if neighbours is None else neighbours.others_worked
-        machine = MachineCPU(os.getpid(), others=dict if neighbours is None else neighbours.processes)
+        self._wrapper_activity = wrapper_activity
+        others_worked = (lambda: False) if wrapper_activity is None else wrapper_activity.others_worked
+        machine = MachineCPU(os.getpid(), others=dict if wrapper_activity is None else wrapper_activity.processes)
         self._meter = Meter(
-            _sources(self._sci, gpus, cpus, machine, on_machine),
+            sources_of(self._sci, gpus, cpus, machine, on_machine),
             poll_s=settings.poll_s,
             others_worked=others_worked,
             strangers=machine.strangers,
@@ -151,12 +148,17 @@ class PromptMeter:
 
     def at_work(self) -> AbstractContextManager[None]:
         """Return a context for work that disturbs the measurements of other wrappers."""
-        return nullcontext() if self._neighbours is None else self._neighbours.busy()
+        return nullcontext() if self._wrapper_activity is None else self._wrapper_activity.busy()
 
-    def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False, prompt_id: str | None = None) -> Flight:
-        """Note that a prompt begins. A ``warmup`` does not belong to the counted stretch of its lease."""
-        if self._neighbours is not None:
-            self._neighbours.begin()
+    def prompt(
+        self, endpoint: str = "process_prompt", *, warmup: bool = False, prompt_id: str | None = None
+    ) -> MeteredPrompt:
+        """Note that a prompt begins; the end of the returned context ends it.
+
+        A ``warmup`` does not belong to the counted stretch of its lease. ``prompt_id``: the client's name for it.
+        """
+        if self._wrapper_activity is not None:
+            self._wrapper_activity.begin()
         self._begun += 1
         flight = Flight(self._meter.mark(), endpoint=endpoint, account=self._timeline.holder, warmup=warmup)
         flight.window_id = f"{self._process}-p{self._begun}"
@@ -167,85 +169,21 @@ class PromptMeter:
         if flight.account is not None:
             flight.account.unwritten += 1
             flight.account.counted.begin(flight.start_s, warmup=warmup)
-        return flight
+        return MeteredPrompt(flight, end=self._end, count=self._flights.counted, cost=self._cost, grid=self._grid_json)
 
-    def end(self, flight: Flight) -> None:
-        """Note that a prompt is over, answered or not. Idempotent."""
+    def _end(self, flight: Flight) -> None:
         now_s = self._meter.mark()
         if self._flights.end(flight, now_s):
             self._meter.work_ends(now_s)
             self._timeline.end(now_s)
             if flight.account is not None:
                 flight.account.counted.end(now_s, warmup=flight.warmup)
-            if self._neighbours is not None:
-                self._neighbours.end()
-
-    def counted(self, flight: Flight, tokens: Tokens) -> None:
-        """Note a prompt's tokens."""
-        self._flights.counted(flight, tokens)
-
-    def refused(self, flight: Flight) -> None:
-        """Note that the engine refused a prompt before computing anything: no tokens and no words."""
-        flight.status, flight.words = "refused", 0
-        self._flights.counted(flight, Tokens(0, 0, 0))
+            if self._wrapper_activity is not None:
+                self._wrapper_activity.end()
 
     # --- what it costs ----------------------------------------------------------------------------------
 
-    def account(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
-        """Return the energy and carbon of a prompt, for its answer.
-
-        Args:
-            flight: a prompt that has ended.
-            usage: vLLM's own account: ``prompt_tokens``, ``completion_tokens``.
-            answer: the generated text, None if it was not read.
-
-        Returns:
-            ``sci_score`` (gCO2eq per unit, or None), ``sci_method``, ``sci_low``, ``sci_high``, ``unit``, ``energy``,
-            ``carbon``, ``methods``, ``flags``; the id of the ``window`` that will have the final figures, and
-            ``final``: false, as these are provisional.
-        """
-        energy, found, flags = self._told(flight, usage, answer)
-        return {
-            "window": flight.window_id,
-            "final": False,
-            "sci_score": found.sci_score,
-            "sci_method": found.method.value,
-            "sci_low": found.low,
-            "sci_high": found.high,
-            "unit": found.unit,
-            "units": found.units,
-            "energy": energy_json(energy),
-            "carbon": {"o_g": found.o_g, "m_g": found.m_g, "grid": self._grid_json},
-            "methods": dict(found.methods),
-            "flags": flags,
-        }
-
-    def brief(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
-        """Return the same in short, for a header or the end of a stream."""
-        energy, found, flags = self._told(flight, usage, answer)
-        return {
-            "window": flight.window_id,
-            "final": False,
-            "sci_score": found.sci_score,
-            "sci_method": found.method.value,
-            "sci_low": found.low,
-            "sci_high": found.high,
-            "unit": found.unit,
-            "joules": energy.total_j,
-            "joules_low": energy.low_j,
-            "joules_high": energy.high_j,
-            "label": energy.label.value,
-            "o_g": found.o_g,
-            "m_g": found.m_g,
-            "flags": flags,
-        }
-
-    def _told(
-        self, flight: Flight, usage: Mapping[str, Any], answer: str | None
-    ) -> tuple[Energy, Score, Sequence[str]]:
-        flight.status = "answered"
-        self.counted(flight, tokens_of(usage))
-        flight.words = None if answer is None else len(answer.split())
+    def _cost(self, flight: Flight) -> tuple[Energy, Score, Sequence[str]]:
         energy, found = self._scorer.prompt(flight)
         return energy, found, [*found.flags, *self._usage.budget_flags(flight.account)]
 
@@ -278,49 +216,97 @@ class PromptMeter:
         await self._writer.write()
 
 
-def sci_settings(settings: EnergySettings) -> SCISettings:
-    """Return the operator's settings for the SCI formula. Raises BadSettings."""
-    embodied = None if settings.embodied is None else Embodied(**settings.embodied.model_dump())
-    cpu_model = None if settings.cpu_model is None else CPUModel(**settings.cpu_model.model_dump())
-    return SCISettings(
-        pue=settings.pue,
-        functional_unit=settings.functional_unit,
-        allow_estimates=settings.allow_estimates,
-        embodied=embodied,
-        cpu_model=cpu_model,
-    )
+class MeteredPrompt:
+    """One prompt on a `PromptMeter`: a context that ends it. ``flight`` is what the meter notes of it."""
 
+    def __init__(
+        self,
+        flight: Flight,
+        *,
+        end: Callable[[Flight], None],
+        count: Callable[[Flight, Tokens], None],
+        cost: Callable[[Flight], tuple[Energy, Score, Sequence[str]]],
+        grid: Mapping[str, Any] | None,
+    ) -> None:
+        """``cost`` returns the energy, score and flags of an ended prompt; ``grid`` goes into its account."""
+        self.flight = flight
+        self._end = end
+        self._count = count
+        self._cost = cost
+        self._grid = grid
 
-def grid_of(settings: EnergySettings) -> GridIntensity | None:
-    """Return the configured carbon intensity, None if there is none. Raises BadSettings for an unknown zone."""
-    grid = settings.grid
-    if grid is None:
-        return None
-    low, high = grid.low_gco2eq_per_kwh, grid.high_gco2eq_per_kwh
-    if grid.zone is not None:
-        return replace(grid_intensity(grid.zone), year=grid.year, low=low, high=high)
-    if grid.gco2eq_per_kwh is None or grid.source is None:
-        raise BadSettings("energy.grid", "needs zone, or gco2eq_per_kwh with source, and year or date")
-    version = grid.date or str(grid.year)
-    return GridIntensity(grid.gco2eq_per_kwh, None, grid.source, version, grid.year, grid.source, low, high)
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
-def _sources(
-    settings: SCISettings, gpus: int, cpus: float | None, machine: MachineCPU | None = None, on_machine: int = 1
-) -> list[Any]:
-    others: list[Any] = []
-    uuids: tuple[str, ...] = ()
-    if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        try:
-            uuids = gpu_uuids(visible)
-            if len(uuids) != gpus:
-                raise ReadFailed(f"CUDA_VISIBLE_DEVICES={visible} names {len(uuids)} GPUs, not the {gpus} reserved")
-        except ReadFailed as error:
-            # Inside the boundary nevertheless: without all GPUs no total is known. Zeus may know them.
-            others = zeus_gpus(gpus) or [Unreadable(f"gpu:{visible}", str(error), in_boundary=True)]
-    probed = probe_sources(uuids, pid=os.getpid(), settings=settings, cpus=cpus, machine=machine, on_machine=on_machine)
-    return [*probed, *others]
+    def end(self) -> None:
+        """Note that the prompt is over, answered or not. Idempotent."""
+        self._end(self.flight)
+
+    def counted(self, tokens: Tokens) -> None:
+        """Note its tokens."""
+        self._count(self.flight, tokens)
+
+    def refused(self) -> None:
+        """Note that the engine refused it before computing anything: no tokens and no words."""
+        self.flight.status, self.flight.words = "refused", 0
+        self.counted(Tokens(0, 0, 0))
+
+    def account(self, *, usage: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
+        """Note that the prompt, which has ended, is answered; return its energy and carbon, for the answer.
+
+        Args:
+            usage: vLLM's own account: ``prompt_tokens``, ``completion_tokens``.
+            answer: the generated text, None if it was not read.
+
+        Returns:
+            ``sci_score`` (gCO2eq per unit, or None), ``sci_method``, ``sci_low``, ``sci_high``, ``unit``, ``energy``,
+            ``carbon``, ``methods``, ``flags``; the id of the ``window`` that will have the final figures, and
+            ``final``: false, as these are provisional.
+        """
+        energy, found, flags = self._answered(usage, answer)
+        return {
+            "window": self.flight.window_id,
+            "final": False,
+            "sci_score": found.sci_score,
+            "sci_method": found.method.value,
+            "sci_low": found.low,
+            "sci_high": found.high,
+            "unit": found.unit,
+            "units": found.units,
+            "energy": energy_json(energy),
+            "carbon": {"o_g": found.o_g, "m_g": found.m_g, "grid": self._grid},
+            "methods": dict(found.methods),
+            "flags": flags,
+        }
+
+    def brief(self, *, usage: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
+        """Do the same, but return it in short, for a header or the end of a stream."""
+        energy, found, flags = self._answered(usage, answer)
+        return {
+            "window": self.flight.window_id,
+            "final": False,
+            "sci_score": found.sci_score,
+            "sci_method": found.method.value,
+            "sci_low": found.low,
+            "sci_high": found.high,
+            "unit": found.unit,
+            "joules": energy.total_j,
+            "joules_low": energy.low_j,
+            "joules_high": energy.high_j,
+            "label": energy.label.value,
+            "o_g": found.o_g,
+            "m_g": found.m_g,
+            "flags": flags,
+        }
+
+    def _answered(self, usage: Mapping[str, Any], answer: str | None) -> tuple[Energy, Score, Sequence[str]]:
+        self.flight.status = "answered"
+        self.counted(tokens_of(usage))
+        self.flight.words = None if answer is None else len(answer.split())
+        return self._cost(self.flight)
 
 
 def tokens_of(usage: Mapping[str, Any]) -> Tokens:

@@ -8,22 +8,15 @@ Source: Green Software Foundation, Software Carbon Intensity specification 1.1 (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from deployments.energy.figures import Embodied
-from deployments.energy.figures import Energy
-from deployments.energy.figures import GridIntensity
-from deployments.energy.figures import SCISettings
 from importlib.metadata import version
-from registry.grid_mixes import DATASET
-from registry.grid_mixes import DATA_FILE
-from registry.grid_mixes import zone_intensity
-from registry.wire.flags import Flag
-from registry.wire.labels import Label
-from registry.wire.labels import worst
 from typing import NamedTuple
 
+from deployments.energy.figures import Embodied, Energy, GridIntensity, SCISettings
+from registry.grid_mixes import DATA_FILE, DATASET, zone_intensity
+from registry.wire.flags import Flag
+from registry.wire.labels import Label, worst
 
 J_PER_KWH = 3_600_000.0
 PLAUSIBLE_J_PER_TOKEN = (0.03, 10.0)
@@ -33,11 +26,6 @@ PLAUSIBLE_J_PER_TOKEN = (0.03, 10.0)
 def kwh(joules: float) -> float:
     """Return joules (W·s) in kWh."""
     return joules / J_PER_KWH
-
-
-def embodied_g_per_hour(te_g: float, lifespan_h: float, share: float = 1.0) -> float:
-    """Return M of one reserved hour, g: TE · (1 h / EL) · (RR / ToR). Grams and hours > 0, share of machine 0 to 1."""
-    return te_g / lifespan_h * share
 
 
 def grid_intensity(zone: str) -> GridIntensity:

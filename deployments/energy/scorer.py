@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
-from dataclasses import replace
+from dataclasses import astuple, replace
+
 from deployments.energy.attribution import Flow
-from deployments.energy.figures import Energy
-from deployments.energy.figures import GridIntensity
-from deployments.energy.figures import SCISettings
-from deployments.energy.flights import Flight
-from deployments.energy.flights import Flights
+from deployments.energy.figures import Energy, GridIntensity, SCISettings
+from deployments.energy.flights import Flight, Flights
 from deployments.energy.lease_account import LeaseAccount
 from deployments.energy.meter import Meter
-from deployments.energy.sci import Score
-from deployments.energy.sci import score
+from deployments.energy.sci import Score, score
 from deployments.energy.timeline import Interval
-from registry.contract.windows import EmbodiedRecord
-from registry.contract.windows import GridRecord
+from registry.contract.windows import EmbodiedRecord, GridRecord
 from registry.wire.flags import Flag
 
 

@@ -6,17 +6,16 @@ is not reached in time gets a flag, and the LLM is handed over all the same.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
+from statistics import fmean, pstdev
+
+import structlog
+
 from deployments.energy.meter import Meter
 from registry.settings import EnergySettings
 from registry.wire.flags import Flag
 from registry.wire.labels import Label
-from statistics import fmean
-from statistics import pstdev
-import asyncio
-import structlog
-
 
 SLICES, SLICE_S = 5, 1.0
 """Number of time slices that are compared, and their length, seconds: NVML's counter steps about every 100 ms."""

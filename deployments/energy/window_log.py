@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from datetime import UTC
-from datetime import datetime
-from deployments.energy.figures import Energy
-from pydantic import TypeAdapter
-from registry.contract.messages import LeaseGrant
-from registry.contract.messages import StartedFor
-from registry.contract.windows import EnergyRecord
-from registry.contract.windows import EnergyWindow
-from registry.contract.windows import LeaseUse
-from registry.contract.windows import PromptUse
-from registry.contract.windows import WindowDetail
-from registry.contract.windows import WindowIds
-from registry.wire.words import WindowKind
+from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from deployments.energy.figures import Energy
+from registry.contract.messages import LeaseGrant, StartedFor
+from registry.contract.windows import EnergyRecord, EnergyWindow, LeaseUse, PromptUse, WindowDetail, WindowIds
+from registry.wire.labels import Label
+from registry.wire.words import WindowKind
 
 SCHEMA = 2
 """Version of the records; records without this key are version 1."""
@@ -72,7 +67,7 @@ class EnergyLog:
                 total_j=detail.energy.total_j,
                 o_g=detail.o_g,
                 m_g=detail.m_g,
-                label=detail.energy.label,
+                label=detail.energy.label or Label.UNAVAILABLE,
                 number=ids.number,
                 detail=detail_json(detail),
             )

@@ -16,7 +16,6 @@ from deployments.energy.scorer import Scorer
 from deployments.energy.timeline import STRETCH_S, Interval, Timeline
 from deployments.energy.token_weights import UNKNOWN, TokenWeight
 from deployments.energy.window_log import SCHEMA, EnergyLog, as_iso
-from deployments.tokens import Tokens
 from registry.contract.messages import LeaseGrant, StartedFor
 from registry.contract.windows import (
     CountedRecord,
@@ -32,7 +31,7 @@ from registry.wire.flags import Flag
 from registry.wire.words import WindowKind
 
 # D61: a window is written once it is final
-SETTLE_S = 30.0
+READINGS_S = 30.0
 """How long a window waits for counter readings after its end, seconds; without them a figure is unavailable."""
 _NOT_CLEAN = frozenset({Flag.WARMUP_INSIDE, Flag.LLM_STARTED_INSIDE})
 """Flags that a lease window takes over from its counted stretch; the others it has on its own."""
@@ -88,14 +87,14 @@ class WindowWriter:
                 await asyncio.sleep(0)  # lets prompts run in between
         self._flights.forget()
         # Older changes wait for nothing but the end of the prompts that span them.
-        old_s = self._meter.mark() - SETTLE_S - SHARES_S
-        self._flights.sum_up(old_s, self._meter.settled, lambda parts: self._meter.shares(parts, final=True))
+        old_s = self._meter.mark() - READINGS_S - SHARES_S
+        self._flights.sum_up(old_s, self._meter.is_final, lambda parts: self._meter.shares(parts, final=True))
 
-    def _settled(self, end_s: float) -> bool:
-        return self._meter.settled(end_s) or self._meter.mark() >= end_s + SETTLE_S
+    def _is_final(self, end_s: float) -> bool:
+        return self._meter.is_final(end_s) or self._meter.mark() >= end_s + READINGS_S
 
     def _write_start(self) -> bool:
-        if not self._starts or not self._settled(self._starts[0].end_s):
+        if not self._starts or not self._is_final(self._starts[0].end_s):
             return False
         start = self._starts.popleft()
         kind = WindowKind.WAKE if start.woken else WindowKind.LOAD
@@ -110,7 +109,7 @@ class WindowWriter:
         flight = unwritten[0]
         assert flight.end_s is not None  # it has ended
         waited_s = self._meter.mark() - flight.end_s
-        if not self._settled(flight.end_s) or (waited_s < SHARES_S and not self._flights.company_has_ended(flight)):
+        if not self._is_final(flight.end_s) or (waited_s < SHARES_S and not self._flights.company_has_ended(flight)):
             return False
         energy, found = self._scorer.prompt(flight, for_good=True)
         most, mean = self._flights.in_flight(flight)
@@ -142,7 +141,7 @@ class WindowWriter:
     def _write_stretch(self) -> bool:
         """Write the idle time of a stretch and, after the last stretch and all prompts of a lease, the lease."""
         closed = self._timeline.closed
-        if not closed or not self._settled(closed[0].end_s):
+        if not closed or not self._is_final(closed[0].end_s):
             return False
         stretch, account = closed[0], closed[0].holder
         if account is not None and stretch.last and account.unwritten:

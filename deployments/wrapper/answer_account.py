@@ -16,8 +16,7 @@ from urllib.parse import unquote
 from pydantic import TypeAdapter
 from starlette.types import Message, Send
 
-from deployments.energy.flights import Flight
-from deployments.energy.prompt_meter import PromptMeter, tokens_of
+from deployments.energy.prompt_meter import MeteredPrompt, tokens_of
 from deployments.tokens import Tokens
 from registry.errors import InvalidField
 from registry.wire.schemas import PROMPT_HEADER, WARMUP_HEADER
@@ -43,11 +42,14 @@ _BRIEF = TypeAdapter(dict[str, Any])
 class AccountedAnswer:
     """The answer to one prompt, on its way to the client. Call ``close`` when the app has returned or raised."""
 
-    def __init__(self, meter: PromptMeter, flight: Flight, send: Send, *, given_up: Callable[[], bool]) -> None:
-        """``given_up``: whether the client has hung up or was cut; then the answer counts as incomplete."""
-        self._meter = meter
+    def __init__(self, prompt: MeteredPrompt, send: Send, *, counts_words: bool, given_up: Callable[[], bool]) -> None:
+        """``counts_words``: the words of a JSON answer are counted, too.
+
+        ``given_up``: whether the client has hung up or was cut; then the answer counts as incomplete.
+        """
+        self._prompt = prompt
+        self._counts_words = counts_words
         self._given_up = given_up
-        self._flight = flight
         self._send = send
         self._held: Message | None = None
         self._streams = False
@@ -60,7 +62,7 @@ class AccountedAnswer:
         if message["type"] == "http.response.start":
             content_type = content_type_of(message["headers"])
             if message["status"] in REFUSED:
-                self._meter.refused(self._flight)
+                self._prompt.refused()
             elif message["status"] == HTTPStatus.OK:
                 self._status = "answered"
                 if content_type.startswith(b"application/json"):
@@ -83,21 +85,24 @@ class AccountedAnswer:
         await self._send(message)
 
     def close(self, counted: Tokens | None = None) -> None:
-        """End the prompt. ``counted``: its tokens as the engine produced them, for an answer that reports none."""
-        if self._flight.status != "refused":
-            self._flight.status = self._status if self._complete else "cut" if self._given_up() else "failed"
+        """Note how the prompt ended, and its tokens if that is not done yet.
+
+        ``counted``: its tokens as the engine produced them, for an answer that reports none.
+        """
+        flight = self._prompt.flight
+        if flight.status != "refused":
+            flight.status = self._status if self._complete else "cut" if self._given_up() else "failed"
         tokens = None if self._usage_piece is None else _tokens(_usage_in(self._usage_piece))
         tokens = tokens or counted
-        if self._flight.tokens is None and tokens is not None:
-            self._meter.counted(self._flight, tokens)
-        self._meter.end(self._flight)
+        if flight.tokens is None and tokens is not None:
+            self._prompt.counted(tokens)
 
     def _with_header(self, start: Message, body: bytes) -> Message:
         usage = _usage_in(body)
         if _tokens(usage) is None:
             return start
         text = None
-        if self._meter.counts_words:
+        if self._counts_words:
             text = _text_of(json.loads(body))
         account = self._account(body, usage, text)
         return {**start, "headers": [*start["headers"], (ENERGY_HEADER, account)]}
@@ -114,9 +119,9 @@ class AccountedAnswer:
 
     def _account(self, body: bytes, usage: Mapping[str, Any], text: str | None) -> bytes:
         named = _ID.search(body, 0, _WHERE_IDS_ARE)
-        self._flight.answer_id = None if named is None else named[1].decode()
-        self._meter.end(self._flight)
-        return _BRIEF.dump_json(self._meter.brief(self._flight, usage=usage, answer=text))
+        self._prompt.flight.answer_id = None if named is None else named[1].decode()
+        self._prompt.end()
+        return _BRIEF.dump_json(self._prompt.brief(usage=usage, answer=text))
 
 
 def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:

@@ -20,8 +20,8 @@ from deployments.engine.host import EngineHost
 from deployments.engine.rest import EngineRest
 from deployments.engine.vllm_api import RunningLLM
 from deployments.machine.cpu_quota import cpus_here
-from deployments.machine.neighbours import Neighbours
 from deployments.machine.out_of_memory import WRAPPER_SCORE, raise_score
+from deployments.machine.wrapper_activity import WrapperActivity
 from deployments.models.args.mapping import task_of
 from deployments.models.cache import ModelCache
 from deployments.wrapper.commands import WrapperCommands
@@ -54,7 +54,7 @@ class LLMWrapper:
             on_machine=config.on_machine,
             wrapper_id=config.wrapper_id,
             process=process,
-            neighbours=Neighbours(locks_dir / "wrappers", config.wrapper_id),
+            wrapper_activity=WrapperActivity(locks_dir / "wrappers", config.wrapper_id),
             writes_text=lambda llmconfig: task_of(json.loads(llmconfig)).generates,
         )
         self._gate = LeaseGate(

@@ -259,10 +259,11 @@ class PromptGate:
                 await self._unless_dead(running, message["status"])
             await answer.send(message)
 
-        flight = self._meter.begin(path, **_marks(scope))
         errors = ErrorsInOurWords(exchange.send)
-        answer = AccountedAnswer(self._meter, flight, errors.send, given_up=lambda: exchange.given_up)
-        with counting_tokens() as count:
+        with self._meter.prompt(path, **_marks(scope)) as prompt, counting_tokens() as count:
+            answer = AccountedAnswer(
+                prompt, errors.send, counts_words=self._meter.counts_words, given_up=lambda: exchange.given_up
+            )
             try:
                 await running.asgi(inner, receive, send)
             finally:
@@ -294,23 +295,22 @@ class PromptGate:
         if not args.task.generates:
             raise WritesNoText(args.modeltyp, " or ".join(args.task.paths))
         path, body = native_prompt(running.served_model_name, args, question)
-        flight = self._meter.begin(**marks)
-        try:
-            status, answer = await call(running.asgi, path, body, exchange)
-        finally:
-            self._meter.end(flight)
-            if exchange.given_up:
-                flight.status = "cut"
+        with self._meter.prompt(**marks) as prompt:
+            try:
+                status, answer = await call(running.asgi, path, body, exchange)
+            finally:
+                if exchange.given_up:
+                    prompt.flight.status = "cut"
         await self._unless_dead(running, status)
         if status != HTTPStatus.OK:
             if status in REFUSED:
-                self._meter.refused(flight)
+                prompt.refused()
             return error_answer(status, "prompt_refused", problem_of(answer))
         answered = json.loads(answer)
         choice, usage = answered["choices"][0], answered["usage"]
         text = (choice["message"]["content"] if "message" in choice else choice["text"]) or ""
-        flight.answer_id = answered.get("id")
-        energy = self._meter.account(flight, usage=usage, answer=text)
+        prompt.flight.answer_id = answered.get("id")
+        energy = prompt.account(usage=usage, answer=text)
         return JSONResponse({"answer": text, "finish_reason": choice["finish_reason"], "usage": usage, **energy})
 
 

@@ -6,41 +6,30 @@ Both `greenprompt measure` and the report use this module, so their digits agree
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import fsum
-from registry.accounting.amounts import ANSWERED
-from registry.accounting.amounts import AmountOf
-from registry.accounting.amounts import UnitsOf
-from registry.accounting.amounts import answers_of
-from registry.accounting.amounts import embodied_of
-from registry.accounting.amounts import grams_of
-from registry.accounting.amounts import joules_of
-from registry.accounting.amounts import operational_of
-from registry.accounting.amounts import seconds_of
-from registry.accounting.amounts import tokens_of
-from registry.accounting.amounts import unit_of
-from registry.accounting.amounts import units_in
-from registry.accounting.estimate import Estimate
-from registry.accounting.estimate import MIN_PROMPTS
-from registry.accounting.estimate import Sample
-from registry.accounting.estimate import estimate
+
+from registry.accounting.amounts import (
+    ANSWERED,
+    AmountOf,
+    UnitsOf,
+    answers_of,
+    embodied_of,
+    grams_of,
+    joules_of,
+    operational_of,
+    seconds_of,
+    tokens_of,
+    unit_of,
+    units_in,
+)
+from registry.accounting.estimate import MIN_PROMPTS, Estimate, Sample, estimate
 from registry.accounting.totals import sum_of
-from registry.accounting.window_report import WindowReport
-from registry.accounting.window_report import held_windows
-from registry.contract.windows import CountedRecord
-from registry.contract.windows import read_counted
+from registry.accounting.window_report import WindowReport, held_windows
+from registry.contract.windows import CountedRecord, read_counted
 from registry.wire.flags import Flag
-from registry.wire.labels import Label
-from registry.wire.labels import MEASURED
-from registry.wire.labels import label_of
-from registry.wire.labels import worst
-from registry.wire.labels import worst_word
+from registry.wire.labels import MEASURED, Label, label_of, worst, worst_word
 from registry.wire.words import WindowKind
 
 

@@ -6,39 +6,20 @@ None, with a ``reason`` beside them. Energy is in joules, emissions in gCO2eq.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
-from registry.accounting.figures import MachineFigures
-from registry.accounting.figures import figures_of
-from registry.accounting.figures import of_kind
-from registry.accounting.figures import why
-from registry.accounting.totals import same
-from registry.accounting.totals import sum_of
-from registry.accounting.window_report import WindowReport
-from registry.accounting.window_report import row_of
-from registry.accounting.windows import KeptWindow
-from registry.contract.windows import LeaseUse
-from registry.contract.windows import WindowDetail
-from registry.contract.windows import read_detail
-from registry.core.records import Measurement
-from registry.core.records import Request
-from registry.wire.labels import Label
-from registry.wire.labels import label_of
-from registry.wire.labels import worst
-from registry.wire.labels import worst_word
-from registry.wire.words import RequestStatus
-from registry.wire.words import WindowKind
-from typing import Any
-from typing import Final
-from typing import NamedTuple
 import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple
 
+from registry.accounting.figures import MachineFigures, figures_of, of_kind, why
+from registry.accounting.totals import same, sum_of
+from registry.accounting.window_report import WindowReport, row_of
+from registry.accounting.windows import KeptWindow
+from registry.contract.windows import LeaseUse, WindowDetail, read_detail
+from registry.core.records import Measurement, Request
+from registry.wire.labels import Label, label_of, worst, worst_word
+from registry.wire.words import RequestStatus, WindowKind
 
 HOW: Final = "computed with the SCI formula: ((E * I) + M) per R"
 SCOPE: Final = (

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import replace
-from math import fsum
-from math import isclose
-from registry.wire.labels import Label
-from registry.wire.labels import worst_word
-from registry.wire.words import WindowKind
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import fsum, isclose
 from typing import Final
 
+from registry.wire.labels import Label, worst_word
+from registry.wire.words import WindowKind
 
 # D68: a lease is the sum of these
 SPENT: Final = (WindowKind.PROMPT, WindowKind.IDLE, WindowKind.LOAD, WindowKind.WAKE)

@@ -58,7 +58,7 @@ class ComponentRecord:
     """
 
     name: str
-    source: str | None = None
+    source: str | None
     label: str | None = None
     counter_label: str | None = None
     joules: float | None = None

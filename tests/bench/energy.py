@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import httpx
 
@@ -174,22 +174,36 @@ class NoMeter:
     def __init__(self, account: dict[str, Any], brief: dict[str, Any]) -> None:
         self._account, self._brief = account, brief
 
-    def begin(self, endpoint: str = "", *, warmup: bool = False, **_: object) -> Flight:
-        return Flight(0.0, endpoint=endpoint, warmup=warmup)
-
-    def end(self, flight: Flight) -> None:
-        pass
+    def prompt(self, endpoint: str = "", *, warmup: bool = False, **_: object) -> UnmeteredPrompt:
+        return UnmeteredPrompt(Flight(0.0, endpoint=endpoint, warmup=warmup), self._account, self._brief)
 
     def require_budget(self) -> None:
         pass
 
-    def counted(self, flight: Flight, tokens: Tokens) -> None:
+
+class UnmeteredPrompt:
+    """A prompt on a NoMeter."""
+
+    def __init__(self, flight: Flight, account: dict[str, Any], brief: dict[str, Any]) -> None:
+        self.flight = flight
+        self._account, self._brief = account, brief
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         pass
 
-    def account(self, flight: Flight, **_: object) -> dict[str, Any]:
+    def end(self) -> None:
+        pass
+
+    def counted(self, tokens: Tokens) -> None:
+        pass
+
+    def account(self, **_: object) -> dict[str, Any]:
         return self._account
 
-    def brief(self, flight: Flight, **_: object) -> dict[str, Any]:
+    def brief(self, **_: object) -> dict[str, Any]:
         return self._brief
 
 
@@ -210,11 +224,10 @@ async def overhead(rounds: int, prompts: int) -> list[Result]:
     """Median time of a prompt with a meter less that of one without, one after the other (A B B A)."""
     meter = PromptMeter(EnergySettings.model_validate(ACCOUNT), gpus=0)
     meter.start()
-    flight = meter.begin()
-    await asyncio.sleep(0.2)
-    meter.end(flight)
-    account = meter.account(flight, usage=USAGE, answer="an answer")
-    brief = meter.brief(flight, usage=USAGE, answer=None)
+    with meter.prompt() as prompt:
+        await asyncio.sleep(0.2)
+    account = prompt.account(usage=USAGE, answer="an answer")
+    brief = prompt.brief(usage=USAGE, answer=None)
     with_meter, without = holder(meter), holder(NoMeter(account, brief))
     paths = {"process_prompt": {"question": "Why?"}, "v1/completions": {"prompt": "Why?"}}
     results = []

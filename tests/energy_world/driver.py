@@ -18,15 +18,14 @@ from typing import Any, TypeVar
 
 import pytest
 
-from deployments.energy import prompt_meter
+from deployments.energy import build, prompt_meter
 from deployments.energy.counters import nvml as gpu_counters
 from deployments.energy.counters.probe import probe_sources
-from deployments.energy.flights import Flight
 from deployments.energy.meter import Meter
-from deployments.energy.prompt_meter import PromptMeter
+from deployments.energy.prompt_meter import MeteredPrompt, PromptMeter
 from deployments.machine import gpus as gpu_info
 from deployments.machine.machine_cpu import MachineCPU
-from deployments.machine.neighbours import Neighbours
+from deployments.machine.wrapper_activity import WrapperActivity
 from deployments.tokens import Tokens
 from registry.accounting.windows import KeptWindow
 from registry.contract.messages import Belief, LeaseGrant, Moment
@@ -73,13 +72,13 @@ class Process:
     life: Life
     name: str
     meter: PromptMeter
-    neighbours: Neighbours
+    wrapper_activity: WrapperActivity
     born_s: float
     next_poll_s: float
     report_s: float
     ready_s: float | None = None
     waiting: list[Event] = field(default_factory=list)
-    flights: dict[str, Flight] = field(default_factory=dict)
+    flights: dict[str, MeteredPrompt] = field(default_factory=dict)
     loading: AbstractContextManager[Any] | None = None
     loads: list[tuple[float, float]] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
@@ -208,7 +207,7 @@ class _Driver:
                 prompt_meter, "MachineCPU", lambda _, others: MachineCPU(self._pid(), others=others, proc_root=proc)
             )
             patch.setattr(
-                prompt_meter,
+                build,
                 "probe_sources",
                 lambda uuids, *, pid, **more: probe_sources(
                     uuids,
@@ -233,7 +232,7 @@ class _Driver:
         self._starting = life
         self.patch.setenv("CUDA_VISIBLE_DEVICES", ",".join(machine.gpus[gpu].uuid for gpu in gpus))
         started = int((UPTIME_S + life.begin_s) * HERTZ)
-        neighbours = Neighbours(self.root / "wrappers", life.wrapper, process=(life.pid, started))
+        wrapper_activity = WrapperActivity(self.root / "wrappers", life.wrapper, process=(life.pid, started))
         name = f"process{life.pid}"
         meter = PromptMeter(
             self.made.settings,
@@ -243,14 +242,14 @@ class _Driver:
             wrapper_id=life.wrapper,
             process=name,
             utc_s=lambda: world.wall_s,
-            neighbours=neighbours,
+            wrapper_activity=wrapper_activity,
         )
-        process = Process(life, name, meter, neighbours, now_s, now_s, now_s + self.rng.uniform(1.0, 2.0))
+        process = Process(life, name, meter, wrapper_activity, now_s, now_s, now_s + self.rng.uniform(1.0, 2.0))
         self.made.processes[name] = self.alive[life.wrapper] = process
 
     def _try_ready(self, process: Process) -> None:
         now_s = self.world.clock.now_s
-        if not process.meter.meter.settled(-1e9) and now_s < process.born_s + READY_S - 1e-9:
+        if not process.meter.meter.is_final(-1e9) and now_s < process.born_s + READY_S - 1e-9:
             return
         if process.life.begin_s < 0 and now_s < -POLL_S:
             return  # it is no news that this one is ready
@@ -268,7 +267,7 @@ class _Driver:
         if process.loading is not None:
             process.loads.append((process.loads.pop()[0], process.end_s))
         process.meter.stop()
-        os.close(process.neighbours._file)
+        os.close(process.wrapper_activity._file)
         del self.alive[process.life.wrapper]
 
     def _report(self, process: Process) -> None:
@@ -300,7 +299,7 @@ class _Driver:
         elif isinstance(what, Load):
             self._load(process, what, began=event.kind == "load_began")
         elif event.kind == "prompt_began":
-            process.flights[what.id] = process.meter.begin(warmup=what.warm_up, prompt_id=what.name)
+            process.flights[what.id] = process.meter.prompt(warmup=what.warm_up, prompt_id=what.name)
         elif event.kind == "prompt_ended":
             self._ended(process, what)
 
@@ -339,22 +338,23 @@ class _Driver:
 
     def _ended(self, process: Process, prompt: Prompt) -> None:
         """End a prompt as the answer to it does."""
-        meter, flight = process.meter, process.flights.pop(prompt.id)
+        metered = process.flights.pop(prompt.id)
+        flight = metered.flight
         self.made.prompts[flight.window_id] = prompt
         if prompt.outcome == "refused":
-            meter.refused(flight)
-            meter.end(flight)
+            metered.refused()
+            metered.end()
             return
-        meter.end(flight)
+        metered.end()
         if prompt.outcome == "hung_up":
             flight.status = "cut"
             cached = prompt.cached_tokens if self.tells_cached else None
-            meter.counted(flight, Tokens(prompt.prompt_tokens, cached, prompt.output_tokens))
+            metered.counted(Tokens(prompt.prompt_tokens, cached, prompt.output_tokens))
             return
         usage: dict[str, Any] = {"prompt_tokens": prompt.prompt_tokens, "completion_tokens": prompt.output_tokens}
         if self.tells_cached:
             usage["prompt_tokens_details"] = {"cached_tokens": prompt.cached_tokens}
-        self.made.answers[flight.window_id] = meter.account(flight, usage=usage, answer="so many words")
+        self.made.answers[flight.window_id] = metered.account(usage=usage, answer="so many words")
 
 
 def _result(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -114,7 +114,7 @@ def test_provisional_error_is_within_the_resolution(steps: list[tuple[float, flo
         energy = bench.meter.window(start_s, end_s)
         if energy.total_j is not None:
             assert "provisional" in energy.flags
-            assert not bench.meter.settled(end_s)
+            assert not bench.meter.is_final(end_s)
             assert energy.resolution_j is not None
             assert abs(energy.total_j - bench.true_j(start_s, end_s)) <= energy.resolution_j + 1e-9
 

@@ -18,10 +18,10 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 from deployments.energy.counters.activity import Activity
+from deployments.energy.counters.usual_period import UsualPeriod
 from registry.wire.flags import Flag
 
 _FINE_S = 600.0
@@ -38,10 +38,6 @@ _IDLE_MOST_S = 2.0
 _IDLE_KEPT = 4096
 _AFTER_S = 0.5
 """How long the counter is watched after work before the power after it counts as known, seconds."""
-_BIN_S = 0.005
-_BINS = 400
-_USUAL = 0.99
-"""The quantile of the times between edges that counts as the usual time."""
 
 
 class NoWindow(Exception):
@@ -214,7 +210,7 @@ class _Run:
             high = self.units[last] + step + rate * (time_s - self.before_s[last])
         mid = max(low, min(mid, high))
         systematic = min(systematic, max(high - mid, mid - low))
-        return Level(low, mid, high, provisional=not self.settled(time_s), systematic=systematic)
+        return Level(low, mid, high, provisional=not self.is_final(time_s), systematic=systematic)
 
     def _left(self, floor: int, time_s: float) -> int:
         """Return the last edge whose middle is not after this time. ``floor`` is an edge where the search can begin."""
@@ -223,7 +219,7 @@ class _Run:
             left += 1
         return left
 
-    def settled(self, time_s: float) -> bool:
+    def is_final(self, time_s: float) -> bool:
         """Whether the level at this time is final.
 
         It is once a later edge was seen and, if work begins or ends near it, the power after the work is known.
@@ -368,11 +364,7 @@ class Track:
         self._last_units: float | None = None
         self._last_asked_s = 0.0
         self._thin_at = 0
-        self._edges_s: deque[float] = deque(maxlen=3)
-        self._waits = [0] * _BINS
-        self._waited = 0
-        self._citable_s: float | None = None
-        self._citable_at = 0
+        self._period = UsualPeriod()
 
     def add(self, asked_s: float, answered_s: float, units: float) -> None:
         """Add a reading and the times when it was requested and answered. A lower reading breaks the history."""
@@ -384,49 +376,36 @@ class Track:
         run.looked(asked_s)
         if self._max_age_s is not None:
             # Known to be fresh, so a flat stretch is information too: keep its first and its last reading.
-            self._waits_for(asked_s - self._max_age_s, answered_s)
+            self._period.add(asked_s - self._max_age_s, answered_s)
             if len(run.units) > 1 and run.units[-2] == run.units[-1] == units:
                 run.stay(asked_s - self._max_age_s, answered_s)
             else:
                 run.append(asked_s - self._max_age_s, answered_s, units)
         elif last is not None and units > last:
             run.append(self._last_asked_s, answered_s, units)
-            self._waits_for(self._last_asked_s, answered_s)
+            self._period.add(self._last_asked_s, answered_s)
         self._last_units, self._last_asked_s = units, asked_s
         if len(run.units) > self._thin_at and len(run.units) > 1:
             run.thin(self._history_s)
             # Thin again after half as many new edges: a constant cost per reading.
             self._thin_at = len(run.units) + max(len(run.units) // 2, 1000)
 
-    def _waits_for(self, before_s: float, seen_s: float) -> None:
-        self._edges_s.append(before_s)
-        if len(self._edges_s) == 3:  # a window that begins just after the first edge is only proven by the third
-            self._waits[min(int((seen_s - self._edges_s[0]) / _BIN_S), _BINS - 1)] += 1
-            self._waited += 1
-
     @property
     def citable_s(self) -> float | None:
-        """How long a window must be so that this counter proves some of its energy, wherever it begins, seconds.
-
-        That is two of the counter's usual periods, as the poller sees them. None if not known yet.
-        """
-        if self._waited >= self._citable_at and self._waited:
-            usual = bisect_left(list(accumulate(self._waits)), _USUAL * self._waited)
-            self._citable_s = (usual + 1) * _BIN_S
-            self._citable_at = self._waited + max(self._waited // 16, 1)
-        return self._citable_s
+        """How long a window must be so that this counter proves some of its energy (`UsualPeriod`), seconds."""
+        return self._period.citable_s
 
     def lost(self, why: Flag) -> None:
         """Break the history: windows that span this moment are unknown, with the flag ``why``."""
         self._runs[-1].looked(math.inf)
         self._runs.append(_Run(why, self._activity))
         self._last_units = None
-        self._edges_s.clear()
+        self._period.restart()
         self._thin_at = 0
 
-    def settled(self, time_s: float) -> bool:
+    def is_final(self, time_s: float) -> bool:
         """Whether a window that ends at this time is final."""
-        return any(run.settled(time_s) for run in self._runs)
+        return any(run.is_final(time_s) for run in self._runs)
 
     def levels(self, times_s: Sequence[float]) -> list[Level]:
         """Return the counter at each of these times (one or more, in any order).

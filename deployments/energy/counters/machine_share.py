@@ -7,18 +7,15 @@ share of the wrappers' CPU time. Over all wrappers, either kind of share adds up
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from deployments.energy.counters.base import CounterLost
-from deployments.energy.counters.base import Source
-from deployments.energy.counters.base import Unreadable
+from typing import Literal
+
+from deployments.energy.counters.base import CounterLost, Source, Unreadable
 from deployments.energy.figures import Component
 from deployments.machine.machine_cpu import MachineCPU
 from registry.wire.flags import Flag
-from registry.wire.labels import Label
-from registry.wire.labels import worst
-from typing import Literal
+from registry.wire.labels import Label, worst
 
 
 class CPUPart:

@@ -172,7 +172,7 @@ async def test_prompt_waits_for_those_beside_it(make: Make) -> None:
     """A prompt is written down when those that it shares with have ended; then both shares are the whole."""
     made = make()
     made.bind(LEASE)
-    long, short = made.meter.begin(), made.meter.begin()
+    long, short = made.meter.prompt(), made.meter.prompt()
     made.passes(1.0)
     made.end(short, (10, 10))
     assert await made.windows() == ()
@@ -188,7 +188,7 @@ async def test_prompt_waits_no_longer_than_some_time(make: Make) -> None:
     """Beside a prompt that goes on and on the share is written down as an estimate, and stays so: the sum holds."""
     made = make()
     made.bind(LEASE)
-    long, short = made.meter.begin(), made.meter.begin()
+    long, short = made.meter.prompt(), made.meter.prompt()
     made.passes(1.0)
     made.end(short, (10, 10))
     made.passes(window_writer.SHARES_S)
@@ -228,10 +228,10 @@ async def test_a_refused_prompt_has_nothing_and_that_is_known(make: Make) -> Non
     """A refused prompt brought 0 tokens and adds its energy: the lease's score is all of its grams for 4 tokens."""
     made = make()
     made.bind(LEASE)
-    flight = made.meter.begin()
+    metered = made.meter.prompt()
     made.passes(1.0)
-    made.meter.refused(flight)
-    made.meter.end(flight)
+    metered.refused()
+    metered.end()
     made.prompt(1.0)
     made.bind(None)
     windows = await made.windows()
@@ -248,10 +248,10 @@ async def test_cached_tokens_that_one_prompt_does_not_tell(make: Make) -> None:
     made = make()
     made.bind(LEASE)
     made.prompt(1.0)
-    flight = made.meter.begin()
+    metered = made.meter.prompt()
     made.passes(1.0)
-    made.meter.end(flight)
-    made.meter.account(flight, usage={"prompt_tokens": 6, "completion_tokens": 4}, answer=None)
+    metered.end()
+    metered.account(usage={"prompt_tokens": 6, "completion_tokens": 4}, answer=None)
     made.bind(None)
     windows = await made.windows()
     cached = [detail(window)["tokens"]["cached"] for window in of_kind(windows, WindowKind.PROMPT)]
@@ -271,7 +271,7 @@ async def test_long_prompt_beside_more_than_is_remembered(make: Make, monkeypatc
     )
     made.bind(LEASE)
     made.passes(2.0)
-    long = made.meter.begin()
+    long = made.meter.prompt()
     remembered: list[int] = []
     windows: tuple[EnergyWindow, ...] = ()
     for second in range(150):
@@ -325,12 +325,12 @@ async def test_last_prompt_is_its_leases(make: Make) -> None:
     """A prompt that is finished after its lease belongs to it, and the next lease begins after it."""
     made = make()
     made.bind(LEASE)
-    flight = made.meter.begin()
+    metered = made.meter.prompt()
     made.passes(1.0)
     made.bind(None)
     made.bind(OTHER)
     made.passes(1.0)
-    made.end(flight)
+    made.end(metered)
     made.passes(1.0)
     made.bind(None)
     windows = await made.windows()
@@ -343,11 +343,11 @@ async def test_last_prompt_is_its_leases(make: Make) -> None:
 
 
 def flags_of(made: Bench) -> Any:
-    flight = made.meter.begin()
+    metered = made.meter.prompt()
     made.passes(0.5)
-    made.meter.end(flight)
+    metered.end()
     made.passes(0.1)
-    return made.meter.account(flight, usage={"prompt_tokens": 1, "completion_tokens": 1}, answer=None)["flags"]
+    return metered.account(usage={"prompt_tokens": 1, "completion_tokens": 1}, answer=None)["flags"]
 
 
 @pytest.mark.parametrize("limit", [{"max_j": 1000.0}, {"max_g": 1000.0 / 3.6e6 * 360.0 + 10.0 / 1000}])
@@ -425,11 +425,11 @@ async def test_lease_that_comes_back_goes_on(make: Make) -> None:
     """A lease that is bound again while a prompt of it is finished is one lease."""
     made = make()
     made.bind(LEASE)
-    flight = made.meter.begin()
+    metered = made.meter.prompt()
     made.passes(1.0)
     made.bind(None)
     made.bind(LEASE)
-    made.end(flight)
+    made.end(metered)
     made.passes(1.0)
     made.bind(None)
     [lease] = of_kind(await made.windows(), WindowKind.LEASE)
@@ -517,14 +517,14 @@ async def test_counter_that_stands_still_for_a_while(make: Make) -> None:
 
 
 async def test_counter_that_does_not_come_back(make: Make) -> None:
-    """What a dead counter has not told after `SETTLE_S` is unavailable and says so, rather than extrapolated."""
+    """What a dead counter has not told after `READINGS_S` is unavailable and says so, rather than extrapolated."""
     made = make(FakeCounter(lambda now_s: WATTS * min(now_s, 1003.0), name="gpu:GPU-x",
                             label=Label.SIMULATED, max_age_s=None))  # fmt: skip
     made.passes(2.0)
     made.bind(LEASE)
     made.prompt(1.2)
     assert of_kind(await made.windows(), WindowKind.PROMPT) == []
-    made.passes(window_writer.SETTLE_S)
+    made.passes(window_writer.READINGS_S)
     [prompt] = of_kind(await made.windows(), WindowKind.PROMPT)
     assert prompt.total_j is None
     assert "stale" in detail(prompt)["flags"]
@@ -548,7 +548,7 @@ def prefill_and_decode() -> tuple[FakeCounter, Callable[[float, float], None]]:
 async def shares_of_two(made: Bench, use: Callable[[float, float], None]) -> list[EnergyWindow]:
     """The records of (810 + 150) and (3 + 150) tokens that are answered together in one second."""
     use(made.clock.now_s, 2.0 * 60.0)
-    large, small = made.meter.begin(), made.meter.begin()
+    large, small = made.meter.prompt(), made.meter.prompt()
     made.passes(1.0)
     made.end(large, (810, 150))
     made.end(small, (3, 150))
@@ -577,10 +577,10 @@ async def test_weight_is_learned_from_prompts_alone(make: Make) -> None:
     assert 1.0 < (after[0].total_j or 0) / (after[1].total_j or 1) < 1.2
     weight = made.meter._flights.weight
     for _ in range(20):
-        flight = made.meter.begin()
+        metered = made.meter.prompt()
         made.passes(0.5)
-        made.meter.end(flight)
-        made.meter.refused(flight)  # teaches nothing: it brought no tokens
+        metered.end()
+        metered.refused()  # teaches nothing: it brought no tokens
     await made.windows()
     assert made.meter._flights.weight == weight
     widths = [detail(pair[0])["energy"]["high_j"] - detail(pair[0])["energy"]["low_j"] for pair in (before, after)]
@@ -636,7 +636,7 @@ async def test_every_moment_is_charged_once(
         elif what == "unbind":
             made.bind(None)
         elif what == "begin":
-            flying.append(made.meter.begin())
+            flying.append(made.meter.prompt())
         elif what.startswith("end") and flying:
             made.end(flying.pop(tokens % len(flying)), None if what == "end unknown" else (tokens, tokens // 2))
         elif what == "load" and not flying:  # no LLM is started while another answers
@@ -645,8 +645,8 @@ async def test_every_moment_is_charged_once(
         elif what == "report":
             await made.windows()
         made.passes(ticks * 0.05)
-    for flight in flying:
-        made.end(flight)
+    for metered in flying:
+        made.end(metered)
     made.bind(None)
     ended_s = made.clock.now_s
     made.passes(stalls if ticking else 0)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deployments.energy.flights import Flight
+from deployments.energy.prompt_meter import MeteredPrompt
 from registry.contract.windows import EnergyWindow
 from registry.wire.words import WindowKind
 from tests.energy_windows import record
@@ -65,15 +65,15 @@ async def test_an_answer_names_its_window(make: Make) -> None:
     """
     made = make()
     made.bind(LEASE)
-    first, second = made.meter.begin(), made.meter.begin()
+    first, second = made.meter.prompt(), made.meter.prompt()
     made.passes(1.0)
     usage = {"prompt_tokens": 6, "completion_tokens": 4}
     told = {}
-    for flight, text in ((second, "b"), (first, "a")):
-        made.meter.end(flight)
-        flight.answer_id = text
-        account = made.meter.account(flight, usage=usage, answer=text)
-        brief = made.meter.brief(flight, usage=usage, answer=text)
+    for metered, text in ((second, "b"), (first, "a")):
+        metered.end()
+        metered.flight.answer_id = text
+        account = metered.account(usage=usage, answer=text)
+        brief = metered.brief(usage=usage, answer=text)
         told[text] = account["window"]
         assert (account["final"], brief["final"], brief["window"]) == (False, False, account["window"])
         assert brief["joules_low"] <= brief["joules"] <= brief["joules_high"]
@@ -89,9 +89,9 @@ async def test_how_many_were_in_flight(make: Make) -> None:
     """Of two prompts of 2 s that overlap for 1 s, each was alone for half of its time: at most 2, 1.5 in the mean."""
     made = make()
     made.bind(LEASE)
-    first = made.meter.begin()
+    first = made.meter.prompt()
     made.passes(1.0)
-    second = made.meter.begin()
+    second = made.meter.prompt()
     made.passes(1.0)
     made.end(first)
     made.passes(1.0)
@@ -107,9 +107,9 @@ async def test_a_record_has_the_clients_name_of_its_prompt(make: Make) -> None:
     """Answers to the same prompt in several leases belong together: the record says which prompt it was."""
     made = make()
     made.bind(LEASE)
-    flight = made.meter.begin(prompt_id="p 1")
+    metered = made.meter.prompt(prompt_id="p 1")
     made.passes(1.0)
-    made.end(flight)
+    made.end(metered)
     made.bind(None)
     [prompt] = of_kind(await made.windows(), WindowKind.PROMPT)
     assert detail(prompt)["prompt_id"] == "p 1"
@@ -155,10 +155,10 @@ async def test_counted_stretch_has_no_shares(make: Make) -> None:
     """
     made = make()
     made.bind(LEASE)
-    flights = [made.meter.begin() for _ in range(4)]
+    flights = [made.meter.prompt() for _ in range(4)]
     made.passes(5.0)
-    for flight in flights:
-        made.end(flight)
+    for metered in flights:
+        made.end(metered)
     made.bind(None)
     windows = await made.windows()
     counted = lease_of(windows)["counted"]
@@ -255,7 +255,7 @@ async def test_counted_stretch_is_the_truth(make: Make, events: list[tuple[str, 
     """
     made = make()
     made.bind(LEASE)
-    flying: list[Flight] = []
+    flying: list[MeteredPrompt] = []
     begun_s = ended_s = None
     noted: list[tuple[float, float, int, bool]] = []
     """Begin and end of each piece of time, how many were in flight in it, and whether an LLM was being started."""
@@ -267,12 +267,12 @@ async def test_counted_stretch_is_the_truth(make: Make, events: list[tuple[str, 
 
     for what, ticks in events:
         if what in {"begin", "warm up"}:
-            flying.append(made.meter.begin(warmup=what == "warm up"))
+            flying.append(made.meter.prompt(warmup=what == "warm up"))
             begun_s = begun_s if begun_s is not None or what == "warm up" else made.clock.now_s
         elif what == "end" and flying:
-            flight = flying.pop(ticks % len(flying))
-            made.end(flight)
-            ended_s = ended_s if flight.warmup else made.clock.now_s
+            metered = flying.pop(ticks % len(flying))
+            made.end(metered)
+            ended_s = ended_s if metered.flight.warmup else made.clock.now_s
         elif what == "load" and not flying:
             with made.meter.load("x"):
                 passes(ticks * 0.05, load=True)
@@ -281,9 +281,9 @@ async def test_counted_stretch_is_the_truth(make: Make, events: list[tuple[str, 
             await made.windows()
             noted.append((from_s, made.clock.now_s, len(flying), False))
         passes(ticks * 0.05 if what != "pass" else ticks * 1.0)
-    for flight in flying:
-        made.end(flight)
-        ended_s = ended_s if flight.warmup else made.clock.now_s
+    for metered in flying:
+        made.end(metered)
+        ended_s = ended_s if metered.flight.warmup else made.clock.now_s
     made.bind(None)
     counted: Any = lease_of(await made.windows(kept=10**6))["counted"]
     if begun_s is None or ended_s is None:
@@ -328,12 +328,12 @@ async def test_a_step_of_the_wall_clock_does_not_reach_records(make: Make, step_
     made.prompt(2.0)
     made.passes(1.0)
     await made.windows()
-    flight = made.meter.begin()
+    metered = made.meter.prompt()
     made.passes(1.0)
     made.stepped_s = step_s
     await made.windows()
     made.passes(1.0)
-    made.end(flight)
+    made.end(metered)
     made.passes(1.0)
     made.prompt(2.0)
     made.bind(None)

@@ -168,12 +168,12 @@ def test_provisional_until_settled(run: Run, clock: ManualClock) -> None:
     meter = run(steady(100.0, limit_w=400.0))
     end_s = meter.mark()
     now = meter.window(1001.0, end_s)
-    assert not meter.settled(end_s)
+    assert not meter.is_final(end_s)
     assert "provisional" in now.flags
     poll(meter, clock, 0.2)
     later = meter.window(1001.0, end_s)
     poll(meter, clock, 1.0)
-    assert meter.settled(end_s)
+    assert meter.is_final(end_s)
     assert "provisional" not in later.flags
     assert now.total_j == pytest.approx(400.0)
     assert later.total_j == pytest.approx(400.0)
@@ -288,7 +288,7 @@ def test_final_windows_know_of_others_at_work(run: Run, clock: ManualClock) -> N
     for _ in range(60):
         waiting.append(clock.now_s)
         poll(meter, clock, 0.1)
-        while waiting and meter.settled(waiting[0]):
+        while waiting and meter.is_final(waiting[0]):
             end_s = waiting.pop(0)
             assert "contended" in meter.window(end_s - 0.04, end_s, final=True).flags
             final += 1

@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from deployments.energy import build, prompt_meter
 from deployments.energy import meter as meter_module
-from deployments.energy import prompt_meter
+from deployments.energy.build import grid_of, sci_settings
 from deployments.energy.counters.probe import Source, Unreadable
 from deployments.energy.figures import GridIntensity
-from deployments.energy.flights import Flight
 from deployments.energy.meter import Meter
-from deployments.energy.prompt_meter import PromptMeter, grid_of, sci_settings
+from deployments.energy.prompt_meter import MeteredPrompt, PromptMeter
 from deployments.machine.gpus import ReadFailed
 from registry.errors import BadSettings
 from registry.settings import EnergySettings, load_settings
@@ -46,7 +46,7 @@ class Bench:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *sources: Source | Unreadable, **energy: Any) -> None:
         self.clock = ManualClock()
         found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:x", label=Label.SIMULATED),)
-        monkeypatch.setattr(prompt_meter, "_sources", lambda *_: list(found))
+        monkeypatch.setattr(prompt_meter, "sources_of", lambda *_: list(found))
         monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
         chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}
         monkeypatch.setattr(meter_module, "PERIOD_S", 0.0)  # others are looked for with each poll
@@ -58,20 +58,22 @@ class Bench:
             self.clock.now_s += 0.05
             self.meter._meter.poll_once()
 
-    def prompt(self, seconds: float) -> Flight:
-        flight = self.meter.begin()
+    def prompt(self, seconds: float) -> MeteredPrompt:
+        metered = self.meter.prompt()
         self.passes(seconds)
-        self.meter.end(flight)
-        return flight
+        metered.end()
+        return metered
 
-    def account(self, flight: Flight, tokens: tuple[int, int] = (6, 4), answer: str = "four words and no") -> Any:
+    def account(
+        self, metered: MeteredPrompt, tokens: tuple[int, int] = (6, 4), answer: str = "four words and no"
+    ) -> Any:
         self.passes(0.2)
         usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
-        account = self.meter.account(flight, usage=usage, answer=answer)
+        account = metered.account(usage=usage, answer=answer)
         assert_honest(account)
         energy, carbon = account["energy"], account["carbon"]
         same = ("window", "final", "sci_score", "sci_method", "sci_low", "sci_high", "unit", "flags")
-        assert self.meter.brief(flight, usage=usage, answer=answer) == {
+        assert metered.brief(usage=usage, answer=answer) == {
             **{name: account[name] for name in same},
             "joules": energy["total_j"],
             "joules_low": energy["low_j"],
@@ -152,10 +154,10 @@ async def test_llm_that_writes_no_text_is_scored_by_its_input(
     bench.meter._writes_text = lambda llmconfig: llmconfig != "{}"
     bench.bind(LEASE)
     bench.passes(1.0)
-    flight = bench.meter.begin("/v1/embeddings")
+    metered = bench.meter.prompt("/v1/embeddings")
     bench.passes(1.0)
-    bench.meter.end(flight)
-    told = bench.meter.brief(flight, usage={"prompt_tokens": 6, "total_tokens": 6}, answer=None)
+    metered.end()
+    told = metered.brief(usage={"prompt_tokens": 6, "total_tokens": 6}, answer=None)
     assert told["unit"] == unit
     assert told["sci_score"] == pytest.approx((told["o_g"] + told["m_g"]) / units)
     bench.bind(None)
@@ -242,10 +244,10 @@ def test_prompts_after_one_another_have_their_own(bench: Callable[..., Bench]) -
 def test_overlapping_prompts_share(bench: Callable[..., Bench]) -> None:
     """Two prompts at the same time share what flows by their tokens: together the whole, each flagged as shared."""
     made = bench()
-    first, second = made.meter.begin(), made.meter.begin()
+    first, second = made.meter.prompt(), made.meter.prompt()
     made.passes(2.0)
-    made.meter.end(first)
-    made.meter.end(second)
+    first.end()
+    second.end()
     one = made.account(first, tokens=(10, 10))
     other = made.account(second, tokens=(10, 50))
     # The first to be accounted for takes the other for as fast as itself: all that is known then.
@@ -258,20 +260,20 @@ def test_overlapping_prompts_share(bench: Callable[..., Bench]) -> None:
 def test_prompt_that_still_runs_has_its_share(bench: Callable[..., Bench]) -> None:
     """A prompt still in flight takes part: who ends first is not charged for both."""
     made = bench()
-    running = made.meter.begin()
+    running = made.meter.prompt()
     first = made.prompt(1.0)
     assert made.account(first)["energy"]["total_j"] == pytest.approx(50.0, rel=0.2)
-    made.meter.end(running)
+    running.end()
 
 
 def test_prompt_that_failed_has_its_share(bench: Callable[..., Bench]) -> None:
     """A prompt that was cut used energy too, which is not charged to the one beside it."""
     made = bench()
-    cut, good = made.meter.begin(), made.meter.begin()
+    cut, good = made.meter.prompt(), made.meter.prompt()
     made.passes(1.0)
-    made.meter.end(cut)
+    cut.end()
     made.passes(1.0)
-    made.meter.end(good)
+    good.end()
     account = made.account(good)
     assert account["energy"]["total_j"] == pytest.approx(150.0, rel=0.1)
     assert "shared" in account["flags"]
@@ -284,13 +286,13 @@ def test_accounts_are_never_more_than_what_flowed(
 ) -> None:
     """However prompts overlap, none is charged more than what flowed while it was in flight, and none is charged 0."""
     made = bench()
-    flights: dict[int, Flight] = {}
+    flights: dict[int, MeteredPrompt] = {}
     for step in range(42):
         for index, (start, length, _) in enumerate(times):
             if step == start:
-                flights[index] = made.meter.begin()
+                flights[index] = made.meter.prompt()
             if step == start + length:
-                made.meter.end(flights[index])
+                flights[index].end()
         made.passes(0.05)
     for index, (_, length, tokens) in enumerate(times):
         account = made.account(flights[index], tokens=(tokens, 1))
@@ -302,12 +304,12 @@ async def test_only_what_is_needed_is_remembered(bench: Callable[..., Bench]) ->
     """Of what came and went that is remembered in which a prompt lies that is in flight, or not written down."""
     made = bench()
     made.prompt(0.5)
-    long = made.meter.begin()
+    long = made.meter.prompt()
     made.prompt(0.5)
     made.passes(0.5)
     await made.meter.write()
     assert len(made.meter._flights) == 3
-    made.meter.end(long)
+    long.end()
     made.passes(0.5)
     await made.meter.write()
     assert len(made.meter._flights) == 0
@@ -344,7 +346,7 @@ def test_start_of_an_llm_is_on_its_own_account(bench: Callable[..., Bench]) -> N
 def test_simulated_sources_are_refused_outside_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test double never gets into a real account."""
     source = FakeCounter(lambda now_s: now_s, label=Label.SIMULATED)
-    monkeypatch.setattr(prompt_meter, "_sources", lambda *_: [source])
+    monkeypatch.setattr(prompt_meter, "sources_of", lambda *_: [source])
     with pytest.raises(BadSettings, match="for tests only"):
         PromptMeter(EnergySettings(), gpus=0)
 
@@ -398,20 +400,20 @@ def test_gpus_that_are_not_found_are_holes(
         return [Unreadable(name, "found") for name in found]
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(prompt_meter, "gpu_uuids", uuids)
-    monkeypatch.setattr(prompt_meter, "probe_sources", probed)
-    sources = prompt_meter._sources(sci_settings(EnergySettings()), 2, None)
-    assert [source.name for source in sources if source.in_boundary] == missing
-    assert [source.name for source in sources if not source.in_boundary] == (
-        [] if isinstance(answer, Exception) else [*answer]
-    )
+    monkeypatch.setattr(build, "gpu_uuids", uuids)
+    monkeypatch.setattr(build, "probe_sources", probed)
+    sources = build.sources_of(sci_settings(EnergySettings()), 2, None)
+    holes = [source for source in sources if isinstance(source, Unreadable)]
+    assert len(holes) == len(sources)
+    assert [hole.name for hole in holes if hole.in_boundary] == missing
+    assert [hole.name for hole in holes if not hole.in_boundary] == ([] if isinstance(answer, Exception) else [*answer])
 
 
 def test_wrapper_without_gpus_looks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrapper without GPUs counts none, whatever this machine's environment says."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-of-somebody")
-    monkeypatch.setattr(prompt_meter, "probe_sources", lambda found, **_: [found])
-    assert prompt_meter._sources(sci_settings(EnergySettings()), 0, None) == [()]
+    monkeypatch.setattr(build, "probe_sources", lambda found, **_: [Unreadable(repr(found), "asked for")])
+    assert build.sources_of(sci_settings(EnergySettings()), 0, None) == [Unreadable("()", "asked for")]
 
 
 def test_settings_become_the_formulas() -> None:

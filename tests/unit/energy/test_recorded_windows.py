@@ -42,13 +42,13 @@ async def a_lease_with_everything(made: Bench) -> tuple[EnergyWindow, ...]:
     made.bind(replace(LEASE, max_j=10_000.0))
     made.prompt(1.0, warmup=True)
     made.prompt(2.0)
-    first, second = made.meter.begin(prompt_id="p 1"), made.meter.begin("/v1/chat/completions")
+    first, second = made.meter.prompt(prompt_id="p 1"), made.meter.prompt("/v1/chat/completions")
     made.passes(1.0)
     made.end(second)
-    second.answer_id = "chatcmpl-1"
+    second.flight.answer_id = "chatcmpl-1"
     made.passes(0.5)
-    made.meter.refused(first)
-    made.meter.end(first)
+    first.refused()
+    first.end()
     with made.meter.load("org/tiny"):
         made.passes(2.0)
     made.prompt(1.0, None)

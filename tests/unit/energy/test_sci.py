@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deployments.energy.figures import Component, Embodied, Energy, GridIntensity, SCISettings, total
-from deployments.energy.sci import embodied_g_per_hour, grid_intensity, kwh, score
+from deployments.energy.sci import grid_intensity, kwh, score
 from registry import grid_mixes
 from registry.errors import BadSettings
 from registry.wire.labels import Label
@@ -75,12 +75,6 @@ def test_worked_example_idle_seconds() -> None:
     assert prompt.sci_score is not None
     assert idle.sci_score is not None
     assert idle.sci_score / prompt.sci_score == pytest.approx(18.3, abs=0.05)
-
-
-def test_worked_example_embodied() -> None:
-    """985 kg over three years are 37.5 g an hour; half the machine has half of them."""
-    assert embodied_g_per_hour(985_000, 3 * 365 * 24) == pytest.approx(37.5, rel=1e-3)
-    assert embodied_g_per_hour(985_000, 3 * 365 * 24, share=0.5) == pytest.approx(18.74, rel=1e-3)
 
 
 def test_the_old_systems_kwh_was_a_thousand_times_too_high() -> None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import random
+from statistics import fmean, stdev
+
+import pytest
+
 from deployments.energy.counters.activity import Activity
 from deployments.energy.counters.history import Track
-from deployments.energy.counters.probe import CPUModelSource
-from deployments.energy.counters.probe import Source
-from deployments.energy.figures import CPUModel
-from deployments.energy.figures import Energy
+from deployments.energy.counters.probe import CPUModelSource, Source
+from deployments.energy.figures import CPUModel, Energy
 from deployments.energy.meter import Meter
 from registry.wire.flags import Flag
 from registry.wire.labels import Label
-from statistics import fmean
-from statistics import stdev
-from tests.fake_counters import FakeCounter
-from tests.fake_counters import ManualClock
-from tests.fake_counters import PowerCurve
-from tests.fake_counters import Ticks
-import pytest
-import random
-
+from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
 
 START_S = 1000.0
 TICK_S = 0.1
@@ -152,13 +147,13 @@ def test_level_after_work_waits_for_the_power_after_it() -> None:
         activity.begin(1.05)
         activity.end(1.22)
         track = Track(max_age_s=None, step=0.0, max_rate=None, history_s=60.0, stale_s=0.5, activity=activity)
-        settled = []
+        final = []
         for index in range(21):
             track.add(index / 10, index / 10, 5.0 * index)
             if broken and index == 14:
                 track.lost(Flag.COUNTER_RESET)
-            settled.append(track.settled(1.22))
-        assert settled.index(True) == (14 if broken else 18)
+            final.append(track.is_final(1.22))
+        assert final.index(True) == (14 if broken else 18)
 
 
 def test_idle_power_never_exceeds_what_flowed() -> None:
@@ -186,7 +181,7 @@ def test_a_level_is_the_same_for_ever() -> None:
             time_s, begins = changes.pop(0)
             (activity.begin if begins else activity.end)(time_s)
         track.add(at_s, at_s, curve.joules(at_s // 0.08 * 0.08))
-        for time_s in (0.75, 0.97, 1.28, 1.68) if track.settled(0.2) else ():
+        for time_s in (0.75, 0.97, 1.28, 1.68) if track.is_final(0.2) else ():
             if time_s > at_s:
                 continue
             [level] = track.levels([time_s])

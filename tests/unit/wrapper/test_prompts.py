@@ -9,7 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pytest
 import structlog
@@ -69,13 +69,11 @@ class FakeMeter:
         self.counts_words = False
         self.used_up: BudgetUsed | None = None
 
-    def begin(self, endpoint: str = "process_prompt", *, warmup: bool = False, prompt_id: str | None = None) -> Flight:
+    def prompt(
+        self, endpoint: str = "process_prompt", *, warmup: bool = False, prompt_id: str | None = None
+    ) -> FakePrompt:
         self.begun.append(Flight(0.0, endpoint=endpoint, warmup=warmup, prompt_id=prompt_id))
-        return self.begun[-1]
-
-    def end(self, flight: Flight) -> None:
-        if flight not in self.ended:
-            self.ended.append(flight)
+        return FakePrompt(self, self.begun[-1])
 
     def use(self) -> Mapping[str, Any]:
         return SO_FAR
@@ -84,21 +82,39 @@ class FakeMeter:
         if self.used_up is not None:
             raise self.used_up
 
-    def account(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> Mapping[str, Any]:
-        assert flight in self.ended
-        self.accounts.append((flight, usage, answer))
-        flight.status = "answered"
+
+class FakePrompt:
+    """A prompt on a FakeMeter."""
+
+    def __init__(self, meter: FakeMeter, flight: Flight) -> None:
+        self.meter = meter
+        self.flight = flight
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        if self.flight not in self.meter.ended:
+            self.meter.ended.append(self.flight)
+
+    def account(self, *, usage: Mapping[str, Any], answer: str | None) -> Mapping[str, Any]:
+        assert self.flight in self.meter.ended
+        self.meter.accounts.append((self.flight, usage, answer))
+        self.flight.status = "answered"
         return COST
 
-    def brief(self, flight: Flight, *, usage: Mapping[str, Any], answer: str | None) -> Mapping[str, Any]:
-        self.account(flight, usage=usage, answer=answer)
+    def brief(self, *, usage: Mapping[str, Any], answer: str | None) -> Mapping[str, Any]:
+        self.account(usage=usage, answer=answer)
         return BRIEF
 
-    def counted(self, flight: Flight, tokens: Tokens) -> None:
-        flight.tokens = tokens
+    def counted(self, tokens: Tokens) -> None:
+        self.flight.tokens = tokens
 
-    def refused(self, flight: Flight) -> None:
-        flight.status, flight.tokens = "refused", Tokens(0, 0, 0)
+    def refused(self) -> None:
+        self.flight.status, self.flight.tokens = "refused", Tokens(0, 0, 0)
 
 
 JSON = "application/json"

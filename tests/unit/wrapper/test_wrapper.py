@@ -20,7 +20,7 @@ from deployments.energy import settling
 from deployments.engine import rest as engine_rest
 from deployments.engine.order import StopReport
 from deployments.machine.machine_cpu import MachineCPU
-from deployments.machine.neighbours import Neighbours
+from deployments.machine.wrapper_activity import WrapperActivity
 from deployments.models.cache import LocalModel
 from deployments.models.sources import ModelSources
 from deployments.models.weights import Weights, weights_of
@@ -389,7 +389,7 @@ async def test_weights_are_told_of_for_a_measurement(make: Make, tmp_path: Path,
 async def test_a_measured_lease_is_watched(make: Make, tmp_path: Path) -> None:
     """Work of another wrapper of the machine is told while the lease lasts; for a standard lease nobody asks."""
     client = await make(finish=False)
-    other = Neighbours(tmp_path / ".greenprompt" / "wrappers", "a-1")
+    other = WrapperActivity(tmp_path / ".greenprompt" / "wrappers", "a-1")
     await client.bind(3, MEASURED)
     client.wrapper._meter.meter.poll_once()
     assert (await client.wrapper.report(UNTOLD)).lease_flags == ()
@@ -403,7 +403,7 @@ async def test_a_measured_lease_is_watched(make: Make, tmp_path: Path) -> None:
 async def test_prompts_and_starts_are_work(make: Make, tmp_path: Path) -> None:
     """Whoever measures on the same machine sees them."""
     client = await make(finish=False)
-    other = Neighbours(tmp_path / ".greenprompt" / "wrappers", "a-1")
+    other = WrapperActivity(tmp_path / ".greenprompt" / "wrappers", "a-1")
     other.others_worked()
     assert not other.others_worked()
     prompt = await client.begin("token-1")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from deployments.energy import prompt_meter
+from deployments.energy import build
+from deployments.energy.build import sci_settings
 from deployments.energy.counters import zeus as zeus_source
 from deployments.energy.counters.counter_check import CHECK_S, Check, CounterCheck
 from deployments.energy.counters.probe import CounterLost, Source, Unreadable
 from deployments.energy.counters.zeus import zeus_gpus
 from deployments.energy.meter import Meter
-from deployments.energy.prompt_meter import sci_settings
 from deployments.machine.gpus import ReadFailed
 from registry.settings import EnergySettings
 from registry.wire.flags import Flag
@@ -384,10 +384,10 @@ def test_zeus_is_asked_only_where_nvml_can_not_tell(zeus: ModuleType, monkeypatc
     def no_nvml(visible: str) -> tuple[str, ...]:
         raise ReadFailed("no NVML")
 
-    monkeypatch.setattr(prompt_meter, "gpu_uuids", no_nvml)
-    monkeypatch.setattr(prompt_meter, "probe_sources", lambda *_, **__: [])
+    monkeypatch.setattr(build, "gpu_uuids", no_nvml)
+    monkeypatch.setattr(build, "probe_sources", lambda *_, **__: [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert [source.name for source in prompt_meter._sources(sci_settings(EnergySettings()), 1, None)] == ["gpu:zeus-0"]
+    assert [source.name for source in build.sources_of(sci_settings(EnergySettings()), 1, None)] == ["gpu:zeus-0"]
     monkeypatch.setattr(zeus_source, "find_spec", lambda name: None)
-    [hole] = prompt_meter._sources(sci_settings(EnergySettings()), 1, None)
-    assert (hole.name, hole.why) == ("gpu:", "no NVML")
+    [hole] = build.sources_of(sci_settings(EnergySettings()), 1, None)
+    assert hole == Unreadable("gpu:", "no NVML", in_boundary=True)

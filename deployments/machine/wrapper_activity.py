@@ -20,7 +20,7 @@ The locks are shared, so that a new wrapper can lock the file while its predeces
 """
 
 
-class Neighbours:
+class WrapperActivity:
     """One of the wrappers of a machine, which share ``directory``.
 
     Each wrapper locks a byte of its own file while it starts an LLM or answers; the kernel releases the lock if it is
