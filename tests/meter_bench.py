@@ -13,6 +13,7 @@ from deployments.energy import prompt_meter
 from deployments.energy.counters.probe import Source, Unreadable
 from deployments.energy.meter import Meter
 from deployments.energy.prompt_meter import MeteredPrompt, PromptMeter
+from deployments.machine.machine_cpu import MachineCPU
 from registry.contract.messages import Belief, LeaseGrant, Moment
 from registry.contract.windows import EnergyWindow
 from registry.settings import EnergySettings
@@ -37,6 +38,8 @@ class Bench:
         """By how much the wall clock was set since."""
         found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:GPU-x", label=Label.SIMULATED),)
         monkeypatch.setattr(meter_module, "PERIOD_S", 0.0)  # others are looked for with each poll
+        # A busy machine under the tests would make every window contended, and nothing would be learned.
+        monkeypatch.setattr(MachineCPU, "strangers", lambda _machine, now_s: (False, now_s))
         monkeypatch.setattr(prompt_meter, "sources_of", lambda *_: list(found))
         monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
         chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}

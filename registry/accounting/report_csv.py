@@ -16,6 +16,7 @@ def windows_csv(windows: Iterable[WindowReport], *, heading: bool = True) -> str
     """Return windows as CSV, by default with a heading.
 
     An unknown value is an empty cell, never 0. Only rows with ``adds_up`` true may be added; the others repeat them.
+    The time to add is ``reserved_s``: the ``seconds`` of an idle window contain the prompts in between.
     """
     out = io.StringIO(newline="")
     table = csv.writer(out)

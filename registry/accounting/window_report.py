@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 from registry.accounting.totals import SPENT, sum_of
@@ -27,8 +28,9 @@ class WindowReport:
     """One window; None: not known or not applicable.
 
     * ``adds_up``: False for a lease window, which repeats its prompts and idle time; only the others may be added.
-    * ``seconds``: from start to end. ``reserved_s``: its share of that time. Prompts in flight at the same time divide
-      it among them; idle windows leave out the prompts in between.
+    * ``seconds``: from start to end; windows may overlap, so they do not add up. ``reserved_s``: its share of that
+      time, which adds up. Prompts in flight at the same time divide it among them; idle windows leave out the prompts
+      in between.
     * ``joules`` lie between ``low_j`` and ``high_j``. ``systematic_j``: half the width of the error that has the same
       sign in similar windows. ``gpu_j``, ``cpu_j``, ``dram_j``, ``other_j``: their parts.
     * ``label``: label of the joules; ``counter_label``: label of the counters, before any sharing.
@@ -164,7 +166,7 @@ def row_of(
         sci_score=score.value,
         sci_low=score.low,
         sci_high=score.high,
-        sci_method=worst(label_of(detail.methods.get(letter)) for letter in "EIMR"),
+        sci_method=_worst_method(tuple(map(detail.methods.get, "EIMR"))),
         unit=detail.unit,
         units=detail.units,
         prompt_tokens=tokens.prompt,
@@ -181,6 +183,11 @@ def row_of(
         counted=counted,
         detail=record,
     )
+
+
+@cache
+def _worst_method(words: tuple[str | None, ...]) -> Label:
+    return worst(map(label_of, words))
 
 
 def process_of(window_id: str) -> str:

@@ -12,7 +12,6 @@ from typing import Any, Final
 import pytest
 
 from deployments.energy.counters.probe import Unreadable
-from deployments.machine.machine_cpu import MachineCPU
 from registry.contract.messages import StartedFor
 from registry.contract.windows import EnergyWindow
 from registry.wire.words import WindowKind
@@ -27,8 +26,7 @@ Make = Callable[..., Bench]
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Makes a bench on a machine without other work: ``make(*sources, **energy settings)``."""
-    monkeypatch.setattr(MachineCPU, "strangers", lambda _machine, now_s: (False, now_s))
+    """Makes a bench: ``make(*sources, **energy settings)``."""
     return partial(Bench, monkeypatch)
 
 
