@@ -188,10 +188,8 @@ class Gathered:
     def add(self, kept: Iterable[KeptWindow]) -> None:
         """Add the next page of windows, sorted by start time."""
         for each in kept:
-            window = each.window
-            record = json.loads(window.detail)
-            detail = read_detail(window.kind, record)
-            request = self.requests.get(window.request_id or "")
+            window, record = each.window, json.loads(each.window.detail)
+            detail, request = read_detail(window.kind, record), self.requests.get(window.request_id or "")
             told = row_of(each, detail, request, self.iso, counted=record.get("counted"))
             self.boundary |= dict.fromkeys(detail.boundary)
             self.gpu_uuids |= dict.fromkeys(detail.gpus)
@@ -448,5 +446,5 @@ def _coefficients(detail: WindowDetail) -> Iterator[Coefficient]:
     if detail.pue is not None:
         yield Coefficient("E: PUE", detail.pue, "1", "the operator's configuration")
     if embodied is not None:
-        low, high = embodied.low_g_per_hour, embodied.high_g_per_hour
-        yield Coefficient("M: embodied carbon", embodied.g_per_hour, "gCO2eq/h reserved", embodied.source, low, high)
+        per_hour, low, high = embodied.g_per_hour, embodied.low_g_per_hour, embodied.high_g_per_hour
+        yield Coefficient("M: embodied carbon", per_hour, "gCO2eq/h reserved", embodied.source, low, high)
