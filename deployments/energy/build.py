@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from deployments.energy.counters.base import Source, Unreadable
-from deployments.energy.counters.probe import ReadFailed, gpu_uuids, probe_sources
+from deployments.energy.counters.probe import probe_sources
 from deployments.energy.counters.zeus import zeus_gpus
 from deployments.energy.figures import CPUModel, Embodied, GridIntensity, SCISettings
 from deployments.energy.sci import grid_intensity
+from deployments.machine.gpus import ReadFailed, gpu_uuids
 from deployments.machine.machine_cpu import MachineCPU
 from registry.errors import BadSettings
 from registry.settings import EnergySettings
