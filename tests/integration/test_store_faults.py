@@ -26,7 +26,8 @@ SECRET = "hunter2-s3cret"
 
 COMMITTER = """
 import itertools, sys
-from registry.core.records import Changes, LLMSpec, Measurement, Request
+from registry.core.decision import Changes
+from registry.core.records import LLMSpec, Measurement, Request
 from registry.store.rows import EventRow
 from registry.store.store import Store
 

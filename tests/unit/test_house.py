@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import sys
 import sysconfig
@@ -201,6 +202,25 @@ def test_every_import_is_a_listed_dependency() -> None:
         if not listed & {canonicalize_name(d) for d in known.get(name, ())}
     }
     assert unlisted == set()
+
+
+def test_programs_in_strings_import_what_is_there() -> None:
+    """Programs that tests start with `python -c` import names that their modules have; no linter looks there."""
+    line = re.compile(rf"^\s*from ((?:{'|'.join(HOUSES)})[\w.]*) import ([\w, ]+)$", re.MULTILINE)
+    texts = {
+        (path.relative_to(ROOT), node.value)
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    missing = [
+        f"{path}: {module} has no {name.strip()}"
+        for path, text in texts
+        for module, names in line.findall(text)
+        for name in names.split(",")
+        if not hasattr(importlib.import_module(module), name.strip())
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize("name", PURE)
