@@ -121,12 +121,7 @@ def score(
     per_unit = None
     if operational is not None and embodied is not None and units and may_be_told:
         per_unit = _Three(*((o + m) / units for o, m in zip(operational, embodied, strict=True)))
-    methods = {
-        "E": energy.label,
-        "I": Label.UNAVAILABLE if grid is None else Label.SOURCED,
-        "M": Label.UNAVAILABLE if embodied is None else Label.SOURCED,
-        "R": Label.UNAVAILABLE if units is None else Label.MEASURED,
-    }
+    methods = _methods(energy, grid, embodied, units)
     problems = {
         Flag.NO_GRID: grid is None,
         Flag.NO_EMBODIED: embodied is None,
@@ -135,13 +130,10 @@ def score(
         Flag.ESTIMATES_NOT_ALLOWED: not may_be_told and energy.total_j is not None,
         Flag.IMPLAUSIBLE_J_PER_TOKEN: _implausible(energy, units, settings),
     }
-    low, sci_score, high = per_unit or (None, None, None)
     o_low_g, o_g, o_high_g = operational or (None, None, None)
     m_low_g, m_g, m_high_g = embodied or (None, None, None)
     return Score(
-        sci_score=sci_score,
-        low=low,
-        high=high,
+        **dict(zip(("low", "sci_score", "high"), per_unit or (None, None, None), strict=True)),
         o_g=o_g,
         o_low_g=o_low_g,
         o_high_g=o_high_g,
@@ -156,6 +148,18 @@ def score(
         boundary=energy.boundary,
         flags=(*energy.flags, *(flag for flag, holds in problems.items() if holds), *flags),
     )
+
+
+def _methods(
+    energy: Energy, grid: GridIntensity | None, embodied: _Three | None, units: int | None
+) -> dict[str, Label]:
+    """Return how each part of SCI = (E · I + M) / R was determined."""
+    return {
+        "E": energy.label,
+        "I": Label.UNAVAILABLE if grid is None else Label.SOURCED,
+        "M": Label.UNAVAILABLE if embodied is None else Label.SOURCED,
+        "R": Label.UNAVAILABLE if units is None else Label.MEASURED,
+    }
 
 
 def _operational(energy: Energy, grid: GridIntensity | None, pue: float) -> _Three | None:

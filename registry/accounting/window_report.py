@@ -13,7 +13,16 @@ from typing import Any, Final
 
 from registry.accounting.totals import SPENT, sum_of
 from registry.accounting.windows import KeptWindow
-from registry.contract.windows import EnergyRecord, InFlight, PromptUse, TokensRecord, WindowDetail, read_detail
+from registry.contract.windows import (
+    EnergyRecord,
+    EnergyWindow,
+    GridRecord,
+    InFlight,
+    PromptUse,
+    TokensRecord,
+    WindowDetail,
+    read_detail,
+)
 from registry.core.records import Request
 from registry.wire.labels import Label, label_of, worst
 from registry.wire.words import WindowKind
@@ -131,7 +140,7 @@ def row_of(
 
     ``counted``, ``record``: JSON objects that go along unchanged, because clients may know more of their keys.
     """
-    window, energy, score, grid, use = kept.window, detail.energy, detail.score, detail.grid, detail.use
+    window, energy, score, use = kept.window, detail.energy, detail.score, detail.use
     tokens = (None if use is None else use.tokens) or _NO_TOKENS
     prompt = use if isinstance(use, PromptUse) else _NO_PROMPT
     return WindowReport(
@@ -154,15 +163,8 @@ def row_of(
         label=window.label,
         counter_label=energy.counter_label,
         **_parts(energy),
-        o_g=window.o_g,
-        o_low_g=detail.o_low_g,
-        o_high_g=detail.o_high_g,
-        m_g=window.m_g,
-        m_low_g=detail.m_low_g,
-        m_high_g=detail.m_high_g,
-        grid=None if grid is None else grid.value,
-        grid_low=None if grid is None else grid.low,
-        grid_high=None if grid is None else grid.high,
+        **_emissions(window, detail),
+        **_grid(detail.grid),
         sci_score=score.value,
         sci_low=score.low,
         sci_high=score.high,
@@ -193,6 +195,25 @@ def _worst_method(words: tuple[str | None, ...]) -> Label:
 def process_of(window_id: str) -> str:
     """Return the id of the wrapper process that created this window."""
     return window_id.rpartition("-")[0]
+
+
+def _emissions(window: EnergyWindow, detail: WindowDetail) -> dict[str, float | None]:
+    """Return operational (O) and embodied (M) emissions with their ranges, gCO2eq."""
+    return {
+        "o_g": window.o_g,
+        "o_low_g": detail.o_low_g,
+        "o_high_g": detail.o_high_g,
+        "m_g": window.m_g,
+        "m_low_g": detail.m_low_g,
+        "m_high_g": detail.m_high_g,
+    }
+
+
+def _grid(grid: GridRecord | None) -> dict[str, float | None]:
+    """Return the carbon intensity with its range, gCO2eq/kWh; all None if none was configured."""
+    if grid is None:
+        return {"grid": None, "grid_low": None, "grid_high": None}
+    return {"grid": grid.value, "grid_low": grid.low, "grid_high": grid.high}
 
 
 def _parts(energy: EnergyRecord) -> dict[str, float | None]:

@@ -91,6 +91,15 @@ def with_known_ids(observed: Sequence[Machine], known: Sequence[Machine]) -> tup
     return tuple(machines)
 
 
+def _moved(before: Mapping[str, Machine], there: Mapping[str, Machine]) -> set[str]:
+    """Return the ids of machines that have another Ray node than before."""
+    return {
+        machine_id
+        for machine_id, machine in there.items()
+        if (old := before.get(machine_id)) is not None and old.node_id != machine.node_id
+    }
+
+
 def plan(
     known_machines: Sequence[Machine],
     known_wrappers: Sequence[Wrapper],
@@ -118,11 +127,7 @@ def plan(
     for machine_id, machine in before.items():
         if machine.alive and machine_id not in there:
             events.append(MachineLost(machine_id, "it left the Ray cluster"))
-    moved = {
-        machine_id
-        for machine_id, machine in there.items()
-        if (old := before.get(machine_id)) is not None and old.node_id != machine.node_id
-    }
+    moved = _moved(before, there)
     events += [MachineLost(name, "its Ray node was replaced") for name in sorted(moved) if before[name].alive]
     for machine_id, machine in there.items():
         if before.get(machine_id) != machine:

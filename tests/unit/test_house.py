@@ -223,6 +223,21 @@ def test_programs_in_strings_import_what_is_there() -> None:
     assert missing == []
 
 
+def test_files_and_functions_are_short() -> None:
+    """No file of the houses has over 450 lines and no function over 60; a released migration is never changed."""
+    long = []
+    for path in sorted(path for top in HOUSES for path in (ROOT / top).rglob("*.py")):
+        name, text = path.relative_to(ROOT), path.read_text()
+        long += [f"{name}: {text.count(chr(10))} lines"] if text.count("\n") > 450 else []
+        long += [
+            f"{name}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
+            if node.end_lineno - node.lineno >= 60 and "versions" not in name.parts
+        ]
+    assert long == []
+
+
 @pytest.mark.parametrize("name", PURE)
 def test_pure_files_import_only_plain_modules(name: str) -> None:
     """The pure files import each other and modules of the standard library that only compute."""

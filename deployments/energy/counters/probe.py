@@ -36,6 +36,16 @@ __all__ = [
 POWERCAP_ROOT = Path("/sys/class/powercap")
 
 
+def _probe_gpus(gpu_uuids: Sequence[str], machine: MachineCPU) -> list[Source | Unreadable]:
+    """Return a source for each GPU, and the bound that a GPU without an energy counter needs besides."""
+    gpus: list[Source | Unreadable] = []
+    for uuid in gpu_uuids:
+        gpus.append(gpu := probe_gpu(uuid, machine.tree))
+        if isinstance(gpu, GPUPower):
+            gpus.append(GPUPowerAtMost(gpu))
+    return gpus
+
+
 def probe_sources(
     gpu_uuids: Sequence[str],
     *,
@@ -68,11 +78,7 @@ def probe_sources(
         on_machine: How many wrappers share the machine, this one included.
     """
     machine = machine or MachineCPU(pid, proc_root=proc_root)
-    gpus: list[Source | Unreadable] = []
-    for uuid in gpu_uuids:
-        gpus.append(gpu := probe_gpu(uuid, machine.tree))
-        if isinstance(gpu, GPUPower):
-            gpus.append(GPUPowerAtMost(gpu))
+    gpus = _probe_gpus(gpu_uuids, machine)
     modules = [gpu for gpu in gpus if isinstance(gpu, GPUCounter) and gpu.covers_cpu]
     if modules:
         gpus = [*(gpu for gpu in gpus if gpu not in modules), *_told_apart(modules, machine, on_machine)]
