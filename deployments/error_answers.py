@@ -81,7 +81,7 @@ def registry_error(error: RegistryError, *, openai: bool = False) -> JSONRespons
         str(error),
         field=getattr(error, "field", None),
         retryable=error.retryable,
-        retry_after_s=error.retry_after_s,
+        retry_after_s=getattr(error, "retry_after_s", None),
     )
 
 

@@ -20,18 +20,24 @@ class RegistryError(Exception):
     """Base of every error that this project raises on purpose; its subclasses are dataclasses.
 
     ``code``: stable and unique, for programs. ``http_status``: status of the answer. ``retryable``: whether the same
-    call can succeed later. ``retry_after_s``: seconds until the earliest retry, None if not known.
+    call can succeed later.
     """
 
     code: ClassVar[str] = "registry_error"
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
-    retry_after_s: float | None = None
     __match_args__: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        """Make ``__init__`` from the fields."""
+        """Make ``__init__`` from the fields. Ray's own subclasses of errors have one already."""
+        if "__init__" in vars(cls):
+            return
         dataclass(eq=False, repr=False)(cls)
+        for name in cls.__match_args__:
+            # Ray wraps an error in a subclass, which finds the fields of the error by __getattr__. That is asked only
+            # for what the class does not have, and a default would be an attribute of the class.
+            if name in vars(cls):
+                delattr(cls, name)
 
     def __post_init__(self) -> None:
         # pickle, and with it Ray, makes an error anew from its args.

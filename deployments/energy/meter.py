@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -218,7 +219,8 @@ class Meter:
             channel.error = str(error) if isinstance(error, ReadFailed) else repr(error)
         if not isinstance(error, ReadFailed) and type(error) not in channel.told:
             channel.told.add(type(error))
-            log.error("meter.source_failed", source=channel.source.name, exc_info=error)
+            text = "".join(traceback.format_exception(error))
+            log.error("meter.source_failed", source=channel.source.name, traceback=text)
 
     def _read_limits(self) -> None:
         for channel in self._channels:

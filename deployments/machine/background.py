@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -63,7 +64,9 @@ def spawn_thread(name: str, work: Callable[[], None], *, on_failure: OnFailure |
 
 
 def _failed(name: str, error: BaseException, on_failure: OnFailure | None) -> None:
-    log.error("a background task failed", task=name, reason=reason_of(error), exc_info=error)
+    # As text: some renderers of tracebacks show local variables, and one of them may be a lease's token.
+    text = "".join(traceback.format_exception(error))
+    log.error("a background task failed", task=name, reason=reason_of(error), traceback=text)
     if on_failure is not None:
         on_failure(error)
 

@@ -152,10 +152,9 @@ class RayCluster(ClusterCalls):
             if await self._serve_is_mended(wrapper_id):
                 raise WrapperUnheard(wrapper_id, f"{problem}; Serve's controller is being restarted") from error
             raise WrapperUnreachable(wrapper_id, problem) from error
-        except RegistryError:
-            raise
-        except (RayError, RayServeException) as error:
-            cause = getattr(error, "cause", None)
+        except (RayError, RayServeException, RegistryError) as error:
+            # Ray delivers an error of the wrapper as one of a class of its own, with the real one as cause.
+            cause = getattr(error, "cause", error)
             if isinstance(cause, RegistryError):
                 raise cause from None
             self._apps = None

@@ -341,4 +341,4 @@ class WrapperCommands(Generic[L]):
         """Report an LLM as dead whose end nobody would handle; the next command to start one ends it."""
         self._llms.give_up(running, f"its death watch failed: {background.reason_of(error)}")
         if self._llms.running is running and self._start is None and self._spec is not None:
-            self._died, self._spec = running.death_reason, None
+            self._died, self._spec, self._death_flags = running.death_reason, None, ()

@@ -17,6 +17,7 @@ from deployments.wrapper.provenance import cpu_here, gpus_here, provenance, vers
 from registry.contract.messages import LeaseGrant
 from registry.core.provenance import PENDING
 from registry.core.records import LLMSpec
+from registry.errors import InvalidField
 from registry.wire.flags import Flag
 from registry.wire.words import Grade
 
@@ -39,7 +40,10 @@ class LLMHandOver:
         await self._rest.reached(llm)
         if llm is None or grant.handed_over_s is not None:
             return None  # one that was handed over before has answered prompts
-        args = prompt_args(grant.llmconfig)
+        try:
+            args = prompt_args(grant.llmconfig)
+        except InvalidField:
+            return None  # its process_prompt says why (see PromptGate); vLLM's own API can be used
         if not args.task.generates:
             return None
         with self._meter.at_work():

@@ -116,11 +116,12 @@ class PromptGate:
         Must be called whenever the lease gate binds a lease or ends one.
         """
         if grant is not None and grant.llmconfig != self._llmconfig:
-            self._llmconfig = grant.llmconfig
+            self._llmconfig = self._args = None  # those of another lease are never used, whatever fails below
             try:
-                self._args = prompt_args(grant.llmconfig)
+                args: PromptArgs | InvalidField = prompt_args(grant.llmconfig)
             except InvalidField as error:  # the lease is good for vLLM's own API
-                self._args = error
+                args = InvalidField(error.field, error.problem)
+            self._llmconfig, self._args = grant.llmconfig, args
 
     async def cut_all(self) -> None:
         """Cut every prompt in flight: clients get an error or a broken stream. Returns when all have ended."""
@@ -232,8 +233,8 @@ class PromptGate:
         """Return the prompting arguments of the bound lease. Raises InvalidField if they can't be mapped here."""
         assert grant.llmconfig == self._llmconfig, "lease_changed is called at every bind"
         assert self._args is not None  # set with it
-        if isinstance(self._args, InvalidField):
-            raise self._args
+        if isinstance(self._args, InvalidField):  # a new one: each raise would add to the traceback of a kept one
+            raise InvalidField(self._args.field, self._args.problem)
         return self._args
 
     def _running(self) -> RunningLLM:

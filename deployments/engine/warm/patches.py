@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +33,7 @@ _WITH_PROCESS = "never: the process of the engine ends with it"
 _WITH_FORKSERVER = "when the forkserver is stopped"
 _NOTHING = "only read"
 
-VLLM: Final = (
+VLLM_ENGINES: Final = (
     # Several modules import `get_mp_context` by name, so it is replaced in each of them.
     Patch(
         "vLLM", f"{_UTILS}.get_mp_context", How.REPLACED, "engine processes are forks of the warm forkserver",
@@ -85,6 +85,10 @@ VLLM: Final = (
         (Has("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_worker", ("register_triton_kernel_overrides",)),),
         _WITH_PROCESS,
     ),
+)  # fmt: skip
+"""Of vLLM in engine processes, and where they are started; the forkserver checks and installs these."""
+
+VLLM_WRAPPER: Final = (
     Patch(
         "vLLM", "AsyncLLM.output_processor", How.READ, _HANG_WATCH,
         (Has(_ASYNC_LLM, "AsyncLLM.__init__", ("output_processor",)),), _NOTHING,
@@ -134,7 +138,9 @@ VLLM: Final = (
         (Has("vllm.entrypoints.launchers.app", "build_app"),), "never: it is of one app, and ends with it",
     ),
 )  # fmt: skip
-"""Of vLLM: in the wrapper's process (replaced by the forkserver's ``install``, read by ``vllm_api``) and in engines."""
+"""Of vLLM in the wrapper's process: what ``vllm_api`` and the hang watch read."""
+
+VLLM: Final = (*VLLM_ENGINES, *VLLM_WRAPPER)
 
 PYTHON: Final = (
     Patch(
@@ -183,9 +189,12 @@ PYTHON: Final = (
 """Of Python's own modules."""
 
 
-def shape_problem() -> str | None:
-    """Return what the installed vLLM or Python lacks for a warm start, as text; None if nothing. Imports vLLM."""
-    return first_problem((*VLLM, *PYTHON))
+def shape_problem(vllm: Sequence[Patch] = VLLM) -> str | None:
+    """Return what the installed vLLM or Python lacks for a warm start, as text; None if nothing.
+
+    Imports the modules of ``vllm``, the patches to check.
+    """
+    return first_problem((*vllm, *PYTHON))
 
 
 def patch_engine_processes() -> None:

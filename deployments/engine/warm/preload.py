@@ -11,7 +11,7 @@ import multiprocessing.spawn
 import os
 
 from deployments.engine.warm.forkserver import OWNER_PID, PRELOAD_EXTRA
-from deployments.engine.warm.patches import patch_engine_processes, shape_problem
+from deployments.engine.warm.patches import VLLM_ENGINES, patch_engine_processes, shape_problem
 from deployments.machine.child_processes import allow_amx, die_with_parent
 from deployments.machine.out_of_memory import ENGINE_SCORE, raise_score
 
@@ -59,11 +59,11 @@ def _preload() -> str | None:
         except Exception as error:
             not_preloaded.append(f"{module}: {type(error).__name__}: {error}")
     load_general_plugins()
-    if cuda_is_initialized():
-        return "importing vLLM has initialised CUDA, and a fork could not use it any more"
-    problem = shape_problem()
+    problem = shape_problem(VLLM_ENGINES)
     if problem is not None:
         return problem
+    if cuda_is_initialized():
+        return "importing vLLM has initialised CUDA, and a fork could not use it any more"
     patch_engine_processes()
     allow_amx()
     # Imported objects stay. Without this, every engine and worker would scan all of them for garbage at its start and

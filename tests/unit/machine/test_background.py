@@ -73,6 +73,19 @@ def test_a_failed_thread_is_logged_and_its_owner_called() -> None:
     assert [line["task"] for line in lines] == ["energy-meter"]
 
 
+def test_a_failure_is_logged_without_local_variables(capsys: pytest.CaptureFixture[str]) -> None:
+    """One of them may be the token of a lease; the log of a process that configured nothing shows them otherwise."""
+
+    def work() -> None:
+        token = "secret-" + str(1234)  # else the line of code itself would show it
+        raise OSError(f"a prompt failed after {len(token)} characters")
+
+    spawn_thread("prompts", work).join()
+    said = capsys.readouterr()
+    assert "a prompt failed after 11 characters" in said.out + said.err
+    assert "secret-1234" not in said.out + said.err
+
+
 FILES = sorted(set(DEPLOYMENTS.rglob("*.py")) - {DEPLOYMENTS / "machine" / "background.py"})
 
 

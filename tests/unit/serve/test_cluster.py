@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
@@ -19,8 +20,8 @@ from deployments.serve import cluster_calls
 from deployments.serve.cluster import RayCluster
 from deployments.serve.cluster_calls import APPS_BELIEVED_S
 from registry.contract.messages import LeaseGrant
-from registry.core.records import Machine
-from registry.errors import WrapperUnheard, WrapperUnreachable
+from registry.core.records import LLMSpec, Machine
+from registry.errors import EngineStartFailed, WrapperUnheard, WrapperUnreachable
 from registry.service.reconcile import wanted_wrappers
 from registry.settings import Settings
 from tests.fake_cluster import UNTOLD
@@ -106,6 +107,24 @@ async def test_serve_is_asked_at_once_when_a_wrapper_does_not_answer(
     with pytest.raises(WrapperUnreachable, match="there is no application"):
         await cluster.report("a-0", UNTOLD)
     assert (await cluster.observe()).wrapper_ids == frozenset()
+
+
+@pytest.mark.parametrize("permanent", [True, False])
+async def test_an_error_of_a_wrapper_arrives_as_itself(
+    cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, permanent: bool
+) -> None:
+    """Ray delivers it in a class of its own and with its traceback as text; what we raise is the wrapper's error."""
+    failed = EngineStartFailed("org/a", "no such model", permanent)
+
+    class Method:
+        async def remote(self, *_: object) -> object:
+            raise RayTaskError("deploy", "a traceback", failed).as_instanceof_cause()
+
+    monkeypatch.setattr("ray.serve.get_app_handle", lambda _name: SimpleNamespace(deploy=Method()))
+    with pytest.raises(EngineStartFailed) as raised:
+        await cluster.deploy("a-0", 1, LLMSpec("org/a", "text-generation"), None, None)
+    assert type(raised.value) is EngineStartFailed
+    assert (raised.value.permanent, str(raised.value)) == (permanent, str(failed))
 
 
 async def test_removed_is_what_is_gone(cluster: RayCluster, serve: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,29 @@ async def test_a_death_is_reported_with_what_it_leaves(wrapper: Wrapper, leftove
     assert (wrapper.commands.report().died, wrapper.commands.report().death_flags) == (None, ())
 
 
+async def test_a_failed_death_watch_flags_nothing_of_an_earlier_death(
+    wrapper: Wrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An LLM ran out of memory; the next one is given up because its watch failed, which is no lack of memory."""
+    first = wrapper.llms.running
+    assert first is not None
+    first.out_of_memory = True
+    first.die("main memory ran out")
+    assert wrapper.commands._death_watch is not None
+    await asyncio.wait({wrapper.commands._death_watch})
+
+    async def fails(*_: object) -> None:
+        raise AttributeError("no died")
+
+    monkeypatch.setattr(wrapper.commands, "_notice_death", fails)
+    await wrapper.commands.deploy(2, B, None)
+    await asyncio.wait({wrapper.commands._death_watch})
+    await asyncio.sleep(0)  # its callback
+    report = wrapper.commands.report()
+    assert report.died == "its death watch failed: AttributeError: no died"
+    assert report.death_flags == ()
+
+
 async def test_a_measured_lease_is_reported_while_its_machine_settles(
     wrapper: Wrapper, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from deployments.wrapper import prompt_gate as prompts
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.prompt_gate import PromptGate
 from registry.contract.messages import LeaseGrant
-from registry.errors import BudgetUsed, LeaseEnded
+from registry.errors import BudgetUsed, InvalidField, LeaseEnded
 from tests.fake_counters import ManualClock
 from tests.fake_engine import USAGE, FakeEngine
 
@@ -483,8 +483,22 @@ async def test_arguments_that_cannot_be_mapped_are_refused_per_prompt(wrapper: W
     wrapper.bind(replace(GRANT, llmconfig=json.dumps(config)))
     answer = await wrapper.prompt()
     assert (answer.status, answer.json["field"]) == (422, "args.prompting.word_of_tomorrow")
+    kept = wrapper.app._args  # the error; what it kept alive would grow with each prompt
+    await wrapper.prompt()
+    assert isinstance(kept, InvalidField)
+    assert kept.__traceback__ is None
     native = await wrapper.call("POST", "/v1/completions", {"model": "tiny", "prompt": "Why?"}).done()
     assert native.status == 200
+
+
+@pytest.mark.parametrize("llmconfig", ["{}", '{"modeltyp": "of tomorrow", "args": {"prompting": {}}}', "no JSON"])
+async def test_arguments_of_another_lease_are_never_used(wrapper: Wrapper, llmconfig: str) -> None:
+    """Prompts of a lease whose llmconfig can't be read fail; they don't run with the arguments of the lease before."""
+    wrapper.bind(GRANT)
+    assert (await wrapper.prompt()).status == 200
+    with suppress(Exception):
+        wrapper.bind(replace(GRANT, request_id="request-2", token="token-2", llmconfig=llmconfig))
+    assert (await wrapper.prompt(token="token-2")).status in (422, 500)
 
 
 async def test_no_text_is_an_empty_answer(wrapper: Wrapper) -> None:

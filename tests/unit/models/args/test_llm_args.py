@@ -19,6 +19,7 @@ from deployments.models.args.rules import Dropped, Mapped, Refused
 from deployments.models.args.table import DEPLOYMENT, PROMPTING
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from registry.errors import InvalidField
+from registry.wire.words import POOLING_TYPES
 
 ROOT = Path(__file__).parents[4]
 R = typing.TypeVar("R", Mapped, Dropped, Refused)
@@ -771,3 +772,8 @@ def test_vllm_takes_each_deployment_value(vllm, tmp_path):
         config = vllm.engine_args(model=model, **dict(task.engine)).create_engine_config().model_config
         assert config.runner_type == dict(task.engine)["runner"]
         assert config.convert_type == dict(task.engine).get("convert", "none")
+
+
+def test_types_of_other_answers_are_told_apart_for_clients() -> None:
+    """`greenprompt measure` refuses exactly the types whose LLMs write no text."""
+    assert {name for name, task in TASKS.items() if not task.generates} == POOLING_TYPES
