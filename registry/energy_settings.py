@@ -1,4 +1,4 @@
-"""Settings for measuring and scoring energy: for the whole site, and derived from them, for one wrapper."""
+"""Settings for measuring and scoring energy, for the whole site; those of one wrapper are derived from them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from registry.strict_yaml import STRICT_JSON
 ENV_PREFIX: Final = "GREENPROMPT_"
 
 NOT_SETTINGS: Final = ("URL", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_PRELOAD")
-"""Variables with our prefix that are no settings: read by the command line, or set by wrappers for their engines."""
+"""Variables with our prefix that are not settings: the command line reads them, or wrappers set them for engines."""
 
 EMPTY: Final = "is empty; leave it out, or give it a value"
 EMPTY_VARIABLE: Final = "is empty; unset it, or give it a value"
@@ -43,7 +43,8 @@ def variables(environment: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]
 def problems_of(settings: type[BaseModel], environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yield (variable, problem) for each variable that names no field, is empty, or is not the JSON its field needs.
 
-    Pydantic ignores unknown sections: with a typo in one, a command could start or end the wrong registry.
+    Pydantic ignores unknown sections. So with a typo in a variable's name, a command could start or end
+    the wrong registry.
     """
     for name, parts in variables(environment):
         value = environment[name]
@@ -134,7 +135,7 @@ def _hint(settings: type[BaseModel], name: str) -> str:
 
 
 def _names(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """Yield the names of the variables of all single fields."""
+    """Yield the names of the variables of all fields that are not sections."""
     for name, field in model.model_fields.items():
         inner = _model(field.annotation)
         if inner is None:

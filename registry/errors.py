@@ -40,7 +40,7 @@ class RegistryError(Exception):
                 delattr(cls, name)
 
     def __post_init__(self) -> None:
-        # pickle, and with it Ray, makes an error anew from its args.
+        # pickle, which Ray uses, rebuilds an error from its args.
         super().__init__(*(getattr(self, name) for name in self.__match_args__))
 
 

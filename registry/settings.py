@@ -265,7 +265,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fence_behind_the_watch(self) -> Settings:
-        # A wrapper must not refuse prompts (fence) before it counts as failed, after ``failures`` missed reports.
+        # A wrapper counts as failed after ``failures`` missed reports. It must not refuse prompts (fence) before that.
         watch = self.watch
         least_s = watch.failures * (watch.period_s + watch.report_timeout_s)
         if self.wrappers.fence_s < least_s:
@@ -367,7 +367,7 @@ def _read(path: Path) -> dict[Any, Any]:
 
 
 def _unusable(path: Path, error: ValidationError) -> BadSettings:
-    """Convert pydantic's errors to one BadSettings, with the fields and their sources."""
+    """Convert pydantic's errors to one BadSettings that names the fields and the sources of their values."""
     problems = []
     for each in error.errors():
         where = each["loc"][:-1] if each["type"] == "missing" else each["loc"]

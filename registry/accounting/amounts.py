@@ -10,7 +10,7 @@ from registry.accounting.window_report import WindowReport
 from registry.wire.words import WindowKind
 
 ANSWERED: Final = (None, "answered")
-"""``status`` of prompts that have an answer; None: a record of an earlier version, which has no status."""
+"""Values of ``status`` that mean that the prompt was answered; records of earlier versions have no status (None)."""
 
 
 # D91: errors of either side
@@ -43,9 +43,10 @@ def joules_of(window: WindowReport) -> Amount | None:
 
 
 def _systematic_j(window: WindowReport) -> _Errors:
-    """Return the systematic error (lower, higher), J, which averaging does not reduce; at most up to the bounds.
+    """Return the systematic error (lower, higher), J, which averaging does not reduce.
 
-    If a record does not state it, the whole error counts as systematic.
+    It never goes beyond the bounds. If a record does not state it, the whole distance to the bounds
+    counts as systematic, or without bounds the resolution.
     """
     distances = _distances(window.joules, window.low_j, window.high_j)
     if window.systematic_j is None:
@@ -57,8 +58,9 @@ def _systematic_j(window: WindowReport) -> _Errors:
 def operational_of(window: WindowReport) -> Amount | None:
     """Return the operational emissions, gCO2eq; None if not known. The grid intensity's error is systematic.
 
-    Both factors may be wrong at once: E * I is at least (E - dE) * (I - dI), and at most (E + dE) * (I + dI).
-    Without joules (e.g. a prompt refused while others were in flight) the whole error counts as systematic.
+    Energy E and grid intensity I may both be wrong: E * I is at least (E - dE) * (I - dI), and at most
+    (E + dE) * (I + dI). Without joules, or with 0 J (e.g. a refused prompt while others were in flight),
+    the whole error counts as systematic.
     """
     if window.o_g is None:
         return None
@@ -115,7 +117,10 @@ def answers_of(window: WindowReport) -> float:
 
 
 def units_in(unit: str | None) -> UnitsOf:
-    """Return a function for the units of a window: None if not known in this unit, 0 for idle windows."""
+    """Return a function that returns a window's number of functional units.
+
+    The number is None if it is not known in this unit, and 0 for idle windows.
+    """
 
     def units(window: WindowReport) -> float | None:
         if window.kind == WindowKind.IDLE:

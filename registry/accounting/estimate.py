@@ -1,24 +1,25 @@
 """Estimates an amount per unit (joules per token …) and its 95 % interval from single prompts. Pure.
 
-**What is estimated.** The total amount over the total units, as expected for prompts of this kind and leases of this
-LLM on this machine. ``value`` is the ratio of the sums, not the mean of the ratios: long answers weigh more, as they do
-on the electricity bill.
+**What is estimated.** The total amount divided by the total units, as expected for prompts of this kind
+and leases of this LLM on this machine. ``value`` is the ratio of the sums, not the mean of the ratios:
+long answers have more weight, because they take more energy.
 
-**The interval.** Prompts differ, and so do leases (temperature, clock rates, placement). Every lease asks the same
-prompts, so answers are not independent. They are therefore summed in two ways: by prompt and by lease. Each gives a
-variance of ``value``, and a Student's t with its own degrees of freedom. Half the width of the interval is
-``sqrt((t_prompts · s_prompts)² + (t_leases · s_leases)²)``, which covers at least 95 % of normal deviations whatever
-the two variances are. Three corrections follow, because prompts are skewed:
+**The interval.** Prompts differ, and so do leases (temperature, clock rates, placement). Several leases
+ask the same prompts, so samples are not independent. They are therefore summed in two ways: by prompt
+and by lease. Each way gives a variance of ``value``, and a Student's t with its own degrees of freedom.
+Half the width of the interval is ``sqrt((t_prompts · s_prompts)² + (t_leases · s_leases)²)``, which
+covers at least 95 % of normal deviations whatever the two variances are. Three corrections follow,
+because the distribution over prompts is skewed:
 
 * The degrees of freedom come from the *effective* number of prompts: ten prompts of which one is as long as the others
-  together count as four.
+  together count as 3.6 (``_effective``).
 * The side to which the prompts are skewed is widened by Johnson's term.
 * The interval is symmetric in the logarithm, so it never contains an amount below 0.
 
-**Systematic errors** have the same sign in all samples, so more samples don't reduce them. They may be larger on one
-side: energy that was measured badly still has its lower bound. The interval's low end is the one it would have if every
-amount were too high by its whole systematic error; its high end, if every amount were too low. So it starts at 0 only
-if the amounts may be 0.
+**Systematic errors** have the same sign in all samples, so more samples don't reduce them. They may be
+larger on one side: energy that was measured badly still has its lower bound. The low end of the
+interval is computed as if every amount were too high by its whole systematic error; the high end, as if
+every amount were too low. So the interval starts at 0 only if the amounts may be 0.
 
 The result is deterministic: equal samples, in any order, give equal digits.
 
@@ -187,7 +188,7 @@ def _interval(prompts: Sequence[_Sum], leases: Sequence[_Sum]) -> tuple[float, f
 
 
 def _deviations(value: float, sums: Sequence[_Sum]) -> list[float]:
-    """Return each sum's amount beyond its share of the units, relative to the total amount."""
+    """Return for each sum: its amount minus the amount expected from its units, relative to the total amount."""
     amount = fsum(each.amount for each in sums)
     return [(each.amount - value * each.units) / amount for each in sums]
 
@@ -195,8 +196,8 @@ def _deviations(value: float, sums: Sequence[_Sum]) -> list[float]:
 def _lease_error(value: float, leases: Sequence[_Sum]) -> float:
     """Return t times the relative standard error of ``value`` that comes from differences between leases.
 
-    The variance is unbiased for leases of any size (an aborted one weighs little) if their amounts per unit have the
-    same variance. For equal leases its factor is n / (n - 1).
+    The variance is unbiased for leases of any size if their amounts per unit have the same variance; an
+    aborted lease has little weight. For n leases of equal size, ``factor`` is n / (n - 1).
     """
     units = fsum(lease.units for lease in leases)
     weights = [lease.units / units for lease in leases]
@@ -208,9 +209,9 @@ def _lease_error(value: float, leases: Sequence[_Sum]) -> float:
 
 
 def _effective(sizes: Sequence[float]) -> float:
-    """Return the effective number of parts: n if all are equal, 1 if one part is everything.
+    """Return the effective number of parts: their number if all are equal, 1 if one part is the whole sum.
 
-    For example 3.6 for one part of 9 and nine parts of 1: 18² / (81 + 9).
+    For example, one part of 9 and nine parts of 1 count as 18² / (81 + 9) = 3.6.
     """
     total = fsum(sizes)
     return 1 / fsum((size / total) ** 2 for size in sizes)

@@ -35,9 +35,10 @@ from registry.wire.words import WindowKind
 
 @dataclass(frozen=True, slots=True)
 class KnownPart:
-    """The known part of a figure: ``windows`` of its ``of`` windows. It may exist even if the figure has no value.
+    """The sum of a figure's windows whose amount and units are known. It may exist even if the figure has no value.
 
-    ``amount`` is in the numerator of the figure's unit (J, gCO2eq or s); ``joules`` is None if a window has none.
+    ``windows``: number of these windows, out of ``of``. ``amount``: in J, gCO2eq or s, the numerator of
+    the figure's unit. ``joules``: their energy, None if not known of one of them. ``units``: their units.
     """
 
     windows: int
@@ -53,8 +54,8 @@ class Figure(Estimate):
 
     ``bound_low``, ``bound_high``: hard bounds of the value of exactly these windows, whatever the errors of counters
     and factors; None if not known. ``label``: the worst label of its windows. ``left_out``: number of windows whose
-    amount or units are not known. ``reason``: why windows are left out, or why there is no value. ``known``: sum of the
-    windows that may be shown.
+    amount or units are not known. ``reason``: why windows are left out, or why there is no value. ``known``: sum of
+    the known windows; it may be shown even without a value.
     """
 
     unit: str
@@ -154,7 +155,10 @@ def of_kind(windows: Iterable[WindowReport], kind: WindowKind) -> list[WindowRep
 def why(
     windows: Sequence[WindowReport], lacks: Callable[[WindowReport], bool], what: str, noun: str = "windows"
 ) -> str | None:
-    """Return a text with the number of windows for which ``lacks`` is true and their flags; None if there are none."""
+    """Return a text for the windows for which ``lacks`` is true: their number and most frequent flags.
+
+    ``what``: the verb and object of the text. None if there are no such windows.
+    """
     holes = [window for window in windows if lacks(window)]
     if not holes:
         return None
@@ -220,8 +224,8 @@ def _figure(
 ) -> Figure:
     """Return the amount per unit of these windows; ``names`` maps each window to its prompt.
 
-    The label is the worst label of their joules, or with ``sci`` the worst ``sci_method``. ``measured``: the label is
-    ``measured``, because the amount is no energy.
+    The label is the worst label of their joules, or with ``sci`` the worst ``sci_method``. With
+    ``measured``, it is always ``measured``: for amounts that are not energy, such as seconds.
     """
     known = []
     for window in windows:
@@ -318,9 +322,10 @@ def _batch(leases: Sequence[WindowReport]) -> BatchFigures | None:
 
 
 def _of_leases(figure: Figure, stretches: Sequence[WindowReport]) -> Figure:
-    """Return a figure with one sample per lease, with ``too_few`` in terms of leases.
+    """Return a figure that has one sample per lease; its ``too_few`` then counts leases, not prompts.
 
-    No value if a warm-up was in flight during a stretch: its joules are included, its tokens are not.
+    It has no value if a warm-up was in flight during a stretch: the warm-up's joules are included, its
+    tokens are not.
     """
     unclean = sum(Flag.WARMUP_INSIDE in stretch.flags for stretch in stretches)
     if unclean:

@@ -32,14 +32,14 @@ COUNTED: Final = {"active": WindowKind.PROMPT} | {
 """Kinds of costs, by their names in a report. Lease is active plus idle, without load and wake."""
 
 CLOCK_S: Final = 0.1
-"""Shortest hole reported of an ended lease, s: its times are read from the clocks of two machines."""
+"""Shortest hole reported of an ended lease, seconds; two machines' clocks may differ by less."""
 
 DRIFT: Final = 1e-4
-"""Allowed drift between these clocks, as a fraction of the lease's length; added to CLOCK_S."""
+"""Allowed drift between the two clocks, as a fraction of the lease's length; that part is added to CLOCK_S."""
 
 RUNNING_S: Final = 1.0
 RUNNING_SHARE: Final = 0.01
-"""The longer of both is the shortest hole reported of a running lease, whose latest windows have not arrived yet."""
+"""Shortest hole reported of a running lease: the longer of RUNNING_S seconds and this fraction of its length."""
 
 WRAPPER_DIED: Final = "wrapper_died"
 END_NOT_RECORDED: Final = "end_not_recorded"
@@ -55,9 +55,9 @@ class Cost:
     * ``seconds``: sum of the windows' shares of time, including those with unknown joules.
     * ``low_j`` … ``m_high_g``: bounds of the known part. ``label``: worst label of the known joules.
     * ``missing``: number of windows without known joules; ``missing_s``: seconds of these and of the holes.
-    * ``missing_g``: number of windows without known emissions; ``missing_o`` lack the operational, ``missing_m`` the
-      embodied ones, and a window may lack only one of the two.
-    * ``lost``: some time is in no window (`Hole`), so joules and emissions are only the known part, not a total.
+    * ``missing_g``: number of windows without known operational or embodied emissions; ``missing_o``: without known
+      operational, ``missing_m``: without known embodied emissions.
+    * ``lost``: True if some time is in no window (`Hole`), so that joules and emissions are not the total.
     """
 
     windows: int
@@ -95,7 +95,7 @@ class Hole:
 
     @property
     def text(self) -> str:
-        """Describes what is lost."""
+        """The hole as text: how much time of which request is in no window, and why."""
         if self.seconds < CLOCK_S:
             return f"some of {self.requestId} may be in no window ({self.reason})"
         return f"{self.seconds:.3g} s of {self.requestId} are in no window ({self.reason})"
@@ -157,9 +157,9 @@ class MeasurementReport:
 
 
 class _Row(NamedTuple):
-    """A window (``told``) and its exact times, UTC seconds: those that clients see are rounded.
+    """A window as clients see it (``told``) with its exact times, UTC seconds, since ``told`` has rounded times.
 
-    ``from_hand_over``: the process that wrote a lease window had the lease since its hand-over.
+    ``from_hand_over``: False for a lease window whose process got the lease after the hand-over.
     """
 
     begun_s: float
@@ -171,12 +171,12 @@ class _Row(NamedTuple):
 class Gathered:
     """Collects what a report needs of a measurement's windows, page by page.
 
-    Keeps a row of some 1.5 KB per window, because intervals need single prompts, but not the record, which takes ten
-    times as much memory.
+    Keeps a row of some 1.5 KB per window, because intervals need single prompts. The record of the window
+    is not kept: it takes ten times as much memory.
     """
 
     def __init__(self, requests: Iterable[Request], iso: Callable[[float], str]) -> None:
-        """``requests``: all requests of the measurement. ``iso`` formats UTC seconds."""
+        """Begin without windows. ``requests``: all requests of the measurement. ``iso`` formats UTC seconds."""
         self.rows: list[_Row] = []
         self.boundary: dict[str, None] = {}
         self.gpu_uuids: dict[str, None] = {}
@@ -248,9 +248,9 @@ def _costs(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> dict[str, 
 
 
 def _inside(part: Cost, rest: Cost, lease: Cost) -> Cost:  # D92: parts of a lease are inside its bounds
-    """Return the cost of a part of the leases, with bounds narrowed to what leases minus the rest allow.
+    """Return the cost of ``part`` (prompts or idle time of the leases) with narrower bounds.
 
-    Counters are more exact for a whole lease than for its short parts, and part plus rest is the lease.
+    Part plus rest is the lease, whose counters are more exact: the part is at least low(lease) - high(rest).
     """
     bounds: dict[str, Any] = {}
     for name, low, high in (
@@ -294,7 +294,7 @@ def _cost(windows: Sequence[WindowReport]) -> Cost:
 
 
 def _lease_cost(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> Cost:
-    """Return the cost of prompts plus idle time; leases without a hole get the bounds of their lease windows."""
+    """Return the cost of leases: prompts plus idle time, with the bounds of complete lease windows (`_sharpest`)."""
     parts = _held(windows)
     cost = _cost(parts)
     with_holes = {hole.requestId for hole in holes}
@@ -326,9 +326,9 @@ def _held(windows: Sequence[WindowReport]) -> list[WindowReport]:
 
 
 def _sharpest(own: Sequence[WindowReport]) -> Sequence[WindowReport]:
-    """Return the lease window if it holds exactly the prompts and idle time of a lease; else these parts.
+    """Return the lease window of a lease if it covers exactly its prompts and idle time; else these parts.
 
-    Its bounds are narrower: it is read from the counters as one window, without sharing.
+    The bounds of a lease window are narrower, because it is read from the counters as one window.
     """
     parts, leases = _held(own), of_kind(own, WindowKind.LEASE)
     if len(leases) != 1 or any(_lacks(window) for window in leases):
@@ -355,8 +355,8 @@ def _sum(windows: Sequence[WindowReport], name: str) -> float | None:
 def _hole(request: Request, own: Sequence[_Row]) -> Hole | None:
     """Return the time of a lease that is in none of its windows, None if there is none.
 
-    A running lease counts only until the end of its last idle or lease window: idle time is recorded when a stretch of
-    it ends, so the pauses after that will still arrive. The last windows of a wrapper process that died are lost, so a
+    Of a running lease, only the time until the end of its last idle or lease window counts: an idle window is recorded
+    when it ends, so later idle time will still arrive. The last windows of a wrapper process that died are lost, so a
     lease with several processes always has a hole.
     """
     held = [row for row in own if row.told.kind in {WindowKind.PROMPT, WindowKind.IDLE}]
@@ -381,9 +381,9 @@ def _hole(request: Request, own: Sequence[_Row]) -> Hole | None:
 
 
 def _length_s(request: Request, held: Sequence[_Row], leases: Sequence[_Row]) -> float | None:
-    """Return the length of a lease so far, seconds; None if it has not begun, or runs without windows yet.
+    """Return the length of a lease so far, seconds; None if it has not begun, or has no windows yet.
 
-    A wrapper ends an expired lease by itself, earlier than the registry records it.
+    A wrapper ends an expired lease before the registry records it, so a shorter length of its lease windows counts.
     """
     if request.deployed_s is None:
         return None
@@ -397,7 +397,7 @@ def _length_s(request: Request, held: Sequence[_Row], leases: Sequence[_Row]) ->
 
 
 def _restarted_s(own: Sequence[_Row], held: Sequence[_Row]) -> float:
-    """Return the seconds in which the LLM was restarted during its lease, by the wrapper's clock."""
+    """Return how long restarts of the LLM took during its lease, seconds by the wrapper's clock."""
     begun_s = min((row.begun_s for row in held), default=0.0)
     ended_s = max((row.ended_s for row in held), default=0.0)
     starts = [row for row in own if row.told.kind in {WindowKind.LOAD, WindowKind.WAKE}]

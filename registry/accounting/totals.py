@@ -12,8 +12,8 @@ from registry.wire.words import WindowKind
 
 # D68: a lease is the sum of these
 SPENT: Final = (WindowKind.PROMPT, WindowKind.IDLE, WindowKind.LOAD, WindowKind.WAKE)
-"""Kinds of windows that may be added: each joule is in exactly one of them. A lease window repeats the prompts and idle
-time of its process, and exists only if that process lived until the end of the lease."""
+"""Kinds of windows whose joules may be added: each joule is in exactly one of them. A lease window contains the joules
+of the prompt and idle windows of its process once more. It exists only if that process lived until the lease ended."""
 
 _SAME: Final = 1e-9
 """Two sums are equal up to this relative difference, which comes from rounding."""
@@ -67,8 +67,8 @@ def total_of(parts: Iterable[Total]) -> Total:
 def lease_total(costs: Mapping[WindowKind, Total]) -> Total:
     """Return the cost of leases: prompts plus idle time, of all processes of their wrappers.
 
-    If the lease windows hold the same joules, their label is used: single prompts may be ``modeled`` shares of a total
-    that is measured.
+    If the lease windows have the same sum of joules, their label is used: a single prompt may be a
+    ``modeled`` share of a lease whose energy was measured.
     """
     parts = total_of(costs.get(kind, Total()) for kind in (WindowKind.PROMPT, WindowKind.IDLE))
     whole = costs.get(WindowKind.LEASE, Total())

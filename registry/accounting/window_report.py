@@ -37,11 +37,12 @@ class WindowReport:
     """One window; None: not known or not applicable.
 
     * ``adds_up``: False for a lease window, which repeats its prompts and idle time; only the others may be added.
-    * ``seconds``: from start to end; windows may overlap, so they do not add up. ``reserved_s``: its share of that
-      time, which adds up. Prompts in flight at the same time divide it among them; idle windows leave out the prompts
-      in between.
-    * ``joules`` lie between ``low_j`` and ``high_j``. ``systematic_j``: half the width of the error that has the same
-      sign in similar windows. ``gpu_j``, ``cpu_j``, ``dram_j``, ``other_j``: their parts.
+    * ``seconds``: from start to end; windows may overlap, so these do not add up.
+    * ``reserved_s``: the window's share of that time, which adds up. Prompts in flight at the same time divide the time
+      among them; idle windows leave out the prompts in between.
+    * ``joules``: between ``low_j`` and ``high_j``. ``resolution_j``: bound of the error due to the counter's steps.
+      ``systematic_j``: part of the error that has the same sign in similar windows. ``gpu_j``, ``cpu_j``, ``dram_j``,
+      ``other_j``: joules by kind of component.
     * ``label``: label of the joules; ``counter_label``: label of the counters, before any sharing.
     * ``sci_method``: worst label of the SCI terms E, I, M and R.
     * ``status``: answered, refused, cut or failed.
@@ -49,7 +50,7 @@ class WindowReport:
     * ``prompt``: the client's id of the prompt; ``answer_id``: vLLM's id of the answer.
     * ``counted``: in lease windows, the use from the start of the first prompt after the warm-up to the end of the
       last prompt, read from the counters as one window.
-    * ``detail``: the whole record of the wrapper; None in a page of windows.
+    * ``detail``: the whole record of the wrapper, None in a report; a page of windows contains it only on request.
     """
 
     window: str
@@ -138,7 +139,7 @@ def row_of(
 ) -> WindowReport:
     """Return a window as clients see it, from its record.
 
-    ``counted``, ``record``: JSON objects that go along unchanged, because clients may know more of their keys.
+    ``counted``, ``record``: JSON objects that are passed on unchanged, because a newer client may know more keys.
     """
     window, energy, score, use = kept.window, detail.energy, detail.score, detail.use
     tokens = (None if use is None else use.tokens) or _NO_TOKENS
@@ -228,8 +229,8 @@ def _parts(energy: EnergyRecord) -> dict[str, float | None]:
 def held_windows(windows: Iterable[WindowReport]) -> list[WindowReport]:
     """Return for each lease the lease window if it is complete, else its prompt and idle windows.
 
-    Counters are inexact for short idle windows but not for a whole lease. A lease window covers a single process, so it
-    is complete only if the lease had one process.
+    Counters are less exact for short idle windows than for a whole lease. A lease window covers a single
+    process, so it is complete only if the lease had one process.
     """
     of_lease: dict[str | None, list[WindowReport]] = {}
     for window in windows:

@@ -19,10 +19,10 @@ NODE_ID_DIGITS: Final = 6
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A timestamp of a wrapper process's own monotonic clock, seconds.
+    """A timestamp of the monotonic clock of one wrapper process, seconds.
 
-    The registry echoes the last one it has received: what it sends with it was true at that time or later, however long
-    the message takes.
+    The registry sends the last timestamp that it has received back with each message. What the message
+    says was true at that time or later, however long the message takes.
     """
 
     process: str
@@ -33,9 +33,10 @@ class Moment:
 class Belief:
     """The registry's view of a wrapper, sent with each request for a report.
 
-    ``epoch``: of the newest command to this wrapper. ``request_id``: the request that has a lease on it, None without
-    one. ``as_of``: the wrapper's own timestamp at or after which this was true, None before it has sent one.
-    ``windows_kept``: number of the last energy window of this process that the registry has stored.
+    * ``epoch``: epoch of the newest command to this wrapper.
+    * ``request_id``: the request that has a lease on the wrapper, None without a lease.
+    * ``as_of``: the wrapper's own timestamp; this view was true then or later. None: none received yet.
+    * ``windows_kept``: number of the last energy window of this process that the registry has stored, 0: none.
     """
 
     epoch: int
@@ -46,7 +47,7 @@ class Belief:
 
 @dataclass(frozen=True, slots=True)
 class StartedFor:
-    """The request that the start of an LLM is charged to, even if it is cancelled meanwhile."""
+    """The request that the start of an LLM is charged to, even if the request is cancelled meanwhile."""
 
     request_id: str
     measurement_id: int
@@ -54,12 +55,18 @@ class StartedFor:
 
 @dataclass(frozen=True, slots=True)
 class LeaseGrant:
-    """What a wrapper needs to serve one lease. Durations [s] count from its receipt.
+    """What a wrapper needs to serve one lease.
 
-    ``model_revision``: commit of the LLM at the start of the lease, None before; a restarted engine gets the same one.
-    ``as_of``: as in Belief. ``grade``: ``standard`` or ``measurement``. ``max_j`` [J] and ``max_g`` [gCO2eq]: budget of
-    the lease, None: no limit. ``used_j`` and ``used_g``: known use by earlier processes of the wrapper.
-    ``handed_over_s``: UTC second at which the lease began, None before.
+    * ``ends_in_s``: remaining time of the lease, seconds from the receipt of this message.
+    * ``idle_limit_s``: maximum idle time, seconds.
+    * ``model_revision``: commit of the LLM at the start of the lease, None before; a restarted engine gets the same
+      commit.
+    * ``as_of``: as in Belief.
+    * ``max_j`` [J], ``max_g`` [gCO2eq]: budget of the lease, None: no limit.
+    * ``used_j`` [J], ``used_g`` [gCO2eq]: known use of the lease so far; a new process of the wrapper continues from
+      these values.
+    * ``grade``: ``standard`` or ``measurement``.
+    * ``handed_over_s``: UTC second at which the lease began, None before.
     """
 
     request_id: str
@@ -110,14 +117,15 @@ class Download:
 class WrapperReport:
     """A wrapper's report about itself.
 
-    * ``epoch``: of the last command accepted. ``moment``: time of the report.
+    * ``epoch``: epoch of the last command accepted. ``moment``: time of the report, by the wrapper's own clock.
     * ``running``, ``starting``: fingerprint of the LLM that answers prompts, or is being started; ``revision``: its
       commit, None if not known. ``starts``: number of LLMs started so far.
-    * ``died``: why the LLM ended by itself, if it did; ``death_flags``: flags for its measurement because of that.
+    * ``died``: why the LLM ended by itself, None if it did not; ``death_flags``: flags that its measurement gets then.
     * ``bound``: the request whose token is accepted, or will be once the machine is at rest. ``idle_for_s``: seconds
       since the lease was last used (0.0 while a prompt is in flight), None without a lease. ``lease_flags``: what
       happened during the lease that makes its figures hard to compare.
-    * ``download``: its progress, None in any other ``phase``.
+    * ``phase``: what is being done until the LLM is handed over, None: nothing. ``download``: progress of its
+      download, None in any other phase.
     * ``in_flight``: prompts being answered. ``unfinished``: prompts that the engine has not finished, None without an
       engine.
     * ``memory_bytes``: main memory of its machine. ``gpu_memory_bytes``: memory of each of its GPUs. None: not known.
@@ -181,13 +189,14 @@ class Observation:
 
 
 class Cluster(Protocol):
-    """The machines and their wrappers. Every call has a time limit of its own.
+    """The machines and their wrappers. Every call has its own time limit.
 
-    A command supersedes every older one: a deploy in progress is cancelled, a lease ended.
+    A command supersedes every older command to the wrapper: it cancels a deploy in progress, and ends a
+    lease.
 
     Raises:
         WrapperUnreachable: the wrapper can't be reached.
-        WrapperUnheard: the same, for a reason that may have nothing to do with the wrapper.
+        WrapperUnheard: the same, but the cause may be the connection and not the wrapper.
         StaleEpoch: the wrapper has accepted a newer command.
     """
 
@@ -211,20 +220,29 @@ class Cluster(Protocol):
         grant: LeaseGrant | None,
         started_for: StartedFor | None = None,
     ) -> None:
-        """Run this LLM instead of any other; returns when it answers. Raises EngineStartFailed.
+        """Run this LLM instead of any other; returns when it answers.
 
-        ``grant``: the lease whose LLM is being restarted; it stays bound. ``started_for``: the request that a start
-        begun by this command is charged to, None: no request. A start in progress keeps its own.
+        ``grant``: the lease whose LLM is being restarted, which stays bound; None: no lease.
+        ``started_for``: the request that a start by this command is charged to, None: no request. If a
+        start of this LLM is in progress, it stays charged to its own request.
+
+        Raises:
+            EngineStartFailed: the LLM could not be started.
+            InvalidField: the machine does not accept the LLM's description.
         """
 
     async def stop(self, wrapper_id: str, epoch: int) -> None:
         """Stop the LLM, if any; returns when the wrapper has verified that it is empty."""
 
     async def bind(self, wrapper_id: str, epoch: int, grant: LeaseGrant) -> HandOver:
-        """Accept only this lease's token from now on; for measurement grade, once the machine is at rest."""
+        """Accept only this lease's token from now on; for measurement grade, once the machine is at rest.
+
+        Raises:
+            EngineNotReady: the wrapper runs no LLM.
+        """
 
     async def unbind(self, wrapper_id: str, epoch: int, request_id: str, how: str) -> None:
-        """Refuse the request's token from now on and end its prompts in flight; tell the client ``how`` it ended."""
+        """Refuse the request's token from now on and end its prompts in flight. ``how``: how the lease ended."""
 
     async def touch(self, wrapper_id: str, request_id: str) -> bool:
         """Keep the request's lease alive. Returns False if it is not bound there."""

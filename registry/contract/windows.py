@@ -1,8 +1,8 @@
-"""Energy windows: what a wrapper measured in a time, and the record of it. Pure.
+"""Energy windows: what a wrapper measured during a period of time, and the record of it. Pure.
 
-A wrapper writes the record once, as JSON. The registry stores and answers this text unchanged, so the fields below are
-the record's keys, in their order. Readers get the same types back (`read_detail`). Records of other versions are
-accepted: what they lack is None or empty, and what is not known here is ignored.
+A wrapper writes the record once, as JSON. The registry stores this text and returns it unchanged, so
+the fields below are the keys of the record, in its order. `read_detail` parses a record. Records of
+other versions are accepted: missing fields are None or empty, and unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from registry.wire.words import WindowKind
 class EnergyWindow:
     """Energy and emissions of a time window on a wrapper, measured by the wrapper.
 
-    * ``window_id``: ``<process>-<number>``, or ``<process>-p<n>`` for the n-th prompt of the wrapper's process; that is
-      known when the prompt starts, so that the answer can contain it.
+    * ``window_id``: ``<process>-<number>``, or ``<process>-p<n>`` for the n-th prompt of the wrapper's process. A
+      prompt's id is known when the prompt starts, so its answer can contain it.
     * ``number``: position in the log of its process, from 1, without gaps; 0 if read back from the database.
     * ``request_id``, ``measurement_id``: those of the lease, None without one.
     * ``begun_s``, ``ended_s``: UTC seconds.
@@ -53,7 +53,9 @@ class ComponentRecord:
     """The energy of one part of the machine, J, between its bounds; None: not known.
 
     ``name``: ``gpu:<uuid>``, ``package-<n>``, ``dram-<n>`` or ``cpu-model``. ``source``: how it was obtained, in words.
-    ``counter_label``: label of the counter, before its reading was divided.
+    ``counter_label``: label of the counter, before its reading was divided. ``resolution_j``: bound of
+    the error due to the counter's steps. ``systematic_j``: part of the error that has the same sign in
+    similar windows.
     """
 
     name: str
@@ -70,7 +72,10 @@ class ComponentRecord:
 
 @dataclass(frozen=True, slots=True)
 class EnergyRecord:
-    """The energy of a window, J: the sum of its components, with the worst of their labels; None: not known."""
+    """The energy of a window, J: the sum of its components (`ComponentRecord`), with their worst label.
+
+    None: not known.
+    """
 
     total_j: float | None = None
     low_j: float | None = None
@@ -119,7 +124,7 @@ class ScoreRecord:
 
 @dataclass(frozen=True, slots=True)
 class WindowIds:
-    """Who measured a window, for which request, and its ``number`` in the log of its process."""
+    """Ids of a window: its wrapper, process and request, and its ``number`` in the log of that process."""
 
     window_id: str
     wrapper_id: str
@@ -140,7 +145,7 @@ class TokensRecord:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """How many prompts were answered at the same time: the most, and the mean over the window."""
+    """Number of prompts answered at the same time: maximum, and mean over the window."""
 
     max: int | None
     mean: float | None
@@ -148,10 +153,11 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class CountedRecord:
-    """The counted stretch of a lease, as one window of the counters; ``begun`` and ``ended``: ISO 8601.
+    """Figures of a lease without its warm-up, read from the counters as one window (the counted stretch).
 
-    It lasts from the start of the first prompt that is no warm-up to the end of the last. ``seconds`` leaves out LLM
-    starts. ``prompts``, ``output_tokens``, ``units``: without warm-ups.
+    The stretch lasts from the start of the first prompt that is no warm-up to the end of the last prompt;
+    ``begun`` and ``ended`` are ISO 8601. ``seconds`` leaves out LLM starts. ``prompts``,
+    ``output_tokens`` and ``units`` are without warm-ups.
     """
 
     begun: str | None
@@ -197,8 +203,9 @@ class PromptUse:
 class LeaseUse:
     """What the record of a lease window has besides `WindowDetail`.
 
-    ``process``: that of the wrapper. ``lease_begun``: when the lease began, ISO 8601; earlier than the window if an
-    earlier process was given it. ``tokens`` and the units are sums over the prompts whose number is known.
+    ``process``: process of the wrapper. ``lease_begun``: start of the lease, ISO 8601; earlier than the
+    window if an earlier process of the wrapper had the lease. ``tokens``, ``words`` and the window's
+    units are sums over the prompts for which they are known.
     """
 
     process: str | None
@@ -274,7 +281,7 @@ def read_counted(record: Mapping[str, Any]) -> CountedRecord:
 
 
 class _Keys(NamedTuple):
-    """The keys of a type's JSON object, by how their values are read; ``plain`` ones are taken as they are."""
+    """The keys of a type's JSON object, grouped by how their values are read; ``plain``: used unchanged."""
 
     plain: tuple[str, ...]
     numbers: tuple[str, ...]
@@ -282,7 +289,7 @@ class _Keys(NamedTuple):
 
 
 def _values(kind: Callable[..., object], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a type from its JSON object. A page has 1,000 windows of 90 fields, so it has to be fast."""
+    """Return the fields of a type from its JSON object. Must be fast: a page has 1,000 windows of 90 fields."""
     keys, get = _keys(kind), record.get
     values = {name: get(name) for name in keys.plain}
     for name in keys.numbers:
@@ -302,7 +309,10 @@ def _keys(kind: Callable[..., object]) -> _Keys:
 
 
 def _part_reader(hint: Any) -> Callable[[Any], object] | None:
-    """Return a function that reads an object or a list, None if it is missing, as this type; None for other types."""
+    """Return a function that converts a JSON object or list (None: missing) to this type.
+
+    Return None for types that are neither.
+    """
     options = get_args(hint)
     if get_origin(hint) is tuple:
         item = _part_reader(options[0])

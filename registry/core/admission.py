@@ -79,7 +79,7 @@ class Admission:
                 raise LLMNeverFits(field, model, f"{_not_together(named)}; use another measurementId")
 
     def misfit(self, request: Request) -> str | None:
-        """Return why no known wrapper can serve a queued request; None if one can, or if none is known."""
+        """Return why no known wrapper can serve a queued request; None if one can, or if no wrapper is known."""
         measurement = self._ledger.measurements[request.measurement_key]
         sizes, needs = self._sizes_for(measurement), self._ledger.needs(request)
         if not sizes:
@@ -92,7 +92,7 @@ class Admission:
         return None
 
     def fits_only_drained(self, request: Request) -> tuple[str, ...]:
-        """Return the drained machines that a queued request fits on; () if it fits on others."""
+        """Return the drained machines that a queued request fits on; () if it also fits on others, or on none."""
         ledger = self._ledger
         asked = ledger.measurements[request.measurement_key].gpu_type or ANY_GPU_TYPE
         needs = ledger.needs_together(request.measurement_key)

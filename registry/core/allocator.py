@@ -61,10 +61,10 @@ class Allocator:
         self.load(Snapshot())
 
     def load(self, snapshot: Snapshot, next_seq: int = 1) -> None:
-        """Replace all state by that of the store. Causes no effects; the next event may.
+        """Replace all state by that of the store. Emits no effects; the next event may emit some.
 
-        ``next_seq``: number of the next request, above those of all requests that only the store has. The tenants'
-        turns are not stored and start from zero.
+        ``next_seq``: number of the next request. It must be above the numbers of all requests that are
+        in the store but not in ``snapshot``. The tenants' turns are not stored and start from zero.
         """
         self._ledger = Ledger(self._limits)
         self._ledger.load(snapshot, next_seq)
@@ -246,12 +246,16 @@ class Allocator:
         return self._ledger.positions.before(request.tenant, index) + 1
 
     def misfit(self, request_id: str) -> str | None:
-        """Return why no known wrapper can serve a queued request; None if one can, or if none is known.
+        """Return why no known wrapper can serve a queued request; None if one can, or if no wrapper is known.
 
-        This happens if it was accepted before any wrapper was known, or its machine left. Raises UnknownRequest.
+        A request can become unservable if it was accepted before any wrapper was known, or if a
+        machine left. Raises UnknownRequest.
         """
         return self._admission.misfit(self._ledger.request(request_id))
 
     def fits_only_drained(self, request_id: str) -> tuple[str, ...]:
-        """Return the drained machines that a queued request fits on; () if it fits on others. Raises UnknownRequest."""
+        """Return the drained machines that a queued request fits on; () if it also fits on others, or on none.
+
+        Raises UnknownRequest.
+        """
         return self._admission.fits_only_drained(self._ledger.request(request_id))

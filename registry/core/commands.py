@@ -1,4 +1,8 @@
-"""Commands of the registry to a wrapper, in the imperative, and which event answers each."""
+"""Commands of the registry to a wrapper, in the imperative, and which event answers each.
+
+Every command can also be answered by WrapperFailed: the wrapper did not answer, or an internal
+error occurred. A superseded command has no answer.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from registry.core.records import (
 class DeployLLM:
     """Make the wrapper run this LLM instead of any other. Answer: LLMDeployed, LLMDeployFailed.
 
-    ``request_id``: the request that the start is charged to; None for a preload.
+    ``request_id``: the request that the start is charged to; None: no request (e.g. a preload).
     """
 
     wrapper_id: str
@@ -32,7 +36,7 @@ class StopLLM:
 
 @dataclass(frozen=True, slots=True)
 class BindLease:
-    """Accept prompts with the lease's token, and no others. Answer: LeaseBound."""
+    """Accept prompts with the lease's token, and no others. Answer: LeaseBound, or LLMDied if no LLM runs."""
 
     wrapper_id: str
     epoch: int
@@ -41,7 +45,10 @@ class BindLease:
 
 @dataclass(frozen=True, slots=True)
 class UnbindLease:
-    """Refuse the token from now on and end its prompts in flight; tell the client ``how`` it ended. No answer."""
+    """Refuse the token from now on and end its prompts in flight. Answer: no event.
+
+    ``how``: how the lease ended; clients that use the token get it in the error.
+    """
 
     wrapper_id: str
     epoch: int

@@ -1,4 +1,4 @@
-"""A decision: the state it starts from, what it changes, what it commands, and the settings it depends on."""
+"""The records of a decision: state before it, changes, commands, and the settings that it depends on."""
 
 from __future__ import annotations
 
@@ -67,15 +67,17 @@ class Limits:
     """Settings that decisions depend on.
 
     * ``lease_max_s``, ``lease_idle_s``: maximum length of a lease, and of its idle time; seconds > 0.
-    * ``deploy_attempts``: after so many failed starts, or deaths during its lease, of its LLM a request fails, ≥ 1.
+    * ``deploy_attempts``: number of failed starts of its LLM, or of its deaths during a lease, after which a request
+      fails; ≥ 1.
     * ``wrapper_attempts``: consecutive failures after which a wrapper is given up, ≥ 1.
     * ``max_overtakes``, ``max_overtake_s``: how often, and for how many seconds after its arrival, a request may be
       overtaken by requests whose LLM is already running.
     * ``max_queued``, ``max_queued_per_tenant``: maximum number of queued requests.
-    * ``tenant_weights``: (tenant, weight > 0); 1 if absent.
+    * ``tenant_weights``: (tenant, weight > 0); tenants that are not listed have weight 1.
     * ``wrappers_per_machine``: wrappers that share the main memory of a machine without GPUs, ≥ 1.
     * ``kv_cache_bytes``: KV cache of each of these wrappers, None: no separate limit.
-    * ``sticky_s``: how many seconds (≥ 0) after its last release a measurement still waits for its previous machine.
+    * ``sticky_s``: a resumed measurement waits for its previous machine for so many seconds (≥ 0) after the release
+      of its last LLM.
     """
 
     lease_max_s: float = 3600.0

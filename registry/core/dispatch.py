@@ -6,8 +6,8 @@ The next request (tenants in turn, then priority, then arrival) gets the first o
 2. an IDLE wrapper: the fewest GPUs that fit, then the least memory, then the least recently used;
 3. a wrapper that is starting its LLM for no request: wait for that one;
 4. a READY wrapper whose LLM is evicted: the least recently used that no queued request wants, or if all are wanted, the
-   one wanted latest in the queue. But (4a) if a later request wants exactly this LLM, that request is served first,
-   unless one that it would overtake has been overtaken too often or has waited too long;
+   one wanted latest in the queue. But (4a) a later request that wants exactly this LLM is served first. It does not
+   overtake requests that were overtaken too often or have waited too long;
 5. a wrapper that is starting another LLM for no request: start this LLM there instead.
 
 Otherwise it waits, without delaying requests that can be served elsewhere.
@@ -38,11 +38,11 @@ class Dispatcher:
         self._new_token = new_token
 
     def run(self, now_s: float) -> None:
-        """Grant until no request waits for a free wrapper."""
+        """Grant free wrappers to queued requests until no request waits for a free wrapper."""
         ledger = self._ledger
         while True:
             free = ledger.by_wrapper.free_sizes()
-            # Measurements pinned to other machines were checked when their machine last changed.
+            # Only changed machines (``touched``): measurements pinned to other machines still find no free wrapper.
             places = [
                 place
                 for place in (ledger.queue.places(ledger.touched) if free else ())
@@ -55,7 +55,10 @@ class Dispatcher:
         ledger.touched.clear()
 
     def lease(self, wrapper: Wrapper, request_id: str, now_s: float) -> None:
-        """Create and bind the lease of a request whose LLM runs on this wrapper. Its time starts at the hand-over."""
+        """Create and bind the lease of a request whose LLM runs on this wrapper.
+
+        The lease's deadline is set again at the hand-over, when its time starts.
+        """
         self._ledger.put_lease(
             Lease(
                 request_id=request_id,
@@ -85,7 +88,7 @@ class Dispatcher:
         assert head is not None
         fingerprint = head.spec.fingerprint
 
-        # 1-3: no LLM has to go.
+        # 1-3: no LLM has to be evicted.
         for pool in (free.ready_with.get(fingerprint), free.idle, free.ownerless_with.get(fingerprint)):
             wrapper = None if pool is None else self._smallest(pool, place)
             if wrapper is not None:
@@ -103,11 +106,14 @@ class Dispatcher:
 
         # 5: no request waits for the LLM that is being started there.
         preempted = victim(self._few(free.ownerless, place), self._wanted)
-        assert preempted is not None  # something is free for this place
+        assert preempted is not None  # ``run`` has checked that a wrapper is free for this place
         self._grant(head, preempted, now_s)
 
     def _in_front(self, wrapper: Wrapper, head: Request, now_s: float) -> tuple[list[Request], Request]:
-        """Return the requests that are overtaken, and the one that gets a READY wrapper for which ``head`` is next."""
+        """Return the requests that are overtaken, and the request that gets this READY wrapper.
+
+        The wrapper's turn is that of ``head``; another request gets it only if it overtakes ``head``.
+        """
         assert wrapper.spec is not None
         ledger, overtaken = self._ledger, list[Request]()
         size = ledger.size(wrapper)
@@ -116,7 +122,7 @@ class Dispatcher:
             request = ledger.head(key)
             assert request is not None
             if n == 0 and request is not head:
-                break  # priorities are ignored in this turn: it goes to the tenant's oldest request
+                break  # this turn ignores priorities: it belongs to ``head``, the tenant's oldest request
             if request.spec == wrapper.spec:
                 return overtaken, request
             if not may_be_overtaken(request, self._limits, now_s):

@@ -21,7 +21,8 @@ class Endings:
     def end(self, request: Request, status: RequestStatus, how: str, reason: str | None, now_s: float) -> None:
         """End a request in this status; end its lease and free its wrapper. Unpin a measurement that is finished.
 
-        ``how``: what prompts to the address of the ended lease are answered. ``reason``: stored with the request.
+        ``how``: how the lease ended; prompts to its address get it in the error. ``reason``: stored with
+        the request.
         """
         ledger = self._ledger
         self._let_go(request, how, now_s)
@@ -31,10 +32,10 @@ class Endings:
             ledger.put_measurement(replace(measurement, machine_id=None, pinned_until_s=None))
 
     def requeue(self, request: Request, reason: str, how: str, now_s: float) -> None:
-        """Queue a request that was not handed over again, at its old place.
+        """Put a request whose LLM was never handed over back into the queue, at its old place.
 
-        Its measurement stays pinned to the machine that has served it since it began or was resumed. If none has, it
-        stays pinned only until ``pinned_until_s``.
+        Its measurement stays pinned to the machine that has served it since the measurement began or
+        was resumed. If no machine has, it stays pinned only until ``pinned_until_s``.
         """
         ledger = self._ledger
         self._let_go(request, how, now_s)
@@ -58,9 +59,10 @@ class Endings:
     def try_elsewhere(
         self, request: Request, wrapper_id: str, reason: str, now_s: float, *, permanent: bool = False
     ) -> None:
-        """Queue a request whose LLM failed on this wrapper again.
+        """Put a request back into the queue after its LLM failed on this wrapper.
 
-        Fail it instead if the failure is ``permanent``, after ``deploy_attempts`` failures, or if no wrapper is left.
+        Fail the request instead if the failure is ``permanent``, after ``deploy_attempts`` failures, or
+        if no wrapper is left to try.
         """
         request = replace(request, failed_on=(*request.failed_on, wrapper_id))
         self.requeue(request, reason, "failed", now_s)
@@ -70,7 +72,7 @@ class Endings:
             self.end(request, RequestStatus.FAILED, "failed", reason, now_s)
 
     def lose(self, request: Request, reason: str, now_s: float) -> None:
-        """A request's wrapper is gone: fail the request if it was handed over, else queue it again."""
+        """Handle the loss of a request's wrapper: fail the request if it was handed over, else requeue it."""
         if request.deployed_s is not None:
             self.end(request, RequestStatus.FAILED, "failed", reason, now_s)
         else:
@@ -97,8 +99,8 @@ class Endings:
             case WrapperStatus.LEASED:
                 ledger.put_wrapper(replace(unbind(ledger, free, request, how), status=WrapperStatus.READY))
             case WrapperStatus.DEPLOYING if lease is not None:
-                # The wrapper keeps the lease while its LLM is restarted. The UnbindLease supersedes the deploy in
-                # progress, so a new DeployLLM follows: the wrapper joins the start that is in progress.
+                # The wrapper keeps the lease while its LLM is restarted. The UnbindLease supersedes the DeployLLM in
+                # progress, so a new DeployLLM follows; the wrapper then continues the start that is in progress.
                 deploy(ledger, unbind(ledger, free, request, how), request.spec, None)
             case WrapperStatus.DEPLOYING:
                 ledger.put_wrapper(free)

@@ -34,8 +34,8 @@ class NewRequest:
 class LeaseRequested:
     """A client asked for one or more LLMs of a measurement, in this order. ``gpu_type`` None: any.
 
-    ``priority`` None: that of the measurement, normal if it is new. ``like_request_id``: each request must get the same
-    as that earlier request.
+    ``priority`` None: that of the measurement, normal if the measurement is new. ``like_request_id``:
+    earlier request whose LLM, software and kind of hardware each request must get; None: any.
     """
 
     measurement_id: int
@@ -61,7 +61,7 @@ class LeaseReleased:
 
 @dataclass(frozen=True, slots=True)
 class LeaseLapsed:
-    """A wrapper reports that the lease of a request, handed over there, has ended."""
+    """A wrapper reports that it has ended the lease of a request, e.g. because its time was over."""
 
     request_id: str
 
@@ -181,7 +181,7 @@ class WrapperRemoved:
 
 @dataclass(frozen=True, slots=True)
 class WrapperSwitchedOff:
-    """A wrapper of a draining machine is to be removed; ignored if a request holds it by now."""
+    """A wrapper of a draining machine is being removed; ignored if a request holds the wrapper by now."""
 
     wrapper_id: str
 

@@ -1,7 +1,7 @@
 """Checks whether an LLM fits on a wrapper: number of GPUs, GPU type, memory. Pure.
 
-Needs are lower bounds and sizes upper bounds, so that no LLM is refused that might run. The wrapper knows the exact
-figures and checks again before it starts an engine.
+Needs are lower bounds and sizes are upper bounds, so that an LLM that might run is never refused. The
+wrapper knows the exact figures and checks again before it starts an engine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NOWHERE_BYTES: Final = 2**70
 
 
 class Size(NamedTuple):
-    """The hardware of a wrapper. Choices treat wrappers of equal size alike, and take longer the more sizes there are.
+    """The hardware of a wrapper. Decisions treat wrappers of equal size alike; their cost grows with the sizes.
 
     ``memory_bytes``: memory of each GPU, or without GPUs the wrapper's share of main memory; None: not known.
     ``draining``: its machine gets no new leases.
@@ -48,7 +48,9 @@ class Size(NamedTuple):
 class Needs(NamedTuple):
     """What a wrapper must have at least; 0: no condition.
 
-    Memory: ``bytes_per_gpu`` on each GPU, ``gpu_bytes`` on all GPUs together, ``main_bytes`` if it has no GPU.
+    * ``gpus``: number of GPUs.
+    * ``bytes_per_gpu``: memory of each GPU; ``gpu_bytes``: memory of all its GPUs together.
+    * ``main_bytes``: main memory; required only of a wrapper without GPU.
     """
 
     gpus: int = 0
@@ -72,7 +74,7 @@ class Needs(NamedTuple):
 
 
 def needs_of(spec: LLMSpec, memory: LLMMemory | None, limits: Limits) -> Needs:
-    """Return what an LLM needs, as far as known."""
+    """Return what an LLM needs of a wrapper; what is not known is 0."""
     if memory is None:
         return Needs(spec.gpus)
     kv_cache_bytes = memory.kv_reserved_bytes or memory.kv_cache_bytes or 0

@@ -1,7 +1,7 @@
 """Sorted indices of free wrappers and waiting requests, so that a decision costs O(log n).
 
-Sorted lists with bisect: an insertion moves pointers (some 20 µs at 100,000 entries), and unlike heaps with lazy
-deletion they never contain outdated entries.
+They are sorted lists with bisect. An insertion moves pointers, which takes some 20 µs at 100,000
+entries. Unlike heaps with lazy deletion, they never contain outdated entries.
 """
 
 from __future__ import annotations
@@ -128,7 +128,11 @@ class Pool:
 
 
 class WrapperIndex:
-    """Wrappers by machine and by size; free ones also by kind and LLM."""
+    """Wrappers by machine and by size; free ones also by kind and LLM.
+
+    Free wrappers: ``idle``, ``ready`` (runs an LLM), ``ownerless`` (starts an LLM that no request waits
+    for). ``ready_with``, ``ownerless_with``: the same by fingerprint of the LLM.
+    """
 
     def __init__(self) -> None:
         self.on_machine: dict[str, SortedSet[str]] = {}
@@ -334,9 +338,9 @@ class Queue:
         return self._on_machine.setdefault(place.machine_id, {})
 
     def charge(self, key: MeasurementKey) -> None:
-        """Charge the turn of a measurement's next request, which is being granted, to its tenant."""
+        """Charge a turn to the tenant of this measurement, whose next request is being granted."""
         tenant, (_, rank) = key[0], self._entries[key]
-        if self._oldest is not None and self._oldest[0] == tenant:  # else it overtook, which has its own limits
+        if self._oldest is not None and self._oldest[0] == tenant:  # else it has overtaken others; other limits apply
             self._by_priority[tenant] = self._by_priority[tenant] + 1 if rank[1] > self._oldest[1][1] else 0
         self._tenants.remove(self.turns.key(tenant))
         self.turns.charge(tenant)

@@ -19,7 +19,7 @@ _RUNS = (WrapperStatus.LEASED, WrapperStatus.READY, WrapperStatus.DEPLOYING)
 def check_ledger(ledger: Ledger, limits: Limits, *, serving: bool) -> None:
     """Check all records and indices. Raises InvariantBroken if they contradict each other.
 
-    ``serving``: requests are being granted, so none may wait for a free wrapper.
+    ``serving``: the dispatcher has run, so no request may wait for a free wrapper.
     """
     for wrapper in ledger.wrappers.values():
         _check_wrapper(ledger, wrapper)

@@ -1,7 +1,6 @@
 """The records and their indices. Every change of a record goes through a method of ``Ledger``.
 
-These methods check the transition table, update the indices and collect what the store has to write. The functions for
-commands to wrappers are here too: each changes a record and emits an effect.
+These methods check the transition table, update the indices and collect what the store has to write.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Ledger:
         self.shutting_down = False
         """True after ShutdownBegun: no request is accepted and no LLM is started any more."""
         self.touched: set[str] = set()
-        """Machines on which a wrapper became free, or for which a pinned measurement waits, since the last dispatch."""
+        """Machines on which, since the last dispatch, a wrapper became free or a pinned measurement began to wait."""
 
         self._served_on: dict[MeasurementKey, tuple[int, str, str]] = {}
         self._pinned_to: dict[str, set[MeasurementKey]] = {}
@@ -132,7 +131,10 @@ class Ledger:
         return None if served is None else self.requests[served[2]]
 
     def pin_without(self, key: MeasurementKey) -> str | None:
-        """Return the machine that a measurement stays pinned to when its latest grant failed, None if none."""
+        """Return the machine that a measurement stays pinned to after its latest grant failed, None if no machine.
+
+        This is the machine that has served it since it began or was resumed.
+        """
         served = self._served_on.get(key)
         this_time = served is not None and served[0] >= self.measurements[key].seq
         return served[1] if served is not None and this_time else None
@@ -142,7 +144,8 @@ class Ledger:
 
         * Without a pin: wrappers large enough for all unfinished requests of the measurement.
         * Pinned: its machine, as long as that is not draining and has a usable wrapper that is large enough.
-        * Otherwise: wrappers of the machine's GPU type; if none is usable, any, within the type that was asked for.
+        * Otherwise: wrappers of the GPU type asked for, or else of the machine's GPU type; if none of these is usable,
+          the same as without a pin.
         """
         not_on = frozenset(request.failed_on)
         needs = self.needs_together(measurement.key)
@@ -179,7 +182,7 @@ class Ledger:
     # --- writing ----------------------------------------------------------------------------------------
 
     def load(self, snapshot: Snapshot, next_seq: int = 1) -> None:
-        """Load the store's records into an empty ledger. ``next_seq``: lower bound for the next request's number."""
+        """Load the store's records into an empty ledger. ``next_seq``: lower bound of the next request's ``seq``."""
         self.next_seq = next_seq
         self.machines = {machine.machine_id: machine for machine in snapshot.machines}
         for measurement in snapshot.measurements:
@@ -385,7 +388,7 @@ class Ledger:
         self.deadlines.add((lease.ends_s, lease.request_id))
 
     def _requeue(self, key: MeasurementKey) -> None:
-        """Queue the measurement under its place if its next request is queued, else remove it from the queue."""
+        """Queue the measurement at its place if its next request is queued, else remove the measurement."""
         measurement = self.measurements[key]
         head = self.head(key)
         self._displaced.discard(key)
@@ -417,8 +420,8 @@ class Ledger:
     def _requeue_pinned(self, machine_id: str) -> None:
         """Compute the places of pinned measurements again after a change of this machine's wrappers.
 
-        Measurements that wait elsewhere because their machine can't be used are included only if the set of usable
-        sizes has changed. So the loss of n machines costs O(n), not O(n²).
+        Measurements that may use other machines because their own can't be used are included only if
+        the set of usable sizes has changed. So the loss of n machines costs O(n), not O(n²).
         """
         keys = self._pinned_to.get(machine_id, set())
         if self.by_wrapper.usable.keys() != self._usable:
@@ -437,6 +440,3 @@ def _which_there_are(names: Sequence[str]) -> str:
 
 def _standing(wrapper: Wrapper) -> tuple[bool, int]:
     return is_usable(wrapper), wrapper.gpus
-
-
-# --- commands to wrappers: each emits an effect with a new epoch and changes the record -----------------------

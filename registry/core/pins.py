@@ -1,4 +1,4 @@
-"""Pins a resumed measurement to its previous machine: for a while it waits for that, even when others are free."""
+"""Pins a resumed measurement to its previous machine: it waits for that machine for a limited time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Pins:
     def begin(self, measurement: Measurement, requests: Sequence[NewRequest], now_s: float) -> Measurement:
         """Return a measurement that is resumed with these requests, pinned to its previous machine.
 
-        Unchanged if ``sticky_s`` is over, or if that machine is draining or can't run one of the LLMs.
+        Return it unchanged if it was never served, if ``sticky_s`` is over, or if that machine is
+        draining or can't run one of the LLMs.
         """
         ledger, last = self._ledger, self._ledger.last_served(measurement.key)
         if last is None or last.ended_s is None or last.machine_id is None or ledger.is_draining(last.machine_id):
@@ -41,9 +42,9 @@ class Pins:
         return replace(measurement, machine_id=last.machine_id, pinned_until_s=until_s)
 
     def kept(self, measurement: Measurement, requests: Sequence[NewRequest]) -> Measurement:
-        """Return a running measurement to which these requests are added: unpinned if they don't fit on its machine.
+        """Return a running measurement that gets these requests, unpinned if they don't fit on its machine.
 
-        Unchanged unless it was resumed and still waits for its previous machine.
+        Return it unchanged unless it was resumed and still waits for its previous machine.
         """
         head, pin = self._ledger.head(measurement.key), measurement.machine_id
         waits = head is not None and head.status is RequestStatus.QUEUED and measurement.pinned_until_s is not None

@@ -12,12 +12,13 @@ from registry.core.records import Measurement, Request, Wrapper
 from registry.wire.words import Priority
 
 LOOK_AHEAD: Final = 16
-"""Maximum number of candidates that a choice looks at. Limits the cost of a decision and the rows it changes: at most
-so many requests are overtaken at once, and so many least recently used wrappers considered for eviction."""
+"""Maximum number of candidates that a choice looks at. It limits the cost of a decision and the number of rows that it
+changes: one decision passes at most so many requests, and considers at most so many wrappers for eviction."""
 
 PRIORITY_TURNS: Final = 8
-"""After so many consecutive turns of a tenant by priority, one goes to its oldest request that can be served. So a
-``low`` request waits at most PRIORITY_TURNS + 1 turns for each older request of its tenant, and as many for itself."""
+"""After so many consecutive turns of a tenant that went by priority, one turn goes to its oldest request that can be
+served. So a ``low`` request waits at most PRIORITY_TURNS + 1 turns of its tenant for each older request, and as many
+turns for itself."""
 
 Rank = tuple[int, int, int]
 """Order of measurements inside a tenant, smallest first: priority, arrival of the next request, measurementId."""
@@ -32,8 +33,10 @@ _PRIORITY_ORDER: Final[Mapping[Priority, int]] = {Priority.HIGH: 0, Priority.NOR
 class Place:
     """The wrappers that may serve the next request of a measurement.
 
-    ``sizes``: sizes that are large enough and have the right GPUs; sizes rather than needs, so that there are few
-    places. ``machine_id``: only on this machine (None: any). ``not_on``: wrappers on which its LLM has failed.
+    * ``sizes``: sizes that are large enough and have the right GPUs. A place has sizes and not needs, because there are
+      fewer of them.
+    * ``machine_id``: only this machine may serve it (None: any).
+    * ``not_on``: wrappers on which its LLM has failed.
     """
 
     sizes: frozenset[Size]
@@ -68,8 +71,9 @@ def may_be_overtaken(request: Request, limits: Limits, now_s: float) -> bool:
 def victim(candidates: Iterable[Wrapper], wanted: Callable[[Wrapper], Rank | None]) -> Wrapper | None:
     """Return the wrapper whose LLM is evicted: the first (least recently used) that no queued request wants.
 
-    If all are wanted, the one that is wanted latest, so that requests served earlier still find their LLM. ``wanted``
-    returns the best rank among the requests that want a wrapper's LLM. None without candidates.
+    If all are wanted, return the one that is wanted last, so that requests served earlier still find
+    their LLM. ``wanted`` returns the best rank among the requests that want a wrapper's LLM, None if
+    there are none. Return None without candidates.
     """
     last: tuple[Rank, Wrapper] | None = None
     for wrapper in candidates:
@@ -84,12 +88,14 @@ def victim(candidates: Iterable[Wrapper], wanted: Callable[[Wrapper], Rank | Non
 class Turns:
     """Weighted turns of tenants: start-time fair queueing over grants, without a clock.
 
-    When a tenant begins to wait, its turn is 1/weight after the latest turn granted; each grant adds 1/weight. The
-    smallest turn is next; among equals, the tenant that has waited longer. Tenants that don't wait are forgotten, so
-    turns can't be saved up and a new name gives no advantage.
+    A turn is a point on a virtual time scale; its unit is one grant of a tenant of weight 1. When a
+    tenant begins to wait, its turn is 1/weight after the latest turn granted; each grant adds 1/weight.
+    The smallest turn is next; among equals, the tenant that has waited longer. Tenants that don't wait
+    are forgotten, so turns can't be saved up and a new name gives no advantage.
 
-    Bound: from the time when a tenant begins to wait, or has a turn, until its next turn that it can use, another
-    tenant with w times its weight has at most floor(w) + 1 turns; none if it came later and is not heavier.
+    Bound: after a turn of a tenant, or after it begins to wait, count the turns of another tenant until
+    the first tenant's next turn in which it can be served. If the other tenant has w times its weight,
+    these are at most floor(w) + 1; none, if it began to wait later and has no larger weight.
     """
 
     def __init__(self, weights: Iterable[tuple[str, float]]) -> None:
@@ -116,7 +122,7 @@ class Turns:
 
     @property
     def served_at(self) -> float:
-        """Start of the latest turn granted, in grants of a tenant of weight 1."""
+        """Start of the latest turn granted, in virtual time (see the class)."""
         return self._served_at
 
     def charge(self, tenant: str) -> None:
@@ -129,9 +135,9 @@ class Turns:
         self._waiting[tenant] = from_ + self.step(tenant), self._moves
 
     def start(self, tenant: str) -> float:
-        """Return the start of a waiting tenant's next turn, in grants of a tenant of weight 1."""
+        """Return the start of a waiting tenant's next turn, in virtual time (see the class)."""
         return max(self._waiting[tenant][0], self._served_at)
 
     def step(self, tenant: str) -> float:
-        """Return how far one grant moves the tenant: 1/weight."""
+        """Return how far one grant moves the tenant's turn in virtual time: 1/weight."""
         return 1.0 / self._weights.get(tenant, 1.0)

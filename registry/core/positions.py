@@ -21,7 +21,7 @@ _LAST = chr(0x10FFFF)
 """Sorts after all tenant names."""
 
 Key = tuple[float, float, str]
-"""Start of a tenant's next turn; since when it has waited for it (smaller is longer); its name."""
+"""(start of a tenant's next turn, a number that is smaller the longer the tenant has waited, the tenant's name)."""
 
 
 class _Group(NamedTuple):
@@ -45,7 +45,7 @@ class Positions:
         self._entries: dict[str, tuple[_Group, Key | None]] = {}
         self._waiting: dict[_Group, SortedSet[Key]] = {}
         self._blocked: Counter[_Group] = Counter()
-        """Number of tenants without a turn yet: all their queued requests wait for others of their own measurements."""
+        """Number of tenants without a turn: their queued requests all wait for earlier ones of their measurements."""
 
     def put(self, tenant: str, queued: int) -> None:
         """Update a tenant after a change of its turn or of its number of queued requests. O(log n)."""
@@ -76,7 +76,7 @@ class Positions:
             del self._waiting[group]
 
     def before(self, tenant: str, index: int) -> int:
-        """Return how many requests are served before a tenant's ``index``-th queued one (0: its next).
+        """Return how many requests are served before a tenant's queued request at ``index`` (0: its next one).
 
         O(log n) per group.
         """
@@ -91,7 +91,7 @@ class Positions:
         return served
 
     def _served_before(self, group: _Group, keys: SortedSet[Key], turn: _Turn) -> int:
-        """Return how many turns a group's tenants, each with ``queued`` turns, have before ``turn``."""
+        """Return how many turns the tenants of a group have before ``turn``; each tenant has ``queued`` turns."""
         last_s = max(keys.last[0], self._turns.served_at)
         whole = min(max(math.ceil((turn.begins - _EPS - last_s) / group.step), 0), group.queued)
         count = whole * len(keys)

@@ -10,7 +10,7 @@ wrapper::
      "model": {"name": "…", "revision": "…", "weights_sha256": "…"},
      "engine_args": {…}}
 
-null: not known. ``weights_sha256`` is ``pending`` if the hash was wanted but not ready in time.
+null means not known. ``weights_sha256`` is ``pending`` if the hash was not ready in time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _THIS_ONE: Final = ("machine", "wrapper", "uuid", "clocks_mhz")
 def unlike(model: Request, gpu_type: str | None, asked: LeaseRequested) -> list[str]:
     """Return how new requests differ from an earlier one, before any hand-over: ``field: was X, is Y``.
 
-    ``gpu_type``: GPU type of the earlier request's machine. A revision or GPU type that is not given does not differ.
+    ``gpu_type``: GPU type of the earlier request's machine, None if not known. A revision or GPU type
+    that the new request does not give is not compared.
     """
     found = []
     if gpu_type is not None and asked.gpu_type is not None and not is_gpu_type(asked.gpu_type, gpu_type):
@@ -55,7 +56,7 @@ def unlike(model: Request, gpu_type: str | None, asked: LeaseRequested) -> list[
 def differences(was: str | None, now: str | None) -> list[str]:
     """Return how two provenances (JSON; None: not known) differ in what affects figures: ``field: was X, is Y``.
 
-    The hash of the weights is compared only if the first one is known.
+    The hash of the weights is compared only if the hash in ``was`` is known.
     """
     if now is None:
         return ["nothing is known of what it would run on"]

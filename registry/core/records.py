@@ -1,4 +1,4 @@
-"""The records that the registry's decisions are made of: its state, as the store keeps it. Pure: no clock, no I/O.
+"""The registry's state as records, as the store keeps them; decisions read and change them. Pure: no clock, no I/O.
 
 Events (events.py) say what happened, commands (commands.py) what a wrapper has to do.
 ``Allocator.handle(event, now_s)`` turns an event into changed records and commands. Times are UTC seconds since the
@@ -99,11 +99,15 @@ class Machine:
 class Wrapper:
     """An LLMWrapper on a machine, and the LLM inside it.
 
-    ``url`` is the base of its leases' addresses. ``epoch`` grows with every command to the wrapper; reports with an
-    older epoch are ignored. ``spec`` is the LLM that runs (READY, LEASED) or is being started (DEPLOYING).
-    ``request_id`` is the request that holds the wrapper (LEASED) or waits for its LLM (DEPLOYING; None: no request
-    waits, or a preload). ``home`` is the LLM that the configuration assigns to it. ``failures`` counts consecutive
-    failures, ``reason`` describes the last one.
+    * ``url``: base of its leases' addresses.
+    * ``epoch``: grows with every command to the wrapper; reports with an older epoch are ignored.
+    * ``spec``: the LLM that runs (READY, LEASED), is being started (DEPLOYING), or will be started for the request
+      that holds the wrapper (STARTING, RESTARTING).
+    * ``request_id``: the request that holds the wrapper (LEASED) or waits for its LLM (DEPLOYING, STARTING,
+      RESTARTING); None: no request does.
+    * ``home``: the LLM that the configuration assigns to it, None: none.
+    * ``last_used_s``: when a request last got or left it, UTC seconds.
+    * ``failures``: number of consecutive failures; ``reason``: describes the last failure of the wrapper or its LLM.
     """
 
     wrapper_id: str
@@ -125,16 +129,16 @@ class Request:
     """A client's request for one LLM.
 
     * ``seq``: number in the order of arrival.
-    * ``llmconfig``: the client's object as canonical JSON, returned unchanged; ``notes``: what of it was translated or
-      dropped.
-    * ``failed_on``: wrappers on which its LLM could not be started or died, once for each time.
+    * ``llmconfig``: the client's object as canonical JSON, returned unchanged.
+    * ``notes``: which arguments were translated or dropped, and warnings about the tenant's budget.
+    * ``failed_on``: wrappers on which its LLM failed to start or died; one entry per failure.
     * ``overtaken``: how many requests behind it were served first because their LLM was already running.
     * ``memory``: minimum memory of its LLM, None if not known.
     * ``model_revision``: commit of the LLM; None: not handed over yet, or a local model.
     * ``max_j`` [J], ``max_g`` [gCO2eq]: budget of its lease, None: no limit.
     * ``like_request_id``: earlier request whose LLM, software and hardware it must get, None: any.
     * ``provenance``: LLM, software and hardware at the hand-over (canonical JSON, see registry.core.provenance), None:
-      not handed over yet.
+      not handed over yet, or not reported by the wrapper.
     """
 
     request_id: str
@@ -174,7 +178,8 @@ class Measurement:
 
     * ``measurement_id``: unique within a tenant only.
     * ``seq``: number of the request that began it, or that resumed it after all earlier ones had ended.
-    * ``machine_id``: the machine that it is pinned to; set by the first grant, None once all its requests have ended.
+    * ``machine_id``: the machine that it is pinned to, None: no machine. Set by the first grant, or when it is resumed
+      (``pinned_until_s``); None again once all its requests have ended.
     * ``pinned_until_s``: a measurement that is resumed soon after its last LLM was released is pinned to its previous
       machine until then (UTC s). None: not pinned, or served there since, so that the pin does not expire.
     * ``flags``: what makes its figures hard to compare (``machine_changed`` …).
@@ -202,10 +207,11 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The exclusive right of one request to one wrapper; held while ``now_s < ends_s``.
+    """The exclusive right of one request to one wrapper, valid until an event ends it.
 
-    ``token`` is unguessable and part of the address. The lease ends at ``deadline_s`` at the latest, and
-    ``idle_limit_s`` seconds after ``last_active_s``, its last prompt or keep-alive.
+    ``token`` is unguessable and part of the address. The lease is due to end at ``deadline_s``, or
+    ``idle_limit_s`` seconds after ``last_active_s`` (its last recorded prompt or keep-alive), whichever
+    is earlier. Before a lease ends for idleness, its wrapper is asked for a later use.
     """
 
     request_id: str
@@ -218,5 +224,5 @@ class Lease:
 
     @property
     def ends_s(self) -> float:
-        """UTC second at which the lease ends unless it is used earlier."""
+        """UTC second at which the lease is due to end unless its idle time restarts; at most ``deadline_s``."""
         return min(self.deadline_s, self.last_active_s + self.idle_limit_s)

@@ -28,7 +28,7 @@ class RequestEvents:
         self._admission = admission
 
     def on_requested(self, event: LeaseRequested, now_s: float) -> None:
-        """Queue the requests, or raise as ``Allocator.handle`` says, before the first change."""
+        """Queue the requests. Raises as ``Allocator.handle`` says; nothing has changed then."""
         ledger = self._ledger
         if self._ledger.shutting_down:
             raise ShuttingDown
@@ -100,7 +100,7 @@ class RequestEvents:
         return replace(event, requests=requests, gpu_type=event.gpu_type or (None if live else gpu_type))
 
     def on_released(self, request: Request, now_s: float) -> None:
-        """The client gives its LLM back, or cancels a waiting request. Idempotent."""
+        """End a request that its client releases (it was handed over) or cancels (it was not). Idempotent."""
         if request.status.ended:
             return
         was_served = request.deployed_s is not None
@@ -108,19 +108,19 @@ class RequestEvents:
         self._endings.end(request, status, "released", None, now_s)
 
     def on_used(self, request: Request, at_s: float) -> None:
-        """Prompts were in flight at ``at_s``: the lease is not idle."""
+        """Restart the lease's idle time: it had a prompt or keep-alive at ``at_s`` (UTC s)."""
         lease = self._ledger.leases.get(request.request_id)
         if lease is not None:
             self._ledger.put_lease(replace(lease, last_active_s=max(lease.last_active_s, at_s)))
 
     def on_lapsed(self, request: Request, now_s: float) -> None:
-        """The wrapper has ended the lease by itself: its request is expired."""
+        """Expire a request whose lease its wrapper has ended. Ignored unless the request is DEPLOYED."""
         if request.status is RequestStatus.DEPLOYED:
             reason = "its wrapper ended it: its time was over, or it was not used"
             self._endings.end(request, RequestStatus.EXPIRED, "expired", reason, now_s)
 
     def on_time_passed(self, asked: tuple[str, ...] | None, now_s: float) -> None:
-        """End pins, and leases that are over; idle ones only if they are in ``asked`` (None: all)."""
+        """End the pins and leases that are over. Leases end for idleness only if ``asked`` has them (None: all)."""
         self._pins.end(now_s)
         for lease in self._ledger.leases_due(now_s):
             if lease.deadline_s <= now_s:
@@ -134,7 +134,7 @@ class RequestEvents:
 
     # D13: leases end, the queue stays
     def on_shutdown_begun(self, now_s: float) -> None:
-        """Accept no request any more, end all leases, stop all LLMs."""
+        """Accept no more requests, end all leases, and stop all LLMs. Queued requests stay queued."""
         ledger, reason = self._ledger, "the registry was shut down"
         self._ledger.shutting_down = True
         for wrapper_id in list(ledger.wrappers):

@@ -41,7 +41,7 @@ REQUEST_TRANSITIONS: Final[Mapping[R, Mapping[R, str]]] = {
     R.CANCELLED: {},
     R.FAILED: {},
 }
-"""For each status of a request: the possible next statuses, with their causes."""
+"""For each status of a request: the possible next statuses, with their main causes."""
 
 _GONE: Final[Mapping[W, str]] = {
     W.STARTING: "WrapperAdded again",
@@ -122,13 +122,14 @@ WRAPPER_TRANSITIONS: Final[Mapping[W, Mapping[W, str]]] = {
         W.LOST: "MachineLost",
     },
 }
-"""For each status of a wrapper: the possible next statuses, with their causes. It can be removed in every status."""
+"""For each status of a wrapper: the possible next statuses, with their main causes. In every status it can be
+removed."""
 
 
 def check_request_transition(request_id: str, old: R | None, new: R) -> None:
     """Check that a request may go from ``old`` (None: new) to ``new``. Raises InvariantBroken if not.
 
-    It may stay in a status unless it has ended.
+    A request may stay in its status unless it has ended.
     """
     allowed = new is FIRST_REQUEST_STATUS if old is None else new in REQUEST_TRANSITIONS[old]
     if not allowed and (old is not new or new.ended):

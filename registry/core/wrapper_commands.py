@@ -13,7 +13,7 @@ from registry.core.records import LLMSpec, Request, Wrapper, WrapperStatus
 
 # D6: one command swaps an LLM
 def deploy(ledger: Ledger, wrapper: Wrapper, spec: LLMSpec, request_id: str | None) -> None:
-    """Command a wrapper to run this LLM, for a request or (None) as a preload."""
+    """Command a wrapper to run this LLM, for a request or (None) for no request, e.g. as a preload."""
     wrapper = replace(
         wrapper, status=WrapperStatus.DEPLOYING, spec=spec, request_id=request_id, epoch=wrapper.epoch + 1
     )
@@ -29,9 +29,9 @@ def bind(ledger: Ledger, wrapper: Wrapper, request_id: str) -> None:
 
 
 def unbind(ledger: Ledger, wrapper: Wrapper, request: Request, how: str) -> Wrapper:
-    """Command a wrapper to end the lease of this request; tell the client ``how`` it ended.
+    """Command a wrapper to end the lease of this request. Return its new record, which the caller has to store.
 
-    Return the wrapper's new record, which the caller has to store.
+    ``how``: how the lease ended, as clients see it.
     """
     wrapper = replace(wrapper, epoch=wrapper.epoch + 1)
     ledger.emit(UnbindLease(wrapper.wrapper_id, wrapper.epoch, request.request_id, how))
@@ -46,7 +46,7 @@ def stop(ledger: Ledger, wrapper: Wrapper) -> None:
 
 
 def restart(ledger: Ledger, wrapper: Wrapper) -> None:
-    """Command a new process for a wrapper."""
+    """Command that a wrapper's process is replaced."""
     wrapper = replace(wrapper, status=WrapperStatus.RESTARTING, epoch=wrapper.epoch + 1)
     ledger.put_wrapper(wrapper)
     ledger.emit(RestartWrapper(wrapper.wrapper_id, wrapper.epoch))

@@ -45,17 +45,18 @@ class WrapperEvents:
     # --- LLMs -------------------------------------------------------------------------------------------
 
     def on_llm_deployed(self, wrapper_id: str, epoch: int, now_s: float) -> None:
-        """The LLM runs: hand it over to the request that waits, or keep it ready."""
+        """Handle an LLM that runs now: hand it over to the request that waits for it, or mark the wrapper READY."""
         wrapper = self._current(wrapper_id, epoch, WrapperStatus.DEPLOYING)
         if wrapper is not None:
             self._llm_runs(wrapper, now_s)
 
     # D2: deployed once the wrapper has confirmed
     def on_lease_bound(self, event: LeaseBound, now_s: float) -> None:
-        """The request has its LLM: the lease's time starts, or the request fails.
+        """Hand over the LLM: set the request DEPLOYED and start the lease's time, or fail the request.
 
-        It fails if the wrapper refuses it, or if it is not like its ``like_request_id``. After a restart of the engine
-        the deadline stays, and only the idle time starts again.
+        The request fails if the wrapper refuses it, or if its provenance differs from that of its
+        ``like_request_id``. After a restart of the engine the deadline stays, and only the idle time
+        starts again.
         """
         ledger = self._ledger
         wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.LEASED)
@@ -99,7 +100,7 @@ class WrapperEvents:
         self._ledger.put_measurement(replace(measurement, flags=reduce(with_flag, flags, measurement.flags)))
 
     def on_llm_deploy_failed(self, event: LLMDeployFailed, now_s: float) -> None:
-        """The wrapper is empty: try the request elsewhere, or fail it."""
+        """Mark the wrapper IDLE. Queue the request again, or fail it (always if it has a lease)."""
         ledger = self._ledger
         wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.DEPLOYING)
         if wrapper is None:
@@ -117,7 +118,7 @@ class WrapperEvents:
             self._endings.try_elsewhere(request, event.wrapper_id, event.reason, now_s, permanent=event.permanent)
 
     def on_llm_stopped(self, wrapper_id: str, epoch: int) -> None:
-        """The wrapper is empty: it may be used again."""
+        """Mark the wrapper IDLE: its LLM has stopped."""
         wrapper = self._current(wrapper_id, epoch, WrapperStatus.STOPPING)
         if wrapper is not None:
             self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.IDLE))
@@ -125,7 +126,7 @@ class WrapperEvents:
 
     # D12: an engine is started again for its lease
     def on_llm_died(self, event: LLMDied, now_s: float) -> None:
-        """The LLM is gone: start it again if it was leased, unless that has failed too often."""
+        """Start a leased LLM that has died again, unless it has failed too often. Otherwise mark the wrapper IDLE."""
         wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.READY, WrapperStatus.LEASED)
         if wrapper is None:
             return
@@ -142,7 +143,10 @@ class WrapperEvents:
     # --- wrappers ---------------------------------------------------------------------------------------
 
     def on_wrapper_added(self, event: WrapperAdded, now_s: float) -> None:
-        """A wrapper is being created. A request that held one with this id keeps it if machine and GPUs still fit."""
+        """Mark a wrapper STARTING that is being created, or created again.
+
+        A request that holds this wrapper keeps it if the machine is the same and the GPUs suffice.
+        """
         ledger = self._ledger
         known = ledger.wrappers.get(event.wrapper_id)
         if known is None:
@@ -172,7 +176,7 @@ class WrapperEvents:
             self._endings.lose(request, reason, now_s)
 
     def on_wrapper_started(self, event: WrapperStarted, now_s: float) -> None:
-        """A wrapper answers: compare what it runs with what it should run, and send the commands needed."""
+        """Compare what a wrapper runs with what it should run, and send it the commands that are needed."""
         ledger = self._ledger
         wrapper = ledger.wrappers.get(event.wrapper_id)
         if wrapper is None or wrapper.status is WrapperStatus.OFF:
@@ -187,17 +191,20 @@ class WrapperEvents:
         if request is not None and self._started_for(request, wrapper, as_told, now_s):
             return
         if request is not None:
-            wrapper = ledger.wrappers[wrapper.wrapper_id]  # the request has failed and released it
+            wrapper = ledger.wrappers[wrapper.wrapper_id]  # the request has failed, which has freed the wrapper
         self._started_free(wrapper, event.running is None, as_told, missed, now_s)
         # Not in on_wrapper_added: when many machines were lost, other wrappers are added shortly afterwards.
         self._endings.fail_exhausted(now_s)
 
     def _started_for(self, request: Request, wrapper: Wrapper, as_told: bool, now_s: float) -> bool:
-        """Serve the request that holds a wrapper. Return False if it has failed instead."""
+        """Serve the request that holds a started wrapper. Return False if the request has failed instead.
+
+        ``as_told``: the wrapper runs the LLM that it should run.
+        """
         assert wrapper.spec is not None
         if wrapper.status is WrapperStatus.LEASED:
             if as_told:
-                bind(self._ledger, wrapper, request.request_id)  # the BindLease may be lost with an earlier registry
+                bind(self._ledger, wrapper, request.request_id)  # an earlier registry may not have sent the BindLease
                 return True
             self._ledger.put_wrapper(wrapper)
             if not self._outlives_engine(request, "the LLM is gone from its wrapper", now_s):
@@ -209,7 +216,11 @@ class WrapperEvents:
         return True
 
     def _started_free(self, wrapper: Wrapper, empty: bool, as_told: bool, missed: bool, now_s: float) -> None:
-        """Mark a started wrapper that no request holds READY or IDLE, or send it the next command."""
+        """Mark a started wrapper READY or IDLE, or send it the next command. No request holds it.
+
+        ``empty``: it runs no LLM. ``as_told``: it runs the LLM that it should run. ``missed``: the last
+        command that it accepted is not the newest one.
+        """
         match wrapper.status:
             case WrapperStatus.DEPLOYING if wrapper.spec is not None and (empty or as_told):
                 if as_told and not missed:
@@ -218,8 +229,8 @@ class WrapperEvents:
                     deploy(self._ledger, wrapper, wrapper.spec, None)
             case WrapperStatus.READY if wrapper.spec is not None and as_told:
                 if missed:
-                    # The UnbindLease may be lost with an earlier registry. Deploying the running LLM again takes no
-                    # time and ends the lease too.
+                    # An earlier registry may not have sent the UnbindLease. A DeployLLM for the running LLM takes no
+                    # time and also ends the lease.
                     deploy(self._ledger, wrapper, wrapper.spec, None)
             case WrapperStatus.STOPPING:
                 stop(self._ledger, wrapper)
@@ -230,7 +241,7 @@ class WrapperEvents:
                 stop(self._ledger, wrapper)
 
     def on_wrapper_failed(self, event: WrapperFailed, now_s: float) -> None:
-        """Restart a wrapper, or give it up after ``wrapper_attempts`` failures in a row or during a shutdown."""
+        """Restart a wrapper, or mark it FAILED: after ``wrapper_attempts`` failures in a row, or in a shutdown."""
         wrapper = self._ledger.wrappers.get(event.wrapper_id)
         if wrapper is None or not is_usable(wrapper):
             return
@@ -263,7 +274,7 @@ class WrapperEvents:
                 self._waits_for_wrapper(request, reason)
 
     def on_wrapper_removed(self, event: WrapperRemoved, now_s: float) -> None:
-        """A wrapper was removed permanently."""
+        """Remove a wrapper. Its request fails if it was handed over, else it is queued again."""
         wrapper = self._ledger.wrappers.get(event.wrapper_id)
         if wrapper is None:
             return
@@ -274,7 +285,7 @@ class WrapperEvents:
         self._endings.fail_exhausted(now_s)
 
     def on_wrapper_switched_off(self, event: WrapperSwitchedOff) -> None:
-        """Mark a wrapper OFF if no request holds it and its machine is draining. It stays known with its size."""
+        """Mark a wrapper OFF if no request holds it and its machine is draining. Its record and size are kept."""
         wrapper = self._ledger.wrappers.get(event.wrapper_id)
         if wrapper is not None and wrapper.request_id is None and self._ledger.is_draining(wrapper.machine_id):
             self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.OFF, spec=None, failures=0, reason=None))
@@ -287,7 +298,7 @@ class WrapperEvents:
 
     # D31: a drained machine is used by its leases only
     def on_machine_drained(self, machine: Machine, now_s: float) -> None:
-        """Allow no new leases there; requests whose LLM is being started there are queued again."""
+        """Allow no new leases on a machine. Requests that wait there without a lease are queued again."""
         ledger = self._ledger
         ledger.put_machine(replace(machine, draining=True))
         for wrapper in ledger.on_machine(machine.machine_id):
@@ -303,7 +314,7 @@ class WrapperEvents:
         self._came_up_empty += [wrapper.wrapper_id for wrapper in ledger.on_machine(machine.machine_id)]
 
     def on_machine_lost(self, event: MachineLost, now_s: float) -> None:
-        """A machine is lost with all its wrappers: requests that were handed over fail, others are queued again."""
+        """Mark a machine and its wrappers lost. Requests that were handed over fail, others are queued again."""
         ledger = self._ledger
         machine = ledger.machines.get(event.machine_id)
         if machine is not None:
@@ -338,7 +349,10 @@ class WrapperEvents:
         return wrapper
 
     def _unlike_what_it_asks(self, request: Request) -> str | None:
-        """Return how a request differs from its ``like_request_id``; None if it does not, or has none."""
+        """Return how a request differs from its ``like_request_id``; None if it does not differ, or has no such id.
+
+        A text is also returned if that earlier request is not known any more.
+        """
         if request.like_request_id is None:
             return None
         model = self._ledger.requests.get(request.like_request_id)
@@ -364,9 +378,10 @@ class WrapperEvents:
             self._dispatcher.lease(wrapper, wrapper.request_id, now_s)
 
     def _outlives_engine(self, request: Request, reason: str, now_s: float) -> bool:
-        """Keep a lease whose LLM is gone. After ``deploy_attempts`` times on this wrapper, fail the request instead.
+        """Keep a lease whose LLM is gone. Return False if the request was failed instead.
 
-        Returns False if the request has failed. ``failed_on`` counts the times, so the count survives a restart.
+        It fails when its LLM has been lost ``deploy_attempts`` times on this wrapper. The count is that of
+        ``failed_on``, which is stored, so it survives a restart of the registry.
         """
         assert request.wrapper_id is not None
         request = replace(request, failed_on=(*request.failed_on, request.wrapper_id))
@@ -377,7 +392,7 @@ class WrapperEvents:
         return True
 
     def _waits_for_wrapper(self, request: Request, reason: str) -> None:
-        """Set a request to DEPLOYING: it keeps its wrapper, which has to run its LLM again first."""
+        """Set a request to DEPLOYING until its wrapper runs its LLM again. The request keeps the wrapper."""
         ledger = self._ledger
         ledger.put_request(replace(request, status=RequestStatus.DEPLOYING, reason=reason))
         if request.request_id in ledger.leases:

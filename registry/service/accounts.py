@@ -25,7 +25,7 @@ REMEMBERED_COSTS = 10_000
 
 
 class Accounts:
-    """The energy windows of a registry. Used only by its service, which ends the process if a commit fails.
+    """The energy windows of a registry. ``keep`` is called in ``Loop.fail_stop``, so a failed commit ends the process.
 
     ``budgets``: by tenant. ``now_s`` returns UTC seconds. ``on_kept`` is called once for each window that is stored.
     """
@@ -49,16 +49,18 @@ class Accounts:
         self._kept: dict[str, tuple[str, int]] = {}
         self._costs: dict[str, dict[WindowKind, Total]] = {}
         self._used: dict[str, dict[WindowKind, Total]] = {}
-        """By tenant with a budget: cost of the windows that ended at ``_used_since_s`` or later."""
+        """By tenant with a budget: cost of the windows that ended at ``_used_since_s`` (UTC s) or later."""
         self._used_since_s = 0.0
 
     # --- windows ----------------------------------------------------------------------------------------
 
     def keep(self, wrapper_id: str, report: WrapperReport) -> None:
-        """Store the energy windows of a report, durably when this returns. Windows already stored stay unchanged.
+        """Store the energy windows of a report; they are durable when this returns.
+
+        Windows already stored stay unchanged.
 
         Raises:
-            StoreUnavailable: nothing was stored.
+            StoreUnavailable: as for ``Store.commit``: nothing was stored, or everything.
         """
         if not report.windows or report.moment is None:
             return
@@ -75,7 +77,8 @@ class Accounts:
     def kept(self, wrapper_id: str, as_of: Moment | None) -> int:
         """Return the number of the last stored window of a wrapper's process.
 
-        0: none, or this registry was restarted since; the wrapper then sends its unconfirmed windows again.
+        0: none, or the registry was restarted since. The wrapper then sends the windows again that are
+        not confirmed as stored.
         """
         process, number = self._kept.get(wrapper_id, (None, 0))
         return number if as_of is not None and as_of.process == process else 0
@@ -91,7 +94,7 @@ class Accounts:
 
     def _tenant_of(self, request_id: str) -> str | None:
         request = self._archive.find_request(request_id)
-        return None if request is None else request.tenant  # None: deleted meanwhile
+        return None if request is None else request.tenant  # None: the request was deleted meanwhile
 
     def page(
         self, key: MeasurementKey, *, request_id: str | None, after: WindowPlace | None, limit: int
@@ -112,7 +115,7 @@ class Accounts:
     def costs_of(self, request_ids: Sequence[str]) -> dict[str, Mapping[WindowKind, Total]]:
         """Return the cost of each of these requests so far, by kind of window.
 
-        Cached for REMEMBERED_COSTS requests, and updated as windows arrive.
+        The costs of the last REMEMBERED_COSTS requests are cached, and updated when windows arrive.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -129,7 +132,7 @@ class Accounts:
         if costs is not None:
             _add(costs, window)
 
-    # D97: what was used in a month is added up in memory
+    # D97: a tenant's use in a month is summed in memory
     def _add_used(self, row: KeptWindow) -> None:
         used = self._used.get(row.tenant or "")
         if used is not None and row.window.kind in CHARGED and row.window.ended_s >= self._used_since_s:

@@ -1,6 +1,6 @@
 """Keeps ended requests and measurements in the store, and only unfinished and recently ended ones in memory.
 
-So memory and start-up time depend on what is unfinished, not on the length of the history.
+So memory and start-up time depend on the number of unfinished requests, not on the length of the history.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from registry.errors import RequestForgotten, UnknownMeasurement, UnknownRequest
 from registry.store.store import Store
 
 KEPT = 1000
-"""Maximum number of finished measurements in memory: most queries are about recent ones."""
+"""Maximum number of finished measurements in memory. They are kept because most queries are about recent ones."""
 
 
 # D80: what has ended is read from the store
@@ -30,7 +30,7 @@ class Archive:
         self._allocator = allocator
         self._kept = kept
         self._over: OrderedDict[MeasurementKey, None] = OrderedDict()
-        """Finished measurements in memory, by when they were last changed, oldest first."""
+        """Finished measurements in memory, sorted by their last change, oldest first."""
 
     # --- reading ----------------------------------------------------------------------------------------
 
@@ -84,20 +84,23 @@ class Archive:
             self._note([key])
 
     def recall_request(self, request_id: str | None) -> None:
-        """Load an ended request into memory, if there is one with this id, until the next event at least."""
+        """Load the request with this id into memory, where it stays at least until the next event.
+
+        Nothing happens if the id is None or unknown.
+        """
         request = None if request_id is None else self.find_request(request_id)
         if request is not None:
             self.recall(request.measurement_key)
             self._allocator.recall(self.measurement(request.measurement_key), (request,))
 
     def note(self, changes: Changes) -> None:
-        """Handle an event's changes: drop all finished measurements from memory but the latest KEPT."""
+        """Note the measurements that an event changed. Drop finished ones from memory except the latest ``kept``."""
         self._note(dict.fromkeys(request.measurement_key for request in changes.requests))
         while len(self._over) > self._kept:
             self._allocator.drop_measurement(self._over.popitem(last=False)[0])
 
     def forgotten(self, request_ids: Iterable[str]) -> None:
-        """Drop requests from memory that the store has deleted, and measurements of which no request is left."""
+        """Drop from memory the requests that the store has deleted, and measurements without any request left."""
         for request_id in request_ids:
             request = self._allocator.drop_request(request_id)
             if request is None:

@@ -12,7 +12,7 @@ from registry.wire.labels import MEASURED
 from registry.wire.words import WindowKind
 
 CHARGED = (*SPENT, WindowKind.LEASE)
-"""Kinds of windows that a tenant's sum is made of; lease windows only contribute their label."""
+"""Kinds of windows in a tenant's sum; of lease windows, only the label counts."""
 
 WARN_SHARE = 0.8
 """From this fraction of a budget on, answers contain a warning."""
@@ -25,9 +25,9 @@ def month_begin_s(now_s: float) -> float:
 
 # D39: budgets are checked when requests are accepted
 def warnings(tenant: str, budget: TenantBudget, used: Total, now_s: float) -> Iterator[str]:
-    """Yield warnings about a tenant's budget. ``used``: its use in this month so far.
+    """Yield warnings about a tenant's budget. ``used``: its use in this month (UTC) so far.
 
-    Windows with unknown use do not count; a warning says how many there are.
+    Windows whose energy or emissions are not known are not included; a warning says how many there are.
 
     Raises:
         TenantBudgetUsed: the budget is used up.

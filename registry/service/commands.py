@@ -44,7 +44,7 @@ RESEND_DELAYS_S = (0.1, 0.5, 2.0)
 
 
 class Commands:
-    """Sends commands to wrappers, and applies the events that they result in."""
+    """Sends commands to wrappers, and applies the events that result from them."""
 
     def __init__(
         self,
@@ -124,13 +124,13 @@ class Commands:
             await self._cluster.deploy(wrapper_id, epoch, effect.spec, grant, self._started_for(effect.request_id))
         except EngineStartFailed as error:
             return LLMDeployFailed(wrapper_id, epoch, str(error), error.permanent)
-        except InvalidField as error:  # allowed by the ingress, not on the machine: e.g. a link leads elsewhere
+        except InvalidField as error:  # accepted by the ingress but not on the machine, e.g. a symbolic link
             return LLMDeployFailed(wrapper_id, epoch, str(error))
         return LLMDeployed(wrapper_id, epoch)
 
     async def _bind(self, effect: BindLease) -> Event | None:
         wrapper_id, epoch, request_id = effect.wrapper_id, effect.epoch, effect.request_id
-        if wrapper_id not in self._reports.latest:  # after a restart: the grant needs a timestamp of the wrapper
+        if wrapper_id not in self._reports.latest:  # the registry was restarted, and the grant needs a timestamp
             await self._reports.fetch(wrapper_id)
         grant = self._grant(request_id)
         if grant is None:
@@ -140,7 +140,7 @@ class Commands:
         except EngineNotReady as error:
             return LLMDied(wrapper_id, epoch, error.reason)
         if (bound := self._archive.find_request(request_id)) is not None:
-            self._archive.recall_request(bound.like_request_id)  # needed for the comparison
+            self._archive.recall_request(bound.like_request_id)  # the allocator compares the provenance with it
         return LeaseBound(
             wrapper_id,
             epoch,

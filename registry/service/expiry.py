@@ -1,4 +1,4 @@
-"""Ends leases whose time is over, or that were not used for too long."""
+"""Ends leases that reached their deadline or were not used for too long, and pins that are over."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = structlog.get_logger("registry.service.expiry")
 
 
 class Expiry:
-    """Applies the passing of time, at least once a second: ends leases, and starts the daily ``retention``."""
+    """Ends the leases and pins that are over, about once a second or more often; starts the daily ``retention``."""
 
     def __init__(
         self, loop: Loop, reports: WrapperReports, retention: Retention, *, tasks: Tasks, settings: Settings
@@ -33,7 +33,7 @@ class Expiry:
         """Requests whose wrapper is being asked whether the lease was used."""
 
     async def run(self) -> None:
-        """Run until the shutdown. Errors are logged, and do not end it."""
+        """Run until the shutdown. Errors are logged and do not end the loop, except StoreUnavailable."""
         while not self._loop.stopping:
             await asyncio.sleep(self._period_s)
             await guarded("leases could not be ended", self._pass_time)
@@ -50,9 +50,9 @@ class Expiry:
             self._loop.apply(TimePassed(asked=()))
 
     async def _end_unless_used(self, lease: Lease) -> None:
-        """Ask the wrapper whether an idle lease was used since the last report, and end the lease if it was not.
+        """Ask the wrapper whether an idle lease was used since the last report; if it was not, end the lease.
 
-        It also ends if the wrapper does not answer.
+        The lease also ends if the wrapper does not answer.
         """
         try:
             report = await self._reports.ask(lease.wrapper_id)

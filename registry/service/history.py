@@ -13,7 +13,7 @@ from registry.store.rows import EventRow
 
 
 def ids_of(event: Event | Effect) -> dict[str, object]:
-    """Return the ids, epoch and reason of an event or effect, by name, as far as it has them. Never a token."""
+    """Return the ids, epoch and reason that an event or effect has, by name. Never contains a token."""
     names = ("wrapper_id", "request_id", "measurement_id", "machine_id", "epoch", "reason")
     return {name: value for name in names if (value := getattr(event, name, None)) is not None}
 
@@ -24,10 +24,12 @@ def rows_of(
 ) -> tuple[EventRow, ...]:
     """Return a row for each request that an event changed, or one row without a request if it changed none.
 
-    ``request_of`` returns a request as it is after the event. ``cause``: number of the event whose command this one
-    answers; None: it has an external cause (a client, the clock, a periodic check). An event can change requests that
-    it does not name: a release may start the next request in the queue. LeaseUsed gives no rows: it happens every few
-    seconds, and the lease itself stores its last use.
+    * ``request_of`` returns a request as it is after the event.
+    * ``cause``: number of the event whose command this event answers; None: the cause is external (a client, the clock,
+      a periodic check).
+
+    An event can change requests that it does not name: a release may start the next request in the
+    queue. LeaseUsed gives no rows: it happens every few seconds, and the lease stores its last use.
     """
     if isinstance(event, LeaseUsed):
         return ()

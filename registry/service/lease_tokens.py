@@ -1,4 +1,4 @@
-"""Remembers which lease a token belongs to, also for a while after the lease has ended."""
+"""Finds the request of a lease token, also for some time after the lease has ended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from registry.core.records import Lease
 
 REMEMBERED_TOKENS = 10_000
-"""Number of latest leases whose tokens are remembered, including ended ones."""
+"""Maximum number of leases whose tokens are remembered: the latest ones, including ended leases."""
 
 
 class LeaseTokens:
@@ -18,7 +18,7 @@ class LeaseTokens:
         self._requests: OrderedDict[str, str] = OrderedDict()
 
     def remember(self, leases: Sequence[Lease]) -> None:
-        """Remember new or changed leases, and drop the oldest ones that are too many."""
+        """Remember new or changed leases, and drop the oldest beyond REMEMBERED_TOKENS."""
         for lease in leases:
             self._requests[lease.token] = lease.request_id
             self._requests.move_to_end(lease.token)

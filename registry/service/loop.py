@@ -1,7 +1,7 @@
 """Applies events to the registry's state: decide (allocator) → commit (store) → act (commands).
 
-There is no await between decision and commit, so no other event can interleave. If a decision or a commit fails, the
-process ends: loading the database at the restart is simpler than rolling memory back.
+There is no await between decision and commit, so no other event can come in between. If a decision or
+a commit fails, the process ends: to load the database after the restart is simpler than to roll memory back.
 """
 
 from __future__ import annotations
@@ -25,27 +25,35 @@ log = structlog.get_logger("registry.service.loop")
 
 
 class Observer:
-    """Is called at each step of the loop; this one does nothing. Its errors reach the caller of ``apply``."""
+    """Base of observers, whose methods the loop calls at each step. These do nothing.
+
+    Errors that they raise reach the caller of ``Loop.apply``.
+    """
 
     def deciding(self, event: Event) -> None:
-        """The allocator is about to decide on an event."""
+        """Is called before the allocator decides on an event."""
 
     def committing(self, event: Event, changes: Changes) -> None:
-        """A decision is about to be written. Not called if there is nothing to write."""
+        """Is called before a decision is written. Not called if there is nothing to write."""
 
     def committed(self, event: Event, changes: Changes) -> None:
-        """A decision was written; nothing has been done about it yet."""
+        """Is called after a decision was written, before its effects start."""
 
     def handled(self, event: Event) -> None:
-        """An event was applied, or refused, or its decision or commit failed."""
+        """Is called last for every event: it was applied or refused, or its decision or commit failed."""
 
 
 class Loop:
     """Owns the registry's state in memory and in the database. Every event goes through ``apply``.
 
-    Used in one event loop. ``now_s`` returns UTC seconds. ``on_fatal`` is called when a decision or the database fails,
-    and must end the process. ``on_changes`` is called with what a decision has changed, ``act`` with its event and
-    effects and the event's number; both after the commit, and they must not raise.
+    Used in one event loop of asyncio.
+
+    * ``now_s`` returns UTC seconds.
+    * ``on_fatal`` is called when a decision or the database fails, and must end the process.
+    * ``on_changes`` is called after the commit with the changes of a decision, unless there are none.
+    * ``act`` is called after that with the event, its effects and its number (None: it was not stored).
+
+    ``on_changes`` and ``act`` must not raise.
     """
 
     def __init__(
@@ -72,15 +80,16 @@ class Loop:
         self._observer = observer
 
     def apply(self, event: Event, *, cause: int | None = None, idempotency: IdempotencyRow | None = None) -> None:
-        """Decide on an event, commit, start the effects. Blocks until the database has written it.
+        """Decide on an event, commit the changes, start the effects. Blocks until the database has committed.
 
-        ``cause``: number of the event whose command this one answers. ``idempotency`` is written in the same
-        transaction.
+        ``cause``: number of the event whose command this event answers. ``idempotency`` is written in the
+        same transaction.
 
         Raises:
             RegistryError: the event was refused; nothing has changed.
             ShuttingDown: the registry's database is closed.
             StoreUnavailable: the commit failed, and ``on_fatal`` was called.
+            Exception: the decision failed because of a bug, and ``on_fatal`` was called.
         """
         try:
             self._apply(event, cause, idempotency)
@@ -88,14 +97,22 @@ class Loop:
             self._observer.handled(event)
 
     async def apply_all(self, events: Sequence[Event]) -> None:
-        """Apply events one by one, with other work in between: a thousand machines may join at once."""
+        """Apply events one by one. Other tasks run in between, since a thousand machines may join at once.
+
+        Raises:
+            RegistryError: as for ``apply``; the events before it were applied.
+        """
         for event in events:
             self.apply(event)
             await asyncio.sleep(0)
 
     @contextmanager
     def fail_stop(self) -> Iterator[None]:
-        """End the process if the database fails inside this block."""
+        """Call ``on_fatal``, which ends the process, if the database fails inside this block.
+
+        Raises:
+            StoreUnavailable: the database failed.
+        """
         try:
             yield
         except StoreUnavailable as error:
@@ -103,7 +120,11 @@ class Loop:
             raise
 
     def close(self) -> None:
-        """Close the database. Idempotent."""
+        """Close the database. Idempotent.
+
+        Raises:
+            StoreUnavailable: the database does not answer; it is unlocked all the same.
+        """
         self.closed = True
         self._store.close()
 
@@ -125,7 +146,7 @@ class Loop:
             return self.allocator.handle(event, now_s)
         except RegistryError:
             raise  # refused; nothing has changed
-        except Exception as error:  # memory may be half changed: as bad as a failed commit
+        except Exception as error:  # the records in memory may be half changed, so the process must end
             log.exception("a decision failed", kind=type(event).__name__, **ids_of(event))
             self._on_fatal(InternalError(f"{type(event).__name__}: {error}"))
             raise

@@ -18,7 +18,7 @@ KEPT = 10_000
 class News:
     """The ids of changed requests, of the last KEPT changes. Used in one event loop.
 
-    A reader's place is the number of changes that it has seen. A place is valid in one process only.
+    A reader's place is the number of changes that the reader has seen. It is valid in one process only.
     """
 
     def __init__(self, kept: int = KEPT) -> None:
@@ -41,7 +41,7 @@ class News:
     async def after(self, place: int | None, wait_s: float) -> tuple[int, list[str] | None]:
         """Wait for changes after ``place``, at most ``wait_s`` seconds. Return the current place and the changed ids.
 
-        The ids are None, at once, if they are not known: the place is too old, invalid or None.
+        Each id is returned once. None instead of the ids, without a wait: ``place`` is too old, invalid or None.
         """
         if place == self._count:
             with suppress(TimeoutError):

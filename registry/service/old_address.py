@@ -1,8 +1,8 @@
 """The ``address`` of a lease, from which the Prompting Service's own client builds its URLs. Pure.
 
 That client sends its prompts to ``"http://" + address + ":8000/process_prompt"``. So ``address`` has no scheme, port or
-path. The lease's token is its userinfo, which HTTP clients send as Basic credentials. At that URL, the ingress
-redirects to the lease's real one.
+path. The lease's token is in its userinfo part, which HTTP clients send as Basic credentials. The ingress answers at
+that URL with a redirect to the lease's ``url``.
 """
 
 from __future__ import annotations

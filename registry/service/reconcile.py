@@ -18,10 +18,12 @@ _ABSENT = (WrapperStatus.LOST, WrapperStatus.OFF)
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Result of ``plan``: events that happened, wrappers to create, wrappers to remove.
+    """Result of ``plan``: what has happened, and what to do.
 
-    ``created``: events that happen once the wrappers are created. ``switch_off``: wrappers of draining machines that no
-    request holds, to be removed.
+    * ``events``: what has happened; they are applied first.
+    * ``create``, ``remove``: wrappers to create, and ids of wrappers to remove.
+    * ``created``: events to apply once the wrappers are created.
+    * ``switch_off``: ids of wrappers of draining machines that no request holds, to be removed.
     """
 
     events: tuple[Event, ...] = ()
@@ -73,10 +75,10 @@ def wanted_wrappers(
 
 
 def with_known_ids(observed: Sequence[Machine], known: Sequence[Machine]) -> tuple[Machine, ...]:
-    """Return the observed machines, with the machine ids under which their nodes are known.
+    """Return the observed machines, each with the machine id under which its node is known.
 
-    If a new node has the name of another machine that is there, the first digits of its node id are appended, so that
-    it does not take over the other machine's wrappers and leases.
+    If a new node has the name of another observed machine, the first digits of its node id are appended
+    to its machine id. So it does not take over the other machine's wrappers and leases.
     """
     ids = {machine.node_id: machine.machine_id for machine in known if machine.alive}
     taken = {ids[machine.node_id] for machine in observed if machine.node_id in ids}
@@ -111,9 +113,10 @@ def plan(
     ``wanted``: the wrappers of every observed machine. Events of machines come first, so that a wrapper's machine is
     known before the wrapper; losses come before additions, so that nothing is granted on a lost machine.
 
-    A wrapper that is leaving is ignored until it is gone. A draining machine keeps only wrappers that requests hold.
-    An old wrapper on a new node, or of another size, looks like the wanted one. Its record therefore stays until the
-    new one was created (``created``): if that is interrupted, the next comparison repeats it.
+    A wrapper that is being removed is ignored until it is gone. A draining machine keeps only wrappers
+    that requests hold. An old wrapper on a new node, or of another size, has the same id as the wanted
+    one. Its record therefore changes only after the new wrapper was created (``created``): if the
+    creation is interrupted, the next comparison repeats it.
     """
     events: list[Event] = []
     created: list[Event] = []

@@ -1,4 +1,4 @@
-"""Reconciles known with observed machines and wrappers, periodically, and removes wrappers of drained machines."""
+"""Periodically compares known with observed machines and wrappers; creates and removes wrappers accordingly."""
 
 from __future__ import annotations
 
@@ -49,7 +49,11 @@ class Reconciler:
         self._switching_off: set[str] = set()
 
     def is_off(self, machine_id: str) -> bool:
-        """True when a drained machine has no wrapper left: its GPUs are free, and it may be switched off."""
+        """True when a drained machine has no wrapper left: its GPUs are free, and it may be switched off.
+
+        Raises:
+            UnknownMachine: no machine has this id.
+        """
         machine, deployed = self._allocator.known_machine(machine_id), self._deployed
         wrappers = self._allocator.wrappers_on(machine_id)
         gone = {WrapperStatus.OFF} if machine.alive else {WrapperStatus.OFF, WrapperStatus.LOST}
@@ -61,7 +65,10 @@ class Reconciler:
         )
 
     async def run(self) -> None:
-        """Reconcile every ``watch.period_s`` until the shutdown. Errors are logged, and do not end it."""
+        """Reconcile every ``watch.period_s`` seconds until the shutdown.
+
+        Errors are logged and do not end the loop, except StoreUnavailable.
+        """
         while not self._loop.stopping:
             await guarded("the cluster could not be reconciled", self._reconcile)
             await asyncio.sleep(self._settings.watch.period_s)
@@ -83,12 +90,12 @@ class Reconciler:
         self._watches.update({wrapper.wrapper_id for wrapper in self._allocator.wrappers()})
 
     def _named(self, observed: Observation) -> Observation:
-        """Return the observation with the ids of known machines, and with all wrappers that are being removed."""
+        """Return the observation with the known machine ids, and with our own removals added to ``leaving``."""
         known = self._allocator.machines()
         machines = with_known_ids(observed.machines, known)
         for named, machine in zip(observed.machines, machines, strict=True):
             if named.machine_id != machine.machine_id and all(machine.node_id != each.node_id for each in known):
-                log.warning("a node joined under another's name", name=named.machine_id, machine_id=machine.machine_id)
+                log.warning("node has another machine's name", name=named.machine_id, machine_id=machine.machine_id)
         return replace(observed, machines=machines, leaving=observed.leaving | self._switching_off)
 
     def _wanted_on(self, machine: Machine) -> tuple[WrapperPlan, ...]:
@@ -103,8 +110,8 @@ class Reconciler:
     async def _switch_off(self, wrapper_ids: Sequence[str]) -> None:
         """Remove wrappers of drained machines, unless they still answer prompts of an expired lease.
 
-        Runs in a task of its own, because Serve may take long to end a replica. If it is interrupted (crash, error,
-        undrain), the next reconciliation repairs the rest.
+        Runs in a task of its own, because Serve may take long to end a replica. If the removal is
+        interrupted (crash, error, undrain), the next reconciliation does the rest.
         """
         await guarded("wrappers could not be switched off", self._remove_unless_used, wrapper_ids)
         self._switching_off.difference_update(wrapper_ids)
@@ -118,7 +125,7 @@ class Reconciler:
         if off:
             await self._cluster.remove(off)
         for wrapper_id in off:
-            self._reports.latest.pop(wrapper_id, None)  # when it was last heard stays known
+            self._reports.latest.pop(wrapper_id, None)  # ``heard_s`` keeps the time of the last report
 
     async def _is_prompted(self, wrapper_id: str) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Deletes what ended long ago from the database, once a day."""
+"""Deletes requests, events and energy windows that ended long ago from the database, once a day."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ FORGET_PAUSE_S = 0.05
 class Retention:
     """Deletes what ended more than ``keep_days`` ago. ``on_forgotten`` is called with the ids of deleted requests.
 
-    Time in which no registry ran is not counted: otherwise a clock that is wrong at the start could delete all.
+    Time in which no registry ran is not counted. Otherwise, a wrong clock at the start could cause the
+    deletion of everything.
     """
 
     def __init__(
@@ -51,22 +52,26 @@ class Retention:
         self._on_forgotten = on_forgotten
         self._next_s = 0.0
         self._begun_s = self._before_s = 0.0
-        """UTC seconds: when this process began, and the last event stored by the previous process."""
+        """UTC seconds: the start of this process, and the time of the last event that the previous process stored."""
 
     def begin(self) -> None:
-        """Note when the previous process stored its last event, before this one stores any."""
+        """Record the time of the previous process's last event. Call it before this process stores an event.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
         self._begun_s = self._loop.now_s()
         newest_s = self._store.newest_event_s()
         self._before_s = self._begun_s if newest_s is None else min(newest_s, self._begun_s)
 
     def run_if_due(self, now_s: float) -> None:
-        """Begin to delete, in the background, if a day has passed since the last time. ``now_s``: UTC seconds."""
+        """Start ``forget`` in the background if a day has passed since the last time. ``now_s``: UTC seconds."""
         if now_s >= self._next_s and not self._loop.stopping:
             self._next_s = now_s + DAY_S
-            self._tasks.spawn(guarded("what ended long ago could not be forgotten", self.forget))
+            self._tasks.spawn(guarded("old records could not be deleted", self.forget))
 
     async def forget(self) -> None:
-        """Delete what is old enough, in small parts, with other work in between.
+        """Delete what ended more than ``keep_days`` ago, in small transactions; other tasks run in between.
 
         Raises:
             StoreUnavailable: the database failed, and ``on_fatal`` was called.
@@ -81,6 +86,6 @@ class Retention:
             self._on_forgotten(part.request_ids)
             count += len(part.request_ids)
             if not part.more:
-                log.info("requests were forgotten", count=count, keep_days=self._keep_days)
+                log.info("old requests deleted", count=count, keep_days=self._keep_days)
                 return
             await asyncio.sleep(FORGET_PAUSE_S)

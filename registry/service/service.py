@@ -1,11 +1,11 @@
-"""The registry without HTTP and Ray: accepts requests, and runs the objects that hand out LLMs. Plain asyncio.
+"""The registry without HTTP and Ray: accepts requests, and grants leases for LLMs. Plain asyncio.
 
-``Service`` puts them together and is what the actor calls:
+The registry actor calls ``Service``, which builds and connects these modules:
 
-* ``loop``: every event, one at a time: decide (allocator) → commit (store) → act (commands).
-* ``commands``: sends commands to wrappers; ``turns``: which results are out of date.
-* ``reconciling``: machines and wrappers come and go; ``watch``, ``wrapper_reports``: what wrappers report.
-* ``expiry``, ``retention``: leases that end by time; what ended long ago is deleted.
+* ``loop`` applies every event, one at a time: decide (allocator) → commit (store) → act (commands).
+* ``commands`` sends commands to wrappers; ``turns`` finds results that are out of date.
+* ``reconciling`` creates and removes wrappers; ``watch`` and ``wrapper_reports`` record what wrappers report.
+* ``expiry`` ends leases in time; ``retention`` deletes what ended long ago.
 
 If a decision or a commit fails, the process ends. Any other failure is logged, and the service continues.
 """
@@ -59,7 +59,8 @@ STOP_MARGIN_S = 10.0
 """A shutdown waits this much longer than an LLM may take to stop, seconds."""
 
 GRANT_WAIT_S = 0.25
-"""Maximum time that a POST's answer waits for the hand-over of a running free LLM, seconds; it takes milliseconds."""
+"""Maximum time that a POST's answer waits for the hand-over of an LLM that already runs and is free, seconds. The
+hand-over usually takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,14 @@ class Idempotency:
 class Service:
     """Owns the registry's state, and everything that runs on it.
 
-    Must be created, started and used in one event loop. ``now_s`` returns UTC seconds, ``new_token`` unguessable lease
-    tokens; ``homes`` maps a machine id or ``*`` to an LLM. ``on_fatal`` is called when the database or a decision
-    fails, and must end the process; ``on_energy`` is called for each stored energy window. ``observer`` is called at
-    each step of the loop.
+    Must be created, started and used in one event loop of asyncio.
+
+    * ``now_s`` returns UTC seconds, ``new_token`` an unguessable lease token.
+    * ``homes`` maps a machine id or ``*`` to an LLM.
+    * ``on_fatal`` is called when the database or a decision fails, and must end the process.
+    * ``on_energy`` is called for each stored energy window.
+    * ``ended_kept``: maximum number of finished measurements in memory.
+    * ``observer`` is called at each step of ``loop``.
     """
 
     def __init__(
@@ -107,7 +112,7 @@ class Service:
         self._waiters = Waiters()
         self._tasks = tasks = Tasks()
         self._answered_again: set[str] = set()
-        """First request ids of POSTs that were repeated with the same Idempotency-Key and answered again."""
+        """First request id of each POST that was repeated with the same Idempotency-Key and got the same answer."""
         self._wrappers_changed = asyncio.Event()
 
         self._loop = loop = Loop(
@@ -139,13 +144,17 @@ class Service:
 
     @property
     def heard_s(self) -> Mapping[str, float]:
-        """By wrapper: when this process got its last report, UTC seconds."""
+        """By wrapper: when this process received the wrapper's last report, UTC seconds."""
         return self._reports.heard_s
 
     # --- life -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Load the database and start watching. Does not wait for machines or wrappers."""
+        """Load the database, and start the background work. Does not wait for machines or wrappers.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
         self._retention.begin()
         stored = self._store.load(ended=False)
         self.allocator.load(stored, self._store.next_seq())
@@ -156,7 +165,11 @@ class Service:
     async def shutdown(self) -> None:
         """Stop every LLM and every wrapper, then close the database. New requests are refused at once.
 
-        The settings limit how long each step may take. Queued requests stay queued for the next start. Idempotent.
+        The settings limit how long each step may take. Queued requests stay queued for the next start.
+        Idempotent.
+
+        Raises:
+            StoreUnavailable: the database failed.
         """
         if self._loop.closed:
             return
@@ -182,7 +195,7 @@ class Service:
         return [w.wrapper_id for w in self.allocator.wrappers() if w.status is WrapperStatus.STOPPING]
 
     def _publish(self, changes: Changes) -> None:
-        """Tell everyone who waits or reads what a decision has changed."""
+        """Update tokens, archive and news after a decision, and wake the clients that wait."""
         self._tokens.remember(changes.leases)
         self.archive.note(changes)
         request_ids = [request.request_id for request in changes.requests]
@@ -205,13 +218,15 @@ class Service:
         grade: Grade = Grade.STANDARD,
         like_request_id: str | None = None,
     ) -> tuple[Request, ...]:
-        """Accept requests for LLMs, and return them in the order given. They are stored when this returns.
+        """Accept requests for LLMs, and return them in the order given. The requests are stored then.
 
-        The caller chooses the ids, so a retry is safe: known ids return the existing requests.
+        The caller chooses the request ids, so a retry is safe: for known ids or a known Idempotency-Key,
+        the existing requests are returned.
 
         Raises:
             QueueFull, LLMNeverFits, InvalidField, TenantBudgetUsed, ShuttingDown: nothing was accepted.
             IdempotencyConflict: the key was used with another body.
+            StoreUnavailable: the database failed.
         """
         if self._loop.closed:
             raise ShuttingDown
@@ -243,17 +258,21 @@ class Service:
         Raises:
             UnknownRequest: no request has this id.
             RequestForgotten: the request was deleted after ``keep_days``.
+            ShuttingDown: the registry's database is closed.
+            StoreUnavailable: the database failed.
         """
         if not self.known(request_id).status.ended:
             self._loop.apply(LeaseReleased(request_id))
 
     def withdraw(self, request_ids: Sequence[str], *, tenant: str, key: str | None) -> None:
-        """Release the requests of a POST whose answer did not reach the client, which has no ids of them. Idempotent.
+        """Release the requests of a POST whose answer did not reach the client. Idempotent.
 
-        Its Idempotency-Key is deleted, so that a retry creates new requests. Nothing happens if a retry has got these
-        requests already, or if they were never accepted.
+        The client does not know their ids. The Idempotency-Key ``key`` is deleted, so that a retry
+        creates new requests. Nothing happens if a retry has already got these requests, or if they were
+        never accepted.
 
         Raises:
+            ShuttingDown: the registry's database is closed.
             StoreUnavailable: the database does not answer.
         """
         known = [request_id for request_id in request_ids if self._knows(request_id)]
@@ -269,8 +288,11 @@ class Service:
         """Return the id of the request whose lease has this token.
 
         Raises:
-            LeaseEnded: the lease has ended. Known only for the last REMEMBERED_TOKENS leases since the last restart.
+            LeaseEnded: the lease with this token has ended. Only the tokens of the last REMEMBERED_TOKENS
+                leases since the last restart are known.
             NoSuchLease: no known lease has, or had, this token.
+            RequestForgotten: the request was deleted after ``keep_days``.
+            StoreUnavailable: the database does not answer.
         """
         request_id = self._tokens.request_id(token)
         if request_id is None:
@@ -283,7 +305,10 @@ class Service:
     async def granted(self, requests: Sequence[Request]) -> tuple[Request, ...]:
         """Return the current requests of a POST. If the first one's LLM was running and free, wait for its hand-over.
 
-        Waits at most GRANT_WAIT_S, for the wrapper's confirmation.
+        Waits at most GRANT_WAIT_S seconds for the wrapper's confirmation.
+
+        Raises:
+            UnknownRequest, RequestForgotten: as for ``release``.
         """
         first = requests[0]
         wrapper = None if first.wrapper_id is None else self.allocator.wrapper(first.wrapper_id)
@@ -294,11 +319,13 @@ class Service:
     async def keep_alive(self, request_id: str) -> Request:
         """Restart the idle time of a request's lease, unless the wrapper has just ended the lease. Return the request.
 
-        While the LLM is being restarted, the wrapper may not know the lease yet; the idle time restarts all the same.
+        Without a lease, the request is returned unchanged. While the LLM is being restarted, the wrapper
+        may not know the lease yet; the idle time restarts in that case too.
 
         Raises:
             UnknownRequest, RequestForgotten: as for ``release``.
             WrapperUnreachable: the wrapper did not answer; the lease is unchanged.
+            ShuttingDown: the registry's database is closed.
         """
         request = self.known(request_id)
         lease = self.allocator.lease_of(request_id)
@@ -320,7 +347,7 @@ class Service:
         self._loop.apply(MachineDrained(machine_id))
 
     def undrain(self, machine_id: str) -> None:
-        """Use a machine again, and create its wrappers again. Idempotent.
+        """Allow new leases on a drained machine; its wrappers are created again. Idempotent.
 
         Raises:
             UnknownMachine, ShuttingDown: as for ``drain``.
@@ -328,15 +355,21 @@ class Service:
         self._loop.apply(MachineUndrained(machine_id))
 
     def is_off(self, machine_id: str) -> bool:
-        """True when a drained machine has no wrapper left: its GPUs are free, and it may be switched off."""
+        """True when a drained machine has no wrapper left: its GPUs are free, and it may be switched off.
+
+        Raises:
+            UnknownMachine: no machine has this id.
+        """
         return self._reconciler.is_off(machine_id)
 
     def misses_reports(self, wrapper_id: str) -> bool:
-        """True when a wrapper did not answer the last request for a report."""
+        """True when a wrapper has missed its last report. False again once it counts as failed."""
         return self._watches.misses_reports(wrapper_id)
 
     async def wait_for_change(self, request_id: str, wait_s: float, seen: RequestStatus | None = None) -> Request:
-        """Wait until a request's status differs from ``seen``, at most ``wait_s`` (≤ MAX_WAIT_S) seconds; return it.
+        """Wait until a request's status differs from ``seen``, at most ``wait_s`` seconds. Return the request.
+
+        Waits longer than MAX_WAIT_S are cut to MAX_WAIT_S.
 
         With ``seen=None``: return at once if it is ``deployed``, else wait for the next change of status. Requests that
         have ended return at once.

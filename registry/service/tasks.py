@@ -46,7 +46,11 @@ class Tasks:
 
 
 async def guarded(what: str, work: Callable[P, Awaitable[None]], *args: P.args, **more: P.kwargs) -> None:
-    """Call and await ``work``. Log its errors as ``what``, so that the caller can continue. Raises StoreUnavailable."""
+    """Call and await ``work``. Log its errors with the text ``what``, so that the caller can continue.
+
+    Raises:
+        StoreUnavailable: the database failed, and ``on_fatal`` was called.
+    """
     try:
         await work(*args, **more)
     except StoreUnavailable:

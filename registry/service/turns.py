@@ -1,4 +1,4 @@
-"""Tells whether a wrapper's report, or the result of a command, is older than the wrapper's newest command."""
+"""Finds reports of a wrapper, and results of commands, that are older than the newest command to it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from registry.core.commands import Effect
 
 
 class Turns:
-    """Counts the commands to each wrapper, and knows the newest one while it is in progress."""
+    """Counts the commands to each wrapper, and holds the newest command while it is in progress."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
-        """By wrapper: number of times it was commanded or created."""
+        """By wrapper: number of commands sent to it, plus the number of times that it was created."""
         self._in_progress: dict[str, Effect] = {}
         """By wrapper: its newest command, while in progress; dropped when the wrapper is created again."""
 
@@ -19,7 +19,7 @@ class Turns:
         self._count(effect.wrapper_id)
         self._in_progress[effect.wrapper_id] = effect
 
-    # D47: nothing is known of a wrapper from before it was created
+    # D47: a command says nothing of a wrapper that was created after it
     def created(self, wrapper_id: str) -> None:
         """Record that a wrapper is created (again): results of earlier commands are out of date now."""
         self._count(wrapper_id)

@@ -18,12 +18,12 @@ def joined(reports: list[Versions]) -> dict[str, str]:
     return {name: " and ".join(sorted({v[name] for v in reports if name in v})) for name in names}
 
 
-# D32: versions are told, and decide nothing
+# D32: versions are reported, and decide nothing
 def differences(machines: Mapping[str, Versions]) -> dict[str, list[str]]:
     """Return by machine the software whose version is not the majority's: ``vllm 0.31.0, elsewhere 0.32.0``.
 
-    The majority is more than half of the machines that have the software; without one, all of these differ. Missing
-    software (e.g. a driver without a GPU) is no difference.
+    The majority is more than half of the machines that have the software. If no version has a majority,
+    all of these machines differ. Missing software is no difference (e.g. no GPU driver without a GPU).
     """
     counts: dict[str, Counter[str]] = {}
     for versions in machines.values():

@@ -63,7 +63,11 @@ def lease_url(service: Service, request_id: str) -> str | None:
 
 
 def request_state(service: Service, request: Request) -> RequestState:
-    """Return a request as its client sees it. O(log n) in the number of queued requests."""
+    """Return a request as its client sees it. O(log n) in the number of queued requests.
+
+    Raises:
+        StoreUnavailable: the database does not answer.
+    """
     costs = {} if request.deployed_s is None else service.accounts.costs(request.request_id)
     return _request_state(service, request, service.archive.measurement(request.measurement_key), costs)
 
@@ -112,7 +116,7 @@ def _request_state(
 
 
 def _energy_state(costs: Mapping[WindowKind, Total]) -> EnergyState | None:
-    """Return the cost of a lease so far: prompts and idle time, of all processes of its wrapper."""
+    """Return the cost of a lease so far: prompts and idle time. None if no window of it is stored yet."""
     idle, lease = costs.get(WindowKind.IDLE, Total()), lease_total(costs)
     if not lease.joules.count:
         return None
@@ -153,6 +157,7 @@ def measurement_state(
 
     Raises:
         UnknownMeasurement: there is none with this key.
+        StoreUnavailable: the database does not answer.
     """
     measurement = service.archive.measurement(key)
     requests = service.archive.requests_of(key, after_seq=after_seq, limit=limit)
@@ -181,7 +186,11 @@ def report_json(measurement: Measurement, windows: Gathered) -> str:
 
 
 def place_of(after: str | None) -> WindowPlace | None:
-    """Parse ``next`` of a page of windows. Raises InvalidField."""
+    """Parse the parameter ``after``, which a client took from ``next`` of a page; None for None.
+
+    Raises:
+        InvalidField: it is not a value of ``next``.
+    """
     if after is None:
         return None
     begun_s, _, window_id = after.partition("_")
@@ -256,7 +265,7 @@ def _is_healthy(service: Service, machine: Machine, wrappers: Sequence[Wrapper])
 
 
 def _differences(service: Service) -> dict[str, list[str]]:
-    """Return by machine which reported versions differ from those of most machines."""
+    """Return for each machine the reported software versions that differ from those of most machines."""
     told: dict[str, list[Mapping[str, str]]] = {}
     for wrapper_id, report in service.reports.items():
         wrapper = service.allocator.wrapper(wrapper_id)
@@ -284,9 +293,10 @@ def llm_states(service: Service) -> list[LLMState]:
 
 
 def health_state(service: Service) -> HealthState:
-    """Return the registry's health: ``ok`` if a wrapper can serve, else ``starting`` if one starts or none exists yet.
+    """Return the registry's health.
 
-    Otherwise ``degraded``.
+    ``ok``: a wrapper can serve. ``starting``: none can, but one is starting, or no wrapper exists yet.
+    ``degraded``: none of these.
     """
     allocator = service.allocator
     wrappers, usable = allocator.count_wrappers(WrapperStatus), allocator.count_wrappers(USABLE)
@@ -316,7 +326,8 @@ def _wrapper_state(service: Service, wrapper: Wrapper) -> WrapperState:
         **_progress(report.download if report is not None else None),
         warm=report.warm if report is not None else None,
         coldReason=report.cold_reason if report is not None else None,
-        # The reason is that of the last failure, which no longer matters once the wrapper works again.
+        # The reason of the last failure no longer matters once the wrapper works again. An IDLE wrapper keeps it: it
+        # says why the last LLM could not be started or died.
         reason=None if wrapper.status in _WELL else wrapper.reason,
         meter=dict(report.meter) if report is not None and report.meter is not None else None,
         versions=dict(report.versions) if report is not None and report.versions is not None else None,
@@ -331,7 +342,10 @@ def _progress(download: Download | None) -> dict[str, Any]:
 
 
 def _phase(service: Service, request: Request) -> tuple[str | None, Download | None]:
-    """Return the phase of a deploying request and its download, None each if not reported."""
+    """Return the phase of a DEPLOYING request and its download; each is None if not reported.
+
+    A request with a lease is ``handing over``, unless its machine is settling.
+    """
     if request.status is not RequestStatus.DEPLOYING or request.wrapper_id is None:
         return None, None
     report = service.reports.get(request.wrapper_id)

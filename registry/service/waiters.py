@@ -1,4 +1,4 @@
-"""Clients that wait for the next change of a request."""
+"""Wakes clients that wait for the next change of a request."""
 
 from __future__ import annotations
 

@@ -25,14 +25,17 @@ class Watch:
 
     def __init__(self, wrapper_id: str, loop: Loop, reports: WrapperReports, settings: WatchSettings) -> None:
         self.misses = 0
-        """Number of reports in a row that the wrapper did not give."""
+        """Number of reports in a row that the wrapper did not answer; 0 again once it counts as failed."""
         self._wrapper_id = wrapper_id
         self._loop = loop
         self._reports = reports
         self._settings = settings
 
     async def run(self) -> None:
-        """Watch the wrapper as long as it exists. Errors are logged, and do not end it."""
+        """Watch the wrapper as long as it exists.
+
+        Errors are logged and do not end the loop, except StoreUnavailable.
+        """
         problem = f"wrapper {self._wrapper_id} could not be looked after"
         known = self._loop.allocator.wrapper(self._wrapper_id)
         if known is not None and known.status is not WrapperStatus.OFF:
@@ -57,7 +60,7 @@ class Watch:
         try:
             report, is_current = await self._reports.fetch(self._wrapper_id)
         except WrapperUnheard:
-            return  # the cause may not be the wrapper
+            return  # not counted: the cause may be the connection and not the wrapper
         except WrapperUnreachable as error:
             self._missed(error.reason)
             return
@@ -74,7 +77,7 @@ class Watch:
 
 
 class Watches:
-    """One Watch for each wrapper, in a task of its own, so one that hangs delays no other."""
+    """One Watch for each wrapper. Each runs in a task of its own, so a wrapper that hangs delays no other."""
 
     def __init__(self, loop: Loop, reports: WrapperReports, tasks: Tasks, settings: WatchSettings) -> None:
         self._loop = loop
@@ -94,6 +97,6 @@ class Watches:
             self._reports.forget(wrapper_id)
 
     def misses_reports(self, wrapper_id: str) -> bool:
-        """True when a wrapper did not answer the last request for a report."""
+        """True when a wrapper has missed its last report. False again once it counts as failed."""
         watch = self._watches.get(wrapper_id)
         return watch is not None and watch[0].misses > 0

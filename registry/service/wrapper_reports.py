@@ -1,7 +1,7 @@
 """Asks wrappers for reports, and records what they say: windows, memory, activity, flags, failures.
 
-With each question, a wrapper gets the registry's view of its lease. A report may be older than a command that was sent
-meanwhile; then it says nothing about the wrapper's status.
+Each request for a report contains the registry's view of the wrapper's lease. A report may be older
+than a command that was sent meanwhile; the wrapper's status in it is then out of date.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from registry.settings import Settings
 from registry.wire.words import canonical_json
 
 ACTIVITY_GRAIN = 0.05
-"""A lease's activity is stored if it is newer than the stored one by this fraction of the idle limit: each time takes a
-commit. No lease ends early because of that, since its wrapper is asked first."""
+"""A lease's last use is stored only if it is newer than the stored one by this fraction of the idle limit, because each
+change takes a commit. No lease ends too early because of that: its wrapper is asked before it ends for idleness."""
 
 ANSWERING = frozenset(
     {WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED, WrapperStatus.STOPPING}
@@ -46,7 +46,7 @@ class WrapperReports:
     def __init__(self, loop: Loop, cluster: Cluster, turns: Turns, *, accounts: Accounts, settings: Settings) -> None:
         self.latest: dict[str, WrapperReport] = {}
         self.heard_s: dict[str, float] = {}
-        """By wrapper: when this process got its last report, UTC seconds."""
+        """By wrapper: when this process received the wrapper's last report, UTC seconds."""
         self._loop = loop
         self._allocator = loop.allocator
         self._cluster = cluster
@@ -57,7 +57,10 @@ class WrapperReports:
     # --- what the registry knows ------------------------------------------------------------------------
 
     def moment(self, wrapper_id: str) -> Moment | None:
-        """Return the timestamp of a wrapper's last report: what is known now was true then or later."""
+        """Return the wrapper's own timestamp of its last report, None if there is no report.
+
+        The registry's present view of the wrapper was true at that time or later.
+        """
         report = self.latest.get(wrapper_id)
         return None if report is None else report.moment
 
@@ -67,7 +70,7 @@ class WrapperReports:
         return None if report is None or report.versions is None else canonical_json(report.versions)
 
     def belief(self, wrapper_id: str) -> Belief:
-        """Return the registry's view of a wrapper and its lease, as it is sent with a question."""
+        """Return the registry's view of a wrapper and its lease, for a request for a report."""
         wrapper, lease = self._allocator.wrapper(wrapper_id), self._allocator.lease_by_wrapper(wrapper_id)
         as_of = self.moment(wrapper_id)
         return Belief(
@@ -91,7 +94,8 @@ class WrapperReports:
     async def fetch(self, wrapper_id: str, own: Effect | None = None) -> tuple[WrapperReport, bool]:
         """Return a wrapper's report, and whether its status may be applied. Stores its windows and memory.
 
-        False if a command other than ``own`` was in progress: the report may be older than that command's result.
+        The status may not be applied (False) if a command other than ``own`` was in progress: the report
+        may be older than that command's result.
 
         Raises:
             WrapperUnreachable: the wrapper did not answer.
@@ -114,8 +118,11 @@ class WrapperReports:
     async def await_start(self, wrapper_id: str, own: Effect | None = None) -> Event | None:
         """Wait until a starting wrapper answers, at most ``wrappers.start_timeout_s``. Return the resulting event.
 
-        The timeout restarts whenever another command is sent. ``own``: the command that waits; None is returned if it
-        is superseded.
+        The timeout restarts whenever another command is sent. ``own``: the command that waits, None: no
+        command does. Returns None if ``own`` is superseded.
+
+        Raises:
+            StoreUnavailable: the report's windows could not be stored; ``on_fatal`` was called.
         """
         clock, limit_s = asyncio.get_running_loop().time, self._settings.wrappers.start_timeout_s
         deadline_s = clock() + limit_s
@@ -147,8 +154,9 @@ class WrapperReports:
         has_llm = wrapper.status in (WrapperStatus.READY, WrapperStatus.LEASED)
         replaced = report.epoch < wrapper.epoch or (has_llm and not report.starts)
         if wrapper.status is WrapperStatus.FAILED or replaced:
-            # It was given up and answers again, or its process is new and empty. A command to the old process may have
-            # given the new one its epoch, but no LLM: hence the check of ``starts``.
+            # A FAILED wrapper answers again, or the wrapper's process is new and empty. A command meant for the old
+            # process may have reached the new one, which then has the current epoch but no LLM. So ``starts`` is
+            # checked, too.
             self._loop.apply(WrapperStarted(wrapper_id, report.epoch, report.running))
         elif report.died is not None and has_llm:
             self._loop.apply(LLMDied(wrapper_id, report.epoch, report.died, report.death_flags))
@@ -156,9 +164,9 @@ class WrapperReports:
             self._loop.apply(LeaseLapsed(wrapper.request_id))
 
     def record_activity(self, report: WrapperReport, *, grain: float) -> None:
-        """Restart the idle time of a wrapper's lease if the lease was used since.
+        """Restart the idle time of a wrapper's lease if the report shows a later use.
 
-        Only if the use is newer than the recorded one by more than ``grain`` (fraction of the idle limit).
+        The use must be later than the recorded one by more than ``grain`` (fraction of the idle limit).
         """
         if report.bound is None or report.idle_for_s is None:
             return
@@ -190,6 +198,6 @@ class WrapperReports:
 
     def _store_windows(self, wrapper_id: str, report: WrapperReport) -> None:
         if self._loop.closed:
-            return  # the wrapper keeps them
+            return  # not confirmed, so the wrapper keeps the windows
         with self._loop.fail_stop():
             self._accounts.keep(wrapper_id, report)

@@ -54,7 +54,8 @@ _PG_OWNER = text(
 def open_database(url: str, lock_wait_s: float, owned: ExitStack) -> Connection:
     """Lock the database for this process, create it if needed, and migrate its tables. Return the only connection.
 
-    ``owned`` gets what must be closed: the connection and the lock. Blocks up to ``lock_wait_s`` for the lock.
+    The connection and the lock are added to ``owned``, which closes them. Blocks up to ``lock_wait_s``
+    seconds for the lock.
 
     Raises:
         BadSettings: the URL can't be used, or a newer version of the registry has changed the tables.
@@ -112,7 +113,7 @@ def _own_file(path: Path, lock_wait_s: float, owned: ExitStack) -> None:
     """Create the database file, and lock a file beside it for the life of the process."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    owned.callback(os.close, lock)  # the kernel does it too, however the process dies
+    owned.callback(os.close, lock)  # if the process is killed, the kernel closes it
 
     def flock() -> bool:
         try:
@@ -172,7 +173,10 @@ def _retry(attempt: Callable[[], bool], wait_s: float) -> bool:
 
 
 def migration_config(connection: Connection) -> Config:
-    """Return Alembic's configuration for our revisions and an open connection; the caller owns the transaction."""
+    """Return Alembic's configuration for our revisions and this open connection.
+
+    The caller begins and ends the transaction.
+    """
     config = Config()
     config.set_main_option("script_location", str(resources.files("registry.store") / "migrations").replace("%", "%%"))
     config.attributes["connection"] = connection
@@ -191,7 +195,8 @@ def _upgrade(connection: Connection) -> None:
 def converted_errors() -> Iterator[None]:
     """Convert the driver's errors to StoreUnavailable, with the first line of the driver's text.
 
-    Later lines and the cause are dropped: PostgreSQL quotes the row there, with a lease's token in it.
+    Later lines and the cause are dropped, because PostgreSQL quotes the row there, which may contain a
+    lease's token.
     """
     try:
         yield

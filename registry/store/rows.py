@@ -25,7 +25,7 @@ class EventRow:
 
 @dataclass(frozen=True, slots=True)
 class StoredEvent:
-    """An EventRow and its number: ``event_id`` > 0 grows with every event and is never used twice."""
+    """An EventRow with its number ``event_id`` > 0. Numbers grow with every event and are never used twice."""
 
     event_id: int
     event: EventRow
@@ -35,7 +35,8 @@ class StoredEvent:
 class IdempotencyRow:
     """The answer to a tenant's Idempotency-Key: ``request_ids``, in the order of the body's llms.
 
-    ``key``: at most 1024 characters (PostgreSQL refuses index entries over 2.7 kB). ``body_sha256``: hexadecimal.
+    ``key``: at most 1024 characters, since PostgreSQL refuses index entries over 2.7 kB.
+    ``body_sha256``: hexadecimal. ``created_s``: UTC seconds.
     """
 
     tenant: str

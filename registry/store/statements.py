@@ -1,4 +1,4 @@
-"""SQL statements that the store builds from its tables and records. The same for SQLite and PostgreSQL."""
+"""Builds and runs the store's SQL statements from its tables and records, for SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def insert_once(table: Table, dialect: str) -> ReturningInsert[Any]:
 
 
 def cells_of(record: DataclassInstance) -> dict[str, Any]:
-    """Return a record's fields as the columns of its table."""
+    """Return a record's field values by column name."""
     return {field.name: getattr(record, field.name) for field in fields(record)}
 
 

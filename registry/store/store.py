@@ -1,4 +1,4 @@
-"""Stores the registry's records: one database, one owner, one transaction per decision.
+"""Stores the registry's records in one database, with one transaction per decision.
 
 Only this package accesses the database: ``database`` opens it, ``statements`` builds its SQL, ``migrations`` has the
 tables and revisions. SQLite (embedded) and PostgreSQL give the same guarantees.
@@ -105,7 +105,7 @@ class Store:
             )
 
     def next_seq(self) -> int:
-        """Return a number above the ``seq`` of every request, at least 1.
+        """Return a number above the ``seq`` of every stored request, at least 1.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -166,8 +166,8 @@ class Store:
             The number of the first event, None if there are no events.
 
         Raises:
-            StoreUnavailable: nothing was written, or everything (connection lost while committing): only a new ``open``
-                and ``load`` show which.
+            StoreUnavailable: nothing was written; or, if the connection was lost during the commit,
+                possibly everything. Only a new ``open`` and ``load`` show which.
         """
         with self._transaction() as connection:
             put(connection, MACHINES, changes.machines)
@@ -314,11 +314,11 @@ class Store:
     def forget(self, *, ended_before_s: float, limit: int) -> Forgotten:
         """Delete part of what ended before this UTC second: at most ``limit`` (> 0) rows of each kind.
 
-        Energy windows, events and idempotency keys are deleted first, then requests (whose ids stay for
-        ``was_forgotten``), and measurements with their last request.
+        Energy windows, events and idempotency keys are deleted first, then requests; each measurement is
+        deleted with its last request. The requests' ids are kept for ``was_forgotten``.
 
         Raises:
-            StoreUnavailable: as for ``commit``; nothing of this part was deleted, or (connection lost) all of it.
+            StoreUnavailable: as for ``commit``: nothing of this part was deleted, or all of it.
         """
         requests = REQUESTS.c
         with self._transaction() as connection:
@@ -365,7 +365,7 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        # SQLAlchemy would reconnect, but the lock was lost with the old connection.
+        # SQLAlchemy would reconnect. The lock was lost with the old connection, so another registry may hold it now.
         if self._connection.invalidated:
             raise StoreUnavailable("the connection was lost, and another registry may have the database by now")
         with converted_errors(), self._connection.begin():

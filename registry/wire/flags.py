@@ -1,7 +1,8 @@
-"""The flags: words that say what is unusual about a figure or a measurement, each with its meaning.
+"""The flags: each names something unusual about a figure or a measurement, and has a meaning.
 
-Clients read these words, and the database keeps them, so a word never changes. Records and answers hold plain strings,
-because an older release may have written words that this one does not know. docs/reference/flags.md is made from here.
+Clients read these names, and the database stores them, so a name never changes. Records and answers
+hold plain strings, because an older release may have written flags that this release does not know.
+docs/reference/flags.md is generated from this file.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ _NO_SCORE: Final = "score unknown, joules kept"
 
 
 class Flag(StrEnum):
-    """A flag, with the group it is ``about``, what becomes of a ``figure`` that has it, and its ``meaning``."""
+    """A flag: its group (``about``), what happens to a ``figure`` that has it, and its ``meaning``."""
 
     about: str
     figure: str
     meaning: str
 
     def __new__(cls, word: str, about: str, figure: str, meaning: str) -> Self:
-        """Make a member that equals its word."""
+        """Return a member that equals its name in records."""
         flag = str.__new__(cls, word)
         flag._value_ = word
         flag.about, flag.figure, flag.meaning = about, figure, meaning

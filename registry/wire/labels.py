@@ -1,4 +1,4 @@
-"""Labels: where a figure comes from, as records, answers and reports say it. Pure."""
+"""Labels of figures, which say where a figure comes from. Used in records, answers and reports. Pure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def worst(labels: Iterable[Label]) -> Label:
 
 
 def worst_word(words: Iterable[str]) -> str:
-    """Return the worst of the words in records; a word that is no label is worse than all labels."""
+    """Return the worst of these labels from records; an unknown word is worse than all labels.
+
+    Returns ``unavailable`` if there are none.
+    """
     return max(words, key=lambda word: _RANK.get(word, len(_RANK)), default=Label.UNAVAILABLE)
 
 

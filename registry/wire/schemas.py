@@ -65,7 +65,11 @@ NonEmpty = Annotated[StrictStr, StringConstraints(min_length=1, max_length=1024)
 
 
 def _can_be_answered(args: dict[str, Any]) -> dict[str, Any]:
-    """Check that args are strict JSON, since answers contain them: Python's parser accepts more. Raises ValueError."""
+    """Return args unchanged if they are strict JSON, which answers need; Python's parser accepts more.
+
+    Raises:
+        ValueError: they are not strict JSON, or nested deeper than MAX_ARGS_DEPTH.
+    """
     level: list[Any] = [args]
     for _ in range(MAX_ARGS_DEPTH):
         level = [
@@ -87,14 +91,14 @@ Args = Annotated[dict[str, Any], AfterValidator(_can_be_answered)]
 
 
 class _Asked(BaseModel):
-    """Part of a request: an unknown field is an error, because it would have no effect."""
+    """Base of bodies that clients send: an unknown field is an error, because it would have no effect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 # D76: requests are strict, answers are open
 class _Answered(BaseModel):
-    """Part of an answer: an older client ignores fields that a newer registry adds."""
+    """Base of bodies that the registry sends: an older client ignores fields that a newer registry adds."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", json_schema_extra={"additionalProperties": True})
 

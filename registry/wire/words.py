@@ -1,4 +1,4 @@
-"""The words of the registry's HTTP bodies: statuses, priorities, grades, kinds of energy window."""
+"""The enumerations in the registry's HTTP bodies: statuses, priorities, grades, kinds of energy windows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class RequestStatus(StrEnum):
-    """The status of a request for one LLM; also the ``status`` word on the wire."""
+    """The status of a request for one LLM; its value is ``status`` in HTTP bodies."""
 
     QUEUED = "queued"
     DEPLOYING = "deploying"
@@ -42,7 +42,8 @@ class Priority(StrEnum):
 class Grade(StrEnum):
     """How carefully a lease is prepared for measuring energy.
 
-    measurement: the LLM is handed over warmed up, on a machine at rest. Every grade starts with an empty prefix cache.
+    measurement: the LLM is handed over after a warm-up, on a machine at rest. With every grade, the prefix cache is
+    empty at the start of the lease.
     """
 
     STANDARD = "standard"
@@ -64,7 +65,8 @@ class WindowKind(StrEnum):
     """What a wrapper did during an energy window.
 
     prompt: one prompt of a lease. lease: a whole lease. idle: the time of a lease without prompts, or of a machine
-    without a lease. load, wake: the start of an LLM, or its waking from sleep, with warm-up; charged to its deployment.
+    without a lease. load, wake: the start of an LLM, or its waking from sleep, with warm-up; charged to the request
+    that it was started for, if any.
     """
 
     PROMPT = "prompt"

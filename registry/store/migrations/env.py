@@ -1,4 +1,4 @@
-"""Alembic's entry point. The connection and its transaction belong to the store; logging is not configured.
+"""Alembic's entry point. The store opens the connection and its transaction; logging is not configured.
 
 Create a new revision with a database that has all older ones::
 
@@ -18,7 +18,10 @@ from registry.store.migrations.tables import METADATA
 
 
 def _plain_type(kind: str, item: object, _: AutogenContext) -> str | Literal[False]:
-    """Write plain types instead of ours: a revision must still work when the code changes."""
+    """Render our column types as SQLAlchemy's own, so that a revision still works when our code changes.
+
+    Return False to leave other items to Alembic.
+    """
     if kind == "type" and isinstance(item, TypeDecorator):
         return f"sa.{item.impl_instance!r}"
     return False

@@ -102,9 +102,9 @@ class _Word(TypeDecorator[StrEnum]):
 
 
 class _Prose(TypeDecorator[str]):
-    """Stores text for people from any source (e.g. an engine's output); replaces characters that databases refuse.
+    """Stores text from any source (e.g. an engine's output), and replaces characters that databases refuse.
 
-    A commit must not fail because of a NUL byte in an error message.
+    So a commit does not fail because of a NUL byte in an error message.
     """
 
     impl = Text
@@ -242,7 +242,8 @@ EVENTS = Table(
     Index(None, "at_s"),
     sqlite_autoincrement=True,
 )
-# ``tenant``: charged with the window, None: no tenant. A window outlives its wrapper, and may belong to no request.
+# ``tenant``: the tenant that the window is charged to, None: no tenant. A window outlives its wrapper, and may belong
+# to no request, so its ids are not foreign keys.
 WINDOWS = Table(
     "windows",
     METADATA,
@@ -265,7 +266,7 @@ WINDOWS = Table(
     Index(None, "tenant", "kind", "ended_s"),
     Index(None, "ended_s"),
 )
-# Only ids, so that the link of a deleted request answers "deleted" and not "unknown".
+# Only the ids are kept, so that the link of a deleted request answers "deleted" (410) and not "unknown" (404).
 FORGOTTEN_REQUESTS = Table("forgotten_requests", METADATA, _must("request_id", Text, primary_key=True))
 IDEMPOTENCY_KEYS = Table(
     "idempotency_keys",

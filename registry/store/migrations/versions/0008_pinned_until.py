@@ -1,4 +1,4 @@
-"""Adds until when a resumed measurement is pinned to its previous machine."""
+"""Adds the time until which a resumed measurement is pinned to its previous machine."""
 
 from __future__ import annotations
 

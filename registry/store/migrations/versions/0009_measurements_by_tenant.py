@@ -14,7 +14,7 @@ _KEY = ["measurement_id", "tenant"]
 
 
 def upgrade() -> None:
-    # SQLite copies a table to change its keys and drops the old one, which foreign keys of other rows would prevent.
+    # To change the keys of a table, SQLite copies it and drops the old table. Foreign keys of leases prevent that.
     op.execute("CREATE TEMPORARY TABLE kept_leases AS SELECT * FROM leases")
     op.execute("DELETE FROM leases")
     with op.batch_alter_table("requests") as batch_op:
