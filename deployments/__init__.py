@@ -1,1 +1,1 @@
-"""Everything that runs on the LLM Machines, and the code that connects it: ingress, wrapper, engine, meter, cluster."""
+"""Everything that runs on the LLM Machines (wrapper, engine, meter), and the ingress and cluster that connect them."""

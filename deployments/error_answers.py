@@ -1,6 +1,7 @@
 """Turns errors into HTTP responses, for the ingress and the wrappers: status, stable code, message, Retry-After.
 
-There are two formats: OpenAI's below ``/v1``, which OpenAI clients understand, and ours everywhere else.
+There are two formats: OpenAI's below ``/v1``, which OpenAI clients understand, and the registry's
+own elsewhere.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def error_answer(
     errors: list[dict[str, str]] | None = None,
     detail: list[dict[str, Any]] | None = None,
 ) -> JSONResponse:
-    """Return an error in our own format, with ``Retry-After`` if it is retryable.
+    """Return an error in the registry's own format, with ``Retry-After`` if it is retryable.
 
     A 422 always has FastAPI's ``detail`` list; by default it is built from ``field`` and ``message``.
     """
@@ -73,7 +74,7 @@ def openai_problem(status: int, code: str, message: str, *, field: str | None = 
 
 
 def registry_error(error: RegistryError, *, openai: bool = False) -> JSONResponse:
-    """Return the response for an error of ours, in OpenAI's format if ``openai``."""
+    """Return the response for a RegistryError, in OpenAI's format if ``openai``."""
     shape = openai_error if openai else error_answer
     return shape(
         error.http_status,
@@ -88,7 +89,8 @@ def registry_error(error: RegistryError, *, openai: bool = False) -> JSONRespons
 def fastapi_detail(problems: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the ``detail`` list of a 422, as FastAPI builds it from pydantic's errors.
 
-    An ``input`` that JSON can't represent (NaN, a lone surrogate, too deep nesting) is left out; FastAPI would fail.
+    An ``input`` that JSON can't represent (NaN, a lone surrogate, too deep nesting) is left out;
+    with it, FastAPI's own conversion would raise an exception.
     """
     return [_detail_of(problem) for problem in problems]
 

@@ -1,7 +1,8 @@
-"""A record of each thing of another library that is replaced here, or read although it is private.
+"""Describes patches: code of other libraries that this project replaces, or private code that it reads.
 
-A new version of that library can change such a thing without notice. So each stands in a table with a guard that finds
-out; the check at a start and the page docs/reference/patches.md are made from these tables.
+A new version of a library can change such code without notice. So each patch is listed in a table,
+with guards that detect such a change. The check at each start and the page
+docs/reference/patches.md use these tables.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 
 class How(StrEnum):
-    """What is done with the thing."""
+    """What a patch does with the other library's code."""
 
     REPLACED = "replaced"
     WRAPPED = "wrapped"
@@ -62,9 +63,10 @@ class Has:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """One thing of another library.
+    """One patch: code of another library that is replaced or read, and why.
 
-    ``put_back``: when the library has its own again; for what is only read, what else ends its use.
+    ``put_back``: when the library's own code is restored. For code that is only read: what would
+    make the patch unnecessary.
     """
 
     library: str

@@ -101,7 +101,7 @@ class RequestEnded(RegistryError):
 
 @dataclass(frozen=True, slots=True)
 class HeldLease:
-    """An LLM that is reserved for us until we release it."""
+    """An LLM that is reserved for this client until its request is released or expires."""
 
     state: RequestState
     url: str
@@ -112,9 +112,10 @@ class HeldLease:
     ) -> dict[str, Any]:
         """Return the wrapper's answer to a question: ``answer``, ``sci_score``, ``usage`` and more.
 
-        Its energy figures are provisional; ``window`` names the final energy window, see ``windows``. That window
-        contains ``prompt_id``, which should be the same for the same question in every lease, and ``warmup``, which
-        excludes the prompt from all figures.
+        Its energy figures are provisional; ``window`` names the final energy window, see
+        ``windows``. That window contains ``prompt_id``, which should be the same for the same
+        question in every lease, and ``warmup``, which excludes the prompt from all figures except
+        those of whole leases (with idle time).
 
         Retries for up to RETRY_FOR_S seconds while the LLM has too many prompts or is being restarted, but never after
         ``timeout_s`` seconds without an answer. Several threads may prompt at once.
@@ -151,8 +152,9 @@ class RegistryClient:
     ) -> None:
         """Create a client of the ingress at ``base_url``, e.g. ``http://127.0.0.1:8000``; sends nothing yet.
 
-        Its requests are queued as ``tenant``'s; None: the registry's ``default``. ``connect_for_s`` is how long a call
-        tries to connect, seconds, until the registry has answered for the first time.
+        The client's requests are queued for ``tenant``; None: the registry's ``default``.
+        ``connect_for_s`` is how long a call tries to connect, seconds, until the registry has
+        answered for the first time.
 
         Raises:
             BadSettings: The URL is invalid, or the environment names unusable certificates or an unusable proxy.
@@ -232,13 +234,16 @@ class RegistryClient:
         return _read(RequestState, self._insist("GET", _path(request_id), params, wait_s + 60))
 
     def release(self, request_id: str) -> None:
-        """Release an LLM, or cancel a request. Retried like ``status``. Idempotent."""
+        """Release an LLM, or cancel a request. Retried, and raises, like ``status``. Idempotent."""
         self._insist("DELETE", _path(request_id), {}, 60)
 
     def _insist(
         self, method: str, path: str, params: Mapping[str, float | str], timeout_s: float, **content: Any
     ) -> httpx.Response:
-        """Retry a call until its answer is not a temporary error, for up to RETRY_FOR_S seconds."""
+        """Retry a call until its answer is not a temporary error, for up to RETRY_FOR_S seconds.
+
+        Raises AnswerError, httpx.HTTPError: the last error.
+        """
         begun_s = time.monotonic()
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, self._connect_for_s))
 
@@ -250,7 +255,7 @@ class RegistryClient:
         for attempt in stamina.retry_context(passes, attempts=None, timeout=RETRY_FOR_S):
             with attempt:
                 response = self._http.request(method, path, params=params, timeout=timeout, **content)
-                self._connect_for_s = RETRY_FOR_S  # it exists, so it will come back
+                self._connect_for_s = RETRY_FOR_S  # a registry exists at this URL, so a restart is worth waiting for
                 return _checked(response)
         raise AssertionError("unreachable")
 
@@ -262,9 +267,10 @@ class RegistryClient:
         on_change: Callable[[RequestState], None] | None = None,
         poll_s: float = WAIT_S,
     ) -> RequestState:
-        """Poll until the LLM is deployed. ``on_change`` gets every answer, at least every ``poll_s`` seconds.
+        """Poll until the LLM is deployed. ``on_change`` gets every state, at least every ``poll_s`` seconds.
 
         Raises:
+            AnswerError, httpx.HTTPError: As in ``status``.
             RequestEnded: It failed, was cancelled or expired.
             TimeoutError: ``timeout_s`` seconds have passed; the request remains.
         """
@@ -322,6 +328,7 @@ class RegistryClient:
         """Wait until a machine is ``drained`` or no longer draining. ``on_look`` gets the state at each check.
 
         Raises:
+            AnswerError, httpx.HTTPError: As in ``drain``.
             TimeoutError: ``timeout_s`` seconds have passed; the draining continues.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -336,7 +343,7 @@ class RegistryClient:
             sleep(LOOK_S)
 
     def machines(self) -> list[MachineState]:
-        """Return all known machines, with their wrappers."""
+        """Return all known machines, with their wrappers. Raises AnswerError, httpx.HTTPError."""
         return _read(list[MachineState], _checked(self._http.get("/machines")))
 
     def measurement(self, measurement_id: int) -> MeasurementState:
@@ -350,7 +357,7 @@ class RegistryClient:
             after = page.next
 
     def health(self) -> HealthState:
-        """Return the registry's health, even if it can't serve requests at the moment."""
+        """Return the registry's health, even if it can't serve requests now. Raises AnswerError, httpx.HTTPError."""
         response = self._http.get("/healthz")
         try:
             return _read(HealthState, response)
@@ -383,7 +390,7 @@ class RegistryClient:
             params["after"] = page.next
 
     def get(self, path: str) -> Any:
-        """Return the JSON of an information page: /healthz, /machines, /llms, /measurements/{id}."""
+        """Return the JSON of /healthz, /machines, /llms or /measurements/{id}. Raises AnswerError, httpx.HTTPError."""
         return _checked(self._http.get(path)).json()
 
 

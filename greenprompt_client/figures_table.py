@@ -58,7 +58,7 @@ def prompts_table(rows: Sequence[Row]) -> Table:
 
 
 def batch_table(rows: Sequence[Row]) -> Table | None:
-    """Return the table of leases' counted stretches, without shares of prompts; None if no lease has one."""
+    """Return the table of leases' counted stretches (all prompts as one); None if no lease has such a stretch."""
     batches = [(name, figures.batch) for name, figures in rows if figures.batch is not None]
     if not batches:
         return None
@@ -90,7 +90,7 @@ def parts(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def problems(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield what else is needed to read the figures: what is left out, and why an interval is missing."""
+    """Yield remarks on the figures, as text: what is left out or unknown, flags, and why an interval is missing."""
     for name, figures in rows:
         if not figures.prompts:
             yield f"{name}: no prompt has a final window."

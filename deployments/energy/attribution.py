@@ -1,6 +1,7 @@
-"""Turns counter readings into the figures of windows, and of prompts that share a window. Pure.
+"""Computes the joules of windows, and of prompts that share a window, from counter readings. Pure.
 
-Levels are readings of one source's counter at the relevant times. Components are a source's part of each figure.
+A level is the reading of one source's counter at one time. A component is the part of a figure that
+one source contributes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from registry.wire.labels import Label, worst
 class Parts:
     """A prompt's part (0 < part <= 1) of the energy, from its start to its end, while others are in flight with it.
 
-    ``times_s`` are these two times and all times in between at which the part changes: one more than there are parts.
-    ``mid`` is one division of the whole: at any time the parts of all prompts in flight add up to 1. ``low`` and
-    ``high`` are the least and the most that the part can be.
+    ``times_s`` are these two times and all times in between at which the part changes: one more
+    than there are parts. ``mid`` is one division of the whole: at any time the parts of all prompts
+    in flight add up to 1. ``low`` and ``high`` are the least and the most that the part can be at
+    that time.
     """
 
     times_s: Sequence[float]
@@ -41,7 +43,7 @@ class Parts:
 
     @cached_property
     def reserved_s(self) -> float:
-        """Its share of the machine's seconds, divided like the energy.
+        """The prompt's share of the machine's seconds, divided like the energy.
 
         The shares of all prompts, and the seconds without a prompt, add up to the time that passed.
         """
@@ -49,12 +51,12 @@ class Parts:
 
     @cached_property
     def reserved_low_s(self) -> float:
-        """The least that its share of the machine's seconds can be."""
+        """The least that the prompt's share of the machine's seconds can be."""
         return _of(self.low, self._seconds)
 
     @cached_property
     def reserved_high_s(self) -> float:
-        """The most that its share of the machine's seconds can be."""
+        """The most that the prompt's share of the machine's seconds can be."""
         return _of(self.high, self._seconds)
 
     @cached_property
@@ -63,7 +65,7 @@ class Parts:
 
     @cached_property
     def changes(self) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
-        """By how much low, mid and high change at each of the times.
+        """The absolute changes of low, mid and high (in this order) at each of the times.
 
         The error of a level moves energy from one side of its time to the other, so its effect is that error times this
         change.
@@ -94,9 +96,10 @@ def counted(
 ) -> Component:
     """Return the joules of a counter's flow over a time.
 
-    Unavailable and flagged ``too_short`` if the time is too short to be ``citable``, or if the counter does not prove
-    any energy. With ``estimate_short`` it is then modelled, with the counter's bounds, unless the estimate is 0.
-    ``implausible_power``: more than 1.2 times the hardware's limit.
+    The component is flagged ``too_short`` if the time is too short to be ``citable``, or if the
+    counter does not prove any energy. It is then unavailable; with ``estimate_short`` it is
+    modelled instead, with the counter's bounds, unless the estimate is 0. It is unavailable and
+    flagged ``implausible_power`` if the power is above 1.2 times the hardware's limit.
     """
     low, mid, high = (source.joules(duration_s, units) for units in (flow.low, flow.mid, flow.high))
     flags = (Flag.PROVISIONAL,) if flow.provisional else ()
@@ -122,7 +125,7 @@ def counted(
 
 
 def doubted(part: Component, doubt: tuple[float, float]) -> Component:
-    """Widen the bounds of a component whose joules may be wrong by a factor, from the least to the greatest."""
+    """Widen the bounds of a component whose joules may be wrong by a factor; ``doubt`` is its range."""
     if part.joules is None or part.low_j is None or part.high_j is None or part.systematic_j is None:
         return part
     least, most = doubt
@@ -144,7 +147,7 @@ def _implausible(source: Source, duration_s: float, flow: Level) -> bool:
 
 
 def together(flows: Iterable[Level]) -> Level:
-    """Return the flow of several times together."""
+    """Return the sum of the flows of several intervals (one or more)."""
     parts = list(flows)
     if len(parts) == 1:
         return parts[0]
@@ -158,17 +161,17 @@ def together(flows: Iterable[Level]) -> Level:
 
 
 def widened(flow: Level, error: float) -> Level:
-    """Return a flow that may be wrong by ``error`` more, with the same sign in similar windows."""
+    """Return a flow whose error is larger by ``error``, in its units; similar windows have it with the same sign."""
     low, mid, high, provisional, systematic = flow
     return Level(max(low - error, 0.0), mid, high + error, provisional, systematic + error)
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """How much the counters rose in a time, in their units. Flows of several times can be added up.
+    """How much the counters rose in one or several intervals, in their units. Flows can be added up.
 
-    ``longest_s`` is the longest time in one piece. ``units`` has each source's rise, in order, or the flag that says
-    why it is unknown.
+    ``longest_s`` is the length of the longest interval. ``units`` has each source's rise, in order,
+    or the flag that says why it is unknown.
     """
 
     duration_s: float
@@ -186,10 +189,12 @@ class Flow:
 
 
 class Share(NamedTuple):
-    """A prompt's share of what one counter counted in a time, in its units. Shares of several times can be added up.
+    """A prompt's share of what one counter counted in an interval, in its units. Shares can be added up.
 
-    ``whole`` is all that was counted. ``units`` is the estimate of the share, ``least`` and ``most`` are its bounds by
-    those of the parts. The others are errors due to the levels.
+    ``whole`` is all that was counted. ``units`` is the estimate of the share; ``least`` and
+    ``most`` are its bounds, computed from those of the parts. ``in_low``, ``in_mid`` and
+    ``in_high`` are the errors of ``least``, ``units`` and ``most`` due to the levels; ``blur`` is
+    the systematic error of ``units``.
     """
 
     whole: Level
@@ -202,21 +207,22 @@ class Share(NamedTuple):
     blur: float
 
     def widened(self, error: float) -> Share:
-        """Return the same share of a counter that may be wrong by ``error`` more."""
+        """Return the same share of a counter whose error is larger by ``error``, in its units."""
         if not error:
             return self
         return Share(widened(self.whole, error), self.units, self.least, self.most, *(one + error for one in self[4:]))
 
     def plus(self, other: Share) -> Share:
-        """Return the share of both times together."""
+        """Return the sum of two shares of one counter."""
         return Share(together((self.whole, other.whole)), *map(add, self[1:], other[1:]))
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """A prompt's share of the machine's seconds in a time, and of each source's counter, in order.
+    """A prompt's share of the machine's seconds in an interval, and of each source's counter, in order.
 
-    If a counter is unknown, the flag that says why is in its place. Shares of successive times can be added up.
+    If a counter is unknown, the flag that says why is in its place. Shares of successive intervals
+    can be added up.
     """
 
     duration_s: float

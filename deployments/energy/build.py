@@ -1,4 +1,4 @@
-"""Makes what a meter is built of from the settings: the factors of scores, and the counters of this machine."""
+"""Builds from the settings what a meter needs: the factors of scores, and the energy sources of this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from registry.settings import EnergySettings
 
 
 def sci_settings(settings: EnergySettings) -> SCISettings:
-    """Return the operator's settings for the SCI formula. Raises BadSettings."""
+    """Return the operator's settings for the SCI formula. Raises BadSettings for an invalid CPU model."""
     embodied = None if settings.embodied is None else Embodied(**settings.embodied.model_dump())
     cpu_model = None if settings.cpu_model is None else CPUModel(**settings.cpu_model.model_dump())
     return SCISettings(
@@ -31,7 +31,12 @@ def sci_settings(settings: EnergySettings) -> SCISettings:
 
 
 def grid_of(settings: EnergySettings) -> GridIntensity | None:
-    """Return the configured carbon intensity, None if there is none. Raises BadSettings for an unknown zone."""
+    """Return the configured carbon intensity, None if there is none.
+
+    Raises:
+        BadSettings: The zone is unknown, or there is neither a zone nor a value with its source, or the
+            value is not within its range.
+    """
     grid = settings.grid
     if grid is None:
         return None
@@ -47,9 +52,10 @@ def grid_of(settings: EnergySettings) -> GridIntensity | None:
 def sources_of(
     settings: SCISettings, gpus: int, cpus: float | None, machine: MachineCPU | None = None, on_machine: int = 1
 ) -> list[Source | Unreadable]:
-    """Return the energy sources of a wrapper with so many GPUs and CPUs (None: all), by real calls.
+    """Return the energy sources of a wrapper that holds ``gpus`` GPUs and ``cpus`` CPUs (None: all CPUs).
 
-    GPUs that can't be read are inside the boundary nevertheless: without all of them no total is known.
+    Each source is tried with a real call. GPUs that can't be read still belong to the boundary, so
+    that no total is known without them.
     """
     others: Sequence[Source | Unreadable] = []
     uuids: tuple[str, ...] = ()

@@ -1,4 +1,7 @@
-"""When others were at work on a wrapper's hardware, as far as this is known."""
+"""Records when other processes were at work on a wrapper's hardware, and when this is unknown.
+
+"Others" are all processes that do not belong to the wrapper.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ log = structlog.get_logger("deployments.energy.contention")
 
 
 def since_asked(look: Callable[[], bool | None]) -> Look:
-    """Make a look from a function that says whether others were at work since its last call."""
+    """Return a `Look` for a function that says whether others were at work since its last call."""
     asked_s: float | None = None
 
     def since_last(now_s: float) -> tuple[bool | None, float]:
@@ -36,9 +39,9 @@ def since_asked(look: Callable[[], bool | None]) -> Look:
 
 
 def at_once(look: Callable[[float], bool | None]) -> Look:
-    """Make a look from a function that sees only the present.
+    """Return a `Look` for a function that sees only the present.
 
-    If it sees others at either end of the time between two looks, they count for that time.
+    Others that it sees at either end of the time between two calls count for all of that time.
     """
     before: bool | None = False
     before_s: float | None = None
@@ -54,9 +57,9 @@ def at_once(look: Callable[[float], bool | None]) -> Look:
 
 
 class Contention:
-    """Keeps the times between looks in which others were seen, and those for which it is unknown. Thread-safe.
+    """Keeps two lists of intervals: those in which others were seen, and those for which this is unknown. Thread-safe.
 
-    A look that fails counts as unknown.
+    An interval lies between two checks. A check that fails counts as unknown.
     """
 
     def __init__(self, looks: Iterable[Look]) -> None:
@@ -90,17 +93,17 @@ class Contention:
             return None, now_s if self._looked_s == -math.inf else self._looked_s
 
     def looked(self, time_s: float) -> bool:
-        """Whether others were looked for since this time; then answers about earlier times are final."""
+        """Whether the last check for others was at or after this time; then answers about earlier times are final."""
         with self._lock:
             return self._looked_s >= time_s
 
     def seen(self, start_s: float, end_s: float) -> bool:
-        """Whether others were seen at work between two times. The last look's answer holds for one period after it."""
+        """Whether others were seen at work between two times. The last check holds for PERIOD_S seconds after it."""
         with self._lock:
             return _any_in(self._seen, self._begun(start_s), end_s)
 
     def unknown(self, start_s: float, end_s: float) -> bool:
-        """Whether it is unknown, for a part of this time, if others were at work."""
+        """Whether it is unknown, for at least a part of this time, if others were at work."""
         with self._lock:
             return _any_in(self._unknown, self._begun(start_s), end_s)
 

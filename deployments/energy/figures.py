@@ -25,9 +25,10 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Component(ComponentRecord):
-    """The energy of one part of the machine in a window, or why it is unknown. It goes into the record as it is.
+    """The energy of one part of the machine in a window, or why it is unknown. Stored unchanged in the record.
 
-    ``joules`` is > 0, or None exactly if the label is unavailable. The other amounts are known whenever it is.
+    ``joules`` is > 0, or None exactly if the label is unavailable. Whenever ``joules`` is known, so
+    are ``low_j``, ``high_j`` and ``systematic_j``.
 
     Attributes:
         name: ``gpu:<uuid>``, ``package-<n>``, ``dram-<n>`` or ``cpu-model``.
@@ -37,7 +38,8 @@ class Component(ComponentRecord):
         low_j, high_j: Bounds, J, if the counter is right. They are certain for what a counter counts alone. For a
             prompt's share they contain every division by the rules in `flights`, not every conceivable division. For a
             wrapper's part of a machine they hold if power grows linearly with CPU time (`machine_share`).
-        resolution_j: Bound of the error due to the counter's steps, J; None if only low and high include it.
+        resolution_j: Bound of the error due to the counter's steps, J; None if it is not known
+            separately from low and high.
         systematic_j: The part of the error that has the same sign in similar windows, J, >= 0. The mean of many
             windows does not reduce it.
         counter_label: The label of the counter that was read, before its reading was divided.
@@ -73,10 +75,11 @@ class Component(ComponentRecord):
 class Energy(EnergyRecord):
     """The energy of a window: the sum of its components, with the worst of their labels. Made by `total`.
 
-    ``total_j`` is None if any component is unavailable. The other amounts are sums over the components, known whenever
-    ``total_j`` is (``resolution_j`` may be None). ``flags`` are those of all components and of the window, among them
-    ``cpu_not_covered`` and ``dram_not_covered`` for hardware that nothing counts; a record has them for itself, so its
-    ``energy`` does not.
+    ``total_j`` is None if any component is unavailable. The other amounts are sums over the
+    components, known whenever ``total_j`` is (``resolution_j`` may be None). ``flags`` are those of
+    all components and of the window, among them ``cpu_not_covered`` and ``dram_not_covered`` for
+    hardware that nothing counts. A stored record has these flags at its top level, not in its
+    ``energy``.
     """
 
     label: Label = Label.UNAVAILABLE
@@ -159,8 +162,9 @@ class Embodied:
 class GridIntensity:
     """Carbon intensity of the electricity, gCO2eq/kWh: of a zone in a data set, or the operator's own (zone None).
 
-    ``dataset`` and ``version`` name the data set, or the operator's source and date. ``year`` is the year that the
-    value holds for, ``source`` where the data set has it from, ``low`` and ``high`` its range; None if unknown.
+    ``dataset`` and ``version`` name the data set, or the operator's source and date. ``year`` is
+    the year that the value holds for, ``source`` the origin of the value in the data set, ``low``
+    and ``high`` its range; None if unknown.
 
     Raises:
         BadSettings: The value is not within its range.

@@ -1,13 +1,15 @@
 """The prompts of a wrapper: when they began and ended, their tokens, and which were in flight together.
 
-Prompts that are in flight together share the energy by the rates at which their tokens are processed. A prompt token
-counts as much as its weight says, an output token as 1. A rate that was used for a stored figure is fixed, even if it
-was assumed, so that the shares add up to the whole. The range of a share is the hull of the divisions by equal parts,
-by the weight's low and high, and by an engine that computes prompts one by one before their answers run together. The
-share of a prompt whose tokens are unknown can be anything.
+Prompts that are in flight together share the energy by the rates at which their tokens are
+processed. A prompt token counts as much as its weight says, an output token as 1. A rate that was
+used for a stored figure is fixed, even if it was assumed, so that the shares add up to the whole.
+The range of a share is from the least to the greatest result of several divisions: by equal parts,
+by the weight's low and high, and for an engine that computes prompts one by one before their
+answers run together. The share of a prompt whose tokens are unknown can be anything from 0 to 1.
 
-An answer waits for its parts, so sums are updated whenever a prompt begins or ends. They are in lists: numpy's arrays
-are slower for as few numbers as there are prompts in flight, with a cold cache.
+Each answer waits until the parts of its prompt are computed, so the sums that they need are updated
+whenever a prompt begins or ends. The sums are in lists: numpy's arrays are slower for so few
+numbers with a cold cache.
 """
 
 from __future__ import annotations
@@ -71,9 +73,10 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class Had:
-    """What a prompt had before a time, summed up: its shares, and how many prompts were in flight with it.
+    """The finished sums of a long prompt, from its start to ``until_s``; earlier changes can then be forgotten.
 
-    ``until_with`` is the number of the change at that time.
+    ``until_with`` is the number of the change at ``until_s``. ``shares`` are its shares, ``most``
+    the maximum number of prompts in flight, ``prompt_s`` the sum of their seconds in flight.
     """
 
     until_s: float
@@ -85,13 +88,16 @@ class Had:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One prompt, in the meter's clock. ``tokens``, ``words`` and ``rate`` are None while unknown.
+    """One prompt; its times are in the meter's clock.
 
-    ``begun_with`` and ``ended_with`` are the numbers of the changes at its start and its end. ``company`` is how many
-    prompts were in flight when it ended, itself included.
-    ``window_id`` is the id of its record, ``prompt_id`` the client's name for the prompt. ``status`` is answered,
-    refused (by the engine, before anything was computed), cut (its lease ended, it took too long, or its client hung
-    up) or failed. ``had`` is the part of a long prompt that is summed up already.
+    ``tokens``, ``words`` and ``rate`` are None while unknown.
+
+    ``begun_with`` and ``ended_with`` are the numbers of the changes at its start and its end.
+    ``company`` is how many prompts were in flight when it ended, itself included. ``window_id`` is
+    the id of its record, ``prompt_id`` the client's name for the prompt. ``status`` is answered,
+    refused (by the engine, before anything was computed), cut (its lease ended, it took too long,
+    or its client hung up) or failed. ``had`` has the sums of the first part of a long prompt, None
+    if there are none.
     """
 
     start_s: float
@@ -126,8 +132,8 @@ class Flights:
         """Prompts in flight or not written whose rate is unknown, in the order in which they began."""
         self._rated_in_flight: dict[Flight, Rate] = {}
         self._times_s: list[float] = [-math.inf]
-        """Times of the changes, and before them that of the last forgotten one. The place after each is in
-        ``_places``."""
+        """Times of the changes, after the time of the last forgotten one. ``_places`` has, at the same index, the
+        `_Place` that begins at each of these times."""
         self._places: list[_Place] = [_Place()]
         self._forgotten = 0
 
@@ -141,7 +147,7 @@ class Flights:
         flight.begun_with = self._changed(flight.start_s)
 
     def end(self, flight: Flight, at_s: float) -> bool:
-        """Note that a prompt is over; False if it was before."""
+        """Note that a prompt has ended. Idempotent; returns False if it had ended before."""
         if flight.end_s is not None:
             return False
         flight.end_s = max(at_s, math.nextafter(flight.start_s, math.inf))
@@ -210,12 +216,13 @@ class Flights:
         return max(flight.begun_with - self._forgotten, 0), max(end - self._forgotten, 0)
 
     def parts(self, flight: Flight, *, for_good: bool = False) -> tuple[Parts, bool]:
-        """Return the parts of an ended prompt, after what is summed up, and whether a rate was assumed for them.
+        """Return the parts of an ended prompt after its sums in ``had``, and whether a rate was assumed for them.
 
-        Another prompt's unknown rate is assumed to be this prompt's. Its own, if unknown, is assumed to be the mean of
-        the known rates, over the time in which they are known. With ``for_good`` the assumed rates become final.
-        Forgotten times count like the first remembered one. If all are forgotten, the parts are equal, among as many
-        prompts as were in flight when this one ended.
+        Another prompt's unknown rate is assumed to be this prompt's. Its own, if unknown, is
+        assumed to be the mean of the known rates, over the time in which they are known. With
+        ``for_good`` the assumed rates become final. Times whose changes are forgotten are divided
+        like the first remembered time. If all changes are forgotten, the parts are equal, among as
+        many prompts as were in flight when this one ended.
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
         first, last = self._lay_between(flight)
@@ -249,11 +256,11 @@ class Flights:
         return mid, low, high
 
     def sum_up(self, old_s: float, is_final: Callable[[float], bool], shares: Callable[[Parts], Shares]) -> None:
-        """Sum up what each prompt had before ``old_s``, and forget the changes before it.
+        """Add the shares of each prompt before ``old_s`` to its sums, and forget the changes before that time.
 
-        Changes are kept while the rate of a prompt in flight there is unknown, up to `REMEMBERED_CHANGES`. Beyond that
-        the rate is assumed, if the counters' levels there are final. ``shares`` computes the shares that parts are of
-        them.
+        Changes are kept while the rate of a prompt in flight there is unknown, up to
+        `REMEMBERED_CHANGES`. Beyond that the rate is assumed, if the counters' levels there are
+        final. ``shares`` computes the shares from parts.
         """
         old = bisect_right(self._times_s, old_s) - 1
         unknown = (at for at, place in enumerate(self._places[: max(old, 0)]) if place.known < place.count > 1)
@@ -278,7 +285,7 @@ class Flights:
     def _sum_up_one(self, flight: Flight, first: int, last: int, shares: Callable[[Parts], Shares]) -> None:
         begin_s, begun_with = _not_summed(flight)
         if begun_with < self._forgotten:
-            return  # a part of it is forgotten, so its sum would be incomplete
+            return  # some of its changes are forgotten, so its sums would be incomplete
         places = self._places[first:last]
         times_s = (begin_s, *self._times_s[first + 1 : last + 1])
         found = shares(Parts(times_s, *self._divided(flight, flight.rate or Rate(1.0), times_s, places)))
@@ -328,7 +335,7 @@ class Flights:
 
 
 def _not_summed(flight: Flight) -> tuple[float, int]:
-    """Return since when a prompt is not summed up, and the number of the change at that time."""
+    """Return where a prompt's sums end (else its start): the time, and the number of the change at that time."""
     return (flight.start_s, flight.begun_with) if flight.had is None else (flight.had.until_s, flight.had.until_with)
 
 

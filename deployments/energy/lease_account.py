@@ -17,11 +17,12 @@ NEARLY_USED = 0.8
 # D64: the counted stretch
 @dataclass(slots=True, eq=False)
 class Counted:
-    """The counted stretch of a lease: from the start of its first prompt that is no warm-up to the end of the last.
+    """The counted stretch of a lease: from the start of the first to the end of the last prompt that is no warm-up.
 
-    ``flow`` sums up its time without LLM starts, except for ``intervals``, which are not summed up yet.
-    ``most``: most prompts in flight at once. ``prompt_s``: seconds of all prompts in it, warm-ups included.
-    ``warmed_up``: a warm-up was in flight in it. These three are as of ``ended_s``, which is None before the first end.
+    ``flow`` is the sum over its time, except for LLM starts and for ``intervals``, which are not
+    added yet. ``most``: most prompts in flight at once. ``prompt_s``: seconds of all prompts in it,
+    warm-ups included. ``warmed_up``: a warm-up was in flight in it. These three are as of
+    ``ended_s``, which is None before the first end.
     """
 
     begun_s: float | None = None
@@ -68,7 +69,7 @@ class Counted:
         self._at_s = at_s
 
     def add(self, start_s: float, end_s: float) -> None:
-        """Add a time of the lease, later than those before."""
+        """Add an interval of the lease, later than those before; the part before ``begun_s`` is ignored."""
         if self.begun_s is None or end_s <= max(start_s, self.begun_s):
             return
         start_s = max(start_s, self.begun_s)
@@ -93,10 +94,11 @@ class LeaseAccount:
     """One lease, from its bind to its end, in the meter's clock.
 
     ``writes_text``: its LLM answers with text; an LLM that embeds or scores has no output tokens.
-    ``flow`` and ``idle`` are sums over its written stretches. ``before_j`` and ``before_g`` are what it used under an
-    earlier process. They are taken from the first grant only: a later one may include windows of this process.
-    ``units`` sums the functional units of all but ``units_unknown`` prompts; ``tokens`` (prompt, cached, output) those
-    of all but ``tokens_unknown``. ``cached`` and ``words`` are None once they are unknown for one prompt.
+    ``flow`` and ``idle`` are sums over its written stretches. ``before_j`` (J) and ``before_g``
+    (gCO2eq) are what it used under an earlier process. They are taken from the first grant only: a
+    later one may include windows of this process. ``units`` sums the functional units of all but
+    ``units_unknown`` prompts; ``tokens`` (prompt, cached, output) those of all but
+    ``tokens_unknown``. ``cached`` and ``words`` are None once they are unknown for one prompt.
     ``unwritten``: prompts that are in flight or not written.
     """
 
@@ -117,7 +119,7 @@ class LeaseAccount:
     counted: Counted = field(default_factory=Counted)
     flags: set[str] = field(default_factory=set)
     handed_over_s: float | None = field(init=False)
-    """UTC second at which an earlier process of the wrapper was given the lease; None if this process was."""
+    """UTC second at which an earlier process of the wrapper received the lease; None if there was none."""
     before_j: float = field(init=False)
     before_g: float = field(init=False)
 
@@ -147,6 +149,6 @@ class Budget:
         return Flag.BUDGET_NEARLY_USED if self.used >= NEARLY_USED * self.limit else None
 
     def require(self) -> None:
-        """Raise BudgetUsed if nothing of it is left. If the use is unknown, the limit is not enforced."""
+        """Raise BudgetUsed if nothing of the budget is left. If the use is unknown, the limit is not enforced."""
         if self.used is not None and self.used >= self.limit:
             raise BudgetUsed(self.unit, float(f"{self.used:.6g}"), self.limit)

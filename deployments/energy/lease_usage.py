@@ -14,7 +14,7 @@ from registry.wire.flags import Flag
 
 
 class LeaseUsage:
-    """The usage of the lease that holds a timeline, since its start in this process. Not thread-safe."""
+    """The usage of the lease that holds the wrapper, since its start in this process. Not thread-safe."""
 
     def __init__(self, scorer: Scorer, timeline: Timeline[LeaseAccount]) -> None:
         self._scorer = scorer
@@ -24,7 +24,8 @@ class LeaseUsage:
     def so_far(self) -> dict[str, Any] | None:
         """Return what the lease has used so far, idle time included, and its budget, as JSON; None without a lease.
 
-        ``before_j`` and ``before_g``, what it used before the wrapper was restarted, are not included in the others.
+        ``before_j`` and ``before_g`` are what the lease used before the wrapper was restarted. The
+        other amounts do not include them.
         """
         account = self._timeline.holder
         if account is None:

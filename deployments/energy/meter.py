@@ -57,20 +57,22 @@ class _Channel:
     told: set[type[Exception]] = field(default_factory=set)
 
     def doubted(self, part: Component) -> Component:
-        """Return the component, as modelled and with wider bounds if the counter disagreed with the power."""
+        """Return the component; if the counter disagreed with the power, it is modelled, with wider bounds."""
         return part if self.check is None or not self.check.disagrees else doubted(part, self.check.doubt)
 
 
 class Meter:
     """Measures the energy of a wrapper's part of a machine.
 
-    `window`, `flow`, `energy`, `share`, `is_final` and `describe` may be called from any thread; none blocks for
-    longer than a dictionary look-up in the poller.
+    `window`, `flow`, `energy`, `share`, `is_final` and `describe` may be called from any thread.
+    They never wait for a read of the hardware: the poller holds the lock only while it stores a
+    reading.
 
     Args:
         sources: The result of `probe_sources`; the meter owns it from now on.
         clock: Monotonic seconds; all times of windows are in this clock.
-        poll_s: Time between two polls of the counters, 0 to 1 s.
+        poll_s: Time between two polls of the counters, > 0 and <= 1 s; <= 0.1 s for GPUs whose
+            power is sampled.
         history_s: How far back windows can reach, seconds; beyond 10 minutes one edge per second is kept.
         allow_simulated: For tests only.
         others_worked: Whether another wrapper on the machine is at work, or was since the last call; None if unknown.
@@ -226,7 +228,7 @@ class Meter:
         for channel in self._channels:
             try:
                 channel.source.read_limit()
-            except Exception as error:  # as above
+            except Exception as error:  # whatever a driver raises, the other limits must be read
                 self._failed(channel, error)
 
     def check(self) -> None:
@@ -255,7 +257,7 @@ class Meter:
             self._activity.end(at_s)
 
     def is_final(self, time_s: float) -> bool:
-        """Whether windows that end at this time are final: counters have moved, and others were looked for, since."""
+        """Whether windows that end at this time are final: all levels are, and others were looked for since."""
         with self._lock:
             counted = all(channel.track.is_final(time_s) for channel in self._channels)
         return counted and self._contention.looked(time_s)
@@ -308,7 +310,7 @@ class Meter:
         return total([*joined(parts), *self._holes()], flow.flags)
 
     def nothing(self) -> Energy:
-        """Return the energy of no time: unavailable, flagged ``too_short``."""
+        """Return the energy of an interval of 0 s: unavailable, flagged ``too_short``."""
         return self.energy(Flow(0.0, 0.0, (Flag.TOO_SHORT,) * len(self._channels), frozenset()))
 
     def share(self, parts: Parts, *, before: Shares | None = None, final: bool = False) -> Energy:
@@ -352,7 +354,7 @@ class Meter:
             return source.unseen(lengths_s)
 
     def _levels(self, times_s: Sequence[float], *, final: bool) -> list[tuple[Source, list[Level] | Flag]]:
-        """Return every counter's levels at these times, all from one moment, or the flag that says why it has none.
+        """Return every counter's levels at these times, read under one lock, or the flag that says why it has none.
 
         Raises:
             ValueError: The last time is not after the first.

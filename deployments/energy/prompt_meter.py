@@ -1,4 +1,4 @@
-"""The energy accounting of a wrapper: notes what its time is used for, and turns windows into accounts and records.
+"""Does a wrapper's energy accounting: notes what its time is used for, and makes accounts and records of windows.
 
 Every moment of a wrapper is charged once: to a prompt, to the idle time of a lease or of the machine, or to the start
 of an LLM. Answering a prompt writes no record: a record is written when its window is final.
@@ -51,13 +51,14 @@ class PromptMeter:
     ) -> None:
         """Probe this machine's counters with real calls.
 
-        ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many CPUs are its own, None for all of the machine;
-        ``on_machine``: how many wrappers share it. ``process``: id of the wrapper's process. ``utc_s``: the clock that
-        dates records. ``wrapper_activity`` learns when prompts and starts begin and end, and tells when others work.
-        ``writes_text``: whether the LLM of an llmconfig (JSON) answers with text.
+        ``gpus``: how many GPUs the wrapper holds; ``cpus``: how many CPUs are its own, None for all
+        of the machine; ``on_machine``: how many wrappers share it. ``process``: id of the wrapper's
+        process. ``utc_s``: the clock that dates records. ``wrapper_activity`` records when prompts
+        and LLM starts begin and end, and says when other wrappers work. ``writes_text``: whether
+        the LLM of an llmconfig (JSON) answers with text.
 
         Raises:
-            BadSettings: the grid zone is unknown, or a figure of the CPU model is out of range.
+            BadSettings: The grid zone is unknown, or a figure of the CPU model is out of range.
         """
         self._writes_text = writes_text
         self._sci = sci_settings(settings)
@@ -106,10 +107,10 @@ class PromptMeter:
     # --- what the wrapper is used for -------------------------------------------------------------------
 
     def hand_over(self, grant: LeaseGrant | None, at_s: float) -> None:
-        """Charge the wrapper's time to this lease from now on, None: to no lease.
+        """Charge the wrapper's time from ``at_s`` on to this lease, None: to no lease.
 
-        If it is the same lease, only its limits are updated. ``at_s`` is by `time.monotonic`. The previous lease ends
-        when its last prompt is over.
+        If it is the same lease, only its limits are updated. ``at_s`` is in seconds of
+        `time.monotonic`. The previous lease ends when its last prompt is over.
         """
         holder = self._timeline.holder
         if holder is not None and grant is not None and holder.grant.request_id == grant.request_id:
@@ -124,7 +125,10 @@ class PromptMeter:
 
     @contextmanager
     def load(self, model: str = "", started_for: StartedFor | None = None) -> Iterator[Start]:
-        """Charge the time in this context, an LLM start, to ``started_for``, or to no request; never to a lease."""
+        """Charge the time in this context, an LLM start, to the request ``started_for`` (None: to none).
+
+        The time is never charged to a lease.
+        """
         start = Start(model, self._meter.mark(), started_for=started_for)
         self._timeline.pause(start.start_s)
         self._meter.work_begins(start.start_s)
@@ -211,13 +215,14 @@ class PromptMeter:
     async def write(self) -> None:
         """Write every window that is final or has waited long enough.
 
-        Records never change, and prompts and idle time add up to their lease. What is unknown in time is unavailable.
+        Records never change, and prompts and idle time add up to their lease. A figure that is
+        still unknown when its record is written stays unavailable.
         """
         await self._writer.write()
 
 
 class MeteredPrompt:
-    """One prompt on a `PromptMeter`: a context that ends it. ``flight`` is what the meter notes of it."""
+    """One prompt on a `PromptMeter`: a context that ends it. ``flight`` has the meter's data of the prompt."""
 
     def __init__(
         self,
@@ -258,13 +263,17 @@ class MeteredPrompt:
         """Note that the prompt, which has ended, is answered; return its energy and carbon, for the answer.
 
         Args:
-            usage: vLLM's own account: ``prompt_tokens``, ``completion_tokens``.
-            answer: the generated text, None if it was not read.
+            usage: The token counts of vLLM's answer, as in `tokens_of`.
+            answer: The generated text, None if it was not read.
 
         Returns:
-            ``sci_score`` (gCO2eq per unit, or None), ``sci_method``, ``sci_low``, ``sci_high``, ``unit``, ``energy``,
-            ``carbon``, ``methods``, ``flags``; the id of the ``window`` that will have the final figures, and
-            ``final``: false, as these are provisional.
+            ``sci_score`` (gCO2eq per unit, or None), ``sci_method``, ``sci_low``, ``sci_high``,
+            ``unit``, ``units``, ``energy``, ``carbon``, ``methods``, ``flags``; the id of the
+            ``window`` that will have the final figures, and ``final``: false, as these are
+            provisional.
+
+        Raises:
+            KeyError: ``usage`` has no token counts.
         """
         energy, found, flags = self._answered(usage, answer)
         return {
@@ -283,7 +292,7 @@ class MeteredPrompt:
         }
 
     def brief(self, *, usage: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
-        """Do the same, but return it in short, for a header or the end of a stream."""
+        """Do the same as `account`, but return fewer fields, for a header or the end of a stream. Raises KeyError."""
         energy, found, flags = self._answered(usage, answer)
         return {
             "window": self.flight.window_id,
@@ -313,7 +322,7 @@ def tokens_of(usage: Mapping[str, Any]) -> Tokens:
     """Return the tokens that one of vLLM's APIs reports: OpenAI's chats, completions or responses, or Anthropic's.
 
     Raises:
-        KeyError: none are reported.
+        KeyError: No tokens are reported.
     """
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     cached = details.get("cached_tokens")

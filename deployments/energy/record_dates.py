@@ -1,7 +1,9 @@
 """UTC dates for the records of one process, which do not jump or overlap when the wall clock is set. Pure.
 
-All times are read from the monotonic clock. UTC is tied to it when the process starts, and then follows the wall clock
-at no more than `MAX_RATE`. A date never changes: the same time always has the same date.
+All times are read from the monotonic clock. The difference between UTC and this clock is taken when
+the process starts. Later it follows the wall clock, at no more than `MAX_RATE`. A date never
+changes: the same time always has the same date, as long as the pieces are kept (the last
+`_MAX_PIECES`).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step of the wall clock between two monotonic times, to ``offset_s`` ahead of the monotonic clock."""
+    """A step of the wall clock between two monotonic times; after it, UTC minus monotonic time is ``offset_s``."""
 
     before_s: float
     after_s: float
@@ -89,7 +91,7 @@ class RecordDates:
         return piece.utc_s + (at_s - piece.from_s) * piece.rate
 
     def stepped(self, begun_s: float, ended_s: float) -> bool:
-        """Whether the wall clock was set between two monotonic times, or the later one's date still differs from it."""
+        """Whether the wall clock was set between two times, or the date of ``ended_s`` is off by > TOLERANCE_S."""
         if any(step.before_s < ended_s and begun_s < step.after_s for step in self._steps[1:]):
             return True
         before = [step for step in self._steps if step.after_s <= ended_s] or self._steps[:1]

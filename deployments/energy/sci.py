@@ -1,4 +1,6 @@
-"""Software Carbon Intensity, gCO2eq per functional unit: "computed with the SCI formula", more is not claimed.
+"""Computes the Software Carbon Intensity, gCO2eq per functional unit.
+
+A score is "computed with the SCI formula"; conformance with the specification is not claimed.
 
 ``SCI = (O + M) per R``: O = E · I, the operational emissions of all reserved hardware (times PUE), M the embodied
 emissions for the reserved time, R the functional unit.

@@ -123,7 +123,7 @@ class Scorer:
         return self._settings if account is None or account.writes_text else self._without_text
 
     def summed(self, flow: Flow | None, times: Sequence[Sequence[Interval]], *, final: bool = False) -> Flow | None:
-        """Return ``flow`` plus what flowed in these intervals; None if there is neither. ``final``: see `Meter`."""
+        """Return ``flow`` plus the flows of these intervals; None if there are none. ``final``: see `Meter`."""
         for intervals in times:
             if intervals:
                 more = self.meter.flow(intervals, final=final)

@@ -1,7 +1,8 @@
 """Prepares an LLM and its machine for a lease, within a time limit.
 
-The LLM's caches are emptied. For measurement grade the LLM also answers a warm-up, and the machine comes to rest. What
-is not reached in time gets a flag, and the LLM is handed over all the same.
+The LLM's caches are emptied. For measurement grade the LLM also answers a warm-up, and the machine
+comes to rest. If a step fails or takes too long, the lease gets a flag, and the LLM is handed over
+nevertheless.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ async def warmed_up(warm_up: Callable[[], Awaitable[None]], *, max_s: float) -> 
 
 # D71: caches are emptied at every hand-over
 async def forgotten(forget_prompts: Callable[[], Awaitable[bool]]) -> tuple[Flag, ...]:
-    """Empty an LLM's caches; return the flag ``prefix_cache_kept`` if that failed or took too long."""
+    """Empty an LLM's caches; return the flag ``prefix_cache_kept`` if ``forget_prompts`` fails or returns False."""
     try:
         empty = await forget_prompts()
     except Exception as error:  # a dead engine is reported elsewhere
@@ -62,7 +63,7 @@ async def at_rest(
     given_up: Callable[[], bool],
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> tuple[Flag, ...]:
-    """Wait until the machine had no other work, and its power was steady, for SLICES * SLICE_S seconds.
+    """Wait until the machine had no other work and steady power for SLICES * SLICE_S seconds; at most settle_max_s.
 
     Args:
         meter: Counts the machine's energy, and knows of other work on it.
@@ -72,7 +73,8 @@ async def at_rest(
         pause: How to wait.
 
     Returns:
-        Flags for what was not reached in time. If nothing counts energy, only the end of other work is waited for.
+        Flags for what was not reached in time. If nothing counts energy, this waits only for the
+        end of other work, and the flags include ``steadiness_unknown``.
     """
     quiet_since_s = meter.mark()
     known = any(label in _COUNTED for label in meter.labels)

@@ -1,4 +1,4 @@
-"""Which lease had a wrapper when: its time as successive stretches, each of one holder. Pure.
+"""Divides a wrapper's time into successive stretches, each with one holder (a lease, or None). Pure.
 
 At every moment a wrapper belongs to its holder (a lease, or None) or, while paused, to the start of an LLM. So sums
 over stretches and starts count every moment exactly once.
@@ -21,7 +21,7 @@ MOST_GAPS = 256
 
 @dataclass(frozen=True, slots=True)
 class Stretch(Generic[Holder]):
-    """A time of one holder (None: no lease), with its prompt-free ``gaps``. ``last``: the holder has ended.
+    """An interval of one holder (None: no lease), with its prompt-free ``gaps``. ``last``: the holder has ended.
 
     Only a last stretch may be empty (end when it begins).
     """
@@ -80,7 +80,7 @@ class Timeline(Generic[Holder]):
             self._close(at_s)
 
     def pause(self, at_s: float) -> None:
-        """From this time on the wrapper belongs to the start of an LLM."""
+        """Note that the start of an LLM begins: from this time on the wrapper belongs to it."""
         self._close(at_s)
         self._start_s = None
 

@@ -14,7 +14,7 @@ LEAST_SPREAD = 0.05
 _ERRORS = 2.0
 """The range of a weight is this many standard errors to either side."""
 _ROUNDING = 1e-9
-"""Relative rounding error of sums of equal numbers after their mean is taken."""
+"""Relative rounding error of a sum of squares about the mean, if all numbers are equal."""
 _UNFIT = frozenset({Flag.SHARED, Flag.TOO_SHORT, Flag.PROVISIONAL, Flag.CONTENDED})
 
 
@@ -27,7 +27,7 @@ class Weight(NamedTuple):
 
 
 UNKNOWN = Weight(0.0, 0.5, 1.0)
-"""Used until it is known: from output tokens only to all tokens alike, and the middle of both."""
+"""Used until the weight is known. 0: only output tokens cost energy; 1: all tokens cost the same; 0.5: in between."""
 
 
 class _Sums(NamedTuple):
@@ -73,8 +73,11 @@ class _Sums(NamedTuple):
 class TokenWeight:
     """Learns the weight of one LLM on one machine; a new LLM needs a new one.
 
-    Least squares of joules by the costs of a prompt, of a prompt token and of an output token, all three >= 0, from
-    sums of products. Without the first, a prompt's fixed cost would be charged to its tokens.
+    The joules are fitted by least squares, from sums of products, with three costs: of a prompt, of
+    a prompt token and of an output token. Without the first, a prompt's fixed cost would be charged
+    to its tokens. If it comes out negative, the fit is repeated without it. A negative cost of a
+    prompt token counts as weight 0; without a positive cost of an output token the weight is
+    unknown.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ SCHEMA = 2
 KEPT_WINDOWS = 20_000
 """Windows that can wait for the registry, about 2 kB each; older ones are dropped, counted and reported."""
 WINDOWS_A_REPORT = 500
-"""With one report per second: as many prompts per second can go on for ever without loss of a record."""
+"""Most windows in one report. With one report per second, no record is lost at up to this many prompts per second."""
 _DETAIL = TypeAdapter(WindowDetail)
 _USE = TypeAdapter[PromptUse | LeaseUse](PromptUse | LeaseUse)
 _ENERGY = TypeAdapter(EnergyRecord)
@@ -39,7 +39,7 @@ class EnergyLog:
         return len(self._windows)
 
     def next_ids(self, payer: LeaseGrant | StartedFor | None, window_id: str | None = None) -> WindowIds:
-        """Return the ids of the next window; ``window_id`` None: it has none yet.
+        """Return the ids of the next window; if ``window_id`` is None, a new id is made from its number.
 
         ``payer``: the lease, or the request that an LLM was started for; None if there is none.
         """

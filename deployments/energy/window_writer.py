@@ -34,14 +34,14 @@ from registry.wire.words import WindowKind
 READINGS_S = 30.0
 """How long a window waits for counter readings after its end, seconds; without them a figure is unavailable."""
 _NOT_CLEAN = frozenset({Flag.WARMUP_INSIDE, Flag.LLM_STARTED_INSIDE})
-"""Flags that a lease window takes over from its counted stretch; the others it has on its own."""
+"""Flags that a lease window copies from its counted stretch. Its other flags come from the whole lease."""
 SHARES_S = 30.0
 """How long a prompt's record waits for the end of the prompts that ran with it, seconds."""
 
 
 @dataclass(slots=True)
 class Start:
-    """An LLM start in progress. The code that starts it sets ``woken``. ``started_for`` pays; None: no request."""
+    """An LLM start. ``woken``: from sleep, set by the caller. ``started_for``: the request that pays, None for none."""
 
     model: str
     start_s: float
@@ -86,7 +86,7 @@ class WindowWriter:
             for _ in iter(write, False):
                 await asyncio.sleep(0)  # lets prompts run in between
         self._flights.forget()
-        # Older changes wait for nothing but the end of the prompts that span them.
+        # Windows that end before this time are written, so only prompts that are still in flight need older changes.
         old_s = self._meter.mark() - READINGS_S - SHARES_S
         self._flights.sum_up(old_s, self._meter.is_final, lambda parts: self._meter.shares(parts, final=True))
 
@@ -139,7 +139,7 @@ class WindowWriter:
         return True
 
     def _write_stretch(self) -> bool:
-        """Write the idle time of a stretch and, after the last stretch and all prompts of a lease, the lease."""
+        """Write the next stretch's idle time and, after its last stretch and prompt, the lease; False: none is due."""
         closed = self._timeline.closed
         if not closed or not self._is_final(closed[0].end_s):
             return False
@@ -181,7 +181,7 @@ class WindowWriter:
             counted=counted,
         )
         energy = self._meter.energy(flow, estimate_short=True)
-        units = None if account.units_unknown else account.units  # a part of the units gives no score
+        units = None if account.units_unknown else account.units  # if some units are unknown, there is no score
         found = self._scorer.score(energy, flow.duration_s, units, sorted(flags), account=account)
         ids, times = self._log.next_ids(account.grant), (account.begun_s, end_s)
         self._write_record(WindowKind.LEASE, ids, times, energy, found, account.model, use, units=account.units)

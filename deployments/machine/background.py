@@ -1,7 +1,8 @@
 """Starts background tasks and threads whose failure is noticed: it is logged, and their owner is called.
 
-asyncio and threading drop an exception that nobody waits for, so a watch that fails would be off without a word. All
-tasks and threads of ``deployments`` are started here. Their owner keeps them, and awaits or cancels them at its end.
+asyncio and threading drop an exception if no code awaits the result, so a failed watch would stop
+without a log line. All tasks and threads of ``deployments`` are started here. Their owner keeps
+them, and awaits or cancels them at its end.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ log = structlog.get_logger("deployments.machine.background")
 
 
 def spawn(name: str, work: Coroutine[Any, Any, T], *, on_failure: OnFailure | None = None) -> asyncio.Task[T]:
-    """Start a task whose result nobody waits for.
+    """Start a task whose result is not awaited.
 
-    If it fails, that is logged and ``on_failure`` is called in the event loop. It fails by any exception, also by a
-    CancelledError that does not come from its owner's ``cancel``.
+    If it fails, that is logged and ``on_failure`` is called in the event loop. Any exception counts
+    as a failure, also a CancelledError that was not caused by ``cancel`` of this task.
     """
     task = asyncio.create_task(work, name=name)
 

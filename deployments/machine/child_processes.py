@@ -16,7 +16,10 @@ _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Let the kernel kill this process when the thread that started it ends; exit now if that has already happened."""
+    """Let the kernel kill this process when the thread that started it ends; exit now if that has already happened.
+
+    Raises OSError if the kernel refuses.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
@@ -27,8 +30,9 @@ def die_with_parent(parent_pid: int) -> None:
 def allow_amx() -> None:
     """Request permission for Intel AMX tile registers, for this process and its forks; do nothing on other processors.
 
-    vLLM 0.32 uses them in its attention without a request. Where no matrix product of torch has requested them before,
-    as with an eager LLM whose first prompt is short, its worker is killed by SIGILL.
+    vLLM 0.32 uses them in its attention without requesting permission. If torch has not requested
+    it before (in a matrix product), vLLM's worker is killed by SIGILL. That happens with an eager
+    LLM whose first prompt is short.
 
     Source: Linux, Documentation/arch/x86/xstate.rst.
     """

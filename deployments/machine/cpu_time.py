@@ -30,7 +30,7 @@ class ProcessTable:
         self._listed: dict[int, ProcessStat] = {}
 
     def stat(self, pid: int) -> ProcessStat | None:
-        """Return one process; None if it does not exist (any more)."""
+        """Return one process; None if it does not exist (any more). Raises OSError or ValueError if unreadable."""
         try:
             # os.open costs a third of Path.read_bytes, and this runs for every process 20 times a second.
             fd = os.open(f"{self.root}/{pid}/stat", os.O_RDONLY)
@@ -59,10 +59,11 @@ class ProcessTable:
 class CPUTimeTree:
     """CPU-seconds of a process tree. Not thread-safe.
 
-    When a parent reaps a child, the child's time is added to the parent's. Parents are read before their children, so a
-    dead child's time appears in its parent at this reading or a later one, and is counted once. Time that no parent
-    inherits (the parent ignores its children, or died first) is kept from the last reading. A descendant whose parent
-    dies stays in the tree. Only the time between the last reading and an unreaped end is missed.
+    When a parent reaps a child, the child's time is added to the parent's. Parents are read before
+    their children, so a dead child's time appears in its parent at this reading or a later one, and
+    is counted once. Time that no parent inherits (the parent ignores its children, or died first)
+    is kept from the last reading. A descendant whose parent dies stays in the tree. Only one part
+    is missed: the time from the last reading to the end of a process that no parent reaps.
 
     The total grows by at most what ``processors`` allow; anything above that is dropped.
 
@@ -136,7 +137,7 @@ class CPUTimeTree:
             self._scanned_s = now_s
 
     def read_s(self, now_s: float) -> float:
-        """Return the CPU-seconds since the first call, ≥ 0 and never decreasing."""
+        """Return the CPU-seconds since the first call, ≥ 0 and never decreasing. Raises OSError or ValueError."""
         self.refresh(now_s)
         own = reaped = ended = 0
         for pid, last in list(self._known.items()):

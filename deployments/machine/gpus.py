@@ -12,7 +12,7 @@ _NVML_CLOCK_SM, _NVML_CLOCK_MEM = 1, 2
 
 
 class ReadFailed(Exception):
-    """A value of the hardware could not be read this time; its counter, if it has one, keeps counting."""
+    """A hardware value could not be read this time. If it is a counter, the hardware keeps counting."""
 
 
 def power_limit_w(handle: Any) -> float | None:

@@ -18,7 +18,7 @@ A search takes milliseconds if there are many processes.
 # D56: strangers are seen by the CPU time that is left
 STRANGERS_CORES = 0.5
 STRANGERS_PART = 0.01
-"""Strangers count as active above half a core and 1 % of the machine.
+"""Strangers count as active above half a core, on machines of more than 50 CPUs above 1 % of all CPUs.
 
 Ray's own processes, the registry, proxies and system services use less: up to some tenths of a core, more on larger
 machines. Half a core is 1 to 4 W (configs/local.yaml: 1.69 to 8.96 W per busy processor).
@@ -104,7 +104,7 @@ class MachineCPU:
                 self._gone_s += self._others.pop(gone).read_s(now_s)
 
     def strangers(self, now_s: float) -> tuple[bool | None, float]:
-        """Return whether strangers were active since the last call (None: unknown), and the time of that call."""
+        """Return whether strangers were active since the last call (None: unknown), and its time (first call: now)."""
         busy_s, ours = self._busy_s(), self.wrappers_s(now_s)
         last, since_s = self._last, now_s if self._looked_s is None else self._looked_s
         self._looked_s, self._last = now_s, None

@@ -70,5 +70,5 @@ def gpu_memory_bytes(gpus: int) -> int | None:
     try:
         memory = gpu_memory(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     except ReadFailed:
-        return None  # /machines shows None; the meter logs NVML's error
+        return None  # /machines shows None, and lists the GPUs as not found with NVML's error
     return min((total for _, total in memory.values()), default=None)

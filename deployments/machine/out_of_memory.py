@@ -29,19 +29,19 @@ def raise_score(score: int, file: Path = _SCORE) -> None:
 
 
 class OOMKills:
-    """Detects whether the kernel has killed a process for lack of memory since the last look."""
+    """Detects whether the kernel has killed a process for lack of memory since `look` (before it: since creation)."""
 
     def __init__(self, counters: Path = _COUNTERS) -> None:
         self._counters = counters
         self._seen = self._count()
 
     def look(self) -> None:
-        """Ignore all kills until now."""
+        """Make `happened` ignore all kills until now."""
         self._seen = self._count()
 
     @property
     def happened(self) -> bool:
-        """Whether a process was killed since the last look; False if the kernel does not count kills."""
+        """Whether a process was killed since the last `look`; False if the kernel does not count kills."""
         now = self._count()
         return now is not None and self._seen is not None and now > self._seen
 

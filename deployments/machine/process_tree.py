@@ -20,7 +20,7 @@ def descendants(pid: int) -> set[psutil.Process]:
 
 
 def alive(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
-    """Return those that still run; a zombie does not."""
+    """Return the processes that still run; a zombie does not."""
     found = set()
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -67,7 +67,7 @@ def ended_by(pid: int, proc_root: Path = Path("/proc")) -> int | None:
 
 
 def stopped(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
-    """Return those that are stopped (SIGSTOP) and not continued."""
+    """Return the processes that are stopped (SIGSTOP) and not continued."""
     found = set()
     for process in processes:
         with suppress(psutil.NoSuchProcess):

@@ -21,15 +21,16 @@ The locks are shared, so that a new wrapper can lock the file while its predeces
 
 
 class WrapperActivity:
-    """One of the wrappers of a machine, which share ``directory``.
+    """Publishes whether this wrapper works, and reads whether others do, in a directory that wrappers share.
 
-    Each wrapper locks a byte of its own file while it starts an LLM or answers; the kernel releases the lock if it is
-    killed. It also updates the file's time when work begins, so that work which ends before the next check is seen. No
-    process waits for such a lock; the others ask the kernel whether it is held.
+    Each wrapper has a file there. It locks one byte of it as long as it lives, and another one
+    while it starts an LLM or answers; the kernel releases the locks if the wrapper is killed. It
+    also updates the file's time when work begins, so that work which ends before the next check is
+    seen. No process waits for such a lock; the others ask the kernel whether it is held.
     """
 
     def __init__(self, directory: Path, wrapper_id: str, *, process: tuple[int, int] | None = None) -> None:
-        """Join the others; ``process`` is this wrapper's pid and its start (ticks since boot), by default our own."""
+        """Create this wrapper's file; ``process``: pid and start (ticks since boot), by default of this process."""
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._own = directory / wrapper_id

@@ -45,7 +45,7 @@ class LocalModel:
 
 
 class ModelCache:
-    """Models from the Hugging Face hub. Every wrapper of a machine has one; they share the directories.
+    """A cache of models from the Hugging Face hub. The wrappers of a machine share its directories.
 
     ``directory``: the cache; None: the one that the environment names (HF_HUB_CACHE, HF_HOME). ``locks_dir``: lock
     files that show which models are in use and when they were last used. ``max_gib``: size limit of the cache in GiB;
@@ -68,7 +68,7 @@ class ModelCache:
     ) -> LocalModel:
         """Return a model on this machine; download what is missing.
 
-        Cancelling this ends the download; the next one resumes it.
+        Cancelling this ends the download; the next call resumes it.
 
         Args:
             model: Hugging Face id, or the absolute path of a folder.
@@ -104,7 +104,10 @@ class ModelCache:
             return LocalModel(folder, order.commit, lock)
 
     async def here(self, model: str, *, revision: str | None = None) -> str | None:
-        """Return the folder of a model's files on this machine, None if there are none. Uses no network and no lock."""
+        """Return the folder of a model's files on this machine, None if there are none. Uses no network and no lock.
+
+        An absolute path is returned unchanged, without a check that it exists.
+        """
         if Path(model).is_absolute():
             return model
         return await asyncio.to_thread(cached, model, revision, self._cache_dir)

@@ -43,7 +43,7 @@ log = structlog.get_logger("deployments.models.checkpoints")
 
 
 class Checkpoints:
-    """Checkpoints by model and revision; each is read again only after a while. Used from one event loop."""
+    """Checkpoints by model and revision; each is read again after KEPT_S seconds. Used from one event loop."""
 
     def __init__(self, read: Callable[[str, str | None], Checkpoint | None], now_s: Callable[[], float]) -> None:
         """``read`` may block; it runs in a thread. ``now_s`` is a monotonic clock."""
@@ -102,7 +102,11 @@ def checkpoints_anywhere() -> Checkpoints:
 
 
 def read_local(model: str, revision: str | None) -> Checkpoint | None:
-    """Read a checkpoint on this machine; None if it is not here or incomplete. May block on a slow disk."""
+    """Read a checkpoint on this machine; None if it is not here or incomplete. May block on a slow disk.
+
+    Raises:
+        ValueError, TypeError, KeyError, SafetensorsParsingError: A file is damaged.
+    """
     folder = Path(model)
     if not folder.is_absolute():
         cached = try_to_load_from_cache(model, "config.json", revision=revision)

@@ -38,7 +38,7 @@ _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".
 _TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 _INDICES = ("model.safetensors.index.json", "consolidated.safetensors.index.json")
 _SENTENCE_TRANSFORMERS_PART = re.compile(r"\d+_\w+")
-_SMALL = 50 * 2**20  # other files larger than this are useless for an LLM
+_SMALL = 50 * 2**20  # text files (_TEXTS) above this size are not needed by an LLM
 
 
 class DownloadFailed(Exception):
@@ -53,9 +53,11 @@ class DownloadFailed(Exception):
 class DownloadOrder:
     """The ``commit`` of a model to download.
 
-    ``cache_dir``: a cache in the hub's layout, None for the one that the environment names. ``locks_dir``: folder of
-    the lock files of models in use (``lock_of``). ``max_bytes``: size limit of the cache, None for no limit.
-    ``load_format``: vLLM's engine argument. ``weights``: False leaves them out.
+    ``cache_dir``: a cache in the hub's layout, None for the one that the environment names.
+    ``locks_dir``: folder of the lock files of models in use (``lock_of``). ``max_bytes``: size
+    limit of the cache, None for no limit. ``load_format``: vLLM's engine argument. ``weights``:
+    False leaves them out. ``owner_pid``: the download process ends with this parent process; None:
+    it does not.
     """
 
     model: str
@@ -104,7 +106,7 @@ def _weights(files: Iterable[str], load_format: str) -> list[str]:
     return []
 
 
-# D27: who uses a model holds its lock
+# D27: a process that uses a model holds its lock
 def lock_of(model: str, locks_dir: Path) -> Path:
     """Return a model's lock file: shared by all its users; its modification time is the time of the last use."""
     return locks_dir / _folder_of(model)
@@ -152,6 +154,8 @@ def cached(model: str, revision: str | None, cache_dir: str | None) -> str | Non
 def find(order: DownloadOrder) -> str | None:
     """Return the folder of this commit if all its files are certainly on this machine; else None. Uses no network.
 
+    With HF_HUB_OFFLINE, a folder without the hub's list of files is taken as complete.
+
     Raises:
         DownloadFailed: Files are missing, and HF_HUB_OFFLINE forbids to download them.
     """
@@ -172,7 +176,7 @@ def find(order: DownloadOrder) -> str | None:
 
 # D25: a process of its own downloads, so it can be ended
 def download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
-    """Bring the commit to this machine and return its folder.
+    """Download the files of the commit that are missing on this machine; return its folder.
 
     Blocks until done; ``tell`` is called with the bytes present and the bytes needed. Unused models are removed to make
     room.
@@ -316,7 +320,7 @@ def _in_use(lock: Path) -> bool:
 
 
 def try_lock(file: IO[str], kind: int) -> bool:
-    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``) until it is closed; return False if others' locks forbid."""
+    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``) until it is closed; False if another lock forbids it."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -401,7 +405,7 @@ def main(argument: str) -> int:
 
     def tell(done: int, total: int) -> None:
         nonlocal told_s, told, most
-        most = max(most, done)  # the hub's library has several bars, one ahead of the other
+        most = max(most, done)  # the hub's library has several bars with different counts
         if done == total or most > told + total / 100 or time.monotonic() >= told_s + TELL_EVERY_S:
             told_s, told = time.monotonic(), most
             say(done=most, total=total)

@@ -68,7 +68,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def part_of(tensor: str, config: Mapping[str, Any]) -> str | None:
-    """Return the part of a tensor: ``body``, ``head``, or None if vLLM loads it only for speculative decoding."""
+    """Return the part that a tensor belongs to: ``body``, ``head``, or None (needed only for speculative decoding)."""
     if _HEAD.match(tensor):
         return "head"
     layer, layers = _LAYER.match(tensor), text_config(config).get("num_hidden_layers")
@@ -83,7 +83,7 @@ def memory_of(
     Args:
         checkpoint: Its metadata.
         engine_args: As ``deployments.models.args.mapping`` makes them.
-        generates: It generates text, so it needs its head and a KV cache.
+        generates: The LLM generates text, so it needs its head and a KV cache.
         gpus: Number of GPUs of the wrapper that will run it; None: not decided yet.
     """
     weights_bytes = _weights_bytes(checkpoint, engine_args, generates)
@@ -200,7 +200,11 @@ def _head_size(text: Mapping[str, Any]) -> int | None:
 
 
 def _full_layers(text: Mapping[str, Any], layers: int) -> int | None:
-    """Return how many layers cache the whole sequence; the others cache a window. If unknown, a lower bound."""
+    """Return how many layers cache the whole sequence; the others cache a window.
+
+    Returns 0, a lower bound, if there is a window but no known pattern of layers; None if
+    ``layer_types`` or the pattern is not understood.
+    """
     kinds = text.get("layer_types")
     if kinds is not None:
         known = isinstance(kinds, list) and set(kinds) <= {"full_attention", "sliding_attention"}

@@ -32,7 +32,7 @@ class ModelSources:
         path = self._path(model)
         if path is not None and any(_below(path, root) for root in self.roots):
             return str(path)
-        # If such a folder exists, vLLM takes an id for its path: then the folder must be an allowed one.
+        # An id that is also an existing folder is refused: vLLM would load the folder, which is not allowed.
         if path is None or not _HUB_ID.fullmatch(model) or os.path.exists(path) or os.path.exists(model):  # noqa: PTH110 - never raises
             raise InvalidField(field, f"{model!r} is neither a Hugging Face id nor below {_listed(self.roots)}")
         if not self.huggingface:

@@ -13,7 +13,7 @@ from deployments.machine.background import spawn_thread
 from deployments.machine.memory import main_memory
 
 _FORMATS = ("*.safetensors", "*.bin", "*.pt")  # vLLM uses the first format that a folder has
-_DUPLICATE = "consolidated"  # Mistral's models come in two formats, and vLLM reads the other one
+_DUPLICATE = "consolidated"  # a second copy of the weights in Mistral's models; used if it is the only one
 _CHUNK_BYTES = 128 * 1024
 """Bytes per call; the kernel reads at most a disk's read-ahead, usually this (mm/readahead.c, force_page_cache_ra)."""
 

@@ -23,14 +23,14 @@ log = structlog.get_logger("deployments.models.weights_hash")
 
 
 class WeightsHash:
-    """Hashes weights piece by piece. ``sha256`` is None until it is known.
+    """Hashes weights piece by piece. ``sha256`` is None until it is known; it stays None if a file can't be read.
 
     The hash of each file is stored in ``directory`` under its path, size and modification time, so a changed file is
     read again.
     """
 
     def __init__(self, weights: Weights, directory: Path) -> None:
-        """Read nothing yet."""
+        """Prepare the hash of these weights; reads nothing yet."""
         self.weights = weights
         self.sha256: str | None = None
         self._directory = directory

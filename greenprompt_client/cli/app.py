@@ -52,7 +52,7 @@ URLOption = Annotated[str, typer.Option("--url", help="Base URL of a running reg
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Around imports of what only an extra installs (``[server]``): end the command with one line if it is missing.
+    """Return a context for imports that need an extra (``[server]``): without it, the command ends with one line.
 
     Raises:
         typer.Exit: A package that is not ours can't be imported; standard error says what to install.

@@ -109,7 +109,7 @@ def measure(
         deployment_args=arguments(fields.pop("deployment_arg", [])),
         **fields,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by a scheduler, it releases its LLMs, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that a scheduler ends releases its LLMs, too
     try:
         complete = run_measure(plan, console)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""``greenprompt demo``: a small Prompting Service, over HTTP only, with its own registry.
+"""``greenprompt demo``: a small Prompting Service that starts a registry of its own and uses only HTTP.
 
 Starts ``greenprompt up`` as a separate process with a temporary state folder, requests the LLMs of one measurement,
 shows their progress, prompts and releases them, shows energy and carbon, and ends everything it started.

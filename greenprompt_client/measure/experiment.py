@@ -181,7 +181,7 @@ class Plan:
         return replace(self, llms=_named(self.experiment.llms, llms), orders=orders)
 
     def identity(self) -> dict[str, Any]:
-        """Return everything that defines the experiment, as plain JSON; not where it runs and writes."""
+        """Return what defines the experiment, as plain JSON: no places, tenant, priority, budgets or timeouts."""
         said = self.experiment.model_dump(
             mode="json", include={"repetitions", "concurrency", "warmup", "seed", "gpu_type", "grade", "like"}
         )

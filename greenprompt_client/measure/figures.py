@@ -45,7 +45,7 @@ class LLMSummary:
 
     @property
     def complete(self) -> bool:
-        """Whether all prompts are answered, not all of them refused, and all figures are final."""
+        """Whether each prompt was answered or refused, at least one was answered, and all figures are final."""
         return bool(self.answers) and not self.missing and not self.provisional
 
 
@@ -69,8 +69,8 @@ def summarized(
 def without_window(answers: Sequence[Mapping[str, Any]], windows: Sequence[WindowReport]) -> list[Mapping[str, Any]]:
     """Return the answers without a final window.
 
-    An answer that does not name its window counts as having one once its lease's window exists, because that is written
-    last.
+    An answer that does not name its window counts as having one once its lease's window exists,
+    because a lease's window is written after all windows of its prompts.
     """
     there = {window.window for window in windows}
     ended = {window.requestId for window in of_kind(windows, WindowKind.LEASE)}

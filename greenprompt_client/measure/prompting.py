@@ -1,4 +1,7 @@
-"""Asks an LLM one prompt of an experiment: which errors are the prompt's own, which end the lease, which may pass."""
+"""Sends one prompt of an experiment to an LLM, and classifies its errors.
+
+An error is caused by the prompt, ends the use of the lease, or may be temporary.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from greenprompt_client.client import AnswerError, HeldLease, RequestEnded
 from greenprompt_client.measure.prompt_files import Prompt
 
 LEASE_LOST = (RequestEnded, AnswerError, httpx.TransportError)
-"""Errors that end the use of a lease. The LLM is requested again; if that fails too, the run ends."""
+"""Errors that end the use of a lease. The LLM is then requested again; if this request itself fails, the run ends."""
 
 NOT_THE_PROMPTS_FAULT = frozenset(
     {
@@ -31,14 +34,14 @@ NOT_THE_PROMPTS_FAULT = frozenset(
 """Statuses of a prompt's error that concern its lease, which is then lost."""
 
 OWN_ERRORS = frozenset({"prompt_too_long"})
-"""Codes of server errors that are nevertheless caused by the prompt: its answer took too long."""
+"""Codes of server errors (5xx) that the prompt caused nevertheless: its answer took too long."""
 
 PROMPT_TRIES = 3
 """How often a prompt is tried if its server or a proxy fails (500, 504), which may be temporary."""
 
 
 class Unanswered(Exception):
-    """A prompt's server, or a proxy before it, failed each time; that says nothing about the prompt."""
+    """The server or a proxy failed in each attempt; whether the LLM can answer the prompt is unknown."""
 
     def __init__(self, error: AnswerError) -> None:
         super().__init__(error)

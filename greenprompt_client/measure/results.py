@@ -91,7 +91,7 @@ class Results:
         self._files.close()
 
     def answers(self) -> list[dict[str, Any]]:
-        """Return the lines of ``answers.jsonl``; if a prompt was asked again, only the last line."""
+        """Return the lines of ``answers.jsonl``; if a prompt was asked again, its last line. Raises BadSettings."""
         lines = _whole_lines(self._answers)
         try:
             last = {_key(line): number for number, line in enumerate(lines) if not line["warmup"]}
@@ -135,15 +135,15 @@ class Results:
 
     @property
     def done(self) -> int:
-        """Number of counted answers so far."""
+        """Number of prompts, over all LLMs and repetitions, that need not be asked again: answered or refused."""
         return len(self._done)
 
     def has(self, llm: str, repetition: int, prompt: str) -> bool:
-        """Whether this answer exists, or an error in its place."""
+        """Whether this prompt need not be asked again: it was answered or refused (see `_settled`)."""
         return (llm, repetition, prompt) in self._done
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append an answer; durable on return. Raises BadSettings if the disk is full."""
+        """Append an answer; durable on return. Raises BadSettings if it can't be written, e.g. if the disk is full."""
         self._append(self._answers, line)
         if not line["warmup"]:
             self._done.add(_key(line))
@@ -153,7 +153,7 @@ class Results:
         self._append(self._leases, line)
 
     def leases(self) -> list[dict[str, Any]]:
-        """Return all lines of ``leases.jsonl``."""
+        """Return all lines of ``leases.jsonl``. Raises BadSettings for a line that is not JSON."""
         return _whole_lines(self._leases)
 
     def windows(self) -> list[WindowReport]:
@@ -161,7 +161,7 @@ class Results:
         return sorted(self._windows.values(), key=lambda window: (window.begunAt, window.window))
 
     def add_windows(self, windows: Iterable[WindowReport]) -> None:
-        """Append the new ones of these windows; durable on return. Raises BadSettings if the disk is full."""
+        """Append the new ones of these windows; durable on return. Raises BadSettings if they can't be written."""
         new = {window.window: window for window in windows if window.window not in self._windows}
         if new:
             self._append(self._windows_file, *(_WINDOW.dump_python(window, mode="json") for window in new.values()))
@@ -174,7 +174,7 @@ class Results:
             raise BadSettings(self._windows_file.name, "holds a line that is no energy window") from None
 
     def write(self, name: str, text: str) -> None:
-        """Write or replace a file atomically. Raises BadSettings if the disk is full."""
+        """Write or replace a file atomically. Raises BadSettings if it can't be written."""
         written = self.folder / f".{name}"
         try:
             with written.open("w", encoding="utf-8", newline="") as file:

@@ -1,11 +1,13 @@
 """``greenprompt measure``: runs an experiment from file to figures, over HTTP only, as a Prompting Service does.
 
-Each repetition requests all its LLMs in one POST, uses one after another as they are handed over, and releases them.
-Every answer is on disk before it counts (`results`), so that the next run can resume an interrupted one: it releases
-the interrupted run's LLMs and asks only prompts without an answer. Prompts, LLMs and repetitions may be added.
+Each repetition requests all its LLMs in one POST, uses one after another as they are handed over,
+and releases them. Every answer is on disk before it counts (`results`), so that the next run can
+resume an interrupted one. The next run releases the LLMs of the interrupted one, and asks only the
+prompts without an answer. Prompts, LLMs and repetitions may be added.
 
-The energy in an answer is provisional. Figures are made from the final windows, which the registry has some seconds
-later: the run fetches them after each lease and waits for the rest at the end.
+The energy in an answer is provisional. Figures are made from the final windows, which reach the
+registry some seconds later. The run fetches them after each lease, and waits for the rest at the
+end.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def run_measure(plan: Plan, console: Console) -> bool:
         False if answers or final windows are missing, or an LLM has refused every prompt.
 
     Raises:
-        BadSettings: The folder can't be used.
+        BadSettings: The folder can't be used, or can't be written any more.
         AnswerError: The registry refuses the experiment.
         httpx.TransportError: The registry could not be reached for RETRY_FOR_S seconds.
     """
@@ -196,7 +198,11 @@ class _Run:
         return True
 
     def _end_dead_run(self) -> None:
-        """Release what the previous run still holds or waits for."""
+        """Release the requests that the previous run left open, and report how far it came.
+
+        If the registry has lost its measurement and anything is missing, continue with a new
+        measurementId.
+        """
         measurement = self._measurement()
         held = [] if measurement is None else [each for each in measurement.requests if each.status not in ENDED]
         for state in held:
@@ -275,7 +281,7 @@ class _Run:
         return list(zip(llms, ids, strict=True))
 
     def _give_back(self, requests: list[tuple[str, str]]) -> None:
-        """Release requests that are no longer wanted, and remove them from the list."""
+        """Release requests that are no longer needed, and remove them from the list."""
         while requests:
             _, request_id = requests.pop()
             self._registry.release(request_id)

@@ -38,7 +38,7 @@ NAME_SHOWN = 32
 """Most characters of an LLM's name beside a plot's row; of a longer name, the end is shown."""
 
 POINTS_SHOWN = 300
-"""Most prompts of an LLM that a plot shows as points; of more, an even selection."""
+"""From this many prompts of an LLM on, a plot shows every n-th as a point, n = prompts // POINTS_SHOWN."""
 
 _TIME_UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
 _USES = {"active": "#2e7d5b", "idle": "#d9a441", "load": "#5b7db1", "wake": "#9a6fb0"}
@@ -55,7 +55,7 @@ _STYLE: dict[Any, Any] = {
 
 # D98: the page loads nothing
 def report_html(report: MeasurementReport) -> str:
-    """Return the whole page."""
+    """Return the HTML page of a report, with its plots."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(
         figure=figure,

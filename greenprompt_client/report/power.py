@@ -42,7 +42,11 @@ class _Piece(NamedTuple):
 
 # D70: busy times and the gaps between them
 def powers(windows: Sequence[WindowReport]) -> Mapping[str | None, Curve]:
-    """Return the power of each machine: the sum over its wrappers. Unknown while that of one wrapper is unknown."""
+    """Return the power of each machine: the sum over the windows of its wrappers.
+
+    Unknown while the power of one of these windows is unknown. A wrapper without a window adds
+    nothing.
+    """
     by_wrapper: dict[tuple[str | None, str], list[WindowReport]] = {}
     for window in windows:
         if window.seconds > 0:

@@ -34,7 +34,7 @@ def report_table(report: MeasurementReport) -> RenderableType:
 
 
 def headline(report: MeasurementReport) -> str:
-    """Return the measurement's id, machines, and numbers of LLMs and prompts."""
+    """Return the measurement's id, machines, numbers of LLMs, prompts and warm-ups, and its flags."""
     where = f" on {', '.join(report.machines)}" if report.machines else ""
     prompts = sum(figures.prompts for llm in report.llms for figures in llm.figures)
     warmups = sum(figures.warmups for llm in report.llms for figures in llm.figures)

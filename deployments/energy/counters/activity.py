@@ -1,6 +1,6 @@
-"""When a wrapper's hardware was at work: busy intervals in order of time. Pure.
+"""Keeps the busy intervals of a wrapper's hardware, in order of time. Pure.
 
-Work is noted when it begins and when it ends, so what is known of a past time never changes.
+The beginning and the end of work are recorded at once, so answers about past times never change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ KEPT_INTERVALS = 50_000
 """At least this many of the latest busy intervals are kept."""
 
 
-# D59: ticks are divided by known begins and ends
+# D59: the times when work began and ended divide a counter's step
 class Activity:
     """The times in which prompts were in flight or an LLM was starting. Not thread-safe: its owner locks.
 
@@ -68,7 +68,7 @@ class Activity:
             yield self._ends_s[index] - self._begins_s[index]
 
     def next_begin_s(self, time_s: float) -> float:
-        """Return when the work in progress at this time began, or else the next work; infinite if there is none."""
+        """Return when the work in progress at this time began, else when the next work begins; infinite if none."""
         index = bisect_right(self._ends_s, time_s)
         return self._begins_s[index] if index < len(self._begins_s) else math.inf
 

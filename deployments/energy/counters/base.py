@@ -68,7 +68,7 @@ class Source(ABC):
 
     @property
     def late(self) -> float:
-        """Units that may appear in one step, later than they were used."""
+        """The most units that a reading may report late, in one step with newer ones."""
         return 0.0
 
     @property
@@ -78,7 +78,10 @@ class Source(ABC):
         return None if limit_w is None else POWER_HEADROOM * limit_w
 
     def read_limit(self) -> None:  # noqa: B027 - a model has none
-        """Read the power limit again. ``limit_w`` never falls: steps from before a lower limit must stay plausible."""
+        """Read the power limit again.
+
+        ``limit_w`` never falls, so that steps made before the limit was lowered stay plausible.
+        """
 
     @abstractmethod
     def read(self, now_s: float) -> float:
@@ -91,7 +94,7 @@ class Source(ABC):
 
     @property
     def unseen_s(self) -> float:
-        """How long the hardware's power may change without showing in the readings, seconds; 0 for a counter."""
+        """The longest change of power that the readings may miss, seconds; 0 for a counter, which misses none."""
         return 0.0
 
     def unseen(self, lengths_s: Iterable[float]) -> float:
@@ -107,7 +110,7 @@ class Source(ABC):
         return None
 
     def contended(self, now_s: float) -> bool | None:
-        """Whether processes of others use the hardware; None if unknown. May take milliseconds."""
+        """Whether processes outside this wrapper use the hardware; None if unknown. May take milliseconds."""
         return False
 
     def close(self) -> None:  # noqa: B027 - most have nothing to release

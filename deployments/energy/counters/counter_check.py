@@ -9,8 +9,8 @@ from itertools import pairwise
 CHECK_S = 10.0
 """How long a counter is watched at first, seconds; steps of 100 ms are 1 % of this."""
 LOADED_CHECK_S = 30.0
-"""How long it is watched under load, seconds: power averaged over 1 s, of load that comes and goes, may be wrong by the
-energy of half a second."""
+"""How long it is watched under load, seconds: long compared with the half second by which the average of 1 s may lag
+behind a load that comes and goes."""
 TOLERANCE = 0.10
 """Accepted relative difference of counter and integrated power: NVML's power is accurate to 5 %, averaged over 1 s."""
 SMEAR_S = 1.0
@@ -54,9 +54,11 @@ class _Finding:
 
 
 class _Loads:
-    """Sums up short pieces of work, each with the second after it in which the averaged power still shows it.
+    """Sums up short pieces of work, so that a check under load is possible without one long piece.
 
-    A piece reaches from the counter's last step before it to its first step after that second.
+    The averaged power shows work for a second after its end, so this second belongs to the piece. A
+    piece begins with the counter's last step before the work, and ends with the first step after
+    that second.
     """
 
     def __init__(self) -> None:
@@ -106,9 +108,11 @@ class _Loads:
 
 
 class CounterCheck:
-    """Checks one counter: at first, after each gap in its history, under load, and once a day.
+    """Checks one counter: at first, after each gap in its history, under load, and then once a day.
 
-    The check under load runs when a probe finds load that lasts long enough, or over several short pieces of work.
+    The check under load runs when a probe finds load that lasts long enough, or over several short
+    pieces of work. After a disagreement, the counter is checked again every 10 minutes
+    (`AGAIN_AFTER_DISAGREEMENT_S`).
     """
 
     def __init__(self, source: str) -> None:
@@ -133,8 +137,9 @@ class CounterCheck:
     def doubt(self) -> tuple[float, float]:
         """The least and the greatest factor by which the counter's joules must be multiplied to match the power.
 
-        The factors come from all joules, and from those above the idle power: the counter may be right when idle. Both
-        are 1 without a disagreement.
+        One factor compares all joules, another one only those beyond idle power, because the
+        counter may be right when idle. Both results are 1 without a disagreement. Else each factor
+        is at most 20, and the error of the power (5 %) widens the range.
         """
         factors = [1.0]
         for check in self.found:
@@ -150,7 +155,7 @@ class CounterCheck:
         return least if least == 1 else least * (1 - POWER_ERROR), most if most == 1 else most * (1 + POWER_ERROR)
 
     def restart(self) -> None:
-        """Begin a check: the counter is new, or its history has a gap."""
+        """Begin a new check, because the counter is new or its history has a gap."""
         self._watch_s: float | None = CHECK_S
         self._begun_s: float | None = None
         self._loads.drop()

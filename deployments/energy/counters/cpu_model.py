@@ -1,4 +1,4 @@
-"""The CPU's energy where nothing counts it: a model with the operator's figures, driven by CPU time."""
+"""Estimates the CPU's energy where no counter exists, from CPU time and the operator's figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from registry.wire.labels import Label
 class CPUModelSource(Source):
     """The CPU's energy, estimated from the CPU time of our processes. Its units are CPU-seconds.
 
-    The estimate is idle watts for all reserved CPUs all the time, plus (busy - idle) watts per CPU-second.
+    The estimate is: idle watts x reserved CPUs x seconds, plus (busy - idle) watts x CPU-seconds.
     """
 
     name = "cpu-model"

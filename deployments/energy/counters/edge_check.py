@@ -13,8 +13,8 @@ class EdgeCheck:
     figure.
 
     Args:
-        max_age_s: Maximum age of a reading, seconds; None if unknown: then a step may have begun at the last reading
-            before the previous step.
+        max_age_s: Maximum age of a reading, seconds. If it is None (unknown), a step is taken to
+            have begun at the last reading that did not yet show the previous step.
         step: The counter's smallest step, in its units.
     """
 
@@ -48,7 +48,7 @@ class EdgeCheck:
         if last is not None and units < last:
             self.restart()
             raise CounterLost(Flag.COUNTER_RESET)
-        # D53: steps prove their own power
+        # D53: each step must be plausible by itself
         if not self.plausible(answered_s, units, max_rate):
             self.restart()
             raise CounterLost(Flag.IMPLAUSIBLE_POWER)

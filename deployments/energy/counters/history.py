@@ -1,14 +1,14 @@
-"""The history of a stepping counter: its edges, and what a window between them holds. Pure: times are arguments.
+"""The history of a stepping counter: its edges, and the energy between any two times. Pure: times are arguments.
 
 A counter is a staircase under the true curve E(t), which never falls, in joules (CPU-seconds for the CPU model). Each
 edge is kept with two times that enclose it: ``before``, when the counter had certainly not stepped yet, and ``seen``,
 when its value had certainly been reached. So E(before) <= units <= E(seen), whatever the counter's period is. Any
 subset of the edges gives valid bounds, so old edges can be dropped.
 
-Between two edges E(t) is estimated. If the hardware was idle for a part of that time, this part gets the power of the
-edges just before or just after the work, and the busy time gets the rest. Otherwise E(t) is a straight line. All
-windows use the same E(t). It becomes final when the counter was watched for a while after the later edge, so successive
-windows add up exactly.
+Between two edges E(t) is estimated. If the hardware was idle for a part of that time, this part
+gets the power of the edges just before or just after the work, and the busy time gets the rest.
+Otherwise E(t) is a straight line. All windows use the same E(t), and an estimate becomes final once
+the counter was watched for a while after the later edge. So successive windows add up exactly.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _FINE_S = 600.0
 """Every edge of the last ten minutes is kept; of older ones, one per second."""
 _COARSE_S = 1.0
 _TREND_S = 0.3
-"""The slope after the last edge is that of this long before it, seconds."""
+"""After the last edge E(t) is extended with the mean slope of this time before it, seconds."""
 _MAX_RUNS = 16
 _LEVELS_KEPT = 8192
 _IDLE_S = 0.5
-"""Shortest idle time whose power is known, seconds: edges are seen late, so that of shorter ones is too inaccurate."""
+"""Shortest idle time whose power is used, seconds: edges are seen late, so shorter times give inaccurate power."""
 _IDLE_MOST_S = 2.0
-"""Only this long at the end of an idle time counts, seconds: it is nearest to the next work."""
+"""Only the end of an idle time, this long, determines its power, seconds: it is nearest to the next work."""
 _IDLE_KEPT = 4096
 _AFTER_S = 0.5
 """How long the counter is watched after work before the power after it counts as known, seconds."""
@@ -74,7 +74,7 @@ def between(start: Level, end: Level) -> Level:
 
 
 class _IdleRate(NamedTuple):
-    """Units per second while idle, and the error of that."""
+    """A counter's rate while the hardware is idle, and the error of the rate; units per second."""
 
     rate: float
     error: float
@@ -93,7 +93,7 @@ class _Idle:
     def before(self, time_s: float, run: _Run, activity: Activity) -> tuple[float, _IdleRate] | None:
         """Return when the last idle time before ``time_s`` ended, and its rate; None if there is none.
 
-        Every edge before ``time_s`` must have been seen: then the answer never changes.
+        Call this only after every edge before ``time_s`` was seen; then the answer never changes.
         """
         for start_s, end_s in activity.idle(self._seen_until_s, time_s):
             self._seen_until_s = end_s
@@ -127,7 +127,7 @@ class _Run:
         self.why = why
         self._activity = activity
         self._idle = _Idle()
-        # Prompts in flight together look up the same times again and again.
+        # Caches: prompts that are in flight together ask for the same times many times.
         self._final: dict[float, Level] = {}
         self._provisional: dict[float, Level] = {}
         self.before_s = array("d")
@@ -147,7 +147,7 @@ class _Run:
         self.units.append(units)
 
     def stay(self, before_s: float, seen_s: float) -> None:
-        """Extend the flat stretch that ends with the last edge until now."""
+        """Extend to now the flat stretch that ends with the last edge."""
         self.before_s[-1], self.seen_s[-1] = before_s, seen_s
 
     def thin(self, history_s: float) -> None:
@@ -222,7 +222,8 @@ class _Run:
     def is_final(self, time_s: float) -> bool:
         """Whether the level at this time is final.
 
-        It is once a later edge was seen and, if work begins or ends near it, the power after the work is known.
+        It is final once a later edge was seen. If work begins or ends between the edges before and
+        after this time, the power after that work must be known, too.
         """
         if not self.before_s or self.before_s[-1] < time_s:
             return False
@@ -235,7 +236,8 @@ class _Run:
     def _inside(self, left: int, time_s: float) -> tuple[float, float]:
         """Return E(t) between an edge and the next, and its systematic error.
 
-        An edge is only known to lie in a time w (seen - before). Its middle is used: up to w/2 too late or too early.
+        The time of an edge is only known to lie in an interval of length w (seen - before). The
+        middle of the interval is used; it is up to w/2 too late or too early.
 
         - Edges T > w apart have random places in w. On average P w² / 8T lies on the wrong side of the start or the end
           of work of power P.
@@ -279,9 +281,10 @@ class _Run:
     def _gap_rate(self, left: int, gap: tuple[float, float], idle: tuple[float, _IdleRate], power: float) -> _IdleRate:
         """Return the rate of an idle time that lies wholly or partly between an edge and the next.
 
-        It is that of the nearest whole tick of the same idle time. If the power is still changing there, the rate may
-        be off by as much as it changes from one tick to the next. Without such a tick it can be anything between that
-        of the last idle time and the ``power`` of the work.
+        A tick is the time between two successive edges. The rate is that of the nearest tick that
+        lies wholly in the same idle time. If the power is still changing there, the rate may be
+        wrong by its change from one tick to the next. Without such a tick, the true rate can be
+        anything between the rate of the last idle time and the ``power`` of the work.
         """
         until_s, long = idle
         if until_s == gap[1]:

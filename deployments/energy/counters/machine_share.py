@@ -21,7 +21,8 @@ from registry.wire.labels import Label, worst
 class CPUPart:
     """This wrapper's part of the CPU time of all wrappers since the last poll. Not thread-safe.
 
-    All counters get the same part in one poll, even if their reads take long: a poll ends when a reader asks again.
+    All counters get the same part in one poll, even if their reads take long. A new poll begins
+    when a reader asks for the second time.
     """
 
     def __init__(self, cpu: MachineCPU, on_machine: int) -> None:
@@ -45,10 +46,12 @@ class CPUPart:
 
 
 class MachineShare(Source):
-    """A wrapper's share of one machine-wide counter: the mean, or the larger, of those by reservation and by CPU time.
+    """A wrapper's share of one machine-wide counter, in joules.
 
-    If CPU time is unknown, they are the share by reservation and the whole. The meter has a source for each, with the
-    same name and its own reader of the counter. `joined` merges the two.
+    There are two shares: by reservation, and by CPU time. One source ("mean") uses their mean,
+    another one ("larger") the larger of them. If CPU time is unknown, "mean" is the share by
+    reservation, and "larger" is the whole counter. The meter has both sources for each counter,
+    with the same name and separate readers. `joined` merges their components.
     """
 
     label = Label.MODELED
@@ -112,7 +115,7 @@ class MachineShare(Source):
 def shares(
     counters: Sequence[Source | Unreadable], again: Sequence[Source | Unreadable], cpu: CPUPart
 ) -> list[Source | Unreadable]:
-    """Return two sources per machine-wide counter, from the results of two probes: each has a reader of its own."""
+    """Return two sources per machine-wide counter, from the results of two probes, so that each has its own reader."""
     found: list[Source | Unreadable] = []
     for one, other in zip(counters, again, strict=True):
         if isinstance(one, Unreadable) or isinstance(other, Unreadable):
@@ -123,10 +126,11 @@ def shares(
 
 
 def joined(parts: Iterable[Component]) -> list[Component]:
-    """Merge successive components of one name into one: the first has the figure, the second its upper bound.
+    """Merge two successive components of one name: the first has the figure, the second its upper bound.
 
-    They are the mean and the larger share, or `GPUPower` and `GPUPowerAtMost`. The mean lies midway between both
-    shares, so the smaller share is as far below it as the larger is above it.
+    Such pairs come from the sources "mean" and "larger" of `MachineShare`, and from `GPUPower` and
+    `GPUPowerAtMost`. The mean lies midway between both shares, so the smaller share is as far below
+    it as the larger one is above it.
     """
     found: list[Component] = []
     for part in parts:

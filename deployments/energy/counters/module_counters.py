@@ -1,4 +1,7 @@
-"""Energy counters of modules of GPUs and CPUs, where GPUs of one module (e.g. of a GB200) may show the same counter."""
+"""Reads energy counters that count a whole module: its GPUs, its CPU and their memory.
+
+GPUs of one module (e.g. of a GB200) may all return the same counter, which must be counted once.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class _Modules:
 
 
 class ModuleCounter(Source):
-    """The counter of one GPU that counts its whole module; redundant if another GPU shows the same counter.
+    """The energy counter of a whole module, read through one of its GPUs; redundant if another GPU shows it, too.
 
     Each GPU has its own source because its reading steps at its own times. Reads fail until it is known which GPUs
     show the same counter.

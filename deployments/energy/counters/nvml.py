@@ -15,9 +15,10 @@ from registry.wire.flags import Flag
 from registry.wire.labels import Label
 
 _MAX_SAMPLE_GAP_S = 0.2
-"""Longest time between two power samples that are integrated, seconds; the label promises 10 samples per second."""
+"""Longest time between two power samples that are integrated, seconds; the meter polls at least 10
+times per second."""
 
-# D54: sampled power is as old as it is averaged
+# D54: a sample that is an average is as old as the averaged time
 _AVERAGED_S = 1.0
 """NVML's plain power reading is the mean of this many seconds before it, on Ampere (except GA100) and newer.
 Source: NVML API, nvmlDeviceGetPowerUsage."""
@@ -36,7 +37,7 @@ GPU_LIMIT_W = 3000.0
 """Power limit assumed for a GPU that reports none, W: twice the 1,400 W of the largest (NVIDIA B300, data sheet)."""
 
 _SCAN_S = 1.0
-"""Minimum time between two searches among our descendants for an unknown process on the GPU, seconds."""
+"""Minimum time between two searches of this process's descendants for an unknown process on the GPU, seconds."""
 
 
 class _GPU(Source):
@@ -57,7 +58,7 @@ class _GPU(Source):
             self.limit_w = max(told_w, self.limit_w or 0.0)
 
     def contended(self, now_s: float) -> bool | None:
-        """Whether other compute processes run on the GPU; None if NVML fails or reports pids that are unknown here."""
+        """Whether other compute processes run on the GPU; None if NVML fails or its pids are of another namespace."""
         try:
             users = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)}
         except pynvml.NVMLError:
@@ -137,10 +138,10 @@ class GPUPower(_GPU):
         self.joules_so_far = 0.0
         self.problem: ReadFailed | CounterLost | None = None
         self.sampling_j = 0.0
-        """Possible error of ``joules_so_far``, J. A change of power shows in the samples after 0 s to one refresh plus
-        one sampling gap; the integral is right for half of that."""
+        """Possible error of ``joules_so_far``, J. The samples show a change of power after a delay between 0 s and one
+        refresh time plus one sampling gap. The integral is exact for half of this longest delay."""
         self._longest_gap_s = 0.0
-        # A mean of a time lies between the powers at its start and end, so the integral is at most as old as that time.
+        # A mean over a time belongs to a moment within that time, so the integral lags by at most that time.
         self.max_age_s = (_REFRESHED_S if instant else _AVERAGED_S) + _MAX_SAMPLE_GAP_S
         what = "of the moment" if instant else "each the mean of a second"
         self.origin = f"NVML power samples of the GPU and its memory, {what}, integrated"
@@ -188,7 +189,7 @@ class GPUPower(_GPU):
 
 
 class GPUPowerAtMost(Source):
-    """The upper bound of power samples: their integral plus its possible error.
+    """The upper bound of a GPU's energy by power samples: their integral plus its possible error.
 
     Read it after the samples. `machine_share.joined` merges both into one component.
     """

@@ -18,13 +18,13 @@ PACKAGE_LIMIT_W = 1500.0
 DRAM_LIMIT_W = 500.0
 """Power limit assumed for the memory of a package that reports none, W: 24 modules of 20 W."""
 UNLIMITED_W = 4095.0
-"""A limit of this many watts means no limit: the register's field is full. Source: Intel SDM 3B, 15.10.3: 15 bits of
-1/8 W."""
+"""A limit of this many watts means no limit: all bits of the register's field are set. Source: Intel SDM 3B, 15.10.3:
+15 bits of 1/8 W."""
 _LONGEST_WRAP_S = 2.0
-"""Longest gap between two readings, in seconds, after which a falling counter may still be a wrap, not a reset."""
+"""Longest time between two readings, seconds, for which a fall counts as a wrap; after more it is a gap."""
 _WRAP_SLACK_S = 0.25
-"""How much later than noted a reading may have been made, seconds, when a fall is checked for a wrap. The rise itself
-is checked afterwards with exact times, like every step."""
+"""Allowed delay of a reading after its recorded time, seconds, when a fall is checked for a wrap. The rise itself is
+checked afterwards with exact times, like every step."""
 _MOVES_TO_TELL = 3
 _DIE = re.compile(r"(package-\d+)-die-\d+")
 
@@ -41,7 +41,7 @@ class PowercapZone(Source):
     step = 1e-3
 
     def __init__(self, name: str, zone: Path) -> None:
-        """Raises OSError or ValueError if the zone can't be read."""
+        """Read the zone's range, counter and limits once. Raises OSError or ValueError if it can't be read."""
         self.name = name
         self.origin = f"powercap energy counter {zone.name} of the whole machine"
         self.default_limit_w = DRAM_LIMIT_W if name.startswith("dram") else PACKAGE_LIMIT_W
@@ -71,7 +71,12 @@ class PowercapZone(Source):
             raise ReadFailed(str(error)) from error
 
     def read(self, now_s: float) -> float:
-        """Return the joules since the first reading, corrected for wraps."""
+        """Return the joules since the first reading, corrected for wraps.
+
+        Raises:
+            ReadFailed: The read failed this time.
+            CounterLost: The counter was reset, or it was not read for too long to recognise its wraps.
+        """
         now_uj = self.shown_uj()
         last_s, last_uj = self._last_s, self._last_uj
         self._last_s, self._last_uj = now_s, now_uj
@@ -94,8 +99,10 @@ class PowercapZone(Source):
 class DiePackage(Source):
     """A package with one zone per die: separate counters on Intel, a single one on some AMD processors.
 
-    The readings show which. It is a single counter if, while it moves, all other dies show values between two readings
-    of the first die, or no older than a zone's reading can be. It is then counted once. Reads fail until this is known.
+    The readings show which. The first die is read, then the others, then the first die again. All
+    dies show a single counter if, while it moves, the values of the others lie between the two
+    readings of the first die, or below the first by no more than a zone's reading can be late. A
+    single counter is counted once. Reads fail until this is known.
 
     Source: Linux, drivers/powercap/intel_rapl_common.c names zones by die; AMD's counters are per package.
     """

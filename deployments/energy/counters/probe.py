@@ -1,7 +1,7 @@
 """Finds a machine's energy sources: NVIDIA's energy counters, the kernel's powercap zones, a model of the CPU.
 
-`probe_sources` tries each with real calls. A source that can't be read is no error: it is listed as `Unreadable` with
-the reason, and no figure is made up for it.
+`probe_sources` tries each with real calls. A source that can't be read does not raise: it is
+returned as `Unreadable` with the reason, and gets no figure.
 """
 
 from __future__ import annotations

@@ -9,11 +9,15 @@ from itertools import accumulate
 _BIN_S = 0.005
 _BINS = 400
 _USUAL = 0.99
-"""The quantile of the times between edges that counts as the usual time."""
+"""The quantile of the times from an edge to the next but one that counts as usual."""
 
 
 class UsualPeriod:
-    """The times that pass from a counter's edge to its third: a window that begins just after an edge needs them."""
+    """Statistics of the time from a counter's edge to the next edge but one.
+
+    A window that begins just after an edge must last that long for the counter to prove some of its
+    energy.
+    """
 
     def __init__(self) -> None:
         self._edges_s: deque[float] = deque(maxlen=3)
@@ -30,7 +34,7 @@ class UsualPeriod:
             self._waited += 1
 
     def restart(self) -> None:
-        """Note that the counter's history has a gap here: no time spans it."""
+        """Note that the counter's history has a gap here; no time is measured across it."""
         self._edges_s.clear()
 
     @property

@@ -37,7 +37,7 @@ __all__ = [
 _DOCS = "docs/llm-args.md"
 _TABLES: Mapping[str, Mapping[str, Rule]] = {"prompting": PROMPTING, "deployment": DEPLOYMENT}
 _GPU_FACTORS = ("tensor_parallel_size", "pipeline_parallel_size")
-# vLLM raises values between 0 (greedy) and this to this (sampling_params._MAX_TEMP).
+# vLLM replaces a temperature between 0 (greedy) and this value by this value (sampling_params._MAX_TEMP).
 _LOWEST_TEMPERATURE = 0.01
 
 
@@ -51,7 +51,7 @@ class MappedArgs:
 
 @dataclass(frozen=True, slots=True)
 class PromptArgs:
-    """What an llmconfig says about prompts: ``values`` are added to the body of each, if the LLM answers with text."""
+    """What an llmconfig says about prompts: if the LLM answers with text, each prompt's body gets ``values``."""
 
     modeltyp: str
     task: Task
@@ -79,7 +79,7 @@ def prompt_args(llmconfig: str) -> PromptArgs:
     """Return what an llmconfig (JSON) that the ingress has accepted says about prompts.
 
     Raises:
-        InvalidField: the ingress was of another version, which accepts other words.
+        InvalidField: A word is refused here. The ingress that accepted it has another version.
     """
     given = json.loads(llmconfig)
     task, chat = task_of(given), bool(given.get("uses_chat_template"))

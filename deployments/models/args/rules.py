@@ -38,7 +38,7 @@ def _whole_number(value: object) -> int | None:
 
 
 def whole(low: int, high: int = _INT32_MAX, *, also: Mapping[int | str, int] | None = None) -> Kind:
-    """Whole numbers from low to high, plus the words or numbers in ``also``, each of which stands for a number."""
+    """Return the kind of whole numbers from low to high, and of the words or numbers in ``also``, read as numbers."""
     others = also or {}
 
     def read(value: object) -> JSON:
@@ -54,7 +54,7 @@ def whole(low: int, high: int = _INT32_MAX, *, also: Mapping[int | str, int] | N
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Kind:
-    """Finite numbers from low to high; ``above`` excludes low itself."""
+    """Return the kind of finite numbers (at most 64 bits) from low to high; ``above`` excludes low itself."""
 
     def read(value: object) -> JSON:
         if isinstance(value, bool) or not isinstance(value, int | float) or not -INT64_MAX <= value <= INT64_MAX:
@@ -66,7 +66,7 @@ def number(low: float, high: float = math.inf, *, above: bool = False) -> Kind:
 
 
 def one_of(*words: str, aliases: Mapping[str, str] | None = None) -> Kind:
-    """One of the words, or an alias, which is read as its word."""
+    """Return the kind of these words, and of aliases, each of which is read as its word."""
     spellings = {word: word for word in words} | dict(aliases or {})
 
     def read(value: object) -> JSON:
