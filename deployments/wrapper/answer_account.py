@@ -1,7 +1,8 @@
-"""Passes vLLM's answers on to the client, reads their token counts, and adds their energy.
+"""Forwards vLLM's answers to the client, reads their token counts, and adds the prompt's energy.
 
-A JSON answer gets a header. A stream that reports its usage at the end gets one more field in that chunk. Nothing else
-is changed or held back, and of a stream only chunks with usage are parsed.
+A JSON answer gets a header; its start is held back until the body is there. A stream that reports
+its usage at the end gets one more field in that chunk. Nothing else is changed or held back. Only
+those chunks of a stream that report usage are parsed.
 """
 
 from __future__ import annotations
@@ -40,12 +41,16 @@ _BRIEF = TypeAdapter(dict[str, Any])
 
 
 class AccountedAnswer:
-    """The answer to one prompt, on its way to the client. Call ``close`` when the app has returned or raised."""
+    """Forwards the answer to one prompt and accounts it. Call ``close`` when the app has returned or raised."""
 
     def __init__(self, prompt: MeteredPrompt, send: Send, *, counts_words: bool, given_up: Callable[[], bool]) -> None:
-        """``counts_words``: the words of a JSON answer are counted, too.
+        """Do nothing yet.
 
-        ``given_up``: whether the client has hung up or was cut; then the answer counts as incomplete.
+        Args:
+            prompt: The prompt's record.
+            send: Sends a message to the client.
+            counts_words: Whether the words of a JSON answer are counted, for energy per word.
+            given_up: Whether the client has hung up or was cut; then the answer is incomplete.
         """
         self._prompt = prompt
         self._counts_words = counts_words
@@ -58,7 +63,7 @@ class AccountedAnswer:
         self._complete = False
 
     async def send(self, message: Message) -> None:
-        """Pass on a part of the answer."""
+        """Forward a part of the answer."""
         if message["type"] == "http.response.start":
             content_type = content_type_of(message["headers"])
             if message["status"] in REFUSED:
@@ -66,7 +71,7 @@ class AccountedAnswer:
             elif message["status"] == HTTPStatus.OK:
                 self._status = "answered"
                 if content_type.startswith(b"application/json"):
-                    self._held = message  # its header is made from the body
+                    self._held = message  # the energy header needs the token counts in the body
                     return
             self._streams = content_type.startswith(EVENT_STREAM)
             await self._send(message)
@@ -85,9 +90,9 @@ class AccountedAnswer:
         await self._send(message)
 
     def close(self, counted: Tokens | None = None) -> None:
-        """Note how the prompt ended, and its tokens if that is not done yet.
+        """Record how the prompt ended, and its tokens unless they are recorded already.
 
-        ``counted``: its tokens as the engine produced them, for an answer that reports none.
+        ``counted``: the tokens counted at the engine's output, for an answer that reports none.
         """
         flight = self._prompt.flight
         if flight.status != "refused":
@@ -128,7 +133,7 @@ def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Whether a prompt's headers (as in ASGI) mark it as a warm-up.
 
     Raises:
-        InvalidField: the header is neither true nor false.
+        InvalidField: the header is neither true nor false, or is there twice with different values.
     """
     values = [value for name, value in headers if name == WARMUP_HEADER.lower().encode()]
     if any(value not in {b"true", b"false"} for value in values) or len(set(values)) > 1:
@@ -137,10 +142,12 @@ def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def prompt_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """Return the client's own name of a prompt from its headers (as in ASGI); None without one.
+    """Return the client's own id of a prompt from its headers (as in ASGI); None without one.
+
+    The header is percent-encoded; the result is decoded.
 
     Raises:
-        InvalidField: the header has more than MAX_PROMPT_ID characters.
+        InvalidField: the header, as sent, has more than MAX_PROMPT_ID characters.
     """
     value = next((value for name, value in headers if name == PROMPT_HEADER.lower().encode()), b"")
     if len(value) > MAX_PROMPT_ID:

@@ -1,4 +1,4 @@
-"""The registry's commands to one wrapper: which command is the newest, which lease is bound, which LLM should run.
+"""Runs the registry's commands to one wrapper: start or stop an LLM, bind or end a lease.
 
 Every command carries an epoch and supersedes all commands of older epochs. Prompts, LLMs and hand-overs are reached
 through three ports, so that simulations run these commands as they are. This file knows no Ray, no vLLM and no clock
@@ -29,8 +29,8 @@ log = structlog.get_logger("deployments.wrapper.commands")
 class WrapperCommands(Generic[L]):
     """The state of one wrapper, and the registry's commands that change it. For one event loop.
 
-    ``finish_prompts``: prompts in flight are not cut when their lease expires. ``tasks`` starts the tasks that go on
-    when the call that began them is cancelled.
+    ``finish_prompts``: prompts in flight are not cut when their lease expires. ``tasks`` starts
+    background tasks; such a task continues if the call that started it is cancelled.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class WrapperCommands(Generic[L]):
         return self._start is not None
 
     def living(self) -> L | None:
-        """Return the running LLM; None if it died, or if none should run (e.g. it is being replaced)."""
+        """Return the running LLM; None if it died, is being replaced or stopped, or none was started."""
         running = self._llms.running
         return None if self._spec is None or running is None or running.died.is_set() else running
 
@@ -95,7 +95,7 @@ class WrapperCommands(Generic[L]):
         return None, (dead.death_reason if dead is not None else self._died) or "no LLM is deployed"
 
     def report(self) -> WrapperReport:
-        """Return the wrapper's state, as far as commands change it."""
+        """Return the part of the wrapper's report that this class knows: LLM, lease, progress of a start."""
         grant, living = self._gate.grant, self.living()
         meant = None if self._spec is None else self._spec.fingerprint
         settles = grant is None and self._settling_for is not None
@@ -119,18 +119,21 @@ class WrapperCommands(Generic[L]):
     # --- the registry's commands ------------------------------------------------------------------------
 
     async def hear(self, belief: Belief) -> None:
-        """Process which lease the registry believes to be bound.
+        """Process the registry's view of this wrapper's lease, sent with each request for a report.
 
-        Older epoch: ignore it, a command has superseded it. Same epoch: end a bound lease that the registry does not
-        know; it was lost, with its machine or its wrapper, while this wrapper could not hear of it. Newer epoch: accept
-        it. If it names another lease, the command that ends the bound one is on its way; the gate is shut until then.
+        Older epoch: ignore the message; a newer command has come. Same epoch: if another lease is
+        bound here, end it. The registry has ended that lease while it could not reach this wrapper.
+        Newer epoch: only note the message. If another lease is bound here, new prompts are refused
+        until the command that ends this lease arrives.
         """
         if belief.epoch < self._epoch:
             return
         self._gate.believe(belief.request_id, belief.as_of)
         bound = self._gate.grant
         if belief.epoch == self._in_force and bound is not None and bound.request_id != belief.request_id:
-            log.warning("a lease is withdrawn", wrapper_id=self._wrapper_id, request_id=bound.request_id)
+            log.warning(
+                "a lease ends: the registry does not know it", wrapper_id=self._wrapper_id, request_id=bound.request_id
+            )
             await self._end_lease("withdrawn")
 
     async def deploy(
@@ -138,13 +141,15 @@ class WrapperCommands(Generic[L]):
     ) -> None:
         """Run this LLM instead of any other; returns when it answers.
 
-        An LLM that is running or starting is not started again. ``grant`` is the lease that waits for its LLM to come
-        back; its holder is asked to retry meanwhile. Without ``grant`` the bound lease ends. ``started_for`` pays for
-        the start that this command begins; None: no request pays.
+        The LLM is not started again if it is running or starting already. ``grant`` is a lease whose
+        LLM is being restarted; it stays bound, and its prompts are refused with "retry" meanwhile.
+        Without ``grant`` the bound lease ends. ``started_for`` is the request that the energy of a
+        start begun by this command is charged to; None: no request.
 
         Raises:
             StaleEpoch: a newer command has come, before or during this one.
             EngineStartFailed: with the engine's own reason; the wrapper is empty and usable.
+            WrapperUnreachable: the previous LLM could not be removed completely.
         """
         async with self._command(epoch):
             if grant is None:
@@ -165,10 +170,11 @@ class WrapperCommands(Generic[L]):
             start.result()
 
     async def stop(self, epoch: int) -> None:
-        """Stop any LLM that runs, starts or sleeps; returns when the wrapper is verified to be empty.
+        """Stop all LLMs that run, start or sleep; returns when the wrapper is verified to be empty.
 
         Raises:
             StaleEpoch: a newer command has come.
+            WrapperUnreachable: something of an LLM could not be removed.
         """
         async with self._command(epoch):
             await self._end_lease("shutdown")
@@ -182,12 +188,14 @@ class WrapperCommands(Generic[L]):
     async def bind(self, epoch: int, grant: LeaseGrant) -> HandOver:
         """Accept this lease's token and no other, after the previous lease's last prompt has ended.
 
-        The LLM's caches are emptied first. For measurement grade this also waits until the LLM is warm and the machine
-        at rest. An LLM that refuses every prompt of the request is not handed over: then ``refusal`` says why.
+        Before the lease is bound, the LLM's caches are emptied. For measurement grade, this method
+        also waits until the LLM is warm and the machine at rest. An LLM that refuses every prompt of
+        the request is not handed over; ``refusal`` of the result then says why. Idempotent.
 
         Raises:
             StaleEpoch: a newer command has come, before or during this one.
-            EngineNotReady: the LLM has died, or is being ended because it was still at work after the previous lease.
+            EngineNotReady: the LLM has died. Or it is being ended, because it did not become idle
+                after the previous lease.
         """
         async with self._command(epoch):
             current = self._gate.grant
@@ -197,7 +205,7 @@ class WrapperCommands(Generic[L]):
                     return self._handed_over[1]
                 return HandOver(self._llms.revision, (), await self._provenance(grant))
             await self._end_lease("released")
-        await self._prompts.over()  # without the lock: a newer command need not wait
+        await self._prompts.over()  # without the lock, so that a newer command does not wait for these prompts
         refusal = await self._hand_overs.refusal(self.living(), grant)
         if refusal is not None:
             async with self._command(epoch):
@@ -214,7 +222,9 @@ class WrapperCommands(Generic[L]):
             return over
 
     async def unbind(self, epoch: int, request_id: str, how: str) -> None:
-        """End any bound lease. This request's prompts in flight are cut, unless the lease expired and they may finish.
+        """End the bound lease, whichever it is; cut this request's prompts in flight.
+
+        They are not cut if the lease has expired and ``finish_prompts`` is set.
 
         Raises:
             StaleEpoch: a newer command has come.
@@ -222,7 +232,7 @@ class WrapperCommands(Generic[L]):
         async with self._command(epoch):
             bound = self._gate.grant
             if bound is not None and bound.request_id != request_id:
-                await self._end_lease("released")  # its own end command was superseded by this one
+                await self._end_lease("released")  # this command superseded the one that should have ended it
             self._gate.unbind(how)
             if how != "expired" or not self._finish_prompts:
                 await self._prompts.cut(request_id)
@@ -238,7 +248,11 @@ class WrapperCommands(Generic[L]):
 
     @asynccontextmanager
     async def _command(self, epoch: int) -> AsyncIterator[None]:
-        """Run commands one at a time, and none that a newer one has superseded, even while it waited for its turn."""
+        """Run the block as one command: one at a time, and only if no newer command has come.
+
+        Raises:
+            StaleEpoch: a newer command has come, at the latest while this one waited for the lock.
+        """
         if epoch > self._epoch and self._settling is not None:
             self._settling.cancel()
             self._settling = self._settling_for = self._phase = None
@@ -252,7 +266,7 @@ class WrapperCommands(Generic[L]):
             yield
 
     async def _end_lease(self, how: str) -> None:
-        """End the bound lease and cut its prompts. No effect on an expired one, whose prompts may finish."""
+        """End the bound lease and cut its prompts. No effect, also on prompts, if it has expired."""
         ended = self._gate.grant
         if ended is not None:
             self._gate.unbind(how)
@@ -288,7 +302,7 @@ class WrapperCommands(Generic[L]):
     async def _cancel_start(self) -> None:
         start, self._start = self._start, None
         if start is not None:
-            self._spec = None  # at once: after the start it may belong to a newer command
+            self._spec = None  # before the wait: after it, _spec may belong to a newer command
             start.cancel()
             await asyncio.wait({start})
 
@@ -312,7 +326,7 @@ class WrapperCommands(Generic[L]):
                 reason = problem.reason
                 log.warning("the LLM did not start", wrapper_id=self._wrapper_id, model=spec.model, reason=reason)
             if self._start is asyncio.current_task():  # else _spec belongs to a newer command
-                self._spec = None  # else an LLM that still runs would pass for the one that did not start
+                self._spec = None  # else the old LLM, if it still runs, would be reported as the new one
             raise
         finally:
             self._phase = self._download = None
@@ -327,7 +341,7 @@ class WrapperCommands(Generic[L]):
         async with self._engine_lock:
             if self._llms.running is not running:
                 return
-            if self._start is None and self._spec is not None:  # else another LLM is wanted by now, or none
+            if self._start is None and self._spec is not None:  # else a newer command decides what runs
                 self._died, self._spec = running.death_reason, None
                 self._death_flags = (Flag.ENGINE_OUT_OF_MEMORY,) if running.out_of_memory else ()
             await self._prompts.cut_all()
@@ -338,7 +352,7 @@ class WrapperCommands(Generic[L]):
                     self._died = f"{self._died}; {error.reason}"
 
     def _death_watch_failed(self, running: L, error: BaseException) -> None:
-        """Report an LLM as dead whose end nobody would handle; the next command to start one ends it."""
+        """Report an LLM as dead, because its death would go unnoticed. The next command ends its processes."""
         self._llms.give_up(running, f"its death watch failed: {background.reason_of(error)}")
         if self._llms.running is running and self._start is None and self._spec is not None:
             self._died, self._spec, self._death_flags = running.death_reason, None, ()

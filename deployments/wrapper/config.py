@@ -13,8 +13,9 @@ from registry.settings import EnergySettings, ModelSettings, WrapperSettings
 class WrapperConfig:
     """The configuration of a wrapper, set when it is created.
 
-    ``gpus``: how many GPUs Ray gives it. ``cache_dir`` is absolute. ``finish_prompts``: prompts in flight are not cut
-    when their lease expires. ``on_machine``: how many wrappers share its machine.
+    ``gpus``: number of GPUs that Ray assigns to the wrapper. ``cache_dir`` is absolute.
+    ``finish_prompts``: prompts in flight are not cut when their lease expires. ``on_machine``:
+    number of wrappers that share the machine, including this one.
     """
 
     wrapper_id: str

@@ -1,4 +1,8 @@
-"""Hands an LLM over to a lease: its first prompt, the rest of the machine, its provenance, and what disturbs it."""
+"""Prepares the hand-over of an LLM to a lease, and reports disturbances of the lease.
+
+Before the hand-over the LLM becomes idle and answers one prompt; for measurement grade, the machine
+also comes to rest. What the LLM runs with (its provenance) is recorded.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from registry.wire.words import Grade
 
 
 class LLMHandOver:
-    """``HandOvers`` (see commands) for a real LLM on a real machine."""
+    """``HandOvers`` (see ports) for a real LLM on a real machine."""
 
     def __init__(self, config: WrapperConfig, *, meter: PromptMeter, rest: EngineRest) -> None:
         self.versions = versions_here(config.gpus)
@@ -36,23 +40,28 @@ class LLMHandOver:
         self._measured_since_s: float | None = None
 
     async def refusal(self, llm: RunningLLM | None, grant: LeaseGrant) -> str | None:
-        """Wait until the LLM is idle; return why it can't serve the request that it is to be handed to, if so."""
+        """Wait until the LLM is idle; return why it can't serve this request, None if it can or unknown.
+
+        Raises:
+            EngineNotReady: the LLM has died, or is being ended because it did not become idle.
+        """
         await self._rest.reached(llm)
         if llm is None or grant.handed_over_s is not None:
-            return None  # one that was handed over before has answered prompts
+            return None  # an LLM that was handed over to this lease before could serve it
         try:
             args = prompt_args(grant.llmconfig)
         except InvalidField:
-            return None  # its process_prompt says why (see PromptGate); vLLM's own API can be used
+            return None  # process_prompt reports the error (see PromptGate); vLLM's own API can be used
         if not args.task.generates:
             return None
         with self._meter.at_work():
             return await self._probe.refusal(llm, args)
 
     async def settle(self, llm: RunningLLM | None) -> tuple[str, ...]:
-        """Warm up the LLM, hash its weights, wait for the machine to rest; return flags for what was late.
+        """Warm up the LLM, hash its weights, wait for the machine to rest.
 
-        Takes at most ``energy.settle_max_s``.
+        Takes about ``energy.settle_max_s`` seconds at most. Returns flags for what was not reached
+        in that time.
         """
         meter, energy = self._meter.meter, self._config.energy
         begun_s = meter.mark()
@@ -72,7 +81,7 @@ class LLMHandOver:
     async def provenance(
         self, llm: RunningLLM, spec: LLMSpec, revision: str | None, grant: LeaseGrant
     ) -> Mapping[str, object]:
-        """Return what the LLM runs with. The weights' hash is for measurement grade only."""
+        """Return what the LLM runs with. Only measurement grade gets a hash of the weights, or PENDING."""
         hashed, sha256 = self._weights_hash, None
         if grant.grade == Grade.MEASUREMENT and llm.weights is not None:
             same = hashed is not None and hashed.weights == llm.weights
@@ -88,11 +97,11 @@ class LLMHandOver:
         )
 
     def begun(self, grant: LeaseGrant) -> None:
-        """Note that the LLM was handed over to this lease, whose disturbances count from now on if it measures."""
+        """Note the hand-over to this lease. For measurement grade, disturbances are recorded from now on."""
         self._measured_since_s = self._meter.meter.mark() if grant.grade == Grade.MEASUREMENT else None
 
     def lease_flags(self) -> tuple[str, ...]:
-        """Return what has disturbed the lease since it was handed over, if it is of measurement grade."""
+        """Return flags for what has disturbed the lease since the hand-over; empty unless it has measurement grade."""
         meter, since_s = self._meter.meter, self._measured_since_s
         if since_s is None:
             return ()

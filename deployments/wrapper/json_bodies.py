@@ -15,13 +15,13 @@ def read_json(body: bytes) -> Any:
     """Return the value of a body, in any Unicode encoding that JSON allows.
 
     Raises:
-        InvalidField: ``body`` is not JSON, is nested too deeply, or has a key twice in one object, of which other
-            readers silently take the last.
+        InvalidField: ``body`` is not JSON (NaN is not JSON either), is nested too deeply, or has a
+            key twice in one object. Other parsers silently take the last of the two.
     """
     try:
         return STRICT_JSON.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
     except UnicodeDecodeError:
-        raise InvalidField("body", "is not JSON: it is no text") from None
+        raise InvalidField("body", "is not JSON: it is not text") from None
     except json.JSONDecodeError as error:
         raise InvalidField("body", f"is not JSON: {error}") from None
     except RecursionError:
@@ -31,7 +31,7 @@ def read_json(body: bytes) -> Any:
 
 
 def with_body(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` that first returns this body, which was read already, and then calls ``receive``."""
+    """Return a ``receive`` that returns this body, already read, at its first call, and then calls ``receive``."""
     request: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:

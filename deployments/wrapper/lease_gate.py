@@ -1,8 +1,8 @@
-"""Decides who may prompt: one token at a time, until its lease ends. No I/O; the clock is an argument.
+"""Decides whether a token may prompt: only that of the bound lease, until the lease ends. No I/O.
 
-The wrapper checks every prompt here, so a lease ends even if the registry is down. If the wrapper has not heard from
-the registry for long, the registry may have ended the lease. The gate then refuses new prompts until it hears from the
-registry again (the fence).
+The wrapper checks every prompt here, so a lease ends even if the registry is down. After ``fence_s``
+seconds without a message from the registry, the registry may have ended the lease. The gate then
+refuses new prompts until the next message (the fence).
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ REMEMBERED_TOKENS = 1000
 
 
 class LeaseGate:
-    """The lease that is bound to a wrapper. ``clock`` gives monotonic seconds, of this ``process`` alone.
+    """The lease that is bound to a wrapper.
+
+    ``clock`` returns monotonic seconds; they are comparable only within this process, whose id is
+    ``process``.
 
     New prompts are accepted for ``fence_s`` seconds after the last time at which the registry is known to have
     confirmed the lease. ``commanded`` is False until the registry's first command: an unknown token may be valid then.
-    ``on_change`` is called with the new lease, or None, and the time of the change: at each bind and each end.
+    ``on_change`` is called at each bind and each end, with the new lease or None and the time.
     """
 
     def __init__(
@@ -77,8 +80,8 @@ class LeaseGate:
         return self._in_flight
 
     def bind(self, grant: LeaseGrant) -> None:
-        """Accept this lease's token and no other. Binding the same lease again only renews its times."""
-        current = self.grant  # an expired lease ends as expired, whatever comes now
+        """Accept this lease's token and no other. If it is bound already, its times are renewed."""
+        current = self.grant  # reading it ends an expired lease as expired, before this bind could end it as released
         if current is not None and current.token != grant.token:
             self._end("released")
         self.commanded = True
@@ -92,7 +95,8 @@ class LeaseGate:
     def believe(self, request_id: str | None, as_of: Moment | None) -> None:
         """Note that the registry, at ``as_of`` or later, believed this request (None: no request) to have the lease.
 
-        Its message may be old, so the time now does not count. A moment of another process is ignored.
+        ``as_of`` counts and not the current time, because the message may have been delayed. A
+        timestamp of another process is ignored.
         """
         if as_of is None or as_of.process != self._process:
             return
@@ -106,7 +110,7 @@ class LeaseGate:
         if self._grant is None:
             return
         if self._believed_in != self._grant.request_id:
-            raise RegistryUnheard("the registry's word on this lease is still on its way")
+            raise RegistryUnheard("this wrapper waits for the registry to confirm the lease")
         unheard_s = self._clock() - self._believed_at_s
         if unheard_s >= self._fence_s:
             raise RegistryUnheard(f"this wrapper has not heard from the registry for {unheard_s:.0f} s")
@@ -124,7 +128,7 @@ class LeaseGate:
         """Return the lease of this token.
 
         Raises:
-            LeaseEnded: its lease was released or has expired.
+            LeaseEnded: its lease has ended; ``how`` says how (released, expired, withdrawn …).
             NoSuchLease: no lease that the gate remembers had this token.
             EngineNotReady: nothing is remembered, because no command of the registry has come yet.
         """
@@ -137,7 +141,7 @@ class LeaseGate:
             if hmac.compare_digest(ended.encode(), given):
                 raise LeaseEnded(how)
         if not self.commanded:
-            raise EngineNotReady("its wrapper has just started and waits for the registry's word")
+            raise EngineNotReady("its wrapper has just started and waits for the registry's first command")
         raise NoSuchLease
 
     def enter(self) -> None:

@@ -37,11 +37,12 @@ from registry.core.records import LLMSpec
 class LLMWrapper:
     """One LLM and one lease at a time, on the GPUs that this process was given.
 
-    ``show_warm`` is called with whether LLMs start warm: at the start, at each report, and with False at the end.
+    ``show_warm`` is called with True if LLMs start warm, else False: when the wrapper is prepared and
+    at each report. At the end it is called with False.
     """
 
     async def __init__(self, config: WrapperConfig, show_warm: Callable[[bool], None]) -> None:  # type: ignore[misc]  # Serve awaits it
-        """Import the engine and keep it warm; the replica counts as running when this returns (~30 s)."""
+        """Import the engine; the replica counts as running when this returns, after 15 to 50 s."""
         raise_score(WRAPPER_SCORE)
         self._show_warm = show_warm
         locks_dir = (config.models.cache_dir or config.cache_dir) / ".greenprompt"
@@ -91,12 +92,15 @@ class LLMWrapper:
 
     async def __del__(self) -> None:
         """Stop the engine and its processes when Serve shuts the replica down."""
-        self._show_warm(False)  # needed, as Prometheus keeps the last value of an ended wrapper
+        self._show_warm(False)  # else Prometheus keeps the last value of an ended wrapper
         await self._host.close()
         self._meter.stop()
 
     async def report(self, belief: Belief) -> WrapperReport:
-        """Process what the registry believes, and return the wrapper's state; never waits for the engine."""
+        """Process the registry's view, and return the wrapper's state.
+
+        Does not wait for the engine, but for the end of prompts that it cuts, about a second.
+        """
         await self._commands.hear(belief)
         self._show_warm(self._host.warm)
         windows = await self._meter.windows(belief)
@@ -117,7 +121,7 @@ class LLMWrapper:
         """Check the energy meter. Called by Serve, which restarts a wrapper whose check fails.
 
         Raises:
-            RuntimeError: energy is no longer counted.
+            RuntimeError: energy is no longer counted, because the meter's thread has died.
         """
         self._meter.meter.check()
 

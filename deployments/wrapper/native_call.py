@@ -18,7 +18,7 @@ class Caller(Protocol):
     """The client for which a call is made."""
 
     async def receive(self) -> Message:
-        """Return when the client has hung up."""
+        """Return the client's next message: ``http.disconnect`` when it has hung up or was cut."""
         ...
 
     @property
@@ -51,6 +51,7 @@ async def call(app: ASGIApp, path: str, body: Mapping[str, Any], caller: Caller)
 
     Raises:
         asyncio.CancelledError: the client has hung up or was cut.
+        Exception: the app failed before it had sent a status; its own exception.
     """
     content = json.dumps(body).encode()
     status, answer = 0, bytearray()
@@ -83,7 +84,7 @@ async def call(app: ASGIApp, path: str, body: Mapping[str, Any], caller: Caller)
     except Exception:
         if not status:
             raise
-        # An app that fails after it has answered raises its error again, for its server's log.
+        # The app has answered this error already, and raises it again only for the log of an HTTP server.
     if caller.given_up:
-        raise asyncio.CancelledError  # what an app sends after its client has gone is no answer
+        raise asyncio.CancelledError  # ignore what the app sent after the client had gone
     return status, bytes(answer)

@@ -1,4 +1,4 @@
-"""What the registry's commands to a wrapper reach: prompts, LLMs, hand-overs, background tasks.
+"""The interfaces through which the registry's commands act: prompts, LLMs, hand-overs, background tasks.
 
 They are ports, so that simulations run the commands as they are.
 """
@@ -14,7 +14,7 @@ from registry.contract.messages import Download, LeaseGrant, StartedFor
 from registry.core.records import LLMSpec
 
 OnPhase = Callable[[str, Download | None], None]
-"""Is called with the phase of a start, and the progress of a download."""
+"""Called with the phase of a start, and the progress of a download (None: no download)."""
 
 
 class LLM(Protocol):
@@ -22,12 +22,12 @@ class LLM(Protocol):
 
     @property
     def died(self) -> asyncio.Event:
-        """Is set when it ends by itself."""
+        """Set when it has died or counts as dead, not when it was stopped."""
         ...
 
     @property
     def death_reason(self) -> str | None:
-        """Why it ended by itself, if it has."""
+        """Why it counts as dead; None while it does not."""
         ...
 
     @property
@@ -59,12 +59,12 @@ class LLMs(Protocol[L]):
 
     @property
     def running(self) -> L | None:
-        """The LLM that was started last, also if it has died; None once it was stopped."""
+        """The running LLM, even if it has died since; None if none was started, or it was stopped or put to sleep."""
         ...
 
     @property
     def revision(self) -> str | None:
-        """Commit of that LLM; None if it has none, or none runs."""
+        """Commit of the running LLM; None if it has none, or no LLM runs."""
         ...
 
     async def replace(
@@ -72,11 +72,12 @@ class LLMs(Protocol[L]):
     ) -> L:
         """Stop the running LLM, or put it to sleep, and start this one; returns when it answers.
 
-        ``revision``: the commit to run, None: the spec's. ``started_for`` pays for the start, None: no request.
+        ``revision``: the commit to run, None: the spec's. ``started_for``: the request that the
+        energy of the start is charged to, None: no request.
 
         Raises:
             EngineStartFailed: with the engine's own reason.
-            WrapperUnreachable: as ``stop``.
+            WrapperUnreachable: the previous LLM could not be removed completely; see ``stop``.
         """
         ...
 
@@ -84,7 +85,8 @@ class LLMs(Protocol[L]):
         """Stop the running LLM and those that sleep; returns when that is verified.
 
         Raises:
-            WrapperUnreachable: something of them is left, which only a new process or an operator can remove.
+            WrapperUnreachable: processes or memory remain. Only a restart of the wrapper, or an
+                operator, can free them.
         """
 
     async def clear_away(self) -> None:
@@ -98,10 +100,10 @@ class HandOvers(Protocol[L_contra]):
     """What is done when an LLM is handed over to a lease."""
 
     async def refusal(self, llm: L_contra | None, grant: LeaseGrant) -> str | None:
-        """Wait until the LLM has finished the work of the last lease; return why it can't serve the next one, if so.
+        """Wait until the LLM is idle; return why it can't serve this lease, None if it can.
 
         Raises:
-            EngineNotReady: it has died, or is being ended because it does not finish.
+            EngineNotReady: it has died, or is being ended because it did not become idle.
         """
 
     async def settle(self, llm: L_contra | None) -> tuple[str, ...]:
@@ -131,7 +133,7 @@ class Tasks(Protocol):
     def spawn(
         self, name: str, work: Coroutine[Any, Any, T], *, on_failure: background.OnFailure | None = None
     ) -> asyncio.Task[T]:
-        """Start a task whose result nobody waits for; a failure is logged and given to ``on_failure``."""
+        """Start a task that is not awaited; a failure is logged and passed to ``on_failure``."""
         ...
 
     def spawn_awaited(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -1,8 +1,8 @@
-"""Sends one real prompt before an LLM is handed over: an LLM that refuses every prompt can't serve a request.
+"""Sends one real prompt to an LLM before it is handed over, to find out whether it refuses all prompts.
 
-The prompt takes the path of ``process_prompt`` with the request's own arguments. Whether it is refused depends on them
-(is there a chat template?) and on the sampling defaults in the LLM's files. It is sent once per start of an LLM and set
-of arguments.
+The prompt is sent like one to ``process_prompt``, with the request's own arguments. Whether the LLM
+refuses it depends on these arguments, on the chat template (which may be missing), and on the
+sampling defaults in the LLM's files. It is sent once per start of an LLM and set of arguments.
 """
 
 from __future__ import annotations
@@ -39,9 +39,12 @@ class Probe:
         self._known: WeakKeyDictionary[RunningLLM, dict[str, str | None]] = WeakKeyDictionary()
 
     async def refusal(self, running: RunningLLM, args: PromptArgs) -> str | None:
-        """Return why an LLM that writes text can't answer prompts with these arguments; None if it can, or unknown."""
+        """Return why an LLM can't answer prompts with these arguments; None if it can, or unknown.
+
+        Only for LLMs that write text. Any status except 200 counts as a refusal and is remembered.
+        """
         path, body = native_prompt(running.served_model_name, args, QUESTION)
-        body["max_tokens"] = 1  # its limit does not decide whether it is refused
+        body["max_tokens"] = 1  # one token is enough: the limit does not decide whether the prompt is refused
         body.pop("min_tokens", None)
         known, key = self._known.setdefault(running, {}), canonical_json({"path": path, **body})
         if key not in known:
@@ -59,7 +62,7 @@ class Probe:
         asking = spawn_awaited("probe an LLM", call(running.asgi, path, body, caller))
         try:
             await asyncio.wait({asking}, timeout=PROBE_MAX_S)
-            if running.failed or not asking.done() or asking.exception() is not None:  # the last: it is being stopped
+            if running.failed or not asking.done() or asking.exception() is not None:  # exception: being stopped
                 log.warning("an LLM has not answered its first prompt", model=running.served_model_name)
                 return None
             return asking.result()

@@ -1,11 +1,13 @@
 """The wrapper's HTTP side, for the holder of its lease: ``/<token>/get_status``, ``/process_prompt``, ``/v1/…``.
 
-An ASGI app. Every request passes the lease gate, is counted while in flight, and is cut when the lease ends. ``/v1/…``
-is vLLM's own OpenAI app, unchanged, except that bodies must be JSON without duplicate keys. ``process_prompt`` calls
-the same app internally.
+An ASGI app. Every request needs the token of the bound lease. Prompts are counted while in flight,
+and are cut when the lease ends. All paths that ``public_path`` allows are served by vLLM's own
+OpenAI app, with these changes: bodies must be JSON without duplicate keys, answers carry energy,
+error texts use the names of an llmconfig, and "busy" answers get Retry-After. ``process_prompt``
+calls the same app internally.
 
-vLLM aborts a generation only when it hears that the client has disconnected. If the request is merely cancelled, the
-engine continues. So a prompt is cut by telling the app that the client hung up.
+vLLM aborts a generation only when its app receives ``http.disconnect``. If the request's task is
+merely cancelled, the engine continues. So a prompt is cut by sending the app that message.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ TRY_AGAIN = (429, 503)
 """Statuses of vLLM's own answers to which Retry-After is added."""
 
 WITHOUT_THE_LLM = ("/tokenize", "/detokenize")
-"""Endpoints of vLLM that run no prompt: their time is the lease's idle time."""
+"""Endpoints of vLLM that run no prompt: their energy counts as idle energy of the lease."""
 
 CUT_GRACE_S = 1.0
 """How long vLLM's app may take to end a request whose client has gone, before it is cancelled, seconds."""
@@ -116,10 +118,10 @@ class PromptGate:
         Must be called whenever the lease gate binds a lease or ends one.
         """
         if grant is not None and grant.llmconfig != self._llmconfig:
-            self._llmconfig = self._args = None  # those of another lease are never used, whatever fails below
+            self._llmconfig = self._args = None  # never use those of another lease, even if the mapping fails
             try:
                 args: PromptArgs | InvalidField = prompt_args(grant.llmconfig)
-            except InvalidField as error:  # the lease is good for vLLM's own API
+            except InvalidField as error:  # the lease can still use vLLM's own API
                 args = InvalidField(error.field, error.problem)
             self._llmconfig, self._args = grant.llmconfig, args
 
@@ -183,7 +185,12 @@ class PromptGate:
         return {"status": "success", "message": message, "detail": state, "energy": self._meter.use()}
 
     async def _tracked(self, grant: LeaseGrant, exchange: _Exchange, work: Coroutine[Any, Any, None]) -> None:
-        """Run a prompt as a separate task, so that the end of the lease can cut it."""
+        """Run a prompt as a separate task, so that the end of the lease can cut it.
+
+        Raises:
+            RegistryError: the prompt is refused (registry unheard, too many prompts, budget spent);
+                or it was cut (EngineNotReady, LeaseEnded, PromptTooLong); or the work raised it.
+        """
         try:
             self._gate.require_heard()
             if len(self._in_flight) >= self._max_in_flight:
@@ -209,7 +216,11 @@ class PromptGate:
             task.result()
 
     async def _until_over(self, grant: LeaseGrant, exchange: _Exchange, task: asyncio.Task[None]) -> None:
-        """Wait for the end of a prompt; cut it at its own time limit or its lease's deadline. Raises PromptTooLong."""
+        """Wait for the end of a prompt; cut it after ``prompt_max_s`` or at its lease's deadline.
+
+        Raises:
+            PromptTooLong: it was cut after ``prompt_max_s``.
+        """
         loop = asyncio.get_running_loop()
         limit_s = loop.time() + self._prompt_max_s
         while not task.done():
@@ -233,7 +244,7 @@ class PromptGate:
         """Return the prompting arguments of the bound lease. Raises InvalidField if they can't be mapped here."""
         assert grant.llmconfig == self._llmconfig, "lease_changed is called at every bind"
         assert self._args is not None  # set with it
-        if isinstance(self._args, InvalidField):  # a new one: each raise would add to the traceback of a kept one
+        if isinstance(self._args, InvalidField):  # a new object, because each raise adds to an object's traceback
             raise InvalidField(self._args.field, self._args.problem)
         return self._args
 
@@ -328,7 +339,7 @@ def _marks(scope: Scope) -> _Marks:
 
 
 class _Exchange:
-    """A client's request and its answer. It can be cut: the app then sees a client that has hung up."""
+    """A client's request and its answer. After ``cut``, the app sees a client that has hung up."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
@@ -353,7 +364,7 @@ class _Exchange:
 
     @property
     def task(self) -> asyncio.Task[None]:
-        """The task that answers."""
+        """The task that answers; call ``run`` first."""
         assert self._task is not None  # run() comes first
         return self._task
 
@@ -363,7 +374,10 @@ class _Exchange:
         return self._task
 
     def cut(self) -> asyncio.Task[None]:
-        """End the task: at once if it waits for a message of the client, else after CUT_GRACE_S. Idempotent."""
+        """Tell the app that the client hung up, and return the task that answers. Idempotent.
+
+        A task that has not ended after CUT_GRACE_S is cancelled.
+        """
         task = self.task
         if not self._was_cut and not task.done():
             self._was_cut = True
@@ -389,12 +403,12 @@ class _Exchange:
         finally:
             self._listening.discard(listening)
             # D48: a prompt leaves no garbage
-            del listening  # it refers to its task; a cancelled task keeps its traceback, and so this whole prompt
+            del listening  # it refers to the task; a cancelled task keeps its traceback, which refers to this frame
         self.client_gone = received["type"] == "http.disconnect"
         return received
 
     async def send(self, message: Message) -> None:
-        """Send a part of the answer; no effect after a cut."""
+        """Send a part of the answer, with Retry-After if its status is in TRY_AGAIN. No effect after a cut."""
         if not self._was_cut:
             self.started = True
             if message["type"] == "http.response.start":
@@ -405,7 +419,7 @@ class _Exchange:
             await self._send(message)
 
     async def tell(self, error: RegistryError) -> None:
-        """Send the error as the last event of a broken-off stream, in OpenAI's form. No effect on other answers."""
+        """Send an error in OpenAI's form as the last event of a stream. No effect on other answers."""
         if self._streams_events:
             problem = openai_problem(error.http_status, error.code, str(error))
             event = f"data: {json.dumps({'error': problem})}\n\n".encode()

@@ -27,7 +27,7 @@ def versions_here(gpus: int) -> dict[str, str]:
         try:
             versions["nvidia-driver"] = driver_version()
         except ReadFailed as error:
-            log.warning("the version of the GPUs' driver is not known", reason=str(error))
+            log.warning("the version of the GPU driver is unknown", reason=str(error))
     return versions
 
 
@@ -42,13 +42,13 @@ def cpu_here(cpuinfo: Path = CPUINFO) -> dict[str, object]:
 
 
 def gpus_here(gpus: int) -> list[dict[str, Any]] | None:
-    """Return the current settings of this process' GPUs; empty without GPUs, None if NVML does not report them."""
+    """Return the current settings of this process's GPUs; empty without GPUs, None if NVML does not report them."""
     if not gpus:
         return []
     try:
         return gpu_settings(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     except ReadFailed as error:
-        log.warning("how the GPUs are set is not known", reason=str(error))
+        log.warning("the settings of the GPUs are unknown", reason=str(error))
         return None
 
 

@@ -31,11 +31,11 @@ log = structlog.get_logger("deployments.wrapper.swap")
 
 
 def _no_phase(phase: str, download: Download | None) -> None:
-    """Report a phase to nobody."""
+    """Ignore a phase."""
 
 
 class LLMSwap:
-    """``LLMs`` (see commands) over the engine host. Used by one command at a time."""
+    """``LLMs`` (see ports) over the engine host. Used by one command at a time."""
 
     def __init__(
         self, config: WrapperConfig, *, host: EngineHost, models: ModelCache, meter: PromptMeter, rest: EngineRest
@@ -55,23 +55,23 @@ class LLMSwap:
 
     @property
     def running(self) -> RunningLLM | None:
-        """The LLM that was started last, also if it has died; None once it was stopped."""
+        """See ``LLMs.running``."""
         return self._host.running
 
     @property
     def revision(self) -> str | None:
-        """Commit of that LLM; None if it has none, or none runs."""
+        """See ``LLMs.revision``."""
         return self._revision
 
     async def replace(
         self, spec: LLMSpec, revision: str | None, started_for: StartedFor | None, on_phase: OnPhase
     ) -> RunningLLM:
-        """See ``LLMs.replace``. The previous lease's work is waited for first."""
+        """See ``LLMs.replace``. Waits first until the running LLM is idle."""
         self._on_phase, self._download = on_phase, None
-        with suppress(EngineNotReady):  # it is ended then, so it can't be put to sleep
+        with suppress(EngineNotReady):  # the LLM counts as dead then; ``vacate`` kills it
             await self._rest.reached(self._host.running)
-        # Making room for an LLM is charged to it, like its start. Its weights are read ahead only from now on:
-        # earlier it would have disturbed the lease of another client.
+        # The energy of making room is charged like that of the start. The weights are read ahead only from now on:
+        # earlier, reading would have disturbed the lease of another client.
         with (
             self._meter.load(spec.model, started_for) as start,
             read_ahead(await self._weights(spec, revision)),
@@ -104,8 +104,9 @@ class LLMSwap:
     async def _check_fits(self, model: str, spec: LLMSpec) -> None:
         """Raise EngineStartFailed if an LLM is certainly too large, or would nearly fill main memory.
 
-        The ingress has checked already, but may not have seen the checkpoint. It knows neither how many GPUs share the
-        KV cache nor the memory that others use. On another machine the LLM may run.
+        The ingress has checked already, but perhaps without the checkpoint. It knows neither the
+        number of GPUs that share the KV cache nor the memory that other programs use. The failure
+        is not permanent, because the LLM may run on another machine.
         """
         config, settings = self._config, self._config.settings
         memory = await self._checkpoints.memory(model, spec, gpus=config.gpus)
@@ -130,7 +131,7 @@ class LLMSwap:
             raise EngineStartFailed(spec.model, why_no_room(need_bytes, main.available_bytes, main.total_bytes))
 
     async def _start_llm(self, spec: LLMSpec, revision: str | None) -> None:
-        """Start an LLM, its model's download included, within the deploy deadline; returns when it answers."""
+        """Download a model if needed and start it, within ``deploy_timeout_s``; returns when it answers."""
         limit_s = self._config.settings.deploy_timeout_s
         ends_s = asyncio.get_running_loop().time() + limit_s
         try:
@@ -139,7 +140,7 @@ class LLMSwap:
                     model, engine_args = await self._fetch(spec, revision)
             except TimeoutError:
                 done = "" if self._download is None else f" ({self._download.share:.0%} is there)"
-                reason = f"its download was not over after {limit_s:g} s{done}; the next attempt goes on from there"
+                reason = f"its download was not over after {limit_s:g} s{done}; the next attempt continues it"
                 raise EngineStartFailed(spec.model, reason) from None
             self._revision = model.revision
             await self._check_fits(model.path, spec)
@@ -159,7 +160,8 @@ class LLMSwap:
     async def _fetch(self, spec: LLMSpec, revision: str | None) -> tuple[LocalModel, dict[str, Any]]:
         """Return the model on this machine, and the engine arguments to start it with.
 
-        ``revision`` is the commit that the lease began with; None: the spec's revision, as of now.
+        ``revision`` is the commit that the lease began with; None: the current commit of the spec's
+        revision.
         """
         located = self._config.sources.locate(spec.model)
         engine_args = json.loads(spec.engine_args)
@@ -190,7 +192,7 @@ class LLMSwap:
         self._revision = None
 
     async def _empty(self) -> None:
-        """Stop the engine. Raises WrapperUnreachable if memory stays used: only a new wrapper or an operator helps."""
+        """Stop the engine. Raises WrapperUnreachable if processes or memory remain."""
         self._require_empty(await self._host.stop())
 
     def _require_empty(self, report: StopReport) -> None:
@@ -199,12 +201,12 @@ class LLMSwap:
         self._release_models()
 
     async def _weights(self, spec: LLMSpec, revision: str | None) -> Weights | None:
-        """Return what starting this LLM will read; None if it sleeps, or is not on this machine."""
+        """Return the weight files that a start will read; None if the LLM sleeps, or is not on this machine."""
         if spec.model in self._host.asleep:
             return None
         try:
             located = self._config.sources.locate(spec.model)
-        except InvalidField:  # a link now leads elsewhere: the start will fail with that
+        except InvalidField:  # a symbolic link now leads outside; the start reports it
             return None
         folder = await self._models.here(located, revision=revision or spec.revision)
         return None if folder is None else await asyncio.to_thread(weights_of, folder)
