@@ -17,7 +17,7 @@ import structlog
 
 # D85: a checkpoint is tried within limits
 WALL_S: Final = 20.0
-"""Time limit of the trial, seconds; a large tokenizer takes one or two."""
+"""Time limit of the trial, seconds; a large tokenizer takes one or two seconds."""
 
 IMPORT_S: Final = 120.0
 """Added to the limit if the process has to import vLLM first, seconds."""
@@ -26,7 +26,7 @@ CPU_S: Final = 20
 """Limit of processor time, seconds."""
 
 MEMORY_BYTES: Final = 4 * 2**30
-"""Limit of memory beyond what the process uses at its start."""
+"""Limit of address space, bytes, beyond what the process uses when the trial begins."""
 
 _USER: Final = {"role": "user", "content": "What does a prompt cost?"}
 _SYSTEM: Final = {"role": "system", "content": "Be brief."}
@@ -44,7 +44,9 @@ _SUFFIXES: Final = (".json", ".jinja", ".model", ".txt", ".py")
 log = structlog.get_logger("deployments.engine.checkpoint_trial")
 
 Run = Callable[[Callable[[], str | None]], str | None]
-"""Calls a function in a separate process, for at most WALL_S seconds, and returns its result.
+"""Calls a function in a separate process and returns its result, within a time limit.
+
+The limit is WALL_S, plus IMPORT_S if the process has to import vLLM.
 
 Raises:
     TimeoutError: It did not end in time.
@@ -73,16 +75,16 @@ def tokenizer_of(model: str, revision: str | None, engine_args: Mapping[str, Any
 
 
 class CheckpointTrial:
-    """Tries each tokenizer once, and again if its files have changed."""
+    """Tries each tokenizer until it has passed once, and again if its files have changed."""
 
     def __init__(self) -> None:
         self._passed: set[tuple[Tokenizer, tuple[tuple[str, int], ...]]] = set()
 
     def passes(self, tokenizer: Tokenizer, run: Run) -> None:
-        """Return if a tokenizer and its chat template end within the limits. Blocks for WALL_S at most.
+        """Check that a tokenizer and its chat template end within the limits. Blocks; see ``Run``.
 
         Raises:
-            TrialFailed: They do not.
+            TrialFailed: They do not end within the limits, or end their process.
         """
         key = tokenizer, _stamp(tokenizer.folder)
         if key in self._passed:
@@ -123,7 +125,8 @@ def attempt(tokenizer: Tokenizer, cpu_s: int, memory_bytes: int) -> str | None:
     """Load the tokenizer, render chats with its template and tokenize them; runs in the process with limits.
 
     Returns:
-        None if all of it ends, even with an exception: vLLM or the first prompt reports that better. Else the problem.
+        None if all of it ends; else the problem. An exception other than MemoryError is no problem
+        here, because vLLM, or the first prompt, reports it better.
     """
     from vllm.tokenizers import get_tokenizer
 

@@ -1,4 +1,4 @@
-"""Ends engines completely: their processes, sockets and shared memory."""
+"""Ends the processes of engines, and records the shared memory of failed starts for its removal."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ GONE_TIMEOUT_S: Final = 10.0
 
 
 class Endings:
-    """Ends the engines of one host, and knows what is left of them. Use it in the host's event loop, under its lock."""
+    """Ends the engines of one host, and keeps track of their processes that still live.
+
+    Use it in the host's event loop, under the host's lock.
+    """
 
     def __init__(self, vllm: VLLM, prepared: Preparation) -> None:
-        """No engine has ended yet."""
+        """Do nothing yet."""
         self._vllm = vllm
         self._prepared = prepared
         self._remaining: frozenset[psutil.Process] = frozenset()
 
     async def end(self, llm: RunningLLM, *, at_once: bool = False) -> set[psutil.Process]:
-        """Stop or kill an LLM; return those of its processes that had to be killed."""
+        """Stop an LLM; return those of its processes that had to be killed.
+
+        ``at_once``: kill all its processes first, without waiting for its prompts.
+        """
         assert llm.watch is not None
         assert llm.heart is not None
         llm.watch.close()
@@ -48,7 +54,7 @@ class Endings:
         return killed | remaining
 
     async def end_at_once(self, llm: RunningLLM) -> None:
-        """Kill an LLM that sleeps, falls asleep or wakes. Completes even if cancelled."""
+        """Kill an LLM, whether awake, asleep or in between. Completes even if cancelled."""
         ending = spawn_awaited("kill an LLM", self.end(llm, at_once=True))
         try:
             await asyncio.shield(ending)
@@ -56,7 +62,9 @@ class Endings:
             await to_the_end(asyncio.wait([ending]))
 
     async def clear_away(self, launching: asyncio.Future[Engine], before: set[psutil.Process]) -> None:
-        """Remove all processes, sockets and shared memory of a failed or cancelled start.
+        """Kill the processes of a failed or cancelled start, and record its shared memory for removal.
+
+        Takes up to 2 * GONE_TIMEOUT_S. The environment removes the shared memory and sockets later.
 
         Args:
             launching: The call that creates the engine.
@@ -69,7 +77,7 @@ class Endings:
             process_tree.kill(processes)
             await asyncio.wait([launching], timeout=0.05)
         if not launching.done():
-            # The thread hangs where no process can be killed, probably on the network. It starts no more processes.
+            # Killing processes did not end the call: it hangs, probably on the network. It starts no more processes.
             launching.add_done_callback(lambda late: late.cancelled() or late.exception())
             self._vllm.replace_thread()
         elif launching.exception() is None:
@@ -85,7 +93,7 @@ class Endings:
 
 
 async def to_the_end(work: Coroutine[Any, Any, object]) -> None:
-    """Await ``work``, which ends soon, even if cancelled meanwhile."""
+    """Wait until ``work`` is done. Ignores cancellation, so ``work`` must end soon."""
     task = spawn_awaited("completes even if cancelled", work)
     while not task.done():
         with suppress(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""The environment of a wrapper's engines: variables, a temporary directory, the files of its log and errors."""
+"""The environment of a wrapper's engines: variables, a temporary directory, files for their log and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EngineEnvironment:
             cache_dir: Directory for compiled kernels and similar caches, which is kept.
             cpu_threads: Threads of an engine that computes on the CPU; None for one on GPUs.
             preload: Modules for the forkserver to import in addition to those that every engine needs.
-            without: Variables that must not be set.
+            without: Variables to remove, because an engine must not see them.
         """
         remove_orphans()
         self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_base()))
@@ -121,7 +121,7 @@ class EngineEnvironment:
     def begin_start(self, *, alone: bool = True) -> None:
         """Clear the phases and logs of the previous engine, and remove the files that it left if it was killed.
 
-        If another engine exists (not ``alone``), no file is removed, because its owner can't be determined.
+        If another engine exists (not ``alone``), no file is removed, because it may belong to that engine.
         """
         if alone:
             _remove_shared_memory(self.directory)
@@ -192,8 +192,8 @@ def log_handlers_kept() -> Iterator[None]:
     """Restore the targets of all ``MemoryHandler`` objects after a library has reconfigured logging.
 
     vLLM calls ``logging.config.dictConfig`` before it creates an engine, and that closes every handler of the process.
-    The handlers of Serve replicas then lose their file. A restarted Serve controller takes a replica that can't name
-    its log file for broken and ends it.
+    The handlers of Serve replicas then lose their file. A restarted Serve controller asks each
+    replica for the name of its log file, and ends a replica that does not know it.
     """
     known = logging.root.manager.loggerDict.values()
     loggers = [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]
@@ -213,7 +213,7 @@ def remove_shared_memory(base: Path) -> None:
 
 
 def remove_orphans() -> None:
-    """Remove the directories of killed owners; their locks are free."""
+    """Remove the directories whose owner was killed; their lock is free."""
     for directory in _base().glob(f"{_PREFIX}*"):
         try:
             with (directory / _LOCK).open("r+") as lock:

@@ -1,4 +1,4 @@
-"""Checks that GPU memory is free again after an LLM was stopped, by NVML's count of all memory in use on each GPU."""
+"""Checks that GPU memory is free again after an LLM was stopped: NVML reports all memory in use on each GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GPUMemory:
         return len(self._base_bytes) == self._gpus
 
     def note(self) -> None:
-        """Lower the baseline to the memory in use now. Call this before an engine starts, while none runs."""
+        """Lower the baseline to the memory in use now, if that is less. Call this before each start."""
         for uuid, (used, _) in self._memory().items():
             self._base_bytes[uuid] = min(used, self._base_bytes.get(uuid, used))
 

@@ -6,7 +6,8 @@ an answer shows that the loop runs. An engine counts as hung when:
 1. one of its processes is stopped (SIGSTOP);
 2. it has not answered for ``stall_s``, since a step may take long, or for 6 s if it has no work;
 3. it answers, but no prompt in flight has got a token for ``stall_s``; while prompts are still in prefill, for
-   ``stall_s`` times the steps that the longest prefill takes.
+   ``stall_s`` times the steps that the longest prefill takes;
+4. the call itself fails, or vLLM cancels it.
 
 Only time in which our own event loop ran is counted, so that a pause of this process does not count against the engine.
 """
@@ -44,7 +45,7 @@ class Work:
 
 # D23: an engine that does not move counts as dead
 class Heartbeat:
-    """Watches one engine. ``ask`` returns when the engine has answered, and raises if it no longer can."""
+    """Watches one engine. ``ask`` calls the engine, returns when it has answered, and raises if it can't."""
 
     def __init__(
         self,
@@ -72,8 +73,8 @@ class Heartbeat:
             while True:
                 work = self._work()
                 if question is None or question.done():
-                    # Work that ended before the answered call can't delay the next answer. Later work can, and so can
-                    # work that was in flight at that call, even if it has been aborted since.
+                    # The next answer can be delayed by prompts that were in flight when the answered call was made,
+                    # even if aborted since, and by later calls. Without either, the shorter limit applies.
                     idle = not asked.tokens and work.calls == asked.calls
                     asked, silent_s = work, 0.0
                     question = spawn_awaited("ask an engine", self._ask())

@@ -42,6 +42,7 @@ _ELSEWHERE_OR_LATER = re.compile(
     r"connect|time[d ]*out|temporar|unavailable|too many requests|offline|traffic|memory|gpu|device|capability",
     re.IGNORECASE,
 )
+"""Words in vLLM's error which suggest that a later start, or one on another machine, may succeed."""
 _STALL_GPU_S, _STALL_CPU_S = 60.0, 300.0  # a step of a large LLM takes minutes on a CPU; vLLM's own limit is 300 s
 
 
@@ -150,9 +151,10 @@ class EngineHost:
                 host and ``modeltyp``.
             modeltyp: The Hugging Face task (``text-generation``, ``feature-extraction`` …).
             on_phase: Called in the event loop when a phase begins.
-            timeout_s: Seconds > 0 after which the start is aborted.
+            timeout_s: Seconds > 0 after which the start is aborted, not counting ``prepare``.
 
         Raises:
+            ImportError: See ``prepare``.
             EngineStartFailed: vLLM rejected the LLM or failed (the reason is its first error), the start took too long,
                 or ``stop`` was called meanwhile.
             RuntimeError: An LLM is running or starting already, or the host is closed.
@@ -208,7 +210,7 @@ class EngineHost:
                 if trial.done():
                     trial.result()
                 engine = await asyncio.shield(launching)
-                await trial  # before code of the checkpoint runs for a prompt
+                await trial  # no prompt may run the checkpoint's code before it was tried
                 asgi = await self._vllm.serve(engine, order)
                 llm = RunningLLM(engine, asgi, order, self._prepared.processes() - before)
                 clock.enter(Phase.WARMING_UP)
@@ -228,7 +230,7 @@ class EngineHost:
             return self._ready(llm, clock)
 
     def _start_failed(self, order: Order, problem: Exception, oom_kills: OOMKills) -> EngineStartFailed:
-        """Return the error that says why a start failed, and whether it would fail again."""
+        """Return the error for a failed start: the reason, and whether it would fail on every machine."""
         if isinstance(problem, TrialFailed):
             return EngineStartFailed(order.model, in_our_words(str(problem)), permanent=True)
         logged = self._prepared.environment.first_error()
@@ -249,10 +251,7 @@ class EngineHost:
         return llm
 
     async def _wake(self, order: Order, clock: PhaseClock) -> RunningLLM | None:
-        """Wake the ordered LLM and return it; None if it is not asleep or failed to wake, so that it must be started.
-
-        One that failed to wake has been killed.
-        """
+        """Wake the LLM and return it; None if it is not asleep, or failed to wake and was killed."""
         llm = next((llm for llm in self._sleep.asleep if llm.order == order), None)
         if llm is None:
             return None
@@ -277,12 +276,16 @@ class EngineHost:
         return f"{reason}; the engine said last:\n{lines}" if lines else reason
 
     def _try_checkpoint(self, order: Order) -> None:
-        """Try the tokenizer and chat template in a separate process. Blocks. Raises TrialFailed."""
+        """Try the tokenizer and chat template in a separate process. Blocks; see ``CheckpointTrial``.
+
+        Raises:
+            TrialFailed: They can't be used.
+        """
         tokenizer = tokenizer_of(order.model, order.revision, order.engine_args)
         if tokenizer is None:
             return
-        # A fork of the forkserver has vLLM imported. A spawned process must import it, but a cold engine start takes
-        # as long.
+        # A fork of the forkserver has vLLM imported. A spawned process must import it first; that delays nothing,
+        # because the engine's own cold start takes as long.
         context: multiprocessing.context.BaseContext
         if self._prepared.forkserver is not None:
             context, limit_s = self._prepared.forkserver.context, WALL_S
@@ -297,7 +300,10 @@ class EngineHost:
     # --- death -------------------------------------------------------------------------------------------------
 
     def give_up(self, llm: RunningLLM, reason: str) -> None:
-        """Mark a running or sleeping LLM as dead, as if its process had ended; ``stop`` then kills it."""
+        """Mark a running or sleeping LLM as dead, as if its process had ended.
+
+        A sleeping LLM is then killed in the background, a running one by the next ``stop``.
+        """
         self._watch.declare_dead(llm, reason)
 
     def _on_dead(self, llm: RunningLLM) -> None:
@@ -323,7 +329,7 @@ class EngineHost:
         return await self._stop()
 
     async def vacate(self, *, wanted_next: str | None = None) -> StopReport:
-        """Free the GPUs of the running LLM, if any: put it to sleep if possible, else stop it.
+        """Free the GPUs: put the running LLM to sleep if possible, else stop it. A start is cancelled.
 
         ``wanted_next`` is the name of the LLM to be started next: if it is asleep, it is not ended to make room.
         """
@@ -361,14 +367,14 @@ class EngineHost:
         if llm.died.is_set() or not self._sleep.allowed:
             return False
         assert llm.heart is not None
-        llm.heart.cancel()  # it may answer late while it falls asleep; the death watch stays active
+        llm.heart.cancel()  # while falling asleep, the engine may answer late; the death watch stays active
         problem = await self._sleep.lay_down(llm, spare=wanted_next)
         if problem is not None:
             _log.info("%s is stopped and does not sleep: %s", llm.served_model_name, problem)
         return problem is None
 
     async def close(self) -> None:
-        """Stop everything, end the forkserver and remove temporary files. The host is unusable then. Idempotent."""
+        """End all engines and the forkserver, remove temporary files. The host can't be used again. Idempotent."""
         if self._closed:
             return
         self._closed = True

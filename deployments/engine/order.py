@@ -48,7 +48,9 @@ class StopReport:
 class Order:
     """The LLM to start, and the progress of the start; shared by the event loop and the engine thread.
 
-    Two orders are equal if they produce the same LLM from the same weights.
+    ``model``: directory or Hugging Face id. ``name``: the name that clients use. ``given_up``: the
+    start was aborted. Two orders are equal if they name the same LLM with the same arguments and
+    weights.
     """
 
     model: str

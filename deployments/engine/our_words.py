@@ -22,7 +22,8 @@ _OPERATORS = frozenset(
 def in_our_words(text: str) -> str:
     """Return a vLLM message with command-line options replaced: ``--max-model-len`` is args.deployment.max_model_len.
 
-    Options that clients can't set are called vLLM's. Text that only looks like an option is kept.
+    An option that clients can't set becomes "vLLM's NAME, which is not for clients". Text that only
+    looks like an option is kept.
     """
     said = _OPTION.sub(_word, text)
     return re.sub(r"(args\.deployment\.\w+) and \1", r"\1", said)
@@ -40,7 +41,7 @@ def _word(option: re.Match[str]) -> str:
 
 
 class ErrorsInOurWords:
-    """Forwards an answer of vLLM's app; an error answer is buffered until complete, then its options are renamed."""
+    """Forwards an answer of vLLM's app; an error answer is buffered, and then sent with ``in_our_words``."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

@@ -9,11 +9,15 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """The phases of an LLM's start. A cold start does not announce warm-up or compilation: it stays in LOADING."""
+    """The phases of an LLM's start.
+
+    In a cold start the engine announces neither its warm-up nor its compilation. So LOADING lasts
+    until the engine runs, and WARMING_UP is only the first answer.
+    """
 
     IMPORTING = "importing"  # vLLM itself, once per wrapper
     CONFIGURING = "configuring"  # the LLM's configuration and tokenizer
-    WAKING = "waking"  # replaces the phases before and after it if the LLM slept
+    WAKING = "waking"  # if the LLM slept: instead of CONFIGURING and LOADING
     LOADING = "loading"  # its weights
     WARMING_UP = "warming_up"  # KV cache, first run, first answer
     COMPILING = "compiling"  # within the warm-up, once for each part that must be compiled
@@ -21,10 +25,10 @@ class Phase(StrEnum):
 
 
 class PhaseClock:
-    """Reports each phase when it begins and measures how long it takes. Lives in the event loop."""
+    """Reports each phase when it begins and measures how long it takes. Use it in the event loop."""
 
     def __init__(self, on_phase: Callable[[Phase], object]) -> None:
-        """``took_s`` holds the seconds of each completed phase."""
+        """Measure nothing yet; ``took_s`` holds the seconds of each completed phase."""
         self.phase: Phase | None = None
         self.took_s: dict[str, float] = {}
         self._on_phase = on_phase

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class Preparation:
-    """What all engines of a host share: the environment and, if a warm start is possible, the forkserver.
+    """The environment and, if a warm start is possible, the forkserver that all engines of a host share.
 
     ``cold_reason`` says why engines start cold; None if they are forked from the warm forkserver.
     """
@@ -49,7 +49,7 @@ class Preparation:
 
     @property
     def environment(self) -> EngineEnvironment:
-        """The environment of the engines. There is one only after ``prepare`` has begun."""
+        """The environment of the engines; only usable once ``begun``."""
         assert self._environment is not None
         return self._environment
 
@@ -64,7 +64,7 @@ class Preparation:
             self._cache_dir,
             cpu_threads=None if self._gpus else self._cpu_threads,
             preload=self._preload,
-            # It would override our size, and allows only whole GiB.
+            # VLLM_CPU_KVCACHE_SPACE would override our size, and allows only whole GiB.
             without=() if self._kv_cache_gib is None else ("VLLM_CPU_KVCACHE_SPACE",),
         )
         self.forkserver = WarmForkserver(self._environment.directory)
@@ -79,9 +79,9 @@ class Preparation:
         if self.cold_reason is None:
             self.forkserver.install()
             for problem in self.forkserver.not_preloaded:
-                _log.warning("LLMs that need it will start a little later: %s", problem)
+                _log.warning("a module could not be preloaded; LLMs that need it start more slowly: %s", problem)
             return
-        _log.warning("LLMs will start slowly, since the warm start is not available: %s", self.cold_reason)
+        _log.warning("LLMs will start slowly, because a warm start is not possible: %s", self.cold_reason)
         await asyncio.to_thread(self.forkserver.stop)
         self.forkserver = None
         bind_spawned_processes()
@@ -93,7 +93,7 @@ class Preparation:
         return shape_problem()
 
     def processes(self) -> set[psutil.Process]:
-        """Return all processes that belong, or may belong, to an engine."""
+        """Return all processes of engines; without a forkserver, all descendants that could be one."""
         if self.forkserver is not None and self.forkserver.pid is not None:
             return process_tree.descendants(self.forkserver.pid)
         tracker = WarmForkserver.tracker_pid()

@@ -1,7 +1,8 @@
 """Checks that an engine becomes idle after a lease; one that does not is ended before the next lease.
 
-A grammar (JSON schema, regular expression) is compiled in a thread of the engine, and vLLM does not stop that when the
-client disconnects. The compilation would use the next lease's time and energy, and delay its structured output.
+A grammar (JSON schema, regular expression) is compiled in a thread of the engine. vLLM does not stop
+the compilation when the client disconnects. It would then use the next lease's time and energy, and
+delay the next lease's structured output.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class LLM(Protocol):
 def works(processes: Iterable[psutil.Process], proc_root: Path = Path("/proc")) -> bool:
     """Whether any thread of these processes, except the first of each, is running or runnable.
 
-    The first threads handle the prompts: whether they work is known otherwise, and after a prompt they poll briefly for
-    the next. Takes 10 µs per thread.
+    The first threads handle the prompts. They are skipped, because vLLM itself reports prompts in
+    flight, and because these threads poll for a short time after a prompt. Takes 10 µs per thread.
 
     Source: proc_pid_stat(5), state R.
     """
@@ -108,15 +109,17 @@ class EngineRest:
         self._look = None if llm is None else self._spawn_watch(llm)
 
     def _spawn_watch(self, llm: LLM) -> asyncio.Task[None]:
-        def failed(error: BaseException) -> None:  # whether the engine is idle is unknown
+        def failed(error: BaseException) -> None:  # without the check, the engine can't be trusted to be idle
             self._give_up(llm, f"the check whether it is idle failed: {reason_of(error)}")
 
         return spawn("check that an engine is idle", self._watch(llm), on_failure=failed)
 
     async def reached(self, llm: LLM | None) -> None:
-        """Return when this LLM is idle. Returns at once if it was found idle after its last lease, or is None.
+        """Return when this LLM is idle: at once if it was found idle after its last lease, or is None.
 
-        An LLM that was never seen idle, not even before its first lease, has threads that always run: it is not ended.
+        Blocks until the prompts in flight have ended, and then up to REST_LIMIT_S. An LLM that was
+        never seen idle, not even before its first lease, has threads that always run. It is not
+        ended; this method then returns after REST_LIMIT_S.
 
         Raises:
             EngineNotReady: It was still busy after REST_LIMIT_S and was ended, or it died.

@@ -12,7 +12,10 @@ _GENERAL_TYPES = ("ValueError", "RuntimeError", "Exception", "OSError", "Validat
 
 
 def root_cause(errors: str) -> str | None:
-    """Return the first cause among logged errors; vLLM's later errors only say that an earlier process failed.
+    """Return the error that ended an engine, from all errors that its processes have logged.
+
+    That is the first error whose message says that an engine failed to start, else the first of all:
+    vLLM's later errors only say that another process failed.
 
     Args:
         errors: Records in ERROR_FORMAT: separator, message, separator, traceback.

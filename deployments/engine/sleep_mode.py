@@ -2,7 +2,7 @@
 
 Uses vLLM's sleep mode at level 1. Level 2 would keep only the process and read the weights from disk on waking
 (``reload_weights``), which saves little over a warm start; so an LLM that can't sleep at level 1 is stopped. A sleeping
-LLM that must go is killed; it has no state to lose.
+LLM that has to end is killed, because it has no state to lose.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from deployments.machine.background import reason_of, spawn
 from deployments.machine.memory import main_memory
 
 SLEEP_TIMEOUT_S = 120.0
-"""Limit for copying the weights to or from host memory: 100 GiB take 30 s, mostly for pinning the memory."""
+"""Limit for copying the weights to or from host memory, seconds: 100 GiB take 30 s, mostly to pin the memory."""
 GPU_BACK_S = 5.0
-"""Limit for the driver to free the memory of an LLM that went to sleep."""
+"""Limit for the driver to free the memory of an LLM that went to sleep, seconds."""
 RESIDUE_BYTES = 2 * 2**30
-"""GPU memory that a sleeping LLM may keep: its CUDA context, NCCL's buffers, CUDA graphs."""
+"""GPU memory that a sleeping LLM may keep per GPU, bytes: its CUDA context, NCCL's buffers, CUDA graphs."""
 HOST_RESERVE = 0.1
-"""Share of the memory of the machine, or of our control group, that stays free whatever the budget is."""
+"""Share (0 to 1) of the memory of the machine, or of our control group, that stays free, even within the budget."""
 MEMORY_CHECK_S = 5.0
 """Seconds between checks of the machine's free memory while an LLM sleeps."""
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class LLM(Protocol):
-    """What sleep mode needs of an LLM. ``weights_bytes``: the size of its weights, None if unknown."""
+    """An LLM, as sleep mode uses it. ``weights_bytes``: the size of its weights, None if unknown."""
 
     engine: Any
     processes: frozenset[psutil.Process]
@@ -62,8 +62,11 @@ Sleeper = TypeVar("Sleeper", bound=LLM)
 class SleepMode(Generic[Sleeper]):
     """The sleeping LLMs of one engine host, oldest first. Use it in the host's event loop, under its lock.
 
-    The oldest are ended first: for a younger one that needs their share of the budget, for an LLM that needs the memory
-    that they keep on a GPU, or when the machine's memory runs short.
+    A sleeping LLM is ended, the oldest first, when
+
+    * another LLM is to sleep and the budget is used up;
+    * an LLM to be started needs the GPU memory that the sleeping one keeps;
+    * the machine's memory runs short.
     """
 
     def __init__(self, budget_bytes: int, gpus: GPUs, end: Callable[[Sleeper], Awaitable[object]]) -> None:
@@ -93,7 +96,7 @@ class SleepMode(Generic[Sleeper]):
         return RESIDUE_BYTES * len(self._asleep)
 
     async def lay_down(self, llm: Sleeper, *, spare: str | None = None) -> str | None:
-        """Put a running, unused LLM to sleep. If cancelled, end it.
+        """Put a running, unused LLM to sleep. A cancelled call ends the LLM.
 
         Args:
             llm: The LLM.
@@ -106,9 +109,9 @@ class SleepMode(Generic[Sleeper]):
             return "no LLM may sleep here"
         need = llm.weights_bytes
         if need is None:
-            return "what its weights take is not known"
+            return "the size of its weights is unknown"
         if not self._gpus.known:
-            return "what the GPUs' memory is used for is not known"
+            return "the GPU memory in use before the first start is unknown"
         memory = main_memory()
         giving_way = who_gives_way(
             [other.weights_bytes or 0 for other in self._asleep],
@@ -118,7 +121,7 @@ class SleepMode(Generic[Sleeper]):
             free=memory.available_bytes - int(HOST_RESERVE * memory.total_bytes),
         )
         if giving_way is None:
-            return f"{need / 2**30:.1f} GiB of host memory are not to be had for it"
+            return f"{need / 2**30:.1f} GiB of host memory are not free for it"
         try:
             await self._drop([self._asleep[at] for at in giving_way], f"{llm.served_model_name} sleeps in its place")
             async with asyncio.timeout(SLEEP_TIMEOUT_S):
@@ -139,7 +142,7 @@ class SleepMode(Generic[Sleeper]):
         return None
 
     async def wake(self, llm: Sleeper) -> bool:
-        """Wake a sleeping LLM; return False if it failed, after ending it. If cancelled, end it as well."""
+        """Wake a sleeping LLM; return whether it is awake. If that fails or is cancelled, the LLM is ended."""
         self._asleep.remove(llm)
         try:
             async with asyncio.timeout(SLEEP_TIMEOUT_S):
@@ -155,13 +158,16 @@ class SleepMode(Generic[Sleeper]):
         return bool(awake)
 
     async def make_room(self, share: float, waking: Sleeper | None = None) -> None:
-        """End sleeping LLMs except ``waking``, oldest first, until this share (0 to 1) of every GPU is free."""
+        """End sleeping LLMs except ``waking``, oldest first, until this share (0 to 1) of every GPU is free.
+
+        If ending all of them is not enough, nothing is reported.
+        """
         own_bytes = 0 if waking is None else RESIDUE_BYTES
         for llm in self.asleep:
             if not self._gpus.lack(share, own_bytes):
                 return
             if llm is not waking:
-                await self._drop([llm], "what it keeps of a GPU is needed")
+                await self._drop([llm], "the GPU memory that it keeps is needed")
                 await self._gpus.excess(GPU_BACK_S, self.kept_bytes)
 
     async def forget(self, llm: Sleeper) -> None:
@@ -176,21 +182,21 @@ class SleepMode(Generic[Sleeper]):
             self._memory_watch.cancel()
 
     def relieve(self) -> None:
-        """Kill the oldest living one if the machine's memory runs short; its death is then reported as any other."""
+        """Kill the oldest sleeping LLM that still lives, if the machine's memory runs short."""
         memory = main_memory()
         if memory.available_bytes >= HOST_RESERVE * memory.total_bytes:
             return
-        # A dead one stays in the list until the host's lock is free, and a start may hold that for long.
+        # A dead LLM stays in the list until the host's lock is free; a start may hold that lock for minutes.
         oldest = next((llm for llm in self._asleep if process_tree.alive(llm.processes)), None)
         if oldest is not None:
-            _log.warning("%s sleeps no longer: the machine's memory runs short", oldest.served_model_name)
+            _log.warning("%s was asleep and is killed: the machine's memory runs short", oldest.served_model_name)
             process_tree.kill(oldest.processes)
 
     def _kill_unwatched(self, error: BaseException) -> None:
-        """Kill all sleeping LLMs because nothing would end them when memory runs short; each then starts afresh."""
+        """Kill all sleeping LLMs, because without the watch nothing ends them when memory runs short."""
         for llm in self._asleep:
             _log.error(
-                "%s sleeps no longer: the watch of the memory failed: %s", llm.served_model_name, reason_of(error)
+                "%s was asleep and is killed: the memory check failed: %s", llm.served_model_name, reason_of(error)
             )
             process_tree.kill(llm.processes)
 
@@ -202,7 +208,7 @@ class SleepMode(Generic[Sleeper]):
     async def _drop(self, llms: Iterable[Sleeper], why: str) -> None:
         for llm in llms:
             self._asleep.remove(llm)
-            _log.info("%s sleeps no longer: %s", llm.served_model_name, why)
+            _log.info("%s was asleep and is ended: %s", llm.served_model_name, why)
             await self._end(llm)
 
 

@@ -1,6 +1,7 @@
 """Counts the tokens of prompts at the engine's output, for answers that do not report usage.
 
-A plain stream reports no usage, and one that breaks off never reaches it. The answers are not changed.
+By default, a stream reports no usage; a stream that breaks off ends before its usage is sent. The
+answers are not changed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Generate = Callable[..., AsyncGenerator[Any, None]]
 
 # D63: few prompts have unknown tokens
 class TokenCount:
-    """Tokens that the engine has produced so far for one client prompt, which can be several engine prompts."""
+    """The tokens of one client prompt so far: prompt, cached, generated. It can be several engine prompts."""
 
     def __init__(self) -> None:
         self._prompts: dict[str, tuple[int, int | None]] = {}
@@ -48,7 +49,7 @@ _COUNT: ContextVar[TokenCount | None] = ContextVar("token_count", default=None)
 
 @contextmanager
 def counting_tokens() -> Iterator[TokenCount]:
-    """Count the engine's output for the prompt that is answered in this context, in this task and its child tasks."""
+    """Count the tokens of the prompt that this block answers, in this task and its child tasks."""
     count = TokenCount()
     token = _COUNT.set(count)
     try:

@@ -1,4 +1,4 @@
-"""The only file of the wrapper's process that uses vLLM's API: starts, serves, asks and shuts down its engine.
+"""Starts, serves, queries and shuts down vLLM's engine. In the wrapper's process, only this file uses vLLM's API.
 
 The changes to vLLM's internals for a fast start are in ``engine.warm``.
 """
@@ -66,7 +66,7 @@ _WARM_UP_ID = "warm-up"
 _OF_THE_API = ("tool_call_parser",)  # arguments for vLLM's API, not for its engine
 _STOP_TIMEOUT_S = 5.0  # for vLLM's own shutdown; remaining processes are then killed
 FORGET_TIMEOUT_S: Final = 5.0
-"""How long a hand-over waits for the engine to finish its work, so that its caches can be emptied, seconds."""
+"""Longest wait of a hand-over until the engine is idle and its caches can be emptied, seconds."""
 _FORGET_POLL_S = 0.02
 
 
@@ -76,10 +76,10 @@ def public_path(method: str, path: str) -> bool:
 
 
 class RunningLLM:
-    """An LLM that answers prompts. Made by ``EngineHost.start``; unusable after ``EngineHost.stop``.
+    """An LLM that answers prompts. Created by ``EngineHost.start``; unusable after ``EngineHost.stop``.
 
     ``asgi`` is vLLM's own OpenAI app (check ``public_path`` first). ``phases`` holds the seconds of each phase of the
-    start, or of the wake-up if it slept; ``started_s`` is their sum. ``pids`` are all its processes.
+    start, or of the wake-up from sleep; ``started_s`` is their sum. ``pids`` are all its processes.
     ``died`` is set when one of them ends unexpectedly or the engine counts as hung; ``death_reason`` then gives the
     reason, and ``out_of_memory`` is True if the kernel killed a process because main memory ran out.
     ``engine_args`` are the arguments that vLLM was started with, except those that name the model; all others have
@@ -151,9 +151,12 @@ class RunningLLM:
         )
 
     async def warm_up(self) -> None:
-        """Process one prompt, as for a first client: generate one token or compute one embedding.
+        """Process one prompt: generate one token, or compute one result of a pooling task.
 
-        Raises whatever vLLM fails with.
+        Does nothing if vLLM supports neither for this LLM.
+
+        Raises:
+            Exception: vLLM's own, if it fails.
         """
         from vllm import PoolingParams, SamplingParams, TokensPrompt
         from vllm.tasks import POOLING_TASKS
@@ -180,7 +183,8 @@ class RunningLLM:
         Returns:
             False if earlier prompts may still be cached: the engine was still busy after FORGET_TIMEOUT_S.
 
-        Raises whatever vLLM fails with.
+        Raises:
+            Exception: vLLM's own, if it fails.
         """
         self._calls += 1
         try:
@@ -198,12 +202,12 @@ class RunningLLM:
 class VLLM:
     """vLLM in this process. One per host; use it from the host's event loop.
 
-    All blocking calls run in one thread. It lives as long as the host, because the kernel kills the processes that a
-    thread has started when that thread ends.
+    All blocking calls run in one thread, which lives as long as the host. When a thread ends, the
+    kernel kills the processes that it has started.
     """
 
     def __init__(self, gpus: int, *, kv_cache_gib: float | None, may_sleep: bool) -> None:
-        """Import nothing yet; see ``EngineHost`` for the arguments. ``may_sleep``: LLMs may be put to sleep."""
+        """Do nothing yet; see ``EngineHost`` for the arguments. ``may_sleep``: LLMs may be put to sleep."""
         self._gpus = gpus
         self._kv_cache_gib = kv_cache_gib
         self._may_sleep = may_sleep
@@ -234,7 +238,7 @@ class VLLM:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     def replace_thread(self) -> None:
-        """Give up a thread that hangs where no process can be killed, probably on the network; use a new one."""
+        """Use a new thread, because the present one hangs in a call that can't be ended, probably on the network."""
         self._thread.shutdown(wait=False)
         self._thread = _engine_thread()
 
@@ -249,7 +253,12 @@ class VLLM:
 
     @log_handlers_kept()
     def launch(self, order: Order, enter: Callable[[Phase], object]) -> AsyncLLM:
-        """Create an engine from the arguments, load its weights and warm it up; runs in the engine thread."""
+        """Create an engine, load its weights and warm it up. Blocks; runs in the engine thread.
+
+        Raises:
+            RuntimeError: the order was given up, or vLLM failed.
+            Exception: vLLM's own, if it fails or rejects the arguments.
+        """
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -267,7 +276,11 @@ class VLLM:
         )
 
     def arguments(self, order: Order) -> AsyncEngineArgs:
-        """Return an order's arguments for vLLM; note them in ``order.given``. Raises ValueError for an unknown one."""
+        """Return vLLM's arguments for an order, and record them in ``order.given``.
+
+        Raises:
+            ValueError: vLLM does not have one of the arguments.
+        """
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         given = {name: value for name, value in order.engine_args.items() if name not in _OF_THE_API}
@@ -297,7 +310,8 @@ class VLLM:
         args.enable_auto_tool_choice = args.tool_call_parser is not None
         tasks = await engine.get_supported_tasks()
         app: Starlette = await self.in_thread(build_app, args, tasks, engine.model_config)
-        # It counts HTTP requests for a /metrics endpoint that is not served here, at 3 to 6 % of this process's time.
+        # Remove a middleware that counts HTTP requests for /metrics. It takes 3 to 6 % of this process's time, and
+        # /metrics is not served here.
         unused = "PrometheusInstrumentatorMiddleware"
         app.user_middleware = [one for one in app.user_middleware if getattr(one.cls, "__name__", None) != unused]
         app.middleware_stack = None  # built with the removed middleware; Starlette rebuilds it
@@ -309,7 +323,7 @@ class VLLM:
 
     async def shut_down(self, engine: AsyncLLM) -> None:
         """Stop an engine by vLLM's own shutdown; requests in flight are aborted."""
-        with suppress(Exception):  # the engine is dead or hangs: its requests in flight fail with it
+        with suppress(Exception):  # if the engine is dead or hangs, its requests in flight fail anyway
             if engine.get_num_unfinished_requests():
                 await asyncio.wait_for(abort_all(engine), 1.0)
             if engine.output_handler is not None and not engine.get_num_unfinished_requests():
@@ -345,9 +359,9 @@ async def stopped(*_args: object) -> None:
 
 
 def text_of(problem: BaseException) -> str:
-    """Return the message of a vLLM exception as text for people."""
+    """Return the message of a vLLM exception, readable without knowledge of pydantic."""
     if isinstance(problem, ValidationError):
-        texts: dict[tuple[int | str, ...], str] = {}  # by field; for a union of types the first message is enough
+        texts: dict[tuple[int | str, ...], str] = {}  # the first of each field: a union has one per type
         for error in problem.errors():
             texts.setdefault(error["loc"][:1], str(error["msg"]).removeprefix("Value error, "))
         return "; ".join(f"{field[0]}: {text}" if field else text for field, text in texts.items())

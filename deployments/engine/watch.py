@@ -1,4 +1,4 @@
-"""Watches the engine of a running or sleeping LLM: whether its processes live and whether it hangs."""
+"""Watches the engine of an LLM: whether its processes live and, while it does not sleep, whether it hangs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EngineWatch:
         """Watch nothing yet.
 
         Args:
-            prepared: Holds the errors that engines log.
+            prepared: Has the environment with the errors that engines log.
             stall_s: See ``Heartbeat``.
             on_dead: Called once for each LLM that is declared dead.
         """
@@ -54,7 +54,7 @@ class EngineWatch:
     def _on_process_ended(self, llm: RunningLLM, pid: int) -> None:
         try:
             reason = self._why_ended(llm, pid)
-        except Exception as error:  # dead it is, whatever keeps us from knowing why
+        except Exception as error:  # it is dead, even if the reason can't be found
             _log.exception("why a process of %s ended is not known", llm.served_model_name)
             reason = f"process {pid} ended by itself ({reason_of(error)})"
         self.declare_dead(llm, reason)
@@ -68,7 +68,7 @@ class EngineWatch:
 
     async def _until_hung(self, llm: RunningLLM) -> None:
         async def ask() -> object:
-            llm.oom_kills.look()  # kills by the kernel until now can't be the cause of a later death
+            llm.oom_kills.look()  # note the kernel's kills so far: they can't be the cause of a later death
             return await llm.engine.is_sleeping()
 
         heartbeat = Heartbeat(ask, llm.work, llm.processes, stall_s=self.stall_s)

@@ -1,4 +1,4 @@
-"""Starts engine processes without imports, and lets none outlive its owner.
+"""Starts engine processes without imports; the kernel kills them when their owner ends.
 
 Importing vLLM takes longer than loading a small LLM. So a *forkserver* imports it once, in parallel with the wrapper's
 own import, and every engine process is a fork of it. vLLM has no setting for this inside a Ray actor, so some of its
@@ -29,7 +29,7 @@ from deployments.machine.background import spawn_thread
 T = TypeVar("T")
 
 LOOK_S = 0.05
-"""How often ``given_up`` is checked while a process runs apart, seconds."""
+"""Seconds between two checks of ``given_up`` in ``run_apart``."""
 
 PRELOAD = "deployments.engine.warm.preload"
 OWNER_PID = "GREENPROMPT_ENGINE_OWNER_PID"
@@ -41,7 +41,10 @@ class WarmStartUnavailable(Exception):
 
 
 def forkserver_variables(preload: Sequence[str]) -> Mapping[str, str]:
-    """Return the environment for a forkserver of this process that imports ``preload`` and its standard modules."""
+    """Return the environment variables that a forkserver of this process needs.
+
+    It imports the modules in ``preload`` in addition to those that every engine needs.
+    """
     root = str(Path(__file__).resolve().parents[3])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != root]
     return {
@@ -73,7 +76,7 @@ class WarmForkserver:
     """The process from which engines are forked. One per owner, because multiprocessing has one forkserver."""
 
     def __init__(self, directory: Path) -> None:
-        """Do nothing yet; ``directory`` is for its socket."""
+        """Do nothing yet; ``directory`` is where the forkserver's socket is created."""
         self.context = _WarmContext()
         self._directory = directory
         self._closing = threading.Event()
@@ -146,7 +149,11 @@ class WarmForkserver:
         return run_apart(self.context, function)
 
     def stop(self) -> None:
-        """End the forkserver and its children, and restore vLLM's own names. Returns when they are gone."""
+        """End the forkserver and its children, and restore vLLM's own names.
+
+        Returns when the forkserver is gone. The kernel kills its children with it; this method does
+        not wait for them.
+        """
         for module, name, old in reversed(self._replaced):
             setattr(module, name, old)
         self._replaced.clear()

@@ -1,6 +1,7 @@
-"""What of vLLM and Python is replaced or privately read for engines: the table, its check, and the patches in engines.
+"""Lists and checks our changes to vLLM and Python for engines, and makes those in engine processes.
 
-Import this without vLLM; only ``shape_problem`` and ``patch_engine_processes`` import it.
+The tables name all that is replaced, and all private names that are read. Importing this file does
+not import vLLM; only ``shape_problem`` and ``patch_engine_processes`` do.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ VLLM_ENGINES: Final = (
         _WITH_PROCESS,
     ),
 )  # fmt: skip
-"""Of vLLM in engine processes, and where they are started; the forkserver checks and installs these."""
+"""What is changed of vLLM in engine processes and where they are started. The forkserver checks and installs these."""
 
 VLLM_WRAPPER: Final = (
     Patch(
@@ -138,7 +139,7 @@ VLLM_WRAPPER: Final = (
         (Has("vllm.entrypoints.launchers.app", "build_app"),), "never: it is of one app, and ends with it",
     ),
 )  # fmt: skip
-"""Of vLLM in the wrapper's process: what ``vllm_api`` and the hang watch read."""
+"""What ``vllm_api`` changes, and what it and the hang watch read privately, of vLLM in the wrapper's process."""
 
 VLLM: Final = (*VLLM_ENGINES, *VLLM_WRAPPER)
 
@@ -186,13 +187,13 @@ PYTHON: Final = (
         (Has("gc", "unfreeze"),), _WITH_PROCESS,
     ),
 )  # fmt: skip
-"""Of Python's own modules."""
+"""What is changed or privately read of Python's own modules."""
 
 
 def shape_problem(vllm: Sequence[Patch] = VLLM) -> str | None:
     """Return what the installed vLLM or Python lacks for a warm start, as text; None if nothing.
 
-    Imports the modules of ``vllm``, the patches to check.
+    ``vllm``: the patches of vLLM to check; their modules are imported.
     """
     return first_problem((*vllm, *PYTHON))
 
@@ -212,7 +213,7 @@ def patch_engine_processes() -> None:
     be_patient(SpinCondition)
     EngineCore._initialize_kv_caches = _announced("warming_up", EngineCore._initialize_kv_caches)  # noqa: SLF001
     decorators.monitor_torch_compile = _announced_within("compiling", decorators.monitor_torch_compile, "warming_up")
-    # Each worker would go through all modules for this; done here, every fork inherits it.
+    # In each worker this would search all imported modules; forks inherit the result from here.
     current_platform.register_triton_kernel_overrides()
     current_platform.register_triton_kernel_overrides = lambda: None
 

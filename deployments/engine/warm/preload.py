@@ -67,7 +67,7 @@ def _preload() -> str | None:
     patch_engine_processes()
     allow_amx()
     # Imported objects stay. Without this, every engine and worker would scan all of them for garbage at its start and
-    # end, which takes as long as everything else and copies the memory that forks share.
+    # end. That takes as long as the rest of a start, and copies the memory that forks share.
     gc.collect()
     gc.freeze()
     gc.unfreeze = lambda: None

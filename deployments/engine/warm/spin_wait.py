@@ -1,8 +1,9 @@
 """Makes engine processes sleep while no message is due, instead of polling all the time.
 
-vLLM's readers poll without pause for a second after the last message. So one engine keeps two processors busy, and
-where processors are few the process that takes prompts waits for them; all of it is measured as energy of prompts.
-Messages come at similar intervals: the step times of a batch.
+vLLM's readers poll without pause for a second after the last message, so one engine keeps two CPU
+cores busy. On a machine with few cores, the process that takes prompts then has to wait for a core.
+The polling is also measured as energy of prompts. Messages come at similar intervals, the step
+times of a batch, so a reader can sleep for a part of the usual interval.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 SHORTEST_SLEEP_S = 0.0001
-"""Shorter sleeps do not pay: waking up takes half of this."""
+"""Shortest sleep, seconds. A shorter one saves nothing, because waking up takes half of this."""
 LONGEST_SLEEP_S = 0.01
-"""Limits how late a message can be noticed because of a sleep."""
+"""Longest sleep, seconds; a message is noticed later by this much at most."""
 AWAKE_S = 0.1
-"""After this time without a message, longer than most steps, poll every POLL_S."""
+"""After this time without a message, seconds, poll only every POLL_S. Most steps are shorter."""
 POLL_S = 0.0005
+"""Seconds between two polls after AWAKE_S."""
 _REMEMBERED = 8
 
 
@@ -27,9 +29,11 @@ _REMEMBERED = 8
 class Patience:
     """Decides how long one reader pauses between its checks for the next message.
 
-    Call ``pause`` after a check without a message and ``came`` after one with a message. The first pause of a wait is
-    half of the shortest recent wait, at most LONGEST_SLEEP_S, so that it ends before the message comes. If the message
-    comes during that pause, the next waits, as many as are remembered, have no first pause.
+    Call ``pause`` after a check without a message and ``came`` after one with a message.
+
+    A wait begins with one sleep: half of the shortest of the last 8 waits, at most LONGEST_SLEEP_S.
+    So it should end before the message comes. If the message comes during the sleep nevertheless,
+    this counts as a wait of 0 s; then the next 8 waits begin without a sleep.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Patience:
         return self._since_s
 
     def pause(self) -> None:
-        """Wait because no message is there yet."""
+        """Sleep, or yield the CPU, before the next check. Blocks up to LONGEST_SLEEP_S."""
         begins, since_s = self._since_s is None, self.begin()
         asleep_s = min(min(self._lately_s, default=0.0) / 2, LONGEST_SLEEP_S) if begins else 0.0
         self._overslept = asleep_s >= SHORTEST_SLEEP_S  # reset if another pause follows
@@ -65,7 +69,7 @@ class Patience:
             self._sleep(POLL_S)
 
     def came(self) -> None:
-        """Record that the message is there."""
+        """End the wait, because the message is there, and remember how long it took."""
         waited_s = 0.0
         if self._since_s is not None and not self._overslept:
             waited_s = self._clock() - self._since_s
