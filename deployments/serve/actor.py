@@ -1,7 +1,7 @@
 """The registry actor: named, detached, restarted by Ray; the only owner of the registry's state.
 
-Every method is a thin wrapper around the service. Results are JSON text, so that the ingress can pass them on
-unchanged.
+Every method is a thin wrapper around the service. Most results are JSON text, which the ingress can
+pass on unchanged.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ EXIT_FAILED = 70
 """Exit status of the actor's process after a failure of its database or of a decision; Ray restarts it."""
 
 RETRY_PAUSE_S = 1.0
-"""Pause before a restarted registry that can't start ends and is restarted again, seconds."""
+"""Pause between two restarts of a registry that can't start, seconds."""
 
 log = structlog.get_logger("deployments.serve.actor")
 
 
 class RegistryActor:
-    """The service in a Ray actor. All methods run on one event loop."""
+    """The service in a Ray actor. All methods run on one event loop, and raise the service's RegistryError."""
 
     def __init__(
         self, settings: Settings, build: Callable[[Settings, Callable[[RegistryError], None]], Service]
@@ -109,10 +109,11 @@ class RegistryActor:
         return views.request_state(self._service, self._service.known(request_id)).model_dump_json()
 
     async def changes(self, life: str, place: int | None) -> tuple[str, int, list[str] | None]:
-        """Return this process's id, its current position, and the ids of the requests changed since ``place``.
+        """Return this process's id, its place in the log of changes, and the requests changed since ``place``.
 
-        Waits up to CHANGES_WAIT_S for a change. ``life`` is the id of the process that returned ``place``. The list is
-        None if ``place`` is None or from another process, as after a restart: what changed is unknown then.
+        Waits up to CHANGES_WAIT_S for a change. ``life`` and ``place`` are the first two results of
+        the previous call. If ``place`` is None, or ``life`` is not this process's id (after a
+        restart), the changes are unknown, and the third result is None.
         """
         await self.ready()
         known = place if life == self._life else None
@@ -213,13 +214,14 @@ def _json(states: Sequence[BaseModel]) -> str:
 
 
 def _try_again_later(error: RegistryError) -> None:
-    """End a registry that Ray has restarted and that can't start, because its database is not back yet.
+    """End the process of a restarted registry that can't start, so that Ray restarts it again.
 
-    An actor whose constructor raises is never restarted; one whose process exits is, any number of times. On the first
-    start this function returns, so that the error reaches the process that starts the registry.
+    The database may not be reachable yet. Ray does not restart an actor whose constructor raises, but
+    restarts one whose process exits, without limit. On the first start this function returns, so
+    that the error reaches the process that starts the registry.
     """
     if ray.get_runtime_context().was_current_actor_reconstructed:
-        log.critical("the registry can't start yet and tries again", reason=str(error))
+        log.critical("the registry can't start yet; it will be restarted", reason=str(error))
         time.sleep(RETRY_PAUSE_S)
         os._exit(EXIT_FAILED)
 
@@ -227,5 +229,5 @@ def _try_again_later(error: RegistryError) -> None:
 def _fail_stop(error: RegistryError) -> None:
     # D4: fail-stop
     # A decision that was not written must not be answered: exit at once and load the written state.
-    log.critical("the registry can't go on and restarts", reason=str(error))
+    log.critical("the registry can't continue; it will be restarted", reason=str(error))
     os._exit(EXIT_FAILED)

@@ -1,4 +1,8 @@
-"""Calls the registry actor for the ingress: time limits, retries while it restarts, lanes for calls that only read."""
+"""Calls the registry actor for the ingress.
+
+Calls have a time limit, are retried while the actor restarts, and are limited in number if they
+only read.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,9 @@ class ActorCalls:
 
         Raises:
             RegistryError: Raised by the registry itself.
-            RegistryUnavailable: It did not answer for RETRY_FOR_S seconds.
+            InternalError: The method failed with another exception.
+            RegistryUnavailable: No actor could be reached for RETRY_FOR_S seconds. Or it did not
+                answer one call within CALL_TIMEOUT_S + ``wait_s``; such a call is not retried.
         """
         try:
             async for attempt in stamina.retry_context(
@@ -77,7 +83,7 @@ class ActorCalls:
             raise
 
     def _unavailable(self, reason: str) -> RegistryUnavailable:
-        """Return the error, naming a full disk as its cause: that ends the registry and prevents its restart."""
+        """Return the error; it names a full disk, which ends the registry and prevents its restart."""
         return RegistryUnavailable("; ".join(filter(None, (reason, disk_problem(self._state_dir)))))
 
 

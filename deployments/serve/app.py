@@ -107,13 +107,14 @@ def check(settings: Settings) -> None:
 
 
 def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[], None] = lambda: None) -> Running:
-    """Start everything.
+    """Start or join Ray, then start Serve, the registry and the ingress; return when the registry is ready.
 
     Args:
-        settings: If ``ray.address`` is None, a local cluster is started in ``ray_folder``, and LLMs can be requested on
-            return. Otherwise that cluster is joined; on return the registry answers, but machines may still be missing.
-            A registry that already runs there with the same settings is kept.
-        ray_folder: Folder for a local cluster's files; its environment is prepared.
+        settings: If ``ray.address`` is None, a local cluster is started in ``ray_folder``; when this
+            function returns, LLMs can be requested. Otherwise that cluster is joined; then the
+            registry answers, but machines may still be missing. A registry that already runs there
+            with the same settings is kept.
+        ray_folder: Folder for a local cluster's files, from ``local_ray_environment``; None otherwise.
         on_joined: Called when Ray runs; by then Ray has replaced the signal handlers.
 
     Raises:
@@ -146,7 +147,7 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
 
 
 def told_to_clients(settings: Settings, address: str) -> Settings:
-    """Return settings whose base URL clients can use: with this machine's ``address`` if Serve listens everywhere."""
+    """Return settings whose base URL clients can use: with ``address`` if Serve listens on all interfaces."""
     if settings.http.public_url is not None or settings.http.host not in LOOPBACK_OF:
         return settings
     http = settings.http.model_copy(update={"public_url": f"http://{url_host(address)}:{settings.http.port}"})
@@ -154,7 +155,7 @@ def told_to_clients(settings: Settings, address: str) -> Settings:
 
 
 def stop(settings: Settings) -> None:
-    """Shut down as documented: stop LLMs, wrappers and registry, close the database, leave the cluster.
+    """Stop LLMs, wrappers and registry, close the database, leave the cluster.
 
     Every step has a time limit; a local cluster's processes end with this process in any case.
 
@@ -182,7 +183,12 @@ def stop(settings: Settings) -> None:
 
 
 def join_ray(settings: Settings, folder: Path | None) -> str:
-    """Connect to the configured cluster or start one in ``folder``; return its dashboard. Raises BadSettings."""
+    """Connect to the configured cluster, or start one in ``folder``; return the URL of its dashboard.
+
+    Raises:
+        BadSettings: There is no cluster at the configured address.
+        StartFailed: Ray does not start.
+    """
     if settings.ray.address is not None:
         try:
             context = ray.init(
@@ -219,7 +225,12 @@ def _start_failed(what: str, error: Exception, settings: Settings, folder: Path 
 
 
 def _start_registry(settings: Settings) -> None:
-    """Make sure that the registry actor runs and is ready. An existing one is never ended, even if it is broken."""
+    """Make sure that the registry actor runs and is ready. An existing one is never ended.
+
+    Raises:
+        BadSettings: The new registry can't start, or one with other settings runs.
+        StartFailed: The existing registry does not answer.
+    """
     running = _running_registry()
     if running is not None:
         try:
@@ -272,12 +283,16 @@ def _settings_once_ready(registry: Any) -> Settings:
 
 
 def _reason(error: RayError) -> str:
-    """Return the last line of the error of an actor's method."""
+    """Return the last line of an error that an actor's method raised; the lines before are a traceback."""
     return str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
 
 
 def _wait_until_ready(settings: Settings, *, usable: bool) -> None:
-    """Wait until the ingress reports the registry's health; if ``usable``, until a wrapper is usable."""
+    """Wait until the ingress reports the registry's health; if ``usable``, until a wrapper is usable.
+
+    Raises:
+        StartFailed: That is not the case after ``start_timeout_s``.
+    """
     host = LOOPBACK_OF.get(settings.http.host, settings.http.host)
     url = f"http://{url_host(host)}:{settings.http.port}/healthz"
     limit_s = settings.wrappers.start_timeout_s

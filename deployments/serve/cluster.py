@@ -1,4 +1,4 @@
-"""Reads and controls machines and wrappers through Ray and Serve; no other file asks them about nodes and apps."""
+"""Reads and controls machines and wrappers. No other file asks Ray for nodes, or Serve for applications."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REMOVE_TIMEOUT_S = 60.0
 """Longest wait until deleted wrappers are gone, seconds."""
 
 RECOVERING = "RECOVERING"
-"""State of a replica that a restarted Serve controller has recorded but not yet found."""
+"""State of a replica that a restarted Serve controller knows from its record but has not reached yet."""
 
 REMOVE_POLL_S = 0.2
 """Seconds between checks whether deleted wrappers are gone."""
@@ -103,7 +103,7 @@ class RayCluster(ClusterCalls):
             )
             for want in wrappers
         ]
-        log.info("wrappers are deployed", wrappers=[want.wrapper_id for want in wrappers])
+        log.info("deploying wrappers", wrappers=[want.wrapper_id for want in wrappers])
         self._forget(want.wrapper_id for want in wrappers)
         await self._in_thread(
             "cluster",
@@ -113,7 +113,12 @@ class RayCluster(ClusterCalls):
         )
 
     async def remove(self, wrapper_ids: Sequence[str]) -> None:
-        """Delete these wrappers and wait until they are gone. Uses one thread, however many there are."""
+        """Delete these wrappers and wait until they are gone. Uses one thread for all of them.
+
+        Raises:
+            TimeoutError: They are not gone after REMOVE_TIMEOUT_S.
+            WrapperUnreachable: Serve does not answer.
+        """
         self._forget(wrapper_ids)
         names = {APP_PREFIX + wrapper_id for wrapper_id in wrapper_ids}
 
@@ -138,7 +143,13 @@ class RayCluster(ClusterCalls):
             self._handles.pop(wrapper_id, None)
 
     async def _ask(self, wrapper_id: str, method: str, *args: object, timeout_s: float) -> Any:
-        """Call a wrapper. Raises its own RegistryError, or WrapperUnreachable (WrapperUnheard) for everything else."""
+        """Return the result of a wrapper's method.
+
+        Raises:
+            RegistryError: Raised by the wrapper itself.
+            WrapperUnheard: It did not answer in time, perhaps because Serve's controller is down.
+            WrapperUnreachable: Everything else.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 handle = self._handles.get(wrapper_id)
@@ -153,7 +164,7 @@ class RayCluster(ClusterCalls):
                 raise WrapperUnheard(wrapper_id, f"{problem}; Serve's controller is being restarted") from error
             raise WrapperUnreachable(wrapper_id, problem) from error
         except (RayError, RayServeException, RegistryError) as error:
-            # Ray delivers an error of the wrapper as one of a class of its own, with the real one as cause.
+            # Ray raises an error of the wrapper as an object of a derived class; ``cause`` is the original error.
             cause = getattr(error, "cause", error)
             if isinstance(cause, RegistryError):
                 raise cause from None
@@ -161,8 +172,9 @@ class RayCluster(ClusterCalls):
             raise WrapperUnreachable(wrapper_id, f"{method}: {in_one_line(error)}") from error
 
     async def _serve_is_mended(self, wrapper_id: str) -> bool:
-        """Whether a wrapper is unreachable because Serve's controller is down or still looks for its replicas."""
-        if self._asking is None or self._asking.done():  # one at a time: it blocks a thread while no controller runs
+        """Whether Serve's controller is down, or restarted and has not reached this wrapper's replica again."""
+        # One call at a time, because each blocks a thread while no controller runs.
+        if self._asking is None or self._asking.done():
             self._asking = spawn_awaited("ask Serve for its status", self._in_thread("cluster", serve.status))
         await asyncio.wait({self._asking}, timeout=SERVE_TIMEOUT_S)
         if not self._asking.done() or self._asking.exception() is not None:
@@ -172,7 +184,11 @@ class RayCluster(ClusterCalls):
         return any(RECOVERING in deployment.replica_states for deployment in deployments)
 
     async def _in_thread(self, what: str, call: Any) -> Any:
-        """Run a blocking Ray call in a thread."""
+        """Run a blocking Ray call in a thread and return its result.
+
+        Raises:
+            WrapperUnreachable: Ray or Serve does not answer; names ``what``.
+        """
         try:
             return await asyncio.to_thread(call)
         except (RayError, RayServeException, TimeoutError, ConnectionError) as error:
@@ -182,10 +198,11 @@ class RayCluster(ClusterCalls):
 def machines_of(nodes: Sequence[dict[str, Any]]) -> tuple[Machine, ...]:
     """Return Ray's living nodes as machines, the head first, then by node id.
 
-    A machine's id is its node's name (its address unless ``ray start --node-name`` sets another). If several nodes
-    share a name, as on one host, all but one also get the first digits of their node id; ``with_known_ids`` keeps these
-    names stable. Zone and region are the node's labels (``ray start --labels``). The amount of memory comes from the
-    wrappers, because Ray's own ``memory`` is only what was free when the raylet started.
+    A machine's id is its node's name (its address unless ``ray start --node-name`` sets another). If
+    several nodes share a name, as on one host, the ids of all but the first end with the first digits
+    of their node id; ``with_known_ids`` keeps these ids stable. Zone and region are the node's labels
+    (``ray start --labels``). The amount of memory comes from the wrappers, because Ray's own
+    ``memory`` is only what was free when the raylet started.
 
     Source: Ray's documentation, "Use labels to control scheduling", default node labels.
     """

@@ -1,4 +1,4 @@
-"""What every cluster of wrappers does alike, over Ray or in a simulation: time limits, and how long a look lasts."""
+"""Calls of wrappers with time limits, and observation with a cache; the same over Ray and in a simulation."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ much in its controller, on a machine whose energy is measured.
 
 
 class ClusterCalls(ABC):
-    """The part of ``registry.contract.messages.Cluster`` that asks wrappers, and that observes.
+    """The part of ``registry.contract.messages.Cluster`` that calls wrappers and observes the cluster.
 
-    A subclass says how machines, applications and wrappers are reached. ``clock`` gives monotonic seconds.
+    A subclass implements the access to machines, applications and wrappers. ``clock`` returns
+    monotonic seconds. Every call of a wrapper also raises what ``_ask`` raises.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float]) -> None:
@@ -47,7 +48,13 @@ class ClusterCalls(ABC):
 
     @abstractmethod
     async def _ask(self, wrapper_id: str, method: str, *args: object, timeout_s: float) -> Any:
-        """Call a wrapper. Raises its own RegistryError, or WrapperUnreachable (WrapperUnheard) for everything else."""
+        """Return the result of a wrapper's method.
+
+        Raises:
+            RegistryError: Raised by the wrapper itself.
+            WrapperUnheard: It did not answer in time, perhaps because Serve's controller is down.
+            WrapperUnreachable: Everything else.
+        """
 
     async def observe(self) -> Observation:
         """Return the nodes that are alive and Serve's wrappers. Raises WrapperUnreachable if Ray does not answer."""
@@ -99,5 +106,5 @@ class ClusterCalls(ABC):
 
     @property
     def _last_prompt_s(self) -> float:
-        """How long a wrapper may have to wait for the prompts of an expired lease, seconds."""
+        """Longest time that prompts of an expired lease can delay a command, seconds."""
         return self._settings.wrappers.prompt_max_s if self._settings.leases.at_expiry == "finish" else 0.0

@@ -25,7 +25,7 @@ class EnergyMetrics:
         self._unknown = Counter("greenprompt_energy_unknown_windows", "Windows without a figure", tag_keys=_TAGS)
 
     def count(self, kept: KeptWindow) -> None:
-        """Add a window. A lease window repeats the energy of other windows, so it adds nothing."""
+        """Add a window's joules. A lease window adds nothing, because its energy is in other windows already."""
         window = kept.window
         if window.kind not in SPENT:
             return

@@ -1,7 +1,8 @@
 """The ingress's answers about energy; reads the registry's windows in small pages.
 
-The answers are built in threads of the ingress, not of the registry: Python switches between a computing thread and the
-registry's reads only every 5 ms, and SQLite needs a switch for each row.
+The answers are built in threads of the ingress, not of the registry. A computing thread there would
+delay the registry's reads: Python switches threads only every 5 ms, and SQLite needs a switch for
+each row.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ PAGES_AT_ONCE = 4
 
 # D96: reports are made in the ingress
 class EnergyPages:
-    """The energy answers of one ingress, based on ``call(method, *args)`` of the registry. Methods raise its errors."""
+    """The energy answers of one ingress, from ``call(method, *args)`` of the registry.
+
+    All methods also raise the RegistryError that ``call`` raises.
+    """
 
     def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
         self._call = call
@@ -52,7 +56,7 @@ class EnergyPages:
     ) -> str:
         """Return a JSON WindowsPage of at most ``limit`` windows, of one request if given, with records if ``detail``.
 
-        ``after`` is the ``next`` of the previous page. Raises InvalidField if it is not.
+        ``after`` is the ``next`` of the previous page. Raises InvalidField for any other text.
         """
         place = views.place_of(after)
         requests: list[Request] = []

@@ -1,7 +1,8 @@
 """The HTTP app: validates requests, maps llmconfigs, calls the registry actor.
 
-It is stateless, so any number of replicas may run. While the registry actor restarts, calls are retried for a few
-seconds; that is safe because the ids of new requests are created here.
+It has no state except calls in progress, so any number of replicas may run. While the registry
+actor restarts, calls are retried for a few seconds. That is safe, because the ids of new requests
+are created here.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class IngressConfig:
 
 
 Call = Callable[..., Awaitable[Any]]
-"""``call(method, *args, wait_s=…)`` of the registry actor; the result is JSON text."""
+"""``call(method, *args, wait_s=…)`` returns what the registry actor's method returns, mostly JSON text."""
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -267,7 +268,11 @@ def _add_machines(app: FastAPI, call: Call) -> None:
 async def _mapped_llms(
     body: PromptingRequest, config: IngressConfig, checkpoints: Checkpoints | None
 ) -> list[NewRequest]:
-    """Return a POST's LLMs with new ids, as engine arguments, with an estimate of their memory."""
+    """Return a POST's LLMs with new ids, as engine arguments, with an estimate of their memory.
+
+    Raises:
+        InvalidField: An llmconfig can't be mapped; names the field.
+    """
     llms = [
         NewRequest(
             uuid.uuid4().hex,  # D5: ids are made here, so the call can be repeated
@@ -290,7 +295,11 @@ def _sha256(body: PromptingRequest) -> str:
 
 
 def mapped(config: IngressConfig, llmconfig: dict[str, Any], field: str) -> tuple[LLMSpec, str, tuple[str, ...]]:
-    """Return an llmconfig as (spec, its own JSON, notes). Raises InvalidField that names the field below ``field``."""
+    """Map an llmconfig; return the spec, the llmconfig as canonical JSON, and notes for the client.
+
+    Raises:
+        InvalidField: It can't be mapped; names the field below ``field``.
+    """
     config.sources.locate(llmconfig["model"], field=f"{field}.model")
     args = map_llmconfig(llmconfig, field=field, allow_remote_code=config.allow_remote_code)
     return args.spec, canonical_json(llmconfig), args.notes

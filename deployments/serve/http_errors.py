@@ -15,7 +15,7 @@ from registry.errors import InternalError, NoCredentials, RegistryError
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every error in the shape of ``ErrorAnswer``."""
+    """Make the app answer every error with an ``ErrorAnswer``."""
     app.exception_handler(RegistryError)(_on_registry_error)
     app.exception_handler(RequestValidationError)(_on_invalid)
     app.exception_handler(HTTPException)(_on_http_error)
@@ -55,7 +55,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> list[str]:
-    """Return all methods of a path; FastAPI itself names only those of its first route."""
+    """Return all methods of a path. FastAPI's own answer names only those of the first matching route."""
     routes = [route for route in request.app.routes if isinstance(route, Route)]
     there = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
     return sorted({method for route in there for method in route.methods or ()})

@@ -25,7 +25,10 @@ class Ingress:
 
 
 def deployment(config: IngressConfig) -> serve.Application:
-    """Return the Serve application of the ingress, for the head: it is not lost or measured with an LLM Machine."""
+    """Return the Serve application of the ingress.
+
+    It runs on the head, so that it survives the loss of an LLM Machine and adds nothing to the measured energy of one.
+    """
     serve_deployment: Any = serve.deployment(serve.ingress()(Ingress))
     application: serve.Application = serve_deployment.options(
         name="Ingress",  # D50: it is on the head

@@ -1,7 +1,7 @@
-"""Logging of all parts: one JSON object per line on standard error, which Ray stores per process. No secrets.
+"""Logging of all parts: one JSON object per line on standard error, which Ray stores per process.
 
 The registry also logs to a file that outlives Ray's folder. Every line about a request has its ``request_id`` and
-``measurement_id``, so that its history can be read from one file.
+``measurement_id``, so that its history can be read from one file. No line contains a secret.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OLDER_FILES: Final = 4
 
 
 def configure_logging(file: Path | None = None) -> None:
-    """Configure structlog for this process; the last call wins.
+    """Configure structlog for this process; a later call replaces the configuration.
 
     Args:
         file: Log file in addition to standard error, readable by its owner only. It is rotated when it holds

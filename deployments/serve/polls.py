@@ -1,8 +1,8 @@
-"""Long polls, held in the ingress. They end with their client, and cost the registry nothing while nothing changes.
+"""Long polls, held in the ingress. They end when their client hangs up; a waiting poll costs the registry nothing.
 
 The registry actor is asked about a request when its poll begins, when the request has changed, and when the poll ends.
 One repeated call, made while there are polls, returns the requests that have changed. A poll must not wait in the
-actor: Ray continues a call whose caller was cancelled, so it would stay there after its client left.
+actor: Ray continues an actor's call even if its caller was cancelled, so polls of clients that have hung up would stay.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Polls:
     async def state(self, request_id: str, wait_s: float, seen: RequestStatus | None) -> str:
         """Return a request's JSON RequestState once its status differs from ``seen``, or after ``wait_s`` seconds.
 
-        With ``seen`` None: once it is deployed or its status changes. Returns at once for a request that has ended.
+        With ``seen`` None: at once if it is deployed, else once its status changes. Returns at once
+        for a request that has ended.
 
         Raises:
             TooManyPolls: The limit of waiting polls is reached.
@@ -88,16 +89,16 @@ class Polls:
                 del self._waiting[request_id]
 
     async def _follow(self) -> None:
-        """Wake the polls of changed requests, while there are polls.
+        """Wake the polls whose request has changed; return when no poll waits any more.
 
-        The first answer, and the first of a new registry process, wakes all, because earlier changes are unknown then.
+        The first answer of each registry process wakes all polls, because earlier changes are unknown.
         """
         life, place = "", None
         while self._waiting:
             try:
                 life, place, changed = await self._call("changes", life, place, wait_s=CHANGES_WAIT_S)
             except RegistryError as error:
-                log.warning("changes of requests are not known at the moment", reason=str(error))
+                log.warning("the registry does not report changes of requests; retrying", reason=str(error))
                 await asyncio.sleep(RETRY_S)
                 continue
             for request_id in list(self._waiting) if changed is None else changed:

@@ -1,4 +1,7 @@
-"""Routes for the Prompting Service's own client, which sends JSON without a Content-Type and prompts to the root."""
+"""Routes for the Prompting Service's own client.
+
+That client sends JSON without a Content-Type, and sends prompts to paths at the root.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class _StrictRequest(Request):
         """Return the body's value.
 
         Raises:
-            JSONDecodeError: It is not JSON; FastAPI answers that.
+            JSONDecodeError: It is not JSON; FastAPI turns this into an answer.
             HTTPException: It has a duplicate key, or NaN.
         """
         try:
@@ -39,7 +42,9 @@ class _StrictRequest(Request):
 
 
 class JSONBody(APIRoute):
-    """A route that reads any body as JSON: the Prompting Service's client sends no Content-Type, curl a wrong one.
+    """A route that reads any body as JSON, whatever its Content-Type.
+
+    The Prompting Service's client sends none, and curl by default a wrong one.
 
     Every route with a body uses this class, so duplicate keys are always refused.
     """
@@ -57,10 +62,10 @@ class JSONBody(APIRoute):
 
 
 def root_router(call: Callable[..., Awaitable[Any]]) -> APIRouter:
-    """Return the routes at the root: this service's index, and the two paths that the Prompting Service's client calls.
+    """Return the routes at the root: the service's index, and two for the Prompting Service's client.
 
-    That client builds its URLs from ``address``, whose userinfo is the lease's token. It is redirected to the lease's
-    ``url`` with method and body; nothing is proxied.
+    That client builds its URLs from ``address``, whose userinfo contains the lease's token. It is
+    redirected (307, same method and body) to the lease's ``url``; nothing is proxied.
     """
     router = APIRouter()
     answers: dict[int | str, dict[str, Any]] = {307: {"description": "To the same path below the `url`"}}

@@ -1,4 +1,4 @@
-"""Where Ray keeps its files in the folder of a local cluster, and a copy of its logs for later."""
+"""Names Ray's subfolder in the folder of a local cluster, and keeps a copy of its logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry's clock: UTC seconds that advance at the true rate, even if the wall clock is changed."""
+"""The registry's clock: UTC seconds that do not jump, even if the wall clock is set."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ log = structlog.get_logger("deployments.serve.steady_clock")
 
 # D81: the registry's clock does not jump
 class SteadyClock:
-    """UTC seconds, anchored to the monotonic clock at creation. Follows the wall clock slowly and never jumps.
+    """UTC seconds that advance with the monotonic clock, and follow the wall clock slowly.
 
-    If the wall clock is set, that is logged; the next start of the registry uses the new time. ``clock`` returns
-    monotonic seconds, ``utc_s`` wall clock seconds. Not thread-safe.
+    A step of the wall clock is logged, and followed no faster than ``RecordDates`` allows; a
+    restarted registry uses the new time at once. ``clock`` returns monotonic seconds, ``utc_s`` wall
+    clock seconds. Not thread-safe.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, utc_s: Callable[[], float] = time.time) -> None:
@@ -34,5 +35,5 @@ class SteadyClock:
         if now_s - self._looked_s >= LOOK_EVERY_S:
             self._looked_s = now_s
             if (step_s := self._dates.look()) is not None:
-                log.warning("the wall clock was set; times and deadlines go on as before", step_s=round(step_s, 3))
+                log.warning("the wall clock was set; times and deadlines do not jump", step_s=round(step_s, 3))
         return self._dates.utc_s(now_s)

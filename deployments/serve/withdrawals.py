@@ -1,4 +1,7 @@
-"""Ends requests whose POST was accepted but not answered: their client has no ids to release them with."""
+"""Ends requests whose POST was accepted but not answered.
+
+Their client does not know their ids, so it can't release them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ log = structlog.get_logger("deployments.serve.withdrawals")
 class Withdrawals:
     """Withdraws requests in the background. ``call(method, *args)`` reaches the registry actor.
 
-    A withdrawal that fails for WITHDRAW_FOR_S is logged; the idle limit of the lease then ends it.
+    A withdrawal that still fails after WITHDRAW_FOR_S is logged; the lease then ends by its idle limit.
     """
 
     def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
@@ -46,7 +49,7 @@ class Withdrawals:
             raise
 
     def begin(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
-        """Withdraw the requests of one POST, which came with this Idempotency-Key. Returns at once."""
+        """Withdraw the requests of one POST; ``key`` is its Idempotency-Key, if any. Returns at once."""
         task = spawn("withdraw unanswered requests", self._withdraw(request_ids, tenant, key))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -24,8 +24,8 @@ class WrapperReplica(LLMWrapper):
 def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -> serve.Application:
     """Return the Serve application of one wrapper, pinned to its node, with its GPUs reserved through Ray.
 
-    Control calls and prompts share the replica, so the wrapper's own limit on prompts applies back-pressure, not
-    Serve's.
+    Control calls and prompts share the replica, and Serve's limit on calls would delay both. So
+    back-pressure comes from the wrapper's own limit on prompts.
     """
     options: dict[str, Any] = {
         "num_cpus": 0,
