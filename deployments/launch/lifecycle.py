@@ -1,7 +1,8 @@
 """Starts and ends a registry for ``greenprompt up`` and ``down``: in the foreground or detached.
 
-One process owns a local cluster: while it lives it holds a lock in ``state_dir``, and everything it started ends with
-it, however it ends. "Detached" means the same process in the background.
+One process owns a local cluster. It holds a lock in ``state_dir`` while it lives. When it ends, even
+if it is killed, all processes that it started end as well. "Detached" means the same process in the
+background.
 """
 
 from __future__ import annotations
@@ -215,10 +216,11 @@ def end(settings: Settings, *, say: Say) -> None:
 
 @contextmanager
 def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
-    """Hold the lock of ``state_dir``; yield a function that records what runs.
+    """Hold the lock of ``state_dir``; yield a function that writes what runs to up.json.
 
     Raises:
         BadSettings: Another process holds it, or the folder can't be written.
+        StartFailed: Processes of an earlier, killed registry do not end.
     """
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True)
@@ -249,7 +251,7 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
         finally:
             if path.is_file():
                 path.unlink()
-            lock.truncate(0)  # else the next holder's file briefly has our pid, and 'down' would use it
+            lock.truncate(0)  # else 'down' could signal our old pid before the next holder has written its own
 
 
 def _runs_already(settings: Settings) -> BadSettings:
@@ -281,8 +283,8 @@ def _is_held(settings: Settings) -> bool:
 def _holder(settings: Settings) -> int | None:
     """Return the pid of the process that holds the lock of ``state_dir``, None if none does.
 
-    The lock file's pid comes before that in up.json. A process writes its pid just after it takes the lock, so if
-    neither is there, they are read again for up to a second.
+    The pid is read from the lock file, else from up.json. A process writes its pid just after it
+    takes the lock. So if neither file has a pid, both are read again for up to HOLDER_LIMIT_S.
 
     Raises:
         BadSettings: The folder can't be read, or the lock is held and no pid is known.

@@ -35,7 +35,7 @@ RAY_ENVIRONMENT = {
     # D44: nothing slows prompts down
     # Ray's workers, and so their engines, would run at niceness 15 and yield to every other program.
     "RAY_worker_niceness": "0",
-    # If the machine's memory is more than 95 % full, no matter by what, Ray would kill the registry, proxies and
+    # If the machine's memory is more than 95 % full, for any reason, Ray would kill the registry, proxies and
     # wrappers; it does not know engines. The kernel kills engines first (deployments.machine.out_of_memory), provided
     # that Ray does not raise the score of its workers.
     "RAY_memory_monitor_refresh_ms": "0",
@@ -82,7 +82,8 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
     new access token in ``state_dir/ray-token``, readable by its owner.
 
     Raises:
-        BadSettings: HAProxy is wanted and not installed.
+        BadSettings: HAProxy is wanted, and not installed or not usable with this version of Ray.
+        OSError: There are no free ports for HAProxy.
     """
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))
     try:
@@ -119,8 +120,9 @@ def _write_token(state_dir: Path) -> Path:
 def free_ports(count: int) -> list[int]:
     """Return different free ports of the loopback interface.
 
-    They are outside of the ranges from which the kernel and Ray assign ports, so that they are still free when they are
-    used a few seconds later.
+    They are outside of the range from which Ray assigns ports, and, if the kernel's range begins
+    at 39998 or above, outside of that too. So they are probably still free a few seconds later. If the
+    kernel's range begins lower, a part of the ports is in it.
 
     Raises:
         OSError: There are not that many.
@@ -139,7 +141,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a cluster's folder, into which its last processes may still write for a moment."""
+    """Remove a cluster's folder. Retries for REMOVE_TIMEOUT_S, because ending processes may still write to it."""
     give_up_s = time.monotonic() + REMOVE_TIMEOUT_S
     while folder.exists() and time.monotonic() < give_up_s:
         shutil.rmtree(folder, ignore_errors=True)

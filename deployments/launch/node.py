@@ -1,7 +1,8 @@
 """Makes a machine a node of a Ray cluster: runs ``ray start`` once, with the environment that the registry needs.
 
-Repeating it changes nothing if Ray already runs with the same options. So ``ray up`` can be repeated, and a restarted
-head leaves the machines and their leases alone.
+Repeating it changes nothing if Ray already runs with the same options and environment and the same
+version of our code. So ``ray up`` can be repeated, and a restarted head does not restart Ray on the
+machines, which would end their leases.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ HAPROXY_HOME = Path("/tmp/gp-haproxy")  # noqa: S108 - HAProxy's socket paths ha
 """Folder of HAProxy's files on a node."""
 
 RECORD = Path("/tmp/gp-node.json")  # noqa: S108 - must vanish at a reboot, as the processes that it describes
-"""Record of what was started on this machine, and how."""
+"""File that records the Ray processes of this machine, and a hash of what they were started with."""
 
 RAY_LIMIT_S = 120
 """Time limit of ``ray start`` and ``ray stop``, seconds."""
@@ -50,7 +51,7 @@ _OUTLIVE_THE_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
 # Ray's autoscaler v2 counts an on-premise head as one of the machines, and then omits the last machine (Ray 2.60).
 _KNOWS_THE_HEAD = {"RAY_enable_autoscaler_v2": "0"}
 
-# The log monitor forwards workers' output to drivers, which we don't need, and survives a head that is gone for good.
+# We don't need the log monitor, which forwards workers' output to drivers. It does not end if the head is lost.
 _NO_LOG_MONITOR = "--include-log-monitor=false"
 
 # Prefix of the variables that an operator sets for Ray in cluster.yaml: where the head's state is stored.
@@ -61,13 +62,14 @@ _NOT_OURS = ("OMP_NUM_THREADS", "PYTHONWARNINGS")
 
 
 def start_ray(options: Sequence[str]) -> bool:
-    """Run ``ray start`` with these options, replacing a running Ray; return False if the same already runs.
+    """Run ``ray start`` with these options, after stopping any running Ray.
 
-    Only one call runs at a time on a machine: a second one waits, some minutes at most.
+    Returns False, without effect, if Ray already runs with the same options, environment and code.
+    Blocks up to 2 * RAY_LIMIT_S, and before that for an earlier call on this machine.
 
     Raises:
-        BadSettings: HAProxy's package is not installed, ~/.ray/auth_token is missing, or the autoscaling configuration
-            can't be read.
+        BadSettings: HAProxy's package is not installed or does not fit this version of Ray,
+            ~/.ray/auth_token is missing, or the autoscaling configuration can't be read.
         StartFailed: Ray does not start; its own message is on standard output.
     """
     # If a launcher loses its connection, it retries while its first command still runs here: without the lock there
@@ -119,7 +121,7 @@ def node_environment() -> dict[str, str]:
 
 
 def _for_the_monitor(options: Sequence[str]) -> Sequence[str]:
-    """On the head, replace the autoscaling configuration by one that gives up no machine."""
+    """On the head, replace the autoscaling configuration by one that tries failed machines without limit."""
     if not any(option.startswith("--autoscaling-config") for option in options):
         return options
     from deployments.launch.launcher import with_machines  # late, because it imports Ray

@@ -1,6 +1,6 @@
-"""What of Ray and of its HAProxy is edited, subclassed or privately read: the table and its checks.
+"""Lists and checks our changes to Ray and to Serve's configuration of HAProxy, and the private names that are read.
 
-Ray can't be imported at a start before its environment is set, so HAProxy's template is read from its file.
+Ray must not be imported before its environment is set, so the checks read Serve's files as text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ CONSTANTS: Final = "constants.py"
 
 @dataclass(frozen=True, slots=True)
 class HasLine:
-    """A file of Serve has a line that matches a regular expression; by default the template for HAProxy."""
+    """Checks that a file of Serve has a line that matches a regular expression.
+
+    By default the file is the template of HAProxy's configuration.
+    """
 
     pattern: str
     file: str = TEMPLATE
@@ -82,7 +85,7 @@ HAPROXY: Final = tuple(
         ),
     )
 )
-"""Of HAProxy: Serve's configuration, which ``launch.haproxy`` edits."""
+"""The lines of Serve's configuration of HAProxy that ``launch.haproxy`` edits."""
 
 VARIABLES: Final = Patch(
     "Ray",
@@ -121,11 +124,14 @@ RAY: Final = (
         (Has("ray._common.constants", "HEAD_NODE_RESOURCE_NAME"),), "only read",
     ),
 )  # fmt: skip
-"""Of Ray itself."""
+"""What is set, subclassed or privately read of Ray itself."""
 
 
 def text_of_serve(name: str) -> str:
-    """Return a file of Serve. Ray can't be imported yet: on import it reads its environment."""
+    """Return the text of a file of Serve; empty if Ray or the file is missing.
+
+    Does not import Ray, because Ray reads its environment on import.
+    """
     ray = find_spec("ray")
     folders = [] if ray is None else ray.submodule_search_locations or []
     files = [Path(folder) / "serve" / "_private" / name for folder in folders]

@@ -23,7 +23,7 @@ from registry.wire.http import LOOPBACK
 HAPROXY_OPEN_FILES = 10_276
 """The most files that HAProxy opens with Serve's configuration (``maxconn 4096``).
 
-It refuses to start if it may open fewer. Measured with HAProxy 2.8 and Ray 2.60.
+HAProxy refuses to start if its limit is lower. Measured with HAProxy 2.8 and Ray 2.60.
 """
 
 DASHBOARD_PORT = 8265
@@ -98,7 +98,11 @@ def _own_addresses() -> list[str]:
 
 
 def check(settings: Settings) -> None:
-    """Check what a local start needs and set what its processes inherit. Raises BadSettings."""
+    """Check what a local start needs. Raise the limit of open files, and set NO_PROXY, for its processes.
+
+    Raises:
+        BadSettings: A folder or a limit does not allow the start.
+    """
     for folder, setting in ((settings.state_dir, "state_dir"), (settings.cache_dir, "cache_dir")):
         require_writable(folder, setting)
     require_writable(Path("/tmp"), "/tmp")  # noqa: S108 - Ray's socket paths must be short
