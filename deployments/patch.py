@@ -61,6 +61,7 @@ class Has:
         return None
 
 
+# D106: with its reason, its guards, and how it ends
 @dataclass(frozen=True, slots=True)
 class Patch:
     """One patch: code of another library that is replaced or read, and why.

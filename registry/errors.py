@@ -28,6 +28,7 @@ class RegistryError(Exception):
     retryable: ClassVar[bool] = False
     __match_args__: ClassVar[tuple[str, ...]] = ()
 
+    # D109: fields are declared, defaults are no attributes of the class
     def __init_subclass__(cls) -> None:
         """Make ``__init__`` from the fields. Ray's own subclasses of errors have one already."""
         if "__init__" in vars(cls):

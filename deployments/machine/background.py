@@ -23,6 +23,7 @@ OnFailure = Callable[[BaseException], None]
 log = structlog.get_logger("deployments.machine.background")
 
 
+# D105: no task fails unnoticed
 def spawn(name: str, work: Coroutine[Any, Any, T], *, on_failure: OnFailure | None = None) -> asyncio.Task[T]:
     """Start a task whose result is not awaited.
 

@@ -26,6 +26,7 @@ from registry.wire.words import Grade
 log = structlog.get_logger("deployments.wrapper.commands")
 
 
+# D103: the rules exist once; ports only do
 class WrapperCommands(Generic[L]):
     """The state of one wrapper, and the registry's commands that change it. For one event loop.
 

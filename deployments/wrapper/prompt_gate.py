@@ -112,6 +112,7 @@ class PromptGate:
         self._args: PromptArgs | InvalidField | None = None
         self.lease_changed(gate.grant)
 
+    # D108: once for all prompts of a lease
     def lease_changed(self, grant: LeaseGrant | None) -> None:
         """Map the prompting arguments of the bound lease (None: there is none), once for all of its prompts.
 

@@ -50,6 +50,7 @@ problems = Console(stderr=True, soft_wrap=True)
 URLOption = Annotated[str, typer.Option("--url", help="Base URL of a running registry.", envvar="GREENPROMPT_URL")]
 
 
+# D101: a client has dependencies of its own
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
     """Return a context for imports that need an extra (``[server]``): without it, the command ends with one line.

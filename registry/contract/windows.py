@@ -219,6 +219,7 @@ class LeaseUse:
     counted: CountedRecord | None
 
 
+# D104: one type for writer and readers
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowDetail:
     """The record of a window. In JSON, the keys of ``use`` follow those of the window, on the same level.

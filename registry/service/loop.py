@@ -43,6 +43,7 @@ class Observer:
         """Is called last for every event: it was applied or refused, or its decision or commit failed."""
 
 
+# D102: the other parts of the service reach each other through the loop
 class Loop:
     """Owns the registry's state in memory and in the database. Every event goes through ``apply``.
 

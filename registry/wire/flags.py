@@ -24,6 +24,7 @@ CHECK: Final = "check"
 _NO_SCORE: Final = "score unknown, joules kept"
 
 
+# D107: every flag is here
 class Flag(StrEnum):
     """A flag: its group (``about``), what happens to a ``figure`` that has it, and its ``meaning``."""
 
