@@ -238,6 +238,38 @@ def test_files_and_functions_are_short() -> None:
     assert long == []
 
 
+def test_unit_tests_load_neither_ray_nor_vllm() -> None:
+    """No module of the unit, property or simulation tests imports Ray or vLLM, itself or through a module of ours."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for top in (*HOUSES, "tests")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    loaded: dict[str, set[str]] = {}
+
+    def loads(module: str) -> set[str]:
+        if module not in loaded:
+            loaded[module] = set()
+            found = imported_at_once(files[module])
+            inner = set().union(*(loads(name) for name in found & files.keys()))
+            loaded[module] = {name for name in found if name.partition(".")[0] in ("ray", "vllm")} | inner
+        return loaded[module]
+
+    tests = [m for m in files if m.startswith(("tests.unit.", "tests.property.", "tests.simulation."))]
+    assert {module: sorted(loads(module)) for module in tests if loads(module)} == {}
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """The modules, with their names, that a file imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
 @pytest.mark.parametrize("name", PURE)
 def test_pure_files_import_only_plain_modules(name: str) -> None:
     """The pure files import each other and modules of the standard library that only compute."""

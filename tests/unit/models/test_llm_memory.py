@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -288,13 +287,3 @@ def test_weights_that_vllm_makes_smaller_are_not_known(config: dict[str, Any], a
 def test_the_text_part_of_a_multimodal_llm_counts() -> None:
     """Layers and heads are those of its text LLM."""
     assert kv({"model_type": "llava", "text_config": LLAMA_3_8B}) == kv(LLAMA_3_8B)
-
-
-def test_the_share_of_a_gpu_is_vllms() -> None:
-    """Unless asked for, it is what the installed vLLM takes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates parts of itself that vLLM's imports touch
-        from vllm.engine.arg_utils import AsyncEngineArgs
-    assert AsyncEngineArgs.gpu_memory_utilization == GPU_SHARE
-    assert of(LLAMA_3_8B, {"gpu_memory_utilization": 0.5}).gpu_share == 0.5
-    assert of(LLAMA_3_8B, {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 1}).gpu_share == 1.0

@@ -12,7 +12,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from registry.settings import load_settings
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHED = (ROOT / "cluster.yaml", ROOT / "configs/clusters/aws.yaml")
 KUBERAY = ROOT / "configs/clusters/kuberay.yaml"
 
