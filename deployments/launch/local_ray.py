@@ -65,6 +65,9 @@ digits.
 RAY_LAST_WORKER_PORT = 19_999
 """Default for the highest port of Ray's workers."""
 
+LEAST_CHOICE = 1000
+"""Fewest ports to choose free ones from."""
+
 REMOVE_TIMEOUT_S = 5.0
 """Longest time for removing a cluster's folder, seconds."""
 
@@ -120,15 +123,15 @@ def _write_token(state_dir: Path) -> Path:
 def free_ports(count: int) -> list[int]:
     """Return different free ports of the loopback interface.
 
-    They are outside of the range from which Ray assigns ports, and, if the kernel's range begins
-    at 39998 or above, outside of that too. So they are probably still free a few seconds later. If the
-    kernel's range begins lower, a part of the ports is in it.
+    They are outside of the ranges from which Ray and the kernel assign ports, so they are probably still free
+    a few seconds later. If the kernel's range leaves fewer than LEAST_CHOICE ports above Ray's, it is used too.
 
     Raises:
         OSError: There are not that many.
     """
     lowest_ephemeral = int(_EPHEMERAL.read_text(encoding="ascii").split()[0])
-    candidates = list(range(RAY_LAST_WORKER_PORT + 1, max(lowest_ephemeral, 2 * RAY_LAST_WORKER_PORT)))
+    first = RAY_LAST_WORKER_PORT + 1
+    candidates = list(range(first, lowest_ephemeral if lowest_ephemeral - first >= LEAST_CHOICE else 2 * first))
     Random().shuffle(candidates)
     free: list[int] = []
     for port in candidates:

@@ -146,12 +146,18 @@ def test_loopback_only_where_asked_for(
 # --- ports -------------------------------------------------------------------------------------------------
 
 
-def test_free_ports_are_given_out_by_nobody_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The ports are none of Ray's workers' and none of those that outgoing connections get, where there is room."""
+@pytest.mark.parametrize(("lowest", "below"), [(45_000, 45_000), (32_768, 32_768), (21_000, 21_000), (20_500, 40_000)])
+def test_free_ports_are_given_out_by_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lowest: int, below: int
+) -> None:
+    """The ports are none of Ray's workers' and none of those that outgoing connections get, where there is room.
+
+    32768 is Linux's default.
+    """
     ranges = tmp_path / "ip_local_port_range"
-    ranges.write_text("45000\t60999\n", encoding="ascii")
+    ranges.write_text(f"{lowest}\t60999\n", encoding="ascii")
     monkeypatch.setattr(local_ray, "_EPHEMERAL", ranges)
-    assert all(20_000 <= port < 45_000 for port in free_ports(50))
+    assert all(20_000 <= port < below for port in free_ports(200))
 
 
 def test_a_folder_that_is_still_written_to_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
