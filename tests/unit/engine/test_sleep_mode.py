@@ -135,7 +135,7 @@ async def test_the_one_wanted_next_does_not_give_way(make: Make) -> None:
         (30, 25, 900, "host memory"),
         (10, 25, 109, "host memory"),
         (10, 0, 900, "no LLM may"),
-        (None, 25, 900, "not known"),
+        (None, 25, 900, "unknown"),
     ],
     ids=["budget", "free memory", "off", "unknown"],
 )
@@ -151,7 +151,7 @@ async def test_gpus_that_tell_nothing(make: Make) -> None:
     """Where it can't be seen whether a GPU has its memory back no LLM sleeps."""
     night = make()
     night.gpus.known = False
-    assert "not known" in str(await night.mode.lay_down(LLM("a")))
+    assert "unknown" in str(await night.mode.lay_down(LLM("a")))
 
 
 async def test_gpu_memory_must_be_back(make: Make) -> None:
