@@ -20,8 +20,8 @@ demo: env ## a whole registry on this machine, without a GPU (ARGS="…" go to `
 	@$(BIN)/greenprompt demo $(ARGS)
 
 # The cheap tests share the processors, a file of tests at a time; those that start vLLM, Ray or hosts have the machine
-# for themselves.
-SHARED := -n logical --maxprocesses 4 --dist loadfile
+# for themselves. Files come in the order of tests/conftest.py, the longest first.
+SHARED := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 ALONE := tests/engine tests/cluster tests/hosts
 test: lint ## linters, types, import contracts and all tests but the long ones, with coverage
 	@mkdir -p build

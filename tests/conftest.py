@@ -1,5 +1,7 @@
 """For all tests: the cheap ones go first, so that a fault shows soon and a running cluster disturbs no other test.
 
+Where several processes share them, the longest go first, so that none is left alone with a long one at the end.
+
 HYPOTHESIS_PROFILE says how many examples Hypothesis makes: ``default`` or ``long`` (a hundred times as many).
 """
 
@@ -22,12 +24,13 @@ settings.register_profile("long", max_examples=100 * EXAMPLES, deadline=None, pr
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ORDER = ("unit", "property", "integration", "simulation", "engine", "cluster", "hosts")
+SHARED_ORDER = ("simulation", "property", "integration", "unit", "engine", "cluster", "hosts")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by folder; inside a folder the order stays."""
-    root = Path(__file__).parent
-    items.sort(key=lambda item: ORDER.index(item.path.relative_to(root).parts[0]))
+    root, order = Path(__file__).parent, SHARED_ORDER if "PYTEST_XDIST_WORKER" in os.environ else ORDER
+    items.sort(key=lambda item: order.index(item.path.relative_to(root).parts[0]))
 
 
 @pytest.fixture
