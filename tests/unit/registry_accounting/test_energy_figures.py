@@ -403,3 +403,16 @@ def test_known_part_is_shown_beside_an_estimate_that_is_not_allowed() -> None:
     assert found.reason is not None
     assert "1 of 3 windows are estimates, which are not allowed (estimates_not_allowed, too_short)" in found.reason
     assert "known of 2 of 3: 200 J, 0.05998 gCO2eq, 100 units" in found.reason
+
+
+@pytest.mark.parametrize(("leases", "too_few"), [(9, "too few leases: 9 (at least 10)"), (10, None)])
+def test_ten_leases_have_an_interval_with_idle_time(leases: int, too_few: str | None) -> None:
+    """Each lease is one sample of it: nine are too few."""
+    windows = [
+        record(number, kind, request_id=f"r-{n}", process=f"process {n}", joules=100.0 + n, units=50, seconds=seconds)
+        for n in range(leases)
+        for number, kind, seconds in ((1, WindowKind.PROMPT, 2.0), (2, WindowKind.LEASE, 4.0))
+    ]
+    found = figures(*windows).with_idle
+    assert (found.leases, found.too_few) == (leases, too_few)
+    assert (found.low is None) == (too_few is not None)
