@@ -18,7 +18,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from deployments.machine.disk import disk_problem
 from deployments.serve.actor import ACTOR_NAME, NAMESPACE
-from registry.errors import InternalError, RegistryError, RegistryUnavailable
+from deployments.serve.ray_errors import own_error
+from registry.errors import InternalError, RegistryUnavailable
 
 RETRY_FOR_S = 10.0
 """How long a call is retried while the registry actor does not answer, seconds."""
@@ -59,10 +60,10 @@ class ActorCalls:
                     async with self._lanes.get(method, nullcontext()):
                         return await self._once(method, args, wait_s)
         except (RayError, _NoActor) as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, RegistryError):
-                raise cause from None
+            if (own := own_error(error)) is not None:
+                raise own from None
             if isinstance(error, RayTaskError):
+                cause = getattr(error, "cause", None)
                 raise InternalError(f"{method}: {type(cause or error).__name__}: {cause or error}") from error
             raise self._unavailable(type(error).__name__) from error
         raise AssertionError("unreachable")

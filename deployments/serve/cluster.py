@@ -20,6 +20,7 @@ from deployments.machine.worker_environment import forwarded_environment
 from deployments.models.sources import ModelSources
 from deployments.serve import wrapper_app
 from deployments.serve.cluster_calls import ClusterCalls
+from deployments.serve.ray_errors import own_error
 from deployments.wrapper.config import WrapperConfig
 from registry.contract.messages import NODE_ID_DIGITS, WrapperPlan
 from registry.core.records import Machine
@@ -164,10 +165,8 @@ class RayCluster(ClusterCalls):
                 raise WrapperUnheard(wrapper_id, f"{problem}; Serve's controller is being restarted") from error
             raise WrapperUnreachable(wrapper_id, problem) from error
         except (RayError, RayServeException, RegistryError) as error:
-            # Ray raises an error of the wrapper as an object of a derived class; ``cause`` is the original error.
-            cause = getattr(error, "cause", error)
-            if isinstance(cause, RegistryError):
-                raise cause from None
+            if (own := own_error(error)) is not None:
+                raise own from None
             self._apps = None
             raise WrapperUnreachable(wrapper_id, f"{method}: {in_one_line(error)}") from error
 
