@@ -63,12 +63,13 @@ def needs(extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] in _OWN:
             raise
-        problems.print(
-            f"greenprompt: this command needs {error.name}: pip install '{DISTRIBUTION}[{extra}]'",
-            markup=False,
-            highlight=False,
-        )
+        complain(f"this command needs {error.name}: pip install '{DISTRIBUTION}[{extra}]'")
         raise typer.Exit(EXIT_UNUSABLE) from None
+
+
+def complain(problem: str) -> None:
+    """Print a problem on standard error, without markup."""
+    problems.print(f"greenprompt: {problem}", markup=False, highlight=False)
 
 
 def say(line: str) -> None:

@@ -27,9 +27,9 @@ from greenprompt_client.cli.app import (
     EXIT_UNUSABLE,
     URLOption,
     app,
+    complain,
     console,
     needs,
-    problems,
     say,
 )
 from greenprompt_client.cli.status import drain_note, overview
@@ -163,7 +163,7 @@ def drain(
         state = registry.drain(machine)
         if wait:
             state = _wait_until_drained(registry, machine, timeout)
-    console.print(f"{machine}: {drain_note(state)}", markup=False, highlight=False, soft_wrap=True)
+    say(f"{machine}: {drain_note(state)}")
 
 
 @app.command()
@@ -174,7 +174,7 @@ def undrain(
     """Use a drained machine again; its wrappers are recreated."""
     with _registry(url) as registry:
         registry.undrain(machine)
-    console.print(f"{machine} is used again", markup=False, highlight=False, soft_wrap=True)
+    say(f"{machine} is used again")
 
 
 @app.command()
@@ -209,10 +209,10 @@ def _wait_until_drained(registry: RegistryClient, machine: str, timeout_s: float
                 machine, timeout_s=timeout_s, on_look=lambda seen: line.update(f"{machine}: {drain_note(seen)}")
             )
         except TimeoutError as error:
-            problems.print(f"greenprompt: {error}; that goes on by itself", markup=False, highlight=False)
+            complain(f"{error}; that goes on by itself")
             raise typer.Exit(EXIT_NOT_YET) from None
     if state.drain is None:
-        problems.print(f"greenprompt: {machine} was undrained meanwhile", markup=False, highlight=False)
+        complain(f"{machine} was undrained meanwhile")
         raise typer.Exit(EXIT_NOT_YET)
     return state
 
@@ -239,10 +239,10 @@ def main() -> None:
     try:
         app()
     except RegistryError as error:
-        problems.print(f"greenprompt: {error}", markup=False, highlight=False)
+        complain(str(error))
         sys.exit(exit_status(error))
     except httpx.TransportError as error:
-        problems.print(f"greenprompt: no registry answers there ({error})", markup=False, highlight=False)
+        complain(f"no registry answers there ({error})")
         sys.exit(exit_status(error))
 
 

@@ -12,6 +12,7 @@ import pytest
 import stamina
 from rich.console import Console
 
+from greenprompt_client.cli import app as shared
 from greenprompt_client.cli import main as cli
 from greenprompt_client.client import CONNECT_FOR_S, RegistryClient
 
@@ -38,7 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
         said = io.StringIO()
         monkeypatch.setattr(cli, "RegistryClient", Client)
-        monkeypatch.setattr(cli, "problems", Console(file=said, soft_wrap=True))
+        monkeypatch.setattr(shared, "problems", Console(file=said, soft_wrap=True))
         monkeypatch.setattr(sys, "argv", ["greenprompt", *arguments.split()])
         hooks = stamina.instrumentation.get_on_retry_hooks()
         try:

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from greenprompt_client.cli import app as shared
 from greenprompt_client.cli import main as cli
 from greenprompt_client.cli.status import overview
 from registry.wire.schemas import HealthState, MachineState, WrapperState
@@ -202,8 +203,9 @@ def test_commands(
 ) -> None:
     """Each command asks the registry, says what came of it, and has the exit status of that."""
     out = io.StringIO()
-    monkeypatch.setattr(cli, "console", Console(file=out, width=80))
-    monkeypatch.setattr(cli, "problems", Console(file=out, width=200))
+    for module in (cli, shared):
+        monkeypatch.setattr(module, "console", Console(file=out, width=80))
+    monkeypatch.setattr(shared, "problems", Console(file=out, width=200))
     monkeypatch.setattr(client, "drains", drains)
     result = CliRunner().invoke(cli.app, command)
     assert (result.exit_code, client.asked) == (status, asked)
