@@ -93,11 +93,9 @@ class Admission:
 
     def fits_only_drained(self, request: Request) -> tuple[str, ...]:
         """Return the drained machines that a queued request fits on; () if it also fits on others, or on none."""
-        ledger = self._ledger
-        asked = ledger.measurements[request.measurement_key].gpu_type or ANY_GPU_TYPE
-        needs = ledger.needs_together(request.measurement_key)
-        present = ledger.by_wrapper.present
-        suitable = {size for size in present if needs.met_by(size) and is_gpu_type(asked, size.gpu_type)}
+        ledger, key = self._ledger, request.measurement_key
+        needs = ledger.needs_together(key)
+        suitable = {size for size in self._sizes_for(ledger.measurements[key]) if needs.met_by(size)}
         if not all(size.draining for size in suitable):
             return ()
         there = (w for w in ledger.wrappers.values() if w.status is not WrapperStatus.LOST)
