@@ -18,7 +18,7 @@ from typing import NamedTuple
 from deployments.energy.figures import Embodied, Energy, GridIntensity, SCISettings
 from registry.grid_mixes import DATA_FILE, DATASET, zone_intensity
 from registry.wire.flags import Flag
-from registry.wire.labels import Label, worst
+from registry.wire.labels import MEASURED, Label, worst
 
 J_PER_KWH = 3_600_000.0
 PLAUSIBLE_J_PER_TOKEN = (0.03, 10.0)
@@ -119,23 +119,15 @@ def score(
     least_s, most_s = (duration_s, duration_s) if duration_range_s is None else duration_range_s
     operational = _operational(energy, grid, settings.pue)
     embodied = _embodied(settings.embodied, _Three(min(least_s, duration_s), duration_s, max(most_s, duration_s)))
-    may_be_told = settings.allow_estimates or energy.label in {Label.MEASURED, Label.MEASURED_SAMPLED}
-    per_unit = None
-    if operational is not None and embodied is not None and units and may_be_told:
-        per_unit = _Three(*((o + m) / units for o, m in zip(operational, embodied, strict=True)))
+    per_unit = _per_unit(operational, embodied, units) if _may_be_shown(energy, settings) else None
     methods = _methods(energy, grid, embodied, units)
-    problems = {
-        Flag.NO_GRID: grid is None,
-        Flag.NO_EMBODIED: embodied is None,
-        Flag.NO_UNITS: units == 0,
-        Flag.UNITS_UNKNOWN: units is None,
-        Flag.ESTIMATES_NOT_ALLOWED: not may_be_told and energy.total_j is not None,
-        Flag.IMPLAUSIBLE_J_PER_TOKEN: _implausible(energy, units, settings),
-    }
+    low, sci_score, high = per_unit or (None, None, None)
     o_low_g, o_g, o_high_g = operational or (None, None, None)
     m_low_g, m_g, m_high_g = embodied or (None, None, None)
     return Score(
-        **dict(zip(("low", "sci_score", "high"), per_unit or (None, None, None), strict=True)),
+        sci_score=sci_score,
+        low=low,
+        high=high,
         o_g=o_g,
         o_low_g=o_low_g,
         o_high_g=o_high_g,
@@ -148,8 +140,35 @@ def score(
         method=worst(methods.values()),
         methods={part: label.value for part, label in methods.items()},
         boundary=energy.boundary,
-        flags=(*energy.flags, *(flag for flag, holds in problems.items() if holds), *flags),
+        flags=(*energy.flags, *_problems(energy, grid, embodied, units, settings), *flags),
     )
+
+
+def _per_unit(operational: _Three | None, embodied: _Three | None, units: int | None) -> _Three | None:
+    """Return (O + M) / R, gCO2eq per unit; None if a part is unknown, or no unit was produced."""
+    if operational is None or embodied is None or not units:
+        return None
+    return _Three(*((o + m) / units for o, m in zip(operational, embodied, strict=True)))
+
+
+def _may_be_shown(energy: Energy, settings: SCISettings) -> bool:
+    """Whether the operator allows a score: estimates are allowed, or hardware measured the energy."""
+    return settings.allow_estimates or energy.label in MEASURED
+
+
+def _problems(
+    energy: Energy, grid: GridIntensity | None, embodied: _Three | None, units: int | None, settings: SCISettings
+) -> list[Flag]:
+    """Return flags for what the score lacks, and for an implausible one."""
+    problems = {
+        Flag.NO_GRID: grid is None,
+        Flag.NO_EMBODIED: embodied is None,
+        Flag.NO_UNITS: units == 0,
+        Flag.UNITS_UNKNOWN: units is None,
+        Flag.ESTIMATES_NOT_ALLOWED: not _may_be_shown(energy, settings) and energy.total_j is not None,
+        Flag.IMPLAUSIBLE_J_PER_TOKEN: _implausible(energy, units, settings),
+    }
+    return [flag for flag, holds in problems.items() if holds]
 
 
 def _methods(

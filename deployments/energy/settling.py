@@ -16,7 +16,7 @@ import structlog
 from deployments.energy.meter import Meter
 from registry.settings import EnergySettings
 from registry.wire.flags import Flag
-from registry.wire.labels import Label
+from registry.wire.labels import MEASURED, Label
 
 SLICES, SLICE_S = 5, 1.0
 """Number of time slices that are compared, and their length, seconds: NVML's counter steps about every 100 ms."""
@@ -27,7 +27,7 @@ LAG_S = 0.5
 LOOK_S = 0.5
 """Time between two checks, seconds."""
 
-_COUNTED = frozenset({Label.MEASURED, Label.MEASURED_SAMPLED, Label.SIMULATED})
+_COUNTED = MEASURED | {Label.SIMULATED}
 
 log = structlog.get_logger("deployments.energy.settling")
 

@@ -6,7 +6,7 @@ from ray.util.metrics import Counter
 
 from registry.accounting.totals import SPENT
 from registry.accounting.windows import KeptWindow
-from registry.contract.windows import EnergyWindow, detail_of
+from registry.contract.windows import EnergyWindow, counter_label_of
 from registry.wire.labels import MEASURED
 
 _TAGS = ("machine", "kind")
@@ -44,4 +44,4 @@ def _counter_label(window: EnergyWindow) -> str:
     """Return the label of the counters that a window's joules were read from, before any sharing."""
     if window.label in MEASURED:
         return window.label
-    return detail_of(window).energy.counter_label or window.label
+    return counter_label_of(window) or window.label

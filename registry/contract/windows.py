@@ -265,9 +265,14 @@ class WindowDetail:
 _USES: Final = {WindowKind.PROMPT: PromptUse, WindowKind.LEASE: LeaseUse}
 
 
-def detail_of(window: EnergyWindow) -> WindowDetail:
-    """Return the record of a window."""
-    return read_detail(window.kind, json.loads(window.detail))
+def counter_label_of(window: EnergyWindow) -> str | None:
+    """Return the label of the counters that a window's energy was read from; None: not recorded.
+
+    Reads nothing else of the record: the registry asks this of every window that is a share.
+    """
+    energy = json.loads(window.detail).get("energy") or {}
+    label: str | None = energy.get("counter_label")
+    return label
 
 
 def read_detail(kind: WindowKind, record: Mapping[str, Any]) -> WindowDetail:

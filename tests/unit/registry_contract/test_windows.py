@@ -8,18 +8,23 @@ import pytest
 
 from registry.contract.windows import (
     CountedRecord,
+    EnergyWindow,
     GridRecord,
     InFlight,
     LeaseUse,
     PromptUse,
     TokensRecord,
     WindowDetail,
-    detail_of,
     read_counted,
     read_detail,
 )
 from registry.wire.words import WindowKind
 from tests.energy_windows import record, window
+
+
+def detail_of(row: EnergyWindow) -> WindowDetail:
+    """The record of a window."""
+    return read_detail(row.kind, json.loads(row.detail))
 
 
 @pytest.mark.parametrize("kind", WindowKind)
