@@ -96,6 +96,18 @@ class RequestForgotten(RegistryError):
         return f"request {self.request_id} ended long ago, and nothing is kept of it any more; make a new one"
 
 
+class RequestWithdrawn(RegistryError):
+    """The POST that makes this request was withdrawn before the registry received it: its client had gone away."""
+
+    code = "request_withdrawn"
+    http_status = 410
+
+    request_id: str
+
+    def __str__(self) -> str:
+        return f"request {self.request_id} was withdrawn before it was accepted; make a new one"
+
+
 class UnknownMeasurement(RegistryError):
     """No measurement has this id."""
 

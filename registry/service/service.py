@@ -13,6 +13,7 @@ If a decision or a commit fails, the process ends. Any other failure is logged, 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,7 +33,14 @@ from registry.core.events import (
     ShutdownBegun,
 )
 from registry.core.records import LLMSpec, Request, WrapperStatus
-from registry.errors import IdempotencyConflict, LeaseEnded, NoSuchLease, RegistryError, ShuttingDown
+from registry.errors import (
+    IdempotencyConflict,
+    LeaseEnded,
+    NoSuchLease,
+    RegistryError,
+    RequestWithdrawn,
+    ShuttingDown,
+)
 from registry.service.accounts import Accounts
 from registry.service.archive import KEPT, Archive
 from registry.service.commands import Commands
@@ -57,6 +65,9 @@ log = structlog.get_logger("registry.service.service")
 
 STOP_MARGIN_S = 10.0
 """A shutdown waits this much longer than an LLM may take to stop, seconds."""
+
+REMEMBERED_WITHDRAWALS = 10_000
+"""Maximum number of POSTs that are remembered because they were withdrawn before they arrived: the latest ones."""
 
 GRANT_WAIT_S = 0.25
 """Maximum time that a POST's answer waits for the hand-over of an LLM that already runs and is free, seconds. The
@@ -113,6 +124,8 @@ class Service:
         self._tasks = tasks = Tasks()
         self._answered_again: set[str] = set()
         """First request id of each POST that was repeated with the same Idempotency-Key and got the same answer."""
+        self._withdrawn: OrderedDict[str, None] = OrderedDict()
+        """First request id of each POST that was withdrawn before it arrived."""
         self._wrappers_changed = asyncio.Event()
 
         self._loop = loop = Loop(
@@ -226,10 +239,13 @@ class Service:
         Raises:
             QueueFull, LLMNeverFits, InvalidField, TenantBudgetUsed, ShuttingDown: nothing was accepted.
             IdempotencyConflict: the key was used with another body.
+            RequestWithdrawn: ``withdraw`` was called for these requests before.
             StoreUnavailable: the database failed.
         """
         if self._loop.closed:
             raise ShuttingDown
+        if llms[0].request_id in self._withdrawn:
+            raise RequestWithdrawn(llms[0].request_id)
         if idempotency is not None:
             known = self._store.idempotent_request_ids(tenant, idempotency.key)
             if known is not None:
@@ -268,14 +284,18 @@ class Service:
         """Release the requests of a POST whose answer did not reach the client. Idempotent.
 
         The client does not know their ids. The Idempotency-Key ``key`` is deleted, so that a retry
-        creates new requests. Nothing happens if a retry has already got these requests, or if they were
-        never accepted.
+        creates new requests. Nothing happens if a retry has already got these requests. If they are
+        unknown, ``request`` will refuse them: Ray may deliver the withdrawal before the POST.
 
         Raises:
             ShuttingDown: the registry's database is closed.
             StoreUnavailable: the database does not answer.
         """
         known = [request_id for request_id in request_ids if self._knows(request_id)]
+        if not known:
+            self._withdrawn[request_ids[0]] = None
+            if len(self._withdrawn) > REMEMBERED_WITHDRAWALS:
+                self._withdrawn.popitem(last=False)
         if not known or request_ids[0] in self._answered_again:
             return
         if key is not None:

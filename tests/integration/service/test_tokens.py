@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from registry.errors import LeaseEnded, NoSuchLease
-from registry.service import views
+from registry.core.events import NewRequest
+from registry.errors import LeaseEnded, NoSuchLease, RequestWithdrawn, UnknownRequest
+from registry.service import service, views
 from registry.service.service import Idempotency
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import OTHER, TINY, World
+from tests.service_world import OTHER, TINY, World, config_of
 
 
 def token_of(world: World, request_id: str) -> str:
     url = world.url(request_id)
     assert url is not None
     return url.rpartition("/")[2]
+
+
+def new_request(request_id: str) -> NewRequest:
+    return NewRequest(request_id, TINY, config_of(TINY))
 
 
 async def test_lease_is_found_by_its_token(world: World) -> None:
@@ -58,9 +63,30 @@ async def test_withdrawn_requests_end(world: World) -> None:
     assert [world.request(request_id).status for request_id in ids] == [Status.RELEASED, Status.CANCELLED]
 
 
-async def test_what_was_never_accepted_can_be_withdrawn(world: World) -> None:
-    """A POST that never reached the registry leaves nothing to withdraw."""
-    world.service.withdraw(["nobody"], tenant="default", key="key-1")
+async def test_a_post_that_arrives_after_its_withdrawal_is_refused(world: World) -> None:
+    """Ray does not keep the order of an async actor's calls: the late POST takes no machine, and no key."""
+    key = Idempotency("key-1", "hash-1")
+    late = new_request("late")
+    world.service.withdraw([late.request_id], tenant="default", key="key-1")
+    (again,) = world.ask(1, TINY, idempotency=key)
+    with pytest.raises(RequestWithdrawn):
+        world.service.request(1, [late], idempotency=key)
+    with pytest.raises(UnknownRequest):
+        world.service.known(late.request_id)
+    world.service.withdraw([again], tenant="default", key="key-1")
+    assert world.request(again).status.ended  # the refused POST was no second answer
+
+
+async def test_only_the_latest_withdrawals_are_remembered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was withdrawn and never came takes a bounded amount of memory."""
+    monkeypatch.setattr(service, "REMEMBERED_WITHDRAWALS", 2)
+    requests = [new_request(request_id) for request_id in ("a", "b", "c")]
+    for request in requests:
+        world.service.withdraw([request.request_id], tenant="default", key=None)
+    world.service.request(1, [requests[0]])
+    for request in requests[1:]:
+        with pytest.raises(RequestWithdrawn):
+            world.service.request(1, [request])
 
 
 async def test_key_of_a_withdrawn_request_makes_a_new_one(world: World) -> None:
