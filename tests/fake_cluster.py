@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, TypeVar
 
-from deployments.machine.background import OnFailure, spawn, spawn_awaited
 from deployments.wrapper.commands import WrapperCommands
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.ports import LLM, OnPhase
+from registry.background import OnFailure, spawn, spawn_awaited
 from registry.contract.messages import Belief, HandOver, LeaseGrant, Observation, StartedFor, WrapperPlan, WrapperReport
 from registry.contract.windows import EnergyWindow
 from registry.core.records import LLMSpec, Machine

@@ -30,9 +30,9 @@ from deployments.engine.vllm_api import VLLM, RunningLLM, text_of
 from deployments.engine.warm.forkserver import run_apart
 from deployments.engine.watch import EngineWatch
 from deployments.machine import process_tree
-from deployments.machine.background import spawn, spawn_awaited
 from deployments.machine.out_of_memory import OOMKills
 from deployments.models.weights import weights_of
+from registry.background import spawn, spawn_awaited
 from registry.errors import EngineStartFailed
 
 _log = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ from itertools import count
 from random import Random
 from typing import Any, TypeVar
 
-from deployments.machine.background import OnFailure, spawn, spawn_awaited
 from deployments.serve.cluster_calls import ClusterCalls
 from deployments.wrapper.commands import WrapperCommands
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.ports import OnPhase
+from registry.background import OnFailure, spawn, spawn_awaited
 from registry.contract.messages import Belief, LeaseGrant, StartedFor, WrapperPlan, WrapperReport
 from registry.core.records import LLMSpec, Machine
 from registry.errors import EngineNotReady, EngineStartFailed, WrapperUnheard, WrapperUnreachable

@@ -228,7 +228,7 @@ async def test_shutdown_ends_though_wrappers_stay(world: World, error: Exception
 
 async def test_commit_that_fails_is_fatal_and_answers_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a decision can't be written, the process is to end: no answer, no command; what is written holds."""
-    world.expected_problems = ["ended with an error"]
+    world.expected_problems = ["a background task failed"]
     await world.looked()
     error = StoreUnavailable("the disk is full")
 

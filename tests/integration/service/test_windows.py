@@ -226,7 +226,7 @@ async def test_the_last_windows_are_heard_at_shutdown(world: World) -> None:
 
 async def test_a_database_that_fails_ends_the_registry(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that can't be written down end the process, like every commit that fails; the wrapper keeps them."""
-    world.expected_problems = ["could not be looked after", "ended with an error"]
+    world.expected_problems = ["could not be looked after", "a background task failed"]
     request_id = await world.deployed(7)
 
     def fail(rows: object) -> None:
