@@ -19,8 +19,8 @@ from registry.contract.messages import LeaseGrant
 from registry.core.records import LLMSpec
 from registry.errors import EngineStartFailed, StaleEpoch
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
-from tests.fake_cluster import UNTOLD
-from tests.fake_hub import FILES, FakeHub
+from tests.support.fake_cluster import UNTOLD
+from tests.support.fake_hub import FILES, FakeHub
 from tests.support.undying_wrapper import UndyingWrapper, started_wrapper
 
 HUB_LLM = LLMSpec("org/tiny", "text-generation")

@@ -16,7 +16,7 @@ from deployments.energy.flights import Flight, Flights
 from deployments.energy.meter import Meter
 from deployments.energy.token_weights import UNKNOWN, Weight
 from deployments.tokens import Tokens
-from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
+from tests.support.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
 
 START_S = 1000.0
 FIRST_S = START_S + 2.0

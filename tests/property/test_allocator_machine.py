@@ -36,7 +36,7 @@ from registry.core.policy import PRIORITY_TURNS
 from registry.core.records import LLMMemory, Machine, MeasurementKey, Request, Wrapper, WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, UnknownMachine, UnknownRequest
 from registry.wire.words import Priority, RequestStatus
-from tests.allocator_scene import Memory, llm, next_deadline_s
+from tests.support.allocator_scene import Memory, llm, next_deadline_s
 from tests.support.queued_cluster import QueuedCluster
 
 R, W = RequestStatus, WrapperStatus

@@ -18,13 +18,13 @@ from registry.accounting.windows import KeptWindow
 from registry.core.records import Measurement
 from registry.service.budgets import CHARGED, month_begin_s
 from registry.store.store import Store
-from tests.energy_windows import iso, request
 from tests.energy_world.driver import MEASUREMENT, TENANT, drive
 from tests.energy_world.expected import DAY_S
 from tests.energy_world.history import History
 from tests.energy_world.machine import KINDS, Machine
 from tests.energy_world.random_history import random_history
 from tests.energy_world.world import World
+from tests.support.energy_windows import iso, request
 
 LENGTH_S = 90.0
 AUGUST_S = datetime(2026, 8, 1, tzinfo=UTC).timestamp()

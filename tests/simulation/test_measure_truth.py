@@ -31,13 +31,13 @@ from registry.service.views import gathered, report_json
 from registry.store.store import Store
 from registry.wire.schemas import RequestState
 from registry.wire.words import WindowKind
-from tests.energy_windows import iso, request
 from tests.energy_world.driver import MEASUREMENT, TENANT, Run, drive
 from tests.energy_world.experiment import Experiment
 from tests.energy_world.judge import Judge
 from tests.energy_world.machine import KINDS
 from tests.energy_world.world import World
-from tests.fake_registry_http import HttpRegistry, Reply, answer
+from tests.support.energy_windows import iso, request
+from tests.support.fake_registry_http import HttpRegistry, Reply, answer
 
 LLMS = ("alpha-8b", "gamma-1b")
 PROMPTS, REPETITIONS, WARMUPS = 20, 2, 2

@@ -13,7 +13,7 @@ import structlog
 from registry.core.records import WrapperStatus
 from registry.service import commands, watch
 from registry.store.store import Store
-from tests.service_world import World
+from tests.support.service_world import World
 
 
 @pytest.fixture(autouse=True)

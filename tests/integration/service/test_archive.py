@@ -15,7 +15,7 @@ from registry.core.records import WrapperStatus
 from registry.errors import UnknownMeasurement
 from registry.service import views
 from registry.wire.words import RequestStatus
-from tests.service_world import OTHER, TINY, World
+from tests.support.service_world import OTHER, TINY, World
 
 Status = RequestStatus
 

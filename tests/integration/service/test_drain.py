@@ -12,7 +12,7 @@ from registry.core.records import WrapperStatus
 from registry.errors import UnknownMachine, WrapperUnreachable
 from registry.service import views
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import BIG, OTHER, TINY, World
+from tests.support.service_world import BIG, OTHER, TINY, World
 
 Make = Callable[..., World]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from registry.core.records import WrapperStatus
 from registry.errors import RegistryUnheard, WrapperUnreachable
 from registry.wire.words import RequestStatus as Status
-from tests.fake_cluster import FENCE_S, FakeWrapper
-from tests.service_world import TINY, World
+from tests.support.fake_cluster import FENCE_S, FakeWrapper
+from tests.support.service_world import TINY, World
 
 Make = Callable[..., World]
 

@@ -9,7 +9,7 @@ from registry.errors import InvalidField
 from registry.service import views
 from registry.wire.schemas import RequestState
 from registry.wire.words import Grade, RequestStatus
-from tests.service_world import OTHER, TINY, World
+from tests.support.service_world import OTHER, TINY, World
 
 RAN_ON: dict[str, object] = {"cpu": {"model": "Xeon"}, "versions": {"vllm": "0.32.0"}}
 

@@ -7,7 +7,7 @@ import pytest
 from registry.errors import EngineStartFailed, UnknownRequest
 from registry.service import views
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import OTHER, TINY, World
+from tests.support.service_world import OTHER, TINY, World
 
 
 def history(world: World, request_id: str) -> list[tuple[str, str | None]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import TINY, World
+from tests.support.service_world import TINY, World
 
 DESIGN = Path(__file__).resolve().parents[3] / "registry" / "DESIGN.md"
 

@@ -22,7 +22,7 @@ from registry.service import views
 from registry.service.service import Idempotency
 from registry.wire.words import Priority
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import BIG, LIMIT_S, OTHER, THIRD, TINY, World, config_of
+from tests.support.service_world import BIG, LIMIT_S, OTHER, THIRD, TINY, World, config_of
 
 Make = Callable[..., World]
 

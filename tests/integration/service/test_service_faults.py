@@ -10,7 +10,7 @@ from registry.core.records import WrapperStatus
 from registry.errors import EngineStartFailed, InvalidField, WrapperUnheard, WrapperUnreachable
 from registry.service import views
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import OTHER, TINY, World
+from tests.support.service_world import OTHER, TINY, World
 
 Make = Callable[..., World]
 

@@ -23,7 +23,7 @@ from registry.service import service as service_module
 from registry.service import views
 from registry.settings import Settings
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import LIMIT_S, OTHER, THIRD, TINY, World
+from tests.support.service_world import LIMIT_S, OTHER, THIRD, TINY, World
 
 Make = Callable[..., World]
 

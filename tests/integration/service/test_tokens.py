@@ -9,7 +9,7 @@ from registry.errors import LeaseEnded, NoSuchLease, RequestWithdrawn, UnknownRe
 from registry.service import service, views
 from registry.service.service import Idempotency
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import OTHER, TINY, World, config_of
+from tests.support.service_world import OTHER, TINY, World, config_of
 
 
 def token_of(world: World, request_id: str) -> str:

@@ -20,9 +20,9 @@ from registry.settings import TenantBudget
 from registry.store.store import Store
 from registry.wire.schemas import EnergyState
 from registry.wire.words import RequestStatus, WindowKind
-from tests.energy_windows import window
 from tests.integration.service.conftest import Make
-from tests.service_world import TINY, World
+from tests.support.energy_windows import window
+from tests.support.service_world import TINY, World
 
 ANN = {"max_joules_per_month": 1000.0}
 

@@ -19,8 +19,8 @@ from registry.contract.windows import EnergyWindow
 from registry.errors import BudgetUsed
 from registry.wire.labels import Label
 from registry.wire.words import WindowKind
-from tests.fake_counters import FakeCounter, PowerCurve, Ticks
-from tests.meter_bench import EMBODIED, LEASE, OTHER, UTC_S, WATTS, Bench, detail, of_kind
+from tests.support.fake_counters import FakeCounter, PowerCurve, Ticks
+from tests.support.meter_bench import EMBODIED, LEASE, OTHER, UTC_S, WATTS, Bench, detail, of_kind
 
 Make = Callable[..., Bench]
 

@@ -8,7 +8,7 @@ import pytest
 from deployments.engine import gpu_memory
 from deployments.engine.gpu_memory import TOLERANCE_BYTES, GPUMemory
 from deployments.engine.order import StopReport
-from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
+from tests.support.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
 
 GIB = 2**30
 

@@ -35,9 +35,9 @@ from registry.contract.messages import Belief, HandOver, LeaseGrant
 from registry.core.records import LLMSpec
 from registry.errors import EngineNotReady, InvalidField, StaleEpoch, WrapperUnreachable
 from registry.settings import EnergySettings, WrapperSettings
-from tests.fake_cluster import UNTOLD
-from tests.fake_counters import FakeNVML, ManualClock, install_nvml
-from tests.fake_engine import FakeEngine
+from tests.support.fake_cluster import UNTOLD
+from tests.support.fake_counters import FakeNVML, ManualClock, install_nvml
+from tests.support.fake_engine import FakeEngine
 from tests.support.undying_wrapper import started_wrapper
 
 LLMCONFIG = json.dumps({"uses_chat_template": False, "args": {"prompting": {}, "deployment": {}}})

@@ -18,8 +18,8 @@ from deployments.wrapper.llm_wrapper import LLMWrapper
 from registry.core.records import LLMSpec
 from registry.errors import EngineStartFailed
 from registry.settings import EnergySettings, WrapperSettings
-from tests.checkpoint_files import LLAMA, write_checkpoint
-from tests.fake_cluster import UNTOLD
+from tests.support.checkpoint_files import LLAMA, write_checkpoint
+from tests.support.fake_cluster import UNTOLD
 from tests.support.undying_wrapper import started_wrapper
 
 GIB = 2**30

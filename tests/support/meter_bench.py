@@ -19,7 +19,7 @@ from registry.contract.windows import EnergyWindow
 from registry.settings import EnergySettings
 from registry.wire.labels import Label
 from registry.wire.words import WindowKind
-from tests.fake_counters import FakeCounter, ManualClock
+from tests.support.fake_counters import FakeCounter, ManualClock
 
 GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}
 EMBODIED = {"g_per_hour": 3.6, "low_g_per_hour": 1.8, "high_g_per_hour": 7.2, "source": "a test"}

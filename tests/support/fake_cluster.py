@@ -22,7 +22,7 @@ from registry.contract.messages import Belief, HandOver, LeaseGrant, Observation
 from registry.contract.windows import EnergyWindow
 from registry.core.records import LLMSpec, Machine
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
-from tests.fake_counters import ManualClock
+from tests.support.fake_counters import ManualClock
 from tests.support.wrapper_ports import NoPrompts, PlainHandOvers, StartedLLM
 
 T = TypeVar("T")

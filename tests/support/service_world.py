@@ -18,8 +18,8 @@ from registry.service.service import Service
 from registry.settings import Settings
 from registry.store.store import Store
 from registry.wire.words import RequestStatus, canonical_json
-from tests.fake_cluster import FakeCluster, FakeWrapper
-from tests.fake_counters import ManualClock
+from tests.support.fake_cluster import FakeCluster, FakeWrapper
+from tests.support.fake_counters import ManualClock
 
 TINY = LLMSpec("org/tiny", "text-generation")
 OTHER = LLMSpec("org/other", "text-generation")
