@@ -364,7 +364,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert record is not None
         match what:
             case "engine dies":
-                self.cluster.wrappers[wrapper_id].lose_engine()
+                self.cluster.lose_engine(wrapper_id)
             case "wrapper crashes":
                 self.cluster.crash(wrapper_id)
             case "wrapper hangs":
@@ -633,6 +633,12 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """When everything works again and every client releases what it gets, every request comes to an end."""
+        try:
+            self.come_to_an_end()
+        finally:
+            self.cluster.close()
+
+    def come_to_an_end(self) -> None:
         self.registry_restarts()
         for machine_id in sorted(self.leased_before):
             self.tell(MachineUndrained(machine_id))
