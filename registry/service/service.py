@@ -151,7 +151,7 @@ class Service:
         self._expiry = Expiry(loop, reports, self._retention, tasks=tasks, settings=settings)
 
     @property
-    def reports(self) -> Mapping[str, WrapperReport]:
+    def wrapper_reports(self) -> Mapping[str, WrapperReport]:
         """The last report of each wrapper."""
         return self._reports.latest
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from deployments.engine.order import StopReport
+from deployments.engine.order import StopOutcome
 from deployments.models.sources import ModelSources
 from deployments.wrapper import llm_wrapper as wrapper_module
 from deployments.wrapper.config import WrapperConfig
@@ -66,11 +66,11 @@ class FakeHost:
         self.started.append({"model": model, **more})
         self.running = RunningFake()
 
-    async def stop(self) -> StopReport:
+    async def stop(self) -> StopOutcome:
         self.running = None
-        return StopReport()
+        return StopOutcome()
 
-    async def vacate(self, *, wanted_next: str) -> StopReport:
+    async def vacate(self, *, wanted_next: str) -> StopOutcome:
         return await self.stop()
 
     async def stop_asleep(self) -> None:

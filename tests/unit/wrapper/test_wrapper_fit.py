@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.engine.order import StopReport
+from deployments.engine.order import StopOutcome
 from deployments.machine.memory import MainMemory
 from deployments.models.sources import ModelSources
 from deployments.wrapper import llm_wrapper as wrapper_module
@@ -50,9 +50,9 @@ class CountingHost:
     def give_up(self, llm: object, reason: str) -> None:
         raise AssertionError("no engine runs here")
 
-    async def vacate(self, *, wanted_next: str) -> StopReport:
+    async def vacate(self, *, wanted_next: str) -> StopOutcome:
         type(self).stopped += 1
-        return StopReport()
+        return StopOutcome()
 
 
 Make = Callable[..., Awaitable[LLMWrapper]]
