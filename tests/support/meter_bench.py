@@ -36,10 +36,12 @@ class Bench:
         self.clock = ManualClock()
         self.stepped_s = 0.0
         """By how much the wall clock was set since."""
+        self.stranger_works = False
+        """Whether a process that is no wrapper's uses the CPUs."""
         found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:GPU-x", label=Label.SIMULATED),)
         monkeypatch.setattr(meter_module, "PERIOD_S", 0.0)  # others are looked for with each poll
-        # A busy machine under the tests would make every window contended, and nothing would be learned.
-        monkeypatch.setattr(MachineCPU, "strangers", lambda _machine, now_s: (False, now_s))
+        # Not the real machine's: where it is busy, every window would be contended, and nothing would be learned.
+        monkeypatch.setattr(MachineCPU, "strangers", lambda _machine, now_s: (self.stranger_works, now_s - 0.05))
         monkeypatch.setattr(prompt_meter, "sources_of", lambda *_: list(found))
         monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
         chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}

@@ -87,6 +87,22 @@ async def test_record_of_a_prompt(make: Make) -> None:
     assert window.label == "simulated"
 
 
+async def test_a_stranger_on_the_cpus_flags_the_windows_in_it(make: Make) -> None:
+    """The prompt during which a stranger used the CPUs is contended, and so is its lease; a later prompt is not."""
+    made = make()
+    made.bind(LEASE)
+    made.stranger_works = True
+    made.prompt(2.0)
+    made.stranger_works = False
+    made.passes(3.0)
+    made.prompt(2.0)
+    made.bind(None)
+    windows = await made.windows()
+    first, second = of_kind(windows, WindowKind.PROMPT)
+    (lease,) = of_kind(windows, WindowKind.LEASE)
+    assert ["contended" in window.flags for window in (first, second, lease)] == [True, False, True]
+
+
 async def test_start_names_the_request_that_it_is_for(make: Make) -> None:
     """A load for request-9 and a wake for request-8 name these; a preload of 2 s and 200 J names no request."""
     made = make()
