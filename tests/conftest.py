@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.fake_hub import FakeHub
+from tests.support.fake_hub import FakeHub
 
 EXAMPLES = 100
 

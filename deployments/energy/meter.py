@@ -26,8 +26,8 @@ from deployments.energy.counters.machine_share import joined
 from deployments.energy.counters.probe import CounterLost, GPUPower, Source, Unreadable
 from deployments.energy.figures import Component, Energy, total
 from deployments.energy.timeline import Interval
-from deployments.machine.background import spawn_thread
 from deployments.machine.gpus import ReadFailed
+from registry.background import spawn_thread
 from registry.errors import BadSettings
 from registry.wire.flags import Flag
 from registry.wire.labels import Label, worst

@@ -14,7 +14,7 @@ import psutil
 from deployments.engine.preparation import Preparation
 from deployments.engine.vllm_api import VLLM, Engine, RunningLLM, stopped
 from deployments.machine import process_tree
-from deployments.machine.background import spawn_awaited
+from registry.background import spawn_awaited
 
 GONE_TIMEOUT_S: Final = 10.0
 """Time for the kernel to remove a killed process, and for a GPU's memory to be freed, seconds."""

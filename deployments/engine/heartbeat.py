@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from deployments.machine import process_tree
-from deployments.machine.background import spawn_awaited
+from registry.background import spawn_awaited
 
 BEAT_S = 2.0
 """Seconds between two checks of an engine; ``stall_s / 2`` if that is shorter."""

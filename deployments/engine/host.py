@@ -21,7 +21,7 @@ import psutil
 from deployments.engine.checkpoint_trial import IMPORT_S, WALL_S, CheckpointTrial, TrialFailed, tokenizer_of
 from deployments.engine.endings import GONE_TIMEOUT_S, Endings, to_the_end
 from deployments.engine.gpu_memory import GPUMemory
-from deployments.engine.order import Order, StopReport, pids
+from deployments.engine.order import Order, StopOutcome, pids
 from deployments.engine.our_words import in_our_words
 from deployments.engine.phases import Phase, PhaseClock
 from deployments.engine.preparation import Preparation
@@ -30,9 +30,9 @@ from deployments.engine.vllm_api import VLLM, RunningLLM, text_of
 from deployments.engine.warm.forkserver import run_apart
 from deployments.engine.watch import EngineWatch
 from deployments.machine import process_tree
-from deployments.machine.background import spawn, spawn_awaited
 from deployments.machine.out_of_memory import OOMKills
 from deployments.models.weights import weights_of
+from registry.background import spawn, spawn_awaited
 from registry.errors import EngineStartFailed
 
 _log = logging.getLogger(__name__)
@@ -318,17 +318,17 @@ class EngineHost:
 
     # --- stopping ----------------------------------------------------------------------------------------------
 
-    async def stop(self) -> StopReport:
+    async def stop(self) -> StopOutcome:
         """Stop the running or starting LLM, if any; return when its processes are gone and their memory is free.
 
-        If processes or GPU memory remain, the report says so, and so does the report of each later call until they are
+        If processes or GPU memory remain, the outcome says so, and so does that of each later call until they are
         gone.
         """
         if self._starting is not None:
             self._starting.cancel()
         return await self._stop()
 
-    async def vacate(self, *, wanted_next: str | None = None) -> StopReport:
+    async def vacate(self, *, wanted_next: str | None = None) -> StopOutcome:
         """Free the GPUs: put the running LLM to sleep if possible, else stop it. A start is cancelled.
 
         ``wanted_next`` is the name of the LLM to be started next: if it is asleep, it is not ended to make room.
@@ -347,7 +347,7 @@ class EngineHost:
         """Names of the sleeping LLMs, oldest first."""
         return [llm.served_model_name for llm in self._sleep.asleep]
 
-    async def _stop(self, *, may_sleep: bool = False, wanted_next: str | None = None) -> StopReport:
+    async def _stop(self, *, may_sleep: bool = False, wanted_next: str | None = None) -> StopOutcome:
         async with self._busy:
             begun_s = time.monotonic()
             llm, self.running = self.running, None
@@ -360,7 +360,7 @@ class EngineHost:
             if self._prepared.begun and not remaining and not self._sleep.asleep:
                 self._prepared.environment.remove_shared_memory()
             excess = await self._gpu_memory.excess(GONE_TIMEOUT_S, self._sleep.kept_bytes)
-            return StopReport(pids(killed), pids(remaining), excess, time.monotonic() - begun_s)
+            return StopOutcome(pids(killed), pids(remaining), excess, time.monotonic() - begun_s)
 
     async def _lay_down(self, llm: RunningLLM, wanted_next: str | None) -> bool:
         """Put an LLM to sleep; return False if that is impossible and it has to be stopped."""

@@ -22,7 +22,7 @@ ASGIApp = Callable[
 
 
 @dataclass(frozen=True, slots=True)
-class StopReport:
+class StopOutcome:
     """The result of stopping an engine.
 
     ``killed``: pids that had to be killed. ``leftover``: pids that still live after the kill, so their memory is not

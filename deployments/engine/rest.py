@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 import psutil
 import structlog
 
-from deployments.machine.background import reason_of, spawn
+from registry.background import reason_of, spawn
 from registry.errors import EngineNotReady
 
 # D86: an engine that a lease leaves at work is ended

@@ -15,8 +15,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import psutil
 
 from deployments.machine import process_tree
-from deployments.machine.background import reason_of, spawn
 from deployments.machine.memory import main_memory
+from registry.background import reason_of, spawn
 
 SLEEP_TIMEOUT_S = 120.0
 """Limit for copying the weights to or from host memory, seconds: 100 GiB take 30 s, mostly to pin the memory."""

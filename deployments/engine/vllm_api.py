@@ -25,8 +25,8 @@ from deployments.engine.order import ASGIApp, Order, pids
 from deployments.engine.phases import Phase
 from deployments.engine.token_count import counted
 from deployments.machine import process_tree
-from deployments.machine.background import spawn_awaited
 from deployments.machine.out_of_memory import OOMKills
+from registry.background import spawn_awaited
 from registry.errors import EngineNotReady
 
 if TYPE_CHECKING:

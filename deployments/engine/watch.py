@@ -11,7 +11,7 @@ from deployments.engine.heartbeat import Heartbeat
 from deployments.engine.preparation import Preparation
 from deployments.engine.vllm_api import RunningLLM
 from deployments.machine import process_tree
-from deployments.machine.background import reason_of, spawn
+from registry.background import reason_of, spawn
 
 _log = logging.getLogger(__name__)
 

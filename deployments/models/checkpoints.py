@@ -17,8 +17,8 @@ import structlog
 from huggingface_hub import HfApi, get_local_safetensors_metadata, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
 
-from deployments.machine.background import spawn_awaited
 from deployments.models.memory_need import Checkpoint, memory_of, part_of
+from registry.background import spawn_awaited
 from registry.core.records import LLMMemory, LLMSpec
 from registry.errors import in_one_line
 

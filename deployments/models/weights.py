@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from deployments.machine.background import spawn_thread
 from deployments.machine.memory import main_memory
+from registry.background import spawn_thread
 
 _FORMATS = ("*.safetensors", "*.bin", "*.pt")  # vLLM uses the first format that a folder has
 _DUPLICATE = "consolidated"  # a second copy of the weights in Mistral's models; used if it is the only one

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import structlog
 
-from deployments.machine.background import spawn_awaited
 from deployments.models.weights import Weights
+from registry.background import spawn_awaited
 
 _CHUNK_BYTES = 4 * 2**20
 

@@ -17,8 +17,8 @@ import ray
 import structlog
 from pydantic import BaseModel
 
-from deployments.machine.background import spawn_awaited
 from registry.accounting.windows import KeptWindow
+from registry.background import spawn_awaited
 from registry.core.events import NewRequest
 from registry.core.records import Measurement, MeasurementKey, Request
 from registry.errors import RegistryError

@@ -15,13 +15,13 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.machine.background import spawn_awaited
 from deployments.machine.worker_environment import forwarded_environment
 from deployments.models.sources import ModelSources
 from deployments.serve import wrapper_app
 from deployments.serve.cluster_calls import ClusterCalls
 from deployments.serve.ray_errors import own_error
 from deployments.wrapper.config import WrapperConfig
+from registry.background import spawn_awaited
 from registry.contract.messages import NODE_ID_DIGITS, WrapperPlan
 from registry.core.records import Machine
 from registry.errors import RegistryError, WrapperUnheard, WrapperUnreachable, in_one_line

@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from deployments.machine.background import spawn
+from registry.background import spawn
 from registry.errors import RegistryError, TooManyPolls
 from registry.service.news import CHANGES_WAIT_S
 from registry.wire.words import RequestStatus

@@ -14,7 +14,7 @@ from typing import Any
 import stamina
 import structlog
 
-from deployments.machine.background import spawn
+from registry.background import spawn
 from registry.errors import RegistryError
 
 WITHDRAW_FOR_S = 300.0

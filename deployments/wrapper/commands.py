@@ -14,9 +14,9 @@ from typing import Generic
 
 import structlog
 
-from deployments.machine import background
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.ports import HandOvers, L, LLMs, Prompts, Tasks
+from registry import background
 from registry.contract.messages import SETTLING, Belief, Download, HandOver, LeaseGrant, StartedFor, WrapperReport
 from registry.core.records import LLMSpec
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol, TypeVar
 
-from deployments.machine import background
+from registry import background
 from registry.contract.messages import Download, LeaseGrant, StartedFor
 from registry.core.records import LLMSpec
 
@@ -128,7 +128,7 @@ class HandOvers(Protocol[L_contra]):
 
 
 class Tasks(Protocol):
-    """Starts background tasks, as ``deployments.machine.background`` does."""
+    """Starts background tasks, as ``registry.background`` does."""
 
     def spawn(
         self, name: str, work: Coroutine[Any, Any, T], *, on_failure: background.OnFailure | None = None

@@ -16,9 +16,9 @@ import structlog
 from starlette.types import Message
 
 from deployments.engine.vllm_api import RunningLLM
-from deployments.machine.background import spawn_awaited
 from deployments.models.args.mapping import PromptArgs
 from deployments.wrapper.native_call import call, native_prompt, problem_of
+from registry.background import spawn_awaited
 from registry.wire.words import canonical_json
 
 log = structlog.get_logger("deployments.wrapper.probe")

@@ -32,7 +32,6 @@ from deployments.engine.our_words import ErrorsInOurWords
 from deployments.engine.token_count import counting_tokens
 from deployments.engine.vllm_api import RunningLLM, public_path
 from deployments.error_answers import RETRY_AFTER_S, error_answer, fastapi_detail, openai_problem, registry_error
-from deployments.machine.background import spawn_awaited
 from deployments.models.args.mapping import PromptArgs, prompt_args
 from deployments.wrapper.answer_account import (
     EVENT_STREAM,
@@ -46,6 +45,7 @@ from deployments.wrapper.json_bodies import read_json, with_body
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.native_call import call, native_prompt, problem_of
 from deployments.wrapper.prompt_errors import EngineFailed, NoSuchPath, NotJSON, PromptTooLong, WritesNoText
+from registry.background import spawn_awaited
 from registry.contract.messages import LeaseGrant
 from registry.errors import EngineNotReady, InvalidField, RegistryError, RegistryUnheard, TooManyPrompts
 

@@ -11,7 +11,7 @@ import structlog
 
 from deployments.energy.prompt_meter import PromptMeter
 from deployments.engine.host import EngineHost
-from deployments.engine.order import StopReport
+from deployments.engine.order import StopOutcome
 from deployments.engine.phases import Phase
 from deployments.engine.rest import EngineRest
 from deployments.engine.vllm_api import RunningLLM
@@ -195,9 +195,9 @@ class LLMSwap:
         """Stop the engine. Raises WrapperUnreachable if processes or memory remain."""
         self._require_empty(await self._host.stop())
 
-    def _require_empty(self, report: StopReport) -> None:
-        if report.problem is not None:
-            raise WrapperUnreachable(self._config.wrapper_id, report.problem)
+    def _require_empty(self, outcome: StopOutcome) -> None:
+        if outcome.problem is not None:
+            raise WrapperUnreachable(self._config.wrapper_id, outcome.problem)
         self._release_models()
 
     async def _weights(self, spec: LLMSpec, revision: str | None) -> Weights | None:

@@ -265,14 +265,14 @@ def growth(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: {old} → {new}"
 
 
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> Iterator[str]:
+def identity_differences(there: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> Iterator[str]:
     """Yield the differences between two identities, as text; growth that is allowed is no difference."""
     for name in sorted({*there, *asked}):
         old, new = there.get(name), asked.get(name)
         if within == "llms." and name not in there:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from differences(old, new, f"{within}{name}.")
+            yield from identity_differences(old, new, f"{within}{name}.")
         elif not within and name == "repetitions" and isinstance(old, int) and isinstance(new, int):
             if new < old:
                 yield f"repetitions is {old} there and {new} here"

@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from greenprompt_client.measure.experiment import GROWS, Plan, differences, growth
+from greenprompt_client.measure.experiment import GROWS, Plan, growth, identity_differences
 from greenprompt_client.measure.figures import without_window
 from greenprompt_client.measure.prompt_files import Prompt, load_prompts
 from registry.accounting.window_report import WindowReport
@@ -236,7 +236,7 @@ class Results:
             found += [f"prompt {id_!r} is another one here" for id_ in known if here.get(id_, known[id_]) != known[id_]]
             found += [f"prompt {id_!r} is absent here" for id_ in known if id_ not in here]
         same_prompts = {"prompts": asked["prompts"]} if known is not None else {}
-        found += differences(there | same_prompts, asked)
+        found += identity_differences(there | same_prompts, asked)
         if found:
             what = f"holds another experiment: {'; '.join(found[:MAX_DIFFERENCES])}"
             more = f" (and {len(found) - MAX_DIFFERENCES} more)" if len(found) > MAX_DIFFERENCES else ""

@@ -78,7 +78,7 @@ class Commands:
             if is_release and effect.epoch < newest[effect.wrapper_id]:
                 continue  # the next command to this wrapper ends the released lease as well
             self._turns.commanded(effect)
-            self._tasks.spawn(self._run(effect, cause))
+            self._tasks.spawn(f"{type(effect).__name__} {effect.wrapper_id}", self._run(effect, cause))
 
     async def _run(self, effect: Effect, cause: int | None) -> None:
         """Run a command and apply the resulting event. A failure is ignored if a newer command has superseded it."""

@@ -45,7 +45,8 @@ class Expiry:
         for lease in due:
             if lease.deadline_s > now_s and lease.request_id not in self._checked:
                 self._checked.add(lease.request_id)
-                self._tasks.spawn(guarded("a lease could not be ended", self._end_unless_used, lease))
+                work = guarded("a lease could not be ended", self._end_unless_used, lease)
+                self._tasks.spawn(f"end lease of {lease.request_id}", work)
         if any(lease.deadline_s <= now_s for lease in due) or self._loop.allocator.pins_due(now_s):
             self._loop.apply(TimePassed(asked=()))
 

@@ -81,7 +81,7 @@ class Reconciler:
         await self._loop.apply_all(steps.events)
         if steps.switch_off:
             self._switching_off.update(steps.switch_off)
-            self._tasks.spawn(self._switch_off(steps.switch_off))
+            self._tasks.spawn("switch off wrappers", self._switch_off(steps.switch_off))
         if steps.remove:
             await self._cluster.remove(steps.remove)
         if steps.create:

@@ -68,7 +68,7 @@ class Retention:
         """Start ``forget`` in the background if a day has passed since the last time. ``now_s``: UTC seconds."""
         if now_s >= self._next_s and not self._loop.stopping:
             self._next_s = now_s + DAY_S
-            self._tasks.spawn(guarded("old records could not be deleted", self.forget))
+            self._tasks.spawn("delete old records", guarded("old records could not be deleted", self.forget))
 
     async def forget(self) -> None:
         """Delete what ended more than ``keep_days`` ago, in small transactions; other tasks run in between.

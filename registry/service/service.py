@@ -151,7 +151,7 @@ class Service:
         self._expiry = Expiry(loop, reports, self._retention, tasks=tasks, settings=settings)
 
     @property
-    def reports(self) -> Mapping[str, WrapperReport]:
+    def wrapper_reports(self) -> Mapping[str, WrapperReport]:
         """The last report of each wrapper."""
         return self._reports.latest
 
@@ -172,8 +172,8 @@ class Service:
         stored = self._store.load(ended=False)
         self.allocator.load(stored, self._store.next_seq())
         self._tokens.remember(stored.leases)
-        self._tasks.spawn(self._reconciler.run())
-        self._tasks.spawn(self._expiry.run())
+        self._tasks.spawn("reconcile", self._reconciler.run())
+        self._tasks.spawn("end leases", self._expiry.run())
 
     async def shutdown(self) -> None:
         """Stop every LLM and every wrapper, then close the database. New requests are refused at once.

@@ -1,4 +1,4 @@
-"""Runs the registry's background work, and logs the errors that end it."""
+"""The background tasks of one registry, and work whose errors do not end its task."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ParamSpec
 
 import structlog
 
+from registry.background import spawn
 from registry.errors import RegistryError, StoreUnavailable
 
 P = ParamSpec("P")
@@ -21,17 +22,15 @@ class Tasks:
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[None], None] = {}
 
-    def spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        """Run this work in a task. If an error ends it, the error is logged."""
-        task = asyncio.get_running_loop().create_task(work)
+    def spawn(self, name: str, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        """Run this work in a task. If it fails, that is logged; see ``registry.background.spawn``."""
+        task = spawn(name, work)
         self._tasks[task] = None
         task.add_done_callback(self._ended)
         return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.pop(task, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a task of the registry ended with an error", exc_info=error)
 
     def cancel(self) -> None:
         """Cancel all tasks. Idempotent."""
@@ -48,8 +47,11 @@ class Tasks:
 async def guarded(what: str, work: Callable[P, Awaitable[None]], *args: P.args, **more: P.kwargs) -> None:
     """Call and await ``work``. Log its errors with the text ``what``, so that the caller can continue.
 
+    A CancelledError counts as an error unless ``cancel`` of the current task caused it.
+
     Raises:
         StoreUnavailable: the database failed, and ``on_fatal`` was called.
+        CancelledError: the current task was cancelled.
     """
     try:
         await work(*args, **more)
@@ -57,5 +59,10 @@ async def guarded(what: str, work: Callable[P, Awaitable[None]], *args: P.args, 
         raise  # on_fatal was called: the process ends
     except RegistryError as error:
         log.warning(what, reason=str(error))
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        log.exception(what)
     except Exception:
         log.exception(what)

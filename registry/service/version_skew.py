@@ -12,14 +12,14 @@ Versions = Mapping[str, str]
 """Versions by name of the software."""
 
 
-def joined(reports: list[Versions]) -> dict[str, str]:
+def joined(of_wrappers: list[Versions]) -> dict[str, str]:
     """Return a machine's versions, joined from its wrappers' reports; both if they differ (``0.31.0 and 0.32.0``)."""
-    names = sorted({name for versions in reports for name in versions})
-    return {name: " and ".join(sorted({v[name] for v in reports if name in v})) for name in names}
+    names = sorted({name for versions in of_wrappers for name in versions})
+    return {name: " and ".join(sorted({v[name] for v in of_wrappers if name in v})) for name in names}
 
 
 # D32: versions are reported, and decide nothing
-def differences(machines: Mapping[str, Versions]) -> dict[str, list[str]]:
+def differing_versions(machines: Mapping[str, Versions]) -> dict[str, list[str]]:
     """Return by machine the software whose version is not the majority's: ``vllm 0.31.0, elsewhere 0.32.0``.
 
     The majority is more than half of the machines that have the software. If no version has a majority,

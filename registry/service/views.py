@@ -20,7 +20,7 @@ from registry.core.records import Machine, Measurement, MeasurementKey, Request,
 from registry.errors import InvalidField
 from registry.service.old_address import old_address, old_address_problems
 from registry.service.service import Service
-from registry.service.version_skew import differences, joined
+from registry.service.version_skew import differing_versions, joined
 from registry.store.rows import StoredEvent, WindowPlace
 from registry.wire.labels import Label
 from registry.wire.schemas import (
@@ -214,13 +214,13 @@ def windows_json(page: WindowsPage, *, detail: bool = False) -> str:
 
 def machine_states(service: Service) -> list[MachineState]:
     """Return all known machines with their wrappers."""
-    differs = _differences(service)
+    differs = _differing_versions(service)
     return [_machine_state(service, machine, differs) for machine in service.allocator.machines()]
 
 
 def machine_state(service: Service, machine_id: str) -> MachineState:
     """Return one machine with its wrappers. Raises UnknownMachine."""
-    return _machine_state(service, service.allocator.known_machine(machine_id), _differences(service))
+    return _machine_state(service, service.allocator.known_machine(machine_id), _differing_versions(service))
 
 
 def _machine_state(service: Service, machine: Machine, differs: Mapping[str, list[str]]) -> MachineState:
@@ -264,14 +264,14 @@ def _is_healthy(service: Service, machine: Machine, wrappers: Sequence[Wrapper])
     return True if there and answered else None
 
 
-def _differences(service: Service) -> dict[str, list[str]]:
+def _differing_versions(service: Service) -> dict[str, list[str]]:
     """Return for each machine the reported software versions that differ from those of most machines."""
     told: dict[str, list[Mapping[str, str]]] = {}
-    for wrapper_id, report in service.reports.items():
+    for wrapper_id, report in service.wrapper_reports.items():
         wrapper = service.allocator.wrapper(wrapper_id)
         if wrapper is not None and report.versions is not None:
             told.setdefault(wrapper.machine_id, []).append(report.versions)
-    return differences({machine_id: joined(versions) for machine_id, versions in told.items()})
+    return differing_versions({machine_id: joined(versions) for machine_id, versions in told.items()})
 
 
 def llm_states(service: Service) -> list[LLMState]:
@@ -281,7 +281,9 @@ def llm_states(service: Service) -> list[LLMState]:
             model=wrapper.spec.model,
             modeltyp=wrapper.spec.modeltyp,
             fingerprint=wrapper.spec.fingerprint,
-            revision=report.revision if (report := service.reports.get(wrapper.wrapper_id)) is not None else None,
+            revision=report.revision
+            if (report := service.wrapper_reports.get(wrapper.wrapper_id)) is not None
+            else None,
             deployment=json.loads(wrapper.spec.engine_args),
             machine=wrapper.machine_id,
             wrapper=wrapper.wrapper_id,
@@ -312,7 +314,7 @@ def health_state(service: Service) -> HealthState:
 
 
 def _wrapper_state(service: Service, wrapper: Wrapper) -> WrapperState:
-    report = service.reports.get(wrapper.wrapper_id)
+    report = service.wrapper_reports.get(wrapper.wrapper_id)
     return WrapperState(
         wrapper=wrapper.wrapper_id,
         status=wrapper.status.value,
@@ -348,7 +350,7 @@ def _phase(service: Service, request: Request) -> tuple[str | None, Download | N
     """
     if request.status is not RequestStatus.DEPLOYING or request.wrapper_id is None:
         return None, None
-    report = service.reports.get(request.wrapper_id)
+    report = service.wrapper_reports.get(request.wrapper_id)
     phase, download = (report.phase, report.download) if report is not None else (None, None)
     if service.allocator.lease_of(request.request_id) is not None and phase != SETTLING:
         return "handing over", None

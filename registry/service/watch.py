@@ -91,7 +91,7 @@ class Watches:
         watched = {wrapper_id for wrapper_id, (_, task) in self._watches.items() if not task.done()}
         for wrapper_id in sorted(present - watched):  # sorted, so that simulations are repeatable
             watch = Watch(wrapper_id, self._loop, self._reports, self._settings)
-            self._watches[wrapper_id] = watch, self._tasks.spawn(watch.run())
+            self._watches[wrapper_id] = watch, self._tasks.spawn(f"watch {wrapper_id}", watch.run())
         for wrapper_id in sorted(self._watches.keys() - present):
             self._watches.pop(wrapper_id)[1].cancel()
             self._reports.forget(wrapper_id)

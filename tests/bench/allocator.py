@@ -39,8 +39,8 @@ from registry.core.events import (
 from registry.core.fit import GIB
 from registry.core.records import LLMMemory, LLMSpec, Machine
 from registry.wire.words import Priority, RequestStatus
-from tests.allocator_scene import next_deadline_s
 from tests.bench.report import OUTPUT, Result, console, counted, measured, percentile, publish
+from tests.support.allocator_scene import next_deadline_s
 
 PART = "allocator"
 WRAPPERS = (10, 100, 1_000, 10_000)

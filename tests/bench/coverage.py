@@ -40,7 +40,7 @@ Method = Callable[[Floats, Floats, np.random.Generator], Interval]
 
 
 @dataclass(frozen=True)
-class World:
+class Population:
     """How experiments come about. Each lease asks the same prompts, as ``greenprompt measure`` does.
 
     An answer of T tokens to a prompt of p tokens costs (10 + 0.1 p + b T) joules, times the factor of its lease, times
@@ -84,7 +84,7 @@ class World:
 
 
 WORLDS: Final = [
-    World(unit, sigma, drift)
+    Population(unit, sigma, drift)
     for unit in ("token", "answer")
     for sigma in (0.5, 1.0)
     for drift in ("none", "random", "linear")
@@ -238,7 +238,7 @@ def standard_error(joules: Floats, units: Floats) -> float:
     return float((np.nansum(joules, (1, 2)) / np.nansum(units, (1, 2))).std())
 
 
-def own_cell(world: World, experiments: int, prompts: int, leases: int, seed: int) -> Cell:
+def own_cell(world: Population, experiments: int, prompts: int, leases: int, seed: int) -> Cell:
     """The product's coverage in one world with one number of prompts and leases."""
     chance = np.random.default_rng([seed, WORLDS.index(world), prompts, leases])
     joules, units = world.draw(chance, experiments, prompts, leases)

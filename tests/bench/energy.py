@@ -36,8 +36,17 @@ from deployments.wrapper.prompt_gate import PromptGate
 from registry.contract.messages import LeaseGrant
 from registry.settings import EnergySettings
 from tests.bench.report import OUTPUT, Result, counted, measured, publish
-from tests.fake_counters import FakeCounter, FakeGPU, FakeNVML, ManualClock, PowerCurve, Ticks, set_energy, write_zone
-from tests.fake_engine import USAGE, FakeEngine
+from tests.support.fake_counters import (
+    FakeCounter,
+    FakeGPU,
+    FakeNVML,
+    ManualClock,
+    PowerCurve,
+    Ticks,
+    set_energy,
+    write_zone,
+)
+from tests.support.fake_engine import USAGE, FakeEngine
 
 PART = "energy"
 TARGETS = {

@@ -19,7 +19,7 @@ from deployments.energy.flights import Flight, Flights
 from deployments.energy.meter import Meter
 from deployments.machine.cpu_time import CPUTimeTree
 from deployments.tokens import Tokens
-from tests.fake_counters import ManualClock, write_zone
+from tests.support.fake_counters import ManualClock, write_zone
 
 MODEL = CPUModel(0.74, 3.5, 0.37, 1.85, 1.75, 8.75, "bench")
 

@@ -46,7 +46,7 @@ from tests.bench.control import llmconfig
 from tests.bench.report import OUTPUT, Result, counted, measured, percentile, publish
 from tests.bench.wire import Connection
 from tests.cluster.conftest import start, stop
-from tests.energy_windows import record
+from tests.support.energy_windows import record
 
 PART = "reads"
 NOW_S = 1_800_000_000.0

@@ -15,9 +15,9 @@ import openai
 import pytest
 
 from registry.core.fit import shown_bytes
-from tests.checkpoint_files import LLAMA, write_checkpoint
 from tests.cluster.conftest import Registry
-from tests.tool_calls import NAMED, TOOL
+from tests.support.checkpoint_files import LLAMA, write_checkpoint
+from tests.support.tool_calls import NAMED, TOOL
 
 pytestmark = pytest.mark.cluster
 

@@ -14,7 +14,7 @@ import pytest
 
 from greenprompt_client.client import ENDED
 from tests.cluster.conftest import DEPLOY_LIMIT_S, Registry
-from tests.prompting_service_client import PromptingServiceClient
+from tests.support.prompting_service_client import PromptingServiceClient
 
 pytestmark = [pytest.mark.cluster, pytest.mark.vllm]
 

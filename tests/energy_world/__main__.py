@@ -16,7 +16,7 @@ from statistics import median
 from tests.energy_world.driver import drive
 from tests.energy_world.judge import EqualPrompt, Finding, Judge, Wrong
 from tests.energy_world.machine import KINDS, RARE_KINDS
-from tests.energy_world.world import World
+from tests.energy_world.world import EnergyWorld
 
 FIRST_SEED = 10_000
 WANTED = 0.95
@@ -77,7 +77,7 @@ class Tally:
 
     def add(self, seed: int, kind: str | None = None, horizon_s: float | None = None) -> None:
         """Drive one more history; its kind of machine and its length are random if they are not given."""
-        with World(seed, kind, horizon_s=horizon_s) as world, tempfile.TemporaryDirectory() as root:
+        with EnergyWorld(seed, kind, horizon_s=horizon_s) as world, tempfile.TemporaryDirectory() as root:
             judge = Judge(drive(world, Path(root)))
             self.histories += 1
             self.faults.update({fault.kind for fault in world.faults})

@@ -32,7 +32,7 @@ from registry.contract.messages import Belief, LeaseGrant, Moment
 from registry.energy_settings import EnergySettings
 from tests.energy_world.history import Event, Lease, Life, Load, Prompt
 from tests.energy_world.tree import HERTZ, UPTIME_S
-from tests.energy_world.world import World
+from tests.energy_world.world import EnergyWorld
 
 T = TypeVar("T")
 POLL_S = 0.05
@@ -95,7 +95,7 @@ class Process:
 class Run:
     """What a registry has of a history when it is over, and what the meters were told."""
 
-    world: World
+    world: EnergyWorld
     settings: EnergySettings
     windows: list[KeptWindow] = field(default_factory=list)
     prompts: dict[str, Prompt] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class Run:
         return self.processes[kept.window.window_id.rpartition("-")[0]]
 
 
-def settings_of(world: World) -> EnergySettings:
+def settings_of(world: EnergyWorld) -> EnergySettings:
     """Return what an operator would set on this machine: half of them allow estimates, with an honest CPU model."""
     rng = Random(f"{world.seed}:settings")
     cpu = world.machine.cpu
@@ -129,7 +129,7 @@ def settings_of(world: World) -> EnergySettings:
     return EnergySettings.model_validate(chosen)
 
 
-def drive(world: World, root: Path) -> Run:
+def drive(world: EnergyWorld, root: Path) -> Run:
     """Return what the meters have measured of a world. Needs an empty directory."""
     driver = _Driver(world, root)
     with driver.patched():
@@ -138,7 +138,7 @@ def drive(world: World, root: Path) -> Run:
 
 
 class _Driver:
-    def __init__(self, world: World, root: Path) -> None:
+    def __init__(self, world: EnergyWorld, root: Path) -> None:
         self.world, self.root = world, root
         self.made = Run(world, settings_of(world))
         self.rng = Random(f"{world.seed}:driver")

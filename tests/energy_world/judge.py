@@ -17,9 +17,9 @@ from registry.accounting.window_report import WindowReport, window_report
 from registry.accounting.windows import KeptWindow
 from registry.core.records import Measurement
 from registry.wire.words import RequestStatus, WindowKind
-from tests.energy_windows import iso, report_of, request
 from tests.energy_world.covered import Covered, Span, kinds_of, without
 from tests.energy_world.driver import MEASUREMENT, Process, Run
+from tests.support.energy_windows import iso, report_of, request
 
 ROUNDING = 1e-6
 ROUNDING_J = 2e-3

@@ -16,7 +16,7 @@ KINDS: dict[str, float] = {
     "no_rapl": 0.05,  # as in a container: an empty powercap
     "cpu_only": 0.07,  # no GPU, no driver
 }
-"""Kind of machine → probability in ``World(seed)``."""
+"""Kind of machine → probability in ``EnergyWorld(seed)``."""
 
 RARE_KINDS = ("low_counter",)
 """Only by name: the GPU's counter shows too little under load, so no interval can contain the truth."""

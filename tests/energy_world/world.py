@@ -1,7 +1,7 @@
 """The entry point: one simulated machine with a clock, its events, its counters and the truth about it.
 
 Example:
-    with World(7) as world:
+    with EnergyWorld(7) as world:
         for event in world.events:
             world.clock.advance_to(event.at_s)
             world.write_tree(tmp_path)
@@ -47,7 +47,7 @@ class Clock:
         self.advance_to(self.now_s + by_s)
 
 
-class World:
+class EnergyWorld:
     """A simulated machine: the same for the same arguments."""
 
     def __init__(

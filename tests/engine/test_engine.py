@@ -22,7 +22,7 @@ from deployments.engine import checkpoint_trial, vllm_api
 from deployments.engine.environment import remove_orphans
 from deployments.engine.gpu_memory import GPUMemory
 from deployments.engine.host import EngineHost
-from deployments.engine.order import Order, StopReport
+from deployments.engine.order import Order, StopOutcome
 from deployments.engine.phases import Phase
 from deployments.engine.rest import EngineRest
 from deployments.engine.sleep_mode import SleepMode
@@ -441,7 +441,7 @@ async def test_sleep_and_wake(host: EngineHost, llms: Path) -> None:
     told: list[Phase] = []
     a = await start(host, llms / "a")
     answer = await complete(a)
-    assert await host.vacate() == StopReport(took_s=ANY)
+    assert await host.vacate() == StopOutcome(took_s=ANY)
     assert (host.running, host.asleep) == (None, [str(llms / "a")])
     b = await start(host, llms / "b")
     assert (await complete(b))["choices"] != answer["choices"]

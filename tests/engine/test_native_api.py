@@ -14,7 +14,7 @@ from deployments.engine.host import EngineHost
 from deployments.engine.token_count import counting_tokens
 from deployments.engine.vllm_api import RunningLLM
 from tests.engine.calls import FAST, at_the_gate, client
-from tests.tool_calls import GREEN, NAMED, TOOL
+from tests.support.tool_calls import GREEN, NAMED, TOOL
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 

@@ -16,7 +16,7 @@ from deployments.wrapper.native_call import native_prompt
 from deployments.wrapper.probe import Probe
 from registry.errors import EngineStartFailed
 from tests.engine.calls import FAST, at_the_gate, client
-from tests.tool_calls import NAMED, TOOL
+from tests.support.tool_calls import NAMED, TOOL
 
 pytestmark = [
     pytest.mark.vllm,

@@ -15,8 +15,8 @@ from deployments.models import cache as model_cache
 from deployments.models.cache import LocalModel, ModelCache
 from registry.contract.messages import Download
 from registry.errors import EngineStartFailed
-from tests import fake_hub
-from tests.fake_hub import FILES, WEIGHTS, FakeHub
+from tests.support import fake_hub
+from tests.support.fake_hub import FILES, WEIGHTS, FakeHub
 
 MIB = 2**20
 Cache = Callable[..., ModelCache]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from greenprompt_client.report.html import report_html
-from tests.energy_windows import an_experiment
+from tests.support.energy_windows import an_experiment
 
 WIDTH, HEIGHT = 1100, 2400
 

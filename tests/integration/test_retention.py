@@ -20,7 +20,7 @@ from registry.service.service import Idempotency, Service
 from registry.settings import Settings, WatchSettings
 from registry.store.store import Store
 from registry.wire.words import Priority, RequestStatus
-from tests.fake_counters import ManualClock
+from tests.support.fake_counters import ManualClock
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPEC = LLMSpec("org/tiny", "text-generation")

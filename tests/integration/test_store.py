@@ -24,7 +24,7 @@ from registry.store.migrations import tables
 from registry.store.rows import EventRow, IdempotencyRow, StoredEvent
 from registry.store.store import Store
 from registry.wire.words import Grade, Priority, RequestStatus, WindowKind
-from tests.energy_windows import window
+from tests.support.energy_windows import window
 
 BIGGEST = 2**63 - 1
 ODD = "naïve 模型 🌱 \"quoted\" 'single' \\n \n\t %s :name {}"

@@ -22,7 +22,7 @@ from registry.service.budgets import CHARGED, month_begin_s
 from registry.settings import TenantBudget
 from registry.store.store import Store
 from registry.wire.words import WindowKind
-from tests.energy_windows import window
+from tests.support.energy_windows import window
 
 TENANTS = "ann", "bob"
 BEGUN_S, HOUR_S, KEEP_S = 1_800_000_000.0, 3600.0, 31 * 86_400.0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from deployments.engine.order import StopReport
+from deployments.engine.order import StopOutcome
 from deployments.models.sources import ModelSources
 from deployments.wrapper import llm_wrapper as wrapper_module
 from deployments.wrapper.config import WrapperConfig
@@ -19,8 +19,8 @@ from registry.contract.messages import LeaseGrant
 from registry.core.records import LLMSpec
 from registry.errors import EngineStartFailed, StaleEpoch
 from registry.settings import EnergySettings, ModelSettings, WrapperSettings
-from tests.fake_cluster import UNTOLD
-from tests.fake_hub import FILES, FakeHub
+from tests.support.fake_cluster import UNTOLD
+from tests.support.fake_hub import FILES, FakeHub
 from tests.support.undying_wrapper import UndyingWrapper, started_wrapper
 
 HUB_LLM = LLMSpec("org/tiny", "text-generation")
@@ -66,11 +66,11 @@ class FakeHost:
         self.started.append({"model": model, **more})
         self.running = RunningFake()
 
-    async def stop(self) -> StopReport:
+    async def stop(self) -> StopOutcome:
         self.running = None
-        return StopReport()
+        return StopOutcome()
 
-    async def vacate(self, *, wanted_next: str) -> StopReport:
+    async def vacate(self, *, wanted_next: str) -> StopOutcome:
         return await self.stop()
 
     async def stop_asleep(self) -> None:

@@ -16,7 +16,7 @@ from deployments.energy.flights import Flight, Flights
 from deployments.energy.meter import Meter
 from deployments.energy.token_weights import UNKNOWN, Weight
 from deployments.tokens import Tokens
-from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
+from tests.support.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
 
 START_S = 1000.0
 FIRST_S = START_S + 2.0
@@ -33,7 +33,7 @@ prompts = st.lists(
 """When they begin and how long they take, in hundredths of a second; their computed and their output tokens."""
 
 
-class World:
+class LoadedGPU:
     """A GPU of 40 to 100 W when idle, and of a power of its own between any two changes of what is in flight.
 
     Its counter ticks every 20 to 120 ms, and stands still for a while if it is to. It may have run for years before.
@@ -139,7 +139,7 @@ def test_bounds_and_sums(
 
     Whatever the phases of the counter, its stalls, and what is known of the weight of a prompt token.
     """
-    world = World(comings, seed, *weight, stall_s)
+    world = LoadedGPU(comings, seed, *weight, stall_s)
     energies = world.energies()
     for number, energy in enumerate(energies):
         if energy.total_j is not None:

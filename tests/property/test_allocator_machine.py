@@ -36,7 +36,7 @@ from registry.core.policy import PRIORITY_TURNS
 from registry.core.records import LLMMemory, Machine, MeasurementKey, Request, Wrapper, WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, UnknownMachine, UnknownRequest
 from registry.wire.words import Priority, RequestStatus
-from tests.allocator_scene import Memory, llm, next_deadline_s
+from tests.support.allocator_scene import Memory, llm, next_deadline_s
 from tests.support.queued_cluster import QueuedCluster
 
 R, W = RequestStatus, WrapperStatus
@@ -364,7 +364,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert record is not None
         match what:
             case "engine dies":
-                self.cluster.wrappers[wrapper_id].lose_engine()
+                self.cluster.lose_engine(wrapper_id)
             case "wrapper crashes":
                 self.cluster.crash(wrapper_id)
             case "wrapper hangs":
@@ -633,6 +633,12 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """When everything works again and every client releases what it gets, every request comes to an end."""
+        try:
+            self.come_to_an_end()
+        finally:
+            self.cluster.close()
+
+    def come_to_an_end(self) -> None:
         self.registry_restarts()
         for machine_id in sorted(self.leased_before):
             self.tell(MachineUndrained(machine_id))

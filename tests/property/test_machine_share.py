@@ -16,7 +16,7 @@ from deployments.energy.meter import Meter
 from deployments.machine.cpu_time import TICKS_PER_S
 from deployments.machine.machine_cpu import MachineCPU
 from registry.wire.labels import Label
-from tests.fake_counters import ManualClock, set_energy, write_process, write_zone
+from tests.support.fake_counters import ManualClock, set_energy, write_process, write_zone
 
 START_S, POLL_S = 1000.0, 0.05
 IDLE_W, BUSY_W = 100.0, 30.0

@@ -16,7 +16,7 @@ from registry.core.records import Measurement
 from registry.service.budgets import CHARGED
 from registry.store.store import Store
 from registry.wire.words import WindowKind
-from tests.energy_windows import BEGUN_S, iso, record, report_of, request
+from tests.support.energy_windows import BEGUN_S, iso, record, report_of, request
 
 DAY_S = 86_400.0
 

@@ -15,7 +15,7 @@ from deployments.energy.flights import Flight, Flights
 from deployments.energy.meter import Meter
 from deployments.tokens import Tokens
 from registry.wire.labels import Label, worst
-from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks, set_energy, write_zone
+from tests.support.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks, set_energy, write_zone
 
 START_S = 1000.0
 SECONDS = 12.0

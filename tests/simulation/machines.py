@@ -8,26 +8,23 @@ sender has given up.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
-from deployments.machine.background import OnFailure, spawn, spawn_awaited
 from deployments.serve.cluster_calls import ClusterCalls
 from deployments.wrapper.commands import WrapperCommands
 from deployments.wrapper.lease_gate import LeaseGate
-from deployments.wrapper.ports import OnPhase
+from deployments.wrapper.ports import LLM, OnPhase
 from registry.contract.messages import Belief, LeaseGrant, StartedFor, WrapperPlan, WrapperReport
 from registry.core.records import LLMSpec, Machine
 from registry.errors import EngineNotReady, EngineStartFailed, WrapperUnheard, WrapperUnreachable
 from registry.settings import Settings
-from tests.support.wrapper_ports import PlainHandOvers, StartedLLM
-
-T = TypeVar("T")
+from tests.support.wrapper_ports import KeptTasks, PlainHandOvers, StartedLLM
 
 LONGEST_DELAY_S = 60.0
 """How late a message can come, a cut apart."""
@@ -111,6 +108,38 @@ class SimulatedLLMs:
         llm.die(reason)
 
 
+class SimulatedHandOvers(PlainHandOvers):
+    """Hand-overs that take time, as the real ones do: commands and deaths come in between."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+
+    async def refusal(self, llm: LLM | None, grant: LeaseGrant) -> str | None:
+        """Wait until the LLM is idle and has answered the probe."""
+        if llm is not None:
+            await asyncio.sleep(self._random.uniform(0.01, 2.0))
+            if llm.died.is_set():
+                raise EngineNotReady(llm.death_reason or "it died")
+        return None
+
+    async def settle(self, llm: LLM | None) -> tuple[str, ...]:
+        """Wait until the machine is at rest."""
+        await asyncio.sleep(self._random.uniform(1.0, 20.0))
+        return ()
+
+    async def forget_prompts(self, llm: LLM) -> tuple[str, ...]:
+        """Wait for the engine."""
+        await asyncio.sleep(self._random.uniform(0.001, 0.1))
+        return ()
+
+    async def provenance(
+        self, llm: LLM, spec: LLMSpec, revision: str | None, grant: LeaseGrant
+    ) -> Mapping[str, object] | None:
+        """Wait for the thread that asks the GPUs."""
+        await asyncio.sleep(self._random.uniform(0.001, 0.1))
+        return None
+
+
 class SimulatedPrompts:
     """The prompts in flight, each with its lease and what cuts it."""
 
@@ -165,7 +194,7 @@ class Process:
         self.ready = False
         self.held: list[Callable[[], None]] | None = None
         """Calls that wait for a process that hangs; None: it does not."""
-        self.tasks: dict[asyncio.Task[Any], None] = {}
+        self.tasks = KeptTasks()
         loop, offset_s = asyncio.get_running_loop(), cluster.random.uniform(0, 1e5)
         self.gate = LeaseGate(lambda: loop.time() + offset_s, fence_s=cluster.settings.wrappers.fence_s, process=name)
         self._cluster = cluster
@@ -177,9 +206,9 @@ class Process:
             gate=self.gate,
             prompts=self._prompts,
             llms=self._llms,
-            hand_overs=PlainHandOvers(),
+            hand_overs=SimulatedHandOvers(cluster.random),
             finish_prompts=self._finish,
-            tasks=self,
+            tasks=self.tasks,
         )
 
     @property
@@ -200,7 +229,7 @@ class Process:
     def call(self, method: str, *args: Any) -> asyncio.Task[Any]:
         """What Serve calls by the name of its method."""
         called = getattr(self if method in {"report", "touch"} else self.commands, method)
-        return self.spawn_awaited("a call", called(*args))
+        return self.tasks.spawn_awaited("a call", called(*args))
 
     async def prompt(self, token: str, takes_s: float) -> None:
         """As a prompt at the wrapper's address. Raises what its client is told."""
@@ -235,8 +264,7 @@ class Process:
         """The process dies, and everything in it."""
         self.alive = False
         self._llms.running = None
-        for task in list(self.tasks):
-            task.cancel()
+        self.tasks.cancel()
         self._prompts.break_off()
         self.resume()
 
@@ -249,24 +277,6 @@ class Process:
         held, self.held = self.held, None
         for call in held or ():
             call()
-
-    def spawn(self, name: str, work: Coroutine[Any, Any, T], *, on_failure: OnFailure | None = None) -> asyncio.Task[T]:
-        """As ``background.spawn``: a task that dies with the process."""
-        return self._kept(spawn(name, work, on_failure=on_failure))
-
-    def spawn_awaited(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """As ``background.spawn_awaited``."""
-        return self._kept(spawn_awaited(name, work))
-
-    def _kept(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
-        self.tasks[task] = None
-        task.add_done_callback(self._over)
-        return task
-
-    def _over(self, task: asyncio.Task[Any]) -> None:
-        del self.tasks[task]
-        if not task.cancelled():
-            task.exception()  # whoever waited for it has been told
 
 
 class SimulatedCluster(ClusterCalls):

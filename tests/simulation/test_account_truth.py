@@ -18,13 +18,13 @@ from registry.accounting.windows import KeptWindow
 from registry.core.records import Measurement
 from registry.service.budgets import CHARGED, month_begin_s
 from registry.store.store import Store
-from tests.energy_windows import iso, request
 from tests.energy_world.driver import MEASUREMENT, TENANT, drive
 from tests.energy_world.expected import DAY_S
 from tests.energy_world.history import History
 from tests.energy_world.machine import KINDS, Machine
 from tests.energy_world.random_history import random_history
-from tests.energy_world.world import World
+from tests.energy_world.world import EnergyWorld
+from tests.support.energy_windows import iso, request
 
 LENGTH_S = 90.0
 AUGUST_S = datetime(2026, 8, 1, tzinfo=UTC).timestamp()
@@ -51,7 +51,7 @@ def test_sums_of_the_accounts_are_those_of_the_windows(kind: str, tmp_path: Path
     A window belongs to the day and the month in which it ended. The start of an LLM for nobody is charged to nobody.
     """
     (tmp_path / "machine").mkdir()
-    with World(8, kind, horizon_s=LENGTH_S, history=partial(over_the_end_of_july, kind=kind)) as world:
+    with EnergyWorld(8, kind, horizon_s=LENGTH_S, history=partial(over_the_end_of_july, kind=kind)) as world:
         run = drive(world, tmp_path / "machine")
     store = Store.open(f"sqlite:///{tmp_path}/registry.db")
     store.keep_windows(run.windows)

@@ -10,7 +10,7 @@ from tests.energy_world.__main__ import FIRST_SEED, Tally
 from tests.energy_world.driver import drive
 from tests.energy_world.judge import Judge
 from tests.energy_world.machine import KINDS
-from tests.energy_world.world import World
+from tests.energy_world.world import EnergyWorld
 
 SEEDS = range(1_000, 1_042)
 """Of `make test`; besides, there are three histories for each kind of machine."""
@@ -49,7 +49,7 @@ def test_counter_that_shows_too_little_measures_nothing(tmp_path: Path) -> None:
 
     Leases from then on are flagged, and their bounds contain the truth.
     """
-    with World(3, "low_counter", horizon_s=240.0) as world:
+    with EnergyWorld(3, "low_counter", horizon_s=240.0) as world:
         leases = [finding for finding in Judge(drive(world, tmp_path)).findings if finding.figure == "lease"]
     found = ["counter_disagrees" in lease.flags for lease in leases]
     later = leases[found.index(True) + 1 :]

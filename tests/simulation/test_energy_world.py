@@ -19,7 +19,7 @@ from tests.energy_world.history import History, Lease, Life, Load, Prompt, Stran
 from tests.energy_world.machine import KINDS, Cpu, Gpu, Llm, Machine, Wrapper, random_kind, random_machine
 from tests.energy_world.random_history import random_history
 from tests.energy_world.truth import Energy, Steps, Truth, sum_of, total
-from tests.energy_world.world import World
+from tests.energy_world.world import EnergyWorld
 
 seeds = st.integers(0, 10**6)
 some_seeds = settings(max_examples=20, deadline=None)
@@ -151,7 +151,7 @@ def test_counted_and_steady_by_hand() -> None:
 
 def test_same_arguments_same_world() -> None:
     """Two worlds with the same arguments agree in every event, and in every counter at every moment."""
-    one, two, other = World(5, "h100_intel"), World(5, "h100_intel"), World(6, "h100_intel")
+    one, two, other = EnergyWorld(5, "h100_intel"), EnergyWorld(5, "h100_intel"), EnergyWorld(6, "h100_intel")
     assert one.history == two.history
     assert one.history != other.history
     assert [c.energy_mj(50.0) for c in one.gpu_counters] == [c.energy_mj(50.0) for c in two.gpu_counters]
@@ -175,7 +175,7 @@ def test_integral_is_quadrature(pieces: list[tuple[float, float]], part: float) 
 @pytest.mark.parametrize("kind", ["h100_intel", "gh200"])
 def test_machine_is_quadrature_of_its_power(kind: str) -> None:
     """Summed over steps of 2 ms, all components' power gives the machine's energy to 0.2 %."""
-    world = World(11, kind, horizon_s=60.0)
+    world = EnergyWorld(11, kind, horizon_s=60.0)
     truth = world.truth
     middles = np.arange(0.001, world.horizon_s, 0.002)
     numeric = sum(s.at(at) for s in (*truth.gpus, *truth.packages, *truth.drams) for at in middles.tolist()) * 0.002
@@ -186,7 +186,7 @@ def test_machine_is_quadrature_of_its_power(kind: str) -> None:
 @some_seeds
 def test_sums(seed: int) -> None:
     """Prompts + idle + loads + holes = lease; leases + the rest = wrapper; wrappers + unassigned = machine = days."""
-    world = World(seed)
+    world = EnergyWorld(seed)
     expected, history = world.expected, world.history
     for lease in history.leases:
         truth = expected.lease(lease.id)
@@ -206,7 +206,7 @@ def test_sums(seed: int) -> None:
 @some_seeds
 def test_prompts_alone_take_all(seed: int) -> None:
     """A prompt with no other in flight takes all of its window's energy; with others, less. A refused one: nothing."""
-    world = World(seed)
+    world = EnergyWorld(seed)
     for prompt in world.history.prompts:
         truth = world.expected.prompt(prompt.id)
         others = [
@@ -227,7 +227,7 @@ def test_prompts_alone_take_all(seed: int) -> None:
 @some_seeds
 def test_histories_make_sense(seed: int) -> None:
     """Events are in order, prompts lie in their lease and in no hole, a wrapper's leases don't overlap."""
-    world = World(seed)
+    world = EnergyWorld(seed)
     history = world.history
     times = [event.at_s for event in world.events]
     assert times == sorted(times)
@@ -251,7 +251,7 @@ def test_histories_make_sense(seed: int) -> None:
 @some_seeds
 def test_power_is_within_limits(seed: int) -> None:
     """No GPU takes more than its limit of the moment, no module either, no machine more processors than it has."""
-    world = World(seed)
+    world = EnergyWorld(seed)
     truth, machine = world.truth, world.machine
     for gpu, counter in zip(machine.gpus, world.gpu_counters, strict=True):
         for at_s in np.arange(0.0, world.horizon_s, 0.5).tolist():
@@ -289,7 +289,7 @@ def test_every_ingredient_occurs() -> None:
 
 def test_wall_clock_steps() -> None:
     """After a step, the wall clock differs by it; days are those of a right clock and cover the history once."""
-    world = next(w for w in map(World, range(200)) if w.history.clock_steps)
+    world = next(w for w in map(EnergyWorld, range(200)) if w.history.clock_steps)
     [step] = world.history.clock_steps
     before_s = world.history.wall_s(step.at_s - 0.01)
     assert world.history.wall_s(step.at_s) - before_s == pytest.approx(step.by_s + 0.01, abs=1e-5)
@@ -301,7 +301,7 @@ def test_wall_clock_steps() -> None:
 
 def test_clock_never_goes_back() -> None:
     """The simulated clock refuses a time that has passed."""
-    world = World(1)
+    world = EnergyWorld(1)
     world.clock.advance(5.0)
     with pytest.raises(ValueError, match=r"4\.0"):
         world.clock.advance_to(4.0)
@@ -311,7 +311,7 @@ def test_clock_never_goes_back() -> None:
 @some_seeds
 def test_llms_and_steady_stretches(seed: int) -> None:
     """All LLMs' leases are all leases; a steady stretch lies in its lease and has no idle time."""
-    world = World(seed)
+    world = EnergyWorld(seed)
     expected = world.expected
     leases_j = sum(expected.lease(lease.id).total.total_j for lease in world.history.leases)
     assert sum(expected.llm(llm.name).leases_j for llm in world.machine.llms) == pytest.approx(leases_j)

@@ -16,23 +16,23 @@ from tests.energy_world.counters import Fault, GpuCounter, RaplCounter
 from tests.energy_world.machine import KINDS, RARE_KINDS
 from tests.energy_world.tree import Process
 from tests.energy_world.truth import Steps
-from tests.energy_world.world import World
+from tests.energy_world.world import EnergyWorld
 
 seeds = st.integers(0, 10**6)
 some_seeds = settings(max_examples=20, deadline=None)
 
 
-def polls(world: World, every_s: float = 0.05) -> Iterator[float]:
+def polls(world: EnergyWorld, every_s: float = 0.05) -> Iterator[float]:
     """Move the clock to the end of the history in steps."""
     while world.clock.now_s + every_s < world.horizon_s:
         world.clock.advance(every_s)
         yield world.clock.now_s
 
 
-def first_world(kind: str, **wanted: bool) -> World:
+def first_world(kind: str, **wanted: bool) -> EnergyWorld:
     """Return the first world of a kind with (or without) faults of these kinds."""
     for seed in range(400):
-        world = World(seed, kind)
+        world = EnergyWorld(seed, kind)
         kinds = {fault.kind for fault in world.faults}
         if all((name in kinds) == there for name, there in wanted.items()):
             return world
@@ -42,7 +42,7 @@ def first_world(kind: str, **wanted: bool) -> World:
 @pytest.mark.parametrize("kind", [*KINDS, *RARE_KINDS])
 def test_every_kind_has_its_counters(kind: str) -> None:
     """GPUs have energy counters, or not; zones are there, or not, as the kind says."""
-    world = World(1, kind)
+    world = EnergyWorld(1, kind)
     names = {zone.name for zone in world.zones}
     assert bool(world.machine.gpus) == (kind != "cpu_only")
     assert all(counter.has_energy == (kind != "sampled") for counter in world.gpu_counters)
@@ -59,14 +59,14 @@ def test_every_kind_has_its_counters(kind: str) -> None:
 def test_unknown_kind() -> None:
     """An unknown kind is refused."""
     with pytest.raises(ValueError, match="abacus"):
-        World(1, "abacus")
+        EnergyWorld(1, "abacus")
 
 
 @given(seeds)
 @some_seeds
 def test_nvml_counter_is_late_and_never_ahead(seed: int) -> None:
     """A counter without faults is never above the truth, and behind by at most one tick's energy."""
-    world = World(seed, "calm")
+    world = EnergyWorld(seed, "calm")
     for counter in world.gpu_counters:
         first_mj = counter.energy_mj(0.0)
         at_first_s = counter.ticks_s[counter.tick(0.0)]
@@ -128,7 +128,7 @@ def test_rapl_wraps_and_resets_by_hand() -> None:
 @some_seeds
 def test_rapl_unwrapped_is_the_truth(seed: int) -> None:
     """Differences modulo the range, summed over polls, are the zone's energy to 1 ms of power; never ahead of it."""
-    world = World(seed, "calm")
+    world = EnergyWorld(seed, "calm")
     for zone in world.zones:
         counter = zone.counter
         shown_uj, last_uj = 0, counter.energy_uj(0.0)
@@ -144,7 +144,7 @@ def test_rapl_unwrapped_is_the_truth(seed: int) -> None:
 
 def test_mirrors_show_one_counter() -> None:
     """Both dies of a mirrored package differ by at most 1 ms of power; the package's energy is shown twice."""
-    world = World(3, "amd_mirrored")
+    world = EnergyWorld(3, "amd_mirrored")
     for one, two in zip(world.zones[::2], world.zones[1::2], strict=True):
         assert one.counter is two.counter
         for now_s in np.arange(1.0, world.horizon_s, 7.7).tolist():
@@ -154,7 +154,7 @@ def test_mirrors_show_one_counter() -> None:
 
 def test_two_dies_make_a_package() -> None:
     """Where dies have a counter each, only both together are the package."""
-    world = World(3, "intel_dies")
+    world = EnergyWorld(3, "intel_dies")
     dies = [zone for zone in world.zones if zone.name.startswith("package-0")]
     assert len({id(zone.counter) for zone in dies}) == 2
     both_j = sum(zone.counter.power.integral(60.0) for zone in dies)
@@ -163,7 +163,7 @@ def test_two_dies_make_a_package() -> None:
 
 def test_module_counter_holds_the_cpu() -> None:
     """A module's counter counts GPU, CPU package and memory; the scope of the power field tells them apart."""
-    world = World(2, "gh200")
+    world = EnergyWorld(2, "gh200")
     truth = world.truth
     expected_j = sum(steps[0].between(0.0, 50.0) for steps in (truth.gpus, truth.packages, truth.drams))
     assert world.gpu_counters[0].power.between(0.0, 50.0) == pytest.approx(expected_j)
@@ -180,7 +180,7 @@ def test_module_counter_holds_the_cpu() -> None:
 
 def test_nvml_stand_in() -> None:
     """It needs a start, finds GPUs by index and UUID, and raises pynvml's own errors."""
-    world = World(0, "calm", wrappers=1)
+    world = EnergyWorld(0, "calm", wrappers=1)
     nvml = world.nvml
     with pytest.raises(pynvml.NVMLError_Uninitialized):
         nvml.nvmlDeviceGetHandleByIndex(0)
@@ -200,8 +200,8 @@ def test_nvml_stand_in() -> None:
     [energy] = nvml.nvmlDeviceGetFieldValues(handle, [nvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION])
     assert energy.value.ullVal == nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     with pytest.raises(pynvml.NVMLError_LibraryNotFound):
-        World(0, "cpu_only").nvml.nvmlInit()
-    sampled = World(0, "sampled").nvml
+        EnergyWorld(0, "cpu_only").nvml.nvmlInit()
+    sampled = EnergyWorld(0, "sampled").nvml
     sampled.nvmlInit()
     with pytest.raises(pynvml.NVMLError_NotSupported):
         sampled.nvmlDeviceGetTotalEnergyConsumption(sampled.nvmlDeviceGetHandleByIndex(0))
@@ -209,7 +209,7 @@ def test_nvml_stand_in() -> None:
 
 def test_gpu_state_follows_the_history() -> None:
     """A loaded GPU has the engine's worker on it, its memory in use, and a high clock while it works."""
-    world = World(4, "calm", wrappers=1)
+    world = EnergyWorld(4, "calm", wrappers=1)
     nvml = world.nvml
     nvml.nvmlInit()
     prompt = next(p for p in world.history.prompts if p.ran)
@@ -240,7 +240,7 @@ def test_reload_of_the_driver_loses_the_gpu_for_a_while() -> None:
 @pytest.mark.parametrize("seed", [0, 3, 8])
 def test_files_are_what_read_says(seed: int, tmp_path: Path) -> None:
     """The files written are those that ``read`` returns, at every poll; processes that are gone have no directory."""
-    with World(seed, "h100_intel", horizon_s=60.0) as world:
+    with EnergyWorld(seed, "h100_intel", horizon_s=60.0) as world:
         for now_s in polls(world, 0.5):
             world.write_tree(tmp_path)
             assert (tmp_path / "proc/stat").read_text() == world.read("/proc/stat")
@@ -276,7 +276,7 @@ def test_zone_that_cannot_be_read(tmp_path: Path) -> None:
 @some_seeds
 def test_process_times_are_the_truth(seed: int) -> None:
     """All processes that a wrapper's tree ever had sum up to its true CPU time; /proc/stat to the machine's."""
-    world = World(seed)
+    world = EnergyWorld(seed)
     end_s = world.horizon_s
     for wrapper in world.machine.wrappers:
         place = world.machine.wrappers.index(wrapper) + 1

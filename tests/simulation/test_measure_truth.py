@@ -31,13 +31,13 @@ from registry.service.views import gathered, report_json
 from registry.store.store import Store
 from registry.wire.schemas import RequestState
 from registry.wire.words import WindowKind
-from tests.energy_windows import iso, request
 from tests.energy_world.driver import MEASUREMENT, TENANT, Run, drive
 from tests.energy_world.experiment import Experiment
 from tests.energy_world.judge import Judge
 from tests.energy_world.machine import KINDS
-from tests.energy_world.world import World
-from tests.fake_registry_http import HttpRegistry, Reply, answer
+from tests.energy_world.world import EnergyWorld
+from tests.support.energy_windows import iso, request
+from tests.support.fake_registry_http import HttpRegistry, Reply, answer
 
 LLMS = ("alpha-8b", "gamma-1b")
 PROMPTS, REPETITIONS, WARMUPS = 20, 2, 2
@@ -102,7 +102,7 @@ def measured(seed: int, kind: str, in_flight: int, folder: Path) -> Measured:
         turns = [llm for repetition in range(1, REPETITIONS + 1) for llm in plan.order(repetition)]
         leases = {f"r{n}": llm for n, llm in enumerate(turns)}
         experiment = Experiment(leases, [each.id for each in plan.prompts], WARMUPS, in_flight)
-        with World(seed, kind, wrappers=1, history=experiment.history) as world:
+        with EnergyWorld(seed, kind, wrappers=1, history=experiment.history) as world:
             (folder / "machine").mkdir()
             run = drive(world, folder / "machine")
         answer_as(registry, run)

@@ -26,7 +26,6 @@ from registry.core.records import Request
 from registry.store.store import Store
 from registry.wire.words import RequestStatus
 from tests.simulation.machines import Weather
-from tests.simulation.virtual_time import Stuck, VirtualLoop
 from tests.simulation.world import (
     KINDS,
     OF_MACHINES,
@@ -38,6 +37,7 @@ from tests.simulation.world import (
     small_world,
     two_machines,
 )
+from tests.support.virtual_time import Stuck, VirtualLoop
 
 ROOT = Path(__file__).parents[2]
 SEEDS, LONG_SEEDS = 100, 10_000

@@ -52,7 +52,7 @@ from registry.store.store import Store
 from registry.wire.words import Priority, RequestStatus, canonical_json
 from tests.simulation.machines import CALM, Node, Process, SimulatedCluster, Weather
 from tests.simulation.moves import Moves
-from tests.simulation.virtual_time import Stuck, VirtualLoop
+from tests.support.virtual_time import Stuck, VirtualLoop
 
 EPOCH_S = 1_800_000_000.0
 """UTC second at which every world begins."""

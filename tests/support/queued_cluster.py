@@ -1,14 +1,22 @@
 """Wrappers that do what they are told, late, in any order, or not at all; and the registry's shell around them.
 
-The wrappers follow ``deployments.wrapper.commands``, the shell ``registry.service.service``: commands and answers
-lie in lists until a test lets one happen. Nothing here looks into the allocator's indices.
+The wrappers run the real ``deployments.wrapper.commands``; the shell follows ``registry.service``, whose calls wait for
+their answers: here commands and answers lie in lists until a test lets one happen. Hypothesis' rules are no coroutines,
+so each step runs an event loop until nothing can go on. Nothing here looks into the allocator's indices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 
+from deployments.wrapper.commands import WrapperCommands
+from deployments.wrapper.lease_gate import LeaseGate
+from deployments.wrapper.ports import LLM, OnPhase
+from registry.contract.messages import LeaseGrant, StartedFor
 from registry.core.allocator import Allocator
 from registry.core.commands import BindLease, DeployLLM, Effect, RestartWrapper, StopLLM, UnbindLease
 from registry.core.events import (
@@ -21,98 +29,168 @@ from registry.core.events import (
     WrapperFailed,
     WrapperStarted,
 )
-from registry.core.records import LLMSpec, WrapperStatus
+from registry.core.records import Lease, LLMSpec, WrapperStatus
+from registry.errors import EngineStartFailed, StaleEpoch
+from tests.support.virtual_time import Stuck, VirtualLoop
+from tests.support.wrapper_ports import KeptTasks, NoPrompts, PlainHandOvers, StartedLLM
 
 Answer = Callable[[Allocator], Event | None]
 """What comes back of a command, made at the moment at which the registry hears it."""
 
 
-@dataclass
-class QueuedWrapper:
-    """The process of one wrapper."""
+class HeldLLMs:
+    """The engine of a wrapper: a start takes until the test ends it."""
 
-    wrapper_id: str
-    epoch: int = 0
-    running: LLMSpec | None = None
-    starting: LLMSpec | None = None
-    waiting: list[int] = field(default_factory=list)
-    """Epochs of the deploys that wait for what is being started."""
-    token: str | None = None
-    died: bool = False
+    def __init__(self) -> None:
+        self.running: StartedLLM | None = None
+        self.revision: str | None = None
+        self.starting: LLMSpec | None = None
+        self.outcome: asyncio.Future[None] | None = None
+        """How the start that is under way ends."""
+
+    async def replace(
+        self, spec: LLMSpec, revision: str | None, started_for: StartedFor | None, on_phase: OnPhase
+    ) -> StartedLLM:
+        """As LLMSwap.replace."""
+        self.running, self.starting = None, spec
+        self.outcome = asyncio.get_running_loop().create_future()
+        try:
+            await self.outcome
+        finally:
+            self.starting = None
+        self.running = StartedLLM(spec)
+        return self.running
+
+    async def stop(self) -> None:
+        """As LLMSwap.stop."""
+        self.running = None
+
+    async def clear_away(self) -> None:
+        """As LLMSwap.clear_away."""
+        self.running = None
+
+    def give_up(self, llm: StartedLLM, reason: str) -> None:
+        """As LLMSwap.give_up."""
+        llm.die(reason)
+
+
+class HandOversByCPU(PlainHandOvers):
+    """Machines a and b have another CPU than c and d."""
+
+    def __init__(self, wrapper_id: str) -> None:
+        self._kind = "xeon" if wrapper_id < "c" else "epyc"
+
+    async def provenance(
+        self, llm: LLM, spec: LLMSpec, revision: str | None, grant: LeaseGrant
+    ) -> Mapping[str, object] | None:
+        return {"cpu": self._kind}
+
+
+class QueuedWrapper:
+    """One wrapper, and the process of it that there is now."""
+
+    def __init__(self, wrapper_id: str) -> None:
+        self.wrapper_id = wrapper_id
+        self.calls: dict[asyncio.Task[Event | None], int] = {}
+        """The registry's calls that wait for an answer, with their epochs."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tasks = KeptTasks()
+        self._gate = LeaseGate(lambda: 0.0, fence_s=1.0, process=self.wrapper_id)
+        self._llms = HeldLLMs()
+        self._commands: WrapperCommands[StartedLLM] = WrapperCommands(
+            self.wrapper_id,
+            gate=self._gate,
+            prompts=NoPrompts(),
+            llms=self._llms,
+            hand_overs=HandOversByCPU(self.wrapper_id),
+            finish_prompts=False,
+            tasks=self._tasks,
+        )
+
+    @property
+    def epoch(self) -> int:
+        """That of the newest command."""
+        return self._commands.report().epoch
+
+    @property
+    def running(self) -> LLMSpec | None:
+        """The LLM that answers prompts."""
+        llm, _ = self._commands.engine_state()
+        return None if llm is None else llm.spec
+
+    @property
+    def starting(self) -> LLMSpec | None:
+        """The LLM that is being started."""
+        return self._llms.starting
 
     @property
     def empty(self) -> bool:
         """True when no LLM runs or starts."""
-        return self.running is None and self.starting is None
+        return self._commands.spec is None
+
+    @property
+    def token(self) -> str | None:
+        """The token that it accepts."""
+        return None if self._gate.grant is None else self._gate.grant.token
+
+    @property
+    def died(self) -> bool:
+        """True when its LLM has died."""
+        return self._commands.report().died is not None
 
     def report(self, _: Allocator) -> Event:
         """What it says when it is asked: how it is at that moment."""
-        running = None if self.running is None else self.running.fingerprint
-        return WrapperStarted(self.wrapper_id, self.epoch, running)
+        report = self._commands.report()
+        return WrapperStarted(self.wrapper_id, report.epoch, report.running)
 
-    def take(self, effect: Effect, allocator: Allocator) -> list[Answer]:
-        """Carry out a command; what it answers now."""
-        # The shell looks the lease up when it sends a command.
-        lease = allocator.lease_by_wrapper(self.wrapper_id)
-        if isinstance(effect, BindLease) and (lease is None or lease.request_id != effect.request_id):
-            return []  # and sends nothing for one that has ended
-        if effect.epoch < self.epoch:
-            return []  # StaleEpoch
-        self.epoch = effect.epoch
+    async def take(self, effect: Effect, lease: Lease | None) -> Event | None:
+        """Carry out a command. ``lease``: the one that the registry knows when it sends the command."""
+        wrapper_id, epoch = effect.wrapper_id, effect.epoch
+        grant = None if lease is None else LeaseGrant(lease.request_id, 1, lease.token, "{}", 100.0, 100.0)
         match effect:
-            case BindLease(wrapper_id, epoch, _):
-                assert lease is not None
-                self.token = lease.token
-                kind = "xeon" if wrapper_id < "c" else "epyc"
-                return [said(LeaseBound(wrapper_id, epoch, provenance=f'{{"cpu":"{kind}"}}'))]
+            case BindLease():
+                assert grant is not None
+                over = await self._commands.bind(epoch, grant)
+                return LeaseBound(wrapper_id, epoch, provenance=over.provenance and json.dumps(over.provenance))
             case UnbindLease():
-                self.token = None
-                return []
-            case DeployLLM(wrapper_id, epoch, spec, _):
-                # A lease that waits for its LLM to come back stays; its holder is told to try again.
-                self.token = None if lease is None else lease.token
-                if self.running == spec:
-                    return [said(LLMDeployed(wrapper_id, epoch))]
-                if self.starting != spec:
-                    self.running, self.starting, self.waiting, self.died = None, spec, [], False
-                self.waiting.append(epoch)
-                return []
-            case StopLLM(wrapper_id, epoch):
-                self._reset()
-                return [said(LLMStopped(wrapper_id, epoch))]
+                await self._commands.unbind(epoch, effect.request_id, effect.how)
+                return None
+            case DeployLLM():
+                try:
+                    await self._commands.deploy(epoch, effect.spec, grant)
+                except EngineStartFailed as error:
+                    return LLMDeployFailed(wrapper_id, epoch, str(error), error.permanent)
+                return LLMDeployed(wrapper_id, epoch)
+            case StopLLM():
+                await self._commands.stop(epoch)
+                return LLMStopped(wrapper_id, epoch)
             case RestartWrapper():
-                self.epoch = 0
-                self._reset()
-                return [self.report]
+                raise AssertionError("Serve does that, not the process")
 
-    def finish(self, *, works: bool, permanent: bool) -> list[Answer]:
+    def finish(self, *, works: bool, permanent: bool) -> None:
         """What was being started runs, or could not be started."""
-        spec, epochs = self.starting, self.waiting
-        self.starting, self.waiting = None, []
+        assert self._llms.outcome is not None
         if works:
-            self.running = spec
-            return [said(LLMDeployed(self.wrapper_id, epoch)) for epoch in epochs]
-        return [said(LLMDeployFailed(self.wrapper_id, epoch, "out of memory", permanent)) for epoch in epochs]
+            self._llms.outcome.set_result(None)
+        else:
+            self._llms.outcome.set_exception(EngineStartFailed("org/any", "out of memory", permanent=permanent))
 
-    def crash(self) -> list[Answer]:
-        """The process dies and another takes its place; deploys that were waited for end in an error."""
-        epochs = self.waiting
-        self.epoch = 0
-        self._reset()
-        return [unreachable(self.wrapper_id, epoch) for epoch in epochs]
+    def crash(self) -> list[int]:
+        """The process dies and another takes its place. Return the epochs of the calls that end in an error."""
+        epochs = list(self.calls.values())
+        for call in self.calls:
+            call.cancel()
+        self.calls.clear()
+        self._tasks.cancel()
+        self._begin()
+        return epochs
 
     def lose_engine(self) -> None:
         """The engine's process dies; the next look at the wrapper tells."""
-        self.running, self.died = None, True
-
-    def _reset(self) -> None:
-        self.running = self.starting = self.token = None
-        self.waiting, self.died = [], False
-
-
-def said(event: Event) -> Answer:
-    """An answer that is what it is, whenever it is heard."""
-    return lambda _: event
+        if self._llms.running is not None:
+            self._llms.running.die("killed")
 
 
 def unreachable(wrapper_id: str, epoch: int) -> Answer:
@@ -135,31 +213,59 @@ class QueuedCluster:
         self.answers: list[tuple[str, Answer]] = []
         self.unseen: set[str] = set()
         """Wrappers that this life of the registry has not heard of yet."""
+        self._loop = VirtualLoop(most_steps=10_000_000)
+
+    def close(self) -> None:
+        """End all that goes on."""
+        for wrapper_id in list(self.wrappers):
+            self.remove(wrapper_id)
+        self._loop.close()
 
     def add(self, wrapper_id: str) -> None:
         """A wrapper is created; an older one of this name is gone."""
+        self.remove(wrapper_id)
         self.wrappers[wrapper_id] = QueuedWrapper(wrapper_id)
 
     def remove(self, wrapper_id: str) -> None:
         """A wrapper's process is gone, and nobody takes its place."""
-        self.wrappers.pop(wrapper_id, None)
+        if (wrapper := self.wrappers.pop(wrapper_id, None)) is not None:
+            wrapper.crash()
+            self._go_on()
 
     def send(self, command: Effect, allocator: Allocator) -> None:
         """Let a command arrive, or find nobody."""
         self.commands.remove(command)
-        wrapper = self.wrappers.get(command.wrapper_id)
+        wrapper_id = command.wrapper_id
+        wrapper, lease = self.wrappers.get(wrapper_id), allocator.lease_by_wrapper(wrapper_id)
         if wrapper is None:
-            self._hear(command.wrapper_id, [unreachable(command.wrapper_id, command.epoch)])
+            self.answers.append((wrapper_id, unreachable(wrapper_id, command.epoch)))
+        elif isinstance(command, BindLease) and (lease is None or lease.request_id != command.request_id):
+            pass  # the shell sends nothing for a lease that has ended
+        elif isinstance(command, RestartWrapper):
+            if command.epoch >= wrapper.epoch:
+                wrapper.crash()
+                self.answers.append((wrapper_id, wrapper.report))
         else:
-            self._hear(command.wrapper_id, wrapper.take(command, allocator))
+            call = self._loop.create_task(wrapper.take(command, lease))
+            wrapper.calls[call] = command.epoch
+            call.add_done_callback(partial(self._answered, wrapper))
+        self._go_on()
 
     def finish(self, wrapper_id: str, *, works: bool, permanent: bool = False) -> None:
         """Let what a wrapper is starting run, or fail."""
-        self._hear(wrapper_id, self.wrappers[wrapper_id].finish(works=works, permanent=permanent))
+        self.wrappers[wrapper_id].finish(works=works, permanent=permanent)
+        self._go_on()
 
     def crash(self, wrapper_id: str) -> None:
         """Let a wrapper's process die; Serve starts another."""
-        self._hear(wrapper_id, self.wrappers[wrapper_id].crash())
+        epochs = self.wrappers[wrapper_id].crash()
+        self.answers += [(wrapper_id, unreachable(wrapper_id, epoch)) for epoch in epochs]
+        self._go_on()
+
+    def lose_engine(self, wrapper_id: str) -> None:
+        """Let a wrapper's LLM die; the wrapper notices."""
+        self.wrappers[wrapper_id].lose_engine()
+        self._go_on()
 
     def look_at(self, wrapper_id: str, allocator: Allocator) -> Event | None:
         """What the registry's watch makes of a wrapper."""
@@ -187,7 +293,7 @@ class QueuedCluster:
         return (
             any(command.wrapper_id == wrapper_id for command in self.commands)
             or any(sender == wrapper_id for sender, _ in self.answers)
-            or (wrapper is not None and bool(wrapper.waiting))
+            or (wrapper is not None and bool(wrapper.calls))
         )
 
     def forget_registry(self) -> None:
@@ -196,7 +302,15 @@ class QueuedCluster:
         self.answers.clear()
         self.unseen = set(self.wrappers)
         for wrapper in self.wrappers.values():
-            wrapper.waiting = []
+            wrapper.calls.clear()
 
-    def _hear(self, wrapper_id: str, answers: list[Answer]) -> None:
-        self.answers += [(wrapper_id, answer) for answer in answers]
+    def _answered(self, wrapper: QueuedWrapper, call: asyncio.Task[Event | None]) -> None:
+        error = None if call.cancelled() else call.exception()
+        if wrapper.calls.pop(call, None) is None or isinstance(error, StaleEpoch):
+            return  # nobody waits for it, or something newer decides
+        if (event := call.result()) is not None:
+            self.answers.append((wrapper.wrapper_id, lambda _: event))
+
+    def _go_on(self) -> None:
+        with suppress(Stuck):
+            self._loop.run_forever()

@@ -1,14 +1,18 @@
-"""The ports of a wrapper's commands where nothing has to be done: an LLM, its hand-over, no prompts."""
+"""Simple ports for a wrapper's commands: an LLM, its hand-over, no prompts, and the tasks of one process."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from deployments.wrapper.ports import LLM
+from registry.background import OnFailure, spawn, spawn_awaited
 from registry.contract.messages import LeaseGrant
 from registry.core.records import LLMSpec
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -66,3 +70,41 @@ class PlainHandOvers:
     def lease_flags(self) -> tuple[str, ...]:
         """Nothing disturbs a lease."""
         return ()
+
+
+class KeptTasks:
+    """``Tasks`` of the commands: those of one process, which end with it. ``on_end`` is called after each end."""
+
+    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
+        self._on_end = on_end
+        self._tasks: dict[asyncio.Task[Any], None] = {}  # in the order of their start, so that simulations repeat
+
+    def spawn(self, name: str, work: Coroutine[Any, Any, T], *, on_failure: OnFailure | None = None) -> asyncio.Task[T]:
+        """As ``background.spawn``."""
+        return self._kept(spawn(name, work, on_failure=on_failure))
+
+    def spawn_awaited(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """As ``background.spawn_awaited``."""
+        return self._kept(spawn_awaited(name, work))
+
+    def cancel(self) -> None:
+        """End all of them: the process has died."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def stop(self) -> None:
+        """End all of them, and wait until they have ended."""
+        tasks = list(self._tasks)
+        self.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _kept(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
+        self._tasks[task] = None
+        task.add_done_callback(self._over)
+        return task
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        del self._tasks[task]
+        if not task.cancelled():
+            task.exception()  # the call that waits for it gets the error
+        self._on_end()

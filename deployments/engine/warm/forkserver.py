@@ -24,7 +24,7 @@ from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deployments.machine.background import spawn_thread
+from registry.background import spawn_thread
 
 T = TypeVar("T")
 

@@ -24,8 +24,8 @@ from registry.core.records import LLMSpec, Machine
 from registry.errors import EngineStartFailed, WrapperUnheard, WrapperUnreachable
 from registry.service.reconcile import wanted_wrappers
 from registry.settings import Settings
-from tests.fake_cluster import UNTOLD
-from tests.fake_counters import ManualClock
+from tests.support.fake_cluster import UNTOLD
+from tests.support.fake_counters import ManualClock
 
 RUNNING = SimpleNamespace(status=ApplicationStatus.RUNNING)
 DELETING = SimpleNamespace(status=ApplicationStatus.DELETING)

@@ -12,7 +12,7 @@ from deployments.serve.energy_metrics import EnergyMetrics
 from registry.accounting.windows import KeptWindow
 from registry.contract.windows import EnergyWindow
 from registry.wire.words import WindowKind
-from tests.energy_windows import record, window
+from tests.support.energy_windows import record, window
 
 COUNTED: Counter[tuple[str, str, str]] = Counter()
 

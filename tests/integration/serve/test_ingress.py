@@ -45,9 +45,9 @@ from registry.errors import (
 from registry.service.service import Idempotency
 from registry.wire.schemas import MAX_ID, MAX_WAIT_S, PromptingAnswer, RequestState
 from registry.wire.words import Priority, RequestStatus
-from tests.checkpoint_files import LLAMA, write_checkpoint
-from tests.energy_windows import an_experiment
-from tests.fake_registry import FakeRegistry
+from tests.support.checkpoint_files import LLAMA, write_checkpoint
+from tests.support.energy_windows import an_experiment
+from tests.support.fake_registry import FakeRegistry
 
 CONFIG = IngressConfig(ModelSources(True, (Path("/llms"),), Path("/")), allow_remote_code=("org/codes",))
 LLM: dict[str, Any] = {

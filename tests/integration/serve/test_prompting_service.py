@@ -20,8 +20,8 @@ from deployments.serve.app import told_to_clients
 from deployments.serve.http_app import IngressConfig, build_app
 from registry.service.old_address import old_address, old_address_problems
 from registry.settings import Settings
-from tests.fake_registry import BASE, ENDED, TOKEN, FakeRegistry
-from tests.prompting_service_client import prompt_url
+from tests.support.fake_registry import BASE, ENDED, TOKEN, FakeRegistry
+from tests.support.prompting_service_client import prompt_url
 
 RECORDED = (
     b"POST /promptingservice/request HTTP/1.1\r\n"

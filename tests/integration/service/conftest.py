@@ -13,7 +13,7 @@ import structlog
 from registry.core.records import WrapperStatus
 from registry.service import commands, watch
 from registry.store.store import Store
-from tests.service_world import World
+from tests.support.service_world import ServiceWorld
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def logs() -> Iterator[list[Any]]:
         yield logs
 
 
-Make = Callable[..., World]
+Make = Callable[..., ServiceWorld]
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +44,11 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def make(tmp_path: Path, empty_database: Path, logs: list[Any]) -> AsyncIterator[Make]:
     """Makes a world that is not started yet: ``make(**settings)``."""
-    made: list[World] = []
+    made: list[ServiceWorld] = []
     shutil.copy(empty_database, tmp_path / "registry.db")
 
-    def make(**settings: Any) -> World:
-        made.append(World(f"sqlite:///{tmp_path}/registry.db", logs, **settings))
+    def make(**settings: Any) -> ServiceWorld:
+        made.append(ServiceWorld(f"sqlite:///{tmp_path}/registry.db", logs, **settings))
         return made[-1]
 
     yield make
@@ -57,7 +57,7 @@ async def make(tmp_path: Path, empty_database: Path, logs: list[Any]) -> AsyncIt
 
 
 @pytest.fixture
-async def world(make: Make) -> World:
+async def world(make: Make) -> ServiceWorld:
     """A registry with one machine, ``a``, whose wrapper ``a-0`` is idle."""
     world = make()
     world.cluster.join("a")
@@ -67,7 +67,7 @@ async def world(make: Make) -> World:
 
 
 @pytest.fixture
-async def two(make: Make) -> World:
+async def two(make: Make) -> ServiceWorld:
     """A registry with two machines, ``a`` and ``b``."""
     world = make()
     world.cluster.join("a")

@@ -15,13 +15,13 @@ from registry.core.records import WrapperStatus
 from registry.errors import UnknownMeasurement
 from registry.service import views
 from registry.wire.words import RequestStatus
-from tests.service_world import OTHER, TINY, World
+from tests.support.service_world import OTHER, TINY, ServiceWorld
 
 Status = RequestStatus
 
 
 @pytest.fixture
-async def world(make: Callable[..., World]) -> World:
+async def world(make: Callable[..., ServiceWorld]) -> ServiceWorld:
     """One machine; of what has ended nothing stays in memory."""
     world = make()
     world.ended_kept = 0
@@ -31,11 +31,11 @@ async def world(make: Callable[..., World]) -> World:
     return world
 
 
-def in_memory(world: World) -> set[str]:
+def in_memory(world: ServiceWorld) -> set[str]:
     return {request.request_id for request in world.service.allocator.snapshot().requests}
 
 
-async def test_what_has_ended_is_asked_of_the_store(world: World) -> None:
+async def test_what_has_ended_is_asked_of_the_store(world: ServiceWorld) -> None:
     """A request that has ended is in memory no more, and every call answers as before."""
     first = await world.deployed(1)
     world.service.release(first)
@@ -50,7 +50,7 @@ async def test_what_has_ended_is_asked_of_the_store(world: World) -> None:
     assert views.measurement_state(world.service, ("default", 1)).requests[0].requestId == first
 
 
-async def test_a_measurement_that_goes_on_is_recalled(world: World) -> None:
+async def test_a_measurement_that_goes_on_is_recalled(world: ServiceWorld) -> None:
     """Its flags, its begin, and the machine that it was served on are known again; its numbers go on."""
     first = await world.deployed(1)
     created_s, seq = world.service.archive.measurement(("default", 1)).created_s, world.request(first).seq
@@ -63,7 +63,7 @@ async def test_a_measurement_that_goes_on_is_recalled(world: World) -> None:
     assert in_memory(world) >= {first, again}  # the last one that was served, and the new one
 
 
-async def test_a_restart_loads_what_is_unfinished(world: World) -> None:
+async def test_a_restart_loads_what_is_unfinished(world: ServiceWorld) -> None:
     """Requests that have ended are not loaded, and are known all the same."""
     ended = await world.deployed(1)
     world.service.release(ended)
@@ -75,7 +75,7 @@ async def test_a_restart_loads_what_is_unfinished(world: World) -> None:
         world.service.archive.measurement(("default", 99))
 
 
-async def test_a_request_can_be_like_one_that_is_in_the_store_alone(world: World) -> None:
+async def test_a_request_can_be_like_one_that_is_in_the_store_alone(world: ServiceWorld) -> None:
     """The earlier request is recalled to compare with it when asking, and once more at the hand-over."""
     world.cluster.provenances["a"] = {"vllm": "0.32.0"}
     model = await world.deployed(1)
@@ -89,7 +89,7 @@ async def test_a_request_can_be_like_one_that_is_in_the_store_alone(world: World
     assert (await world.until_status(like, Status.DEPLOYED)).like_request_id == model
 
 
-async def test_a_measurement_comes_in_pages(world: World) -> None:
+async def test_a_measurement_comes_in_pages(world: ServiceWorld) -> None:
     """250 LLMs come in pages of 100, in their order, and a page takes as many questions as one of 10."""
     held = await world.deployed(9)
     for _ in range(5):
@@ -117,7 +117,7 @@ async def test_a_measurement_comes_in_pages(world: World) -> None:
     assert held not in found
 
 
-async def test_a_lease_that_its_wrapper_has_ended_is_ended(world: World) -> None:
+async def test_a_lease_that_its_wrapper_has_ended_is_ended(world: ServiceWorld) -> None:
     """A report without the lease, and no command under way: the request is expired, whatever the clock says."""
     request_id = await world.deployed(1)
     world.cluster.clock.now_s += 101  # idle_s of the wrapper's clock; the registry's stands still
@@ -128,7 +128,7 @@ def _have_come(turns_of: Mapping[type, Sequence[int]], kinds: Sequence[type], co
     return all(len(turns_of.get(kind, ())) >= count for kind in kinds)
 
 
-async def test_a_thousand_machines_hold_nobody_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thousand_machines_hold_nobody_up(world: ServiceWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between any two events of machines that join, come back on other nodes, or go, others have their turn."""
     turn, turns_of = 0, dict[type, list[int]]()
 

@@ -25,8 +25,8 @@ from registry.core.records import LLMSpec, WrapperStatus
 from registry.errors import EngineStartFailed
 from registry.store.rows import EventRow, IdempotencyRow
 from registry.wire.words import RequestStatus
-from tests.fake_cluster import FakeCluster
-from tests.service_world import OTHER, THIRD, TINY, World, config_of
+from tests.support.fake_cluster import FakeCluster
+from tests.support.service_world import OTHER, THIRD, TINY, ServiceWorld, config_of
 
 S = RequestStatus
 BROKEN = LLMSpec("org/broken", "text-generation")
@@ -130,7 +130,7 @@ class PluggedCluster(FakeCluster):
             await super().remove(wrapper_ids)
 
 
-class PluggedWorld(World):
+class PluggedWorld(ServiceWorld):
     """A world whose registry can die in the middle of a commit, too, and is started again by who notices."""
 
     def __init__(self, url: str, plug: Plug) -> None:

@@ -12,23 +12,23 @@ from registry.core.records import WrapperStatus
 from registry.errors import UnknownMachine, WrapperUnreachable
 from registry.service import views
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import BIG, OTHER, TINY, World
+from tests.support.service_world import BIG, OTHER, TINY, ServiceWorld
 
-Make = Callable[..., World]
+Make = Callable[..., ServiceWorld]
 
 
-def drain_of(world: World, machine_id: str = "a") -> tuple[str | None, int]:
+def drain_of(world: ServiceWorld, machine_id: str = "a") -> tuple[str | None, int]:
     """How far the draining of a machine is, as /machines tells: the word, and how many leases are left."""
     state = views.machine_state(world.service, machine_id)
     return state.drain, state.leases
 
 
-async def off(world: World, machine_id: str = "a") -> None:
+async def off(world: ServiceWorld, machine_id: str = "a") -> None:
     """Wait until a machine is drained."""
     await world.until(lambda: drain_of(world, machine_id) == ("drained", 0))
 
 
-async def test_empty_machine_is_off_at_once(world: World) -> None:
+async def test_empty_machine_is_off_at_once(world: ServiceWorld) -> None:
     """Nobody uses it: its wrapper is removed, and nothing is created again."""
     world.service.drain("a")
     await off(world)
@@ -40,7 +40,7 @@ async def test_empty_machine_is_off_at_once(world: World) -> None:
     assert drain_of(world) == ("drained", 0)
 
 
-async def test_lease_is_waited_for(world: World) -> None:
+async def test_lease_is_waited_for(world: ServiceWorld) -> None:
     """The LLM stays with who has it, to the end; then its wrapper goes, and who waits is told why."""
     held = await world.deployed(1)
     world.service.drain("a")
@@ -75,7 +75,7 @@ async def test_undrain_brings_everything_back(make: Make) -> None:
     await world.until_status(waits, Status.DEPLOYED)
 
 
-async def test_measurement_goes_on_elsewhere(two: World) -> None:
+async def test_measurement_goes_on_elsewhere(two: ServiceWorld) -> None:
     """The next LLM of a measurement that was begun there comes from another machine, and says so."""
     first, second = two.ask(1, TINY, TINY)
     await two.until_status(first, Status.DEPLOYED)
@@ -88,7 +88,7 @@ async def test_measurement_goes_on_elsewhere(two: World) -> None:
     assert views.request_state(two.service, two.request(second)).flags == ["machine_changed", "machine_drained"]
 
 
-async def test_start_moves_elsewhere(two: World) -> None:
+async def test_start_moves_elsewhere(two: ServiceWorld) -> None:
     """Who waits for the start of an LLM there gets it from another machine."""
     gate = two.cluster.hold("a-0", "deploy")
     (request_id,) = two.ask(1, TINY)
@@ -100,7 +100,7 @@ async def test_start_moves_elsewhere(two: World) -> None:
     gate.open()
 
 
-async def test_draining_outlives_the_registry(world: World) -> None:
+async def test_draining_outlives_the_registry(world: ServiceWorld) -> None:
     """A registry that is killed, or shut down, and started again drains on, and finds what is off."""
     held = await world.deployed(1)
     world.service.drain("a")
@@ -118,7 +118,7 @@ async def test_draining_outlives_the_registry(world: World) -> None:
     assert world.cluster.calls["cluster", "create"] == 1
 
 
-async def test_draining_outlives_the_machine(world: World) -> None:
+async def test_draining_outlives_the_machine(world: ServiceWorld) -> None:
     """A machine that leaves and comes back stays drained, without a wrapper, until it is undrained."""
     held = await world.deployed(1)
     world.service.drain("a")
@@ -137,7 +137,7 @@ async def test_draining_outlives_the_machine(world: World) -> None:
     await world.deployed(2)
 
 
-async def test_removal_holds_up_nothing(two: World) -> None:
+async def test_removal_holds_up_nothing(two: ServiceWorld) -> None:
     """While a wrapper is being removed, other machines are looked after, and it is not taken on again."""
     removing = two.cluster.hold("cluster", "remove")
     two.service.drain("a")
@@ -154,7 +154,7 @@ async def test_removal_holds_up_nothing(two: World) -> None:
     assert two.cluster.removed == ["a-0"]
 
 
-async def test_wrapper_that_can_not_be_removed_is_tried_again(world: World, logs: list[Any]) -> None:
+async def test_wrapper_that_can_not_be_removed_is_tried_again(world: ServiceWorld, logs: list[Any]) -> None:
     """Serve does not answer, or not in time: the machine is not drained until its wrapper is really gone."""
     world.expected_problems = ["wrappers could not be switched off"]
     world.cluster.fail("cluster", "remove", TimeoutError("late"), WrapperUnreachable("cluster", "away"))
@@ -164,7 +164,7 @@ async def test_wrapper_that_can_not_be_removed_is_tried_again(world: World, logs
     assert len([entry for entry in logs if entry["event"] == "wrappers could not be switched off"]) == 2
 
 
-async def test_prompts_of_an_expired_lease_are_finished(world: World) -> None:
+async def test_prompts_of_an_expired_lease_are_finished(world: ServiceWorld) -> None:
     """A wrapper that still answers prompts is not taken from under them; one that does not answer at all is removed."""
     world.wrapper().in_flight = 1
     world.service.drain("a")
@@ -175,7 +175,7 @@ async def test_prompts_of_an_expired_lease_are_finished(world: World) -> None:
     await off(world)
 
 
-async def test_drained_wrapper_is_not_looked_for(world: World) -> None:
+async def test_drained_wrapper_is_not_looked_for(world: ServiceWorld) -> None:
     """What is off is not asked how it is, not by a registry that was started again either."""
     world.service.drain("a")
     await off(world)
@@ -186,7 +186,7 @@ async def test_drained_wrapper_is_not_looked_for(world: World) -> None:
     assert world.cluster.calls["a-0", "report"] == asked
 
 
-async def test_drain_of_an_unknown_machine(world: World) -> None:
+async def test_drain_of_an_unknown_machine(world: ServiceWorld) -> None:
     """It is refused with the machines that there are, and changes nothing."""
     for call in (world.service.drain, world.service.undrain, world.service.is_off):
         with pytest.raises(UnknownMachine, match="there are a"):
@@ -239,7 +239,7 @@ async def test_health_of_a_machine(make: Make) -> None:
     assert state()[0] is False
 
 
-async def test_other_versions_are_told(two: World) -> None:
+async def test_other_versions_are_told(two: ServiceWorld) -> None:
     """Machines that don't run the same software say so, and a measurement that moves between them is flagged."""
     two.cluster.versions = {"a": {"vllm": "0.31.0", "ray": "2"}, "b": {"vllm": "0.32.0", "ray": "2"}}
     await two.until(lambda: all(machine.differs for machine in views.machine_states(two.service)))

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from registry.core.records import WrapperStatus
 from registry.errors import RegistryUnheard, WrapperUnreachable
 from registry.wire.words import RequestStatus as Status
-from tests.fake_cluster import FENCE_S, FakeWrapper
-from tests.service_world import TINY, World
+from tests.support.fake_cluster import FENCE_S, FakeWrapper
+from tests.support.service_world import TINY, ServiceWorld
 
-Make = Callable[..., World]
+Make = Callable[..., ServiceWorld]
 
 
 def serves(wrapper: FakeWrapper) -> str | None:
@@ -22,7 +22,7 @@ def serves(wrapper: FakeWrapper) -> str | None:
     return None if wrapper.grant is None else wrapper.grant.request_id
 
 
-async def test_a_registry_that_watches_is_heard(world: World) -> None:
+async def test_a_registry_that_watches_is_heard(world: ServiceWorld) -> None:
     """A lease is served for as long as its registry asks its wrapper how it is."""
     request_id = await world.deployed(1)
     for _ in range(3):  # less than its idle limit
@@ -32,7 +32,7 @@ async def test_a_registry_that_watches_is_heard(world: World) -> None:
     assert serves(world.wrapper()) == request_id
 
 
-async def test_a_lease_outlives_the_silence_of_its_registry(world: World) -> None:
+async def test_a_lease_outlives_the_silence_of_its_registry(world: ServiceWorld) -> None:
     """With the registry gone prompts are taken until the fence, and again when the next one knows the lease."""
     request_id = await world.deployed(1)
     await world.crash()
@@ -46,7 +46,7 @@ async def test_a_lease_outlives_the_silence_of_its_registry(world: World) -> Non
     assert world.request(request_id).status is Status.DEPLOYED
 
 
-async def test_the_first_prompt_after_a_restart_is_taken(world: World) -> None:
+async def test_the_first_prompt_after_a_restart_is_taken(world: ServiceWorld) -> None:
     """A lease that a registry hands over before it has looked at any wrapper is open when its client hears of it."""
     world.service.release(await world.deployed(1))
     await world.until(lambda: world.wrapper().grant is None)
@@ -58,7 +58,7 @@ async def test_the_first_prompt_after_a_restart_is_taken(world: World) -> None:
     gate.open()
 
 
-async def test_a_lost_machine_that_lives_on_serves_its_old_lease_to_nobody(two: World) -> None:
+async def test_a_lost_machine_that_lives_on_serves_its_old_lease_to_nobody(two: ServiceWorld) -> None:
     """Its lease has failed and its measurement goes on elsewhere: after the fence, and when it is back, it is shut."""
     first, second = two.ask(1, TINY, TINY)
     cut_off = (await two.until_status(first, Status.DEPLOYED)).machine_id
@@ -83,7 +83,7 @@ async def test_a_lost_machine_that_lives_on_serves_its_old_lease_to_nobody(two: 
     await two.until(lambda: two.status_of(f"{cut_off}-0") in (WrapperStatus.IDLE, WrapperStatus.READY))
 
 
-async def test_a_wrapper_that_was_given_up_serves_its_old_lease_to_nobody(world: World) -> None:
+async def test_a_wrapper_that_was_given_up_serves_its_old_lease_to_nobody(world: ServiceWorld) -> None:
     """A wrapper that could be neither reached nor restarted, and answers again, serves nobody unless told to."""
     request_id = await world.deployed(1)
     wrapper = world.wrapper()

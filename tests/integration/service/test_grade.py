@@ -9,22 +9,22 @@ from registry.errors import InvalidField
 from registry.service import views
 from registry.wire.schemas import RequestState
 from registry.wire.words import Grade, RequestStatus
-from tests.service_world import OTHER, TINY, World
+from tests.support.service_world import OTHER, TINY, ServiceWorld
 
 RAN_ON: dict[str, object] = {"cpu": {"model": "Xeon"}, "versions": {"vllm": "0.32.0"}}
 
 
 @pytest.fixture(autouse=True)
-def _told(world: World) -> None:
+def _told(world: ServiceWorld) -> None:
     world.cluster.provenances["a"] = RAN_ON
     world.cluster.commits[TINY.model] = "c1"
 
 
-def state(world: World, request_id: str) -> RequestState:
+def state(world: ServiceWorld, request_id: str) -> RequestState:
     return views.request_state(world.service, world.request(request_id))
 
 
-async def measured(world: World, measurement_id: int = 1, **more: object) -> str:
+async def measured(world: ServiceWorld, measurement_id: int = 1, **more: object) -> str:
     """A request of measurement grade that was handed over and given back."""
     (request_id,) = world.ask(measurement_id, TINY, grade=Grade.MEASUREMENT, **more)
     await world.until_status(request_id, RequestStatus.DEPLOYED)
@@ -32,7 +32,7 @@ async def measured(world: World, measurement_id: int = 1, **more: object) -> str
     return request_id
 
 
-async def test_grade_reaches_the_wrapper(world: World) -> None:
+async def test_grade_reaches_the_wrapper(world: ServiceWorld) -> None:
     """The lease that a wrapper is given says its grade; nobody who says nothing gets more than the standard."""
     await world.deployed(1)
     grant = world.wrapper().grant
@@ -46,7 +46,7 @@ async def test_grade_reaches_the_wrapper(world: World) -> None:
     assert grant.grade == "measurement"
 
 
-async def test_settling_is_a_phase(world: World) -> None:
+async def test_settling_is_a_phase(world: ServiceWorld) -> None:
     """While the machine comes to rest its request is ``deploying``, says so, and is not too long idle for a lease."""
     world.service.release(await world.deployed(1))
     binding = world.cluster.hold("a-0", "bind")
@@ -63,7 +63,7 @@ async def test_settling_is_a_phase(world: World) -> None:
     await world.until_status(request_id, RequestStatus.DEPLOYED)
 
 
-async def test_provenance_is_kept(world: World) -> None:
+async def test_provenance_is_kept(world: ServiceWorld) -> None:
     """What a wrapper told at the hand-over is in the request's status, with its place, and after a restart."""
     request_id = await measured(world)
     for _ in range(2):
@@ -73,7 +73,7 @@ async def test_provenance_is_kept(world: World) -> None:
         await world.restart()
 
 
-async def test_a_machine_that_is_not_at_rest_is_flagged(world: World) -> None:
+async def test_a_machine_that_is_not_at_rest_is_flagged(world: ServiceWorld) -> None:
     """At the hand-over, and when something comes in between later; each flag once, and for good."""
     await world.until_wrapper(WrapperStatus.IDLE)
     world.wrapper().hand_overs.bind_flags = ("steadiness_unknown",)
@@ -89,7 +89,7 @@ async def test_a_machine_that_is_not_at_rest_is_flagged(world: World) -> None:
     assert state(world, request_id).flags == ["steadiness_unknown", "contended"]
 
 
-async def test_the_same_is_had_again(world: World) -> None:
+async def test_the_same_is_had_again(world: ServiceWorld) -> None:
     """After a restart of the registry, too, and though the branch of its model has moved on."""
     first = await measured(world)
     await world.restart()
@@ -100,7 +100,7 @@ async def test_the_same_is_had_again(world: World) -> None:
     assert state(world, again).like == first
 
 
-async def test_another_version_is_not_handed_over(world: World) -> None:
+async def test_another_version_is_not_handed_over(world: ServiceWorld) -> None:
     """The request fails and says what differs; the wrapper is free for whoever is next."""
     first = await measured(world)
     world.cluster.provenances["a"] = {**RAN_ON, "versions": {"vllm": "0.33.0"}}
@@ -111,7 +111,7 @@ async def test_another_version_is_not_handed_over(world: World) -> None:
     await world.deployed(3)
 
 
-async def test_another_llm_is_refused(world: World) -> None:
+async def test_another_llm_is_refused(world: ServiceWorld) -> None:
     """What the POST decides is compared there and then."""
     first = await measured(world)
     with pytest.raises(InvalidField, match=r"like: not as request r1: grade: .*; llms\[0\].model: was org/tiny"):

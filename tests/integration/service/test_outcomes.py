@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import TINY, World
+from tests.support.service_world import TINY, ServiceWorld
 
 DESIGN = Path(__file__).resolve().parents[3] / "registry" / "DESIGN.md"
 
@@ -31,20 +31,20 @@ def outcomes() -> dict[tuple[str, str], Status]:
 # --- what is going on --------------------------------------------------------------------------------------
 
 
-async def waits(world: World) -> Begun:
+async def waits(world: ServiceWorld) -> Begun:
     holder = await world.deployed(9)
     (request_id,) = world.ask(1, TINY)
     return request_id, lambda: world.service.release(holder)
 
 
-async def is_started(world: World) -> Begun:
+async def is_started(world: ServiceWorld) -> Begun:
     gate = world.cluster.hold("a-0", "deploy")
     (request_id,) = world.ask(1, TINY)
     await world.until(lambda: gate.arrived)
     return request_id, gate.open
 
 
-async def is_handed_over(world: World) -> Begun:
+async def is_handed_over(world: ServiceWorld) -> Begun:
     world.service.release(await world.deployed(9))
     await world.until(lambda: world.wrapper().grant is None)
     gate = world.cluster.hold("a-0", "bind")
@@ -53,11 +53,11 @@ async def is_handed_over(world: World) -> Begun:
     return request_id, gate.open
 
 
-async def is_held(world: World) -> Begun:
+async def is_held(world: ServiceWorld) -> Begun:
     return await world.deployed(1), lambda: None
 
 
-async def is_started_again(world: World) -> Begun:
+async def is_started_again(world: ServiceWorld) -> Begun:
     request_id = await world.deployed(1)
     gate = world.cluster.hold("a-0", "deploy")
     world.cluster.kill_engine("a-0")
@@ -65,7 +65,7 @@ async def is_started_again(world: World) -> Begun:
     return request_id, gate.open
 
 
-async def has_ended(world: World) -> Begun:
+async def has_ended(world: ServiceWorld) -> Begun:
     request_id = await world.deployed(1)
     world.service.release(request_id)
     return request_id, lambda: None
@@ -84,46 +84,46 @@ GOING_ON = {
 # --- what comes --------------------------------------------------------------------------------------------
 
 
-async def release(world: World, request_id: str) -> None:
+async def release(world: ServiceWorld, request_id: str) -> None:
     world.service.release(request_id)
 
 
-async def release_twice(world: World, request_id: str) -> None:
+async def release_twice(world: ServiceWorld, request_id: str) -> None:
     world.service.release(request_id)
     world.service.release(request_id)
 
 
-async def deadline(world: World, _request_id: str) -> None:
+async def deadline(world: ServiceWorld, _request_id: str) -> None:
     world.clock.now_s += world.settings.leases.max_s
     await world.until(lambda: world.service.allocator.leases_due(world.clock.now_s) == ())
 
 
-async def wrapper_dies(world: World, _request_id: str) -> None:
+async def wrapper_dies(world: ServiceWorld, _request_id: str) -> None:
     world.cluster.kill_process("a-0")
 
 
-async def machine_goes(world: World, _request_id: str) -> None:
+async def machine_goes(world: ServiceWorld, _request_id: str) -> None:
     world.cluster.leave("a")
     await world.until(lambda: not all(machine.alive for machine in world.service.allocator.machines()))
     world.cluster.wrappers.clear()
     world.cluster.join("a")
 
 
-async def drain_and_undrain(world: World, _request_id: str) -> None:
+async def drain_and_undrain(world: ServiceWorld, _request_id: str) -> None:
     world.service.drain("a")
     world.service.undrain("a")
 
 
-async def registry_dies(world: World, _request_id: str) -> None:
+async def registry_dies(world: ServiceWorld, _request_id: str) -> None:
     await world.restart()
 
 
-async def shutdown(world: World, _request_id: str) -> None:
+async def shutdown(world: ServiceWorld, _request_id: str) -> None:
     await world.service.shutdown()
     await world.restart()
 
 
-async def everything_dies(world: World, _request_id: str) -> None:
+async def everything_dies(world: ServiceWorld, _request_id: str) -> None:
     await world.crash()
     world.cluster.leave("a")
     world.cluster.wrappers.clear()
@@ -132,7 +132,7 @@ async def everything_dies(world: World, _request_id: str) -> None:
     await world.start()
 
 
-COMES: dict[str, Callable[[World, str], Awaitable[None]]] = {
+COMES: dict[str, Callable[[ServiceWorld, str], Awaitable[None]]] = {
     "`DELETE`": release,
     "`DELETE`, twice": release_twice,
     "the lease's deadline": deadline,
@@ -155,7 +155,7 @@ _SETTLED = {status for status in Status if status.ended or status is Status.DEPL
 
 @pytest.mark.parametrize("going_on", GOING_ON)
 @pytest.mark.parametrize("comes", COMES)
-async def test_every_race_has_one_outcome(world: World, comes: str, going_on: str) -> None:
+async def test_every_race_has_one_outcome(world: ServiceWorld, comes: str, going_on: str) -> None:
     """The request ends up as the design says: it has its LLM, or the next in line has, and nobody else."""
     expected = outcomes()[comes, going_on]
     request_id, go = await GOING_ON[going_on](world)

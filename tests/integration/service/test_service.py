@@ -22,15 +22,15 @@ from registry.service import views
 from registry.service.service import Idempotency
 from registry.wire.words import Priority
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import BIG, LIMIT_S, OTHER, THIRD, TINY, World, config_of
+from tests.support.service_world import BIG, LIMIT_S, OTHER, THIRD, TINY, ServiceWorld, config_of
 
-Make = Callable[..., World]
+Make = Callable[..., ServiceWorld]
 
 
 # --- hand-over ---------------------------------------------------------------------------------------------
 
 
-async def test_llm_is_deployed_and_handed_over(world: World) -> None:
+async def test_llm_is_deployed_and_handed_over(world: ServiceWorld) -> None:
     """A request deploys its LLM and gets an address, which the wrapper accepts before anybody is told of it."""
     gate = world.cluster.hold("a-0", "deploy")
     (request_id,) = world.ask(1, TINY)
@@ -56,7 +56,7 @@ async def test_llm_is_deployed_and_handed_over(world: World) -> None:
     assert world.wrapper().spec == TINY
 
 
-async def test_warm_llm_is_handed_over_at_once(world: World) -> None:
+async def test_warm_llm_is_handed_over_at_once(world: ServiceWorld) -> None:
     """An LLM that runs and is free is handed to the next who wants it, without a start, under a new address."""
     first = await world.deployed(1)
     first_address = world.url(first)
@@ -70,7 +70,7 @@ async def test_warm_llm_is_handed_over_at_once(world: World) -> None:
     assert world.wrapper().grant is not None
 
 
-async def test_llms_of_a_measurement_come_one_after_another(two: World) -> None:
+async def test_llms_of_a_measurement_come_one_after_another(two: ServiceWorld) -> None:
     """A measurement has one LLM at a time, in its order, all on one machine, though another is free."""
     first, second = two.ask(1, TINY, OTHER)
     await two.until_status(first, Status.DEPLOYED)
@@ -83,7 +83,7 @@ async def test_llms_of_a_measurement_come_one_after_another(two: World) -> None:
     assert views.measurement_state(two.service, ("default", 1)).machine == two.request(first).machine_id
 
 
-async def test_who_waits_is_told_why(world: World) -> None:
+async def test_who_waits_is_told_why(world: ServiceWorld) -> None:
     """A request that waits says what for, and how many come before it."""
     held = await world.deployed(1)
     (waits,) = world.ask(2, OTHER)
@@ -98,7 +98,7 @@ async def test_who_waits_is_told_why(world: World) -> None:
     assert "comes first" in (views.request_state(world.service, world.request(again)).reason or "")
 
 
-async def test_who_is_bound_to_a_machine_is_told_so(world: World) -> None:
+async def test_who_is_bound_to_a_machine_is_told_so(world: ServiceWorld) -> None:
     """A request that waits for the machine of its measurement says which one that is."""
     first, second = world.ask(1, TINY, OTHER)
     await world.until_status(first, Status.DEPLOYED)
@@ -109,7 +109,7 @@ async def test_who_is_bound_to_a_machine_is_told_so(world: World) -> None:
     assert reason == "its measurement runs on machine a, which is in use"
 
 
-async def test_what_fits_nowhere_any_more_says_so(world: World) -> None:
+async def test_what_fits_nowhere_any_more_says_so(world: ServiceWorld) -> None:
     """A request that was accepted before any machine was known tells that none has what it needs."""
     world.cluster.leave("a")
     await world.until(lambda: world.status_of() is WrapperStatus.LOST)
@@ -121,7 +121,7 @@ async def test_what_fits_nowhere_any_more_says_so(world: World) -> None:
     assert reason == "it fits on no LLM Machine: no machine here has 'H100'; none has a GPU whose type is known"
 
 
-async def test_free_llm_gives_way(world: World) -> None:
+async def test_free_llm_gives_way(world: ServiceWorld) -> None:
     """Where every wrapper has an LLM, one that nobody uses makes room."""
     world.service.release(await world.deployed(1, TINY))
     await world.deployed(2, OTHER)
@@ -141,7 +141,7 @@ async def test_homes_are_deployed_at_start(make: Make) -> None:
     assert world.wrapper().starts == 1
 
 
-async def test_llm_that_fits_nowhere_is_refused(world: World) -> None:
+async def test_llm_that_fits_nowhere_is_refused(world: ServiceWorld) -> None:
     """What no machine can ever run is refused at once, and nothing of the POST is accepted."""
     with pytest.raises(LLMNeverFits):
         world.ask(1, TINY, BIG)
@@ -163,7 +163,7 @@ async def test_full_queue_takes_nothing(make: Make) -> None:
 # --- releases ----------------------------------------------------------------------------------------------
 
 
-async def test_release_ends_the_lease_at_the_wrapper(world: World) -> None:
+async def test_release_ends_the_lease_at_the_wrapper(world: ServiceWorld) -> None:
     """After a release the wrapper refuses the address, and keeps the LLM for whoever comes."""
     request_id = await world.deployed(1)
     world.service.release(request_id)
@@ -173,7 +173,7 @@ async def test_release_ends_the_lease_at_the_wrapper(world: World) -> None:
     assert world.status_of() is WrapperStatus.READY
 
 
-async def test_second_release_frees_nobody_else(world: World) -> None:
+async def test_second_release_frees_nobody_else(world: ServiceWorld) -> None:
     """Releasing again changes nothing, and never ends the lease of who came after."""
     first = await world.deployed(1)
     world.service.release(first)
@@ -184,7 +184,7 @@ async def test_second_release_frees_nobody_else(world: World) -> None:
     assert world.wrapper().grant is not None
 
 
-async def test_release_cancels_what_waits(world: World) -> None:
+async def test_release_cancels_what_waits(world: ServiceWorld) -> None:
     """A release of a queued request takes it out of the queue; one that is deploying stops being waited for."""
     gate = world.cluster.hold("a-0", "deploy")
     (deploying,) = world.ask(1, TINY)
@@ -199,7 +199,7 @@ async def test_release_cancels_what_waits(world: World) -> None:
     assert world.wrapper().starts == 1
 
 
-async def test_unknown_requests(world: World) -> None:
+async def test_unknown_requests(world: ServiceWorld) -> None:
     """An id that was never given is unknown to every call."""
     with pytest.raises(UnknownRequest):
         world.service.release("none")
@@ -210,7 +210,7 @@ async def test_unknown_requests(world: World) -> None:
 
 
 @pytest.mark.parametrize("misses", [1, 2, 3])
-async def test_end_of_a_lease_is_sent_again(world: World, misses: int) -> None:
+async def test_end_of_a_lease_is_sent_again(world: ServiceWorld, misses: int) -> None:
     """A wrapper that does not answer to the end of a lease is told again."""
     request_id = await world.deployed(1)
     world.cluster.fail("a-0", "unbind", *[WrapperUnreachable("a-0", "no answer")] * misses)
@@ -220,7 +220,7 @@ async def test_end_of_a_lease_is_sent_again(world: World, misses: int) -> None:
     assert world.status_of() is WrapperStatus.READY
 
 
-async def test_end_of_a_lease_that_can_not_be_told(world: World) -> None:
+async def test_end_of_a_lease_that_can_not_be_told(world: ServiceWorld) -> None:
     """A wrapper that can't be told that a lease has ended is restarted: nobody prompts there any more."""
     request_id = await world.deployed(1)
     world.cluster.fail("a-0", "unbind", *[WrapperUnreachable("a-0", "no answer")] * 4)
@@ -230,7 +230,7 @@ async def test_end_of_a_lease_that_can_not_be_told(world: World) -> None:
     assert world.wrapper().grant is None
 
 
-async def test_release_while_it_is_handed_over(world: World) -> None:
+async def test_release_while_it_is_handed_over(world: ServiceWorld) -> None:
     """A release that comes while the wrapper is being told of the lease leaves no lease there."""
     world.service.release(await world.deployed(1))
     binding = world.cluster.hold("a-0", "bind")
@@ -245,7 +245,7 @@ async def test_release_while_it_is_handed_over(world: World) -> None:
     assert world.request(request_id).status is Status.CANCELLED
 
 
-async def test_the_next_lease_ends_the_one_before(world: World) -> None:
+async def test_the_next_lease_ends_the_one_before(world: ServiceWorld) -> None:
     """Where a release hands the LLM on, the wrapper is told once: to take the next lease in place of the last."""
     first = await world.deployed(1)
     (second,) = world.ask(2, TINY)
@@ -257,7 +257,7 @@ async def test_the_next_lease_ends_the_one_before(world: World) -> None:
     assert world.cluster.calls["a-0", "unbind"] == 0
 
 
-async def test_a_release_ends_the_lease_before_it_too(world: World) -> None:
+async def test_a_release_ends_the_lease_before_it_too(world: ServiceWorld) -> None:
     """Who was to take over and is gone in the same moment leaves no lease: not its own, and not the one before."""
     first = await world.deployed(1)
     (second,) = world.ask(2, TINY)
@@ -267,7 +267,7 @@ async def test_a_release_ends_the_lease_before_it_too(world: World) -> None:
     assert world.cluster.calls["a-0", "unbind"] == 1
 
 
-async def test_release_before_the_hand_over_begins(world: World) -> None:
+async def test_release_before_the_hand_over_begins(world: ServiceWorld) -> None:
     """A release in the same moment as the grant: the wrapper is told of no lease at all."""
     world.service.release(await world.deployed(1))
     await world.until(lambda: world.wrapper().grant is None)
@@ -284,7 +284,7 @@ async def test_release_before_the_hand_over_begins(world: World) -> None:
 # --- time --------------------------------------------------------------------------------------------------
 
 
-async def test_idle_lease_expires(world: World) -> None:
+async def test_idle_lease_expires(world: ServiceWorld) -> None:
     """A lease that nobody uses ends at its idle limit; its wrapper refuses the address and serves the next."""
     request_id = await world.deployed(1)
     world.wrapper().idle_for_s = 100.0
@@ -299,7 +299,7 @@ async def test_idle_lease_expires(world: World) -> None:
     await world.deployed(2)
 
 
-async def test_use_extends_a_lease(world: World) -> None:
+async def test_use_extends_a_lease(world: ServiceWorld) -> None:
     """Prompts, of which the registry learns by the wrapper's reports, keep a lease, up to its deadline."""
     request_id = await world.deployed(1)
     world.wrapper().idle_for_s = 0.0
@@ -315,7 +315,7 @@ async def test_use_extends_a_lease(world: World) -> None:
     assert world.request(request_id).reason == "its lease reached its deadline"
 
 
-async def test_use_is_written_down_now_and_then(world: World) -> None:
+async def test_use_is_written_down_now_and_then(world: ServiceWorld) -> None:
     """Prompts of every second are not a commit each, and still no second of the lease they extend is lost."""
     request_id = await world.deployed(1)
     begun_s = world.clock.now_s
@@ -333,7 +333,7 @@ async def test_use_is_written_down_now_and_then(world: World) -> None:
     await world.until_status(request_id, Status.EXPIRED)
 
 
-async def test_prompt_of_the_last_moment_extends(world: World) -> None:
+async def test_prompt_of_the_last_moment_extends(world: ServiceWorld) -> None:
     """Before a lease expires its wrapper is asked: a prompt that no report has told of yet keeps it."""
     request_id = await world.deployed(1)
     await world.looked()
@@ -350,7 +350,7 @@ async def test_prompt_of_the_last_moment_extends(world: World) -> None:
     assert lease.last_active_s >= world.clock.now_s - 0.5
 
 
-async def test_unreachable_wrapper_keeps_no_lease(world: World) -> None:
+async def test_unreachable_wrapper_keeps_no_lease(world: ServiceWorld) -> None:
     """A lease whose wrapper does not answer at the last moment ends."""
     request_id = await world.deployed(1)
     await world.looked()
@@ -362,7 +362,7 @@ async def test_unreachable_wrapper_keeps_no_lease(world: World) -> None:
     await world.until_status(request_id, Status.EXPIRED)
 
 
-async def test_wrapper_that_hangs_delays_only_its_own_lease(two: World) -> None:
+async def test_wrapper_that_hangs_delays_only_its_own_lease(two: ServiceWorld) -> None:
     """Of two leases that are over one is on a wrapper that does not answer: the other ends, and it at its deadline."""
     hangs, other = await two.deployed(1), await two.deployed(2, OTHER)
     assert two.request(hangs).wrapper_id == "a-0"
@@ -382,7 +382,7 @@ async def test_wrapper_that_hangs_delays_only_its_own_lease(two: World) -> None:
     await two.looked("a-0")
 
 
-async def test_keep_alive_extends(world: World) -> None:
+async def test_keep_alive_extends(world: ServiceWorld) -> None:
     """A keep-alive reaches the wrapper and starts the idle time anew."""
     request_id = await world.deployed(1)
     world.wrapper().idle_for_s = 90.0
@@ -395,7 +395,7 @@ async def test_keep_alive_extends(world: World) -> None:
     assert lease.ends_s == world.clock.now_s + 100.0
 
 
-async def test_keep_alive_that_does_not_arrive(world: World) -> None:
+async def test_keep_alive_that_does_not_arrive(world: ServiceWorld) -> None:
     """A keep-alive that the wrapper did not get is an error, and extends nothing."""
     request_id = await world.deployed(1)
     before = world.service.allocator.lease_of(request_id)
@@ -405,7 +405,7 @@ async def test_keep_alive_that_does_not_arrive(world: World) -> None:
     assert world.service.allocator.lease_of(request_id) == before
 
 
-async def test_keep_alive_that_comes_too_late(world: World) -> None:
+async def test_keep_alive_that_comes_too_late(world: ServiceWorld) -> None:
     """A keep-alive of a lease that its wrapper has just ended extends nothing: the registry ends it in its time."""
     request_id = await world.deployed(1)
     before = world.service.allocator.lease_of(request_id)
@@ -416,7 +416,7 @@ async def test_keep_alive_that_comes_too_late(world: World) -> None:
     await world.until_status(request_id, Status.EXPIRED)
 
 
-async def test_keep_alive_while_an_engine_is_started_again(world: World) -> None:
+async def test_keep_alive_while_an_engine_is_started_again(world: ServiceWorld) -> None:
     """A keep-alive counts though the wrapper, whose process is new, does not know of the lease yet."""
     request_id = await world.deployed(1)
     world.cluster.hold("a-0", "deploy")
@@ -430,7 +430,7 @@ async def test_keep_alive_while_an_engine_is_started_again(world: World) -> None
     assert lease.last_active_s == world.clock.now_s
 
 
-async def test_keep_alive_of_what_is_not_held(world: World) -> None:
+async def test_keep_alive_of_what_is_not_held(world: ServiceWorld) -> None:
     """A keep-alive of a request without a lease tells how it stands and touches nobody."""
     request_id = await world.deployed(1)
     (waits,) = world.ask(2, OTHER)
@@ -440,7 +440,7 @@ async def test_keep_alive_of_what_is_not_held(world: World) -> None:
     assert world.cluster.calls["a-0", "touch"] == 0
 
 
-async def test_a_warm_llm_is_ours_in_the_answer(world: World) -> None:
+async def test_a_warm_llm_is_ours_in_the_answer(world: ServiceWorld) -> None:
     """The answer to a POST waits for the wrapper that has the LLM, and tells of it; the next of the POST is queued."""
     world.service.release(await world.deployed(1))
     asked = [world.request(request_id) for request_id in world.ask(2, TINY, TINY)]
@@ -450,7 +450,7 @@ async def test_a_warm_llm_is_ours_in_the_answer(world: World) -> None:
     assert world.url(first.request_id) is not None
 
 
-async def test_a_cold_llm_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cold_llm_is_not_waited_for(world: ServiceWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the start of an LLM nor a busy wrapper holds the answer to a POST back."""
     monkeypatch.setattr("registry.service.service.GRANT_WAIT_S", 2 * LIMIT_S)
     starts = world.cluster.hold("a-0", "deploy")
@@ -461,7 +461,9 @@ async def test_a_cold_llm_is_not_waited_for(world: World, monkeypatch: pytest.Mo
     starts.open()
 
 
-async def test_a_wrapper_that_is_slow_does_not_hold_the_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_wrapper_that_is_slow_does_not_hold_the_answer(
+    world: ServiceWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The answer to a POST goes out without the LLM when its wrapper does not take the lease soon."""
     monkeypatch.setattr("registry.service.service.GRANT_WAIT_S", 0.01)
     world.service.release(await world.deployed(1))
@@ -475,7 +477,7 @@ async def test_a_wrapper_that_is_slow_does_not_hold_the_answer(world: World, mon
 # --- waiting for a change ----------------------------------------------------------------------------------
 
 
-async def test_wait_returns_on_a_change(world: World) -> None:
+async def test_wait_returns_on_a_change(world: ServiceWorld) -> None:
     """Whoever waits for a change is told at once when the status changes, all of them."""
     gate = world.cluster.hold("a-0", "deploy")
     (request_id,) = world.ask(1, TINY)
@@ -490,7 +492,7 @@ async def test_wait_returns_on_a_change(world: World) -> None:
     assert world.service._waiters._by_request == {}
 
 
-async def test_wait_ends_without_a_change(world: World) -> None:
+async def test_wait_ends_without_a_change(world: ServiceWorld) -> None:
     """A wait in which nothing happens ends with the state as it is, and leaves nothing behind."""
     await world.deployed(1)
     (request_id,) = world.ask(2, OTHER)
@@ -518,7 +520,7 @@ async def test_wait_is_for_the_status(make: Make) -> None:
         assert (await wait).status is Status.DEPLOYING
 
 
-async def test_ended_requests_are_answered_at_once(world: World) -> None:
+async def test_ended_requests_are_answered_at_once(world: ServiceWorld) -> None:
     """Nobody waits for a request that has ended."""
     request_id = await world.deployed(1)
     world.service.release(request_id)
@@ -526,7 +528,7 @@ async def test_ended_requests_are_answered_at_once(world: World) -> None:
         assert (await world.service.wait_for_change(request_id, 60.0)).status is Status.RELEASED
 
 
-async def test_deployed_is_what_a_client_waits_for(world: World) -> None:
+async def test_deployed_is_what_a_client_waits_for(world: ServiceWorld) -> None:
     """A wait that begins after the hand-over is answered at once: its client has not heard of it yet."""
     request_id = await world.deployed(1)
     async with asyncio.timeout(LIMIT_S):
@@ -535,7 +537,7 @@ async def test_deployed_is_what_a_client_waits_for(world: World) -> None:
     assert world.service._waiters._by_request == {}
 
 
-async def test_who_has_seen_a_status_waits_for_another(world: World) -> None:
+async def test_who_has_seen_a_status_waits_for_another(world: ServiceWorld) -> None:
     """A client that says what it has seen is answered when that is no longer so, also when it was so only before."""
     request_id = await world.deployed(1)
     (queued,) = world.ask(2, OTHER)
@@ -550,7 +552,7 @@ async def test_who_has_seen_a_status_waits_for_another(world: World) -> None:
         assert (await world.service.wait_for_change(request_id, 60.0, Status.RELEASED)).status is Status.RELEASED
 
 
-async def test_waiter_that_goes_away_leaves_nothing(world: World) -> None:
+async def test_waiter_that_goes_away_leaves_nothing(world: ServiceWorld) -> None:
     """A client that hangs up while it waits is forgotten; others still hear of the change."""
     held = await world.deployed(1)
     (request_id,) = world.ask(2, OTHER)
@@ -568,7 +570,7 @@ async def test_waiter_that_goes_away_leaves_nothing(world: World) -> None:
 # --- asking again ------------------------------------------------------------------------------------------
 
 
-async def test_same_ids_are_the_same_requests(world: World) -> None:
+async def test_same_ids_are_the_same_requests(world: ServiceWorld) -> None:
     """A POST that is repeated with the ids it was given, because its answer was lost, makes nothing new."""
     llms = [NewRequest("x1", TINY, config_of(TINY), ("a note",)), NewRequest("x2", OTHER, config_of(OTHER))]
     first = world.service.request(1, llms)
@@ -580,7 +582,7 @@ async def test_same_ids_are_the_same_requests(world: World) -> None:
     assert views.request_state(world.service, again[0]).notes == ["a note"]
 
 
-async def test_idempotency_key(world: World) -> None:
+async def test_idempotency_key(world: ServiceWorld) -> None:
     """The same key with the same body gives the first answer, also after a restart; with another body a conflict."""
     key = Idempotency("key-1", "hash-1")
     (first,) = world.ask(1, TINY, idempotency=key)
@@ -592,7 +594,7 @@ async def test_idempotency_key(world: World) -> None:
     assert world.ask(1, TINY, idempotency=key) == [first]
 
 
-async def test_refused_post_uses_no_key(world: World) -> None:
+async def test_refused_post_uses_no_key(world: ServiceWorld) -> None:
     """A POST that was refused can be corrected under the same key."""
     key = Idempotency("key-1", "hash-1")
     with pytest.raises(LLMNeverFits):
@@ -600,7 +602,7 @@ async def test_refused_post_uses_no_key(world: World) -> None:
     assert world.ask(1, TINY, idempotency=Idempotency("key-1", "hash-2"))
 
 
-async def test_priority_goes_before_arrival(world: World) -> None:
+async def test_priority_goes_before_arrival(world: ServiceWorld) -> None:
     """A measurement of high priority is served before one that came earlier."""
     held = await world.deployed(1)
     (early,) = world.ask(2, OTHER)
@@ -618,7 +620,7 @@ def large(gib: int) -> NewRequest:
     return NewRequest(f"large-{gib}", TINY, config_of(TINY), memory=LLMMemory(gib * 2**30, gpus=1))
 
 
-async def test_wrappers_tell_how_much_memory_their_machine_has(world: World) -> None:
+async def test_wrappers_tell_how_much_memory_their_machine_has(world: ServiceWorld) -> None:
     """From their first report on, once, and over a restart of the registry; it decides what is refused."""
     world.cluster.memory_bytes["a"] = 24 * 2**30
     await world.until(lambda: views.machine_states(world.service)[0].memoryBytes == 24 * 2**30)
@@ -635,7 +637,7 @@ async def test_wrappers_tell_how_much_memory_their_machine_has(world: World) -> 
     await world.until_status("large-21", Status.DEPLOYED)
 
 
-async def test_the_memory_of_gpus_is_told_apart(world: World) -> None:
+async def test_the_memory_of_gpus_is_told_apart(world: ServiceWorld) -> None:
     """A machine with GPUs tells the memory of each of them."""
     world.cluster.memory_bytes |= {"a": 24 * 2**30, "gpu": 80 * 2**30}
     await world.until(lambda: views.machine_states(world.service)[0].memoryBytes is not None)
@@ -646,7 +648,7 @@ async def test_the_memory_of_gpus_is_told_apart(world: World) -> None:
     assert world.request("large-60").machine_id == "gpu"
 
 
-async def test_what_is_known_of_an_llms_memory_survives(world: World) -> None:
+async def test_what_is_known_of_an_llms_memory_survives(world: ServiceWorld) -> None:
     """A request that waits for a large machine waits for one after a restart, too."""
     world.cluster.memory_bytes["a"] = 24 * 2**30
     world.cluster.join("big", gpus=1)
@@ -668,7 +670,7 @@ async def test_what_is_known_of_an_llms_memory_survives(world: World) -> None:
 # --- what an operator sees ---------------------------------------------------------------------------------
 
 
-async def test_what_is_being_deployed_is_counted(world: World) -> None:
+async def test_what_is_being_deployed_is_counted(world: ServiceWorld) -> None:
     """A request whose LLM is being started counts as deploying: it waits no more, and uses none yet."""
 
     def counts() -> tuple[int, int, int]:
@@ -687,7 +689,7 @@ async def test_what_is_being_deployed_is_counted(world: World) -> None:
     assert counts() == (0, 0, 0)
 
 
-async def test_healthy_start_does_not_show_the_last_failure(world: World) -> None:
+async def test_healthy_start_does_not_show_the_last_failure(world: ServiceWorld) -> None:
     """A wrapper says why it is empty after a failed start, and no longer once it starts or runs the next LLM."""
 
     def shown() -> tuple[str, str | None]:

@@ -10,15 +10,15 @@ from registry.core.records import WrapperStatus
 from registry.errors import EngineStartFailed, InvalidField, WrapperUnheard, WrapperUnreachable
 from registry.service import views
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import OTHER, TINY, World
+from tests.support.service_world import OTHER, TINY, ServiceWorld
 
-Make = Callable[..., World]
+Make = Callable[..., ServiceWorld]
 
 
 # --- starts that fail --------------------------------------------------------------------------------------
 
 
-async def test_failed_start_is_tried_elsewhere(two: World) -> None:
+async def test_failed_start_is_tried_elsewhere(two: ServiceWorld) -> None:
     """An LLM that does not start on one wrapper is tried on another."""
     two.cluster.fail("a-0", "deploy", EngineStartFailed("org/tiny", "no memory"))
     (request_id,) = two.ask(1, TINY)
@@ -27,7 +27,7 @@ async def test_failed_start_is_tried_elsewhere(two: World) -> None:
     assert two.request(request_id).machine_id == "b"
 
 
-async def test_llm_that_fails_everywhere_fails(two: World) -> None:
+async def test_llm_that_fails_everywhere_fails(two: ServiceWorld) -> None:
     """An LLM that starts nowhere fails its request with the engine's reason, and holds up nobody."""
     two.cluster.unusable["org/tiny"] = EngineStartFailed("org/tiny", "no such layer")
     (bad,) = two.ask(1, TINY)
@@ -40,7 +40,7 @@ async def test_llm_that_fails_everywhere_fails(two: World) -> None:
     assert two.cluster.calls["a-0", "restart"] == two.cluster.calls["b-0", "restart"] == 0
 
 
-async def test_permanent_failure_is_not_tried_again(two: World) -> None:
+async def test_permanent_failure_is_not_tried_again(two: ServiceWorld) -> None:
     """What fails everywhere in the same way is told after the first try."""
     two.cluster.unusable["org/tiny"] = EngineStartFailed("org/tiny", "unknown architecture", permanent=True)
     (request_id,) = two.ask(1, TINY)
@@ -48,7 +48,7 @@ async def test_permanent_failure_is_not_tried_again(two: World) -> None:
     assert sum(two.cluster.calls[wrapper, "deploy"] for wrapper in ("a-0", "b-0")) == 1
 
 
-async def test_llm_that_is_not_allowed_on_its_machine(world: World) -> None:
+async def test_llm_that_is_not_allowed_on_its_machine(world: ServiceWorld) -> None:
     """A model that the machine's wrapper refuses (a link that leads elsewhere there) fails its request only."""
     world.cluster.fail("a-0", "deploy", InvalidField("model", "is not below an allowed folder"))
     (request_id,) = world.ask(1, TINY)
@@ -57,7 +57,7 @@ async def test_llm_that_is_not_allowed_on_its_machine(world: World) -> None:
     assert world.cluster.calls["a-0", "restart"] == 0
 
 
-async def test_rest_of_a_measurement_goes_on(world: World) -> None:
+async def test_rest_of_a_measurement_goes_on(world: ServiceWorld) -> None:
     """When one LLM of a measurement fails, the next one has its turn."""
     world.cluster.unusable["org/tiny"] = EngineStartFailed("org/tiny", "no")
     bad, good = world.ask(1, TINY, OTHER)
@@ -68,7 +68,7 @@ async def test_rest_of_a_measurement_goes_on(world: World) -> None:
 # --- engines and wrappers that die -------------------------------------------------------------------------
 
 
-async def test_a_lease_keeps_its_commit(world: World) -> None:
+async def test_a_lease_keeps_its_commit(world: ServiceWorld) -> None:
     """The commit of what was handed over is in the record; the same one comes back when the engine dies."""
     world.cluster.commits["org/tiny"] = "1" * 40
     request_id = await world.deployed(1)
@@ -87,7 +87,7 @@ async def test_a_lease_keeps_its_commit(world: World) -> None:
     assert world.request(request_id).model_revision == "1" * 40
 
 
-async def test_engine_that_dies_under_a_lease_comes_back(world: World) -> None:
+async def test_engine_that_dies_under_a_lease_comes_back(world: ServiceWorld) -> None:
     """The LLM is started again for its lease, under the same address; the measurement says that it happened."""
     request_id = await world.deployed(1)
     address, token = world.url(request_id), world.wrapper().grant
@@ -107,7 +107,7 @@ async def test_engine_that_dies_under_a_lease_comes_back(world: World) -> None:
     assert views.request_state(world.service, world.request(request_id)).flags == ["engine_restarted"]
 
 
-async def test_an_engine_that_the_kernel_ended_is_told_with_that_reason(world: World) -> None:
+async def test_an_engine_that_the_kernel_ended_is_told_with_that_reason(world: ServiceWorld) -> None:
     """Status, events and flags say that memory ran out."""
     request_id = await world.deployed(1)
     gate = world.cluster.hold("a-0", "deploy")
@@ -121,7 +121,7 @@ async def test_an_engine_that_the_kernel_ended_is_told_with_that_reason(world: W
     await world.until_status(request_id, Status.DEPLOYED)
 
 
-async def test_engine_that_keeps_dying_fails_its_request(world: World) -> None:
+async def test_engine_that_keeps_dying_fails_its_request(world: ServiceWorld) -> None:
     """An LLM that dies again and again under its lease fails the request; it never loops."""
     request_id = await world.deployed(1)
     world.cluster.kill_engine("a-0", "first")
@@ -134,7 +134,7 @@ async def test_engine_that_keeps_dying_fails_its_request(world: World) -> None:
     await world.until(lambda: world.wrapper().grant is None)
 
 
-async def test_free_engine_that_dies(world: World) -> None:
+async def test_free_engine_that_dies(world: ServiceWorld) -> None:
     """An LLM that nobody uses and that dies leaves an idle wrapper with the reason."""
     world.service.release(await world.deployed(1))
     await world.looked()
@@ -143,7 +143,7 @@ async def test_free_engine_that_dies(world: World) -> None:
     assert views.machine_states(world.service)[0].wrappers[0].reason == "segmentation fault"
 
 
-async def test_wrapper_whose_process_is_replaced(world: World) -> None:
+async def test_wrapper_whose_process_is_replaced(world: ServiceWorld) -> None:
     """A wrapper that has forgotten everything gets its LLM and its lease back, under the same address."""
     request_id = await world.deployed(1)
     address = world.url(request_id)
@@ -154,7 +154,7 @@ async def test_wrapper_whose_process_is_replaced(world: World) -> None:
     assert world.cluster.calls["a-0", "restart"] == 0
 
 
-async def test_process_that_dies_during_a_start(world: World) -> None:
+async def test_process_that_dies_during_a_start(world: ServiceWorld) -> None:
     """A wrapper that dies while it starts an LLM is restarted, and the LLM is started again."""
     gate = world.cluster.hold("a-0", "deploy")
     (request_id,) = world.ask(1, TINY)
@@ -165,7 +165,7 @@ async def test_process_that_dies_during_a_start(world: World) -> None:
     assert world.cluster.calls["a-0", "restart"] == 1
 
 
-async def test_unreachable_wrapper_is_restarted(world: World) -> None:
+async def test_unreachable_wrapper_is_restarted(world: ServiceWorld) -> None:
     """A wrapper that misses some reports in a row is restarted; one missed report alone is nothing."""
     unreachable = WrapperUnreachable("a-0", "no answer to report")
     world.cluster.fail("a-0", "report", unreachable)
@@ -177,7 +177,7 @@ async def test_unreachable_wrapper_is_restarted(world: World) -> None:
     await world.deployed(1)
 
 
-async def test_lease_survives_a_restart_of_its_wrapper(world: World) -> None:
+async def test_lease_survives_a_restart_of_its_wrapper(world: ServiceWorld) -> None:
     """A lease on a wrapper that has to be restarted gets its LLM back at the same address."""
     request_id = await world.deployed(1)
     address = world.url(request_id)
@@ -188,7 +188,7 @@ async def test_lease_survives_a_restart_of_its_wrapper(world: World) -> None:
     assert world.wrapper().grant is not None
 
 
-async def test_wrapper_is_given_up_visibly(world: World) -> None:
+async def test_wrapper_is_given_up_visibly(world: ServiceWorld) -> None:
     """A wrapper that no restart helps is given up, with its reason for all to see; its lease fails clearly."""
     request_id = await world.deployed(1)
     gate = world.cluster.hold("a-0", "report")
@@ -203,7 +203,7 @@ async def test_wrapper_is_given_up_visibly(world: World) -> None:
     assert views.health_state(world.service).status == "degraded"
 
 
-async def test_given_up_wrapper_may_come_back(world: World) -> None:
+async def test_given_up_wrapper_may_come_back(world: ServiceWorld) -> None:
     """A wrapper that was given up is looked at again now and then; when it answers, it serves."""
     gate = world.cluster.hold("a-0", "report")
     gate.fail(WrapperUnreachable("a-0", "no answer"))
@@ -214,7 +214,7 @@ async def test_given_up_wrapper_may_come_back(world: World) -> None:
     await world.until_status(request_id, Status.DEPLOYED)
 
 
-async def test_wrapper_that_can_not_be_heard_is_not_blamed(world: World) -> None:
+async def test_wrapper_that_can_not_be_heard_is_not_blamed(world: ServiceWorld) -> None:
     """As long as the way to a wrapper is being mended no answer means nothing: it is not restarted, its lease stays."""
     request_id = await world.deployed(1)
     world.cluster.fail("a-0", "report", *[WrapperUnheard("a-0", "Serve is being restarted")] * 10)
@@ -223,7 +223,7 @@ async def test_wrapper_that_can_not_be_heard_is_not_blamed(world: World) -> None
     assert world.request(request_id).status is Status.DEPLOYED
 
 
-async def test_wrapper_that_hangs_holds_up_nobody(two: World) -> None:
+async def test_wrapper_that_hangs_holds_up_nobody(two: ServiceWorld) -> None:
     """A wrapper that answers to nothing does not keep others from being served, watched, or released."""
     for method in ("report", "deploy", "stop", "bind", "unbind"):
         two.cluster.hold("a-0", method)
@@ -237,7 +237,7 @@ async def test_wrapper_that_hangs_holds_up_nobody(two: World) -> None:
     assert two.request(stuck).status is Status.DEPLOYING
 
 
-async def test_restart_that_fails_counts(world: World) -> None:
+async def test_restart_that_fails_counts(world: ServiceWorld) -> None:
     """A restart that does not succeed is a failure of the wrapper too: in the end it is given up."""
     world.cluster.fail("a-0", "restart", *[WrapperUnreachable("a-0", "Ray does not answer")] * 2)
     world.cluster.fail("a-0", "report", *[WrapperUnreachable("a-0", "no answer")] * 2)
@@ -257,7 +257,7 @@ async def test_wrapper_that_never_starts_is_given_up(make: Make) -> None:
     assert known.reason == "did not start: still importing"
 
 
-async def test_restart_that_is_superseded_holds_up_nobody(world: World) -> None:
+async def test_restart_that_is_superseded_holds_up_nobody(world: ServiceWorld) -> None:
     """A wrapper that has to be restarted while an earlier restart waits for it comes back: none waits for the other."""
     for reason in ("it hangs", "it hangs again"):
         world.service._loop.apply(WrapperFailed("a-0", reason))
@@ -265,7 +265,7 @@ async def test_restart_that_is_superseded_holds_up_nobody(world: World) -> None:
     await world.deployed(1)
 
 
-async def test_wrapper_that_is_commanded_is_not_said_not_to_start(world: World) -> None:
+async def test_wrapper_that_is_commanded_is_not_said_not_to_start(world: ServiceWorld) -> None:
     """Whoever looks for a wrapper when it is commanded leaves it to that command whether it fails, in its time."""
     await world.crash()
     first = world.cluster.hold("a-0", "report")
@@ -284,7 +284,7 @@ async def test_wrapper_that_is_commanded_is_not_said_not_to_start(world: World) 
     assert [event for event in world.journal.events if isinstance(event, WrapperFailed)] == []
 
 
-async def test_late_report_disturbs_no_lease(world: World) -> None:
+async def test_late_report_disturbs_no_lease(world: ServiceWorld) -> None:
     """A report that was made before a command, and comes after its outcome, changes nothing."""
     await world.looked()
     late = world.cluster.hold("a-0", "report")
@@ -315,7 +315,7 @@ async def test_machine_that_joins_serves(make: Make) -> None:
     assert views.health_state(world.service).status == "ok"
 
 
-async def test_machine_that_leaves_is_told(two: World) -> None:
+async def test_machine_that_leaves_is_told(two: ServiceWorld) -> None:
     """The holder of a lease on a machine that is gone is told; what waits goes to another machine."""
     request_id = await two.deployed(1)
     gone = two.request(request_id).machine_id
@@ -332,7 +332,7 @@ async def test_machine_that_leaves_is_told(two: World) -> None:
     assert (shown[gone].alive, shown[gone].wrappers[0].status) == (False, "lost")
 
 
-async def test_machine_that_returns_serves_again(world: World) -> None:
+async def test_machine_that_returns_serves_again(world: ServiceWorld) -> None:
     """A machine that was gone and is back gets its wrapper back."""
     world.cluster.leave("a")
     await world.until_wrapper(WrapperStatus.LOST)
@@ -342,7 +342,7 @@ async def test_machine_that_returns_serves_again(world: World) -> None:
     await world.until_status(request_id, Status.DEPLOYED)
 
 
-async def test_machine_that_returns_is_not_held_up_by_what_was_commanded_before(world: World) -> None:
+async def test_machine_that_returns_is_not_held_up_by_what_was_commanded_before(world: ServiceWorld) -> None:
     """A command that was on its way when a machine was lost neither delays its new wrapper nor says that it has failed.
 
     Serve keeps a call until there is a replica to take it, or until its time is up.
@@ -379,7 +379,7 @@ async def test_fewer_wrappers_after_a_restart(make: Make) -> None:
     await world.deployed(1)
 
 
-async def test_new_process_that_is_told_of_a_lease(world: World) -> None:
+async def test_new_process_that_is_told_of_a_lease(world: ServiceWorld) -> None:
     """A lease that is told, once more, to a wrapper's new process gets its LLM there, too."""
     world.service.release(await world.deployed(1))
     await world.until(lambda: world.wrapper().grant is None)
@@ -393,7 +393,7 @@ async def test_new_process_that_is_told_of_a_lease(world: World) -> None:
     assert world.wrapper().grant is not None
 
 
-async def test_new_process_that_is_told_of_the_end_of_a_lease(world: World) -> None:
+async def test_new_process_that_is_told_of_the_end_of_a_lease(world: ServiceWorld) -> None:
     """A wrapper whose process was replaced just when its lease ended is known to be empty."""
     request_id = await world.deployed(1)
     gate = world.cluster.hold("a-0", "unbind")
@@ -406,7 +406,7 @@ async def test_new_process_that_is_told_of_the_end_of_a_lease(world: World) -> N
     assert world.wrapper().runs
 
 
-async def test_wrapper_of_a_new_node_is_created_though_serve_did_not_answer(world: World) -> None:
+async def test_wrapper_of_a_new_node_is_created_though_serve_did_not_answer(world: ServiceWorld) -> None:
     """A machine whose Ray node was replaced gets its wrapper anew, also when creating it failed at first.
 
     Serve goes on listing the old one, which is pinned to a node that is gone.

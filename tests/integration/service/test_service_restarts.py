@@ -23,15 +23,15 @@ from registry.service import service as service_module
 from registry.service import views
 from registry.settings import Settings
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import LIMIT_S, OTHER, THIRD, TINY, World
+from tests.support.service_world import LIMIT_S, OTHER, THIRD, TINY, ServiceWorld
 
-Make = Callable[..., World]
+Make = Callable[..., ServiceWorld]
 
 
 # --- restarts of the registry ------------------------------------------------------------------------------
 
 
-async def test_lease_survives_the_registry(world: World) -> None:
+async def test_lease_survives_the_registry(world: ServiceWorld) -> None:
     """A registry that was killed comes back to its leases: same address, same times, and the prompts never stopped."""
     request_id = await world.deployed(1)
     (waits,) = world.ask(2, OTHER)
@@ -49,7 +49,7 @@ async def test_lease_survives_the_registry(world: World) -> None:
     await world.until_status(waits, Status.DEPLOYED)
 
 
-async def test_half_done_start_goes_on(world: World) -> None:
+async def test_half_done_start_goes_on(world: ServiceWorld) -> None:
     """A start that was under way when the registry was killed is taken up again, not begun anew."""
     gate = world.cluster.hold("a-0", "deploy")
     (request_id,) = world.ask(1, TINY)
@@ -62,7 +62,7 @@ async def test_half_done_start_goes_on(world: World) -> None:
     assert world.wrapper().starts == 1
 
 
-async def test_start_that_ended_meanwhile_is_found(world: World) -> None:
+async def test_start_that_ended_meanwhile_is_found(world: ServiceWorld) -> None:
     """An LLM that came up while the registry was away is handed over when it is back."""
     gate = world.cluster.hold("a-0", "deploy")
     (request_id,) = world.ask(1, TINY)
@@ -75,7 +75,7 @@ async def test_start_that_ended_meanwhile_is_found(world: World) -> None:
     assert world.wrapper().starts == 1
 
 
-async def test_half_done_hand_over_is_finished(world: World) -> None:
+async def test_half_done_hand_over_is_finished(world: ServiceWorld) -> None:
     """A lease that the wrapper had not been told of when the registry was killed is told by the next."""
     binding = world.cluster.hold("a-0", "bind")
     (request_id,) = world.ask(1, TINY)
@@ -87,7 +87,7 @@ async def test_half_done_hand_over_is_finished(world: World) -> None:
     assert world.wrapper().grant is not None
 
 
-async def test_half_done_release_is_finished(world: World) -> None:
+async def test_half_done_release_is_finished(world: ServiceWorld) -> None:
     """A release that the wrapper had not been told of when the registry was killed is told by the next."""
     request_id = await world.deployed(1)
     gate = world.cluster.hold("a-0", "unbind")
@@ -101,7 +101,7 @@ async def test_half_done_release_is_finished(world: World) -> None:
     assert world.wrapper().starts == 1
 
 
-async def test_lease_that_ran_out_while_nobody_watched(world: World) -> None:
+async def test_lease_that_ran_out_while_nobody_watched(world: ServiceWorld) -> None:
     """A lease whose time passed while the registry was away ends, unless its wrapper says that it was used."""
     request_id = await world.deployed(1)
     await world.crash()
@@ -117,7 +117,7 @@ async def test_lease_that_ran_out_while_nobody_watched(world: World) -> None:
     await world.until(lambda: world.wrapper().grant is None)
 
 
-async def test_machine_that_left_while_nobody_watched(world: World) -> None:
+async def test_machine_that_left_while_nobody_watched(world: ServiceWorld) -> None:
     """A machine that went while the registry was away is found lost, and its lease fails."""
     request_id = await world.deployed(1)
     await world.crash()
@@ -126,7 +126,7 @@ async def test_machine_that_left_while_nobody_watched(world: World) -> None:
     await world.until_status(request_id, Status.FAILED)
 
 
-async def test_database_that_is_new_finds_wrappers(world: World, tmp_path: Path) -> None:
+async def test_database_that_is_new_finds_wrappers(world: ServiceWorld, tmp_path: Path) -> None:
     """A registry whose database is gone takes over the wrappers that run, and empties them of what it does not know."""
     await world.deployed(1)
     await world.crash()
@@ -140,7 +140,7 @@ async def test_database_that_is_new_finds_wrappers(world: World, tmp_path: Path)
 # --- shutdown ----------------------------------------------------------------------------------------------
 
 
-async def test_shutdown_stops_everything_and_keeps_the_queue(two: World) -> None:
+async def test_shutdown_stops_everything_and_keeps_the_queue(two: ServiceWorld) -> None:
     """Shutdown ends leases, stops every LLM, removes every wrapper; what waits is there at the next start, in order."""
     held = await two.deployed(1)
     two.service.release(await two.deployed(2, OTHER))
@@ -161,7 +161,7 @@ async def test_shutdown_stops_everything_and_keeps_the_queue(two: World) -> None
     assert two.request(held).status is Status.EXPIRED
 
 
-async def test_shutdown_takes_no_new_requests(world: World) -> None:
+async def test_shutdown_takes_no_new_requests(world: ServiceWorld) -> None:
     """From the first moment of a shutdown requests are refused, and states are still told."""
     request_id = await world.deployed(1)
     gate = world.cluster.hold("a-0", "stop")
@@ -176,7 +176,7 @@ async def test_shutdown_takes_no_new_requests(world: World) -> None:
     assert world.cluster.wrappers == {}
 
 
-async def test_nothing_is_changed_after_the_end(world: World) -> None:
+async def test_nothing_is_changed_after_the_end(world: ServiceWorld) -> None:
     """A call that comes when the database is closed is refused; it does not end the process as a failure would."""
     held = await world.deployed(1)
     (queued,) = world.ask(2, OTHER)
@@ -191,7 +191,7 @@ async def test_nothing_is_changed_after_the_end(world: World) -> None:
         await world.service.shutdown()
 
 
-async def test_shutdown_does_not_wait_for_the_dead(world: World) -> None:
+async def test_shutdown_does_not_wait_for_the_dead(world: ServiceWorld) -> None:
     """A wrapper that does not answer to its stop is given up and removed all the same."""
     await world.deployed(1)
     world.cluster.fail("a-0", "stop", WrapperUnreachable("a-0", "no answer"))
@@ -200,7 +200,9 @@ async def test_shutdown_does_not_wait_for_the_dead(world: World) -> None:
     assert world.cluster.removed == ["a-0"]
 
 
-async def test_shutdown_does_not_wait_for_ever(world: World, monkeypatch: pytest.MonkeyPatch, logs: list[Any]) -> None:
+async def test_shutdown_does_not_wait_for_ever(
+    world: ServiceWorld, monkeypatch: pytest.MonkeyPatch, logs: list[Any]
+) -> None:
     """A stop that does not come back in its time is told, and the wrapper removed all the same."""
     monkeypatch.setattr(service_module, "STOP_MARGIN_S", 0.01)
     world.settings = world.service.settings = Settings.model_validate({"wrappers": {"stop_timeout_s": 0.01}})
@@ -213,7 +215,7 @@ async def test_shutdown_does_not_wait_for_ever(world: World, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("error", [WrapperUnreachable("cluster", "no answer"), TimeoutError()], ids=["gone", "late"])
-async def test_shutdown_ends_though_wrappers_stay(world: World, error: Exception) -> None:
+async def test_shutdown_ends_though_wrappers_stay(world: ServiceWorld, error: Exception) -> None:
     """Wrappers that can't be removed are left to whoever ends the cluster; the database is closed."""
     world.expected_problems = ["wrappers could not be removed"]
     world.cluster.fail("cluster", "remove", error)
@@ -226,9 +228,11 @@ async def test_shutdown_ends_though_wrappers_stay(world: World, error: Exception
 # --- failures of the registry itself -----------------------------------------------------------------------
 
 
-async def test_commit_that_fails_is_fatal_and_answers_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_commit_that_fails_is_fatal_and_answers_nothing(
+    world: ServiceWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When a decision can't be written, the process is to end: no answer, no command; what is written holds."""
-    world.expected_problems = ["ended with an error"]
+    world.expected_problems = ["a background task failed"]
     await world.looked()
     error = StoreUnavailable("the disk is full")
 
@@ -251,7 +255,7 @@ async def test_commit_that_fails_is_fatal_and_answers_nothing(world: World, monk
     await world.deployed(1)
 
 
-async def test_decision_that_fails_is_fatal(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_decision_that_fails_is_fatal(world: ServiceWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault in a decision may have left half of it in memory: the process is to end, and nothing is written."""
     world.expected_problems = ["a decision failed"]
 
@@ -267,7 +271,7 @@ async def test_decision_that_fails_is_fatal(world: World, monkeypatch: pytest.Mo
     assert "boom" in str(fatal)
 
 
-async def test_watching_survives_what_nobody_foresaw(world: World, logs: list[Any]) -> None:
+async def test_watching_survives_what_nobody_foresaw(world: ServiceWorld, logs: list[Any]) -> None:
     """An error of a kind that nobody foresaw is logged with its story, and the watching goes on."""
     world.expected_problems = ["could not be"]
     world.cluster.fail("cluster", "observe", ZeroDivisionError("in observe"), WrapperUnreachable("cluster", "away"))
@@ -296,14 +300,14 @@ async def test_start_of_the_watching_survives_too(make: Make) -> None:
     await world.until_wrapper(WrapperStatus.IDLE)
 
 
-async def test_watcher_that_ended_is_replaced(world: World) -> None:
+async def test_watcher_that_ended_is_replaced(world: ServiceWorld) -> None:
     """A wrapper whose watcher has ended, for whatever reason, gets another one."""
     world.service._watches._watches["a-0"][1].cancel()
     await world.looked(times=3)
     assert not world.service._watches._watches["a-0"][1].done()
 
 
-async def test_expiry_survives_what_nobody_foresaw(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_expiry_survives_what_nobody_foresaw(world: ServiceWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error while leases are being ended does not keep later ones from ending."""
     world.expected_problems = ["leases could not be ended"]
     request_id = await world.deployed(1)
@@ -322,7 +326,7 @@ async def test_expiry_survives_what_nobody_foresaw(world: World, monkeypatch: py
 
 
 @pytest.mark.parametrize("method", ["deploy", "bind"])
-async def test_command_that_fails_as_nobody_foresaw(world: World, method: str) -> None:
+async def test_command_that_fails_as_nobody_foresaw(world: ServiceWorld, method: str) -> None:
     """A command that ends in an error of no known kind is a failure of the wrapper, told as an internal error."""
     world.expected_problems = ["a command failed"]
     world.cluster.fail("a-0", method, ZeroDivisionError("boom"))
@@ -334,7 +338,7 @@ async def test_command_that_fails_as_nobody_foresaw(world: World, method: str) -
     assert world.cluster.calls["a-0", "restart"] == 1
 
 
-async def test_stop_of_a_stale_command_is_no_failure(world: World) -> None:
+async def test_stop_of_a_stale_command_is_no_failure(world: ServiceWorld) -> None:
     """A command that a newer one has overtaken fails without harm: its wrapper is not restarted."""
     gate = world.cluster.hold("a-0", "deploy")
     (first,) = world.ask(1, TINY)
@@ -348,7 +352,7 @@ async def test_stop_of_a_stale_command_is_no_failure(world: World) -> None:
     assert world.wrapper().spec == OTHER
 
 
-async def test_tokens_are_not_logged(world: World, logs: list[Any]) -> None:
+async def test_tokens_are_not_logged(world: ServiceWorld, logs: list[Any]) -> None:
     """No log line has a token in it, whatever happens to the lease."""
     request_id = await world.deployed(1)
     world.cluster.kill_engine("a-0")
@@ -362,11 +366,11 @@ async def test_tokens_are_not_logged(world: World, logs: list[Any]) -> None:
     assert any(entry.get("kind") == "LeaseReleased" for entry in logs)
 
 
-async def test_reports_are_shown(world: World) -> None:
+async def test_reports_are_shown(world: ServiceWorld) -> None:
     """What a wrapper says of itself is shown with its machine."""
     await world.deployed(1)
     await world.looked()
-    assert isinstance(world.service.reports["a-0"], WrapperReport)
+    assert isinstance(world.service.wrapper_reports["a-0"], WrapperReport)
     (machine,) = views.machine_states(world.service)
     (wrapper,) = machine.wrappers
     assert (machine.machine, machine.alive) == ("a", True)

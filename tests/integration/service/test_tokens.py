@@ -9,10 +9,10 @@ from registry.errors import LeaseEnded, NoSuchLease, RequestWithdrawn, UnknownRe
 from registry.service import service, views
 from registry.service.service import Idempotency
 from registry.wire.words import RequestStatus as Status
-from tests.service_world import OTHER, TINY, World, config_of
+from tests.support.service_world import OTHER, TINY, ServiceWorld, config_of
 
 
-def token_of(world: World, request_id: str) -> str:
+def token_of(world: ServiceWorld, request_id: str) -> str:
     url = world.url(request_id)
     assert url is not None
     return url.rpartition("/")[2]
@@ -22,7 +22,7 @@ def new_request(request_id: str) -> NewRequest:
     return NewRequest(request_id, TINY, config_of(TINY))
 
 
-async def test_lease_is_found_by_its_token(world: World) -> None:
+async def test_lease_is_found_by_its_token(world: ServiceWorld) -> None:
     """A lease's token leads to its request, also after a restart; one that was made up leads nowhere."""
     request_id = await world.deployed(1)
     token = token_of(world, request_id)
@@ -33,7 +33,7 @@ async def test_lease_is_found_by_its_token(world: World) -> None:
         world.service.leased_with("made-up")
 
 
-async def test_token_of_an_ended_lease_is_known_as_such(world: World) -> None:
+async def test_token_of_an_ended_lease_is_known_as_such(world: ServiceWorld) -> None:
     """After the end of a lease its token says how it ended, also when it was never used."""
     released = await world.deployed(1)
     token = token_of(world, released)
@@ -42,7 +42,7 @@ async def test_token_of_an_ended_lease_is_known_as_such(world: World) -> None:
         world.service.leased_with(token)
 
 
-async def test_address_has_token_and_host(world: World) -> None:
+async def test_address_has_token_and_host(world: ServiceWorld) -> None:
     """A deployed request has its url, and the same lease's address: an authority, with the token as userinfo."""
     request_id = await world.deployed(1)
     state = views.request_state(world.service, world.request(request_id))
@@ -54,7 +54,7 @@ async def test_address_has_token_and_host(world: World) -> None:
     assert (state.url, state.address) == (None, None)
 
 
-async def test_withdrawn_requests_end(world: World) -> None:
+async def test_withdrawn_requests_end(world: ServiceWorld) -> None:
     """What was accepted without an answer ends, whether it holds a machine or waits; again is no difference."""
     ids = world.ask(1, TINY, OTHER)
     await world.until_status(ids[0], Status.DEPLOYED)
@@ -63,7 +63,7 @@ async def test_withdrawn_requests_end(world: World) -> None:
     assert [world.request(request_id).status for request_id in ids] == [Status.RELEASED, Status.CANCELLED]
 
 
-async def test_a_post_that_arrives_after_its_withdrawal_is_refused(world: World) -> None:
+async def test_a_post_that_arrives_after_its_withdrawal_is_refused(world: ServiceWorld) -> None:
     """Ray does not keep the order of an async actor's calls: the late POST takes no machine, and no key."""
     key = Idempotency("key-1", "hash-1")
     late = new_request("late")
@@ -77,7 +77,7 @@ async def test_a_post_that_arrives_after_its_withdrawal_is_refused(world: World)
     assert world.request(again).status.ended  # the refused POST was no second answer
 
 
-async def test_only_the_latest_withdrawals_are_remembered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_the_latest_withdrawals_are_remembered(world: ServiceWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was withdrawn and never came takes a bounded amount of memory."""
     monkeypatch.setattr(service, "REMEMBERED_WITHDRAWALS", 2)
     requests = [new_request(request_id) for request_id in ("a", "b", "c")]
@@ -89,7 +89,7 @@ async def test_only_the_latest_withdrawals_are_remembered(world: World, monkeypa
             world.service.request(1, [request])
 
 
-async def test_key_of_a_withdrawn_request_makes_a_new_one(world: World) -> None:
+async def test_key_of_a_withdrawn_request_makes_a_new_one(world: ServiceWorld) -> None:
     """A client that repeats its POST after the withdrawal gets requests of its own, not the cancelled ones."""
     key = Idempotency("key-1", "hash-1")
     (first,) = world.ask(1, TINY, idempotency=key)
@@ -99,7 +99,7 @@ async def test_key_of_a_withdrawn_request_makes_a_new_one(world: World) -> None:
     assert world.ask(1, TINY, idempotency=key) == [second]
 
 
-async def test_request_that_was_asked_for_again_is_not_withdrawn(world: World) -> None:
+async def test_request_that_was_asked_for_again_is_not_withdrawn(world: ServiceWorld) -> None:
     """When the client's repeated POST comes before the withdrawal, it holds these requests: they stay."""
     key = Idempotency("key-1", "hash-1")
     (first,) = world.ask(1, TINY, idempotency=key)

@@ -20,25 +20,25 @@ from registry.settings import TenantBudget
 from registry.store.store import Store
 from registry.wire.schemas import EnergyState
 from registry.wire.words import RequestStatus, WindowKind
-from tests.energy_windows import window
 from tests.integration.service.conftest import Make
-from tests.service_world import TINY, World
+from tests.support.energy_windows import window
+from tests.support.service_world import TINY, ServiceWorld
 
 ANN = {"max_joules_per_month": 1000.0}
 
 
-async def told(world: World, *windows: EnergyWindow, wrapper_id: str = "a-0") -> None:
+async def told(world: ServiceWorld, *windows: EnergyWindow, wrapper_id: str = "a-0") -> None:
     """A wrapper has measured this; return when it has heard that it is written down."""
     wrapper = world.wrapper(wrapper_id)
     wrapper.windows += windows
     await world.until(lambda: not wrapper.windows)
 
 
-def kept(world: World, measurement_id: int) -> list[str]:
+def kept(world: ServiceWorld, measurement_id: int) -> list[str]:
     return [row.window.window_id for row in world.store.windows(("default", measurement_id))]
 
 
-async def test_windows_are_written_down_once(world: World) -> None:
+async def test_windows_are_written_down_once(world: ServiceWorld) -> None:
     """What a wrapper reports is kept with its machine and tenant, however often it is sent, and only then confirmed."""
     request_id = await world.deployed(7)
     windows = [window(n, request_id=request_id, begun_s=float(n)) for n in range(1, 9)]
@@ -50,7 +50,7 @@ async def test_windows_are_written_down_once(world: World) -> None:
     assert {(row.machine_id, row.tenant) for row in rows} == {("a", "default")}
 
 
-async def test_a_restarted_registry_takes_them_up(world: World) -> None:
+async def test_a_restarted_registry_takes_them_up(world: ServiceWorld) -> None:
     """After a restart a wrapper sends again what it has not heard to be kept; nothing is lost and nothing is twice."""
     request_id = await world.deployed(7)
     windows = [window(n, request_id=request_id, begun_s=world.clock() + n) for n in range(1, 7)]
@@ -62,7 +62,7 @@ async def test_a_restarted_registry_takes_them_up(world: World) -> None:
     assert kept(world, 7) == [f"process 1-{n}" for n in range(1, 7)]
 
 
-async def test_a_new_process_counts_anew(world: World) -> None:
+async def test_a_new_process_counts_anew(world: ServiceWorld) -> None:
     """A wrapper that was restarted numbers from 1: none of its windows is taken for one that was kept before."""
     request_id = await world.deployed(7)
     await told(world, *(window(n, request_id=request_id, begun_s=float(n)) for n in range(1, 8)))
@@ -72,7 +72,7 @@ async def test_a_new_process_counts_anew(world: World) -> None:
     assert kept(world, 7)[7:] == [each.window_id for each in more]
 
 
-async def test_the_request_that_caused_a_start_pays_for_it(world: World) -> None:
+async def test_the_request_that_caused_a_start_pays_for_it(world: ServiceWorld) -> None:
     """Ann's start of 120 s and 60 kJ goes on after she has cancelled; Bob gets the wrapper: Ann pays, Bob does not.
 
     The deploy command names her request, and the wrapper's window says it back, so no clock is asked.
@@ -96,7 +96,7 @@ async def test_the_request_that_caused_a_start_pays_for_it(world: World) -> None
     assert world.store.windows(("bob", 2)) == ()
 
 
-async def test_a_start_for_no_request_is_charged_to_no_request(world: World) -> None:
+async def test_a_start_for_no_request_is_charged_to_no_request(world: ServiceWorld) -> None:
     """A window of a start that names no request, a preload's or an older wrapper's, counts for no tenant.
 
     Its wrapper's clock may differ by seconds, and a request that was deployed at that time did not cause it.
@@ -108,14 +108,14 @@ async def test_a_start_for_no_request_is_charged_to_no_request(world: World) -> 
     assert world.store.costs_of_requests([request_id]) == {request_id: {}}
 
 
-async def test_windows_of_what_was_forgotten_are_nobodys(world: World) -> None:
+async def test_windows_of_what_was_forgotten_are_nobodys(world: ServiceWorld) -> None:
     """A window of a measurement that is not known any more is kept, and counts for no tenant."""
     await told(world, window(1, measurement_id=99, request_id="gone"))
     assert world.store.windows(("default", 99)) == ()
     assert world.store.costs_of_requests(["gone"])["gone"][WindowKind.PROMPT].joules.count == 1
 
 
-async def test_a_lease_shows_its_cost_so_far(world: World) -> None:
+async def test_a_lease_shows_its_cost_so_far(world: ServiceWorld) -> None:
     """A status tells what a lease has cost so far, idle time included, and once it has ended all of it."""
     request_id = await world.deployed(7)
 
@@ -135,7 +135,7 @@ async def test_a_lease_shows_its_cost_so_far(world: World) -> None:
     assert (state.known_j, state.unknown_windows) == (120.0, 1)
 
 
-async def test_a_lease_is_what_all_processes_of_its_wrapper_have_used(world: World) -> None:
+async def test_a_lease_is_what_all_processes_of_its_wrapper_have_used(world: ServiceWorld) -> None:
     """80.9 J, then the wrapper dies, then 5.36 J: the lease cost 86.26 J, and its idle share is no more than 1."""
     request_id = await world.deployed(7)
     about: dict[str, Any] = {"request_id": request_id}
@@ -154,14 +154,14 @@ async def test_a_lease_is_what_all_processes_of_its_wrapper_have_used(world: Wor
     assert state.idle_share == pytest.approx(21.36 / 86.26)
 
 
-async def test_a_request_that_waits_has_cost_nothing_known(world: World) -> None:
+async def test_a_request_that_waits_has_cost_nothing_known(world: ServiceWorld) -> None:
     """Before the hand-over there is no cost to tell, and the database is not asked."""
     await world.deployed(7)
     (waits,) = world.ask(8, TINY)
     assert views.request_state(world.service, world.request(waits)).energy is None
 
 
-async def test_the_report_is_made_of_what_was_kept(world: World) -> None:
+async def test_the_report_is_made_of_what_was_kept(world: ServiceWorld) -> None:
     """The report of a measurement has all its windows in its sums, and none of them in its body."""
     request_id = await world.deployed(7)
     await told(world, *(window(n, request_id=request_id) for n in (1, 2, 3)))
@@ -177,7 +177,7 @@ async def test_the_report_is_made_of_what_was_kept(world: World) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 1000])
-async def test_windows_come_page_by_page(world: World, limit: int) -> None:
+async def test_windows_come_page_by_page(world: ServiceWorld, limit: int) -> None:
     """All pages together are all windows, once each, without their records; or those of one request."""
     first = await world.deployed(7)
     world.service.release(first)
@@ -207,7 +207,7 @@ async def test_windows_come_page_by_page(world: World, limit: int) -> None:
     assert pages("nobody's") == []
 
 
-async def test_the_last_windows_are_heard_at_shutdown(world: World) -> None:
+async def test_the_last_windows_are_heard_at_shutdown(world: ServiceWorld) -> None:
     """What was measured until the very end is asked for before the wrapper is removed."""
     request_id = await world.deployed(7)
     wrapper, url = world.wrapper(), world._url
@@ -224,9 +224,9 @@ async def test_the_last_windows_are_heard_at_shutdown(world: World) -> None:
     world.store = Store.open(url)  # for the fixture to close
 
 
-async def test_a_database_that_fails_ends_the_registry(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_database_that_fails_ends_the_registry(world: ServiceWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that can't be written down end the process, like every commit that fails; the wrapper keeps them."""
-    world.expected_problems = ["could not be looked after", "ended with an error"]
+    world.expected_problems = ["could not be looked after", "a background task failed"]
     request_id = await world.deployed(7)
 
     def fail(rows: object) -> None:
@@ -241,7 +241,7 @@ async def test_a_database_that_fails_ends_the_registry(world: World, monkeypatch
 # --- budgets ------------------------------------------------------------------------------------------------
 
 
-async def test_what_a_lease_may_use_reaches_its_wrapper(world: World) -> None:
+async def test_what_a_lease_may_use_reaches_its_wrapper(world: ServiceWorld) -> None:
     """A lease's own limits are kept with its request, told in its status, and given to its wrapper."""
     llm = NewRequest("r-limited", TINY, "{}", max_j=50.0, max_g=0.5)
     world.service.request(7, [llm])
@@ -253,7 +253,7 @@ async def test_what_a_lease_may_use_reaches_its_wrapper(world: World) -> None:
     assert (grant.max_j, grant.max_g) == (state.maxJoules, state.maxGco2eq) == (50.0, 0.5)
 
 
-async def test_what_a_lease_has_used_reaches_a_new_process(world: World) -> None:
+async def test_what_a_lease_has_used_reaches_a_new_process(world: ServiceWorld) -> None:
     """A wrapper that is started anew under a lease is told what is known of it: prompts and idle time, each once."""
     world.service.request(7, [NewRequest("r-limited", TINY, "{}", max_j=50.0)])
     await world.until_status("r-limited", RequestStatus.DEPLOYED)
@@ -267,7 +267,7 @@ async def test_what_a_lease_has_used_reaches_a_new_process(world: World) -> None
 
 
 @pytest.fixture
-async def ann(make: Make) -> World:
+async def ann(make: Make) -> ServiceWorld:
     """A registry in which tenant ann may use 1000 J a month; it is the 20th of the month."""
     world = make(budgets={"tenants": {"ann": ANN}})
     world.clock.now_s = datetime(2027, 1, 20, tzinfo=UTC).timestamp()
@@ -277,7 +277,7 @@ async def ann(make: Make) -> World:
     return world
 
 
-async def test_a_tenant_is_warned_and_then_refused(ann: World) -> None:
+async def test_a_tenant_is_warned_and_then_refused(ann: ServiceWorld) -> None:
     """Above 80 % answers carry a note, above 100 % nothing new is taken; what was accepted is served all the same."""
     assert ann.settings.budgets.tenants["ann"] == TenantBudget(max_joules_per_month=1000.0)
     (first, second) = ann.ask(7, TINY, TINY, tenant="ann")
@@ -301,7 +301,7 @@ async def test_a_tenant_is_warned_and_then_refused(ann: World) -> None:
     assert ann.service.request(9, known, tenant="ann")[0].request_id == warned  # asked again, not asked anew
 
 
-async def test_a_tenant_is_charged_for_all_processes_of_a_wrapper(ann: World) -> None:
+async def test_a_tenant_is_charged_for_all_processes_of_a_wrapper(ann: ServiceWorld) -> None:
     """A wrapper dies twice under a lease: ann is charged for all three processes, and not for the last one alone.
 
     609 + 200 J, then 40 + 13.6 J, then 5 + 5 J and the lease window of these 10 J: 872.6 J of the 1000 J.
@@ -323,7 +323,7 @@ async def test_a_tenant_is_charged_for_all_processes_of_a_wrapper(ann: World) ->
     assert ann.request(warned).notes == ("tenant 'ann' has used 872.6 J of the 1000 J that it may use in this month",)
 
 
-async def test_a_lease_over_the_end_of_a_month_is_charged_to_both(ann: World) -> None:
+async def test_a_lease_over_the_end_of_a_month_is_charged_to_both(ann: ServiceWorld) -> None:
     """What ended before midnight counts for January, the rest for February, and the lease window of both for neither.
 
     900 J until 23:59:58, 120 J of a prompt from then to 00:00:03, 30 J idle: 150 J of February's 1000 J. The lease
@@ -351,7 +351,7 @@ async def test_a_lease_over_the_end_of_a_month_is_charged_to_both(ann: World) ->
     assert ann.request(more).notes == ()
 
 
-async def test_a_budget_begins_anew_with_the_month(ann: World) -> None:
+async def test_a_budget_begins_anew_with_the_month(ann: ServiceWorld) -> None:
     """What was used in the month before counts no more; another tenant's measurement of the same id is its own."""
     (first,) = ann.ask(7, TINY, tenant="ann")
     await ann.until_status(first, RequestStatus.DEPLOYED)

@@ -19,8 +19,8 @@ from registry.contract.windows import EnergyWindow
 from registry.errors import BudgetUsed
 from registry.wire.labels import Label
 from registry.wire.words import WindowKind
-from tests.fake_counters import FakeCounter, PowerCurve, Ticks
-from tests.meter_bench import EMBODIED, LEASE, OTHER, UTC_S, WATTS, Bench, detail, of_kind
+from tests.support.fake_counters import FakeCounter, PowerCurve, Ticks
+from tests.support.meter_bench import EMBODIED, LEASE, OTHER, UTC_S, WATTS, Bench, detail, of_kind
 
 Make = Callable[..., Bench]
 
@@ -85,6 +85,22 @@ async def test_record_of_a_prompt(make: Make) -> None:
     assert found["methods"] == {"E": "simulated", "I": "sourced", "M": "sourced", "R": "measured"}
     assert (window.total_j, window.o_g, window.m_g) == (found["energy"]["total_j"], found["o_g"], found["m_g"])
     assert window.label == "simulated"
+
+
+async def test_a_stranger_on_the_cpus_flags_the_windows_in_it(make: Make) -> None:
+    """The prompt during which a stranger used the CPUs is contended, and so is its lease; a later prompt is not."""
+    made = make()
+    made.bind(LEASE)
+    made.stranger_works = True
+    made.prompt(2.0)
+    made.stranger_works = False
+    made.passes(3.0)
+    made.prompt(2.0)
+    made.bind(None)
+    windows = await made.windows()
+    first, second = of_kind(windows, WindowKind.PROMPT)
+    (lease,) = of_kind(windows, WindowKind.LEASE)
+    assert ["contended" in window.flags for window in (first, second, lease)] == [True, False, True]
 
 
 async def test_start_names_the_request_that_it_is_for(make: Make) -> None:

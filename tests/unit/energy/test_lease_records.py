@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from deployments.energy.prompt_meter import MeteredPrompt
 from registry.contract.windows import EnergyWindow
 from registry.wire.words import WindowKind
-from tests.energy_windows import record
-from tests.meter_bench import LEASE, UTC_S, WATTS, Bench, detail, of_kind
+from tests.support.energy_windows import record
+from tests.support.meter_bench import LEASE, UTC_S, WATTS, Bench, detail, of_kind
 
 Make = Callable[..., Bench]
 

@@ -15,7 +15,7 @@ from deployments.machine.gpus import ReadFailed
 from registry.errors import BadSettings
 from registry.wire.flags import Flag
 from registry.wire.labels import Label
-from tests.fake_counters import FakeCounter, FakeGPU, FakeNVML, ManualClock, install_nvml
+from tests.support.fake_counters import FakeCounter, FakeGPU, FakeNVML, ManualClock, install_nvml
 
 HOLE = Unreadable("gpu:y", "no energy counter and no power reading", in_boundary=True)
 

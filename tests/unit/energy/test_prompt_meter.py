@@ -25,9 +25,9 @@ from registry.errors import BadSettings
 from registry.settings import EnergySettings, load_settings
 from registry.wire.labels import Label, worst
 from registry.wire.words import WindowKind
-from tests.fake_counters import FakeCounter, ManualClock
-from tests.meter_bench import LEASE, detail, of_kind
-from tests.meter_bench import Bench as WindowBench
+from tests.support.fake_counters import FakeCounter, ManualClock
+from tests.support.meter_bench import LEASE, detail, of_kind
+from tests.support.meter_bench import Bench as WindowBench
 
 GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}
 EMBODIED = {"g_per_hour": 3.6, "low_g_per_hour": 1.8, "high_g_per_hour": 7.2, "source": "a test"}

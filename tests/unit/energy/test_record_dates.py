@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.energy.record_dates import MAX_RATE, RecordDates
-from tests.fake_counters import ManualClock
+from tests.support.fake_counters import ManualClock
 
 UTC_S = 1_800_000_000.0
 

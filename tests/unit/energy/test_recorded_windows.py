@@ -15,7 +15,7 @@ from deployments.energy.counters.probe import Unreadable
 from registry.contract.messages import StartedFor
 from registry.contract.windows import EnergyWindow
 from registry.wire.words import WindowKind
-from tests.meter_bench import LEASE, Bench
+from tests.support.meter_bench import LEASE, Bench
 
 RECORDED: Final = Path(__file__).with_name("recorded_windows.json")
 GRID: Final = {"gco2eq_per_kwh": 360.0, "low_gco2eq_per_kwh": 300.0, "high_gco2eq_per_kwh": 400.0}

@@ -13,7 +13,7 @@ from deployments.energy.meter import Meter
 from deployments.energy.settling import at_rest, warmed_up
 from registry.settings import EnergySettings
 from registry.wire.labels import Label
-from tests.fake_counters import FakeCounter, ManualClock
+from tests.support.fake_counters import FakeCounter, ManualClock
 
 SETTINGS = EnergySettings(settle_max_s=20.0, steady_cv=0.05)
 START_S = 1000.0

@@ -14,7 +14,7 @@ from deployments.energy.figures import CPUModel, Energy
 from deployments.energy.meter import Meter
 from registry.wire.flags import Flag
 from registry.wire.labels import Label
-from tests.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
+from tests.support.fake_counters import FakeCounter, ManualClock, PowerCurve, Ticks
 
 START_S = 1000.0
 TICK_S = 0.1

@@ -7,8 +7,8 @@ import pytest
 
 from deployments.engine import gpu_memory
 from deployments.engine.gpu_memory import TOLERANCE_BYTES, GPUMemory
-from deployments.engine.order import StopReport
-from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
+from deployments.engine.order import StopOutcome
+from tests.support.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
 
 GIB = 2**30
 
@@ -34,9 +34,9 @@ async def test_memory_that_stays_is_told(gpus: tuple[FakeGPU, FakeGPU]) -> None:
         gpu.used_bytes = 500 * 2**20 + GIB
     excess = await memory.excess(0)
     assert excess == {UUID: GIB}
-    problem = StopReport(leftover=(7, 8), gpu_excess_bytes=excess).problem
+    problem = StopOutcome(leftover=(7, 8), gpu_excess_bytes=excess).problem
     assert problem == f"engine processes 7, 8 can't be ended; {UUID} holds 1024 MiB too much"
-    assert StopReport().problem is None
+    assert StopOutcome().problem is None
 
 
 async def test_memory_that_comes_back_is_waited_for(

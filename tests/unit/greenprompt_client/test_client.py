@@ -25,8 +25,8 @@ from greenprompt_client.client import (
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport
 from registry.wire.schemas import MAX_WAIT_S, PROMPT_HEADER, WARMUP_HEADER, RequestState
-from tests.energy_windows import an_experiment
-from tests.fake_counters import ManualClock
+from tests.support.energy_windows import an_experiment
+from tests.support.fake_counters import ManualClock
 
 STATE: dict[str, Any] = {
     "requestId": "r1",

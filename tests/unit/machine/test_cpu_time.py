@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deployments.machine.cpu_time import TICKS_PER_S, CPUTimeTree, ProcessStat, ProcessTable
-from tests.fake_counters import end_process, write_process
+from tests.support.fake_counters import end_process, write_process
 
 ROOT, CHILD, GRANDCHILD, STRANGER = 100, 101, 102, 200
 

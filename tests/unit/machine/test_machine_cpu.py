@@ -13,7 +13,7 @@ from deployments.energy.meter import Meter
 from deployments.machine.cpu_quota import cpus_here
 from deployments.machine.cpu_time import TICKS_PER_S
 from deployments.machine.machine_cpu import MachineCPU
-from tests.fake_counters import FakeCounter, ManualClock, end_process, write_busy, write_process
+from tests.support.fake_counters import FakeCounter, ManualClock, end_process, write_busy, write_process
 
 ME, OTHER, STRANGER = 100, 200, 300
 Use = Callable[..., None]

@@ -10,7 +10,7 @@ import pytest
 
 from deployments.machine import gpus
 from deployments.machine.memory import MainMemory, gpu_memory_bytes, main_memory
-from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
+from tests.support.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml
 
 GIB = 2**30
 

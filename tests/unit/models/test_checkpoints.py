@@ -24,8 +24,8 @@ from deployments.models.checkpoints import (
 from deployments.models.memory_need import Checkpoint
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from registry.core.records import LLMSpec
-from tests.checkpoint_files import LLAMA, write_checkpoint
-from tests.fake_counters import ManualClock
+from tests.support.checkpoint_files import LLAMA, write_checkpoint
+from tests.support.fake_counters import ManualClock
 
 SPEC = LLMSpec("org/llm", "text-generation")
 KNOWN = Checkpoint(LLAMA, {"BF16": 2000})

@@ -13,7 +13,7 @@ from registry.accounting.figures import BatchFigures, Figure, MachineFigures, fi
 from registry.accounting.window_report import WindowReport, window_report
 from registry.contract.windows import EnergyWindow
 from registry.wire.words import WindowKind
-from tests.energy_windows import BEGUN_S, EMBODIED, FULL_GRID, iso, kept, record, request, window
+from tests.support.energy_windows import BEGUN_S, EMBODIED, FULL_GRID, iso, kept, record, request, window
 
 SOURCED = {"E": "measured", "I": "sourced", "M": "sourced", "R": "measured"}
 

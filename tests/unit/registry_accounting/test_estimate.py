@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from registry.accounting.estimate import MIN_LEASES, MIN_PROMPTS, Estimate, Sample, estimate, student_975
 from tests.bench import coverage
-from tests.bench.coverage import World
+from tests.bench.coverage import Population
 
 LEAST = 0.93 - 3 * math.sqrt(0.93 * 0.07 / 300)
 """0.886: of 300 experiments fewer are covered in 1 of 700 cases if 93 % should be."""
@@ -101,8 +101,8 @@ def test_without_systematic_errors_the_interval_is_the_statistical_one(seed: int
 @pytest.mark.parametrize("of_amount", [True, False], ids=["in proportion", "the same for all"])
 def test_interval_contains_the_truth_whatever_the_systematic_error_is(part: float, *, of_amount: bool) -> None:
     """What is published is wrong by up to all of its systematic term, 40 % of it or 20 J: 93 % contain the truth."""
-    joules, units = World("token", 0.5, "random").draw(np.random.default_rng(7), 300, 20, 3)
-    truth, covered = World("token", 0.5, "random").truth, 0
+    joules, units = Population("token", 0.5, "random").draw(np.random.default_rng(7), 300, 20, 3)
+    truth, covered = Population("token", 0.5, "random").truth, 0
     for amounts, tokens in zip(joules, units, strict=True):
         samples = []
         for (prompt, lease), true in np.ndenumerate(amounts):
@@ -283,14 +283,14 @@ def test_students_t_between_whole_numbers() -> None:
 @pytest.mark.parametrize(
     ("world", "prompts", "leases"),
     [
-        (World("token", 0.5, "random"), 50, 2),
-        (World("token", 1.0, "none"), 10, 10),
-        (World("answer", 0.5, "linear"), 20, 3),
-        (World("answer", 1.0, "random"), 10, 5),
+        (Population("token", 0.5, "random"), 50, 2),
+        (Population("token", 1.0, "none"), 10, 10),
+        (Population("answer", 0.5, "linear"), 20, 3),
+        (Population("answer", 1.0, "random"), 10, 5),
     ],
     ids=str,
 )
-def test_interval_contains_the_truth(world: World, prompts: int, leases: int) -> None:
+def test_interval_contains_the_truth(world: Population, prompts: int, leases: int) -> None:
     """In simulated experiments 93 % of the intervals or more contain the true value. Student's t over answers fails."""
     chance = np.random.default_rng(15)
     joules, units = world.draw(chance, 300, prompts, leases)
@@ -301,7 +301,7 @@ def test_interval_contains_the_truth(world: World, prompts: int, leases: int) ->
 
 def test_interval_contains_the_truth_if_answers_are_missing() -> None:
     """The same with a tenth of the answers missing and a lease that was aborted after a third of them."""
-    world = World("token", 0.5, "random")
+    world = Population("token", 0.5, "random")
     joules, units = coverage.with_gaps(np.random.default_rng(3), *world.draw(np.random.default_rng(2), 300, 20, 3))
     error = coverage.standard_error(joules, units)
     assert coverage.cell(coverage.printed(joules, units), world.truth, error).coverage >= LEAST
@@ -313,6 +313,6 @@ def test_intervals_of_equal_llms_overlap() -> None:
     Those of Student's t over answers, as they were, are apart in more than 5 %.
     """
     chance = np.random.default_rng(4)
-    joules, units = World("token", 0.5, "random").draw(chance, 300, 50, 6)
+    joules, units = Population("token", 0.5, "random").draw(chance, 300, 50, 6)
     assert coverage.overlap(coverage.printed, joules, units, chance) >= 0.97
     assert coverage.overlap(coverage.students_t, joules, units, chance) < 0.95

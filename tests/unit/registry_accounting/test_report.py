@@ -14,7 +14,18 @@ from registry.accounting.windows import KeptWindow
 from registry.contract.windows import EnergyWindow
 from registry.core.records import Measurement, Request
 from registry.wire.words import RequestStatus, WindowKind
-from tests.energy_windows import BEGUN_S, FULL_GRID, GPU, an_experiment, iso, kept, record, report_of, request, window
+from tests.support.energy_windows import (
+    BEGUN_S,
+    FULL_GRID,
+    GPU,
+    an_experiment,
+    iso,
+    kept,
+    record,
+    report_of,
+    request,
+    window,
+)
 
 MEASUREMENT = Measurement(7, 1, created_s=BEGUN_S, flags=("engine_restarted",), versions='{"vllm":"0.32.0"}')
 

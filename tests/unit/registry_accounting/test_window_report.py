@@ -8,7 +8,7 @@ import pytest
 
 from registry.accounting.window_report import WindowReport, window_report
 from registry.wire.words import WindowKind
-from tests.energy_windows import iso, kept, record, request, window
+from tests.support.energy_windows import iso, kept, record, request, window
 
 
 def told(window_: object) -> WindowReport:

@@ -19,7 +19,7 @@ from registry.contract.windows import (
     read_detail,
 )
 from registry.wire.words import WindowKind
-from tests.energy_windows import record, window
+from tests.support.energy_windows import record, window
 
 
 def detail_of(row: EnergyWindow) -> WindowDetail:

@@ -25,7 +25,7 @@ from registry.core.events import (
 from registry.core.records import WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown, UnknownMeasurement, UnknownRequest
 from registry.wire.words import Priority, RequestStatus
-from tests.allocator_scene import Scene, llm, next_deadline_s
+from tests.support.allocator_scene import Scene, llm, next_deadline_s
 
 R, W = RequestStatus, WrapperStatus
 

@@ -7,7 +7,7 @@ from registry.core.decision import Limits
 from registry.core.events import LLMDied, MachineLost, TimePassed, WrapperAdded, WrapperStarted
 from registry.core.records import WrapperStatus
 from registry.wire.words import Priority, RequestStatus
-from tests.allocator_scene import Scene, llm
+from tests.support.allocator_scene import Scene, llm
 
 R, W = RequestStatus, WrapperStatus
 

@@ -21,7 +21,7 @@ from registry.core.events import (
 from registry.core.records import Machine, WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, UnknownMachine
 from registry.wire.words import RequestStatus
-from tests.allocator_scene import Scene, llm
+from tests.support.allocator_scene import Scene, llm
 
 R, W = RequestStatus, WrapperStatus
 

@@ -10,7 +10,7 @@ from registry.core.fit import GIB
 from registry.core.records import LLMMemory, LLMSpec, Machine
 from registry.errors import InvalidField, LLMNeverFits
 from registry.wire.words import RequestStatus
-from tests.allocator_scene import Scene, llm
+from tests.support.allocator_scene import Scene, llm
 
 R = RequestStatus
 

@@ -11,7 +11,7 @@ from registry.core.events import LeaseBound, LeaseFlagged, LLMDied
 from registry.core.records import LLMSpec, WrapperStatus
 from registry.errors import InvalidField
 from registry.wire.words import Grade, RequestStatus, canonical_json
-from tests.allocator_scene import Scene, llm
+from tests.support.allocator_scene import Scene, llm
 
 GPU = {"uuid": "GPU-1", "name": "H100", "power_limit_w": 700.0}
 RAN_ON = {"machine": "m", "gpus": [GPU], "versions": {"vllm": "0.32.0"}}

@@ -10,7 +10,7 @@ from registry.core.fit import GIB
 from registry.core.records import LLMMemory
 from registry.errors import LLMNeverFits
 from registry.wire.words import RequestStatus
-from tests.allocator_scene import Scene, llm, next_deadline_s
+from tests.support.allocator_scene import Scene, llm, next_deadline_s
 
 R = RequestStatus
 

@@ -22,7 +22,7 @@ from registry.core.events import (
 )
 from registry.core.records import Machine, WrapperStatus
 from registry.wire.words import RequestStatus
-from tests.allocator_scene import Scene, llm
+from tests.support.allocator_scene import Scene, llm
 
 R, W = RequestStatus, WrapperStatus
 A = llm("A").fingerprint

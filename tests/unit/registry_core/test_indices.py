@@ -14,7 +14,7 @@ from registry.core.policy import PRIORITY_TURNS, Place, Turns
 from registry.core.records import LLMSpec, Machine, Measurement, Request, Wrapper
 from registry.core.transitions import InvariantBroken
 from registry.wire.words import RequestStatus
-from tests.allocator_scene import Scene
+from tests.support.allocator_scene import Scene
 
 SPEC = LLMSpec("a", "text-generation")
 ONE_OR_TWO = frozenset({Size(1), Size(2)})

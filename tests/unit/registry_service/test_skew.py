@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from registry.service.version_skew import differences, joined
+from registry.service.version_skew import differing_versions, joined
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,12 @@ from registry.service.version_skew import differences, joined
 )
 def test_what_most_have_is_usual(versions: dict[str, dict[str, str]], expected: dict[str, list[str]]) -> None:
     """Who has what more than half have does not differ, all others do; what one does not have is no difference."""
-    assert differences(versions) == expected
+    assert differing_versions(versions) == expected
 
 
 def test_wrappers_of_a_machine_may_differ() -> None:
     """A machine on which both versions run has both, so it is like none of the others."""
     both = joined([{"vllm": "2", "ray": "1"}, {"vllm": "1"}])
     assert both == {"vllm": "1 and 2", "ray": "1"}
-    assert differences({"a": both, "b": {"vllm": "2"}, "c": {"vllm": "2"}})["a"] == ["vllm 1 and 2, elsewhere 2"]
+    assert differing_versions({"a": both, "b": {"vllm": "2"}, "c": {"vllm": "2"}})["a"] == ["vllm 1 and 2, elsewhere 2"]
     assert joined([]) == {}

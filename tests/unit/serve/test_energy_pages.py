@@ -17,7 +17,7 @@ from deployments.serve.http_app import IngressConfig, build_app
 from registry.errors import RegistryUnavailable
 from registry.service import views
 from registry.wire.schemas import RequestState
-from tests.fake_registry import BASE, CREATED, FakeRegistry
+from tests.support.fake_registry import BASE, CREATED, FakeRegistry
 
 KEY = "default", 7
 

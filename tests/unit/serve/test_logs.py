@@ -17,7 +17,7 @@ from registry.core.events import LeaseBound
 from registry.core.records import Request
 from registry.service.history import log_fields, rows_of
 from registry.wire.words import RequestStatus
-from tests.allocator_scene import Scene
+from tests.support.allocator_scene import Scene
 
 
 @pytest.fixture(autouse=True)

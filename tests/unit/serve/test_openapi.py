@@ -14,7 +14,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from deployments.models.sources import ModelSources
 from deployments.serve.http_app import IngressConfig, build_app
-from tests.fake_registry import FakeRegistry
+from tests.support.fake_registry import FakeRegistry
 
 REGISTRY = FakeRegistry()
 APP = build_app(IngressConfig(ModelSources(True, (), Path("/")), ()), REGISTRY.call)

@@ -12,7 +12,7 @@ from deployments.serve.polls import Polls
 from registry.errors import RegistryUnavailable, TooManyPolls, UnknownRequest
 from registry.wire.schemas import RequestState
 from registry.wire.words import RequestStatus
-from tests.fake_registry import BASE, CREATED, FakeRegistry
+from tests.support.fake_registry import BASE, CREATED, FakeRegistry
 
 
 def registry_of(*request_ids: str) -> FakeRegistry:

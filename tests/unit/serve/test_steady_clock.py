@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 
 from deployments.energy.record_dates import MAX_RATE
 from deployments.serve.steady_clock import SteadyClock
-from tests.fake_counters import ManualClock
+from tests.support.fake_counters import ManualClock
 
 UTC_S = 1_800_000_000.0
 

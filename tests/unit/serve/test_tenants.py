@@ -13,7 +13,7 @@ from deployments.models.sources import ModelSources
 from deployments.serve.http_app import IngressConfig, build_app
 from registry.errors import BadSettings, QueueFull
 from registry.settings import Settings, load_settings
-from tests.fake_registry import FakeRegistry
+from tests.support.fake_registry import FakeRegistry
 
 REQUEST = "/promptingservice/request"
 LLM: dict[str, Any] = {

@@ -15,7 +15,7 @@ from deployments.models.sources import ModelSources
 from deployments.serve.http_app import IngressConfig, build_app
 from deployments.serve.withdrawals import Withdrawals
 from registry.errors import InternalError, QueueFull, RegistryError, RegistryUnavailable, StoreUnavailable
-from tests.fake_registry import BASE, FakeRegistry
+from tests.support.fake_registry import BASE, FakeRegistry
 
 BODY: dict[str, Any] = {
     "measurementId": 1,

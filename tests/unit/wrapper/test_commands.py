@@ -14,7 +14,7 @@ from deployments.wrapper.ports import OnPhase
 from registry.contract.messages import Belief, Download, HandOver, LeaseGrant, StartedFor
 from registry.core.records import LLMSpec
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
-from tests.fake_counters import ManualClock
+from tests.support.fake_counters import ManualClock
 from tests.support.wrapper_ports import NoPrompts, PlainHandOvers, StartedLLM
 
 T = TypeVar("T")

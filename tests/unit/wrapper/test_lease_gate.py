@@ -13,7 +13,7 @@ from deployments.wrapper import lease_gate
 from deployments.wrapper.lease_gate import LeaseGate
 from registry.contract.messages import LeaseGrant, Moment
 from registry.errors import EngineNotReady, LeaseEnded, NoSuchLease, RegistryUnheard
-from tests.fake_counters import ManualClock
+from tests.support.fake_counters import ManualClock
 
 GRANT = LeaseGrant("request-1", 1, "token-1", "{}", ends_in_s=100.0, idle_limit_s=10.0)
 FENCE_S = 30.0

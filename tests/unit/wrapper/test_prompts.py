@@ -25,8 +25,8 @@ from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.prompt_gate import PromptGate
 from registry.contract.messages import LeaseGrant
 from registry.errors import BudgetUsed, InvalidField, LeaseEnded
-from tests.fake_counters import ManualClock
-from tests.fake_engine import USAGE, FakeEngine
+from tests.support.fake_counters import ManualClock
+from tests.support.fake_engine import USAGE, FakeEngine
 
 TOKEN = "t0ken-of-the-lease"
 ROOT = "/wrappers/a-0"

@@ -15,7 +15,7 @@ from registry.core.events import LeaseRequested, NewRequest
 from registry.core.provenance import PENDING, differences, unlike
 from registry.core.records import LLMSpec, Request
 from registry.wire.words import Grade, canonical_json
-from tests.fake_counters import UUID, FakeGPU, FakeNVML, install_nvml
+from tests.support.fake_counters import UUID, FakeGPU, FakeNVML, install_nvml
 
 GPU = {
     "uuid": "GPU-1",

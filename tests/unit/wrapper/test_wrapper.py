@@ -18,7 +18,7 @@ import structlog
 
 from deployments.energy import settling
 from deployments.engine import rest as engine_rest
-from deployments.engine.order import StopReport
+from deployments.engine.order import StopOutcome
 from deployments.machine.machine_cpu import MachineCPU
 from deployments.machine.wrapper_activity import WrapperActivity
 from deployments.models.cache import LocalModel
@@ -35,9 +35,9 @@ from registry.contract.messages import Belief, HandOver, LeaseGrant
 from registry.core.records import LLMSpec
 from registry.errors import EngineNotReady, InvalidField, StaleEpoch, WrapperUnreachable
 from registry.settings import EnergySettings, WrapperSettings
-from tests.fake_cluster import UNTOLD
-from tests.fake_counters import FakeNVML, ManualClock, install_nvml
-from tests.fake_engine import FakeEngine
+from tests.support.fake_cluster import UNTOLD
+from tests.support.fake_counters import FakeNVML, ManualClock, install_nvml
+from tests.support.fake_engine import FakeEngine
 from tests.support.undying_wrapper import started_wrapper
 
 LLMCONFIG = json.dumps({"uses_chat_template": False, "args": {"prompting": {}, "deployment": {}}})
@@ -83,7 +83,7 @@ class RunningFake(FakeEngine):
 class FakeHost:
     """An engine host whose engines are fakes; ``stopped`` counts those that were ended, ``left`` is what they leave."""
 
-    left = StopReport()
+    left = StopOutcome()
 
     warm = True
     cold_reason = None
@@ -100,12 +100,12 @@ class FakeHost:
     async def start(self, model: str, **_: object) -> None:
         self.running = RunningFake()
 
-    async def stop(self) -> StopReport:
+    async def stop(self) -> StopOutcome:
         self.stopped += self.running is not None
         self.running = None
         return self.left
 
-    async def vacate(self, *, wanted_next: str) -> StopReport:
+    async def vacate(self, *, wanted_next: str) -> StopOutcome:
         self.vacated_for.append(wanted_next)
         return await self.stop()
 
@@ -603,8 +603,8 @@ async def test_a_lease_that_waits_to_be_bound_is_heard_of(make: Make) -> None:
 # --- engines that die, and what they leave -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("left", [StopReport(), StopReport(leftover=(7,))], ids=["nothing", "a process"])
-async def test_death_of_the_engine_is_reported(make: Make, left: StopReport) -> None:
+@pytest.mark.parametrize("left", [StopOutcome(), StopOutcome(leftover=(7,))], ids=["nothing", "a process"])
+async def test_death_of_the_engine_is_reported(make: Make, left: StopOutcome) -> None:
     """An engine that dies or hangs ends its prompts with the reason, and the next report says it, too."""
     client = await make(finish=False)
     host: Any = client.wrapper._host
@@ -685,7 +685,7 @@ async def test_an_engine_that_a_lease_leaves_at_work_does_not_sleep(
     engine, host = client.engine, client.wrapper._host
     vacate, ended = host.vacate, list[bool]()
 
-    async def vacate_seen(*, wanted_next: str) -> StopReport:
+    async def vacate_seen(*, wanted_next: str) -> StopOutcome:
         ended.append(engine.died.is_set())
         return await vacate(wanted_next=wanted_next)
 
@@ -714,12 +714,12 @@ async def test_what_an_engine_leaves_makes_its_wrapper_unusable(make: Make) -> N
     """As long as something of an engine is left, commands fail as if the wrapper were gone: it has to be replaced."""
     client = await make(finish=False)
     host: Any = client.wrapper._host
-    host.left = StopReport(gpu_excess_bytes={"GPU-1": 2**30})
+    host.left = StopOutcome(gpu_excess_bytes={"GPU-1": 2**30})
     with pytest.raises(WrapperUnreachable, match="GPU-1 holds 1024 MiB too much"):
         await client.wrapper.stop(3)
     with pytest.raises(WrapperUnreachable, match="GPU-1 holds 1024 MiB too much"):
         await client.wrapper.deploy(4, SPEC, None)
-    host.left = StopReport()
+    host.left = StopOutcome()
     await client.wrapper.deploy(5, SPEC, None)
     assert (await client.wrapper.report(UNTOLD)).running == SPEC.fingerprint
 
@@ -767,7 +767,7 @@ async def test_a_start_that_fails_before_its_predecessor_is_gone(make: Make, mon
     client = await make(finish=False)
     before = client.engine
 
-    async def fails(*, wanted_next: str) -> StopReport:
+    async def fails(*, wanted_next: str) -> StopOutcome:
         raise OSError("disk")
 
     with monkeypatch.context() as patch:
@@ -871,7 +871,7 @@ async def test_weights_are_read_ahead(
     during: list[bool] = []
     vacate = host.vacate
 
-    async def vacate_seen(*, wanted_next: str) -> StopReport:
+    async def vacate_seen(*, wanted_next: str) -> StopOutcome:
         during.append(reading)
         return await vacate(wanted_next=wanted_next)  # type: ignore[no-any-return]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.engine.order import StopReport
+from deployments.engine.order import StopOutcome
 from deployments.machine.memory import MainMemory
 from deployments.models.sources import ModelSources
 from deployments.wrapper import llm_wrapper as wrapper_module
@@ -18,8 +18,8 @@ from deployments.wrapper.llm_wrapper import LLMWrapper
 from registry.core.records import LLMSpec
 from registry.errors import EngineStartFailed
 from registry.settings import EnergySettings, WrapperSettings
-from tests.checkpoint_files import LLAMA, write_checkpoint
-from tests.fake_cluster import UNTOLD
+from tests.support.checkpoint_files import LLAMA, write_checkpoint
+from tests.support.fake_cluster import UNTOLD
 from tests.support.undying_wrapper import started_wrapper
 
 GIB = 2**30
@@ -50,9 +50,9 @@ class CountingHost:
     def give_up(self, llm: object, reason: str) -> None:
         raise AssertionError("no engine runs here")
 
-    async def vacate(self, *, wanted_next: str) -> StopReport:
+    async def vacate(self, *, wanted_next: str) -> StopOutcome:
         type(self).stopped += 1
-        return StopReport()
+        return StopOutcome()
 
 
 Make = Callable[..., Awaitable[LLMWrapper]]

@@ -19,7 +19,7 @@ from deployments.machine.gpus import ReadFailed
 from registry.settings import EnergySettings
 from registry.wire.flags import Flag
 from registry.wire.labels import Label
-from tests.fake_counters import FakeCounter, ManualClock
+from tests.support.fake_counters import FakeCounter, ManualClock
 
 WATTS = 100.0
 

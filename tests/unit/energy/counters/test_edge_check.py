@@ -11,7 +11,7 @@ from deployments.energy.counters.base import CounterLost, Source
 from deployments.energy.counters.edge_check import EdgeCheck
 from deployments.energy.counters.powercap import DiePackage, PowercapZone, probe_powercap
 from deployments.energy.meter import Meter
-from tests.fake_counters import FakeCounter, ManualClock, set_energy, write_zone
+from tests.support.fake_counters import FakeCounter, ManualClock, set_energy, write_zone
 
 INTEL_UJ, AMD_UJ = 262_143_328_850, 65_532_610_987
 """Ranges of real zones."""

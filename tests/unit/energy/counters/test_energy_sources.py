@@ -24,7 +24,16 @@ from deployments.machine.gpus import ReadFailed, gpu_uuids
 from registry.errors import BadSettings
 from registry.settings import load_settings
 from registry.wire.labels import Label
-from tests.fake_counters import OTHER_UUID, UUID, FakeGPU, FakeNVML, install_nvml, set_energy, write_process, write_zone
+from tests.support.fake_counters import (
+    OTHER_UUID,
+    UUID,
+    FakeGPU,
+    FakeNVML,
+    install_nvml,
+    set_energy,
+    write_process,
+    write_zone,
+)
 
 MODEL = CPUModel(0.5, 4.0, 0.25, 1.0, 2.0, 8.0, "a data sheet")
 ME = 4242

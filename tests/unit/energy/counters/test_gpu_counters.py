@@ -14,7 +14,7 @@ from deployments.energy.counters.probe import probe_sources
 from deployments.energy.figures import CPUModel, Energy, SCISettings
 from deployments.energy.meter import Meter
 from registry.wire.labels import Label
-from tests.fake_counters import UUID, FakeGPU, FakeNVML, ManualClock, PowerCurve, install_nvml, write_zone
+from tests.support.fake_counters import UUID, FakeGPU, FakeNVML, ManualClock, PowerCurve, install_nvml, write_zone
 
 IDLE_W, BUSY_W = 100.0, 600.0
 BUSY_S = 1010.0

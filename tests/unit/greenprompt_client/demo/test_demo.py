@@ -21,7 +21,7 @@ from registry.accounting.window_report import WindowReport, window_report
 from registry.errors import StartFailed
 from registry.wire.schemas import LLMConfig, RequestState
 from registry.wire.words import WindowKind
-from tests.energy_windows import iso, kept, record
+from tests.support.energy_windows import iso, kept, record
 
 
 def answer() -> dict[str, Any]:

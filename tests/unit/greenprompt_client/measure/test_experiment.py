@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from greenprompt_client.cli.main import measure
 from greenprompt_client.client import RegistryClient
-from greenprompt_client.measure.experiment import Experiment, Plan, argument, differences, growth, load_plan
+from greenprompt_client.measure.experiment import Experiment, Plan, argument, growth, identity_differences, load_plan
 from greenprompt_client.measure.run import OF_REQUEST
 from registry.errors import BadSettings
 from registry.wire.schemas import PromptingRequest
@@ -115,21 +115,21 @@ def test_where_it_runs_is_no_part_of_it() -> None:
 def test_what_may_grow_is_no_difference() -> None:
     """More repetitions and LLMs are none; fewer are."""
     small, large = plan("llms: [org/a]").identity(), plan("llms: [org/a, org/b]\nrepetitions: 2").identity()
-    assert list(differences(small, large)) == []
+    assert list(identity_differences(small, large)) == []
     assert list(growth(small, large)) == ["llms: 1 → 2", "repetitions: 1 → 2"]
-    assert "repetitions is 2 there and 1 here" in list(differences(large, small))
+    assert "repetitions is 2 there and 1 here" in list(identity_differences(large, small))
 
 
 def test_differences_are_told_by_field() -> None:
     """Each field that differs is told with both values, however deep it lies."""
     args = "args: {prompting: {top_k: 5}, deployment: {}}\nllms: [org/a, org/b]"
     there, here = plan(args).identity(), plan(args.replace("5", "6").replace(", org/b", ""), seed=2).identity()
-    told = list(differences(there, here))
+    told = list(identity_differences(there, here))
     assert told[0] == "llms.org/a.args.prompting.top_k is 5 there and 6 here"
     assert told[1].startswith('llms.org/b is {"modeltyp":')
     assert told[1].endswith("there and absent here")
     assert told[2:] == ["seed is 1 there and 2 here"]
-    assert list(differences({"a": None}, {})) == ["a is null there and absent here"]
+    assert list(identity_differences({"a": None}, {})) == ["a is null there and absent here"]
 
 
 def test_order_depends_on_the_seed_alone() -> None:

@@ -15,8 +15,8 @@ from registry.accounting.window_report import WindowReport, window_report
 from registry.contract.windows import EnergyWindow
 from registry.wire.schemas import MeasurementState
 from registry.wire.words import WindowKind
-from tests.energy_windows import iso, kept, record, request
-from tests.fake_registry_http import CREATED, answer
+from tests.support.energy_windows import iso, kept, record, request
+from tests.support.fake_registry_http import CREATED, answer
 
 MEASUREMENT = MeasurementState(
     measurementId=1, machine="gpu-1", flags=["machine_changed"], createdAt=CREATED, requests=[]

@@ -32,8 +32,8 @@ from registry.accounting.window_report import WindowReport
 from registry.errors import BadSettings
 from registry.wire.schemas import RequestState
 from registry.wire.words import WindowKind
-from tests.energy_windows import record
-from tests.fake_registry_http import CREATED, HttpRegistry, Reply, error
+from tests.support.energy_windows import record
+from tests.support.fake_registry_http import CREATED, HttpRegistry, Reply, error
 
 LIMIT_S = 60
 """Longest wait for something that takes milliseconds."""

@@ -9,7 +9,7 @@ from greenprompt_client.report.power import powers
 from registry.accounting.window_report import WindowReport, window_report
 from registry.contract.windows import EnergyWindow
 from registry.wire.words import WindowKind
-from tests.energy_windows import iso, kept, window
+from tests.support.energy_windows import iso, kept, window
 
 
 def rows(*windows: EnergyWindow) -> list[WindowReport]:

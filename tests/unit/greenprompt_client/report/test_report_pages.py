@@ -28,7 +28,7 @@ from registry.contract.windows import EnergyWindow
 from registry.core.records import Measurement, Request
 from registry.errors import BadSettings
 from registry.wire.words import RequestStatus, WindowKind
-from tests.energy_windows import BEGUN_S, an_experiment, iso, kept, record, report_of, request, window
+from tests.support.energy_windows import BEGUN_S, an_experiment, iso, kept, record, report_of, request, window
 
 NOTHING = report_of(Measurement(7, 1), [request("r-1", "org/tiny")], [], iso)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from deployments.machine.background import spawn, spawn_thread
+from registry.background import spawn, spawn_thread
 
-DEPLOYMENTS = Path(__file__).resolve().parents[3] / "deployments"
+ROOT = Path(__file__).resolve().parents[3]
 STARTS = {"asyncio.create_task", "asyncio.ensure_future", "threading.Thread"}
 
 
@@ -86,12 +86,13 @@ def test_a_failure_is_logged_without_local_variables(capsys: pytest.CaptureFixtu
     assert "secret-1234" not in said.out + said.err
 
 
-FILES = sorted(set(DEPLOYMENTS.rglob("*.py")) - {DEPLOYMENTS / "machine" / "background.py"})
+PACKAGES = ("registry", "deployments")
+FILES = sorted({path for each in PACKAGES for path in (ROOT / each).rglob("*.py")} - {ROOT / "registry/background.py"})
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(DEPLOYMENTS)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_all_tasks_and_threads_are_started_in_one_place(path: Path) -> None:
-    """Nothing in ``deployments`` but ``machine.background`` starts a task or a thread, or hands on what does."""
+    """Only ``registry.background`` starts a task or a thread, or hands on what does."""
     tree = ast.parse(path.read_text())
     annotations = {
         id(part) for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) for part in ast.walk(node.annotation)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from deployments.machine.background import OnFailure, spawn, spawn_awaited
 from deployments.wrapper.commands import WrapperCommands
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.ports import LLM, OnPhase
@@ -22,8 +21,8 @@ from registry.contract.messages import Belief, HandOver, LeaseGrant, Observation
 from registry.contract.windows import EnergyWindow
 from registry.core.records import LLMSpec, Machine
 from registry.errors import EngineStartFailed, StaleEpoch, WrapperUnreachable
-from tests.fake_counters import ManualClock
-from tests.support.wrapper_ports import NoPrompts, PlainHandOvers, StartedLLM
+from tests.support.fake_counters import ManualClock
+from tests.support.wrapper_ports import KeptTasks, NoPrompts, PlainHandOvers, StartedLLM
 
 T = TypeVar("T")
 
@@ -136,7 +135,7 @@ class FakeWrapper:
         self.gate = RecordingGate(cluster.clock, fence_s=cluster.fence_s, process=process)
         self.llms = FakeLLMs(cluster, plan.wrapper_id)
         self.hand_overs = FakeHandOvers(cluster, plan.machine_id)
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self.tasks = KeptTasks(cluster.changed)
         self.idle_for_s = 0.0
         self.in_flight = 0
         self.phase: str | None = None
@@ -150,7 +149,7 @@ class FakeWrapper:
             llms=self.llms,
             hand_overs=self.hand_overs,
             finish_prompts=False,
-            tasks=self,
+            tasks=self.tasks,
         )
 
     @property
@@ -207,28 +206,8 @@ class FakeWrapper:
     def end(self) -> None:
         """The process ends, and everything in it."""
         self.llms.running = None
-        for task in self.tasks:
-            task.cancel()
+        self.tasks.cancel()
         self.gate.unbind("its process has ended")
-
-    def spawn(self, name: str, work: Coroutine[Any, Any, T], *, on_failure: OnFailure | None = None) -> asyncio.Task[T]:
-        """As ``background.spawn``: a task that ends with the process."""
-        return self._kept(spawn(name, work, on_failure=on_failure))
-
-    def spawn_awaited(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """As ``background.spawn_awaited``."""
-        return self._kept(spawn_awaited(name, work))
-
-    def _kept(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
-        self.tasks.add(task)
-        task.add_done_callback(self._over)
-        return task
-
-    def _over(self, task: asyncio.Task[Any]) -> None:
-        self.tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever waited for it has been told
-        self._cluster.changed()
 
 
 class FakeCluster:
@@ -296,10 +275,7 @@ class FakeCluster:
 
     async def close(self) -> None:
         """End what is going on in every process that there was."""
-        tasks = [task for wrapper in self._created for task in wrapper.tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(wrapper.tasks.stop() for wrapper in self._created))
 
     # --- the protocol -----------------------------------------------------------------------------------
 

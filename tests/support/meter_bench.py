@@ -19,7 +19,7 @@ from registry.contract.windows import EnergyWindow
 from registry.settings import EnergySettings
 from registry.wire.labels import Label
 from registry.wire.words import WindowKind
-from tests.fake_counters import FakeCounter, ManualClock
+from tests.support.fake_counters import FakeCounter, ManualClock
 
 GRID = {"gco2eq_per_kwh": 360.0, "source": "a test", "date": "2026-01-01"}
 EMBODIED = {"g_per_hour": 3.6, "low_g_per_hour": 1.8, "high_g_per_hour": 7.2, "source": "a test"}
@@ -36,10 +36,12 @@ class Bench:
         self.clock = ManualClock()
         self.stepped_s = 0.0
         """By how much the wall clock was set since."""
+        self.stranger_works = False
+        """Whether a process that is no wrapper's uses the CPUs."""
         found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:GPU-x", label=Label.SIMULATED),)
         monkeypatch.setattr(meter_module, "PERIOD_S", 0.0)  # others are looked for with each poll
-        # A busy machine under the tests would make every window contended, and nothing would be learned.
-        monkeypatch.setattr(MachineCPU, "strangers", lambda _machine, now_s: (False, now_s))
+        # Not the real machine's: where it is busy, every window would be contended, and nothing would be learned.
+        monkeypatch.setattr(MachineCPU, "strangers", lambda _machine, now_s: (self.stranger_works, now_s - 0.05))
         monkeypatch.setattr(prompt_meter, "sources_of", lambda *_: list(found))
         monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))
         chosen = {"allow_estimates": True, "grid": GRID, "embodied": EMBODIED, **energy}

@@ -18,8 +18,8 @@ from registry.service.service import Service
 from registry.settings import Settings
 from registry.store.store import Store
 from registry.wire.words import RequestStatus, canonical_json
-from tests.fake_cluster import FakeCluster, FakeWrapper
-from tests.fake_counters import ManualClock
+from tests.support.fake_cluster import FakeCluster, FakeWrapper
+from tests.support.fake_counters import ManualClock
 
 TINY = LLMSpec("org/tiny", "text-generation")
 OTHER = LLMSpec("org/other", "text-generation")
@@ -37,7 +37,7 @@ def config_of(spec: LLMSpec) -> str:
 class Journal(Observer):
     """Writes down the events of a world's service, and wakes those who wait for a change."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: ServiceWorld) -> None:
         self.events: list[Event] = []
         self.statuses: dict[str, list[WrapperStatus]] = {}
         """The statuses that each wrapper has had, in order."""
@@ -52,7 +52,7 @@ class Journal(Observer):
         self._world.changed.set()
 
 
-class World:
+class ServiceWorld:
     """A registry, its machines and its clock; the registry can be ended and started again."""
 
     def __init__(self, url: str, logs: list[Any], **settings: Any) -> None:

@@ -1,8 +1,8 @@
 """Starts background tasks and threads whose failure is noticed: it is logged, and their owner is called.
 
 asyncio and threading drop an exception if no code awaits the result, so a failed watch would stop
-without a log line. All tasks and threads of ``deployments`` are started here. Their owner keeps
-them, and awaits or cancels them at its end.
+without a log line. All tasks and threads of ``registry`` and ``deployments`` are started here. Their
+owner keeps them, and awaits or cancels them at its end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 OnFailure = Callable[[BaseException], None]
 """Called with the exception that ended a task or thread."""
 
-log = structlog.get_logger("deployments.machine.background")
+log = structlog.get_logger("registry.background")
 
 
 # D105: no task fails unnoticed

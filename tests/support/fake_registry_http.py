@@ -29,7 +29,7 @@ from registry.wire.schemas import (
     RequestState,
 )
 from registry.wire.words import WindowKind
-from tests.energy_windows import iso, record
+from tests.support.energy_windows import iso, record
 
 PAGE = 3
 """Windows in one page."""

@@ -22,7 +22,7 @@ from registry.wire.schemas import (
     WrapperState,
 )
 from registry.wire.words import Grade, Priority
-from tests.energy_windows import experiment_rows
+from tests.support.energy_windows import experiment_rows
 
 CREATED = "2026-01-01T00:00:00.000Z"
 BASE = "http://127.0.0.1:8000"
