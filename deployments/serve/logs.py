@@ -1,7 +1,8 @@
 """Logging of all parts: one JSON object per line on standard error, which Ray stores per process.
 
-The registry also logs to a file that outlives Ray's folder. Every line about a request has its ``request_id`` and
-``measurement_id``, so that its history can be read from one file. No line contains a secret.
+The registry actor, the ingress and each wrapper call ``configure_logging``. Processes of engines do not: their log is
+vLLM's. The registry also logs to a file that outlives Ray's folder. Every line about a request has its ``request_id``
+and ``measurement_id``, so that its history can be read from one file. No line contains a secret.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from registry.settings import EnergySettings, WrapperSettings
 
 
 async def test_metric_tells_whether_llms_start_warm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The metric has the wrapper's id as its tag, and is 1 while LLMs start warm, else 0."""
+    """The metric has the wrapper's id as its tag, and is 1 while LLMs start warm, else 0. It logs like all parts."""
     shown: list[tuple[str, float, dict[str, str]]] = []
+    configured: list[bool] = []
 
     class FakeGauge:
         def __init__(self, name: str, *_: object, **__: object) -> None:
@@ -32,10 +33,12 @@ async def test_metric_tells_whether_llms_start_warm(monkeypatch: pytest.MonkeyPa
         show_warm(False)
 
     monkeypatch.setattr(wrapper_app, "Gauge", FakeGauge)
+    monkeypatch.setattr(wrapper_app, "configure_logging", lambda: configured.append(True))
     monkeypatch.setattr(LLMWrapper, "__init__", init)
     monkeypatch.delattr(LLMWrapper, "__del__")  # Serve awaits it, Python's collector can't
     config = WrapperConfig("a-0", 0, WrapperSettings(), EnergySettings(), ModelSources(True, (), tmp_path), tmp_path)
     replica: Any = WrapperReplica.__new__(WrapperReplica)
     await replica.__init__(config)
     name, tags = "greenprompt_wrapper_warm", {"wrapper": "a-0"}
+    assert configured == [True]
     assert shown == [(name, 1.0, tags), (name, 0.0, tags)]
