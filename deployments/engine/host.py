@@ -191,7 +191,9 @@ class EngineHost:
     async def _start(self, order: Order, clock: PhaseClock) -> RunningLLM:
         async with self._busy:
             environment = self._prepared.environment
-            order.weights = await asyncio.to_thread(weights_of, order.model)
+            order.weights = await asyncio.to_thread(
+                weights_of, order.model, order.engine_args.get("load_format", "auto")
+            )
             woken = await self._wake(order, clock)
             if woken is not None:
                 return woken
