@@ -297,7 +297,7 @@ class EngineHost:
         def run(function: Callable[[], str | None]) -> str | None:
             return run_apart(context, function, limit_s, given_up=lambda: order.given_up)
 
-        self._trial.passes(tokenizer, run)
+        self._trial.passes(tokenizer, run, limit_s)
 
     # --- death -------------------------------------------------------------------------------------------------
 
