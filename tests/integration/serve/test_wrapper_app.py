@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ async def test_metric_tells_whether_llms_start_warm(monkeypatch: pytest.MonkeyPa
         show_warm(False)
 
     monkeypatch.setattr(wrapper_app, "Gauge", FakeGauge)
-    monkeypatch.setattr(wrapper_app, "configure_logging", lambda: configured.append(True))
+    monkeypatch.setattr(wrapper_app, "configure_replica_logging", lambda: configured.append(True))
     monkeypatch.setattr(LLMWrapper, "__init__", init)
     monkeypatch.delattr(LLMWrapper, "__del__")  # Serve awaits it, Python's collector can't
     config = WrapperConfig("a-0", 0, WrapperSettings(), EnergySettings(), ModelSources(True, (), tmp_path), tmp_path)
@@ -42,3 +45,23 @@ async def test_metric_tells_whether_llms_start_warm(monkeypatch: pytest.MonkeyPa
     name, tags = "greenprompt_wrapper_warm", {"wrapper": "a-0"}
     assert configured == [True]
     assert shown == [(name, 1.0, tags), (name, 0.0, tags)]
+
+
+def test_a_replica_logs_to_its_first_standard_error() -> None:
+    """Serve replaces ``print`` and ``sys.stderr`` in a replica, and drops what a wrapper says there."""
+    program = (
+        "import builtins, logging, sys\n"
+        "from ray.serve._private.logging_utils import StreamToLogger, redirected_print\n"
+        "from deployments.serve.logs import configure_replica_logging\n"
+        "import structlog\n"
+        "builtins.print = redirected_print\n"
+        "serve = logging.getLogger('ray.serve')\n"
+        "serve.setLevel(logging.WARNING)\n"
+        "sys.stdout = StreamToLogger(serve, logging.INFO, sys.stdout)\n"
+        "sys.stderr = StreamToLogger(serve, logging.INFO, sys.stderr)\n"
+        "configure_replica_logging()\n"
+        "structlog.get_logger('deployments.engine.host').info('an LLM runs', model='tiny')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    line = json.loads(done.stderr.splitlines()[-1])
+    assert (line["event"], line["model"], done.stdout) == ("an LLM runs", "tiny", "")
