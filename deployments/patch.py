@@ -35,15 +35,22 @@ class Guard(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Has:
-    """A module has an attribute (``path``, with dots) whose code uses some names. Checking it imports the module."""
+    """A module has an attribute (``path``, with dots). Checking it imports the module.
+
+    ``uses``: names of attributes, globals or text constants in its code. ``takes``: its parameters.
+    """
 
     module: str
     path: str
     uses: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        uses = f" uses {', '.join(f'`{name}`' for name in self.uses)}" if self.uses else " exists"
-        return f"`{self.module}.{self.path}`{uses}"
+        said = [f"{verb} {', '.join(f'`{name}`' for name in names)}" for verb, names in self._wanted() if names]
+        return f"`{self.module}.{self.path}` {' and '.join(said) or 'exists'}"
+
+    def _wanted(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        return ("uses", self.uses), ("takes", self.takes)
 
     def problem(self) -> str | None:
         """Return which attribute or name is missing, as text; None if none is."""
@@ -52,12 +59,20 @@ class Has:
             found: Any = importlib.import_module(self.module)
             for part in self.path.split("."):
                 found = getattr(found, part)
-            used = inspect.unwrap(found).__code__.co_names if self.uses else ()
+            code = inspect.unwrap(found).__code__ if self.uses or self.takes else None
         except (ImportError, AttributeError) as error:
             return f"{library} has no {self.module}.{self.path} ({error})"
-        missing = [name for name in self.uses if name not in used]
-        if missing:
-            return f"{library}'s {self.module}.{self.path} no longer uses {', '.join(missing)}"
+        if getattr(found, "__isabstractmethod__", False):
+            return f"{library} has no {self.module}.{self.path} (only an abstract one)"
+        if code is None:
+            return None
+        there = {
+            "uses": {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))},
+            "takes": set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]),
+        }
+        for verb, names in self._wanted():
+            if missing := [name for name in names if name not in there[verb]]:
+                return f"{library}'s {self.module}.{self.path} no longer {verb} {', '.join(missing)}"
         return None
 
 

@@ -80,8 +80,10 @@ class CheckpointTrial:
     def __init__(self) -> None:
         self._passed: set[tuple[Tokenizer, tuple[tuple[str, int], ...]]] = set()
 
-    def passes(self, tokenizer: Tokenizer, run: Run) -> None:
+    def passes(self, tokenizer: Tokenizer, run: Run, limit_s: float = WALL_S) -> None:
         """Check that a tokenizer and its chat template end within the limits. Blocks; see ``Run``.
+
+        ``limit_s``: the time limit of ``run``, seconds; the error names it.
 
         Raises:
             TrialFailed: They do not end within the limits, or end their process.
@@ -93,7 +95,7 @@ class CheckpointTrial:
         try:
             problem = run(partial(attempt, tokenizer, CPU_S, MEMORY_BYTES))
         except TimeoutError:
-            problem = f"do not end within {WALL_S:g} s"
+            problem = f"do not end within {limit_s:g} s"
         except RuntimeError as error:
             problem = f"end their process, or take more than {CPU_S} s of processor time: {error}"
         if problem is not None:

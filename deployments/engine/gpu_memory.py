@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Mapping
+
+import structlog
 
 from deployments.machine.gpus import ReadFailed, gpu_memory
 
@@ -13,7 +14,7 @@ TOLERANCE_BYTES = 256 * 2**20
 """Largest excess that is ignored: more than a driver's own use varies, less than any engine's CUDA context."""
 _POLL_S = 0.1
 
-_log = logging.getLogger(__name__)
+log = structlog.get_logger("deployments.engine.gpu_memory")
 
 
 # D24: memory that stays used costs the wrapper a restart
@@ -71,5 +72,5 @@ class GPUMemory:
         try:
             return gpu_memory(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         except ReadFailed as error:
-            _log.warning("the memory of the GPUs is not watched: %s", error)
+            log.warning("the memory of the GPUs is not watched", reason=str(error))
             return {}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import multiprocessing
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import structlog
 
 from deployments.engine.checkpoint_trial import IMPORT_S, WALL_S, CheckpointTrial, TrialFailed, tokenizer_of
 from deployments.engine.endings import GONE_TIMEOUT_S, Endings, to_the_end
@@ -35,7 +35,7 @@ from deployments.models.weights import weights_of
 from registry.background import spawn, spawn_awaited
 from registry.errors import EngineStartFailed
 
-_log = logging.getLogger(__name__)
+log = structlog.get_logger("deployments.engine.host")
 
 _COMMON_LLMS = tuple(f"vllm.model_executor.models.{name}" for name in ("llama", "qwen2", "qwen3", "gemma3", "phi3"))
 _ELSEWHERE_OR_LATER = re.compile(
@@ -191,7 +191,9 @@ class EngineHost:
     async def _start(self, order: Order, clock: PhaseClock) -> RunningLLM:
         async with self._busy:
             environment = self._prepared.environment
-            order.weights = await asyncio.to_thread(weights_of, order.model)
+            order.weights = await asyncio.to_thread(
+                weights_of, order.model, order.engine_args.get("load_format", "auto")
+            )
             woken = await self._wake(order, clock)
             if woken is not None:
                 return woken
@@ -247,7 +249,7 @@ class EngineHost:
         llm.phases = clock.took_s
         self._watch.watch_for_hangs(llm)
         self.running = llm
-        _log.info("%s runs after %.1f s", llm.order.model, llm.started_s)
+        log.info("an LLM runs", model=llm.order.model, started_s=round(llm.started_s, 1))
         return llm
 
     async def _wake(self, order: Order, clock: PhaseClock) -> RunningLLM | None:
@@ -266,7 +268,7 @@ class EngineHost:
             await self._endings.end_at_once(llm)
             if not isinstance(problem, Exception):
                 raise
-            _log.warning("%s woke up, but does not answer: %s", order.name, text_of(problem))
+            log.warning("an LLM woke up, but does not answer", model=order.name, reason=text_of(problem))
             return None
         return self._ready(llm, clock)
 
@@ -295,7 +297,7 @@ class EngineHost:
         def run(function: Callable[[], str | None]) -> str | None:
             return run_apart(context, function, limit_s, given_up=lambda: order.given_up)
 
-        self._trial.passes(tokenizer, run)
+        self._trial.passes(tokenizer, run, limit_s)
 
     # --- death -------------------------------------------------------------------------------------------------
 
@@ -370,7 +372,7 @@ class EngineHost:
         llm.heart.cancel()  # while falling asleep, the engine may answer late; the death watch stays active
         problem = await self._sleep.lay_down(llm, spare=wanted_next)
         if problem is not None:
-            _log.info("%s is stopped and does not sleep: %s", llm.served_model_name, problem)
+            log.info("an LLM is stopped and does not sleep", model=llm.served_model_name, reason=problem)
         return problem is None
 
     async def close(self) -> None:

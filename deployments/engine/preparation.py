@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+import structlog
 
 from deployments.engine.environment import EngineEnvironment
 from deployments.engine.vllm_api import VLLM
@@ -17,7 +17,7 @@ from deployments.engine.warm.patches import shape_problem
 from deployments.machine import process_tree
 from deployments.machine.child_processes import bind_spawned_processes
 
-_log = logging.getLogger(__name__)
+log = structlog.get_logger("deployments.engine.preparation")
 
 
 class Preparation:
@@ -79,9 +79,9 @@ class Preparation:
         if self.cold_reason is None:
             self.forkserver.install()
             for problem in self.forkserver.not_preloaded:
-                _log.warning("a module could not be preloaded; LLMs that need it start more slowly: %s", problem)
+                log.warning("a module could not be preloaded; LLMs that need it start more slowly", reason=problem)
             return
-        _log.warning("LLMs will start slowly, because a warm start is not possible: %s", self.cold_reason)
+        log.warning("LLMs will start slowly, because a warm start is not possible", reason=self.cold_reason)
         await asyncio.to_thread(self.forkserver.stop)
         self.forkserver = None
         bind_spawned_processes()

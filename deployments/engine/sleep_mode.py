@@ -8,11 +8,11 @@ LLM that has to end is killed, because it has no state to lose.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import psutil
+import structlog
 
 from deployments.machine import process_tree
 from deployments.machine.memory import main_memory
@@ -29,7 +29,7 @@ HOST_RESERVE = 0.1
 MEMORY_CHECK_S = 5.0
 """Seconds between checks of the machine's free memory while an LLM sleeps."""
 
-_log = logging.getLogger(__name__)
+log = structlog.get_logger("deployments.engine.sleep_mode")
 
 
 class LLM(Protocol):
@@ -148,7 +148,8 @@ class SleepMode(Generic[Sleeper]):
             async with asyncio.timeout(SLEEP_TIMEOUT_S):
                 awake = await llm.engine.wake_up()
         except Exception as problem:
-            _log.warning("%s did not wake up: %s", llm.served_model_name, str(problem) or type(problem).__name__)
+            reason = str(problem) or type(problem).__name__
+            log.warning("a sleeping LLM did not wake up", model=llm.served_model_name, reason=reason)
             awake = False
         except asyncio.CancelledError:
             await self._end(llm)
@@ -189,15 +190,15 @@ class SleepMode(Generic[Sleeper]):
         # A dead LLM stays in the list until the host's lock is free; a start may hold that lock for minutes.
         oldest = next((llm for llm in self._asleep if process_tree.alive(llm.processes)), None)
         if oldest is not None:
-            _log.warning("%s was asleep and is killed: the machine's memory runs short", oldest.served_model_name)
+            reason = "the machine's memory runs short"
+            log.warning("a sleeping LLM is killed", model=oldest.served_model_name, reason=reason)
             process_tree.kill(oldest.processes)
 
     def _kill_unwatched(self, error: BaseException) -> None:
         """Kill all sleeping LLMs, because without the watch nothing ends them when memory runs short."""
         for llm in self._asleep:
-            _log.error(
-                "%s was asleep and is killed: the memory check failed: %s", llm.served_model_name, reason_of(error)
-            )
+            reason = f"the memory check failed: {reason_of(error)}"
+            log.error("a sleeping LLM is killed", model=llm.served_model_name, reason=reason)
             process_tree.kill(llm.processes)
 
     async def _watch_memory(self) -> None:
@@ -208,7 +209,7 @@ class SleepMode(Generic[Sleeper]):
     async def _drop(self, llms: Iterable[Sleeper], why: str) -> None:
         for llm in llms:
             self._asleep.remove(llm)
-            _log.info("%s was asleep and is ended: %s", llm.served_model_name, why)
+            log.info("a sleeping LLM is ended", model=llm.served_model_name, reason=why)
             await self._end(llm)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import logging
 import signal
 from collections.abc import Callable
+
+import structlog
 
 from deployments.engine.heartbeat import Heartbeat
 from deployments.engine.preparation import Preparation
@@ -13,7 +14,7 @@ from deployments.engine.vllm_api import RunningLLM
 from deployments.machine import process_tree
 from registry.background import reason_of, spawn
 
-_log = logging.getLogger(__name__)
+log = structlog.get_logger("deployments.engine.watch")
 
 
 class EngineWatch:
@@ -47,7 +48,7 @@ class EngineWatch:
         """Set ``died`` of an LLM and log the reason. Does nothing if it was declared dead before."""
         if not llm.died.is_set():
             llm.death_reason = f"the engine of {llm.served_model_name} is dead: {reason}"
-            _log.error("%s", llm.death_reason)
+            log.error("the engine of an LLM is dead", model=llm.served_model_name, reason=reason)
             llm.died.set()
             self._on_dead(llm)
 
@@ -55,7 +56,7 @@ class EngineWatch:
         try:
             reason = self._why_ended(llm, pid)
         except Exception as error:  # it is dead, even if the reason can't be found
-            _log.exception("why a process of %s ended is not known", llm.served_model_name)
+            log.exception("why a process of an engine ended is not known", model=llm.served_model_name, pid=pid)
             reason = f"process {pid} ended by itself ({reason_of(error)})"
         self.declare_dead(llm, reason)
 

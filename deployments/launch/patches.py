@@ -105,25 +105,48 @@ VARIABLES: Final = Patch(
 )
 """Ray ignores a variable that it does not know: then HAProxy would run unedited, and log lease tokens."""
 
+HANG_UPS: Final = Patch(
+    "Ray",
+    "header x-request-disconnect-disabled",
+    How.SET,
+    "Serve does not watch prompts for hang-ups, which a wrapper does itself",
+    (HasLine('"x-request-disconnect-disabled"', CONSTANTS),),
+    "never: HAProxy sets it for prompts only",
+)
+
+PROVIDER: Final = Patch(
+    "Ray",
+    f"{_PROVIDER}.LocalNodeProvider",
+    How.SUBCLASSED,
+    "a machine whose start failed is tried again without limit",
+    tuple(
+        Has(_PROVIDER, f"LocalNodeProvider.{name}")
+        for name in (
+            "non_terminated_nodes",
+            "is_running",
+            "node_tags",
+            "set_node_tags",
+            "internal_ip",
+            "external_ip",
+            "terminate_node",
+        )
+    ),
+    "never: it is the provider that the launcher's configuration names",
+)
+
 RAY: Final = (
     VARIABLES,
+    HANG_UPS,
+    PROVIDER,
     Patch(
-        "Ray", f"{_PROVIDER}.LocalNodeProvider", How.SUBCLASSED,
-        "a machine whose start failed is tried again without limit",
-        tuple(
-            Has(_PROVIDER, f"LocalNodeProvider.{name}")
-            for name in (
-                "non_terminated_nodes", "is_running", "node_tags", "set_node_tags", "internal_ip", "external_ip",
-                "terminate_node",
-            )
-        ),
-        "never: it is the provider that the launcher's configuration names",
+        "Ray",
+        "ray._common.constants.HEAD_NODE_RESOURCE_NAME",
+        How.READ,
+        "the head of the cluster is known",
+        (Has("ray._common.constants", "HEAD_NODE_RESOURCE_NAME"),),
+        "only read",
     ),
-    Patch(
-        "Ray", "ray._common.constants.HEAD_NODE_RESOURCE_NAME", How.READ, "the head of the cluster is known",
-        (Has("ray._common.constants", "HEAD_NODE_RESOURCE_NAME"),), "only read",
-    ),
-)  # fmt: skip
+)
 """What is set, subclassed or privately read of Ray itself."""
 
 

@@ -36,7 +36,8 @@ TELL_EVERY_S = 0.2
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".py", ".yaml", ".yml")
 _TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
-_INDICES = ("model.safetensors.index.json", "consolidated.safetensors.index.json")
+INDICES = ("model.safetensors.index.json", "consolidated.safetensors.index.json")
+"""Files that say which files have which weights: of safetensors, and of Mistral's own copy of them."""
 _SENTENCE_TRANSFORMERS_PART = re.compile(r"\d+_\w+")
 _SMALL = 50 * 2**20  # text files (_TEXTS) above this size are not needed by an LLM
 
@@ -85,10 +86,10 @@ def wanted_files(sizes: Mapping[str, int], *, load_format: str = "auto", weights
     if weights:
         folders: dict[str, list[str]] = {}
         for file in sizes:
-            if file.endswith(_WEIGHTS) and PurePosixPath(file).name not in _TRAINING and _in_place(file):
+            if file.endswith(_WEIGHTS) and _in_place(file):
                 folders.setdefault(str(PurePosixPath(file).parent), []).append(file)
         for files in folders.values():
-            chosen.update(_weights(files, load_format))
+            chosen.update(weight_files(files, load_format))
     return sorted(chosen)
 
 
@@ -97,8 +98,13 @@ def _in_place(file: str) -> bool:
     return not parents or (len(parents) == 1 and _SENTENCE_TRANSFORMERS_PART.fullmatch(parents[0]) is not None)
 
 
-def _weights(files: Iterable[str], load_format: str) -> list[str]:
-    """Return the weight files of one folder that vLLM loads: those of the first pattern that matches any."""
+def weight_files(files: Iterable[str], load_format: str = "auto") -> list[str]:
+    """Return the weight files of one folder in the one format that vLLM would choose; empty if there are none.
+
+    That is the first pattern that matches any file. With ``auto`` and ``mistral`` Mistral's own copy
+    comes first. Source: vLLM 0.32, ``DefaultModelLoader._prepare_weights``.
+    """
+    files = [file for file in files if PurePosixPath(file).name not in _TRAINING]
     mistral = load_format in ("auto", "mistral")
     for pattern in (*(["consolidated*.safetensors"] if mistral else []), "*.safetensors", "*.bin", "*.pt"):
         if found := [file for file in files if fnmatch(PurePosixPath(file).name, pattern)]:
@@ -203,7 +209,7 @@ def _download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
         order.model,
         revision=order.commit,
         cache_dir=order.cache_dir,
-        allow_patterns=["config.json", "params.json", *_INDICES],
+        allow_patterns=["config.json", "params.json", *INDICES],
         tqdm_class=_progress_bar(lambda _bytes: None),
     )
     listed = _listed(order)
@@ -241,7 +247,7 @@ def _listed(order: DownloadOrder) -> Mapping[str, int] | None:
 def _plan(order: DownloadOrder, folder: str, listed: Mapping[str, int]) -> list[str]:
     """Return the files that vLLM reads, without weights that the repository's own index does not name."""
     wanted = wanted_files(listed, load_format=order.load_format, weights=order.weights)
-    for name in _INDICES:
+    for name in INDICES:
         index = Path(folder) / name
         if index.is_file():
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

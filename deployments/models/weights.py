@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from deployments.machine.memory import main_memory
+from deployments.models.download import INDICES, weight_files
 from registry.background import spawn_thread
 
-_FORMATS = ("*.safetensors", "*.bin", "*.pt")  # vLLM uses the first format that a folder has
-_DUPLICATE = "consolidated"  # a second copy of the weights in Mistral's models; used if it is the only one
 _CHUNK_BYTES = 128 * 1024
 """Bytes per call; the kernel reads at most a disk's read-ahead, usually this (mm/readahead.c, force_page_cache_ra)."""
 
@@ -30,17 +30,38 @@ class Weights:
         return sum(size for _, size, _ in self.files)
 
 
-def weights_of(model: str) -> Weights | None:
-    """Return the weight files in a model's folder; None if it has none or can't be read. Does not read the weights."""
+def weights_of(model: str, load_format: str = "auto") -> Weights | None:
+    """Return the weight files in a model's folder that vLLM loads. Does not read the weights.
+
+    Args:
+        model: The folder, or a Hugging Face id.
+        load_format: vLLM's engine argument.
+
+    Returns:
+        The files, sorted by name; None if there are none, ``model`` is no folder, or one can't be read.
+    """
     folder = Path(model)
     with suppress(OSError):  # e.g. a broken link: the engine reports such problems
-        for pattern in _FORMATS:
-            found = sorted(folder.glob(pattern))
-            if found:
-                files = [file for file in found if not file.name.startswith(_DUPLICATE)] or found
-                stats = [(file, file.stat()) for file in files]
-                return Weights(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+        found = sorted(weight_files([file.name for file in folder.iterdir()], load_format))
+        files = [folder / name for name in _in_index(folder, found, load_format)]
+        stats = [(file, file.stat()) for file in files]
+        return Weights(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)) if files else None
     return None
+
+
+def _in_index(folder: Path, files: Sequence[str], load_format: str) -> Sequence[str]:
+    """Return those of the files that the index of safetensors names; all if there is none. Raises OSError."""
+    if not files or not files[0].endswith(".safetensors"):
+        return files
+    mistral = load_format != "safetensors" and files[0].startswith("consolidated")
+    index = folder / INDICES[mistral]
+    if not index.is_file():
+        return files
+    try:
+        named = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError):  # the engine reports it
+        return files
+    return [file for file in files if file in named]
 
 
 # D29: read ahead from the swap on, not before

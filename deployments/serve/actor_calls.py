@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import ray
@@ -25,7 +25,7 @@ RETRY_FOR_S = 10.0
 """How long a call is retried while the registry actor does not answer, seconds."""
 
 CALL_TIMEOUT_S = 30.0
-"""Longest wait for one answer of the actor, beyond the wait that was requested, seconds."""
+"""Longest wait for one answer of the actor, beyond the wait that was requested, seconds. Also for a read's turn."""
 
 AT_ONCE = {"state": 64, "events": 8, "measurement": 4, "measured": 4, "windows": 4, "machines": 4, "llms": 4}
 """Most concurrent calls of each method that only reads.
@@ -50,14 +50,15 @@ class ActorCalls:
             RegistryError: Raised by the registry itself.
             InternalError: The method failed with another exception.
             RegistryUnavailable: No actor could be reached for RETRY_FOR_S seconds. Or it did not
-                answer one call within CALL_TIMEOUT_S + ``wait_s``; such a call is not retried.
+                answer one call within CALL_TIMEOUT_S + ``wait_s``, or a read had to wait for its turn
+                (AT_ONCE) for CALL_TIMEOUT_S; such a call is not retried.
         """
         try:
             async for attempt in stamina.retry_context(
                 on=(RayActorError, _NoActor), attempts=None, timeout=RETRY_FOR_S, wait_initial=0.05, wait_max=0.5
             ):
                 with attempt:
-                    async with self._lanes.get(method, nullcontext()):
+                    async with self._turn(method):
                         return await self._once(method, args, wait_s)
         except (RayError, _NoActor) as error:
             if (own := own_error(error)) is not None:
@@ -67,6 +68,22 @@ class ActorCalls:
                 raise InternalError(f"{method}: {type(cause or error).__name__}: {cause or error}") from error
             raise self._unavailable(type(error).__name__) from error
         raise AssertionError("unreachable")
+
+    @asynccontextmanager
+    async def _turn(self, method: str) -> AsyncIterator[None]:
+        lane = self._lanes.get(method)
+        if lane is None:
+            yield
+            return
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await lane.acquire()
+        except TimeoutError as error:
+            raise self._unavailable(f"no turn for {method} within {CALL_TIMEOUT_S:g} s") from error
+        try:
+            yield
+        finally:
+            lane.release()
 
     async def _once(self, method: str, args: Sequence[object], wait_s: float) -> Any:
         if self._actor is None:

@@ -11,13 +11,15 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from deployments.models.checkpoints import checkpoints_anywhere
 from deployments.serve.actor_calls import ActorCalls
 from deployments.serve.http_app import IngressConfig, build_app
+from deployments.serve.logs import configure_replica_logging
 
 
 class Ingress:
     """The Serve deployment of the app."""
 
     def __init__(self, config: IngressConfig) -> None:
-        """``config`` is fixed for the life of the replica."""
+        """``config`` is fixed for the life of the replica. Configures the log of this process."""
+        configure_replica_logging()
         self._app = build_app(config, ActorCalls(config.state_dir).call, checkpoints_anywhere())
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -1,7 +1,8 @@
 """Logging of all parts: one JSON object per line on standard error, which Ray stores per process.
 
-The registry also logs to a file that outlives Ray's folder. Every line about a request has its ``request_id`` and
-``measurement_id``, so that its history can be read from one file. No line contains a secret.
+The registry actor, the ingress and each wrapper configure it. Processes of engines do not: their log is vLLM's. The
+registry also logs to a file that outlives Ray's folder. Every line about a request has its ``request_id``
+and ``measurement_id``, so that its history can be read from one file. No line contains a secret.
 """
 
 from __future__ import annotations
@@ -22,6 +23,16 @@ REGISTRY_LOG: Final = "registry.jsonl"
 
 FILE_BYTES: Final = 20_000_000
 OLDER_FILES: Final = 4
+
+
+def configure_replica_logging() -> None:
+    """Configure structlog for a replica of Serve: lines go to the standard error that the process was started with.
+
+    Serve replaces ``print``, ``sys.stdout`` and ``sys.stderr`` in a replica by its own log at level INFO, which a
+    wrapper does not write.
+    """
+    configure_logging()
+    structlog.configure(logger_factory=structlog.WriteLoggerFactory(sys.__stderr__))
 
 
 def configure_logging(file: Path | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from ray import serve
 from ray.util.metrics import Gauge
 
+from deployments.serve.logs import configure_replica_logging
 from deployments.wrapper.config import WrapperConfig
 from deployments.wrapper.llm_wrapper import LLMWrapper
 
@@ -16,7 +17,8 @@ class WrapperReplica(LLMWrapper):
     """The wrapper as Serve runs it; its metric tells whether LLMs start warm."""
 
     async def __init__(self, config: WrapperConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        """See ``LLMWrapper``."""
+        """See ``LLMWrapper``. Configures the log of this process."""
+        configure_replica_logging()
         warm = Gauge("greenprompt_wrapper_warm", "1: LLMs start warm; 0: by the slow way", tag_keys=("wrapper",))
         await super().__init__(config, lambda is_warm: warm.set(float(is_warm), {"wrapper": config.wrapper_id}))
 

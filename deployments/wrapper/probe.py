@@ -41,7 +41,8 @@ class Probe:
     async def refusal(self, running: RunningLLM, args: PromptArgs) -> str | None:
         """Return why an LLM can't answer prompts with these arguments; None if it can, or unknown.
 
-        Only for LLMs that write text. Any status except 200 counts as a refusal and is remembered.
+        Only for LLMs that write text. Any status except 200 counts as a refusal. A fault of the
+        server (5xx) may pass, so it is not remembered: the next hand-over probes again.
         """
         path, body = native_prompt(running.served_model_name, args, QUESTION)
         body["max_tokens"] = 1  # one token is enough: the limit does not decide whether the prompt is refused
@@ -53,7 +54,10 @@ class Probe:
                 return None
             status, content = answer
             refused = status != HTTPStatus.OK
-            known[key] = f"it refuses every prompt of this request: {problem_of(content)}" if refused else None
+            refusal = f"it refuses every prompt of this request: {problem_of(content)}" if refused else None
+            if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                return refusal
+            known[key] = refusal
         return known[key]
 
     async def _ask(self, running: RunningLLM, path: str, body: dict[str, object]) -> tuple[int, bytes] | None:

@@ -209,7 +209,8 @@ class LLMSwap:
         except InvalidField:  # a symbolic link now leads outside; the start reports it
             return None
         folder = await self._models.here(located, revision=revision or spec.revision)
-        return None if folder is None else await asyncio.to_thread(weights_of, folder)
+        load_format = json.loads(spec.engine_args).get("load_format", "auto")
+        return None if folder is None else await asyncio.to_thread(weights_of, folder, load_format)
 
     def _set_phase(self, phase: str) -> None:
         self._on_phase(phase, None)

@@ -166,6 +166,10 @@ still log requests.
 {_patches(HAPROXY)}\
 ## Ray
 
+`greenprompt up` and each node check the environment variables and the header, and the head of a cluster the provider;
+if a guard fails, the command fails and says which. HEAD_NODE_RESOURCE_NAME is noticed when it is imported:
+`greenprompt up` ends with an ImportError that names it.
+
 {_patches(RAY)}""".rstrip()
         + "\n"
     )

@@ -2,16 +2,17 @@
 
 import asyncio
 import importlib.util
-import logging
 import os
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from deployments.engine.host import EngineHost
 from deployments.engine.phases import Phase
@@ -26,9 +27,14 @@ def directories() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("gp-engine-*"))
 
 
-async def test_cold_start(
-    llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def cold_start_of(logs: Sequence[Mapping[str, Any]]) -> object:
+    """The reason in the one line that says that LLMs start slowly."""
+    (line,) = [line for line in logs if line["event"].startswith("LLMs will start slowly")]
+    assert line["log_level"] == "warning"
+    return line["reason"]
+
+
+async def test_cold_start(llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where vLLM lacks the shape that a warm start needs, an LLM starts slowly, with a warning that says why."""
     import vllm.v1.engine.utils as launching
 
@@ -40,11 +46,12 @@ async def test_cold_start(
     monkeypatch.setattr(launching.CoreEngineProcManager, "__init__", moved)
     host = EngineHost(gpus=0, kv_cache_gib=0.125, cache_dir=tmp_path)
     try:
-        await host.prepare()
+        with capture_logs() as logs:
+            await host.prepare()
         assert not host.warm
         assert host.cold_reason is not None
         assert "CoreEngineProcManager" in host.cold_reason
-        assert host.cold_reason in caplog.text
+        assert cold_start_of(logs) == host.cold_reason
         phases: list[Phase] = []
         llm = await host.start(str(llms / "a"), engine_args=FAST, on_phase=phases.append)
         assert phases == [Phase.CONFIGURING, Phase.LOADING, Phase.WARMING_UP, Phase.READY]
@@ -72,27 +79,30 @@ def fill_with_renamed_internals(module: ModuleType) -> None:
 
 
 async def test_a_vllm_with_other_internals_is_not_left_unwatched(
-    llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With `output_processor` renamed in a copy of vLLM, LLMs start cold, and one without its hang watch is ended.
 
     Both log lines name what was renamed.
     """
-    caplog.set_level(logging.WARNING)  # a cold start before leaves the root logger at ERROR
     monkeypatch.setitem(sys.modules, ASYNC_LLM, renamed := ModuleType(ASYNC_LLM))
     fill_with_renamed_internals(renamed)
     host = EngineHost(gpus=0, kv_cache_gib=0.125, cache_dir=tmp_path)
     try:
-        await host.prepare()
+        with capture_logs() as logs:
+            await host.prepare()
+            llm = await host.start(str(llms / "a"), engine_args=FAST)
+            await asyncio.wait_for(llm.died.wait(), 10)
         assert host.cold_reason is not None
         assert "AsyncLLM.__init__ no longer uses output_processor" in host.cold_reason
-        assert host.cold_reason in caplog.text
-        llm = await host.start(str(llms / "a"), engine_args=FAST)
-        await asyncio.wait_for(llm.died.wait(), 10)
+        assert cold_start_of(logs) == host.cold_reason
         assert llm.death_reason is not None
         assert "its hang watch failed: AttributeError" in llm.death_reason
         assert "output_processor" in llm.death_reason
-        assert llm.death_reason in caplog.text
+        (died,) = [line for line in logs if line["event"] == "the engine of an LLM is dead"]
+        assert died["model"] == llm.served_model_name
+        assert died["reason"] in llm.death_reason
+        assert "output_processor" in died["reason"]
         assert (await host.stop()).problem is None
         assert still_running(llm.pids) == set()
     finally:

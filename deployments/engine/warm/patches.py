@@ -66,7 +66,7 @@ VLLM_ENGINES: Final = (
     Patch(
         "vLLM", f"{_MESSAGES}.SpinCondition", How.WRAPPED, "engine processes sleep while no message is due",
         (
-            Has(_MESSAGES, "SpinCondition.wait", ("last_read", "busy_loop_s")),
+            Has(_MESSAGES, "SpinCondition.wait", ("last_read", "busy_loop_s"), takes=("timeout_ms",)),
             Has(_MESSAGES, "SpinCondition.record_read", ("last_read",)),
             Has(_MESSAGES, "MessageQueue.acquire_read", ("_spin_condition", "wait", "record_read")),
         ),
@@ -78,7 +78,7 @@ VLLM_ENGINES: Final = (
     ),
     Patch(
         "vLLM", f"{_DECORATORS}.monitor_torch_compile", How.WRAPPED, "an engine announces that it compiles",
-        (Has(_DECORATORS, "monitor_torch_compile", ("torch_compile_start_time",)),), _WITH_PROCESS,
+        (Has(_DECORATORS, "monitor_torch_compile", takes=("announce_start",)),), _WITH_PROCESS,
     ),
     Patch(
         "vLLM", "vllm.platforms.current_platform.register_triton_kernel_overrides", How.REPLACED,
@@ -124,6 +124,7 @@ VLLM_WRAPPER: Final = (
         "vLLM", "AsyncLLM.engine_core.resources.ctx", How.READ,
         "it is destroyed at a stop, which vLLM leaves to chance",
         (
+            Has(_ASYNC_LLM, "AsyncLLM.__init__", ("engine_core",)),
             Has(_CLIENT, "MPClient.__init__", ("resources",)),
             Has(_CLIENT, "BackgroundResources.__init__", ("ctx",)),
         ),
@@ -131,12 +132,20 @@ VLLM_WRAPPER: Final = (
     ),
     Patch(
         "vLLM", "AsyncLLM.generate", How.WRAPPED, "tokens are counted for answers that report no usage",
-        (Has(_ASYNC_LLM, "AsyncLLM.generate"),), "never: it is an attribute of one engine, and ends with it",
+        (Has(_ASYNC_LLM, "AsyncLLM.generate", takes=("prompt", "sampling_params")),),
+        "never: it is an attribute of one engine, and ends with it",
     ),
     Patch(
         "vLLM", "user_middleware of its app", How.EDITED,
         "PrometheusInstrumentatorMiddleware is removed: it takes 3 to 6 % of the process's time for metrics not served",
-        (Has("vllm.entrypoints.launchers.app", "build_app"),), "never: it is of one app, and ends with it",
+        (
+            Has(
+                "prometheus_fastapi_instrumentator", "Instrumentator.instrument",
+                ("add_middleware", "PrometheusInstrumentatorMiddleware"),
+            ),
+            Has("starlette.applications", "Starlette.add_middleware", ("user_middleware", "middleware_stack")),
+        ),
+        "never: it is of one app, and ends with it",
     ),
 )  # fmt: skip
 """What ``vllm_api`` changes, and what it and the hang watch read privately, of vLLM in the wrapper's process."""
@@ -163,6 +172,7 @@ PYTHON: Final = (
         "multiprocessing", "forkserver._forkserver: _forkserver_pid, _stop", How.READ,
         "the forkserver's processes are found and ended",
         (
+            Has("multiprocessing.forkserver", "_forkserver"),
             Has("multiprocessing.forkserver", "ForkServer.__init__", ("_forkserver_pid",)),
             Has("multiprocessing.forkserver", "ForkServer._stop"),
         ),
@@ -172,6 +182,7 @@ PYTHON: Final = (
         "multiprocessing", "resource_tracker._resource_tracker: _fd, _pid, _stop", How.READ,
         "the tracker is no engine process, and ends with the forkserver",
         (
+            Has("multiprocessing.resource_tracker", "_resource_tracker"),
             Has("multiprocessing.resource_tracker", "ResourceTracker.__init__", ("_fd", "_pid")),
             Has("multiprocessing.resource_tracker", "ResourceTracker._stop"),
         ),
@@ -180,7 +191,7 @@ PYTHON: Final = (
     Patch(
         "multiprocessing", "current_process()._config['tempdir']", How.REPLACED,
         "the forkserver's socket is in the folder of the engines",
-        (Has("multiprocessing.util", "get_temp_dir", ("_config",)),), "once the forkserver has started",
+        (Has("multiprocessing.util", "get_temp_dir", ("_config", "tempdir")),), "once the forkserver has started",
     ),
     Patch(
         "gc", "unfreeze", How.REPLACED, "vLLM's engines do not scan what they share with the forkserver",

@@ -714,6 +714,25 @@ async def test_call_has_a_time_limit(find: Callable[..., list[str]], monkeypatch
         await ActorCalls(Path("/")).call("state", "x", wait_s=0.01)
 
 
+async def test_turn_of_a_read_has_a_time_limit(find: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that does not get its turn among others is unavailable after the limit; the next read gets it."""
+    monkeypatch.setattr(actor_calls, "AT_ONCE", {"state": 1})
+    answered = asyncio.Event()
+    find(actor := FakeActor(answered.wait, "answer"))
+    client = ActorCalls(Path("/"))
+    first = asyncio.create_task(client.call("state", "x"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    monkeypatch.setattr(actor_calls, "CALL_TIMEOUT_S", 0.0)
+    with pytest.raises(RegistryUnavailable, match="no turn for state within 0 s"):
+        await client.call("state", "y")
+    monkeypatch.setattr(actor_calls, "CALL_TIMEOUT_S", 30.0)
+    answered.set()
+    assert await first
+    assert await client.call("state", "z") == "answer"
+    assert actor.state.calls == [("x",), ("z",)]
+
+
 # --- machines ----------------------------------------------------------------------------------------------
 
 

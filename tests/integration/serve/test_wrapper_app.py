@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,9 @@ from registry.settings import EnergySettings, WrapperSettings
 
 
 async def test_metric_tells_whether_llms_start_warm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The metric has the wrapper's id as its tag, and is 1 while LLMs start warm, else 0."""
+    """The metric has the wrapper's id as its tag, and is 1 while LLMs start warm, else 0. It logs like all parts."""
     shown: list[tuple[str, float, dict[str, str]]] = []
+    configured: list[bool] = []
 
     class FakeGauge:
         def __init__(self, name: str, *_: object, **__: object) -> None:
@@ -32,10 +36,32 @@ async def test_metric_tells_whether_llms_start_warm(monkeypatch: pytest.MonkeyPa
         show_warm(False)
 
     monkeypatch.setattr(wrapper_app, "Gauge", FakeGauge)
+    monkeypatch.setattr(wrapper_app, "configure_replica_logging", lambda: configured.append(True))
     monkeypatch.setattr(LLMWrapper, "__init__", init)
     monkeypatch.delattr(LLMWrapper, "__del__")  # Serve awaits it, Python's collector can't
     config = WrapperConfig("a-0", 0, WrapperSettings(), EnergySettings(), ModelSources(True, (), tmp_path), tmp_path)
     replica: Any = WrapperReplica.__new__(WrapperReplica)
     await replica.__init__(config)
     name, tags = "greenprompt_wrapper_warm", {"wrapper": "a-0"}
+    assert configured == [True]
     assert shown == [(name, 1.0, tags), (name, 0.0, tags)]
+
+
+def test_a_replica_logs_to_its_first_standard_error() -> None:
+    """Serve replaces ``print`` and ``sys.stderr`` in a replica, and drops what a wrapper says there."""
+    program = (
+        "import builtins, logging, sys\n"
+        "from ray.serve._private.logging_utils import StreamToLogger, redirected_print\n"
+        "from deployments.serve.logs import configure_replica_logging\n"
+        "import structlog\n"
+        "builtins.print = redirected_print\n"
+        "serve = logging.getLogger('ray.serve')\n"
+        "serve.setLevel(logging.WARNING)\n"
+        "sys.stdout = StreamToLogger(serve, logging.INFO, sys.stdout)\n"
+        "sys.stderr = StreamToLogger(serve, logging.INFO, sys.stderr)\n"
+        "configure_replica_logging()\n"
+        "structlog.get_logger('deployments.engine.host').info('an LLM runs', model='tiny')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    line = json.loads(done.stderr.splitlines()[-1])
+    assert (line["event"], line["model"], done.stdout) == ("an LLM runs", "tiny", "")

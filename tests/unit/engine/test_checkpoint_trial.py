@@ -107,3 +107,11 @@ def test_a_failure_tells_its_reason_and_is_tried_again(outcome: str | Exception,
     runs.outcome = None
     trial.passes(Tokenizer("org/llm"), runs)
     assert runs.count == 2
+
+
+def test_a_timeout_names_the_limit_that_held() -> None:
+    """A host that starts cold gives the trial time to import vLLM."""
+    runs = Runs()
+    runs.outcome = TimeoutError()
+    with pytest.raises(TrialFailed, match="do not end within 140 s"):
+        CheckpointTrial().passes(Tokenizer("org/llm"), runs, 140.0)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from deployments.engine.watch import EngineWatch
 
@@ -47,7 +48,10 @@ async def test_a_hang_watch_that_fails_ends_its_llm() -> None:
 async def test_a_process_that_ended_is_a_death_even_if_its_error_is_unreadable(times: int) -> None:
     """The file of the errors may be gone; the LLM is declared dead all the same, once."""
     host = Host()  # it has no environment to read errors from
-    for _ in range(times):
-        host.watch._on_process_ended(host.llm, 0)
+    with capture_logs() as logs:
+        for _ in range(times):
+            host.watch._on_process_ended(host.llm, 0)
+    (died,) = [line for line in logs if line["event"] == "the engine of an LLM is dead"]
+    assert (died["model"], died["log_level"]) == ("tiny", "error")
     assert host.dead == [host.llm]
     assert "process 0 ended by itself (AttributeError" in host.llm.death_reason

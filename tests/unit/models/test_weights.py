@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,14 @@ import pytest
 from deployments.machine.memory import MainMemory
 from deployments.models import weights
 from deployments.models.weights import read_ahead, weights_of
+from tests.weight_folders import FOLDERS, Files
+
+
+def write(folder: Path, files: Files) -> Path:
+    """Write files of these contents."""
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    return folder
 
 
 def make(folder: Path, **files: int) -> Path:
@@ -20,18 +29,22 @@ def make(folder: Path, **files: int) -> Path:
     return folder
 
 
-def test_safetensors_before_all_else(tmp_path: Path) -> None:
-    """Where a model has its weights in several forms those count that vLLM takes."""
-    found = weights_of(str(make(tmp_path, a_safetensors=3, b_safetensors=4, consolidated_safetensors=7, a_bin=9)))
+@pytest.mark.parametrize(("files", "load_format", "loaded"), FOLDERS)
+def test_the_files_are_those_that_vllm_loads(
+    tmp_path: Path, files: Files, load_format: str, loaded: Sequence[str]
+) -> None:
+    """Where a model has its weights in several forms those count that vLLM takes; the index names the files."""
+    found = weights_of(str(write(tmp_path, files)), load_format)
     assert found is not None
-    assert [file.name for file, _, _ in found.files] == ["a.safetensors", "b.safetensors"]
-    assert found.size_bytes == 7
+    assert [file.name for file, _, _ in found.files] == loaded
+    assert found.size_bytes == sum((tmp_path / name).stat().st_size for name in loaded)
 
 
-def test_older_forms(tmp_path: Path) -> None:
-    """Weights that are no safetensors count, too, and those that are consolidated if there are no others."""
-    assert getattr(weights_of(str(make(tmp_path, a_bin=9, a_pt=1))), "size_bytes", None) == 9
-    assert getattr(weights_of(str(make(tmp_path, consolidated_safetensors=7))), "size_bytes", None) == 7
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 1}'])
+def test_an_index_that_cannot_be_read_names_nothing(tmp_path: Path, index: str) -> None:
+    """All files count then; the engine reports the index."""
+    write(tmp_path, {"a.safetensors": "1", "model.safetensors.index.json": index})
+    assert getattr(weights_of(str(tmp_path)), "size_bytes", None) == 1
 
 
 def test_no_weights(tmp_path: Path) -> None:

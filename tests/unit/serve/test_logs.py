@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import structlog
 
+import deployments
 from deployments.serve import logs
 from deployments.serve.logs import REGISTRY_LOG, configure_logging
 from registry.core.decision import Changes
@@ -93,3 +94,14 @@ def test_a_line_names_the_request_that_an_event_changed() -> None:
         "epoch": event.epoch,
         "status": RequestStatus.DEPLOYED.value,
     }
+
+
+def test_all_of_our_parts_log_in_one_way() -> None:
+    """No module writes by Python's own ``logging``, which would be neither JSON nor in one place."""
+    own = [
+        f"{file}:{number}"
+        for file in sorted(Path(deployments.__path__[0]).rglob("*.py"))
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if "= logging.getLogger(" in line
+    ]
+    assert own == []

@@ -989,6 +989,17 @@ async def test_llm_that_is_slow_or_dead_is_not_called_refusing(make: Make, monke
     assert over.refusal == "it refuses every prompt of this request: Internal Server Error"
 
 
+async def test_a_fault_of_the_engine_at_the_first_prompt_is_not_remembered(make: Make) -> None:
+    """A 500 ends one request; the next one with the same arguments is asked again, and served if the fault is over."""
+    client = await make(finish=False)
+    client.engine.error = 500, {"error": "a fault that passes"}
+    assert "a fault that passes" in ((await client.wrapper.bind(3, asking(SECOND, top_k=7))).refusal or "")
+    client.engine.error = None
+    third = replace(SECOND, request_id="request-3", token="token-3", as_of=client.wrapper._gate.moment)
+    assert (await client.wrapper.bind(4, asking(third, top_k=7))).refusal is None
+    assert (await client.prompt("token-3")).status_code == 200
+
+
 async def test_a_prompt_to_an_llm_that_writes_no_text(make: Make) -> None:
     """process_prompt says where to go instead."""
     client = await make(finish=False)

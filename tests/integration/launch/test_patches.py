@@ -1,0 +1,110 @@
+"""The tables of patches against the real Ray: each row notices a change of what our code uses, and stops the start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from deployments.launch import haproxy, patches
+from deployments.launch.haproxy import haproxy_environment
+from deployments.launch.launcher import with_machines
+from deployments.launch.patches import CONSTANTS, HAPROXY, PROVIDER, RAY, TEMPLATE, text_of_serve
+from registry.errors import BadSettings
+from tests.renamed import renamed
+
+LINES: dict[str, Sequence[tuple[str, str]]] = {
+    "`log … local0 info`": [(TEMPLATE, " local0 info")],
+    "`option splice-request`": [(TEMPLATE, "option splice-request")],
+    "`bind` of metrics and statistics": [(TEMPLATE, "metrics_port"), (TEMPLATE, "bind *:")],
+    "`errorfile`": [(TEMPLATE, f"errorfile {status} ") for status in (502, 503, 504)],
+    "`http-request return status 404`": [(TEMPLATE, "http-request return status 404 ")],
+    "sections `global`, `defaults`, `http_frontend`": [
+        (TEMPLATE, '"""global\n'),
+        (TEMPLATE, "\ndefaults\n"),
+        (TEMPLATE, "\nfrontend http_frontend\n"),
+    ],
+    "`timeout client`, `timeout http-keep-alive`": [
+        (TEMPLATE, "timeout client {{ config."),
+        (TEMPLATE, "timeout http-keep-alive {{ config."),
+    ],
+    "environment variables of Serve": [
+        (CONSTANTS, f'"RAY_SERVE_{name}"')
+        for name in ("ENABLE_HA_PROXY", "HAPROXY_BINARY_PATH", "HAPROXY_CONFIG_FILE_LOC", "HAPROXY_METRICS_ENABLED")
+    ],
+    "header x-request-disconnect-disabled": [(CONSTANTS, '"x-request-disconnect-disabled"')],
+}
+"""By the name of each row, words in the files of Serve that our changes look for."""
+
+OVERRIDDEN = [
+    "non_terminated_nodes", "is_running", "node_tags", "set_node_tags", "internal_ip", "external_ip", "terminate_node",
+]  # fmt: skip
+HEAD = "HEAD_NODE_RESOURCE_NAME"
+
+
+def noticed() -> list[str]:
+    """The rows whose guards fail."""
+    return [patch.name for patch in (*HAPROXY, *RAY) if patch.problem() is not None]
+
+
+def test_every_row_has_a_case() -> None:
+    """A row that is added to the tables needs a change that its guard notices."""
+    assert {*LINES, PROVIDER.name, f"ray._common.constants.{HEAD}"} == {patch.name for patch in (*HAPROXY, *RAY)}
+
+
+def test_the_installed_ray_passes(tmp_path: Path) -> None:
+    """Without a change no row is noticed, and the checks of a start pass."""
+    assert noticed() == []
+    haproxy_environment(tmp_path)
+
+
+@pytest.mark.parametrize(("row", "file", "word"), [(row, *case) for row, cases in LINES.items() for case in cases])
+def test_a_changed_line_is_named(
+    row: str, file: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve's own file with one word changed: one row notices it, and a start is refused with the row's pattern."""
+    middle = len(word) // 2
+    changed = {name: text_of_serve(name) for name in (TEMPLATE, CONSTANTS)}
+    assert word in changed[file]
+    changed[file] = changed[file].replace(word, f"{word[:middle]}X{word[middle:]}")
+    for module in (haproxy, patches):
+        monkeypatch.setattr(module, "text_of_serve", changed.__getitem__)
+    assert noticed() == [row]
+    with pytest.raises(BadSettings) as refused:
+        haproxy_environment(tmp_path)
+    (patch,) = [patch for patch in (*HAPROXY, *RAY) if patch.name == row]
+    (guard,) = [guard for guard in patch.guards if guard.problem() is not None]
+    assert isinstance(guard, patches.HasLine)
+    assert repr(guard.pattern) in str(refused.value)
+
+
+@pytest.mark.parametrize("method", OVERRIDDEN)
+def test_a_renamed_method_of_the_provider_is_named(method: str, tmp_path: Path) -> None:
+    """Ray's provider of local machines without a method that ours overrides: the head's `ray-start` is refused."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text("{cluster_name: x, provider: {type: local, head_ip: 192.0.2.1, worker_ips: []}}")
+    with renamed("ray.autoscaler._private.local.node_provider", f"LocalNodeProvider.{method}"):
+        assert noticed() == [PROVIDER.name]
+        with pytest.raises(BadSettings, match=rf"LocalNodeProvider\.{method}\b"):
+            with_machines([f"--autoscaling-config={file}"])
+
+
+def test_all_that_our_provider_overrides_is_guarded() -> None:
+    """A method that is added to our provider needs a guard, too."""
+    from deployments.launch.launcher import Machines
+
+    assert {name for name, member in vars(Machines).items() if callable(member) and not name.startswith("_")} == {
+        *OVERRIDDEN
+    }
+
+
+def test_a_renamed_resource_of_the_head_is_named() -> None:
+    """``greenprompt up`` imports it: the error of the import has the name."""
+    with renamed("ray._common.constants", HEAD):
+        assert noticed() == [f"ray._common.constants.{HEAD}"]
+    program = f"import ray._common.constants as it; del it.{HEAD}; import deployments.serve.app"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert f"ImportError: cannot import name '{HEAD}' from 'ray._common.constants'" in done.stderr
