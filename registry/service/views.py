@@ -25,12 +25,14 @@ from registry.store.rows import StoredEvent, WindowPlace
 from registry.wire.labels import Label
 from registry.wire.schemas import (
     MAX_REQUESTS,
+    AcceptedRequest,
     EnergyState,
     EventState,
     HealthState,
     LLMState,
     MachineState,
     MeasurementState,
+    PromptingAnswer,
     RequestState,
     WrapperState,
 )
@@ -62,6 +64,35 @@ def lease_url(service: Service, request_id: str) -> str | None:
     return None if lease is None or wrapper is None else f"{wrapper.url}/{lease.token}"
 
 
+def prompting_answer(service: Service, requests: Sequence[Request]) -> PromptingAnswer:
+    """Return the answer to the POST of these requests."""
+    return PromptingAnswer(requests=[_accepted_request(service, each) for each in requests])
+
+
+def _accepted_request(service: Service, request: Request) -> AcceptedRequest:
+    url, address = _addresses(service, request)
+    return AcceptedRequest(
+        requestId=request.request_id,
+        llmconfig=json.loads(request.llmconfig),
+        link=link_of(service, request.request_id),
+        status=request.status.value,
+        url=url,
+        address=address,
+        notes=_notes(service, request),
+    )
+
+
+def _addresses(service: Service, request: Request) -> tuple[str | None, str | None]:
+    """Return the ``url`` and ``address`` of a request's lease; None while it is not deployed."""
+    lease = service.allocator.lease_of(request.request_id)
+    url = lease_url(service, request.request_id) if request.status is RequestStatus.DEPLOYED else None
+    return url, None if url is None or lease is None else old_address(service.settings.base_url, lease.token)
+
+
+def _notes(service: Service, request: Request) -> list[str]:
+    return [*request.notes, *old_address_problems(service.settings.base_url)]
+
+
 def request_state(service: Service, request: Request) -> RequestState:
     """Return a request as its client sees it. O(log n) in the number of queued requests.
 
@@ -78,8 +109,7 @@ def _request_state(
     allocator = service.allocator
     lease = allocator.lease_of(request.request_id)
     deployed = request.status is RequestStatus.DEPLOYED
-    base_url = service.settings.base_url
-    url = lease_url(service, request.request_id) if deployed else None
+    url, address = _addresses(service, request)
     queued = request.status is RequestStatus.QUEUED
     phase, download = _phase(service, request)
     return RequestState(
@@ -89,13 +119,13 @@ def _request_state(
         measurementId=request.measurement_id,
         tenant=request.tenant,
         url=url,
-        address=None if url is None or lease is None else old_address(base_url, lease.token),
+        address=address,
         link=link_of(service, request.request_id),
         position=allocator.queue_position(request.request_id) if queued else None,
         phase=phase,
         **_progress(download),
         reason=request.reason or (_waits_for(service, request) if queued else None),
-        notes=[*request.notes, *old_address_problems(base_url)],
+        notes=_notes(service, request),
         modelRevision=request.model_revision,
         grade=request.grade.value,
         like=request.like_request_id,
