@@ -7,7 +7,7 @@ A figure is a number of joules with a label that says where it comes from. An un
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
@@ -118,6 +118,43 @@ def total(components: Iterable[Component], flags: Iterable[str] = ()) -> Energy:
 def _sum_if_known(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
+
+
+def joined(parts: Iterable[Component]) -> list[Component]:
+    """Merge two successive components of one name: the first has the figure, the second its upper bound.
+
+    Such pairs come from the sources "mean" and "larger" of `MachineShare`, and from `GPUPower` and
+    `GPUPowerAtMost`. The mean lies midway between both shares, so the smaller share is as far below
+    it as the larger one is above it.
+    """
+    found: list[Component] = []
+    for part in parts:
+        if found and found[-1].name == part.name:
+            found[-1] = _pair(found[-1], part)
+        else:
+            found.append(part)
+    return found
+
+
+def _pair(mean: Component, larger: Component) -> Component:
+    flags = tuple(sorted({*mean.flags, *larger.flags}))
+    if mean.joules is None or mean.low_j is None or mean.high_j is None or larger.high_j is None:
+        return replace(mean, flags=flags)
+    if larger.joules is None:
+        return replace(larger, flags=flags)
+    if mean.counter_label is Label.MEASURED_SAMPLED:  # GPUPower and GPUPowerAtMost
+        off_j = max(larger.joules - mean.joules, 0.0)
+        return replace(mean, low_j=max(mean.low_j - off_j, 0.0), high_j=mean.high_j + off_j, flags=flags)
+    high_j = max(larger.high_j, mean.joules)
+    low_j = min(max(2 * mean.low_j - high_j, 0.0), mean.joules)
+    return replace(
+        mean,
+        label=worst((Label.MODELED, mean.label)),
+        low_j=low_j,
+        high_j=high_j,
+        systematic_j=max(high_j - mean.joules, mean.joules - low_j),
+        flags=flags,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,8 @@ from deployments.energy.counters.activity import Activity
 from deployments.energy.counters.counter_check import Check, CounterCheck
 from deployments.energy.counters.edge_check import EdgeCheck
 from deployments.energy.counters.history import Level, NoWindow, Track, between
-from deployments.energy.counters.machine_share import joined
 from deployments.energy.counters.probe import CounterLost, GPUPower, Source, Unreadable
-from deployments.energy.figures import Component, Energy, total
+from deployments.energy.figures import Component, Energy, joined, total
 from deployments.energy.timeline import Interval
 from deployments.machine.gpus import ReadFailed
 from registry.background import spawn_thread

@@ -1,7 +1,7 @@
 """The registry actor: named, detached, restarted by Ray; the only owner of the registry's state.
 
-Every method is a thin wrapper around the service. Most results are JSON text, which the ingress can
-pass on unchanged.
+Every method is a thin wrapper around the service. Most results are the JSON text of an answer, which the
+ingress passes on unchanged: Ray takes five times as long to pickle a RequestState as pydantic to write it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class RegistryActor:
         grade: Grade = Grade.STANDARD,
         like_request_id: str | None = None,
     ) -> str:
-        """Accept requests for LLMs; return a JSON list of RequestState.
+        """Accept requests for LLMs; return the JSON PromptingAnswer.
 
         The first one is deployed already if its LLM was warm and free.
         """
@@ -101,12 +101,13 @@ class RegistryActor:
             grade=grade,
             like_request_id=like_request_id,
         )
-        return _json([views.request_state(self._service, each) for each in await self._service.granted(requests)])
+        return views.prompting_answer(self._service, await self._service.granted(requests)).model_dump_json()
 
-    async def state(self, request_id: str) -> str:
-        """Return the current JSON RequestState."""
+    async def state(self, request_id: str) -> tuple[str, str]:
+        """Return the current status of a request, and its JSON RequestState."""
         await self.ready()
-        return views.request_state(self._service, self._service.known(request_id)).model_dump_json()
+        state = views.request_state(self._service, self._service.known(request_id))
+        return state.status, state.model_dump_json()
 
     async def changes(self, life: str, place: int | None) -> tuple[str, int, list[str] | None]:
         """Return this process's id, its place in the log of changes, and the requests changed since ``place``.
@@ -199,10 +200,11 @@ class RegistryActor:
         await self.ready()
         return _json(views.llm_states(self._service))
 
-    async def health(self) -> str:
-        """Return a JSON HealthState."""
+    async def health(self) -> tuple[str, str]:
+        """Return the registry's status, and its JSON HealthState."""
         await self.ready()
-        return views.health_state(self._service).model_dump_json()
+        state = views.health_state(self._service)
+        return state.status, state.model_dump_json()
 
     async def shutdown(self) -> None:
         """Stop every LLM and wrapper and close the database; the caller then kills the actor."""

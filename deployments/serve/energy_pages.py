@@ -8,14 +8,20 @@ each row.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from registry.accounting.report import Gathered, MeasurementReport, report_of
 from registry.accounting.report_csv import windows_csv
+from registry.accounting.window_report import WindowsPage, window_report
 from registry.accounting.windows import KeptWindow
 from registry.core.records import Measurement, MeasurementKey, Request
-from registry.service import views
+from registry.errors import InvalidField
+from registry.service.views import iso
 from registry.store.rows import WindowPlace
 
 PAGE = 250
@@ -26,6 +32,10 @@ REPORTS_AT_ONCE = 2
 
 PAGES_AT_ONCE = 4
 """Pages that are built at the same time; each holds all its windows, with their records, in memory."""
+
+_PLACE = re.compile(r"[0-9]{1,12}(\.[0-9]{1,20})?")
+_REPORT = TypeAdapter(MeasurementReport)
+_PAGE = TypeAdapter(WindowsPage)
 
 
 # D96: reports are made in the ingress
@@ -45,11 +55,11 @@ class EnergyPages:
         """Return a JSON MeasurementReport, without its windows."""
         async with self._reports:
             measurement, requests = await self._measured(key)
-            windows = views.gathered(requests)
+            windows = Gathered(requests, iso)
             async for _, page in self._pages(key):
                 await asyncio.to_thread(windows.add, page)
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, views.report_json, measurement, windows)
+            return await loop.run_in_executor(self._threads, report_json, measurement, windows)
 
     async def windows(
         self, key: MeasurementKey, request_id: str | None, after: str | None, limit: int, *, detail: bool
@@ -58,16 +68,14 @@ class EnergyPages:
 
         ``after`` is the ``next`` of the previous page. Raises InvalidField for any other text.
         """
-        place = views.place_of(after)
+        place = place_of(after)
         requests: list[Request] = []
         windows: list[KeptWindow] = []
         async with self._windows:
             async for some, page in self._pages(key, request_id, place, limit):
                 requests += some
                 windows += page
-            return await asyncio.to_thread(
-                lambda: views.windows_json(views.windows_page(requests, windows, limit), detail=detail)
-            )
+            return await asyncio.to_thread(lambda: windows_json(windows_page(requests, windows, limit), detail=detail))
 
     async def csv(self, key: MeasurementKey) -> AsyncIterator[str]:
         """Yield all windows as CSV, in parts; the first part begins with the header."""
@@ -103,5 +111,37 @@ class EnergyPages:
             after = WindowPlace(page[-1].window.begun_s, page[-1].window.window_id)
 
 
+def report_json(measurement: Measurement, windows: Gathered) -> str:
+    """Return a MeasurementReport without its windows, as JSON. Takes some seconds for 50,000 windows."""
+    return _REPORT.dump_json(report_of(measurement, windows), exclude={"windows"}).decode()
+
+
+def place_of(after: str | None) -> WindowPlace | None:
+    """Parse the parameter ``after``, which a client took from ``next`` of a page; None for None.
+
+    Raises:
+        InvalidField: it is not a value of ``next``.
+    """
+    if after is None:
+        return None
+    begun_s, _, window_id = after.partition("_")
+    if not _PLACE.fullmatch(begun_s) or not window_id.isprintable():
+        raise InvalidField("after", "is not what `next` of a page of windows says")
+    return WindowPlace(float(begun_s), window_id)
+
+
+def windows_page(requests: Sequence[Request], windows: Sequence[KeptWindow], limit: int) -> WindowsPage:
+    """Return a page of these windows, with their records. ``next`` is set if there are ``limit`` windows."""
+    by_id = {request.request_id: request for request in requests}
+    told = tuple(window_report(each, by_id.get(each.window.request_id or ""), iso) for each in windows)
+    last = windows[-1].window if len(windows) == limit else None
+    return WindowsPage(told, None if last is None else f"{last.begun_s!r}_{last.window_id}")
+
+
+def windows_json(page: WindowsPage, *, detail: bool = False) -> str:
+    """Return a WindowsPage as JSON, with the windows' records if ``detail``. Takes some 0.1 s for 1,000 windows."""
+    return _PAGE.dump_json(page, exclude=None if detail else {"windows": {"__all__": {"detail"}}}).decode()
+
+
 def _csv(requests: Sequence[Request], page: Sequence[KeptWindow], *, heading: bool) -> str:
-    return windows_csv(views.windows_page(requests, page, len(page) + 1).windows, heading=heading)
+    return windows_csv(windows_page(requests, page, len(page) + 1).windows, heading=heading)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import pathlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -40,7 +39,6 @@ from registry.wire.schemas import (
     MAX_REQUESTS,
     MAX_WAIT_S,
     MAX_WINDOWS,
-    AcceptedRequest,
     ErrorAnswer,
     EventState,
     HealthState,
@@ -128,9 +126,7 @@ def _add_post(app: FastAPI, config: IngressConfig, call: Call, checkpoints: Chec
         with withdrawals.unless_answered([llm.request_id for llm in llms], x_tenant, idempotency_key):
             idempotency = None if idempotency_key is None else Idempotency(idempotency_key, _sha256(body))
             wanted = body.measurementId, llms, x_tenant, body.priority_given, body.gpuType, idempotency
-            states = json.loads(await call("request", *wanted, body.grade, body.like))
-        accepted = [AcceptedRequest.model_validate(state) for state in states]
-        return _json_response(PromptingAnswer(requests=accepted).model_dump_json(), status=201)
+            return _json_response(await call("request", *wanted, body.grade, body.like), status=201)
 
     app.include_router(prompting)
 
@@ -259,8 +255,8 @@ def _add_machines(app: FastAPI, call: Call) -> None:
     @app.get("/healthz", response_model=HealthState, responses={503: {"model": HealthState | ErrorAnswer}})
     async def health() -> Response:
         """Return whether requests can be served; 503 while no wrapper is usable."""
-        text = await call("health")
-        if json.loads(text)["status"] == "ok":
+        status, text = await call("health")
+        if status == "ok":
             return _json_response(text)
         return Response(text, 503, {"retry-after": str(RETRY_AFTER_S)}, media_type="application/json")
 

@@ -8,7 +8,6 @@ actor: Ray continues an actor's call even if its caller was cancelled, so polls 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,15 +50,15 @@ class Polls:
             RegistryError: Raised by the registry.
         """
         if wait_s <= 0:
-            return str(await self._call("state", request_id))
+            return await self._state(request_id)
         if self._count >= self._most:
             raise TooManyPolls(self._most)
         deadline_s = asyncio.get_running_loop().time() + wait_s
         with self._watched(request_id) as changed:
             while True:
                 changed.clear()
-                text = str(await self._call("state", request_id))
-                status = RequestStatus(json.loads(text)["status"])
+                told, text = await self._call("state", request_id)
+                status = RequestStatus(told)
                 # D17: a poll waits for what its client does not know
                 if seen is None and status is not RequestStatus.DEPLOYED:
                     seen = status
@@ -69,7 +68,11 @@ class Polls:
                     async with asyncio.timeout_at(deadline_s):
                         await changed.wait()
                 except TimeoutError:
-                    return str(await self._call("state", request_id))
+                    return await self._state(request_id)
+
+    async def _state(self, request_id: str) -> str:
+        _, text = await self._call("state", request_id)
+        return str(text)
 
     @contextmanager
     def _watched(self, request_id: str) -> Iterator[asyncio.Event]:

@@ -16,7 +16,7 @@ from registry.accounting.figures import MachineFigures, figures_of, of_kind, why
 from registry.accounting.totals import same, sum_of
 from registry.accounting.window_report import WindowReport, row_of
 from registry.accounting.windows import KeptWindow
-from registry.contract.windows import LeaseUse, WindowDetail, read_detail
+from registry.contract.windows import WindowJSON, record_of
 from registry.core.records import Measurement, Request
 from registry.wire.labels import Label, label_of, worst, worst_word
 from registry.wire.words import RequestStatus, WindowKind
@@ -188,17 +188,17 @@ class Gathered:
     def add(self, kept: Iterable[KeptWindow]) -> None:
         """Add the next page of windows, sorted by start time."""
         for each in kept:
-            window, record = each.window, json.loads(each.window.detail)
-            detail, request = read_detail(window.kind, record), self.requests.get(window.request_id or "")
-            told = row_of(each, detail, request, self.iso, counted=record.get("counted"))
-            self.boundary |= dict.fromkeys(detail.boundary)
-            self.gpu_uuids |= dict.fromkeys(detail.gpus)
-            self.coefficients |= dict.fromkeys(_coefficients(detail))
+            window, record = each.window, record_of(each.window)
+            told = row_of(each, record, self.requests.get(window.request_id or ""), self.iso)
+            self.boundary |= dict.fromkeys(record.get("boundary") or ())
+            self.gpu_uuids |= dict.fromkeys(record.get("gpus") or ())
+            self.coefficients |= dict.fromkeys(_coefficients(record))
+            methods = record.get("methods") or {}
             for letter in "EIMR":
                 so_far = self.methods.get(letter, Label.MEASURED)
-                self.methods[letter] = worst((so_far, label_of(detail.methods.get(letter))))
-            begun = detail.use.lease_begun if isinstance(detail.use, LeaseUse) else None
-            self.rows.append(_Row(window.begun_s, window.ended_s, told, begun in (None, detail.begun)))
+                self.methods[letter] = worst((so_far, label_of(methods.get(letter))))
+            begun = record.get("lease_begun")
+            self.rows.append(_Row(window.begun_s, window.ended_s, told, begun in (None, record.get("begun"))))
 
 
 def report_of(measurement: Measurement, gathered: Gathered) -> MeasurementReport:
@@ -436,15 +436,17 @@ def _llm(requests: Sequence[Request], own: Sequence[WindowReport], holes: Sequen
 # --- how it was done ----------------------------------------------------------------------------------------
 
 
-def _coefficients(detail: WindowDetail) -> Iterator[Coefficient]:
+def _coefficients(record: WindowJSON) -> Iterator[Coefficient]:
     """Yield the factors that a window was computed with."""
-    grid, embodied = detail.grid, detail.embodied
-    if grid is not None:
-        words = (grid.source, grid.dataset, grid.version, grid.zone, grid.year)
+    grid, embodied, pue = record.get("grid"), record.get("embodied"), record.get("pue")
+    if grid:
+        words = (grid.get("source"), grid.get("dataset"), grid.get("version"), grid.get("zone"), grid.get("year"))
         dated = " ".join(str(word) for word in words if word is not None)
-        yield Coefficient("I: grid intensity", grid.value, "gCO2eq/kWh", dated, grid.low, grid.high)
-    if detail.pue is not None:
-        yield Coefficient("E: PUE", detail.pue, "1", "the operator's configuration")
-    if embodied is not None:
-        per_hour, low, high = embodied.g_per_hour, embodied.low_g_per_hour, embodied.high_g_per_hour
-        yield Coefficient("M: embodied carbon", per_hour, "gCO2eq/h reserved", embodied.source, low, high)
+        value, low, high = grid.get("value"), grid.get("low"), grid.get("high")
+        yield Coefficient("I: grid intensity", value, "gCO2eq/kWh", dated, low, high)
+    if pue is not None:
+        yield Coefficient("E: PUE", pue, "1", "the operator's configuration")
+    if embodied:
+        per_hour, source = embodied.get("g_per_hour"), embodied.get("source")
+        low, high = embodied.get("low_g_per_hour"), embodied.get("high_g_per_hour")
+        yield Coefficient("M: embodied carbon", per_hour, "gCO2eq/h reserved", source, low, high)

@@ -5,7 +5,6 @@ Records of earlier versions are accepted; fields that they lack are None.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,22 +12,12 @@ from typing import Any, Final
 
 from registry.accounting.totals import SPENT, sum_of
 from registry.accounting.windows import KeptWindow
-from registry.contract.windows import (
-    EnergyRecord,
-    EnergyWindow,
-    GridRecord,
-    InFlight,
-    PromptUse,
-    TokensRecord,
-    WindowDetail,
-    read_detail,
-)
+from registry.contract.windows import EnergyJSON, EnergyWindow, UseJSON, WindowJSON, record_of
 from registry.core.records import Request
 from registry.wire.labels import Label, label_of, worst
 from registry.wire.words import WindowKind
 
-_NO_TOKENS: Final = TokensRecord(None, None, None)
-_NO_PROMPT: Final = PromptUse(None, None, None, None, None, None, None, InFlight(None, None))
+_USED: Final = frozenset({WindowKind.PROMPT, WindowKind.LEASE})
 _PARTS: Final = {"gpu_j": ("gpu:",), "cpu_j": ("package-", "cpu-"), "dram_j": ("dram-",)}
 
 
@@ -123,27 +112,25 @@ class WindowsPage:
 
 def window_report(kept: KeptWindow, request: Request | None, iso: Callable[[float], str]) -> WindowReport:
     """Return a window as clients see it. ``request``: its request, if any. ``iso`` formats UTC seconds."""
-    record = json.loads(kept.window.detail)
-    detail = read_detail(kept.window.kind, record)
-    return row_of(kept, detail, request, iso, counted=record.get("counted"), record=record)
+    record = record_of(kept.window)
+    return row_of(kept, record, request, iso, detail=record)
 
 
 def row_of(
     kept: KeptWindow,
-    detail: WindowDetail,
+    record: WindowJSON,
     request: Request | None,
     iso: Callable[[float], str],
     *,
-    counted: Mapping[str, Any] | None,
-    record: Mapping[str, Any] | None = None,
+    detail: WindowJSON | None = None,
 ) -> WindowReport:
-    """Return a window as clients see it, from its record.
-
-    ``counted``, ``record``: JSON objects that are passed on unchanged, because a newer client may know more keys.
-    """
-    window, energy, score, use = kept.window, detail.energy, detail.score, detail.use
-    tokens = (None if use is None else use.tokens) or _NO_TOKENS
-    prompt = use if isinstance(use, PromptUse) else _NO_PROMPT
+    """Return a window as clients see it, from its record. ``detail``: passed on unchanged."""
+    window = kept.window
+    energy, score, grid = record.get("energy") or {}, record.get("score") or {}, record.get("grid") or {}
+    use: UseJSON = record if window.kind in _USED else {}
+    prompt: UseJSON = record if window.kind is WindowKind.PROMPT else {}
+    tokens, in_flight = use.get("tokens") or {}, prompt.get("in_flight") or {}
+    methods = record.get("methods") or {}
     return WindowReport(
         window=window.window_id,
         kind=window.kind.value,
@@ -155,36 +142,38 @@ def row_of(
         endedAt=iso(window.ended_s),
         seconds=window.ended_s - window.begun_s,
         adds_up=window.kind in SPENT,
-        reserved_s=detail.reserved_s,
+        reserved_s=record.get("reserved_s"),
         joules=window.total_j,
-        low_j=energy.low_j,
-        high_j=energy.high_j,
-        resolution_j=energy.resolution_j,
-        systematic_j=energy.systematic_j,
+        low_j=energy.get("low_j"),
+        high_j=energy.get("high_j"),
+        resolution_j=energy.get("resolution_j"),
+        systematic_j=energy.get("systematic_j"),
         label=window.label,
-        counter_label=energy.counter_label,
+        counter_label=energy.get("counter_label"),
         **_parts(energy),
-        **_emissions(window, detail),
-        **_grid(detail.grid),
-        sci_score=score.value,
-        sci_low=score.low,
-        sci_high=score.high,
-        sci_method=_worst_method(tuple(map(detail.methods.get, "EIMR"))),
-        unit=detail.unit,
-        units=detail.units,
-        prompt_tokens=tokens.prompt,
-        cached_tokens=tokens.cached,
-        output_tokens=tokens.output,
-        words=None if use is None else use.words,
-        warmup=prompt.warmup,
-        status=prompt.status,
-        in_flight_max=prompt.in_flight.max,
-        in_flight_mean=prompt.in_flight.mean,
-        prompt=prompt.prompt_id,
-        answer_id=prompt.answer_id,
-        flags=detail.flags,
-        counted=counted,
-        detail=record,
+        **_emissions(window, record),
+        grid=grid.get("value"),
+        grid_low=grid.get("low"),
+        grid_high=grid.get("high"),
+        sci_score=score.get("value"),
+        sci_low=score.get("low"),
+        sci_high=score.get("high"),
+        sci_method=_worst_method(tuple(map(methods.get, "EIMR"))),
+        unit=record.get("unit"),
+        units=record.get("units"),
+        prompt_tokens=tokens.get("prompt"),
+        cached_tokens=tokens.get("cached"),
+        output_tokens=tokens.get("output"),
+        words=use.get("words"),
+        warmup=prompt.get("warmup"),
+        status=prompt.get("status"),
+        in_flight_max=in_flight.get("max"),
+        in_flight_mean=in_flight.get("mean"),
+        prompt=prompt.get("prompt_id"),
+        answer_id=prompt.get("answer_id"),
+        flags=tuple(record.get("flags") or ()),
+        counted=record.get("counted"),
+        detail=detail,
     )
 
 
@@ -198,31 +187,25 @@ def process_of(window_id: str) -> str:
     return window_id.rpartition("-")[0]
 
 
-def _emissions(window: EnergyWindow, detail: WindowDetail) -> dict[str, float | None]:
+def _emissions(window: EnergyWindow, record: WindowJSON) -> dict[str, float | None]:
     """Return operational (O) and embodied (M) emissions with their ranges, gCO2eq."""
     return {
         "o_g": window.o_g,
-        "o_low_g": detail.o_low_g,
-        "o_high_g": detail.o_high_g,
+        "o_low_g": record.get("o_low_g"),
+        "o_high_g": record.get("o_high_g"),
         "m_g": window.m_g,
-        "m_low_g": detail.m_low_g,
-        "m_high_g": detail.m_high_g,
+        "m_low_g": record.get("m_low_g"),
+        "m_high_g": record.get("m_high_g"),
     }
 
 
-def _grid(grid: GridRecord | None) -> dict[str, float | None]:
-    """Return the carbon intensity with its range, gCO2eq/kWh; all None if none was configured."""
-    if grid is None:
-        return {"grid": None, "grid_low": None, "grid_high": None}
-    return {"grid": grid.value, "grid_low": grid.low, "grid_high": grid.high}
-
-
-def _parts(energy: EnergyRecord) -> dict[str, float | None]:
+def _parts(energy: EnergyJSON) -> dict[str, float | None]:
     """Return the joules by kind of component; None if there is none, or one of them is not known."""
     parts: dict[str, list[float | None]] = {name: [] for name in (*_PARTS, "other_j")}
-    for component in energy.components:
-        kind = next((name for name, begins in _PARTS.items() if component.name.startswith(begins)), "other_j")
-        parts[kind].append(component.joules)
+    for component in energy.get("components") or ():
+        named = component["name"]
+        kind = next((name for name, begins in _PARTS.items() if named.startswith(begins)), "other_j")
+        parts[kind].append(component.get("joules"))
     return {name: sum_of(joules).value for name, joules in parts.items()}
 
 

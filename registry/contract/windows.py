@@ -1,17 +1,16 @@
 """Energy windows: what a wrapper measured during a period of time, and the record of it. Pure.
 
 A wrapper writes the record once, as JSON. The registry stores this text and returns it unchanged, so
-the fields below are the keys of the record, in its order. `read_detail` parses a record. Records of
-other versions are accepted: missing fields are None or empty, and unknown fields are ignored.
+the fields of `WindowDetail` are the keys of the record, in its order. `WindowJSON` has those of them that
+the registry reads. Records of other versions are accepted: keys may be missing or unknown.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass
-from functools import cache, partial
-from typing import Any, Final, NamedTuple, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 from registry.wire.words import WindowKind
 
@@ -219,7 +218,7 @@ class LeaseUse:
     counted: CountedRecord | None
 
 
-# D104: one type for writer and readers
+# D104: the record is typed
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowDetail:
     """The record of a window. In JSON, the keys of ``use`` follow those of the window, on the same level.
@@ -261,75 +260,123 @@ class WindowDetail:
 
 
 # --- reading records ----------------------------------------------------------------------------------------
-
-_USES: Final = {WindowKind.PROMPT: PromptUse, WindowKind.LEASE: LeaseUse}
-
-
-def counter_label_of(window: EnergyWindow) -> str | None:
-    """Return the label of the counters that a window's energy was read from; None: not recorded.
-
-    Reads nothing else of the record: the registry asks this of every window that is a share.
-    """
-    energy = json.loads(window.detail).get("energy") or {}
-    label: str | None = energy.get("counter_label")
-    return label
+# The JSON objects themselves, with the keys that are read: making objects of all keys took longer than all the rest.
 
 
-def read_detail(kind: WindowKind, record: Mapping[str, Any]) -> WindowDetail:
-    """Return the record of a window of this kind from its JSON object."""
-    use = _USES.get(kind)
-    return WindowDetail(**_values(WindowDetail, record), use=None if use is None else use(**_values(use, record)))
+class ComponentJSON(TypedDict, total=False):
+    """A `ComponentRecord` as JSON."""
+
+    name: str
+    joules: float | None
+
+
+class EnergyJSON(TypedDict, total=False):
+    """An `EnergyRecord` as JSON."""
+
+    low_j: float | None
+    high_j: float | None
+    resolution_j: float | None
+    systematic_j: float | None
+    counter_label: str | None
+    components: Sequence[ComponentJSON]
+
+
+class GridJSON(TypedDict, total=False):
+    """A `GridRecord` as JSON."""
+
+    value: float | None
+    zone: str | None
+    dataset: str | None
+    version: str | None
+    year: int | None
+    source: str | None
+    low: float | None
+    high: float | None
+
+
+class EmbodiedJSON(TypedDict, total=False):
+    """An `EmbodiedRecord` as JSON."""
+
+    g_per_hour: float | None
+    low_g_per_hour: float | None
+    high_g_per_hour: float | None
+    source: str | None
+
+
+class ScoreJSON(TypedDict, total=False):
+    """A `ScoreRecord` as JSON."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class TokensJSON(TypedDict, total=False):
+    """A `TokensRecord` as JSON."""
+
+    prompt: int | None
+    cached: int | None
+    output: int | None
+
+
+class InFlightJSON(TypedDict, total=False):
+    """An `InFlight` as JSON."""
+
+    max: int | None
+    mean: float | None
+
+
+class UseJSON(TypedDict, total=False):
+    """What the records of prompts (`PromptUse`) and leases (`LeaseUse`) have besides, as JSON."""
+
+    answer_id: str | None
+    prompt_id: str | None
+    tokens: TokensJSON | None
+    words: int | None
+    warmup: bool | None
+    status: str | None
+    in_flight: InFlightJSON
+    lease_begun: str | None
+    counted: Mapping[str, Any] | None
+
+
+class WindowJSON(UseJSON, total=False):
+    """A `WindowDetail` as JSON."""
+
+    grid: GridJSON | None
+    embodied: EmbodiedJSON | None
+    pue: float | None
+    begun: str | None
+    reserved_s: float | None
+    energy: EnergyJSON | None
+    o_low_g: float | None
+    o_high_g: float | None
+    m_low_g: float | None
+    m_high_g: float | None
+    unit: str | None
+    units: int | None
+    score: ScoreJSON | None
+    methods: Mapping[str, str]
+    flags: Sequence[str]
+    boundary: Sequence[str]
+    gpus: Sequence[str]
+
+
+def record_of(window: EnergyWindow) -> WindowJSON:
+    """Return the record of a window, with all its keys. A value may be None where `WindowDetail` allows it."""
+    record: WindowJSON = json.loads(window.detail)
+    return record
 
 
 def read_counted(record: Mapping[str, Any]) -> CountedRecord:
     """Return the counted stretch of a lease from its JSON object."""
-    return CountedRecord(**_values(CountedRecord, record))
+    values: dict[str, Any] = {name: record.get(name) for name in CountedRecord.__slots__}
+    in_flight = record.get("in_flight") or {}
+    values["in_flight"] = InFlight(in_flight.get("max"), in_flight.get("mean"))
+    values["flags"] = tuple(record.get("flags") or ())
+    return CountedRecord(**values)
 
 
-class _Keys(NamedTuple):
-    """The keys of a type's JSON object, grouped by how their values are read; ``plain``: used unchanged."""
-
-    plain: tuple[str, ...]
-    numbers: tuple[str, ...]
-    parts: tuple[tuple[str, Callable[[Any], object]], ...]
-
-
-def _values(kind: Callable[..., object], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a type from its JSON object. Must be fast: a page has 1,000 windows of 90 fields."""
-    keys, get = _keys(kind), record.get
-    values = {name: get(name) for name in keys.plain}
-    for name in keys.numbers:
-        value = get(name)
-        values[name] = value if value is None else float(value)
-    for name, read in keys.parts:
-        values[name] = read(get(name))
-    return values
-
-
-@cache
-def _keys(kind: Callable[..., object]) -> _Keys:
-    hints = {name: hint for name, hint in get_type_hints(kind).items() if name != "use"}
-    numbers = tuple(name for name, hint in hints.items() if float in (hint, *get_args(hint)))
-    parts = {name: read for name, hint in hints.items() if (read := _part_reader(hint)) is not None}
-    return _Keys(tuple(name for name in hints if name not in {*numbers, *parts}), numbers, tuple(parts.items()))
-
-
-def _part_reader(hint: Any) -> Callable[[Any], object] | None:
-    """Return a function that converts a JSON object or list (None: missing) to this type.
-
-    Return None for types that are neither.
-    """
-    options = get_args(hint)
-    if get_origin(hint) is tuple:
-        item = _part_reader(options[0])
-        return (lambda value: tuple(value or ())) if item is None else (lambda value: tuple(map(item, value or ())))
-    if get_origin(hint) is Mapping:
-        return lambda value: value or {}
-    for kind in (hint, *options):
-        if isinstance(kind, type) and is_dataclass(kind):
-            return partial(_read, kind, optional=type(None) in options)
-    return None
-
-
-def _read(kind: Callable[..., object], value: Mapping[str, Any] | None, *, optional: bool) -> object:
-    return kind(**_values(kind, value or {})) if value or not optional else None
+def counter_label_of(window: EnergyWindow) -> str | None:
+    """Return the label of the counters that a window's energy was read from; None: not recorded."""
+    return (record_of(window).get("energy") or {}).get("counter_label")

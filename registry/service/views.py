@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from registry.accounting.report import Gathered, MeasurementReport, report_of
 from registry.accounting.totals import Total, lease_total
-from registry.accounting.window_report import WindowsPage, window_report
-from registry.accounting.windows import KeptWindow
 from registry.contract.messages import SETTLING, Download
 from registry.core.records import Machine, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
-from registry.errors import InvalidField
 from registry.service.old_address import old_address, old_address_problems
 from registry.service.service import Service
 from registry.service.version_skew import differing_versions, joined
-from registry.store.rows import StoredEvent, WindowPlace
+from registry.store.rows import StoredEvent
 from registry.wire.labels import Label
 from registry.wire.schemas import (
     MAX_REQUESTS,
+    AcceptedRequest,
     EnergyState,
     EventState,
     HealthState,
     LLMState,
     MachineState,
     MeasurementState,
+    PromptingAnswer,
     RequestState,
     WrapperState,
 )
@@ -38,10 +33,6 @@ from registry.wire.words import RequestStatus, WindowKind
 
 USABLE = frozenset({WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
 """Statuses in which a wrapper serves, or can serve, a request."""
-
-_PLACE = re.compile(r"[0-9]{1,12}(\.[0-9]{1,20})?")
-_REPORT = TypeAdapter(MeasurementReport)
-_PAGE = TypeAdapter(WindowsPage)
 
 _WELL = frozenset({WrapperStatus.STARTING, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED})
 """Statuses in which a wrapper works or is being started as intended."""
@@ -62,6 +53,35 @@ def lease_url(service: Service, request_id: str) -> str | None:
     return None if lease is None or wrapper is None else f"{wrapper.url}/{lease.token}"
 
 
+def prompting_answer(service: Service, requests: Sequence[Request]) -> PromptingAnswer:
+    """Return the answer to the POST of these requests."""
+    return PromptingAnswer(requests=[_accepted_request(service, each) for each in requests])
+
+
+def _accepted_request(service: Service, request: Request) -> AcceptedRequest:
+    url, address = _addresses(service, request)
+    return AcceptedRequest(
+        requestId=request.request_id,
+        llmconfig=json.loads(request.llmconfig),
+        link=link_of(service, request.request_id),
+        status=request.status.value,
+        url=url,
+        address=address,
+        notes=_notes(service, request),
+    )
+
+
+def _addresses(service: Service, request: Request) -> tuple[str | None, str | None]:
+    """Return the ``url`` and ``address`` of a request's lease; None while it is not deployed."""
+    lease = service.allocator.lease_of(request.request_id)
+    url = lease_url(service, request.request_id) if request.status is RequestStatus.DEPLOYED else None
+    return url, None if url is None or lease is None else old_address(service.settings.base_url, lease.token)
+
+
+def _notes(service: Service, request: Request) -> list[str]:
+    return [*request.notes, *old_address_problems(service.settings.base_url)]
+
+
 def request_state(service: Service, request: Request) -> RequestState:
     """Return a request as its client sees it. O(log n) in the number of queued requests.
 
@@ -78,8 +98,7 @@ def _request_state(
     allocator = service.allocator
     lease = allocator.lease_of(request.request_id)
     deployed = request.status is RequestStatus.DEPLOYED
-    base_url = service.settings.base_url
-    url = lease_url(service, request.request_id) if deployed else None
+    url, address = _addresses(service, request)
     queued = request.status is RequestStatus.QUEUED
     phase, download = _phase(service, request)
     return RequestState(
@@ -89,13 +108,13 @@ def _request_state(
         measurementId=request.measurement_id,
         tenant=request.tenant,
         url=url,
-        address=None if url is None or lease is None else old_address(base_url, lease.token),
+        address=address,
         link=link_of(service, request.request_id),
         position=allocator.queue_position(request.request_id) if queued else None,
         phase=phase,
         **_progress(download),
         reason=request.reason or (_waits_for(service, request) if queued else None),
-        notes=[*request.notes, *old_address_problems(base_url)],
+        notes=_notes(service, request),
         modelRevision=request.model_revision,
         grade=request.grade.value,
         like=request.like_request_id,
@@ -103,12 +122,12 @@ def _request_state(
         machine=request.machine_id,
         wrapper=request.wrapper_id,
         flags=list(measurement.flags),
-        createdAt=_iso(request.created_s),
+        createdAt=iso(request.created_s),
         deployingAt=_iso_or_none(request.deploying_s),
         deployedAt=_iso_or_none(request.deployed_s),
         endedAt=_iso_or_none(request.ended_s),
-        expiresAt=_iso(lease.deadline_s) if deployed and lease is not None else None,
-        idleAfter=_iso(lease.ends_s) if deployed and lease is not None else None,
+        expiresAt=iso(lease.deadline_s) if deployed and lease is not None else None,
+        idleAfter=iso(lease.ends_s) if deployed and lease is not None else None,
         maxJoules=request.max_j,
         maxGco2eq=request.max_g,
         energy=_energy_state(costs),
@@ -139,7 +158,7 @@ def event_states(events: Sequence[StoredEvent]) -> list[EventState]:
         EventState(
             event=stored.event_id,
             what=stored.event.kind,
-            at=_iso(stored.event.at_s),
+            at=iso(stored.event.at_s),
             cause=None if stored.event.cause_id is None else int(stored.event.cause_id),
             status=detail.get("status"),
             reason=detail.get("reason"),
@@ -167,49 +186,11 @@ def measurement_state(
         machine=measurement.machine_id,
         gpuType=measurement.gpu_type,
         flags=list(measurement.flags),
-        createdAt=_iso(measurement.created_s),
+        createdAt=iso(measurement.created_s),
         versions=None if measurement.versions is None else json.loads(measurement.versions),
         requests=[_request_state(service, each, measurement, costs.get(each.request_id, {})) for each in requests],
         next=requests[-1].seq if len(requests) == limit else None,
     )
-
-
-def gathered(requests: Sequence[Request]) -> Gathered:
-    """Return a collector for the windows of these requests, for ``report_json``."""
-    return Gathered(requests, _iso)
-
-
-def report_json(measurement: Measurement, windows: Gathered) -> str:
-    """Return a MeasurementReport without its windows, as JSON. Takes some seconds for 50,000 windows."""
-    report = report_of(measurement, windows)
-    return _REPORT.dump_json(report, exclude={"windows"}).decode()
-
-
-def place_of(after: str | None) -> WindowPlace | None:
-    """Parse the parameter ``after``, which a client took from ``next`` of a page; None for None.
-
-    Raises:
-        InvalidField: it is not a value of ``next``.
-    """
-    if after is None:
-        return None
-    begun_s, _, window_id = after.partition("_")
-    if not _PLACE.fullmatch(begun_s) or not window_id.isprintable():
-        raise InvalidField("after", "is not what `next` of a page of windows says")
-    return WindowPlace(float(begun_s), window_id)
-
-
-def windows_page(requests: Sequence[Request], windows: Sequence[KeptWindow], limit: int) -> WindowsPage:
-    """Return a page of these windows, with their records. ``next`` is set if there are ``limit`` windows."""
-    by_id = {request.request_id: request for request in requests}
-    told = tuple(window_report(each, by_id.get(each.window.request_id or ""), _iso) for each in windows)
-    last = windows[-1].window if len(windows) == limit else None
-    return WindowsPage(told, None if last is None else f"{last.begun_s!r}_{last.window_id}")
-
-
-def windows_json(page: WindowsPage, *, detail: bool = False) -> str:
-    """Return a WindowsPage as JSON, with the windows' records if ``detail``. Takes some 0.1 s for 1,000 windows."""
-    return _PAGE.dump_json(page, exclude=None if detail else {"windows": {"__all__": {"detail"}}}).decode()
 
 
 def machine_states(service: Service) -> list[MachineState]:
@@ -372,15 +353,16 @@ def _waits_for(service: Service, request: Request) -> str:
     if bound:
         until_s = allocator.measurement(request.measurement_key).pinned_until_s
         if until_s is not None:
-            return f"its measurement ran on machine {pin}, which is in use; until {_iso(until_s)} it waits for that"
+            return f"its measurement ran on machine {pin}, which is in use; until {iso(until_s)} it waits for that"
         return f"its measurement runs on machine {pin}, which is in use"
     misfit = allocator.misfit(request.request_id)
     return "every LLM Machine is in use" if misfit is None else f"it fits on no LLM Machine: {misfit}"
 
 
-def _iso(at_s: float) -> str:
+def iso(at_s: float) -> str:
+    """Return a time, UTC seconds, as ISO 8601 with milliseconds."""
     return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _iso_or_none(at_s: float | None) -> str | None:
-    return None if at_s is None else _iso(at_s)
+    return None if at_s is None else iso(at_s)

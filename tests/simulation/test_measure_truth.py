@@ -19,15 +19,16 @@ import stamina
 from pydantic import TypeAdapter
 from rich.console import Console, RenderableType
 
+from deployments.serve.energy_pages import report_json
 from greenprompt_client.figures_table import READING
 from greenprompt_client.measure.experiment import Plan, load_plan
 from greenprompt_client.measure.run import run_measure
 from greenprompt_client.report.table import report_table
-from registry.accounting.report import MeasurementReport
+from registry.accounting.report import Gathered, MeasurementReport
 from registry.accounting.window_report import WindowReport, window_report
 from registry.accounting.windows import KeptWindow
 from registry.core.records import Measurement
-from registry.service.views import gathered, report_json
+from registry.service.views import iso as utc_text
 from registry.store.store import Store
 from registry.wire.schemas import RequestState
 from registry.wire.words import WindowKind
@@ -69,7 +70,7 @@ class Measured:
     def report(self) -> dict[str, Any]:
         """What GET /measurements/…/report answers."""
         requests = [request(lease.id, lease.llm, n) for n, lease in enumerate(self.run.world.history.leases, 1)]
-        windows = gathered(requests)
+        windows = Gathered(requests, utc_text)
         windows.add(self.store.windows((TENANT, MEASUREMENT)))
         told: dict[str, Any] = json.loads(report_json(Measurement(MEASUREMENT, 1), windows))
         return told

@@ -13,11 +13,13 @@ from registry.service.news import News
 from registry.service.service import Idempotency
 from registry.store.rows import WindowPlace
 from registry.wire.schemas import (
+    AcceptedRequest,
     EventState,
     HealthState,
     LLMState,
     MachineState,
     MeasurementState,
+    PromptingAnswer,
     RequestState,
     WrapperState,
 )
@@ -80,12 +82,14 @@ class FakeRegistry:
             for new in llms
         ]
         self.requests |= {state.requestId: state for state in states}
-        return json.dumps([state.model_dump(mode="json") for state in states])
+        accepted = [AcceptedRequest.model_validate(state, from_attributes=True) for state in states]
+        return PromptingAnswer(requests=accepted).model_dump_json()
 
-    def _state(self, request_id: str) -> str:
+    def _state(self, request_id: str) -> tuple[str, str]:
         if request_id not in self.requests:
             raise UnknownRequest(request_id)
-        return self.requests[request_id].model_dump_json()
+        state = self.requests[request_id]
+        return state.status, state.model_dump_json()
 
     async def _changes(self, life: str, place: int | None) -> tuple[str, int, list[str] | None]:
         return "life", *await self.news.after(place if life == "life" else None, 60.0)
@@ -101,7 +105,7 @@ class FakeRegistry:
         return json.dumps([first.model_dump(mode="json")])
 
     def _keep_alive(self, request_id: str) -> str:
-        return self._state(request_id)
+        return self._state(request_id)[1]
 
     def _release(self, request_id: str) -> None:
         self._state(request_id)
@@ -182,5 +186,6 @@ class FakeRegistry:
         )
         return json.dumps([llm.model_dump(mode="json")])
 
-    def _health(self) -> str:
-        return HealthState(status=self.health, wrappers=1, usable=1, queued=0, version="0").model_dump_json()
+    def _health(self) -> tuple[str, str]:
+        state = HealthState(status=self.health, wrappers=1, usable=1, queued=0, version="0")
+        return state.status, state.model_dump_json()

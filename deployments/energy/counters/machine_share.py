@@ -7,15 +7,13 @@ share of the wrappers' CPU time. Over all wrappers, either kind of share adds up
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Literal
 
 from deployments.energy.counters.base import CounterLost, Source, Unreadable
-from deployments.energy.figures import Component
 from deployments.machine.machine_cpu import MachineCPU
 from registry.wire.flags import Flag
-from registry.wire.labels import Label, worst
+from registry.wire.labels import Label
 
 
 class CPUPart:
@@ -51,7 +49,7 @@ class MachineShare(Source):
     There are two shares: by reservation, and by CPU time. One source ("mean") uses their mean,
     another one ("larger") the larger of them. If CPU time is unknown, "mean" is the share by
     reservation, and "larger" is the whole counter. The meter has both sources for each counter,
-    with the same name and separate readers. `joined` merges their components.
+    with the same name and separate readers. `figures.joined` merges their components.
     """
 
     label = Label.MODELED
@@ -123,40 +121,3 @@ def shares(
         else:
             found += [MachineShare(one, cpu, "mean"), MachineShare(other, cpu, "larger")]
     return found
-
-
-def joined(parts: Iterable[Component]) -> list[Component]:
-    """Merge two successive components of one name: the first has the figure, the second its upper bound.
-
-    Such pairs come from the sources "mean" and "larger" of `MachineShare`, and from `GPUPower` and
-    `GPUPowerAtMost`. The mean lies midway between both shares, so the smaller share is as far below
-    it as the larger one is above it.
-    """
-    found: list[Component] = []
-    for part in parts:
-        if found and found[-1].name == part.name:
-            found[-1] = _pair(found[-1], part)
-        else:
-            found.append(part)
-    return found
-
-
-def _pair(mean: Component, larger: Component) -> Component:
-    flags = tuple(sorted({*mean.flags, *larger.flags}))
-    if mean.joules is None or mean.low_j is None or mean.high_j is None or larger.high_j is None:
-        return replace(mean, flags=flags)
-    if larger.joules is None:
-        return replace(larger, flags=flags)
-    if mean.counter_label is Label.MEASURED_SAMPLED:  # GPUPower and GPUPowerAtMost
-        off_j = max(larger.joules - mean.joules, 0.0)
-        return replace(mean, low_j=max(mean.low_j - off_j, 0.0), high_j=mean.high_j + off_j, flags=flags)
-    high_j = max(larger.high_j, mean.joules)
-    low_j = min(max(2 * mean.low_j - high_j, 0.0), mean.joules)
-    return replace(
-        mean,
-        label=worst((Label.MODELED, mean.label)),
-        low_j=low_j,
-        high_j=high_j,
-        systematic_j=max(high_j - mean.joules, mean.joules - low_j),
-        flags=flags,
-    )

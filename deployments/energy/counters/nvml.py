@@ -191,7 +191,7 @@ class GPUPower(_GPU):
 class GPUPowerAtMost(Source):
     """The upper bound of a GPU's energy by power samples: their integral plus its possible error.
 
-    Read it after the samples. `machine_share.joined` merges both into one component.
+    Read it after the samples. `figures.joined` merges both into one component.
     """
 
     method = GPUPower.method

@@ -20,6 +20,7 @@ from registry.errors import (
 )
 from registry.service import views
 from registry.service.service import Idempotency
+from registry.wire.schemas import AcceptedRequest
 from registry.wire.words import Priority
 from registry.wire.words import RequestStatus as Status
 from tests.support.service_world import BIG, LIMIT_S, OTHER, THIRD, TINY, ServiceWorld, config_of
@@ -54,6 +55,19 @@ async def test_llm_is_deployed_and_handed_over(world: ServiceWorld) -> None:
     assert (grant.request_id, grant.measurement_id, grant.llmconfig) == (request_id, 1, config_of(TINY))
     assert (grant.ends_in_s, grant.idle_limit_s) == (1000, 100)
     assert world.wrapper().spec == TINY
+
+
+async def test_the_answer_to_a_post_shows_requests_as_a_poll_does(world: ServiceWorld) -> None:
+    """Each request in a POST's answer has the fields that its RequestState has; a lease of now has its url in it."""
+    held = await world.deployed(1)
+    (waits,) = world.ask(2, OTHER)
+    requests = [world.request(held), world.request(waits)]
+    answer = views.prompting_answer(world.service, requests)
+    states = [views.request_state(world.service, each) for each in requests]
+    assert [each.model_dump() for each in answer.requests] == [
+        {name: getattr(state, name) for name in AcceptedRequest.model_fields} for state in states
+    ]
+    assert [each.url for each in answer.requests] == [world.url(held), None]
 
 
 async def test_warm_llm_is_handed_over_at_once(world: ServiceWorld) -> None:

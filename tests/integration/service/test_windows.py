@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from deployments.serve.energy_pages import place_of, report_json, windows_json, windows_page
+from registry.accounting.report import Gathered
 from registry.accounting.totals import spent_total
 from registry.contract.messages import StartedFor
 from registry.contract.windows import EnergyWindow
@@ -167,9 +169,9 @@ async def test_the_report_is_made_of_what_was_kept(world: ServiceWorld) -> None:
     await told(world, *(window(n, request_id=request_id) for n in (1, 2, 3)))
     seven = ("default", 7)
     requests = world.store.requests_of(seven)
-    gathered = views.gathered(requests)
+    gathered = Gathered(requests, views.iso)
     gathered.add(world.service.accounts.page(seven, request_id=None, after=None, limit=1000))
-    report = json.loads(views.report_json(world.service.allocator.measurement(seven), gathered))
+    report = json.loads(report_json(world.service.allocator.measurement(seven), gathered))
     assert report["machines"] == ["a"]
     assert report["costs"]["active"]["windows"] == 3
     assert "windows" not in report
@@ -192,10 +194,10 @@ async def test_windows_come_page_by_page(world: ServiceWorld, limit: int) -> Non
         after = None
         while True:
             page = world.service.accounts.page(
-                ("default", 7), request_id=request_id, after=views.place_of(after), limit=limit
+                ("default", 7), request_id=request_id, after=place_of(after), limit=limit
             )
             assert len(page) <= limit
-            told = json.loads(views.windows_json(views.windows_page(world.store.requests_of(key), page, limit)))
+            told = json.loads(windows_json(windows_page(world.store.requests_of(key), page, limit)))
             assert all("detail" not in each and each["llm"] == TINY.model for each in told["windows"])
             found += [each["window"] for each in told["windows"]]
             after = told["next"]

@@ -57,3 +57,11 @@ def test_a_part_that_is_not_known_is_no_sum() -> None:
     components = [{"name": "gpu:1", "joules": 5.0}, {"name": "gpu:2", "joules": None}, {"name": "psu", "joules": 1.0}]
     row = told(record(1, energy={"components": components}))
     assert (row.gpu_j, row.cpu_j, row.other_j) == (None, None, 1.0)
+
+
+def test_records_of_other_versions_are_read() -> None:
+    """What a record lacks is None or empty, and keys that are not known here are ignored."""
+    row = replace(record(1, joules=None), detail='{"of the future":1,"energy":null,"tokens":null}')
+    empty = told(row)
+    assert (empty.low_j, empty.gpu_j, empty.grid, empty.units, empty.prompt_tokens, empty.in_flight_max) == (None,) * 6
+    assert (empty.flags, empty.sci_method) == ((), "unavailable")

@@ -1,72 +1,84 @@
-"""The record of an energy window, read back as a type."""
+"""The record of an energy window, as it is written and as it is read."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import pytest
 
+from registry.contract import windows
 from registry.contract.windows import (
     CountedRecord,
-    EnergyWindow,
-    GridRecord,
     InFlight,
     LeaseUse,
     PromptUse,
-    TokensRecord,
+    UseJSON,
     WindowDetail,
+    WindowJSON,
+    counter_label_of,
     read_counted,
-    read_detail,
+    record_of,
 )
 from registry.wire.words import WindowKind
 from tests.support.energy_windows import record, window
 
-
-def detail_of(row: EnergyWindow) -> WindowDetail:
-    """The record of a window."""
-    return read_detail(row.kind, json.loads(row.detail))
+USES = {WindowKind.PROMPT: PromptUse, WindowKind.LEASE: LeaseUse}
 
 
 @pytest.mark.parametrize("kind", WindowKind)
-def test_a_record_is_read_as_a_type(kind: WindowKind) -> None:
-    """Every key of a record of each kind is a field, at its place in the JSON; numbers are floats."""
-    row = record(1, kind)
-    detail, keys = detail_of(row), json.loads(row.detail)
-    assert (detail.energy.total_j, detail.energy.components[0].joules) == (100.0, 90.0)
-    assert detail.grid == GridRecord(329.7, "gCO2eq/kWh", "DEU", "ecologits", "0.11.1", 2023, "ADEME Base Empreinte", 280.0, 380.0)  # fmt: skip # noqa: E501
-    fields = {*WindowDetail.__slots__, *(() if detail.use is None else type(detail.use).__slots__)} - {"use"}
-    assert fields == keys.keys()
-    assert {name: str(getattr(detail, name, None)) for name in ("kind", "unit", "model", "begun")} == {
-        name: keys[name] for name in ("kind", "unit", "model", "begun")
-    }
+def test_a_record_has_the_fields_of_its_type(kind: WindowKind) -> None:
+    """Every key of a record of each kind is a field of WindowDetail or of what its kind adds."""
+    use = USES.get(kind)
+    names = {*WindowDetail.__slots__, *(() if use is None else use.__slots__)} - {"use"}
+    assert json.loads(record(1, kind).detail).keys() == names
 
 
-def test_what_a_kind_adds() -> None:
-    """A prompt has its tokens and status, a lease the sums of its prompts and its counted stretch; a start has none."""
-    prompt, lease, load = (
-        detail_of(record(1, kind)).use for kind in (WindowKind.PROMPT, WindowKind.LEASE, WindowKind.LOAD)
-    )
-    assert isinstance(prompt, PromptUse)
-    assert (prompt.tokens, prompt.status, prompt.in_flight) == (TokensRecord(10, 0, 50), "answered", InFlight(1, 1.0))
-    assert isinstance(lease, LeaseUse)
-    assert isinstance(lease.counted, CountedRecord)
-    assert (lease.prompts, lease.counted.seconds, lease.counted.in_flight) == (1, 2.0, InFlight(1, 1.0))
-    assert load is None
+def test_what_is_read_is_what_is_written() -> None:
+    """Every key that the registry reads is a field of the type that wrappers write, with the same type of value."""
+    written = types_of(WindowDetail)
+    for use in USES.values():
+        written |= types_of(use)
+    read = get_type_hints(WindowJSON)
+    assert read.keys() >= get_type_hints(UseJSON).keys()
+    assert {name: as_json(hint) for name, hint in read.items()} == {name: as_json(written[name]) for name in read}
 
 
-def test_records_of_other_versions_are_read() -> None:
-    """What a record lacks is None or empty, and keys that are not known here are ignored."""
-    empty = read_detail(WindowKind.PROMPT, {"of the future": 1, "energy": None, "tokens": None})
-    assert (empty.grid, empty.embodied, empty.ids, empty.pue, empty.flags, empty.methods) == (
-        None,
-        None,
-        None,
-        None,
-        (),
-        {},
-    )
-    assert (empty.energy.total_j, empty.energy.components, empty.score.value) == (None, (), None)
-    assert empty.use == PromptUse(None, None, None, None, None, None, None, InFlight(None, None))
-    old = detail_of(window(1, WindowKind.LEASE))
-    assert (old.schema, old.energy.low_j, old.use and old.use.words) == (None, None, 40)
-    assert read_counted({"seconds": 3, "flags": ["a"], "new": 1}).seconds == 3.0
+def types_of(kind: type) -> dict[str, Any]:
+    """The types of a record's fields, by name."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def as_json(hint: Any) -> Any:
+    """Return a type of a record, or of its JSON object, in one form: a dict has the keys that are read."""
+    options = get_args(hint)
+    if hint in (str, int, float, bool, Any):
+        return hint
+    if get_origin(hint) in (Union, UnionType):
+        [inner] = [each for each in options if each is not type(None)]
+        return as_json(inner)
+    if get_origin(hint) in (tuple, Sequence):
+        return [as_json(options[0])]
+    if get_origin(hint) is Mapping or hint is CountedRecord:  # which `read_counted` reads as a whole
+        return Mapping
+    read = hint if is_typeddict(hint) else getattr(windows, f"{hint.__name__.removesuffix('Record')}JSON")
+    of = get_type_hints(hint)
+    return {name: as_json(of[name]) for name in get_type_hints(read)}
+
+
+def test_the_counted_stretch_of_a_lease() -> None:
+    """It is read as a type; keys that are not known here are ignored, and what it lacks is None or empty."""
+    counted = read_counted(record_of(record(1, WindowKind.LEASE))["counted"] or {})
+    assert (counted.prompts, counted.seconds, counted.in_flight) == (1, 2.0, InFlight(1, 1.0))
+    other = read_counted({"seconds": 3, "flags": ["a"], "new": 1})
+    assert (other.seconds, other.units, other.in_flight, other.flags) == (3.0, None, InFlight(None, None), ("a",))
+
+
+def test_the_label_of_the_counter() -> None:
+    """A record that does not tell the label of its counters has none."""
+    assert counter_label_of(record(1, label="modeled", counter_label="measured")) == "measured"
+    assert counter_label_of(window(1)) is None

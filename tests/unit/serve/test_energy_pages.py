@@ -15,7 +15,6 @@ from deployments.serve import energy_pages
 from deployments.serve.energy_pages import PAGES_AT_ONCE, REPORTS_AT_ONCE, EnergyPages
 from deployments.serve.http_app import IngressConfig, build_app
 from registry.errors import RegistryUnavailable
-from registry.service import views
 from registry.wire.schemas import RequestState
 from tests.support.fake_registry import BASE, CREATED, FakeRegistry
 
@@ -38,7 +37,7 @@ def registry() -> FakeRegistry:
 
 
 class SlowReports:
-    """In place of ``views.report_json``: takes until ``go``, and counts how many are made at once."""
+    """In place of ``report_json``: takes until ``go``, and counts how many are made at once."""
 
     def __init__(self) -> None:
         self.go, self.begun, self.most = Event(), Semaphore(0), 0
@@ -60,7 +59,7 @@ async def test_reports_of_clients_that_hung_up_are_counted(
 ) -> None:
     """A thread does not end with its client: the next reports wait for it."""
     slow = SlowReports()
-    monkeypatch.setattr(views, "report_json", slow)
+    monkeypatch.setattr(energy_pages, "report_json", slow)
     pages = EnergyPages(registry.call)
     try:
         hung_up = [asyncio.create_task(pages.report(KEY)) for _ in range(REPORTS_AT_ONCE)]

@@ -78,7 +78,7 @@ async def test_a_change_while_the_registry_is_asked_is_not_missed() -> None:
     class Slow(FakeRegistry):
         async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
             answer = await registry.call(method, *args, wait_s=wait_s)
-            if method == "state" and '"queued"' in answer:
+            if method == "state" and answer[0] == "queued":
                 registry.change("a", status="deploying")
                 await settle()
             return answer
