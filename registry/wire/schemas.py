@@ -83,7 +83,7 @@ def _can_be_answered(args: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(args, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError):
-        raise ValueError("holds NaN, an infinity, half a character or a date, which are not JSON") from None
+        raise ValueError("contains NaN, an infinity, a lone surrogate or a date, which are not JSON") from None
     return args
 
 
