@@ -189,14 +189,14 @@ class SleepMode(Generic[Sleeper]):
         # A dead LLM stays in the list until the host's lock is free; a start may hold that lock for minutes.
         oldest = next((llm for llm in self._asleep if process_tree.alive(llm.processes)), None)
         if oldest is not None:
-            _log.warning("%s was asleep and is killed: the machine's memory runs short", oldest.served_model_name)
+            _log.warning("sleeping LLM %s is killed: too little main memory is free", oldest.served_model_name)
             process_tree.kill(oldest.processes)
 
     def _kill_unwatched(self, error: BaseException) -> None:
         """Kill all sleeping LLMs, because without the watch nothing ends them when memory runs short."""
         for llm in self._asleep:
             _log.error(
-                "%s was asleep and is killed: the memory check failed: %s", llm.served_model_name, reason_of(error)
+                "sleeping LLM %s is killed: the memory check failed: %s", llm.served_model_name, reason_of(error)
             )
             process_tree.kill(llm.processes)
 
@@ -208,7 +208,7 @@ class SleepMode(Generic[Sleeper]):
     async def _drop(self, llms: Iterable[Sleeper], why: str) -> None:
         for llm in llms:
             self._asleep.remove(llm)
-            _log.info("%s was asleep and is ended: %s", llm.served_model_name, why)
+            _log.info("sleeping LLM %s is ended: %s", llm.served_model_name, why)
             await self._end(llm)
 
 

@@ -55,7 +55,7 @@ class EngineWatch:
         try:
             reason = self._why_ended(llm, pid)
         except Exception as error:  # it is dead, even if the reason can't be found
-            _log.exception("why a process of %s ended is not known", llm.served_model_name)
+            _log.exception("could not find out why a process of %s ended", llm.served_model_name)
             reason = f"process {pid} ended by itself ({reason_of(error)})"
         self.declare_dead(llm, reason)
 

@@ -362,18 +362,22 @@ def as_markdown() -> str:
 
 
 _INTRODUCTION = """\
-# What may stand in the args of an llmconfig
+# The arguments of an llmconfig
 
 Made from `deployments/models/args/table.py` by `python -m deployments.models.args.mapping`; a test keeps it current.
 
-Args are written in the words of Hugging Face transformers or in vLLM's own (0.32). `null` is the same as leaving a word
-out. A word that is not listed here is refused, with the nearest that is.
+Arguments have the names of Hugging Face transformers or of vLLM (0.32). `null` is the same as leaving an argument out.
+A name that is not listed here is refused; the error suggests the most similar one.
 
-Where transformers and vLLM differ when a word is *not* given: vLLM samples as the LLM's own `generation_config.json`
-says (temperature 1 where it says nothing), transformers decodes greedily unless told otherwise, and its `top_k` is 50
-where nobody says anything; vLLM's is off. Without `max_new_tokens` vLLM ends an answer after 16 tokens
-(`uses_chat_template: false`) or when the context is full (`true`), transformers after 20 tokens. Say `do_sample` and
-`max_new_tokens` where figures have to compare.
+vLLM and transformers have different defaults:
+
+| argument that is not given | vLLM | transformers |
+|---|---|---|
+| `do_sample`, `temperature` | samples as the LLM's `generation_config.json` says, else at 1 | greedy, by default |
+| `top_k` | off | 50 |
+| `max_new_tokens` | 16 tokens (`uses_chat_template: false`), or until the context is full (`true`) | 20 tokens |
+
+Give `do_sample` and `max_new_tokens` if figures have to be comparable.
 """
 
 
