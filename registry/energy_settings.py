@@ -20,13 +20,13 @@ class Section(BaseModel):
 class GridSettings(Section):
     """Carbon intensity of the grid: a zone of the data set, or the operator's own value with its source."""
 
-    zone: str | None = Field(None, description="ISO 3166 alpha-3 zone (DEU, FRA …), or WOR for the world's mean")
-    gco2eq_per_kwh: float | None = Field(None, gt=0, description="The operator's own value, in place of a zone")
-    source: str | None = Field(None, description="Where gco2eq_per_kwh is from")
-    date: str | None = Field(None, description="The day or time that gco2eq_per_kwh holds for")
-    year: int | None = Field(None, ge=1990, le=2100, description="The year that the value is the mean of")
-    low_gco2eq_per_kwh: float | None = Field(None, ge=0, description="The value is certainly no lower")
-    high_gco2eq_per_kwh: float | None = Field(None, gt=0, description="The value is certainly no higher")
+    zone: str | None = Field(None, description="ISO 3166 alpha-3 code of the zone (DEU, FRA …); WOR: world mean")
+    gco2eq_per_kwh: float | None = Field(None, gt=0, description="Carbon intensity, if no zone is given, gCO2eq/kWh")
+    source: str | None = Field(None, description="Source of gco2eq_per_kwh")
+    date: str | None = Field(None, description="Day or time for which gco2eq_per_kwh is valid")
+    year: int | None = Field(None, ge=1990, le=2100, description="Year of which the value is the mean")
+    low_gco2eq_per_kwh: float | None = Field(None, ge=0, description="Lower bound of the value, gCO2eq/kWh")
+    high_gco2eq_per_kwh: float | None = Field(None, gt=0, description="Upper bound of the value, gCO2eq/kWh")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -35,7 +35,7 @@ class GridSettings(Section):
         if self.gco2eq_per_kwh is not None and not (self.source and (self.date or self.year)):
             raise ValueError("gco2eq_per_kwh needs source, and year or date")
         if self.zone is not None and (self.source or self.date):
-            raise ValueError("source and date go with gco2eq_per_kwh; the data set is the source of a zone's value")
+            raise ValueError("source and date belong to gco2eq_per_kwh; the source of a zone's value is the data set")
         return self
 
     @model_validator(mode="after")
@@ -58,10 +58,10 @@ class GridSettings(Section):
 class EmbodiedSettings(Section):
     """Embodied carbon of the hardware that one wrapper reserves, gCO2eq per reserved hour, with its source."""
 
-    g_per_hour: float = Field(gt=0, description="Grams CO2eq per hour of reservation")
-    low_g_per_hour: float = Field(gt=0, description="It is certainly no lower")
-    high_g_per_hour: float = Field(gt=0, description="It is certainly no higher")
-    source: str = Field(description="Where these are from")
+    g_per_hour: float = Field(gt=0, description="Grams CO2eq per reserved hour")
+    low_g_per_hour: float = Field(gt=0, description="Lower bound of g_per_hour")
+    high_g_per_hour: float = Field(gt=0, description="Upper bound of g_per_hour")
+    source: str = Field(description="Source of these values")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -74,7 +74,7 @@ class EmbodiedSettings(Section):
 class SiteEmbodiedSettings(EmbodiedSettings):
     """Embodied carbon of a whole machine, or of each GPU including its share of the rest of the machine."""
 
-    per: Literal["machine", "gpu"] = Field(description="Whether the figures are of a machine or of each GPU")
+    per: Literal["machine", "gpu"] = Field(description="Whether the values are per machine or per GPU")
 
     def of_wrapper(self, *, gpus: int, on_machine: int) -> EmbodiedSettings | None:
         """Return the share of a wrapper with ``gpus`` GPUs, on a machine with ``on_machine`` wrappers.
@@ -99,19 +99,19 @@ class CPUModelSettings(Section):
     """
 
     idle_w_per_cpu: float = Field(ge=0, description="Power of an idle logical CPU, watts")
-    idle_low_w_per_cpu: float = Field(ge=0, description="It is certainly no lower")
-    idle_high_w_per_cpu: float = Field(ge=0, description="It is certainly no higher")
+    idle_low_w_per_cpu: float = Field(ge=0, description="Lower bound of idle_w_per_cpu, watts")
+    idle_high_w_per_cpu: float = Field(ge=0, description="Upper bound of idle_w_per_cpu, watts")
     busy_w_per_cpu: float = Field(gt=0, description="Power of a fully used logical CPU, watts")
-    busy_low_w_per_cpu: float = Field(gt=0, description="It is certainly no lower")
-    busy_high_w_per_cpu: float = Field(gt=0, description="It is certainly no higher")
-    source: str = Field(description="Where these are from")
+    busy_low_w_per_cpu: float = Field(gt=0, description="Lower bound of busy_w_per_cpu, watts")
+    busy_high_w_per_cpu: float = Field(gt=0, description="Upper bound of busy_w_per_cpu, watts")
+    source: str = Field(description="Source of these values")
 
     @model_validator(mode="before")
     @classmethod
     def _without_factors(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.keys() & {"low_factor", "high_factor"}:
             raise ValueError(
-                "low_factor and high_factor are gone: give idle_low_w_per_cpu, idle_high_w_per_cpu, "
+                "low_factor and high_factor no longer exist: give idle_low_w_per_cpu, idle_high_w_per_cpu, "
                 "busy_low_w_per_cpu and busy_high_w_per_cpu, in watts"
             )
         return given
@@ -121,38 +121,44 @@ class CPUModelSettings(Section):
         idle = (self.idle_low_w_per_cpu, self.idle_w_per_cpu, self.idle_high_w_per_cpu)
         busy = (self.busy_low_w_per_cpu, self.busy_w_per_cpu, self.busy_high_w_per_cpu)
         if list(idle) != sorted(idle) or list(busy) != sorted(busy):
-            raise ValueError("needs low <= middle <= high, for idle and for busy")
+            raise ValueError("needs low <= value <= high, for idle and for busy")
         if any(a > b for a, b in zip(idle, busy, strict=True)):
-            raise ValueError("needs idle_w_per_cpu <= busy_w_per_cpu, and so their lows and their highs")
+            raise ValueError("needs idle_w_per_cpu <= busy_w_per_cpu, and the same for their lower and upper bounds")
         return self
 
 
 class EnergySettings(Section):
     """How energy is measured and scored on one wrapper. Without ``grid`` or ``embodied`` there is no score."""
 
-    allow_estimates: bool = Field(False, description="Whether sci_score may be a modelled figure (labelled as one)")
+    allow_estimates: bool = Field(False, description="Whether an estimate may be a sci_score; it is labelled as one")
     functional_unit: Literal["output_token", "token", "request", "word"] = Field(
-        "output_token", description="What sci_score is per; token: of prompt and answer"
+        "output_token", description="Functional unit of sci_score; token: tokens of prompt and answer"
     )
     pue: float = Field(1.0, ge=1.0, description="Power usage effectiveness of the site; energy is multiplied by it")
-    poll_s: float = Field(0.05, gt=0, le=1.0, description="How often energy counters are read, seconds")
+    poll_s: float = Field(0.05, gt=0, le=1.0, description="Time between two readings of an energy counter, seconds")
     settle_max_s: float = Field(
-        60, gt=0, description="Longest wait, before a lease of measurement grade, for the machine to be at rest"
+        60, gt=0, description="Maximum wait for the machine to be at rest, before a lease of measurement grade, seconds"
     )
     steady_cv: float = Field(
-        0.05, gt=0, description="At rest: power in 1 s slices varies by no more, as standard deviation over mean"
+        0.05,
+        gt=0,
+        description="The power of a machine at rest varies by at most this: standard deviation of 1 s slices / mean",
     )
-    grid: GridSettings | None = Field(None, description="null: not known, and no score is computed")
-    embodied: EmbodiedSettings | None = Field(None, description="null: not known, and no score is computed")
-    cpu_model: CPUModelSettings | None = Field(None, description="null: CPUs without a counter are not covered")
+    grid: GridSettings | None = Field(None, description="Carbon intensity; null: not known, no score is computed")
+    embodied: EmbodiedSettings | None = Field(
+        None, description="Embodied carbon; null: not known, no score is computed"
+    )
+    cpu_model: CPUModelSettings | None = Field(
+        None, description="Power model of CPUs without a counter; null: their energy is not covered"
+    )
 
 
 class MachineMatch(Section):
     """Selects machines: all given fields must match. Case-sensitive patterns with ``*`` and ``?``."""
 
-    machine: str | None = Field(None, description="The machine's id")
-    gpu_type: str | None = Field(None, description="The type of its GPUs, as `greenprompt status` shows it")
-    zone: str | None = Field(None, description="Its availability zone, as its node's label says")
+    machine: str | None = Field(None, description="Id of the machine")
+    gpu_type: str | None = Field(None, description="Type of its GPUs, as in `greenprompt status`")
+    zone: str | None = Field(None, description="Its availability zone, from the label of its Ray node")
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -167,20 +173,24 @@ class MachineMatch(Section):
 
 
 class MachineEnergySettings(Section):
-    """Settings of some machines that differ from the site's. A missing field: as on the site; null: not known."""
+    """Settings of single machines that replace those of the site. A missing field: as for the site; null: not known."""
 
-    match: MachineMatch = Field(description="Which machines")
-    pue: float = Field(1.0, ge=1.0, description="Of these machines")
-    grid: GridSettings | None = Field(None, description="Of these machines")
-    embodied: SiteEmbodiedSettings | None = Field(None, description="Of these machines")
-    cpu_model: CPUModelSettings | None = Field(None, description="Of these machines")
+    match: MachineMatch = Field(description="Selects the machines")
+    pue: float = Field(1.0, ge=1.0, description="Replaces energy.pue on these machines")
+    grid: GridSettings | None = Field(None, description="Replaces energy.grid on these machines")
+    embodied: SiteEmbodiedSettings | None = Field(None, description="Replaces energy.embodied on these machines")
+    cpu_model: CPUModelSettings | None = Field(None, description="Replaces energy.cpu_model on these machines")
 
 
 class SiteEnergySettings(EnergySettings):
     """How energy is measured and scored on the site. For a machine, the first match in ``machines`` applies."""
 
-    embodied: SiteEmbodiedSettings | None = Field(None, description="null: not known, and no score is computed")
-    machines: tuple[MachineEnergySettings, ...] = Field((), description="What is not so on some machines")
+    embodied: SiteEmbodiedSettings | None = Field(
+        None, description="Embodied carbon; null: not known, no score is computed"
+    )
+    machines: tuple[MachineEnergySettings, ...] = Field(
+        (), description="Settings of single machines that replace those of the site"
+    )
 
     def of_wrapper(
         self, *, machine: str, gpu_type: str | None, zone: str | None, gpus: int, on_machine: int

@@ -1,7 +1,7 @@
 """All errors of the project, each with its code, HTTP status, and whether a retry can help.
 
-An error's annotated names are its fields, as in a dataclass. ``__str__`` makes the text for people: what, which id,
-what to do.
+An error's annotated names are its fields, as in a dataclass. ``__str__`` returns the text for people: what happened, to
+which id, what to do.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class RegistryError(Exception):
             return
         dataclass(eq=False, repr=False)(cls)
         for name in cls.__match_args__:
-            # Ray wraps an error in a subclass, which finds the fields of the error by __getattr__. That is asked only
-            # for what the class does not have, and a default would be an attribute of the class.
+            # Ray wraps an error in a subclass, which finds the fields of the error by __getattr__. Python calls it only
+            # for names that the class does not have, and a default would be an attribute of the class.
             if name in vars(cls):
                 delattr(cls, name)
 
@@ -81,7 +81,7 @@ class UnknownRequest(RegistryError):
     request_id: str
 
     def __str__(self) -> str:
-        return f"no request has the id {self.request_id!r}; POST /promptingservice/request makes one"
+        return f"no request has the id {self.request_id!r}; create one with POST /promptingservice/request"
 
 
 class RequestForgotten(RegistryError):
@@ -93,11 +93,11 @@ class RequestForgotten(RegistryError):
     request_id: str
 
     def __str__(self) -> str:
-        return f"request {self.request_id} ended long ago, and nothing is kept of it any more; make a new one"
+        return f"request {self.request_id} ended long ago, and its record was deleted; create a new request"
 
 
 class RequestWithdrawn(RegistryError):
-    """The POST that makes this request was withdrawn before the registry received it: its client had gone away."""
+    """The POST of this request was withdrawn before the registry received it, because its client had hung up."""
 
     code = "request_withdrawn"
     http_status = 410
@@ -105,7 +105,7 @@ class RequestWithdrawn(RegistryError):
     request_id: str
 
     def __str__(self) -> str:
-        return f"request {self.request_id} was withdrawn before it was accepted; make a new one"
+        return f"request {self.request_id} was withdrawn before it was accepted; create a new request"
 
 
 class UnknownMeasurement(RegistryError):
@@ -117,7 +117,7 @@ class UnknownMeasurement(RegistryError):
     measurement_id: int
 
     def __str__(self) -> str:
-        return f"no request was made with the measurementId {self.measurement_id}"
+        return f"no request has the measurementId {self.measurement_id}"
 
 
 class UnknownMachine(RegistryError):
@@ -157,7 +157,7 @@ class QueueFull(RegistryError):
     retry_after_s: float | None = None
 
     def __str__(self) -> str:
-        when = "when some were served" if self.retry_after_s is None else f"in {self.retry_after_s:.3g} s or so"
+        when = "when some have been served" if self.retry_after_s is None else f"in about {self.retry_after_s:.3g} s"
         return f"the queue of {self.scope} is full ({self.limit} requests); try again {when}"
 
 
@@ -171,7 +171,7 @@ class TooManyPolls(RegistryError):
     limit: int
 
     def __str__(self) -> str:
-        return f"{self.limit} GETs wait for a change of status already; try again in a few seconds, or without `wait`"
+        return f"{self.limit} GETs already wait for a change of status; try again in a few seconds, or without `wait`"
 
 
 class TenantBudgetUsed(RegistryError):
@@ -188,23 +188,23 @@ class TenantBudgetUsed(RegistryError):
     def __str__(self) -> str:
         return (
             f"tenant {self.tenant!r} has used {self.used} of the {self.limit} that it may use in this month (UTC); "
-            f"what was accepted is served, new requests are taken from {self.until} on, or when its budget is raised"
+            f"accepted requests are still served; new ones are accepted from {self.until} on, or with a larger budget"
         )
 
 
 class ShuttingDown(RegistryError):
-    """The registry is shutting down and takes no new requests."""
+    """The registry is shutting down and accepts no new requests."""
 
     code = "shutting_down"
     http_status = 503
     retryable = True
 
     def __str__(self) -> str:
-        return "the registry is shutting down and takes no new requests"
+        return "the registry is shutting down and accepts no new requests"
 
 
 class RegistryUnavailable(RegistryError):
-    """The registry actor does not answer, e.g. because Ray is restarting it."""
+    """The registry actor does not answer, for instance because Ray is restarting it."""
 
     code = "registry_unavailable"
     http_status = 503
@@ -224,11 +224,11 @@ class InternalError(RegistryError):
     what: str
 
     def __str__(self) -> str:
-        return f"the registry made an error ({self.what}); its log tells more"
+        return f"the registry has a bug ({self.what}); its log has the details"
 
 
 class StartFailed(RegistryError):
-    """A registry could not be started or ended, or ended before it was ready."""
+    """A registry could not be started or stopped, or ended before it was ready."""
 
     code = "start_failed"
 
@@ -259,8 +259,8 @@ class NoCredentials(RegistryError):
 
     def __str__(self) -> str:
         return (
-            "the token of a lease is missing; prompt at the url in the request's status, or at "
-            "http://{address}:8000 with its address as it is"
+            "the token of a lease is missing; send prompts to the url in the request's status, or to "
+            "http://{address}:8000 with the address unchanged"
         )
 
 
@@ -301,7 +301,7 @@ class EngineStartFailed(RegistryError):
 
 
 class EngineNotReady(RegistryError):
-    """The lease is valid, but its LLM is not running at the moment (e.g. it is being restarted)."""
+    """The lease is valid, but its LLM is not running at the moment, for instance because it is being restarted."""
 
     code = "engine_not_ready"
     http_status = 503
@@ -323,7 +323,7 @@ class TooManyPrompts(RegistryError):
     limit: int
 
     def __str__(self) -> str:
-        return f"{self.limit} prompts are in flight on this LLM; wait for some of them to end"
+        return f"{self.limit} prompts are in flight on this LLM; wait until some of them have ended"
 
 
 class BudgetUsed(RegistryError):
@@ -339,7 +339,7 @@ class BudgetUsed(RegistryError):
     def __str__(self) -> str:
         return (
             f"this lease has used {self.used} {self.unit}, idle time included, and may use {self.limit} {self.unit}; "
-            "no more prompts are taken: give it back, and ask for another one with a larger budget"
+            "it accepts no more prompts: release it, and request a new one with a larger budget"
         )
 
 
@@ -385,7 +385,7 @@ class WrapperUnreachable(RegistryError):
 
 
 class WrapperUnheard(WrapperUnreachable):
-    """A wrapper did not answer in time, but may be well: the connection to it is being restored."""
+    """A wrapper did not answer in time, perhaps only because the connection to it is being restored."""
 
     code = "wrapper_unheard"
 

@@ -41,12 +41,12 @@ MOST_PROBLEMS = 8
 
 
 class HTTPSettings(Section):
-    """How the ingress and the wrappers are reached over HTTP."""
+    """The HTTP address of the ingress and the wrappers."""
 
-    host: str = Field("127.0.0.1", description="Interface that Serve's proxy listens on")
-    port: int = Field(8000, ge=1, le=65535, description="Port that Serve's proxy listens on")
-    public_url: str | None = Field(None, description="Base URL that clients use, if not http://host:port")
-    haproxy: bool = Field(True, description="Serve through HAProxy: several times the requests per second")
+    host: str = Field("127.0.0.1", description="Network interface on which Serve's proxy listens")
+    port: int = Field(8000, ge=1, le=65535, description="Port on which Serve's proxy listens")
+    public_url: str | None = Field(None, description="Base URL for clients; null: http://host:port")
+    haproxy: bool = Field(True, description="Whether to serve through HAProxy, for several times the requests/s")
 
     @model_validator(mode="after")
     def _haproxy_and_ipv6(self) -> HTTPSettings:
@@ -61,77 +61,80 @@ class HTTPSettings(Section):
         if url is None:
             return None
         if any(character.isspace() for character in url):
-            raise ValueError("has a space in it")
+            raise ValueError("contains a space")
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("needs a scheme and a host, as in http://head.example:8000")
         if parts.port == 0:  # reading an invalid port raises ValueError
             raise ValueError("port 0 can't be reached")
         if parts.username is not None:
-            raise ValueError("must have no user name: clients are handed it with their own")
+            raise ValueError("must have no user name: address adds one with the token of the lease")
         if parts.query or parts.fragment:
-            raise ValueError("must end before any ? or #: paths are added to it")
+            raise ValueError("must have no query and no fragment (? or #): paths are appended to it")
         return url
 
 
 class RaySettings(Section):
-    """The Ray cluster: a local one of our own (address null), or a running one."""
+    """The Ray cluster: a new local one (address null), or one that is already running."""
 
-    address: str | None = Field(None, description="Address of a running cluster, or 'auto'; null starts a local one")
+    address: str | None = Field(None, description="Address of a running cluster, or 'auto'; null: start a local one")
     dashboard_port: int | None = Field(
-        None, ge=1, le=65535, description="Port of Ray's dashboard; null: 8265, or a free one where that is taken"
+        None, ge=1, le=65535, description="Port of Ray's dashboard; null: 8265, or a free port if 8265 is in use"
     )
-    num_gpus: int | None = Field(None, ge=0, description="GPUs of the local cluster; null: those that Ray finds")
+    num_gpus: int | None = Field(
+        None, ge=0, description="Number of GPUs of the local cluster; null: all that Ray finds"
+    )
 
 
 class WrapperSettings(Section):
-    """How many wrappers a machine has, and their limits."""
+    """The wrappers of a machine: number and limits. Times in seconds."""
 
-    per_machine: int = Field(1, ge=1, le=64, description="How many wrappers share a machine")
-    on_head: bool = Field(True, description="Whether the head of the Ray cluster is an LLM Machine, too")
-    gpus_per_wrapper: int | None = Field(None, ge=1, description="null: all GPUs of the machine, divided evenly")
-    deploy_timeout_s: float = Field(1800, gt=0, description="Longest start of an LLM")
-    start_timeout_s: float = Field(300, gt=0, description="Longest start of a wrapper itself")
-    prompt_max_s: float = Field(600, gt=0, description="Longest prompt; then it is cut")
+    per_machine: int = Field(1, ge=1, le=64, description="Number of wrappers per machine")
+    on_head: bool = Field(True, description="Whether the head of the Ray cluster is also an LLM Machine")
+    gpus_per_wrapper: int | None = Field(None, ge=1, description="null: the machine's GPUs, divided evenly")
+    deploy_timeout_s: float = Field(1800, gt=0, description="Time limit for download and start of an LLM, seconds")
+    start_timeout_s: float = Field(300, gt=0, description="Time limit for the start of a wrapper, seconds")
+    prompt_max_s: float = Field(600, gt=0, description="Time limit for a prompt, seconds; then it is cut")
     stall_s: float | None = Field(
         None,
         gt=0,
-        description="An engine that has prompts and gives no token for so long is replaced; null: 60 with GPUs, 300 "
-        "without, where one step of a large LLM takes minutes",
+        description="Seconds without a token after which an engine that has prompts is restarted; null: 60 with GPUs, "
+        "300 without (there, one step of a large LLM can take minutes)",
     )
     fence_s: float = Field(
         30,
         gt=0,
-        description="A wrapper that has not heard from the registry for so long takes no new prompts until it does",
+        description="Seconds without contact with the registry after which a wrapper refuses new prompts, until the "
+        "contact is back",
     )
-    max_prompts_in_flight: int = Field(256, ge=1, description="More are answered 429")
-    kv_cache_gib: int | None = Field(None, ge=1, description="KV cache on a machine without GPU; null: vLLM's choice")
+    max_prompts_in_flight: int = Field(256, ge=1, description="Limit of prompts in flight per wrapper; others get 429")
+    kv_cache_gib: int | None = Field(None, ge=1, description="KV cache of an LLM without GPU, GiB; null: vLLM decides")
     preload: tuple[Annotated[str, StringConstraints(pattern=r"^\w+$")], ...] = Field(
         ("llama", "qwen2", "qwen3", "gemma3", "phi3"),
-        description="vLLM's modules (vllm.model_executor.models.…) that are imported ahead: LLMs of these start sooner",
+        description="Modules of vLLM (vllm.model_executor.models.…) to import in advance: their LLMs start sooner",
     )
     sleep_host_gib: float | None = Field(
-        None, ge=0, description="Memory of a GPU machine for LLMs that sleep in place of being stopped; 0, null: none"
+        None, ge=0, description="GiB of main memory for sleeping LLMs, on each machine with GPUs; 0 or null: none"
     )
     stop_timeout_s: float = Field(
         30,
         gt=0,
-        description="Longest shutdown of a wrapper before Serve kills it; also what commands that stop an LLM "
-        "are given for that. An engine that does not stop is killed after 5 s in any case",
+        description="Seconds after which Serve kills a wrapper that shuts down. Commands that stop an LLM allow the "
+        "same time. An engine that does not stop is killed after 5 s in any case",
     )
 
 
 class ModelSettings(Section):
-    """Which models may be deployed."""
+    """The models that may be deployed, and their cache."""
 
-    huggingface: bool = Field(True, description="Allow ids of the Hugging Face hub")
-    local_roots: tuple[Path, ...] = Field((), description="Folders below which local models may lie")
+    huggingface: bool = Field(True, description="Whether models of the Hugging Face hub are allowed")
+    local_roots: tuple[Path, ...] = Field((), description="Folders that contain the local models that are allowed")
     allow_remote_code: tuple[str, ...] = Field((), description="Models whose own code may run (trust_remote_code)")
     cache_dir: Path | None = Field(
-        None, description="Cache of hub models, on local disk of every machine; null: the environment's (HF_HUB_CACHE)"
+        None, description="Folder for models of the hub, on the local disk of every machine; null: as HF_HUB_CACHE says"
     )
     cache_max_gib: float | None = Field(
-        None, gt=0, description="What cache_dir may hold: the models used least recently go; null: no limit"
+        None, gt=0, description="Limit of cache_dir, GiB: the models used least recently are removed; null: no limit"
     )
 
     @field_validator("local_roots")
@@ -147,32 +150,33 @@ class ModelSettings(Section):
     @model_validator(mode="after")
     def _limits_its_own(self) -> ModelSettings:
         if self.cache_max_gib is not None and self.cache_dir is None:
-            raise ValueError("cache_max_gib needs cache_dir: nothing is removed from a cache that others fill, too")
+            raise ValueError("cache_max_gib needs cache_dir: nothing is removed from a cache that other programs use")
         return self
 
 
 class LeaseSettings(Section):
-    """How long leases last, and what happens to prompts in flight when one expires."""
+    """Time limits of leases, and what happens to prompts in flight when a lease expires."""
 
-    max_s: float = Field(3600, gt=0, description="Longest lease, seconds")
-    idle_s: float = Field(600, gt=0, description="Longest time without a prompt or a keep-alive, seconds")
+    max_s: float = Field(3600, gt=0, description="Maximum length of a lease, seconds")
+    idle_s: float = Field(600, gt=0, description="Maximum time without a prompt or a keep-alive, seconds")
     at_expiry: Literal["cut", "finish"] = Field(
         "cut",
-        description="Prompts in flight are cut, or finished before the wrapper is handed on; none begins any more",
+        description="Whether prompts in flight are cut, or finished before the wrapper gets another lease. No new "
+        "prompt begins in either case",
     )
 
 
 class QueueSettings(Section):
     """Limits and weights of the queue."""
 
-    max_queued: int = Field(100_000, ge=1, description="Most requests that wait; more are answered 429")
-    max_queued_per_tenant: int = Field(100_000, ge=1, description="Most requests of one tenant that wait")
-    max_overtakes: int = Field(4, ge=0, description="How often a request may be overtaken by one whose LLM is running")
-    max_overtake_s: float = Field(60, ge=0, description="How long after its arrival it may be overtaken, seconds")
-    deploy_attempts: int = Field(2, ge=1, description="On how many wrappers an LLM that does not start is tried")
-    wrapper_attempts: int = Field(3, ge=1, description="Restarts of a wrapper in a row before it counts as failed")
+    max_queued: int = Field(100_000, ge=1, description="Maximum number of waiting requests; others get 429")
+    max_queued_per_tenant: int = Field(100_000, ge=1, description="Maximum number of waiting requests of one tenant")
+    max_overtakes: int = Field(4, ge=0, description="How often later requests whose LLM runs may overtake a request")
+    max_overtake_s: float = Field(60, ge=0, description="Seconds after its arrival in which a request may be overtaken")
+    deploy_attempts: int = Field(2, ge=1, description="Failed starts or deaths of an LLM until its request fails")
+    wrapper_attempts: int = Field(3, ge=1, description="Failures of a wrapper in a row until it is given up")
     tenant_weights: dict[TenantName, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="Turns of a tenant in the queue, relative to 1 of those that are not named"
+        {}, description="Turns of a tenant in the queue for each turn of a tenant that is not listed"
     )
 
 
@@ -182,28 +186,28 @@ class MeasurementSettings(Section):
     sticky_s: float = Field(
         600,
         ge=0,
-        description="How long after its last LLM was given back a measurement that goes on still waits for the machine "
-        "that it was served on, seconds; then it may go elsewhere, and is flagged",
+        description="Seconds after the release of its last LLM in which a measurement that gets new requests waits for "
+        "its previous machine. After that it may continue on another machine, and gets a flag",
     )
 
 
 class WatchSettings(Section):
-    """How often wrappers and machines are checked; times in seconds."""
+    """Checks of wrappers and machines. Times in seconds."""
 
-    period_s: float = Field(1.0, gt=0, description="How often each wrapper is asked for a report, seconds")
-    report_timeout_s: float = Field(5.0, gt=0, description="Longest wait for a report, seconds")
+    period_s: float = Field(1.0, gt=0, description="Time between two report requests to a wrapper, seconds")
+    report_timeout_s: float = Field(5.0, gt=0, description="Time limit for a report, seconds")
     failures: int = Field(3, ge=1, description="Reports missed in a row until a wrapper counts as failed")
 
 
 class MachineLLM(Section):
-    """An LLM that is deployed on a machine at start. ``machine``: an id, or ``*`` for every machine."""
+    """An LLM that is deployed on the first wrapper of a machine without a request."""
 
-    machine: str = Field("*", description="Name of the machine, or `*`")
+    machine: str = Field("*", description="Id of the machine; `*`: every machine that is not named")
     llm: LLMConfig = Field(description="The llmconfig, as in a POST")
 
 
 class TenantBudget(Section):
-    """A tenant's budget per calendar month (UTC) for its leases (hand-over to release) and the starts of its LLMs."""
+    """A tenant's budget per calendar month (UTC), for its leases (hand-over to release) and the starts of its LLMs."""
 
     max_joules_per_month: float | None = Field(None, gt=0, description="Joules; null: no limit")
     max_gco2eq_per_month: float | None = Field(None, gt=0, description="Grams CO2eq; null: no limit")
@@ -227,13 +231,13 @@ class Settings(BaseSettings):
     )
 
     state_dir: Path = Field(
-        Path("build/state"), validate_default=True, description="Database, logs and pid file of this registry"
+        Path("build/state"), validate_default=True, description="Folder for database, logs and pid file of the registry"
     )
     cache_dir: Path = Field(
-        Path("build/cache"), validate_default=True, description="Compile caches, on local disk of every machine"
+        Path("build/cache"), validate_default=True, description="Folder for compile caches, on each machine's own disk"
     )
-    database_url: str | None = Field(None, description="SQLAlchemy URL; null: SQLite in state_dir")
-    keep_days: float = Field(90, gt=0, description="Ended requests and events are forgotten after so many days")
+    database_url: str | None = Field(None, description="SQLAlchemy URL of the database; null: SQLite in state_dir")
+    keep_days: float = Field(90, gt=0, description="Days until ended requests, events and energy windows are deleted")
     http: HTTPSettings = HTTPSettings()
     ray: RaySettings = RaySettings()
     wrappers: WrapperSettings = WrapperSettings()
@@ -244,7 +248,11 @@ class Settings(BaseSettings):
     watch: WatchSettings = WatchSettings()
     energy: SiteEnergySettings = SiteEnergySettings()
     budgets: BudgetSettings = BudgetSettings()
-    deploy: tuple[MachineLLM, ...] = Field((), description="LLMs that are deployed at start, before anyone asks")
+    deploy: tuple[MachineLLM, ...] = Field(
+        (),
+        description="LLMs to deploy without a request, on a machine's first wrapper: when the wrapper starts or has "
+        "stopped another LLM, and after an undrain",
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -271,7 +279,7 @@ class Settings(BaseSettings):
         if self.wrappers.fence_s < least_s:
             raise ValueError(
                 f"wrappers.fence_s must be at least {least_s:g}: watch.failures x (watch.period_s + "
-                "watch.report_timeout_s), the time after which a wrapper that does not answer has failed"
+                "watch.report_timeout_s), after which a wrapper that does not answer counts as failed"
             )
         return self
 
@@ -279,7 +287,7 @@ class Settings(BaseSettings):
     def _a_month_is_kept(self) -> Settings:
         if self.budgets.tenants and self.keep_days < LONGEST_MONTH_DAYS:
             raise ValueError(
-                f"keep_days must be at least {LONGEST_MONTH_DAYS} where budgets.tenants has budgets by month"
+                f"keep_days must be at least {LONGEST_MONTH_DAYS}, because budgets.tenants has budgets per month"
             )
         return self
 

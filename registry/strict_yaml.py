@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
             if key is not None and key in seen:
-                raise yaml.MarkedYAMLError(None, None, f"{key_node.value} is there twice", key_node.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"{key_node.value} occurs twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -84,15 +84,15 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise ValueError(f"the key {name!r} is there twice")
+                raise ValueError(f"the key {name!r} occurs twice")
             seen.add(name)
     return found
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
-# D100: a key that is there twice is refused
+# D100: a key that occurs twice is refused
 STRICT_JSON: Final = json.JSONDecoder(object_pairs_hook=_each_once, parse_constant=_no_number)
 """Raises ValueError for text that is not strict JSON (e.g. NaN), and for duplicate keys in an object."""

@@ -151,4 +151,4 @@ class EngineRest:
             reason = f"it still worked {REST_LIMIT_S:g} s after the end of a lease, without any prompt (a grammar?)"
             self._give_up(llm, reason)
         else:
-            log.warning("an engine is never at rest", model=llm.served_model_name)
+            log.warning("an engine did not come to rest", model=llm.served_model_name)

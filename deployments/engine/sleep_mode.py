@@ -190,7 +190,7 @@ class SleepMode(Generic[Sleeper]):
         # A dead LLM stays in the list until the host's lock is free; a start may hold that lock for minutes.
         oldest = next((llm for llm in self._asleep if process_tree.alive(llm.processes)), None)
         if oldest is not None:
-            reason = "the machine's memory runs short"
+            reason = "too little main memory is free"
             log.warning("a sleeping LLM is killed", model=oldest.served_model_name, reason=reason)
             process_tree.kill(oldest.processes)
 

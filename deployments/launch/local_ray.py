@@ -150,7 +150,7 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.05)
     if folder.exists():
-        log.warning("the cluster's folder could not be removed", folder=str(folder))
+        log.warning("the folder of the local cluster could not be removed", folder=str(folder))
 
 
 def require_free_port(host: str, port: int, setting: str) -> None:

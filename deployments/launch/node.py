@@ -99,7 +99,7 @@ def _start_ray(options: Sequence[str]) -> bool:
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise StartFailed(f"ray {command[0]} was not over after {RAY_LIMIT_S} s") from error
+            raise StartFailed(f"ray {command[0]} was not done after {RAY_LIMIT_S} s") from error
         if done.returncode:
             raise StartFailed(f"ray {command[0]} ended with {done.returncode}")
     RECORD.write_text(json.dumps({"wanted": wanted, "running": _ray_processes()}), encoding="utf-8")
@@ -109,7 +109,9 @@ def _start_ray(options: Sequence[str]) -> bool:
 def node_environment() -> dict[str, str]:
     """Return the environment of Ray's processes on a node; writes HAProxy's files. Raises BadSettings."""
     if not (Path.home() / ".ray" / "auth_token").exists():
-        raise BadSettings("~/.ray/auth_token", "is missing; `ray get-auth-token --generate` makes one for all nodes")
+        raise BadSettings(
+            "~/.ray/auth_token", "is missing; create one for all nodes with `ray get-auth-token --generate`"
+        )
     return {
         **RAY_ENVIRONMENT,
         "RAY_AUTH_MODE": "token",  # Ray's ports run code for anyone who can reach them

@@ -42,7 +42,7 @@ def require_open_files(needed: int = HAPROXY_OPEN_FILES) -> None:
         raise BadSettings(
             "ulimit -n",
             f"at most {most} open files are allowed, HAProxy needs {needed}: raise the hard limit (ulimit -Hn as root, "
-            "LimitNOFILE= of a systemd unit), or do without it (http.haproxy: false)",
+            "LimitNOFILE= of a systemd unit), or run without HAProxy (http.haproxy: false)",
         )
 
 

@@ -164,7 +164,7 @@ async def _download(order: DownloadOrder, on_progress: Callable[[Download], obje
         process.kill()
         output.close()
         await asyncio.to_thread(process.wait)
-    raise DownloadFailed(f"its download ended unexpectedly: {' '.join(said) or 'nothing was said'}")
+    raise DownloadFailed(f"its download ended unexpectedly: {' '.join(said) or 'no reason was given'}")
 
 
 def _touch(lock: IO[str]) -> None:

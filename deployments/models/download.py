@@ -176,7 +176,7 @@ def find(order: DownloadOrder) -> str | None:
         return folder
     if constants.HF_HUB_OFFLINE:
         what = f"files of it ({_some(missing)})" if missing else f"commit {order.commit} of it"
-        raise DownloadFailed(f"{what} can't be found on this machine, and HF_HUB_OFFLINE forbids to download")
+        raise DownloadFailed(f"{what} can't be found on this machine, and HF_HUB_OFFLINE forbids downloads")
     return None
 
 
@@ -277,8 +277,8 @@ def _make_room(order: DownloadOrder, to_load: int) -> None:
         while (used := _used(order, mine)) + to_load > order.max_bytes:
             if not _remove_oldest(order, mine):
                 raise DownloadFailed(
-                    f"{_gib(to_load)} have to be loaded, and the cache may hold {_gib(order.max_bytes)}, of which "
-                    f"{_gib(used)} are in use (models.cache_max_gib)",
+                    f"it needs {_gib(to_load)}, but the limit of the cache is {_gib(order.max_bytes)}, and "
+                    f"{_gib(used)} of it are in use (models.cache_max_gib)",
                     permanent=to_load > order.max_bytes,
                 )
         mine.write_text(str(to_load), encoding="utf-8")  # reserves the room, so that others leave it free
@@ -370,7 +370,7 @@ def _in_words(revision: str | None, problem: Exception) -> DownloadFailed:
             return DownloadFailed(text, permanent=True)
         case errors.RevisionResolutionError() | errors.LocalEntryNotFoundError() | errors.IncompleteSnapshotError():
             cause = problem.__cause__
-            why = "HF_HUB_OFFLINE forbids to ask" if cause is None else f"{type(cause).__name__}: {_short(cause)}"
+            why = "HF_HUB_OFFLINE is set" if cause is None else f"{type(cause).__name__}: {_short(cause)}"
             text = f"it is not on this machine, and the Hugging Face hub can't be reached ({why})"
             return DownloadFailed(text)
         case _:

@@ -173,7 +173,7 @@ def stop(settings: Settings) -> None:
     except RayError as error:
         problem = f"the registry could not be shut down in order: {_reason(error)}"
         if settings.ray.address is not None:
-            raise StartFailed(f"{problem}; it is still there, try again") from error
+            raise StartFailed(f"{problem}; it still runs; try again") from error
         logging.getLogger(__name__).warning(problem)
     if settings.ray.address is None:
         serve.shutdown()
@@ -236,11 +236,11 @@ def _start_registry(settings: Settings) -> None:
         try:
             theirs = _settings_once_ready(running)
         except RayError as error:
-            problem = f"the registry of this cluster, which goes on trying, does not answer: {_reason(error)}"
+            problem = f"the registry of this cluster does not answer, but continues to try: {_reason(error)}"
             raise StartFailed(problem) from error
         # D49: `up` neither replaces nor ends a running registry
         if fields := differing(theirs, settings):
-            remedy = "to change that, end it first: greenprompt down --address auto (leases end, what is queued stays)"
+            remedy = "to change it, run greenprompt down --address auto first (leases end, queued requests stay)"
             raise BadSettings(", ".join(fields), f"the registry of this cluster runs with another value; {remedy}")
         return
     sources = model_sources(settings)

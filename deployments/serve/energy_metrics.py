@@ -20,9 +20,13 @@ class EnergyMetrics:
     """
 
     def __init__(self) -> None:
-        self._measured = Counter("greenprompt_energy_measured_joules", "Joules from hardware counters", tag_keys=_TAGS)
-        self._modeled = Counter("greenprompt_energy_modeled_joules", "Joules that are an estimate", tag_keys=_TAGS)
-        self._unknown = Counter("greenprompt_energy_unknown_windows", "Windows without a figure", tag_keys=_TAGS)
+        self._measured = Counter(
+            "greenprompt_energy_measured_joules", "Joules that hardware counters measured", tag_keys=_TAGS
+        )
+        self._modeled = Counter("greenprompt_energy_modeled_joules", "Joules that are estimated", tag_keys=_TAGS)
+        self._unknown = Counter(
+            "greenprompt_energy_unknown_windows", "Energy windows whose joules are not known", tag_keys=_TAGS
+        )
 
     def count(self, kept: KeptWindow) -> None:
         """Add a window's joules. A lease window adds nothing, because its energy is in other windows already."""

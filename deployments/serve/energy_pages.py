@@ -126,7 +126,7 @@ def place_of(after: str | None) -> WindowPlace | None:
         return None
     begun_s, _, window_id = after.partition("_")
     if not _PLACE.fullmatch(begun_s) or not window_id.isprintable():
-        raise InvalidField("after", "is not what `next` of a page of windows says")
+        raise InvalidField("after", "is not the `next` of a page of windows")
     return WindowPlace(float(begun_s), window_id)
 
 

@@ -53,21 +53,21 @@ from registry.wire.schemas import (
 from registry.wire.words import RequestStatus, canonical_json
 
 DESCRIPTION = """
-Hands LLMs out exclusively. Ask with `POST /promptingservice/request`, poll the `link` of each request until its
-status is `deployed`, prompt the LLM at `url`, and give it back with `DELETE`.
+Leases LLMs, each to one client at a time. Request LLMs with `POST /promptingservice/request`. Poll the `link` of each
+request until its status is `deployed`, prompt the LLM at `url`, and release it with `DELETE`.
 
 Status words: `queued` → `deploying` → `deployed` → `released`; or `expired` (the lease ran out), `cancelled`
 (released before it was handed over), `failed` (see `reason`).
 
-Send an `Idempotency-Key` with each POST: it can then be repeated safely when its answer was lost.
+Send an `Idempotency-Key` with each POST. Then the POST can be repeated safely if its answer was lost.
 
-Errors have one shape, `ErrorAnswer`; below `/v1` of an LLM's `url` they have OpenAI's, `{"error": {…}}`.
+Errors have the format `ErrorAnswer`; below `/v1` of an LLM's `url` they have OpenAI's format, `{"error": {…}}`.
 """
 
 IDEMPOTENCY_KEY = (
-    "Yours to choose, another one for each request, e.g. a UUID. The same key with the same JSON (whatever its spaces "
-    "and the order of its fields) is answered with the requests that it made the first time; with another body it is a "
-    "409. Keys belong to the tenant and are kept as long as their requests."
+    "A text of your choice, e.g. a UUID; a new one for each POST. A repeated key with the same JSON returns the "
+    "requests of the first POST; spaces and the order of fields don't matter. A repeated key with another body is a "
+    "409. Each tenant has its own keys. They are kept as long as their requests."
 )
 
 
@@ -79,6 +79,10 @@ class IngressConfig:
     allow_remote_code: tuple[str, ...]
     state_dir: pathlib.Path = pathlib.Path("/")
 
+
+Tenant = Annotated[
+    TenantName, Header(description="Name of the tenant. Tenants take turns in the queue. It is not authenticated")
+]
 
 Call = Callable[..., Awaitable[Any]]
 """``call(method, *args, wait_s=…)`` returns what the registry actor's method returns, mostly JSON text."""
@@ -119,9 +123,9 @@ def _add_post(app: FastAPI, config: IngressConfig, call: Call, checkpoints: Chec
         idempotency_key: Annotated[
             str | None, Header(min_length=1, max_length=255, description=IDEMPOTENCY_KEY)
         ] = None,
-        x_tenant: Annotated[TenantName, Header()] = "default",
+        x_tenant: Tenant = "default",
     ) -> Response:
-        """Request one or more LLMs for a measurement; they are handed out one after another, on one machine."""
+        """Request one or more LLMs for a measurement. They are leased one after another, on one machine."""
         llms = await _mapped_llms(body, config, checkpoints)
         with withdrawals.unless_answered([llm.request_id for llm in llms], x_tenant, idempotency_key):
             idempotency = None if idempotency_key is None else Idempotency(idempotency_key, _sha256(body))
@@ -138,25 +142,27 @@ def _add_requests(app: FastAPI, call: Call) -> None:
     @app.get("/promptingservice/request/{request_id}", response_model=RequestState, responses=UNKNOWN)
     async def request_status(
         request_id: str,
-        wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for news")] = 0.0,
+        wait: Annotated[
+            float, Query(ge=0, le=MAX_WAIT_S, description="Maximum time to wait for a change of status, seconds")
+        ] = 0.0,
         seen: Annotated[
-            RequestStatus | None, Query(description="The status that you know: any other is news, at once")
+            RequestStatus | None, Query(description="The last status that you know; any other is returned at once")
         ] = None,
     ) -> Response:
-        """Return the state of a request; with ``wait``, once its status changes or that many seconds have passed.
+        """Return the state of a request. With ``wait``, return it when the status changes, or after that time.
 
-        A request that is `deployed` or has ended is answered at once. To wait for the end of a lease, add
-        `seen=deployed`.
+        The state of a request that is `deployed` or has ended is returned at once. To wait for the end of a lease,
+        add `seen=deployed`.
         """
         return _json_response(await polls.state(request_id, wait, seen))
 
     @app.get("/promptingservice/request/{request_id}/events", response_model=list[EventState], responses=UNKNOWN)
     async def request_events(
         request_id: str,
-        after: Annotated[int, Query(ge=0, le=MAX_ID)] = 0,
-        limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = MAX_EVENTS,
+        after: Annotated[int, Query(ge=0, le=MAX_ID, description="Number of the last event that you know")] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_EVENTS, description="Maximum number of events")] = MAX_EVENTS,
     ) -> Response:
-        """Return the events of a request, oldest first; ``after`` is the number of the last event seen."""
+        """Return the events of a request, oldest first."""
         return _json_response(await call("events", request_id, after, limit))
 
     @app.delete("/promptingservice/request/{request_id}", status_code=204, responses=UNKNOWN)
@@ -167,7 +173,7 @@ def _add_requests(app: FastAPI, call: Call) -> None:
 
     @app.post("/promptingservice/request/{request_id}/keepalive", response_model=RequestState, responses=UNKNOWN)
     async def keep_alive(request_id: str) -> Response:
-        """Keep the lease alive: restart its idle time."""
+        """Extend the lease: its idle time starts again."""
         return _json_response(await call("keep_alive", request_id))
 
 
@@ -178,11 +184,11 @@ def _add_measurements(app: FastAPI, call: Call) -> None:
     @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=UNKNOWN)
     async def measurement(
         measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
-        after: Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the page before")] = 0,
-        limit: Annotated[int, Query(ge=1, le=MAX_REQUESTS, description="Requests in a page")] = MAX_REQUESTS,
-        x_tenant: Annotated[TenantName, Header()] = "default",
+        after: Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the previous page")] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_REQUESTS, description="Requests per page")] = MAX_REQUESTS,
+        x_tenant: Tenant = "default",
     ) -> Response:
-        """Return a measurement of the caller's tenant with a page of its requests, in order."""
+        """Return a measurement of the caller's tenant, with a page of its requests in order of arrival."""
         return _json_response(await call("measurement", (x_tenant, measurement_id), after, limit))
 
     @app.get(
@@ -194,12 +200,15 @@ def _add_measurements(app: FastAPI, call: Call) -> None:
         measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
         as_: Annotated[
             Literal["json", "csv"] | None,
-            Query(alias="format", description="csv: one row per window; the same by Accept: text/csv"),
+            Query(alias="format", description="csv: one row per window, as with the header Accept: text/csv"),
         ] = None,
         accept: Annotated[str, Header()] = "*/*",
-        x_tenant: Annotated[TenantName, Header()] = "default",
+        x_tenant: Tenant = "default",
     ) -> Response:
-        """Return the energy of a measurement of the caller's tenant, by LLM. Windows: see `/windows`, or the CSV."""
+        """Return the energy of a measurement of the caller's tenant, by LLM.
+
+        The energy windows are in the CSV, and at `/windows`.
+        """
         key = x_tenant, measurement_id
         if as_ == "csv" or (as_ is None and "text/csv" in accept):
             parts = energy.csv(key)
@@ -210,15 +219,18 @@ def _add_measurements(app: FastAPI, call: Call) -> None:
     @app.get("/measurements/{measurement_id}/windows", response_model=WindowsPage, responses=UNKNOWN)
     async def windows(
         measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
-        after: Annotated[str | None, Query(max_length=1024, description="`next` of the page before")] = None,
-        limit: Annotated[int, Query(ge=1, le=MAX_WINDOWS)] = MAX_WINDOWS,
-        request: Annotated[str | None, Query(max_length=255, description="requestId: of its lease only")] = None,
-        detail: Annotated[bool, Query(description="Whether the records of wrappers go along, all of them")] = False,
-        x_tenant: Annotated[TenantName, Header()] = "default",
+        after: Annotated[str | None, Query(max_length=1024, description="`next` of the previous page")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_WINDOWS, description="Windows per page")] = MAX_WINDOWS,
+        request: Annotated[
+            str | None, Query(max_length=255, description="requestId; null: windows of all requests")
+        ] = None,
+        detail: Annotated[bool, Query(description="Whether to add each window's full record")] = False,
+        x_tenant: Tenant = "default",
     ) -> Response:
-        """Return the final energy windows of the caller's measurement, a page at a time, ordered by start time.
+        """Return a page of the final energy windows of a measurement of the caller's tenant, ordered by start time.
 
-        A window appears some seconds after its prompt. To get late ones, start again from the first page.
+        A window appears some seconds after its prompt has ended. To get windows that appeared late, start again from
+        the first page.
         """
         page = await energy.windows((x_tenant, measurement_id), request, after, limit, detail=detail)
         return _json_response(page)
@@ -229,7 +241,7 @@ def _add_machines(app: FastAPI, call: Call) -> None:
 
     @app.get("/machines", response_model=list[MachineState], responses=ERRORS)
     async def machines() -> Response:
-        """Return every LLM Machine, its wrappers and their LLMs."""
+        """Return all LLM Machines with their wrappers and LLMs."""
         return _json_response(await call("machines"))
 
     @app.get("/machines/{machine_id}", response_model=MachineState, responses=UNKNOWN)
@@ -239,7 +251,7 @@ def _add_machines(app: FastAPI, call: Call) -> None:
 
     @app.post("/machines/{machine_id}/drain", response_model=MachineState, responses=UNKNOWN)
     async def drain(machine_id: str) -> Response:
-        """Assign no more LLMs to the machine. Running leases go on; then its wrappers are removed. Idempotent."""
+        """Grant no new leases on the machine. When its leases have ended, its wrappers are removed. Idempotent."""
         return _json_response(await call("drain", machine_id))
 
     @app.delete("/machines/{machine_id}/drain", response_model=MachineState, responses=UNKNOWN)
@@ -249,12 +261,12 @@ def _add_machines(app: FastAPI, call: Call) -> None:
 
     @app.get("/llms", response_model=list[LLMState], responses=ERRORS)
     async def llms() -> Response:
-        """Return every LLM that is running or starting."""
+        """Return all LLMs that are running or starting."""
         return _json_response(await call("llms"))
 
     @app.get("/healthz", response_model=HealthState, responses={503: {"model": HealthState | ErrorAnswer}})
     async def health() -> Response:
-        """Return whether requests can be served; 503 while no wrapper is usable."""
+        """Return the health of the registry. The status is 503 while no wrapper can serve requests."""
         status, text = await call("health")
         if status == "ok":
             return _json_response(text)

@@ -20,7 +20,7 @@ from registry.wire.schemas import ErrorAnswer
 
 TITLE = "GreenPrompt LLM Registry"
 
-_BASIC = HTTPBasic(auto_error=False, description="User name `lease`, password the token: the userinfo of `address`")
+_BASIC = HTTPBasic(auto_error=False, description="User name `lease`; password: the token in `address`")
 Credentials = Annotated[HTTPBasicCredentials | None, Depends(_BASIC)]
 
 
@@ -68,12 +68,12 @@ def root_router(call: Callable[..., Awaitable[Any]]) -> APIRouter:
     redirected (307, same method and body) to the lease's ``url``; nothing is proxied.
     """
     router = APIRouter()
-    answers: dict[int | str, dict[str, Any]] = {307: {"description": "To the same path below the `url`"}}
+    answers: dict[int | str, dict[str, Any]] = {307: {"description": "Redirect to the same path below `url`"}}
     answers |= {status: {"model": ErrorAnswer} for status in (401, 403, 410, 503)}
 
     @router.get("/", response_model=dict[str, str])
     async def root() -> dict[str, str]:
-        """Return the name of this service and the paths of its parts."""
+        """Return the name and version of this service, and its main paths."""
         return {
             "service": TITLE,
             "version": version("greenprompt-llm-registry"),

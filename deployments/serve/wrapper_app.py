@@ -19,7 +19,9 @@ class WrapperReplica(LLMWrapper):
     async def __init__(self, config: WrapperConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """See ``LLMWrapper``. Configures the log of this process."""
         configure_replica_logging()
-        warm = Gauge("greenprompt_wrapper_warm", "1: LLMs start warm; 0: by the slow way", tag_keys=("wrapper",))
+        warm = Gauge(
+            "greenprompt_wrapper_warm", "1: LLMs start fast (warm); 0: they start slowly (cold)", tag_keys=("wrapper",)
+        )
         await super().__init__(config, lambda is_warm: warm.set(float(is_warm), {"wrapper": config.wrapper_id}))
 
 

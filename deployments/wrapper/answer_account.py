@@ -133,7 +133,7 @@ def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Whether a prompt's headers (as in ASGI) mark it as a warm-up.
 
     Raises:
-        InvalidField: the header is neither true nor false, or is there twice with different values.
+        InvalidField: the header is neither true nor false, or occurs twice with different values.
     """
     values = [value for name, value in headers if name == WARMUP_HEADER.lower().encode()]
     if any(value not in {b"true", b"false"} for value in values) or len(set(values)) > 1:

@@ -133,7 +133,9 @@ class WrapperCommands(Generic[L]):
         bound = self._gate.grant
         if belief.epoch == self._in_force and bound is not None and bound.request_id != belief.request_id:
             log.warning(
-                "a lease ends: the registry does not know it", wrapper_id=self._wrapper_id, request_id=bound.request_id
+                "a lease ends, because the registry does not know it",
+                wrapper_id=self._wrapper_id,
+                request_id=bound.request_id,
             )
             await self._end_lease("withdrawn")
 

@@ -67,7 +67,7 @@ class Probe:
         try:
             await asyncio.wait({asking}, timeout=PROBE_MAX_S)
             if running.failed or not asking.done() or asking.exception() is not None:  # exception: being stopped
-                log.warning("an LLM has not answered its first prompt", model=running.served_model_name)
+                log.warning("an LLM did not answer its first prompt", model=running.served_model_name)
                 return None
             return asking.result()
         finally:

@@ -239,7 +239,7 @@ class PromptGate:
         del self._in_flight[exchange]
         self._gate.leave(grant)
         if exchange.given_up and not ended.cancelled() and (error := ended.exception()) is not None:
-            log.info("a prompt that was given up ended with an error", error=type(error).__name__)
+            log.info("a prompt that was no longer waited for ended with an error", error=type(error).__name__)
 
     def _args_of(self, grant: LeaseGrant) -> PromptArgs:
         """Return the prompting arguments of the bound lease. Raises InvalidField if they can't be mapped here."""

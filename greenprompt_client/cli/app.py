@@ -1,4 +1,4 @@
-"""What all commands share: the typer application, its consoles, its exit statuses, and which extra a command needs."""
+"""Used by all commands: the typer application, its consoles, its exit statuses, and the check for missing extras."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ EXIT_INTERRUPTED = 130
 """Exit status after Ctrl-C, as in a shell."""
 
 EXIT_STATUSES = (
-    "Exit status: 0 done; 1 what was waited for did not come about; 2 wrong usage or configuration; "
-    "3 no registry answers; 4 it does not know what was named; 5 it refuses; 130 Ctrl-C."
+    "Exit status: 0 done; 1 not completed; 2 wrong usage or configuration; "
+    "3 no registry answers; 4 unknown id or name; 5 refused by the registry; 130 Ctrl-C."
 )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -38,7 +38,7 @@ DISTRIBUTION = "greenprompt-llm-registry"
 _OWN = ("greenprompt_client", "registry", "deployments")
 
 app = typer.Typer(
-    help="GreenPrompt LLM Registry: hands LLMs out exclusively, with an honest account of their energy.",
+    help="GreenPrompt LLM Registry: leases LLMs to one client at a time and measures their energy.",
     epilog=EXIT_STATUSES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

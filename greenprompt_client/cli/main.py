@@ -43,25 +43,27 @@ __all__ = ["app", "main", "server"]
 
 
 ExperimentFile = Annotated[
-    Path | None, typer.Argument(help="Experiment (YAML); options override its fields.", show_default=False)
+    Path | None, typer.Argument(help="Experiment file (YAML). Options override its fields.", show_default=False)
 ]
-LLMs = Annotated[list[str] | None, typer.Option("--llm", "-m", help="LLM to ask (hub id or path); repeatable.")]
+LLMs = Annotated[list[str] | None, typer.Option("--llm", "-m", help="LLM (hub id or path). Repeatable.")]
 PromptFile = Annotated[
-    str | None, typer.Option("--prompts", "-p", metavar="<path>", help="Prompts: JSONL or a JSON array.")
+    str | None,
+    typer.Option("--prompts", "-p", metavar="<path>", help="File of the prompts: JSONL, a JSON array or plain lines."),
 ]
-OutputFolder = Annotated[str | None, typer.Option("--output", "-o", metavar="<path>", help="Folder of the results.")]
+OutputFolder = Annotated[str | None, typer.Option("--output", "-o", metavar="<path>", help="Folder for the results.")]
 PromptingArgs = Annotated[
     list[str] | None,
-    typer.Option("--arg", help="Prompting argument for all LLMs, as in max_new_tokens=64; repeatable."),
+    typer.Option("--arg", help="Prompting argument of all LLMs, e.g. max_new_tokens=64. Repeatable."),
 ]
 DeploymentArgs = Annotated[
-    list[str] | None, typer.Option("--deployment-arg", help="Deployment argument, as in max_model_len=2048.")
+    list[str] | None,
+    typer.Option("--deployment-arg", help="Deployment argument of all LLMs, e.g. max_model_len=2048. Repeatable."),
 ]
 ChatTemplate = Annotated[
     bool | None,
-    typer.Option("--chat-template/--no-chat-template", help="Whether questions are put into the chat template."),
+    typer.Option("--chat-template/--no-chat-template", help="Whether to put questions into the chat template."),
 ]
-PromptTimeout = Annotated[float | None, typer.Option("--prompt-timeout", help="Longest wait for an answer, s.")]
+PromptTimeout = Annotated[float | None, typer.Option("--prompt-timeout", help="Maximum wait for an answer, seconds.")]
 
 
 @app.command()
@@ -69,32 +71,38 @@ def measure(
     experiment: ExperimentFile = None,
     llms: LLMs = None,
     prompts: PromptFile = None,
-    question_field: Annotated[str | None, typer.Option(help="Which field of a prompt is the question.")] = None,
+    question_field: Annotated[str | None, typer.Option(help="Field of a prompt that contains the question.")] = None,
     output: OutputFolder = None,
-    repetitions: Annotated[int | None, typer.Option(help="How often each LLM is asked each prompt.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Prompts in flight at once.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Warm-up prompts of each lease (not counted).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed: the order of the LLMs.")] = None,
+    repetitions: Annotated[int | None, typer.Option(help="How often each LLM answers each prompt.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Number of prompts in flight.")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Number of warm-up prompts per lease; they are not counted.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed for the order of the LLMs.")] = None,
     arg: PromptingArgs = None,
     deployment_arg: DeploymentArgs = None,
-    modeltyp: Annotated[str | None, typer.Option(help="What the LLMs do, as in text-generation.")] = None,
+    modeltyp: Annotated[str | None, typer.Option(help="Task of the LLMs, e.g. text-generation.")] = None,
     uses_chat_template: ChatTemplate = None,
-    measurement_id: Annotated[int | None, typer.Option(help="The measurementId, instead of a new one.")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Whose turn in the queue it takes.")] = None,
-    priority: Annotated[str | None, typer.Option(help="low, normal or high, among the tenant's own.")] = None,
-    grade: Annotated[str | None, typer.Option(help="'measurement': warm LLM, machine at rest.")] = None,
-    gpu_type: Annotated[str | None, typer.Option(help="GPUs that the machine must have, as in H100.")] = None,
-    like: Annotated[str | None, typer.Option(help="Id of an earlier request: the same LLM and machine again.")] = None,
-    max_joules: Annotated[float | None, typer.Option(help="Energy that each lease may use, J.")] = None,
-    max_gco2eq: Annotated[float | None, typer.Option(help="Emissions that each lease may cause, g.")] = None,
+    measurement_id: Annotated[int | None, typer.Option(help="The measurementId. Default: a new one.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Name of your tenant: tenants take turns in the queue.")] = None,
+    priority: Annotated[str | None, typer.Option(help="low, normal or high, within the tenant.")] = None,
+    grade: Annotated[
+        str | None, typer.Option(help="'measurement': the LLM is handed over warm, on a machine at rest.")
+    ] = None,
+    gpu_type: Annotated[str | None, typer.Option(help="GPUs that the machine must have, e.g. H100.")] = None,
+    like: Annotated[
+        str | None, typer.Option(help="Id of an earlier request to repeat: same LLM, software and kind of machine.")
+    ] = None,
+    max_joules: Annotated[float | None, typer.Option(help="Energy that each lease may use, joules.")] = None,
+    max_gco2eq: Annotated[float | None, typer.Option(help="Emissions that each lease may cause, grams CO2eq.")] = None,
     prompt_timeout_s: PromptTimeout = None,
     url: Annotated[str | None, typer.Option(help="Base URL of the registry.", envvar="GREENPROMPT_URL")] = None,
 ) -> None:
-    """Run prompts on LLMs and sum up energy and carbon; repeat the command to resume an interrupted run.
+    """Run prompts on LLMs, and sum up energy and carbon.
 
-    Prompts, LLMs and repetitions may be added to a run.
+    To resume an interrupted run, repeat the command. LLMs, prompts and repetitions may be added to a run.
 
-    Exit status 1: some answers are missing, or an LLM has refused every prompt. 130: Ctrl-C.
+    Exit status 1: some answers are missing, or an LLM refused every prompt. 130: Ctrl-C.
     """
     given = locals()
     from greenprompt_client.measure.experiment import arguments, load_plan
@@ -120,7 +128,7 @@ def measure(
 
 @app.command()
 def status(url: URLOption = DEFAULT_URL) -> None:
-    """Show the machines, wrappers and LLMs of a running registry, and how many requests wait."""
+    """Show the machines, wrappers and LLMs of a running registry, and the number of waiting requests."""
     with _registry(url) as registry:
         health, machines = registry.health(), registry.machines()
     console.print(overview(health, machines, datetime.now(UTC)))
@@ -129,13 +137,13 @@ def status(url: URLOption = DEFAULT_URL) -> None:
 @app.command()
 def report(
     measurement: Annotated[int, typer.Argument(min=1, help="The measurementId.")],
-    html: Annotated[Path | None, typer.Option(help="Write a page with plots to this file.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the windows to this file, one row each.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Whose measurement it is, if not the default tenant's.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page with plots to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the energy windows to this file, one row per window.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the whole report with its windows to this file.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant of the measurement, if not 'default'.")] = None,
     url: URLOption = DEFAULT_URL,
 ) -> None:
-    """Show the energy and carbon of a measurement by LLM, how they were determined, and what is unknown."""
+    """Show energy and carbon of a measurement by LLM, how they were determined, and what is not known."""
     from greenprompt_client.report.files import write_report
     from greenprompt_client.report.table import report_table
 
@@ -152,13 +160,14 @@ def report(
 @app.command()
 def drain(
     machine: Annotated[str, typer.Argument(help="Name of the machine, as 'status' shows it.")],
-    wait: Annotated[bool, typer.Option("--wait", help="Return when nothing of the registry is left on it.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the machine has no wrapper any more.")] = False,
     timeout: Annotated[
-        float | None, typer.Option(min=0, help="Longest wait in seconds; then exit status 1, and the draining goes on.")
+        float | None,
+        typer.Option(min=0, help="Maximum wait, seconds. After it: exit status 1; the draining continues."),
     ] = None,
     url: URLOption = DEFAULT_URL,
 ) -> None:
-    """Assign no more LLMs to a machine; once its leases have ended, its wrappers are removed."""
+    """Grant no new leases on a machine. When its leases have ended, its wrappers are removed."""
     with _registry(url) as registry:
         state = registry.drain(machine)
         if wait:
@@ -209,7 +218,7 @@ def _wait_until_drained(registry: RegistryClient, machine: str, timeout_s: float
                 machine, timeout_s=timeout_s, on_look=lambda seen: line.update(f"{machine}: {drain_note(seen)}")
             )
         except TimeoutError as error:
-            complain(f"{error}; that goes on by itself")
+            complain(f"{error}; the draining continues")
             raise typer.Exit(EXIT_NOT_YET) from None
     if state.drain is None:
         complain(f"{machine} was undrained meanwhile")
@@ -242,7 +251,7 @@ def main() -> None:
         complain(str(error))
         sys.exit(exit_status(error))
     except httpx.TransportError as error:
-        complain(f"no registry answers there ({error})")
+        complain(f"no registry answers at this URL ({error})")
         sys.exit(exit_status(error))
 
 

@@ -28,11 +28,13 @@ AddressOption = Annotated[str | None, typer.Option(help="Join this running Ray c
 def up(
     config: ConfigOption = DEFAULT_CONFIG,
     address: AddressOption = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready; end it with 'down'.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return when the registry is ready. End it with 'down'.")
+    ] = False,
 ) -> None:
-    """Start the registry and its cluster; run in the foreground until Ctrl-C.
+    """Start the registry and its cluster. Run in the foreground until Ctrl-C.
 
-    With '--address' and '--detach' it stays on that cluster after this command; repeating it changes nothing.
+    With '--address' and '--detach' the registry stays on that cluster. Repeating the command changes nothing.
     """
     with needs("server"):
         # D10: imported late: most commands need no server
@@ -58,21 +60,21 @@ def down(config: ConfigOption = DEFAULT_CONFIG, address: AddressOption = None) -
 
 @app.command("ray-start", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def ray_start(context: typer.Context) -> None:
-    """Make this machine a node of a cluster: run 'ray start' with these options, unless it runs already."""
+    """Make this machine a node of a cluster: run 'ray start' with these options, unless Ray already runs with them."""
     with needs("server"):
         from deployments.launch.node import start_ray
 
-    console.print("Ray was started." if start_ray(context.args) else "Ray runs here already, with these options.")
+    console.print("Ray was started." if start_ray(context.args) else "Ray already runs here with these options.")
 
 
 @app.command()
 def demo(
     model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="LLM to try (hub id or path); repeatable.")
+        list[str] | None, typer.Option("--model", "-m", help="LLM to try (hub id or path). Repeatable.")
     ] = None,
     config: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
-    """Start a registry, use it over HTTP as a Prompting Service would, show the results, stop everything."""
+    """Start a registry, use it over HTTP as a Prompting Service would, show the results, and stop everything."""
     with needs("server,cpu"):
         from greenprompt_client.demo.demo import run_demo
 

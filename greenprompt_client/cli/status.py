@@ -74,7 +74,7 @@ def machine_notes(machine: MachineState, now: datetime) -> Iterator[str]:
     if not machine.alive:
         yield "it left the cluster"
     elif machine.gpus and not machine.wrappers and machine.drain is None:
-        yield "no wrapper yet, and none if it has fewer GPUs than gpus_per_wrapper"
+        yield "no wrapper yet; none is created if it has fewer GPUs than gpus_per_wrapper"
     if machine.drain is not None:
         yield drain_note(machine)
     if not machine.healthy and machine.drain is None and machine.lastHeardAt is not None:

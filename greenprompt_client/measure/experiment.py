@@ -56,13 +56,13 @@ GROWS = ("llms", "prompts", "repetitions")
 def _all_different(llms: tuple[LLMConfig, ...]) -> tuple[LLMConfig, ...]:
     for n, llm in enumerate(llms):
         if llm in llms[:n]:
-            raise ValueError(f"{llm.model} is there twice with the same args; repetitions ask an LLM again")
+            raise ValueError(f"{llm.model} occurs twice with the same args; use repetitions to ask an LLM again")
     return llms
 
 
 def _writes_text(llm: LLMConfig) -> LLMConfig:
     if llm.modeltyp in POOLING_TYPES:
-        raise ValueError(f"{llm.modeltyp} writes no text: greenprompt measure asks for answers to prompts")
+        raise ValueError(f"{llm.modeltyp} writes no text, but greenprompt measure needs answers to prompts")
     return llm
 
 
@@ -76,7 +76,7 @@ def _sendable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("holds half a character, which can't be sent") from None
+        raise ValueError("contains a lone surrogate, which can't be sent") from None
     return text
 
 
@@ -108,30 +108,39 @@ class Experiment(BaseModel):
     llms: Annotated[
         tuple[_LLM, ...], Field(min_length=1, max_length=MAX_LLMS_PER_REQUEST), AfterValidator(_all_different)
     ]
-    prompts: _Path = Field(description='JSONL or a JSON array of {"id": optional, "question", …}, or of texts')
-    question_field: NonEmpty = Field("question", description="Which field of a prompt is the question")
-    output: _Path = Field(description="Folder of the results; the same experiment goes on there")
+    prompts: _Path = Field(
+        description='File: plain lines, JSONL or a JSON array; of texts, or of objects with "question" and perhaps "id"'
+    )
+    question_field: NonEmpty = Field("question", description="Field of a prompt that contains the question")
+    output: _Path = Field(description="Folder for the results; the same experiment continues there")
     repetitions: StrictInt = Field(
-        1, ge=1, le=MAX_REPETITIONS, description="How often each LLM is asked each prompt, by a lease of its own"
+        1, ge=1, le=MAX_REPETITIONS, description="How often each LLM answers each prompt; one lease per repetition"
     )
     concurrency: StrictInt = Field(
         1,
         ge=1,
         le=MAX_CONCURRENCY,
-        description="Prompts in flight; the joules of one of several at once are its share, an estimate",
+        description="Prompts in flight; with several, the joules of one are its estimated share",
     )
-    warmup: StrictInt = Field(2, ge=0, le=MAX_WARMUP, description="Prompts of each lease before those that count")
-    seed: StrictInt = Field(1, ge=0, le=MAX_ID, description="Of the order of LLMs")
+    warmup: StrictInt = Field(2, ge=0, le=MAX_WARMUP, description="Warm-up prompts per lease; they are not counted")
+    seed: StrictInt = Field(1, ge=0, le=MAX_ID, description="Random seed for the order of the LLMs")
     measurement_id: StrictInt | None = Field(None, gt=0, le=MAX_ID, description="null: a new one")
-    tenant: TenantName | None = Field(None, description="Whose turn in the queue it takes; null: default")
-    priority: Priority | None = Field(None, description="low, normal or high among this tenant's; null: normal")
+    tenant: TenantName | None = Field(None, description="Name of the tenant; null: default")
+    priority: Priority | None = Field(None, description="low, normal or high within the tenant; null: normal")
     gpu_type: GpuType | None = Field(None, description="GPUs that the machine must have; null: any or none")
-    grade: Grade | None = Field(None, description="measurement: the registry sees to a quiet machine; null: not said")
-    like: _Name | None = Field(None, description="Id of an earlier request, whose LLM and machine are to be the same")
-    max_joules: Budget | None = Field(None, description="Energy that each lease may use; null: no limit")
-    max_gco2eq: Budget | None = Field(None, description="Emissions that each lease may cause, grams; null: no limit")
+    grade: Grade | None = Field(None, description="measurement: warm LLM, machine at rest; null: standard")
+    like: _Name | None = Field(
+        None, description="Id of an earlier request; LLM, software and kind of machine must be the same"
+    )
+    max_joules: Budget | None = Field(None, description="Energy that each lease may use, joules; null: no limit")
+    max_gco2eq: Budget | None = Field(
+        None, description="Emissions that each lease may cause, grams CO2eq; null: no limit"
+    )
     prompt_timeout_s: StrictInt | StrictFloat = Field(
-        900, gt=0, le=MAX_PROMPT_TIMEOUT_S, description="Longest wait for an answer, longer than prompt_max_s"
+        900,
+        gt=0,
+        le=MAX_PROMPT_TIMEOUT_S,
+        description="Maximum wait for an answer, seconds; should be more than prompt_max_s",
     )
     url: Annotated[str, AfterValidator(_a_base_url)] = Field(
         "http://127.0.0.1:8000", description="Base URL of the registry"
@@ -237,7 +246,7 @@ def arguments(texts: Sequence[str]) -> dict[str, Any]:
     said: dict[str, Any] = {}
     for word, value in map(argument, texts):
         if word in said:
-            raise BadSettings(word, "is there twice")
+            raise BadSettings(word, "occurs twice")
         said[word] = value
     return said
 
@@ -310,7 +319,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BadSettings(str(path), "must be a mapping of fields")
     if odd := [name for name in data if not isinstance(name, str)]:
-        raise BadSettings(str(path), f"{odd[0]!r} is no name of a field")
+        raise BadSettings(str(path), f"{odd[0]!r} is not the name of a field")
     return data
 
 

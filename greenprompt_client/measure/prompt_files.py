@@ -43,7 +43,7 @@ def load_prompts(path: Path, question_field: str = "question") -> tuple[Prompt, 
     except _Unusable as error:
         raise BadSettings(str(path), str(error)) from None
     if not prompts:
-        raise BadSettings(str(path), "holds no prompts")
+        raise BadSettings(str(path), "contains no prompts")
     return tuple(prompts.values())
 
 
@@ -128,7 +128,7 @@ def _prompt(value: Any, number: int, question_field: str, line: int) -> Prompt:
         raise _Unusable(line, "id: give a text that is not empty, or a whole number")
     for what, text in ((question_field, question), ("id", str(name))):
         if not text.isascii() and _has_half_a_character(text):
-            raise _Unusable(line, f"{what}: holds half a character, which can't be sent")
+            raise _Unusable(line, f"{what}: contains a lone surrogate, which can't be sent")
     if len(quote(str(name), safe="")) > MAX_PROMPT_ID:
         raise _Unusable(line, f"id: is longer than {MAX_PROMPT_ID} characters as it is sent, percent-encoded")
     return Prompt(str(name), question, {key: value for key, value in data.items() if key not in ("id", question_field)})

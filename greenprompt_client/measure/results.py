@@ -62,12 +62,12 @@ class Results:
                 self._leases = files.enter_context((folder / "leases.jsonl").open("a+b"))
                 self._windows_file = files.enter_context((folder / "windows.jsonl").open("a+b"))
             except BlockingIOError:
-                raise BadSettings(str(folder), "another `greenprompt measure` is at work there") from None
+                raise BadSettings(str(folder), "another `greenprompt measure` uses it") from None
             except OSError as error:
                 raise BadSettings(str(folder), f"can't be written: {error.strerror}") from None
             self.begun = (folder / "experiment.yaml").exists()
             if _whole_lines(self._answers) and not self.begun:
-                raise BadSettings(str(folder), "has answers, but no experiment.yaml that tells to what")
+                raise BadSettings(str(folder), "has answers, but no experiment.yaml, so their prompts are not known")
             answers = self.answers()
             _whole_lines(self._leases)
             self._windows = {window.window: window for window in self._read_windows()}
@@ -96,7 +96,7 @@ class Results:
         try:
             last = {_key(line): number for number, line in enumerate(lines) if not line["warmup"]}
         except (KeyError, TypeError):
-            raise BadSettings(self._answers.name, "holds a line that is no answer") from None
+            raise BadSettings(self._answers.name, "has a line that is not an answer") from None
         return [line for number, line in enumerate(lines) if line["warmup"] or last[_key(line)] == number]
 
     @property
@@ -171,7 +171,7 @@ class Results:
         try:
             return [_WINDOW.validate_python(line) for line in _whole_lines(self._windows_file)]
         except ValidationError:
-            raise BadSettings(self._windows_file.name, "holds a line that is no energy window") from None
+            raise BadSettings(self._windows_file.name, "has a line that is not an energy window") from None
 
     def write(self, name: str, text: str) -> None:
         """Write or replace a file atomically. Raises BadSettings if it can't be written."""
@@ -221,7 +221,7 @@ class Results:
             told |= {"experiment": dict(told["experiment"]), "measurement_id": int(told["measurement_id"])}
             told["order"] = {int(number): list(order) for number, order in told["order"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
-            raise BadSettings(str(path), "is no experiment that `greenprompt measure` has begun") from None
+            raise BadSettings(str(path), "is not the folder of an experiment of `greenprompt measure`") from None
         return told
 
     def _same_or_grown(self, plan: Plan) -> Plan:

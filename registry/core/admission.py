@@ -34,7 +34,9 @@ class Admission:
         limits, queued = self._limits, self._ledger.by_request.queued
         most = min(limits.max_queued, limits.max_queued_per_tenant)
         if count > most:
-            raise InvalidField("llms", f"{count} LLMs are more than may ever wait here ({most}); send several requests")
+            raise InvalidField(
+                "llms", f"{count} LLMs are more than the limit of the queue ({most}); send several requests"
+            )
         if self._ledger.by_request.queued_count + count > limits.max_queued:
             raise QueueFull("this registry", limits.max_queued, self._next_departure_s(now_s))
         if len(queued.get(tenant, ())) + count > limits.max_queued_per_tenant:
@@ -113,4 +115,4 @@ class Admission:
 
 
 def _not_together(measurement_id: int) -> str:
-    return f"no machine can run it and the others of measurement {measurement_id} as well"
+    return f"no machine can run both this LLM and the others of measurement {measurement_id}"

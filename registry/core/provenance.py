@@ -59,7 +59,7 @@ def differences(was: str | None, now: str | None) -> list[str]:
     The hash of the weights is compared only if the hash in ``was`` is known.
     """
     if now is None:
-        return ["nothing is known of what it would run on"]
+        return ["its hardware and software are not known"]
     before, after = _facts(was), _facts(now)
     if before.get("model.weights_sha256") in (None, PENDING):
         before.pop("model.weights_sha256", None)

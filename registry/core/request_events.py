@@ -88,13 +88,13 @@ class RequestEvents:
         """
         model = self._ledger.requests.get(request_id)
         if model is None:
-            raise InvalidField("like", f"no request has the id {request_id!r}, or nothing is kept of it any more")
+            raise InvalidField("like", f"no request has the id {request_id!r}, or its record was deleted")
         if model.provenance is None:
-            raise InvalidField("like", f"nothing is known of what request {request_id} was handed over with")
+            raise InvalidField("like", f"the hardware and software of request {request_id} are not known")
         gpu_type = None if model.machine_id is None else self._ledger.gpu_type(model.machine_id)
         differences = unlike(model, gpu_type, event)
         if differences:
-            raise InvalidField("like", f"not as request {request_id}: {'; '.join(differences)}")
+            raise InvalidField("like", f"differs from request {request_id}: {'; '.join(differences)}")
         specs = (replace(new.spec, revision=model.model_revision or new.spec.revision) for new in event.requests)
         requests = tuple(replace(new, spec=spec) for new, spec in zip(event.requests, specs, strict=True))
         return replace(event, requests=requests, gpu_type=event.gpu_type or (None if live else gpu_type))
@@ -158,7 +158,7 @@ def _check_same_type(measurement: Measurement, gpu_type: str | None) -> None:
         begun = f"with {measurement.gpu_type!r}" if measurement.gpu_type is not None else "without one"
         raise InvalidField(
             "gpuType",
-            f"measurement {measurement.measurement_id} was begun {begun}, and its LLMs run on one machine;"
+            f"measurement {measurement.measurement_id} began {begun}, and all its LLMs run on one machine;"
             " leave it out, or use another measurementId",
         )
 
@@ -168,6 +168,6 @@ def _check_same_priority(measurement: Measurement, priority: Priority | None) ->
     if priority not in (None, measurement.priority):
         raise InvalidField(
             "priority",
-            f"measurement {measurement.measurement_id} was begun with {measurement.priority.value!r}; leave it out, or"
+            f"measurement {measurement.measurement_id} began with {measurement.priority.value!r}; leave it out, or"
             " use another measurementId",
         )

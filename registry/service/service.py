@@ -195,7 +195,7 @@ class Service:
                     await self._wrappers_changed.wait()
         except TimeoutError:
             log.warning(
-                "LLMs did not stop in time; their wrappers are removed all the same", wrappers=self._stopping_wrappers()
+                "LLMs did not stop in time; their wrappers are removed anyway", wrappers=self._stopping_wrappers()
             )
         await self._tasks.stop()
         wrappers = self.allocator.wrappers()

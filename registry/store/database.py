@@ -145,9 +145,9 @@ def _open_postgresql(url: URL, lock_wait_s: float, owned: ExitStack) -> Connecti
         encoding = connection.scalar(text("SHOW server_encoding"))
         schema = connection.scalar(text("SELECT current_schema()"))
     if schema is None:
-        raise BadSettings("database URL", "no schema of its search_path is there")
+        raise BadSettings("database URL", "no schema of its search_path exists")
     if encoding != "UTF8":
-        raise BadSettings("database URL", f"the database keeps {encoding}; make one with ENCODING 'UTF8'")
+        raise BadSettings("database URL", f"the database has the encoding {encoding}; create one with ENCODING 'UTF8'")
     key = int.from_bytes(hashlib.sha256(f"greenprompt registry {schema}".encode()).digest()[:8], signed=True)
 
     def lock() -> bool:

@@ -367,6 +367,6 @@ class Store:
     def _transaction(self) -> Iterator[Connection]:
         # SQLAlchemy would reconnect. The lock was lost with the old connection, so another registry may hold it now.
         if self._connection.invalidated:
-            raise StoreUnavailable("the connection was lost, and another registry may have the database by now")
+            raise StoreUnavailable("the connection was lost, and another registry may use the database by now")
         with converted_errors(), self._connection.begin():
             yield self._connection

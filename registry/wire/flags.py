@@ -79,19 +79,19 @@ class Flag(StrEnum):
         "contended",
         GRADE,
         CHECK,
-        "Something else worked on the machine, before the hand-over or during the lease or window.",
+        "Another program or wrapper worked on the machine, before the hand-over or during the lease or window.",
     )
     NOT_STEADY = (
         "not_steady",
         GRADE,
         CHECK,
-        "The power of the idle machine did not become steady in time, or the LLM did not answer its first prompt.",
+        "The idle power of the machine did not become steady in time, or the LLM did not answer its first prompt.",
     )
     STEADINESS_UNKNOWN = (
         "steadiness_unknown",
         GRADE,
         CHECK,
-        "Nothing on the machine counts energy, so the registry could not check whether its power was steady.",
+        "The machine has no energy counter, so it could not be checked whether its power was steady.",
     )
     PREFIX_CACHE_KEPT = (
         "prefix_cache_kept",
@@ -109,13 +109,13 @@ class Flag(StrEnum):
         "budget_not_enforced",
         BUDGET,
         KEPT,
-        "The lease has a budget, but what it has used is not known.",
+        "The lease has a budget, but its use is not known.",
     )
     PROVISIONAL = (
         "provisional",
         COUNTERS,
         KEPT,
-        "The counters have not moved since the end of the window; a later look gives a sharper figure.",
+        "The counters have not moved since the end of the window; a later reading gives a more exact figure.",
     )
     TOO_SHORT = (
         "too_short",
@@ -128,7 +128,7 @@ class Flag(StrEnum):
         "share_estimated",
         COUNTERS,
         ESTIMATE,
-        "The share was computed before all prompts it shares with had ended, with assumed token rates.",
+        "The share was computed with assumed token rates, because other prompts in flight had not ended yet.",
     )
     STALE = (
         "stale",
@@ -143,10 +143,10 @@ class Flag(StrEnum):
         "poll_gap",
         COUNTERS,
         UNKNOWN,
-        "The counter was not read for so long that it may have wrapped round more than once.",
+        "The counter was not read for so long that it may have overflowed more than once.",
     )
     UNDERSAMPLED = ("undersampled", COUNTERS, UNKNOWN, "Two power samples of a GPU were too far apart.")
-    IMPLAUSIBLE_POWER = ("implausible_power", COUNTERS, UNKNOWN, "The counter rose by more than the hardware can take.")
+    IMPLAUSIBLE_POWER = ("implausible_power", COUNTERS, UNKNOWN, "The counter rose by more than the hardware can use.")
     MODULE_SHARED = (
         "module_shared",
         COUNTERS,
@@ -164,13 +164,13 @@ class Flag(StrEnum):
         "counter_disagrees",
         COUNTERS,
         CHECK,
-        "A check found that the counter of a GPU and its power readings don't agree.",
+        "In a check, the counter of a GPU and its power readings did not agree.",
     )
     CONTENTION_UNKNOWN = (
         "contention_unknown",
         COUNTERS,
         CHECK,
-        "The meter could not look for other programs during a part of the window.",
+        "The meter could not check for other programs during a part of the window.",
     )
     CPU_NOT_COVERED = ("cpu_not_covered", COUNTERS, "kept, without the CPU", "No counter covers the CPU.")
     DRAM_NOT_COVERED = ("dram_not_covered", COUNTERS, "kept, without main memory", "No counter covers main memory.")
@@ -205,7 +205,7 @@ class Flag(StrEnum):
         "implausible_j_per_token",
         SCORE,
         CHECK,
-        "The joules per output token are outside of what GPUs take.",
+        "The joules per output token are outside the range of known GPUs.",
     )
     WARMUP_INSIDE = (
         "warmup_inside",

@@ -21,9 +21,9 @@ def base_url_of(text: str) -> httpx.URL:
         urlsplit(text)  # stricter than httpx about brackets
         url = httpx.URL(text)
     except (httpx.InvalidURL, ValueError) as error:
-        raise BadSettings(text, f"is no base URL: {error}") from None
+        raise BadSettings(text, f"is not a base URL: {error}") from None
     if url.scheme not in ("http", "https") or not url.host:
-        raise BadSettings(text, "is no base URL: it needs a scheme and a host, as in http://127.0.0.1:8000")
+        raise BadSettings(text, "is not a base URL: it needs a scheme and a host, as in http://127.0.0.1:8000")
     return url
 
 

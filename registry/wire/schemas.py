@@ -27,7 +27,7 @@ MAX_ID = 2**63 - 1
 """Largest measurementId: the maximum of a signed 64-bit column."""
 
 MAX_BUDGET = 1e15
-"""Largest budget of a lease, joules or grams: some 280 GWh, or the world's emissions of ten days."""
+"""Largest budget of a lease, joules or grams: about 280 GWh, or the emissions of the world in ten days."""
 
 MAX_LLMS_PER_REQUEST = 1000
 """Maximum number of LLMs in one POST."""
@@ -83,7 +83,7 @@ def _can_be_answered(args: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(args, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError):
-        raise ValueError("holds NaN, an infinity, half a character or a date, which are not JSON") from None
+        raise ValueError("contains NaN, an infinity, a lone surrogate or a date, which are not JSON") from None
     return args
 
 
@@ -91,14 +91,14 @@ Args = Annotated[dict[str, Any], AfterValidator(_can_be_answered)]
 
 
 class _Asked(BaseModel):
-    """Base of bodies that clients send: an unknown field is an error, because it would have no effect."""
+    """Base of bodies that clients send. An unknown field is an error, because it would have no effect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 # D76: requests are strict, answers are open
 class _Answered(BaseModel):
-    """Base of bodies that the registry sends: an older client ignores fields that a newer registry adds."""
+    """Base of bodies that the registry sends. An older client ignores fields that a newer registry adds."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", json_schema_extra={"additionalProperties": True})
 
@@ -106,16 +106,18 @@ class _Answered(BaseModel):
 class LLMArgs(_Asked):
     """Arguments with Hugging Face's or vLLM's names; both objects are required and may be empty."""
 
-    prompting: Args = Field(description="How to answer: max_new_tokens, do_sample, temperature …")
-    deployment: Args = Field(description="How to run the LLM: torch_dtype, max_model_len …")
+    prompting: Args = Field(description="Arguments of each prompt: max_new_tokens, do_sample, temperature …")
+    deployment: Args = Field(description="Arguments of the engine: torch_dtype, max_model_len …")
 
 
 class LLMConfig(_Asked):
     """The client's description of one LLM."""
 
-    modeltyp: NonEmpty = Field(description="What the LLM does, e.g. text-generation")
-    model: NonEmpty = Field(description="A Hugging Face id or a path below a configured root")
-    uses_chat_template: StrictBool = Field(description="Whether process_prompt wraps the question in the chat template")
+    modeltyp: NonEmpty = Field(description="Task of the LLM, e.g. text-generation")
+    model: NonEmpty = Field(description="A Hugging Face id, or a path below one of models.local_roots")
+    uses_chat_template: StrictBool = Field(
+        description="Whether process_prompt puts the question into the chat template"
+    )
     args: LLMArgs
 
 
@@ -126,13 +128,17 @@ class PromptingRequest(_Asked):
     llms: Annotated[list[LLMConfig], Field(min_length=1, max_length=MAX_LLMS_PER_REQUEST)]
     priority: Priority = Priority.NORMAL
     gpuType: GpuType | None = Field(None, description="GPUs that the machine must have, e.g. H100; null: any or none")
-    maxJoules: Budget | None = Field(None, description="Energy that each of these leases may use; null: no limit")
+    maxJoules: Budget | None = Field(
+        None, description="Energy that each of these leases may use, joules; null: no limit"
+    )
     maxGco2eq: Budget | None = Field(
         None, description="Emissions that each of these leases may cause, grams CO2eq; null: no limit"
     )
-    grade: Grade = Field(Grade.STANDARD, description="measurement: handed over warm, on a machine at rest")
+    grade: Grade = Field(Grade.STANDARD, description="measurement: the LLM is handed over warm, on a machine at rest")
     like: NonEmpty | None = Field(
-        None, description="Id of an earlier request: the same LLM, software and kind of machine again, or nothing"
+        None,
+        description="Id of an earlier request to repeat. LLM, software and kind of machine must be the same; else this "
+        "request is refused or fails",
     )
 
     @property
@@ -148,9 +154,11 @@ class AcceptedRequest(_Answered):
     llmconfig: dict[str, Any]
     link: str
     status: str
-    url: str | None = Field(None, description="Not null when the LLM was warm and free, and is ours already")
-    address: str | None = Field(None, description="As in RequestState; not null when url is not")
-    notes: list[str] = Field(default=[], description="What of the args was translated or dropped")
+    url: str | None = Field(
+        None, description="As in RequestState; set if the LLM was running and free, so that it was leased at once"
+    )
+    address: str | None = Field(None, description="As in RequestState; set if url is set")
+    notes: list[str] = Field(default=[], description="As in RequestState")
 
 
 class PromptingAnswer(_Answered):
@@ -160,78 +168,92 @@ class PromptingAnswer(_Answered):
 
 
 class EnergyState(_Answered):
-    """What a lease has used so far, according to the energy windows stored, which arrive with some delay.
+    """What a lease has used so far, as the sum of its stored energy windows. Windows arrive with some delay.
 
-    null: not known, in whole or in part.
+    null: not known, or not known in full.
     """
 
     joules: float | None
-    idle_j: float | None = Field(description="Of the joules, those of the time without any prompt")
-    idle_share: float | None = Field(description="The same as a share, 0 to 1")
+    idle_j: float | None = Field(description="The part of joules that was used while there was no prompt")
+    idle_share: float | None = Field(description="idle_j divided by joules, 0 to 1")
     o_g: float | None = Field(description="Operational emissions, gCO2eq")
     m_g: float | None = Field(description="Embodied emissions, gCO2eq")
-    label: str = Field(description="Where the joules are from: measured, measured_sampled, modeled or unavailable")
-    known_j: float | None = Field(None, description="What is known of the joules; the same where nothing is missing")
-    unknown_windows: int = Field(0, description="How many windows of it have no known joules")
+    label: str = Field(description="Where the joules come from: measured, measured_sampled, modeled or unavailable")
+    known_j: float | None = Field(
+        None, description="Sum of the joules that are known: equal to joules if none are missing; null: none are known"
+    )
+    unknown_windows: int = Field(0, description="Number of the lease's windows whose joules are not known")
 
 
 class RequestState(_Answered):
     """Answer of GET /promptingservice/request/{requestId}.
 
-    ``url`` and ``address`` are null until ``status`` is ``deployed``, and after the lease has ended. Times are ISO 8601
-    UTC, durations seconds.
+    ``url`` and ``address`` are null until ``status`` is ``deployed``, and after the lease has ended. Times are in ISO
+    8601, UTC.
     """
 
     requestId: str
     llmconfig: dict[str, Any]
     status: str
     measurementId: int
-    tenant: str = Field("default", description="Whose turn in the queue its measurement takes")
-    url: str | None = Field(None, description="Base URL of the LLM: {url}/process_prompt, {url}/v1 … It is the key")
+    tenant: str = Field("default", description="Tenant of the request, as in the header X-Tenant")
+    url: str | None = Field(
+        None,
+        description="Base URL of the LLM: {url}/process_prompt, {url}/v1 … It contains the token of the lease: keep it "
+        "secret",
+    )
     address: str | None = Field(
-        description="lease:<token>@<host>, for clients that build http://{address}:8000/process_prompt themselves"
+        description="lease:<token>@<host>, for clients that build the URL http://{address}:8000/process_prompt"
     )
     link: str
-    position: int | None = Field(None, description="Place in the queue, 1 is next; null unless queued")
-    phase: str | None = Field(None, description="What is being done while deploying: loading, warming_up …")
-    progress: float | None = Field(None, description="How much of the phase is done, 0 to 1; null when not known")
-    bytesDone: int | None = Field(None, description="Of the model, while it is downloaded")
-    bytesTotal: int | None = Field(None, description="All that is to be downloaded of it, and what was there before")
-    reason: str | None = Field(None, description="Why it failed, or what it waits for")
-    notes: list[str] = []
+    position: int | None = Field(None, description="Place in the queue, 1 is next; null: not queued")
+    phase: str | None = Field(None, description="Current step while deploying: downloading, loading, warming_up …")
+    progress: float | None = Field(None, description="Part of the download that is done, 0 to 1; null: no download")
+    bytesDone: int | None = Field(None, description="Bytes of the model's files on the machine; null: no download")
+    bytesTotal: int | None = Field(
+        None, description="Bytes of all files of the model that vLLM reads; null: no download"
+    )
+    reason: str | None = Field(None, description="Why the request failed, or what it waits for")
+    notes: list[str] = Field(
+        [],
+        description="Which args were translated or dropped, warnings about the tenant's budget, and why address can't "
+        "be used",
+    )
     modelRevision: str | None = Field(
-        None, description="Commit of the LLM that was handed over; null before, and for local models, which have none"
+        None, description="Commit of the LLM; null: not handed over yet, or a local model, which has no commit"
     )
     grade: str = Field("standard", description="As in the POST")
     like: str | None = Field(None, description="As in the POST")
     provenance: dict[str, Any] | None = Field(
-        None, description="What it was handed over with: hardware, software, model, arguments; null before"
+        None, description="Hardware, software, model and arguments at the hand-over; null: not handed over yet"
     )
-    machine: str | None = Field(None, description="Machine that runs it")
+    machine: str | None = Field(None, description="Machine that runs the LLM")
     wrapper: str | None = None
     flags: list[str] = Field(default=[], description="What makes this measurement's figures hard to compare")
     createdAt: str
     deployingAt: str | None = None
     deployedAt: str | None = None
     endedAt: str | None = None
-    expiresAt: str | None = Field(None, description="When the lease ends whatever happens")
-    idleAfter: str | None = Field(None, description="When the lease ends unless it is used before")
-    maxJoules: float | None = Field(None, description="Energy that its lease may use; null: no limit")
-    maxGco2eq: float | None = Field(None, description="Emissions that its lease may cause, grams; null: no limit")
-    energy: EnergyState | None = Field(None, description="What its lease has cost so far; null: nothing is known yet")
+    expiresAt: str | None = Field(None, description="Deadline: the lease ends then, even if it is in use")
+    idleAfter: str | None = Field(None, description="The lease ends then if there is no prompt or keep-alive before")
+    maxJoules: float | None = Field(None, description="Energy that the lease may use, joules; null: no limit")
+    maxGco2eq: float | None = Field(None, description="Emissions that the lease may cause, grams CO2eq; null: no limit")
+    energy: EnergyState | None = Field(
+        None, description="What the lease has used so far; null: no energy window of it is stored yet"
+    )
 
 
 class EventState(_Answered):
-    """One entry of GET /promptingservice/request/{requestId}/events: what happened to the request, when, and why.
+    """One entry of GET /promptingservice/request/{requestId}/events: an event of the request, its time and its cause.
 
     ``what`` is the name of an event: LeaseRequested, LLMDeployed, LLMDeployFailed, LeaseBound, TimePassed …
     """
 
-    event: int = Field(description="Its number; numbers grow with time and are never used twice")
+    event: int = Field(description="Number of the event; numbers grow with time and are never used twice")
     what: str
     at: str
-    cause: int | None = Field(None, description="Number of the event that led to this one; null: it came from outside")
-    status: str | None = Field(None, description="Of the request, from then on")
+    cause: int | None = Field(None, description="Number of the event that caused this one; null: it came from outside")
+    status: str | None = Field(None, description="Status of the request after the event")
     reason: str | None = None
     wrapper: str | None = None
 
@@ -241,14 +263,14 @@ class MeasurementState(_Answered):
 
     measurementId: int
     machine: str | None
-    gpuType: str | None = Field(None, description="GPUs that its machine must have; null: any or none")
+    gpuType: str | None = Field(None, description="GPUs that the machine must have; null: any or none")
     flags: list[str]
     createdAt: str
     versions: dict[str, str] | None = Field(
-        None, description="Of the software that its latest LLM was handed over with; null: none was yet, or not known"
+        None, description="Software versions at the latest hand-over; null: no hand-over yet, or not known"
     )
-    requests: list[RequestState] = Field(description="A page of its requests, in their order")
-    next: int | None = Field(None, description="`after` of the next page; null: this is the last one")
+    requests: list[RequestState] = Field(description="A page of the measurement's requests, in order of arrival")
+    next: int | None = Field(None, description="Value of `after` for the next page; null: this is the last page")
 
 
 class MachineState(_Answered):
@@ -259,22 +281,22 @@ class MachineState(_Answered):
     alive: bool
     gpus: int
     gpuType: str | None
-    memoryBytes: int | None = Field(description="Main memory; null until a wrapper there has told")
-    gpuMemoryBytes: int | None = Field(None, description="Memory of each GPU; null: none, or not known")
-    zone: str | None = Field(None, description="Availability zone, by its Ray node's labels; null: not known")
-    region: str | None = Field(None, description="Region, likewise")
+    memoryBytes: int | None = Field(description="Main memory; null: not reported by a wrapper yet")
+    gpuMemoryBytes: int | None = Field(None, description="Memory of each GPU; null: no GPU, or not known")
+    zone: str | None = Field(None, description="Availability zone, from the labels of its Ray node; null: not known")
+    region: str | None = Field(None, description="Region, from the labels of its Ray node; null: not known")
     drain: str | None = Field(
-        None, description="draining: no LLM is handed out there any more; drained: nothing of ours is left on it"
+        None, description="draining: gets no new leases; drained: its wrappers are removed; null: in use"
     )
-    leases: int = Field(0, description="LLMs that are in use there")
+    leases: int = Field(0, description="Number of leases on the machine")
     healthy: bool | None = Field(
-        None, description="Whether it is there and all its wrappers serve; null: they are starting, or it has none"
+        None, description="Whether the machine and all its wrappers work; null: not all answer yet, or there are none"
     )
     lastHeardAt: str | None = Field(
-        None, description="When a wrapper there last answered; null: not since the registry was started"
+        None, description="Time of the latest answer of one of its wrappers; null: none since the registry's start"
     )
     differs: list[str] = Field(
-        [], description="Software whose version is not that of most machines: figures may not compare"
+        [], description="Software in other versions than on most machines; figures may not be comparable"
     )
     wrappers: list[WrapperState]
 
@@ -287,27 +309,29 @@ class WrapperState(_Answered):
     gpus: int
     llm: str | None
     leased: bool
-    starts: int | None = Field(None, description="LLMs that it has started since it was started itself")
-    in_flight: int | None = Field(None, description="Prompts that are being answered")
-    unfinished: int | None = Field(None, description="Prompts that the engine has not finished; null without one")
-    phase: str | None = None
-    progress: float | None = Field(None, description="How much of the phase is done, 0 to 1; null when not known")
-    bytesDone: int | None = Field(None, description="Of the model, while it is downloaded")
-    bytesTotal: int | None = Field(None, description="All that is to be downloaded of it, and what was there before")
-    warm: bool | None = Field(None, description="Whether LLMs start without importing the engine first")
-    coldReason: str | None = Field(None, description="Why not, if so")
+    starts: int | None = Field(None, description="Number of LLMs started since the start of the wrapper")
+    in_flight: int | None = Field(None, description="Number of prompts that are being answered")
+    unfinished: int | None = Field(
+        None, description="Number of prompts that the engine has not finished; null: no engine"
+    )
+    phase: str | None = Field(None, description="As in RequestState")
+    progress: float | None = Field(None, description="As in RequestState")
+    bytesDone: int | None = Field(None, description="As in RequestState")
+    bytesTotal: int | None = Field(None, description="As in RequestState")
+    warm: bool | None = Field(None, description="Whether LLMs start fast, because the engine is imported already")
+    coldReason: str | None = Field(None, description="Why warm is false; else null")
     reason: str | None = None
     meter: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
 
 
 class LLMState(_Answered):
-    """One LLM of GET /llms, which runs or is being started."""
+    """One LLM of GET /llms. It is running or starting."""
 
     model: str
     modeltyp: str
     fingerprint: str
-    revision: str | None = Field(None, description="Commit of its files; null for local models, and until it is known")
+    revision: str | None = Field(None, description="Commit of its files; null: a local model, or not known yet")
     deployment: dict[str, Any]
     machine: str
     wrapper: str
@@ -321,19 +345,22 @@ class HealthState(_Answered):
     wrappers: int
     usable: int
     queued: int
-    deploying: int = Field(0, description="Requests whose LLM is being started or handed over for the first time")
+    deploying: int = Field(0, description="Number of requests whose LLM is being started and has no lease yet")
     version: str
 
 
 class ErrorAnswer(_Answered):
-    """Body of every error outside ``/v1``: a stable ``code`` and a sentence; ``field``: the invalid field, if any."""
+    """Body of every error outside ``/v1``: a stable ``code``, and a ``message`` for people.
+
+    ``field``: the invalid field, if any.
+    """
 
     code: str
     message: str
     retryable: bool
     field: str | None = None
-    errors: list[dict[str, str]] | None = Field(None, description="Every invalid field of a 422")
-    detail: list[dict[str, Any]] | None = Field(None, description="The same as FastAPI lists it: loc, msg, type …")
+    errors: list[dict[str, str]] | None = Field(None, description="All invalid fields of a 422")
+    detail: list[dict[str, Any]] | None = Field(None, description="All invalid fields in FastAPI's format: loc, msg …")
 
 
 MachineState.model_rebuild()

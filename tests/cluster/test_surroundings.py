@@ -60,8 +60,8 @@ REFUSED = {
         "GREENPROMPT_WRAPPERS__PER_MACHINE: wrappers.per_machine", {"GREENPROMPT_WRAPPERS__PER_MACHINE": "x"}
     ),
     "list that is no JSON": Case("given as JSON", {"GREENPROMPT_MODELS__LOCAL_ROOTS": "a:b"}),
-    "key twice in a variable": Case("port' is there twice", {"GREENPROMPT_HTTP": '{"port": 1, "port": 2}'}),
-    "key twice": Case("port is there twice", config="http: {port: 1, port: 2}"),
+    "key twice in a variable": Case("port' occurs twice", {"GREENPROMPT_HTTP": '{"port": 1, "port": 2}'}),
+    "key twice": Case("port occurs twice", config="http: {port: 1, port: 2}"),
     "Norway": Case("NO can be read in two ways", config="energy: {grid: {zone: NO}}"),
     "octal": Case("010 can be read in two ways", config="http: {port: 010}"),
     "base 60": Case("1:30 can be read in two ways", config="leases: {max_s: 1:30}"),

@@ -128,7 +128,7 @@ def changes(snapshot: Snapshot, **removed: tuple[str, ...]) -> Changes:
 
 
 def as_sets(snapshot: Snapshot) -> dict[str, set[object]]:
-    """A snapshot without its meaningless order; fails when a record is there twice."""
+    """A snapshot without its meaningless order; fails when a record occurs twice."""
     kinds = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
     assert all(len(set(records)) == len(records) for records in kinds.values())
     return {kind: set(records) for kind, records in kinds.items()}

@@ -99,7 +99,7 @@ def map_prompting(args: Mapping[str, object], *, uses_chat_template: bool = True
     for word in sorted(args):
         rule = PROMPTING[word]
         if isinstance(rule, Mapped) and rule.chat_only and rule.to in values and not uses_chat_template:
-            raise InvalidField(f"args.prompting.{word}", "means nothing with uses_chat_template false; leave it out")
+            raise InvalidField(f"args.prompting.{word}", "has no effect if uses_chat_template is false; leave it out")
     do_sample, temperature = values.pop("do_sample", None), values.get("temperature")
     if do_sample is False:
         for word in ("min_p", "temperature", "top_k", "top_p"):
@@ -109,7 +109,8 @@ def map_prompting(args: Mapping[str, object], *, uses_chat_template: bool = True
         notes.append("args.prompting.do_sample is temperature 0")
     elif do_sample and temperature == 0:
         raise InvalidField(
-            "args.prompting.temperature", "0 is greedy decoding, but do_sample is true; raise the one or leave out both"
+            "args.prompting.temperature",
+            "0 means greedy decoding, but do_sample is true; raise temperature, or leave out both",
         )
     elif isinstance(temperature, float) and 0 < temperature < _LOWEST_TEMPERATURE:
         values["temperature"] = _LOWEST_TEMPERATURE
@@ -130,7 +131,7 @@ def map_deployment(args: Mapping[str, object], *, remote_code: bool = False) -> 
     if values.get("trust_remote_code") and not remote_code:
         raise InvalidField(
             "args.deployment.trust_remote_code",
-            "runs code that comes with the LLM, which is not allowed for this one; leave it out or ask the operator",
+            "runs code of the LLM's authors, which is not allowed for this LLM; leave it out, or ask the operator",
         )
     if "pipeline_parallel_size" in values:
         values.setdefault("tensor_parallel_size", 1)
@@ -170,7 +171,7 @@ def _llm_args(llmconfig: Mapping[str, object], allow_remote_code: Collection[str
     if isinstance(most, int) and isinstance(context, int) and 0 < context < most:
         raise InvalidField(
             f"args.prompting.{_word_for('max_tokens', 'prompting', given['prompting'])}",
-            f"is {most}, which is more than max_model_len {context}; lower the one or raise the other",
+            f"is {most}, which is more than max_model_len {context}; lower it, or raise max_model_len",
         )
     if not task.generates:
         prompting = _without_meaning(prompting, task)
@@ -233,7 +234,7 @@ def _translate(section: str, args: Mapping[str, object]) -> tuple[dict[str, JSON
                 read = _read(field, kind, value)
                 if to in values and values[to] != read:
                     raise InvalidField(
-                        field, f"is not what {source[to]} says, and both are vLLM's {to}; give one of them"
+                        field, f"differs from {source[to]}, but both are vLLM's {to}; give only one of them"
                     )
                 values[to], source[to] = read, word
                 if to != word:
@@ -241,9 +242,9 @@ def _translate(section: str, args: Mapping[str, object]) -> tuple[dict[str, JSON
             case Dropped(why=why):
                 notes.append(f"{field} has no meaning on vLLM and was dropped: {why}")
             case Refused(unless=unless) if unless in values:
-                notes.append(f"{field} was dropped: {unless} goes before it")
+                notes.append(f"{field} was dropped: {unless} is given and takes precedence")
             case Refused(neutral=neutral) if any(_same(value, item) for item in neutral):
-                notes.append(f"{field} was dropped: {_shown(value)} asks for nothing")
+                notes.append(f"{field} was dropped: {_shown(value)} has no effect")
             case Refused(why=why, neutral=neutral):
                 only = f"; only {' or '.join(map(_shown, neutral))} is allowed" if neutral else ""
                 raise InvalidField(field, f"is not possible: {why}{only}")
@@ -267,7 +268,7 @@ def _unknown(section: str, word: str) -> InvalidField:
     shown = word if word.isidentifier() and len(word) <= 64 else _shown(word)
     elsewhere = next((other for other, table in _TABLES.items() if other != section and word in table), None)
     hint = f"; it belongs to args.{elsewhere}" if elsewhere else _nearest(word, _TABLES[section])
-    return InvalidField(f"args.{section}.{shown}", f"is not a known word{hint}; {_DOCS} lists all of them")
+    return InvalidField(f"args.{section}.{shown}", f"is not a known argument{hint}; {_DOCS} lists all of them")
 
 
 def _read(field: str, kind: Kind, value: object) -> JSON:
@@ -361,18 +362,22 @@ def as_markdown() -> str:
 
 
 _INTRODUCTION = """\
-# What may stand in the args of an llmconfig
+# The arguments of an llmconfig
 
 Made from `deployments/models/args/table.py` by `python -m deployments.models.args.mapping`; a test keeps it current.
 
-Args are written in the words of Hugging Face transformers or in vLLM's own (0.32). `null` is the same as leaving a word
-out. A word that is not listed here is refused, with the nearest that is.
+Arguments have the names of Hugging Face transformers or of vLLM (0.32). `null` is the same as leaving an argument out.
+A name that is not listed here is refused; the error suggests the most similar one.
 
-Where transformers and vLLM differ when a word is *not* given: vLLM samples as the LLM's own `generation_config.json`
-says (temperature 1 where it says nothing), transformers decodes greedily unless told otherwise, and its `top_k` is 50
-where nobody says anything; vLLM's is off. Without `max_new_tokens` vLLM ends an answer after 16 tokens
-(`uses_chat_template: false`) or when the context is full (`true`), transformers after 20 tokens. Say `do_sample` and
-`max_new_tokens` where figures have to compare.
+vLLM and transformers have different defaults:
+
+| argument that is not given | vLLM | transformers |
+|---|---|---|
+| `do_sample`, `temperature` | samples as the LLM's `generation_config.json` says, else at 1 | greedy, by default |
+| `top_k` | off | 50 |
+| `max_new_tokens` | 16 tokens (`uses_chat_template: false`), or until the context is full (`true`) | 20 tokens |
+
+Give `do_sample` and `max_new_tokens` if figures have to be comparable.
 """
 
 

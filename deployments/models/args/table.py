@@ -39,11 +39,11 @@ from deployments.models.args.rules import (
 
 _TOKENS = whole(1)
 _NO_BEAMS = "vLLM answers with one sequence, without beam search"
-_NO_EQUAL = "vLLM has no equal for one prompt"
+_NO_EQUAL = "vLLM has no equivalent for a single prompt"
 _ONE_TEXT = "process_prompt answers with the text alone"
 _OWN_CACHE = "vLLM manages its KV cache itself"
 _PER_CALL = "it belongs to a single call of the OpenAI API; send it there"
-_INTERNAL = "vLLM keeps it for its own use"
+_INTERNAL = "vLLM uses it only internally"
 _ASK_OPENAI = f"{_ONE_TEXT}; ask the OpenAI API for it"
 
 PROMPTING: Mapping[str, Rule] = joined(
@@ -55,8 +55,8 @@ PROMPTING: Mapping[str, Rule] = joined(
         "do_sample": Mapped("do_sample", FLAG),
         "stop_strings": Mapped("stop", STOP_TEXTS, caveat="the answer ends before the stop string, not after it"),
         "eos_token_id": Mapped("stop_token_ids", TOKEN_IDS, caveat="the LLM's own end tokens end the answer as well"),
-        "max_length": Refused("it counts the prompt too, which vLLM can't; use max_new_tokens", unless="max_tokens"),
-        "min_length": Refused("it counts the prompt too, which vLLM can't; use min_new_tokens", (0,), "min_tokens"),
+        "max_length": Refused("it includes the prompt, which vLLM can't; use max_new_tokens", unless="max_tokens"),
+        "min_length": Refused("it includes the prompt, which vLLM can't; use min_new_tokens", (0,), "min_tokens"),
     },
     own(
         {
@@ -96,17 +96,17 @@ PROMPTING: Mapping[str, Rule] = joined(
     dropped(_ONE_TEXT, "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_text"),
     dropped(_ONE_TEXT, "return_dict_in_generate", "return_type"),
     dropped("vLLM needs no padding", "pad_token_id", "padding", "tokenizer_encode_kwargs"),
-    dropped("the tokenizer and the chat template put it before the prompt", "bos_token_id"),
+    dropped("the tokenizer and the chat template add it to the prompt", "bos_token_id"),
     dropped("vLLM always samples from normalised, valid probabilities", "renormalize_logits", "remove_invalid_values"),
     dropped("vLLM compiles and batches by itself", "compile_config", "disable_compile", "continuous_batching_config"),
     dropped("vLLM compiles and batches by itself", "batch_size", "num_workers", "low_memory"),
     dropped("it only describes the file that it comes from", "transformers_version", "_from_model_config"),
     dropped(
-        "it steers an assistant model, and there is none",
+        "it controls an assistant model, which is not used here",
         *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
         *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "max_matching_ngram_size"),
     ),
-    dropped("vLLM leaves spaces as the tokenizer made them", "clean_up_tokenization_spaces"),
+    dropped("vLLM does not change the spaces of the tokenizer", "clean_up_tokenization_spaces"),
     refused(_NO_BEAMS, "num_beams", "num_beam_groups", "num_return_sequences", "n", neutral=[1]),
     refused(_NO_BEAMS, "length_penalty", neutral=[1]),
     refused(_NO_BEAMS, "use_beam_search", "early_stopping", neutral=[False]),
@@ -149,10 +149,10 @@ PROMPTING: Mapping[str, Rule] = joined(
     refused(_ASK_OPENAI, "logprobs", "top_logprobs", "prompt_logprobs", "logprob_token_ids", "flat_logprobs"),
     refused(_ASK_OPENAI, "return_tokens_as_token_ids", "return_token_ids", "return_token_offsets"),
     refused(_ASK_OPENAI, "return_prompt_text", "prompt_logprob_token_ids", "prompt_logprob_start"),
-    refused("the holder of a lease has the LLM alone; there is nobody to go before", "priority"),
-    refused("it needs an engine set up for it; leave it out", "watermarking", "thinking_token_budget", "vllm_xargs"),
-    refused("it needs an engine set up for it; leave it out", "kv_transfer_params", "ec_transfer_params"),
-    refused("it needs an engine set up for it; leave it out", "routed_experts_prompt_start", "extra_args"),
+    refused("no other client prompts the LLM during a lease", "priority"),
+    refused("it needs a special engine; leave it out", "watermarking", "thinking_token_budget", "vllm_xargs"),
+    refused("it needs a special engine; leave it out", "kv_transfer_params", "ec_transfer_params"),
+    refused("it needs a special engine; leave it out", "routed_experts_prompt_start", "extra_args"),
     refused(_INTERNAL, "detokenize", "output_kind", "skip_clone", "output_text_buffer_length"),
     refused(_INTERNAL, "skip_reading_prefix_cache", "trace_decode_token_ids"),
 )
@@ -168,7 +168,7 @@ _NETWORK = "it opens connections; no client may set it"
 _KERNELS = "vLLM chooses what is fastest on the GPU"
 _TUNING = "it tunes the engine, not the LLM; leave it out"
 _TEXT_ONLY = "prompts are text; leave it out"
-_NO_ADAPTERS = "adapters are not served; name an LLM that they are merged into"
+_NO_ADAPTERS = "adapters are not served; name an LLM that contains them"
 _NO_BITSANDBYTES = (
     "vLLM 0.32 has no bitsandbytes; name an LLM that is already quantized, or use quantization "
     "(fp8, int8_per_channel_weight_only …), which gives other answers"
@@ -248,23 +248,23 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
     dropped("vLLM loads weights in its own way", "low_cpu_mem_usage", "_fast_init", "offload_state_dict", "mirror"),
     dropped("vLLM loads weights in its own way", "use_safetensors", "disable_mmap", "output_loading_info"),
     dropped(_KERNELS, "attn_implementation", "experts_implementation", "use_flash_attention_2"),
-    dropped("where LLMs are kept is the operator's choice", "cache_dir", "force_download", "local_files_only"),
-    dropped("where LLMs are kept is the operator's choice", "resume_download", "proxies"),
+    dropped("the operator decides where models are stored", "cache_dir", "force_download", "local_files_only"),
+    dropped("the operator decides where models are stored", "resume_download", "proxies"),
     dropped("it follows from tool_call_parser", "enable_auto_tool_choice"),
     dropped("vLLM batches and pads by itself", "batch_size", "num_workers", "padding_side", "use_cache", "tqdm_class"),
     dropped("vLLM always uses PyTorch and fast tokenizers", "framework", "use_fast"),
-    dropped("it is a mark of transformers for itself", "_from_pipeline", "_from_auto", "_commit_hash"),
+    dropped("transformers uses it only internally", "_from_pipeline", "_from_auto", "_commit_hash"),
     refused(_NO_BITSANDBYTES, "load_in_8bit", "load_in_4bit", neutral=[False]),
     refused(_NO_BITSANDBYTES, "quantization_config"),
     refused("use tensor_parallel_size", "tp_plan", neutral=["auto"]),
     refused("use tensor_parallel_size", "distributed_config"),
-    refused("a secret has no place in a request; the operator sets HF_TOKEN", "token", "use_auth_token", "hf_token"),
+    refused("requests must not contain secrets; the operator sets HF_TOKEN", "token", "use_auth_token", "hf_token"),
     refused("only safe weight files are loaded", "weights_only", neutral=[True]),
     refused("only PyTorch weights are loaded", "from_tf", "from_flax", neutral=[False]),
-    refused("the whole repository is one LLM; name one that holds it alone", "subfolder", "variant", neutral=[""]),
+    refused("a repository is one LLM; name one that contains only this LLM", "subfolder", "variant", neutral=[""]),
     refused("vLLM 0.32 has no GGUF; name an LLM with safetensors", "gguf_file"),
-    refused("vLLM takes the LLM as it is", "config", "state_dict", "key_mapping", "fusion_config", "rope_scaling"),
-    refused("vLLM takes the LLM as it is", "ignore_mismatched_sizes", neutral=[False]),
+    refused("vLLM uses the LLM unchanged", "config", "state_dict", "key_mapping", "fusion_config", "rope_scaling"),
+    refused("vLLM uses the LLM unchanged", "ignore_mismatched_sizes", neutral=[False]),
     refused(_CODE, "use_kernels", "allow_all_kernels", neutral=[False]),
     refused(_CODE, "pipeline_class", "code_revision", "custom_generate"),
     refused(_NO_ADAPTERS, "adapter_kwargs", neutral=[{}]),

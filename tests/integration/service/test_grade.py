@@ -114,5 +114,5 @@ async def test_another_version_is_not_handed_over(world: ServiceWorld) -> None:
 async def test_another_llm_is_refused(world: ServiceWorld) -> None:
     """What the POST decides is compared there and then."""
     first = await measured(world)
-    with pytest.raises(InvalidField, match=r"like: not as request r1: grade: .*; llms\[0\].model: was org/tiny"):
+    with pytest.raises(InvalidField, match=r"like: differs from request r1: grade: .*; llms\[0\].model: was org/tiny"):
         world.ask(2, OTHER, like_request_id=first)

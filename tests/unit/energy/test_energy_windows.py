@@ -100,7 +100,7 @@ async def test_a_stranger_on_the_cpus_flags_the_windows_in_it(make: Make) -> Non
     windows = await made.windows()
     first, second = of_kind(windows, WindowKind.PROMPT)
     (lease,) = of_kind(windows, WindowKind.LEASE)
-    assert ["contended" in window.flags for window in (first, second, lease)] == [True, False, True]
+    assert ["contended" in detail(window)["flags"] for window in (first, second, lease)] == [True, False, True]
 
 
 async def test_start_names_the_request_that_it_is_for(make: Make) -> None:

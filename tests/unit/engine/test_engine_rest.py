@@ -121,7 +121,7 @@ async def test_an_engine_that_was_never_at_rest_is_left_alone() -> None:
         scene.rest.begin(scene.llm)
         await scene.rest.reached(scene.llm)
     assert not scene.llm.died.is_set()
-    assert [entry["event"] for entry in logs] == ["an engine is never at rest"] * 2
+    assert [entry["event"] for entry in logs] == ["an engine did not come to rest"] * 2
     scene.llm = scene.another()
     await scene.first_lease()
     scene.rest.begin(scene.llm)

@@ -184,7 +184,7 @@ def test_a_folder_that_stays_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shutil, "rmtree", lambda *_args, **_more: None)
     with structlog.testing.capture_logs() as logs:
         local_ray.remove_folder(tmp_path)
-    assert [entry["event"] for entry in logs] == ["the cluster's folder could not be removed"]
+    assert [entry["event"] for entry in logs] == ["the folder of the local cluster could not be removed"]
 
 
 def test_free_ports_are_free_and_differ() -> None:

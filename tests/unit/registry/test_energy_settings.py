@@ -50,7 +50,7 @@ def of_wrapper(
     [
         ("grid: {zone: DE}", "energy.grid: ecologits knows no zone 'DE'; did you mean DEU"),
         ("grid: {zone: deu}", "energy.grid: ecologits knows no zone 'deu'; did you mean DEU"),
-        ("grid: {zone: DEU, source: me}", "source and date go with gco2eq_per_kwh"),
+        ("grid: {zone: DEU, source: me}", "source and date belong to gco2eq_per_kwh"),
         ("grid: {gco2eq_per_kwh: 300, source: me}", "needs source, and year or date"),
         ("grid: {gco2eq_per_kwh: 300, year: 2024}", "needs source, and year or date"),
         ("grid: {gco2eq_per_kwh: 300, year: 24, source: me}", "energy.grid.year"),
@@ -85,7 +85,7 @@ def of_wrapper(
                 "cpu_model: {idle_w_per_cpu: 5, idle_low_w_per_cpu: 6, idle_high_w_per_cpu: 7, busy_w_per_cpu: 9, "
                 "busy_low_w_per_cpu: 8, busy_high_w_per_cpu: 9, source: me}"
             ),
-            "needs low <= middle <= high",
+            "needs low <= value <= high",
         ),
         (
             "cpu_model: {idle_w_per_cpu: 1, busy_w_per_cpu: 5, low_factor: 0.5, high_factor: 2, source: me}",

@@ -75,16 +75,16 @@ def test_values_of_the_file_are_taken(write) -> None:
         ("http: {port: 0}", "http.port"),
         ("http: {port: 65536}", "http.port"),
         ("http: 8000", "http"),
-        ("http: {port: 1, port: 2}", "port is there twice, in line 1"),
+        ("http: {port: 1, port: 2}", "port occurs twice, in line 1"),
         ("energy: {grid: {zone: NO}}", "NO can be read in two ways: write true or false, or put it in quotes"),
         ("http: {public_url: head.example:8000}", "http.public_url: needs a scheme and a host"),
         ("http: {public_url: 'http://'}", "http.public_url"),
         ("http: {host: '::1'}", "http: host can't be an IPv6 address with HAProxy"),
-        ("http: {public_url: 'http://x/?a=b'}", "must end before any ? or #"),
+        ("http: {public_url: 'http://x/?a=b'}", "must have no query and no fragment"),
         ("http: {public_url: 'http://head:99999'}", "http.public_url: Port out of range"),
         ("http: {public_url: 'http://head:x'}", "http.public_url: Port could not be cast"),
         ("http: {public_url: 'http://head:0'}", "http.public_url: port 0"),
-        ("http: {public_url: ' http://head:8000'}", "http.public_url: has a space"),
+        ("http: {public_url: ' http://head:8000'}", "http.public_url: contains a space"),
         ("http: {public_url: 'http://u:p@head:8000'}", "http.public_url: must have no user name"),
         ("http: {host: ''}", "http.host: is empty"),
         ("state_dir: ''", "state_dir: is empty"),
@@ -258,7 +258,7 @@ def test_all_typos_in_variables_are_named(write, monkeypatch: pytest.MonkeyPatch
         "GREENPROMPT_STATE_DIR__X": "there is no field 'state_dir.x'",
         "GREENPROMPT_STATEDIR": "did you mean GREENPROMPT_STATE_DIR?",
         "GREENPROMPT_LEASES__MAX_S": "is empty",
-        "GREENPROMPT_HTTP": "given as JSON: the key 'port' is there twice",
+        "GREENPROMPT_HTTP": "given as JSON: the key 'port' occurs twice",
     }
     for name in typos:
         monkeypatch.setenv(name, {"GREENPROMPT_LEASES__MAX_S": " "}.get(name, '{"port": 1, "port": 2}'))

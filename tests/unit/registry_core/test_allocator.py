@@ -72,7 +72,7 @@ def test_the_queue_is_capped():
     scene = Scene(Limits(max_queued=2))
     scene.ask(1, "A")
     error = refused(scene, QueueFull, asked(2, "x", "y"))
-    assert str(error) == "the queue of this registry is full (2 requests); try again when some were served"
+    assert str(error) == "the queue of this registry is full (2 requests); try again when some have been served"
     scene.ask(2, "A")
 
 
@@ -109,7 +109,7 @@ def test_more_than_the_cap_can_never_pass(limits: Limits):
     error = refused(scene, InvalidField, asked(1, "a", "b", "c", "d"))
     assert isinstance(error, InvalidField)
     assert (error.field, error.http_status, error.retryable) == ("llms", 422, False)
-    assert "4 LLMs are more than may ever wait here (3)" in str(error)
+    assert "4 LLMs are more than the limit of the queue (3)" in str(error)
     scene.tell(asked(1, "a", "b", "c"))
 
 
@@ -218,7 +218,7 @@ def test_a_live_measurement_keeps_its_priority(begun: Priority):
     scene = Scene()
     scene.ask(1, "A", priority=begun)
     before = scene.allocator.snapshot()
-    with pytest.raises(InvalidField, match=f"priority.*was begun with '{begun.value}'"):
+    with pytest.raises(InvalidField, match=f"priority.*began with '{begun.value}'"):
         scene.ask(1, "B", priority=Priority.LOW)
     assert scene.allocator.snapshot() == before
     scene.ask(1, "B", priority=begun)

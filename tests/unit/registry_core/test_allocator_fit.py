@@ -107,7 +107,7 @@ def test_who_waits_for_the_others_of_its_measurement_is_told() -> None:
     scene.ask(1, "A", memory=takes(10))
     scene.ask(1, "B", memory=takes(60))
     scene.machine("m", gpus=1, gib=24)
-    told = "no machine can run it and the others of measurement 1 as well"
+    told = "no machine can run both this LLM and the others of measurement 1"
     assert (scene.allocator.misfit("1a"), scene.status("1a")) == (told, R.QUEUED)
     assert "24.0 GiB each" in (scene.allocator.misfit("1b") or "")
     scene.tell(LeaseReleased("1b"))
@@ -152,7 +152,7 @@ def test_llms_that_fit_together_nowhere_are_refused() -> None:
         scene.ask(10 + n, llm("busy", 4 if name == "many-0" else 0))
     scene.ask(1, llm("A", 4))
     told = refusal(scene, LLMNeverFits, "B", memory=takes(60, gpus=1))
-    assert "and the others of measurement 1 as well; use another measurementId" in told
+    assert "and the others of measurement 1; use another measurementId" in told
     scene.ask(2, "B", memory=takes(60, gpus=1))
 
 
@@ -239,7 +239,7 @@ def test_a_live_measurement_keeps_its_gpu_type(begun: str | None, later: str | N
         assert scene.measurement(1).gpu_type == begun
     else:
         told = refusal(scene, InvalidField, "B", gpu_type=later)
-        assert told.startswith("gpuType: measurement 1 was begun with")
+        assert told.startswith("gpuType: measurement 1 began with")
 
 
 def test_a_finished_measurement_may_begin_anew_on_another_type() -> None:

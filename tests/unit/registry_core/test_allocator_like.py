@@ -93,7 +93,7 @@ def test_a_machine_that_does_not_tell_is_not_like_another(scene: Scene) -> None:
     scene.ask(2, "A", like="1a", grade=Grade.MEASUREMENT)
     scene.runs()
     bound(scene, None)
-    assert scene.request("2a").reason == "it would not be like request 1a: nothing is known of what it would run on"
+    assert scene.request("2a").reason == "it would not be like request 1a: its hardware and software are not known"
 
 
 def test_an_engine_that_is_started_again_is_not_compared_again(scene: Scene) -> None:
@@ -124,16 +124,16 @@ def test_differences_are_refused_at_once(scene: Scene) -> None:
     """What the POST itself decides differently is named, all of it."""
     told = refusal(scene, "B", llm("A", 1), gpu_type="A100")
     assert told == (
-        "not as request 1a: gpuType: was H100, is A100; grade: was measurement, is standard; "
+        "differs from request 1a: gpuType: was H100, is A100; grade: was measurement, is standard; "
         "llms[0].model: was A, is B; llms[1].gpus: was 0, is 1"
     )
 
 
 def test_only_what_was_handed_over_can_be_repeated(scene: Scene) -> None:
     """An id that is not known, and a request that has got nothing yet, can't be compared with."""
-    assert refusal(scene, "A", like="9z") == "no request has the id '9z', or nothing is kept of it any more"
+    assert refusal(scene, "A", like="9z") == "no request has the id '9z', or its record was deleted"
     scene.ask(3, "A")
-    assert "nothing is known of what request 3a was handed over with" in refusal(scene, "A", like="3a")
+    assert "the hardware and software of request 3a are not known" in refusal(scene, "A", like="3a")
 
 
 def test_without_gpus_no_type_is_asked_for() -> None:

@@ -36,11 +36,11 @@ WITH_A_BODY = [
     if "requestBody" in operation
 ]
 AMBIGUOUS = {
-    "a key twice": (b'{"model": 1, "other": 2, "model": 3}', "the key 'model' is there twice"),
-    "a key twice, with the same value": (b'{"model": 1, "model": 1}', "the key 'model' is there twice"),
-    "a key twice, within": (b'{"llms": [{"args": {"top_k": 1, "top_k": 2}}]}', "the key 'top_k' is there twice"),
-    "a key twice, escaped": (b'{"model": 1, "m\\u006fdel": 2}', "the key 'model' is there twice"),
-    "no number": (b'{"measurementId": NaN}', "NaN is no number in JSON"),
+    "a key twice": (b'{"model": 1, "other": 2, "model": 3}', "the key 'model' occurs twice"),
+    "a key twice, with the same value": (b'{"model": 1, "model": 1}', "the key 'model' occurs twice"),
+    "a key twice, within": (b'{"llms": [{"args": {"top_k": 1, "top_k": 2}}]}', "the key 'top_k' occurs twice"),
+    "a key twice, escaped": (b'{"model": 1, "m\\u006fdel": 2}', "the key 'model' occurs twice"),
+    "no number": (b'{"measurementId": NaN}', "NaN is not a number in JSON"),
 }
 
 
@@ -55,7 +55,7 @@ def test_there_are_routes_with_a_body() -> None:
 async def test_what_can_be_read_in_two_ways_is_refused(
     method: str, path: str, content_type: str | None, name: str
 ) -> None:
-    """Every route with a body refuses a key that is there twice, at any depth, and names it; nothing is asked for."""
+    """Every route with a body refuses a key that occurs twice, at any depth, and names it; nothing is asked for."""
     body, told = AMBIGUOUS[name]
     headers = {} if content_type is None else {"Content-Type": content_type}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=APP), base_url="http://registry") as http:

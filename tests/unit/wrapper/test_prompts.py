@@ -388,9 +388,9 @@ async def test_wrong_type_is_named(wrapper: Wrapper, path: str, content_type: st
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        (b'{"question": "Why?", "question": "How?"}', "body: the key 'question' is there twice"),
-        (b'{"messages": [{"role": "user", "role": "system"}]}', "body: the key 'role' is there twice"),
-        (b'{"temperature": NaN}', "body: NaN is no number in JSON"),
+        (b'{"question": "Why?", "question": "How?"}', "body: the key 'question' occurs twice"),
+        (b'{"messages": [{"role": "user", "role": "system"}]}', "body: the key 'role' occurs twice"),
+        (b'{"temperature": NaN}', "body: NaN is not a number in JSON"),
         (b'{"question": ', "body: is not JSON: "),
         (b"\xff", "body: is not JSON: "),
         (b"[" * 100_000, "body: is nested too deeply"),

@@ -60,7 +60,10 @@ def error(status: int, code: str, retryable: bool = False) -> httpx.Response:
 @pytest.mark.parametrize("command", ["release r1", "drain a", "undrain a", "status", "report 7"])
 def test_a_registry_that_is_away_is_one_line(run: Run, capfd: pytest.CaptureFixture[str], command: str) -> None:
     """While the registry is away the command tries for a while and then says one line; no retry is logged."""
-    assert run(command, httpx.ConnectError("refused")) == (3, ["greenprompt: no registry answers there (refused)"])
+    assert run(command, httpx.ConnectError("refused")) == (
+        3,
+        ["greenprompt: no registry answers at this URL (refused)"],
+    )
     assert "".join(capfd.readouterr()) == ""
 
 

@@ -342,7 +342,7 @@ def test_windows_of_another_kind_are_refused(measure: Measure, tmp_path: Path) -
     """A windows.jsonl that no run has written is left as it is."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "windows.jsonl").write_text("{}\n")
-    with pytest.raises(BadSettings, match="holds a line that is no energy window"):
+    with pytest.raises(BadSettings, match="has a line that is not an energy window"):
         measure()
 
 
@@ -722,7 +722,7 @@ def test_folder_is_for_one_process(measure: Measure, registry: HttpRegistry) -> 
     def meanwhile(_state: RequestState, _question: str) -> Reply | None:
         if not refused:
             refused.append("")
-            with pytest.raises(BadSettings, match="another `greenprompt measure` is at work there"):
+            with pytest.raises(BadSettings, match="another `greenprompt measure` uses it"):
                 measure()
         return None
 
@@ -736,8 +736,8 @@ def test_folder_is_for_one_process(measure: Measure, registry: HttpRegistry) -> 
     [
         ("answers.jsonl", '{"warmup": false}\n', "no experiment.yaml"),
         ("answers.jsonl", "what\n{}\n", "line 1 is not JSON"),
-        ("experiment.yaml", "a: 1\n", "is no experiment"),
-        ("experiment.yaml", "- [", "is no experiment"),
+        ("experiment.yaml", "a: 1\n", "is not the folder of an experiment"),
+        ("experiment.yaml", "- [", "is not the folder of an experiment"),
     ],
 )
 def test_folder_of_something_else_is_refused(

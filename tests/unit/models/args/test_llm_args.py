@@ -381,7 +381,7 @@ def test_max_length_gives_way():
     assert "use max_new_tokens" in str(problem(map_prompting, {"max_length": 100}))
     mapped = map_prompting({"max_length": 100, "max_new_tokens": 20})
     assert mapped.values == {"max_tokens": 20}
-    assert "args.prompting.max_length was dropped: max_tokens goes before it" in mapped.notes
+    assert "args.prompting.max_length was dropped: max_tokens is given and takes precedence" in mapped.notes
 
 
 def test_two_words_for_one_thing():
@@ -415,7 +415,7 @@ def test_remote_code_only_where_the_operator_says_so():
     allowed = map_llmconfig(config, allow_remote_code={"org/llm"})
     assert json.loads(allowed.spec.engine_args)["trust_remote_code"] is True
     for names in ((), {"org/other"}, {"org"}):
-        with pytest.raises(InvalidField, match="runs code that comes with the LLM"):
+        with pytest.raises(InvalidField, match="runs code of the LLM's authors"):
             map_llmconfig(config, allow_remote_code=names)
     assert fingerprint(trust_remote_code=False) == fingerprint()
 
