@@ -63,7 +63,7 @@ class Polls:
                 if seen is None and status is not RequestStatus.DEPLOYED:
                     seen = status
                 if status is not seen or status.ended:
-                    return text
+                    return str(text)
                 try:
                     async with asyncio.timeout_at(deadline_s):
                         await changed.wait()
