@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from deployments.engine.environment import log_handlers_kept
 from deployments.engine.heartbeat import Work
+from deployments.engine.media import MediaLimits, register_connector
 from deployments.engine.order import ASGIApp, Order, pids
 from deployments.engine.phases import Phase
 from deployments.engine.token_count import counted
@@ -206,11 +207,12 @@ class VLLM:
     kernel kills the processes that it has started.
     """
 
-    def __init__(self, gpus: int, *, kv_cache_gib: float | None, may_sleep: bool) -> None:
+    def __init__(self, gpus: int, *, kv_cache_gib: float | None, may_sleep: bool, media: MediaLimits) -> None:
         """Do nothing yet; see ``EngineHost`` for the arguments. ``may_sleep``: LLMs may be put to sleep."""
         self._gpus = gpus
         self._kv_cache_gib = kv_cache_gib
         self._may_sleep = may_sleep
+        self._media = media
         self._defaults: Namespace | None = None
         self._thread = _engine_thread()
 
@@ -223,6 +225,7 @@ class VLLM:
             from vllm.logger import configure_logging_if_needed
 
             configure_logging_if_needed(LoggingConfig())  # now, so that no engine start does it later
+        register_connector(self._media)
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -295,7 +298,7 @@ class VLLM:
             ours["kv_cache_memory_bytes"] = int(self._kv_cache_gib * 2**30)
         order.given = {**ours, **given}
         fixed = {"model": order.model, "revision": order.revision, "served_model_name": [order.name]}
-        return AsyncEngineArgs(**{**order.given, **fixed})
+        return AsyncEngineArgs(**{**order.given, **fixed, "allowed_media_domains": self._media.domains})
 
     async def serve(self, engine: AsyncLLM, order: Order) -> ASGIApp:
         """Build vLLM's OpenAI app on a running engine."""
