@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
-
-if TYPE_CHECKING:
-    from vllm.multimodal.media import MediaIO
+from typing import Final
 
 CONNECTOR: Final = "greenprompt"
 """Name of our class in vLLM's registry of media connectors."""
@@ -64,29 +61,3 @@ class MediaLimits:
 
 CLOSED: Final = MediaLimits()
 """No media by URL."""
-
-
-def register_connector(limits: MediaLimits) -> None:
-    """Register a media connector in vLLM that refuses what ``limits`` do not allow, with status 400. Imports vLLM.
-
-    vLLM takes it because of ``MediaLimits.variables``.
-    """
-    from vllm.exceptions import VLLMValidationError
-    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
-
-    def require(url: str) -> None:
-        problem = limits.problem(url)
-        if problem is not None:
-            raise VLLMValidationError(problem)
-
-    @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
-    class Connector(MediaConnector):  # type: ignore[misc]
-        def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None) -> Any:
-            require(url)
-            return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
-
-        async def load_from_url_async(
-            self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None
-        ) -> Any:
-            require(url)
-            return await super().load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from deployments.engine.environment import log_handlers_kept
 from deployments.engine.heartbeat import Work
-from deployments.engine.media import MediaLimits, register_connector
+from deployments.engine.media import CONNECTOR, MediaLimits
 from deployments.engine.order import ASGIApp, Order, pids
 from deployments.engine.phases import Phase
 from deployments.engine.token_count import counted
@@ -33,6 +33,7 @@ from registry.errors import EngineNotReady
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.multimodal.media import MediaIO
     from vllm.v1.engine.async_llm import AsyncLLM
 
 T = TypeVar("T")
@@ -344,6 +345,32 @@ class VLLM:
         messages = getattr(getattr(engine.engine_core, "resources", None), "ctx", None)
         if messages is not None:
             await self.in_thread(messages.destroy, 0)
+
+
+def register_connector(limits: MediaLimits) -> None:
+    """Register a media connector in vLLM that refuses what ``limits`` do not allow, with status 400. Imports vLLM.
+
+    vLLM takes it because of ``MediaLimits.variables``.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+
+    def require(url: str) -> None:
+        problem = limits.problem(url)
+        if problem is not None:
+            raise VLLMValidationError(problem)
+
+    @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
+    class Connector(MediaConnector):  # type: ignore[misc]
+        def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None) -> Any:
+            require(url)
+            return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
+
+        async def load_from_url_async(
+            self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None
+        ) -> Any:
+            require(url)
+            return await super().load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
 
 
 def _engine_thread() -> ThreadPoolExecutor:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from deployments.engine.media import CLOSED, MediaLimits, register_connector
+from deployments.engine.media import CLOSED, MediaLimits
+from deployments.engine.vllm_api import register_connector
 
 pytestmark = pytest.mark.vllm
 
