@@ -29,10 +29,11 @@ from registry.environment import (
     variables,
 )
 from registry.errors import BadSettings
+from registry.model_settings import ModelSettings, absolute
 from registry.strict_yaml import load_yaml
 from registry.wire.schemas import LLMConfig, TenantName
 
-__all__ = ["EnergySettings", "Settings", "differing", "load_settings", "url_host"]
+__all__ = ["EnergySettings", "ModelSettings", "Settings", "differing", "load_settings", "url_host"]
 
 LONGEST_MONTH_DAYS = 31
 
@@ -122,36 +123,6 @@ class WrapperSettings(Section):
         description="Seconds after which Serve kills a wrapper that shuts down. Commands that stop an LLM allow the "
         "same time. An engine that does not stop is killed after 5 s in any case",
     )
-
-
-class ModelSettings(Section):
-    """The models that may be deployed, and their cache."""
-
-    huggingface: bool = Field(True, description="Whether models of the Hugging Face hub are allowed")
-    local_roots: tuple[Path, ...] = Field((), description="Folders that contain the local models that are allowed")
-    allow_remote_code: tuple[str, ...] = Field((), description="Models whose own code may run (trust_remote_code)")
-    cache_dir: Path | None = Field(
-        None, description="Folder for models of the hub, on the local disk of every machine; null: as HF_HUB_CACHE says"
-    )
-    cache_max_gib: float | None = Field(
-        None, gt=0, description="Limit of cache_dir, GiB: the models used least recently are removed; null: no limit"
-    )
-
-    @field_validator("local_roots")
-    @classmethod
-    def _absolute_roots(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
-        return tuple(Path(os.path.normpath(_absolute(root))) for root in roots)
-
-    @field_validator("cache_dir")
-    @classmethod
-    def _absolute_cache(cls, path: Path | None) -> Path | None:
-        return None if path is None else _absolute(path)
-
-    @model_validator(mode="after")
-    def _limits_its_own(self) -> ModelSettings:
-        if self.cache_max_gib is not None and self.cache_dir is None:
-            raise ValueError("cache_max_gib needs cache_dir: nothing is removed from a cache that other programs use")
-        return self
 
 
 class LeaseSettings(Section):
@@ -269,7 +240,7 @@ class Settings(BaseSettings):
     @field_validator("state_dir", "cache_dir")
     @classmethod
     def _absolute_path(cls, path: Path) -> Path:
-        return _absolute(path)
+        return absolute(path)
 
     @model_validator(mode="after")
     def _fence_behind_the_watch(self) -> Settings:
@@ -431,13 +402,3 @@ def _require_known(path: Path, data: dict[Any, Any]) -> None:
 def url_host(host: str) -> str:
     """Return a host as in a URL: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
-
-
-def _absolute(path: Path) -> Path:
-    """Return the absolute path, with ``~`` resolved: other processes have other current directories."""
-    if "\0" in str(path):
-        raise ValueError("a path can't have the character 0 in it")
-    try:
-        return path.expanduser().absolute()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: there is no such home directory") from error

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from deployments.engine.media import CLOSED, MediaLimits
 from deployments.engine.phases import Phase
 from deployments.engine.root_cause import ERROR_FORMAT, root_cause
 from deployments.engine.warm.forkserver import forkserver_variables
@@ -32,7 +33,13 @@ class EngineEnvironment:
     """
 
     def __init__(
-        self, cache_dir: Path, *, cpu_threads: int | None, preload: Sequence[str] = (), without: Sequence[str] = ()
+        self,
+        cache_dir: Path,
+        *,
+        cpu_threads: int | None,
+        preload: Sequence[str] = (),
+        media: MediaLimits = CLOSED,
+        without: Sequence[str] = (),
     ) -> None:
         """Create the directory and set the variables in this process; the engines inherit them.
 
@@ -40,6 +47,7 @@ class EngineEnvironment:
             cache_dir: Directory for compiled kernels and similar caches, which is kept.
             cpu_threads: Threads of an engine that computes on the CPU; None for one on GPUs.
             preload: Modules for the forkserver to import in addition to those that every engine needs.
+            media: The images, audio and video that prompts may contain; by default none by URL.
             without: Variables to remove, because an engine must not see them.
         """
         remove_orphans()
@@ -52,7 +60,7 @@ class EngineEnvironment:
         self._phases = self.directory / "phases"
         self._errors = self.directory / "errors"
         self._log = self.directory / "log"
-        ours = {**self._variables(cache_dir, cpu_threads), **forkserver_variables(preload)}
+        ours = {**self._variables(cache_dir, cpu_threads), **forkserver_variables(preload), **media.variables}
         self._before = {name: os.environ.get(name) for name in (*ours, *without)}
         _set(ours | dict.fromkeys(without))
         self.begin_start()

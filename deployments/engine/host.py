@@ -21,6 +21,7 @@ import structlog
 from deployments.engine.checkpoint_trial import IMPORT_S, WALL_S, CheckpointTrial, TrialFailed, tokenizer_of
 from deployments.engine.endings import GONE_TIMEOUT_S, Endings, to_the_end
 from deployments.engine.gpu_memory import GPUMemory
+from deployments.engine.media import CLOSED, MediaLimits
 from deployments.engine.order import Order, StopOutcome, pids
 from deployments.engine.our_words import in_our_words
 from deployments.engine.phases import Phase, PhaseClock
@@ -62,6 +63,7 @@ class EngineHost:
         preload: Sequence[str] = _COMMON_LLMS,
         stall_s: float | None = None,
         sleep_host_gib: float = 0.0,
+        media: MediaLimits = CLOSED,
     ) -> None:
         """Create the host without starting anything; ``prepare`` does that.
 
@@ -76,13 +78,14 @@ class EngineHost:
                 GPUs, 300 without, where a step of a large LLM can take that long.
             sleep_host_gib: GiB ≥ 0 of host memory for sleeping LLMs; 0: sleep mode is off. No effect on the CPU, where
                 vLLM has no sleep mode.
+            media: The images, audio and video that prompts may contain; by default none by URL.
         """
         self.running: RunningLLM | None = None
         self._starting: asyncio.Task[RunningLLM] | None = None
         self._busy = asyncio.Lock()
         self._closed = False
         self._preparing: asyncio.Task[None] | None = None
-        self._vllm = VLLM(gpus, kv_cache_gib=kv_cache_gib, may_sleep=sleep_host_gib > 0)
+        self._vllm = VLLM(gpus, kv_cache_gib=kv_cache_gib, may_sleep=sleep_host_gib > 0, media=media)
         self._prepared = Preparation(
             self._vllm,
             gpus=gpus,
@@ -90,6 +93,7 @@ class EngineHost:
             kv_cache_gib=kv_cache_gib,
             cpu_threads=cpu_threads or max(1, len(os.sched_getaffinity(0)) - 1),
             preload=preload,
+            media=media,
         )
         self._endings = Endings(self._vllm, self._prepared)
         stall_s = stall_s or (_STALL_GPU_S if gpus else _STALL_CPU_S)

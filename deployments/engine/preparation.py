@@ -11,6 +11,7 @@ import psutil
 import structlog
 
 from deployments.engine.environment import EngineEnvironment
+from deployments.engine.media import MediaLimits
 from deployments.engine.vllm_api import VLLM
 from deployments.engine.warm.forkserver import WarmForkserver
 from deployments.engine.warm.patches import shape_problem
@@ -35,6 +36,7 @@ class Preparation:
         kv_cache_gib: float | None,
         cpu_threads: int,
         preload: Sequence[str],
+        media: MediaLimits,
     ) -> None:
         """Do nothing yet; see ``EngineHost`` for the arguments."""
         self.cold_reason: str | None = "not prepared"
@@ -45,6 +47,7 @@ class Preparation:
         self._kv_cache_gib = kv_cache_gib
         self._cpu_threads = cpu_threads
         self._preload = preload
+        self._media = media
         self._environment: EngineEnvironment | None = None
 
     @property
@@ -64,6 +67,7 @@ class Preparation:
             self._cache_dir,
             cpu_threads=None if self._gpus else self._cpu_threads,
             preload=self._preload,
+            media=self._media,
             # VLLM_CPU_KVCACHE_SPACE would override our size, and allows only whole GiB.
             without=() if self._kv_cache_gib is None else ("VLLM_CPU_KVCACHE_SPACE",),
         )

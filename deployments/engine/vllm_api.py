@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from deployments.engine.environment import log_handlers_kept
 from deployments.engine.heartbeat import Work
+from deployments.engine.media import CONNECTOR, MediaLimits
 from deployments.engine.order import ASGIApp, Order, pids
 from deployments.engine.phases import Phase
 from deployments.engine.token_count import counted
@@ -32,6 +33,7 @@ from registry.errors import EngineNotReady
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.multimodal.media import MediaIO
     from vllm.v1.engine.async_llm import AsyncLLM
 
 T = TypeVar("T")
@@ -206,11 +208,12 @@ class VLLM:
     kernel kills the processes that it has started.
     """
 
-    def __init__(self, gpus: int, *, kv_cache_gib: float | None, may_sleep: bool) -> None:
+    def __init__(self, gpus: int, *, kv_cache_gib: float | None, may_sleep: bool, media: MediaLimits) -> None:
         """Do nothing yet; see ``EngineHost`` for the arguments. ``may_sleep``: LLMs may be put to sleep."""
         self._gpus = gpus
         self._kv_cache_gib = kv_cache_gib
         self._may_sleep = may_sleep
+        self._media = media
         self._defaults: Namespace | None = None
         self._thread = _engine_thread()
 
@@ -223,6 +226,7 @@ class VLLM:
             from vllm.logger import configure_logging_if_needed
 
             configure_logging_if_needed(LoggingConfig())  # now, so that no engine start does it later
+        register_connector(self._media)
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -295,7 +299,7 @@ class VLLM:
             ours["kv_cache_memory_bytes"] = int(self._kv_cache_gib * 2**30)
         order.given = {**ours, **given}
         fixed = {"model": order.model, "revision": order.revision, "served_model_name": [order.name]}
-        return AsyncEngineArgs(**{**order.given, **fixed})
+        return AsyncEngineArgs(**{**order.given, **fixed, "allowed_media_domains": self._media.domains})
 
     async def serve(self, engine: AsyncLLM, order: Order) -> ASGIApp:
         """Build vLLM's OpenAI app on a running engine."""
@@ -341,6 +345,32 @@ class VLLM:
         messages = getattr(getattr(engine.engine_core, "resources", None), "ctx", None)
         if messages is not None:
             await self.in_thread(messages.destroy, 0)
+
+
+def register_connector(limits: MediaLimits) -> None:
+    """Register a media connector in vLLM that refuses what ``limits`` do not allow, with status 400. Imports vLLM.
+
+    vLLM takes it because of ``MediaLimits.variables``.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+
+    def require(url: str) -> None:
+        problem = limits.problem(url)
+        if problem is not None:
+            raise VLLMValidationError(problem)
+
+    @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
+    class Connector(MediaConnector):  # type: ignore[misc]
+        def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None) -> Any:
+            require(url)
+            return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
+
+        async def load_from_url_async(
+            self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None
+        ) -> Any:
+            require(url)
+            return await super().load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
 
 
 def _engine_thread() -> ThreadPoolExecutor:

@@ -1,6 +1,7 @@
 """Reads checkpoint metadata: from folders, from the local Hugging Face cache, from the hub.
 
-Reads only headers, never weights. Does not need torch, so that the ingress can use it.
+Reads only headers, never weights, and no file into memory that is too large. Does not need torch, so that the ingress
+can use it.
 """
 
 from __future__ import annotations
@@ -9,21 +10,33 @@ import asyncio
 import json
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import structlog
-from huggingface_hub import HfApi, get_local_safetensors_metadata, try_to_load_from_cache
-from huggingface_hub.errors import NotASafetensorsRepoError
+from huggingface_hub import HfApi, parse_local_safetensors_file_metadata, try_to_load_from_cache
+from huggingface_hub.hf_api import RepoFile
 
 from deployments.models.memory_need import Checkpoint, memory_of, part_of
+from deployments.models.small_files import (
+    CONFIG_BYTES,
+    INDEX_BYTES,
+    MOST_SHARDS,
+    FileTooLarge,
+    read_small,
+    require_small,
+)
 from registry.background import spawn_awaited
 from registry.core.records import LLMMemory, LLMSpec
 from registry.errors import in_one_line
 
 if TYPE_CHECKING:
-    from huggingface_hub.utils._safetensors import SafetensorsRepoMetadata
+    from huggingface_hub.utils._safetensors import SafetensorsFileMetadata
+
+    Header: TypeAlias = tuple[str, SafetensorsFileMetadata]
+    Outcome: TypeAlias = Checkpoint | FileTooLarge | None
 
 KEPT_S = 600.0
 """How long a checkpoint's data are used, seconds: a branch on the hub can move, a folder can be replaced."""
@@ -37,6 +50,13 @@ READ_LIMIT_S = 3.0
 HUB_TIMEOUT_S = 10.0
 """Longest wait for one response of the hub, seconds."""
 
+CONFIG: Final = "config.json"
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+
+HEADERS_AT_ONCE: Final = 4
+"""How many headers of safetensors files are read at once; the hub's library reads up to 25 MB of each."""
+
 _KEPT = 1024
 
 log = structlog.get_logger("deployments.models.checkpoints")
@@ -49,13 +69,16 @@ class Checkpoints:
         """``read`` may block; it runs in a thread. ``now_s`` is a monotonic clock."""
         self._read = read
         self._now_s = now_s
-        self._kept: OrderedDict[tuple[str, str | None], tuple[asyncio.Future[Checkpoint | None], float]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str | None], tuple[asyncio.Future[Outcome], float]] = OrderedDict()
 
     async def memory(self, model: str, spec: LLMSpec, *, gpus: int | None = None) -> LLMMemory | None:
         """Return the least memory that an LLM needs, None if unknown. Waits up to ``READ_LIMIT_S``.
 
         ``model`` is its location: a hub id or an absolute folder. ``gpus``: number of GPUs of the wrapper that will run
         it.
+
+        Raises:
+            FileTooLarge: Its configuration or index is too large to be read.
         """
         reading, begun_s = self._reading(model, spec.revision)
         left_s = begun_s + READ_LIMIT_S - self._now_s()  # later callers do not wait again for a hub that hangs
@@ -63,15 +86,18 @@ class Checkpoints:
         checkpoint = reading.result() if reading.done() else None
         if checkpoint is None:
             return None
+        if isinstance(checkpoint, FileTooLarge):
+            raise FileTooLarge(*checkpoint.args)  # a new object, because each raise adds to an object's traceback
         generates = spec.modeltyp == "text-generation"
         return memory_of(checkpoint, json.loads(spec.engine_args), generates=generates, gpus=gpus)
 
-    def _reading(self, model: str, revision: str | None) -> tuple[asyncio.Future[Checkpoint | None], float]:
+    def _reading(self, model: str, revision: str | None) -> tuple[asyncio.Future[Outcome], float]:
         """Return the task that reads a checkpoint, done or running, and when it began."""
         known = self._kept.pop((model, revision), None)
         if known is not None:
             reading, begun_s = known
-            kept_s = UNKNOWN_KEPT_S if reading.done() and reading.result() is None else KEPT_S
+            unknown = reading.done() and not isinstance(reading.result(), Checkpoint)
+            kept_s = UNKNOWN_KEPT_S if unknown else KEPT_S
             if self._now_s() - begun_s >= kept_s:
                 known = None
         if known is None:
@@ -82,10 +108,12 @@ class Checkpoints:
             self._kept.popitem(last=False)
         return known
 
-    def _read_once(self, model: str, revision: str | None) -> Checkpoint | None:
+    def _read_once(self, model: str, revision: str | None) -> Outcome:
         """Read a checkpoint in a thread; None if that fails, because the engine reports problems in more detail."""
         try:
             return self._read(model, revision)
+        except FileTooLarge as error:
+            return error
         except Exception as error:
             log.info("a checkpoint can't be read", model=model, reason=in_one_line(error))
             return None
@@ -105,43 +133,98 @@ def read_local(model: str, revision: str | None) -> Checkpoint | None:
     """Read a checkpoint on this machine; None if it is not here or incomplete. May block on a slow disk.
 
     Raises:
+        FileTooLarge: A file would take too much memory.
         ValueError, TypeError, KeyError, SafetensorsParsingError: A file is damaged.
     """
     folder = Path(model)
     if not folder.is_absolute():
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        cached = try_to_load_from_cache(model, CONFIG, revision=revision)
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return _checkpoint(config, get_local_safetensors_metadata(folder))
-    except (FileNotFoundError, NotADirectoryError, NotASafetensorsRepoError):
+        config = json.loads(read_small(folder / CONFIG, CONFIG_BYTES))
+        if (folder / SINGLE).exists():
+            return _checkpoint(config, None, [(SINGLE, parse_local_safetensors_file_metadata(folder / SINGLE))])
+        index = _index(folder / INDEX)
+        headers = ((file, parse_local_safetensors_file_metadata(folder / file)) for file in _files(index))
+        return _checkpoint(config, index, headers)
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def read_hub(model: str, revision: str | None) -> Checkpoint | None:
-    """Read a checkpoint from the Hugging Face hub; None for a folder. Raises the exceptions of the hub's client.
+    """Read a checkpoint from the Hugging Face hub; None for a folder, and if it has no safetensors files.
 
     May block for minutes if the network drops packets.
+
+    Raises:
+        FileTooLarge: A file would take too much memory; it is not downloaded.
+        Exception: The hub's client's own.
     """
     if Path(model).is_absolute():
         return None
     api = HfApi()
-    # First, because this call does not retry without a network. All later calls use the commit it returns.
-    commit = api.model_info(model, revision=revision, timeout=HUB_TIMEOUT_S).sha
-    config_file = api.hf_hub_download(model, "config.json", revision=commit, etag_timeout=HUB_TIMEOUT_S)
-    config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    return _checkpoint(config, api.get_safetensors_metadata(model, revision=commit, timeout=HUB_TIMEOUT_S))
+    # First, because this call does not retry without a network. All later calls use the commit it returns. Only the
+    # commit is asked for: the rest of the answer is as long as the model's author makes it.
+    commit = api.model_info(model, revision=revision, timeout=HUB_TIMEOUT_S, expand=["sha"]).sha
+    files = api.get_paths_info(model, [CONFIG, SINGLE, INDEX], revision=commit)
+    sizes = {file.path: file.size for file in files if isinstance(file, RepoFile)}
+    weights = next((name for name in (SINGLE, INDEX) if name in sizes), None)
+    if CONFIG not in sizes or weights is None:
+        return None
+
+    def load(name: str, most_bytes: int) -> Path:
+        require_small(name, sizes[name], most_bytes)
+        return Path(api.hf_hub_download(model, name, revision=commit, etag_timeout=HUB_TIMEOUT_S))
+
+    def header(name: str) -> tuple[str, SafetensorsFileMetadata]:
+        return name, api.parse_safetensors_file_metadata(model, name, revision=commit, timeout=HUB_TIMEOUT_S)
+
+    config = json.loads(read_small(load(CONFIG, CONFIG_BYTES), CONFIG_BYTES))
+    if weights == SINGLE:
+        return _checkpoint(config, None, [header(SINGLE)])
+    index = _index(load(INDEX, INDEX_BYTES))
+    return _checkpoint(config, index, _at_once(header, _files(index)))
 
 
-def _checkpoint(config: Any, weights: SafetensorsRepoMetadata) -> Checkpoint:
-    """Sum the sizes of all tensors that are loaded, by part and type. Raises TypeError or KeyError for invalid data."""
+def _at_once(header: Callable[[str], Header], files: Sequence[str]) -> Iterator[Header]:
+    """Yield the headers of all files. At most HEADERS_AT_ONCE are in memory."""
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        for first in range(0, len(files), HEADERS_AT_ONCE):
+            yield from pool.map(header, files[first : first + HEADERS_AT_ONCE])
+
+
+def _index(file: Path) -> Mapping[str, str]:
+    """Return the file of each tensor. Raises FileTooLarge; ValueError, TypeError or KeyError for invalid data."""
+    index = json.loads(read_small(file, INDEX_BYTES))["weight_map"]
+    if any(not isinstance(name, str) or Path(name).name != name for name in index.values()):
+        raise ValueError(f"{file.name} names a file that is not in its folder")
+    return cast("Mapping[str, str]", index)
+
+
+def _files(index: Mapping[str, str]) -> Sequence[str]:
+    files = sorted(set(index.values()))
+    if len(files) > MOST_SHARDS:
+        raise FileTooLarge(f"its weights are in {len(files)} files, and the headers of at most {MOST_SHARDS} are read")
+    return files
+
+
+def _checkpoint(config: Any, index: Mapping[str, str] | None, headers: Iterable[Header]) -> Checkpoint:
+    """Sum the sizes of all tensors that are loaded, by part and type. Raises TypeError or KeyError for invalid data.
+
+    ``index``: the file of each tensor that is loaded; None: all tensors.
+    """
     if not isinstance(config, Mapping):
         raise TypeError("config.json holds no object")
     sizes: dict[str | None, Counter[str]] = {"body": Counter(), "head": Counter(), None: Counter()}
-    for name, file in weights.weight_map.items():
-        tensor = weights.files_metadata[file].tensors[name]
-        first, end = tensor.data_offsets
-        sizes[part_of(name, config)][tensor.dtype] += end - first
+    found = 0
+    for file, header in headers:
+        for name, tensor in header.tensors.items():
+            if index is None or index.get(name) == file:
+                first, end = tensor.data_offsets
+                sizes[part_of(name, config)][tensor.dtype] += end - first
+                found += 1
+    if index is not None and found != len(index):
+        raise KeyError("a tensor of the index is not in its file")
     return Checkpoint(config, body=sizes["body"], head=sizes["head"])

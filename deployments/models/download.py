@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from deployments.machine.child_processes import die_with_parent
+from deployments.models.small_files import CONFIG_BYTES, CONFIGS, INDEX_BYTES, FileTooLarge, require_small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -205,16 +206,21 @@ def _download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
     if order.cache_dir is not None:
         for leftover in (Path(order.cache_dir) / _folder_of(order.model) / "blobs").glob("*.incomplete"):
             leftover.unlink()  # from a killed download: the hub's library gives each a new name
-    folder = snapshot_download(
-        order.model,
-        revision=order.commit,
-        cache_dir=order.cache_dir,
-        allow_patterns=["config.json", "params.json", *INDICES],
-        tqdm_class=_progress_bar(lambda _bytes: None),
-    )
+
+    def load(*names: str) -> str:
+        return snapshot_download(
+            order.model,
+            revision=order.commit,
+            cache_dir=order.cache_dir,
+            allow_patterns=list(names),
+            tqdm_class=_progress_bar(lambda _bytes: None),
+        )
+
+    folder = load()  # lists the files, and downloads none
     listed = _listed(order)
     if listed is None:
         return folder  # no hub, and other tools filled the cache: take its files as complete
+    load("config.json", "params.json", *INDICES)
     wanted = _plan(order, folder, listed)
     missing = _missing(folder, wanted)
     to_load, total = (sum(listed[file] for file in files) for files in (missing, wanted))
@@ -233,7 +239,11 @@ def _download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
 
 
 def _listed(order: DownloadOrder) -> Mapping[str, int] | None:
-    """Return all files of the commit with their sizes, as listed by the hub; None if it was never listed."""
+    """Return all files of the commit with their sizes, as listed by the hub; None if it was never listed.
+
+    Raises:
+        DownloadFailed: A configuration or an index is too large to be read into memory.
+    """
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -241,6 +251,15 @@ def _listed(order: DownloadOrder) -> Mapping[str, int] | None:
         files = get_cached_repo_tree(order.model, revision=order.commit, cache_dir=order.cache_dir)
     except CachedRepoTreeNotFoundError:
         return None
+    for file in files:
+        name = PurePosixPath(file.path).name
+        try:
+            if file.path in INDICES:
+                require_small(file.path, file.size, INDEX_BYTES)
+            elif _in_place(file.path) and any(fnmatch(name, pattern) for pattern in CONFIGS):
+                require_small(file.path, file.size, CONFIG_BYTES)
+        except FileTooLarge as error:
+            raise DownloadFailed(str(error), permanent=True) from error
     return {file.path: file.size for file in files}
 
 

@@ -68,10 +68,9 @@ def home_llms(settings: Settings) -> dict[str, LLMSpec]:
     for number, entry in enumerate(settings.deploy):
         field = f"deploy[{number}].llm"
         try:
-            sources.locate(entry.llm.model, field=f"{field}.model")
-            args = map_llmconfig(
-                entry.llm.model_dump(), field=field, allow_remote_code=settings.models.allow_remote_code
-            )
+            located = sources.locate(entry.llm.model, field=f"{field}.model")
+            allowed = settings.models.allow_remote_code
+            args = map_llmconfig(entry.llm.model_dump(), field=field, located=located, allow_remote_code=allowed)
         except InvalidField as error:
             raise BadSettings(error.field, error.problem) from error
         homes[entry.machine] = args.spec

@@ -22,6 +22,7 @@ from fastapi.responses import StreamingResponse
 from deployments.error_answers import RETRY_AFTER_S
 from deployments.models.args.mapping import map_llmconfig
 from deployments.models.checkpoints import Checkpoints
+from deployments.models.small_files import FileTooLarge
 from deployments.models.sources import ModelSources
 from deployments.serve.energy_pages import EnergyPages
 from deployments.serve.http_errors import add_error_handlers
@@ -31,7 +32,8 @@ from deployments.serve.withdrawals import Withdrawals
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowsPage
 from registry.core.events import NewRequest
-from registry.core.records import LLMSpec
+from registry.core.records import LLMMemory, LLMSpec
+from registry.errors import InvalidField
 from registry.service.service import Idempotency
 from registry.wire.schemas import (
     MAX_EVENTS,
@@ -291,10 +293,18 @@ async def _mapped_llms(
         for n, llm in enumerate(body.llms)
     ]
     if checkpoints is not None:
-        places = (config.sources.locate(llm.spec.model) for llm in llms)
-        memory = await asyncio.gather(*map(checkpoints.memory, places, (llm.spec for llm in llms)))
+        reads = (_memory(config, checkpoints, llm.spec, f"llms[{n}].model") for n, llm in enumerate(llms))
+        memory = await asyncio.gather(*reads)
         llms = [replace(llm, memory=takes) for llm, takes in zip(llms, memory, strict=True)]
     return llms
+
+
+async def _memory(config: IngressConfig, checkpoints: Checkpoints, spec: LLMSpec, field: str) -> LLMMemory | None:
+    """Return the least memory of an LLM, None if unknown. Raises InvalidField if its checkpoint can't be read here."""
+    try:
+        return await checkpoints.memory(config.sources.locate(spec.model), spec)
+    except FileTooLarge as error:
+        raise InvalidField(field, str(error)) from error
 
 
 def _sha256(body: PromptingRequest) -> str:
@@ -308,8 +318,8 @@ def mapped(config: IngressConfig, llmconfig: dict[str, Any], field: str) -> tupl
     Raises:
         InvalidField: It can't be mapped; names the field below ``field``.
     """
-    config.sources.locate(llmconfig["model"], field=f"{field}.model")
-    args = map_llmconfig(llmconfig, field=field, allow_remote_code=config.allow_remote_code)
+    located = config.sources.locate(llmconfig["model"], field=f"{field}.model")
+    args = map_llmconfig(llmconfig, field=field, located=located, allow_remote_code=config.allow_remote_code)
     return args.spec, canonical_json(llmconfig), args.notes
 
 

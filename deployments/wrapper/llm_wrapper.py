@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from deployments.energy.prompt_meter import PromptMeter
 from deployments.engine.host import EngineHost
+from deployments.engine.media import MediaLimits
 from deployments.engine.rest import EngineRest
 from deployments.engine.vllm_api import RunningLLM
 from deployments.machine.cpu_quota import cpus_here
@@ -163,4 +164,5 @@ def _engine_host(config: WrapperConfig, cpus: float) -> EngineHost:
         stall_s=config.settings.stall_s,
         preload=[f"vllm.model_executor.models.{name}" for name in config.settings.preload],
         sleep_host_gib=(config.settings.sleep_host_gib or 0.0) / config.on_machine,
+        media=MediaLimits(config.models.allowed_media_domains, config.models.media_max_mib * 2**20),
     )

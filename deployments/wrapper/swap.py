@@ -18,6 +18,8 @@ from deployments.engine.vllm_api import RunningLLM
 from deployments.machine.memory import gpu_memory_bytes, main_memory
 from deployments.models.cache import LocalModel, ModelCache
 from deployments.models.checkpoints import checkpoints_here
+from deployments.models.remote_code import code_problem, foreign_code
+from deployments.models.small_files import FileTooLarge
 from deployments.models.weights import Weights, read_ahead, weights_of
 from deployments.wrapper.config import WrapperConfig
 from deployments.wrapper.ports import OnPhase
@@ -109,7 +111,10 @@ class LLMSwap:
         is not permanent, because the LLM may run on another machine.
         """
         config, settings = self._config, self._config.settings
-        memory = await self._checkpoints.memory(model, spec, gpus=config.gpus)
+        try:
+            memory = await self._checkpoints.memory(model, spec, gpus=config.gpus)
+        except FileTooLarge as error:
+            raise EngineStartFailed(spec.model, str(error), permanent=True) from error
         kv_cache_bytes = None if settings.kv_cache_gib is None else settings.kv_cache_gib * GIB
         has_bytes = self.gpu_memory_bytes if config.gpus else self.memory_bytes // config.on_machine
         limits = Limits(kv_cache_bytes=kv_cache_bytes)
@@ -165,6 +170,8 @@ class LLMSwap:
         """
         located = self._config.sources.locate(spec.model)
         engine_args = json.loads(spec.engine_args)
+        if engine_args.get("trust_remote_code"):
+            self._require_allowed_code(spec, located, engine_args.get("tokenizer_revision"))
 
         def downloading(download: Download) -> None:
             self._download = download
@@ -184,7 +191,32 @@ class LLMSwap:
             tokenizer = await self._models.fetch(located, revision=tokenizer_revision, weights=False)
             self._in_use.append(tokenizer)
             engine_args["tokenizer"] = tokenizer.path
+        if engine_args.get("trust_remote_code"):
+            await self._require_own_code(spec, model)
         return model, engine_args
+
+    def _require_allowed_code(self, spec: LLMSpec, located: str, tokenizer_revision: str | None) -> None:
+        """Raise EngineStartFailed if this LLM may not run its own code.
+
+        The ingress has checked that, but perhaps before a restart with other settings.
+        """
+        allowed = self._config.models.allow_remote_code
+        problem = code_problem(located, spec.revision, tokenizer_revision, allowed)
+        if problem is not None:
+            raise EngineStartFailed(spec.model, f"trust_remote_code {problem}", permanent=True)
+
+    async def _require_own_code(self, spec: LLMSpec, model: LocalModel) -> None:
+        """Raise EngineStartFailed if the code that this LLM would run is not in its own folder, at its own commit."""
+        try:
+            problem = await asyncio.to_thread(foreign_code, model.path)
+        except FileTooLarge as error:
+            problem = str(error)
+        except OSError as error:
+            raise EngineStartFailed(spec.model, f"its configuration can't be read ({error.strerror})") from error
+        if problem is None and model.revision not in (None, spec.revision):
+            problem = f"commit {model.revision} was loaded, and its code is allowed at {spec.revision}"
+        if problem is not None:
+            raise EngineStartFailed(spec.model, f"its code may not run: {problem}", permanent=True)
 
     def _release_models(self) -> None:
         while self._in_use:

@@ -12,6 +12,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from deployments.engine.order import StopOutcome
+from deployments.models.small_files import CONFIG_BYTES, INDEX_BYTES
 from deployments.models.sources import ModelSources
 from deployments.wrapper import llm_wrapper as wrapper_module
 from deployments.wrapper.config import WrapperConfig
@@ -87,7 +88,13 @@ Make = Callable[..., Awaitable[UndyingWrapper]]
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
     """Makes the wrappers of one machine, which share a cache of models."""
 
-    async def make(number: int = 0, *, max_mib: float | None = None, deploy_timeout_s: float = 60.0) -> UndyingWrapper:
+    async def make(
+        number: int = 0,
+        *,
+        max_mib: float | None = None,
+        deploy_timeout_s: float = 60.0,
+        allow_remote_code: tuple[str, ...] = (),
+    ) -> UndyingWrapper:
         monkeypatch.setattr(wrapper_module, "EngineHost", FakeHost)
         limit_gib = None if max_mib is None else max_mib / 1024
         config = WrapperConfig(
@@ -97,7 +104,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
             EnergySettings(),
             ModelSources(True, (tmp_path / "local",), tmp_path),
             tmp_path / "cache",
-            ModelSettings(cache_dir=tmp_path / "models", cache_max_gib=limit_gib),
+            ModelSettings(cache_dir=tmp_path / "models", cache_max_gib=limit_gib, allow_remote_code=allow_remote_code),
         )
         return await started_wrapper(config)
 
@@ -215,6 +222,91 @@ async def test_a_model_is_in_use_as_long_as_it_runs(hub: FakeHub, make: Make, fo
     await two.deploy(2, LLMSpec("org/other", "text-generation"), None)
     await two.stop(3)
     await one.stop(3)
+
+
+COMMIT = "c" * 40
+OWN_CODE = LLMSpec("org/tiny", "text-generation", revision=COMMIT, engine_args='{"trust_remote_code":true}')
+ALLOWED = (f"org/tiny@{COMMIT}",)
+AUTO_MAP = {"auto_map": {"AutoModel": "modeling_own.Own"}}
+FOREIGN = {"auto_map": {"AutoModel": "other/repo--modeling_own.Own"}}
+
+
+async def test_own_code_at_its_commit(hub: FakeHub, make: Make) -> None:
+    """An LLM with code of its own starts at the commit that the operator allows."""
+    hub.add("org/tiny", {**FILES, "config.json": json.dumps(AUTO_MAP).encode()}, commit=COMMIT)
+    wrapper = await make(allow_remote_code=ALLOWED)
+    await wrapper.deploy(1, OWN_CODE, None)
+    (started,) = wrapper.host.started
+    assert started["engine_args"]["trust_remote_code"] is True
+    await wrapper.stop(2)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+async def test_code_of_another_repository_is_never_asked_for(hub: FakeHub, make: Make, name: str) -> None:
+    """The start fails for good, before an engine or a tokenizer could download the other repository."""
+    hub.add("org/tiny", {**FILES, name: json.dumps(FOREIGN).encode()}, commit=COMMIT)
+    hub.add("other/repo", {"modeling_own.py": b"raise SystemExit"})
+    wrapper = await make(allow_remote_code=ALLOWED)
+    with pytest.raises(EngineStartFailed, match=f"auto_map in {name} names 'other/repo--modeling_own.Own'") as failed:
+        await wrapper.deploy(1, OWN_CODE, None)
+    assert failed.value.permanent
+    assert wrapper.host.started == []
+    assert not [line for line in hub.asked if "other/repo" in line]
+
+
+@pytest.mark.parametrize("allowed", [(), ("/org/tiny",), (f"org/tiny@{'d' * 40}",), (f"org/other@{COMMIT}",)])
+async def test_code_that_is_no_longer_allowed_does_not_run(hub: FakeHub, make: Make, allowed: tuple[str, ...]) -> None:
+    """A request that waited while the operator changed the setting fails; nothing is downloaded."""
+    hub.add("org/tiny", FILES, commit=COMMIT)
+    wrapper = await make(allow_remote_code=allowed)
+    with pytest.raises(EngineStartFailed, match="runs code that comes with the LLM") as failed:
+        await wrapper.deploy(1, OWN_CODE, None)
+    assert failed.value.permanent
+    assert (wrapper.host.started, hub.asked) == ([], [])
+
+
+async def test_own_code_of_a_folder(make: Make, folder: LLMSpec) -> None:
+    """A folder that the operator names may run its own code, and no code of a repository of the hub."""
+    config = Path(folder.model) / "config.json"
+    wrapper = await make(allow_remote_code=(folder.model,))
+    spec = LLMSpec(folder.model, "text-generation", engine_args='{"trust_remote_code":true}')
+    config.write_text(json.dumps(AUTO_MAP))
+    await wrapper.deploy(1, spec, None)
+    await wrapper.stop(2)
+    config.write_text(json.dumps(FOREIGN))
+    with pytest.raises(EngineStartFailed, match=r"its code may not run: auto_map in config\.json"):
+        await wrapper.deploy(3, spec, None)
+    assert len(wrapper.host.started) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "most_bytes"),
+    [
+        ("config.json", CONFIG_BYTES),
+        ("tokenizer_config.json", CONFIG_BYTES),
+        ("generation_config.json", CONFIG_BYTES),
+        ("model.safetensors.index.json", INDEX_BYTES),
+    ],
+)
+async def test_a_huge_configuration_is_not_downloaded(hub: FakeHub, make: Make, name: str, most_bytes: int) -> None:
+    """The start fails for good, and says which file is too large."""
+    hub.add("org/tiny", {**FILES, name: b" " * (most_bytes + 1)})
+    wrapper = await make()
+    with pytest.raises(EngineStartFailed, match=f"its {name} has {most_bytes + 1:,} bytes") as failed:
+        await wrapper.deploy(1, HUB_LLM, None)
+    assert failed.value.permanent
+    assert hub.loaded() == []
+    assert wrapper.host.started == []
+
+
+async def test_a_huge_configuration_of_a_folder(make: Make, folder: LLMSpec) -> None:
+    """It is not read, neither here nor by the engine."""
+    (Path(folder.model) / "config.json").write_bytes(b" " * (CONFIG_BYTES + 1))
+    wrapper = await make()
+    with pytest.raises(EngineStartFailed, match=r"its config\.json has") as failed:
+        await wrapper.deploy(1, folder, None)
+    assert failed.value.permanent
+    assert wrapper.host.started == []
 
 
 async def test_a_folder_that_is_not_there(make: Make, tmp_path: Path) -> None:

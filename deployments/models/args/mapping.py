@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from deployments.models.args.rules import JSON, Dropped, Kind, Mapped, Refused, Rule
 from deployments.models.args.table import DEPLOYMENT, PROMPTING, TASKS, Task
+from deployments.models.remote_code import code_problem
 from registry.core.records import LLMSpec
 from registry.errors import InvalidField
 from registry.wire.words import canonical_json
@@ -119,20 +120,15 @@ def map_prompting(args: Mapping[str, object], *, uses_chat_template: bool = True
     return MappedArgs(values, tuple(notes))
 
 
-def map_deployment(args: Mapping[str, object], *, remote_code: bool = False) -> MappedArgs:
+def map_deployment(args: Mapping[str, object]) -> MappedArgs:
     """Translate ``args.deployment`` to fields of vLLM's EngineArgs, including ``revision``.
 
-    ``remote_code``: the operator allows this LLM to bring its own code (``trust_remote_code``).
+    Whether the LLM may run its own code (``trust_remote_code``) is not checked here.
 
     Raises:
         InvalidField: A word is unknown or not for clients, or a value is not allowed.
     """
     values, notes = _translate("deployment", args)
-    if values.get("trust_remote_code") and not remote_code:
-        raise InvalidField(
-            "args.deployment.trust_remote_code",
-            "runs code of the LLM's authors, which is not allowed for this LLM; leave it out, or ask the operator",
-        )
     if "pipeline_parallel_size" in values:
         values.setdefault("tensor_parallel_size", 1)
     _check_order("deployment", args, values, "max_num_seqs", "max_num_batched_tokens")
@@ -140,25 +136,30 @@ def map_deployment(args: Mapping[str, object], *, remote_code: bool = False) -> 
 
 
 def map_llmconfig(
-    llmconfig: Mapping[str, object], *, field: str = "", allow_remote_code: Collection[str] = ()
+    llmconfig: Mapping[str, object],
+    *,
+    field: str = "",
+    located: str | None = None,
+    allow_remote_code: Collection[str] = (),
 ) -> LLMArgs:
     """Translate a whole llmconfig. Equal meanings give equal results.
 
     The spec's fingerprint therefore does not depend on order or spelling. ``field`` is the place of the llmconfig in
-    the client's body (``llms[0]``). ``allow_remote_code`` names the models that may bring their own code. ``spec.gpus``
-    is the number of GPUs that the parallel sizes need, 0 if they need at most one: the LLM then uses all GPUs of its
+    the client's body (``llms[0]``). ``located`` is the model's hub id or absolute folder (``ModelSources.locate``),
+    None: a hub id as written. ``allow_remote_code`` is the setting: the code that models may bring. ``spec.gpus`` is
+    the number of GPUs that the parallel sizes need, 0 if they need at most one: the LLM then uses all GPUs of its
     wrapper. Whether the model's source is allowed is not checked here.
 
     Raises:
         InvalidField: A field is missing or has an invalid value; its name begins with ``field``.
     """
     try:
-        return _llm_args(llmconfig, allow_remote_code)
+        return _llm_args(llmconfig, located, allow_remote_code)
     except InvalidField as error:
         raise InvalidField(f"{field}.{error.field}" if field else error.field, error.problem) from None
 
 
-def _llm_args(llmconfig: Mapping[str, object], allow_remote_code: Collection[str]) -> LLMArgs:
+def _llm_args(llmconfig: Mapping[str, object], located: str | None, allow_remote_code: Collection[str]) -> LLMArgs:
     task, model = _task(llmconfig.get("modeltyp")), _model(llmconfig.get("model"))
     uses_chat_template = llmconfig.get("uses_chat_template")
     if not isinstance(uses_chat_template, bool):
@@ -166,7 +167,7 @@ def _llm_args(llmconfig: Mapping[str, object], allow_remote_code: Collection[str
     args = _object("args", llmconfig.get("args"))
     given = {section: _object(f"args.{section}", args.get(section)) for section in _TABLES}
     prompting = map_prompting(given["prompting"], uses_chat_template=uses_chat_template)
-    deployment = map_deployment(given["deployment"], remote_code=model in allow_remote_code)
+    deployment = map_deployment(given["deployment"])
     most, context = prompting.values.get("max_tokens"), deployment.values.get("max_model_len")
     if isinstance(most, int) and isinstance(context, int) and 0 < context < most:
         raise InvalidField(
@@ -176,16 +177,25 @@ def _llm_args(llmconfig: Mapping[str, object], allow_remote_code: Collection[str
     if not task.generates:
         prompting = _without_meaning(prompting, task)
     engine = {**deployment.values, **dict(task.engine)}
-    revision = engine.pop("revision", None)
+    revision = _text(engine.pop("revision", None))
+    if engine.get("trust_remote_code"):
+        tokenizer_revision = _text(given["deployment"].get("tokenizer_revision"))
+        problem = code_problem(located or model, revision, tokenizer_revision, allow_remote_code)
+        if problem is not None:
+            raise InvalidField("args.deployment.trust_remote_code", problem)
     gpus = math.prod(size for word in _GPU_FACTORS if isinstance(size := engine.get(word), int))
     spec = LLMSpec(
         model=model,
         modeltyp=task.name,
-        revision=revision if isinstance(revision, str) else None,
+        revision=revision,
         engine_args=canonical_json(engine),
         gpus=gpus if gpus > 1 else 0,
     )
     return LLMArgs(spec, uses_chat_template, prompting.values, prompting.notes + deployment.notes)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _task(modeltyp: object) -> Task:
@@ -386,7 +396,7 @@ def _taken(word: str, rule: Mapped) -> str:
     if word == "do_sample":
         remarks.append("false is temperature 0, and temperature, top_p, top_k and min_p are dropped")
     if word == "trust_remote_code":
-        remarks.append("true only for LLMs that the operator allows it for")
+        remarks.append("true only for commits that the operator allows; `revision` names one")
     if rule.same_as_absent is not None:
         remarks.append(f"`{json.dumps(rule.same_as_absent)}` is the same as leaving it out")
     if rule.chat_only:

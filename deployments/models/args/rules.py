@@ -10,6 +10,8 @@ from typing import TypeAlias
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/\w[A-Za-z0-9._-]*)*", re.ASCII)
+_REFS = re.compile(r"(?:refs|pr)/", re.IGNORECASE)
 _INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
@@ -121,8 +123,10 @@ def _read_media(value: object) -> JSON:
 
 
 def _read_revision(value: object) -> JSON:
-    good = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}", value) and ".." not in value
-    return value if good and isinstance(value, str) else None
+    if not isinstance(value, str) or len(value) > 255:
+        return None
+    # Anyone may push to refs/pr/ of a public model. Git also reads pr/7 as refs/pr/7.
+    return value if _REVISION.fullmatch(value) and not _REFS.match(value) and ".." not in value else None
 
 
 FLAG = Kind("true or false", _read_flag)
@@ -133,7 +137,7 @@ BAD_WORDS = Kind("a text that is not empty, or a list of 1 to 64 of them", _read
 LOGIT_BIAS = Kind('an object of token ids in quotes and numbers from -100 to 100, like {"42": -100}', _read_logit_bias)
 TEMPLATE_WORDS = Kind("an object of texts, numbers, true and false; not chat_template", _read_template_words)
 MEDIA = Kind("an object with image, video or audio and a whole number from 0 to 64 for each", _read_media)
-REVISION = Kind("a branch, a tag or a commit id", _read_revision)
+REVISION = Kind("a branch, a tag or a commit id, no pull request (refs/…)", _read_revision)
 DTYPE = one_of(
     *("auto", "bfloat16", "float16", "float32"),
     aliases={"half": "float16", "float": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}

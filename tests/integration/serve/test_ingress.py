@@ -49,7 +49,8 @@ from tests.support.checkpoint_files import LLAMA, write_checkpoint
 from tests.support.energy_windows import an_experiment
 from tests.support.fake_registry import FakeRegistry
 
-CONFIG = IngressConfig(ModelSources(True, (Path("/llms"),), Path("/")), allow_remote_code=("org/codes",))
+COMMIT = "c" * 40
+CONFIG = IngressConfig(ModelSources(True, (Path("/llms"),), Path("/")), allow_remote_code=(f"org/codes@{COMMIT}",))
 LLM: dict[str, Any] = {
     "modeltyp": "text-generation",
     "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -375,10 +376,11 @@ async def test_args_may_be_nested(http: httpx.AsyncClient) -> None:
 
 
 async def test_remote_code_where_it_is_allowed(http: httpx.AsyncClient) -> None:
-    """A model that the operator allows to bring code may ask for it."""
-    body = changed(("llms", 0, "args", "deployment"), {"trust_remote_code": True})
-    body["llms"][0]["model"] = "org/codes"
-    assert (await http.post(REQUEST, json=body)).status_code == 201
+    """A model may bring its code at the commit that the operator names, and at no other revision."""
+    for revision, status in ((COMMIT, 201), ("refs/pr/7", 422), ("main", 422), ("d" * 40, 422)):
+        body = changed(("llms", 0, "args", "deployment"), {"trust_remote_code": True, "revision": revision})
+        body["llms"][0]["model"] = "org/codes"
+        assert (await http.post(REQUEST, json=body)).status_code == status
 
 
 # --- GET, DELETE, keepalive --------------------------------------------------------------------------------

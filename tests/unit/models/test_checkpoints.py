@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import get_local_safetensors_metadata
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.hf_api import RepoFile
 
 from deployments.models import checkpoints as checkpoints_module
 from deployments.models.checkpoints import (
@@ -22,6 +24,7 @@ from deployments.models.checkpoints import (
     read_local,
 )
 from deployments.models.memory_need import Checkpoint
+from deployments.models.small_files import CONFIG_BYTES, INDEX_BYTES, MOST_SHARDS, FileTooLarge
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from registry.core.records import LLMSpec
 from tests.support.checkpoint_files import LLAMA, write_checkpoint
@@ -112,32 +115,127 @@ class Hub:
     asked: list[tuple[Any, ...]]
     folder: Path
 
-    def model_info(self, model: str, *, revision: str | None, timeout: float) -> Any:
+    def model_info(self, model: str, *, revision: str | None, timeout: float, expand: list[str]) -> Any:
+        assert expand == ["sha"], "the rest may be of any length"
         self.asked.append((model, revision))
         return type("Info", (), {"sha": "c0ffee"})
+
+    def get_paths_info(self, model: str, paths: list[str], *, revision: str) -> list[RepoFile]:
+        assert (model, revision) == ("org/llm", "c0ffee")
+        files = [self.folder / path for path in paths]
+        return [RepoFile(path=f.name, size=f.stat().st_size, oid="") for f in files if f.exists()]
 
     def hf_hub_download(self, model: str, name: str, *, revision: str, etag_timeout: float) -> str:
         self.asked.append((model, name, revision))
         return str(self.folder / name)
 
-    def get_safetensors_metadata(self, model: str, *, revision: str, timeout: float) -> Any:
-        self.asked.append((model, "safetensors", revision))
-        return get_local_safetensors_metadata(self.folder)
+    def parse_safetensors_file_metadata(self, model: str, name: str, *, revision: str, timeout: float) -> Any:
+        self.asked.append((model, name, revision))
+        return parse_local_safetensors_file_metadata(self.folder / name)
 
 
-async def test_the_hub_is_asked_for_what_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Config and headers are those of one commit, the one that the revision names now."""
-    Hub.asked, Hub.folder = [], write_checkpoint(tmp_path / "llm", LLAMA, {"w": ("BF16", (1000,))})
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
+    """A hub with one model, which is not on this machine."""
+    Hub.asked, Hub.folder = [], tmp_path / "llm"
     monkeypatch.setattr(checkpoints_module, "HfApi", Hub)
     monkeypatch.setattr(checkpoints_module, "try_to_load_from_cache", lambda *_, **__: None)
+    return Hub
+
+
+async def test_the_hub_is_asked_for_what_is_not_here(hub: type[Hub]) -> None:
+    """Config and headers are those of one commit, the one that the revision names now."""
+    write_checkpoint(hub.folder, LLAMA, {"w": ("BF16", (1000,))})
     memory = await checkpoints_anywhere().memory("org/llm", LLMSpec("org/llm", "text-generation", revision="v1"))
     assert memory is not None
     assert memory.weights_bytes == 2000
-    assert Hub.asked == [
+    assert hub.asked == [
         ("org/llm", "v1"),
         ("org/llm", "config.json", "c0ffee"),
-        ("org/llm", "safetensors", "c0ffee"),
+        ("org/llm", "model.safetensors", "c0ffee"),
     ]
+
+
+def test_weights_in_many_files_on_the_hub(hub: type[Hub]) -> None:
+    """The headers of all files of the index are read; of a tensor in two files, the one that the index names."""
+    files = [{f"w{n}": ("BF16", (n + 1,)), "both": ("F32", (1,))} for n in range(10)]
+    write_checkpoint(hub.folder, LLAMA, *files)
+    found = read_hub("org/llm", None)
+    assert found is not None
+    assert found.body == {"BF16": 2 * sum(range(1, 11)), "F32": 4}
+    assert len(hub.asked) == 2 + 1 + 10
+
+
+def test_a_hub_model_without_safetensors_is_not_known(hub: type[Hub]) -> None:
+    """Nothing of it is loaded."""
+    hub.folder.mkdir()
+    (hub.folder / "config.json").write_text("{}")
+    assert read_hub("org/llm", None) is None
+    assert hub.asked == [("org/llm", None)]
+
+
+# --- files that are too large ------------------------------------------------------------------------------
+
+
+def grow(file: Path, size_bytes: int) -> None:
+    """Make a file that large; it takes no room on the disk."""
+    with file.open("ab") as opened:
+        opened.truncate(size_bytes)
+
+
+@pytest.mark.parametrize(
+    ("name", "most_bytes"), [("config.json", CONFIG_BYTES), ("model.safetensors.index.json", INDEX_BYTES)]
+)
+async def test_a_huge_file_is_neither_loaded_nor_read(hub: type[Hub], name: str, most_bytes: int) -> None:
+    """The head's memory does not depend on what a model's author writes; the error says which file and the limit."""
+    folder = write_checkpoint(hub.folder, LLAMA, {"a": ("BF16", (1,))}, {"b": ("BF16", (1,))})
+    grow(folder / name, most_bytes + 1)
+    text = f"its {name} has {most_bytes + 1:,} bytes, and at most {most_bytes:,} are read"
+    known = checkpoints_anywhere()
+    for _ in range(2):
+        with pytest.raises(FileTooLarge, match=text):
+            await known.memory("org/llm", SPEC)
+    assert ("org/llm", name, "c0ffee") not in hub.asked
+    with pytest.raises(FileTooLarge, match=text):
+        await checkpoints_here().memory(str(folder), SPEC)
+
+
+async def test_a_file_that_is_mended_is_soon_read_again(tmp_path: Path) -> None:
+    """A refusal is kept as long as an unreadable checkpoint."""
+    clock, reads = ManualClock(), Reads(FileTooLarge("its config.json is too large"), KNOWN)
+    known = Checkpoints(reads, clock)
+    with pytest.raises(FileTooLarge):
+        await known.memory("a", SPEC)
+    clock.now_s += UNKNOWN_KEPT_S
+    assert await known.memory("a", SPEC) is not None
+
+
+def test_an_index_of_very_many_files_is_refused(hub: type[Hub]) -> None:
+    """The header of each would be read, up to 25 MB."""
+    folder = write_checkpoint(hub.folder, LLAMA, {"a": ("BF16", (1,))}, {"b": ("BF16", (1,))})
+    weight_map = {f"w{n}": f"{n}.safetensors" for n in range(MOST_SHARDS + 1)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for read, model in ((read_hub, "org/llm"), (read_local, str(folder))):
+        with pytest.raises(FileTooLarge, match="its weights are in 2049 files"):
+            read(model, None)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", 7])
+def test_an_index_names_files_of_its_folder(tmp_path: Path, name: object) -> None:
+    """No other file of the machine is read."""
+    folder = write_checkpoint(tmp_path / "llm", LLAMA, {"a": ("BF16", (1,))}, {"b": ("BF16", (1,))})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="not in its folder"):
+        read_local(str(folder), None)
+
+
+def test_an_index_that_names_missing_tensors_is_damaged(tmp_path: Path) -> None:
+    """The sum of the others would be too small."""
+    folder = write_checkpoint(tmp_path / "llm", LLAMA, {"a": ("BF16", (1,))}, {"b": ("BF16", (1,))})
+    index = {"weight_map": {"a": "model-0.safetensors", "c": "model-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(KeyError):
+        read_local(str(folder), None)
 
 
 # --- how often ---------------------------------------------------------------------------------------------

@@ -98,6 +98,18 @@ def test_values_of_the_file_are_taken(write) -> None:
         ("leases: {max_s: .inf}", "leases.max_s"),
         ("leases: {idle_s: .nan}", "leases.idle_s"),
         ("models: {huggingface: maybe}", "models.huggingface"),
+        ("models: {allow_remote_code: [acme/trusted]}", "write acme/trusted@<commit> with all 40 digits"),
+        ("models: {allow_remote_code: [acme/trusted@main]}", "'main' is no commit"),
+        ("models: {allow_remote_code: [acme/trusted@refs/pr/7]}", "'refs/pr/7' is no commit"),
+        ("models: {allow_remote_code: [acme/trusted@0123abc]}", "'0123abc' is no commit"),
+        (f"models: {{allow_remote_code: [acme/trusted@{'A' * 40}]}}", "is no commit"),
+        ("models: {allow_remote_code: [./llms/own]}", "write the absolute path of its folder"),
+        ("models: {allow_remote_code: [~nobody-has-this-name/x]}", "there is no such home directory"),
+        ("models: {allowed_media_domains: ['*.example.com']}", "'*.example.com' is no host"),
+        ("models: {allowed_media_domains: ['https://example.com']}", "is no host"),
+        ("models: {allowed_media_domains: ['example.com:80']}", "is no host"),
+        ("models: {allowed_media_domains: [Example.com]}", "in small letters"),
+        ("models: {media_max_mib: 0}", "models.media_max_mib"),
         ("models: {cache_max_gib: 10}", "cache_max_gib needs cache_dir"),
         ("models: {cache_dir: x, cache_max_gib: 0}", "models.cache_max_gib"),
         ("wrappers: {preload: [os.path]}", "wrappers.preload"),
@@ -121,6 +133,14 @@ def test_unusable_fields_are_named(write, text: str, named: str) -> None:
         load_settings(path)
     assert caught.value.source == str(path)
     assert named in caught.value.problem
+
+
+def test_code_is_allowed_by_commit_or_folder(write) -> None:
+    """An entry is a model with its commit, or a folder whose path becomes absolute."""
+    pinned = f"acme/trusted@{'0123456789' * 4}"
+    settings = load_settings(write(f"models: {{allow_remote_code: [{pinned}, gpt2@{'a' * 40}, /llms/../llms/own/]}}"))
+    assert settings.models.allow_remote_code == (pinned, f"gpt2@{'a' * 40}", "/llms/own")
+    assert settings.models.allowed_media_domains == ()
 
 
 @pytest.mark.parametrize("text", ["[]", "0", "false", "just words", "- a\n- b\n"])

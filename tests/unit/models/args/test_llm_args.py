@@ -107,7 +107,7 @@ TAKEN_DEPLOYMENT = [
     ("tp_size", 2, "tensor_parallel_size", 2),
     ("tensor_parallel_size", 1, "tensor_parallel_size", 1),
     ("pipeline_parallel_size", 2, "pipeline_parallel_size", 2),
-    ("revision", "refs/pr/1", "revision", "refs/pr/1"),
+    ("revision", "feature/_x-1.0", "revision", "feature/_x-1.0"),
     ("tokenizer_revision", "v1.0", "tokenizer_revision", "v1.0"),
     ("quantization", "fp8", "quantization", "fp8"),
     ("kv_cache_dtype", "fp8", "kv_cache_dtype", "fp8"),
@@ -250,6 +250,19 @@ NOT_ALLOWED_DEPLOYMENT: list[tuple[str, object]] = [
     ("revision", "--flag"),
     ("revision", "a\0b"),
     ("revision", 1),
+    ("revision", "refs/pr/1"),
+    ("revision", "Refs/heads/main"),
+    ("revision", "pr/1"),
+    ("revision", "refs%2Fpr%2F1"),
+    ("revision", "https://huggingface.co/org/llm"),
+    ("revision", "a\\b"),
+    ("revision", "main\n"),
+    ("revision", "a//b"),
+    ("revision", "a/"),
+    ("revision", "main@{1}"),
+    ("revision", "main^"),
+    ("revision", "a" * 256),
+    ("tokenizer_revision", "refs/pr/1"),
     ("limit_mm_per_prompt", {"image": -1}),
     ("limit_mm_per_prompt", {"smell": 1}),
     ("limit_mm_per_prompt", {}),
@@ -409,15 +422,87 @@ def test_chat_words_need_a_chat_template():
     assert error.field == "args.prompting.chat_template_kwargs"
 
 
-def test_remote_code_only_where_the_operator_says_so():
-    """trust_remote_code true passes for the models that the operator names, and for no other."""
-    config = llmconfig(deployment={"trust_remote_code": True})
-    allowed = map_llmconfig(config, allow_remote_code={"org/llm"})
-    assert json.loads(allowed.spec.engine_args)["trust_remote_code"] is True
-    for names in ((), {"org/other"}, {"org"}):
-        with pytest.raises(InvalidField, match="runs code of the LLM's authors"):
-            map_llmconfig(config, allow_remote_code=names)
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+OTHER_COMMIT = "f" * 40
+
+
+def own_code(located=None, allowed=(f"org/llm@{COMMIT}",), **deployment):
+    """Map an llmconfig whose LLM brings its own code."""
+    config = llmconfig(deployment={"trust_remote_code": True, **deployment})
+    return map_llmconfig(config, located=located, allow_remote_code=allowed)
+
+
+def test_own_code_runs_at_the_commit_that_the_operator_names():
+    """trust_remote_code passes with exactly the commit of an entry, also if that is named for the tokenizer again."""
+    for deployment in ({"revision": COMMIT}, {"revision": COMMIT, "tokenizer_revision": COMMIT}):
+        spec = own_code(**deployment).spec
+        assert json.loads(spec.engine_args)["trust_remote_code"] is True
+        assert spec.revision == COMMIT
+    both = (f"org/llm@{OTHER_COMMIT}", f"org/llm@{COMMIT}")
+    assert own_code(allowed=both, revision=OTHER_COMMIT).spec.revision == OTHER_COMMIT
     assert fingerprint(trust_remote_code=False) == fingerprint()
+
+
+@pytest.mark.parametrize(
+    "deployment",
+    [
+        {"revision": "refs/pr/7"},
+        {"revision": OTHER_COMMIT},
+        {"revision": COMMIT[:12]},
+        {"revision": COMMIT.upper()},
+        {"revision": "main"},
+        {"revision": None},
+        {},
+        {"revision": COMMIT, "tokenizer_revision": OTHER_COMMIT},
+        {"revision": COMMIT, "tokenizer_revision": "main"},
+    ],
+)
+def test_own_code_of_another_commit_is_refused(deployment):
+    """No branch, no pull request, no other commit, and none left to the hub; for the tokenizer as for the LLM."""
+    with pytest.raises(InvalidField):
+        own_code(**deployment)
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [(), (f"org/other@{COMMIT}",), (f"org@{COMMIT}",), (f"Org/LLM@{COMMIT}",), ("org/llm",), ("/org/llm",)],
+)
+def test_own_code_of_other_models_is_refused(allowed):
+    """An entry holds for one model alone."""
+    with pytest.raises(InvalidField, match="runs code that comes with the LLM, which is not allowed for this one"):
+        own_code(allowed=allowed, revision=COMMIT)
+
+
+def test_a_refused_commit_is_told_what_is_allowed():
+    """The error names the commit to give."""
+    with pytest.raises(InvalidField, match=f"allowed only at the commit {COMMIT}; give it as args.deployment.revision"):
+        own_code()
+
+
+def test_own_code_of_a_folder():
+    """A folder's code runs if the operator names the folder; an entry for a hub model of the same name is none."""
+    assert own_code("/llms/a", ("/llms/a",)).spec.model == "org/llm"
+    for allowed in (("/llms/b",), ("/llms",), (f"org/llm@{COMMIT}",), (f"/llms/a@{COMMIT}",)):
+        with pytest.raises(InvalidField, match="not allowed for this one"):
+            own_code("/llms/a", allowed, revision=COMMIT)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("tokenizer", "hf_config_path", "model_weights", "code_revision", "hf_overrides", "config", "gguf_file"),
+        *("model_class_overrides", "worker_cls", "worker_extension_cls", "scheduler_cls", "logits_processors"),
+        *("io_processor_plugin", "reasoning_parser_plugin", "additional_config", "model_loader_extra_config"),
+        *("speculative_config", "spec_model", "default_mm_loras", "enable_lora", "adapter_name", "adapter_kwargs"),
+        *("pipeline_class", "custom_generate", "use_kernels", "allow_all_kernels", "model_kwargs", "subfolder"),
+        *("feature_extractor", "image_processor", "video_processor", "processor", "quantization_config"),
+        *("allowed_local_media_path", "allowed_media_domains", "chat_template"),
+    ],
+)
+def test_no_word_names_other_code_or_another_repository(word):
+    """Everything in args.deployment that names code, a file or a second repository is refused, also with own code."""
+    with pytest.raises(InvalidField):
+        own_code(revision=COMMIT, **{word: "other/repo"})
 
 
 @pytest.mark.parametrize(
