@@ -39,8 +39,8 @@ def read_small(file: Path, most_bytes: int) -> bytes:
         FileTooLarge: It is larger than ``most_bytes``.
         OSError: It can't be read.
     """
+    require_small(file.name, file.stat().st_size, most_bytes)
     with file.open("rb") as opened:
-        content = opened.read(most_bytes + 1)
-        if len(content) > most_bytes:
-            require_small(file.name, max(file.stat().st_size, len(content)), most_bytes)
+        content = opened.read(most_bytes + 1)  # it may have grown, or be no regular file
+    require_small(file.name, len(content), most_bytes)
     return content
