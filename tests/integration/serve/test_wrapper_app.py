@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from starlette.responses import PlainTextResponse
 
+from deployments.engine.vllm_api import _PUBLIC
 from deployments.models.sources import ModelSources
 from deployments.serve import wrapper_app
 from deployments.serve.wrapper_app import WrapperReplica
@@ -39,3 +42,39 @@ async def test_metric_tells_whether_llms_start_warm(monkeypatch: pytest.MonkeyPa
     await replica.__init__(config)
     name, tags = "greenprompt_wrapper_warm", {"wrapper": "a-0"}
     assert shown == [(name, 1.0, tags), (name, 0.0, tags)]
+
+
+OWN = "head.example:8000"
+CHANGING = sorted({("POST", "/process_prompt"), ("PUT", "/unknown")} | {each for each in _PUBLIC if each[0] != "GET"})
+
+
+@pytest.mark.parametrize(("method", "path"), CHANGING)
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": f"http://{OWN}"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Host": "evil.example", "Origin": "http://evil.example"}, 421),
+    ],
+)
+async def test_a_wrapper_is_guarded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    """No path of a lease lets a foreign page prompt, also where it knows the URL; other hosts are not served."""
+
+    async def init(wrapper: Any, _config: WrapperConfig, _show_warm: Callable[[bool], None]) -> None:
+        wrapper._prompts = PlainTextResponse("prompted")
+
+    monkeypatch.setattr(wrapper_app, "Gauge", lambda *_, **__: None)
+    monkeypatch.setattr(LLMWrapper, "__init__", init)
+    monkeypatch.delattr(LLMWrapper, "__del__")  # Serve awaits it, Python's collector can't
+    sources, hosts = ModelSources(True, (), tmp_path), ("head.example",)
+    config = WrapperConfig("a-0", 0, WrapperSettings(), EnergySettings(), sources, tmp_path, hosts=hosts)
+    replica: Any = WrapperReplica.__new__(WrapperReplica)
+    await replica.__init__(config)
+    transport = httpx.ASGITransport(app=replica.__serve_build_asgi_app__())
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://{OWN}") as http:
+        answer = await http.request(method, f"/token{path}", headers=headers)
+    assert (answer.status_code, answer.headers["cache-control"]) == (status, "no-store")
