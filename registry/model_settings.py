@@ -84,7 +84,7 @@ def _code_entry(entry: str) -> str:
     problem = f"{commit!r} is no commit" if at else "it names no commit, so whoever can change the model could run code"
     raise ValueError(
         f"{entry!r}: {problem}. Read the model's code at one commit, then write {model}@<commit> with all 40 digits of "
-        f"it (0-9, a-f); `git ls-remote https://huggingface.co/{model} main` prints the newest. For a local model, "
+        f"it (0-9, a-f); `git ls-remote` of its repository prints the newest. For a local model, "
         "write the absolute path of its folder"
     )
 

@@ -47,6 +47,13 @@ class HTTPSettings(Section):
     host: str = Field("127.0.0.1", description="Network interface on which Serve's proxy listens")
     port: int = Field(8000, ge=1, le=65535, description="Port on which Serve's proxy listens")
     public_url: str | None = Field(None, description="Base URL for clients; null: http://host:port")
+    allowed_hosts: tuple[
+        Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$", to_lower=True)], ...
+    ] = Field(
+        (),
+        description="Further host names by which clients reach the registry; those of `host`, `public_url` and the "
+        "machine itself, and IP addresses, are always served",
+    )
     haproxy: bool = Field(True, description="Whether to serve through HAProxy, for several times the requests/s")
 
     @model_validator(mode="after")
@@ -72,6 +79,7 @@ class HTTPSettings(Section):
             raise ValueError("must have no user name: address adds one with the token of the lease")
         if parts.query or parts.fragment:
             raise ValueError("must have no query and no fragment (? or #): paths are appended to it")
+        parts.hostname.encode("idna")  # clients will; raises a ValueError for labels that are too long
         return url
 
 
@@ -266,6 +274,12 @@ class Settings(BaseSettings):
     def base_url(self) -> str:
         """Base URL of the ingress for clients, without a trailing slash."""
         return (self.http.public_url or f"http://{url_host(self.http.host)}:{self.http.port}").rstrip("/")
+
+    @property
+    def served_hosts(self) -> tuple[str, ...]:
+        """Host names of the registry in lower case, as clients send them (IDNA)."""
+        published = urlsplit(self.base_url).hostname or ""
+        return published.encode("idna").decode(), self.http.host.lower(), *self.http.allowed_hosts
 
     @property
     def store_url(self) -> str:

@@ -133,7 +133,7 @@ def _with_dashboard_port(settings: Settings, port: int) -> Settings:
 def ready_lines(settings: Settings, ready: dict[str, Any]) -> list[str]:
     """Return the lines to print when the registry is ready."""
     lines = [
-        f"Registry ready:  {ready['url']}   (API: {ready['url']}/docs)",
+        f"Registry ready:  {ready['url']}   (API: {ready['url']}/openapi.json)",
         f"Ray dashboard:   {ready['dashboard']}",
     ]
     if settings.ray.address is None:

@@ -137,7 +137,9 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
     try:
         application = serve.status().applications.get(INGRESS_APP)
         if application is None or application.status is not ApplicationStatus.RUNNING:
-            config = IngressConfig(model_sources(settings), settings.models.allow_remote_code, settings.state_dir)
+            config = IngressConfig(
+                model_sources(settings), settings.models.allow_remote_code, settings.state_dir, settings.served_hosts
+            )
             serve.run_many([serve.RunTarget(ingress.deployment(config), name=INGRESS_APP, route_prefix="/")])
     except Exception as error:
         raise _start_failed("The ingress", error, settings, ray_folder) from error

@@ -95,6 +95,7 @@ class RayCluster(ClusterCalls):
                         models=self._settings.models,
                         finish_prompts=self._settings.leases.at_expiry == "finish",
                         on_machine=want.on_machine,
+                        hosts=self._settings.served_hosts,
                     ),
                     node_id=want.node_id,
                     env=forwarded_environment(),

@@ -24,6 +24,7 @@ from deployments.models.args.mapping import map_llmconfig
 from deployments.models.checkpoints import Checkpoints
 from deployments.models.small_files import FileTooLarge
 from deployments.models.sources import ModelSources
+from deployments.serve.browsers import GuardedAPI
 from deployments.serve.energy_pages import EnergyPages
 from deployments.serve.http_errors import add_error_handlers
 from deployments.serve.polls import Polls
@@ -64,6 +65,9 @@ Status words: `queued` → `deploying` → `deployed` → `released`; or `expire
 Send an `Idempotency-Key` with each POST. Then the POST can be repeated safely if its answer was lost.
 
 Errors have the format `ErrorAnswer`; below `/v1` of an LLM's `url` they have OpenAI's format, `{"error": {…}}`.
+
+Every path answers 421 to a host name that is not served (`http.allowed_hosts`). Requests that change something are
+answered 403 if they come from a web page of another origin, and 415 if a body is not JSON.
 """
 
 IDEMPOTENCY_KEY = (
@@ -75,11 +79,15 @@ IDEMPOTENCY_KEY = (
 
 @dataclass(frozen=True, slots=True)
 class IngressConfig:
-    """The settings that the ingress needs. ``state_dir`` is checked if the registry does not answer."""
+    """The settings that the ingress needs. ``state_dir`` is checked if the registry does not answer.
+
+    ``hosts``: the host names that are served, see ``BrowserGuard``.
+    """
 
     sources: ModelSources
     allow_remote_code: tuple[str, ...]
     state_dir: pathlib.Path = pathlib.Path("/")
+    hosts: tuple[str, ...] = ()
 
 
 Tenant = Annotated[
@@ -100,7 +108,7 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
 
     ``checkpoints`` estimates the memory of LLMs; None leaves it unknown.
     """
-    app = FastAPI(title=TITLE, description=DESCRIPTION, version=version("greenprompt-llm-registry"))
+    app = GuardedAPI(config.hosts, title=TITLE, description=DESCRIPTION, version=version("greenprompt-llm-registry"))
     _add_post(app, config, call, checkpoints)
     _add_requests(app, call)
     _add_measurements(app, call)

@@ -77,7 +77,7 @@ def root_router(call: Callable[..., Awaitable[Any]]) -> APIRouter:
         return {
             "service": TITLE,
             "version": version("greenprompt-llm-registry"),
-            "api": "/docs",
+            "api": "/openapi.json",
             "openapi": "/openapi.json",
             "request": "/promptingservice/request",
             "health": "/healthz",

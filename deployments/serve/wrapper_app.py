@@ -7,7 +7,9 @@ from typing import Any
 
 from ray import serve
 from ray.util.metrics import Gauge
+from starlette.types import ASGIApp
 
+from deployments.serve.browsers import BrowserGuard
 from deployments.serve.logs import configure_replica_logging
 from deployments.wrapper.config import WrapperConfig
 from deployments.wrapper.llm_wrapper import LLMWrapper
@@ -19,10 +21,15 @@ class WrapperReplica(LLMWrapper):
     async def __init__(self, config: WrapperConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """See ``LLMWrapper``. Configures the log of this process."""
         configure_replica_logging()
+        self._hosts = config.hosts
         warm = Gauge(
             "greenprompt_wrapper_warm", "1: LLMs start fast (warm); 0: they start slowly (cold)", tag_keys=("wrapper",)
         )
         await super().__init__(config, lambda is_warm: warm.set(float(is_warm), {"wrapper": config.wrapper_id}))
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        # The prompt gate itself requires JSON, where the Prompting Service's client does not send prompts.
+        return BrowserGuard(super().__serve_build_asgi_app__(), self._hosts)
 
 
 def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -> serve.Application:

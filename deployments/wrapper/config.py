@@ -15,7 +15,7 @@ class WrapperConfig:
 
     ``gpus``: number of GPUs that Ray assigns to the wrapper. ``cache_dir`` is absolute.
     ``finish_prompts``: prompts in flight are not cut when their lease expires. ``on_machine``:
-    number of wrappers that share the machine, including this one.
+    number of wrappers that share the machine, including this one. ``hosts``: the host names that are served.
     """
 
     wrapper_id: str
@@ -27,3 +27,4 @@ class WrapperConfig:
     models: ModelSettings = field(default_factory=ModelSettings)
     finish_prompts: bool = False
     on_machine: int = 1
+    hosts: tuple[str, ...] = ()

@@ -6,9 +6,12 @@ import copy
 import hashlib
 import json
 import math
+import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -410,6 +413,72 @@ def test_the_same_key_gives_the_same_requests(registry: Registry, llm: LLM, meas
     other = httpx.post(url, json={**body, "measurementId": measurement_id + 1}, headers=headers, timeout=60)
     assert (other.status_code, other.json()["code"]) == (409, "idempotency_conflict")
     registry.delete(ids[0][0])
+
+
+PAGES: dict[str, tuple[dict[str, str], int]] = {
+    "another origin": ({"Origin": "http://evil.example"}, 403),
+    "a file": ({"Origin": "null"}, 403),
+    "another port": ({"Origin": "http://127.0.0.1:1", "Sec-Fetch-Site": "same-site"}, 403),
+    "no Origin": ({"Sec-Fetch-Site": "cross-site"}, 403),
+    "DNS rebinding": ({"Host": "evil.example", "Origin": "http://evil.example"}, 421),
+}
+
+
+def test_a_web_page_changes_nothing(registry: Registry, llm: LLM, measurement_id: int) -> None:
+    """No page of another origin drains a machine, releases an LLM or prompts it, also if it knows the URLs."""
+    (request_id,) = registry.post(measurement_id, llm("a"))
+    lease = registry.until(request_id, "deployed")["url"]
+    (machine,) = registry.machines()
+    own = registry.url
+    calls = [
+        ("POST", f"{own}/machines/{machine['machine']}/drain", None),
+        ("DELETE", f"{own}/promptingservice/request/{request_id}", None),
+        ("POST", f"{own}/promptingservice/request", {"measurementId": measurement_id, "llms": [llm("a")]}),
+        ("POST", f"{lease}/process_prompt", {"question": "Whose?"}),
+        ("POST", f"{lease}/v1/completions", {"prompt": "Whose?"}),
+    ]
+    for method, url, body in calls:
+        for name, (headers, status) in PAGES.items():
+            answer = httpx.request(method, url, json=body, headers=headers, timeout=60)
+            assert answer.status_code == status, (name, method, url)
+    assert registry.machines()[0]["drain"] is None
+    assert registry.get(request_id)["status"] == "deployed"
+    models = httpx.get(f"{lease}/v1/models", headers={"Origin": "http://evil.example"}, timeout=60)
+    assert models.status_code == 200  # but no page of that origin can read it:
+    assert [name for name in models.headers if name.startswith("access-control-")] == []
+    assert (models.headers["cache-control"], models.headers["x-content-type-options"]) == ("no-store", "nosniff")
+    assert registry.delete(request_id) == 204
+
+
+HEADS = {
+    "a name": ("GET /machines HTTP/1.1\r\nHost: evil.example", {421}),
+    "a name in the target": ("GET http://evil.example/machines HTTP/1.1\r\nHost: localhost", {400, 421}),
+    "a name in both": ("GET http://evil.example/machines HTTP/1.1\r\nHost: evil.example", {421}),
+    "no host": ("GET /machines HTTP/1.1", {400}),
+    "an empty host": ("GET /machines HTTP/1.1\r\nHost:", {400}),
+    "two hosts": ("GET /machines HTTP/1.1\r\nHost: localhost\r\nHost: evil.example", {400}),
+    "our host": ("GET /machines HTTP/1.1\r\nHost: LocalHost.:1", {200}),
+    "our host in the target": ("GET http://localhost/machines HTTP/1.1\r\nHost: localhost", {200}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_other_hosts_are_not_served(registry: Registry, name: str) -> None:
+    """Whatever way a request names its host, only the registry's own are served."""
+    head, statuses = HEADS[name]
+    parts = urlsplit(registry.url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
+        connection.sendall(f"{head}\r\nConnection: close\r\n\r\n".encode())
+        answer = connection.makefile("rb").readline()
+    assert int(answer.split()[1]) in statuses
+
+
+@pytest.mark.parametrize("words", [("-X", "POST"), ("-X", "DELETE")])
+def test_curl_is_not_refused(registry: Registry, words: tuple[str, ...]) -> None:
+    """A program that sends no body and no type may change something: the answer says that there is no such machine."""
+    command = ["curl", "-s", *words, f"{registry.url}/machines/nowhere/drain"]
+    answer = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert json.loads(answer.stdout)["code"] == "unknown_machine"
 
 
 def test_the_information_pages_answer(registry: Registry) -> None:

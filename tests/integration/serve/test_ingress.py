@@ -72,7 +72,7 @@ def registry() -> FakeRegistry:
 @pytest.fixture
 async def http(registry: FakeRegistry) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=build_app(CONFIG, registry.call))
-    async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         yield client
 
 
@@ -131,7 +131,7 @@ async def test_what_is_known_of_memory_is_passed_on(registry: FakeRegistry, tmp_
     config = IngressConfig(ModelSources(True, (tmp_path,), tmp_path), ())
     app = build_app(config, registry.call, checkpoints_here())
     body = {**BODY, "llms": [{**LLM, "model": "org/never-loaded-here"}, {**LLM, "model": "known"}]}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://registry") as http:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as http:
         assert (await http.post(REQUEST, json=body)).status_code == 201
     unknown, known = registry.calls[0][1][1]
     assert unknown.memory is None
@@ -569,7 +569,7 @@ async def test_fault_of_ours_is_an_error_in_our_form(registry: FakeRegistry) -> 
     """What nobody foresaw is a 500 in our form that gives nothing away; the server's log gets it."""
     registry.error = ZeroDivisionError("secret")
     transport = httpx.ASGITransport(app=build_app(CONFIG, registry.call), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
         answer = await http.get("/machines")
     assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
     assert "secret" not in answer.text

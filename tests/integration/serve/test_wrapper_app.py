@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from starlette.responses import PlainTextResponse
 
+from deployments.engine.vllm_api import _PUBLIC
 from deployments.models.sources import ModelSources
 from deployments.serve import wrapper_app
 from deployments.serve.wrapper_app import WrapperReplica
@@ -65,3 +68,39 @@ def test_a_replica_logs_to_its_first_standard_error() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     line = json.loads(done.stderr.splitlines()[-1])
     assert (line["event"], line["model"], done.stdout) == ("an LLM runs", "tiny", "")
+
+
+OWN = "head.example:8000"
+CHANGING = sorted({("POST", "/process_prompt"), ("PUT", "/unknown")} | {each for each in _PUBLIC if each[0] != "GET"})
+
+
+@pytest.mark.parametrize(("method", "path"), CHANGING)
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": f"http://{OWN}"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Host": "evil.example", "Origin": "http://evil.example"}, 421),
+    ],
+)
+async def test_a_wrapper_is_guarded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    """No path of a lease lets a foreign page prompt, also where it knows the URL; other hosts are not served."""
+
+    async def init(wrapper: Any, _config: WrapperConfig, _show_warm: Callable[[bool], None]) -> None:
+        wrapper._prompts = PlainTextResponse("prompted")
+
+    monkeypatch.setattr(wrapper_app, "Gauge", lambda *_, **__: None)
+    monkeypatch.setattr(LLMWrapper, "__init__", init)
+    monkeypatch.delattr(LLMWrapper, "__del__")  # Serve awaits it, Python's collector can't
+    sources, hosts = ModelSources(True, (), tmp_path), ("head.example",)
+    config = WrapperConfig("a-0", 0, WrapperSettings(), EnergySettings(), sources, tmp_path, hosts=hosts)
+    replica: Any = WrapperReplica.__new__(WrapperReplica)
+    await replica.__init__(config)
+    transport = httpx.ASGITransport(app=replica.__serve_build_asgi_app__())
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://{OWN}") as http:
+        answer = await http.request(method, f"/token{path}", headers=headers)
+    assert (answer.status_code, answer.headers["cache-control"]) == (status, "no-store")

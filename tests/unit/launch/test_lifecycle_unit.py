@@ -393,7 +393,7 @@ def test_people_are_told_where_it_is(settings: Settings) -> None:
     """The addresses are told, and where the dashboard's token lies if the cluster is ours."""
     ready = {"url": "http://x", "dashboard": "http://d"}
     text = "\n".join(ready_lines(settings, ready))
-    assert "http://x/docs" in text
+    assert "http://x/openapi.json" in text
     assert "http://d" in text
     assert str(settings.state_dir / "ray-token") in text
     joined = settings.model_copy(update={"ray": settings.ray.model_copy(update={"address": "auto"})})

@@ -122,7 +122,7 @@ async def test_a_csv_that_ends_early_is_not_whole(registry: FakeRegistry, monkey
         "method": "GET",
         "path": "/measurements/7/report",
         "query_string": b"format=csv",
-        "headers": [],
+        "headers": [(b"host", b"127.0.0.1")],
     }
     app = build_app(IngressConfig(ModelSources(True, (), Path("/")), ()), call)
     with pytest.raises(RuntimeError, match="response already started"):

@@ -17,7 +17,7 @@ from deployments.serve.http_app import IngressConfig, build_app
 from tests.support.fake_registry import FakeRegistry
 
 REGISTRY = FakeRegistry()
-APP = build_app(IngressConfig(ModelSources(True, (), Path("/")), ()), REGISTRY.call)
+APP = build_app(IngressConfig(ModelSources(True, (), Path("/")), (), hosts=("testserver",)), REGISTRY.call)
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
 
 
@@ -58,7 +58,7 @@ async def test_what_can_be_read_in_two_ways_is_refused(
     """Every route with a body refuses a key that occurs twice, at any depth, and names it; nothing is asked for."""
     body, told = AMBIGUOUS[name]
     headers = {} if content_type is None else {"Content-Type": content_type}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=APP), base_url="http://registry") as http:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=APP), base_url="http://127.0.0.1") as http:
         answer = await http.request(method, path, content=body, headers=headers)
     assert answer.status_code == 422
     assert (answer.json()["field"], answer.json()["message"]) == ("body", f"body: {told}")

@@ -33,7 +33,7 @@ def registry() -> FakeRegistry:
 @pytest.fixture
 async def http(registry: FakeRegistry) -> AsyncIterator[httpx.AsyncClient]:
     app = build_app(IngressConfig(ModelSources(True, (), Path("/")), ()), registry.call)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://ingress") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
         yield client
 
 

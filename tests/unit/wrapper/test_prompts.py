@@ -374,7 +374,7 @@ async def test_question_may_have_any_type(wrapper: Wrapper, content_type: str | 
     assert answer.status == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize"])
+@pytest.mark.parametrize("path", sorted(path for method, path in _PUBLIC if method != "GET"))
 @pytest.mark.parametrize("content_type", [None, "text/plain", "application/jsonl"])
 async def test_wrong_type_is_named(wrapper: Wrapper, path: str, content_type: str | None) -> None:
     """The engine's own API takes JSON that says so: another type is a 415 that names it, and nothing is counted."""
