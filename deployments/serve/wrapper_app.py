@@ -8,6 +8,7 @@ from typing import Any
 from ray import serve
 from ray.util.metrics import Gauge
 
+from deployments.machine.worker_environment import load_secrets
 from deployments.wrapper.config import WrapperConfig
 from deployments.wrapper.llm_wrapper import LLMWrapper
 
@@ -17,6 +18,7 @@ class WrapperReplica(LLMWrapper):
 
     async def __init__(self, config: WrapperConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """See ``LLMWrapper``."""
+        load_secrets()
         warm = Gauge("greenprompt_wrapper_warm", "1: LLMs start warm; 0: by the slow way", tag_keys=("wrapper",))
         await super().__init__(config, lambda is_warm: warm.set(float(is_warm), {"wrapper": config.wrapper_id}))
 
@@ -25,7 +27,7 @@ def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -
     """Return the Serve application of one wrapper, pinned to its node, with its GPUs reserved through Ray.
 
     Control calls and prompts share the replica, and Serve's limit on calls would delay both. So
-    back-pressure comes from the wrapper's own limit on prompts.
+    back-pressure comes from the wrapper's own limit on prompts. ``env`` must contain no secret: Ray logs it.
     """
     options: dict[str, Any] = {
         "num_cpus": 0,
