@@ -156,7 +156,7 @@ core.register_action("greenprompt_turn", { "http-req" }, function(txn)
 end, 0)
 """
 
-# D110: the admin socket is its owner's
+# D130: the admin socket is its owner's
 # Serve opens HAProxy's admin socket to all users of the machine; whoever can write to it can end the registry.
 _OWN_SOCKET = r"s/^([[:space:]]*stats socket .* mode )666 /\1600 /" + "\n"
 

@@ -244,10 +244,8 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
         path = settings.state_dir / "up.json"
 
         def record(**what: Any) -> None:
-            temporary = path.with_suffix(".tmp")
             try:
-                write_private(temporary, json.dumps(what))
-                temporary.replace(path)
+                write_private(path, json.dumps(what))
             except OSError as error:
                 raise BadSettings("state_dir", f"{path} can't be written ({error.strerror})") from error
 

@@ -87,7 +87,7 @@ def start_ray(options: Sequence[str]) -> bool:
         return _start_ray(_in_own_folder(folder, _for_the_monitor(options)), folder)
 
 
-# D110: a folder of our own
+# D130: a folder of our own
 def node_folder() -> Path:
     """Create the folder of this user's files on this machine, which only this user can enter.
 

@@ -68,12 +68,14 @@ def _for_owner(path: str, flags: int) -> int:
 
 
 def write_private(file: Path, text: str, *, executable: bool = False) -> None:
-    """Replace a file by one that only its owner can read and write, whatever the umask says.
+    """Replace a file, in one step, by one that only its owner can read and write, whatever the umask says.
 
     The folder must not be writable by others.
     """
-    file.unlink(missing_ok=True)  # keeps neither the mode of an old file nor the target of a link
-    with open_private(file, "x") as opened:
+    new = file.with_name(f"{file.name}.new")
+    new.unlink(missing_ok=True)  # of a crash
+    with open_private(new, "x") as opened:
         opened.write(text)
         if executable:
             os.fchmod(opened.fileno(), stat.S_IRWXU)
+    new.replace(file)  # keeps neither the mode of an old file nor the target of a link

@@ -49,7 +49,7 @@ def secret_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in _for_models(environment) if _is_secret(name, value)}
 
 
-# D110: secrets reach processes by a file
+# D130: secrets reach processes by a file
 def hide_secrets(folder: Path, environment: MutableMapping[str, str]) -> None:
     """Move the secrets from an environment, which Ray's processes inherit, to a file in a private folder.
 

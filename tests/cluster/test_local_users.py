@@ -82,13 +82,28 @@ def test_nothing_of_ours_is_open_to_other_users(
     folder = cluster_folder(registry)
     roots = [folder, registry.folder / "state", registry.folder / "cache"]
     assert [stat.S_IMODE(root.stat().st_mode) for root in roots] == [0o700] * 3
-    assert [line for root in roots[:2] for line in open_below(root)] == []
+    found = [line for root in roots[:2] for line in open_below(root)]
+    print("\n".join(found))
+    import subprocess
+
+    print(
+        subprocess.run(
+            ["ls", "-laR", str(folder / "h"), str(registry.folder / "state")], capture_output=True, text=True
+        ).stdout
+    )
+    print(
+        subprocess.run(
+            "find /dev/shm /tmp -maxdepth 1 -perm /o+rw | xargs ls -lad", shell=True, capture_output=True, text=True
+        ).stdout
+    )
     seen = sorted({(name, path) for name, path in used(registry.processes())})
+    print(seen)
     assert any("admin.sock" in str(path) for _, path in seen), seen
     assert any("plasma" in str(path) for _, path in seen), seen
     strange = [(name, str(path)) for name, path in seen if not path.is_absolute()]  # abstract: anyone may connect
-    assert strange == []
+    print(strange)
     assert [(name, str(path)) for name, path in seen if path.exists() and reachable(path)] == []
+    assert 0
 
 
 def environment_of(process: psutil.Process) -> str:
