@@ -73,7 +73,10 @@ REMOVE_TIMEOUT_S = 5.0
 """Longest time for removing a cluster's folder, seconds."""
 
 TEMPORARY = "t"
-"""Subfolder for temporary files of all parts of the cluster."""
+"""Subfolder for temporary files of all parts of the cluster; also on a node, unless the operator sets TMPDIR."""
+
+HAPROXY_FOLDER = "h"
+"""Subfolder for HAProxy's files and sockets."""
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
@@ -103,7 +106,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
         }
         if settings.http.haproxy:
             local_only = settings.http.host in LOOPBACK
-            environment |= haproxy_environment(folder / "h", ports=free_ports(3), local_only=local_only)
+            environment |= haproxy_environment(folder / HAPROXY_FOLDER, ports=free_ports(3), local_only=local_only)
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(environment)
         hide_secrets(folder, os.environ)

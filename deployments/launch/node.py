@@ -23,7 +23,7 @@ import deployments
 import registry
 from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import haproxy_environment
-from deployments.launch.local_ray import RAY_ENVIRONMENT
+from deployments.launch.local_ray import HAPROXY_FOLDER, RAY_ENVIRONMENT, TEMPORARY
 from deployments.machine.private_files import open_private, private_folder, write_private
 from deployments.machine.worker_environment import forwarded_environment, hide_secrets, secret_environment
 from deployments.serve.ray_folder import RAY_FOLDER
@@ -34,9 +34,6 @@ BASE = Path("/tmp")  # noqa: S108 - vanishes at a reboot, as Ray's processes do;
 
 RECORD = "node.json"
 """File in a node's folder that records the Ray processes of this machine, and a hash of what they were started with."""
-
-TEMPORARY = "t"
-"""Subfolder for the temporary files of all processes, unless the operator sets TMPDIR."""
 
 RAY_LIMIT_S = 120
 """Time limit of ``ray start`` and ``ray stop``, seconds."""
@@ -148,7 +145,7 @@ def node_environment(folder: Path) -> dict[str, str]:
         **_FOUND_SOON,
         **_OUTLIVE_THE_HEAD,
         **_KNOWS_THE_HEAD,
-        **haproxy_environment(folder / "h"),
+        **haproxy_environment(folder / HAPROXY_FOLDER),
     }
 
 
