@@ -29,6 +29,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[]
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(node, "BASE", tmp_path)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))  # for the state of Ray's launcher
     monkeypatch.delenv("TMPDIR", raising=False)
     monkeypatch.setattr(node, "_ray_processes", lambda: [["raylet", 1, 2.0]] if calls.exists() else [])
     program = tmp_path / "ray"
