@@ -15,8 +15,8 @@ from registry.strict_yaml import STRICT_JSON
 
 ENV_PREFIX: Final = "GREENPROMPT_"
 
-NOT_SETTINGS: Final = ("URL", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_PRELOAD")
-"""Variables with our prefix that are not settings: the command line reads them, or wrappers set them for engines."""
+NOT_SETTINGS: Final = ("URL", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_PRELOAD", "SECRETS_FILE")
+"""Variables with our prefix that are not settings: the command line reads them, or parts set them for others."""
 
 EMPTY: Final = "is empty; leave it out, or give it a value"
 EMPTY_VARIABLE: Final = "is empty; unset it, or give it a value"

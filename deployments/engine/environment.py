@@ -18,6 +18,7 @@ from deployments.engine.phases import Phase
 from deployments.engine.root_cause import ERROR_FORMAT, root_cause
 from deployments.engine.warm.forkserver import forkserver_variables
 from deployments.engine.warm.patches import PHASE_FILE
+from deployments.machine.private_files import is_private
 
 _PREFIX = "gp-engine-"
 _LOCK, _SHARED_MEMORY = "owner.lock", "shared_memory"
@@ -221,12 +222,15 @@ def remove_shared_memory(base: Path) -> None:
 
 
 def remove_orphans() -> None:
-    """Remove the directories whose owner was killed; their lock is free."""
-    for directory in _base().glob(f"{_PREFIX}*"):
+    """Remove the directories of this user whose owner was killed; their lock is free.
+
+    Directories that other users could have made are left alone: they list files that would be removed.
+    """
+    for directory in filter(is_private, _base().glob(f"{_PREFIX}*")):
         try:
             with (directory / _LOCK).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove_shared_memory(directory)
                 shutil.rmtree(directory)
-        except (FileNotFoundError, NotADirectoryError, PermissionError, BlockingIOError):
-            continue  # being created, owned by another user, or in use
+        except (FileNotFoundError, NotADirectoryError, BlockingIOError):
+            continue  # being created, or in use

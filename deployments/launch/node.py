@@ -21,16 +21,19 @@ import psutil
 
 import deployments
 import registry
+from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import haproxy_environment
-from deployments.launch.local_ray import RAY_ENVIRONMENT
-from deployments.machine.worker_environment import forwarded_environment
-from registry.errors import BadSettings, StartFailed
+from deployments.launch.local_ray import HAPROXY_FOLDER, RAY_ENVIRONMENT, TEMPORARY
+from deployments.machine.private_files import open_private, private_folder, write_private
+from deployments.machine.worker_environment import forwarded_environment, hide_secrets, secret_environment
+from deployments.serve.ray_folder import RAY_FOLDER
+from registry.errors import StartFailed
 
-HAPROXY_HOME = Path("/tmp/gp-haproxy")  # noqa: S108 - HAProxy's socket paths have at most 97 characters
-"""Folder of HAProxy's files on a node."""
+BASE = Path("/tmp")  # noqa: S108 - vanishes at a reboot, as Ray's processes do; socket paths must be short
+"""Where a node's folder is made."""
 
-RECORD = Path("/tmp/gp-node.json")  # noqa: S108 - must vanish at a reboot, as the processes that it describes
-"""File that records the Ray processes of this machine, and a hash of what they were started with."""
+RECORD = "node.json"
+"""File in a node's folder that records the Ray processes of this machine, and a hash of what they were started with."""
 
 RAY_LIMIT_S = 120
 """Time limit of ``ray start`` and ``ray stop``, seconds."""
@@ -68,33 +71,58 @@ def start_ray(options: Sequence[str]) -> bool:
     Blocks up to 2 * RAY_LIMIT_S, and before that for an earlier call on this machine.
 
     Raises:
-        BadSettings: HAProxy's package is not installed or does not fit this version of Ray,
-            ~/.ray/auth_token is missing, or the autoscaling configuration can't be read.
+        BadSettings: HAProxy's package is not installed or does not fit this version of Ray, the access token is
+            missing or open to others, the node's folder is not this user's alone, or the autoscaling configuration
+            can't be read.
         StartFailed: Ray does not start; its own message is on standard output.
     """
     # If a launcher loses its connection, it retries while its first command still runs here: without the lock there
     # would be two raylets.
-    with RECORD.with_suffix(".lock").open("w") as lock:
+    folder = node_folder()
+    with open_private(folder / "node.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _start_ray(_for_the_monitor(options))
+        return _start_ray(_in_own_folder(folder, _for_the_monitor(options)), folder)
 
 
-def _start_ray(options: Sequence[str]) -> bool:
-    environment = node_environment()
+# D130: a folder of our own
+def node_folder() -> Path:
+    """Create the folder of this user's files on this machine, which only this user can enter.
+
+    Raises:
+        BadSettings: It exists, and belongs to another user or is open to others.
+    """
+    return private_folder(BASE / f"gp-{os.geteuid()}")
+
+
+def _in_own_folder(folder: Path, options: Sequence[str]) -> Sequence[str]:
+    """Put Ray's files below the node's folder, because Ray opens its own to all users; the operator's choice is kept.
+
+    With Ray's socket anyone could run code, with its logs read what is logged.
+    """
+    if any(option.startswith("--temp-dir") for option in options):
+        return options
+    return [*options, f"--temp-dir={folder / RAY_FOLDER}"]
+
+
+def _start_ray(options: Sequence[str], folder: Path) -> bool:
+    environment = node_environment(folder)
     told = {name: value for name, value in os.environ.items() if name.startswith(_RAYS_STORE)} | forwarded_environment()
+    told |= secret_environment(os.environ)
     started_with = [item for item in sorted((told | environment).items()) if item[0] not in _NOT_OURS]
     wanted = hashlib.sha256(json.dumps([_code(), started_with, *options]).encode()).hexdigest()
     running = _ray_processes()
     # D35: a node is started once
-    if running and _record() == {"wanted": wanted, "running": running}:
+    if running and _record(folder) == {"wanted": wanted, "running": running}:
         return False
+    environment = {name: value for name, value in os.environ.items() if name not in _NOT_OURS} | environment
+    hide_secrets(folder, environment)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # inherited by Ray's processes
     for command in (["stop"], ["start", _NO_LOG_MONITOR, *options]):
         try:
             done = subprocess.run(
                 [Path(sys.executable).with_name("ray"), *command],
-                env={name: value for name, value in os.environ.items() if name not in _NOT_OURS} | environment,
+                env=environment,
                 timeout=RAY_LIMIT_S,
                 check=False,
             )
@@ -102,23 +130,22 @@ def _start_ray(options: Sequence[str]) -> bool:
             raise StartFailed(f"ray {command[0]} was not done after {RAY_LIMIT_S} s") from error
         if done.returncode:
             raise StartFailed(f"ray {command[0]} ended with {done.returncode}")
-    RECORD.write_text(json.dumps({"wanted": wanted, "running": _ray_processes()}), encoding="utf-8")
+    write_private(folder / RECORD, json.dumps({"wanted": wanted, "running": _ray_processes()}))
     return True
 
 
-def node_environment() -> dict[str, str]:
-    """Return the environment of Ray's processes on a node; writes HAProxy's files. Raises BadSettings."""
-    if not (Path.home() / ".ray" / "auth_token").exists():
-        raise BadSettings(
-            "~/.ray/auth_token", "is missing; create one for all nodes with `ray get-auth-token --generate`"
-        )
+def node_environment(folder: Path) -> dict[str, str]:
+    """Return the environment of Ray's processes on a node; writes HAProxy's files to its folder. Raises BadSettings."""
+    require_own_token()
+    temporary = private_folder(folder / TEMPORARY)
     return {
+        **({} if "TMPDIR" in os.environ else {"TMPDIR": str(temporary)}),
         **RAY_ENVIRONMENT,
         "RAY_AUTH_MODE": "token",  # Ray's ports run code for anyone who can reach them
         **_FOUND_SOON,
         **_OUTLIVE_THE_HEAD,
         **_KNOWS_THE_HEAD,
-        **haproxy_environment(HAPROXY_HOME),
+        **haproxy_environment(folder / HAPROXY_FOLDER),
     }
 
 
@@ -146,8 +173,8 @@ def _ray_processes() -> list[list[object]]:
     return sorted([process.info["name"], process.pid, process.create_time()] for process in needed)
 
 
-def _record() -> object:
+def _record(folder: Path) -> object:
     try:
-        return json.loads(RECORD.read_bytes())
+        return json.loads((folder / RECORD).read_bytes())
     except (FileNotFoundError, ValueError):  # missing, or truncated by a crash: treat as missing
         return None

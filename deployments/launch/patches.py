@@ -59,6 +59,11 @@ HAPROXY: Final = tuple(
             r"^  bind \*:.*stats_port",
         ),
         (
+            "`stats socket … mode 666`",
+            "HAProxy's admin socket is for its owner only",
+            r"^    stats socket .* mode 666 ",
+        ),
+        (
             "`errorfile`",
             "HAProxy's own answers have our error format",
             r"^    errorfile 502 ",

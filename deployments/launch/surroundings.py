@@ -16,6 +16,7 @@ import psutil
 
 from deployments.launch.local_ray import free_ports, require_free_port
 from deployments.machine.disk import disk_problem
+from deployments.machine.private_files import require_unchanged_by_others
 from registry.errors import BadSettings
 from registry.settings import Settings, url_host
 from registry.wire.http import LOOPBACK
@@ -53,7 +54,7 @@ def require_writable(folder: Path, setting: str) -> None:
         BadSettings: It can't be created or written, or its disk is full; names the setting.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0" * 4096)
             file.flush()
@@ -101,10 +102,11 @@ def check(settings: Settings) -> None:
     """Check what a local start needs. Raise the limit of open files, and set NO_PROXY, for its processes.
 
     Raises:
-        BadSettings: A folder or a limit does not allow the start.
+        BadSettings: A folder or a limit does not allow the start, or every user can write to a folder.
     """
     for folder, setting in ((settings.state_dir, "state_dir"), (settings.cache_dir, "cache_dir")):
         require_writable(folder, setting)
+        require_unchanged_by_others(folder, setting)
     require_writable(Path("/tmp"), "/tmp")  # noqa: S108 - Ray's socket paths must be short
     if settings.http.haproxy:
         require_open_files()

@@ -1,8 +1,20 @@
-"""The variables of the operator's environment that are passed on to Ray workers."""
+"""The variables of the operator's environment that reach Ray workers, and the way by which the secret ones do.
+
+Ray writes the variables of a ``runtime_env`` to its logs and to its state, and every process of a cluster inherits
+those of the process that starts Ray. So secrets take neither way: whoever starts Ray moves them to a file, and only
+the parts that use the Hugging Face hub read it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Final
+
+from deployments.machine.private_files import write_private
 
 _PREFIXES = ("HF_", "HUGGING_FACE_", "VLLM_", "TRANSFORMERS_", "OMP_", "CUDA_DEVICE_ORDER")
 
@@ -12,14 +24,60 @@ PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 """Variables with the paths of trusted certificates."""
 
+SECRETS_FILE: Final = "GREENPROMPT_SECRETS_FILE"
+"""Variable with the path of the file that holds the secret variables."""
+
+FILE_NAME: Final = "secrets.json"
+"""Name of that file."""
+
+NOT_FOR_RAY: Final = ("GREENPROMPT_DATABASE_URL",)
+"""Secrets that the settings have already brought to where they are used."""
+
+_SECRET_NAME = re.compile(r"(?<!DISABLE_IMPLICIT)_(TOKEN|KEY|SECRET|PASSWORD)$")
+
 
 def forwarded_environment() -> dict[str, str]:
-    """Return the variables that Ray workers need to load models as in the operator's shell.
+    """Return the variables that Ray workers need to load models as in the operator's shell, without secrets.
 
     Proxy variables are included in every spelling, since programs read different ones.
     """
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(_PREFIXES) or name.upper() in PROXY_VARIABLES or name in CERTIFICATE_VARIABLES
-    }
+    return {name: value for name, value in _for_models(os.environ) if not _is_secret(name, value)}
+
+
+def secret_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the secret ones of these variables: tokens and keys, and URLs that contain a user or a password."""
+    return {name: value for name, value in _for_models(environment) if _is_secret(name, value)}
+
+
+# D130: secrets reach processes by a file
+def hide_secrets(folder: Path, environment: MutableMapping[str, str]) -> None:
+    """Move the secrets from an environment, which Ray's processes inherit, to a file in a private folder.
+
+    ``load_secrets`` reads it.
+    """
+    secrets, file = secret_environment(environment), folder / FILE_NAME
+    write_private(file, json.dumps(secrets))
+    environment[SECRETS_FILE] = str(file)
+    for name in (*secrets, *NOT_FOR_RAY):
+        environment.pop(name, None)
+
+
+def load_secrets() -> None:
+    """Set the secret variables in this process and its future children. Other users can't read them in ``/proc``.
+
+    Does nothing if Ray was started in another way: its processes then have inherited the operator's variables.
+    """
+    if (file := os.environ.get(SECRETS_FILE)) is not None:
+        os.environ.update(json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+def _for_models(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for name, value in environment.items():
+        if name.startswith(_PREFIXES) or name.upper() in PROXY_VARIABLES or name in CERTIFICATE_VARIABLES:
+            yield name, value
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Whether a variable is a token, a key, or a URL with credentials (of a proxy also without a scheme)."""
+    may_have_credentials = "://" in value or name.upper() in PROXY_VARIABLES
+    return _SECRET_NAME.search(name) is not None or (may_have_credentials and "@" in value)

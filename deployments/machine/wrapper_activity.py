@@ -34,7 +34,7 @@ class WrapperActivity:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._own = directory / wrapper_id
-        self._file = os.open(self._own, os.O_RDWR | os.O_CREAT, 0o644)  # stays open for the life of the process
+        self._file = os.open(self._own, os.O_RDWR | os.O_CREAT, 0o600)  # stays open for the life of the process
         pid, started = process or (os.getpid(), _started(os.getpid()))
         text = f"{pid} {started}\n".encode()
         os.pwrite(self._file, text, 0)

@@ -12,6 +12,8 @@ RAY_FOLDER = "r"
 def keep_logs(folder: Path, kept: Path) -> Path:
     """Copy a failed cluster's logs out of its folder, which will be removed; replaces earlier copies."""
     shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(mode=0o700, parents=True, exist_ok=True)  # the copies have the modes that Ray gave the logs
     for logs in folder.glob(f"{RAY_FOLDER}/session_2*/logs"):
         shutil.copytree(logs, kept, dirs_exist_ok=True)
+    kept.chmod(0o700)
     return kept

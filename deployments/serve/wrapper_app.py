@@ -9,6 +9,7 @@ from ray import serve
 from ray.util.metrics import Gauge
 from starlette.types import ASGIApp
 
+from deployments.machine.worker_environment import load_secrets
 from deployments.serve.browsers import BrowserGuard
 from deployments.serve.logs import configure_replica_logging
 from deployments.wrapper.config import WrapperConfig
@@ -21,6 +22,7 @@ class WrapperReplica(LLMWrapper):
     async def __init__(self, config: WrapperConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """See ``LLMWrapper``. Configures the log of this process."""
         configure_replica_logging()
+        load_secrets()
         self._hosts = config.hosts
         warm = Gauge(
             "greenprompt_wrapper_warm", "1: LLMs start fast (warm); 0: they start slowly (cold)", tag_keys=("wrapper",)
@@ -36,7 +38,7 @@ def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -
     """Return the Serve application of one wrapper, pinned to its node, with its GPUs reserved through Ray.
 
     Control calls and prompts share the replica, and Serve's limit on calls would delay both. So
-    back-pressure comes from the wrapper's own limit on prompts.
+    back-pressure comes from the wrapper's own limit on prompts. ``env`` must contain no secret: Ray logs it.
     """
     options: dict[str, Any] = {
         "num_cpus": 0,

@@ -1,4 +1,4 @@
-"""The commands of the registry's own machine: up, down, ray-start, demo. They need the extra ``server``."""
+"""The commands of the registry's own machine: up, down, ray-token, ray-start, demo. They need the extra ``server``."""
 
 from __future__ import annotations
 
@@ -56,6 +56,16 @@ def down(config: ConfigOption = DEFAULT_CONFIG, address: AddressOption = None) -
         from deployments.launch import lifecycle
 
     lifecycle.end(_settings(config, address), say=say)
+
+
+@app.command("ray-token")
+def ray_token() -> None:
+    """Make the access token of a cluster, in '~/.ray/auth_token', unless there is one; only you can read it."""
+    with needs("server"):
+        from deployments.launch.access_token import make_token, token_path
+
+    path = token_path()
+    console.print(f"{path} was made." if make_token(path) else f"{path} is there already.", soft_wrap=True)
 
 
 @app.command("ray-start", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -25,6 +26,9 @@ UP_LIMIT_S = 240
 DOWN_LIMIT_S = 150
 DEPLOY_LIMIT_S = 120
 MAX_IN_FLIGHT = 8
+
+SECRETS = {"HF_TOKEN": f"hf_{secrets.token_hex(16)}", "HTTPS_PROXY": f"http://me:{secrets.token_hex(16)}@127.0.0.1:9"}
+"""Secret variables of the operator's shell, with which the registry of the session is started."""
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -180,7 +184,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def running(workspace: Path) -> Iterator[Registry]:
     """One registry for all tests of the session."""
-    registry = start(workspace, wrappers={"max_prompts_in_flight": MAX_IN_FLIGHT}, watch={"period_s": 0.25})
+    registry = start(workspace, SECRETS, wrappers={"max_prompts_in_flight": MAX_IN_FLIGHT}, watch={"period_s": 0.25})
     yield registry
     stop(registry)
 

@@ -176,11 +176,11 @@ def test_orphans_are_removed(temporary: Path) -> None:
     memory = temporary / "psm_1"
     memory.touch()
     orphan = temporary / "gp-engine-orphan"
-    orphan.mkdir()
+    orphan.mkdir(mode=0o700)
     (orphan / "owner.lock").touch()
     (orphan / "shared_memory").write_text(f"{memory}\n{temporary / 'gone already'}\n")
     foreign = temporary / "gp-engine-foreign"
-    foreign.mkdir()
+    foreign.mkdir(mode=0o700)
     environment = EngineEnvironment(temporary / "cache", cpu_threads=1)
     remove_orphans()
     assert environment.directory.exists()
@@ -188,6 +188,21 @@ def test_orphans_are_removed(temporary: Path) -> None:
     assert not orphan.exists()
     assert not memory.exists()
     environment.close()
+
+
+def test_what_another_user_could_have_made_is_no_orphan(temporary: Path) -> None:
+    """A folder that is open, or a link, is left alone: in /tmp anyone could make it list files of ours to remove."""
+    ours = temporary / "registry.db"
+    ours.touch()
+    planted = temporary / "gp-engine-planted"
+    planted.mkdir()
+    planted.chmod(0o755)
+    (planted / "owner.lock").touch()
+    (planted / "shared_memory").write_text(f"{ours}\n")
+    (temporary / "gp-engine-link").symlink_to(planted)
+    remove_orphans()
+    assert ours.exists()
+    assert planted.exists()
 
 
 def test_a_start_finds_nothing_of_the_one_before(temporary: Path) -> None:

@@ -243,7 +243,7 @@ def cluster(net: Network) -> Iterator[Cluster]:
         cluster.describe(*workers)
         # The desk has the launcher as any of the machines has it.
         desk.run("echo 'export PATH=$HOME/greenprompt/.venv/bin:$PATH' >> ~/.bashrc")
-        desk.run("ray get-auth-token --generate")
+        desk.run("greenprompt ray-token")
         print(cluster.ray("up -y ~/cluster.yaml"))
         yield cluster
         print(cluster.ray("down -y ~/cluster.yaml"))

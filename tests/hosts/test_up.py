@@ -99,7 +99,7 @@ def test_a_machine_more_and_one_less(cluster: Cluster) -> None:
 def test_a_machine_that_could_not_be_started_is_tried_again(cluster: Cluster) -> None:
     """One that was off until starting it had failed is back and leased, without help, when it is on again."""
     cluster.until_ready("w1", "w2")
-    failures = "grep -c 'Terminating the node .*(launch failed)' /tmp/ray/session_latest/logs/monitor.log"
+    failures = "grep -c 'Terminating the node .*(launch failed)' /tmp/gp-*/r/session_latest/logs/monitor.log"
     machine, before = cluster.net.host("w1"), cluster.head.run(failures, check=False)
     machine.power_off()
     took_s = until(lambda: cluster.head.run(failures, check=False) != before, 2 * SSH_WAIT_S + READY_LIMIT_S)

@@ -8,8 +8,10 @@ import os
 import re
 import select
 import socket
+import stat
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -248,10 +250,44 @@ def test_a_configuration_that_is_wrong_is_said(tmp_path: Path) -> None:
     assert "no-such-word" in done.stderr
 
 
+def test_files_and_sockets_are_for_their_owner(tmp_path: Path) -> None:
+    """Other users can neither read nor replace HAProxy's files; its admin socket, which Serve opens, is closed."""
+    before = os.umask(0)
+    try:
+        environment = haproxy_environment(tmp_path / "h")
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "h", *(tmp_path / "h").iterdir()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o600, 0o700}
+    config, admin = Path(environment["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]), tmp_path / "h" / "admin.sock"
+    script = environment["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    with socket.create_server(("127.0.0.1", 0)) as front:
+        config.write_text(
+            f"global\n    stats socket {admin} mode 666 level admin expose-fd listeners\n"
+            "defaults\n    mode http\n    timeout client 9s\n    timeout connect 9s\n    timeout server 9s\n"
+            f"frontend http_frontend\n    bind fd@{front.fileno()}\n    http-request return status 200\n"
+        )
+        config.chmod(0o666)
+        with subprocess.Popen([script, "-db", "-f", config], pass_fds=[front.fileno()]) as haproxy:
+            deadline_s = time.monotonic() + 60
+            while not admin.exists() and time.monotonic() < deadline_s:
+                time.sleep(0.05)
+            mode = stat.S_IMODE(admin.stat().st_mode)
+            haproxy.kill()
+    assert mode == 0o600
+    assert stat.S_IMODE(config.stat().st_mode) == 0o600
+
+
 @pytest.mark.parametrize(
-    "line", ["log /dev/log local0 notice", "log stdout format raw local0", "option  splice-request"]
+    "line",
+    [
+        "log /dev/log local0 notice",
+        "log stdout format raw local0",
+        "option  splice-request",
+        "stats socket /run/x level admin",
+    ],
 )
-def test_a_configuration_that_would_log_tokens_is_refused(tmp_path: Path, fake_haproxy: Path, line: str) -> None:
+def test_a_configuration_that_would_log_or_admit_is_refused(tmp_path: Path, fake_haproxy: Path, line: str) -> None:
     """A line that the changes no longer remove ends HAProxy's start, and is named; `log global` alone is harmless."""
     script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     config = tmp_path / "haproxy.cfg"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +28,14 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[]
     (tmp_path / "home" / ".ray" / "auth_token").write_text("x")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(node, "RECORD", tmp_path / "node.json")
-    monkeypatch.setattr(node, "HAPROXY_HOME", tmp_path / "h")
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(node, "BASE", tmp_path)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))  # for the state of Ray's launcher
+    monkeypatch.delenv("TMPDIR", raising=False)
     monkeypatch.setattr(node, "_ray_processes", lambda: [["raylet", 1, 2.0]] if calls.exists() else [])
     program = tmp_path / "ray"
     program.write_text(
-        f'#!/bin/sh\necho "$*|$RAY_AUTH_MODE|$OMP_NUM_THREADS|$(ulimit -n)" >> {calls}\n[ "$3" != fail ]\n'
+        f'#!/bin/sh\necho "$*|$RAY_AUTH_MODE|$OMP_NUM_THREADS|$(ulimit -n)|$TMPDIR|$HF_TOKEN" >> {calls}\n'
+        '[ "$3" != fail ]\n'
     )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -48,7 +50,9 @@ def test_ray_is_started_anew_with_what_the_registry_needs(ran: Callable[[], list
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     stop, start = ran()
     assert stop[0] == "stop"
-    assert start == [f"start --include-log-monitor=false {OPTIONS[0]}", "token", "", str(most)]
+    own = node.node_folder()
+    started = f"start --include-log-monitor=false {OPTIONS[0]} --temp-dir={own}/r"
+    assert start == [started, "token", "", str(most), f"{own}/t", ""]
 
 
 def test_what_runs_already_is_left_alone(ran: Callable[[], list[list[str]]]) -> None:
@@ -75,7 +79,8 @@ def test_a_head_gives_no_machine_up(ran: Callable[[], list[list[str]]], tmp_path
     _, start = ran()
     assert (
         start[0]
-        == f"start --include-log-monitor=false --head --autoscaling-config={tmp_path / 'bootstrap.greenprompt.yaml'}"
+        == f"start --include-log-monitor=false --head --autoscaling-config={tmp_path / 'bootstrap.greenprompt.yaml'} "
+        f"--temp-dir={node.node_folder()}/r"
     )
 
 
@@ -114,23 +119,79 @@ def test_what_the_launcher_sets_is_none(ran: Callable[[], list[list[str]]], monk
 def test_a_record_that_was_cut_short_is_none(ran: Callable[[], list[list[str]]]) -> None:
     """A crash while it was written costs a start, no more."""
     assert start_ray(OPTIONS)
-    node.RECORD.write_text('{"wan')
+    record = node.node_folder() / node.RECORD
+    record.write_text('{"wan')
     assert start_ray(OPTIONS)
-    assert json.loads(node.RECORD.read_text())["running"] == [["raylet", 1, 2.0]]
+    assert json.loads(record.read_text())["running"] == [["raylet", 1, 2.0]]
 
 
 def test_a_ray_that_does_not_start_is_said(ran: Callable[[], list[list[str]]]) -> None:
     """The error tells which of Ray's commands failed; the next attempt tries again."""
     with pytest.raises(StartFailed, match="ray start ended with 1"):
         start_ray(["fail"])
-    assert not node.RECORD.exists()
+    assert not (node.node_folder() / node.RECORD).exists()
 
 
-def test_a_missing_token_is_said(ran: Callable[[], list[list[str]]]) -> None:
+def test_a_missing_token_is_said(ran: Callable[[], list[list[str]]], tmp_path: Path) -> None:
     """Without a token nothing is started, and the error says how to make one."""
     (Path(os.environ["HOME"]) / ".ray" / "auth_token").unlink()
-    with pytest.raises(BadSettings, match="get-auth-token --generate"):
-        node_environment()
+    with pytest.raises(BadSettings, match="greenprompt ray-token"):
+        node_environment(tmp_path)
+
+
+def test_an_open_token_is_closed(ran: Callable[[], list[list[str]]]) -> None:
+    """A token that Ray's own command made for all to read is its owner's alone when Ray has been started."""
+    token = Path(os.environ["HOME"]) / ".ray" / "auth_token"
+    token.chmod(0o644)
+    assert start_ray(OPTIONS)
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+
+
+def test_a_folder_that_somebody_prepared_is_refused(ran: Callable[[], list[list[str]]], tmp_path: Path) -> None:
+    """Its name is known: whoever makes it first, open or as a link, stops the start, and nothing of theirs runs."""
+    folder = tmp_path / f"gp-{os.geteuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(BadSettings, match=rf"{folder}: is open to other users \(mode 0777\)"):
+        start_ray(OPTIONS)
+    folder.rmdir()
+    folder.symlink_to(tmp_path / "home")
+    with pytest.raises(BadSettings, match="is a link"):
+        start_ray(OPTIONS)
+    assert not (tmp_path / "calls").exists()
+
+
+def test_all_of_a_node_is_in_its_own_folder(ran: Callable[[], list[list[str]]], tmp_path: Path) -> None:
+    """HAProxy's files, Ray's, the record and the secrets; a place that the operator chooses for Ray's is kept."""
+    assert start_ray(OPTIONS)
+    own = node.node_folder()
+    assert {path.name for path in own.iterdir()} == {"h", "t", "node.json", "node.lock", "secrets.json"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in own.rglob("*")} == {0o600, 0o700}
+    assert start_ray([*OPTIONS, "--temp-dir=/srv/ray"])
+    assert ran()[-1][0].endswith("--temp-dir=/srv/ray")
+
+
+def test_paths_are_short_enough_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the longest user id, HAProxy's sockets, Ray's and those of engines have room."""
+    own = Path("/tmp/gp-4294967295")
+    monkeypatch.setattr(os, "geteuid", lambda: 2**32 - 1)
+    monkeypatch.setattr(node, "private_folder", lambda folder: folder)
+    assert node.node_folder() == own
+    assert len(str(own / "h" / "admin.sock")) + 1 + 56 <= 97
+    assert len(str(own / "r" / "session_2026-11-29_13-28-05_123456_1234567/sockets/plasma_store.12345")) <= 107
+    assert len(str(own / "t")) < 49  # else engines would take /tmp
+
+
+def test_secrets_are_in_no_environment_of_ray(
+    ran: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub token goes to a file that only its owner can read, and a new one is a reason to start Ray anew."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert start_ray(OPTIONS)
+    assert ran()[-1][-1] == ""
+    file = node.node_folder() / "secrets.json"
+    assert json.loads(file.read_text()) == {"HF_TOKEN": "hf_secret"}
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_our_code_has_a_hash() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
+from pathlib import Path
 
 import pytest
 
-from deployments.machine.worker_environment import forwarded_environment
+from deployments.machine.worker_environment import forwarded_environment, hide_secrets, load_secrets
 
 
 def test_workers_get_what_loading_models_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +24,49 @@ def test_workers_get_what_loading_models_needs(monkeypatch: pytest.MonkeyPatch) 
     for name, value in spellings.items():
         monkeypatch.setenv(name, value)
     assert spellings.items() <= forwarded_environment().items()
+
+
+SECRET = {
+    "HF_TOKEN": "hf_x",
+    "HUGGING_FACE_HUB_TOKEN": "hf_y",
+    "VLLM_API_KEY": "k",
+    "https_proxy": "http://me:pass@proxy:3128",
+    "ALL_PROXY": "me:pass@proxy:3128",
+    "HF_ENDPOINT": "https://me:pass@mirror",
+}
+NO_SECRET = {
+    "HF_HOME": "/srv/me@work",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "HF_TOKEN_PATH": "/etc/hf",
+    "http_proxy": "http://proxy:3128",
+    "NO_PROXY": "localhost",
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "5",
+}
+
+
+def test_secrets_go_by_a_file_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tokens, keys and URLs with credentials are not forwarded; they leave the environment for a closed file."""
+    for name in os.environ:
+        monkeypatch.delenv(name)
+    for name, value in (SECRET | NO_SECRET).items():
+        monkeypatch.setenv(name, value)
+    assert forwarded_environment() == NO_SECRET
+    environment = dict(os.environ) | {"GREENPROMPT_DATABASE_URL": "postgresql+psycopg://me:pass@db/x", "PATH": "/bin"}
+    hide_secrets(tmp_path, environment)
+    file = tmp_path / "secrets.json"
+    assert environment == NO_SECRET | {"GREENPROMPT_SECRETS_FILE": str(file), "PATH": "/bin"}
+    assert json.loads(file.read_text()) == SECRET
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_secrets_come_back_where_they_are_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A part that loads them has them in its environment; where Ray was started otherwise nothing changes."""
+    monkeypatch.delenv("GREENPROMPT_SECRETS_FILE", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    load_secrets()
+    assert "HF_TOKEN" not in os.environ
+    hide_secrets(tmp_path, {"HF_TOKEN": "hf_x"})
+    monkeypatch.setenv("GREENPROMPT_SECRETS_FILE", str(tmp_path / "secrets.json"))
+    monkeypatch.setenv("HF_TOKEN", "")
+    load_secrets()
+    assert os.environ["HF_TOKEN"] == "hf_x"

@@ -1,0 +1,70 @@
+"""The access token of a cluster: whoever holds it can run code on all machines.
+
+Ray's own command creates the file and its folder readable by all users (Ray 2.60), so we have one of our own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from deployments.machine.private_files import write_private
+from registry.errors import BadSettings
+
+_GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+def token_path() -> Path:
+    """Return the file in which Ray looks for the token of a cluster."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def make_token(path: Path) -> bool:
+    """Create an access token that only this user can read. Returns False if there is one.
+
+    A token that others can read is closed to them, and so is the folder ``.ray``.
+
+    Raises:
+        BadSettings: The file can't be written, or belongs to another user.
+    """
+    try:
+        path.parent.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
+        if path.parent.name == ".ray":  # Ray's own folder; another one may have other uses
+            path.parent.chmod(stat.S_IRWXU)
+        if path.exists():
+            require_own_token(path)
+            return False
+        write_private(path, secrets.token_hex(32))
+    except OSError as error:
+        raise BadSettings(str(path), f"can't be written ({error.strerror})") from error
+    return True
+
+
+def require_own_token(path: Path | None = None) -> None:
+    """Check the access token, by default Ray's. One of this user that others can read is closed to them.
+
+    A token of root that other users can't read, as a container has it, is accepted.
+
+    Raises:
+        BadSettings: It is missing, belongs to another user, or is open to others and can't be closed.
+    """
+    path = token_path() if path is None else path
+    try:
+        found = path.stat()
+    except OSError as error:
+        problem = f"can't be read ({error.strerror}); `greenprompt ray-token` makes one, for all machines"
+        raise BadSettings(str(path), problem) from error
+    if found.st_uid not in (os.geteuid(), 0):
+        raise BadSettings(str(path), f"belongs to another user (uid {found.st_uid}), who could run code here with it")
+    if found.st_uid != os.geteuid():
+        if found.st_mode & stat.S_IRWXO:
+            raise BadSettings(str(path), "can be read by every user of this machine; run `chmod o-rwx` on it")
+    elif found.st_mode & _GROUP_AND_OTHERS:
+        try:
+            path.chmod(stat.S_IRUSR | stat.S_IWUSR)
+        except OSError as error:
+            raise BadSettings(
+                str(path), f"can be read by other users, and that can't be changed ({error.strerror})"
+            ) from error

@@ -1,0 +1,81 @@
+"""Folders and files that other users of this machine can neither read nor replace."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from registry.errors import BadSettings
+
+_ANYONE_ELSE = stat.S_IRWXG | stat.S_IRWXO
+_FOR_OWNER = stat.S_IRUSR | stat.S_IWUSR
+
+
+def private_folder(folder: Path) -> Path:
+    """Create a folder for this user alone, unless it exists, and return it. For folders with a name that others know.
+
+    Raises:
+        BadSettings: It exists and is a link or a file, belongs to another user, or is open to other users.
+    """
+    with suppress(FileExistsError):
+        folder.mkdir(mode=stat.S_IRWXU)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        problem = "is a link or a file, but must be a folder"
+    elif found.st_uid != os.geteuid():
+        problem = f"belongs to another user (uid {found.st_uid})"
+    elif found.st_mode & _ANYONE_ELSE:
+        problem = f"is open to other users (mode {stat.S_IMODE(found.st_mode):04o}), who may have changed what is in it"
+    else:
+        return folder
+    raise BadSettings(str(folder), f"{problem}; remove it and try again")
+
+
+def is_private(folder: Path) -> bool:
+    """Whether a path is a folder (no link) of this user that nobody else can enter. False if it does not exist."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & _ANYONE_ELSE
+
+
+def require_unchanged_by_others(folder: Path, setting: str) -> None:
+    """Raise BadSettings, naming the setting, if any user can write to a folder, or a stranger owns it.
+
+    Root and the folder's group are trusted. May raise OSError if the folder does not exist.
+    """
+    found = folder.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        raise BadSettings(setting, f"{folder} belongs to another user (uid {found.st_uid}); choose another folder")
+    if found.st_mode & stat.S_IWOTH:
+        problem = f"every user of this machine can write to {folder} (mode {stat.S_IMODE(found.st_mode):04o})"
+        raise BadSettings(setting, f"{problem}; run `chmod o-w` on it, or choose a folder below it")
+
+
+def open_private(file: Path, mode: str) -> IO[str]:
+    """Open a text file that only its owner can read and write, whatever the umask says; ``mode`` as for ``open``."""
+    opened = open(file, mode, encoding="utf-8", opener=_for_owner)  # noqa: SIM115 - pathlib has no opener
+    os.fchmod(opened.fileno(), _FOR_OWNER)  # it may be older
+    return opened
+
+
+def _for_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, _FOR_OWNER)
+
+
+def write_private(file: Path, text: str, *, executable: bool = False) -> None:
+    """Replace a file, in one step, by one that only its owner can read and write, whatever the umask says.
+
+    The folder must not be writable by others.
+    """
+    new = file.with_name(f"{file.name}.new")
+    new.unlink(missing_ok=True)  # of a crash
+    with open_private(new, "x") as opened:
+        opened.write(text)
+        if executable:
+            os.fchmod(opened.fileno(), stat.S_IRWXU)
+    new.replace(file)  # keeps neither the mode of an old file nor the target of a link
