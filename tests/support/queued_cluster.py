@@ -153,7 +153,8 @@ class QueuedWrapper:
             case BindLease():
                 assert grant is not None
                 over = await self._commands.bind(epoch, grant)
-                return LeaseBound(wrapper_id, epoch, provenance=over.provenance and json.dumps(over.provenance))
+                told = None if over.provenance is None else json.dumps(over.provenance)
+                return LeaseBound(wrapper_id, epoch, provenance=told)
             case UnbindLease():
                 await self._commands.unbind(epoch, effect.request_id, effect.how)
                 return None

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from deployments.machine import private_files
 from deployments.machine.private_files import (
     is_private,
     open_private,
@@ -31,7 +30,7 @@ def open_umask() -> Iterator[None]:
 @pytest.fixture
 def stranger(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Makes this process another user, to whom none of the test's files belong."""
-    return lambda: monkeypatch.setattr(private_files.os, "geteuid", lambda: 65_534)
+    return lambda: monkeypatch.setattr("os.geteuid", lambda: 65_534)
 
 
 def mode_of(path: Path) -> int:

@@ -33,7 +33,8 @@ USES = {WindowKind.PROMPT: PromptUse, WindowKind.LEASE: LeaseUse}
 def test_a_record_has_the_fields_of_its_type(kind: WindowKind) -> None:
     """Every key of a record of each kind is a field of WindowDetail or of what its kind adds."""
     use = USES.get(kind)
-    names = {*WindowDetail.__slots__, *(() if use is None else use.__slots__)} - {"use"}
+    own = () if use is None else fields(use)
+    names = {field.name for field in (*fields(WindowDetail), *own)} - {"use"}
     assert json.loads(record(1, kind).detail).keys() == names
 
 
