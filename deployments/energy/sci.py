@@ -138,7 +138,7 @@ def score(
         unit=settings.functional_unit,
         units=units,
         method=worst(methods.values()),
-        methods={part: label.value for part, label in methods.items()},
+        methods=methods,
         boundary=energy.boundary,
         flags=(*energy.flags, *_problems(energy, grid, embodied, units, settings), *flags),
     )

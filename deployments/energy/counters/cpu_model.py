@@ -27,11 +27,13 @@ class CPUModelSource(Source):
         self._model = model
         self._tree = tree
         self._cpus = cpus
+        # Asked once, because os.cpu_count takes some 8 us and every prompt would pay for it.
+        self._max_rate = max(cpus, os.cpu_count() or 1)
 
     @property
     def max_rate(self) -> float:
         """Upper bound, CPU-seconds per second: all CPUs of the machine, whatever is reserved."""
-        return max(self._cpus, os.cpu_count() or 1)
+        return self._max_rate
 
     @property
     def late(self) -> float:
