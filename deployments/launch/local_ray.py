@@ -99,6 +99,9 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
         temporary = private_folder(folder / TEMPORARY)
         environment = {
             **RAY_ENVIRONMENT,
+            # D131: a local cluster listens on loopback
+            # Without this Ray replaces 127.0.0.1 by the machine's address, and binds its ports to all interfaces.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
             # Files that killed processes leave are in here and are removed with the folder.

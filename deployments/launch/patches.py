@@ -15,6 +15,7 @@ from deployments.patch import Has, How, Patch
 
 TEMPLATE: Final = "haproxy_templates.py"
 CONSTANTS: Final = "constants.py"
+REPLICA: Final = "replica.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +140,20 @@ PROVIDER: Final = Patch(
     "never: it is the provider that the launcher's configuration names",
 )
 
+REPLICA_PORT: Final = Patch(
+    "Ray",
+    "ray.serve._private.replica.add_port_to_grpc_server",
+    How.WRAPPED,
+    "a replica's own gRPC port, which runs whatever it is sent, listens on its node's address only",
+    (HasLine(r'add_port_to_grpc_server\(self\._server, "\[::\]:0"\)', REPLICA),),
+    "never: for the life of a replica",
+)
+
 RAY: Final = (
     VARIABLES,
     HANG_UPS,
     PROVIDER,
+    REPLICA_PORT,
     Patch(
         "Ray",
         "ray._common.constants.HEAD_NODE_RESOURCE_NAME",

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import secrets
+import socket
 import time
 import warnings
 from collections.abc import Callable
@@ -126,7 +127,9 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
         logging.getLogger(name).setLevel(logging.ERROR)
     dashboard = join_ray(settings, ray_folder)
     on_joined()
-    settings = told_to_clients(settings, ray.util.get_node_ip_address())
+    # A local cluster's own node has the address 127.0.0.1.
+    address = own_address() if settings.ray.address is None else ray.util.get_node_ip_address()
+    settings = told_to_clients(settings, address)
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": settings.http.host, "port": settings.http.port})
     except Exception as error:  # Serve has no exception class for this
@@ -153,6 +156,17 @@ def told_to_clients(settings: Settings, address: str) -> Settings:
         return settings
     http = settings.http.model_copy(update={"public_url": f"http://{url_host(address)}:{settings.http.port}"})
     return settings.model_copy(update={"http": http})
+
+
+def own_address() -> str:
+    """Return the address of this machine in its network; 127.0.0.1 without a network. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737): only the route is looked up
+        except OSError:
+            return "127.0.0.1"
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def stop(settings: Settings) -> None:

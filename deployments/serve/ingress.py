@@ -8,20 +8,18 @@ from fastapi import FastAPI
 from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
-from deployments.machine.worker_environment import load_secrets
 from deployments.models.checkpoints import checkpoints_anywhere
 from deployments.serve.actor_calls import ActorCalls
 from deployments.serve.http_app import IngressConfig, build_app
-from deployments.serve.logs import configure_replica_logging
+from deployments.serve.replica_process import prepare_replica
 
 
 class Ingress:
     """The Serve deployment of the app."""
 
     def __init__(self, config: IngressConfig) -> None:
-        """``config`` is fixed for the life of the replica. Configures the log of this process."""
-        configure_replica_logging()
-        load_secrets()  # it reads configurations of gated models from the hub
+        """``config`` is fixed for the life of the replica. Prepares this process: see ``prepare_replica``."""
+        prepare_replica()
         self._app = build_app(config, ActorCalls(config.state_dir).call, checkpoints_anywhere())
 
     def __serve_build_asgi_app__(self) -> FastAPI:

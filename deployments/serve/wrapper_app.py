@@ -9,9 +9,8 @@ from ray import serve
 from ray.util.metrics import Gauge
 from starlette.types import ASGIApp
 
-from deployments.machine.worker_environment import load_secrets
 from deployments.serve.browsers import BrowserGuard
-from deployments.serve.logs import configure_replica_logging
+from deployments.serve.replica_process import prepare_replica
 from deployments.wrapper.config import WrapperConfig
 from deployments.wrapper.llm_wrapper import LLMWrapper
 
@@ -20,9 +19,8 @@ class WrapperReplica(LLMWrapper):
     """The wrapper as Serve runs it; its metric tells whether LLMs start warm."""
 
     async def __init__(self, config: WrapperConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        """See ``LLMWrapper``. Configures the log of this process."""
-        configure_replica_logging()
-        load_secrets()
+        """See ``LLMWrapper``. Prepares this process: see ``prepare_replica``."""
+        prepare_replica()
         self._hosts = config.hosts
         warm = Gauge(
             "greenprompt_wrapper_warm", "1: LLMs start fast (warm); 0: they start slowly (cold)", tag_keys=("wrapper",)

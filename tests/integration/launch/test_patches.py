@@ -12,7 +12,8 @@ import pytest
 from deployments.launch import haproxy, patches
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.launcher import with_machines
-from deployments.launch.patches import CONSTANTS, HAPROXY, PROVIDER, RAY, TEMPLATE, text_of_serve
+from deployments.launch.patches import CONSTANTS, HAPROXY, PROVIDER, RAY, REPLICA, REPLICA_PORT, TEMPLATE, text_of_serve
+from deployments.serve.replica_process import _listen_on_node_address
 from registry.errors import BadSettings
 from tests.renamed import renamed
 
@@ -20,6 +21,7 @@ LINES: dict[str, Sequence[tuple[str, str]]] = {
     "`log … local0 info`": [(TEMPLATE, " local0 info")],
     "`option splice-request`": [(TEMPLATE, "option splice-request")],
     "`bind` of metrics and statistics": [(TEMPLATE, "metrics_port"), (TEMPLATE, "bind *:")],
+    "`stats socket … mode 666`": [(TEMPLATE, " mode 666 ")],
     "`errorfile`": [(TEMPLATE, f"errorfile {status} ") for status in (502, 503, 504)],
     "`http-request return status 404`": [(TEMPLATE, "http-request return status 404 ")],
     "sections `global`, `defaults`, `http_frontend`": [
@@ -52,7 +54,8 @@ def noticed() -> list[str]:
 
 def test_every_row_has_a_case() -> None:
     """A row that is added to the tables needs a change that its guard notices."""
-    assert {*LINES, PROVIDER.name, f"ray._common.constants.{HEAD}"} == {patch.name for patch in (*HAPROXY, *RAY)}
+    others = {PROVIDER.name, REPLICA_PORT.name, f"ray._common.constants.{HEAD}"}
+    assert {*LINES, *others} == {patch.name for patch in (*HAPROXY, *RAY)}
 
 
 def test_the_installed_ray_passes(tmp_path: Path) -> None:
@@ -67,7 +70,7 @@ def test_a_changed_line_is_named(
 ) -> None:
     """Serve's own file with one word changed: one row notices it, and a start is refused with the row's pattern."""
     middle = len(word) // 2
-    changed = {name: text_of_serve(name) for name in (TEMPLATE, CONSTANTS)}
+    changed = {name: text_of_serve(name) for name in (TEMPLATE, CONSTANTS, REPLICA)}
     assert word in changed[file]
     changed[file] = changed[file].replace(word, f"{word[:middle]}X{word[middle:]}")
     for module in (haproxy, patches):
@@ -79,6 +82,16 @@ def test_a_changed_line_is_named(
     (guard,) = [guard for guard in patch.guards if guard.problem() is not None]
     assert isinstance(guard, patches.HasLine)
     assert repr(guard.pattern) in str(refused.value)
+
+
+def test_another_port_of_replicas_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Serve that opens a replica's own port in another way: the replica does not start, and says what is missing."""
+    changed = {name: text_of_serve(name) for name in (TEMPLATE, CONSTANTS, REPLICA)}
+    changed[REPLICA] = changed[REPLICA].replace('"[::]:0"', '"0.0.0.0:0"')
+    monkeypatch.setattr(patches, "text_of_serve", changed.__getitem__)
+    assert noticed() == [REPLICA_PORT.name]
+    with pytest.raises(BadSettings, match=r"replica\.py has no"):
+        _listen_on_node_address()
 
 
 @pytest.mark.parametrize("method", OVERRIDDEN)
