@@ -97,7 +97,7 @@ class RequestForgotten(RegistryError):
 
 
 class RequestWithdrawn(RegistryError):
-    """The POST of this request was withdrawn before the registry received it, because its client had hung up."""
+    """The POST of this request was withdrawn before it arrived: its client had hung up or got an error (5xx)."""
 
     code = "request_withdrawn"
     http_status = 410

@@ -213,7 +213,7 @@ class _OwnAnswer(NamedTuple):
 
 
 _ANSWERS = {
-    400: _OwnAnswer("Bad Request", "bad_request", "the request is not valid HTTP", False),
+    400: _OwnAnswer("Bad Request", "bad_request", "the request is not valid HTTP, or its head is too large", False),
     408: _OwnAnswer("Request Timeout", "request_timeout", "the request was not complete in time", True),
     429: _OwnAnswer(
         "Too Many Requests",

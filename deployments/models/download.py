@@ -105,7 +105,7 @@ def weight_files(files: Iterable[str], load_format: str = "auto") -> list[str]:
     That is the first pattern that matches any file. With ``auto`` and ``mistral`` Mistral's own copy
     comes first. Source: vLLM 0.32, ``DefaultModelLoader._prepare_weights``.
     """
-    files = [file for file in files if PurePosixPath(file).name not in _TRAINING]
+    files = [file for file in files if (name := PurePosixPath(file).name) not in _TRAINING and name[0] != "."]
     mistral = load_format in ("auto", "mistral")
     for pattern in (*(["consolidated*.safetensors"] if mistral else []), "*.safetensors", "*.bin", "*.pt"):
         if found := [file for file in files if fnmatch(PurePosixPath(file).name, pattern)]:

@@ -11,9 +11,11 @@ import io
 import logging
 import os
 import sys
+from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Final
+from threading import Lock
+from typing import Final, TextIO
 
 import structlog
 
@@ -31,8 +33,7 @@ def configure_replica_logging() -> None:
     Serve replaces ``print``, ``sys.stdout`` and ``sys.stderr`` in a replica by its own log at level INFO, which a
     wrapper does not write.
     """
-    configure_logging()
-    structlog.configure(logger_factory=structlog.WriteLoggerFactory(sys.__stderr__))
+    _configure(_Lines(sys.__stderr__))
 
 
 def configure_logging(file: Path | None = None) -> None:
@@ -40,12 +41,15 @@ def configure_logging(file: Path | None = None) -> None:
 
     Args:
         file: Log file in addition to standard error, readable by its owner only. It is rotated when it holds
-            FILE_BYTES; OLDER_FILES older files are kept. If the disk is full, its lines are dropped without an error.
+            FILE_BYTES; OLDER_FILES older files are kept.
     """
+    _configure(_Lines(sys.stderr, file))
+
+
+def _configure(lines: _Lines) -> None:
     before = structlog.get_config()["logger_factory"]
-    if isinstance(before, _Both):
+    if isinstance(before, _Lines):
         before.close()
-    factory = structlog.PrintLoggerFactory(sys.stderr) if file is None else _Both(file)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -54,7 +58,7 @@ def configure_logging(file: Path | None = None) -> None:
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
         ],
-        logger_factory=factory,
+        logger_factory=lines,
         cache_logger_on_first_use=False,
     )
 
@@ -65,25 +69,34 @@ class _OwnFile(RotatingFileHandler):
         return open(descriptor, "a", encoding="utf-8")  # noqa: PTH123 - opens a descriptor
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - as logging calls it
-        """Ignore the error: the line is also on standard error."""
+        """Ignore the error, as `_Lines` does."""
 
 
-class _Both:
-    """Factory of structlog loggers and the logger itself; writes to standard error and to a file."""
+class _Lines:
+    """Factory of structlog loggers and the logger itself; writes to standard error and, if given, to a file.
 
-    def __init__(self, file: Path) -> None:
-        self._file = _OwnFile(file, maxBytes=FILE_BYTES, backupCount=OLDER_FILES, delay=True)
-        self._stderr = structlog.PrintLogger(sys.stderr)
+    A line that can't be written is dropped without an error: if the disk is full, the code that logs must go on.
+    """
 
-    def __call__(self, *_: object) -> _Both:
+    def __init__(self, stream: TextIO | None, file: Path | None = None) -> None:
+        self._stream = stream
+        self._lock = Lock()
+        self._file = None if file is None else _OwnFile(file, maxBytes=FILE_BYTES, backupCount=OLDER_FILES, delay=True)
+
+    def __call__(self, *_: object) -> _Lines:
         return self
 
     def msg(self, line: str) -> None:
-        self._stderr.msg(line)
-        self._file.handle(logging.makeLogRecord({"msg": line}))
+        if self._stream is not None:
+            with self._lock, suppress(OSError, ValueError):  # ValueError: it is closed
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
+        if self._file is not None:
+            self._file.handle(logging.makeLogRecord({"msg": line}))
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     log = debug = info = warning = error = critical = exception = msg

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.serve._private import replica
+from ray.serve._private import replica as _replica
 
 from deployments.launch.patches import REPLICA_PORT
 from deployments.machine.worker_environment import load_secrets
@@ -23,6 +23,9 @@ def prepare_replica() -> None:
     configure_replica_logging()
     load_secrets()
     _listen_on_node_address()
+
+
+replica: Any = _replica
 
 
 # D131: a replica's own port is on its node's address

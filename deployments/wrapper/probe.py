@@ -53,11 +53,10 @@ class Probe:
             if answer is None:
                 return None
             status, content = answer
-            refused = status != HTTPStatus.OK
-            refusal = f"it refuses every prompt of this request: {problem_of(content)}" if refused else None
             if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                return refusal
-            known[key] = refusal
+                return f"its first prompt failed with status {status}: {problem_of(content)}"
+            refused = status != HTTPStatus.OK
+            known[key] = f"it refuses every prompt of this request: {problem_of(content)}" if refused else None
         return known[key]
 
     async def _ask(self, running: RunningLLM, path: str, body: dict[str, object]) -> tuple[int, bytes] | None:

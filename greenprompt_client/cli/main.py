@@ -48,7 +48,7 @@ ExperimentFile = Annotated[
 LLMs = Annotated[list[str] | None, typer.Option("--llm", "-m", help="LLM (hub id or path). Repeatable.")]
 PromptFile = Annotated[
     str | None,
-    typer.Option("--prompts", "-p", metavar="<path>", help="File of the prompts: JSONL, a JSON array or plain lines."),
+    typer.Option("--prompts", "-p", metavar="<path>", help="File of the prompts: JSONL or a JSON array."),
 ]
 OutputFolder = Annotated[str | None, typer.Option("--output", "-o", metavar="<path>", help="Folder for the results.")]
 PromptingArgs = Annotated[

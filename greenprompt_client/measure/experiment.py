@@ -109,7 +109,7 @@ class Experiment(BaseModel):
         tuple[_LLM, ...], Field(min_length=1, max_length=MAX_LLMS_PER_REQUEST), AfterValidator(_all_different)
     ]
     prompts: _Path = Field(
-        description='File: plain lines, JSONL or a JSON array; of texts, or of objects with "question" and perhaps "id"'
+        description='File: JSONL or a JSON array; of texts in quotes, or of objects with "question" and perhaps "id"'
     )
     question_field: NonEmpty = Field("question", description="Field of a prompt that contains the question")
     output: _Path = Field(description="Folder for the results; the same experiment continues there")

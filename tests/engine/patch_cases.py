@@ -10,7 +10,7 @@ import sys
 from typing import Any, Final
 
 from deployments.engine.warm.patches import PYTHON, VLLM, VLLM_ENGINES, shape_problem
-from tests.renamed import renamed
+from tests.support.renamed import renamed
 
 _UTILS, _CORE, _EXECUTOR = "vllm.v1.engine.utils", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor"
 _REGISTRY = "vllm.model_executor.models.registry"

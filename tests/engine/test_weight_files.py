@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.weight_folders import FOLDERS, Files
+from tests.support.weight_folders import FOLDERS, Files
 
 pytestmark = pytest.mark.vllm
 

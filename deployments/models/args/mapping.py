@@ -384,8 +384,8 @@ vLLM and transformers have different defaults:
 | argument that is not given | vLLM | transformers |
 |---|---|---|
 | `do_sample`, `temperature` | samples as the LLM's `generation_config.json` says, else at 1 | greedy, by default |
-| `top_k` | off | 50 |
-| `max_new_tokens` | 16 tokens (`uses_chat_template: false`), or until the context is full (`true`) | 20 tokens |
+| `top_k` | as `generation_config.json` says, else off | 50 |
+| `max_new_tokens` | as `generation_config.json` says, else 16; with `uses_chat_template` all of the context | 20 |
 
 Give `do_sample` and `max_new_tokens` if figures have to be comparable.
 """

@@ -15,7 +15,7 @@ from deployments.launch.launcher import with_machines
 from deployments.launch.patches import CONSTANTS, HAPROXY, PROVIDER, RAY, REPLICA, REPLICA_PORT, TEMPLATE, text_of_serve
 from deployments.serve.replica_process import _listen_on_node_address
 from registry.errors import BadSettings
-from tests.renamed import renamed
+from tests.support.renamed import renamed
 
 LINES: dict[str, Sequence[tuple[str, str]]] = {
     "`log … local0 info`": [(TEMPLATE, " local0 info")],

@@ -12,7 +12,7 @@ import pytest
 from deployments.machine.memory import MainMemory
 from deployments.models import weights
 from deployments.models.weights import read_ahead, weights_of
-from tests.weight_folders import FOLDERS, Files
+from tests.support.weight_folders import FOLDERS, Files
 
 
 def write(folder: Path, files: Files) -> Path:

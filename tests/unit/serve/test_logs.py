@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import structlog
 
 import deployments
 from deployments.serve import logs
-from deployments.serve.logs import REGISTRY_LOG, configure_logging
+from deployments.serve.logs import REGISTRY_LOG, configure_logging, configure_replica_logging
 from registry.core.decision import Changes
 from registry.core.events import LeaseBound
 from registry.core.records import Request
@@ -50,6 +51,25 @@ def test_without_a_file_standard_error_is_all(capsys: pytest.CaptureFixture[str]
     configure_logging()
     structlog.get_logger("registry.test").info("one")
     assert json.loads(capsys.readouterr().err)["event"] == "one"
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+def test_a_full_disk_stops_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, with_file: bool) -> None:
+    """A line that can't be written is dropped: the caller goes on, in the actor as in a replica."""
+    file = tmp_path / REGISTRY_LOG
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
+        monkeypatch.setattr("sys.stderr", full)
+        monkeypatch.setattr("sys.__stderr__", full)
+        if with_file:
+            configure_logging(file)
+        else:
+            configure_replica_logging()
+        for _ in range(3):
+            structlog.get_logger("registry.test").error("one")
+        with suppress(OSError):
+            full.close()
+    if with_file:
+        assert [line["event"] for line in lines(file)] == ["one"] * 3
 
 
 def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -986,7 +986,7 @@ async def test_llm_that_is_slow_or_dead_is_not_called_refusing(make: Make, monke
     monkeypatch.setattr(RunningFake, "failed", False)
     client.engine.error = RuntimeError("the template failed")
     over = await client.wrapper.bind(5, asking(SECOND, top_k=7))
-    assert over.refusal == "it refuses every prompt of this request: Internal Server Error"
+    assert over.refusal == "its first prompt failed with status 500: Internal Server Error"
 
 
 async def test_a_fault_of_the_engine_at_the_first_prompt_is_not_remembered(make: Make) -> None:

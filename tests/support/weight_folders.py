@@ -25,6 +25,7 @@ FOLDERS: Final[Sequence[tuple[Files, str, Sequence[str]]]] = [
     (dict.fromkeys([*SHARDS, "a.bin"], "weights"), "auto", SHARDS),
     ({**dict.fromkeys([*SHARDS, "other.safetensors"], "weights"), **_INDEX}, "auto", SHARDS),
     (dict.fromkeys(["a.bin", "a.pt", "training_args.bin"], "weights"), "auto", ["a.bin"]),
+    (dict.fromkeys(["._model.safetensors", "model.safetensors"], "weights"), "auto", ["model.safetensors"]),
     (dict.fromkeys(["a.pt", "optimizer.pt"], "weights"), "auto", ["a.pt"]),
     (_BOTH, "auto", OWN),
     (_BOTH, "mistral", OWN),
