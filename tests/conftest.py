@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 
 from tests.support.fake_hub import FakeHub
@@ -31,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by folder; inside a folder the order stays."""
     root, order = Path(__file__).parent, SHARED_ORDER if "PYTEST_XDIST_WORKER" in os.environ else ORDER
     items.sort(key=lambda item: order.index(item.path.relative_to(root).parts[0]))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """What a test configures of the log ends with it: others read what is written to standard output."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture

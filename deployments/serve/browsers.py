@@ -41,7 +41,7 @@ _OF_CORS = b"access-control-"
 _READ = frozenset(
     {b"host", b"origin", b"sec-fetch-site", b"content-type", b"content-length", b"transfer-encoding"}
 )  # fmt: skip
-_HOST = re.compile(rb"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?", re.IGNORECASE)
+_HOST = re.compile(rb"(\[[0-9a-f:.]+(?:%25[a-z0-9._~-]+)?\]|[a-z0-9._-]+)(?::[0-9]{0,5})?", re.IGNORECASE)
 _LONGEST_HOST = 300
 _DEFAULT_PORTS = {b"http": b":80", b"https": b":443"}
 _POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1
@@ -119,9 +119,13 @@ class BrowserGuard:
     def _check(self, scope: Scope) -> None:
         """Raise BadHost, HostNotAllowed, CrossOrigin or NotJSON if the request is refused."""
         found = [header for header in scope["headers"] if header[0] in _READ]
-        host = self._host(_values(found, b"host"))
+        hosts = _values(found, b"host")
         # Browsers let any page open a WebSocket, and read what comes.
-        if scope["type"] == "http" and scope["method"] in READING:
+        reads = scope["type"] == "http" and scope["method"] in READING
+        if reads and not hosts:
+            return  # a load balancer's health check over HTTP/1.0; browsers always send Host
+        host = self._host(hosts)
+        if reads:
             return
         for origin in _values(found, b"origin"):
             if not _is_own(origin, host):
@@ -173,7 +177,7 @@ def _is_address(name: str) -> bool:
     """
     try:
         if name[0] == "[":
-            IPv6Address(name[1:-1])
+            IPv6Address(name[1:-1].replace("%25", "%"))
         else:
             IPv4Address(name)
     except AddressValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -95,7 +96,8 @@ class RayCluster(ClusterCalls):
                         models=self._settings.models,
                         finish_prompts=self._settings.leases.at_expiry == "finish",
                         on_machine=want.on_machine,
-                        hosts=self._settings.served_hosts,
+                        # this actor is on the head, whose name clients may use
+                        hosts=(*self._settings.served_hosts, socket.gethostname().lower()),
                     ),
                     node_id=want.node_id,
                     env=forwarded_environment(),

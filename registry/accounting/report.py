@@ -1,7 +1,7 @@
 """The report of a measurement, structured as the Green Software Foundation asks: score, boundary, methods … Pure.
 
-The records have the shape of the JSON of ``GET /measurements/{id}/report``; times are ISO 8601 UTC. Unknown values are
-None, with a ``reason`` beside them. Energy is in joules, emissions in gCO2eq.
+As in ``GET /measurements/{id}/report``, times are ISO 8601 UTC, energy is in joules, emissions are in gCO2eq. Unknown
+values are None, with a ``reason`` beside them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ CLOCK_S: Final = 0.1
 DRIFT: Final = 1e-4
 """Allowed drift between the two clocks, as a fraction of the lease's length; that part is added to CLOCK_S."""
 
-RUNNING_S: Final = 1.0
-RUNNING_SHARE: Final = 0.01
+RUNNING_S, RUNNING_SHARE = 1.0, 0.01
 """Shortest hole reported of a running lease: the longer of RUNNING_S seconds and this fraction of its length."""
 
 WRAPPER_DIED: Final = "wrapper_died"
@@ -55,8 +54,7 @@ class Cost:
     * ``seconds``: sum of the windows' shares of time, including those with unknown joules.
     * ``low_j`` … ``m_high_g``: bounds of the known part. ``label``: worst label of the known joules.
     * ``missing``: number of windows without known joules; ``missing_s``: seconds of these and of the holes.
-    * ``missing_g``: number of windows without known operational or embodied emissions; ``missing_o``: without known
-      operational, ``missing_m``: without known embodied emissions.
+    * ``missing_o``, ``missing_m``, ``missing_g``: windows without known operational, embodied, or either emissions.
     * ``lost``: True if some time is in no window (`Hole`), so that joules and emissions are not the total.
     """
 
@@ -440,13 +438,13 @@ def _coefficients(record: WindowJSON) -> Iterator[Coefficient]:
     """Yield the factors that a window was computed with."""
     grid, embodied, pue = record.get("grid"), record.get("embodied"), record.get("pue")
     if grid:
-        words = (grid.get("source"), grid.get("dataset"), grid.get("version"), grid.get("zone"), grid.get("year"))
-        dated = " ".join(str(word) for word in words if word is not None)
-        value, low, high = grid.get("value"), grid.get("low"), grid.get("high")
-        yield Coefficient("I: grid intensity", value, "gCO2eq/kWh", dated, low, high)
+        dated = " ".join(str(word) for word in map(grid.get, ("source", "dataset", "version", "zone", "year")) if word)
+        yield Coefficient(
+            "I: grid intensity", grid.get("value"), "gCO2eq/kWh", dated, grid.get("low"), grid.get("high")
+        )
     if pue is not None:
         yield Coefficient("E: PUE", pue, "1", "the operator's configuration")
     if embodied:
+        bounds = embodied.get("low_g_per_hour"), embodied.get("high_g_per_hour")
         per_hour, source = embodied.get("g_per_hour"), embodied.get("source")
-        low, high = embodied.get("low_g_per_hour"), embodied.get("high_g_per_hour")
-        yield Coefficient("M: embodied carbon", per_hour, "gCO2eq/h reserved", source, low, high)
+        yield Coefficient("M: embodied carbon", per_hour, "gCO2eq/h reserved", source, *bounds)

@@ -269,7 +269,7 @@ async def test_what_is_in_use_stays(hub: FakeHub, cache: Cache, tmp_path: Path) 
         hub.add(f"org/{name}", FILES, commit=name * 40)
     mine, other = cache(max_mib=7), cache(max_mib=7)
     runs = [await other.fetch(f"org/{name}") for name in "ab"]
-    with pytest.raises(EngineStartFailed, match=r"may hold .* in use") as failed:
+    with pytest.raises(EngineStartFailed, match=r"limit of the cache .* in use") as failed:
         await mine.fetch("org/c")
     assert not failed.value.permanent
     runs[0].release()
@@ -279,7 +279,7 @@ async def test_what_is_in_use_stays(hub: FakeHub, cache: Cache, tmp_path: Path) 
         "models--org--c",
     ]
     hub.add("org/large", {"config.json": b"{}", "model.safetensors": bytes(8 * MIB)}, commit="e" * 40)
-    with pytest.raises(EngineStartFailed, match="may hold") as never:
+    with pytest.raises(EngineStartFailed, match="limit of the cache") as never:
         await mine.fetch("org/large")
     assert never.value.permanent
     for used in (*runs, model):
@@ -292,7 +292,7 @@ async def test_room_for_two_downloads_at_once(hub: FakeHub, cache: Cache) -> Non
     first.hold.clear()
     loading = asyncio.create_task(cache(max_mib=5).fetch("org/a"))
     await first.until_held()
-    with pytest.raises(EngineStartFailed, match="may hold"):
+    with pytest.raises(EngineStartFailed, match="limit of the cache"):
         await cache(max_mib=5).fetch("org/b")
     first.hold.set()
     (await loading).release()
