@@ -7,9 +7,11 @@ the parts that use the Hugging Face hub read it.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Final
@@ -89,6 +91,9 @@ def load_secrets() -> None:
     except (OSError, ValueError) as error:
         # no traceback: it may show the secrets
         log.error("secrets can't be read; start Ray again to write them", file=file, problem=str(error))  # noqa: TRY400
+    # It reads HF_ENDPOINT when it is imported, which unpickling a replica's class does before this.
+    if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
+        importlib.reload(constants)
 
 
 def _for_models(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:

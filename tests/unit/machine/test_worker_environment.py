@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import stat
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from huggingface_hub import HfApi, constants, hf_hub_url
 
 from deployments.machine.worker_environment import forwarded_environment, hide_secrets, load_secrets
 
@@ -92,3 +94,18 @@ def test_a_file_that_is_gone_stops_no_replica(monkeypatch: pytest.MonkeyPatch, t
     with structlog.testing.capture_logs() as logs:
         load_secrets()
     assert [(line["log_level"], line["file"]) for line in logs] == [("error", str(tmp_path / "secrets.json"))]
+
+
+def test_a_secret_mirror_is_used_if_the_hubs_client_was_imported_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its address is used for requests, downloads and the choice of hosts that get the token."""
+    hide_secrets(tmp_path / "secrets.json", {"HF_ENDPOINT": "https://me:pass@mirror.example"})
+    with monkeypatch.context() as patched:
+        patched.setenv("GREENPROMPT_SECRETS_FILE", str(tmp_path / "secrets.json"))
+        patched.setenv("HF_ENDPOINT", "https://huggingface.co")
+        load_secrets()
+        assert HfApi().endpoint == "https://me:pass@mirror.example"
+        assert hf_hub_url("a/b", "c") == "https://me:pass@mirror.example/a/b/resolve/main/c"
+        assert "mirror.example" in constants.HF_URL_HOSTS
+    importlib.reload(constants)
