@@ -166,6 +166,7 @@ def _become_driver(settings: Settings) -> None:
 def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
     """Run the foreground command in the background and return when it is ready. Raises RegistryError."""
     surroundings.require_writable(settings.state_dir, "state_dir")
+    require_unchanged_by_others(settings.state_dir, "state_dir")  # before a file in it is opened
     if _is_held(settings):
         raise _runs_already(settings)
     log_path = settings.state_dir / "up.log"

@@ -57,14 +57,17 @@ def require_unchanged_by_others(folder: Path, setting: str) -> None:
 
 
 def open_private(file: Path, mode: str) -> IO[str]:
-    """Open a text file that only its owner can read and write, whatever the umask says; ``mode`` as for ``open``."""
+    """Open a text file that only its owner can read and write, whatever the umask says; ``mode`` as for ``open``.
+
+    Raises OSError if the file is a link, which may lead to another file of this user.
+    """
     opened = open(file, mode, encoding="utf-8", opener=_for_owner)  # noqa: SIM115 - pathlib has no opener
     os.fchmod(opened.fileno(), _FOR_OWNER)  # it may be older
     return opened
 
 
 def _for_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, _FOR_OWNER)
+    return os.open(path, flags | os.O_NOFOLLOW, _FOR_OWNER)
 
 
 def write_private(file: Path, text: str, *, executable: bool = False) -> None:

@@ -123,3 +123,13 @@ def test_an_older_file_is_closed_when_it_is_opened(tmp_path: Path) -> None:
     with open_private(file, "a+") as opened:
         opened.write("b")
     assert (file.read_text(), mode_of(file)) == ("ab", 0o600)
+
+
+def test_a_link_is_not_opened(tmp_path: Path) -> None:
+    """A file that a link leads to is neither emptied nor closed."""
+    (victim := tmp_path / "victim").write_text("precious")
+    (link := tmp_path / "link").symlink_to(victim)
+    for mode in ("w", "a+"):
+        with pytest.raises(OSError, match="symbolic link"):
+            open_private(link, mode)
+    assert (victim.read_text(), mode_of(victim)) == ("precious", 0o666)
