@@ -46,10 +46,11 @@ def is_private(folder: Path) -> bool:
 def require_unchanged_by_others(folder: Path, setting: str) -> None:
     """Raise BadSettings, naming the setting, if any user can write to a folder, or a stranger owns it.
 
-    Root and the folder's group are trusted. May raise OSError if the folder does not exist.
+    Root and the folder's group are trusted. For root every owner is: a container's volume may belong to any user.
+    May raise OSError if the folder does not exist.
     """
     found = folder.stat()
-    if found.st_uid not in (os.geteuid(), 0):
+    if os.geteuid() != 0 and found.st_uid not in (os.geteuid(), 0):
         raise BadSettings(setting, f"{folder} belongs to another user (uid {found.st_uid}); choose another folder")
     if found.st_mode & stat.S_IWOTH:
         problem = f"every user of this machine can write to {folder} (mode {stat.S_IMODE(found.st_mode):04o})"
