@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from deployments.engine.environment import remove_shared_memory
 from deployments.launch import surroundings
-from deployments.launch.access_token import require_own_token, token_path
+from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import SERVE_ENVIRONMENT
 from deployments.launch.local_ray import (
     ACCESS_FILE,
@@ -157,9 +157,12 @@ def start_on_cluster(settings: Settings, *, say: Say) -> None:
 
 
 def _become_driver(settings: Settings) -> None:
-    """Set what this process needs to connect to a running cluster. Raises BadSettings if others know its token."""
-    if token_path().exists():
-        require_own_token()
+    """Set what this process needs to connect to a running cluster.
+
+    Raises:
+        BadSettings: Others know its token, or it can't be read.
+    """
+    require_own_token(may_be_missing=True)
     os.environ.update(RAY_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {}))
 
 
