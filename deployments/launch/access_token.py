@@ -14,6 +14,7 @@ from deployments.machine.private_files import write_private
 from registry.errors import BadSettings
 
 _GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_MOUNT_CLOSED = "mount a secret of Kubernetes with `defaultMode: 0400`"
 
 
 def token_path() -> Path:
@@ -42,29 +43,36 @@ def make_token(path: Path) -> bool:
     return True
 
 
-def require_own_token(path: Path | None = None) -> None:
+def require_own_token(path: Path | None = None, *, may_be_missing: bool = False) -> None:
     """Check the access token, by default Ray's. One of this user that others can read is closed to them.
 
-    A token of root that other users can't read, as a container has it, is accepted.
+    A token of root that other users can't read, as a container has it, is accepted, also if root's group can read it
+    and that can't be changed.
 
     Raises:
-        BadSettings: It is missing, belongs to another user, or is open to others and can't be closed.
+        BadSettings: It is missing (unless it may be), can't be read, belongs to another user, or is open to others
+            and can't be closed.
     """
     path = token_path() if path is None else path
     try:
         found = path.stat()
     except OSError as error:
+        if may_be_missing and isinstance(error, FileNotFoundError):
+            return
         problem = f"can't be read ({error.strerror}); `greenprompt ray-token` makes one, for all machines"
         raise BadSettings(str(path), problem) from error
     if found.st_uid not in (os.geteuid(), 0):
         raise BadSettings(str(path), f"belongs to another user (uid {found.st_uid}), who could run code here with it")
     if found.st_uid != os.geteuid():
         if found.st_mode & stat.S_IRWXO:
-            raise BadSettings(str(path), "can be read by every user of this machine; run `chmod o-rwx` on it")
+            raise BadSettings(
+                str(path), f"can be read by every user of this machine; run `chmod o-rwx` on it, or {_MOUNT_CLOSED}"
+            )
     elif found.st_mode & _GROUP_AND_OTHERS:
         try:
             path.chmod(stat.S_IRUSR | stat.S_IWUSR)
         except OSError as error:
-            raise BadSettings(
-                str(path), f"can be read by other users, and that can't be changed ({error.strerror})"
-            ) from error
+            if found.st_uid == 0 and not found.st_mode & ~stat.S_IRGRP & _GROUP_AND_OTHERS:
+                return  # Kubernetes lets the group of `fsGroup` read a secret, whatever its mode
+            problem = f"can be read by other users, and that can't be changed ({error.strerror})"
+            raise BadSettings(str(path), f"{problem}; {_MOUNT_CLOSED}") from error

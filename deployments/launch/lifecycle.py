@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from deployments.engine.environment import remove_shared_memory
 from deployments.launch import surroundings
-from deployments.launch.access_token import require_own_token, token_path
+from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import SERVE_ENVIRONMENT
 from deployments.launch.local_ray import (
     ACCESS_FILE,
@@ -157,15 +157,19 @@ def start_on_cluster(settings: Settings, *, say: Say) -> None:
 
 
 def _become_driver(settings: Settings) -> None:
-    """Set what this process needs to connect to a running cluster. Raises BadSettings if others know its token."""
-    if token_path().exists():
-        require_own_token()
+    """Set what this process needs to connect to a running cluster.
+
+    Raises:
+        BadSettings: Others know its token, or it can't be read.
+    """
+    require_own_token(may_be_missing=True)
     os.environ.update(RAY_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {}))
 
 
 def run_detached(settings: Settings, command: list[str], *, say: Say) -> None:
     """Run the foreground command in the background and return when it is ready. Raises RegistryError."""
     surroundings.require_writable(settings.state_dir, "state_dir")
+    require_unchanged_by_others(settings.state_dir, "state_dir")  # before a file in it is opened
     if _is_held(settings):
         raise _runs_already(settings)
     log_path = settings.state_dir / "up.log"

@@ -20,7 +20,7 @@ import structlog
 
 from deployments.launch.haproxy import haproxy_environment
 from deployments.machine.private_files import private_folder, write_private
-from deployments.machine.worker_environment import hide_secrets
+from deployments.machine.worker_environment import FILE_NAME, hide_secrets
 from registry.errors import BadSettings
 from registry.settings import Settings
 from registry.wire.http import LOOPBACK
@@ -85,15 +85,17 @@ _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 def local_ray_environment(settings: Settings) -> Iterator[Path]:
     """Prepare this process's environment for a local cluster; yield the cluster's folder.
 
-    The folder holds Ray's session (logs, sockets), HAProxy's files and a file with secrets, and is removed at the end.
-    Each cluster gets a new access token in ``state_dir/ray-token``. Only this user can enter the folder or read the
-    token. Ray opens its own folder to all users, so nothing of ours lies in that one.
+    The folder holds Ray's session (logs, sockets) and HAProxy's files, and is removed at the end. Each cluster gets a
+    new access token in ``state_dir/ray-token``; secrets, if there are any, are in ``state_dir/secrets.json``; both are
+    removed at the end. Only this user can enter the folder or read these files. Ray opens its own folder to all users,
+    so nothing of ours lies in that one.
 
     Raises:
         BadSettings: HAProxy is wanted, and not installed or not usable with this version of Ray.
         OSError: There are no free ports for HAProxy.
     """
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))
+    secrets_file = settings.state_dir / FILE_NAME
     try:
         token_file = _write_token(settings.state_dir)
         temporary = private_folder(folder / TEMPORARY)
@@ -112,11 +114,12 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
             environment |= haproxy_environment(folder / HAPROXY_FOLDER, ports=free_ports(3), local_only=local_only)
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(environment)
-        hide_secrets(folder, os.environ)
+        hide_secrets(secrets_file, os.environ)
         yield folder
     finally:
         remove_folder(folder)
         (settings.state_dir / ACCESS_FILE).unlink(missing_ok=True)
+        secrets_file.unlink(missing_ok=True)
 
 
 # D9: loopback means loopback

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from deployments.launch.local_ray import HAPROXY_FOLDER, RAY_ENVIRONMENT, TEMPOR
 from deployments.machine.private_files import open_private, private_folder, write_private
 from deployments.machine.worker_environment import forwarded_environment, hide_secrets, secret_environment
 from deployments.serve.ray_folder import RAY_FOLDER
-from registry.errors import StartFailed
+from registry.errors import BadSettings, StartFailed
 
 BASE = Path("/tmp")  # noqa: S108 - vanishes at a reboot, as Ray's processes do; socket paths must be short
 """Where a node's folder is made."""
@@ -73,7 +74,7 @@ def start_ray(options: Sequence[str]) -> bool:
     Raises:
         BadSettings: HAProxy's package is not installed or does not fit this version of Ray, the access token is
             missing or open to others, the node's folder is not this user's alone, or the autoscaling configuration
-            can't be read.
+            can't be read, or secrets can't be written.
         StartFailed: Ray does not start; its own message is on standard output.
     """
     # If a launcher loses its connection, it retries while its first command still runs here: without the lock there
@@ -92,6 +93,14 @@ def node_folder() -> Path:
         BadSettings: It exists, and belongs to another user or is open to others.
     """
     return private_folder(BASE / f"gp-{os.geteuid()}")
+
+
+def secrets_file() -> Path:
+    """Return the file for this machine's secrets. Machines may share the home, so its name has the machine's.
+
+    It is not in the node's folder: many systems remove files of ``/tmp`` that are older than ten days.
+    """
+    return Path.home() / ".greenprompt" / f"secrets-{socket.gethostname()}.json"
 
 
 def _in_own_folder(folder: Path, options: Sequence[str]) -> Sequence[str]:
@@ -115,7 +124,11 @@ def _start_ray(options: Sequence[str], folder: Path) -> bool:
     if running and _record(folder) == {"wanted": wanted, "running": running}:
         return False
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_OURS} | environment
-    hide_secrets(folder, environment)
+    file = secrets_file()
+    try:
+        hide_secrets(file, environment)
+    except OSError as error:
+        raise BadSettings(str(file), f"secrets can't be written ({error.strerror})") from error
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # inherited by Ray's processes
     for command in (["stop"], ["start", _NO_LOG_MONITOR, *options]):

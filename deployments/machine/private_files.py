@@ -46,10 +46,11 @@ def is_private(folder: Path) -> bool:
 def require_unchanged_by_others(folder: Path, setting: str) -> None:
     """Raise BadSettings, naming the setting, if any user can write to a folder, or a stranger owns it.
 
-    Root and the folder's group are trusted. May raise OSError if the folder does not exist.
+    Root and the folder's group are trusted. For root every owner is: a container's volume may belong to any user.
+    May raise OSError if the folder does not exist.
     """
     found = folder.stat()
-    if found.st_uid not in (os.geteuid(), 0):
+    if os.geteuid() != 0 and found.st_uid not in (os.geteuid(), 0):
         raise BadSettings(setting, f"{folder} belongs to another user (uid {found.st_uid}); choose another folder")
     if found.st_mode & stat.S_IWOTH:
         problem = f"every user of this machine can write to {folder} (mode {stat.S_IMODE(found.st_mode):04o})"
@@ -57,14 +58,17 @@ def require_unchanged_by_others(folder: Path, setting: str) -> None:
 
 
 def open_private(file: Path, mode: str) -> IO[str]:
-    """Open a text file that only its owner can read and write, whatever the umask says; ``mode`` as for ``open``."""
+    """Open a text file that only its owner can read and write, whatever the umask says; ``mode`` as for ``open``.
+
+    Raises OSError if the file is a link, which may lead to another file of this user.
+    """
     opened = open(file, mode, encoding="utf-8", opener=_for_owner)  # noqa: SIM115 - pathlib has no opener
     os.fchmod(opened.fileno(), _FOR_OWNER)  # it may be older
     return opened
 
 
 def _for_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, _FOR_OWNER)
+    return os.open(path, flags | os.O_NOFOLLOW, _FOR_OWNER)
 
 
 def write_private(file: Path, text: str, *, executable: bool = False) -> None:

@@ -7,14 +7,20 @@ the parts that use the Hugging Face hub read it.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Final
 
-from deployments.machine.private_files import write_private
+import structlog
+
+from deployments.machine.private_files import require_unchanged_by_others, write_private
+
+log = structlog.get_logger("deployments.machine.worker_environment")
 
 _PREFIXES = ("HF_", "HUGGING_FACE_", "VLLM_", "TRANSFORMERS_", "OMP_", "CUDA_DEVICE_ORDER")
 
@@ -28,7 +34,7 @@ SECRETS_FILE: Final = "GREENPROMPT_SECRETS_FILE"
 """Variable with the path of the file that holds the secret variables."""
 
 FILE_NAME: Final = "secrets.json"
-"""Name of that file."""
+"""Name of that file in ``state_dir``."""
 
 NOT_FOR_RAY: Final = ("GREENPROMPT_DATABASE_URL",)
 """Secrets that the settings have already brought to where they are used."""
@@ -50,25 +56,44 @@ def secret_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 # D130: secrets reach processes by a file
-def hide_secrets(folder: Path, environment: MutableMapping[str, str]) -> None:
-    """Move the secrets from an environment, which Ray's processes inherit, to a file in a private folder.
+def hide_secrets(file: Path, environment: MutableMapping[str, str]) -> None:
+    """Move the secrets from an environment, which Ray's processes inherit, to a file that only this user can read.
 
-    ``load_secrets`` reads it.
+    ``load_secrets`` reads it whenever a replica starts, so it must not be in a folder whose old files are removed, as
+    those of ``/tmp`` are. Without secrets there is no file. Its folder is created if it is needed.
+
+    Raises:
+        BadSettings: Others can change the folder.
+        OSError: The file can't be written.
     """
-    secrets, file = secret_environment(environment), folder / FILE_NAME
-    write_private(file, json.dumps(secrets))
-    environment[SECRETS_FILE] = str(file)
-    for name in (*secrets, *NOT_FOR_RAY):
+    secrets = secret_environment(environment)
+    for name in (*secrets, *NOT_FOR_RAY, SECRETS_FILE):
         environment.pop(name, None)
+    if secrets:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_unchanged_by_others(file.parent, str(file.parent))
+        write_private(file, json.dumps(secrets))
+        environment[SECRETS_FILE] = str(file)
+    else:
+        file.unlink(missing_ok=True)  # of an earlier start
 
 
 def load_secrets() -> None:
     """Set the secret variables in this process and its future children. Other users can't read them in ``/proc``.
 
-    Does nothing if Ray was started in another way: its processes then have inherited the operator's variables.
+    Does nothing if there are none, or if Ray was started in another way: its processes then have inherited the
+    operator's variables. If the file can't be read, an error is logged, because public models need no secrets.
     """
-    if (file := os.environ.get(SECRETS_FILE)) is not None:
+    if (file := os.environ.get(SECRETS_FILE)) is None:
+        return
+    try:
         os.environ.update(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        # no traceback: it may show the secrets
+        log.error("secrets can't be read; start Ray again to write them", file=file, problem=str(error))  # noqa: TRY400
+    # It reads HF_ENDPOINT when it is imported, which unpickling a replica's class does before this.
+    if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
+        importlib.reload(constants)
 
 
 def _for_models(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:

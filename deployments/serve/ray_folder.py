@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 RAY_FOLDER = "r"
@@ -10,10 +11,15 @@ RAY_FOLDER = "r"
 
 
 def keep_logs(folder: Path, kept: Path) -> Path:
-    """Copy a failed cluster's logs out of its folder, which will be removed; replaces earlier copies."""
+    """Copy a failed cluster's logs out of its folder, which will be removed; replaces earlier copies.
+
+    Files that can't be copied, as those that Ray removes meanwhile, are left out.
+    """
     shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir(mode=0o700, parents=True, exist_ok=True)  # the copies have the modes that Ray gave the logs
+    kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+    kept.chmod(0o700)  # it may be older
     for logs in folder.glob(f"{RAY_FOLDER}/session_2*/logs"):
-        shutil.copytree(logs, kept, dirs_exist_ok=True)
-    kept.chmod(0o700)
+        # A subfolder, because copies have the modes that Ray gave the logs and their folder: all users can write.
+        with suppress(OSError):  # also shutil.Error, the sum of them
+            shutil.copytree(logs, kept / logs.parent.name, dirs_exist_ok=True)
     return kept

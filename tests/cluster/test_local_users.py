@@ -114,7 +114,7 @@ def test_secrets_are_where_they_are_needed_only(
     token = (registry.folder / "state" / ACCESS_FILE).read_text()
     files = [path for root in (folder, registry.folder) for path in root.rglob("*") if path.is_file()]
     with_secrets = {path for path in files if known(path.read_text(encoding="utf-8", errors="replace"))}
-    assert with_secrets == {folder / FILE_NAME}
+    assert with_secrets == {registry.folder / "state" / FILE_NAME}
     logs = [path for path in files if path.is_relative_to(folder / RAY_FOLDER) or path.suffix in (".log", ".jsonl")]
     assert len(logs) > 10
     assert [path for path in logs if token in path.read_text(encoding="utf-8", errors="replace")] == []

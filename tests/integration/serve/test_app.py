@@ -86,4 +86,4 @@ def test_what_does_not_start_is_one_line(
         app.start(Settings(state_dir=tmp_path / "state"), tmp_path / "ray")
     kept = tmp_path / "state" / "ray-logs"
     assert str(caught.value) == f"{part} does not start: RuntimeError: the port is taken; logs: {kept}"
-    assert (kept / "raylet.err").read_text() == "the whole story"
+    assert next(kept.glob("session_*/raylet.err")).read_text() == "the whole story"

@@ -90,14 +90,37 @@ def test_a_token_of_another_user(
             require_own_token(token)
 
 
-def test_a_token_that_can_not_be_closed_is_refused(token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system that is read-only."""
+@pytest.mark.parametrize(
+    ("owner", "mode", "refused"), [(0, 0o440, False), (0, 0o444, True), (0, 0o460, True), (1000, 0o440, True)]
+)
+def test_a_token_that_can_not_be_closed(
+    token: Path, monkeypatch: pytest.MonkeyPatch, owner: int, mode: int, refused: bool
+) -> None:
+    """On a volume that is read-only: root's may be read by its group; else the error says how to mount it."""
     make_token(token)
-    token.chmod(0o644)
+    found = token.stat()
+    seen = os.stat_result((stat.S_IFREG | mode, *found[1:4], owner, *found[5:10]))
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: seen)
     monkeypatch.setattr(Path, "chmod", refuse)
-    with pytest.raises(BadSettings, match=r"can be read by other users.*Read-only"):
+    monkeypatch.setattr(os, "geteuid", lambda: owner)
+    if refused:
+        with pytest.raises(BadSettings, match=r"can be read by other users.*Read-only.*`defaultMode: 0400`"):
+            require_own_token(token)
+    else:
         require_own_token(token)
+
+
+def test_a_token_in_a_closed_folder_is_named(token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token may be missing for some commands, but one that this user can't look at is an error of one line."""
+    require_own_token(token, may_be_missing=True)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(BadSettings, match="Permission denied"):
+        require_own_token(token, may_be_missing=True)

@@ -317,6 +317,16 @@ def test_a_log_that_can_not_be_written_is_named(settings: Settings) -> None:
         run_detached(settings, ["/nowhere/to/be/found"], say=Says())
 
 
+def test_the_log_of_an_open_folder_is_left_alone(settings: Settings) -> None:
+    """A state_dir that every user can write to is refused before any file in it is opened."""
+    settings.state_dir.mkdir(parents=True)
+    (settings.state_dir / "up.log").write_text("precious")
+    settings.state_dir.chmod(0o777)
+    with pytest.raises(BadSettings, match="every user of this machine can write"):
+        run_detached(settings, ["/nowhere/to/be/found"], say=Says())
+    assert (settings.state_dir / "up.log").read_text() == "precious"
+
+
 def test_a_folder_in_the_place_of_the_record_is_named(settings: Settings, app: FakeApp) -> None:
     """A folder in the place of up.json is an error of one line for a start, and no registry for an end."""
     (settings.state_dir / "up.json").mkdir(parents=True)

@@ -111,6 +111,15 @@ def test_token_is_not_written_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "victim").read_text() == "precious"
 
 
+def test_secrets_outlive_a_clean_tmp_and_go_with_the_cluster(tmp_path: Path) -> None:
+    """Replicas that start after days still need them, so they are in ``state_dir``; a local cluster leaves none."""
+    os.environ["HF_TOKEN"] = "hf_x"
+    with local_ray_environment(settings_of(tmp_path, haproxy=False)):
+        assert os.environ["GREENPROMPT_SECRETS_FILE"] == str(tmp_path / "secrets.json")
+        assert "hf_x" in (tmp_path / "secrets.json").read_text()
+    assert not (tmp_path / "secrets.json").exists()
+
+
 def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
     """Usage statistics of Ray and vLLM are off, in the environment that the parts inherit."""
     with local_ray_environment(settings_of(tmp_path)):

@@ -162,10 +162,10 @@ def test_a_folder_that_somebody_prepared_is_refused(ran: Callable[[], list[list[
 
 
 def test_all_of_a_node_is_in_its_own_folder(ran: Callable[[], list[list[str]]], tmp_path: Path) -> None:
-    """HAProxy's files, Ray's, the record and the secrets; a place that the operator chooses for Ray's is kept."""
+    """HAProxy's files, Ray's and the record; a place that the operator chooses for Ray's is kept."""
     assert start_ray(OPTIONS)
     own = node.node_folder()
-    assert {path.name for path in own.iterdir()} == {"h", "t", "node.json", "node.lock", "secrets.json"}
+    assert {path.name for path in own.iterdir()} == {"h", "t", "node.json", "node.lock"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in own.rglob("*")} == {0o600, 0o700}
     assert start_ray([*OPTIONS, "--temp-dir=/srv/ray"])
     assert ran()[-1][0].endswith("--temp-dir=/srv/ray")
@@ -189,9 +189,18 @@ def test_secrets_are_in_no_environment_of_ray(
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert start_ray(OPTIONS)
     assert ran()[-1][-1] == ""
-    file = node.node_folder() / "secrets.json"
+    (file,) = (Path(os.environ["HOME"]) / ".greenprompt").iterdir()
+    assert file == node.secrets_file()
     assert json.loads(file.read_text()) == {"HF_TOKEN": "hf_secret"}
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (file, file.parent)] == [0o600, 0o700]
+
+
+def test_secrets_need_a_home(ran: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home in which nothing can be written stops the start, if there are secrets; the error names the file."""
+    (Path(os.environ["HOME"]) / ".greenprompt").write_text("a file, not a folder")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with pytest.raises(BadSettings, match=r"\.greenprompt/secrets-.*secrets can't be written"):
+        start_ray(OPTIONS)
 
 
 def test_our_code_has_a_hash() -> None:

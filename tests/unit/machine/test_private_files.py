@@ -100,6 +100,22 @@ def test_a_configured_folder_of_another_user_is_refused(tmp_path: Path, stranger
         require_unchanged_by_others(tmp_path, "cache_dir")
 
 
+@pytest.mark.parametrize(("mode", "refused"), [(0o755, False), (0o777, True)])
+def test_root_may_use_a_folder_of_any_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, refused: bool
+) -> None:
+    """A volume of a container may belong to a user of the host; it must not be writable by all users."""
+    found = tmp_path.stat()
+    seen = os.stat_result((stat.S_IFDIR | mode, *found[1:4], 1000, *found[5:10]))
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: seen)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    if refused:
+        with pytest.raises(BadSettings, match="every user of this machine"):
+            require_unchanged_by_others(tmp_path, "state_dir")
+    else:
+        require_unchanged_by_others(tmp_path, "state_dir")
+
+
 def test_files_are_their_owners(tmp_path: Path) -> None:
     """A file is closed from its first moment on, whatever was there before; a link in its place is not followed."""
     victim, link, old = tmp_path / "victim", tmp_path / "link", tmp_path / "old"
@@ -123,3 +139,13 @@ def test_an_older_file_is_closed_when_it_is_opened(tmp_path: Path) -> None:
     with open_private(file, "a+") as opened:
         opened.write("b")
     assert (file.read_text(), mode_of(file)) == ("ab", 0o600)
+
+
+def test_a_link_is_not_opened(tmp_path: Path) -> None:
+    """A file that a link leads to is neither emptied nor closed."""
+    (victim := tmp_path / "victim").write_text("precious")
+    (link := tmp_path / "link").symlink_to(victim)
+    for mode in ("w", "a+"):
+        with pytest.raises(OSError, match="symbolic link"):
+            open_private(link, mode)
+    assert (victim.read_text(), mode_of(victim)) == ("precious", 0o666)
