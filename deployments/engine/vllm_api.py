@@ -312,6 +312,7 @@ class VLLM:
         args.enable_prompt_tokens_details = True  # else answers do not say how many prompt tokens were cached
         args.tool_call_parser = order.engine_args.get("tool_call_parser")
         args.enable_auto_tool_choice = args.tool_call_parser is not None
+        args.trust_request_mm_kwargs = False  # D123: else mm_processor_kwargs may name URLs that transformers loads
         tasks = await engine.get_supported_tasks()
         app: Starlette = await self.in_thread(build_app, args, tasks, engine.model_config)
         # Remove a middleware that counts HTTP requests for /metrics. It takes 3 to 6 % of this process's time, and

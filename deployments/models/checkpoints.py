@@ -19,7 +19,7 @@ import structlog
 from huggingface_hub import HfApi, parse_local_safetensors_file_metadata, try_to_load_from_cache
 from huggingface_hub.hf_api import RepoFile
 
-from deployments.models.memory_need import Checkpoint, memory_of, part_of
+from deployments.models.memory_need import Checkpoint, memory_of, needed_fields, part_of
 from deployments.models.small_files import (
     CONFIG_BYTES,
     INDEX_BYTES,
@@ -58,6 +58,8 @@ HEADERS_AT_ONCE: Final = 4
 """How many headers of safetensors files are read at once; the hub's library reads up to 25 MB of each."""
 
 _KEPT = 1024
+_KEPT_CHARS: Final = 16 * 1024
+"""Longest data of a checkpoint that is kept, characters of JSON. Real ones have less than 4,000."""
 
 log = structlog.get_logger("deployments.models.checkpoints")
 
@@ -113,7 +115,7 @@ class Checkpoints:
         try:
             return self._read(model, revision)
         except FileTooLarge as error:
-            return error
+            return FileTooLarge(*error.args)  # its traceback would keep what was read in memory
         except Exception as error:
             log.info("a checkpoint can't be read", model=model, reason=in_one_line(error))
             return None
@@ -211,12 +213,13 @@ def _files(index: Mapping[str, str]) -> Sequence[str]:
 
 
 def _checkpoint(config: Any, index: Mapping[str, str] | None, headers: Iterable[Header]) -> Checkpoint:
-    """Sum the sizes of all tensors that are loaded, by part and type. Raises TypeError or KeyError for invalid data.
+    """Sum the sizes of all tensors that are loaded, by part and type. Raises ValueError, TypeError or KeyError.
 
     ``index``: the file of each tensor that is loaded; None: all tensors.
     """
     if not isinstance(config, Mapping):
         raise TypeError("config.json holds no object")
+    config = needed_fields(config)
     sizes: dict[str | None, Counter[str]] = {"body": Counter(), "head": Counter(), None: Counter()}
     found = 0
     for file, header in headers:
@@ -227,4 +230,6 @@ def _checkpoint(config: Any, index: Mapping[str, str] | None, headers: Iterable[
                 found += 1
     if index is not None and found != len(index):
         raise KeyError("a tensor of the index is not in its file")
+    if len(json.dumps([config, sizes["body"], sizes["head"]])) > _KEPT_CHARS:
+        raise ValueError("the fields that decide its memory are too long to be kept")
     return Checkpoint(config, body=sizes["body"], head=sizes["head"])

@@ -43,12 +43,24 @@ _WINDOW_PATTERN: Final[Mapping[str, int]] = {"gemma2": 2, "gemma3_text": 6, "coh
 """Every n-th layer attends to the whole context; used if ``config.json`` leaves n to transformers' default."""
 
 
+_FIELDS: Final = frozenset(
+    {
+        "dtype", "head_dim", "hidden_size", "kv_lora_rank", "layer_types", "max_position_embeddings", "model_type",
+        "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "original_max_position_embeddings",
+        "qk_rope_head_dim", "quantization_config", "rope_parameters", "rope_scaling", "sliding_window",
+        "sliding_window_pattern", "tie_word_embeddings", "torch_dtype", "use_sliding_window",
+    }
+)  # fmt: skip
+_ROPE_FIELDS: Final = frozenset({"rope_type", "type", "original_max_position_embeddings"})
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint's metadata.
 
-    ``config`` is its ``config.json``. ``body`` and ``head`` are bytes by safetensors type (``BF16`` …): of the weights
-    that are always loaded, and of the language-modelling head, which some LLMs do not need.
+    ``config`` is its ``config.json``, or the ``needed_fields`` of it. ``body`` and ``head`` are bytes by safetensors
+    type (``BF16`` …): of the weights that are always loaded, and of the language-modelling head, which some LLMs do
+    not need.
     """
 
     config: Mapping[str, Any]
@@ -59,6 +71,21 @@ class Checkpoint:
     def text(self) -> Mapping[str, Any]:
         """The part of the config that describes the text LLM of a multimodal model, else the whole config."""
         return text_config(self.config)
+
+
+# D122: of a configuration only these fields are kept
+def needed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a ``config.json`` that this module reads: the others may be very long."""
+    needed = {name: value for name, value in config.items() if name in _FIELDS}
+    if isinstance(text := config.get("text_config"), Mapping):
+        needed["text_config"] = needed_fields({**text, "text_config": None})
+    if isinstance(quantization := config.get("quantization_config"), Mapping) and quantization:
+        scheme, method = bool(quantization.get("kv_cache_scheme")), quantization.get("quant_method")
+        needed["quantization_config"] = {"kv_cache_scheme": scheme, "quant_method": method}
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(rope := config.get(name), Mapping):
+            needed[name] = {key: value for key, value in rope.items() if key in _ROPE_FIELDS}
+    return needed
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Decides whether a model may run its own Python code (``trust_remote_code``), and where that code may come from."""
+"""Decides whether a model may run its own Python code (``trust_remote_code``), and from where model and code come."""
 
 from __future__ import annotations
 
@@ -64,6 +64,33 @@ def foreign_code(folder: str) -> str | None:
         for reference in _references(config):
             if reference is not None and not (isinstance(reference, str) and _OWN_CLASS.fullmatch(reference)):
                 return f"auto_map in {file.name} names {str(reference)[:200]!r}, which is not code of its own folder"
+    return None
+
+
+# D121: no other model is loaded in the place of the one that was named
+def foreign_model(folder: str) -> str | None:
+    """Return why a model's ``config.json`` would make the engine load something else; None if it would not.
+
+    With ``speculators_config``, vLLM loads the model and tokenizer that this field names, a hub id or a path. With
+    ``configuration_files``, transformers reads another file in place of ``config.json``, and it may have that field.
+    None, too, if there is no ``config.json``. May block on a slow disk.
+
+    Source: vllm/transformers_utils/config.py, ``maybe_override_with_speculators``.
+
+    Raises:
+        FileTooLarge: The file is too large to be read.
+        OSError: It can't be read.
+    """
+    file = Path(folder) / "config.json"
+    if not file.exists():
+        return None
+    try:
+        config = json.loads(read_small(file, CONFIG_BYTES))
+    except (ValueError, RecursionError):
+        return "config.json is not JSON, so it can't be checked which model it names"
+    for field in ("speculators_config", "configuration_files"):
+        if isinstance(config, Mapping) and field in config:
+            return f"{field} in config.json may name another model to load; name a model without this field"
     return None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from deployments.machine.memory import main_memory
 from deployments.models.download import INDICES, weight_files
+from deployments.models.small_files import INDEX_BYTES, FileTooLarge, read_small
 from registry.background import spawn_thread
 
 _CHUNK_BYTES = 128 * 1024
@@ -58,8 +59,8 @@ def _in_index(folder: Path, files: Sequence[str], load_format: str) -> Sequence[
     if not index.is_file():
         return files
     try:
-        named = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (ValueError, LookupError, TypeError, AttributeError):  # the engine reports it
+        named = set(json.loads(read_small(index, INDEX_BYTES))["weight_map"].values())
+    except (FileTooLarge, RecursionError, ValueError, LookupError, TypeError, AttributeError):  # reported elsewhere
         return files
     return [file for file in files if file in named]
 

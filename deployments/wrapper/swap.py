@@ -18,7 +18,7 @@ from deployments.engine.vllm_api import RunningLLM
 from deployments.machine.memory import gpu_memory_bytes, main_memory
 from deployments.models.cache import LocalModel, ModelCache
 from deployments.models.checkpoints import checkpoints_here
-from deployments.models.remote_code import code_problem, foreign_code
+from deployments.models.remote_code import code_problem, foreign_code, foreign_model
 from deployments.models.small_files import FileTooLarge
 from deployments.models.weights import Weights, read_ahead, weights_of
 from deployments.wrapper.config import WrapperConfig
@@ -191,8 +191,7 @@ class LLMSwap:
             tokenizer = await self._models.fetch(located, revision=tokenizer_revision, weights=False)
             self._in_use.append(tokenizer)
             engine_args["tokenizer"] = tokenizer.path
-        if engine_args.get("trust_remote_code"):
-            await self._require_own_code(spec, model)
+        await self._require_nothing_foreign(spec, model, runs_code=bool(engine_args.get("trust_remote_code")))
         return model, engine_args
 
     def _require_allowed_code(self, spec: LLMSpec, located: str, tokenizer_revision: str | None) -> None:
@@ -205,18 +204,21 @@ class LLMSwap:
         if problem is not None:
             raise EngineStartFailed(spec.model, f"trust_remote_code {problem}", permanent=True)
 
-    async def _require_own_code(self, spec: LLMSpec, model: LocalModel) -> None:
-        """Raise EngineStartFailed if the code that this LLM would run is not in its own folder, at its own commit."""
+    async def _require_nothing_foreign(self, spec: LLMSpec, model: LocalModel, *, runs_code: bool) -> None:
+        """Raise EngineStartFailed if the engine would load another model, or code of elsewhere or another commit."""
         try:
-            problem = await asyncio.to_thread(foreign_code, model.path)
+            problem = await asyncio.to_thread(foreign_model, model.path)
+            if problem is None and runs_code:
+                problem = await asyncio.to_thread(foreign_code, model.path)
+                if problem is None and model.revision not in (None, spec.revision):
+                    problem = f"commit {model.revision} was loaded, and its code is allowed at {spec.revision}"
+                problem = problem and f"its code may not run: {problem}"
         except FileTooLarge as error:
             problem = str(error)
         except OSError as error:
             raise EngineStartFailed(spec.model, f"its configuration can't be read ({error.strerror})") from error
-        if problem is None and model.revision not in (None, spec.revision):
-            problem = f"commit {model.revision} was loaded, and its code is allowed at {spec.revision}"
         if problem is not None:
-            raise EngineStartFailed(spec.model, f"its code may not run: {problem}", permanent=True)
+            raise EngineStartFailed(spec.model, problem, permanent=True)
 
     def _release_models(self) -> None:
         while self._in_use:

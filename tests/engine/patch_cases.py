@@ -52,6 +52,10 @@ CASES: Final[dict[str, list[tuple[str, str]]]] = {
         ("starlette.applications", "user_middleware"),
         ("starlette.applications", "middleware_stack"),
     ],
+    "trust_request_mm_kwargs of its app": [
+        ("vllm.entrypoints.launchers.api_server.app_state", "trust_request_mm_kwargs"),
+        ("vllm.entrypoints.generate.base.protocol", "validate_request_mm_kwargs"),
+    ],
     "spawn._fixup_main_from_name and _fixup_main_from_path": [
         ("multiprocessing.spawn", "_fixup_main_from_name"),
         ("multiprocessing.spawn", "_fixup_main_from_path"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,18 @@ async def test_code_that_is_no_longer_allowed_does_not_run(hub: FakeHub, make: M
         await wrapper.deploy(1, OWN_CODE, None)
     assert failed.value.permanent
     assert (wrapper.host.started, hub.asked) == ([], [])
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+async def test_another_model_is_not_loaded_in_its_place(hub: FakeHub, make: Make, trusted: bool) -> None:
+    """The engine would load what speculators_config names: other code, a folder, a model of a forbidden hub."""
+    config = {"speculators_config": {"verifier": {"name_or_path": "other/repo"}}}
+    hub.add("org/tiny", {**FILES, "config.json": json.dumps(config).encode()}, commit=COMMIT)
+    wrapper = await make(allow_remote_code=ALLOWED)
+    with pytest.raises(EngineStartFailed, match=r"speculators_config in config\.json") as failed:
+        await wrapper.deploy(1, OWN_CODE if trusted else replace(OWN_CODE, engine_args="{}"), None)
+    assert failed.value.permanent
+    assert wrapper.host.started == []
 
 
 async def test_own_code_of_a_folder(make: Make, folder: LLMSpec) -> None:

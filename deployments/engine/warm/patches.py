@@ -147,6 +147,18 @@ VLLM_WRAPPER: Final = (
         ),
         "never: it is of one app, and ends with it",
     ),
+    Patch(
+        "vLLM", "trust_request_mm_kwargs of its app", How.SET,
+        "false, so that a prompt's mm_processor_kwargs are refused: they may name URLs, which transformers would load",
+        (
+            Has("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", ("trust_request_mm_kwargs",)),
+            Has(
+                "vllm.entrypoints.generate.base.protocol", "validate_request_mm_kwargs",
+                takes=("mm_processor_kwargs", "trust_request_mm_kwargs"),
+            ),
+        ),
+        "never: it is an argument of one app",
+    ),
 )  # fmt: skip
 """What ``vllm_api`` changes, and what it and the hang watch read privately, of vLLM in the wrapper's process."""
 

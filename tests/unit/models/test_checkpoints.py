@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,39 @@ async def test_a_file_that_is_mended_is_soon_read_again(tmp_path: Path) -> None:
         await known.memory("a", SPEC)
     clock.now_s += UNKNOWN_KEPT_S
     assert await known.memory("a", SPEC) is not None
+
+
+async def test_a_refusal_keeps_nothing_that_was_read() -> None:
+    """Neither the file nor what was made of it: the traceback of an error would."""
+
+    class Parsed:
+        pass
+
+    parsed: list[weakref.ref[Parsed]] = []
+
+    def read(model: str, revision: str | None) -> Checkpoint:
+        content = Parsed()
+        parsed.append(weakref.ref(content))
+        raise FileTooLarge("its weights are in too many files")
+
+    known = Checkpoints(read, ManualClock())
+    with pytest.raises(FileTooLarge):
+        await known.memory("a", SPEC)
+    gc.collect()
+    assert parsed[0]() is None
+
+
+def test_only_the_needed_fields_are_kept(tmp_path: Path) -> None:
+    """A configuration of megabytes leaves a few; if those are long themselves, the checkpoint is not known."""
+    weights = {"w": ("BF16", (1000,))}
+    labels = {"id2label": {str(n): "x" for n in range(100_000)}}
+    found = read_local(str(write_checkpoint(tmp_path / "labels", {**LLAMA, **labels}, weights)), None)
+    assert found is not None
+    assert "id2label" not in found.config
+    assert found.config["model_type"] == "llama"
+    layers = {"layer_types": ["full_attention"] * 10_000}
+    with pytest.raises(ValueError, match="too long to be kept"):
+        read_local(str(write_checkpoint(tmp_path / "layers", {**LLAMA, **layers}, weights)), None)
 
 
 def test_an_index_of_very_many_files_is_refused(hub: type[Hub]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deployments.models.memory_need import GPU_SHARE, Checkpoint, memory_of, part_of
+from deployments.models.memory_need import GPU_SHARE, Checkpoint, memory_of, needed_fields, part_of
 from registry.core.records import LLMMemory
 
 GIB = 2**30
@@ -70,9 +70,10 @@ GEMMA_2_9B = {
 
 
 def of(config: dict[str, Any], args: dict[str, Any] | None = None, **more: Any) -> LLMMemory:
-    """The memory of an LLM of this config with a thousand numbers of 16 bits."""
+    """The memory of an LLM of this config with a thousand numbers of 16 bits; the needed fields give the same."""
     memory = memory_of(Checkpoint(config, {"BF16": 2000}), args or {}, **more)
     assert memory is not None
+    assert memory_of(Checkpoint(needed_fields(config), {"BF16": 2000}), args or {}, **more) == memory
     return memory
 
 
@@ -251,6 +252,20 @@ def test_weights_take_the_dtype_that_they_are_run_in(
     memory = memory_of(Checkpoint({"model_type": "x", **config}, {"F32": 4000, "BF16": 2000}), args)
     assert memory is not None
     assert memory.weights_bytes == weights_bytes
+
+
+def test_only_the_fields_that_are_read_are_kept() -> None:
+    """A quantization still counts as one if no field of it is read; the text part keeps its own fields."""
+    long = {"ignore": ["x"] * 1000}
+    text = {"hidden_size": 8, "vocabulary": long, "text_config": {"text_config": {}}}
+    rope = {"rope_type": "su", "long_factor": [1.0] * 1000}
+    config = {"id2label": long, "quantization_config": long, "text_config": text, "rope_scaling": rope}
+    assert needed_fields(config) == {
+        "quantization_config": {"kv_cache_scheme": False, "quant_method": None},
+        "text_config": {"hidden_size": 8},
+        "rope_scaling": {"rope_type": "su"},
+    }
+    assert needed_fields({"quantization_config": {}, "text_config": None}) == {"quantization_config": {}}
 
 
 def test_integers_are_as_stored() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.models.remote_code import foreign_code
+from deployments.models.remote_code import foreign_code, foreign_model
 from deployments.models.small_files import CONFIG_BYTES, FileTooLarge
 
 
@@ -63,6 +63,32 @@ def test_code_from_elsewhere_is_found_in_every_form(tmp_path: Path, config: obje
     """Lists, objects, parts of a configuration, paths that lead out, names with escapes. Nonsense is refused, too."""
     write(tmp_path, "config.json", config)
     assert foreign_code(str(tmp_path)) is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"speculators_config": {"verifier": {"name_or_path": "other/repo"}}}, "speculators_config in config.json"),
+        ('{"speculators\\u005fconfig": {"verifier": {"name_or_path": "/etc"}}}', "speculators_config in config.json"),
+        ({"configuration_files": ["config.4.0.0.json"]}, "configuration_files in config.json"),
+        ("{", "config.json is not JSON"),
+        ("[" * 100_000, "config.json is not JSON"),
+    ],
+)
+def test_a_configuration_that_names_another_model_is_found(tmp_path: Path, config: object, problem: str) -> None:
+    """The engine would load that model, or a configuration that was not checked, in its place."""
+    write(tmp_path, "config.json", config)
+    assert (foreign_model(str(tmp_path)) or "").startswith(problem)
+
+
+def test_a_configuration_that_names_no_other_model(tmp_path: Path) -> None:
+    """Also none at all: models in Mistral's format have no config.json. A huge one is not read."""
+    assert foreign_model(str(tmp_path)) is None
+    write(tmp_path, "config.json", {"model_type": "llama", "text_config": {"speculators_config": {}}})
+    assert foreign_model(str(tmp_path)) is None
+    (tmp_path / "config.json").write_bytes(b" " * (CONFIG_BYTES + 1))
+    with pytest.raises(FileTooLarge):
+        foreign_model(str(tmp_path))
 
 
 def test_a_huge_configuration_is_not_read(tmp_path: Path) -> None:

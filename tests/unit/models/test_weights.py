@@ -11,6 +11,7 @@ import pytest
 
 from deployments.machine.memory import MainMemory
 from deployments.models import weights
+from deployments.models.small_files import INDEX_BYTES
 from deployments.models.weights import read_ahead, weights_of
 from tests.support.weight_folders import FOLDERS, Files
 
@@ -40,11 +41,22 @@ def test_the_files_are_those_that_vllm_loads(
     assert found.size_bytes == sum((tmp_path / name).stat().st_size for name in loaded)
 
 
-@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 1}'])
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 1}', "[" * 100_000])
 def test_an_index_that_cannot_be_read_names_nothing(tmp_path: Path, index: str) -> None:
     """All files count then; the engine reports the index."""
     write(tmp_path, {"a.safetensors": "1", "model.safetensors.index.json": index})
     assert getattr(weights_of(str(tmp_path)), "size_bytes", None) == 1
+
+
+def test_a_huge_index_is_not_read(tmp_path: Path) -> None:
+    """All files count then; the check before the start reports the index."""
+    write(tmp_path, {"a.safetensors": "1", "b.safetensors": "2"})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"w": "a.safetensors"}}')
+    assert getattr(weights_of(str(tmp_path)), "size_bytes", None) == 1
+    with index.open("ab") as opened:
+        opened.write(b" " * INDEX_BYTES)
+    assert getattr(weights_of(str(tmp_path)), "size_bytes", None) == 2
 
 
 def test_no_weights(tmp_path: Path) -> None:
