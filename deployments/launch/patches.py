@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Final
 
 from deployments.patch import Has, How, Patch
+from deployments.serve.patches import REPLICA_PORT
 
 TEMPLATE: Final = "haproxy_templates.py"
 CONSTANTS: Final = "constants.py"
-REPLICA: Final = "replica.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +138,6 @@ PROVIDER: Final = Patch(
         )
     ),
     "never: it is the provider that the launcher's configuration names",
-)
-
-REPLICA_PORT: Final = Patch(
-    "Ray",
-    "ray.serve._private.replica.add_port_to_grpc_server",
-    How.WRAPPED,
-    "a replica's own gRPC port, which runs whatever it is sent, listens on its node's address only",
-    (HasLine(r'add_port_to_grpc_server\(self\._server, "\[::\]:0"\)', REPLICA),),
-    "never: for the life of a replica",
 )
 
 RAY: Final = (

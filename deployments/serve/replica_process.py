@@ -7,9 +7,9 @@ from typing import Any
 import ray
 from ray.serve._private import replica as _replica
 
-from deployments.launch.patches import REPLICA_PORT
 from deployments.machine.worker_environment import load_secrets
 from deployments.serve.logs import configure_replica_logging
+from deployments.serve.patches import REPLICA_PORT
 from registry.errors import BadSettings
 from registry.settings import url_host
 

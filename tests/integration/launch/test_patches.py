@@ -6,13 +6,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deployments.launch import haproxy, patches
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.launcher import with_machines
-from deployments.launch.patches import CONSTANTS, HAPROXY, PROVIDER, RAY, REPLICA, REPLICA_PORT, TEMPLATE, text_of_serve
+from deployments.launch.patches import CONSTANTS, HAPROXY, PROVIDER, RAY, TEMPLATE, text_of_serve
+from deployments.serve.patches import REPLICA_PORT
 from deployments.serve.replica_process import _listen_on_node_address
 from registry.errors import BadSettings
 from tests.support.renamed import renamed
@@ -70,7 +72,7 @@ def test_a_changed_line_is_named(
 ) -> None:
     """Serve's own file with one word changed: one row notices it, and a start is refused with the row's pattern."""
     middle = len(word) // 2
-    changed = {name: text_of_serve(name) for name in (TEMPLATE, CONSTANTS, REPLICA)}
+    changed = {name: text_of_serve(name) for name in (TEMPLATE, CONSTANTS)}
     assert word in changed[file]
     changed[file] = changed[file].replace(word, f"{word[:middle]}X{word[middle:]}")
     for module in (haproxy, patches):
@@ -86,11 +88,13 @@ def test_a_changed_line_is_named(
 
 def test_another_port_of_replicas_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Serve that opens a replica's own port in another way: the replica does not start, and says what is missing."""
-    changed = {name: text_of_serve(name) for name in (TEMPLATE, CONSTANTS, REPLICA)}
-    changed[REPLICA] = changed[REPLICA].replace('"[::]:0"', '"0.0.0.0:0"')
-    monkeypatch.setattr(patches, "text_of_serve", changed.__getitem__)
+
+    async def another_way(self: Any) -> None:
+        self._internal_grpc_port = self._server.add_insecure_port("0.0.0.0:0")
+
+    monkeypatch.setattr("ray.serve._private.replica.Replica._on_initialized", another_way)
     assert noticed() == [REPLICA_PORT.name]
-    with pytest.raises(BadSettings, match=r"replica\.py has no"):
+    with pytest.raises(BadSettings, match=r"no longer uses add_port_to_grpc_server, \[::\]:0"):
         _listen_on_node_address()
 
 
