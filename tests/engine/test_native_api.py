@@ -160,6 +160,14 @@ async def test_errors_are_vllm_s(llm: RunningLLM) -> None:
             await ai.embeddings.create(model="tiny", input="x")
 
 
+async def test_arguments_of_processors_are_refused(llm: RunningLLM) -> None:
+    """They may name URLs, which transformers would load."""
+    asked: Any = {"mm_processor_kwargs": {"images": ["http://127.0.0.1/image"]}}
+    async with api(llm) as ai:
+        with pytest.raises(openai.BadRequestError, match="mm_processor_kwargs"):
+            await ai.chat.completions.create(model="tiny", messages=ASK, extra_body=asked)
+
+
 def holder(llm: RunningLLM) -> openai.AsyncOpenAI:
     """The openai package at the address of a lease."""
     http: Any = at_the_gate(llm)
