@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
+from typing import Literal, cast
 
 from registry.contract.windows import ComponentRecord, EnergyRecord
 from registry.errors import BadSettings
@@ -116,8 +116,7 @@ def total(components: Iterable[Component], flags: Iterable[str] = ()) -> Energy:
 
 
 def _sum_if_known(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
+    return None if None in values else sum(cast("Sequence[float]", values))
 
 
 def joined(parts: Iterable[Component]) -> list[Component]:

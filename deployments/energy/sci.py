@@ -148,7 +148,8 @@ def _per_unit(operational: _Three | None, embodied: _Three | None, units: int | 
     """Return (O + M) / R, gCO2eq per unit; None if a part is unknown, or no unit was produced."""
     if operational is None or embodied is None or not units:
         return None
-    return _Three(*((o + m) / units for o, m in zip(operational, embodied, strict=True)))
+    (o_low, o_mid, o_high), (m_low, m_mid, m_high) = operational, embodied
+    return _Three((o_low + m_low) / units, (o_mid + m_mid) / units, (o_high + m_high) / units)
 
 
 def _may_be_shown(energy: Energy, settings: SCISettings) -> bool:
@@ -195,8 +196,12 @@ def _operational(energy: Energy, grid: GridIntensity | None, pue: float) -> _Thr
 def _embodied(embodied: Embodied | None, duration_s: _Three) -> _Three | None:
     if embodied is None:
         return None
-    per_hour = (embodied.low_g_per_hour, embodied.g_per_hour, embodied.high_g_per_hour)
-    return _Three(*(grams * seconds / 3600 for grams, seconds in zip(per_hour, duration_s, strict=True)))
+    low_s, mid_s, high_s = duration_s
+    return _Three(
+        embodied.low_g_per_hour * low_s / 3600,
+        embodied.g_per_hour * mid_s / 3600,
+        embodied.high_g_per_hour * high_s / 3600,
+    )
 
 
 def _implausible(energy: Energy, units: int | None, settings: SCISettings) -> bool:

@@ -65,18 +65,21 @@ class Scorer:
         assert flight.end_s is not None  # callers end a prompt before they account for it
         parts, assumed = self._flights.parts(flight, for_good=for_good)
         had = flight.had
+        reserved_s = flight.end_s - flight.start_s
+        range_s: tuple[float, float] | None = None
         if parts.alone and had is None:
             energy = self.meter.window(flight.start_s, flight.end_s, estimate_short=True, final=for_good)
         else:
-            energy = self.meter.share(parts, before=None if had is None else had.shares, final=for_good)
-        reserved_s = parts.reserved_s + (0.0 if had is None else had.shares.reserved_s)
+            before = None if had is None else had.shares
+            energy = self.meter.share(parts, before=before, final=for_good)
+            reserved_s, range_s = parts.reserved_s, (parts.reserved_low_s, parts.reserved_high_s)
+            if before is not None:
+                reserved_s += before.reserved_s
+                range_s = range_s[0] + before.reserved_low_s, range_s[1] + before.reserved_high_s
         flags = [
             *((Flag.TOKENS_UNKNOWN,) if flight.tokens is None else ()),
             *((Flag.SHARE_ESTIMATED,) if assumed else ()),
         ]
-        range_s = parts.reserved_low_s, parts.reserved_high_s
-        if had is not None:
-            range_s = range_s[0] + had.shares.reserved_low_s, range_s[1] + had.shares.reserved_high_s
         units, account = self.units(flight), flight.account
         return energy, self.score(energy, reserved_s, units, flags, account=account, duration_range_s=range_s)
 

@@ -98,7 +98,7 @@ def detail_json(detail: WindowDetail) -> str:
 
 def energy_json(energy: Energy) -> dict[str, Any]:
     """Return an energy as in records, as plain JSON."""
-    found: dict[str, Any] = _ENERGY.dump_python(energy, mode="json")
+    found: dict[str, Any] = _ENERGY.serializer.to_python(energy, mode="json")
     return found
 
 

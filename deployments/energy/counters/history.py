@@ -116,6 +116,7 @@ class _Run:
         "_idle",
         "_provisional",
         "_thinned",
+        "_trend_now",
         "before_s",
         "looked_s",
         "seen_s",
@@ -130,6 +131,7 @@ class _Run:
         # Caches: prompts that are in flight together ask for the same times many times.
         self._final: dict[float, Level] = {}
         self._provisional: dict[float, Level] = {}
+        self._trend_now: float | None = None
         self.before_s = array("d")
         self.seen_s = array("d")
         self.units = array("d")
@@ -140,6 +142,7 @@ class _Run:
         """Note that the counter was read; ``at_s`` is infinite if it will not be read again in this run."""
         self.looked_s = at_s
         self._provisional.clear()
+        self._trend_now = None
 
     def append(self, before_s: float, seen_s: float, units: float) -> None:
         self.before_s.append(before_s)
@@ -173,7 +176,12 @@ class _Run:
         return (self.before_s[index] + self.seen_s[index]) / 2
 
     def _trend(self) -> float:
-        """Return the units per second just before the last edge."""
+        """Return the units per second just before the last edge; cached until the counter is read again."""
+        if self._trend_now is None:
+            self._trend_now = self._last_rate()
+        return self._trend_now
+
+    def _last_rate(self) -> float:
         last = len(self.units) - 1
         first = min(bisect_left(self.seen_s, self.seen_s[last] - _TREND_S), last - 1)
         elapsed_s = self._mid_s(last) - self._mid_s(first)
