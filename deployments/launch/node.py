@@ -153,6 +153,8 @@ def node_environment(folder: Path) -> dict[str, str]:
     temporary = private_folder(folder / TEMPORARY)
     return {
         **({} if "TMPDIR" in os.environ else {"TMPDIR": str(temporary)}),
+        # Where Ray's launcher keeps its list of machines: for the monitor the same place as for `ray up` and ourselves.
+        "RAY_TMPDIR": os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or str(BASE),
         **RAY_ENVIRONMENT,
         "RAY_AUTH_MODE": "token",  # Ray's ports run code for anyone who can reach them
         **_FOUND_SOON,

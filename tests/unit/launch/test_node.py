@@ -139,6 +139,24 @@ def test_a_missing_token_is_said(ran: Callable[[], list[list[str]]], tmp_path: P
         node_environment(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [({}, None), ({"TMPDIR": "/t"}, "/t"), ({"TMPDIR": "/t", "RAY_TMPDIR": "/r"}, "/r"), ({"RAY_TMPDIR": "/r"}, "/r")],
+)
+def test_the_monitor_finds_the_launchers_list(
+    ran: Callable[[], list[list[str]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    place: str | None,
+) -> None:
+    """Ray's monitor looks for the list of machines where `ray up` and `ray-start` keep it, whatever TMPDIR it has."""
+    monkeypatch.delenv("RAY_TMPDIR")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert node_environment(tmp_path)["RAY_TMPDIR"] == (place or str(node.BASE))
+
+
 def test_an_open_token_is_closed(ran: Callable[[], list[list[str]]]) -> None:
     """A token that Ray's own command made for all to read is its owner's alone when Ray has been started."""
     token = Path(os.environ["HOME"]) / ".ray" / "auth_token"
