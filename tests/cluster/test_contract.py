@@ -454,7 +454,8 @@ HEADS = {
     "a name": ("GET /machines HTTP/1.1\r\nHost: evil.example", {421}),
     "a name in the target": ("GET http://evil.example/machines HTTP/1.1\r\nHost: localhost", {400, 421}),
     "a name in both": ("GET http://evil.example/machines HTTP/1.1\r\nHost: evil.example", {421}),
-    "no host": ("GET /machines HTTP/1.1", {400}),
+    "no host": ("GET /machines HTTP/1.1", {200}),  # as health checks of load balancers have
+    "no host where something changes": ("POST /machines/x/drain HTTP/1.1\r\nContent-Length: 0", {400}),
     "an empty host": ("GET /machines HTTP/1.1\r\nHost:", {400}),
     "two hosts": ("GET /machines HTTP/1.1\r\nHost: localhost\r\nHost: evil.example", {400}),
     "our host": ("GET /machines HTTP/1.1\r\nHost: LocalHost.:1", {200}),

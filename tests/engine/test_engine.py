@@ -746,8 +746,10 @@ OWNER = """
 import asyncio, sys
 from pathlib import Path
 from deployments.engine.host import EngineHost
+from deployments.serve.logs import configure_logging
 
 async def main():
+    configure_logging()  # to standard error, as in a wrapper
     host = EngineHost(gpus=0, kv_cache_gib=0.125, cache_dir=Path(sys.argv[2]), preload=())
     llm = await host.start(sys.argv[1], engine_args={"enforce_eager": True, "max_model_len": 512})
     print(*llm.pids, flush=True)
