@@ -72,7 +72,7 @@ REFUSED = {
     "IPv6 and HAProxy": Case("use 127.0.0.1 or 0.0.0.0", config="http: {host: '::1'}"),
     "unknown zone": Case("zone", config="energy: {grid: {zone: DE}}"),
     "CPU model upside down": Case(
-        "needs low <= middle <= high",
+        "needs low <= value <= high",
         config="energy: {cpu_model: {idle_w_per_cpu: 5, idle_low_w_per_cpu: 9, idle_high_w_per_cpu: 4, "
         "busy_w_per_cpu: 20, busy_low_w_per_cpu: 10, busy_high_w_per_cpu: 30, source: x}}",
     ),
@@ -89,7 +89,7 @@ REFUSED = {
     "full disk": Case(
         "is full",
         {"GREENPROMPT_STATE_DIR": "@/small"},
-        before="mkdir -p @/small && mount -t tmpfs -o size=1M tmpfs @/small",
+        before="mkdir -p @/small && mount -t tmpfs -o size=1M,mode=0700 tmpfs @/small",
     ),
 }
 

@@ -27,7 +27,8 @@ def fake(guard: Has, *, without: str | None = None) -> ModuleType:
     names = [name for name in guard.uses if name != without]
     takes = "".join(f", {name}" for name in guard.takes if name != without)
     scope: dict[str, Any] = {}
-    exec(f"def code(it{takes}):\n    return ({''.join(f'it.{name}, ' for name in names)})", scope)
+    used = "".join(f"it.{name}, " if name.isidentifier() else f"{name!r}, " for name in names)
+    exec(f"def code(it{takes}):\n    return ({used})", scope)
     module = ModuleType(guard.module)
     owner: Any = module
     for part in owners:

@@ -39,7 +39,7 @@ async def test_metric_tells_whether_llms_start_warm(monkeypatch: pytest.MonkeyPa
         show_warm(False)
 
     monkeypatch.setattr(wrapper_app, "Gauge", FakeGauge)
-    monkeypatch.setattr(wrapper_app, "configure_replica_logging", lambda: configured.append(True))
+    monkeypatch.setattr(wrapper_app, "prepare_replica", lambda: configured.append(True))
     monkeypatch.setattr(LLMWrapper, "__init__", init)
     monkeypatch.delattr(LLMWrapper, "__del__")  # Serve awaits it, Python's collector can't
     config = WrapperConfig("a-0", 0, WrapperSettings(), EnergySettings(), ModelSources(True, (), tmp_path), tmp_path)
