@@ -81,7 +81,7 @@ def _code_entry(entry: str) -> str:
     if _PINNED.fullmatch(entry):
         return entry
     model, at, commit = entry.partition("@")
-    problem = f"{commit!r} is no commit" if at else "it names no commit, so whoever can change the model could run code"
+    problem = f"{commit!r} is no commit" if at else "it names no commit, so its authors could change the code that runs"
     raise ValueError(
         f"{entry!r}: {problem}. Read the model's code at one commit, then write {model}@<commit> with all 40 digits of "
         f"it (0-9, a-f); `git ls-remote` of its repository prints the newest. For a local model, "

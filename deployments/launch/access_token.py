@@ -1,4 +1,4 @@
-"""The access token of a cluster: whoever holds it can run code on all machines.
+"""The access token of a cluster. With it, one can run code on all machines.
 
 Ray's own command creates the file and its folder readable by all users (Ray 2.60), so we have one of our own.
 """

@@ -158,7 +158,7 @@ end, 0)
 """
 
 # D130: the admin socket is its owner's
-# Serve opens HAProxy's admin socket to all users of the machine; whoever can write to it can end the registry.
+# Serve opens HAProxy's admin socket to all users of the machine. A user who can write to it can end the registry.
 _OWN_SOCKET = r"s/^([[:space:]]*stats socket .* mode )666 /\1600 /" + "\n"
 
 # What the edited configuration must not have: a target of logs, splicing, and a socket that others can use.

@@ -104,7 +104,7 @@ def with_machines(options: Sequence[str]) -> list[str]:
     if config["provider"]["type"] != "local":
         return list(options)
     if (problem := PROVIDER.problem()) is not None:
-        raise BadSettings("--autoscaling-config", f"{problem}; use the version of Ray that the lock names")
+        raise BadSettings("--autoscaling-config", f"{problem}; use the version in the lock file")
     config["provider"] |= {"type": "external", "module": f"{Machines.__module__}.{Machines.__qualname__}"}
     Machines(config["provider"], config["cluster_name"])  # updates the record, before the monitor reads the file
     ours = path.with_suffix(OURS)

@@ -22,25 +22,28 @@ def private_folder(folder: Path) -> Path:
     """
     with suppress(FileExistsError):
         folder.mkdir(mode=stat.S_IRWXU)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        problem = "is a link or a file, but must be a folder"
-    elif found.st_uid != os.geteuid():
-        problem = f"belongs to another user (uid {found.st_uid})"
-    elif found.st_mode & _ANYONE_ELSE:
-        problem = f"is open to other users (mode {stat.S_IMODE(found.st_mode):04o}), who may have changed what is in it"
-    else:
-        return folder
-    raise BadSettings(str(folder), f"{problem}; remove it and try again")
+    if (problem := _openness(folder.lstat())) is not None:
+        raise BadSettings(str(folder), f"{problem}; remove it and try again")
+    return folder
 
 
 def is_private(folder: Path) -> bool:
-    """Whether a path is a folder (no link) of this user that nobody else can enter. False if it does not exist."""
+    """Whether a path is a folder (no link) of this user that other users can't enter. False if it does not exist."""
     try:
-        found = folder.lstat()
+        return _openness(folder.lstat()) is None
     except OSError:
         return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & _ANYONE_ELSE
+
+
+def _openness(found: os.stat_result) -> str | None:
+    """Return why this is not a folder of this user alone; None if it is. ``found``: from ``lstat``."""
+    if not stat.S_ISDIR(found.st_mode):
+        return "is a link or a file, but must be a folder"
+    if found.st_uid != os.geteuid():
+        return f"belongs to another user (uid {found.st_uid})"
+    if found.st_mode & _ANYONE_ELSE:
+        return f"is open to other users (mode {stat.S_IMODE(found.st_mode):04o}), who may have changed what is in it"
+    return None
 
 
 def require_unchanged_by_others(folder: Path, setting: str) -> None:

@@ -1,8 +1,8 @@
 """The variables of the operator's environment that reach Ray workers, and the way by which the secret ones do.
 
 Ray writes the variables of a ``runtime_env`` to its logs and to its state, and every process of a cluster inherits
-those of the process that starts Ray. So secrets take neither way: whoever starts Ray moves them to a file, and only
-the parts that use the Hugging Face hub read it.
+those of the process that starts Ray. So secrets go neither way: the process that starts Ray moves them to a file. Only
+the parts that use the Hugging Face hub read the file.
 """
 
 from __future__ import annotations
