@@ -36,11 +36,6 @@ class Parts:
     low: Sequence[float]
     high: Sequence[float]
 
-    @property
-    def alone(self) -> bool:
-        """Whether no other prompt was in flight at any time."""
-        return len(self.low) == 1 and self.low[0] == 1
-
     @cached_property
     def reserved_s(self) -> float:
         """The prompt's share of the machine's seconds, divided like the energy.
@@ -101,25 +96,29 @@ def counted(
     modelled instead, with the counter's bounds, unless the estimate is 0. It is unavailable and
     flagged ``implausible_power`` if the power is above 1.2 times the hardware's limit.
     """
-    low, mid, high = (source.joules(duration_s, units) for units in (flow.low, flow.mid, flow.high))
+    low, mid, high = [source.joules(duration_s, units) for units in flow[:3]]
     flags = (Flag.PROVISIONAL,) if flow.provisional else ()
-    if _implausible(source, duration_s, flow):
+    if _implausible(source, duration_s, low.mid):
         return unknown(source, Flag.IMPLAUSIBLE_POWER)
     too_short = low.mid <= 0 or not citable
     if mid.mid <= 0 or (too_short and not estimate_short):
         return unknown(source, Flag.TOO_SHORT)
     modeled = too_short or low.low < low.mid or high.mid < high.high
-    less, more = (source.joules(duration_s, max(flow.mid + error, 0)) for error in (-flow.systematic, flow.systematic))
+    less = more = mid
+    if flow.systematic:
+        less = source.joules(duration_s, max(flow.mid - flow.systematic, 0.0))
+        more = source.joules(duration_s, flow.mid + flow.systematic)
+    joules = mid.mid
     return Component(
-        name=source.name,
-        source=source.origin,
-        label=worst((source.label, Label.MODELED)) if modeled else source.label,
-        joules=mid.mid,
-        low_j=min(low.low, mid.mid),  # they differ by rounding only
-        high_j=max(high.high, mid.mid),
-        resolution_j=max(high.mid - mid.mid, mid.mid - low.mid),
-        systematic_j=min(max(more.high - mid.mid, mid.mid - less.low), max(high.high - mid.mid, mid.mid - low.low)),
-        counter_label=source.counter_label,
+        source.name,
+        source.origin,
+        worst((source.label, Label.MODELED)) if modeled else source.label,
+        source.counter_label,
+        joules,
+        low_j=min(low.low, joules),  # they differ by rounding only
+        high_j=max(high.high, joules),
+        resolution_j=max(high.mid - joules, joules - low.mid),
+        systematic_j=min(max(more.high - joules, joules - less.low), max(high.high - joules, joules - low.low)),
         flags=(*flags, Flag.TOO_SHORT) if too_short else flags,
     )
 
@@ -139,16 +138,13 @@ def doubted(part: Component, doubt: tuple[float, float]) -> Component:
     )
 
 
-def _implausible(source: Source, duration_s: float, flow: Level) -> bool:
-    """Whether the counter proves more power than the hardware can take."""
-    if source.limit_w is None:
-        return False
-    return source.joules(duration_s, flow.low).mid > POWER_HEADROOM * source.limit_w * duration_s
+def _implausible(source: Source, duration_s: float, least_j: float) -> bool:
+    """Whether the counter proves more energy, ``least_j``, than the hardware can take in this time."""
+    return source.limit_w is not None and least_j > POWER_HEADROOM * source.limit_w * duration_s
 
 
-def together(flows: Iterable[Level]) -> Level:
+def together(parts: Sequence[Level]) -> Level:
     """Return the sum of the flows of several intervals (one or more)."""
-    parts = list(flows)
     if len(parts) == 1:
         return parts[0]
     return Level(
@@ -162,12 +158,13 @@ def together(flows: Iterable[Level]) -> Level:
 
 def widened(flow: Level, error: float) -> Level:
     """Return a flow whose error is larger by ``error``, in its units; similar windows have it with the same sign."""
+    if not error:
+        return flow
     low, mid, high, provisional, systematic = flow
     return Level(max(low - error, 0.0), mid, high + error, provisional, systematic + error)
 
 
-@dataclass(frozen=True, slots=True)
-class Flow:
+class Flow(NamedTuple):
     """How much the counters rose in one or several intervals, in their units. Flows can be added up.
 
     ``longest_s`` is the length of the longest interval. ``units`` has each source's rise, in order,
@@ -179,7 +176,8 @@ class Flow:
     units: tuple[Level | Flag, ...]
     flags: frozenset[Flag]
 
-    def __add__(self, other: Flow) -> Flow:
+    def plus(self, other: Flow) -> Flow:
+        """Return the sum of two flows of the same counters."""
         units = [
             a if isinstance(a, Flag) else b if isinstance(b, Flag) else together((a, b))
             for a, b in zip(self.units, other.units, strict=True)
@@ -279,7 +277,7 @@ def shared(source: Source, shares: Shares, found: Share) -> Component:
 
     The bounds are those of the parts, widened by the counter's resolution.
     """
-    if _implausible(source, shares.duration_s, found.whole):
+    if _implausible(source, shares.duration_s, source.joules(shares.duration_s, found.whole.low).mid):
         return unknown(source, Flag.IMPLAUSIBLE_POWER)
     share = source.joules(shares.reserved_s, found.units)
     if share.mid <= 0:

@@ -97,18 +97,15 @@ class Contention:
         with self._lock:
             return self._looked_s >= time_s
 
-    def seen(self, start_s: float, end_s: float) -> bool:
-        """Whether others were seen at work between two times. The last check holds for PERIOD_S seconds after it."""
-        with self._lock:
-            return _any_in(self._seen, self._begun(start_s), end_s)
+    def found(self, start_s: float, end_s: float) -> tuple[bool, bool]:
+        """Return whether others were seen at work between two times, and whether this is unknown for a part of it.
 
-    def unknown(self, start_s: float, end_s: float) -> bool:
-        """Whether it is unknown, for at least a part of this time, if others were at work."""
+        The last check holds for PERIOD_S seconds after it.
+        """
         with self._lock:
-            return _any_in(self._unknown, self._begun(start_s), end_s)
-
-    def _begun(self, start_s: float) -> float:
-        return self._looked_s if self._looked_s < start_s <= self._looked_s + PERIOD_S else start_s
+            if self._looked_s < start_s <= self._looked_s + PERIOD_S:
+                start_s = self._looked_s
+            return _any_in(self._seen, start_s, end_s), _any_in(self._unknown, start_s, end_s)
 
 
 def _any_in(times: deque[Interval], first_s: float, last_s: float) -> bool:

@@ -6,10 +6,9 @@ A figure is a number of joules with a label that says where it comes from. An un
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Literal, cast
+from typing import Literal
 
 from registry.contract.windows import ComponentRecord, EnergyRecord
 from registry.errors import BadSettings
@@ -21,6 +20,7 @@ FunctionalUnit = Literal["output_token", "token", "request", "word"]
 
 _ROUNDING = 1e-9
 """Relative amount by which rounded sums may miss their bounds."""
+_SOURCED, _UNAVAILABLE = Label.SOURCED, Label.UNAVAILABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +55,21 @@ class Component(ComponentRecord):
 
     # D58: every figure has hard bounds
     def __post_init__(self) -> None:
-        unknown = self.label is Label.UNAVAILABLE
-        if self.label is Label.SOURCED or (self.joules is None) != unknown:
-            raise ValueError(f"{self.name}: {self.joules} J can't be labelled {self.label}")
-        if (self.counter_label is Label.UNAVAILABLE) != unknown:
-            raise ValueError(f"{self.name}: {self.joules} J can't be of a counter that is {self.counter_label}")
-        if self.joules is None:
+        joules, low_j, high_j, label = self.joules, self.low_j, self.high_j, self.label
+        unknown = joules is None
+        if label is _SOURCED or (label is _UNAVAILABLE) != unknown:
+            raise ValueError(f"{self.name}: {joules} J can't be labelled {label}")
+        if (self.counter_label is _UNAVAILABLE) != unknown:
+            raise ValueError(f"{self.name}: {joules} J can't be of a counter that is {self.counter_label}")
+        if joules is None:
             return
-        if self.joules <= 0:
-            raise ValueError(f"{self.name}: {self.joules} J; what is not known is None")
-        if self.low_j is None or self.high_j is None or self.systematic_j is None or self.systematic_j < 0:
-            raise ValueError(f"{self.name}: {self.joules} J need low_j, high_j and systematic_j")
-        slack_j = _ROUNDING * max(self.joules, self.high_j)
-        if not 0 <= self.low_j <= self.joules + slack_j or self.high_j < self.joules - slack_j:
-            raise ValueError(f"{self.name}: {self.joules} J are not within {self.low_j} to {self.high_j} J")
+        if joules <= 0:
+            raise ValueError(f"{self.name}: {joules} J; what is not known is None")
+        if low_j is None or high_j is None or self.systematic_j is None or self.systematic_j < 0:
+            raise ValueError(f"{self.name}: {joules} J need low_j, high_j and systematic_j")
+        slack_j = _ROUNDING * max(joules, high_j)
+        if not 0 <= low_j <= joules + slack_j or high_j < joules - slack_j:
+            raise ValueError(f"{self.name}: {joules} J are not within {low_j} to {high_j} J")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,27 +97,23 @@ class Energy(EnergyRecord):
 def total(components: Iterable[Component], flags: Iterable[str] = ()) -> Energy:
     """Sum up components; without any, the energy is unavailable and flagged ``no_source``."""
     parts = tuple(components)
-    all_flags = tuple(
-        sorted({*flags, *chain.from_iterable(part.flags for part in parts), *(() if parts else (Flag.NO_SOURCE,))})
-    )
+    found = set(flags) if parts else {*flags, Flag.NO_SOURCE}
+    for part in parts:
+        found.update(part.flags)
+    all_flags = tuple(sorted(found))
     label = worst([part.label for part in parts])
     if label is Label.UNAVAILABLE:
         return Energy(components=parts, flags=all_flags)
+    amounts = [(part.joules, part.low_j, part.high_j, part.resolution_j, part.systematic_j) for part in parts]
+    total_j, low_j, high_j, resolution_j, systematic_j = map(_sum_if_known, zip(*amounts, strict=True))
+    counter_label = worst([part.counter_label for part in parts])
     return Energy(
-        total_j=_sum_if_known([part.joules for part in parts]),
-        low_j=_sum_if_known([part.low_j for part in parts]),
-        high_j=_sum_if_known([part.high_j for part in parts]),
-        resolution_j=_sum_if_known([part.resolution_j for part in parts]),
-        systematic_j=_sum_if_known([part.systematic_j for part in parts]),
-        label=label,
-        counter_label=worst([part.counter_label for part in parts]),
-        components=parts,
-        flags=all_flags,
+        total_j, low_j, high_j, resolution_j, systematic_j, label, counter_label, components=parts, flags=all_flags
     )
 
 
-def _sum_if_known(values: Sequence[float | None]) -> float | None:
-    return None if None in values else sum(cast("Sequence[float]", values))
+def _sum_if_known(values: tuple[float | None, ...]) -> float | None:
+    return None if None in values else sum(values)  # type: ignore[arg-type]  # none of them is None
 
 
 def joined(parts: Iterable[Component]) -> list[Component]:

@@ -117,6 +117,11 @@ class Flight:
     status: Literal["answered", "refused", "cut", "failed"] = "failed"
     had: Had | None = None
 
+    @property
+    def alone(self) -> bool:
+        """Whether it has ended, and no other prompt was in flight at any time in between."""
+        return self.ended_with == self.begun_with + 1 and self.company == 1
+
 
 class Flights:
     """The prompts that are in flight or not written yet, and the changes: starts and ends of prompts.
@@ -155,14 +160,18 @@ class Flights:
         self._rated_in_flight.pop(flight, None)
         flight.company = 1 + len(self._in_flight)
         flight.ended_with = self._changed(flight.end_s)
-        self._rate(flight)
+        if flight.alone:  # nobody shares energy with it, so no rate is needed
+            del self._unrated[flight]
+        else:
+            self._rate(flight)
         self.unwritten.append(flight)
         return True
 
     def counted(self, flight: Flight, tokens: Tokens) -> None:
         """Note the tokens of a prompt."""
         flight.tokens = tokens
-        self._rate(flight)
+        if not flight.alone:
+            self._rate(flight)
 
     def company_has_ended(self, flight: Flight) -> bool:
         """Whether all prompts that were in flight with an ended one have ended, too: their rates are final then."""
@@ -176,9 +185,11 @@ class Flights:
         for rate in self._rated_in_flight.values():
             place.add(rate)
         self._places.append(place)
-        if len(self) > 2 * REMEMBERED_CHANGES:
+        last = len(self._times_s) - 1
+        number = self._forgotten + last
+        if last > 2 * REMEMBERED_CHANGES:
             self._forget(REMEMBERED_CHANGES)
-        return self._forgotten + len(self)
+        return number
 
     def _rate(self, flight: Flight) -> None:
         """Set a prompt's rate once its tokens and its end are known. Without any token, it counts as one token."""
@@ -225,15 +236,14 @@ class Flights:
         many prompts as were in flight when this one ended.
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
-        first, last = self._lay_between(flight)
         begin_s, begun_with = _not_summed(flight)
+        if flight.alone:
+            return Parts((begin_s, flight.end_s), (1.0,), (1.0,), (1.0,)), False
+        first, last = self._lay_between(flight)
         forgotten = begun_with < self._forgotten
         places = self._places[first:last]
         if not places:
-            least = 1.0 if flight.company == 1 else 0.0
-            return Parts((begin_s, flight.end_s), (1 / flight.company,), (least,), (1.0,)), True
-        if len(places) == 1 and places[0].count == 1:
-            return Parts((begin_s, flight.end_s), (1.0,), (1.0,), (1.0,)), forgotten
+            return Parts((begin_s, flight.end_s), (1 / flight.company,), (0.0,), (1.0,)), True
         times_s = (begin_s, *self._times_s[first + 1 : last + 1])
         rate = Rate(_mean(times_s, places)) if flight.rate is None else flight.rate
         mid, low, high = self._divided(flight, rate, times_s, places)

@@ -40,8 +40,10 @@ class Counted:
     _in_flight: int = 0
     _warmups: int = 0
     _at_s: float = 0.0
-    _so_far: tuple[int, float, bool] = (0, 0.0, False)
-    """``most``, ``prompt_s`` and ``warmed_up`` until now."""
+    _most: int = 0
+    _prompt_s: float = 0.0
+    _warmed_up: bool = False
+    """These three are ``most``, ``prompt_s`` and ``warmed_up`` until now."""
 
     def begin(self, at_s: float, *, warmup: bool) -> None:
         """Note that a prompt of the lease begins."""
@@ -50,9 +52,9 @@ class Counted:
         self._warmups += warmup
         if not warmup and self.begun_s is None:
             self.begun_s = at_s
-            self._so_far = (0, 0.0, False)
-        most, prompt_s, warmed_up = self._so_far
-        self._so_far = max(most, self._in_flight), prompt_s, warmed_up or self._warmups > 0
+            self._most, self._prompt_s, self._warmed_up = 0, 0.0, False
+        self._most = max(self._most, self._in_flight)
+        self._warmed_up = self._warmed_up or self._warmups > 0
 
     def end(self, at_s: float, *, warmup: bool) -> None:
         """Note that a prompt of the lease ends."""
@@ -61,11 +63,10 @@ class Counted:
         self._warmups -= warmup
         if not warmup:
             self.ended_s = at_s
-            self.most, self.prompt_s, self.warmed_up = self._so_far
+            self.most, self.prompt_s, self.warmed_up = self._most, self._prompt_s, self._warmed_up
 
     def _pass(self, at_s: float) -> None:
-        most, prompt_s, warmed_up = self._so_far
-        self._so_far = most, prompt_s + self._in_flight * (at_s - self._at_s), warmed_up
+        self._prompt_s += self._in_flight * (at_s - self._at_s)
         self._at_s = at_s
 
     def add(self, start_s: float, end_s: float) -> None:

@@ -49,19 +49,20 @@ class LeaseUsage:
 
     def require_budget(self) -> None:
         """Raise BudgetUsed if the lease has used up its budget."""
-        for budget in self._budgets(self._timeline.holder):
-            budget.require()
+        holder = self._timeline.holder
+        if holder is not None and holder.has_budget:
+            for budget in self._budgets(holder):
+                budget.require()
 
     def budget_flags(self, account: LeaseAccount | None) -> list[Flag]:
         """Return the flags about the budget for answers of a lease, and note them for its record."""
-        flags = [flag for budget in self._budgets(account) if (flag := budget.flag) is not None]
-        if account is not None:
-            account.flags.update(flags)
-        return flags
-
-    def _budgets(self, account: LeaseAccount | None) -> list[Budget]:
         if account is None or not account.has_budget:
             return []
+        flags = [flag for budget in self._budgets(account) if (flag := budget.flag) is not None]
+        account.flags.update(flags)
+        return flags
+
+    def _budgets(self, account: LeaseAccount) -> list[Budget]:
         energy, found = self._used(account)
         if found is None:
             return []  # no time has passed, so nothing is used

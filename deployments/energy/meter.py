@@ -95,6 +95,11 @@ class Meter:
         found = list(sources)
         self._activity = Activity()
         self._unreadable = [source for source in found if isinstance(source, Unreadable)]
+        self._holes = [
+            Component(hole.name, hole.why, Label.UNAVAILABLE, flags=(Flag.UNREADABLE,))
+            for hole in self._unreadable
+            if hole.in_boundary
+        ]
         self._channels = [
             _Channel(
                 source,
@@ -134,7 +139,7 @@ class Meter:
         )
         self._contention_due_s = clock()
         self._limits_due_s = clock() + _LIMITS_PERIOD_S
-        self._not_covered = tuple(_not_covered([channel.source for channel in self._channels]))
+        self._not_covered = frozenset(_not_covered([channel.source for channel in self._channels]))
 
     # --- polling ----------------------------------------------------------------------------------------
 
@@ -279,15 +284,16 @@ class Meter:
         Final flows add up: the flows of the parts of a time sum to the flow of all of it.
         """
         times_s = list(chain.from_iterable(intervals))
-        units = [
-            levels
-            if isinstance(levels, Flag)
-            else widened(together(map(between, levels[::2], levels[1::2])), self._unseen(source, intervals))
-            for source, levels in self._levels(times_s, final=final)
-        ]
+        units: list[Level | Flag] = []
+        for source, levels in self._levels(times_s, final=final):
+            if isinstance(levels, Flag):
+                units.append(levels)
+                continue
+            rises = [between(levels[at], levels[at + 1]) for at in range(0, len(levels), 2)]
+            rise = rises[0] if len(rises) == 1 else together(rises)
+            units.append(widened(rise, self._unseen(source, intervals)) if source.unseen_s else rise)
         lengths_s = [b - a for a, b in intervals]
-        flags = frozenset(self._flags(times_s[0], times_s[-1]))
-        return Flow(sum(lengths_s), max(lengths_s), tuple(units), flags)
+        return Flow(sum(lengths_s), max(lengths_s), tuple(units), self._flags(times_s[0], times_s[-1]))
 
     def energy(self, flow: Flow, *, estimate_short: bool = False) -> Energy:
         """Return a flow in joules; with ``estimate_short`` modelled if it is too short for a counter."""
@@ -306,7 +312,7 @@ class Meter:
             for channel, units in zip(self._channels, flow.units, strict=True)
             if not channel.source.redundant
         ]
-        return total([*joined(parts), *self._holes()], flow.flags)
+        return total([*joined(parts), *self._holes], flow.flags)
 
     def nothing(self) -> Energy:
         """Return the energy of an interval of 0 s: unavailable, flagged ``too_short``."""
@@ -329,7 +335,7 @@ class Meter:
             if not channel.source.redundant
         ]
         end_s = parts.times_s[-1]
-        return total([*joined(components), *self._holes()], self._flags(end_s - found.duration_s, end_s))
+        return total([*joined(components), *self._holes], self._flags(end_s - found.duration_s, end_s))
 
     def shares(self, parts: Parts, *, final: bool = False) -> Shares:
         """Return a prompt's share of what each counter counted in the time of its parts, to be added up.
@@ -371,33 +377,26 @@ class Meter:
                     found.append((channel.source, no_window.flag))
         return found
 
-    def _holes(self) -> list[Component]:
-        """Return a component for each source inside the boundary that can't be read."""
-        return [
-            Component(hole.name, hole.why, Label.UNAVAILABLE, flags=(Flag.UNREADABLE,))
-            for hole in self._unreadable
-            if hole.in_boundary
-        ]
-
     def contended(self, start_s: float, end_s: float) -> bool:
         """Whether others were seen at work in a period between two looks (1 s) that overlaps this time."""
-        return self._contention.seen(start_s, end_s)
+        return self._contention.found(start_s, end_s)[0]
 
     @property
     def labels(self) -> tuple[Label, ...]:
         """The label of each source's counter."""
         return tuple(channel.source.counter_label for channel in self._channels)
 
-    def _flags(self, start_s: float, end_s: float) -> tuple[Flag, ...]:
-        contended = self._contention.seen(start_s, end_s)
-        unknown = self._contention.unknown(start_s, end_s)
-        disagree = any(channel.check is not None and channel.check.disagrees for channel in self._channels)
-        return (
-            *self._not_covered,
-            *((Flag.CONTENDED,) if contended else ()),
-            *((Flag.CONTENTION_UNKNOWN,) if unknown else ()),
-            *((Flag.COUNTER_DISAGREES,) if disagree else ()),
-        )
+    def _flags(self, start_s: float, end_s: float) -> frozenset[Flag]:
+        contended, unknown = self._contention.found(start_s, end_s)
+        flags = self._not_covered
+        if contended:
+            flags |= {Flag.CONTENDED}
+        if unknown:
+            flags |= {Flag.CONTENTION_UNKNOWN}
+        for channel in self._channels:
+            if channel.check is not None and channel.check.disagrees:
+                flags |= {Flag.COUNTER_DISAGREES}
+        return flags
 
     def _checks(self) -> list[Check]:
         return [check for channel in self._channels if channel.check is not None for check in channel.check.found]
@@ -409,7 +408,7 @@ class Meter:
                 "polling": self._thread is not None and self._thread.is_alive(),
                 "poll_s": self._poll_s,
                 "label": worst(
-                    [channel.source.label for channel in self._channels] + [hole.label for hole in self._holes()]
+                    [channel.source.label for channel in self._channels] + [hole.label for hole in self._holes]
                 ).value,
                 "sources": [
                     {
@@ -426,7 +425,7 @@ class Meter:
                     for channel in self._channels
                 ],
                 "not_found": [{"name": hole.name, "why": hole.why} for hole in self._unreadable],
-                "not_covered": list(self._not_covered),
+                "not_covered": sorted(self._not_covered),
                 "checks": [asdict(check) for check in self._checks()],
             }
 

@@ -173,7 +173,7 @@ class PromptMeter:
         if flight.account is not None:
             flight.account.unwritten += 1
             flight.account.counted.begin(flight.start_s, warmup=warmup)
-        return MeteredPrompt(flight, end=self._end, count=self._flights.counted, cost=self._cost, grid=self._grid_json)
+        return MeteredPrompt(flight, self._end, self._flights.counted, self._cost, self._grid_json)
 
     def _end(self, flight: Flight) -> None:
         now_s = self._meter.mark()
@@ -224,10 +224,11 @@ class PromptMeter:
 class MeteredPrompt:
     """One prompt on a `PromptMeter`: a context that ends it. ``flight`` has the meter's data of the prompt."""
 
+    __slots__ = ("_cost", "_count", "_end", "_grid", "flight")
+
     def __init__(
         self,
         flight: Flight,
-        *,
         end: Callable[[Flight], None],
         count: Callable[[Flight, Tokens], None],
         cost: Callable[[Flight], tuple[Energy, Score, Sequence[str]]],
@@ -280,7 +281,7 @@ class MeteredPrompt:
             "window": self.flight.window_id,
             "final": False,
             "sci_score": found.sci_score,
-            "sci_method": found.method.value,
+            "sci_method": found.method,
             "sci_low": found.low,
             "sci_high": found.high,
             "unit": found.unit,
@@ -298,14 +299,14 @@ class MeteredPrompt:
             "window": self.flight.window_id,
             "final": False,
             "sci_score": found.sci_score,
-            "sci_method": found.method.value,
+            "sci_method": found.method,
             "sci_low": found.low,
             "sci_high": found.high,
             "unit": found.unit,
             "joules": energy.total_j,
             "joules_low": energy.low_j,
             "joules_high": energy.high_j,
-            "label": energy.label.value,
+            "label": energy.label,
             "o_g": found.o_g,
             "m_g": found.m_g,
             "flags": flags,

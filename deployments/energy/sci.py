@@ -11,7 +11,6 @@ Source: Green Software Foundation, Software Carbon Intensity specification 1.1 (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -20,14 +19,11 @@ from registry.grid_mixes import DATA_FILE, DATASET, zone_intensity
 from registry.wire.flags import Flag
 from registry.wire.labels import MEASURED, Label, worst
 
+_Range = tuple[float, float, float]
+"""Low, estimate and high."""
 J_PER_KWH = 3_600_000.0
 PLAUSIBLE_J_PER_TOKEN = (0.03, 10.0)
 """Plausible range for LLMs on GPUs, J per output token, from a full batch to one prompt at a time."""
-
-
-def kwh(joules: float) -> float:
-    """Return joules (W·s) in kWh."""
-    return joules / J_PER_KWH
 
 
 def grid_intensity(zone: str) -> GridIntensity:
@@ -45,8 +41,7 @@ def grid_intensity(zone: str) -> GridIntensity:
     return GridIntensity(value, zone, DATASET, release, source=f"{DATASET} {release}, {DATA_FILE}")
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(NamedTuple):
     """An SCI score, gCO2eq per functional unit, with its parts and their methods.
 
     Unknown values are None. Low and high are known whenever their value is.
@@ -62,7 +57,6 @@ class Score:
         unit, units: The functional unit, and how many of them were produced.
         method: The worst of ``methods``, even without a score.
         methods: Labels of E, I, M and R.
-        boundary: Names of the parts whose energy is included.
         flags: What is wrong or unusual.
     """
 
@@ -80,14 +74,7 @@ class Score:
     units: int | None
     method: Label
     methods: Mapping[str, str]
-    boundary: tuple[str, ...]
     flags: tuple[str, ...]
-
-
-class _Three(NamedTuple):
-    low: float
-    mid: float
-    high: float
 
 
 def score(
@@ -116,11 +103,15 @@ def score(
     """
     if duration_s <= 0 or (units is not None and units < 0):
         raise ValueError(f"can't score {units} units in {duration_s} s")
-    least_s, most_s = (duration_s, duration_s) if duration_range_s is None else duration_range_s
     operational = _operational(energy, grid, settings.pue)
-    embodied = _embodied(settings.embodied, _Three(min(least_s, duration_s), duration_s, max(most_s, duration_s)))
-    per_unit = _per_unit(operational, embodied, units) if _may_be_shown(energy, settings) else None
+    embodied = _embodied(settings.embodied, duration_s, duration_range_s)
+    # The operator allows a score of estimates, or hardware measured the energy.
+    allowed = settings.allow_estimates or energy.label in MEASURED
+    per_unit = _per_unit(operational, embodied, units) if allowed else None
     methods = _methods(energy, grid, embodied, units)
+    problems = _problems(energy, grid, embodied, units, allowed=allowed)
+    if settings.functional_unit == "output_token" and _implausible(energy, units):
+        problems.append(Flag.IMPLAUSIBLE_J_PER_TOKEN)
     low, sci_score, high = per_unit or (None, None, None)
     o_low_g, o_g, o_high_g = operational or (None, None, None)
     m_low_g, m_g, m_high_g = embodied or (None, None, None)
@@ -139,41 +130,34 @@ def score(
         units=units,
         method=worst(methods.values()),
         methods=methods,
-        boundary=energy.boundary,
-        flags=(*energy.flags, *_problems(energy, grid, embodied, units, settings), *flags),
+        flags=(*energy.flags, *problems, *flags),
     )
 
 
-def _per_unit(operational: _Three | None, embodied: _Three | None, units: int | None) -> _Three | None:
+def _per_unit(operational: _Range | None, embodied: _Range | None, units: int | None) -> _Range | None:
     """Return (O + M) / R, gCO2eq per unit; None if a part is unknown, or no unit was produced."""
     if operational is None or embodied is None or not units:
         return None
     (o_low, o_mid, o_high), (m_low, m_mid, m_high) = operational, embodied
-    return _Three((o_low + m_low) / units, (o_mid + m_mid) / units, (o_high + m_high) / units)
-
-
-def _may_be_shown(energy: Energy, settings: SCISettings) -> bool:
-    """Whether the operator allows a score: estimates are allowed, or hardware measured the energy."""
-    return settings.allow_estimates or energy.label in MEASURED
+    return (o_low + m_low) / units, (o_mid + m_mid) / units, (o_high + m_high) / units
 
 
 def _problems(
-    energy: Energy, grid: GridIntensity | None, embodied: _Three | None, units: int | None, settings: SCISettings
+    energy: Energy, grid: GridIntensity | None, embodied: _Range | None, units: int | None, *, allowed: bool
 ) -> list[Flag]:
-    """Return flags for what the score lacks, and for an implausible one."""
+    """Return flags for what the score lacks; ``allowed``: whether the operator allows a score of this energy."""
     problems = {
         Flag.NO_GRID: grid is None,
         Flag.NO_EMBODIED: embodied is None,
         Flag.NO_UNITS: units == 0,
         Flag.UNITS_UNKNOWN: units is None,
-        Flag.ESTIMATES_NOT_ALLOWED: not _may_be_shown(energy, settings) and energy.total_j is not None,
-        Flag.IMPLAUSIBLE_J_PER_TOKEN: _implausible(energy, units, settings),
+        Flag.ESTIMATES_NOT_ALLOWED: not allowed and energy.total_j is not None,
     }
     return [flag for flag, holds in problems.items() if holds]
 
 
 def _methods(
-    energy: Energy, grid: GridIntensity | None, embodied: _Three | None, units: int | None
+    energy: Energy, grid: GridIntensity | None, embodied: _Range | None, units: int | None
 ) -> dict[str, Label]:
     """Return how each part of SCI = (E · I + M) / R was determined."""
     return {
@@ -184,29 +168,31 @@ def _methods(
     }
 
 
-def _operational(energy: Energy, grid: GridIntensity | None, pue: float) -> _Three | None:
+def _operational(energy: Energy, grid: GridIntensity | None, pue: float) -> _Range | None:
     if grid is None or energy.total_j is None or energy.low_j is None or energy.high_j is None:
         return None
     low, high = grid.range
-    return _Three(
-        kwh(energy.low_j) * pue * low, kwh(energy.total_j) * pue * grid.gco2eq_per_kwh, kwh(energy.high_j) * pue * high
+    return (
+        energy.low_j / J_PER_KWH * pue * low,
+        energy.total_j / J_PER_KWH * pue * grid.gco2eq_per_kwh,
+        energy.high_j / J_PER_KWH * pue * high,
     )
 
 
-def _embodied(embodied: Embodied | None, duration_s: _Three) -> _Three | None:
+def _embodied(embodied: Embodied | None, mid_s: float, range_s: tuple[float, float] | None) -> _Range | None:
     if embodied is None:
         return None
-    low_s, mid_s, high_s = duration_s
-    return _Three(
+    low_s, high_s = (mid_s, mid_s) if range_s is None else (min(range_s[0], mid_s), max(range_s[1], mid_s))
+    return (
         embodied.low_g_per_hour * low_s / 3600,
         embodied.g_per_hour * mid_s / 3600,
         embodied.high_g_per_hour * high_s / 3600,
     )
 
 
-def _implausible(energy: Energy, units: int | None, settings: SCISettings) -> bool:
+def _implausible(energy: Energy, units: int | None) -> bool:
     gpu_j = [part.joules for part in energy.components if part.name.startswith("gpu:") and part.joules is not None]
-    if not gpu_j or not units or settings.functional_unit != "output_token":
+    if not gpu_j or not units:
         return False
     low, high = PLAUSIBLE_J_PER_TOKEN
     return not low <= sum(gpu_j) / units <= high

@@ -63,13 +63,14 @@ class Scorer:
         The score includes its share of the reserved time. With ``for_good`` the rates that were assumed become final.
         """
         assert flight.end_s is not None  # callers end a prompt before they account for it
-        parts, assumed = self._flights.parts(flight, for_good=for_good)
         had = flight.had
         reserved_s = flight.end_s - flight.start_s
         range_s: tuple[float, float] | None = None
-        if parts.alone and had is None:
+        assumed = False
+        if flight.alone and had is None:
             energy = self.meter.window(flight.start_s, flight.end_s, estimate_short=True, final=for_good)
         else:
+            parts, assumed = self._flights.parts(flight, for_good=for_good)
             before = None if had is None else had.shares
             energy = self.meter.share(parts, before=before, final=for_good)
             reserved_s, range_s = parts.reserved_s, (parts.reserved_low_s, parts.reserved_high_s)
@@ -130,5 +131,5 @@ class Scorer:
         for intervals in times:
             if intervals:
                 more = self.meter.flow(intervals, final=final)
-                flow = more if flow is None else flow + more
+                flow = more if flow is None else flow.plus(more)
         return flow

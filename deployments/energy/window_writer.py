@@ -153,7 +153,7 @@ class WindowWriter:
             model, payer = (None, None) if account is None else (account.model, account.grant)
             self._record(WindowKind.IDLE, payer, times, idle, model, account=account)
             if account is not None:
-                account.idle = idle if account.idle is None else account.idle + idle
+                account.idle = idle if account.idle is None else account.idle.plus(idle)
         if account is not None:
             if stretch.end_s > stretch.start_s:
                 account.flow = self._scorer.summed(account.flow, [[(stretch.start_s, stretch.end_s)]], final=True)
@@ -276,8 +276,8 @@ class WindowWriter:
             score=ScoreRecord(found.sci_score, found.low, found.high, found.method),
             methods=found.methods,
             flags=tuple(sorted({*found.flags, *stepped})),
-            boundary=found.boundary,
-            gpus=tuple(name.removeprefix("gpu:") for name in found.boundary if name.startswith("gpu:")),
+            boundary=energy.boundary,
+            gpus=tuple(name.removeprefix("gpu:") for name in energy.boundary if name.startswith("gpu:")),
             model=model,
             use=use,
         )

@@ -27,11 +27,13 @@ MEASURED: Final = frozenset({Label.MEASURED, Label.MEASURED_SAMPLED})
 """Labels of figures that hardware measured."""
 
 _RANK: Final[dict[str, int]] = {label: rank for rank, label in enumerate(Label)}
+_rank = _RANK.__getitem__
+_NOTHING: Final = Label.UNAVAILABLE
 
 
 def worst(labels: Iterable[Label]) -> Label:
     """Return the label of a sum: the worst of its parts; unavailable for a sum of nothing."""
-    return max(labels, key=_RANK.__getitem__, default=Label.UNAVAILABLE)
+    return max(labels, key=_rank, default=_NOTHING)
 
 
 def worst_word(words: Iterable[str]) -> str:

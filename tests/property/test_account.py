@@ -96,7 +96,7 @@ class LoadedGPU:
         for flight in self.flying:
             parts, assumed = self.flights.parts(flight)
             assert not assumed
-            if parts.alone:
+            if flight.alone:
                 energy = self.meter.window(flight.start_s, flight.end_s or 0.0, estimate_short=True, final=True)
             else:
                 energy = self.meter.share(parts, final=True)

@@ -354,7 +354,7 @@ def test_shares_and_idle_are_the_total(
     for flight in flying:
         parts, assumed = flights.parts(flight)
         assert not assumed
-        if parts.alone:
+        if flight.alone:
             energies.append(bench.meter.window(flight.start_s, flight.end_s or 0.0, estimate_short=True))
         else:
             energies.append(bench.meter.share(parts))
@@ -411,4 +411,5 @@ def test_parts_are_by_rate(one: int, other: int) -> None:
     flights, (first, second, alone) = fly([(0, 10, one), (0, 10, other), (20, 10, one)])
     parts = [flights.parts(flight)[0] for flight in (first, second)]
     assert [part.reserved_s for part in parts] == pytest.approx([one / (one + other), other / (one + other)])
-    assert flights.parts(alone)[0].alone
+    assert alone.alone
+    assert flights.parts(alone)[0].mid == (1.0,)

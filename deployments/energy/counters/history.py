@@ -204,7 +204,7 @@ class _Run:
         last = len(self.units) - 1
         floor = bisect_right(self.seen_s, time_s) - 1
         ceiling = bisect_left(self.before_s, time_s)
-        left = self._left(floor, time_s)
+        left = floor if floor == last else self._left(floor, time_s)
         systematic = 0.0
         if left < last:
             mid, systematic = self._inside(left, time_s)
@@ -212,13 +212,15 @@ class _Run:
             mid = self.units[last] + self._trend() * (time_s - self._mid_s(last))
         low = self.units[floor]
         if ceiling <= last:
+            provisional = not self.is_final(time_s)
             high = max(self.units[ceiling], low) + step
         else:
+            provisional = True
             rate = 2 * self._trend() if max_rate is None else max_rate
             high = self.units[last] + step + rate * (time_s - self.before_s[last])
         mid = max(low, min(mid, high))
         systematic = min(systematic, max(high - mid, mid - low))
-        return Level(low, mid, high, provisional=not self.is_final(time_s), systematic=systematic)
+        return Level(low, mid, high, provisional, systematic)
 
     def _left(self, floor: int, time_s: float) -> int:
         """Return the last edge whose middle is not after this time. ``floor`` is an edge where the search can begin."""

@@ -56,7 +56,7 @@ def test_parts_change_with_those_who_come_and_go() -> None:
     assert parts.low == pytest.approx([6 / 28, 1.0, 6 / 28, 1.0, 6 / 28])
     assert parts.high == pytest.approx([1.0, 1.0, 1.0, 1.0, 1.0])
     assert not assumed
-    assert not parts.alone
+    assert not own.alone
 
 
 def test_rates_that_are_not_known() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deployments.energy.figures import Component, Embodied, Energy, GridIntensity, SCISettings, total
-from deployments.energy.sci import grid_intensity, kwh, score
+from deployments.energy.sci import grid_intensity, score
 from registry import grid_mixes
 from registry.errors import BadSettings
 from registry.wire.labels import Label
@@ -77,12 +77,10 @@ def test_worked_example_idle_seconds() -> None:
     assert idle.sci_score / prompt.sci_score == pytest.approx(18.3, abs=0.05)
 
 
-def test_the_old_systems_kwh_was_a_thousand_times_too_high() -> None:
-    """W·s / 3600 is Wh: what the old system called kWh is a thousand times the kWh of the same joules."""
-    watts, seconds = 380.0, 2.0
-    called_kwh = watts * seconds / 3600
-    assert called_kwh / kwh(watts * seconds) == pytest.approx(1000)
-    assert kwh(3_600_000) == 1.0
+def test_a_kilowatt_hour_is_3_6_megajoules() -> None:
+    """The old system took W·s / 3600, which is Wh, for kWh."""
+    plain = SCISettings(1.0, "output_token", allow_estimates=False, embodied=H100)
+    assert score(gpu(3.6e6), duration_s=10_000.0, units=10**6, settings=plain, grid=DEU).o_g == pytest.approx(329.65)
 
 
 def test_pue_counts_once() -> None:
@@ -98,12 +96,12 @@ def test_pue_counts_once() -> None:
 
 
 def test_score_tells_its_methods() -> None:
-    """A score tells its unit, its boundary and the labels of E, I, M and R; its own label is the worst of them.
+    """A score tells its unit and the labels of E, I, M and R; its own label is the worst of them.
 
     The energy is measured, the grid and the embodied carbon are published factors: the score is sourced.
     """
     found = score(gpu(760.0), duration_s=2.0, units=250, settings=SETTINGS, grid=DEU)
-    assert (found.unit, found.units, found.method, found.boundary) == ("output_token", 250, "sourced", ("gpu:x",))
+    assert (found.unit, found.units, found.method) == ("output_token", 250, "sourced")
     assert found.methods == {"E": "measured", "I": "sourced", "M": "sourced", "R": "measured"}
     assert found.flags == ()
 
