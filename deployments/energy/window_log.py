@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +11,15 @@ from pydantic import TypeAdapter
 
 from deployments.energy.figures import Energy
 from registry.contract.messages import LeaseGrant, StartedFor
-from registry.contract.windows import EnergyRecord, EnergyWindow, LeaseUse, PromptUse, WindowDetail, WindowIds
+from registry.contract.windows import (
+    ComponentRecord,
+    EnergyRecord,
+    EnergyWindow,
+    LeaseUse,
+    PromptUse,
+    WindowDetail,
+    WindowIds,
+)
 from registry.wire.labels import Label
 from registry.wire.words import WindowKind
 
@@ -22,7 +31,8 @@ WINDOWS_A_REPORT = 500
 """Most windows in one report. With one report per second, no record is lost at up to this many prompts per second."""
 _DETAIL = TypeAdapter(WindowDetail)
 _USE = TypeAdapter[PromptUse | LeaseUse](PromptUse | LeaseUse)
-_ENERGY = TypeAdapter(EnergyRecord)
+_ENERGY = tuple(field.name for field in fields(EnergyRecord))
+_COMPONENT = tuple(field.name for field in fields(ComponentRecord))
 
 
 class EnergyLog:
@@ -98,7 +108,10 @@ def detail_json(detail: WindowDetail) -> str:
 
 def energy_json(energy: Energy) -> dict[str, Any]:
     """Return an energy as in records, as plain JSON."""
-    found: dict[str, Any] = _ENERGY.serializer.to_python(energy, mode="json")
+    found = {name: getattr(energy, name) for name in _ENERGY}
+    found["components"] = parts = [{name: getattr(part, name) for name in _COMPONENT} for part in energy.components]
+    for part in parts:
+        part["flags"] = list(part["flags"])
     return found
 
 
