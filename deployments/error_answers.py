@@ -16,6 +16,7 @@ from typing import Any
 from fastapi.encoders import jsonable_encoder
 from starlette.responses import JSONResponse
 
+from registry.access_errors import KeyNeeded, KeyRefused
 from registry.errors import RegistryError
 from registry.wire.schemas import ErrorAnswer
 
@@ -24,6 +25,8 @@ RETRY_AFTER_S = 1
 
 LONGEST_RETRY_AFTER_S = 300
 """The longest Retry-After, seconds; estimates beyond this are unreliable."""
+
+_BEARER = (KeyNeeded.code, KeyRefused.code)
 
 
 def error_answer(
@@ -48,7 +51,7 @@ def error_answer(
     ).model_dump(exclude_none=True, exclude={"detail"})
     if detail is not None:
         answer["detail"] = detail
-    return JSONResponse(answer, status_code=status, headers=_headers(status, retryable, retry_after_s))
+    return JSONResponse(answer, status_code=status, headers=_headers(status, code, retryable, retry_after_s))
 
 
 def openai_error(
@@ -62,7 +65,7 @@ def openai_error(
 ) -> JSONResponse:
     """Return an error in OpenAI's format, with the same stable code."""
     body = {"error": openai_problem(status, code, message, field=field)}
-    return JSONResponse(body, status_code=status, headers=_headers(status, retryable, retry_after_s))
+    return JSONResponse(body, status_code=status, headers=_headers(status, code, retryable, retry_after_s))
 
 
 # D78: below /v1 errors have OpenAI's shape
@@ -111,9 +114,9 @@ def _location(field: str | None) -> Sequence[str | int]:
     return [int(n) if n else name for n, name in re.findall(r"\[(\d+)\]|([^.\[\]]+)", field)]
 
 
-def _headers(status: int, retryable: bool, retry_after_s: float | None) -> dict[str, str]:
+def _headers(status: int, code: str, retryable: bool, retry_after_s: float | None) -> dict[str, str]:
     wait_s = RETRY_AFTER_S if retry_after_s is None else min(max(math.ceil(retry_after_s), 1), LONGEST_RETRY_AFTER_S)
     headers = {"retry-after": str(wait_s)} if retryable else {}
     if status == HTTPStatus.UNAUTHORIZED:
-        headers["www-authenticate"] = 'Basic realm="lease"'
+        headers["www-authenticate"] = "Bearer" if code in _BEARER else 'Basic realm="lease"'
     return headers

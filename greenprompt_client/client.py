@@ -13,33 +13,31 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
 import stamina
-from pydantic import TypeAdapter
 
+from greenprompt_client.answers import AnswerError, RequestEnded, checked, is_passing, may_ask_again, read
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport, WindowsPage
-from registry.errors import RegistryError
+from registry.errors import BadSettings
 from registry.wire.http import http_client
 from registry.wire.schemas import (
     MAX_WAIT_S,
     MAX_WINDOWS,
     PROMPT_HEADER,
     WARMUP_HEADER,
-    ErrorAnswer,
     HealthState,
+    KeyState,
     MachineState,
     MeasurementState,
+    NewKey,
     PromptingAnswer,
     RequestState,
 )
-
-T = TypeVar("T")
 
 WAIT_S = 20.0
 """How long one poll waits for a change, seconds."""
@@ -58,45 +56,9 @@ LOOK_S = 1.0
 """Seconds between checks of a machine that is being drained."""
 
 TENANT_HEADER = "X-Tenant"
-"""Names the tenant; it is not authenticated."""
-
-_PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
-"""Statuses after which a call is retried if the answer allows it; not 504, because a retry would take as long again."""
-
-UNEXPECTED = "unexpected_answer"
-"""``answer_code`` of an answer that does not come from a registry."""
+"""Names the tenant, for a registry without API keys."""
 
 ENDED = frozenset({"released", "expired", "cancelled", "failed"})
-
-
-class AnswerError(RegistryError):
-    """The registry or a wrapper answered with an error. ``answer_code`` is its stable code.
-
-    ``passing``: the same call may succeed later without any change.
-    """
-
-    code = "answer_error"
-
-    status: int
-    answer_code: str
-    message: str
-    passing: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.message} (HTTP {self.status}, {self.answer_code})"
-
-
-class RequestEnded(RegistryError):
-    """A request ended before its LLM was handed over; ``reason`` is the registry's."""
-
-    code = "request_ended"
-
-    request_id: str
-    status: str
-    reason: str | None
-
-    def __str__(self) -> str:
-        return f"request {self.request_id} is {self.status}" + (f": {self.reason}" if self.reason else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +92,9 @@ class HeldLease:
         if prompt_id is not None:
             headers[PROMPT_HEADER] = quote(prompt_id, safe="")
         # Not the decorator: it would log the arguments of retried calls, and the URL contains the lease's token.
-        for attempt in stamina.retry_context(_may_ask_again, attempts=None, timeout=RETRY_FOR_S):
+        for attempt in stamina.retry_context(may_ask_again, attempts=None, timeout=RETRY_FOR_S):
             with attempt:
-                answer: dict[str, Any] = _checked(
+                answer: dict[str, Any] = checked(
                     self._http.post(url, json=body, headers=headers, timeout=timeout_s)
                 ).json()
                 return answer
@@ -147,12 +109,14 @@ class RegistryClient:
         base_url: str,
         *,
         tenant: str | None = None,
+        api_key: str | None = None,
         timeout_s: float = 60.0,
         connect_for_s: float = RETRY_FOR_S,
     ) -> None:
         """Create a client of the ingress at ``base_url``, e.g. ``http://127.0.0.1:8000``; sends nothing yet.
 
-        The client's requests are queued for ``tenant``; None: the registry's ``default``.
+        The client's requests are queued for ``tenant``; None: that of the key, or the registry's ``default``.
+        ``api_key``: sent to the registry, and never to an LLM; None: the registry needs none.
         ``connect_for_s`` is how long a call tries to connect, seconds, until the registry has
         answered for the first time.
 
@@ -160,8 +124,12 @@ class RegistryClient:
             BadSettings: The URL is invalid, or the environment names unusable certificates or an unusable proxy.
         """
         headers = {} if tenant is None else {TENANT_HEADER: tenant}
+        if api_key is not None:
+            headers["Authorization"] = f"Bearer {_checked_key(api_key)}"
         self._connect_for_s = connect_for_s
         self._http = http_client(base_url, timeout_s=timeout_s, connect_s=connect_for_s, headers=headers)
+        # A wrapper must not get the key: the LLM's code runs there.
+        self._prompts = http_client(base_url, timeout_s=timeout_s, connect_s=connect_for_s)
 
     def __enter__(self) -> Self:
         return self
@@ -174,6 +142,7 @@ class RegistryClient:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+        self._prompts.close()
 
     def request(
         self,
@@ -220,7 +189,7 @@ class RegistryClient:
         body |= {name: value for name, value in options.items() if value is not None}
         headers = {"Idempotency-Key": uuid.uuid4().hex if idempotency_key is None else idempotency_key}
         response = self._insist("POST", "/promptingservice/request", {}, 60, json=body, headers=headers)
-        return [accepted.requestId for accepted in _read(PromptingAnswer, response).requests]
+        return [accepted.requestId for accepted in read(PromptingAnswer, response).requests]
 
     def status(self, request_id: str, *, wait_s: float = 0.0, seen: str | None = None) -> RequestState:
         """Return a request's state once its status differs from ``seen``, or after ``wait_s`` seconds (at most 60).
@@ -231,7 +200,7 @@ class RegistryClient:
         params: dict[str, float | str] = {"wait": min(wait_s, MAX_WAIT_S)} if wait_s else {}
         if seen is not None:
             params["seen"] = seen
-        return _read(RequestState, self._insist("GET", _path(request_id), params, wait_s + 60))
+        return read(RequestState, self._insist("GET", _path(request_id), params, wait_s + 60))
 
     def release(self, request_id: str) -> None:
         """Release an LLM, or cancel a request. Retried, and raises, like ``status``. Idempotent."""
@@ -250,13 +219,13 @@ class RegistryClient:
         def passes(error: Exception) -> bool:
             if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
                 return time.monotonic() - begun_s < self._connect_for_s
-            return _is_passing(error)
+            return is_passing(error)
 
         for attempt in stamina.retry_context(passes, attempts=None, timeout=RETRY_FOR_S):
             with attempt:
                 response = self._http.request(method, path, params=params, timeout=timeout, **content)
                 self._connect_for_s = RETRY_FOR_S  # a registry exists at this URL, so a restart is worth waiting for
-                return _checked(response)
+                return checked(response)
         raise AssertionError("unreachable")
 
     def wait_until_deployed(
@@ -300,7 +269,7 @@ class RegistryClient:
         try:
             state = self.wait_until_deployed(request_id, timeout_s=timeout_s, on_change=on_change)
             assert state.url is not None  # deployed requests have a URL
-            yield HeldLease(state, state.url, self._http)
+            yield HeldLease(state, state.url, self._prompts)
         finally:
             self.release(request_id)
 
@@ -311,11 +280,11 @@ class RegistryClient:
             AnswerError: No machine has this id; the text names the existing ones.
             httpx.HTTPError: The registry could not be reached.
         """
-        return _read(MachineState, self._insist("POST", f"{_machine_path(machine_id)}/drain", {}, 60))
+        return read(MachineState, self._insist("POST", f"{_machine_path(machine_id)}/drain", {}, 60))
 
     def undrain(self, machine_id: str) -> MachineState:
         """Use a machine again. Retried, and raises, like ``drain``."""
-        return _read(MachineState, self._insist("DELETE", f"{_machine_path(machine_id)}/drain", {}, 60))
+        return read(MachineState, self._insist("DELETE", f"{_machine_path(machine_id)}/drain", {}, 60))
 
     def wait_until_drained(
         self,
@@ -333,7 +302,7 @@ class RegistryClient:
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            state = _read(MachineState, self._insist("GET", _machine_path(machine_id), {}, 60))
+            state = read(MachineState, self._insist("GET", _machine_path(machine_id), {}, 60))
             if on_look is not None:
                 on_look(state)
             if state.drain != "draining":
@@ -344,13 +313,13 @@ class RegistryClient:
 
     def machines(self) -> list[MachineState]:
         """Return all known machines, with their wrappers. Raises AnswerError, httpx.HTTPError."""
-        return _read(list[MachineState], _checked(self._http.get("/machines")))
+        return read(list[MachineState], checked(self._http.get("/machines")))
 
     def measurement(self, measurement_id: int) -> MeasurementState:
         """Return a measurement with all its requests. Retried like ``status``. Raises AnswerError (404: unknown)."""
         path, requests, after = f"/measurements/{measurement_id}", list[RequestState](), 0
         while True:
-            page = _read(MeasurementState, self._insist("GET", path, {"after": after}, 60))
+            page = read(MeasurementState, self._insist("GET", path, {"after": after}, 60))
             requests += page.requests
             if page.next is None:
                 return page.model_copy(update={"requests": requests})
@@ -360,14 +329,14 @@ class RegistryClient:
         """Return the registry's health, even if it can't serve requests now. Raises AnswerError, httpx.HTTPError."""
         response = self._http.get("/healthz")
         try:
-            return _read(HealthState, response)
+            return read(HealthState, response)
         except AnswerError:
-            return _read(HealthState, _checked(response))
+            return read(HealthState, checked(response))
 
     def report(self, measurement_id: int) -> MeasurementReport:
         """Return a measurement's energy and carbon by LLM, without windows. Raises AnswerError, httpx.HTTPError."""
         path = f"/measurements/{measurement_id}/report"
-        return _read(MeasurementReport, _checked(self._http.get(path)))
+        return read(MeasurementReport, checked(self._http.get(path)))
 
     def windows(
         self, measurement_id: int, *, request_id: str | None = None, detail: bool = False
@@ -383,15 +352,36 @@ class RegistryClient:
         if detail:
             params["detail"] = "true"
         while True:
-            page = _read(WindowsPage, self._insist("GET", f"/measurements/{measurement_id}/windows", params, 60))
+            page = read(WindowsPage, self._insist("GET", f"/measurements/{measurement_id}/windows", params, 60))
             yield from page.windows
             if page.next is None:
                 return
             params["after"] = page.next
 
+    def keys(self) -> list[KeyState]:
+        """Return all API keys of the registry, without their texts. Raises AnswerError, httpx.HTTPError."""
+        return read(list[KeyState], checked(self._http.get("/keys")))
+
+    def create_key(self, role: str, *, tenant: str | None = None, name: str = "", days: float | None = None) -> NewKey:
+        """Make an API key. Not retried: a lost answer leaves a key that nobody knows. Raises as ``keys``."""
+        body = {"role": role, "tenant": tenant, "name": name, "days": days}
+        return read(NewKey, checked(self._http.post("/keys", json=body)))
+
+    def revoke_key(self, key_id: str) -> None:
+        """Refuse an API key from now on. Retried like ``status``. Idempotent. Raises as ``keys``."""
+        self._insist("DELETE", f"/keys/{quote(key_id, safe='')}", {}, 60)
+
     def get(self, path: str) -> Any:
         """Return the JSON of /healthz, /machines, /llms or /measurements/{id}. Raises AnswerError, httpx.HTTPError."""
-        return _checked(self._http.get(path)).json()
+        return checked(self._http.get(path)).json()
+
+
+def _checked_key(api_key: str) -> str:
+    """Return the key without white space. Raises BadSettings if no header can have it; the text does not show it."""
+    key = api_key.strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise BadSettings("API key", "is empty, or has characters that no key has")
+    return key
 
 
 def _path(request_id: str) -> str:
@@ -400,36 +390,3 @@ def _path(request_id: str) -> str:
 
 def _machine_path(machine_id: str) -> str:
     return f"/machines/{quote(machine_id, safe='')}"
-
-
-def _read(kind: type[T], response: httpx.Response) -> T:
-    """Return the body of an answer. Raises AnswerError if it is not a registry's answer."""
-    try:
-        return TypeAdapter(kind).validate_json(response.content)
-    except ValueError:
-        text = "what answers there is no registry, or one that this client does not understand"
-        raise AnswerError(response.status_code, UNEXPECTED, text) from None
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether a retry may help: the connection failed (the registry or proxy restarts), or the answer says so."""
-    return isinstance(error, httpx.TransportError) or (isinstance(error, AnswerError) and error.passing)
-
-
-def _may_ask_again(error: Exception) -> bool:
-    """Like ``_is_passing``, except for read timeouts: a retry would only wait as long again."""
-    return _is_passing(error) and not isinstance(error, httpx.ReadTimeout)
-
-
-def _checked(response: httpx.Response) -> httpx.Response:
-    if response.is_success:
-        return response
-    try:
-        answer = ErrorAnswer.model_validate_json(response.content)
-    except ValueError:
-        text = response.text.strip().partition("\n")[0][:200] or response.reason_phrase
-        # From a proxy whose server is being restarted.
-        passing = response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
-        raise AnswerError(response.status_code, UNEXPECTED, text, passing) from None
-    passing = answer.retryable and response.status_code in _PASSING
-    raise AnswerError(response.status_code, answer.code, answer.message, passing)

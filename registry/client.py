@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from greenprompt_client.client import AnswerError, HeldLease, RegistryClient, RequestEnded
+from greenprompt_client.answers import AnswerError, RequestEnded
+from greenprompt_client.client import HeldLease, RegistryClient
 
 __all__ = ["AnswerError", "HeldLease", "RegistryClient", "RequestEnded"]

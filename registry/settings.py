@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
@@ -16,6 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from registry.access_settings import AccessSettings
 from registry.core.decision import Limits
 from registry.energy_settings import EnergySettings, Section, SiteEnergySettings
 from registry.environment import (
@@ -218,6 +220,7 @@ class Settings(BaseSettings):
     database_url: str | None = Field(None, description="SQLAlchemy URL of the database; null: SQLite in state_dir")
     keep_days: float = Field(90, gt=0, description="Days until ended requests, events and energy windows are deleted")
     http: HTTPSettings = HTTPSettings()
+    access: AccessSettings = AccessSettings()
     ray: RaySettings = RaySettings()
     wrappers: WrapperSettings = WrapperSettings()
     models: ModelSettings = ModelSettings()
@@ -263,6 +266,15 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _closed_to_other_machines(self) -> Settings:
+        if not (self.access.keys or self.access.insecure or _is_loopback(self.http.host)):
+            raise ValueError(
+                f"access.keys must be true, because http.host {self.http.host!r} can be reached from other machines "
+                "(make keys with greenprompt keys create); access.insecure: true serves everybody who reaches it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_month_is_kept(self) -> Settings:
         if self.budgets.tenants and self.keep_days < LONGEST_MONTH_DAYS:
             raise ValueError(
@@ -299,6 +311,13 @@ class Settings(BaseSettings):
             kv_cache_bytes=None if self.wrappers.kv_cache_gib is None else self.wrappers.kv_cache_gib * 2**30,
             sticky_s=self.measurements.sticky_s,
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def differing(one: BaseModel, other: BaseModel) -> list[str]:

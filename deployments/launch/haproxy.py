@@ -125,6 +125,7 @@ errorfile 408 {folder}/408.http
 s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503 default-errorfiles#
 /http-after-response set-header retry-after/d
 /^frontend http_frontend/a \
+http-request set-header x-greenprompt-source %[src]\
 http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }
 """
 # D94: polls come in turn

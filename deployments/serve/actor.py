@@ -23,11 +23,13 @@ from registry.core.events import NewRequest
 from registry.core.records import Measurement, MeasurementKey, Request
 from registry.errors import RegistryError
 from registry.service import views
+from registry.service.keys import EVERYTHING, Access
 from registry.service.news import CHANGES_WAIT_S
 from registry.service.service import Idempotency, Service
 from registry.settings import Settings
-from registry.store.rows import WindowPlace
-from registry.wire.words import Grade, Priority
+from registry.store.rows import APIKey, WindowPlace
+from registry.wire.schemas import NewKey
+from registry.wire.words import Grade, Priority, Role
 
 ACTOR_NAME = "greenprompt-registry"
 """Name of the actor, in the namespace below."""
@@ -85,6 +87,7 @@ class RegistryActor:
         idempotency: Idempotency | None,
         grade: Grade = Grade.STANDARD,
         like_request_id: str | None = None,
+        access: Access = EVERYTHING,
     ) -> str:
         """Accept requests for LLMs; return the JSON PromptingAnswer.
 
@@ -100,13 +103,14 @@ class RegistryActor:
             idempotency=idempotency,
             grade=grade,
             like_request_id=like_request_id,
+            access=access,
         )
         return views.prompting_answer(self._service, await self._service.granted(requests)).model_dump_json()
 
-    async def state(self, request_id: str) -> tuple[str, str]:
+    async def state(self, request_id: str, access: Access = EVERYTHING) -> tuple[str, str]:
         """Return the current status of a request, and its JSON RequestState."""
         await self.ready()
-        state = views.request_state(self._service, self._service.known(request_id))
+        state = views.request_state(self._service, self._service.known(request_id, access), addresses=access.addresses)
         return state.status, state.model_dump_json()
 
     async def changes(self, life: str, place: int | None) -> tuple[str, int, list[str] | None]:
@@ -120,20 +124,22 @@ class RegistryActor:
         known = place if life == self._life else None
         return self._life, *await self._service.news.after(known, CHANGES_WAIT_S)
 
-    async def events(self, request_id: str, after: int, limit: int) -> str:
+    async def events(self, request_id: str, after: int, limit: int, access: Access = EVERYTHING) -> str:
         """Return a JSON list of EventState of a request, at most ``limit`` with a number above ``after``."""
         await self.ready()
-        return _json(views.event_states(self._service.history(request_id, after=after, limit=limit)))
+        events = self._service.history(request_id, after=after, limit=limit, access=access)
+        return _json(views.event_states(events))
 
-    async def keep_alive(self, request_id: str) -> str:
+    async def keep_alive(self, request_id: str, access: Access = EVERYTHING) -> str:
         """Extend the lease; return the JSON RequestState with the new times."""
         await self.ready()
-        return views.request_state(self._service, await self._service.keep_alive(request_id)).model_dump_json()
+        request = await self._service.keep_alive(request_id, access)
+        return views.request_state(self._service, request, addresses=access.addresses).model_dump_json()
 
-    async def release(self, request_id: str) -> None:
+    async def release(self, request_id: str, access: Access = EVERYTHING) -> None:
         """End or cancel a request."""
         await self.ready()
-        self._service.release(request_id)
+        self._service.release(request_id, access)
 
     async def withdraw(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
         """End the requests of a POST whose answer did not reach its client."""
@@ -147,10 +153,12 @@ class RegistryActor:
         assert url is not None  # leases have a URL
         return url
 
-    async def measurement(self, key: MeasurementKey, after_seq: int, limit: int) -> str:
+    async def measurement(self, key: MeasurementKey, after_seq: int, limit: int, access: Access = EVERYTHING) -> str:
         """Return a JSON MeasurementState with a page of its requests."""
         await self.ready()
-        state = views.measurement_state(self._service, key, after_seq=after_seq, limit=limit)
+        state = views.measurement_state(
+            self._service, key, after_seq=after_seq, limit=limit, addresses=access.addresses
+        )
         return state.model_dump_json()
 
     async def measured(
@@ -205,6 +213,27 @@ class RegistryActor:
         await self.ready()
         state = views.health_state(self._service)
         return state.status, state.model_dump_json()
+
+    async def identify(self, key_id: str, secret_sha256: str) -> APIKey:
+        """Return the API key with this id and secret."""
+        await self.ready()
+        return self._service.keys.identify(key_id, secret_sha256)
+
+    async def keys(self) -> str:
+        """Return a JSON list of KeyState."""
+        await self.ready()
+        return _json([views.key_state(key) for key in self._service.keys])
+
+    async def create_key(self, role: Role, tenant: str | None, name: str, days: float | None) -> str:
+        """Make an API key; return the JSON NewKey, which alone has its text."""
+        await self.ready()
+        key, text = self._service.keys.create(role, tenant=tenant, name=name, days=days)
+        return NewKey(**views.key_state(key).model_dump(), key=text).model_dump_json()
+
+    async def revoke_key(self, key_id: str) -> None:
+        """Refuse an API key from now on."""
+        await self.ready()
+        self._service.keys.revoke(key_id)
 
     async def shutdown(self) -> None:
         """Stop every LLM and wrapper and close the database; the caller then kills the actor."""

@@ -27,7 +27,17 @@ RETRY_FOR_S = 10.0
 CALL_TIMEOUT_S = 30.0
 """Longest wait for one answer of the actor, beyond the wait that was requested, seconds. Also for a read's turn."""
 
-AT_ONCE = {"state": 64, "events": 8, "measurement": 4, "measured": 4, "windows": 4, "machines": 4, "llms": 4}
+AT_ONCE = {
+    "identify": 16,
+    "keys": 4,
+    "state": 64,
+    "events": 8,
+    "measurement": 4,
+    "measured": 4,
+    "windows": 4,
+    "machines": 4,
+    "llms": 4,
+}
 """Most concurrent calls of each method that only reads.
 
 The actor handles all calls in order, so control and health calls wait behind at most this many. (Ray's concurrency

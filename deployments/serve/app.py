@@ -21,6 +21,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import ActorUnavailableError, RayError
 from ray.serve.schema import ApplicationStatus
 
+from deployments.machine.private_files import write_private
 from deployments.models.args.mapping import map_llmconfig
 from deployments.models.sources import ModelSources
 from deployments.serve import ingress
@@ -31,18 +32,24 @@ from deployments.serve.http_app import IngressConfig
 from deployments.serve.logs import REGISTRY_LOG, configure_logging
 from deployments.serve.ray_folder import RAY_FOLDER, keep_logs
 from deployments.serve.steady_clock import SteadyClock
+from registry.access_errors import KeyRefused
 from registry.core.records import LLMSpec
 from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed, in_one_line
+from registry.service.keys import Keys, parse_key
 from registry.service.service import Service
 from registry.settings import Settings, differing, url_host
 from registry.store.database import parse_url
 from registry.store.store import Store
+from registry.wire.words import Role
 
 INGRESS_APP = "registry"
 """Name of the ingress among Serve's applications."""
 
 LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Loopback addresses for hosts that mean "all interfaces" and that clients can't connect to."""
+
+OPERATOR_KEY = "operator.key"
+"""Name of the file in ``state_dir`` with the API key of the machine's operator."""
 
 READY_POLL_S = 0.2
 
@@ -81,7 +88,7 @@ def home_llms(settings: Settings) -> dict[str, LLMSpec]:
 def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[[RegistryError], None]) -> Service:
     """Return a service with the real database and cluster. Raises StoreUnavailable, BadSettings."""
     configure_logging(settings.state_dir / REGISTRY_LOG)
-    return Service(
+    service = Service(
         settings,
         Store.open(settings.store_url),
         RayCluster(settings, sources),
@@ -91,6 +98,26 @@ def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[
         on_fatal=on_fatal,
         on_energy=EnergyMetrics().count,
     )
+    if settings.access.keys:
+        _keep_operator_key(service.keys, settings.state_dir / OPERATOR_KEY)
+    return service
+
+
+def _keep_operator_key(keys: Keys, file: Path) -> None:
+    """Make sure that the file has a key for operators that is in force, for the commands of this machine's operator.
+
+    Raises StoreUnavailable, BadSettings.
+    """
+    try:
+        if (found := parse_key(file.read_text(encoding="utf-8"))) is not None:
+            keys.identify(*found)
+            return
+    except (KeyRefused, FileNotFoundError):
+        pass  # of another database, revoked, or not made yet
+    except (OSError, ValueError) as error:
+        raise BadSettings("state_dir", f"{file} can't be read: {in_one_line(error)}") from error
+    _, text = keys.create(Role.OPERATOR, tenant=None, name=f"operator of {socket.gethostname()}")
+    write_private(file, text)
 
 
 def require_engine() -> None:
@@ -141,7 +168,11 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
         application = serve.status().applications.get(INGRESS_APP)
         if application is None or application.status is not ApplicationStatus.RUNNING:
             config = IngressConfig(
-                model_sources(settings), settings.models.allow_remote_code, settings.state_dir, settings.served_hosts
+                model_sources(settings),
+                settings.models.allow_remote_code,
+                settings.state_dir,
+                settings.served_hosts,
+                settings.access,
             )
             serve.run_many([serve.RunTarget(ingress.deployment(config), name=INGRESS_APP, route_prefix="/")])
     except Exception as error:

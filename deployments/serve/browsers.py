@@ -156,14 +156,19 @@ class GuardedAPI(FastAPI):
     Its bodies must be JSON, except on the paths of the Prompting Service, whose client sends no Content-Type.
     """
 
-    def __init__(self, hosts: Iterable[str], **options: Any) -> None:
+    def __init__(
+        self, hosts: Iterable[str], *, inner: Callable[[ASGIApp], ASGIApp] | None = None, **options: Any
+    ) -> None:
+        """``inner`` returns an app around this one, inside the guard; None: none."""
         # FastAPI's pages load scripts from elsewhere.
         super().__init__(docs_url=None, redoc_url=None, **options)
         self._hosts = hosts
+        self._inner = inner
 
     def build_middleware_stack(self) -> ASGIApp:
         """Return the app with its middleware, the guard outermost."""
-        return BrowserGuard(super().build_middleware_stack(), self._hosts, needs_json=_is_ours)
+        app = super().build_middleware_stack()
+        return BrowserGuard(app if self._inner is None else self._inner(app), self._hosts, needs_json=_is_ours)
 
 
 def _is_ours(path: str) -> bool:

@@ -12,7 +12,7 @@ import hashlib
 import pathlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
@@ -27,9 +27,12 @@ from deployments.models.sources import ModelSources
 from deployments.serve.browsers import GuardedAPI
 from deployments.serve.energy_pages import EnergyPages
 from deployments.serve.http_errors import add_error_handlers
+from deployments.serve.identities import CallerAccess, CallerTenant, KeyGuard, TrustedClients
 from deployments.serve.polls import Polls
 from deployments.serve.prompting_service import TITLE, JSONBody, root_router
 from deployments.serve.withdrawals import Withdrawals
+from registry.access_errors import KeysNotUsed
+from registry.access_settings import AccessSettings
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowsPage
 from registry.core.events import NewRequest
@@ -45,13 +48,15 @@ from registry.wire.schemas import (
     ErrorAnswer,
     EventState,
     HealthState,
+    KeyRequest,
+    KeyState,
     LLMState,
     MachineState,
     MeasurementState,
+    NewKey,
     PromptingAnswer,
     PromptingRequest,
     RequestState,
-    TenantName,
 )
 from registry.wire.words import RequestStatus, canonical_json
 
@@ -65,6 +70,10 @@ Status words: `queued` → `deploying` → `deployed` → `released`; or `expire
 Send an `Idempotency-Key` with each POST. Then the POST can be repeated safely if its answer was lost.
 
 Errors have the format `ErrorAnswer`; below `/v1` of an LLM's `url` they have OpenAI's format, `{"error": {…}}`.
+
+If the registry uses API keys (`access.keys`), every path but `/`, `/healthz` and `/openapi.json` needs one:
+`Authorization: Bearer gp_…`. A client's key belongs to a tenant, and shows only this tenant's requests: all others are
+404.
 
 Every path answers 421 to a host name that is not served (`http.allowed_hosts`). Requests that change something are
 answered 403 if they come from a web page of another origin, and 415 if a body is not JSON.
@@ -88,11 +97,8 @@ class IngressConfig:
     allow_remote_code: tuple[str, ...]
     state_dir: pathlib.Path = pathlib.Path("/")
     hosts: tuple[str, ...] = ()
+    access: AccessSettings = field(default_factory=AccessSettings)
 
-
-Tenant = Annotated[
-    TenantName, Header(description="Name of the tenant. Tenants take turns in the queue. It is not authenticated")
-]
 
 Call = Callable[..., Awaitable[Any]]
 """``call(method, *args, wait_s=…)`` returns what the registry actor's method returns, mostly JSON text."""
@@ -108,11 +114,19 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
 
     ``checkpoints`` estimates the memory of LLMs; None leaves it unknown.
     """
-    app = GuardedAPI(config.hosts, title=TITLE, description=DESCRIPTION, version=version("greenprompt-llm-registry"))
+    trusted = TrustedClients((str(network), tenant) for network, tenant in config.access.trusted_clients.items())
+    app = GuardedAPI(
+        config.hosts,
+        inner=(lambda app: KeyGuard(app, call, trusted)) if config.access.keys else None,
+        title=TITLE,
+        description=DESCRIPTION,
+        version=version("greenprompt-llm-registry"),
+    )
     _add_post(app, config, call, checkpoints)
     _add_requests(app, call)
     _add_measurements(app, call)
     _add_machines(app, call)
+    _add_keys(app, config, call)
     app.include_router(root_router(call))
     add_error_handlers(app)
     return app
@@ -130,17 +144,18 @@ def _add_post(app: FastAPI, config: IngressConfig, call: Call, checkpoints: Chec
     )
     async def request_llms(
         body: PromptingRequest,
+        caller: CallerTenant,
         idempotency_key: Annotated[
             str | None, Header(min_length=1, max_length=255, description=IDEMPOTENCY_KEY)
         ] = None,
-        x_tenant: Tenant = "default",
     ) -> Response:
         """Request one or more LLMs for a measurement. They are leased one after another, on one machine."""
         llms = await _mapped_llms(body, config, checkpoints)
-        with withdrawals.unless_answered([llm.request_id for llm in llms], x_tenant, idempotency_key):
+        tenant, access = caller
+        with withdrawals.unless_answered([llm.request_id for llm in llms], tenant, idempotency_key):
             idempotency = None if idempotency_key is None else Idempotency(idempotency_key, _sha256(body))
-            wanted = body.measurementId, llms, x_tenant, body.priority_given, body.gpuType, idempotency
-            return _json_response(await call("request", *wanted, body.grade, body.like), status=201)
+            wanted = body.measurementId, llms, tenant, body.priority_given, body.gpuType, idempotency
+            return _json_response(await call("request", *wanted, body.grade, body.like, access), status=201)
 
     app.include_router(prompting)
 
@@ -152,6 +167,7 @@ def _add_requests(app: FastAPI, call: Call) -> None:
     @app.get("/promptingservice/request/{request_id}", response_model=RequestState, responses=UNKNOWN)
     async def request_status(
         request_id: str,
+        access: CallerAccess,
         wait: Annotated[
             float, Query(ge=0, le=MAX_WAIT_S, description="Maximum time to wait for a change of status, seconds")
         ] = 0.0,
@@ -164,27 +180,28 @@ def _add_requests(app: FastAPI, call: Call) -> None:
         The state of a request that is `deployed` or has ended is returned at once. To wait for the end of a lease,
         add `seen=deployed`.
         """
-        return _json_response(await polls.state(request_id, wait, seen))
+        return _json_response(await polls.state(request_id, wait, seen, access))
 
     @app.get("/promptingservice/request/{request_id}/events", response_model=list[EventState], responses=UNKNOWN)
     async def request_events(
         request_id: str,
+        access: CallerAccess,
         after: Annotated[int, Query(ge=0, le=MAX_ID, description="Number of the last event that you know")] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_EVENTS, description="Maximum number of events")] = MAX_EVENTS,
     ) -> Response:
         """Return the events of a request, oldest first."""
-        return _json_response(await call("events", request_id, after, limit))
+        return _json_response(await call("events", request_id, after, limit, access))
 
     @app.delete("/promptingservice/request/{request_id}", status_code=204, responses=UNKNOWN)
-    async def release_llm(request_id: str) -> Response:
+    async def release_llm(request_id: str, access: CallerAccess) -> Response:
         """Release the LLM, or cancel a request that is still waiting. Idempotent."""
-        await call("release", request_id)
+        await call("release", request_id, access)
         return Response(status_code=204)
 
     @app.post("/promptingservice/request/{request_id}/keepalive", response_model=RequestState, responses=UNKNOWN)
-    async def keep_alive(request_id: str) -> Response:
+    async def keep_alive(request_id: str, access: CallerAccess) -> Response:
         """Extend the lease: its idle time starts again."""
-        return _json_response(await call("keep_alive", request_id))
+        return _json_response(await call("keep_alive", request_id, access))
 
 
 def _add_measurements(app: FastAPI, call: Call) -> None:
@@ -194,12 +211,12 @@ def _add_measurements(app: FastAPI, call: Call) -> None:
     @app.get("/measurements/{measurement_id}", response_model=MeasurementState, responses=UNKNOWN)
     async def measurement(
         measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
+        caller: CallerTenant,
         after: Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the previous page")] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_REQUESTS, description="Requests per page")] = MAX_REQUESTS,
-        x_tenant: Tenant = "default",
     ) -> Response:
         """Return a measurement of the caller's tenant, with a page of its requests in order of arrival."""
-        return _json_response(await call("measurement", (x_tenant, measurement_id), after, limit))
+        return _json_response(await call("measurement", (caller.tenant, measurement_id), after, limit, caller.access))
 
     @app.get(
         "/measurements/{measurement_id}/report",
@@ -208,18 +225,18 @@ def _add_measurements(app: FastAPI, call: Call) -> None:
     )
     async def report(
         measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
+        caller: CallerTenant,
         as_: Annotated[
             Literal["json", "csv"] | None,
             Query(alias="format", description="csv: one row per window, as with the header Accept: text/csv"),
         ] = None,
         accept: Annotated[str, Header()] = "*/*",
-        x_tenant: Tenant = "default",
     ) -> Response:
         """Return the energy of a measurement of the caller's tenant, by LLM.
 
         The energy windows are in the CSV, and at `/windows`.
         """
-        key = x_tenant, measurement_id
+        key = caller.tenant, measurement_id
         if as_ == "csv" or (as_ is None and "text/csv" in accept):
             parts = energy.csv(key)
             first = await anext(parts)  # raises here, before anything is sent, if there is no such measurement
@@ -229,20 +246,20 @@ def _add_measurements(app: FastAPI, call: Call) -> None:
     @app.get("/measurements/{measurement_id}/windows", response_model=WindowsPage, responses=UNKNOWN)
     async def windows(
         measurement_id: Annotated[int, Path(gt=0, le=MAX_ID)],
+        caller: CallerTenant,
         after: Annotated[str | None, Query(max_length=1024, description="`next` of the previous page")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_WINDOWS, description="Windows per page")] = MAX_WINDOWS,
         request: Annotated[
             str | None, Query(max_length=255, description="requestId; null: windows of all requests")
         ] = None,
         detail: Annotated[bool, Query(description="Whether to add each window's full record")] = False,
-        x_tenant: Tenant = "default",
     ) -> Response:
         """Return a page of the final energy windows of a measurement of the caller's tenant, ordered by start time.
 
         A window appears some seconds after its prompt has ended. To get windows that appeared late, start again from
         the first page.
         """
-        page = await energy.windows((x_tenant, measurement_id), request, after, limit, detail=detail)
+        page = await energy.windows((caller.tenant, measurement_id), request, after, limit, detail=detail)
         return _json_response(page)
 
 
@@ -281,6 +298,37 @@ def _add_machines(app: FastAPI, call: Call) -> None:
         if status == "ok":
             return _json_response(text)
         return Response(text, 503, {"retry-after": str(RETRY_AFTER_S)}, media_type="application/json")
+
+
+def _add_keys(app: FastAPI, config: IngressConfig, call: Call) -> None:
+    """Add the routes of API keys, for operators."""
+    responses: Responses = {409: {"model": ErrorAnswer}, **UNKNOWN}
+    router = APIRouter(route_class=JSONBody)
+
+    def require_keys() -> None:
+        if not config.access.keys:
+            raise KeysNotUsed
+
+    @router.get("/keys", response_model=list[KeyState], responses=responses)
+    async def keys() -> Response:
+        """Return all API keys, without their texts."""
+        require_keys()
+        return _json_response(await call("keys"))
+
+    @router.post("/keys", status_code=201, response_model=NewKey, responses=responses)
+    async def create_key(body: KeyRequest) -> Response:
+        """Make an API key. Its text is in this answer only."""
+        require_keys()
+        return _json_response(await call("create_key", body.role, body.tenant, body.name, body.days), status=201)
+
+    @router.delete("/keys/{key_id}", status_code=204, responses=responses)
+    async def revoke_key(key_id: str) -> Response:
+        """Refuse a key; within 5 seconds everywhere. Leases of its tenant go on. Idempotent."""
+        require_keys()
+        await call("revoke_key", key_id)
+        return Response(status_code=204)
+
+    app.include_router(router)
 
 
 async def _mapped_llms(

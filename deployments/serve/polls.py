@@ -16,6 +16,7 @@ import structlog
 
 from registry.background import spawn
 from registry.errors import RegistryError, TooManyPolls
+from registry.service.keys import EVERYTHING, Access
 from registry.service.news import CHANGES_WAIT_S
 from registry.wire.words import RequestStatus
 
@@ -39,7 +40,9 @@ class Polls:
         self._waiting: dict[str, set[asyncio.Event]] = {}
         self._following: asyncio.Task[None] | None = None
 
-    async def state(self, request_id: str, wait_s: float, seen: RequestStatus | None) -> str:
+    async def state(
+        self, request_id: str, wait_s: float, seen: RequestStatus | None, access: Access = EVERYTHING
+    ) -> str:
         """Return a request's JSON RequestState once its status differs from ``seen``, or after ``wait_s`` seconds.
 
         With ``seen`` None: at once if it is deployed, else once its status changes. Returns at once
@@ -50,14 +53,14 @@ class Polls:
             RegistryError: Raised by the registry.
         """
         if wait_s <= 0:
-            return await self._state(request_id)
+            return await self._state(request_id, access)
         if self._count >= self._most:
             raise TooManyPolls(self._most)
         deadline_s = asyncio.get_running_loop().time() + wait_s
         with self._watched(request_id) as changed:
             while True:
                 changed.clear()
-                told, text = await self._call("state", request_id)
+                told, text = await self._call("state", request_id, access)
                 status = RequestStatus(told)
                 # D17: a poll waits for what its client does not know
                 if seen is None and status is not RequestStatus.DEPLOYED:
@@ -68,10 +71,10 @@ class Polls:
                     async with asyncio.timeout_at(deadline_s):
                         await changed.wait()
                 except TimeoutError:
-                    return await self._state(request_id)
+                    return await self._state(request_id, access)
 
-    async def _state(self, request_id: str) -> str:
-        _, text = await self._call("state", request_id)
+    async def _state(self, request_id: str, access: Access) -> str:
+        _, text = await self._call("state", request_id, access)
         return str(text)
 
     @contextmanager

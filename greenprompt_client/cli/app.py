@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from greenprompt_client.client import CONNECT_FOR_S, RegistryClient
 
 EXIT_NOT_YET = 1
 """Exit status if the awaited result did not occur."""
@@ -47,6 +50,14 @@ app = typer.Typer(
 console = Console()
 problems = Console(stderr=True, soft_wrap=True)
 
+API_KEY_VARIABLE = "GREENPROMPT_API_KEY"
+
+
+def api_key() -> str | None:
+    """Return the API key from the environment: options would show it to all users of the machine. None: not set."""
+    return os.environ.get(API_KEY_VARIABLE)
+
+
 URLOption = Annotated[str, typer.Option("--url", help="Base URL of a running registry.", envvar="GREENPROMPT_URL")]
 
 
@@ -75,3 +86,8 @@ def complain(problem: str) -> None:
 def say(line: str) -> None:
     """Print a line as it is, without markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def interactive_client(url: str, tenant: str | None = None, *, key: str | None = None) -> RegistryClient:
+    """Return a client with ``key``, else the key from the environment; if nothing listens, it fails within seconds."""
+    return RegistryClient(url, tenant=tenant, api_key=key or api_key(), connect_for_s=CONNECT_FOR_S)

@@ -16,7 +16,8 @@ import httpx
 import stamina
 import typer
 
-from greenprompt_client.cli import server
+from greenprompt_client.answers import UNEXPECTED, AnswerError
+from greenprompt_client.cli import keys, server
 from greenprompt_client.cli.app import (
     DEFAULT_URL,
     EXIT_INTERRUPTED,
@@ -26,20 +27,22 @@ from greenprompt_client.cli.app import (
     EXIT_UNREACHABLE,
     EXIT_UNUSABLE,
     URLOption,
+    api_key,
     app,
     complain,
     console,
+    interactive_client,
     needs,
     say,
 )
 from greenprompt_client.cli.status import drain_note, overview
-from greenprompt_client.client import CONNECT_FOR_S, UNEXPECTED, AnswerError, RegistryClient
+from greenprompt_client.client import RegistryClient
 from registry.environment import EMPTY_VARIABLE, ENV_PREFIX, problems_of
 from registry.errors import BadSettings, RegistryError
 from registry.settings import Settings
 from registry.wire.schemas import MachineState
 
-__all__ = ["app", "main", "server"]
+__all__ = ["app", "keys", "main", "server"]
 
 
 ExperimentFile = Annotated[
@@ -119,7 +122,7 @@ def measure(
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that a scheduler ends releases its LLMs, too
     try:
-        complete = run_measure(plan, console)
+        complete = run_measure(plan, console, api_key())
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     if not complete:
@@ -196,9 +199,8 @@ def release(
 
 
 def _registry(url: str, tenant: str | None = None) -> RegistryClient:
-    """Return a client for interactive use: if nothing listens at ``url``, it fails within seconds."""
     _require_known_variables()
-    return RegistryClient(url, tenant=tenant, connect_for_s=CONNECT_FOR_S)
+    return interactive_client(url, tenant)
 
 
 def _require_known_variables() -> None:

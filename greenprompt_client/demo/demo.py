@@ -27,7 +27,8 @@ from rich.table import Table
 from rich.text import Text
 
 from deployments.launch.local_ray import free_ports
-from greenprompt_client.client import HeldLease, RegistryClient, RequestEnded
+from greenprompt_client.answers import RequestEnded
+from greenprompt_client.client import HeldLease, RegistryClient
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from greenprompt_client.figures_table import label_words
 from greenprompt_client.notation import LEGEND, bounded_text, estimate_text, phase_words

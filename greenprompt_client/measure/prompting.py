@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import stamina.instrumentation
 
-from greenprompt_client.client import AnswerError, HeldLease, RequestEnded
+from greenprompt_client.answers import AnswerError, RequestEnded
+from greenprompt_client.client import HeldLease
 from greenprompt_client.measure.prompt_files import Prompt
 
 LEASE_LOST = (RequestEnded, AnswerError, httpx.TransportError)

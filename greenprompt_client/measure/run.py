@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from greenprompt_client.client import ENDED, AnswerError, HeldLease, RegistryClient
+from greenprompt_client.answers import AnswerError
+from greenprompt_client.client import ENDED, HeldLease, RegistryClient
 from greenprompt_client.measure.experiment import Plan
 from greenprompt_client.measure.figures import LLMSummary, as_csv, summarized, without_window
 from greenprompt_client.measure.prompt_files import Prompt
@@ -60,8 +61,10 @@ SPEED_OVER_S = 3600.0
 """Period for the speed that the remaining time is computed from, seconds: long enough to include starts of LLMs."""
 
 
-def run_measure(plan: Plan, console: Console) -> bool:
+def run_measure(plan: Plan, console: Console, api_key: str | None = None) -> bool:
     """Run or resume an experiment, and show its progress.
+
+    ``api_key``: for a registry that needs one.
 
     However it ends, even by Ctrl-C: LLMs are released, and the folder has the figures of all answers so far.
 
@@ -75,7 +78,7 @@ def run_measure(plan: Plan, console: Console) -> bool:
     """
     experiment = plan.experiment
     with (
-        RegistryClient(experiment.url, tenant=experiment.tenant) as registry,
+        RegistryClient(experiment.url, tenant=experiment.tenant, api_key=api_key) as registry,
         Results(experiment.output, plan, measurement_id=experiment.measurement_id or new_id()) as results,
     ):
         plan = results.plan

@@ -40,11 +40,13 @@ from registry.errors import (
     RegistryError,
     RequestWithdrawn,
     ShuttingDown,
+    UnknownRequest,
 )
 from registry.service.accounts import Accounts
 from registry.service.archive import KEPT, Archive
 from registry.service.commands import Commands
 from registry.service.expiry import Expiry
+from registry.service.keys import EVERYTHING, Access, Keys
 from registry.service.lease_tokens import LeaseTokens
 from registry.service.loop import Loop, Observer
 from registry.service.news import News
@@ -115,6 +117,7 @@ class Service:
         self.accounts = Accounts(
             store, self.allocator, self.archive, budgets=settings.budgets.tenants, now_s=now_s, on_kept=on_energy
         )
+        self.keys = Keys(store, now_s)
         self.news = News()
         self._store = store
         self._cluster = cluster
@@ -230,6 +233,7 @@ class Service:
         idempotency: Idempotency | None = None,
         grade: Grade = Grade.STANDARD,
         like_request_id: str | None = None,
+        access: Access = EVERYTHING,
     ) -> tuple[Request, ...]:
         """Accept requests for LLMs, and return them in the order given. The requests are stored then.
 
@@ -238,12 +242,15 @@ class Service:
 
         Raises:
             QueueFull, LLMNeverFits, InvalidField, TenantBudgetUsed, ShuttingDown: nothing was accepted.
+            UnknownRequest: ``like_request_id`` is a request that the caller may not see.
             IdempotencyConflict: the key was used with another body.
             RequestWithdrawn: ``withdraw`` was called for these requests before.
             StoreUnavailable: the database failed.
         """
         if self._loop.closed:
             raise ShuttingDown
+        if like_request_id is not None and self._is_hidden(like_request_id, access):
+            raise UnknownRequest(like_request_id)
         if llms[0].request_id in self._withdrawn:
             raise RequestWithdrawn(llms[0].request_id)
         if idempotency is not None:
@@ -268,7 +275,7 @@ class Service:
         self._loop.apply(asked, idempotency=row)
         return tuple(self.allocator.request(request_id) for request_id in ids)
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, access: Access = EVERYTHING) -> None:
         """Release or cancel a request. Idempotent.
 
         Raises:
@@ -277,7 +284,7 @@ class Service:
             ShuttingDown: the registry's database is closed.
             StoreUnavailable: the database failed.
         """
-        if not self.known(request_id).status.ended:
+        if not self.known(request_id, access).status.ended:
             self._loop.apply(LeaseReleased(request_id))
 
     def withdraw(self, request_ids: Sequence[str], *, tenant: str, key: str | None) -> None:
@@ -336,7 +343,7 @@ class Service:
             await self.wait_for_change(first.request_id, GRANT_WAIT_S, RequestStatus.DEPLOYING)
         return tuple(self.known(request.request_id) for request in requests)
 
-    async def keep_alive(self, request_id: str) -> Request:
+    async def keep_alive(self, request_id: str, access: Access = EVERYTHING) -> Request:
         """Restart the idle time of a request's lease, unless the wrapper has just ended the lease. Return the request.
 
         Without a lease, the request is returned unchanged. While the LLM is being restarted, the wrapper
@@ -347,7 +354,7 @@ class Service:
             WrapperUnreachable: the wrapper did not answer; the lease is unchanged.
             ShuttingDown: the registry's database is closed.
         """
-        request = self.known(request_id)
+        request = self.known(request_id, access)
         lease = self.allocator.lease_of(request_id)
         if lease is not None:
             stands = await self._cluster.touch(lease.wrapper_id, request_id)
@@ -410,19 +417,33 @@ class Service:
             pass  # nothing changed: return the current state
         return self.known(request_id)
 
-    def history(self, request_id: str, *, after: int = 0, limit: int = 1000) -> tuple[StoredEvent, ...]:
+    def history(
+        self, request_id: str, *, after: int = 0, limit: int = 1000, access: Access = EVERYTHING
+    ) -> tuple[StoredEvent, ...]:
         """Return the oldest ``limit`` (> 0) events of a request with a number above ``after``, in order.
 
         Raises:
             UnknownRequest, RequestForgotten: as for ``release``.
             StoreUnavailable: the database does not answer.
         """
-        self.known(request_id)
+        self.known(request_id, access)
         return self._store.events(after=after, limit=limit, request_id=request_id)
 
-    def known(self, request_id: str) -> Request:
-        """Return the request with this id. Raises UnknownRequest, RequestForgotten."""
-        return self.archive.request(request_id)
+    def known(self, request_id: str, access: Access = EVERYTHING) -> Request:
+        """Return the request with this id.
+
+        Raises:
+            UnknownRequest: There is none, or none that the caller may see.
+            RequestForgotten: It was deleted after ``keep_days``; of an unknown tenant, so each caller is told.
+        """
+        request = self.archive.request(request_id)
+        if access.tenant is not None and request.tenant != access.tenant:
+            raise UnknownRequest(request_id)
+        return request
+
+    def _is_hidden(self, request_id: str, access: Access) -> bool:
+        request = self.archive.find_request(request_id)
+        return request is not None and access.tenant not in (None, request.tenant)
 
     def _knows(self, request_id: str) -> bool:
         return self.archive.find_request(request_id) is not None

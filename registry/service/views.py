@@ -14,7 +14,7 @@ from registry.core.records import Machine, Measurement, MeasurementKey, Request,
 from registry.service.old_address import old_address, old_address_problems
 from registry.service.service import Service
 from registry.service.version_skew import differing_versions, joined
-from registry.store.rows import StoredEvent
+from registry.store.rows import APIKey, StoredEvent
 from registry.wire.labels import Label
 from registry.wire.schemas import (
     MAX_REQUESTS,
@@ -22,6 +22,7 @@ from registry.wire.schemas import (
     EnergyState,
     EventState,
     HealthState,
+    KeyState,
     LLMState,
     MachineState,
     MeasurementState,
@@ -82,23 +83,31 @@ def _notes(service: Service, request: Request) -> list[str]:
     return [*request.notes, *old_address_problems(service.settings.base_url)]
 
 
-def request_state(service: Service, request: Request) -> RequestState:
+def request_state(service: Service, request: Request, *, addresses: bool = True) -> RequestState:
     """Return a request as its client sees it. O(log n) in the number of queued requests.
+
+    ``addresses``: whether to tell the address of its lease.
 
     Raises:
         StoreUnavailable: the database does not answer.
     """
     costs = {} if request.deployed_s is None else service.accounts.costs(request.request_id)
-    return _request_state(service, request, service.archive.measurement(request.measurement_key), costs)
+    measurement = service.archive.measurement(request.measurement_key)
+    return _request_state(service, request, measurement, costs, addresses=addresses)
 
 
 def _request_state(
-    service: Service, request: Request, measurement: Measurement, costs: Mapping[WindowKind, Total]
+    service: Service,
+    request: Request,
+    measurement: Measurement,
+    costs: Mapping[WindowKind, Total],
+    *,
+    addresses: bool,
 ) -> RequestState:
     allocator = service.allocator
     lease = allocator.lease_of(request.request_id)
     deployed = request.status is RequestStatus.DEPLOYED
-    url, address = _addresses(service, request)
+    url, address = _addresses(service, request) if addresses else (None, None)
     queued = request.status is RequestStatus.QUEUED
     phase, download = _phase(service, request)
     return RequestState(
@@ -170,9 +179,11 @@ def event_states(events: Sequence[StoredEvent]) -> list[EventState]:
 
 
 def measurement_state(
-    service: Service, key: MeasurementKey, *, after_seq: int = 0, limit: int = MAX_REQUESTS
+    service: Service, key: MeasurementKey, *, after_seq: int = 0, limit: int = MAX_REQUESTS, addresses: bool = True
 ) -> MeasurementState:
     """Return a measurement with a page of its requests: at most ``limit`` with ``seq`` > ``after_seq``. O(limit).
+
+    ``addresses``: whether to tell the addresses of its leases.
 
     Raises:
         UnknownMeasurement: there is none with this key.
@@ -188,8 +199,25 @@ def measurement_state(
         flags=list(measurement.flags),
         createdAt=iso(measurement.created_s),
         versions=None if measurement.versions is None else json.loads(measurement.versions),
-        requests=[_request_state(service, each, measurement, costs.get(each.request_id, {})) for each in requests],
+        requests=[
+            _request_state(service, each, measurement, costs.get(each.request_id, {}), addresses=addresses)
+            for each in requests
+        ],
         next=requests[-1].seq if len(requests) == limit else None,
+    )
+
+
+def key_state(key: APIKey) -> KeyState:
+    """Return an API key as operators see it."""
+    return KeyState(
+        id=key.key_id,
+        role=key.role,
+        tenant=key.tenant,
+        name=key.name,
+        createdAt=iso(key.created_s),
+        expiresAt=_iso_or_none(key.expires_s),
+        revokedAt=_iso_or_none(key.revoked_s),
+        usedAt=_iso_or_none(key.used_s),
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from registry.wire.words import Role
+
 
 @dataclass(frozen=True, slots=True)
 class EventRow:
@@ -44,6 +46,25 @@ class IdempotencyRow:
     body_sha256: str
     request_ids: tuple[str, ...]
     created_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class APIKey:
+    """An API key, without its secret.
+
+    ``key_id``: the part of the key that is not secret. ``tenant``: None except for a client.
+    ``secret_sha256``: hexadecimal. ``expires_s``, ``revoked_s``, ``used_s``: UTC seconds, None for never.
+    """
+
+    key_id: str
+    role: Role
+    tenant: str | None
+    name: str
+    secret_sha256: str
+    created_s: float
+    expires_s: float | None = None
+    revoked_s: float | None = None
+    used_s: float | None = None
 
 
 class Forgotten(NamedTuple):

@@ -19,6 +19,7 @@ from registry.core.records import Lease, Machine, Measurement, MeasurementKey, R
 from registry.errors import StoreUnavailable
 from registry.store.database import converted_errors, open_database
 from registry.store.migrations.tables import (
+    API_KEYS,
     EVENTS,
     FORGOTTEN_REQUESTS,
     IDEMPOTENCY_KEYS,
@@ -29,7 +30,7 @@ from registry.store.migrations.tables import (
     WINDOWS,
     WRAPPERS,
 )
-from registry.store.rows import EventRow, Forgotten, IdempotencyRow, StoredEvent, WindowPlace
+from registry.store.rows import APIKey, EventRow, Forgotten, IdempotencyRow, StoredEvent, WindowPlace
 from registry.store.statements import (
     DELETE_EMPTY_MEASUREMENT,
     INSERT_EVENT,
@@ -230,6 +231,24 @@ class Store:
         rows = IDEMPOTENCY_KEYS.c
         with self._transaction() as connection:
             connection.execute(delete(IDEMPOTENCY_KEYS).where(rows.tenant == tenant, rows.key == key))
+
+    def api_keys(self) -> tuple[APIKey, ...]:
+        """Return all API keys, also revoked and expired ones.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        with self._transaction() as connection:
+            return read(connection, APIKey, select(API_KEYS).order_by(API_KEYS.c.created_s, API_KEYS.c.key_id))
+
+    def put_api_keys(self, keys: Sequence[APIKey]) -> None:
+        """Store new or changed API keys.
+
+        Raises:
+            StoreUnavailable: as for ``commit``.
+        """
+        with self._transaction() as connection:
+            put(connection, API_KEYS, keys)
 
     def keep_windows(self, rows: Sequence[KeptWindow]) -> frozenset[str]:
         """Store energy windows in one transaction. Windows already stored stay unchanged.

@@ -21,7 +21,7 @@ from pydantic import (
     StringConstraints,
 )
 
-from registry.wire.words import Grade, Priority
+from registry.wire.words import Grade, Priority, Role
 
 MAX_ID = 2**63 - 1
 """Largest measurementId: the maximum of a signed 64-bit column."""
@@ -54,7 +54,7 @@ MAX_ARGS_DEPTH = 32
 """Maximum nesting of lists and objects in args."""
 
 TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-"""The tenant named in the header X-Tenant. Tenants take turns in the queue. The header is not authenticated."""
+"""Name of a tenant. Tenants take turns in the queue."""
 
 GpuType = Annotated[StrictStr, StringConstraints(pattern=r"^[A-Za-z0-9][ -~]*$", max_length=128)]
 """A GPU type by Ray's name (``gpuType`` of GET /machines) or the vendor's full product name."""
@@ -347,6 +347,38 @@ class HealthState(_Answered):
     queued: int
     deploying: int = Field(0, description="Number of requests whose LLM is being started and has no lease yet")
     version: str
+
+
+class KeyRequest(BaseModel):
+    """Body of POST /keys."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Role
+    tenant: TenantName | None = Field(None, description="The tenant of a client's key; null for the other roles")
+    name: str = Field(
+        "", max_length=200, description="For people: who uses it, and for what", pattern=r"^[^\x00-\x1f\x7f]*$"
+    )
+    days: float | None = Field(None, gt=0, le=36_500, description="Days until it expires; null: never")
+
+
+class KeyState(_Answered):
+    """An API key, without its text. Times are ISO 8601, UTC."""
+
+    id: str = Field(description="The part of the key after `gp_`; it is not secret")
+    role: str
+    tenant: str | None
+    name: str
+    createdAt: str
+    expiresAt: str | None
+    revokedAt: str | None
+    usedAt: str | None = Field(description="The last use, to the minute; null: never")
+
+
+class NewKey(KeyState):
+    """Answer of POST /keys."""
+
+    key: str = Field(description="The key. It is stored nowhere and can't be read again")
 
 
 class ErrorAnswer(_Answered):

@@ -50,6 +50,18 @@ class Grade(StrEnum):
     MEASUREMENT = "measurement"
 
 
+class Role(StrEnum):
+    """What an API key allows.
+
+    client: requests for LLMs, and its own tenant's leases, measurements and reports. viewer: machines, LLMs and health,
+    nothing else. operator: machines, keys, and the requests of all tenants, but no lease's address.
+    """
+
+    CLIENT = "client"
+    VIEWER = "viewer"
+    OPERATOR = "operator"
+
+
 POOLING_TYPES = frozenset(
     {"feature-extraction", "embedding", "sentence-similarity", "text-classification", "text-ranking", "score"}
 )

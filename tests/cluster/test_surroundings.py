@@ -104,7 +104,7 @@ READY = {
     "certificates": Case("", {"SSL_CERT_FILE": "/nowhere", "REQUESTS_CA_BUNDLE": "/nowhere"}),
     "percent and question mark": Case("", {"GREENPROMPT_STATE_DIR": "@/100%25 ?mode=ro #x"}),
     "IPv6 loopback": Case("", config="http: {host: '::1', haproxy: false}"),
-    "every interface": Case("", config="http: {host: '0.0.0.0'}"),
+    "every interface": Case("", config="{http: {host: '0.0.0.0'}, access: {insecure: true}}"),
     "every interface, IPv6": Case("", config="http: {host: '::', haproxy: false}"),
     "low soft limit": Case("", before="ulimit -Sn 256"),
     "locale": Case("", {"LC_ALL": "C", "LANG": "xx_YY.nonsense", "PYTHONIOENCODING": "ascii"}),

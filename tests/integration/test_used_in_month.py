@@ -89,7 +89,7 @@ def same(one: Sum, other: Sum) -> bool:
     return (one.count, one.known) == (other.count, other.known) and alike
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(steps)
 def test_what_is_added_up_is_the_sum_in_the_database(taken: list[tuple[Any, ...]]) -> None:
     """Over restarts, changes of month, late windows, windows that come twice and forgetting: it is the same sum."""

@@ -12,10 +12,10 @@ from tests.energy_world.judge import Judge
 from tests.energy_world.machine import KINDS
 from tests.energy_world.world import EnergyWorld
 
-SEEDS = range(1_000, 1_042)
-"""Of `make test`; besides, there are three histories for each kind of machine."""
+SEEDS, LONG_SEEDS = range(1_000, 1_010), range(1_010, 1_042)
+"""Of `make test` and of `make test-long`; besides, each kind of machine has one history, and three."""
 LENGTH_S = 90.0
-"""Of each of these. Those of `make test-long` have 60 to 300 s."""
+"""Of each of these. Those of `python -m tests.energy_world` have 60 to 300 s."""
 
 
 def judged(tally: Tally) -> None:
@@ -32,16 +32,28 @@ def test_published_figures_contain_the_truth() -> None:
 
     Prompts and idle time are their lease, the wrappers' parts are the machine, and no moment is counted twice.
     """
+    contain_the_truth(SEEDS, of_each_kind=1)
+
+
+@pytest.mark.long
+@pytest.mark.no_cover
+@pytest.mark.timeout(1200)
+def test_more_published_figures_contain_the_truth() -> None:
+    """The same, for more histories."""
+    contain_the_truth(LONG_SEEDS, of_each_kind=3)
+
+
+def contain_the_truth(seeds: range, *, of_each_kind: int) -> None:
     tally = Tally()
-    for seed in SEEDS:
+    for seed in seeds:
         tally.add(seed, horizon_s=LENGTH_S)
     for kind in KINDS:
-        for seed in range(3):
+        for seed in range(of_each_kind):
             tally.add(seed, kind, LENGTH_S)
     judged(tally)
-    assert len(tally.equal) > 200
+    assert len(tally.equal) > 4 * len(seeds)
     for figure in ("prompt", "idle", "lease", "load", "batch J/token"):
-        assert tally.by_figure[figure, "measured"].held > 50  # what is never known is never wrong
+        assert tally.by_figure[figure, "measured"].held > len(seeds)  # what is never known is never wrong
 
 
 def test_counter_that_shows_too_little_measures_nothing(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from tests.simulation.world import (
 from tests.support.virtual_time import Stuck, VirtualLoop
 
 ROOT = Path(__file__).parents[2]
-SEEDS, LONG_SEEDS = 100, 10_000
+SEEDS, LONG_SEEDS = 40, 10_000
 SEEN_WITHIN = 60
 """Seeds after which each fault of the registry that is tried here must have been seen."""
 

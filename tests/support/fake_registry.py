@@ -9,6 +9,7 @@ from registry.accounting.windows import KeptWindow
 from registry.core.events import NewRequest
 from registry.core.records import Measurement, MeasurementKey, Request
 from registry.errors import LeaseEnded, NoSuchLease, UnknownMachine, UnknownMeasurement, UnknownRequest
+from registry.service.keys import Access
 from registry.service.news import News
 from registry.service.service import Idempotency
 from registry.store.rows import WindowPlace
@@ -46,6 +47,7 @@ class FakeRegistry:
         self.news = News()
 
     async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
+        args = tuple(arg for arg in args if not isinstance(arg, Access))  # it has one caller, who may do everything
         self.calls.append((method, args, wait_s))
         if self.error is not None:
             raise self.error

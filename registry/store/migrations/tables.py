@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from registry.core.records import LLMMemory, LLMSpec, WrapperStatus
-from registry.wire.words import Grade, Priority, RequestStatus, WindowKind, canonical_json
+from registry.wire.words import Grade, Priority, RequestStatus, Role, WindowKind, canonical_json
 
 # --- column types: how a field becomes a cell, and back -------------------------------------------------------
 
@@ -268,6 +268,20 @@ WINDOWS = Table(
 )
 # Only the ids are kept, so that the link of a deleted request answers "deleted" (410) and not "unknown" (404).
 FORGOTTEN_REQUESTS = Table("forgotten_requests", METADATA, _must("request_id", Text, primary_key=True))
+# ``secret_sha256``: the keys themselves are stored nowhere.
+API_KEYS = Table(
+    "api_keys",
+    METADATA,
+    _must("key_id", Text, primary_key=True),
+    _must("role", _Word(Role)),
+    _may("tenant", Text),
+    _must("name", Text),
+    _must("secret_sha256", Text),
+    _must("created_s", Float),
+    _may("expires_s", Float),
+    _may("revoked_s", Float),
+    _may("used_s", Float),
+)
 IDEMPOTENCY_KEYS = Table(
     "idempotency_keys",
     METADATA,

@@ -117,7 +117,9 @@ def test_address_is_an_authority(base_url: str, address: str) -> None:
 )
 def test_address_has_a_host_that_clients_reach(host: str, node: str, address: str) -> None:
     """Where the registry listens on every interface, the address has the head's own IP address, IPv6 in brackets."""
-    settings = told_to_clients(Settings.model_validate({"http": {"host": host, "haproxy": False}}), node)
+    settings = told_to_clients(
+        Settings.model_validate({"http": {"host": host, "haproxy": False}, "access": {"keys": True}}), node
+    )
     assert old_address(settings.base_url, "t") == address
     assert old_address_problems(settings.base_url) == ()
 

@@ -15,15 +15,11 @@ import stamina
 from pydantic import TypeAdapter
 
 from greenprompt_client import client as client_module
-from greenprompt_client.client import (
-    RETRY_FOR_S,
-    AnswerError,
-    HeldLease,
-    RegistryClient,
-    RequestEnded,
-)
+from greenprompt_client.answers import AnswerError, RequestEnded
+from greenprompt_client.client import RETRY_FOR_S, HeldLease, RegistryClient
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport
+from registry.errors import BadSettings
 from registry.wire.schemas import MAX_WAIT_S, PROMPT_HEADER, WARMUP_HEADER, RequestState
 from tests.support.energy_windows import an_experiment
 from tests.support.fake_counters import ManualClock
@@ -77,7 +73,9 @@ def registry() -> Iterator[Callable[..., tuple[RegistryClient, Script]]]:
     ) -> tuple[RegistryClient, Script]:
         script, client = Script(*replies), RegistryClient(base_url, connect_for_s=connect_for_s)
         client._http.close()
+        client._prompts.close()
         client._http = httpx.Client(base_url=client._http.base_url, transport=httpx.MockTransport(script))
+        client._prompts = client._http
         made.append((client, script))
         return client, script
 
@@ -520,3 +518,18 @@ def test_client_closes_its_connections() -> None:
     with RegistryClient("http://registry") as client:
         pass
     assert client._http.is_closed
+    assert client._prompts.is_closed
+
+
+def test_the_key_goes_to_the_registry_alone() -> None:
+    """An LLM, whose code somebody else may have written, never gets the API key."""
+    with RegistryClient("http://registry", api_key=" gp_0a1b2c3d_secret\n") as client:
+        assert client._http.headers["Authorization"] == "Bearer gp_0a1b2c3d_secret"
+        assert "Authorization" not in client._prompts.headers
+
+
+@pytest.mark.parametrize("key", ["", " ", "gp_ü", "gp_1\nX-Tenant: other", "two words"])
+def test_what_can_be_no_key_is_refused(key: str) -> None:
+    """A text that no header can have is refused before anything is sent, and is not repeated in the error."""
+    with pytest.raises(BadSettings, match=r"^API key: is empty, or has characters that no key has$"):
+        RegistryClient("http://registry", api_key=key)

@@ -11,8 +11,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
+from greenprompt_client.answers import AnswerError
+from greenprompt_client.cli import app as cli_app
 from greenprompt_client.cli import main as cli
-from greenprompt_client.client import AnswerError, RegistryClient
+from greenprompt_client.client import RegistryClient
 
 NEWER = "newIn99"
 ANSWERS: dict[str, Any] = json.loads(
@@ -24,8 +26,10 @@ ANSWERS: dict[str, Any] = json.loads(
 class Recorded(RegistryClient):
     """A client whose registry is the recording."""
 
-    def __init__(self, url: str, *, tenant: str | None = None, connect_for_s: float = 0.0) -> None:
-        super().__init__(url, tenant=tenant, connect_for_s=connect_for_s)
+    def __init__(
+        self, url: str, *, tenant: str | None = None, api_key: str | None = None, connect_for_s: float = 0.0
+    ) -> None:
+        super().__init__(url, tenant=tenant, api_key=api_key, connect_for_s=connect_for_s)
         self._http.close()
         self._http = httpx.Client(base_url=url, transport=httpx.MockTransport(self._answer))
 
@@ -46,7 +50,7 @@ def registry() -> Iterator[RegistryClient]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a command against the recording."""
-    monkeypatch.setattr(cli, "RegistryClient", Recorded)
+    monkeypatch.setattr(cli_app, "RegistryClient", Recorded)
 
     def run(*arguments: str) -> Result:
         return CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)

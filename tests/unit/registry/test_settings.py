@@ -227,7 +227,7 @@ def test_environment_goes_before_the_file(write, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("GREENPROMPT_HTTP__PORT", "8123")
     monkeypatch.setenv("GREENPROMPT_STATE_DIR", "elsewhere")
     monkeypatch.setenv("GREENPROMPT_MODELS__LOCAL_ROOTS", '["models"]')
-    settings = load_settings(write("http: {port: 1, host: 0.0.0.0}\nstate_dir: here\n"))
+    settings = load_settings(write("http: {port: 1, host: 0.0.0.0}\naccess: {keys: true}\nstate_dir: here\n"))
     assert (settings.http.port, settings.http.host) == (8123, "0.0.0.0")
     assert settings.state_dir.name == "elsewhere"
     assert [root.name for root in settings.models.local_roots] == ["models"]
@@ -324,12 +324,12 @@ def refusal(path: Path) -> str | None:
 @pytest.mark.parametrize("name", list(fields(Settings, "GREENPROMPT_")))
 def test_every_variable_is_taken_or_named(write, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What is no JSON, or has a key twice, is refused by one line with the variable's name, or is a plain text."""
-    path = write("")
+    path = write("access: {insecure: true}")  # any text is a host
     for value in ("no json {", '{"a": 1, "a": 2}', "[" * 100_000):
         monkeypatch.setenv(name, value)
         told = refusal(path)
         if told is None:
-            section = Settings()
+            section = load_settings(path)
             *names, last = name.removeprefix("GREENPROMPT_").lower().split("__")
             for each in names:
                 section = getattr(section, each)
@@ -406,7 +406,38 @@ def test_settings_mean_the_same_in_another_process(monkeypatch: pytest.MonkeyPat
 )
 def test_base_url_has_no_slash_at_its_end(http: dict[str, object], expected: str) -> None:
     """The URL that clients use is the public one, else that of the interface."""
-    assert Settings.model_validate({"http": http}).base_url == expected
+    assert Settings.model_validate({"http": http, "access": {"keys": True}}).base_url == expected
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "head.example"])
+@pytest.mark.parametrize("access", ["keys", "insecure"])
+def test_other_machines_need_keys_or_a_word(host: str, access: str) -> None:
+    """A registry that other machines reach asks for keys, unless the operator says that it need not."""
+    http = {"host": host, "haproxy": False}
+    with pytest.raises(ValueError, match=r"access\.keys must be true, because http\.host"):
+        Settings.model_validate({"http": http})
+    assert Settings.model_validate({"http": http, "access": {access: True}}).http.host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    """A registry for this machine alone needs no keys."""
+    assert not Settings.model_validate({"http": {"host": host, "haproxy": False}}).access.keys
+
+
+@pytest.mark.parametrize(
+    ("access", "problem"),
+    [
+        ({"keys": True, "insecure": True}, "exclude each other"),
+        ({"trusted_clients": {"10.0.0.7/32": "lab"}}, "needs keys: true"),
+        ({"keys": True, "trusted_clients": {"10.0.0.7/24": "lab"}}, "not a valid IPv4 network"),
+        ({"keys": True, "trusted_clients": {"10.0.0.7": "a b"}}, "should match pattern"),
+    ],
+)
+def test_access_that_makes_no_sense(access: dict[str, object], problem: str) -> None:
+    """What contradicts itself is refused."""
+    with pytest.raises(ValueError, match=problem):
+        Settings.model_validate({"access": access})
 
 
 def test_database_url_goes_before_the_embedded_one() -> None:

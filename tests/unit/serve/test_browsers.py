@@ -185,7 +185,7 @@ async def test_forwarded_hosts_are_not_believed() -> None:
     ("http", "hosts"),
     [
         ("{}", ("127.0.0.1",)),
-        ("{host: Head.example, haproxy: false}", ("head.example",)),
+        ("{host: Head.example, haproxy: false}\naccess: {keys: true}", ("head.example",)),
         (
             "{public_url: 'https://LLM.example/registry', allowed_hosts: [Other.example]}",
             ("llm.example", "other.example"),

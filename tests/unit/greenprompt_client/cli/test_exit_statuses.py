@@ -12,6 +12,7 @@ import pytest
 import stamina
 from rich.console import Console
 
+from greenprompt_client.cli import app as cli_app
 from greenprompt_client.cli import app as shared
 from greenprompt_client.cli import main as cli
 from greenprompt_client.client import CONNECT_FOR_S, RegistryClient
@@ -31,14 +32,14 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
             return answer
 
         class Client(RegistryClient):
-            def __init__(self, url: str, *, tenant: str | None, connect_for_s: float) -> None:
+            def __init__(self, url: str, *, tenant: str | None, api_key: str | None, connect_for_s: float) -> None:
                 assert connect_for_s == CONNECT_FOR_S, "somebody waits at a terminal"
-                super().__init__(url, tenant=tenant, connect_for_s=connect_for_s)
+                super().__init__(url, tenant=tenant, api_key=api_key, connect_for_s=connect_for_s)
                 self._http.close()
                 self._http = httpx.Client(base_url=url, transport=httpx.MockTransport(answered))
 
         said = io.StringIO()
-        monkeypatch.setattr(cli, "RegistryClient", Client)
+        monkeypatch.setattr(cli_app, "RegistryClient", Client)
         monkeypatch.setattr(shared, "problems", Console(file=said, soft_wrap=True))
         monkeypatch.setattr(sys, "argv", ["greenprompt", *arguments.split()])
         hooks = stamina.instrumentation.get_on_retry_hooks()

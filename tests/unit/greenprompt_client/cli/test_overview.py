@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from greenprompt_client.cli import app as cli_app
 from greenprompt_client.cli import app as shared
 from greenprompt_client.cli import main as cli
 from greenprompt_client.cli.status import overview
@@ -132,7 +133,7 @@ class FakeClient:
     drains: ClassVar[list[tuple[str | None, int]]] = []
     asked: ClassVar[list[str]] = []
 
-    def __init__(self, _url: str, *, tenant: str | None, connect_for_s: float) -> None:
+    def __init__(self, _url: str, *, tenant: str | None, api_key: str | None, connect_for_s: float) -> None:
         pass
 
     def __enter__(self) -> Self:
@@ -170,7 +171,7 @@ class FakeClient:
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
     """The client that the commands use."""
-    monkeypatch.setattr(cli, "RegistryClient", FakeClient)
+    monkeypatch.setattr(cli_app, "RegistryClient", FakeClient)
     monkeypatch.setattr(FakeClient, "asked", [])
     return FakeClient
 

@@ -21,7 +21,7 @@ import stamina
 import yaml
 from rich.console import Console
 
-from greenprompt_client.client import AnswerError
+from greenprompt_client.answers import AnswerError
 from greenprompt_client.measure import run as measure_module
 from greenprompt_client.measure.experiment import load_plan
 from greenprompt_client.measure.prompting import PROMPT_TRIES

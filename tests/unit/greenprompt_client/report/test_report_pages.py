@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from typer.testing import CliRunner
 
+from greenprompt_client.cli import app as cli_app
 from greenprompt_client.cli import main as cli
 from greenprompt_client.notation import figure, in_range
 from greenprompt_client.report.files import write_report
@@ -324,7 +325,7 @@ class StandIn:
     asked_for: ClassVar[list[str | None]] = []
     """The tenants in whose name it was asked."""
 
-    def __init__(self, url: str, *, tenant: str | None, connect_for_s: float) -> None:
+    def __init__(self, url: str, *, tenant: str | None, api_key: str | None, connect_for_s: float) -> None:
         self.url, self.connect_for_s = url, connect_for_s
         self.asked_for.append(tenant)
 
@@ -343,7 +344,7 @@ class StandIn:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.setattr(cli, "RegistryClient", StandIn)
+    monkeypatch.setattr(cli_app, "RegistryClient", StandIn)
     return lambda *args: CliRunner().invoke(cli.app, ["report", *map(str, args)])
 
 

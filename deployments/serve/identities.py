@@ -1,0 +1,186 @@
+"""Finds out who calls: asks for an API key before anything of a request is read, and says what its role allows.
+
+Without ``access.keys`` every caller may do everything, as its tenant by the header ``X-Tenant``.
+"""
+
+# D132: identities are keys of the registry
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from ipaddress import ip_address, ip_network
+from time import monotonic
+from typing import Annotated, Any, NamedTuple
+
+from fastapi import Depends, Header, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.error_answers import registry_error
+from registry.access_errors import KeyNeeded, NotAllowed, OtherTenant
+from registry.errors import RegistryError
+from registry.service.keys import EVERYTHING, Access, parse_key
+from registry.store.rows import APIKey
+from registry.wire.schemas import TenantName
+from registry.wire.words import Role
+
+SOURCE_HEADER = b"x-greenprompt-source"
+"""HAProxy sets this header to the address of its client, and removes what a client sent under this name."""
+
+BELIEVED_S = 2.0
+"""How long the registry's answer about a key is used again, seconds. A revoked key is refused after this time."""
+
+MOST_BELIEVED = 10_000
+"""Most keys that are remembered."""
+
+PUBLIC = frozenset({"/", "/healthz", "/openapi.json", "/get_status", "/process_prompt"})
+"""Paths that need no key. The last two need the token of a lease."""
+
+_BEARER = re.compile("Bearer +(.*)", re.IGNORECASE)
+_STATE = "greenprompt_key"
+_ALL = frozenset(Role)
+_OWNERS = frozenset({Role.CLIENT, Role.OPERATOR})
+_OPERATORS = frozenset({Role.OPERATOR})
+_CLIENTS = frozenset({Role.CLIENT})
+
+
+def allowed_roles(method: str, path: str) -> frozenset[Role] | None:
+    """Return the roles that may call a path; None: everybody, without a key. What is not named needs the most."""
+    if path in PUBLIC:
+        return None
+    if path == "/promptingservice/request":
+        return _CLIENTS
+    if path.startswith(("/promptingservice/", "/measurements/")):
+        return _OWNERS
+    if method in ("GET", "HEAD", "OPTIONS") and path != "/keys" and not path.startswith("/keys/"):
+        return _ALL
+    return _OPERATORS
+
+
+class TrustedClients:
+    """Tenants of clients that send no key, by the network that they call from."""
+
+    def __init__(self, tenants: Iterable[tuple[str, str]]) -> None:
+        self._networks = [(ip_network(network), tenant) for network, tenant in tenants]
+
+    def key_for(self, scope: Scope) -> APIKey | None:
+        """Return a key of the tenant whose network a request comes from; None if there is none."""
+        source = _source(scope)
+        try:
+            address = ip_address(source)
+        except ValueError:
+            return None
+        for network, tenant in self._networks:
+            if address in network:
+                return APIKey("", Role.CLIENT, tenant, str(network), "", 0.0)
+        return None
+
+
+class KeyGuard:
+    """An ASGI app around another one, which gets only requests whose key allows them.
+
+    ``call(method, *args)`` reaches the registry actor.
+    """
+
+    def __init__(self, app: ASGIApp, call: Callable[..., Awaitable[Any]], trusted: TrustedClients) -> None:
+        self._app = app
+        self._call = call
+        self._trusted = trusted
+        self._believed: dict[tuple[str, str], tuple[APIKey, float]] = {}
+        self._asking: dict[tuple[str, str], asyncio.Lock] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection; refuse an HTTP request before its body is read."""
+        if scope["type"] == "http":
+            roles = allowed_roles(scope["method"], scope["path"])
+            if roles is not None:
+                try:
+                    scope[_STATE] = await self._key(scope, roles)
+                except RegistryError as error:
+                    await registry_error(error)(scope, receive, send)
+                    return
+        await self._app(scope, receive, send)
+
+    async def _key(self, scope: Scope, roles: frozenset[Role]) -> APIKey:
+        """Return the key of a request. Raises KeyNeeded, KeyRefused, NotAllowed, and what the registry raises."""
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        bearer = _BEARER.fullmatch(given[0].decode("latin-1")) if len(given) == 1 else None
+        found = None if bearer is None else parse_key(bearer[1])
+        if found is not None:
+            key = await self._identified(*found)
+        elif given or (trusted := self._trusted.key_for(scope)) is None:
+            raise KeyNeeded
+        else:
+            key = trusted
+        if key.role not in roles:
+            raise NotAllowed(key.role, " or ".join(sorted(roles)))
+        return key
+
+    async def _identified(self, *which: str) -> APIKey:
+        """Ask the registry for a key, once at a time for each key, and use its answer for BELIEVED_S seconds."""
+        key_id, secret_sha256 = which
+        lock = self._asking.setdefault((key_id, secret_sha256), asyncio.Lock())
+        try:
+            async with lock:
+                key, until_s = self._believed.get((key_id, secret_sha256), (None, 0.0))
+                if key is None or monotonic() >= until_s:
+                    self._believed.pop((key_id, secret_sha256), None)
+                    key = await self._call("identify", key_id, secret_sha256)
+                    if len(self._believed) >= MOST_BELIEVED:
+                        self._believed.clear()
+                    self._believed[key_id, secret_sha256] = key, monotonic() + BELIEVED_S
+                return key
+        finally:
+            if not lock.locked():
+                self._asking.pop((key_id, secret_sha256), None)
+
+
+class Caller(NamedTuple):
+    """The tenant that a request is for, and which requests its caller may see."""
+
+    tenant: str
+    access: Access
+
+
+Tenant = Annotated[
+    TenantName,
+    Header(
+        description="Name of the tenant. Tenants take turns in the queue. Without API keys it is not authenticated; "
+        "with them, a client's key has its tenant, and any other name is refused"
+    ),
+]
+
+
+async def _access(request: Request) -> Access:
+    key: APIKey | None = request.scope.get(_STATE)
+    if key is None:
+        return EVERYTHING
+    return Access(key.tenant) if key.role is Role.CLIENT else Access(addresses=False)
+
+
+async def _caller(request: Request, x_tenant: Tenant = "default") -> Caller:
+    access = await _access(request)
+    if access.tenant is None:
+        return Caller(x_tenant, access)
+    if "x-tenant" in request.headers and x_tenant != access.tenant:
+        raise OtherTenant(x_tenant)
+    return Caller(access.tenant, access)
+
+
+CallerAccess = Annotated[Access, Depends(_access)]
+"""Which requests the caller may see."""
+
+CallerTenant = Annotated[Caller, Depends(_caller)]
+"""The caller's tenant, by its key or else by X-Tenant, and which requests it may see."""
+
+
+def _source(scope: Scope) -> str:
+    """Return the address that a request comes from; of what a proxy on this machine forwards, its client's."""
+    peer = (scope.get("client") or ("", 0))[0]
+    told = [value for name, value in scope["headers"] if name == SOURCE_HEADER]
+    try:
+        local = ip_address(peer).is_loopback
+    except ValueError:
+        return ""
+    return told[0].decode("latin-1") if local and len(told) == 1 else "" if local and told else str(peer)

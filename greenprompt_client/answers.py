@@ -1,0 +1,84 @@
+"""Reads the registry's answers: what they contain, which errors they are, and whether a call may be repeated."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TypeVar
+
+import httpx
+from pydantic import TypeAdapter
+
+from registry.errors import RegistryError
+from registry.wire.schemas import ErrorAnswer
+
+T = TypeVar("T")
+
+_PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
+"""Statuses after which a call is retried if the answer allows it; not 504, because a retry would take as long again."""
+
+UNEXPECTED = "unexpected_answer"
+"""``answer_code`` of an answer that does not come from a registry."""
+
+
+class AnswerError(RegistryError):
+    """The registry or a wrapper answered with an error. ``answer_code`` is its stable code.
+
+    ``passing``: the same call may succeed later without any change.
+    """
+
+    code = "answer_error"
+
+    status: int
+    answer_code: str
+    message: str
+    passing: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.message} (HTTP {self.status}, {self.answer_code})"
+
+
+class RequestEnded(RegistryError):
+    """A request ended before its LLM was handed over; ``reason`` is the registry's."""
+
+    code = "request_ended"
+
+    request_id: str
+    status: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"request {self.request_id} is {self.status}" + (f": {self.reason}" if self.reason else "")
+
+
+def read(kind: type[T], response: httpx.Response) -> T:
+    """Return the body of an answer. Raises AnswerError if it is not a registry's answer."""
+    try:
+        return TypeAdapter(kind).validate_json(response.content)
+    except ValueError:
+        text = "what answers there is no registry, or one that this client does not understand"
+        raise AnswerError(response.status_code, UNEXPECTED, text) from None
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether a retry may help: the connection failed (the registry or proxy restarts), or the answer says so."""
+    return isinstance(error, httpx.TransportError) or (isinstance(error, AnswerError) and error.passing)
+
+
+def may_ask_again(error: Exception) -> bool:
+    """Like ``is_passing``, except for read timeouts: a retry would only wait as long again."""
+    return is_passing(error) and not isinstance(error, httpx.ReadTimeout)
+
+
+def checked(response: httpx.Response) -> httpx.Response:
+    """Return an answer that is no error. Raises AnswerError."""
+    if response.is_success:
+        return response
+    try:
+        answer = ErrorAnswer.model_validate_json(response.content)
+    except ValueError:
+        text = response.text.strip().partition("\n")[0][:200] or response.reason_phrase
+        # From a proxy whose server is being restarted.
+        passing = response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
+        raise AnswerError(response.status_code, UNEXPECTED, text, passing) from None
+    passing = answer.retryable and response.status_code in _PASSING
+    raise AnswerError(response.status_code, answer.code, answer.message, passing)

@@ -1,0 +1,74 @@
+"""Errors about API keys: who calls, and what the caller may do."""
+
+from __future__ import annotations
+
+from registry.errors import RegistryError
+
+
+class KeyNeeded(RegistryError):
+    """The request has no API key, or a text that is none."""
+
+    code = "key_needed"
+    http_status = 401
+
+    def __str__(self) -> str:
+        return "an API key is needed, as in the header Authorization: Bearer gp_…; an operator makes one"
+
+
+class KeyRefused(RegistryError):
+    """The API key is unknown, was revoked, or has expired."""
+
+    code = "key_refused"
+    http_status = 401
+
+    problem: str
+
+    def __str__(self) -> str:
+        return f"the API key is refused: {self.problem}; an operator makes another one"
+
+
+class NotAllowed(RegistryError):
+    """The API key's role does not allow this call."""
+
+    code = "not_allowed"
+    http_status = 403
+
+    role: str
+    needed: str
+
+    def __str__(self) -> str:
+        return f"a key for the role {self.role} does not allow this: it needs the role {self.needed}"
+
+
+class OtherTenant(RegistryError):
+    """The header X-Tenant names another tenant than that of the API key."""
+
+    code = "other_tenant"
+    http_status = 403
+
+    tenant: str
+
+    def __str__(self) -> str:
+        return f"X-Tenant: the API key is not one of tenant {self.tenant!r}; leave the header out"
+
+
+class UnknownKey(RegistryError):
+    """No API key has this id."""
+
+    code = "unknown_key"
+    http_status = 404
+
+    key_id: str
+
+    def __str__(self) -> str:
+        return f"no API key has the id {self.key_id!r}; GET /keys lists them"
+
+
+class KeysNotUsed(RegistryError):
+    """The registry is used without API keys."""
+
+    code = "keys_not_used"
+    http_status = 409
+
+    def __str__(self) -> str:
+        return "this registry is used without API keys; the setting access.keys: true asks for them"

@@ -1,0 +1,38 @@
+"""The settings of who may call the registry."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Network, IPv6Network
+
+from pydantic import Field, model_validator
+
+from registry.energy_settings import Section
+from registry.wire.schemas import TenantName
+
+
+class AccessSettings(Section):
+    """Who may call the registry."""
+
+    keys: bool = Field(
+        False,
+        description="Whether every call needs an API key (`greenprompt keys`). Required if `http.host` can be reached "
+        "from other machines, except with `insecure`",
+    )
+    insecure: bool = Field(
+        False,
+        description="Whether to serve other machines without keys: everybody who reaches the port can take, end and "
+        "drain everything",
+    )
+    trusted_clients: dict[IPv4Network | IPv6Network, TenantName] = Field(
+        {},
+        description="Tenants of clients that can send no key, by network, e.g. `{10.0.5.7/32: lab}`: everybody there "
+        "is a client of this tenant. A call through another machine's proxy counts as a call from that machine",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> AccessSettings:
+        if self.keys and self.insecure:
+            raise ValueError("keys and insecure exclude each other")
+        if self.trusted_clients and not self.keys:
+            raise ValueError("trusted_clients needs keys: true; without keys everybody is trusted")
+        return self

@@ -1,0 +1,120 @@
+"""API keys: who calls, for which tenant, and what the caller may do. Secrets are stored as hashes only."""
+
+# D132: identities are keys of the registry
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from registry.access_errors import KeyRefused, UnknownKey
+from registry.errors import InvalidField
+from registry.store.rows import APIKey
+from registry.store.store import Store
+from registry.wire.words import Role
+
+PREFIX = "gp"
+"""Every key begins with this, so that people and secret scanners recognise one."""
+
+_KEY = re.compile(rf"{PREFIX}_([0-9a-f]{{8}})_([A-Za-z0-9_-]{{43}})")
+
+DAY_S = 86_400.0
+
+USED_EVERY_S = 60.0
+"""A key's last use is stored at most this often, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Which requests a caller may see and end: those of ``tenant``, None: all of them.
+
+    ``addresses``: whether answers contain the address of a lease, which contains its token.
+    """
+
+    tenant: str | None = None
+    addresses: bool = True
+
+
+EVERYTHING = Access()
+"""The access of every caller of a registry without keys."""
+
+
+def sha256_of(secret: str) -> str:
+    """Return the hash under which a secret is stored. Secrets are random, so a fast hash is enough."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def parse_key(text: str) -> tuple[str, str] | None:
+    """Return the id of a key and the hash of its secret; None if the text is no key."""
+    found = _KEY.fullmatch(text.strip())
+    return None if found is None else (found[1], sha256_of(found[2]))
+
+
+class Keys:
+    """The keys of a registry: in memory, and in its store. Not thread-safe."""
+
+    def __init__(self, store: Store, now_s: Callable[[], float]) -> None:
+        """Read the keys. ``now_s`` returns UTC seconds. Raises StoreUnavailable."""
+        self._store = store
+        self._now_s = now_s
+        self._keys = {key.key_id: key for key in store.api_keys()}
+
+    def __iter__(self) -> Iterator[APIKey]:
+        return iter(self._keys.values())
+
+    def create(self, role: Role, *, tenant: str | None, name: str, days: float | None = None) -> tuple[APIKey, str]:
+        """Make a key; return it, and its text, which can't be read again.
+
+        ``days``: until it expires; None: never.
+
+        Raises:
+            InvalidField: A client's key has no tenant, or another key has one.
+            StoreUnavailable: The database failed; no key was made.
+        """
+        if (role is Role.CLIENT) != (tenant is not None):
+            problem = "is needed for a client's key" if role is Role.CLIENT else f"a key for the role {role} has none"
+            raise InvalidField("tenant", problem)
+        now_s = self._now_s()
+        key_id, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
+        while key_id in self._keys:
+            key_id = secrets.token_hex(4)
+        expires_s = None if days is None else now_s + days * DAY_S
+        key = APIKey(key_id, role, tenant, name, sha256_of(secret), now_s, expires_s)
+        self._put(key)
+        return key, f"{PREFIX}_{key_id}_{secret}"
+
+    def revoke(self, key_id: str) -> None:
+        """Refuse a key from now on. Idempotent. Raises UnknownKey, StoreUnavailable."""
+        key = self._keys.get(key_id)
+        if key is None:
+            raise UnknownKey(key_id)
+        if key.revoked_s is None:
+            self._put(replace(key, revoked_s=self._now_s()))
+
+    def identify(self, key_id: str, secret_sha256: str) -> APIKey:
+        """Return the key with this id and secret, and note its use.
+
+        Raises:
+            KeyRefused: There is no such key, or it has expired or was revoked.
+            StoreUnavailable: The database failed.
+        """
+        key, now_s = self._keys.get(key_id), self._now_s()
+        known = "" if key is None else key.secret_sha256
+        if not hmac.compare_digest(known, secret_sha256) or key is None:
+            raise KeyRefused("it is not known here")
+        if key.revoked_s is not None:
+            raise KeyRefused("it was revoked")
+        if key.expires_s is not None and key.expires_s <= now_s:
+            raise KeyRefused("it has expired")
+        if key.used_s is None or now_s - key.used_s >= USED_EVERY_S:
+            key = replace(key, used_s=now_s)
+            self._put(key)
+        return key
+
+    def _put(self, key: APIKey) -> None:
+        self._store.put_api_keys([key])
+        self._keys[key.key_id] = key
