@@ -22,6 +22,7 @@ UNKNOWN: Final = "unknown"
 ESTIMATE: Final = "estimate"
 CHECK: Final = "check"
 _NO_SCORE: Final = "score unknown, joules kept"
+_NO_BATCH: Final = "no figure of the stretch"
 
 
 # D107: every flag is here
@@ -210,8 +211,8 @@ class Flag(StrEnum):
     WARMUP_INSIDE = (
         "warmup_inside",
         STRETCH,
-        CHECK,
-        "A warm-up was in flight during the stretch; its joules are counted too.",
+        _NO_BATCH,
+        "A warm-up was in flight during the stretch: its joules are included, its tokens are not.",
     )
     LLM_STARTED_INSIDE = (
         "llm_started_inside",
