@@ -119,6 +119,7 @@ class WrapperSettings(Section):
         "contact is back",
     )
     max_prompts_in_flight: int = Field(256, ge=1, description="Limit of prompts in flight per wrapper; others get 429")
+    max_body_mib: int = Field(64, ge=1, le=1024, description="Longest body of a prompt, MiB; a longer one gets 413")
     kv_cache_gib: int | None = Field(None, ge=1, description="KV cache of an LLM without GPU, GiB; null: vLLM decides")
     preload: tuple[Annotated[str, StringConstraints(pattern=r"^\w+$")], ...] = Field(
         ("llama", "qwen2", "qwen3", "gemma3", "phi3"),

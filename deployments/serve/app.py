@@ -173,6 +173,7 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
                 settings.state_dir,
                 settings.served_hosts,
                 settings.access,
+                settings.wrappers.max_body_mib,
             )
             serve.run_many([serve.RunTarget(ingress.deployment(config), name=INGRESS_APP, route_prefix="/")])
     except Exception as error:

@@ -18,12 +18,14 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Header, Path, Query, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import ASGIApp
 
 from deployments.error_answers import RETRY_AFTER_S
 from deployments.models.args.mapping import map_llmconfig
 from deployments.models.checkpoints import Checkpoints
 from deployments.models.small_files import FileTooLarge
 from deployments.models.sources import ModelSources
+from deployments.serve.body_limit import MIB, BodyLimit
 from deployments.serve.browsers import GuardedAPI
 from deployments.serve.energy_pages import EnergyPages
 from deployments.serve.http_errors import add_error_handlers
@@ -79,6 +81,9 @@ Every path answers 421 to a host name that is not served (`http.allowed_hosts`).
 answered 403 if they come from a web page of another origin, and 415 if a body is not JSON.
 """
 
+MAX_BODY_MIB = 4
+"""Longest body of a request to the registry, MiB; a thousand usual llmconfigs take 0.5."""
+
 IDEMPOTENCY_KEY = (
     "A text of your choice, e.g. a UUID; a new one for each POST. A repeated key with the same JSON returns the "
     "requests of the first POST; spaces and the order of fields don't matter. A repeated key with another body is a "
@@ -90,7 +95,7 @@ IDEMPOTENCY_KEY = (
 class IngressConfig:
     """The settings that the ingress needs. ``state_dir`` is checked if the registry does not answer.
 
-    ``hosts``: the host names that are served, see ``BrowserGuard``.
+    ``hosts``: the host names that are served, see ``BrowserGuard``. ``prompt_mib``: longest body of a prompt, MiB.
     """
 
     sources: ModelSources
@@ -98,6 +103,7 @@ class IngressConfig:
     state_dir: pathlib.Path = pathlib.Path("/")
     hosts: tuple[str, ...] = ()
     access: AccessSettings = field(default_factory=AccessSettings)
+    prompt_mib: int = 64
 
 
 Call = Callable[..., Awaitable[Any]]
@@ -114,10 +120,9 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
 
     ``checkpoints`` estimates the memory of LLMs; None leaves it unknown.
     """
-    trusted = TrustedClients((str(network), tenant) for network, tenant in config.access.trusted_clients.items())
     app = GuardedAPI(
         config.hosts,
-        inner=(lambda app: KeyGuard(app, call, trusted)) if config.access.keys else None,
+        inner=_guards(config, call),
         title=TITLE,
         description=DESCRIPTION,
         version=version("greenprompt-llm-registry"),
@@ -132,6 +137,21 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
     return app
 
 
+def _guards(config: IngressConfig, call: Call) -> Callable[[ASGIApp], ASGIApp]:
+    """Return what puts the guard of keys, if any, and the limit of bodies around an app."""
+    trusted = TrustedClients((str(network), tenant) for network, tenant in config.access.trusted_clients.items())
+
+    def limit(path: str) -> int:
+        # A prompt to the root is redirected, and its body is dropped.
+        return (config.prompt_mib if path == "/process_prompt" else MAX_BODY_MIB) * MIB
+
+    def guarded(app: ASGIApp) -> ASGIApp:
+        limited = BodyLimit(app, limit)
+        return KeyGuard(limited, call, trusted) if config.access.keys else limited
+
+    return guarded
+
+
 def _add_post(app: FastAPI, config: IngressConfig, call: Call, checkpoints: Checkpoints | None) -> None:
     """Add the route that requests LLMs."""
     withdrawals, prompting = Withdrawals(call), APIRouter(route_class=JSONBody)
@@ -140,7 +160,7 @@ def _add_post(app: FastAPI, config: IngressConfig, call: Call, checkpoints: Chec
         "/promptingservice/request",
         status_code=201,
         response_model=PromptingAnswer,
-        responses={409: {"model": ErrorAnswer}, 429: {"model": ErrorAnswer}, **ERRORS},
+        responses={409: {"model": ErrorAnswer}, 413: {"model": ErrorAnswer}, 429: {"model": ErrorAnswer}, **ERRORS},
     )
     async def request_llms(
         body: PromptingRequest,
@@ -302,7 +322,7 @@ def _add_machines(app: FastAPI, call: Call) -> None:
 
 def _add_keys(app: FastAPI, config: IngressConfig, call: Call) -> None:
     """Add the routes of API keys, for operators."""
-    responses: Responses = {409: {"model": ErrorAnswer}, **UNKNOWN}
+    responses: Responses = {409: {"model": ErrorAnswer}, 413: {"model": ErrorAnswer}, **UNKNOWN}
     router = APIRouter(route_class=JSONBody)
 
     def require_keys() -> None:

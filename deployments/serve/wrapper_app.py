@@ -9,6 +9,7 @@ from ray import serve
 from ray.util.metrics import Gauge
 from starlette.types import ASGIApp
 
+from deployments.serve.body_limit import MIB, BodyLimit
 from deployments.serve.browsers import BrowserGuard
 from deployments.serve.replica_process import prepare_replica
 from deployments.wrapper.config import WrapperConfig
@@ -22,6 +23,7 @@ class WrapperReplica(LLMWrapper):
         """See ``LLMWrapper``. Prepares this process: see ``prepare_replica``."""
         prepare_replica()
         self._hosts = config.hosts
+        self._body_bytes = config.settings.max_body_mib * MIB
         warm = Gauge(
             "greenprompt_wrapper_warm", "1: LLMs start fast (warm); 0: they start slowly (cold)", tag_keys=("wrapper",)
         )
@@ -29,7 +31,8 @@ class WrapperReplica(LLMWrapper):
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         # The prompt gate itself requires JSON, where the Prompting Service's client does not send prompts.
-        return BrowserGuard(super().__serve_build_asgi_app__(), self._hosts)
+        limited = BodyLimit(super().__serve_build_asgi_app__(), lambda _path: self._body_bytes)
+        return BrowserGuard(limited, self._hosts)
 
 
 def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -> serve.Application:

@@ -19,6 +19,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     StringConstraints,
+    model_validator,
 )
 
 from registry.wire.words import Grade, Priority, Role
@@ -49,6 +50,9 @@ WARMUP_HEADER = "X-GreenPrompt-Warmup"
 
 PROMPT_HEADER = "X-GreenPrompt-Prompt"
 """Header with the client's id of a prompt, percent-encoded; the same question has the same id in every lease."""
+
+MAX_LLMCONFIG_BYTES = 256 * 1024
+"""Longest llmconfig as JSON, bytes: each is stored for ``keep_days``."""
 
 MAX_ARGS_DEPTH = 32
 """Maximum nesting of lists and objects in args."""
@@ -119,6 +123,13 @@ class LLMConfig(_Asked):
         description="Whether process_prompt puts the question into the chat template"
     )
     args: LLMArgs
+
+    @model_validator(mode="after")
+    def _stored_for_months(self) -> LLMConfig:
+        length = len(self.model_dump_json())
+        if length > MAX_LLMCONFIG_BYTES:
+            raise ValueError(f"has {length} bytes as JSON; at most {MAX_LLMCONFIG_BYTES} are stored")
+        return self
 
 
 class PromptingRequest(_Asked):
