@@ -24,7 +24,7 @@ from greenprompt_client.answers import AnswerError, RequestEnded, checked, is_pa
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport, WindowsPage
 from registry.errors import BadSettings
-from registry.wire.http import http_client
+from registry.wire.http import base_url_of, http_client
 from registry.wire.schemas import (
     MAX_WAIT_S,
     MAX_WINDOWS,
@@ -125,6 +125,8 @@ class RegistryClient:
         """
         headers = {} if tenant is None else {TENANT_HEADER: tenant}
         if api_key is not None:
+            if base_url_of(base_url).userinfo:
+                raise BadSettings("the registry's URL", "has a user name, which would be sent in place of the API key")
             headers["Authorization"] = f"Bearer {_checked_key(api_key)}"
         self._connect_for_s = connect_for_s
         self._http = http_client(base_url, timeout_s=timeout_s, connect_s=connect_for_s, headers=headers)

@@ -35,4 +35,6 @@ class AccessSettings(Section):
             raise ValueError("keys and insecure exclude each other")
         if self.trusted_clients and not self.keys:
             raise ValueError("trusted_clients needs keys: true; without keys everybody is trusted")
+        if any(network.prefixlen == 0 for network in self.trusted_clients):
+            raise ValueError("trusted_clients names all addresses; use insecure: true if everybody is to be trusted")
         return self

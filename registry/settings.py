@@ -268,11 +268,15 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _closed_to_other_machines(self) -> Settings:
-        if not (self.access.keys or self.access.insecure or _is_loopback(self.http.host)):
-            raise ValueError(
-                f"access.keys must be true, because http.host {self.http.host!r} can be reached from other machines "
-                "(make keys with greenprompt keys create); access.insecure: true serves everybody who reaches it"
-            )
+        published = urlsplit(self.base_url).hostname or ""
+        for name, host in (("host", self.http.host), ("public_url", published)):
+            if not (self.access.keys or self.access.insecure or _is_loopback(host)):
+                raise ValueError(
+                    f"access.keys must be true, because http.{name} {host!r} can be reached from other machines "
+                    "(make keys with greenprompt keys create); access.insecure: true serves everybody who reaches it"
+                )
+        if self.access.trusted_clients and not self.http.haproxy:
+            raise ValueError("access.trusted_clients needs http.haproxy: true, which knows where a call comes from")
         return self
 
     @model_validator(mode="after")

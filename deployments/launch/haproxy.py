@@ -31,6 +31,9 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # Otherwise HAProxy sends its manager, which is Python, a line per prompt; the wrappers count prompts themselves.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # HAProxy connects to replicas by loopback, and uvicorn believes X-Forwarded-For from there: with it, anybody could
+    # claim to call from a trusted address. Empty: nobody is believed.
+    "FORWARDED_ALLOW_IPS": "",
     # Longest pause of a client between two packets of a request, or before it reads more of its answer; the time in
     # which its prompt is processed does not count. With Serve's default of 3600 s hanging connections stay for an
     # hour.
@@ -126,6 +129,7 @@ s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503
 /http-after-response set-header retry-after/d
 /^frontend http_frontend/a \
 http-request set-header x-greenprompt-source %[src]\
+http-request del-header x-forwarded-for\
 http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }
 """
 # D94: polls come in turn

@@ -36,8 +36,8 @@ SECRETS_FILE: Final = "GREENPROMPT_SECRETS_FILE"
 FILE_NAME: Final = "secrets.json"
 """Name of that file in ``state_dir``."""
 
-NOT_FOR_RAY: Final = ("GREENPROMPT_DATABASE_URL",)
-"""Secrets that the settings have already brought to where they are used."""
+NOT_FOR_RAY: Final = ("GREENPROMPT_DATABASE_URL", "GREENPROMPT_API_KEY")
+"""Secrets that no process of Ray needs: settings bring them to where they are used, or commands alone use them."""
 
 _SECRET_NAME = re.compile(r"(?<!DISABLE_IMPLICIT)_(TOKEN|KEY|SECRET|PASSWORD)$")
 

@@ -21,7 +21,7 @@ from registry.accounting.windows import KeptWindow
 from registry.background import spawn_awaited
 from registry.core.events import NewRequest
 from registry.core.records import Measurement, MeasurementKey, Request
-from registry.errors import RegistryError
+from registry.errors import RegistryError, UnknownRequest
 from registry.service import views
 from registry.service.keys import EVERYTHING, Access
 from registry.service.news import CHANGES_WAIT_S
@@ -176,8 +176,8 @@ class RegistryActor:
         await self.ready()
         archive = self._service.archive
         archive.measurement(key)
-        if request_id is not None:
-            archive.request(request_id)
+        if request_id is not None and archive.request(request_id).measurement_key != key:
+            raise UnknownRequest(request_id)
         page = self._service.accounts.page(key, request_id=request_id, after=after, limit=limit)
         return archive.find_requests({each.window.request_id or "" for each in page}), page
 
@@ -227,7 +227,8 @@ class RegistryActor:
     async def create_key(self, role: Role, tenant: str | None, name: str, days: float | None) -> str:
         """Make an API key; return the JSON NewKey, which alone has its text."""
         await self.ready()
-        key, text = self._service.keys.create(role, tenant=tenant, name=name, days=days)
+        key, text = self._service.keys.new(role, tenant=tenant, name=name, days=days)
+        self._service.keys.add(key)
         return NewKey(**views.key_state(key).model_dump(), key=text).model_dump_json()
 
     async def revoke_key(self, key_id: str) -> None:

@@ -28,7 +28,6 @@ CALL_TIMEOUT_S = 30.0
 """Longest wait for one answer of the actor, beyond the wait that was requested, seconds. Also for a read's turn."""
 
 AT_ONCE = {
-    "identify": 16,
     "keys": 4,
     "state": 64,
     "events": 8,

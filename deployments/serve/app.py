@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+import stat
 import time
 import warnings
 from collections.abc import Callable
@@ -106,18 +107,31 @@ def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[
 def _keep_operator_key(keys: Keys, file: Path) -> None:
     """Make sure that the file has a key for operators that is in force, for the commands of this machine's operator.
 
-    Raises StoreUnavailable, BadSettings.
+    A key that others could read is revoked. Raises StoreUnavailable, BadSettings.
     """
+    key, text = keys.new(Role.OPERATOR, tenant=None, name=f"operator of {socket.gethostname()}")
     try:
-        if (found := parse_key(file.read_text(encoding="utf-8"))) is not None:
-            keys.identify(*found)
+        if _has_operator_key(keys, file):
             return
-    except (KeyRefused, FileNotFoundError):
-        pass  # of another database, revoked, or not made yet
+        write_private(file, text)
     except (OSError, ValueError) as error:
-        raise BadSettings("state_dir", f"{file} can't be read: {in_one_line(error)}") from error
-    _, text = keys.create(Role.OPERATOR, tenant=None, name=f"operator of {socket.gethostname()}")
-    write_private(file, text)
+        raise BadSettings("state_dir", f"{file} can't be used: {in_one_line(error)}") from error
+    keys.add(key)  # after the file: a key in a file that is not in force is replaced at the next start
+
+
+def _has_operator_key(keys: Keys, file: Path) -> bool:
+    """Whether the file has a key for operators in force that only this user can read. Raises OSError, ValueError."""
+    try:
+        found = parse_key(file.read_text(encoding="utf-8"))
+        key = None if found is None else keys.identify(*found)
+    except (KeyRefused, FileNotFoundError):
+        return False  # of another database, revoked, or not made yet
+    if key is None or key.role is not Role.OPERATOR:
+        return False
+    if stat.S_IMODE(file.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
+        keys.revoke(key.key_id)
+        return False
+    return True
 
 
 def require_engine() -> None:
@@ -174,6 +188,7 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
                 settings.served_hosts,
                 settings.access,
                 settings.wrappers.max_body_mib,
+                behind_haproxy=settings.http.haproxy,
             )
             serve.run_many([serve.RunTarget(ingress.deployment(config), name=INGRESS_APP, route_prefix="/")])
     except Exception as error:

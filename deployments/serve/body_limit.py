@@ -20,10 +20,10 @@ class BodyTooLarge(RegistryError):
     code = "body_too_large"
     http_status = 413
 
-    limit_bytes: int
+    limit_mib: int
 
     def __str__(self) -> str:
-        return f"the body is longer than {self.limit_bytes // MIB} MiB, the limit of this path; send less"
+        return f"the body is longer than {self.limit_mib} MiB, the limit of this path; send less"
 
 
 class BodyLimit:
@@ -52,7 +52,7 @@ class BodyLimit:
                     raise
         if body.longer and not body.answered:
             openai = "/v1/" in scope["path"]
-            answer = registry_error(BodyTooLarge(body.limit), openai=openai)
+            answer = registry_error(BodyTooLarge(body.limit // MIB), openai=openai)
             answer.headers["connection"] = "close"  # the rest is not read
             await answer(scope, receive, send)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, FastAPI, Header, Path, Query, Response
+from fastapi import APIRouter, FastAPI, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import ASGIApp
 
@@ -29,7 +29,7 @@ from deployments.serve.body_limit import MIB, BodyLimit
 from deployments.serve.browsers import GuardedAPI
 from deployments.serve.energy_pages import EnergyPages
 from deployments.serve.http_errors import add_error_handlers
-from deployments.serve.identities import CallerAccess, CallerTenant, KeyGuard, TrustedClients
+from deployments.serve.identities import CallerAccess, CallerTenant, KeyGuard, TrustedClients, still_allowed
 from deployments.serve.polls import Polls
 from deployments.serve.prompting_service import TITLE, JSONBody, root_router
 from deployments.serve.withdrawals import Withdrawals
@@ -96,6 +96,7 @@ class IngressConfig:
     """The settings that the ingress needs. ``state_dir`` is checked if the registry does not answer.
 
     ``hosts``: the host names that are served, see ``BrowserGuard``. ``prompt_mib``: longest body of a prompt, MiB.
+    ``behind_haproxy``: whether HAProxy says where a call comes from.
     """
 
     sources: ModelSources
@@ -104,6 +105,7 @@ class IngressConfig:
     hosts: tuple[str, ...] = ()
     access: AccessSettings = field(default_factory=AccessSettings)
     prompt_mib: int = 64
+    behind_haproxy: bool = True
 
 
 Call = Callable[..., Awaitable[Any]]
@@ -139,7 +141,8 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
 
 def _guards(config: IngressConfig, call: Call) -> Callable[[ASGIApp], ASGIApp]:
     """Return what puts the guard of keys, if any, and the limit of bodies around an app."""
-    trusted = TrustedClients((str(network), tenant) for network, tenant in config.access.trusted_clients.items())
+    clients = ((str(network), tenant) for network, tenant in config.access.trusted_clients.items())
+    trusted = TrustedClients(clients if config.behind_haproxy else ())
 
     def limit(path: str) -> int:
         # A prompt to the root is redirected, and its body is dropped.
@@ -186,6 +189,7 @@ def _add_requests(app: FastAPI, call: Call) -> None:
 
     @app.get("/promptingservice/request/{request_id}", response_model=RequestState, responses=UNKNOWN)
     async def request_status(
+        request: Request,
         request_id: str,
         access: CallerAccess,
         wait: Annotated[
@@ -200,7 +204,10 @@ def _add_requests(app: FastAPI, call: Call) -> None:
         The state of a request that is `deployed` or has ended is returned at once. To wait for the end of a lease,
         add `seen=deployed`.
         """
-        return _json_response(await polls.state(request_id, wait, seen, access))
+        text = await polls.state(request_id, wait, seen, access)
+        if wait:
+            await still_allowed(request)
+        return _json_response(text)
 
     @app.get("/promptingservice/request/{request_id}/events", response_model=list[EventState], responses=UNKNOWN)
     async def request_events(

@@ -10,20 +10,24 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from ipaddress import ip_address, ip_network
 from time import monotonic
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from fastapi import Depends, Header, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.error_answers import registry_error
-from registry.access_errors import KeyNeeded, NotAllowed, OtherTenant
+from registry.access_errors import KeyNeeded, KeyRefused, NotAllowed, OtherTenant
 from registry.errors import RegistryError
 from registry.service.keys import EVERYTHING, Access, parse_key
 from registry.store.rows import APIKey
 from registry.wire.schemas import TenantName
 from registry.wire.words import Role
+
+V = TypeVar("V")
 
 SOURCE_HEADER = b"x-greenprompt-source"
 """HAProxy sets this header to the address of its client, and removes what a client sent under this name."""
@@ -34,11 +38,14 @@ BELIEVED_S = 2.0
 MOST_BELIEVED = 10_000
 """Most keys that are remembered."""
 
+STRANGERS_AT_ONCE = 4
+"""Most questions to the registry at one time about keys that were not good a moment ago."""
+
 PUBLIC = frozenset({"/", "/healthz", "/openapi.json", "/get_status", "/process_prompt"})
 """Paths that need no key. The last two need the token of a lease."""
 
 _BEARER = re.compile("Bearer +(.*)", re.IGNORECASE)
-_STATE = "greenprompt_key"
+_STATE, _AGAIN = "greenprompt_key", "greenprompt_key_again"
 _ALL = frozenset(Role)
 _OWNERS = frozenset({Role.CLIENT, Role.OPERATOR})
 _OPERATORS = frozenset({Role.OPERATOR})
@@ -71,6 +78,7 @@ class TrustedClients:
             address = ip_address(source)
         except ValueError:
             return None
+        address = getattr(address, "ipv4_mapped", None) or address
         for network, tenant in self._networks:
             if address in network:
                 return APIKey("", Role.CLIENT, tenant, str(network), "", 0.0)
@@ -88,7 +96,9 @@ class KeyGuard:
         self._call = call
         self._trusted = trusted
         self._believed: dict[tuple[str, str], tuple[APIKey, float]] = {}
+        self._refused: dict[tuple[str, str], tuple[RegistryError, float]] = {}
         self._asking: dict[tuple[str, str], asyncio.Lock] = {}
+        self._strangers = asyncio.Semaphore(STRANGERS_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; refuse an HTTP request before its body is read."""
@@ -97,6 +107,7 @@ class KeyGuard:
             if roles is not None:
                 try:
                     scope[_STATE] = await self._key(scope, roles)
+                    scope[_AGAIN] = partial(self._key, scope, roles)
                 except RegistryError as error:
                     await registry_error(error)(scope, receive, send)
                     return
@@ -118,22 +129,47 @@ class KeyGuard:
         return key
 
     async def _identified(self, *which: str) -> APIKey:
-        """Ask the registry for a key, once at a time for each key, and use its answer for BELIEVED_S seconds."""
+        """Ask the registry for a key, and use its answer for BELIEVED_S seconds; also if the key is refused."""
         key_id, secret_sha256 = which
         lock = self._asking.setdefault((key_id, secret_sha256), asyncio.Lock())
         try:
             async with lock:
-                key, until_s = self._believed.get((key_id, secret_sha256), (None, 0.0))
-                if key is None or monotonic() >= until_s:
-                    self._believed.pop((key_id, secret_sha256), None)
-                    key = await self._call("identify", key_id, secret_sha256)
-                    if len(self._believed) >= MOST_BELIEVED:
-                        self._believed.clear()
-                    self._believed[key_id, secret_sha256] = key, monotonic() + BELIEVED_S
-                return key
+                return await self._asked(key_id, secret_sha256)
         finally:
             if not lock.locked():
                 self._asking.pop((key_id, secret_sha256), None)
+
+    async def _asked(self, key_id: str, secret_sha256: str) -> APIKey:
+        now_s, this = monotonic(), (key_id, secret_sha256)
+        error, until_s = self._refused.get(this, (None, 0.0))
+        if error is not None and now_s < until_s:
+            raise error
+        known, until_s = self._believed.get(this, (None, 0.0))
+        if known is not None and now_s < until_s:
+            return known
+        # Keys that were good a moment ago don't wait for a flood of wrong ones.
+        async with nullcontext() if known is not None else self._strangers:
+            try:
+                key: APIKey = await self._call("identify", *this)
+            except KeyRefused as refusal:
+                self._believed.pop(this, None)
+                _remember(self._refused, this, (refusal, now_s + BELIEVED_S))
+                raise
+        _remember(self._believed, this, (key, now_s + BELIEVED_S))
+        return key
+
+
+def _remember(answers: dict[tuple[str, str], V], which: tuple[str, str], answer: V) -> None:
+    if len(answers) >= MOST_BELIEVED:
+        answers.clear()
+    answers[which] = answer
+
+
+async def still_allowed(request: Request) -> None:
+    """Check the key of a request again, after a wait: it may have been revoked meanwhile. Raises like the guard."""
+    again = request.scope.get(_AGAIN)
+    if again is not None:
+        await again()
 
 
 class Caller(NamedTuple):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from greenprompt_client.cli.app import DEFAULT_URL, URLOption, api_key, app, console, interactive_client, say
 from registry.errors import BadSettings
+from registry.wire.http import LOOPBACK, base_url_of
 from registry.wire.schemas import KeyState
 from registry.wire.words import Role
 
@@ -18,12 +21,14 @@ keys = typer.Typer(help="Make, list and revoke API keys. Needs an operator's key
 app.add_typer(keys, name="keys")
 
 OPERATOR_KEY = Path("build/state/operator.key")
+"""Where a registry with the local configuration writes its operator's key, below the folder it was started in."""
 
 KeyFile = Annotated[
-    Path,
+    Path | None,
     typer.Option(
-        help="File with an operator's key, used if GREENPROMPT_API_KEY is not set: operator.key in the registry's "
-        "state_dir.",
+        help="File with an operator's key: operator.key in the registry's state_dir. Default: GREENPROMPT_API_KEY, "
+        "else build/state/operator.key for a registry on this machine.",
+        show_default=False,
     ),
 ]
 
@@ -34,45 +39,51 @@ def create(
     tenant: Annotated[str | None, typer.Option(help="Tenant of a client's key.")] = None,
     name: Annotated[str, typer.Option(help="For people: who uses it, and for what.")] = "",
     days: Annotated[float | None, typer.Option(min=0, help="Days until it expires. Default: never.")] = None,
-    key_file: KeyFile = OPERATOR_KEY,
+    key_file: KeyFile = None,
     url: URLOption = DEFAULT_URL,
 ) -> None:
     """Make an API key and print it. It is stored nowhere: it can't be shown again."""
-    with interactive_client(url, key=_operator_key(key_file)) as registry:
+    with interactive_client(url, key=_operator_key(key_file, url)) as registry:
         say(registry.create_key(role, tenant=tenant, name=name, days=days).key)
 
 
 @keys.command("list")
-def show(key_file: KeyFile = OPERATOR_KEY, url: URLOption = DEFAULT_URL) -> None:
+def show(key_file: KeyFile = None, url: URLOption = DEFAULT_URL) -> None:
     """List all API keys, without their texts."""
-    with interactive_client(url, key=_operator_key(key_file)) as registry:
+    with interactive_client(url, key=_operator_key(key_file, url)) as registry:
         found = registry.keys()
     table = Table("id", "role", "tenant", "name", "made", "last used", "state", box=box.SIMPLE)
     for key in found:
-        table.add_row(key.id, key.role, key.tenant or "", key.name, _day(key.createdAt), _day(key.usedAt), _state(key))
+        words = (key.id, key.role, key.tenant or "", key.name, _day(key.createdAt), _day(key.usedAt), _state(key))
+        table.add_row(*map(Text, words))
     console.print(table)
 
 
 @keys.command()
 def revoke(
     key_id: Annotated[str, typer.Argument(help="Id of the key, as 'keys list' shows it.")],
-    key_file: KeyFile = OPERATOR_KEY,
+    key_file: KeyFile = None,
     url: URLOption = DEFAULT_URL,
 ) -> None:
     """Refuse an API key, within 5 seconds. Leases of its tenant go on; 'release' ends one."""
-    with interactive_client(url, key=_operator_key(key_file)) as registry:
+    with interactive_client(url, key=_operator_key(key_file, url)) as registry:
         registry.revoke_key(key_id)
     say(f"{key_id} is refused from now on")
 
 
-def _operator_key(file: Path) -> str | None:
-    """Return the key in the file, None if the environment has one, or there is no file. Raises BadSettings."""
-    if api_key() is not None:
-        return None
+def _operator_key(file: Path | None, url: str) -> str | None:
+    """Return the key in the file; without one, None to use the environment, or this machine's own operator's key.
+
+    Raises BadSettings: There is no key to use.
+    """
+    if file is None:
+        if api_key() is not None:
+            return None
+        if base_url_of(url).host not in LOOPBACK or not OPERATOR_KEY.exists():
+            raise BadSettings("--key-file", "is needed: operator.key in the registry's state_dir, or an operator's key")
+        file = OPERATOR_KEY
     try:
         return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError) as error:
         raise BadSettings(str(file), f"can't be read: {error}") from error
 
@@ -84,4 +95,7 @@ def _day(time: str | None) -> str:
 def _state(key: KeyState) -> str:
     if key.revokedAt is not None:
         return f"revoked {_day(key.revokedAt)}"
-    return "in force" if key.expiresAt is None else f"until {_day(key.expiresAt)}"
+    if key.expiresAt is None:
+        return "in force"
+    expired = datetime.fromisoformat(key.expiresAt) <= datetime.now(UTC)
+    return f"{'expired' if expired else 'until'} {_day(key.expiresAt)}"

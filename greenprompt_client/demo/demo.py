@@ -34,7 +34,7 @@ from greenprompt_client.figures_table import label_words
 from greenprompt_client.notation import LEGEND, bounded_text, estimate_text, phase_words
 from registry.accounting.figures import MachineFigures, figures_of, of_kind
 from registry.accounting.window_report import WindowReport
-from registry.errors import StartFailed
+from registry.errors import BadSettings, StartFailed
 from registry.settings import load_settings
 from registry.wire.schemas import RequestState
 from registry.wire.words import WindowKind
@@ -81,6 +81,8 @@ class Row:
 
 def run_demo(config: Path, models: list[str], console: Console) -> None:
     """Run the whole demo. Raises RegistryError with the reason of a failure, after all started processes have ended."""
+    if load_settings(config).access.keys:
+        raise BadSettings("access.keys", "the demo needs a configuration without keys")
     if not models:
         models = [str(path.absolute()) for path in (TINY_LLMS / "a", TINY_LLMS / "b")]
         for number, path in enumerate(models):

@@ -88,7 +88,7 @@ class RequestEvents:
         """
         model = self._ledger.requests.get(request_id)
         if model is None:
-            raise InvalidField("like", f"no request has the id {request_id!r}, or its record was deleted")
+            raise unknown_like(request_id)
         if model.provenance is None:
             raise InvalidField("like", f"the hardware and software of request {request_id} are not known")
         gpu_type = None if model.machine_id is None else self._ledger.gpu_type(model.machine_id)
@@ -171,3 +171,8 @@ def _check_same_priority(measurement: Measurement, priority: Priority | None) ->
             f"measurement {measurement.measurement_id} began with {measurement.priority.value!r}; leave it out, or"
             " use another measurementId",
         )
+
+
+def unknown_like(request_id: str) -> InvalidField:
+    """Return the error for a request to be repeated that is not known, or not to this caller."""
+    return InvalidField("like", f"no request has the id {request_id!r}, or its record was deleted")

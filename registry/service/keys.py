@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from registry.access_errors import KeyRefused, UnknownKey
@@ -25,7 +27,7 @@ _KEY = re.compile(rf"{PREFIX}_([0-9a-f]{{8}})_([A-Za-z0-9_-]{{43}})")
 DAY_S = 86_400.0
 
 USED_EVERY_S = 60.0
-"""A key's last use is stored at most this often, seconds."""
+"""How often the last use of keys is stored, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +59,24 @@ def parse_key(text: str) -> tuple[str, str] | None:
 class Keys:
     """The keys of a registry: in memory, and in its store. Not thread-safe."""
 
-    def __init__(self, store: Store, now_s: Callable[[], float]) -> None:
-        """Read the keys. ``now_s`` returns UTC seconds. Raises StoreUnavailable."""
+    def __init__(
+        self, store: Store, now_s: Callable[[], float], fail_stop: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Read the keys. ``now_s`` returns UTC seconds. ``fail_stop``: see ``Loop``. Raises StoreUnavailable."""
         self._store = store
+        self._fail_stop = fail_stop
         self._now_s = now_s
         self._keys = {key.key_id: key for key in store.api_keys()}
+        self._used: dict[str, float] = {}
+        """When keys were used last, as far as that is not stored yet."""
 
     def __iter__(self) -> Iterator[APIKey]:
-        return iter(self._keys.values())
+        return (replace(key, used_s=self._used.get(key.key_id, key.used_s)) for key in self._keys.values())
 
-    def create(self, role: Role, *, tenant: str | None, name: str, days: float | None = None) -> tuple[APIKey, str]:
-        """Make a key; return it, and its text, which can't be read again.
+    def new(self, role: Role, *, tenant: str | None, name: str, days: float | None = None) -> tuple[APIKey, str]:
+        """Return a new key that is not in force yet (see ``add``), and its text, which is kept nowhere.
 
-        ``days``: until it expires; None: never.
-
-        Raises:
-            InvalidField: A client's key has no tenant, or another key has one.
-            StoreUnavailable: The database failed; no key was made.
+        ``days``: until it expires; None: never. Raises InvalidField: a client's key has no tenant, or another one has.
         """
         if (role is Role.CLIENT) != (tenant is not None):
             problem = "is needed for a client's key" if role is Role.CLIENT else f"a key for the role {role} has none"
@@ -84,8 +87,11 @@ class Keys:
             key_id = secrets.token_hex(4)
         expires_s = None if days is None else now_s + days * DAY_S
         key = APIKey(key_id, role, tenant, name, sha256_of(secret), now_s, expires_s)
-        self._put(key)
         return key, f"{PREFIX}_{key_id}_{secret}"
+
+    def add(self, key: APIKey) -> None:
+        """Put a new key in force. Raises StoreUnavailable."""
+        self._put([key])
 
     def revoke(self, key_id: str) -> None:
         """Refuse a key from now on. Idempotent. Raises UnknownKey, StoreUnavailable."""
@@ -93,14 +99,12 @@ class Keys:
         if key is None:
             raise UnknownKey(key_id)
         if key.revoked_s is None:
-            self._put(replace(key, revoked_s=self._now_s()))
+            self._put([replace(key, revoked_s=self._now_s())])
 
     def identify(self, key_id: str, secret_sha256: str) -> APIKey:
-        """Return the key with this id and secret, and note its use.
+        """Return the key with this id and secret, and note its use, without the store.
 
-        Raises:
-            KeyRefused: There is no such key, or it has expired or was revoked.
-            StoreUnavailable: The database failed.
+        Raises KeyRefused: There is no such key, or it has expired or was revoked.
         """
         key, now_s = self._keys.get(key_id), self._now_s()
         known = "" if key is None else key.secret_sha256
@@ -110,11 +114,23 @@ class Keys:
             raise KeyRefused("it was revoked")
         if key.expires_s is not None and key.expires_s <= now_s:
             raise KeyRefused("it has expired")
-        if key.used_s is None or now_s - key.used_s >= USED_EVERY_S:
-            key = replace(key, used_s=now_s)
-            self._put(key)
+        self._used[key_id] = now_s
         return key
 
-    def _put(self, key: APIKey) -> None:
-        self._store.put_api_keys([key])
-        self._keys[key.key_id] = key
+    async def run(self) -> None:
+        """Store from time to time when keys were used last. Raises StoreUnavailable."""
+        while True:
+            await asyncio.sleep(USED_EVERY_S)
+            self.note_used()
+
+    def note_used(self) -> None:
+        """Store when keys were used last. Raises StoreUnavailable."""
+        if self._used:
+            used = [replace(self._keys[key_id], used_s=at_s) for key_id, at_s in self._used.items()]
+            self._used.clear()
+            self._put(used)
+
+    def _put(self, keys: Sequence[APIKey]) -> None:
+        with self._fail_stop():
+            self._store.put_api_keys(keys)
+        self._keys |= {key.key_id: key for key in keys}

@@ -33,6 +33,7 @@ from registry.core.events import (
     ShutdownBegun,
 )
 from registry.core.records import LLMSpec, Request, WrapperStatus
+from registry.core.request_events import unknown_like
 from registry.errors import (
     IdempotencyConflict,
     LeaseEnded,
@@ -117,7 +118,6 @@ class Service:
         self.accounts = Accounts(
             store, self.allocator, self.archive, budgets=settings.budgets.tenants, now_s=now_s, on_kept=on_energy
         )
-        self.keys = Keys(store, now_s)
         self.news = News()
         self._store = store
         self._cluster = cluster
@@ -140,6 +140,7 @@ class Service:
             act=lambda event, effects, number: self._commands.start(event, effects, number),  # made below
             observer=observer or Observer(),
         )
+        self.keys = Keys(store, now_s, loop.fail_stop)
         turns, accounts, archive = Turns(), self.accounts, self.archive
         self._reports = reports = WrapperReports(loop, cluster, turns, accounts=accounts, settings=settings)
         self._commands = Commands(
@@ -177,6 +178,7 @@ class Service:
         self._tokens.remember(stored.leases)
         self._tasks.spawn("reconcile", self._reconciler.run())
         self._tasks.spawn("end leases", self._expiry.run())
+        self._tasks.spawn("store the use of keys", self.keys.run())
 
     async def shutdown(self) -> None:
         """Stop every LLM and every wrapper, then close the database. New requests are refused at once.
@@ -242,7 +244,6 @@ class Service:
 
         Raises:
             QueueFull, LLMNeverFits, InvalidField, TenantBudgetUsed, ShuttingDown: nothing was accepted.
-            UnknownRequest: ``like_request_id`` is a request that the caller may not see.
             IdempotencyConflict: the key was used with another body.
             RequestWithdrawn: ``withdraw`` was called for these requests before.
             StoreUnavailable: the database failed.
@@ -250,7 +251,7 @@ class Service:
         if self._loop.closed:
             raise ShuttingDown
         if like_request_id is not None and self._is_hidden(like_request_id, access):
-            raise UnknownRequest(like_request_id)
+            raise unknown_like(like_request_id)
         if llms[0].request_id in self._withdrawn:
             raise RequestWithdrawn(llms[0].request_id)
         if idempotency is not None:

@@ -30,7 +30,7 @@ KEY = re.compile(r"gp_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
 def closed(tmp_path_factory: pytest.TempPathFactory, workspace: Path) -> Iterator[Registry]:
     """A registry that asks for keys, and trusts the clients at one address of this machine."""
     folder = tmp_path_factory.mktemp("closed")
-    access = {"keys": True, "trusted_clients": {"127.0.0.7": "old"}}
+    access = {"keys": True, "trusted_clients": {"127.0.0.7": "old", "192.0.2.7": "old"}}
     registry = start(folder, access=access, models={"local_roots": [str(workspace / "llms")]})
     yield registry
     stop(registry)
@@ -112,8 +112,10 @@ def test_the_prompting_services_client_is_known_by_its_address(closed: Registry,
     """It can send no key, so it calls from a trusted address; the same calls from another address get 401."""
     body = {"measurementId": 3, "llms": [llm("a")]}
     url = f"{closed.url}/promptingservice/request"
-    spoofed = {"X-GreenPrompt-Source": "127.0.0.7", "X-Forwarded-For": "127.0.0.7"}
-    assert httpx.post(url, json=body, headers=spoofed, timeout=60).status_code == 401
+    for address in ("127.0.0.7", "192.0.2.7"):
+        for names in (["X-GreenPrompt-Source"], ["X-Forwarded-For"], ["X-GreenPrompt-Source", "X-Forwarded-For"]):
+            spoofed = dict.fromkeys([*names, "X-Real-IP", "Forwarded"], address)
+            assert httpx.post(url, json=body, headers=spoofed, timeout=60).status_code == 401, spoofed
     with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.7"), timeout=60) as old:
         request_id = old.post(url, json=body).json()["requests"][0]["requestId"]
         state = old.get(f"{url}/{request_id}", params={"wait": 1}).json()

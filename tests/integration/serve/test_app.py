@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import stat
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +16,10 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from deployments.serve import app
 from deployments.serve.ray_folder import RAY_FOLDER
 from registry.errors import BadSettings, StartFailed
+from registry.service.keys import Keys
 from registry.settings import Settings
+from registry.store.store import Store
+from registry.wire.words import Role
 
 
 def cluster_with(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
@@ -87,3 +93,65 @@ def test_what_does_not_start_is_one_line(
     kept = tmp_path / "state" / "ray-logs"
     assert str(caught.value) == f"{part} does not start: RuntimeError: the port is taken; logs: {kept}"
     assert next(kept.glob("session_*/raylet.err")).read_text() == "the whole story"
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Iterator[Keys]:
+    """The keys of a registry."""
+    store = Store.open(f"sqlite:///{tmp_path}/registry.db")
+    yield Keys(store, lambda: 1000.0, nullcontext)
+    store.close()
+
+
+def operator_keys(keys: Keys) -> list[str]:
+    return [key.key_id for key in keys if key.role is Role.OPERATOR and key.revoked_s is None]
+
+
+def test_the_operators_key_is_made_once(keys: Keys, tmp_path: Path) -> None:
+    """The first start makes it; later ones keep it. If the file is gone, another is made."""
+    file = tmp_path / "operator.key"
+    app._keep_operator_key(keys, file)
+    first = file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    app._keep_operator_key(keys, file)
+    assert file.read_text() == first
+    assert operator_keys(keys) == [first.split("_")[1]]
+    file.unlink()
+    app._keep_operator_key(keys, file)
+    assert file.read_text() != first
+
+
+def test_a_key_that_others_could_read_is_revoked(keys: Keys, tmp_path: Path) -> None:
+    """An operator's key in an open file is refused from then on, and replaced."""
+    file = tmp_path / "operator.key"
+    app._keep_operator_key(keys, file)
+    first = file.read_text()
+    file.chmod(0o644)
+    app._keep_operator_key(keys, file)
+    assert file.read_text() != first
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert operator_keys(keys) == [file.read_text().split("_")[1]]
+
+
+@pytest.mark.parametrize("role", [Role.CLIENT, Role.VIEWER])
+def test_another_key_is_no_operators_key(keys: Keys, tmp_path: Path, role: Role) -> None:
+    """A key for another role in the file is replaced, as is a text that is no key, or a key of another database."""
+    file = tmp_path / "operator.key"
+    key, text = keys.new(role, tenant="lab" if role is Role.CLIENT else None, name="")
+    keys.add(key)
+    for wrong in (text, "no key", f"gp_{'0' * 8}_{'x' * 43}"):
+        file.write_text(wrong)
+        file.chmod(0o600)
+        app._keep_operator_key(keys, file)
+        assert file.read_text() != wrong
+
+
+def test_an_operators_key_that_can_not_be_written_is_not_made(keys: Keys, tmp_path: Path) -> None:
+    """The error names the setting, and no key is in force that nobody knows."""
+    file = tmp_path / "folder" / "operator.key"
+    with pytest.raises(BadSettings, match=r"^state_dir: .*operator\.key can't be used: FileNotFoundError"):
+        app._keep_operator_key(keys, file)
+    file.parent.write_text("a file")
+    with pytest.raises(BadSettings, match=r"^state_dir: .*operator\.key can't be used: NotADirectoryError"):
+        app._keep_operator_key(keys, file)
+    assert operator_keys(keys) == []

@@ -74,7 +74,8 @@ class Scene:
         return self.world.service
 
     def make(self, caller: str, role: Role, tenant: str | None = None, days: float | None = None) -> str:
-        key, self.keys[caller] = self.service.keys.create(role, tenant=tenant, name=caller, days=days)
+        key, self.keys[caller] = self.service.keys.new(role, tenant=tenant, name=caller, days=days)
+        self.service.keys.add(key)
         return key.key_id
 
     async def ask(self, method: str, path: str, caller: str, **options: Any) -> httpx.Response:
@@ -191,9 +192,80 @@ async def test_keys_of_a_post_belong_to_their_tenant(scene: Scene) -> None:
 
 async def test_nobody_repeats_anothers_request(scene: Scene) -> None:
     """``like`` may not name a request of another tenant; the answer is that of an unknown id."""
-    body = {"measurementId": 9, "llms": [LLM], "like": scene.request_id}
-    answer = await scene.ask("POST", REQUEST, "other", json=body)
-    assert (answer.status_code, answer.json()["code"]) == (404, "unknown_request")
+    told = []
+    for like in (scene.request_id, "0" * 32):
+        body = {"measurementId": 9, "llms": [LLM], "like": like}
+        answer = await scene.ask("POST", REQUEST, "other", json=body)
+        told.append((answer.status_code, answer.text.replace(like, "…")))
+    assert told[0] == told[1]
+    assert told[0][0] == 422
+
+
+async def test_windows_of_anothers_request_are_unknown(scene: Scene) -> None:
+    """A page of windows of one request answers alike for another tenant's request and for one that is unknown."""
+    accepted = await scene.ask("POST", REQUEST, "other", json={"measurementId": 7, "llms": [LLM]})
+    assert accepted.status_code == 201
+    told = []
+    for request_id in (scene.request_id, "0" * 32):
+        answer = await scene.ask("GET", "/measurements/7/windows", "other", params={"request": request_id})
+        told.append((answer.status_code, answer.text.replace(request_id, "…")))
+    assert told[0] == told[1]
+    assert told[0][0] == 404
+
+
+async def test_a_poll_does_not_outlive_its_key(scene: Scene) -> None:
+    """A key that is revoked during a long poll gets no answer at its end."""
+    path = f"{REQUEST}/{scene.request_id}"
+    poll = asyncio.create_task(scene.ask("GET", path, "client", params={"wait": 0.2, "seen": "deployed"}))
+    await asyncio.sleep(0.05)
+    scene.service.keys.revoke(scene.keys["client"].split("_")[1])
+    scene.now["s"] += identities.BELIEVED_S
+    answer = await poll
+    assert (answer.status_code, answer.json()["code"]) == (401, "key_refused")
+
+
+async def test_the_use_of_keys_is_stored_later(scene: Scene) -> None:
+    """A call with a key writes nothing; the last use is stored from time to time, and survives a restart."""
+    stored = {key.key_id: key.used_s for key in scene.service._store.api_keys()}
+    assert (await scene.ask("GET", "/machines", "viewer")).status_code == 200
+    assert {key.key_id: key.used_s for key in scene.service._store.api_keys()} == stored
+    scene.service.keys.note_used()
+    key_id = scene.keys["viewer"].split("_")[1]
+    (used,) = [key.used_s for key in scene.service._store.api_keys() if key.key_id == key_id]
+    assert used == scene.world.clock.now_s
+    await scene.world.restart()
+    (again,) = [key for key in scene.service.keys if key.key_id == key_id]
+    assert again.used_s == used
+
+
+async def test_wrong_keys_do_not_delay_good_ones(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a flood of wrong keys waits for the registry, a key that was good a moment ago is asked for at once.
+
+    A wrong key is asked for once, and refused for a while.
+    """
+    asked: list[str] = []
+    hold = asyncio.Event()
+    identify = scene.service.keys.identify
+
+    async def slow(_self: RegistryActor, key_id: str, secret_sha256: str) -> Any:
+        asked.append(key_id)
+        if key_id.startswith("ff"):
+            await hold.wait()
+        return identify(key_id, secret_sha256)
+
+    monkeypatch.setattr(RegistryActor, "identify", slow)
+    assert (await scene.ask("GET", "/machines", "viewer")).status_code == 200
+    scene.now["s"] += identities.BELIEVED_S
+    wrong = [f"Bearer gp_ff{number:06x}_{'x' * 43}" for number in range(50)]
+    flood = [asyncio.create_task(scene.http.get("/machines", headers={"Authorization": key})) for key in wrong]
+    await asyncio.sleep(0.05)
+    assert (await scene.ask("GET", "/machines", "viewer")).status_code == 200
+    assert sum(key_id.startswith("ff") for key_id in asked) == identities.STRANGERS_AT_ONCE
+    hold.set()
+    assert {answer.status_code for answer in await asyncio.gather(*flood)} == {401}
+    count = len(asked)
+    assert (await scene.http.get("/machines", headers={"Authorization": wrong[0]})).status_code == 401
+    assert len(asked) == count
 
 
 async def test_a_revoked_key_is_refused_within_five_seconds(scene: Scene) -> None:
@@ -249,8 +321,10 @@ async def test_odd_keys_are_refused(scene: Scene, body: dict[str, Any]) -> None:
 )
 async def test_what_is_no_key_is_refused(scene: Scene, value: str) -> None:
     """Anything else in the header is refused, also from a trusted client, and never repeated in the answer."""
-    answer = await scene.http.get("/machines", headers=[(b"authorization", value.encode())])
+    trusted = (SOURCE_HEADER, OLD_CLIENT.encode())
+    answer = await scene.http.get("/machines", headers=[(b"authorization", value.encode()), trusted])
     assert (answer.status_code, answer.json()["code"]) == (401, "key_needed")
+    assert len(value) < 10 or value not in answer.text
     twice = [("Authorization", f"Bearer {scene.keys['viewer']}")] * 2
     assert (await scene.http.get("/machines", headers=twice)).status_code == 401
 
@@ -263,9 +337,20 @@ async def test_a_refused_body_is_not_read(scene: Scene) -> None:
         read.append(1)
         yield b"x"
 
-    headers = {"Content-Type": "application/json"}
-    answer = await scene.http.post(REQUEST, content=body(), headers=headers)
-    assert answer.status_code == 401
+    left = body()
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": await anext(left), "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": REQUEST, "headers": headers, "client": ("127.0.0.1", 1)}
+    await scene.http._transport.app(scope, receive, send)  # type: ignore[attr-defined]
+    assert sent[0]["status"] == 401
+    assert read == []
 
 
 async def test_an_old_client_is_known_by_its_address(scene: Scene) -> None:
@@ -274,6 +359,8 @@ async def test_an_old_client_is_known_by_its_address(scene: Scene) -> None:
     body = {"measurementId": 9, "llms": [LLM]}
     accepted = await scene.http.post(REQUEST, json=body, headers={source: OLD_CLIENT})
     assert scene.service.known(accepted.json()["requests"][0]["requestId"]).tenant == "old"
+    mapped = await scene.http.post(REQUEST, json=body, headers={source: f"::ffff:{OLD_CLIENT}"})
+    assert mapped.status_code == 201
     for header in ({source: "10.0.5.8"}, {source: "x"}, {}, {source: f"{OLD_CLIENT}, 10.0.0.1"}):
         assert (await scene.http.post(REQUEST, json=body, headers=header)).status_code == 401
     twice = [(source, OLD_CLIENT), (source, OLD_CLIENT)]

@@ -419,6 +419,21 @@ def test_other_machines_need_keys_or_a_word(host: str, access: str) -> None:
     assert Settings.model_validate({"http": http, "access": {access: True}}).http.host == host
 
 
+def test_what_is_published_needs_keys() -> None:
+    """A registry on loopback whose published URL is another machine's has a proxy in front: it asks for keys, too."""
+    http = {"public_url": "https://llm.example"}
+    with pytest.raises(ValueError, match=r"access\.keys must be true, because http\.public_url 'llm\.example'"):
+        Settings.model_validate({"http": http})
+    assert Settings.model_validate({"http": http, "access": {"keys": True}})
+
+
+def test_trusted_clients_need_haproxy() -> None:
+    """Without HAProxy a client could claim any address."""
+    access = {"keys": True, "trusted_clients": {"10.0.0.7": "lab"}}
+    with pytest.raises(ValueError, match=r"trusted_clients needs http\.haproxy: true"):
+        Settings.model_validate({"http": {"haproxy": False}, "access": access})
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_needs_no_keys(host: str) -> None:
     """A registry for this machine alone needs no keys."""
@@ -432,6 +447,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
         ({"trusted_clients": {"10.0.0.7/32": "lab"}}, "needs keys: true"),
         ({"keys": True, "trusted_clients": {"10.0.0.7/24": "lab"}}, "not a valid IPv4 network"),
         ({"keys": True, "trusted_clients": {"10.0.0.7": "a b"}}, "should match pattern"),
+        ({"keys": True, "trusted_clients": {"0.0.0.0/0": "lab"}}, "names all addresses"),
     ],
 )
 def test_access_that_makes_no_sense(access: dict[str, object], problem: str) -> None:
