@@ -268,8 +268,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _closed_to_other_machines(self) -> Settings:
-        published = urlsplit(self.base_url).hostname or ""
-        for name, host in (("host", self.http.host), ("public_url", published)):
+        hosts = {"host": self.http.host}
+        if self.http.public_url is not None:
+            hosts["public_url"] = urlsplit(self.http.public_url).hostname or ""
+        for name, host in hosts.items():
             if not (self.access.keys or self.access.insecure or _is_loopback(host)):
                 raise ValueError(
                     f"access.keys must be true, because http.{name} {host!r} can be reached from other machines "

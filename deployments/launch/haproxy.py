@@ -127,6 +127,7 @@ errorfile 400 {folder}/400.http\
 errorfile 408 {folder}/408.http
 s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503 default-errorfiles#
 /http-after-response set-header retry-after/d
+/^http-request (set-header x-greenprompt-source|del-header x-forwarded-for)/d
 /^frontend http_frontend/a \
 http-request set-header x-greenprompt-source %[src]\
 http-request del-header x-forwarded-for\

@@ -52,10 +52,10 @@ def show(key_file: KeyFile = None, url: URLOption = DEFAULT_URL) -> None:
     """List all API keys, without their texts."""
     with interactive_client(url, key=_operator_key(key_file, url)) as registry:
         found = registry.keys()
-    table = Table("id", "role", "tenant", "name", "made", "last used", "state", box=box.SIMPLE)
+    table = Table("id", "role", "tenant", "name", "last used", "state", box=box.SIMPLE)
     for key in found:
-        words = (key.id, key.role, key.tenant or "", key.name, _day(key.createdAt), _day(key.usedAt), _state(key))
-        table.add_row(*map(Text, words))
+        words = key.id, key.role, key.tenant or "", key.name, _day(key.usedAt), _state(key)
+        table.add_row(*(Text(word, overflow="fold") for word in words))
     console.print(table)
 
 

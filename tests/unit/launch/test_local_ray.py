@@ -37,7 +37,7 @@ def environment() -> Iterator[None]:
 
 
 def settings_of(tmp_path: Path, **http: object) -> Settings:
-    return Settings.model_validate({"state_dir": tmp_path, "http": http})
+    return Settings.model_validate({"state_dir": tmp_path, "http": http, "access": {"insecure": True}})
 
 
 # --- folder and token --------------------------------------------------------------------------------------

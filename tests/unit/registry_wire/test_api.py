@@ -206,7 +206,7 @@ def test_every_body_has_a_schema(kind: type[BaseModel]) -> None:
     """Each body can be described in the OpenAPI document: requests take no unknown field, answers may have any."""
     schema = kind.model_json_schema()
     assert schema["type"] == "object"
-    asked = kind.__name__ in {"_Asked", "LLMArgs", "LLMConfig", "PromptingRequest"}
+    asked = kind.__name__ in {"_Asked", "KeyRequest", "LLMArgs", "LLMConfig", "PromptingRequest"}
     assert schema["additionalProperties"] is not asked
 
 

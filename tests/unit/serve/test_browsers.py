@@ -185,7 +185,7 @@ async def test_forwarded_hosts_are_not_believed() -> None:
     ("http", "hosts"),
     [
         ("{}", ("127.0.0.1",)),
-        ("{host: Head.example, haproxy: false}\naccess: {keys: true}", ("head.example",)),
+        ("{host: Head.example, haproxy: false}", ("head.example",)),
         (
             "{public_url: 'https://LLM.example/registry', allowed_hosts: [Other.example]}",
             ("llm.example", "other.example"),
@@ -197,7 +197,7 @@ async def test_forwarded_hosts_are_not_believed() -> None:
 def test_hosts_of_the_settings(tmp_path: Path, http: str, hosts: tuple[str, ...]) -> None:
     """What is published, listened on, or allowed is served."""
     path = tmp_path / "config.yaml"
-    path.write_text(f"http: {http}")
+    path.write_text(f"http: {http}\naccess: {{keys: true}}")
     assert set(load_settings(path).served_hosts) >= set(hosts)
 
 

@@ -53,9 +53,10 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(FakeClient, "used", [])
     monkeypatch.delenv("GREENPROMPT_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_app.console, "width", 80)
 
     def run(*words: str) -> Result:
-        return CliRunner().invoke(cli.app, ["keys", *words], catch_exceptions=False, env={"COLUMNS": "200"})
+        return CliRunner().invoke(cli.app, ["keys", *words], catch_exceptions=False)
 
     return run
 
