@@ -45,6 +45,7 @@ from deployments.wrapper.json_bodies import read_json, with_body
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.native_call import call, native_prompt, problem_of
 from deployments.wrapper.prompt_errors import EngineFailed, NoSuchPath, NotJSON, PromptTooLong, WritesNoText
+from deployments.wrapper.structured_output import require_small_grammars
 from registry.background import spawn_awaited
 from registry.contract.messages import LeaseGrant
 from registry.errors import EngineNotReady, InvalidField, RegistryError, RegistryUnheard, TooManyPrompts
@@ -259,7 +260,7 @@ class PromptGate:
         receive: Receive = exchange.receive
         if scope["method"] == "POST":
             body = await Request(scope, receive).body()
-            read_json(body)
+            require_small_grammars(read_json(body))
             receive = with_body(body, receive)
         running = self._running()
         inner = dict(scope, path=path, raw_path=path.encode(), root_path="")

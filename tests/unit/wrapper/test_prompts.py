@@ -900,6 +900,14 @@ async def test_native_api_is_passed_through(wrapper: Wrapper) -> None:
     assert (await wrapper.call("GET", "/v1/models").done()).json["data"] == [{"id": "tiny"}]
 
 
+async def test_a_large_grammar_does_not_reach_the_engine(wrapper: Wrapper) -> None:
+    """The engine could not stop to compile it; the refusal has OpenAI's form and names the field."""
+    body = {"prompt": "Why?", "structured_outputs": {"regex": "x" * 5000}}
+    answer = await wrapper.call("POST", "/v1/completions", body).done()
+    assert (answer.status, answer.json["error"]["param"]) == (422, "structured_outputs.regex")
+    assert wrapper.engine.bodies == []
+
+
 @pytest.mark.parametrize("status", [429, 503])
 async def test_native_errors_that_pass_say_when_to_try_again(wrapper: Wrapper, status: int) -> None:
     """What vLLM itself sends away for a while comes with a Retry-After, and is otherwise as it was."""
