@@ -177,8 +177,7 @@ def cluster_yaml(net: Network, workers: tuple[str, ...], settings: Mapping[str, 
         "WRAPPERS__KV_CACHE_GIB": "1",
         "MODELS__LOCAL_ROOTS": json.dumps([str(HOME / "llms")]),
         "MODELS__HUGGINGFACE": "false",
-        "ACCESS__KEYS": "false",  # its clients are tests of other things
-        "ACCESS__INSECURE": "true",
+        "ACCESS__TRUSTED_CLIENTS": json.dumps({net.gateway: "default"}),  # the tests' own calls have no key
         **settings,
     }
     exports = [f"export GREENPROMPT_{name}={shlex.quote(value)};" for name, value in registry.items()]

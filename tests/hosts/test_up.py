@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import time
 
 import httpx
 import pytest
 
-from tests.hosts.conftest import READY_LIMIT_S, SSH_WAIT_S, Cluster, prompt, until
+from tests.hosts.conftest import READY_LIMIT_S, SSH_WAIT_S, Cluster, llmconfig, prompt, until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
 
@@ -70,9 +73,38 @@ def test_other_settings_are_refused(cluster: Cluster) -> None:
 
 def test_the_operators_commands_work(cluster: Cluster) -> None:
     """``ray exec`` reaches the registry's command on the head, which shows every machine."""
-    shown = cluster.ray("exec ~/cluster.yaml 'greenprompt status'")
+    key = "GREENPROMPT_API_KEY=$(cat ~/greenprompt-state/operator.key)"
+    shown = cluster.ray(f"exec ~/cluster.yaml '{key} greenprompt status'")
     for name in cluster.workers:
         assert cluster.net.host(name).address in shown
+
+
+def test_a_neighbour_needs_a_key(cluster: Cluster) -> None:
+    """Another host of the network gets nothing without a key, whatever it claims to be; with a client's key, an LLM."""
+    cluster.until_ready("w1", "w2")
+    neighbour, path = cluster.net.host("db"), f"{cluster.url}/promptingservice/request"
+    body = json.dumps({"measurementId": 5, "llms": [llmconfig("a")]})
+
+    def post(*headers: str) -> str:
+        told = " ".join(f"-H {shlex.quote(header)}" for header in ("Content-Type: application/json", *headers))
+        return neighbour.run(f"curl -s -w '%{{http_code}}' {told} -d {shlex.quote(body)} {path}")
+
+    trusted = cluster.net.gateway
+    for claim in ("X-Other: 1", f"X-Forwarded-For: {trusted}", f"X-GreenPrompt-Source: {trusted}"):
+        assert post(claim).endswith("401"), claim
+    file = "--key-file ~/greenprompt-state/operator.key"
+    made = cluster.ray(f"exec ~/cluster.yaml 'greenprompt keys create --tenant lab {file}'")
+    (key,) = re.findall(r"gp_[0-9a-f]{8}_[A-Za-z0-9_-]{43}", made)
+    assert post(f"Authorization: Bearer {key}", "X-Tenant: default").endswith("403")
+    accepted = post(f"Authorization: Bearer {key}")
+    assert accepted.endswith("201")
+    request_id = json.loads(accepted.removesuffix("201"))["requests"][0]["requestId"]
+    assert cluster.call("GET", f"/promptingservice/request/{request_id}").status_code == 404, "another tenant's"
+    released = (
+        f"curl -s -o /dev/null -w '%{{http_code}}' -X DELETE -H 'Authorization: Bearer {key}' {path}/{request_id}"
+    )
+    assert neighbour.run(released).strip() == "204"
+    cluster.until_ready("w1", "w2")
 
 
 def test_a_machine_more_and_one_less(cluster: Cluster) -> None:
