@@ -90,6 +90,7 @@ class Turns:
 
     A turn is a point on a virtual time scale; its unit is one grant of a tenant of weight 1. When a
     tenant begins to wait, its turn is 1/weight after the latest turn granted; each grant adds 1/weight.
+    A request that loses its wrapper and gets another one is granted twice: these are two turns.
     The smallest turn is next; among equals, the tenant that has waited longer. Tenants that don't wait
     are forgotten, so turns can't be saved up and a new name gives no advantage.
 

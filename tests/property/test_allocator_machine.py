@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from registry.core.allocator import Allocator
-from registry.core.commands import BindLease, DeployLLM
+from registry.core.commands import BindLease
 from registry.core.decision import Limits
 from registry.core.events import (
     Event,
@@ -125,27 +125,47 @@ class AllocatorMachine(RuleBasedStateMachine):
             assert effect.epoch > self.epochs.get(effect.wrapper_id, 0), "every command is newer than the last"
             self.epochs[effect.wrapper_id] = effect.epoch
             self.cluster.commands.append(effect)
-        granted = [e for e in decision.effects if isinstance(e, BindLease | DeployLLM)]
-        for effect in granted:
-            wrapper = self.allocator.wrapper(effect.wrapper_id)
-            assert wrapper is not None
-            winner = None if wrapper.request_id is None else self.allocator.request(wrapper.request_id)
-            if winner is not None and before.get(winner.request_id, winner).status is R.QUEUED:
-                self.note_overtaken(winner, wrapper, warm=isinstance(effect, BindLease))
-        warm = {effect.wrapper_id for effect in decision.effects if isinstance(effect, BindLease)}
-        for request in decision.changes.requests:
-            waited = request.request_id not in before or before[request.request_id].status is R.QUEUED
-            wrapper = None if request.wrapper_id is None else self.allocator.wrapper(request.wrapper_id)
-            if waited and request.status is R.DEPLOYING and wrapper is not None:
-                self.note_turn(request, wrapper, warm=wrapper.wrapper_id in warm)
+        bound = {effect.wrapper_id for effect in decision.effects if isinstance(effect, BindLease)}
+        turns = [
+            (request, wrapper, wrapper.wrapper_id in bound)
+            for request in decision.changes.requests
+            if (wrapper := self.granted(before.get(request.request_id), request)) is not None
+        ]
+        for winner, wrapper, warm in turns:
+            self.note_overtaken(winner, wrapper, warm=warm)
+        # From outside, the order of the turns of one decision is not known. It matters for by_priority only: turns that
+        # set it to 0 come last, so that it is never too large.
+        for winner, wrapper, warm in sorted(turns, key=lambda turn: not self.has_older(*turn[:2])):
+            self.note_turn(winner, wrapper, warm=warm)
+        # Here and not after each step: a step can tell of several events, and a tenant's turn begins its counts anew.
+        self.every_tenant_has_its_turn()
+        self.low_is_served_too()
         self.note_who_waits()
+
+    def granted(self, before: Request | None, after: Request) -> Wrapper | None:
+        """The wrapper that a decision gave to a request, None if it gave none.
+
+        A request can lose one wrapper and get another one in the same decision, so it is DEPLOYING before and after it.
+        In between it was in the queue: this is one more turn of its tenant.
+        """
+        if after.status is not R.DEPLOYING or after.wrapper_id is None:
+            return None
+        if before is not None and before.wrapper_id == after.wrapper_id:
+            return None
+        wrapper = self.allocator.wrapper(after.wrapper_id)
+        assert wrapper is not None
+        return wrapper
+
+    def has_older(self, winner: Request, wrapper: Wrapper) -> bool:
+        """True when an older request of its tenant waits that could have used the winner's wrapper."""
+        own = [request for request in self.heads() if request.tenant == winner.tenant]
+        return any(request.seq < winner.seq and self.may_use(request, wrapper) for request in own)
 
     def note_turn(self, winner: Request, wrapper: Wrapper, *, warm: bool) -> None:
         """Count whom a turn has passed over that could have used it. Warm matches are counted by themselves."""
         able = [request for request in self.heads() if self.may_use(request, wrapper)]
-        older = any(request.tenant == winner.tenant and request.seq < winner.seq for request in able)
         self.turns_of.pop(winner.tenant, None)
-        if not older:
+        if not self.has_older(winner, wrapper):
             self.by_priority[winner.tenant] = 0
         elif not warm:
             self.by_priority[winner.tenant] += 1
@@ -519,8 +539,6 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.what_was_to_be_the_same_is_the_same,
             self.nobody_waits_while_something_is_free,
             self.nobody_is_overtaken_too_often,
-            self.every_tenant_has_its_turn,
-            self.low_is_served_too,
             self.a_drained_machine_gets_no_new_lease,
         ):
             rule_of_the_house()

@@ -60,6 +60,20 @@ def test_tenants_are_served_by_weight():
     assert (tenants.count("lab"), tenants.count("guest")) == (9, 3)
 
 
+def test_a_request_that_gets_a_second_wrapper_uses_a_second_turn():
+    """Its tenant is then behind those that began to wait when the first wrapper was lost."""
+    scene = Scene()
+    scene.machine("a", wrappers=2, gpus=1)
+    scene.ask(1, "A", tenant="lab")
+    scene.ask(2, "A", tenant="guest")
+    scene.ask(3, llm("B", 1), tenant="lab")
+    scene.machine("b")
+    scene.tell(MachineLost("a", "it left"))
+    assert given(scene) == ["1a"]
+    scene.machine("a", gpus=1)
+    assert scene.request_on("a-0") == "2a"
+
+
 def test_a_measurement_is_served_one_request_at_a_time():
     """The second LLM of a measurement comes only after the first was released, and on the same machine."""
     scene = Scene()
