@@ -419,7 +419,8 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     def watch_looks_at(self, wrapper_id: str) -> None:
         event = self.cluster.look_at(wrapper_id, self.allocator)
-        self.cluster.unseen.discard(wrapper_id)
+        if event is not None:  # a wrapper that is OFF is not asked, even when it still runs
+            self.cluster.unseen.discard(wrapper_id)
         self.tell(event)
 
     def machine_joins(self, machine_id: str) -> None:
