@@ -96,7 +96,7 @@ class KeyGuard:
         self._call = call
         self._trusted = trusted
         self._believed: dict[tuple[str, str], tuple[APIKey, float]] = {}
-        self._refused: dict[tuple[str, str], tuple[RegistryError, float]] = {}
+        self._refused: dict[tuple[str, str], tuple[str, float]] = {}
         self._asking: dict[tuple[str, str], asyncio.Lock] = {}
         self._strangers = asyncio.Semaphore(STRANGERS_AT_ONCE)
 
@@ -141,9 +141,9 @@ class KeyGuard:
 
     async def _asked(self, key_id: str, secret_sha256: str) -> APIKey:
         now_s, this = monotonic(), (key_id, secret_sha256)
-        error, until_s = self._refused.get(this, (None, 0.0))
-        if error is not None and now_s < until_s:
-            raise error
+        problem, until_s = self._refused.get(this, ("", 0.0))
+        if problem and now_s < until_s:
+            raise KeyRefused(problem)
         known, until_s = self._believed.get(this, (None, 0.0))
         if known is not None and now_s < until_s:
             return known
@@ -153,7 +153,7 @@ class KeyGuard:
                 key: APIKey = await self._call("identify", *this)
             except KeyRefused as refusal:
                 self._believed.pop(this, None)
-                _remember(self._refused, this, (refusal, now_s + BELIEVED_S))
+                _remember(self._refused, this, (refusal.problem, now_s + BELIEVED_S))
                 raise
         _remember(self._believed, this, (key, now_s + BELIEVED_S))
         return key
@@ -212,11 +212,16 @@ CallerTenant = Annotated[Caller, Depends(_caller)]
 
 
 def _source(scope: Scope) -> str:
-    """Return the address that a request comes from; of what a proxy on this machine forwards, its client's."""
-    peer = (scope.get("client") or ("", 0))[0]
-    told = [value for name, value in scope["headers"] if name == SOURCE_HEADER]
+    """Return the address that a request comes from; if HAProxy of this machine sent it, the one that HAProxy names.
+
+    Empty if there is none.
+    """
+    peer = str((scope.get("client") or ("", 0))[0])
+    named = [value for name, value in scope["headers"] if name == SOURCE_HEADER]
     try:
-        local = ip_address(peer).is_loopback
+        from_here = ip_address(peer).is_loopback
     except ValueError:
         return ""
-    return told[0].decode("latin-1") if local and len(told) == 1 else "" if local and told else str(peer)
+    if not from_here or not named:
+        return peer
+    return named[0].decode("latin-1") if len(named) == 1 else ""
