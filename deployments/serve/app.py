@@ -22,7 +22,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import ActorUnavailableError, RayError
 from ray.serve.schema import ApplicationStatus
 
-from deployments.machine.private_files import write_private
+from deployments.machine.private_files import require_unchanged_by_others, write_private
 from deployments.models.args.mapping import map_llmconfig
 from deployments.models.sources import ModelSources
 from deployments.serve import ingress
@@ -113,6 +113,8 @@ def _keep_operator_key(keys: Keys, file: Path) -> None:
     try:
         if _has_operator_key(keys, file):
             return
+        file.parent.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)  # with PostgreSQL nobody has made it
+        require_unchanged_by_others(file.parent, "state_dir")
         write_private(file, text)
     except (OSError, ValueError) as error:
         raise BadSettings("state_dir", f"{file} can't be used: {in_one_line(error)}") from error

@@ -133,6 +133,18 @@ def test_a_key_that_others_could_read_is_revoked(keys: Keys, tmp_path: Path) -> 
     assert operator_keys(keys) == [file.read_text().split("_")[1]]
 
 
+def test_the_folder_of_the_operators_key_is_made(keys: Keys, tmp_path: Path) -> None:
+    """With a database elsewhere nobody has made state_dir yet; where others can write to it, no key is made."""
+    file = tmp_path / "state" / "operator.key"
+    app._keep_operator_key(keys, file)
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    file.unlink()
+    file.parent.chmod(0o777)
+    with pytest.raises(BadSettings, match=r"^state_dir: every user of this machine can write to"):
+        app._keep_operator_key(keys, file)
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("role", [Role.CLIENT, Role.VIEWER])
 def test_another_key_is_no_operators_key(keys: Keys, tmp_path: Path, role: Role) -> None:
     """A key for another role in the file is replaced, as is a text that is no key, or a key of another database."""
@@ -149,8 +161,6 @@ def test_another_key_is_no_operators_key(keys: Keys, tmp_path: Path, role: Role)
 def test_an_operators_key_that_can_not_be_written_is_not_made(keys: Keys, tmp_path: Path) -> None:
     """The error names the setting, and no key is in force that nobody knows."""
     file = tmp_path / "folder" / "operator.key"
-    with pytest.raises(BadSettings, match=r"^state_dir: .*operator\.key can't be used: FileNotFoundError"):
-        app._keep_operator_key(keys, file)
     file.parent.write_text("a file")
     with pytest.raises(BadSettings, match=r"^state_dir: .*operator\.key can't be used: NotADirectoryError"):
         app._keep_operator_key(keys, file)
