@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from greenprompt_client.client import CONNECT_FOR_S, RegistryClient
+from registry.wire.http import LOOPBACK, base_url_of
 
 EXIT_NOT_YET = 1
 """Exit status if the awaited result did not occur."""
@@ -52,6 +54,9 @@ problems = Console(stderr=True, soft_wrap=True)
 
 API_KEY_VARIABLE = "GREENPROMPT_API_KEY"
 
+OPERATOR_KEYS = (Path("build/state/operator.key"), Path("~/greenprompt-state/operator.key"))
+"""Where a registry writes its operator's key with configs/local.yaml, and with configs/production.yaml."""
+
 
 def api_key() -> str | None:
     """Return the API key from the environment: options would show it to all users of the machine. None: not set."""
@@ -88,6 +93,26 @@ def say(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def operator_key(url: str) -> str | None:
+    """Return the key that a registry on this machine wrote for its operator; None if this user can't read one.
+
+    It is used for loopback addresses only: no other machine gets it.
+    """
+    if base_url_of(url).host not in LOOPBACK:
+        return None
+    for file in OPERATOR_KEYS:
+        try:
+            return file.expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            continue
+    return None
+
+
 def interactive_client(url: str, tenant: str | None = None, *, key: str | None = None) -> RegistryClient:
-    """Return a client with ``key``, else the key from the environment; if nothing listens, it fails within seconds."""
-    return RegistryClient(url, tenant=tenant, api_key=key or api_key(), connect_for_s=CONNECT_FOR_S)
+    """Return a client for a command; if nothing listens at ``url``, it fails within seconds.
+
+    It uses ``key``, else the key from the environment, else this machine's operator's key.
+    """
+    if key is None:
+        key = api_key() if api_key() is not None else operator_key(url)
+    return RegistryClient(url, tenant=tenant, api_key=key, connect_for_s=CONNECT_FOR_S)

@@ -11,23 +11,28 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from greenprompt_client.cli.app import DEFAULT_URL, URLOption, api_key, app, console, interactive_client, say
+from greenprompt_client.cli.app import (
+    DEFAULT_URL,
+    URLOption,
+    api_key,
+    app,
+    console,
+    interactive_client,
+    operator_key,
+    say,
+)
 from registry.errors import BadSettings
-from registry.wire.http import LOOPBACK, base_url_of
 from registry.wire.schemas import KeyState
 from registry.wire.words import Role
 
 keys = typer.Typer(help="Make, list and revoke API keys. Needs an operator's key.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 
-OPERATOR_KEY = Path("build/state/operator.key")
-"""Where a registry with the local configuration writes its operator's key, below the folder it was started in."""
-
 KeyFile = Annotated[
     Path | None,
     typer.Option(
         help="File with an operator's key: operator.key in the registry's state_dir. Default: GREENPROMPT_API_KEY, "
-        "else build/state/operator.key for a registry on this machine.",
+        "else the operator's key of a registry on this machine.",
         show_default=False,
     ),
 ]
@@ -72,16 +77,14 @@ def revoke(
 
 
 def _operator_key(file: Path | None, url: str) -> str | None:
-    """Return the key in the file; without one, None to use the environment, or this machine's own operator's key.
+    """Return the key in the file; None without a file, to use the key that all commands use.
 
     Raises BadSettings: There is no key to use.
     """
     if file is None:
-        if api_key() is not None:
-            return None
-        if base_url_of(url).host not in LOOPBACK or not OPERATOR_KEY.exists():
+        if api_key() is None and operator_key(url) is None:
             raise BadSettings("--key-file", "is needed: operator.key in the registry's state_dir, or an operator's key")
-        file = OPERATOR_KEY
+        return None
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

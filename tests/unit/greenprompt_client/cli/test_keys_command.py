@@ -10,7 +10,6 @@ from typer.testing import CliRunner, Result
 
 from greenprompt_client.cli import app as cli_app
 from greenprompt_client.cli import main as cli
-from greenprompt_client.cli.keys import OPERATOR_KEY
 from greenprompt_client.client import RegistryClient
 from registry.errors import BadSettings
 from registry.wire.schemas import KeyState, NewKey
@@ -52,6 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(cli_app, "RegistryClient", FakeClient)
     monkeypatch.setattr(FakeClient, "used", [])
     monkeypatch.delenv("GREENPROMPT_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli_app.console, "width", 80)
 
@@ -62,8 +62,9 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def own_key(text: str = "gp_own\n") -> None:
-    OPERATOR_KEY.parent.mkdir(parents=True)
-    OPERATOR_KEY.write_text(text)
+    file = cli_app.OPERATOR_KEYS[0]
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
 
 
 def test_a_new_key_is_printed_alone(run: Any) -> None:
@@ -111,3 +112,14 @@ def test_this_machines_key_stays_on_this_machine(run: Any) -> None:
     with pytest.raises(BadSettings, match=r"--key-file: is needed: operator\.key in the registry's state_dir"):
         run("list", "--url", "http://elsewhere:8000")
     assert FakeClient.used == []
+
+
+def test_on_the_head_of_a_cluster_its_key_is_used(run: Any, tmp_path: Path) -> None:
+    """``configs/production.yaml`` has its state in the home folder: ``ray exec … greenprompt status`` needs no key."""
+    file = tmp_path / "home" / "greenprompt-state" / "operator.key"
+    file.parent.mkdir(parents=True)
+    file.write_text("gp_head")
+    assert run("list").exit_code == 0
+    with cli_app.interactive_client("http://127.0.0.1:8000"), cli_app.interactive_client("http://elsewhere:8000"):
+        pass
+    assert FakeClient.used == ["gp_head", "gp_head", None]
