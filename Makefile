@@ -8,7 +8,7 @@ comma := ,
 empty :=
 PURE_FILES := $(subst $(empty) $(empty),$(comma),$(PURE))
 
-.PHONY: help env demo check test test-unit test-cluster soak test-long eval-check docs lint tiny-llms bench bench-gpu locks clean
+.PHONY: help env demo check test test-unit test-pythons test-cluster soak test-long eval-check docs lint tiny-llms bench bench-gpu locks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,11 @@ check: env ## what a developer runs after each change: linters, and the tests th
 
 test-unit: env ## the tests that need neither Ray nor vLLM
 	$(BIN)/pytest $(SHARED) -m "not cluster and not vllm and not fault and not hosts and not long"
+
+# The other Pythons of pyproject.toml; `make test` has one of its own.
+PYTHONS := 3.12 3.13
+test-pythons: env ## the unit tests on Python 3.12 and 3.13, as far as this machine has them
+	@tests/pythons.sh $(PYTHONS)
 
 test-cluster: env ## a cluster of several hosts, made of network namespaces (root; iproute2, nftables, openssh-server, rsync)
 	$(BIN)/pytest -s -m "hosts and not soak" tests/hosts
@@ -101,5 +106,5 @@ locks: env ## the locks anew, with the newest versions that pyproject.toml allow
 	$(COMPILE) --upgrade --python-version 3.12 pyproject.toml $(foreach e,server report gpu postgres,--extra $(e)) -o locks/gpu.txt
 
 clean: ## away with everything that can be made again
-	rm -rf .venv .venv-docs .venv-eval .venv-gpu build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-docs .venv-eval .venv-gpu $(PYTHONS:%=.venv-%) build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find greenprompt_client registry deployments tests -name __pycache__ -type d -exec rm -rf {} +

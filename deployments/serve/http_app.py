@@ -113,7 +113,11 @@ Call = Callable[..., Awaitable[Any]]
 
 Responses = dict[int | str, dict[str, Any]]
 
-ERRORS: Responses = {422: {"model": ErrorAnswer}, 503: {"model": ErrorAnswer}}
+# Without a description FastAPI takes the words of `http`, and 422 has other words from Python 3.13 on.
+ERRORS: Responses = {
+    422: {"model": ErrorAnswer, "description": "Unprocessable Content"},
+    503: {"model": ErrorAnswer},
+}
 UNKNOWN: Responses = {404: {"model": ErrorAnswer}, **ERRORS}
 
 

@@ -25,6 +25,8 @@ MADE_BY_TOOLS = {
     ".venv-docs",
     ".venv-eval",
     ".venv-gpu",
+    ".venv-3.12",
+    ".venv-3.13",
     "build",
     "dist",
     "htmlcov",
@@ -308,10 +310,18 @@ def test_changelog_has_something_unreleased() -> None:
 
 
 def test_ci_runs_the_documented_test_command() -> None:
-    """CI runs `make test`, as the README says, on a machine that has what the tests' hosts are made of."""
+    """CI runs `make test`, as the README says, on a machine that has what the tests' hosts are made of.
+
+    Then come the unit tests on the other Pythons: with the one of the locks, those that pyproject.toml names.
+    """
     commands = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and line[0] != "#"]
-    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "tests/hosts/packages.sh", "make test"]
+    tests = ["make test", "make test-pythons"]
+    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "tests/hosts/packages.sh", *tests]
     assert "make test" in (ROOT / "README.md").read_text()
+    others = re.search(r"^PYTHONS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert others is not None
+    named = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if "Python :: 3." in line]
+    assert named == ["3.11", *others[1].split()]
 
 
 def test_makefile_targets_are_explained() -> None:

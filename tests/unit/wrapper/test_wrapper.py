@@ -177,6 +177,17 @@ MEASURED = replace(SECOND, grade="measurement")
 Make = Callable[..., Awaitable[Client]]
 
 
+@pytest.fixture
+def _vllm_and_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are installed, as far as metadata tells; `make test-pythons` has neither."""
+    for name in ("vllm", "torch"):
+        metadata = tmp_path / "packages" / f"{name}-1.0.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+
+
+@pytest.mark.usefixtures("_vllm_and_torch")
 def test_versions_tell_what_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own version is among them; the driver's only where there is a GPU, and NVML tells."""
     install_nvml(monkeypatch, FakeNVML())
@@ -292,6 +303,7 @@ async def settling_for(client: Client, grant: LeaseGrant) -> asyncio.Task[HandOv
     return bind
 
 
+@pytest.mark.usefixtures("_vllm_and_torch")
 async def test_a_standard_lease_does_not_wait(make: Make) -> None:
     """Only who asks for it waits for the machine; everybody is told what runs, but for the weights."""
     client = await make(finish=False)
