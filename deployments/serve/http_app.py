@@ -113,11 +113,12 @@ Call = Callable[..., Awaitable[Any]]
 
 Responses = dict[int | str, dict[str, Any]]
 
-# Without a description FastAPI takes the words of `http`, and 422 has other words from Python 3.13 on.
+# Without a description FastAPI takes the words of `http`, and 413 and 422 have other words from Python 3.13 on.
 ERRORS: Responses = {
     422: {"model": ErrorAnswer, "description": "Unprocessable Content"},
     503: {"model": ErrorAnswer},
 }
+LIMITED: Responses = {413: {"model": ErrorAnswer, "description": "Content Too Large"}, **ERRORS}
 UNKNOWN: Responses = {404: {"model": ErrorAnswer}, **ERRORS}
 
 
@@ -167,7 +168,7 @@ def _add_post(app: FastAPI, config: IngressConfig, call: Call, checkpoints: Chec
         "/promptingservice/request",
         status_code=201,
         response_model=PromptingAnswer,
-        responses={409: {"model": ErrorAnswer}, 413: {"model": ErrorAnswer}, 429: {"model": ErrorAnswer}, **ERRORS},
+        responses={409: {"model": ErrorAnswer}, 429: {"model": ErrorAnswer}, **LIMITED},
     )
     async def request_llms(
         body: PromptingRequest,
@@ -333,7 +334,7 @@ def _add_machines(app: FastAPI, call: Call) -> None:
 
 def _add_keys(app: FastAPI, config: IngressConfig, call: Call) -> None:
     """Add the routes of API keys, for operators."""
-    responses: Responses = {409: {"model": ErrorAnswer}, 413: {"model": ErrorAnswer}, **UNKNOWN}
+    responses: Responses = {404: {"model": ErrorAnswer}, 409: {"model": ErrorAnswer}, **LIMITED}
     router = APIRouter(route_class=JSONBody)
 
     def require_keys() -> None:
