@@ -1,4 +1,4 @@
-"""The commands of the registry's own machine: up, down, ray-token, ray-start, demo. They need the extra ``server``."""
+"""The commands of the registry's own machine: up, down, ray-token, ray-start, firewall, demo. They need ``server``."""
 
 from __future__ import annotations
 
@@ -75,6 +75,26 @@ def ray_start(context: typer.Context) -> None:
         from deployments.launch.node import start_ray
 
     console.print("Ray was started." if start_ray(context.args) else "Ray already runs here with these options.")
+
+
+@app.command()
+def firewall(
+    cluster: Annotated[Path, typer.Argument(help="cluster.yaml of the cluster.")],
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="A machine that may reach all ports, too, e.g. one for monitoring. Repeatable."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="http.port of the registry.")] = 8000,
+) -> None:
+    """Print rules for nftables that keep Ray's ports to the machines of a cluster. Changes nothing.
+
+    To apply them, on each machine: greenprompt firewall cluster.yaml | sudo nft -f -
+    """
+    with needs("server"):
+        from deployments.launch.firewall import addresses_of, machines_of, rules
+
+    machines = [*machines_of(cluster), *addresses_of(allow or [], "--allow")]
+    typer.echo(rules(machines, open_ports=[port]), nl=False)
 
 
 @app.command()

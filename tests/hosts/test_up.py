@@ -105,6 +105,37 @@ def test_a_neighbour_needs_a_key(cluster: Cluster) -> None:
     cluster.until_ready("w1", "w2")
 
 
+def test_the_firewall_closes_all_but_the_registry(cluster: Cluster) -> None:
+    """Without the rules a neighbour reaches many ports of the head; with them only the registry's. Leases work."""
+    cluster.until_ready("w1", "w2")
+    head, neighbour = cluster.head, cluster.net.host("db")
+    listening = "ss -Hltn | awk '{print $4}' | grep -v '^127\\.\\|^\\[::1\\]' | sed 's/.*://' | sort -un"
+    ports = head.run(listening).split()
+
+    def reached() -> set[str]:
+        tries = [
+            f"timeout 2 bash -c 'exec 3<>/dev/tcp/{head.address}/{port}' 2>/dev/null && echo {port} &" for port in ports
+        ]
+        return set(neighbour.run("\n".join([*tries, "wait"]), check=False).split())
+
+    before = reached()
+    assert {"22", "8000", "6390"} <= before
+    rules = "~/greenprompt/.venv/bin/greenprompt firewall ~/cluster.yaml"
+    text = cluster.net.host("desk").run(rules)
+    try:
+        for name in ("head", *cluster.workers):
+            cluster.net.host(name).run(f"nft -f - <<'RULES'\n{text}\nRULES")
+        assert reached() == {"22", "8000"}
+        (request_id,) = cluster.post(time.time_ns(), "a")
+        lease = cluster.until(request_id, "deployed")
+        assert prompt(lease["url"]).status_code == 200
+        cluster.release(request_id)
+    finally:
+        for name in ("head", *cluster.workers):
+            cluster.net.host(name).run("nft delete table inet greenprompt", check=False)
+    assert "6390" in reached()
+
+
 def test_a_machine_more_and_one_less(cluster: Cluster) -> None:
     """``ray up`` with another cluster.yaml takes in what is new there, and leaves all others and their leases alone."""
     cluster.until_ready("w1", "w2")

@@ -424,7 +424,7 @@ def test_what_is_published_needs_keys() -> None:
     http = {"public_url": "https://llm.example"}
     with pytest.raises(ValueError, match=r"access\.keys must be true, because http\.public_url 'llm\.example'"):
         Settings.model_validate({"http": http})
-    assert Settings.model_validate({"http": http, "access": {"keys": True}})
+    assert Settings.model_validate({"http": http, "access": {"keys": True}}).access.keys
 
 
 def test_trusted_clients_need_haproxy() -> None:
