@@ -512,6 +512,13 @@ def test_llm_that_refuses_every_prompt(measure: Measure, registry: HttpRegistry,
 # --- going on ----------------------------------------------------------------------------------------------
 
 
+AS_IN_A_TERMINAL = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from greenprompt_client.cli.main import main; main()"
+)
+"""The command, which hears Ctrl-C: what a shell starts in the background ignores it, and so would these tests' own."""
+
+
 @pytest.fixture
 def command(registry: HttpRegistry, prompts: Path, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     """Starts the command as a process of its own; killed at the end."""
@@ -521,7 +528,7 @@ def command(registry: HttpRegistry, prompts: Path, tmp_path: Path) -> Iterator[C
         words = ["measure", "--llm", "org/a", "--llm", "org/b", "--prompts", str(prompts), "--repetitions", "2"]
         words += ["--output", str(tmp_path / "out"), "--url", registry.url]
         process = subprocess.Popen(
-            [sys.executable, "-m", "greenprompt_client.cli.main", *words],
+            [sys.executable, "-c", AS_IN_A_TERMINAL, *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
