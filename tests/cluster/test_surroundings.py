@@ -68,7 +68,8 @@ REFUSED = {
     "no YAML": Case("is not YAML", config="a: b: c"),
     "unknown section": Case("there is no such section", config="htpp: {port: 1}"),
     "public_url without scheme": Case("needs a scheme", config="http: {public_url: 'head.example:8000'}"),
-    "host of another machine": Case("http.port", config="http: {host: 203.0.113.1}"),
+    "host of another machine": Case("http.port", config="{http: {host: 203.0.113.1}, access: {insecure: true}}"),
+    "open to other machines": Case("access.keys must be true", config="http: {host: 0.0.0.0}"),
     "IPv6 and HAProxy": Case("use 127.0.0.1 or 0.0.0.0", config="http: {host: '::1'}"),
     "unknown zone": Case("zone", config="energy: {grid: {zone: DE}}"),
     "CPU model upside down": Case(
@@ -105,7 +106,7 @@ READY = {
     "percent and question mark": Case("", {"GREENPROMPT_STATE_DIR": "@/100%25 ?mode=ro #x"}),
     "IPv6 loopback": Case("", config="http: {host: '::1', haproxy: false}"),
     "every interface": Case("", config="{http: {host: '0.0.0.0'}, access: {insecure: true}}"),
-    "every interface, IPv6": Case("", config="http: {host: '::', haproxy: false}"),
+    "every interface, IPv6": Case("", config="{http: {host: '::', haproxy: false}, access: {insecure: true}}"),
     "low soft limit": Case("", before="ulimit -Sn 256"),
     "locale": Case("", {"LC_ALL": "C", "LANG": "xx_YY.nonsense", "PYTHONIOENCODING": "ascii"}),
     "umask": Case("", before="umask 0777; umask 077"),
