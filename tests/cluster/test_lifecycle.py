@@ -169,6 +169,7 @@ def test_every_shipped_configuration_loads() -> None:
             load_settings(path)
 
 
+@pytest.mark.long  # the cluster of several hosts is joined in each run
 def test_joining_a_running_cluster(tmp_path: Path) -> None:
     """``up --address`` starts the registry on a cluster that runs, ``down`` takes it away again and leaves the rest."""
     port, dashboard, gcs = free_ports(3)

@@ -109,6 +109,7 @@ def in_order(registry: Registry) -> None:
     assert httpx.get(f"{registry.url}/healthz", timeout=10).is_success
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_memory_that_runs_out_ends_an_engine_and_nothing_else(
     group: Group, workspace: Path, llm: Callable[..., dict[str, Any]], measurement_id: int, tmp_path: Path
@@ -139,7 +140,7 @@ def test_memory_that_runs_out_ends_an_engine_and_nothing_else(
             time.sleep(0.3)
         assert process_tree.alive(engines) == set(engines)
 
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 150  # a group that is nearly full is slow
         while process_tree.alive(engines) == set(engines):
             assert time.monotonic() < deadline_s
             hog.take(4 * 2**20)

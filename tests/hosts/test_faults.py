@@ -269,7 +269,7 @@ ELSEWHERE = {
 """Rows that are tested without hosts: the file and the name of the test."""
 
 
-ALWAYS = ("registry actor killed", "Serve controller killed", "machine without power")
+ALWAYS = ("registry actor killed", "Serve controller killed")
 """The rows that `make test` tries, too; `make test-cluster` tries all."""
 
 
