@@ -96,7 +96,7 @@ def counted(
     modelled instead, with the counter's bounds, unless the estimate is 0. It is unavailable and
     flagged ``implausible_power`` if the power is above 1.2 times the hardware's limit.
     """
-    low, mid, high = [source.joules(duration_s, units) for units in flow[:3]]
+    low, mid, high = [source.joules(duration_s, units) for units in (flow.low, flow.mid, flow.high)]
     flags = (Flag.PROVISIONAL,) if flow.provisional else ()
     if _implausible(source, duration_s, low.mid):
         return unknown(source, Flag.IMPLAUSIBLE_POWER)
@@ -144,9 +144,7 @@ def _implausible(source: Source, duration_s: float, least_j: float) -> bool:
 
 
 def together(parts: Sequence[Level]) -> Level:
-    """Return the sum of the flows of several intervals (one or more)."""
-    if len(parts) == 1:
-        return parts[0]
+    """Return the sum of the flows of several intervals."""
     return Level(
         low=math.fsum(part.low for part in parts),
         mid=math.fsum(part.mid for part in parts),
@@ -158,8 +156,6 @@ def together(parts: Sequence[Level]) -> Level:
 
 def widened(flow: Level, error: float) -> Level:
     """Return a flow whose error is larger by ``error``, in its units; similar windows have it with the same sign."""
-    if not error:
-        return flow
     low, mid, high, provisional, systematic = flow
     return Level(max(low - error, 0.0), mid, high + error, provisional, systematic + error)
 

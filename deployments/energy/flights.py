@@ -160,7 +160,7 @@ class Flights:
         self._rated_in_flight.pop(flight, None)
         flight.company = 1 + len(self._in_flight)
         flight.ended_with = self._changed(flight.end_s)
-        if flight.alone:  # nobody shares energy with it, so no rate is needed
+        if flight.alone:  # it gets all energy of its time, so it needs no rate
             del self._unrated[flight]
         else:
             self._rate(flight)

@@ -10,10 +10,9 @@ import secrets
 import stat
 from pathlib import Path
 
-from deployments.machine.private_files import write_private
+from deployments.machine.private_files import ANYONE_ELSE, write_private
 from registry.errors import BadSettings
 
-_GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _MOUNT_CLOSED = "mount a secret of Kubernetes with `defaultMode: 0400`"
 
 
@@ -68,11 +67,11 @@ def require_own_token(path: Path | None = None, *, may_be_missing: bool = False)
             raise BadSettings(
                 str(path), f"can be read by every user of this machine; run `chmod o-rwx` on it, or {_MOUNT_CLOSED}"
             )
-    elif found.st_mode & _GROUP_AND_OTHERS:
+    elif found.st_mode & ANYONE_ELSE:
         try:
             path.chmod(stat.S_IRUSR | stat.S_IWUSR)
         except OSError as error:
-            if found.st_uid == 0 and not found.st_mode & ~stat.S_IRGRP & _GROUP_AND_OTHERS:
+            if found.st_uid == 0 and not found.st_mode & ~stat.S_IRGRP & ANYONE_ELSE:
                 return  # Kubernetes lets the group of `fsGroup` read a secret, whatever its mode
             problem = f"can be read by other users, and that can't be changed ({error.strerror})"
             raise BadSettings(str(path), f"{problem}; {_MOUNT_CLOSED}") from error

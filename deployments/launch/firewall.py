@@ -56,16 +56,12 @@ def rules(machines: Sequence[IPv4Address | IPv6Address], *, open_ports: Iterable
     HAProxy listen on; services below are left alone.
     """
     ports = ", ".join(str(port) for port in sorted({SSH, *open_ports}))
-    sets = [
-        f"  set {name} {{ type {kind}; elements = {{ {', '.join(map(str, members))} }} }}"
-        for name, kind, version in (("machines", "ipv4_addr", 4), ("machines6", "ipv6_addr", 6))
-        if (members := [machine for machine in machines if machine.version == version])
-    ]
-    accepted = [
-        f"    {protocol} saddr @{name} accept"
-        for name, protocol, version in (("machines", "ip", 4), ("machines6", "ip6", 6))
-        if any(machine.version == version for machine in machines)
-    ]
+    sets, accepted = [], []
+    for version, name, kind, protocol in ((4, "machines", "ipv4_addr", "ip"), (6, "machines6", "ipv6_addr", "ip6")):
+        members = ", ".join(str(machine) for machine in machines if machine.version == version)
+        if members:
+            sets.append(f"  set {name} {{ type {kind}; elements = {{ {members} }} }}")
+            accepted.append(f"    {protocol} saddr @{name} accept")
     lines = [
         f"table inet {TABLE} {{}}",  # so that there is one to delete
         f"delete table inet {TABLE}",

@@ -10,7 +10,9 @@ from typing import IO
 
 from registry.errors import BadSettings
 
-_ANYONE_ELSE = stat.S_IRWXG | stat.S_IRWXO
+ANYONE_ELSE = stat.S_IRWXG | stat.S_IRWXO
+"""The bits of a mode that give access to other users, the group included."""
+
 _FOR_OWNER = stat.S_IRUSR | stat.S_IWUSR
 
 
@@ -41,7 +43,7 @@ def _openness(found: os.stat_result) -> str | None:
         return "is a link or a file, but must be a folder"
     if found.st_uid != os.geteuid():
         return f"belongs to another user (uid {found.st_uid})"
-    if found.st_mode & _ANYONE_ELSE:
+    if found.st_mode & ANYONE_ELSE:
         return f"is open to other users (mode {stat.S_IMODE(found.st_mode):04o}), who may have changed what is in it"
     return None
 

@@ -22,7 +22,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import ActorUnavailableError, RayError
 from ray.serve.schema import ApplicationStatus
 
-from deployments.machine.private_files import require_unchanged_by_others, write_private
+from deployments.machine.private_files import ANYONE_ELSE, require_unchanged_by_others, write_private
 from deployments.models.args.mapping import map_llmconfig
 from deployments.models.sources import ModelSources
 from deployments.serve import ingress
@@ -109,11 +109,11 @@ def _keep_operator_key(keys: Keys, file: Path) -> None:
 
     A key that others could read is revoked. Raises StoreUnavailable, BadSettings.
     """
-    key, text = keys.new(Role.OPERATOR, tenant=None, name=f"operator of {socket.gethostname()}")
     try:
         if _has_operator_key(keys, file):
             return
-        file.parent.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)  # with PostgreSQL nobody has made it
+        key, text = keys.new(Role.OPERATOR, tenant=None, name=f"operator of {socket.gethostname()}")
+        file.parent.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)  # SQLite would have made it; PostgreSQL not
         require_unchanged_by_others(file.parent, "state_dir")
         write_private(file, text)
     except (OSError, ValueError) as error:
@@ -130,7 +130,7 @@ def _has_operator_key(keys: Keys, file: Path) -> bool:
         return False  # of another database, revoked, or not made yet
     if key is None or key.role is not Role.OPERATOR:
         return False
-    if stat.S_IMODE(file.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
+    if file.stat().st_mode & ANYONE_ELSE:
         keys.revoke(key.key_id)
         return False
     return True
@@ -190,7 +190,6 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
                 settings.served_hosts,
                 settings.access,
                 settings.wrappers.max_body_mib,
-                behind_haproxy=settings.http.haproxy,
             )
             serve.run_many([serve.RunTarget(ingress.deployment(config), name=INGRESS_APP, route_prefix="/")])
     except Exception as error:

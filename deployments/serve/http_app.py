@@ -96,7 +96,6 @@ class IngressConfig:
     """The settings that the ingress needs. ``state_dir`` is checked if the registry does not answer.
 
     ``hosts``: the host names that are served, see ``BrowserGuard``. ``prompt_mib``: longest body of a prompt, MiB.
-    ``behind_haproxy``: whether HAProxy says where a call comes from.
     """
 
     sources: ModelSources
@@ -105,7 +104,6 @@ class IngressConfig:
     hosts: tuple[str, ...] = ()
     access: AccessSettings = field(default_factory=AccessSettings)
     prompt_mib: int = 64
-    behind_haproxy: bool = True
 
 
 Call = Callable[..., Awaitable[Any]]
@@ -146,8 +144,7 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
 
 def _guards(config: IngressConfig, call: Call) -> Callable[[ASGIApp], ASGIApp]:
     """Return what puts the guard of keys, if any, and the limit of bodies around an app."""
-    clients = ((str(network), tenant) for network, tenant in config.access.trusted_clients.items())
-    trusted = TrustedClients(clients if config.behind_haproxy else ())
+    trusted = TrustedClients(config.access.trusted_clients)
 
     def limit(path: str) -> int:
         # A prompt to the root is redirected, and its body is dropped.

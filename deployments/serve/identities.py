@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from time import monotonic
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from fastapi import Depends, Header, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.error_answers import registry_error
+from deployments.serve.browsers import READING
 from registry.access_errors import KeyNeeded, KeyRefused, NotAllowed, OtherTenant
 from registry.errors import RegistryError
 from registry.service.keys import EVERYTHING, Access, parse_key
@@ -60,7 +61,7 @@ def allowed_roles(method: str, path: str) -> frozenset[Role] | None:
         return _CLIENTS
     if path.startswith(("/promptingservice/", "/measurements/")):
         return _OWNERS
-    if method in ("GET", "HEAD", "OPTIONS") and path != "/keys" and not path.startswith("/keys/"):
+    if method in READING and path != "/keys" and not path.startswith("/keys/"):
         return _ALL
     return _OPERATORS
 
@@ -68,8 +69,8 @@ def allowed_roles(method: str, path: str) -> frozenset[Role] | None:
 class TrustedClients:
     """Tenants of clients that send no key, by the network that they call from."""
 
-    def __init__(self, tenants: Iterable[tuple[str, str]]) -> None:
-        self._networks = [(ip_network(network), tenant) for network, tenant in tenants]
+    def __init__(self, tenants: Mapping[IPv4Network | IPv6Network, str]) -> None:
+        self._tenants = tenants
 
     def key_for(self, scope: Scope) -> APIKey | None:
         """Return a key of the tenant whose network a request comes from; None if there is none."""
@@ -79,7 +80,7 @@ class TrustedClients:
         except ValueError:
             return None
         address = getattr(address, "ipv4_mapped", None) or address
-        for network, tenant in self._networks:
+        for network, tenant in self._tenants.items():
             if address in network:
                 return APIKey("", Role.CLIENT, tenant, str(network), "", 0.0)
         return None
@@ -119,7 +120,7 @@ class KeyGuard:
         bearer = _BEARER.fullmatch(given[0].decode("latin-1")) if len(given) == 1 else None
         found = None if bearer is None else parse_key(bearer[1])
         if found is not None:
-            key = await self._identified(*found)
+            key = await self._identified(found)
         elif given or (trusted := self._trusted.key_for(scope)) is None:
             raise KeyNeeded
         else:
@@ -128,19 +129,19 @@ class KeyGuard:
             raise NotAllowed(key.role, " or ".join(sorted(roles)))
         return key
 
-    async def _identified(self, *which: str) -> APIKey:
-        """Ask the registry for a key, and use its answer for BELIEVED_S seconds; also if the key is refused."""
-        key_id, secret_sha256 = which
-        lock = self._asking.setdefault((key_id, secret_sha256), asyncio.Lock())
+    async def _identified(self, this: tuple[str, str]) -> APIKey:
+        """Ask the registry for a key (id and hash of its secret), once at a time; see ``_asked``."""
+        lock = self._asking.setdefault(this, asyncio.Lock())
         try:
             async with lock:
-                return await self._asked(key_id, secret_sha256)
+                return await self._asked(this)
         finally:
             if not lock.locked():
-                self._asking.pop((key_id, secret_sha256), None)
+                self._asking.pop(this, None)
 
-    async def _asked(self, key_id: str, secret_sha256: str) -> APIKey:
-        now_s, this = monotonic(), (key_id, secret_sha256)
+    async def _asked(self, this: tuple[str, str]) -> APIKey:
+        """Return the registry's answer about a key, which is used for BELIEVED_S seconds; also if it is a refusal."""
+        now_s = monotonic()
         problem, until_s = self._refused.get(this, ("", 0.0))
         if problem and now_s < until_s:
             raise KeyRefused(problem)

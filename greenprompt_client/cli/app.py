@@ -93,7 +93,13 @@ def say(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def operator_key(url: str) -> str | None:
+def default_key(url: str) -> str | None:
+    """Return the key from the environment, else this machine's operator's key; None if there is neither."""
+    given = api_key()
+    return _operator_key(url) if given is None else given
+
+
+def _operator_key(url: str) -> str | None:
     """Return the key that a registry on this machine wrote for its operator; None if this user can't read one.
 
     It is used for loopback addresses only: no other machine gets it.
@@ -111,8 +117,7 @@ def operator_key(url: str) -> str | None:
 def interactive_client(url: str, tenant: str | None = None, *, key: str | None = None) -> RegistryClient:
     """Return a client for a command; if nothing listens at ``url``, it fails within seconds.
 
-    It uses ``key``, else the key from the environment, else this machine's operator's key.
+    ``key`` None: see ``default_key``.
     """
-    if key is None:
-        key = api_key() if api_key() is not None else operator_key(url)
+    key = default_key(url) if key is None else key
     return RegistryClient(url, tenant=tenant, api_key=key, connect_for_s=CONNECT_FOR_S)

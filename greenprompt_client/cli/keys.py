@@ -14,11 +14,10 @@ from rich.text import Text
 from greenprompt_client.cli.app import (
     DEFAULT_URL,
     URLOption,
-    api_key,
     app,
     console,
+    default_key,
     interactive_client,
-    operator_key,
     say,
 )
 from registry.errors import BadSettings
@@ -76,15 +75,13 @@ def revoke(
     say(f"{key_id} is refused from now on")
 
 
-def _operator_key(file: Path | None, url: str) -> str | None:
-    """Return the key in the file; None without a file, to use the key that all commands use.
-
-    Raises BadSettings: There is no key to use.
-    """
+def _operator_key(file: Path | None, url: str) -> str:
+    """Return the key in the file; without a file, the key that all commands use. Raises BadSettings: there is none."""
     if file is None:
-        if api_key() is None and operator_key(url) is None:
+        key = default_key(url)
+        if key is None:
             raise BadSettings("--key-file", "is needed: operator.key in the registry's state_dir, or an operator's key")
-        return None
+        return key
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -81,8 +81,6 @@ class Row:
 
 def run_demo(config: Path, models: list[str], console: Console) -> None:
     """Run the whole demo. Raises RegistryError with the reason of a failure, after all started processes have ended."""
-    if load_settings(config).access.keys:
-        raise BadSettings("access.keys", "the demo needs a configuration without keys")
     if not models:
         models = [str(path.absolute()) for path in (TINY_LLMS / "a", TINY_LLMS / "b")]
         for number, path in enumerate(models):
@@ -190,6 +188,9 @@ def _llmconfig(model: str) -> dict[str, Any]:
 @contextmanager
 def _registry(config: Path, console: Console) -> Iterator[str]:
     """Start a separate registry process on free ports, yield its URL, and end it afterwards."""
+    settings = load_settings(config)
+    if settings.access.keys:
+        raise BadSettings("access.keys", "the demo needs a configuration without keys")
     port, dashboard_port = free_ports(2)
     with tempfile.TemporaryDirectory(prefix="greenprompt-demo-") as folder:
         environment = os.environ | {
@@ -210,7 +211,7 @@ def _registry(config: Path, console: Console) -> Iterator[str]:
                 start_new_session=True,
             )
         try:
-            limit_s = load_settings(config).wrappers.start_timeout_s + 120
+            limit_s = settings.wrappers.start_timeout_s + 120
             yield _wait_ready(process, log, Path(folder) / "up.json", limit_s, console)
         finally:
             with console.status("Shutting everything down …"):

@@ -40,6 +40,10 @@ class Access:
     tenant: str | None = None
     addresses: bool = True
 
+    def sees(self, tenant: str) -> bool:
+        """Whether the caller may see the requests of this tenant."""
+        return self.tenant in (None, tenant)
+
 
 EVERYTHING = Access()
 """The access of every caller of a registry without keys."""

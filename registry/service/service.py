@@ -250,8 +250,9 @@ class Service:
         """
         if self._loop.closed:
             raise ShuttingDown
-        if like_request_id is not None and self._is_hidden(like_request_id, access):
-            raise unknown_like(like_request_id)
+        like = None if like_request_id is None else self.archive.find_request(like_request_id)
+        if like is not None and not access.sees(like.tenant):
+            raise unknown_like(like.request_id)
         if llms[0].request_id in self._withdrawn:
             raise RequestWithdrawn(llms[0].request_id)
         if idempotency is not None:
@@ -438,13 +439,9 @@ class Service:
             RequestForgotten: It was deleted after ``keep_days``; of an unknown tenant, so each caller is told.
         """
         request = self.archive.request(request_id)
-        if access.tenant is not None and request.tenant != access.tenant:
+        if not access.sees(request.tenant):
             raise UnknownRequest(request_id)
         return request
-
-    def _is_hidden(self, request_id: str, access: Access) -> bool:
-        request = self.archive.find_request(request_id)
-        return request is not None and access.tenant not in (None, request.tenant)
 
     def _knows(self, request_id: str) -> bool:
         return self.archive.find_request(request_id) is not None

@@ -360,10 +360,8 @@ class HealthState(_Answered):
     version: str
 
 
-class KeyRequest(BaseModel):
+class KeyRequest(_Asked):
     """Body of POST /keys."""
-
-    model_config = ConfigDict(extra="forbid")
 
     role: Role
     tenant: TenantName | None = Field(None, description="The tenant of a client's key; null for the other roles")

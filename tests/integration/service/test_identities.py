@@ -153,10 +153,9 @@ async def test_only_the_holder_gets_the_address(scene: Scene) -> None:
     assert own.headers["cache-control"] == "no-store"
     token = own.json()["url"].rsplit("/", 1)[1]
     for path in (f"{REQUEST}/{scene.request_id}", "/measurements/7"):
-        for method in ("GET",):
-            answer = await scene.ask(method, path, "operator", headers={"X-Tenant": "lab"})
-            assert answer.status_code == 200
-            assert token not in answer.text
+        answer = await scene.ask("GET", path, "operator", headers={"X-Tenant": "lab"})
+        assert answer.status_code == 200
+        assert token not in answer.text
     kept = await scene.ask("POST", f"{REQUEST}/{scene.request_id}/keepalive", "operator")
     assert (kept.status_code, kept.json()["url"], kept.json()["address"]) == (200, None, None)
     assert token in (await scene.ask("GET", "/measurements/7", "client")).text
