@@ -67,6 +67,52 @@ class APIKey:
     used_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """One call of the registry in the audit, or several equal calls that were refused. It has no secret.
+
+    ``method`` is ``start`` for what the registry did at its start. ``path``: the pattern of the path; None: there is no
+    such path. ``status``: of the HTTP answer. ``code``: of the error; None: the call was accepted.
+
+    ``key_id``, ``role``: those of the API key; None: none was accepted. ``tenant``: the one that the call was for, as
+    far as it is known. ``source``: address of the client. ``subject``: id of what the call was about, if it has one.
+
+    ``at_s``: UTC seconds, of the first of ``count`` equal calls. The registry sets it when it stores the row.
+    """
+
+    method: str
+    path: str | None
+    status: int
+    code: str | None = None
+    key_id: str | None = None
+    role: Role | None = None
+    tenant: str | None = None
+    source: str | None = None
+    subject: str | None = None
+    at_s: float = 0.0
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAuditRow:
+    """An AuditRow with its number ``audit_id`` > 0. Numbers grow with every row and are never used twice."""
+
+    audit_id: int
+    row: AuditRow
+
+
+class AuditFilter(NamedTuple):
+    """Which rows of the audit are wanted: ``since_s`` ≤ time < ``before_s``, UTC seconds. None: all."""
+
+    since_s: float | None = None
+    before_s: float | None = None
+    tenant: str | None = None
+    key_id: str | None = None
+
+
+ALL_ROWS = AuditFilter()
+
+
 class Forgotten(NamedTuple):
     """Result of ``Store.forget``: the ids of deleted requests, and whether there is more to delete."""
 

@@ -27,7 +27,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.sql.dml import ReturningInsert
 
 from registry.core.records import MeasurementKey
-from registry.store.migrations.tables import EVENTS, MEASUREMENTS, REQUESTS
+from registry.store.migrations.tables import AUDIT, EVENTS, MEASUREMENTS, REQUESTS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     R = TypeVar("R", bound=DataclassInstance)
 
 INSERT_EVENT = insert(EVENTS)
+
+INSERT_AUDIT = insert(AUDIT)
 
 DELETE_EMPTY_MEASUREMENT = delete(MEASUREMENTS).where(
     MEASUREMENTS.c.measurement_id == bindparam("id"),

@@ -20,6 +20,7 @@ from registry.errors import StoreUnavailable
 from registry.store.database import converted_errors, open_database
 from registry.store.migrations.tables import (
     API_KEYS,
+    AUDIT,
     EVENTS,
     FORGOTTEN_REQUESTS,
     IDEMPOTENCY_KEYS,
@@ -30,9 +31,21 @@ from registry.store.migrations.tables import (
     WINDOWS,
     WRAPPERS,
 )
-from registry.store.rows import APIKey, EventRow, Forgotten, IdempotencyRow, StoredEvent, WindowPlace
+from registry.store.rows import (
+    ALL_ROWS,
+    APIKey,
+    AuditFilter,
+    AuditRow,
+    EventRow,
+    Forgotten,
+    IdempotencyRow,
+    StoredAuditRow,
+    StoredEvent,
+    WindowPlace,
+)
 from registry.store.statements import (
     DELETE_EMPTY_MEASUREMENT,
+    INSERT_AUDIT,
     INSERT_EVENT,
     WAS_SERVED,
     cells_of,
@@ -159,7 +172,12 @@ class Store:
         return found[0] if found else None
 
     def commit(
-        self, changes: Changes, *, events: Sequence[EventRow] = (), idempotency: IdempotencyRow | None = None
+        self,
+        changes: Changes,
+        *,
+        events: Sequence[EventRow] = (),
+        idempotency: IdempotencyRow | None = None,
+        audit: AuditRow | None = None,
     ) -> int | None:
         """Write everything in one transaction. When this returns, it survives a power failure.
 
@@ -181,6 +199,8 @@ class Store:
             put(connection, LEASES, changes.leases)
             if idempotency is not None:
                 connection.execute(insert(IDEMPOTENCY_KEYS), cells_of(idempotency))
+            if audit is not None:
+                connection.execute(INSERT_AUDIT, cells_of(audit))
             if not events:
                 return None
             number = connection.execute(INSERT_EVENT, cells_of(events[0])).inserted_primary_key
@@ -241,14 +261,44 @@ class Store:
         with self._transaction() as connection:
             return read(connection, APIKey, select(API_KEYS).order_by(API_KEYS.c.created_s, API_KEYS.c.key_id))
 
-    def put_api_keys(self, keys: Sequence[APIKey]) -> None:
-        """Store new or changed API keys.
+    def put_api_keys(self, keys: Sequence[APIKey], audit: AuditRow | None = None) -> None:
+        """Store new or changed API keys, and the call that changed them, in one transaction.
 
         Raises:
             StoreUnavailable: as for ``commit``.
         """
         with self._transaction() as connection:
             put(connection, API_KEYS, keys)
+            if audit is not None:
+                connection.execute(INSERT_AUDIT, cells_of(audit))
+
+    def add_audit(self, rows: Sequence[AuditRow]) -> None:
+        """Add rows to the audit, in one transaction.
+
+        Raises:
+            StoreUnavailable: as for ``commit``.
+        """
+        if rows:
+            with self._transaction() as connection:
+                connection.execute(INSERT_AUDIT, [cells_of(row) for row in rows])
+
+    def audit(self, wanted: AuditFilter = ALL_ROWS, *, after: int = 0, limit: int = 1000) -> tuple[StoredAuditRow, ...]:
+        """Return the oldest ``limit`` (> 0) rows of the audit that are wanted, with ``audit_id`` > ``after``, in order.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        rows = AUDIT.c
+        which = [] if wanted.since_s is None else [rows.at_s >= wanted.since_s]
+        which += [] if wanted.before_s is None else [rows.at_s < wanted.before_s]
+        which += [] if wanted.tenant is None else [rows.tenant == wanted.tenant]
+        which += [] if wanted.key_id is None else [rows.key_id == wanted.key_id]
+        with self._transaction() as connection:
+            if wanted.since_s is not None and not after:
+                # Else all older rows are read first. The sum makes the database use the index of times.
+                after = (connection.scalar(select(func.min(rows.audit_id + 0)).where(which[0])) or 1) - 1
+            page = select(AUDIT).where(rows.audit_id > after, *which).order_by(rows.audit_id).limit(limit)
+            return tuple(StoredAuditRow(audit_id, AuditRow(*row)) for audit_id, *row in connection.execute(page))
 
     def keep_windows(self, rows: Sequence[KeptWindow]) -> frozenset[str]:
         """Store energy windows in one transaction. Windows already stored stay unchanged.
@@ -333,7 +383,7 @@ class Store:
     def forget(self, *, ended_before_s: float, limit: int) -> Forgotten:
         """Delete part of what ended before this UTC second: at most ``limit`` (> 0) rows of each kind.
 
-        Energy windows, events and idempotency keys are deleted first, then requests; each measurement is
+        Energy windows, events, idempotency keys and the audit are deleted first, then requests; each measurement is
         deleted with its last request. The requests' ids are kept for ``was_forgotten``.
 
         Raises:
@@ -347,6 +397,7 @@ class Store:
                     (WINDOWS, WINDOWS.c.ended_s),
                     (EVENTS, EVENTS.c.at_s),
                     (IDEMPOTENCY_KEYS, IDEMPOTENCY_KEYS.c.created_s),
+                    (AUDIT, AUDIT.c.at_s),
                 )
             ]
             if limit in removed:

@@ -282,6 +282,25 @@ API_KEYS = Table(
     _may("revoked_s", Float),
     _may("used_s", Float),
 )
+# Rows are added, and deleted by age; never changed. Texts come from callers, also from strangers.
+AUDIT = Table(
+    "audit",
+    METADATA,
+    _must("audit_id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    _must("method", _Prose),
+    _may("path", _Prose),
+    _must("status", Integer),
+    _may("code", Text),
+    _may("key_id", Text),
+    _may("role", _Word(Role)),
+    _may("tenant", Text),
+    _may("source", _Prose),
+    _may("subject", _Prose),
+    _must("at_s", Float),
+    _must("count", BigInteger),
+    Index(None, "at_s"),
+    sqlite_autoincrement=True,
+)
 IDEMPOTENCY_KEYS = Table(
     "idempotency_keys",
     METADATA,
