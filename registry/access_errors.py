@@ -16,12 +16,13 @@ class KeyNeeded(RegistryError):
 
 
 class KeyRefused(RegistryError):
-    """The API key is unknown, was revoked, or has expired."""
+    """The API key is unknown, was revoked, or has expired. ``key_id``: empty for one that is unknown."""
 
     code = "key_refused"
     http_status = 401
 
     problem: str
+    key_id: str = ""
 
     def __str__(self) -> str:
         return f"the API key is refused: {self.problem}; an operator makes another one"

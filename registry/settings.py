@@ -219,7 +219,9 @@ class Settings(BaseSettings):
         Path("build/cache"), validate_default=True, description="Folder for compile caches, on each machine's own disk"
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL of the database; null: SQLite in state_dir")
-    keep_days: float = Field(90, gt=0, description="Days until ended requests, events and energy windows are deleted")
+    keep_days: float = Field(
+        90, gt=0, description="Days until ended requests, events, energy windows and the audit are deleted"
+    )
     http: HTTPSettings = HTTPSettings()
     access: AccessSettings = AccessSettings()
     ray: RaySettings = RaySettings()

@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import ray
 import structlog
@@ -27,7 +28,7 @@ from registry.service.keys import EVERYTHING, Access
 from registry.service.news import CHANGES_WAIT_S
 from registry.service.service import Idempotency, Service
 from registry.settings import Settings
-from registry.store.rows import APIKey, WindowPlace
+from registry.store.rows import APIKey, AuditFilter, AuditRow, StoredAuditRow, WindowPlace
 from registry.wire.schemas import NewKey
 from registry.wire.words import Grade, Priority, Role
 
@@ -88,6 +89,7 @@ class RegistryActor:
         grade: Grade = Grade.STANDARD,
         like_request_id: str | None = None,
         access: Access = EVERYTHING,
+        audit: AuditRow | None = None,
     ) -> str:
         """Accept requests for LLMs; return the JSON PromptingAnswer.
 
@@ -104,6 +106,7 @@ class RegistryActor:
             grade=grade,
             like_request_id=like_request_id,
             access=access,
+            audit=audit and replace(audit, tenant=tenant, subject=llms[0].request_id),
         )
         return views.prompting_answer(self._service, await self._service.granted(requests)).model_dump_json()
 
@@ -136,10 +139,10 @@ class RegistryActor:
         request = await self._service.keep_alive(request_id, access)
         return views.request_state(self._service, request, addresses=access.addresses).model_dump_json()
 
-    async def release(self, request_id: str, access: Access = EVERYTHING) -> None:
+    async def release(self, request_id: str, access: Access = EVERYTHING, audit: AuditRow | None = None) -> None:
         """End or cancel a request."""
         await self.ready()
-        self._service.release(request_id, access)
+        self._service.release(request_id, access, audit and replace(audit, subject=request_id))
 
     async def withdraw(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
         """End the requests of a POST whose answer did not reach its client."""
@@ -191,16 +194,16 @@ class RegistryActor:
         await self.ready()
         return views.machine_state(self._service, machine_id).model_dump_json()
 
-    async def drain(self, machine_id: str) -> str:
+    async def drain(self, machine_id: str, audit: AuditRow | None = None) -> str:
         """Assign no more LLMs to a machine; return its JSON MachineState."""
         await self.ready()
-        self._service.drain(machine_id)
+        self._service.drain(machine_id, audit and replace(audit, subject=machine_id))
         return views.machine_state(self._service, machine_id).model_dump_json()
 
-    async def undrain(self, machine_id: str) -> str:
+    async def undrain(self, machine_id: str, audit: AuditRow | None = None) -> str:
         """Use a drained machine again; return its JSON MachineState."""
         await self.ready()
-        self._service.undrain(machine_id)
+        self._service.undrain(machine_id, audit and replace(audit, subject=machine_id))
         return views.machine_state(self._service, machine_id).model_dump_json()
 
     async def llms(self) -> str:
@@ -224,17 +227,29 @@ class RegistryActor:
         await self.ready()
         return _json([views.key_state(key) for key in self._service.keys])
 
-    async def create_key(self, role: Role, tenant: str | None, name: str, days: float | None) -> str:
+    async def create_key(
+        self, role: Role, tenant: str | None, name: str, days: float | None, audit: AuditRow | None = None
+    ) -> str:
         """Make an API key; return the JSON NewKey, which alone has its text."""
         await self.ready()
         key, text = self._service.keys.new(role, tenant=tenant, name=name, days=days)
-        self._service.keys.add(key)
+        self._service.keys.add(key, audit)
         return NewKey(**views.key_state(key).model_dump(), key=text).model_dump_json()
 
-    async def revoke_key(self, key_id: str) -> None:
+    async def revoke_key(self, key_id: str, audit: AuditRow | None = None) -> None:
         """Refuse an API key from now on."""
         await self.ready()
-        self._service.keys.revoke(key_id)
+        self._service.keys.revoke(key_id, audit)
+
+    async def add_refusals(self, rows: Sequence[tuple[AuditRow, float]]) -> None:
+        """Add refused calls to the audit, each with how long ago the first one was, seconds."""
+        await self.ready()
+        self._service.audit.add_refusals(rows)
+
+    async def audit(self, wanted: AuditFilter, after: int, limit: int) -> tuple[StoredAuditRow, ...]:
+        """Return at most ``limit`` rows of the audit with a number above ``after``."""
+        await self.ready()
+        return self._service.audit.rows(wanted, after, limit)
 
     async def shutdown(self) -> None:
         """Stop every LLM and wrapper and close the database; the caller then kills the actor."""

@@ -29,6 +29,7 @@ CALL_TIMEOUT_S = 30.0
 
 AT_ONCE = {
     "keys": 4,
+    "audit": 1,
     "state": 64,
     "events": 8,
     "measurement": 4,

@@ -11,6 +11,7 @@ import stat
 import time
 import warnings
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from deployments.serve.steady_clock import SteadyClock
 from registry.access_errors import KeyRefused
 from registry.core.records import LLMSpec
 from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed, in_one_line
+from registry.service.audit import at_start
 from registry.service.keys import Keys, parse_key
 from registry.service.service import Service
 from registry.settings import Settings, differing, url_host
@@ -118,7 +120,8 @@ def _keep_operator_key(keys: Keys, file: Path) -> None:
         write_private(file, text)
     except (OSError, ValueError) as error:
         raise BadSettings("state_dir", f"{file} can't be used: {in_one_line(error)}") from error
-    keys.add(key)  # after the file: a key in a file that is not in force is replaced at the next start
+    made = at_start("/keys", HTTPStatus.CREATED)
+    keys.add(key, made)  # after the file: a key in a file that is not in force is replaced at the next start
 
 
 def _has_operator_key(keys: Keys, file: Path) -> bool:
@@ -131,7 +134,7 @@ def _has_operator_key(keys: Keys, file: Path) -> bool:
     if key is None or key.role is not Role.OPERATOR:
         return False
     if file.stat().st_mode & ANYONE_ELSE:
-        keys.revoke(key.key_id)
+        keys.revoke(key.key_id, at_start("/keys/{key_id}", HTTPStatus.NO_CONTENT))
         return False
     return True
 

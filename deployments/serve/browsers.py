@@ -157,18 +157,23 @@ class GuardedAPI(FastAPI):
     """
 
     def __init__(
-        self, hosts: Iterable[str], *, inner: Callable[[ASGIApp], ASGIApp] | None = None, **options: Any
+        self,
+        hosts: Iterable[str],
+        *,
+        inner: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+        outer: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+        **options: Any,
     ) -> None:
-        """``inner`` returns an app around this one, inside the guard; None: none."""
+        """``inner`` returns an app around this one, inside the guard; ``outer`` one around the guard."""
         # FastAPI's pages load scripts from elsewhere.
         super().__init__(docs_url=None, redoc_url=None, **options)
         self._hosts = hosts
-        self._inner = inner
+        self._inner, self._outer = inner, outer
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Return the app with its middleware, the guard outermost."""
-        app = super().build_middleware_stack()
-        return BrowserGuard(app if self._inner is None else self._inner(app), self._hosts, needs_json=_is_ours)
+        """Return the app with its middleware, and the guard around it."""
+        app = self._inner(super().build_middleware_stack())
+        return self._outer(BrowserGuard(app, self._hosts, needs_json=_is_ours))
 
 
 def _is_ours(path: str) -> bool:

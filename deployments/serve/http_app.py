@@ -25,6 +25,7 @@ from deployments.models.args.mapping import map_llmconfig
 from deployments.models.checkpoints import Checkpoints
 from deployments.models.small_files import FileTooLarge
 from deployments.models.sources import ModelSources
+from deployments.serve.audit import Audited, AuditTrail, audit_router
 from deployments.serve.body_limit import MIB, BodyLimit
 from deployments.serve.browsers import GuardedAPI
 from deployments.serve.energy_pages import EnergyPages
@@ -128,6 +129,7 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
     app = GuardedAPI(
         config.hosts,
         inner=_guards(config, call),
+        outer=lambda app: AuditTrail(app, call),
         title=TITLE,
         description=DESCRIPTION,
         version=version("greenprompt-llm-registry"),
@@ -137,6 +139,7 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
     _add_measurements(app, call)
     _add_machines(app, call)
     _add_keys(app, config, call)
+    app.include_router(audit_router(call, ERRORS))
     app.include_router(root_router(call))
     add_error_handlers(app)
     return app
@@ -170,6 +173,7 @@ def _add_post(app: FastAPI, config: IngressConfig, call: Call, checkpoints: Chec
     async def request_llms(
         body: PromptingRequest,
         caller: CallerTenant,
+        audited: Audited,
         idempotency_key: Annotated[
             str | None, Header(min_length=1, max_length=255, description=IDEMPOTENCY_KEY)
         ] = None,
@@ -180,7 +184,7 @@ def _add_post(app: FastAPI, config: IngressConfig, call: Call, checkpoints: Chec
         with withdrawals.unless_answered([llm.request_id for llm in llms], tenant, idempotency_key):
             idempotency = None if idempotency_key is None else Idempotency(idempotency_key, _sha256(body))
             wanted = body.measurementId, llms, tenant, body.priority_given, body.gpuType, idempotency
-            return _json_response(await call("request", *wanted, body.grade, body.like, access), status=201)
+            return _json_response(await call("request", *wanted, body.grade, body.like, access, audited), status=201)
 
     app.include_router(prompting)
 
@@ -222,9 +226,9 @@ def _add_requests(app: FastAPI, call: Call) -> None:
         return _json_response(await call("events", request_id, after, limit, access))
 
     @app.delete("/promptingservice/request/{request_id}", status_code=204, responses=UNKNOWN)
-    async def release_llm(request_id: str, access: CallerAccess) -> Response:
+    async def release_llm(request_id: str, access: CallerAccess, audited: Audited) -> Response:
         """Release the LLM, or cancel a request that is still waiting. Idempotent."""
-        await call("release", request_id, access)
+        await call("release", request_id, access, audited)
         return Response(status_code=204)
 
     @app.post("/promptingservice/request/{request_id}/keepalive", response_model=RequestState, responses=UNKNOWN)
@@ -306,14 +310,14 @@ def _add_machines(app: FastAPI, call: Call) -> None:
         return _json_response(await call("machine", machine_id))
 
     @app.post("/machines/{machine_id}/drain", response_model=MachineState, responses=UNKNOWN)
-    async def drain(machine_id: str) -> Response:
+    async def drain(machine_id: str, audited: Audited) -> Response:
         """Grant no new leases on the machine. When its leases have ended, its wrappers are removed. Idempotent."""
-        return _json_response(await call("drain", machine_id))
+        return _json_response(await call("drain", machine_id, audited))
 
     @app.delete("/machines/{machine_id}/drain", response_model=MachineState, responses=UNKNOWN)
-    async def undrain(machine_id: str) -> Response:
+    async def undrain(machine_id: str, audited: Audited) -> Response:
         """Use the machine again; its wrappers are recreated. Idempotent."""
-        return _json_response(await call("undrain", machine_id))
+        return _json_response(await call("undrain", machine_id, audited))
 
     @app.get("/llms", response_model=list[LLMState], responses=ERRORS)
     async def llms() -> Response:
@@ -345,16 +349,17 @@ def _add_keys(app: FastAPI, config: IngressConfig, call: Call) -> None:
         return _json_response(await call("keys"))
 
     @router.post("/keys", status_code=201, response_model=NewKey, responses=responses)
-    async def create_key(body: KeyRequest) -> Response:
+    async def create_key(body: KeyRequest, audited: Audited) -> Response:
         """Make an API key. Its text is in this answer only."""
         require_keys()
-        return _json_response(await call("create_key", body.role, body.tenant, body.name, body.days), status=201)
+        wanted = body.role, body.tenant, body.name, body.days
+        return _json_response(await call("create_key", *wanted, audited), status=201)
 
     @router.delete("/keys/{key_id}", status_code=204, responses=responses)
-    async def revoke_key(key_id: str) -> Response:
+    async def revoke_key(key_id: str, audited: Audited) -> Response:
         """Refuse a key; within 5 seconds everywhere. Leases of its tenant go on. Idempotent."""
         require_keys()
-        await call("revoke_key", key_id)
+        await call("revoke_key", key_id, audited)
         return Response(status_code=204)
 
     app.include_router(router)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from time import monotonic
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -46,7 +46,7 @@ PUBLIC = frozenset({"/", "/healthz", "/openapi.json", "/get_status", "/process_p
 """Paths that need no key. The last two need the token of a lease."""
 
 _BEARER = re.compile("Bearer +(.*)", re.IGNORECASE)
-_STATE, _AGAIN = "greenprompt_key", "greenprompt_key_again"
+_STATE, _AGAIN, _REFUSED = "greenprompt_key", "greenprompt_key_again", "greenprompt_key_refused"
 _ALL = frozenset(Role)
 _OWNERS = frozenset({Role.CLIENT, Role.OPERATOR})
 _OPERATORS = frozenset({Role.OPERATOR})
@@ -61,7 +61,7 @@ def allowed_roles(method: str, path: str) -> frozenset[Role] | None:
         return _CLIENTS
     if path.startswith(("/promptingservice/", "/measurements/")):
         return _OWNERS
-    if method in READING and path != "/keys" and not path.startswith("/keys/"):
+    if method in READING and path not in ("/keys", "/audit") and not path.startswith("/keys/"):
         return _ALL
     return _OPERATORS
 
@@ -74,12 +74,9 @@ class TrustedClients:
 
     def key_for(self, scope: Scope) -> APIKey | None:
         """Return a key of the tenant whose network a request comes from; None if there is none."""
-        source = _source(scope)
-        try:
-            address = ip_address(source)
-        except ValueError:
+        address = source_of(scope)
+        if address is None:
             return None
-        address = getattr(address, "ipv4_mapped", None) or address
         for network, tenant in self._tenants.items():
             if address in network:
                 return APIKey("", Role.CLIENT, tenant, str(network), "", 0.0)
@@ -97,7 +94,7 @@ class KeyGuard:
         self._call = call
         self._trusted = trusted
         self._believed: dict[tuple[str, str], tuple[APIKey, float]] = {}
-        self._refused: dict[tuple[str, str], tuple[str, float]] = {}
+        self._refused: dict[tuple[str, str], tuple[tuple[str, str], float]] = {}
         self._asking: dict[tuple[str, str], asyncio.Lock] = {}
         self._strangers = asyncio.Semaphore(STRANGERS_AT_ONCE)
 
@@ -107,15 +104,20 @@ class KeyGuard:
             roles = allowed_roles(scope["method"], scope["path"])
             if roles is not None:
                 try:
-                    scope[_STATE] = await self._key(scope, roles)
+                    await self._key(scope, roles)
                     scope[_AGAIN] = partial(self._key, scope, roles)
                 except RegistryError as error:
+                    if isinstance(error, KeyRefused):
+                        scope[_REFUSED] = error.key_id
                     await registry_error(error)(scope, receive, send)
                     return
         await self._app(scope, receive, send)
 
     async def _key(self, scope: Scope, roles: frozenset[Role]) -> APIKey:
-        """Return the key of a request. Raises KeyNeeded, KeyRefused, NotAllowed, and what the registry raises."""
+        """Return the key of a request, also in its scope.
+
+        Raises KeyNeeded, KeyRefused, NotAllowed, and what the registry raises.
+        """
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         bearer = _BEARER.fullmatch(given[0].decode("latin-1")) if len(given) == 1 else None
         found = None if bearer is None else parse_key(bearer[1])
@@ -125,6 +127,7 @@ class KeyGuard:
             raise KeyNeeded
         else:
             key = trusted
+        scope[_STATE] = key
         if key.role not in roles:
             raise NotAllowed(key.role, " or ".join(sorted(roles)))
         return key
@@ -142,9 +145,9 @@ class KeyGuard:
     async def _asked(self, this: tuple[str, str]) -> APIKey:
         """Return the registry's answer about a key, which is used for BELIEVED_S seconds; also if it is a refusal."""
         now_s = monotonic()
-        problem, until_s = self._refused.get(this, ("", 0.0))
+        (problem, key_id), until_s = self._refused.get(this, (("", ""), 0.0))
         if problem and now_s < until_s:
-            raise KeyRefused(problem)
+            raise KeyRefused(problem, key_id)
         known, until_s = self._believed.get(this, (None, 0.0))
         if known is not None and now_s < until_s:
             return known
@@ -154,7 +157,7 @@ class KeyGuard:
                 key: APIKey = await self._call("identify", *this)
             except KeyRefused as refusal:
                 self._believed.pop(this, None)
-                _remember(self._refused, this, (refusal.problem, now_s + BELIEVED_S))
+                _remember(self._refused, this, ((refusal.problem, refusal.key_id), now_s + BELIEVED_S))
                 raise
         _remember(self._believed, this, (key, now_s + BELIEVED_S))
         return key
@@ -212,17 +215,30 @@ CallerTenant = Annotated[Caller, Depends(_caller)]
 """The caller's tenant, by its key or else by X-Tenant, and which requests it may see."""
 
 
-def _source(scope: Scope) -> str:
+def key_of(scope: Scope) -> APIKey | None:
+    """Return the key of a request, also if its role does not allow the call; None if it has no key that is good."""
+    key: APIKey | None = scope.get(_STATE)
+    return key
+
+
+def refused_key_id(scope: Scope) -> str | None:
+    """Return the id of the revoked or expired key of a request; None for any other request."""
+    return scope.get(_REFUSED) or None
+
+
+def source_of(scope: Scope) -> IPv4Address | IPv6Address | None:
     """Return the address that a request comes from; if HAProxy of this machine sent it, the one that HAProxy names.
 
-    Empty if there is none.
+    None if there is none.
     """
     peer = str((scope.get("client") or ("", 0))[0])
     named = [value for name, value in scope["headers"] if name == SOURCE_HEADER]
     try:
-        from_here = ip_address(peer).is_loopback
+        address = ip_address(peer)
+        if address.is_loopback and named:
+            if len(named) != 1:
+                return None
+            address = ip_address(named[0].decode("latin-1"))
     except ValueError:
-        return ""
-    if not from_here or not named:
-        return peer
-    return named[0].decode("latin-1") if len(named) == 1 else ""
+        return None
+    return getattr(address, "ipv4_mapped", None) or address

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from registry.access_errors import KeyRefused, UnknownKey
 from registry.errors import InvalidField
-from registry.store.rows import APIKey
+from registry.store.rows import APIKey, AuditRow
 from registry.store.store import Store
 from registry.wire.words import Role
 
@@ -93,17 +93,20 @@ class Keys:
         key = APIKey(key_id, role, tenant, name, sha256_of(secret), now_s, expires_s)
         return key, f"{PREFIX}_{key_id}_{secret}"
 
-    def add(self, key: APIKey) -> None:
-        """Put a new key in force. Raises StoreUnavailable."""
-        self._put([key])
+    def add(self, key: APIKey, audit: AuditRow | None = None) -> None:
+        """Put a new key in force. ``audit``: the call that made it. Raises StoreUnavailable."""
+        self._put([key], audit)
 
-    def revoke(self, key_id: str) -> None:
-        """Refuse a key from now on. Idempotent. Raises UnknownKey, StoreUnavailable."""
+    def revoke(self, key_id: str, audit: AuditRow | None = None) -> None:
+        """Refuse a key from now on. ``audit``: the call that says so. Idempotent.
+
+        Raises UnknownKey, StoreUnavailable.
+        """
         key = self._keys.get(key_id)
         if key is None:
             raise UnknownKey(key_id)
         if key.revoked_s is None:
-            self._put([replace(key, revoked_s=self._now_s())])
+            self._put([replace(key, revoked_s=self._now_s())], audit)
 
     def identify(self, key_id: str, secret_sha256: str) -> APIKey:
         """Return the key with this id and secret, and note its use, without the store.
@@ -115,9 +118,9 @@ class Keys:
         if not hmac.compare_digest(known, secret_sha256) or key is None:
             raise KeyRefused("it is not known here")
         if key.revoked_s is not None:
-            raise KeyRefused("it was revoked")
+            raise KeyRefused("it was revoked", key_id)
         if key.expires_s is not None and key.expires_s <= now_s:
-            raise KeyRefused("it has expired")
+            raise KeyRefused("it has expired", key_id)
         self._used[key_id] = now_s
         return key
 
@@ -134,7 +137,9 @@ class Keys:
             self._used.clear()
             self._put(used)
 
-    def _put(self, keys: Sequence[APIKey]) -> None:
+    def _put(self, keys: Sequence[APIKey], audit: AuditRow | None = None) -> None:
+        if audit is not None:
+            audit = replace(audit, subject=keys[0].key_id, tenant=keys[0].tenant, at_s=self._now_s())
         with self._fail_stop():
-            self._store.put_api_keys(keys)
+            self._store.put_api_keys(keys, audit)
         self._keys |= {key.key_id: key for key in keys}

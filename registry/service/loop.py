@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import structlog
 
@@ -18,7 +19,7 @@ from registry.core.decision import Changes, Decision
 from registry.core.events import Event
 from registry.errors import InternalError, RegistryError, ShuttingDown, StoreUnavailable
 from registry.service.history import ids_of, log_fields, rows_of
-from registry.store.rows import IdempotencyRow
+from registry.store.rows import AuditRow, IdempotencyRow
 from registry.store.store import Store
 
 log = structlog.get_logger("registry.service.loop")
@@ -80,11 +81,18 @@ class Loop:
         self._act = act
         self._observer = observer
 
-    def apply(self, event: Event, *, cause: int | None = None, idempotency: IdempotencyRow | None = None) -> None:
+    def apply(
+        self,
+        event: Event,
+        *,
+        cause: int | None = None,
+        idempotency: IdempotencyRow | None = None,
+        audit: AuditRow | None = None,
+    ) -> None:
         """Decide on an event, commit the changes, start the effects. Blocks until the database has committed.
 
-        ``cause``: number of the event whose command this event answers. ``idempotency`` is written in the
-        same transaction.
+        ``cause``: number of the event whose command this event answers. ``idempotency`` and ``audit`` are written in
+        the same transaction; ``audit`` only if something changes.
 
         Raises:
             RegistryError: the event was refused; nothing has changed.
@@ -93,7 +101,7 @@ class Loop:
             Exception: the decision failed because of a bug, and ``on_fatal`` was called.
         """
         try:
-            self._apply(event, cause, idempotency)
+            self._apply(event, cause, idempotency, audit)
         finally:
             self._observer.handled(event)
 
@@ -129,14 +137,17 @@ class Loop:
         self.closed = True
         self._store.close()
 
-    def _apply(self, event: Event, cause: int | None, idempotency: IdempotencyRow | None) -> None:
+    def _apply(
+        self, event: Event, cause: int | None, idempotency: IdempotencyRow | None, audit: AuditRow | None
+    ) -> None:
         if self.closed:
             raise ShuttingDown
         now_s = self.now_s()
         decision = self._decide(event, now_s)
         changes, number = decision.changes, None
         if not changes.empty or idempotency is not None:
-            number = self._commit(event, changes, now_s, cause, idempotency)
+            audit = None if audit is None else replace(audit, at_s=now_s)
+            number = self._commit(event, changes, now_s, cause, idempotency, audit)
         if not changes.empty:
             self._on_changes(changes)
         self._act(event, decision.effects, number)
@@ -153,13 +164,19 @@ class Loop:
             raise
 
     def _commit(
-        self, event: Event, changes: Changes, now_s: float, cause: int | None, idempotency: IdempotencyRow | None
+        self,
+        event: Event,
+        changes: Changes,
+        now_s: float,
+        cause: int | None,
+        idempotency: IdempotencyRow | None,
+        audit: AuditRow | None,
     ) -> int | None:
         """Write a decision. Return the number of its first row in the event log, None if it has no rows."""
         self._observer.committing(event, changes)
         rows = rows_of(event, changes, self.allocator.request, now_s, cause)
         with self.fail_stop():
-            number = self._store.commit(changes, events=rows, idempotency=idempotency)
+            number = self._store.commit(changes, events=rows, idempotency=idempotency, audit=audit)
         for row in rows:
             log.info("event", **log_fields(row))
         self._observer.committed(event, changes)

@@ -45,6 +45,7 @@ from registry.errors import (
 )
 from registry.service.accounts import Accounts
 from registry.service.archive import KEPT, Archive
+from registry.service.audit import Audit
 from registry.service.commands import Commands
 from registry.service.expiry import Expiry
 from registry.service.keys import EVERYTHING, Access, Keys
@@ -59,7 +60,7 @@ from registry.service.waiters import Waiters
 from registry.service.watch import Watches
 from registry.service.wrapper_reports import WrapperReports
 from registry.settings import Settings
-from registry.store.rows import IdempotencyRow, StoredEvent
+from registry.store.rows import AuditRow, IdempotencyRow, StoredEvent
 from registry.store.store import Store
 from registry.wire.schemas import MAX_WAIT_S
 from registry.wire.words import Grade, Priority, RequestStatus
@@ -141,6 +142,7 @@ class Service:
             observer=observer or Observer(),
         )
         self.keys = Keys(store, now_s, loop.fail_stop)
+        self.audit = Audit(store, loop)
         turns, accounts, archive = Turns(), self.accounts, self.archive
         self._reports = reports = WrapperReports(loop, cluster, turns, accounts=accounts, settings=settings)
         self._commands = Commands(
@@ -148,10 +150,8 @@ class Service:
         )
         self._watches = watches = Watches(loop, reports, tasks, settings.watch)
         self._reconciler = Reconciler(loop, cluster, reports, watches, tasks=tasks, settings=settings, homes=homes)
-        forgotten = self._answered_again.difference_update
-        self._retention = Retention(
-            loop, store, archive, accounts, tasks=tasks, settings=settings, on_forgotten=forgotten
-        )
+        gone = self._answered_again.difference_update
+        self._retention = Retention(loop, store, archive, accounts, tasks=tasks, settings=settings, on_forgotten=gone)
         self._expiry = Expiry(loop, reports, self._retention, tasks=tasks, settings=settings)
 
     @property
@@ -203,8 +203,7 @@ class Service:
                 "LLMs did not stop in time; their wrappers are removed anyway", wrappers=self._stopping_wrappers()
             )
         await self._tasks.stop()
-        wrappers = self.allocator.wrappers()
-        await asyncio.gather(*map(self._reports.fetch_last_windows, wrappers))
+        await asyncio.gather(*map(self._reports.fetch_last_windows, self.allocator.wrappers()))
         wrapper_ids = [wrapper.wrapper_id for wrapper in self.allocator.wrappers()]
         await guarded("wrappers could not be removed", self._cluster.remove, wrapper_ids)
         self._loop.close()
@@ -236,8 +235,9 @@ class Service:
         grade: Grade = Grade.STANDARD,
         like_request_id: str | None = None,
         access: Access = EVERYTHING,
+        audit: AuditRow | None = None,
     ) -> tuple[Request, ...]:
-        """Accept requests for LLMs, and return them in the order given. The requests are stored then.
+        """Accept requests for LLMs, and return them in the order given. They, and ``audit``, are stored then.
 
         The caller chooses the request ids, so a retry is safe: for known ids or a known Idempotency-Key,
         the existing requests are returned.
@@ -274,11 +274,11 @@ class Service:
         self.archive.recall((tenant, measurement_id))
         self.archive.recall_request(like_request_id)
         asked = LeaseRequested(measurement_id, tuple(llms), tenant, priority, gpu_type, grade, like_request_id)
-        self._loop.apply(asked, idempotency=row)
+        self._loop.apply(asked, idempotency=row, audit=audit)
         return tuple(self.allocator.request(request_id) for request_id in ids)
 
-    def release(self, request_id: str, access: Access = EVERYTHING) -> None:
-        """Release or cancel a request. Idempotent.
+    def release(self, request_id: str, access: Access = EVERYTHING, audit: AuditRow | None = None) -> None:
+        """Release or cancel a request. ``audit``: the call that does it. Idempotent.
 
         Raises:
             UnknownRequest: no request has this id.
@@ -286,8 +286,9 @@ class Service:
             ShuttingDown: the registry's database is closed.
             StoreUnavailable: the database failed.
         """
-        if not self.known(request_id, access).status.ended:
-            self._loop.apply(LeaseReleased(request_id))
+        request = self.known(request_id, access)
+        if not request.status.ended:
+            self._loop.apply(LeaseReleased(request_id), audit=audit and replace(audit, tenant=request.tenant))
 
     def withdraw(self, request_ids: Sequence[str], *, tenant: str, key: str | None) -> None:
         """Release the requests of a POST whose answer did not reach the client. Idempotent.
@@ -366,22 +367,22 @@ class Service:
             request = self.known(request_id)
         return request
 
-    def drain(self, machine_id: str) -> None:
+    def drain(self, machine_id: str, audit: AuditRow | None = None) -> None:
         """Allow no new leases on a machine, and remove its wrappers once their leases have ended. Idempotent.
 
         Raises:
             UnknownMachine: no machine has this id.
             ShuttingDown: the registry's database is closed.
         """
-        self._loop.apply(MachineDrained(machine_id))
+        self._loop.apply(MachineDrained(machine_id), audit=audit)
 
-    def undrain(self, machine_id: str) -> None:
+    def undrain(self, machine_id: str, audit: AuditRow | None = None) -> None:
         """Allow new leases on a drained machine; its wrappers are created again. Idempotent.
 
         Raises:
             UnknownMachine, ShuttingDown: as for ``drain``.
         """
-        self._loop.apply(MachineUndrained(machine_id))
+        self._loop.apply(MachineUndrained(machine_id), audit=audit)
 
     def is_off(self, machine_id: str) -> bool:
         """True when a drained machine has no wrapper left: its GPUs are free, and it may be switched off.
@@ -398,10 +399,8 @@ class Service:
     async def wait_for_change(self, request_id: str, wait_s: float, seen: RequestStatus | None = None) -> Request:
         """Wait until a request's status differs from ``seen``, at most ``wait_s`` seconds. Return the request.
 
-        Waits longer than MAX_WAIT_S are cut to MAX_WAIT_S.
-
-        With ``seen=None``: return at once if it is ``deployed``, else wait for the next change of status. Requests that
-        have ended return at once.
+        Waits longer than MAX_WAIT_S are cut to MAX_WAIT_S. With ``seen=None``: return at once if it is ``deployed``,
+        else wait for the next change of status. Requests that have ended return at once.
 
         Raises:
             UnknownRequest, RequestForgotten: as for ``release``.

@@ -45,6 +45,9 @@ MAX_REQUESTS = 100
 MAX_WINDOWS = 1000
 """Maximum number of energy windows in one answer."""
 
+MAX_AUDIT = 1000
+"""Maximum number of audit entries in one answer."""
+
 WARMUP_HEADER = "X-GreenPrompt-Warmup"
 """Header that marks a prompt as a warm-up (``true``); warm-ups are not counted in figures."""
 
@@ -388,6 +391,32 @@ class NewKey(KeyState):
     """Answer of POST /keys."""
 
     key: str = Field(description="The key. It is stored nowhere and can't be read again")
+
+
+class AuditEntry(_Answered):
+    """A call that changed something, or equal refused calls within a minute."""
+
+    number: int = Field(description="Grows with every entry, in the order in which they were stored")
+    at: str = Field(description="Time of the call, of the first if there are several: ISO 8601, UTC")
+    method: str = Field(description="`start`: by the registry at its start; empty: several, not recorded one by one")
+    path: str | None = Field(description="Pattern of the path; null: there is no such path, or several")
+    status: int = Field(description="HTTP status of the answer")
+    code: str | None = Field(description="`code` of the error; null: the call was accepted")
+    key: str | None = Field(description="Id of the API key; null: none was accepted")
+    role: str | None = Field(description="Role of the key")
+    tenant: str | None = Field(description="Tenant that the call was for, as far as it is known")
+    source: str | None = Field(description="Address that the call came from; null: several")
+    about: str | None = Field(
+        description="Id of the request, machine or key that the call was about; of a POST, that of its first request"
+    )
+    count: int = Field(description="Number of equal calls")
+
+
+class AuditPage(_Answered):
+    """Answer of GET /audit, oldest first."""
+
+    entries: list[AuditEntry]
+    next: int | None = Field(None, description="Value of `after` for the next page; null: this is the last page")
 
 
 class ErrorAnswer(_Answered):

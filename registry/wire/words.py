@@ -54,7 +54,7 @@ class Role(StrEnum):
     """What an API key allows.
 
     client: requests for LLMs, and its own tenant's leases, measurements and reports. viewer: machines, LLMs and health,
-    nothing else. operator: machines, keys, and the requests of all tenants, but no lease's address.
+    nothing else. operator: machines, keys, audit, and the requests of all tenants, but no lease's address.
     """
 
     CLIENT = "client"

@@ -78,6 +78,12 @@ class Registry:
             self.cluster.looked.clear()
             await self.cluster.looked.wait()
 
+    async def until_forgotten_audit(self) -> None:
+        """Return when the audit is empty."""
+        while self.store.audit():
+            self.cluster.looked.clear()
+            await self.cluster.looked.wait()
+
 
 @pytest.fixture
 async def registry(database_url: str):

@@ -12,7 +12,7 @@ from registry.errors import LeaseEnded, NoSuchLease, UnknownMachine, UnknownMeas
 from registry.service.keys import Access
 from registry.service.news import News
 from registry.service.service import Idempotency
-from registry.store.rows import WindowPlace
+from registry.store.rows import AuditFilter, AuditRow, StoredAuditRow, WindowPlace
 from registry.wire.schemas import (
     AcceptedRequest,
     EventState,
@@ -24,7 +24,7 @@ from registry.wire.schemas import (
     RequestState,
     WrapperState,
 )
-from registry.wire.words import Grade, Priority
+from registry.wire.words import Grade, Priority, Role
 from tests.support.energy_windows import experiment_rows
 
 CREATED = "2026-01-01T00:00:00.000Z"
@@ -47,7 +47,8 @@ class FakeRegistry:
         self.news = News()
 
     async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
-        args = tuple(arg for arg in args if not isinstance(arg, Access))  # it has one caller, who may do everything
+        # It has one caller, who may do everything.
+        args = tuple(arg for arg in args if not isinstance(arg, Access | AuditRow))
         self.calls.append((method, args, wait_s))
         if self.error is not None:
             raise self.error
@@ -187,6 +188,13 @@ class FakeRegistry:
             status="ready",
         )
         return json.dumps([llm.model_dump(mode="json")])
+
+    def _audit(self, wanted: AuditFilter, after: int, limit: int) -> list[StoredAuditRow]:
+        row = AuditRow("DELETE", "/keys/{key_id}", 204, key_id="0a1b2c3d", role=Role.OPERATOR, at_s=1_800_000_000.0)
+        return [StoredAuditRow(after + 1, row)][:limit]
+
+    def _add_refusals(self, rows: list[tuple[AuditRow, float]]) -> None:
+        pass
 
     def _health(self) -> tuple[str, str]:
         state = HealthState(status=self.health, wrappers=1, usable=1, queued=0, version="0")

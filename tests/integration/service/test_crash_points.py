@@ -23,7 +23,7 @@ from registry.core.decision import Changes
 from registry.core.events import NewRequest
 from registry.core.records import LLMSpec, WrapperStatus
 from registry.errors import EngineStartFailed
-from registry.store.rows import EventRow, IdempotencyRow
+from registry.store.rows import AuditRow, EventRow, IdempotencyRow
 from registry.wire.words import RequestStatus
 from tests.support.fake_cluster import FakeCluster
 from tests.support.service_world import OTHER, THIRD, TINY, ServiceWorld, config_of
@@ -144,10 +144,14 @@ class PluggedWorld(ServiceWorld):
         commit = self.store.commit
 
         def plugged(
-            changes: Changes, *, events: Sequence[EventRow] = (), idempotency: IdempotencyRow | None = None
+            changes: Changes,
+            *,
+            events: Sequence[EventRow] = (),
+            idempotency: IdempotencyRow | None = None,
+            audit: AuditRow | None = None,
         ) -> int | None:
             self.plug.moment("decided, not committed")
-            number = commit(changes, events=events, idempotency=idempotency)
+            number = commit(changes, events=events, idempotency=idempotency, audit=audit)
             self.plug.moment("committed, nothing done")
             return number
 

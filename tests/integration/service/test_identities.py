@@ -15,19 +15,10 @@ from deployments.serve import identities
 from deployments.serve.actor import RegistryActor
 from deployments.serve.http_app import IngressConfig, build_app
 from deployments.serve.identities import SOURCE_HEADER
-from registry.access_settings import AccessSettings
-from registry.service.service import Service
 from registry.wire.words import Role
+from tests.support.keyed_registry import LLM, OLD_CLIENT, REQUEST, Scene, keyed_scene
 from tests.support.service_world import ServiceWorld
 
-LLM: dict[str, Any] = {
-    "modeltyp": "text-generation",
-    "model": "org/tiny",
-    "uses_chat_template": True,
-    "args": {"prompting": {}, "deployment": {}},
-}
-REQUEST = "/promptingservice/request"
-OLD_CLIENT = "10.0.5.7"
 CALLERS = ("nobody", "wrong", "revoked", "expired", "other", "viewer", "client", "operator")
 
 ROWS: dict[tuple[str, str], tuple[int, ...]] = {
@@ -49,6 +40,7 @@ ROWS: dict[tuple[str, str], tuple[int, ...]] = {
     ("POST", "/machines/{machine_id}/drain"): (401, 401, 401, 401, 403, 403, 403, 200),
     ("DELETE", "/machines/{machine_id}/drain"): (401, 401, 401, 401, 403, 403, 403, 200),
     ("GET", "/llms"): (401, 401, 401, 401, 200, 200, 200, 200),
+    ("GET", "/audit"): (401, 401, 401, 401, 403, 403, 403, 200),
     ("GET", "/keys"): (401, 401, 401, 401, 403, 403, 403, 200),
     ("POST", "/keys"): (401, 401, 401, 401, 403, 403, 403, 201),
     ("DELETE", "/keys/{key_id}"): (401, 401, 401, 401, 403, 403, 403, 204),
@@ -61,60 +53,11 @@ BODIES: dict[str, Any] = {
 UNHEARD_OF = {("GET", "/nothing"): 404, ("PATCH", "/machines"): 405, ("DELETE", "/measurements/7"): 405}
 
 
-class Scene:
-    """A registry that asks for keys, with a lease of the tenant ``lab``, measurement 7."""
-
-    def __init__(self, world: ServiceWorld, http: httpx.AsyncClient, now: dict[str, float]) -> None:
-        self.world, self.http, self.now = world, http, now
-        self.keys: dict[str, str] = {"wrong": f"gp_{'0' * 8}_{'x' * 43}"}
-        self.request_id = ""
-
-    @property
-    def service(self) -> Service:
-        return self.world.service
-
-    def make(self, caller: str, role: Role, tenant: str | None = None, days: float | None = None) -> str:
-        key, self.keys[caller] = self.service.keys.new(role, tenant=tenant, name=caller, days=days)
-        self.service.keys.add(key)
-        return key.key_id
-
-    async def ask(self, method: str, path: str, caller: str, **options: Any) -> httpx.Response:
-        headers = options.pop("headers", {})
-        if caller in self.keys:
-            headers = {**headers, "Authorization": f"Bearer {self.keys[caller]}"}
-        return await self.http.request(method, path, headers=headers, **options)
-
-
-async def _nothing() -> None:
-    """The start of a registry that has started."""
-
-
 @pytest.fixture
 async def scene(world: ServiceWorld, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     now = {"s": 1000.0}
     monkeypatch.setattr(identities, "monotonic", lambda: now["s"])
-    actor = RegistryActor.__new__(RegistryActor)
-    actor._settings, actor._service, actor._life = world.service.settings, world.service, "life"
-    actor._started = asyncio.create_task(_nothing())
-
-    async def call(method: str, *args: object, wait_s: float = 0.0) -> Any:
-        return await getattr(actor, method)(*args)
-
-    access = AccessSettings.model_validate({"keys": True, "trusted_clients": {OLD_CLIENT: "old"}})
-    config = IngressConfig(ModelSources(True, (), Path("/")), (), access=access)
-    transport = httpx.ASGITransport(app=build_app(config, call))
-    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
-        scene = Scene(world, http, now)
-        scene.make("client", Role.CLIENT, "lab")
-        scene.make("other", Role.CLIENT, "rivals")
-        scene.make("viewer", Role.VIEWER)
-        scene.make("operator", Role.OPERATOR)
-        scene.service.keys.revoke(scene.make("revoked", Role.OPERATOR))
-        scene.make("expired", Role.OPERATOR, days=1e-9)
-        world.clock.now_s += 1
-        accepted = await scene.ask("POST", REQUEST, "client", json={"measurementId": 7, "llms": [LLM]})
-        scene.request_id = accepted.json()["requests"][0]["requestId"]
-        await scene.service.wait_for_change(scene.request_id, 5.0)
+    async with keyed_scene(world, now) as scene:
         yield scene
 
 

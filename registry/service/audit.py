@@ -1,0 +1,114 @@
+"""The audit: who changed something in the registry, and who was refused; when, from where, with what outcome.
+
+* A call that changes something is written by its decision, in the same transaction: see ``Loop.apply`` and ``Keys``.
+* Refused calls are counted in the ingress (``Refusals``), which sends their rows to the registry once a minute.
+* What changes nothing has no row: reads, and calls that are repeated. Neither has a keep-alive, which is called often.
+
+Rows are deleted after ``keep_days``, and never changed.
+"""
+
+# D113: the audit
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from registry.errors import ShuttingDown
+from registry.service.loop import Loop
+from registry.store.rows import AuditFilter, AuditRow, StoredAuditRow
+from registry.store.store import Store
+
+ROWS_OF_ONE = 5
+"""Most rows with path and id that one source (or key) gets in a minute; its other refusals have neither."""
+
+ROWS_OF_STRANGERS = 20
+"""Most rows with a source in a minute, of all callers without a key together; likewise of each key."""
+
+AT_START = "start"
+"""The ``method`` of what the registry did at its start, without a call."""
+
+
+def at_start(path: str, status: int) -> AuditRow:
+    """Return the row of a change that the registry makes at its start, as the call of this path would."""
+    return AuditRow(AT_START, path, status)
+
+
+class Refusals:
+    """Counts refused calls. Equal ones share a row, and the number of rows is bounded, whatever callers send.
+
+    Times are seconds of any one clock. Not thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[AuditRow, tuple[float, int]] = {}
+        """By row: the time of the first call, and the number of calls."""
+        self._rows: Counter[str | None] = Counter()
+        """By key (None: no key): the number of rows."""
+        self._rows_of_one: Counter[tuple[str | None, str | None]] = Counter()
+        """By key and source: the number of rows that have path and id."""
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def add(self, row: AuditRow, at_s: float, count: int = 1) -> None:
+        """Count a refused call, whose ``at_s`` and ``count`` in ``row`` are not used."""
+        row = replace(row, at_s=0.0, count=1)
+        row = self._row_for(row)
+        first_s, so_far = self._counts.get(row, (at_s, 0))
+        self._counts[row] = min(first_s, at_s), so_far + count
+
+    def add_all(self, other: Refusals) -> None:
+        """Count the calls of another one, too."""
+        for row, (at_s, count) in other._counts.items():
+            self.add(row, at_s, count)
+
+    def rows(self, now_s: float) -> list[tuple[AuditRow, float]]:
+        """Return the rows with their counts, and how long ago the first call of each was, seconds."""
+        return [(replace(row, count=count), now_s - at_s) for row, (at_s, count) in self._counts.items()]
+
+    def _row_for(self, row: AuditRow) -> AuditRow:
+        """Return the row to count in: this one, the one of its source, or the one of all sources."""
+        of_source = replace(row, method="", path=None, subject=None)
+        one = row.key_id, row.source
+        if row in self._counts:
+            return row
+        if self._rows[row.key_id] < ROWS_OF_STRANGERS:
+            if row != of_source and self._rows_of_one[one] < ROWS_OF_ONE:
+                self._rows_of_one[one] += 1
+            else:
+                row = of_source
+            if row not in self._counts:
+                self._rows[row.key_id] += 1
+            return row
+        return of_source if of_source in self._counts else replace(of_source, source=None)
+
+
+class Audit:
+    """The stored audit of a registry. Not thread-safe."""
+
+    def __init__(self, store: Store, loop: Loop) -> None:
+        self._store = store
+        self._loop = loop
+
+    def add_refusals(self, rows: Iterable[tuple[AuditRow, float]]) -> None:
+        """Store refused calls, each with how long ago the first one was, seconds.
+
+        Raises:
+            ShuttingDown: the registry's database is closed.
+            StoreUnavailable: the database failed.
+        """
+        if self._loop.closed:
+            raise ShuttingDown
+        now_s = self._loop.now_s()
+        with self._loop.fail_stop():
+            self._store.add_audit([replace(row, at_s=now_s - ago_s) for row, ago_s in rows])
+
+    def rows(self, wanted: AuditFilter, after: int, limit: int) -> tuple[StoredAuditRow, ...]:
+        """Return the oldest ``limit`` (> 0) rows that are wanted with a number above ``after``, in the order stored.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        return self._store.audit(wanted, after=after, limit=limit)
