@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -30,6 +31,8 @@ from registry.wire.schemas import (
     MAX_WINDOWS,
     PROMPT_HEADER,
     WARMUP_HEADER,
+    AuditEntry,
+    AuditPage,
     HealthState,
     KeyState,
     MachineState,
@@ -373,6 +376,28 @@ class RegistryClient:
         """Refuse an API key from now on. Retried like ``status``. Idempotent. Raises as ``keys``."""
         self._insist("DELETE", f"/keys/{quote(key_id, safe='')}", {}, 60)
 
+    def audit(
+        self,
+        *,
+        since: datetime | None = None,
+        before: datetime | None = None,
+        tenant: str | None = None,
+        key_id: str | None = None,
+    ) -> Iterator[AuditEntry]:
+        """Yield the registry's audit, in the order in which it was stored. Needs an operator's key.
+
+        Only calls with ``since`` <= time < ``before`` (aware), for a tenant, with one key; None: all. Retried, and
+        raises, like ``status``.
+        """
+        wanted = {"since": _utc(since), "before": _utc(before), "tenant": tenant, "key": key_id}
+        params: dict[str, float | str] = {name: text for name, text in wanted.items() if text is not None}
+        while True:
+            page = read(AuditPage, self._insist("GET", "/audit", params, 60))
+            yield from page.entries
+            if page.next is None:
+                return
+            params["after"] = page.next
+
     def get(self, path: str) -> Any:
         """Return the JSON of /healthz, /machines, /llms or /measurements/{id}. Raises AnswerError, httpx.HTTPError."""
         return checked(self._http.get(path)).json()
@@ -384,6 +409,10 @@ def _checked_key(api_key: str) -> str:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise BadSettings("API key", "is empty, or has characters that no key has")
     return key
+
+
+def _utc(time: datetime | None) -> str | None:
+    return None if time is None else time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _path(request_id: str) -> str:

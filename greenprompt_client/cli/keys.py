@@ -47,14 +47,14 @@ def create(
     url: URLOption = DEFAULT_URL,
 ) -> None:
     """Make an API key and print it. It is stored nowhere: it can't be shown again."""
-    with interactive_client(url, key=_operator_key(key_file, url)) as registry:
+    with interactive_client(url, key=operator_key(key_file, url)) as registry:
         say(registry.create_key(role, tenant=tenant, name=name, days=days).key)
 
 
 @keys.command("list")
 def show(key_file: KeyFile = None, url: URLOption = DEFAULT_URL) -> None:
     """List all API keys, without their texts."""
-    with interactive_client(url, key=_operator_key(key_file, url)) as registry:
+    with interactive_client(url, key=operator_key(key_file, url)) as registry:
         found = registry.keys()
     table = Table("id", "role", "tenant", "name", "last used", "state", box=box.SIMPLE)
     for key in found:
@@ -70,12 +70,12 @@ def revoke(
     url: URLOption = DEFAULT_URL,
 ) -> None:
     """Refuse an API key, within 5 seconds. Leases of its tenant go on; 'release' ends one."""
-    with interactive_client(url, key=_operator_key(key_file, url)) as registry:
+    with interactive_client(url, key=operator_key(key_file, url)) as registry:
         registry.revoke_key(key_id)
     say(f"{key_id} is refused from now on")
 
 
-def _operator_key(file: Path | None, url: str) -> str:
+def operator_key(file: Path | None, url: str) -> str:
     """Return the key in the file; without a file, the key that all commands use. Raises BadSettings: there is none."""
     if file is None:
         key = default_key(url)

@@ -17,7 +17,7 @@ import stamina
 import typer
 
 from greenprompt_client.answers import UNEXPECTED, AnswerError
-from greenprompt_client.cli import keys, server
+from greenprompt_client.cli import audit, keys, server
 from greenprompt_client.cli.app import (
     DEFAULT_URL,
     EXIT_INTERRUPTED,
@@ -42,7 +42,7 @@ from registry.errors import BadSettings, RegistryError
 from registry.settings import Settings
 from registry.wire.schemas import MachineState
 
-__all__ = ["app", "keys", "main", "server"]
+__all__ = ["app", "audit", "keys", "main", "server"]
 
 
 ExperimentFile = Annotated[
