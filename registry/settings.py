@@ -56,7 +56,9 @@ class HTTPSettings(Section):
         description="Further host names by which clients reach the registry; those of `host`, `public_url` and the "
         "machine itself, and IP addresses, are always served",
     )
-    haproxy: bool = Field(True, description="Whether to serve through HAProxy, for several times the requests/s")
+    haproxy: bool = Field(
+        True, description="Whether to serve through HAProxy, which handles several times the requests/s"
+    )
 
     @model_validator(mode="after")
     def _haproxy_and_ipv6(self) -> HTTPSettings:
@@ -81,7 +83,7 @@ class HTTPSettings(Section):
             raise ValueError("must have no user name: address adds one with the token of the lease")
         if parts.query or parts.fragment:
             raise ValueError("must have no query and no fragment (? or #): paths are appended to it")
-        parts.hostname.encode("idna")  # clients will; raises a ValueError for labels that are too long
+        parts.hostname.encode("idna")  # clients encode it, too; raises ValueError if a label is too long
         return url
 
 
@@ -102,7 +104,9 @@ class WrapperSettings(Section):
 
     per_machine: int = Field(1, ge=1, le=64, description="Number of wrappers per machine")
     on_head: bool = Field(True, description="Whether the head of the Ray cluster is also an LLM Machine")
-    gpus_per_wrapper: int | None = Field(None, ge=1, description="null: the machine's GPUs, divided evenly")
+    gpus_per_wrapper: int | None = Field(
+        None, ge=1, description="GPUs of each wrapper; null: the machine's GPUs are divided evenly"
+    )
     deploy_timeout_s: float = Field(1800, gt=0, description="Time limit for download and start of an LLM, seconds")
     start_timeout_s: float = Field(300, gt=0, description="Time limit for the start of a wrapper, seconds")
     prompt_max_s: float = Field(600, gt=0, description="Time limit for a prompt, seconds; then it is cut")
@@ -131,8 +135,8 @@ class WrapperSettings(Section):
     stop_timeout_s: float = Field(
         30,
         gt=0,
-        description="Seconds after which Serve kills a wrapper that shuts down. Commands that stop an LLM allow the "
-        "same time. An engine that does not stop is killed after 5 s in any case",
+        description="Seconds after which Serve kills a wrapper that shuts down. Commands that stop an LLM have the "
+        "same time limit. An engine that does not stop is killed after 5 s in any case",
     )
 
 
@@ -155,8 +159,10 @@ class QueueSettings(Section):
     max_queued_per_tenant: int = Field(100_000, ge=1, description="Maximum number of waiting requests of one tenant")
     max_overtakes: int = Field(4, ge=0, description="How often later requests whose LLM runs may overtake a request")
     max_overtake_s: float = Field(60, ge=0, description="Seconds after its arrival in which a request may be overtaken")
-    deploy_attempts: int = Field(2, ge=1, description="Failed starts or deaths of an LLM until its request fails")
-    wrapper_attempts: int = Field(3, ge=1, description="Failures of a wrapper in a row until it is given up")
+    deploy_attempts: int = Field(
+        2, ge=1, description="A request fails after this many failed starts or deaths of its LLM"
+    )
+    wrapper_attempts: int = Field(3, ge=1, description="A wrapper is given up after this many failures in a row")
     tenant_weights: dict[TenantName, Annotated[float, Field(gt=0)]] = Field(
         {}, description="Turns of a tenant in the queue for each turn of a tenant that is not listed"
     )
@@ -168,8 +174,8 @@ class MeasurementSettings(Section):
     sticky_s: float = Field(
         600,
         ge=0,
-        description="Seconds after the release of its last LLM in which a measurement that gets new requests waits for "
-        "its previous machine. After that it may continue on another machine, and gets a flag",
+        description="How long a measurement that gets new requests waits for its previous machine, seconds after the "
+        "release of its last LLM. Later it may continue on another machine, and then gets a flag",
     )
 
 
@@ -182,7 +188,7 @@ class WatchSettings(Section):
 
 
 class MachineLLM(Section):
-    """An LLM that is deployed on the first wrapper of a machine without a request."""
+    """An LLM that is deployed without a request, on the first wrapper of a machine."""
 
     machine: str = Field("*", description="Id of the machine; `*`: every machine that is not named")
     llm: LLMConfig = Field(description="The llmconfig, as in a POST")

@@ -21,8 +21,8 @@ NODE_ID_DIGITS: Final = 6
 class Moment:
     """A timestamp of the monotonic clock of one wrapper process, seconds.
 
-    The registry sends the last timestamp that it has received back with each message. What the message
-    says was true at that time or later, however long the message takes.
+    Each message of the registry contains the last timestamp that it received from this process. The content of the
+    message was true at that time or later, however long the message takes.
     """
 
     process: str
@@ -59,8 +59,8 @@ class LeaseGrant:
 
     * ``ends_in_s``: remaining time of the lease, seconds from the receipt of this message.
     * ``idle_limit_s``: maximum idle time, seconds.
-    * ``model_revision``: commit of the LLM at the start of the lease, None before; a restarted engine gets the same
-      commit.
+    * ``model_revision``: commit of the LLM at the start of the lease, so that a restarted engine gets the same commit;
+      None: the lease has not started.
     * ``as_of``: as in Belief.
     * ``max_j`` [J], ``max_g`` [gCO2eq]: budget of the lease, None: no limit.
     * ``used_j`` [J], ``used_g`` [gCO2eq]: known use of the lease so far; a new process of the wrapper continues from

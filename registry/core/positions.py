@@ -95,7 +95,7 @@ class Positions:
         last_s = max(keys.last[0], self._turns.served_at)
         whole = min(max(math.ceil((turn.begins - _EPS - last_s) / group.step), 0), group.queued)
         count = whole * len(keys)
-        for round_ in range(whole, group.queued):  # few rounds: no turn is further than one step away
+        for round_ in range(whole, group.queued):  # few rounds: each next turn starts within one step
             begins = turn.begins - round_ * group.step
             if begins < self._turns.served_at - _EPS:
                 break

@@ -1,7 +1,7 @@
 """Sends the commands of decisions to wrappers; their results come back as events.
 
-Each command runs in a task of its own. It supersedes all older commands to its wrapper, by its epoch, so commands need
-no order.
+Each command runs in a task of its own. By its epoch it supersedes all older commands to its wrapper, whatever the order
+in which they arrive.
 """
 
 from __future__ import annotations

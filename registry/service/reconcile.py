@@ -45,8 +45,8 @@ def wanted_wrappers(
 
     * Without GPUs: ``per_machine`` wrappers.
     * ``gpus_per_wrapper`` given: as many wrappers as fit; none if the machine has fewer GPUs.
-    * ``gpus_per_wrapper`` None: its GPUs are divided evenly among ``per_machine`` wrappers, but no more wrappers than
-      GPUs, since Ray hides no GPU from a wrapper that asks for none.
+    * ``gpus_per_wrapper`` None: its GPUs are divided evenly among ``per_machine`` wrappers, or one each if it has fewer
+      GPUs. No wrapper is without GPU, since Ray would let it see all of them.
 
     ``homes`` maps a machine id, or ``*``, to the LLM of the machine's first wrapper.
     """

@@ -70,7 +70,7 @@ STOP_MARGIN_S = 10.0
 """A shutdown waits this much longer than an LLM may take to stop, seconds."""
 
 REMEMBERED_WITHDRAWALS = 10_000
-"""Maximum number of POSTs that are remembered because they were withdrawn before they arrived: the latest ones."""
+"""Maximum number of withdrawn POSTs that are remembered, in case they still arrive; the oldest are dropped first."""
 
 GRANT_WAIT_S = 0.25
 """Maximum time that a POST's answer waits for the hand-over of an LLM that already runs and is free, seconds. The
@@ -237,7 +237,7 @@ class Service:
         like_request_id: str | None = None,
         access: Access = EVERYTHING,
     ) -> tuple[Request, ...]:
-        """Accept requests for LLMs, and return them in the order given. The requests are stored then.
+        """Accept requests for LLMs, and return them in the order given. They are stored when this returns.
 
         The caller chooses the request ids, so a retry is safe: for known ids or a known Idempotency-Key,
         the existing requests are returned.
@@ -436,7 +436,7 @@ class Service:
 
         Raises:
             UnknownRequest: There is none, or none that the caller may see.
-            RequestForgotten: It was deleted after ``keep_days``; of an unknown tenant, so each caller is told.
+            RequestForgotten: It was deleted after ``keep_days``. Its tenant is unknown, so every caller gets this.
         """
         request = self.archive.request(request_id)
         if not access.sees(request.tenant):

@@ -49,7 +49,7 @@ WARMUP_HEADER = "X-GreenPrompt-Warmup"
 """Header that marks a prompt as a warm-up (``true``); warm-ups are not counted in figures."""
 
 PROMPT_HEADER = "X-GreenPrompt-Prompt"
-"""Header with the client's id of a prompt, percent-encoded; the same question has the same id in every lease."""
+"""Header with the client's id of a prompt, percent-encoded. Clients give a question the same id in every lease."""
 
 MAX_LLMCONFIG_BYTES = 256 * 1024
 """Longest llmconfig as JSON, bytes: each is stored for ``keep_days``."""
@@ -69,7 +69,7 @@ NonEmpty = Annotated[StrictStr, StringConstraints(min_length=1, max_length=1024)
 
 
 def _can_be_answered(args: dict[str, Any]) -> dict[str, Any]:
-    """Return args unchanged if they are strict JSON, which answers need; Python's parser accepts more.
+    """Check that args are strict JSON, as answers contain them, and return them. Python's parser accepts more.
 
     Raises:
         ValueError: they are not strict JSON, or nested deeper than MAX_ARGS_DEPTH.

@@ -93,7 +93,7 @@ def test_values_of_the_file_are_taken(write) -> None:
         ("ray: {address: ''}", "ray.address: is empty"),
         ("models: {cache_dir: ''}", "models.cache_dir: is empty"),
         ("models: {local_roots: [a, '']}", "models.local_roots.1: is empty"),
-        ('state_dir: "a\\0b"', "state_dir: a path can't have the character 0"),
+        ('state_dir: "a\\0b"', "state_dir: a path can't contain a NUL character"),
         ("leases: {max_s: 0}", "leases.max_s"),
         ("leases: {max_s: .inf}", "leases.max_s"),
         ("leases: {idle_s: .nan}", "leases.idle_s"),
