@@ -38,7 +38,7 @@ class Parts:
 
     @cached_property
     def reserved_s(self) -> float:
-        """The prompt's share of the machine's seconds, divided like the energy.
+        """The prompt's share of the time that passed, seconds; the time is divided like the energy.
 
         The shares of all prompts, and the seconds without a prompt, add up to the time that passed.
         """
@@ -46,12 +46,12 @@ class Parts:
 
     @cached_property
     def reserved_low_s(self) -> float:
-        """The least that the prompt's share of the machine's seconds can be."""
+        """The least that ``reserved_s`` can be."""
         return _of(self.low, self._seconds)
 
     @cached_property
     def reserved_high_s(self) -> float:
-        """The most that the prompt's share of the machine's seconds can be."""
+        """The most that ``reserved_s`` can be."""
         return _of(self.high, self._seconds)
 
     @cached_property
@@ -62,8 +62,8 @@ class Parts:
     def changes(self) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
         """The absolute changes of low, mid and high (in this order) at each of the times.
 
-        The error of a level moves energy from one side of its time to the other, so its effect is that error times this
-        change.
+        If the level at one of the times is wrong, energy is counted after this time instead of before it, or the other
+        way round. So the prompt's energy is wrong by the error of the level times the change of the part.
         """
         return _changes(self.low), _changes(self.mid), _changes(self.high)
 
@@ -155,7 +155,7 @@ def together(parts: Sequence[Level]) -> Level:
 
 
 def widened(flow: Level, error: float) -> Level:
-    """Return a flow whose error is larger by ``error``, in its units; similar windows have it with the same sign."""
+    """Return a flow with an additional error, in its units. Similar windows have this error with the same sign."""
     low, mid, high, provisional, systematic = flow
     return Level(max(low - error, 0.0), mid, high + error, provisional, systematic + error)
 
@@ -187,8 +187,8 @@ class Share(NamedTuple):
 
     ``whole`` is all that was counted. ``units`` is the estimate of the share; ``least`` and
     ``most`` are its bounds, computed from those of the parts. ``in_low``, ``in_mid`` and
-    ``in_high`` are the errors of ``least``, ``units`` and ``most`` due to the levels; ``blur`` is
-    the systematic error of ``units``.
+    ``in_high`` are the errors of ``least``, ``units`` and ``most`` that the errors of the levels
+    cause; ``blur`` is the systematic error of ``units``.
     """
 
     whole: Level
@@ -213,7 +213,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """A prompt's share of the machine's seconds in an interval, and of each source's counter, in order.
+    """A prompt's share of the time of an interval, seconds, and of each source's counter, in order.
 
     If a counter is unknown, the flag that says why is in its place. Shares of successive intervals
     can be added up.

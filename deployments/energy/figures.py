@@ -35,7 +35,7 @@ class Component(ComponentRecord):
         source: How the figure was obtained, in words.
         label: Where the figure comes from; never sourced.
         joules: The estimate, J.
-        low_j, high_j: Bounds, J, if the counter is right. They are certain for what a counter counts alone. For a
+        low_j, high_j: Bounds, J, if the counter is right. They are certain if the counter's energy is not shared. For a
             prompt's share they contain every division by the rules in `flights`, not every conceivable division. For a
             wrapper's part of a machine they hold if power grows linearly with CPU time (`machine_share`).
         resolution_j: Bound of the error due to the counter's steps, J; None if it is not known

@@ -4,8 +4,9 @@ Prompts that are in flight together share the energy by the rates at which their
 processed. A prompt token counts as much as its weight says, an output token as 1. A rate that was
 used for a stored figure is fixed, even if it was assumed, so that the shares add up to the whole.
 The range of a share is from the least to the greatest result of several divisions: by equal parts,
-by the weight's low and high, and for an engine that computes prompts one by one before their
-answers run together. The share of a prompt whose tokens are unknown can be anything from 0 to 1.
+by the weight's low, by its high, and by the energy that each prompt needs if the engine computes
+prompts one by one before their answers run together. The share of a prompt whose tokens are unknown
+can be anything from 0 to 1.
 
 Each answer waits until the parts of its prompt are computed, so the sums that they need are updated
 whenever a prompt begins or ends. The sums are in lists: numpy's arrays are slower for so few
@@ -227,7 +228,7 @@ class Flights:
         return max(flight.begun_with - self._forgotten, 0), max(end - self._forgotten, 0)
 
     def parts(self, flight: Flight, *, for_good: bool = False) -> tuple[Parts, bool]:
-        """Return the parts of an ended prompt after its sums in ``had``, and whether a rate was assumed for them.
+        """Return an ended prompt's parts for the time that ``had`` does not cover, and whether a rate was assumed.
 
         Another prompt's unknown rate is assumed to be this prompt's. Its own, if unknown, is
         assumed to be the mean of the known rates, over the time in which they are known. With
@@ -412,8 +413,8 @@ def _one_by_one(
     """Widen the range of a prompt's parts for an engine that computes prompts one by one, while all answers wait.
 
     A step for all answers costs no less than a step for one, and every output token of a prompt takes one step. So a
-    prompt's own prompt tokens take at most the part of the energy that they take when it runs alone. The prompt tokens
-    of all prompts in flight with it leave it at least its part of its own steps.
+    prompt's own prompt tokens take at most the part of the energy that they take when it runs alone. Even if the prompt
+    tokens of all prompts are computed in its time, the prompt gets at least its part of its own steps.
     """
     seconds = [end_s - start_s for start_s, end_s in pairwise(times_s)]
     shared_s = sum(length_s for place, length_s in zip(places, seconds, strict=True) if place.count > 1)

@@ -49,7 +49,7 @@ class _Sums(NamedTuple):
         return self.xx * self.yy - self.xy * self.xy
 
     def told_apart(self, whole: _Sums) -> bool:
-        """Whether both kinds of tokens vary, and not together; ``whole`` are the sums before the means were taken."""
+        """Whether both kinds of tokens vary independently; ``whole``: the sums before the means were subtracted."""
         vary = self.xx > _ROUNDING * whole.xx and self.yy > _ROUNDING * whole.yy
         return vary and self._determinant >= LEAST_SPREAD * self.xx * self.yy
 

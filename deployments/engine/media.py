@@ -41,7 +41,7 @@ class MediaLimits:
             return "a URL of an image, audio or video can't be read; send its content as a data: URL"
         if parts.scheme in ("http", "https") and parts.hostname in self.hosts:
             return None
-        allowed = f"; http and https URLs are allowed of {', '.join(self.hosts)}" if self.hosts else ""
+        allowed = f"; http and https URLs are allowed from these hosts: {', '.join(self.hosts)}" if self.hosts else ""
         return f"images, audio and video are not loaded from this URL; send their content as a data: URL{allowed}"
 
     @property

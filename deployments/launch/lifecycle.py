@@ -224,7 +224,7 @@ def end(settings: Settings, *, say: Say) -> None:
 
 @contextmanager
 def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
-    """Hold the lock of ``state_dir``; yield a function that writes what runs to up.json.
+    """Hold the lock of ``state_dir``; yield a function that records the running registry in up.json.
 
     Raises:
         BadSettings: Another process holds it, or the folder can't be written.

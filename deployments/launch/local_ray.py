@@ -49,8 +49,8 @@ RAY_ENVIRONMENT = {
 }
 """Environment of all Ray processes.
 
-No usage reports are sent, engines run at normal priority, the head does not grow, no proxy is used inside the cluster,
-and if memory runs out, the kernel kills an engine before any other part.
+No usage reports are sent, engines run at normal priority, the head's memory does not grow, no proxy is used inside the
+cluster, and if memory runs out, the kernel kills an engine before any other part.
 """
 
 ACCESS_FILE = "ray-token"
@@ -67,7 +67,7 @@ RAY_LAST_WORKER_PORT = 19_999
 """Default for the highest port of Ray's workers."""
 
 LEAST_CHOICE = 1000
-"""Fewest ports to choose free ones from."""
+"""Smallest range of ports in which free ones are searched."""
 
 REMOVE_TIMEOUT_S = 5.0
 """Longest time for removing a cluster's folder, seconds."""

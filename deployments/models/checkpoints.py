@@ -1,7 +1,7 @@
 """Reads checkpoint metadata: from folders, from the local Hugging Face cache, from the hub.
 
-Reads only headers, never weights, and no file into memory that is too large. Does not need torch, so that the ingress
-can use it.
+Reads only headers, never weights. A file that is too large is not read into memory. Does not need torch, so that the
+ingress can use it.
 """
 
 from __future__ import annotations

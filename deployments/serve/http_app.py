@@ -111,7 +111,7 @@ Call = Callable[..., Awaitable[Any]]
 
 Responses = dict[int | str, dict[str, Any]]
 
-# Without a description FastAPI takes the words of `http`, and 413 and 422 have other words from Python 3.13 on.
+# Without a description, FastAPI uses the status phrases of `http`. Those of 413 and 422 changed in Python 3.13.
 ERRORS: Responses = {
     422: {"model": ErrorAnswer, "description": "Unprocessable Content"},
     503: {"model": ErrorAnswer},
@@ -143,7 +143,7 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
 
 
 def _guards(config: IngressConfig, call: Call) -> Callable[[ASGIApp], ASGIApp]:
-    """Return what puts the guard of keys, if any, and the limit of bodies around an app."""
+    """Return a function that puts the limit of bodies around an app and, if keys are used, the guard of keys."""
     trusted = TrustedClients(config.access.trusted_clients)
 
     def limit(path: str) -> int:
@@ -352,7 +352,7 @@ def _add_keys(app: FastAPI, config: IngressConfig, call: Call) -> None:
 
     @router.delete("/keys/{key_id}", status_code=204, responses=responses)
     async def revoke_key(key_id: str) -> Response:
-        """Refuse a key; within 5 seconds everywhere. Leases of its tenant go on. Idempotent."""
+        """Revoke a key: within 5 seconds it is refused everywhere. Leases of its tenant continue. Idempotent."""
         require_keys()
         await call("revoke_key", key_id)
         return Response(status_code=204)

@@ -1,6 +1,6 @@
-"""Finds out who calls: asks for an API key before anything of a request is read, and says what its role allows.
+"""Authenticates callers: checks the API key before the body of a request is read, and what the key's role allows.
 
-Without ``access.keys`` every caller may do everything, as its tenant by the header ``X-Tenant``.
+Without ``access.keys`` every caller may do everything, for the tenant that its header ``X-Tenant`` names.
 """
 
 # D132: identities are keys of the registry
@@ -40,7 +40,7 @@ MOST_BELIEVED = 10_000
 """Most keys that are remembered."""
 
 STRANGERS_AT_ONCE = 4
-"""Most questions to the registry at one time about keys that were not good a moment ago."""
+"""Most concurrent calls to the registry about keys that it has not accepted before."""
 
 PUBLIC = frozenset({"/", "/healthz", "/openapi.json", "/get_status", "/process_prompt"})
 """Paths that need no key. The last two need the token of a lease."""
@@ -54,7 +54,7 @@ _CLIENTS = frozenset({Role.CLIENT})
 
 
 def allowed_roles(method: str, path: str) -> frozenset[Role] | None:
-    """Return the roles that may call a path; None: everybody, without a key. What is not named needs the most."""
+    """Return the roles that may call a path; None: no key is needed. A path without a rule here is for operators."""
     if path in PUBLIC:
         return None
     if path == "/promptingservice/request":
@@ -130,7 +130,7 @@ class KeyGuard:
         return key
 
     async def _identified(self, this: tuple[str, str]) -> APIKey:
-        """Ask the registry for a key (id and hash of its secret), once at a time; see ``_asked``."""
+        """Return the key with this id and hash of its secret: ``_asked``, with one call at a time for each key."""
         lock = self._asking.setdefault(this, asyncio.Lock())
         try:
             async with lock:
@@ -140,7 +140,7 @@ class KeyGuard:
                 self._asking.pop(this, None)
 
     async def _asked(self, this: tuple[str, str]) -> APIKey:
-        """Return the registry's answer about a key, which is used for BELIEVED_S seconds; also if it is a refusal."""
+        """Return the registry's answer about a key. An answer, or a refusal, is used again for BELIEVED_S seconds."""
         now_s = monotonic()
         problem, until_s = self._refused.get(this, ("", 0.0))
         if problem and now_s < until_s:
@@ -148,7 +148,7 @@ class KeyGuard:
         known, until_s = self._believed.get(this, (None, 0.0))
         if known is not None and now_s < until_s:
             return known
-        # Keys that were good a moment ago don't wait for a flood of wrong ones.
+        # A key that was accepted before does not wait behind many calls about wrong keys.
         async with nullcontext() if known is not None else self._strangers:
             try:
                 key: APIKey = await self._call("identify", *this)
@@ -184,7 +184,7 @@ Tenant = Annotated[
     TenantName,
     Header(
         description="Name of the tenant. Tenants take turns in the queue. Without API keys it is not authenticated; "
-        "with them, a client's key has its tenant, and any other name is refused"
+        "with them, a client's key belongs to a tenant, and any other name is refused"
     ),
 ]
 

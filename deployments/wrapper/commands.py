@@ -269,7 +269,7 @@ class WrapperCommands(Generic[L]):
             yield
 
     async def _end_lease(self, how: str) -> None:
-        """End the bound lease and cut its prompts. No effect, also on prompts, if it has expired."""
+        """End the bound lease and cut its prompts. If the lease has expired, its prompts are not cut here."""
         ended = self._gate.grant
         if ended is not None:
             self._gate.unbind(how)

@@ -64,7 +64,7 @@ class _Loads:
     def __init__(self) -> None:
         self._step: tuple[float, float] | None = None
         self._begun: tuple[float, float] | None = None
-        """``_step``: the counter's last step; ``_begun``: the last before the piece in progress. Time and joules."""
+        """``_step``: time and joules of the last step; ``_begun``: of the last step before the piece in progress."""
         self._last: tuple[float, float, bool] | None = None
         self._piece_j = self._piece_loaded_s = self._until_s = 0.0
         self.restart()

