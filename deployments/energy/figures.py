@@ -64,7 +64,7 @@ class Component(ComponentRecord):
         if joules is None:
             return
         if joules <= 0:
-            raise ValueError(f"{self.name}: {joules} J; what is not known is None")
+            raise ValueError(f"{self.name}: {joules} J; unknown joules must be None")
         if low_j is None or high_j is None or self.systematic_j is None or self.systematic_j < 0:
             raise ValueError(f"{self.name}: {joules} J need low_j, high_j and systematic_j")
         slack_j = _ROUNDING * max(joules, high_j)

@@ -17,7 +17,7 @@ def part(joules: float | None, label: Label = Label.MEASURED, **more: object) ->
 @pytest.mark.parametrize("joules", [0.0, -1.0])
 def test_no_bare_zero(joules: float) -> None:
     """A figure of 0 J, or less, can't be made."""
-    with pytest.raises(ValueError, match="what is not known is None"):
+    with pytest.raises(ValueError, match="unknown joules must be None"):
         part(joules)
 
 
