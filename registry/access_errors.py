@@ -49,7 +49,7 @@ class OtherTenant(RegistryError):
     tenant: str
 
     def __str__(self) -> str:
-        return f"X-Tenant: the API key is not one of tenant {self.tenant!r}; leave the header out"
+        return f"X-Tenant: the API key does not belong to tenant {self.tenant!r}; leave the header out"
 
 
 class UnknownKey(RegistryError):

@@ -25,9 +25,9 @@ class AccessSettings(Section):
     )
     trusted_clients: dict[IPv4Network | IPv6Network, TenantName] = Field(
         {},
-        description="Tenants of clients that can send no key, by network, e.g. `{10.0.5.7/32: lab}`: every caller "
-        "in the network counts as a client of this tenant. A call through another machine's proxy counts as a call "
-        "from that machine",
+        description="Networks whose clients can't send a key, each with its tenant, e.g. `{10.0.5.7/32: lab}`: every "
+        "caller in the network counts as a client of this tenant. A call through another machine's proxy counts as a "
+        "call from that machine",
     )
 
     @model_validator(mode="after")

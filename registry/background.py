@@ -36,7 +36,7 @@ def spawn(name: str, work: Coroutine[Any, Any, T], *, on_failure: OnFailure | No
         if task.cancelled():
             if task.cancelling():
                 return
-            error: BaseException | None = asyncio.CancelledError("it was cancelled from inside")
+            error: BaseException | None = asyncio.CancelledError("its own code raised CancelledError")
         else:
             error = task.exception()
         if error is not None:

@@ -79,7 +79,7 @@ class SiteEmbodiedSettings(EmbodiedSettings):
     def of_wrapper(self, *, gpus: int, on_machine: int) -> EmbodiedSettings | None:
         """Return the share of a wrapper with ``gpus`` GPUs, on a machine with ``on_machine`` wrappers.
 
-        None if not known: the figure is per GPU, and the wrapper has none.
+        None if the values are per GPU and the wrapper has no GPU: its share is then not known.
         """
         share = gpus if self.per == "gpu" else 1 / on_machine
         if not share:

@@ -157,14 +157,14 @@ class QueueSettings(Section):
 
     max_queued: int = Field(100_000, ge=1, description="Maximum number of waiting requests; others get 429")
     max_queued_per_tenant: int = Field(100_000, ge=1, description="Maximum number of waiting requests of one tenant")
-    max_overtakes: int = Field(4, ge=0, description="How often later requests whose LLM runs may overtake a request")
+    max_overtakes: int = Field(4, ge=0, description="How many later requests, whose LLM runs already, may go first")
     max_overtake_s: float = Field(60, ge=0, description="Seconds after its arrival in which a request may be overtaken")
     deploy_attempts: int = Field(
         2, ge=1, description="A request fails after this many failed starts or deaths of its LLM"
     )
     wrapper_attempts: int = Field(3, ge=1, description="A wrapper is given up after this many failures in a row")
     tenant_weights: dict[TenantName, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="Turns of a tenant in the queue for each turn of a tenant that is not listed"
+        {}, description="Weight of a tenant in the queue: its turns per turn of a tenant that is not listed"
     )
 
 

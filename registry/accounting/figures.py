@@ -69,7 +69,7 @@ class Figure(Estimate):
 
 @dataclass(frozen=True, slots=True)
 class BatchFigures:
-    """Figures of the leases' counted stretches, each read from the counters as one window, not summed from shares.
+    """Figures of the counted stretches of leases. The energy of a stretch is read from the counters, not summed.
 
     A stretch lasts from the start of the first prompt after the warm-up to the end of the last prompt.
     ``in_flight_max``, ``in_flight_mean``: number of prompts answered at the same time. ``flags``: number of stretches

@@ -35,7 +35,7 @@ CLOCK_S: Final = 0.1
 """Shortest `Hole` reported of an ended lease, seconds: shorter ones may be a difference of two machines' clocks."""
 
 DRIFT: Final = 1e-4
-"""Allowed drift between the two clocks, as a fraction of the lease's length; that part is added to CLOCK_S."""
+"""Allowed drift between the two clocks, as a fraction of the lease's length. That time is added to CLOCK_S."""
 
 RUNNING_S, RUNNING_SHARE = 1.0, 0.01
 """Shortest hole reported of a running lease: the longer of RUNNING_S seconds and this fraction of its length."""
@@ -381,7 +381,7 @@ def _hole(request: Request, own: Sequence[_Row]) -> Hole | None:
 def _length_s(request: Request, held: Sequence[_Row], leases: Sequence[_Row]) -> float | None:
     """Return the length of a lease so far, seconds; None if it has not begun, or has no windows yet.
 
-    A wrapper ends an expired lease before the registry does. If its lease windows are shorter, they give the length.
+    An expired lease ends on its wrapper first, so the length of its lease windows counts if that is shorter.
     """
     if request.deployed_s is None:
         return None

@@ -21,8 +21,8 @@ NODE_ID_DIGITS: Final = 6
 class Moment:
     """A timestamp of the monotonic clock of one wrapper process, seconds.
 
-    Each message of the registry contains the last timestamp that it received from this process. The content of the
-    message was true at that time or later, however long the message takes.
+    Each message of the registry contains the last timestamp that it received from this process. However long a
+    message takes, its content is at least as recent as that timestamp.
     """
 
     process: str
@@ -35,7 +35,7 @@ class Belief:
 
     * ``epoch``: epoch of the newest command to this wrapper.
     * ``request_id``: the request that has a lease on the wrapper, None without a lease.
-    * ``as_of``: the wrapper's own timestamp; this view was true then or later. None: none received yet.
+    * ``as_of``: timestamp of the wrapper's last report; this view is at least as recent. None: no report yet.
     * ``windows_kept``: number of the last energy window of this process that the registry has stored, 0: none.
     """
 

@@ -1,8 +1,8 @@
 """Energy windows: what a wrapper measured during a period of time, and the record of it. Pure.
 
 A wrapper writes the record once, as JSON. The registry stores this text and returns it unchanged, so
-the fields of `WindowDetail` are the keys of the record, in its order. `WindowJSON` has those of them that
-the registry reads. Records of other versions are accepted: keys may be missing or unknown.
+the fields of `WindowDetail` are the keys of the record, in its order. `WindowJSON` has only the keys
+that the registry reads. Records of other versions are accepted: keys may be missing or unknown.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Dispatcher:
         ledger = self._ledger
         while True:
             free = ledger.by_wrapper.free_sizes()
-            # ``touched`` is enough: on other machines nothing has changed for the measurements pinned to them.
+            # Measurements pinned to machines outside ``touched`` still have to wait: nothing has changed there.
             places = [
                 place
                 for place in (ledger.queue.places(ledger.touched) if free else ())
@@ -75,7 +75,7 @@ class Dispatcher:
     # --- the choice -------------------------------------------------------------------------------------
 
     def _any_free(self, place: Place) -> bool:
-        """True when the place has a free wrapper. The caller has checked that one of its sizes has a free wrapper."""
+        """True when the place has a free wrapper. The caller has checked that a free wrapper has one of its sizes."""
         if place.machine_id is None and not place.not_on:
             return True
         free = self._ledger.by_wrapper

@@ -285,7 +285,7 @@ class Queue:
         self._tenants: SortedSet[tuple[float, int, str]] = SortedSet()
         self._waiting: Counter[str] = Counter()
         self._by_priority: Counter[str] = Counter()
-        """By waiting tenant: how many turns in a row did not go to its oldest request that could be served."""
+        """By waiting tenant: how many of its turns in a row passed over its oldest request that could be served."""
         self._oldest: tuple[str, Rank] | None = None
         """The tenant whose turn it is, and its oldest request that can be served."""
 

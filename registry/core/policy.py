@@ -16,9 +16,9 @@ LOOK_AHEAD: Final = 16
 changes: one decision overtakes at most so many requests, and considers at most so many wrappers for eviction."""
 
 PRIORITY_TURNS: Final = 8
-"""After so many consecutive turns of a tenant that went by priority, one turn goes to its oldest request that can be
-served. So each older request delays a ``low`` request by at most PRIORITY_TURNS + 1 turns of its tenant; then the
-request itself waits for at most as many turns."""
+"""After so many consecutive turns by priority, the next turn of a tenant goes to its oldest request that can be served.
+So a ``low`` request waits at most PRIORITY_TURNS + 1 turns of its tenant for each older request, and as many more for
+its own turn."""
 
 Rank = tuple[int, int, int]
 """Order of measurements inside a tenant, smallest first: priority, arrival of the next request, measurementId."""
@@ -94,9 +94,9 @@ class Turns:
     The smallest turn is next; among equals, the tenant that has waited longer. Tenants that don't wait
     are forgotten, so turns can't be saved up and a new name gives no advantage.
 
-    Bound: a tenant waits from its last turn, or from the moment when it began to wait, until its next turn in which
-    it can be served. Meanwhile another tenant with w times its weight gets at most floor(w) + 1 turns, and no turn if
-    that other tenant began to wait later and its weight is not larger.
+    Bound: while a tenant waits for its next turn, another tenant with w times its weight gets at most floor(w) + 1
+    turns. It gets none if it began to wait later and w is at most 1. The wait begins with the tenant's last turn, or
+    when the tenant begins to wait. It ends with the tenant's next turn in which it can be served.
     """
 
     def __init__(self, weights: Iterable[tuple[str, float]]) -> None:

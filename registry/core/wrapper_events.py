@@ -193,7 +193,7 @@ class WrapperEvents:
         if request is not None:
             wrapper = ledger.wrappers[wrapper.wrapper_id]  # the request has failed, which has freed the wrapper
         self._started_free(wrapper, event.running is None, as_told, missed, now_s)
-        # Not in on_wrapper_added: if many wrappers are added after a loss, the next one may serve the request.
+        # Not in on_wrapper_added: of many wrappers that are added after a loss, a later one may serve the request.
         self._endings.fail_exhausted(now_s)
 
     def _started_for(self, request: Request, wrapper: Wrapper, as_told: bool, now_s: float) -> bool:

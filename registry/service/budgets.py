@@ -12,7 +12,7 @@ from registry.wire.labels import MEASURED
 from registry.wire.words import WindowKind
 
 CHARGED = (*SPENT, WindowKind.LEASE)
-"""Kinds of windows in a tenant's sum. Of lease windows only the label is used, as their joules are in other kinds."""
+"""Kinds of windows in a tenant's sum. Lease windows count only for their label: other kinds contain their joules."""
 
 WARN_SHARE = 0.8
 """From this fraction of a budget on, answers contain a warning."""

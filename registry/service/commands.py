@@ -130,7 +130,7 @@ class Commands:
 
     async def _bind(self, effect: BindLease) -> Event | None:
         wrapper_id, epoch, request_id = effect.wrapper_id, effect.epoch, effect.request_id
-        if wrapper_id not in self._reports.latest:  # the registry was restarted, and the grant needs a timestamp
+        if wrapper_id not in self._reports.latest:  # the grant needs the timestamp of a report
             await self._reports.fetch(wrapper_id)
         grant = self._grant(request_id)
         if grant is None:

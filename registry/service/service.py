@@ -293,8 +293,8 @@ class Service:
         """Release the requests of a POST whose answer did not reach the client. Idempotent.
 
         The client does not know their ids. The Idempotency-Key ``key`` is deleted, so that a retry
-        creates new requests. Nothing happens if a retry has already got these requests. If they are
-        unknown, ``request`` will refuse them: Ray may deliver the withdrawal before the POST.
+        creates new requests. Nothing happens if a retry has already got these requests. Ray may
+        deliver the withdrawal before the POST: ``request`` then refuses these ids.
 
         Raises:
             ShuttingDown: the registry's database is closed.
@@ -360,7 +360,7 @@ class Service:
         lease = self.allocator.lease_of(request_id)
         if lease is not None:
             stands = await self._cluster.touch(lease.wrapper_id, request_id)
-            held = self.allocator.lease_of(request_id) is not None  # still, after the call
+            held = self.allocator.lease_of(request_id) is not None  # it may have ended during the call
             if held and (stands or self.allocator.request(request_id).status is RequestStatus.DEPLOYING):
                 self._loop.apply(LeaseUsed(request_id, self._now_s()))
             request = self.known(request_id)

@@ -32,8 +32,8 @@ def http_client(
 ) -> httpx.Client:
     """Return a client of the server at ``base_url``, which the caller has to close. Sends nothing yet.
 
-    Timeouts: ``connect_s`` seconds for the connection, at most ``timeout_s`` (None: ``timeout_s``);
-    ``timeout_s`` seconds for everything else. The number of connections is not limited.
+    Timeouts, seconds: ``connect_s`` for the connection (``timeout_s`` if that is shorter, or if None);
+    ``timeout_s`` for everything else. The number of connections is not limited.
 
     Raises:
         BadSettings: ``base_url`` is invalid, or the environment names certificates or a proxy that can't be used; the

@@ -356,7 +356,7 @@ class HealthState(_Answered):
     wrappers: int
     usable: int
     queued: int
-    deploying: int = Field(0, description="Number of requests whose LLM is being started and has no lease yet")
+    deploying: int = Field(0, description="Number of requests with a wrapper but no lease yet: their LLM is starting")
     version: str
 
 
