@@ -74,10 +74,10 @@ class HeldLease:
     ) -> dict[str, Any]:
         """Return the wrapper's answer to a question: ``answer``, ``sci_score``, ``usage`` and more.
 
-        Its energy figures are provisional; ``window`` names the final energy window, see
-        ``windows``. That window contains ``prompt_id``, which should be the same for the same
-        question in every lease, and ``warmup``, which excludes the prompt from all figures except
-        those of whole leases (with idle time).
+        Its energy figures are provisional; ``window`` is the id of its final energy window, see
+        ``RegistryClient.windows``. That window also contains ``prompt_id`` and ``warmup``. Use the
+        same ``prompt_id`` for the same question in every lease. A warm-up is excluded from all
+        figures except those of whole leases (with idle time).
 
         Retries for up to RETRY_FOR_S seconds while the LLM has too many prompts or is being restarted, but never after
         ``timeout_s`` seconds without an answer. Several threads may prompt at once.
@@ -115,7 +115,7 @@ class RegistryClient:
     ) -> None:
         """Create a client of the ingress at ``base_url``, e.g. ``http://127.0.0.1:8000``; sends nothing yet.
 
-        The client's requests are queued for ``tenant``; None: that of the key, or the registry's ``default``.
+        ``tenant``: the tenant of the client's requests; None: the tenant of the key, or ``default`` without a key.
         ``api_key``: sent to the registry, and never to an LLM; None: the registry needs none.
         ``connect_for_s`` is how long a call tries to connect, seconds, until the registry has
         answered for the first time.
@@ -379,7 +379,10 @@ class RegistryClient:
 
 
 def _checked_key(api_key: str) -> str:
-    """Return the key without white space. Raises BadSettings if no header can have it; the text does not show it."""
+    """Return the key without white space at its ends.
+
+    Raises BadSettings, without the key in its text, if an HTTP header can't contain the key.
+    """
     key = api_key.strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise BadSettings("API key", "is empty, or has characters that no key has")

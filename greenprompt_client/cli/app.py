@@ -59,7 +59,10 @@ OPERATOR_KEYS = (Path("build/state/operator.key"), Path("~/greenprompt-state/ope
 
 
 def api_key() -> str | None:
-    """Return the API key from the environment: options would show it to all users of the machine. None: not set."""
+    """Return the API key from the environment, None if it is not set.
+
+    There is no option for it: all users of the machine can see the options of a running command.
+    """
     return os.environ.get(API_KEY_VARIABLE)
 
 
@@ -69,7 +72,7 @@ URLOption = Annotated[str, typer.Option("--url", help="Base URL of a running reg
 # D101: a client has dependencies of its own
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Return a context for imports that need an extra (``[server]``): without it, the command ends with one line.
+    """Return a context for imports that need an extra, e.g. ``server``. If it is missing, the command ends.
 
     Raises:
         typer.Exit: A package that is not ours can't be imported; standard error says what to install.

@@ -1,4 +1,4 @@
-"""The commands of API keys: who may use the registry. They need an operator's key."""
+"""The commands that make, list and revoke API keys. They need an operator's key."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def create(
     key_file: KeyFile = None,
     url: URLOption = DEFAULT_URL,
 ) -> None:
-    """Make an API key and print it. It is stored nowhere: it can't be shown again."""
+    """Make an API key and print it. It can't be shown again, because only its hash is stored."""
     with interactive_client(url, key=_operator_key(key_file, url)) as registry:
         say(registry.create_key(role, tenant=tenant, name=name, days=days).key)
 
@@ -69,7 +69,7 @@ def revoke(
     key_file: KeyFile = None,
     url: URLOption = DEFAULT_URL,
 ) -> None:
-    """Refuse an API key, within 5 seconds. Leases of its tenant go on; 'release' ends one."""
+    """Revoke an API key. It is refused after at most 5 seconds. Leases of its tenant continue; 'release' ends one."""
     with interactive_client(url, key=_operator_key(key_file, url)) as registry:
         registry.revoke_key(key_id)
     say(f"{key_id} is refused from now on")
@@ -80,7 +80,8 @@ def _operator_key(file: Path | None, url: str) -> str:
     if file is None:
         key = default_key(url)
         if key is None:
-            raise BadSettings("--key-file", "is needed: operator.key in the registry's state_dir, or an operator's key")
+            problem = "is needed: a file with an operator's key, such as operator.key in the registry's state_dir"
+            raise BadSettings("--key-file", problem)
         return key
     try:
         return file.read_text(encoding="utf-8")

@@ -94,7 +94,7 @@ def test_what_is_no_registry_is_one_line(run: Run, command: str, body: str) -> N
     """Another server's 200 is an error of one line, not a traceback."""
     ended, lines = run(command, httpx.Response(200, text=body))
     assert (ended, len(lines)) == (3, 1)
-    assert "no registry" in lines[0]
+    assert "is not a registry" in lines[0]
 
 
 @pytest.mark.parametrize("arguments", ["report 0", "report x", "drain", "nonsense", "status --nonsense"])
