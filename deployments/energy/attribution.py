@@ -25,10 +25,10 @@ from registry.wire.labels import Label, worst
 class Parts:
     """A prompt's part (0 < part <= 1) of the energy, from its start to its end, while others are in flight with it.
 
-    ``times_s`` are these two times and all times in between at which the part changes: one more
-    than there are parts. ``mid`` is one division of the whole: at any time the parts of all prompts
-    in flight add up to 1. ``low`` and ``high`` are the least and the most that the part can be at
-    that time.
+    ``times_s`` has the prompt's start, each time at which its part changes, and its end. So there is
+    one time more than parts. ``mid`` is one division of the whole: at any time the parts of all
+    prompts in flight add up to 1. ``low`` and ``high`` are the least and the most that the part can
+    be at that time.
     """
 
     times_s: Sequence[float]
@@ -91,8 +91,8 @@ def counted(
 ) -> Component:
     """Return the joules of a counter's flow over a time.
 
-    The component is flagged ``too_short`` if the time is too short to be ``citable``, or if the
-    counter does not prove any energy. It is then unavailable; with ``estimate_short`` it is
+    The component is flagged ``too_short`` if the time is too short (not ``citable``), or if the
+    lower bound of the counter's rise is 0. It is then unavailable; with ``estimate_short`` it is
     modelled instead, with the counter's bounds, unless the estimate is 0. It is unavailable and
     flagged ``implausible_power`` if the power is above 1.2 times the hardware's limit.
     """
@@ -115,7 +115,7 @@ def counted(
         worst((source.label, Label.MODELED)) if modeled else source.label,
         source.counter_label,
         joules,
-        low_j=min(low.low, joules),  # they differ by rounding only
+        low_j=min(low.low, joules),  # a bound passes the estimate only by rounding
         high_j=max(high.high, joules),
         resolution_j=max(high.mid - joules, joules - low.mid),
         systematic_j=min(max(more.high - joules, joules - less.low), max(high.high - joules, joules - low.low)),
@@ -186,9 +186,9 @@ class Share(NamedTuple):
     """A prompt's share of what one counter counted in an interval, in its units. Shares can be added up.
 
     ``whole`` is all that was counted. ``units`` is the estimate of the share; ``least`` and
-    ``most`` are its bounds, computed from those of the parts. ``in_low``, ``in_mid`` and
-    ``in_high`` are the errors of ``least``, ``units`` and ``most`` that the errors of the levels
-    cause; ``blur`` is the systematic error of ``units``.
+    ``most`` are its bounds, computed from those of the parts. The levels have errors;
+    ``in_low``, ``in_mid`` and ``in_high`` are their effects on ``least``, ``units`` and ``most``.
+    ``blur`` is the systematic error of ``units``.
     """
 
     whole: Level
@@ -231,7 +231,8 @@ class Shares:
     ) -> Shares:
         """Return the shares for a prompt's parts.
 
-        ``levels`` has each counter's levels at the times of the parts, ``errors`` its additional error, units.
+        ``levels`` has each counter's levels at the times of the parts. ``errors`` has each counter's additional
+        error, in its units.
         """
         both = zip(levels, errors, strict=False)
         counters = tuple(one if isinstance(one, Flag) else _share(parts, one).widened(error) for one, error in both)

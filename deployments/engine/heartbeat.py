@@ -4,7 +4,7 @@ An engine answers calls between two steps of its loop. Every few seconds it gets
 an answer shows that the loop runs. An engine counts as hung when:
 
 1. one of its processes is stopped (SIGSTOP);
-2. it has not answered for ``stall_s``, since a step may take long, or for 6 s if it has no work;
+2. it has not answered for ``stall_s`` while it has work (a step may take long), or for 6 s while it has none;
 3. it answers, but no prompt in flight has got a token for ``stall_s``; while prompts are still in prefill, for
    ``stall_s`` times the steps that the longest prefill takes;
 4. the call itself fails, or vLLM cancels it.

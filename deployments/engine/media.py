@@ -51,7 +51,7 @@ class MediaLimits:
 
     @property
     def variables(self) -> Mapping[str, str]:
-        """Environment variables of vLLM. A redirect could lead from an allowed host to any other."""
+        """Environment variables for vLLM: connector, size limit, no redirects. A redirect could lead to any host."""
         return {
             "VLLM_MEDIA_CONNECTOR": CONNECTOR,
             "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",

@@ -1,9 +1,9 @@
 """Changes how Serve runs HAProxy.
 
-HAProxy then ends with its parent, detects hang-ups, sends Retry-After, and logs no token. The
-resources that idle connections, a single source, and long polls can use are limited. This is done by
-editing the configuration that Serve has written; the places to be edited are checked against Serve's
-template.
+With the changes, HAProxy ends with its parent, detects hang-ups, sends Retry-After, and logs no
+token. The resources that idle connections, a single source, and long polls can use are limited.
+This is done by editing the configuration that Serve has written; the places to be edited are
+checked against Serve's template.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def require_known_template(template: str) -> None:
     """Raise BadSettings if Serve's template of HAProxy's configuration lacks a line that must be changed."""
     missing = first_missing_line(template)
     if missing is not None:
-        problem = f"this version of Ray writes a configuration of HAProxy without {missing!r}, which is changed here"
+        problem = f"HAProxy's configuration by this version of Ray lacks a line that has to be edited: {missing!r}"
         raise BadSettings(
             "http.haproxy", f"{problem}; use the Ray version in the lock file, or set http.haproxy to false"
         )

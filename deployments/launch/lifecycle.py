@@ -84,7 +84,7 @@ def _run(settings: Settings, folder: Path | None, record: Callable[..., None], s
         app.check(settings)
         say("Starting Ray, Serve and a wrapper (it imports vLLM once, about half a minute) …")
         try:
-            running = app.start(settings, folder, on_joined=_heed_signals)  # Ray has installed its own handlers
+            running = app.start(settings, folder, on_joined=_heed_signals)  # replaces Ray's signal handlers
             ready = running._asdict()
             record(pid=os.getpid(), folder=str(folder) if folder else None, **ready)
             for line in ready_lines(settings, ready):

@@ -88,7 +88,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
     The folder holds Ray's session (logs, sockets) and HAProxy's files, and is removed at the end. Each cluster gets a
     new access token in ``state_dir/ray-token``; secrets, if there are any, are in ``state_dir/secrets.json``; both are
     removed at the end. Only this user can enter the folder or read these files. Ray opens its own folder to all users,
-    so nothing of ours lies in that one.
+    so our files are not in it.
 
     Raises:
         BadSettings: HAProxy is wanted, and not installed or not usable with this version of Ray.

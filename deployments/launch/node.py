@@ -48,7 +48,7 @@ _FOUND_SOON = {
     "RAY_health_check_failure_threshold": "3",
 }
 
-# D51: also while Redis restarts
+# D51: long enough for a restart of Redis, too
 # How long nodes and wrappers survive while the head restarts, seconds; Ray's default is 60.
 _OUTLIVE_THE_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
 

@@ -42,7 +42,7 @@ class HasLine:
 
 
 _PROVIDER = "ray.autoscaler._private.local.node_provider"
-_AT_A_START = "when Serve starts HAProxy itself and not our program, which edits Serve's file at each start"
+_AT_A_START = "when Serve starts HAProxy without our program; the program edits Serve's file at each start"
 
 HAPROXY: Final = tuple(
     Patch("HAProxy", name, How.EDITED, why, tuple(map(HasLine, patterns)), _AT_A_START)
@@ -169,6 +169,6 @@ def text_of_serve(name: str) -> str:
 
 
 def first_missing_line(template: str) -> str | None:
-    """Return the first pattern of HAPROXY that no line of a template matches; None if all have one."""
+    """Return the first pattern of HAPROXY that no line of a template matches; None if there is none."""
     guards = (guard for patch in HAPROXY for guard in patch.guards if isinstance(guard, HasLine))
     return next((guard.pattern for guard in guards if guard.missing_in(template)), None)

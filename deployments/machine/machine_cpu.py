@@ -119,7 +119,7 @@ class MachineCPU:
         strange = self._last.strange_to(last) / (now_s - last.at_s)
         most = max(STRANGERS_CORES, STRANGERS_PART * self.tree.processors)
         if strange > most:
-            # They may be unknown descendants of wrappers, whose time counts from their start: search before deciding.
+            # It may be new descendants of wrappers that were active. Once found, their time counts from their start.
             for tree in (self.tree, *self._others.values()):
                 tree.refresh(now_s, 0.0)
             found = self.wrappers_s(now_s)

@@ -90,4 +90,4 @@ def write_private(file: Path, text: str, *, executable: bool = False) -> None:
         opened.write(text)
         if executable:
             os.fchmod(opened.fileno(), stat.S_IRWXU)
-    new.replace(file)  # keeps neither the mode of an old file nor the target of a link
+    new.replace(file)  # drops an old file's mode, and replaces a link instead of its target

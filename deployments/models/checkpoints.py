@@ -168,7 +168,7 @@ def read_hub(model: str, revision: str | None) -> Checkpoint | None:
         return None
     api = HfApi()
     # First, because this call does not retry without a network. All later calls use the commit it returns. Only the
-    # commit is asked for: the rest of the answer is as long as the model's author makes it.
+    # commit is asked for, because the model's author decides how large the rest of the answer is.
     commit = api.model_info(model, revision=revision, timeout=HUB_TIMEOUT_S, expand=["sha"]).sha
     files = api.get_paths_info(model, [CONFIG, SINGLE, INDEX], revision=commit)
     sizes = {file.path: file.size for file in files if isinstance(file, RepoFile)}

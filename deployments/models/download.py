@@ -205,7 +205,7 @@ def _download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
 
     if order.cache_dir is not None:
         for leftover in (Path(order.cache_dir) / _folder_of(order.model) / "blobs").glob("*.incomplete"):
-            leftover.unlink()  # from a killed download: the hub's library gives each a new name
+            leftover.unlink()  # a killed download left it, and the next one uses another name
 
     def load(*names: str) -> str:
         return snapshot_download(

@@ -27,7 +27,7 @@ RETRY_FOR_S = 10.0
 CALL_TIMEOUT_S = 30.0
 """Longest wait for one answer of the actor, in addition to the wait that was requested, seconds.
 
-A read waits at most as long for its turn, while AT_ONCE calls of its method are in progress.
+While AT_ONCE calls of a reading method are in progress, a further one also waits up to this long.
 """
 
 AT_ONCE = {

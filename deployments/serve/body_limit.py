@@ -48,7 +48,7 @@ class BodyLimit:
             try:
                 await self._app(scope, body.receive, body.send)
             except Exception:
-                if not body.longer:  # else the error follows from the ``http.disconnect``
+                if not body.longer:  # else ``http.disconnect`` has caused the error
                     raise
         if body.longer and not body.answered:
             openai = "/v1/" in scope["path"]

@@ -159,7 +159,7 @@ class GuardedAPI(FastAPI):
     def __init__(
         self, hosts: Iterable[str], *, inner: Callable[[ASGIApp], ASGIApp] | None = None, **options: Any
     ) -> None:
-        """``inner`` returns an app around this one, inside the guard; None: none."""
+        """``inner`` adds an app between the guard and this one; None: there is none."""
         # FastAPI's pages load scripts from elsewhere.
         super().__init__(docs_url=None, redoc_url=None, **options)
         self._hosts = hosts
@@ -176,9 +176,9 @@ def _is_ours(path: str) -> bool:
 
 
 def _is_address(name: str) -> bool:
-    """Whether it is an IP address, as in a Host header.
+    """Whether the host of a Host header is an IP address.
 
-    Then the URL has this address, too. DNS rebinding needs a host name in the URL, so addresses are safe.
+    A browser sends the host of the URL in this header. DNS rebinding needs a name in the URL, so addresses are safe.
     """
     try:
         if name[0] == "[":

@@ -139,10 +139,10 @@ class GPUPower(_GPU):
         self.problem: ReadFailed | CounterLost | None = None
         self.sampling_j = 0.0
         """Possible error of ``joules_so_far``, J. The samples show a change of power with a delay: at most one refresh
-        time plus one sampling gap. The integral is exact if the delay is half of that. So a change of power makes an
-        error of at most the change times half of the longest delay."""
+        time plus one sampling gap. The integral is exact for half of this longest delay. So a change of power causes
+        an error of at most the change times half of the longest delay."""
         self._longest_gap_s = 0.0
-        # A mean over a time belongs to a moment within that time, so the integral lags by at most that time.
+        # A mean may describe any moment of the averaged time, so the integral lags by at most that time.
         self.max_age_s = (_REFRESHED_S if instant else _AVERAGED_S) + _MAX_SAMPLE_GAP_S
         what = "of the moment" if instant else "each the mean of a second"
         self.origin = f"NVML power samples of the GPU and its memory, {what}, integrated"

@@ -23,8 +23,8 @@ UNLIMITED_W = 4095.0
 _LONGEST_WRAP_S = 2.0
 """Longest time between two readings, seconds, for which a fall counts as a wrap; after more it is a gap."""
 _WRAP_SLACK_S = 0.25
-"""Allowed delay of a reading after its recorded time, seconds, when a fall is checked for a wrap. The rise itself is
-checked afterwards with exact times, like every step."""
+"""A fall is checked for a wrap as if the reading were this many seconds later than recorded, because a read may be
+delayed. The rise itself is checked afterwards with exact times, like every step."""
 _MOVES_TO_TELL = 3
 _DIE = re.compile(r"(package-\d+)-die-\d+")
 

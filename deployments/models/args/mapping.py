@@ -145,10 +145,10 @@ def map_llmconfig(
     """Translate a whole llmconfig. Equal meanings give equal results.
 
     The spec's fingerprint therefore does not depend on order or spelling. ``field`` is the place of the llmconfig in
-    the client's body (``llms[0]``). ``located`` is the model's hub id or absolute folder (``ModelSources.locate``),
-    None: a hub id as written. ``allow_remote_code`` is the setting: the code that models may bring. ``spec.gpus`` is
-    the number of GPUs that the parallel sizes need, 0 if they need at most one: the LLM then uses all GPUs of its
-    wrapper. Whether the model's source is allowed is not checked here.
+    the client's body (``llms[0]``). ``located`` is the model's hub id or absolute folder (``ModelSources.locate``);
+    with None the model is used as written, as a hub id. ``allow_remote_code`` is the setting: the code that models may
+    bring. ``spec.gpus`` is the number of GPUs that the parallel sizes need. If they need at most one, it is 0, and the
+    LLM uses all GPUs of its wrapper. Whether the model's source is allowed is not checked here.
 
     Raises:
         InvalidField: A field is missing or has an invalid value; its name begins with ``field``.
