@@ -15,7 +15,15 @@ from registry.strict_yaml import STRICT_JSON
 
 ENV_PREFIX: Final = "GREENPROMPT_"
 
-NOT_SETTINGS: Final = ("URL", "API_KEY", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_PRELOAD", "SECRETS_FILE")
+NOT_SETTINGS: Final = (
+    "URL",
+    "API_KEY",
+    "CA_FILE",
+    "ENGINE_OWNER_PID",
+    "ENGINE_PHASE_FILE",
+    "ENGINE_PRELOAD",
+    "SECRETS_FILE",
+)
 """Variables with our prefix that are not settings: the command line reads them, or parts set them for others."""
 
 EMPTY: Final = "is empty; leave it out, or give it a value"
