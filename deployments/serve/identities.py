@@ -35,6 +35,7 @@ Address = IPv4Address | IPv6Address
 SOURCE_HEADER = b"x-greenprompt-source"
 """HAProxy sets this header to the address of its client, and removes what a client sent under this name."""
 
+# D114: the client's address behind a proxy
 FORWARDED_HEADER = b"x-greenprompt-forwarded"
 """HAProxy sets this header to the client's last ``X-Forwarded-For`` header, and removes what came under this name."""
 
