@@ -13,6 +13,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -110,6 +112,7 @@ class RegistryClient:
         *,
         tenant: str | None = None,
         api_key: str | None = None,
+        ca_file: Path | None = None,
         timeout_s: float = 60.0,
         connect_for_s: float = RETRY_FOR_S,
     ) -> None:
@@ -117,11 +120,14 @@ class RegistryClient:
 
         ``tenant``: the tenant of the client's requests; None: the tenant of the key, or ``default`` without a key.
         ``api_key``: sent to the registry, and never to an LLM; None: the registry needs none.
+        ``ca_file``: file (PEM) of the CA of a registry behind TLS, and of its leases, the only one to be trusted;
+        None: what the environment and certifi trust.
         ``connect_for_s`` is how long a call tries to connect, seconds, until the registry has
         answered for the first time.
 
         Raises:
-            BadSettings: The URL is invalid, or the environment names unusable certificates or an unusable proxy.
+            BadSettings: The URL is invalid, ``ca_file`` has no certificates, or the environment names unusable
+                certificates or an unusable proxy. Calls raise it if the registry's certificate is not trusted.
         """
         headers = {} if tenant is None else {TENANT_HEADER: tenant}
         if api_key is not None:
@@ -129,9 +135,10 @@ class RegistryClient:
                 raise BadSettings("the registry's URL", "has a user name, which would be sent in place of the API key")
             headers["Authorization"] = f"Bearer {_checked_key(api_key)}"
         self._connect_for_s = connect_for_s
-        self._http = http_client(base_url, timeout_s=timeout_s, connect_s=connect_for_s, headers=headers)
+        make = partial(http_client, base_url, timeout_s=timeout_s, connect_s=connect_for_s, ca_file=ca_file)
+        self._http = make(headers=headers)
         # A wrapper must not get the key: the LLM's code runs there.
-        self._prompts = http_client(base_url, timeout_s=timeout_s, connect_s=connect_for_s)
+        self._prompts = make()
 
     def __enter__(self) -> Self:
         return self

@@ -31,6 +31,7 @@ from registry.environment import (
     variables,
 )
 from registry.errors import BadSettings
+from registry.http_settings import HTTPSettings, within
 from registry.model_settings import ModelSettings, absolute
 from registry.strict_yaml import load_yaml
 from registry.wire.schemas import LLMConfig, TenantName
@@ -41,50 +42,6 @@ LONGEST_MONTH_DAYS = 31
 
 MOST_PROBLEMS = 8
 """Maximum number of a configuration's problems in one error."""
-
-
-class HTTPSettings(Section):
-    """The HTTP address of the ingress and the wrappers."""
-
-    host: str = Field("127.0.0.1", description="Network interface on which Serve's proxy listens")
-    port: int = Field(8000, ge=1, le=65535, description="Port on which Serve's proxy listens")
-    public_url: str | None = Field(None, description="Base URL for clients; null: http://host:port")
-    allowed_hosts: tuple[
-        Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$", to_lower=True)], ...
-    ] = Field(
-        (),
-        description="Further host names by which clients reach the registry; those of `host`, `public_url` and the "
-        "machine itself, and IP addresses, are always served",
-    )
-    haproxy: bool = Field(
-        True, description="Whether to serve through HAProxy, which handles several times the requests/s"
-    )
-
-    @model_validator(mode="after")
-    def _haproxy_and_ipv6(self) -> HTTPSettings:
-        # Serve 2.60 omits the brackets of IPv6 addresses in its health check of HAProxy.
-        if self.haproxy and ":" in self.host:
-            raise ValueError("host can't be an IPv6 address with HAProxy: use 127.0.0.1 or 0.0.0.0, or haproxy: false")
-        return self
-
-    @field_validator("public_url")
-    @classmethod
-    def _is_base_url(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        if any(character.isspace() for character in url):
-            raise ValueError("contains a space")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("needs a scheme and a host, as in http://head.example:8000")
-        if parts.port == 0:  # reading an invalid port raises ValueError
-            raise ValueError("port 0 can't be reached")
-        if parts.username is not None:
-            raise ValueError("must have no user name: address adds one with the token of the lease")
-        if parts.query or parts.fragment:
-            raise ValueError("must have no query and no fragment (? or #): paths are appended to it")
-        parts.hostname.encode("idna")  # clients encode it, too; raises ValueError if a label is too long
-        return url
 
 
 class RaySettings(Section):
@@ -285,6 +242,11 @@ class Settings(BaseSettings):
                 )
         if self.access.trusted_clients and not self.http.haproxy:
             raise ValueError("access.trusted_clients needs http.haproxy: true, which knows where a call comes from")
+        for network in self.access.trusted_clients:
+            if any(within(network, proxies) for proxies in self.http.trusted_proxies):
+                raise ValueError(
+                    f"access.trusted_clients: {network} is in http.trusted_proxies: a proxy itself is never a client"
+                )
         return self
 
     @model_validator(mode="after")

@@ -128,9 +128,10 @@ errorfile 400 {folder}/400.http\
 errorfile 408 {folder}/408.http
 s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503 default-errorfiles#
 /http-after-response set-header retry-after/d
-/^http-request (set-header x-greenprompt-source|del-header x-forwarded-for)/d
+/^http-request (set-header x-greenprompt-(source|forwarded)|del-header x-forwarded-for)/d
 /^frontend http_frontend/a \
 http-request set-header x-greenprompt-source %[src]\
+http-request set-header x-greenprompt-forwarded %[req.fhdr(x-forwarded-for)]\
 http-request del-header x-forwarded-for\
 http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }
 """

@@ -40,6 +40,7 @@ from registry.accounting.window_report import WindowsPage
 from registry.core.events import NewRequest
 from registry.core.records import LLMMemory, LLMSpec
 from registry.errors import InvalidField
+from registry.http_settings import Network
 from registry.service.service import Idempotency
 from registry.wire.schemas import (
     MAX_EVENTS,
@@ -96,6 +97,7 @@ class IngressConfig:
     """The settings that the ingress needs. ``state_dir`` is checked if the registry does not answer.
 
     ``hosts``: the host names that are served, see ``BrowserGuard``. ``prompt_mib``: longest body of a prompt, MiB.
+    ``trusted_proxies``: see ``TrustedClients``.
     """
 
     sources: ModelSources
@@ -104,6 +106,7 @@ class IngressConfig:
     hosts: tuple[str, ...] = ()
     access: AccessSettings = field(default_factory=AccessSettings)
     prompt_mib: int = 64
+    trusted_proxies: tuple[Network, ...] = ()
 
 
 Call = Callable[..., Awaitable[Any]]
@@ -144,7 +147,7 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
 
 def _guards(config: IngressConfig, call: Call) -> Callable[[ASGIApp], ASGIApp]:
     """Return a function that puts the limit of bodies around an app and, if keys are used, the guard of keys."""
-    trusted = TrustedClients(config.access.trusted_clients)
+    trusted = TrustedClients(config.access.trusted_clients, config.trusted_proxies)
 
     def limit(path: str) -> int:
         # A prompt to the root is redirected, and its body is dropped.

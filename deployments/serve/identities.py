@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from time import monotonic
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -23,15 +23,21 @@ from deployments.error_answers import registry_error
 from deployments.serve.browsers import READING
 from registry.access_errors import KeyNeeded, KeyRefused, NotAllowed, OtherTenant
 from registry.errors import RegistryError
+from registry.http_settings import Network
 from registry.service.keys import EVERYTHING, Access, parse_key
 from registry.store.rows import APIKey
 from registry.wire.schemas import TenantName
 from registry.wire.words import Role
 
 V = TypeVar("V")
+Address = IPv4Address | IPv6Address
 
 SOURCE_HEADER = b"x-greenprompt-source"
 """HAProxy sets this header to the address of its client, and removes what a client sent under this name."""
+
+# D114: the client's address behind a proxy
+FORWARDED_HEADER = b"x-greenprompt-forwarded"
+"""HAProxy sets this header to the client's last ``X-Forwarded-For`` header, and removes what came under this name."""
 
 BELIEVED_S = 2.0
 """How long the registry's answer about a key is used again, seconds. A revoked key is refused after this time."""
@@ -67,22 +73,34 @@ def allowed_roles(method: str, path: str) -> frozenset[Role] | None:
 
 
 class TrustedClients:
-    """Tenants of clients that send no key, by the network that they call from."""
+    """Tenants of clients that send no key, by the network that they call from.
 
-    def __init__(self, tenants: Mapping[IPv4Network | IPv6Network, str]) -> None:
+    A call through one of the ``proxies`` comes from the address that the proxy names.
+    """
+
+    def __init__(self, tenants: Mapping[Network, str], proxies: Sequence[Network] = ()) -> None:
         self._tenants = tenants
+        self._proxies = proxies
 
     def key_for(self, scope: Scope) -> APIKey | None:
         """Return a key of the tenant whose network a request comes from; None if there is none."""
-        source = _source(scope)
-        try:
-            address = ip_address(source)
-        except ValueError:
+        address = self._client(scope)
+        if address is None:
             return None
-        address = getattr(address, "ipv4_mapped", None) or address
         for network, tenant in self._tenants.items():
             if address in network:
                 return APIKey("", Role.CLIENT, tenant, str(network), "", 0.0)
+        return None
+
+    def _client(self, scope: Scope) -> Address | None:
+        """Return the address that a request comes from: the last one that is not a trusted proxy's.
+
+        None if a trusted proxy names no other address, or something that is no address.
+        """
+        for name in reversed(_named(scope)):
+            address = _address(name)
+            if address is None or not any(address in network for network in self._proxies):
+                return address
         return None
 
 
@@ -212,17 +230,29 @@ CallerTenant = Annotated[Caller, Depends(_caller)]
 """The caller's tenant, by its key or else by X-Tenant, and which requests it may see."""
 
 
-def _source(scope: Scope) -> str:
-    """Return the address that a request comes from; if HAProxy of this machine sent it, the one that HAProxy names.
+def _named(scope: Scope) -> list[str]:
+    """Return the addresses that a request names, as text; each was written by the one after it.
 
-    Empty if there is none.
+    The last one is where it comes from: by HAProxy of this machine, or else its peer.
     """
     peer = str((scope.get("client") or ("", 0))[0])
-    named = [value for name, value in scope["headers"] if name == SOURCE_HEADER]
+    address = _address(peer)
+    if address is None or not address.is_loopback or not any(name == SOURCE_HEADER for name, _ in scope["headers"]):
+        # Also another machine's HAProxy: it hands on what its client wrote, and does not add its client's address.
+        return [peer]
+    return [*map(str.strip, _only(scope, FORWARDED_HEADER).split(",")), _only(scope, SOURCE_HEADER)]
+
+
+def _only(scope: Scope, header: bytes) -> str:
+    """Return the value of a header; empty if it is missing, or if there are several."""
+    values = [value for name, value in scope["headers"] if name == header]
+    return values[0].decode("latin-1") if len(values) == 1 else ""
+
+
+def _address(text: str) -> Address | None:
+    """Return the address that a text is, without a port; IPv4 for one that is mapped to IPv6. None if it is none."""
     try:
-        from_here = ip_address(peer).is_loopback
+        address = ip_address(text)
     except ValueError:
-        return ""
-    if not from_here or not named:
-        return peer
-    return named[0].decode("latin-1") if len(named) == 1 else ""
+        return None
+    return getattr(address, "ipv4_mapped", None) or address

@@ -67,6 +67,14 @@ def api_key() -> str | None:
 
 
 URLOption = Annotated[str, typer.Option("--url", help="Base URL of a running registry.", envvar="GREENPROMPT_URL")]
+CAFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of the CA of a registry behind TLS (PEM), the only one to be trusted. Default: public CAs.",
+        envvar="GREENPROMPT_CA_FILE",
+        show_default=False,
+    ),
+]
 
 
 # D101: a client has dependencies of its own
@@ -117,10 +125,12 @@ def _operator_key(url: str) -> str | None:
     return None
 
 
-def interactive_client(url: str, tenant: str | None = None, *, key: str | None = None) -> RegistryClient:
+def interactive_client(
+    url: str, ca_file: Path | None = None, *, tenant: str | None = None, key: str | None = None
+) -> RegistryClient:
     """Return a client for a command; if nothing listens at ``url``, it fails within seconds.
 
     ``key`` None: see ``default_key``.
     """
     key = default_key(url) if key is None else key
-    return RegistryClient(url, tenant=tenant, api_key=key, connect_for_s=CONNECT_FOR_S)
+    return RegistryClient(url, tenant=tenant, api_key=key, ca_file=ca_file, connect_for_s=CONNECT_FOR_S)

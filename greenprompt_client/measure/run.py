@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -61,10 +62,10 @@ SPEED_OVER_S = 3600.0
 """Period for the speed that the remaining time is computed from, seconds: long enough to include starts of LLMs."""
 
 
-def run_measure(plan: Plan, console: Console, api_key: str | None = None) -> bool:
+def run_measure(plan: Plan, console: Console, api_key: str | None = None, ca_file: Path | None = None) -> bool:
     """Run or resume an experiment, and show its progress.
 
-    ``api_key``: for a registry that needs one.
+    ``api_key`` and ``ca_file``: for a registry that needs them, see ``RegistryClient``.
 
     However it ends, even by Ctrl-C: LLMs are released, and the folder has the figures of all answers so far.
 
@@ -78,7 +79,7 @@ def run_measure(plan: Plan, console: Console, api_key: str | None = None) -> boo
     """
     experiment = plan.experiment
     with (
-        RegistryClient(experiment.url, tenant=experiment.tenant, api_key=api_key) as registry,
+        RegistryClient(experiment.url, tenant=experiment.tenant, api_key=api_key, ca_file=ca_file) as registry,
         Results(experiment.output, plan, measurement_id=experiment.measurement_id or new_id()) as results,
     ):
         plan = results.plan

@@ -434,6 +434,31 @@ def test_trusted_clients_need_haproxy() -> None:
         Settings.model_validate({"http": {"haproxy": False}, "access": access})
 
 
+@pytest.mark.parametrize(
+    ("proxies", "problem"),
+    [
+        (["0.0.0.0/0"], "names all addresses"),
+        (["::/0"], "names all addresses"),
+        (["10.0.0.1/24"], "not a valid IPv4 network"),
+        (["front.example"], "not a valid"),
+        (["10.0.0.0/24"], r"10\.0\.0\.7/32 is in http\.trusted_proxies"),
+    ],
+)
+def test_proxies_that_make_no_sense(proxies: list[str], problem: str) -> None:
+    """Proxies are some networks, and a trusted client is none of them."""
+    access = {"keys": True, "trusted_clients": {"10.0.0.7": "lab", "2001:db8::7": "lab"}}
+    with pytest.raises(ValueError, match=problem):
+        Settings.model_validate({"http": {"trusted_proxies": proxies}, "access": access})
+
+
+def test_a_proxy_in_the_network_of_its_clients() -> None:
+    """A network of clients may contain the proxy: the others in it are clients. Addresses have no mask."""
+    access = {"keys": True, "trusted_clients": {"10.0.0.0/24": "lab", "2001:db8::/64": "lab"}}
+    proxies = ["10.0.0.7", "2001:db8::7/128"]
+    found = Settings.model_validate({"http": {"trusted_proxies": proxies}, "access": access}).http.trusted_proxies
+    assert [str(network) for network in found] == ["10.0.0.7/32", "2001:db8::7/128"]
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_needs_no_keys(host: str) -> None:
     """A registry for this machine alone needs no keys."""

@@ -158,7 +158,7 @@ def test_every_field_of_a_request_can_be_said_everywhere() -> None:
 
 def test_every_field_of_an_experiment_has_an_option() -> None:
     """Options alone are enough: each field has one, and those of ``args`` are --arg and --deployment-arg."""
-    options = inspect.signature(measure).parameters.keys() - {"experiment"}
+    options = inspect.signature(measure).parameters.keys() - {"experiment", "ca_file"}
     assert options == Experiment.model_fields.keys() - {"args"} | {"arg", "deployment_arg"}
 
 

@@ -325,7 +325,7 @@ class StandIn:
     asked_for: ClassVar[list[str | None]] = []
     """The tenants in whose name it was asked."""
 
-    def __init__(self, url: str, *, tenant: str | None, api_key: str | None, connect_for_s: float) -> None:
+    def __init__(self, url: str, *, tenant: str | None, connect_for_s: float, **_: object) -> None:
         self.url, self.connect_for_s = url, connect_for_s
         self.asked_for.append(tenant)
 
