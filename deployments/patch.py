@@ -81,8 +81,7 @@ class Has:
 class Patch:
     """One patch: code of another library that is replaced or read, and why.
 
-    ``put_back``: when the library's own code is restored. For code that is only read: what would
-    make the patch unnecessary.
+    ``put_back``: when the library's own code is restored. "only read" for code that is not changed.
     """
 
     library: str

@@ -55,7 +55,7 @@ def read(kind: type[T], response: httpx.Response) -> T:
     try:
         return TypeAdapter(kind).validate_json(response.content)
     except ValueError:
-        text = "what answers there is no registry, or one that this client does not understand"
+        text = "the server at this URL is not a registry, or a registry whose answers this client does not understand"
         raise AnswerError(response.status_code, UNEXPECTED, text) from None
 
 
@@ -77,7 +77,7 @@ def checked(response: httpx.Response) -> httpx.Response:
         answer = ErrorAnswer.model_validate_json(response.content)
     except ValueError:
         text = response.text.strip().partition("\n")[0][:200] or response.reason_phrase
-        # From a proxy whose server is being restarted.
+        # A 503 without a registry's body comes from a proxy, probably because the server behind it is being restarted.
         passing = response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
         raise AnswerError(response.status_code, UNEXPECTED, text, passing) from None
     passing = answer.retryable and response.status_code in _PASSING

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -77,10 +79,10 @@ class HeldLease:
     ) -> dict[str, Any]:
         """Return the wrapper's answer to a question: ``answer``, ``sci_score``, ``usage`` and more.
 
-        Its energy figures are provisional; ``window`` names the final energy window, see
-        ``windows``. That window contains ``prompt_id``, which should be the same for the same
-        question in every lease, and ``warmup``, which excludes the prompt from all figures except
-        those of whole leases (with idle time).
+        Its energy figures are provisional; ``window`` is the id of its final energy window, see
+        ``RegistryClient.windows``. That window also contains ``prompt_id`` and ``warmup``. Use the
+        same ``prompt_id`` for the same question in every lease. A warm-up is excluded from all
+        figures except those of whole leases (with idle time).
 
         Retries for up to RETRY_FOR_S seconds while the LLM has too many prompts or is being restarted, but never after
         ``timeout_s`` seconds without an answer. Several threads may prompt at once.
@@ -113,18 +115,22 @@ class RegistryClient:
         *,
         tenant: str | None = None,
         api_key: str | None = None,
+        ca_file: Path | None = None,
         timeout_s: float = 60.0,
         connect_for_s: float = RETRY_FOR_S,
     ) -> None:
         """Create a client of the ingress at ``base_url``, e.g. ``http://127.0.0.1:8000``; sends nothing yet.
 
-        The client's requests are queued for ``tenant``; None: that of the key, or the registry's ``default``.
+        ``tenant``: the tenant of the client's requests; None: the tenant of the key, or ``default`` without a key.
         ``api_key``: sent to the registry, and never to an LLM; None: the registry needs none.
+        ``ca_file``: file (PEM) of the CA of a registry behind TLS, and of its leases, the only one to be trusted;
+        None: what the environment and certifi trust.
         ``connect_for_s`` is how long a call tries to connect, seconds, until the registry has
         answered for the first time.
 
         Raises:
-            BadSettings: The URL is invalid, or the environment names unusable certificates or an unusable proxy.
+            BadSettings: The URL is invalid, ``ca_file`` has no certificates, or the environment names unusable
+                certificates or an unusable proxy. Calls raise it if the registry's certificate is not trusted.
         """
         headers = {} if tenant is None else {TENANT_HEADER: tenant}
         if api_key is not None:
@@ -132,9 +138,10 @@ class RegistryClient:
                 raise BadSettings("the registry's URL", "has a user name, which would be sent in place of the API key")
             headers["Authorization"] = f"Bearer {_checked_key(api_key)}"
         self._connect_for_s = connect_for_s
-        self._http = http_client(base_url, timeout_s=timeout_s, connect_s=connect_for_s, headers=headers)
+        make = partial(http_client, base_url, timeout_s=timeout_s, connect_s=connect_for_s, ca_file=ca_file)
+        self._http = make(headers=headers)
         # A wrapper must not get the key: the LLM's code runs there.
-        self._prompts = http_client(base_url, timeout_s=timeout_s, connect_s=connect_for_s)
+        self._prompts = make()
 
     def __enter__(self) -> Self:
         return self
@@ -404,7 +411,10 @@ class RegistryClient:
 
 
 def _checked_key(api_key: str) -> str:
-    """Return the key without white space. Raises BadSettings if no header can have it; the text does not show it."""
+    """Return the key without white space at its ends.
+
+    Raises BadSettings, without the key in its text, if an HTTP header can't contain the key.
+    """
     key = api_key.strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise BadSettings("API key", "is empty, or has characters that no key has")

@@ -16,8 +16,8 @@ Row = tuple[str, MachineFigures]
 """The name of an LLM (with its machine, if it has several) and its figures."""
 
 READING = (
-    "A figure is the sum over all prompts divided by the sum of their units, with its 95 % interval below it. "
-    'Warm-ups are not in it, except in "with idle time", which is that of whole leases.'
+    "A figure is the sum over all prompts divided by the sum of their units. Below it is its 95 % interval. "
+    'Warm-ups are excluded, except from "with idle time", which covers whole leases.'
 )
 
 _PREFIXES = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
@@ -86,7 +86,7 @@ def parts(rows: Sequence[Row]) -> Iterator[str]:
             energy, embodied = (
                 bounded_text(part, scale) for part in (figures.operational_per_unit, figures.embodied_per_unit)
             )
-            yield f"{name}: of the score energy is {energy}, embodied carbon {embodied}."
+            yield f"{name}: the score's part for energy is {energy}, and for embodied carbon {embodied}."
 
 
 def problems(rows: Sequence[Row]) -> Iterator[str]:
@@ -116,10 +116,10 @@ def problems(rows: Sequence[Row]) -> Iterator[str]:
         if figures.with_idle.value is not None and figures.with_idle.too_few not in {None, *reasons}:
             yield f"{name}: score with idle time: no 95 % interval: {figures.with_idle.too_few}"
         if figures.unmarked:
-            yield f"{name}: {figures.unmarked} prompts don't say whether they are warm-ups, and count."
+            yield f"{name}: {figures.unmarked} prompts don't say whether they are warm-ups, and are counted as prompts."
     machines = sorted({figures.machine or "an unknown one" for _, figures in rows})
     if len(machines) > 1:
-        yield f"Figures of different machines don't compare, and are not averaged: {', '.join(machines)}."
+        yield f"Figures of different machines are not comparable, and not averaged: {', '.join(machines)}."
 
 
 def label_words(label: str) -> str:

@@ -14,7 +14,7 @@ from registry.accounting.figures import Figure
 from registry.wire.labels import MEASURED
 
 UNKNOWN = "-"
-LEGEND = "~ is not measured: an estimate, or made with a published factor; ≥ is the part that is known; - is not known"
+LEGEND = "~: not measured, but estimated or computed with a published factor; ≥: only the known part; -: not known"
 
 
 def figure(value: float | None, label: str, *, missing: int = 0) -> str:

@@ -6,7 +6,7 @@ from registry.errors import RegistryError
 
 
 class KeyNeeded(RegistryError):
-    """The request has no API key, or a text that is none."""
+    """The request has no API key, or a text in its place that is not a key."""
 
     code = "key_needed"
     http_status = 401
@@ -50,7 +50,7 @@ class OtherTenant(RegistryError):
     tenant: str
 
     def __str__(self) -> str:
-        return f"X-Tenant: the API key is not one of tenant {self.tenant!r}; leave the header out"
+        return f"X-Tenant: the API key does not belong to tenant {self.tenant!r}; leave the header out"
 
 
 class UnknownKey(RegistryError):
@@ -72,4 +72,4 @@ class KeysNotUsed(RegistryError):
     http_status = 409
 
     def __str__(self) -> str:
-        return "this registry is used without API keys; the setting access.keys: true asks for them"
+        return "this registry is used without API keys; to use them, set access.keys: true"

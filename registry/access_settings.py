@@ -20,13 +20,14 @@ class AccessSettings(Section):
     )
     insecure: bool = Field(
         False,
-        description="Whether to serve other machines without keys: everybody who reaches the port can take, end and "
-        "drain everything",
+        description="Whether to serve other machines without keys: everybody who reaches the port can then lease LLMs, "
+        "end every request and drain machines",
     )
     trusted_clients: dict[IPv4Network | IPv6Network, TenantName] = Field(
         {},
-        description="Tenants of clients that can send no key, by network, e.g. `{10.0.5.7/32: lab}`: everybody there "
-        "is a client of this tenant. A call through another machine's proxy counts as a call from that machine",
+        description="Networks whose clients can't send a key, each with its tenant, e.g. `{10.0.5.7/32: lab}`: every "
+        "caller in the network counts as a client of this tenant. A call through another machine's proxy counts as a "
+        "call from that machine",
     )
 
     @model_validator(mode="after")

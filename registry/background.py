@@ -1,8 +1,8 @@
-"""Starts background tasks and threads whose failure is noticed: it is logged, and their owner is called.
+"""Starts background tasks and threads. If one fails, the failure is logged and ``on_failure`` is called.
 
 asyncio and threading drop an exception if no code awaits the result, so a failed watch would stop
-without a log line. All tasks and threads of ``registry`` and ``deployments`` are started here. Their
-owner keeps them, and awaits or cancels them at its end.
+without a log line. All tasks and threads of ``registry`` and ``deployments`` are started here. The
+object that starts one keeps it, and awaits or cancels it when the object itself ends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def spawn(name: str, work: Coroutine[Any, Any, T], *, on_failure: OnFailure | No
         if task.cancelled():
             if task.cancelling():
                 return
-            error: BaseException | None = asyncio.CancelledError("it was cancelled from inside")
+            error: BaseException | None = asyncio.CancelledError("its own code raised CancelledError")
         else:
             error = task.exception()
         if error is not None:

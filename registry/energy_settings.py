@@ -79,7 +79,7 @@ class SiteEmbodiedSettings(EmbodiedSettings):
     def of_wrapper(self, *, gpus: int, on_machine: int) -> EmbodiedSettings | None:
         """Return the share of a wrapper with ``gpus`` GPUs, on a machine with ``on_machine`` wrappers.
 
-        None if not known: the figure is per GPU, and the wrapper has none.
+        None if the values are per GPU and the wrapper has no GPU: its share is then not known.
         """
         share = gpus if self.per == "gpu" else 1 / on_machine
         if not share:
@@ -130,7 +130,9 @@ class CPUModelSettings(Section):
 class EnergySettings(Section):
     """How energy is measured and scored on one wrapper. Without ``grid`` or ``embodied`` there is no score."""
 
-    allow_estimates: bool = Field(False, description="Whether an estimate may be a sci_score; it is labelled as one")
+    allow_estimates: bool = Field(
+        False, description="Whether a sci_score may be an estimate; it is then labelled as an estimate"
+    )
     functional_unit: Literal["output_token", "token", "request", "word"] = Field(
         "output_token", description="Functional unit of sci_score; token: tokens of prompt and answer"
     )
@@ -142,7 +144,7 @@ class EnergySettings(Section):
     steady_cv: float = Field(
         0.05,
         gt=0,
-        description="The power of a machine at rest varies by at most this: standard deviation of 1 s slices / mean",
+        description="A machine is at rest if its power varies by at most this: standard deviation / mean of 1 s slices",
     )
     grid: GridSettings | None = Field(None, description="Carbon intensity; null: not known, no score is computed")
     embodied: EmbodiedSettings | None = Field(

@@ -15,8 +15,16 @@ from registry.strict_yaml import STRICT_JSON
 
 ENV_PREFIX: Final = "GREENPROMPT_"
 
-NOT_SETTINGS: Final = ("URL", "API_KEY", "ENGINE_OWNER_PID", "ENGINE_PHASE_FILE", "ENGINE_PRELOAD", "SECRETS_FILE")
-"""Variables with our prefix that are not settings: the command line reads them, or parts set them for others."""
+NOT_SETTINGS: Final = (
+    "URL",
+    "API_KEY",
+    "CA_FILE",
+    "ENGINE_OWNER_PID",
+    "ENGINE_PHASE_FILE",
+    "ENGINE_PRELOAD",
+    "SECRETS_FILE",
+)
+"""Variables with our prefix that are not settings. The command line reads the first three; processes set the others."""
 
 EMPTY: Final = "is empty; leave it out, or give it a value"
 EMPTY_VARIABLE: Final = "is empty; unset it, or give it a value"

@@ -28,15 +28,15 @@ class RegistryError(Exception):
     retryable: ClassVar[bool] = False
     __match_args__: ClassVar[tuple[str, ...]] = ()
 
-    # D109: fields are declared, defaults are no attributes of the class
+    # D109: errors declare their fields
     def __init_subclass__(cls) -> None:
-        """Make ``__init__`` from the fields. Ray's own subclasses of errors have one already."""
+        """Make ``__init__`` from the fields, unless the class has one, as the subclasses that Ray makes do."""
         if "__init__" in vars(cls):
             return
         dataclass(eq=False, repr=False)(cls)
         for name in cls.__match_args__:
-            # Ray wraps an error in a subclass, which finds the fields of the error by __getattr__. Python calls it only
-            # for names that the class does not have, and a default would be an attribute of the class.
+            # Ray's subclass reads the fields of the original error by __getattr__, which Python calls only if the class
+            # has no attribute of that name. A default is such an attribute, so it is removed.
             if name in vars(cls):
                 delattr(cls, name)
 
@@ -97,7 +97,7 @@ class RequestForgotten(RegistryError):
 
 
 class RequestWithdrawn(RegistryError):
-    """The POST of this request was withdrawn before it arrived: its client had hung up or got an error (5xx)."""
+    """The ingress withdrew this request before it was accepted: its client had hung up or got an error (5xx)."""
 
     code = "request_withdrawn"
     http_status = 410

@@ -1,4 +1,4 @@
-"""Settings for models: which may be deployed, whose own code may run, and what prompts may load."""
+"""Settings for models: which may be deployed, which of them may run their own code, and what prompts may load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HOST = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
 
 
 class ModelSettings(Section):
-    """Which models may be deployed, whose own code may run, and what prompts may load."""
+    """Which models may be deployed, which of them may run their own code, and which media prompts may load."""
 
     huggingface: bool = Field(True, description="Whether models of the Hugging Face hub are allowed")
     local_roots: tuple[Path, ...] = Field((), description="Folders that contain the local models that are allowed")
@@ -37,7 +37,8 @@ class ModelSettings(Section):
         description="Hosts from which LLM Machines may load images, audio and video that prompts name by http(s) URL",
     )
     media_max_mib: Annotated[int, Field(ge=1)] = Field(
-        32, description="Largest image, audio or video of a prompt: length of its data: URL, or size of the download"
+        32,
+        description="Largest image, audio or video of a prompt, MiB: length of its `data:` URL or size of its download",
     )
 
     @field_validator("local_roots")
@@ -69,7 +70,7 @@ class ModelSettings(Section):
     @model_validator(mode="after")
     def _limits_its_own(self) -> ModelSettings:
         if self.cache_max_gib is not None and self.cache_dir is None:
-            raise ValueError("cache_max_gib needs cache_dir: nothing is removed from a cache that others fill, too")
+            raise ValueError("cache_max_gib needs cache_dir: nothing is removed from a cache that other programs use")
         return self
 
 
@@ -93,10 +94,10 @@ def absolute(path: Path) -> Path:
     """Return the absolute path, with ``~`` resolved: other processes have other current directories.
 
     Raises:
-        ValueError: The path has the character 0 in it, or names a home directory that does not exist.
+        ValueError: The path contains a NUL character, or names a home directory that does not exist.
     """
     if "\0" in str(path):
-        raise ValueError("a path can't have the character 0 in it")
+        raise ValueError("a path can't contain a NUL character")
     try:
         return path.expanduser().absolute()
     except RuntimeError as error:

@@ -31,6 +31,7 @@ from registry.environment import (
     variables,
 )
 from registry.errors import BadSettings
+from registry.http_settings import HTTPSettings, within
 from registry.model_settings import ModelSettings, absolute
 from registry.strict_yaml import load_yaml
 from registry.wire.schemas import LLMConfig, TenantName
@@ -41,48 +42,6 @@ LONGEST_MONTH_DAYS = 31
 
 MOST_PROBLEMS = 8
 """Maximum number of a configuration's problems in one error."""
-
-
-class HTTPSettings(Section):
-    """The HTTP address of the ingress and the wrappers."""
-
-    host: str = Field("127.0.0.1", description="Network interface on which Serve's proxy listens")
-    port: int = Field(8000, ge=1, le=65535, description="Port on which Serve's proxy listens")
-    public_url: str | None = Field(None, description="Base URL for clients; null: http://host:port")
-    allowed_hosts: tuple[
-        Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$", to_lower=True)], ...
-    ] = Field(
-        (),
-        description="Further host names by which clients reach the registry; those of `host`, `public_url` and the "
-        "machine itself, and IP addresses, are always served",
-    )
-    haproxy: bool = Field(True, description="Whether to serve through HAProxy, for several times the requests/s")
-
-    @model_validator(mode="after")
-    def _haproxy_and_ipv6(self) -> HTTPSettings:
-        # Serve 2.60 omits the brackets of IPv6 addresses in its health check of HAProxy.
-        if self.haproxy and ":" in self.host:
-            raise ValueError("host can't be an IPv6 address with HAProxy: use 127.0.0.1 or 0.0.0.0, or haproxy: false")
-        return self
-
-    @field_validator("public_url")
-    @classmethod
-    def _is_base_url(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        if any(character.isspace() for character in url):
-            raise ValueError("contains a space")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("needs a scheme and a host, as in http://head.example:8000")
-        if parts.port == 0:  # reading an invalid port raises ValueError
-            raise ValueError("port 0 can't be reached")
-        if parts.username is not None:
-            raise ValueError("must have no user name: address adds one with the token of the lease")
-        if parts.query or parts.fragment:
-            raise ValueError("must have no query and no fragment (? or #): paths are appended to it")
-        parts.hostname.encode("idna")  # clients will; raises a ValueError for labels that are too long
-        return url
 
 
 class RaySettings(Section):
@@ -102,7 +61,9 @@ class WrapperSettings(Section):
 
     per_machine: int = Field(1, ge=1, le=64, description="Number of wrappers per machine")
     on_head: bool = Field(True, description="Whether the head of the Ray cluster is also an LLM Machine")
-    gpus_per_wrapper: int | None = Field(None, ge=1, description="null: the machine's GPUs, divided evenly")
+    gpus_per_wrapper: int | None = Field(
+        None, ge=1, description="GPUs of each wrapper; null: the machine's GPUs are divided evenly"
+    )
     deploy_timeout_s: float = Field(1800, gt=0, description="Time limit for download and start of an LLM, seconds")
     start_timeout_s: float = Field(300, gt=0, description="Time limit for the start of a wrapper, seconds")
     prompt_max_s: float = Field(600, gt=0, description="Time limit for a prompt, seconds; then it is cut")
@@ -131,8 +92,8 @@ class WrapperSettings(Section):
     stop_timeout_s: float = Field(
         30,
         gt=0,
-        description="Seconds after which Serve kills a wrapper that shuts down. Commands that stop an LLM allow the "
-        "same time. An engine that does not stop is killed after 5 s in any case",
+        description="Seconds after which Serve kills a wrapper that shuts down. Commands that stop an LLM have the "
+        "same time limit. An engine that does not stop is killed after 5 s in any case",
     )
 
 
@@ -153,12 +114,14 @@ class QueueSettings(Section):
 
     max_queued: int = Field(100_000, ge=1, description="Maximum number of waiting requests; others get 429")
     max_queued_per_tenant: int = Field(100_000, ge=1, description="Maximum number of waiting requests of one tenant")
-    max_overtakes: int = Field(4, ge=0, description="How often later requests whose LLM runs may overtake a request")
+    max_overtakes: int = Field(4, ge=0, description="How many later requests, whose LLM runs already, may go first")
     max_overtake_s: float = Field(60, ge=0, description="Seconds after its arrival in which a request may be overtaken")
-    deploy_attempts: int = Field(2, ge=1, description="Failed starts or deaths of an LLM until its request fails")
-    wrapper_attempts: int = Field(3, ge=1, description="Failures of a wrapper in a row until it is given up")
+    deploy_attempts: int = Field(
+        2, ge=1, description="A request fails after this many failed starts or deaths of its LLM"
+    )
+    wrapper_attempts: int = Field(3, ge=1, description="A wrapper is given up after this many failures in a row")
     tenant_weights: dict[TenantName, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="Turns of a tenant in the queue for each turn of a tenant that is not listed"
+        {}, description="Weight of a tenant in the queue: its turns per turn of a tenant that is not listed"
     )
 
 
@@ -168,8 +131,8 @@ class MeasurementSettings(Section):
     sticky_s: float = Field(
         600,
         ge=0,
-        description="Seconds after the release of its last LLM in which a measurement that gets new requests waits for "
-        "its previous machine. After that it may continue on another machine, and gets a flag",
+        description="How long a measurement that gets new requests waits for its previous machine, seconds after the "
+        "release of its last LLM. Later it may continue on another machine, and then gets a flag",
     )
 
 
@@ -182,7 +145,7 @@ class WatchSettings(Section):
 
 
 class MachineLLM(Section):
-    """An LLM that is deployed on the first wrapper of a machine without a request."""
+    """An LLM that is deployed without a request, on the first wrapper of a machine."""
 
     machine: str = Field("*", description="Id of the machine; `*`: every machine that is not named")
     llm: LLMConfig = Field(description="The llmconfig, as in a POST")
@@ -281,6 +244,11 @@ class Settings(BaseSettings):
                 )
         if self.access.trusted_clients and not self.http.haproxy:
             raise ValueError("access.trusted_clients needs http.haproxy: true, which knows where a call comes from")
+        for network in self.access.trusted_clients:
+            if any(within(network, proxies) for proxies in self.http.trusted_proxies):
+                raise ValueError(
+                    f"access.trusted_clients: {network} is in http.trusted_proxies: a proxy itself is never a client"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """Reads YAML and JSON written by people, and refuses ambiguous values.
 
-PyYAML follows YAML 1.1, in which ``NO`` is false, ``010`` is eight and ``1:30`` is ninety. Here each is an error that
-says what to write, and so is a duplicate key. Dates are text, and ``1e-1`` is a number.
+PyYAML follows YAML 1.1, in which ``NO`` is false, ``010`` is eight and ``1:30`` is ninety. Here each of these is
+an error that says what to write instead. A duplicate key is an error, too. Dates are text, and ``1e-1`` is a number.
 """
 
 from __future__ import annotations

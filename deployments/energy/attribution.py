@@ -25,10 +25,10 @@ from registry.wire.labels import Label, worst
 class Parts:
     """A prompt's part (0 < part <= 1) of the energy, from its start to its end, while others are in flight with it.
 
-    ``times_s`` are these two times and all times in between at which the part changes: one more
-    than there are parts. ``mid`` is one division of the whole: at any time the parts of all prompts
-    in flight add up to 1. ``low`` and ``high`` are the least and the most that the part can be at
-    that time.
+    ``times_s`` has the prompt's start, each time at which its part changes, and its end. So there is
+    one time more than parts. ``mid`` is one division of the whole: at any time the parts of all
+    prompts in flight add up to 1. ``low`` and ``high`` are the least and the most that the part can
+    be at that time.
     """
 
     times_s: Sequence[float]
@@ -38,7 +38,7 @@ class Parts:
 
     @cached_property
     def reserved_s(self) -> float:
-        """The prompt's share of the machine's seconds, divided like the energy.
+        """The prompt's share of the time that passed, seconds; the time is divided like the energy.
 
         The shares of all prompts, and the seconds without a prompt, add up to the time that passed.
         """
@@ -46,12 +46,12 @@ class Parts:
 
     @cached_property
     def reserved_low_s(self) -> float:
-        """The least that the prompt's share of the machine's seconds can be."""
+        """The least that ``reserved_s`` can be."""
         return _of(self.low, self._seconds)
 
     @cached_property
     def reserved_high_s(self) -> float:
-        """The most that the prompt's share of the machine's seconds can be."""
+        """The most that ``reserved_s`` can be."""
         return _of(self.high, self._seconds)
 
     @cached_property
@@ -62,8 +62,8 @@ class Parts:
     def changes(self) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
         """The absolute changes of low, mid and high (in this order) at each of the times.
 
-        The error of a level moves energy from one side of its time to the other, so its effect is that error times this
-        change.
+        If the level at one of the times is wrong, energy is counted after this time instead of before it, or the other
+        way round. So the prompt's energy is wrong by the error of the level times the change of the part.
         """
         return _changes(self.low), _changes(self.mid), _changes(self.high)
 
@@ -91,8 +91,8 @@ def counted(
 ) -> Component:
     """Return the joules of a counter's flow over a time.
 
-    The component is flagged ``too_short`` if the time is too short to be ``citable``, or if the
-    counter does not prove any energy. It is then unavailable; with ``estimate_short`` it is
+    The component is flagged ``too_short`` if the time is too short (not ``citable``), or if the
+    lower bound of the counter's rise is 0. It is then unavailable; with ``estimate_short`` it is
     modelled instead, with the counter's bounds, unless the estimate is 0. It is unavailable and
     flagged ``implausible_power`` if the power is above 1.2 times the hardware's limit.
     """
@@ -115,7 +115,7 @@ def counted(
         worst((source.label, Label.MODELED)) if modeled else source.label,
         source.counter_label,
         joules,
-        low_j=min(low.low, joules),  # they differ by rounding only
+        low_j=min(low.low, joules),  # a bound passes the estimate only by rounding
         high_j=max(high.high, joules),
         resolution_j=max(high.mid - joules, joules - low.mid),
         systematic_j=min(max(more.high - joules, joules - less.low), max(high.high - joules, joules - low.low)),
@@ -155,7 +155,7 @@ def together(parts: Sequence[Level]) -> Level:
 
 
 def widened(flow: Level, error: float) -> Level:
-    """Return a flow whose error is larger by ``error``, in its units; similar windows have it with the same sign."""
+    """Return a flow with an additional error, in its units. Similar windows have this error with the same sign."""
     low, mid, high, provisional, systematic = flow
     return Level(max(low - error, 0.0), mid, high + error, provisional, systematic + error)
 
@@ -186,9 +186,9 @@ class Share(NamedTuple):
     """A prompt's share of what one counter counted in an interval, in its units. Shares can be added up.
 
     ``whole`` is all that was counted. ``units`` is the estimate of the share; ``least`` and
-    ``most`` are its bounds, computed from those of the parts. ``in_low``, ``in_mid`` and
-    ``in_high`` are the errors of ``least``, ``units`` and ``most`` due to the levels; ``blur`` is
-    the systematic error of ``units``.
+    ``most`` are its bounds, computed from those of the parts. The levels have errors;
+    ``in_low``, ``in_mid`` and ``in_high`` are their effects on ``least``, ``units`` and ``most``.
+    ``blur`` is the systematic error of ``units``.
     """
 
     whole: Level
@@ -213,7 +213,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """A prompt's share of the machine's seconds in an interval, and of each source's counter, in order.
+    """A prompt's share of the time of an interval, seconds, and of each source's counter, in order.
 
     If a counter is unknown, the flag that says why is in its place. Shares of successive intervals
     can be added up.
@@ -231,7 +231,8 @@ class Shares:
     ) -> Shares:
         """Return the shares for a prompt's parts.
 
-        ``levels`` has each counter's levels at the times of the parts, ``errors`` its additional error, units.
+        ``levels`` has each counter's levels at the times of the parts. ``errors`` has each counter's additional
+        error, in its units.
         """
         both = zip(levels, errors, strict=False)
         counters = tuple(one if isinstance(one, Flag) else _share(parts, one).widened(error) for one, error in both)

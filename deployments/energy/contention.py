@@ -41,7 +41,7 @@ def since_asked(look: Callable[[], bool | None]) -> Look:
 def at_once(look: Callable[[float], bool | None]) -> Look:
     """Return a `Look` for a function that sees only the present.
 
-    Others that it sees at either end of the time between two calls count for all of that time.
+    Others that it sees at one call count for all of the time since the previous call, and until the next one.
     """
     before: bool | None = False
     before_s: float | None = None

@@ -35,9 +35,9 @@ class Component(ComponentRecord):
         source: How the figure was obtained, in words.
         label: Where the figure comes from; never sourced.
         joules: The estimate, J.
-        low_j, high_j: Bounds, J, if the counter is right. They are certain for what a counter counts alone. For a
-            prompt's share they contain every division by the rules in `flights`, not every conceivable division. For a
-            wrapper's part of a machine they hold if power grows linearly with CPU time (`machine_share`).
+        low_j, high_j: Bounds, J, if the counter is right. They are certain if the counter's energy is not shared. For a
+            prompt's share they contain the result of each division that `flights` makes, but not of every conceivable
+            one. For a wrapper's part of a machine they hold if power grows linearly with CPU time (`machine_share`).
         resolution_j: Bound of the error due to the counter's steps, J; None if it is not known
             separately from low and high.
         systematic_j: The part of the error that has the same sign in similar windows, J, >= 0. The mean of many
@@ -60,11 +60,11 @@ class Component(ComponentRecord):
         if label is _SOURCED or (label is _UNAVAILABLE) != unknown:
             raise ValueError(f"{self.name}: {joules} J can't be labelled {label}")
         if (self.counter_label is _UNAVAILABLE) != unknown:
-            raise ValueError(f"{self.name}: {joules} J can't be of a counter that is {self.counter_label}")
+            raise ValueError(f"{self.name}: {joules} J can't come from a counter labelled {self.counter_label}")
         if joules is None:
             return
         if joules <= 0:
-            raise ValueError(f"{self.name}: {joules} J; what is not known is None")
+            raise ValueError(f"{self.name}: {joules} J are not > 0; an unknown figure must be None")
         if low_j is None or high_j is None or self.systematic_j is None or self.systematic_j < 0:
             raise ValueError(f"{self.name}: {joules} J need low_j, high_j and systematic_j")
         slack_j = _ROUNDING * max(joules, high_j)

@@ -3,9 +3,10 @@
 Prompts that are in flight together share the energy by the rates at which their tokens are
 processed. A prompt token counts as much as its weight says, an output token as 1. A rate that was
 used for a stored figure is fixed, even if it was assumed, so that the shares add up to the whole.
-The range of a share is from the least to the greatest result of several divisions: by equal parts,
-by the weight's low and high, and for an engine that computes prompts one by one before their
-answers run together. The share of a prompt whose tokens are unknown can be anything from 0 to 1.
+The energy is also divided in other ways: by equal parts, by the low and by the high of the weight,
+and for an engine that computes prompts one by one before it generates their answers together. The
+range of a share is from the least to the greatest of these results. The share of a prompt whose
+tokens are unknown can be anything from 0 to 1.
 
 Each answer waits until the parts of its prompt are computed, so the sums that they need are updated
 whenever a prompt begins or ends. The sums are in lists: numpy's arrays are slower for so few
@@ -59,7 +60,7 @@ class _Place:
     told: int = 0
     tokens: int = 0
     arrived: int = 0
-    """``tokens``: prompt tokens of all prompts in flight; ``arrived``: of those that begin here; as far as known."""
+    """Known prompt tokens. ``tokens``: of all prompts in flight; ``arrived``: of those that begin here."""
 
     def add(self, rate: Rate) -> None:
         self.known += 1
@@ -227,7 +228,7 @@ class Flights:
         return max(flight.begun_with - self._forgotten, 0), max(end - self._forgotten, 0)
 
     def parts(self, flight: Flight, *, for_good: bool = False) -> tuple[Parts, bool]:
-        """Return the parts of an ended prompt after its sums in ``had``, and whether a rate was assumed for them.
+        """Return an ended prompt's parts for the time that ``had`` does not cover, and whether a rate was assumed.
 
         Another prompt's unknown rate is assumed to be this prompt's. Its own, if unknown, is
         assumed to be the mean of the known rates, over the time in which they are known. With
@@ -268,9 +269,9 @@ class Flights:
     def sum_up(self, old_s: float, is_final: Callable[[float], bool], shares: Callable[[Parts], Shares]) -> None:
         """Add the shares of each prompt before ``old_s`` to its sums, and forget the changes before that time.
 
-        Changes are kept while the rate of a prompt in flight there is unknown, up to
-        `REMEMBERED_CHANGES`. Beyond that the rate is assumed, if the counters' levels there are
-        final. ``shares`` computes the shares from parts.
+        A change is kept while the rate of a prompt in flight at that time is unknown. If more than
+        `REMEMBERED_CHANGES` would be kept, the rate is assumed, provided that the counters' levels at that time
+        are final. ``shares`` computes the shares from parts.
         """
         old = bisect_right(self._times_s, old_s) - 1
         unknown = (at for at, place in enumerate(self._places[: max(old, 0)]) if place.known < place.count > 1)
@@ -345,7 +346,7 @@ class Flights:
 
 
 def _not_summed(flight: Flight) -> tuple[float, int]:
-    """Return where a prompt's sums end (else its start): the time, and the number of the change at that time."""
+    """Return the time up to which a prompt is summed up, at first its start, and the number of the change then."""
     return (flight.start_s, flight.begun_with) if flight.had is None else (flight.had.until_s, flight.had.until_with)
 
 
@@ -366,10 +367,11 @@ def _mean(times_s: Sequence[float], places: Sequence[_Place]) -> float:
 def _hull(own: Rate, mid: Sequence[float], places: Sequence[_Place], weight: Weight) -> tuple[list[float], list[float]]:
     """Return the least and the greatest part of a prompt at each place, over these divisions and no others.
 
-    They are: ``mid``, equal parts, the weight's low and the weight's high, with and without the tokens that may have
-    been cached. A prompt of unknown tokens can have nothing or all. The weight was learned from prompts that ran alone.
-    n prompts together share the cost of a step, so an output token may cost as little as 1/n, and a prompt token may
-    weigh up to n times as much.
+    They are: ``mid``; equal parts; by the weight's low; by the weight's high. The last two are made with and without
+    the tokens that may have been cached. The part of a prompt whose tokens are unknown can be anything from 0 to 1.
+
+    The weight was learned from prompts that ran alone. n prompts together share the cost of a step, so an output token
+    may cost as little as 1/n, and a prompt token may weigh up to n times as much.
     """
     if not own.told:
         return [0.0 if place.count > 1 else 1.0 for place in places], [1.0] * len(places)
@@ -412,8 +414,8 @@ def _one_by_one(
     """Widen the range of a prompt's parts for an engine that computes prompts one by one, while all answers wait.
 
     A step for all answers costs no less than a step for one, and every output token of a prompt takes one step. So a
-    prompt's own prompt tokens take at most the part of the energy that they take when it runs alone. The prompt tokens
-    of all prompts in flight with it leave it at least its part of its own steps.
+    prompt's own prompt tokens take at most the part of the energy that they take when it runs alone. Even if the prompt
+    tokens of all prompts are computed while it is in flight, it gets at least its part of the steps of its answer.
     """
     seconds = [end_s - start_s for start_s, end_s in pairwise(times_s)]
     shared_s = sum(length_s for place, length_s in zip(places, seconds, strict=True) if place.count > 1)

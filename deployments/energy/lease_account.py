@@ -43,7 +43,7 @@ class Counted:
     _most: int = 0
     _prompt_s: float = 0.0
     _warmed_up: bool = False
-    """These three are ``most``, ``prompt_s`` and ``warmed_up`` until now."""
+    """``_most``, ``_prompt_s`` and ``_warmed_up`` hold the values until now; the public ones until ``ended_s``."""
 
     def begin(self, at_s: float, *, warmup: bool) -> None:
         """Note that a prompt of the lease begins."""

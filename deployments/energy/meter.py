@@ -261,13 +261,13 @@ class Meter:
             self._activity.end(at_s)
 
     def is_final(self, time_s: float) -> bool:
-        """Whether windows that end at this time are final: all levels are, and others were looked for since."""
+        """Whether windows that end at this time are final: their levels are, and others were looked for later."""
         with self._lock:
             counted = all(channel.track.is_final(time_s) for channel in self._channels)
         return counted and self._contention.looked(time_s)
 
     def window(self, start_s: float, end_s: float, *, estimate_short: bool = False, final: bool = False) -> Energy:
-        """Return the energy between two times; with ``estimate_short`` modelled if they are too close for a counter.
+        """Return the energy between two times. ``estimate_short``: model it if they are too close for a counter.
 
         Unavailable, with a flag, if a counter can't resolve it: ``too_short``, ``stale``, ``out_of_history``,
         ``counter_reset``, ``undersampled``, ``implausible_power`` … With ``final`` it is also ``stale`` if a later call
@@ -296,7 +296,7 @@ class Meter:
         return Flow(sum(lengths_s), max(lengths_s), tuple(units), self._flags(times_s[0], times_s[-1]))
 
     def energy(self, flow: Flow, *, estimate_short: bool = False) -> Energy:
-        """Return a flow in joules; with ``estimate_short`` modelled if it is too short for a counter."""
+        """Return a flow in joules. ``estimate_short``: model it if its time is too short for a counter."""
         parts = [
             unknown(channel.source, units)
             if isinstance(units, Flag)

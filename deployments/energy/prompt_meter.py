@@ -1,4 +1,4 @@
-"""Does a wrapper's energy accounting: notes what its time is used for, and makes accounts and records of windows.
+"""Accounts for a wrapper's energy: notes what its time is used for, sums up energy, and writes records of windows.
 
 Every moment of a wrapper is charged once: to a prompt, to the idle time of a lease or of the machine, or to the start
 of an LLM. Answering a prompt writes no record: a record is written when its window is final.
@@ -222,7 +222,7 @@ class PromptMeter:
 
 
 class MeteredPrompt:
-    """One prompt on a `PromptMeter`: a context that ends it. ``flight`` has the meter's data of the prompt."""
+    """One prompt on a `PromptMeter`, as a context: at its exit the prompt ends. ``flight`` has the prompt's data."""
 
     __slots__ = ("_cost", "_count", "_end", "_grid", "flight")
 

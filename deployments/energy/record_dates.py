@@ -1,9 +1,9 @@
 """UTC dates for the records of one process, which do not jump or overlap when the wall clock is set. Pure.
 
 All times are read from the monotonic clock. The difference between UTC and this clock is taken when
-the process starts. Later it follows the wall clock, at no more than `MAX_RATE`. A date never
-changes: the same time always has the same date, as long as the pieces are kept (the last
-`_MAX_PIECES`).
+the process starts. Later it follows the wall clock, at no more than `MAX_RATE`. The rate
+changes from time to time, and the last `_MAX_PIECES` pieces of constant rate are kept. A date in
+them never changes: the same time always has the same date.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class RecordDates:
             self._pieces.pop()
         if rate != wanted:
             self._pieces.append(_Piece(now_s, dated_s, wanted))
-        if wanted != 1.0:  # until it has caught up, even if there is no further look
+        if wanted != 1.0:  # this rate ends when the date has caught up, even without a further look
             takes_s = abs(error_s) / MAX_RATE
             self._pieces.append(_Piece(now_s + takes_s, dated_s + wanted * takes_s, 1.0))
         del self._pieces[:-_MAX_PIECES]

@@ -107,7 +107,7 @@ def _unrest(meter: Meter, since_s: float, steady_cv: float | None) -> Flag | Non
 
 
 def _power_w(meter: Meter, start_s: float) -> float | None:
-    """Return the mean power of all that hardware counts in one slice, W; None if a part of it is unknown."""
+    """Return the mean power in one slice, W, the sum over all hardware counters; None if any energy is unknown."""
     parts = meter.window(start_s, start_s + SLICE_S).components
     known = [part.joules for part in parts if part.counter_label in _COUNTED and part.joules is not None]
     unknown = any(part.label is Label.UNAVAILABLE for part in parts)

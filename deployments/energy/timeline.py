@@ -14,9 +14,9 @@ Interval = tuple[float, float]
 Holder = TypeVar("Holder")
 
 STRETCH_S = 300.0
-"""Longest stretch, seconds: the meter still has every edge when its window is computed."""
+"""Longest stretch, seconds. It is so short that the meter still has every edge when the window is computed."""
 MOST_GAPS = 256
-"""Most prompt-free times in one stretch: it is cut then, so that adding them up never takes long."""
+"""Most prompt-free times in one stretch. Then a new stretch begins, so that adding them up never takes long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from registry.wire.flags import Flag
 FEWEST_PROMPTS = 10
 """With fewer prompts the weight is unknown."""
 LEAST_SPREAD = 0.05
-"""Least 1 - r² of prompt and output tokens over all prompts: below it they rise together and can't be separated."""
+"""Least value of 1 - r², where r is the correlation of prompt and output tokens over all prompts. Below it, both
+numbers rise together, and their costs can't be separated."""
 _ERRORS = 2.0
 """The range of a weight is this many standard errors to either side."""
 _ROUNDING = 1e-9
@@ -49,7 +50,7 @@ class _Sums(NamedTuple):
         return self.xx * self.yy - self.xy * self.xy
 
     def told_apart(self, whole: _Sums) -> bool:
-        """Whether both kinds of tokens vary, and not together; ``whole`` are the sums before the means were taken."""
+        """Whether both kinds of tokens vary independently; ``whole``: the sums before the means were subtracted."""
         vary = self.xx > _ROUNDING * whole.xx and self.yy > _ROUNDING * whole.yy
         return vary and self._determinant >= LEAST_SPREAD * self.xx * self.yy
 
@@ -112,7 +113,7 @@ class TokenWeight:
             per_prompt_token, per_output_token = self._sums.costs()
         if per_output_token <= 0:
             return UNKNOWN
-        # The uncertainty is that of the fit in which all three are free.
+        # The uncertainty is that of the fit in which all three costs are free.
         variance = max(free.rest(*costs), 0.0) / (self._prompts - 3)
         weight = per_prompt_token / per_output_token
         error = _ERRORS * (variance * free.spread(weight)) ** 0.5 / per_output_token

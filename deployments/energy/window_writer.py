@@ -139,7 +139,10 @@ class WindowWriter:
         return True
 
     def _write_stretch(self) -> bool:
-        """Write the next stretch's idle time and, after its last stretch and prompt, the lease; False: none is due."""
+        """Write the idle time of the next stretch; return False if no stretch is due.
+
+        After the last stretch and the last prompt of a lease, the window of the lease is written, too.
+        """
         closed = self._timeline.closed
         if not closed or not self._is_final(closed[0].end_s):
             return False

@@ -86,7 +86,7 @@ class CheckpointTrial:
         ``limit_s``: the time limit of ``run``, seconds; the error names it.
 
         Raises:
-            TrialFailed: They do not end within the limits, or end their process.
+            TrialFailed: They do not end within the limits, or the process that tries them ends.
         """
         key = tokenizer, _stamp(tokenizer.folder)
         if key in self._passed:
@@ -97,7 +97,7 @@ class CheckpointTrial:
         except TimeoutError:
             problem = f"do not end within {limit_s:g} s"
         except RuntimeError as error:
-            problem = f"end their process, or take more than {CPU_S} s of processor time: {error}"
+            problem = f"end the process that tries them, or take more than {CPU_S} s of processor time: {error}"
         if problem is not None:
             raise TrialFailed(f"{what} {problem}")
         self._passed.add(key)

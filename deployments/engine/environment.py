@@ -222,9 +222,10 @@ def remove_shared_memory(base: Path) -> None:
 
 
 def remove_orphans() -> None:
-    """Remove the directories of this user whose owner was killed; their lock is free.
+    """Remove this user's directories that killed processes have left; no process holds their lock.
 
-    Directories that other users could have made are left alone: they list files that would be removed.
+    Directories that other users could have made are left alone: the files that they list would be removed, too, and
+    could be any files of this user.
     """
     for directory in filter(is_private, _base().glob(f"{_PREFIX}*")):
         try:

@@ -11,7 +11,7 @@ import structlog
 from deployments.machine.gpus import ReadFailed, gpu_memory
 
 TOLERANCE_BYTES = 256 * 2**20
-"""Largest excess that is ignored: more than a driver's own use varies, less than any engine's CUDA context."""
+"""Largest excess that is ignored. A driver's own use varies by less; any engine's CUDA context needs more."""
 _POLL_S = 0.1
 
 log = structlog.get_logger("deployments.engine.gpu_memory")

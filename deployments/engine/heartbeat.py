@@ -4,7 +4,7 @@ An engine answers calls between two steps of its loop. Every few seconds it gets
 an answer shows that the loop runs. An engine counts as hung when:
 
 1. one of its processes is stopped (SIGSTOP);
-2. it has not answered for ``stall_s``, since a step may take long, or for 6 s if it has no work;
+2. it has not answered for ``stall_s`` while it has work (a step may take long), or for 6 s while it has none;
 3. it answers, but no prompt in flight has got a token for ``stall_s``; while prompts are still in prefill, for
    ``stall_s`` times the steps that the longest prefill takes;
 4. the call itself fails, or vLLM cancels it.
@@ -73,8 +73,8 @@ class Heartbeat:
             while True:
                 work = self._work()
                 if question is None or question.done():
-                    # The next answer can be delayed by prompts that were in flight when the answered call was made,
-                    # even if aborted since, and by later calls. Without either, the shorter limit applies.
+                    # The next answer may take long if prompts were in flight at the previous call, even if they were
+                    # aborted since, or if other calls came after it. Otherwise the shorter limit applies.
                     idle = not asked.tokens and work.calls == asked.calls
                     asked, silent_s = work, 0.0
                     question = spawn_awaited("ask an engine", self._ask())
@@ -85,7 +85,8 @@ class Heartbeat:
                     return f"process {min(process.pid for process in stopped)} was stopped (SIGSTOP)"
                 silent_s += self._beat_s
                 limit_s = min(_BEATS_IDLE * self._beat_s, self._stall_s) if idle else self._stall_s
-                if question.cancelled():  # by vLLM; ``exception`` would raise, as if this watch had been cancelled
+                # Check this first: ``exception`` of a cancelled task raises, as if this watch had been cancelled.
+                if question.cancelled():
                     return "it can't be asked any more (vLLM cancelled the call)"
                 if question.done():
                     if (error := question.exception()) is not None:

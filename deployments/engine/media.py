@@ -41,7 +41,7 @@ class MediaLimits:
             return "a URL of an image, audio or video can't be read; send its content as a data: URL"
         if parts.scheme in ("http", "https") and parts.hostname in self.hosts:
             return None
-        allowed = f"; http and https URLs are allowed of {', '.join(self.hosts)}" if self.hosts else ""
+        allowed = f"; http and https URLs are allowed from these hosts: {', '.join(self.hosts)}" if self.hosts else ""
         return f"images, audio and video are not loaded from this URL; send their content as a data: URL{allowed}"
 
     @property
@@ -51,7 +51,7 @@ class MediaLimits:
 
     @property
     def variables(self) -> Mapping[str, str]:
-        """Environment variables of vLLM. A redirect could lead from an allowed host to any other."""
+        """Environment variables for vLLM: connector, size limit, no redirects. A redirect could lead to any host."""
         return {
             "VLLM_MEDIA_CONNECTOR": CONNECTOR,
             "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",

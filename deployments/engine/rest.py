@@ -148,7 +148,10 @@ class EngineRest:
 
     def _never_at_rest(self, llm: LLM) -> None:
         if self._tells:
-            reason = f"it still worked {REST_LIMIT_S:g} s after the end of a lease, without any prompt (a grammar?)"
+            reason = (
+                f"it still worked {REST_LIMIT_S:g} s after the end of a lease, without any prompt "
+                "(perhaps it compiles a grammar)"
+            )
             self._give_up(llm, reason)
         else:
             log.warning("an engine did not come to rest", model=llm.served_model_name)

@@ -18,7 +18,7 @@ Generate = Callable[..., AsyncGenerator[Any, None]]
 
 # D63: few prompts have unknown tokens
 class TokenCount:
-    """The tokens of one client prompt so far: prompt, cached, generated. It can be several engine prompts."""
+    """The tokens so far (prompt, cached, generated) of one client prompt, which can be several engine prompts."""
 
     def __init__(self) -> None:
         self._prompts: dict[str, tuple[int, int | None]] = {}

@@ -84,8 +84,8 @@ class RunningLLM:
     start, or of the wake-up from sleep; ``started_s`` is their sum. ``pids`` are all its processes.
     ``died`` is set when one of them ends unexpectedly or the engine counts as hung; ``death_reason`` then gives the
     reason, and ``out_of_memory`` is True if the kernel killed a process because main memory ran out.
-    ``engine_args`` are the arguments that vLLM was started with, except those that name the model; all others have
-    vLLM's defaults. ``weights`` are its weight files, None if unknown.
+    ``engine_args`` are the arguments that vLLM was started with, except those that name the model; an argument that is
+    not in it has vLLM's default. ``weights`` are its weight files, None if unknown.
     """
 
     def __init__(self, engine: AsyncLLM, asgi: ASGIApp, order: Order, processes: Iterable[psutil.Process]) -> None:
@@ -351,7 +351,7 @@ class VLLM:
 def register_connector(limits: MediaLimits) -> None:
     """Register a media connector in vLLM that refuses what ``limits`` do not allow, with status 400. Imports vLLM.
 
-    vLLM takes it because of ``MediaLimits.variables``.
+    The environment variables in ``MediaLimits.variables`` make vLLM use it.
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
@@ -392,7 +392,8 @@ async def stopped(*_args: object) -> None:
 def text_of(problem: BaseException) -> str:
     """Return the message of a vLLM exception, readable without knowledge of pydantic."""
     if isinstance(problem, ValidationError):
-        texts: dict[tuple[int | str, ...], str] = {}  # the first of each field: a union has one per type
+        # The first error of each field: for a union, pydantic reports one error per type.
+        texts: dict[tuple[int | str, ...], str] = {}
         for error in problem.errors():
             texts.setdefault(error["loc"][:1], str(error["msg"]).removeprefix("Value error, "))
         return "; ".join(f"{field[0]}: {text}" if field else text for field, text in texts.items())

@@ -1,6 +1,6 @@
 """The access token of a cluster. With it, one can run code on all machines.
 
-Ray's own command creates the file and its folder readable by all users (Ray 2.60), so we have one of our own.
+Ray's own command creates the file and its folder readable by all users (Ray 2.60). `greenprompt ray-token` replaces it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def token_path() -> Path:
 def make_token(path: Path) -> bool:
     """Create an access token that only this user can read. Returns False if there is one.
 
-    A token that others can read is closed to them, and so is the folder ``.ray``.
+    Other users lose access to an existing token, and to the folder ``.ray``.
 
     Raises:
         BadSettings: The file can't be written, or belongs to another user.
@@ -43,14 +43,14 @@ def make_token(path: Path) -> bool:
 
 
 def require_own_token(path: Path | None = None, *, may_be_missing: bool = False) -> None:
-    """Check the access token, by default Ray's. One of this user that others can read is closed to them.
+    """Check the access token, by default Ray's. If other users can read a token of this user, their access is removed.
 
-    A token of root that other users can't read, as a container has it, is accepted, also if root's group can read it
-    and that can't be changed.
+    A token of root, as a container has it, is accepted if only root and its group can read it. If this user is root,
+    the group's access is removed where the mode can be changed.
 
     Raises:
-        BadSettings: It is missing (unless it may be), can't be read, belongs to another user, or is open to others
-            and can't be closed.
+        BadSettings: It is missing (unless it may be), can't be read, or belongs to another user; or other users have
+            access to it that can't be removed.
     """
     path = token_path() if path is None else path
     try:

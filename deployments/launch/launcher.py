@@ -28,7 +28,8 @@ class Machines(LocalNodeProvider):
 
     A node's id is its machine's address, followed by the number of earlier failures if there were
     any. They are counted in the monitor's process, which also holds Ray's own list of failed nodes.
-    The address of an earlier node can still be read, but this node does not run and can't be changed.
+    With the id of an earlier node, the address can still be read; but the node counts as not running,
+    and it can't be changed.
     """
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:

@@ -84,7 +84,7 @@ def _run(settings: Settings, folder: Path | None, record: Callable[..., None], s
         app.check(settings)
         say("Starting Ray, Serve and a wrapper (it imports vLLM once, about half a minute) …")
         try:
-            running = app.start(settings, folder, on_joined=_heed_signals)  # Ray has installed its own handlers
+            running = app.start(settings, folder, on_joined=_heed_signals)  # replaces Ray's signal handlers
             ready = running._asdict()
             record(pid=os.getpid(), folder=str(folder) if folder else None, **ready)
             for line in ready_lines(settings, ready):
@@ -224,7 +224,7 @@ def end(settings: Settings, *, say: Say) -> None:
 
 @contextmanager
 def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
-    """Hold the lock of ``state_dir``; yield a function that writes what runs to up.json.
+    """Hold the lock of ``state_dir``; yield a function that records the running registry in up.json.
 
     Raises:
         BadSettings: Another process holds it, or the folder can't be written.

@@ -49,8 +49,8 @@ RAY_ENVIRONMENT = {
 }
 """Environment of all Ray processes.
 
-No usage reports are sent, engines run at normal priority, the head does not grow, no proxy is used inside the cluster,
-and if memory runs out, the kernel kills an engine before any other part.
+No usage reports are sent, engines run at normal priority, the head's memory does not grow, no proxy is used inside the
+cluster, and if memory runs out, the kernel kills an engine before any other part.
 """
 
 ACCESS_FILE = "ray-token"
@@ -67,7 +67,7 @@ RAY_LAST_WORKER_PORT = 19_999
 """Default for the highest port of Ray's workers."""
 
 LEAST_CHOICE = 1000
-"""Fewest ports to choose free ones from."""
+"""Smallest range of ports in which free ones are searched."""
 
 REMOVE_TIMEOUT_S = 5.0
 """Longest time for removing a cluster's folder, seconds."""
@@ -88,7 +88,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
     The folder holds Ray's session (logs, sockets) and HAProxy's files, and is removed at the end. Each cluster gets a
     new access token in ``state_dir/ray-token``; secrets, if there are any, are in ``state_dir/secrets.json``; both are
     removed at the end. Only this user can enter the folder or read these files. Ray opens its own folder to all users,
-    so nothing of ours lies in that one.
+    so our files are not in it.
 
     Raises:
         BadSettings: HAProxy is wanted, and not installed or not usable with this version of Ray.

@@ -48,7 +48,7 @@ _FOUND_SOON = {
     "RAY_health_check_failure_threshold": "3",
 }
 
-# D51: also while Redis restarts
+# D51: long enough for a restart of Redis, too
 # How long nodes and wrappers survive while the head restarts, seconds; Ray's default is 60.
 _OUTLIVE_THE_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
 
@@ -69,7 +69,7 @@ def start_ray(options: Sequence[str]) -> bool:
     """Run ``ray start`` with these options, after stopping any running Ray.
 
     Returns False, without effect, if Ray already runs with the same options, environment and code.
-    Blocks up to 2 * RAY_LIMIT_S, and before that for an earlier call on this machine.
+    Blocks until an earlier call on this machine has ended, and then up to 2 * RAY_LIMIT_S.
 
     Raises:
         BadSettings: HAProxy's package is not installed or does not fit this version of Ray, the access token is
@@ -96,7 +96,7 @@ def node_folder() -> Path:
 
 
 def secrets_file() -> Path:
-    """Return the file for this machine's secrets. Machines may share the home, so its name has the machine's.
+    """Return the file for this machine's secrets. It is named after the machine, because machines may share a home.
 
     It is not in the node's folder: many systems remove files of ``/tmp`` that are older than ten days.
     """
@@ -104,9 +104,9 @@ def secrets_file() -> Path:
 
 
 def _in_own_folder(folder: Path, options: Sequence[str]) -> Sequence[str]:
-    """Put Ray's files below the node's folder, because Ray opens its own to all users; the operator's choice is kept.
+    """Put Ray's files below the node's folder, unless the operator has chosen a folder with ``--temp-dir``.
 
-    With Ray's socket anyone could run code, with its logs read what is logged.
+    Ray opens its own folder to all users: they could run code through its socket, and read its logs.
     """
     if any(option.startswith("--temp-dir") for option in options):
         return options
@@ -153,7 +153,7 @@ def node_environment(folder: Path) -> dict[str, str]:
     temporary = private_folder(folder / TEMPORARY)
     return {
         **({} if "TMPDIR" in os.environ else {"TMPDIR": str(temporary)}),
-        # Where Ray's launcher keeps its list of machines: for the monitor the same place as for `ray up` and ourselves.
+        # Where Ray's launcher keeps its list of machines. Ray's monitor, `ray up` and this code must use the same list.
         "RAY_TMPDIR": os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or str(BASE),
         **RAY_ENVIRONMENT,
         "RAY_AUTH_MODE": "token",  # Ray's ports run code for anyone who can reach them

@@ -1,4 +1,4 @@
-"""Lists and checks our changes to Ray and to Serve's configuration of HAProxy, and the private names that are read.
+"""Lists and checks our changes to Ray and to Serve's HAProxy configuration, and the private names of Ray that we read.
 
 Ray must not be imported before its environment is set, so the checks read Serve's files as text.
 """
@@ -42,7 +42,7 @@ class HasLine:
 
 
 _PROVIDER = "ray.autoscaler._private.local.node_provider"
-_AT_A_START = "at each start of HAProxy Serve's file is edited; without our program in its place it is Serve's own"
+_AT_A_START = "when Serve starts HAProxy without our program; the program edits Serve's file at each start"
 
 HAPROXY: Final = tuple(
     Patch("HAProxy", name, How.EDITED, why, tuple(map(HasLine, patterns)), _AT_A_START)
@@ -55,7 +55,7 @@ HAPROXY: Final = tuple(
         ),
         (
             "`bind` of metrics and statistics",
-            "they listen on the loopback interface only, where nothing else is wanted",
+            "they listen on the loopback interface only, if the registry does",
             r"^    bind :.*metrics_port",
             r"^  bind \*:.*stats_port",
         ),
@@ -78,7 +78,7 @@ HAPROXY: Final = tuple(
         ),
         (
             "sections `global`, `defaults`, `http_frontend`",
-            "limits of connections and polls, Retry-After, and hang-ups that a wrapper notices itself are added",
+            "limits of connections and polls and Retry-After are added, and Serve leaves hang-ups to the wrappers",
             r'^(HAPROXY_CONFIG_TEMPLATE = """)?global$',
             r"^defaults$",
             r"^frontend http_frontend$",
@@ -97,7 +97,7 @@ VARIABLES: Final = Patch(
     "Ray",
     "environment variables of Serve",
     How.SET,
-    "Serve starts our program in HAProxy's place, with its configuration where that edits it, and without its own log",
+    "Serve starts our program, which edits HAProxy's configuration and starts HAProxy; HAProxy logs no prompts",
     tuple(
         HasLine(f'"{name}"', CONSTANTS)
         for name in (
@@ -149,12 +149,12 @@ RAY: Final = (
         "Ray",
         "ray._common.constants.HEAD_NODE_RESOURCE_NAME",
         How.READ,
-        "the head of the cluster is known",
+        "the head of the cluster is the node that has this resource",
         (Has("ray._common.constants", "HEAD_NODE_RESOURCE_NAME"),),
         "only read",
     ),
 )
-"""What is set, subclassed or privately read of Ray itself."""
+"""What is changed in Ray itself, and the private names that are read."""
 
 
 def text_of_serve(name: str) -> str:
@@ -169,6 +169,6 @@ def text_of_serve(name: str) -> str:
 
 
 def first_missing_line(template: str) -> str | None:
-    """Return the first pattern of HAPROXY that no line of a template matches; None if all have one."""
+    """Return the first pattern of HAPROXY that no line of a template matches; None if there is none."""
     guards = (guard for patch in HAPROXY for guard in patch.guards if isinstance(guard, HasLine))
     return next((guard.pattern for guard in guards if guard.missing_in(template)), None)

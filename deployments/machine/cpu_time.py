@@ -118,7 +118,7 @@ class CPUTimeTree:
             self._known[pid] = known.pop(
                 pid, new if self._read_s is None else new._replace(own_ticks=0, reaped_ticks=0)
             )
-        self._known |= known  # those that have ended; the next reading handles them
+        self._known |= known  # keep those that have ended for the next reading
 
     def pids(self) -> frozenset[int]:
         """Return the pids of the tree at the last scan."""

@@ -104,7 +104,10 @@ class MachineCPU:
                 self._gone_s += self._others.pop(gone).read_s(now_s)
 
     def strangers(self, now_s: float) -> tuple[bool | None, float]:
-        """Return whether strangers were active since the last call (None: unknown), and its time (first call: now)."""
+        """Return whether strangers were active since the last call, and the time of that call.
+
+        None: unknown. At the first call, the time is ``now_s``.
+        """
         busy_s, ours = self._busy_s(), self.wrappers_s(now_s)
         last, since_s = self._last, now_s if self._looked_s is None else self._looked_s
         self._looked_s, self._last = now_s, None
@@ -116,7 +119,7 @@ class MachineCPU:
         strange = self._last.strange_to(last) / (now_s - last.at_s)
         most = max(STRANGERS_CORES, STRANGERS_PART * self.tree.processors)
         if strange > most:
-            # They may be unknown descendants of wrappers, whose time counts from their start: search before deciding.
+            # It may be new descendants of wrappers that were active. Once found, their time counts from their start.
             for tree in (self.tree, *self._others.values()):
                 tree.refresh(now_s, 0.0)
             found = self.wrappers_s(now_s)

@@ -51,7 +51,7 @@ def _groups(cgroups: Path, own: Path) -> Iterator[tuple[Path, str, str]]:
         else:
             continue
         group = root / path.lstrip("/")
-        for folder in (group, *group.parents):  # in a container the path may be the host's: only the root exists
+        for folder in (group, *group.parents):  # a container may show the host's path: then only the root exists
             yield folder, *files
             if folder == root:
                 break

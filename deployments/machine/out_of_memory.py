@@ -29,7 +29,7 @@ def raise_score(score: int, file: Path = _SCORE) -> None:
 
 
 class OOMKills:
-    """Detects whether the kernel has killed a process for lack of memory since `look` (before it: since creation)."""
+    """Detects whether the kernel has killed a process for lack of memory since the last `look`, or since creation."""
 
     def __init__(self, counters: Path = _COUNTERS) -> None:
         self._counters = counters

@@ -17,7 +17,9 @@ _FOR_OWNER = stat.S_IRUSR | stat.S_IWUSR
 
 
 def private_folder(folder: Path) -> Path:
-    """Create a folder for this user alone, unless it exists, and return it. For folders with a name that others know.
+    """Create a folder for this user alone, unless it exists, and return it.
+
+    For folders with a predictable name: another user may have created one before.
 
     Raises:
         BadSettings: It exists and is a link or a file, belongs to another user, or is open to other users.
@@ -51,7 +53,8 @@ def _openness(found: os.stat_result) -> str | None:
 def require_unchanged_by_others(folder: Path, setting: str) -> None:
     """Raise BadSettings, naming the setting, if any user can write to a folder, or a stranger owns it.
 
-    Root and the folder's group are trusted. For root every owner is: a container's volume may belong to any user.
+    Root and the folder's group are trusted. If this user is root, every owner is trusted, because a container's volume
+    may belong to any user.
     May raise OSError if the folder does not exist.
     """
     found = folder.stat()
@@ -68,7 +71,7 @@ def open_private(file: Path, mode: str) -> IO[str]:
     Raises OSError if the file is a link, which may lead to another file of this user.
     """
     opened = open(file, mode, encoding="utf-8", opener=_for_owner)  # noqa: SIM115 - pathlib has no opener
-    os.fchmod(opened.fileno(), _FOR_OWNER)  # it may be older
+    os.fchmod(opened.fileno(), _FOR_OWNER)  # a file that exists keeps its mode when it is opened
     return opened
 
 
@@ -82,9 +85,9 @@ def write_private(file: Path, text: str, *, executable: bool = False) -> None:
     The folder must not be writable by others.
     """
     new = file.with_name(f"{file.name}.new")
-    new.unlink(missing_ok=True)  # of a crash
+    new.unlink(missing_ok=True)  # left by a crash
     with open_private(new, "x") as opened:
         opened.write(text)
         if executable:
             os.fchmod(opened.fileno(), stat.S_IRWXU)
-    new.replace(file)  # keeps neither the mode of an old file nor the target of a link
+    new.replace(file)  # drops an old file's mode, and replaces a link instead of its target

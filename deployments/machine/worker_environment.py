@@ -1,8 +1,8 @@
-"""The variables of the operator's environment that reach Ray workers, and the way by which the secret ones do.
+"""Decides which variables of the operator's environment reach Ray workers, and passes secret ones on in a file.
 
-Ray writes the variables of a ``runtime_env`` to its logs and to its state, and every process of a cluster inherits
-those of the process that starts Ray. So secrets go neither way: the process that starts Ray moves them to a file. Only
-the parts that use the Hugging Face hub read the file.
+Ray writes the variables of a ``runtime_env`` to its logs and to its state. Every process of a cluster inherits the
+environment of the process that starts Ray. So secrets must be in neither: the process that starts Ray moves them to a
+file. Only the parts that use the Hugging Face hub read the file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FILE_NAME: Final = "secrets.json"
 """Name of that file in ``state_dir``."""
 
 NOT_FOR_RAY: Final = ("GREENPROMPT_DATABASE_URL", "GREENPROMPT_API_KEY")
-"""Secrets that no process of Ray needs: settings bring them to where they are used, or commands alone use them."""
+"""Secrets that no process of Ray reads from its environment: they are in the settings, or only commands use them."""
 
 _SECRET_NAME = re.compile(r"(?<!DISABLE_IMPLICIT)_(TOKEN|KEY|SECRET|PASSWORD)$")
 
@@ -75,7 +75,7 @@ def hide_secrets(file: Path, environment: MutableMapping[str, str]) -> None:
         write_private(file, json.dumps(secrets))
         environment[SECRETS_FILE] = str(file)
     else:
-        file.unlink(missing_ok=True)  # of an earlier start
+        file.unlink(missing_ok=True)  # left by an earlier start
 
 
 def load_secrets() -> None:
@@ -91,7 +91,7 @@ def load_secrets() -> None:
     except (OSError, ValueError) as error:
         # no traceback: it may show the secrets
         log.error("secrets can't be read; start Ray again to write them", file=file, problem=str(error))  # noqa: TRY400
-    # It reads HF_ENDPOINT when it is imported, which unpickling a replica's class does before this.
+    # The hub's library reads HF_ENDPOINT when it is imported, and unpickling a replica's class has imported it already.
     if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
         importlib.reload(constants)
 
@@ -103,6 +103,6 @@ def _for_models(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    """Whether a variable is a token, a key, or a URL with credentials (of a proxy also without a scheme)."""
+    """Whether a variable is a token, a key, or a URL with credentials. A proxy's URL may lack a scheme."""
     may_have_credentials = "://" in value or name.upper() in PROXY_VARIABLES
     return _SECRET_NAME.search(name) is not None or (may_have_credentials and "@" in value)

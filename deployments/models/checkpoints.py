@@ -1,7 +1,7 @@
 """Reads checkpoint metadata: from folders, from the local Hugging Face cache, from the hub.
 
-Reads only headers, never weights, and no file into memory that is too large. Does not need torch, so that the ingress
-can use it.
+Reads only headers, never weights. A file that is too large is not read into memory. Does not need torch, so that the
+ingress can use it.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def read_hub(model: str, revision: str | None) -> Checkpoint | None:
         return None
     api = HfApi()
     # First, because this call does not retry without a network. All later calls use the commit it returns. Only the
-    # commit is asked for: the rest of the answer is as long as the model's author makes it.
+    # commit is asked for, because the model's author decides how large the rest of the answer is.
     commit = api.model_info(model, revision=revision, timeout=HUB_TIMEOUT_S, expand=["sha"]).sha
     files = api.get_paths_info(model, [CONFIG, SINGLE, INDEX], revision=commit)
     sizes = {file.path: file.size for file in files if isinstance(file, RepoFile)}

@@ -38,7 +38,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".py", ".yaml", ".yml")
 _TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 INDICES = ("model.safetensors.index.json", "consolidated.safetensors.index.json")
-"""Files that say which files have which weights: of safetensors, and of Mistral's own copy of them."""
+"""Indices: they say which file has which weights. One is for safetensors, one for Mistral's own copy of the weights."""
 _SENTENCE_TRANSFORMERS_PART = re.compile(r"\d+_\w+")
 _SMALL = 50 * 2**20  # text files (_TEXTS) above this size are not needed by an LLM
 
@@ -102,8 +102,8 @@ def _in_place(file: str) -> bool:
 def weight_files(files: Iterable[str], load_format: str = "auto") -> list[str]:
     """Return the weight files of one folder in the one format that vLLM would choose; empty if there are none.
 
-    That is the first pattern that matches any file. With ``auto`` and ``mistral`` Mistral's own copy
-    comes first. Source: vLLM 0.32, ``DefaultModelLoader._prepare_weights``.
+    Each format has a pattern; the first pattern that matches any file decides. With ``auto`` and
+    ``mistral``, Mistral's own copy comes first. Source: vLLM 0.32, ``DefaultModelLoader._prepare_weights``.
     """
     files = [file for file in files if (name := PurePosixPath(file).name) not in _TRAINING and name[0] != "."]
     mistral = load_format in ("auto", "mistral")
@@ -205,7 +205,7 @@ def _download(order: DownloadOrder, tell: Callable[[int, int], None]) -> str:
 
     if order.cache_dir is not None:
         for leftover in (Path(order.cache_dir) / _folder_of(order.model) / "blobs").glob("*.incomplete"):
-            leftover.unlink()  # from a killed download: the hub's library gives each a new name
+            leftover.unlink()  # a killed download left it, and the next one uses another name
 
     def load(*names: str) -> str:
         return snapshot_download(

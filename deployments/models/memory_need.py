@@ -1,4 +1,4 @@
-"""Estimates the least memory an LLM needs from its checkpoint: weights, and the KV cache of one sequence.
+"""Estimates, from its checkpoint, the least memory that an LLM needs: weights, and the KV cache of one sequence.
 
 Counted as vLLM 0.32 does, as a lower bound: activations, CUDA graphs and rounding to blocks are not included. None
 means unknown: the checkpoint alone does not determine the value.

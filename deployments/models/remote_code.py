@@ -1,4 +1,4 @@
-"""Decides whether a model may run its own Python code (``trust_remote_code``), and from where model and code come."""
+"""Decides whether a model may run its own code (``trust_remote_code``); finds code and models from other places."""
 
 from __future__ import annotations
 

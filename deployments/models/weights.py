@@ -16,7 +16,8 @@ from deployments.models.small_files import INDEX_BYTES, FileTooLarge, read_small
 from registry.background import spawn_thread
 
 _CHUNK_BYTES = 128 * 1024
-"""Bytes per call; the kernel reads at most a disk's read-ahead, usually this (mm/readahead.c, force_page_cache_ra)."""
+"""Bytes per call: the usual read-ahead of a disk. In one call, the kernel reads no more than the disk's read-ahead.
+Source: Linux, mm/readahead.c, force_page_cache_ra."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,7 +230,7 @@ class RegistryActor:
     async def create_key(
         self, role: Role, tenant: str | None, name: str, days: float | None, audit: AuditRow | None = None
     ) -> str:
-        """Make an API key; return the JSON NewKey, which alone has its text."""
+        """Make an API key; return the JSON NewKey. The text of the key is in this answer only."""
         await self.ready()
         key, text = self._service.keys.new(role, tenant=tenant, name=name, days=days)
         self._service.keys.add(key, audit)

@@ -25,7 +25,10 @@ RETRY_FOR_S = 10.0
 """How long a call is retried while the registry actor does not answer, seconds."""
 
 CALL_TIMEOUT_S = 30.0
-"""Longest wait for one answer of the actor, beyond the wait that was requested, seconds. Also for a read's turn."""
+"""Longest wait for one answer of the actor, in addition to the wait that was requested, seconds.
+
+While AT_ONCE calls of a reading method are in progress, a further one also waits up to this long.
+"""
 
 AT_ONCE = {
     "keys": 4,
@@ -89,7 +92,7 @@ class ActorCalls:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 await lane.acquire()
         except TimeoutError as error:
-            raise self._unavailable(f"no turn for {method} within {CALL_TIMEOUT_S:g} s") from error
+            raise self._unavailable(f"too many calls of {method} were in progress for {CALL_TIMEOUT_S:g} s") from error
         try:
             yield
         finally:
@@ -111,7 +114,7 @@ class ActorCalls:
             raise
 
     def _unavailable(self, reason: str) -> RegistryUnavailable:
-        """Return the error; it names a full disk, which ends the registry and prevents its restart."""
+        """Return the error. If the disk is full, the text says so: that ends the registry and prevents its restart."""
         return RegistryUnavailable("; ".join(filter(None, (reason, disk_problem(self._state_dir)))))
 
 

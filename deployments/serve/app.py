@@ -107,25 +107,28 @@ def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[
 
 
 def _keep_operator_key(keys: Keys, file: Path) -> None:
-    """Make sure that the file has a key for operators that is in force, for the commands of this machine's operator.
+    """Make sure that the file has a valid operator key. The operator's commands on this machine use it.
 
-    A key that others could read is revoked. Raises StoreUnavailable, BadSettings.
+    A key that other users could read is revoked. Raises StoreUnavailable, BadSettings.
     """
     try:
         if _has_operator_key(keys, file):
             return
         key, text = keys.new(Role.OPERATOR, tenant=None, name=f"operator of {socket.gethostname()}")
-        file.parent.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)  # SQLite would have made it; PostgreSQL not
+        file.parent.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)  # may be missing with PostgreSQL
         require_unchanged_by_others(file.parent, "state_dir")
         write_private(file, text)
     except (OSError, ValueError) as error:
         raise BadSettings("state_dir", f"{file} can't be used: {in_one_line(error)}") from error
     made = at_start("/keys", HTTPStatus.CREATED)
-    keys.add(key, made)  # after the file: a key in a file that is not in force is replaced at the next start
+    keys.add(key, made)  # last: if this fails, the key in the file is not valid, and the next start replaces it
 
 
 def _has_operator_key(keys: Keys, file: Path) -> bool:
-    """Whether the file has a key for operators in force that only this user can read. Raises OSError, ValueError."""
+    """Whether the file has a valid operator key that only this user can read. Raises OSError, ValueError.
+
+    A valid operator key that other users can read is revoked.
+    """
     try:
         found = parse_key(file.read_text(encoding="utf-8"))
         key = None if found is None else keys.identify(*found)
@@ -193,6 +196,7 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
                 settings.served_hosts,
                 settings.access,
                 settings.wrappers.max_body_mib,
+                settings.http.trusted_proxies,
             )
             serve.run_many([serve.RunTarget(ingress.deployment(config), name=INGRESS_APP, route_prefix="/")])
     except Exception as error:
@@ -237,7 +241,7 @@ def stop(settings: Settings) -> None:
             ray.get(actor.shutdown.remote(), timeout=limit_s)
             ray.kill(actor, no_restart=True)
     except RayError as error:
-        problem = f"the registry could not be shut down in order: {_reason(error)}"
+        problem = f"the registry could not be shut down cleanly: {_reason(error)}"
         if settings.ray.address is not None:
             raise StartFailed(f"{problem}; it still runs; try again") from error
         logging.getLogger(__name__).warning(problem)
@@ -302,7 +306,7 @@ def _start_registry(settings: Settings) -> None:
         try:
             theirs = _settings_once_ready(running)
         except RayError as error:
-            problem = f"the registry of this cluster does not answer, but continues to try: {_reason(error)}"
+            problem = f"the registry of this cluster does not answer: {_reason(error)}; it is left unchanged"
             raise StartFailed(problem) from error
         # D49: `up` neither replaces nor ends a running registry
         if fields := differing(theirs, settings):

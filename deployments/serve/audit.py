@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from time import monotonic
 from typing import Annotated, Any
@@ -21,9 +21,10 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.serve.browsers import READING
-from deployments.serve.identities import key_of, refused_key_id, source_of
+from deployments.serve.identities import client_of, key_of, refused_key_id
 from registry.background import spawn
 from registry.errors import InvalidField, RegistryError
+from registry.http_settings import Network
 from registry.service.audit import Refusals
 from registry.service.views import iso
 from registry.store.rows import AuditFilter, AuditRow, StoredAuditRow
@@ -41,17 +42,20 @@ _ID = re.compile(r"[A-Za-z0-9.:-]{1,40}")
 _METHODS = READING | {"POST", "PUT", "PATCH", "DELETE"}
 _REFUSED = (401, 403)
 _ELSEWHERE = "/process_prompt"  # redirected to a lease: changes nothing here
+_PROXIES = "greenprompt_proxies"
 
 
 class AuditTrail:
     """An ASGI app around another one, which counts refused calls. ``call(method, *args)`` reaches the registry actor.
 
-    Refused are 401 and 403 on every path, and every error on a path that changes something.
+    Refused are 401 and 403 on every path, and every error on a path that changes something. ``proxies``: the networks
+    of trusted proxies, which name the addresses of their clients.
     """
 
-    def __init__(self, app: ASGIApp, call: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, app: ASGIApp, call: Callable[..., Awaitable[Any]], proxies: Sequence[Network]) -> None:
         self._app = app
         self._call = call
+        self._proxies = proxies
         self._refusals = Refusals()
         self._sending: asyncio.Task[None] | None = None
 
@@ -60,6 +64,7 @@ class AuditTrail:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope[_PROXIES] = self._proxies
         changes = scope["method"] not in READING and scope["path"] != _ELSEWHERE
         status, code = 0, None
 
@@ -96,12 +101,12 @@ class AuditTrail:
 
 
 def row_of(scope: Scope, status: int, code: str | None = None) -> AuditRow:
-    """Return the row of a call. It has nothing that a caller without a key can choose freely, except its source.
+    """Return the row of a call to an AuditTrail. A caller without a key can choose nothing in it but the source.
 
-    The registry adds tenant and id to that of an accepted call.
+    ``source`` is None if the address is not clear. The registry adds tenant and id to the row of an accepted call.
     """
     path, subject = _what(scope)
-    key, source = key_of(scope), source_of(scope)
+    key, source = key_of(scope), client_of(scope, scope[_PROXIES])
     method = scope["method"]
     return AuditRow(
         method=method if method in _METHODS else "other",

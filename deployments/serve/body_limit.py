@@ -29,9 +29,9 @@ class BodyTooLarge(RegistryError):
 class BodyLimit:
     """An ASGI app around another one, which gets at most ``limit(path)`` bytes of a body.
 
-    A body that says that it is longer is refused before the app hears of the request. If a longer body
-    comes without saying so, the app hears that its client has gone, and the client gets a 413 in place
-    of the app's answer.
+    A body whose Content-Length is above the limit is refused before the app is called. If a body turns
+    out to be longer while it is read, the app gets ``http.disconnect``, and the client gets a 413 in
+    place of the app's answer.
     """
 
     def __init__(self, app: ASGIApp, limit: Callable[[str], int]) -> None:
@@ -48,7 +48,7 @@ class BodyLimit:
             try:
                 await self._app(scope, body.receive, body.send)
             except Exception:
-                if not body.longer:  # else it is about the client that seemed to have gone
+                if not body.longer:  # else ``http.disconnect`` has caused the error
                     raise
         if body.longer and not body.answered:
             openai = "/v1/" in scope["path"]
@@ -86,6 +86,6 @@ class _Body:
 
     async def send(self, message: Message) -> None:
         if self.longer and not self.answered:
-            return  # the app's answer to a client that seemed to have gone
+            return  # the app's answer to ``http.disconnect``; the client gets a 413 instead
         self.answered = True
         await self._send(message)

@@ -1,9 +1,9 @@
 """Protects both HTTP apps, the ingress and the wrappers, from web pages in a browser that can reach them.
 
 A page of another site can send requests to a registry in its user's network, and with DNS rebinding it
-can read the answers. So requests for unknown host names are refused, and so is whatever a page of
-another origin sends that would change something. Programs send neither ``Origin`` nor
-``Sec-Fetch-Site``, and notice nothing.
+can read the answers. So requests for unknown host names are refused. A request that would change
+something is also refused if it comes from a page of another origin. Programs send neither ``Origin``
+nor ``Sec-Fetch-Site``, so they are not affected.
 """
 
 # D112: what a web page may do
@@ -151,7 +151,7 @@ class BrowserGuard:
 
 
 class GuardedAPI(FastAPI):
-    """A FastAPI app behind a BrowserGuard, its answers to unexpected errors included.
+    """A FastAPI app behind a BrowserGuard. Its answers to unexpected errors pass through the guard, too.
 
     Its bodies must be JSON, except on the paths of the Prompting Service, whose client sends no Content-Type.
     """
@@ -164,7 +164,7 @@ class GuardedAPI(FastAPI):
         outer: Callable[[ASGIApp], ASGIApp] = lambda app: app,
         **options: Any,
     ) -> None:
-        """``inner`` returns an app around this one, inside the guard; ``outer`` one around the guard."""
+        """``inner`` adds an app between the guard and this one, ``outer`` one around the guard."""
         # FastAPI's pages load scripts from elsewhere.
         super().__init__(docs_url=None, redoc_url=None, **options)
         self._hosts = hosts
@@ -181,9 +181,9 @@ def _is_ours(path: str) -> bool:
 
 
 def _is_address(name: str) -> bool:
-    """Whether it is an IP address, as in a Host header.
+    """Whether the host of a Host header is an IP address.
 
-    A browser sends an address only to a page of that address: DNS rebinding needs a name.
+    A browser sends the host of the URL in this header. DNS rebinding needs a name in the URL, so addresses are safe.
     """
     try:
         if name[0] == "[":
@@ -203,10 +203,10 @@ def _is_own(origin: bytes, host: bytes) -> bool:
 
 
 def _require_json(headers: Headers) -> None:
-    """Raise NotJSON for a body of another type, or of none.
+    """Raise NotJSON if the Content-Type of a body is missing, or is not JSON.
 
-    An empty body may have no type, but no other: each form that a page submits has one, also an empty form in a browser
-    too old to send ``Origin``.
+    An empty body may lack a Content-Type, but must not have another one. A form that a page submits always has one,
+    even an empty form in a browser too old to send ``Origin``.
     """
     given = b"".join(_values(headers, b"content-type"))
     has_body = bool(_values(headers, b"transfer-encoding")) or _values(headers, b"content-length") not in ([], [b"0"])

@@ -96,7 +96,7 @@ class RayCluster(ClusterCalls):
                         models=self._settings.models,
                         finish_prompts=self._settings.leases.at_expiry == "finish",
                         on_machine=want.on_machine,
-                        # this actor is on the head, whose name clients may use
+                        # clients may use the name of the head, on which this actor runs
                         hosts=(*self._settings.served_hosts, socket.gethostname().lower()),
                     ),
                     node_id=want.node_id,
@@ -201,10 +201,10 @@ def machines_of(nodes: Sequence[dict[str, Any]]) -> tuple[Machine, ...]:
     """Return Ray's living nodes as machines, the head first, then by node id.
 
     A machine's id is its node's name (its address unless ``ray start --node-name`` sets another). If
-    several nodes share a name, as on one host, the ids of all but the first end with the first digits
-    of their node id; ``with_known_ids`` keeps these ids stable. Zone and region are the node's labels
-    (``ray start --labels``). The amount of memory comes from the wrappers, because Ray's own
-    ``memory`` is only what was free when the raylet started.
+    several nodes share a name, as on one host, the first one keeps it. To the ids of the others, the
+    beginning of their node id is added; ``with_known_ids`` keeps these ids stable. Zone and region
+    are the node's labels (``ray start --labels``). The amount of memory comes from the wrappers,
+    because Ray's own ``memory`` is only what was free when the raylet started.
 
     Source: Ray's documentation, "Use labels to control scheduling", default node labels.
     """

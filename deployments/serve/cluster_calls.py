@@ -1,4 +1,4 @@
-"""Calls of wrappers with time limits, and observation with a cache; the same over Ray and in a simulation."""
+"""Calls wrappers with time limits, and observes the cluster with a cache. Used over Ray and in a simulation."""
 
 from __future__ import annotations
 

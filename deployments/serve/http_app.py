@@ -41,6 +41,7 @@ from registry.accounting.window_report import WindowsPage
 from registry.core.events import NewRequest
 from registry.core.records import LLMMemory, LLMSpec
 from registry.errors import InvalidField
+from registry.http_settings import Network
 from registry.service.service import Idempotency
 from registry.wire.schemas import (
     MAX_EVENTS,
@@ -97,6 +98,7 @@ class IngressConfig:
     """The settings that the ingress needs. ``state_dir`` is checked if the registry does not answer.
 
     ``hosts``: the host names that are served, see ``BrowserGuard``. ``prompt_mib``: longest body of a prompt, MiB.
+    ``trusted_proxies``: see ``client_of``.
     """
 
     sources: ModelSources
@@ -105,6 +107,7 @@ class IngressConfig:
     hosts: tuple[str, ...] = ()
     access: AccessSettings = field(default_factory=AccessSettings)
     prompt_mib: int = 64
+    trusted_proxies: tuple[Network, ...] = ()
 
 
 Call = Callable[..., Awaitable[Any]]
@@ -112,7 +115,7 @@ Call = Callable[..., Awaitable[Any]]
 
 Responses = dict[int | str, dict[str, Any]]
 
-# Without a description FastAPI takes the words of `http`, and 413 and 422 have other words from Python 3.13 on.
+# Without a description, FastAPI uses the status phrases of `http`. Those of 413 and 422 changed in Python 3.13.
 ERRORS: Responses = {
     422: {"model": ErrorAnswer, "description": "Unprocessable Content"},
     503: {"model": ErrorAnswer},
@@ -129,7 +132,7 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
     app = GuardedAPI(
         config.hosts,
         inner=_guards(config, call),
-        outer=lambda app: AuditTrail(app, call),
+        outer=lambda app: AuditTrail(app, call, config.trusted_proxies),
         title=TITLE,
         description=DESCRIPTION,
         version=version("greenprompt-llm-registry"),
@@ -146,8 +149,8 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
 
 
 def _guards(config: IngressConfig, call: Call) -> Callable[[ASGIApp], ASGIApp]:
-    """Return what puts the guard of keys, if any, and the limit of bodies around an app."""
-    trusted = TrustedClients(config.access.trusted_clients)
+    """Return a function that puts the limit of bodies around an app and, if keys are used, the guard of keys."""
+    trusted = TrustedClients(config.access.trusted_clients, config.trusted_proxies)
 
     def limit(path: str) -> int:
         # A prompt to the root is redirected, and its body is dropped.
@@ -357,7 +360,7 @@ def _add_keys(app: FastAPI, config: IngressConfig, call: Call) -> None:
 
     @router.delete("/keys/{key_id}", status_code=204, responses=responses)
     async def revoke_key(key_id: str, audited: Audited) -> Response:
-        """Refuse a key; within 5 seconds everywhere. Leases of its tenant go on. Idempotent."""
+        """Revoke a key: within 5 seconds it is refused everywhere. Leases of its tenant continue. Idempotent."""
         require_keys()
         await call("revoke_key", key_id, audited)
         return Response(status_code=204)

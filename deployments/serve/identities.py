@@ -1,6 +1,6 @@
-"""Finds out who calls: asks for an API key before anything of a request is read, and says what its role allows.
+"""Authenticates callers: checks the API key before the body of a request is read, and what the key's role allows.
 
-Without ``access.keys`` every caller may do everything, as its tenant by the header ``X-Tenant``.
+Without ``access.keys`` every caller may do everything, for the tenant that its header ``X-Tenant`` names.
 """
 
 # D132: identities are keys of the registry
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from time import monotonic
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -23,15 +23,21 @@ from deployments.error_answers import registry_error
 from deployments.serve.browsers import READING
 from registry.access_errors import KeyNeeded, KeyRefused, NotAllowed, OtherTenant
 from registry.errors import RegistryError
+from registry.http_settings import Network
 from registry.service.keys import EVERYTHING, Access, parse_key
 from registry.store.rows import APIKey
 from registry.wire.schemas import TenantName
 from registry.wire.words import Role
 
 V = TypeVar("V")
+Address = IPv4Address | IPv6Address
 
 SOURCE_HEADER = b"x-greenprompt-source"
 """HAProxy sets this header to the address of its client, and removes what a client sent under this name."""
+
+# D114: the client's address behind a proxy
+FORWARDED_HEADER = b"x-greenprompt-forwarded"
+"""HAProxy sets this header to the client's last ``X-Forwarded-For`` header, and removes what came under this name."""
 
 BELIEVED_S = 2.0
 """How long the registry's answer about a key is used again, seconds. A revoked key is refused after this time."""
@@ -40,7 +46,7 @@ MOST_BELIEVED = 10_000
 """Most keys that are remembered."""
 
 STRANGERS_AT_ONCE = 4
-"""Most questions to the registry at one time about keys that were not good a moment ago."""
+"""Most concurrent calls to the registry about keys that it has not accepted before."""
 
 PUBLIC = frozenset({"/", "/healthz", "/openapi.json", "/get_status", "/process_prompt"})
 """Paths that need no key. The last two need the token of a lease."""
@@ -54,7 +60,7 @@ _CLIENTS = frozenset({Role.CLIENT})
 
 
 def allowed_roles(method: str, path: str) -> frozenset[Role] | None:
-    """Return the roles that may call a path; None: everybody, without a key. What is not named needs the most."""
+    """Return the roles that may call a path; None: no key is needed. A path without a rule here is for operators."""
     if path in PUBLIC:
         return None
     if path == "/promptingservice/request":
@@ -67,14 +73,18 @@ def allowed_roles(method: str, path: str) -> frozenset[Role] | None:
 
 
 class TrustedClients:
-    """Tenants of clients that send no key, by the network that they call from."""
+    """Tenants of clients that send no key, by the network that they call from.
 
-    def __init__(self, tenants: Mapping[IPv4Network | IPv6Network, str]) -> None:
+    A call through one of the ``proxies`` comes from the address that the proxy names: see ``client_of``.
+    """
+
+    def __init__(self, tenants: Mapping[Network, str], proxies: Sequence[Network] = ()) -> None:
         self._tenants = tenants
+        self._proxies = proxies
 
     def key_for(self, scope: Scope) -> APIKey | None:
         """Return a key of the tenant whose network a request comes from; None if there is none."""
-        address = source_of(scope)
+        address = client_of(scope, self._proxies)
         if address is None:
             return None
         for network, tenant in self._tenants.items():
@@ -133,7 +143,7 @@ class KeyGuard:
         return key
 
     async def _identified(self, this: tuple[str, str]) -> APIKey:
-        """Ask the registry for a key (id and hash of its secret), once at a time; see ``_asked``."""
+        """Return the key with this id and hash of its secret: ``_asked``, with one call at a time for each key."""
         lock = self._asking.setdefault(this, asyncio.Lock())
         try:
             async with lock:
@@ -143,7 +153,7 @@ class KeyGuard:
                 self._asking.pop(this, None)
 
     async def _asked(self, this: tuple[str, str]) -> APIKey:
-        """Return the registry's answer about a key, which is used for BELIEVED_S seconds; also if it is a refusal."""
+        """Return the registry's answer about a key. An answer, or a refusal, is used again for BELIEVED_S seconds."""
         now_s = monotonic()
         (problem, key_id), until_s = self._refused.get(this, (("", ""), 0.0))
         if problem and now_s < until_s:
@@ -151,7 +161,7 @@ class KeyGuard:
         known, until_s = self._believed.get(this, (None, 0.0))
         if known is not None and now_s < until_s:
             return known
-        # Keys that were good a moment ago don't wait for a flood of wrong ones.
+        # A key that was accepted before does not wait behind many calls about wrong keys.
         async with nullcontext() if known is not None else self._strangers:
             try:
                 key: APIKey = await self._call("identify", *this)
@@ -187,7 +197,7 @@ Tenant = Annotated[
     TenantName,
     Header(
         description="Name of the tenant. Tenants take turns in the queue. Without API keys it is not authenticated; "
-        "with them, a client's key has its tenant, and any other name is refused"
+        "with them, a client's key belongs to a tenant, and any other name is refused"
     ),
 ]
 
@@ -216,7 +226,7 @@ CallerTenant = Annotated[Caller, Depends(_caller)]
 
 
 def key_of(scope: Scope) -> APIKey | None:
-    """Return the key of a request, also if its role does not allow the call; None if it has no key that is good."""
+    """Return the key of a request, also if its role does not allow the call; None if it has no valid key."""
     key: APIKey | None = scope.get(_STATE)
     return key
 
@@ -226,19 +236,41 @@ def refused_key_id(scope: Scope) -> str | None:
     return scope.get(_REFUSED) or None
 
 
-def source_of(scope: Scope) -> IPv4Address | IPv6Address | None:
-    """Return the address that a request comes from; if HAProxy of this machine sent it, the one that HAProxy names.
+def client_of(scope: Scope, proxies: Sequence[Network]) -> Address | None:
+    """Return the address that a request comes from: the last one that is not a trusted proxy's.
 
-    None if there is none.
+    None if a trusted proxy names no other address, or something that is no address.
+    """
+    for name in reversed(_named(scope)):
+        address = _address(name)
+        if address is None or not any(address in network for network in proxies):
+            return address
+    return None
+
+
+def _named(scope: Scope) -> list[str]:
+    """Return the addresses that a request names, as text; each was written by the one after it.
+
+    The last one is where it comes from: by HAProxy of this machine, or else its peer.
     """
     peer = str((scope.get("client") or ("", 0))[0])
-    named = [value for name, value in scope["headers"] if name == SOURCE_HEADER]
+    address = _address(peer)
+    if address is None or not address.is_loopback or not any(name == SOURCE_HEADER for name, _ in scope["headers"]):
+        # Also another machine's HAProxy: it hands on what its client wrote, and does not add its client's address.
+        return [peer]
+    return [*map(str.strip, _only(scope, FORWARDED_HEADER).split(",")), _only(scope, SOURCE_HEADER)]
+
+
+def _only(scope: Scope, header: bytes) -> str:
+    """Return the value of a header; empty if it is missing, or if there are several."""
+    values = [value for name, value in scope["headers"] if name == header]
+    return values[0].decode("latin-1") if len(values) == 1 else ""
+
+
+def _address(text: str) -> Address | None:
+    """Return the address that a text is, without a port; IPv4 for one that is mapped to IPv6. None if it is none."""
     try:
-        address = ip_address(peer)
-        if address.is_loopback and named:
-            if len(named) != 1:
-                return None
-            address = ip_address(named[0].decode("latin-1"))
+        address = ip_address(text)
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address

@@ -30,8 +30,8 @@ OLDER_FILES: Final = 4
 def configure_replica_logging() -> None:
     """Configure structlog for a replica of Serve: lines go to the standard error that the process was started with.
 
-    Serve replaces ``print``, ``sys.stdout`` and ``sys.stderr`` in a replica by its own log at level INFO, which a
-    wrapper does not write.
+    In a replica, Serve redirects ``print``, ``sys.stdout`` and ``sys.stderr`` to its own log at level INFO. A wrapper's
+    log has level WARNING, so these lines would be lost.
     """
     _configure(_Lines(sys.__stderr__))
 

@@ -10,7 +10,7 @@ REPLICA_PORT: Final = Patch(
     "Ray",
     "ray.serve._private.replica.add_port_to_grpc_server",
     How.WRAPPED,
-    "a replica's own gRPC port, which runs whatever it is sent, listens on its node's address only",
+    "a replica's own gRPC port listens on its node's address only, because its callers can run any code",
     (Has("ray.serve._private.replica", "Replica._on_initialized", uses=("add_port_to_grpc_server", "[::]:0")),),
-    "never: for the life of a replica",
+    "never: it lasts as long as the replica",
 )

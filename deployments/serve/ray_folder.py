@@ -17,9 +17,10 @@ def keep_logs(folder: Path, kept: Path) -> Path:
     """
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-    kept.chmod(0o700)  # it may be older
+    kept.chmod(0o700)  # if the folder exists, ``mkdir`` does not set its mode
     for logs in folder.glob(f"{RAY_FOLDER}/session_2*/logs"):
-        # A subfolder, because copies have the modes that Ray gave the logs and their folder: all users can write.
-        with suppress(OSError):  # also shutil.Error, the sum of them
+        # Copies keep the modes of Ray's logs and their folder, to which all users can write. So they are put into a
+        # subfolder, and only this user can enter the folder above it.
+        with suppress(OSError):  # also shutil.Error, which copytree raises for all its errors together
             shutil.copytree(logs, kept / logs.parent.name, dirs_exist_ok=True)
     return kept

@@ -25,7 +25,7 @@ def prepare_replica() -> None:
     _listen_on_node_address()
 
 
-replica: Any = _replica  # mypy accepts no change of what a module has imported
+replica: Any = _replica  # Any: mypy forbids to replace a function in a module that only imports it
 
 
 # D131: a replica's own port is on its node's address

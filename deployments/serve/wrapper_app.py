@@ -30,7 +30,7 @@ class WrapperReplica(LLMWrapper):
         await super().__init__(config, lambda is_warm: warm.set(float(is_warm), {"wrapper": config.wrapper_id}))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        # The prompt gate itself requires JSON, where the Prompting Service's client does not send prompts.
+        # The prompt gate itself requires JSON, except on the path of the Prompting Service's client.
         limited = BodyLimit(super().__serve_build_asgi_app__(), lambda _path: self._body_bytes)
         return BrowserGuard(limited, self._hosts)
 

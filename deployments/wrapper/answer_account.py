@@ -1,8 +1,8 @@
 """Forwards vLLM's answers to the client, reads their token counts, and adds the prompt's energy.
 
-A JSON answer gets a header; its start is held back until the body is there. A stream that reports
-its usage at the end gets one more field in that chunk. Nothing else is changed or held back. Only
-those chunks of a stream that report usage are parsed.
+A JSON answer gets a header; so the start of the answer is held back until its body is there. A
+stream that reports its usage at the end gets one more field in that chunk. Nothing else is changed
+or held back. Only those chunks of a stream that report usage are parsed.
 """
 
 from __future__ import annotations

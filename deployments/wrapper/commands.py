@@ -146,8 +146,8 @@ class WrapperCommands(Generic[L]):
 
         The LLM is not started again if it is running or starting already. ``grant`` is a lease whose
         LLM is being restarted; it stays bound, and its prompts are refused with "retry" meanwhile.
-        Without ``grant`` the bound lease ends. ``started_for`` is the request that the energy of a
-        start begun by this command is charged to; None: no request.
+        Without ``grant`` the bound lease ends. If this command begins a start, the
+        energy of the start is charged to the request ``started_for``; None: to no request.
 
         Raises:
             StaleEpoch: a newer command has come, before or during this one.
@@ -269,7 +269,7 @@ class WrapperCommands(Generic[L]):
             yield
 
     async def _end_lease(self, how: str) -> None:
-        """End the bound lease and cut its prompts. No effect, also on prompts, if it has expired."""
+        """End the bound lease and cut its prompts. If the lease has expired, its prompts are not cut here."""
         ended = self._gate.grant
         if ended is not None:
             self._gate.unbind(how)

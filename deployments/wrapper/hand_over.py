@@ -40,7 +40,7 @@ class LLMHandOver:
         self._measured_since_s: float | None = None
 
     async def refusal(self, llm: RunningLLM | None, grant: LeaseGrant) -> str | None:
-        """Wait until the LLM is idle; return why it can't serve this request, None if it can or unknown.
+        """Wait until the LLM is idle; return why it can't serve this request, None if it can, or if that is unknown.
 
         Raises:
             EngineNotReady: the LLM has died, or is being ended because it did not become idle.

@@ -26,7 +26,8 @@ class LeaseGate:
     ``process``.
 
     New prompts are accepted for ``fence_s`` seconds after the last time at which the registry is known to have
-    confirmed the lease. ``commanded`` is False until the registry's first command: an unknown token may be valid then.
+    confirmed the lease. ``commanded`` is False until the registry's first command; before it, an
+    unknown token may be valid.
     ``on_change`` is called at each bind and each end, with the new lease or None and the time.
     """
 

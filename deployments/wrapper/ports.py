@@ -72,8 +72,8 @@ class LLMs(Protocol[L]):
     ) -> L:
         """Stop the running LLM, or put it to sleep, and start this one; returns when it answers.
 
-        ``revision``: the commit to run, None: the spec's. ``started_for``: the request that the
-        energy of the start is charged to, None: no request.
+        ``revision``: the commit to run, None: the spec's. The energy of the start is charged to the
+        request ``started_for``, None: to no request.
 
         Raises:
             EngineStartFailed: with the engine's own reason.

@@ -39,7 +39,7 @@ class Probe:
         self._known: WeakKeyDictionary[RunningLLM, dict[str, str | None]] = WeakKeyDictionary()
 
     async def refusal(self, running: RunningLLM, args: PromptArgs) -> str | None:
-        """Return why an LLM can't answer prompts with these arguments; None if it can, or unknown.
+        """Return why an LLM can't answer prompts with these arguments; None if it can, or if that is unknown.
 
         Only for LLMs that write text. Any status except 200 counts as a refusal. A fault of the
         server (5xx) may pass, so it is not remembered: the next hand-over probes again.

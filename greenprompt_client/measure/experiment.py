@@ -120,7 +120,7 @@ class Experiment(BaseModel):
         1,
         ge=1,
         le=MAX_CONCURRENCY,
-        description="Prompts in flight; with several, the joules of one are its estimated share",
+        description="Number of prompts in flight; if > 1, the joules of a prompt are its estimated share of a total",
     )
     warmup: StrictInt = Field(2, ge=0, le=MAX_WARMUP, description="Warm-up prompts per lease; they are not counted")
     seed: StrictInt = Field(1, ge=0, le=MAX_ID, description="Random seed for the order of the LLMs")
@@ -190,7 +190,10 @@ class Plan:
         return replace(self, llms=_named(self.experiment.llms, llms), orders=orders)
 
     def identity(self) -> dict[str, Any]:
-        """Return what defines the experiment, as plain JSON: no places, tenant, priority, budgets or timeouts."""
+        """Return the fields that define the experiment, as plain JSON.
+
+        Paths, URL, tenant, priority, budgets and timeouts are not among them.
+        """
         said = self.experiment.model_dump(
             mode="json", include={"repetitions", "concurrency", "warmup", "seed", "gpu_type", "grade", "like"}
         )
@@ -208,7 +211,7 @@ def load_plan(
 ) -> Plan:
     """Return the experiment of a file (None: only the overrides), with ``overrides`` applied, and its prompts.
 
-    ``prompting_args`` and ``deployment_args`` override the ``args`` of every LLM, word by word.
+    ``prompting_args`` and ``deployment_args`` override single arguments in the ``args`` of every LLM.
 
     Raises:
         BadSettings: The experiment or its prompts are invalid; names the file and the field or line.
@@ -284,9 +287,9 @@ def identity_differences(there: Mapping[str, Any], asked: Mapping[str, Any], wit
             yield from identity_differences(old, new, f"{within}{name}.")
         elif not within and name == "repetitions" and isinstance(old, int) and isinstance(new, int):
             if new < old:
-                yield f"repetitions is {old} there and {new} here"
+                yield f"repetitions is {old} in the folder and {new} now"
         elif old != new or (name in there) != (name in asked):
-            yield f"{within}{name} is {_said(there, name)} there and {_said(asked, name)} here"
+            yield f"{within}{name} is {_said(there, name)} in the folder and {_said(asked, name)} now"
 
 
 def _said(identity: Mapping[str, Any], name: str) -> str:

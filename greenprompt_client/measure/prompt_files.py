@@ -38,7 +38,7 @@ def load_prompts(path: Path, question_field: str = "question") -> tuple[Prompt, 
         for line, number, value in _entries(text):
             prompt = _prompt(value, number, question_field, line)
             if prompt.id in prompts:
-                raise _Unusable(line, f"id: {prompt.id!r} is another prompt's, too")
+                raise _Unusable(line, f"id: {prompt.id!r} is also the id of another prompt")
             prompts[prompt.id] = prompt
     except _Unusable as error:
         raise BadSettings(str(path), str(error)) from None
@@ -120,7 +120,8 @@ def _prompt(value: Any, number: int, question_field: str, line: int) -> Prompt:
         raise _Unusable(line, f"is no prompt: give an object with {question_field!r}, or a text")
     if question_field not in data:
         there = ", ".join(map(repr, data)) or "none"
-        raise _Unusable(line, f"{question_field}: is missing; its fields are {there}: name the one by question_field")
+        problem = f"is missing; the prompt's fields are {there}: question_field names the one with the question"
+        raise _Unusable(line, f"{question_field}: {problem}")
     question, name = data[question_field], data.get("id", number)
     if not isinstance(question, str) or not question:
         raise _Unusable(line, f"{question_field}: give a text that is not empty")
@@ -130,7 +131,7 @@ def _prompt(value: Any, number: int, question_field: str, line: int) -> Prompt:
         if not text.isascii() and _has_half_a_character(text):
             raise _Unusable(line, f"{what}: contains a lone surrogate, which can't be sent")
     if len(quote(str(name), safe="")) > MAX_PROMPT_ID:
-        raise _Unusable(line, f"id: is longer than {MAX_PROMPT_ID} characters as it is sent, percent-encoded")
+        raise _Unusable(line, f"id: is longer than {MAX_PROMPT_ID} characters after percent-encoding")
     return Prompt(str(name), question, {key: value for key, value in data.items() if key not in ("id", question_field)})
 
 

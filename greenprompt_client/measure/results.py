@@ -35,15 +35,15 @@ _WINDOW = TypeAdapter(WindowReport)
 MAX_DIFFERENCES = 10
 """Most differences between two experiments that an error lists."""
 
-HEADER = "# Made by `greenprompt measure`; the same command goes on with it. Don't change it.\n"
+HEADER = "# Made by `greenprompt measure`. Repeat the same command to continue. Don't change this file.\n"
 
 
 class Results:
     """The results of one experiment, opened by one process at a time.
 
-    ``plan`` is the caller's, with the names and orders of the run that began the folder. ``begun``: an earlier run used
-    the folder. ``resumed``: the registry had accepted that run. ``grown``: what was added since, as texts.
-    ``measurement_id`` is the current one; it is replaced if the registry has lost its state.
+    ``plan``: the caller's plan, with the names and orders of LLMs from the first run in this folder. ``begun``: an
+    earlier run used the folder. ``resumed``: the registry had accepted that run. ``grown``: what was added since, as
+    texts. ``measurement_id`` is the current one; it is replaced if the registry has lost its state.
     """
 
     def __init__(self, folder: Path, plan: Plan, *, measurement_id: int) -> None:
@@ -78,7 +78,7 @@ class Results:
             self.plan = self._same_or_grown(plan) if self.resumed else plan
             self._require_measurement(plan.experiment.measurement_id)
             if not self.resumed:
-                self._write_experiment(accepted=False)  # before the registry can accept anything of it
+                self._write_experiment(accepted=False)  # written before the first POST, which the registry may accept
             self._done = self._settled(answers)
             self._files = files.pop_all()
 
@@ -233,14 +233,15 @@ class Results:
         found = []
         if known is not None:
             here = {prompt.id: prompt.question for prompt in plan.prompts}
-            found += [f"prompt {id_!r} is another one here" for id_ in known if here.get(id_, known[id_]) != known[id_]]
-            found += [f"prompt {id_!r} is absent here" for id_ in known if id_ not in here]
+            found += [f"prompt {id_!r} has changed" for id_ in known if here.get(id_, known[id_]) != known[id_]]
+            found += [f"prompt {id_!r} is missing now" for id_ in known if id_ not in here]
         same_prompts = {"prompts": asked["prompts"]} if known is not None else {}
         found += identity_differences(there | same_prompts, asked)
         if found:
             what = f"holds another experiment: {'; '.join(found[:MAX_DIFFERENCES])}"
             more = f" (and {len(found) - MAX_DIFFERENCES} more)" if len(found) > MAX_DIFFERENCES else ""
-            raise BadSettings(str(self.folder), f"{what}{more}. {', '.join(GROWS)} may grow; else use another folder")
+            rule = f"Only {', '.join(GROWS)} may grow; for other changes use another folder"
+            raise BadSettings(str(self.folder), f"{what}{more}. {rule}")
         self.grown = tuple(growth(there, asked))
         return plan
 
@@ -252,7 +253,7 @@ class Results:
     def _require_measurement(self, wanted: int | None) -> None:
         there = {self.measurement_id, *self._told.get("earlier_measurement_ids", ())}
         if wanted is not None and wanted not in there:
-            problem = f"measurement_id is {self.measurement_id} there and {wanted} here. Use another folder"
+            problem = f"measurement_id is {self.measurement_id} in the folder and {wanted} now. Use another folder"
             raise BadSettings(str(self.folder), problem)
 
     def _settled(self, answers: Iterable[Mapping[str, Any]]) -> set[tuple[str, int, str]]:

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -61,10 +62,10 @@ SPEED_OVER_S = 3600.0
 """Period for the speed that the remaining time is computed from, seconds: long enough to include starts of LLMs."""
 
 
-def run_measure(plan: Plan, console: Console, api_key: str | None = None) -> bool:
+def run_measure(plan: Plan, console: Console, api_key: str | None = None, ca_file: Path | None = None) -> bool:
     """Run or resume an experiment, and show its progress.
 
-    ``api_key``: for a registry that needs one.
+    ``api_key`` and ``ca_file``: for a registry that needs them, see ``RegistryClient``.
 
     However it ends, even by Ctrl-C: LLMs are released, and the folder has the figures of all answers so far.
 
@@ -78,7 +79,7 @@ def run_measure(plan: Plan, console: Console, api_key: str | None = None) -> boo
     """
     experiment = plan.experiment
     with (
-        RegistryClient(experiment.url, tenant=experiment.tenant, api_key=api_key) as registry,
+        RegistryClient(experiment.url, tenant=experiment.tenant, api_key=api_key, ca_file=ca_file) as registry,
         Results(experiment.output, plan, measurement_id=experiment.measurement_id or new_id()) as results,
     ):
         plan = results.plan
@@ -88,9 +89,9 @@ def run_measure(plan: Plan, console: Console, api_key: str | None = None) -> boo
         finally:
             found = run.summarize()
             if missing := sum(each.missing for each in found):
-                console.print(f"\n{missing} of {plan.answers} answers are missing: the same command goes on.")
+                console.print(f"\n{missing} of {plan.answers} answers are missing: repeat the command to continue.")
             if provisional := sum(each.provisional for each in found):
-                console.print(f"\n{provisional} answers have no final window yet: the same command fetches them.")
+                console.print(f"\n{provisional} answers have no final window yet: repeat the command to fetch it.")
         console.print()
         console.print(results_table(found))
         for line in notes(found, run.measurement):
@@ -100,7 +101,7 @@ def run_measure(plan: Plan, console: Console, api_key: str | None = None) -> boo
 
 
 class _Run:
-    """One run of ``greenprompt measure``. ``measurement`` is its state in the registry, None until the end."""
+    """One run of ``greenprompt measure``. ``measurement``: its state in the registry, None until the run has ended."""
 
     def __init__(self, plan: Plan, results: Results, registry: RegistryClient, console: Console) -> None:
         self._plan = plan
@@ -172,7 +173,7 @@ class _Run:
             else set()
         )
         while leases := self._leases_without_windows(failed):
-            self._say(f"waits for the final windows of {len(leases)} leases")
+            self._say(f"waiting for the final windows of {len(leases)} leases")
             if not self._fetch(leases) or time.monotonic() >= until_s:
                 return
             if self._leases_without_windows(failed):
@@ -212,8 +213,8 @@ class _Run:
             self._registry.release(state.requestId)
         if not self._results.resumed:
             return
-        given_back = f"; {len(held)} requests of the last run were given back" if held else ""
-        self._print(f"Goes on: {self._results.done} of {self._plan.answers} answers are there{given_back}.")
+        released = f"; {len(held)} requests of the last run were released" if held else ""
+        self._print(f"Continuing: {self._results.done} of {self._plan.answers} answers exist already{released}.")
         if self._results.grown:
             self._print(f"Added: {', '.join(self._results.grown)}.")
         if measurement is None and (self._results.done < self._plan.answers or self._results.without_window()):
@@ -223,9 +224,9 @@ class _Run:
         """Continue with a new measurementId, because the registry does not know the previous one."""
         again = self._results.begin_measurement(new_id())
         self._progress.update(self._bar, completed=self._results.done)
-        asked = f"; {again} answers are asked for again, since their final windows were lost" if again else ""
+        asked = f"; {again} prompts are asked again, because their final windows are lost" if again else ""
         now = self._results.measurement_id
-        self._print(f"The registry knows nothing of measurement {lost}: goes on as measurement {now}{asked}.")
+        self._print(f"The registry has no measurement {lost}; continuing as measurement {now}{asked}.")
 
     def _note_leases(self, measurement: MeasurementState | None) -> None:
         """Record leases that an interrupted run did not record; the registry's report includes them."""
@@ -295,7 +296,7 @@ class _Run:
             try:
                 self._ahead = self._request(llms)
             except LEASE_LOST as error:
-                self._print(f"Repetition {repetition + 1} is asked for later: {str(error) or type(error).__name__}")
+                self._print(f"Repetition {repetition + 1} is requested later: {str(error) or type(error).__name__}")
 
     def _use(self, llm: str, request_id: str, repetition: int, *, last: bool) -> bool:
         """Let an LLM answer its open prompts once it is deployed; return False if it was lost before the last answer.
@@ -319,12 +320,13 @@ class _Run:
             self._fetch([request_id])
         except LEASE_LOST as error:
             self._barren[llm] = 0 if self._results.done > done else self._barren[llm] + 1
-            what = "is given up" if self._barren[llm] == MAX_BARREN_LEASES else "is asked for again"
+            what = "is skipped until the next run" if self._barren[llm] == MAX_BARREN_LEASES else "is requested again"
             self._print(f"{title}: {what}: {str(error) or type(error).__name__}")
             return False
         asked_in_vain = self._results.done == done
         self._barren[llm] = self._barren[llm] + 1 if asked_in_vain else 0
-        self._print(f"{title}: {self._results.done - done} answers, {time.monotonic() - begun_s:.1f} s with the wait")
+        took_s = time.monotonic() - begun_s
+        self._print(f"{title}: {self._results.done - done} answers, {took_s:.1f} s including the wait")
         return True
 
     def _warmup(self) -> list[Prompt]:
@@ -381,7 +383,7 @@ class _Run:
 def _retries_told(say: Callable[[str], None]) -> Iterator[None]:
     """Report retries to the user instead of stamina's log lines."""
     before = stamina.instrumentation.get_on_retry_hooks()
-    stamina.instrumentation.set_on_retry_hooks([lambda retry: say(f"asks again: {retry.caused_by}")])
+    stamina.instrumentation.set_on_retry_hooks([lambda retry: say(f"trying again: {retry.caused_by}")])
     try:
         yield
     finally:
@@ -403,7 +405,7 @@ def said(state: RequestState) -> str:
     """Return a request's state in a few words."""
     words = [state.status]
     if state.position is not None:
-        words.append(f"{state.position}. in the queue")
+        words.append(f"place {state.position} in the queue")
     if state.phase is not None:
         words.append(phase_words(state.phase, state.progress, state.bytesTotal))
     return ", ".join(words)

@@ -29,13 +29,13 @@ def notes(summaries: Sequence[LLMSummary], measurement: MeasurementState | None)
             lack = f"{each.provisional} of {each.answers} answers have no final window yet, and are in no figure"
             yield f"{name}: provisional: {lack}."
         if each.errors and not each.answers:
-            yield f"{name}: refused all of {each.errors} prompts, the first of them with: {each.refusal}"
+            yield f"{name}: refused all {each.errors} prompts; the reason of the first refusal: {each.refusal}"
         elif each.errors:
             yield f"{name}: refused prompts: {each.errors}; answers.jsonl says why."
         if each.missing:
             yield f"{name}: answers still missing: {each.missing}."
         if not each.figures:
-            yield f"{name}: no final window is there, so that no figure is known."
+            yield f"{name}: no final window has arrived, so no figure is known."
         for figures in each.figures:
             if figures.flags:
                 yield f"{name}: flags: {', '.join(f'{flag} ({count})' for flag, count in figures.flags.items())}"

@@ -99,7 +99,7 @@ def plots(report: MeasurementReport) -> Iterator[tuple[str, str, str]]:
             yield _plot(plot, shows, _spreads(labels, estimates, points))
     known = {machine: curve for machine, curve in powers(report.windows).items() if not all(map(math.isnan, curve[1]))}
     if known:
-        yield _plot("power", "Power over time, mean of each busy and each idle time", _power(known, report))
+        yield _plot("power", "Mean power of each busy and each idle period, over time", _power(known, report))
     if any(llm.costs[use].joules for llm in report.llms for use in _USES):
         yield _plot("uses", "Idle against active: what the energy was used for", _shares(names(report), report.llms))
 
@@ -132,7 +132,7 @@ def _spreads(labels: Sequence[str], estimates: Sequence[figures.Figure], points:
     axes.set_xlim(left=0)
     unit = estimates[0].unit
     axes.xaxis.set_major_formatter(EngFormatter(unit="J" if unit.startswith("J") else "g"))
-    axes.set_xlabel(f"{unit}: prompts, the value of all and its 95 % interval")
+    axes.set_xlabel(f"{unit}: each prompt, and the overall value with its 95 % interval")
     return plot
 
 
@@ -169,7 +169,7 @@ def _shares(labels: Sequence[str], llms: Sequence[LLMReport]) -> Figure:
                 left_j += joules
         lacks = [use for use in shown if llm.costs[use].missing or llm.costs[use].lost]
         if lacks:
-            axes.annotate(f" not all is known: {', '.join(lacks)}", (left_j, row), va="center", color="#777777")
+            axes.annotate(f" partly unknown: {', '.join(lacks)}", (left_j, row), va="center", color="#777777")
     for use in shown:
         axes.barh(0, 0, color=_USES[use], label=use)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(shown), frameon=False)

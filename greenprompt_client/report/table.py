@@ -65,7 +65,8 @@ def figure_rows(report: MeasurementReport) -> list[Row]:
 def unfinished(report: MeasurementReport) -> Iterator[str]:
     """Yield why the report is not final: leases that still run, and time that is in no window."""
     if report.running:
-        yield f"Not finished: {len(report.running)} lease(s) still run, more will come: {', '.join(report.running)}"
+        open_leases = f"{len(report.running)} lease(s) have not ended: {', '.join(report.running)}"
+        yield f"Not finished: more windows will arrive, because {open_leases}"
     for hole in report.holes:
         yield f"Lost: {hole.text}"
 
@@ -113,7 +114,7 @@ def _basis(report: MeasurementReport) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_row("methods", Text(", ".join(f"{letter} {method}" for letter, method in report.methods.items())))
     inside = ", ".join(report.boundary) or UNKNOWN
-    left_out = f"; not counted by anything: {', '.join(report.not_covered)}" if report.not_covered else ""
+    left_out = f"; without a counter: {', '.join(report.not_covered)}" if report.not_covered else ""
     table.add_row("boundary", Text(f"{inside}{left_out}"))
     for coefficient in report.coefficients:
         source = f"  ({coefficient.source})" if coefficient.source else ""

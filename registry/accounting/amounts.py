@@ -45,8 +45,8 @@ def joules_of(window: WindowReport) -> Amount | None:
 def _systematic_j(window: WindowReport) -> _Errors:
     """Return the systematic error (lower, higher), J, which averaging does not reduce.
 
-    It never goes beyond the bounds. If a record does not state it, the whole distance to the bounds
-    counts as systematic, or without bounds the resolution.
+    It never goes beyond the bounds. If a record does not state it, the whole distance to the bounds counts as
+    systematic; if the bounds are not known either, the resolution counts instead.
     """
     distances = _distances(window.joules, window.low_j, window.high_j)
     if window.systematic_j is None:

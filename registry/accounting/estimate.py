@@ -17,7 +17,7 @@ because the distribution over prompts is skewed:
 * The interval is symmetric in the logarithm, so it never contains an amount below 0.
 
 **Systematic errors** have the same sign in all samples, so more samples don't reduce them. They may be
-larger on one side: energy that was measured badly still has its lower bound. The low end of the
+larger on one side: even if energy was measured badly, a lower bound of it is known. The low end of the
 interval is computed as if every amount were too high by its whole systematic error; the high end, as if
 every amount were too low. So the interval starts at 0 only if the amounts may be 0.
 

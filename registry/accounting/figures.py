@@ -38,7 +38,7 @@ class KnownPart:
     """The sum of a figure's windows whose amount and units are known. It may exist even if the figure has no value.
 
     ``windows``: number of these windows, out of ``of``. ``amount``: in J, gCO2eq or s, the numerator of
-    the figure's unit. ``joules``: their energy, None if not known of one of them. ``units``: their units.
+    the figure's unit. ``joules``: their energy, None if unknown for any of them. ``units``: their units.
     """
 
     windows: int
@@ -52,10 +52,10 @@ class KnownPart:
 class Figure(Estimate):
     """An estimate with everything needed to cite it.
 
-    ``bound_low``, ``bound_high``: hard bounds of the value of exactly these windows, whatever the errors of counters
-    and factors; None if not known. ``label``: the worst label of its windows. ``left_out``: number of windows whose
-    amount or units are not known. ``reason``: why windows are left out, or why there is no value. ``known``: sum of
-    the known windows; it may be shown even without a value.
+    ``bound_low``, ``bound_high``: hard bounds of the value for exactly these windows. They allow for the largest errors
+    of all counters and factors; None if not known. ``label``: the worst label of its windows. ``left_out``: number of
+    windows whose amount or units are not known. ``reason``: why windows are left out, or why there is no value.
+    ``known``: sum of the known windows; it may be shown even without a value.
     """
 
     unit: str
@@ -69,7 +69,7 @@ class Figure(Estimate):
 
 @dataclass(frozen=True, slots=True)
 class BatchFigures:
-    """Figures of the leases' counted stretches, each read from the counters as one window, without sharing.
+    """Figures of the counted stretches of leases. The energy of a stretch is read from the counters, not summed.
 
     A stretch lasts from the start of the first prompt after the warm-up to the end of the last prompt.
     ``in_flight_max``, ``in_flight_mean``: number of prompts answered at the same time. ``flags``: number of stretches
@@ -186,7 +186,7 @@ def _score(
             found = replace(found, known=replace(known, of=len(windows)))
             of_joules = "" if known.joules is None else f"{known.joules:.4g} J, "
             grams_and_units = f"{known.amount:.4g} gCO2eq, {known.units:g} units"
-            refused += f"; known of {known.windows} of {len(windows)}: {of_joules}{grams_and_units}"
+            refused += f"; known for {known.windows} of {len(windows)}: {of_joules}{grams_and_units}"
     return found if refused is None else _without_value(found, refused)
 
 

@@ -23,8 +23,8 @@ from registry.wire.words import RequestStatus, WindowKind
 
 HOW: Final = "computed with the SCI formula: ((E * I) + M) per R"
 SCOPE: Final = (
-    "the hardware that a wrapper reserves on its LLM Machine, from the hand-over of each LLM to its release, and each "
-    "start of an LLM apart; times the site's PUE. Not inside: the network, the client, the registry's own machine"
+    "the hardware that a wrapper reserves on its LLM Machine, from an LLM's hand-over to its release, and, separately, "
+    "during its start; energy times the site's PUE. Not included: network, client, the registry's own machine"
 )
 COUNTED: Final = {"active": WindowKind.PROMPT} | {
     kind.value: kind for kind in (WindowKind.IDLE, WindowKind.LEASE, WindowKind.LOAD, WindowKind.WAKE)
@@ -32,10 +32,10 @@ COUNTED: Final = {"active": WindowKind.PROMPT} | {
 """Kinds of costs, by their names in a report. Lease is active plus idle, without load and wake."""
 
 CLOCK_S: Final = 0.1
-"""Shortest hole reported of an ended lease, seconds; two machines' clocks may differ by less."""
+"""Shortest `Hole` reported of an ended lease, seconds: shorter ones may be a difference of two machines' clocks."""
 
 DRIFT: Final = 1e-4
-"""Allowed drift between the two clocks, as a fraction of the lease's length; that part is added to CLOCK_S."""
+"""Allowed drift between the two clocks, as a fraction of the lease's length. That time is added to CLOCK_S."""
 
 RUNNING_S, RUNNING_SHARE = 1.0, 0.01
 """Shortest hole reported of a running lease: the longer of RUNNING_S seconds and this fraction of its length."""
@@ -54,7 +54,7 @@ class Cost:
     * ``seconds``: sum of the windows' shares of time, including those with unknown joules.
     * ``low_j`` … ``m_high_g``: bounds of the known part. ``label``: worst label of the known joules.
     * ``missing``: number of windows without known joules; ``missing_s``: seconds of these and of the holes.
-    * ``missing_o``, ``missing_m``, ``missing_g``: windows without known operational, embodied, or either emissions.
+    * ``missing_o``, ``missing_m``, ``missing_g``: windows whose operational, embodied or total emissions are unknown.
     * ``lost``: True if some time is in no window (`Hole`), so that joules and emissions are not the total.
     """
 
@@ -95,7 +95,7 @@ class Hole:
     def text(self) -> str:
         """The hole as text: how much time of which request is in no window, and why."""
         if self.seconds < CLOCK_S:
-            return f"some of {self.requestId} may be in no window ({self.reason})"
+            return f"some time of {self.requestId} may be in no window ({self.reason})"
         return f"{self.seconds:.3g} s of {self.requestId} are in no window ({self.reason})"
 
 
@@ -113,7 +113,7 @@ class Coefficient:
 
 @dataclass(frozen=True, slots=True)
 class LLMReport:
-    """One LLM with one set of arguments. ``figures``: one per machine, since machines don't compare."""
+    """One LLM with one set of arguments. ``figures``: one per machine, as different machines are not comparable."""
 
     llm: str
     requestIds: tuple[str, ...]
@@ -248,7 +248,7 @@ def _costs(windows: Sequence[WindowReport], holes: Sequence[Hole]) -> dict[str, 
 def _inside(part: Cost, rest: Cost, lease: Cost) -> Cost:  # D92: parts of a lease are inside its bounds
     """Return the cost of ``part`` (prompts or idle time of the leases) with narrower bounds.
 
-    Part plus rest is the lease, whose counters are more exact: the part is at least low(lease) - high(rest).
+    Part and rest add up to the lease, whose bounds are narrower. So the part is at least low(lease) - high(rest).
     """
     bounds: dict[str, Any] = {}
     for name, low, high in (
@@ -381,7 +381,7 @@ def _hole(request: Request, own: Sequence[_Row]) -> Hole | None:
 def _length_s(request: Request, held: Sequence[_Row], leases: Sequence[_Row]) -> float | None:
     """Return the length of a lease so far, seconds; None if it has not begun, or has no windows yet.
 
-    A wrapper ends an expired lease before the registry records it, so a shorter length of its lease windows counts.
+    An expired lease ends on its wrapper first, so the length of its lease windows counts if that is shorter.
     """
     if request.deployed_s is None:
         return None

@@ -103,7 +103,7 @@ class WindowReport:
 class WindowsPage:
     """Answer of GET /measurements/{measurementId}/windows. ``next``: the ``after`` of the next page, None: last page.
 
-    Sorted by start time. The window of a long prompt is stored late, so it may appear on an earlier page afterwards.
+    Sorted by start time. The window of a long prompt is stored late: it may belong to a page that was read before.
     """
 
     windows: tuple[WindowReport, ...]

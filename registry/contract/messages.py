@@ -21,8 +21,8 @@ NODE_ID_DIGITS: Final = 6
 class Moment:
     """A timestamp of the monotonic clock of one wrapper process, seconds.
 
-    The registry sends the last timestamp that it has received back with each message. What the message
-    says was true at that time or later, however long the message takes.
+    Each message of the registry contains the last timestamp that it received from this process. However long a
+    message takes, its content is at least as recent as that timestamp.
     """
 
     process: str
@@ -35,7 +35,7 @@ class Belief:
 
     * ``epoch``: epoch of the newest command to this wrapper.
     * ``request_id``: the request that has a lease on the wrapper, None without a lease.
-    * ``as_of``: the wrapper's own timestamp; this view was true then or later. None: none received yet.
+    * ``as_of``: timestamp of the wrapper's last report; this view is at least as recent. None: no report yet.
     * ``windows_kept``: number of the last energy window of this process that the registry has stored, 0: none.
     """
 
@@ -59,8 +59,8 @@ class LeaseGrant:
 
     * ``ends_in_s``: remaining time of the lease, seconds from the receipt of this message.
     * ``idle_limit_s``: maximum idle time, seconds.
-    * ``model_revision``: commit of the LLM at the start of the lease, None before; a restarted engine gets the same
-      commit.
+    * ``model_revision``: commit of the LLM at the start of the lease, so that a restarted engine gets the same commit;
+      None: the lease has not started.
     * ``as_of``: as in Belief.
     * ``max_j`` [J], ``max_g`` [gCO2eq]: budget of the lease, None: no limit.
     * ``used_j`` [J], ``used_g`` [gCO2eq]: known use of the lease so far; a new process of the wrapper continues from

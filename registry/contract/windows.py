@@ -1,8 +1,8 @@
 """Energy windows: what a wrapper measured during a period of time, and the record of it. Pure.
 
 A wrapper writes the record once, as JSON. The registry stores this text and returns it unchanged, so
-the fields of `WindowDetail` are the keys of the record, in its order. `WindowJSON` has those of them that
-the registry reads. Records of other versions are accepted: keys may be missing or unknown.
+the fields of `WindowDetail` are the keys of the record, in its order. `WindowJSON` has only the keys
+that the registry reads. Records of other versions are accepted: keys may be missing or unknown.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class CountedRecord:
 
 @dataclass(frozen=True, slots=True)
 class PromptUse:
-    """What the record of a prompt window has besides `WindowDetail`.
+    """The fields that only the record of a prompt window has, in addition to `WindowDetail`.
 
     ``answer_id``: vLLM's id of the answer. ``prompt_id``: the client's id of the prompt. ``words``: of the answer.
     ``status``: answered, refused, cut or failed.
@@ -200,7 +200,7 @@ class PromptUse:
 
 @dataclass(frozen=True, slots=True)
 class LeaseUse:
-    """What the record of a lease window has besides `WindowDetail`.
+    """The fields that only the record of a lease window has, in addition to `WindowDetail`.
 
     ``process``: process of the wrapper. ``lease_begun``: start of the lease, ISO 8601; earlier than the
     window if an earlier process of the wrapper had the lease. ``tokens``, ``words`` and the window's
@@ -224,11 +224,12 @@ class WindowDetail:
     """The record of a window. In JSON, the keys of ``use`` follow those of the window, on the same level.
 
     * ``pue``: power usage effectiveness of the site. ``schema``: version of the record, None: version 1.
-    * ``begun``, ``ended``: ISO 8601. ``duration_s``: from start to end; ``reserved_s``: its share of that time.
+    * ``begun``, ``ended``: ISO 8601. ``duration_s``: from start to end; ``reserved_s``: the window's share of that
+      time, which prompts in flight at the same time divide among them.
     * ``o_g`` … ``m_high_g``: operational and embodied emissions, gCO2eq, with their bounds.
     * ``methods``: label of the SCI terms E, I, M and R.
     * ``boundary``: names of the parts whose energy is included; ``gpus``: UUIDs of those that are GPUs.
-    * ``model``: the LLM. ``use``: what its kind adds; None for idle time and LLM starts.
+    * ``model``: the LLM. ``use``: fields of this kind of window only; None for idle time and LLM starts.
     """
 
     grid: GridRecord | None
@@ -260,7 +261,7 @@ class WindowDetail:
 
 
 # --- reading records ----------------------------------------------------------------------------------------
-# The JSON objects themselves, with the keys that are read: making objects of all keys took longer than all the rest.
+# Types of the JSON objects, with only the keys that are read. To build dataclasses from all keys was too slow.
 
 
 class ComponentJSON(TypedDict, total=False):
@@ -327,7 +328,7 @@ class InFlightJSON(TypedDict, total=False):
 
 
 class UseJSON(TypedDict, total=False):
-    """What the records of prompts (`PromptUse`) and leases (`LeaseUse`) have besides, as JSON."""
+    """The fields that only the records of prompts (`PromptUse`) and leases (`LeaseUse`) have, as JSON."""
 
     answer_id: str | None
     prompt_id: str | None

@@ -14,7 +14,7 @@ from registry.core.records import Measurement, Request, WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, QueueFull
 
 _DEPARTURES = 32
-"""Number of latest departures from the queue that the waiting time is estimated from."""
+"""How many of the latest departures from the queue are used to estimate the waiting time."""
 
 
 class Admission:

@@ -3,8 +3,8 @@
 All decisions are made by ``handle``. It validates an event before the first change, so an event that raises has changed
 nothing. Outdated reports (older epoch, unexpected status, removed wrapper) are ignored without an error.
 
-Every command to a wrapper carries an epoch and supersedes all older ones. At the wrapper, StopLLM ends the bound lease,
-and so does a DeployLLM for anything but that lease. A new wrapper process has no lease.
+Every command to a wrapper carries an epoch and supersedes all older ones. StopLLM also ends the wrapper's lease.
+DeployLLM ends it, too, unless the LLM is deployed again for this lease. A new wrapper process has no lease.
 """
 
 from __future__ import annotations
@@ -234,8 +234,8 @@ class Allocator:
     def queue_position(self, request_id: str) -> int | None:
         """Return the place of a request in the queue, from 1; None if it is not queued. O(log n).
 
-        Assumes that every tenant keeps requests queued and every wrapper fits every request. Requests whose LLM is
-        already running, pins and sizes can change the order.
+        Assumes that every tenant keeps requests queued and every wrapper fits every request. The order can differ
+        because of pins, of sizes, and of requests that are served early because their LLM is already running.
         """
         request = self._ledger.requests.get(request_id)
         if request is None or request.status is not RequestStatus.QUEUED:

@@ -67,8 +67,8 @@ class Limits:
     """Settings that decisions depend on.
 
     * ``lease_max_s``, ``lease_idle_s``: maximum length of a lease, and of its idle time; seconds > 0.
-    * ``deploy_attempts``: number of failed starts of its LLM, or of its deaths during a lease, after which a request
-      fails; ≥ 1.
+    * ``deploy_attempts``: a request fails after so many failed starts of its LLM, or after so many deaths of its LLM
+      during a lease; ≥ 1.
     * ``wrapper_attempts``: consecutive failures after which a wrapper is given up, ≥ 1.
     * ``max_overtakes``, ``max_overtake_s``: how often, and for how many seconds after its arrival, a request may be
       overtaken by requests whose LLM is already running.

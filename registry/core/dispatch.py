@@ -4,11 +4,11 @@ The next request (tenants in turn, then priority, then arrival) gets the first o
 
 1. a READY wrapper that runs its LLM: leased at once;
 2. an IDLE wrapper: the fewest GPUs that fit, then the least memory, then the least recently used;
-3. a wrapper that is starting its LLM for no request: wait for that one;
-4. a READY wrapper whose LLM is evicted: the least recently used that no queued request wants, or if all are wanted, the
-   one wanted latest in the queue. But (4a) a later request that wants exactly this LLM is served first. It does not
-   overtake requests that were overtaken too often or have waited too long;
-5. a wrapper that is starting another LLM for no request: start this LLM there instead.
+3. a wrapper that is already starting its LLM, and that no request waits for: wait for that start;
+4. a READY wrapper whose LLM is evicted: the least recently used one whose LLM no queued request wants. If all LLMs are
+   wanted, the one whose LLM is wanted latest in the queue. But (4a) a later request that wants exactly this LLM is
+   served first, unless it would overtake requests that were overtaken too often or have waited too long;
+5. a wrapper that is starting another LLM that no request waits for: start this LLM there instead.
 
 Otherwise it waits, without delaying requests that can be served elsewhere.
 """
@@ -42,7 +42,7 @@ class Dispatcher:
         ledger = self._ledger
         while True:
             free = ledger.by_wrapper.free_sizes()
-            # Only changed machines (``touched``): measurements pinned to other machines still find no free wrapper.
+            # Measurements pinned to machines outside ``touched`` still have to wait: nothing has changed there.
             places = [
                 place
                 for place in (ledger.queue.places(ledger.touched) if free else ())
@@ -75,7 +75,7 @@ class Dispatcher:
     # --- the choice -------------------------------------------------------------------------------------
 
     def _any_free(self, place: Place) -> bool:
-        """True when the place has a free wrapper. Assumes that a free wrapper of one of its sizes exists."""
+        """True when the place has a free wrapper. The caller has checked that a free wrapper has one of its sizes."""
         if place.machine_id is None and not place.not_on:
             return True
         free = self._ledger.by_wrapper
@@ -112,7 +112,7 @@ class Dispatcher:
     def _in_front(self, wrapper: Wrapper, head: Request, now_s: float) -> tuple[list[Request], Request]:
         """Return the requests that are overtaken, and the request that gets this READY wrapper.
 
-        The wrapper's turn is that of ``head``; another request gets it only if it overtakes ``head``.
+        The turn belongs to ``head``: another request gets the wrapper only if that request may overtake ``head``.
         """
         assert wrapper.spec is not None
         ledger, overtaken = self._ledger, list[Request]()

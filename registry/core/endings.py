@@ -35,7 +35,7 @@ class Endings:
         """Put a request whose LLM was never handed over back into the queue, at its old place.
 
         Its measurement stays pinned to the machine that has served it since the measurement began or
-        was resumed. If no machine has, it stays pinned only until ``pinned_until_s``.
+        was resumed. If no machine has, only a pin with a time limit (``pinned_until_s``) stays.
         """
         ledger = self._ledger
         self._let_go(request, how, now_s)

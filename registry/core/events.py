@@ -132,7 +132,7 @@ class LLMStopped:
 class LLMDied:
     """A wrapper's running LLM crashed, was killed or hung; the wrapper is empty and usable.
 
-    ``epoch``: of the last command that the wrapper accepted. ``flags`` are added to the measurement that held it.
+    ``epoch``: of the last command that the wrapper accepted. ``flags``: added to its measurement's.
     """
 
     wrapper_id: str
@@ -219,8 +219,8 @@ class MachineUndrained:
 class TimePassed:
     """Time has passed: end the leases and pins that are over.
 
-    ``asked``: only the leases of these requests may end for idleness, since their wrappers were asked for their last
-    use; None: all leases.
+    ``asked``: requests whose wrappers were asked whether their lease was used. Only their leases may end for idleness;
+    None: all leases may.
     """
 
     asked: tuple[str, ...] | None = None

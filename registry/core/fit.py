@@ -32,7 +32,7 @@ _NOWHERE_BYTES: Final = 2**70
 
 
 class Size(NamedTuple):
-    """The hardware of a wrapper. Decisions treat wrappers of equal size alike; their cost grows with the sizes.
+    """The hardware of a wrapper. Wrappers of equal size are treated alike. Each further size makes decisions slower.
 
     ``memory_bytes``: memory of each GPU, or without GPUs the wrapper's share of main memory; None: not known.
     ``draining``: its machine gets no new leases.
@@ -93,7 +93,7 @@ def host_bytes(memory: LLMMemory | None, limits: Limits) -> int:
         return ENGINE_BYTES
     kv_cache_bytes = memory.kv_reserved_bytes
     if kv_cache_bytes is None:
-        # A checkpoint that says nothing about a KV cache may have none.
+        # If the checkpoint does not describe a KV cache, the LLM may have none.
         known = memory.kv_cache_bytes is not None
         kv_cache_bytes = max(memory.kv_cache_bytes or 0, limits.kv_cache_bytes or 0) if known else 0
     return memory.weights_bytes + kv_cache_bytes + ENGINE_BYTES
@@ -143,8 +143,8 @@ def words_of(memory: LLMMemory, *, on_gpus: bool) -> str:
 def why_no_room(need_bytes: int, free_bytes: int, total_bytes: int) -> str:
     """Return a text: the LLM is not started because it needs more main memory than is free on the machine."""
     return (
-        f"it needs {shown_bytes(need_bytes)} of main memory, and of the machine's {shown_bytes(total_bytes)} only "
-        f"{shown_bytes(max(0, free_bytes))} are free, of which a tenth of all has to stay free"
+        f"it needs {shown_bytes(need_bytes)} of main memory, but only {shown_bytes(max(0, free_bytes))} of the "
+        f"machine's {shown_bytes(total_bytes)} are free, and a tenth of its memory must stay free"
     )
 
 

@@ -285,7 +285,7 @@ class Queue:
         self._tenants: SortedSet[tuple[float, int, str]] = SortedSet()
         self._waiting: Counter[str] = Counter()
         self._by_priority: Counter[str] = Counter()
-        """Consecutive turns of a waiting tenant that did not go to its oldest request that could be served."""
+        """By waiting tenant: how many of its turns in a row passed over its oldest request that could be served."""
         self._oldest: tuple[str, Rank] | None = None
         """The tenant whose turn it is, and its oldest request that can be served."""
 
@@ -340,7 +340,8 @@ class Queue:
     def charge(self, key: MeasurementKey) -> None:
         """Charge a turn to the tenant of this measurement, whose next request is being granted."""
         tenant, (_, rank) = key[0], self._entries[key]
-        if self._oldest is not None and self._oldest[0] == tenant:  # else it has overtaken others; other limits apply
+        # If it is another tenant's turn, the request overtakes: ``max_overtakes`` and ``max_overtake_s`` limit that.
+        if self._oldest is not None and self._oldest[0] == tenant:
             self._by_priority[tenant] = self._by_priority[tenant] + 1 if rank[1] > self._oldest[1][1] else 0
         self._tenants.remove(self.turns.key(tenant))
         self.turns.charge(tenant)

@@ -53,9 +53,9 @@ def _check_wrapper(ledger: Ledger, wrapper: Wrapper) -> None:
         _hold(wrapper.status in _HOLDS, f"{name} may be held")
         _hold(request.wrapper_id == wrapper.wrapper_id, f"{name} and request {request.request_id} agree")
         _hold(request.spec == wrapper.spec, f"{name} has the LLM of its request")
-        _hold(request.spec.gpus <= wrapper.gpus, f"{name} has GPUs enough")
+        _hold(request.spec.gpus <= wrapper.gpus, f"{name} has enough GPUs")
         begun = wrapper.request_id in ledger.leases or not ledger.is_draining(wrapper.machine_id)
-        _hold(begun, f"{name} is not on a machine that is being drained, or was leased before")
+        _hold(begun, f"{name} is not on a draining machine, unless it has a lease")
 
 
 def _check_request(ledger: Ledger, request: Request) -> None:
@@ -97,17 +97,17 @@ def _check_measurement(ledger: Ledger, limits: Limits, key: MeasurementKey) -> N
         _hold(measurement.pinned_until_s <= until_s, f"measurement {key} is pinned for sticky_s at most")
     served_on = {request.machine_id for request in requests if request.deployed_s is not None}
     flagged = any(flag.startswith("machine_") for flag in measurement.flags)
-    _hold(len(served_on) < 2 or flagged, f"measurement {key} was served on one machine, or says so")
+    _hold(len(served_on) < 2 or flagged, f"measurement {key} was served on one machine, or has a flag machine_*")
 
 
 def _check_indices(ledger: Ledger, limits: Limits) -> None:
     fresh = Ledger(limits)
     fresh.load(ledger.snapshot())
-    _hold(vars(fresh.by_wrapper) == vars(ledger.by_wrapper), "the index of wrappers is true")
-    _hold(vars(fresh.by_request) == vars(ledger.by_request), "the index of requests is true")
-    _hold(fresh.deadlines == ledger.deadlines, "the index of deadlines is true")
-    _hold(fresh.pins == ledger.pins, "the index of pins is true")
-    _hold(fresh.queue.contents() == ledger.queue.contents(), "everyone who waits is in the queue, at the right place")
+    _hold(vars(fresh.by_wrapper) == vars(ledger.by_wrapper), "the index of wrappers agrees with the records")
+    _hold(vars(fresh.by_request) == vars(ledger.by_request), "the index of requests agrees with the records")
+    _hold(fresh.deadlines == ledger.deadlines, "the index of deadlines agrees with the records")
+    _hold(fresh.pins == ledger.pins, "the index of pins agrees with the records")
+    _hold(fresh.queue.contents() == ledger.queue.contents(), "the queue has each waiting measurement at its place")
 
 
 def _check_nobody_waits_in_vain(ledger: Ledger) -> None:
@@ -116,5 +116,5 @@ def _check_nobody_waits_in_vain(ledger: Ledger) -> None:
         for wrapper in free:
             _hold(
                 not ledger.allows(place, wrapper),
-                f"measurement {key} waits, and {wrapper.wrapper_id} is free",
+                f"measurement {key} does not wait while {wrapper.wrapper_id} is free",
             )

@@ -420,8 +420,8 @@ class Ledger:
     def _requeue_pinned(self, machine_id: str) -> None:
         """Compute the places of pinned measurements again after a change of this machine's wrappers.
 
-        Measurements that may use other machines because their own can't be used are included only if
-        the set of usable sizes has changed. So the loss of n machines costs O(n), not O(n²).
+        A measurement whose machine can't be used may use others. Its place is computed again only if the set of usable
+        sizes has changed, so the loss of n machines costs O(n), not O(n²).
         """
         keys = self._pinned_to.get(machine_id, set())
         if self.by_wrapper.usable.keys() != self._usable:

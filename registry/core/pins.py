@@ -28,7 +28,7 @@ class Pins:
         self._limits = limits
 
     def begin(self, measurement: Measurement, requests: Sequence[NewRequest], now_s: float) -> Measurement:
-        """Return a measurement that is resumed with these requests, pinned to its previous machine.
+        """Pin a measurement that is resumed with these requests to its previous machine. Return its new record.
 
         Return it unchanged if it was never served, if ``sticky_s`` is over, or if that machine is
         draining or can't run one of the LLMs.
@@ -42,7 +42,7 @@ class Pins:
         return replace(measurement, machine_id=last.machine_id, pinned_until_s=until_s)
 
     def kept(self, measurement: Measurement, requests: Sequence[NewRequest]) -> Measurement:
-        """Return a running measurement that gets these requests, unpinned if they don't fit on its machine.
+        """Unpin a running measurement if these new requests don't fit on its machine. Return its new record.
 
         Return it unchanged unless it was resumed and still waits for its previous machine.
         """

@@ -13,12 +13,12 @@ from registry.wire.words import Priority
 
 LOOK_AHEAD: Final = 16
 """Maximum number of candidates that a choice looks at. It limits the cost of a decision and the number of rows that it
-changes: one decision passes at most so many requests, and considers at most so many wrappers for eviction."""
+changes: one decision overtakes at most so many requests, and considers at most so many wrappers for eviction."""
 
 PRIORITY_TURNS: Final = 8
-"""After so many consecutive turns of a tenant that went by priority, one turn goes to its oldest request that can be
-served. So a ``low`` request waits at most PRIORITY_TURNS + 1 turns of its tenant for each older request, and as many
-turns for itself."""
+"""After so many consecutive turns by priority, the next turn of a tenant goes to its oldest request that can be served.
+So a ``low`` request waits at most PRIORITY_TURNS + 1 turns of its tenant for each older request, and as many more for
+its own turn."""
 
 Rank = tuple[int, int, int]
 """Order of measurements inside a tenant, smallest first: priority, arrival of the next request, measurementId."""
@@ -33,8 +33,8 @@ _PRIORITY_ORDER: Final[Mapping[Priority, int]] = {Priority.HIGH: 0, Priority.NOR
 class Place:
     """The wrappers that may serve the next request of a measurement.
 
-    * ``sizes``: sizes that are large enough and have the right GPUs. A place has sizes and not needs, because there are
-      fewer of them.
+    * ``sizes``: sizes that are large enough and have the right GPUs. A place contains sizes instead of the LLM's needs,
+      because there are fewer different sizes.
     * ``machine_id``: only this machine may serve it (None: any).
     * ``not_on``: wrappers on which its LLM has failed.
     """
@@ -63,7 +63,7 @@ def rank(measurement: Measurement, request: Request) -> Rank:
 
 
 def may_be_overtaken(request: Request, limits: Limits, now_s: float) -> bool:
-    """True when a waiting request may be overtaken once more: neither too often nor too long after its arrival."""
+    """True when a waiting request may be overtaken: it was not overtaken too often, nor has it waited too long."""
     return request.overtaken < limits.max_overtakes and now_s - request.created_s < limits.max_overtake_s
 
 
@@ -94,9 +94,9 @@ class Turns:
     The smallest turn is next; among equals, the tenant that has waited longer. Tenants that don't wait
     are forgotten, so turns can't be saved up and a new name gives no advantage.
 
-    Bound: after a turn of a tenant, or after it begins to wait, count the turns of another tenant until
-    the first tenant's next turn in which it can be served. If the other tenant has w times its weight,
-    these are at most floor(w) + 1; none, if it began to wait later and has no larger weight.
+    Bound: while a tenant waits for its next turn, another tenant with w times its weight gets at most floor(w) + 1
+    turns. It gets none if it began to wait later and w is at most 1. The wait begins with the tenant's last turn, or
+    when the tenant begins to wait. It ends with the tenant's next turn in which it can be served.
     """
 
     def __init__(self, weights: Iterable[tuple[str, float]]) -> None:

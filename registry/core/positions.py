@@ -95,7 +95,7 @@ class Positions:
         last_s = max(keys.last[0], self._turns.served_at)
         whole = min(max(math.ceil((turn.begins - _EPS - last_s) / group.step), 0), group.queued)
         count = whole * len(keys)
-        for round_ in range(whole, group.queued):  # few rounds: no turn is further than one step away
+        for round_ in range(whole, group.queued):  # few rounds: no next turn starts later than ``served_at`` + one step
             begins = turn.begins - round_ * group.step
             if begins < self._turns.served_at - _EPS:
                 break
@@ -116,7 +116,7 @@ class _Turn(NamedTuple):
     def ties_before(self, keys: SortedSet[Key], first: int, count: int, step: float, round_: int) -> int:
         """Return how many of ``count`` simultaneous turns of this round, from index ``first`` on, come before this one.
 
-        The tenant that has waited longer since its previous turn is first. First turns keep their current order.
+        The tenant that has waited longer since its previous turn is first. Next turns (round 0): in order of ``keys``.
         """
         if round_ and self.number and step != self.step:
             return count if step > self.step else 0

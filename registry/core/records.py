@@ -181,7 +181,7 @@ class Measurement:
     * ``machine_id``: the machine that it is pinned to, None: no machine. Set by the first grant, or when it is resumed
       (``pinned_until_s``); None again once all its requests have ended.
     * ``pinned_until_s``: a measurement that is resumed soon after its last LLM was released is pinned to its previous
-      machine until then (UTC s). None: not pinned, or served there since, so that the pin does not expire.
+      machine until then (UTC s). None: not pinned, or pinned without a time limit, since it was served there.
     * ``flags``: what makes its figures hard to compare (``machine_changed`` …).
     * ``gpu_type``: GPU type that its machine must have, None: any.
     * ``versions``: software versions of its latest hand-over (name → version, canonical JSON), None: no hand-over yet,
@@ -211,7 +211,7 @@ class Lease:
 
     ``token`` is unguessable and part of the address. The lease is due to end at ``deadline_s``, or
     ``idle_limit_s`` seconds after ``last_active_s`` (its last recorded prompt or keep-alive), whichever
-    is earlier. Before a lease ends for idleness, its wrapper is asked for a later use.
+    is earlier. Before a lease ends for idleness, its wrapper is asked whether it was used later.
     """
 
     request_id: str

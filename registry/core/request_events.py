@@ -174,5 +174,5 @@ def _check_same_priority(measurement: Measurement, priority: Priority | None) ->
 
 
 def unknown_like(request_id: str) -> InvalidField:
-    """Return the error for a request to be repeated that is not known, or not to this caller."""
+    """Return the error for a ``like`` that names no request, or one that the caller may not see."""
     return InvalidField("like", f"no request has the id {request_id!r}, or its record was deleted")

@@ -28,7 +28,7 @@ REQUEST_TRANSITIONS: Final[Mapping[R, Mapping[R, str]]] = {
         R.RELEASED: "LeaseReleased after a hand-over",
         R.CANCELLED: "LeaseReleased before the hand-over",
         R.EXPIRED: "TimePassed, ShutdownBegun",
-        R.FAILED: "failed too often, or for good",
+        R.FAILED: "failed too often, or permanently",
     },
     R.DEPLOYED: {
         R.DEPLOYING: "LLMDied, WrapperFailed: its lease stays",

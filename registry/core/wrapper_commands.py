@@ -46,7 +46,7 @@ def stop(ledger: Ledger, wrapper: Wrapper) -> None:
 
 
 def restart(ledger: Ledger, wrapper: Wrapper) -> None:
-    """Command that a wrapper's process is replaced."""
+    """Command the replacement of a wrapper's process."""
     wrapper = replace(wrapper, status=WrapperStatus.RESTARTING, epoch=wrapper.epoch + 1)
     ledger.put_wrapper(wrapper)
     ledger.emit(RestartWrapper(wrapper.wrapper_id, wrapper.epoch))

@@ -86,7 +86,7 @@ class WrapperEvents:
         deadline_s = now_s + self._limits.lease_max_s if first else lease.deadline_s
         ledger.put_lease(replace(lease, last_active_s=now_s, deadline_s=deadline_s))
         measurement = ledger.measurements[request.measurement_key]
-        ledger.put_measurement(replace(measurement, pinned_until_s=None))  # served there: the pin stays
+        ledger.put_measurement(replace(measurement, pinned_until_s=None))  # served there: the pin does not expire
         if event.versions is not None:
             measurement = ledger.measurements[request.measurement_key]
             same = measurement.versions in (None, event.versions)
@@ -100,7 +100,7 @@ class WrapperEvents:
         self._ledger.put_measurement(replace(measurement, flags=reduce(with_flag, flags, measurement.flags)))
 
     def on_llm_deploy_failed(self, event: LLMDeployFailed, now_s: float) -> None:
-        """Mark the wrapper IDLE. Queue the request again, or fail it (always if it has a lease)."""
+        """Mark the wrapper IDLE. Queue the request again, or fail it; a request with a lease always fails."""
         ledger = self._ledger
         wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.DEPLOYING)
         if wrapper is None:
@@ -126,7 +126,7 @@ class WrapperEvents:
 
     # D12: an engine is started again for its lease
     def on_llm_died(self, event: LLMDied, now_s: float) -> None:
-        """Start a leased LLM that has died again, unless it has failed too often. Otherwise mark the wrapper IDLE."""
+        """Restart an LLM that died during a lease, unless it failed too often. In other cases mark the wrapper IDLE."""
         wrapper = self._current(event.wrapper_id, event.epoch, WrapperStatus.READY, WrapperStatus.LEASED)
         if wrapper is None:
             return
@@ -143,7 +143,7 @@ class WrapperEvents:
     # --- wrappers ---------------------------------------------------------------------------------------
 
     def on_wrapper_added(self, event: WrapperAdded, now_s: float) -> None:
-        """Mark a wrapper STARTING that is being created, or created again.
+        """Mark a wrapper that is being created (again) as STARTING.
 
         A request that holds this wrapper keeps it if the machine is the same and the GPUs suffice.
         """
@@ -169,7 +169,7 @@ class WrapperEvents:
                 request_id=known.request_id if keeps else None,
             )
         )
-        reason = f"wrapper {event.wrapper_id} is created anew"
+        reason = f"wrapper {event.wrapper_id} is created again"
         if request is not None and keeps:
             self._waits_for_wrapper(request, reason)
         elif request is not None:
@@ -193,7 +193,7 @@ class WrapperEvents:
         if request is not None:
             wrapper = ledger.wrappers[wrapper.wrapper_id]  # the request has failed, which has freed the wrapper
         self._started_free(wrapper, event.running is None, as_told, missed, now_s)
-        # Not in on_wrapper_added: when many machines were lost, other wrappers are added shortly afterwards.
+        # Not in on_wrapper_added: of many wrappers that are added after a loss, a later one may serve the request.
         self._endings.fail_exhausted(now_s)
 
     def _started_for(self, request: Request, wrapper: Wrapper, as_told: bool, now_s: float) -> bool:
@@ -241,7 +241,7 @@ class WrapperEvents:
                 stop(self._ledger, wrapper)
 
     def on_wrapper_failed(self, event: WrapperFailed, now_s: float) -> None:
-        """Restart a wrapper, or mark it FAILED: after ``wrapper_attempts`` failures in a row, or in a shutdown."""
+        """Restart a wrapper. In a shutdown, or after ``wrapper_attempts`` failures in a row, mark it FAILED instead."""
         wrapper = self._ledger.wrappers.get(event.wrapper_id)
         if wrapper is None or not is_usable(wrapper):
             return
@@ -357,9 +357,9 @@ class WrapperEvents:
             return None
         model = self._ledger.requests.get(request.like_request_id)
         if model is None:
-            return f"request {request.like_request_id}, which it is to be like, is not known any more"
+            return f"request {request.like_request_id}, which it must repeat (like), is not known any more"
         found = differences(model.provenance, request.provenance)
-        return f"it would not be like request {model.request_id}: {'; '.join(found)}" if found else None
+        return f"it would differ from request {model.request_id} (like): {'; '.join(found)}" if found else None
 
     def _owner(self, wrapper: Wrapper) -> Request | None:
         return None if wrapper.request_id is None else self._ledger.requests[wrapper.request_id]

@@ -77,8 +77,7 @@ class Accounts:
     def kept(self, wrapper_id: str, as_of: Moment | None) -> int:
         """Return the number of the last stored window of a wrapper's process.
 
-        0: none, or the registry was restarted since. The wrapper then sends the windows again that are
-        not confirmed as stored.
+        0: none since the registry's start. The wrapper then sends all windows that it still has.
         """
         process, number = self._kept.get(wrapper_id, (None, 0))
         return number if as_of is not None and as_of.process == process else 0
@@ -101,7 +100,7 @@ class Accounts:
     ) -> tuple[KeptWindow, ...]:
         """Return the first ``limit`` windows after a place, of a measurement or of one of its requests.
 
-        Sorted by start time, so a window that is stored later may belong before that place.
+        Sorted by start time. A window may be stored after later ones were read; the next pages then lack it.
 
         Raises:
             StoreUnavailable: the database does not answer.

@@ -12,7 +12,7 @@ from registry.wire.labels import MEASURED
 from registry.wire.words import WindowKind
 
 CHARGED = (*SPENT, WindowKind.LEASE)
-"""Kinds of windows in a tenant's sum; of lease windows, only the label counts."""
+"""Kinds of windows in a tenant's sum. Lease windows count only for their label: other kinds contain their joules."""
 
 WARN_SHARE = 0.8
 """From this fraction of a budget on, answers contain a warning."""
@@ -48,7 +48,7 @@ def warnings(tenant: str, budget: TenantBudget, used: Total, now_s: float) -> It
             yield f"tenant {tenant!r} has used {spent}{estimate} of the {whole} that it may use in this month"
         if figure.known < figure.count:
             hole = f"{figure.count - figure.known} of {figure.count}"
-            yield f"of what tenant {tenant!r} has used in this month, {hole} windows are not known in {unit}"
+            yield f"{hole} windows of tenant {tenant!r} in this month have no known {unit} and are not counted"
 
 
 def _month(now_s: float) -> datetime:

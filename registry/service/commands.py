@@ -1,7 +1,7 @@
 """Sends the commands of decisions to wrappers; their results come back as events.
 
-Each command runs in a task of its own. It supersedes all older commands to its wrapper, by its epoch, so commands need
-no order.
+Each command runs in a task of its own. By its epoch it supersedes all older commands to its wrapper, whatever the order
+in which they arrive.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Commands:
 
     async def _bind(self, effect: BindLease) -> Event | None:
         wrapper_id, epoch, request_id = effect.wrapper_id, effect.epoch, effect.request_id
-        if wrapper_id not in self._reports.latest:  # the registry was restarted, and the grant needs a timestamp
+        if wrapper_id not in self._reports.latest:  # the grant needs the timestamp of a report
             await self._reports.fetch(wrapper_id)
         grant = self._grant(request_id)
         if grant is None:

@@ -72,7 +72,7 @@ class Keys:
         self._now_s = now_s
         self._keys = {key.key_id: key for key in store.api_keys()}
         self._used: dict[str, float] = {}
-        """When keys were used last, as far as that is not stored yet."""
+        """By key id: the last use that is not stored yet, UTC seconds."""
 
     def __iter__(self) -> Iterator[APIKey]:
         return (replace(key, used_s=self._used.get(key.key_id, key.used_s)) for key in self._keys.values())
@@ -80,7 +80,7 @@ class Keys:
     def new(self, role: Role, *, tenant: str | None, name: str, days: float | None = None) -> tuple[APIKey, str]:
         """Return a new key that is not in force yet (see ``add``), and its text, which is kept nowhere.
 
-        ``days``: until it expires; None: never. Raises InvalidField: a client's key has no tenant, or another one has.
+        ``days``: until it expires; None: never. Raises InvalidField if a client has no tenant, or another role has one.
         """
         if (role is Role.CLIENT) != (tenant is not None):
             problem = "is needed for a client's key" if role is Role.CLIENT else f"a key for the role {role} has none"
@@ -109,7 +109,7 @@ class Keys:
             self._put([replace(key, revoked_s=self._now_s())], audit)
 
     def identify(self, key_id: str, secret_sha256: str) -> APIKey:
-        """Return the key with this id and secret, and note its use, without the store.
+        """Return the key with this id and secret, and note its use in memory. Does not access the store.
 
         Raises KeyRefused: There is no such key, or it has expired or was revoked.
         """
@@ -125,13 +125,13 @@ class Keys:
         return key
 
     async def run(self) -> None:
-        """Store from time to time when keys were used last. Raises StoreUnavailable."""
+        """Store the last use of keys every USED_EVERY_S seconds. Raises StoreUnavailable."""
         while True:
             await asyncio.sleep(USED_EVERY_S)
             self.note_used()
 
     def note_used(self) -> None:
-        """Store when keys were used last. Raises StoreUnavailable."""
+        """Store the last use of keys. Raises StoreUnavailable."""
         if self._used:
             used = [replace(self._keys[key_id], used_s=at_s) for key_id, at_s in self._used.items()]
             self._used.clear()

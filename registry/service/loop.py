@@ -26,7 +26,7 @@ log = structlog.get_logger("registry.service.loop")
 
 
 class Observer:
-    """Base of observers, whose methods the loop calls at each step. These do nothing.
+    """Base class of observers: the loop calls their methods at each step. The methods of this class do nothing.
 
     Errors that they raise reach the caller of ``Loop.apply``.
     """

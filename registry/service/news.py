@@ -41,7 +41,7 @@ class News:
     async def after(self, place: int | None, wait_s: float) -> tuple[int, list[str] | None]:
         """Wait for changes after ``place``, at most ``wait_s`` seconds. Return the current place and the changed ids.
 
-        Each id is returned once. None instead of the ids, without a wait: ``place`` is too old, invalid or None.
+        Each id is returned once. If ``place`` is too old, invalid or None: returns None for the ids, without a wait.
         """
         if place == self._count:
             with suppress(TimeoutError):

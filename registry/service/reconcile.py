@@ -45,8 +45,8 @@ def wanted_wrappers(
 
     * Without GPUs: ``per_machine`` wrappers.
     * ``gpus_per_wrapper`` given: as many wrappers as fit; none if the machine has fewer GPUs.
-    * ``gpus_per_wrapper`` None: its GPUs are divided evenly among ``per_machine`` wrappers, but no more wrappers than
-      GPUs, since Ray hides no GPU from a wrapper that asks for none.
+    * ``gpus_per_wrapper`` None: ``per_machine`` wrappers, which share the GPUs evenly. With fewer GPUs than that, one
+      wrapper per GPU: Ray would let a wrapper without GPU see all of them.
 
     ``homes`` maps a machine id, or ``*``, to the LLM of the machine's first wrapper.
     """
@@ -114,9 +114,9 @@ def plan(
     known before the wrapper; losses come before additions, so that nothing is granted on a lost machine.
 
     A wrapper that is being removed is ignored until it is gone. A draining machine keeps only wrappers
-    that requests hold. An old wrapper on a new node, or of another size, has the same id as the wanted
-    one. Its record therefore changes only after the new wrapper was created (``created``): if the
-    creation is interrupted, the next comparison repeats it.
+    that requests hold. If a wrapper must move to a new node or change its size, the new wrapper
+    has the id of the old one. The record changes only after the new wrapper was created (``created``):
+    if the creation is interrupted, the record still shows the difference, and the creation is repeated.
     """
     events: list[Event] = []
     created: list[Event] = []

@@ -71,7 +71,7 @@ STOP_MARGIN_S = 10.0
 """A shutdown waits this much longer than an LLM may take to stop, seconds."""
 
 REMEMBERED_WITHDRAWALS = 10_000
-"""Maximum number of POSTs that are remembered because they were withdrawn before they arrived: the latest ones."""
+"""Maximum number of withdrawn POSTs that are remembered, in case they still arrive; the oldest are dropped first."""
 
 GRANT_WAIT_S = 0.25
 """Maximum time that a POST's answer waits for the hand-over of an LLM that already runs and is free, seconds. The
@@ -237,7 +237,9 @@ class Service:
         access: Access = EVERYTHING,
         audit: AuditRow | None = None,
     ) -> tuple[Request, ...]:
-        """Accept requests for LLMs, and return them in the order given. They, and ``audit``, are stored then.
+        """Accept requests for LLMs, and return them in the order given. They are stored when this returns.
+
+        ``audit``: the call, whose row is stored in the same transaction.
 
         The caller chooses the request ids, so a retry is safe: for known ids or a known Idempotency-Key,
         the existing requests are returned.
@@ -294,8 +296,8 @@ class Service:
         """Release the requests of a POST whose answer did not reach the client. Idempotent.
 
         The client does not know their ids. The Idempotency-Key ``key`` is deleted, so that a retry
-        creates new requests. Nothing happens if a retry has already got these requests. If they are
-        unknown, ``request`` will refuse them: Ray may deliver the withdrawal before the POST.
+        creates new requests. Nothing happens if a retry has already got these requests. Ray may
+        deliver the withdrawal before the POST: ``request`` then refuses these ids.
 
         Raises:
             ShuttingDown: the registry's database is closed.
@@ -361,7 +363,7 @@ class Service:
         lease = self.allocator.lease_of(request_id)
         if lease is not None:
             stands = await self._cluster.touch(lease.wrapper_id, request_id)
-            held = self.allocator.lease_of(request_id) is not None  # still, after the call
+            held = self.allocator.lease_of(request_id) is not None  # it may have ended during the call
             if held and (stands or self.allocator.request(request_id).status is RequestStatus.DEPLOYING):
                 self._loop.apply(LeaseUsed(request_id, self._now_s()))
             request = self.known(request_id)
@@ -435,7 +437,7 @@ class Service:
 
         Raises:
             UnknownRequest: There is none, or none that the caller may see.
-            RequestForgotten: It was deleted after ``keep_days``; of an unknown tenant, so each caller is told.
+            RequestForgotten: It was deleted after ``keep_days``. Its tenant is unknown, so every caller gets this.
         """
         request = self.archive.request(request_id)
         if not access.sees(request.tenant):

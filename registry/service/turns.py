@@ -19,7 +19,7 @@ class Turns:
         self._count(effect.wrapper_id)
         self._in_progress[effect.wrapper_id] = effect
 
-    # D47: a command says nothing of a wrapper that was created after it
+    # D47: a command's result does not count for a wrapper that was created later
     def created(self, wrapper_id: str) -> None:
         """Record that a wrapper is created (again): results of earlier commands are out of date now."""
         self._count(wrapper_id)

@@ -1,6 +1,6 @@
 """Finds machines whose software versions differ from those of most machines. Pure.
 
-Figures from different versions don't compare, so operators should know.
+Figures from different versions are not comparable, so operators should know.
 """
 
 from __future__ import annotations

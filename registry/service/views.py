@@ -86,7 +86,7 @@ def _notes(service: Service, request: Request) -> list[str]:
 def request_state(service: Service, request: Request, *, addresses: bool = True) -> RequestState:
     """Return a request as its client sees it. O(log n) in the number of queued requests.
 
-    ``addresses``: whether to tell the address of its lease.
+    ``addresses``: whether the answer contains the address of its lease.
 
     Raises:
         StoreUnavailable: the database does not answer.
@@ -183,7 +183,7 @@ def measurement_state(
 ) -> MeasurementState:
     """Return a measurement with a page of its requests: at most ``limit`` with ``seq`` > ``after_seq``. O(limit).
 
-    ``addresses``: whether to tell the addresses of its leases.
+    ``addresses``: whether the answer contains the addresses of its leases.
 
     Raises:
         UnknownMeasurement: there is none with this key.
@@ -381,7 +381,9 @@ def _waits_for(service: Service, request: Request) -> str:
     if bound:
         until_s = allocator.measurement(request.measurement_key).pinned_until_s
         if until_s is not None:
-            return f"its measurement ran on machine {pin}, which is in use; until {iso(until_s)} it waits for that"
+            return (
+                f"its measurement ran on machine {pin}, which is in use; it waits for that machine until {iso(until_s)}"
+            )
         return f"its measurement runs on machine {pin}, which is in use"
     misfit = allocator.misfit(request.request_id)
     return "every LLM Machine is in use" if misfit is None else f"it fits on no LLM Machine: {misfit}"

@@ -32,7 +32,7 @@ from registry.wire.words import canonical_json
 
 ACTIVITY_GRAIN = 0.05
 """A lease's last use is stored only if it is newer than the stored one by this fraction of the idle limit, because each
-change takes a commit. No lease ends too early because of that: its wrapper is asked before it ends for idleness."""
+change takes a commit. No lease ends too early because of that: its wrapper is asked first."""
 
 ANSWERING = frozenset(
     {WrapperStatus.IDLE, WrapperStatus.DEPLOYING, WrapperStatus.READY, WrapperStatus.LEASED, WrapperStatus.STOPPING}
@@ -59,7 +59,7 @@ class WrapperReports:
     def moment(self, wrapper_id: str) -> Moment | None:
         """Return the wrapper's own timestamp of its last report, None if there is no report.
 
-        The registry's present view of the wrapper was true at that time or later.
+        What the registry knows of the wrapper now is at least as recent as this timestamp.
         """
         report = self.latest.get(wrapper_id)
         return None if report is None else report.moment
@@ -118,8 +118,8 @@ class WrapperReports:
     async def await_start(self, wrapper_id: str, own: Effect | None = None) -> Event | None:
         """Wait until a starting wrapper answers, at most ``wrappers.start_timeout_s``. Return the resulting event.
 
-        The timeout restarts whenever another command is sent. ``own``: the command that waits, None: no
-        command does. Returns None if ``own`` is superseded.
+        The timeout restarts whenever another command is sent. ``own``: the command that this wait
+        is part of, None: no command. Returns None if ``own`` is superseded.
 
         Raises:
             StoreUnavailable: the report's windows could not be stored; ``on_fatal`` was called.

@@ -75,7 +75,8 @@ class AuditRow:
     such path. ``status``: of the HTTP answer. ``code``: of the error; None: the call was accepted.
 
     ``key_id``, ``role``: those of the API key; None: none was accepted. ``tenant``: the one that the call was for, as
-    far as it is known. ``source``: address of the client. ``subject``: id of what the call was about, if it has one.
+    far as it is known. ``source``: address of the client; None: it is not clear. ``subject``: id of what the call was
+    about, if it has one.
 
     ``at_s``: UTC seconds, of the first of ``count`` equal calls. The registry sets it when it stores the row.
     """

@@ -193,7 +193,7 @@ class Store:
             put(connection, WRAPPERS, changes.wrappers)
             put(connection, MEASUREMENTS, changes.measurements)
             put(connection, REQUESTS, changes.requests)
-            # Order matters for the constraints: end leases before a new one on the same wrapper, or its removal.
+            # Order matters for the constraints: a lease must end before its wrapper gets a new one or is removed.
             remove(connection, LEASES, changes.ended_leases)
             remove(connection, WRAPPERS, changes.removed_wrappers)
             put(connection, LEASES, changes.leases)

@@ -15,14 +15,14 @@ GRADE: Final = "Of a lease of measurement grade"
 BUDGET: Final = "Of a budget"
 COUNTERS: Final = "Of an energy window: what the counters say"
 SCORE: Final = "Of an energy window: the score"
-STRETCH: Final = "Of a counted stretch"
+STRETCH: Final = "Of a counted stretch: a lease's prompts without its warm-up"
 
 KEPT: Final = "kept"
 UNKNOWN: Final = "unknown"
 ESTIMATE: Final = "estimate"
 CHECK: Final = "check"
 _NO_SCORE: Final = "score unknown, joules kept"
-_NO_BATCH: Final = "no figure of the stretch"
+_NO_BATCH: Final = "no figure for the stretch"
 
 
 # D107: every flag is here
@@ -43,13 +43,13 @@ class Flag(StrEnum):
     MACHINE_CHANGED = (
         "machine_changed",
         MEASUREMENT,
-        "check: machines don't compare",
+        "check: figures of different machines are not comparable",
         "The measurement continued on another machine with the same type of GPU.",
     )
     MACHINE_TYPE_CHANGED = (
         "machine_type_changed",
         MEASUREMENT,
-        "check: machines don't compare",
+        "check: figures of different machines are not comparable",
         "The measurement continued on a machine with another type of GPU.",
     )
     MACHINE_DRAINED = (
@@ -80,7 +80,7 @@ class Flag(StrEnum):
         "contended",
         GRADE,
         CHECK,
-        "Another program or wrapper worked on the machine, before the hand-over or during the lease or window.",
+        "Another program or wrapper used the machine before the hand-over, or during the lease or window.",
     )
     NOT_STEADY = (
         "not_steady",
@@ -122,7 +122,7 @@ class Flag(StrEnum):
         "too_short",
         COUNTERS,
         "unknown, or estimate",
-        "The window is too short for the counter to prove its energy.",
+        "The window is so short that the counter's readings are too coarse to give its energy.",
     )
     SHARED = ("shared", COUNTERS, ESTIMATE, "The figure is a prompt's share of what several prompts took together.")
     SHARE_ESTIMATED = (

@@ -1,10 +1,12 @@
-"""The HTTP client of GreenPrompt's programs; proxies and certificates are taken from the environment."""
+"""The HTTP client of GreenPrompt's programs; proxies, and certificates by default, are taken from the environment."""
 
 from __future__ import annotations
 
 import os
 import ssl
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -13,6 +15,27 @@ from registry.errors import BadSettings
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts that are this machine: never contacted through a proxy, whatever the environment says."""
+
+_CA_REMEDY = "name the file of its CA: --ca-file, GREENPROMPT_CA_FILE, or RegistryClient(ca_file=…)"
+
+_OTHER_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
+_UNKNOWN_ISSUER = (18, 19, 20, 21)  # self-signed (also in the chain), or a CA that is not known
+"""OpenSSL's codes of certificates that are refused."""
+
+
+class _Client(httpx.Client):
+    """A client that says what to do if it does not trust a server's certificate."""
+
+    def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        """Send a request. Raises BadSettings if the certificate is refused, else like ``httpx.Client``."""
+        try:
+            return super().send(request, **options)
+        except httpx.ConnectError as error:
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            place = f"{request.url.scheme}://{request.url.netloc.decode('ascii')}"
+            raise BadSettings(place, refusal) from error
 
 
 def base_url_of(text: str) -> httpx.URL:
@@ -28,22 +51,31 @@ def base_url_of(text: str) -> httpx.URL:
 
 
 def http_client(
-    base_url: str, *, timeout_s: float, connect_s: float | None = None, headers: Mapping[str, str] | None = None
+    base_url: str,
+    *,
+    timeout_s: float,
+    connect_s: float | None = None,
+    headers: Mapping[str, str] | None = None,
+    ca_file: Path | None = None,
 ) -> httpx.Client:
     """Return a client of the server at ``base_url``, which the caller has to close. Sends nothing yet.
 
-    Timeouts: ``connect_s`` seconds for the connection, at most ``timeout_s`` (None: ``timeout_s``);
-    ``timeout_s`` seconds for everything else. The number of connections is not limited.
+    Timeouts, seconds: ``connect_s`` for the connection (``timeout_s`` if that is shorter, or if None);
+    ``timeout_s`` for everything else. The number of connections is not limited.
+    ``ca_file``: the only certificates (PEM) to trust; None: those of the environment, else those of certifi.
 
     Raises:
-        BadSettings: ``base_url`` is invalid, or the environment names certificates or a proxy that can't be used; the
-            text names the variable.
+        BadSettings: ``base_url`` is invalid, ``ca_file`` has no certificates, or the environment names certificates or
+            a proxy that can't be used; the text names the file or the variable. A call raises it if the server's
+            certificate is not trusted.
     """
     own = base_url_of(base_url).host in LOOPBACK
+    verify = True if ca_file is None else _trust(ca_file)
     try:
-        return httpx.Client(
+        return _Client(
             base_url=base_url.rstrip("/"),
             headers=headers,
+            verify=verify,
             timeout=httpx.Timeout(timeout_s, connect=timeout_s if connect_s is None else min(connect_s, timeout_s)),
             limits=httpx.Limits(),
             trust_env=not own,
@@ -55,3 +87,28 @@ def http_client(
         raise BadSettings("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY", str(error)) from error
     except ImportError as error:  # a SOCKS proxy needs another package
         raise BadSettings("ALL_PROXY", str(error)) from error
+
+
+def _trust(ca_file: Path) -> ssl.SSLContext:
+    """Return what trusts the certificates of a file only. Raises BadSettings."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError:
+        raise BadSettings(str(ca_file), "has no certificates (PEM)") from None
+    except OSError as error:
+        raise BadSettings(str(ca_file), f"can't be read: {error.strerror}") from error
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Return why a server's certificate is refused, and what to do; None if that was not the problem."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    remedy = ""
+    if cause.verify_code in _UNKNOWN_ISSUER:
+        remedy = f"; {_CA_REMEDY}"
+    elif cause.verify_code in _OTHER_NAME:
+        remedy = "; use a name that the certificate has"
+    return f"its certificate is not trusted: {cause.verify_message.rstrip('.')}{remedy}"

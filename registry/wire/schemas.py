@@ -52,7 +52,7 @@ WARMUP_HEADER = "X-GreenPrompt-Warmup"
 """Header that marks a prompt as a warm-up (``true``); warm-ups are not counted in figures."""
 
 PROMPT_HEADER = "X-GreenPrompt-Prompt"
-"""Header with the client's id of a prompt, percent-encoded; the same question has the same id in every lease."""
+"""Header with the client's id of a prompt, percent-encoded. Clients give a question the same id in every lease."""
 
 MAX_LLMCONFIG_BYTES = 256 * 1024
 """Longest llmconfig as JSON, bytes: each is stored for ``keep_days``."""
@@ -72,7 +72,7 @@ NonEmpty = Annotated[StrictStr, StringConstraints(min_length=1, max_length=1024)
 
 
 def _can_be_answered(args: dict[str, Any]) -> dict[str, Any]:
-    """Return args unchanged if they are strict JSON, which answers need; Python's parser accepts more.
+    """Check that args are strict JSON, as answers contain them, and return them. Python's parser accepts more.
 
     Raises:
         ValueError: they are not strict JSON, or nested deeper than MAX_ARGS_DEPTH.
@@ -359,7 +359,7 @@ class HealthState(_Answered):
     wrappers: int
     usable: int
     queued: int
-    deploying: int = Field(0, description="Number of requests whose LLM is being started and has no lease yet")
+    deploying: int = Field(0, description="Number of requests with a wrapper but no lease yet: their LLM is starting")
     version: str
 
 
@@ -405,7 +405,7 @@ class AuditEntry(_Answered):
     key: str | None = Field(description="Id of the API key; null: none was accepted")
     role: str | None = Field(description="Role of the key")
     tenant: str | None = Field(description="Tenant that the call was for, as far as it is known")
-    source: str | None = Field(description="Address that the call came from; null: several")
+    source: str | None = Field(description="Address that the call came from; null: several, or it is not clear")
     about: str | None = Field(
         description="Id of the request, machine or key that the call was about; of a POST, that of its first request"
     )

@@ -77,8 +77,8 @@ class WindowKind(StrEnum):
     """What a wrapper did during an energy window.
 
     prompt: one prompt of a lease. lease: a whole lease. idle: the time of a lease without prompts, or of a machine
-    without a lease. load, wake: the start of an LLM, or its waking from sleep, with warm-up; charged to the request
-    that it was started for, if any.
+    without a lease. load: the start of an LLM. wake: its waking from sleep. Both include the warm-up, and are charged
+    to the request that the LLM was started for, if any.
     """
 
     PROMPT = "prompt"

@@ -116,7 +116,7 @@ def test_experiment_grows(registry: Registry, llm: Callable[..., dict[str, Any]]
     assert counted(folder / "answers.jsonl").total() == 12
     questions.append({"instruction": "And one more?", "topic": "growth"})
     shown = measure(llm("a", temperature=0.5), llm("a"), llm("b"))
-    assert "Goes on: 12 of 24 answers are there." in shown
+    assert "Continuing: 12 of 24 answers exist already." in shown
     assert "Added: llms: 2 → 3, prompts: 3 → 4." in shown
     after = (folder / "answers.jsonl").read_bytes()
     assert after.startswith(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -60,10 +61,11 @@ def client(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(environment: Path, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command of an environment in a folder."""
+    """Run a command of an environment in a folder. It finds no package of a developer's shell (PYTHONPATH)."""
     return subprocess.run(
         [environment / "bin" / command[0], *command[1:]],
         cwd=cwd,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
         timeout=300,

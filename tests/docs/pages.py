@@ -71,13 +71,13 @@ def errors_page() -> str:
 # Errors
 
 {MADE}
-Every error is `{{"code", "message", "retryable"}}`, with `field` if one is to blame. `code` never changes its meaning;
-`message` is for people. A 422 also has `errors`, a list of all invalid fields, or FastAPI's own list, `detail`.
+Every error is `{{"code", "message", "retryable"}}`, with `field` if a field is invalid. `code` never changes its
+meaning; `message` is for people. A 422 also has a list of all invalid fields: `errors`, or FastAPI's own `detail`.
 
 Where "try again" is yes, the same call can succeed later without any change. `Retry-After` says after how many
 seconds. Other errors need a change first. So do `budget_used` and `tenant_budget_used`, though they are 429.
 
-Below `/v1` of a lease's `url` errors have OpenAI's form, `{{"error": {{"message", "type", "param", "code"}}}}`, with
+Below `/v1` of a lease's `url`, errors have OpenAI's format, `{{"error": {{"message", "type", "param", "code"}}}}`, with
 the same codes.
 
 ## Of the registry and the wrappers
@@ -88,7 +88,7 @@ the same codes.
 {table(head, other)}\
 ## Of the proxy
 
-The proxy in front of registry and wrappers answers these itself.
+These errors come from the proxy in front of registry and wrappers, not from the registry.
 
 {table(head, proxy)}""".rstrip()
         + "\n"
@@ -153,8 +153,8 @@ change them without notice. So each has a guard, which is checked at a start.
 
 ## vLLM and Python
 
-Checked when a wrapper starts. If a guard fails, LLMs start cold, and the log says which guard. An LLM whose hang watch
-fails while it runs is restarted.
+These guards are checked when a wrapper starts. If a guard fails, LLMs start cold, and the log says which guard. If the
+task that checks a running LLM for hangs fails, the LLM is restarted.
 
 {_patches((*VLLM, *PYTHON))}\
 ## HAProxy
@@ -191,7 +191,6 @@ def _patches(patches: Iterable[Patch]) -> str:
 
 def command_line_page() -> str:
     """Return the page of commands."""
-    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
     page = f"""\
 # Command line
 
@@ -200,7 +199,7 @@ def command_line_page() -> str:
 More in [Exit statuses](exit-statuses.md).
 
 """
-    for name, command in commands.items():
+    for name, command in _commands(get_command(app), ""):
         usage = [f"<{each.name}>" for each in command.params if each.param_type_name == "argument"]
         page += f"## greenprompt {name}\n\n```\ngreenprompt {' '.join([name, *usage, '[options]'])}\n```\n\n"
         page += f"{text(command.help)}\n\n"
@@ -211,6 +210,15 @@ More in [Exit statuses](exit-statuses.md).
         ]
         page += table(("argument or option", "default", "meaning"), rows) if rows else ""
     return page.rstrip() + "\n"
+
+
+def _commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the commands of a group with their full names; a group of commands is replaced by its commands."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def _names(param: Any) -> str:
@@ -228,7 +236,7 @@ def _default(param: Any) -> str:
         return "required"
     if isinstance(param.show_default, str):
         return code(param.show_default)
-    if default is None or default is False or default == [] or "Sentinel" in type(default).__name__:
+    if default is None or default is False or default in ([], "") or "Sentinel" in type(default).__name__:
         return ""
     return code(str(default.relative_to(ROOT) if isinstance(default, Path) else default))
 

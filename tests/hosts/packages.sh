@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what tests/hosts, the test of the report's page and `make test-pythons` need and this machine lacks, where it is
-# Debian's to install and we are root; else does nothing.
+# Installs what tests/hosts, the tests of the report's page and of configs/front, and `make test-pythons` need and this
+# machine lacks, where it is Debian's to install and we are root; else does nothing.
 set -euo pipefail
 [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null || exit 0
 export PATH=$PATH:/usr/sbin:/sbin DEBIAN_FRONTEND=noninteractive
@@ -15,6 +15,8 @@ rsync rsync
 redis-server redis-server
 redis-cli redis-tools
 chromium chromium
+caddy caddy
+haproxy haproxy
 PROGRAMS
 ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 || missing+=(postgresql)
 [ ${#missing[@]} = 0 ] || apt-get update -qq

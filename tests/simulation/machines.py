@@ -1,8 +1,8 @@
-"""Machines, Ray and Serve as the registry's service meets them, in virtual time: slow, cut off, dead, back again.
+"""Simulated machines, Ray and Serve for the registry's service, in virtual time. Machines can be slow, cut off or dead.
 
-A ``Process`` runs the real commands of a wrapper over the real lease gate; its engine and its prompts only take time.
-What happens to messages: they take time, come late, twice, in another order, or when a cut heals, long after their
-sender has given up.
+A ``Process`` runs the real commands of a wrapper with the real lease gate. Its engine and its prompts only take time.
+Messages may arrive late, twice or in another order. If a machine is cut off, its messages arrive when the connection
+is back, long after the timeout of their sender.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from registry.settings import Settings
 from tests.support.wrapper_ports import KeptTasks, PlainHandOvers, StartedLLM
 
 LONGEST_DELAY_S = 60.0
-"""How late a message can come, a cut apart."""
+"""Maximum delay of a message to or from a machine that is not cut off, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weather:
-    """How likely it is that something goes wrong, and how long things take. All 0 when ``calm``."""
+    """Probabilities of faults, and how long the start of an engine takes. In ``CALM`` nothing fails."""
 
     late: float = 0.0
     twice: float = 0.0
@@ -47,7 +47,7 @@ CALM = Weather()
 
 @dataclass(eq=False)
 class Node:
-    """A machine. ``known``: Ray takes it for alive. ``held``: messages that a cut keeps back."""
+    """A machine. ``known``: Ray reports it as alive. ``held``: messages that wait for its connection."""
 
     machine_id: str
     gpus: int = 0
@@ -61,12 +61,12 @@ class Node:
 
     @property
     def node_id(self) -> str:
-        """Ray's id of the moment."""
+        """The machine's current id in Ray."""
         return f"{self.machine_id}-node-{self.number}"
 
     @property
     def reached(self) -> bool:
-        """True when messages go there and back."""
+        """Whether messages to and from the machine arrive."""
         return self.powered and not self.cut
 
 
@@ -109,7 +109,7 @@ class SimulatedLLMs:
 
 
 class SimulatedHandOvers(PlainHandOvers):
-    """Hand-overs that take time, as the real ones do: commands and deaths come in between."""
+    """Hand-overs that take time, like real ones, so that commands or deaths can happen during a hand-over."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
@@ -128,27 +128,27 @@ class SimulatedHandOvers(PlainHandOvers):
         return ()
 
     async def forget_prompts(self, llm: LLM) -> tuple[str, ...]:
-        """Wait for the engine."""
+        """Wait as long as an engine takes to empty its caches."""
         await asyncio.sleep(self._random.uniform(0.001, 0.1))
         return ()
 
     async def provenance(
         self, llm: LLM, spec: LLMSpec, revision: str | None, grant: LeaseGrant
     ) -> Mapping[str, object] | None:
-        """Wait for the thread that asks the GPUs."""
+        """Wait as long as reading the GPUs takes."""
         await asyncio.sleep(self._random.uniform(0.001, 0.1))
         return None
 
 
 class SimulatedPrompts:
-    """The prompts in flight, each with its lease and what cuts it."""
+    """The prompts in flight, each with its lease and the future that cuts it."""
 
     def __init__(self) -> None:
         self._in_flight: dict[asyncio.Future[None], tuple[LeaseGrant, asyncio.Future[None]]] = {}
 
     @contextmanager
     def one(self, grant: LeaseGrant) -> Iterator[asyncio.Future[None]]:
-        """A prompt is in flight in this context; the future is done when it is cut."""
+        """Return a context in which a prompt is in flight. Its future is done when the prompt is cut."""
         loop = asyncio.get_running_loop()
         cut, ended = loop.create_future(), loop.create_future()
         self._in_flight[cut] = grant, ended
@@ -159,7 +159,7 @@ class SimulatedPrompts:
             ended.set_result(None)
 
     def break_off(self) -> None:
-        """Every client's connection breaks."""
+        """Break the connections of all clients."""
         for cut in self._in_flight:
             if not cut.done():
                 cut.set_result(None)
@@ -184,7 +184,7 @@ class SimulatedPrompts:
 
 
 class Process:
-    """The process of a wrapper: the real commands over the real lease gate. Its clock is its own, monotonic."""
+    """The process of a wrapper: real commands with the real lease gate. Each process has its own monotonic clock."""
 
     def __init__(self, cluster: SimulatedCluster, plan: WrapperPlan, node: Node, name: str) -> None:
         self.plan = plan
@@ -193,7 +193,7 @@ class Process:
         self.alive = True
         self.ready = False
         self.held: list[Callable[[], None]] | None = None
-        """Calls that wait for a process that hangs; None: it does not."""
+        """Calls that wait because the process hangs; None if it does not hang."""
         self.tasks = KeptTasks()
         loop, offset_s = asyncio.get_running_loop(), cluster.random.uniform(0, 1e5)
         self.gate = LeaseGate(lambda: loop.time() + offset_s, fence_s=cluster.settings.wrappers.fence_s, process=name)
@@ -227,12 +227,12 @@ class Process:
         return self.commands.touch(request_id)
 
     def call(self, method: str, *args: Any) -> asyncio.Task[Any]:
-        """What Serve calls by the name of its method."""
+        """Start a call of a method by its name, as Serve does."""
         called = getattr(self if method in {"report", "touch"} else self.commands, method)
         return self.tasks.spawn_awaited("a call", called(*args))
 
     async def prompt(self, token: str, takes_s: float) -> None:
-        """As a prompt at the wrapper's address. Raises what its client is told."""
+        """Handle a prompt, as at the wrapper's address. Raises the error that the client gets."""
         grant = self.gate.check(token)
         self.gate.require_heard()
         with self._prompts.one(grant) as cut:
@@ -255,13 +255,13 @@ class Process:
     # --- what can happen to it --------------------------------------------------------------------------
 
     def kill_engine(self) -> None:
-        """The LLM dies."""
+        """Let the LLM die."""
         if self._llms.running is not None:
             self._llms.running.death_reason = "its processes are gone"
             self._llms.running.died.set()
 
     def end(self) -> None:
-        """The process dies, and everything in it."""
+        """End the process and everything in it."""
         self.alive = False
         self._llms.running = None
         self.tasks.cancel()
@@ -269,20 +269,20 @@ class Process:
         self.resume()
 
     def hang(self) -> None:
-        """From now on nobody is answered."""
+        """Let the process hang: calls get no answer from now on."""
         self.held = [] if self.held is None else self.held
 
     def resume(self) -> None:
-        """It goes on, with what has come meanwhile."""
+        """End the hang, and handle the calls that have arrived in the meantime."""
         held, self.held = self.held, None
         for call in held or ():
             call()
 
 
 class SimulatedCluster(ClusterCalls):
-    """``registry.contract.messages.Cluster`` over all of that. It outlives the registries that use it.
+    """``registry.contract.messages.Cluster`` with simulated machines. It remains when the registry process is replaced.
 
-    ``on_prompt`` is called when a prompt is let in, ``on_call`` when a call is on its way to a wrapper. ``broken`` are
+    ``on_prompt`` is called when a wrapper accepts a prompt, ``on_call`` when a call was sent to a wrapper. ``broken``:
     models that no machine can start.
     """
 
@@ -304,7 +304,7 @@ class SimulatedCluster(ClusterCalls):
         self.commit = "commit-1"
         self.nodes: dict[str, Node] = {}
         self.processes: dict[str, Process] = {}
-        """Where Serve sends the calls for a wrapper."""
+        """The process to which Serve sends the calls for a wrapper, by wrapper id."""
         self.apps: dict[str, WrapperPlan] = {}
         self.leaving: set[str] = set()
         self.controller_is_away = False
@@ -313,19 +313,19 @@ class SimulatedCluster(ClusterCalls):
     # --- what can happen --------------------------------------------------------------------------------
 
     def power_off(self, node: Node) -> None:
-        """A machine stops; Ray finds out by itself."""
+        """Switch a machine off. Ray notices it some seconds later."""
         node.powered = False
         self._end_all(node)
         node.held.clear()
         self._ray_finds_out(node)
 
     def cut(self, node: Node) -> None:
-        """Nothing reaches a machine and nothing comes from it; what runs there goes on."""
+        """Cut a machine's connection in both directions. Its processes continue."""
         node.cut = True
         self._ray_finds_out(node)
 
     def heal(self, node: Node) -> None:
-        """A machine can be reached again. What Ray took for dead ends soon, and its node is started anew."""
+        """Restore a machine's connection. If Ray had reported it as dead, its node soon restarts, empty."""
         if not node.cut:
             return
         node.cut = False
@@ -337,13 +337,13 @@ class SimulatedCluster(ClusterCalls):
             self._later(self.random.uniform(0.1, 20.0), partial(self._restart_node, node, node.number))
 
     def power_on(self, node: Node) -> None:
-        """A machine is started again."""
+        """Switch a machine on again."""
         if not node.powered:
             node.powered = True
             self._restart_node(node, node.number)
 
     def kill(self, process: Process) -> None:
-        """A wrapper's process dies; Serve starts another in its time."""
+        """Kill a wrapper's process; Serve starts a new one some seconds later."""
         if process.alive:
             process.end()
             process.node.processes.remove(process)
@@ -405,7 +405,7 @@ class SimulatedCluster(ClusterCalls):
     # --- messages ---------------------------------------------------------------------------------------
 
     async def _asked(self) -> None:
-        """Ray or Serve is asked something, and may not answer."""
+        """Wait as long as a call of Ray or Serve takes. Raises WrapperUnreachable if it fails."""
         await asyncio.sleep(self.random.uniform(0.001, 0.2))
         if self.controller_is_away or self.random.random() < self.weather.call_fails:
             raise WrapperUnreachable("cluster", "it does not answer")
@@ -479,7 +479,7 @@ class SimulatedCluster(ClusterCalls):
         self._later(self.random.uniform(4.0, 10.0), look)
 
     def _restart_node(self, node: Node, number: int) -> None:
-        """Ray starts anew on a machine; nothing of before stays."""
+        """Restart Ray's node on a machine: all its processes end, and it gets a new node id."""
         if node.number == number and node.reached:
             self._end_all(node)
             node.number += 1
@@ -491,7 +491,7 @@ class SimulatedCluster(ClusterCalls):
         node.processes.clear()
 
     def _place(self, plan: WrapperPlan) -> None:
-        """Serve starts the replica of an application, on the node that it is pinned to, as soon as that is possible."""
+        """Start the replica of an application on its node, as Serve does, as soon as that is possible."""
         process = self.processes.get(plan.wrapper_id)
         running = process is not None and process.alive and process.plan is plan
         if self.apps.get(plan.wrapper_id) is not plan or running:

@@ -1,4 +1,4 @@
-"""Whether measurements stay on their machines, judged from what is written in the database alone."""
+"""Checks whether measurements stay on their machines, using only what is written to the database."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BROKEN = (WrapperStatus.LOST, WrapperStatus.FAILED, WrapperStatus.OFF)
 
 @dataclass
 class Record:
-    """A machine. ``usable_since_s``: the UTC second since when all of it can be used; None: it can't be now."""
+    """A machine. ``usable_since_s``: since when all its wrappers are usable, UTC seconds; None: they are not."""
 
     draining: bool = False
     removed: bool = False
@@ -23,7 +23,7 @@ class Record:
     usable_since_s: float | None = None
 
     def look(self, now_s: float) -> None:
-        """Note how it is at this moment, after a commit."""
+        """Update ``usable_since_s`` after a commit."""
         usable = self.wrappers and not any(wrapper.status in BROKEN for wrapper in self.wrappers.values())
         if self.draining or self.removed or not usable:
             self.usable_since_s = None
@@ -33,7 +33,7 @@ class Record:
 
 
 class Moves:
-    """Watches commits. ``stayed``: how often a measurement was given the machine again that it was served on before."""
+    """Watches commits. ``stayed``: how often a measurement got a lease on the same machine as its previous one."""
 
     def __init__(self, nodes: Mapping[str, Node], *, sticky_s: float) -> None:
         self._nodes = nodes
@@ -41,11 +41,11 @@ class Moves:
         self._machines: dict[str, Record] = {}
         self._served: dict[MeasurementKey, Request] = {}
         self._asked: dict[MeasurementKey, dict[int, LLMSpec]] = {}
-        """The LLMs of each measurement, by the arrival of their requests."""
+        """The LLMs of each measurement, by the sequence number of their requests."""
         self.stayed = 0
 
     def judge(self, changes: Changes, now_s: float) -> Iterator[str]:
-        """Yield the moves to another machine that nothing explains. ``now_s``: UTC, the moment of the commit."""
+        """Yield the changes of machine that have no valid reason. ``now_s``: time of the commit, UTC seconds."""
         self._note(changes, now_s)
         measurements = {measurement.key: measurement for measurement in changes.measurements}
         for request in changes.requests:
@@ -74,7 +74,7 @@ class Moves:
             record.look(now_s)
 
     def _is_explained(self, last: Request, request: Request, measurement: Measurement, now_s: float) -> bool:
-        """True when the machine of before could not be used since, does not suit, or too much time went by."""
+        """Whether the previous machine was not usable all the time, can't run the LLMs, or was idle for too long."""
         assert last.machine_id is not None
         assert last.ended_s is not None
         record, node = self._machines[last.machine_id], self._nodes[last.machine_id]

@@ -1,4 +1,4 @@
-"""The registry's accounts of simulated machines: what a request, a day and a month's tenant are charged."""
+"""The registry's accounts of simulated machines: the energy charged to requests, to days and to tenants in a month."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ AUGUST_S = datetime(2026, 8, 1, tzinfo=UTC).timestamp()
 
 
 def over_the_end_of_july(rng: Random, machine: Machine, *, kind: str) -> History:
-    """Return a random history, the middle of which is the end of a month and of a day."""
+    """Return a random history that lasts from July 31 to August 1, so that a day and a month end in its middle."""
     made = random_history(rng, machine, LENGTH_S, calm=kind == "calm")
     return replace(made, epoch_s=AUGUST_S - made.horizon_s / 2)
 
@@ -46,9 +46,9 @@ def joules(costs: Total) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_of_the_accounts_are_those_of_the_windows(kind: str, tmp_path: Path) -> None:
-    """In the database requests, days and months of a tenant add up to the windows to 1e-6; so does the report.
+    """Sums by request, by day, by tenant and month, and in the report equal those of the windows, within 1e-6.
 
-    A window belongs to the day and the month in which it ended. The start of an LLM for nobody is charged to nobody.
+    A window belongs to the day and the month in which it ended. An LLM's start without a request is charged to none.
     """
     (tmp_path / "machine").mkdir()
     with EnergyWorld(8, kind, horizon_s=LENGTH_S, history=partial(over_the_end_of_july, kind=kind)) as world:

@@ -1,4 +1,4 @@
-"""The real meter, fed with simulated machines: every published figure against the truth."""
+"""Every published figure of the real meter, on simulated machines, against the truth."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from tests.energy_world.machine import KINDS
 from tests.energy_world.world import EnergyWorld
 
 SEEDS, LONG_SEEDS = range(1_000, 1_010), range(1_010, 1_042)
-"""Of `make test` and of `make test-long`; besides, each kind of machine has one history, and three."""
+"""Numbers of random histories in `make test` and in `make test-long`.
+
+In addition, each kind of machine has one history in `make test`, and three in `make test-long`.
+"""
 LENGTH_S = 90.0
-"""Of each of these. Those of `python -m tests.energy_world` have 60 to 300 s."""
+"""Length of each of these histories, seconds. Histories of `python -m tests.energy_world` have 60 to 300 s."""
 
 
 def judged(tally: Tally) -> None:
@@ -28,9 +31,11 @@ def judged(tally: Tally) -> None:
 @pytest.mark.no_cover  # counting lines takes longer than the simulation; other tests cover what it runs
 @pytest.mark.timeout(1200)
 def test_published_figures_contain_the_truth() -> None:
-    """Intervals of every kind of window, label and machine contain the truth in 95 % of cases; `measured` ones always.
+    """For every kind of window, label and machine, the bounds contain the truth in at least 95 % of cases.
 
-    Prompts and idle time are their lease, the wrappers' parts are the machine, and no moment is counted twice.
+    Bounds of `measured` figures always contain it.
+
+    Prompts and idle time add up to their lease, the wrappers' parts to the machine, and no moment is counted twice.
     """
     contain_the_truth(SEEDS, of_each_kind=1)
 
@@ -53,13 +58,13 @@ def contain_the_truth(seeds: range, *, of_each_kind: int) -> None:
     judged(tally)
     assert len(tally.equal) > 4 * len(seeds)
     for figure in ("prompt", "idle", "lease", "load", "batch J/token"):
-        assert tally.by_figure[figure, "measured"].held >= len(seeds) // 2  # what is never known is never wrong
+        assert tally.by_figure[figure, "measured"].held >= len(seeds) // 2  # enough figures are known to be checked
 
 
 def test_counter_that_shows_too_little_measures_nothing(tmp_path: Path) -> None:
-    """The GPU's counter shows 50 to 70 % of the power under load: once that was found no lease is `measured`.
+    """If a check finds that the GPU's counter shows only 50 to 70 % of the power, no later lease is `measured`.
 
-    Leases from then on are flagged, and their bounds contain the truth.
+    These leases are flagged, and their bounds contain the truth.
     """
     with EnergyWorld(3, "low_counter", horizon_s=240.0) as world:
         leases = [finding for finding in Judge(drive(world, tmp_path)).findings if finding.figure == "lease"]

@@ -1,4 +1,4 @@
-"""The simulated machine of tests/energy_world, checked against itself and against examples worked by hand."""
+"""The simulated machine of tests/energy_world: its consistency, and examples that were computed by hand."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ some_seeds = settings(max_examples=20, deadline=None)
 
 
 def by_hand(*prompts: tuple[float, float, float], limit_w: float = 700.0) -> History:
-    """Ten seconds of one GPU: idle 60 W, context 40 W; prefill 400 W and decode 200 W more, two take √2 of one.
+    """Return a history of ten seconds on a machine with one GPU, one CPU package and these prompts.
 
-    One CPU package: idle 50 W, 4 W a busy processor; DRAM 10 W, 1 W a processor. Prompts: begin, first token, end.
+    GPU: 60 W if idle, 40 W for a CUDA context, 400 W more during prefill, 200 W more during decode; two prompts
+    together take √2 of that. CPU: 50 W if idle, 4 W per busy processor. DRAM: 10 W, 1 W per busy processor.
+    ``prompts``: times of begin, first token and end, seconds.
     """
     machine = Machine(
         kind="calm",
@@ -66,10 +68,10 @@ def close(left: Energy, right: Energy, scale_j: float = 1.0) -> bool:
 
 
 def test_one_prompt_by_hand() -> None:
-    """A prompt of 0.5 s prefill and 1 s decode costs 400 J of its own GPU power and 1.5 s of the base.
+    """A prompt with 0.5 s of prefill and 1 s of decode costs 400 J for its own GPU power, and the base power of 1.5 s.
 
-    Own: 400 W·0.5 s + 200 W·1 s = 400 J; one processor for 1.5 s: 6 J CPU, 1.5 J DRAM. Base for 1.5 s: GPU 100 W,
-    half a processor (2 W, 0.5 W), idle 50 W and 10 W: 150 + 3 + 75 + 0.75 + 15 = 243.75 J.
+    Own: 400 W·0.5 s + 200 W·1 s = 400 J; one processor for 1.5 s: 6 J CPU, 1.5 J DRAM. Base power for 1.5 s: GPU 100 W,
+    half a processor (CPU 2 W, DRAM 0.5 W), idle CPU 50 W and DRAM 10 W: 150 + 3 + 75 + 0.75 + 15 = 243.75 J.
     """
     history = by_hand((2.0, 2.5, 3.5))
     prompt = Expected(Truth(history)).prompt("p0")
@@ -79,7 +81,7 @@ def test_one_prompt_by_hand() -> None:
 
 
 def test_two_prompts_by_hand() -> None:
-    """Two that decode together for 1 s take 200·√2 W above the base, half each; so does the base, half each."""
+    """Two prompts that decode together for 1 s take 200·√2 W above the base. Each is charged half of it all."""
     history = by_hand((2.0, 2.0, 3.0), (2.0, 2.0, 3.0))
     expected = Expected(Truth(history))
     for name in ("p0", "p1"):
@@ -91,7 +93,7 @@ def test_two_prompts_by_hand() -> None:
 
 
 def test_prefill_beside_decode_by_hand() -> None:
-    """One in prefill beside one in decode: √(400² + 200²) W, two thirds and one third of it, here for 1 s."""
+    """A prompt in prefill and one in decode, for 1 s: they take √(400² + 200²) W, two thirds and one third of it."""
     history = by_hand((2.0, 3.0, 3.0), (2.0, 2.0, 3.0))
     expected = Expected(Truth(history))
     both_j = math.sqrt(400**2 + 200**2)
@@ -100,7 +102,7 @@ def test_prefill_beside_decode_by_hand() -> None:
 
 
 def test_power_limit_by_hand() -> None:
-    """At a limit of 250 W, a prefill of 400 W on a base of 100 W takes 150 W of its own."""
+    """With a power limit of 250 W and a base of 100 W, a prefill of 400 W takes only 150 W."""
     history = by_hand((2.0, 4.0, 4.0), limit_w=250.0)
     truth = Truth(history)
     assert truth.gpus[0].at(3.0) == 250.0
@@ -108,7 +110,7 @@ def test_power_limit_by_hand() -> None:
 
 
 def test_stranger_by_hand() -> None:
-    """100 W for 2 s on the wrapper's GPU are 200 J of nobody: in the machine, not in the lease."""
+    """Another program's 100 W for 2 s on the wrapper's GPU are 200 J that the machine used, but not the lease."""
     plain = by_hand((2.0, 2.5, 3.5))
     shared = replace(plain, strangers=(Stranger(9, 2.0, 4.0, cpus=1.0, gpu=0, gpu_w=100.0),))
     alone, beside = Expected(Truth(plain)), Expected(Truth(shared))
@@ -119,7 +121,7 @@ def test_stranger_by_hand() -> None:
 
 
 def test_death_by_hand() -> None:
-    """Without its process for 2 s, a wrapper takes 60 W of its idle GPU, 50 W and 10 W: a hole of 240 J."""
+    """A wrapper whose process is dead for 2 s uses 60 W (idle GPU), 50 W (CPU) and 10 W (DRAM): a hole of 240 J."""
     plain = by_hand((2.0, 2.5, 3.0))
     [engine], [life], [lease] = plain.engines, plain.lives, plain.leases
     back = replace(engine, pid=201, wrapper_pid=200, begin_s=6.0, loaded_s=7.0)
@@ -138,7 +140,7 @@ def test_death_by_hand() -> None:
 
 
 def test_counted_and_steady_by_hand() -> None:
-    """Tokens of a stretch are those made in it: half of a decode gives half of its tokens."""
+    """A stretch has the tokens that were generated in it: half of a decode has half of its tokens."""
     expected = Expected(Truth(by_hand((2.0, 2.5, 3.5), (4.0, 4.5, 5.5))))
     counted = expected.counted("lease")
     assert counted
@@ -150,7 +152,7 @@ def test_counted_and_steady_by_hand() -> None:
 
 
 def test_same_arguments_same_world() -> None:
-    """Two worlds with the same arguments agree in every event, and in every counter at every moment."""
+    """Two worlds with the same arguments have the same events, and equal counters at every moment."""
     one, two, other = EnergyWorld(5, "h100_intel"), EnergyWorld(5, "h100_intel"), EnergyWorld(6, "h100_intel")
     assert one.history == two.history
     assert one.history != other.history
@@ -160,7 +162,7 @@ def test_same_arguments_same_world() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.01, 5.0), st.floats(0, 700)), min_size=1, max_size=20), st.floats(0.0, 1.0))
 def test_integral_is_quadrature(pieces: list[tuple[float, float]], part: float) -> None:
-    """The exact integral of a function is the sum over small steps of its values; scalar and array forms agree."""
+    """The exact integral of a function equals a sum over small steps, for numbers and for arrays."""
     times = np.concatenate(([0.0], np.cumsum([length for length, _ in pieces])))
     steps = Steps(times.tolist(), [watts for _, watts in pieces])
     end_s = part * float(times[-1])
@@ -174,7 +176,7 @@ def test_integral_is_quadrature(pieces: list[tuple[float, float]], part: float) 
 
 @pytest.mark.parametrize("kind", ["h100_intel", "gh200"])
 def test_machine_is_quadrature_of_its_power(kind: str) -> None:
-    """Summed over steps of 2 ms, all components' power gives the machine's energy to 0.2 %."""
+    """The power of all components, summed over steps of 2 ms, equals the machine's energy within 0.2 %."""
     world = EnergyWorld(11, kind, horizon_s=60.0)
     truth = world.truth
     middles = np.arange(0.001, world.horizon_s, 0.002)
@@ -205,7 +207,7 @@ def test_sums(seed: int) -> None:
 @given(seeds)
 @some_seeds
 def test_prompts_alone_take_all(seed: int) -> None:
-    """A prompt with no other in flight takes all of its window's energy; with others, less. A refused one: nothing."""
+    """A prompt alone in flight is charged all energy of its window; together with others, less; if refused, nothing."""
     world = EnergyWorld(seed)
     for prompt in world.history.prompts:
         truth = world.expected.prompt(prompt.id)
@@ -226,7 +228,7 @@ def test_prompts_alone_take_all(seed: int) -> None:
 @given(seeds)
 @some_seeds
 def test_histories_make_sense(seed: int) -> None:
-    """Events are in order, prompts lie in their lease and in no hole, a wrapper's leases don't overlap."""
+    """Events are in order, prompts are within their lease and not in holes, a wrapper's leases don't overlap."""
     world = EnergyWorld(seed)
     history = world.history
     times = [event.at_s for event in world.events]
@@ -250,7 +252,7 @@ def test_histories_make_sense(seed: int) -> None:
 @given(seeds)
 @some_seeds
 def test_power_is_within_limits(seed: int) -> None:
-    """No GPU takes more than its limit of the moment, no module either, no machine more processors than it has."""
+    """No GPU or module exceeds its current power limit, and no machine uses more processors than it has."""
     world = EnergyWorld(seed)
     truth, machine = world.truth, world.machine
     for gpu, counter in zip(machine.gpus, world.gpu_counters, strict=True):
@@ -261,7 +263,7 @@ def test_power_is_within_limits(seed: int) -> None:
 
 
 def test_every_ingredient_occurs() -> None:
-    """Among 150 seeds there is each kind, pattern and outcome, deaths, strangers, loads in leases and clock steps."""
+    """150 seeds contain every kind, pattern and outcome, deaths, other programs, loads in leases and clock steps."""
     found: Counter[str] = Counter()
     for seed in range(150):
         rng = Random(f"{seed}:machine")
@@ -288,7 +290,7 @@ def test_every_ingredient_occurs() -> None:
 
 
 def test_wall_clock_steps() -> None:
-    """After a step, the wall clock differs by it; days are those of a right clock and cover the history once."""
+    """A step changes the wall clock; the days are those of a correct clock, and cover the history once."""
     world = next(w for w in map(EnergyWorld, range(200)) if w.history.clock_steps)
     [step] = world.history.clock_steps
     before_s = world.history.wall_s(step.at_s - 0.01)
@@ -310,7 +312,7 @@ def test_clock_never_goes_back() -> None:
 @given(seeds)
 @some_seeds
 def test_llms_and_steady_stretches(seed: int) -> None:
-    """All LLMs' leases are all leases; a steady stretch lies in its lease and has no idle time."""
+    """The leases of all LLMs together are all leases; a steady stretch is within its lease, and has no idle time."""
     world = EnergyWorld(seed)
     expected = world.expected
     leases_j = sum(expected.lease(lease.id).total.total_j for lease in world.history.leases)

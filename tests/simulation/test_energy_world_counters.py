@@ -1,4 +1,4 @@
-"""The counters and kernel files of tests/energy_world, checked against the simulated truth and by hand."""
+"""The counters and kernel files of tests/energy_world, against the simulated truth and examples computed by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def first_world(kind: str, **wanted: bool) -> EnergyWorld:
 
 @pytest.mark.parametrize("kind", [*KINDS, *RARE_KINDS])
 def test_every_kind_has_its_counters(kind: str) -> None:
-    """GPUs have energy counters, or not; zones are there, or not, as the kind says."""
+    """GPUs have energy counters, and RAPL zones exist, exactly if the kind of machine says so."""
     world = EnergyWorld(1, kind)
     names = {zone.name for zone in world.zones}
     assert bool(world.machine.gpus) == (kind != "cpu_only")
@@ -65,7 +65,7 @@ def test_unknown_kind() -> None:
 @given(seeds)
 @some_seeds
 def test_nvml_counter_is_late_and_never_ahead(seed: int) -> None:
-    """A counter without faults is never above the truth, and behind by at most one tick's energy."""
+    """A counter without faults is never above the truth, and below it by at most the energy of one tick."""
     world = EnergyWorld(seed, "calm")
     for counter in world.gpu_counters:
         first_mj = counter.energy_mj(0.0)
@@ -88,7 +88,7 @@ def gpu_counter(*faults: Fault, low: float = 1.0) -> GpuCounter:
 
 
 def test_nvml_faults_by_hand() -> None:
-    """A jump adds 100 kJ; a stall stands still for 3 s and catches up; a reset begins near zero."""
+    """A jump adds 100 kJ. A stalled counter stops for 3 s, then has the true value again. A reset starts near zero."""
     plain = gpu_counter()
     assert plain.energy_mj(15.0) - plain.energy_mj(5.0) == pytest.approx(3_000_000, abs=10_000)
     jump = gpu_counter(Fault("jump", "gpu-0", 7.0, 7.0))
@@ -105,7 +105,7 @@ def test_nvml_faults_by_hand() -> None:
 
 
 def test_mean_power_by_hand() -> None:
-    """Half a second into 500 W after 100 W, the mean of the last second says 300 W, and instant power 500 W."""
+    """0.5 s after a change from 100 W to 500 W, the mean of the last second is 300 W; the instant power is 500 W."""
     counter = gpu_counter()
     assert counter.mean_mw(10.5) == pytest.approx(300_000, abs=0.03 * 400_000)
     assert counter.instant_mw(10.5) == 500_000
@@ -113,7 +113,7 @@ def test_mean_power_by_hand() -> None:
 
 
 def test_rapl_wraps_and_resets_by_hand() -> None:
-    """At 100 W, a range of 1 kJ wraps each 10 s; a reset at 7 s begins from zero; never at or above the range."""
+    """At 100 W, a range of 1 kJ overflows every 10 s; a reset at 7 s starts at 0; values are always below the range."""
     steps = Steps((0.0, 60.0), (100.0,))
     counter = RaplCounter(steps, 1_000_000_000, 500_000_000)
     assert counter.energy_uj(4.0) == pytest.approx(900_000_000, abs=1e5 + 1)
@@ -127,7 +127,7 @@ def test_rapl_wraps_and_resets_by_hand() -> None:
 @given(seeds)
 @some_seeds
 def test_rapl_unwrapped_is_the_truth(seed: int) -> None:
-    """Differences modulo the range, summed over polls, are the zone's energy to 1 ms of power; never ahead of it."""
+    """The sum of the differences (modulo the range) is the zone's energy, or less by at most 1 ms of its power."""
     world = EnergyWorld(seed, "calm")
     for zone in world.zones:
         counter = zone.counter
@@ -137,13 +137,13 @@ def test_rapl_unwrapped_is_the_truth(seed: int) -> None:
             shown_uj += (now_uj - last_uj) % counter.range_uj
             last_uj = now_uj
             true_uj = counter.power.integral(now_s) * 1e6
-            # The range is a whole number of µJ, the unit is not: a wrap may cost a unit.
+            # The range is a whole number of µJ, but the counter's unit is not, so an overflow may lose one unit.
             assert shown_uj <= true_uj + 200
             assert true_uj - shown_uj <= counter.power.values.max() * 1e3 + 200
 
 
 def test_mirrors_show_one_counter() -> None:
-    """Both dies of a mirrored package differ by at most 1 ms of power; the package's energy is shown twice."""
+    """The two counters of a mirrored package both show its whole energy, and differ by at most 1 ms of its power."""
     world = EnergyWorld(3, "amd_mirrored")
     for one, two in zip(world.zones[::2], world.zones[1::2], strict=True):
         assert one.counter is two.counter
@@ -153,7 +153,7 @@ def test_mirrors_show_one_counter() -> None:
 
 
 def test_two_dies_make_a_package() -> None:
-    """Where dies have a counter each, only both together are the package."""
+    """If each die has a counter of its own, only their sum is the package's energy."""
     world = EnergyWorld(3, "intel_dies")
     dies = [zone for zone in world.zones if zone.name.startswith("package-0")]
     assert len({id(zone.counter) for zone in dies}) == 2
@@ -162,7 +162,7 @@ def test_two_dies_make_a_package() -> None:
 
 
 def test_module_counter_holds_the_cpu() -> None:
-    """A module's counter counts GPU, CPU package and memory; the scope of the power field tells them apart."""
+    """A module's counter covers GPU, CPU package and memory; power readings are for the GPU or the whole module."""
     world = EnergyWorld(2, "gh200")
     truth = world.truth
     expected_j = sum(steps[0].between(0.0, 50.0) for steps in (truth.gpus, truth.packages, truth.drams))
@@ -179,7 +179,7 @@ def test_module_counter_holds_the_cpu() -> None:
 
 
 def test_nvml_stand_in() -> None:
-    """It needs a start, finds GPUs by index and UUID, and raises pynvml's own errors."""
+    """The fake of NVML needs ``nvmlInit``, finds GPUs by index and UUID, and raises pynvml's own errors."""
     world = EnergyWorld(0, "calm", wrappers=1)
     nvml = world.nvml
     with pytest.raises(pynvml.NVMLError_Uninitialized):
@@ -208,7 +208,7 @@ def test_nvml_stand_in() -> None:
 
 
 def test_gpu_state_follows_the_history() -> None:
-    """A loaded GPU has the engine's worker on it, its memory in use, and a high clock while it works."""
+    """A GPU with an LLM lists the engine's worker and the used memory, and has a high clock under load."""
     world = EnergyWorld(4, "calm", wrappers=1)
     nvml = world.nvml
     nvml.nvmlInit()
@@ -224,7 +224,7 @@ def test_gpu_state_follows_the_history() -> None:
 
 
 def test_reload_of_the_driver_loses_the_gpu_for_a_while() -> None:
-    """While the driver is reloaded calls raise "GPU is lost", then the counter is near zero."""
+    """While the driver is being reloaded, calls raise "GPU is lost"; after that, the counter starts near zero."""
     world = first_world("h100_intel", lost=True)
     fault = next(fault for fault in world.faults if fault.kind == "lost")
     world.nvml.nvmlInit()
@@ -233,13 +233,13 @@ def test_reload_of_the_driver_loses_the_gpu_for_a_while() -> None:
     with pytest.raises(pynvml.NVMLError_GpuIsLost):
         world.nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     world.clock.advance_to(fault.end_s)
-    # Not above what a few seconds at the limit take; a jump may lie in them.
+    # At most the energy of a few seconds at the power limit; a jump may occur in these seconds.
     assert world.nvml.nvmlDeviceGetTotalEnergyConsumption(handle) % 100_000_000 < 3 * 700_000
 
 
 @pytest.mark.parametrize("seed", [0, 3, 8])
 def test_files_are_what_read_says(seed: int, tmp_path: Path) -> None:
-    """The files written are those that ``read`` returns, at every poll; processes that are gone have no directory."""
+    """At every poll, the written files are equal to what ``read`` returns; ended processes have no directory."""
     with EnergyWorld(seed, "h100_intel", horizon_s=60.0) as world:
         for now_s in polls(world, 0.5):
             world.write_tree(tmp_path)
@@ -257,7 +257,7 @@ def test_files_are_what_read_says(seed: int, tmp_path: Path) -> None:
 
 
 def test_zone_that_cannot_be_read(tmp_path: Path) -> None:
-    """Reading such a zone raises OSError, from the files and from ``read``, for root too."""
+    """Reading a zone that can't be read raises OSError, from the files and from ``read``, also for root."""
     with first_world("h100_intel", unreadable=True) as world:
         fault = next(fault for fault in world.faults if fault.kind == "unreadable")
         world.write_tree(tmp_path)
@@ -275,7 +275,7 @@ def test_zone_that_cannot_be_read(tmp_path: Path) -> None:
 @given(seeds)
 @some_seeds
 def test_process_times_are_the_truth(seed: int) -> None:
-    """All processes that a wrapper's tree ever had sum up to its true CPU time; /proc/stat to the machine's."""
+    """The times of all processes that a wrapper ever had add up to its true CPU time, /proc/stat to the machine's."""
     world = EnergyWorld(seed)
     end_s = world.horizon_s
     for wrapper in world.machine.wrappers:
@@ -301,7 +301,7 @@ def tree_ticks(parent: Process, now_s: float) -> int:
     ("reaping", "torn_s"), [("at_once", 3600.0), ("zombie", 3600.0), ("twice", 7200.0), ("missing", 0.0)]
 )
 def test_reaping_by_hand(reaping: str, torn_s: float) -> None:
-    """A child with 3,600 s that ends at 5 s: read 10 ms later it counts once, twice or not at all; later on once."""
+    """A child with 3,600 s of CPU time ends. 10 ms later it counts once, twice or not at all; later once."""
     child = Process(2, 1, "child", -1.0, 5.0, (), 3600.0, reaping=reaping)  # type: ignore[arg-type]
     parent = Process(1, 0, "parent", -1.0, 1e9, (), 0.0, (child,))
     assert tree_ticks(parent, 4.99) == 360_000

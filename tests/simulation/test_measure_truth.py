@@ -1,4 +1,4 @@
-"""``greenprompt measure`` over simulated machines and the real meter: its summary against windows and the truth."""
+"""Checks the summary of ``greenprompt measure``, on simulated machines, against the final windows and the truth."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ WIDTH = 200
 
 @dataclass
 class Measured:
-    """An experiment that was measured, and what really happened.
+    """An experiment that was measured, with the simulated truth.
 
-    ``run`` is what the meter wrote down, ``store`` the registry's database with it, ``folder`` the results of
-    ``greenprompt measure`` and ``shown`` what it showed.
+    ``run``: what the meter recorded. ``store``: the registry's database with these records. ``folder``: the results of
+    ``greenprompt measure``. ``shown``: its output.
     """
 
     plan: Plan
@@ -61,14 +61,14 @@ class Measured:
 
     @cached_property
     def summary(self) -> dict[str, dict[str, Any]]:
-        """The figures of ``summary.json``, by LLM."""
+        """Return the figures of ``summary.json``, by LLM."""
         told = json.loads((self.folder / "summary.json").read_text())
         assert told["complete"]
         return {each["llm"]: each["figures"][0] for each in told["llms"]}
 
     @cached_property
     def report(self) -> dict[str, Any]:
-        """What GET /measurements/…/report answers."""
+        """Return the answer of GET /measurements/…/report."""
         requests = [request(lease.id, lease.llm, n) for n, lease in enumerate(self.run.world.history.leases, 1)]
         windows = Gathered(requests, utc_text)
         windows.add(self.store.windows((TENANT, MEASUREMENT)))
@@ -76,14 +76,14 @@ class Measured:
         return told
 
     def counted(self, llm: str) -> list[KeptWindow]:
-        """The final windows of the prompts that count."""
+        """Return the final windows of an LLM's counted prompts."""
         prompts = self.run.prompts
         own = [each for each in self.run.windows if each.window.kind is WindowKind.PROMPT]
         return [e for e in own if (p := prompts[e.window.window_id]).llm == llm and not p.warm_up]
 
 
 def measured(seed: int, kind: str, in_flight: int, folder: Path) -> Measured:
-    """Let an experiment happen on a simulated machine, then ``greenprompt measure`` ask what that came to."""
+    """Simulate an experiment on a machine. Then run ``greenprompt measure`` with a registry that has its records."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text(
         "".join(json.dumps({"id": f"q{n}", "question": f"Question {n}?"}) + "\n" for n in range(PROMPTS))
@@ -115,7 +115,7 @@ def measured(seed: int, kind: str, in_flight: int, folder: Path) -> Measured:
 
 
 def answer_as(registry: HttpRegistry, run: Run) -> None:
-    """Let a registry answer with what the meter has said of each prompt, and have the windows that it has written."""
+    """Let a registry answer prompts with the meter's provisional figures, and serve the windows of the meter."""
     windows: dict[str | None, list[WindowReport]] = {}
     for kept in run.windows:
         told = replace(window_report(kept, None, iso), detail=None)
@@ -136,7 +136,7 @@ def answer_as(registry: HttpRegistry, run: Run) -> None:
 
 @contextmanager
 def measured_anew(seed: int, kind: str, in_flight: int) -> Iterator[Measured]:
-    """The same in a folder of its own, which is deleted."""
+    """Like ``measured``, in a temporary folder that is deleted at the end."""
     with tempfile.TemporaryDirectory() as folder:
         found = measured(seed, kind, in_flight, Path(folder))
         try:
@@ -146,7 +146,7 @@ def measured_anew(seed: int, kind: str, in_flight: int) -> Iterator[Measured]:
 
 
 def judged(made: Measured) -> None:
-    """Hold all figures of an experiment against its final windows, the truth and the report."""
+    """Compare all figures of an experiment with its final windows, the truth and the report."""
     for llm, figures in made.summary.items():
         if any(each.window.total_j is not None for each in made.counted(llm)):
             sums_of_final_windows(made, llm, figures)
@@ -161,14 +161,14 @@ def judged(made: Measured) -> None:
 
 
 def sums_of_final_windows(made: Measured, llm: str, figures: dict[str, Any]) -> None:
-    """The figures of a summary, in JSON and in CSV, are sums of the final windows. What answers said is not in them."""
+    """The figures of a summary, in JSON and CSV, are sums of the final windows. They don't use the answers' figures."""
     known = [each.window for each in made.counted(llm) if each.window.total_j is not None]
     tokens = sum(made.run.prompts[each.window_id].output_tokens for each in known)
     joules = fsum(each.total_j or 0.0 for each in known)
     assert figures["joules_per_token"]["value"] == pytest.approx(joules / tokens, rel=1e-9)
     assert figures["joules_per_prompt"]["value"] == pytest.approx(joules / len(known), rel=1e-9)
     grams = fsum((each.o_g or 0.0) + (each.m_g or 0.0) for each in known)
-    if figures["gco2eq_per_unit"]["value"] is not None:  # else there are estimates, which the operator does not allow
+    if figures["gco2eq_per_unit"]["value"] is not None:  # None: estimates, which the operator does not allow
         assert figures["gco2eq_per_unit"]["value"] == pytest.approx(grams / tokens, rel=1e-9)
     with (made.folder / "summary.csv").open(newline="") as file:
         [row] = [each for each in csv.DictReader(file) if each["llm"] == llm]
@@ -181,9 +181,9 @@ def sums_of_final_windows(made: Measured, llm: str, figures: dict[str, Any]) -> 
 
 
 def truth(made: Measured, llm: str, figures: dict[str, Any]) -> None:
-    """Bounds and the interval contain the truth; the figure is off by its systematic terms at most.
+    """Bounds and interval contain the truth. The figure differs from the truth by at most its systematic errors.
 
-    Errors of shares cancel in their sum: with all windows known it is as right as the counters over the whole stretch.
+    Errors of shares cancel in their sum. If all windows are known, it is as exact as the counters over the stretch.
     """
     judge, found, batch = Judge(made.run), figures["joules_per_token"], figures["batch"]["joules_per_token"]
     details = {each.window.window_id: json.loads(each.window.detail) for each in made.run.windows}
@@ -207,7 +207,7 @@ def shown_tables(made: Measured) -> list[str]:
     """Return the lines of the tables that ``greenprompt measure`` has shown."""
     lines = [line.rstrip() for line in made.shown.splitlines()]
     begin, end = (next(n for n, line in enumerate(lines) if line.startswith(word)) for word in ("LLM ", READING))
-    assert len(LLMS) * 4 <= end - begin  # a value and its interval, of prompts and of all as one
+    assert len(LLMS) * 4 <= end - begin  # two lines (value, interval) per LLM, in each of the two tables
     return lines[begin:end]
 
 
@@ -216,7 +216,7 @@ def shown_tables(made: Measured) -> list[str]:
     [(1, "calm"), (1, "gh200"), (4, "h100_intel"), (4, "sampled"), (16, "calm"), (16, "h200_amd")],
 )
 def test_the_summary_is_the_truth(in_flight: int, kind: str) -> None:
-    """1, 4 and 16 prompts in flight: the summary is the sum of the final windows to 1e-9, and the truth is in it.
+    """With 1, 4 and 16 prompts in flight, the summary is the sum of the final windows (1e-9), and contains the truth.
 
     The report of the registry has the same digits, in its JSON and as a table.
     """

@@ -1,4 +1,4 @@
-"""Worlds made from seeds. ``SIM_SEED=N`` runs that seed alone and tells its whole story."""
+"""Simulated worlds made from seeds. ``SIM_SEED=N`` runs only this seed, and prints all its events."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ from tests.support.virtual_time import Stuck, VirtualLoop
 ROOT = Path(__file__).parents[2]
 SEEDS, LONG_SEEDS = 40, 10_000
 SEEN_WITHIN = 60
-"""Seeds after which each fault of the registry that is tried here must have been seen."""
+"""Number of seeds within which the simulation must detect each fault that is built into the registry here."""
 
 
 def lived(seed: int) -> Verdict:
-    """What became of the small world of a seed; its story only if a promise was broken, to be told elsewhere."""
+    """Run the small world of a seed. The verdict has the events only if a guarantee was broken."""
     verdict = run(small_world(seed), seed)
     return verdict if verdict.violations else replace(verdict, story=(), took_ns=())
 
 
 def repeated(seed: int) -> Verdict:
-    """What became of the measurements of a seed on two machines; told as ``lived`` tells."""
+    """Run the world of a seed with two machines and repeated measurements; otherwise like ``lived``."""
     verdict = run(two_machines(seed), seed)
     return verdict if verdict.violations else replace(verdict, story=(), took_ns=())
 
 
 def all_kept(seeds: Iterable[int], life: Callable[[int], Verdict] = lived) -> list[Verdict]:
-    """Say how much was tried; fail with all seeds that broke a promise, and the last steps of the first few."""
+    """Run all seeds and print how much was simulated. Fail if a guarantee was broken, and list these seeds."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         verdicts = list(pool.map(life, seeds, chunksize=10))
     print(
@@ -74,7 +74,7 @@ def all_kept(seeds: Iterable[int], life: Callable[[int], Verdict] = lived) -> li
 
 
 def test_small_worlds_keep_every_promise() -> None:
-    """Whatever dies, hangs, is cut off or drained, and when: nothing accepted is lost, nothing granted twice."""
+    """No accepted request is lost and no wrapper has two leases, whatever dies, hangs, is cut off or drained."""
     chosen = os.environ.get("SIM_SEED")
     if chosen is None:
         all_kept(range(SEEDS))
@@ -86,25 +86,25 @@ def test_small_worlds_keep_every_promise() -> None:
 
 @pytest.mark.long
 def test_many_small_worlds_keep_every_promise() -> None:
-    """The same, for a hundred times as many seeds."""
+    """The same for 10,000 more seeds."""
     all_kept(range(SEEDS, SEEDS + LONG_SEEDS))
 
 
 def test_measurements_stay_on_their_machine() -> None:
-    """``measure --repetitions 4`` on two machines: no change that a dead, drained or lost machine does not explain."""
+    """A measurement with four repetitions changes its machine only if the machine is dead, drained or lost."""
     verdicts = all_kept(range(SEEDS), repeated)
     assert sum(verdict.stayed for verdict in verdicts) > 3 * SEEDS, "they were served again and again"
 
 
 @pytest.mark.long
 def test_many_measurements_stay_on_their_machine() -> None:
-    """The same, for a thousand seeds."""
+    """The same for 1,000 more seeds."""
     all_kept(range(SEEDS, SEEDS + 1_000), repeated)
 
 
 @pytest.mark.long
 def test_a_thousand_machines_and_a_hundred_thousand_requests() -> None:
-    """The promises hold at scale, with all kinds of trouble."""
+    """All guarantees hold in a large world, with all kinds of faults."""
     kinds = (*OF_MACHINES * 30, *KINDS)
     verdict = run(large_world(1_000, 66_000, 7_200.0, kinds=kinds, pause_s=10.0), 1)
     hours = f"{verdict.simulated_s / 3600:.1f} simulated hours"
@@ -114,7 +114,7 @@ def test_a_thousand_machines_and_a_hundred_thousand_requests() -> None:
 
 
 def test_a_seed_tells_the_same_story_in_every_process() -> None:
-    """A seed that fails can be looked at again: its story is the same to the last letter, whatever hashes are."""
+    """A seed gives the same events in every process, whatever the hash seed, so that a failure can be repeated."""
     seed = next(seed for seed in range(SEEDS) if len(small_world(seed).kinds) == 6)
     program = f"from tests.simulation.world import *; print(run(small_world({seed}), {seed}).digest)"
     told = [
@@ -132,7 +132,7 @@ def test_a_seed_tells_the_same_story_in_every_process() -> None:
 
 
 def nothing(*_: object, **__: object) -> None:
-    """What a part does that does not do its work."""
+    """Do nothing, in place of a method."""
 
 
 async def hear_nothing(_self: WrapperCommands[Any], _belief: Belief) -> None:
@@ -140,7 +140,7 @@ async def hear_nothing(_self: WrapperCommands[Any], _belief: Belief) -> None:
 
 
 def cut_world(seed: int) -> Shape:
-    """A world whose machines are cut off again and again, for longer than its fence."""
+    """Return a world whose machines are repeatedly cut off, for longer than ``fence_s``."""
     settings = settings_of(
         leases={"max_s": 600, "idle_s": 120}, wrappers={"fence_s": 20, "start_timeout_s": 60, "deploy_timeout_s": 60}
     )
@@ -149,7 +149,7 @@ def cut_world(seed: int) -> Shape:
 
 
 def worn_out_world(seed: int) -> Shape:
-    """A world of two machines whose wrappers and engines often don't start, so that some are given up for good."""
+    """Return a world of two machines whose wrappers and engines often don't start, so that some fail for good."""
     shape = small_world(seed)
     queue = shape.settings.queue.model_copy(update={"deploy_attempts": 3, "wrapper_attempts": 2})
     return replace(
@@ -171,17 +171,17 @@ WORLDS = {
     "fail_exhausted": worn_out_world,
     "begin": two_machines,
 }
-"""Where a fault shows soonest, if not in small worlds."""
+"""The kind of world that detects a fault soonest; for other faults: small worlds."""
 
 
 def believe_on_arrival(self: LeaseGate, request_id: str | None, as_of: Moment | None) -> None:
-    """``LeaseGate.believe`` for which a word is as old as it is here."""
+    """Like ``LeaseGate.believe``, but a belief counts from its arrival, whatever its timestamp."""
     if as_of is not None:
         self._believed_in, self._believed_at_s = request_id, self._clock()
 
 
 def let_go(self: Endings, request: Request, reason: str, how: str, now_s: float) -> None:
-    """``Endings.requeue`` that forgets to queue."""
+    """Like ``Endings.requeue``, but does not queue the request again."""
     self._let_go(request, how, now_s)
 
 
@@ -191,7 +191,7 @@ _end = Endings.end
 def end_unless_expired(
     self: Endings, request: Request, status: RequestStatus, how: str, reason: str | None, now_s: float
 ) -> None:
-    """``Endings.end`` for which no lease's time is over, whether the clock or its wrapper says so."""
+    """Like ``Endings.end``, but ignores expired leases."""
     if how != "expired":
         _end(self, request, status, how, reason, now_s)
 
@@ -212,19 +212,19 @@ def end_unless_expired(
     ],
 )
 def test_what_is_wrong_is_seen(part: type, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The simulation finds a registry that does not do its work, within a few seeds."""
+    """If a part of the registry is broken, the simulation detects it within SEEN_WITHIN seeds."""
     world = WORLDS.get(name, small_world)
     monkeypatch.setattr(part, name, wrong)
     assert any(run(world(seed), seed).violations for seed in range(SEEN_WITHIN))
 
 
 def test_a_fence_holds() -> None:
-    """The same cuts break no promise where the fence is there."""
+    """With the fence, the worlds of ``cut_world`` break no guarantee."""
     assert [run(cut_world(seed), seed).violations for seed in range(5)] == [()] * 5
 
 
 def test_time_passes_only_when_nobody_can_go_on() -> None:
-    """Hours of waiting take no time, and end in their order."""
+    """Waiting for hours of virtual time takes no real time, and the waits end in the right order."""
 
     async def wait(delay_s: float, seen: list[float]) -> None:
         await asyncio.sleep(delay_s)
@@ -240,7 +240,7 @@ def test_time_passes_only_when_nobody_can_go_on() -> None:
 
 
 def test_who_waits_for_ever_is_told() -> None:
-    """A program in which nobody can go on, or in which time does not pass, ends with an error."""
+    """A program ends with an error if none of its tasks can run, or if they run without end at the same time."""
 
     async def for_nobody() -> None:
         await asyncio.get_running_loop().create_future()

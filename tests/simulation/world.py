@@ -1,7 +1,7 @@
-"""A whole registry in virtual time: the real service, store and lease gates, clients, and trouble made from a seed.
+"""A whole registry in virtual time: the real service, store and lease gates, with clients and faults made from a seed.
 
-Trouble ends at some moment. From then on everything has to come to an end by itself: so it is seen that nothing which
-was accepted was lost, and that nobody waits for ever.
+The faults end at some moment. After that, all requests must end without help. This shows that no accepted request was
+lost, and that no client waits for ever.
 """
 
 from __future__ import annotations
@@ -55,30 +55,30 @@ from tests.simulation.moves import Moves
 from tests.support.virtual_time import Stuck, VirtualLoop
 
 EPOCH_S = 1_800_000_000.0
-"""UTC second at which every world begins."""
+"""Start of every world, UTC seconds."""
 
 CHECK_EVERY_S = 60.0
-"""How often everything is looked at; what one decision can break alone is looked at at each."""
+"""Time between two checks of the whole state, seconds. What a single decision can break is checked at each commit."""
 
 SETTLED_S = 120.0
-"""Time after the last trouble in which late messages come, and the registry finds out how things are."""
+"""Time after the last fault in which late messages arrive and the registry learns all states, seconds."""
 
 TOLD_WITHIN_S = 45.0
-"""Longest time for which a lease, once things have settled, may be refused while the registry calls it deployed."""
+"""After SETTLED_S: maximum time in which prompts of a ``deployed`` request may be refused, seconds."""
 
 T = TypeVar("T")
 
 
 class Killed(BaseException):
-    """The registry's process has ended at this point. No Exception, so that nothing in it goes on."""
+    """The registry's process ends at this point. Not an Exception, so that no handler of the registry catches it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a world is made of. Trouble is made until ``busy_s``, ``kinds`` of it, every ``pause_s`` on average.
+    """The parameters of a world. Faults of these ``kinds`` happen until ``busy_s``, every ``pause_s`` on average.
 
-    ``repetitions``: how often each client asks for the same LLMs, one time after another, in a measurement of its own;
-    all machines are alike then. 0: once, and some share a measurement.
+    ``repetitions``: how often each client requests the same LLMs, one repetition after another, in a measurement of its
+    own. All machines are alike then. 0: each client makes one request, and some clients share a measurement.
     """
 
     machines: int
@@ -99,7 +99,7 @@ BROKEN = "org/broken"
 
 
 class Judge(Observer):
-    """Measures and judges each decision of a world's service; some commits are its last."""
+    """Measures and checks each decision of a world's service. At some commits it lets the registry die."""
 
     def __init__(self, world: SimulatedWorld) -> None:
         self._world = world
@@ -117,7 +117,7 @@ class Judge(Observer):
 
 
 class SimulatedWorld:
-    """One simulation. ``violations`` are the promises that were broken, ``story`` is what happened."""
+    """One simulation. ``violations``: the broken guarantees. ``story``: all events, as text."""
 
     def __init__(self, shape: Shape, seed: int, loop: asyncio.AbstractEventLoop) -> None:
         self.shape = shape
@@ -125,7 +125,7 @@ class SimulatedWorld:
         self.violations: list[str] = []
         self.story: list[str] = []
         self.took_ns: list[int] = []
-        """CPU time of each decision that changed something, commit included: all here that can't be repeated."""
+        """CPU time of each decision that changed something, with its commit, ns. Only this differs between two runs."""
         self.decisions = 0
         self.grants = 0
         self.faults = 0
@@ -142,15 +142,15 @@ class SimulatedWorld:
         self._dies_after_calls: int | None = None
         self._commit_fails: str | None = None
         self._tokens_of: dict[str, str] = {}
-        """The newest token of each request, also when its lease has ended: its client may go on using it."""
+        """The newest token of each request, even if its lease has ended, because its client may still use it."""
         self._leases: dict[str, str] = {}
-        """Token of the lease of each request that has one, as it is written in the database."""
+        """The token of each current lease in the database, by request."""
         self._ended_s: dict[str, float] = {}
         """When leases ended, by token."""
         self._holders: dict[str, str] = {}
         """Request whose lease is on each wrapper."""
         self._held: dict[str, str] = {}
-        """The other way round."""
+        """Wrapper of each request with a lease."""
         self.accepted: dict[str, LLMSpec] = {}
         self._seen_end: dict[str, RequestStatus] = {}
         self._quiet_s = float("inf")
@@ -169,7 +169,7 @@ class SimulatedWorld:
     # --- the whole --------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Everything, until all requests have ended or a promise was broken."""
+        """Run the simulation until all requests have ended or a guarantee was broken."""
         for n in range(self.shape.machines):
             self._add_machine(n)
         self._up()
@@ -191,7 +191,7 @@ class SimulatedWorld:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _whole(self, clients: list[asyncio.Task[None]]) -> None:
-        """Trouble; then everything ends, in a time that is enough for one after another."""
+        """Run the faults. Then wait until all requests end, for as long as they need one after another."""
         await self._trouble()
         settings = self.shape.settings
         each_s = settings.leases.max_s + 2 * settings.wrappers.deploy_timeout_s
@@ -208,7 +208,7 @@ class SimulatedWorld:
             self._see(self._request(request_id))
 
     def _open(self) -> list[str]:
-        """Accepted requests that have not ended and still can, and what is said of them."""
+        """Return, as text, the accepted requests that have not ended although they can be served."""
         if self.service is None:
             return ["(the registry is not there)"]
         requests = [request for request in map(self._request, self.accepted) if not request.status.ended]
@@ -229,7 +229,7 @@ class SimulatedWorld:
             self._check()
 
     def _check(self) -> None:
-        """Everything that must hold at any moment at which the registry is there."""
+        """Check everything that must hold at any moment while the registry runs."""
         if self.service is None or self.service._loop.closed:
             return
         try:
@@ -245,13 +245,13 @@ class SimulatedWorld:
                 self.fail(f"{request_id} was accepted and is not known any more")
 
     def fail(self, what: str) -> None:
-        """A promise is broken: the simulation ends here."""
+        """Record a broken guarantee, and end the simulation."""
         self.note(f"VIOLATED: {what}")
         self.violations.append(f"at {self.now_s:.3f} s: {what}")
         self._broken.set()
 
     def _on_problem(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Something was raised where nobody waits. What a killed process leaves behind nobody was to retrieve."""
+        """Fail because of an exception that no task retrieved, except those that a killed process leaves behind."""
         if "never retrieved" not in context["message"]:
             self.fail(f"{context['message']}: {context.get('exception')!r}")
 
@@ -273,7 +273,7 @@ class SimulatedWorld:
     # --- the registry's lives ---------------------------------------------------------------------------
 
     def _up(self) -> None:
-        """Start the registry on what its database knows."""
+        """Start the registry with the state in its database."""
         if self.service is not None:
             return
         store = Store(_connection(), ExitStack())
@@ -293,11 +293,11 @@ class SimulatedWorld:
         self.note("the registry starts")
         start = self.service.start()
         with suppress(StopIteration):
-            start.send(None)  # it has no await: load, and begin to watch
+            start.send(None)  # start() has no await: it loads the state and starts the watch tasks
         self._is_up.set()
 
     def _kill(self, why: str, *, certain: bool = True) -> None:
-        """End the registry's process. ``certain``: what was decided last is written in the database."""
+        """End the registry's process. ``certain``: the last decision is surely in the database."""
         service = self.service
         if service is None:
             return
@@ -319,17 +319,17 @@ class SimulatedWorld:
         self._kill(str(error), certain=False)
 
     def before_commit(self) -> None:
-        """A decision is about to be written; perhaps the database does not answer."""
+        """Called before a decision is written; lets the database fail if that was planned."""
         if self._commit_fails == "before":
             error = StoreUnavailable("the disk is full")
             self._on_fatal(error)
             raise error
 
     def after_commit(self, event: Event, changes: Changes) -> None:
-        """A decision is written: judge it. Perhaps nobody hears of it."""
+        """Check a decision that was written. Then lose the commit's answer, or let the registry die, if planned."""
         self.decisions += 1
         self.note(f"{type(event).__name__} {ids_of(event)}")
-        # A request can lose its lease and get another one in a single decision, which is written as a change of it.
+        # A decision can end a request's lease and grant it a new one; both are written as one change of the lease.
         renewed = [lease for lease in changes.leases if self._leases.get(lease.request_id) != lease.token]
         for request_id in (*changes.ended_leases, *(lease.request_id for lease in renewed)):
             token = self._leases.pop(request_id, None)
@@ -365,7 +365,7 @@ class SimulatedWorld:
                 raise Killed
 
     def on_log(self, entry: Mapping[str, Any]) -> None:
-        """An error that the service has logged is a broken promise; what a dying one says is not heard."""
+        """Treat an error in the service's log as a broken guarantee, except in the log of a dying registry."""
         if self.service is not None:
             error = entry.get("exc_info")
             self.fail(f"{entry.get('event')}: {error!r}")
@@ -373,7 +373,7 @@ class SimulatedWorld:
     # --- clients ----------------------------------------------------------------------------------------
 
     async def _client(self, number: int) -> None:
-        """One client: asks for LLMs, uses those that it is given, and forgets some."""
+        """Run one client, which requests LLMs and uses them, and sometimes disappears."""
         random = self.random
         await asyncio.sleep(random.uniform(0.0, self.shape.busy_s))
         models = [*SPECS, LLMSpec(BROKEN, "text-generation")]
@@ -406,7 +406,7 @@ class SimulatedWorld:
             self.fail(f"{ids} were asked for, {requests} answered")
         self.accepted.update(zip(ids, specs, strict=True))
         if random.random() < 0.1:
-            return  # it is never heard of again
+            return  # the client disappears and never releases its LLMs
         for request_id in ids:
             if random.random() < 0.15:
                 self._loop.call_later(random.expovariate(1 / 40.0), self._changes_its_mind, request_id)
@@ -417,7 +417,7 @@ class SimulatedWorld:
         self._spawn(self._release(request_id))
 
     async def _use(self, request_id: str) -> None:
-        """Wait for an LLM, prompt it, give it back."""
+        """Wait for an LLM, prompt it, and sometimes release it."""
         random = self.random
         while True:
             request = await self._wait(lambda service: service.wait_for_change(request_id, 60.0))
@@ -429,7 +429,7 @@ class SimulatedWorld:
             if self.now_s > self._quiet_s + SETTLED_S and await self._ask(
                 lambda service: service.allocator.misfit(request_id) is not None
             ):
-                await self._release(request_id)  # accepted before it was known what there is; it is told so
+                await self._release(request_id)  # accepted before sizes were known; its status says that it never fits
                 return
         known: list[Process] = []
         for _ in range(random.choice((0, 1, 2, 4))):
@@ -450,14 +450,14 @@ class SimulatedWorld:
                 await self._prompt(request_id, known)
 
     async def _prompt(self, request_id: str, known: list[Process]) -> bool:
-        """Send a prompt until it is answered; False when the lease has ended. ``known``: processes that answered it."""
+        """Send a prompt until it is answered; return False if the lease has ended. ``known``: processes tried."""
         random = self.random
         refused_s = 0.0
         last_s = self.now_s
         request: Request | None = None
         while True:
             serve = self.cluster.processes.get(self._held.get(request_id, ""))
-            # Who stands beside a machine that is cut off still reaches what runs there, and the registry as little.
+            # A client on the same side of a cut as the machine reaches the machine, but not the registry.
             beside = _is_cut_off(known) or (bool(known) and (serve is None or random.random() < 0.5))
             process = known[-1] if beside else serve
             if not _is_cut_off(known):
@@ -504,7 +504,7 @@ class SimulatedWorld:
             self.fail(f"{request.request_id} has ended and is {request.status} again")
 
     async def _ask(self, what: Callable[[Service], T]) -> T:
-        """What the registry answers at once; it is asked again when it dies over it. Raises its other errors."""
+        """Call the registry, and call again if it dies or shuts down during the call. Raises its other errors."""
         while True:
             await self._is_up.wait()
             if self.service is not None:
@@ -515,7 +515,7 @@ class SimulatedWorld:
             await asyncio.sleep(self.random.uniform(0.1, 2.0))
 
     async def _wait(self, what: Callable[[Service], Coroutine[Any, Any, T]]) -> T:
-        """What the registry answers in the end; as ``_ask``."""
+        """Like ``_ask``, for calls that wait."""
         while True:
             await self._is_up.wait()
             if self.service is None:
@@ -533,7 +533,7 @@ class SimulatedWorld:
             await asyncio.sleep(self.random.uniform(0.1, 2.0))
 
     def _on_prompt(self, process: Process, grant: LeaseGrant) -> None:
-        """A prompt is let in: is it right?"""
+        """Check that a wrapper may accept this prompt."""
         request_id, name = grant.request_id, f"{process.plan.wrapper_id} ({process.name})"
         ended_s = self._ended_s.get(grant.token)
         if ended_s is None and self._leases.get(request_id) != grant.token:
@@ -555,7 +555,7 @@ class SimulatedWorld:
         self.cluster.nodes[f"m{n}"] = Node(f"m{n}", gpus, gpu_type)
 
     async def _trouble(self) -> None:
-        """Trouble, and then none: everything is mended."""
+        """Let faults happen, then repair everything."""
         kinds = self.shape.kinds
         while kinds and self.now_s < self.shape.busy_s:
             kind = self.random.choice(kinds)
@@ -574,7 +574,7 @@ class SimulatedWorld:
             for process in node.processes:
                 process.resume()
         for machine_id in self.cluster.nodes:
-            with suppress(UnknownMachine):  # the registry has never seen it
+            with suppress(UnknownMachine):  # the registry does not know this machine
                 await self._ask(partial(_undrain, machine_id))
         self._quiet_s = self.now_s
 
@@ -634,7 +634,7 @@ class SimulatedWorld:
 
     async def _drained(self) -> None:
         machine_id = self._some_node().machine_id
-        with suppress(UnknownMachine):  # the registry has not seen it yet
+        with suppress(UnknownMachine):  # the registry does not know this machine yet
             await self._ask(lambda service: service.drain(machine_id))
             await asyncio.sleep(self.random.uniform(5.0, 200.0))
             await self._ask(partial(_undrain, machine_id))
@@ -647,7 +647,7 @@ class SimulatedWorld:
         await asyncio.wait({task})
         del self._calls[task]
         if not task.cancelled():
-            task.exception()  # it can be killed over it
+            task.exception()  # the registry may be killed during its shutdown
         if self.service is service:
             self._kill("it was shut down")
 
@@ -668,11 +668,11 @@ OF_MACHINES = (
     "drained",
 )
 KINDS = (*OF_MACHINES, *OF_REGISTRY)
-"""The kinds of trouble."""
+"""The kinds of faults."""
 
 
 def _is_cut_off(known: list[Process]) -> bool:
-    """Whether a client and the process that answered it last are on the far side of a cut."""
+    """Whether the client, with the process that answered it last, is cut off from the registry."""
     return bool(known) and known[-1].alive and known[-1].node.cut
 
 
@@ -681,9 +681,9 @@ def _is_cut_off(known: list[Process]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a world. ``digest`` is of its whole story: two runs of a seed agree in it.
+    """The result of a simulation. ``digest``: hash of all its events, which is the same for two runs of a seed.
 
-    ``faults`` is how often trouble was made, bad weather apart.
+    ``faults``: number of faults, without those of ``Weather`` (late messages and failed calls).
     """
 
     seed: int
@@ -708,7 +708,7 @@ class Verdict:
 
 
 def small_world(seed: int) -> Shape:
-    """A world of a few machines; each seed has its own kinds of trouble, so that they also come without the others."""
+    """Return a world of a few machines. Each seed has its own kinds of faults, so that each kind also occurs alone."""
     random = Random(f"shape of {seed}")
     chance = lambda most: random.choice((0.0, most * random.random()))  # noqa: E731
     settings = settings_of(
@@ -751,7 +751,7 @@ def small_world(seed: int) -> Shape:
 
 
 def two_machines(seed: int) -> Shape:
-    """Two equal machines, and clients that ask four times for the same LLMs, as ``measure --repetitions 4`` does."""
+    """Return a world with two equal machines, whose clients request the same LLMs four times, as ``measure`` does."""
     random = Random(f"machines of {seed}")
     kinds = random.sample([kind for kind in KINDS if kind != "machine_joins"], random.choice((0, 0, 1, 2)))
     shape = replace(small_world(seed), machines=2, clients=random.randint(1, 4), repetitions=4, kinds=tuple(kinds))
@@ -760,7 +760,7 @@ def two_machines(seed: int) -> Shape:
 
 
 def large_world(machines: int, clients: int, busy_s: float, *, kinds: Sequence[str], pause_s: float) -> Shape:
-    """A world of many machines and clients, looked at every half an hour. For a figure of costs, or the scale alone."""
+    """Return a world of many machines and clients, checked every half hour, to measure costs or to test the scale."""
     return Shape(
         machines=machines,
         clients=clients,
@@ -778,13 +778,13 @@ def large_world(machines: int, clients: int, busy_s: float, *, kinds: Sequence[s
 
 
 def settings_of(**sections: dict[str, Any]) -> Settings:
-    """Settings with a watch that is slow enough for thousands of hours."""
+    """Return settings with few checks of wrappers, so that thousands of hours can be simulated."""
     watch = {"period_s": 5, "report_timeout_s": 5, "failures": 2}
     return Settings.model_validate({"watch": watch, **sections})
 
 
 def run(shape: Shape, seed: int) -> Verdict:
-    """Simulate a world to its end."""
+    """Simulate a world to its end, and return the verdict."""
     _forget_everything()
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         world = SimulatedWorld(shape, seed, runner.get_loop())
@@ -809,7 +809,7 @@ def run(shape: Shape, seed: int) -> Verdict:
 
 @contextmanager
 def _logs_to(listener: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
-    """Errors that are logged meanwhile go to the listener, and nothing anywhere else."""
+    """Return a context in which logged errors go only to the listener, and other log lines are dropped."""
 
     def listen(_logger: object, _method: str, entry: MutableMapping[str, Any]) -> Mapping[str, Any]:
         listener(entry)
@@ -825,12 +825,12 @@ def _logs_to(listener: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
 
 @cache
 def _connection() -> Connection:
-    """The database of all worlds and lives in this process: to open one takes longer than most worlds do."""
+    """Return the database of all simulations in this process. Opening one takes longer than most simulations."""
     path = Path(tempfile.mkdtemp(prefix="simulation-")) / "registry.db"
     Finalize(None, shutil.rmtree, (path.parent,), exitpriority=0)  # atexit does not run in a pool's processes
     connection = Store.open(f"sqlite:///{path}")._connection
     driver: Any = connection.connection.driver_connection
-    driver.execute("PRAGMA synchronous = OFF")  # nobody pulls the plug of the machine that simulates
+    driver.execute("PRAGMA synchronous = OFF")  # power does not fail in a simulation
     return connection
 
 
@@ -841,7 +841,7 @@ def _forget_everything() -> None:
 
 
 def _parts(snapshot: Snapshot) -> dict[str, dict[Any, Any]]:
-    """The records by kind and id."""
+    """Return the records by kind and id."""
     return {
         "machines": {machine.machine_id: machine for machine in snapshot.machines},
         "wrappers": {wrapper.wrapper_id: wrapper for wrapper in snapshot.wrappers},
@@ -852,9 +852,9 @@ def _parts(snapshot: Snapshot) -> dict[str, dict[Any, Any]]:
 
 
 def _difference(store: Store, known: Snapshot) -> str | None:
-    """The first record in which a database and a memory differ, None when they agree.
+    """Return the first record that differs between database and memory, None if there is none.
 
-    All that is in memory is written, and what is unfinished is in memory.
+    All records in memory must be in the database, and all records of unfinished requests in memory.
     """
     written, needed = _parts(store.load()), _parts(store.load(ended=False))
     for kind, records in _parts(known).items():

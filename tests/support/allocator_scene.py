@@ -1,4 +1,4 @@
-"""An allocator on a stage: every event is checked, and what it wrote is compared with what it knows."""
+"""An allocator for tests. After every event, its invariants and the records that it wrote are checked."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from registry.wire.words import Grade, Priority, RequestStatus
 
 
 def llm(model: str, gpus: int = 0) -> LLMSpec:
-    """An LLM with this name."""
+    """Return an LLM with this name."""
     return LLMSpec(model, "text-generation", gpus=gpus)
 
 
 class Memory:
-    """A store that keeps records in dictionaries: a decision's changes are put here and nowhere else."""
+    """A store in memory. It contains only what the committed decisions have written."""
 
     def __init__(self) -> None:
         self.machines: dict[str, Machine] = {}
@@ -50,7 +50,7 @@ class Memory:
         self.leases: dict[str, object] = {}
 
     def commit(self, changes: Changes) -> None:
-        """Write a decision's changes; removing what is not there, or both putting and removing, is refused."""
+        """Write a decision's changes. Fails if they remove an unknown record, or write and remove the same one."""
         self.machines |= {record.machine_id: record for record in changes.machines}
         self.wrappers |= {record.wrapper_id: record for record in changes.wrappers}
         self.measurements |= {record.key: record for record in changes.measurements}
@@ -59,12 +59,12 @@ class Memory:
         assert not {record.request_id for record in changes.leases} & set(changes.ended_leases)
         assert not {record.wrapper_id for record in changes.wrappers} & set(changes.removed_wrappers)
         for request_id in changes.ended_leases:
-            self.leases.pop(request_id, None)  # a lease that came and went within one event was never written
+            self.leases.pop(request_id, None)  # a lease that begins and ends within one event is never written
         for wrapper_id in changes.removed_wrappers:
             del self.wrappers[wrapper_id]
 
     def knows(self, snapshot: Snapshot) -> bool:
-        """True when exactly the records of the snapshot are here."""
+        """Whether this store has exactly the records of the snapshot."""
         return (
             {record.machine_id: record for record in snapshot.machines} == self.machines
             and {record.wrapper_id: record for record in snapshot.wrappers} == self.wrappers
@@ -75,7 +75,7 @@ class Memory:
 
 
 class Scene:
-    """An allocator, a clock that stands still unless moved, and short words for what happens."""
+    """An allocator with a manual clock, and a short method for each event."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -87,7 +87,7 @@ class Scene:
         self.changes = Changes()
 
     def tell(self, event: Event) -> Decision:
-        """Let an event happen now."""
+        """Pass an event to the allocator now, check the result, and return the decision."""
         decision = self.allocator.handle(event, self.now_s)
         self.effects, self.changes = decision.effects, decision.changes
         self.memory.commit(decision.changes)
@@ -96,7 +96,7 @@ class Scene:
         return decision
 
     def restart(self) -> None:
-        """The registry dies and comes back with what its store knows."""
+        """Replace the allocator by a new one with the stored records, as after a crash of the registry."""
         snapshot = self.allocator.snapshot()
         self.allocator = Allocator(self.limits, lambda: f"token-{next(self.tokens)}")
         self.allocator.load(snapshot)
@@ -114,7 +114,10 @@ class Scene:
         gib: int | None = None,
         home: LLMSpec | None = None,
     ) -> None:
-        """A machine joins; its wrappers, called m-0, m-1 …, come up empty. ``gib``: of each GPU, or of main memory."""
+        """Add a machine; its wrappers m-0, m-1 … start without an LLM.
+
+        ``gib``: the memory of each GPU, or of the machine if it has none.
+        """
         machine = Machine(machine_id, f"node-{machine_id}", "10.0.0.1", gpus=gpus, gpu_type=gpu_type)
         if gib is not None:
             kind = "gpu_memory_bytes" if gpus else "memory_bytes"
@@ -136,7 +139,7 @@ class Scene:
         grade: Grade = Grade.STANDARD,
         like: str | None = None,
     ) -> None:
-        """A client asks for LLMs; the requests of measurement 1 are called 1a, 1b … ``memory``: what each one takes."""
+        """Request LLMs; the requests of measurement 1 are called 1a, 1b … ``memory``: what each LLM needs."""
         known = sum(r.measurement_id == measurement_id for r in self.allocator.snapshot().requests)
         new = tuple(
             NewRequest(
@@ -150,29 +153,32 @@ class Scene:
         self.tell(LeaseRequested(measurement_id, new, tenant, priority, gpu_type, grade, like))
 
     def runs(self, wrapper_id: str = "m-0") -> None:
-        """The LLM that was to be deployed runs."""
+        """Report that the LLM which the wrapper was starting runs now."""
         self.tell(LLMDeployed(wrapper_id, self.wrapper(wrapper_id).epoch))
 
     def breaks(self, wrapper_id: str = "m-0", *, permanent: bool = False) -> None:
-        """The LLM that was to be deployed can't be started."""
+        """Report that the LLM which the wrapper was starting could not be started."""
         self.tell(LLMDeployFailed(wrapper_id, self.wrapper(wrapper_id).epoch, "out of memory", permanent))
 
     def bound(self, wrapper_id: str = "m-0") -> None:
-        """The wrapper has taken the lease."""
+        """Report that the wrapper has bound the lease."""
         self.tell(LeaseBound(wrapper_id, self.wrapper(wrapper_id).epoch))
 
     def hand_over(self, wrapper_id: str = "m-0") -> None:
-        """The wrapper does all it was told, so that its request is deployed."""
+        """Report that the wrapper's LLM runs and the lease is bound, so that its request is deployed."""
         if self.wrapper(wrapper_id).status is WrapperStatus.DEPLOYING:
             self.runs(wrapper_id)
         self.bound(wrapper_id)
 
     def release(self, request_id: str) -> None:
-        """A client is done."""
+        """Release a request, as its client does."""
         self.tell(LeaseReleased(request_id))
 
     def leave_ready(self, model: LLMSpec | str, wrapper_id: str, measurement_id: int) -> None:
-        """An LLM runs on this wrapper, which must be the next one to be given away, and nobody uses it."""
+        """Start an LLM on this wrapper and release it, so that it runs without a lease.
+
+        The wrapper must be the one that the allocator would choose next.
+        """
         self.ask(measurement_id, model)
         request = self.request(f"{measurement_id}a")
         assert request.wrapper_id == wrapper_id
@@ -201,6 +207,6 @@ class Scene:
 
 
 def next_deadline_s(allocator: Allocator) -> float | None:
-    """When the next lease or pin is over, UTC seconds; None if there is none."""
+    """Return when the next lease or pin ends, UTC seconds; None if there is none."""
     ledger = allocator._ledger
     return min((timed.first[0] for timed in (ledger.deadlines, ledger.pins) if timed), default=None)

@@ -1,4 +1,4 @@
-"""Checkpoints without weights: headers that say what there would be. Whoever reads more than headers is found out."""
+"""Writes checkpoints whose files have only headers and no weights, so that a test fails if code reads the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LLAMA: dict[str, object] = {
 def write_checkpoint(
     folder: Path, config: Mapping[str, object], *files: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> Path:
-    """A folder with a ``config.json`` and safetensors files, each with these tensors: (type, shape) by name."""
+    """Write a folder with a ``config.json`` and safetensors files. ``tensors``: (type, shape) by name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     names = ["model.safetensors"] if len(files) == 1 else [f"model-{n}.safetensors" for n in range(len(files))]
@@ -35,7 +35,7 @@ def write_checkpoint(
 
 
 def write_header(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """The header of a safetensors file: eight bytes of length, then JSON. Source: the format's own README."""
+    """Write the header of a safetensors file: eight bytes of length, then JSON. Source: the format's README."""
     header: dict[str, object] = {}
     at = 0
     for name, (kind, shape) in tensors.items():

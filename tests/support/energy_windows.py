@@ -1,4 +1,4 @@
-"""Energy windows for tests, as a wrapper tells them, and a small experiment made of some."""
+"""Energy windows for tests, in the form in which a wrapper reports them, and a small experiment with some windows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from registry.wire.words import WindowKind, canonical_json
 BEGUN_S = 1_800_000_000.0
 GRID = {"value": 329.7, "unit": "gCO2eq/kWh", "zone": "DEU", "dataset": "ecologits", "version": "0.11.1"}
 FULL_GRID = GRID | {"year": 2023, "source": "ADEME Base Empreinte", "low": 280.0, "high": 380.0}
-"""Of schema 2. ``low`` and ``high`` are None where the range of the intensity is not known."""
+"""A grid as in a record of schema 2. ``low`` and ``high`` are None if the range of the intensity is not known."""
 EMBODIED = {"g_per_hour": 37.5, "low_g_per_hour": 16.7, "high_g_per_hour": 49.0, "source": "somebody's sheet"}
 METHODS = {"E": "measured", "I": "sourced", "M": "sourced", "R": "measured"}
 GPU = "gpu:GPU-1"
@@ -45,9 +45,9 @@ def window(
     flags: tuple[str, ...] = (),
     **more: Any,
 ) -> EnergyWindow:
-    """A window of so many joules with a record of schema 1, as wrappers wrote them before `record`.
+    """Return a window with these joules and a record of schema 1, which wrappers wrote before schema 2 (`record`).
 
-    ``grams``: its emissions are known; ``more`` goes into its record.
+    ``grams``: whether its emissions are known. ``more``: further keys of its record.
     """
     known = joules is not None and grams
     o_g = joules / 3.6e6 * 329.7 if joules is not None and grams else None
@@ -114,10 +114,10 @@ def record(
     flags: tuple[str, ...] = (),
     **more: Any,
 ) -> EnergyWindow:
-    """A window with a full record of schema 2, as a wrapper writes it; its figures follow from each other.
+    """Return a window with a full record of schema 2, as a wrapper writes it. Its figures are consistent.
 
-    A GPU took nine tenths of the ``joules``, the CPU the rest; ``resolution_j`` is the half-width of their range.
-    ``more`` replaces keys of the record, as ``warmup``, ``status``, ``in_flight``, ``tokens``, ``counted``, ``units``.
+    A GPU used nine tenths of the ``joules``, the CPU the rest. ``resolution_j`` is half the width of their range.
+    ``more`` replaces keys of the record: ``warmup``, ``status``, ``in_flight``, ``tokens``, ``counted``, ``units`` …
     """
     label = label if joules is not None else "unavailable"
     counter_label = counter_label or label
@@ -176,7 +176,7 @@ def _utc(at_s: float) -> str:
 def _energy(
     joules: float | None, resolution_j: float, systematic_j: float, label: str, counter_label: str
 ) -> dict[str, Any]:
-    """An energy of two components; the ranges and the systematic terms are shared out as the joules are."""
+    """Return the energy of two components. Ranges and systematic errors are divided in proportion to the joules."""
 
     def figures(name: str, part: float) -> dict[str, Any]:
         known = joules is not None
@@ -206,7 +206,7 @@ def _emissions(
     grid: Mapping[str, Any] | None,
     embodied: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Operational and embodied grams, each with low and high, and the score that they give."""
+    """Return operational and embodied grams, each with low and high, and the score computed from them."""
 
     def operational(joules: float | None, name: str) -> float | None:
         intensity = None if grid is None else grid[name] or grid["value"]
@@ -252,7 +252,7 @@ def _of_its_kind(
     emissions: Mapping[str, Any],
     units: int | None,
 ) -> dict[str, Any]:
-    """What a record has because of its kind."""
+    """Return the keys that only records of this kind have."""
     about: dict[str, Any] = {"model": "org/small"}
     tokens = {"prompt": 10, "cached": 0, "output": units}
     if kind is WindowKind.PROMPT:
@@ -305,7 +305,7 @@ def request(request_id: str, model: str, seq: int = 1, **more: Any) -> Request:
 def report_of(
     measurement: Measurement, requests: Sequence[Request], windows: Sequence[KeptWindow], iso: Callable[[float], str]
 ) -> MeasurementReport:
-    """The report of a measurement with all its windows, as a client has it that has read all their pages."""
+    """Return a measurement's report with all its windows, as a client gets it that reads all pages of windows."""
     gathered = Gathered(requests, iso)
     gathered.add(windows)
     by_id = {each.request_id: each for each in requests}
@@ -314,12 +314,15 @@ def report_of(
 
 
 def an_experiment(measurement_id: int = 7) -> MeasurementReport:
-    """The report of ``experiment_rows``, with all windows."""
+    """Return the report of ``experiment_rows``, with all windows."""
     return report_of(*experiment_rows(measurement_id), iso)
 
 
 def experiment_rows(measurement_id: int = 7) -> tuple[Measurement, list[Request], list[KeptWindow]]:
-    """Two LLMs on one machine: of the first all was measured, of the second the CPU is an estimate; and one hole."""
+    """Return two LLMs on one machine, one of whose leases has a hole.
+
+    The energy of the first LLM is measured, and the CPU's part of the second one's is an estimate.
+    """
     numbers, at_s = count(1), BEGUN_S
     windows = []
     for request_id, joules, label in (("r-1", 90.0, "measured"), ("r-2", 140.0, "modeled")):

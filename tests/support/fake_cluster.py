@@ -1,8 +1,8 @@
-"""Machines and wrappers for the registry's service: they keep the ``Cluster`` protocol, and misbehave when told to.
+"""Fake machines and wrappers for the registry's service. They have the ``Cluster`` protocol, and fail on command.
 
-A wrapper runs the real commands, over an engine that is a fake. A test can *hold* a method of a wrapper (calls wait
-until the gate is opened or fails), let it *fail*, kill a wrapper's engine or process, and add or take machines. Nothing
-here waits for time.
+A wrapper runs the real commands with a fake engine. A test can *hold* a method of a wrapper (its calls wait until the
+gate is opened or fails), let it *fail*, kill a wrapper's engine or process, and add or remove machines. Nothing here
+waits for a time to pass.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ T = TypeVar("T")
 FENCE_S = 30.0
 
 UNTOLD = Belief(epoch=0, request_id=None, as_of=None)
-"""What a registry believes of a wrapper that it has not heard of yet."""
+"""The registry's belief about a wrapper from which it has no report yet."""
 
 
 WINDOWS_TOLD = 3
-"""Most energy windows in a report."""
+"""Maximum number of energy windows in a report."""
 
 
 class Gate:
-    """Holds calls back. ``arrived`` counts those that have come."""
+    """Lets calls wait. ``arrived``: number of calls that have reached the gate."""
 
     def __init__(self) -> None:
         self.arrived = 0
         self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def open(self) -> None:
-        """Let all calls go on, those to come too."""
+        """Let all calls continue, also later ones."""
         self._outcome.set_result(None)
 
     def fail(self, error: Exception) -> None:
-        """Let all calls fail, those to come too."""
+        """Let all calls fail, also later ones."""
         self._outcome.set_exception(error)
 
     async def passes(self) -> None:
@@ -57,7 +57,7 @@ class Gate:
 
 
 class RecordingGate(LeaseGate):
-    """A lease gate that notes in ``endings`` which leases were ended by a command, and how."""
+    """A lease gate that records in ``endings`` the leases that a command has ended, and how."""
 
     def __init__(self, clock: Callable[[], float], *, fence_s: float, process: str) -> None:
         super().__init__(clock, fence_s=fence_s, process=process)
@@ -108,7 +108,7 @@ class FakeLLMs:
 
 @dataclass
 class FakeHandOvers(PlainHandOvers):
-    """``bind_flags``: what is not as it should be when a lease is bound. ``flags``: what has disturbed it since."""
+    """``bind_flags``: flags of the binding of a lease. ``flags``: flags of disturbances during the lease."""
 
     cluster: FakeCluster
     machine_id: str
@@ -128,7 +128,7 @@ class FakeHandOvers(PlainHandOvers):
 
 
 class FakeWrapper:
-    """The process of a wrapper. ``idle_for_s`` is what it reports of its lease, ``in_flight`` of its prompts."""
+    """The process of a wrapper. It reports ``idle_for_s`` and ``in_flight`` as the test sets them."""
 
     def __init__(self, cluster: FakeCluster, plan: WrapperPlan, process: str) -> None:
         self.plan = plan
@@ -140,7 +140,7 @@ class FakeWrapper:
         self.in_flight = 0
         self.phase: str | None = None
         self.windows: list[EnergyWindow] = []
-        """What was measured here, and the registry has not said to have written down."""
+        """Windows that the registry has not confirmed as stored."""
         self._cluster = cluster
         self.commands: WrapperCommands[StartedLLM] = WrapperCommands(
             plan.wrapper_id,
@@ -174,22 +174,22 @@ class FakeWrapper:
 
     @property
     def started_for(self) -> StartedFor | None:
-        """The request that the last start was begun for."""
+        """The request that the last start of an LLM belongs to."""
         return self.llms.started_for
 
     @property
     def ended(self) -> list[tuple[str, str]]:
-        """Leases that were ended here: request id, and how."""
+        """The leases that this wrapper has ended: request id, and how they ended."""
         return self.gate.endings
 
     async def hear(self, belief: Belief) -> None:
-        """What the registry believes reaches the wrapper."""
+        """Receive the registry's belief."""
         if belief.as_of is not None and belief.as_of.process == self.gate.moment.process:
             self.windows = [each for each in self.windows if each.number > belief.windows_kept]
         await self.commands.hear(belief)
 
     def report(self) -> WrapperReport:
-        """What it says of itself."""
+        """Return the wrapper's report."""
         report, machine_id = self.commands.report(), self.plan.machine_id
         memory_bytes = self._cluster.memory_bytes.get(machine_id)
         return replace(
@@ -204,14 +204,14 @@ class FakeWrapper:
         )
 
     def end(self) -> None:
-        """The process ends, and everything in it."""
+        """End the process with all its tasks."""
         self.llms.running = None
         self.tasks.cancel()
         self.gate.unbind("its process has ended")
 
 
 class FakeCluster:
-    """The machines, and what runs on them. ``changed`` is called after everything that happens."""
+    """The fake cluster: machines and wrappers. ``changed`` is called after each event."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self.machines: dict[str, Machine] = {}
@@ -219,20 +219,20 @@ class FakeCluster:
         self.calls: Counter[tuple[str, str]] = Counter()
         self.removed: list[str] = []
         self.memory_bytes: dict[str, int] = {}
-        """What wrappers report of their machine, by its id: memory of each GPU, or main memory without GPU."""
+        """Memory that wrappers report, by machine id: of each GPU, or main memory if there is no GPU."""
         self.versions: dict[str, dict[str, str]] = {}
-        """What wrappers report of their machine's software, by its id."""
+        """Software versions that wrappers report, by machine id."""
         self.provenances: dict[str, dict[str, object]] = {}
-        """What LLMs are handed over with, by machine."""
+        """Provenance that wrappers report at a hand-over, by machine id."""
         self.unusable: dict[str, EngineStartFailed] = {}
         """Models that can't be started, and why."""
         self.commits: dict[str, str] = {}
-        """What the hub's default branch holds at the moment, by model; the others are local."""
+        """Current commit of the hub's default branch, by model. Models without an entry are local."""
         self.clock = ManualClock()
-        """The wrappers' own. It stands still unless a test moves it: leases end by the registry's word alone."""
+        """The wrappers' clock. It moves only if a test moves it, so only commands of the registry end leases."""
         self.fence_s = FENCE_S
         self.cut_off: set[str] = set()
-        """Wrappers that nothing reaches, though they live."""
+        """Wrappers that are alive, but can't be reached."""
         self._processes = count(1)
         self._gates: dict[tuple[str, str], Gate] = {}
         self._failures: dict[tuple[str, str], list[Exception]] = {}
@@ -242,11 +242,11 @@ class FakeCluster:
     # --- what a test can do -----------------------------------------------------------------------------
 
     def join(self, machine_id: str, *, gpus: int = 0) -> None:
-        """A machine comes."""
+        """Add a machine."""
         self.machines[machine_id] = Machine(machine_id, f"node-{machine_id}", "10.0.0.1", gpus=gpus)
 
     def leave(self, machine_id: str) -> None:
-        """A machine goes, and with it its wrappers; Serve still lists them."""
+        """Remove a machine and end its wrappers; Serve still lists them."""
         del self.machines[machine_id]
         for wrapper in self.wrappers.values():
             if wrapper.plan.machine_id == machine_id:
@@ -262,19 +262,19 @@ class FakeCluster:
         self._failures.setdefault((wrapper_id, method), []).extend(errors)
 
     def kill_engine(self, wrapper_id: str, why: str = "its processes are gone", *, out_of_memory: bool = False) -> None:
-        """The LLM dies; the wrapper notices."""
+        """Let the LLM die; the wrapper notices it."""
         llm = self.wrappers[wrapper_id].llms.running
         if llm is not None:
             llm.death_reason, llm.out_of_memory = why, out_of_memory
             llm.died.set()
 
     def kill_process(self, wrapper_id: str) -> None:
-        """The wrapper's process is replaced: it knows nothing."""
+        """Replace the wrapper's process by a new one, without any state."""
         self.wrappers[wrapper_id].end()
         self.wrappers[wrapper_id] = self._process(self.wrappers[wrapper_id].plan)
 
     async def close(self) -> None:
-        """End what is going on in every process that there was."""
+        """End the tasks of all processes, including those that were replaced."""
         await asyncio.gather(*(wrapper.tasks.stop() for wrapper in self._created))
 
     # --- the protocol -----------------------------------------------------------------------------------
@@ -295,12 +295,12 @@ class FakeCluster:
         for wrapper_id in wrapper_ids:
             self.removed.append(wrapper_id)
             if wrapper_id in self.cut_off:
-                del self.wrappers[wrapper_id]  # from Serve's list; its process is not told
+                del self.wrappers[wrapper_id]  # Serve no longer lists it, but its process continues
             elif wrapper_id in self.wrappers:
                 self.wrappers.pop(wrapper_id).end()
 
     async def report(self, wrapper_id: str, belief: Belief) -> WrapperReport:
-        # What it says is made when it is asked; the answer can take its time.
+        # The report is made when the call arrives; its answer may be delayed.
         wrapper = self._reached(wrapper_id)
         await wrapper.hear(belief)
         report = wrapper.report()
@@ -355,7 +355,7 @@ class FakeCluster:
     # --- inside -----------------------------------------------------------------------------------------
 
     async def called(self, wrapper_id: str, method: str) -> None:
-        """Count a call of a method, and let it wait or fail as a test has said."""
+        """Count a call of a method; let it wait or fail if the test wants that."""
         self.calls[wrapper_id, method] += 1
         try:
             failures = self._failures.get((wrapper_id, method))

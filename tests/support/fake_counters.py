@@ -1,6 +1,6 @@
-"""Stand-ins for hardware that counts energy: a manual clock, NVML, a powercap tree, a proc tree, plain counters.
+"""Fakes of the hardware that counts energy: NVML, a powercap tree, a proc tree, plain counters; and a manual clock.
 
-They behave as the real ones do where it hurts: counters that tick at their own times, wrap, stand still, fail.
+They have the difficult properties of real counters: these change at times of their own, overflow, stop and fail.
 """
 
 # ruff: noqa: N802 - pynvml's names are camel case
@@ -26,7 +26,7 @@ OTHER_UUID = "GPU-4e4b1c5a-0000-4000-8000-000000000002"
 
 
 class ManualClock:
-    """Seconds that pass only when somebody says so."""
+    """A clock that moves only if a test moves it."""
 
     def __init__(self, now_s: float = 1000.0) -> None:
         self.now_s = now_s
@@ -39,7 +39,7 @@ class PowerCurve:
     """Power that changes in steps; energy is its exact integral."""
 
     def __init__(self, start_s: float, steps: Sequence[tuple[float, float]]) -> None:
-        """``steps`` are (seconds, watts); the last power lasts for ever."""
+        """``steps``: (duration in seconds, watts). The last power has no end."""
         self._times = [start_s]
         self._watts = [watts for _, watts in steps]
         self._joules = [0.0]
@@ -53,7 +53,7 @@ class PowerCurve:
 
 
 class Ticks:
-    """Shows a growing quantity as it was at the last tick, rounded down to a step, as hardware counters do."""
+    """Return a growing quantity as it was at the last tick, rounded down to a step, as hardware counters do."""
 
     def __init__(self, true: Callable[[float], float], ticks_s: Sequence[float], step: float) -> None:
         self._true, self._ticks_s, self._step = true, ticks_s, step
@@ -64,7 +64,7 @@ class Ticks:
 
 
 class FakeCounter(Source):
-    """A counter whose reading is whatever ``value`` says at the time; an exception in its place is raised."""
+    """A counter whose reading is the current result of ``value``. If that is an exception, it is raised."""
 
     method = "fake"
     origin = "a test"
@@ -98,7 +98,7 @@ class FakeCounter(Source):
 
 
 class FakeGPU:
-    """What FakeNVML knows of a GPU. None for what its driver does not support, an NVML error code for a failure."""
+    """A GPU of FakeNVML. An attribute is None if the driver does not support it, and an NVML error code if it fails."""
 
     def __init__(self, uuid: str = UUID) -> None:
         self.uuid = uuid
@@ -117,7 +117,7 @@ class FakeGPU:
 
 
 class FakeNVML:
-    """The part of pynvml that is used, with pynvml's own errors. Counts how often it was opened."""
+    """The functions of pynvml that the project uses, with pynvml's own errors. Counts calls of ``nvmlInit``."""
 
     NVMLError = pynvml.NVMLError
     NVML_SUCCESS = pynvml.NVML_SUCCESS
@@ -223,7 +223,7 @@ class FakeNVML:
 
 
 def install_nvml(monkeypatch: pytest.MonkeyPatch, nvml: FakeNVML) -> FakeNVML:
-    """Put a fake in the place of pynvml, wherever that is used."""
+    """Replace pynvml by a fake in all modules that use it. Returns the fake."""
     for module in (gpu_counters, gpu_info):
         monkeypatch.setattr(module, "pynvml", nvml)
     return nvml
@@ -238,7 +238,7 @@ def write_zone(
     range_uj: int = 262_143_328_850,
     limits_uw: Sequence[int] = (),
 ) -> Path:
-    """One zone of a powercap tree, flat as in /sys/class/powercap."""
+    """Write one zone of a powercap tree, without nested folders, as in /sys/class/powercap."""
     path = root / zone
     path.mkdir(parents=True)
     (path / "name").write_text(f"{name}\n")
@@ -256,7 +256,7 @@ def set_energy(zone: Path, energy_uj: int) -> None:
 def write_process(
     root: Path, pid: int, parent: int, *, ticks: Sequence[int] = (0, 0, 0, 0), started: int = 100, name: str = "python"
 ) -> None:
-    """One process of a proc tree; ``ticks`` are utime, stime, cutime, cstime."""
+    """Write one process of a proc tree. ``ticks``: utime, stime, cutime, cstime."""
     path = root / str(pid)
     path.mkdir(parents=True, exist_ok=True)
     fields = ["R", parent, *[0] * 9, *ticks, 20, 0, 1, 0, started, *[0] * 20]
@@ -264,7 +264,7 @@ def write_process(
 
 
 def write_busy(root: Path, ticks: int) -> None:
-    """The time that the CPUs of a proc tree have worked; they have been idle for twice as long."""
+    """Write the busy time of the CPUs of a proc tree; their idle time is twice as long."""
     (root / "stat").write_text(f"cpu  {ticks} 0 0 {2 * ticks} 7 0 0 0 0 0\ncpu0 {ticks} 0 0 {2 * ticks} 7 0 0 0 0 0\n")
 
 

@@ -1,7 +1,7 @@
-"""A stand-in for vLLM's OpenAI app: answers when it is told to, and hears of its client's end in vLLM's own way.
+"""A fake of vLLM's OpenAI app. A test decides when it answers. It notices a hang-up of its client as vLLM does.
 
-As in vLLM, a generation is aborted when the app *receives* that the client has gone; cancelling the app alone leaves
-it running (``entrypoints/serve/utils/api_utils.py``, ``with_cancellation``).
+As in vLLM, a generation is aborted when the app *receives* the client's disconnect message. If only the app's task is
+cancelled, the generation continues (``entrypoints/serve/utils/api_utils.py``, ``with_cancellation``).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 
 
 class FakeEngine:
-    """``go`` holds all answers back while it is cleared; ``generating`` is set once one has begun.
+    """The fake app. While ``go`` is cleared, all answers wait. ``generating`` is set once an answer has begun.
 
-    ``pieces`` is what a stream sends, None its end. ``error`` (status, body) is answered in place of everything;
-    an exception is raised. ``aborted`` counts generations that were given up. ``failed``: vLLM knows that it
-    is dead, ``died`` that we do.
+    ``pieces``: what a stream sends; None ends it. ``error``: (status, body) of every answer, or an exception that
+    is raised. ``aborted``: number of aborted generations. ``failed``: vLLM has noticed that its engine is dead;
+    ``died``: the wrapper has noticed it.
     """
 
     served_model_name = "tiny"
@@ -103,7 +103,7 @@ class FakeEngine:
         self.aborted_one.set()
 
     async def _unless_gone(self, request: Request, work: Callable[[], Awaitable[None]]) -> bool:
-        """Do the work unless the client hangs up; whether it was done."""
+        """Do the work unless the client hangs up; return whether it was done."""
         if not self.listens:
             await work()
             return True

@@ -1,6 +1,6 @@
-"""A Hugging Face hub on this machine, over HTTP, for one or more repositories; slow, broken or strict when told to.
+"""A fake Hugging Face hub over HTTP on this machine. A test can make it slow, broken or gated.
 
-Speaks what ``huggingface_hub`` asks for when it downloads a snapshot: the revision, the tree, and the files with ETag,
+It serves what ``huggingface_hub`` requests to download a snapshot: the revision, the tree, and the files, with ETag,
 X-Repo-Commit and Range.
 """
 
@@ -18,10 +18,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 HELD_LIMIT_S = 20.0
-"""Longest wait for a download to come to where it is held; seconds."""
+"""Maximum wait until a download reaches the point where it is held, seconds."""
 
 PIECE = 64 * 1024
-"""Files up to this size are small: they are sent in one."""
+"""Files up to this size are sent in one piece, bytes."""
 
 WEIGHTS = bytes(range(256)) * 4096 * 3
 """3 MiB."""
@@ -34,15 +34,15 @@ FILES = {
     "original/consolidated.00.pth": WEIGHTS,
     "README.md": b"# A model",
 }
-"""A repository as there are many: the weights in several formats."""
+"""A typical repository: it has the weights in several formats."""
 
 
 @dataclass
 class Repository:
     """Files of one commit.
 
-    ``gated``: nobody may read them. ``cut_after``: the connection breaks after so many bytes of a large file, once for
-    each number in it. ``hold``: while cleared, large files stop half way; ``held`` is set once one does.
+    ``gated``: reading them is refused. ``cut_after``: for each number in it, one connection breaks after that many
+    bytes of a large file. ``hold``: while it is cleared, large files stop half way; ``held`` is set once one has.
     """
 
     files: Mapping[str, bytes]
@@ -56,19 +56,19 @@ class Repository:
         self.hold.set()
 
     async def until_held(self) -> None:
-        """Return when a file has stopped half way."""
+        """Wait until a file has stopped half way."""
         assert await asyncio.to_thread(self.held.wait, HELD_LIMIT_S)
 
 
 class FakeHub:
-    """``asked`` are the requests that have come, as "GET /path". ``url`` is the endpoint (HF_ENDPOINT)."""
+    """The hub. ``asked``: the requests so far, as "GET /path". ``url``: the endpoint (HF_ENDPOINT)."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.asked: list[str] = []
         self.ranges: list[str] = []
         self.status: int | None = None
-        """Answer everything with this."""
+        """If set, the HTTP status of every answer."""
         hub = self
 
         class Handler(_Handler):
@@ -86,7 +86,7 @@ class FakeHub:
         return repository
 
     def loaded(self) -> list[str]:
-        """Names of the files that were asked for, in order, each once."""
+        """Return the names of the requested files in order, without repetitions."""
         paths = [line.partition("/resolve/")[2].partition("/")[2] for line in self.asked if line.startswith("GET")]
         return list(dict.fromkeys(path for path in paths if path))
 

@@ -1,4 +1,4 @@
-"""A stand-in for the registry actor as the ingress calls it: accepts, remembers, and fails when it is told to."""
+"""A fake of the registry actor, for tests of the ingress: stores requests, and fails on command."""
 
 from __future__ import annotations
 
@@ -30,16 +30,21 @@ from tests.support.energy_windows import experiment_rows
 CREATED = "2026-01-01T00:00:00.000Z"
 BASE = "http://127.0.0.1:8000"
 TOKEN = "t0ken"
-"""Of the only lease."""
+"""Token of the only lease."""
 ENDED = "ended"
-"""Of a lease that was given back."""
+"""Token of a lease that was released."""
 
 
 class FakeRegistry:
-    """``call(method, *args, wait_s=…)``; ``calls`` is what was asked, ``error`` is raised in place of an answer."""
+    """The actor, called by ``call(method, *args, wait_s=…)``.
+
+    ``calls``: the calls so far. ``audited``: their rows for the audit. ``error``: if set, it is raised in place of an
+    answer.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], float]] = []
+        self.audited: list[AuditRow] = []
         self.error: Exception | None = None
         self.health = "ok"
         self.draining = False
@@ -47,7 +52,8 @@ class FakeRegistry:
         self.news = News()
 
     async def call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
-        # It has one caller, who may do everything.
+        self.audited += [arg for arg in args if isinstance(arg, AuditRow)]
+        # Every caller may do everything here.
         args = tuple(arg for arg in args if not isinstance(arg, Access | AuditRow))
         self.calls.append((method, args, wait_s))
         if self.error is not None:
@@ -98,7 +104,7 @@ class FakeRegistry:
         return "life", *await self.news.after(place if life == "life" else None, 60.0)
 
     def change(self, request_id: str, **fields: Any) -> None:
-        """A request changes."""
+        """Change fields of a request, and wake the calls that wait for a change."""
         self.requests[request_id] = self.requests[request_id].model_copy(update=fields)
         self.news.add([request_id])
 

@@ -1,6 +1,6 @@
-"""A registry and its wrapper over real HTTP, for one client: hands LLMs out in order, answers, misbehaves if told to.
+"""A fake registry with one wrapper, over real HTTP: leases LLMs in order, answers prompts, and fails on command.
 
-Speaks the Prompting Service's contract as far as a client needs it; every body is made by the wire's own schemas.
+It serves the paths of the Prompting Service that a client needs. All bodies are made with `registry.wire.schemas`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from registry.wire.words import WindowKind
 from tests.support.energy_windows import iso, record
 
 PAGE = 3
-"""Windows in one page."""
+"""Number of windows in a page."""
 
 CREATED = "2026-01-01T00:00:00.000Z"
 
@@ -40,7 +40,7 @@ Reply = tuple[int, dict[str, Any]]
 
 
 def answer(score: float | None = 0.5, joules: float | None = 2.0, method: str = "measured") -> dict[str, Any]:
-    """A wrapper's answer to a prompt."""
+    """Return a wrapper's answer to a prompt."""
     return {
         "answer": "because",
         "finish_reason": "stop",
@@ -60,18 +60,19 @@ def answer(score: float | None = 0.5, joules: float | None = 2.0, method: str = 
 
 
 def error(status: int, code: str, retryable: bool = False) -> Reply:
-    """An error as registry and wrappers answer it."""
+    """Return an error in the format of registry and wrappers."""
     return status, ErrorAnswer(code=code, message=f"it says {code}", retryable=retryable).model_dump(exclude_none=True)
 
 
 class HttpRegistry:
-    """Listens on a free port of this machine while it is entered.
+    """A context: while it is open, the registry listens on a free port of this machine.
 
-    ``posted`` are the bodies of all POSTs, ``prompted`` the (model, question) of all prompts. ``on_prompt`` may answer
-    in place of the LLM, and name the answer's window; ``on_poll`` change a request before it is answered, ``on_post``
-    refuse. ``given_back`` is set once nothing is held any more. ``windows`` are the final windows, a prompt's from its
-    answer on and a lease's from its end on; ``on_windows`` may hold some back, or have others; ``window`` change one.
-    PAGE of them are in a page.
+    * ``posted``: bodies of all POSTs; ``prompted``: (model, question) of all prompts.
+    * ``on_prompt`` may answer in place of the LLM, and name the answer's window; ``on_poll`` may change a request
+      before its state is returned; ``on_post`` may refuse a POST.
+    * ``given_back`` is set once a release leaves no open request.
+    * ``windows``: the final windows. A prompt's window exists from its answer on, a lease's from its end on.
+    * ``on_windows`` may hide or replace windows; ``window`` may change a single one. A page has PAGE windows.
     """
 
     def __init__(self) -> None:
@@ -123,7 +124,7 @@ class HttpRegistry:
             block_on_close = False
 
             def handle_error(self, request: object, client_address: object) -> None:
-                """A client that was killed in the middle is no error of this server."""
+                """Ignore errors of a connection: a client may be killed during a call."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -141,11 +142,11 @@ class HttpRegistry:
 
     @property
     def open(self) -> list[RequestState]:
-        """Requests that have not ended."""
+        """Return the requests that have not ended."""
         return [state for state in self.requests.values() if state.status not in ENDED]
 
     def forget(self) -> None:
-        """Lose all state, as a registry whose database was lost; ids are never used again."""
+        """Lose all state, like a registry whose database was lost. Ids are never used twice."""
         self._forgotten += 1000
         self.requests.clear()
         self.windows.clear()

@@ -14,6 +14,7 @@ from deployments.models.sources import ModelSources
 from deployments.serve.actor import RegistryActor
 from deployments.serve.http_app import IngressConfig, build_app
 from registry.access_settings import AccessSettings
+from registry.http_settings import HTTPSettings
 from registry.service.service import Service
 from registry.wire.words import Role
 from tests.support.service_world import ServiceWorld
@@ -26,6 +27,8 @@ LLM: dict[str, Any] = {
 }
 REQUEST = "/promptingservice/request"
 OLD_CLIENT = "10.0.5.7"
+FRONT = "10.0.9.1"
+"""The address of a trusted proxy."""
 
 
 class Scene:
@@ -67,7 +70,8 @@ async def keyed_scene(world: ServiceWorld, now: dict[str, float], *, keys: bool 
         return await getattr(actor, method)(*args)
 
     access = AccessSettings.model_validate({"keys": True, "trusted_clients": {OLD_CLIENT: "old"}} if keys else {})
-    config = IngressConfig(ModelSources(True, (), Path("/")), (), access=access)
+    proxies = HTTPSettings.model_validate({"trusted_proxies": [FRONT]}).trusted_proxies
+    config = IngressConfig(ModelSources(True, (), Path("/")), (), access=access, trusted_proxies=proxies)
     transport = httpx.ASGITransport(app=build_app(config, call))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
         scene = Scene(world, http, now)

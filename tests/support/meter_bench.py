@@ -1,4 +1,4 @@
-"""A PromptMeter on a manual clock, for tests of what it writes down. All joules are a test double's."""
+"""A PromptMeter with a manual clock and a simulated counter, for tests of the windows that it records."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ OTHER = LeaseGrant("request-2", 8, "token-2", "{}", ends_in_s=600.0, idle_limit_
 
 
 class Bench:
-    """A PromptMeter on a manual clock and a simulated counter of 100 W, 50 J of which come at a time."""
+    """A PromptMeter with a manual clock and a simulated counter of 100 W that rises in steps of 50 J."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *sources: Source | Unreadable, **energy: Any) -> None:
         self.clock = ManualClock()
         self.stepped_s = 0.0
-        """By how much the wall clock was set since."""
+        """Change of the wall clock since the start, seconds."""
         self.stranger_works = False
-        """Whether a process that is no wrapper's uses the CPUs."""
+        """Whether another program than a wrapper uses the CPUs."""
         found = sources or (FakeCounter(lambda now_s: WATTS * now_s, name="gpu:GPU-x", label=Label.SIMULATED),)
-        monkeypatch.setattr(meter_module, "PERIOD_S", 0.0)  # others are looked for with each poll
-        # Not the real machine's: where it is busy, every window would be contended, and nothing would be learned.
+        monkeypatch.setattr(meter_module, "PERIOD_S", 0.0)  # check for other programs at each poll
+        # Does not check the real machine: if it is busy, every window would be `contended`.
         monkeypatch.setattr(MachineCPU, "strangers", lambda _machine, now_s: (self.stranger_works, now_s - 0.05))
         monkeypatch.setattr(prompt_meter, "sources_of", lambda *_: list(found))
         monkeypatch.setattr(prompt_meter, "Meter", partial(Meter, clock=self.clock, allow_simulated=True))

@@ -1,6 +1,6 @@
-"""A stand-in for the Prompting Service's own client, written after what its repository shows.
+"""A copy of the behaviour of the Prompting Service's own client, written from its public repository.
 
-It sends JSON as text, so that no Content-Type goes along, and builds the URL of a prompt from ``address`` alone.
+It sends JSON as text, without a Content-Type, and builds the URL of a prompt only from ``address``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TIMEOUT_S = 60
 
 
 def prompt_url(address: str, path: str = "process_prompt", port: int = 8000) -> str:
-    """The URL that the client builds; its port is always 8000, but for tests where another process has that."""
+    """Return the URL that the client builds. The real client always uses port 8000; tests may need another port."""
     return "http://" + address + f":{port}/{path}"
 
 

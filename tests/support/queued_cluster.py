@@ -1,8 +1,8 @@
-"""Wrappers that do what they are told, late, in any order, or not at all; and the registry's shell around them.
+"""Simulated wrappers whose commands and answers a test delivers late, in any order, or never.
 
-The wrappers run the real ``deployments.wrapper.commands``; the shell follows ``registry.service``, whose calls wait for
-their answers: here commands and answers lie in lists until a test lets one happen. Hypothesis' rules are no coroutines,
-so each step runs an event loop until nothing can go on. Nothing here looks into the allocator's indices.
+The wrappers run the real ``deployments.wrapper.commands``. Commands and answers wait in lists until a test delivers
+one, and are handled as in ``registry.service``. The rules of Hypothesis are not coroutines, so each step runs an event
+loop until no task can run. Nothing here reads the allocator's indices.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from tests.support.virtual_time import Stuck, VirtualLoop
 from tests.support.wrapper_ports import KeptTasks, NoPrompts, PlainHandOvers, StartedLLM
 
 Answer = Callable[[Allocator], Event | None]
-"""What comes back of a command, made at the moment at which the registry hears it."""
+"""The result of a command. The event is made when the registry receives it, from the state at that moment."""
 
 
 class HeldLLMs:
-    """The engine of a wrapper: a start takes until the test ends it."""
+    """The engine of a wrapper. A start lasts until the test ends it."""
 
     def __init__(self) -> None:
         self.running: StartedLLM | None = None
         self.revision: str | None = None
         self.starting: LLMSpec | None = None
         self.outcome: asyncio.Future[None] | None = None
-        """How the start that is under way ends."""
+        """Result of the current start, which the test sets; None if nothing is being started."""
 
     async def replace(
         self, spec: LLMSpec, revision: str | None, started_for: StartedFor | None, on_phase: OnPhase
@@ -75,7 +75,7 @@ class HeldLLMs:
 
 
 class HandOversByCPU(PlainHandOvers):
-    """Machines a and b have another CPU than c and d."""
+    """Hand-overs whose provenance depends on the machine: a and b have another CPU than c and d."""
 
     def __init__(self, wrapper_id: str) -> None:
         self._kind = "xeon" if wrapper_id < "c" else "epyc"
@@ -87,7 +87,7 @@ class HandOversByCPU(PlainHandOvers):
 
 
 class QueuedWrapper:
-    """One wrapper, and the process of it that there is now."""
+    """One wrapper with its current process."""
 
     def __init__(self, wrapper_id: str) -> None:
         self.wrapper_id = wrapper_id
@@ -111,7 +111,7 @@ class QueuedWrapper:
 
     @property
     def epoch(self) -> int:
-        """That of the newest command."""
+        """The epoch of the newest command."""
         return self._commands.report().epoch
 
     @property
@@ -127,26 +127,26 @@ class QueuedWrapper:
 
     @property
     def empty(self) -> bool:
-        """True when no LLM runs or starts."""
+        """Whether no LLM runs or is being started."""
         return self._commands.spec is None
 
     @property
     def token(self) -> str | None:
-        """The token that it accepts."""
+        """The lease token that the wrapper accepts."""
         return None if self._gate.grant is None else self._gate.grant.token
 
     @property
     def died(self) -> bool:
-        """True when its LLM has died."""
+        """Whether the wrapper's LLM has died."""
         return self._commands.report().died is not None
 
     def report(self, _: Allocator) -> Event:
-        """What it says when it is asked: how it is at that moment."""
+        """Return the wrapper's report about its current state, as an event."""
         report = self._commands.report()
         return WrapperStarted(self.wrapper_id, report.epoch, report.running)
 
     async def take(self, effect: Effect, lease: Lease | None) -> Event | None:
-        """Carry out a command. ``lease``: the one that the registry knows when it sends the command."""
+        """Execute a command. ``lease``: the lease that the registry knows when it sends the command."""
         wrapper_id, epoch = effect.wrapper_id, effect.epoch
         grant = None if lease is None else LeaseGrant(lease.request_id, 1, lease.token, "{}", 100.0, 100.0)
         match effect:
@@ -171,7 +171,7 @@ class QueuedWrapper:
                 raise AssertionError("Serve does that, not the process")
 
     def finish(self, *, works: bool, permanent: bool) -> None:
-        """What was being started runs, or could not be started."""
+        """End the current start: the LLM runs (``works``), or could not be started."""
         assert self._llms.outcome is not None
         if works:
             self._llms.outcome.set_result(None)
@@ -179,7 +179,7 @@ class QueuedWrapper:
             self._llms.outcome.set_exception(EngineStartFailed("org/any", "out of memory", permanent=permanent))
 
     def crash(self) -> list[int]:
-        """The process dies and another takes its place. Return the epochs of the calls that end in an error."""
+        """Replace the process by a new one. Return the epochs of the calls that fail because of this."""
         epochs = list(self.calls.values())
         for call in self.calls:
             call.cancel()
@@ -189,13 +189,13 @@ class QueuedWrapper:
         return epochs
 
     def lose_engine(self) -> None:
-        """The engine's process dies; the next look at the wrapper tells."""
+        """Let the engine's process die; the next report of the wrapper says so."""
         if self._llms.running is not None:
             self._llms.running.die("killed")
 
 
 def unreachable(wrapper_id: str, epoch: int) -> Answer:
-    """What the shell makes of a command that got no answer: news, unless a newer command was given since."""
+    """Return the result of a command without an answer: an event, unless a newer command was sent since then."""
 
     def outcome(allocator: Allocator) -> Event | None:
         wrapper = allocator.wrapper(wrapper_id)
@@ -206,42 +206,42 @@ def unreachable(wrapper_id: str, epoch: int) -> Answer:
 
 
 class QueuedCluster:
-    """All wrappers, the commands that are under way to them and the answers that are under way back."""
+    """All wrappers, the commands that have not reached them, and the answers that have not reached the registry."""
 
     def __init__(self) -> None:
         self.wrappers: dict[str, QueuedWrapper] = {}
         self.commands: list[Effect] = []
         self.answers: list[tuple[str, Answer]] = []
         self.unseen: set[str] = set()
-        """Wrappers that this life of the registry has not heard of yet."""
+        """Wrappers from which the current process of the registry has no report yet."""
         self._loop = VirtualLoop(most_steps=10_000_000)
 
     def close(self) -> None:
-        """End all that goes on."""
+        """End all tasks, and close the event loop."""
         for wrapper_id in list(self.wrappers):
             self.remove(wrapper_id)
         self._loop.close()
 
     def add(self, wrapper_id: str) -> None:
-        """A wrapper is created; an older one of this name is gone."""
+        """Create a wrapper. An older one of the same name is removed."""
         self.remove(wrapper_id)
         self.wrappers[wrapper_id] = QueuedWrapper(wrapper_id)
 
     def remove(self, wrapper_id: str) -> None:
-        """A wrapper's process is gone, and nobody takes its place."""
+        """Remove a wrapper's process without a replacement."""
         if (wrapper := self.wrappers.pop(wrapper_id, None)) is not None:
             wrapper.crash()
             self._go_on()
 
     def send(self, command: Effect, allocator: Allocator) -> None:
-        """Let a command arrive, or find nobody."""
+        """Deliver a command; it is lost if the wrapper does not exist."""
         self.commands.remove(command)
         wrapper_id = command.wrapper_id
         wrapper, lease = self.wrappers.get(wrapper_id), allocator.lease_by_wrapper(wrapper_id)
         if wrapper is None:
             self.answers.append((wrapper_id, unreachable(wrapper_id, command.epoch)))
         elif isinstance(command, BindLease) and (lease is None or lease.request_id != command.request_id):
-            pass  # the shell sends nothing for a lease that has ended
+            pass  # as in registry.service, nothing is sent for a lease that has ended
         elif isinstance(command, RestartWrapper):
             if command.epoch >= wrapper.epoch:
                 wrapper.crash()
@@ -253,23 +253,23 @@ class QueuedCluster:
         self._go_on()
 
     def finish(self, wrapper_id: str, *, works: bool, permanent: bool = False) -> None:
-        """Let what a wrapper is starting run, or fail."""
+        """End the start of a wrapper's LLM: let it run (``works``), or fail."""
         self.wrappers[wrapper_id].finish(works=works, permanent=permanent)
         self._go_on()
 
     def crash(self, wrapper_id: str) -> None:
-        """Let a wrapper's process die; Serve starts another."""
+        """Let a wrapper's process die; Serve starts a new one."""
         epochs = self.wrappers[wrapper_id].crash()
         self.answers += [(wrapper_id, unreachable(wrapper_id, epoch)) for epoch in epochs]
         self._go_on()
 
     def lose_engine(self, wrapper_id: str) -> None:
-        """Let a wrapper's LLM die; the wrapper notices."""
+        """Let a wrapper's LLM die; the wrapper notices it."""
         self.wrappers[wrapper_id].lose_engine()
         self._go_on()
 
     def look_at(self, wrapper_id: str, allocator: Allocator) -> Event | None:
-        """What the registry's watch makes of a wrapper."""
+        """Return the event that the registry's watch gets from a wrapper, None if it gets none."""
         record, wrapper = allocator.wrapper(wrapper_id), self.wrappers.get(wrapper_id)
         if record is None or record.status in (WrapperStatus.LOST, WrapperStatus.OFF):
             return None
@@ -289,7 +289,7 @@ class QueuedCluster:
         return None
 
     def is_busy(self, wrapper_id: str) -> bool:
-        """True while a command is under way to the wrapper, being carried out, or its answer under way back."""
+        """Whether a command to the wrapper is on its way or being executed, or its answer is on its way back."""
         wrapper = self.wrappers.get(wrapper_id)
         return (
             any(command.wrapper_id == wrapper_id for command in self.commands)
@@ -298,7 +298,7 @@ class QueuedCluster:
         )
 
     def forget_registry(self) -> None:
-        """The registry dies: commands that were not sent are lost, and so are all answers."""
+        """Simulate the death of the registry: commands that were not delivered are lost, and so are all answers."""
         self.commands.clear()
         self.answers.clear()
         self.unseen = set(self.wrappers)
@@ -308,7 +308,7 @@ class QueuedCluster:
     def _answered(self, wrapper: QueuedWrapper, call: asyncio.Task[Event | None]) -> None:
         error = None if call.cancelled() else call.exception()
         if wrapper.calls.pop(call, None) is None or isinstance(error, StaleEpoch):
-            return  # nobody waits for it, or something newer decides
+            return  # no call waits for it any more, or it is out of date
         if (event := call.result()) is not None:
             self.answers.append((wrapper.wrapper_id, lambda _: event))
 

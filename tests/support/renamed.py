@@ -12,9 +12,9 @@ from typing import Any
 
 @contextmanager
 def renamed(module_name: str, name: str) -> Iterator[None]:
-    """Rename all that has a name in a module while this context lasts: globals, attributes, parameters, constants.
+    """Rename everything with this name in a module, within a context: globals, attributes, parameters, constants.
 
-    A name with a dot is that attribute of a class alone, also where the class inherits it.
+    ``Class.attribute`` renames only this attribute of the class, even if it is inherited.
     """
     module, (owner_name, _, name) = importlib.import_module(module_name), name.rpartition(".")
     with ExitStack() as undo:
@@ -36,7 +36,7 @@ def renamed(module_name: str, name: str) -> Iterator[None]:
 def _remove(owner: ModuleType | type, name: str, undo: ExitStack) -> None:
     if name in vars(owner):
         undo.callback(setattr, owner, name, vars(owner)[name])
-        with suppress(AttributeError):  # a name of typing only
+        with suppress(AttributeError):  # a name that exists only for type checkers
             delattr(owner, name)
 
 

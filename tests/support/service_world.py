@@ -1,4 +1,4 @@
-"""A registry over a real database, with machines that misbehave on command and a clock that is moved by hand."""
+"""A registry with a real database, machines that fail on command, and a manual clock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ THIRD = LLMSpec("org/third", "text-generation")
 BIG = LLMSpec("org/big", "text-generation", gpus=4)
 
 LIMIT_S = 10.0
-"""A wait in these tests that takes longer has failed; none takes a tenth of it."""
+"""Time limit of each wait in these tests, seconds. No wait needs a tenth of it."""
 
 
 def config_of(spec: LLMSpec) -> str:
@@ -35,12 +35,12 @@ def config_of(spec: LLMSpec) -> str:
 
 
 class Journal(Observer):
-    """Writes down the events of a world's service, and wakes those who wait for a change."""
+    """Records the events of a world's service, and wakes the tests that wait for a change."""
 
     def __init__(self, world: ServiceWorld) -> None:
         self.events: list[Event] = []
         self.statuses: dict[str, list[WrapperStatus]] = {}
-        """The statuses that each wrapper has had, in order."""
+        """The statuses of each wrapper so far, in order."""
         self._world = world
 
     def handled(self, event: Event) -> None:
@@ -73,19 +73,19 @@ class ServiceWorld:
         self.homes: dict[str, LLMSpec] = {}
         self.fatal: list[RegistryError] = []
         self.energy: list[KeptWindow] = []
-        """The energy windows that were told of when they were kept."""
+        """The energy windows that the service passed to ``on_energy`` when it had stored them."""
         self.expected_problems: list[str] = []
         self.ended_kept = KEPT
-        """Measurements that are over and stay in memory."""
+        """Maximum number of ended measurements that stay in memory."""
         self.service: Service = None  # type: ignore[assignment]  # made by start()
         self.journal = Journal(self)
-        """Of the current process of the registry."""
+        """The journal of the registry's current process."""
         self.store: Store = None  # type: ignore[assignment]  # same
 
     async def start(self) -> None:
-        """Start the registry, on what its database knows."""
+        """Start the registry with the state in its database."""
         self.store = Store.open(self._url)
-        # Nobody pulls the plug in a test: don't wait for the disk.
+        # Power does not fail in a test, so don't wait for the disk.
         driver: Any = self.store._connection.connection.driver_connection
         driver.execute("PRAGMA synchronous = OFF")
         self.journal = Journal(self)
@@ -104,18 +104,18 @@ class ServiceWorld:
         await self.service.start()
 
     async def crash(self) -> None:
-        """The registry's process ends without a word; wrappers go on."""
+        """End the registry's process without a shutdown; wrappers continue."""
         self.service.allocator.check()
         await self.service._tasks.stop()
         self.store.close()
 
     async def restart(self) -> None:
-        """The registry's process is killed and comes back."""
+        """End the registry's process without a shutdown, and start a new one."""
         await self.crash()
         await self.start()
 
     async def until(self, condition: Callable[[], object]) -> None:
-        """Return as soon as the condition holds; it is looked at after everything that happens."""
+        """Wait until the condition holds. It is checked after each change."""
         async with asyncio.timeout(LIMIT_S):
             while not condition():
                 self.changed.clear()
@@ -134,7 +134,7 @@ class ServiceWorld:
     # --- shorthand --------------------------------------------------------------------------------------
 
     def ask(self, measurement_id: int, *specs: LLMSpec, **more: Any) -> list[str]:
-        """Request LLMs; their ids."""
+        """Request LLMs; return the ids of the requests."""
         llms = [NewRequest(f"r{next(self._numbers)}", spec, config_of(spec)) for spec in specs]
         return [request.request_id for request in self.service.request(measurement_id, llms, **more)]
 
@@ -165,6 +165,6 @@ class ServiceWorld:
         return request_id
 
     async def looked(self, wrapper_id: str = "a-0", times: int = 2) -> None:
-        """Return when the registry has looked at a wrapper a few times more."""
+        """Wait until the registry has asked a wrapper for ``times`` more reports."""
         before = self.cluster.calls[wrapper_id, "report"]
         await self.until(lambda: self.cluster.calls[wrapper_id, "report"] >= before + times)

@@ -1,4 +1,4 @@
-"""A tool that even an LLM of random weights calls with arguments of its schema, if it is named."""
+"""A tool for tests. If ``tool_choice`` names it, even an LLM with random weights calls it with valid arguments."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ GREEN: dict[str, Any] = {
 }
 TOOL: Any = {"type": "function", "function": {"name": "report_grid", "parameters": GREEN, "strict": True}}
 NAMED: Any = {"type": "function", "function": {"name": "report_grid"}}
-"""As ``tool_choice``."""
+"""The ``tool_choice`` that names the tool."""

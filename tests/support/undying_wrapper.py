@@ -1,4 +1,4 @@
-"""An LLMWrapper without Serve: started by a test, and not ended by Python's collector."""
+"""An LLMWrapper without Serve. A test starts it, and Python's garbage collector does not end it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from deployments.wrapper.llm_wrapper import LLMWrapper
 
 
 class UndyingWrapper(LLMWrapper):
-    """Serve awaits a wrapper's end; Python's collector can't."""
+    """An LLMWrapper whose ``__del__`` does nothing: Serve awaits the real one, which the garbage collector can't."""
 
     def __del__(self) -> None:  # type: ignore[override]
         pass
 
     @property
     def host(self) -> Any:
-        """Its engine host, which is a fake in tests."""
+        """The wrapper's engine host, which is a fake in tests."""
         return self._host
 
 

@@ -1,6 +1,6 @@
-"""An event loop whose time is a number: when nobody can go on it jumps to the next timer. No sockets, no threads.
+"""An event loop with virtual time: if no task can run, the time jumps to the next timer. No sockets, no threads.
 
-What runs on it is deterministic: the same program and the same seed make the same steps in the same order.
+Programs on it are deterministic: the same program and seed make the same steps in the same order.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import asyncio
 
 
 class Stuck(AssertionError):
-    """Nothing will ever happen any more, or time does not pass."""
+    """No task can ever run again, or tasks run without end while the time stays the same."""
 
 
 # D43: the whole registry is simulated
 class VirtualLoop(asyncio.BaseEventLoop):
-    """Runs coroutines in virtual time, which starts at 0 s. More than ``most_steps`` in a second are a livelock."""
+    """Runs coroutines in virtual time, from 0 s. More than ``most_steps`` steps in one second count as a livelock."""
 
     def __init__(self, *, most_steps: int = 100_000) -> None:
         super().__init__()
-        self._selector = self  # what BaseEventLoop waits with
+        self._selector = self  # BaseEventLoop calls its select() to wait
         self._now_s = 0.0
         self._most_steps = most_steps
         self._steps = 0
@@ -29,10 +29,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self._now_s
 
     def select(self, timeout: float | None) -> list[object]:
-        """Let ``timeout`` seconds pass; called when everything that could run has run, or (0) has a turn.
+        """Let ``timeout`` seconds pass. Called when no task can run, or with 0 between two rounds of tasks.
 
         Raises:
-            Stuck: there is nothing to wait for, or this second never ends.
+            Stuck: There is nothing to wait for, or this second has too many steps.
         """
         if timeout is None:
             raise Stuck("everybody waits for somebody else")
@@ -41,12 +41,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
         if int(self._now_s) != self._second:
             self._second, self._steps = int(self._now_s), 0
         elif self._steps > self._most_steps:
-            self._steps = 0  # who cleans up has some, too
+            self._steps = 0  # the tasks that clean up may use steps, too
             raise Stuck(f"time stands still at {self._now_s:.3f} s")
         return []
 
     def _process_events(self, event_list: list[object]) -> None:
-        """There are no files to be ready."""
+        """Do nothing: there are no files."""
 
     def _write_to_self(self) -> None:
-        """Nobody calls from another thread."""
+        """Do nothing: no other thread calls this loop."""

@@ -34,4 +34,4 @@ FOLDERS: Final[Sequence[tuple[Files, str, Sequence[str]]]] = [
     ({"consolidated.safetensors": "weights", "model.safetensors": "w"}, "auto", ["consolidated.safetensors"]),
     ({**dict.fromkeys([*OWN, "consolidated.safetensors"], "weights"), **_OWN_INDEX}, "auto", OWN),
 ]
-"""Files, ``load_format``, and the names of the files that are loaded, sorted."""
+"""Examples: files of a folder, ``load_format``, and the sorted names of the files that vLLM loads."""

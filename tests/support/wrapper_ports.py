@@ -1,4 +1,4 @@
-"""Simple ports for a wrapper's commands: an LLM, its hand-over, no prompts, and the tasks of one process."""
+"""Simple implementations of the ports of ``WrapperCommands``: LLM, hand-over, prompts, tasks."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class StartedLLM:
     out_of_memory: bool = False
 
     def die(self, reason: str) -> None:
-        """End by itself, as an engine whose process has ended."""
+        """Die, like an engine whose process has ended."""
         self.death_reason = reason
         self.died.set()
 
 
 class NoPrompts:
-    """``Prompts`` of the commands: none is ever in flight."""
+    """The port ``Prompts``: no prompt is ever in flight."""
 
     async def cut(self, request_id: str) -> None:
         """Cut nothing."""
@@ -44,18 +44,18 @@ class NoPrompts:
 
 
 class PlainHandOvers:
-    """``HandOvers`` of the commands: every LLM can serve every request, at once."""
+    """The port ``HandOvers``: every LLM can serve every request at once."""
 
     async def refusal(self, llm: LLM | None, grant: LeaseGrant) -> str | None:
         """It can."""
         return None
 
     async def settle(self, llm: LLM | None) -> tuple[str, ...]:
-        """The machine is at rest."""
+        """Return no flags: the machine is at rest."""
         return ()
 
     async def forget_prompts(self, llm: LLM) -> tuple[str, ...]:
-        """Its caches are empty."""
+        """Return no flags: the LLM's caches are empty."""
         return ()
 
     async def provenance(
@@ -68,16 +68,16 @@ class PlainHandOvers:
         """Note nothing."""
 
     def lease_flags(self) -> tuple[str, ...]:
-        """Nothing disturbs a lease."""
+        """Return no flags: nothing disturbs a lease."""
         return ()
 
 
 class KeptTasks:
-    """``Tasks`` of the commands: those of one process, which end with it. ``on_end`` is called after each end."""
+    """The port ``Tasks``: the tasks of one process. ``on_end`` is called after each task's end."""
 
     def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
         self._on_end = on_end
-        self._tasks: dict[asyncio.Task[Any], None] = {}  # in the order of their start, so that simulations repeat
+        self._tasks: dict[asyncio.Task[Any], None] = {}  # ordered by start, so that simulations are repeatable
 
     def spawn(self, name: str, work: Coroutine[Any, Any, T], *, on_failure: OnFailure | None = None) -> asyncio.Task[T]:
         """As ``background.spawn``."""
@@ -88,12 +88,12 @@ class KeptTasks:
         return self._kept(spawn_awaited(name, work))
 
     def cancel(self) -> None:
-        """End all of them: the process has died."""
+        """Cancel all tasks, because the process has died."""
         for task in self._tasks:
             task.cancel()
 
     async def stop(self) -> None:
-        """End all of them, and wait until they have ended."""
+        """Cancel all tasks, and wait until they have ended."""
         tasks = list(self._tasks)
         self.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

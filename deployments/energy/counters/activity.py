@@ -73,7 +73,7 @@ class Activity:
         return self._begins_s[index] if index < len(self._begins_s) else math.inf
 
     def gaps(self, start_s: float, end_s: float) -> Iterator[tuple[float, float]]:
-        """Yield, at full length, the idle intervals that overlap the time from ``start_s`` to ``end_s``.
+        """Yield the idle intervals that overlap the time from ``start_s`` to ``end_s``, not cut to this time.
 
         The end of the last one is infinite until new work begins.
         """

@@ -68,7 +68,7 @@ class Source(ABC):
 
     @property
     def late(self) -> float:
-        """The most units that a reading may report late, in one step with newer ones."""
+        """The most units that a reading may lack, and that a later reading then contains."""
         return 0.0
 
     @property

@@ -9,14 +9,15 @@ from itertools import pairwise
 CHECK_S = 10.0
 """How long a counter is watched at first, seconds; steps of 100 ms are 1 % of this."""
 LOADED_CHECK_S = 30.0
-"""How long it is watched under load, seconds: long compared with the half second by which the average of 1 s may lag
-behind a load that comes and goes."""
+"""How long it is watched under load, seconds. NVML's power is a mean of 1 s, so it may lag behind a load by half a
+second; this time is long compared with that lag."""
 TOLERANCE = 0.10
 """Accepted relative difference of counter and integrated power: NVML's power is accurate to 5 %, averaged over 1 s."""
 SMEAR_S = 1.0
 """NVML's power is the mean of this many seconds. Source: NVML API, nvmlDeviceGetPowerUsage."""
 LOAD_FACTOR = 1.5
-"""Power of this many times the idle power is load. A counter that is right when idle may be wrong under load."""
+"""The hardware counts as loaded from this multiple of its idle power on. A counter that is right when idle may be wrong
+under load."""
 PROBE_S = 10.0
 """How often the power is read between checks, seconds."""
 POWER_ERROR = 0.05
@@ -64,7 +65,7 @@ class _Loads:
     def __init__(self) -> None:
         self._step: tuple[float, float] | None = None
         self._begun: tuple[float, float] | None = None
-        """``_step``: the counter's last step; ``_begun``: the last before the piece in progress. Time and joules."""
+        """``_step``: time and joules of the last step; ``_begun``: of the last step before the piece in progress."""
         self._last: tuple[float, float, bool] | None = None
         self._piece_j = self._piece_loaded_s = self._until_s = 0.0
         self.restart()
@@ -241,7 +242,7 @@ class CounterCheck:
     def _keep(self, now_s: float, mean_w: float | None, watched_s: float) -> None:
         if mean_w is not None and (self._idle_w is None or mean_w < self._idle_w):
             if self._idle_w is not None and self._idle_w >= LOAD_FACTOR * mean_w and False in self._findings:
-                was = self._findings.pop(False)  # what was taken for idle was load
+                was = self._findings.pop(False)  # the earlier check was under load, not idle
                 self._findings[True] = replace(was, check=replace(was.check, loaded=True))
             self._idle_w = mean_w
         loaded = self._is_load(mean_w)

@@ -50,7 +50,8 @@ class CPUModelSource(Source):
     def joules(self, duration_s: float, units: float) -> Joules:
         """Return the modelled energy with its range.
 
-        If more CPUs are used than reserved, the idle term is negative: the high idle power gives the low bound.
+        If more CPUs are used than reserved, the energy falls as idle power rises. Then the high idle power gives the
+        low bound.
         """
         model = self._model
         idle_s = self._cpus * duration_s - units

@@ -13,8 +13,8 @@ class EdgeCheck:
     figure.
 
     Args:
-        max_age_s: Maximum age of a reading, seconds. If it is None (unknown), a step is taken to
-            have begun at the last reading that did not yet show the previous step.
+        max_age_s: Maximum age of a reading, seconds. If it is None (unknown), the time in which a rise may
+            have happened begins with the last reading before the previous rise.
         step: The counter's smallest step, in its units.
     """
 

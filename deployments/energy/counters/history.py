@@ -6,9 +6,10 @@ when its value had certainly been reached. So E(before) <= units <= E(seen), wha
 subset of the edges gives valid bounds, so old edges can be dropped.
 
 Between two edges E(t) is estimated. If the hardware was idle for a part of that time, this part
-gets the power of the edges just before or just after the work, and the busy time gets the rest.
-Otherwise E(t) is a straight line. All windows use the same E(t), and an estimate becomes final once
-the counter was watched for a while after the later edge. So successive windows add up exactly.
+gets the idle power, measured by the edges just before or just after the work. The busy part gets
+the rest of the energy. Otherwise E(t) is a straight line. All windows use the same E(t), and an
+estimate becomes final once the counter was watched for a while after the later edge. So successive
+windows add up exactly.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _FINE_S = 600.0
 """Every edge of the last ten minutes is kept; of older ones, one per second."""
 _COARSE_S = 1.0
 _TREND_S = 0.3
-"""After the last edge E(t) is extended with the mean slope of this time before it, seconds."""
+"""After the last edge, E(t) is continued with its mean slope in this many seconds before the edge."""
 _MAX_RUNS = 16
 _LEVELS_KEPT = 8192
 _IDLE_S = 0.5
 """Shortest idle time whose power is used, seconds: edges are seen late, so shorter times give inaccurate power."""
 _IDLE_MOST_S = 2.0
-"""Only the end of an idle time, this long, determines its power, seconds: it is nearest to the next work."""
+"""The power of an idle time is taken from its last seconds, at most this many: they are nearest to the next work."""
 _IDLE_KEPT = 4096
 _AFTER_S = 0.5
 """How long the counter is watched after work before the power after it counts as known, seconds."""
@@ -150,7 +151,7 @@ class _Run:
         self.units.append(units)
 
     def stay(self, before_s: float, seen_s: float) -> None:
-        """Extend to now the flat stretch that ends with the last edge."""
+        """Move the last edge, which ends a flat stretch, to the time of the newest reading."""
         self.before_s[-1], self.seen_s[-1] = before_s, seen_s
 
     def thin(self, history_s: float) -> None:
@@ -249,11 +250,11 @@ class _Run:
         The time of an edge is only known to lie in an interval of length w (seen - before). The
         middle of the interval is used; it is up to w/2 too late or too early.
 
-        - Edges T > w apart have random places in w. On average P w² / 8T lies on the wrong side of the start or the end
-          of work of power P.
-        - If edges are closer, the counter is always late by the same time, up to w/2, at start and end alike. A window
-          is wrong by P w / 2, half of it at either end.
-        - A straight line adds a sixth of T times the change of the power.
+        - If edges are T apart, T > w, they are at random places in their intervals. Then, on average, an energy of
+          P w² / 8T is on the wrong side of the start or the end of work of power P.
+        - If edges are closer, the counter is always late by the same time, up to w/2, at start and end alike. The
+          error is P w / 4 at each end of a window, P w / 2 in all.
+        - Where E(t) is a straight line, the error grows by T times a sixth of the change of the power.
         """
         start_s, end_s = self._mid_s(left), self._mid_s(left + 1)
         flowed = self.units[left + 1] - self.units[left]
@@ -268,7 +269,7 @@ class _Run:
             return line, 0.0
         late_s = max(self.seen_s[index] - self.before_s[index] for index in (left, left + 1))
         blur_s = late_s**2 / (8 * span_s) if span_s > late_s else late_s / 4
-        near = max(round(late_s / span_s), 1)  # edges to either side in which work at this time shows
+        near = max(round(late_s / span_s), 1)  # work may show up at edges this many places away
         if idle_s <= 0:
             change = abs(self._power(left - near, left, 0.0) - self._power(left + 1, left + 1 + near, 0.0))
             return line, change * (span_s / 6 + blur_s)
@@ -310,7 +311,8 @@ class _Run:
     def _ticks(self, first: int, step: int, gap: tuple[float, float]) -> list[float]:
         """Return the rates of up to two successive ticks inside an idle time, the nearest first.
 
-        A flat stretch counts even if it reaches beyond the idle time: its last edge moves until the stretch is over.
+        A flat stretch (no rise) counts even if it reaches beyond the idle time. Otherwise the result would change
+        later, because the last edge moves as long as the stretch goes on.
         """
         rates: list[float] = []
         for left in (first, first + step):
@@ -388,7 +390,7 @@ class Track:
         run = self._runs[-1]
         run.looked(asked_s)
         if self._max_age_s is not None:
-            # Known to be fresh, so a flat stretch is information too: keep its first and its last reading.
+            # Each reading is fresh, so equal readings prove that nothing flowed: keep the first and the last of them.
             self._period.add(asked_s - self._max_age_s, answered_s)
             if len(run.units) > 1 and run.units[-2] == run.units[-1] == units:
                 run.stay(asked_s - self._max_age_s, answered_s)
@@ -400,7 +402,7 @@ class Track:
         self._last_units, self._last_asked_s = units, asked_s
         if len(run.units) > self._thin_at and len(run.units) > 1:
             run.thin(self._history_s)
-            # Thin again after half as many new edges: a constant cost per reading.
+            # Thin again when there are half as many edges more, so that the mean cost per reading is constant.
             self._thin_at = len(run.units) + max(len(run.units) // 2, 1000)
 
     @property

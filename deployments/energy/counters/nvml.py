@@ -28,8 +28,8 @@ nvidia-smi's Lack of Attention" (arXiv 2312.02741), table 1."""
 # D57: modules count GPU, CPU and memory
 _MODULE = re.compile(r"\bG[HB][23]00\b")
 """Names of GPUs whose energy counter counts their module, with its Grace CPU and all memory (GH200, GB200, GB300).
-Source: Zeus, pull request 172 (measured on GH200). For GB200 it is assumed. If its counter counts the GPU alone, it is
-flagged: `CounterCheck` compares it with the module's power."""
+Source: Zeus, pull request 172 (measured on GH200). For GB200 the same is assumed. If the counter of a GB200 counts the
+GPU alone, its figures are flagged: `CounterCheck` compares the counter with the module's power."""
 MODULE_LIMIT_W = 4000.0
 """Power limit assumed for a module, W, as NVML reports none: GB200 and GB300, 2,700 W for two GPUs and a CPU, plus half
 of that for short peaks (NVIDIA's data sheets)."""
@@ -138,10 +138,11 @@ class GPUPower(_GPU):
         self.joules_so_far = 0.0
         self.problem: ReadFailed | CounterLost | None = None
         self.sampling_j = 0.0
-        """Possible error of ``joules_so_far``, J. The samples show a change of power after a delay between 0 s and one
-        refresh time plus one sampling gap. The integral is exact for half of this longest delay."""
+        """Possible error of ``joules_so_far``, J. The samples show a change of power with a delay: at most one refresh
+        time plus one sampling gap. The integral is exact for half of this longest delay. So a change of power causes
+        an error of at most the change times half of the longest delay."""
         self._longest_gap_s = 0.0
-        # A mean over a time belongs to a moment within that time, so the integral lags by at most that time.
+        # A mean may describe any moment of the averaged time, so the integral lags by at most that time.
         self.max_age_s = (_REFRESHED_S if instant else _AVERAGED_S) + _MAX_SAMPLE_GAP_S
         what = "of the moment" if instant else "each the mean of a second"
         self.origin = f"NVML power samples of the GPU and its memory, {what}, integrated"

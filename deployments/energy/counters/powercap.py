@@ -23,8 +23,8 @@ UNLIMITED_W = 4095.0
 _LONGEST_WRAP_S = 2.0
 """Longest time between two readings, seconds, for which a fall counts as a wrap; after more it is a gap."""
 _WRAP_SLACK_S = 0.25
-"""Allowed delay of a reading after its recorded time, seconds, when a fall is checked for a wrap. The rise itself is
-checked afterwards with exact times, like every step."""
+"""A fall is checked for a wrap as if the reading were this many seconds later than recorded, because a read may be
+delayed. The rise itself is checked afterwards with exact times, like every step."""
 _MOVES_TO_TELL = 3
 _DIE = re.compile(r"(package-\d+)-die-\d+")
 
@@ -99,10 +99,10 @@ class PowercapZone(Source):
 class DiePackage(Source):
     """A package with one zone per die: separate counters on Intel, a single one on some AMD processors.
 
-    The readings show which. The first die is read, then the others, then the first die again. All
-    dies show a single counter if, while it moves, the values of the others lie between the two
-    readings of the first die, or below the first by no more than a zone's reading can be late. A
-    single counter is counted once. Reads fail until this is known.
+    The readings show which. The first die is read, then the others, then the first die again. This is
+    repeated while the counter moves. All dies show a single counter if the values of the others always
+    lie between the two readings of the first die. They may also be lower, by at most what a zone can
+    count in ``max_age_s``. A single counter is counted once. Reads fail until this is known.
 
     Source: Linux, drivers/powercap/intel_rapl_common.c names zones by die; AMD's counters are per package.
     """
@@ -174,7 +174,7 @@ def _zone_limit_w(zone: Path) -> float | None:
 
 
 def probe_powercap(root: Path) -> list[Source | Unreadable]:
-    """Return all package and memory zones, or the reasons. A kind with an unreadable zone is left out entirely."""
+    """Return all package and memory zones. A kind without zones, or with an unreadable one, gives only `Unreadable`."""
     if not root.is_dir():
         return [Unreadable("powercap", f"{root} does not exist")]
     found: dict[str, list[PowercapZone | Unreadable]] = {"package": [], "dram": []}

@@ -37,7 +37,7 @@ POWERCAP_ROOT = Path("/sys/class/powercap")
 
 
 def _probe_gpus(gpu_uuids: Sequence[str], machine: MachineCPU) -> list[Source | Unreadable]:
-    """Return a source for each GPU, and the bound that a GPU without an energy counter needs besides."""
+    """Return a source for each GPU, and a second one, an upper bound, for each GPU without an energy counter."""
     gpus: list[Source | Unreadable] = []
     for uuid in gpu_uuids:
         gpus.append(gpu := probe_gpu(uuid, machine.tree))

@@ -9,7 +9,7 @@ from itertools import accumulate
 _BIN_S = 0.005
 _BINS = 400
 _USUAL = 0.99
-"""The quantile of the times from an edge to the next but one that counts as usual."""
+"""The usual time is this quantile of all times from an edge to the next but one."""
 
 
 class UsualPeriod:
@@ -29,7 +29,7 @@ class UsualPeriod:
     def add(self, before_s: float, seen_s: float) -> None:
         """Note an edge, between two times that enclose it."""
         self._edges_s.append(before_s)
-        if len(self._edges_s) == 3:  # a window that begins just after the first edge is only proven by the third
+        if len(self._edges_s) == 3:  # only the third edge proves energy of a window that begins just after the first
             self._waits[min(int((seen_s - self._edges_s[0]) / _BIN_S), _BINS - 1)] += 1
             self._waited += 1
 

@@ -1,4 +1,4 @@
-"""Lists and checks our changes to vLLM and Python for engines, and makes those in engine processes.
+"""Lists and checks our changes to vLLM and Python for engines, and makes the changes that engine processes need.
 
 The tables name all that is replaced, and all private names that are read. Importing this file does
 not import vLLM; only ``shape_problem`` and ``patch_engine_processes`` do.
@@ -87,7 +87,7 @@ VLLM_ENGINES: Final = (
         _WITH_PROCESS,
     ),
 )  # fmt: skip
-"""What is changed of vLLM in engine processes and where they are started. The forkserver checks and installs these."""
+"""Changes to vLLM in engine processes, and in how they are started. The forkserver checks and installs these."""
 
 VLLM_WRAPPER: Final = (
     Patch(
@@ -122,7 +122,7 @@ VLLM_WRAPPER: Final = (
     ),
     Patch(
         "vLLM", "AsyncLLM.engine_core.resources.ctx", How.READ,
-        "it is destroyed at a stop, which vLLM leaves to chance",
+        "it is destroyed at a stop, which vLLM leaves to the garbage collector",
         (
             Has(_ASYNC_LLM, "AsyncLLM.__init__", ("engine_core",)),
             Has(_CLIENT, "MPClient.__init__", ("resources",)),
@@ -160,7 +160,7 @@ VLLM_WRAPPER: Final = (
         "never: it is an argument of one app",
     ),
 )  # fmt: skip
-"""What ``vllm_api`` changes, and what it and the hang watch read privately, of vLLM in the wrapper's process."""
+"""Changes to vLLM in the wrapper's process by ``vllm_api``, and private names that it and the hang watch read."""
 
 VLLM: Final = (*VLLM_ENGINES, *VLLM_WRAPPER)
 
@@ -173,12 +173,12 @@ PYTHON: Final = (
     Patch(
         "multiprocessing", "context.ForkServerContext.Process", How.SUBCLASSED,
         "a fork has the environment that its owner had when it was started",
-        (Has("multiprocessing.context", "ForkServerContext.Process"),), "never: the subclass is of our context alone",
+        (Has("multiprocessing.context", "ForkServerContext.Process"),), "never: only our own context uses the subclass",
     ),
     Patch(
         "multiprocessing", "context.SpawnContext.Process", How.REPLACED,
         "where engines start cold, the kernel kills them with their parent",
-        (Has("multiprocessing.context", "SpawnContext.Process"),), "never: until the process ends",
+        (Has("multiprocessing.context", "SpawnContext.Process"),), "never: it lasts until the process ends",
     ),
     Patch(
         "multiprocessing", "forkserver._forkserver: _forkserver_pid, _stop", How.READ,

@@ -107,7 +107,7 @@ def map_prompting(args: Mapping[str, object], *, uses_chat_template: bool = True
             if values.pop(word, None) is not None:
                 notes.append(f"args.prompting.{word} was dropped: do_sample is false, and greedy decoding ignores it")
         values["temperature"] = 0.0
-        notes.append("args.prompting.do_sample is temperature 0")
+        notes.append("args.prompting.do_sample was translated to temperature 0")
     elif do_sample and temperature == 0:
         raise InvalidField(
             "args.prompting.temperature",
@@ -115,7 +115,7 @@ def map_prompting(args: Mapping[str, object], *, uses_chat_template: bool = True
         )
     elif isinstance(temperature, float) and 0 < temperature < _LOWEST_TEMPERATURE:
         values["temperature"] = _LOWEST_TEMPERATURE
-        notes.append(f"args.prompting.temperature is {_LOWEST_TEMPERATURE}: vLLM's lowest above 0")
+        notes.append(f"args.prompting.temperature was raised to {_LOWEST_TEMPERATURE}, vLLM's lowest value above 0")
     _check_order("prompting", args, values, "min_tokens", "max_tokens")
     return MappedArgs(values, tuple(notes))
 
@@ -145,10 +145,10 @@ def map_llmconfig(
     """Translate a whole llmconfig. Equal meanings give equal results.
 
     The spec's fingerprint therefore does not depend on order or spelling. ``field`` is the place of the llmconfig in
-    the client's body (``llms[0]``). ``located`` is the model's hub id or absolute folder (``ModelSources.locate``),
-    None: a hub id as written. ``allow_remote_code`` is the setting: the code that models may bring. ``spec.gpus`` is
-    the number of GPUs that the parallel sizes need, 0 if they need at most one: the LLM then uses all GPUs of its
-    wrapper. Whether the model's source is allowed is not checked here.
+    the client's body (``llms[0]``). ``located`` is the model's hub id or absolute folder (``ModelSources.locate``);
+    with None the model is used as written, as a hub id. ``allow_remote_code`` is the setting: the code that models may
+    bring. ``spec.gpus`` is the number of GPUs that the parallel sizes need. If they need at most one, it is 0, and the
+    LLM uses all GPUs of its wrapper. Whether the model's source is allowed is not checked here.
 
     Raises:
         InvalidField: A field is missing or has an invalid value; its name begins with ``field``.
@@ -248,7 +248,7 @@ def _translate(section: str, args: Mapping[str, object]) -> tuple[dict[str, JSON
                     )
                 values[to], source[to] = read, word
                 if to != word:
-                    notes.append(f"{field} is {to}" + (f": {rule.caveat}" if rule.caveat else ""))
+                    notes.append(f"{field} was translated to {to}" + (f": {rule.caveat}" if rule.caveat else ""))
             case Dropped(why=why):
                 notes.append(f"{field} has no meaning on vLLM and was dropped: {why}")
             case Refused(unless=unless) if unless in values:

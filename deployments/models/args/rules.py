@@ -207,5 +207,5 @@ def refused(why: str, *words: str, neutral: Iterable[JSON] = ()) -> dict[str, Ru
 def joined(*tables: Mapping[str, Rule]) -> dict[str, Rule]:
     """Return all tables as one; each word may be in one of them only."""
     table = {word: rule for part in tables for word, rule in part.items()}
-    assert len(table) == sum(map(len, tables)), "a word is decided twice"
+    assert len(table) == sum(map(len, tables)), "a word has two rules"
     return table

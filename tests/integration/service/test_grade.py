@@ -106,7 +106,7 @@ async def test_another_version_is_not_handed_over(world: ServiceWorld) -> None:
     world.cluster.provenances["a"] = {**RAN_ON, "versions": {"vllm": "0.33.0"}}
     (again,) = world.ask(2, TINY, grade=Grade.MEASUREMENT, like_request_id=first)
     failed = await world.until_status(again, RequestStatus.FAILED)
-    assert failed.reason == f"it would not be like request {first}: versions.vllm: was 0.32.0, is 0.33.0"
+    assert failed.reason == f"it would differ from request {first} (like): versions.vllm: was 0.32.0, is 0.33.0"
     assert state(world, again).url is None
     await world.deployed(3)
 

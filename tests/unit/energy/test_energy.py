@@ -17,7 +17,7 @@ def part(joules: float | None, label: Label = Label.MEASURED, **more: object) ->
 @pytest.mark.parametrize("joules", [0.0, -1.0])
 def test_no_bare_zero(joules: float) -> None:
     """A figure of 0 J, or less, can't be made."""
-    with pytest.raises(ValueError, match="what is not known is None"):
+    with pytest.raises(ValueError, match="an unknown figure must be None"):
         part(joules)
 
 
@@ -58,9 +58,9 @@ def test_energy_is_never_sourced() -> None:
 
 def test_the_counter_has_a_label() -> None:
     """A known figure names the label of the counter it was read from; an unknown one has none."""
-    with pytest.raises(ValueError, match="can't be of a counter that is unavailable"):
+    with pytest.raises(ValueError, match="can't come from a counter labelled unavailable"):
         part(3.0, counter_label=Label.UNAVAILABLE)
-    with pytest.raises(ValueError, match="can't be of a counter that is measured"):
+    with pytest.raises(ValueError, match="can't come from a counter labelled measured"):
         part(None, Label.UNAVAILABLE, counter_label=Label.MEASURED)
 
 

@@ -93,7 +93,10 @@ def test_each_kind_of_chat_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     ("outcome", "reason"),
     [
         (TimeoutError(), "its tokenizer and chat template do not end within 20 s"),
-        (RuntimeError("exit code -24"), "end their process, or take more than 20 s of processor time: exit code -24"),
+        (
+            RuntimeError("exit code -24"),
+            "end the process that tries them, or take more than 20 s of processor time: exit code -24",
+        ),
         ("take more than 4 GiB of memory", "its tokenizer and chat template take more than 4 GiB of memory"),
     ],
 )

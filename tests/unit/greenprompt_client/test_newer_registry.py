@@ -26,10 +26,8 @@ ANSWERS: dict[str, Any] = json.loads(
 class Recorded(RegistryClient):
     """A client whose registry is the recording."""
 
-    def __init__(
-        self, url: str, *, tenant: str | None = None, api_key: str | None = None, connect_for_s: float = 0.0
-    ) -> None:
-        super().__init__(url, tenant=tenant, api_key=api_key, connect_for_s=connect_for_s)
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__(url, **options)
         self._http.close()
         self._http = httpx.Client(base_url=url, transport=httpx.MockTransport(self._answer))
 

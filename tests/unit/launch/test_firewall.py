@@ -29,7 +29,7 @@ def test_the_machines_of_a_cluster(tmp_path: Path) -> None:
         ("provider: {type: aws}", "has no provider.head_ip"),
         ("[]", "has no provider.head_ip"),
         ("{", "can't be read"),
-        ("provider: {head_ip: 'no such host.invalid'}", "has no address here"),
+        ("provider: {head_ip: 'no such host.invalid'}", "can't be resolved on this machine"),
     ],
 )
 def test_another_file_is_refused(tmp_path: Path, text: str, problem: str) -> None:

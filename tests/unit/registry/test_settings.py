@@ -93,7 +93,7 @@ def test_values_of_the_file_are_taken(write) -> None:
         ("ray: {address: ''}", "ray.address: is empty"),
         ("models: {cache_dir: ''}", "models.cache_dir: is empty"),
         ("models: {local_roots: [a, '']}", "models.local_roots.1: is empty"),
-        ('state_dir: "a\\0b"', "state_dir: a path can't have the character 0"),
+        ('state_dir: "a\\0b"', "state_dir: a path can't contain a NUL character"),
         ("leases: {max_s: 0}", "leases.max_s"),
         ("leases: {max_s: .inf}", "leases.max_s"),
         ("leases: {idle_s: .nan}", "leases.idle_s"),
@@ -432,6 +432,31 @@ def test_trusted_clients_need_haproxy() -> None:
     access = {"keys": True, "trusted_clients": {"10.0.0.7": "lab"}}
     with pytest.raises(ValueError, match=r"trusted_clients needs http\.haproxy: true"):
         Settings.model_validate({"http": {"haproxy": False}, "access": access})
+
+
+@pytest.mark.parametrize(
+    ("proxies", "problem"),
+    [
+        (["0.0.0.0/0"], "names all addresses"),
+        (["::/0"], "names all addresses"),
+        (["10.0.0.1/24"], "not a valid IPv4 network"),
+        (["front.example"], "not a valid"),
+        (["10.0.0.0/24"], r"10\.0\.0\.7/32 is in http\.trusted_proxies"),
+    ],
+)
+def test_proxies_that_make_no_sense(proxies: list[str], problem: str) -> None:
+    """Proxies are some networks, and a trusted client is none of them."""
+    access = {"keys": True, "trusted_clients": {"10.0.0.7": "lab", "2001:db8::7": "lab"}}
+    with pytest.raises(ValueError, match=problem):
+        Settings.model_validate({"http": {"trusted_proxies": proxies}, "access": access})
+
+
+def test_a_proxy_in_the_network_of_its_clients() -> None:
+    """A network of clients may contain the proxy: the others in it are clients. Addresses have no mask."""
+    access = {"keys": True, "trusted_clients": {"10.0.0.0/24": "lab", "2001:db8::/64": "lab"}}
+    proxies = ["10.0.0.7", "2001:db8::7/128"]
+    found = Settings.model_validate({"http": {"trusted_proxies": proxies}, "access": access}).http.trusted_proxies
+    assert [str(network) for network in found] == ["10.0.0.7/32", "2001:db8::7/128"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])

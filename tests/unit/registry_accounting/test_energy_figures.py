@@ -127,7 +127,7 @@ def test_estimates_that_are_not_allowed_make_no_score() -> None:
     assert (found.value, found.low, found.bound_high, found.label) == (None, None, None, "unavailable")
     assert found.reason is not None
     assert found.reason.startswith(
-        "2 of 3 windows are estimates, which are not allowed (estimates_not_allowed); known of"
+        "2 of 3 windows are estimates, which are not allowed (estimates_not_allowed); known for"
     )
     assert figures(*shares).joules_per_token.label == "modeled"
 
@@ -402,7 +402,7 @@ def test_known_part_is_shown_beside_an_estimate_that_is_not_allowed() -> None:
     assert (found.known.windows, found.known.of, found.known.joules, found.known.units) == (2, 3, 200.0, 100)
     assert found.reason is not None
     assert "1 of 3 windows are estimates, which are not allowed (estimates_not_allowed, too_short)" in found.reason
-    assert "known of 2 of 3: 200 J, 0.05998 gCO2eq, 100 units" in found.reason
+    assert "known for 2 of 3: 200 J, 0.05998 gCO2eq, 100 units" in found.reason
 
 
 @pytest.mark.parametrize(("leases", "too_few"), [(9, "too few leases: 9 (at least 10)"), (10, None)])

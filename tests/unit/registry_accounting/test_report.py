@@ -205,7 +205,7 @@ def test_a_lease_of_several_processes_is_never_a_total() -> None:
     second: dict[str, Any] = {"begun_s": BEGUN_S + 3, "seconds": 3600, "joules": 1.8e6, "process": "two"}
     both = reported(record(1, **first), record(1, **second), requests=lease(3603.0))
     assert both.holes == (Hole("r-1", 0.0, "wrapper_died"),)
-    assert both.costs["lease"].reason == "some of r-1 may be in no window (wrapper_died)"
+    assert both.costs["lease"].reason == "some time of r-1 may be in no window (wrapper_died)"
     begun: dict[str, Any] = {"lease_begun": "2027-01-15T07:59:00.000000+00:00"}
     after = reported(record(1, **second), record(2, WindowKind.LEASE, **second, **begun), requests=lease(3600.0))
     assert (after.holes, after.costs["lease"].lost) == ((Hole("r-1", 0.0, "wrapper_died"),), True)

@@ -80,7 +80,7 @@ def test_something_else_is_not_handed_over(scene: Scene) -> None:
     request = scene.request("2a")
     assert request.status is RequestStatus.FAILED
     assert request.reason == (
-        "it would not be like request 1a: gpus.0.power_limit_w: was 700.0, is 350.0; "
+        "it would differ from request 1a (like): gpus.0.power_limit_w: was 700.0, is 350.0; "
         "versions.vllm: was 0.32.0, is 0.33.0"
     )
     assert [type(effect) for effect in scene.effects] == [UnbindLease]
@@ -93,7 +93,9 @@ def test_a_machine_that_does_not_tell_is_not_like_another(scene: Scene) -> None:
     scene.ask(2, "A", like="1a", grade=Grade.MEASUREMENT)
     scene.runs()
     bound(scene, None)
-    assert scene.request("2a").reason == "it would not be like request 1a: its hardware and software are not known"
+    assert (
+        scene.request("2a").reason == "it would differ from request 1a (like): its hardware and software are not known"
+    )
 
 
 def test_an_engine_that_is_started_again_is_not_compared_again(scene: Scene) -> None:
@@ -117,7 +119,7 @@ def test_what_was_forgotten_meanwhile_is_not_repeated(scene: Scene) -> None:
     del scene.memory.requests["1a"]
     scene.runs()
     bound(scene, PROVENANCE)
-    assert scene.request("2a").reason == "request 1a, which it is to be like, is not known any more"
+    assert scene.request("2a").reason == "request 1a, which it must repeat (like), is not known any more"
 
 
 def test_differences_are_refused_at_once(scene: Scene) -> None:

@@ -417,7 +417,7 @@ def test_a_wrapper_created_anew_keeps_its_lease():
     lease = scene.allocator.lease_of("1a")
     scene.tell(WrapperAdded("m-0", "m", "http://new", 0))
     assert (scene.wrapper().status, scene.wrapper().url, scene.wrapper().epoch) == (W.STARTING, "http://new", 2)
-    assert (scene.status("1a"), scene.request("1a").reason) == (R.DEPLOYING, "wrapper m-0 is created anew")
+    assert (scene.status("1a"), scene.request("1a").reason) == (R.DEPLOYING, "wrapper m-0 is created again")
     assert scene.measurement(1).flags == ("engine_restarted",)
     scene.tell(WrapperStarted("m-0"))
     assert [*scene.effects] == [DeployLLM("m-0", 3, llm("A"), "1a")]

@@ -125,8 +125,8 @@ def test_the_kv_cache_counts_as_it_is_reserved() -> None:
 def test_who_uses_the_memory_now_is_no_secret() -> None:
     """A start that is put off tells what it needs and what there is; less than nothing is not told."""
     assert why_no_room(3 * GIB, 2 * GIB, 24 * GIB) == (
-        "it needs 3.0 GiB of main memory, and of the machine's 24.0 GiB only 2.0 GiB are free, of which a tenth of all"
-        " has to stay free"
+        "it needs 3.0 GiB of main memory, but only 2.0 GiB of the machine's 24.0 GiB are free, and a tenth of its"
+        " memory must stay free"
     )
 
 

@@ -54,9 +54,9 @@ def test_refused_when_used_up() -> None:
 
 def test_what_is_not_known_is_told() -> None:
     """A window without a figure counts for nothing, and an answer says that there is one."""
-    assert told(used(None)) == ["of what tenant 'ann' has used in this month, 1 of 2 windows are not known in J"]
+    assert told(used(None)) == ["1 of 2 windows of tenant 'ann' in this month have no known J and are not counted"]
     half = Total(Sum(1, 1, 1.0), Sum(1, 1, 1.0), Sum(1, 0, 0.0), "measured")
-    assert told(half) == ["of what tenant 'ann' has used in this month, 1 of 1 windows are not known in gCO2eq"]
+    assert told(half) == ["1 of 1 windows of tenant 'ann' in this month have no known gCO2eq and are not counted"]
 
 
 def test_the_month_is_utc() -> None:

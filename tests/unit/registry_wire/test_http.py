@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
 from registry.errors import BadSettings
@@ -74,6 +77,51 @@ def test_certificates_that_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     with pytest.raises(BadSettings, match="SSL_CERT_FILE"):
         http_client("https://registry.example", timeout_s=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("none.pem", None, "can't be read: No such file or directory"),
+        ("ca.pem", "no certificate", "has no certificates"),
+        ("ca.pem", "", "has no certificates"),
+    ],
+)
+def test_a_ca_file_that_is_none(tmp_path: Path, name: str, text: str | None, problem: str) -> None:
+    """The file is named, before anything is sent; for this machine's addresses, too."""
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    for url in ("https://registry.example", "http://127.0.0.1:8000"):
+        with pytest.raises(BadSettings, match=re.escape(f"{name}: {problem}")):
+            http_client(url, timeout_s=5, ca_file=tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "said"),
+    [
+        (18, "self-signed certificate", "GREENPROMPT_CA_FILE"),
+        (20, "unable to get local issuer certificate", "GREENPROMPT_CA_FILE"),
+        (62, "Hostname mismatch, certificate is not valid for 'x'.", "for 'x'; use a name that the certificate has"),
+        (10, "certificate has expired", "certificate has expired"),
+    ],
+)
+def test_a_refused_certificate_has_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, code: int, message: str, said: str
+) -> None:
+    """The error names the server and the reason, and what helps against that."""
+
+    def refuse(*_: object, **__: object) -> httpx.Response:
+        cause = ssl.SSLCertVerificationError(1, message)
+        cause.verify_code, cause.verify_message = code, message
+        raise httpx.ConnectError(message) from cause
+
+    with http_client("https://registry.example:8443", timeout_s=5) as client:
+        monkeypatch.setattr(client._transport, "handle_request", refuse)
+        with pytest.raises(BadSettings, match=r"^https://registry\.example:8443: its certificate is not") as caught:
+            client.get("https://token:x@registry.example:8443/wrappers/s3cret")
+    assert str(caught.value).endswith(said) or said in str(caught.value).partition("; ")[2]
+    assert "s3cret" not in str(caught.value)
+    assert "token" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["registry.example:8000", "", "ftp://x", "http://"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import stamina
+import typer
 from rich.console import Console
 
 from greenprompt_client.cli import app as cli_app
@@ -32,9 +34,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
             return answer
 
         class Client(RegistryClient):
-            def __init__(self, url: str, *, tenant: str | None, api_key: str | None, connect_for_s: float) -> None:
+            def __init__(self, url: str, *, connect_for_s: float, **options: Any) -> None:
                 assert connect_for_s == CONNECT_FOR_S, "somebody waits at a terminal"
-                super().__init__(url, tenant=tenant, api_key=api_key, connect_for_s=connect_for_s)
+                super().__init__(url, connect_for_s=connect_for_s, **options)
                 self._http.close()
                 self._http = httpx.Client(base_url=url, transport=httpx.MockTransport(answered))
 
@@ -94,7 +96,7 @@ def test_what_is_no_registry_is_one_line(run: Run, command: str, body: str) -> N
     """Another server's 200 is an error of one line, not a traceback."""
     ended, lines = run(command, httpx.Response(200, text=body))
     assert (ended, len(lines)) == (3, 1)
-    assert "no registry" in lines[0]
+    assert "is not a registry" in lines[0]
 
 
 @pytest.mark.parametrize("arguments", ["report 0", "report x", "drain", "nonsense", "status --nonsense"])
@@ -134,3 +136,30 @@ def test_help_lists_the_statuses(run: Run, capsys: pytest.CaptureFixture[str]) -
     said = " ".join(capsys.readouterr().out.split())
     assert all(f"{status} " in said for status in (0, 1, 2, 3, 4, 5, 130))
     assert "no registry answers" in said
+
+
+def test_every_command_of_a_registry_takes_a_ca() -> None:
+    """Each command with ``--url`` has ``--ca-file``, also from the environment."""
+    found = {}
+    for name, command in typer.main.get_group(cli.app).commands.items():
+        for each in getattr(command, "commands", {name: command}).values():
+            found[each.name] = {option.name: option for option in each.params}
+    with_url = [options for options in found.values() if "url" in options]
+    assert len(with_url) == 10
+    assert {options["ca_file"].envvar for options in with_url} == {"GREENPROMPT_CA_FILE"}
+
+
+@pytest.mark.parametrize("command", ["status", "audit", "keys list --key-file key", "measure -m org/a -p p.jsonl -o o"])
+def test_a_missing_ca_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    """The file that the environment names is used by all commands; if it is missing, the error names it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "key").write_text("gp_x")
+    (tmp_path / "p.jsonl").write_text('{"id": "1", "question": "Why?"}\n')
+    monkeypatch.setenv("GREENPROMPT_CA_FILE", "none.pem")
+    monkeypatch.setattr(sys, "argv", ["greenprompt", *command.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    lines = capfd.readouterr().err.splitlines()
+    assert (ended.value.code, lines) == (2, ["greenprompt: none.pem: can't be read: No such file or directory"])

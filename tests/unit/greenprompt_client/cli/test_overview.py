@@ -133,7 +133,7 @@ class FakeClient:
     drains: ClassVar[list[tuple[str | None, int]]] = []
     asked: ClassVar[list[str]] = []
 
-    def __init__(self, _url: str, *, tenant: str | None, api_key: str | None, connect_for_s: float) -> None:
+    def __init__(self, _url: str, *, tenant: str | None, connect_for_s: float, **_: object) -> None:
         pass
 
     def __enter__(self) -> Self:

@@ -81,7 +81,7 @@ def test_estimates_are_marked() -> None:
     assert "~0.2" in line
     assert "estimate" in line
     legend = shown(demo._legend(rows))
-    assert "~ is not measured" in legend
+    assert "~: not measured" in legend
     assert "score with its bounds: ~0.002" in legend
 
 
@@ -101,7 +101,7 @@ def test_llm_that_did_not_come_has_no_figures() -> None:
     row = Row("org/tiny", asked_s=10.0, note="request r1 is failed: no memory")
     assert "no memory" in shown(demo._results([row]))
     assert shown(demo._legend([row])).strip() == ""
-    assert "No final energy window has come." in shown(demo._legend([served()]))
+    assert "No final energy window has arrived." in shown(demo._legend([served()]))
 
 
 class StandIn:
@@ -238,7 +238,7 @@ def test_registry_that_ends_tells_its_last_words(started: list[subprocess.Popen[
     with pytest.raises(StartFailed, match=r"^port 1 is taken$"):
         demo._wait_ready(process, tmp_path / "up.log", tmp_path / "up.json", 60, console())
     (tmp_path / "up.log").write_text("")
-    with pytest.raises(StartFailed, match="without a word"):
+    with pytest.raises(StartFailed, match="without a message"):
         demo._wait_ready(process, tmp_path / "up.log", tmp_path / "up.json", 60, console())
 
 

@@ -117,7 +117,7 @@ def test_what_may_grow_is_no_difference() -> None:
     small, large = plan("llms: [org/a]").identity(), plan("llms: [org/a, org/b]\nrepetitions: 2").identity()
     assert list(identity_differences(small, large)) == []
     assert list(growth(small, large)) == ["llms: 1 → 2", "repetitions: 1 → 2"]
-    assert "repetitions is 2 there and 1 here" in list(identity_differences(large, small))
+    assert "repetitions is 2 in the folder and 1 now" in list(identity_differences(large, small))
 
 
 def test_differences_are_told_by_field() -> None:
@@ -125,11 +125,11 @@ def test_differences_are_told_by_field() -> None:
     args = "args: {prompting: {top_k: 5}, deployment: {}}\nllms: [org/a, org/b]"
     there, here = plan(args).identity(), plan(args.replace("5", "6").replace(", org/b", ""), seed=2).identity()
     told = list(identity_differences(there, here))
-    assert told[0] == "llms.org/a.args.prompting.top_k is 5 there and 6 here"
+    assert told[0] == "llms.org/a.args.prompting.top_k is 5 in the folder and 6 now"
     assert told[1].startswith('llms.org/b is {"modeltyp":')
-    assert told[1].endswith("there and absent here")
-    assert told[2:] == ["seed is 1 there and 2 here"]
-    assert list(identity_differences({"a": None}, {})) == ["a is null there and absent here"]
+    assert told[1].endswith("in the folder and absent now")
+    assert told[2:] == ["seed is 1 in the folder and 2 now"]
+    assert list(identity_differences({"a": None}, {})) == ["a is null in the folder and absent now"]
 
 
 def test_order_depends_on_the_seed_alone() -> None:
@@ -158,7 +158,7 @@ def test_every_field_of_a_request_can_be_said_everywhere() -> None:
 
 def test_every_field_of_an_experiment_has_an_option() -> None:
     """Options alone are enough: each field has one, and those of ``args`` are --arg and --deployment-arg."""
-    options = inspect.signature(measure).parameters.keys() - {"experiment"}
+    options = inspect.signature(measure).parameters.keys() - {"experiment", "ca_file"}
     assert options == Experiment.model_fields.keys() - {"args"} | {"arg", "deployment_arg"}
 
 

@@ -127,7 +127,7 @@ def test_what_is_not_known_is_said() -> None:
     assert "refused prompts: 1" in text
     assert "answers still missing: 1" in text
     assert f"{wide}: score is not known: 1 of 1 windows have no known amount (too_short)" in text
-    assert "llms/a: no final window is there, so that no figure is known." in text
+    assert "llms/a: no final window has arrived, so no figure is known." in text
     assert "flags: too_short (1)" in text
     assert "The measurement's flags: machine_changed" in text
     assert not list(notes([], None))[2:]

@@ -122,7 +122,7 @@ def test_a_repetition_that_is_refused_ahead_is_asked_for_later(
     refusals = iter([None, error(409, "not_now"), None])
     registry.on_post = lambda: next(refusals)
     assert measure(repetitions=2)
-    assert "Repetition 2 is asked for later" in measure.shown
+    assert "Repetition 2 is requested later" in measure.shown
     assert every_prompt_once(tmp_path / "out", repetitions=2)
     assert [state.status for state in registry.requests.values()] == ["released"] * 4
 
@@ -205,7 +205,7 @@ def test_prompts_are_in_flight_together(measure: Measure, registry: HttpRegistry
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"status": "queued", "position": 2}, "queued, 2. in the queue"),
+        ({"status": "queued", "position": 2}, "queued, place 2 in the queue"),
         ({"status": "deploying", "phase": "loading"}, "deploying, loading"),
         ({"status": "deploying", "phase": "downloading", "progress": 0.43}, "deploying, downloading 43%"),
         (
@@ -317,7 +317,7 @@ def test_what_does_not_come_is_provisional_until_the_next_run(
     summary = summary_of(tmp_path / "out")
     (llm,) = summary["llms"]
     assert (summary["complete"], llm["provisional"], llm["figures"][0]["prompts"]) == (False, 4, 1)
-    assert "4 answers have no final window yet: the same command fetches them." in measure.shown
+    assert "4 answers have no final window yet: repeat the command to fetch it." in measure.shown
     path = tmp_path / "out" / "windows.jsonl"
     path.write_bytes(path.read_bytes()[:-20])  # as if it was killed while it wrote
     registry.on_windows = lambda windows: windows
@@ -418,7 +418,7 @@ def test_refused_experiment_ends_at_once(measure: Measure, registry: HttpRegistr
     with pytest.raises(AnswerError, match="it says llm_never_fits"):
         measure()
     assert len(registry.keys) == 1
-    assert "the same command goes on" in measure.shown
+    assert "repeat the command to continue" in measure.shown
     registry.on_post = lambda: None
     assert measure(llms=["org/a", "org/c"])  # corrected: the refused one does not bind the folder
     assert every_prompt_once(tmp_path / "out", ["org/a", "org/c"])
@@ -501,7 +501,7 @@ def test_llm_that_refuses_every_prompt(measure: Measure, registry: HttpRegistry,
     registry.on_prompt = refuse
     assert not measure(warmup=0)
     assert not summary_of(tmp_path / "out")["complete"]
-    assert "org/b: refused all of 5 prompts, the first of them with: it says prompt_refused" in measure.shown
+    assert "org/b: refused all 5 prompts; the reason of the first refusal: it says prompt_refused" in measure.shown
     registry.on_prompt = lambda _state, _question: None
     assert measure(warmup=0)
     assert [llm["errors"] for llm in summary_of(tmp_path / "out")["llms"]] == [0, 0]
@@ -577,9 +577,8 @@ def test_killed_run_is_gone_on_with(
     assert every_prompt_once(tmp_path / "out", repetitions=2)
     assert before.keys() <= counted(tmp_path / "out").keys()
     assert registry.open == []
-    assert (
-        f"{sum(before.values())} of 20 answers are there; {len(held)} requests of the last run were given back" in shown
-    )
+    assert f"{sum(before.values())} of 20 answers exist already; " in shown
+    assert f"{len(held)} requests of the last run were released" in shown
     assert len({body["measurementId"] for body in registry.posted}) == 1
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["complete"]
 
@@ -599,7 +598,7 @@ def test_interrupted_run_gives_its_llms_back(
     assert process.returncode == 130
     missing = 20 - sum(counted(tmp_path / "out").values())
     assert missing in (18, 19)  # the second may be on its way
-    assert f"{missing} of 20 answers are missing: the same command goes on" in shown
+    assert f"{missing} of 20 answers are missing: repeat the command to continue" in shown
     assert not json.loads((tmp_path / "out" / "summary.json").read_text())["complete"]
 
 
@@ -628,12 +627,12 @@ def test_other_experiment_is_refused(measure: Measure, registry: HttpRegistry, p
     with pytest.raises(BadSettings) as caught:
         measure(repetitions=1, llms=["org/a"], concurrency=2)
     text = str(caught.value)
-    assert "prompt '1' is another one here; prompt '2' is absent here" in text
-    assert "concurrency is 1 there and 2 here" in text
-    assert "repetitions is 2 there and 1 here" in text
-    assert "llms, prompts, repetitions may grow; else use another folder" in text
+    assert "prompt '1' has changed; prompt '2' is missing now" in text
+    assert "concurrency is 1 in the folder and 2 now" in text
+    assert "repetitions is 2 in the folder and 1 now" in text
+    assert "Only llms, prompts, repetitions may grow; for other changes use another folder" in text
     assert "llms.org/b is {" in text
-    assert "there and absent here" in text
+    assert "in the folder and absent now" in text
     assert every_prompt_once(tmp_path / "out", repetitions=2)
 
 
@@ -649,7 +648,7 @@ def test_experiment_may_grow(measure: Measure, registry: HttpRegistry, prompts: 
     with prompts.open("a") as file:
         file.write(json.dumps({"question": "One more?"}) + "\n")
     assert measure(repetitions=3, llms=["org/c", "org/b", "org/a"], warmup=0)
-    assert "Goes on: 20 of 54 answers are there." in measure.shown
+    assert "Continuing: 20 of 54 answers exist already." in measure.shown
     assert "Added: llms: 2 → 3, prompts: 5 → 6, repetitions: 2 → 3." in measure.shown
     assert (out / "answers.jsonl").read_text().startswith(first)
     assert set(counted(out).values()) == {1}
@@ -659,7 +658,7 @@ def test_experiment_may_grow(measure: Measure, registry: HttpRegistry, prompts: 
     assert grown["order"][2] == [*order[2], "org/c"]
     assert sorted(grown["order"][3]) == ["org/a", "org/b", "org/c"]
     assert len({body["measurementId"] for body in registry.posted}) == 1
-    with pytest.raises(BadSettings, match="repetitions is 3 there and 2 here"):
+    with pytest.raises(BadSettings, match="repetitions is 3 in the folder and 2 now"):
         measure(repetitions=2, llms=["org/c", "org/b", "org/a"], warmup=0)
 
 
@@ -689,7 +688,7 @@ def test_registry_that_has_lost_its_state(measure: Measure, registry: HttpRegist
     assert measure(llms=["org/a"], warmup=0)
     first, second = (body["measurementId"] for body in registry.posted)
     assert first != second
-    assert f"The registry knows nothing of measurement {first}: goes on as measurement {second}." in measure.shown
+    assert f"The registry has no measurement {first}; continuing as measurement {second}." in measure.shown
     told = yaml.safe_load((tmp_path / "out" / "experiment.yaml").read_text())
     assert (told["measurement_id"], told["earlier_measurement_ids"]) == (second, [first])
     assert every_prompt_once(tmp_path / "out", ["org/a"])
@@ -706,7 +705,7 @@ def test_answers_whose_windows_were_lost_are_asked_again(
     registry.forget()
     registry.on_windows = lambda windows: windows
     assert measure(llms=["org/a"], warmup=0)
-    assert "3 answers are asked for again, since their final windows were lost" in measure.shown
+    assert "3 prompts are asked again, because their final windows are lost" in measure.shown
     (llm,) = summary_of(tmp_path / "out")["llms"]
     assert (llm["answers"], llm["provisional"], llm["figures"][0]["prompts"]) == (5, 0, 5)
     assert measure(llms=["org/a"], warmup=0)

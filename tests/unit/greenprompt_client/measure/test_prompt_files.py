@@ -59,7 +59,7 @@ def test_question_may_have_another_name() -> None:
     [
         (b"", "contains no prompts"),
         (b"[]", "contains no prompts"),
-        (b'{"question": "a"}\n{"id": 1, "question": "b"}', "line 2: id: '1' is another prompt's, too"),
+        (b'{"question": "a"}\n{"id": 1, "question": "b"}', "line 2: id: '1' is also the id of another prompt"),
         (b'{"question": "a"}\r\nwhat', "line 2: is not JSON: Expecting value"),
         (b'{"question": "a"}\n{"question": "b"} {}', "line 2: has more than one JSON value"),
         (b'{"question": "a", "question": "b"}', "line 1: is not JSON: the key 'question' occurs twice"),
@@ -67,7 +67,7 @@ def test_question_may_have_another_name() -> None:
         (b'{"question": ""}', "line 1: question: give a text that is not empty"),
         (b'{"question": 7}', "line 1: question: give a text that is not empty"),
         (b'{"question": "\\ud800"}', "line 1: question: contains a lone surrogate"),
-        (b'{"query": "a", "n": 1}', "line 1: question: is missing; its fields are 'query', 'n'"),
+        (b'{"query": "a", "n": 1}', "line 1: question: is missing; the prompt's fields are 'query', 'n'"),
         (b'{"question": "a", "id": true}', "line 1: id: give a text that is not empty, or a whole number"),
         (b'{"question": "a", "id": "' + b"x" * 2000 + b'"}', "line 1: id: is longer than 1024 characters"),
         (b"\n7", "line 2: is no prompt"),

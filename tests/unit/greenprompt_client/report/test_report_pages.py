@@ -121,7 +121,7 @@ def test_terminal() -> None:
     assert "active: 1 of 17 windows lack joules or gCO2eq (too_short); 2 s without joules" in text
     assert "org/small: no 95 % interval: too few prompts: 8 (at least 10)" in text
     assert "org/small: score with idle time: no 95 % interval: too few leases: 1 (at least 10)" in text
-    assert "~ is not measured" in text
+    assert "~: not measured" in text
 
 
 def full(*more: EnergyWindow, requests: list[Request] | None = None) -> MeasurementReport:
@@ -157,7 +157,7 @@ def test_machines_have_rows_of_their_own() -> None:
     report = report_of(Measurement(7, 1), [request("r-1", "org/tiny")], rows, iso)
     text = shown(report)
     assert "org/tiny on gpu-2" in text.replace("\n", " ")
-    assert "Figures of different machines don't compare, and are not averaged: gpu-1, gpu-2." in text
+    assert "Figures of different machines are not comparable, and not averaged: gpu-1, gpu-2." in text
     page = report_html(report)
     assert "org/tiny on gpu-2" in page
 
@@ -168,7 +168,7 @@ def test_what_is_not_finished_is_said() -> None:
     dead = request("r-2", "org/tiny", 2, deployed_s=BEGUN_S, ended_s=BEGUN_S + 5, status=RequestStatus.FAILED)
     report = report_of(Measurement(7, 1), [running, dead], kept(record(1, warmup=True)), iso)
     for text in (shown(report), report_html(report)):
-        assert "Not finished: 1 lease(s) still run, more will come: r-1" in text
+        assert "Not finished: more windows will arrive, because 1 lease(s) have not ended: r-1" in text
         assert "Lost: 5 s of r-2 are in no window (wrapper_died)" in text
         assert "0 prompt(s) and 1 warm-up(s)" in text
     assert "org/tiny: no prompt has a final window." in shown(report)
@@ -183,7 +183,7 @@ def test_terminal_without_estimates() -> None:
     assert re.search(r"M: embodied carbon +~37\.5 \(16\.7 to 49\) gCO2eq/h", text)
     assert re.search(r"E: PUE +~1\.2", text)
     assert "flags: machine_changed" in text
-    assert "not counted by anything: dram" in text
+    assert "without a counter: dram" in text
 
 
 def test_terminal_with_nothing() -> None:
@@ -217,7 +217,7 @@ def test_page_has_its_plots() -> None:
     page = report_html(an_experiment())
     assert re.findall(r'<figure id="plot-(\w+)">', page) == ["score", "joules", "power", "uses"]
     assert page.count("<svg") == 4
-    assert "not all is known: active" in page
+    assert "partly unknown: active" in page
     assert 'class="estimate">estimate' in page
     assert "~ estimate" in {name: svg for name, _, svg in plots(an_experiment())}["joules"]
 
@@ -325,7 +325,7 @@ class StandIn:
     asked_for: ClassVar[list[str | None]] = []
     """The tenants in whose name it was asked."""
 
-    def __init__(self, url: str, *, tenant: str | None, api_key: str | None, connect_for_s: float) -> None:
+    def __init__(self, url: str, *, tenant: str | None, connect_for_s: float, **_: object) -> None:
         self.url, self.connect_for_s = url, connect_for_s
         self.asked_for.append(tenant)
 

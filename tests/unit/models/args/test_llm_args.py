@@ -170,7 +170,7 @@ def test_every_taken_word_has_a_case(table, cases):
 def test_translated_words_are_noted(mapping, cases):
     """A word that becomes another one is told to the client; one of vLLM's own is not."""
     for word, value, to, expected in cases:
-        notes = [note for note in mapping({word: value}).notes if f".{word} is {to}" in note]
+        notes = [note for note in mapping({word: value}).notes if f".{word} was translated to {to}" in note]
         assert bool(notes) == (word != to) or (word, expected) == ("temperature", 0.01)
 
 
@@ -532,9 +532,9 @@ def test_the_contract_s_example():
     assert (args.spec.revision, args.spec.gpus, args.uses_chat_template) == (None, 0, True)
     assert args.prompting == {"max_tokens": 256, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
     assert args.notes == (
-        "args.prompting.max_new_tokens is max_tokens",
+        "args.prompting.max_new_tokens was translated to max_tokens",
         "args.deployment.device_map has no meaning on vLLM and was dropped: Ray gives the engine its GPUs",
-        "args.deployment.torch_dtype is dtype",
+        "args.deployment.torch_dtype was translated to dtype",
     )
 
 
