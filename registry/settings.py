@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
@@ -34,6 +33,7 @@ from registry.errors import BadSettings
 from registry.http_settings import HTTPSettings, within
 from registry.model_settings import ModelSettings, absolute
 from registry.strict_yaml import load_yaml
+from registry.wire.http import is_loopback
 from registry.wire.schemas import LLMConfig, TenantName
 
 __all__ = ["EnergySettings", "ModelSettings", "Settings", "differing", "load_settings", "url_host"]
@@ -235,7 +235,7 @@ class Settings(BaseSettings):
         if self.http.public_url is not None:
             hosts["public_url"] = urlsplit(self.http.public_url).hostname or ""
         for name, host in hosts.items():
-            if not (self.access.keys or self.access.insecure or _is_loopback(host)):
+            if not (self.access.keys or self.access.insecure or is_loopback(host)):
                 raise ValueError(
                     f"access.keys must be true, because http.{name} {host!r} can be reached from other machines "
                     "(make keys with greenprompt keys create); access.insecure: true serves everybody who reaches it"
@@ -286,13 +286,6 @@ class Settings(BaseSettings):
             kv_cache_bytes=None if self.wrappers.kv_cache_gib is None else self.wrappers.kv_cache_gib * 2**30,
             sticky_s=self.measurements.sticky_s,
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def differing(one: BaseModel, other: BaseModel) -> list[str]:
