@@ -176,7 +176,7 @@ class Settings(BaseSettings):
     )
 
     state_dir: Path = Field(
-        Path("build/state"), validate_default=True, description="Folder for database, logs and pid file of the registry"
+        Path("build/state"), validate_default=True, description="Folder for the database, logs, keys and a lock file"
     )
     cache_dir: Path = Field(
         Path("build/cache"), validate_default=True, description="Folder for compile caches, on each machine's own disk"
@@ -196,8 +196,8 @@ class Settings(BaseSettings):
     budgets: BudgetSettings = BudgetSettings()
     deploy: tuple[MachineLLM, ...] = Field(
         (),
-        description="LLMs to deploy without a request, on a machine's first wrapper: when the wrapper starts or has "
-        "stopped another LLM, and after an undrain",
+        description="LLMs to deploy without a request, on a machine's first wrapper: when the wrapper has started, "
+        "when it has stopped another LLM, and after an undrain",
     )
 
     @classmethod
