@@ -13,7 +13,7 @@ PURE_FILES := $(subst $(empty) $(empty),$(comma),$(PURE))
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-env: ## the environment in .venv, made anew only when the locks or pyproject.toml have changed
+env: ## create the environment in .venv, and update it after a change of the locks or pyproject.toml
 	@PYTHON="$(PYTHON)" locks/install.sh cpu .venv
 
 demo: env ## a whole registry on this machine, without a GPU (ARGS="…" go to `greenprompt demo`)
@@ -32,7 +32,7 @@ test: lint ## linters, types, import contracts and all tests but the long ones, 
 	$(BIN)/coverage report --include='$(PURE_FILES)' --fail-under=100
 	@grep -E '^=+ .* in [0-9.]+s.* =+$$' build/pytest.log
 
-check: env ## what a developer runs after each change: linters, and the tests that need no Ray, vLLM or database
+check: env ## run after each change: linters, and the tests that need no Ray, vLLM or database
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
@@ -49,7 +49,7 @@ test-pythons: env ## the unit tests on Python 3.12 and 3.13, as far as this mach
 test-cluster: env ## a cluster of several hosts, made of network namespaces (root; iproute2, nftables, openssh-server, rsync)
 	$(BIN)/pytest -s -m "hosts and not soak" tests/hosts
 
-soak: env ## half an hour of leases on that cluster while something breaks every 20 s (SOAK_S=…, SOAK_SEED=…)
+soak: env ## half an hour of leases on a cluster of several hosts, with a fault every 20 s (SOAK_S=…, SOAK_SEED=…)
 	$(BIN)/pytest -s -m soak tests/hosts
 
 test-long: env .venv-eval/.installed ## all tests, the long ones too, with many more generated examples
@@ -61,7 +61,7 @@ test-long: env .venv-eval/.installed ## all tests, the long ones too, with many 
 	@$(BIN)/uv pip install --quiet --python .venv-eval/bin/python --no-deps --require-hashes -r locks/eval.txt
 	@touch $@
 
-eval-check: env .venv-eval/.installed ## lm_eval on a tiny task over the address of a lease, from an environment of its own
+eval-check: env .venv-eval/.installed ## run a tiny task of lm_eval at the address of a lease, in a separate environment
 	$(BIN)/pytest -m long tests/cluster/test_lm_eval.py
 
 .venv-docs/.installed: locks/docs.txt | env
@@ -82,13 +82,13 @@ lint: env ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-tiny-llms: env ## two made-up LLMs of some 100 kB, to try things with, in build/llms
+tiny-llms: env ## make two LLMs of about 100 kB with random weights, in build/llms
 	$(BIN)/python -m greenprompt_client.demo.tiny_llm build/llms/a build/llms/b
 
 bench: env ## the benchmarks (PART=… for one of them)
 	$(BIN)/python -m tests.bench.run $(if $(PART),--part $(PART))
 
-bench-gpu: ## starts and swaps on a machine with an NVIDIA GPU, in an environment of its own (.venv-gpu)
+bench-gpu: ## benchmark starts and changes of LLMs on an NVIDIA GPU, in a separate environment (.venv-gpu)
 	@PYTHON="$(PYTHON)" locks/install.sh gpu .venv-gpu
 	.venv-gpu/bin/python -m tests.bench.engine --only starts --gpus 1
 
@@ -96,7 +96,7 @@ bench-gpu: ## starts and swaps on a machine with an NVIDIA GPU, in an environmen
 COMPILE = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command "make locks"
 locks: export UV_FIND_LINKS =
-locks: env ## the locks anew, with the newest versions that pyproject.toml allows
+locks: env ## resolve all versions in locks/ again: the newest that pyproject.toml allows
 	$(COMPILE) --upgrade --python-version 3.11 locks/installer.in -o locks/installer.txt
 	$(COMPILE) --upgrade --python-version 3.11 pyproject.toml locks/cpu.in $(foreach e,server report cpu postgres dev,--extra $(e)) \
 	    --override locks/cpu.overrides $(foreach p,torch torchvision torchaudio torchcodec,--no-emit-package $(p)) \
@@ -105,6 +105,6 @@ locks: env ## the locks anew, with the newest versions that pyproject.toml allow
 	$(COMPILE) --upgrade --python-version 3.11 locks/docs.in -o locks/docs.txt
 	$(COMPILE) --upgrade --python-version 3.12 pyproject.toml $(foreach e,server report gpu postgres,--extra $(e)) -o locks/gpu.txt
 
-clean: ## away with everything that can be made again
+clean: ## delete everything that can be made again
 	rm -rf .venv .venv-docs .venv-eval .venv-gpu $(PYTHONS:%=.venv-%) build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find greenprompt_client registry deployments tests -name __pycache__ -type d -exec rm -rf {} +

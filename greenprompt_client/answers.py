@@ -70,7 +70,7 @@ def may_ask_again(error: Exception) -> bool:
 
 
 def checked(response: httpx.Response) -> httpx.Response:
-    """Return an answer that is no error. Raises AnswerError."""
+    """Return the answer. Raises AnswerError if it is an error."""
     if response.is_success:
         return response
     try:

@@ -96,7 +96,7 @@ class HeldLease:
         headers = {WARMUP_HEADER: "true"} if warmup else {}
         if prompt_id is not None:
             headers[PROMPT_HEADER] = quote(prompt_id, safe="")
-        # Not the decorator: it would log the arguments of retried calls, and the URL contains the lease's token.
+        # stamina's decorator would log the arguments of retried calls, and the URL contains the lease's token.
         for attempt in stamina.retry_context(may_ask_again, attempts=None, timeout=RETRY_FOR_S):
             with attempt:
                 answer: dict[str, Any] = checked(
@@ -206,7 +206,7 @@ class RegistryClient:
     def status(self, request_id: str, *, wait_s: float = 0.0, seen: str | None = None) -> RequestState:
         """Return a request's state once its status differs from ``seen``, or after ``wait_s`` seconds (at most 60).
 
-        Without ``seen``: at once for a deployed request, for others when the status changes. Retries for up to
+        Without ``seen``: at once if it is deployed or has ended, else when the status changes. Retries for up to
         RETRY_FOR_S seconds while the registry restarts. Raises AnswerError, httpx.HTTPError.
         """
         params: dict[str, float | str] = {"wait": min(wait_s, MAX_WAIT_S)} if wait_s else {}

@@ -134,7 +134,7 @@ def short_name(llm: str) -> str:
 
 
 def _scale(scores: Sequence[Figure]) -> tuple[float, str]:
-    """Return a fraction of a gram in which the largest score needs no exponent, and the unit's name."""
+    """Return a unit in which the largest score needs no exponent: its part of a gram, and its name."""
     largest = max((score.value for score in scores if score.value), default=1.0)
     scale, prefix = next(((s, prefix) for s, prefix in _PREFIXES if largest >= s), _PREFIXES[-1])
     units = {score.unit for score in scores}

@@ -24,7 +24,7 @@ class GridSettings(Section):
     gco2eq_per_kwh: float | None = Field(None, gt=0, description="Carbon intensity, if no zone is given, gCO2eq/kWh")
     source: str | None = Field(None, description="Source of gco2eq_per_kwh")
     date: str | None = Field(None, description="Day or time for which gco2eq_per_kwh is valid")
-    year: int | None = Field(None, ge=1990, le=2100, description="Year of which the value is the mean")
+    year: int | None = Field(None, ge=1990, le=2100, description="If the value is the mean of a year: that year")
     low_gco2eq_per_kwh: float | None = Field(None, ge=0, description="Lower bound of the value, gCO2eq/kWh")
     high_gco2eq_per_kwh: float | None = Field(None, gt=0, description="Upper bound of the value, gCO2eq/kWh")
 

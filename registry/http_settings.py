@@ -33,7 +33,7 @@ class HTTPSettings(Section):
         "From all others the header is ignored",
     )
     haproxy: bool = Field(
-        True, description="Whether to serve through HAProxy, which handles several times the requests/s"
+        True, description="Whether to serve through HAProxy, which handles several times as many requests/s"
     )
 
     @model_validator(mode="after")

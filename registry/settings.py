@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
@@ -34,6 +33,7 @@ from registry.errors import BadSettings
 from registry.http_settings import HTTPSettings, within
 from registry.model_settings import ModelSettings, absolute
 from registry.strict_yaml import load_yaml
+from registry.wire.http import is_loopback
 from registry.wire.schemas import LLMConfig, TenantName
 
 __all__ = ["EnergySettings", "ModelSettings", "Settings", "differing", "load_settings", "url_host"]
@@ -176,7 +176,7 @@ class Settings(BaseSettings):
     )
 
     state_dir: Path = Field(
-        Path("build/state"), validate_default=True, description="Folder for database, logs and pid file of the registry"
+        Path("build/state"), validate_default=True, description="Folder for the database, logs, keys and a lock file"
     )
     cache_dir: Path = Field(
         Path("build/cache"), validate_default=True, description="Folder for compile caches, on each machine's own disk"
@@ -198,8 +198,8 @@ class Settings(BaseSettings):
     budgets: BudgetSettings = BudgetSettings()
     deploy: tuple[MachineLLM, ...] = Field(
         (),
-        description="LLMs to deploy without a request, on a machine's first wrapper: when the wrapper starts or has "
-        "stopped another LLM, and after an undrain",
+        description="LLMs to deploy without a request, on a machine's first wrapper: when the wrapper has started, "
+        "when it has stopped another LLM, and after an undrain",
     )
 
     @classmethod
@@ -237,7 +237,7 @@ class Settings(BaseSettings):
         if self.http.public_url is not None:
             hosts["public_url"] = urlsplit(self.http.public_url).hostname or ""
         for name, host in hosts.items():
-            if not (self.access.keys or self.access.insecure or _is_loopback(host)):
+            if not (self.access.keys or self.access.insecure or is_loopback(host)):
                 raise ValueError(
                     f"access.keys must be true, because http.{name} {host!r} can be reached from other machines "
                     "(make keys with greenprompt keys create); access.insecure: true serves everybody who reaches it"
@@ -288,13 +288,6 @@ class Settings(BaseSettings):
             kv_cache_bytes=None if self.wrappers.kv_cache_gib is None else self.wrappers.kv_cache_gib * 2**30,
             sticky_s=self.measurements.sticky_s,
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def differing(one: BaseModel, other: BaseModel) -> list[str]:

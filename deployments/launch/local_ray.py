@@ -23,7 +23,7 @@ from deployments.machine.private_files import private_folder, write_private
 from deployments.machine.worker_environment import FILE_NAME, hide_secrets
 from registry.errors import BadSettings
 from registry.settings import Settings
-from registry.wire.http import LOOPBACK
+from registry.wire.http import is_loopback
 
 log = structlog.get_logger("deployments.launch.local_ray")
 
@@ -110,7 +110,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
             "TMPDIR": str(temporary),
         }
         if settings.http.haproxy:
-            local_only = settings.http.host in LOOPBACK
+            local_only = is_loopback(settings.http.host)
             environment |= haproxy_environment(folder / HAPROXY_FOLDER, ports=free_ports(3), local_only=local_only)
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(environment)

@@ -78,7 +78,7 @@ HAPROXY: Final = tuple(
         ),
         (
             "sections `global`, `defaults`, `http_frontend`",
-            "limits of connections and polls and Retry-After are added, and Serve leaves hang-ups to the wrappers",
+            "adds limits of connections and of polls, and Retry-After; Serve leaves hang-ups to the wrappers",
             r'^(HAPROXY_CONFIG_TEMPLATE = """)?global$',
             r"^defaults$",
             r"^frontend http_frontend$",
@@ -115,7 +115,7 @@ HANG_UPS: Final = Patch(
     "Ray",
     "header x-request-disconnect-disabled",
     How.SET,
-    "Serve does not watch prompts for hang-ups, which a wrapper does itself",
+    "Serve does not watch whether the client of a prompt hangs up; the wrapper does",
     (HasLine('"x-request-disconnect-disabled"', CONSTANTS),),
     "never: HAProxy sets it for prompts only",
 )

@@ -60,7 +60,7 @@ class BadHost(RegistryError):
 
 
 class HostNotAllowed(RegistryError):
-    """The ``Host`` header names a host that is not served; ``http.allowed_hosts`` adds one."""
+    """The ``Host`` header names a host that is not served. To serve it, add it to ``http.allowed_hosts``."""
 
     code = "host_not_allowed"
     http_status = 421

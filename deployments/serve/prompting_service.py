@@ -93,12 +93,12 @@ def root_router(call: Callable[..., Awaitable[Any]]) -> APIRouter:
 
     @router.get("/get_status", status_code=307, response_class=Response, responses=answers)
     async def get_status(request: Request, credentials: Credentials) -> Response:
-        """Redirect to the ``url`` of the lease with this token, for the LLM's status."""
+        """Redirect to the LLM's status, at the ``url`` of the lease with this token."""
         return await to_lease(request, credentials)
 
     @router.post("/process_prompt", status_code=307, response_class=Response, responses=answers)
     async def process_prompt(request: Request, credentials: Credentials) -> Response:
-        """Redirect to the ``url`` of the lease with this token, to prompt its LLM."""
+        """Redirect a prompt to its LLM, at the ``url`` of the lease with this token."""
         return await to_lease(request, credentials)
 
     return router

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from greenprompt_client.client import CONNECT_FOR_S, RegistryClient
-from registry.wire.http import LOOPBACK, base_url_of
+from registry.wire.http import base_url_of, is_loopback
 
 EXIT_NOT_YET = 1
 """Exit status if the awaited result did not occur."""
@@ -115,7 +115,7 @@ def _operator_key(url: str) -> str | None:
 
     It is used for loopback addresses only: no other machine gets it.
     """
-    if base_url_of(url).host not in LOOPBACK:
+    if not is_loopback(base_url_of(url).host):
         return None
     for file in OPERATOR_KEYS:
         try:

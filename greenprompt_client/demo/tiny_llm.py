@@ -95,7 +95,7 @@ def _mark_of(target: Path) -> object:
 
 
 def _check_ours(target: Path) -> None:
-    """Refuse to replace a directory with other files than those of a tiny LLM."""
+    """Raise FileExistsError if a directory contains files that don't belong to a tiny LLM."""
     ours = {
         _MARK, "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",

@@ -50,7 +50,7 @@ MAX_PROMPT_TIMEOUT_S = 7 * 86_400.0
 
 # D88: an experiment may grow
 GROWS = ("llms", "prompts", "repetitions")
-"""Fields that may grow in an experiment that has begun. All others of its identity must stay the same."""
+"""Fields that may grow in an experiment that has begun. All other fields in ``Plan.identity`` must stay the same."""
 
 
 def _all_different(llms: tuple[LLMConfig, ...]) -> tuple[LLMConfig, ...]:
@@ -127,7 +127,7 @@ class Experiment(BaseModel):
     measurement_id: StrictInt | None = Field(None, gt=0, le=MAX_ID, description="null: a new one")
     tenant: TenantName | None = Field(None, description="Name of the tenant; null: default")
     priority: Priority | None = Field(None, description="low, normal or high within the tenant; null: normal")
-    gpu_type: GpuType | None = Field(None, description="GPUs that the machine must have; null: any or none")
+    gpu_type: GpuType | None = Field(None, description="GPUs that the machine must have; null: no condition")
     grade: Grade | None = Field(None, description="measurement: warm LLM, machine at rest; null: standard")
     like: _Name | None = Field(
         None, description="Id of an earlier request; LLM, software and kind of machine must be the same"
@@ -232,7 +232,7 @@ def load_plan(
 
 
 def _with_args(args: Any, section: str, values: Mapping[str, Any]) -> Any:
-    """Return args with values added to one of their two sections; args of another form are left to validation."""
+    """Return args with values added to one of their two sections; invalid args are returned unchanged."""
     if isinstance(args, LLMArgs):
         args = args.model_dump()
     if not isinstance(args, dict) or not isinstance(args.get(section, {}), dict):

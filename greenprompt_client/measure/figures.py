@@ -69,8 +69,8 @@ def summarized(
 def without_window(answers: Sequence[Mapping[str, Any]], windows: Sequence[WindowReport]) -> list[Mapping[str, Any]]:
     """Return the answers without a final window.
 
-    An answer that does not name its window counts as having one once its lease's window exists,
-    because a lease's window is written after all windows of its prompts.
+    If an answer does not name its window, its window exists once the window of its lease exists, because
+    that is written after all windows of the prompts.
     """
     there = {window.window for window in windows}
     ended = {window.requestId for window in of_kind(windows, WindowKind.LEASE)}

@@ -115,7 +115,7 @@ class Results:
         """Continue with a new measurementId, because the registry has lost the previous one.
 
         Returns:
-            The number of answers to be asked for again, because their final windows were lost with it.
+            The number of prompts that are asked again, because the registry has lost their final windows.
         """
         earlier = [*self._told.get("earlier_measurement_ids", ()), self.measurement_id]
         self._told |= {"measurement_id": measurement_id, "earlier_measurement_ids": earlier}
@@ -259,8 +259,8 @@ class Results:
     def _settled(self, answers: Iterable[Mapping[str, Any]]) -> set[tuple[str, int, str]]:
         """Return the prompts that need not be asked again.
 
-        These are the answered ones, except those whose final window was lost with an earlier measurement, and the
-        refused ones of LLMs that have answered at least one prompt: an LLM that refused all may have been repaired.
+        These are the answered ones (but not if the final window was lost with an earlier measurement), and the refused
+        ones of LLMs that have answered at least one prompt. An LLM that refused all may have been repaired.
         """
         counted = [line for line in answers if not line["warmup"]]
         usable = {line["llm"] for line in counted if line["error"] is None}

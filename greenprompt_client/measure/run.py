@@ -59,7 +59,7 @@ WINDOWS_POLL_S = 1.0
 """Seconds between attempts to fetch them."""
 
 SPEED_OVER_S = 3600.0
-"""Period for the speed that the remaining time is computed from, seconds: long enough to include starts of LLMs."""
+"""The remaining time is computed from the speed in this last period, seconds, so that it includes starts of LLMs."""
 
 
 def run_measure(plan: Plan, console: Console, api_key: str | None = None, ca_file: Path | None = None) -> bool:
@@ -180,7 +180,7 @@ class _Run:
                 time.sleep(WINDOWS_POLL_S)
 
     def _leases_without_windows(self, failed: Collection[str]) -> list[str]:
-        """Return the leases with missing windows: an answer's, or the lease's own, which is written last.
+        """Return the leases that lack the window of an answer, or their own window, which is written last.
 
         A failed lease lost its wrapper and has no window of its own.
         """

@@ -2,7 +2,7 @@
 
 At any moment a wrapper is busy (prompts are in flight), idle, or starting an LLM. The shares of overlapping prompts say
 nothing about single moments, but all shares of a busy time add up to its joules, so its mean power is known. An idle
-window contains busy times; its power applies to the gaps between them.
+window extends over the busy times of its lease, but its power is that of the gaps between them.
 """
 
 from __future__ import annotations

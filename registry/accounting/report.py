@@ -101,7 +101,7 @@ class Hole:
 
 @dataclass(frozen=True, slots=True)
 class Coefficient:
-    """A factor of the formula that was not measured. ``source``: its origin, e.g. the operator's or a data set's."""
+    """A factor of the formula that was not measured. ``source``: where it comes from."""
 
     name: str
     value: float | None

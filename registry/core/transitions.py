@@ -72,7 +72,7 @@ WRAPPER_TRANSITIONS: Final[Mapping[W, Mapping[W, str]]] = {
         **_GONE_OR_OFF,
     },
     W.DEPLOYING: {
-        W.READY: "LLMDeployed, and nobody waits for it",
+        W.READY: "LLMDeployed, and no request waits for it",
         W.LEASED: "LLMDeployed",
         W.IDLE: "LLMDeployFailed",
         W.STOPPING: "ShutdownBegun, WrapperStarted with another LLM",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,7 +15,16 @@ import httpx
 from registry.errors import BadSettings
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""Hosts that are this machine: never contacted through a proxy, whatever the environment says."""
+"""The usual names of this machine, for programs that take a list of hosts; `is_loopback` knows all."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by its name or address, so that no other machine can be meant."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
 
 _CA_REMEDY = "name the file of its CA: --ca-file, GREENPROMPT_CA_FILE, or RegistryClient(ca_file=…)"
 
@@ -69,7 +79,7 @@ def http_client(
             a proxy that can't be used; the text names the file or the variable. A call raises it if the server's
             certificate is not trusted.
     """
-    own = base_url_of(base_url).host in LOOPBACK
+    own = is_loopback(base_url_of(base_url).host)
     verify = True if ca_file is None else _trust(ca_file)
     try:
         return _Client(

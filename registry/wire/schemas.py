@@ -141,7 +141,7 @@ class PromptingRequest(_Asked):
     measurementId: Annotated[StrictInt, Field(gt=0, le=MAX_ID)]
     llms: Annotated[list[LLMConfig], Field(min_length=1, max_length=MAX_LLMS_PER_REQUEST)]
     priority: Priority = Priority.NORMAL
-    gpuType: GpuType | None = Field(None, description="GPUs that the machine must have, e.g. H100; null: any or none")
+    gpuType: GpuType | None = Field(None, description="GPUs that the machine must have, e.g. H100; null: no condition")
     maxJoules: Budget | None = Field(
         None, description="Energy that each of these leases may use, joules; null: no limit"
     )
@@ -277,7 +277,7 @@ class MeasurementState(_Answered):
 
     measurementId: int
     machine: str | None
-    gpuType: str | None = Field(None, description="GPUs that the machine must have; null: any or none")
+    gpuType: str | None = Field(None, description="GPUs that the machine must have; null: no condition")
     flags: list[str]
     createdAt: str
     versions: dict[str, str] | None = Field(
@@ -377,7 +377,7 @@ class KeyRequest(_Asked):
 class KeyState(_Answered):
     """An API key, without its text. Times are ISO 8601, UTC."""
 
-    id: str = Field(description="The part of the key after `gp_`; it is not secret")
+    id: str = Field(description="The part of the key between `gp_` and the next `_`; it is not secret")
     role: str
     tenant: str | None
     name: str
@@ -390,7 +390,7 @@ class KeyState(_Answered):
 class NewKey(KeyState):
     """Answer of POST /keys."""
 
-    key: str = Field(description="The key. It is stored nowhere and can't be read again")
+    key: str = Field(description="The key. Only its hash is stored, so it can't be read again")
 
 
 class AuditEntry(_Answered):

@@ -14,7 +14,7 @@ _INTRODUCTION = f"""\
 # HTTP API
 
 {MADE}
-A running registry has the same as an OpenAPI document (`/openapi.json`).
+A running registry serves this description as an OpenAPI document (`/openapi.json`).
 Answers may have more fields in later releases. Errors are `ErrorAnswer`: [Errors](errors.md).
 
 """

@@ -166,9 +166,9 @@ still log requests.
 {_patches(HAPROXY)}\
 ## Ray
 
-`greenprompt up` and each node check the environment variables and the header, and the head of a cluster the provider;
-if a guard fails, the command fails and says which. HEAD_NODE_RESOURCE_NAME is noticed when it is imported:
-`greenprompt up` ends with an ImportError that names it.
+`greenprompt up` and each node check the environment variables and the header. The head of a cluster checks the
+provider. If a guard fails, the command fails and says which. HEAD_NODE_RESOURCE_NAME has no separate check: if it is
+missing, `greenprompt up` ends with an ImportError that names it.
 
 {_patches(RAY)}""".rstrip()
         + "\n"

@@ -74,7 +74,7 @@ class Moves:
             record.look(now_s)
 
     def _is_explained(self, last: Request, request: Request, measurement: Measurement, now_s: float) -> bool:
-        """Whether the previous machine was not usable all the time, can't run the LLMs, or was idle for too long."""
+        """Whether the previous machine was unusable since then, can't run the LLMs, or need not be kept any longer."""
         assert last.machine_id is not None
         assert last.ended_s is not None
         record, node = self._machines[last.machine_id], self._nodes[last.machine_id]

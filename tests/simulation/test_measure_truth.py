@@ -183,7 +183,8 @@ def sums_of_final_windows(made: Measured, llm: str, figures: dict[str, Any]) -> 
 def truth(made: Measured, llm: str, figures: dict[str, Any]) -> None:
     """Bounds and interval contain the truth. The figure differs from the truth by at most its systematic errors.
 
-    Errors of shares cancel in their sum. If all windows are known, it is as exact as the counters over the stretch.
+    Errors of shares cancel in their sum. If all windows are known, the figure is as exact as the counters
+    over the stretch.
     """
     judge, found, batch = Judge(made.run), figures["joules_per_token"], figures["batch"]["joules_per_token"]
     details = {each.window.window_id: json.loads(each.window.detail) for each in made.run.windows}

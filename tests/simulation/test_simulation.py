@@ -69,7 +69,7 @@ def all_kept(seeds: Iterable[int], life: Callable[[int], Verdict] = lived) -> li
     broken = [verdict for verdict in verdicts if verdict.violations]
     again = f"SIM_SEED=… .venv/bin/pytest -s {Path(__file__).relative_to(ROOT)} -k small_worlds"
     told = "\n\n".join(map(str, broken[:3]))
-    assert not broken, f"seeds {[v.seed for v in broken]} broke a promise; one of them again: {again}\n\n{told}"
+    assert not broken, f"seeds {[v.seed for v in broken]} broke a promise; to repeat one of them: {again}\n\n{told}"
     return verdicts
 
 
@@ -93,7 +93,7 @@ def test_many_small_worlds_keep_every_promise() -> None:
 def test_measurements_stay_on_their_machine() -> None:
     """A measurement with four repetitions changes its machine only if the machine is dead, drained or lost."""
     verdicts = all_kept(range(SEEDS), repeated)
-    assert sum(verdict.stayed for verdict in verdicts) > 3 * SEEDS, "they were served again and again"
+    assert sum(verdict.stayed for verdict in verdicts) > 3 * SEEDS, "too few leases on the same machine as before"
 
 
 @pytest.mark.long
@@ -201,14 +201,14 @@ def end_unless_expired(
     [
         pytest.param(Store, "commit", nothing, id="nothing is written"),
         pytest.param(LeaseGate, "require_heard", nothing, id="no fence"),
-        pytest.param(LeaseGate, "believe", believe_on_arrival, id="a late word counts as a new one"),
+        pytest.param(LeaseGate, "believe", believe_on_arrival, id="a delayed belief counts as a new one"),
         pytest.param(WrapperCommands, "hear", hear_nothing, id="a wrapper does not listen"),
         pytest.param(Ledger, "end_lease", nothing, id="leases never end"),
-        pytest.param(Endings, "requeue", let_go, id="who has to wait again is forgotten"),
-        pytest.param(Endings, "fail_exhausted", nothing, id="who was tried everywhere waits for ever"),
+        pytest.param(Endings, "requeue", let_go, id="a request that is queued again is forgotten"),
+        pytest.param(Endings, "fail_exhausted", nothing, id="a request that failed everywhere waits for ever"),
         pytest.param(Dispatcher, "_flags", lambda _self, measurement, _machine: measurement.flags, id="no flags"),
         pytest.param(Endings, "end", end_unless_expired, id="time does not pass"),
-        pytest.param(Pins, "begin", lambda _self, measurement, *_: measurement, id="a measurement goes anywhere"),
+        pytest.param(Pins, "begin", lambda _self, measurement, *_: measurement, id="a measurement may always move"),
     ],
 )
 def test_what_is_wrong_is_seen(part: type, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +240,7 @@ def test_time_passes_only_when_nobody_can_go_on() -> None:
 
 
 def test_who_waits_for_ever_is_told() -> None:
-    """A program ends with an error if none of its tasks can run, or if they run without end at the same time."""
+    """A program ends with an error if none of its tasks can run, or if they run without end and no time passes."""
 
     async def for_nobody() -> None:
         await asyncio.get_running_loop().create_future()

@@ -191,7 +191,7 @@ class SimulatedWorld:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _whole(self, clients: list[asyncio.Task[None]]) -> None:
-        """Run the faults. Then wait until all requests end, for as long as they need one after another."""
+        """Run the faults. Then wait until all requests end, at most for the time that they need one after another."""
         await self._trouble()
         settings = self.shape.settings
         each_s = settings.leases.max_s + 2 * settings.wrappers.deploy_timeout_s
@@ -210,7 +210,7 @@ class SimulatedWorld:
     def _open(self) -> list[str]:
         """Return, as text, the accepted requests that have not ended although they can be served."""
         if self.service is None:
-            return ["(the registry is not there)"]
+            return ["(the registry does not run)"]
         requests = [request for request in map(self._request, self.accepted) if not request.status.ended]
         misfit = self.service.allocator.misfit
         return [
@@ -278,7 +278,7 @@ class SimulatedWorld:
             return
         store = Store(_connection(), ExitStack())
         if self._last is not None and (differs := _difference(store, self._last)) is not None:
-            self.fail(f"what the last one knew was not written: {differs}")
+            self.fail(f"the previous registry did not write all that it knew: {differs}")
         self.service = Service(
             self.shape.settings,
             store,
@@ -489,7 +489,7 @@ class SimulatedWorld:
             refused_s = refused_s + self.now_s - last_s if alive else 0.0
             last_s = self.now_s
             if refused_s > TOLD_WITHIN_S:
-                self.fail(f"{request_id} is called deployed, and refused for {refused_s:.0f} s")
+                self.fail(f"{request_id} has the status deployed, but its prompts were refused for {refused_s:.0f} s")
 
     async def _release(self, request_id: str) -> None:
         await self._ask(lambda service: service.release(request_id))
@@ -537,7 +537,7 @@ class SimulatedWorld:
         request_id, name = grant.request_id, f"{process.plan.wrapper_id} ({process.name})"
         ended_s = self._ended_s.get(grant.token)
         if ended_s is None and self._leases.get(request_id) != grant.token:
-            self.fail(f"{name} serves a lease of {request_id} that there never was")
+            self.fail(f"{name} serves {request_id}, which never had a lease")
         if ended_s is not None and self.now_s >= ended_s + self.shape.settings.wrappers.fence_s:
             self.fail(f"{name} serves {request_id}, whose lease ended {self.now_s - ended_s:.1f} s ago")
         if ended_s is None and self._holders.get(process.plan.wrapper_id) != request_id:
@@ -672,7 +672,7 @@ KINDS = (*OF_MACHINES, *OF_REGISTRY)
 
 
 def _is_cut_off(known: list[Process]) -> bool:
-    """Whether the client, with the process that answered it last, is cut off from the registry."""
+    """Whether the client is cut off from the registry, together with the process that answered it last."""
     return bool(known) and known[-1].alive and known[-1].node.cut
 
 

@@ -305,7 +305,7 @@ def request(request_id: str, model: str, seq: int = 1, **more: Any) -> Request:
 def report_of(
     measurement: Measurement, requests: Sequence[Request], windows: Sequence[KeptWindow], iso: Callable[[float], str]
 ) -> MeasurementReport:
-    """Return a measurement's report with all its windows, as a client gets it that reads all pages of windows."""
+    """Return a measurement's report with all its windows, as a client that reads all pages gets it."""
     gathered = Gathered(requests, iso)
     gathered.add(windows)
     by_id = {each.request_id: each for each in requests}

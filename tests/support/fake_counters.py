@@ -53,7 +53,7 @@ class PowerCurve:
 
 
 class Ticks:
-    """Return a growing quantity as it was at the last tick, rounded down to a step, as hardware counters do."""
+    """A growing quantity, read as it was at the last tick and rounded down to a step, as in hardware counters."""
 
     def __init__(self, true: Callable[[float], float], ticks_s: Sequence[float], step: float) -> None:
         self._true, self._ticks_s, self._step = true, ticks_s, step

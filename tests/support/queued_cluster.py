@@ -35,7 +35,7 @@ from tests.support.virtual_time import Stuck, VirtualLoop
 from tests.support.wrapper_ports import KeptTasks, NoPrompts, PlainHandOvers, StartedLLM
 
 Answer = Callable[[Allocator], Event | None]
-"""The result of a command. The event is made when the registry receives it, from the state at that moment."""
+"""The result of a command. It makes its event when the registry receives it, from the state at that moment."""
 
 
 class HeldLLMs:

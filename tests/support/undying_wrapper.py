@@ -10,7 +10,7 @@ from deployments.wrapper.llm_wrapper import LLMWrapper
 
 
 class UndyingWrapper(LLMWrapper):
-    """An LLMWrapper whose ``__del__`` does nothing: Serve awaits the real one, which the garbage collector can't."""
+    """An LLMWrapper whose ``__del__`` does nothing: the real one is a coroutine, which only Serve can await."""
 
     def __del__(self) -> None:  # type: ignore[override]
         pass

@@ -35,7 +35,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             Stuck: There is nothing to wait for, or this second has too many steps.
         """
         if timeout is None:
-            raise Stuck("everybody waits for somebody else")
+            raise Stuck("no task can run, and no timer is set")
         self._now_s += timeout
         self._steps += 1
         if int(self._now_s) != self._second:

@@ -47,7 +47,7 @@ class PlainHandOvers:
     """The port ``HandOvers``: every LLM can serve every request at once."""
 
     async def refusal(self, llm: LLM | None, grant: LeaseGrant) -> str | None:
-        """It can."""
+        """Return None: the LLM can serve the request."""
         return None
 
     async def settle(self, llm: LLM | None) -> tuple[str, ...]:

@@ -172,7 +172,7 @@ PYTHON: Final = (
     ),
     Patch(
         "multiprocessing", "context.ForkServerContext.Process", How.SUBCLASSED,
-        "a fork has the environment that its owner had when it was started",
+        "a fork gets the environment variables of the process that asks for it, as they are then",
         (Has("multiprocessing.context", "ForkServerContext.Process"),), "never: only our own context uses the subclass",
     ),
     Patch(
@@ -192,7 +192,7 @@ PYTHON: Final = (
     ),
     Patch(
         "multiprocessing", "resource_tracker._resource_tracker: _fd, _pid, _stop", How.READ,
-        "the tracker is no engine process, and ends with the forkserver",
+        "the tracker must not count as an engine's process, and must end with the forkserver",
         (
             Has("multiprocessing.resource_tracker", "_resource_tracker"),
             Has("multiprocessing.resource_tracker", "ResourceTracker.__init__", ("_fd", "_pid")),

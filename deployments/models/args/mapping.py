@@ -407,7 +407,7 @@ def _taken(word: str, rule: Mapped) -> str:
 
 def _refusal(rule: Refused) -> str:
     neutral = f" (`{'`, `'.join(map(json.dumps, rule.neutral))}` is dropped)" if rule.neutral else ""
-    return rule.why + (f" (dropped when {rule.unless} is given)" if rule.unless else "") + neutral
+    return rule.why + (f" (ignored if {rule.unless} is given)" if rule.unless else "") + neutral
 
 
 def _grouped(reasons: Mapping[str, str]) -> list[str]:

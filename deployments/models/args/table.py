@@ -167,7 +167,7 @@ _FILES = "it reads or writes files of the LLM Machine; no client may set it"
 _NETWORK = "it opens connections; no client may set it"
 _KERNELS = "vLLM chooses what is fastest on the GPU"
 _TUNING = "it tunes the engine, not the LLM; leave it out"
-_TEXT_ONLY = "prompts are text; leave it out"
+_MEDIA_DEFAULTS = "the defaults of vLLM are used; leave it out"
 _NO_ADAPTERS = "adapters are not served; name an LLM that contains them"
 _NO_BITSANDBYTES = (
     "vLLM 0.32 has no bitsandbytes; name an LLM that is already quantized, or use quantization "
@@ -271,9 +271,9 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
     refused(_CODE, "pipeline_class", "code_revision", "custom_generate"),
     refused(_NO_ADAPTERS, "adapter_kwargs", neutral=[{}]),
     refused(_NO_ADAPTERS, "adapter_name", neutral=["default"]),
-    refused("put its words directly into args.deployment", "model_kwargs", neutral=[{}]),
+    refused("put its fields directly into args.deployment", "model_kwargs", neutral=[{}]),
     refused("it belongs to the llmconfig: model, modeltyp", "model", "task", "runner", "convert"),
-    refused(_TEXT_ONLY, "feature_extractor", "image_processor", "video_processor", "processor"),
+    refused(_MEDIA_DEFAULTS, "feature_extractor", "image_processor", "video_processor", "processor"),
     # vLLM's words
     refused(
         _CODE,
@@ -337,7 +337,7 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
         *("enable_mamba_cache_stochastic_rounding", "mamba_cache_philox_rounds", "allow_deprecated_quantization"),
     ),
     refused(
-        _TEXT_ONLY,
+        _MEDIA_DEFAULTS,
         *("enable_mm_embeds", "interleave_mm_strings", "media_io_kwargs", "mm_processor_kwargs"),
         *("mm_processor_cache_gb", "mm_processor_cache_type", "mm_hasher_algorithm", "mm_encoder_only"),
         *("mm_shm_cache_max_object_size_mb", "mm_encoder_tp_mode", "mm_encoder_attn_backend"),
@@ -360,7 +360,7 @@ DEPLOYMENT: Mapping[str, Rule] = joined(
         *("reasoning_parser", "reasoning_config", "enable_return_routed_experts", "return_sampling_mask"),
         *("aux_output_config", "enable_trace_replay", "watermark_config", "pooler_config"),
     ),
-    refused("put its words into args.prompting", "override_generation_config"),
+    refused("put its fields into args.prompting", "override_generation_config"),
 )
 
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from registry.errors import BadSettings
-from registry.wire.http import http_client
+from registry.wire.http import LOOPBACK, http_client, is_loopback
 
 
 class _Says(BaseHTTPRequestHandler):
@@ -42,6 +42,18 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
+
+
+@pytest.mark.parametrize("host", [*LOOPBACK, "127.1.2.3", "0:0:0:0:0:0:0:1"])
+def test_this_machine(host: str) -> None:
+    """Every loopback address is this machine: a registry there needs no keys, and its statistics stay there, too."""
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "10.0.0.1", "127.1", "localhost.example", "::ffff:10.0.0.1"])
+def test_another_machine(host: str) -> None:
+    """Whatever may be another machine, or all interfaces of this one, is not loopback."""
+    assert not is_loopback(host)
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
