@@ -151,7 +151,7 @@ def cut_world(seed: int) -> Shape:
 def worn_out_world(seed: int) -> Shape:
     """Return a world of two machines whose wrappers and engines often don't start, so that some fail for good."""
     shape = small_world(seed)
-    queue = shape.settings.queue.model_copy(update={"deploy_attempts": 3, "wrapper_attempts": 2})
+    queue = shape.settings.queue.model_copy(update={"deploy_attempts": 2, "wrapper_attempts": 2})
     return replace(
         shape,
         machines=2,
@@ -160,7 +160,7 @@ def worn_out_world(seed: int) -> Shape:
         broken=True,
         kinds=("process_dies", "machine_off"),
         pause_s=20.0,
-        weather=replace(shape.weather, start_fails=0.4, call_fails=0.4),
+        weather=replace(shape.weather, start_fails=0.6, call_fails=0.3),
         settings=shape.settings.model_copy(update={"queue": queue}),
     )
 

@@ -161,7 +161,7 @@ async def test_others_on_the_machine_keep_a_tenth_of_its_memory(
     error = await refusal(await make(available=int(available_gib * GIB)), llm(tmp_path, 2))
     assert CountingHost.started == ([llm(tmp_path, 2).model] if starts else [])
     if not starts:
-        assert "it needs 3.2 GiB of main memory, and of the machine's 16.0 GiB only 4.8 GiB are free" in error.reason
+        assert "it needs 3.2 GiB of main memory, but only 4.8 GiB of the machine's 16.0 GiB are free" in error.reason
         assert not error.permanent
 
 
