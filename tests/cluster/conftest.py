@@ -184,7 +184,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def running(workspace: Path) -> Iterator[Registry]:
     """One registry for all tests of the session."""
-    registry = start(workspace, SECRETS, wrappers={"max_prompts_in_flight": MAX_IN_FLIGHT}, watch={"period_s": 0.25})
+    registry = start(
+        workspace,
+        SECRETS,
+        wrappers={"max_prompts_in_flight": MAX_IN_FLIGHT},
+        watch={"period_s": 0.25},
+        energy={"settle_max_s": 5},  # the machine of a test is hardly ever at rest
+    )
     yield registry
     stop(registry)
 

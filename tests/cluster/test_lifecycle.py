@@ -22,7 +22,7 @@ import yaml
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.local_ray import free_ports
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
-from tests.cluster.conftest import DOWN_LIMIT_S, REPOSITORY, UP_LIMIT_S, start, stop
+from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S, start, stop
 
 pytestmark = pytest.mark.cluster
 
@@ -98,28 +98,6 @@ def test_a_registry_ends_without_a_trace_and_goes_on_where_it_was(tmp_path: Path
         assert again.delete(waiting) == 204
     finally:
         stop(again)
-
-
-def test_detached_and_down(tmp_path: Path) -> None:
-    """``up --detach`` returns when it is ready, a second one is refused, and ``down`` ends it and waits for it."""
-    state = {"GREENPROMPT_STATE_DIR": str(tmp_path / "state"), "GREENPROMPT_CACHE_DIR": str(tmp_path / "cache")}
-    port, dashboard = free_ports(2)
-    state |= {"GREENPROMPT_HTTP__PORT": str(port), "GREENPROMPT_RAY__DASHBOARD_PORT": str(dashboard)}
-    up = greenprompt("up", "--detach", **state)
-    try:
-        assert up.returncode == 0, up.stderr + up.stdout
-        assert f"http://127.0.0.1:{port}" in up.stdout
-        assert f"127.0.0.1:{dashboard}" in up.stdout
-        second = greenprompt("up", **state)
-        assert second.returncode == 2
-        assert "a registry runs from" in second.stderr
-        assert len(second.stderr.strip().splitlines()) == 1
-    finally:
-        down = greenprompt("down", **state)
-    assert down.returncode == 0, down.stderr
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=DOWN_LIMIT_S)
-    assert "No registry runs" in greenprompt("down", **state).stdout
 
 
 def test_a_busy_port_is_one_clear_line(tmp_path: Path) -> None:

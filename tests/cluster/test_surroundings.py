@@ -203,15 +203,23 @@ def _is_ready_and_goes(case: Case, tmp_path: Path) -> None:
         up = greenprompt(tmp_path, case, "up", "--detach", limit_s=UP_LIMIT_S)
         assert up.returncode == 0, up.stdout + up.stderr
         host = "[::1]" if "::" in case.config else "127.0.0.1"
+        assert f"http://{host}:{port}" in up.stdout
         assert httpx.get(f"http://{host}:{port}/healthz", trust_env=False).json()["status"] == "ok"
+        second = greenprompt(tmp_path, case, "up", limit_s=UP_LIMIT_S)
+        assert (second.returncode, len(second.stderr.strip().splitlines())) == (2, 1), second.stderr
+        assert "a registry runs from" in second.stderr
     finally:
         down = greenprompt(tmp_path, case, "down", limit_s=UP_LIMIT_S)
     assert down.returncode == 0, down.stdout + down.stderr
     socket.create_server(("127.0.0.1", port)).close()
+    assert "No registry runs" in greenprompt(tmp_path, case, "down", limit_s=UP_LIMIT_S).stdout
 
 
 def test_ready_in_spite_of_all(tmp_path: Path, other: Path) -> None:
-    """Proxies, certificates, odd folders, limits, locale, umask and no home, all together: the registry is ready."""
+    """Proxies, certificates, odd folders, limits, locale, umask and no home, all together: ``up --detach`` is ready.
+
+    A second ``up`` is refused, and ``down`` waits for the end.
+    """
     cases = [READY[name] for name in TOGETHER]
     environment = {name: value for case in cases for name, value in case.environment.items()}
     _is_ready_and_goes(Case("", environment, before="; ".join(case.before for case in cases)), tmp_path)
