@@ -6,11 +6,28 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, field_validator, model_validator
 
 from registry.energy_settings import Section
 
-Network: TypeAlias = IPv4Network | IPv6Network
+_MAPPED = IPv6Network("::ffff:0:0/96")
+
+
+def _is_text(network: object) -> object:
+    """Return what is a network as text, or a network. Raises ValueError: a number would be an address, too."""
+    if not isinstance(network, str | IPv4Network | IPv6Network):
+        raise ValueError("write the network as text in quotes, as in '10.0.5.0/24'")  # noqa: TRY004 - for pydantic
+    return network
+
+
+def _is_not_mapped(network: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
+    """Return a network that clients can be in. Raises ValueError for IPv4 addresses that are written as IPv6."""
+    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
+        raise ValueError("contains IPv4 addresses, written as IPv6: write it as IPv4, as in 10.0.5.0/24")
+    return network
+
+
+Network: TypeAlias = Annotated[IPv4Network | IPv6Network, BeforeValidator(_is_text), AfterValidator(_is_not_mapped)]
 
 
 class HTTPSettings(Section):
@@ -30,17 +47,19 @@ class HTTPSettings(Section):
         (),
         description="Proxies in front of the registry, by network, e.g. `[127.0.0.1/32]`: of their requests, the last "
         "address in `X-Forwarded-For` that is not a trusted proxy's counts as the client's (`access.trusted_clients`). "
-        "From all others the header is ignored",
+        "Requests that come through any other proxy need a key",
     )
     haproxy: bool = Field(
         True, description="Whether to serve through HAProxy, which handles several times as many requests/s"
     )
 
     @model_validator(mode="after")
-    def _haproxy_and_ipv6(self) -> HTTPSettings:
+    def _haproxy_can_do_it(self) -> HTTPSettings:
         # Serve 2.60 omits the brackets of IPv6 addresses in its health check of HAProxy.
         if self.haproxy and ":" in self.host:
             raise ValueError("host can't be an IPv6 address with HAProxy: use 127.0.0.1 or 0.0.0.0, or haproxy: false")
+        if self.trusted_proxies and not self.haproxy:
+            raise ValueError("trusted_proxies needs haproxy: true, which knows where a call comes from")
         return self
 
     @field_validator("trusted_proxies")

@@ -37,7 +37,13 @@ SOURCE_HEADER = b"x-greenprompt-source"
 
 # D114: the client's address behind a proxy
 FORWARDED_HEADER = b"x-greenprompt-forwarded"
-"""HAProxy sets this header to the client's last ``X-Forwarded-For`` header, and removes what came under this name."""
+"""HAProxy sets this header to the client's ``X-Forwarded-For`` header, and removes what came under this name.
+
+It is empty if there is none, and ``several`` if there is more than one.
+"""
+
+PROXY_HEADERS = (b"x-forwarded-for", b"forwarded", b"x-real-ip", b"via")
+"""Headers that proxies set. Nothing is read from them; HAProxy has removed the first one."""
 
 BELIEVED_S = 2.0
 """How long the registry's answer about a key is used again, seconds. A revoked key is refused after this time."""
@@ -93,15 +99,26 @@ class TrustedClients:
         return None
 
     def _client(self, scope: Scope) -> Address | None:
-        """Return the address that a request comes from: the last one that is not a trusted proxy's.
+        """Return the address that a request comes from; None if that is not clear.
 
-        None if a trusted proxy names no other address, or something that is no address.
+        Through a trusted proxy: the last forwarded address that is not a trusted proxy's. Through any other proxy
+        that shows itself by a header: None, because the proxy's address is that of all its clients.
         """
-        for name in reversed(_named(scope)):
+        source, forwarded = _source(scope), _forwarded(scope)
+        if source is None:
+            return None
+        if not self._is_proxy(source.address):
+            return None if forwarded or _has_a_proxys_header(scope) else source.address
+        if source.by_peer:
+            return None  # another machine's HAProxy does not add its client's address to what the client wrote
+        for name in reversed(forwarded):
             address = _address(name)
-            if address is None or not any(address in network for network in self._proxies):
+            if address is None or not self._is_proxy(address):
                 return address
         return None
+
+    def _is_proxy(self, address: Address) -> bool:
+        return any(address in network for network in self._proxies)
 
 
 class KeyGuard:
@@ -230,23 +247,43 @@ CallerTenant = Annotated[Caller, Depends(_caller)]
 """The caller's tenant, by its key or else by X-Tenant, and which requests it may see."""
 
 
-def _named(scope: Scope) -> list[str]:
-    """Return the addresses that a request names, as text; each was written by the one after it.
+class _Source(NamedTuple):
+    address: Address
+    by_peer: bool
+    """The address is the connection's; else HAProxy of this machine named it."""
 
-    The last one is where it comes from: by HAProxy of this machine, or else its peer.
+
+def _source(scope: Scope) -> _Source | None:
+    """Return where a request comes from: what HAProxy of this machine says, or else the peer. None: it is not clear.
+
+    A peer elsewhere that names another address is the HAProxy of another machine: the caller is not that machine.
     """
-    peer = str((scope.get("client") or ("", 0))[0])
-    address = _address(peer)
-    if address is None or not address.is_loopback or not any(name == SOURCE_HEADER for name, _ in scope["headers"]):
-        # Also another machine's HAProxy: it hands on what its client wrote, and does not add its client's address.
-        return [peer]
-    return [*map(str.strip, _only(scope, FORWARDED_HEADER).split(",")), _only(scope, SOURCE_HEADER)]
+    peer = _address(str((scope.get("client") or ("", 0))[0]))
+    named = _values(scope, SOURCE_HEADER)
+    if peer is None or not named:
+        return None if peer is None else _Source(peer, by_peer=True)
+    address = _address(named[0]) if len(named) == 1 else None
+    if address is None:
+        return None
+    if peer.is_loopback:
+        return _Source(address, by_peer=False)
+    return _Source(peer, by_peer=True) if address == peer or address.is_loopback else None
 
 
-def _only(scope: Scope, header: bytes) -> str:
-    """Return the value of a header; empty if it is missing, or if there are several."""
-    values = [value for name, value in scope["headers"] if name == header]
-    return values[0].decode("latin-1") if len(values) == 1 else ""
+def _forwarded(scope: Scope) -> list[str]:
+    """Return the forwarded addresses, as text; each was written by the one after it."""
+    values = _values(scope, FORWARDED_HEADER)
+    if len(values) > 1:
+        return [""]  # not from our HAProxy; no address is clear
+    return [part.strip() for value in values if value for part in value.split(",")]
+
+
+def _has_a_proxys_header(scope: Scope) -> bool:
+    return any(any(_values(scope, header)) for header in PROXY_HEADERS)
+
+
+def _values(scope: Scope, header: bytes) -> list[str]:
+    return [value.decode("latin-1").strip() for name, value in scope["headers"] if name == header]
 
 
 def _address(text: str) -> Address | None:
