@@ -130,12 +130,13 @@ def _trust(ca_file: Path) -> ssl.SSLContext:
         raise BadSettings(str(ca_file), f"can't be read: {error.strerror}") from error
 
 
-def _refusal(error: BaseException) -> str | None:
+def _refusal(error: httpx.ConnectError) -> str | None:
     """Return why a server's certificate is refused, and what to do; None if that was not the problem."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-        cause = cause.__cause__  # not __context__: that may be an earlier problem, which was dealt with
-    if cause is None:
+    below = error.__cause__
+    # httpcore raises its error a second time, `from None`, which leaves the reason in its context only. Contexts beyond
+    # that may be earlier problems, which were dealt with.
+    cause = None if below is None else below.__cause__ or below.__context__
+    if not isinstance(cause, ssl.SSLCertVerificationError):
         return None
     remedy = ""
     if cause.verify_code in _UNKNOWN_ISSUER:

@@ -126,7 +126,9 @@ def test_a_refused_certificate_has_its_remedy(
     def refuse(*_: object, **__: object) -> httpx.Response:
         cause = ssl.SSLCertVerificationError(1, message)
         cause.verify_code, cause.verify_message = code, message
-        raise httpx.ConnectError(message) from cause
+        below = ConnectionError(message)
+        below.__context__ = cause  # as httpcore leaves it
+        raise httpx.ConnectError(message) from below
 
     with http_client("https://registry.example:8443", timeout_s=5) as client:
         monkeypatch.setattr(client._transport, "handle_request", refuse)
@@ -137,14 +139,18 @@ def test_a_refused_certificate_has_its_remedy(
     assert "token" not in str(caught.value)
 
 
-def test_an_earlier_problem_is_not_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("below", [None, ConnectionError("refused"), ConnectionError("its context has one")])
+def test_an_earlier_problem_is_not_the_reason(monkeypatch: pytest.MonkeyPatch, below: Exception | None) -> None:
     """A connection that fails after a problem with certificates was dealt with stays a failed connection."""
 
     def fail(*_: object, **__: object) -> httpx.Response:
         try:
             raise ssl.SSLCertVerificationError(1, "an earlier attempt")
-        except ssl.SSLCertVerificationError:
-            raise httpx.ConnectError("refused")  # noqa: B904 - the context is what is tested
+        except ssl.SSLCertVerificationError as earlier:
+            if below is not None and "context" in str(below):
+                below.__context__ = ConnectionRefusedError()
+                below.__context__.__context__ = earlier
+            raise httpx.ConnectError("refused") from below
 
     with http_client("https://registry.example:8443", timeout_s=5) as client:
         monkeypatch.setattr(client._transport, "handle_request", fail)
