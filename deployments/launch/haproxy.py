@@ -179,8 +179,8 @@ _ALLOWED = (
     "|stats socket .* mode 600 )"
 )
 
-# HAProxy 2.8 takes 2^64 + 1 for 1, and passes the header on as it came, so the replica would wait for a longer body than
-# HAProxy sends. No real length has more than 18 digits.
+# HAProxy 2.8 takes 2^64 + 1 for 1, and passes the header on as it came, so the replica would wait for a longer body
+# than HAProxy sends. No real length has more than 18 digits.
 # Each added line ends with a mark. The first command removes all marked lines, because HAProxy may be started several
 # times with one file.
 _LIMITS = r"""/# greenprompt limit$/d
