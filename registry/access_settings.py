@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from registry.energy_settings import Section
-from registry.http_settings import Network
+from registry.networks import Network
 from registry.wire.schemas import TenantName
 
 

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Network
-from typing import Annotated, TypeAlias
+from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from registry.energy_settings import Section
-
-_MAPPED = IPv6Network("::ffff:0:0/96")
-
-
-def _is_text(network: object) -> object:
-    """Return what is a network as text, or a network. Raises ValueError: a number would be an address, too."""
-    if not isinstance(network, str | IPv4Network | IPv6Network):
-        raise ValueError("write the network as text in quotes, as in '10.0.5.0/24'")  # noqa: TRY004 - for pydantic
-    return network
-
-
-def _is_not_mapped(network: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
-    """Return a network that clients can be in. Raises ValueError for IPv4 addresses that are written as IPv6."""
-    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
-        raise ValueError("contains IPv4 addresses, written as IPv6: write it as IPv4, as in 10.0.5.0/24")
-    return network
-
-
-Network: TypeAlias = Annotated[IPv4Network | IPv6Network, BeforeValidator(_is_text), AfterValidator(_is_not_mapped)]
+from registry.networks import Network
 
 
 class HTTPSettings(Section):
@@ -87,10 +68,3 @@ class HTTPSettings(Section):
             raise ValueError("must have no query and no fragment (? or #): paths are appended to it")
         parts.hostname.encode("idna")  # clients encode it, too; raises ValueError if a label is too long
         return url
-
-
-def within(network: Network, other: Network) -> bool:
-    """Whether every address of a network is in the other one, too."""
-    if isinstance(network, IPv4Network):
-        return isinstance(other, IPv4Network) and network.subnet_of(other)
-    return isinstance(other, IPv6Network) and network.subnet_of(other)

@@ -23,7 +23,7 @@ from deployments.error_answers import registry_error
 from deployments.serve.browsers import READING
 from registry.access_errors import KeyNeeded, KeyRefused, NotAllowed, OtherTenant
 from registry.errors import RegistryError
-from registry.http_settings import Network
+from registry.networks import Network
 from registry.service.keys import EVERYTHING, Access, parse_key
 from registry.store.rows import APIKey
 from registry.wire.schemas import TenantName

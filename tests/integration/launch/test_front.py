@@ -272,7 +272,7 @@ def test_without_the_ca_the_error_says_what_to_do(front: Front) -> None:
         for call in (client.machines, lambda: client.release("r"), lambda: client.drain("a")):
             with pytest.raises(BadSettings, match=r"certificate is not trusted: .* GREENPROMPT_CA_FILE") as caught:
                 call()
-    assert str(caught.value).startswith(front.url)
+            assert str(caught.value).startswith(front.url)
     assert time.monotonic() - begun_s < 2, "no attempt is repeated"
     assert len(front.registry.calls) == calls
 
@@ -365,8 +365,7 @@ def test_a_very_long_body_is_refused(front: Front, length: int) -> None:
         client.sendall(f"POST {LEASE}/v1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\nx".encode())
         answer = HTTPResponse(client)
         answer.begin()
-        assert answer.status == (413 if length < 2**63 else answer.status)
-        assert answer.status in (400, 413)
+        assert answer.status == 413 or (answer.status == 400 and length >= 2**63)
         answer.close()
     assert len(front.wrapper.heads) == reached
 
