@@ -19,6 +19,8 @@ _PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SER
 UNEXPECTED = "unexpected_answer"
 """``answer_code`` of an answer that does not come from a registry."""
 
+_NO_REGISTRY = "the server at this URL is not a registry, or a registry whose answers this client does not understand"
+
 
 class AnswerError(RegistryError):
     """The registry or a wrapper answered with an error. ``answer_code`` is its stable code.
@@ -55,8 +57,7 @@ def read(kind: type[T], response: httpx.Response) -> T:
     try:
         return TypeAdapter(kind).validate_json(response.content)
     except ValueError:
-        text = "the server at this URL is not a registry, or a registry whose answers this client does not understand"
-        raise AnswerError(response.status_code, UNEXPECTED, text) from None
+        raise AnswerError(response.status_code, UNEXPECTED, _NO_REGISTRY) from None
 
 
 def is_passing(error: Exception) -> bool:
@@ -69,10 +70,15 @@ def may_ask_again(error: Exception) -> bool:
     return is_passing(error) and not isinstance(error, httpx.ReadTimeout)
 
 
-def checked(response: httpx.Response) -> httpx.Response:
-    """Return the answer. Raises AnswerError if it is an error."""
-    if response.is_success:
+def checked(response: httpx.Response, expected: HTTPStatus = HTTPStatus.OK) -> httpx.Response:
+    """Return the answer. Raises AnswerError unless its status is ``expected``.
+
+    Another 2xx does not come from a registry: a proxy that serves nothing answers 200 to everything.
+    """
+    if response.status_code == expected:
         return response
+    if response.is_success:
+        raise AnswerError(response.status_code, UNEXPECTED, _NO_REGISTRY)
     try:
         answer = ErrorAnswer.model_validate_json(response.content)
     except ValueError:

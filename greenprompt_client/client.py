@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +28,7 @@ from greenprompt_client.answers import AnswerError, RequestEnded, checked, is_pa
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport, WindowsPage
 from registry.errors import BadSettings
-from registry.wire.http import base_url_of, http_client
+from registry.wire.http import base_url_of, http_client, require_encrypted
 from registry.wire.schemas import (
     MAX_WAIT_S,
     MAX_WINDOWS,
@@ -129,8 +130,9 @@ class RegistryClient:
         answered for the first time.
 
         Raises:
-            BadSettings: The URL is invalid, ``ca_file`` has no certificates, or the environment names unusable
-                certificates or an unusable proxy. Calls raise it if the registry's certificate is not trusted.
+            BadSettings: The URL is invalid, or not https although ``ca_file`` is given (except for this machine);
+                ``ca_file`` has no certificates; or the environment names unusable certificates or an unusable proxy.
+                Calls raise it if the registry's certificate is not trusted.
         """
         headers = {} if tenant is None else {TENANT_HEADER: tenant}
         if api_key is not None:
@@ -200,7 +202,8 @@ class RegistryClient:
         body: dict[str, Any] = {"measurementId": measurement_id, "llms": list(llms)}
         body |= {name: value for name, value in options.items() if value is not None}
         headers = {"Idempotency-Key": uuid.uuid4().hex if idempotency_key is None else idempotency_key}
-        response = self._insist("POST", "/promptingservice/request", {}, 60, json=body, headers=headers)
+        path, created = "/promptingservice/request", HTTPStatus.CREATED
+        response = self._insist("POST", path, {}, 60, created, json=body, headers=headers)
         return [accepted.requestId for accepted in read(PromptingAnswer, response).requests]
 
     def status(self, request_id: str, *, wait_s: float = 0.0, seen: str | None = None) -> RequestState:
@@ -216,14 +219,20 @@ class RegistryClient:
 
     def release(self, request_id: str) -> None:
         """Release an LLM, or cancel a request. Retried, and raises, like ``status``. Idempotent."""
-        self._insist("DELETE", _path(request_id), {}, 60)
+        self._insist("DELETE", _path(request_id), {}, 60, HTTPStatus.NO_CONTENT)
 
     def _insist(
-        self, method: str, path: str, params: Mapping[str, float | str], timeout_s: float, **content: Any
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, float | str],
+        timeout_s: float,
+        expected: HTTPStatus = HTTPStatus.OK,
+        **content: Any,
     ) -> httpx.Response:
         """Retry a call until its answer is not a temporary error, for up to RETRY_FOR_S seconds.
 
-        Raises AnswerError, httpx.HTTPError: the last error.
+        Raises AnswerError, also if the status is not ``expected``, httpx.HTTPError: the last error.
         """
         begun_s = time.monotonic()
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, self._connect_for_s))
@@ -237,7 +246,7 @@ class RegistryClient:
             with attempt:
                 response = self._http.request(method, path, params=params, timeout=timeout, **content)
                 self._connect_for_s = RETRY_FOR_S  # a registry exists at this URL, so a restart is worth waiting for
-                return checked(response)
+                return checked(response, expected)
         raise AssertionError("unreachable")
 
     def wait_until_deployed(
@@ -277,10 +286,14 @@ class RegistryClient:
         timeout_s: float | None = None,
         on_change: Callable[[RequestState], None] | None = None,
     ) -> Iterator[HeldLease]:
-        """Wait for an LLM like ``wait_until_deployed``, hold it during the block, and release it in any case."""
+        """Wait for an LLM like ``wait_until_deployed``, hold it during the block, and release it in any case.
+
+        Raises BadSettings if the registry is called by https, but the URL of the lease is not https.
+        """
         try:
             state = self.wait_until_deployed(request_id, timeout_s=timeout_s, on_change=on_change)
             assert state.url is not None  # deployed requests have a URL
+            require_encrypted(self._prompts.base_url, httpx.URL(state.url))
             yield HeldLease(state, state.url, self._prompts)
         finally:
             self.release(request_id)
@@ -377,11 +390,11 @@ class RegistryClient:
     def create_key(self, role: str, *, tenant: str | None = None, name: str = "", days: float | None = None) -> NewKey:
         """Make an API key. Not retried: a lost answer leaves a key that nobody knows. Raises as ``keys``."""
         body = {"role": role, "tenant": tenant, "name": name, "days": days}
-        return read(NewKey, checked(self._http.post("/keys", json=body)))
+        return read(NewKey, checked(self._http.post("/keys", json=body), HTTPStatus.CREATED))
 
     def revoke_key(self, key_id: str) -> None:
         """Refuse an API key from now on. Retried like ``status``. Idempotent. Raises as ``keys``."""
-        self._insist("DELETE", f"/keys/{quote(key_id, safe='')}", {}, 60)
+        self._insist("DELETE", f"/keys/{quote(key_id, safe='')}", {}, 60, HTTPStatus.NO_CONTENT)
 
     def audit(
         self,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Network
-
 from pydantic import Field, model_validator
 
 from registry.energy_settings import Section
+from registry.networks import Network
 from registry.wire.schemas import TenantName
 
 
@@ -23,11 +22,10 @@ class AccessSettings(Section):
         description="Whether to serve other machines without keys: everybody who reaches the port can then lease LLMs, "
         "end every request and drain machines",
     )
-    trusted_clients: dict[IPv4Network | IPv6Network, TenantName] = Field(
+    trusted_clients: dict[Network, TenantName] = Field(
         {},
         description="Networks whose clients can't send a key, each with its tenant, e.g. `{10.0.5.7/32: lab}`: every "
-        "caller in the network counts as a client of this tenant. A call through another machine's proxy counts as a "
-        "call from that machine",
+        "caller in the network counts as a client of this tenant, except through a proxy: see `http.trusted_proxies`",
     )
 
     @model_validator(mode="after")

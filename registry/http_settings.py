@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Network
-from typing import Annotated, TypeAlias
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from registry.energy_settings import Section
-
-Network: TypeAlias = IPv4Network | IPv6Network
+from registry.networks import Network
 
 
 class HTTPSettings(Section):
@@ -30,17 +28,19 @@ class HTTPSettings(Section):
         (),
         description="Proxies in front of the registry, by network, e.g. `[127.0.0.1/32]`: of their requests, the last "
         "address in `X-Forwarded-For` that is not a trusted proxy's counts as the client's (`access.trusted_clients`). "
-        "From all others the header is ignored",
+        "Requests that come through any other proxy need a key",
     )
     haproxy: bool = Field(
         True, description="Whether to serve through HAProxy, which handles several times as many requests/s"
     )
 
     @model_validator(mode="after")
-    def _haproxy_and_ipv6(self) -> HTTPSettings:
+    def _haproxy_can_do_it(self) -> HTTPSettings:
         # Serve 2.60 omits the brackets of IPv6 addresses in its health check of HAProxy.
         if self.haproxy and ":" in self.host:
             raise ValueError("host can't be an IPv6 address with HAProxy: use 127.0.0.1 or 0.0.0.0, or haproxy: false")
+        if self.trusted_proxies and not self.haproxy:
+            raise ValueError("trusted_proxies needs haproxy: true, which knows where a call comes from")
         return self
 
     @field_validator("trusted_proxies")
@@ -68,10 +68,3 @@ class HTTPSettings(Section):
             raise ValueError("must have no query and no fragment (? or #): paths are appended to it")
         parts.hostname.encode("idna")  # clients encode it, too; raises ValueError if a label is too long
         return url
-
-
-def within(network: Network, other: Network) -> bool:
-    """Whether every address of a network is in the other one, too."""
-    if isinstance(network, IPv4Network):
-        return isinstance(other, IPv4Network) and network.subnet_of(other)
-    return isinstance(other, IPv6Network) and network.subnet_of(other)

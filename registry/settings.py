@@ -30,8 +30,9 @@ from registry.environment import (
     variables,
 )
 from registry.errors import BadSettings
-from registry.http_settings import HTTPSettings, within
+from registry.http_settings import HTTPSettings
 from registry.model_settings import ModelSettings, absolute
+from registry.networks import within
 from registry.strict_yaml import load_yaml
 from registry.wire.http import is_loopback
 from registry.wire.schemas import LLMConfig, TenantName

@@ -132,6 +132,7 @@ s#^([[:space:]]*http-request return status )404 content-type text/plain .*#\1503
 /^frontend http_frontend/a \
 http-request set-header x-greenprompt-source %[src]\
 http-request set-header x-greenprompt-forwarded %[req.fhdr(x-forwarded-for)]\
+http-request set-header x-greenprompt-forwarded several if { req.fhdr_cnt(x-forwarded-for) gt 1 }\
 http-request del-header x-forwarded-for\
 http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }
 """
@@ -178,6 +179,8 @@ _ALLOWED = (
     "|stats socket .* mode 600 )"
 )
 
+# HAProxy 2.8 takes 2^64 + 1 for 1, and passes the header on as it came, so the replica would wait for a longer body
+# than HAProxy sends. No real length has more than 18 digits.
 # Each added line ends with a mark. The first command removes all marked lines, because HAProxy may be started several
 # times with one file.
 _LIMITS = r"""/# greenprompt limit$/d
@@ -191,6 +194,7 @@ s#^([[:space:]]*timeout http-keep-alive )[0-9]+s#\1{keep_alive}s#
     tcp-request connection track-sc0 src # greenprompt limit\
     tcp-request connection reject if { sc0_conn_cur gt {per_source} } # greenprompt limit\
     tcp-request connection reject if { fe_conn gt {crowded} } { sc0_conn_cur gt {few} } # greenprompt limit\
+    http-request deny deny_status 400 if { req.hdr(content-length) -m len gt 18 } # greenprompt limit\
     acl is_poll path,url_dec -m beg /promptingservice/request/ # greenprompt limit\
     acl waits query,url_dec -m reg (^|&)wait= # greenprompt limit\
     http-request track-sc1 int(1) table greenprompt_polls if is_poll waits # greenprompt limit\

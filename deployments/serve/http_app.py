@@ -41,7 +41,7 @@ from registry.accounting.window_report import WindowsPage
 from registry.core.events import NewRequest
 from registry.core.records import LLMMemory, LLMSpec
 from registry.errors import InvalidField
-from registry.http_settings import Network
+from registry.networks import Network
 from registry.service.service import Idempotency
 from registry.wire.schemas import (
     MAX_EVENTS,

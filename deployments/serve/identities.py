@@ -23,7 +23,7 @@ from deployments.error_answers import registry_error
 from deployments.serve.browsers import READING
 from registry.access_errors import KeyNeeded, KeyRefused, NotAllowed, OtherTenant
 from registry.errors import RegistryError
-from registry.http_settings import Network
+from registry.networks import Network
 from registry.service.keys import EVERYTHING, Access, parse_key
 from registry.store.rows import APIKey
 from registry.wire.schemas import TenantName
@@ -37,7 +37,13 @@ SOURCE_HEADER = b"x-greenprompt-source"
 
 # D114: the client's address behind a proxy
 FORWARDED_HEADER = b"x-greenprompt-forwarded"
-"""HAProxy sets this header to the client's last ``X-Forwarded-For`` header, and removes what came under this name."""
+"""HAProxy sets this header to the client's ``X-Forwarded-For`` header, and removes what came under this name.
+
+It is empty if there is none, and ``several`` if there is more than one.
+"""
+
+PROXY_HEADERS = (b"x-forwarded-for", b"forwarded", b"x-real-ip", b"via")
+"""Headers that proxies set. Nothing is read from them; HAProxy has removed the first one."""
 
 BELIEVED_S = 2.0
 """How long the registry's answer about a key is used again, seconds. A revoked key is refused after this time."""
@@ -84,13 +90,26 @@ class TrustedClients:
 
     def key_for(self, scope: Scope) -> APIKey | None:
         """Return a key of the tenant whose network a request comes from; None if there is none."""
-        address = client_of(scope, self._proxies)
+        address = self._client(scope)
         if address is None:
             return None
         for network, tenant in self._tenants.items():
             if address in network:
                 return APIKey("", Role.CLIENT, tenant, str(network), "", 0.0)
         return None
+
+    def _client(self, scope: Scope) -> Address | None:
+        """Return the address of a client that can be trusted by it; None if there is none.
+
+        A proxy that shows itself by a header, but is not trusted, has the same address for all its clients.
+        """
+        source = _source(scope)
+        if source is None:
+            return None
+        by_a_proxy = bool(_forwarded(scope)) or _has_a_proxys_header(scope)
+        if by_a_proxy and not _is_among(source.address, self._proxies):
+            return None
+        return client_of(scope, self._proxies)
 
 
 class KeyGuard:
@@ -237,34 +256,63 @@ def refused_key_id(scope: Scope) -> str | None:
 
 
 def client_of(scope: Scope, proxies: Sequence[Network]) -> Address | None:
-    """Return the address that a request comes from: the last one that is not a trusted proxy's.
+    """Return the address that a request comes from; None if that is not clear.
 
-    None if a trusted proxy names no other address, or something that is no address.
+    Through a trusted proxy: the last forwarded address that is not a trusted proxy's.
     """
-    for name in reversed(_named(scope)):
+    source = _source(scope)
+    if source is None or not _is_among(source.address, proxies):
+        return None if source is None else source.address
+    if source.by_peer:
+        return None  # another machine's HAProxy does not add its client's address to what the client wrote
+    for name in reversed(_forwarded(scope)):
         address = _address(name)
-        if address is None or not any(address in network for network in proxies):
+        if address is None or not _is_among(address, proxies):
             return address
     return None
 
 
-def _named(scope: Scope) -> list[str]:
-    """Return the addresses that a request names, as text; each was written by the one after it.
+def _is_among(address: Address, networks: Sequence[Network]) -> bool:
+    return any(address in network for network in networks)
 
-    The last one is where it comes from: by HAProxy of this machine, or else its peer.
+
+class _Source(NamedTuple):
+    address: Address
+    by_peer: bool
+    """The address is the connection's; else HAProxy of this machine named it."""
+
+
+def _source(scope: Scope) -> _Source | None:
+    """Return where a request comes from: what HAProxy of this machine says, or else the peer. None: it is not clear.
+
+    A peer elsewhere that names another address is the HAProxy of another machine: the caller is not that machine.
     """
-    peer = str((scope.get("client") or ("", 0))[0])
-    address = _address(peer)
-    if address is None or not address.is_loopback or not any(name == SOURCE_HEADER for name, _ in scope["headers"]):
-        # Also another machine's HAProxy: it hands on what its client wrote, and does not add its client's address.
-        return [peer]
-    return [*map(str.strip, _only(scope, FORWARDED_HEADER).split(",")), _only(scope, SOURCE_HEADER)]
+    peer = _address(str((scope.get("client") or ("", 0))[0]))
+    named = _values(scope, SOURCE_HEADER)
+    if peer is None or not named:
+        return None if peer is None else _Source(peer, by_peer=True)
+    address = _address(named[0]) if len(named) == 1 else None
+    if address is None:
+        return None
+    if peer.is_loopback:
+        return _Source(address, by_peer=False)
+    return _Source(peer, by_peer=True) if address == peer or address.is_loopback else None
 
 
-def _only(scope: Scope, header: bytes) -> str:
-    """Return the value of a header; empty if it is missing, or if there are several."""
-    values = [value for name, value in scope["headers"] if name == header]
-    return values[0].decode("latin-1") if len(values) == 1 else ""
+def _forwarded(scope: Scope) -> list[str]:
+    """Return the forwarded addresses, as text; each was written by the one after it."""
+    values = _values(scope, FORWARDED_HEADER)
+    if len(values) > 1:
+        return [""]  # not from our HAProxy; no address is clear
+    return [part.strip() for value in values if value for part in value.split(",")]
+
+
+def _has_a_proxys_header(scope: Scope) -> bool:
+    return any(any(_values(scope, header)) for header in PROXY_HEADERS)
+
+
+def _values(scope: Scope, header: bytes) -> list[str]:
+    return [value.decode("latin-1").strip() for name, value in scope["headers"] if name == header]
 
 
 def _address(text: str) -> Address | None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def _stream(http: httpx.Client, url: str, model: str) -> int:
     }
     pieces = 0
     with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-        if not response.is_success:
+        if response.status_code != HTTPStatus.OK:
             response.read()
             raise StartFailed(f"the streamed completion was refused: {response.text[:200]}")
         for line in response.iter_lines():

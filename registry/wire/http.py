@@ -34,18 +34,34 @@ _UNKNOWN_ISSUER = (18, 19, 20, 21)  # self-signed (also in the chain), or a CA t
 
 
 class _Client(httpx.Client):
-    """A client that says what to do if it does not trust a server's certificate."""
+    """A client that says what to do if it does not trust a server's certificate, and does not leave https."""
 
     def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        """Send a request. Raises BadSettings if the certificate is refused, else like ``httpx.Client``."""
+        """Send a request.
+
+        Raises BadSettings if the certificate is refused, or if the base URL is https and the request's URL is not;
+        else like ``httpx.Client``.
+        """
+        require_encrypted(self.base_url, request.url)
         try:
             return super().send(request, **options)
         except httpx.ConnectError as error:
             refusal = _refusal(error)
             if refusal is None:
                 raise
-            place = f"{request.url.scheme}://{request.url.netloc.decode('ascii')}"
-            raise BadSettings(place, refusal) from error
+            raise BadSettings(_place(request.url), refusal) from error
+
+
+def require_encrypted(base: httpx.URL, url: httpx.URL) -> None:
+    """Raise BadSettings if a registry is called by https, but the URL of one of its leases is not https."""
+    if base.scheme == "https" and url.scheme != "https":
+        problem = f"is not https, although the registry is called by https: its leases have URLs at {_place(url)}"
+        raise BadSettings("http.public_url", f"{problem}; set it to the https URL in the registry's settings")
+
+
+def _place(url: httpx.URL) -> str:
+    """Return scheme, host and port of a URL. The rest may contain a token."""
+    return f"{url.scheme}://{url.netloc.decode('ascii')}"
 
 
 def base_url_of(text: str) -> httpx.URL:
@@ -75,12 +91,17 @@ def http_client(
     ``ca_file``: the only certificates (PEM) to trust; None: those of the environment, else those of certifi.
 
     Raises:
-        BadSettings: ``base_url`` is invalid, ``ca_file`` has no certificates, or the environment names certificates or
-            a proxy that can't be used; the text names the file or the variable. A call raises it if the server's
-            certificate is not trusted.
+        BadSettings: ``base_url`` is invalid, or http with a ``ca_file`` and not this machine's; ``ca_file`` has no
+            certificates; or the environment names certificates or a proxy that can't be used. The text names the file
+            or the variable. A call raises it if the server's certificate is not trusted, or if its URL is not https
+            although ``base_url`` is.
     """
-    own = is_loopback(base_url_of(base_url).host)
+    url = base_url_of(base_url)
+    own = is_loopback(url.host)
     verify = True if ca_file is None else _trust(ca_file)
+    if ca_file is not None and url.scheme != "https" and not own:
+        problem = f"has no use with {_place(url)}, because http is not encrypted"
+        raise BadSettings(str(ca_file), f"{problem}; use the registry's https URL, or no file of a CA")
     try:
         return _Client(
             base_url=base_url.rstrip("/"),
@@ -109,12 +130,13 @@ def _trust(ca_file: Path) -> ssl.SSLContext:
         raise BadSettings(str(ca_file), f"can't be read: {error.strerror}") from error
 
 
-def _refusal(error: BaseException) -> str | None:
+def _refusal(error: httpx.ConnectError) -> str | None:
     """Return why a server's certificate is refused, and what to do; None if that was not the problem."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is None:
+    below = error.__cause__
+    # httpcore raises its error a second time, `from None`, which leaves the reason in its context only. Contexts beyond
+    # that may be earlier problems, which were dealt with.
+    cause = None if below is None else below.__cause__ or below.__context__
+    if not isinstance(cause, ssl.SSLCertVerificationError):
         return None
     remedy = ""
     if cause.verify_code in _UNKNOWN_ISSUER:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pwd
 import re
 import shutil
 import socket
@@ -13,10 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
@@ -45,17 +49,21 @@ CLAIMS = ["X-Forwarded-For", "X-GreenPrompt-Forwarded", "X-GreenPrompt-Source", 
 LONGEST = 2000
 """Longest body in the copies of the files, bytes."""
 
+ACCOUNT = "(?m)^    user haproxy\n    group haproxy\n    chroot /var/lib/haproxy\n"
+"""The lines by which HAProxy gives up root's rights."""
+
 CHANGES = {
     "haproxy.cfg": {
-        r"(?<=bind ):443(?= )": "{host}:{port}",
+        "(?m)^global\n": "global\n    log stdout format raw local0\n",  # what would be logged is seen
+        ACCOUNT: "",
+        "(?<=bind ):::443 v4v6(?= )": "127.0.0.1:{port}",
         "/etc/haproxy/registry.pem": "{folder}/both.pem",
         "127.0.0.1:8000": "127.0.0.1:{back}",
         "gt 67108864": f"gt {LONGEST}",
-        "(?<=timeout client )60s": "1s",
         "retries 5 ": "retries 1 ",
     },
     "Caddyfile": {
-        r"(?m)^registry\.example(?= )": "https://{host}:{port}",
+        r"(?m)^:443 \{": ":{port} {{\n\tbind 127.0.0.1",
         r"/etc/caddy/registry\.crt": "{folder}/registry.crt",
         r"/etc/caddy/registry\.key": "{folder}/registry.key",
         "127.0.0.1:8000": "127.0.0.1:{back}",
@@ -64,6 +72,9 @@ CHANGES = {
     },
 }
 """What is different in a copy for a test: places, and limits that would take a test too long."""
+
+LONG_TIMES = re.compile(r"\b(?:[3-9]\d|[1-5]\d\d)s\b")
+"""Times in the files from 30 s to 599 s: none of them may end a silent answer."""
 
 
 class Registry(FakeRegistry):
@@ -127,7 +138,7 @@ def _made_certificates(folder: Path) -> Path:
     new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     own = ["-subj", "/CN=our CA", "-keyout", f"{folder}/ca.key", "-out", str(ca)]
     subprocess.run([*new, *own], check=True, capture_output=True)
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,DNS:other.example"]
     signed = ["-CA", str(ca), "-CAkey", f"{folder}/ca.key", "-keyout", str(key), "-out", str(crt)]
     subprocess.run([*new, *names, *signed], check=True, capture_output=True)
     (folder / "both.pem").write_bytes(crt.read_bytes() + key.read_bytes())
@@ -139,10 +150,18 @@ def test_every_file_is_run() -> None:
     assert {path.name for path in FRONTS.iterdir()} == CHANGES.keys()
 
 
-def _copy(name: str, folder: Path, **places: object) -> Path:
-    """Write a copy of a file of configs/front that is changed as CHANGES says, each of them once."""
+def _copy(name: str, folder: Path, *, keep: str = "", short: bool = True, **places: object) -> Path:
+    """Write a copy of a file of configs/front that is changed as CHANGES says, each of them once, except ``keep``.
+
+    ``short``: LONG_TIMES are 1 s.
+    """
     text = (FRONTS / name).read_text()
+    if short:
+        text, count = LONG_TIMES.subn("1s", text)
+        assert count, "there are times to be shortened"
     for pattern, wanted in CHANGES[name].items():
+        if pattern == keep:
+            continue
         text, count = re.subn(pattern, wanted.format(folder=folder, **places), text)
         assert count == 1, pattern
     copy = folder / name
@@ -214,7 +233,7 @@ def front(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         behind = stack.enter_context(subprocess.Popen([script, "-db", "-f", str(of_serve)]))
         stack.callback(behind.kill)
         ca = _made_certificates(folder)
-        log = stack.enter_context(_started(name, _copy(name, folder, host="localhost", port=port, back=back)))
+        log = stack.enter_context(_started(name, _copy(name, folder, port=port, back=back)))
         found = Front(f"https://localhost:{port}", ca, log, registry, wrapper, behind)
         with found.http() as http:
             _wait_for(http, log)
@@ -256,7 +275,6 @@ def test_without_the_ca_the_error_says_what_to_do(front: Front) -> None:
             with pytest.raises(BadSettings, match=r"certificate is not trusted: .* GREENPROMPT_CA_FILE") as caught:
                 call()
             assert str(caught.value).startswith(front.url)
-            assert KEY not in str(caught.value)
     assert time.monotonic() - begun_s < 2, "no attempt is repeated"
     assert len(front.registry.calls) == calls
 
@@ -309,7 +327,7 @@ def _behind(front: Front) -> str:
 
 
 def test_a_silent_answer_is_waited_for(front: Front) -> None:
-    """A poll or a prompt takes longer than a client may pause; the limit of the files is above that of a prompt."""
+    """A poll or a prompt takes longer than every other time of the files; their limit is above that of a prompt."""
     with front.http() as http:
         for answer in (http.get(f"{LEASE}/slow"), http.post(f"{LEASE}/slow", json={})):
             assert answer.json() == {"answer": "because"}
@@ -320,11 +338,12 @@ def test_a_silent_answer_is_waited_for(front: Front) -> None:
 
 
 def test_a_stream_is_not_held_back(front: Front) -> None:
-    """The first part of an answer arrives while the server still makes the second."""
+    """The first part of an answer arrives while the server still makes the second, which may take long."""
     front.wrapper.more.clear()
     with front.http() as http, http.stream("POST", f"{LEASE}/stream", json={}) as answer:
         parts = answer.iter_raw()
         assert next(parts) == b"first"
+        time.sleep(1.5)
         front.wrapper.more.set()
         assert b"".join(parts) == b'{"answer": "because"}'
 
@@ -349,11 +368,135 @@ def test_a_long_body_is_refused(front: Front) -> None:
     assert len(front.wrapper.heads) == reached
 
 
+@pytest.mark.parametrize("length", [2**31, 2**32 + 1, 2**63, 2**64 + 1])
+def test_a_very_long_body_is_refused(front: Front, length: int) -> None:
+    """Also a length that does not fit into 32 or 64 bits: such a number may be taken for a small one."""
+    reached, port = len(front.wrapper.heads), int(front.url.rpartition(":")[2])
+    trust = ssl.create_default_context(cafile=front.ca)
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+        trust.wrap_socket(plain, server_hostname="localhost") as client,
+    ):
+        client.sendall(f"POST {LEASE}/v1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\nx".encode())
+        answer = HTTPResponse(client)
+        answer.begin()
+        assert answer.status == 413 or (answer.status == 400 and length >= 2**63)
+        answer.close()
+    assert len(front.wrapper.heads) == reached
+
+
+@pytest.mark.parametrize("host", ["other.example", "registry.example:443", "unknown.example"])
+def test_another_host_is_no_success(front: Front, host: str) -> None:
+    """A name that the certificate has, but the registry does not know, gets the registry's 421, not an empty 200."""
+    calls, sni = len(front.registry.calls), {"sni_hostname": "other.example"}
+    with front.http() as http:
+        for method, path in (
+            ("DELETE", "/promptingservice/request/r"),
+            ("POST", "/machines/a/drain"),
+            ("GET", "/llms"),
+        ):
+            headers = {"Host": host, "Authorization": f"Bearer {KEY}"}
+            answer = http.request(method, path, headers=headers, extensions=sni)
+            assert answer.status_code == 421
+            assert ErrorAnswer.model_validate(answer.json()).code == "host_not_allowed"
+    assert len(front.registry.calls) == calls
+
+
+def test_a_lease_with_an_http_address_is_refused(front: Front) -> None:
+    """If http.public_url is not set to the front's URL, our client sends no prompt in clear, and says what to set."""
+    front.registry.requests["c"] = RequestState(
+        requestId="c", llmconfig={}, status="deployed", measurementId=1, url=f"{_behind(front)}{LEASE}", address=None,
+        link=f"{front.url}/promptingservice/request/c", createdAt=CREATED,
+    )  # fmt: skip
+    reached = len(front.wrapper.heads)
+    with (
+        RegistryClient(front.url, api_key=KEY, ca_file=front.ca) as client,
+        pytest.raises(BadSettings, match=r"^http\.public_url: "),
+        client.lease("c") as lease,
+    ):
+        lease.prompt("Why?")
+    assert len(front.wrapper.heads) == reached
+    assert front.registry.calls[-1][0] == "release"
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_ipv4_and_ipv6(name: str, tmp_path: Path) -> None:
+    """As they are, the files listen on both."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    ca, (port, back) = _made_certificates(tmp_path), free_ports(2)
+    config = _copy(name, tmp_path, port=port, back=back)
+    text = config.read_text().replace("\tbind 127.0.0.1\n", "")
+    config.write_text(text.replace(f"bind 127.0.0.1:{port} ", f"bind :::{port} v4v6 "))
+    with _started(name, config):
+        trust = ssl.create_default_context(cafile=ca)
+        with httpx.Client(transport=httpx.HTTPTransport(verify=trust, retries=6), timeout=10) as http:
+            for address in ("127.0.0.1", "[::1]"):
+                url, sni = f"https://{address}:{port}/machines", {"sni_hostname": "localhost"}
+                assert http.get(url, extensions=sni).status_code in (502, 503)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to give up")
+def test_haproxy_gives_up_roots_rights(tmp_path: Path) -> None:
+    """The process that reads requests runs as Debian's user haproxy, in a folder without files."""
+    try:
+        user = pwd.getpwnam("haproxy")
+    except KeyError:
+        pytest.skip("there is no user haproxy; Debian's package makes it")
+    ca, (port, back) = _made_certificates(tmp_path), free_ports(2)
+    config = _copy("haproxy.cfg", tmp_path, keep=ACCOUNT, port=port, back=back)
+    with _started("haproxy.cfg", config):
+        trust = ssl.create_default_context(cafile=ca)
+        with httpx.Client(transport=httpx.HTTPTransport(verify=trust, retries=8), timeout=10) as http:
+            assert http.get(f"https://localhost:{port}/machines").status_code == 503
+        (process,) = (child for child in psutil.Process().children() if str(config) in child.cmdline())
+        assert set(process.uids()) == {user.pw_uid}
+        assert set(process.gids()) == {user.pw_gid}
+        assert Path(f"/proc/{process.pid}/root").readlink() == Path("/var/lib/haproxy")
+
+
+def test_several_crowds_leave_room(tmp_path: Path) -> None:
+    """While there are many connections, an address with a few gets no more, and a new one gets some."""
+    _made_certificates(tmp_path)
+    port, back = free_ports(2)
+    config = _copy("haproxy.cfg", tmp_path, short=False, port=port, back=back)
+    text = config.read_text()
+    for figure, small in (("sc0_conn_cur gt 500", 8), ("fe_conn gt 1500", 16), ("sc0_conn_cur gt 50 ", 2)):
+        assert text.count(figure) == 1
+        text = text.replace(figure, f"{figure.rpartition('gt')[0]}gt {small} ")
+    text = text.replace(f"bind 127.0.0.1:{port} ", f"bind :::{port} v4v6 ")
+    config.write_text(text)
+    with _started("haproxy.cfg", config), ExitStack() as stack:
+        with httpx.Client(transport=httpx.HTTPTransport(verify=False, retries=8), timeout=10) as http:
+            http.get(f"https://localhost:{port}/machines")
+
+        def admitted(last: int, count: int) -> int:
+            return sum(_is_admitted(stack, f"127.0.0.{last}", port) for _ in range(count))
+
+        assert [admitted(11, 10), admitted(12, 10)] == [8, 8]
+        assert [admitted(13, 4), admitted(14, 4), admitted(11, 1)] == [2, 2, 0]
+
+
+def _is_admitted(stack: ExitStack, source: str, port: int) -> bool:
+    """Connect, and keep the connection open; return whether the server does so, too."""
+    try:
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10, source_address=(source, 0)))
+        client.settimeout(0.2)
+        client.recv(1)
+    except TimeoutError:
+        return True
+    except ConnectionError:
+        pass
+    return False
+
+
 def test_caddys_failures_are_logged_without_their_requests(tmp_path: Path) -> None:
     """Also without answers of its own, when Caddy writes a line for each failure."""
     _made_certificates(tmp_path)
     port, back = free_ports(2)
-    config = _copy("Caddyfile", tmp_path, host="localhost", port=port, back=back)
+    config = _copy("Caddyfile", tmp_path, port=port, back=back)
     config.write_text(re.sub(r"\n\thandle_errors (?s:.*)", "}\n", config.read_text()))
     with _started("Caddyfile", config) as log:
         trust = ssl.create_default_context(cafile=tmp_path / "ca.pem")

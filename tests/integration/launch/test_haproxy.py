@@ -12,7 +12,8 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -65,11 +66,12 @@ def test_its_own_answers_are_in_our_form(tmp_path: Path, fake_haproxy: Path) -> 
     for _ in range(2):  # Serve may start it several times with one file
         subprocess.run([script, "-f", config], capture_output=True, check=True)
     lines = [line for line in config.read_text().splitlines() if "# greenprompt limit" not in line]
-    *answers, frontend, of_requests, source, kept, forwarded, rule, bind = lines
+    *answers, frontend, of_requests, source, kept, several, forwarded, rule, bind = lines
     assert (frontend, bind) == ("frontend http_frontend", "    bind a:1")
     assert of_requests.startswith("http-request set-header ")
     assert source == "http-request set-header x-greenprompt-source %[src]"
     assert kept == "http-request set-header x-greenprompt-forwarded %[req.fhdr(x-forwarded-for)]"
+    assert several.endswith("x-greenprompt-forwarded several if { req.fhdr_cnt(x-forwarded-for) gt 1 }")
     assert forwarded == "http-request del-header x-forwarded-for"
     assert rule.startswith("http-after-response set-header retry-after 1 if { status 503 }")
     assert len(answers) == 5
@@ -134,8 +136,9 @@ def test_a_haproxy_that_knows_nobody_says_try_again(tmp_path: Path) -> None:
     assert answer.json()["retryable"] is True
 
 
-def test_wrappers_look_out_for_hang_ups_themselves(tmp_path: Path) -> None:
-    """Serve is told not to for the wrappers, and still does so for the registry, whose waits end by its cancelling."""
+@contextmanager
+def _between(tmp_path: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Run HAProxy between two sockets: what it serves, and its server."""
     script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     config = tmp_path / "haproxy.cfg"
     with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as back:
@@ -147,18 +150,56 @@ def test_wrappers_look_out_for_hang_ups_themselves(tmp_path: Path) -> None:
         back.settimeout(10)
         with subprocess.Popen([script, "-db", "-f", str(config)], pass_fds=[front.fileno()]) as haproxy:
             try:
-                paths = ("/wrappers/a-0/t0ken/v1/completions", "/promptingservice/request/1?wait=10")
-                heads = [_head_passed_on(front, back, path) for path in paths]
+                yield front, back
             finally:
                 haproxy.kill()
+
+
+def test_wrappers_look_out_for_hang_ups_themselves(tmp_path: Path) -> None:
+    """Serve is told not to for the wrappers, and still does so for the registry, whose waits end by its cancelling."""
+    with _between(tmp_path) as (front, back):
+        paths = ("/wrappers/a-0/t0ken/v1/completions", "/promptingservice/request/1?wait=10")
+        heads = [_head_passed_on(front, back, path) for path in paths]
     told = [head.lower().count(f"{SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER}: ?1") for head in heads]
     assert told == [1, 0]
 
 
-def _head_passed_on(front: socket.socket, back: socket.socket, path: str) -> str:
+def test_a_length_that_haproxy_computes_wrongly_is_refused(tmp_path: Path) -> None:
+    """HAProxy takes 2^64 + 1 for 1 and passes the header on; the server behind it would wait for another body."""
+    with _between(tmp_path) as (front, back):
+        with socket.create_connection(front.getsockname(), timeout=10) as client:
+            client.sendall(f"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: {2**64 + 1}\r\n\r\nx".encode())
+            with closing(http.client.HTTPResponse(client)) as response:
+                response.begin()
+                assert response.status == 400
+                assert ErrorAnswer.model_validate_json(response.read()).code == "bad_request"
+        for length in (2**31, 2**32 + 1):  # the server behind it refuses these
+            head = _head_passed_on(front, back, "/process_prompt", f"Content-Length: {length}\r\n")
+            assert f"content-length: {length}\r\n" in head.lower()
+
+
+@pytest.mark.parametrize(
+    ("sent", "passed_on"),
+    [
+        ("", ""),
+        ("X-Forwarded-For: 10.0.0.1, 10.0.0.2\r\n", "10.0.0.1, 10.0.0.2"),
+        ("X-Forwarded-For: 10.0.0.1\r\nx-forwarded-for: 10.0.0.2\r\n", "several"),
+        ("X-Forwarded-For: 10.0.0.1\r\nX-Forwarded-For:\r\n", "several"),
+        ("X-GreenPrompt-Forwarded: 10.0.0.1\r\n", ""),
+    ],
+)
+def test_of_several_forwarded_headers_none_is_passed_on(tmp_path: Path, sent: str, passed_on: str) -> None:
+    """Which of them a proxy wrote is not clear; that there were some is."""
+    with _between(tmp_path) as (front, back):
+        head = _head_passed_on(front, back, "/machines", sent)
+    found = [line.partition(":")[2].strip() for line in head.splitlines() if "forwarded" in line.lower()]
+    assert found == [passed_on]
+
+
+def _head_passed_on(front: socket.socket, back: socket.socket, path: str, headers: str = "") -> str:
     """What a server behind HAProxy is sent when HAProxy is asked for this."""
     with socket.create_connection(front.getsockname(), timeout=10) as client:
-        client.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n{headers}\r\n".encode())
         server, _ = back.accept()
         with server, server.makefile("rb") as request:
             return "".join(line.decode() for line in iter(request.readline, b"\r\n"))

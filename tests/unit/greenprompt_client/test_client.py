@@ -282,6 +282,29 @@ def test_restart_is_waited_for(registry: Make, trouble: Reply) -> None:
     assert len(script.requests) == 5
 
 
+CHANGES: dict[str, tuple[int, Callable[[RegistryClient], object]]] = {
+    "release": (204, lambda client: client.release("r1")),
+    "revoke": (204, lambda client: client.revoke_key("0a1b2c3d")),
+    "request": (201, lambda client: client.request(7, [{}])),
+    "create key": (201, lambda client: client.create_key("viewer")),
+    "undrain": (200, lambda client: client.undrain("a")),
+    "get": (200, lambda client: client.get("/machines")),
+}
+
+
+@pytest.mark.parametrize(("expected", "call"), CHANGES.values(), ids=CHANGES)
+def test_only_the_right_status_is_a_success(
+    registry: Make, expected: int, call: Callable[[RegistryClient], object]
+) -> None:
+    """A server that answers everything with some 2xx is no registry: nothing was released, made or revoked."""
+    for status in {200, 201, 202, 204} - {expected}:
+        client, _ = registry(httpx.Response(status))
+        with pytest.raises(AnswerError, match="is not a registry") as caught:
+            call(client)
+        assert (caught.value.status, caught.value.answer_code) == (status, "unexpected_answer")
+        assert not caught.value.passing
+
+
 def test_patience_ends(registry: Make) -> None:
     """A registry that stays away is the caller's problem in the end."""
     client, _ = registry(*[httpx.ConnectError("refused")] * 4)
@@ -427,6 +450,24 @@ def test_prompt_after_the_lease_tells_so(registry: Make) -> None:
     with client.lease("r1") as lease, pytest.raises(AnswerError, match="expired") as caught:
         lease.prompt("Why?")
     assert (caught.value.status, caught.value.answer_code) == (410, "lease_ended")
+
+
+@pytest.mark.parametrize(
+    ("base_url", "refused"),
+    [("https://registry", True), ("https://localhost", True), ("http://127.0.0.1:8000", False), ("http://r", False)],
+)
+def test_a_lease_is_not_prompted_in_clear(registry: Make, base_url: str, refused: bool) -> None:
+    """Behind https the http URL of a lease is refused before anything is sent there, and the lease is released."""
+    replies: list[Reply] = [] if refused else [{"answer": "because"}]
+    client, script = registry(DEPLOYED, *replies, httpx.Response(204), base_url=base_url)
+    if refused:
+        with pytest.raises(BadSettings, match=r"^http\.public_url: .* http://x; set it") as caught, client.lease("r1"):
+            pytest.fail("there is no lease")
+        assert "token" not in str(caught.value)
+    else:
+        with client.lease("r1") as lease:
+            assert lease.prompt("Why?") == {"answer": "because"}
+    assert script.asked[-1] == "DELETE /promptingservice/request/r1"
 
 
 # --- the rest ----------------------------------------------------------------------------------------------

@@ -434,6 +434,13 @@ def test_trusted_clients_need_haproxy() -> None:
         Settings.model_validate({"http": {"haproxy": False}, "access": access})
 
 
+def test_trusted_proxies_need_haproxy() -> None:
+    """Without HAProxy the setting would do nothing."""
+    http = {"haproxy": False, "trusted_proxies": ["127.0.0.1"]}
+    with pytest.raises(ValueError, match=r"trusted_proxies needs haproxy: true"):
+        Settings.model_validate({"http": http, "access": {"keys": True}})
+
+
 @pytest.mark.parametrize(
     ("proxies", "problem"),
     [
@@ -441,6 +448,10 @@ def test_trusted_clients_need_haproxy() -> None:
         (["::/0"], "names all addresses"),
         (["10.0.0.1/24"], "not a valid IPv4 network"),
         (["front.example"], "not a valid"),
+        ([1], "as text in quotes"),
+        ([10.1], "as text in quotes"),
+        ([b"\x0a\0\0\1"], "as text in quotes"),
+        (["::ffff:10.0.0.0/120"], "write it as IPv4"),
         (["10.0.0.0/24"], r"10\.0\.0\.7/32 is in http\.trusted_proxies"),
     ],
 )
@@ -473,6 +484,8 @@ def test_loopback_needs_no_keys(host: str) -> None:
         ({"keys": True, "trusted_clients": {"10.0.0.7/24": "lab"}}, "not a valid IPv4 network"),
         ({"keys": True, "trusted_clients": {"10.0.0.7": "a b"}}, "should match pattern"),
         ({"keys": True, "trusted_clients": {"0.0.0.0/0": "lab"}}, "names all addresses"),
+        ({"keys": True, "trusted_clients": {167772167: "lab"}}, "as text in quotes"),
+        ({"keys": True, "trusted_clients": {"::ffff:10.0.0.7/128": "lab"}}, "write it as IPv4"),
     ],
 )
 def test_access_that_makes_no_sense(access: dict[str, object], problem: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import certifi
 import httpx
 import pytest
 
@@ -125,7 +126,9 @@ def test_a_refused_certificate_has_its_remedy(
     def refuse(*_: object, **__: object) -> httpx.Response:
         cause = ssl.SSLCertVerificationError(1, message)
         cause.verify_code, cause.verify_message = code, message
-        raise httpx.ConnectError(message) from cause
+        below = ConnectionError(message)
+        below.__context__ = cause  # as httpcore leaves it
+        raise httpx.ConnectError(message) from below
 
     with http_client("https://registry.example:8443", timeout_s=5) as client:
         monkeypatch.setattr(client._transport, "handle_request", refuse)
@@ -134,6 +137,46 @@ def test_a_refused_certificate_has_its_remedy(
     assert str(caught.value).endswith(said) or said in str(caught.value).partition("; ")[2]
     assert "s3cret" not in str(caught.value)
     assert "token" not in str(caught.value)
+
+
+@pytest.mark.parametrize("below", [None, ConnectionError("refused"), ConnectionError("its context has one")])
+def test_an_earlier_problem_is_not_the_reason(monkeypatch: pytest.MonkeyPatch, below: Exception | None) -> None:
+    """A connection that fails after a problem with certificates was dealt with stays a failed connection."""
+
+    def fail(*_: object, **__: object) -> httpx.Response:
+        try:
+            raise ssl.SSLCertVerificationError(1, "an earlier attempt")
+        except ssl.SSLCertVerificationError as earlier:
+            if below is not None and "context" in str(below):
+                below.__context__ = ConnectionRefusedError()
+                below.__context__.__context__ = earlier
+            raise httpx.ConnectError("refused") from below
+
+    with http_client("https://registry.example:8443", timeout_s=5) as client:
+        monkeypatch.setattr(client._transport, "handle_request", fail)
+        with pytest.raises(httpx.ConnectError, match="refused"):
+            client.get("/machines")
+
+
+def test_a_ca_file_needs_https() -> None:
+    """With http nothing is encrypted, so a key is not sent; on this machine nobody can read it on the way."""
+    ca_file = Path(certifi.where())
+    with pytest.raises(BadSettings, match=r"has no use with http://registry\.example:8000, .*; use the .* https URL"):
+        http_client("http://registry.example:8000", timeout_s=5, ca_file=ca_file)
+    for url in ("https://registry.example", "https://127.0.0.1", "http://127.0.0.1:8000", "http://localhost:8000"):
+        http_client(url, timeout_s=5, ca_file=ca_file).close()
+
+
+def test_https_is_not_left(port: int) -> None:
+    """A client of an https URL sends nothing to an http URL; the error names the setting, and no token."""
+    with (
+        http_client("https://127.0.0.1:1", timeout_s=5) as client,
+        pytest.raises(BadSettings, match=rf"^http\.public_url: .* http://127\.0\.0\.1:{port}; set it") as caught,
+    ):
+        client.get(f"http://127.0.0.1:{port}/wrappers/a-0/s3cret")
+    assert "s3cret" not in str(caught.value)
+    with http_client(f"http://127.0.0.1:{port}", timeout_s=5) as client:
+        assert client.get(f"http://127.0.0.1:{port}/").status_code == 200
 
 
 @pytest.mark.parametrize("url", ["registry.example:8000", "", "ftp://x", "http://"])

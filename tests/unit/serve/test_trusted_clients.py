@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from deployments.serve.identities import FORWARDED_HEADER, SOURCE_HEADER, TrustedClients
+from deployments.serve.identities import FORWARDED_HEADER, PROXY_HEADERS, SOURCE_HEADER, TrustedClients
 
 CLIENT, FRONT = "10.0.5.7", "10.0.9.1"
 TRUSTED = TrustedClients(
@@ -15,12 +15,21 @@ TRUSTED = TrustedClients(
 )
 
 
-def tenant(source: str | None, *forwarded: str, peer: str = "127.0.0.1") -> str | None:
+NO_PROXIES = TrustedClients({ip_network("10.0.0.0/16"): "old"})
+
+
+def tenant(
+    source: str | None,
+    *forwarded: str,
+    peer: str = "127.0.0.1",
+    trusted: TrustedClients = TRUSTED,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+) -> str | None:
     """The tenant of a call that HAProxy of this machine says comes from ``source``; None: it said nothing."""
-    headers = [(FORWARDED_HEADER, value.encode("latin-1")) for value in forwarded]
+    sent = [*headers, *((FORWARDED_HEADER, value.encode("latin-1")) for value in forwarded)]
     if source is not None:
-        headers.append((SOURCE_HEADER, source.encode()))
-    key = TRUSTED.key_for({"type": "http", "headers": headers, "client": (peer, 1)})
+        sent.append((SOURCE_HEADER, source.encode()))
+    key = trusted.key_for({"type": "http", "headers": sent, "client": (peer, 1)})
     return None if key is None else key.tenant
 
 
@@ -33,7 +42,7 @@ def tenant(source: str | None, *forwarded: str, peer: str = "127.0.0.1") -> str 
         ("2001:db8:9::1", "2001:db8:5::7", "six"),
         (FRONT, f"192.0.2.1, {CLIENT}", "old"),  # what a client says comes before what the front adds
         (FRONT, f"{CLIENT},{FRONT} , 127.0.0.1", "old"),  # several trusted proxies
-        (CLIENT, "192.0.2.1", "old"),  # it is no proxy: what it names is not read
+        (CLIENT, "", "old"),  # nothing was forwarded
     ],
 )
 def test_a_trusted_proxy_is_believed(source: str, forwarded: str, found: str) -> None:
@@ -81,8 +90,32 @@ def test_a_header_counts_once_and_from_this_machines_haproxy() -> None:
     assert tenant(CLIENT, peer=CLIENT) == "old"
 
 
-def test_without_proxies_the_header_is_ignored() -> None:
-    """By default nobody's header is believed."""
-    trusted = TrustedClients({ip_network(CLIENT): "old"})
-    headers = [(SOURCE_HEADER, FRONT.encode()), (FORWARDED_HEADER, CLIENT.encode())]
-    assert trusted.key_for({"type": "http", "headers": headers, "client": ("127.0.0.1", 1)}) is None
+@pytest.mark.parametrize("named", ["192.0.2.1", CLIENT, FRONT, f"{CLIENT}, 10.0.0.1", "several", "unknown", ","])
+def test_a_proxy_that_is_not_named_makes_nobody_a_client(named: str) -> None:
+    """Its address may be in a network of trusted clients, but it is that of every stranger behind it, too."""
+    assert tenant(FRONT, trusted=NO_PROXIES) == "old"
+    assert tenant(FRONT, "", trusted=NO_PROXIES) == "old"
+    assert tenant(FRONT, named, trusted=NO_PROXIES) is None
+    assert tenant(None, named, peer=FRONT, trusted=NO_PROXIES) is None
+    assert tenant(CLIENT, named) is None
+
+
+@pytest.mark.parametrize("header", PROXY_HEADERS)
+def test_any_header_of_a_proxy_shows_it(header: bytes) -> None:
+    """Also a proxy that does not set X-Forwarded-For; of a trusted one these headers mean nothing."""
+    headers = ((header, b"for=10.0.5.7"),)
+    assert tenant(FRONT, trusted=NO_PROXIES, headers=headers) is None
+    assert tenant(FRONT, trusted=NO_PROXIES, headers=((header, b""),)) == "old"
+    assert tenant(FRONT, CLIENT, headers=headers) == "old"
+    assert tenant(FRONT, headers=headers) is None
+
+
+def test_another_machines_haproxy_makes_nobody_a_client() -> None:
+    """Its machine may be in a network of trusted clients, but a stranger called it. Its own programs are trusted."""
+    node = "10.0.1.1"
+    for source in ("192.0.2.1", FRONT, "", "x", f"{node}, {node}"):
+        assert tenant(source, peer=node, trusted=NO_PROXIES) is None
+    assert tenant("192.0.2.1", "", peer=node, trusted=NO_PROXIES) is None
+    for source in (node, f"::ffff:{node}", "127.0.0.1"):
+        assert tenant(source, "", peer=node, trusted=NO_PROXIES) == "old"
+        assert tenant(source, CLIENT, peer=node, trusted=NO_PROXIES) is None
