@@ -73,17 +73,17 @@ def lease(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Lease]:
     app = replica.__serve_build_asgi_app__()
 
     async def as_serve(scope: Scope, receive: Receive, send: Send) -> None:
-        lease.paths.append(scope["raw_path"].decode())
-        lease.given.append(dict(scope["headers"]).get(b"authorization", b"").decode() or None)
+        made.paths.append(scope["raw_path"].decode())
+        made.given.append(dict(scope["headers"]).get(b"authorization", b"").decode() or None)
         await app({**scope, "root_path": ROOT}, receive, send)
 
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
-        lease = Lease(f"http://127.0.0.1:{listening.getsockname()[1]}{ROOT}", wrapper)
-        lease.bind(TOKEN)
+        made = Lease(f"http://127.0.0.1:{listening.getsockname()[1]}{ROOT}", wrapper)
+        made.bind(TOKEN)
         server = uvicorn.Server(uvicorn.Config(as_serve, log_level="error", ws="none", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
-        yield lease
+        yield made
         server.should_exit = True
         thread.join(10)
 

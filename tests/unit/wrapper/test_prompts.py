@@ -331,7 +331,10 @@ async def test_operators_paths_are_not_for_holders(wrapper: Wrapper, method: str
 LEASE = "lease_of-the-header"
 OTHER_LEASE = "lease_of-another"
 KEY = "gp_0a1b2c3d_secret"
-PROMPTS: list[tuple[str, object]] = [("/process_prompt", {"question": "Why?"}), ("/v1/completions", {"prompt": "Why?"})]
+WITH_BODIES: list[tuple[str, object]] = [
+    ("/process_prompt", {"question": "Why?"}),
+    ("/v1/completions", {"prompt": "Why?"}),
+]
 
 
 def by_header(wrapper: Wrapper, method: str, path: str, body: object = None, *values: str) -> Call:
@@ -346,7 +349,7 @@ def held(wrapper: Wrapper) -> Wrapper:
     return wrapper
 
 
-@pytest.mark.parametrize(("path", "body"), PROMPTS)
+@pytest.mark.parametrize(("path", "body"), WITH_BODIES)
 @pytest.mark.parametrize(
     ("prefix", "values"),
     [
@@ -372,7 +375,7 @@ async def test_holder_prompts_with_a_header(
     assert KEY not in seen
 
 
-@pytest.mark.parametrize(("path", "body"), PROMPTS)
+@pytest.mark.parametrize(("path", "body"), WITH_BODIES)
 @pytest.mark.parametrize(
     ("prefix", "values"),
     [
