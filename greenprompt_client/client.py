@@ -29,6 +29,7 @@ from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport, WindowsPage
 from registry.errors import BadSettings
 from registry.wire.http import base_url_of, http_client, require_encrypted
+from registry.wire.lease_token import lease_headers, split_url
 from registry.wire.schemas import (
     MAX_WAIT_S,
     MAX_WINDOWS,
@@ -69,11 +70,24 @@ ENDED = frozenset({"released", "expired", "cancelled", "failed"})
 
 @dataclass(frozen=True, slots=True)
 class HeldLease:
-    """An LLM that is reserved for this client until its request is released or expires."""
+    """An LLM that is reserved for this client until its request is released or expires.
+
+    ``url`` contains the token of the lease. Other clients can use ``base_url``, with ``token`` as their API key.
+    """
 
     state: RequestState
     url: str
     _http: httpx.Client
+
+    @property
+    def base_url(self) -> str:
+        """The base URL of the LLM without the token; ``url`` if the registry is older, and ``token`` None."""
+        return split_url(self.url)[0]
+
+    @property
+    def token(self) -> str | None:
+        """The token of the lease; see ``lease_headers``."""
+        return split_url(self.url)[1]
 
     def prompt(
         self, question: str, *, timeout_s: float = 600.0, prompt_id: str | None = None, warmup: bool = False
@@ -93,11 +107,12 @@ class HeldLease:
                 prompt.
             httpx.HTTPError: The wrapper could not be reached, or took longer than ``timeout_s`` seconds.
         """
-        url, body = f"{self.url}/process_prompt", {"question": question}
-        headers = {WARMUP_HEADER: "true"} if warmup else {}
+        url, body, headers = f"{self.base_url}/process_prompt", {"question": question}, lease_headers(self.token)
+        if warmup:
+            headers[WARMUP_HEADER] = "true"
         if prompt_id is not None:
             headers[PROMPT_HEADER] = quote(prompt_id, safe="")
-        # stamina's decorator would log the arguments of retried calls, and the URL contains the lease's token.
+        # stamina's decorator would log the arguments of retried calls, and a header contains the lease's token.
         for attempt in stamina.retry_context(may_ask_again, attempts=None, timeout=RETRY_FOR_S):
             with attempt:
                 answer: dict[str, Any] = checked(

@@ -265,13 +265,13 @@ class NoCredentials(RegistryError):
 
 
 class NoSuchLease(RegistryError):
-    """The URL contains an unknown lease token."""
+    """The request has no token of a lease, an unknown one, or several different ones."""
 
     code = "no_such_lease"
     http_status = 403
 
     def __str__(self) -> str:
-        return "this URL belongs to no lease; use the url in the request's status"
+        return "no lease has this URL or token; use the url in the request's status"
 
 
 class LeaseEnded(RegistryError):

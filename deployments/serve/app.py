@@ -43,6 +43,7 @@ from registry.service.service import Service
 from registry.settings import Settings, differing, url_host
 from registry.store.database import parse_url
 from registry.store.store import Store
+from registry.wire.lease_token import LEASE_TOKEN
 from registry.wire.words import Role
 
 INGRESS_APP = "registry"
@@ -96,7 +97,7 @@ def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[
         Store.open(settings.store_url),
         RayCluster(settings, sources),
         now_s=SteadyClock(),
-        new_token=lambda: secrets.token_urlsafe(32),
+        new_token=lambda: LEASE_TOKEN + secrets.token_urlsafe(32),
         homes=home_llms(settings),
         on_fatal=on_fatal,
         on_energy=EnergyMetrics().count,

@@ -27,6 +27,8 @@ ENERGY_HEADER = b"x-greenprompt-energy"
 ENERGY_FIELD = b"greenprompt"
 EVENT_STREAM = b"text/event-stream"
 
+_PROMPT, _WARMUP = PROMPT_HEADER.lower().encode(), WARMUP_HEADER.lower().encode()
+
 _USAGE = b'"usage":{'
 """Matches keys only: inside a JSON string the quotes would be escaped."""
 _ID = re.compile(rb'"id":"([\w.-]+)"')
@@ -135,7 +137,7 @@ def is_warmup(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     Raises:
         InvalidField: the header is neither true nor false, or occurs twice with different values.
     """
-    values = [value for name, value in headers if name == WARMUP_HEADER.lower().encode()]
+    values = [value for name, value in headers if name == _WARMUP]
     if any(value not in {b"true", b"false"} for value in values) or len(set(values)) > 1:
         raise InvalidField(WARMUP_HEADER, "needs true or false")
     return b"true" in values
@@ -149,7 +151,7 @@ def prompt_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
     Raises:
         InvalidField: the header, as sent, has more than MAX_PROMPT_ID characters.
     """
-    value = next((value for name, value in headers if name == PROMPT_HEADER.lower().encode()), b"")
+    value = next((value for name, value in headers if name == _PROMPT), b"")
     if len(value) > MAX_PROMPT_ID:
         raise InvalidField(PROMPT_HEADER, f"needs at most {MAX_PROMPT_ID} characters")
     return unquote(value.decode("ascii", errors="replace")) or None

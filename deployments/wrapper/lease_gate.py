@@ -134,7 +134,7 @@ class LeaseGate:
             EngineNotReady: nothing is remembered, because no command of the registry has come yet.
         """
         self._end_if_over()
-        # D7: the token is a part of the address
+        # D7: the token is a part of the address, or in a header (D115)
         given = token.encode()
         if self._grant is not None and hmac.compare_digest(self._grant.token.encode(), given):
             return self._grant

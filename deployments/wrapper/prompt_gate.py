@@ -1,7 +1,7 @@
-"""The wrapper's HTTP side, for the holder of its lease: ``/<token>/get_status``, ``/process_prompt``, ``/v1/…``.
+"""The wrapper's HTTP side, for the holder of its lease: ``/get_status``, ``/process_prompt``, ``/v1/…``.
 
-An ASGI app. Every request needs the token of the bound lease. Prompts are counted while in flight,
-and are cut when the lease ends. All paths that ``public_path`` allows are served by vLLM's own
+An ASGI app. Every request needs the token of the bound lease, in its path or in a header. Prompts are
+counted while in flight, and are cut when the lease ends. All paths that ``public_path`` allows are served by vLLM's own
 OpenAI app, with these changes: bodies must be JSON without duplicate keys, answers carry energy,
 error texts use the names of an llmconfig, and "busy" answers get Retry-After. ``process_prompt``
 calls the same app internally.
@@ -43,6 +43,7 @@ from deployments.wrapper.answer_account import (
 )
 from deployments.wrapper.json_bodies import read_json, with_body
 from deployments.wrapper.lease_gate import LeaseGate
+from deployments.wrapper.lease_tokens import Headers, lease_call
 from deployments.wrapper.native_call import call, native_prompt, problem_of
 from deployments.wrapper.prompt_errors import EngineFailed, NoSuchPath, NotJSON, PromptTooLong, WritesNoText
 from deployments.wrapper.structured_output import require_small_grammars
@@ -150,19 +151,19 @@ class PromptGate:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        token, _, rest = path.lstrip("/").partition("/")
-        openai = rest.startswith("v1/")
+        openai = "/v1/" in path
+        token, path, headers = lease_call(path, scope["headers"])
         exchange = _Exchange(receive, send)
         try:
             grant = self._gate.check(token)
-            match (scope["method"], f"/{rest}"):
+            match (scope["method"], path):
                 case ("GET", "/get_status"):
                     await JSONResponse(self._status())(scope, receive, send)
                 case ("POST", "/process_prompt"):
                     await self._tracked(grant, exchange, self._process_prompt(self._args_of(grant), scope, exchange))
                 case (method, inner) if public_path(method, inner):
                     _require_json(scope)
-                    await self._tracked(grant, exchange, self._native(inner, scope, exchange))
+                    await self._tracked(grant, exchange, self._native(inner, scope, headers, exchange))
                 case (method, inner):
                     raise NoSuchPath(method, inner)
         except RegistryError as error:
@@ -256,14 +257,14 @@ class PromptGate:
             raise EngineNotReady(state)
         return running
 
-    async def _native(self, path: str, scope: Scope, exchange: _Exchange) -> None:
+    async def _native(self, path: str, scope: Scope, headers: Headers, exchange: _Exchange) -> None:
         receive: Receive = exchange.receive
         if scope["method"] == "POST":
             body = await Request(scope, receive).body()
             require_small_grammars(read_json(body))
             receive = with_body(body, receive)
         running = self._running()
-        inner = dict(scope, path=path, raw_path=path.encode(), root_path="")
+        inner = dict(scope, path=path, raw_path=path.encode(), root_path="", headers=headers)
         if scope["method"] == "GET" or path in WITHOUT_THE_LLM:
             await running.asgi(inner, receive, ErrorsInOurWords(exchange.send).send)
             return

@@ -37,6 +37,7 @@ from registry.accounting.figures import MachineFigures, figures_of, of_kind
 from registry.accounting.window_report import WindowReport
 from registry.errors import BadSettings, StartFailed
 from registry.settings import load_settings
+from registry.wire.lease_token import lease_headers
 from registry.wire.schemas import RequestState
 from registry.wire.words import WindowKind
 
@@ -135,7 +136,7 @@ def _use(registry: RegistryClient, http: httpx.Client, row: Row, rows: list[Row]
             row.prompts_s += time.monotonic() - begun_s
         row.note = "streaming /v1/chat/completions"
         show(None)
-        row.streamed = _stream(http, state.url, row.model)
+        row.streamed = _stream(http, lease, row.model)
         row.note = "done"
     finally:
         registry.release(row.request_id)
@@ -155,7 +156,7 @@ def _await_windows(registry: RegistryClient, rows: list[Row]) -> None:
         time.sleep(POLL_S)
 
 
-def _stream(http: httpx.Client, url: str, model: str) -> int:
+def _stream(http: httpx.Client, lease: HeldLease, model: str) -> int:
     """Stream one chat completion from vLLM's own API; return the number of chunks."""
     body = {
         "model": model,
@@ -164,7 +165,8 @@ def _stream(http: httpx.Client, url: str, model: str) -> int:
         "stream": True,
     }
     pieces = 0
-    with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+    url = f"{lease.base_url}/v1/chat/completions"
+    with http.stream("POST", url, json=body, headers=lease_headers(lease.token)) as response:
         if response.status_code != HTTPStatus.OK:
             response.read()
             raise StartFailed(f"the streamed completion was refused: {response.text[:200]}")

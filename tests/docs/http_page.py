@@ -29,6 +29,9 @@ These paths are served by the wrapper, below the `url` of a request that is `dep
 | `POST {url}/process_prompt` | `{"question": "…"}` → `{"answer", "sci_score", …}`, by the llmconfig's args |
 | `{url}/v1/…`, `{url}/tokenize` … | vLLM's own API: [OpenAI API of a lease](../how-to/openai-api.md) |
 
+Without the token at its end, `url` serves the same paths to requests with `Authorization: Bearer <token>`:
+[Keep the token out of URLs](../how-to/openai-api.md#keep-the-token-out-of-urls).
+
 | header of a prompt | meaning |
 |---|---|
 | `X-GreenPrompt-Warmup: true` | The prompt is a warm-up: it is left out of the counted stretch. |

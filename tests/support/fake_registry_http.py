@@ -20,6 +20,7 @@ from registry.accounting.window_report import WindowReport, WindowsPage, window_
 from registry.accounting.windows import KeptWindow
 from registry.contract.windows import EnergyWindow
 from registry.core.records import LLMSpec, Request
+from registry.wire.lease_token import LEASE_TOKEN
 from registry.wire.schemas import (
     AcceptedRequest,
     ErrorAnswer,
@@ -172,8 +173,8 @@ class HttpRegistry:
         return 200, TypeAdapter(WindowsPage).dump_python(page, mode="json")
 
     def _post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Reply:
-        if path.startswith("/wrappers/"):
-            return self._prompt(path, json.loads(body)["question"], headers)
+        if path == "/wrappers/gpu-1-0/process_prompt":
+            return self._prompt(json.loads(body)["question"], headers)
         with self._lock:
             self.keys.append(headers.get("Idempotency-Key"))
             refused = self.on_post()
@@ -214,7 +215,11 @@ class HttpRegistry:
             if last not in self.requests:
                 return error(404, "unknown_request")
             if self.requests[last].status == "queued" and self.open[0].requestId == last:
-                update = {"status": "deployed", "url": f"{self.url}/wrappers/{last}", "deployedAt": CREATED}
+                update = {
+                    "status": "deployed",
+                    "url": f"{self.url}/wrappers/gpu-1-0/{LEASE_TOKEN}{last}",
+                    "deployedAt": CREATED,
+                }
                 self.requests[last] = self.requests[last].model_copy(update=update)
             self.requests[last] = self.on_poll(self.requests[last])
             return 200, self.requests[last].model_dump()
@@ -235,8 +240,8 @@ class HttpRegistry:
         told = window_report(KeptWindow(window, state.machine, "default"), request, iso)
         self.windows.append(self.window(replace(told, detail=None)))
 
-    def _prompt(self, path: str, question: str, headers: Mapping[str, str]) -> Reply:
-        state = self.requests[path.split("/")[-2]]
+    def _prompt(self, question: str, headers: Mapping[str, str]) -> Reply:
+        state = self.requests[headers["Authorization"].removeprefix(f"Bearer {LEASE_TOKEN}")]
         if state.status != "deployed":
             return error(410, "lease_ended")
         with self._lock:

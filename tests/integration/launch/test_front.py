@@ -43,7 +43,8 @@ ROOT = Path(__file__).resolve().parents[3]
 FRONTS = ROOT / "configs" / "front"
 OLD_CLIENT, STRANGER = "127.0.0.7", "127.0.0.8"
 KEY = f"gp_{'0' * 8}_{'x' * 43}"
-LEASE = "/wrappers/a-0/s3cret-t0ken"
+WRAPPER, TOKEN = "/wrappers/a-0", "lease_s3cret-t0ken"
+LEASE = f"{WRAPPER}/{TOKEN}"
 CLAIMS = ["X-Forwarded-For", "X-GreenPrompt-Forwarded", "X-GreenPrompt-Source", "X-Real-IP", "Forwarded"]
 """Headers by which a client may claim another address."""
 LONGEST = 2000
@@ -263,7 +264,8 @@ def test_our_client_trusts_the_ca_it_is_given(front: Front) -> None:
         assert [machine.machine for machine in client.machines()] == ["a"]
         with client.lease("r") as lease:
             assert lease.prompt("Why?") == {"answer": "because"}
-    assert "authorization" not in front.wrapper.heads[-1]
+    assert front.wrapper.heads[-1]["authorization"] == f"Bearer {TOKEN}"
+    assert KEY not in str(front.wrapper.heads[-1])
     assert front.wrapper.heads[-1]["host"] == front.url.removeprefix("https://")
 
 
@@ -510,13 +512,19 @@ def test_caddys_failures_are_logged_without_their_requests(tmp_path: Path) -> No
 def test_no_token_is_logged(front: Front) -> None:
     """Also failures leave no token in what the front writes. While the registry is away, the answer says: try again."""
     with front.http() as http:
+        bearer = {"Authorization": f"Bearer {TOKEN}"}
         assert http.get(f"{LEASE}/v1").status_code == 200
-        with http.stream("POST", f"{LEASE}/stream", json={}) as answer:
+        assert http.get(f"{WRAPPER}/v1", headers=bearer).status_code == 200
+        with (
+            http.stream("POST", f"{LEASE}/stream", json={}) as answer,
+            http.stream("POST", f"{WRAPPER}/stream", json={}, headers=bearer),
+        ):
             front.wrapper.more.clear()
             next(answer.iter_raw())
         front.behind.kill()
         front.behind.wait()
         away = http.get(f"{LEASE}/v1", headers={"Authorization": f"Bearer {KEY}"})
+        assert http.get(f"{WRAPPER}/v1", headers=bearer).status_code in (502, 503)
     front.wrapper.more.set()
     assert away.status_code in (502, 503)
     assert ErrorAnswer.model_validate(away.json()).retryable

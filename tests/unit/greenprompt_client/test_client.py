@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +160,56 @@ def test_a_prompt_says_its_name_and_whether_it_is_a_warm_up(registry: Make) -> N
     lease.prompt("Why?")
     headers = [(each.headers.get(WARMUP_HEADER), each.headers.get(PROMPT_HEADER)) for each in script.requests]
     assert headers == [("true", "%C3%A4%201"), (None, None)]
+
+
+TOKEN = "lease_0123456789"
+
+
+def test_the_bytes_of_a_prompt_have_the_token_in_one_header() -> None:
+    """The first line of a request, which proxies log, has no token; the key of the registry is nowhere."""
+    answer = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 15\r\n\r\n{"answer": "x"}'
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        base_url = f"http://127.0.0.1:{server.getsockname()[1]}"
+
+        def serve() -> bytes:
+            taken, _ = server.accept()
+            with taken:
+                sent = taken.recv(65536)
+                while b'"Why?"' not in sent:
+                    sent += taken.recv(65536)
+                taken.sendall(answer)
+            return sent
+
+        served = pool.submit(serve)
+        with RegistryClient(base_url, api_key="gp_0a1b2c3d_secret") as client:
+            url = f"{base_url}/wrappers/a-0/{TOKEN}"
+            lease = HeldLease(RequestState.model_validate(DEPLOYED), url, client._prompts)
+            assert lease.prompt("Why?") == {"answer": "x"}
+        head, _, body = served.result(10).partition(b"\r\n\r\n")
+    first, *headers = head.decode().split("\r\n")
+    assert first == "POST /wrappers/a-0/process_prompt HTTP/1.1"
+    assert [each for each in headers if "lease_" in each] == [f"Authorization: Bearer {TOKEN}"]
+    assert b"secret" not in head + body
+    assert b"lease_" not in body
+
+
+@pytest.mark.parametrize(
+    ("url", "base_url", "token"),
+    [
+        (f"https://x/p/wrappers/a-0/{TOKEN}", "https://x/p/wrappers/a-0", TOKEN),
+        ("http://x/wrappers/a-0/token", "http://x/wrappers/a-0/token", None),
+    ],
+    ids=["today", "older registry"],
+)
+def test_a_lease_has_its_base_url_and_token(registry: Make, url: str, base_url: str, token: str | None) -> None:
+    """The token is split from the url where the wrapper knows the header, and the prompt goes to what is left."""
+    client, script = registry({"answer": "x"})
+    lease = HeldLease(RequestState.model_validate(DEPLOYED), url, client._prompts)
+    assert (lease.base_url, lease.token, lease.url) == (base_url, token, url)
+    lease.prompt("Why?")
+    (request,) = script.requests
+    assert str(request.url) == f"{base_url}/process_prompt"
+    assert request.headers.get("authorization") == (None if token is None else f"Bearer {token}")
 
 
 def test_report(registry: Make) -> None:

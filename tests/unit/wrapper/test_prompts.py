@@ -326,6 +326,112 @@ async def test_operators_paths_are_not_for_holders(wrapper: Wrapper, method: str
     assert wrapper.engine.scopes == []
 
 
+# --- the token in a header ---------------------------------------------------------------------------------
+
+LEASE = "lease_of-the-header"
+OTHER_LEASE = "lease_of-another"
+KEY = "gp_0a1b2c3d_secret"
+WITH_BODIES: list[tuple[str, object]] = [
+    ("/process_prompt", {"question": "Why?"}),
+    ("/v1/completions", {"prompt": "Why?"}),
+]
+
+
+def by_header(wrapper: Wrapper, method: str, path: str, body: object = None, *values: str) -> Call:
+    headers = [(b"authorization", value.encode()) for value in values]
+    return Call(wrapper.app, method, path, body, headers=headers)
+
+
+@pytest.fixture
+def held(wrapper: Wrapper) -> Wrapper:
+    """A wrapper whose lease has a token that a header can have."""
+    wrapper.bind(replace(GRANT, token=LEASE))
+    return wrapper
+
+
+@pytest.mark.parametrize(("path", "body"), WITH_BODIES)
+@pytest.mark.parametrize(
+    ("prefix", "values"),
+    [
+        ("", [f"Bearer {LEASE}"]),
+        ("", [f"bearer {LEASE}"]),
+        (f"/{LEASE}", [f"Bearer {LEASE}"]),
+        (f"/{LEASE}", ["Bearer none"]),
+        (f"/{LEASE}", [f"Bearer {KEY}"]),
+        (f"/{LEASE}", [f"Bearer {KEY}", "Bearer none"]),
+    ],
+)
+async def test_holder_prompts_with_a_header(
+    held: Wrapper, path: str, body: object, prefix: str, values: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The token is enough in path or header; what the header has does not reach the engine, an answer or a log."""
+    caplog.set_level(logging.DEBUG)
+    answer = await by_header(held, "POST", f"{prefix}{path}", body, *values).done()
+    assert answer.status == 200
+    (scope,) = held.engine.scopes
+    assert [name for name, _ in scope["headers"] if name == b"authorization"] == []
+    seen = f"{held.engine.scopes}{held.engine.bodies}{answer.headers}{answer.body!r}{caplog.text}"
+    assert LEASE not in seen
+    assert KEY not in seen
+
+
+@pytest.mark.parametrize(("path", "body"), WITH_BODIES)
+@pytest.mark.parametrize(
+    ("prefix", "values"),
+    [
+        ("", [f"Bearer {OTHER_LEASE}"]),
+        ("", [f"Bearer {KEY}"]),
+        ("", [f"Basic {LEASE}"]),
+        ("", [f"Bearer {LEASE}", f"Bearer {LEASE}"]),
+        ("", [f"Bearer {KEY}", f"Bearer {LEASE}"]),
+        (f"/{LEASE}", [f"Bearer {OTHER_LEASE}"]),
+        (f"/{OTHER_LEASE}", [f"Bearer {LEASE}"]),
+        (f"/{OTHER_LEASE}", [f"Bearer {OTHER_LEASE}"]),
+        (f"/{OTHER_LEASE}", [f"Bearer {KEY}"]),
+    ],
+)
+async def test_strangers_are_refused_with_a_header(
+    held: Wrapper, path: str, body: object, prefix: str, values: list[str]
+) -> None:
+    """An unknown token, contradictory ones, and a key in place of a token are one error, also without a lease."""
+    answers = []
+    for _ in range(2):
+        answers.append(await by_header(held, "POST", f"{prefix}{path}", body, *values).done())
+        held.gate.unbind("released")
+        held.gate._ended.clear()  # as in a wrapper that never had this lease
+    assert {(answer.status, answer.body) for answer in answers} == {(403, answers[0].body)}
+    assert b"no_such_lease" in answers[0].body
+    assert KEY.encode() not in answers[0].body
+    assert held.engine.scopes == []
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/completions"), ("GET", "/get_status"), ("GET", "/")])
+async def test_without_a_token_nothing_is_learned(held: Wrapper, method: str, path: str) -> None:
+    """A path without a token, and without a header, answers as a wrong token does, whether or not there is a lease."""
+    answers = [await by_header(held, method, path).done(), await held.call(method, path, token="x").done()]
+    held.gate.unbind("released")
+    answers += [await by_header(held, method, path).done(), await held.call(method, path, token="x").done()]
+    assert {(answer.status, answer.body) for answer in answers} == {(403, answers[0].body)}
+    assert answers[0].code == "no_such_lease"
+
+
+async def test_ends_of_a_lease_are_told_to_a_header(held: Wrapper) -> None:
+    """410 after the end, 404 for unknown paths, 503 while fenced or just started: all as with the token in the path."""
+    bearer = f"Bearer {LEASE}"
+    answer = await by_header(held, "GET", "/v1/nowhere", None, bearer).done()
+    assert (answer.status, answer.code) == (404, "no_such_path")
+    held.gate.believe(None, held.gate.moment)
+    answer = await by_header(held, "POST", "/v1/completions", {}, bearer).done()
+    assert (answer.status, answer.code) == (503, "registry_unheard")
+    held.gate.unbind("released")
+    for path in ("/v1/completions", "/process_prompt", "/nowhere"):
+        answer = await by_header(held, "POST", path, {}, bearer).done()
+        assert (answer.status, answer.code) == (410, "lease_ended")
+    held.gate._ended.clear()
+    held.gate.commanded = False
+    assert (await by_header(held, "GET", "/get_status", None, bearer).done()).status == 503
+
+
 # --- get_status --------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from deployments.models.args.mapping import map_llmconfig
+from greenprompt_client.client import HeldLease
 from greenprompt_client.demo import demo
 from greenprompt_client.demo.demo import Row
 from registry.accounting.window_report import WindowReport, window_report
@@ -186,17 +187,24 @@ def stream_of(*lines: str, status: int = 200) -> httpx.Client:
     return httpx.Client(transport=httpx.MockTransport(lambda _request: httpx.Response(status, text=content)))
 
 
+def held_lease(http: httpx.Client) -> HeldLease:
+    state = RequestState(
+        requestId="r", llmconfig={}, status="deployed", measurementId=1, address=None, link="", createdAt=""
+    )
+    return HeldLease(state, "http://x/wrappers/a-0/lease_1", http)
+
+
 def test_pieces_of_a_stream_are_counted() -> None:
     """Each piece with text counts; the end of the stream and pieces without choices don't."""
     piece = 'data: {"choices": [{"delta": {"content": "x"}}]}'
     with stream_of(piece, piece, 'data: {"choices": []}', "data: [DONE]") as http:
-        assert demo._stream(http, "http://x", "org/tiny") == 2
+        assert demo._stream(http, held_lease(http), "org/tiny") == 2
 
 
 def test_refused_stream_is_told() -> None:
     """A completion that is refused is an error in the wrapper's words."""
     with stream_of("no such model", status=404) as http, pytest.raises(StartFailed, match="no such model"):
-        demo._stream(http, "http://x", "org/tiny")
+        demo._stream(http, held_lease(http), "org/tiny")
 
 
 # --- its own registry --------------------------------------------------------------------------------------
