@@ -24,7 +24,7 @@ from deployments.serve.browsers import READING
 from deployments.serve.identities import client_of, key_of, refused_key_id
 from registry.background import spawn
 from registry.errors import InvalidField, RegistryError
-from registry.http_settings import Network
+from registry.networks import Network
 from registry.service.audit import Refusals
 from registry.service.views import iso
 from registry.store.rows import AuditFilter, AuditRow, StoredAuditRow

@@ -29,9 +29,10 @@ from rich.text import Text
 
 from deployments.launch.local_ray import free_ports
 from greenprompt_client.answers import RequestEnded
-from greenprompt_client.client import HeldLease, RegistryClient
+from greenprompt_client.client import RegistryClient
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from greenprompt_client.figures_table import label_words
+from greenprompt_client.held_lease import HeldLease
 from greenprompt_client.notation import LEGEND, bounded_text, estimate_text, phase_words
 from registry.accounting.figures import MachineFigures, figures_of, of_kind
 from registry.accounting.window_report import WindowReport

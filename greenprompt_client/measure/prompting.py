@@ -14,7 +14,7 @@ import httpx
 import stamina.instrumentation
 
 from greenprompt_client.answers import AnswerError, RequestEnded
-from greenprompt_client.client import HeldLease
+from greenprompt_client.held_lease import HeldLease
 from greenprompt_client.measure.prompt_files import Prompt
 
 LEASE_LOST = (RequestEnded, AnswerError, httpx.TransportError)

@@ -29,7 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from greenprompt_client.answers import AnswerError
-from greenprompt_client.client import ENDED, HeldLease, RegistryClient
+from greenprompt_client.client import ENDED, RegistryClient
+from greenprompt_client.held_lease import HeldLease
 from greenprompt_client.measure.experiment import Plan
 from greenprompt_client.measure.figures import LLMSummary, as_csv, summarized, without_window
 from greenprompt_client.measure.prompt_files import Prompt

@@ -23,7 +23,7 @@ from deployments.serve.wrapper_app import WrapperReplica
 from deployments.wrapper.config import WrapperConfig
 from deployments.wrapper.llm_wrapper import LLMWrapper
 from greenprompt_client.answers import AnswerError
-from greenprompt_client.client import HeldLease
+from greenprompt_client.held_lease import HeldLease
 from registry.settings import EnergySettings, WrapperSettings
 from registry.wire.lease_token import lease_headers, split_url
 from registry.wire.schemas import RequestState

@@ -18,7 +18,8 @@ from pydantic import TypeAdapter
 
 from greenprompt_client import client as client_module
 from greenprompt_client.answers import AnswerError, RequestEnded
-from greenprompt_client.client import RETRY_FOR_S, HeldLease, RegistryClient
+from greenprompt_client.client import RegistryClient
+from greenprompt_client.held_lease import RETRY_FOR_S, HeldLease
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport
 from registry.errors import BadSettings

@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console, RenderableType
 
 from deployments.models.args.mapping import map_llmconfig
-from greenprompt_client.client import HeldLease
 from greenprompt_client.demo import demo
 from greenprompt_client.demo.demo import Row
+from greenprompt_client.held_lease import HeldLease
 from registry.accounting.window_report import WindowReport, window_report
 from registry.errors import StartFailed
 from registry.wire.schemas import LLMConfig, RequestState
