@@ -21,7 +21,8 @@ RETRY_FOR_S = 30.0
 class HeldLease:
     """An LLM that is reserved for this client until its request is released or expires.
 
-    ``url`` contains the token of the lease. Other clients can use ``base_url``, with ``token`` as their API key.
+    ``url`` contains the token of the lease. Other clients can use ``base_url``, with ``token or "none"`` as their API
+    key: without a key, some would send the one that they find in the environment.
     """
 
     state: RequestState

@@ -36,8 +36,8 @@ SEND_EVERY_S = 60.0
 log = structlog.get_logger("deployments.serve.audit")
 
 _CODE = re.compile(rb'\{"code":"([a-z0-9_]{1,64})"')
-# No secret that somebody puts in place of an id: an API key has 55 characters; tokens of leases and of hubs
-# have an underscore. An id has at most 39 (IPv6).
+# No secret that somebody puts in place of an id: an API key has 55 characters, a token of an older lease has 43, and
+# tokens of leases and of hubs have an underscore. An id has at most 39 (IPv6).
 _ID = re.compile(r"[A-Za-z0-9.:-]{1,40}")
 _METHODS = READING | {"POST", "PUT", "PATCH", "DELETE"}
 _REFUSED = (401, 403)

@@ -17,7 +17,7 @@ NO_TOKEN = ""
 
 _AUTHORIZATION = b"authorization"
 _NAME = itemgetter(0)
-_BEARER = re.compile(rb"(?i:bearer)[ \t]+(" + LEASE_TOKEN.encode() + rb".*)")
+_BEARER = re.compile(rb"(?i:bearer)[ \t]+(" + LEASE_TOKEN.encode() + rb".*?)[ \t]*")
 
 
 def lease_call(path: str, headers: Headers) -> tuple[str, str, Headers]:

@@ -27,6 +27,7 @@ def authorized(*values: str) -> list[tuple[bytes, bytes]]:
         (MODELS, [f"Bearer {TOKEN}"], TOKEN, MODELS),
         (MODELS, [f"bearer {TOKEN}"], TOKEN, MODELS),
         (MODELS, [f"BEARER \t {TOKEN}"], TOKEN, MODELS),
+        (MODELS, [f"Bearer {TOKEN} \t"], TOKEN, MODELS),
         ("/nowhere", [f"Bearer {TOKEN}"], TOKEN, "/nowhere"),
         ("", [f"Bearer {TOKEN}"], TOKEN, ""),
         # in both
