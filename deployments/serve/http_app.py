@@ -132,7 +132,7 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
     app = GuardedAPI(
         config.hosts,
         inner=_guards(config, call),
-        outer=lambda app: AuditTrail(app, call, config.trusted_proxies),
+        outer=lambda app: AuditTrail(app, call, config.trusted_proxies, keys=config.access.keys),
         title=TITLE,
         description=DESCRIPTION,
         version=version("greenprompt-llm-registry"),
