@@ -27,7 +27,7 @@ from registry.errors import InvalidField, RegistryError, UnknownRequest
 from registry.http_settings import Network
 from registry.service.audit import Refusals
 from registry.service.views import iso
-from registry.store.rows import AuditFilter, AuditRow, StoredAuditRow
+from registry.store.rows import AuditFilter, AuditRow, StoredAuditPage, StoredAuditRow
 from registry.wire.schemas import MAX_AUDIT, MAX_ID, AuditEntry, AuditPage, TenantName
 from registry.wire.words import Role
 
@@ -160,8 +160,10 @@ def _time(meaning: str) -> Any:
     return Query(pattern=_TIME, description=f"{meaning}: ISO 8601, UTC, as 2026-11-30T09:00:00Z")
 
 
-def audit_router(call: Callable[..., Awaitable[Any]], responses: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """Return the route of the audit, for operators."""
+def audit_router(
+    call: Callable[..., Awaitable[Any]], responses: dict[int | str, dict[str, Any]], *, keys: bool
+) -> APIRouter:
+    """Return the route of the audit, for operators. ``keys``: whether the registry asks for API keys."""
     router = APIRouter()
 
     @router.get("/audit", response_model=AuditPage, responses=responses)
@@ -177,12 +179,12 @@ def audit_router(call: Callable[..., Awaitable[Any]], responses: dict[int | str,
     ) -> Response:
         """Return calls that changed something, and refused calls, in the order in which they were stored.
 
-        Refused calls are stored within a minute or two, equal ones as one entry.
+        Refused calls are stored within a minute or two, equal ones as one entry. A page may have fewer entries than
+        ``limit``, or none: the last one has no ``next``.
         """
         wanted = AuditFilter(_seconds("since", since), _seconds("before", before), tenant, key)
-        rows: tuple[StoredAuditRow, ...] = await call("audit", wanted, after, limit + 1)
-        more = rows[limit - 1].audit_id if len(rows) > limit else None
-        page = AuditPage(entries=[_entry(row) for row in rows[:limit]], next=more)
+        found: StoredAuditPage = await call("audit", wanted, after, limit)
+        page = AuditPage(entries=[_entry(row, keys=keys) for row in found.rows], next=found.next)
         return Response(page.model_dump_json(), media_type="application/json")
 
     return router
@@ -196,8 +198,10 @@ def _seconds(field: str, time: str | None) -> float | None:
         raise InvalidField(field, str(error)) from error
 
 
-def _entry(stored: StoredAuditRow) -> AuditEntry:
+def _entry(stored: StoredAuditRow, *, keys: bool) -> AuditEntry:
     row = stored.row
+    # Without keys, whoever knows the id of a request can see and release it.
+    shown = keys or (row.path or "").startswith("/machines/")
     return AuditEntry(
         number=stored.audit_id,
         at=iso(row.at_s),
@@ -209,6 +213,6 @@ def _entry(stored: StoredAuditRow) -> AuditEntry:
         role=row.role,
         tenant=row.tenant,
         source=row.source,
-        about=row.subject,
+        about=row.subject if shown else None,
         count=row.count,
     )

@@ -142,7 +142,7 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
     _add_measurements(app, call)
     _add_machines(app, call)
     _add_keys(app, config, call)
-    app.include_router(audit_router(call, ERRORS))
+    app.include_router(audit_router(call, ERRORS, keys=config.access.keys))
     app.include_router(root_router(call))
     add_error_handlers(app)
     return app

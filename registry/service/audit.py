@@ -19,7 +19,7 @@ from ipaddress import IPv6Network
 from registry.access_errors import KeyRefused
 from registry.errors import ShuttingDown
 from registry.service.loop import Loop
-from registry.store.rows import AuditFilter, AuditRow, StoredAuditRow
+from registry.store.rows import AuditFilter, AuditRow, StoredAuditPage
 from registry.store.store import Store
 
 ROWS = 20
@@ -119,8 +119,8 @@ class Audit:
         with self._loop.fail_stop():
             self._store.add_audit([replace(row, at_s=now_s - ago_s) for row, ago_s in rows])
 
-    def rows(self, wanted: AuditFilter, after: int, limit: int) -> tuple[StoredAuditRow, ...]:
-        """Return the oldest ``limit`` (> 0) rows that are wanted with a number above ``after``, in the order stored.
+    def rows(self, wanted: AuditFilter, after: int, limit: int) -> StoredAuditPage:
+        """Return the oldest ``limit`` (> 0) rows that are wanted with a number above ``after``: see ``Store.audit``.
 
         Raises:
             StoreUnavailable: the database does not answer.

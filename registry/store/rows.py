@@ -102,6 +102,13 @@ class StoredAuditRow:
     row: AuditRow
 
 
+class StoredAuditPage(NamedTuple):
+    """Rows of the audit, and the number after which the next page begins; None: this is the last page."""
+
+    rows: tuple[StoredAuditRow, ...]
+    next: int | None
+
+
 class AuditFilter(NamedTuple):
     """Which rows of the audit are wanted: ``since_s`` ≤ time < ``before_s``, UTC seconds. None: all."""
 

@@ -34,7 +34,7 @@ async def scene(world: ServiceWorld, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
 
 
 def rows(scene: Scene) -> list[AuditRow]:
-    return [stored.row for stored in scene.service._store.audit()]
+    return [stored.row for stored in scene.service._store.audit().rows]
 
 
 async def sent(scene: Scene) -> list[AuditRow]:
@@ -326,11 +326,19 @@ async def test_odd_filters_are_refused(scene: Scene, query: str) -> None:
 
 
 async def test_without_keys_everybody_reads_it(world: ServiceWorld) -> None:
-    """As everybody may do everything there; the rows have no key."""
+    """As everybody may do everything there; the rows have no key, and no id with which a request can be released."""
     async with keyed_scene(world, {"s": 0.0}, keys=False) as scene:
+        await scene.ask("POST", "/machines/a/drain", "")
+        await scene.ask("DELETE", "/machines/nowhere/drain", "")
+        await scene.ask("DELETE", f"{REQUEST}/{scene.request_id}", "")
+        await scene.ask("DELETE", f"{REQUEST}/{scene.request_id}s", "")
+        await send(scene)
+        assert [row.subject for row in rows(scene)][0] == scene.request_id
         answer = await scene.http.get("/audit")
-        (entry,) = answer.json()["entries"]
+        assert scene.request_id not in answer.text
+        entry, *others = answer.json()["entries"]
         assert (entry["key"], entry["role"], entry["tenant"], entry["source"]) == (None, None, "default", HERE)
+        assert [each["about"] for each in others] == ["a", None, "nowhere", None]
 
 
 async def test_an_error_of_the_ingress_is_counted(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
