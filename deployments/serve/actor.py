@@ -144,10 +144,12 @@ class RegistryActor:
         await self.ready()
         self._service.release(request_id, access, audit and replace(audit, subject=request_id))
 
-    async def withdraw(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
+    async def withdraw(
+        self, request_ids: Sequence[str], tenant: str, key: str | None, audit: AuditRow | None = None
+    ) -> None:
         """End the requests of a POST whose answer did not reach its client."""
         await self.ready()
-        self._service.withdraw(request_ids, tenant=tenant, key=key)
+        self._service.withdraw(request_ids, tenant=tenant, key=key, audit=audit)
 
     async def lease_url(self, token: str) -> str:
         """Return the base URL of the lease with this token."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from http import HTTPStatus
 from ipaddress import IPv6Network
 
 from registry.access_errors import KeyRefused
@@ -32,9 +33,18 @@ AT_START = "start"
 """The ``method`` of what the registry did at its start, without a call."""
 
 
+OF_WITHDRAWAL = "withdraw"
+"""The ``method`` of the end of a request whose POST was accepted, but not answered."""
+
+
 def at_start(path: str, status: int) -> AuditRow:
     """Return the row of a change that the registry makes at its start, as the call of this path would."""
     return AuditRow(AT_START, path, status)
+
+
+def of_withdrawal(posted: AuditRow) -> AuditRow:
+    """Return the row of the end of a POST's request, whose answer did not reach the client, from the POST's own."""
+    return replace(posted, method=OF_WITHDRAWAL, path=f"{posted.path}/{{request_id}}", status=HTTPStatus.NO_CONTENT)
 
 
 class Refusals:

@@ -398,7 +398,10 @@ class AuditEntry(_Answered):
 
     number: int = Field(description="Grows with every entry, in the order in which they were stored")
     at: str = Field(description="Time of the call, of the first if there are several: ISO 8601, UTC")
-    method: str = Field(description="`start`: by the registry at its start; empty: several, not recorded one by one")
+    method: str = Field(
+        description="`start`: by the registry at its start; `withdraw`: by the registry, since the answer to "
+        "the POST of this request did not reach its client; empty: several, not recorded one by one"
+    )
     path: str | None = Field(description="Pattern of the path; null: there is no such path, or several")
     status: int = Field(description="HTTP status of the answer")
     code: str | None = Field(description="`code` of the error; null: the call was accepted")

@@ -119,7 +119,7 @@ class FakeRegistry:
     def _release(self, request_id: str) -> None:
         self._state(request_id)
 
-    def _withdraw(self, request_ids: list[str], _tenant: str, _key: str | None) -> None:
+    def _withdraw(self, request_ids: list[str], _tenant: str, _key: str | None, _audit: None = None) -> None:
         for request_id in request_ids:
             self.requests.pop(request_id, None)
 

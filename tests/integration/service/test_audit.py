@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ from deployments.serve.identities import FORWARDED_HEADER, SOURCE_HEADER
 from registry.errors import RegistryUnavailable
 from registry.service.audit import ROWS, ROWS_OF_ONE, Audit
 from registry.store.rows import AuditRow
-from registry.wire.words import Role
+from registry.wire.words import RequestStatus, Role
 from tests.support.keyed_registry import FRONT, LLM, OLD_CLIENT, REQUEST, Scene, keyed_scene
 from tests.support.service_world import ServiceWorld
 
@@ -85,6 +86,29 @@ async def test_each_change_has_its_row(scene: Scene) -> None:
         ("DELETE", REQUEST + "/{request_id}", 204, operator, "lab", HERE, scene.request_id),
     ]
     assert {(r.at_s, r.count, r.code) for r in rows(scene)} == {(now_s, 1, None)}
+
+
+async def test_a_withdrawal_has_its_row(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A POST whose client gets no answer is accepted, and its requests are ended: both with the caller of the POST."""
+    wait = asyncio.Event()
+
+    async def granted(_: object) -> None:
+        wait.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(scene.service, "granted", granted)
+    where = {"json": {"measurementId": 8, "llms": [LLM, LLM]}, "headers": {SOURCE: "10.1.2.3"}}
+    post = asyncio.create_task(scene.ask("POST", REQUEST, "client", **where))
+    await wait.wait()
+    post.cancel()  # as Serve does when the client hangs up
+    with pytest.raises(asyncio.CancelledError):
+        await post
+    first, second = (each.request_id for each in scene.service.archive.requests_of(("lab", 8)))
+    await scene.service.wait_for_change(second, 10.0, RequestStatus.QUEUED)
+    posted = AuditRow("POST", REQUEST, 201, None, key_id(scene, "client"), Role.CLIENT, "lab", "10.1.2.3", first)
+    posted = replace(posted, at_s=scene.world.clock.now_s)
+    ended = replace(posted, method="withdraw", path=REQUEST + "/{request_id}", status=204)
+    assert rows(scene)[1:] == [posted, ended, replace(ended, subject=second)]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +357,7 @@ async def test_without_keys_everybody_reads_it(world: ServiceWorld) -> None:
         await scene.ask("DELETE", f"{REQUEST}/{scene.request_id}", "")
         await scene.ask("DELETE", f"{REQUEST}/{scene.request_id}s", "")
         await send(scene)
-        assert [row.subject for row in rows(scene)][0] == scene.request_id
+        assert rows(scene)[0].subject == scene.request_id
         answer = await scene.http.get("/audit")
         assert scene.request_id not in answer.text
         entry, *others = answer.json()["entries"]
