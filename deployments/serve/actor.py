@@ -28,7 +28,7 @@ from registry.service.keys import EVERYTHING, Access
 from registry.service.news import CHANGES_WAIT_S
 from registry.service.service import Idempotency, Service
 from registry.settings import Settings
-from registry.store.rows import APIKey, AuditFilter, AuditRow, StoredAuditRow, WindowPlace
+from registry.store.rows import APIKey, AuditFilter, AuditRow, StoredAuditPage, WindowPlace
 from registry.wire.schemas import NewKey
 from registry.wire.words import Grade, Priority, Role
 
@@ -144,10 +144,12 @@ class RegistryActor:
         await self.ready()
         self._service.release(request_id, access, audit and replace(audit, subject=request_id))
 
-    async def withdraw(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
+    async def withdraw(
+        self, request_ids: Sequence[str], tenant: str, key: str | None, audit: AuditRow | None = None
+    ) -> None:
         """End the requests of a POST whose answer did not reach its client."""
         await self.ready()
-        self._service.withdraw(request_ids, tenant=tenant, key=key)
+        self._service.withdraw(request_ids, tenant=tenant, key=key, audit=audit)
 
     async def lease_url(self, token: str) -> str:
         """Return the base URL of the lease with this token."""
@@ -246,7 +248,7 @@ class RegistryActor:
         await self.ready()
         self._service.audit.add_refusals(rows)
 
-    async def audit(self, wanted: AuditFilter, after: int, limit: int) -> tuple[StoredAuditRow, ...]:
+    async def audit(self, wanted: AuditFilter, after: int, limit: int) -> StoredAuditPage:
         """Return at most ``limit`` rows of the audit with a number above ``after``."""
         await self.ready()
         return self._service.audit.rows(wanted, after, limit)

@@ -23,12 +23,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.serve.browsers import READING
 from deployments.serve.identities import client_of, key_of, refused_key_id
 from registry.background import spawn
-from registry.errors import InvalidField, RegistryError
+from registry.errors import InvalidField, RegistryError, UnknownRequest
 from registry.networks import Network
 from registry.service.audit import Refusals
 from registry.service.views import iso
-from registry.store.rows import AuditFilter, AuditRow, StoredAuditRow
+from registry.store.rows import AuditFilter, AuditRow, StoredAuditPage, StoredAuditRow
 from registry.wire.schemas import MAX_AUDIT, MAX_ID, AuditEntry, AuditPage, TenantName
+from registry.wire.words import Role
 
 SEND_EVERY_S = 60.0
 """How often refused calls are sent to the registry, seconds. So much is lost if this process ends."""
@@ -42,20 +43,24 @@ _ID = re.compile(r"[A-Za-z0-9.:-]{1,40}")
 _METHODS = READING | {"POST", "PUT", "PATCH", "DELETE"}
 _REFUSED = (401, 403)
 _ELSEWHERE = "/process_prompt"  # redirected to a lease: changes nothing here
-_PROXIES = "greenprompt_proxies"
+_PROXIES, _KEYS = "greenprompt_proxies", "greenprompt_keys"
 
 
 class AuditTrail:
     """An ASGI app around another one, which counts refused calls. ``call(method, *args)`` reaches the registry actor.
 
-    Refused are 401 and 403 on every path, and every error on a path that changes something. ``proxies``: the networks
-    of trusted proxies, which name the addresses of their clients.
+    Refused are 401 and 403 on every path, every error on a path that changes something, and reads of a request that
+    the client's key may not see. ``proxies``: the networks of trusted proxies, which name the addresses of their
+    clients. ``keys``: whether the registry asks for API keys.
     """
 
-    def __init__(self, app: ASGIApp, call: Callable[..., Awaitable[Any]], proxies: Sequence[Network]) -> None:
+    def __init__(
+        self, app: ASGIApp, call: Callable[..., Awaitable[Any]], proxies: Sequence[Network], *, keys: bool
+    ) -> None:
         self._app = app
         self._call = call
         self._proxies = proxies
+        self._keys = keys
         self._refusals = Refusals()
         self._sending: asyncio.Task[None] | None = None
 
@@ -64,7 +69,7 @@ class AuditTrail:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope[_PROXIES] = self._proxies
+        scope[_PROXIES], scope[_KEYS] = self._proxies, self._keys
         changes = scope["method"] not in READING and scope["path"] != _ELSEWHERE
         status, code = 0, None
 
@@ -80,7 +85,7 @@ class AuditTrail:
         try:
             await self._app(scope, receive, noting)
         finally:
-            if status in _REFUSED or (changes and status >= 400):
+            if status in _REFUSED or (changes and status >= 400) or _is_hidden(scope, code):
                 self._note(row_of(scope, status, code))
 
     def _note(self, row: AuditRow) -> None:
@@ -101,9 +106,11 @@ class AuditTrail:
 
 
 def row_of(scope: Scope, status: int, code: str | None = None) -> AuditRow:
-    """Return the row of a call to an AuditTrail. A caller without a key can choose nothing in it but the source.
+    """Return the row of a call to an AuditTrail.
 
-    ``source`` is None if the address is not clear. The registry adds tenant and id to the row of an accepted call.
+    ``source`` is None if the address is not clear. ``subject`` is None if the registry asks for keys and the call has
+    no valid one, or was refused before its key was checked. The registry adds tenant and id to the row of an accepted
+    call.
     """
     path, subject = _what(scope)
     key, source = key_of(scope), client_of(scope, scope[_PROXIES])
@@ -117,8 +124,14 @@ def row_of(scope: Scope, status: int, code: str | None = None) -> AuditRow:
         role=None if key is None else key.role,
         tenant=None if key is None else key.tenant,
         source=None if source is None else str(source)[:64],
-        subject=None if status == 401 else subject,
+        subject=None if key is None and scope[_KEYS] else subject,
     )
+
+
+def _is_hidden(scope: Scope, code: str | None) -> bool:
+    """Whether a client's key asked for a request that does not exist, or that is another tenant's."""
+    key = key_of(scope)
+    return code == UnknownRequest.code and key is not None and key.role is Role.CLIENT
 
 
 def _what(scope: Scope) -> tuple[str | None, str | None]:
@@ -147,8 +160,10 @@ def _time(meaning: str) -> Any:
     return Query(pattern=_TIME, description=f"{meaning}: ISO 8601, UTC, as 2026-11-30T09:00:00Z")
 
 
-def audit_router(call: Callable[..., Awaitable[Any]], responses: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """Return the route of the audit, for operators."""
+def audit_router(
+    call: Callable[..., Awaitable[Any]], responses: dict[int | str, dict[str, Any]], *, keys: bool
+) -> APIRouter:
+    """Return the route of the audit, for operators. ``keys``: whether the registry asks for API keys."""
     router = APIRouter()
 
     @router.get("/audit", response_model=AuditPage, responses=responses)
@@ -164,12 +179,12 @@ def audit_router(call: Callable[..., Awaitable[Any]], responses: dict[int | str,
     ) -> Response:
         """Return calls that changed something, and refused calls, in the order in which they were stored.
 
-        Refused calls are stored within a minute or two, equal ones as one entry.
+        Refused calls are stored within a minute or two, equal ones as one entry. A page may have fewer entries than
+        ``limit``, or none: the last one has no ``next``.
         """
         wanted = AuditFilter(_seconds("since", since), _seconds("before", before), tenant, key)
-        rows: tuple[StoredAuditRow, ...] = await call("audit", wanted, after, limit + 1)
-        more = rows[limit - 1].audit_id if len(rows) > limit else None
-        page = AuditPage(entries=[_entry(row) for row in rows[:limit]], next=more)
+        found: StoredAuditPage = await call("audit", wanted, after, limit)
+        page = AuditPage(entries=[_entry(row, keys=keys) for row in found.rows], next=found.next)
         return Response(page.model_dump_json(), media_type="application/json")
 
     return router
@@ -183,8 +198,10 @@ def _seconds(field: str, time: str | None) -> float | None:
         raise InvalidField(field, str(error)) from error
 
 
-def _entry(stored: StoredAuditRow) -> AuditEntry:
+def _entry(stored: StoredAuditRow, *, keys: bool) -> AuditEntry:
     row = stored.row
+    # Without keys, whoever knows the id of a request can see and release it.
+    shown = keys or (row.path or "").startswith("/machines/")
     return AuditEntry(
         number=stored.audit_id,
         at=iso(row.at_s),
@@ -196,6 +213,6 @@ def _entry(stored: StoredAuditRow) -> AuditEntry:
         role=row.role,
         tenant=row.tenant,
         source=row.source,
-        about=row.subject,
+        about=row.subject if shown else None,
         count=row.count,
     )

@@ -132,7 +132,7 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
     app = GuardedAPI(
         config.hosts,
         inner=_guards(config, call),
-        outer=lambda app: AuditTrail(app, call, config.trusted_proxies),
+        outer=lambda app: AuditTrail(app, call, config.trusted_proxies, keys=config.access.keys),
         title=TITLE,
         description=DESCRIPTION,
         version=version("greenprompt-llm-registry"),
@@ -142,7 +142,7 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
     _add_measurements(app, call)
     _add_machines(app, call)
     _add_keys(app, config, call)
-    app.include_router(audit_router(call, ERRORS))
+    app.include_router(audit_router(call, ERRORS, keys=config.access.keys))
     app.include_router(root_router(call))
     add_error_handlers(app)
     return app
@@ -184,7 +184,7 @@ def _add_post(app: FastAPI, config: IngressConfig, call: Call, checkpoints: Chec
         """Request one or more LLMs for a measurement. They are leased one after another, on one machine."""
         llms = await _mapped_llms(body, config, checkpoints)
         tenant, access = caller
-        with withdrawals.unless_answered([llm.request_id for llm in llms], tenant, idempotency_key):
+        with withdrawals.unless_answered([llm.request_id for llm in llms], tenant, idempotency_key, audited):
             idempotency = None if idempotency_key is None else Idempotency(idempotency_key, _sha256(body))
             wanted = body.measurementId, llms, tenant, body.priority_given, body.gpuType, idempotency
             return _json_response(await call("request", *wanted, body.grade, body.like, access, audited), status=201)

@@ -316,9 +316,14 @@ def _values(scope: Scope, header: bytes) -> list[str]:
 
 
 def _address(text: str) -> Address | None:
-    """Return the address that a text is, without a port; IPv4 for one that is mapped to IPv6. None if it is none."""
+    """Return the address that a text is, without a port; IPv4 for one that is mapped to IPv6. None if it is none.
+
+    None also for an IPv6 address with a zone (``fe80::1%eth0``), since a zone can be any text.
+    """
     try:
         address = ip_address(text)
     except ValueError:
+        return None
+    if getattr(address, "scope_id", None) is not None:
         return None
     return getattr(address, "ipv4_mapped", None) or address

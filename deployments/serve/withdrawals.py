@@ -16,6 +16,7 @@ import structlog
 
 from registry.background import spawn
 from registry.errors import RegistryError
+from registry.store.rows import AuditRow
 
 WITHDRAW_FOR_S = 300.0
 """How long a withdrawal is retried while the registry does not answer, seconds."""
@@ -35,7 +36,9 @@ class Withdrawals:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @contextmanager
-    def unless_answered(self, request_ids: Sequence[str], tenant: str, key: str | None) -> Iterator[None]:
+    def unless_answered(
+        self, request_ids: Sequence[str], tenant: str, key: str | None, audit: AuditRow | None = None
+    ) -> Iterator[None]:
         """Withdraw these requests if the block fails, or is cancelled because the client hung up.
 
         A refusal (4xx) is an answer: it means that nothing was accepted.
@@ -45,12 +48,15 @@ class Withdrawals:
         except BaseException as error:
             refused = isinstance(error, RegistryError) and error.http_status < HTTPStatus.INTERNAL_SERVER_ERROR
             if not refused:
-                self.begin(request_ids, tenant, key)
+                self.begin(request_ids, tenant, key, audit)
             raise
 
-    def begin(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
-        """Withdraw the requests of one POST; ``key`` is its Idempotency-Key, if any. Returns at once."""
-        task = spawn("withdraw unanswered requests", self._withdraw(request_ids, tenant, key))
+    def begin(self, request_ids: Sequence[str], tenant: str, key: str | None, audit: AuditRow | None = None) -> None:
+        """Withdraw the requests of one POST. Returns at once.
+
+        ``key``: its Idempotency-Key, if any. ``audit``: its row for the audit.
+        """
+        task = spawn("withdraw unanswered requests", self._withdraw(request_ids, tenant, key, audit))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -58,13 +64,13 @@ class Withdrawals:
         """Return when all withdrawals so far are complete."""
         await asyncio.gather(*self._tasks)
 
-    async def _withdraw(self, request_ids: Sequence[str], tenant: str, key: str | None) -> None:
+    async def _withdraw(self, request_ids: Sequence[str], tenant: str, key: str | None, audit: AuditRow | None) -> None:
         try:
             async for attempt in stamina.retry_context(
                 on=RegistryError, attempts=None, timeout=WITHDRAW_FOR_S, wait_initial=0.5, wait_max=5.0
             ):
                 with attempt:
-                    await self._call("withdraw", request_ids, tenant, key)
+                    await self._call("withdraw", request_ids, tenant, key, audit)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             log.error("requests without an answer could not be withdrawn", request_ids=request_ids, reason=reason)  # noqa: TRY400 - Ray's traceback adds nothing

@@ -14,25 +14,37 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from http import HTTPStatus
+from ipaddress import IPv6Network
 
+from registry.access_errors import KeyRefused
 from registry.errors import ShuttingDown
 from registry.service.loop import Loop
-from registry.store.rows import AuditFilter, AuditRow, StoredAuditRow
+from registry.store.rows import AuditFilter, AuditRow, StoredAuditPage
 from registry.store.store import Store
 
-ROWS_OF_ONE = 5
-"""Most rows with path and id that one source (or key) gets in a minute; its other refusals have neither."""
+ROWS = 20
+"""Most rows with path and source in a minute: of each key; and of callers without a valid key, see ``_bucket_of``."""
 
-ROWS_OF_STRANGERS = 20
-"""Most rows with a source in a minute, of all callers without a key together; likewise of each key."""
+ROWS_OF_ONE = 5
+"""Most of these rows from one network, so that a noisy caller does not hide the others; see ``_network_of``."""
 
 AT_START = "start"
 """The ``method`` of what the registry did at its start, without a call."""
 
 
+OF_WITHDRAWAL = "withdraw"
+"""The ``method`` of the end of a request whose POST was accepted, but not answered."""
+
+
 def at_start(path: str, status: int) -> AuditRow:
     """Return the row of a change that the registry makes at its start, as the call of this path would."""
     return AuditRow(AT_START, path, status)
+
+
+def of_withdrawal(posted: AuditRow) -> AuditRow:
+    """Return the row of the end of a POST's request, whose answer did not reach the client, from the POST's own."""
+    return replace(posted, method=OF_WITHDRAWAL, path=f"{posted.path}/{{request_id}}", status=HTTPStatus.NO_CONTENT)
 
 
 class Refusals:
@@ -44,10 +56,8 @@ class Refusals:
     def __init__(self) -> None:
         self._counts: dict[AuditRow, tuple[float, int]] = {}
         """By row: the time of the first call, and the number of calls."""
-        self._rows: Counter[str | None] = Counter()
-        """By key (None: no key): the number of rows."""
-        self._rows_of_one: Counter[tuple[str | None, str | None]] = Counter()
-        """By key and source: the number of rows that have path and id."""
+        self._rows: Counter[object] = Counter()
+        """The number of rows of each bucket, and of each network in a bucket."""
 
     def __bool__(self) -> bool:
         return bool(self._counts)
@@ -69,20 +79,34 @@ class Refusals:
         return [(replace(row, count=count), now_s - at_s) for row, (at_s, count) in self._counts.items()]
 
     def _row_for(self, row: AuditRow) -> AuditRow:
-        """Return the row to count in: this one, the one of its source, or the one of all sources."""
-        of_source = replace(row, method="", path=None, subject=None)
-        one = row.key_id, row.source
-        if row in self._counts:
+        """Return the row to count in: this one, or the one of all calls with its outcome."""
+        # A valid key has a role. The id of a revoked key is left out, so that all of them share one row.
+        key_id = None if row.role is None else row.key_id
+        outcome = replace(row, method="", path=None, source=None, subject=None, key_id=key_id)
+        if row in self._counts or row == outcome:
             return row
-        if self._rows[row.key_id] < ROWS_OF_STRANGERS:
-            if row != of_source and self._rows_of_one[one] < ROWS_OF_ONE:
-                self._rows_of_one[one] += 1
-            else:
-                row = of_source
-            if row not in self._counts:
-                self._rows[row.key_id] += 1
-            return row
-        return of_source if of_source in self._counts else replace(of_source, source=None)
+        bucket = _bucket_of(row)
+        one = bucket, _network_of(row.source)
+        if self._rows[bucket] >= ROWS or self._rows[one] >= ROWS_OF_ONE:
+            return outcome
+        self._rows.update((bucket, one))
+        return row
+
+
+def _bucket_of(row: AuditRow) -> tuple[str | None, str | None]:
+    """Return whose rows are bounded together.
+
+    A key's, or a trusted client's, are its own. There are three more: of wrong keys; of revoked and expired keys; and
+    of calls whose key is missing, or was not looked at.
+    """
+    if row.role is not None:
+        return row.key_id, row.tenant
+    return (row.code, "known" if row.key_id else None) if row.code == KeyRefused.code else (None, None)
+
+
+def _network_of(source: str | None) -> object:
+    """Return the addresses that one client can choose from: the /64 of an IPv6 address, or else the address."""
+    return IPv6Network((source, 64), strict=False) if source is not None and ":" in source else source
 
 
 class Audit:
@@ -105,8 +129,8 @@ class Audit:
         with self._loop.fail_stop():
             self._store.add_audit([replace(row, at_s=now_s - ago_s) for row, ago_s in rows])
 
-    def rows(self, wanted: AuditFilter, after: int, limit: int) -> tuple[StoredAuditRow, ...]:
-        """Return the oldest ``limit`` (> 0) rows that are wanted with a number above ``after``, in the order stored.
+    def rows(self, wanted: AuditFilter, after: int, limit: int) -> StoredAuditPage:
+        """Return the oldest ``limit`` (> 0) rows that are wanted with a number above ``after``: see ``Store.audit``.
 
         Raises:
             StoreUnavailable: the database does not answer.

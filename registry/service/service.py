@@ -45,7 +45,7 @@ from registry.errors import (
 )
 from registry.service.accounts import Accounts
 from registry.service.archive import KEPT, Archive
-from registry.service.audit import Audit
+from registry.service.audit import Audit, of_withdrawal
 from registry.service.commands import Commands
 from registry.service.expiry import Expiry
 from registry.service.keys import EVERYTHING, Access, Keys
@@ -292,29 +292,29 @@ class Service:
         if not request.status.ended:
             self._loop.apply(LeaseReleased(request_id), audit=audit and replace(audit, tenant=request.tenant))
 
-    def withdraw(self, request_ids: Sequence[str], *, tenant: str, key: str | None) -> None:
+    def withdraw(self, ids: Sequence[str], *, tenant: str, key: str | None, audit: AuditRow | None = None) -> None:
         """Release the requests of a POST whose answer did not reach the client. Idempotent.
 
         The client does not know their ids. The Idempotency-Key ``key`` is deleted, so that a retry
         creates new requests. Nothing happens if a retry has already got these requests. Ray may
-        deliver the withdrawal before the POST: ``request`` then refuses these ids.
+        deliver the withdrawal before the POST: ``request`` then refuses these ids. ``audit``: the POST.
 
         Raises:
             ShuttingDown: the registry's database is closed.
             StoreUnavailable: the database does not answer.
         """
-        known = [request_id for request_id in request_ids if self._knows(request_id)]
+        known = [request_id for request_id in ids if self._knows(request_id)]
         if not known:
-            self._withdrawn[request_ids[0]] = None
+            self._withdrawn[ids[0]] = None
             if len(self._withdrawn) > REMEMBERED_WITHDRAWALS:
                 self._withdrawn.popitem(last=False)
-        if not known or request_ids[0] in self._answered_again:
+        if not known or ids[0] in self._answered_again:
             return
         if key is not None:
             with self._loop.fail_stop():
                 self._store.forget_idempotency_key(tenant, key)
         for request_id in known:
-            self.release(request_id)
+            self.release(request_id, audit=audit and replace(of_withdrawal(audit), subject=request_id))
 
     def leased_with(self, token: str) -> str:
         """Return the id of the request whose lease has this token.

@@ -71,8 +71,9 @@ class APIKey:
 class AuditRow:
     """One call of the registry in the audit, or several equal calls that were refused. It has no secret.
 
-    ``method`` is ``start`` for what the registry did at its start. ``path``: the pattern of the path; None: there is no
-    such path. ``status``: of the HTTP answer. ``code``: of the error; None: the call was accepted.
+    ``method`` is ``start`` for what the registry did at its start, and ``withdraw`` for the end of a request whose POST
+    was not answered. ``path``: the pattern of the path; None: there is no such path. ``status``: of the HTTP answer.
+    ``code``: of the error; None: the call was accepted.
 
     ``key_id``, ``role``: those of the API key; None: none was accepted. ``tenant``: the one that the call was for, as
     far as it is known. ``source``: address of the client; None: it is not clear. ``subject``: id of what the call was
@@ -100,6 +101,13 @@ class StoredAuditRow:
 
     audit_id: int
     row: AuditRow
+
+
+class StoredAuditPage(NamedTuple):
+    """Rows of the audit, and the number after which the next page begins; None: this is the last page."""
+
+    rows: tuple[StoredAuditRow, ...]
+    next: int | None
 
 
 class AuditFilter(NamedTuple):

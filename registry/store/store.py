@@ -17,6 +17,7 @@ from registry.contract.windows import EnergyWindow
 from registry.core.decision import Changes, Snapshot
 from registry.core.records import Lease, Machine, Measurement, MeasurementKey, Request, Wrapper
 from registry.errors import StoreUnavailable
+from registry.store.audit_pages import read_page
 from registry.store.database import converted_errors, open_database
 from registry.store.migrations.tables import (
     API_KEYS,
@@ -39,7 +40,7 @@ from registry.store.rows import (
     EventRow,
     Forgotten,
     IdempotencyRow,
-    StoredAuditRow,
+    StoredAuditPage,
     StoredEvent,
     WindowPlace,
 )
@@ -282,23 +283,16 @@ class Store:
             with self._transaction() as connection:
                 connection.execute(INSERT_AUDIT, [cells_of(row) for row in rows])
 
-    def audit(self, wanted: AuditFilter = ALL_ROWS, *, after: int = 0, limit: int = 1000) -> tuple[StoredAuditRow, ...]:
+    def audit(self, wanted: AuditFilter = ALL_ROWS, *, after: int = 0, limit: int = 1000) -> StoredAuditPage:
         """Return the oldest ``limit`` (> 0) rows of the audit that are wanted, with ``audit_id`` > ``after``, in order.
+
+        A page may have fewer, or none, and still be followed by others: it looks at a bounded number of rows.
 
         Raises:
             StoreUnavailable: the database does not answer.
         """
-        rows = AUDIT.c
-        which = [] if wanted.since_s is None else [rows.at_s >= wanted.since_s]
-        which += [] if wanted.before_s is None else [rows.at_s < wanted.before_s]
-        which += [] if wanted.tenant is None else [rows.tenant == wanted.tenant]
-        which += [] if wanted.key_id is None else [rows.key_id == wanted.key_id]
         with self._transaction() as connection:
-            if wanted.since_s is not None and not after:
-                # Else all older rows are read first. The sum makes the database use the index of times.
-                after = (connection.scalar(select(func.min(rows.audit_id + 0)).where(which[0])) or 1) - 1
-            page = select(AUDIT).where(rows.audit_id > after, *which).order_by(rows.audit_id).limit(limit)
-            return tuple(StoredAuditRow(audit_id, AuditRow(*row)) for audit_id, *row in connection.execute(page))
+            return read_page(connection, wanted, after, limit)
 
     def keep_windows(self, rows: Sequence[KeptWindow]) -> frozenset[str]:
         """Store energy windows in one transaction. Windows already stored stay unchanged.

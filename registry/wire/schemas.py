@@ -398,22 +398,26 @@ class AuditEntry(_Answered):
 
     number: int = Field(description="Grows with every entry, in the order in which they were stored")
     at: str = Field(description="Time of the call, of the first if there are several: ISO 8601, UTC")
-    method: str = Field(description="`start`: by the registry at its start; empty: several, not recorded one by one")
+    method: str = Field(
+        description="`start`: by the registry at its start; `withdraw`: by the registry, since the answer to "
+        "the POST of this request did not reach its client; empty: several, not recorded one by one"
+    )
     path: str | None = Field(description="Pattern of the path; null: there is no such path, or several")
     status: int = Field(description="HTTP status of the answer")
     code: str | None = Field(description="`code` of the error; null: the call was accepted")
     key: str | None = Field(description="Id of the API key; null: none was accepted")
     role: str | None = Field(description="Role of the key")
-    tenant: str | None = Field(description="Tenant that the call was for, as far as it is known")
+    tenant: str | None = Field(description="Tenant that the call was for, as far as it is known; without keys, a claim")
     source: str | None = Field(description="Address that the call came from; null: several, or it is not clear")
     about: str | None = Field(
-        description="Id of the request, machine or key that the call was about; of a POST, that of its first request"
+        description="Id of the request, machine or key that the call was about; of a POST, that of its first request; "
+        "null: unknown, or of a request in a registry without keys, where whoever knows it can release the request"
     )
     count: int = Field(description="Number of equal calls")
 
 
 class AuditPage(_Answered):
-    """Answer of GET /audit, oldest first."""
+    """Answer of GET /audit, oldest first. It may have no entries and still a next page."""
 
     entries: list[AuditEntry]
     next: int | None = Field(None, description="Value of `after` for the next page; null: this is the last page")

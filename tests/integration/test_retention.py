@@ -80,7 +80,7 @@ class Registry:
 
     async def until_forgotten_audit(self) -> None:
         """Return when the audit is empty."""
-        while self.store.audit():
+        while self.store.audit().rows:
             self.cluster.looked.clear()
             await self.cluster.looked.wait()
 

@@ -12,7 +12,7 @@ from registry.errors import LeaseEnded, NoSuchLease, UnknownMachine, UnknownMeas
 from registry.service.keys import Access
 from registry.service.news import News
 from registry.service.service import Idempotency
-from registry.store.rows import AuditFilter, AuditRow, StoredAuditRow, WindowPlace
+from registry.store.rows import AuditFilter, AuditRow, StoredAuditPage, StoredAuditRow, WindowPlace
 from registry.wire.schemas import (
     AcceptedRequest,
     EventState,
@@ -119,7 +119,7 @@ class FakeRegistry:
     def _release(self, request_id: str) -> None:
         self._state(request_id)
 
-    def _withdraw(self, request_ids: list[str], _tenant: str, _key: str | None) -> None:
+    def _withdraw(self, request_ids: list[str], _tenant: str, _key: str | None, _audit: None = None) -> None:
         for request_id in request_ids:
             self.requests.pop(request_id, None)
 
@@ -195,9 +195,9 @@ class FakeRegistry:
         )
         return json.dumps([llm.model_dump(mode="json")])
 
-    def _audit(self, wanted: AuditFilter, after: int, limit: int) -> list[StoredAuditRow]:
+    def _audit(self, wanted: AuditFilter, after: int, limit: int) -> StoredAuditPage:
         row = AuditRow("DELETE", "/keys/{key_id}", 204, key_id="0a1b2c3d", role=Role.OPERATOR, at_s=1_800_000_000.0)
-        return [StoredAuditRow(after + 1, row)][:limit]
+        return StoredAuditPage((StoredAuditRow(after + 1, row),)[:limit], None)
 
     def _add_refusals(self, rows: list[tuple[AuditRow, float]]) -> None:
         pass

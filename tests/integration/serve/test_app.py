@@ -131,7 +131,7 @@ def test_a_key_that_others_could_read_is_revoked(keys: Keys, tmp_path: Path) -> 
     assert file.read_text() != first
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert operator_keys(keys) == [file.read_text().split("_")[1]]
-    seen = [(row.row.method, row.row.path, row.row.subject) for row in keys._store.audit()]
+    seen = [(row.row.method, row.row.path, row.row.subject) for row in keys._store.audit().rows]
     ids = [text.split("_")[1] for text in (first, first, file.read_text())]
     assert seen == [("start", "/keys", ids[0]), ("start", "/keys/{key_id}", ids[1]), ("start", "/keys", ids[2])]
 

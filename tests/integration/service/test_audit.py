@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,9 +14,9 @@ import pytest
 from deployments.serve import audit, identities
 from deployments.serve.identities import FORWARDED_HEADER, SOURCE_HEADER
 from registry.errors import RegistryUnavailable
-from registry.service.audit import ROWS_OF_ONE, ROWS_OF_STRANGERS, Audit
+from registry.service.audit import ROWS, ROWS_OF_ONE, Audit
 from registry.store.rows import AuditRow
-from registry.wire.words import Role
+from registry.wire.words import RequestStatus, Role
 from tests.support.keyed_registry import FRONT, LLM, OLD_CLIENT, REQUEST, Scene, keyed_scene
 from tests.support.service_world import ServiceWorld
 
@@ -34,19 +35,23 @@ async def scene(world: ServiceWorld, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
 
 
 def rows(scene: Scene) -> list[AuditRow]:
-    return [stored.row for stored in scene.service._store.audit()]
+    return [stored.row for stored in scene.service._store.audit().rows]
 
 
 async def sent(scene: Scene) -> list[AuditRow]:
     """Send the refused calls, and return the rows that are new."""
     before = len(rows(scene))
+    await send(scene)
+    return rows(scene)[before:]
+
+
+async def send(scene: Scene) -> None:
     trail = trail_of(scene)
     if trail._sending is not None:
         trail._sending.cancel()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audit, "SEND_EVERY_S", 0.0)
         await trail._send()
-    return rows(scene)[before:]
 
 
 def trail_of(scene: Scene) -> audit.AuditTrail:
@@ -81,6 +86,29 @@ async def test_each_change_has_its_row(scene: Scene) -> None:
         ("DELETE", REQUEST + "/{request_id}", 204, operator, "lab", HERE, scene.request_id),
     ]
     assert {(r.at_s, r.count, r.code) for r in rows(scene)} == {(now_s, 1, None)}
+
+
+async def test_a_withdrawal_has_its_row(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A POST whose client gets no answer is accepted, and its requests are ended: both with the caller of the POST."""
+    wait = asyncio.Event()
+
+    async def granted(_: object) -> None:
+        wait.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(scene.service, "granted", granted)
+    where = {"json": {"measurementId": 8, "llms": [LLM, LLM]}, "headers": {SOURCE: "10.1.2.3"}}
+    post = asyncio.create_task(scene.ask("POST", REQUEST, "client", **where))
+    await wait.wait()
+    post.cancel()  # as Serve does when the client hangs up
+    with pytest.raises(asyncio.CancelledError):
+        await post
+    first, second = (each.request_id for each in scene.service.archive.requests_of(("lab", 8)))
+    await scene.service.wait_for_change(second, 10.0, RequestStatus.QUEUED)
+    posted = AuditRow("POST", REQUEST, 201, None, key_id(scene, "client"), Role.CLIENT, "lab", "10.1.2.3", first)
+    posted = replace(posted, at_s=scene.world.clock.now_s)
+    ended = replace(posted, method="withdraw", path=REQUEST + "/{request_id}", status=204)
+    assert rows(scene)[1:] == [posted, ended, replace(ended, subject=second)]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +152,8 @@ async def test_what_changes_nothing_has_no_row(scene: Scene) -> None:
         assert (await scene.ask(method, where, caller, **options)).is_success
     assert (await scene.ask("POST", f"{path}/keepalive", "client")).is_success
     assert (await scene.ask("GET", "/machines", "viewer")).is_success
-    assert (await scene.ask("GET", f"{REQUEST}/unknown", "client")).status_code == 404
+    assert (await scene.ask("GET", "/machines/unknown", "client")).status_code == 404
+    assert (await scene.ask("GET", f"{REQUEST}/unknown", "operator")).status_code == 404
     assert (await scene.ask("GET", "/get_status", "nobody")).status_code == 401
     assert [row.path for row in await sent(scene)] == ["/get_status"], "a refused identity has a row on every path"
     assert rows(scene)[:-1] == before
@@ -139,6 +168,7 @@ async def test_refused_calls_have_rows(scene: Scene) -> None:
         ("GET", "/machines", "revoked", {}),
         ("DELETE", path, "viewer", {}),
         ("DELETE", path, "other", {}),
+        ("GET", path, "other", {}),
         ("POST", f"{path}/keepalive", "other", {}),
         ("POST", "/machines/nowhere/drain", "operator", {}),
         ("POST", REQUEST, "client", {"json": {"measurementId": 0}}),
@@ -155,6 +185,7 @@ async def test_refused_calls_have_rows(scene: Scene) -> None:
         ("GET", "/machines", 401, "key_refused", "revoked", None),
         ("DELETE", REQUEST + "/{request_id}", 403, "not_allowed", "viewer", scene.request_id),
         ("DELETE", REQUEST + "/{request_id}", 404, "unknown_request", "other", scene.request_id),
+        ("GET", REQUEST + "/{request_id}", 404, "unknown_request", "other", scene.request_id),
         ("POST", REQUEST + "/{request_id}/keepalive", 404, "unknown_request", "other", scene.request_id),
         ("POST", "/machines/{machine_id}/drain", 404, "unknown_machine", "operator", "nowhere"),
         ("POST", REQUEST, 422, "invalid_field", "client", None),
@@ -173,7 +204,7 @@ async def test_wrong_keys_make_few_rows(scene: Scene) -> None:
         assert answer.status_code == 401
     found = await sent(scene)
     assert sum(row.count for row in found) == calls
-    assert len(found) == ROWS_OF_STRANGERS + 1  # all have the same code
+    assert len(found) == ROWS + 1  # all have the same code
     assert {row.code for row in found} == {"key_refused"}
     assert await sent(scene) == []
     one = {"Authorization": f"Bearer gp_{'0' * 8}_{'x' * 43}"}
@@ -220,23 +251,60 @@ async def test_they_are_sent_by_themselves(scene: Scene, monkeypatch: pytest.Mon
     assert rows(scene)[-1].code == "key_needed"
 
 
+async def test_strangers_choose_no_id(scene: Scene) -> None:
+    """A call that was refused before its key was checked, or without a valid one, has no id of the caller's choice."""
+    path = f"{REQUEST}/chosen"
+    before_the_key: list[tuple[dict[str, Any], str]] = [
+        ({"headers": {"Origin": "https://evil.example"}}, "cross_origin"),
+        ({"headers": {"Host": "evil.example"}}, "host_not_allowed"),
+        ({"headers": {"Host": "/"}}, "bad_host"),
+    ]
+    for options, code in before_the_key:
+        for caller in ("nobody", "wrong", "operator"):
+            assert (await scene.ask("DELETE", path, caller, **options)).json()["code"] == code
+    form = {"headers": {"Content-Type": "text/plain"}, "content": "{}"}
+    assert (await scene.ask("POST", "/machines/chosen/drain", "operator", **form)).status_code == 415
+    for caller in ("nobody", "wrong", "revoked", "expired"):
+        assert (await scene.ask("DELETE", path, caller)).status_code == 401
+    found = await sent(scene)
+    assert sum(row.count for row in found) == 14
+    assert {row.subject for row in found} == {None}
+    assert {row.key_id for row in found} == {None, key_id(scene, "revoked"), key_id(scene, "expired")}
+
+
+async def test_a_trusted_client_is_seen_behind_noise(scene: Scene) -> None:
+    """Clients without a key that poll all the time hide neither its refused calls, nor who tries wrong keys."""
+    for number in range(ROWS + 10):
+        await scene.ask("GET", "/machines", "nobody", headers={SOURCE: f"10.1.0.{number}"})
+    drain = await scene.ask("POST", "/machines/a/drain", "", headers={SOURCE: OLD_CLIENT})
+    assert drain.status_code == 403
+    await scene.ask("GET", "/machines", "wrong", headers={SOURCE: STRANGER})
+    found = [(row.code, row.path, row.source, row.tenant, row.subject) for row in await sent(scene)]
+    assert found[-2:] == [
+        ("not_allowed", "/machines/{machine_id}/drain", OLD_CLIENT, "old", "a"),
+        ("key_refused", "/machines", STRANGER, None, None),
+    ]
+
+
 async def test_no_secret_is_in_the_audit(scene: Scene) -> None:
     """Neither keys nor tokens of leases, wherever a caller puts them; nor bodies and query strings."""
-    path = f"{REQUEST}/{scene.request_id}"
-    url = (await scene.ask("GET", path, "client")).json()["url"]
-    token = url.rsplit("/", 1)[1] + "A" * 43  # as long as one of life
-    secrets = [*scene.keys.values(), token, "hf_" + "h" * 34, "s3cret"]
+    token = "aB3_" + "x-9Z" * 9 + "xyz"
+    secrets = [*scene.keys.values(), token[:43], "hf_" + "h" * 34, "s3cret"]
+    await sent(scene)
+    before = len(rows(scene))
     for caller in ("nobody", *scene.keys):
         for secret in secrets:
             for place in (f"{REQUEST}/{secret}", f"/keys/{secret}", f"/machines/{secret}/drain", f"/{secret}"):
                 await scene.ask("DELETE", place, caller, params={"key": "s3cret"})
+                await send(scene)  # each in its own minute: after a few calls of one caller, ids are left out anyway
             await scene.ask("POST", "/keys", caller, json={"role": "viewer", "name": "s3cret"})
             await scene.ask("POST", REQUEST, caller, json={"like": secret, "llms": [LLM]})
             await scene.ask("GET", "/machines", "", headers={"Authorization": secret, "X-Tenant": secret})
-    await sent(scene)
+            await send(scene)
     seen = repr(rows(scene))
-    assert len(rows(scene)) > 50
+    assert len(rows(scene)) - before > len(secrets) * 7 * 5
     # An id in a path is kept if it can't be a secret of ours.
+    assert "subject='s3cret'" in seen
     assert "/keys/s3cret" not in seen
     for secret in secrets[:-1]:
         assert secret[-30:] not in seen
@@ -282,11 +350,19 @@ async def test_odd_filters_are_refused(scene: Scene, query: str) -> None:
 
 
 async def test_without_keys_everybody_reads_it(world: ServiceWorld) -> None:
-    """As everybody may do everything there; the rows have no key."""
+    """As everybody may do everything there; the rows have no key, and no id with which a request can be released."""
     async with keyed_scene(world, {"s": 0.0}, keys=False) as scene:
+        await scene.ask("POST", "/machines/a/drain", "")
+        await scene.ask("DELETE", "/machines/nowhere/drain", "")
+        await scene.ask("DELETE", f"{REQUEST}/{scene.request_id}", "")
+        await scene.ask("DELETE", f"{REQUEST}/{scene.request_id}s", "")
+        await send(scene)
+        assert rows(scene)[0].subject == scene.request_id
         answer = await scene.http.get("/audit")
-        (entry,) = answer.json()["entries"]
+        assert scene.request_id not in answer.text
+        entry, *others = answer.json()["entries"]
         assert (entry["key"], entry["role"], entry["tenant"], entry["source"]) == (None, None, "default", HERE)
+        assert [each["about"] for each in others] == ["a", None, "nowhere", None]
 
 
 async def test_an_error_of_the_ingress_is_counted(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

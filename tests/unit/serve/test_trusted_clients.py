@@ -64,6 +64,7 @@ def test_a_trusted_proxy_is_believed(source: str, forwarded: str, found: str) ->
         (FRONT, f'for="{CLIENT}"'),
         (FRONT, f"{CLIENT} {FRONT}"),
         (FRONT, "010.0.5.7"),
+        (FRONT, "2001:db8:5::7%any text"),
         (FRONT, "10.0.5.7/32"),
         (FRONT, "\xb2.0.5.7"),
         (FRONT, "168035591"),  # the address as a number

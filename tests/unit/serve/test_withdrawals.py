@@ -82,6 +82,7 @@ async def test_no_orphan_stays_when_the_ingress_gives_up(failure: Exception, key
         await registry.withdrawn.wait()
     (request, withdraw) = registry.calls
     assert withdraw[:2] == ("withdraw", ([new.request_id for new in request[1][1]], "team-a", key))
+    assert [(row.method, row.status) for row in registry.audited] == [("POST", 201)] * 2, "the withdrawal has its POST"
     assert registry.requests == {}
 
 
