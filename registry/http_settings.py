@@ -28,7 +28,7 @@ class HTTPSettings(Section):
         (),
         description="Proxies in front of the registry, by network, e.g. `[127.0.0.1/32]`: of their requests, the last "
         "address in `X-Forwarded-For` that is not a trusted proxy's counts as the client's (`access.trusted_clients`). "
-        "Requests that come through any other proxy need a key",
+        "Requests that come directly from any other proxy need a key",
     )
     haproxy: bool = Field(
         True, description="Whether to serve through HAProxy, which handles several times as many requests/s"

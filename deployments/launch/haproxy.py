@@ -31,10 +31,6 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # Otherwise HAProxy sends its manager, which is Python, a line per prompt; the wrappers count prompts themselves.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    # HAProxy connects to replicas by loopback. In connections from loopback, uvicorn takes the client's address from
-    # X-Forwarded-For, so any client could claim to call from a trusted address. If this is empty, uvicorn ignores the
-    # header.
-    "FORWARDED_ALLOW_IPS": "",
     # Longest pause of a client between two packets of a request, or before it reads more of its answer; the time in
     # which its prompt is processed does not count. With Serve's default of 3600 s hanging connections stay for an
     # hour.

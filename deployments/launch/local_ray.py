@@ -28,6 +28,10 @@ from registry.wire.http import is_loopback
 log = structlog.get_logger("deployments.launch.local_ray")
 
 RAY_ENVIRONMENT = {
+    # In connections from loopback (HAProxy's, or a local proxy's), uvicorn takes the client's address from
+    # X-Forwarded-For, so any client could claim to call from a trusted address. If this is empty, uvicorn ignores the
+    # header.
+    "FORWARDED_ALLOW_IPS": "",
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",

@@ -55,7 +55,7 @@ class AuditTrail:
     """
 
     def __init__(
-        self, app: ASGIApp, call: Callable[..., Awaitable[Any]], proxies: Sequence[Network], *, keys: bool
+        self, app: ASGIApp, call: Callable[..., Awaitable[Any]], proxies: Sequence[Network] | None, *, keys: bool
     ) -> None:
         self._app = app
         self._call = call
@@ -120,10 +120,10 @@ def row_of(scope: Scope, status: int, code: str | None = None) -> AuditRow:
         path=path,
         status=status,
         code=code,
-        key_id=(refused_key_id(scope) if key is None else key.key_id) or None,
+        key_id=refused_key_id(scope) if key is None else key.key_id or None,
         role=None if key is None else key.role,
         tenant=None if key is None else key.tenant,
-        source=None if source is None else str(source)[:64],
+        source=None if source is None else str(source),
         subject=None if key is None and scope[_KEYS] else subject,
     )
 

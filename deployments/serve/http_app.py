@@ -98,7 +98,7 @@ class IngressConfig:
     """The settings that the ingress needs. ``state_dir`` is checked if the registry does not answer.
 
     ``hosts``: the host names that are served, see ``BrowserGuard``. ``prompt_mib``: longest body of a prompt, MiB.
-    ``trusted_proxies``: see ``client_of``.
+    ``trusted_proxies``: see ``client_of``; None: HAProxy is not used.
     """
 
     sources: ModelSources
@@ -107,7 +107,7 @@ class IngressConfig:
     hosts: tuple[str, ...] = ()
     access: AccessSettings = field(default_factory=AccessSettings)
     prompt_mib: int = 64
-    trusted_proxies: tuple[Network, ...] = ()
+    trusted_proxies: tuple[Network, ...] | None = ()
 
 
 Call = Callable[..., Awaitable[Any]]

@@ -84,7 +84,7 @@ class TrustedClients:
     A call through one of the ``proxies`` comes from the address that the proxy names: see ``client_of``.
     """
 
-    def __init__(self, tenants: Mapping[Network, str], proxies: Sequence[Network] = ()) -> None:
+    def __init__(self, tenants: Mapping[Network, str], proxies: Sequence[Network] | None = ()) -> None:
         self._tenants = tenants
         self._proxies = proxies
 
@@ -104,7 +104,7 @@ class TrustedClients:
         A proxy that shows itself by a header, but is not trusted, has the same address for all its clients.
         """
         source = _source(scope)
-        if source is None:
+        if source is None or self._proxies is None:
             return None
         by_a_proxy = bool(_forwarded(scope)) or _has_a_proxys_header(scope)
         if by_a_proxy and not _is_among(source.address, self._proxies):
@@ -255,14 +255,19 @@ def refused_key_id(scope: Scope) -> str | None:
     return scope.get(_REFUSED) or None
 
 
-def client_of(scope: Scope, proxies: Sequence[Network]) -> Address | None:
-    """Return the address that a request comes from; None if that is not clear.
+def client_of(scope: Scope, proxies: Sequence[Network] | None) -> Address | None:
+    """Return the address that a request comes from, for the audit; None if that is not clear.
 
-    Through a trusted proxy: the last forwarded address that is not a trusted proxy's.
+    Through a trusted proxy: the last forwarded address that is not a trusted proxy's. Through any other proxy: the
+    proxy's. ``proxies`` None: there is no HAProxy, and anybody can write its headers, so they are not read.
     """
+    if proxies is None:
+        return _peer(scope)
     source = _source(scope)
-    if source is None or not _is_among(source.address, proxies):
-        return None if source is None else source.address
+    if source is None:
+        return _caller_itself(scope)
+    if not _is_among(source.address, proxies):
+        return source.address
     if source.by_peer:
         return None  # another machine's HAProxy does not add its client's address to what the client wrote
     for name in reversed(_forwarded(scope)):
@@ -287,8 +292,7 @@ def _source(scope: Scope) -> _Source | None:
 
     A peer elsewhere that names another address is the HAProxy of another machine: the caller is not that machine.
     """
-    peer = _address(str((scope.get("client") or ("", 0))[0]))
-    named = _values(scope, SOURCE_HEADER)
+    peer, named = _peer(scope), _values(scope, SOURCE_HEADER)
     if peer is None or not named:
         return None if peer is None else _Source(peer, by_peer=True)
     address = _address(named[0]) if len(named) == 1 else None
@@ -297,6 +301,17 @@ def _source(scope: Scope) -> _Source | None:
     if peer.is_loopback:
         return _Source(address, by_peer=False)
     return _Source(peer, by_peer=True) if address == peer or address.is_loopback else None
+
+
+def _caller_itself(scope: Scope) -> Address | None:
+    """Return the peer if it writes HAProxy's header itself: a HAProxy names one address, never several or a text."""
+    peer, named = _peer(scope), _values(scope, SOURCE_HEADER)
+    by_haproxy = len(named) == 1 and _address(named[0]) is not None
+    return None if peer is None or peer.is_loopback or by_haproxy else peer
+
+
+def _peer(scope: Scope) -> Address | None:
+    return _address(str((scope.get("client") or ("", 0))[0]))
 
 
 def _forwarded(scope: Scope) -> list[str]:

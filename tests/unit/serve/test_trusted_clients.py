@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from deployments.serve.identities import FORWARDED_HEADER, PROXY_HEADERS, SOURCE_HEADER, TrustedClients
+from deployments.serve.identities import FORWARDED_HEADER, PROXY_HEADERS, SOURCE_HEADER, TrustedClients, client_of
 
 CLIENT, FRONT = "10.0.5.7", "10.0.9.1"
 TRUSTED = TrustedClients(
@@ -120,3 +120,25 @@ def test_another_machines_haproxy_makes_nobody_a_client() -> None:
     for source in (node, f"::ffff:{node}", "127.0.0.1"):
         assert tenant(source, "", peer=node, trusted=NO_PROXIES) == "old"
         assert tenant(source, CLIENT, peer=node, trusted=NO_PROXIES) is None
+
+
+@pytest.mark.parametrize(
+    ("peer", "sources", "with_haproxy", "without"),
+    [
+        ("192.0.2.66", [], "192.0.2.66", "192.0.2.66"),
+        ("192.0.2.66", ["x"], "192.0.2.66", "192.0.2.66"),
+        ("192.0.2.66", [""], "192.0.2.66", "192.0.2.66"),
+        ("192.0.2.66", [CLIENT, CLIENT], "192.0.2.66", "192.0.2.66"),
+        ("192.0.2.66", ["fe80::1%x"], "192.0.2.66", "192.0.2.66"),
+        ("192.0.2.66", [CLIENT], None, "192.0.2.66"),  # as another machine's HAProxy would say
+        ("127.0.0.1", [CLIENT], CLIENT, "127.0.0.1"),
+        ("127.0.0.1", ["x"], None, "127.0.0.1"),
+    ],
+)
+def test_nobody_hides_its_address(peer: str, sources: list[str], with_haproxy: str | None, without: str) -> None:
+    """A caller that writes the header of HAProxy itself is shown by its own address, or at least by no other."""
+    headers = [(SOURCE_HEADER, value.encode()) for value in sources]
+    scope = {"type": "http", "headers": headers, "client": (peer, 1)}
+    found = client_of(scope, ())
+    assert (None if found is None else str(found)) == with_haproxy
+    assert str(client_of(scope, None)) == without
