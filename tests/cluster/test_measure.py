@@ -58,7 +58,7 @@ def test_killed_and_resumed_experiment_has_every_prompt_once(
     after = counted(folder / "answers.jsonl")
     assert after == Counter((each["model"], str(n + 1)) for each in llms for n in range(PROMPTS))
     assert before.keys() <= after.keys()
-    assert f"{before.total()} of 100 answers are there; 2 requests of the last run were given back" in again.stdout
+    assert f"{before.total()} of 100 answers exist already; 2 requests of the last run were released" in again.stdout
     assert "~" in again.stdout
     assert "estimate" in again.stdout
 
