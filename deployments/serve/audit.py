@@ -21,7 +21,8 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.serve.browsers import READING
-from deployments.serve.identities import client_of, key_of, refused_key_id
+from deployments.serve.client_address import client_of
+from deployments.serve.identities import key_of, refused_key_id
 from registry.background import spawn
 from registry.errors import InvalidField, RegistryError, UnknownRequest
 from registry.networks import Network
@@ -200,7 +201,7 @@ def _seconds(field: str, time: str | None) -> float | None:
 
 def _entry(stored: StoredAuditRow, *, keys: bool) -> AuditEntry:
     row = stored.row
-    # Without keys, whoever knows the id of a request can see and release it.
+    # Without keys, a caller who knows the id of a request can see and release it.
     shown = keys or (row.path or "").startswith("/machines/")
     return AuditEntry(
         number=stored.audit_id,

@@ -12,7 +12,6 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from time import monotonic
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -21,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.error_answers import registry_error
 from deployments.serve.browsers import READING
+from deployments.serve.client_address import trusted_client_of
 from registry.access_errors import KeyNeeded, KeyRefused, NotAllowed, OtherTenant
 from registry.errors import RegistryError
 from registry.networks import Network
@@ -30,20 +30,6 @@ from registry.wire.schemas import TenantName
 from registry.wire.words import Role
 
 V = TypeVar("V")
-Address = IPv4Address | IPv6Address
-
-SOURCE_HEADER = b"x-greenprompt-source"
-"""HAProxy sets this header to the address of its client, and removes what a client sent under this name."""
-
-# D114: the client's address behind a proxy
-FORWARDED_HEADER = b"x-greenprompt-forwarded"
-"""HAProxy sets this header to the client's ``X-Forwarded-For`` header, and removes what came under this name.
-
-It is empty if there is none, and ``several`` if there is more than one.
-"""
-
-PROXY_HEADERS = (b"x-forwarded-for", b"forwarded", b"x-real-ip", b"via")
-"""Headers that proxies set. Nothing is read from them; HAProxy has removed the first one."""
 
 BELIEVED_S = 2.0
 """How long the registry's answer about a key is used again, seconds. A revoked key is refused after this time."""
@@ -81,7 +67,7 @@ def allowed_roles(method: str, path: str) -> frozenset[Role] | None:
 class TrustedClients:
     """Tenants of clients that send no key, by the network that they call from.
 
-    A call through one of the ``proxies`` comes from the address that the proxy names: see ``client_of``.
+    ``proxies``: see ``trusted_client_of``.
     """
 
     def __init__(self, tenants: Mapping[Network, str], proxies: Sequence[Network] | None = ()) -> None:
@@ -90,26 +76,13 @@ class TrustedClients:
 
     def key_for(self, scope: Scope) -> APIKey | None:
         """Return a key of the tenant whose network a request comes from; None if there is none."""
-        address = self._client(scope)
+        address = trusted_client_of(scope, self._proxies)
         if address is None:
             return None
         for network, tenant in self._tenants.items():
             if address in network:
                 return APIKey("", Role.CLIENT, tenant, str(network), "", 0.0)
         return None
-
-    def _client(self, scope: Scope) -> Address | None:
-        """Return the address of a client that can be trusted by it; None if there is none.
-
-        A proxy that shows itself by a header, but is not trusted, has the same address for all its clients.
-        """
-        source = _source(scope)
-        if source is None or self._proxies is None:
-            return None
-        by_a_proxy = bool(_forwarded(scope)) or _has_a_proxys_header(scope)
-        if by_a_proxy and not _is_among(source.address, self._proxies):
-            return None
-        return client_of(scope, self._proxies)
 
 
 class KeyGuard:
@@ -253,92 +226,3 @@ def key_of(scope: Scope) -> APIKey | None:
 def refused_key_id(scope: Scope) -> str | None:
     """Return the id of the revoked or expired key of a request; None for any other request."""
     return scope.get(_REFUSED) or None
-
-
-def client_of(scope: Scope, proxies: Sequence[Network] | None) -> Address | None:
-    """Return the address that a request comes from, for the audit; None if that is not clear.
-
-    Through a trusted proxy: the last forwarded address that is not a trusted proxy's. Through any other proxy: the
-    proxy's. ``proxies`` None: there is no HAProxy, and anybody can write its headers, so they are not read.
-    """
-    if proxies is None:
-        return _peer(scope)
-    source = _source(scope)
-    if source is None:
-        return _caller_itself(scope)
-    if not _is_among(source.address, proxies):
-        return source.address
-    if source.by_peer:
-        return None  # another machine's HAProxy does not add its client's address to what the client wrote
-    for name in reversed(_forwarded(scope)):
-        address = _address(name)
-        if address is None or not _is_among(address, proxies):
-            return address
-    return None
-
-
-def _is_among(address: Address, networks: Sequence[Network]) -> bool:
-    return any(address in network for network in networks)
-
-
-class _Source(NamedTuple):
-    address: Address
-    by_peer: bool
-    """The address is the connection's; else HAProxy of this machine named it."""
-
-
-def _source(scope: Scope) -> _Source | None:
-    """Return where a request comes from: what HAProxy of this machine says, or else the peer. None: it is not clear.
-
-    A peer elsewhere that names another address is the HAProxy of another machine: the caller is not that machine.
-    """
-    peer, named = _peer(scope), _values(scope, SOURCE_HEADER)
-    if peer is None or not named:
-        return None if peer is None else _Source(peer, by_peer=True)
-    address = _address(named[0]) if len(named) == 1 else None
-    if address is None:
-        return None
-    if peer.is_loopback:
-        return _Source(address, by_peer=False)
-    return _Source(peer, by_peer=True) if address == peer or address.is_loopback else None
-
-
-def _caller_itself(scope: Scope) -> Address | None:
-    """Return the peer if it writes HAProxy's header itself: a HAProxy names one address, never several or a text."""
-    peer, named = _peer(scope), _values(scope, SOURCE_HEADER)
-    by_haproxy = len(named) == 1 and _address(named[0]) is not None
-    return None if peer is None or peer.is_loopback or by_haproxy else peer
-
-
-def _peer(scope: Scope) -> Address | None:
-    return _address(str((scope.get("client") or ("", 0))[0]))
-
-
-def _forwarded(scope: Scope) -> list[str]:
-    """Return the forwarded addresses, as text; each was written by the one after it."""
-    values = _values(scope, FORWARDED_HEADER)
-    if len(values) > 1:
-        return [""]  # not from our HAProxy; no address is clear
-    return [part.strip() for value in values if value for part in value.split(",")]
-
-
-def _has_a_proxys_header(scope: Scope) -> bool:
-    return any(any(_values(scope, header)) for header in PROXY_HEADERS)
-
-
-def _values(scope: Scope, header: bytes) -> list[str]:
-    return [value.decode("latin-1").strip() for name, value in scope["headers"] if name == header]
-
-
-def _address(text: str) -> Address | None:
-    """Return the address that a text is, without a port; IPv4 for one that is mapped to IPv6. None if it is none.
-
-    None also for an IPv6 address with a zone (``fe80::1%eth0``), since a zone can be any text.
-    """
-    try:
-        address = ip_address(text)
-    except ValueError:
-        return None
-    if getattr(address, "scope_id", None) is not None:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address

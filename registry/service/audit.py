@@ -32,7 +32,6 @@ ROWS_OF_ONE = 5
 AT_START = "start"
 """The ``method`` of what the registry did at its start, without a call."""
 
-
 OF_WITHDRAWAL = "withdraw"
 """The ``method`` of the end of a request whose POST was accepted, but not answered."""
 
@@ -64,8 +63,7 @@ class Refusals:
 
     def add(self, row: AuditRow, at_s: float, count: int = 1) -> None:
         """Count a refused call, whose ``at_s`` and ``count`` in ``row`` are not used."""
-        row = replace(row, at_s=0.0, count=1)
-        row = self._row_for(row)
+        row = self._row_for(replace(row, at_s=0.0, count=1))
         first_s, so_far = self._counts.get(row, (at_s, 0))
         self._counts[row] = min(first_s, at_s), so_far + count
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from deployments.serve import audit, identities
-from deployments.serve.identities import FORWARDED_HEADER, SOURCE_HEADER
+from deployments.serve.client_address import FORWARDED_HEADER, SOURCE_HEADER
 from registry.errors import RegistryUnavailable
 from registry.service.audit import ROWS, ROWS_OF_ONE, Audit
 from registry.store.rows import AuditRow

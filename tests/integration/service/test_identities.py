@@ -13,8 +13,8 @@ import pytest
 from deployments.models.sources import ModelSources
 from deployments.serve import identities
 from deployments.serve.actor import RegistryActor
+from deployments.serve.client_address import SOURCE_HEADER
 from deployments.serve.http_app import IngressConfig, build_app
-from deployments.serve.identities import SOURCE_HEADER
 from registry.wire.words import Role
 from tests.support.keyed_registry import LLM, OLD_CLIENT, REQUEST, Scene, keyed_scene
 from tests.support.service_world import ServiceWorld

@@ -9,8 +9,8 @@ import pytest
 
 from deployments.models.sources import ModelSources
 from deployments.serve.audit import row_of
+from deployments.serve.client_address import FORWARDED_HEADER, SOURCE_HEADER
 from deployments.serve.http_app import IngressConfig, build_app
-from deployments.serve.identities import FORWARDED_HEADER, SOURCE_HEADER
 from registry.store.rows import APIKey, AuditRow
 from registry.wire.words import Role
 from tests.support.fake_registry import FakeRegistry

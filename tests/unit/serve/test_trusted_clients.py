@@ -6,7 +6,8 @@ from ipaddress import ip_network
 
 import pytest
 
-from deployments.serve.identities import FORWARDED_HEADER, PROXY_HEADERS, SOURCE_HEADER, TrustedClients, client_of
+from deployments.serve.client_address import FORWARDED_HEADER, PROXY_HEADERS, SOURCE_HEADER, client_of
+from deployments.serve.identities import TrustedClients
 
 CLIENT, FRONT = "10.0.5.7", "10.0.9.1"
 TRUSTED = TrustedClients(
