@@ -47,13 +47,10 @@ class FakeClient(RegistryClient):
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def run(monkeypatch: pytest.MonkeyPatch, empty_folder: Path) -> Any:
     """Runs the command in an empty folder, without a key."""
     monkeypatch.setattr(cli_app, "RegistryClient", FakeClient)
     monkeypatch.setattr(FakeClient, "asked", [])
-    monkeypatch.delenv("GREENPROMPT_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli_app.console, "width", 160)
 
     def run(*words: str) -> Result:

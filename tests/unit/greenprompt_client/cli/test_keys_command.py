@@ -46,13 +46,10 @@ class FakeClient(RegistryClient):
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def run(monkeypatch: pytest.MonkeyPatch, empty_folder: Path) -> Any:
     """Runs a command in an empty folder."""
     monkeypatch.setattr(cli_app, "RegistryClient", FakeClient)
     monkeypatch.setattr(FakeClient, "used", [])
-    monkeypatch.delenv("GREENPROMPT_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli_app.console, "width", 80)
 
     def run(*words: str) -> Result:
