@@ -173,6 +173,8 @@ class Host:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # Without LD_PRELOAD, which engines set in the process of the tests: the host need not have that file.
+            env={"PATH": _SEARCHED},
         )
 
     def run(self, command: str, *, limit_s: float = 120, check: bool = True) -> str:
