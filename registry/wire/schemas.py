@@ -411,7 +411,7 @@ class AuditEntry(_Answered):
     source: str | None = Field(description="Address that the call came from; null: several, or it is not clear")
     about: str | None = Field(
         description="Id of the request, machine or key that the call was about; of a POST, that of its first request; "
-        "null: unknown, or of a request in a registry without keys, where whoever knows it can release the request"
+        "null: unknown. Without API keys, ids of requests are null: a caller who knows one can release the request"
     )
     count: int = Field(description="Number of equal calls")
 
