@@ -16,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = (
     "ip",
     "tc",
@@ -82,6 +84,11 @@ def missing() -> list[str]:
     """What these hosts need and this machine lacks."""
     lacks = [program for program in PROGRAMS if shutil.which(program, path=_SEARCHED) is None]
     return lacks if os.geteuid() == 0 else ["root", *lacks]
+
+
+def alive(process: psutil.Process) -> bool:
+    """Tell whether this very process still runs: not one that has its number since, and no zombie."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @dataclass
@@ -208,6 +215,15 @@ class Host:
     def pids(self, part: str) -> list[int]:
         """The processes on it whose command line has this part."""
         return [pid for pid, line in self.processes().items() if part in line]
+
+    def running(self, part: str) -> list[psutil.Process]:
+        """The same, to be asked later whether they still run: by pid and begin, not by a command line.
+
+        Ray rewrites the command line of an actor with each call, and who reads it meanwhile may find half of one.
+        """
+        found = [psutil.Process(pid) for pid in self.pids(part)]
+        assert found, f"{self.name}: nothing with {part!r} runs: {self.processes()}"
+        return found
 
     # --- its cable ---------------------------------------------------------------------------------------
 

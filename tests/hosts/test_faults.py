@@ -7,9 +7,7 @@ waited is served.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +27,7 @@ from tests.hosts.conftest import (
     start_databases,
     until,
 )
-from tests.hosts.hosts import Host
+from tests.hosts.hosts import Host, alive
 
 pytestmark = [pytest.mark.hosts, pytest.mark.fault, pytest.mark.timeout(900)]
 
@@ -118,10 +116,8 @@ class Scene:
 
     def kill(self, host: Host, part: str) -> None:
         """SIGKILL what has this part in its command line."""
-        pids = host.pids(part)
-        assert pids, f"{part}: {host.processes()}"
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        for process in host.running(part):
+            process.kill()
 
 
 # --- the rows: what is done, and whether the first lease lives on --------------------------------------------
@@ -315,7 +311,7 @@ def test_fault(scene: Scene, row: str) -> None:
     act, outcome = ROWS[row]
     cluster, holder, other = scene.cluster, scene.holder, scene.other
     until(lambda: all(each.served_since(0) for each in (holder, other)), 60)
-    wrapper = holder.host.pids("ray::ServeReplica:wrapper")
+    wrapper = holder.host.running("ray::ServeReplica:wrapper")
     begun_s = time.monotonic()
     act(scene)
     healed_s = time.monotonic()
@@ -332,7 +328,7 @@ def test_fault(scene: Scene, row: str) -> None:
         print(f"{row}: longest time without an answer {longest_gap(holder, begun_s):.1f} s")
     if outcome is ALIVE:
         assert not engine_restarted(holder)
-        assert holder.host.pids("ray::ServeReplica:wrapper") == wrapper
+        assert all(alive(process) for process in wrapper)
     until(lambda: other.served_since(healed_s), SERVED_LIMIT_S, lambda: (other.answers[-5:], other.reason))
     assert other.told_s is None, other.reason
     ids = {holder.request_id, other.request_id, scene.waits}
