@@ -40,7 +40,6 @@ from registry.errors import (
     ShuttingDown,
     StoreUnavailable,
     UnknownMachine,
-    UnknownRequest,
     WrapperUnreachable,
 )
 from registry.service.history import ids_of
@@ -152,6 +151,8 @@ class SimulatedWorld:
         self._held: dict[str, str] = {}
         """Wrapper of each request with a lease."""
         self.accepted: dict[str, LLMSpec] = {}
+        self._unended: list[str] = []
+        """The accepted requests that were not seen to have ended."""
         self._seen_end: dict[str, RequestStatus] = {}
         self._quiet_s = float("inf")
         self.cluster = SimulatedCluster(shape.settings, self.random, on_prompt=self._on_prompt, on_call=self._on_call)
@@ -211,7 +212,9 @@ class SimulatedWorld:
         """Return, as text, the accepted requests that have not ended although they can be served."""
         if self.service is None:
             return ["(the registry does not run)"]
-        requests = [request for request in map(self._request, self.accepted) if not request.status.ended]
+        # What has ended stays so, and would be read from the database each time.
+        self._unended = [request_id for request_id in self._unended if not self._request(request_id).status.ended]
+        requests = map(self._request, self._unended)
         misfit = self.service.allocator.misfit
         return [
             f"{request.request_id} is {request.status} ({request.reason})"
@@ -238,11 +241,9 @@ class SimulatedWorld:
             self.fail(f"{type(error).__name__}: {error}")
         if (differs := _difference(self.service._store, self.service.allocator.snapshot())) is not None:
             self.fail(f"database and memory differ: {differs}")
-        for request_id in self.accepted:
-            try:
-                self._request(request_id)
-            except UnknownRequest:
-                self.fail(f"{request_id} was accepted and is not known any more")
+        known = {request.request_id for request in self.service.archive.find_requests(self.accepted)}
+        for request_id in self.accepted.keys() - known:
+            self.fail(f"{request_id} was accepted and is not known any more")
 
     def fail(self, what: str) -> None:
         """Record a broken guarantee, and end the simulation."""
@@ -405,6 +406,7 @@ class SimulatedWorld:
         if [request.request_id for request in requests] != ids:
             self.fail(f"{ids} were asked for, {requests} answered")
         self.accepted.update(zip(ids, specs, strict=True))
+        self._unended += ids
         if random.random() < 0.1:
             return  # the client disappears and never releases its LLMs
         for request_id in ids:
