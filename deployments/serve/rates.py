@@ -9,10 +9,6 @@ from __future__ import annotations
 
 from time import monotonic
 
-from limits import RateLimitItem, RateLimitItemPerMinute, RateLimitItemPerSecond
-from limits.storage import Storage
-from limits.strategies import FixedWindowRateLimiter
-
 MOST_CALLERS = 10_000
 """Most callers that are counted at once, for each limit; above that, the one whose window is the oldest is forgotten.
 
@@ -20,90 +16,46 @@ MOST_CALLERS = 10_000
 """
 
 
-class Windows(Storage):
-    """Counts calls in fixed windows, which begin with a caller's first call. Its memory is bounded.
+class Rate:
+    """How often each caller may do one thing in ``window_s`` seconds. ``most`` None: as often as it likes.
 
-    In place of the library's own storage in memory, which starts a thread for every call that comes more than 10 ms
-    after the last one, has no bound, and uses the wall clock (limits 5.8, ``limits/storage/memory.py``).
-    All windows of one object must have the same length. Not thread-safe.
+    A window begins with a caller's first call, and the next one with its first call after that. Not thread-safe.
     """
 
-    STORAGE_SCHEME = None
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, most: int | None, window_s: float) -> None:
+        self._most = most
+        self._window_s = window_s
         self._windows: dict[str, tuple[int, float]] = {}
-        """The count and the end of each window, by the begin of the window."""
-
-    @property
-    def base_exceptions(self) -> type[Exception]:
-        """The storage raises no exceptions of its own."""
-        return ValueError
-
-    def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        """Count, in a new window of ``expiry`` seconds if there is none; return the sum in the window."""
-        now_s = monotonic()
-        count, end_s = self._windows.get(key, (0, 0.0))
-        if now_s >= end_s:
-            self._windows.pop(key, None)  # so that it is stored as the last one
-            if len(self._windows) >= MOST_CALLERS:
-                del self._windows[next(iter(self._windows))]
-            count, end_s = 0, now_s + expiry
-        self._windows[key] = count + amount, end_s
-        return count + amount
-
-    def get(self, key: str) -> int:
-        """Return the sum in the window; 0 if there is none."""
-        count, end_s = self._windows.get(key, (0, 0.0))
-        return count if monotonic() < end_s else 0
-
-    def get_expiry(self, key: str) -> float:
-        """Return the end of the window, seconds of the monotonic clock; of one that is over, now."""
-        return max(self._windows.get(key, (0, 0.0))[1], monotonic())
-
-    def check(self) -> bool:
-        """Memory is always there."""
-        return True
-
-    def reset(self) -> int:
-        """Forget all windows; return how many there were."""
-        there = len(self._windows)
-        self._windows.clear()
-        return there
-
-    def clear(self, key: str) -> None:
-        """Forget the window of a caller."""
-        self._windows.pop(key, None)
-
-
-class Rate:
-    """How often each caller may do one thing. ``limit`` None: as often as it likes."""
-
-    def __init__(self, limit: RateLimitItem | None) -> None:
-        self._limit = limit
-        self._limiter = FixedWindowRateLimiter(Windows())
+        """By caller: the count and the end of its window (monotonic clock), sorted by the begin of the window."""
 
     def count(self, caller: str) -> float | None:
         """Count once; return None if that is allowed, else the seconds until it is."""
-        if self._limit is None or self._limiter.hit(self._limit, caller):
+        if self._most is None:
             return None
-        return self._wait_s(self._limit, caller)
+        now_s = monotonic()
+        count, end_s = self._windows.get(caller, (0, 0.0))
+        if now_s >= end_s:
+            self._windows.pop(caller, None)  # so that it is stored as the last one
+            if len(self._windows) >= MOST_CALLERS:
+                del self._windows[next(iter(self._windows))]
+            count, end_s = 0, now_s + self._window_s
+        if count >= self._most:
+            return end_s - now_s
+        self._windows[caller] = count + 1, end_s
+        return None
 
     def used_up(self, caller: str) -> float | None:
         """Return the seconds until the next one is allowed; None if it is allowed now. Counts nothing."""
-        if self._limit is None or self._limiter.test(self._limit, caller):
-            return None
-        return self._wait_s(self._limit, caller)
-
-    def _wait_s(self, limit: RateLimitItem, caller: str) -> float:
-        return self._limiter.get_window_stats(limit, caller).reset_time - monotonic()
+        now_s = monotonic()
+        count, end_s = self._windows.get(caller, (0, 0.0))
+        return end_s - now_s if self._most is not None and count >= self._most and now_s < end_s else None
 
 
 def per_second(most: int | None) -> Rate:
     """Return a rate per second; None: no limit."""
-    return Rate(None if most is None else RateLimitItemPerSecond(most))
+    return Rate(most, 1.0)
 
 
 def per_minute(most: int | None) -> Rate:
     """Return a rate per minute; None: no limit."""
-    return Rate(None if most is None else RateLimitItemPerMinute(most))
+    return Rate(most, 60.0)

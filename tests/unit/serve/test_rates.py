@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 from deployments.serve import rates
-from deployments.serve.rates import MOST_CALLERS, Rate, Windows, per_minute, per_second
+from deployments.serve.rates import Rate, per_minute, per_second
 from tests.support.fake_counters import ManualClock
 
 
@@ -57,37 +55,22 @@ def test_looking_counts_nothing(clock: ManualClock) -> None:
     assert rate.count("a") is None
 
 
-def test_memory_is_bounded(clock: ManualClock) -> None:
-    """Of more callers than are kept, the one whose window began first is forgotten; no thread cleans up."""
-    windows, threads = Windows(), threading.active_count()
-    for number in range(3 * MOST_CALLERS):
-        windows.incr(str(number), 60)
-    assert threading.active_count() == threads
-    assert windows.get(str(2 * MOST_CALLERS - 1)) == 0
-    assert windows.get(str(2 * MOST_CALLERS)) == 1
-    assert windows.reset() == MOST_CALLERS
-    assert windows.reset() == 0
+def test_memory_is_bounded(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more callers than are kept, the one whose window began first is forgotten."""
+    monkeypatch.setattr(rates, "MOST_CALLERS", 2)
+    rate = per_minute(1)
+    assert [rate.count(caller) for caller in "abc"] == [None] * 3
+    assert [rate.used_up(caller) is None for caller in "abc"] == [True, False, False]
 
 
 def test_a_new_window_is_the_youngest(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A caller whose window begins again is not the next to be forgotten."""
     monkeypatch.setattr(rates, "MOST_CALLERS", 2)
-    windows = Windows()
-    windows.incr("a", 1)
+    rate = per_second(1)
+    rate.count("a")
     clock.now_s += 0.5
-    windows.incr("b", 1)
+    rate.count("b")
     clock.now_s += 0.6
-    windows.incr("a", 1)
-    windows.incr("c", 1)
-    assert [windows.get(caller) for caller in "abc"] == [1, 0, 1]
-
-
-def test_a_storage_as_the_library_wants_it(clock: ManualClock) -> None:
-    """What the library can ask of a storage beyond its counts."""
-    windows = Windows()
-    assert windows.check()
-    assert windows.get_expiry("a") == clock.now_s
-    assert windows.incr("a", 5, amount=3) == 3
-    assert windows.get_expiry("a") == clock.now_s + 5
-    windows.clear("a")
-    assert windows.get("a") == 0
+    rate.count("a")
+    rate.count("c")
+    assert [rate.used_up(caller) is None for caller in "abc"] == [False, True, False]
