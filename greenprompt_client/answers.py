@@ -16,6 +16,9 @@ T = TypeVar("T")
 _PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
 """Statuses after which a call is retried if the answer allows it; not 504, because a retry would take as long again."""
 
+LONGEST_PAUSE_S = 60.0
+"""The longest pause before a retry that the registry can ask for, seconds: a minute of its limits of rates."""
+
 UNEXPECTED = "unexpected_answer"
 """``answer_code`` of an answer that does not come from a registry."""
 
@@ -25,7 +28,7 @@ _NO_REGISTRY = "the server at this URL is not a registry, or a registry whose an
 class AnswerError(RegistryError):
     """The registry or a wrapper answered with an error. ``answer_code`` is its stable code.
 
-    ``passing``: the same call may succeed later without any change.
+    ``passing``: the same call may succeed later without any change; with ``retry_after_s``, after so many seconds.
     """
 
     code = "answer_error"
@@ -34,9 +37,11 @@ class AnswerError(RegistryError):
     answer_code: str
     message: str
     passing: bool = False
+    retry_after_s: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.message} (HTTP {self.status}, {self.answer_code})"
+        after = "" if self.retry_after_s is None else f", Retry-After: {self.retry_after_s:g}"
+        return f"{self.message} (HTTP {self.status}, {self.answer_code}{after})"
 
 
 class RequestEnded(RegistryError):
@@ -65,6 +70,17 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, httpx.TransportError) or (isinstance(error, AnswerError) and error.passing)
 
 
+def when_to_call_again(error: Exception) -> bool | float:
+    """Return whether a retry may help, see ``is_passing``; after a 429 that says it, the seconds until then.
+
+    A time above LONGEST_PAUSE_S is an estimate of the registry's, so the call is retried earlier.
+    """
+    if isinstance(error, AnswerError) and error.passing and error.status == HTTPStatus.TOO_MANY_REQUESTS:
+        wait_s = error.retry_after_s
+        return True if wait_s is None or wait_s > LONGEST_PAUSE_S else wait_s
+    return is_passing(error)
+
+
 def may_ask_again(error: Exception) -> bool:
     """Like ``is_passing``, except for read timeouts: a retry would only wait as long again."""
     return is_passing(error) and not isinstance(error, httpx.ReadTimeout)
@@ -87,4 +103,6 @@ def checked(response: httpx.Response, expected: HTTPStatus = HTTPStatus.OK) -> h
         passing = response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
         raise AnswerError(response.status_code, UNEXPECTED, text, passing) from None
     passing = answer.retryable and response.status_code in _PASSING
-    raise AnswerError(response.status_code, answer.code, answer.message, passing)
+    after = response.headers.get("retry-after", "")
+    wait_s = float(after) if passing and after.isdecimal() else None
+    raise AnswerError(response.status_code, answer.code, answer.message, passing, wait_s)

@@ -23,7 +23,7 @@ from urllib.parse import quote
 import httpx
 import stamina
 
-from greenprompt_client.answers import AnswerError, RequestEnded, checked, is_passing, read
+from greenprompt_client.answers import AnswerError, RequestEnded, checked, read, when_to_call_again
 from greenprompt_client.held_lease import RETRY_FOR_S, HeldLease
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport, WindowsPage
@@ -187,15 +187,17 @@ class RegistryClient:
     ) -> httpx.Response:
         """Retry a call until its answer is not a temporary error, for up to RETRY_FOR_S seconds.
 
+        If a 429 says when to retry, the call waits so long, up to LONGEST_PAUSE_S seconds, before its last try.
+
         Raises AnswerError, also if the status is not ``expected``, httpx.HTTPError: the last error.
         """
         begun_s = time.monotonic()
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, self._connect_for_s))
 
-        def passes(error: Exception) -> bool:
+        def passes(error: Exception) -> bool | float:
             if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
                 return time.monotonic() - begun_s < self._connect_for_s
-            return is_passing(error)
+            return when_to_call_again(error)
 
         for attempt in stamina.retry_context(passes, attempts=None, timeout=RETRY_FOR_S):
             with attempt:

@@ -1,4 +1,4 @@
-"""Errors about API keys: who calls, and what the caller may do."""
+"""Errors about who calls, what the caller may do, and how often."""
 
 from __future__ import annotations
 
@@ -73,3 +73,40 @@ class KeysNotUsed(RegistryError):
 
     def __str__(self) -> str:
         return "this registry is used without API keys; to use them, set access.keys: true"
+
+
+class TooManyCalls(RegistryError):
+    """A key, a tenant or an address has called more often than the settings in `rates` allow."""
+
+    code = "too_many_calls"
+    http_status = 429
+    retryable = True
+
+    caller: str
+    setting: str
+    limit: int
+    retry_after_s: float
+    remedy: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.caller} has reached the limit {self.setting}: {self.limit}; {self.remedy}, and try again in "
+            f"{self.retry_after_s:.3g} s"
+        )
+
+
+class TooManyWrongKeys(RegistryError):
+    """So many wrong API keys came from this address that unknown ones are not looked up for a while."""
+
+    code = "too_many_wrong_keys"
+    http_status = 429
+    retryable = True
+
+    limit: int
+    retry_after_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"too many wrong API keys came from this address (rates.wrong_keys_per_minute: {self.limit}); check the "
+            f"key, and try again in {self.retry_after_s:.3g} s"
+        )

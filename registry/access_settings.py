@@ -1,4 +1,4 @@
-"""The settings of who may call the registry."""
+"""The settings of who may call the registry, and how often."""
 
 from __future__ import annotations
 
@@ -37,3 +37,26 @@ class AccessSettings(Section):
         if any(network.prefixlen == 0 for network in self.trusted_clients):
             raise ValueError("trusted_clients names all addresses; use insecure: true if everybody is to be trusted")
         return self
+
+
+class RateSettings(Section):
+    """How often one caller may call the registry; others get 429. Prompts to an LLM's `url` are not counted."""
+
+    calls_per_second: int | None = Field(
+        500,
+        ge=1,
+        description="Most calls in a second with one API key; of callers without one, from one address (of IPv6, from "
+        "one /64). Without `access.keys`, calls from this machine are not counted. null: no limit",
+    )
+    posts_per_minute: int | None = Field(
+        300,
+        ge=1,
+        description="Most POSTs of requests in a minute by one tenant; without `access.keys`, from one address, "
+        "whatever tenants it names. One POST may have many LLMs. null: no limit",
+    )
+    wrong_keys_per_minute: int | None = Field(
+        60,
+        ge=1,
+        description="Most wrong API keys from one address that are looked up in a minute; after that, keys that were "
+        "not used lately are refused without a look-up. null: no limit",
+    )

@@ -32,3 +32,11 @@ def within(network: Network, other: Network) -> bool:
     if isinstance(network, IPv4Network):
         return isinstance(other, IPv4Network) and network.subnet_of(other)
     return isinstance(other, IPv6Network) and network.subnet_of(other)
+
+
+def of_one_client(address: str) -> str:
+    """Return the addresses that one client can choose from: the /64 of an IPv6 address, or else the address.
+
+    Source: RFC 6177, section 2 (a site gets more than a /64).
+    """
+    return str(IPv6Network((address, 64), strict=False)) if ":" in address else address

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from registry.access_settings import AccessSettings
+from registry.access_settings import AccessSettings, RateSettings
 from registry.core.decision import Limits
 from registry.energy_settings import EnergySettings, Section, SiteEnergySettings
 from registry.environment import (
@@ -188,6 +188,7 @@ class Settings(BaseSettings):
     )
     http: HTTPSettings = HTTPSettings()
     access: AccessSettings = AccessSettings()
+    rates: RateSettings = RateSettings()
     ray: RaySettings = RaySettings()
     wrappers: WrapperSettings = WrapperSettings()
     models: ModelSettings = ModelSettings()

@@ -198,6 +198,7 @@ def start(settings: Settings, ray_folder: Path | None, *, on_joined: Callable[[]
                 settings.access,
                 settings.wrappers.max_body_mib,
                 settings.http.trusted_proxies if settings.http.haproxy else None,
+                settings.rates,
             )
             serve.run_many([serve.RunTarget(ingress.deployment(config), name=INGRESS_APP, route_prefix="/")])
     except Exception as error:

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.serve.browsers import READING
 from deployments.serve.client_address import client_of
 from deployments.serve.identities import key_of, refused_key_id
+from registry.access_errors import TooManyWrongKeys
 from registry.background import spawn
 from registry.errors import InvalidField, RegistryError, UnknownRequest
 from registry.networks import Network
@@ -50,9 +51,9 @@ _PROXIES, _KEYS = "greenprompt_proxies", "greenprompt_keys"
 class AuditTrail:
     """An ASGI app around another one, which counts refused calls. ``call(method, *args)`` reaches the registry actor.
 
-    Refused are 401 and 403 on every path, every error on a path that changes something, and reads of a request that
-    the client's key may not see. ``proxies``: the networks of trusted proxies, which name the addresses of their
-    clients. ``keys``: whether the registry asks for API keys.
+    Refused are 401, 403 and too many wrong keys on every path, every error on a path that changes something, and reads
+    of a request that the client's key may not see. ``proxies``: the networks of trusted proxies, which name the
+    addresses of their clients. ``keys``: whether the registry asks for API keys.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class AuditTrail:
         try:
             await self._app(scope, receive, noting)
         finally:
-            if status in _REFUSED or (changes and status >= 400) or _is_hidden(scope, code):
+            refused = status in _REFUSED or code == TooManyWrongKeys.code
+            if refused or (changes and status >= 400) or _is_hidden(scope, code):
                 self._note(row_of(scope, status, code))
 
     def _note(self, row: AuditRow) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from starlette.types import Scope
 
-from registry.networks import Network
+from registry.networks import Network, of_one_client
 
 Address = IPv4Address | IPv6Address
 
@@ -60,6 +60,12 @@ def trusted_client_of(scope: Scope, proxies: Sequence[Network] | None) -> Addres
         return _forwarded_client(scope, source, proxies)
     by_a_proxy = bool(_forwarded(scope)) or any(any(_values(scope, header)) for header in PROXY_HEADERS)
     return None if by_a_proxy else source.address
+
+
+def network_of(scope: Scope, client: Address | None) -> str:
+    """Return the network of a request's client, see ``of_one_client``; the peer's if the client is not clear (None)."""
+    address = _peer(scope) if client is None else client
+    return "unknown" if address is None else of_one_client(str(address))
 
 
 class _Source(NamedTuple):

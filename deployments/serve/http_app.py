@@ -33,9 +33,10 @@ from deployments.serve.http_errors import add_error_handlers
 from deployments.serve.identities import CallerAccess, CallerTenant, KeyGuard, TrustedClients, still_allowed
 from deployments.serve.polls import Polls
 from deployments.serve.prompting_service import TITLE, JSONBody, root_router
+from deployments.serve.rate_guard import RateGuard
 from deployments.serve.withdrawals import Withdrawals
 from registry.access_errors import KeysNotUsed
-from registry.access_settings import AccessSettings
+from registry.access_settings import AccessSettings, RateSettings
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowsPage
 from registry.core.events import NewRequest
@@ -81,6 +82,8 @@ If the registry uses API keys (`access.keys`), every path but `/`, `/healthz` an
 
 Every path answers 421 to a host name that is not served (`http.allowed_hosts`). Requests that change something are
 answered 403 if they come from a web page of another origin, and 415 if a body is not JSON.
+
+Every path answers 429, with `Retry-After`, to a caller that calls more often than the settings in `rates` allow.
 """
 
 MAX_BODY_MIB = 4
@@ -108,6 +111,7 @@ class IngressConfig:
     access: AccessSettings = field(default_factory=AccessSettings)
     prompt_mib: int = 64
     trusted_proxies: tuple[Network, ...] | None = ()
+    rates: RateSettings = field(default_factory=RateSettings)
 
 
 Call = Callable[..., Awaitable[Any]]
@@ -149,16 +153,17 @@ def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None
 
 
 def _guards(config: IngressConfig, call: Call) -> Callable[[ASGIApp], ASGIApp]:
-    """Return a function that puts the limit of bodies around an app and, if keys are used, the guard of keys."""
-    trusted = TrustedClients(config.access.trusted_clients, config.trusted_proxies)
+    """Return a function that puts the limits of bodies and rates around an app, and the guard of keys if it is used."""
+    rates, keys, proxies = config.rates, config.access.keys, config.trusted_proxies
+    trusted = TrustedClients(config.access.trusted_clients, proxies)
 
     def limit(path: str) -> int:
         # A prompt to the root is redirected, and its body is dropped.
         return (config.prompt_mib if path == "/process_prompt" else MAX_BODY_MIB) * MIB
 
     def guarded(app: ASGIApp) -> ASGIApp:
-        limited = BodyLimit(app, limit)
-        return KeyGuard(limited, call, trusted) if config.access.keys else limited
+        limited = RateGuard(BodyLimit(app, limit), rates, proxies, keys=keys)
+        return KeyGuard(limited, call, trusted, proxies, rates.wrong_keys_per_minute) if keys else limited
 
     return guarded
 

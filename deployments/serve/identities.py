@@ -20,8 +20,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.error_answers import registry_error
 from deployments.serve.browsers import READING
-from deployments.serve.client_address import trusted_client_of
-from registry.access_errors import KeyNeeded, KeyRefused, NotAllowed, OtherTenant
+from deployments.serve.client_address import client_of, network_of, trusted_client_of
+from deployments.serve.rates import per_minute
+from registry.access_errors import KeyNeeded, KeyRefused, NotAllowed, OtherTenant, TooManyWrongKeys
 from registry.errors import RegistryError
 from registry.networks import Network
 from registry.service.keys import EVERYTHING, Access, parse_key
@@ -88,13 +89,24 @@ class TrustedClients:
 class KeyGuard:
     """An ASGI app around another one, which gets only requests whose key allows them.
 
-    ``call(method, *args)`` reaches the registry actor.
+    ``call(method, *args)`` reaches the registry actor. ``proxies``: see ``client_of``. ``wrong_a_minute``: most unknown
+    keys from one network that are looked up in a minute; None: no limit.
     """
 
-    def __init__(self, app: ASGIApp, call: Callable[..., Awaitable[Any]], trusted: TrustedClients) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        call: Callable[..., Awaitable[Any]],
+        trusted: TrustedClients,
+        proxies: Sequence[Network] | None = (),
+        wrong_a_minute: int | None = None,
+    ) -> None:
         self._app = app
         self._call = call
         self._trusted = trusted
+        self._proxies = proxies
+        self._wrong_a_minute = wrong_a_minute
+        self._wrong = per_minute(wrong_a_minute)
         self._believed: dict[tuple[str, str], tuple[APIKey, float]] = {}
         self._refused: dict[tuple[str, str], tuple[tuple[str, str], float]] = {}
         self._asking: dict[tuple[str, str], asyncio.Lock] = {}
@@ -118,13 +130,13 @@ class KeyGuard:
     async def _key(self, scope: Scope, roles: frozenset[Role]) -> APIKey:
         """Return the key of a request, also in its scope.
 
-        Raises KeyNeeded, KeyRefused, NotAllowed, and what the registry raises.
+        Raises KeyNeeded, KeyRefused, TooManyWrongKeys, NotAllowed, and what the registry raises.
         """
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         bearer = _BEARER.fullmatch(given[0].decode("latin-1")) if len(given) == 1 else None
         found = None if bearer is None else parse_key(bearer[1])
         if found is not None:
-            key = await self._identified(found)
+            key = await self._identified(found, scope)
         elif given or (trusted := self._trusted.key_for(scope)) is None:
             raise KeyNeeded
         else:
@@ -134,17 +146,17 @@ class KeyGuard:
             raise NotAllowed(key.role, " or ".join(sorted(roles)))
         return key
 
-    async def _identified(self, this: tuple[str, str]) -> APIKey:
+    async def _identified(self, this: tuple[str, str], scope: Scope) -> APIKey:
         """Return the key with this id and hash of its secret: ``_asked``, with one call at a time for each key."""
         lock = self._asking.setdefault(this, asyncio.Lock())
         try:
             async with lock:
-                return await self._asked(this)
+                return await self._asked(this, scope)
         finally:
             if not lock.locked():
                 self._asking.pop(this, None)
 
-    async def _asked(self, this: tuple[str, str]) -> APIKey:
+    async def _asked(self, this: tuple[str, str], scope: Scope) -> APIKey:
         """Return the registry's answer about a key. An answer, or a refusal, is used again for BELIEVED_S seconds."""
         now_s = monotonic()
         (problem, key_id), until_s = self._refused.get(this, (("", ""), 0.0))
@@ -155,14 +167,26 @@ class KeyGuard:
             return known
         # A key that was accepted before does not wait behind many calls about wrong keys.
         async with nullcontext() if known is not None else self._strangers:
+            network = network_of(scope, client_of(scope, self._proxies))
+            # D117: a key that was accepted before is looked up even if its network sends many wrong ones
+            if known is None:
+                self._require_few_wrong(network)
             try:
                 key: APIKey = await self._call("identify", *this)
             except KeyRefused as refusal:
+                if not refusal.key_id:  # a revoked or expired key is no guess
+                    self._wrong.count(network)
                 self._believed.pop(this, None)
                 _remember(self._refused, this, ((refusal.problem, refusal.key_id), now_s + BELIEVED_S))
                 raise
         _remember(self._believed, this, (key, now_s + BELIEVED_S))
         return key
+
+    def _require_few_wrong(self, network: str) -> None:
+        """Raise TooManyWrongKeys if a network has sent as many unknown keys as it may in a minute."""
+        wait_s = self._wrong.used_up(network)
+        if wait_s is not None and self._wrong_a_minute is not None:
+            raise TooManyWrongKeys(self._wrong_a_minute, wait_s)
 
 
 def _remember(answers: dict[tuple[str, str], V], which: tuple[str, str], answer: V) -> None:

@@ -41,6 +41,7 @@ from deployments.wrapper.answer_account import (
     is_warmup,
     prompt_id_of,
 )
+from deployments.wrapper.answer_count import require_few_answers
 from deployments.wrapper.json_bodies import read_json, with_body
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.lease_tokens import Headers, lease_call
@@ -261,7 +262,9 @@ class PromptGate:
         receive: Receive = exchange.receive
         if scope["method"] == "POST":
             body = await Request(scope, receive).body()
-            require_small_grammars(read_json(body))
+            asked = read_json(body)
+            require_small_grammars(asked)
+            require_few_answers(asked)
             receive = with_body(body, receive)
         running = self._running()
         inner = dict(scope, path=path, raw_path=path.encode(), root_path="", headers=headers)

@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from http import HTTPStatus
-from ipaddress import IPv6Network
 
 from registry.access_errors import KeyRefused
 from registry.errors import ShuttingDown
+from registry.networks import of_one_client
 from registry.service.loop import Loop
 from registry.store.rows import AuditFilter, AuditRow, StoredAuditPage
 from registry.store.store import Store
@@ -27,7 +27,7 @@ ROWS = 20
 """Most rows with path and source in a minute: of each key; and of callers without a valid key, see ``_bucket_of``."""
 
 ROWS_OF_ONE = 5
-"""Most of these rows from one network, so that a noisy caller does not hide the others; see ``_network_of``."""
+"""Most of these rows from one network, so that a noisy caller does not hide the others; see ``of_one_client``."""
 
 AT_START = "start"
 """The ``method`` of what the registry did at its start, without a call."""
@@ -84,7 +84,7 @@ class Refusals:
         if row in self._counts or row == outcome:
             return row
         bucket = _bucket_of(row)
-        one = bucket, _network_of(row.source)
+        one = bucket, None if row.source is None else of_one_client(row.source)
         if self._rows[bucket] >= ROWS or self._rows[one] >= ROWS_OF_ONE:
             return outcome
         self._rows.update((bucket, one))
@@ -100,11 +100,6 @@ def _bucket_of(row: AuditRow) -> tuple[str | None, str | None]:
     if row.role is not None:
         return row.key_id, row.tenant
     return (row.code, "known" if row.key_id else None) if row.code == KeyRefused.code else (None, None)
-
-
-def _network_of(source: str | None) -> object:
-    """Return the addresses that one client can choose from: the /64 of an IPv6 address, or else the address."""
-    return IPv6Network((source, 64), strict=False) if source is not None and ":" in source else source
 
 
 class Audit:

@@ -17,7 +17,7 @@ import stamina
 from pydantic import TypeAdapter
 
 from greenprompt_client import client as client_module
-from greenprompt_client.answers import AnswerError, RequestEnded
+from greenprompt_client.answers import AnswerError, RequestEnded, checked, when_to_call_again
 from greenprompt_client.client import RegistryClient
 from greenprompt_client.held_lease import RETRY_FOR_S, HeldLease
 from registry.accounting.report import MeasurementReport
@@ -400,6 +400,44 @@ def test_other_errors_are_not_asked_again(registry: Make, status: int) -> None:
     with pytest.raises(AnswerError):
         client.status("r1")
     assert len(script.requests) == 1
+
+
+def limited(wait: str | None, *, retryable: bool = True) -> AnswerError:
+    """The error of a 429 with this ``Retry-After``."""
+    headers = {} if wait is None else {"retry-after": wait}
+    body = {"code": "too_many_calls", "message": "call less often", "retryable": retryable}
+    with pytest.raises(AnswerError) as caught:
+        checked(httpx.Response(429, json=body, headers=headers))
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("wait", "pause"),
+    [("1", 1.0), ("60", 60.0), ("61", True), (None, True), ("Wed, 21 Oct 2026 07:28:00 GMT", True), ("-1", True)],
+)
+def test_the_registry_says_how_long_to_pause(wait: str | None, pause: float) -> None:
+    """A pause of up to a minute is kept; a longer one is an estimate, and other texts say nothing."""
+    found = when_to_call_again(limited(wait))
+    assert (found, type(found)) == (pause, type(pause))
+
+
+def test_a_limit_that_time_does_not_help_is_no_pause() -> None:
+    """Neither is an error that is no 429: a restart is looked for more often than once a second."""
+    assert when_to_call_again(limited("5", retryable=False)) is False
+    assert when_to_call_again(AnswerError(503, "x", "x", passing=True, retry_after_s=1.0)) is True
+    assert when_to_call_again(httpx.ConnectError("refused")) is True
+
+
+def test_a_call_above_the_limit_is_repeated_later(registry: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two, the client pauses as long as the registry says, though that is longer than its patience."""
+    paused: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", paused.append)
+    busy = httpx.Response(429, json={**BUSY, "code": "too_many_calls"}, headers={"retry-after": "60"})
+    client, script = registry(busy, STATE)
+    with stamina.set_testing(False):
+        assert client.status("r1").requestId == "r1"
+    assert paused == [60.0]
+    assert len(script.requests) == 2
 
 
 # --- waiting -----------------------------------------------------------------------------------------------

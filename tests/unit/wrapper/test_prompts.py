@@ -1018,6 +1018,13 @@ async def test_a_large_grammar_does_not_reach_the_engine(wrapper: Wrapper) -> No
     assert wrapper.engine.bodies == []
 
 
+async def test_thousands_of_answers_are_not_asked_of_the_engine(wrapper: Wrapper) -> None:
+    """A prompt counts as one in flight, so its number of answers has a limit."""
+    answer = await wrapper.call("POST", "/v1/chat/completions", {"messages": [], "n": 16384}).done()
+    assert (answer.status, answer.json["error"]["param"]) == (422, "n")
+    assert wrapper.engine.bodies == []
+
+
 @pytest.mark.parametrize("status", [429, 503])
 async def test_native_errors_that_pass_say_when_to_try_again(wrapper: Wrapper, status: int) -> None:
     """What vLLM itself sends away for a while comes with a Retry-After, and is otherwise as it was."""

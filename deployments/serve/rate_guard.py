@@ -1,0 +1,69 @@
+"""Refuses calls above the limits in ``rates``, before their bodies are read."""
+
+# D117: how often a caller may call
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.error_answers import registry_error
+from deployments.serve.client_address import client_of, network_of
+from deployments.serve.identities import key_of
+from deployments.serve.rates import Rate, per_minute, per_second
+from registry.access_errors import TooManyCalls
+from registry.access_settings import RateSettings
+from registry.networks import Network
+
+
+class RateGuard:
+    """An ASGI app around another one, which gets only as many calls of each caller as the settings allow.
+
+    A caller is a key, or the network that a call without one comes from. POSTs of requests are counted by tenant, if
+    the tenant is known by a key or by ``access.trusted_clients``. Must be inside the guard of keys, if there is one.
+
+    ``keys``: whether the registry asks for API keys. If not, calls from this machine are not counted: whoever can send
+    them may end every request anyway. ``proxies``: see ``client_of``.
+    """
+
+    def __init__(self, app: ASGIApp, settings: RateSettings, proxies: Sequence[Network] | None, *, keys: bool) -> None:
+        self._app = app
+        self._settings = settings
+        self._proxies = proxies
+        self._keys = keys
+        self._calls = per_second(settings.calls_per_second)
+        self._posts = per_minute(settings.posts_per_minute)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "http":
+            try:
+                self._count(scope)
+            except TooManyCalls as error:
+                await registry_error(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _count(self, scope: Scope) -> None:
+        """Count a call. Raises TooManyCalls."""
+        key = key_of(scope)
+        if key is not None and key.key_id:
+            caller = f"the API key {key.key_id}"
+        else:
+            address = client_of(scope, self._proxies)
+            if not self._keys and address is not None and address.is_loopback:
+                return
+            caller = f"the address {network_of(scope, address)}"
+        remedy = "call less often (a GET of a request can wait for news: ?wait=30)"
+        _require(self._calls, caller, "rates.calls_per_second", self._settings.calls_per_second, remedy)
+        if scope["path"] == "/promptingservice/request" and scope["method"] == "POST":
+            poster = caller if key is None else f"the tenant {key.tenant!r}"
+            remedy = "put several LLMs into one POST"
+            _require(self._posts, poster, "rates.posts_per_minute", self._settings.posts_per_minute, remedy)
+
+
+def _require(rate: Rate, caller: str, setting: str, limit: int | None, remedy: str) -> None:
+    wait_s = rate.count(caller)
+    if wait_s is not None and limit is not None:
+        raise TooManyCalls(caller, setting, limit, wait_s, remedy)
