@@ -62,7 +62,7 @@ def pins(text: str) -> set[tuple[str, str]]:
         ValueError: A requirement has no single version, or no hash.
     """
     entries = re.sub(r"\\\n\s*", "", re.sub(r"(?m)^#.*\n", "", text)).split("\n")
-    found = set()
+    found: set[tuple[str, str]] = set()
     for entry in filter(None, entries):
         pinned = re.fullmatch(r"([\w.-]+)(?:\[[\w,.-]+\])?==([^ +;]+)(?:\+[\w.]+)?( .*)? *--hash=sha256:.*", entry)
         if pinned is None:
@@ -185,8 +185,8 @@ def search_saved(advisories: list[dict[str, Any]], locks: Iterable[Path], now: d
         findings.unchecked.append(f"vulnerabilities: the newest saved advisory is of {newest:%Y-%m-%d}: save them anew")
     about: dict[str, list[dict[str, Any]]] = {}
     for advisory in advisories:
-        for name in {canonicalize_name(a["package"]["name"]) for a in advisory.get("affected", ()) if "package" in a}:
-            about.setdefault(name, []).append(advisory)
+        for each in {canonicalize_name(a["package"]["name"]) for a in advisory.get("affected", ()) if "package" in a}:
+            about.setdefault(each, []).append(advisory)
     for lock in locks:
         for name, version in sorted(pins(lock.read_text())):
             findings.wrong += [
