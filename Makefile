@@ -8,7 +8,7 @@ comma := ,
 empty :=
 PURE_FILES := $(subst $(empty) $(empty),$(comma),$(PURE))
 
-.PHONY: help env demo check test test-unit test-pythons test-cluster soak test-long eval-check docs lint tiny-llms bench bench-gpu locks clean
+.PHONY: help env demo check test test-unit test-pythons test-cluster soak test-long eval-check docs audit lint tiny-llms bench bench-gpu locks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,15 @@ docs: env .venv-docs/.installed ## the pages made from the code, and the site of
 	@! grep -rE '<(script|img)[^>]* src="https?:|<link[^>]* href="https?:' build/docs --include='*.html'
 	@echo "made: build/docs/index.html"
 
+.venv-audit/.installed: locks/audit.txt | env
+	@rm -rf .venv-audit
+	@$(BIN)/python -m venv .venv-audit
+	@$(BIN)/uv pip install --quiet --python .venv-audit/bin/python --no-deps --require-hashes -r locks/audit.txt
+	@touch $@
+
+audit: env .venv-audit/.installed ## licences, known vulnerabilities and CycloneDX files of what the locks install (ADVISORIES=osv.zip without a network)
+	$(BIN)/python -m tests.supply_chain $(if $(ADVISORIES),--advisories "$(ADVISORIES)")
+
 lint: env ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -92,7 +101,7 @@ bench-gpu: ## benchmark starts and changes of LLMs on an NVIDIA GPU, in a separa
 	@PYTHON="$(PYTHON)" locks/install.sh gpu .venv-gpu
 	.venv-gpu/bin/python -m tests.bench.engine --only starts --gpus 1
 
-# torch and its relatives stay out of the CPU lock, see locks/cpu.overrides.
+# torch and its relatives stay out of the CPU lock, see locks/cpu.overrides; locks/torch-cpu.txt is written by hand.
 COMPILE = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command "make locks"
 locks: export UV_FIND_LINKS =
@@ -103,8 +112,9 @@ locks: env ## resolve all versions in locks/ again: the newest that pyproject.to
 	    -o locks/cpu.txt
 	$(COMPILE) --upgrade --python-version 3.11 locks/eval.in -o locks/eval.txt
 	$(COMPILE) --upgrade --python-version 3.11 locks/docs.in -o locks/docs.txt
+	$(COMPILE) --upgrade --python-version 3.11 locks/audit.in -o locks/audit.txt
 	$(COMPILE) --upgrade --python-version 3.12 pyproject.toml $(foreach e,server report gpu postgres,--extra $(e)) -o locks/gpu.txt
 
 clean: ## delete everything that can be made again
-	rm -rf .venv .venv-docs .venv-eval .venv-gpu $(PYTHONS:%=.venv-%) build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-audit .venv-docs .venv-eval .venv-gpu $(PYTHONS:%=.venv-%) build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find greenprompt_client registry deployments tests -name __pycache__ -type d -exec rm -rf {} +

@@ -3,7 +3,8 @@
 # Does nothing where it is up to date. The stamp comes last, so an interrupted run is done anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extra=$1 venv=$2 stamp=$2/.installed torch=2.13.0
+extra=$1 venv=$2 stamp=$2/.installed
+torch=$(sed -n 's/^torch==\([0-9.]*\)+cpu .*/\1/p' locks/torch-cpu.txt)
 case $extra in
     cpu) need_gib=6 ;;
     gpu) need_gib=20 ;;
@@ -16,7 +17,9 @@ exec 9< locks/install.sh
 flock 9
 
 # An environment knows its place: a tree that was moved needs a new one.
-wanted=$({ pwd; cat locks/install.sh locks/installer.txt "locks/$extra.txt" pyproject.toml; } | sha256sum)
+wanted=$(
+    { pwd; cat locks/install.sh locks/installer.txt "locks/$extra.txt" locks/torch-cpu.txt pyproject.toml; } | sha256sum
+)
 if [ "$wanted" = "$(cat "$stamp" 2>/dev/null)" ] && "$venv/bin/python" -c '' 2>/dev/null; then exit 0; fi
 
 # torch for CPUs is on no package registry. Where pip is told of a folder (or page) of wheels, it is there; uv knows
@@ -67,9 +70,9 @@ install --require-hashes -r "locks/$extra.txt"
 if [ "$extra" = cpu ]; then
     if [ -n "$find_links" ]; then
         # shellcheck disable=SC2086  # pip separates several by blanks
-        UV_FIND_LINKS=$(echo $find_links | tr ' ' ,) install "torch==$torch+cpu"
+        UV_FIND_LINKS=$(echo $find_links | tr ' ' ,) install --require-hashes -r locks/torch-cpu.txt
     else
-        install --torch-backend=cpu "torch==$torch+cpu"
+        install --torch-backend=cpu --require-hashes -r locks/torch-cpu.txt
     fi
 fi
 install --no-build-isolation --editable .

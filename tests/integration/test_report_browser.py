@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 from PIL import Image
 
 from greenprompt_client.report.html import report_html
+from tests.support.browser import QUIET, installed_chromium
 from tests.support.energy_windows import an_experiment
 
 WIDTH, HEIGHT = 1100, 2400
@@ -19,22 +18,14 @@ WIDTH, HEIGHT = 1100, 2400
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    """Debian's Chromium, or another that is on the path."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None and os.environ.get("CI"):
-        pytest.fail("no Chromium is installed")
-    if found is None:
-        pytest.skip("no Chromium is installed (Debian: apt install chromium)")
-    return found
+    return installed_chromium()
 
 
 def browse(chromium: str, page: Path, *what: str) -> subprocess.CompletedProcess[str]:
     """Open a page and have it dumped or drawn; console messages are on stderr."""
     profile = page.parent / "profile"
-    quiet = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
-    offline = ("--no-first-run", "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND")
-    log = ("--enable-logging=stderr", f"--user-data-dir={profile}", f"--window-size={WIDTH},{HEIGHT}")
-    command = [chromium, *quiet, *offline, *log, *what, page.as_uri()]
+    offline = ("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}")
+    command = [chromium, *QUIET, *offline, f"--window-size={WIDTH},{HEIGHT}", *what, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -22,6 +23,7 @@ LOCKS = sorted((ROOT / "locks").glob("*.txt"))
 MADE_BY_TOOLS = {
     ".git",
     ".venv",
+    ".venv-audit",
     ".venv-docs",
     ".venv-eval",
     ".venv-gpu",
@@ -130,6 +132,20 @@ def test_locks_hold_what_pyproject_asks_for(lock: str, extras: tuple[str, ...]) 
     assert wrong == []
 
 
+def test_torch_for_cpus_has_the_release_of_the_gpu_lock() -> None:
+    """Two wheels for each Python that we support: x86_64 and aarch64."""
+    assert locked("torch-cpu.txt") == {"torch": locked("gpu.txt")["torch"] + "+cpu"}
+    assert len(set(re.findall("sha256:[0-9a-f]{64}", (ROOT / "locks/torch-cpu.txt").read_text()))) == 6
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
+def test_no_lock_has_what_is_known_to_be_too_old(lock: Path) -> None:
+    """The lower bounds of pyproject.toml for these hold in every lock, also in those of tools."""
+    least = {"certifi": "2026.10.19", "starlette": "1.3"}
+    pins = locked(lock.name)
+    assert {name: pins[name] for name in least if name in pins and Version(pins[name]) < Version(least[name])} == {}
+
+
 def test_ray_and_vllm_are_pinned_to_one_version() -> None:
     """The pair that breaks often is exact everywhere, and the CPU and GPU builds of vLLM are the same release."""
     exact = {need.name: str(need.specifier) for need in requirements("server", "cpu", "gpu")}
@@ -140,7 +156,7 @@ def test_ray_and_vllm_are_pinned_to_one_version() -> None:
 
 
 def test_cpu_lock_takes_no_cuda() -> None:
-    """The CPU lock has none of the CUDA packages, and leaves torch to locks/install.sh."""
+    """The CPU lock has none of the CUDA packages, and leaves torch to locks/torch-cpu.txt."""
     cuda = [name for name in locked("cpu.txt") if name.startswith(("nvidia-c", "torch", "cuda-"))]
     assert cuda == []
 
