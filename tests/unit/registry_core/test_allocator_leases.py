@@ -4,13 +4,7 @@ import pytest
 
 from registry.core.commands import BindLease, DeployLLM, UnbindLease
 from registry.core.decision import Limits
-from registry.core.events import (
-    LeaseLapsed,
-    LeaseReleased,
-    LeaseUsed,
-    LLMDied,
-    TimePassed,
-)
+from registry.core.events import LeaseLapsed, LeaseReleased, LeaseUsed, LLMDied, TimePassed
 from registry.core.records import WrapperStatus
 from registry.errors import UnknownRequest
 from registry.wire.words import RequestStatus

@@ -5,13 +5,7 @@ import pytest
 from registry.core.allocator import InvariantBroken
 from registry.core.commands import DeployLLM
 from registry.core.decision import Limits
-from registry.core.events import (
-    LeaseRequested,
-    MachineLost,
-    NewRequest,
-    WrapperAdded,
-    WrapperStarted,
-)
+from registry.core.events import LeaseRequested, MachineLost, NewRequest, WrapperAdded, WrapperStarted
 from registry.core.records import WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, QueueFull, UnknownMeasurement
 from registry.wire.words import Priority, RequestStatus

@@ -7,14 +7,7 @@ import pytest
 from registry.core.allocator import Allocator
 from registry.core.commands import StopLLM, UnbindLease
 from registry.core.decision import Snapshot
-from registry.core.events import (
-    LLMStopped,
-    ShutdownBegun,
-    TimePassed,
-    WrapperAdded,
-    WrapperFailed,
-    WrapperStarted,
-)
+from registry.core.events import LLMStopped, ShutdownBegun, TimePassed, WrapperAdded, WrapperFailed, WrapperStarted
 from registry.core.records import WrapperStatus
 from registry.errors import ShuttingDown, UnknownMeasurement, UnknownRequest
 from registry.wire.words import RequestStatus

@@ -4,12 +4,7 @@ import pytest
 
 from registry.core.commands import BindLease, DeployLLM, StopLLM
 from registry.core.decision import Limits
-from registry.core.events import (
-    LLMDied,
-    LLMStopped,
-    WrapperAdded,
-    WrapperStarted,
-)
+from registry.core.events import LLMDied, LLMStopped, WrapperAdded, WrapperStarted
 from registry.core.records import WrapperStatus
 from registry.wire.words import RequestStatus
 from tests.support.allocator_scene import Scene, deploying, handed_over, llm, ready
