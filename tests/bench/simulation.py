@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from tests.bench.report import OUTPUT, Result, counted, measured, percentile, publish
-from tests.simulation.world import OF_MACHINES, Verdict, large_world, run
+from tests.simulation.shape import OF_MACHINES
+from tests.simulation.world import Verdict, large_world, run
 
 PART = "simulation"
 FEW, MANY = 10, 1_000

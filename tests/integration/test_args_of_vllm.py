@@ -14,7 +14,7 @@ from deployments.models.args.rules import Mapped
 from deployments.models.args.table import DEPLOYMENT, PROMPTING
 from deployments.models.memory_need import GPU_SHARE
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
-from tests.unit.models.args.test_llm_args import TAKEN_DEPLOYMENT, TAKEN_PROMPTING, rules
+from tests.support.llm_args import TAKEN_DEPLOYMENT, TAKEN_PROMPTING, rules
 from tests.unit.models.test_llm_memory import LLAMA_3_8B, of
 
 

@@ -26,17 +26,8 @@ from registry.core.records import Request
 from registry.store.store import Store
 from registry.wire.words import RequestStatus
 from tests.simulation.machines import Weather
-from tests.simulation.world import (
-    KINDS,
-    OF_MACHINES,
-    Shape,
-    Verdict,
-    large_world,
-    run,
-    settings_of,
-    small_world,
-    two_machines,
-)
+from tests.simulation.shape import KINDS, OF_MACHINES, Shape
+from tests.simulation.world import Verdict, large_world, run, settings_of, small_world, two_machines
 from tests.support.virtual_time import Stuck, VirtualLoop
 
 ROOT = Path(__file__).parents[2]

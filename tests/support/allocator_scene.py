@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import count
 
+import pytest
+
 from registry.core.allocator import Allocator
 from registry.core.commands import Effect
 from registry.core.decision import Changes, Decision, Limits, Snapshot
@@ -17,6 +19,7 @@ from registry.core.events import (
     LLMDeployFailed,
     MachineJoined,
     NewRequest,
+    TimePassed,
     WrapperAdded,
     WrapperStarted,
 )
@@ -210,3 +213,44 @@ def next_deadline_s(allocator: Allocator) -> float | None:
     """Return when the next lease or pin ends, UTC seconds; None if there is none."""
     ledger = allocator._ledger
     return min((timed.first[0] for timed in (ledger.deadlines, ledger.pins) if timed), default=None)
+
+
+def refused(scene: Scene, error: type[Exception], event: LeaseRequested) -> Exception:
+    """Return the error with which an event is refused, which has changed nothing."""
+    before = scene.allocator.snapshot()
+    with pytest.raises(error) as caught:
+        scene.allocator.handle(event, scene.now_s)
+    assert scene.allocator.snapshot() == before
+    assert scene.tell(TimePassed()).changes.empty
+    return caught.value
+
+
+def asked(measurement_id: int, *names: str, model: str = "A", gpus: int = 0, tenant: str = "default") -> LeaseRequested:
+    """Return a POST of these requests, all for the same LLM."""
+    return LeaseRequested(
+        measurement_id, tuple(NewRequest(name, llm(model, gpus), "{}") for name in names), tenant=tenant
+    )
+
+
+def handed_over(limits: Limits | None = None) -> Scene:
+    """Request 1a has its LLM A on m-0."""
+    scene = Scene(limits)
+    scene.machine()
+    scene.ask(1, "A")
+    scene.hand_over()
+    return scene
+
+
+def ready(limits: Limits | None = None) -> Scene:
+    """m-0 runs A for nobody."""
+    scene = handed_over(limits)
+    scene.release("1a")
+    return scene
+
+
+def deploying(limits: Limits | None = None) -> Scene:
+    """m-0 starts A for request 1a."""
+    scene = Scene(limits)
+    scene.machine()
+    scene.ask(1, "A")
+    return scene

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -77,6 +78,9 @@ class Bench:
     async def windows(self, kept: int = 0, *, process: str = "p") -> tuple[EnergyWindow, ...]:
         self.passes(0.2)
         return await self.meter.windows(Belief(1, None, Moment(process, 0.0), windows_kept=kept))
+
+
+Make = Callable[..., Bench]
 
 
 def of_kind(windows: tuple[EnergyWindow, ...], kind: WindowKind) -> list[EnergyWindow]:

@@ -27,7 +27,7 @@ from greenprompt_client.held_lease import HeldLease
 from registry.settings import EnergySettings, WrapperSettings
 from registry.wire.lease_token import lease_headers, split_url
 from registry.wire.schemas import RequestState
-from tests.unit.wrapper.test_prompts import GRANT, LLMCONFIG, Wrapper
+from tests.support.prompt_gate import GRANT, LLMCONFIG, Wrapper
 
 ROOT = "/wrappers/a-0"
 TOKEN, OLD = "lease_0123456789abcdef", "0ld-t0ken"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,15 +15,7 @@ from deployments.energy.prompt_meter import MeteredPrompt
 from registry.contract.windows import EnergyWindow
 from registry.wire.words import WindowKind
 from tests.support.energy_windows import record
-from tests.support.meter_bench import LEASE, UTC_S, WATTS, Bench, detail, of_kind
-
-Make = Callable[..., Bench]
-
-
-@pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Makes a bench: ``make(*sources, **energy settings)``."""
-    return partial(Bench, monkeypatch)
+from tests.support.meter_bench import LEASE, UTC_S, WATTS, Make, detail, of_kind
 
 
 def shape(value: Any) -> Any:

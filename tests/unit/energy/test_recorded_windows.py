@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
-
-import pytest
 
 from deployments.energy.counters.probe import Unreadable
 from registry.contract.messages import StartedFor
 from registry.contract.windows import EnergyWindow
 from registry.wire.words import WindowKind
-from tests.support.meter_bench import LEASE, Bench
+from tests.support.meter_bench import LEASE, Bench, Make
 
 RECORDED: Final = Path(__file__).with_name("recorded_windows.json")
 GRID: Final = {"gco2eq_per_kwh": 360.0, "low_gco2eq_per_kwh": 300.0, "high_gco2eq_per_kwh": 400.0}
 HOLE: Final = Unreadable("gpu:GPU-y", "no counter", in_boundary=True)
-
-Make = Callable[..., Bench]
-
-
-@pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Makes a bench: ``make(*sources, **energy settings)``."""
-    return partial(Bench, monkeypatch)
 
 
 async def a_lease_with_everything(made: Bench) -> tuple[EnergyWindow, ...]:
