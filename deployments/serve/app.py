@@ -30,6 +30,7 @@ from deployments.serve import ingress
 from deployments.serve.actor import ACTOR_NAME, NAMESPACE, RegistryActor
 from deployments.serve.cluster import RayCluster
 from deployments.serve.energy_metrics import EnergyMetrics
+from deployments.serve.lease_key import lease_key
 from deployments.serve.http_app import IngressConfig
 from deployments.serve.logs import REGISTRY_LOG, configure_logging
 from deployments.serve.ray_folder import RAY_FOLDER, keep_logs
@@ -39,11 +40,11 @@ from registry.core.records import LLMSpec
 from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed, in_one_line
 from registry.service.audit import at_start
 from registry.service.keys import Keys, parse_key
+from registry.service.lease_tokens import LeaseTokens
 from registry.service.service import Service
 from registry.settings import Settings, differing, url_host
 from registry.store.database import parse_url
 from registry.store.store import Store
-from registry.wire.lease_token import LEASE_TOKEN
 from registry.wire.words import Role
 
 INGRESS_APP = "registry"
@@ -89,15 +90,20 @@ def home_llms(settings: Settings) -> dict[str, LLMSpec]:
     return homes
 
 
-def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[[RegistryError], None]) -> Service:
-    """Return a service with the real database and cluster. Raises StoreUnavailable, BadSettings."""
+def build_service(
+    settings: Settings, sources: ModelSources, key: bytes, on_fatal: Callable[[RegistryError], None]
+) -> Service:
+    """Return a service with the real database and cluster. ``key``: that of the leases' tokens.
+
+    Raises StoreUnavailable, BadSettings.
+    """
     configure_logging(settings.state_dir / REGISTRY_LOG)
     service = Service(
         settings,
         Store.open(settings.store_url),
         RayCluster(settings, sources),
         now_s=SteadyClock(),
-        new_token=lambda: LEASE_TOKEN + secrets.token_urlsafe(32),
+        tokens=LeaseTokens(key, secrets.token_urlsafe),
         homes=home_llms(settings),
         on_fatal=on_fatal,
         on_energy=EnergyMetrics().count,
@@ -299,7 +305,7 @@ def _start_registry(settings: Settings) -> None:
     """Make sure that the registry actor runs and is ready. An existing one is never ended.
 
     Raises:
-        BadSettings: The new registry can't start, or one with other settings runs.
+        BadSettings: The new registry can't start, has no key for leases, or one with other settings runs.
         StartFailed: The existing registry does not answer.
     """
     running = _running_registry()
@@ -315,6 +321,8 @@ def _start_registry(settings: Settings) -> None:
             raise BadSettings(", ".join(fields), f"the registry of this cluster runs with another value; {remedy}")
         return
     sources = model_sources(settings)
+    # Ray keeps it with the actor, so a registry that Ray starts on a new head makes the same tokens.
+    key = lease_key(settings.state_dir)
     actor: Any = (
         ray.remote(RegistryActor)
         .options(
@@ -328,7 +336,7 @@ def _start_registry(settings: Settings) -> None:
             # The database may be a file, so the actor must stay on the head node.
             resources={HEAD_NODE_RESOURCE_NAME: 0.001},
         )
-        .remote(settings, lambda s, on_fatal: build_service(s, sources, on_fatal))
+        .remote(settings, lambda s, on_fatal: build_service(s, sources, key, on_fatal))
     )
     try:
         ray.get(actor.ready.remote(), timeout=READY_LIMIT_S)

@@ -18,6 +18,7 @@ from registry.core.events import (
     Event,
     LeaseReleased,
     LeaseRequested,
+    LeaseTokenLost,
     LeaseUsed,
     MachineDrained,
     MachineJoined,
@@ -33,10 +34,10 @@ from registry.core.events import (
 )
 from registry.core.fit import GIB
 from registry.core.policy import PRIORITY_TURNS
-from registry.core.records import LLMMemory, Machine, MeasurementKey, Request, Wrapper, WrapperStatus
+from registry.core.records import LLMMemory, Machine, MeasurementKey, Request, StoredToken, Wrapper, WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, UnknownMachine, UnknownRequest
 from registry.wire.words import Priority, RequestStatus
-from tests.support.allocator_scene import Memory, llm, next_deadline_s
+from tests.support.allocator_scene import Memory, llm, next_deadline_s, stored_token
 from tests.support.queued_cluster import QueuedCluster
 
 R, W = RequestStatus, WrapperStatus
@@ -72,6 +73,7 @@ BREAKAGES = (
     "wrapper is created anew",
     "machine is lost",
     "registry restarts",
+    "registry restarts without its key",
     "registry is shut down",
     "registry is shut down and restarts",
 )
@@ -106,8 +108,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.leased_before: dict[str, set[str]] = {}
         """The leases that there were on each machine that is drained, when that began."""
 
-    def new_token(self) -> str:
-        return f"token-{next(self.tokens)}"
+    def new_token(self) -> StoredToken:
+        return stored_token(f"token-{next(self.tokens)}")
 
     # --- what happens -----------------------------------------------------------------------------------
 
@@ -400,6 +402,10 @@ class AllocatorMachine(RuleBasedStateMachine):
                 self.machine_is_lost(record.machine_id)
             case "registry restarts":
                 self.registry_restarts()
+            case "registry restarts without its key":
+                self.registry_restarts()
+                for lease in self.allocator.snapshot().leases:
+                    self.tell(LeaseTokenLost(lease.request_id, "its key is gone"))
             case _:
                 self.shutting_down = True
                 self.tell(ShutdownBegun())
@@ -575,9 +581,9 @@ class AllocatorMachine(RuleBasedStateMachine):
                 continue
             lease = self.allocator.lease_by_wrapper(wrapper_id)
             # A late BindLease can reach a new process, which has no LLM; the next deploy ends such a lease.
-            assert wrapper.empty or wrapper.token in (None, lease.token if lease is not None else None)
+            assert wrapper.empty or wrapper.token in (None, lease.token_id if lease is not None else None)
             if lease is not None and self.allocator.request(lease.request_id).status is R.DEPLOYED:
-                assert wrapper.token == lease.token
+                assert wrapper.token == lease.token_id
                 well = wrapper.running == self.allocator.request(lease.request_id).spec
                 noticed = self.cluster.is_busy(wrapper_id) or self.cluster.look_at(wrapper_id, self.allocator)
                 assert well or noticed
@@ -590,7 +596,7 @@ class AllocatorMachine(RuleBasedStateMachine):
                 wrapper.token is None
                 or wrapper.empty
                 or given_up
-                or (lease is not None and lease.token == wrapper.token)
+                or (lease is not None and lease.token_id == wrapper.token)
             ):
                 continue
             on_the_way = [c for c in self.cluster.commands if c.wrapper_id == wrapper_id and c.epoch > wrapper.epoch]
@@ -610,7 +616,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         for request in self.requests():
             lease = self.allocator.lease_of(request.request_id)
             if request.deployed_s is not None and lease is not None:
-                address = f"{lease.wrapper_id}/{lease.token}"
+                address = f"{lease.wrapper_id}/{lease.token_id}"
                 assert self.token_of.setdefault(request.request_id, address) == address
         assert len(self.token_of) == len(set(self.token_of.values()))
 

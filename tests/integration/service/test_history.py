@@ -23,7 +23,7 @@ async def test_events_are_kept_in_the_database(world: ServiceWorld) -> None:
     assert kinds[0] == "MachineJoined"
     for kind in ("WrapperAdded", "WrapperStarted", "LeaseRequested", "LLMDeployed", "LeaseBound", "LeaseReleased"):
         assert kind in kinds
-    assert "token-" not in repr(world.store.events())
+    assert "lease_" not in repr(world.store.events())
 
 
 async def test_a_request_knows_its_history(world: ServiceWorld) -> None:

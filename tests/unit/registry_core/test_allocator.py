@@ -25,7 +25,7 @@ from registry.core.events import (
 from registry.core.records import WrapperStatus
 from registry.errors import InvalidField, LLMNeverFits, QueueFull, ShuttingDown, UnknownMeasurement, UnknownRequest
 from registry.wire.words import Priority, RequestStatus
-from tests.support.allocator_scene import Scene, llm, next_deadline_s
+from tests.support.allocator_scene import Scene, llm, next_deadline_s, stored_token
 
 R, W = RequestStatus, WrapperStatus
 
@@ -300,7 +300,7 @@ def test_the_lease_begins_with_the_hand_over():
     scene.runs()
     lease = scene.allocator.lease_of("1a")
     assert lease is not None
-    assert (lease.wrapper_id, lease.token, lease.granted_s) == ("m-0", "token-1", 2000.0)
+    assert (lease.wrapper_id, lease.token_id, lease.granted_s) == ("m-0", "token-1", 2000.0)
     assert scene.status("1a") is R.DEPLOYING
     scene.now_s = 2005.0
     scene.bound()
@@ -480,7 +480,7 @@ def test_a_freed_wrapper_goes_on_to_the_next_in_the_same_decision():
     assert scene.effects == (UnbindLease("m-0", 3, "1a", "released"), BindLease("m-0", 4, "2a"))
     lease = scene.allocator.lease_of("2a")
     assert lease is not None
-    assert lease.token == "token-2"
+    assert lease.token_id == "token-2"
 
 
 # --- the end and the next start ----------------------------------------------------------------------------
@@ -649,7 +649,7 @@ def test_a_snapshot_in_which_somebody_waits_for_a_free_wrapper_is_put_right():
             for r in snapshot.requests
         ),
     )
-    allocator = Allocator(scene.limits, lambda: "t")
+    allocator = Allocator(scene.limits, lambda: stored_token("t"))
     allocator.load(waiting)
     decision = allocator.handle(TimePassed(), scene.now_s)
     assert [effect.wrapper_id for effect in decision.effects] == ["m-0"]
