@@ -30,7 +30,6 @@ from deployments.serve import ingress
 from deployments.serve.actor import ACTOR_NAME, NAMESPACE, RegistryActor
 from deployments.serve.cluster import RayCluster
 from deployments.serve.energy_metrics import EnergyMetrics
-from deployments.serve.lease_key import lease_key
 from deployments.serve.http_app import IngressConfig
 from deployments.serve.logs import REGISTRY_LOG, configure_logging
 from deployments.serve.ray_folder import RAY_FOLDER, keep_logs
@@ -55,6 +54,9 @@ LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 OPERATOR_KEY = "operator.key"
 """Name of the file in ``state_dir`` with the API key of the machine's operator."""
+
+KEY_BYTES = 32
+"""Length of the key from which a registry makes the tokens of its leases."""
 
 READY_POLL_S = 0.2
 
@@ -305,7 +307,7 @@ def _start_registry(settings: Settings) -> None:
     """Make sure that the registry actor runs and is ready. An existing one is never ended.
 
     Raises:
-        BadSettings: The new registry can't start, has no key for leases, or one with other settings runs.
+        BadSettings: The new registry can't start, or one with other settings runs.
         StartFailed: The existing registry does not answer.
     """
     running = _running_registry()
@@ -321,8 +323,8 @@ def _start_registry(settings: Settings) -> None:
             raise BadSettings(", ".join(fields), f"the registry of this cluster runs with another value; {remedy}")
         return
     sources = model_sources(settings)
-    # Ray keeps it with the actor, so a registry that Ray starts on a new head makes the same tokens.
-    key = lease_key(settings.state_dir)
+    # D116: Ray keeps the key with the actor's arguments, also for a restart on a new head if it has a Redis.
+    key = secrets.token_bytes(KEY_BYTES)
     actor: Any = (
         ray.remote(RegistryActor)
         .options(

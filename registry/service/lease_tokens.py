@@ -15,10 +15,7 @@ from registry.wire.lease_token import LEASE_TOKEN
 REMEMBERED_TOKENS = 10_000
 """Maximum number of leases whose tokens are remembered: the latest ones, including ended leases."""
 
-_LOST = (
-    "its token can't be made again: lease.key in state_dir is gone or new, or the registry was updated while the lease"
-    " ran; request the LLM again"
-)
+_LOST = "the registry that granted its lease was lost, and with it the key of the token; request the LLM again"
 
 
 # D116: a token is made from a key that is not in the database

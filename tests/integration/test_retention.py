@@ -318,6 +318,8 @@ def test_a_database_of_an_earlier_release_is_taken_over(database_url: str, tmp_p
     after = store.load()
     for kind in ("machines", "wrappers", "measurements", "requests", "leases"):
         assert set(getattr(after, kind)) == set(getattr(OLD_DATABASE, kind))
+    tokens = LeaseTokens(b"a key", lambda: "id")
+    assert [lost.request_id for lost in tokens.lost(after.leases)] == ["7" * 32]  # it ends at the start
     assert [stored.event.kind for stored in store.events()] == ["LeaseBound", "LeaseUsed"]
     assert store.idempotent_request_ids("team-a", "key-1") == ("ab" * 32, ("7" * 32, "9" * 32))
     assert store.forget(ended_before_s=T + 61, limit=10).request_ids == ("1" * 32,)

@@ -87,9 +87,10 @@ class ServiceWorld:
     async def start(self) -> None:
         """Start the registry with the state in its database."""
         self.store = Store.open(self._url)
-        # Power does not fail in a test, so don't wait for the disk.
-        driver: Any = self.store._connection.connection.driver_connection
-        driver.execute("PRAGMA synchronous = OFF")
+        if self._url.startswith("sqlite"):
+            # Power does not fail in a test, so don't wait for the disk.
+            driver: Any = self.store._connection.connection.driver_connection
+            driver.execute("PRAGMA synchronous = OFF")
         self.journal = Journal(self)
         self.service = Service(
             self.settings,
