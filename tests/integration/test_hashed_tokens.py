@@ -44,9 +44,9 @@ def test_stored_tokens_become_hashes(database_url: str, tmp_path: Path) -> None:
     assert TOKEN.encode() in contents_of(database_url)
     store = Store.open(database_url)
     with store._transaction() as connection:
-        (row,) = connection.execute(text("SELECT * FROM leases"))
+        (stored,) = connection.execute(text("SELECT * FROM leases"))
     store.close()
-    lease = Lease(*row)
+    lease = Lease(*stored)
     assert lease == Lease("r", "w", "", sha256(TOKEN.encode()).hexdigest(), 1.0, 2.0, 3.0, 4.0)
     assert LeaseTokens(b"a key", lambda: "id").lost([lease])
     assert TOKEN.encode() not in contents_of(database_url)

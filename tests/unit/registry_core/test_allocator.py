@@ -11,6 +11,7 @@ from registry.core.events import (
     LeaseLapsed,
     LeaseReleased,
     LeaseRequested,
+    LeaseTokenLost,
     LeaseUsed,
     LLMDied,
     LLMStopped,
@@ -603,6 +604,34 @@ def test_a_lease_that_its_wrapper_has_ended_is_ended():
     )
     assert scene.status("1b") is R.DEPLOYING
     assert scene.tell(LeaseLapsed("1a")).changes.empty
+
+
+def test_a_lease_whose_token_is_lost_fails():
+    """Its holder learns why, its wrapper is told to refuse the token, and the next one is served."""
+    scene = handed_over()
+    scene.ask(1, "B")
+    assert scene.tell(LeaseTokenLost("1b", "gone")).changes.empty  # it has no lease
+    scene.tell(LeaseTokenLost("1a", "gone"))
+    assert (scene.status("1a"), scene.request("1a").reason) == (R.FAILED, "gone")
+    assert scene.status("1b") is R.DEPLOYING
+    assert UnbindLease("m-0", scene.wrapper().epoch - 1, "1a", "failed") in scene.effects
+    assert scene.tell(LeaseTokenLost("1a", "gone")).changes.empty
+
+
+def test_a_lost_token_that_nobody_has_is_replaced():
+    """A request that was not handed over is queued again, and gets its LLM with another token."""
+    scene = Scene()
+    scene.machine()
+    scene.ask(1, "A")
+    scene.runs()
+    lost = scene.allocator.lease_of("1a")
+    scene.tell(LeaseTokenLost("1a", "gone"))
+    scene.bound()
+    lease = scene.allocator.lease_of("1a")
+    assert lost is not None
+    assert lease is not None
+    assert scene.status("1a") is R.DEPLOYED
+    assert lease.token_id != lost.token_id
 
 
 def test_a_request_behind_its_own_measurement_has_a_position():
