@@ -39,11 +39,11 @@ from registry.core.records import LLMSpec
 from registry.errors import BadSettings, InvalidField, RegistryError, StartFailed, in_one_line
 from registry.service.audit import at_start
 from registry.service.keys import Keys, parse_key
+from registry.service.lease_tokens import LeaseTokens
 from registry.service.service import Service
 from registry.settings import Settings, differing, url_host
 from registry.store.database import parse_url
 from registry.store.store import Store
-from registry.wire.lease_token import LEASE_TOKEN
 from registry.wire.words import Role
 
 INGRESS_APP = "registry"
@@ -54,6 +54,9 @@ LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 OPERATOR_KEY = "operator.key"
 """Name of the file in ``state_dir`` with the API key of the machine's operator."""
+
+KEY_BYTES = 32
+"""Length of the key from which a registry makes the tokens of its leases."""
 
 READY_POLL_S = 0.2
 
@@ -89,15 +92,20 @@ def home_llms(settings: Settings) -> dict[str, LLMSpec]:
     return homes
 
 
-def build_service(settings: Settings, sources: ModelSources, on_fatal: Callable[[RegistryError], None]) -> Service:
-    """Return a service with the real database and cluster. Raises StoreUnavailable, BadSettings."""
+def build_service(
+    settings: Settings, sources: ModelSources, key: bytes, on_fatal: Callable[[RegistryError], None]
+) -> Service:
+    """Return a service with the real database and cluster. ``key``: that of the leases' tokens.
+
+    Raises StoreUnavailable, BadSettings.
+    """
     configure_logging(settings.state_dir / REGISTRY_LOG)
     service = Service(
         settings,
         Store.open(settings.store_url),
         RayCluster(settings, sources),
         now_s=SteadyClock(),
-        new_token=lambda: LEASE_TOKEN + secrets.token_urlsafe(32),
+        tokens=LeaseTokens(key, secrets.token_urlsafe),
         homes=home_llms(settings),
         on_fatal=on_fatal,
         on_energy=EnergyMetrics().count,
@@ -316,6 +324,8 @@ def _start_registry(settings: Settings) -> None:
             raise BadSettings(", ".join(fields), f"the registry of this cluster runs with another value; {remedy}")
         return
     sources = model_sources(settings)
+    # D116: Ray keeps the key with the actor's arguments, also for a restart on a new head if it has a Redis.
+    key = secrets.token_bytes(KEY_BYTES)
     actor: Any = (
         ray.remote(RegistryActor)
         .options(
@@ -329,7 +339,7 @@ def _start_registry(settings: Settings) -> None:
             # The database may be a file, so the actor must stay on the head node.
             resources={HEAD_NODE_RESOURCE_NAME: 0.001},
         )
-        .remote(settings, lambda s, on_fatal: build_service(s, sources, on_fatal))
+        .remote(settings, lambda s, on_fatal: build_service(s, sources, key, on_fatal))
     )
     try:
         ray.get(actor.ready.remote(), timeout=READY_LIMIT_S)

@@ -22,6 +22,7 @@ from registry.core.events import (
     LeaseLapsed,
     LeaseReleased,
     LeaseRequested,
+    LeaseTokenLost,
     LeaseUsed,
     LLMDeployed,
     LLMDeployFailed,
@@ -43,7 +44,16 @@ from registry.core.invariants import check_ledger
 from registry.core.ledger import Ledger
 from registry.core.pins import Pins
 from registry.core.policy import rank
-from registry.core.records import Lease, Machine, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
+from registry.core.records import (
+    Lease,
+    Machine,
+    Measurement,
+    MeasurementKey,
+    Request,
+    StoredToken,
+    Wrapper,
+    WrapperStatus,
+)
 from registry.core.request_events import RequestEvents
 from registry.core.transitions import InvariantBroken
 from registry.core.wrapper_events import WrapperEvents
@@ -53,9 +63,9 @@ __all__ = ["Allocator", "InvariantBroken"]
 
 
 class Allocator:
-    """Holds and changes the registry's state. ``new_token`` makes unguessable lease tokens."""
+    """Holds and changes the registry's state. ``new_token`` makes what is stored of a new lease's token."""
 
-    def __init__(self, limits: Limits, new_token: Callable[[], str]) -> None:
+    def __init__(self, limits: Limits, new_token: Callable[[], StoredToken]) -> None:
         self._limits = limits
         self._new_token = new_token
         self.load(Snapshot())
@@ -105,11 +115,22 @@ class Allocator:
 
         Raises:
             QueueFull, LLMNeverFits, InvalidField, ShuttingDown: a LeaseRequested is refused; nothing has changed.
-            UnknownRequest: a LeaseReleased, LeaseLapsed, LeaseUsed or LeaseFlagged has an unknown id; nothing changed.
+            UnknownRequest: an event about a lease has an unknown request_id; nothing has changed.
             UnknownMachine: a MachineDrained or MachineUndrained has an unknown id; nothing has changed.
             InvariantBroken: a bug; the allocator must not be used any more.
         """
-        requests, wrappers, queued = self._requests, self._wrappers, self.queued_count()
+        queued = self.queued_count()
+        self._apply(event, now_s)
+        if not self._ledger.shutting_down:
+            self._dispatcher.run(now_s)
+            self._wrappers.preload_homes()
+        self._settled = True
+        self._admission.note_departures(queued - self.queued_count(), now_s)
+        return self._ledger.take_decision()
+
+    def _apply(self, event: Event, now_s: float) -> None:
+        """Change what the event itself changes. Raises as ``handle`` says."""
+        requests, wrappers = self._requests, self._wrappers
         match event:
             case LeaseRequested():
                 requests.on_requested(event, now_s)
@@ -117,6 +138,8 @@ class Allocator:
                 requests.on_released(self._ledger.request(request_id), now_s)
             case LeaseLapsed(request_id):
                 requests.on_lapsed(self._ledger.request(request_id), now_s)
+            case LeaseTokenLost(request_id, reason):
+                requests.on_token_lost(self._ledger.request(request_id), reason, now_s)
             case LeaseUsed(request_id, at_s):
                 requests.on_used(self._ledger.request(request_id), min(at_s, now_s))
             case LeaseBound():
@@ -153,12 +176,6 @@ class Allocator:
                 requests.on_time_passed(asked, now_s)
             case ShutdownBegun():  # pragma: no branch - there are no other events
                 requests.on_shutdown_begun(now_s)
-        if not self._ledger.shutting_down:
-            self._dispatcher.run(now_s)
-            wrappers.preload_homes()
-        self._settled = True
-        self._admission.note_departures(queued - self.queued_count(), now_s)
-        return self._ledger.take_decision()
 
     def check(self) -> None:
         """Check all invariants, in O(n log n): for tests. Raises InvariantBroken if one does not hold."""

@@ -23,16 +23,16 @@ from registry.core.decision import Limits
 from registry.core.indices import Pool, is_free
 from registry.core.ledger import Ledger
 from registry.core.policy import LOOK_AHEAD, Place, Rank, may_be_overtaken, victim
-from registry.core.records import Lease, Measurement, MeasurementKey, Request, Wrapper, WrapperStatus
+from registry.core.records import Lease, Measurement, MeasurementKey, Request, StoredToken, Wrapper, WrapperStatus
 from registry.core.wrapper_commands import bind, deploy
 from registry.wire.flags import Flag
 from registry.wire.words import RequestStatus
 
 
 class Dispatcher:
-    """Assigns wrappers to requests. ``new_token`` makes the unguessable token of a lease."""
+    """Assigns wrappers to requests. ``new_token`` makes what is stored of a new lease's token."""
 
-    def __init__(self, ledger: Ledger, limits: Limits, new_token: Callable[[], str]) -> None:
+    def __init__(self, ledger: Ledger, limits: Limits, new_token: Callable[[], StoredToken]) -> None:
         self._ledger = ledger
         self._limits = limits
         self._new_token = new_token
@@ -59,11 +59,13 @@ class Dispatcher:
 
         The lease's deadline is set again at the hand-over, when its time starts.
         """
+        token_id, token_sha256 = self._new_token()
         self._ledger.put_lease(
             Lease(
                 request_id=request_id,
                 wrapper_id=wrapper.wrapper_id,
-                token=self._new_token(),
+                token_id=token_id,
+                token_sha256=token_sha256,
                 granted_s=now_s,
                 deadline_s=now_s + self._limits.lease_max_s,
                 idle_limit_s=self._limits.lease_idle_s,

@@ -72,7 +72,7 @@ class Endings:
             self.end(request, RequestStatus.FAILED, "failed", reason, now_s)
 
     def lose(self, request: Request, reason: str, now_s: float) -> None:
-        """Handle the loss of a request's wrapper: fail the request if it was handed over, else requeue it."""
+        """Handle the loss of a request's wrapper or token: fail the request if it was handed over, else requeue it."""
         if request.deployed_s is not None:
             self.end(request, RequestStatus.FAILED, "failed", reason, now_s)
         else:

@@ -67,6 +67,14 @@ class LeaseLapsed:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseTokenLost:
+    """The token of a lease can't be made again, so neither holder nor wrapper can get it from the registry."""
+
+    request_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseUsed:
     """A lease had a prompt or keep-alive at ``at_s`` (UTC s)."""
 
@@ -235,6 +243,7 @@ Event = (
     LeaseRequested
     | LeaseReleased
     | LeaseLapsed
+    | LeaseTokenLost
     | LeaseUsed
     | LeaseBound
     | LeaseFlagged

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from registry.wire.words import Grade, Priority, RequestStatus
 
@@ -205,18 +206,30 @@ class Measurement:
         return self.tenant, self.measurement_id
 
 
+# D116: the token itself is not stored
+class StoredToken(NamedTuple):
+    """What is stored of a lease's token: its id, from which the service makes it with a secret key, and its SHA-256.
+
+    Ids are unique, and not secret. ``token_sha256``: hexadecimal.
+    """
+
+    token_id: str
+    token_sha256: str
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The exclusive right of one request to one wrapper, valid until an event ends it.
 
-    ``token`` is unguessable and part of the address. The lease is due to end at ``deadline_s``, or
+    ``token_id`` and ``token_sha256`` are as in StoredToken. The lease is due to end at ``deadline_s``, or
     ``idle_limit_s`` seconds after ``last_active_s`` (its last recorded prompt or keep-alive), whichever
     is earlier. Before a lease ends for idleness, its wrapper is asked whether it was used later.
     """
 
     request_id: str
     wrapper_id: str
-    token: str
+    token_id: str
+    token_sha256: str
     granted_s: float
     deadline_s: float
     idle_limit_s: float

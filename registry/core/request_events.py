@@ -119,6 +119,11 @@ class RequestEvents:
             reason = "its wrapper ended it: its time was over, or it was not used"
             self._endings.end(request, RequestStatus.EXPIRED, "expired", reason, now_s)
 
+    def on_token_lost(self, request: Request, reason: str, now_s: float) -> None:
+        """End a lease without a token: fail its request if it was handed over, else requeue it. Idempotent."""
+        if request.request_id in self._ledger.leases:
+            self._endings.lose(request, reason, now_s)
+
     def on_time_passed(self, asked: tuple[str, ...] | None, now_s: float) -> None:
         """End the pins and leases that are over. Leases end for idleness only if ``asked`` has them (None: all)."""
         self._pins.end(now_s)

@@ -28,6 +28,7 @@ from registry.errors import EngineNotReady, EngineStartFailed, InvalidField, Sta
 from registry.service.accounts import Accounts
 from registry.service.archive import Archive
 from registry.service.history import ids_of
+from registry.service.lease_tokens import LeaseTokens
 from registry.service.loop import Loop
 from registry.service.tasks import Tasks
 from registry.service.turns import Turns
@@ -51,8 +52,9 @@ class Commands:
         loop: Loop,
         cluster: Cluster,
         reports: WrapperReports,
-        *,
+        tokens: LeaseTokens,
         turns: Turns,
+        *,
         tasks: Tasks,
         archive: Archive,
         accounts: Accounts,
@@ -62,6 +64,7 @@ class Commands:
         self._allocator = loop.allocator
         self._cluster = cluster
         self._reports = reports
+        self._tokens = tokens
         self._turns = turns
         self._tasks = tasks
         self._archive = archive
@@ -174,7 +177,7 @@ class Commands:
         return LeaseGrant(
             request_id=request_id,
             measurement_id=request.measurement_id,
-            token=lease.token,
+            token=self._tokens.of(lease),
             llmconfig=request.llmconfig,
             ends_in_s=lease.deadline_s - self._loop.now_s() if handed_over else self._settings.leases.max_s,
             idle_limit_s=lease.idle_limit_s,

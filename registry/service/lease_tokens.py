@@ -1,30 +1,67 @@
-"""Finds the request of a lease token, also for some time after the lease has ended."""
+"""Makes the tokens of leases, and finds the request of a token, also for some time after its lease has ended."""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+from base64 import urlsafe_b64encode
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from registry.core.records import Lease
+from registry.core.events import LeaseTokenLost
+from registry.core.records import Lease, StoredToken
+from registry.wire.lease_token import LEASE_TOKEN
 
 REMEMBERED_TOKENS = 10_000
 """Maximum number of leases whose tokens are remembered: the latest ones, including ended leases."""
 
+_LOST = "the registry that granted its lease was lost, and with it the key of the token; request the LLM again"
 
+
+# D116: a token is made from a key that is not in the database
 class LeaseTokens:
-    """Request ids by lease token, of the last REMEMBERED_TOKENS leases since the start of the process."""
+    """Makes tokens from a secret ``key`` and the ids that are stored with leases; remembers whose they are.
 
-    def __init__(self) -> None:
+    ``new_id`` returns a unique id, which need not be secret. Request ids are remembered for the last REMEMBERED_TOKENS
+    leases since the start of the process.
+    """
+
+    def __init__(self, key: bytes, new_id: Callable[[], str]) -> None:
+        self._key = key
+        self._new_id = new_id
         self._requests: OrderedDict[str, str] = OrderedDict()
+        """Request ids by the SHA-256 of the token."""
+
+    def new(self) -> StoredToken:
+        """Make a new token. Return what is stored of it."""
+        token_id = self._new_id()
+        return StoredToken(token_id, _sha256(self._made_from(token_id)))
+
+    def of(self, lease: Lease) -> str:
+        """Return the token of a lease."""
+        return self._made_from(lease.token_id)
+
+    def lost(self, leases: Iterable[Lease]) -> list[LeaseTokenLost]:
+        """Return an event for each of these leases whose token was made with another key, or without one."""
+        gone = [lease for lease in leases if _sha256(self.of(lease)) != lease.token_sha256]
+        return [LeaseTokenLost(lease.request_id, _LOST) for lease in gone]
 
     def remember(self, leases: Sequence[Lease]) -> None:
         """Remember new or changed leases, and drop the oldest beyond REMEMBERED_TOKENS."""
         for lease in leases:
-            self._requests[lease.token] = lease.request_id
-            self._requests.move_to_end(lease.token)
+            self._requests[lease.token_sha256] = lease.request_id
+            self._requests.move_to_end(lease.token_sha256)
         while len(self._requests) > REMEMBERED_TOKENS:
             self._requests.popitem(last=False)
 
     def request_id(self, token: str) -> str | None:
         """Return the id of the request whose lease has, or had, this token; None if unknown."""
-        return self._requests.get(token)
+        return self._requests.get(_sha256(token))
+
+    def _made_from(self, token_id: str) -> str:
+        digest = hmac.digest(self._key, token_id.encode(), "sha256")
+        return LEASE_TOKEN + urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def _sha256(token: str) -> str:
+    return hashlib.sha256(token.encode(errors="replace")).hexdigest()  # callers can send any text

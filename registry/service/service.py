@@ -91,7 +91,7 @@ class Service:
 
     Must be created, started and used in one event loop of asyncio.
 
-    * ``now_s`` returns UTC seconds, ``new_token`` an unguessable lease token.
+    * ``now_s`` returns UTC seconds. ``tokens`` makes the tokens of leases.
     * ``homes`` maps a machine id or ``*`` to an LLM.
     * ``on_fatal`` is called when the database or a decision fails, and must end the process.
     * ``on_energy`` is called for each stored energy window.
@@ -106,7 +106,7 @@ class Service:
         cluster: Cluster,
         *,
         now_s: Callable[[], float],
-        new_token: Callable[[], str],
+        tokens: LeaseTokens,
         homes: Mapping[str, LLMSpec],
         on_fatal: Callable[[RegistryError], None],
         on_energy: Callable[[KeptWindow], None] = lambda _: None,
@@ -114,7 +114,8 @@ class Service:
         observer: Observer | None = None,
     ) -> None:
         self.settings = settings
-        self.allocator = Allocator(settings.limits, new_token)
+        self.tokens = tokens
+        self.allocator = Allocator(settings.limits, tokens.new)
         self.archive = Archive(store, self.allocator, ended_kept)
         self.accounts = Accounts(
             store, self.allocator, self.archive, budgets=settings.budgets.tenants, now_s=now_s, on_kept=on_energy
@@ -123,7 +124,6 @@ class Service:
         self._store = store
         self._cluster = cluster
         self._now_s = now_s
-        self._tokens = LeaseTokens()
         self._waiters = Waiters()
         self._tasks = tasks = Tasks()
         self._answered_again: set[str] = set()
@@ -146,7 +146,7 @@ class Service:
         turns, accounts, archive = Turns(), self.accounts, self.archive
         self._reports = reports = WrapperReports(loop, cluster, turns, accounts=accounts, settings=settings)
         self._commands = Commands(
-            loop, cluster, reports, turns=turns, tasks=tasks, archive=archive, accounts=accounts, settings=settings
+            loop, cluster, reports, tokens, turns, tasks=tasks, archive=archive, accounts=accounts, settings=settings
         )
         self._watches = watches = Watches(loop, reports, tasks, settings.watch)
         self._reconciler = Reconciler(loop, cluster, reports, watches, tasks=tasks, settings=settings, homes=homes)
@@ -175,7 +175,9 @@ class Service:
         self._retention.begin()
         stored = self._store.load(ended=False)
         self.allocator.load(stored, self._store.next_seq())
-        self._tokens.remember(stored.leases)
+        self.tokens.remember(stored.leases)
+        for token_lost in self.tokens.lost(stored.leases):
+            self._loop.apply(token_lost)
         self._tasks.spawn("reconcile", self._reconciler.run())
         self._tasks.spawn("end leases", self._expiry.run())
         self._tasks.spawn("store the use of keys", self.keys.run())
@@ -213,7 +215,7 @@ class Service:
 
     def _publish(self, changes: Changes) -> None:
         """Update tokens, archive and news after a decision, and wake the clients that wait."""
-        self._tokens.remember(changes.leases)
+        self.tokens.remember(changes.leases)
         self.archive.note(changes)
         request_ids = [request.request_id for request in changes.requests]
         self.news.add(request_ids)
@@ -320,17 +322,16 @@ class Service:
         """Return the id of the request whose lease has this token.
 
         Raises:
-            LeaseEnded: the lease with this token has ended. Only the tokens of the last REMEMBERED_TOKENS
-                leases since the last restart are known.
+            LeaseEnded: the lease of this token has ended. Known of the last REMEMBERED_TOKENS leases since the start.
             NoSuchLease: no known lease has, or had, this token.
             RequestForgotten: the request was deleted after ``keep_days``.
             StoreUnavailable: the database does not answer.
         """
-        request_id = self._tokens.request_id(token)
+        request_id = self.tokens.request_id(token)
         if request_id is None:
             raise NoSuchLease
         lease, status = self.allocator.lease_of(request_id), self.known(request_id).status
-        if lease is None or lease.token != token:
+        if lease is None or self.tokens.of(lease) != token:
             raise LeaseEnded(status.value if status.ended else "replaced")
         return request_id
 

@@ -51,7 +51,7 @@ def lease_url(service: Service, request_id: str) -> str | None:
     """Return the base URL for prompts of a request's lease; None without a lease."""
     lease = service.allocator.lease_of(request_id)
     wrapper = None if lease is None else service.allocator.wrapper(lease.wrapper_id)
-    return None if lease is None or wrapper is None else f"{wrapper.url}/{lease.token}"
+    return None if lease is None or wrapper is None else f"{wrapper.url}/{service.tokens.of(lease)}"
 
 
 def prompting_answer(service: Service, requests: Sequence[Request]) -> PromptingAnswer:
@@ -76,7 +76,9 @@ def _addresses(service: Service, request: Request) -> tuple[str | None, str | No
     """Return the ``url`` and ``address`` of a request's lease; None while it is not deployed."""
     lease = service.allocator.lease_of(request.request_id)
     url = lease_url(service, request.request_id) if request.status is RequestStatus.DEPLOYED else None
-    return url, None if url is None or lease is None else old_address(service.settings.base_url, lease.token)
+    if url is None or lease is None:
+        return None, None
+    return url, old_address(service.settings.base_url, service.tokens.of(lease))
 
 
 def _notes(service: Service, request: Request) -> list[str]:

@@ -126,7 +126,7 @@ def _own_file(path: Path, lock_wait_s: float, owned: ExitStack) -> None:
         raise StoreUnavailable(f"{path} is in use by process {os.pread(lock, 20, 0).decode() or 'unknown'}")
     os.truncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # other users must not read the leases' tokens
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it has what clients sent
 
 
 def _open_postgresql(url: URL, lock_wait_s: float, owned: ExitStack) -> Connection:
@@ -195,8 +195,7 @@ def _upgrade(connection: Connection) -> None:
 def converted_errors() -> Iterator[None]:
     """Convert the driver's errors to StoreUnavailable, with the first line of the driver's text.
 
-    Later lines and the cause are dropped, because PostgreSQL quotes the row there, which may contain a
-    lease's token.
+    Later lines and the cause are dropped, because PostgreSQL quotes the row there, which has what a client sent.
     """
     try:
         yield

@@ -37,7 +37,7 @@ from registry.core.events import (
     WrapperStarted,
 )
 from registry.core.fit import GIB
-from registry.core.records import LLMMemory, LLMSpec, Machine
+from registry.core.records import LLMMemory, LLMSpec, Machine, StoredToken
 from registry.wire.words import Priority, RequestStatus
 from tests.bench.report import OUTPUT, Result, console, counted, measured, percentile, publish
 from tests.support.allocator_scene import next_deadline_s
@@ -88,7 +88,7 @@ class Load:
             max_queued=2 * (queued + wrappers),
             max_queued_per_tenant=2 * (queued + wrappers),
         )
-        self.allocator = Allocator(limits, lambda: f"token-{next(tokens)}")
+        self.allocator = Allocator(limits, lambda: StoredToken(f"token-{next(tokens)}", ""))
         self.asked: list[str] = []
         self.held: list[str] = []
         self.used: set[str] = set()

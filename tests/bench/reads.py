@@ -37,6 +37,7 @@ from registry.core.records import LLMSpec, Machine, Measurement, MeasurementKey,
 from registry.errors import RegistryError
 from registry.service import views
 from registry.service.accounts import Accounts
+from registry.service.lease_tokens import LeaseTokens
 from registry.service.service import Service
 from registry.settings import Settings, TenantBudget
 from registry.store.rows import EventRow
@@ -98,7 +99,7 @@ def service_over(store: Store) -> Service:
         store,
         cast("Cluster", Nothing()),
         now_s=lambda: NOW_S,
-        new_token=lambda: f"token-{next(tokens)}",
+        tokens=LeaseTokens(b"a key", lambda: f"token-{next(tokens)}"),
         homes={},
         on_fatal=fatal,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,7 @@ from registry.core.decision import Snapshot
 from registry.core.events import NewRequest
 from registry.core.records import Lease, LLMSpec, Machine, Measurement, Request, Wrapper, WrapperStatus
 from registry.errors import RegistryError, RequestForgotten, StoreUnavailable, UnknownMeasurement, UnknownRequest
+from registry.service.lease_tokens import LeaseTokens
 from registry.service.retention import DAY_S
 from registry.service.service import Idempotency, Service
 from registry.settings import Settings, WatchSettings
@@ -58,7 +60,7 @@ class Registry:
             self.store,
             cast("Cluster", self.cluster),
             now_s=self.clock,
-            new_token=lambda: "token",
+            tokens=LeaseTokens(b"a key", lambda: "token"),
             homes={},
             on_fatal=self.fatal.append,
         )
@@ -289,7 +291,7 @@ OLD_DATABASE = Snapshot(
         ),
         Request("9" * 32, 42, 3, B, LLMCONFIG, created_s=T + 10, tenant="team-a"),
     ),
-    leases=(Lease("7" * 32, FIRST, "token-of-a-lease", T + 61, T + 3665, 600.0, T + 70),),
+    leases=(Lease("7" * 32, FIRST, "", sha256(b"token-of-a-lease").hexdigest(), T + 61, T + 3665, 600.0, T + 70),),
 )
 """What is in the databases of tests/data, as the release wrote it that is in their names."""
 
@@ -316,6 +318,8 @@ def test_a_database_of_an_earlier_release_is_taken_over(database_url: str, tmp_p
     after = store.load()
     for kind in ("machines", "wrappers", "measurements", "requests", "leases"):
         assert set(getattr(after, kind)) == set(getattr(OLD_DATABASE, kind))
+    tokens = LeaseTokens(b"a key", lambda: "id")
+    assert [lost.request_id for lost in tokens.lost(after.leases)] == ["7" * 32]  # it ends at the start
     assert [stored.event.kind for stored in store.events()] == ["LeaseBound", "LeaseUsed"]
     assert store.idempotent_request_ids("team-a", "key-1") == ("ab" * 32, ("7" * 32, "9" * 32))
     assert store.forget(ended_before_s=T + 61, limit=10).request_ids == ("1" * 32,)

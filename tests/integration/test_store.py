@@ -34,7 +34,7 @@ MACHINE = Machine("m-1", "node", "10.0.0.1")
 WRAPPER = Wrapper("w-1", "m-1", "http://10.0.0.1:8000/wrappers/w-1")
 MEASUREMENT = Measurement(7, seq=1)
 REQUEST = Request("r-1", 7, seq=1, spec=SPEC, llmconfig="{}")
-LEASE = Lease("r-1", "w-1", "token", granted_s=1.0, deadline_s=2.0, idle_limit_s=3.0, last_active_s=4.0)
+LEASE = Lease("r-1", "w-1", "1", "ab" * 32, granted_s=1.0, deadline_s=2.0, idle_limit_s=3.0, last_active_s=4.0)
 SMALL = Snapshot((MACHINE,), (WRAPPER,), (MEASUREMENT,), (REQUEST,), (LEASE,))
 
 EXTREME = Snapshot(
@@ -116,7 +116,7 @@ EXTREME = Snapshot(
         ),
         Request("", 1, 0, LLMSpec("", ""), ""),
     ),
-    leases=(Lease(ODD, ODD, ODD, 1e-300, 1e300, float("inf"), -0.5), Lease("", "", "", 0.0, 0.0, 0.0, 0.0)),
+    leases=(Lease(ODD, ODD, ODD, ODD, 1e-300, 1e300, float("inf"), -0.5), Lease("", "", "", "", 0.0, 0.0, 0.0, 0.0)),
 )
 
 
@@ -287,7 +287,7 @@ def test_a_wrapper_goes_from_one_lease_to_the_next_in_one_change(store: Store):
     """Release and next grant of a wrapper may be one decision."""
     store.commit(changes(SMALL))
     waiting = replace(REQUEST, request_id="r-2", seq=2)
-    next_lease = replace(LEASE, request_id="r-2", token="another")
+    next_lease = replace(LEASE, request_id="r-2", token_id="another")
     store.commit(Changes(requests=(waiting,), leases=(next_lease,), ended_leases=("r-1",)))
     assert store.load().leases == (next_lease,)
 

@@ -15,7 +15,7 @@ from registry.accounting.totals import Sum
 from registry.contract.messages import Moment, WrapperReport
 from registry.core.allocator import Allocator
 from registry.core.decision import Changes, Limits
-from registry.core.records import LLMSpec, Measurement, Request
+from registry.core.records import LLMSpec, Measurement, Request, StoredToken
 from registry.service.accounts import Accounts
 from registry.service.archive import Archive
 from registry.service.budgets import CHARGED, month_begin_s
@@ -60,7 +60,7 @@ class Books:
         self.restart()
 
     def restart(self) -> None:
-        allocator = Allocator(Limits(), lambda: "token")
+        allocator = Allocator(Limits(), lambda: StoredToken("token", ""))
         archive = Archive(self.store, allocator)
         budgets = dict.fromkeys(TENANTS, TenantBudget(max_joules_per_month=1.0))
         self.accounts = Accounts(

@@ -13,6 +13,7 @@ from registry.core.allocator import Allocator
 from registry.core.events import (
     LeaseReleased,
     LeaseRequested,
+    LeaseTokenLost,
     LeaseUsed,
     MachineDrained,
     MachineJoined,
@@ -54,6 +55,7 @@ BREAKAGES = (
     "wrapper is created anew",
     "machine is lost",
     "registry restarts",
+    "registry restarts without its key",
     "registry is shut down",
     "registry is shut down and restarts",
 )
@@ -271,6 +273,10 @@ class AllocatorMachine(WatchedAllocator, RuleBasedStateMachine):
                 self.machine_is_lost(record.machine_id)
             case "registry restarts":
                 self.registry_restarts()
+            case "registry restarts without its key":
+                self.registry_restarts()
+                for lease in self.allocator.snapshot().leases:
+                    self.tell(LeaseTokenLost(lease.request_id, "its key is gone"))
             case _:
                 self.shutting_down = True
                 self.tell(ShutdownBegun())

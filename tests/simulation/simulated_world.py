@@ -16,6 +16,7 @@ from registry.core.events import Event
 from registry.core.records import LLMSpec, Request
 from registry.errors import RegistryError, ShuttingDown, StoreUnavailable
 from registry.service.history import ids_of
+from registry.service.lease_tokens import LeaseTokens
 from registry.service.loop import Observer
 from registry.service.service import Service
 from registry.store.store import Store
@@ -75,7 +76,8 @@ class SimulatedWorld:
         self._is_up = asyncio.Event()
         self.calls: dict[asyncio.Task[Any], None] = {}
         self._tasks: dict[asyncio.Task[Any], None] = {}
-        self._tokens = count(1)
+        numbers = count(1)
+        self._tokens = LeaseTokens(b"a key", lambda: f"token-{next(numbers)}")
         self._last: Snapshot | None = None
         self.dies_after_commits: int | None = None
         self.dies_after_calls: int | None = None
@@ -232,7 +234,7 @@ class SimulatedWorld:
             store,
             self.cluster,
             now_s=lambda: EPOCH_S + self.loop.time(),
-            new_token=lambda: f"token-{next(self._tokens)}",
+            tokens=self._tokens,
             homes=self._homes,
             on_fatal=self._on_fatal,
             ended_kept=2,
@@ -278,7 +280,7 @@ class SimulatedWorld:
         self.decisions += 1
         self.note(f"{type(event).__name__} {ids_of(event)}")
         # A decision can end a request's lease and grant it a new one; both are written as one change of the lease.
-        renewed = [lease for lease in changes.leases if self._leases.get(lease.request_id) != lease.token]
+        renewed = [lease for lease in changes.leases if self._leases.get(lease.request_id) != self._tokens.of(lease)]
         for request_id in (*changes.ended_leases, *(lease.request_id for lease in renewed)):
             token = self._leases.pop(request_id, None)
             if token is not None:
@@ -288,10 +290,11 @@ class SimulatedWorld:
             holder = self._holders.setdefault(lease.wrapper_id, lease.request_id)
             if holder != lease.request_id:
                 self.fail(f"{lease.wrapper_id} is leased to {holder} and to {lease.request_id}")
-            if lease.token in self._ended_s:
+            token = self._tokens.of(lease)
+            if token in self._ended_s:
                 self.fail(f"the lease of {lease.request_id} has ended and is back")
             self.held[lease.request_id] = lease.wrapper_id
-            self._leases[lease.request_id] = self.tokens_of[lease.request_id] = lease.token
+            self._leases[lease.request_id] = self.tokens_of[lease.request_id] = token
         self.grants += len(renewed)
         for problem in self.moves.judge(changes, EPOCH_S + self.now_s):
             self.fail(problem)

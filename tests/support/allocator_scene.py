@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from itertools import count
 
@@ -31,6 +32,7 @@ from registry.core.records import (
     Measurement,
     MeasurementKey,
     Request,
+    StoredToken,
     Wrapper,
     WrapperStatus,
 )
@@ -77,13 +79,18 @@ class Memory:
         )
 
 
+def stored_token(token_id: str) -> StoredToken:
+    """What is stored of a token, which is made here from nothing but its id."""
+    return StoredToken(token_id, hashlib.sha256(token_id.encode()).hexdigest())
+
+
 class Scene:
     """An allocator with a manual clock, and a short method for each event."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self.tokens = count(1)
-        self.allocator = Allocator(self.limits, lambda: f"token-{next(self.tokens)}")
+        self.allocator = Allocator(self.limits, lambda: stored_token(f"token-{next(self.tokens)}"))
         self.memory = Memory()
         self.now_s = 1000.0
         self.effects: tuple[Effect, ...] = ()
@@ -101,7 +108,7 @@ class Scene:
     def restart(self) -> None:
         """Replace the allocator by a new one with the stored records, as after a crash of the registry."""
         snapshot = self.allocator.snapshot()
-        self.allocator = Allocator(self.limits, lambda: f"token-{next(self.tokens)}")
+        self.allocator = Allocator(self.limits, lambda: stored_token(f"token-{next(self.tokens)}"))
         self.allocator.load(snapshot)
         self.allocator.check()
 

@@ -148,7 +148,7 @@ class QueuedWrapper:
     async def take(self, effect: Effect, lease: Lease | None) -> Event | None:
         """Execute a command. ``lease``: the lease that the registry knows when it sends the command."""
         wrapper_id, epoch = effect.wrapper_id, effect.epoch
-        grant = None if lease is None else LeaseGrant(lease.request_id, 1, lease.token, "{}", 100.0, 100.0)
+        grant = None if lease is None else LeaseGrant(lease.request_id, 1, lease.token_id, "{}", 100.0, 100.0)
         match effect:
             case BindLease():
                 assert grant is not None

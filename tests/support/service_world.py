@@ -13,6 +13,7 @@ from registry.core.records import LLMSpec, Request, WrapperStatus
 from registry.errors import RegistryError
 from registry.service import views
 from registry.service.archive import KEPT
+from registry.service.lease_tokens import LeaseTokens
 from registry.service.loop import Observer
 from registry.service.service import Service
 from registry.settings import Settings
@@ -75,6 +76,7 @@ class ServiceWorld:
         self.energy: list[KeptWindow] = []
         """The energy windows that the service passed to ``on_energy`` when it had stored them."""
         self.expected_problems: list[str] = []
+        self.lease_key = b"a key"
         self.ended_kept = KEPT
         """Maximum number of ended measurements that stay in memory."""
         self.service: Service = None  # type: ignore[assignment]  # made by start()
@@ -85,16 +87,17 @@ class ServiceWorld:
     async def start(self) -> None:
         """Start the registry with the state in its database."""
         self.store = Store.open(self._url)
-        # Power does not fail in a test, so don't wait for the disk.
-        driver: Any = self.store._connection.connection.driver_connection
-        driver.execute("PRAGMA synchronous = OFF")
+        if self._url.startswith("sqlite"):
+            # Power does not fail in a test, so don't wait for the disk.
+            driver: Any = self.store._connection.connection.driver_connection
+            driver.execute("PRAGMA synchronous = OFF")
         self.journal = Journal(self)
         self.service = Service(
             self.settings,
             self.store,
             self.cluster,
             now_s=self.clock,
-            new_token=lambda: f"token-{next(self._numbers)}",
+            tokens=LeaseTokens(self.lease_key, lambda: f"token-{next(self._numbers)}"),
             homes=self.homes,
             on_fatal=self.fatal.append,
             on_energy=self.energy.append,

@@ -10,9 +10,9 @@ from registry.core.commands import BindLease
 from registry.core.decision import Limits
 from registry.core.events import Event, NewRequest
 from registry.core.policy import PRIORITY_TURNS
-from registry.core.records import MeasurementKey, Request, Wrapper, WrapperStatus
+from registry.core.records import MeasurementKey, Request, StoredToken, Wrapper, WrapperStatus
 from registry.wire.words import RequestStatus
-from tests.support.allocator_scene import Memory
+from tests.support.allocator_scene import Memory, stored_token
 from tests.support.queued_cluster import QueuedCluster
 
 R, W = RequestStatus, WrapperStatus
@@ -56,8 +56,8 @@ class WatchedAllocator:
         self.leased_before: dict[str, set[str]] = {}
         """The leases that there were on each machine that is drained, when that began."""
 
-    def new_token(self) -> str:
-        return f"token-{next(self.tokens)}"
+    def new_token(self) -> StoredToken:
+        return stored_token(f"token-{next(self.tokens)}")
 
     # --- what happens -----------------------------------------------------------------------------------
 
@@ -248,9 +248,9 @@ class WatchedAllocator:
                 continue
             lease = self.allocator.lease_by_wrapper(wrapper_id)
             # A late BindLease can reach a new process, which has no LLM; the next deploy ends such a lease.
-            assert wrapper.empty or wrapper.token in (None, lease.token if lease is not None else None)
+            assert wrapper.empty or wrapper.token in (None, lease.token_id if lease is not None else None)
             if lease is not None and self.allocator.request(lease.request_id).status is R.DEPLOYED:
-                assert wrapper.token == lease.token
+                assert wrapper.token == lease.token_id
                 well = wrapper.running == self.allocator.request(lease.request_id).spec
                 noticed = self.cluster.is_busy(wrapper_id) or self.cluster.look_at(wrapper_id, self.allocator)
                 assert well or noticed
@@ -263,7 +263,7 @@ class WatchedAllocator:
                 wrapper.token is None
                 or wrapper.empty
                 or given_up
-                or (lease is not None and lease.token == wrapper.token)
+                or (lease is not None and lease.token_id == wrapper.token)
             ):
                 continue
             on_the_way = [c for c in self.cluster.commands if c.wrapper_id == wrapper_id and c.epoch > wrapper.epoch]
@@ -283,7 +283,7 @@ class WatchedAllocator:
         for request in self.requests():
             lease = self.allocator.lease_of(request.request_id)
             if request.deployed_s is not None and lease is not None:
-                address = f"{lease.wrapper_id}/{lease.token}"
+                address = f"{lease.wrapper_id}/{lease.token_id}"
                 assert self.token_of.setdefault(request.request_id, address) == address
         assert len(self.token_of) == len(set(self.token_of.values()))
 

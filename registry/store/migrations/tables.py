@@ -214,13 +214,15 @@ REQUESTS = Table(
     Index(None, "seq"),
     Index(None, "wrapper_id"),
 )
+# ``token_sha256``: the tokens themselves are stored nowhere.
 # unique: the database refuses a second lease on a wrapper, even if the registry has a bug.
 LEASES = Table(
     "leases",
     METADATA,
     _must("request_id", Text, ForeignKey("requests.request_id"), primary_key=True),
     _must("wrapper_id", Text, ForeignKey("wrappers.wrapper_id"), unique=True),
-    _must("token", Text),
+    _must("token_id", Text),
+    _must("token_sha256", Text),
     _must("granted_s", Float),
     _must("deadline_s", Float),
     _must("idle_limit_s", Float),

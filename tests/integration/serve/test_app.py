@@ -168,3 +168,32 @@ def test_an_operators_key_that_can_not_be_written_is_not_made(keys: Keys, tmp_pa
     with pytest.raises(BadSettings, match=r"^state_dir: .*operator\.key can't be used: NotADirectoryError"):
         app._keep_operator_key(keys, file)
     assert operator_keys(keys) == []
+
+
+def test_a_registry_gets_a_key_for_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key is an argument of the actor, which Ray gives again to each restart; each new actor has its own."""
+    pickled: list[bytes] = []
+
+    class Actor:
+        ready = SimpleNamespace(remote=lambda: None)
+
+        def options(self, **options: Any) -> Actor:
+            assert options["max_restarts"] == -1
+            return self
+
+        def remote(self, *arguments: Any) -> Actor:
+            pickled.append(ray.cloudpickle.dumps(arguments))
+            return self
+
+    monkeypatch.setattr(app, "_running_registry", lambda: None)
+    monkeypatch.setattr(ray, "remote", lambda _: Actor())
+    monkeypatch.setattr(ray, "get", lambda *_, **__: None)
+    monkeypatch.setattr(app, "build_service", lambda _settings, _sources, key, _on_fatal: key)
+    keys: list[bytes] = []
+    for _ in range(2):
+        app._start_registry(Settings())
+        for _ in ("the first start", "a restart"):
+            settings, build = ray.cloudpickle.loads(pickled[-1])
+            keys.append(build(settings, None))
+    assert [len(key) for key in keys] == [32] * 4
+    assert keys[0] == keys[1] != keys[2] == keys[3]

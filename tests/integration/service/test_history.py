@@ -6,6 +6,7 @@ import pytest
 
 from registry.errors import EngineStartFailed, UnknownRequest
 from registry.service import views
+from registry.wire.lease_token import LEASE_TOKEN
 from registry.wire.words import RequestStatus as Status
 from tests.support.service_world import OTHER, TINY, ServiceWorld
 
@@ -23,7 +24,7 @@ async def test_events_are_kept_in_the_database(world: ServiceWorld) -> None:
     assert kinds[0] == "MachineJoined"
     for kind in ("WrapperAdded", "WrapperStarted", "LeaseRequested", "LLMDeployed", "LeaseBound", "LeaseReleased"):
         assert kind in kinds
-    assert "token-" not in repr(world.store.events())
+    assert LEASE_TOKEN not in repr(world.store.events())
 
 
 async def test_a_request_knows_its_history(world: ServiceWorld) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from registry.core.events import NewRequest
 from registry.errors import LeaseEnded, NoSuchLease, RequestWithdrawn, UnknownRequest
 from registry.service import service, views
 from registry.service.service import Idempotency
+from registry.store.rows import AuditRow
+from registry.wire.lease_token import LEASE_TOKEN
 from registry.wire.words import RequestStatus as Status
+from tests.support.database_contents import contents_of
 from tests.support.service_world import OTHER, TINY, ServiceWorld, config_of
 
 
@@ -40,6 +47,94 @@ async def test_token_of_an_ended_lease_is_known_as_such(world: ServiceWorld) -> 
     world.service.release(released)
     with pytest.raises(LeaseEnded, match="released"):
         world.service.leased_with(token)
+
+
+@pytest.fixture
+async def on_each_database(database_url: str, logs: list[Any]) -> AsyncIterator[ServiceWorld]:
+    """A registry with one machine; the test runs once on each kind of database."""
+    world = ServiceWorld(database_url, logs)
+    world.cluster.join("a")
+    await world.start()
+    yield world
+    await world.close()
+
+
+async def test_no_token_is_in_the_database(on_each_database: ServiceWorld, database_url: str) -> None:
+    """Not while a lease runs, not after a restart of the registry or the engine, and not after the release."""
+    world = on_each_database
+    audit = AuditRow("POST", "/promptingservice/request", 201)
+    (request_id,) = world.ask(1, TINY, audit=audit, idempotency=Idempotency("key-1", "hash-1"))
+    await world.until_status(request_id, Status.DEPLOYED)
+    token, lease = token_of(world, request_id).encode(), world.service.allocator.lease_of(request_id)
+    assert lease is not None
+    secret = token.removeprefix(LEASE_TOKEN.encode())
+    held = contents_of(database_url)
+    assert lease.token_sha256.encode() in held
+    assert secret not in held
+    world.cluster.kill_engine("a-0")
+    await world.until(lambda: world.wrapper().starts == 2)
+    await world.until_status(request_id, Status.DEPLOYED)
+    await world.restart()
+    await world.service.keep_alive(request_id)
+    assert token_of(world, request_id).encode() == token
+    assert secret not in contents_of(database_url)
+    world.service.release(request_id, audit=replace(audit, method="DELETE", subject=request_id))
+    await world.until(lambda: world.wrapper().grant is None)
+    released = contents_of(database_url)
+    assert b"LeaseReleased" in released
+    assert secret not in released
+    assert LEASE_TOKEN.encode() not in released
+    await world.crash()
+    assert secret not in contents_of(database_url)  # SQLite has merged its log into the file
+    await world.start()
+
+
+async def test_a_restarted_registry_answers_the_same_address(world: ServiceWorld) -> None:
+    """The holder sees no difference, and the wrapper accepts the token that it is given."""
+    request_id = await world.deployed(1)
+    before = views.request_state(world.service, world.request(request_id))
+    assert before.url is not None
+    await world.restart()
+    assert views.request_state(world.service, world.request(request_id)) == before
+    await world.looked()
+    assert world.wrapper().gate.check(token_of(world, request_id)).request_id == request_id
+    assert world.request(request_id).status is Status.DEPLOYED
+
+
+async def test_a_lease_fails_if_the_key_of_its_token_is_lost(world: ServiceWorld) -> None:
+    """Its request says why, its wrapper refuses the token, and the next request gets the LLM with a new token."""
+    request_id = await world.deployed(1)
+    token = token_of(world, request_id)
+    await world.crash()
+    world.lease_key = b"another key"
+    await world.start()
+    ended = world.request(request_id)
+    assert ended.status is Status.FAILED
+    assert ended.reason is not None
+    assert "the key of the token" in ended.reason
+    assert views.event_states(world.service.history(request_id))[-1].what == "LeaseTokenLost"
+    with pytest.raises(LeaseEnded, match="failed"):
+        world.service.leased_with(token)
+    await world.until(lambda: world.wrapper().grant is None)
+    with pytest.raises(LeaseEnded, match="failed"):
+        world.wrapper().gate.check(token)
+    after = await world.deployed(2)
+    assert world.wrapper().starts == 1
+    assert world.service.leased_with(token_of(world, after)) == after
+
+
+async def test_a_lease_that_was_not_handed_over_gets_another_token(world: ServiceWorld) -> None:
+    """Nobody has the lost token yet, so the request is served all the same."""
+    binding = world.cluster.hold("a-0", "bind")
+    (request_id,) = world.ask(1, TINY)
+    await world.until(lambda: binding.arrived)
+    await world.crash()
+    binding.open()
+    world.lease_key = b"another key"
+    await world.start()
+    await world.until_status(request_id, Status.DEPLOYED)
+    await world.until(lambda: world.wrapper().grant is not None)
+    assert world.wrapper().gate.check(token_of(world, request_id)).request_id == request_id
 
 
 async def test_address_has_token_and_host(world: ServiceWorld) -> None:

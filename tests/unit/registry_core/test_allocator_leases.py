@@ -4,7 +4,7 @@ import pytest
 
 from registry.core.commands import BindLease, DeployLLM, UnbindLease
 from registry.core.decision import Limits
-from registry.core.events import LeaseLapsed, LeaseReleased, LeaseUsed, LLMDied, TimePassed
+from registry.core.events import LeaseLapsed, LeaseReleased, LeaseTokenLost, LeaseUsed, LLMDied, TimePassed
 from registry.core.records import WrapperStatus
 from registry.errors import UnknownRequest
 from registry.wire.words import RequestStatus
@@ -24,7 +24,7 @@ def test_the_lease_begins_with_the_hand_over():
     scene.runs()
     lease = scene.allocator.lease_of("1a")
     assert lease is not None
-    assert (lease.wrapper_id, lease.token, lease.granted_s) == ("m-0", "token-1", 2000.0)
+    assert (lease.wrapper_id, lease.token_id, lease.granted_s) == ("m-0", "token-1", 2000.0)
     assert scene.status("1a") is R.DEPLOYING
     scene.now_s = 2005.0
     scene.bound()
@@ -195,7 +195,7 @@ def test_a_freed_wrapper_goes_on_to_the_next_in_the_same_decision():
     assert scene.effects == (UnbindLease("m-0", 3, "1a", "released"), BindLease("m-0", 4, "2a"))
     lease = scene.allocator.lease_of("2a")
     assert lease is not None
-    assert lease.token == "token-2"
+    assert lease.token_id == "token-2"
 
 
 def test_a_lease_that_its_wrapper_has_ended_is_ended():
@@ -211,6 +211,34 @@ def test_a_lease_that_its_wrapper_has_ended_is_ended():
     )
     assert scene.status("1b") is R.DEPLOYING
     assert scene.tell(LeaseLapsed("1a")).changes.empty
+
+
+def test_a_lease_whose_token_is_lost_fails():
+    """Its holder learns why, its wrapper is told to refuse the token, and the next one is served."""
+    scene = handed_over()
+    scene.ask(1, "B")
+    assert scene.tell(LeaseTokenLost("1b", "gone")).changes.empty  # it has no lease
+    scene.tell(LeaseTokenLost("1a", "gone"))
+    assert (scene.status("1a"), scene.request("1a").reason) == (R.FAILED, "gone")
+    assert scene.status("1b") is R.DEPLOYING
+    assert UnbindLease("m-0", scene.wrapper().epoch - 1, "1a", "failed") in scene.effects
+    assert scene.tell(LeaseTokenLost("1a", "gone")).changes.empty
+
+
+def test_a_lost_token_that_nobody_has_is_replaced():
+    """A request that was not handed over is queued again, and gets its LLM with another token."""
+    scene = Scene()
+    scene.machine()
+    scene.ask(1, "A")
+    scene.runs()
+    lost = scene.allocator.lease_of("1a")
+    scene.tell(LeaseTokenLost("1a", "gone"))
+    scene.bound()
+    lease = scene.allocator.lease_of("1a")
+    assert lost is not None
+    assert lease is not None
+    assert scene.status("1a") is R.DEPLOYED
+    assert lease.token_id != lost.token_id
 
 
 def test_an_engine_death_is_not_confused_with_a_release():

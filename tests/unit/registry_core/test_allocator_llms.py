@@ -177,7 +177,7 @@ def test_an_llm_that_dies_under_a_lease_is_started_again_for_it():
     scene.bound()
     after = scene.allocator.lease_of("1a")
     assert after is not None
-    assert (after.token, after.deadline_s, after.last_active_s) == (before.token, before.deadline_s, scene.now_s)
+    assert (after.token_id, after.deadline_s, after.last_active_s) == (before.token_id, before.deadline_s, scene.now_s)
     assert scene.request("1a").deployed_s == 1000.0
     assert (scene.status("1a"), scene.request("1a").reason) == (R.DEPLOYED, None)
 

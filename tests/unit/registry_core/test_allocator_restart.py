@@ -11,7 +11,7 @@ from registry.core.events import LLMStopped, ShutdownBegun, TimePassed, WrapperA
 from registry.core.records import WrapperStatus
 from registry.errors import ShuttingDown, UnknownMeasurement, UnknownRequest
 from registry.wire.words import RequestStatus
-from tests.support.allocator_scene import Scene, asked, handed_over, llm, refused
+from tests.support.allocator_scene import Scene, asked, handed_over, llm, refused, stored_token
 
 R, W = RequestStatus, WrapperStatus
 
@@ -158,7 +158,7 @@ def test_a_snapshot_in_which_somebody_waits_for_a_free_wrapper_is_put_right():
             for r in snapshot.requests
         ),
     )
-    allocator = Allocator(scene.limits, lambda: "t")
+    allocator = Allocator(scene.limits, lambda: stored_token("t"))
     allocator.load(waiting)
     decision = allocator.handle(TimePassed(), scene.now_s)
     assert [effect.wrapper_id for effect in decision.effects] == ["m-0"]

@@ -10,6 +10,7 @@ NAMES = {
     "LeaseRequested",
     "LeaseReleased",
     "LeaseLapsed",
+    "LeaseTokenLost",
     "LeaseUsed",
     "LeaseBound",
     "LeaseFlagged",
