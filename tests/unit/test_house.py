@@ -318,11 +318,13 @@ def test_every_test_says_what_it_promises() -> None:
     assert silent == []
 
 
-def test_changelog_has_something_unreleased() -> None:
-    """The changelog's first section is Unreleased, and it is not empty."""
-    first, _, _ = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1].partition("\n## ")
-    assert first.startswith("[Unreleased]\n")
-    assert "\n- " in first
+def test_changelog_is_up_to_date() -> None:
+    """The changelog's first section is not empty. It is the version of pyproject.toml, or what comes after it."""
+    sections = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    titles = [re.match(r"\[(.+?)\]", section) for section in sections]
+    names = [title[1] for title in titles if title is not None]
+    assert names[0] == PROJECT["version"] or names[:2] == ["Unreleased", PROJECT["version"]]
+    assert "\n- " in sections[0]
 
 
 def test_ci_runs_the_documented_test_command() -> None:
