@@ -213,7 +213,13 @@ def _a_browser_is_there() -> None:
     installed_chromium()
 
 
-@pytest.mark.parametrize("origin", FOREIGN)
+ALWAYS = ("other site", "other port, keys")
+"""The origins that `make test` tries, too: each takes ten seconds of a browser's time. `make test-long` tries all."""
+
+
+@pytest.mark.parametrize(
+    "origin", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.long) for name in FOREIGN]
+)
 async def test_a_page_of_another_origin(world: ServiceWorld, tmp_path: Path, origin: str) -> None:
     """Each way to send each call changes nothing, and the page reads no answer, even if it has the operator's key."""
     page, target, keys, policy = FOREIGN[origin]
@@ -241,7 +247,9 @@ async def test_a_page_of_another_origin(world: ServiceWorld, tmp_path: Path, ori
     assert sum(row.count for row in rows(tried.scene) if row.code == "cross_origin") == posts
 
 
-@pytest.mark.parametrize("keys", [False, True], ids=["no keys", "keys"])
+@pytest.mark.parametrize(
+    "keys", [pytest.param(False, marks=pytest.mark.long, id="no keys"), pytest.param(True, id="keys")]
+)
 async def test_a_page_after_dns_rebinding(world: ServiceWorld, tmp_path: Path, keys: bool) -> None:
     """A page whose name has become the registry's is of the same origin for the browser. It reads only refusals."""
     name = f"http://{EVIL}:{{registry}}"
