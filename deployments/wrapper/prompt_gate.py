@@ -47,6 +47,7 @@ from deployments.wrapper.lease_tokens import Headers, lease_call
 from deployments.wrapper.native_call import call, native_prompt, problem_of
 from deployments.wrapper.prompt_errors import EngineFailed, NoSuchPath, NotJSON, PromptTooLong, WritesNoText
 from deployments.wrapper.structured_output import require_small_grammars
+from deployments.wrapper.text_limit import require_short_text
 from registry.background import spawn_awaited
 from registry.contract.messages import LeaseGrant
 from registry.errors import EngineNotReady, InvalidField, RegistryError, RegistryUnheard, TooManyPrompts
@@ -261,7 +262,9 @@ class PromptGate:
         receive: Receive = exchange.receive
         if scope["method"] == "POST":
             body = await Request(scope, receive).body()
-            require_small_grammars(read_json(body))
+            content = read_json(body)
+            require_small_grammars(content)
+            require_short_text(content, self._running().max_model_len)
             receive = with_body(body, receive)
         running = self._running()
         inner = dict(scope, path=path, raw_path=path.encode(), root_path="", headers=headers)
@@ -309,6 +312,7 @@ class PromptGate:
         running = self._running()
         if not args.task.generates:
             raise WritesNoText(args.modeltyp, " or ".join(args.task.paths))
+        require_short_text({"question": question}, running.max_model_len)
         path, body = native_prompt(running.served_model_name, args, question)
         with self._meter.prompt(**marks) as prompt:
             try:
