@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 import pytest_asyncio
-import uvicorn
 
 from deployments.engine.vllm_api import RunningLLM
 from deployments.models.args.mapping import map_llmconfig
@@ -30,6 +25,7 @@ from registry.wire.words import canonical_json
 from tests.engine.calls import FAST, has_ended
 from tests.support.hostile.prompts import ROWS
 from tests.support.hostile.rows import LEAKS, Hostile, ids
+from tests.support.hostile.served import cpu_s, send, served
 from tests.support.undying_wrapper import UndyingWrapper, started_wrapper
 
 pytestmark = [
@@ -40,8 +36,8 @@ pytestmark = [
 ]
 
 TOKEN = "lease_h0stile"
-ANSWER_S, REST_S, LOOK_S = 60.0, 5.0, 0.05
-"""Longest time of an answer, longest time until rest, and how long a look at the CPU takes, seconds."""
+REST_S, LOOK_S = 5.0, 0.05
+"""Longest time until rest, and how long a look at the CPU takes, seconds."""
 
 
 @dataclass
@@ -61,24 +57,9 @@ class Machine:
         return running
 
     async def send(self, row: Hostile) -> tuple[int, str]:
-        """Send a row; return the status, and the answer as far as the client has stayed."""
-        content, path = row.content.replace(b"{canary}", self.canary.encode()), f"/{TOKEN}{row.path}"
-        async with httpx.AsyncClient(timeout=row.leaves_s or ANSWER_S, trust_env=False) as http:
-            # The URL as it is, without the client's own ideas of a path.
-            url = httpx.URL(self.url).copy_with(raw_path=path.encode())
-            request = http.stream(row.method, url, content=content, headers=list(row.headers))
-            try:
-                async with request as answer:
-                    text = ""
-                    async for part in answer.aiter_text():
-                        text += part
-                        if row.hangs_up:
-                            break
-                    return answer.status_code, text
-            except httpx.ReadTimeout:
-                if row.leaves_s is None:
-                    raise
-                return 0, ""
+        """Send a row to the lease."""
+        content = row.content.replace(b"{canary}", self.canary.encode())
+        return await send(self.url, row, f"/{TOKEN}{row.path}", content, row.headers)
 
     async def rest(self) -> str | None:
         """Return when nothing is left of what was sent; what is, if it is there after REST_S."""
@@ -99,23 +80,6 @@ class Machine:
         if self.wrapper._gate.in_flight:
             return "a prompt in flight"
         return f"{max(shares):.0%} of a CPU" if max(shares) > 0.1 else None
-
-
-def cpu_s(pid: int) -> float:
-    """CPU time of a process, in ns of precision: clock_getcpuclockid(3) makes this id."""
-    return time.clock_gettime((~pid << 3) | 2)
-
-
-@asynccontextmanager
-async def served(app: Any) -> AsyncIterator[str]:
-    """Serve an ASGI app as Serve's replicas do; yield its URL."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error", access_log=False))
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    task = asyncio.create_task(server.serve(sockets=[listening]))
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    await task
 
 
 @pytest.fixture(scope="module")
