@@ -44,7 +44,7 @@ NOT_HERE = [
     use_after_free,  # a request that was released can still be read
     ensure_resource_availability,  # a measurement has no requests if its POST was refused
 ]
-_ONE = "~1promptingservice~1request~1{request_id}"
+_ONE, _MACHINE = "~1promptingservice~1request~1{request_id}", "~1machines~1{machine_id}"
 LINKS = {
     **{
         f"{method} {path}": {"operationRef": f"#/paths/{path}/{method}", "parameters": {"request_id": "$response.body#/requests/0/requestId"}}
@@ -54,8 +54,12 @@ LINKS = {
         f"measurement {path}": {"operationRef": f"#/paths/~1measurements~1{{measurement_id}}{path}/get", "parameters": {"measurement_id": "$request.body#/measurementId"}}
         for path in ("", "~1report", "~1windows")
     },
+    **{
+        f"{method} {path}": {"operationRef": f"#/paths/{path}/{method}", "parameters": {"machine_id": "a"}}
+        for path, method in ((_MACHINE, "get"), (f"{_MACHINE}~1drain", "post"), (f"{_MACHINE}~1drain", "delete"))
+    },
 }  # fmt: skip
-"""What can follow an accepted POST. A call of a request leads to the others of it: Schemathesis finds that itself."""
+"""What can follow an accepted POST. Of operations that begin a sequence Schemathesis takes only those with links."""
 
 
 @pytest.fixture
@@ -95,7 +99,8 @@ def machine_of(url: str, seen: Counter[str]) -> type[APIStateMachine]:
     """The state machine of a registry's document with LINKS; ``seen`` counts answers by operation and status."""
     document = httpx.get(f"{url}/openapi.json", timeout=HANG_S).json()
     document["paths"][REQUEST]["post"]["responses"]["201"]["links"] = LINKS
-    schema = schemathesis.openapi.from_dict(document)
+    # Without the keys, which are not used here: all calls would be of them, because they are known to follow each other.
+    schema = schemathesis.openapi.from_dict(document).exclude(path_regex="^/keys")
     schema.config.update(base_url=url)
     machine: Any = schema.as_state_machine()
 
@@ -148,7 +153,6 @@ def test_nothing_breaks(url: str) -> None:
     )
     while seen["calls"] < CALLS:
         machine.run(settings=wanted)
-    print(seen)
     assert seen["deployed"] > CALLS / 200
     for followed in ("GET", "DELETE"):
         assert any(seen[f"{followed} {REQUEST}/{{request_id}} {status}"] for status in (200, 204)), seen
