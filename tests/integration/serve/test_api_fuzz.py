@@ -109,9 +109,11 @@ def machine_of(url: str, seen: Counter[str]) -> type[APIStateMachine]:
 
         def before_call(self, case: schemathesis.Case[Any]) -> None:
             """Make a POST acceptable, if it is not meant to be refused: ask for LLMs that there are."""
-            if case.operation.label == f"POST {REQUEST}" and case.meta.generation.mode.is_positive:
-                wanted = {name: value for name, value in case.body.items() if name in ("measurementId", "priority")}
-                case.body = {**wanted, "llms": [LLM] * min(len(case.body["llms"]), 2)}
+            body: Any = case.body
+            meta = case.meta
+            if case.operation.label == f"POST {REQUEST}" and meta is not None and meta.generation.mode.is_positive:
+                wanted = {name: value for name, value in body.items() if name in ("measurementId", "priority")}
+                case.body = {**wanted, "llms": [LLM] * min(len(body["llms"]), 2)}
 
         def get_call_kwargs(self, case: schemathesis.Case[Any]) -> dict[str, Any]:
             return {"timeout": HANG_S}

@@ -18,7 +18,7 @@ def _llm(name: str, source: str = "own: field", status: tuple[int, ...] = _INVAL
 
 
 def _arg(word: str, value: object, source: str = "own: argument", kind: str = "deployment") -> Hostile:
-    args = {"prompting": {}, "deployment": {}} | {kind: {word: value}}
+    args: dict[str, Any] = {"prompting": {}, "deployment": {}} | {kind: {word: value}}
     return _llm(f"{kind}.{word} of {str(value)[:40]!r}", source, args=args)
 
 
@@ -48,10 +48,13 @@ def _models() -> Iterator[Hostile]:
         )
 
 
+_TYPES: tuple[Any, ...] = ("", "x", "text-generation ", "TEXT-GENERATION\0", 7, None, ["text-generation"])
+_FLAGS: tuple[Any, ...] = ("true", 1, 0, None, [])
+_ARGS: tuple[Any, ...] = (None, [], "x", {}, {"prompting": {}}, {"deployment": {}}, {"prompting": [], "deployment": {}}, {"prompting": {}, "deployment": {}, "x": {}})  # fmt: skip
 FIELDS = [
-    *(_llm(f"modeltyp {str(value)[:30]!r}", modeltyp=value) for value in ("", "x", "text-generation ", "TEXT-GENERATION\0", 7, None, ["text-generation"])),
-    *(_llm(f"uses_chat_template {value!r}", uses_chat_template=value) for value in ("true", 1, 0, None, [])),
-    *(_llm(f"args {str(value)[:40]!r}", args=value) for value in (None, [], "x", {}, {"prompting": {}}, {"deployment": {}}, {"prompting": [], "deployment": {}}, {"prompting": {}, "deployment": {}, "x": {}})),
+    *(_llm(f"modeltyp {str(value)[:30]!r}", modeltyp=value) for value in _TYPES),
+    *(_llm(f"uses_chat_template {value!r}", uses_chat_template=value) for value in _FLAGS),
+    *(_llm(f"args {str(value)[:40]!r}", args=value) for value in _ARGS),
     _llm("an unknown field of an llmconfig", chat_template="{{ 7*7 }}"),
     _llm("a prototype", __proto__={"role": "operator"}),
     _llm("a class", __class__="x"),

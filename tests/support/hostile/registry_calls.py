@@ -80,7 +80,7 @@ BODIES = [
     *(_body(f"measurementId of {value!r}"[:60], ASKED, measurementId=value) for value in (0, -1, 2**63, 1.5, "7", None, True, [7], {"a": 7})),
     *(_body(f"priority of {value!r}"[:60], ASKED, priority=value) for value in ("", "root", 1, None, ["high"])),
     *(_body(f"gpuType of {value!r}"[:60], ASKED, gpuType=value) for value in ("", "x" * 129, "H100\n", "\u0661", 1, ["H100"], "$(id)")),
-    *(_body(f"{field} of {value!r}"[:60], ASKED, **{field: value}) for field in ("maxJoules", "maxGco2eq") for value in (0, -1, 1e16, "1", True, [1])),
+    *(_body(f"{field} of {value!r}"[:60], {**ASKED, field: value}) for field in ("maxJoules", "maxGco2eq") for value in (0, -1, 1e16, "1", True, [1])),
     *(_body(f"grade of {value!r}"[:60], ASKED, grade=value) for value in ("", "gold", 1, None)),
     *(_body(f"like of {value!r}"[:60], ASKED, (404, 409, 422), like=value) for value in ("", "x" * 1025, 1, "../machines", "no-such-request", "' OR 1=1 --")),
 ]  # fmt: skip
