@@ -8,7 +8,7 @@ comma := ,
 empty :=
 PURE_FILES := $(subst $(empty) $(empty),$(comma),$(PURE))
 
-.PHONY: help env demo check test test-unit test-pythons test-cluster soak test-long eval-check docs audit lint tiny-llms bench bench-gpu locks clean
+.PHONY: help env demo check test test-unit test-pythons test-cluster soak fuzz test-long eval-check docs audit lint tiny-llms bench bench-gpu locks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ test-cluster: env ## a cluster of several hosts, made of network namespaces (roo
 
 soak: env ## half an hour of leases on a cluster of several hosts, with a fault every 20 s (SOAK_S=…, SOAK_SEED=…)
 	$(BIN)/pytest -s -m soak tests/hosts
+
+fuzz: env ## 20,000 generated calls of the registry's API, in sequences with real leases (FUZZ_CALLS=…)
+	FUZZ_CALLS=$${FUZZ_CALLS:-20000} $(BIN)/pytest -s --timeout=3600 tests/integration/serve/test_api_fuzz.py
 
 test-long: env .venv-eval/.installed ## all tests, the long ones too, with many more generated examples
 	HYPOTHESIS_PROFILE=long $(BIN)/pytest -m "not soak" --timeout=3600

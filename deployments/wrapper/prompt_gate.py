@@ -41,13 +41,12 @@ from deployments.wrapper.answer_account import (
     is_warmup,
     prompt_id_of,
 )
-from deployments.wrapper.answer_count import require_few_answers
 from deployments.wrapper.json_bodies import read_json, with_body
 from deployments.wrapper.lease_gate import LeaseGate
 from deployments.wrapper.lease_tokens import Headers, lease_call
 from deployments.wrapper.native_call import call, native_prompt, problem_of
 from deployments.wrapper.prompt_errors import EngineFailed, NoSuchPath, NotJSON, PromptTooLong, WritesNoText
-from deployments.wrapper.structured_output import require_small_grammars
+from deployments.wrapper.prompt_limits import require_short_text, require_within_limits
 from registry.background import spawn_awaited
 from registry.contract.messages import LeaseGrant
 from registry.errors import EngineNotReady, InvalidField, RegistryError, RegistryUnheard, TooManyPrompts
@@ -262,9 +261,7 @@ class PromptGate:
         receive: Receive = exchange.receive
         if scope["method"] == "POST":
             body = await Request(scope, receive).body()
-            asked = read_json(body)
-            require_small_grammars(asked)
-            require_few_answers(asked)
+            require_within_limits(read_json(body), self._running().max_model_len)
             receive = with_body(body, receive)
         running = self._running()
         inner = dict(scope, path=path, raw_path=path.encode(), root_path="", headers=headers)
@@ -312,6 +309,7 @@ class PromptGate:
         running = self._running()
         if not args.task.generates:
             raise WritesNoText(args.modeltyp, " or ".join(args.task.paths))
+        require_short_text({"question": question}, running.max_model_len)
         path, body = native_prompt(running.served_model_name, args, question)
         with self._meter.prompt(**marks) as prompt:
             try:

@@ -29,6 +29,7 @@ class FakeEngine:
     """
 
     served_model_name = "tiny"
+    max_model_len = 2048
     failed = False
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from starlette.types import ASGIApp
 
 from deployments.models.sources import ModelSources
 from deployments.serve.actor import RegistryActor
@@ -34,8 +35,8 @@ FRONT = "10.0.9.1"
 class Scene:
     """A registry that asks for keys, with a lease of the tenant ``lab``, measurement 7."""
 
-    def __init__(self, world: ServiceWorld, http: httpx.AsyncClient, now: dict[str, float]) -> None:
-        self.world, self.http, self.now = world, http, now
+    def __init__(self, world: ServiceWorld, app: ASGIApp, http: httpx.AsyncClient, now: dict[str, float]) -> None:
+        self.world, self.app, self.http, self.now = world, app, http, now
         self.keys: dict[str, str] = {"wrong": f"gp_{'0' * 8}_{'x' * 43}"}
         self.request_id = ""
 
@@ -72,9 +73,10 @@ async def keyed_scene(world: ServiceWorld, now: dict[str, float], *, keys: bool 
     access = AccessSettings.model_validate({"keys": True, "trusted_clients": {OLD_CLIENT: "old"}} if keys else {})
     proxies = HTTPSettings.model_validate({"trusted_proxies": [FRONT]}).trusted_proxies
     config = IngressConfig(ModelSources(True, (), Path("/")), (), access=access, trusted_proxies=proxies)
-    transport = httpx.ASGITransport(app=build_app(config, call))
+    app = build_app(config, call)
+    transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
-        scene = Scene(world, http, now)
+        scene = Scene(world, app, http, now)
         scene.make("client", Role.CLIENT, "lab")
         scene.make("other", Role.CLIENT, "rivals")
         scene.make("viewer", Role.VIEWER)

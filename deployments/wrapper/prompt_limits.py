@@ -1,0 +1,110 @@
+"""Limits what one prompt may ask of the engine: the size of grammars, the number of answers, and the length of texts.
+
+The engine compiles grammars and reads texts in threads that nothing can stop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Final
+
+from registry.errors import InvalidField
+
+GRAMMARS: Final = ("response_format", "structured_outputs", "tools", "text")
+"""Fields of OpenAI's APIs, and of vLLM's, that contain JSON schemas, regular expressions or grammars."""
+
+MAX_GRAMMAR_BYTES: Final = 64 * 1024
+"""Longest of these fields as JSON, bytes."""
+
+MAX_REGEX: Final = 4096
+"""Longest regular expression, characters."""
+
+COUNTS: Final = ("n", "best_of")
+"""Fields of OpenAI's and vLLM's APIs that say how many answers the engine makes, or how wide its beam search is."""
+
+MOST_ANSWERS: Final = 128
+"""Most answers to one prompt. Source: the limit of OpenAI's own API for ``n``. vLLM 0.32 allows 16,384."""
+
+CHARS_PER_TOKEN: Final = 16
+"""Characters per token of the context. Of usual texts a token has 3 to 5, of long runs of spaces more."""
+
+LEAST_CHARS: Final = 1_000_000
+"""Limit of an LLM with a short context, characters. A tokenizer reads them in about a second."""
+
+_MEDIA: Final = frozenset(
+    {"url", "data", "image_url", "audio_url", "video_url", "input_audio", "image_embeds", "audio_embeds", "file_data"}
+)  # fmt: skip
+"""Keys whose values are media, which no tokenizer reads; ``models.media_max_mib`` limits them."""
+
+
+def require_within_limits(body: Any, max_model_len: int) -> None:
+    """Check the body of a prompt. ``max_model_len``: context of the LLM, tokens.
+
+    Raises:
+        InvalidField: A field asks for a grammar that is too large, for too many answers, or has too much text.
+    """
+    if isinstance(body, dict):
+        _require_small_grammars(body)
+        _require_few_answers(body)
+        require_short_text(body, max_model_len)
+
+
+# D110: grammars of prompts have a limit
+def _require_small_grammars(body: dict[str, Any]) -> None:
+    for field in GRAMMARS:
+        value = body.get(field)
+        if value is None:
+            continue
+        if len(json.dumps(value)) > MAX_GRAMMAR_BYTES:
+            raise InvalidField(field, f"is too large: at most {MAX_GRAMMAR_BYTES} bytes as JSON")
+        for where, regex in _regexes(value, field):
+            if len(regex) > MAX_REGEX:
+                raise InvalidField(where, f"is too long: at most {MAX_REGEX} characters")
+
+
+def _regexes(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Yield the regular expressions in a value, with their fields. Its depth is limited where it was parsed."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name in ("regex", "pattern") and isinstance(inner, str):
+                yield f"{where}.{name}", inner
+            else:
+                yield from _regexes(inner, f"{where}.{name}")
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _regexes(inner, f"{where}[{number}]")
+
+
+# D117: a prompt counts as one in flight, whatever it asks for, so its number of answers has a limit
+def _require_few_answers(body: dict[str, Any]) -> None:
+    """Raise InvalidField for too many, and for a number as text or with a fraction of zero, which vLLM would take."""
+    for field in COUNTS:
+        value = body.get(field)
+        if value is not None and not (isinstance(value, int) and value <= MOST_ANSWERS):
+            raise InvalidField(field, f"must be a whole number, at most {MOST_ANSWERS}; send the prompt more than once")
+
+
+# D138: texts of prompts have a limit
+def require_short_text(body: dict[str, Any], max_model_len: int) -> None:
+    """Raise InvalidField if a field has more text than any prompt for this LLM needs.
+
+    vLLM's own limit applies neither to ``/tokenize`` nor to ``truncate_prompt_tokens``, and is several times as high
+    for tokenizers that have a token for many spaces.
+    """
+    limit = max(LEAST_CHARS, CHARS_PER_TOKEN * max_model_len)
+    for field, value in body.items():
+        chars = _chars(value)
+        if chars > limit:
+            raise InvalidField(field, f"has {chars} characters; at most {limit} are read for this LLM")
+
+
+def _chars(value: Any) -> int:
+    """Count the characters of all texts in a value, without media. Its depth is limited where it was parsed."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_chars(inner) for key, inner in value.items() if key not in _MEDIA)
+    if isinstance(value, list):
+        return sum(map(_chars, value))
+    return 0

@@ -1,0 +1,138 @@
+"""What a prompt may ask of the engine: grammars, answers and texts, and which of them are too much."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deployments.wrapper.prompt_limits import (
+    CHARS_PER_TOKEN,
+    COUNTS,
+    GRAMMARS,
+    LEAST_CHARS,
+    MAX_GRAMMAR_BYTES,
+    MAX_REGEX,
+    MOST_ANSWERS,
+    require_within_limits,
+)
+from registry.errors import InvalidField
+
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "pattern": "[a-z]+"}}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * (2 * LEAST_CHARS)}}
+
+
+def within_limits(body: Any) -> None:
+    """Check a prompt for an LLM with a short context."""
+    require_within_limits(body, 512)
+
+
+# --- grammars ---
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        [],
+        "text",
+        {},
+        {"response_format": None},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+        {"structured_outputs": {"regex": "x" * MAX_REGEX}},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]},
+        {"prompt": "x" * (2 * MAX_GRAMMAR_BYTES), "pattern": "x" * (2 * MAX_REGEX)},
+    ],
+)
+def test_usual_grammars_pass(body: Any) -> None:
+    """Only grammars are limited, not prompts."""
+    within_limits(body)
+
+
+@pytest.mark.parametrize("field", GRAMMARS)
+def test_a_large_schema_is_refused(field: str) -> None:
+    """The error names the field and the limit."""
+    many = {f"property {number}": {"type": "string"} for number in range(3000)}
+    with pytest.raises(InvalidField, match=rf"^{field}: is too large: at most 65536 bytes as JSON$"):
+        within_limits({field: {"json": {"properties": many}}})
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        ({"structured_outputs": {"regex": "x" * (MAX_REGEX + 1)}}, "structured_outputs.regex"),
+        ({"tools": [{"function": {"pattern": "x" * (MAX_REGEX + 1)}}]}, "tools[0].function.pattern"),
+        ({"text": {"format": {"schema": {"pattern": "x" * (MAX_REGEX + 1)}}}}, "text.format.schema.pattern"),
+    ],
+)
+def test_a_long_regular_expression_is_refused(body: Any, where: str) -> None:
+    """Wherever it is, the error names its place."""
+    with pytest.raises(InvalidField) as raised:
+        within_limits(body)
+    assert str(raised.value) == f"{where}: is too long: at most {MAX_REGEX} characters"
+
+
+def test_a_property_may_have_the_name_of_a_regex() -> None:
+    """A property called ``pattern`` is a schema, not a text."""
+    within_limits({"response_format": {"schema": {"properties": {"pattern": {"type": "string"}}}}})
+
+
+# --- answers ---
+
+
+@pytest.mark.parametrize("body", [None, [], "text", {}, {"n": None}, {"n": 1}, {"n": MOST_ANSWERS}, {"top_n": 5000}])
+def test_usual_numbers_of_answers_pass(body: Any) -> None:
+    """Only the number of answers is limited."""
+    within_limits(body)
+
+
+@pytest.mark.parametrize("field", COUNTS)
+@pytest.mark.parametrize("value", [MOST_ANSWERS + 1, 16384, 10**30, "16384", 16384.0, [5]])
+def test_too_many_answers_are_refused(field: str, value: object) -> None:
+    """Also numbers in forms that vLLM would read as such; the error names the field, the limit and what to do."""
+    with pytest.raises(InvalidField, match=rf"^{field}: must be a whole number, at most 128; send the prompt more"):
+        within_limits({"prompt": "Why?", field: value})
+
+
+# --- texts ---
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        [],
+        {"prompt": "x" * LEAST_CHARS},
+        {"prompt": ["x" * (LEAST_CHARS // 2)] * 2, "suffix": "x" * LEAST_CHARS},
+        {"messages": [{"role": "user", "content": [IMAGE, {"type": "text", "text": "x" * 1000}]}]},
+        {"prompt": [1] * LEAST_CHARS},
+    ],
+)
+def test_usual_texts_pass(body: Any) -> None:
+    """A million characters pass for the shortest context; media and tokens are no text."""
+    within_limits(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": "x" * (LEAST_CHARS + 1)}, "prompt"),
+        ({"prompt": ["x" * LEAST_CHARS, "x"]}, "prompt"),
+        (
+            {"messages": [{"role": "user", "content": [IMAGE, {"type": "text", "text": "x" * (LEAST_CHARS)}]}]},
+            "messages",
+        ),
+    ],
+)
+def test_a_long_text_is_refused(body: Any, field: str) -> None:
+    """The error names the field and the limit."""
+    with pytest.raises(InvalidField, match=rf"^{field}: has 1\d{{6}} characters; at most {LEAST_CHARS} are read"):
+        within_limits(body)
+
+
+def test_a_long_context_allows_more() -> None:
+    """The limit grows with the LLM's context."""
+    tokens = LEAST_CHARS // 4
+    require_within_limits({"prompt": "x" * (CHARS_PER_TOKEN * tokens)}, tokens)
+    with pytest.raises(InvalidField):
+        require_within_limits({"prompt": "x" * (CHARS_PER_TOKEN * tokens + 1)}, tokens)
