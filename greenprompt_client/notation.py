@@ -1,7 +1,8 @@
 """Formats figures for people: ``~`` marks values that are not measured, a dash unknown ones.
 
 The interval determines the digits: half of its width is shown with two digits, and the figure to the same decimal
-place. A figure without an interval has three digits.
+place. A figure that is small beside its interval still has two digits of its own: it is never shown as 0. A figure
+without an interval has three digits.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def in_range(
     if value is None or low is None or high is None:
         return figure(value, label, missing=missing)
     half = (high - low) / 2
-    middle = rounded(value, half, floor if missing else round)
+    # At most the half width that leaves the figure two digits: 12.2 (0.3 to 6,580) is ~12, not ~0.
+    middle = rounded(value, min(half, abs(value)) if value else half, floor if missing else round)
     least, most = rounded(low, half, floor), rounded(high, half, ceil)
     text = f"{'≥ ' if missing else ''}{mark(label)}{middle}"
     return text if least == most else f"{text} ({least} to {most})"

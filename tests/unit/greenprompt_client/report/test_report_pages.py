@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from rich.console import Console
 from typer.testing import CliRunner
@@ -67,6 +69,24 @@ def test_a_figure_that_is_no_total_says_so() -> None:
     assert figure(81.66, "measured", missing=1) == "≥ 81.6"
     assert in_range(81.66, 80.4, 82.9, "measured", missing=1) == "≥ 81.6 (80.4 to 82.9)"
     assert in_range(None, None, None, "measured", missing=1) == "-"
+
+
+positive = st.floats(1e-12, 1e12)
+
+
+@given(positive, positive, positive)
+@example(12.17, 0.3, 6580.0)
+@example(0.2116, 0.0, 1526.0)
+def test_a_figure_is_not_rounded_away_by_its_interval(value: float, below: float, above: float) -> None:
+    """However wide the interval is, the figure has two digits, and the printed bounds contain the true ones."""
+    low, high = max(value - below, 0.0), value + above
+    text = in_range(value, low, high, "modeled").replace(",", "").replace("~", "")
+    middle, _, rest = text.partition(" (")
+    assert float(middle) == pytest.approx(value, rel=0.0501)
+    if rest:
+        least, most = (float(bound) for bound in rest.removesuffix(")").split(" to "))
+        assert least <= low or least == pytest.approx(low, rel=1e-14)
+        assert most >= high or most == pytest.approx(high, rel=1e-14)
 
 
 @pytest.mark.parametrize(
