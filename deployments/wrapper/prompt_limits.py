@@ -3,6 +3,8 @@
 The engine compiles grammars and reads texts in threads that nothing can stop.
 """
 
+# D118: one file for what has one subject and one caller
+
 from __future__ import annotations
 
 import json
