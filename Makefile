@@ -19,18 +19,30 @@ env: ## create the environment in .venv, and update it after a change of the loc
 demo: env ## a whole registry on this machine, without a GPU (ARGS="…" go to `greenprompt demo`)
 	@$(BIN)/greenprompt demo $(ARGS)
 
-# The cheap tests share the processors, a file of tests at a time; those that start vLLM, Ray or hosts have the machine
-# for themselves. Files come in the order of tests/conftest.py, the longest first.
+# The cheap tests share the processors, a file of tests at a time. Those that start vLLM, Ray or hosts wait half of their
+# time, so two runs of them share the machine. Files come in the order of tests/conftest.py, the longest first.
 SHARED := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-ALONE := tests/engine tests/cluster tests/hosts
+STARTS := tests/engine tests/cluster tests/hosts
+COVERED = COVERAGE_FILE=.coverage.$@ $(BIN)/pytest --cov --cov-report=
 test: lint ## linters, types, import contracts and all tests but the long ones, with coverage
 	@mkdir -p build
-	$(BIN)/pytest $(SHARED) $(ALONE:%=--ignore=%) --cov --cov-report= 2>&1 | tee build/pytest.log
-	$(BIN)/pytest $(ALONE) --cov --cov-append --cov-report= 2>&1 | tee -a build/pytest.log
+	@rm -f .coverage .coverage.*
+	@$(MAKE) --no-print-directory test-shared
+	@$(MAKE) --no-print-directory -j2 test-clusters test-engines
+	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	@echo "Every branch of the pure files:"
 	$(BIN)/coverage report --include='$(PURE_FILES)' --fail-under=100
-	@grep -E '^=+ .* in [0-9.]+s.* =+$$' build/pytest.log
+	@grep -hE '^=+ .* in [0-9.]+s.* =+$$' build/pytest-*.log
+
+# Parts of `make test`. The last two run side by side, and so does their output; each has a log of its own in build/.
+.PHONY: test-shared test-clusters test-engines
+test-shared:
+	$(COVERED) $(SHARED) $(STARTS:%=--ignore=%) 2>&1 | tee build/pytest-shared.log
+test-clusters:
+	$(COVERED) tests/cluster 2>&1 | tee build/pytest-clusters.log
+test-engines:
+	$(COVERED) tests/engine tests/hosts 2>&1 | tee build/pytest-engines.log
 
 check: env ## run after each change: linters, and the tests that need no Ray, vLLM or database
 	$(BIN)/ruff check .

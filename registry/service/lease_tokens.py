@@ -41,10 +41,13 @@ class LeaseTokens:
         """Return the token of a lease."""
         return self._made_from(lease.token_id)
 
+    def is_lost(self, lease: Lease) -> bool:
+        """Tell whether the token of a lease was made with another key, or without one."""
+        return _sha256(self.of(lease)) != lease.token_sha256
+
     def lost(self, leases: Iterable[Lease]) -> list[LeaseTokenLost]:
-        """Return an event for each of these leases whose token was made with another key, or without one."""
-        gone = [lease for lease in leases if _sha256(self.of(lease)) != lease.token_sha256]
-        return [LeaseTokenLost(lease.request_id, _LOST) for lease in gone]
+        """Return an event for each of these leases whose token is lost."""
+        return [LeaseTokenLost(lease.request_id, _LOST) for lease in leases if self.is_lost(lease)]
 
     def remember(self, leases: Sequence[Lease]) -> None:
         """Remember new or changed leases, and drop the oldest beyond REMEMBERED_TOKENS."""

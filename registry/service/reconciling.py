@@ -9,7 +9,7 @@ from dataclasses import replace
 import structlog
 
 from registry.contract.messages import Cluster, Observation, WrapperPlan
-from registry.core.events import WrapperSwitchedOff
+from registry.core.events import Event, WrapperSwitchedOff
 from registry.core.records import LLMSpec, Machine, WrapperStatus
 from registry.errors import WrapperUnreachable
 from registry.service.loop import Loop
@@ -47,6 +47,7 @@ class Reconciler:
         self._deployed: frozenset[str] | None = None
         """Wrappers that are deployed or leaving, as last observed; None before the first observation."""
         self._switching_off: set[str] = set()
+        self._overdue: Sequence[Event] = ()
 
     def is_off(self, machine_id: str) -> bool:
         """True when a drained machine has no wrapper left: its GPUs are free, and it may be switched off.
@@ -64,11 +65,13 @@ class Reconciler:
             and deployed.isdisjoint(wrapper.wrapper_id for wrapper in wrappers)
         )
 
-    async def run(self) -> None:
+    async def run(self, overdue: Sequence[Event] = ()) -> None:
         """Reconcile every ``watch.period_s`` seconds until the shutdown.
 
-        Errors are logged and do not end the loop, except StoreUnavailable.
+        ``overdue``: events of the time without a registry. They are applied when the lost machines are known, because
+        each event can grant leases. Errors are logged and do not end the loop, except StoreUnavailable.
         """
+        self._overdue = overdue
         while not self._loop.stopping:
             await guarded("the cluster could not be reconciled", self._reconcile)
             await asyncio.sleep(self._settings.watch.period_s)
@@ -78,7 +81,8 @@ class Reconciler:
         self._deployed = observed.wrapper_ids | observed.leaving
         wanted = {machine.machine_id: self._wanted_on(machine) for machine in observed.machines}
         steps = plan(self._allocator.machines(), self._allocator.wrappers(), observed, wanted)
-        await self._loop.apply_all(steps.events)
+        await self._loop.apply_all((*steps.events, *self._overdue))
+        self._overdue = ()
         if steps.switch_off:
             self._switching_off.update(steps.switch_off)
             self._tasks.spawn("switch off wrappers", self._switch_off(steps.switch_off))

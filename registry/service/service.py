@@ -176,9 +176,7 @@ class Service:
         stored = self._store.load(ended=False)
         self.allocator.load(stored, self._store.next_seq())
         self.tokens.remember(stored.leases)
-        for token_lost in self.tokens.lost(stored.leases):
-            self._loop.apply(token_lost)
-        self._tasks.spawn("reconcile", self._reconciler.run())
+        self._tasks.spawn("reconcile", self._reconciler.run(self.tokens.lost(stored.leases)))
         self._tasks.spawn("end leases", self._expiry.run())
         self._tasks.spawn("store the use of keys", self.keys.run())
 

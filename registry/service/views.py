@@ -48,10 +48,12 @@ def link_of(service: Service, request_id: str) -> str:
 
 
 def lease_url(service: Service, request_id: str) -> str | None:
-    """Return the base URL for prompts of a request's lease; None without a lease."""
+    """Return the base URL for prompts of a request's lease; None without a lease, or if its token is lost."""
     lease = service.allocator.lease_of(request_id)
     wrapper = None if lease is None else service.allocator.wrapper(lease.wrapper_id)
-    return None if lease is None or wrapper is None else f"{wrapper.url}/{service.tokens.of(lease)}"
+    if lease is None or wrapper is None or service.tokens.is_lost(lease):
+        return None
+    return f"{wrapper.url}/{service.tokens.of(lease)}"
 
 
 def prompting_answer(service: Service, requests: Sequence[Request]) -> PromptingAnswer:

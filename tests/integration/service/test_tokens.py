@@ -108,8 +108,8 @@ async def test_a_lease_fails_if_the_key_of_its_token_is_lost(world: ServiceWorld
     await world.crash()
     world.lease_key = b"another key"
     await world.start()
-    ended = world.request(request_id)
-    assert ended.status is Status.FAILED
+    assert world.url(request_id) is None
+    ended = await world.until_status(request_id, Status.FAILED)
     assert ended.reason is not None
     assert "the key of the token" in ended.reason
     assert views.event_states(world.service.history(request_id))[-1].what == "LeaseTokenLost"
@@ -121,6 +121,22 @@ async def test_a_lease_fails_if_the_key_of_its_token_is_lost(world: ServiceWorld
     after = await world.deployed(2)
     assert world.wrapper().starts == 1
     assert world.service.leased_with(token_of(world, after)) == after
+
+
+async def test_nothing_is_granted_on_a_machine_that_is_lost_with_the_key(world: ServiceWorld) -> None:
+    """After a crash of the whole cluster, who waited is served on a machine that is there, without a failure before."""
+    held = await world.deployed(1)
+    (waits,) = world.ask(2, TINY)
+    await world.crash()
+    world.cluster.leave("a")
+    world.lease_key = b"another key"
+    await world.start()
+    await world.until_status(held, Status.FAILED)
+    assert world.request(waits).status is Status.QUEUED
+    world.cluster.join("b")
+    await world.until_status(waits, Status.DEPLOYED)
+    assert world.request(waits).failed_on == ()
+    assert {row.machine_id for row in world.service.allocator.snapshot().requests if row.request_id == waits} == {"b"}
 
 
 async def test_a_lease_that_was_not_handed_over_gets_another_token(world: ServiceWorld) -> None:
