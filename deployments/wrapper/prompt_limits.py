@@ -22,6 +22,9 @@ MAX_GRAMMAR_BYTES: Final = 64 * 1024
 MAX_REGEX: Final = 4096
 """Longest regular expression, characters."""
 
+MAX_GRAMMAR_DEPTH: Final = 128
+"""Most objects and arrays inside each other in these fields. vLLM reads them with recursion, and fails at some 400."""
+
 COUNTS: Final = ("n", "best_of")
 """Fields of OpenAI's and vLLM's APIs that say how many answers the engine makes, or how wide its beam search is."""
 
@@ -60,9 +63,17 @@ def _require_small_grammars(body: dict[str, Any]) -> None:
             continue
         if len(json.dumps(value)) > MAX_GRAMMAR_BYTES:
             raise InvalidField(field, f"is too large: at most {MAX_GRAMMAR_BYTES} bytes as JSON")
+        if _depth(value) > MAX_GRAMMAR_DEPTH:
+            raise InvalidField(field, f"is nested too deeply: at most {MAX_GRAMMAR_DEPTH} levels")
         for where, regex in _regexes(value, field):
             if len(regex) > MAX_REGEX:
                 raise InvalidField(where, f"is too long: at most {MAX_REGEX} characters")
+
+
+def _depth(value: Any) -> int:
+    """Count the levels of objects and arrays. The parser limits them, too, but to more."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def _regexes(value: Any, where: str) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -125,6 +126,9 @@ async def machine(
     await wrapper.stop(3)
     await wrapper.host.close()
     wrapper._meter.stop()
+    # The next start of an engine in this process replaces these handlers, and leaves their files open.
+    for handler in logging.getLogger("vllm").handlers:
+        handler.close()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=ids(ROWS))

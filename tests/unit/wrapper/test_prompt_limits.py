@@ -12,6 +12,7 @@ from deployments.wrapper.prompt_limits import (
     GRAMMARS,
     LEAST_CHARS,
     MAX_GRAMMAR_BYTES,
+    MAX_GRAMMAR_DEPTH,
     MAX_REGEX,
     MOST_ANSWERS,
     require_within_limits,
@@ -55,6 +56,19 @@ def test_a_large_schema_is_refused(field: str) -> None:
     many = {f"property {number}": {"type": "string"} for number in range(3000)}
     with pytest.raises(InvalidField, match=rf"^{field}: is too large: at most 65536 bytes as JSON$"):
         within_limits({field: {"json": {"properties": many}}})
+
+
+def nested(levels: int) -> Any:
+    """A schema of so many objects and arrays inside each other."""
+    return {} if levels == 1 else {"anyOf": nested(levels - 1)} if levels % 2 else [nested(levels - 1)]
+
+
+@pytest.mark.parametrize("field", GRAMMARS)
+def test_a_deep_schema_is_refused(field: str) -> None:
+    """128 levels pass, one more does not."""
+    within_limits({field: nested(MAX_GRAMMAR_DEPTH)})
+    with pytest.raises(InvalidField, match=rf"^{field}: is nested too deeply: at most 128 levels$"):
+        within_limits({field: nested(MAX_GRAMMAR_DEPTH + 1)})
 
 
 @pytest.mark.parametrize(
