@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from http import HTTPStatus
 from typing import TypeVar
 
@@ -18,6 +19,15 @@ _PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SER
 
 LONGEST_PAUSE_S = 60.0
 """The longest pause before a retry that the registry can ask for, seconds: a minute of its limits of rates."""
+
+SHORTEST_PAUSE_S = 1.0
+"""The shortest pause after such an answer, seconds, whatever it says."""
+
+SPREAD_S = 1.0
+"""Most that is added to such a pause, at random, seconds: otherwise all refused callers would call again at once."""
+
+_RATES = ("too_many_calls", "too_many_wrong_keys")
+"""Codes of answers of the limits of rates, which know when the next call is allowed. Other 429s only estimate it."""
 
 UNEXPECTED = "unexpected_answer"
 """``answer_code`` of an answer that does not come from a registry."""
@@ -71,13 +81,11 @@ def is_passing(error: Exception) -> bool:
 
 
 def when_to_call_again(error: Exception) -> bool | float:
-    """Return whether a retry may help, see ``is_passing``; after a 429 that says it, the seconds until then.
-
-    A time above LONGEST_PAUSE_S is an estimate of the registry's, so the call is retried earlier.
-    """
-    if isinstance(error, AnswerError) and error.passing and error.status == HTTPStatus.TOO_MANY_REQUESTS:
+    """Return whether a retry may help, see ``is_passing``; above a limit of rates, the seconds until then."""
+    if isinstance(error, AnswerError) and error.passing and error.answer_code in _RATES:
         wait_s = error.retry_after_s
-        return True if wait_s is None or wait_s > LONGEST_PAUSE_S else wait_s
+        if wait_s is not None and wait_s <= LONGEST_PAUSE_S:
+            return max(wait_s, SHORTEST_PAUSE_S) + random.uniform(0, SPREAD_S)
     return is_passing(error)
 
 

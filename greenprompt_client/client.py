@@ -23,7 +23,7 @@ from urllib.parse import quote
 import httpx
 import stamina
 
-from greenprompt_client.answers import AnswerError, RequestEnded, checked, read, when_to_call_again
+from greenprompt_client.answers import AnswerError, RequestEnded, checked, is_passing, read, when_to_call_again
 from greenprompt_client.held_lease import RETRY_FOR_S, HeldLease
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport, WindowsPage
@@ -52,6 +52,9 @@ CONNECT_FOR_S = 5.0
 
 Serve's proxy needs this long to restart.
 """
+
+LONGEST_BACKOFF_S = 5.0
+"""Longest pause between two tries of a call, seconds, unless the registry says when to call again."""
 
 LOOK_S = 1.0
 """Seconds between checks of a machine that is being drained."""
@@ -167,10 +170,13 @@ class RegistryClient:
         Without ``seen``: at once if it is deployed or has ended, else when the status changes. Retries for up to
         RETRY_FOR_S seconds while the registry restarts. Raises AnswerError, httpx.HTTPError.
         """
+        return self._status(request_id, wait_s, seen, None)
+
+    def _status(self, request_id: str, wait_s: float, seen: str | None, deadline_s: float | None) -> RequestState:
         params: dict[str, float | str] = {"wait": min(wait_s, MAX_WAIT_S)} if wait_s else {}
         if seen is not None:
             params["seen"] = seen
-        return read(RequestState, self._insist("GET", _path(request_id), params, wait_s + 60))
+        return read(RequestState, self._insist("GET", _path(request_id), params, wait_s + 60, deadline_s=deadline_s))
 
     def release(self, request_id: str) -> None:
         """Release an LLM, or cancel a request. Retried, and raises, like ``status``. Idempotent."""
@@ -183,27 +189,42 @@ class RegistryClient:
         params: Mapping[str, float | str],
         timeout_s: float,
         expected: HTTPStatus = HTTPStatus.OK,
+        *,
+        deadline_s: float | None = None,
         **content: Any,
     ) -> httpx.Response:
         """Retry a call until its answer is not a temporary error, for up to RETRY_FOR_S seconds.
 
-        If a 429 says when to retry, the call waits so long, up to LONGEST_PAUSE_S seconds, before its last try.
+        Above a limit of rates, the call waits until the time that the answer says, see ``when_to_call_again``. It is
+        not repeated after ``deadline_s`` (monotonic clock).
 
-        Raises AnswerError, also if the status is not ``expected``, httpx.HTTPError: the last error.
+        Raises:
+            AnswerError: The last error, also if the status is not ``expected``.
+            httpx.HTTPError: The last error.
+            TimeoutError: The last error was temporary, and ``deadline_s`` is over.
         """
         begun_s = time.monotonic()
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, self._connect_for_s))
 
         def passes(error: Exception) -> bool | float:
             if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-                return time.monotonic() - begun_s < self._connect_for_s
-            return when_to_call_again(error)
+                again: bool | float = time.monotonic() - begun_s < self._connect_for_s
+            else:
+                again = when_to_call_again(error)
+            return _before(deadline_s, again)
 
-        for attempt in stamina.retry_context(passes, attempts=None, timeout=RETRY_FOR_S):
-            with attempt:
-                response = self._http.request(method, path, params=params, timeout=timeout, **content)
-                self._connect_for_s = RETRY_FOR_S  # a registry exists at this URL, so a restart is worth waiting for
-                return checked(response, expected)
+        try:
+            for attempt in stamina.retry_context(
+                passes, attempts=None, timeout=RETRY_FOR_S, wait_max=LONGEST_BACKOFF_S
+            ):
+                with attempt:
+                    response = self._http.request(method, path, params=params, timeout=timeout, **content)
+                    self._connect_for_s = RETRY_FOR_S  # a registry exists at this URL: a restart is worth waiting for
+                    return checked(response, expected)
+        except (AnswerError, httpx.TransportError) as error:
+            if deadline_s is not None and time.monotonic() >= deadline_s and is_passing(error):
+                raise TimeoutError(f"{method} {path}: no answer in time; the last error: {error}") from error
+            raise
         raise AssertionError("unreachable")
 
     def wait_until_deployed(
@@ -222,7 +243,7 @@ class RegistryClient:
             TimeoutError: ``timeout_s`` seconds have passed; the request remains.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        state = self.status(request_id)
+        state = self._status(request_id, 0.0, None, deadline_s)
         while True:
             if on_change is not None:
                 on_change(state)
@@ -233,7 +254,7 @@ class RegistryClient:
             left_s = poll_s if deadline_s is None else deadline_s - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError(f"request {request_id} is still {state.status} after {timeout_s} s")
-            state = self.status(request_id, wait_s=min(poll_s, left_s), seen=state.status)
+            state = self._status(request_id, min(poll_s, left_s), state.status, deadline_s)
 
     @contextmanager
     def lease(
@@ -284,7 +305,8 @@ class RegistryClient:
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            state = read(MachineState, self._insist("GET", _machine_path(machine_id), {}, 60))
+            path = _machine_path(machine_id)
+            state = read(MachineState, self._insist("GET", path, {}, 60, deadline_s=deadline_s))
             if on_look is not None:
                 on_look(state)
             if state.drain != "draining":
@@ -389,6 +411,21 @@ def _checked_key(api_key: str) -> str:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise BadSettings("API key", "is empty, or has characters that no key has")
     return key
+
+
+def _before(deadline_s: float | None, again: bool | float) -> bool | float:
+    """Shorten the pause before a retry, so that it ends at the deadline; no retry after that. See ``stamina``'s hooks.
+
+    ``again``: whether to retry, or the pause, seconds.
+    """
+    if deadline_s is None or again is False:
+        return again
+    left_s = deadline_s - time.monotonic()
+    if left_s <= 0:
+        return False
+    if again is True:
+        return True if left_s > LONGEST_BACKOFF_S else min(left_s, LOOK_S)
+    return min(left_s, again)
 
 
 def _utc(time: datetime | None) -> str | None:

@@ -46,7 +46,8 @@ class RateSettings(Section):
         500,
         ge=1,
         description="Most calls in a second with one API key; of callers without one, from one address (of IPv6, from "
-        "one /64). Without `access.keys`, calls from this machine are not counted. null: no limit",
+        "one /64). Releases and keep-alives are not counted, and without `access.keys` no calls to a loopback address. "
+        "null: no limit",
     )
     posts_per_minute: int | None = Field(
         300,
@@ -57,6 +58,6 @@ class RateSettings(Section):
     wrong_keys_per_minute: int | None = Field(
         60,
         ge=1,
-        description="Most wrong API keys from one address that are looked up in a minute; after that, keys that were "
-        "not used lately are refused without a look-up. null: no limit",
+        description="Most wrong API keys from one address that are looked up in a minute; after that, keys that "
+        "were not accepted since the ingress started are refused without a look-up. null: no limit",
     )

@@ -47,10 +47,15 @@ class Findings:
 
 
 def tool(name: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a program of ``.venv-audit``."""
-    return subprocess.run(
-        [TOOLS / name, *args], capture_output=True, text=True, check=False, timeout=TOOL_LIMIT_S, cwd=ROOT
-    )
+    """Run a program of ``.venv-audit``. One that can't be started, or takes too long, has failed like any other."""
+    command = [TOOLS / name, *args]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=TOOL_LIMIT_S, cwd=ROOT)
+    except subprocess.TimeoutExpired:
+        problem = f"{name} took longer than {TOOL_LIMIT_S:g} s"
+    except OSError as error:
+        problem = str(error)
+    return subprocess.CompletedProcess(command, NOT_CHECKED, "", problem)
 
 
 def pins(text: str) -> set[tuple[str, str]]:
@@ -188,7 +193,12 @@ def search_saved(advisories: list[dict[str, Any]], locks: Iterable[Path], now: d
         for each in {canonicalize_name(a["package"]["name"]) for a in advisory.get("affected", ()) if "package" in a}:
             about.setdefault(each, []).append(advisory)
     for lock in locks:
-        for name, version in sorted(pins(lock.read_text())):
+        try:
+            packages = sorted(pins(lock.read_text()))
+        except ValueError as error:
+            findings.unchecked.append(f"vulnerabilities: {lock.name}: {error}")
+            continue
+        for name, version in packages:
             findings.wrong += [
                 f"{lock.name}: {name} {version}: {advisory['id']}"
                 for advisory in about.get(name, ())
@@ -205,11 +215,11 @@ def audit_vulnerabilities(saved: Path | None, findings: Findings) -> None:
                 return  # the others would wait for the same failure
         return
     try:
-        advisories = read_saved(saved)
+        search_saved(read_saved(saved), locks, datetime.now(UTC), findings)
     except (ValueError, OSError) as error:
         findings.unchecked.append(f"vulnerabilities: {error}")
-        return
-    search_saved(advisories, locks, datetime.now(UTC), findings)
+    except (KeyError, TypeError, AttributeError) as error:  # an advisory without a field, or with another type in it
+        findings.unchecked.append(f"vulnerabilities: {saved}: an advisory is not in OSV's format: {error!r}")
 
 
 # --- CycloneDX -----------------------------------------------------------------------------------------------

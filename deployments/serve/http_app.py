@@ -83,7 +83,9 @@ If the registry uses API keys (`access.keys`), every path but `/`, `/healthz` an
 Every path answers 421 to a host name that is not served (`http.allowed_hosts`). Requests that change something are
 answered 403 if they come from a web page of another origin, and 415 if a body is not JSON.
 
-Every path answers 429, with `Retry-After`, to a caller that calls more often than the settings in `rates` allow.
+Every path can answer 429, with `Retry-After`, because of the settings in `rates`: to a caller that calls too often, or
+to keys that the registry has not accepted yet, from an address that has sent many wrong ones. Releases (`DELETE`) and
+keep-alives are not counted as calls.
 """
 
 MAX_BODY_MIB = 4
@@ -122,6 +124,7 @@ Responses = dict[int | str, dict[str, Any]]
 # Without a description, FastAPI uses the status phrases of `http`. Those of 413 and 422 changed in Python 3.13.
 ERRORS: Responses = {
     422: {"model": ErrorAnswer, "description": "Unprocessable Content"},
+    429: {"model": ErrorAnswer},
     503: {"model": ErrorAnswer},
 }
 LIMITED: Responses = {413: {"model": ErrorAnswer, "description": "Content Too Large"}, **ERRORS}
@@ -176,7 +179,7 @@ def _add_post(app: FastAPI, config: IngressConfig, call: Call, checkpoints: Chec
         "/promptingservice/request",
         status_code=201,
         response_model=PromptingAnswer,
-        responses={409: {"model": ErrorAnswer}, 429: {"model": ErrorAnswer}, **LIMITED},
+        responses={409: {"model": ErrorAnswer}, **LIMITED},
     )
     async def request_llms(
         body: PromptingRequest,
@@ -332,7 +335,11 @@ def _add_machines(app: FastAPI, call: Call) -> None:
         """Return all LLMs that are running or starting."""
         return _json_response(await call("llms"))
 
-    @app.get("/healthz", response_model=HealthState, responses={503: {"model": HealthState | ErrorAnswer}})
+    @app.get(
+        "/healthz",
+        response_model=HealthState,
+        responses={429: {"model": ErrorAnswer}, 503: {"model": HealthState | ErrorAnswer}},
+    )
     async def health() -> Response:
         """Return the health of the registry. The status is 503 while no wrapper can serve requests."""
         status, text = await call("health")

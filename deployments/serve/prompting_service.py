@@ -69,9 +69,9 @@ def root_router(call: Callable[..., Awaitable[Any]]) -> APIRouter:
     """
     router = APIRouter()
     answers: dict[int | str, dict[str, Any]] = {307: {"description": "Redirect to the same path below `url`"}}
-    answers |= {status: {"model": ErrorAnswer} for status in (401, 403, 410, 503)}
+    answers |= {status: {"model": ErrorAnswer} for status in (401, 403, 410, 429, 503)}
 
-    @router.get("/", response_model=dict[str, str])
+    @router.get("/", response_model=dict[str, str], responses={429: {"model": ErrorAnswer}})
     async def root() -> dict[str, str]:
         """Return the name and version of this service, and its main paths."""
         return {

@@ -16,6 +16,8 @@ from registry.access_errors import TooManyCalls
 from registry.access_settings import RateSettings
 from registry.networks import Network
 
+REQUEST = "/promptingservice/request"
+
 
 class RateGuard:
     """An ASGI app around another one, which gets only as many calls of each caller as the settings allow.
@@ -23,8 +25,8 @@ class RateGuard:
     A caller is a key, or the network that a call without one comes from. POSTs of requests are counted by tenant, if
     the tenant is known by a key or by ``access.trusted_clients``. Must be inside the guard of keys, if there is one.
 
-    ``keys``: whether the registry asks for API keys. If not, calls from this machine are not counted: whoever can send
-    them may end every request anyway. ``proxies``: see ``client_of``.
+    ``keys``: whether the registry asks for API keys. If not, calls to a loopback address are not counted: whoever can
+    send them may end every request anyway. ``proxies``: see ``client_of``.
     """
 
     def __init__(self, app: ASGIApp, settings: RateSettings, proxies: Sequence[Network] | None, *, keys: bool) -> None:
@@ -32,7 +34,9 @@ class RateGuard:
         self._settings = settings
         self._proxies = proxies
         self._keys = keys
-        self._calls = per_second(settings.calls_per_second)
+        # Two, so that a flood of addresses does not push out the count of a key.
+        self._calls_of_keys = per_second(settings.calls_per_second)
+        self._calls_of_addresses = per_second(settings.calls_per_second)
         self._posts = per_minute(settings.posts_per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,18 +53,27 @@ class RateGuard:
         """Count a call. Raises TooManyCalls."""
         key = key_of(scope)
         if key is not None and key.key_id:
-            caller = f"the API key {key.key_id}"
+            caller, calls = f"the API key {key.key_id}", self._calls_of_keys
         else:
             address = client_of(scope, self._proxies)
             if not self._keys and address is not None and address.is_loopback:
                 return
-            caller = f"the address {network_of(scope, address)}"
+            caller, calls = f"the address {network_of(scope, address)}", self._calls_of_addresses
+        if _is_of_a_lease(scope["method"], scope["path"]):
+            return
         remedy = "call less often (a GET of a request can wait for news: ?wait=30)"
-        _require(self._calls, caller, "rates.calls_per_second", self._settings.calls_per_second, remedy)
-        if scope["path"] == "/promptingservice/request" and scope["method"] == "POST":
+        _require(calls, caller, "rates.calls_per_second", self._settings.calls_per_second, remedy)
+        if scope["path"] == REQUEST and scope["method"] == "POST":
             poster = caller if key is None else f"the tenant {key.tenant!r}"
             remedy = "put several LLMs into one POST"
             _require(self._posts, poster, "rates.posts_per_minute", self._settings.posts_per_minute, remedy)
+
+
+def _is_of_a_lease(method: str, path: str) -> bool:
+    """Whether a call ends or extends a lease: one program of a tenant must not keep the others from that."""
+    if not path.startswith(f"{REQUEST}/"):
+        return False
+    return method == "DELETE" or (method == "POST" and path.endswith("/keepalive"))
 
 
 def _require(rate: Rate, caller: str, setting: str, limit: int | None, remedy: str) -> None:

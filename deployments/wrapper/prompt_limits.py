@@ -31,6 +31,12 @@ COUNTS: Final = ("n", "best_of")
 MOST_ANSWERS: Final = 128
 """Most answers to one prompt. Source: the limit of OpenAI's own API for ``n``. vLLM 0.32 allows 16,384."""
 
+LISTS: Final = ("prompt", "prompt_embeds")
+"""Fields of vLLM's completions API that can contain a list of prompts."""
+
+MOST_ANSWERS_OF_A_LIST: Final = 1024
+"""Most answers to all prompts of a list. Source: vLLM's own limit of the list, VLLM_MAX_COMPLETION_PROMPTS."""
+
 CHARS_PER_TOKEN: Final = 16
 """Characters per token of the context. Of usual texts a token has 3 to 5, of long runs of spaces more."""
 
@@ -89,13 +95,28 @@ def _regexes(value: Any, where: str) -> Iterator[tuple[str, str]]:
             yield from _regexes(inner, f"{where}[{number}]")
 
 
-# D117: a prompt counts as one in flight, whatever it asks for, so its number of answers has a limit
+# D117: a call counts as one prompt in flight, whatever it asks for, so its number of answers has a limit
 def _require_few_answers(body: dict[str, Any]) -> None:
     """Raise InvalidField for too many, and for a number as text or with a fraction of zero, which vLLM would take."""
+    each = 1
     for field in COUNTS:
         value = body.get(field)
         if value is not None and not (isinstance(value, int) and value <= MOST_ANSWERS):
             raise InvalidField(field, f"must be a whole number, at most {MOST_ANSWERS}; send the prompt more than once")
+        each = max(each, value or 1)
+    prompts = {field: _prompts(body.get(field)) for field in LISTS}
+    answers = each * sum(prompts.values())  # vLLM answers the prompts of both fields
+    if answers > MOST_ANSWERS_OF_A_LIST:
+        field = max(LISTS, key=prompts.__getitem__)
+        limit = f"at most {MOST_ANSWERS_OF_A_LIST} (prompts times n) are made; send the prompts in several calls"
+        raise InvalidField(field, f"asks for {answers} answers; {limit}")
+
+
+def _prompts(value: Any) -> int:
+    """Return the number of prompts in a value. A list of integers is one prompt, as tokens."""
+    if not isinstance(value, list):
+        return 0 if value is None else 1
+    return 1 if value and all(isinstance(token, int) for token in value) else len(value)
 
 
 # D138: texts of prompts have a limit

@@ -143,6 +143,30 @@ def test_unreadable_advisories(content: bytes | None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "broken", [{"id": "X"}, {"id": "X", "modified": "in May"}, {"id": "X", "modified": "2026-11-20"}, [], "X"]
+)
+def test_advisories_in_another_format(broken: object, tmp_path: Path) -> None:
+    """An advisory without its date, or that is no object, is a check that was not made."""
+    path, findings = tmp_path / "all.zip", Findings()
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("1.json", json.dumps(advisory({"introduced": "0"})))
+        made.writestr("2.json", json.dumps(broken))
+    supply_chain.audit_vulnerabilities(path, findings)
+    assert (findings.wrong, findings.status) == ([], NOT_CHECKED)
+
+
+def test_a_lock_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """The other locks are searched."""
+    (tmp_path / "bad.txt").write_text("a>=1\n")
+    (tmp_path / "good.txt").write_text(LOCK)
+    findings = Findings()
+    locks = [tmp_path / "bad.txt", tmp_path / "good.txt"]
+    supply_chain.search_saved([advisory({"introduced": "0"})], locks, NOW, findings)
+    assert len(findings.wrong) == 2
+    assert findings.unchecked == ["vulnerabilities: bad.txt: not one version with a hash: a>=1"]
+
+
+@pytest.mark.parametrize(
     ("stdout", "stderr", "status"),
     [
         ('{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}', "", 0),
@@ -158,6 +182,20 @@ def test_answers_of_pip_audit(stdout: str, stderr: str, status: int, monkeypatch
     supply_chain.ask_osv(Path("cpu.txt"), findings)
     assert findings.status == status
     assert "no such host" in "".join(findings.unchecked) or not stderr
+
+
+def test_a_tool_that_is_missing_or_slow_has_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each check is named as not made, without a traceback."""
+    monkeypatch.setattr(supply_chain, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(supply_chain, "TOOLS", tmp_path)
+    assert supply_chain.main([]) == NOT_CHECKED
+    slow = tmp_path / "pip-audit"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(supply_chain, "TOOL_LIMIT_S", 0.05)
+    findings = Findings()
+    assert not supply_chain.ask_osv(Path("cpu.txt"), findings)
+    assert findings.unchecked == ["vulnerabilities: from cpu.txt on: no answer: pip-audit took longer than 0.05 s"]
 
 
 def test_a_tool_that_fails_is_no_success(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

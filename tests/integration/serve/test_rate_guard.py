@@ -179,6 +179,33 @@ async def test_keys_have_limits_of_their_own(ingress: Ingress) -> None:
     assert await statuses(http, 3, "/healthz") == [200, 200, 429]
 
 
+async def test_many_addresses_do_not_push_out_the_count_of_a_key(
+    ingress: Ingress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and addresses are counted apart: the memory for addresses may be full."""
+    monkeypatch.setattr(rates, "MOST_CALLERS", 3)
+    client = ingress(keys=True, calls_per_second=2)
+    http = client("10.0.0.9")
+    assert await statuses(http, 2, **key("aaaaaaaa")) == [200, 200]
+    for last in range(10, 20):
+        assert await statuses(client(f"10.0.0.{last}"), 1, "/healthz") == [200]
+    assert await statuses(http, 1, **key("aaaaaaaa")) == [429]
+
+
+@pytest.mark.parametrize("keys", [True, False])
+async def test_a_caller_above_its_limit_can_keep_and_release_its_leases(ingress: Ingress, keys: bool) -> None:
+    """A wild program of a tenant does not keep the others from that; all other calls are refused."""
+    http = ingress(keys=keys, calls_per_second=1)("10.0.0.9")
+    headers = key("aaaaaaaa") if keys else {}
+    answer = await http.post(REQUEST, json=BODY, headers=headers)
+    link = f"{REQUEST}/{answer.json()['requests'][0]['requestId']}"
+    assert await statuses(http, 2, link, **headers) == [429, 429]
+    other = [("PUT", link), ("POST", f"{link}/keepalives"), ("DELETE", REQUEST), ("POST", REQUEST)]
+    assert {(await http.request(*call, headers=headers)).status_code for call in other} == {429}
+    assert [(await http.post(f"{link}/keepalive", headers=headers)).status_code for _ in range(3)] == [200] * 3
+    assert [(await http.delete(link, headers=headers)).status_code for _ in range(3)] == [204] * 3
+
+
 async def test_limits_can_be_off(ingress: Ingress) -> None:
     """Null in the settings is no limit."""
     http = ingress(keys=True, calls_per_second=None, posts_per_minute=None, wrong_keys_per_minute=None)("10.0.0.9")
@@ -249,6 +276,15 @@ async def test_guesses_are_not_looked_up_for_long(
     assert await statuses(client("10.0.0.10"), 1, **key("bbbbbbbb")) == [200]
     clock.now_s += 30
     assert await statuses(http, 1, **key("bbbbbbbb")) == [200]
+
+
+async def test_after_a_restart_no_key_is_in_use(ingress: Ingress) -> None:
+    """An ingress that has just started knows no key: a good one waits until the address may send unknown keys again."""
+    used = ingress(keys=True, wrong_keys_per_minute=1)("10.0.0.9")
+    assert await statuses(used, 1, **key("aaaaaaaa")) == [200]
+    restarted = ingress(keys=True, wrong_keys_per_minute=1)("10.0.0.9")
+    assert await statuses(restarted, 1, **key("00000000")) == [401]
+    assert await statuses(restarted, 1, **key("aaaaaaaa")) == [429]
 
 
 async def test_guesses_stay_in_the_audit(

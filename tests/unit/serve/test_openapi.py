@@ -39,6 +39,13 @@ def test_the_document_is_the_same_on_every_python(monkeypatch: pytest.MonkeyPatc
     assert "another Python's words" not in json.dumps(build_app(CONFIG, REGISTRY.call).openapi())
 
 
+def test_every_path_can_answer_429() -> None:
+    """A caller can be above a limit of rates on each of them."""
+    operations = [operation for path in APP.openapi()["paths"].values() for operation in path.values()]
+    assert len(operations) > 15
+    assert [operation["operationId"] for operation in operations if "429" not in operation["responses"]] == []
+
+
 WITH_A_BODY = [
     (method, re.sub(r"\{[^}]+\}", "1", path))
     for path, item in APP.openapi()["paths"].items()

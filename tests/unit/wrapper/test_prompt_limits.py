@@ -11,10 +11,12 @@ from deployments.wrapper.prompt_limits import (
     COUNTS,
     GRAMMARS,
     LEAST_CHARS,
+    LISTS,
     MAX_GRAMMAR_BYTES,
     MAX_GRAMMAR_DEPTH,
     MAX_REGEX,
     MOST_ANSWERS,
+    MOST_ANSWERS_OF_A_LIST,
     require_within_limits,
 )
 from registry.errors import InvalidField
@@ -106,6 +108,44 @@ def test_too_many_answers_are_refused(field: str, value: object) -> None:
     """Also numbers in forms that vLLM would read as such; the error names the field, the limit and what to do."""
     with pytest.raises(InvalidField, match=rf"^{field}: must be a whole number, at most 128; send the prompt more"):
         within_limits({"prompt": "Why?", field: value})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["Why?"] * MOST_ANSWERS_OF_A_LIST},
+        {"prompt": [[1]] * 8, "n": MOST_ANSWERS},
+        {"prompt": [1] * 5000, "n": MOST_ANSWERS},
+        {"prompt": [], "prompt_embeds": ["AAAA"] * MOST_ANSWERS_OF_A_LIST},
+        {"prompt": None, "prompt_embeds": "A" * 5000, "n": None},
+        {"input": ["Why?"] * 5000},
+    ],
+)
+def test_usual_lists_of_prompts_pass(body: Any) -> None:
+    """A list of tokens is one prompt, and texts of embeddings have no answers."""
+    within_limits(body)
+
+
+@pytest.mark.parametrize("field", LISTS)
+@pytest.mark.parametrize("prompt", ["Why?", [1], [1, 2]])
+@pytest.mark.parametrize(
+    ("count", "more", "answers"),
+    [(1000, {"n": 128}, 128_000), (1025, {}, 1025), (9, {"n": 128}, 1152), (600, {"n": 1, "best_of": 2}, 1200)],
+)
+def test_lists_of_prompts_do_not_get_round_the_limit(
+    field: str, prompt: Any, count: int, more: dict[str, int], answers: int
+) -> None:
+    """All prompts of a list are answered at once, each ``n`` times; the error names the field, limit and remedy."""
+    with pytest.raises(InvalidField, match=rf"^{field}: asks for {answers} answers; at most 1024 .* in several calls$"):
+        within_limits({field: [prompt] * count, **more})
+
+
+def test_the_prompts_of_both_lists_are_counted() -> None:
+    """VLLM answers them all; tokens that are no integers make no single prompt."""
+    with pytest.raises(InvalidField, match=r"^prompt: asks for 1100 answers"):
+        within_limits({"prompt": ["Why?"] * 600, "prompt_embeds": ["AAAA"] * 500})
+    with pytest.raises(InvalidField, match=r"^prompt: asks for 2000 answers"):
+        within_limits({"prompt": [1, "Why?"] * 1000})
 
 
 # --- texts ---

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
 import pytest
+import stamina
 
 from greenprompt_client import client as client_module
 from greenprompt_client.answers import AnswerError, RequestEnded
@@ -117,6 +119,48 @@ def test_wait_has_an_end(registry: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(TimeoutError, match=r"still queued after 5\.0 s"):
         client.wait_until_deployed("r1", timeout_s=5.0, poll_s=2.0, on_change=move_clock)
     assert [request.url.params.get("wait") for request in script.requests] == [None, "2.0", "0.5"]
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        httpx.Response(429, json={**BUSY, "code": "too_many_calls"}, headers={"retry-after": "60"}),
+        httpx.Response(503, json=BUSY),
+        httpx.ConnectError("refused"),
+    ],
+    ids=["429", "503", "refused"],
+)
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda client: client.wait_until_deployed("r1", timeout_s=1.0),
+        lambda client: client.wait_until_drained("gpu 1", timeout_s=1.0),
+    ],
+    ids=["deployed", "drained"],
+)
+def test_pauses_end_with_the_wait(
+    registry: Make, monkeypatch: pytest.MonkeyPatch, trouble: Reply, wait: Callable[[RegistryClient], object]
+) -> None:
+    """Before the deadline there is a last try; then it is a TimeoutError that names the last error."""
+    clock = ManualClock(0.0)
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=clock, sleep=None))
+
+    def sleep(pause_s: float) -> None:
+        clock.now_s += pause_s
+
+    monkeypatch.setattr("tenacity.nap.time.sleep", sleep)
+    client, script = registry(trouble, trouble)
+    with stamina.set_testing(False), pytest.raises(TimeoutError, match=r"no answer in time; the last error: .+"):
+        wait(client)
+    assert clock.now_s == pytest.approx(1.0)
+    assert len(script.requests) == 2
+
+
+def test_an_error_that_stays_is_no_timeout(registry: Make) -> None:
+    """Even after the deadline."""
+    client, _ = registry(httpx.Response(404, json={**BUSY, "code": "unknown_request", "retryable": False}))
+    with pytest.raises(AnswerError):
+        client.wait_until_deployed("r1", timeout_s=0)
 
 
 # --- leases ------------------------------------------------------------------------------------------------

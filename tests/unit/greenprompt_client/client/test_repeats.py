@@ -175,23 +175,34 @@ def test_other_errors_are_not_asked_again(registry: Make, status: int) -> None:
     assert len(script.requests) == 1
 
 
-def limited(wait: str | None, *, retryable: bool = True) -> AnswerError:
+def limited(wait: str | None, code: str = "too_many_calls", *, retryable: bool = True) -> AnswerError:
     """The error of a 429 with this ``Retry-After``."""
     headers = {} if wait is None else {"retry-after": wait}
-    body = {"code": "too_many_calls", "message": "call less often", "retryable": retryable}
+    body = {"code": code, "message": "call less often", "retryable": retryable}
     with pytest.raises(AnswerError) as caught:
         checked(httpx.Response(429, json=body, headers=headers))
     return caught.value
 
 
-@pytest.mark.parametrize(
-    ("wait", "pause"),
-    [("1", 1.0), ("60", 60.0), ("61", True), (None, True), ("Wed, 21 Oct 2026 07:28:00 GMT", True), ("-1", True)],
-)
-def test_the_registry_says_how_long_to_pause(wait: str | None, pause: float) -> None:
-    """A pause of up to a minute is kept; a longer one is an estimate, and other texts say nothing."""
-    found = when_to_call_again(limited(wait))
-    assert (found, type(found)) == (pause, type(pause))
+@pytest.mark.parametrize("code", ["too_many_calls", "too_many_wrong_keys"])
+@pytest.mark.parametrize(("wait", "pause_s"), [("0", 1.0), ("1", 1.0), ("60", 60.0)])
+def test_the_registry_says_how_long_to_pause(code: str, wait: str, pause_s: float) -> None:
+    """A pause of up to a minute is kept, but never none; callers that were refused at once come back one by one."""
+    found = {when_to_call_again(limited(wait, code)) for _ in range(50)}
+    assert len(found) > 10
+    assert all(pause_s <= pause < pause_s + 1.01 for pause in found)
+
+
+@pytest.mark.parametrize("wait", ["61", None, "Wed, 21 Oct 2026 07:28:00 GMT", "-1"])
+def test_other_texts_say_nothing(wait: str | None) -> None:
+    """Neither does a time that no limit of rates has."""
+    assert when_to_call_again(limited(wait)) is True
+
+
+def test_other_limits_only_estimate_the_time() -> None:
+    """A full queue, or too many polls, are tried again as after any other passing error."""
+    assert when_to_call_again(limited("5", "too_many_polls")) is True
+    assert when_to_call_again(limited("0", "queue_full")) is True
 
 
 def test_a_limit_that_time_does_not_help_is_no_pause() -> None:
@@ -205,9 +216,10 @@ def test_a_call_above_the_limit_is_repeated_later(registry: Make, monkeypatch: p
     """Between the two, the client pauses as long as the registry says, though that is longer than its patience."""
     paused: list[float] = []
     monkeypatch.setattr("tenacity.nap.time.sleep", paused.append)
+    monkeypatch.setattr("greenprompt_client.answers.random.uniform", lambda _, most: most)
     busy = httpx.Response(429, json={**BUSY, "code": "too_many_calls"}, headers={"retry-after": "60"})
     client, script = registry(busy, STATE)
     with stamina.set_testing(False):
         assert client.status("r1").requestId == "r1"
-    assert paused == [60.0]
+    assert paused == [61.0]
     assert len(script.requests) == 2
