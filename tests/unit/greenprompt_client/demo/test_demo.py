@@ -341,7 +341,9 @@ def test_a_signal_ends_what_the_demo_started(tmp_path: Path, number: signal.Sign
     ended = tmp_path / "ended"
     command = [sys.executable, "-c", DEMO, str(Path("configs/local.yaml").absolute()), UP]
     environment = os.environ | {"ENDED": str(ended)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         try:
             while process.stdout.readline().strip() != "ready":
@@ -359,11 +361,10 @@ def test_a_signal_ends_what_the_demo_started(tmp_path: Path, number: signal.Sign
 def test_signals_are_as_before_after_the_demo() -> None:
     """The first signal is an interrupt, the second nothing; afterwards the handlers are those of before."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), demo._one_signal():
-        try:
+    with demo._one_signal():
+        with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
-        finally:
-            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
