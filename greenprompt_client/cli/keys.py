@@ -80,11 +80,15 @@ def revoke(
     ca_file: CAFileOption = None,
 ) -> None:
     """Revoke an API key. It is refused after at most 5 seconds. Leases of its tenant continue; 'release' ends one."""
-    if key_id.startswith(PREFIX):  # a whole key: its secret must get neither into the URL nor into an error
-        key_id = key_id.removeprefix(PREFIX).partition("_")[0]
+    key_id = id_of(key_id)
     with interactive_client(url, ca_file, key=operator_key(key_file, url)) as registry:
         registry.revoke_key(key_id)
     say(f"{key_id} is refused from now on")
+
+
+def id_of(text: str) -> str:
+    """Return the id of a key from an id or a whole key, whose secret must get neither into a URL nor into an error."""
+    return text.removeprefix(PREFIX).partition("_")[0] if text.startswith(PREFIX) else text
 
 
 def operator_key(file: Path | None, url: str) -> str:
