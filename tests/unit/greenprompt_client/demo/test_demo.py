@@ -326,10 +326,10 @@ import subprocess, sys, time
 from pathlib import Path
 from rich.console import Console
 from greenprompt_client.client import RegistryClient
-from greenprompt_client.demo import demo
+from greenprompt_client.demo.demo import _one_signal, _registry
 started = subprocess.Popen
 subprocess.Popen = lambda command, **how: started([sys.executable, "-S", "-c", sys.argv[2]], **how)
-with demo._one_signal(), demo._registry(Path(sys.argv[1]), Console()):
+with _one_signal(), _registry(Path(sys.argv[1]), Console()):
     print("ready", flush=True)
     time.sleep(60)
 """
