@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 extra=$1 venv=$2 stamp=$2/.installed
 torch=$(sed -n 's/^torch==\([0-9.]*\)+cpu .*/\1/p' locks/torch-cpu.txt)
 case $extra in
-    cpu) need_gib=6 ;;
-    gpu) need_gib=20 ;;
+    cpu) need_gib=6 size="about 4 GB" ;;
+    gpu) need_gib=20 size="up to 20 GB" ;;
     *) echo "usage: $0 cpu|gpu DIRECTORY" >&2; exit 2 ;;
 esac
 fail() { echo "cannot make $venv: $*" >&2; exit 1; }
@@ -57,7 +57,7 @@ done
 free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
 [ "$free_kib" -ge $((need_gib << 20)) ] || fail "it needs about $need_gib GiB of disk, $((free_kib >> 20)) GiB are free"
 
-echo "making $venv with $("$python" -V)"
+echo "making $venv with $("$python" -V): $size of packages, which takes some minutes"
 rm -rf "$venv"
 "$python" -m venv "$venv"
 # pip's and uv's temporary files, the locks that uv leaves among them, go with this.

@@ -11,7 +11,11 @@ class KeyNeeded(RegistryError):
     code = "key_needed"
     http_status = 401
 
+    given: bool = False
+
     def __str__(self) -> str:
+        if self.given:
+            return "what was sent in the header Authorization is no API key (Bearer gp_…, once); an operator makes one"
         return "an API key is needed, as in the header Authorization: Bearer gp_…; an operator makes one"
 
 
@@ -62,7 +66,7 @@ class UnknownKey(RegistryError):
     key_id: str
 
     def __str__(self) -> str:
-        return f"no API key has the id {self.key_id!r}; GET /keys lists them"
+        return f"no API key has the id {self.key_id!r}; GET /keys and 'greenprompt keys list' show all ids"
 
 
 class KeysNotUsed(RegistryError):

@@ -39,6 +39,12 @@ from registry.wire.schemas import LLMConfig, TenantName
 
 __all__ = ["EnergySettings", "ModelSettings", "Settings", "differing", "load_settings", "url_host"]
 
+LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Loopback addresses for hosts that mean "all interfaces" and that clients can't connect to."""
+
+OPERATOR_KEY = "operator.key"
+"""Name of the file in ``state_dir`` with the API key of the machine's operator."""
+
 LONGEST_MONTH_DAYS = 31
 
 MOST_PROBLEMS = 8

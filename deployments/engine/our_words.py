@@ -9,6 +9,7 @@ from starlette.types import Message, Send
 
 from deployments.models.args.rules import Mapped
 from deployments.models.args.table import DEPLOYMENT
+from registry.errors import RegistryError
 
 _OPTION = re.compile(r"`?(?<![\w-])--([a-z][a-z0-9]*(?:[-_][a-z0-9]+)*)`?")
 _SAME_AS = {"enable_auto_tool_choice": "tool_call_parser"}
@@ -40,16 +41,24 @@ def _word(option: re.Match[str]) -> str:
     return option[0]
 
 
-class ErrorsInOurWords:
-    """Forwards an answer of vLLM's app; an error answer is buffered, and then sent with ``in_our_words``."""
+_NO_SUCH_PATH = b'{"detail":"Not Found"}'
+"""FastAPI's 404 for a path that vLLM's app does not have, as for embeddings if the LLM writes text."""
 
-    def __init__(self, send: Send) -> None:
+
+class ErrorsInOurWords:
+    """Forwards an answer of vLLM's app; an error answer is buffered, and then sent with ``in_our_words``.
+
+    ``no_such_path`` is raised in place of an answer that says that the app does not have the path.
+    """
+
+    def __init__(self, send: Send, no_such_path: RegistryError) -> None:
         self._send = send
+        self._no_such_path = no_such_path
         self._held: Message | None = None
         self._body = bytearray()
 
     async def send(self, message: Message) -> None:
-        """Forward one part of the answer."""
+        """Forward one part of the answer. Raises ``no_such_path``."""
         if message["type"] == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
             self._held = message
         elif self._held is None:
@@ -57,6 +66,8 @@ class ErrorsInOurWords:
         else:
             self._body += message.get("body", b"")
             if not message.get("more_body", False):
+                if self._held["status"] == HTTPStatus.NOT_FOUND and self._body == _NO_SUCH_PATH:
+                    raise self._no_such_path
                 await self._send_error(self._held)
 
     async def _send_error(self, start: Message) -> None:

@@ -35,7 +35,7 @@ from deployments.machine import process_tree
 from deployments.machine.disk import disk_problem
 from deployments.machine.private_files import open_private, require_unchanged_by_others, write_private
 from registry.errors import BadSettings, StartFailed
-from registry.settings import Settings
+from registry.settings import OPERATOR_KEY, Settings
 
 Say = Callable[[str], Any]
 
@@ -140,6 +140,8 @@ def ready_lines(settings: Settings, ready: dict[str, Any]) -> list[str]:
     ]
     if settings.ray.address is None:
         lines.append(f"                 it asks for the token in {settings.state_dir / ACCESS_FILE}")
+    if settings.access.keys:
+        lines.append(f"Calls need keys: the operator's key is in {settings.state_dir / OPERATOR_KEY}")
     return lines
 
 

@@ -41,19 +41,13 @@ from registry.service.audit import at_start
 from registry.service.keys import Keys, parse_key
 from registry.service.lease_tokens import LeaseTokens
 from registry.service.service import Service
-from registry.settings import Settings, differing, url_host
+from registry.settings import LOOPBACK_OF, OPERATOR_KEY, Settings, differing, url_host
 from registry.store.database import parse_url
 from registry.store.store import Store
 from registry.wire.words import Role
 
 INGRESS_APP = "registry"
 """Name of the ingress among Serve's applications."""
-
-LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Loopback addresses for hosts that mean "all interfaces" and that clients can't connect to."""
-
-OPERATOR_KEY = "operator.key"
-"""Name of the file in ``state_dir`` with the API key of the machine's operator."""
 
 KEY_BYTES = 32
 """Length of the key from which a registry makes the tokens of its leases."""

@@ -138,7 +138,7 @@ class KeyGuard:
         if found is not None:
             key = await self._identified(found, scope)
         elif given or (trusted := self._trusted.key_for(scope)) is None:
-            raise KeyNeeded
+            raise KeyNeeded(given=bool(given))
         else:
             key = trusted
         scope[_STATE] = key

@@ -18,7 +18,7 @@ class PromptTooLong(RegistryError):
 
 
 class NoSuchPath(RegistryError):
-    """A path below a lease's URL that is not served, or not with this method."""
+    """A path below a lease's URL that is not served, not with this method, or not for the task of the LLM."""
 
     code = "no_such_path"
     http_status = 404
@@ -27,7 +27,7 @@ class NoSuchPath(RegistryError):
     path: str
 
     def __str__(self) -> str:
-        known = "GET get_status, POST process_prompt and vLLM's /v1/… are served here"
+        known = "GET get_status, POST process_prompt and vLLM's /v1/… for the task of this LLM are served here"
         return f"{self.method} {self.path}: {known}"
 
 

@@ -265,8 +265,9 @@ class PromptGate:
             receive = with_body(body, receive)
         running = self._running()
         inner = dict(scope, path=path, raw_path=path.encode(), root_path="", headers=headers)
+        errors = ErrorsInOurWords(exchange.send, NoSuchPath(scope["method"], path))
         if scope["method"] == "GET" or path in WITHOUT_THE_LLM:
-            await running.asgi(inner, receive, ErrorsInOurWords(exchange.send).send)
+            await running.asgi(inner, receive, errors.send)
             return
 
         async def send(message: Message) -> None:
@@ -274,7 +275,6 @@ class PromptGate:
                 await self._unless_dead(running, message["status"])
             await answer.send(message)
 
-        errors = ErrorsInOurWords(exchange.send)
         with self._meter.prompt(path, **_marks(scope)) as prompt, counting_tokens() as count:
             answer = AccountedAnswer(
                 prompt, errors.send, counts_words=self._meter.counts_words, given_up=lambda: exchange.given_up

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from greenprompt_client.cli.app import DEFAULT_URL, CAFileOption, URLOption, app, console, interactive_client, say
-from greenprompt_client.cli.keys import KeyFile, operator_key
+from greenprompt_client.cli.keys import KeyFile, id_of, operator_key
 from registry.wire.schemas import AuditEntry
 
 FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"]
@@ -39,7 +39,7 @@ def show(
     # A registry without keys needs none; one with keys says so.
     chosen = None if key_file is None else operator_key(key_file, url)
     with interactive_client(url, ca_file, key=chosen) as registry:
-        for entry in registry.audit(since=begin, before=end, tenant=tenant, key_id=key):
+        for entry in registry.audit(since=begin, before=end, tenant=tenant, key_id=key and id_of(key)):
             if json:
                 say(entry.model_dump_json())
             else:

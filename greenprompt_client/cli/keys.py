@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from greenprompt_client.cli.app import (
+    API_KEY_VARIABLE,
     DEFAULT_URL,
     CAFileOption,
     URLOption,
@@ -27,6 +28,9 @@ from registry.wire.words import Role
 
 keys = typer.Typer(help="Make, list and revoke API keys. Needs an operator's key.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+
+PREFIX = "gp_"
+"""Beginning of every key."""
 
 KeyFile = Annotated[
     Path | None,
@@ -48,7 +52,10 @@ def create(
     url: URLOption = DEFAULT_URL,
     ca_file: CAFileOption = None,
 ) -> None:
-    """Make an API key and print it. It can't be shown again, because only its hash is stored."""
+    """Make an API key and print it: gp_ID_SECRET. It can't be shown again, because only its hash is stored.
+
+    'keys revoke' and 'audit --key' take the ID, which is not secret.
+    """
     with interactive_client(url, ca_file, key=operator_key(key_file, url)) as registry:
         say(registry.create_key(role, tenant=tenant, name=name, days=days).key)
 
@@ -67,15 +74,21 @@ def show(key_file: KeyFile = None, url: URLOption = DEFAULT_URL, ca_file: CAFile
 
 @keys.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(help="Id of the key, as 'keys list' shows it.")],
+    key_id: Annotated[str, typer.Argument(help="Id of the key, as 'keys list' shows it: of gp_ID_… the ID.")],
     key_file: KeyFile = None,
     url: URLOption = DEFAULT_URL,
     ca_file: CAFileOption = None,
 ) -> None:
     """Revoke an API key. It is refused after at most 5 seconds. Leases of its tenant continue; 'release' ends one."""
+    key_id = id_of(key_id)
     with interactive_client(url, ca_file, key=operator_key(key_file, url)) as registry:
         registry.revoke_key(key_id)
     say(f"{key_id} is refused from now on")
+
+
+def id_of(text: str) -> str:
+    """Return the id of a key from an id or a whole key, whose secret must get neither into a URL nor into an error."""
+    return text.removeprefix(PREFIX).partition("_")[0] if text.startswith(PREFIX) else text
 
 
 def operator_key(file: Path | None, url: str) -> str:
@@ -83,7 +96,10 @@ def operator_key(file: Path | None, url: str) -> str:
     if file is None:
         key = default_key(url)
         if key is None:
-            problem = "is needed: a file with an operator's key, such as operator.key in the registry's state_dir"
+            problem = (
+                f"is needed, or {API_KEY_VARIABLE}: a file with an operator's key, such as operator.key in the "
+                "registry's state_dir"
+            )
             raise BadSettings("--key-file", problem)
         return key
     try:

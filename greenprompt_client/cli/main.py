@@ -19,6 +19,7 @@ import typer
 from greenprompt_client.answers import UNEXPECTED, AnswerError
 from greenprompt_client.cli import audit, keys, server
 from greenprompt_client.cli.app import (
+    API_KEY_VARIABLE,
     DEFAULT_URL,
     EXIT_INTERRUPTED,
     EXIT_NOT_FOUND,
@@ -248,6 +249,21 @@ def exit_status(error: RegistryError | httpx.TransportError) -> int:
     return EXIT_UNREACHABLE if unavailable else EXIT_REFUSED
 
 
+_KEY_FROM = f"this command takes the key from {API_KEY_VARIABLE}"
+_REMEDIES = {
+    "key_needed": _KEY_FROM,
+    "key_refused": _KEY_FROM,
+    "unknown_measurement": "the measurement of a tenant other than 'default' needs --tenant, except with its own key",
+}
+"""What to do on the command line, by the code of the registry's error, which names only HTTP."""
+
+
+def told(error: RegistryError) -> str:
+    """Return the text of an error, with a remedy for the command line if there is one."""
+    remedy = _REMEDIES.get(error.answer_code) if isinstance(error, AnswerError) else None
+    return str(error) if remedy is None else f"{error}; {remedy}"
+
+
 def main() -> None:
     """Run the command line: every expected error is one line on standard error, with an exit status for its kind."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
@@ -258,7 +274,7 @@ def main() -> None:
     try:
         app()
     except RegistryError as error:
-        complain(str(error))
+        complain(told(error))
         sys.exit(exit_status(error))
     except httpx.TransportError as error:
         complain(f"no registry answers at this URL ({error})")

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 from rich import box
@@ -29,6 +30,7 @@ from rich.text import Text
 
 from deployments.launch.local_ray import free_ports
 from greenprompt_client.answers import RequestEnded
+from greenprompt_client.cli.status import wrapper_notes
 from greenprompt_client.client import RegistryClient
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from greenprompt_client.figures_table import label_words
@@ -36,8 +38,8 @@ from greenprompt_client.held_lease import HeldLease
 from greenprompt_client.notation import LEGEND, bounded_text, estimate_text, phase_words
 from registry.accounting.figures import MachineFigures, figures_of, of_kind
 from registry.accounting.window_report import WindowReport
-from registry.errors import BadSettings, StartFailed
-from registry.settings import load_settings
+from registry.errors import BadSettings, RegistryError, StartFailed
+from registry.settings import LOOPBACK_OF, load_settings, url_host
 from registry.wire.lease_token import lease_headers
 from registry.wire.schemas import RequestState
 from registry.wire.words import WindowKind
@@ -54,6 +56,12 @@ QUESTIONS = (
 TINY_LLMS = Path("build/llms")
 END_LIMIT_S = 150.0
 POLL_S = 0.25
+
+TELL_EVERY_S = 30.0
+"""A start that takes longer says every so many seconds what it waits for."""
+
+LOOK_LIMIT_S = 5.0
+"""Longest wait for an answer of a registry that is not ready, seconds."""
 
 
 @dataclass
@@ -91,6 +99,7 @@ def run_demo(config: Path, models: list[str], console: Console) -> None:
     rows = [Row(model) for model in models]
     failed: list[str] = []
     with (
+        _one_signal(),
         _registry(config, console) as url,
         RegistryClient(url) as registry,
         httpx.Client(timeout=600, trust_env=False) as http,
@@ -109,9 +118,9 @@ def run_demo(config: Path, models: list[str], console: Console) -> None:
                     failed.append(str(error))
         with console.status("Waiting for the final energy windows …"):
             _await_windows(registry, rows)
-    console.print()
-    console.print(_results(rows))
-    console.print(_legend(rows), style="dim")
+        console.print()  # ends the table's last line where the output is no terminal
+        console.print(_results(rows))
+        console.print(_legend(rows), style="dim")
     if failed:
         raise StartFailed("; ".join(failed))
 
@@ -203,6 +212,7 @@ def _registry(config: Path, console: Console) -> Iterator[str]:
             "GREENPROMPT_RAY__DASHBOARD_PORT": str(dashboard_port),
         }
         command = [sys.executable, "-m", "greenprompt_client.cli.main", "up", "--config", str(config.absolute())]
+        host = LOOPBACK_OF.get(settings.http.host, settings.http.host)
         log = Path(folder) / "up.log"
         console.print("$ greenprompt up", style="bold")
         with log.open("w", encoding="utf-8") as output:
@@ -216,15 +226,49 @@ def _registry(config: Path, console: Console) -> Iterator[str]:
             )
         try:
             limit_s = settings.wrappers.start_timeout_s + 120
-            yield _wait_ready(process, log, Path(folder) / "up.json", limit_s, console)
+            lacks = partial(_lacks, f"http://{url_host(host)}:{port}", log)
+            yield _wait_ready(process, log, Path(folder) / "up.json", limit_s, console, lacks=lacks)
         finally:
+            _ignore_signals()  # the end has a time limit
             with console.status("Shutting everything down …"):
                 _end(process)
             console.print("Everything that was started has ended.")
 
 
-def _wait_ready(process: subprocess.Popen[bytes], log: Path, record: Path, limit_s: float, console: Console) -> str:
-    begun_s = time.monotonic()
+@contextmanager
+def _one_signal() -> Iterator[None]:
+    """Make the first SIGINT or SIGTERM raise KeyboardInterrupt; later ones don't interrupt the end of the demo."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(*_: object) -> NoReturn:
+        _ignore_signals()
+        raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _wait_ready(
+    process: subprocess.Popen[bytes],
+    log: Path,
+    record: Path,
+    limit_s: float,
+    console: Console,
+    *,
+    lacks: Callable[[], str],
+) -> str:
+    """Return the registry's URL once it is ready; until then, print every TELL_EVERY_S what it ``lacks``."""
+    begun_s = told_s = time.monotonic()
     with console.status("Starting Ray, Serve and a wrapper …") as status:
         while time.monotonic() - begun_s < limit_s:
             if process.poll() is not None:
@@ -237,8 +281,23 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Path, record: Path, limit
                 )
                 return str(state["url"])
             status.update(f"Starting Ray, Serve and a wrapper … {time.monotonic() - begun_s:.0f} s")
+            if time.monotonic() - told_s >= TELL_EVERY_S:
+                told_s = time.monotonic()
+                line = f"Waiting for the registry, {told_s - begun_s:.0f} of at most {limit_s:g} s: {lacks()}"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             time.sleep(POLL_S)
     raise StartFailed(f"it was not ready within {limit_s:g} s")
+
+
+def _lacks(url: str, log: Path) -> str:
+    """Return why a registry is not ready: its wrappers' states and reasons; before it answers, its last output."""
+    try:
+        with RegistryClient(url, timeout_s=LOOK_LIMIT_S, connect_for_s=LOOK_LIMIT_S) as registry:
+            wrappers = [(machine.machine, each) for machine in registry.machines() for each in machine.wrappers]
+    except (RegistryError, httpx.TransportError):
+        return (log.read_text(encoding="utf-8").strip().splitlines() or ["it says nothing yet"])[-1]
+    states = [f"{name}: {'; '.join([each.status, *wrapper_notes(each)])}" for name, each in wrappers]
+    return ", ".join(states) or "no wrapper answers yet"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

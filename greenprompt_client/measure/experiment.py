@@ -44,6 +44,9 @@ from registry.wire.words import POOLING_TYPES, Grade, Priority, canonical_json
 MAX_CONCURRENCY = 1024
 """Most concurrent prompts: each needs a thread."""
 
+_OPTIONS = {"llms": "--llm MODEL", "prompts": "--prompts FILE", "output": "--output FOLDER"}
+"""Options of ``greenprompt measure`` for the fields that every experiment needs."""
+
 MAX_REPETITIONS = 10_000
 MAX_WARMUP = 10_000
 MAX_PROMPT_TIMEOUT_S = 7 * 86_400.0
@@ -327,8 +330,13 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _first(error: ValidationError) -> str:
-    """Return the first problem, with its field."""
-    first = error.errors()[0]
+    """Return the first problem, with its field; if fields of the experiment are missing, all of them."""
+    found = error.errors()
+    if absent := [str(each["loc"][0]) for each in found if each["type"] == "missing" and len(each["loc"]) == 1]:
+        options = " ".join(_OPTIONS[name] for name in absent)
+        are = "is missing" if len(absent) == 1 else "are missing"
+        return f"{', '.join(absent)} {are}: add to the command {options}, or name an experiment file that has them"
+    first = found[0]
     field = ".".join(map(str, first["loc"]))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{field}: {first['msg']}{more}" if field else f"{first['msg']}{more}"

@@ -85,12 +85,17 @@ def run_measure(plan: Plan, console: Console, api_key: str | None = None, ca_fil
     ):
         plan = results.plan
         run = _Run(plan, results, registry, console)
+        advice = ": repeat the command to continue."
         try:
             run.all()
+        except AnswerError as error:
+            if not error.passing and error.status < HTTPStatus.INTERNAL_SERVER_ERROR:
+                advice = "."  # a repetition would be refused, too
+            raise
         finally:
             found = run.summarize()
             if missing := sum(each.missing for each in found):
-                console.print(f"\n{missing} of {plan.answers} answers are missing: repeat the command to continue.")
+                console.print(f"\n{missing} of {plan.answers} answers are missing{advice}")
             if provisional := sum(each.provisional for each in found):
                 console.print(f"\n{provisional} answers have no final window yet: repeat the command to fetch it.")
         console.print()

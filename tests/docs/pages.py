@@ -77,8 +77,9 @@ meaning; `message` is for people. A 422 also has a list of all invalid fields: `
 Where "try again" is yes, the same call can succeed later without any change. `Retry-After` says after how many
 seconds. Other errors need a change first. So do `budget_used` and `tenant_budget_used`, though they are 429.
 
-Below `/v1` of a lease's `url`, errors have OpenAI's format, `{{"error": {{"message", "type", "param", "code"}}}}`, with
-the same codes.
+Below `/v1` of a lease's `url`, errors have OpenAI's format, `{{"error": {{"message", "type", "param", "code"}}}}`. The
+registry's and the wrapper's have the codes of this page. vLLM's own have the HTTP status as `code`, a number, and its
+word for the kind of error in `type`: [OpenAI API](../how-to/openai-api.md#errors).
 
 ## Of the registry and the wrappers
 

@@ -150,14 +150,16 @@ async def test_tokens(llm: RunningLLM) -> None:
 
 
 async def test_errors_are_vllm_s(llm: RunningLLM) -> None:
-    """What can't be done is refused as vLLM refuses it: another model 404, nonsense 400."""
+    """What can't be done is refused as vLLM refuses it: another model 404, nonsense 400; an unknown path by us."""
     async with api(llm) as ai:
         with pytest.raises(openai.NotFoundError):
             await ai.chat.completions.create(model="other", messages=ASK)
         with pytest.raises(openai.BadRequestError):
             await ai.completions.create(model="tiny", prompt="x", max_tokens=10_000)
-        with pytest.raises(openai.NotFoundError):  # this LLM generates
+    async with holder(llm) as ai:
+        with pytest.raises(openai.NotFoundError) as refused:  # this LLM generates
             await ai.embeddings.create(model="tiny", input="x")
+        assert refused.value.code == "no_such_path"
 
 
 async def test_arguments_of_processors_are_refused(llm: RunningLLM) -> None:

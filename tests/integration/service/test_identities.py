@@ -266,6 +266,8 @@ async def test_what_is_no_key_is_refused(scene: Scene, value: str) -> None:
     trusted = (SOURCE_HEADER, OLD_CLIENT.encode())
     answer = await scene.http.get("/machines", headers=[(b"authorization", value.encode()), trusted])
     assert (answer.status_code, answer.json()["code"]) == (401, "key_needed")
+    assert "is no API key" in answer.json()["message"]
+    assert "is needed" in (await scene.http.get("/machines")).json()["message"]
     assert len(value) < 10 or value not in answer.text
     twice = [("Authorization", f"Bearer {scene.keys['viewer']}")] * 2
     assert (await scene.http.get("/machines", headers=twice)).status_code == 401

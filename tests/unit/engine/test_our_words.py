@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
 from deployments.engine.our_words import ErrorsInOurWords, in_our_words
+from registry.errors import RegistryError
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ async def test_errors_alone_are_changed(status: int, told: str) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    errors = ErrorsInOurWords(send)
+    errors = ErrorsInOurWords(send, RegistryError())
     parts = [b'{"error": {"message": "use --max-', b'model-len"}}']
     headers = [(b"content-type", b"application/json"), (b"Content-Length", b"%d" % sum(map(len, parts)))]
     await errors.send({"type": "http.response.start", "status": status, "headers": headers})
@@ -56,3 +58,25 @@ async def test_errors_alone_are_changed(status: int, told: str) -> None:
     assert json.loads(body) == {"error": {"message": told}}
     assert {name.lower(): value for name, value in start["headers"]}[b"content-length"] == b"%d" % len(body)
     assert len(rest) == (1 if status == 400 else 2)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "is_ours"),
+    [
+        (404, b'{"detail":"Not Found"}', True),
+        (404, b'{"error":{"message":"The model `x` does not exist."}}', False),
+        (400, b'{"detail":"Not Found"}', False),
+    ],
+)
+async def test_a_path_that_vllm_does_not_have_is_our_error(status: int, body: bytes, is_ours: bool) -> None:
+    """Only FastAPI's own 404 is; nothing of it is sent."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    errors = ErrorsInOurWords(send, RegistryError())
+    await errors.send({"type": "http.response.start", "status": status, "headers": []})
+    with pytest.raises(RegistryError) if is_ours else nullcontext():
+        await errors.send({"type": "http.response.body", "body": body})
+    assert bool(sent) is not is_ours

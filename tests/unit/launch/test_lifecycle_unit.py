@@ -408,6 +408,14 @@ def test_people_are_told_where_it_is(settings: Settings) -> None:
     assert str(settings.state_dir / "ray-token") in text
     joined = settings.model_copy(update={"ray": settings.ray.model_copy(update={"address": "auto"})})
     assert "ray-token" not in "\n".join(ready_lines(joined, ready))
+    assert "operator.key" not in text
+
+
+def test_people_are_told_where_the_operators_key_is(settings: Settings) -> None:
+    """With keys, the last line names the file of the operator's key."""
+    keyed = settings.model_copy(update={"access": settings.access.model_copy(update={"keys": True})})
+    line = ready_lines(keyed, {"url": "http://x", "dashboard": "http://d"})[-1]
+    assert line.endswith(f" {settings.state_dir / 'operator.key'}")
 
 
 # --- detached ----------------------------------------------------------------------------------------------

@@ -81,6 +81,12 @@ def test_times_are_utc(run: Any) -> None:
     ]
 
 
+def test_a_whole_key_is_looked_for_by_its_id(run: Any) -> None:
+    """Its secret stays out of the URL."""
+    run("--key", "gp_0a1b2c3d_s_e-cret")
+    assert FakeClient.asked[0]["key_id"] == "0a1b2c3d"
+
+
 def test_json_is_one_object_per_line(run: Any) -> None:
     """Programs get the entries as the registry has them."""
     lines = run("--json").output.splitlines()

@@ -90,6 +90,22 @@ def test_statuses_tell_kinds_of_errors_apart(run: Run, answer: httpx.Response, s
     assert (ended, len(lines)) == (status, 1)
 
 
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [
+        (error(401, "key_needed"), "GREENPROMPT_API_KEY"),
+        (error(401, "key_refused"), "GREENPROMPT_API_KEY"),
+        (error(404, "unknown_measurement"), "--tenant"),
+    ],
+)
+def test_errors_say_what_to_do_on_the_command_line(run: Run, answer: httpx.Response, word: str) -> None:
+    """The registry's text names headers; the command adds the variable or the option."""
+    _, lines = run("report 7", answer)
+    assert len(lines) == 1
+    assert lines[0].startswith("greenprompt: it says ")
+    assert word in lines[0]
+
+
 @pytest.mark.parametrize("command", ["status", "report 7", "drain a"])
 @pytest.mark.parametrize("body", ["<html>welcome</html>", '"text"', '{"status": []}'])
 def test_what_is_no_registry_is_one_line(run: Run, command: str, body: str) -> None:

@@ -85,6 +85,12 @@ def test_a_key_is_revoked(run: Any) -> None:
     assert run("revoke", KEY.id).output == "0a1b2c3d is refused from now on\n"
 
 
+def test_a_whole_key_is_revoked_by_its_id(run: Any) -> None:
+    """The registry gets the id, and the secret is not repeated."""
+    own_key()
+    assert run("revoke", f"gp_{KEY.id}_s_e-cret").output == "0a1b2c3d is refused from now on\n"
+
+
 def test_the_file_that_is_named_is_used(run: Any, tmp_path: Path) -> None:
     """It is used even if the environment has a key; a missing file is named."""
     file = tmp_path / "other.key"
@@ -106,7 +112,7 @@ def test_the_environment_goes_before_this_machines_key(run: Any, monkeypatch: py
 def test_this_machines_key_stays_on_this_machine(run: Any) -> None:
     """The key of the registry in this folder is not sent to another machine; without a key the error says which."""
     own_key()
-    with pytest.raises(BadSettings, match=r"--key-file: is needed: a file with an operator's key, such as op"):
+    with pytest.raises(BadSettings, match=r"--key-file: is needed, or GREENPROMPT_API_KEY: a file with an operator's"):
         run("list", "--url", "http://elsewhere:8000")
     assert FakeClient.used == []
 

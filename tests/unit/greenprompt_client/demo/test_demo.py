@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from deployments.models.args.mapping import map_llmconfig
+from greenprompt_client.client import RegistryClient
 from greenprompt_client.demo import demo
 from greenprompt_client.demo.demo import Row
 from greenprompt_client.held_lease import HeldLease
@@ -235,7 +239,7 @@ def test_ready_registry_is_found(started: list[subprocess.Popen[bytes]], tmp_pat
     process = start(started, "import signal; signal.pause()")
     record = tmp_path / "up.json"
     record.write_text(json.dumps({"pid": 1, "url": "http://x:1", "dashboard": "http://d"}))
-    assert demo._wait_ready(process, tmp_path / "up.log", record, 60, console()) == "http://x:1"
+    assert demo._wait_ready(process, tmp_path / "up.log", record, 60, console(), lacks=str) == "http://x:1"
 
 
 def test_registry_that_ends_tells_its_last_words(started: list[subprocess.Popen[bytes]], tmp_path: Path) -> None:
@@ -244,17 +248,124 @@ def test_registry_that_ends_tells_its_last_words(started: list[subprocess.Popen[
     process.wait()
     (tmp_path / "up.log").write_text("first\ngreenprompt: port 1 is taken\n")
     with pytest.raises(StartFailed, match=r"^port 1 is taken$"):
-        demo._wait_ready(process, tmp_path / "up.log", tmp_path / "up.json", 60, console())
+        demo._wait_ready(process, tmp_path / "up.log", tmp_path / "up.json", 60, console(), lacks=str)
     (tmp_path / "up.log").write_text("")
     with pytest.raises(StartFailed, match="without a message"):
-        demo._wait_ready(process, tmp_path / "up.log", tmp_path / "up.json", 60, console())
+        demo._wait_ready(process, tmp_path / "up.log", tmp_path / "up.json", 60, console(), lacks=str)
 
 
 def test_registry_that_is_never_ready(started: list[subprocess.Popen[bytes]], tmp_path: Path) -> None:
     """A registry that is not ready in its time is an error that names the time."""
     process = start(started, "import signal; signal.pause()")
     with pytest.raises(StartFailed, match=r"within 0 s"):
-        demo._wait_ready(process, tmp_path / "up.log", tmp_path / "up.json", 0, console())
+        demo._wait_ready(process, tmp_path / "up.log", tmp_path / "up.json", 0, console(), lacks=str)
+
+
+def test_a_slow_start_says_what_it_waits_for(
+    started: list[subprocess.Popen[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo is not silent while its registry can't start: it prints what is lacking, again and again."""
+    monkeypatch.setattr(demo, "TELL_EVERY_S", 0.02)
+    process = start(started, "import signal; signal.pause()")
+    said = console()
+    with pytest.raises(StartFailed):
+        demo._wait_ready(process, tmp_path / "up.log", tmp_path / "up.json", 0.2, said, lacks=lambda: "m: [no] engine")
+    assert isinstance(said.file, io.StringIO)
+    lines = said.file.getvalue().splitlines()
+    assert len(lines) >= 2
+    assert lines[0] == "Waiting for the registry, 0 of at most 0.2 s: m: [no] engine"
+
+
+def test_what_a_registry_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is what its wrappers say; while it doesn't answer, the last line of its output."""
+    log = tmp_path / "up.log"
+    log.write_text("")
+    answers: list[httpx.Response | Exception] = []
+
+    def answered(_request: httpx.Request) -> httpx.Response:
+        answer = answers.pop()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    class Client(RegistryClient):
+        def __init__(self, url: str, **options: Any) -> None:
+            super().__init__(url, **options)
+            self._http = httpx.Client(base_url=url, transport=httpx.MockTransport(answered))
+
+    monkeypatch.setattr(demo, "RegistryClient", Client)
+    url = "http://127.0.0.1:1"
+    answers.append(httpx.ConnectError("refused"))
+    assert demo._lacks(url, log) == "it says nothing yet"
+    log.write_text("first\nStarting Ray …\n")
+    answers.append(httpx.Response(503, text="no"))
+    assert demo._lacks(url, log) == "Starting Ray …"
+    answers.append(httpx.Response(200, json=[]))
+    assert demo._lacks(url, log) == "no wrapper answers yet"
+    wrapper = {"wrapper": "m-0", "status": "starting", "gpus": 0, "llm": None, "leased": False, "reason": "no memory"}
+    machine = {"machine": "m", "address": "10.0.0.1", "alive": True, "gpus": 0, "gpuType": None, "memoryBytes": None}
+    answers.append(httpx.Response(200, json=[{**machine, "wrappers": [wrapper, {**wrapper, "reason": None}]}]))
+    assert demo._lacks(url, log) == "m: starting; no memory, m: starting"
+
+
+# Stands for `greenprompt up`: it takes a moment to end, and leaves a file when it has ended in order.
+UP = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(os.environ["GREENPROMPT_STATE_DIR"])
+def end(*_):
+    time.sleep(0.5)
+    pathlib.Path(os.environ["ENDED"]).touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+(folder / "up.json").write_text(json.dumps({"url": "http://127.0.0.1:1", "dashboard": "d"}))
+while True:
+    signal.pause()
+"""
+DEMO = """
+import subprocess, sys, time
+from pathlib import Path
+from rich.console import Console
+from greenprompt_client.client import RegistryClient
+from greenprompt_client.demo.demo import _one_signal, _registry
+started = subprocess.Popen
+subprocess.Popen = lambda command, **how: started([sys.executable, "-S", "-c", sys.argv[2]], **how)
+with _one_signal(), _registry(Path(sys.argv[1]), Console()):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_what_the_demo_started(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM ends the registry like Ctrl-C, and further signals don't break its end."""
+    ended = tmp_path / "ended"
+    command = [sys.executable, "-c", DEMO, str(Path("configs/local.yaml").absolute()), UP]
+    environment = os.environ | {"ENDED": str(ended)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        try:
+            while process.stdout.readline().strip() != "ready":
+                assert process.poll() is None
+            for _ in range(3):
+                process.send_signal(number)
+                time.sleep(0.1)
+            said, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert ended.exists()
+    assert "Everything that was started has ended." in said
+
+
+def test_signals_are_as_before_after_the_demo() -> None:
+    """The first signal is an interrupt, the second nothing; afterwards the handlers are those of before."""
+    before = signal.getsignal(signal.SIGTERM)
+    with demo._one_signal():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_registry_is_ended(started: list[subprocess.Popen[bytes]]) -> None:

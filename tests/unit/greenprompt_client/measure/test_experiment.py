@@ -98,8 +98,16 @@ def test_experiment_that_is_no_mapping() -> None:
         load_plan(Path("list.yaml"))
     with pytest.raises(BadSettings, match=r"none\.yaml: can't be read: No such file"):
         load_plan(Path("none.yaml"))
-    with pytest.raises(BadSettings, match=r"the experiment: llms: Field required \(and 2 more\)"):
+
+
+def test_all_missing_fields_are_named() -> None:
+    """With the options that give them."""
+    with pytest.raises(BadSettings, match=r"the experiment: llms, prompts, output are missing: add") as failed:
         load_plan(None)
+    assert "--llm MODEL --prompts FILE --output FOLDER, or name an experiment file" in str(failed.value)
+    Path("some.yaml").write_text("llms: [org/a]\nprompts: questions.jsonl")
+    with pytest.raises(BadSettings, match=r"some\.yaml: output is missing: add to the command --output FOLDER"):
+        load_plan(Path("some.yaml"))
 
 
 # --- the same, or not --------------------------------------------------------------------------------------

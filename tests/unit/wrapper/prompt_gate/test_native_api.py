@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from deployments.energy.prompt_meter import tokens_of
 from deployments.tokens import Tokens
@@ -59,6 +60,16 @@ async def test_native_errors_are_vllms_own(wrapper: Wrapper) -> None:
     wrapper.engine.error = (400, {"error": {"message": "no", "code": 400}})
     answer = await wrapper.call("POST", "/v1/completions", {}).done()
     assert (answer.status, answer.json) == (400, {"error": {"message": "no", "code": 400}})
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/tokenize"])
+async def test_path_of_another_task_is_our_error(wrapper: Wrapper, path: str) -> None:
+    """VLLM has no such path for this LLM: the error is ours, in OpenAI's form below /v1, and no prompt fails."""
+    wrapper.engine.asgi = FastAPI()
+    answer = await wrapper.call("POST", path, {"input": "Why?"}).done()
+    assert (answer.status, answer.code) == (404, "no_such_path")
+    assert "for the task of this LLM" in answer.message
+    assert all(flight.status == "refused" for flight in wrapper.meter.ended)
 
 
 async def test_native_prompts_are_metered_and_listings_are_not(wrapper: Wrapper) -> None:

@@ -86,7 +86,7 @@ def test_refused_experiment_ends_at_once(measure: Measure, registry: HttpRegistr
     with pytest.raises(AnswerError, match="it says llm_never_fits"):
         measure()
     assert len(registry.keys) == 1
-    assert "repeat the command to continue" in measure.shown
+    assert "10 of 10 answers are missing.\n" in measure.shown  # a repetition would be refused, too
     registry.on_post = lambda: None
     assert measure(llms=["org/a", "org/c"])  # corrected: the refused one does not bind the folder
     assert every_prompt_once(tmp_path / "out", ["org/a", "org/c"])
