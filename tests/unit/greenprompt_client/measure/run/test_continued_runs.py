@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,6 +100,10 @@ def test_interrupted_run_gives_its_llms_back(
     come, go = hold_at(registry, 5)
     process = command()
     assert come.wait(LIMIT_S)
+    deadline_s = time.monotonic() + LIMIT_S
+    while not counted(tmp_path / "out"):  # the second prompt is sent while the answer to the first is being stored
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
     process.send_signal(by)
     assert registry.given_back.wait(LIMIT_S)
     go.set()
