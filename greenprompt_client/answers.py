@@ -18,7 +18,7 @@ _PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SER
 """Statuses after which a call is retried if the answer allows it; not 504, because a retry would take as long again."""
 
 LONGEST_PAUSE_S = 60.0
-"""The longest pause before a retry that the registry can ask for, seconds: a minute of its limits of rates."""
+"""Longest Retry-After of a rate limit that is waited for, seconds; after a longer one, the usual pauses apply."""
 
 SHORTEST_PAUSE_S = 1.0
 """The shortest pause after such an answer, seconds, whatever it says."""
@@ -27,7 +27,7 @@ SPREAD_S = 1.0
 """Most that is added to such a pause, at random, seconds: otherwise all refused callers would call again at once."""
 
 _RATES = ("too_many_calls", "too_many_wrong_keys")
-"""Codes of answers of the limits of rates, which know when the next call is allowed. Other 429s only estimate it."""
+"""Codes of the rate limits' answers, which say exactly when the next call is allowed. Other 429s only estimate it."""
 
 UNEXPECTED = "unexpected_answer"
 """``answer_code`` of an answer that does not come from a registry."""
@@ -81,7 +81,7 @@ def is_passing(error: Exception) -> bool:
 
 
 def when_to_call_again(error: Exception) -> bool | float:
-    """Return whether a retry may help, see ``is_passing``; above a limit of rates, the seconds until then."""
+    """Return whether a retry may help, see ``is_passing``; above a rate limit, the seconds until then."""
     if isinstance(error, AnswerError) and error.passing and error.answer_code in _RATES:
         wait_s = error.retry_after_s
         if wait_s is not None and wait_s <= LONGEST_PAUSE_S:

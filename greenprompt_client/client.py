@@ -168,7 +168,8 @@ class RegistryClient:
         """Return a request's state once its status differs from ``seen``, or after ``wait_s`` seconds (at most 60).
 
         Without ``seen``: at once if it is deployed or has ended, else when the status changes. Retries for up to
-        RETRY_FOR_S seconds while the registry restarts. Raises AnswerError, httpx.HTTPError.
+        RETRY_FOR_S seconds while the registry restarts. Above a rate limit it waits as long as the answer says, also
+        if that is longer. Raises AnswerError, httpx.HTTPError.
         """
         return self._status(request_id, wait_s, seen, None)
 
@@ -193,10 +194,10 @@ class RegistryClient:
         deadline_s: float | None = None,
         **content: Any,
     ) -> httpx.Response:
-        """Retry a call until its answer is not a temporary error, for up to RETRY_FOR_S seconds.
+        """Retry a call until its answer is not a temporary error; no pause begins after RETRY_FOR_S seconds.
 
-        Above a limit of rates, the call waits until the time that the answer says, see ``when_to_call_again``. It is
-        not repeated after ``deadline_s`` (monotonic clock).
+        Above a rate limit, the pause is as long as the answer says, see ``when_to_call_again``; the call can then take
+        longer than RETRY_FOR_S. No retry begins after ``deadline_s`` (monotonic clock).
 
         Raises:
             AnswerError: The last error, also if the status is not ``expected``.

@@ -15,7 +15,7 @@ class KeyNeeded(RegistryError):
 
     def __str__(self) -> str:
         if self.given:
-            return "what was sent in the header Authorization is no API key (Bearer gp_…, once); an operator makes one"
+            return "the header Authorization is no API key (Bearer gp_…; send it once); an operator makes keys"
         return "an API key is needed, as in the header Authorization: Bearer gp_…; an operator makes one"
 
 

@@ -46,7 +46,7 @@ class RateSettings(Section):
         500,
         ge=1,
         description="Most calls in a second with one API key; of callers without one, from one address (of IPv6, from "
-        "one /64). Releases and keep-alives are not counted, and without `access.keys` no calls to a loopback address. "
+        "one /64). Not counted: releases, keep-alives, and without `access.keys` calls from a loopback address. "
         "null: no limit",
     )
     posts_per_minute: int | None = Field(
@@ -58,6 +58,6 @@ class RateSettings(Section):
     wrong_keys_per_minute: int | None = Field(
         60,
         ge=1,
-        description="Most wrong API keys from one address that are looked up in a minute; after that, keys that "
+        description="Most unknown API keys from one address that are looked up in a minute; after that, keys that "
         "were not accepted since the ingress started are refused without a look-up. null: no limit",
     )

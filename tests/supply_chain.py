@@ -118,7 +118,7 @@ def ask_osv(lock: Path, findings: Findings) -> bool:
         packages = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError):
         # It ends with 1 both if it finds something and if it can't ask; only an answer is JSON.
-        findings.unchecked.append(f"vulnerabilities: from {lock.name} on: no answer: {_last_line(done.stderr)}")
+        findings.unchecked.append(f"vulnerabilities: {lock.name} and the rest: no answer: {_last_line(done.stderr)}")
         return False
     for package in packages:
         if "skip_reason" in package:
@@ -187,7 +187,7 @@ def search_saved(advisories: list[dict[str, Any]], locks: Iterable[Path], now: d
     newest = max(datetime.fromisoformat(advisory["modified"]) for advisory in advisories)
     print(f"vulnerabilities: {len(advisories)} saved advisories, the newest of {newest:%Y-%m-%d}")
     if now - newest > OLDEST:
-        findings.unchecked.append(f"vulnerabilities: the newest saved advisory is of {newest:%Y-%m-%d}: save them anew")
+        findings.unchecked.append(f"vulnerabilities: the newest saved advisory is of {newest:%Y-%m-%d}: get a new one")
     about: dict[str, list[dict[str, Any]]] = {}
     for advisory in advisories:
         for each in {canonicalize_name(a["package"]["name"]) for a in advisory.get("affected", ()) if "package" in a}:

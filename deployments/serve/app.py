@@ -89,7 +89,7 @@ def home_llms(settings: Settings) -> dict[str, LLMSpec]:
 def build_service(
     settings: Settings, sources: ModelSources, key: bytes, on_fatal: Callable[[RegistryError], None]
 ) -> Service:
-    """Return a service with the real database and cluster. ``key``: that of the leases' tokens.
+    """Return a service with the real database and cluster. ``key``: the secret from which lease tokens are made.
 
     Raises StoreUnavailable, BadSettings.
     """

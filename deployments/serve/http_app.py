@@ -83,9 +83,9 @@ If the registry uses API keys (`access.keys`), every path but `/`, `/healthz` an
 Every path answers 421 to a host name that is not served (`http.allowed_hosts`). Requests that change something are
 answered 403 if they come from a web page of another origin, and 415 if a body is not JSON.
 
-Every path can answer 429, with `Retry-After`, because of the settings in `rates`: to a caller that calls too often, or
-to keys that the registry has not accepted yet, from an address that has sent many wrong ones. Releases (`DELETE`) and
-keep-alives are not counted as calls.
+Every path can answer 429 with `Retry-After`, because of the settings in `rates`: if a caller calls too often, or if its
+address has sent many wrong keys and its own key has not been accepted yet. Releases (`DELETE`) and keep-alives are not
+counted as calls.
 """
 
 MAX_BODY_MIB = 4

@@ -25,8 +25,8 @@ class RateGuard:
     A caller is a key, or the network that a call without one comes from. POSTs of requests are counted by tenant, if
     the tenant is known by a key or by ``access.trusted_clients``. Must be inside the guard of keys, if there is one.
 
-    ``keys``: whether the registry asks for API keys. If not, calls to a loopback address are not counted: whoever can
-    send them may end every request anyway. ``proxies``: see ``client_of``.
+    ``keys``: whether the registry asks for API keys. If not, calls from a loopback address are not counted: these
+    callers may end every request anyway. ``proxies``: see ``client_of``.
     """
 
     def __init__(self, app: ASGIApp, settings: RateSettings, proxies: Sequence[Network] | None, *, keys: bool) -> None:

@@ -97,7 +97,7 @@ def _regexes(value: Any, where: str) -> Iterator[tuple[str, str]]:
 
 # D117: a call counts as one prompt in flight, whatever it asks for, so its number of answers has a limit
 def _require_few_answers(body: dict[str, Any]) -> None:
-    """Raise InvalidField for too many, and for a number as text or with a fraction of zero, which vLLM would take."""
+    """Raise InvalidField if the number is too large or not an integer. vLLM would also accept ``"2"`` and ``2.0``."""
     each = 1
     for field in COUNTS:
         value = body.get(field)

@@ -74,7 +74,7 @@ def show(key_file: KeyFile = None, url: URLOption = DEFAULT_URL, ca_file: CAFile
 
 @keys.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(help="Id of the key, as 'keys list' shows it: of gp_ID_… the ID.")],
+    key_id: Annotated[str, typer.Argument(help="Id of the key, as 'keys list' shows it: the ID in gp_ID_SECRET.")],
     key_file: KeyFile = None,
     url: URLOption = DEFAULT_URL,
     ca_file: CAFileOption = None,

@@ -253,7 +253,7 @@ _KEY_FROM = f"this command takes the key from {API_KEY_VARIABLE}"
 _REMEDIES = {
     "key_needed": _KEY_FROM,
     "key_refused": _KEY_FROM,
-    "unknown_measurement": "the measurement of a tenant other than 'default' needs --tenant, except with its own key",
+    "unknown_measurement": "for a tenant other than 'default', add --tenant (not needed with that tenant's own key)",
 }
 """What to do on the command line, by the code of the registry's error, which names only HTTP."""
 

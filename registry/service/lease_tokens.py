@@ -15,12 +15,15 @@ from registry.wire.lease_token import LEASE_TOKEN
 REMEMBERED_TOKENS = 10_000
 """Maximum number of leases whose tokens are remembered: the latest ones, including ended leases."""
 
-_LOST = "the registry that granted its lease was lost, and with it the key of the token; request the LLM again"
+_LOST = (
+    "the token of its lease can't be made again: the cluster was lost, or an older version granted the lease; if the "
+    "request has failed, request the LLM again"
+)
 
 
 # D116: a token is made from a key that is not in the database
 class LeaseTokens:
-    """Makes tokens from a secret ``key`` and the ids that are stored with leases; remembers whose they are.
+    """Makes tokens from a secret ``key`` and the ids that are stored with leases; remembers the request of each token.
 
     ``new_id`` returns a unique id, which need not be secret. Request ids are remembered for the last REMEMBERED_TOKENS
     leases since the start of the process.

@@ -68,8 +68,9 @@ class Reconciler:
     async def run(self, overdue: Sequence[Event] = ()) -> None:
         """Reconcile every ``watch.period_s`` seconds until the shutdown.
 
-        ``overdue``: events of the time without a registry. They are applied when the lost machines are known, because
-        each event can grant leases. Errors are logged and do not end the loop, except StoreUnavailable.
+        ``overdue``: events from before this start. The first successful pass applies them after the events of lost
+        machines, because each of them can grant leases. Errors are logged and do not end the loop, except
+        StoreUnavailable.
         """
         self._overdue = overdue
         while not self._loop.stopping:

@@ -320,7 +320,7 @@ class Service:
         """Return the id of the request whose lease has this token.
 
         Raises:
-            LeaseEnded: the lease of this token has ended. Known of the last REMEMBERED_TOKENS leases since the start.
+            LeaseEnded: the lease with this token has ended, and is among the last REMEMBERED_TOKENS since the start.
             NoSuchLease: no known lease has, or had, this token.
             RequestForgotten: the request was deleted after ``keep_days``.
             StoreUnavailable: the database does not answer.

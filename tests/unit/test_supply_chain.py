@@ -195,7 +195,7 @@ def test_a_tool_that_is_missing_or_slow_has_failed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(supply_chain, "TOOL_LIMIT_S", 0.05)
     findings = Findings()
     assert not supply_chain.ask_osv(Path("cpu.txt"), findings)
-    assert findings.unchecked == ["vulnerabilities: from cpu.txt on: no answer: pip-audit took longer than 0.05 s"]
+    assert findings.unchecked == ["vulnerabilities: cpu.txt and the rest: no answer: pip-audit took longer than 0.05 s"]
 
 
 def test_a_tool_that_fails_is_no_success(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ async def test_a_lease_fails_if_the_key_of_its_token_is_lost(world: ServiceWorld
     assert world.url(request_id) is None
     ended = await world.until_status(request_id, Status.FAILED)
     assert ended.reason is not None
-    assert "the key of the token" in ended.reason
+    assert "the token of its lease can't be made again" in ended.reason
     assert views.event_states(world.service.history(request_id))[-1].what == "LeaseTokenLost"
     with pytest.raises(LeaseEnded, match="failed"):
         world.service.leased_with(token)

@@ -1,4 +1,4 @@
-"""Hostile HTTP: bytes on a connection that two programs may read in two ways, or that take what nobody needs."""
+"""Hostile HTTP: bytes that two programs may parse differently, or that only use up resources."""
 
 # ruff: noqa: E501 - a row is a line
 

@@ -36,7 +36,7 @@ MODELS = [
     "org/\u0440\u0443\u0441", "\ud83d\ude00", "org/\u202ellm", "x" * 1025, "'; DROP TABLE requests; --", "/proc/self/environ", "//evil.example/share",
     "org/../../etc", "datasets/org/x/y", "evil.example:5000/org/llm", 7, None, True, ["org/tiny"], {"a": 1},
 ]  # fmt: skip
-"""Names that are no model: paths, addresses, ids of a form that the hub does not have, and other kinds."""
+"""Values that are no model: paths, URLs, ids that are invalid on the hub, and values of other types."""
 
 
 def _models() -> Iterator[Hostile]:

@@ -13,7 +13,7 @@ COMPLETE, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions"
 MESSAGES, RESPONSES, PROCESS = "/v1/messages", "/v1/responses", "/process_prompt"
 OK, BAD, UNKNOWN, INVALID, GONE = (200,), (400,), (404,), (422,), (0,)
 VLLM_FAILS = (500,)
-"""vLLM calls a mistake of the client its own. Nothing else comes of it."""
+"""vLLM answers some mistakes of the client with 500. They have no other effect."""
 
 USER = [{"role": "user", "content": "Why?"}]
 DEEP = 10_000

@@ -13,7 +13,7 @@ REQUEST = "/promptingservice/request"
 LLM: dict[str, Any] = {"modeltyp": "text-generation", "model": "org/tiny", "uses_chat_template": True, "args": {"prompting": {}, "deployment": {}}}  # fmt: skip
 ASKED: dict[str, Any] = {"measurementId": 7, "llms": [LLM]}
 NO_KEY = "no key"
-"""Value of the header X-Caller, which the test replaces: no key is sent. Without the header the client's key is."""
+"""Value of the header X-Caller of a row that the test sends without a key. Other rows are sent with a client's key."""
 
 _FORM, _PLAIN = (("Content-Type", "application/x-www-form-urlencoded"),), (("Content-Type", "text/plain"),)
 _NOT_HERE, _INVALID, _KEY, _ROLE, _PAGE, _HOST = (404,), (422,), (401,), (403,), (403,), (421,)

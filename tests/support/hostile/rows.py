@@ -15,7 +15,7 @@ LEAKS = ("Traceback (most recent", "site-packages", "object at 0x", '.py", line'
 
 @dataclass(frozen=True)
 class Hostile:
-    """One request that nobody with good intentions sends.
+    """A hostile request, and the allowed answers.
 
     ``source``: the advisory after which it is made, else the sort of attack. ``status``: the allowed statuses.
     ``body``: sent as it is if it is bytes, else as JSON. ``hangs_up``: the client leaves when the first part of the

@@ -37,7 +37,7 @@ async def send(
 
     The status is 0 if the client left before an answer, or the server closed the connection while it was sending.
     """
-    # The path is sent as it is, without the client's own ideas of it.
+    # The path is sent as it is: httpx must not normalize it.
     target: dict[str, Any] = {"target": path.encode()}
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers]
     async with httpx.AsyncClient(timeout=row.leaves_s or ANSWER_S, trust_env=False, verify=False) as http:

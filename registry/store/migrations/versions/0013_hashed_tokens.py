@@ -1,6 +1,6 @@
 """Stores the SHA-256 of a lease's token, and an id from which the token is made, instead of the token.
 
-The tokens of leases that run were not made from an id, so these leases end at the next start.
+The tokens of running leases can't be made from an id, so these leases end at the next start.
 """
 
 from __future__ import annotations
