@@ -68,7 +68,7 @@ class Registry:
         while state["status"] not in statuses:
             left_s = deadline_s - time.monotonic()
             assert left_s > 0, f"still {state}"
-            assert state["endedAt"] is None, state
+            assert state["endedAt"] is None, (state["status"], state["reason"])
             state = self.get(request_id, wait=min(left_s, 10), seen=state["status"])
         return state
 

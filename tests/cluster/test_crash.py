@@ -216,9 +216,12 @@ def test_a_lease_expires_while_the_registry_restarts(registry: Registry, llm: di
 def test_a_killed_owner_takes_everything_along(crash: Crash, llm: dict[str, Any]) -> None:
     """A ``greenprompt up`` that is killed ends its cluster; the next starts at once, whatever has yet to end."""
     registry = crash.registry
+    (warm,) = registry.post(20, llm)
+    registry.until(warm, "deployed")
+    ran = Ran(registry)  # takes seconds on a busy machine, in which the next lease would be over, and its LLM handed on
+    registry.delete(warm)
     (held, waiting) = registry.post(21, llm, llm)
     registry.until(held, "deployed")
-    ran = Ran(registry)
     registry.process.kill()
     registry.process.wait()
     crash.registry = start(registry.folder, leases=SHORT_LEASES)

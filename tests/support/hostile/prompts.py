@@ -120,7 +120,7 @@ TOKENS = [
     Hostile("tokenize messages of 12 million characters", TOKENIZE, {"messages": [{"role": "user", "content": "xy z" * 3_000_000}]}, INVALID, "GHSA-69j4-grxj-j64p"),
     Hostile("tokenize a million characters and leave", TOKENIZE, {"prompt": "xy z" * 250_000}, GONE, "own: hang-up", leaves_s=0.2),
     _complete("a prompt of 300000 tokens", BAD, prompt=[5] * 300_000),
-    _complete("10000 prompts of nothing", BAD, prompt=[""] * 10_000),
+    _complete("10000 prompts of nothing", INVALID, prompt=[""] * 10_000),
     _complete("a prompt of a lone surrogate", BAD, prompt="\ud800"),
     _complete("a prompt of a null character", OK, prompt="\0"),
     _complete("a prompt of control characters", OK, prompt="".join(map(chr, range(32)))),
