@@ -23,7 +23,8 @@ demo: env ## a whole registry on this machine, without a GPU (ARGS="…" go to `
 # time, so two runs of them share the machine. Files come in the order of tests/conftest.py, the longest first.
 SHARED := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 STARTS := tests/engine tests/cluster tests/hosts
-COVERED = COVERAGE_FILE=.coverage.$@ $(BIN)/pytest --cov --cov-report=
+# Only the whole has a lowest coverage (`coverage report` below); pytest-cov would take it for that of each part.
+COVERED = COVERAGE_FILE=.coverage.$@ $(BIN)/pytest --cov --cov-report= --cov-fail-under=0
 test: lint ## linters, types, import contracts and all tests but the long ones, with coverage
 	@mkdir -p build
 	@rm -f .coverage .coverage.*
