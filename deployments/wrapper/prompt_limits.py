@@ -67,23 +67,26 @@ def _require_small_grammars(body: dict[str, Any]) -> None:
         value = body.get(field)
         if value is None:
             continue
-        if len(json.dumps(value)) > MAX_GRAMMAR_BYTES:
-            raise InvalidField(field, f"is too large: at most {MAX_GRAMMAR_BYTES} bytes as JSON")
         if _depth(value) > MAX_GRAMMAR_DEPTH:
             raise InvalidField(field, f"is nested too deeply: at most {MAX_GRAMMAR_DEPTH} levels")
+        if len(json.dumps(value)) > MAX_GRAMMAR_BYTES:
+            raise InvalidField(field, f"is too large: at most {MAX_GRAMMAR_BYTES} bytes as JSON")
         for where, regex in _regexes(value, field):
             if len(regex) > MAX_REGEX:
                 raise InvalidField(where, f"is too long: at most {MAX_REGEX} characters")
 
 
 def _depth(value: Any) -> int:
-    """Count the levels of objects and arrays. The parser limits them, too, but to more."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
+    """Count the levels of objects and arrays. Without recursion: the parser allows more levels than Python's stack."""
+    depth, level = 0, [value]
+    while containers := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
+    return depth
 
 
 def _regexes(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Yield the regular expressions in a value, with their fields. Its depth is limited where it was parsed."""
+    """Yield the regular expressions in a value of at most MAX_GRAMMAR_DEPTH levels, with their fields."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name in ("regex", "pattern") and isinstance(inner, str):
@@ -134,11 +137,14 @@ def require_short_text(body: dict[str, Any], max_model_len: int) -> None:
 
 
 def _chars(value: Any) -> int:
-    """Count the characters of all texts in a value, without media. Its depth is limited where it was parsed."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(_chars(inner) for key, inner in value.items() if key not in _MEDIA)
-    if isinstance(value, list):
-        return sum(map(_chars, value))
-    return 0
+    """Count the characters of all texts in a value, without media. Without recursion, see ``_depth``."""
+    count, left = 0, [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, str):
+            count += len(each)
+        elif isinstance(each, dict):
+            left += (inner for key, inner in each.items() if key not in _MEDIA)
+        elif isinstance(each, list):
+            left += each
+    return count

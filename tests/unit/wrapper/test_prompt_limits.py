@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from deployments.wrapper.json_bodies import read_json
 from deployments.wrapper.prompt_limits import (
     CHARS_PER_TOKEN,
     COUNTS,
@@ -91,6 +92,16 @@ def test_a_long_regular_expression_is_refused(body: Any, where: str) -> None:
 def test_a_property_may_have_the_name_of_a_regex() -> None:
     """A property called ``pattern`` is a schema, not a text."""
     within_limits({"response_format": {"schema": {"properties": {"pattern": {"type": "string"}}}}})
+
+
+@pytest.mark.parametrize("depth", [129, 500, 700])
+def test_depth_is_no_fault_of_ours(depth: int) -> None:
+    """A grammar deeper than the limit is refused, also close to the parser's own limit; other fields have none."""
+    for field in GRAMMARS:
+        deep = read_json(b'{"%s":' % field.encode() + b"[" * depth + b"]" * depth + b"}")
+        with pytest.raises(InvalidField, match="nested too deeply"):
+            within_limits(deep)
+    within_limits(read_json(b'{"x":' + b'{"y":' * depth + b'"z"' + b"}" * depth + b"}"))
 
 
 # --- answers ---
