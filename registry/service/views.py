@@ -49,11 +49,7 @@ def link_of(service: Service, request_id: str) -> str:
 
 def lease_url(service: Service, request_id: str) -> str | None:
     """Return the base URL for prompts of a request's lease; None without a lease, or if its token is lost."""
-    lease = service.allocator.lease_of(request_id)
-    wrapper = None if lease is None else service.allocator.wrapper(lease.wrapper_id)
-    if lease is None or wrapper is None or service.tokens.is_lost(lease):
-        return None
-    return f"{wrapper.url}/{service.tokens.of(lease)}"
+    return _with_token(service, request_id)[0]
 
 
 def prompting_answer(service: Service, requests: Sequence[Request]) -> PromptingAnswer:
@@ -76,11 +72,17 @@ def _accepted_request(service: Service, request: Request) -> AcceptedRequest:
 
 def _addresses(service: Service, request: Request) -> tuple[str | None, str | None]:
     """Return the ``url`` and ``address`` of a request's lease; None while it is not deployed."""
-    lease = service.allocator.lease_of(request.request_id)
-    url = lease_url(service, request.request_id) if request.status is RequestStatus.DEPLOYED else None
-    if url is None or lease is None:
+    return _with_token(service, request.request_id) if request.status is RequestStatus.DEPLOYED else (None, None)
+
+
+def _with_token(service: Service, request_id: str) -> tuple[str | None, str | None]:
+    """Return ``url`` and ``address`` of a request's lease; None without a lease, or if its token is lost."""
+    lease = service.allocator.lease_of(request_id)
+    wrapper = None if lease is None else service.allocator.wrapper(lease.wrapper_id)
+    if lease is None or wrapper is None or service.tokens.is_lost(lease):
         return None, None
-    return url, old_address(service.settings.base_url, service.tokens.of(lease))
+    token = service.tokens.of(lease)
+    return f"{wrapper.url}/{token}", old_address(service.settings.base_url, token)
 
 
 def _notes(service: Service, request: Request) -> list[str]:
