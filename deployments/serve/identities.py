@@ -51,12 +51,15 @@ _OWNERS = frozenset({Role.CLIENT, Role.OPERATOR})
 _OPERATORS = frozenset({Role.OPERATOR})
 _CLIENTS = frozenset({Role.CLIENT})
 
+REQUESTS = "/promptingservice/request"
+"""Path of the POST that requests LLMs; those of one request begin with it."""
+
 
 def allowed_roles(method: str, path: str) -> frozenset[Role] | None:
     """Return the roles that may call a path; None: no key is needed. A path without a rule here is for operators."""
     if path in PUBLIC:
         return None
-    if path == "/promptingservice/request":
+    if path == REQUESTS:
         return _CLIENTS
     if path.startswith(("/promptingservice/", "/measurements/")):
         return _OWNERS
@@ -105,7 +108,6 @@ class KeyGuard:
         self._call = call
         self._trusted = trusted
         self._proxies = proxies
-        self._wrong_a_minute = wrong_a_minute
         self._wrong = per_minute(wrong_a_minute)
         self._believed: dict[tuple[str, str], tuple[APIKey, float]] = {}
         self._refused: dict[tuple[str, str], tuple[tuple[str, str], float]] = {}
@@ -185,8 +187,8 @@ class KeyGuard:
     def _require_few_wrong(self, network: str) -> None:
         """Raise TooManyWrongKeys if a network has sent as many unknown keys as it may in a minute."""
         wait_s = self._wrong.used_up(network)
-        if wait_s is not None and self._wrong_a_minute is not None:
-            raise TooManyWrongKeys(self._wrong_a_minute, wait_s)
+        if wait_s is not None and self._wrong.most is not None:
+            raise TooManyWrongKeys(self._wrong.most, wait_s)
 
 
 def _remember(answers: dict[tuple[str, str], V], which: tuple[str, str], answer: V) -> None:

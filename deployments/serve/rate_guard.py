@@ -10,13 +10,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.error_answers import registry_error
 from deployments.serve.client_address import client_of, network_of
-from deployments.serve.identities import key_of
+from deployments.serve.identities import REQUESTS, key_of
 from deployments.serve.rates import Rate, per_minute, per_second
 from registry.access_errors import TooManyCalls
 from registry.access_settings import RateSettings
 from registry.networks import Network
-
-REQUEST = "/promptingservice/request"
 
 
 class RateGuard:
@@ -31,7 +29,6 @@ class RateGuard:
 
     def __init__(self, app: ASGIApp, settings: RateSettings, proxies: Sequence[Network] | None, *, keys: bool) -> None:
         self._app = app
-        self._settings = settings
         self._proxies = proxies
         self._keys = keys
         # Two, so that a flood of addresses does not push out the count of a key.
@@ -62,21 +59,21 @@ class RateGuard:
         if _is_of_a_lease(scope["method"], scope["path"]):
             return
         remedy = "call less often (a GET of a request can wait for news: ?wait=30)"
-        _require(calls, caller, "rates.calls_per_second", self._settings.calls_per_second, remedy)
-        if scope["path"] == REQUEST and scope["method"] == "POST":
+        _require(calls, caller, "rates.calls_per_second", remedy)
+        if scope["path"] == REQUESTS and scope["method"] == "POST":
             poster = caller if key is None else f"the tenant {key.tenant!r}"
             remedy = "put several LLMs into one POST"
-            _require(self._posts, poster, "rates.posts_per_minute", self._settings.posts_per_minute, remedy)
+            _require(self._posts, poster, "rates.posts_per_minute", remedy)
 
 
 def _is_of_a_lease(method: str, path: str) -> bool:
     """Whether a call ends or extends a lease: one program of a tenant must not keep the others from that."""
-    if not path.startswith(f"{REQUEST}/"):
+    if not path.startswith(f"{REQUESTS}/"):
         return False
     return method == "DELETE" or (method == "POST" and path.endswith("/keepalive"))
 
 
-def _require(rate: Rate, caller: str, setting: str, limit: int | None, remedy: str) -> None:
+def _require(rate: Rate, caller: str, setting: str, remedy: str) -> None:
     wait_s = rate.count(caller)
-    if wait_s is not None and limit is not None:
-        raise TooManyCalls(caller, setting, limit, wait_s, remedy)
+    if wait_s is not None and rate.most is not None:
+        raise TooManyCalls(caller, setting, rate.most, wait_s, remedy)

@@ -23,14 +23,14 @@ class Rate:
     """
 
     def __init__(self, most: int | None, window_s: float) -> None:
-        self._most = most
+        self.most = most
         self._window_s = window_s
         self._windows: dict[str, tuple[int, float]] = {}
         """By caller: the count and the end of its window (monotonic clock), sorted by the begin of the window."""
 
     def count(self, caller: str) -> float | None:
         """Count once; return None if that is allowed, else the seconds until it is."""
-        if self._most is None:
+        if self.most is None:
             return None
         now_s = monotonic()
         count, end_s = self._windows.get(caller, (0, 0.0))
@@ -39,7 +39,7 @@ class Rate:
             if len(self._windows) >= MOST_CALLERS:
                 del self._windows[next(iter(self._windows))]
             count, end_s = 0, now_s + self._window_s
-        if count >= self._most:
+        if count >= self.most:
             return end_s - now_s
         self._windows[caller] = count + 1, end_s
         return None
@@ -48,7 +48,7 @@ class Rate:
         """Return the seconds until the next one is allowed; None if it is allowed now. Counts nothing."""
         now_s = monotonic()
         count, end_s = self._windows.get(caller, (0, 0.0))
-        return end_s - now_s if self._most is not None and count >= self._most and now_s < end_s else None
+        return end_s - now_s if self.most is not None and count >= self.most and now_s < end_s else None
 
 
 def per_second(most: int | None) -> Rate:
