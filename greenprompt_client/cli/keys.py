@@ -24,13 +24,10 @@ from greenprompt_client.cli.app import (
 )
 from registry.errors import BadSettings
 from registry.wire.schemas import KeyState
-from registry.wire.words import Role
+from registry.wire.words import KEY_PREFIX, Role
 
 keys = typer.Typer(help="Make, list and revoke API keys. Needs an operator's key.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
-
-PREFIX = "gp_"
-"""Beginning of every key."""
 
 KeyFile = Annotated[
     Path | None,
@@ -88,7 +85,7 @@ def revoke(
 
 def id_of(text: str) -> str:
     """Return the id of a key from an id or a whole key, whose secret must get neither into a URL nor into an error."""
-    return text.removeprefix(PREFIX).partition("_")[0] if text.startswith(PREFIX) else text
+    return text.removeprefix(KEY_PREFIX).partition("_")[0] if text.startswith(KEY_PREFIX) else text
 
 
 def operator_key(file: Path | None, url: str) -> str:

@@ -17,12 +17,9 @@ from registry.access_errors import KeyRefused, UnknownKey
 from registry.errors import InvalidField
 from registry.store.rows import APIKey, AuditRow
 from registry.store.store import Store
-from registry.wire.words import Role
+from registry.wire.words import KEY_PREFIX, Role
 
-PREFIX = "gp"
-"""Every key begins with this, so that people and secret scanners recognise one."""
-
-_KEY = re.compile(rf"{PREFIX}_([0-9a-f]{{8}})_([A-Za-z0-9_-]{{43}})")
+_KEY = re.compile(rf"{KEY_PREFIX}([0-9a-f]{{8}})_([A-Za-z0-9_-]{{43}})")
 
 DAY_S = 86_400.0
 
@@ -91,7 +88,7 @@ class Keys:
             key_id = secrets.token_hex(4)
         expires_s = None if days is None else now_s + days * DAY_S
         key = APIKey(key_id, role, tenant, name, sha256_of(secret), now_s, expires_s)
-        return key, f"{PREFIX}_{key_id}_{secret}"
+        return key, f"{KEY_PREFIX}{key_id}_{secret}"
 
     def add(self, key: APIKey, audit: AuditRow | None = None) -> None:
         """Put a new key in force. ``audit``: the call that made it. Raises StoreUnavailable."""

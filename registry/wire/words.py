@@ -68,6 +68,10 @@ POOLING_TYPES = frozenset(
 """Values of an llmconfig's ``modeltyp`` whose LLMs answer with numbers, not with text."""
 
 
+KEY_PREFIX = "gp_"
+"""How every API key begins, so that people and secret scanners recognise one. Its id follows, and then its secret."""
+
+
 def canonical_json(value: Mapping[str, object]) -> str:
     """Return a JSON object as text with sorted keys and no spaces. Equal objects give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
