@@ -1,4 +1,4 @@
-"""Answers of a real vLLM: streams, what was cached and is forgotten, and work that nobody waits for."""
+"""Answers of a real vLLM: streams, the prefix cache, and what the engine still computes for clients that have left."""
 
 import asyncio
 import json
@@ -60,7 +60,7 @@ async def test_a_chat_template_that_never_ends_is_the_llms_fault(
 
 
 async def test_a_grammar_that_nobody_waits_for_is_ended_before_the_next_lease(host: EngineHost, llms: Path) -> None:
-    """30,000 properties take vLLM half a minute to compile, which it goes on with when its client has gone.
+    """VLLM compiles a schema of 30,000 properties for half a minute, and does not stop when the client disconnects.
 
     The engine is ended 5 s after the lease. One that has done what it was asked for is at rest in a moment, and the
     next lease's structured output is answered at once.

@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("victim", [0, -1], ids=["engine", "worker"])
 async def test_killed_engine(host: EngineHost, llms: Path, victim: int) -> None:
-    """The death of any process of an engine is told at once; then nothing of it is left, and a start works."""
+    """The death of any process of an engine is reported at once. Nothing of it is left, and a new start works."""
     llm = await start(host, llms / "a")
     shared = process_tree.shared_memory(llm.processes)
     assert shared
@@ -62,7 +62,7 @@ async def test_stopped_engine(host: EngineHost, llms: Path, victim: int) -> None
 async def test_engine_that_hangs_in_a_step(
     host: EngineHost, llms: Path, brake: Brake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine whose step never ends is found after ``stall_s``; its prompts are told, and nothing of it is left."""
+    """An engine whose step never ends is found after ``stall_s``. Its prompts get an error; nothing of it is left."""
     monkeypatch.setattr(host._watch, "stall_s", 1.0)
     llm = await start(host, llms / "a")
     gate = at_the_gate(llm)
@@ -111,7 +111,7 @@ async def test_endless_answer_is_cut(host: EngineHost, llms: Path, brake: Brake,
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_dead_engine_is_told_to_its_prompts(host: EngineHost, llms: Path, brake: Brake, *, stream: bool) -> None:
-    """A prompt under which the engine is killed is told so, as a passing error with the reason."""
+    """If the engine is killed during a prompt, the client gets an error that allows a retry, with the reason."""
     llm = await start(host, llms / "a")
     brake.pull(0.05)
     gate = at_the_gate(llm)
