@@ -24,9 +24,10 @@ from registry.contract.messages import LeaseGrant
 from registry.settings import EnergySettings, WrapperSettings
 from registry.wire.words import canonical_json
 from tests.engine.calls import FAST, has_ended
+from tests.support.app_server import served
+from tests.support.hostile.client import cpu_s, send
 from tests.support.hostile.prompts import ROWS
 from tests.support.hostile.rows import LEAKS, Hostile, ids
-from tests.support.hostile.served import cpu_s, send, served
 from tests.support.undying_wrapper import UndyingWrapper, started_wrapper
 
 pytestmark = [
@@ -120,8 +121,8 @@ async def machine(
 
     canary = await asyncio.start_server(visited, "127.0.0.1", 0)
     app = BrowserGuard(BodyLimit(wrapper.__serve_build_asgi_app__(), lambda _path: 16 * MIB), ())
-    async with served(app) as url:
-        yield Machine(wrapper, url, f"127.0.0.1:{canary.sockets[0].getsockname()[1]}", visitors)
+    async with served(app, access_log=False) as port:
+        yield Machine(wrapper, f"http://127.0.0.1:{port}", f"127.0.0.1:{canary.sockets[0].getsockname()[1]}", visitors)
     canary.close()
     await wrapper.stop(3)
     await wrapper.host.close()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-import uvicorn
 
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.local_ray import free_ports
+from tests.support.app_server import served_in_thread
 from tests.support.tls_front import (
     Front,
     Registry,
@@ -31,20 +29,15 @@ def front(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder, name = tmp_path_factory.mktemp("front"), str(request.param)
     registry, wrapper = Registry(), Wrapper()
     with ExitStack() as stack:
-        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        config = uvicorn.Config(ingress_of(registry, wrapper), log_level="error", ws="none", lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        stack.callback(thread.join, 10)
-        stack.callback(setattr, server, "should_exit", True)
+        ingress = served_in_thread(ingress_of(registry, wrapper), log_level="error", ws="none")
+        _, ingress_port = stack.enter_context(ingress)
         port, back = free_ports(2)
         of_serve = folder / "serve.cfg"
         of_serve.write_text(
             "global\ndefaults\n    mode http\n    option abortonclose\n    timeout client 60s\n    timeout connect 9s\n"
             "    timeout server 60s\n    errorfile 503 /nowhere/500.http\n"
             f"frontend http_frontend\n    bind 127.0.0.1:{back}\n    default_backend back\n"
-            f"backend back\n    server all 127.0.0.1:{listening.getsockname()[1]}\n"
+            f"backend back\n    server all 127.0.0.1:{ingress_port}\n"
         )
         script = haproxy_environment(folder / "h")["RAY_SERVE_HAPROXY_BINARY_PATH"]
         behind = stack.enter_context(subprocess.Popen([script, "-db", "-f", str(of_serve)]))

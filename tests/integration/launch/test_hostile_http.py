@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,10 +19,11 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from deployments.launch.haproxy import haproxy_environment
 from deployments.models.sources import ModelSources
 from deployments.serve.http_app import IngressConfig, build_app
+from tests.support.app_server import served_in_thread
 from tests.support.fake_registry import FakeRegistry
+from tests.support.hostile.client import cpu_s
 from tests.support.hostile.http_bytes import CLOSED, ROWS, Bytes
 from tests.support.hostile.rows import LEAKS
-from tests.support.hostile.served import cpu_s
 
 SILENT_S = 5.0
 """How long a server that waits for more bytes is waited for, seconds."""
@@ -71,15 +71,10 @@ class Server:
 @contextmanager
 def _ingress(registry: FakeRegistry) -> Iterator[tuple[uvicorn.Server, int]]:
     config = IngressConfig(ModelSources(True, (), Path("/")), ())
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        app = build_app(config, registry.call)
-        app.openapi()  # now, because it takes a second
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield server, listening.getsockname()[1]
-        server.should_exit = True
-        thread.join(10)
+    app = build_app(config, registry.call)
+    app.openapi()  # now, because it takes a second
+    with served_in_thread(app) as served:
+        yield served
 
 
 @pytest.fixture(scope="module", params=["direct", "behind"])

@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import ensure_resource_availability, posi
 
 from deployments.serve.polls import Polls
 from registry.core.records import WrapperStatus
-from tests.support.hostile.served import served
+from tests.support.app_server import served
 from tests.support.keyed_registry import LLM, REQUEST, keyed_scene
 from tests.support.service_world import ServiceWorld
 
@@ -82,8 +82,8 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         await world.start()
         for machine in "abcd":
             await world.until_wrapper(WrapperStatus.IDLE, f"{machine}-0")
-        async with keyed_scene(world, {"s": 0.0}, keys=False) as scene, served(scene.app) as address:
-            found.append(address)
+        async with keyed_scene(world, {"s": 0.0}, keys=False) as scene, served(scene.app, access_log=False) as port:
+            found.append(f"http://127.0.0.1:{port}")
             ready.set()
             await asyncio.to_thread(over.wait)
         await world.close()

@@ -14,11 +14,12 @@ import pytest_asyncio
 
 from registry.core.records import WrapperStatus
 from registry.wire.words import RequestStatus
+from tests.support.app_server import served
+from tests.support.hostile.client import cpu_s, send
 from tests.support.hostile.llmconfigs import ROWS as LLMCONFIGS
 from tests.support.hostile.registry_calls import NO_KEY
 from tests.support.hostile.registry_calls import ROWS as CALLS
 from tests.support.hostile.rows import LEAKS, Hostile, ids
-from tests.support.hostile.served import cpu_s, send, served
 from tests.support.keyed_registry import Scene, keyed_scene
 from tests.support.service_world import ServiceWorld
 
@@ -70,7 +71,8 @@ async def target(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Targ
     world.cluster.join("a")
     await world.start()
     await world.until_wrapper(WrapperStatus.IDLE)
-    async with keyed_scene(world, {"s": 0.0}) as scene, served(scene.app) as address:
+    async with keyed_scene(world, {"s": 0.0}) as scene, served(scene.app, access_log=False) as port:
+        address = f"http://127.0.0.1:{port}"
         yield Target(scene, address)
     await world.close()
 

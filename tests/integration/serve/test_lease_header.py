@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from deployments.models.sources import ModelSources
@@ -27,6 +23,7 @@ from greenprompt_client.held_lease import HeldLease
 from registry.settings import EnergySettings, WrapperSettings
 from registry.wire.lease_token import lease_headers, split_url
 from registry.wire.schemas import RequestState
+from tests.support.app_server import served_in_thread
 from tests.support.prompt_gate import GRANT, LLMCONFIG, Wrapper
 
 ROOT = "/wrappers/a-0"
@@ -77,15 +74,10 @@ def lease(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Lease]:
         made.given.append(dict(scope["headers"]).get(b"authorization", b"").decode() or None)
         await app({**scope, "root_path": ROOT}, receive, send)
 
-    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
-        made = Lease(f"http://127.0.0.1:{listening.getsockname()[1]}{ROOT}", wrapper)
+    with served_in_thread(as_serve, log_level="error", ws="none") as (_, port):
+        made = Lease(f"http://127.0.0.1:{port}{ROOT}", wrapper)
         made.bind(TOKEN)
-        server = uvicorn.Server(uvicorn.Config(as_serve, log_level="error", ws="none", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
         yield made
-        server.should_exit = True
-        thread.join(10)
 
 
 def test_our_client_sends_no_token_in_a_path(lease: Lease, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing, suppress
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry.store.migrations.tables import AUDIT, METADATA
 from registry.wire.words import Role
 from tests.integration.service.test_audit import rows, send
 from tests.integration.service.test_identities import BODIES
+from tests.support.app_server import served
 from tests.support.browser import QUIET, installed_chromium
 from tests.support.keyed_registry import Scene, keyed_scene
 from tests.support.service_world import ServiceWorld
@@ -110,14 +109,8 @@ async def _answer(send: Send, body: bytes, policy: str = "") -> None:
 @asynccontextmanager
 async def serving(server: Server) -> AsyncIterator[Server]:
     """Listen on a free port of 127.0.0.1."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
-        server.port = listening.getsockname()[1]
-        config = uvicorn.Config(server, log_level="critical", ws="websockets-sansio", lifespan="off")
-        running = uvicorn.Server(config)
-        task = asyncio.create_task(running.serve(sockets=[listening]))
+    async with served(server, ws="websockets-sansio") as server.port:
         yield server
-        running.should_exit = running.force_exit = True
-        await task
 
 
 @asynccontextmanager

@@ -1,33 +1,17 @@
-"""Serves an app on a socket as Serve's replicas do, and sends it hostile inputs."""
+"""Sends hostile inputs over HTTP, and measures the CPU time of the processes that get them."""
 
 from __future__ import annotations
 
-import asyncio
-import socket
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import httpx
-import uvicorn
 
 from tests.support.hostile.rows import Hostile
 
 ANSWER_S = 60.0
 """Longest time of an answer, seconds."""
-
-
-@asynccontextmanager
-async def served(app: Any) -> AsyncIterator[str]:
-    """Serve an ASGI app; yield its URL."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical", access_log=False))
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-        task = asyncio.create_task(server.serve(sockets=[listening]))
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        await task
 
 
 async def send(
