@@ -192,7 +192,7 @@ class WrapperEvents:
             return
         if request is not None:
             wrapper = ledger.wrappers[wrapper.wrapper_id]  # the request has failed, which has freed the wrapper
-        self._started_free(wrapper, event.running is None, as_told, missed, now_s)
+        self._started_free(wrapper, event, as_told, missed, now_s)
         # Not in on_wrapper_added: of many wrappers that are added after a loss, a later one may serve the request.
         self._endings.fail_exhausted(now_s)
 
@@ -215,12 +215,16 @@ class WrapperEvents:
             deploy(self._ledger, wrapper, wrapper.spec, request.request_id)
         return True
 
-    def _started_free(self, wrapper: Wrapper, empty: bool, as_told: bool, missed: bool, now_s: float) -> None:
+    def _started_free(self, wrapper: Wrapper, event: WrapperStarted, as_told: bool, missed: bool, now_s: float) -> None:
         """Mark a started wrapper READY or IDLE, or send it the next command. No request holds it.
 
-        ``empty``: it runs no LLM. ``as_told``: it runs the LLM that it should run. ``missed``: the last
-        command that it accepted is not the newest one.
+        ``as_told``: it runs the LLM that it should run. ``missed``: the last command that it accepted is
+        not the newest one.
         """
+        empty = event.running is None
+        # An empty process that has executed a command may be starting an LLM, or still hold the token of a lease that
+        # has ended: it gets a StopLLM, which ends both. It has neither if its last command left the wrapper IDLE.
+        is_idle = empty and (event.epoch == 0 or (wrapper.status is WrapperStatus.IDLE and not missed))
         match wrapper.status:
             case WrapperStatus.DEPLOYING if wrapper.spec is not None and (empty or as_told):
                 if as_told and not missed:
@@ -234,7 +238,7 @@ class WrapperEvents:
                     deploy(self._ledger, wrapper, wrapper.spec, None)
             case WrapperStatus.STOPPING:
                 stop(self._ledger, wrapper)
-            case _ if empty:
+            case _ if is_idle:
                 self._ledger.put_wrapper(replace(wrapper, status=WrapperStatus.IDLE, spec=None))
                 self._came_up_empty.append(wrapper.wrapper_id)
             case _:

@@ -247,8 +247,10 @@ class WatchedAllocator:
             if record is None or record.epoch != wrapper.epoch:
                 continue
             lease = self.allocator.lease_by_wrapper(wrapper_id)
-            # A late BindLease can reach a new process, which has no LLM; the next deploy ends such a lease.
-            assert wrapper.empty or wrapper.token in (None, lease.token_id if lease is not None else None)
+            # A late BindLease can reach a new process, which has no LLM; the next deploy ends such a lease. A wrapper
+            # that was given up gets no commands; the belief that comes with each request for its report ends its lease.
+            told = wrapper.empty or record.status is W.FAILED
+            assert told or wrapper.token in (None, lease.token_id if lease is not None else None)
             if lease is not None and self.allocator.request(lease.request_id).status is R.DEPLOYED:
                 assert wrapper.token == lease.token_id
                 well = wrapper.running == self.allocator.request(lease.request_id).spec

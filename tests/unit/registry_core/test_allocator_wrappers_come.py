@@ -4,7 +4,7 @@ import pytest
 
 from registry.core.commands import BindLease, DeployLLM, StopLLM
 from registry.core.decision import Limits
-from registry.core.events import LLMDied, LLMStopped, WrapperAdded, WrapperStarted
+from registry.core.events import LLMDied, LLMStopped, WrapperAdded, WrapperFailed, WrapperStarted
 from registry.core.records import WrapperStatus
 from registry.wire.words import RequestStatus
 from tests.support.allocator_scene import Scene, deploying, handed_over, llm, ready
@@ -24,8 +24,23 @@ def test_a_new_wrapper_serves_once_it_has_started():
     wrapper = scene.wrapper("w")
     assert (wrapper.status, wrapper.url, wrapper.gpus, wrapper.machine_id) == (W.STARTING, "http://w", 2, "m")
     assert scene.status("1a") is R.QUEUED
-    scene.tell(WrapperStarted("w", 7))
-    assert [*scene.effects] == [DeployLLM("w", 8, llm("A"), "1a")]
+    scene.tell(WrapperStarted("w", 0))
+    assert [*scene.effects] == [DeployLLM("w", 1, llm("A"), "1a")]
+
+
+@pytest.mark.parametrize("status", [W.STARTING, W.FAILED])
+def test_an_old_process_is_emptied_before_it_serves(status):
+    """It may be starting an LLM, with the token of a lease that has ended: neither is in its report's ``running``."""
+    scene = handed_over(Limits(wrapper_attempts=1))
+    scene.tell(WrapperFailed("m-0", "hangs"))
+    if status is W.STARTING:
+        scene.tell(WrapperAdded("m-0", "m", "http://m-0", 0))
+    scene.ask(2, "A")
+    assert scene.wrapper().status is status
+    scene.tell(WrapperStarted("m-0", 2))
+    assert [*scene.effects] == [StopLLM("m-0", 3)]
+    scene.tell(LLMStopped("m-0", 3))
+    assert [*scene.effects] == [DeployLLM("m-0", 4, llm("A"), "2a")]
 
 
 def test_a_wrapper_with_nothing_to_do_gets_its_home_llm():
@@ -66,7 +81,7 @@ def test_a_wrapper_that_runs_something_unknown_is_emptied_first():
 
 
 @pytest.mark.parametrize(
-    ("running", "status", "effect"), [(A, W.READY, None), (None, W.IDLE, None), (B, W.STOPPING, StopLLM)]
+    ("running", "status", "effect"), [(A, W.READY, None), (None, W.STOPPING, StopLLM), (B, W.STOPPING, StopLLM)]
 )
 def test_a_free_llm_is_found_again(running, status, effect):
     """After a restart of the registry a wrapper's LLM is kept if it is the one on record."""
@@ -117,7 +132,7 @@ def test_a_lease_that_is_found_without_its_llm_too_often_fails(running):
     scene = handed_over(Limits(deploy_attempts=1))
     scene.tell(WrapperStarted("m-0", 2, running))
     assert scene.status("1a") is R.FAILED
-    assert scene.wrapper().status is (W.STOPPING if running else W.IDLE)
+    assert scene.wrapper().status is W.STOPPING
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from registry.core.commands import DeployLLM, RestartWrapper
 from registry.core.decision import Limits
 from registry.core.events import (
     LLMDied,
+    LLMStopped,
     MachineJoined,
     MachineLost,
     WrapperAdded,
@@ -171,6 +172,7 @@ def test_a_lost_machine_serves_again_once_its_wrapper_answers():
     scene.tell(MachineJoined(machine))
     assert (scene.wrapper().status, scene.status("2a")) == (W.LOST, R.QUEUED)
     scene.tell(WrapperStarted("m-0", 3))
+    scene.tell(LLMStopped("m-0", scene.wrapper().epoch))
     assert scene.status("2a") is R.DEPLOYING
 
 
