@@ -45,11 +45,11 @@ test-clusters:
 test-engines:
 	$(COVERED) tests/engine tests/hosts 2>&1 | tee build/pytest-engines.log
 
-check: env ## run after each change: linters, and the tests that need no Ray, vLLM or database
+check: env ## run after each change: linters, and the tests that need no Ray, vLLM or database, with few examples
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pytest -q $(SHARED) tests/unit tests/property tests/simulation
+	HYPOTHESIS_PROFILE=quick $(BIN)/pytest -q $(SHARED) tests/unit tests/property tests/simulation
 
 test-unit: env ## the tests that need neither Ray nor vLLM
 	$(BIN)/pytest $(SHARED) -m "not cluster and not vllm and not fault and not hosts and not long"

@@ -311,13 +311,31 @@ def network(folder: Path, names: Sequence[str], shared: Path) -> Iterator[Networ
 
 
 def install(repository: Path, shared: Path, exclude: Sequence[str]) -> None:
-    """A copy of the working tree with its environment, as it would be at INSTALLED. Where it is up to date: quick."""
+    """Copy the working tree with its environment, as ``locks/install.sh cpu .venv`` would make it at INSTALLED.
+
+    The files of the packages are hard links; those that name their own place are written anew.
+    """
     seen_by_hosts(repository, shared, Path(sys.base_prefix))
-    shared.mkdir(parents=True, exist_ok=True)
-    _run("rsync", "-a", "--delete", *(f"--exclude={pattern}" for pattern in exclude), f"{repository}/", f"{shared}/")
+    environment = repository / ".venv"
+    assert (environment / ".installed").exists(), "make the environment of the repository first: make env"
+    shutil.rmtree(shared, ignore_errors=True)
+    shared.mkdir(parents=True)
+    _run("rsync", "-a", *(f"--exclude={pattern}" for pattern in exclude), f"{repository}/", f"{shared}/")
+    _run("cp", "--archive", "--link", str(environment), str(shared), limit_s=300)
+    copy = shared / environment.name
+    for file in [*(copy / "bin").iterdir(), *copy.glob("lib/*/site-packages/__editable__*.py")]:
+        content = file.read_bytes()
+        if not file.is_symlink() and bytes(repository) in content:
+            mode = file.stat().st_mode
+            file.unlink()  # not written in place: the repository has the same file
+            file.write_bytes(content.replace(bytes(repository), bytes(INSTALLED)))
+            file.chmod(mode)
+    # The stamp of install.sh, which contains the place. If it is another one, install.sh makes the environment.
+    stamp = "{ pwd; cat locks/install.sh locks/installer.txt locks/cpu.txt locks/torch-cpu.txt pyproject.toml; }"
+    (copy / ".installed").unlink()
     script = (
         f"set -e; mount -t tmpfs tmpfs {HOME.parent}; mkdir -p {INSTALLED};"
-        f" mount --bind {shared.absolute()} {INSTALLED}; cd {INSTALLED};"
+        f" mount --bind {shared.absolute()} {INSTALLED}; cd {INSTALLED}; {stamp} | sha256sum > .venv/.installed;"
         f" PYTHON={sys.base_prefix}/bin/python3 locks/install.sh cpu .venv"
     )
     _run("unshare", "--mount", "bash", "-c", script, limit_s=600)

@@ -42,34 +42,26 @@ def test_every_machine_finishes_a_measurement(cluster: Cluster) -> None:
     assert {first, second} == {cluster.net.host(name).address for name in cluster.workers}
 
 
-def test_again_changes_nothing(cluster: Cluster) -> None:
-    """``ray up`` a second time leaves machines, LLMs and leases as they are."""
+def test_again_changes_nothing_and_other_settings_are_refused(cluster: Cluster) -> None:
+    """``ray up`` a second time leaves machines, LLMs and leases as they are, with the same settings or with others.
+
+    Where a setting is new, it says which, and how to change it.
+    """
     cluster.until_ready("w1", "w2")
     (request_id,) = cluster.post(time.time_ns(), "a")
     lease = cluster.until(request_id, "deployed")
     hosts = [cluster.net.host(name) for name in ("head", *cluster.workers)]
     raylets = [raylet for host in hosts for raylet in host.running("raylet/raylet")]
-    cluster.ray("up -y ~/cluster.yaml")
-    assert prompt(lease["url"]).status_code == 200
-    assert all(alive(raylet) for raylet in raylets)
-    assert cluster.state(request_id)["status"] == "deployed"
-    cluster.release(request_id)
-
-
-def test_other_settings_are_refused(cluster: Cluster) -> None:
-    """``ray up`` with a setting that is new says which, and how to change it; the registry and its leases go on."""
-    cluster.until_ready("w1", "w2")
-    (request_id,) = cluster.post(time.time_ns(), "a")
-    lease = cluster.until(request_id, "deployed")
     (registry,) = cluster.head.running("ray::RegistryActor")
     cluster.describe("w1", "w2", LEASES__IDLE_S="7")
     said = cluster.ray("up -y ~/cluster.yaml", check=False)
     cluster.describe("w1", "w2")
     assert "leases.idle_s" in said
     assert "greenprompt down --address auto" in said
-    assert prompt(lease["url"]).status_code == 200
-    assert alive(registry)
     cluster.ray("up -y ~/cluster.yaml")
+    assert prompt(lease["url"]).status_code == 200
+    assert all(alive(process) for process in (registry, *raylets))
+    assert cluster.state(request_id)["status"] == "deployed"
     cluster.release(request_id)
 
 

@@ -87,6 +87,7 @@ async def test_phases(host: EngineHost, llms: Path) -> None:
     assert llm.max_model_len == 512
 
 
+@pytest.mark.long
 async def test_compiling_is_told(host: EngineHost, llms: Path) -> None:
     """An LLM that is not eager says when it is compiled, amid its warming up."""
     told: list[Phase] = []
