@@ -19,6 +19,7 @@ PARTS = {
     "meter": "tests.bench.meter_overhead",
     "reads": "tests.bench.reads",
     "simulation": "tests.bench.simulation",
+    "strangers": "tests.bench.strangers",
 }
 
 

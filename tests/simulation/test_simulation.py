@@ -83,8 +83,10 @@ def test_many_small_worlds_keep_every_promise() -> None:
 
 def test_measurements_stay_on_their_machine() -> None:
     """A measurement with four repetitions changes its machine only if the machine is dead, drained or lost."""
-    verdicts = all_kept(range(SEEDS), repeated)
-    assert sum(verdict.stayed for verdict in verdicts) > 3 * SEEDS, "too few leases on the same machine as before"
+    verdicts = all_kept(range(SEEDS // 2), repeated)
+    assert sum(verdict.stayed for verdict in verdicts) > 3 * len(verdicts), (
+        "too few leases on the same machine as before"
+    )
 
 
 @pytest.mark.long

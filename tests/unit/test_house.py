@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import sys
 import sysconfig
 import tomllib
+from functools import cache
 from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
@@ -44,15 +46,20 @@ PURE = [module.replace(".", "/") for module in CONTRACTS["pure"]["source_modules
 HOUSES = ("greenprompt_client", "registry", "deployments")
 
 
-def own_files() -> list[Path]:
+def is_made(name: str) -> bool:
+    """Whether tools make the files and folders of this name."""
+    return name in MADE_BY_TOOLS or name.endswith((".egg-info", "_cache"))
+
+
+@cache
+def own_files() -> tuple[Path, ...]:
     """All files that are written by people, as far as they are text."""
     found = []
-    for path in sorted(ROOT.rglob("*")):
-        parts = path.relative_to(ROOT).parts
-        made = any(p in MADE_BY_TOOLS or p.endswith((".egg-info", "_cache")) for p in parts)
-        if path.is_file() and not made and b"\0" not in path.read_bytes():
-            found.append(path)
-    return found
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = sorted(name for name in folders if not is_made(name))
+        paths = [Path(folder, name) for name in sorted(files) if not is_made(name)]
+        found += [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()]
+    return tuple(found)
 
 
 def locked(lock: str) -> dict[str, str]:
@@ -69,10 +76,16 @@ def requirements(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in listed]
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
 def imports_of(path: Path) -> set[str]:
     """Top-level names of the modules that a file imports, anywhere in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -93,13 +106,9 @@ def imports_of(path: Path) -> set[str]:
 )
 def test_no_file_names_what_only_one_machine_knows(what: str) -> None:
     """No file names a package host, a place on somebody's disk, or work that was put off."""
-    found = [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
-        for path in own_files()
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
-        if re.search(what, line)
-    ]
-    assert found == []
+    texts = {path.relative_to(ROOT): path.read_text(errors="replace") for path in own_files()}
+    found = {str(path): match[0] for path, text in texts.items() for match in re.finditer(what, text)}
+    assert found == {}
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
@@ -228,7 +237,7 @@ def test_programs_in_strings_import_what_is_there() -> None:
     texts = {
         (path.relative_to(ROOT), node.value)
         for path in (ROOT / "tests").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     missing = [
@@ -249,7 +258,7 @@ def test_files_and_functions_are_short() -> None:
         long += [f"{name}: {text.count(chr(10))} lines"] if text.count("\n") > 450 else []
         long += [
             f"{name}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
-            for node in ast.walk(ast.parse(text))
+            for node in ast.walk(parsed(path))
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
             if node.end_lineno - node.lineno >= 60 and "versions" not in name.parts
         ]
@@ -280,7 +289,7 @@ def test_unit_tests_load_neither_ray_nor_vllm() -> None:
 def imported_at_once(path: Path) -> set[str]:
     """The modules, with their names, that a file imports when it is imported itself."""
     found = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -311,7 +320,7 @@ def test_every_test_says_what_it_promises() -> None:
     silent = [
         f"{path.relative_to(ROOT)}: {node.name}"
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         if node.name.startswith("test_") and not ast.get_docstring(node)
     ]
