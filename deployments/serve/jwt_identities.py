@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import base64
-import math
 from time import time
 from typing import Any
 
@@ -25,6 +24,9 @@ MAX_JWT = 8192
 
 MAX_SUBJECT = 255
 """Longest `sub`, characters. Source: OpenID Connect Core 1.0, section 2."""
+
+LATEST_S = 253_402_300_799
+"""The end of the year 9999, UTC seconds: the latest `exp`."""
 
 BETWEEN = "#"
 """Between issuer and subject in the id of an identity: no issuer's URL contains it, and no id of an API key."""
@@ -51,7 +53,7 @@ class JWTIdentities:
     """Identities of callers with a JWT.
 
     An identity is an ``APIKey`` that is stored nowhere. Its id is ``<iss>#<sub>``, and it expires with its JWT. No
-    answer and no log contains any other part of a JWT.
+    answer, error or log contains the text of a JWT.
     """
 
     def __init__(self, settings: OIDCSettings, keys: IssuerKeys | None = None) -> None:
@@ -147,10 +149,8 @@ class JWTIdentities:
         try:
             return _TENANT.validate_python(given, strict=True)
         except ValidationError as error:
-            problem = (
-                f"its claim {name} (access.oidc.tenant_claim) is no name of a tenant, which has up to 64 characters"
-            )
-            raise JWTRefused(f"{problem}: letters, digits, '.', '_' and '-'", key_id) from error
+            problem = f"its claim {name} (access.oidc.tenant_claim) is no name of a tenant"
+            raise JWTRefused(f"{problem}: 1 to 64 letters, digits, '.', '_' and '-'", key_id) from error
 
 
 def _object(part: str) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _subject(claims: dict[str, Any]) -> str:
 
 def _seconds(value: Any) -> float:
     """Return the claim exp. Raises JWTRefused."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LATEST_S:
         raise JWTRefused("its claim exp is no time")
     return float(value)
 

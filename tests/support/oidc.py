@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any
 
 import jwt
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from jwt.algorithms import ECAlgorithm, RSAAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from starlette.types import Receive, Scope, Send
 
 from registry.oidc_settings import OIDCSettings
@@ -19,7 +19,7 @@ from registry.oidc_settings import OIDCSettings
 ISSUER = "https://idp.example/realms/lab"
 AUDIENCE = "greenprompt"
 
-PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 
 
 @cache
@@ -36,7 +36,9 @@ def ec_key(name: str = "ec") -> ec.EllipticCurvePrivateKey:
 
 def jwk(key: PrivateKey, key_id: str | None, **fields: Any) -> dict[str, Any]:
     """The public part of a key, as in a JWKS."""
-    if isinstance(key, rsa.RSAPrivateKey):
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        found = OKPAlgorithm.to_jwk(key.public_key(), as_dict=True)
+    elif isinstance(key, rsa.RSAPrivateKey):
         found = RSAAlgorithm.to_jwk(key.public_key(), as_dict=True)
     else:
         found = ECAlgorithm.to_jwk(key.public_key(), as_dict=True)

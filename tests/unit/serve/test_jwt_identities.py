@@ -5,10 +5,11 @@ import hashlib
 import hmac
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
@@ -22,8 +23,22 @@ from deployments.serve.identities import KeyGuard, TrustedClients, key_of, named
 from deployments.serve.issuer_keys import IssuerKey, IssuerKeys, parse_keys
 from deployments.serve.jwt_identities import MAX_JWT, JWTIdentities
 from registry.access_errors import JWTRefused
+from registry.oidc_settings import SigningAlgorithm
 from registry.store.rows import APIKey
-from tests.support.oidc import ISSUER, at, claims, ec_key, jwk, jwks, part, rsa_key, settings, signed, unsigned
+from tests.support.oidc import (
+    ISSUER,
+    PrivateKey,
+    at,
+    claims,
+    ec_key,
+    jwk,
+    jwks,
+    part,
+    rsa_key,
+    settings,
+    signed,
+    unsigned,
+)
 
 
 def identities(keys: bytes, **changes: Any) -> JWTIdentities:
@@ -91,6 +106,27 @@ async def test_a_good_jwt_identifies_its_caller(guarded: Guarded, name: str) -> 
     """Role and tenant come from the claims, and the id from issuer and subject. The registry is not asked."""
     answer = await guarded.get(ACCEPTED[name]())
     assert (answer.status_code, answer.text) == (200, f'["{ISSUER}#ann","client","lab"]')
+
+
+KEYS: dict[str, Callable[[], PrivateKey]] = {
+    "R": rsa_key,
+    "P": rsa_key,
+    "ES256": ec_key,
+    "ES384": lambda: ec.generate_private_key(ec.SECP384R1()),
+    "ES512": lambda: ec.generate_private_key(ec.SECP521R1()),
+    "EdDSA": ed25519.Ed25519PrivateKey.generate,
+}
+
+
+@pytest.mark.parametrize("algorithm", get_args(SigningAlgorithm))
+async def test_every_algorithm_of_the_settings_can_be_used(algorithm: str) -> None:
+    """Each has a key in a JWKS, which needs no field `alg`; the others' JWTs are refused then."""
+    key = (KEYS.get(algorithm) or KEYS[algorithm[0]])()
+    check = identities(jwks(jwk(key, "k")), algorithms=[algorithm])
+    assert (await check.identity(signed(key=key, algorithm=algorithm, kid="k"))).tenant == "lab"
+    other = "ES256" if algorithm != "ES256" else "RS256"
+    with pytest.raises(JWTRefused, match=r"access\.oidc\.algorithms"):
+        await check.identity(signed(key=ec_key() if other == "ES256" else rsa_key(), algorithm=other, kid="k"))
 
 
 def _hs256_with_the_public_key() -> str:
@@ -167,6 +203,8 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "no exp": (_with_claims(exp=None), "no claim exp"),
     "exp as text": (_with_claims(exp="9999999999"), "exp is no time"),
     "exp true": (_with_claims(exp=True), "exp is no time"),
+    "exp too late": (_with_claims(exp=10**400), "exp is no time"),
+    "exp before 1970": (_with_claims(exp=-(10**400)), "exp is no time"),
     "exp without end": (_with_claims(exp=1e400), "no valid JWT"),
     "nbf in the future": (lambda: signed(at(nbf=600)), "not valid yet"),
     "iat in the future": (lambda: signed(at(iat=600)), "not valid yet"),
