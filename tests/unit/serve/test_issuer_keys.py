@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
+from jwt.algorithms import ECAlgorithm
 from structlog.testing import capture_logs
 
 from deployments.serve import issuer_keys
@@ -18,7 +20,7 @@ from registry.errors import BadSettings
 from registry.oidc_settings import OIDCSettings
 from tests.support.app_server import served
 from tests.support.fake_counters import ManualClock
-from tests.support.oidc import Website, ec_key, jwk, jwks, rsa_key, settings
+from tests.support.oidc import Website, ec_key, jwk, jwks, part, rsa_key, settings
 from tests.support.tls_front import made_certificates
 
 CONFIGURATION = "/realms/lab/.well-known/openid-configuration"
@@ -127,12 +129,16 @@ async def test_callers_share_one_read(issuer: Issuer) -> None:
     assert issuer.site.asked == [CONFIGURATION, KEYS]
 
 
-async def test_a_slow_issuer_has_a_time_limit(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller does not wait for longer than READ_S."""
+async def test_a_slow_issuer_has_a_time_limit(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read of the keys ends after READ_S, also if the issuer sends a byte now and then."""
     monkeypatch.setattr(issuer_keys, "READ_S", 0.05)
-    issuer.site.hold.clear()
+
+    async def read() -> Sequence[IssuerKey]:
+        await asyncio.Event().wait()
+        return []
+
     with capture_logs() as logs, pytest.raises(IssuerUnreachable):
-        await keys_of(issuer.settings()).fitting("r1", "RS256")
+        await IssuerKeys("https://idp.example", read).fitting("r1", "RS256")
     assert "Timeout" in logs[0]["reason"]
 
 
@@ -205,7 +211,7 @@ async def no_keys(issuer: Issuer, name: str | None, reason: str) -> None:
 
 def test_only_keys_that_are_meant_for_jwts_are_used() -> None:
     """Shared secrets, keys for encryption, published private keys, short keys and wrong curves are left out."""
-    private = {**jwk(rsa_key(), "private"), "d": "AQAB"}
+    private = {**ECAlgorithm.to_jwk(ec_key(), as_dict=True), "kid": "private"}
     found = parse_keys(
         jwks(
             jwk(rsa_key(), "good"),
@@ -215,6 +221,7 @@ def test_only_keys_that_are_meant_for_jwts_are_used() -> None:
             jwk(rsa_key(), "signs", key_ops=["sign"]),
             jwk(rsa_key(), "other", alg="RS512"),
             jwk(rsa_key("short", 1024), "short"),
+            jwk(rsa_key(), "long", n=part(b"\xff" * 1025)),
             jwk(ec_key(), "curve", crv="P-384"),
             jwk(ec_key(), "point", x="AAAA"),
             {**jwk(rsa_key(), None), "kid": 7},
@@ -271,14 +278,15 @@ async def test_any_failure_is_an_issuer_that_is_not_reached(clock: ManualClock) 
 
 
 async def test_the_certificate_of_an_issuer_is_checked(clock: ManualClock, tmp_path: Path) -> None:
-    """Keys come from a server whose certificate is trusted: with ``ca_file``, by this CA; without, it is refused."""
+    """Keys come from a server whose certificate is trusted: with ``ca_file``, only one of this CA."""
     ca_file, site = made_certificates(tmp_path), Website()
     site.serve("/keys", jwks())
     files = {"ssl_certfile": f"{tmp_path}/registry.crt", "ssl_keyfile": f"{tmp_path}/registry.key"}
     async with served(site, **files) as port:
         url = f"https://localhost:{port}/keys"
         assert len(await keys_of(settings(jwks_url=url, ca_file=str(ca_file))).fitting("r1", "RS256")) == 1
-        with capture_logs() as logs, pytest.raises(IssuerUnreachable):
-            await keys_of(settings(jwks_url=url)).fitting("r1", "RS256")
-    assert "CERTIFICATE_VERIFY_FAILED" in logs[0]["reason"]
+        for other in (None, certifi.where()):
+            with capture_logs() as logs, pytest.raises(IssuerUnreachable):
+                await keys_of(settings(jwks_url=url, ca_file=other)).fitting("r1", "RS256")
+            assert "CERTIFICATE_VERIFY_FAILED" in logs[0]["reason"]
     assert site.asked == ["/keys"]

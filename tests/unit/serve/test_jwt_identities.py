@@ -212,6 +212,7 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "no sub": (_with_claims(sub=None), "no claim sub"),
     "empty sub": (_with_claims(sub=""), "claim sub"),
     "sub with a line break": (_with_claims(sub="ann\nroot"), "claim sub"),
+    "sub not ASCII": (_with_claims(sub="änn"), "claim sub"),
     "long sub": (_with_claims(sub="x" * 256), "claim sub"),
     "no role": (_with_claims(groups=None), _NO_ROLE),
     "unknown role": (_with_claims(groups=["staff"]), _NO_ROLE),
