@@ -16,7 +16,7 @@ from typing import Any
 from fastapi.encoders import jsonable_encoder
 from starlette.responses import JSONResponse
 
-from registry.access_errors import KeyNeeded, KeyRefused
+from registry.access_errors import JWTRefused, KeyNeeded, KeyRefused
 from registry.errors import RegistryError
 from registry.wire.schemas import ErrorAnswer
 
@@ -26,7 +26,7 @@ RETRY_AFTER_S = 1
 LONGEST_RETRY_AFTER_S = 300
 """The longest Retry-After, seconds; estimates beyond this are unreliable."""
 
-_BEARER = (KeyNeeded.code, KeyRefused.code)
+_BEARER = (KeyNeeded.code, KeyRefused.code, JWTRefused.code)
 
 
 def error_answer(

@@ -81,7 +81,8 @@ class RegistryClient:
         """Create a client of the ingress at ``base_url``, e.g. ``http://127.0.0.1:8000``; sends nothing yet.
 
         ``tenant``: the tenant of the client's requests; None: the tenant of the key, or ``default`` without a key.
-        ``api_key``: sent to the registry, and never to an LLM; None: the registry needs none.
+        ``api_key``: an API key, or a JWT of the registry's issuer. Sent to the registry, and never to an LLM; None: the
+        registry needs none.
         ``ca_file``: file (PEM) of the CA of a registry behind TLS, and of its leases, the only one to be trusted;
         None: what the environment and certifi trust.
         ``connect_for_s`` is how long a call tries to connect, seconds, until the registry has

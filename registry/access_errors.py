@@ -32,8 +32,41 @@ class KeyRefused(RegistryError):
         return f"the API key is refused: {self.problem}; an operator makes another one"
 
 
+class JWTRefused(RegistryError):
+    """The JWT is invalid or has expired, or it gives no role or tenant.
+
+    ``key_id``: see ``JWTIdentities``; empty unless the issuer signed the JWT for this registry.
+    """
+
+    code = "jwt_refused"
+    http_status = 401
+
+    problem: str
+    key_id: str = ""
+
+    def __str__(self) -> str:
+        return f"the JWT is refused: {self.problem}; get another one from its issuer, or use an API key"
+
+
+class IssuerUnreachable(RegistryError):
+    """The keys of the issuer of JWTs can't be read at the moment, so no JWT can be checked."""
+
+    code = "issuer_unreachable"
+    http_status = 503
+    retryable = True
+
+    issuer: str
+    retry_after_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"no JWT can be checked, because the keys of {self.issuer} can't be read at the moment; use an API key, or "
+            f"try again in {self.retry_after_s:.3g} s"
+        )
+
+
 class NotAllowed(RegistryError):
-    """The API key's role does not allow this call."""
+    """The role of the API key or JWT does not allow this call."""
 
     code = "not_allowed"
     http_status = 403
@@ -42,11 +75,11 @@ class NotAllowed(RegistryError):
     needed: str
 
     def __str__(self) -> str:
-        return f"a key for the role {self.role} does not allow this: it needs the role {self.needed}"
+        return f"the role {self.role} does not allow this: it needs the role {self.needed}"
 
 
 class OtherTenant(RegistryError):
-    """The header X-Tenant names another tenant than that of the API key."""
+    """The header X-Tenant names another tenant than that of the API key or JWT."""
 
     code = "other_tenant"
     http_status = 403
@@ -54,7 +87,7 @@ class OtherTenant(RegistryError):
     tenant: str
 
     def __str__(self) -> str:
-        return f"X-Tenant: the API key does not belong to tenant {self.tenant!r}; leave the header out"
+        return f"X-Tenant: the API key or JWT does not belong to tenant {self.tenant!r}; leave the header out"
 
 
 class UnknownKey(RegistryError):
@@ -100,7 +133,7 @@ class TooManyCalls(RegistryError):
 
 
 class TooManyWrongKeys(RegistryError):
-    """So many wrong API keys came from this address that unknown ones are not looked up for a while."""
+    """So many wrong API keys or JWTs came from this address that unknown keys are not looked up for a while."""
 
     code = "too_many_wrong_keys"
     http_status = 429
@@ -111,6 +144,6 @@ class TooManyWrongKeys(RegistryError):
 
     def __str__(self) -> str:
         return (
-            f"too many wrong API keys came from this address (rates.wrong_keys_per_minute: {self.limit}); check the "
-            f"key, and try again in {self.retry_after_s:.3g} s"
+            f"too many wrong API keys or JWTs came from this address (rates.wrong_keys_per_minute: {self.limit}); "
+            f"check yours, and try again in {self.retry_after_s:.3g} s"
         )

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from registry.energy_settings import Section
 from registry.networks import Network
+from registry.oidc_settings import OIDCSettings
 from registry.wire.schemas import TenantName
 
 
@@ -27,6 +28,9 @@ class AccessSettings(Section):
         description="Networks whose clients can't send a key, each with its tenant, e.g. `{10.0.5.7/32: lab}`: every "
         "caller in the network counts as a client of this tenant, except through a proxy: see `http.trusted_proxies`",
     )
+    oidc: OIDCSettings | None = Field(
+        None, description="An OpenID Connect issuer whose JWTs are accepted like API keys; null: only API keys are"
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> AccessSettings:
@@ -34,6 +38,8 @@ class AccessSettings(Section):
             raise ValueError("keys and insecure exclude each other")
         if self.trusted_clients and not self.keys:
             raise ValueError("trusted_clients needs keys: true; without keys everybody is trusted")
+        if self.oidc is not None and not self.keys:
+            raise ValueError("oidc needs keys: true; without keys everybody is trusted")
         if any(network.prefixlen == 0 for network in self.trusted_clients):
             raise ValueError("trusted_clients names all addresses; use insecure: true if everybody is to be trusted")
         return self
@@ -58,6 +64,6 @@ class RateSettings(Section):
     wrong_keys_per_minute: int | None = Field(
         60,
         ge=1,
-        description="Most unknown API keys from one address that are looked up in a minute; after that, keys that "
-        "were not accepted since the ingress started are refused without a look-up. null: no limit",
+        description="Most unknown API keys and wrong JWTs from one address in a minute; after that, keys that were "
+        "not accepted since the ingress started are refused without a look-up. null: no limit",
     )

@@ -31,6 +31,7 @@ from deployments.serve.actor import ACTOR_NAME, NAMESPACE, RegistryActor
 from deployments.serve.cluster import RayCluster
 from deployments.serve.energy_metrics import EnergyMetrics
 from deployments.serve.http_app import IngressConfig
+from deployments.serve.issuer_keys import require_files
 from deployments.serve.logs import REGISTRY_LOG, configure_logging
 from deployments.serve.ray_folder import RAY_FOLDER, keep_logs
 from deployments.serve.steady_clock import SteadyClock
@@ -155,6 +156,8 @@ def check(settings: Settings) -> None:
     """Check everything that can be checked without a cluster. Raises BadSettings."""
     require_engine()
     home_llms(settings)
+    if settings.access.oidc is not None:
+        require_files(settings.access.oidc)
     parse_url(settings.store_url)
 
 

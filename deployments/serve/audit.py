@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.serve.browsers import READING
 from deployments.serve.client_address import client_of
 from deployments.serve.identities import key_of, refused_key_id
+from deployments.serve.jwt_identities import BETWEEN, MAX_SUBJECT
 from registry.access_errors import TooManyWrongKeys
 from registry.background import spawn
 from registry.errors import InvalidField, RegistryError, UnknownRequest
@@ -42,6 +43,7 @@ _CODE = re.compile(rb'\{"code":"([a-z0-9_]{1,64})"')
 # No secret that somebody puts in place of an id: an API key has 55 characters, a token of an older lease has 43, and
 # tokens of leases and of hubs have an underscore. An id has at most 39 (IPv6).
 _ID = re.compile(r"[A-Za-z0-9.:-]{1,40}")
+_KEY_ID = f"^([0-9a-f]{{8}}|https?://[!-~]{{1,255}}{BETWEEN}[ -~]{{1,{MAX_SUBJECT}}})$"
 _METHODS = READING | {"POST", "PUT", "PATCH", "DELETE"}
 _REFUSED = (401, 403)
 _ELSEWHERE = "/process_prompt"  # redirected to a lease: changes nothing here
@@ -175,7 +177,11 @@ def audit_router(
         before: Annotated[str | None, _time("Only entries before this time")] = None,
         tenant: Annotated[TenantName | None, Query(description="Only calls for this tenant")] = None,
         key: Annotated[
-            str | None, Query(pattern="^[0-9a-f]{8}$", description="Only calls with the API key that has this id")
+            str | None,
+            Query(
+                pattern=_KEY_ID,
+                description="Only calls with the API key that has this id, or of this `iss#sub` of JWTs",
+            ),
         ] = None,
         after: Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the previous page")] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_AUDIT, description="Entries per page")] = MAX_AUDIT,

@@ -31,6 +31,7 @@ from deployments.serve.browsers import GuardedAPI
 from deployments.serve.energy_pages import EnergyPages
 from deployments.serve.http_errors import add_error_handlers
 from deployments.serve.identities import CallerAccess, CallerTenant, KeyGuard, TrustedClients, still_allowed
+from deployments.serve.jwt_identities import JWTIdentities
 from deployments.serve.polls import Polls
 from deployments.serve.prompting_service import TITLE, JSONBody, root_router
 from deployments.serve.rate_guard import RateGuard
@@ -78,7 +79,7 @@ Errors have the format `ErrorAnswer`; below `/v1` of an LLM's `url` they have Op
 
 If the registry uses API keys (`access.keys`), every path but `/`, `/healthz` and `/openapi.json` needs one:
 `Authorization: Bearer gp_…`. A client's key belongs to a tenant, and shows only this tenant's requests: all others are
-404.
+404. With `access.oidc`, a JWT of the issuer may be sent in place of a key.
 
 Every path answers 421 to a host name that is not served (`http.allowed_hosts`). Requests that change something are
 answered 403 if they come from a web page of another origin, and 415 if a body is not JSON.
@@ -159,6 +160,7 @@ def _guards(config: IngressConfig, call: Call) -> Callable[[ASGIApp], ASGIApp]:
     """Return a function that puts the limits of bodies and rates around an app, and the guard of keys if it is used."""
     rates, keys, proxies = config.rates, config.access.keys, config.trusted_proxies
     trusted = TrustedClients(config.access.trusted_clients, proxies)
+    jwts = None if config.access.oidc is None else JWTIdentities(config.access.oidc)
 
     def limit(path: str) -> int:
         # A prompt to the root is redirected, and its body is dropped.
@@ -166,7 +168,7 @@ def _guards(config: IngressConfig, call: Call) -> Callable[[ASGIApp], ASGIApp]:
 
     def guarded(app: ASGIApp) -> ASGIApp:
         limited = RateGuard(BodyLimit(app, limit), rates, proxies, keys=keys)
-        return KeyGuard(limited, call, trusted, proxies, rates.wrong_keys_per_minute) if keys else limited
+        return KeyGuard(limited, call, trusted, proxies, rates.wrong_keys_per_minute, jwts) if keys else limited
 
     return guarded
 

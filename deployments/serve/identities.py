@@ -1,4 +1,4 @@
-"""Authenticates callers: checks the API key before the body of a request is read, and what the key's role allows.
+"""Authenticates callers: checks the API key or JWT before the body of a request is read, and what its role allows.
 
 Without ``access.keys`` every caller may do everything, for the tenant that its header ``X-Tenant`` names.
 """
@@ -21,8 +21,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deployments.error_answers import registry_error
 from deployments.serve.browsers import READING
 from deployments.serve.client_address import client_of, network_of, trusted_client_of
+from deployments.serve.jwt_identities import BETWEEN, JWTIdentities, is_like_jwt
 from deployments.serve.rates import per_minute
-from registry.access_errors import KeyNeeded, KeyRefused, NotAllowed, OtherTenant, TooManyWrongKeys
+from registry.access_errors import JWTRefused, KeyNeeded, KeyRefused, NotAllowed, OtherTenant, TooManyWrongKeys
 from registry.errors import RegistryError
 from registry.networks import Network
 from registry.service.keys import EVERYTHING, Access, parse_key
@@ -93,7 +94,8 @@ class KeyGuard:
     """An ASGI app around another one, which gets only requests whose key allows them.
 
     ``call(method, *args)`` reaches the registry actor. ``proxies``: see ``client_of``. ``wrong_a_minute``: most unknown
-    keys from one network that are looked up in a minute; None: no limit.
+    keys from one network that are looked up in a minute; None: no limit. ``jwts``: checks JWTs; None: only keys are
+    accepted.
     """
 
     def __init__(
@@ -103,11 +105,13 @@ class KeyGuard:
         trusted: TrustedClients,
         proxies: Sequence[Network] | None = (),
         wrong_a_minute: int | None = None,
+        jwts: JWTIdentities | None = None,
     ) -> None:
         self._app = app
         self._call = call
         self._trusted = trusted
         self._proxies = proxies
+        self._jwts = jwts
         self._wrong = per_minute(wrong_a_minute)
         self._believed: dict[tuple[str, str], tuple[APIKey, float]] = {}
         self._refused: dict[tuple[str, str], tuple[tuple[str, str], float]] = {}
@@ -123,7 +127,7 @@ class KeyGuard:
                     await self._key(scope, roles)
                     scope[_AGAIN] = partial(self._key, scope, roles)
                 except RegistryError as error:
-                    if isinstance(error, KeyRefused):
+                    if isinstance(error, KeyRefused | JWTRefused):
                         scope[_REFUSED] = error.key_id
                     await registry_error(error)(scope, receive, send)
                     return
@@ -132,13 +136,16 @@ class KeyGuard:
     async def _key(self, scope: Scope, roles: frozenset[Role]) -> APIKey:
         """Return the key of a request, also in its scope.
 
-        Raises KeyNeeded, KeyRefused, TooManyWrongKeys, NotAllowed, and what the registry raises.
+        Raises KeyNeeded, KeyRefused, JWTRefused, IssuerUnreachable, TooManyWrongKeys, NotAllowed, and what the registry
+        raises.
         """
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         bearer = _BEARER.fullmatch(given[0].decode("latin-1")) if len(given) == 1 else None
-        found = None if bearer is None else parse_key(bearer[1])
-        if found is not None:
+        text = "" if bearer is None else bearer[1].strip()
+        if (found := parse_key(text)) is not None:
             key = await self._identified(found, scope)
+        elif self._jwts is not None and is_like_jwt(text):
+            key = await self._by_jwt(self._jwts, text, scope)
         elif given or (trusted := self._trusted.key_for(scope)) is None:
             raise KeyNeeded(given=bool(given))
         else:
@@ -147,6 +154,21 @@ class KeyGuard:
         if key.role not in roles:
             raise NotAllowed(key.role, " or ".join(sorted(roles)))
         return key
+
+    async def _by_jwt(self, jwts: JWTIdentities, text: str, scope: Scope) -> APIKey:
+        """Return the identity of a JWT.
+
+        A wrong JWT counts like a wrong key. A valid one is accepted however many wrong ones its network has sent: the
+        check needs no call of the registry, and is as fast as that of a wrong one.
+        """
+        try:
+            return await jwts.identity(text)
+        except JWTRefused as refusal:
+            if not refusal.key_id:  # one that the issuer has signed for this registry is no guess
+                network = network_of(scope, client_of(scope, self._proxies))
+                self._require_few_wrong(network)
+                self._wrong.count(network)
+            raise
 
     async def _identified(self, this: tuple[str, str], scope: Scope) -> APIKey:
         """Return the key with this id and hash of its secret: ``_asked``, with one call at a time for each key."""
@@ -185,7 +207,7 @@ class KeyGuard:
         return key
 
     def _require_few_wrong(self, network: str) -> None:
-        """Raise TooManyWrongKeys if a network has sent as many unknown keys as it may in a minute."""
+        """Raise TooManyWrongKeys if a network has sent as many wrong keys as it may in a minute."""
         wait_s = self._wrong.used_up(network)
         if wait_s is not None and self._wrong.most is not None:
             raise TooManyWrongKeys(self._wrong.most, wait_s)
@@ -198,7 +220,7 @@ def _remember(answers: dict[tuple[str, str], V], which: tuple[str, str], answer:
 
 
 async def still_allowed(request: Request) -> None:
-    """Check the key of a request again, after a wait: it may have been revoked meanwhile. Raises like the guard."""
+    """Check the key of a request again, after a wait: it may be revoked or expired by then. Raises like the guard."""
     again = request.scope.get(_AGAIN)
     if again is not None:
         await again()
@@ -249,6 +271,11 @@ def key_of(scope: Scope) -> APIKey | None:
     return key
 
 
+def named(key: APIKey) -> str:
+    """Return what an answer calls a key, which has an id: an API key, or the identity of a JWT."""
+    return f"the {'JWT of' if BETWEEN in key.key_id else 'API key'} {key.key_id}"
+
+
 def refused_key_id(scope: Scope) -> str | None:
-    """Return the id of the revoked or expired key of a request; None for any other request."""
+    """Return the id of the revoked or expired key of a request, or of its JWT's identity; None for any other."""
     return scope.get(_REFUSED) or None

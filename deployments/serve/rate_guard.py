@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.error_answers import registry_error
 from deployments.serve.client_address import client_of, network_of
-from deployments.serve.identities import REQUESTS, key_of
+from deployments.serve.identities import REQUESTS, key_of, named
 from deployments.serve.rates import Rate, per_minute, per_second
 from registry.access_errors import TooManyCalls
 from registry.access_settings import RateSettings
@@ -50,7 +50,7 @@ class RateGuard:
         """Count a call. Raises TooManyCalls."""
         key = key_of(scope)
         if key is not None and key.key_id:
-            caller, calls = f"the API key {key.key_id}", self._calls_of_keys
+            caller, calls = named(key), self._calls_of_keys
         else:
             address = client_of(scope, self._proxies)
             if not self._keys and address is not None and address.is_loopback:

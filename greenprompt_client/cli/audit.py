@@ -26,7 +26,9 @@ def show(
     ] = None,
     before: Annotated[datetime | None, typer.Option(formats=FORMATS, help="Calls before this time, UTC.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Only calls for this tenant.")] = None,
-    key: Annotated[str | None, typer.Option(help="Only calls with the API key that has this id.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Only calls with the API key that has this id, or of this iss#sub of JWTs.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, as in GET /audit.")] = False,
     key_file: KeyFile = None,
     url: URLOption = DEFAULT_URL,

@@ -253,6 +253,7 @@ _KEY_FROM = f"this command takes the key from {API_KEY_VARIABLE}"
 _REMEDIES = {
     "key_needed": _KEY_FROM,
     "key_refused": _KEY_FROM,
+    "jwt_refused": f"this command takes the JWT from {API_KEY_VARIABLE}",
     "unknown_measurement": "for a tenant other than 'default', add --tenant (not needed with that tenant's own key)",
 }
 """What to do on the command line, by the code of the registry's error, which names only HTTP."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from http import HTTPStatus
 
-from registry.access_errors import KeyRefused
+from registry.access_errors import JWTRefused, KeyRefused
 from registry.errors import ShuttingDown
 from registry.networks import of_one_client
 from registry.service.loop import Loop
@@ -94,12 +94,14 @@ class Refusals:
 def _bucket_of(row: AuditRow) -> tuple[str | None, str | None]:
     """Return whose rows are bounded together.
 
-    A key's, or a trusted client's, are its own. There are three more: of wrong keys; of revoked and expired keys; and
-    of calls whose key is missing, or was not looked at.
+    A key's, or a trusted client's, are its own. There are three more: of wrong keys and JWTs; of revoked and expired
+    keys, and refused JWTs that the issuer signed for this registry; of calls whose key is missing or was not looked at.
     """
     if row.role is not None:
         return row.key_id, row.tenant
-    return (row.code, "known" if row.key_id else None) if row.code == KeyRefused.code else (None, None)
+    if row.code not in (KeyRefused.code, JWTRefused.code):
+        return None, None
+    return KeyRefused.code, "known" if row.key_id else None
 
 
 class Audit:

@@ -405,8 +405,8 @@ class AuditEntry(_Answered):
     path: str | None = Field(description="Pattern of the path; null: there is no such path, or several")
     status: int = Field(description="HTTP status of the answer")
     code: str | None = Field(description="`code` of the error; null: the call was accepted")
-    key: str | None = Field(description="Id of the API key; null: none was accepted")
-    role: str | None = Field(description="Role of the key")
+    key: str | None = Field(description="Id of the API key, or `iss#sub` of a JWT; null: none was accepted")
+    role: str | None = Field(description="Role of the key or JWT")
     tenant: str | None = Field(description="Tenant that the call was for, as far as it is known; without keys, a claim")
     source: str | None = Field(description="Address that the call came from; null: several, or it is not clear")
     about: str | None = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -15,9 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.serve.jwt_identities import MAX_JWT
 from greenprompt_client.answers import AnswerError
 from greenprompt_client.client import RegistryClient
 from tests.cluster.conftest import REPOSITORY, Registry, start, stop
+from tests.support import oidc
+from tests.support.app_server import served_in_thread
 from tests.support.prompting_service_client import prompt_url
 
 pytestmark = pytest.mark.cluster
@@ -27,10 +31,23 @@ KEY = re.compile(r"gp_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
 
 
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory, workspace: Path) -> Iterator[Registry]:
-    """A registry that asks for keys, and trusts the clients at one address of this machine."""
+def issuer() -> Iterator[str]:
+    """The URL of an issuer of JWTs."""
+    site = oidc.Website()
+    with served_in_thread(site) as (_, port):
+        url = f"http://127.0.0.1:{port}"
+        names = {"issuer": url, "jwks_uri": f"{url}/keys"}
+        site.serve("/.well-known/openid-configuration", json.dumps(names).encode())
+        site.serve("/keys", oidc.jwks())
+        yield url
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory, workspace: Path, issuer: str) -> Iterator[Registry]:
+    """A registry that asks for keys or JWTs, and trusts the clients at one address of this machine."""
     folder = tmp_path_factory.mktemp("closed")
-    access = {"keys": True, "trusted_clients": {"127.0.0.7": "old", "192.0.2.7": "old"}}
+    accepted = oidc.settings(issuer=issuer).model_dump(mode="json", exclude_unset=True)
+    access = {"keys": True, "trusted_clients": {"127.0.0.7": "old", "192.0.2.7": "old"}, "oidc": accepted}
     registry = start(folder, access=access, models={"local_roots": [str(workspace / "llms")]})
     yield registry
     stop(registry)
@@ -106,6 +123,14 @@ def test_the_operators_commands(closed: Registry) -> None:
     assert nobody.returncode == 2
     none = greenprompt(closed, "drain", "x", key="gp_1")
     assert (none.returncode, "is no API key (Bearer" in none.stderr) == (5, True)
+
+
+def test_commands_take_a_jwt(closed: Registry, issuer: str) -> None:
+    """It is given like a key, and may have 8 KiB; one of another issuer is refused."""
+    long = oidc.signed(oidc.claims(iss=issuer, groups=["llm-admins"], more="x" * 5_600))
+    assert 8_000 < len(long) <= MAX_JWT
+    assert greenprompt(closed, "status", key=long).returncode == 0
+    assert _refusal(closed, oidc.signed(), within_s=5) == "jwt_refused"
 
 
 def test_the_prompting_services_client_is_known_by_its_address(closed: Registry, llm: LLM) -> None:

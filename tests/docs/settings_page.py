@@ -92,7 +92,7 @@ def _type(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> str:
     if origin is Literal:
         return ", ".join(f"`{each}`" for each in inner)
     if origin is tuple:
-        return f"list of {_type(inner[0])}s".replace("texts", "text")
+        return f"list of {_type(inner[0])}s".replace("texts", "text").replace("`s", "`")
     if origin is dict:
         return f"mapping of names to {_type(inner[1])}s"
     return _NAMES.get(annotation, "section") + limits

@@ -16,6 +16,7 @@ from deployments.serve.actor import RegistryActor
 from deployments.serve.http_app import IngressConfig, build_app
 from registry.access_settings import AccessSettings
 from registry.http_settings import HTTPSettings
+from registry.oidc_settings import OIDCSettings
 from registry.service.service import Service
 from registry.wire.words import Role
 from tests.support.service_world import ServiceWorld
@@ -61,7 +62,9 @@ async def _nothing() -> None:
 
 
 @asynccontextmanager
-async def keyed_scene(world: ServiceWorld, now: dict[str, float], *, keys: bool = True) -> AsyncIterator[Scene]:
+async def keyed_scene(
+    world: ServiceWorld, now: dict[str, float], *, keys: bool = True, oidc: OIDCSettings | None = None
+) -> AsyncIterator[Scene]:
     """A scene in a world that runs. ``now``: the clock of the ingress, in ``s``; ``keys``: whether it asks for them."""
     actor = RegistryActor.__new__(RegistryActor)
     actor._settings, actor._service, actor._life = world.service.settings, world.service, "life"
@@ -70,7 +73,9 @@ async def keyed_scene(world: ServiceWorld, now: dict[str, float], *, keys: bool 
     async def call(method: str, *args: object, wait_s: float = 0.0) -> Any:
         return await getattr(actor, method)(*args)
 
-    access = AccessSettings.model_validate({"keys": True, "trusted_clients": {OLD_CLIENT: "old"}} if keys else {})
+    access = AccessSettings.model_validate(
+        {"keys": True, "trusted_clients": {OLD_CLIENT: "old"}, "oidc": oidc} if keys else {}
+    )
     proxies = HTTPSettings.model_validate({"trusted_proxies": [FRONT]}).trusted_proxies
     config = IngressConfig(ModelSources(True, (), Path("/")), (), access=access, trusted_proxies=proxies)
     app = build_app(config, call)

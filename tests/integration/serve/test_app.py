@@ -20,6 +20,7 @@ from registry.service.keys import Keys
 from registry.settings import Settings
 from registry.store.store import Store
 from registry.wire.words import Role
+from tests.support import oidc
 
 
 def cluster_with(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
@@ -35,6 +36,15 @@ def cluster_with(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
     method = SimpleNamespace(remote=lambda: None)
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "get_actor", lambda *_: SimpleNamespace(settings=method, ready=method))
+
+
+def test_a_start_needs_the_keys_of_the_issuer(tmp_path: Path) -> None:
+    """A file of keys that is missing is an error before anything starts, not at the first JWT."""
+    access = {"keys": True, "oidc": oidc.settings(jwks_file=str(tmp_path / "jwks.json"))}
+    with pytest.raises(BadSettings, match=r"access\.oidc\.jwks_file: .*No such file"):
+        app.check(Settings.model_validate({"access": access}))
+    (tmp_path / "jwks.json").write_bytes(oidc.jwks())
+    app.check(Settings.model_validate({"access": access}))
 
 
 def test_a_registry_that_is_being_restarted_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,8 +267,8 @@ async def test_guesses_are_not_looked_up_for_long(
     refused = await http.get("/llms", headers=key("bbbbbbbb"))
     assert (refused.status_code, refused.json()["code"]) == (429, "too_many_wrong_keys"), "it was not in use"
     assert refused.json()["message"] == (
-        "too many wrong API keys came from this address (rates.wrong_keys_per_minute: 5); check the key, and try again "
-        "in 60 s"
+        "too many wrong API keys or JWTs came from this address (rates.wrong_keys_per_minute: 5); check yours, and "
+        "try again in 60 s"
     )
     assert refused.headers["retry-after"] == "60"
     clock.now_s += 30  # the answer about the good key has to be asked for again

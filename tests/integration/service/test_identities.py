@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import httpx
 import pytest
 
 from deployments.models.sources import ModelSources
-from deployments.serve import identities
+from deployments.serve import identities, jwt_identities
 from deployments.serve.actor import RegistryActor
 from deployments.serve.client_address import SOURCE_HEADER
 from deployments.serve.http_app import IngressConfig, build_app
 from registry.wire.words import Role
+from tests.support import oidc
 from tests.support.keyed_registry import LLM, OLD_CLIENT, REQUEST, Scene, keyed_scene
 from tests.support.service_world import ServiceWorld
 
@@ -54,10 +56,13 @@ UNHEARD_OF = {("GET", "/nothing"): 404, ("PATCH", "/machines"): 405, ("DELETE", 
 
 
 @pytest.fixture
-async def scene(world: ServiceWorld, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
+async def scene(world: ServiceWorld, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[Scene]:
     now = {"s": 1000.0}
     monkeypatch.setattr(identities, "monotonic", lambda: now["s"])
-    async with keyed_scene(world, now) as scene:
+    file = tmp_path / "jwks.json"
+    file.write_bytes(oidc.jwks())
+    async with keyed_scene(world, now, oidc=oidc.settings(jwks_file=str(file))) as scene:
+        scene.keys["jwt"] = oidc.signed()
         yield scene
 
 
@@ -69,7 +74,9 @@ async def test_every_path_for_every_caller(scene: Scene) -> None:
     names = {"request_id": scene.request_id, "measurement_id": 7, "machine_id": "a"}
     # What ends something comes last: the calls before need it.
     for method, path in sorted(ROWS, key=lambda row: (row[0] == "DELETE", row)):
-        for caller, expected in zip(CALLERS, ROWS[method, path], strict=True):
+        row = ROWS[method, path]
+        # A JWT of the tenant's is as good as its key.
+        for caller, expected in [*zip(CALLERS, row, strict=True), ("jwt", row[CALLERS.index("client")])]:
             victim = scene.make("victim", Role.VIEWER) if "key_id" in path else ""
             body: dict[str, Any] = {"json": BODIES[path]} if path in BODIES else {}
             if caller == "operator":
@@ -164,6 +171,30 @@ async def test_a_poll_does_not_outlive_its_key(scene: Scene) -> None:
     scene.now["s"] += identities.BELIEVED_S
     answer = await poll
     assert (answer.status_code, answer.json()["code"]) == (401, "key_refused")
+
+
+async def test_a_poll_does_not_outlive_its_jwt(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JWT that expires during a long poll gets no answer at its end."""
+    path = f"{REQUEST}/{scene.request_id}"
+    assert (await scene.ask("GET", path, "jwt")).status_code == 200
+    poll = asyncio.create_task(scene.ask("GET", path, "jwt", params={"wait": 0.2, "seen": "deployed"}))
+    await asyncio.sleep(0.05)
+    monkeypatch.setattr(jwt_identities, "time", lambda: time.time() + 3600)
+    answer = await poll
+    assert (answer.status_code, answer.json()["code"]) == (401, "jwt_refused")
+    assert "it has expired" in answer.json()["message"]
+
+
+async def test_the_audit_names_issuer_and_subject(scene: Scene) -> None:
+    """What a JWT changed can be found by its identity; no part of its text is stored."""
+    await scene.ask("POST", REQUEST, "jwt", json={"measurementId": 8, "llms": [LLM]})
+    found = await scene.ask("GET", "/audit", "operator", params={"key": f"{oidc.ISSUER}#ann"})
+    entries = [(each["key"], each["role"], each["tenant"]) for each in found.json()["entries"]]
+    assert entries == [(f"{oidc.ISSUER}#ann", "client", "lab")]
+    stored = repr(scene.service._store.audit().rows)
+    assert not [part for part in scene.keys["jwt"].split(".") if part in stored]
+    for odd in ("ann", "gp_1", f"{oidc.ISSUER}#", f"{oidc.ISSUER}#a\nb", f"ftp://idp.example#{'x' * 9}"):
+        assert (await scene.ask("GET", "/audit", "operator", params={"key": odd})).status_code == 422
 
 
 async def test_the_use_of_keys_is_stored_later(scene: Scene) -> None:

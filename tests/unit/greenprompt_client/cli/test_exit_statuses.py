@@ -95,6 +95,7 @@ def test_statuses_tell_kinds_of_errors_apart(run: Run, answer: httpx.Response, s
     [
         (error(401, "key_needed"), "GREENPROMPT_API_KEY"),
         (error(401, "key_refused"), "GREENPROMPT_API_KEY"),
+        (error(401, "jwt_refused"), "GREENPROMPT_API_KEY"),
         (error(404, "unknown_measurement"), "--tenant"),
     ],
 )

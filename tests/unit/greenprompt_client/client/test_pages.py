@@ -103,10 +103,11 @@ def test_client_closes_its_connections() -> None:
     assert client._prompts.is_closed
 
 
-def test_the_key_goes_to_the_registry_alone() -> None:
-    """An LLM, whose code somebody else may have written, never gets the API key."""
-    with RegistryClient("http://registry", api_key=" gp_0a1b2c3d_secret\n") as client:
-        assert client._http.headers["Authorization"] == "Bearer gp_0a1b2c3d_secret"
+@pytest.mark.parametrize("key", ["gp_0a1b2c3d_secret", "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2ln-_8"])
+def test_the_key_goes_to_the_registry_alone(key: str) -> None:
+    """An LLM, whose code somebody else may have written, never gets the API key or the JWT."""
+    with RegistryClient("http://registry", api_key=f" {key}\n") as client:
+        assert client._http.headers["Authorization"] == f"Bearer {key}"
         assert "Authorization" not in client._prompts.headers
 
 

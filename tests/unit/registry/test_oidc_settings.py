@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from registry.settings import Settings, load_settings
+from tests.support.oidc import ISSUER, settings
+
+
+def test_the_section_of_the_documentation_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples of the how-to page are settings; a variable may replace a part of them."""
+    page = (Path(__file__).parents[3] / "docs/how-to/share-a-registry.md").read_text()
+    examples = [each for each in page.split("```yaml\n") if "  oidc:\n" in each]
+    assert len(examples) == 2
+    for each in examples:
+        (tmp_path / "my.yaml").write_text(each.partition("```")[0])
+        found = load_settings(tmp_path / "my.yaml").access.oidc
+        assert found is not None
+        assert found.algorithms == ("RS256", "ES256")
+    monkeypatch.setenv("GREENPROMPT_ACCESS__OIDC__AUDIENCE", "other")
+    changed = load_settings(tmp_path / "my.yaml").access.oidc
+    assert changed is not None
+    assert changed.audience == "other"
+
+
+def test_an_issuer_needs_keys() -> None:
+    """Without keys everybody is trusted, so a JWT would mean nothing."""
+    with pytest.raises(ValidationError, match="oidc needs keys: true"):
+        Settings.model_validate({"access": {"oidc": settings().model_dump()}})
+
+
+@pytest.mark.parametrize(
+    "issuer", [ISSUER, "https://idp.example:8443", "http://127.0.0.1:9000/a", "http://localhost/", "http://[::1]:1"]
+)
+def test_issuers(issuer: str) -> None:
+    """An issuer is https; only one on this machine may be http. Its URL is kept as it is written."""
+    assert settings(issuer=issuer).issuer == issuer
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"issuer": "http://idp.example"}, r"issuer\n.*must begin with https://"),
+        ({"issuer": "http://127.0.0.1.evil.example"}, "must begin with https://"),
+        ({"issuer": "ftp://127.0.0.1"}, "must begin with https://"),
+        ({"issuer": "idp.example"}, "needs a host"),
+        ({"issuer": "https://"}, "needs a host"),
+        ({"issuer": "https://ann@idp.example"}, "no user name"),
+        ({"issuer": "https://idp.example?realm=lab"}, "no query"),
+        ({"issuer": "https://idp.example/#lab"}, "no fragment"),
+        ({"issuer": "https://idp.example/a b"}, "must escape"),
+        ({"issuer": "https://ïdp.example"}, "must escape"),
+        ({"issuer": "https://idp.example:0"}, "port 0"),
+        ({"issuer": "https://idp.example:x"}, "Port could not be cast"),
+        ({"issuer": ""}, "at least 1 character"),
+        ({"audience": ""}, "at least 1 character"),
+        ({"algorithms": []}, "at least 1 item"),
+        ({"algorithms": ["none"]}, "Input should be 'RS256'"),
+        ({"algorithms": ["RS256", "HS256"]}, "Input should be 'RS256'"),
+        ({"jwks_url": "http://idp.example/keys"}, r"jwks_url\n.*must begin with https://"),
+        ({"jwks_url": "https://idp.example/keys", "jwks_file": "keys"}, "jwks_url or jwks_file"),
+        ({"role_claim": []}, "at least 1 item"),
+        ({"roles": {}}, "at least 1 item"),
+        ({"roles": {"root": ["x"]}}, "Input should be 'client'"),
+        ({"roles": {"viewer": []}}, "a role has no values"),
+        ({"roles": {"viewer": ["a"], "operator": ["a"]}}, "a value is listed twice"),
+        ({"tenant_claim": None}, "the role client needs tenant_claim"),
+        ({"tenant": "lab"}, "tenant_claim or tenant"),
+        ({"tenant_claim": None, "tenant": "a b"}, "should match pattern"),
+        ({"types": ["a b"]}, "should match pattern"),
+        ({"leeway_s": 61}, "less than or equal to 60"),
+        ({"secret": "x"}, "Extra inputs"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, Any], problem: str) -> None:
+    """The error names the field and the remedy."""
+    with pytest.raises(ValidationError, match=problem):
+        settings(**changes)
+
+
+def test_a_registry_without_clients_needs_no_tenant() -> None:
+    """Operators and viewers belong to no tenant."""
+    assert settings(roles={"operator": ["admins"]}, tenant_claim=None).tenant is None
