@@ -68,8 +68,11 @@ def test_wrappers_outlive_the_controller_of_serve(registry: Registry, llm: LLM, 
 
 @pytest.mark.parametrize(
     ("sign", "victim"),
-    [(signal.SIGKILL, 0), (signal.SIGKILL, -1), (signal.SIGSTOP, 0)],
-    ids=["engine killed", "worker killed", "engine stopped"],
+    [
+        pytest.param(signal.SIGKILL, 0, id="engine killed"),
+        pytest.param(signal.SIGKILL, -1, id="worker killed", marks=pytest.mark.long),
+        pytest.param(signal.SIGSTOP, 0, id="engine stopped", marks=pytest.mark.long),
+    ],
 )
 def test_an_engine_that_dies_is_started_again_under_its_lease(
     registry: Registry, llm: LLM, measurement_id: int, sign: signal.Signals, victim: int

@@ -94,6 +94,24 @@ REFUSED = {
     ),
 }
 
+BY_SETTINGS = (
+    "one underscore",
+    "empty variable",
+    "variable of the wrong type",
+    "list that is no JSON",
+    "key twice in a variable",
+    "key twice",
+    "Norway",
+    "octal",
+    "base 60",
+    "no YAML",
+    "unknown section",
+    "unknown zone",
+    "CPU model upside down",
+    "embodied upside down",
+)
+"""What the settings refuse like the rows before them; the unit tests of the settings have each of them."""
+
 READY = {
     "proxies": Case(
         "",
@@ -168,7 +186,9 @@ def greenprompt(tmp_path: Path, case: Case, *words: str, limit_s: float) -> subp
     )
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in BY_SETTINGS else name for name in REFUSED]
+)
 def test_refused_in_one_line(name: str, tmp_path: Path, other: Path) -> None:
     """What can't work is refused before Ray starts, by one line that names it; ``down`` then ends nothing else."""
     case = REFUSED[name]

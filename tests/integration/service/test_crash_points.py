@@ -350,8 +350,8 @@ async def test_every_moment_is_a_good_one_to_die(scenario: Scenario, tmp_path: P
 async def test_some_moments_and_soon_after(
     scenario: Scenario, second: int, tmp_path: Path, empty_database: Path
 ) -> None:
-    """The same, if the registry is killed once more while it starts again; at every sixth moment."""
-    await killed_at(scenario, tmp_path, empty_database, second=second, step=6)
+    """The same, if the registry is killed once more while it starts again; at every twelfth moment."""
+    await killed_at(scenario, tmp_path, empty_database, second=second, step=12)
 
 
 @pytest.mark.long
