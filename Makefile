@@ -66,7 +66,7 @@ soak: env ## half an hour of leases on a cluster of several hosts, with a fault 
 	$(BIN)/pytest -s -m soak tests/hosts
 
 fuzz: env ## 20,000 generated calls of the registry's API, in sequences with real leases (FUZZ_CALLS=…)
-	FUZZ_CALLS=$${FUZZ_CALLS:-20000} $(BIN)/pytest -s --timeout=3600 tests/integration/serve/test_api_fuzz.py
+	FUZZ_CALLS=$${FUZZ_CALLS:-20000} $(BIN)/pytest -s tests/integration/serve/test_api_fuzz.py
 
 test-long: env .venv-eval/.installed ## all tests, the long ones too, with many more generated examples
 	HYPOTHESIS_PROFILE=long $(BIN)/pytest -m "not soak" --timeout=3600
