@@ -1,8 +1,8 @@
 """Starts and ends a registry for ``greenprompt up`` and ``down``: in the foreground or detached.
 
-One process owns a local cluster. It holds a lock in ``state_dir`` while it lives. When it ends, even
-if it is killed, all processes that it started end as well. "Detached" means the same process in the
-background.
+One process owns a local cluster. It holds a lock in ``state_dir`` while it lives. A fork of it runs Ray
+(deployments.launch.restarts). When it ends, even if it is killed, all processes that it started end as
+well. "Detached" means the same process in the background.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from deployments.engine.environment import remove_shared_memory
 from deployments.launch import surroundings
@@ -28,12 +29,14 @@ from deployments.launch.local_ray import (
     RAY_ENVIRONMENT,
     TEMPORARY,
     local_ray_environment,
-    remove_folder,
+    remove_cluster_files,
     require_free_port,
 )
+from deployments.launch.restarts import Life, StopWanted, heed_signals, ignore_signals, keep_running
 from deployments.machine import process_tree
 from deployments.machine.disk import disk_problem
 from deployments.machine.private_files import open_private, require_unchanged_by_others, write_private
+from deployments.serve.ray_folder import keep_logs
 from registry.errors import BadSettings, StartFailed
 from registry.settings import OPERATOR_KEY, Settings
 
@@ -48,6 +51,9 @@ HOLDER_LIMIT_S = 1.0
 LEFTOVERS_LIMIT_S = 20.0
 """Longest wait for the remaining processes of a killed registry to end, seconds."""
 
+STOP_LIMIT_S = 150.0
+"""Longest time of a shutdown in addition to twice ``stop_timeout_s``, seconds."""
+
 POLL_S = 0.1
 
 LOCK = "up.lock"
@@ -58,62 +64,73 @@ DISK_POLL_S = 5.0
 
 
 def run_in_foreground(settings: Settings, *, say: Say) -> None:
-    """Start, print the addresses, wait for SIGINT or SIGTERM, shut down. Raises RegistryError."""
-    with _only_one(settings) as record:
-        local = settings.ray.address is None
-        if local:
-            surroundings.check(settings)
-            require_free_port(settings.http.host, settings.http.port, "http.port")
-            settings = _with_dashboard_port(settings, surroundings.dashboard_port(settings))
-        else:
+    """Start, print the addresses, wait for SIGINT or SIGTERM, shut down. Raises RegistryError.
+
+    A local cluster that dies is replaced by a new one, with the registry on it.
+    """
+    with _only_one(settings) as (record, lock):
+        if settings.ray.address is not None:
             _become_driver(settings)
-        with local_ray_environment(settings) if local else nullcontext(None) as folder:
-            record(pid=os.getpid(), folder=str(folder) if folder else None)
-            _run(settings, folder, record, say)
+            record(folder=None)
+            _run(settings, None, record, say)
+            return
+        surroundings.check(settings)
+        keep_running(
+            partial(_live, settings, record, say),
+            partial(_clean_up, settings, say),
+            lock,
+            say=say,
+            stop_limit_s=2 * settings.wrappers.stop_timeout_s + STOP_LIMIT_S,
+        )
 
 
-class _StopWanted(BaseException):
-    """SIGINT or SIGTERM. Not an Exception, so that error handlers do not catch it."""
+def _live(settings: Settings, record: Callable[..., None], say: Say, life: Life) -> None:
+    """Run a registry on a new local cluster until SIGINT or SIGTERM. For a process of its own. Raises RegistryError."""
+    require_free_port(settings.http.host, settings.http.port, "http.port")
+    settings = _with_dashboard_port(settings, surroundings.dashboard_port(settings))
+    with local_ray_environment(settings) as folder:
+        record(folder=str(folder))
+        _run(settings, folder, record, say, life)
 
 
-def _run(settings: Settings, folder: Path | None, record: Callable[..., None], say: Say) -> None:
-    _heed_signals()
+def _clean_up(settings: Settings, say: Say) -> None:
+    if (logs := _remove_leftovers(settings)) is not None:
+        say(f"Ray's logs of the cluster that died {logs}.")
+
+
+def _run(
+    settings: Settings, folder: Path | None, record: Callable[..., None], say: Say, life: Life | None = None
+) -> None:
+    heed_signals()
+
+    def joined() -> None:
+        heed_signals()  # Ray has replaced the handlers
+        if life is not None:
+            life.watch()
+
     try:
         from deployments.serve import app  # takes seconds, because it imports Ray
 
         app.check(settings)
         say("Starting Ray, Serve and a wrapper (it imports vLLM once, about half a minute) …")
         try:
-            running = app.start(settings, folder, on_joined=_heed_signals)  # replaces Ray's signal handlers
-            ready = running._asdict()
-            record(pid=os.getpid(), folder=str(folder) if folder else None, **ready)
+            ready = app.start(settings, folder, on_joined=joined)._asdict()
+            record(folder=str(folder) if folder else None, **ready)
             for line in ready_lines(settings, ready):
                 say(line)
+            if life is not None:
+                life.ready()
             _watch_disk(settings.state_dir, say)
-        except _StopWanted:
-            _ignore_signals()
+        except StopWanted:
             say("Shutting down: stopping LLMs, wrappers and the registry …")
         finally:
-            _ignore_signals()  # one signal is enough: each step of the shutdown has a time limit
+            ignore_signals()  # one signal is enough: each step of the shutdown has a time limit
+            if life is not None:
+                life.stopping()
             app.stop(settings)
-    except _StopWanted:  # nothing was started yet
-        _ignore_signals()
+    except StopWanted:  # nothing was started yet
+        pass
     say("Everything is down.")
-
-
-def _heed_signals() -> None:
-    """Make SIGINT and SIGTERM interrupt the main thread at once, even during the start."""
-
-    def stop(*_: object) -> None:
-        raise _StopWanted
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-
-
-def _ignore_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _watch_disk(folder: Path, say: Say) -> NoReturn:
@@ -225,8 +242,8 @@ def end(settings: Settings, *, say: Say) -> None:
 
 
 @contextmanager
-def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
-    """Hold the lock of ``state_dir``; yield a function that records the running registry in up.json.
+def _only_one(settings: Settings) -> Iterator[tuple[Callable[..., None], IO[str]]]:
+    """Hold the lock of ``state_dir``; yield a function that records the running registry in up.json, and the lock.
 
     Raises:
         BadSettings: Another process holds it, or the folder can't be written.
@@ -247,16 +264,16 @@ def _only_one(settings: Settings) -> Iterator[Callable[..., None]]:
         lock.write(str(os.getpid()))
         lock.flush()
         _remove_leftovers(settings)
-        path = settings.state_dir / "up.json"
+        path, owner = settings.state_dir / "up.json", os.getpid()
 
         def record(**what: Any) -> None:
             try:
-                write_private(path, json.dumps(what))
+                write_private(path, json.dumps({"pid": owner, **what}))
             except OSError as error:
                 raise BadSettings("state_dir", f"{path} can't be written ({error.strerror})") from error
 
         try:
-            yield record
+            yield record, lock
         finally:
             if path.is_file():
                 path.unlink()
@@ -319,17 +336,18 @@ def _read_record(settings: Settings) -> dict[str, Any]:
 
 
 # D8: all processes end with their owner
-def _remove_leftovers(settings: Settings) -> None:
-    """End the remaining processes of a killed registry's cluster and remove its folder.
+def _remove_leftovers(settings: Settings) -> str | None:
+    """End the remaining processes of a killed registry's cluster and remove its folder and secrets.
 
-    Most exit with their parent (PR_SET_PDEATHSIG); Ray's agents check for their parent only once a minute.
+    Returns what became of its logs, or None if it left none.
+    Most processes exit with their parent (PR_SET_PDEATHSIG); Ray's agents check for their parent only once a minute.
 
     Raises:
         StartFailed: Some of them do not end.
     """
     folder = _read_record(settings).get("folder")
     if folder is None or not Path(folder).name.startswith(FOLDER_PREFIX):
-        return
+        return None
     deadline_s = time.monotonic() + LEFTOVERS_LIMIT_S
     while left := process_tree.users_of(Path(folder)):
         if time.monotonic() > deadline_s:
@@ -337,5 +355,12 @@ def _remove_leftovers(settings: Settings) -> None:
             raise StartFailed(f"processes of the last registry do not end: {pids}")
         process_tree.kill(left)
         time.sleep(POLL_S)
+    if not Path(folder).exists():
+        return None
     remove_shared_memory(Path(folder) / TEMPORARY)
-    remove_folder(Path(folder))
+    try:
+        logs = f"are in {keep_logs(Path(folder), settings.state_dir / 'ray-logs')}"
+    except OSError as error:  # e.g. a full disk
+        logs = f"could not be kept ({error.strerror})"
+    remove_cluster_files(settings, Path(folder))
+    return logs

@@ -121,9 +121,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
         hide_secrets(secrets_file, os.environ)
         yield folder
     finally:
-        remove_folder(folder)
-        (settings.state_dir / ACCESS_FILE).unlink(missing_ok=True)
-        secrets_file.unlink(missing_ok=True)
+        remove_cluster_files(settings, folder)
 
 
 # D9: loopback means loopback
@@ -154,6 +152,13 @@ def free_ports(count: int) -> list[int]:
             socket.create_server(("127.0.0.1", port)).close()
             free.append(port)
     raise OSError(f"there are no {count} free ports above {RAY_LAST_WORKER_PORT}")
+
+
+def remove_cluster_files(settings: Settings, folder: Path) -> None:
+    """Remove a cluster's folder, its access token and its secrets."""
+    remove_folder(folder)
+    (settings.state_dir / ACCESS_FILE).unlink(missing_ok=True)
+    (settings.state_dir / FILE_NAME).unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> None:

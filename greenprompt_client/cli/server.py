@@ -32,7 +32,7 @@ def up(
         bool, typer.Option("--detach", help="Return when the registry is ready. End it with 'down'.")
     ] = False,
 ) -> None:
-    """Start the registry and its cluster. Run in the foreground until Ctrl-C.
+    """Start the registry and its cluster. Run in the foreground until Ctrl-C. A cluster that dies is replaced.
 
     With '--address' and '--detach', the registry keeps running on that cluster. Repeating the command changes nothing.
     """

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from deployments.launch.local_ray import free_ports
+from deployments.machine import process_tree
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
 
 UP_LIMIT_S = 240
@@ -113,6 +114,21 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.NoSuchProcess:
         return []
+
+
+class Ran:
+    """What a registry runs on its machine: processes, its cluster's folder, the shared memory of its engine."""
+
+    def __init__(self, registry: Registry, *, surviving: Collection[psutil.Process] = ()) -> None:
+        """``surviving``: processes of the registry that are to go on."""
+        self.processes = [process for process in registry.processes() if process not in surviving]
+        self.folder = Path(json.loads((registry.folder / "state" / "up.json").read_text(encoding="utf-8"))["folder"])
+        self._shared = process_tree.shared_memory(self.processes)
+
+    def left(self) -> list[object]:
+        """What is there of it now."""
+        files = [path for path in (self.folder, *self._shared) if path.exists()]
+        return [*process_tree.alive(self.processes), *process_tree.users_of(self.folder), *files]
 
 
 def start(folder: Path, environment: dict[str, str] | None = None, /, **overrides: Any) -> Registry:

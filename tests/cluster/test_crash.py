@@ -7,7 +7,6 @@ on; the tests after the first one use what came back.
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,27 +20,12 @@ import pytest
 
 from deployments.machine import process_tree
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
-from tests.cluster.conftest import Registry, start, stop
+from tests.cluster.conftest import Ran, Registry, start, stop
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 
 LEASE_S = 6.0
 SHORT_LEASES = {"max_s": LEASE_S, "at_expiry": "finish"}
-
-
-class Ran:
-    """What a registry runs on its machine: processes, its cluster's folder, the shared memory of its engine."""
-
-    def __init__(self, registry: Registry) -> None:
-        self.processes = registry.processes()
-        record = json.loads((registry.folder / "state" / "up.json").read_text(encoding="utf-8"))
-        self._session = Path(record["folder"])
-        self._shared = process_tree.shared_memory(self.processes)
-
-    def left(self) -> list[object]:
-        """What is there of it now."""
-        files = [path for path in (self._session, *self._shared) if path.exists()]
-        return [*process_tree.alive(self.processes), *process_tree.users_of(self._session), *files]
 
 
 @dataclass

@@ -121,9 +121,10 @@ def test_secrets_are_where_they_are_needed_only(
 
     processes = registry.processes()
     assert not [each for each in psutil.process_iter(["cmdline"]) if known(" ".join(each.info["cmdline"] or ()))]
-    # The operator's shell gave them to `up`; engines may have to ask the hub.
+    # The operator's shell gave them to `up` and its fork, which starts Ray; engines may have to ask the hub.
     replica = registry.replica()
-    allowed = {registry.process.pid, *(child.pid for child in replica.children(recursive=True))}
+    (fork,) = psutil.Process(registry.process.pid).children()
+    allowed = {registry.process.pid, fork.pid, *(child.pid for child in replica.children(recursive=True))}
     informed = {each.pid for each in processes if known(environment_of(each))}
     assert [psutil.Process(pid).cmdline() for pid in informed - allowed] == []
     assert {engine.pid for engine in registry.engines()} & allowed

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import deployments.serve
 from deployments.launch import lifecycle
 from deployments.launch.lifecycle import end, ready_lines, run_detached, run_in_foreground, start_on_cluster
 from deployments.launch.local_ray import FOLDER_PREFIX, free_ports
+from deployments.launch.restarts import Life
 from deployments.machine import process_tree
 from registry.errors import BadSettings, StartFailed
 from registry.settings import RaySettings, Settings
@@ -54,6 +56,20 @@ def own_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.update(environment)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local registry runs in the test's own process, and is not started again (see test_restarts.py)."""
+
+    def keep_running(live: Callable[[Life], None], clean_up: Callable[[], None], _lock: object, **_: object) -> None:
+        reports, report = Pipe(duplex=False)
+        with reports, report:
+            live(Life(report))
+        clean_up()
+
+    monkeypatch.setattr(lifecycle, "keep_running", keep_running)
+    monkeypatch.setattr(Life, "watch", lambda _life: None)
 
 
 @pytest.fixture(autouse=True)
